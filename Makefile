@@ -1,0 +1,59 @@
+# Two commands do everything on a fresh machine that has Python and make: `make demo` and `make test`.
+#
+#   PYTHON=python3.12 make test       another interpreter
+#   TORCH_INDEX=URL make test         another index for torch alone, e.g. one with CPU builds
+
+PYTHON ?= python3
+TORCH_INDEX ?=
+VENV := .venv
+BIN := $(VENV)/bin
+TORCH := $(shell sed -n 's/^torch==/torch==/p' constraints.txt)
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+export PIP_NO_INPUT = 1
+
+.PHONY: help demo test check lint types bench zoo oracles samples docs wheel clean
+
+help:  ## list the targets
+	@sed -n 's/^\([a-z]*\):.*##/\1\t/p' $(MAKEFILE_LIST)
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install "pip>=25.1"
+	$(PIP) install $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $(TORCH)
+	$(PIP) install --constraint constraints.txt --editable . --group test
+	touch $@
+
+$(VENV)/dev: $(VENV)/installed
+	$(PIP) install --constraint constraints.txt --group dev
+	touch $@
+
+demo: $(VENV)/installed  ## run the whole story on sample_ckpts
+	$(BIN)/python sample_ckpts/demo.py
+
+test: $(VENV)/installed  ## run all tests
+	$(BIN)/python -m pytest
+
+check: lint types test wheel  ## lint, types, tests, and the wheel in a clean environment
+
+lint: $(VENV)/dev  ## ruff
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/dev  ## mypy, strict
+	$(BIN)/mypy
+
+bench: $(VENV)/installed  ## measure against peers in the same run; asserts nothing about time
+	$(BIN)/python -m tests.benchmarks
+
+oracles: $(VENV)/installed  ## re-derive the recorded answers of foreign frameworks
+	$(BIN)/python -m tests.oracles
+
+wheel: $(VENV)/dev  ## build a wheel, install it in a fresh environment, run it there
+	$(BIN)/python tests/packaging/check_wheel.py
+
+samples: $(VENV)/installed  ## train the sample checkpoints again
+	$(PIP) install --constraint constraints.txt --group samples
+	$(BIN)/python sample_ckpts/make_samples.py
+
+clean:  ## remove what was built
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,244 @@
+"""A checkpoint file as an immutable value: what it holds, and what is to change."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from bntool.checkpoints.files import OutputFiles, SourceFile
+from bntool.checkpoints.tensors import StoredTensor, Tensor
+from bntool.errors import UsageError
+from bntool.plan import Step
+
+
+class GlobalTrust(Enum):
+    """What is known of a class or function that unpickling a file would import or call."""
+
+    KNOWN = "known"  # only builds data
+    UNKNOWN = "unknown"
+    SUSPICIOUS = "suspicious"  # runs programs, code, or reaches files or the network
+
+
+@dataclass(frozen=True, slots=True)
+class GlobalName:
+    """A class or function named in a file.
+
+    Attributes:
+        path: dotted name.
+        called: unpickling would call it; else only import it.
+        trust: what is known of it.
+    """
+
+    path: str
+    called: bool
+    trust: GlobalTrust
+
+
+@dataclass(frozen=True, slots=True)
+class ModuleInfo:
+    """What a file says of a module beside its tensors: a pickled module, or a layer of a graph format.
+
+    Attributes:
+        class_path: dotted name of its class.
+        attributes: plain attributes in PyTorch's spelling (eps, momentum, training, kernel_size, ...).
+    """
+
+    class_path: str
+    attributes: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class StateDict:
+    """One state dict of a file.
+
+    Attributes:
+        key: where it lies in the file, "" for the root, e.g. ``state_dict`` or ``model.ema``.
+        prefix: what wrappers put before all names, e.g. ``module.``; "" for none.
+        tensors: by full name, in the order of the file.
+        modules: by full module path; empty where the file holds tensors only.
+        versions: version number of each module as ``_metadata`` records it; None where the file has none.
+        is_module: the tensors belong to a pickled module.
+        source: what the format needs to find it again; nobody else's business.
+    """
+
+    key: str
+    prefix: str
+    tensors: Mapping[str, Tensor]
+    modules: Mapping[str, ModuleInfo] = field(default_factory=dict)
+    versions: Mapping[str, int | None] | None = None
+    is_module: bool = False
+    source: Any = field(default=None, repr=False, compare=False)
+
+    def strip(self, name: str) -> str:
+        """The name without the wrappers' prefix."""
+        return name.removeprefix(self.prefix)
+
+    def full_name(self, name: str) -> str:
+        """The name in the file of a tensor or module of the unwrapped model."""
+        return name if self.prefix and name in self.tensors else self.prefix + name
+
+    def tensor(self, name: str) -> Tensor:
+        """A tensor by its name without prefix.
+
+        Raises:
+            UsageError: there is none.
+        """
+        try:
+            return self.tensors[self.full_name(name)]
+        except KeyError:
+            raise UsageError("the state dict has no such tensor", tensor=name) from None
+
+
+class Format(ABC):
+    """One file format: recognising, reading and writing it."""
+
+    name: str  # stable, for JSON
+    title: str  # for people
+    single_file: bool = True
+
+    @abstractmethod
+    def recognises(self, path: Path, head: bytes) -> bool:
+        """Whether a file is of this format, by its name and first bytes (at least 1 KiB where there are as many)."""
+
+    @abstractmethod
+    def read(self, file: SourceFile) -> Checkpoint:
+        """List what the file holds, reading no tensor.
+
+        Raises:
+            CorruptFileError, UnsafeFileError
+        """
+
+    @abstractmethod
+    def write(self, checkpoint: Checkpoint, path: Path, output: OutputFiles) -> None:
+        """Write the checkpoint with its edits.
+
+        Raises:
+            RefusedError: the format cannot hold an edit.
+            CorruptFileError: the source turns out to be damaged.
+        """
+
+    def verify_checksums(self, checkpoint: Checkpoint) -> int | None:
+        """Hold all bytes against the checksums of the file; how many were checked, None where it has none.
+
+        Raises:
+            CorruptFileError: one differs.
+        """
+        return None
+
+    def can_record(self, checkpoint: Checkpoint, state_dict: StateDict) -> bool:
+        """Whether the file has a place for what bntool did."""
+        return True
+
+
+@dataclass(frozen=True, slots=True)
+class Edit:
+    """A step of a plan and the state dict that it is for."""
+
+    state_dict: str
+    step: Step
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """An immutable view of a file.
+
+    Attributes:
+        file: the open file; closing it ends the use of the checkpoint.
+        format: what can read and write it.
+        state_dicts: all that were found, in the order of the file; with the edits applied.
+        entries: what else lies at the top level: name to a plain value or to a symbolic node.
+        globals: classes and functions that loading the file by unpickling would import or call.
+        records: what bntool recorded in it, by key of the state dict.
+        edits: what is to change against the file.
+        content: what the format needs to write it back; nobody else's business.
+    """
+
+    file: SourceFile
+    format: Format
+    state_dicts: tuple[StateDict, ...]
+    entries: Mapping[str, Any] = field(default_factory=dict)
+    globals: tuple[GlobalName, ...] = ()
+    records: Mapping[str, tuple[Mapping[str, Any], ...]] = field(default_factory=dict)
+    edits: tuple[Edit, ...] = ()
+    content: Any = field(default=None, repr=False, compare=False)
+
+    @property
+    def path(self) -> Path:
+        return self.file.path
+
+    def state_dict(self, key: str) -> StateDict:
+        """The state dict of that key.
+
+        Raises:
+            UsageError: there is none; the message lists those there are.
+        """
+        for state_dict in self.state_dicts:
+            if state_dict.key == key:
+                return state_dict
+        known = ", ".join(repr(state_dict.key) for state_dict in self.state_dicts) or "none"
+        raise UsageError(f"there is no state dict {key!r} in this file; it holds {known}", path=self.path)
+
+    def close(self) -> None:
+        self.file.close()
+
+    def __enter__(self) -> Checkpoint:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+_WELL_KNOWN_KEYS = ("", "state_dict", "model_state_dict", "model_state", "model", "module", "net", "network", "params", "weights")
+_AVERAGED = ("ema", "shadow", "teacher", "averaged", "swa")
+
+
+def is_averaged_copy(key: str) -> bool:
+    """Whether the key of a state dict names an averaged copy (EMA, SWA) of the model."""
+    parts = key.lower().replace("-", "_").replace(".", "_").split("_")
+    return any(part in _AVERAGED for part in parts)
+
+
+def choose_state_dict(checkpoint: Checkpoint, key: str | None = None) -> StateDict:
+    """The state dict that a command works on.
+
+    The rule: the one asked for; else the only one; else, leaving averaged copies (EMA, SWA) aside, the first of the
+    well-known keys (the root, state_dict, model_state_dict, model_state, model, module, net, network, params,
+    weights); else the one with the most elements.
+
+    Raises:
+        UsageError: the file holds no state dict, or none of that key.
+    """
+    if key is not None:
+        return checkpoint.state_dict(key)
+    if not checkpoint.state_dicts:
+        raise UsageError("no state dict was found in this file", path=checkpoint.path)
+    candidates = [s for s in checkpoint.state_dicts if not is_averaged_copy(s.key)] or list(checkpoint.state_dicts)
+    for known in _WELL_KNOWN_KEYS:
+        for state_dict in candidates:
+            if state_dict.key == known:
+                return state_dict
+    return max(candidates, key=_count_elements)
+
+
+def _count_elements(state_dict: StateDict) -> int:
+    return sum(tensor.numel for tensor in state_dict.tensors.values() if isinstance(tensor, StoredTensor))
+
+
+_WRAPPERS = ("module.", "_orig_mod.", "_fsdp_wrapped_module.", "_forward_module.", "model.")
+_UNPREFIXED = ("n_averaged", "steps")  # counters that AveragedModel and mmengine's averaging put beside the model
+
+
+def find_prefix(names: list[str]) -> str:
+    """What wrappers (DataParallel, torch.compile, FSDP, Lightning's ``model.``) put before all names."""
+    names = [name for name in names if name not in _UNPREFIXED]
+    prefix = ""
+    while names:
+        wrapper = next((w for w in _WRAPPERS if all(name.startswith(w, len(prefix)) for name in names)), None)
+        if wrapper is None:
+            break
+        prefix += wrapper
+    return prefix

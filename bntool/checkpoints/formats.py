@@ -1,0 +1,122 @@
+"""The formats bntool knows, and the two verbs on files: open and save."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from bntool.checkpoints.checkpoint import Checkpoint, Format
+from bntool.checkpoints.files import OutputFiles, SourceFile, check_output_differs
+from bntool.checkpoints.safetensors_file import Safetensors
+from bntool.checkpoints.sharded import Sharded
+from bntool.checkpoints.tensors import LiteralTensor, StoredTensor, read_bytes
+from bntool.checkpoints.torch_legacy import TorchLegacy
+from bntool.checkpoints.torch_zip import TorchZip
+from bntool.errors import BntoolError, UnknownFormatError, UnreadableFileError, VerificationError
+
+# tried in this order: those with an unmistakable signature first
+FORMATS: tuple[Format, ...] = (TorchZip(), TorchLegacy(), Sharded(), Safetensors())
+
+_HEAD = 4096
+
+
+def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
+    """List what a checkpoint file holds, without running its code and without reading its tensors.
+
+    Args:
+        path: a file of torch.save, a safetensors file, or the ``.index.json`` of a sharded checkpoint.
+
+    Raises:
+        UnreadableFileError: the system does not give the file.
+        UnknownFormatError: it is no format that bntool knows.
+        CorruptFileError: it contradicts its own format.
+        UnsafeFileError: it is built to do harm.
+    """
+    return open_file(SourceFile(path))
+
+
+def open_file(file: SourceFile) -> Checkpoint:
+    """Like :func:`open_checkpoint`, for a file that is open already; closes it if it cannot be read."""
+    try:
+        if file.size == 0:
+            raise UnreadableFileError("the file is empty")
+        head = file.read(0, min(file.size, _HEAD))
+        for candidate in FORMATS:
+            if candidate.recognises(file.path, head):
+                return candidate.read(file)
+        raise UnknownFormatError(_describe_unknown(head))
+    except BntoolError as error:
+        file.close()
+        raise error.about(file.path) from error.__cause__
+    except MemoryError as error:
+        file.close()
+        raise UnreadableFileError("there is not enough memory to read it", path=file.path) from error
+
+
+def _describe_unknown(head: bytes) -> str:
+    signatures = {
+        b"\x89HDF\r\n": "an HDF5 file",
+        b"\x1f\x8b": "a gzip archive; unpack it first",
+        b"<!DOCTYPE": "a web page, not a checkpoint: the download went wrong",
+        b"<html": "a web page, not a checkpoint: the download went wrong",
+        b"version https://git-lfs": "a Git LFS pointer: fetch the file itself with git lfs pull",
+        b"\x08": "perhaps ONNX or another protobuf",
+        b"\x80": "a pickle that torch.save did not write",
+    }
+    guess = next((what for magic, what in signatures.items() if head.startswith(magic)), None)
+    known = ", ".join(f.title for f in FORMATS)
+    return f"the format is not known (read are: {known})" + (f"; this looks like {guess}" if guess else "")
+
+
+def save_checkpoint(checkpoint: Checkpoint, path: str | os.PathLike[str], *, force: bool = False) -> None:
+    """Write a checkpoint with its edits; the file appears whole or not at all.
+
+    What was written is opened again and held against the checkpoint before it takes its place.
+
+    Args:
+        checkpoint: the source with its edits.
+        path: the new file; never the source itself.
+        force: replace a file that exists.
+
+    Raises:
+        UsageError: ``path`` is the source.
+        UnwritableFileError: it exists and ``force`` is not given, or the system refuses.
+        RefusedError: the format cannot hold an edit.
+        CorruptFileError: the source turned out to be damaged on the way.
+        VerificationError: the written file does not hold what it should.
+    """
+    target = Path(path)
+    check_output_differs(checkpoint.file, target)
+    with OutputFiles(force=force, mode=checkpoint.file.mode) as output:
+        output.check(target)
+        try:
+            write_checked(checkpoint, target, output)
+        except BntoolError as error:
+            raise error.about(checkpoint.path) from error.__cause__
+
+
+def write_checked(checkpoint: Checkpoint, path: Path, output: OutputFiles) -> None:
+    """Write a file of a transaction and hold it against what it should be."""
+    checkpoint.format.write(checkpoint, path, output)
+    output.flush()
+    if checkpoint.format.single_file:
+        with checkpoint.format.read(SourceFile(output.temporary(path))) as written:
+            _compare(checkpoint, written, path)
+
+
+def _compare(wanted: Checkpoint, written: Checkpoint, path: Path) -> None:
+    if [s.key for s in wanted.state_dicts] != [s.key for s in written.state_dicts]:
+        raise VerificationError("the written file holds other state dicts than it should", path=path)
+    for expected, found in zip(wanted.state_dicts, written.state_dicts, strict=True):
+        if list(expected.tensors) != list(found.tensors):
+            raise VerificationError("the written file holds other keys than it should", path=path)
+        for name, tensor in expected.tensors.items():
+            other = found.tensors[name]
+            if (tensor.dtype, tuple(tensor.shape)) != (other.dtype, tuple(other.shape)):
+                raise VerificationError("dtype or shape of a written tensor differ", path=path, tensor=name)
+            if isinstance(tensor, LiteralTensor) and read_bytes(other) != tensor.data:
+                raise VerificationError("a written tensor holds other elements than it should", path=path, tensor=name)
+            if isinstance(tensor, StoredTensor) and tensor.is_parameter != getattr(other, "is_parameter", False):
+                raise VerificationError("a parameter was written as a plain tensor", path=path, tensor=name)
+    if dict(wanted.records) != dict(written.records):
+        raise VerificationError("the written file does not hold the record that it should", path=path)

@@ -1,0 +1,131 @@
+"""Which globals of a pickle are known to build data only, and which are known to do harm."""
+
+from __future__ import annotations
+
+from bntool.checkpoints.checkpoint import GlobalName, GlobalTrust
+from bntool.checkpoints.pickles.reading import Pickle
+
+_KNOWN = {
+    "collections.OrderedDict",
+    "collections.defaultdict",
+    "collections.Counter",
+    "collections.deque",
+    "_codecs.encode",
+    "argparse.Namespace",
+    "datetime.datetime",
+    "datetime.date",
+    "datetime.timedelta",
+    "pathlib.PosixPath",
+    "pathlib.WindowsPath",
+    "pathlib.PurePosixPath",
+    "pathlib.Path",
+    "pathlib._local.PosixPath",
+    "functools.partial",  # what it holds is listed beside it
+    "copyreg._reconstructor",
+    "copy_reg._reconstructor",
+    "numpy.dtype",
+    "numpy.ndarray",
+    "numpy.core.multiarray._reconstruct",
+    "numpy.core.multiarray.scalar",
+    "numpy._core.multiarray._reconstruct",
+    "numpy._core.multiarray.scalar",
+    "torch.Size",
+    "torch.Tensor",
+    "torch.device",
+    "torch._tensor._rebuild_from_type_v2",
+    "torch.nn.parameter.Parameter",
+    "torch.nn.parameter.Buffer",
+    "torch.nn.parameter.UninitializedParameter",
+    "torch.nn.parameter.UninitializedBuffer",
+    "torch.nn.Parameter",
+    "torch.serialization._get_layout",
+    "torch.torch_version.TorchVersion",
+    "torch.distributed.checkpoint.metadata.Metadata",
+}
+_KNOWN_BUILTINS = {
+    "set", "frozenset", "bytearray", "complex", "slice", "range", "object", "dict", "list", "tuple",
+    "int", "float", "str", "bytes", "bool",
+}  # fmt: skip
+_BUILTIN_MODULES = ("builtins", "__builtin__")
+_SUSPICIOUS_BUILTINS = {
+    "eval", "exec", "compile", "open", "input", "breakpoint", "getattr", "setattr", "delattr", "__import__", "globals",
+    "locals", "vars", "execfile", "apply", "map", "filter", "memoryview", "type", "super",
+}  # fmt: skip
+_SUSPICIOUS_MODULES = {
+    "os", "posix", "nt", "posixpath", "sys", "subprocess", "commands", "pty", "shutil", "socket", "socketserver",
+    "ctypes", "cffi", "importlib", "imp", "runpy", "code", "codeop", "pdb", "bdb", "cProfile", "profile", "timeit",
+    "trace", "doctest", "webbrowser", "urllib", "urllib2", "http", "httplib", "ftplib", "smtplib", "requests", "aiohttp",
+    "httpx", "asyncio", "multiprocessing", "signal", "pickle", "cPickle", "_pickle", "marshal", "shelve", "dill",
+    "cloudpickle", "joblib", "tempfile", "glob", "fileinput", "linecache", "pydoc", "pip", "ensurepip", "venv",
+    "zipimport", "operator", "_operator", "types", "gc", "inspect", "builtins", "__builtin__", "platform", "pkgutil",
+    "bz2", "gzip", "lzma", "zipfile", "tarfile", "sqlite3", "site", "idlelib", "lib2to3", "distutils", "setuptools",
+    "nturl2path", "xmlrpc", "telnetlib", "ssl", "threading", "_thread", "sched", "antigravity", "this", "turtle",
+}  # fmt: skip
+_SUSPICIOUS_NAMES = {
+    "torch.load",
+    "torch.hub.load",
+    "torch.hub.load_state_dict_from_url",
+    "torch.jit.load",
+    "torch.jit.unsupported_tensor_ops.execWrapper",
+    "torch.export.load",
+    "torch.utils.cpp_extension.load",
+    "torch.utils.cpp_extension.load_inline",
+    "torch.utils.model_zoo.load_url",
+    "torch._dynamo.guards.GuardBuilder.get",
+    "torch.utils._config_module.ConfigModule.load_config",
+    "torch.utils.collect_env.run",
+    "torch.serialization.load",
+    "torch.storage._load_from_bytes",
+    "numpy.load",
+    "numpy.fromfile",
+    "numpy.testing._private.utils.runstring",
+    "numpy.f2py.crackfortran.getlincoef",
+    "functools.reduce",
+}
+
+
+def judge_global(path: str) -> GlobalTrust:
+    """What is known of a class or function, by its dotted name.
+
+    A call of an unknown function may do anything: only listed names, torch's and numpy's own data types, and torch.nn
+    modules are known.
+    """
+    module, _, name = path.rpartition(".")
+    if path in _SUSPICIOUS_NAMES:
+        return GlobalTrust.SUSPICIOUS
+    if path in _KNOWN or (module in _BUILTIN_MODULES and name in _KNOWN_BUILTINS):
+        return GlobalTrust.KNOWN
+    if module.split(".")[0] in _SUSPICIOUS_MODULES:
+        return GlobalTrust.SUSPICIOUS
+    if module == "torch._utils" and name.startswith("_rebuild_"):
+        return GlobalTrust.KNOWN
+    if module in ("torch", "torch.cuda", "torch.storage") and (name.endswith("Storage") or name in _TORCH_TYPES):
+        return GlobalTrust.KNOWN
+    if module in ("numpy.dtypes",) or (module.startswith("torch.nn.modules.") and name[:1].isupper()):
+        return GlobalTrust.KNOWN
+    if module == "torch.nn.quantized.modules" or (module == "torch.optim" and name[:1].isupper()):
+        return GlobalTrust.KNOWN
+    return GlobalTrust.UNKNOWN
+
+
+def _torch_type_names() -> frozenset[str]:
+    from bntool.checkpoints.dtypes import BY_NAME
+
+    layouts = {"strided", "sparse_coo", "sparse_csr", "per_tensor_affine", "per_channel_affine", "bfloat16"}
+    memory = {"contiguous_format", "preserve_format", "channels_last", "channels_last_3d"}
+    return frozenset({*BY_NAME, *layouts, *memory})
+
+
+_TORCH_TYPES = _torch_type_names()
+
+
+def list_globals(*pickles: Pickle) -> tuple[GlobalName, ...]:
+    """The globals of some pickles, each once, suspicious ones first, then unknown, then known."""
+    found: dict[str, GlobalName] = {}
+    for pickle in pickles:
+        for node in pickle.called:
+            found[node.path] = GlobalName(node.path, called=True, trust=judge_global(node.path))
+        for node in pickle.referenced:
+            found.setdefault(node.path, GlobalName(node.path, called=False, trust=judge_global(node.path)))
+    order = [GlobalTrust.SUSPICIOUS, GlobalTrust.UNKNOWN, GlobalTrust.KNOWN]
+    return tuple(sorted(found.values(), key=lambda name: (order.index(name.trust), not name.called, name.path)))

@@ -1,0 +1,189 @@
+"""The safetensors format: a JSON header, then the tensors without gaps."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from bntool.checkpoints.checkpoint import Checkpoint, Format, StateDict, find_prefix
+from bntool.checkpoints.dtypes import BY_SAFETENSORS
+from bntool.checkpoints.files import OutputFiles, SourceFile
+from bntool.checkpoints.tensors import Storage, StoredTensor, Tensor, contiguous_strides, count_elements
+from bntool.checkpoints.torch_objects import RECORD_KEY, parse_record
+from bntool.errors import CorruptFileError, RefusedError
+from bntool.plan import Record, RemoveEntry, SetAttribute
+
+MAX_HEADER = 100_000_000  # the limit of the safetensors library itself
+_METADATA = "__metadata__"
+
+
+@dataclass(frozen=True)
+class _Header:
+    metadata: dict[str, str]
+    data_start: int
+
+
+class Safetensors(Format):
+    """See the module."""
+
+    name = "safetensors"
+    title = "safetensors"
+
+    def recognises(self, path: Path, head: bytes) -> bool:
+        if len(head) < 9 or head[8:9] not in (b"{", b" "):
+            return path.suffix == ".safetensors"
+        return struct.unpack("<Q", head[:8])[0] <= MAX_HEADER
+
+    def read(self, file: SourceFile) -> Checkpoint:
+        header, data_start = _read_header(file)
+        metadata = _check_metadata(header.pop(_METADATA, {}))
+        tensors = _read_tensors(file, header, data_start)
+        history = parse_record(metadata.get(RECORD_KEY))
+        state_dict = StateDict(key="", prefix=find_prefix(list(tensors)), tensors=tensors, source=dict(tensors))
+        return Checkpoint(
+            file=file,
+            format=self,
+            state_dicts=(state_dict,) if tensors else (),
+            entries={name: text for name, text in metadata.items() if name != RECORD_KEY},
+            records={"": history} if history else {},
+            content=_Header(metadata, data_start),
+        )
+
+    def write(self, checkpoint: Checkpoint, path: Path, output: OutputFiles) -> None:
+        for edit in checkpoint.edits:
+            if isinstance(edit.step, SetAttribute | RemoveEntry):
+                raise RefusedError("a safetensors file holds tensors only, no modules and no other entries")
+        _write(checkpoint, output.open(path))
+
+
+def _read_header(file: SourceFile) -> tuple[dict[str, Any], int]:
+    if file.size < 8:
+        raise CorruptFileError("the file is too short for a safetensors header")
+    (length,) = struct.unpack("<Q", file.read(0, 8))
+    if length > min(MAX_HEADER, file.size - 8):
+        raise CorruptFileError(f"the safetensors header claims {length} bytes; the file has {file.size}")
+    try:
+        header = json.loads(
+            file.read(8, length).decode("utf-8"), object_pairs_hook=_unique, parse_constant=_reject_constant
+        )
+    except (ValueError, RecursionError) as error:
+        raise CorruptFileError(f"the safetensors header is not valid JSON: {error}") from error
+    if not isinstance(header, dict):
+        raise CorruptFileError("the safetensors header is not a JSON object")
+    return header, 8 + length
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a key occurs twice")
+    return found
+
+
+def _reject_constant(text: str) -> None:
+    raise ValueError(f"{text} is not JSON")
+
+
+def _check_metadata(metadata: Any) -> dict[str, str]:
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise CorruptFileError("the metadata of the safetensors header is not a map of texts")
+    return metadata
+
+
+def _read_tensors(file: SourceFile, header: Mapping[str, Any], data_start: int) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = {}
+    runs: list[tuple[int, int, str]] = []
+    for name, entry in header.items():
+        tensor, begin, end = _read_entry(file, name, entry, data_start)
+        tensors[name] = tensor
+        runs.append((begin, end, name))
+    position = 0
+    for begin, end, name in sorted(runs):
+        if begin != position:
+            raise CorruptFileError(f"the data has a hole or an overlap at byte {position}", tensor=name)
+        position = end
+    if data_start + position != file.size:
+        raise CorruptFileError(
+            f"the header describes {data_start + position} bytes, the file has {file.size}: truncated, or with a tail"
+        )
+    return tensors
+
+
+def _read_entry(file: SourceFile, name: str, entry: Any, data_start: int) -> tuple[StoredTensor, int, int]:
+    fields = entry if isinstance(entry, dict) else {}
+    dtype = BY_SAFETENSORS.get(str(fields.get("dtype")))
+    shape, offsets = fields.get("shape"), fields.get("data_offsets")
+    if dtype is None:
+        raise CorruptFileError(f"unknown dtype {str(fields.get('dtype'))[:40]!r}", tensor=name)
+    if not _are_counts(shape) or not _are_counts(offsets) or len(offsets) != 2:
+        raise CorruptFileError("malformed shape or data_offsets", tensor=name)
+    begin, end = offsets
+    if end - begin != dtype.byte_count(count_elements(shape)) or (count_elements(shape) * dtype.bits) % 8:
+        raise CorruptFileError(f"{end - begin} bytes do not hold a {dtype} tensor of shape {shape}", tensor=name)
+    storage = Storage(source=file, offset=data_start + begin, nbytes=end - begin, key=name)
+    return (
+        StoredTensor(
+            dtype=dtype, shape=tuple(shape), strides=contiguous_strides(shape), storage_offset=0, storage=storage
+        ),
+        begin,
+        end,
+    )
+
+
+def _are_counts(values: Any) -> bool:
+    return isinstance(values, list) and all(type(value) is int and value >= 0 for value in values)
+
+
+def _write(checkpoint: Checkpoint, stream: IO[bytes]) -> None:
+    content: _Header = checkpoint.content
+    (state_dict,) = checkpoint.state_dicts
+    metadata = dict(content.metadata)
+    recorded = any(isinstance(edit.step, Record) for edit in checkpoint.edits)
+    if recorded:
+        metadata[RECORD_KEY] = json.dumps(checkpoint.records[""], separators=(",", ":"))
+    original: dict[str, Tensor] = state_dict.source
+    order = _data_order(original, state_dict.tensors)
+    if original.keys() == state_dict.tensors.keys() and not recorded:
+        checkpoint.file.copy_to(stream, offset=0, length=content.data_start)
+    else:
+        stream.write(_make_header(state_dict.tensors, metadata, order))
+    for name in order:
+        tensor = state_dict.tensors[name]
+        if isinstance(tensor, StoredTensor) and tensor.storage is not None:
+            checkpoint.file.copy_to(stream, offset=tensor.storage.offset, length=tensor.nbytes)
+        else:
+            for chunk in tensor.chunks():
+                stream.write(chunk)
+
+
+def _data_order(original: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> list[str]:
+    """The order of the bytes: as in the source where the keys are the same, else widest elements first, for alignment."""
+    if original.keys() == tensors.keys():
+        return sorted(tensors, key=lambda name: _offset(original[name]))
+    return sorted(tensors, key=lambda name: -tensors[name].dtype.bits)
+
+
+def _offset(tensor: Tensor) -> int:
+    return tensor.storage.offset if isinstance(tensor, StoredTensor) and tensor.storage is not None else 0
+
+
+def _make_header(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], order: list[str]) -> bytes:
+    offsets, position = {}, 0
+    for name in order:
+        size = tensors[name].dtype.byte_count(count_elements(tensors[name].shape))
+        offsets[name] = [position, position + size]
+        position += size
+    header: dict[str, Any] = {_METADATA: dict(metadata)} if metadata else {}
+    for name, tensor in tensors.items():
+        header[name] = {
+            "dtype": tensor.dtype.safetensors,
+            "shape": list(tensor.shape),
+            "data_offsets": offsets[name],
+        }
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode("utf-8")
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text

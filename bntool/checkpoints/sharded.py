@@ -1,0 +1,185 @@
+"""Checkpoints split over several files, with an index that says which file holds which tensor."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bntool.checkpoints.checkpoint import Checkpoint, Format, GlobalName, StateDict, find_prefix
+from bntool.checkpoints.files import OutputFiles, SourceFile, check_output_differs
+from bntool.checkpoints.tensors import Tensor, count_elements
+from bntool.errors import CorruptFileError, RefusedError, UnsafeFileError
+from bntool.plan import Record
+
+MAX_INDEX = 1 << 27
+MAX_SHARDS = 10_000
+
+
+@dataclass(frozen=True)
+class _Shards:
+    """The parsed index and the opened shards by file name."""
+
+    index: Mapping[str, Any]
+    shards: Mapping[str, Checkpoint]
+    shard_of: Mapping[str, str]
+
+
+class Sharded(Format):
+    """See the module."""
+
+    name = "sharded"
+    title = "sharded"
+    single_file = False
+
+    def recognises(self, path: Path, head: bytes) -> bool:
+        return path.name.endswith(".index.json") or (head.lstrip()[:1] == b"{" and b'"weight_map"' in head)
+
+    def read(self, file: SourceFile) -> Checkpoint:
+        index = _read_index(file)
+        weight_map: dict[str, str] = index["weight_map"]
+        shards = {name: _open_shard(file.path.parent, name) for name in dict.fromkeys(weight_map.values())}
+        tensors: dict[str, Tensor] = {}
+        for name, shard_name in weight_map.items():
+            found = shards[shard_name].state_dicts
+            if len(found) != 1 or name not in found[0].tensors:
+                raise CorruptFileError(f"the index places this tensor in {shard_name}, which lacks it", tensor=name)
+            tensors[name] = found[0].tensors[name]
+        for shard_name, shard in shards.items():
+            for name in shard.state_dicts[0].tensors:
+                if weight_map.get(name) != shard_name:
+                    raise CorruptFileError(f"{shard_name} holds this tensor, the index does not say so", tensor=name)
+        versions = _merge_versions(shards)
+        state_dict = StateDict("", find_prefix(list(tensors)), tensors, versions=versions, source=dict(tensors))
+        histories = [shard.records[key] for shard in shards.values() for key in shard.records]
+        return Checkpoint(
+            file=file,
+            format=self,
+            state_dicts=(state_dict,),
+            entries={"shards": len(shards)},
+            globals=_merge_globals(shards),
+            records={"": histories[0]} if histories else {},
+            content=_Shards(index, shards, weight_map),
+        )
+
+    def write(self, checkpoint: Checkpoint, path: Path, output: OutputFiles) -> None:
+        from bntool.checkpoints.formats import write_checked
+
+        content: _Shards = checkpoint.content
+        if not path.name.endswith(".index.json"):
+            raise RefusedError(
+                "a sharded checkpoint is written as an index and its shards: name an output like "
+                f"FOLDER/{checkpoint.path.name}"
+            )
+        (state_dict,) = checkpoint.state_dicts
+        shard_of = _assign_shards(state_dict, content.shard_of)
+        for name, shard in content.shards.items():
+            target = path.parent / name
+            check_output_differs(shard.file, target)
+            write_checked(_edited_shard(shard, name, checkpoint, shard_of), target, output)
+        index = {**content.index, "weight_map": shard_of}
+        if isinstance(index.get("metadata"), dict) and "total_size" in index["metadata"]:
+            total = sum(t.dtype.byte_count(count_elements(t.shape)) for t in state_dict.tensors.values())
+            index["metadata"] = {**index["metadata"], "total_size": total}
+        output.open(path).write(json.dumps(index, indent=2, ensure_ascii=False).encode() + b"\n")
+
+    def verify_checksums(self, checkpoint: Checkpoint) -> int | None:
+        counts = [s.format.verify_checksums(s) for s in checkpoint.content.shards.values()]
+        known = [count for count in counts if count is not None]
+        return sum(known) if known else None
+
+    def can_record(self, checkpoint: Checkpoint, state_dict: StateDict) -> bool:
+        first = next(iter(checkpoint.content.shards.values()))
+        return bool(first.format.can_record(first, first.state_dicts[0]))
+
+
+def _read_index(file: SourceFile) -> dict[str, Any]:
+    if file.size > MAX_INDEX:
+        raise UnsafeFileError(f"the index has {file.size} bytes")
+    try:
+        index = json.loads(file.read(0, file.size).decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise CorruptFileError(f"the index is not valid JSON: {error}") from error
+    weight_map = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CorruptFileError("the index has no weight_map")
+    if not all(isinstance(name, str) for name in weight_map.values()):
+        raise CorruptFileError("the weight_map of the index does not map to file names")
+    if len(set(weight_map.values())) > MAX_SHARDS:
+        raise UnsafeFileError(f"the index names more than {MAX_SHARDS} files")
+    return index
+
+
+def _open_shard(folder: Path, name: str) -> Checkpoint:
+    """Open a shard beside the index, and nowhere else."""
+    from bntool.checkpoints.formats import open_file
+
+    if name != os.path.basename(name) or name in ("", ".", "..") or "\\" in name or ":" in name or "\0" in name:
+        raise UnsafeFileError(f"the index names a file outside of its folder: {name[:80]!r}")
+    if os.path.dirname(os.path.realpath(folder / name)) != os.path.realpath(folder):
+        raise UnsafeFileError(f"the index names a link that leads outside of its folder: {name[:80]!r}")
+    if name.endswith(".index.json"):
+        raise UnsafeFileError(f"the index names another index: {name[:80]!r}")
+    shard = open_file(SourceFile(folder / name))
+    if isinstance(shard.format, Sharded) or len(shard.state_dicts) != 1 or shard.state_dicts[0].key:
+        raise CorruptFileError("a shard must hold one bare state dict", path=shard.path)
+    return shard
+
+
+def _merge_versions(shards: Mapping[str, Checkpoint]) -> dict[str, int | None] | None:
+    merged: dict[str, int | None] = {}
+    for shard in shards.values():
+        merged.update(shard.state_dicts[0].versions or {})
+    return merged or None
+
+
+def _merge_globals(shards: Mapping[str, Checkpoint]) -> tuple[GlobalName, ...]:
+    merged = {name.path: name for shard in shards.values() for name in shard.globals}
+    return tuple(merged.values())
+
+
+def _assign_shards(state_dict: StateDict, known: Mapping[str, str]) -> dict[str, str]:
+    """Each tensor stays where it was; a new one goes where the tensor before it is."""
+    assigned: dict[str, str] = {}
+    current = next(iter(known.values()))
+    for name in state_dict.tensors:
+        current = known.get(name, current)
+        assigned[name] = current
+    return assigned
+
+
+def _edited_shard(shard: Checkpoint, name: str, whole: Checkpoint, shard_of: Mapping[str, str]) -> Checkpoint:
+    """One shard with the edits of the whole checkpoint that concern it; the record goes to the first shard."""
+    (edited,) = whole.state_dicts
+    tensors = {key: tensor for key, tensor in edited.tensors.items() if shard_of[key] == name}
+    is_first = name == next(iter(whole.content.shards))
+    (own,) = shard.state_dicts
+    return dataclasses.replace(
+        shard,
+        state_dicts=(dataclasses.replace(own, tensors=_in_own_order(own.tensors, tensors)),),
+        records=whole.records if is_first else {},
+        edits=tuple(e for e in whole.edits if not isinstance(e.step, Record) or is_first),
+    )
+
+
+def _in_own_order(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The shard's own key order; new keys after the one that they follow in the whole."""
+    ordered: dict[str, Tensor] = {}
+    names = list(tensors)
+    followers: dict[str | None, list[str]] = {}
+    previous: str | None = None
+    for name in names:
+        if name in own:
+            previous = name
+        else:
+            followers.setdefault(previous, []).append(name)
+    for name in [None, *own]:
+        if name is not None and name in tensors:
+            ordered[name] = tensors[name]
+        for follower in followers.get(name, ()):
+            ordered[follower] = tensors[follower]
+    return ordered

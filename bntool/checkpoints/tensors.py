@@ -1,0 +1,233 @@
+"""Tensors that have not been read yet: dtype, shape, strides, and where their bytes lie."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from bntool.checkpoints.dtypes import DType, decode_numbers, encode_numbers
+from bntool.checkpoints.files import CHUNK, ByteSource
+from bntool.errors import CorruptFileError, UnsafeFileError
+
+MAX_EXPANSION = 1 << 26  # elements a stride-0 tensor may expand to beyond what its storage holds
+
+
+class Tensor(Protocol):
+    """What bntool needs of a tensor, wherever it comes from."""
+
+    @property
+    def dtype(self) -> DType: ...
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    def chunks(self) -> Iterator[bytes]:
+        """The elements in C order, little endian, a piece at a time."""
+        ...
+
+
+def count_elements(shape: Sequence[int]) -> int:
+    return math.prod(shape)
+
+
+def read_bytes(tensor: Tensor) -> bytes:
+    """All elements of a tensor in C order, little endian."""
+    return b"".join(tensor.chunks())
+
+
+def read_numbers(tensor: Tensor) -> Sequence[float]:
+    """All elements of a tensor in C order as Python numbers, exactly.
+
+    Raises:
+        ValueError: elements of this dtype are not single numbers.
+    """
+    return decode_numbers(read_bytes(tensor), tensor.dtype)
+
+
+def contiguous_strides(shape: Sequence[int]) -> tuple[int, ...]:
+    strides, step = [], 1
+    for extent in reversed(shape):
+        strides.append(step)
+        step *= max(extent, 1)
+    return tuple(reversed(strides))
+
+
+@dataclass(frozen=True, slots=True)
+class Storage:
+    """A run of bytes of a file that one or more tensors view.
+
+    Attributes:
+        source: what to read from.
+        offset, nbytes: where the bytes lie in ``source``.
+        key: names the storage inside its file; two tensors with equal keys share memory.
+        big_endian: byte order of the elements.
+        device: the device tag that the file records, e.g. ``cpu`` or ``cuda:0``.
+    """
+
+    source: ByteSource = field(repr=False, compare=False)
+    offset: int
+    nbytes: int
+    key: str
+    big_endian: bool = False
+    device: str = "cpu"
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """A tensor of a file: a strided view of a storage.
+
+    Attributes:
+        dtype, shape: as PyTorch uses the words.
+        strides: in elements.
+        storage_offset: in elements.
+        storage: None where the file holds no bytes for it (meta tensors).
+        requires_grad: as recorded; None where the format has no such notion.
+        is_parameter: saved as ``torch.nn.Parameter``.
+        wrapper: name of a subclass or of a layout that is not strided (``sparse_coo``, ``quantized``): such tensors are
+            shown and passed through, never interpreted.
+    """
+
+    dtype: DType
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    storage_offset: int
+    storage: Storage | None
+    requires_grad: bool | None = None
+    is_parameter: bool = False
+    wrapper: str | None = None
+
+    @property
+    def numel(self) -> int:
+        return count_elements(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.dtype.byte_count(self.numel)
+
+    @property
+    def is_contiguous(self) -> bool:
+        expected = contiguous_strides(self.shape)
+        return self.numel == 0 or all(
+            extent == 1 or stride == wanted
+            for extent, stride, wanted in zip(self.shape, self.strides, expected, strict=True)
+        )
+
+    @property
+    def byte_range(self) -> tuple[int, int]:
+        """First byte and the byte after the last one that the tensor touches, within its storage."""
+        start = self.storage_offset * self.dtype.itemsize
+        if self.numel == 0:
+            return start, start
+        last = sum((extent - 1) * stride for extent, stride in zip(self.shape, self.strides, strict=True))
+        return start, start + max(self.dtype.byte_count(last + 1), 1)
+
+    def check_bounds(self, name: str) -> None:
+        """Hold shape, strides and offset against the storage, in Python's unbounded integers.
+
+        Raises:
+            CorruptFileError: the tensor would reach outside of its storage.
+        """
+        if any(extent < 0 for extent in self.shape) or len(self.shape) != len(self.strides):
+            raise CorruptFileError(f"impossible shape {list(self.shape)}", tensor=name)
+        if any(stride < 0 for stride in self.strides) or self.storage_offset < 0:
+            raise CorruptFileError("negative stride or storage offset", tensor=name)
+        if self.storage is None:
+            return
+        _, end = self.byte_range
+        if end > self.storage.nbytes:
+            raise CorruptFileError(
+                f"the tensor needs {end} bytes of its storage, which has {self.storage.nbytes}", tensor=name
+            )
+
+    def chunks(self) -> Iterator[bytes]:
+        storage = self.storage
+        if storage is None or self.wrapper is not None:
+            raise ValueError("this tensor has no plain elements to read")
+        start, end = self.byte_range
+        if self.is_contiguous:
+            item = self.dtype.itemsize
+            step = CHUNK // item * item
+            for position in range(start, end, step):
+                data = storage.source.read(storage.offset + position, min(step, end - position))
+                yield swap_bytes(data, item) if storage.big_endian else data
+            return
+        yield self._gather(storage.source.read(storage.offset + start, end - start), storage.big_endian)
+
+    def _gather(self, span: bytes, big_endian: bool) -> bytes:
+        """Collect the elements of a strided view in C order."""
+        item = self.dtype.itemsize
+        if self.nbytes > len(span) + MAX_EXPANSION * item:
+            raise UnsafeFileError(f"shape {list(self.shape)} expands {len(span)} stored bytes to {self.nbytes}")
+        positions = [0]
+        for extent, stride in zip(self.shape, self.strides, strict=True):
+            positions = [base + index * stride for base in positions for index in range(extent)]
+        data = b"".join([span[position * item : position * item + item] for position in positions])
+        return swap_bytes(data, item) if big_endian else data
+
+
+def swap_bytes(data: bytes, item: int) -> bytes:
+    """Reverse the bytes of each element."""
+    swapped = bytearray(len(data))
+    for index in range(item):
+        swapped[index::item] = data[item - 1 - index :: item]
+    return bytes(swapped)
+
+
+@dataclass(frozen=True, slots=True)
+class LiteralTensor:
+    """A small tensor given by its elements, C order, little endian."""
+
+    dtype: DType
+    shape: tuple[int, ...]
+    data: bytes = field(repr=False)
+
+    @classmethod
+    def from_numbers(cls, values: Sequence[float], *, dtype: DType, shape: tuple[int, ...]) -> LiteralTensor:
+        """Round each number once into ``dtype``.
+
+        Raises:
+            OverflowError: a finite value is too large for ``dtype``.
+        """
+        return cls(dtype, shape, encode_numbers(values, dtype))
+
+    def chunks(self) -> Iterator[bytes]:
+        yield self.data
+
+
+@dataclass(frozen=True, slots=True)
+class ScaledTensor:
+    """Another tensor times factors along some of its dimensions, computed when it is read.
+
+    The product is taken in float64 and rounded once to the source's dtype.
+
+    Attributes:
+        source: the tensor to scale, of a floating dtype.
+        view: a shape with as many elements as ``source``; its first dimension is the one that is streamed over.
+        factors: float64 factors.
+        factor_shape: shape of the factors, of the length of ``view``; 1 where a dimension is not scaled.
+    """
+
+    source: Tensor
+    view: tuple[int, ...]
+    factors: tuple[float, ...] = field(repr=False)
+    factor_shape: tuple[int, ...]
+
+    @property
+    def dtype(self) -> DType:
+        return self.source.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.source.shape
+
+    def chunks(self) -> Iterator[bytes]:
+        """See :class:`Tensor`.
+
+        Raises:
+            OverflowError: a product is too large for the dtype.
+        """
+        from bntool.checkpoints import arrays  # numpy, which listing a file does not need
+
+        yield from arrays.scale_chunks(self)

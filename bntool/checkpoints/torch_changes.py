@@ -1,0 +1,330 @@
+"""From an edited checkpoint to what must change in a torch file: bytes of storages, nodes of the pickle, new storages."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+from bntool.checkpoints.checkpoint import Checkpoint, StateDict
+from bntool.checkpoints.pickles.nodes import (
+    Construction,
+    Dict,
+    Global,
+    Instance,
+    Node,
+    PersistentId,
+    Update,
+    as_mapping,
+    children,
+    is_mapping,
+    iterate_pairs,
+    text_of,
+)
+from bntool.checkpoints.tensors import Storage, StoredTensor, Tensor, contiguous_strides, count_elements, swap_bytes
+from bntool.checkpoints.torch_objects import RECORD_KEY, StateDictSource, TorchContent, metadata_node
+from bntool.checkpoints.torch_tensors import TensorReader, read_storage_reference
+from bntool.errors import RefusedError
+from bntool.plan import Record, RemoveEntry, SetAttribute
+
+
+@dataclass
+class TorchChanges:
+    """What differs between the source and the file to write.
+
+    Attributes:
+        patches: by key of the storage, the tensors to put over it.
+        replacements: from ``id(node)`` of the pickle to the node in its place.
+        new_storages: by new key, the contiguous tensor that it holds.
+        dropped: keys of the storages that nothing refers to any more.
+        loose_record: JSON text to leave beside the pickle, where no state dict has a place for it.
+    """
+
+    patches: dict[str, list[tuple[StoredTensor, Tensor]]] = field(default_factory=dict)
+    replacements: dict[int, Node] = field(default_factory=dict)
+    new_storages: dict[str, Tensor] = field(default_factory=dict)
+    dropped: set[str] = field(default_factory=set)
+    loose_record: str | None = None
+
+    @property
+    def changes_pickle(self) -> bool:
+        return bool(self.replacements)
+
+
+def collect_changes(checkpoint: Checkpoint) -> TorchChanges:
+    """Compare a checkpoint with the file it came from.
+
+    Raises:
+        RefusedError: tensors would have to be added to or removed from a pickled module, or a dtype has no storage.
+    """
+    return _Collector(checkpoint).collect()
+
+
+class _Collector:
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.checkpoint = checkpoint
+        content: TorchContent = checkpoint.content
+        self.root = content.pickle.root
+        self.reader: TensorReader = content.reader
+        self.changes = TorchChanges()
+        self.used_keys = {
+            reference.key
+            for reference in map(read_storage_reference, content.pickle.persistent_ids)
+            if reference is not None
+        }
+        self.users: list[tuple[int, int, int, int]] | None = None
+
+    def collect(self) -> TorchChanges:
+        for state_dict in self.checkpoint.state_dicts:
+            self.change_tensors(state_dict)
+        for edit in self.checkpoint.edits:
+            if isinstance(edit.step, SetAttribute):
+                self.set_attribute(self.checkpoint.state_dict(edit.state_dict), edit.step)
+            elif isinstance(edit.step, RemoveEntry):
+                self.remove_entry(edit.step.path)
+        for state_dict in self.checkpoint.state_dicts:
+            if any(isinstance(e.step, Record) for e in self.checkpoint.edits if e.state_dict == state_dict.key):
+                self.record(state_dict)
+        if self.changes.replacements:
+            self.find_dropped_storages()
+        return self.changes
+
+    # nodes are never changed: an edited copy takes their place when the pickle is written
+
+    def editable(self, node: Node) -> Node:
+        """The copy that takes the place of a dict or an instance."""
+        replacement = self.changes.replacements.get(id(node))
+        if replacement is None:
+            replacement = _copy(node)
+            self.changes.replacements[id(node)] = replacement
+        return replacement
+
+    # tensors
+
+    def change_tensors(self, state_dict: StateDict) -> None:
+        source: StateDictSource = state_dict.source
+        original = {name: self.reader.read(node) for name, node in source.tensor_nodes.items()}
+        changed = {n: t for n, t in state_dict.tensors.items() if n in original and t is not original[n]}
+        added = [name for name in state_dict.tensors if name not in original]
+        removed = [name for name in original if name not in state_dict.tensors]
+        new_nodes: dict[str, Node] = {}
+        for name, tensor in changed.items():
+            stored = original[name]
+            assert stored is not None
+            if stored.storage is None or stored.wrapper or self.is_shared(source, name, changed):
+                new_nodes[name] = self.new_tensor(tensor, like=stored)
+            else:
+                self.changes.patches.setdefault(stored.storage.key, []).append((stored, tensor))
+        if not (added or removed or new_nodes):
+            return
+        if state_dict.is_module:
+            raise RefusedError(
+                "the file pickles whole modules; tensors in it can change but not come or go. "
+                "Save model.state_dict() and use that, or --layout same-keys"
+            )
+        neighbour = next(tensor for tensor in original.values() if tensor is not None)
+        for name in added:
+            new_nodes[name] = self.new_tensor(state_dict.tensors[name], like=neighbour)
+        self.change_pairs(source.node, state_dict.tensors, set(removed), new_nodes)
+
+    def change_pairs(
+        self, node: Node, tensors: Mapping[str, Tensor], removed: set[str], new_nodes: Mapping[str, Node]
+    ) -> None:
+        followers: dict[str | None, list[str]] = {}
+        previous: str | None = None
+        existing = {text_of(key) for key, _ in iterate_pairs(node)}
+        for name in tensors:
+            if name in existing:
+                previous = name
+            else:
+                followers.setdefault(previous, []).append(name)
+        pairs: list[tuple[Node, Node]] = [(name, new_nodes[name]) for name in followers.get(None, ())]
+        for key, value in iterate_pairs(node):
+            text = text_of(key)
+            if text is None or text not in removed:
+                pairs.append((key, new_nodes.get(text, value) if text is not None else value))
+            if text is not None:
+                pairs.extend((name, new_nodes[name]) for name in followers.pop(text, ()))
+        _set_pairs(self.editable(node), pairs)
+
+    def is_shared(self, source: StateDictSource, name: str, changed: Mapping[str, Tensor]) -> bool:
+        """Whether bytes of a tensor belong to another tensor too, one that does not get the same new elements."""
+        if self.users is None:
+            self.users = self.list_users()
+        node = source.tensor_nodes[name]
+        twins = {id(source.tensor_nodes[other]) for other, tensor in changed.items() if tensor == changed[name]}
+        stored = self.reader.read(node)
+        assert stored is not None and stored.storage is not None
+        if 0 in stored.strides and stored.numel > 1:
+            return True  # one element seen as many cannot hold different values
+        origin, start, end = _absolute_range(stored, stored.storage)
+        return any(
+            other not in twins and where == origin and first < end and start < last
+            for other, where, first, last in self.users
+        )
+
+    def list_users(self) -> list[tuple[int, int, int, int]]:
+        """The bytes of every tensor of the file: (id of its node, id of the source, first byte, last byte + 1)."""
+        users, wrapped = [], set()
+        for node in walk_nodes(self.root, {}):
+            tensor = self.reader.read(node)
+            if tensor is None or tensor.storage is None:
+                continue
+            if tensor.is_parameter and isinstance(node, Instance):
+                wrapped.add(id(node.arguments[0]))  # the tensor inside a parameter is the parameter
+            users.append((id(node), *_absolute_range(tensor, tensor.storage)))
+        return [user for user in users if user[0] not in wrapped]
+
+    def new_tensor(self, tensor: Tensor, *, like: StoredTensor) -> Node:
+        """A node for a tensor that needs a storage of its own."""
+        storage_name = tensor.dtype.storage
+        if storage_name is None:
+            raise RefusedError(f"a new tensor of dtype {tensor.dtype} cannot be written to this format")
+        key = _fresh_key(self.used_keys)
+        self.used_keys.add(key)
+        self.changes.new_storages[key] = tensor
+        device = like.storage.device if like.storage is not None else "cpu"
+        count = count_elements(tensor.shape)
+        reference = PersistentId(("storage", Global("torch", storage_name), key, device, count))
+        hooks = Instance(Global("collections", "OrderedDict"), (), construction=Construction.REDUCE)
+        arguments = (reference, 0, tensor.shape, contiguous_strides(tensor.shape), False, hooks)
+        rebuilt = Instance(
+            Global("torch._utils", "_rebuild_tensor_v2"), arguments, construction=Construction.REDUCE
+        )
+        if not like.is_parameter:
+            return rebuilt
+        return Instance(
+            Global("torch._utils", "_rebuild_parameter"),
+            (rebuilt, bool(like.requires_grad), hooks),
+            construction=Construction.REDUCE,
+        )
+
+    # the rest
+
+    def set_attribute(self, state_dict: StateDict, step: SetAttribute) -> None:
+        source: StateDictSource = state_dict.source
+        if step.module not in source.module_nodes:
+            raise RefusedError("the file holds no such module, only tensors", tensor=step.module)
+        owner, _, attribute = step.attribute.rpartition(".")
+        if attribute == "requires_grad" and owner:
+            name = f"{step.module}.{owner}" if step.module else owner
+            copy = self.editable(source.tensor_nodes[name])
+            copy.arguments = (copy.arguments[0], bool(step.value), *copy.arguments[2:])
+            return
+        state = self.editable(source.module_nodes[step.module].state)
+        _set_pairs(state, _with_item(iterate_pairs(state), step.attribute, step.value))
+
+    def remove_entry(self, path: tuple[str, ...]) -> None:
+        node = self.root
+        for key in path[:-1]:
+            node = as_mapping(node).get(key)
+        _set_pairs(self.editable(node), [(k, v) for k, v in iterate_pairs(self.editable(node)) if text_of(k) != path[-1]])
+
+    def record(self, state_dict: StateDict) -> None:
+        text = json.dumps(self.checkpoint.records[state_dict.key], separators=(",", ":"))
+        node = state_dict.source.node
+        metadata = metadata_node(node)
+        if not is_mapping(metadata):
+            self.changes.loose_record = text
+            return
+        entry = as_mapping(metadata).get("")
+        if not is_mapping(entry):
+            entry = Dict()
+            copy = self.editable(metadata)
+            _set_pairs(copy, _with_item(iterate_pairs(copy), "", entry))
+        copy = self.editable(entry)
+        _set_pairs(copy, _with_item(iterate_pairs(copy), RECORD_KEY, text))
+
+    def find_dropped_storages(self) -> None:
+        kept = set()
+        for node in walk_nodes(self.root, self.changes.replacements):
+            reference = read_storage_reference(node)
+            if reference is not None:
+                kept.add(reference.key)
+        self.changes.dropped = self.used_keys - kept - self.changes.new_storages.keys()
+
+
+def walk_nodes(root: Node, replacements: Mapping[int, Node]) -> Iterator[Node]:
+    """Every node below ``root``, each once."""
+    pending, seen = [root], set()
+    while pending:
+        node = pending.pop()
+        node = replacements.get(id(node), node)
+        if isinstance(node, tuple | list | Dict | Instance | PersistentId) or hasattr(node, "members"):
+            if id(node) in seen:
+                continue
+            seen.add(id(node))
+            yield node
+            pending.extend(children(node))
+
+
+def _absolute_range(tensor: StoredTensor, storage: Storage) -> tuple[int, int, int]:
+    start, end = tensor.byte_range
+    return id(storage.source), storage.offset + start, storage.offset + end
+
+
+def _fresh_key(used: set[str]) -> str:
+    numbers = [int(key) for key in used if key.isdecimal() and len(key) < 19]
+    return str(max(numbers, default=-1) + 1)
+
+
+def _copy(node: Node) -> Node:
+    if isinstance(node, Dict):
+        return Dict(list(node.pairs))
+    if isinstance(node, Instance):
+        copy = Instance(
+            node.constructor, node.arguments, construction=node.construction, keywords=node.keywords
+        )
+        copy.updates = list(node.updates)
+        return copy
+    raise RefusedError("the file holds something unexpected where a mapping should be")
+
+
+def _set_pairs(node: Node, pairs: list[tuple[Node, Node]]) -> None:
+    if isinstance(node, Dict):
+        node.pairs = pairs
+        return
+    others = [(update, payload) for update, payload in node.updates if update is not Update.ITEMS]
+    node.updates = [(Update.ITEMS, pairs), *others] if pairs else others
+
+
+def _with_item(pairs: Iterator[tuple[Node, Node]], key: str, value: Node) -> list[tuple[Node, Node]]:
+    kept = list(pairs)
+    for index, (name, _) in enumerate(kept):
+        if text_of(name) == key:
+            kept[index] = (name, value)
+            return kept
+    return [*kept, (key, value)]
+
+
+def patch_storage(patches: list[tuple[StoredTensor, Tensor]], *, base: int) -> Iterator[tuple[int, bytes]]:
+    """The bytes to put over a storage, in ascending order.
+
+    Args:
+        patches: stored tensors and what takes their place.
+        base: where the storage begins, in terms of the offsets of the stored tensors' storages.
+    """
+    written: set[tuple[int, int]] = set()
+    for stored, new in sorted(patches, key=lambda patch: patch[0].byte_range):
+        if stored.byte_range in written:  # tied tensors that get equal elements
+            continue
+        written.add(stored.byte_range)
+        assert stored.storage is not None
+        shift = stored.storage.offset - base
+        if stored.is_contiguous and not stored.storage.big_endian:
+            position = stored.byte_range[0] + shift
+            for chunk in new.chunks():
+                yield position, chunk
+                position += len(chunk)
+        else:
+            from bntool.checkpoints import arrays
+
+            position, data = arrays.place_in_span(stored, new)
+            yield position + shift, data
+
+
+def storage_bytes(tensor: Tensor, *, big_endian: bool) -> Iterator[bytes]:
+    """The bytes of a new storage."""
+    for chunk in tensor.chunks():
+        yield swap_bytes(chunk, tensor.dtype.itemsize) if big_endian else chunk
+

@@ -1,0 +1,172 @@
+"""The files of torch.save before torch 1.6: pickles one after the other, then the storages."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+from bntool.checkpoints.checkpoint import Checkpoint, Format, StateDict
+from bntool.checkpoints.files import OutputFiles, SourceFile
+from bntool.checkpoints.pickles.nodes import as_mapping, is_mapping, text_of
+from bntool.checkpoints.pickles.reading import Pickle, read_pickle
+from bntool.checkpoints.pickles.trust import list_globals
+from bntool.checkpoints.pickles.writing import write_pickle
+from bntool.checkpoints.tensors import Storage, count_elements
+from bntool.checkpoints.torch_changes import TorchChanges, collect_changes, patch_storage, storage_bytes
+from bntool.checkpoints.torch_objects import TorchContent, find_state_dicts, metadata_node, read_record
+from bntool.checkpoints.torch_tensors import StorageReference, TensorReader, read_storage_reference
+from bntool.errors import CorruptFileError, RefusedError
+
+_MAGIC = 0x1950A86A20F9469CFC6C
+_HEAD = b"\x8a\x0a" + _MAGIC.to_bytes(10, "little")
+_PROTOCOL = 1001
+
+
+@dataclass(frozen=True, slots=True)
+class _StoredRun:
+    """One storage of the file: its number of elements and where its bytes lie."""
+
+    key: str
+    count: int
+    offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class _Layout:
+    file: SourceFile
+    keys: Pickle
+    runs: dict[str, _StoredRun]
+    big_endian: bool
+
+
+class TorchLegacy(Format):
+    """See the module."""
+
+    name = "torch-legacy"
+    title = "torch (legacy, before 1.6)"
+
+    def recognises(self, path: Path, head: bytes) -> bool:
+        return head[:1] == b"\x80" and head[2 : 2 + len(_HEAD)] == _HEAD
+
+    def read(self, file: SourceFile) -> Checkpoint:
+        magic = read_pickle(file)
+        protocol = read_pickle(file, offset=magic.end)
+        system = read_pickle(file, offset=protocol.end)
+        if magic.root != _MAGIC or protocol.root != _PROTOCOL:
+            raise CorruptFileError(f"unknown version {protocol.root!r} of torch's legacy format")
+        pickle = read_pickle(file, offset=system.end)
+        keys = read_pickle(file, offset=pickle.end)
+        big_endian = as_mapping(system.root).get("little_endian") is False
+        layout = _Layout(file, keys, _locate_storages(file, pickle, keys), big_endian)
+        reader = TensorReader(lambda reference: _resolve(layout, reference))
+        state_dicts = find_state_dicts(pickle.root, reader)
+        records = {state_dict.key: read_record(state_dict.source.node) for state_dict in state_dicts}
+        return Checkpoint(
+            file=file,
+            format=self,
+            state_dicts=state_dicts,
+            entries=as_mapping(pickle.root) if is_mapping(pickle.root) else {},
+            globals=list_globals(pickle),
+            records={key: history for key, history in records.items() if history},
+            content=TorchContent(pickle, reader, layout),
+        )
+
+    def write(self, checkpoint: Checkpoint, path: Path, output: OutputFiles) -> None:
+        changes = collect_changes(checkpoint)
+        if changes.loose_record is not None:
+            raise RefusedError(
+                "this file has no place for a record: its state dict has no _metadata. "
+                "Load it and save it again with torch.save, or leave the record out"
+            )
+        _write(checkpoint, changes, output.open(path))
+
+    def can_record(self, checkpoint: Checkpoint, state_dict: StateDict) -> bool:
+        return is_mapping(metadata_node(state_dict.source.node))
+
+
+def _locate_storages(file: SourceFile, pickle: Pickle, keys: Pickle) -> dict[str, _StoredRun]:
+    """Where each storage lies: they follow in the order of the list of keys, each after its element count."""
+    references = {
+        reference.key: reference
+        for reference in map(read_storage_reference, pickle.persistent_ids)
+        if reference is not None
+    }
+    if not isinstance(keys.root, list):
+        raise CorruptFileError("the list of storages is malformed")
+    runs: dict[str, _StoredRun] = {}
+    position = keys.end
+    for node in keys.root:
+        key = text_of(node)
+        reference = references.get(key or "")
+        if key is None or reference is None or key in runs:
+            raise CorruptFileError(f"the list of storages names {node!r:.40}, which no tensor uses, or twice")
+        (count,) = struct.unpack("<q", file.read(position, 8))
+        nbytes = reference.dtype.byte_count(count)
+        if count < 0 or count < reference.count or position + 8 + nbytes > file.size:
+            raise CorruptFileError(f"storage {key!r} of {count} elements does not fit in the file: it is truncated")
+        runs[key] = _StoredRun(key, count, position + 8, nbytes)
+        position += 8 + nbytes
+    return runs
+
+
+def _resolve(layout: _Layout, reference: StorageReference) -> Storage:
+    run = layout.runs.get(reference.key)
+    if run is None:
+        raise CorruptFileError(f"the storage {reference.key!r} is missing from the file")
+    offset, nbytes = run.offset, run.nbytes
+    if reference.view is not None:
+        _, start, count = reference.view
+        if reference.dtype.byte_count(start + count) > nbytes:
+            raise CorruptFileError("a view of a storage reaches outside of it")
+        offset, nbytes = offset + reference.dtype.byte_count(start), reference.dtype.byte_count(count)
+    return Storage(
+        source=layout.file,
+        offset=offset,
+        nbytes=nbytes,
+        key=reference.key,
+        big_endian=layout.big_endian,
+        device=reference.device,
+    )
+
+
+def _write(checkpoint: Checkpoint, changes: TorchChanges, stream: IO[bytes]) -> None:
+    content: TorchContent = checkpoint.content
+    layout: _Layout = content.container
+    for chunk in layout.file.chunks(0, content.pickle.start):
+        stream.write(chunk)
+    if changes.changes_pickle:
+        protocol = content.pickle.protocol
+        write_pickle(stream.write, content.pickle.root, protocol=protocol, replacements=changes.replacements)
+        keys = [key for key in layout.runs if key not in changes.dropped]
+        write_pickle(stream.write, [*keys, *changes.new_storages], protocol=protocol)
+    else:
+        for chunk in layout.file.chunks(content.pickle.start, layout.keys.end - content.pickle.start):
+            stream.write(chunk)
+    for run in layout.runs.values():
+        if run.key not in changes.dropped:
+            stream.write(struct.pack("<q", run.count))
+            patches = patch_storage(changes.patches.get(run.key, []), base=run.offset)
+            _copy_run(layout.file, run, patches, stream)
+    for tensor in changes.new_storages.values():
+        stream.write(struct.pack("<q", count_elements(tensor.shape)))
+        for chunk in storage_bytes(tensor, big_endian=layout.big_endian):
+            stream.write(chunk)
+    if not changes.changes_pickle:
+        end = max((run.offset + run.nbytes for run in layout.runs.values()), default=layout.keys.end)
+        for chunk in layout.file.chunks(end, layout.file.size - end):  # whatever follows is not ours to drop
+            stream.write(chunk)
+
+
+def _copy_run(file: SourceFile, run: _StoredRun, patches: Iterator[tuple[int, bytes]], stream: IO[bytes]) -> None:
+    position = 0
+    for offset, data in patches:
+        for chunk in file.chunks(run.offset + position, offset - position):
+            stream.write(chunk)
+        stream.write(data)
+        position = offset + len(data)
+    for chunk in file.chunks(run.offset + position, run.nbytes - position):
+        stream.write(chunk)

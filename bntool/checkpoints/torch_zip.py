@@ -1,0 +1,171 @@
+"""The zip archives of torch.save since torch 1.6: a pickle and one record for each storage."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from bntool.checkpoints.checkpoint import Checkpoint, Format
+from bntool.checkpoints.files import MemorySource, OutputFiles, SourceFile
+from bntool.checkpoints.pickles.nodes import as_mapping, is_mapping
+from bntool.checkpoints.pickles.reading import read_pickle_bytes
+from bntool.checkpoints.pickles.trust import list_globals
+from bntool.checkpoints.pickles.writing import write_pickle
+from bntool.checkpoints.tensors import Storage, count_elements
+from bntool.checkpoints.torch_changes import TorchChanges, collect_changes, patch_storage, storage_bytes
+from bntool.checkpoints.torch_objects import TorchContent, find_state_dicts, parse_record, read_record
+from bntool.checkpoints.torch_tensors import StorageReference, TensorReader
+from bntool.checkpoints.zips.reading import LOCAL_MAGIC, ZipArchive, ZipRecord, read_archive
+from bntool.checkpoints.zips.writing import ZipWriter, copy_with_patches, patched_chunks
+from bntool.errors import CorruptFileError, UnknownFormatError, UnsafeFileError
+
+_RECORD_NAME = "bntool.json"
+MAX_PICKLE = 1 << 29
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """The archive and the folder in it that holds everything."""
+
+    archive: ZipArchive
+    root: str
+    big_endian: bool
+
+    def storage_record(self, key: str) -> ZipRecord | None:
+        return self.archive.records.get(f"{self.root}data/{key}")
+
+
+class TorchZip(Format):
+    """See the module."""
+
+    name = "torch-zip"
+    title = "torch (zip)"
+
+    def recognises(self, path: Path, head: bytes) -> bool:
+        return head.startswith(LOCAL_MAGIC)
+
+    def read(self, file: SourceFile) -> Checkpoint:
+        archive = read_archive(file)
+        layout = _find_layout(archive)
+        record = archive.records[f"{layout.root}data.pkl"]
+        if record.size > MAX_PICKLE:
+            raise UnsafeFileError(f"the pickle has {record.size} bytes")
+        pickle = read_pickle_bytes(archive.read(record))
+        reader = TensorReader(lambda reference: _resolve(layout, reference))
+        state_dicts = find_state_dicts(pickle.root, reader)
+        loose = archive.records.get(f"{layout.root}{_RECORD_NAME}")
+        records = {s.key: read_record(s.source.node) for s in state_dicts}
+        if loose is not None and state_dicts:
+            for entry in parse_record(archive.read(loose)):
+                key = str(entry.get("state_dict", ""))
+                records[key] = (*records.get(key, ()), entry)
+        return Checkpoint(
+            file=file,
+            format=self,
+            state_dicts=state_dicts,
+            entries=as_mapping(pickle.root) if is_mapping(pickle.root) else {},
+            globals=list_globals(pickle),
+            records={key: history for key, history in records.items() if history},
+            content=TorchContent(pickle, reader, layout),
+        )
+
+    def write(self, checkpoint: Checkpoint, path: Path, output: OutputFiles) -> None:
+        layout: _Layout = checkpoint.content.container
+        changes = collect_changes(checkpoint)
+        stream = output.open(path)
+        if changes.changes_pickle or changes.loose_record is not None or _patches_deflated(layout, changes):
+            _rewrite(checkpoint, changes, ZipWriter(stream, has_checksums=layout.archive.has_checksums))
+            return
+        patches = {}
+        for key, patch in changes.patches.items():
+            record = layout.storage_record(key)
+            assert record is not None
+            patches[record.name] = patch_storage(patch, base=record.data_offset)
+        copy_with_patches(layout.archive, stream, patches)
+
+    def verify_checksums(self, checkpoint: Checkpoint) -> int | None:
+        archive: ZipArchive = checkpoint.content.container.archive
+        if not archive.has_checksums:
+            return None
+        for record in archive.records.values():
+            archive.check_record(record)
+        return len(archive.records)
+
+
+def _find_layout(archive: ZipArchive) -> _Layout:
+    pickles = [name for name in archive.records if name == "data.pkl" or name.endswith("/data.pkl")]
+    top = [name for name in pickles if name.count("/") <= 1]
+    if len(top) != 1:
+        raise UnknownFormatError("this zip archive was not written by torch.save: it has no data.pkl")
+    root = top[0].removesuffix("data.pkl")
+    if f"{root}constants.pkl" in archive.records:
+        raise UnknownFormatError("this is a TorchScript archive, a layout that bntool does not read yet")
+    order = archive.records.get(f"{root}byteorder")
+    return _Layout(archive, root, big_endian=order is not None and archive.read(order) == b"big")
+
+
+def _resolve(layout: _Layout, reference: StorageReference) -> Storage:
+    record = layout.storage_record(reference.key)
+    if record is None:
+        raise CorruptFileError(f"the storage {reference.key!r} is missing from the archive")
+    if record.size < reference.nbytes:
+        raise CorruptFileError(
+            f"storage {reference.key!r} has {record.size} bytes, but {reference.nbytes} are announced"
+        )
+    facts = {"key": reference.key, "big_endian": layout.big_endian, "device": reference.device}
+    if record.stored_size != record.size:  # deflated: there are no bytes to point at
+        content = MemorySource(layout.archive.read(record))
+        return Storage(source=content, offset=0, nbytes=reference.nbytes, **facts)
+    return Storage(source=layout.archive.file, offset=record.data_offset, nbytes=reference.nbytes, **facts)
+
+
+def _patches_deflated(layout: _Layout, changes: TorchChanges) -> bool:
+    records = [layout.storage_record(key) for key in changes.patches]
+    return any(record is not None and record.stored_size != record.size for record in records)
+
+
+def _rewrite(checkpoint: Checkpoint, changes: TorchChanges, writer: ZipWriter) -> None:
+    """Write a new archive: the pickle anew if it changes, storages patched, added and dropped, all else copied."""
+    layout: _Layout = checkpoint.content.container
+    archive, root = layout.archive, layout.root
+    dropped = {f"{root}data/{key}" for key in changes.dropped}
+    patches = {f"{root}data/{key}": patch for key, patch in changes.patches.items()}
+    last_storage = max((r.header_offset for r in archive.records.values() if r.name.startswith(f"{root}data/")), default=0)
+    added = False
+
+    def add_new_storages() -> None:
+        for key, tensor in changes.new_storages.items():
+            size = tensor.dtype.byte_count(count_elements(tensor.shape))
+            writer.add(f"{root}data/{key}", storage_bytes(tensor, big_endian=layout.big_endian), size=size)
+
+    for record in archive.records.values():
+        if record.name == f"{root}data.pkl" and changes.changes_pickle:
+            data = _emit_pickle(checkpoint, changes)
+            writer.add(record.name, iter((data,)), size=len(data))
+        elif record.name == f"{root}{_RECORD_NAME}" and changes.loose_record is not None:
+            continue
+        elif record.name in patches:
+            base = 0 if record.stored_size != record.size else record.data_offset
+            chunks = patched_chunks(archive, record, patch_storage(patches[record.name], base=base))
+            writer.add(record.name, chunks, size=record.size)
+        elif record.name in dropped:
+            archive.check_record(record)
+        else:
+            writer.add(record.name, patched_chunks(archive, record, iter(())), size=record.size)
+        if record.header_offset == last_storage and not added:
+            add_new_storages()
+            added = True
+    if not added:
+        add_new_storages()
+    if changes.loose_record is not None:
+        data = changes.loose_record.encode()
+        writer.add(f"{root}{_RECORD_NAME}", iter((data,)), size=len(data))
+    writer.close()
+
+
+def _emit_pickle(checkpoint: Checkpoint, changes: TorchChanges) -> bytes:
+    parts: list[bytes] = []
+    pickle = checkpoint.content.pickle
+    write_pickle(parts.append, pickle.root, protocol=pickle.protocol, replacements=changes.replacements)
+    return b"".join(parts)
+

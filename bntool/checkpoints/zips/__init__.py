@@ -1,0 +1,1 @@
+"""Zip archives: reading one strictly, copying it record by record."""

@@ -1,0 +1,182 @@
+"""Copying zip archives with changes, and writing new ones as torch lays them out."""
+
+from __future__ import annotations
+
+import itertools
+import struct
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
+from typing import IO
+
+from bntool.checkpoints.files import CHUNK, ByteSource, MemorySource
+from bntool.checkpoints.zips.reading import (
+    CENTRAL_ENTRY,
+    DEFLATED,
+    DESCRIPTOR_FLAG,
+    END,
+    END64,
+    LOCAL_HEADER,
+    LOCAL_MAGIC,
+    LOCATOR,
+    MASK32,
+    STORED,
+    UTF8_FLAG,
+    ZipArchive,
+    ZipRecord,
+)
+from bntool.errors import CorruptFileError
+
+_ALIGNMENT = 64  # torch maps storages; it aligns them so
+
+
+def copy_with_patches(
+    archive: ZipArchive, stream: IO[bytes], patches: Mapping[str, Iterable[tuple[int, bytes]]]
+) -> None:
+    """Copy the whole archive, changing bytes inside stored records and the checksums of these records only.
+
+    Every byte outside of the patched ranges and of the CRC fields is copied as it is; the checksum of every record of
+    the source is verified on the way.
+
+    Args:
+        patches: by record name, (offset in the record, bytes) in ascending order, none overlapping.
+
+    Raises:
+        CorruptFileError: a record of the source does not match its checksum.
+    """
+    file = archive.file
+    position = 0
+    checksums: list[tuple[ZipRecord, int]] = []
+    for record in sorted(archive.records.values(), key=lambda record: record.header_offset):
+        for chunk in file.chunks(position, record.data_offset - position):
+            stream.write(chunk)
+        if record.method == DEFLATED:  # never patched here: its bytes are copied as they are
+            for chunk in file.chunks(record.data_offset, record.stored_size):
+                stream.write(chunk)
+        else:
+            crc = 0
+            for chunk in patched_chunks(archive, record, patches.get(record.name, ())):
+                crc = zlib.crc32(chunk, crc)
+                stream.write(chunk)
+            if record.name in patches:
+                checksums.append((record, crc))
+        position = record.data_offset + record.stored_size
+    for chunk in file.chunks(position, file.size - position):
+        stream.write(chunk)
+    if archive.has_checksums:
+        for record, crc in checksums:
+            _replace_checksum(archive, record, stream, crc)
+
+
+def patched_chunks(
+    archive: ZipArchive, record: ZipRecord, patches: Iterable[tuple[int, bytes]]
+) -> Iterator[bytes]:
+    """The content of a record with changes, while its own checksum is verified.
+
+    Raises:
+        CorruptFileError: the record of the source does not match its checksum.
+    """
+    content: ByteSource = archive.file
+    base = record.data_offset
+    if record.method == DEFLATED:
+        content, base = MemorySource(archive.read(record)), 0
+    crc, position = 0, 0
+    for offset, data in itertools.chain(patches, ((record.size, b""),)):
+        while position < offset:
+            chunk = content.read(base + position, min(CHUNK, offset - position))
+            crc = zlib.crc32(chunk, crc)
+            position += len(chunk)
+            yield chunk
+        if data:
+            crc = zlib.crc32(content.read(base + position, len(data)), crc)
+            position += len(data)
+            yield data
+    if archive.has_checksums and crc != record.crc:
+        raise CorruptFileError(f"checksum of record {record.name!r} differs: the file is damaged")
+
+
+def _replace_checksum(archive: ZipArchive, record: ZipRecord, stream: IO[bytes], crc: int) -> None:
+    packed = struct.pack("<I", crc)
+    places = [record.central_offset + 16]
+    if record.flags & DESCRIPTOR_FLAG:
+        after = record.data_offset + record.stored_size
+        has_magic = archive.file.read(after, 4) == b"PK\x07\x08"
+        places.append(after + 4 if has_magic else after)
+    else:
+        places.append(record.header_offset + 14)
+    for place in places:
+        stream.seek(place)
+        stream.write(packed)
+    stream.seek(0, 2)
+
+
+class ZipWriter:
+    """Writes a new archive of stored records, aligned as torch aligns them.
+
+    Args:
+        stream: binary, writable and seekable.
+        has_checksums: False writes zeros for checksums, as torch does when told so.
+    """
+
+    def __init__(self, stream: IO[bytes], *, has_checksums: bool = True) -> None:
+        self._stream = stream
+        self._has_checksums = has_checksums
+        self._directory: list[bytes] = []
+
+    def add(self, name: str, chunks: Iterator[bytes], *, size: int) -> None:
+        """Append one record of ``size`` bytes.
+
+        Raises:
+            ValueError: the chunks are not ``size`` bytes together.
+        """
+        stream = self._stream
+        offset = stream.tell()
+        raw = name.encode("utf-8")
+        wide = size >= MASK32
+        extra = struct.pack("<HHQQ", 1, 16, size, size) if wide else b""
+        start = offset + LOCAL_HEADER.size + len(raw) + len(extra) + 4
+        padding = -start % _ALIGNMENT
+        extra += struct.pack("<HH", 0x4246, padding) + b"Z" * padding  # "FB", torch's own padding field
+        stream.write(self._local_header(raw, extra, size=size, crc=0))
+        crc, written = 0, 0
+        for chunk in chunks:
+            crc = zlib.crc32(chunk, crc) if self._has_checksums else 0
+            written += len(chunk)
+            stream.write(chunk)
+        if written != size:
+            raise ValueError(f"record {name!r}: {written} bytes given, {size} announced")
+        end = stream.tell()
+        stream.seek(offset)
+        stream.write(self._local_header(raw, extra, size=size, crc=crc))
+        stream.seek(end)
+        self._directory.append(self._central_entry(raw, size=size, crc=crc, offset=offset))
+
+    def _local_header(self, name: bytes, extra: bytes, *, size: int, crc: int) -> bytes:
+        narrow = min(size, MASK32)
+        fields = (LOCAL_MAGIC, 45 if size >= MASK32 else 0, UTF8_FLAG, STORED, 0, 0, crc, narrow, narrow)
+        return LOCAL_HEADER.pack(*fields, len(name), len(extra)) + name + extra
+
+    def _central_entry(self, name: bytes, *, size: int, crc: int, offset: int) -> bytes:
+        wide = b""
+        if size >= MASK32:
+            wide += struct.pack("<QQ", size, size)
+        if offset >= MASK32:
+            wide += struct.pack("<Q", offset)
+        extra = struct.pack("<HH", 1, len(wide)) + wide if wide else b""
+        narrow = min(size, MASK32)
+        version = 45 if wide else 0
+        head = (b"PK\x01\x02", version, version, UTF8_FLAG, STORED, 0, 0, crc, narrow, narrow)
+        tail = (len(name), len(extra), 0, 0, 0, 0, min(offset, MASK32))
+        return CENTRAL_ENTRY.pack(*head, *tail) + name + extra
+
+    def close(self) -> None:
+        """Write the directory."""
+        stream = self._stream
+        offset = stream.tell()
+        for entry in self._directory:
+            stream.write(entry)
+        end = stream.tell()
+        count, size = len(self._directory), end - offset
+        stream.write(END64.pack(b"PK\x06\x06", END64.size - 12, 45, 45, 0, 0, count, count, size, offset))
+        stream.write(LOCATOR.pack(b"PK\x06\x07", 0, end, 1))
+        short, small, near = min(count, 0xFFFF), min(size, MASK32), min(offset, MASK32)
+        stream.write(END.pack(b"PK\x05\x06", 0, 0, short, short, small, near, 0))

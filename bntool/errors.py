@@ -1,0 +1,107 @@
+"""Every exception that a caller of bntool may catch.
+
+The message is one sentence about the problem and what to do; the facts (which file, which tensor, which value)
+are attributes. ``cli/main.py`` is the one place that turns them into a line of text and an exit code.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class BntoolError(Exception):
+    """Base class of all errors that bntool raises on purpose.
+
+    Args:
+        message: one sentence: what is wrong and what to do about it.
+        path: the file that it is about.
+        tensor: the key of the tensor (or the name of the layer) that it is about.
+        value: the offending value.
+    """
+
+    code: ClassVar[str] = "error"
+
+    def __init__(
+        self, message: str, *, path: object = None, tensor: str | None = None, value: object = None
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.path = None if path is None else str(path)
+        self.tensor = tensor
+        self.value = value
+
+    def __str__(self) -> str:
+        facts = [fact for fact in (self.path, self.tensor) if fact]
+        return ": ".join([*facts, self.message])
+
+    def about(self, path: object) -> BntoolError:
+        """Name the file, where the code that raised could not know it; returns the error itself."""
+        if self.path is None:
+            self.path = str(path)
+        return self
+
+
+class UsageError(BntoolError):
+    """The command or call cannot be understood: an unknown key, a malformed spec, options that exclude each other."""
+
+    code = "usage"
+
+
+class MissingExtraError(UsageError):
+    """An optional package is needed; the message names the extra that installs it."""
+
+    code = "missing-extra"
+
+
+class FileError(BntoolError):
+    """A file cannot be read or written as asked."""
+
+    code = "file"
+
+
+class UnreadableFileError(FileError):
+    """The operating system does not give the file: absent, a folder, a pipe, no permission, shrunk while read."""
+
+    code = "unreadable"
+
+
+class UnknownFormatError(FileError):
+    """The file is none of the formats that bntool knows."""
+
+    code = "unknown-format"
+
+
+class CorruptFileError(FileError):
+    """The file contradicts its own format: truncated, bad checksum, values out of bounds."""
+
+    code = "corrupt"
+
+
+class UnsafeFileError(FileError):
+    """The file is well formed but built to do harm or to exhaust memory or time; reading stops."""
+
+    code = "unsafe"
+
+
+class UnwritableFileError(FileError):
+    """The output cannot be written, or exists and ``--force`` was not given."""
+
+    code = "unwritable"
+
+
+class RefusedError(BntoolError):
+    """Nothing could be done safely, or something was skipped or assumed under ``--strict``."""
+
+    code = "refused"
+
+
+class VerificationError(BntoolError):
+    """What was computed does not agree with what it replaces; nothing was written."""
+
+    code = "verification-failed"
+
+
+class UserCodeError(BntoolError):
+    """The user's model or data code raised; the original exception is ``__cause__``."""
+
+    code = "user-code"

@@ -1,0 +1,217 @@
+"""What bntool intends to do to a model, as data: steps, skips and the reason of each skip.
+
+Freezing, folding and recalibrating each produce a :class:`Plan`. It is applied by
+:func:`bntool.checkpoints.application.apply_plan` (to a checkpoint) or
+:func:`bntool.layers.application.apply_plan` (to a live module); nothing else changes anything.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any, TypeAlias
+
+
+class Operation(Enum):
+    """The commands that plan changes."""
+
+    RECALIBRATE = "recalibrate"
+    FREEZE = "freeze"
+    FOLD = "fold"
+
+
+class SkipReason(Enum):
+    """Why a layer is left alone. Each is explained, with an example, in docs/skip-reasons.md."""
+
+    NOT_SELECTED = "not selected"
+    NOT_A_BATCHNORM = "not a BatchNorm"
+    NO_STATISTICS = "no statistics"
+    NOT_FINITE = "not finite"
+    NEGATIVE_VARIANCE = "negative variance"
+    NOT_INITIALISED = "not initialised"
+    TRAIN_MODE = "normalises by batch statistics"
+    NEVER_REACHED = "never reached"
+    FROZEN = "frozen"
+    REUSED = "reused"
+    SHARED_OUTPUT = "shared output"
+    NOT_ADJACENT = "not adjacent"
+    NO_PRODUCER = "no producer"
+    AXIS_MISMATCH = "axis mismatch"
+    COMPUTED_WEIGHT = "computed weight"
+    UNSUPPORTED_DTYPE = "unsupported dtype"
+    OVERFLOW = "overflow"
+    TOO_FEW_SAMPLES = "too few samples"
+
+
+@dataclass(frozen=True, slots=True)
+class Skip:
+    """A layer that is left alone.
+
+    Attributes:
+        layer: dotted module path.
+        reason: which of the named reasons.
+        detail: what exactly was seen, e.g. the reader that shares the output.
+    """
+
+    layer: str
+    reason: SkipReason
+    detail: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Values:
+    """New elements, in float64, to be rounded once to the dtype of the tensor.
+
+    Attributes:
+        numbers: in C order.
+        shape: of the tensor.
+    """
+
+    numbers: tuple[float, ...]
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Scaled:
+    """The elements of another tensor times factors, in float64, rounded once.
+
+    Attributes:
+        source: name of the tensor to scale.
+        view: a shape with as many elements as the source.
+        factors: float64 factors.
+        factor_shape: shape of the factors, as long as ``view``, 1 in dimensions that are not scaled.
+    """
+
+    source: str
+    view: tuple[int, ...]
+    factors: tuple[float, ...]
+    factor_shape: tuple[int, ...]
+
+
+Recipe: TypeAlias = Values | Scaled
+
+
+@dataclass(frozen=True, slots=True)
+class SetTensor:
+    """Give an existing tensor new elements; dtype and shape stay."""
+
+    name: str
+    value: Recipe
+
+
+@dataclass(frozen=True, slots=True)
+class AddTensor:
+    """Add a tensor that was not there.
+
+    Attributes:
+        dtype: PyTorch's name.
+        after: the tensor that it follows in key order.
+        is_parameter: a parameter of the live module, else a buffer.
+    """
+
+    name: str
+    value: Recipe
+    dtype: str
+    after: str
+    is_parameter: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class RemoveTensor:
+    """Remove a tensor."""
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class SetAttribute:
+    """Set a plain attribute of a module, e.g. ``training``, or ``requires_grad`` of one of its parameters.
+
+    Attributes:
+        module: dotted module path.
+        attribute: ``training``, or ``weight.requires_grad``.
+    """
+
+    module: str
+    attribute: str
+    value: bool | int | float | str
+
+
+@dataclass(frozen=True, slots=True)
+class RemoveModule:
+    """Replace a module by the identity: its work is done elsewhere."""
+
+    module: str
+
+
+@dataclass(frozen=True, slots=True)
+class RemoveEntry:
+    """Remove an entry beside the state dicts, e.g. optimizer state that no longer fits.
+
+    Attributes:
+        path: keys from the root of the file.
+    """
+
+    path: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """Leave a note in the file of what bntool did.
+
+    Attributes:
+        payload: JSON data.
+    """
+
+    payload: Mapping[str, Any]
+
+
+Step: TypeAlias = SetTensor | AddTensor | RemoveTensor | SetAttribute | RemoveModule | RemoveEntry | Record
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that an operation intends.
+
+    Names in steps are those of the unwrapped model: without a prefix like ``module.`` that all keys of the state dict
+    share.
+
+    Attributes:
+        operation: which command made it.
+        state_dict: key of the state dict in the file that it is for.
+        steps: in the order in which they are to be applied.
+        skips: the layers left alone.
+        layers: the layers that are changed, in execution order where that is known.
+        assumptions: what was taken for granted without proof; refused under ``--strict``.
+    """
+
+    operation: Operation
+    state_dict: str = ""
+    steps: tuple[Step, ...] = ()
+    skips: tuple[Skip, ...] = ()
+    layers: tuple[str, ...] = ()
+    assumptions: tuple[str, ...] = ()
+
+    def steps_of(self, kind: type[Any]) -> Iterator[Any]:
+        """The steps of one class."""
+        return (step for step in self.steps if isinstance(step, kind))
+
+    def with_record(self, payload: Mapping[str, Any]) -> Plan:
+        """The same plan, which also leaves a note in the file."""
+        return dataclasses.replace(self, steps=(*self.steps, Record(payload)))
+
+
+def describe_step(step: Step) -> dict[str, Any]:
+    """One step as JSON data, without the numbers."""
+    facts: dict[str, Any] = {"step": type(step).__name__}
+    for field in dataclasses.fields(step):
+        value = getattr(step, field.name)
+        if isinstance(value, Values):
+            facts["shape"] = list(value.shape)
+        elif isinstance(value, Scaled):
+            facts.update(scaled_from=value.source, shape=list(value.view))
+        else:
+            facts[field.name] = list(value) if isinstance(value, tuple) else value
+    return facts
