@@ -1,0 +1,92 @@
+"""``bntool inspect``."""
+
+from __future__ import annotations
+
+from enum import Enum
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from bntool.cli import options
+from bntool.cli.output import print_report
+
+if TYPE_CHECKING:
+    from bntool.reports.blocks import Block
+
+
+class FailOn(str, Enum):
+    """The severity from which on findings make the command fail."""
+
+    NOTICE = "notice"
+    WARNING = "warning"
+    ERROR = "error"
+
+
+def command(
+    checkpoints: options.Checkpoints,
+    state_dict: options.StateDictKey = None,
+    layers: options.Layers = None,
+    all_tensors: Annotated[
+        bool, typer.Option("--all", help="List every layer with its parameters and buffers, not only BatchNorm.")
+    ] = False,
+    stats: Annotated[bool, typer.Option("--stats", help="And minimum, mean, maximum of every tensor.")] = False,
+    fail_on: Annotated[
+        FailOn | None,
+        typer.Option("--fail-on", help="Exit with 1 if there is a finding of this severity or worse.", show_default=False),
+    ] = None,
+    verify_crc: Annotated[
+        bool, typer.Option("--verify-crc", help="Hold every byte against the checksums of the file (reads all of it).")
+    ] = False,
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
+) -> int:
+    """Show what the BatchNorm layers of a checkpoint hold, and what is wrong with them.
+
+    Nothing in the file is executed, whatever it is; torch is not needed for it either.
+
+    Examples:
+
+      bntool inspect ckpt.pt
+
+      bntool inspect ckpt.pt --layers 'backbone.layer3.*' --json
+
+      bntool inspect *.pt --fail-on error --quiet
+
+    Findings are marked X (error), ! (warning) and i (notice); docs/findings.md says what each means and what to do.
+    """
+    from bntool.checkpoints.formats import open_checkpoint
+    from bntool.cli.main import ExitCode, exit_code_of
+    from bntool.errors import BntoolError
+    from bntool.operations.findings import Severity
+    from bntool.operations.inspection import inspect_checkpoint
+    from bntool.reports.inspection import describe_inspection
+    from bntool.reports.report import FileReport, Report
+
+    reports, code = [], ExitCode.DONE
+    for path in checkpoints:
+        try:
+            with open_checkpoint(path) as checkpoint:
+                inspection = inspect_checkpoint(
+                    checkpoint,
+                    state_dict=state_dict,
+                    layers=layers or (),
+                    every_tensor=all_tensors,
+                    statistics=stats,
+                    verify_checksums=verify_crc,
+                )
+                every = all_tensors or stats
+                blocks: tuple[Block, ...] = ()
+                if not as_json:
+                    from bntool.reports.inspection_tables import show_inspection
+
+                    blocks = tuple(show_inspection(str(path), inspection, every_tensor=every))
+                facts = describe_inspection(inspection, every_tensor=every) if as_json else {}
+                reports.append(FileReport(str(path), facts=facts, blocks=blocks))
+                worst = inspection.worst()
+                if fail_on is not None and worst is not None and worst.rank >= Severity(fail_on.value).rank:
+                    code = max(code, ExitCode.FINDINGS)
+        except BntoolError as error:
+            reports.append(FileReport(str(path), error=error.about(path)))
+            code = max(code, exit_code_of(error))
+    print_report(Report("inspect", tuple(reports)), as_json=as_json, quiet=quiet)
+    return code

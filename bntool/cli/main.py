@@ -1,0 +1,154 @@
+"""The command line: its commands, and the one place where errors become a sentence and an exit code."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from enum import IntEnum
+from typing import Annotated
+
+import typer
+
+from bntool import errors
+from bntool.cli.output import print_error, print_report
+from bntool.reports.report import FileReport, Report
+from bntool.version import __version__
+
+
+class ExitCode(IntEnum):
+    """What the process returns; documented in docs/cli.md."""
+
+    DONE = 0
+    FINDINGS = 1
+    USAGE = 2
+    FILE = 3
+    REFUSED = 4
+    VERIFICATION = 5
+    USER_CODE = 6
+    INTERRUPTED = 130
+
+
+_CODES: tuple[tuple[type[errors.BntoolError], ExitCode], ...] = (
+    (errors.UsageError, ExitCode.USAGE),
+    (errors.FileError, ExitCode.FILE),
+    (errors.RefusedError, ExitCode.REFUSED),
+    (errors.VerificationError, ExitCode.VERIFICATION),
+    (errors.UserCodeError, ExitCode.USER_CODE),
+)
+
+# typer carries its own copy of click or uses the installed one, depending on its version; this base class is of the right one
+_ClickError: type[Exception] = typer.BadParameter.__mro__[2]
+
+# name on the command line -> module of this package with a function ``command``
+COMMANDS = {
+    "inspect": "inspection",
+    "recalibrate": "recalibration",
+    "freeze": "freezing",
+    "fold": "folding",
+    "diff": "comparison",
+    "convert": "conversion",
+}
+
+_EPILOG = (
+    "Exit codes: 0 done; 1 findings at or above --fail-on, or --expect not met; 2 usage, or a package is missing; "
+    "3 file unreadable, unsafe or unwritable; 4 refused; 5 verification failed, nothing written; 6 your model or data "
+    "code raised; 130 interrupted."
+)
+
+
+def exit_code_of(error: errors.BntoolError) -> ExitCode:
+    """The documented exit code of an error."""
+    return next(code for kind, code in _CODES if isinstance(error, kind))
+
+
+def build_app() -> typer.Typer:
+    """The application with all commands; importing their modules imports neither torch nor numpy."""
+    app = typer.Typer(
+        name="bntool",
+        help="Inspect, recalibrate, freeze and fold Batch Normalization in checkpoints.",
+        epilog=_EPILOG,
+        rich_markup_mode=None,  # markup would swallow [a-c] in help texts
+        pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    )
+    app.callback()(_root)
+    for name, module in COMMANDS.items():
+        if not os.path.exists(os.path.join(os.path.dirname(__file__), module + ".py")):
+            continue  # FIXME while rooms are being built
+        app.command(name)(importlib.import_module(f"bntool.cli.{module}").command)
+    return app
+
+
+def _root(
+    version: Annotated[  # noqa: ARG001 the callback does the work
+        bool,
+        typer.Option(
+            "--version",
+            help="Show versions, as a bug report needs them.",
+            callback=lambda wanted: _print_versions() if wanted else None,
+            is_eager=True,
+        ),
+    ] = False,
+) -> None:
+    pass
+
+
+def _print_versions() -> None:
+    import platform
+    from importlib import metadata
+
+    parts = [f"bntool {__version__}", f"Python {platform.python_version()}", platform.platform(terse=True)]
+    for package in ("torch", "safetensors", "numpy"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            parts.append(f"{package} {metadata.version(package)}")
+    print(", ".join(parts))
+    raise typer.Exit
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the command line.
+
+    Args:
+        arguments: without the name of the program.
+
+    Returns:
+        The exit code.
+    """
+    if not arguments:
+        main(["--help"])
+        return ExitCode.USAGE
+    try:
+        command = typer.main.get_command(build_app())
+        code = command.main(args=list(arguments), prog_name="bntool", standalone_mode=False) or ExitCode.DONE
+        if code == ExitCode.INTERRUPTED:  # typer turns the exception into a code
+            raise KeyboardInterrupt
+        return int(code)
+    except errors.BntoolError as error:
+        return _fail(error, arguments)
+    except _ClickError as error:
+        return _fail_usage(error, arguments)
+    except (typer.Abort, KeyboardInterrupt):
+        print_error("interrupted; nothing was written")
+        return ExitCode.INTERRUPTED
+    except BrokenPipeError:  # the reader of a pipe has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return ExitCode.DONE
+
+
+def _fail(error: errors.BntoolError, arguments: Sequence[str]) -> ExitCode:
+    """Print the error in the form that was asked for."""
+    command = next((argument for argument in arguments if not argument.startswith("-")), "")
+    report = Report(command, (FileReport(error.path or "", error=error),))
+    print_report(report, as_json="--json" in arguments)
+    return exit_code_of(error)
+
+
+def _fail_usage(error: Exception, arguments: Sequence[str]) -> ExitCode:
+    """What click found wrong with the arguments, with a hint where to read on."""
+    context = getattr(error, "ctx", None)
+    hint = f" (see '{context.command_path} --help')" if context is not None else ""
+    message = getattr(error, "format_message", error.__str__)()
+    return _fail(errors.UsageError(message.rstrip(".") + hint), arguments)

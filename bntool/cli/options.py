@@ -1,0 +1,67 @@
+"""The options that several commands share: one spelling of each, defined once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+_SELECTION, _OUTPUT, _MODEL, _REPORT = "What to work on", "Output", "Model and data", "Report"
+
+Checkpoint = Annotated[
+    Path, typer.Argument(metavar="CKPT", help="Checkpoint file; it is never written to.", show_default=False)
+]
+Checkpoints = Annotated[
+    list[Path], typer.Argument(metavar="CKPT...", help="Checkpoint files.", show_default=False)
+]
+StateDictKey = Annotated[
+    str | None,
+    typer.Option(
+        "--state-dict",
+        metavar="KEY",
+        help="Which state dict of a file that holds several, e.g. model_ema.",
+        show_default="chosen by rule, see docs/formats.md",
+    ),
+]
+Layers = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--layers",
+        metavar="GLOB",
+        help="Only layers whose name matches, e.g. 'backbone.layer3.*'. Repeatable.",
+        show_default=False,
+    ),
+]
+Output = Annotated[
+    Path | None,
+    typer.Option("--output", "-o", metavar="OUT", help="File to write. Required unless --dry-run.", show_default=False),
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Show what would be done and write nothing.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace OUT if it exists.")]
+Strict = Annotated[bool, typer.Option("--strict", help="Refuse (exit 4) if any layer is skipped or anything is assumed.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON (documented in docs/json.md).")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")]
+ModelSpec = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        metavar="SPEC",
+        help="The model: FILE.py:factory or package.module:factory. This runs your code.",
+        show_default=False,
+    ),
+]
+ModelArguments = Annotated[
+    list[str] | None,
+    typer.Option("--model-arg", metavar="K=V", help="An argument for the factory. Repeatable.", show_default=False),
+]
+DataSpec = Annotated[
+    str | None,
+    typer.Option(
+        "--data",
+        metavar="SPEC",
+        help="Input data: .npy, .npz, .pt or .safetensors, FILE.py:factory or package.module:factory.",
+        show_default=False,
+    ),
+]
+Device = Annotated[str, typer.Option("--device", metavar="DEVICE", help="Where the model runs, e.g. cpu or cuda:0.")]

@@ -1,0 +1,75 @@
+"""Everything that bntool prints: results to stdout, everything else to stderr."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import sys
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, TextIO
+
+from bntool.reports.text import sanitize
+
+if TYPE_CHECKING:
+    from bntool.reports.blocks import Block
+    from bntool.reports.report import Report
+
+
+def print_report(report: Report, *, as_json: bool, quiet: bool = False) -> None:
+    """Print what a command did: as JSON, or as text that fits where it goes."""
+    if as_json:
+        from bntool.reports.report import to_json
+
+        _write(sys.stdout, to_json(report.to_document()) + "\n")
+    elif not quiet:
+        for index, file in enumerate(report.files):
+            if index:
+                _write(sys.stdout, "\n")
+            print_blocks(file.blocks)
+    for file in report.files:
+        if file.error is not None:
+            print_error(str(file.error))
+
+
+def print_blocks(blocks: Iterable[Block]) -> None:
+    """Print blocks to stdout."""
+    from bntool.reports.tables import render
+
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+    _write(sys.stdout, render(blocks, width=width, colour=wants_colour(sys.stdout)))
+
+
+def print_error(message: str) -> None:
+    """One sentence about what went wrong, to stderr."""
+    _note(f"bntool: error: {sanitize(message)}", code="31")
+
+
+def print_warning(message: str) -> None:
+    """One sentence that the user should not miss, to stderr."""
+    _note(f"bntool: warning: {sanitize(message)}", code="33")
+
+
+def print_note(message: str) -> None:
+    """Something said on the way, to stderr."""
+    _note(sanitize(message), code="2")
+
+
+def wants_colour(stream: TextIO) -> bool:
+    """Colours on terminals, unless NO_COLOR is set or the terminal is dumb."""
+    return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+
+
+def _note(text: str, *, code: str) -> None:
+    _write(sys.stderr, f"\x1b[{code}m{text}\x1b[0m\n" if wants_colour(sys.stderr) else text + "\n")
+
+
+def _write(stream: TextIO, text: str) -> None:
+    encoding = stream.encoding or "utf-8"
+    stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
+    stream.flush()
+
+
+def user_output_to_stderr() -> contextlib.AbstractContextManager[TextIO]:
+    """What the user's model and data code prints must not mix with the result."""
+    return contextlib.redirect_stdout(sys.stderr)

@@ -1,0 +1,51 @@
+"""What the commands that write a file have in common."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from bntool.checkpoints.checkpoint import Checkpoint
+from bntool.checkpoints.files import OutputFiles, check_output_differs
+from bntool.checkpoints.formats import save_checkpoint
+from bntool.errors import RefusedError, UsageError
+from bntool.plan import Plan
+
+
+def check_output(checkpoint: Checkpoint, output: Path | None, *, dry_run: bool, force: bool) -> None:
+    """Find out before any work whether the output can be written.
+
+    Raises:
+        UsageError: neither an output nor ``--dry-run``, or the output is the input.
+        UnwritableFileError: it exists and ``--force`` is not given, or its folder is missing.
+    """
+    if dry_run:
+        return
+    if output is None:
+        raise UsageError("name the file to write with -o OUT, or use --dry-run to write nothing")
+    check_output_differs(checkpoint.file, output)
+    OutputFiles(force=force).check(output)
+
+
+def check_plan(plan: Plan, *, strict: bool) -> None:
+    """Hold a plan against ``--strict`` and against emptiness.
+
+    Raises:
+        RefusedError: nothing can be done safely; or, under ``strict``, a layer was skipped or something assumed.
+    """
+    if not plan.steps:
+        reasons = sorted({skip.reason.value for skip in plan.skips})
+        why = f" ({', '.join(reasons)})" if reasons else ": the state dict has no BatchNorm layer that was selected"
+        raise RefusedError(f"nothing could be done safely{why}; nothing was written")
+    if strict and plan.skips:
+        first = plan.skips[0]
+        raise RefusedError(
+            f"--strict: {len(plan.skips)} layers would be skipped, the first is {first.layer} ({first.reason.value})"
+        )
+    if strict and plan.assumptions:
+        raise RefusedError(f"--strict: this would be assumed: {plan.assumptions[0]}")
+
+
+def save(checkpoint: Checkpoint, output: Path | None, *, force: bool) -> None:
+    """Write the edited checkpoint; the output was checked by :func:`check_output`."""
+    assert output is not None
+    save_checkpoint(checkpoint, output, force=force)

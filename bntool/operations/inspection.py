@@ -1,0 +1,322 @@
+"""What the normalisation layers of a checkpoint hold, and what is wrong with them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from bntool.batchnorm import ROLES, BatchNorm, NormKind
+from bntool.checkpoints.checkpoint import Checkpoint, GlobalTrust, StateDict, choose_state_dict, is_averaged_copy
+from bntool.checkpoints.dtypes import NumberKind
+from bntool.checkpoints.norms import find_norms
+from bntool.checkpoints.tensors import StoredTensor, Tensor, read_numbers
+from bntool.errors import BntoolError
+from bntool.operations.findings import Finding, FindingCode, Severity, Summary, find_in_layer, summarize
+from bntool.plan import Operation
+
+MAX_CHANNELS = 1 << 22  # elements of one tensor read for its statistics unless --stats asks for all
+
+
+@dataclass(frozen=True)
+class LayerInspection:
+    """One BatchNorm with the numbers of its tensors and what is wrong with it."""
+
+    layer: BatchNorm
+    tensors: dict[str, Summary]
+    findings: tuple[Finding, ...]
+
+    @property
+    def num_batches_tracked(self) -> int | None:
+        counter = self.tensors.get("num_batches_tracked")
+        return int(counter.values[0]) if counter is not None and len(counter.values) == 1 else None
+
+
+@dataclass(frozen=True)
+class TensorInspection:
+    """One tensor of a state dict: its role, and its numbers where they were asked for.
+
+    Attributes:
+        role: ``parameter`` or ``buffer``, by the pickled module where there is one, else by name and dtype.
+    """
+
+    name: str
+    role: str
+    tensor: Tensor
+    summary: Summary | None
+
+
+@dataclass(frozen=True)
+class StateDictInspection:
+    """One state dict: counts, layers and findings.
+
+    Attributes:
+        parameters, buffers: elements.
+        other_norms: how many layers of each other kind of normalisation.
+        chosen: the commands that write work on this one unless told otherwise.
+    """
+
+    state_dict: StateDict
+    parameters: int
+    buffers: int
+    layers: tuple[LayerInspection, ...]
+    other_norms: dict[NormKind, int]
+    findings: tuple[Finding, ...]
+    tensors: tuple[TensorInspection, ...]
+    chosen: bool
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What a file holds.
+
+    Attributes:
+        findings: those that concern the whole file.
+        checksums: how many records were held against their checksum; None where this was not asked for.
+    """
+
+    checkpoint: Checkpoint
+    state_dicts: tuple[StateDictInspection, ...]
+    findings: tuple[Finding, ...]
+    checksums: int | None = None
+
+    def worst(self) -> Severity | None:
+        """The highest severity of all findings."""
+        found = [*self.findings]
+        for state_dict in self.state_dicts:
+            found += state_dict.findings
+            for layer in state_dict.layers:
+                found += layer.findings
+        return max((finding.severity for finding in found), key=lambda severity: severity.rank, default=None)
+
+
+def inspect_checkpoint(
+    checkpoint: Checkpoint,
+    *,
+    state_dict: str | None = None,
+    layers: Sequence[str] = (),
+    every_tensor: bool = False,
+    statistics: bool = False,
+    verify_checksums: bool = False,
+) -> Inspection:
+    """Look at every state dict of a checkpoint, or at one.
+
+    Args:
+        state_dict: key of the only one to look at.
+        layers: globs; only BatchNorm layers whose name matches one are listed and judged.
+        every_tensor: list all tensors, not only those of BatchNorm layers.
+        statistics: and the numbers of each of them.
+        verify_checksums: hold all bytes of the file against its checksums.
+
+    Raises:
+        UsageError: there is no such state dict.
+        CorruptFileError: a tensor that must be read cannot be, or a checksum differs.
+    """
+    checked = checkpoint.format.verify_checksums(checkpoint) if verify_checksums else None
+    if state_dict is not None:
+        wanted: tuple[StateDict, ...] = (checkpoint.state_dict(state_dict),)
+    else:
+        wanted = checkpoint.state_dicts
+    chosen = choose_state_dict(checkpoint, state_dict) if wanted else None
+    inspections = [
+        _inspect_state_dict(
+            one,
+            layers=layers,
+            every_tensor=every_tensor or statistics,
+            statistics=statistics,
+            chosen=one is chosen,
+            recalibrated=_recalibrated_layers(checkpoint, one),
+        )
+        for one in wanted
+    ]
+    inspections = _compare_averaged(inspections)
+    return Inspection(checkpoint, tuple(inspections), tuple(_file_findings(checkpoint, inspections)), checked)
+
+
+def selects(globs: Sequence[str], name: str) -> bool:
+    """Whether a layer is selected: by any of the globs, or by there being none."""
+    return not globs or any(fnmatchcase(name, glob) for glob in globs)
+
+
+def _inspect_state_dict(
+    state_dict: StateDict,
+    *,
+    layers: Sequence[str],
+    every_tensor: bool,
+    statistics: bool,
+    chosen: bool,
+    recalibrated: frozenset[str],
+) -> StateDictInspection:
+    norms = find_norms(state_dict)
+    selected = [norm for norm in norms if norm.kind.is_batch_norm and selects(layers, norm.name)]
+    inspected = tuple(_inspect_layer(norm, recalibrated=norm.name in recalibrated) for norm in selected)
+    others = Counter(norm.kind for norm in norms if not norm.kind.is_batch_norm)
+    roles = {name: _role(state_dict, name, tensor) for name, tensor in state_dict.tensors.items()}
+    sizes = {name: _count(tensor) for name, tensor in state_dict.tensors.items()}
+    tensors = tuple(
+        TensorInspection(
+            state_dict.strip(name), roles[name], tensor, _summarize(name, tensor) if statistics else None
+        )
+        for name, tensor in state_dict.tensors.items()
+        if every_tensor and selects(layers, state_dict.strip(name).rpartition(".")[0])
+    )
+    return StateDictInspection(
+        state_dict=state_dict,
+        parameters=sum(size for name, size in sizes.items() if roles[name] == "parameter"),
+        buffers=sum(size for name, size in sizes.items() if roles[name] == "buffer"),
+        layers=_compare_counters(inspected),
+        other_norms=dict(others),
+        findings=tuple(_state_dict_findings(norms)),
+        tensors=tensors,
+        chosen=chosen,
+    )
+
+
+def _role(state_dict: StateDict, name: str, tensor: Tensor) -> str:
+    if state_dict.is_module and isinstance(tensor, StoredTensor):
+        return "parameter" if tensor.is_parameter else "buffer"
+    leaf = name.rpartition(".")[2]
+    is_buffer = leaf.startswith("running_") or leaf in ROLES[2:] or not tensor.dtype.is_floating
+    return "buffer" if is_buffer and tensor.dtype.kind is not NumberKind.COMPLEX else "parameter"
+
+
+def _count(tensor: Tensor) -> int:
+    total = 1
+    for extent in tensor.shape:
+        total *= extent
+    return total
+
+
+def _recalibrated_layers(checkpoint: Checkpoint, state_dict: StateDict) -> frozenset[str]:
+    """The layers whose statistics bntool recomputed, as the file records."""
+    history = checkpoint.records.get(state_dict.key, ())
+    names: set[str] = set()
+    for entry in history:
+        listed = entry.get("layers")
+        if entry.get("operation") == Operation.RECALIBRATE.value and isinstance(listed, list):
+            names.update(name for name in listed if isinstance(name, str))
+    return frozenset(names)
+
+
+def _inspect_layer(layer: BatchNorm, *, recalibrated: bool) -> LayerInspection:
+    summaries: dict[str, Summary] = {}
+    unread: list[str] = []
+    for role in ROLES:
+        if role in layer.tensors:
+            summary = _summarize(f"{layer.name}.{role}", layer.tensors[role])
+            if summary is not None:
+                summaries[role] = summary
+            else:
+                unread.append(role)
+    findings = find_in_layer(summaries, eps=layer.eps, recalibrated=recalibrated)
+    if unread:
+        message = f"{', '.join(unread)}: the file holds no plain elements (uninitialised, meta, or too large to be read)"
+        findings.append(Finding(FindingCode.NOT_INITIALISED, Severity.WARNING, "no elements", message))
+    if layer.kind is NormKind.BATCH_NORM and "num_batches_tracked" not in layer.tensors:
+        message = (
+            "num_batches_tracked is missing: saved before torch 0.4.1, or by another framework; harmless in eval mode, "
+            "but strict loading needs it where the file has module versions"
+        )
+        findings.append(Finding(FindingCode.COUNTER_MISSING, Severity.NOTICE, "no counter", message))
+    return LayerInspection(layer, summaries, tuple(findings))
+
+
+def _summarize(name: str, tensor: Tensor) -> Summary | None:
+    """The numbers of a tensor; None where it has no plain elements."""
+    if isinstance(tensor, StoredTensor) and (tensor.storage is None or tensor.wrapper):
+        return None
+    if tensor.dtype.kind in (NumberKind.OPAQUE, NumberKind.COMPLEX) or _count(tensor) > MAX_CHANNELS:
+        return None
+    try:
+        values = read_numbers(tensor)
+    except BntoolError as error:
+        error.tensor = error.tensor or name
+        raise
+    return summarize(values, dtype=tensor.dtype.name, shape=tuple(tensor.shape))
+
+
+def _compare_counters(layers: tuple[LayerInspection, ...]) -> tuple[LayerInspection, ...]:
+    """Flag layers whose num_batches_tracked differs from what most layers have."""
+    counts = Counter(n for layer in layers if (n := layer.num_batches_tracked) is not None)
+    if len(counts) <= 1:
+        return layers
+    usual, votes = counts.most_common(1)[0]
+    if votes * 2 <= counts.total():
+        return layers  # no common value to disagree with
+    compared = []
+    for layer in layers:
+        own = layer.num_batches_tracked
+        if own is not None and own != usual:
+            message = f"num_batches_tracked is {own} here and {usual} in most layers: it was trained apart, reset, or used more often"
+            finding = Finding(FindingCode.COUNTER_DISAGREES, Severity.NOTICE, f"counter {own}", message)
+            layer = LayerInspection(layer.layer, layer.tensors, (*layer.findings, finding))  # noqa: PLW2901
+        compared.append(layer)
+    return tuple(compared)
+
+
+def _state_dict_findings(norms: Sequence[BatchNorm]) -> list[Finding]:
+    findings = []
+    lookalikes = [n for n in norms if n.kind is NormKind.INSTANCE_NORM]
+    if lookalikes:
+        message = f"{len(lookalikes)} InstanceNorm layers have the same tensors as BatchNorm; they are told apart by class"
+        findings.append(Finding(FindingCode.INSTANCE_NORM_LOOKALIKE, Severity.NOTICE, "InstanceNorm", message))
+    relatives = Counter(
+        n.kind.value
+        for n in norms
+        if not n.kind.is_batch_norm
+        and n.kind not in (NormKind.INSTANCE_NORM, NormKind.LAYER_OR_GROUP_NORM, NormKind.NORM_WITHOUT_STATISTICS)
+    )
+    for kind, count in relatives.items():
+        message = f"{count} {kind} layers keep statistics but are no BatchNorm: bntool leaves them alone"
+        findings.append(Finding(FindingCode.NOT_BATCH_NORM, Severity.NOTICE, kind, message))
+    return findings
+
+
+def _compare_averaged(inspections: list[StateDictInspection]) -> list[StateDictInspection]:
+    """Flag averaged copies whose statistics are still initial while the model's have moved."""
+    models = [i for i in inspections if not is_averaged_copy(i.state_dict.key)]
+    moved = {
+        layer.layer.name
+        for inspection in models
+        for layer in inspection.layers
+        if layer.layer.has_statistics and not _is_initial(layer)
+    }
+    compared = []
+    for inspection in inspections:
+        stale = [i for i in inspection.layers if _is_initial(i) and i.layer.name in moved]
+        if is_averaged_copy(inspection.state_dict.key) and stale:
+            message = (
+                f"the statistics of {len(stale)} of {len(inspection.layers)} layers of this averaged copy are initial while "
+                "the model's have moved: its buffers were not copied; recalibrate it before use"
+            )
+            finding = Finding(FindingCode.EMA_STATISTICS_INITIAL, Severity.ERROR, "EMA statistics initial", message)
+            inspection = _with_finding(inspection, finding)  # noqa: PLW2901
+        compared.append(inspection)
+    return compared
+
+
+def _with_finding(inspection: StateDictInspection, finding: Finding) -> StateDictInspection:
+    return dataclasses.replace(inspection, findings=(*inspection.findings, finding))
+
+
+def _is_initial(layer: LayerInspection) -> bool:
+    return any(finding.code is FindingCode.NEVER_UPDATED for finding in layer.findings)
+
+
+def _file_findings(checkpoint: Checkpoint, inspections: Sequence[StateDictInspection]) -> list[Finding]:
+    findings = []
+    suspicious = [name.path for name in checkpoint.globals if name.trust is GlobalTrust.SUSPICIOUS]
+    if suspicious:
+        message = (
+            f"unpickling this file would use {', '.join(suspicious[:3])}{' ...' if len(suspicious) > 3 else ''}, which can "  # noqa: PLR2004
+            "run code: do not load it with torch.load(weights_only=False) unless you trust where it comes from"
+        )
+        findings.append(
+            Finding(FindingCode.SUSPICIOUS_GLOBAL, Severity.WARNING, "suspicious", message, {"globals": suspicious})
+        )
+    if not any(inspection.layers for inspection in inspections):
+        message = "no BatchNorm layer was found" if checkpoint.state_dicts else "no state dict was found"
+        findings.append(Finding(FindingCode.NO_BATCH_NORM, Severity.NOTICE, "no BatchNorm", message))
+    return findings

@@ -1,0 +1,61 @@
+"""Text for people: numbers in few digits, sizes, and names from files made harmless."""
+
+from __future__ import annotations
+
+import math
+import unicodedata
+
+# categories that can move the cursor, hide or reorder text, or have no glyph: controls, formats (bidi marks, zero
+# width), surrogates, private use, unassigned, line and paragraph separators
+_UNSHOWN = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
+MAX_NAME = 300
+
+
+def sanitize(text: str) -> str:
+    """The text with everything that a terminal could obey written as an escape, e.g. ``\\x1b``.
+
+    Text from a file is data: it never reaches the terminal raw.
+    """
+    if text.isascii() and text.isprintable():
+        return text if len(text) <= MAX_NAME else text[:MAX_NAME] + "…"
+    shown = "".join(_show(character) for character in text[: MAX_NAME + 1])
+    return shown if len(text) <= MAX_NAME else shown + "…"
+
+
+def _show(character: str) -> str:
+    if unicodedata.category(character) not in _UNSHOWN:
+        return character
+    code = ord(character)
+    if code < 0x100:
+        return f"\\x{code:02x}"
+    return f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
+
+
+def format_number(value: float, digits: int = 3) -> str:
+    """A number in a few significant digits, as short as it stays readable."""
+    if math.isnan(value):
+        return "nan"
+    if math.isinf(value):
+        return "inf" if value > 0 else "-inf"
+    if value == 0:
+        return "0"
+    text = f"{value:.{digits}g}"
+    if "e" in text:
+        mantissa, exponent = text.split("e")
+        return f"{mantissa}e{int(exponent)}"
+    return text
+
+
+def format_size(size: int) -> str:
+    """Bytes in a unit that keeps the number small, as disk tools do (1 kB = 1000 B)."""
+    value, unit = float(size), "B"
+    for larger in ("kB", "MB", "GB", "TB", "PB"):
+        if value < 999.5:
+            break
+        value, unit = value / 1000, larger
+    return f"{size} B" if unit == "B" else f"{value:.{1 if value < 99.95 else 0}f} {unit}"
+
+
+def plural(count: int, noun: str, plural_form: str = "") -> str:
+    """``1 layer``, ``2 layers``."""
+    return f"{count:,} {noun if count == 1 else plural_form or noun + 's'}"

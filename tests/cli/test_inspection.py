@@ -1,0 +1,99 @@
+"""``bntool inspect`` as a user meets it."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import jsonschema
+import pytest
+import torch
+
+from bntool.cli.main import main
+
+ROOT = Path(__file__).parents[2]
+SAMPLES = ROOT / "sample_ckpts"
+SCHEMA = json.loads((ROOT / "docs" / "schema" / "inspect.json").read_text())
+
+
+def run_json(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, dict]:
+    code = main(["inspect", "--json", *map(str, arguments)])
+    document = json.loads(capsys.readouterr().out, parse_constant=lambda text: pytest.fail(f"{text} in JSON"))
+    jsonschema.validate(document, SCHEMA)
+    return code, document
+
+
+@pytest.mark.parametrize("path", sorted(p for p in SAMPLES.iterdir() if p.suffix in (".pt", ".pth", ".safetensors")), ids=lambda p: p.name)
+@pytest.mark.parametrize("extra", [[], ["--all"], ["--stats", "--verify-crc"]], ids=["plain", "all", "stats"])
+def test_the_document_of_every_sample_is_valid(path: Path, extra: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    code, document = run_json(capsys, path, *extra)
+    assert code == 0
+    (file,) = document["files"]
+    assert sum(layer["channels"] for layer in file["state_dicts"][0]["layers"]) == 188
+
+
+def test_nan_becomes_null_with_a_count(capsys: pytest.CaptureFixture[str]) -> None:
+    _, document = run_json(capsys, SAMPLES / "broken_nan_variance.pt", "--layers", "layer2.0.bn1")
+    (layer,) = document["files"][0]["state_dicts"][0]["layers"]
+    assert layer["tensors"]["running_var"]["nonfinite"] == 1
+    assert layer["tensors"]["running_var"]["min"] > 0
+
+
+def test_several_files_go_on_after_a_bad_one_and_end_with_the_worst_code(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "bad.pt").write_bytes(b"not a checkpoint")
+    code, document = run_json(
+        capsys, SAMPLES / "broken_nan_variance.pt", tmp_path / "bad.pt", SAMPLES / "digits.pt", "--fail-on", "error"
+    )
+    assert code == 3
+    assert ["error" in file for file in document["files"]] == [False, True, False]
+    assert document["files"][1]["error"]["code"] == "unknown-format"
+
+
+@pytest.mark.parametrize(
+    ("name", "level", "code"),
+    [
+        ("digits.pt", "notice", 0),
+        ("drifted.pt", "error", 0),
+        ("drifted.pt", "warning", 1),
+        ("broken_nan_variance.pt", "error", 1),
+    ],
+)
+def test_fail_on_is_a_gate(name: str, level: str, code: int, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", str(SAMPLES / name), "--fail-on", level, "--quiet"]) == code
+    assert capsys.readouterr().out == ""
+
+
+def test_key_names_never_reach_the_terminal_raw(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    evil = "\x1b[2J\x1b]8;;http://x\x07[red]\n\u202ename"
+    values = {leaf: torch.ones(2) for leaf in ("weight", "bias", "running_mean", "running_var")}
+    torch.save({f"{evil}.{leaf}": value for leaf, value in values.items()}, tmp_path / "evil.pt")
+    assert main(["inspect", str(tmp_path / "evil.pt"), "--all"]) == 0
+    assert main(["inspect", str(tmp_path / "evil.pt")]) == 0
+    out = capsys.readouterr().out
+    assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", out)
+    assert "\\x1b" in out
+    _, document = run_json(capsys, tmp_path / "evil.pt")
+    assert document["files"][0]["state_dicts"][0]["layers"][0]["name"] == evil  # JSON escapes by itself
+
+
+def test_neither_torch_nor_numpy_is_imported() -> None:
+    script = (
+        "import sys; from bntool.cli.main import main; code = main(sys.argv[1:]);"
+        "loaded = {'torch', 'numpy', 'rich', 'safetensors'} & set(sys.modules); assert not loaded, loaded; sys.exit(code)"
+    )
+    arguments = ["inspect", *(str(p) for p in sorted(SAMPLES.glob("*.pt"))), str(SAMPLES / "digits.safetensors")]
+    for extra in ([], ["--json"], ["--stats"], ["--verify-crc"]):
+        subprocess.run([sys.executable, "-c", script, *arguments, *extra], check=True, stdout=subprocess.DEVNULL, cwd=ROOT)
+    subprocess.run([sys.executable, "-c", script, "--help"], check=True, stdout=subprocess.DEVNULL, cwd=ROOT)
+
+
+def test_a_closed_pipe_is_no_error() -> None:
+    command = f"{sys.executable} -m bntool inspect {SAMPLES / 'digits.pt'} --all | head -1; echo ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert done.stderr == ""
+    assert done.stdout.splitlines()[-1] == "0"
