@@ -1,0 +1,56 @@
+"""Inspect, recalibrate, freeze and fold Batch Normalization in checkpoints.
+
+Everything public is re-exported here and imported when it is first used: ``import bntool`` imports neither torch nor
+numpy.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from bntool.version import __version__
+
+if TYPE_CHECKING:
+    from bntool.batchnorm import BatchNorm as BatchNorm
+    from bntool.batchnorm import scale_and_shift as scale_and_shift
+    from bntool.checkpoints.application import apply_plan as apply_plan
+    from bntool.checkpoints.checkpoint import Checkpoint as Checkpoint
+    from bntool.checkpoints.checkpoint import StateDict as StateDict
+    from bntool.checkpoints.checkpoint import choose_state_dict as choose_state_dict
+    from bntool.checkpoints.formats import open_checkpoint as open_checkpoint
+    from bntool.checkpoints.formats import save_checkpoint as save_checkpoint
+    from bntool.checkpoints.norms import find_batchnorms as find_batchnorms
+    from bntool.errors import BntoolError as BntoolError
+    from bntool.operations.inspection import inspect_checkpoint as inspect_checkpoint
+    from bntool.plan import Plan as Plan
+
+# public name -> module that defines it
+_PUBLIC = {
+    "BatchNorm": "bntool.batchnorm",
+    "BntoolError": "bntool.errors",
+    "Checkpoint": "bntool.checkpoints.checkpoint",
+    "Plan": "bntool.plan",
+    "StateDict": "bntool.checkpoints.checkpoint",
+    "apply_plan": "bntool.checkpoints.application",
+    "choose_state_dict": "bntool.checkpoints.checkpoint",
+    "find_batchnorms": "bntool.checkpoints.norms",
+    "inspect_checkpoint": "bntool.operations.inspection",
+    "open_checkpoint": "bntool.checkpoints.formats",
+    "save_checkpoint": "bntool.checkpoints.formats",
+    "scale_and_shift": "bntool.batchnorm",
+}
+
+__all__ = ["__version__", *_PUBLIC]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'bntool' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_PUBLIC[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,22 @@
+"""``python -m tests.benchmarks [NAME...]``: run all benchmarks, or those named."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+import sys
+from pathlib import Path
+
+_PLUMBING = {"measuring", "launching", "__main__"}
+
+
+def main(wanted: list[str]) -> None:
+    names = [m.name for m in pkgutil.iter_modules([str(Path(__file__).parent)]) if m.name not in _PLUMBING]
+    for name in names:
+        if not wanted or name in wanted:
+            print(f"== {name}")
+            importlib.import_module(f"tests.benchmarks.{name}").run()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

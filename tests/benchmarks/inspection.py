@@ -1,0 +1,91 @@
+"""Cold ``bntool inspect`` against ``torch.load(weights_only=True, mmap=True)`` on a checkpoint of ResNet-50's size.
+
+Also a 10 GB safetensors file (sparse), of which only the BatchNorm tensors should ever be read.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+import tempfile
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from tests.benchmarks.measuring import measure, print_table, python
+
+WIDTHS = ((64, 3), (128, 4), (256, 6), (512, 3))
+
+
+def resnet50_state() -> dict[str, torch.Tensor]:
+    """The state dict of torchvision's resnet50, key for key: 25.6 M parameters, 53 BatchNorm layers."""
+    modules: dict[str, nn.Module] = {"conv1": nn.Conv2d(3, 64, 7, bias=False), "bn1": nn.BatchNorm2d(64)}
+    width_in = 64
+    for stage, (width, depth) in enumerate(WIDTHS, start=1):
+        for block in range(depth):
+            name = f"layer{stage}.{block}"
+            shapes = ((width_in, width, 1), (width, width, 3), (width, 4 * width, 1))
+            for index, (source, target, size) in enumerate(shapes, start=1):
+                modules[f"{name}.conv{index}"] = nn.Conv2d(source, target, size, bias=False)
+                modules[f"{name}.bn{index}"] = nn.BatchNorm2d(target)
+            if block == 0:
+                modules[f"{name}.downsample.0"] = nn.Conv2d(width_in, 4 * width, 1, bias=False)
+                modules[f"{name}.downsample.1"] = nn.BatchNorm2d(4 * width)
+            width_in = 4 * width
+    modules["fc"] = nn.Linear(2048, 1000)
+    state = {f"{name}.{key}": value for name, module in modules.items() for key, value in module.state_dict().items()}
+    for name, value in state.items():
+        if "running" in name:
+            value.uniform_(0.1, 2.0)
+        if "tracked" in name:
+            value.fill_(1000)
+    return state
+
+
+def write_sparse_safetensors(path: Path, *, gigabytes: int) -> None:
+    """A huge file with 53 BatchNorm layers between large weights; the weights are holes on disk."""
+    header: dict[str, object] = {}
+    position = 0
+    large = gigabytes * (1 << 30) // 53 // 4
+
+    def add(name: str, count: int) -> None:
+        nonlocal position
+        header[name] = {"dtype": "F32", "shape": [count], "data_offsets": [position, position + 4 * count]}
+        position += 4 * count
+
+    for layer in range(53):
+        add(f"layer{layer}.conv.weight", large)
+        for role in ("weight", "bias", "running_mean", "running_var"):
+            add(f"layer{layer}.bn.{role}", 512)
+    text = json.dumps(header).encode()
+    with path.open("wb") as stream:
+        stream.write(struct.pack("<Q", len(text)) + text)
+        stream.truncate(8 + len(text) + position)
+
+
+def run(rounds: int = 9) -> None:
+    """Print the table."""
+    with tempfile.TemporaryDirectory() as folder:
+        zipped, safe, sparse = (Path(folder) / name for name in ("r50.pt", "r50.safetensors", "10gb.safetensors"))
+        legacy = Path(folder) / "r50_legacy.pth"
+        state = resnet50_state()
+        torch.save(state, zipped)
+        torch.save(state, legacy, _use_new_zipfile_serialization=False)
+        save_file(state, safe)
+        write_sparse_safetensors(sparse, gigabytes=10)
+        load = f"import torch; torch.load({str(zipped)!r}, weights_only=True, mmap=True)"
+        inspect = ("-m", "bntool", "inspect")
+        peer = "import torch; torch.load(.pt, mmap=True)"
+        commands = {
+            peer: (python("-c", load), False),
+            "inspect r50.pt --json": (python(*inspect, str(zipped), "--json"), False),
+            "inspect r50.pt, piped": (python(*inspect, str(zipped)), False),
+            "inspect r50.pt, terminal": (python(*inspect, str(zipped)), True),
+            "inspect r50_legacy.pth --json": (python(*inspect, str(legacy), "--json"), False),
+            "inspect r50.safetensors --json": (python(*inspect, str(safe), "--json"), False),
+            "inspect 10gb.safetensors --json": (python(*inspect, str(sparse), "--json"), False),
+            "bntool --help": (python("-m", "bntool", "--help"), False),
+        }
+        print_table(measure(commands, rounds=rounds), peer=peer)
