@@ -11,7 +11,7 @@ TORCH := $(shell sed -n 's/^torch==/torch==/p' constraints.txt)
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 export PIP_NO_INPUT = 1
 
-.PHONY: help demo test check lint types bench zoo oracles samples docs wheel clean
+.PHONY: help demo test check lint types bench fuzz oracles samples docs wheel clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):.*##/\1\t/p' $(MAKEFILE_LIST)
@@ -48,12 +48,18 @@ bench: $(VENV)/installed  ## measure against peers in the same run; asserts noth
 oracles: $(VENV)/installed  ## re-derive the recorded answers of foreign frameworks
 	$(BIN)/python -m tests.oracles
 
+fuzz: $(VENV)/installed  ## mutate files of all formats, 200,000 times
+	$(BIN)/python -m tests.fuzz 200000
+
 wheel: $(VENV)/dev  ## build a wheel, install it in a fresh environment, run it there
 	$(BIN)/python tests/packaging/check_wheel.py
 
 samples: $(VENV)/installed  ## train the sample checkpoints again
 	$(PIP) install --constraint constraints.txt --group samples
 	$(BIN)/python sample_ckpts/make_samples.py
+
+docs: $(VENV)/installed  ## write docs/cli.md from --help again
+	$(BIN)/python -m tests.documentation.cli_reference
 
 clean:  ## remove what was built
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -13,13 +13,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from digits_net import build
 from safetensors.torch import load_file, save_file
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-
-from digits_net import build
 
 HERE = Path(__file__).resolve().parent
 TEST_SIZE = 360
@@ -101,9 +100,7 @@ def recalibrated(model: nn.Module, images: Tensor) -> nn.Module:
     return model
 
 
-def train(
-    train_split: Split, test_split: Split, args: argparse.Namespace
-) -> tuple[nn.Module, dict[str, Any]]:
+def train(train_split: Split, test_split: Split, args: argparse.Namespace) -> tuple[nn.Module, dict[str, Any]]:
     """Train from scratch; return the last model, in train mode, and a full training checkpoint."""
     torch.manual_seed(args.seed)
     images, labels = train_split
@@ -229,10 +226,7 @@ def models_in(path: Path) -> dict[str, nn.Module]:
     if isinstance(content, nn.Module):
         return {path.name: content}
     if "optimizer" in content:
-        return {
-            f"{path.name}[{key}]": from_state(unwrapped(content[key]))
-            for key in ("state_dict", "ema_state_dict")
-        }
+        return {f"{path.name}[{key}]": from_state(unwrapped(content[key])) for key in ("state_dict", "ema_state_dict")}
     return {path.name: from_state(content)}
 
 

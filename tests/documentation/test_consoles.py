@@ -1,0 +1,31 @@
+"""The console blocks of the README and the guides are run, in order, on a copy of sample_ckpts."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.documentation.consoles import matches, read_consoles, run_console
+
+ROOT = Path(__file__).parents[2]
+PAGES = [page for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))) if read_consoles(page)]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_console_blocks_print_what_the_page_says(page: Path, tmp_path: Path) -> None:
+    shutil.copytree(ROOT / "sample_ckpts", tmp_path / "sample_ckpts", ignore=shutil.ignore_patterns("__pycache__"))
+    binaries = str(Path(sys.executable).parent)
+    environment = {**os.environ, "PATH": binaries + os.pathsep + os.environ["PATH"], "PYTHONWARNINGS": "ignore"}
+    for console in read_consoles(page):
+        printed = run_console(console, folder=tmp_path, environment=environment)
+        assert matches(console.output, printed), (
+            f"$ {console.command}\n{printed}\n--- but {page.name} says\n{console.output}"
+        )
+
+
+def test_the_readme_has_something_to_run() -> None:
+    assert len(read_consoles(ROOT / "README.md")) >= 6

@@ -1,0 +1,60 @@
+"""``python -m tests.oracles [NAME...]``: hold the recorded answers of foreign frameworks against the frameworks.
+
+Each script of this folder names what it needs in ``REQUIREMENTS`` and runs in an environment of its own under
+``.oracles/``: mmdet, Keras, OpenCV and Lightning cannot share one.
+"""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+FOLDER = Path(__file__).parent
+ROOT = FOLDER.parents[1]
+ENVIRONMENTS = ROOT / ".oracles"
+
+
+def read_requirements(script: Path) -> list[str]:
+    """The packages that a script asks for, read without running it."""
+    for node in ast.parse(script.read_text()).body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "REQUIREMENTS":
+            return list(ast.literal_eval(node.value))
+    raise SystemExit(f"{script.name} names no REQUIREMENTS")
+
+
+def make_environment(name: str, requirements: list[str]) -> Path:
+    """The interpreter of the environment, made where it is missing."""
+    folder = ENVIRONMENTS / name
+    python = folder / "bin" / "python"
+    wanted = "\n".join(requirements)
+    stamp = folder / "requirements.txt"
+    if not stamp.exists() or stamp.read_text() != wanted:
+        venv.create(folder, with_pip=True, clear=True)
+        pip = [python, "-m", "pip", "install", "--quiet"]
+        # torch first and alone: whatever asks for a range of it is then content
+        for group in ([r for r in requirements if r.startswith("torch==")], requirements):
+            if group:
+                subprocess.run([*pip, *group], check=True)
+        subprocess.run([*pip, "--no-deps", "--editable", str(ROOT)], check=True)
+        stamp.write_text(wanted)
+    return python
+
+
+def main(wanted: list[str]) -> int:
+    failed = []
+    for script in sorted(FOLDER.glob("*.py")):
+        if script.stem.startswith("__") or (wanted and script.stem not in wanted):
+            continue
+        print(f"== {script.stem}", flush=True)
+        python = make_environment(script.stem, read_requirements(script))
+        if subprocess.run([python, str(script)], cwd=ROOT, check=False).returncode:
+            failed.append(script.stem)
+    print(f"failed: {', '.join(failed)}" if failed else "all recorded answers hold")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
