@@ -22,6 +22,11 @@ if TYPE_CHECKING:
     from bntool.checkpoints.formats import save_checkpoint as save_checkpoint
     from bntool.checkpoints.norms import find_batchnorms as find_batchnorms
     from bntool.errors import BntoolError as BntoolError
+    from bntool.layers.freezing import apply_freeze as apply_freeze
+    from bntool.layers.freezing import freeze as freeze
+    from bntool.layers.freezing import frozen as frozen
+    from bntool.layers.freezing import unfreeze as unfreeze
+    from bntool.operations.comparison import compare_checkpoints as compare_checkpoints
     from bntool.operations.inspection import inspect_checkpoint as inspect_checkpoint
     from bntool.plan import Plan as Plan
 
@@ -32,16 +37,21 @@ _PUBLIC = {
     "Checkpoint": "bntool.checkpoints.checkpoint",
     "Plan": "bntool.plan",
     "StateDict": "bntool.checkpoints.checkpoint",
+    "apply_freeze": "bntool.layers.freezing",
     "apply_plan": "bntool.checkpoints.application",
     "choose_state_dict": "bntool.checkpoints.checkpoint",
+    "compare_checkpoints": "bntool.operations.comparison",
     "find_batchnorms": "bntool.checkpoints.norms",
+    "freeze": "bntool.layers.freezing",
+    "frozen": "bntool.layers.freezing",
     "inspect_checkpoint": "bntool.operations.inspection",
     "open_checkpoint": "bntool.checkpoints.formats",
     "save_checkpoint": "bntool.checkpoints.formats",
     "scale_and_shift": "bntool.batchnorm",
+    "unfreeze": "bntool.layers.freezing",
 }
 
-__all__ = ["__version__", *_PUBLIC]
+__all__ = ["__version__", *_PUBLIC]  # noqa: PLE0604 the keys are strings
 
 
 def __getattr__(name: str) -> Any:

@@ -21,9 +21,7 @@ class BntoolError(Exception):
 
     code: ClassVar[str] = "error"
 
-    def __init__(
-        self, message: str, *, path: object = None, tensor: str | None = None, value: object = None
-    ) -> None:
+    def __init__(self, message: str, *, path: object = None, tensor: str | None = None, value: object = None) -> None:
         super().__init__(message)
         self.message = message
         self.path = None if path is None else str(path)

@@ -20,6 +20,7 @@ class Operation(Enum):
     RECALIBRATE = "recalibrate"
     FREEZE = "freeze"
     FOLD = "fold"
+    CONVERT = "convert"
 
 
 class SkipReason(Enum):
@@ -28,6 +29,7 @@ class SkipReason(Enum):
     NOT_SELECTED = "not selected"
     NOT_A_BATCHNORM = "not a BatchNorm"
     NO_STATISTICS = "no statistics"
+    NOT_AFFINE = "no weight and bias"
     NOT_FINITE = "not finite"
     NEGATIVE_VARIANCE = "negative variance"
     NOT_INITIALISED = "not initialised"
@@ -140,6 +142,14 @@ class SetAttribute:
 
 
 @dataclass(frozen=True, slots=True)
+class SetVersion:
+    """Set the version of a module in ``_metadata``, where the file keeps versions: modules adapt old files by it."""
+
+    module: str
+    version: int
+
+
+@dataclass(frozen=True, slots=True)
 class RemoveModule:
     """Replace a module by the identity: its work is done elsewhere."""
 
@@ -168,7 +178,7 @@ class Record:
     payload: Mapping[str, Any]
 
 
-Step: TypeAlias = SetTensor | AddTensor | RemoveTensor | SetAttribute | RemoveModule | RemoveEntry | Record
+Step: TypeAlias = SetTensor | AddTensor | RemoveTensor | SetAttribute | SetVersion | RemoveModule | RemoveEntry | Record
 
 
 @dataclass(frozen=True)

@@ -21,12 +21,24 @@ ALLOWED = {
     "checkpoints": {"errors", "batchnorm", "plan"},
     "graphs": {"errors", "batchnorm", "plan", "checkpoints", "layers"},
     "models": {"errors", "batchnorm", "plan", "checkpoints"},
-    "data": {"errors", "batchnorm", "plan", "checkpoints", "models"},
+    "data": {"errors", "batchnorm", "plan", "checkpoints", "models", "layers"},
     "layers": {"errors", "batchnorm", "plan", "checkpoints"},
     "operations": {"errors", "batchnorm", "plan", "checkpoints", "graphs", "models", "data", "layers", "version"},
     "integrations": {"errors", "batchnorm", "plan", "checkpoints", "layers", "operations"},
     "reports": {"errors", "batchnorm", "plan", "checkpoints", "operations", "graphs", "data", "layers"},
-    "cli": {"errors", "batchnorm", "plan", "checkpoints", "operations", "graphs", "data", "layers", "models", "reports", "version"},
+    "cli": {
+        "errors",
+        "batchnorm",
+        "plan",
+        "checkpoints",
+        "operations",
+        "graphs",
+        "data",
+        "layers",
+        "models",
+        "reports",
+        "version",
+    },
 }
 FORBIDDEN_NAMES = {"utils", "helpers", "common", "inspect", "json", "manager", "misc"}
 
@@ -77,7 +89,9 @@ def test_only_the_command_line_prints() -> None:
             assert not [n for n in calls if isinstance(n.func, ast.Name) and n.func.id == "print"], path
 
 
-@pytest.mark.parametrize("statement", ["import bntool", "import bntool.cli.main as m; m.build_app()", "import bntool.checkpoints.formats"])
+@pytest.mark.parametrize(
+    "statement", ["import bntool", "import bntool.cli.main as m; m.build_app()", "import bntool.checkpoints.formats"]
+)
 def test_start_up_imports_neither_torch_nor_numpy(statement: str) -> None:
     heavy = "{'torch', 'numpy', 'rich', 'safetensors', 'pydantic', 'PIL'}"
     script = f"{statement}; import sys; loaded = {heavy} & set(sys.modules); assert not loaded, loaded"

@@ -3,12 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 
 from bntool.checkpoints.checkpoint import Checkpoint, Edit, StateDict
-from bntool.checkpoints.dtypes import BY_NAME, DType
-from bntool.checkpoints.tensors import LiteralTensor, ScaledTensor, StoredTensor, Tensor
+from bntool.checkpoints.dtypes import BFLOAT16, BY_NAME, FLOAT16, FLOAT32, FLOAT64, DType
+from bntool.checkpoints.tensors import LiteralTensor, ScaledTensor, StoredTensor, Tensor, count_elements
 from bntool.errors import RefusedError, UsageError
-from bntool.plan import AddTensor, Plan, Recipe, Record, RemoveTensor, SetAttribute, SetTensor, Step, Values
+from bntool.plan import (
+    AddTensor,
+    Plan,
+    Recipe,
+    Record,
+    RemoveEntry,
+    RemoveTensor,
+    SetAttribute,
+    SetTensor,
+    SetVersion,
+    Step,
+    Values,
+)
 
 
 def apply_plan(checkpoint: Checkpoint, plan: Plan) -> Checkpoint:
@@ -21,7 +34,7 @@ def apply_plan(checkpoint: Checkpoint, plan: Plan) -> Checkpoint:
         RefusedError: an element is too large for the dtype of its tensor.
     """
     original = checkpoint.state_dict(plan.state_dict)
-    state_dict, records = original, dict(checkpoint.records)
+    state_dict, records, entries = original, dict(checkpoint.records), checkpoint.entries
     for step in plan.steps:
         if isinstance(step, SetTensor):
             state_dict = _set_tensor(original, state_dict, step)
@@ -31,12 +44,18 @@ def apply_plan(checkpoint: Checkpoint, plan: Plan) -> Checkpoint:
             name = _existing(state_dict, step.name)
             kept = {key: tensor for key, tensor in state_dict.tensors.items() if key != name}
             state_dict = dataclasses.replace(state_dict, tensors=kept)
+        elif isinstance(step, SetVersion):
+            state_dict = _set_version(state_dict, step)
         elif isinstance(step, Record):
-            records[plan.state_dict] = (*records.get(plan.state_dict, ()), step.payload)
+            payload = json.loads(json.dumps(step.payload))  # as it will be read back
+            records[plan.state_dict] = (*records.get(plan.state_dict, ()), payload)
+        elif isinstance(step, RemoveEntry):
+            entries = {key: value for key, value in entries.items() if step.path != (key,)}
     edits = tuple(Edit(plan.state_dict, _in_file(step, state_dict)) for step in plan.steps)
     return dataclasses.replace(
         checkpoint,
         state_dicts=tuple(state_dict if s.key == plan.state_dict else s for s in checkpoint.state_dicts),
+        entries=entries,
         records=records,
         edits=(*checkpoint.edits, *edits),
     )
@@ -44,7 +63,16 @@ def apply_plan(checkpoint: Checkpoint, plan: Plan) -> Checkpoint:
 
 def _in_file(step: Step, state_dict: StateDict) -> Step:
     """Module names of steps as the file spells them."""
-    return dataclasses.replace(step, module=state_dict.prefix + step.module) if isinstance(step, SetAttribute) else step
+    if not isinstance(step, SetAttribute | SetVersion):
+        return step
+    return dataclasses.replace(step, module=(state_dict.prefix + step.module).removesuffix("."))
+
+
+def _set_version(state_dict: StateDict, step: SetVersion) -> StateDict:
+    if state_dict.versions is None:
+        return state_dict
+    path = (state_dict.prefix + step.module).removesuffix(".")
+    return dataclasses.replace(state_dict, versions={**state_dict.versions, path: step.version})
 
 
 def _existing(state_dict: StateDict, name: str) -> str:
@@ -57,6 +85,8 @@ def _existing(state_dict: StateDict, name: str) -> str:
 def _set_tensor(original: StateDict, state_dict: StateDict, step: SetTensor) -> StateDict:
     name = _existing(state_dict, step.name)
     old = state_dict.tensors[name]
+    if isinstance(old, StoredTensor) and old.wrapper:
+        raise RefusedError(f"a {old.wrapper} tensor cannot be given new elements", tensor=step.name)
     new = _make(step.value, original, name=step.name, dtype=old.dtype)
     if tuple(new.shape) != tuple(old.shape):
         raise UsageError(f"shape {list(new.shape)} does not fit {list(old.shape)}", tensor=step.name)
@@ -85,7 +115,11 @@ def _make(recipe: Recipe, state_dict: StateDict, *, name: str, dtype: DType) -> 
         except ValueError as error:
             raise RefusedError(str(error), tensor=name) from error
     source = state_dict.tensor(recipe.source)
-    if isinstance(source, StoredTensor) and (source.wrapper or not source.dtype.is_floating):
-        raise RefusedError(f"a {source.wrapper or source.dtype} tensor cannot be scaled", tensor=recipe.source)
+    if source.dtype is not dtype:
+        raise UsageError(f"{source.dtype} elements cannot be scaled into {dtype}", tensor=name)
+    wrapper = source.wrapper if isinstance(source, StoredTensor) else None
+    if wrapper or dtype not in (FLOAT64, FLOAT32, FLOAT16, BFLOAT16):
+        raise RefusedError(f"a {wrapper or dtype} tensor cannot be scaled", tensor=recipe.source)
+    if count_elements(recipe.view) != count_elements(source.shape):
+        raise UsageError(f"view {list(recipe.view)} does not fit {list(source.shape)}", tensor=recipe.source)
     return ScaledTensor(source, view=recipe.view, factors=recipe.factors, factor_shape=recipe.factor_shape)
-

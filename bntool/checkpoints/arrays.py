@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from bntool.checkpoints.dtypes import BFLOAT16, FLOAT16, FLOAT32, FLOAT64, DType
 from bntool.checkpoints.files import CHUNK
-from bntool.checkpoints.tensors import read_bytes
+from bntool.checkpoints.tensors import read_bytes, swap_bytes
 
 if TYPE_CHECKING:
     from bntool.checkpoints.tensors import ScaledTensor, StoredTensor, Tensor
@@ -66,34 +66,35 @@ def _round_to_bfloat16(values: Array) -> tuple[Array, Array]:
 
 
 def scale_chunks(tensor: ScaledTensor) -> Iterator[bytes]:
-    """The product of a tensor and its factors, in C order, streamed over the first dimension of its view."""
+    """The product of a tensor and its factors, in C order, in pieces of about a chunk whatever the shape."""
     view, dtype = tensor.view, tensor.dtype
     factors = np.asarray(tensor.factors, dtype="<f8").reshape(tensor.factor_shape)
-    row = math.prod(view[1:])
-    rows_at_once = max(1, CHUNK // max(1, row * dtype.itemsize))
+    inner = len(view)  # the dimensions from here on are computed together
+    while inner > 0 and math.prod(view[inner - 1 :]) * dtype.itemsize <= CHUNK:
+        inner -= 1
+    row = math.prod(view[inner:]) * dtype.itemsize
+    if row == 0:
+        return
     pending, first = b"", 0
     for chunk in tensor.source.chunks():
         pending += chunk
-        whole = len(pending) // max(1, row * dtype.itemsize) // rows_at_once * rows_at_once
-        if whole:
-            size = whole * row * dtype.itemsize
-            yield from _scale_rows(pending[:size], dtype, (first, whole, rows_at_once), view, factors)
-            pending, first = pending[size:], first + whole
-    rest = view[0] - first
-    if rest and row:
-        yield from _scale_rows(pending, dtype, (first, rest, rows_at_once), view, factors)
+        count = len(pending) // row
+        if count:
+            yield round_to(_scale_rows(pending[: count * row], dtype, first, view, inner, factors), dtype)
+            pending, first = pending[count * row :], first + count
 
 
-def _scale_rows(
-    data: bytes, dtype: DType, span: tuple[int, int, int], view: tuple[int, ...], factors: Array
-) -> Iterator[bytes]:
-    first, count, step = span
-    row_bytes = math.prod(view[1:]) * dtype.itemsize
-    for start in range(0, count, step):
-        rows = min(step, count - start)
-        values = to_float64(data[start * row_bytes : (start + rows) * row_bytes], dtype).reshape(rows, *view[1:])
-        here = factors if factors.shape[0] == 1 else factors[first + start : first + start + rows]
-        yield round_to(values * here, dtype)
+def _scale_rows(data: bytes, dtype: DType, first: int, view: tuple[int, ...], inner: int, factors: Array) -> Array:
+    """Scale whole rows, counted over the dimensions of ``view`` before ``inner``."""
+    values = to_float64(data, dtype).reshape(-1, *view[inner:])
+    rows = np.arange(first, first + len(values))
+    place = np.unravel_index(rows, view[:inner]) if inner else ()
+    here = factors[tuple(np.minimum(index, extent - 1) for index, extent in zip(place, factors.shape, strict=False))]
+    with np.errstate(over="ignore", under="ignore", invalid="ignore"):
+        product: Array = values * (here if inner else here[np.newaxis])
+    if not np.all(np.isfinite(product[np.isfinite(values)])) and np.all(np.isfinite(factors)):
+        raise OverflowError("a product is too large for float64")
+    return product
 
 
 def place_in_span(stored: StoredTensor, new: Tensor) -> tuple[int, bytes]:
@@ -109,9 +110,8 @@ def place_in_span(stored: StoredTensor, new: Tensor) -> tuple[int, bytes]:
     item = f"V{stored.dtype.itemsize}"
     strides = tuple(stride * stored.dtype.itemsize for stride in stored.strides)
     target: Array = np.ndarray(stored.shape, dtype=item, buffer=span, strides=strides)
-    values = np.frombuffer(read_bytes(new), item).reshape(stored.shape)
+    data = read_bytes(new)
     if storage.big_endian:
-        raw = values.view("u1").reshape(*stored.shape, stored.dtype.itemsize)[..., ::-1]
-        values = np.ascontiguousarray(raw).view(item).reshape(stored.shape)
-    target[...] = values
+        data = swap_bytes(data, stored.dtype.swapsize)
+    target[...] = np.frombuffer(data, item).reshape(stored.shape)
     return start, bytes(span)

@@ -7,12 +7,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from bntool.checkpoints.files import OutputFiles, SourceFile
 from bntool.checkpoints.tensors import StoredTensor, Tensor
 from bntool.errors import UsageError
-from bntool.plan import Step
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+    from bntool.plan import Step  # plans are only needed to write
 
 
 class GlobalTrust(Enum):
@@ -121,7 +125,7 @@ class Format(ABC):
             CorruptFileError: the source turns out to be damaged.
         """
 
-    def verify_checksums(self, checkpoint: Checkpoint) -> int | None:
+    def verify_checksums(self, checkpoint: Checkpoint) -> int | None:  # noqa: ARG002 (for those that have some)
         """Hold all bytes against the checksums of the file; how many were checked, None where it has none.
 
         Raises:
@@ -129,7 +133,7 @@ class Format(ABC):
         """
         return None
 
-    def can_record(self, checkpoint: Checkpoint, state_dict: StateDict) -> bool:
+    def can_record(self, checkpoint: Checkpoint, state_dict: StateDict) -> bool:  # noqa: ARG002 (as above)
         """Whether the file has a place for what bntool did."""
         return True
 
@@ -185,14 +189,25 @@ class Checkpoint:
     def close(self) -> None:
         self.file.close()
 
-    def __enter__(self) -> Checkpoint:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
 
 
-_WELL_KNOWN_KEYS = ("", "state_dict", "model_state_dict", "model_state", "model", "module", "net", "network", "params", "weights")
+_WELL_KNOWN_KEYS = (
+    "",
+    "state_dict",
+    "model_state_dict",
+    "model_state",
+    "model",
+    "module",
+    "net",
+    "network",
+    "params",
+    "weights",
+)
 _AVERAGED = ("ema", "shadow", "teacher", "averaged", "swa")
 
 
@@ -229,6 +244,7 @@ def _count_elements(state_dict: StateDict) -> int:
 
 
 _WRAPPERS = ("module.", "_orig_mod.", "_fsdp_wrapped_module.", "_forward_module.", "model.")
+MAX_PREFIX = 200  # characters; a hostile name repeats a wrapper a million times
 _UNPREFIXED = ("n_averaged", "steps")  # counters that AveragedModel and mmengine's averaging put beside the model
 
 
@@ -236,7 +252,7 @@ def find_prefix(names: list[str]) -> str:
     """What wrappers (DataParallel, torch.compile, FSDP, Lightning's ``model.``) put before all names."""
     names = [name for name in names if name not in _UNPREFIXED]
     prefix = ""
-    while names:
+    while names and len(prefix) < MAX_PREFIX:
         wrapper = next((w for w in _WRAPPERS if all(name.startswith(w, len(prefix)) for name in names)), None)
         if wrapper is None:
             break

@@ -44,6 +44,11 @@ class DType:
         return max(1, self.bits // 8)
 
     @property
+    def swapsize(self) -> int:
+        """Bytes that the byte order concerns: each part of a complex number by itself."""
+        return self.itemsize // 2 if self.kind is NumberKind.COMPLEX else self.itemsize
+
+    @property
     def is_floating(self) -> bool:
         return self.kind is NumberKind.FLOAT
 
@@ -169,8 +174,7 @@ def decode_numbers(data: bytes, dtype: DType, *, big_endian: bool = False) -> Se
 
 def _round_to_bfloat16(value: float) -> int:
     """The bits of the bfloat16 nearest to a float64, ties to even, in one rounding."""
-    (bits,) = struct.unpack("<Q", struct.pack("<d", value))
-    sign = (bits >> 48) & 0x8000
+    sign = 0x8000 if math.copysign(1.0, value) < 0 else 0
     if math.isnan(value):
         return sign | 0x7FC0
     magnitude = abs(value)
@@ -185,18 +189,26 @@ def _round_to_bfloat16(value: float) -> int:
     return sign | min(pattern, 0x7F80)
 
 
+def _as_integer(value: float, dtype: DType) -> int:
+    if not math.isfinite(value) or value != int(value):
+        raise ValueError(f"{value!r} is no {dtype}")
+    return int(value)
+
+
 def encode_numbers(values: Sequence[float], dtype: DType, *, big_endian: bool = False) -> bytes:
     """Round Python numbers once, to nearest with ties to even, into the bytes of ``dtype``.
 
     Raises:
         OverflowError: a finite value is too large for ``dtype``.
-        ValueError: ``dtype`` is not a type that bntool writes (float64/32/16, bfloat16, integers, bool).
+        ValueError: ``dtype`` is not a type that bntool writes (float64/32/16, bfloat16, integers, bool), or a number
+            that is not whole should become an integer.
     """
     order = ">" if big_endian else "<"
     if dtype.struct_code is not None:
         code = dtype.struct_code
+        numbers = [_as_integer(value, dtype) for value in values] if dtype.kind is _INTEGER else values
         try:
-            return struct.pack(f"{order}{len(values)}{code}", *values)
+            return struct.pack(f"{order}{len(numbers)}{code}", *numbers)
         except struct.error as error:
             raise OverflowError(str(error)) from error
     if dtype is BFLOAT16:

@@ -10,14 +10,16 @@ import contextlib
 import errno
 import os
 import stat
-import tempfile
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Protocol
+from typing import IO, TYPE_CHECKING, Protocol
 
 from bntool.errors import CorruptFileError, UnreadableFileError, UnwritableFileError, UsageError
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 CHUNK = 1 << 20  # bytes copied at a time
 
@@ -67,7 +69,8 @@ class SourceFile:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
             self.close()
-            raise UnreadableFileError("this is not a regular file", path=path)
+            what = "a folder, not a file" if stat.S_ISDIR(status.st_mode) else "not a regular file"
+            raise UnreadableFileError(f"this is {what}", path=path)
         self.size = status.st_size
         self.mode = stat.S_IMODE(status.st_mode)
         self.identity = (status.st_dev, status.st_ino)
@@ -129,7 +132,7 @@ class SourceFile:
     def close(self) -> None:
         self._close()
 
-    def __enter__(self) -> SourceFile:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -163,36 +166,45 @@ class OutputFiles:
     def __init__(self, *, force: bool = False, mode: int | None = None) -> None:
         self._force = force
         self._mode = mode
-        self._pending: list[tuple[str, Path]] = []
+        self._pending: list[tuple[Path, Path]] = []
         self._open: list[IO[bytes]] = []
 
-    def __enter__(self) -> OutputFiles:
+    def __enter__(self) -> Self:
         return self
 
     def open(self, path: Path) -> IO[bytes]:
         """A new binary file, readable and seekable, that will become ``path``."""
+        import tempfile  # reading needs none of what it imports
+
         self.check(path)
         try:
-            descriptor, temporary = tempfile.mkstemp(
-                dir=path.parent, prefix=f".{path.name[:100]}.", suffix=".writing"
-            )
+            descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:20]}.", suffix=".writing")
         except OSError as error:
             raise UnwritableFileError(_write_reason(error, path), path=path) from error
-        self._pending.append((temporary, path))
+        self._pending.append((Path(temporary), path))
         stream = os.fdopen(descriptor, "w+b")
         self._open.append(stream)
         return stream
 
     def temporary(self, path: Path) -> Path:
         """Where the file that will become ``path`` lies until then."""
-        return next(Path(temporary) for temporary, final in self._pending if final == path)
+        return next(temporary for temporary, final in self._pending if final == path)
 
     def check(self, path: Path) -> None:
         """Refuse early what could not be written at the end."""
-        if path.is_dir():
+        try:
+            os.fsencode(path)
+            is_folder, has_parent = path.is_dir(), path.parent.is_dir()
+        except UnicodeEncodeError as error:
+            raise UnwritableFileError("no file can have this name", path=path) from error
+        except OSError as error:
+            raise UnwritableFileError(_write_reason(error, path), path=path) from error
+        if is_folder:
             raise UnwritableFileError("the output is an existing folder; name a file in it", path=path)
-        if not path.parent.is_dir():
+        if not has_parent:
             raise UnwritableFileError(f"there is no folder {path.parent}; create it first", path=path)
+        if "\0" in str(path):
+            raise UnwritableFileError("no file can have this name", path=path)
         if not self._force and os.path.lexists(path):
             raise UnwritableFileError("the file exists; use --force to replace it", path=path)
 
@@ -225,17 +237,21 @@ class OutputFiles:
             stream.flush()
             os.fsync(stream.fileno())
             stream.close()
-            os.chmod(temporary, _default_mode() if self._mode is None else self._mode)
-        folders = set()
-        while self._pending:
-            temporary, final = self._pending[0]
-            if self._force:
-                os.replace(temporary, final)
-            else:
-                _rename_without_replacing(temporary, final)
-            folders.add(final.parent)
-            self._pending.pop(0)
-        for folder in folders:
+            temporary.chmod(_default_mode() if self._mode is None else self._mode)
+        appeared: list[Path] = []
+        try:
+            for temporary, final in self._pending:
+                if self._force:
+                    temporary.replace(final)
+                else:
+                    _rename_without_replacing(temporary, final)
+                    appeared.append(final)
+        except BaseException:
+            for final in appeared:
+                with contextlib.suppress(OSError):
+                    final.unlink()
+            raise
+        for folder in {final.parent for _, final in self._pending}:
             _sync_folder(folder)
 
     def _discard(self) -> None:
@@ -244,19 +260,21 @@ class OutputFiles:
                 stream.close()
         for temporary, _ in self._pending:
             with contextlib.suppress(OSError):
-                os.unlink(temporary)
+                temporary.unlink()
 
 
-def _rename_without_replacing(temporary: str, final: Path) -> None:
+def _rename_without_replacing(temporary: Path, final: Path) -> None:
     """Two writers at once: the one that comes second finds the file there and stops."""
     try:
         os.link(temporary, final)
     except FileExistsError:
-        raise UnwritableFileError("the file appeared while it was written; use --force to replace it", path=final) from None
+        raise UnwritableFileError(
+            "the file appeared while it was written; use --force to replace it", path=final
+        ) from None
     except OSError:  # a file system without hard links
-        os.replace(temporary, final)
+        temporary.replace(final)
         return
-    os.unlink(temporary)
+    temporary.unlink()
 
 
 def _sync_folder(folder: Path) -> None:
@@ -287,7 +305,7 @@ def check_output_differs(source: SourceFile, output: Path) -> None:
     Raises:
         UsageError: ``output`` is the input itself, under whatever name.
     """
-    with contextlib.suppress(OSError):
-        status = os.stat(output)
+    with contextlib.suppress(OSError, ValueError):  # no such file yet, or no name that a file can have
+        status = output.stat()
         if (status.st_dev, status.st_ino) == source.identity:
             raise UsageError("the output is the input; name another file", path=output)

@@ -12,7 +12,7 @@ from bntool.checkpoints.sharded import Sharded
 from bntool.checkpoints.tensors import LiteralTensor, StoredTensor, read_bytes
 from bntool.checkpoints.torch_legacy import TorchLegacy
 from bntool.checkpoints.torch_zip import TorchZip
-from bntool.errors import BntoolError, UnknownFormatError, UnreadableFileError, VerificationError
+from bntool.errors import BntoolError, RefusedError, UnknownFormatError, UnreadableFileError, VerificationError
 
 # tried in this order: those with an unmistakable signature first
 FORMATS: tuple[Format, ...] = (TorchZip(), TorchLegacy(), Sharded(), Safetensors())
@@ -93,6 +93,8 @@ def save_checkpoint(checkpoint: Checkpoint, path: str | os.PathLike[str], *, for
             write_checked(checkpoint, target, output)
         except BntoolError as error:
             raise error.about(checkpoint.path) from error.__cause__
+        except OverflowError as error:
+            raise RefusedError(f"a new element is too large for its tensor: {error}", path=checkpoint.path) from error
 
 
 def write_checked(checkpoint: Checkpoint, path: Path, output: OutputFiles) -> None:
@@ -105,9 +107,11 @@ def write_checked(checkpoint: Checkpoint, path: Path, output: OutputFiles) -> No
 
 
 def _compare(wanted: Checkpoint, written: Checkpoint, path: Path) -> None:
-    if [s.key for s in wanted.state_dicts] != [s.key for s in written.state_dicts]:
+    left = [state_dict for state_dict in wanted.state_dicts if state_dict.tensors]
+    present = [state_dict for state_dict in written.state_dicts if state_dict.tensors]
+    if [s.key for s in left] != [s.key for s in present]:
         raise VerificationError("the written file holds other state dicts than it should", path=path)
-    for expected, found in zip(wanted.state_dicts, written.state_dicts, strict=True):
+    for expected, found in zip(left, present, strict=True):
         if list(expected.tensors) != list(found.tensors):
             raise VerificationError("the written file holds other keys than it should", path=path)
         for name, tensor in expected.tensors.items():

@@ -12,10 +12,17 @@ from typing import IO, Any
 from bntool.checkpoints.checkpoint import Checkpoint, Format, StateDict, find_prefix
 from bntool.checkpoints.dtypes import BY_SAFETENSORS
 from bntool.checkpoints.files import OutputFiles, SourceFile
-from bntool.checkpoints.tensors import Storage, StoredTensor, Tensor, contiguous_strides, count_elements
+from bntool.checkpoints.tensors import (
+    MAX_DIMENSIONS,
+    Storage,
+    StoredTensor,
+    Tensor,
+    contiguous_strides,
+    count_elements,
+    describe_shape,
+)
 from bntool.checkpoints.torch_objects import RECORD_KEY, parse_record
 from bntool.errors import CorruptFileError, RefusedError
-from bntool.plan import Record, RemoveEntry, SetAttribute
 
 MAX_HEADER = 100_000_000  # the limit of the safetensors library itself
 _METADATA = "__metadata__"
@@ -34,9 +41,8 @@ class Safetensors(Format):
     title = "safetensors"
 
     def recognises(self, path: Path, head: bytes) -> bool:
-        if len(head) < 9 or head[8:9] not in (b"{", b" "):
-            return path.suffix == ".safetensors"
-        return struct.unpack("<Q", head[:8])[0] <= MAX_HEADER
+        looks_right = head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= MAX_HEADER
+        return looks_right or path.suffix == ".safetensors"
 
     def read(self, file: SourceFile) -> Checkpoint:
         header, data_start = _read_header(file)
@@ -54,6 +60,8 @@ class Safetensors(Format):
         )
 
     def write(self, checkpoint: Checkpoint, path: Path, output: OutputFiles) -> None:
+        from bntool.plan import RemoveEntry, SetAttribute
+
         for edit in checkpoint.edits:
             if isinstance(edit.step, SetAttribute | RemoveEntry):
                 raise RefusedError("a safetensors file holds tensors only, no modules and no other entries")
@@ -67,9 +75,7 @@ def _read_header(file: SourceFile) -> tuple[dict[str, Any], int]:
     if length > min(MAX_HEADER, file.size - 8):
         raise CorruptFileError(f"the safetensors header claims {length} bytes; the file has {file.size}")
     try:
-        header = json.loads(
-            file.read(8, length).decode("utf-8"), object_pairs_hook=_unique, parse_constant=_reject_constant
-        )
+        header = parse_json(file.read(8, length))
     except (ValueError, RecursionError) as error:
         raise CorruptFileError(f"the safetensors header is not valid JSON: {error}") from error
     if not isinstance(header, dict):
@@ -77,10 +83,20 @@ def _read_header(file: SourceFile) -> tuple[dict[str, Any], int]:
     return header, 8 + length
 
 
+def parse_json(data: bytes) -> Any:
+    """JSON as the standard has it: no key twice, no NaN.
+
+    Raises:
+        ValueError, RecursionError
+    """
+    return json.loads(data.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_reject_constant)
+
+
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
         raise ValueError("a key occurs twice")
+    "".join(found).encode()  # an escaped half of a surrogate pair is no text
     return found
 
 
@@ -114,16 +130,18 @@ def _read_tensors(file: SourceFile, header: Mapping[str, Any], data_start: int) 
 
 
 def _read_entry(file: SourceFile, name: str, entry: Any, data_start: int) -> tuple[StoredTensor, int, int]:
-    fields = entry if isinstance(entry, dict) else {}
+    fields: dict[str, Any] = entry if isinstance(entry, dict) else {}
     dtype = BY_SAFETENSORS.get(str(fields.get("dtype")))
-    shape, offsets = fields.get("shape"), fields.get("data_offsets")
+    shape, offsets = fields.get("shape", ()), fields.get("data_offsets", ())
     if dtype is None:
         raise CorruptFileError(f"unknown dtype {str(fields.get('dtype'))[:40]!r}", tensor=name)
-    if not _are_counts(shape) or not _are_counts(offsets) or len(offsets) != 2:
+    if not _are_counts(shape) or not _are_counts(offsets) or len(shape) > MAX_DIMENSIONS or len(offsets) != 2:
         raise CorruptFileError("malformed shape or data_offsets", tensor=name)
     begin, end = offsets
     if end - begin != dtype.byte_count(count_elements(shape)) or (count_elements(shape) * dtype.bits) % 8:
-        raise CorruptFileError(f"{end - begin} bytes do not hold a {dtype} tensor of shape {shape}", tensor=name)
+        raise CorruptFileError(
+            f"{end - begin} bytes do not hold a {dtype} tensor of shape {describe_shape(shape)}", tensor=name
+        )
     storage = Storage(source=file, offset=data_start + begin, nbytes=end - begin, key=name)
     return (
         StoredTensor(
@@ -135,11 +153,16 @@ def _read_entry(file: SourceFile, name: str, entry: Any, data_start: int) -> tup
 
 
 def _are_counts(values: Any) -> bool:
-    return isinstance(values, list) and all(type(value) is int and value >= 0 for value in values)
+    return isinstance(values, list) and all(type(value) is int and 0 <= value < 1 << 63 for value in values)
 
 
 def _write(checkpoint: Checkpoint, stream: IO[bytes]) -> None:
+    from bntool.plan import Record
+
     content: _Header = checkpoint.content
+    if not checkpoint.state_dicts:  # a file without tensors
+        checkpoint.file.copy_to(stream, offset=0, length=checkpoint.file.size)
+        return
     (state_dict,) = checkpoint.state_dicts
     metadata = dict(content.metadata)
     recorded = any(isinstance(edit.step, Record) for edit in checkpoint.edits)
@@ -150,7 +173,7 @@ def _write(checkpoint: Checkpoint, stream: IO[bytes]) -> None:
     if original.keys() == state_dict.tensors.keys() and not recorded:
         checkpoint.file.copy_to(stream, offset=0, length=content.data_start)
     else:
-        stream.write(_make_header(state_dict.tensors, metadata, order))
+        stream.write(make_header(state_dict.tensors, metadata, order))
     for name in order:
         tensor = state_dict.tensors[name]
         if isinstance(tensor, StoredTensor) and tensor.storage is not None:
@@ -161,7 +184,7 @@ def _write(checkpoint: Checkpoint, stream: IO[bytes]) -> None:
 
 
 def _data_order(original: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> list[str]:
-    """The order of the bytes: as in the source where the keys are the same, else widest elements first, for alignment."""
+    """The order of the bytes: as in the source where the keys are the same, else widest first, for alignment."""
     if original.keys() == tensors.keys():
         return sorted(tensors, key=lambda name: _offset(original[name]))
     return sorted(tensors, key=lambda name: -tensors[name].dtype.bits)
@@ -171,7 +194,8 @@ def _offset(tensor: Tensor) -> int:
     return tensor.storage.offset if isinstance(tensor, StoredTensor) and tensor.storage is not None else 0
 
 
-def _make_header(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], order: list[str]) -> bytes:
+def make_header(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], order: list[str]) -> bytes:
+    """The length and the JSON of a file whose tensors follow without gaps, in this order."""
     offsets, position = {}, 0
     for name in order:
         size = tensors[name].dtype.byte_count(count_elements(tensors[name].shape))

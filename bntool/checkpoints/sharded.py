@@ -12,6 +12,7 @@ from typing import Any
 
 from bntool.checkpoints.checkpoint import Checkpoint, Format, GlobalName, StateDict, find_prefix
 from bntool.checkpoints.files import OutputFiles, SourceFile, check_output_differs
+from bntool.checkpoints.safetensors_file import parse_json
 from bntool.checkpoints.tensors import Tensor, count_elements
 from bntool.errors import CorruptFileError, RefusedError, UnsafeFileError
 from bntool.plan import Record
@@ -80,28 +81,31 @@ class Sharded(Format):
         for name, shard in content.shards.items():
             target = path.parent / name
             check_output_differs(shard.file, target)
+            if name not in shard_of.values():  # no tensor is left
+                continue
             write_checked(_edited_shard(shard, name, checkpoint, shard_of), target, output)
         index = {**content.index, "weight_map": shard_of}
         if isinstance(index.get("metadata"), dict) and "total_size" in index["metadata"]:
             total = sum(t.dtype.byte_count(count_elements(t.shape)) for t in state_dict.tensors.values())
             index["metadata"] = {**index["metadata"], "total_size": total}
-        output.open(path).write(json.dumps(index, indent=2, ensure_ascii=False).encode() + b"\n")
+        output.open(path).write(json.dumps(index, indent=2).encode() + b"\n")
 
     def verify_checksums(self, checkpoint: Checkpoint) -> int | None:
         counts = [s.format.verify_checksums(s) for s in checkpoint.content.shards.values()]
         known = [count for count in counts if count is not None]
         return sum(known) if known else None
 
-    def can_record(self, checkpoint: Checkpoint, state_dict: StateDict) -> bool:
-        first = next(iter(checkpoint.content.shards.values()))
-        return bool(first.format.can_record(first, first.state_dicts[0]))
+    def can_record(self, checkpoint: Checkpoint, state_dict: StateDict) -> bool:  # noqa: ARG002 (there is one)
+        content: _Shards = checkpoint.content
+        home = content.shards[_record_home(content.shards, content.shard_of)]
+        return home.format.can_record(home, home.state_dicts[0])
 
 
 def _read_index(file: SourceFile) -> dict[str, Any]:
     if file.size > MAX_INDEX:
         raise UnsafeFileError(f"the index has {file.size} bytes")
     try:
-        index = json.loads(file.read(0, file.size).decode("utf-8"))
+        index: Any = parse_json(file.read(0, file.size))
     except (ValueError, RecursionError) as error:
         raise CorruptFileError(f"the index is not valid JSON: {error}") from error
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
@@ -111,16 +115,20 @@ def _read_index(file: SourceFile) -> dict[str, Any]:
         raise CorruptFileError("the weight_map of the index does not map to file names")
     if len(set(weight_map.values())) > MAX_SHARDS:
         raise UnsafeFileError(f"the index names more than {MAX_SHARDS} files")
-    return index
+    return dict(index)
 
 
 def _open_shard(folder: Path, name: str) -> Checkpoint:
     """Open a shard beside the index, and nowhere else."""
     from bntool.checkpoints.formats import open_file
 
-    if name != os.path.basename(name) or name in ("", ".", "..") or "\\" in name or ":" in name or "\0" in name:
+    if "/" in name or name in ("", ".", "..") or "\\" in name or ":" in name or "\0" in name:
         raise UnsafeFileError(f"the index names a file outside of its folder: {name[:80]!r}")
-    if os.path.dirname(os.path.realpath(folder / name)) != os.path.realpath(folder):
+    try:
+        leads_outside = Path(os.path.realpath(folder / name)).parent != Path(os.path.realpath(folder))
+    except ValueError as error:  # no name that the file system can have
+        raise CorruptFileError(f"the index names an impossible file: {name[:80]!r}") from error
+    if leads_outside:
         raise UnsafeFileError(f"the index names a link that leads outside of its folder: {name[:80]!r}")
     if name.endswith(".index.json"):
         raise UnsafeFileError(f"the index names another index: {name[:80]!r}")
@@ -153,17 +161,23 @@ def _assign_shards(state_dict: StateDict, known: Mapping[str, str]) -> dict[str,
 
 
 def _edited_shard(shard: Checkpoint, name: str, whole: Checkpoint, shard_of: Mapping[str, str]) -> Checkpoint:
-    """One shard with the edits of the whole checkpoint that concern it; the record goes to the first shard."""
+    """One shard with the edits of the whole checkpoint that concern it."""
     (edited,) = whole.state_dicts
     tensors = {key: tensor for key, tensor in edited.tensors.items() if shard_of[key] == name}
-    is_first = name == next(iter(whole.content.shards))
+    keeps_record = name == _record_home(whole.content.shards, shard_of)
     (own,) = shard.state_dicts
     return dataclasses.replace(
         shard,
         state_dicts=(dataclasses.replace(own, tensors=_in_own_order(own.tensors, tensors)),),
-        records=whole.records if is_first else {},
-        edits=tuple(e for e in whole.edits if not isinstance(e.step, Record) or is_first),
+        records=whole.records if keeps_record else shard.records,
+        edits=tuple(e for e in whole.edits if not isinstance(e.step, Record) or keeps_record),
     )
+
+
+def _record_home(shards: Mapping[str, Checkpoint], shard_of: Mapping[str, str]) -> str:
+    """The shard that holds the record: the one that has it already, else the first that still has tensors."""
+    left = [name for name in shards if name in set(shard_of.values())] or list(shards)
+    return next((name for name in left if shards[name].records), left[0])
 
 
 def _in_own_order(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -177,9 +191,9 @@ def _in_own_order(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> d
             previous = name
         else:
             followers.setdefault(previous, []).append(name)
-    for name in [None, *own]:
-        if name is not None and name in tensors:
-            ordered[name] = tensors[name]
-        for follower in followers.get(name, ()):
+    for place in [None, *own]:
+        if place is not None and place in tensors:
+            ordered[place] = tensors[place]
+        for follower in followers.get(place, ()):
             ordered[follower] = tensors[follower]
     return ordered

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Literal, Protocol, cast
 
 from bntool.checkpoints.dtypes import DType, decode_numbers, encode_numbers
 from bntool.checkpoints.files import CHUNK, ByteSource
 from bntool.errors import CorruptFileError, UnsafeFileError
 
-MAX_EXPANSION = 1 << 26  # elements a stride-0 tensor may expand to beyond what its storage holds
+MAX_DIMENSIONS = 64  # what torch computes with
+MAX_EXPANSION = 1 << 23  # elements a stride-0 tensor may expand to beyond what its storage holds
+MAX_RUNS = 1 << 18  # pieces that such a tensor may be copied in
 
 
 class Tensor(Protocol):
@@ -44,6 +47,30 @@ def read_numbers(tensor: Tensor) -> Sequence[float]:
         ValueError: elements of this dtype are not single numbers.
     """
     return decode_numbers(read_bytes(tensor), tensor.dtype)
+
+
+def describe_shape(shape: Sequence[int]) -> str:
+    """As PyTorch writes it, cut where a hostile file has many dimensions."""
+    return f"[{', '.join(map(str, shape[:8]))}{', ...' if len(shape) > 8 else ''}]"
+
+
+def equal_streams(a: Iterator[bytes], b: Iterator[bytes]) -> bool:
+    """Whether two runs of bytes are equal, however they are cut into pieces."""
+    left, right = b"", b""
+    while True:
+        left = left or next(a, b"")
+        right = right or next(b, b"")
+        if not left or not right:
+            return not left and not right
+        if len(left) == len(right):
+            if left != right:
+                return False
+            left, right = b"", b""
+            continue
+        size = min(len(left), len(right))
+        if left[:size] != right[:size]:
+            return False
+        left, right = left[size:], right[size:]
 
 
 def contiguous_strides(shape: Sequence[int]) -> tuple[int, ...]:
@@ -115,6 +142,17 @@ class StoredTensor:
         )
 
     @property
+    def overlaps_itself(self) -> bool:
+        """Whether elements may share bytes (expanded and unfolded tensors), so that it cannot be set in place."""
+        reach = 0
+        for stride, extent in sorted(zip(self.strides, self.shape, strict=True)):
+            if extent > 1:
+                if stride <= reach:
+                    return True
+                reach += (extent - 1) * stride
+        return False
+
+    @property
     def byte_range(self) -> tuple[int, int]:
         """First byte and the byte after the last one that the tensor touches, within its storage."""
         start = self.storage_offset * self.dtype.itemsize
@@ -130,7 +168,7 @@ class StoredTensor:
             CorruptFileError: the tensor would reach outside of its storage.
         """
         if any(extent < 0 for extent in self.shape) or len(self.shape) != len(self.strides):
-            raise CorruptFileError(f"impossible shape {list(self.shape)}", tensor=name)
+            raise CorruptFileError(f"impossible shape {describe_shape(self.shape)}", tensor=name)
         if any(stride < 0 for stride in self.strides) or self.storage_offset < 0:
             raise CorruptFileError("negative stride or storage offset", tensor=name)
         if self.storage is None:
@@ -151,20 +189,43 @@ class StoredTensor:
             step = CHUNK // item * item
             for position in range(start, end, step):
                 data = storage.source.read(storage.offset + position, min(step, end - position))
-                yield swap_bytes(data, item) if storage.big_endian else data
+                yield swap_bytes(data, self.dtype.swapsize) if storage.big_endian else data
             return
-        yield self._gather(storage.source.read(storage.offset + start, end - start), storage.big_endian)
+        expansion = self.nbytes - (end - start)
+        runs = self.numel // max(self.shape)
+        if expansion > MAX_EXPANSION * self.dtype.itemsize or (expansion > 0 and runs > MAX_RUNS):
+            raise UnsafeFileError(
+                f"shape {describe_shape(self.shape)} expands {end - start} stored bytes beyond measure"
+            )
+        gathered = self._gather(storage.source.read(storage.offset + start, end - start))
+        for position in range(0, len(gathered), CHUNK):
+            data = bytes(gathered[position : position + CHUNK])
+            yield swap_bytes(data, self.dtype.swapsize) if storage.big_endian else data
 
-    def _gather(self, span: bytes, big_endian: bool) -> bytes:
-        """Collect the elements of a strided view in C order."""
-        item = self.dtype.itemsize
-        if self.nbytes > len(span) + MAX_EXPANSION * item:
-            raise UnsafeFileError(f"shape {list(self.shape)} expands {len(span)} stored bytes to {self.nbytes}")
-        positions = [0]
-        for extent, stride in zip(self.shape, self.strides, strict=True):
-            positions = [base + index * stride for base in positions for index in range(extent)]
-        data = b"".join([span[position * item : position * item + item] for position in positions])
-        return swap_bytes(data, item) if big_endian else data
+    def _gather(self, span: bytes) -> bytearray:
+        """The elements of a strided view in C order.
+
+        They are copied in runs along the longest dimension, so that the number of runs stays small.
+        """
+        item, shape, strides = self.dtype.itemsize, self.shape, self.strides
+        if item > 8:  # no view has elements this wide: take each for a pair
+            shape, strides, item = (*shape, item // 8), (*(stride * item // 8 for stride in strides), 1), 8
+        code = cast("Literal['B']", {1: "B", 2: "H", 4: "I", 8: "Q"}[item])
+        gathered = bytearray(self.nbytes)
+        source, target = memoryview(span).cast(code), memoryview(gathered).cast(code)
+        longest = max(range(len(shape)), key=shape.__getitem__)
+        places = contiguous_strides(shape)
+        extent, stride, place = shape[longest], strides[longest], places[longest]
+        others = shape[:longest] + shape[longest + 1 :]
+        steps = [(strides[d], places[d]) for d in range(len(shape)) if d != longest]
+        for index in itertools.product(*map(range, others)):
+            first = sum(number * step for number, (step, _) in zip(index, steps, strict=True))
+            where = sum(number * step for number, (_, step) in zip(index, steps, strict=True))
+            run = source[first : first + (extent - 1) * stride + 1 : max(stride, 1)]
+            if stride == 0:
+                run = memoryview(run.tobytes() * extent).cast(code)
+            target[where : where + (extent - 1) * place + 1 : place] = run
+        return gathered
 
 
 def swap_bytes(data: bytes, item: int) -> bytes:

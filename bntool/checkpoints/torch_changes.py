@@ -1,10 +1,12 @@
-"""From an edited checkpoint to what must change in a torch file: bytes of storages, nodes of the pickle, new storages."""
+"""What must change in a torch file for an edited checkpoint: bytes of storages, nodes of the pickle, new storages."""
 
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from bntool.checkpoints.checkpoint import Checkpoint, StateDict
 from bntool.checkpoints.pickles.nodes import (
@@ -16,16 +18,17 @@ from bntool.checkpoints.pickles.nodes import (
     PersistentId,
     Update,
     as_mapping,
-    children,
     is_mapping,
     iterate_pairs,
     text_of,
 )
-from bntool.checkpoints.tensors import Storage, StoredTensor, Tensor, contiguous_strides, count_elements, swap_bytes
-from bntool.checkpoints.torch_objects import RECORD_KEY, StateDictSource, TorchContent, metadata_node
+from bntool.checkpoints.tensors import StoredTensor, Tensor, contiguous_strides, count_elements, swap_bytes
+from bntool.checkpoints.torch_memory import SharedMemory, walk_nodes
+from bntool.checkpoints.torch_modules import StateDictSource
+from bntool.checkpoints.torch_objects import RECORD_KEY, TorchContent, metadata_node
 from bntool.checkpoints.torch_tensors import TensorReader, read_storage_reference
 from bntool.errors import RefusedError
-from bntool.plan import Record, RemoveEntry, SetAttribute
+from bntool.plan import Record, RemoveEntry, SetAttribute, SetVersion
 
 
 @dataclass
@@ -72,7 +75,11 @@ class _Collector:
             for reference in map(read_storage_reference, content.pickle.persistent_ids)
             if reference is not None
         }
-        self.users: list[tuple[int, int, int, int]] | None = None
+        # the legacy format has one field more, for views of storages
+        self.has_view_field = any(
+            isinstance(node.value, tuple) and len(node.value) == 6 for node in content.pickle.persistent_ids
+        )
+        self.users: SharedMemory | None = None
 
     def collect(self) -> TorchChanges:
         for state_dict in self.checkpoint.state_dicts:
@@ -80,6 +87,8 @@ class _Collector:
         for edit in self.checkpoint.edits:
             if isinstance(edit.step, SetAttribute):
                 self.set_attribute(self.checkpoint.state_dict(edit.state_dict), edit.step)
+            elif isinstance(edit.step, SetVersion):
+                self.set_version(self.checkpoint.state_dict(edit.state_dict), edit.step)
             elif isinstance(edit.step, RemoveEntry):
                 self.remove_entry(edit.step.path)
         for state_dict in self.checkpoint.state_dicts:
@@ -108,10 +117,13 @@ class _Collector:
         added = [name for name in state_dict.tensors if name not in original]
         removed = [name for name in original if name not in state_dict.tensors]
         new_nodes: dict[str, Node] = {}
+        neighbours: dict[Any, dict[str, Tensor]] = {}  # the changed tensors of each storage
+        for name, tensor in changed.items():
+            neighbours.setdefault(_storage_key(original[name]), {})[name] = tensor
         for name, tensor in changed.items():
             stored = original[name]
             assert stored is not None
-            if stored.storage is None or stored.wrapper or self.is_shared(source, name, changed):
+            if stored.storage is None or self.is_shared(source, name, neighbours[stored.storage.key]):
                 new_nodes[name] = self.new_tensor(tensor, like=stored)
             else:
                 self.changes.patches.setdefault(stored.storage.key, []).append((stored, tensor))
@@ -119,8 +131,9 @@ class _Collector:
             return
         if state_dict.is_module:
             raise RefusedError(
-                "the file pickles whole modules; tensors in it can change but not come or go. "
-                "Save model.state_dict() and use that, or --layout same-keys"
+                "the file pickles whole modules; tensors in it can change, but not come or go, nor part from others "
+                "that share their memory. Save model.state_dict() and use that, or --layout same-keys",
+                tensor=next(iter([*added, *removed, *new_nodes])),
             )
         neighbour = next(tensor for tensor in original.values() if tensor is not None)
         for name in added:
@@ -148,32 +161,24 @@ class _Collector:
         _set_pairs(self.editable(node), pairs)
 
     def is_shared(self, source: StateDictSource, name: str, changed: Mapping[str, Tensor]) -> bool:
-        """Whether bytes of a tensor belong to another tensor too, one that does not get the same new elements."""
-        if self.users is None:
-            self.users = self.list_users()
-        node = source.tensor_nodes[name]
-        twins = {id(source.tensor_nodes[other]) for other, tensor in changed.items() if tensor == changed[name]}
-        stored = self.reader.read(node)
-        assert stored is not None and stored.storage is not None
-        if 0 in stored.strides and stored.numel > 1:
-            return True  # one element seen as many cannot hold different values
-        origin, start, end = _absolute_range(stored, stored.storage)
-        return any(
-            other not in twins and where == origin and first < end and start < last
-            for other, where, first, last in self.users
-        )
+        """Whether bytes of a tensor belong to another tensor too, one that does not get the same new elements.
 
-    def list_users(self) -> list[tuple[int, int, int, int]]:
-        """The bytes of every tensor of the file: (id of its node, id of the source, first byte, last byte + 1)."""
-        users, wrapped = [], set()
-        for node in walk_nodes(self.root, {}):
-            tensor = self.reader.read(node)
-            if tensor is None or tensor.storage is None:
-                continue
-            if tensor.is_parameter and isinstance(node, Instance):
-                wrapped.add(id(node.arguments[0]))  # the tensor inside a parameter is the parameter
-            users.append((id(node), *_absolute_range(tensor, tensor.storage)))
-        return [user for user in users if user[0] not in wrapped]
+        Args:
+            source: where the tensor lies.
+            name: of the tensor.
+            changed: the tensors of its storage that get new elements.
+        """
+        if self.users is None:
+            sources = [state_dict.source for state_dict in self.checkpoint.state_dicts]
+            self.users = SharedMemory(self.root, self.reader, sources)
+        stored = self.reader.read(source.tensor_nodes[name])
+        assert stored is not None
+        twins: Counter[int] = Counter()
+        for other, tensor in changed.items():
+            node = source.tensor_nodes[other]
+            if tensor == changed[name] and _layout(self.reader.read(node)) == _layout(stored):
+                twins[id(node)] += 1
+        return stored.overlaps_itself or self.users.has_other_user(stored, twins)
 
     def new_tensor(self, tensor: Tensor, *, like: StoredTensor) -> Node:
         """A node for a tensor that needs a storage of its own."""
@@ -185,12 +190,11 @@ class _Collector:
         self.changes.new_storages[key] = tensor
         device = like.storage.device if like.storage is not None else "cpu"
         count = count_elements(tensor.shape)
-        reference = PersistentId(("storage", Global("torch", storage_name), key, device, count))
+        facts: tuple[Node, ...] = ("storage", Global("torch", storage_name), key, device, count)
+        reference = PersistentId((*facts, None) if self.has_view_field else facts)
         hooks = Instance(Global("collections", "OrderedDict"), (), construction=Construction.REDUCE)
         arguments = (reference, 0, tensor.shape, contiguous_strides(tensor.shape), False, hooks)
-        rebuilt = Instance(
-            Global("torch._utils", "_rebuild_tensor_v2"), arguments, construction=Construction.REDUCE
-        )
+        rebuilt = Instance(Global("torch._utils", "_rebuild_tensor_v2"), arguments, construction=Construction.REDUCE)
         if not like.is_parameter:
             return rebuilt
         return Instance(
@@ -208,25 +212,40 @@ class _Collector:
         owner, _, attribute = step.attribute.rpartition(".")
         if attribute == "requires_grad" and owner:
             name = f"{step.module}.{owner}" if step.module else owner
+            tensor = state_dict.tensors.get(name)
+            if not isinstance(tensor, StoredTensor) or not tensor.is_parameter:
+                raise RefusedError("the file holds no such parameter", tensor=name)
             copy = self.editable(source.tensor_nodes[name])
             copy.arguments = (copy.arguments[0], bool(step.value), *copy.arguments[2:])
             return
         state = self.editable(source.module_nodes[step.module].state)
         _set_pairs(state, _with_item(iterate_pairs(state), step.attribute, step.value))
 
+    def set_version(self, state_dict: StateDict, step: SetVersion) -> None:
+        metadata = metadata_node(state_dict.source.node)
+        entry = as_mapping(metadata).get(step.module) if is_mapping(metadata) else None
+        if is_mapping(entry):
+            copy = self.editable(entry)
+            _set_pairs(copy, _with_item(iterate_pairs(copy), "version", step.version))
+
     def remove_entry(self, path: tuple[str, ...]) -> None:
         node = self.root
         for key in path[:-1]:
             node = as_mapping(node).get(key)
-        _set_pairs(self.editable(node), [(k, v) for k, v in iterate_pairs(self.editable(node)) if text_of(k) != path[-1]])
+        if path[-1] not in as_mapping(node):
+            raise RefusedError(f"the file holds no entry {'.'.join(path)!r}")
+        copy = self.editable(node)
+        _set_pairs(copy, [(key, value) for key, value in iterate_pairs(copy) if text_of(key) != path[-1]])
 
     def record(self, state_dict: StateDict) -> None:
-        text = json.dumps(self.checkpoint.records[state_dict.key], separators=(",", ":"))
-        node = state_dict.source.node
-        metadata = metadata_node(node)
+        records = self.checkpoint.records
+        metadata = metadata_node(state_dict.source.node)
         if not is_mapping(metadata):
-            self.changes.loose_record = text
+            homeless = [s.key for s in self.checkpoint.state_dicts if not is_mapping(metadata_node(s.source.node))]
+            histories = {key: records[key] for key in homeless if key in records}
+            self.changes.loose_record = json.dumps(histories, separators=(",", ":"))
             return
+        text = json.dumps(records[state_dict.key], separators=(",", ":"))
         entry = as_mapping(metadata).get("")
         if not is_mapping(entry):
             entry = Dict()
@@ -244,23 +263,14 @@ class _Collector:
         self.changes.dropped = self.used_keys - kept - self.changes.new_storages.keys()
 
 
-def walk_nodes(root: Node, replacements: Mapping[int, Node]) -> Iterator[Node]:
-    """Every node below ``root``, each once."""
-    pending, seen = [root], set()
-    while pending:
-        node = pending.pop()
-        node = replacements.get(id(node), node)
-        if isinstance(node, tuple | list | Dict | Instance | PersistentId) or hasattr(node, "members"):
-            if id(node) in seen:
-                continue
-            seen.add(id(node))
-            yield node
-            pending.extend(children(node))
+def _storage_key(tensor: StoredTensor | None) -> str | None:
+    return tensor.storage.key if tensor is not None and tensor.storage is not None else None
 
 
-def _absolute_range(tensor: StoredTensor, storage: Storage) -> tuple[int, int, int]:
-    start, end = tensor.byte_range
-    return id(storage.source), storage.offset + start, storage.offset + end
+def _layout(tensor: StoredTensor | None) -> tuple[Any, ...]:
+    """Equal for tensors that view the same elements in the same order."""
+    assert tensor is not None
+    return _storage_key(tensor), tensor.byte_range, tensor.shape, tensor.strides, tensor.dtype
 
 
 def _fresh_key(used: set[str]) -> str:
@@ -272,9 +282,7 @@ def _copy(node: Node) -> Node:
     if isinstance(node, Dict):
         return Dict(list(node.pairs))
     if isinstance(node, Instance):
-        copy = Instance(
-            node.constructor, node.arguments, construction=node.construction, keywords=node.keywords
-        )
+        copy = Instance(node.constructor, node.arguments, construction=node.construction, keywords=node.keywords)
         copy.updates = list(node.updates)
         return copy
     raise RefusedError("the file holds something unexpected where a mapping should be")
@@ -326,5 +334,4 @@ def patch_storage(patches: list[tuple[StoredTensor, Tensor]], *, base: int) -> I
 def storage_bytes(tensor: Tensor, *, big_endian: bool) -> Iterator[bytes]:
     """The bytes of a new storage."""
     for chunk in tensor.chunks():
-        yield swap_bytes(chunk, tensor.dtype.itemsize) if big_endian else chunk
-
+        yield swap_bytes(chunk, tensor.dtype.swapsize) if big_endian else chunk

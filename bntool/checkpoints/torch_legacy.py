@@ -16,7 +16,7 @@ from bntool.checkpoints.pickles.trust import list_globals
 from bntool.checkpoints.pickles.writing import write_pickle
 from bntool.checkpoints.tensors import Storage, count_elements
 from bntool.checkpoints.torch_changes import TorchChanges, collect_changes, patch_storage, storage_bytes
-from bntool.checkpoints.torch_objects import TorchContent, find_state_dicts, metadata_node, read_record
+from bntool.checkpoints.torch_objects import TorchContent, find_state_dicts, metadata_node, read_records
 from bntool.checkpoints.torch_tensors import StorageReference, TensorReader, read_storage_reference
 from bntool.errors import CorruptFileError, RefusedError
 
@@ -49,29 +49,28 @@ class TorchLegacy(Format):
     name = "torch-legacy"
     title = "torch (legacy, before 1.6)"
 
-    def recognises(self, path: Path, head: bytes) -> bool:
-        return head[:1] == b"\x80" and head[2 : 2 + len(_HEAD)] == _HEAD
+    def recognises(self, path: Path, head: bytes) -> bool:  # noqa: ARG002 (names say nothing)
+        return head[:1] == b"\x80" and _HEAD in head[2:32]  # protocols 4 and 5 put a frame before it
 
     def read(self, file: SourceFile) -> Checkpoint:
         magic = read_pickle(file)
         protocol = read_pickle(file, offset=magic.end)
         system = read_pickle(file, offset=protocol.end)
         if magic.root != _MAGIC or protocol.root != _PROTOCOL:
-            raise CorruptFileError(f"unknown version {protocol.root!r} of torch's legacy format")
+            raise CorruptFileError("an unknown version of torch's legacy format")
         pickle = read_pickle(file, offset=system.end)
         keys = read_pickle(file, offset=pickle.end)
         big_endian = as_mapping(system.root).get("little_endian") is False
         layout = _Layout(file, keys, _locate_storages(file, pickle, keys), big_endian)
         reader = TensorReader(lambda reference: _resolve(layout, reference))
         state_dicts = find_state_dicts(pickle.root, reader)
-        records = {state_dict.key: read_record(state_dict.source.node) for state_dict in state_dicts}
         return Checkpoint(
             file=file,
             format=self,
             state_dicts=state_dicts,
             entries=as_mapping(pickle.root) if is_mapping(pickle.root) else {},
             globals=list_globals(pickle),
-            records={key: history for key, history in records.items() if history},
+            records=read_records(state_dicts),
             content=TorchContent(pickle, reader, layout),
         )
 
@@ -84,7 +83,7 @@ class TorchLegacy(Format):
             )
         _write(checkpoint, changes, output.open(path))
 
-    def can_record(self, checkpoint: Checkpoint, state_dict: StateDict) -> bool:
+    def can_record(self, checkpoint: Checkpoint, state_dict: StateDict) -> bool:  # noqa: ARG002
         return is_mapping(metadata_node(state_dict.source.node))
 
 
@@ -103,11 +102,11 @@ def _locate_storages(file: SourceFile, pickle: Pickle, keys: Pickle) -> dict[str
         key = text_of(node)
         reference = references.get(key or "")
         if key is None or reference is None or key in runs:
-            raise CorruptFileError(f"the list of storages names {node!r:.40}, which no tensor uses, or twice")
+            raise CorruptFileError("the list of storages names one that no tensor uses, or one twice")
         (count,) = struct.unpack("<q", file.read(position, 8))
         nbytes = reference.dtype.byte_count(count)
         if count < 0 or count < reference.count or position + 8 + nbytes > file.size:
-            raise CorruptFileError(f"storage {key!r} of {count} elements does not fit in the file: it is truncated")
+            raise CorruptFileError(f"storage {key!r:.80} of {count} elements does not fit in the file: it is truncated")
         runs[key] = _StoredRun(key, count, position + 8, nbytes)
         position += 8 + nbytes
     return runs
@@ -116,7 +115,7 @@ def _locate_storages(file: SourceFile, pickle: Pickle, keys: Pickle) -> dict[str
 def _resolve(layout: _Layout, reference: StorageReference) -> Storage:
     run = layout.runs.get(reference.key)
     if run is None:
-        raise CorruptFileError(f"the storage {reference.key!r} is missing from the file")
+        raise CorruptFileError(f"the storage {reference.key!r:.80} is missing from the file")
     offset, nbytes = run.offset, run.nbytes
     if reference.view is not None:
         _, start, count = reference.view

@@ -7,8 +7,10 @@ from collections.abc import Callable
 
 from bntool.checkpoints.dtypes import BY_NAME, BY_STORAGE, UINT8, DType
 from bntool.checkpoints.pickles.nodes import Construction, Global, Instance, Node, PersistentId, text_of
-from bntool.checkpoints.tensors import Storage, StoredTensor, contiguous_strides
-from bntool.errors import CorruptFileError
+from bntool.checkpoints.tensors import MAX_DIMENSIONS, Storage, StoredTensor, contiguous_strides
+from bntool.errors import BntoolError, CorruptFileError
+
+MAX_NESTING = 20  # of tensors in subclasses in parameters; two or three are seen
 
 # from the value of a persistent id to the storage that it names
 StorageResolver = Callable[["StorageReference"], Storage]
@@ -20,12 +22,15 @@ _STORAGELESS = {
     "torch._utils._rebuild_device_tensor_from_cpu_tensor": "from another device",
     "torch._utils._rebuild_xla_tensor": "from numpy",
     "torch._utils._rebuild_nested_tensor": "nested",
-    "torch._utils._rebuild_sparse_tensor": "sparse",
-    "torch._utils._rebuild_sparse_csr_tensor": "sparse",
     "torch.nn.parameter.UninitializedParameter": "uninitialized",
     "torch.nn.parameter.UninitializedBuffer": "uninitialized",
 }
-_PLAIN_SUBCLASSES = ("torch.Tensor", "torch._tensor.Tensor", "torch.nn.parameter.Parameter", "torch.nn.parameter.Buffer")
+_PLAIN_SUBCLASSES = (
+    "torch.Tensor",
+    "torch._tensor.Tensor",
+    "torch.nn.parameter.Parameter",
+    "torch.nn.parameter.Buffer",
+)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -68,7 +73,7 @@ def read_storage_reference(node: Node) -> StorageReference | None:
     name = value[1].name
     dtype = UINT8 if name == "UntypedStorage" else BY_STORAGE.get(name)
     if dtype is None:
-        raise CorruptFileError(f"unknown storage type {value[1].path}")
+        raise CorruptFileError(f"unknown storage type {value[1].path:.80}")
     view = value[5] if len(value) == 6 else None
     if view is None:
         return StorageReference(dtype, key, device, count)
@@ -78,7 +83,7 @@ def read_storage_reference(node: Node) -> StorageReference | None:
 
 
 def _is_count(value: Node) -> bool:
-    return type(value) is int and value >= 0
+    return type(value) is int and 0 <= value < 1 << 63  # what fits in torch's own integers
 
 
 class TensorReader:
@@ -91,6 +96,7 @@ class TensorReader:
     def __init__(self, resolve: StorageResolver) -> None:
         self._resolve = resolve
         self._known: dict[int, StoredTensor | None] = {}
+        self._depth = 0
         self._storages: dict[tuple[str, DType, tuple[str, int, int] | None], Storage] = {}
 
     def read(self, node: Node) -> StoredTensor | None:
@@ -106,7 +112,26 @@ class TensorReader:
             self._known[id(node)] = self._read(node)
         return self._known[id(node)]
 
+    def read_named(self, name: str, node: Node) -> StoredTensor | None:
+        """Like :meth:`read`; errors name the tensor."""
+        try:
+            return self.read(node)
+        except BntoolError as error:
+            error.tensor = error.tensor or name
+            raise
+
     def _read(self, node: Instance) -> StoredTensor | None:
+        self._depth += 1
+        try:
+            if self._depth > MAX_NESTING:
+                raise CorruptFileError("a tensor of the pickle is nested in itself, or too deeply")
+            return self._rebuild(node)
+        except (IndexError, TypeError, ValueError) as error:
+            raise CorruptFileError("a tensor of the pickle is malformed") from error
+        finally:
+            self._depth -= 1
+
+    def _rebuild(self, node: Instance) -> StoredTensor | None:  # noqa: PLR0911 (one for each function)
         path, arguments = node.path, node.arguments
         if path in _STORAGELESS:
             return _storageless(path, arguments)
@@ -115,18 +140,17 @@ class TensorReader:
         if not isinstance(arguments, tuple):
             raise CorruptFileError("a tensor of the pickle is malformed")
         name = path.rpartition(".")[2]
-        try:
-            if name in ("_rebuild_tensor_v2", "_rebuild_tensor", "_rebuild_tensor_v3"):
-                return self._strided(name, arguments)
-            if name == "_rebuild_qtensor":
-                return dataclasses.replace(self._strided("_rebuild_tensor_v2", arguments), wrapper="quantized")
-            if name in ("_rebuild_parameter", "_rebuild_parameter_with_state"):
-                inner = self.read(arguments[0])
-                return inner and dataclasses.replace(inner, is_parameter=True, requires_grad=bool(arguments[1]))
-            if name == "_rebuild_from_type_v2":
-                return self._subclass(arguments)
-        except (IndexError, TypeError) as error:
-            raise CorruptFileError("a tensor of the pickle is malformed") from error
+        if name in ("_rebuild_tensor_v2", "_rebuild_tensor", "_rebuild_tensor_v3"):
+            return self._strided(name, arguments)
+        if name == "_rebuild_qtensor":
+            return dataclasses.replace(self._strided("_rebuild_tensor", arguments[:4]), wrapper="quantized")
+        if name in ("_rebuild_sparse_tensor", "_rebuild_sparse_csr_tensor"):
+            return self._sparse(arguments[1])
+        if name in ("_rebuild_parameter", "_rebuild_parameter_with_state"):
+            inner = self.read(arguments[0])
+            return inner and dataclasses.replace(inner, is_parameter=True, requires_grad=bool(arguments[1]))
+        if name == "_rebuild_from_type_v2":
+            return self._subclass(arguments)
         return None
 
     def _strided(self, rebuild: str, arguments: tuple[Node, ...]) -> StoredTensor:
@@ -146,10 +170,18 @@ class TensorReader:
             storage_offset=offset,
             storage=self._storage(reference),
             requires_grad=bool(arguments[4]) if len(arguments) > 4 else False,
-            wrapper="conjugate or negative view" if metadata else None,
+            wrapper="conjugate or negative view" if metadata is not None else None,
         )
         tensor.check_bounds("")
         return tensor
+
+    def _sparse(self, parts: Node) -> StoredTensor:
+        """The dtype of its values, which come last of its tensors, and its size."""
+        nodes = parts[:8] if isinstance(parts, tuple | list) else ()
+        tensors = [tensor for tensor in map(self.read, nodes) if tensor is not None]
+        sizes = [size for size in map(_as_shape, nodes) if size is not None]
+        shape = sizes[-1] if sizes else ()
+        return StoredTensor(tensors[-1].dtype, shape, contiguous_strides(shape), 0, None, wrapper="sparse")
 
     def _storage(self, reference: StorageReference) -> Storage:
         key = (reference.key, reference.dtype, reference.view)
@@ -168,7 +200,13 @@ class TensorReader:
 
 
 def _are_counts(values: Node) -> bool:
-    return isinstance(values, tuple | list) and all(_is_count(value) for value in values)
+    return isinstance(values, tuple | list) and len(values) <= MAX_DIMENSIONS and all(map(_is_count, values))
+
+
+def _as_shape(node: Node) -> tuple[int, ...] | None:
+    if isinstance(node, Instance) and node.path == "torch.Size" and isinstance(node.arguments, tuple):
+        node = node.arguments[0] if node.arguments else ()
+    return tuple(node) if isinstance(node, tuple) and _are_counts(node) else None
 
 
 def _dtype_of(node: Node) -> DType:
@@ -182,7 +220,7 @@ def _storageless(path: str, arguments: Node) -> StoredTensor:
     """A tensor that is shown but never interpreted: its dtype and shape as far as they are plain to see."""
     values = arguments if isinstance(arguments, tuple) else ()
     dtypes = [BY_NAME[v.name] for v in values if isinstance(v, Global) and v.module == "torch" and v.name in BY_NAME]
-    shapes = [tuple(value) for value in values if isinstance(value, tuple) and value and _are_counts(value)]
+    shapes = [shape for shape in map(_as_shape, values) if shape is not None]
     shape = shapes[0] if shapes else ()
     return StoredTensor(
         dtype=dtypes[0] if dtypes else BY_NAME["float32"],

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from bntool.checkpoints.checkpoint import Checkpoint, Format
-from bntool.checkpoints.files import MemorySource, OutputFiles, SourceFile
+from bntool.checkpoints.files import OutputFiles, SourceFile
 from bntool.checkpoints.pickles.nodes import as_mapping, is_mapping
 from bntool.checkpoints.pickles.reading import read_pickle_bytes
 from bntool.checkpoints.pickles.trust import list_globals
 from bntool.checkpoints.pickles.writing import write_pickle
 from bntool.checkpoints.tensors import Storage, count_elements
 from bntool.checkpoints.torch_changes import TorchChanges, collect_changes, patch_storage, storage_bytes
-from bntool.checkpoints.torch_objects import TorchContent, find_state_dicts, parse_record, read_record
+from bntool.checkpoints.torch_objects import TorchContent, as_history, find_state_dicts, read_records
 from bntool.checkpoints.torch_tensors import StorageReference, TensorReader
-from bntool.checkpoints.zips.reading import LOCAL_MAGIC, ZipArchive, ZipRecord, read_archive
+from bntool.checkpoints.zips.reading import LOCAL_MAGIC, InflatedRecord, ZipArchive, ZipRecord, read_archive
 from bntool.checkpoints.zips.writing import ZipWriter, copy_with_patches, patched_chunks
 from bntool.errors import CorruptFileError, UnknownFormatError, UnsafeFileError
 
@@ -41,7 +44,7 @@ class TorchZip(Format):
     name = "torch-zip"
     title = "torch (zip)"
 
-    def recognises(self, path: Path, head: bytes) -> bool:
+    def recognises(self, path: Path, head: bytes) -> bool:  # noqa: ARG002 (names say nothing)
         return head.startswith(LOCAL_MAGIC)
 
     def read(self, file: SourceFile) -> Checkpoint:
@@ -54,18 +57,16 @@ class TorchZip(Format):
         reader = TensorReader(lambda reference: _resolve(layout, reference))
         state_dicts = find_state_dicts(pickle.root, reader)
         loose = archive.records.get(f"{layout.root}{_RECORD_NAME}")
-        records = {s.key: read_record(s.source.node) for s in state_dicts}
-        if loose is not None and state_dicts:
-            for entry in parse_record(archive.read(loose)):
-                key = str(entry.get("state_dict", ""))
-                records[key] = (*records.get(key, ()), entry)
+        records = read_records(state_dicts)
+        if loose is not None:
+            records = {**_parse_loose(archive.read(loose)), **records}
         return Checkpoint(
             file=file,
             format=self,
             state_dicts=state_dicts,
             entries=as_mapping(pickle.root) if is_mapping(pickle.root) else {},
             globals=list_globals(pickle),
-            records={key: history for key, history in records.items() if history},
+            records=records,
             content=TorchContent(pickle, reader, layout),
         )
 
@@ -92,11 +93,23 @@ class TorchZip(Format):
         return len(archive.records)
 
 
+def _parse_loose(data: bytes) -> dict[str, tuple[Mapping[str, Any], ...]]:
+    """The histories in a record of the archive, by key of the state dict; anything else counts as none."""
+    try:
+        found = json.loads(data)
+    except (ValueError, RecursionError):
+        return {}
+    histories = {key: as_history(entries) for key, entries in found.items()} if isinstance(found, dict) else {}
+    return {key: history for key, history in histories.items() if history}
+
+
 def _find_layout(archive: ZipArchive) -> _Layout:
     pickles = [name for name in archive.records if name == "data.pkl" or name.endswith("/data.pkl")]
     top = [name for name in pickles if name.count("/") <= 1]
-    if len(top) != 1:
+    if not top:
         raise UnknownFormatError("this zip archive was not written by torch.save: it has no data.pkl")
+    if len(top) > 1:
+        raise CorruptFileError("the zip archive holds more than one data.pkl")
     root = top[0].removesuffix("data.pkl")
     if f"{root}constants.pkl" in archive.records:
         raise UnknownFormatError("this is a TorchScript archive, a layout that bntool does not read yet")
@@ -107,30 +120,35 @@ def _find_layout(archive: ZipArchive) -> _Layout:
 def _resolve(layout: _Layout, reference: StorageReference) -> Storage:
     record = layout.storage_record(reference.key)
     if record is None:
-        raise CorruptFileError(f"the storage {reference.key!r} is missing from the archive")
+        raise CorruptFileError(f"the storage {reference.key!r:.80} is missing from the archive")
     if record.size < reference.nbytes:
         raise CorruptFileError(
-            f"storage {reference.key!r} has {record.size} bytes, but {reference.nbytes} are announced"
+            f"storage {reference.key!r:.80} has {record.size} bytes, but {reference.nbytes} are announced"
         )
-    facts = {"key": reference.key, "big_endian": layout.big_endian, "device": reference.device}
-    if record.stored_size != record.size:  # deflated: there are no bytes to point at
-        content = MemorySource(layout.archive.read(record))
-        return Storage(source=content, offset=0, nbytes=reference.nbytes, **facts)
-    return Storage(source=layout.archive.file, offset=record.data_offset, nbytes=reference.nbytes, **facts)
+    return Storage(
+        source=InflatedRecord(layout.archive, record) if record.is_deflated else layout.archive.file,
+        offset=0 if record.is_deflated else record.data_offset,
+        nbytes=reference.nbytes,
+        key=reference.key,
+        big_endian=layout.big_endian,
+        device=reference.device,
+    )
 
 
 def _patches_deflated(layout: _Layout, changes: TorchChanges) -> bool:
     records = [layout.storage_record(key) for key in changes.patches]
-    return any(record is not None and record.stored_size != record.size for record in records)
+    return any(record is not None and record.is_deflated for record in records)
 
 
-def _rewrite(checkpoint: Checkpoint, changes: TorchChanges, writer: ZipWriter) -> None:
+def _rewrite(checkpoint: Checkpoint, changes: TorchChanges, writer: ZipWriter) -> None:  # noqa: C901 (one branch for each fate of a record)
     """Write a new archive: the pickle anew if it changes, storages patched, added and dropped, all else copied."""
     layout: _Layout = checkpoint.content.container
     archive, root = layout.archive, layout.root
     dropped = {f"{root}data/{key}" for key in changes.dropped}
     patches = {f"{root}data/{key}": patch for key, patch in changes.patches.items()}
-    last_storage = max((r.header_offset for r in archive.records.values() if r.name.startswith(f"{root}data/")), default=0)
+    last_storage = max(
+        (r.header_offset for r in archive.records.values() if r.name.startswith(f"{root}data/")), default=0
+    )
     added = False
 
     def add_new_storages() -> None:
@@ -145,7 +163,7 @@ def _rewrite(checkpoint: Checkpoint, changes: TorchChanges, writer: ZipWriter) -
         elif record.name == f"{root}{_RECORD_NAME}" and changes.loose_record is not None:
             continue
         elif record.name in patches:
-            base = 0 if record.stored_size != record.size else record.data_offset
+            base = 0 if record.is_deflated else record.data_offset
             chunks = patched_chunks(archive, record, patch_storage(patches[record.name], base=base))
             writer.add(record.name, chunks, size=record.size)
         elif record.name in dropped:
@@ -168,4 +186,3 @@ def _emit_pickle(checkpoint: Checkpoint, changes: TorchChanges) -> bytes:
     pickle = checkpoint.content.pickle
     write_pickle(parts.append, pickle.root, protocol=pickle.protocol, replacements=changes.replacements)
     return b"".join(parts)
-

@@ -32,7 +32,9 @@ def command(
     stats: Annotated[bool, typer.Option("--stats", help="And minimum, mean, maximum of every tensor.")] = False,
     fail_on: Annotated[
         FailOn | None,
-        typer.Option("--fail-on", help="Exit with 1 if there is a finding of this severity or worse.", show_default=False),
+        typer.Option(
+            "--fail-on", help="Exit with 1 if there is a finding of this severity or worse.", show_default=False
+        ),
     ] = None,
     verify_crc: Annotated[
         bool, typer.Option("--verify-crc", help="Hold every byte against the checksums of the file (reads all of it).")
@@ -45,7 +47,6 @@ def command(
     Nothing in the file is executed, whatever it is; torch is not needed for it either.
 
     Examples:
-
       bntool inspect ckpt.pt
 
       bntool inspect ckpt.pt --layers 'backbone.layer3.*' --json

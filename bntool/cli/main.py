@@ -39,7 +39,7 @@ _CODES: tuple[tuple[type[errors.BntoolError], ExitCode], ...] = (
     (errors.UserCodeError, ExitCode.USER_CODE),
 )
 
-# typer carries its own copy of click or uses the installed one, depending on its version; this base class is of the right one
+# typer carries its own copy of click or uses the installed one; this base class is of the right one
 _ClickError: type[Exception] = typer.BadParameter.__mro__[2]
 
 # name on the command line -> module of this package with a function ``command``
@@ -83,7 +83,7 @@ def build_app() -> typer.Typer:
 
 
 def _root(
-    version: Annotated[  # noqa: ARG001 the callback does the work
+    version: Annotated[
         bool,
         typer.Option(
             "--version",

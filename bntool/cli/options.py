@@ -12,9 +12,7 @@ _SELECTION, _OUTPUT, _MODEL, _REPORT = "What to work on", "Output", "Model and d
 Checkpoint = Annotated[
     Path, typer.Argument(metavar="CKPT", help="Checkpoint file; it is never written to.", show_default=False)
 ]
-Checkpoints = Annotated[
-    list[Path], typer.Argument(metavar="CKPT...", help="Checkpoint files.", show_default=False)
-]
+Checkpoints = Annotated[list[Path], typer.Argument(metavar="CKPT...", help="Checkpoint files.", show_default=False)]
 StateDictKey = Annotated[
     str | None,
     typer.Option(
@@ -39,7 +37,9 @@ Output = Annotated[
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Show what would be done and write nothing.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace OUT if it exists.")]
-Strict = Annotated[bool, typer.Option("--strict", help="Refuse (exit 4) if any layer is skipped or anything is assumed.")]
+Strict = Annotated[
+    bool, typer.Option("--strict", help="Refuse (exit 4) if any layer is skipped or anything is assumed.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON (documented in docs/json.md).")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")]
 ModelSpec = Annotated[

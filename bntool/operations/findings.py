@@ -137,7 +137,7 @@ def find_in_layer(tensors: dict[str, Summary], *, eps: float | None, recalibrate
 
 def _shapes(tensors: dict[str, Summary]) -> list[Finding]:
     vectors = {role: tensors[role] for role in ("weight", "bias", "running_mean", "running_var") if role in tensors}
-    lengths = {role: len(summary.values) for role, summary in vectors.items()}
+    lengths: dict[str, Any] = {role: len(summary.values) for role, summary in vectors.items()}
     if len(set(lengths.values())) <= 1:
         return []
     listed = ", ".join(f"{role} {length}" for role, length in lengths.items())
@@ -163,7 +163,9 @@ def _variance(variance: Summary) -> list[Finding]:
     zero = sum(value == 0 for value in variance.values)
     findings = []
     if negative:
-        message = f"running_var is negative in {negative} of {count} channels: no average of squares can be; recalibrate"
+        message = (
+            f"running_var is negative in {negative} of {count} channels: no average of squares can be; recalibrate"
+        )
         facts = {"channels": negative}
         findings.append(
             Finding(FindingCode.NEGATIVE_VARIANCE, Severity.ERROR, f"{negative} negative var", message, facts)
@@ -194,7 +196,8 @@ def _initial(mean: Summary, variance: Summary, counter: Summary | None) -> list[
     said = "" if tracked is None else f" (num_batches_tracked is {tracked:g})"
     message = (
         f"running_mean is 0 and running_var 1 everywhere{said}: the statistics were never updated, or were reset. If "
-        "the model was trained, it needs recalibration before eval mode is right; folded or fixed layers look so on purpose"
+        "the model was trained, it needs recalibration before eval mode is right; folded or fixed layers look so on "
+        "purpose"
     )
     return [Finding(FindingCode.NEVER_UPDATED, Severity.WARNING, "never updated", message)]
 
@@ -225,13 +228,11 @@ def _scale(tensors: dict[str, Summary], variance: Summary, eps: float) -> list[F
     if largest > EXPLODING_SCALE:
         exploding = sum(scale > EXPLODING_SCALE for scale in scales)
         message = (
-            f"{exploding} of {count} channels have |weight / sqrt(running_var + eps)| above {EXPLODING_SCALE:g} (largest "
-            f"{largest:.3g}): tiny variance; rounding errors and new data are amplified as much"
+            f"{exploding} of {count} channels have |weight / sqrt(running_var + eps)| above {EXPLODING_SCALE:g} "
+            f"(largest {largest:.3g}): tiny variance; rounding errors and new data are amplified as much"
         )
         facts = {"channels": exploding, "largest": largest}
-        findings.append(
-            Finding(FindingCode.EXPLODING_SCALE, Severity.WARNING, f"scale {largest:.1e}", message, facts)
-        )
+        findings.append(Finding(FindingCode.EXPLODING_SCALE, Severity.WARNING, f"scale {largest:.1e}", message, facts))
     return findings
 
 
@@ -244,7 +245,9 @@ def _half(mean: Summary, variance: Summary) -> list[Finding]:
         small = sum(0 <= value < HALF_SMALLEST_NORMAL for value in variance.values)
         if small:
             message = f"running_var is below float16's normal range in {small} channels: it lost digits or became 0"
-            findings.append(Finding(FindingCode.UNDERFLOW, Severity.WARNING, "var underflow", message, {"channels": small}))
+            findings.append(
+                Finding(FindingCode.UNDERFLOW, Severity.WARNING, "var underflow", message, {"channels": small})
+            )
         large = sum(abs(value) >= HALF_LARGEST for value in (*variance.values, *mean.values))
         if large:
             message = f"{large} statistics stand at float16's largest value or beyond: they overflowed"
@@ -270,8 +273,16 @@ def _counter(tensors: dict[str, Summary], *, is_initial: bool, recalibrated: boo
         return [Finding(FindingCode.COUNTER_ZERO, Severity.NOTICE, "counter 0", message)]
     if 0 < count < FEW_UPDATES:
         message = (
-            f"the statistics rest on {count} batch{'es' if count > 1 else ''} only (num_batches_tracked): recomputed on "
-            "other data than the training's, reset, or hardly trained; check them with recalibrate --dry-run"
+            f"the statistics rest on {count} batch{'es' if count > 1 else ''} only (num_batches_tracked): recomputed "
+            "on other data than the training's, reset, or hardly trained; check them with recalibrate --dry-run"
         )
-        return [Finding(FindingCode.COUNTER_LOW, Severity.WARNING, f"{count} update{'s' if count > 1 else ''} only", message, {"updates": count})]
+        return [
+            Finding(
+                FindingCode.COUNTER_LOW,
+                Severity.WARNING,
+                f"{count} update{'s' if count > 1 else ''} only",
+                message,
+                {"updates": count},
+            )
+        ]
     return []

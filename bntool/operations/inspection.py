@@ -15,7 +15,6 @@ from bntool.checkpoints.norms import find_norms
 from bntool.checkpoints.tensors import StoredTensor, Tensor, read_numbers
 from bntool.errors import BntoolError
 from bntool.operations.findings import Finding, FindingCode, Severity, Summary, find_in_layer, summarize
-from bntool.plan import Operation
 
 MAX_CHANNELS = 1 << 22  # elements of one tensor read for its statistics unless --stats asks for all
 
@@ -156,9 +155,7 @@ def _inspect_state_dict(
     roles = {name: _role(state_dict, name, tensor) for name, tensor in state_dict.tensors.items()}
     sizes = {name: _count(tensor) for name, tensor in state_dict.tensors.items()}
     tensors = tuple(
-        TensorInspection(
-            state_dict.strip(name), roles[name], tensor, _summarize(name, tensor) if statistics else None
-        )
+        TensorInspection(state_dict.strip(name), roles[name], tensor, _summarize(name, tensor) if statistics else None)
         for name, tensor in state_dict.tensors.items()
         if every_tensor and selects(layers, state_dict.strip(name).rpartition(".")[0])
     )
@@ -192,6 +189,10 @@ def _count(tensor: Tensor) -> int:
 def _recalibrated_layers(checkpoint: Checkpoint, state_dict: StateDict) -> frozenset[str]:
     """The layers whose statistics bntool recomputed, as the file records."""
     history = checkpoint.records.get(state_dict.key, ())
+    if not history:
+        return frozenset()
+    from bntool.plan import Operation  # not needed to inspect a file that bntool never wrote
+
     names: set[str] = set()
     for entry in history:
         listed = entry.get("layers")
@@ -212,7 +213,9 @@ def _inspect_layer(layer: BatchNorm, *, recalibrated: bool) -> LayerInspection:
                 unread.append(role)
     findings = find_in_layer(summaries, eps=layer.eps, recalibrated=recalibrated)
     if unread:
-        message = f"{', '.join(unread)}: the file holds no plain elements (uninitialised, meta, or too large to be read)"
+        message = (
+            f"{', '.join(unread)}: the file holds no plain elements (uninitialised, meta, or too large to be read)"
+        )
         findings.append(Finding(FindingCode.NOT_INITIALISED, Severity.WARNING, "no elements", message))
     if layer.kind is NormKind.BATCH_NORM and "num_batches_tracked" not in layer.tensors:
         message = (
@@ -249,7 +252,10 @@ def _compare_counters(layers: tuple[LayerInspection, ...]) -> tuple[LayerInspect
     for layer in layers:
         own = layer.num_batches_tracked
         if own is not None and own != usual:
-            message = f"num_batches_tracked is {own} here and {usual} in most layers: it was trained apart, reset, or used more often"
+            message = (
+                f"num_batches_tracked is {own} here and {usual} in most layers: "
+                "it was trained apart, reset, or used more often"
+            )
             finding = Finding(FindingCode.COUNTER_DISAGREES, Severity.NOTICE, f"counter {own}", message)
             layer = LayerInspection(layer.layer, layer.tensors, (*layer.findings, finding))  # noqa: PLW2901
         compared.append(layer)
@@ -260,7 +266,9 @@ def _state_dict_findings(norms: Sequence[BatchNorm]) -> list[Finding]:
     findings = []
     lookalikes = [n for n in norms if n.kind is NormKind.INSTANCE_NORM]
     if lookalikes:
-        message = f"{len(lookalikes)} InstanceNorm layers have the same tensors as BatchNorm; they are told apart by class"
+        message = (
+            f"{len(lookalikes)} InstanceNorm layers have the same tensors as BatchNorm; they are told apart by class"
+        )
         findings.append(Finding(FindingCode.INSTANCE_NORM_LOOKALIKE, Severity.NOTICE, "InstanceNorm", message))
     relatives = Counter(
         n.kind.value
@@ -288,8 +296,8 @@ def _compare_averaged(inspections: list[StateDictInspection]) -> list[StateDictI
         stale = [i for i in inspection.layers if _is_initial(i) and i.layer.name in moved]
         if is_averaged_copy(inspection.state_dict.key) and stale:
             message = (
-                f"the statistics of {len(stale)} of {len(inspection.layers)} layers of this averaged copy are initial while "
-                "the model's have moved: its buffers were not copied; recalibrate it before use"
+                f"the statistics of {len(stale)} of {len(inspection.layers)} layers of this averaged copy are initial "
+                "while the model's have moved: its buffers were not copied; recalibrate it before use"
             )
             finding = Finding(FindingCode.EMA_STATISTICS_INITIAL, Severity.ERROR, "EMA statistics initial", message)
             inspection = _with_finding(inspection, finding)  # noqa: PLW2901
@@ -309,9 +317,10 @@ def _file_findings(checkpoint: Checkpoint, inspections: Sequence[StateDictInspec
     findings = []
     suspicious = [name.path for name in checkpoint.globals if name.trust is GlobalTrust.SUSPICIOUS]
     if suspicious:
+        listed = ", ".join(suspicious[:3]) + (" ..." if len(suspicious) > 3 else "")
         message = (
-            f"unpickling this file would use {', '.join(suspicious[:3])}{' ...' if len(suspicious) > 3 else ''}, which can "  # noqa: PLR2004
-            "run code: do not load it with torch.load(weights_only=False) unless you trust where it comes from"
+            f"unpickling this file would use {listed}, which can run code: "
+            "do not load it with torch.load(weights_only=False) unless you trust where it comes from"
         )
         findings.append(
             Finding(FindingCode.SUSPICIOUS_GLOBAL, Severity.WARNING, "suspicious", message, {"globals": suspicious})

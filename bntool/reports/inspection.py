@@ -19,12 +19,14 @@ def describe_inspection(inspection: Inspection, *, every_tensor: bool) -> dict[s
         "origin": describe_origin(checkpoint),
         "globals": [{"name": g.path, "called": g.called, "trust": g.trust.value} for g in checkpoint.globals],
         "checksums_verified": inspection.checksums,
-        "state_dicts": [_describe_state_dict(s, inspection, every_tensor) for s in inspection.state_dicts],
+        "state_dicts": [_describe_state_dict(s, inspection, every_tensor=every_tensor) for s in inspection.state_dicts],
         "findings": _describe_findings(inspection.findings),
     }
 
 
-def _describe_state_dict(state_dict: StateDictInspection, inspection: Inspection, every_tensor: bool) -> dict[str, Any]:
+def _describe_state_dict(
+    state_dict: StateDictInspection, inspection: Inspection, *, every_tensor: bool
+) -> dict[str, Any]:
     source = state_dict.state_dict
     facts: dict[str, Any] = {
         "key": source.key,
@@ -87,6 +89,11 @@ def _describe_tensor(tensor: TensorInspection) -> dict[str, Any]:
 
 def _describe_findings(findings: Iterable[Finding]) -> list[dict[str, Any]]:
     return [
-        {"code": f.code.value, "severity": f.severity.value, "message": f.message, **({"facts": f.facts} if f.facts else {})}
+        {
+            "code": f.code.value,
+            "severity": f.severity.value,
+            "message": f.message,
+            **({"facts": f.facts} if f.facts else {}),
+        }
         for f in findings
     ]

@@ -13,6 +13,7 @@ from bntool.operations.inspection import Inspection, LayerInspection, StateDictI
 from bntool.reports.blocks import Block, Cell, Column, Line, Style, Table, line
 from bntool.reports.text import format_number, format_size, plural
 
+NARROW = 76  # columns below which only the statistics are shown
 WIDE = 132  # columns from which on means and findings stand in the table
 _STYLES = {Severity.NOTICE: Style.NOTICE, Severity.WARNING: Style.WARNING, Severity.ERROR: Style.ERROR}
 _MARKS = {Severity.NOTICE: "i", Severity.WARNING: "!", Severity.ERROR: "X"}
@@ -64,7 +65,12 @@ def _state_dict_blocks(
     prefix = f", prefix {source.prefix!r}" if source.prefix else ""
     several = len(inspection.checkpoint.state_dicts) > 1
     chosen = " (the one that other commands take)" if state_dict.chosen and several else ""
-    yield Line((Cell(f"state dict {source.key!r}" if source.key else "state dict", Style.HEADING), Cell(f"{chosen}{prefix}, {counts}")))
+    yield Line(
+        (
+            Cell(f"state dict {source.key!r}" if source.key else "state dict", Style.HEADING),
+            Cell(f"{chosen}{prefix}, {counts}"),
+        )
+    )
     channels = sum(layer.layer.num_features or 0 for layer in state_dict.layers)
     others = ", ".join(f"{count} {kind.value}" for kind, count in state_dict.other_norms.items())
     kind = _common([_kind(layer) for layer in state_dict.layers]) or "BatchNorm"
@@ -78,7 +84,8 @@ def _state_dict_blocks(
     elif state_dict.layers:
         yield line()
         yield _layer_table(state_dict.layers)
-    grouped = [(finding, []) for finding in state_dict.findings] + _group(state_dict.layers)
+    whole: list[tuple[Finding, list[str]]] = [(finding, []) for finding in state_dict.findings]
+    grouped = whole + _group(state_dict.layers)
     if grouped:
         yield line()
         yield from _finding_lines(grouped)
@@ -134,7 +141,8 @@ def _layer_table(layers: Sequence[LayerInspection]) -> Table:
         Column("layer", shrinks=True),
         Column("kind"),
         Column("C", right=True),
-        *(Column(title, right=True, narrow=WIDE) for title in ("weight", "bias", "mean", "var")),
+        *(Column(title, right=True, wide=NARROW, narrow=WIDE) for title in ("weight", "bias")),
+        *(Column(title, right=True, narrow=WIDE) for title in ("mean", "var")),
         *(Column(title, right=True, wide=WIDE) for title in _VECTORS),
         Column("batches", right=True),
         Column("eps", right=True),

@@ -62,7 +62,9 @@ def _draw_line(block: Line, width: int | None, *, colour: bool) -> list[str]:
             lines.append(current.rstrip())
             current, used = " " * (block.indent + _GAP), block.indent + _GAP
         if current.strip() or text[0].strip() or used == block.indent:
-            current += "".join(_paint(piece, piece_style, colour=colour) for piece, piece_style in zip(text, style, strict=True))
+            current += "".join(
+                _paint(piece, piece_style, colour=colour) for piece, piece_style in zip(text, style, strict=True)
+            )
             used += size
     return [*lines, current.rstrip()]
 

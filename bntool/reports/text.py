@@ -12,7 +12,7 @@ MAX_NAME = 300
 
 
 def sanitize(text: str) -> str:
-    """The text with everything that a terminal could obey written as an escape, e.g. ``\\x1b``.
+    """The text with everything that a terminal could obey written as an escape: backslash, x, two digits.
 
     Text from a file is data: it never reaches the terminal raw.
     """

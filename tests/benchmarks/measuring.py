@@ -44,9 +44,7 @@ def measure(commands: Mapping[str, tuple[Sequence[str], bool]], *, rounds: int) 
             cpu, memory = run_command(command, terminal=terminal)
             seconds[name].append(cpu)
             megabytes[name] = max(megabytes[name], memory)
-    return {
-        name: Measurement(min(times), statistics.median(times), megabytes[name]) for name, times in seconds.items()
-    }
+    return {name: Measurement(min(times), statistics.median(times), megabytes[name]) for name, times in seconds.items()}
 
 
 def print_table(measurements: Mapping[str, Measurement], *, peer: str) -> None:

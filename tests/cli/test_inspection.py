@@ -26,9 +26,13 @@ def run_json(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[in
     return code, document
 
 
-@pytest.mark.parametrize("path", sorted(p for p in SAMPLES.iterdir() if p.suffix in (".pt", ".pth", ".safetensors")), ids=lambda p: p.name)
+@pytest.mark.parametrize(
+    "path", sorted(p for p in SAMPLES.iterdir() if p.suffix in (".pt", ".pth", ".safetensors")), ids=lambda p: p.name
+)
 @pytest.mark.parametrize("extra", [[], ["--all"], ["--stats", "--verify-crc"]], ids=["plain", "all", "stats"])
-def test_the_document_of_every_sample_is_valid(path: Path, extra: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_document_of_every_sample_is_valid(
+    path: Path, extra: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
     code, document = run_json(capsys, path, *extra)
     assert code == 0
     (file,) = document["files"]
@@ -88,12 +92,15 @@ def test_neither_torch_nor_numpy_is_imported() -> None:
     )
     arguments = ["inspect", *(str(p) for p in sorted(SAMPLES.glob("*.pt"))), str(SAMPLES / "digits.safetensors")]
     for extra in ([], ["--json"], ["--stats"], ["--verify-crc"]):
-        subprocess.run([sys.executable, "-c", script, *arguments, *extra], check=True, stdout=subprocess.DEVNULL, cwd=ROOT)
+        subprocess.run(
+            [sys.executable, "-c", script, *arguments, *extra], check=True, stdout=subprocess.DEVNULL, cwd=ROOT
+        )
     subprocess.run([sys.executable, "-c", script, "--help"], check=True, stdout=subprocess.DEVNULL, cwd=ROOT)
 
 
 def test_a_closed_pipe_is_no_error() -> None:
-    command = f"{sys.executable} -m bntool inspect {SAMPLES / 'digits.pt'} --all | head -1; echo ${{PIPESTATUS[0]}}"
+    sample = SAMPLES / "digits.pt"
+    command = f"{sys.executable} -m bntool inspect {sample} --all | head -1; echo ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=ROOT, check=True)
     assert done.stderr == ""
     assert done.stdout.splitlines()[-1] == "0"

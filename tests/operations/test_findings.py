@@ -56,7 +56,10 @@ CASES: list[tuple[dict[str, Any], dict[FindingCode, Severity]]] = [
     ({"weight": [1.0, 1e-9, 0.0, 1.0]}, {FindingCode.DEAD_CHANNELS: Severity.WARNING}),
     ({"weight": [1.0, 1e-4, 0.1, 1.0]}, {}),
     ({"weight": [1e-9] * 4}, {}),  # all alike: small, but nothing beside them that would drown them
-    ({"running_var": [1e-9, 0.5, 0.4, 2.0], "weight": [10.0, 1.0, 1.0, 1.0]}, {FindingCode.EXPLODING_SCALE: Severity.WARNING}),
+    (
+        {"running_var": [1e-9, 0.5, 0.4, 2.0], "weight": [10.0, 1.0, 1.0, 1.0]},
+        {FindingCode.EXPLODING_SCALE: Severity.WARNING},
+    ),
     ({"dtype": "bfloat16"}, {FindingCode.HALF_STATISTICS: Severity.NOTICE}),
     (
         {"dtype": "float16", "running_var": [1e-5, 0.5, 0.4, 2.0]},
@@ -71,9 +74,7 @@ CASES: list[tuple[dict[str, Any], dict[FindingCode, Severity]]] = [
 
 
 @pytest.mark.parametrize(("changes", "expected"), CASES, ids=[str(i) for i in range(len(CASES))])
-def test_each_defect_is_found_and_nothing_else(
-    changes: dict[str, Any], expected: dict[FindingCode, Severity]
-) -> None:
+def test_each_defect_is_found_and_nothing_else(changes: dict[str, Any], expected: dict[FindingCode, Severity]) -> None:
     assert codes(layer(**changes)) == expected
 
 

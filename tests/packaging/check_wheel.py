@@ -20,7 +20,9 @@ ROOT = Path(__file__).parents[2]
 def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         built = Path(folder) / "dist"
-        subprocess.run([sys.executable, "-m", "build", "--outdir", str(built), str(ROOT)], check=True, stdout=subprocess.DEVNULL)
+        subprocess.run(
+            [sys.executable, "-m", "build", "--outdir", str(built), str(ROOT)], check=True, stdout=subprocess.DEVNULL
+        )
         (wheel,), (sdist,) = list(built.glob("*.whl")), list(built.glob("*.tar.gz"))
         check_contents(wheel, sdist)
         environment = Path(folder) / "venv"
@@ -31,7 +33,9 @@ def main() -> None:
         subprocess.run([python, "-m", "pip", "install", "--quiet", typer], check=True)
         sample = ROOT / "sample_ckpts" / "digits.pt"
         for command in ([environment / "bin" / "bntool"], [python, "-m", "bntool"]):
-            shown = subprocess.run([*command, "inspect", sample], check=True, capture_output=True, text=True, cwd=folder)
+            shown = subprocess.run(
+                [*command, "inspect", sample], check=True, capture_output=True, text=True, cwd=folder
+            )
             assert "BatchNorm: 9 layers" in shown.stdout, shown.stdout
         print(f"{wheel.name} and {sdist.name}: contents right, the wheel installs and inspects a checkpoint")
 
@@ -45,7 +49,8 @@ def check_contents(wheel: Path, sdist: Path) -> None:
     assert any(n.endswith("licenses/LICENSE") for n in names)
     for field in ("Requires-Python: >=3.10", "License-Expression: MIT", "Requires-Dist: torch"):
         assert field in metadata, field
-    members = tarfile.open(sdist).getnames()
+    with tarfile.open(sdist) as archive:
+        members = archive.getnames()
     for part in ("tests/conftest.py", "docs/architecture.md", "sample_ckpts/digits.pt", "LICENSE", "Makefile"):
         assert any(member.endswith(part) for member in members), part
 

@@ -6,7 +6,7 @@ classes below. Nothing named in a pickle is imported or called; identity is kept
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from enum import Enum
 from typing import Any, TypeAlias
 
@@ -95,10 +95,11 @@ class LongBytes:
 class Dict:
     """A dict as the pairs that the pickle sets, in order."""
 
-    __slots__ = ("pairs",)
+    __slots__ = ("by_name", "pairs")
 
     def __init__(self, pairs: list[tuple[Node, Node]] | None = None) -> None:
         self.pairs = [] if pairs is None else pairs
+        self.by_name: dict[str, Node] | None = None  # see as_mapping
 
 
 class Set:
@@ -121,7 +122,7 @@ class Instance:
         updates: what followed, in order.
     """
 
-    __slots__ = ("arguments", "construction", "constructor", "keywords", "updates")
+    __slots__ = ("arguments", "by_name", "construction", "constructor", "keywords", "updates")
 
     def __init__(
         self, constructor: Node, arguments: Node, *, construction: Construction, keywords: Node = None
@@ -131,6 +132,7 @@ class Instance:
         self.construction = construction
         self.keywords = keywords
         self.updates: list[tuple[Update, Node]] = []
+        self.by_name: dict[str, Node] | None = None  # see as_mapping
 
     @property
     def path(self) -> str:
@@ -175,17 +177,23 @@ def is_mapping(node: Node) -> bool:
     )
 
 
-def as_mapping(node: Node) -> dict[str, Node]:
-    """The items whose keys are text; the last one wins, as it would in Python."""
-    found = {}
-    for key, value in iterate_pairs(node):
-        name = text_of(key)
-        if name is not None:
-            found[name] = value
-    return found
+def as_mapping(node: Node) -> Mapping[str, Node]:
+    """The items whose keys are text; the last one wins, as it would in Python.
+
+    Kept with the node once the file is read: a hostile file can let a million objects share one large mapping.
+    """
+    if not isinstance(node, Dict | Instance):
+        return {}
+    if node.by_name is None:
+        node.by_name = {}
+        for key, value in iterate_pairs(node):
+            name = text_of(key)
+            if name is not None:
+                node.by_name[name] = value
+    return node.by_name
 
 
-def children(node: Node) -> Iterator[Node]:
+def children(node: Node) -> Iterator[Node]:  # noqa: C901 (one branch for each kind of node)
     """The nodes directly inside a node."""
     if isinstance(node, tuple | list):
         yield from node

@@ -54,9 +54,9 @@ _SUSPICIOUS_BUILTINS = {
 _SUSPICIOUS_MODULES = {
     "os", "posix", "nt", "posixpath", "sys", "subprocess", "commands", "pty", "shutil", "socket", "socketserver",
     "ctypes", "cffi", "importlib", "imp", "runpy", "code", "codeop", "pdb", "bdb", "cProfile", "profile", "timeit",
-    "trace", "doctest", "webbrowser", "urllib", "urllib2", "http", "httplib", "ftplib", "smtplib", "requests", "aiohttp",
-    "httpx", "asyncio", "multiprocessing", "signal", "pickle", "cPickle", "_pickle", "marshal", "shelve", "dill",
-    "cloudpickle", "joblib", "tempfile", "glob", "fileinput", "linecache", "pydoc", "pip", "ensurepip", "venv",
+    "trace", "doctest", "webbrowser", "urllib", "urllib2", "http", "httplib", "ftplib", "smtplib", "requests",
+    "aiohttp", "httpx", "asyncio", "multiprocessing", "signal", "pickle", "cPickle", "_pickle", "marshal", "shelve",
+    "dill", "cloudpickle", "joblib", "tempfile", "glob", "fileinput", "linecache", "pydoc", "pip", "ensurepip", "venv",
     "zipimport", "operator", "_operator", "types", "gc", "inspect", "builtins", "__builtin__", "platform", "pkgutil",
     "bz2", "gzip", "lzma", "zipfile", "tarfile", "sqlite3", "site", "idlelib", "lib2to3", "distutils", "setuptools",
     "nturl2path", "xmlrpc", "telnetlib", "ssl", "threading", "_thread", "sched", "antigravity", "this", "turtle",
@@ -84,7 +84,7 @@ _SUSPICIOUS_NAMES = {
 }
 
 
-def judge_global(path: str) -> GlobalTrust:
+def judge_global(path: str) -> GlobalTrust:  # noqa: PLR0911 (the first rule that fits)
     """What is known of a class or function, by its dotted name.
 
     A call of an unknown function may do anything: only listed names, torch's and numpy's own data types, and torch.nn
@@ -101,7 +101,7 @@ def judge_global(path: str) -> GlobalTrust:
         return GlobalTrust.KNOWN
     if module in ("torch", "torch.cuda", "torch.storage") and (name.endswith("Storage") or name in _TORCH_TYPES):
         return GlobalTrust.KNOWN
-    if module in ("numpy.dtypes",) or (module.startswith("torch.nn.modules.") and name[:1].isupper()):
+    if module == "numpy.dtypes" or (module.startswith("torch.nn.modules.") and name[:1].isupper()):
         return GlobalTrust.KNOWN
     if module == "torch.nn.quantized.modules" or (module == "torch.optim" and name[:1].isupper()):
         return GlobalTrust.KNOWN

@@ -83,7 +83,7 @@ class _Writer:
 
     # nodes without children
 
-    def save_leaf(self, node: Node) -> bool:
+    def save_leaf(self, node: Node) -> bool:  # noqa: C901 (one branch for each kind of node)
         """Write the node if it has no nodes inside; False if it has."""
         if node is None:
             self.write(b"N")
@@ -152,7 +152,8 @@ class _Writer:
             self.write(node.source.read(node.offset + start, min(CHUNK, node.length - start)))
 
     def save_global(self, node: Global) -> None:
-        if self.protocol >= 4:
+        # a hostile name with a line break must not become opcodes of the older form
+        if self.protocol >= 4 or not f"{node.module}{node.name}".isprintable():
             for text in (node.module, node.name):
                 if id(text) in self.memo:
                     self.get(text)

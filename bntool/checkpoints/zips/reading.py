@@ -9,7 +9,7 @@ from __future__ import annotations
 import struct
 import zlib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from bntool.checkpoints.files import SourceFile
 from bntool.errors import CorruptFileError, UnsafeFileError
@@ -52,6 +52,10 @@ class ZipRecord:
     flags: int
     central_offset: int
 
+    @property
+    def is_deflated(self) -> bool:
+        return self.method == DEFLATED
+
 
 @dataclass(frozen=True, slots=True)
 class ZipArchive:
@@ -61,12 +65,14 @@ class ZipArchive:
         records: by name, in order of the directory.
         directory_offset: where the directory begins.
         has_checksums: False where torch was told not to compute CRCs (all are 0).
+        latest: content of the deflated record that was read last.
     """
 
     file: SourceFile
     records: Mapping[str, ZipRecord]
     directory_offset: int
     has_checksums: bool
+    latest: dict[str, bytes] = field(default_factory=dict, repr=False, compare=False)
 
     def read(self, record: ZipRecord) -> bytes:
         """The content of a record, inflated within bounds, its CRC checked.
@@ -76,10 +82,10 @@ class ZipArchive:
             UnsafeFileError: it inflates to far more than it should.
         """
         data = self.file.read(record.data_offset, record.stored_size)
-        if record.method == DEFLATED:
+        if record.is_deflated:
             data = _inflate(data, record)
         if self.has_checksums and zlib.crc32(data) != record.crc:
-            raise CorruptFileError(f"checksum of record {record.name!r} differs: the file is damaged")
+            raise CorruptFileError(f"checksum of record {record.name!r:.80} differs: the file is damaged")
         return data
 
     def check_record(self, record: ZipRecord) -> None:
@@ -88,26 +94,45 @@ class ZipArchive:
         Raises:
             CorruptFileError: they differ.
         """
-        if record.method == DEFLATED:
+        if record.is_deflated:
             self.read(record)
             return
         crc = 0
         for chunk in self.file.chunks(record.data_offset, record.stored_size):
             crc = zlib.crc32(chunk, crc)
         if self.has_checksums and crc != record.crc:
-            raise CorruptFileError(f"checksum of record {record.name!r} differs: the file is damaged")
+            raise CorruptFileError(f"checksum of record {record.name!r:.80} differs: the file is damaged")
+
+
+class InflatedRecord:
+    """The content of a deflated record, inflated when it is read; the archive keeps the last one only."""
+
+    def __init__(self, archive: ZipArchive, record: ZipRecord) -> None:
+        self._archive = archive
+        self._record = record
+
+    @property
+    def size(self) -> int:
+        return self._record.size
+
+    def read(self, offset: int, length: int) -> bytes:
+        latest = self._archive.latest
+        if self._record.name not in latest:
+            latest.clear()
+            latest[self._record.name] = self._archive.read(self._record)
+        return latest[self._record.name][offset : offset + length]
 
 
 def _inflate(data: bytes, record: ZipRecord) -> bytes:
     if record.size > MAX_INFLATED or record.size > MAX_RATIO * max(len(data), 1024):
-        raise UnsafeFileError(f"record {record.name!r} of {len(data)} bytes claims to inflate to {record.size}")
+        raise UnsafeFileError(f"record {record.name!r:.80} of {len(data)} bytes claims to inflate to {record.size}")
     inflater = zlib.decompressobj(-15)
     try:
         content = inflater.decompress(data, record.size + 1)
     except zlib.error as error:
-        raise CorruptFileError(f"record {record.name!r} does not inflate") from error
+        raise CorruptFileError(f"record {record.name!r:.80} does not inflate") from error
     if len(content) != record.size:
-        raise CorruptFileError(f"record {record.name!r} inflates to another size than it claims")
+        raise CorruptFileError(f"record {record.name!r:.80} inflates to another size than it claims")
     return content
 
 
@@ -127,8 +152,10 @@ def read_archive(file: SourceFile) -> ZipArchive:
     for _ in range(count):
         record, position = _read_entry(file, directory, position, offset)
         if record.name in records:
-            raise CorruptFileError(f"two records of the zip archive are named {record.name!r}")
+            raise CorruptFileError(f"two records of the zip archive are named {record.name!r:.80}")
         records[record.name] = record
+    if position != size:
+        raise CorruptFileError("the zip directory holds more than it counts")
     _check_overlaps(records.values(), offset)
     has_checksums = any(record.crc for record in records.values())
     return ZipArchive(file, records, offset, has_checksums)
@@ -141,10 +168,13 @@ def _find_directory(file: SourceFile) -> tuple[int, int, int]:
     index = tail.rfind(b"PK\x05\x06")
     if index < 0 or len(tail) - index < END.size:
         raise CorruptFileError("the zip directory is missing: the file is truncated", path=file.path)
+    if len(tail) - index - END.size != int.from_bytes(tail[index + END.size - 2 : index + END.size], "little"):
+        raise CorruptFileError("bytes follow the end of the zip archive", path=file.path)
     end_offset = file.size - tail_size + index
     _, _, _, _, count, size, offset, _ = END.unpack_from(tail, index)
-    if 0xFFFF in (count,) or MASK32 in (size, offset) or _has_locator(file, end_offset):
-        if not _has_locator(file, end_offset):
+    has_locator = _has_locator(file, end_offset)
+    if count == 0xFFFF or MASK32 in (size, offset) or has_locator:
+        if not has_locator:
             raise CorruptFileError("the zip64 directory is missing", path=file.path)
         _, _, where, _ = LOCATOR.unpack(file.read(end_offset - LOCATOR.size, LOCATOR.size))
         magic, _, _, _, _, _, _, count, size, offset = END64.unpack(file.read(where, END64.size))
@@ -182,7 +212,7 @@ def _read_entry(file: SourceFile, directory: bytes, position: int, base: int) ->
         raise CorruptFileError(f"zip compression method {method} is not supported")
     if method == STORED and size != stored:
         raise CorruptFileError("a stored record has two different sizes")
-    data_offset = _check_local_header(file, header_offset, raw_name, method)
+    data_offset = _check_local_header(file, header_offset, raw_name, (method, crc, stored, size))
     record = ZipRecord(
         name=_decode(raw_name),
         header_offset=header_offset,
@@ -223,23 +253,25 @@ def _zip64_values(extra: bytes, size: int, stored: int, offset: int) -> tuple[in
     return values[0], values[1], values[2]
 
 
-def _check_local_header(file: SourceFile, offset: int, name: bytes, method: int) -> int:
-    """Where the data of the record begins."""
-    header = file.read(offset, LOCAL_HEADER.size)
-    fields = LOCAL_HEADER.unpack(header)
-    magic, local_method, name_length, extra_length = fields[0], fields[3], fields[9], fields[10]
+def _check_local_header(file: SourceFile, offset: int, name: bytes, facts: tuple[int, int, int, int]) -> int:
+    """Where the data of the record begins; ``facts`` are method, CRC and sizes as the directory has them."""
+    fields = LOCAL_HEADER.unpack(file.read(offset, LOCAL_HEADER.size))
+    magic, flags, method, name_length, extra_length = fields[0], fields[2], fields[3], fields[9], fields[10]
     if magic != LOCAL_MAGIC:
-        raise CorruptFileError(f"record {_decode(name)!r} of the zip archive has no local header")
-    if local_method != method or file.read(offset + LOCAL_HEADER.size, name_length) != name:
-        raise CorruptFileError(f"local header and directory of the zip archive disagree on {_decode(name)!r}")
-    return offset + LOCAL_HEADER.size + name_length + extra_length
+        raise CorruptFileError(f"record {_decode(name)!r:.80} of the zip archive has no local header")
+    agrees = method == facts[0] and file.read(offset + LOCAL_HEADER.size, name_length) == name
+    if not flags & DESCRIPTOR_FLAG:  # else CRC and sizes follow the data
+        agrees = agrees and all(here in (there, MASK32) for here, there in zip(fields[6:9], facts[1:], strict=True))
+    if not agrees:
+        raise CorruptFileError(f"local header and directory of the zip archive disagree on {_decode(name)!r:.80}")
+    return offset + LOCAL_HEADER.size + int(name_length) + int(extra_length)
 
 
 def _check_overlaps(records: Iterable[ZipRecord], directory_offset: int) -> None:
     end, previous = 0, ""
     for record in sorted(records, key=lambda record: record.header_offset):
         if record.header_offset < end:
-            raise CorruptFileError(f"records {previous!r} and {record.name!r} of the zip archive overlap")
+            raise CorruptFileError(f"records {previous!r:.80} and {record.name!r:.80} of the zip archive overlap")
         end, previous = record.data_offset + record.stored_size, record.name
     if end > directory_offset:
-        raise CorruptFileError(f"record {previous!r} runs into the zip directory")
+        raise CorruptFileError(f"record {previous!r:.80} runs into the zip directory")

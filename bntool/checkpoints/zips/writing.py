@@ -11,7 +11,6 @@ from typing import IO
 from bntool.checkpoints.files import CHUNK, ByteSource, MemorySource
 from bntool.checkpoints.zips.reading import (
     CENTRAL_ENTRY,
-    DEFLATED,
     DESCRIPTOR_FLAG,
     END,
     END64,
@@ -49,7 +48,7 @@ def copy_with_patches(
     for record in sorted(archive.records.values(), key=lambda record: record.header_offset):
         for chunk in file.chunks(position, record.data_offset - position):
             stream.write(chunk)
-        if record.method == DEFLATED:  # never patched here: its bytes are copied as they are
+        if record.is_deflated:  # never patched here: its bytes are copied as they are
             for chunk in file.chunks(record.data_offset, record.stored_size):
                 stream.write(chunk)
         else:
@@ -67,9 +66,7 @@ def copy_with_patches(
             _replace_checksum(archive, record, stream, crc)
 
 
-def patched_chunks(
-    archive: ZipArchive, record: ZipRecord, patches: Iterable[tuple[int, bytes]]
-) -> Iterator[bytes]:
+def patched_chunks(archive: ZipArchive, record: ZipRecord, patches: Iterable[tuple[int, bytes]]) -> Iterator[bytes]:
     """The content of a record with changes, while its own checksum is verified.
 
     Raises:
@@ -77,7 +74,7 @@ def patched_chunks(
     """
     content: ByteSource = archive.file
     base = record.data_offset
-    if record.method == DEFLATED:
+    if record.is_deflated:
         content, base = MemorySource(archive.read(record)), 0
     crc, position = 0, 0
     for offset, data in itertools.chain(patches, ((record.size, b""),)):
@@ -91,7 +88,7 @@ def patched_chunks(
             position += len(data)
             yield data
     if archive.has_checksums and crc != record.crc:
-        raise CorruptFileError(f"checksum of record {record.name!r} differs: the file is damaged")
+        raise CorruptFileError(f"checksum of record {record.name!r:.80} differs: the file is damaged")
 
 
 def _replace_checksum(archive: ZipArchive, record: ZipRecord, stream: IO[bytes], crc: int) -> None:

@@ -1,0 +1,118 @@
+"""One normalisation layer as a value."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+DEFAULT_EPS = 1e-5  # of torch.nn.BatchNorm*; a file that holds only tensors cannot tell whether it was changed
+
+
+class NormKind(Enum):
+    """What kind of normalisation a layer is, as far as its tensors (or its class) tell."""
+
+    BATCH_NORM = "BatchNorm"
+    FROZEN_BATCH_NORM = "FrozenBatchNorm"
+    LAYER_OR_GROUP_NORM = "LayerNorm/GroupNorm"
+    NORM_WITHOUT_STATISTICS = "norm without statistics"
+    INSTANCE_NORM = "InstanceNorm"
+    QUANTIZED_BATCH_NORM = "quantized BatchNorm"
+    FUSED_CONV_BATCH_NORM = "quantization-aware ConvBn"
+    SWITCH_NORM = "SwitchNorm"
+    BATCH_RENORM = "BatchRenorm"
+    EVO_NORM = "EvoNorm"
+    FILTER_RESPONSE_NORM = "FilterResponseNorm"
+    GRAPH_NORM = "GraphNorm"
+    HETERO_BATCH_NORM = "HeteroBatchNorm"
+    GHOST_BATCH_NORM = "GhostBatchNorm"
+
+    @property
+    def is_batch_norm(self) -> bool:
+        """Whether it normalises by stored statistics per channel, as BatchNorm does in eval mode."""
+        return self in (NormKind.BATCH_NORM, NormKind.FROZEN_BATCH_NORM)
+
+
+class EpsSource(Enum):
+    """Where eps is known from. A state dict never holds it."""
+
+    MODULE = "module"
+    ARCHITECTURE = "architecture"
+    OPTION = "option"
+    DEFAULT = "default"
+    UNKNOWN = "unknown"
+
+
+# the tensors of a BatchNorm, in the order of its state_dict()
+ROLES = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+STATISTICS = ("running_mean", "running_var")
+
+
+@dataclass(frozen=True)
+class BatchNorm:
+    """One normalisation layer.
+
+    Attributes:
+        name: dotted module path, without the prefix of wrappers.
+        kind: what it is.
+        num_features: number of channels; None where nothing tells.
+        tensors: what is present, by role (``weight``, ``bias``, ``running_mean``, ``running_var``,
+            ``num_batches_tracked``, and whatever else lies beside them).
+        eps: None where it is not known.
+        eps_source: where it is known from.
+        momentum: share of the new batch in the running average, PyTorch's meaning; None where it is not known.
+        class_path: class of the module where the file holds it.
+        attributes: what else the file says of the module.
+        version: version of the module in ``_metadata``.
+    """
+
+    name: str
+    kind: NormKind
+    num_features: int | None
+    tensors: Mapping[str, Any]
+    eps: float | None = None
+    eps_source: EpsSource = EpsSource.UNKNOWN
+    momentum: float | None = None
+    class_path: str = ""
+    attributes: Mapping[str, Any] = field(default_factory=dict)
+    version: int | None = None
+
+    @property
+    def affine(self) -> bool:
+        return "weight" in self.tensors
+
+    @property
+    def has_statistics(self) -> bool:
+        return all(role in self.tensors for role in STATISTICS)
+
+
+def scale_and_shift(
+    *,
+    running_mean: Sequence[float],
+    running_var: Sequence[float],
+    eps: float,
+    weight: Sequence[float] | None = None,
+    bias: Sequence[float] | None = None,
+) -> tuple[list[float], list[float]]:
+    """What a BatchNorm does to each channel in eval mode: y = scale * x + shift, in float64.
+
+    scale = weight / sqrt(running_var + eps), shift = bias - running_mean * scale (Ioffe and Szegedy 2015, algorithm 2,
+    steps 10 and 11). Without ``weight`` it counts as ones, without ``bias`` as zeros.
+
+    Raises:
+        ValueError: a value is not finite, or running_var + eps is not positive.
+    """
+    scales, shifts = [], []
+    for channel, (mean, variance) in enumerate(zip(running_mean, running_var, strict=True)):
+        w = 1.0 if weight is None else weight[channel]
+        b = 0.0 if bias is None else bias[channel]
+        if not all(map(math.isfinite, (mean, variance, w, b))):
+            raise ValueError(f"channel {channel} holds a value that is not finite")
+        if variance + eps <= 0:
+            raise ValueError(f"channel {channel}: running_var + eps = {variance + eps} is not positive")
+        scale = w / math.sqrt(variance + eps)
+        scales.append(scale)
+        shifts.append(b - mean * scale)
+    return scales, shifts

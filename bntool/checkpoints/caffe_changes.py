@@ -1,0 +1,170 @@
+"""Writing a ``.caffemodel`` with what changed: new blobs, a bias more, BatchNorm and Scale layers less."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import IO
+
+from bntool.checkpoints.caffe import CaffeContent
+from bntool.checkpoints.caffe_net import (
+    PARAMETERS,
+    SHAPE,
+    V1_PARAMETERS,
+    Layer,
+    Wiring,
+    blobs_number,
+    blobs_of,
+    data_field,
+)
+from bntool.checkpoints.checkpoint import Checkpoint
+from bntool.checkpoints.dtypes import FLOAT16, FLOAT32, FLOAT64
+from bntool.checkpoints.protobufs.reading import Message
+from bntool.checkpoints.protobufs.writing import Edits, embed, integer_field, packed_integers, write_content
+from bntool.checkpoints.tensors import LiteralTensor, Tensor
+from bntool.errors import RefusedError
+from bntool.plan import Record, RemoveEntry, RemoveModule, SetAttribute
+
+_BIASED = {
+    "Convolution": "convolution_param",
+    "DepthwiseConvolution": "convolution_param",
+    "Deconvolution": "convolution_param",
+    "InnerProduct": "inner_product_param",
+}
+
+
+def write_net(checkpoint: Checkpoint, stream: IO[bytes]) -> None:
+    """Write the net again; layers and fields that no edit concerns are copied.
+
+    Raises:
+        RefusedError: Caffe's format cannot hold an edit.
+    """
+    content: CaffeContent = checkpoint.content
+    edits = Edits()
+    if checkpoint.edits:
+        _plan(checkpoint, content, edits)
+    write_content(edits.render(content.net), checkpoint.file, stream)
+
+
+def removed_layers(checkpoint: Checkpoint) -> frozenset[int]:
+    """Positions of the layers that edits take out: BatchNorm layers, and Scale layers paired with them."""
+    content: CaffeContent = checkpoint.content
+    modules = {edit.step.module for edit in checkpoint.edits if isinstance(edit.step, RemoveModule)}
+    chosen = {index for index, name in content.names.items() if name in modules}
+    return frozenset(chosen | {content.scales[index] for index in chosen if index in content.scales})
+
+
+def biased_layers(checkpoint: Checkpoint) -> frozenset[int]:
+    """Positions of the layers that gain a bias."""
+    content: CaffeContent = checkpoint.content
+    (state_dict,) = checkpoint.state_dicts
+    added = state_dict.tensors.keys() - state_dict.source.keys()
+    return frozenset(index for index, name in content.names.items() if f"{name}.bias" in added)
+
+
+def find_renamed_tops(wiring: Wiring, removed: frozenset[int]) -> Mapping[int, str]:
+    """The new name of the top of each layer whose readers are taken out, so that what follows still finds it.
+
+    Raises:
+        RefusedError: other layers use the names in between.
+    """
+    renamed: dict[int, str] = {}
+    for index in sorted(removed):
+        layer, source = wiring.layers[index], wiring.producers[index]
+        while source and source[0] in removed:
+            source = wiring.producers[source[0]]
+        if len(source) != 1 or source[0] is None or len(layer.tops) != 1:
+            raise RefusedError("a layer that reads an input of the net cannot be taken out", tensor=layer.name)
+        producer = wiring.layers[source[0]]
+        reader = wiring.only_reader(producer)
+        between = [other for other in wiring.layers[producer.index + 1 : index] if other.index not in removed]
+        used = {name for other in between for name in (*other.bottoms, *other.tops)} | set(producer.bottoms)
+        top = layer.tops[0]
+        if reader is None or reader.index not in removed or (top != producer.tops[0] and top in used):
+            raise RefusedError("other layers read its input or use its names", tensor=layer.name)
+        renamed[producer.index] = top
+    return renamed
+
+
+def _plan(checkpoint: Checkpoint, content: CaffeContent, edits: Edits) -> None:
+    for edit in checkpoint.edits:
+        if isinstance(edit.step, SetAttribute | RemoveEntry | Record):
+            raise RefusedError("a .caffemodel holds layers and blobs only; freezing is a matter of its .prototxt")
+    (state_dict,) = checkpoint.state_dicts
+    removed = removed_layers(checkpoint)
+    for name in state_dict.source.keys() - state_dict.tensors.keys():
+        if content.blobs[name].layer.index not in removed:
+            raise RefusedError("a Caffe layer needs all of its blobs", tensor=name)
+    _take_out(content, removed, edits)
+    _set_blobs(checkpoint, content, removed, edits)
+
+
+def _take_out(content: CaffeContent, removed: frozenset[int], edits: Edits) -> None:
+    for index in removed:
+        message = _message_of(content.wiring.layers[index])
+        assert message.parent is not None
+        edits.replace(content.net, message.parent[1])
+    for index, top in find_renamed_tops(content.wiring, removed).items():
+        layer = content.wiring.layers[index]
+        if layer.tops != (top,):
+            edits.set_field(_message_of(layer), 4, *embed(4, top.encode()))
+
+
+def _set_blobs(checkpoint: Checkpoint, content: CaffeContent, removed: frozenset[int], edits: Edits) -> None:
+    (state_dict,) = checkpoint.state_dicts
+    source: Mapping[str, Tensor] = state_dict.source
+    biased = {f"{content.names[index]}.bias": index for index in biased_layers(checkpoint)}
+    statistics: set[int] = set()
+    for name, tensor in state_dict.tensors.items():
+        if name in biased:
+            _add_bias(edits, content.wiring.layers[biased[name]], tensor)
+        elif name not in source:
+            raise RefusedError("Caffe has no place for this tensor", tensor=name)
+        elif tensor is not source[name] and content.blobs[name].is_statistic:
+            statistics.add(content.blobs[name].layer.index)
+        elif tensor is not source[name]:
+            blob = content.blobs[name]
+            _set_data(edits, blobs_of(blob.layer)[blob.position], tensor)
+    for index in statistics - removed:
+        _set_statistics(edits, content, index, state_dict.tensors)
+
+
+def _message_of(layer: Layer) -> Message:
+    assert isinstance(layer.source, Message)
+    return layer.source
+
+
+def _set_statistics(edits: Edits, content: CaffeContent, index: int, tensors: Mapping[str, Tensor]) -> None:
+    """Mean and variance as they are, with the scale factor 1."""
+    layer, name = content.wiring.layers[index], content.names[index]
+    mean, variance, factor = blobs_of(layer)[:3]
+    for blob, role in ((mean, "running_mean"), (variance, "running_var")):
+        _set_data(edits, blob, tensors[f"{name}.{role}"])
+    _set_data(edits, factor, LiteralTensor.from_numbers([1.0], dtype=data_field(factor)[1], shape=(1,)))
+
+
+def _set_data(edits: Edits, blob: Message, tensor: Tensor) -> None:
+    number, dtype = data_field(blob)
+    assert tensor.dtype is dtype
+    edits.set_field(blob, number, *embed(number, tensor))
+
+
+def _add_bias(edits: Edits, layer: Layer, tensor: Tensor) -> None:
+    message = _message_of(layer)
+    if layer.type not in _BIASED or len(blobs_of(layer)) != 1 or len(tensor.shape) != 1:
+        raise RefusedError(f"a {layer.type} layer cannot gain a bias", tensor=layer.name)
+    shape = embed(SHAPE, packed_integers(1, tensor.shape))
+    if tensor.dtype is FLOAT32:
+        data = embed(5, tensor)
+    elif tensor.dtype is FLOAT64:
+        data = embed(8, tensor)
+    elif tensor.dtype is FLOAT16:
+        data = (integer_field(10, 2), *embed(12, tensor))
+    else:
+        raise RefusedError(f"Caffe has no {tensor.dtype} blobs", tensor=layer.name)
+    edits.append(message, *embed(blobs_number(message), *data, *shape))
+    parameter = _BIASED[layer.type]
+    if layer.parameters.get(f"{parameter}.bias_term") is False:
+        numbers = PARAMETERS[parameter][0] if blobs_number(message) == 7 else V1_PARAMETERS[parameter]
+        for holder in message.messages(numbers):
+            if holder.last(2) is not None:
+                edits.set_field(holder, 2, integer_field(2, 1))

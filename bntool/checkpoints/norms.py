@@ -1,0 +1,133 @@
+"""Telling normalisation layers apart by the names, shapes and dtypes of their tensors, or by their class."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from bntool.batchnorm import ROLES, STATISTICS, BatchNorm, EpsSource, NormKind
+from bntool.checkpoints.checkpoint import ModuleInfo, StateDict
+from bntool.checkpoints.tensors import Tensor, count_elements
+
+# leaf names that give a relative of BatchNorm away
+_TELLTALES = {
+    "mean_weight": NormKind.SWITCH_NORM,
+    "var_weight": NormKind.SWITCH_NORM,
+    "running_std": NormKind.BATCH_RENORM,
+    "tau": NormKind.FILTER_RESPONSE_NORM,
+    "mean_scale": NormKind.GRAPH_NORM,
+}
+
+_CLASS_KINDS = (
+    ("InstanceNorm", NormKind.INSTANCE_NORM),
+    ("FrozenBatchNorm", NormKind.FROZEN_BATCH_NORM),
+    ("LayerNorm", NormKind.LAYER_OR_GROUP_NORM),
+    ("GroupNorm", NormKind.LAYER_OR_GROUP_NORM),
+    ("BatchNorm", NormKind.BATCH_NORM),
+    ("SyncBN", NormKind.BATCH_NORM),
+)
+
+
+def find_norms(state_dict: StateDict) -> tuple[BatchNorm, ...]:
+    """Every normalisation layer of a state dict, in its order, BatchNorm or not.
+
+    A layer with running_mean and running_var is a BatchNorm unless something beside them tells otherwise. InstanceNorm
+    with affine and statistics has the same tensors and can only be told by its class. A vector ``weight`` and ``bias``
+    without statistics belongs to LayerNorm, GroupNorm or their like.
+    """
+    groups: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in state_dict.tensors.items():
+        layer, _, leaf = state_dict.strip(name).rpartition(".")
+        groups.setdefault(layer, {})[leaf] = tensor
+    quantization_aware = {layer.rpartition(".")[0] for layer in groups if layer.endswith("weight_fake_quant")}
+    norms = []
+    for layer, tensors in groups.items():
+        module = state_dict.modules.get(state_dict.prefix + layer if layer else state_dict.prefix.rstrip("."))
+        version = _version(state_dict, layer)
+        kind = _kind_by_class(module, tensors) or _kind_by_tensors(layer, tensors, version, quantization_aware)
+        if kind is not None:
+            norms.append(_make(layer, kind, tensors, module, version))
+    return tuple(norms)
+
+
+def find_batchnorms(state_dict: StateDict) -> tuple[BatchNorm, ...]:
+    """The layers that normalise by stored statistics: BatchNorm of any dimension, SyncBatchNorm, FrozenBatchNorm."""
+    return tuple(norm for norm in find_norms(state_dict) if norm.kind.is_batch_norm)
+
+
+def _make(
+    name: str, kind: NormKind, tensors: Mapping[str, Tensor], module: ModuleInfo | None, version: int | None
+) -> BatchNorm:
+    attributes: Mapping[str, Any] = module.attributes if module is not None else {}
+    eps, momentum = attributes.get("eps"), attributes.get("momentum")
+    vector = next((tensors[role] for role in (*STATISTICS, "weight", "bias") if role in tensors), None)
+    return BatchNorm(
+        name=name,
+        kind=kind,
+        num_features=count_elements(vector.shape) if vector is not None else attributes.get("num_features"),
+        tensors={role: tensors[role] for role in (*ROLES, *tensors) if role in tensors},
+        eps=float(eps) if isinstance(eps, int | float) else None,
+        eps_source=EpsSource.MODULE if isinstance(eps, int | float) else EpsSource.UNKNOWN,
+        momentum=float(momentum) if isinstance(momentum, int | float) else None,
+        class_path=module.class_path if module is not None else "",
+        attributes=attributes,
+        version=version,
+    )
+
+
+def _version(state_dict: StateDict, layer: str) -> int | None:
+    if state_dict.versions is None:
+        return None
+    return state_dict.versions.get(state_dict.prefix + layer, state_dict.versions.get(layer))
+
+
+def _kind_by_class(module: ModuleInfo | None, tensors: Mapping[str, Tensor]) -> NormKind | None:
+    """Trust a class name only where the tensors do not contradict it."""
+    if module is None:
+        return None
+    name = module.class_path.rpartition(".")[2]
+    for part, kind in _CLASS_KINDS:
+        if part in name:
+            if kind.is_batch_norm and not all(role in tensors for role in STATISTICS):
+                return NormKind.NORM_WITHOUT_STATISTICS
+            if kind is NormKind.BATCH_NORM:
+                return _kind_by_tensors("", tensors, None, set()) or kind
+            return kind
+    return None
+
+
+def _kind_by_tensors(
+    layer: str, tensors: Mapping[str, Tensor], version: int | None, quantization_aware: set[str]
+) -> NormKind | None:
+    for leaf, kind in _TELLTALES.items():
+        if leaf in tensors and _is_vector(tensors.get("weight", tensors[leaf])):
+            return kind
+    if all(role in tensors for role in STATISTICS):
+        return _kind_with_statistics(layer, tensors, version, quantization_aware)
+    if "running_var" in tensors and "v" in tensors:
+        return NormKind.EVO_NORM
+    if set(tensors) == {"weight", "bias"} and _is_vector(tensors["weight"]) and _is_vector(tensors["bias"]):
+        return NormKind.NORM_WITHOUT_STATISTICS if version == 2 else NormKind.LAYER_OR_GROUP_NORM
+    return None
+
+
+def _kind_with_statistics(
+    layer: str, tensors: Mapping[str, Tensor], version: int | None, quantization_aware: set[str]
+) -> NormKind:
+    mean, weight = tensors["running_mean"], tensors.get("weight")
+    if "scale" in tensors and "zero_point" in tensors:
+        return NormKind.QUANTIZED_BATCH_NORM
+    if layer.rpartition(".")[2] == "bn" and layer.rpartition(".")[0] in quantization_aware:
+        return NormKind.FUSED_CONV_BATCH_NORM
+    if len(mean.shape) > 1 and count_elements(mean.shape) != max(mean.shape):
+        return NormKind.HETERO_BATCH_NORM
+    if weight is not None and count_elements(weight.shape) != count_elements(mean.shape):
+        return NormKind.GHOST_BATCH_NORM
+    # torch before 0.4.1 had no num_batches_tracked either, but no versions: those count as BatchNorm
+    if "num_batches_tracked" not in tensors and weight is not None and version in (1, 3):
+        return NormKind.FROZEN_BATCH_NORM
+    return NormKind.BATCH_NORM
+
+
+def _is_vector(tensor: Tensor) -> bool:
+    return len(tensor.shape) == 1

@@ -1,0 +1,70 @@
+"""``bntool diff``."""
+
+from __future__ import annotations
+
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from bntool.cli import options
+from bntool.cli.output import print_report
+
+
+class Expected(str, Enum):
+    """What the two files should be to each other."""
+
+    FROZEN = "frozen"
+    NORM_EVAL = "norm-eval"
+    STATS_ONLY = "stats-only"
+    IDENTICAL = "identical"
+
+
+def command(
+    a: Annotated[Path, typer.Argument(metavar="A", help="The checkpoint from before.", show_default=False)],
+    b: Annotated[Path, typer.Argument(metavar="B", help="The checkpoint from after; any format.", show_default=False)],
+    expect: Annotated[
+        Optional[Expected],  # noqa: UP045 typer reads it at run time
+        typer.Option(
+            "--expect",
+            help="Exit with 1 unless it is so. frozen: no tensor of a BatchNorm changed. norm-eval: no statistics "
+            "changed. stats-only: nothing else changed. identical: nothing did.",
+            show_default=False,
+        ),
+    ] = None,
+    every: Annotated[bool, typer.Option("--all", help="List the layers that did not change, too.")] = False,
+    state_dict: options.StateDictKey = None,
+    layers: options.Layers = None,
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
+) -> int:
+    """Show what changed between two checkpoints, BatchNorm layers first, worst first.
+
+    mean: the largest shift of a running_mean in standard deviations of A; var: running_var of B over A where it moved
+    most; scale and shift: what the layer does in eval mode, as vectors, relative to A. All other tensors are compared
+    byte by byte.
+
+    Examples:
+      bntool diff before.pt after.pt
+
+      bntool diff pretrained.pt epoch_12.pth --expect norm-eval --layers 'backbone.*'
+
+      bntool diff drifted.pt recalibrated.pt --expect stats-only
+    """
+    from bntool.checkpoints.formats import open_checkpoint
+    from bntool.cli.main import ExitCode
+    from bntool.operations.comparison import Expectation, compare_checkpoints, find_violations
+    from bntool.reports.comparison import describe_comparison, show_comparison
+    from bntool.reports.report import FileReport, Report
+
+    with open_checkpoint(a) as one, open_checkpoint(b) as two:
+        comparison = compare_checkpoints(one, two, state_dict=state_dict, layers=layers or ())
+    expectation = None if expect is None else Expectation(expect.value)
+    violations = [] if expectation is None else find_violations(comparison, expectation)
+    facts = describe_comparison(comparison, path_b=str(b), expectation=expectation, violations=violations)
+    blocks = show_comparison(
+        comparison, path_a=str(a), path_b=str(b), expectation=expectation, violations=violations, every=every
+    )
+    print_report(Report("diff", (FileReport(str(a), facts, blocks),)), as_json=as_json, quiet=quiet)
+    return ExitCode.FINDINGS if violations else ExitCode.DONE

@@ -1,0 +1,132 @@
+"""``bntool freeze``."""
+
+from __future__ import annotations
+
+from enum import Enum
+from typing import Annotated, Optional
+
+import typer
+
+from bntool.cli import options
+from bntool.cli.output import print_report
+
+
+class Form(str, Enum):
+    """What becomes of the tensors."""
+
+    POLICY = "policy"
+    CONSTANT = "constant"
+
+
+class Target(str, Enum):
+    """For whom code is printed."""
+
+    PYTHON = "python"
+    MMDET = "mmdet"
+    MMENGINE = "mmengine"
+    LIGHTNING = "lightning"
+    TIMM = "timm"
+    ACCELERATE = "accelerate"
+
+
+def command(
+    checkpoint: options.Checkpoint,
+    output: options.Output = None,
+    norm_eval: Annotated[
+        bool, typer.Option("--norm-eval/--no-norm-eval", help="Statistics stay: the layers are kept in eval mode.")
+    ] = True,
+    requires_grad: Annotated[
+        Optional[bool],  # noqa: UP045 typer reads it at run time
+        typer.Option(
+            "--requires-grad/--no-requires-grad",
+            help="Whether weight and bias of the layers train.",
+            show_default="they train, as with mmdet's norm_eval=True",
+        ),
+    ] = None,
+    frozen_stages: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(
+            "--frozen-stages",
+            metavar="N",
+            help="Also freeze the first stages of the backbone whole, as mmdet does: 0 the stem, N up to stage N "
+            "(ResNet, ResNeXt, RegNet, Darknet, CSPDarknet, MobileNetV2).",
+            show_default=False,
+        ),
+    ] = None,
+    form: Annotated[
+        Form,
+        typer.Option(
+            "--as",
+            help="policy: same tensors, what to freeze is recorded. constant: statistics become constants, folded into "
+            "weight and bias.",
+        ),
+    ] = Form.POLICY,
+    eps: Annotated[
+        Optional[float],  # noqa: UP045
+        typer.Option("--eps", help="eps of the layers, for --as constant; no state dict holds it.", show_default=False),
+    ] = None,
+    emit: Annotated[
+        Optional[Target],  # noqa: UP045
+        typer.Option(
+            "--emit", help="Print code or configuration that freezes the same layers there.", show_default=False
+        ),
+    ] = None,
+    state_dict: options.StateDictKey = None,
+    layers: options.Layers = None,
+    dry_run: options.DryRun = False,
+    force: options.Force = False,
+    strict: options.Strict = False,
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
+) -> int:
+    """Keep BatchNorm layers from changing while the model trains on.
+
+    Two independent switches, named as in mmdet: --norm-eval keeps the statistics (the default), --no-requires-grad
+    keeps weight and bias (by default these train). A file alone freezes nothing, because a state dict holds neither modes nor
+    requires_grad: the command records what to freeze, and one line applies it to the model.
+
+    Examples:
+      bntool freeze ckpt.pt -o frozen.pt
+
+      bntool freeze ckpt.pt -o frozen.pt --no-requires-grad --layers 'backbone.*' --frozen-stages 1
+
+      bntool freeze ckpt.pt --emit python
+
+    Then, in your training script: bntool.apply_freeze(model, "frozen.pt"). After training, bntool diff --expect
+    norm-eval proves that nothing moved.
+    """
+    from bntool.checkpoints.application import apply_plan
+    from bntool.checkpoints.formats import open_checkpoint
+    from bntool.cli.writing import check_output, check_plan, save
+    from bntool.operations.emission import EmitTarget, emit_freeze
+    from bntool.operations.freezing import FreezeForm, plan_freeze
+    from bntool.reports.freezing import describe_freeze, show_freeze
+    from bntool.reports.loading import show_loading_code
+    from bntool.reports.report import FileReport, Report
+
+    dry_run = dry_run or (emit is not None and output is None)
+    with open_checkpoint(checkpoint) as source:
+        check_output(source, output, dry_run=dry_run, force=force)
+        freeze = plan_freeze(
+            source,
+            state_dict=state_dict,
+            norm_eval=norm_eval,
+            requires_grad=requires_grad,
+            layers=layers or (),
+            frozen_stages=frozen_stages,
+            form=FreezeForm(form.value),
+            eps=eps,
+        )
+        check_plan(freeze.plan, strict=strict)
+        code = None
+        if emit is not None:
+            code = emit_freeze(freeze.policy, EmitTarget(emit.value), batchnorms=freeze.batchnorms)
+        written = None if dry_run else str(output)
+        edited = apply_plan(source, freeze.plan)
+        if not dry_run:
+            save(edited, output, force=force)
+        loading = show_loading_code(edited, edited.state_dict(freeze.plan.state_dict), str(output))
+        facts = describe_freeze(source, freeze, output=written, emitted=code)
+        blocks = show_freeze(freeze, output=written, emitted=code, loading=loading)
+    print_report(Report("freeze", (FileReport(str(checkpoint), facts, blocks),)), as_json=as_json, quiet=quiet)
+    return 0

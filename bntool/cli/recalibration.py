@@ -1,0 +1,189 @@
+"""``bntool recalibrate``."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from bntool.cli import options
+from bntool.cli.output import print_report
+from bntool.data.policies import OnBadData
+from bntool.operations.methods import Method
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import torch
+
+    from bntool.checkpoints.checkpoint import StateDict
+
+_WITHOUT_LABELS = 512  # samples looked at for changed predictions where there is nothing to count as right
+
+
+def command(  # noqa: PLR0915 a third of the statements are imports
+    checkpoint: options.Checkpoint,
+    model: options.ModelSpec = None,
+    model_arg: options.ModelArguments = None,
+    data: options.DataSpec = None,
+    output: options.Output = None,
+    method: Annotated[
+        Method,
+        typer.Option(
+            "--method",
+            help="pooled: each batch is normalised by its own statistics. exact: what eval mode sees, whatever the "
+            "batches. paper: Algorithm 2 of Ioffe and Szegedy.",
+        ),
+    ] = Method.POOLED,
+    samples: Annotated[
+        int | None, typer.Option("--samples", metavar="N", help="Use so many samples.", show_default="all", min=1)
+    ] = None,
+    batch_size: Annotated[int, typer.Option("--batch-size", metavar="N", help="Samples of a batch.", min=1)] = 64,
+    seed: Annotated[int, typer.Option("--seed", help="Order of the samples, and which of them are used.")] = 0,
+    workers: Annotated[int, typer.Option("--workers", help="Processes that read data.", min=0)] = 0,
+    preprocess: Annotated[
+        str | None,
+        typer.Option(
+            "--preprocess",
+            metavar="STEPS",
+            help="For images and pixels: imagenet, inception, normalize, scale, or e.g. resize=40,mean=0.5,std=0.2.",
+            show_default=False,
+        ),
+    ] = None,
+    prior: Annotated[
+        float, typer.Option("--prior", metavar="N", help="Count the old statistics as N samples.", min=0)
+    ] = 0.0,
+    eval_data: Annotated[
+        str | None,
+        typer.Option(
+            "--eval-data", metavar="SPEC", help="Labelled data to measure before and after on.", show_default="--data"
+        ),
+    ] = None,
+    metric: Annotated[str, typer.Option("--metric", metavar="METRIC", help="top1, top5 or FILE.py:function.")] = "top1",
+    keep_if_better: Annotated[
+        bool, typer.Option("--keep-if-better", help="Write only if the metric is better than before.")
+    ] = False,
+    on_bad_data: Annotated[
+        OnBadData, typer.Option("--on-bad-data", help="Unreadable images, and batches with NaN: stop, or skip them.")
+    ] = OnBadData.STOP,
+    device: options.Device = "cpu",
+    layers: options.Layers = None,
+    state_dict: options.StateDictKey = None,
+    dry_run: options.DryRun = False,
+    force: options.Force = False,
+    strict: options.Strict = False,
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
+) -> int:
+    """Recompute the running statistics of BatchNorm layers from data.
+
+    For checkpoints whose statistics are missing, damaged, or of other data than the model will see: after weight
+    averaging, pruning, a change of domain; or for a model that is good in train mode and terrible in eval mode
+    (--dry-run shows which layer is to blame). Weights stay as they are. It can also hurt: compare before and after.
+
+    Examples:
+
+      bntool recalibrate ckpt.pt --model net.py:build --data calibration.npz -o out.pt
+
+      bntool recalibrate ckpt.pt --model torchvision:resnet50 --data photos/ --preprocess imagenet -o out.pt
+
+      bntool recalibrate ckpt.pt --model net.py:build --data data.py:loader --method exact --dry-run
+    """
+    from functools import partial
+
+    from bntool.checkpoints.application import apply_plan
+    from bntool.checkpoints.checkpoint import choose_state_dict
+    from bntool.checkpoints.formats import open_checkpoint
+    from bntool.cli.progress import Progress
+    from bntool.cli.writing import check_output, check_plan, save
+    from bntool.data.loading import load_data
+    from bntool.data.preprocessing import parse_preprocessing
+    from bntool.errors import UsageError
+    from bntool.layers.loading import load_state
+    from bntool.operations.evaluation import count_flipped, evaluate, is_better, parse_metric
+    from bntool.operations.recalibration import plan_recalibration
+    from bntool.operations.recording import make_record
+    from bntool.operations.rounding import fit_plan
+    from bntool.reports.loading import show_loading_code
+    from bntool.reports.recalibration import Outcome, describe_recalibration, show_recalibration
+    from bntool.reports.report import FileReport, Report
+
+    if model is None or data is None:
+        raise UsageError("recalibrate runs the model on data: give --model SPEC and --data SPEC")
+    with open_checkpoint(checkpoint) as source:
+        check_output(source, output, dry_run=dry_run, force=force)
+        chosen = choose_state_dict(source, state_dict)
+        live = _load_model(model, model_arg or (), device, chosen)
+        steps = parse_preprocessing(preprocess) if preprocess else None
+        read = partial(load_data, batch_size=batch_size, workers=workers, preprocessing=steps, on_bad_data=on_bad_data)
+        batches = read(data, samples=samples, seed=seed)
+        held_out = read(eval_data) if eval_data else batches
+        if held_out.has_labels is False:
+            if keep_if_better:
+                raise UsageError("--keep-if-better needs labels: give --eval-data with labels")
+            held_out = read(eval_data or data, samples=_WITHOUT_LABELS)
+        score = parse_metric(metric)
+        show = not (as_json or quiet)
+        with Progress("before", held_out.samples, enabled=show) as progress:
+            before = evaluate(live, held_out, metric=score, on_progress=progress)
+        with Progress(f"{method.value} statistics", batches.samples, enabled=show) as progress:
+            result = plan_recalibration(
+                live,
+                batches,
+                layers=layers or (),
+                method=method,
+                prior=prior,
+                on_bad_data=on_bad_data,
+                on_progress=progress,
+                state_dict=chosen.key,
+            )
+        check_plan(result.plan, strict=strict)
+        plan = fit_plan(result.plan, chosen)
+        if source.format.can_record(source, chosen):
+            facts = {"method": method.value, "prior": prior, "data": data, "seed": seed}
+            plan = plan.with_record(make_record(plan, **facts, samples=result.samples, batches=result.batches))
+        edited = apply_plan(source, plan)
+        # the model is given what will be in the file, so that what is judged is what is written
+        load_state(live, edited.state_dict(chosen.key))
+        with Progress("after", held_out.samples, enabled=show) as progress:
+            after = evaluate(live, held_out, metric=score, on_progress=progress)
+        kept = keep_if_better and not is_better(before, after)
+        written = str(output) if not dry_run and not kept else None
+        if written is not None:
+            save(edited, output, force=force)
+        outcome = Outcome(
+            recalibration=result,
+            before=before,
+            after=after,
+            flipped=count_flipped(before, after),
+            evaluated_on=eval_data or f"{data} (the calibration data)",
+            output=written,
+            kept=kept,
+            loading=tuple(show_loading_code(edited, chosen, str(output))),
+            warnings=_warn(result.samples, samples, fair=not keep_if_better or bool(eval_data)),
+        )
+        report = FileReport(str(checkpoint), describe_recalibration(outcome), show_recalibration(outcome))
+    print_report(Report("recalibrate", (report,)), as_json=as_json, quiet=quiet)
+    return 0
+
+
+def _load_model(spec: str, arguments: Sequence[str], device: str, chosen: StateDict) -> torch.nn.Module:
+    from bntool.errors import UsageError
+    from bntool.layers.loading import load_state
+    from bntool.models.loading import load_model, parse_assignments
+
+    live = load_model(spec, arguments=parse_assignments(arguments))
+    load_state(live, chosen)
+    try:
+        return live.to(device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UsageError(f"the model cannot be moved to --device {device}: {' '.join(str(error).split())}") from error
+
+
+def _warn(used: int, asked: int | None, *, fair: bool) -> tuple[str, ...]:
+    warnings = []
+    if asked is not None and used < asked:
+        warnings.append(f"only {used} of the {asked} samples asked for were there")
+    if not fair:
+        warnings.append("better is judged on the calibration data itself; --eval-data gives a fairer judge")
+    return tuple(warnings)

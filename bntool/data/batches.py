@@ -1,0 +1,180 @@
+"""Batches of input data: what a model is called with, the labels, and words for error messages."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from bntool.errors import UsageError
+
+_LABEL_KEYS = ("labels", "label", "y", "targets", "target")
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One batch.
+
+    Attributes:
+        inputs: a tensor, or a tuple (positional arguments of the model), a dict (keyword arguments) or a list (one
+            argument that is a list).
+        labels: class indices, shape (samples,), or whatever the data gives; None where it gives none.
+        description: which data it is, e.g. ``samples 64 to 127 of digits.npz``.
+        samples: how many.
+    """
+
+    inputs: Any
+    labels: Any
+    description: str
+    samples: int
+
+    def run(self, model: torch.nn.Module, *, channels_last: bool = False) -> Any:
+        """Call the model with the batch, moved to its device and floating dtype; its output.
+
+        Args:
+            model: what to call.
+            channels_last: lay an input of four dimensions out so; values do not depend on it, speed does.
+        """
+        device, dtype = find_placement(model)
+        inputs = move(self.inputs, device=device, dtype=dtype)
+        if channels_last and isinstance(inputs, torch.Tensor) and inputs.ndim == 4:
+            inputs = inputs.contiguous(memory_format=torch.channels_last)
+        if isinstance(inputs, tuple):
+            return model(*inputs)
+        if isinstance(inputs, Mapping):
+            return model(**inputs)
+        return model(inputs)
+
+
+@dataclass
+class Batches:
+    """Batches that can be iterated over as often as needed, if their source can.
+
+    Attributes:
+        open_: starts reading from the first batch.
+        description: where they come from.
+        samples: how many there are, None where nothing tells.
+        has_labels: None where nothing tells before the first batch is read.
+        bad_inputs: what could not be read and was skipped, in words; grows while iterating.
+    """
+
+    open_: Callable[[], Iterator[Batch]]
+    description: str
+    samples: int | None = None
+    has_labels: bool | None = None
+    bad_inputs: list[str] = field(default_factory=list)
+
+    def __iter__(self) -> Iterator[Batch]:
+        self.bad_inputs.clear()
+        return self.open_()
+
+
+def as_batches(batches: Iterable[Any], *, description: str = "the batches given") -> Batches:
+    """Take any iterable of batches as :class:`Batches`.
+
+    Args:
+        batches: :class:`Batches`, or any iterable of what :func:`split_batch` understands.
+        description: what to call it in messages.
+    """
+    if isinstance(batches, Batches):
+        return batches
+
+    def read() -> Iterator[Batch]:
+        position = 0
+        for item in batches:
+            batch = item if isinstance(item, Batch) else split_batch(item, source=description, position=position)
+            position += batch.samples
+            yield batch
+
+    return Batches(read, description)
+
+
+def split_batch(item: Any, *, source: str, position: int) -> Batch:
+    """Tell inputs and labels of a batch apart.
+
+    - a tensor: the input;
+    - a tuple or list: its first element is the input (a tensor; a tuple, dict or list as in :class:`Batch`), the second
+      the labels, as data loaders and ``torch.optim.swa_utils.update_bn`` have it;
+    - a dict: labels are under ``labels``, ``label``, ``y``, ``targets`` or ``target``; what remains are the keyword
+      arguments of the model, or its one argument where it is a single tensor.
+
+    Raises:
+        UsageError: it is none of these, or holds no tensor.
+    """
+    inputs, labels = item, None
+    if isinstance(item, tuple | list) and item:
+        inputs, labels = item[0], item[1] if len(item) > 1 else None
+    elif isinstance(item, Mapping):
+        key = next((key for key in _LABEL_KEYS if key in item), None)
+        labels = item[key] if key is not None else None
+        inputs = {name: value for name, value in item.items() if name != key}
+        if len(inputs) == 1:
+            inputs = next(iter(inputs.values()))
+    first = next(find_tensors(inputs), None)
+    if first is None:
+        raise UsageError(
+            f"a batch of {source} holds no tensor but {type(item).__name__}: give tensors, tuples or dicts"
+        )
+    count = len(inputs) if isinstance(inputs, list) else (first.shape[0] if first.ndim else 1)
+    return Batch(inputs, labels, describe_range(source, position, count), count)
+
+
+def describe_range(source: str, start: int, count: int) -> str:
+    """``samples 64 to 127 of digits.npz``."""
+    return f"sample {start} of {source}" if count == 1 else f"samples {start} to {start + count - 1} of {source}"
+
+
+def find_tensors(value: Any) -> Iterator[torch.Tensor]:
+    """All tensors inside nested tuples, lists and dicts."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from find_tensors(item)
+    elif isinstance(value, tuple | list):
+        for item in value:
+            yield from find_tensors(item)
+
+
+def move(value: Any, *, device: torch.device | None, dtype: torch.dtype | None) -> Any:
+    """The same nest with its tensors on a device, floating ones in a dtype."""
+    if isinstance(value, torch.Tensor):
+        return value.to(device=device, dtype=dtype if value.is_floating_point() else None)
+    if isinstance(value, Mapping):
+        return {name: move(item, device=device, dtype=dtype) for name, item in value.items()}
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(move(item, device=device, dtype=dtype) for item in value))
+    if isinstance(value, tuple | list):
+        return type(value)(move(item, device=device, dtype=dtype) for item in value)
+    return value
+
+
+def find_placement(model: torch.nn.Module) -> tuple[torch.device | None, torch.dtype | None]:
+    """Where the model's first floating parameter (or buffer) lies, and its dtype; None where it has none."""
+    for tensor in itertools.chain(model.parameters(), model.buffers()):
+        if tensor.is_floating_point():
+            return tensor.device, tensor.dtype
+    return None, None
+
+
+def cut_batch(batch: Batch, samples: int) -> Batch:
+    """The first samples of a batch; the whole batch where its tensors do not share their first dimension."""
+    tensors = list(find_tensors((batch.inputs, batch.labels)))
+    if isinstance(batch.inputs, list) or any(t.ndim == 0 or t.shape[0] != batch.samples for t in tensors):
+        return batch
+    return Batch(_first(batch.inputs, samples), _first(batch.labels, samples), batch.description, samples)
+
+
+def _first(value: Any, samples: int) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value[:samples]
+    if isinstance(value, Mapping):
+        return {name: _first(item, samples) for name, item in value.items()}
+    if isinstance(value, tuple):
+        return tuple(_first(item, samples) for item in value)
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return value[:samples]
+    return value

@@ -1,0 +1,60 @@
+"""``--data``: a spec becomes batches."""
+
+from __future__ import annotations
+
+from bntool.data.arrays import ArraySource
+from bntool.data.batches import Batches
+from bntool.data.factory import FactoryDataSource
+from bntool.data.images import ImageFolderSource
+from bntool.data.policies import OnBadData
+from bntool.data.preprocessing import Preprocessing
+from bntool.data.source import DataOptions, DataSource
+from bntool.errors import UsageError
+
+# tried in this order
+DATA_SOURCES: tuple[DataSource, ...] = (ImageFolderSource(), FactoryDataSource(), ArraySource())
+
+
+def load_data(
+    spec: str,
+    *,
+    batch_size: int,
+    samples: int | None = None,
+    seed: int | None = None,
+    workers: int = 0,
+    preprocessing: Preprocessing | None = None,
+    on_bad_data: OnBadData = OnBadData.STOP,
+) -> Batches:
+    """Open the data that a spec names; it is read when batches are asked for.
+
+    Args:
+        spec: a folder of images (class subfolders give labels), a .npy, .npz, .pt or .safetensors file, or
+            ``file.py:factory`` or ``package.module:factory`` giving a Dataset, a DataLoader or an iterable of batches.
+        batch_size: samples of a batch, where bntool makes the batches.
+        samples: at most so many.
+        seed: shuffle by it; None keeps the order of the source. Data loaders and iterables keep their own order.
+        workers: processes that read images or a Dataset beside this one.
+        preprocessing: what to do to images or uint8 pixels.
+        on_bad_data: what to do about an image that cannot be read.
+
+    Raises:
+        UsageError: the spec or the data cannot be understood.
+        FileError: a file cannot be read; also while iterating.
+        MissingExtraError: a package is missing.
+        UserCodeError: the user's code raised; also while iterating.
+    """
+    if batch_size < 1 or workers < 0 or (samples is not None and samples < 1):
+        raise UsageError("batch size and samples must be at least 1, workers at least 0")
+    options = DataOptions(
+        batch_size=batch_size,
+        samples=samples,
+        seed=seed,
+        workers=workers,
+        preprocessing=preprocessing,
+        on_bad_data=on_bad_data,
+    )
+    for source in DATA_SOURCES:
+        if source.recognises(spec):
+            return source.load(spec, options)
+    forms = "; ".join(source.form for source in DATA_SOURCES)
+    raise UsageError(f"--data {spec!r} cannot be understood; it can be: {forms}")

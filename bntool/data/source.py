@@ -1,0 +1,69 @@
+"""What a kind of ``--data`` spec must be able to do."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+
+from bntool.data.batches import Batches
+from bntool.data.policies import OnBadData
+from bntool.data.preprocessing import Preprocessing
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """How data is to be read.
+
+    Attributes:
+        batch_size: at most so many samples in a batch, where bntool makes the batches.
+        samples: at most so many; None for all.
+        seed: shuffle by it, before the first ``samples`` are taken; None for the order of the source.
+        workers: processes that read beside this one.
+        preprocessing: what to do to images.
+        on_bad_data: what to do about an image that cannot be read.
+    """
+
+    batch_size: int
+    samples: int | None = None
+    seed: int | None = None
+    workers: int = 0
+    preprocessing: Preprocessing | None = None
+    on_bad_data: OnBadData = OnBadData.STOP
+
+    def deal(self, count: int) -> list[list[int]]:
+        """The indices of each batch out of ``count`` samples; ascending in a batch: files are read in order."""
+        if self.seed is None:
+            order = list(range(count))
+        else:
+            generator = torch.Generator().manual_seed(self.seed)
+            order = torch.randperm(count, generator=generator).tolist()
+        order = order[: self.samples]
+        # of nearly equal size: a small last batch would be normalised by statistics of few samples
+        number = math.ceil(len(order) / self.batch_size)
+        edges = [len(order) * index // number for index in range(number + 1)] if number else []
+        return [sorted(order[start:end]) for start, end in itertools.pairwise(edges)]
+
+
+class DataSource(ABC):
+    """One kind of data spec."""
+
+    form: str  # how the spec is written, for messages and help
+
+    @abstractmethod
+    def recognises(self, spec: str) -> bool:
+        """Whether the spec is of this kind."""
+
+    @abstractmethod
+    def load(self, spec: str, options: DataOptions) -> Batches:
+        """Open the data; batches are read when they are asked for.
+
+        Raises:
+            UsageError: the data cannot be understood.
+            FileError: a file cannot be read.
+            MissingExtraError: a package is missing.
+            UserCodeError: the code that it names raised.
+        """

@@ -1,0 +1,170 @@
+"""Who feeds whom in a model, as data: nodes that compute, and edges that say which channels go where."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from functools import cached_property
+
+
+class Evidence(Enum):
+    """How an edge is known."""
+
+    TRACED = "traced"  # seen in a real forward: proof
+    DECLARED = "declared"  # the user said so
+    ASSUMED = "assumed"  # a known architecture, recognised by keys and shapes
+
+
+class NodeKind(Enum):
+    """What a node computes, as far as moving a scale and a shift through it is concerned."""
+
+    CONVOLUTION = "convolution"
+    CONV_TRANSPOSE = "transposed convolution"
+    LINEAR = "linear"
+    BATCH_NORM = "BatchNorm"
+    ADD = "addition"  # of two computed tensors
+    MAX_POOL = "max-pool"  # the maximum over positions: commutes with a positive scale and any shift
+    AVERAGE = "average"  # weights over positions that sum to one: commutes with any scale and shift
+    INPUT = "input"
+    OUTPUT = "output"
+    OTHER = "other"
+
+    @property
+    def is_producer(self) -> bool:
+        """Whether it has a weight that can absorb a scale per output channel."""
+        return self in (NodeKind.CONVOLUTION, NodeKind.CONV_TRANSPOSE, NodeKind.LINEAR)
+
+
+class Owner(Enum):
+    """What the module that holds a BatchNorm's tensors does beside normalising."""
+
+    WHOLE = "whole"  # nothing: the identity can take its place
+    WITH_ACTIVATION = "with activation"  # its children ``drop`` and ``act`` run afterwards, as in timm's BatchNormAct2d
+    PART = "part"  # something else, or no module is known: it cannot be taken out
+
+
+@dataclass(frozen=True)
+class Node:
+    """One call of one operation.
+
+    Attributes:
+        index: position in order of execution.
+        kind: what it computes.
+        operator: PyTorch's name, e.g. ``aten.relu_``; for a declared node the layer's.
+        layer: dotted path of the module that ran it, "" for the model itself.
+        parameters: names of the parameters and buffers that it takes as they are, by role (``weight``, ``bias``,
+            ``running_mean``, ``running_var``).
+        computed: roles that are given by a computed tensor, each with the names that it is computed from.
+        channels: number of output channels.
+        groups: of a convolution.
+        eps: of a BatchNorm.
+        training: a BatchNorm that normalises by batch statistics.
+        padded: a convolution that reads zeros beyond the border.
+        owner: what else the module of a BatchNorm does.
+        has_bias_slot: the owner of the weight reads ``self.bias`` too, so that one can be added.
+        class_name: of the module that owns the parameters.
+    """
+
+    index: int
+    kind: NodeKind
+    operator: str
+    layer: str = ""
+    parameters: Mapping[str, str] = field(default_factory=dict)
+    computed: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    channels: int = 0
+    groups: int = 1
+    eps: float | None = None
+    training: bool = False
+    padded: bool = False
+    owner: Owner = Owner.WHOLE
+    has_bias_slot: bool = True
+    class_name: str = ""
+
+    def describe(self) -> str:
+        """For people: the operation, and where."""
+        name = self.kind.value if self.kind is not NodeKind.OTHER else self.operator.removeprefix("aten.")
+        if self.kind in (NodeKind.INPUT, NodeKind.OUTPUT):
+            return f"the model's {name}"
+        return f"{name} ({self.layer})" if self.layer else name
+
+
+@dataclass(frozen=True)
+class Edge:
+    """Channels of one node's output that another node reads.
+
+    Attributes:
+        source, target: indices of nodes.
+        port: which of the target's inputs; 0 is the data input of a producer.
+        sources: channels of the source that are read.
+        targets: for each of ``sources`` the channel of the target's input that it is; a pair for each meeting, so a
+            channel may occur several times on either side. None where the target has no channels or everything meets
+            everything.
+        evidence: how it is known.
+    """
+
+    source: int
+    target: int
+    port: int
+    sources: Sequence[int]
+    targets: Sequence[int] | None
+    evidence: Evidence = Evidence.TRACED
+
+
+@dataclass(frozen=True)
+class ModelGraph:
+    """Nodes in order of execution, and the edges between them.
+
+    Attributes:
+        nodes: one for each call of an operation that computes; operations that only move elements are part of edges.
+        edges: all that is known of who reads what.
+        uses: for each parameter or buffer the nodes that read it, directly or through something computed from it.
+        aliases: further names of a parameter or buffer whose module is registered under several names.
+        tied: names of parameters that belong to several modules.
+        evidence: how the graph is known.
+        complete: every layer of the model that ran is in it; else only those declared.
+    """
+
+    nodes: tuple[Node, ...]
+    edges: tuple[Edge, ...]
+    uses: Mapping[str, frozenset[int]]
+    aliases: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    tied: frozenset[str] = frozenset()
+    evidence: Evidence = Evidence.TRACED
+    complete: bool = True
+
+    @cached_property
+    def _incoming(self) -> Mapping[int, tuple[Edge, ...]]:
+        return _group(self.edges, key="target")
+
+    @cached_property
+    def _outgoing(self) -> Mapping[int, tuple[Edge, ...]]:
+        return _group(self.edges, key="source")
+
+    def inputs(self, node: Node) -> tuple[Edge, ...]:
+        """The edges into a node."""
+        return self._incoming.get(node.index, ())
+
+    def outputs(self, node: Node) -> tuple[Edge, ...]:
+        """The edges out of a node: everything that reads what it computed."""
+        return self._outgoing.get(node.index, ())
+
+    @cached_property
+    def batchnorms(self) -> Mapping[str, tuple[Node, ...]]:
+        """The calls of each BatchNorm, by layer name, in order of first execution."""
+        calls: dict[str, list[Node]] = {}
+        for node in self.nodes:
+            if node.kind is NodeKind.BATCH_NORM:
+                calls.setdefault(node.layer, []).append(node)
+        return {layer: tuple(nodes) for layer, nodes in calls.items()}
+
+    def names_of(self, name: str) -> tuple[str, ...]:
+        """A parameter's or buffer's name and its further names."""
+        return (name, *self.aliases.get(name, ()))
+
+
+def _group(edges: Sequence[Edge], *, key: str) -> Mapping[int, tuple[Edge, ...]]:
+    groups: dict[int, list[Edge]] = {}
+    for edge in edges:
+        groups.setdefault(getattr(edge, key), []).append(edge)
+    return {index: tuple(group) for index, group in groups.items()}

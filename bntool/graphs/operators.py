@@ -1,0 +1,127 @@
+"""What PyTorch's operations mean for the graph: which only move elements, and which commute with a scale and a shift.
+
+Everything that is not listed here counts as an operation that may do anything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from bntool.graphs.graph import NodeKind
+
+# they look at shape, dtype or device of their argument, never at its elements
+SHAPE_ONLY = frozenset(
+    (
+        "empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like", "randint_like",
+        "new_empty", "new_zeros", "new_ones", "new_full", "new_empty_strided", "sym_size", "sym_stride", "sym_numel",
+        "size", "stride", "is_same_size", "bernoulli_like",
+    )
+)  # fmt: skip
+
+# every element of the result is an element of an argument
+MOVEMENTS = frozenset(
+    (
+        "view", "_unsafe_view", "_reshape_alias", "view_copy", "t", "transpose", "permute", "squeeze", "unsqueeze",
+        "expand", "select", "slice", "split", "split_with_sizes", "unsafe_split", "unsafe_chunk", "chunk", "unbind",
+        "unsafe_split_with_sizes", "narrow", "cat", "stack", "clone", "contiguous", "detach", "alias", "_to_copy",
+        "lift_fresh", "lift_fresh_copy", "flip", "roll", "repeat", "pixel_shuffle", "pixel_unshuffle",
+        "channel_shuffle", "native_channel_shuffle", "unfold", "movedim", "diagonal", "positive", "index_select",
+    )
+)  # fmt: skip
+
+BATCH_NORMS = frozenset(
+    (
+        "native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training", "batch_norm",
+        "_batch_norm_no_update", "_batch_norm_with_update", "cudnn_batch_norm", "miopen_batch_norm",
+    )
+)  # fmt: skip
+
+_CONVOLUTIONS = frozenset(("convolution", "_convolution", "convolution_overrideable"))
+_MAX_POOLS = frozenset(
+    (
+        "max_pool1d", "max_pool2d", "max_pool3d", "max_pool2d_with_indices", "max_pool3d_with_indices",
+        "adaptive_max_pool2d", "adaptive_max_pool3d", "max_pool1d_with_indices",
+    )
+)  # fmt: skip
+_ADAPTIVE_AVERAGES = frozenset(("_adaptive_avg_pool2d", "_adaptive_avg_pool3d", "adaptive_avg_pool1d"))
+_AVERAGE_POOLS = frozenset(("avg_pool1d", "avg_pool2d", "avg_pool3d"))
+_LINEARS = frozenset(("mm", "addmm", "linear"))
+
+
+def name_of(function: Any) -> str:
+    """The operation's name without namespace, overload and the underscore of those that work in place."""
+    name: str = function.overloadpacket.__name__
+    in_place = function._schema.name.startswith("aten::") and name.endswith("_") and not name.endswith("__")
+    return name.removesuffix("_") if in_place else name
+
+
+def argument(function: Any, arguments: Sequence[Any], keywords: Mapping[str, Any], name: str) -> Any:
+    """An argument by its name in the schema, or its default; None where there is none of that name."""
+    for position, formal in enumerate(function._schema.arguments):
+        if formal.name == name:
+            if name in keywords:
+                return keywords[name]
+            if position < len(arguments):
+                return arguments[position]
+            return formal.default_value if formal.has_default_value() else None
+    return None
+
+
+def producer_kind(function: Any, arguments: Sequence[Any], keywords: Mapping[str, Any]) -> NodeKind | None:
+    """Convolution, transposed convolution or linear; None for anything else.
+
+    A matrix product is only one of these where the caller finds its second matrix to be a transposed parameter.
+    """
+    name = name_of(function)
+    if name in _CONVOLUTIONS:
+        transposed = argument(function, arguments, keywords, "transposed")
+        return NodeKind.CONV_TRANSPOSE if transposed else NodeKind.CONVOLUTION
+    if name == "addmm":
+        one = all(argument(function, arguments, keywords, factor) == 1 for factor in ("alpha", "beta"))
+        return NodeKind.LINEAR if one else None
+    return NodeKind.LINEAR if name in _LINEARS else None
+
+
+def passing_kind(
+    function: Any, arguments: Sequence[Any], keywords: Mapping[str, Any], *, channel_axis: int, dim: int
+) -> NodeKind | None:
+    """How a scale and a shift per channel pass through an operation on one or two computed tensors; None for not at all.
+
+    Args:
+        channel_axis: where the channels of its input lie.
+        dim: number of dimensions of its input.
+    """
+    name = name_of(function)
+
+    def given(key: str) -> Any:
+        return argument(function, arguments, keywords, key)
+
+    if name == "add":
+        return NodeKind.ADD if given("alpha") == 1 else None
+    if channel_axis >= dim - _count_positions(name, dim):
+        return None  # it runs over the channels themselves
+    if name in _MAX_POOLS:
+        return NodeKind.MAX_POOL
+    if name in ("amax", "mean"):
+        axes = given("dim")
+        axes = list(range(dim)) if axes is None or axes == [] else [axes] if isinstance(axes, int) else list(axes)
+        if name == "mean" and given("dtype") is not None:
+            return None
+        inside = channel_axis in [axis % dim for axis in axes]
+        return None if inside else NodeKind.MAX_POOL if name == "amax" else NodeKind.AVERAGE
+    if name in _ADAPTIVE_AVERAGES:
+        return NodeKind.AVERAGE
+    if name in _AVERAGE_POOLS:
+        padded = any(given("padding") or ()) and given("count_include_pad")
+        return NodeKind.AVERAGE if not padded and given("divisor_override") is None else None
+    if name.startswith(("upsample_", "_upsample_")):  # interpolation weights sum to one, at borders too
+        return NodeKind.AVERAGE
+    return None
+
+
+def _count_positions(name: str, dim: int) -> int:
+    """How many trailing axes a pooling or interpolation runs over."""
+    if name in ("amax", "mean"):
+        return 0  # by their own argument
+    return next((int(digit) for digit in "123" if f"{digit}d" in name), dim)

@@ -1,0 +1,346 @@
+"""Who feeds whom, seen in one real forward of the live model: proof for that forward.
+
+A dispatch mode sees every operation below modules, functional calls and operators alike. Parameters are recognised by
+identity or as views of all their elements; what is computed from parameters alone stays constant and is remembered by
+the names it came from. Every other tensor carries labels (see :mod:`bntool.graphs.labels`) that say which node computed
+each of its elements. Writing into a tensor changes all tensors that share its storage, so those are labelled anew as
+the results of that write; storages that outlive the forward (outputs, whatever a hook or a module keeps) count as read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn.modules import module as hooks
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_map
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from bntool.errors import UserCodeError
+from bntool.graphs import operators
+from bntool.graphs.graph import ModelGraph, Node, NodeKind
+from bntool.graphs.labels import fresh_labels, meet, replay, varying_axis
+from bntool.graphs.parameters import ParameterIndex, storage_key
+from bntool.graphs.recognition import Affine, call_facts, describe_affine, is_frozen_batchnorm
+from bntool.graphs.recording import Reads
+from bntool.layers.borrowing import borrow
+
+
+def trace(model: nn.Module, inputs: Any) -> ModelGraph:
+    """Run one forward in eval mode and say which operation fed which; the model is given back as it was.
+
+    Args:
+        model: the live model, with the tensors that it shall be traced with.
+        inputs: a tensor, a tuple of positional arguments, or a dict of keyword arguments; not changed.
+
+    Raises:
+        UserCodeError: the model's forward raised.
+    """
+    with borrow(model), torch.no_grad():
+        model.eval()
+        recorder = _Recorder(ParameterIndex(model))
+        copies = tree_map(lambda item: item.clone() if isinstance(item, Tensor) else item, inputs)
+        with recorder.observe(copies):
+            outputs = call(model, copies)
+        recorder.close(outputs)
+        return recorder.finish()
+
+
+def call(model: nn.Module, inputs: Any) -> Any:
+    """The model's answer to inputs as :func:`trace` takes them.
+
+    Raises:
+        UserCodeError: the model's forward raised.
+    """
+    try:
+        if isinstance(inputs, Mapping):
+            return model(**inputs)
+        return model(*inputs) if isinstance(inputs, tuple) else model(inputs)
+    except Exception as error:
+        shapes = [list(item.shape) for item in tree_flatten(inputs)[0] if isinstance(item, Tensor)]
+        text = " ".join(str(error).split())
+        raise UserCodeError(f"the model raised {type(error).__name__} on inputs of shape {shapes}: {text}") from error
+
+
+@dataclass
+class _Storage:
+    """A storage that was seen: ``reference`` keeps its number from being given to another."""
+
+    reference: StorageWeakRef
+    tensors: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary)
+    labels: list[Tensor] = field(default_factory=list)
+
+
+@dataclass
+class _ModuleCall:
+    module: nn.Module
+    labels: Tensor | None  # of its input
+    first_node: int
+
+
+class _Recorder(TorchDispatchMode):
+    def __init__(self, index: ParameterIndex) -> None:
+        super().__init__()
+        self.index = index
+        self.nodes: list[Node] = []
+        self.reads = Reads()
+        self.labels = WeakTensorKeyDictionary()  # of computed tensors
+        self.constants = WeakTensorKeyDictionary()  # of tensors computed from parameters alone: their names
+        self.storages: dict[int, _Storage] = {}
+        self.affines: dict[int, Affine] = {}  # products with constants, by node
+        self.frozen: dict[int, int] = {}  # from such a product to the sum that completes a frozen BatchNorm
+        self.stack: list[_ModuleCall] = []
+        self.results: dict[int, Tensor] = {}  # labels that a BatchNorm node gave its output
+
+    @contextlib.contextmanager
+    def observe(self, inputs: Any) -> Iterator[None]:
+        for tensor in _tensors(inputs):
+            self.give_fresh_labels(self.add_node(NodeKind.INPUT, "input"), [tensor], axis=1)
+        handles = [
+            hooks.register_module_forward_pre_hook(self.enter),
+            hooks.register_module_forward_hook(self.leave),
+        ]
+        try:
+            with self:
+                yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        keywords = kwargs or {}
+        result = func(*args, **keywords)
+        self.record(func, args, keywords, result)
+        return result
+
+    # modules: where in the model something ran, and whether a module does anything beside its BatchNorm
+
+    def enter(self, module: nn.Module, arguments: Any) -> None:
+        first = arguments[0] if arguments else None
+        labels = self.labels.get(first) if isinstance(first, Tensor) else None
+        self.stack.append(_ModuleCall(module, labels, len(self.nodes)))
+
+    def leave(self, module: nn.Module, _arguments: Any, output: Any) -> None:
+        while self.stack and self.stack[-1].module is not module:
+            self.stack.pop()  # left by an exception that the model caught
+        if not self.stack:
+            return
+        entered = self.stack.pop()
+        inside = self.nodes[entered.first_node :]
+        path = self.index.module_names.get(id(module), "")
+        for node in inside:
+            if node.kind is NodeKind.BATCH_NORM and node.layer == path and id(module) in self.index.module_names:
+                last = self.results.get(node.index)
+                whole = isinstance(output, Tensor) and self.labels.get(output) is last
+                owner = self.index.judge_owner(
+                    module, path, node, inside, reads_input=self.reads.first(inside[0].index) is entered.labels, whole=whole
+                )
+                self.nodes[node.index] = replace(node, owner=owner)
+
+    # tensors
+
+    def labels_of(self, tensor: Tensor) -> Tensor | None:
+        """The labels of a computed tensor; None for a constant."""
+        labels: Tensor | None = self.labels.get(tensor)
+        if labels is not None or tensor in self.constants or self.index.touching(tensor):
+            return labels
+        storage = self.storages.get(storage_key(tensor))
+        if storage is None or not storage.labels:
+            return None
+        # another view of a known storage, made out of sight: it may show anything that is in there
+        node = self.add_node(NodeKind.OTHER, "alias")
+        for port, seen in enumerate(storage.labels):
+            self.reads.add(node.index, port, meet(seen, axis=None))
+        return self.give_fresh_labels(node, [tensor], axis=1)
+
+    def names_of(self, tensor: Tensor) -> frozenset[str]:
+        """The parameters that a constant shows or was computed from."""
+        known: frozenset[str] = self.constants.get(tensor, frozenset())
+        return known | self.index.touching(tensor)
+
+    def set_labels(self, tensor: Tensor, labels: Tensor) -> None:
+        self.labels[tensor] = labels
+        self.constants.pop(tensor, None)
+        key = storage_key(tensor)
+        storage = self.storages.get(key)
+        if storage is None:
+            storage = self.storages[key] = _Storage(StorageWeakRef(tensor.untyped_storage()))
+        storage.tensors[tensor] = None
+        if not any(seen is labels for seen in storage.labels):
+            storage.labels.append(labels)
+
+    def give_fresh_labels(self, node: Node, tensors: Sequence[Tensor], *, axis: int) -> Tensor:
+        """Label tensors as the output of a node."""
+        axes = [min(axis, max(tensor.dim() - 1, 0)) for tensor in tensors]
+        channels = max((t.shape[a] if t.dim() else 1 for t, a in zip(tensors, axes, strict=True)), default=1)
+        base = self.reads.allocate(node.index, channels)
+        self.nodes[node.index] = replace(node, channels=channels)
+        for tensor, own_axis in zip(tensors, axes, strict=True):
+            self.set_labels(tensor, fresh_labels(tensor.shape, axis=own_axis, base=base))
+        return self.labels[tensors[0]]  # type: ignore[no-any-return]
+
+    def add_node(self, kind: NodeKind, operator: str, **facts: Any) -> Node:
+        if "layer" not in facts:
+            facts["layer"] = self.index.module_names.get(id(self.stack[-1].module), "") if self.stack else ""
+        node = Node(len(self.nodes), kind, operator, **facts)
+        self.nodes.append(node)
+        return node
+
+    # operations
+
+    def record(self, function: Any, arguments: Any, keywords: Any, result: Any) -> None:
+        name, outputs = operators.name_of(function), _tensors(result)
+        if name in operators.SHAPE_ONLY:
+            for tensor in outputs:
+                self.constants[tensor] = frozenset()
+            return
+        given = _tensors((arguments, keywords))
+        mutated = _mutated(function, arguments, keywords)
+        labels = {id(tensor): self.labels_of(tensor) for tensor in given}
+        if all(found is None for found in labels.values()):
+            self.record_constant(function, given, outputs, mutated)
+        elif mutated or not self.record_movement(function, arguments, keywords, outputs, labels):
+            self.record_node(function, arguments, keywords, outputs, labels, mutated)
+
+    def record_constant(self, function: Any, given: list[Tensor], outputs: list[Tensor], mutated: list[Tensor]) -> None:
+        """Nothing here depends on the input."""
+        names = frozenset().union(*map(self.names_of, given))
+        changed = frozenset().union(*map(self.index.touching, mutated))
+        if changed:  # a parameter is rewritten during the forward: folding would not survive that
+            self.reads.use(self.add_node(NodeKind.OTHER, str(function.overloadpacket)).index, changed)
+        for tensor in (*outputs, *mutated):
+            self.constants[tensor] = names
+
+    def record_movement(
+        self, function: Any, arguments: Any, keywords: Any, outputs: list[Tensor], labels: dict[int, Tensor | None]
+    ) -> bool:
+        """Replay an operation that only moves elements; whether it was one."""
+        name = operators.name_of(function)
+        if name not in operators.MOVEMENTS or not all(tensor.is_floating_point() for tensor in outputs):
+            return False
+        joins = name in ("cat", "stack")
+
+        def substitute(item: Any) -> Any:
+            if not isinstance(item, Tensor):
+                return item
+            found = labels[id(item)]
+            return self.label_constant(item) if found is None and joins else item if found is None else found
+
+        moved = replay(function, tree_map(substitute, arguments), tree_map(substitute, keywords))
+        if moved is None or [m.shape for m in moved] != [o.shape for o in outputs]:
+            return False
+        for tensor, its_labels in zip(outputs, moved, strict=True):
+            self.set_labels(tensor, its_labels)
+        return True
+
+    def label_constant(self, tensor: Tensor) -> Tensor:
+        """Labels for a constant that is put beside computed elements."""
+        node = self.add_node(NodeKind.OTHER, "constant")
+        self.reads.use(node.index, self.names_of(tensor))
+        base = self.reads.allocate(node.index, 1)
+        return torch.full((), base, dtype=torch.int32).expand(tensor.shape)
+
+    def record_node(
+        self,
+        function: Any,
+        arguments: Any,
+        keywords: Any,
+        outputs: list[Tensor],
+        labels: dict[int, Tensor | None],
+        mutated: list[Tensor],
+    ) -> None:
+        facts = call_facts(function, arguments, keywords, index=self.index, labels=labels, names_of=self.names_of)
+        given = {id(tensor): tensor for tensor in _tensors((arguments, keywords))}
+        targets = outputs[:1] if facts.kind is NodeKind.BATCH_NORM or facts.kind.is_producer else outputs
+        others = self.others_on_storages(mutated)
+        if others and facts.kind is not NodeKind.OTHER:
+            facts = replace(facts, kind=NodeKind.OTHER, inputs=(), axis=None)
+        node = self.add_node(facts.kind, str(function.overloadpacket), **facts.node_facts())
+        for port, tensor in enumerate(facts.inputs):
+            found = labels[id(tensor)]
+            assert found is not None
+            broadcast = found.expand(outputs[0].shape) if facts.kind is NodeKind.ADD else found
+            self.reads.add(node.index, port, meet(broadcast, axis=facts.axis), broadcast)
+        listed = {id(tensor) for tensor in facts.inputs}
+        for port, (identity, tensor) in enumerate(given.items(), start=len(facts.inputs)):
+            found = labels[identity]
+            if found is None:
+                self.reads.use(node.index, self.names_of(tensor))
+            elif identity not in listed:
+                self.reads.add(node.index, port, meet(found, axis=None))
+        for tensor in mutated:
+            self.storages.pop(storage_key(tensor), None)
+        out = self.give_fresh_labels(node, [*targets, *mutated, *others], axis=facts.output_axis)
+        if facts.kind is NodeKind.BATCH_NORM:
+            self.results[node.index] = out
+        elif facts.kind is NodeKind.OTHER and not mutated:
+            self.recognise_affine(node, function, given, labels, out)
+
+    def others_on_storages(self, mutated: list[Tensor]) -> list[Tensor]:
+        """Living tensors that see what is written into these."""
+        found = {}
+        for tensor in mutated:
+            storage = self.storages.get(storage_key(tensor))
+            for other in list(storage.tensors.keys()) if storage is not None else ():
+                found[id(other)] = other
+        return [other for identity, other in found.items() if not any(identity == id(t) for t in mutated)]
+
+    def recognise_affine(
+        self, node: Node, function: Any, given: dict[int, Tensor], labels: dict[int, Tensor | None], out: Tensor
+    ) -> None:
+        """A product with, then a sum with constants of one module: perhaps a FrozenBatchNorm that computes by itself."""
+        affine = describe_affine(function, given, labels, names_of=self.names_of, index=self.index, out=out)
+        if affine is None:
+            return
+        if affine.is_product:
+            self.affines[node.index] = affine
+            axis = varying_axis(affine.source, default=1)
+            self.reads.replace(node.index, 0, meet(affine.source, axis=axis), affine.source)
+            return
+        product = next((i for i, a in self.affines.items() if a.result is affine.source and a.owner == affine.owner), None)
+        if product is not None and is_frozen_batchnorm(self.affines[product], affine, self.index):
+            self.frozen[product] = node.index
+            self.results[node.index] = out
+            self.nodes[node.index] = replace(self.nodes[node.index], **affine.node_facts(self.index))
+
+    # the end
+
+    def close(self, outputs: Any) -> None:
+        """Whatever outlives the forward is read by somebody: the caller, a hook, a module that keeps it."""
+        gc.collect()
+        node = self.add_node(NodeKind.OUTPUT, "output", layer="")
+        kept = {storage_key(tensor) for tensor in _tensors(outputs)}
+        port = 0
+        for key, storage in self.storages.items():
+            if key not in kept and storage.reference.expired():
+                continue
+            for labels in storage.labels:
+                self.reads.add(node.index, port, meet(labels, axis=None))
+                port += 1
+
+    def finish(self) -> ModelGraph:
+        nodes, edges, uses = self.reads.join(self.nodes, self.frozen)
+        return ModelGraph(
+            tuple(nodes), tuple(edges), uses=uses, aliases=self.index.aliases, tied=self.index.tied
+        )
+
+
+def _tensors(items: Any) -> list[Tensor]:
+    return [item for item in tree_flatten(items)[0] if isinstance(item, Tensor)]
+
+
+def _mutated(function: Any, arguments: Any, keywords: Any) -> list[Tensor]:
+    """The tensors that an operation writes into, by its schema."""
+    written = []
+    for position, formal in enumerate(function._schema.arguments):
+        if formal.alias_info is not None and formal.alias_info.is_write:
+            value = keywords.get(formal.name, arguments[position] if position < len(arguments) else None)
+            written.extend(_tensors(value))
+    return written

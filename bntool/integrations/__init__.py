@@ -1,0 +1,1 @@
+"""Thin adapters for training frameworks; each module imports the framework that it is for."""

@@ -1,0 +1,101 @@
+"""Modules that stay in eval mode whatever is asked of them.
+
+A held module has a subclass of its own class whose ``train()`` does nothing; this travels with deepcopy, pickling, DDP
+and torch.compile. The model that holds them has one whose ``train()`` holds them again afterwards, which also finds
+modules that were replaced meanwhile, as ``convert_sync_batchnorm`` does.
+"""
+
+from __future__ import annotations
+
+import copyreg
+from collections.abc import Sequence
+from functools import cache
+from typing import Any, cast
+
+from torch import nn
+
+from bntool.layers.modules import walk_modules
+
+HOLD = "_bntool_hold"  # on each held module: the mode that was asked for meanwhile
+FREEZE = "_bntool_freeze"  # on the model: what to give back, and what to hold
+
+
+class _Held(nn.Module):
+    """Mixed into the class of frozen modules and of the model that holds them."""
+
+    def train(self, mode: bool = True) -> Any:  # noqa: FBT001, FBT002 (torch's own signature)
+        hold = vars(self).get(HOLD)
+        if hold is not None:
+            hold["asked"] = mode
+            return self
+        super().train(mode)
+        notes = vars(self).get(FREEZE)
+        if notes is not None:
+            notes["asked"] = mode
+            hold_all(self, notes["held"])
+        return self
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        reduced = cast("tuple[Any, ...]", super().__reduce_ex__(max(int(protocol), 2)))
+        function, arguments, *rest = reduced
+        if function is copyreg.__newobj__:  # type: ignore[attr-defined]
+            return (_rebuild, (original_class(type(self)), *arguments[1:]), *rest)
+        return reduced
+
+
+def _rebuild(original: type[nn.Module], *arguments: Any) -> nn.Module:
+    """A frozen module without its state: unpickling names this function, because the class is made at run time."""
+    held = _held_class(cast("Any", original))
+    return held.__new__(held, *arguments)
+
+
+@cache
+def _held_class(original: Any) -> type[nn.Module]:
+    # named as the original is: registries, repr and fx (by __module__) go by these names
+    namespace = {"__module__": original.__module__, "__qualname__": original.__qualname__, "__doc__": original.__doc__}
+    return type(original.__name__, (_Held, original), namespace)
+
+
+def original_class(kind: type) -> type[nn.Module]:
+    """The class that a frozen module had."""
+    return kind.__mro__[2] if issubclass(kind, _Held) else kind
+
+
+def swap_class(module: nn.Module) -> None:
+    if not isinstance(module, _Held):
+        module.__class__ = _held_class(cast("Any", type(module)))
+
+
+def can_carry(module: nn.Module) -> bool:
+    """Whether the class of a model can be swapped: not where it pickles itself in its own way, as fx's GraphModule."""
+    kind = type(module)
+    return kind.__reduce__ is object.__reduce__ and kind.__reduce_ex__ is object.__reduce_ex__
+
+
+def hold(module: nn.Module) -> None:
+    """Keep a module and all below it in eval mode."""
+    swap_class(module)
+    vars(module).setdefault(HOLD, {"asked": None})
+    for _, inner in walk_modules(module):
+        inner.training = False
+
+
+def hold_all(root: nn.Module, names: Sequence[str]) -> None:
+    """Hold the modules of these names that exist."""
+    modules = dict(walk_modules(root))
+    for name in names:
+        if name in modules:
+            hold(modules[name])
+
+
+def release(module: nn.Module) -> None:
+    """Give a module the class that it had; its mode stays as it is."""
+    vars(module).pop(HOLD, None)
+    if isinstance(module, _Held):
+        module.__class__ = original_class(type(module))  # type: ignore[assignment]
+
+
+def asked_mode(module: nn.Module) -> bool | None:
+    """The mode that was last asked of a held module; None where none was."""
+    asked = vars(module).get(HOLD, {}).get("asked")
+    return None if asked is None else bool(asked)

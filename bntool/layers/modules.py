@@ -1,0 +1,107 @@
+"""Finding BatchNorm modules of every kind in a live model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
+from torch.nn.parameter import is_lazy
+
+from bntool.batchnorm import STATISTICS
+from bntool.checkpoints.checkpoint import find_prefix
+
+# classes that are no torch BatchNorm but normalise as one in eval mode, by a part of their name
+_FROZEN_NAMES = ("FrozenBatchNorm", "FrozenBN")
+_BATCHNORM_NAMES = ("BatchNorm", "InplaceAbn", "InPlaceABN", "SyncBN")
+# what gives away a relative that normalises otherwise
+_FOREIGN_NAMES = ("InstanceNorm", "Renorm", "ReNorm", "Ghost", "Switchable", "Virtual")
+_FOREIGN_TENSORS = ("running_std", "mean_weight", "var_weight", "zero_point", "v", "tau")
+
+
+def walk_modules(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:
+    """Every module under every name it has, the model itself as ``""``, in order of definition.
+
+    Unlike ``named_modules()`` this lists a shared module under each of its names, and does not rely on methods that a
+    model may have overridden.
+    """
+    yield from _walk(model, "", ())
+
+
+def _walk(
+    module: torch.nn.Module, name: str, above: tuple[torch.nn.Module, ...]
+) -> Iterator[tuple[str, torch.nn.Module]]:
+    yield name, module
+    for child_name, child in module._modules.items():
+        if child is not None and child is not module and not any(child is parent for parent in above):
+            yield from _walk(child, f"{name}.{child_name}" if name else child_name, (*above, module))
+
+
+def find_batchnorm_modules(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
+    """Every module that normalises as BatchNorm, once, under the first of its names.
+
+    BatchNorm1d/2d/3d, SyncBatchNorm and subclasses, lazy ones before their first call (see :func:`is_uninitialized`),
+    those without statistics (``track_running_stats=False``), and FrozenBatchNorm as torchvision, timm and detectron2
+    write it. InstanceNorm, quantised BatchNorm and relatives like BatchRenorm are not.
+    """
+    found: dict[str, torch.nn.Module] = {}
+    seen: set[int] = set()
+    for name, module in walk_modules(model):
+        if id(module) not in seen and is_batchnorm(module):
+            seen.add(id(module))
+            found[name] = module
+    return found
+
+
+def find_names(model: torch.nn.Module) -> dict[torch.nn.Module, tuple[str, ...]]:
+    """All names under which a model holds each of its modules."""
+    names: dict[torch.nn.Module, tuple[str, ...]] = {}
+    for name, module in walk_modules(model):
+        names[module] = (*names.get(module, ()), name)
+    return names
+
+
+def is_batchnorm(module: torch.nn.Module) -> bool:
+    """Whether a module normalises as BatchNorm does, by its class and its tensors."""
+    name = _class_name(module)
+    if isinstance(module, _InstanceNorm) or any(part in name for part in _FOREIGN_NAMES):
+        return False
+    if any(tensor in module._buffers or tensor in module._parameters for tensor in _FOREIGN_TENSORS):
+        return False
+    if is_uninitialized(module):
+        return isinstance(module, _BatchNorm)
+    statistics = [module._buffers.get(role) for role in STATISTICS]
+    if any(tensor is None for tensor in statistics):
+        return isinstance(module, _BatchNorm)
+    shapes = {tuple(tensor.shape) for tensor in statistics if tensor is not None}
+    shapes |= {
+        tuple(t.shape) for t in (module._parameters.get("weight"), module._buffers.get("weight")) if t is not None
+    }
+    if len(shapes) != 1 or len(next(iter(shapes))) != 1:
+        return False
+    return isinstance(module, _BatchNorm) or any(part in name for part in _BATCHNORM_NAMES)
+
+
+def is_frozen_class(module: torch.nn.Module) -> bool:
+    """Whether a module is a FrozenBatchNorm: its class never updates statistics."""
+    return not isinstance(module, _BatchNorm) and any(part in _class_name(module) for part in _FROZEN_NAMES)
+
+
+def is_uninitialized(module: torch.nn.Module) -> bool:
+    """Whether a lazy module has not seen its first batch: its tensors have no shape yet."""
+    tensors = [*module._parameters.values(), *module._buffers.values()]
+    return any(tensor is not None and is_lazy(tensor) for tensor in tensors)
+
+
+def find_wrapper_prefix(model: torch.nn.Module) -> str:
+    """What wrappers (DataParallel, torch.compile, Lightning's ``model.``) put before all names of a model's state.
+
+    Plans name layers without it, as they do for files.
+    """
+    return find_prefix(list(model.state_dict(keep_vars=True)))
+
+
+def _class_name(module: torch.nn.Module) -> str:
+    # TorchScript modules keep the name of the class that they were made from
+    return str(getattr(module, "original_name", "") or type(module).__name__)

@@ -1,0 +1,11 @@
+"""Selecting layers by their names."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+
+
+def selects(globs: Sequence[str], name: str) -> bool:
+    """Whether a layer is selected: by any of the globs, or by there being none."""
+    return not globs or any(fnmatchcase(name, glob) for glob in globs)

@@ -1,0 +1,50 @@
+"""A file that holds the program itself: ``torch.export`` (.pt2) or TorchScript. Loading it runs what is in it."""
+
+from __future__ import annotations
+
+import warnings
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bntool.errors import UsageError
+from bntool.models.source import ModelSource
+from bntool.models.user_code import running_user_code
+
+_SUFFIXES = (".pt2", ".pt", ".pth", ".ts", ".jit", ".torchscript")
+
+
+class ExportedSource(ModelSource):
+    form = "a .pt2 or TorchScript file"
+
+    def recognises(self, spec: str) -> bool:
+        return spec.lower().endswith(_SUFFIXES)
+
+    def load(self, spec: str, arguments: Mapping[str, Any]) -> torch.nn.Module:
+        path = Path(spec)
+        if not path.is_file():
+            raise UsageError("there is no such file", path=path)
+        if arguments:
+            raise UsageError("an exported program takes no --model-arg", path=path)
+        with running_user_code(f"loading {path}"):
+            if path.suffix.lower() == ".pt2":
+                return torch.export.load(path).module()
+            if not _is_torchscript(path):
+                raise UsageError(
+                    "this is not a TorchScript file; --model wants the code of the model, e.g. model.py:build",
+                    path=path,
+                )
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", DeprecationWarning)  # TorchScript is; the user's file is what it is
+                model: torch.nn.Module = torch.jit.load(str(path), map_location="cpu")  # type: ignore[no-untyped-call]
+        return model
+
+
+def _is_torchscript(path: Path) -> bool:
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return any(name.endswith("/constants.pkl") for name in archive.namelist())

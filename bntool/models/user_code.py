@@ -1,0 +1,172 @@
+"""Importing and calling the user's own code, and turning what it raises into one error that says where."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.util
+import inspect
+import operator
+import os
+import sys
+import sysconfig
+import traceback
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import ModuleType, TracebackType
+from typing import Any
+
+from bntool.errors import BntoolError, UsageError, UserCodeError
+
+_PACKAGE = str(Path(__file__).resolve().parents[1]) + os.sep
+_INSTALLED = tuple(
+    str(Path(path)) + os.sep
+    for name, path in sysconfig.get_paths().items()
+    if name in ("stdlib", "platstdlib", "purelib", "platlib")
+)
+
+
+@contextlib.contextmanager
+def running_user_code(what: str) -> Iterator[None]:
+    """Turn anything that the block raises into a :class:`UserCodeError`.
+
+    Args:
+        what: what was being done, for the message, e.g. ``the factory build() of model.py``.
+
+    Raises:
+        UserCodeError: with the original exception as ``__cause__`` and the user's own line in the message. Errors of
+            bntool itself and KeyboardInterrupt pass through.
+    """
+    try:
+        yield
+    except BntoolError:
+        raise
+    except (Exception, SystemExit) as error:
+        raise UserCodeError(f"{what} raised {describe_exception(error)}") from error
+
+
+def describe_exception(error: BaseException) -> str:
+    """Kind, message and the place in the user's code, e.g. ``ValueError: bad width (model.py:12)``."""
+    said = " ".join(str(error).split())
+    place = find_user_line(error)
+    text = type(error).__name__ + (f": {said}" if said else "")
+    return f"{text} ({place})" if place else text
+
+
+def find_user_line(error: BaseException) -> str:
+    """``file:line`` of the innermost frame that is the user's own; "" where no frame is.
+
+    Frames of bntool, of the standard library and of installed packages are not the user's.
+    """
+    if isinstance(error, SyntaxError) and error.filename:
+        return f"{error.filename}:{error.lineno}"
+    for frame in reversed(_frames(error.__traceback__)):
+        if _is_users(frame.filename):
+            return f"{frame.filename}:{frame.lineno}"
+    return ""
+
+
+def _frames(trace: TracebackType | None) -> traceback.StackSummary:
+    return traceback.extract_tb(trace)
+
+
+def _is_users(filename: str) -> bool:
+    return not filename.startswith((_PACKAGE, *_INSTALLED, "<"))
+
+
+def is_factory_spec(spec: str) -> bool:
+    """Whether the text has the form ``file.py:name`` or ``package.module:name``."""
+    module, _, name = spec.rpartition(":")
+    if not module or not all(part.isidentifier() for part in name.split(".")):
+        return False
+    return module.endswith(".py") or all(part.isidentifier() for part in module.split("."))
+
+
+def import_object(spec: str) -> Any:
+    """Import what ``file.py:name`` or ``package.module:name`` names.
+
+    The folder of the file (or the working folder, for a module) is on ``sys.path`` meanwhile, so that the code finds
+    its siblings; a file is registered in ``sys.modules`` under its stem, so that what it pickles can be loaded again.
+
+    Raises:
+        UsageError: the file, the module or the name in it does not exist.
+        UserCodeError: importing it raised.
+    """
+    location, _, name = spec.rpartition(":")
+    module = _import_file(Path(location)) if location.endswith(".py") else _import_module(location)
+    try:
+        return operator.attrgetter(name)(module)
+    except AttributeError:
+        raise UsageError(f"{location} has no {name!r}{_suggest(module)}") from None
+
+
+def _suggest(module: ModuleType) -> str:
+    own = [
+        name
+        for name, value in vars(module).items()
+        if callable(value) and not name.startswith("_") and getattr(value, "__module__", None) == module.__name__
+    ]
+    return f"; it defines {', '.join(own[:8])}" if own else ""
+
+
+def _import_file(path: Path) -> ModuleType:
+    if not path.is_file():
+        raise UsageError("there is no such file", path=path)
+    resolved = path.resolve()
+    known = sys.modules.get(path.stem)
+    if known is not None and getattr(known, "__file__", None) and Path(str(known.__file__)).resolve() == resolved:
+        return known
+    module_spec = importlib.util.spec_from_file_location(path.stem, resolved)
+    assert module_spec is not None
+    assert module_spec.loader is not None
+    module = importlib.util.module_from_spec(module_spec)
+    with _search_path(resolved.parent), running_user_code(f"importing {path}"):
+        sys.modules[path.stem] = module
+        try:
+            module_spec.loader.exec_module(module)
+        except BaseException:
+            if known is None:
+                del sys.modules[path.stem]
+            else:
+                sys.modules[path.stem] = known
+            raise
+    return module
+
+
+def _import_module(name: str) -> ModuleType:
+    with _search_path(Path.cwd()), running_user_code(f"importing {name}"):
+        try:
+            return importlib.import_module(name)
+        except ModuleNotFoundError as error:
+            if error.name is not None and (name + ".").startswith(error.name + "."):
+                raise UsageError(f"there is no module {error.name!r} to import") from error
+            raise
+
+
+@contextlib.contextmanager
+def _search_path(folder: Path) -> Iterator[None]:
+    entry = str(folder)
+    sys.path.insert(0, entry)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(ValueError):
+            sys.path.remove(entry)
+
+
+def call_factory(factory: Any, arguments: Mapping[str, Any], *, what: str) -> Any:
+    """Call the user's factory.
+
+    Raises:
+        UsageError: it does not take these arguments.
+        UserCodeError: it raised.
+    """
+    try:
+        inspect.signature(factory).bind(**arguments)
+    except ValueError:  # some callables have no signature to ask for
+        pass
+    except TypeError as error:
+        raise UsageError(f"{what} cannot be called with these arguments: {error}") from error
+    folder = getattr(sys.modules.get(getattr(factory, "__module__", "")), "__file__", None)
+    with _search_path(Path(folder).parent if folder else Path.cwd()), running_user_code(what):
+        return factory(**arguments)

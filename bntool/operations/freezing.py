@@ -1,0 +1,192 @@
+"""Planning what freezing BatchNorm layers means for a checkpoint file.
+
+A state dict holds numbers only: neither modes nor requires_grad. So the plan records a policy that
+:func:`bntool.layers.freezing.apply_freeze` carries out on the live model; in a pickled module it also sets the flags
+themselves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+
+from bntool.batchnorm import NormKind
+from bntool.checkpoints.checkpoint import Checkpoint, StateDict, choose_state_dict
+from bntool.checkpoints.norms import find_batchnorms
+from bntool.checkpoints.tensors import StoredTensor
+from bntool.errors import RefusedError, UsageError
+from bntool.layers.policy import FreezePolicy
+from bntool.layers.selection import selects
+from bntool.layers.stages import find_frozen_stages, is_within
+from bntool.operations.constants import plan_constant
+from bntool.operations.optimizers import OptimizerEntries, find_optimizer_entries
+from bntool.operations.recording import make_record
+from bntool.plan import Operation, Plan, SetAttribute, Skip, SkipReason, Step
+
+
+class FreezeForm(Enum):
+    """What becomes of the tensors."""
+
+    POLICY = "policy"  # they stay as they are
+    CONSTANT = "constant"  # statistics are folded into weight and bias
+
+
+@dataclass(frozen=True)
+class FreezePlan:
+    """A plan and what it means.
+
+    Attributes:
+        plan: ends with the record of the policy, where the file has a place for it.
+        policy: what the record says.
+        form: what becomes of the tensors.
+        batchnorms: all layers of the state dict, selected or not.
+        frozen_parameters: names of the parameters that the policy keeps from training.
+        sets_flags: the file is a pickled module whose flags are set.
+        optimizers: which entries of optimizer states belong to frozen parameters.
+    """
+
+    plan: Plan
+    policy: FreezePolicy
+    form: FreezeForm
+    batchnorms: tuple[str, ...]
+    frozen_parameters: tuple[str, ...]
+    sets_flags: bool
+    optimizers: tuple[OptimizerEntries, ...]
+
+
+def plan_freeze(
+    checkpoint: Checkpoint,
+    *,
+    state_dict: str | None = None,
+    norm_eval: bool = True,
+    requires_grad: bool | None = None,
+    layers: Sequence[str] = (),
+    frozen_stages: int | None = None,
+    form: FreezeForm = FreezeForm.POLICY,
+    eps: float | None = None,
+) -> FreezePlan:
+    """Plan to freeze BatchNorm layers; the switches are those of :func:`bntool.layers.freezing.freeze`.
+
+    Args:
+        state_dict: its key; None for the one chosen by rule.
+        norm_eval: the statistics are to stay.
+        requires_grad: False: weight and bias are to stay; True: they are to train; None: as the model has it.
+        layers: globs of layer names; none for all.
+        frozen_stages: freeze the first stages of the backbone as a whole.
+        form: with CONSTANT, statistics become constants and weight and bias scale and shift.
+        eps: of layers that do not say it themselves; needed for CONSTANT only.
+
+    Raises:
+        UsageError: the switches freeze nothing, the state dict or the stages are not known, or ``eps`` contradicts
+            the file.
+        RefusedError: CONSTANT without eps, or a policy that the file has no place for.
+    """
+    if not norm_eval and requires_grad is not False and frozen_stages in (None, -1):
+        raise UsageError("with --no-norm-eval and without --no-requires-grad or --frozen-stages nothing is frozen")
+    source = choose_state_dict(checkpoint, state_dict)
+    norms = find_batchnorms(source)
+    selected = [norm for norm in norms if selects(layers, norm.name)]
+    skips = [
+        Skip(norm.name, SkipReason.FROZEN, "a FrozenBatchNorm has nothing that could move")
+        for norm in selected
+        if norm.kind is NormKind.FROZEN_BATCH_NORM
+    ]
+    chosen = [norm for norm in selected if norm.kind is NormKind.BATCH_NORM]
+    stages = None
+    if frozen_stages is not None:
+        stages = find_frozen_stages(_modules(source), frozen_stages)
+    policy = FreezePolicy(
+        norm_eval=norm_eval,
+        requires_grad=requires_grad,
+        layers=tuple(norm.name for norm in chosen) if norm_eval or requires_grad is not None else (),
+        stages=stages,
+    )
+    concerned = [norm for norm in norms if norm.name in policy.layers or _in_stages(policy, norm.name)]
+    steps: list[Step] = []
+    if form is FreezeForm.CONSTANT:
+        constant_steps, constant_skips = plan_constant(concerned, eps=eps)
+        steps += constant_steps
+        skips += constant_skips
+        unchanged = {skip.layer for skip in constant_skips}
+        concerned = [norm for norm in concerned if norm.name not in unchanged]
+    if source.is_module:
+        steps += _flags(source, policy)
+    frozen_parameters = tuple(_frozen_parameters(source, policy))
+    plan = Plan(
+        Operation.FREEZE,
+        state_dict=source.key,
+        steps=tuple(steps),
+        skips=tuple(skips),
+        layers=tuple(norm.name for norm in concerned),
+    )
+    if concerned or frozen_parameters:
+        plan = _with_policy(checkpoint, source, plan, policy, form)
+    return FreezePlan(
+        plan=plan,
+        policy=policy,
+        form=form,
+        batchnorms=tuple(norm.name for norm in norms),
+        frozen_parameters=frozen_parameters,
+        sets_flags=source.is_module,
+        optimizers=find_optimizer_entries(checkpoint, source, frozen_parameters),
+    )
+
+
+def _modules(state_dict: StateDict) -> list[str]:
+    owners = {state_dict.strip(name).rpartition(".")[0]: None for name in state_dict.tensors}
+    return [*owners, *(state_dict.strip(name) for name in state_dict.modules)]
+
+
+def _in_stages(policy: FreezePolicy, name: str) -> bool:
+    stages = policy.stages
+    return stages is not None and is_within(name, (*stages.in_eval, *stages.without_gradient))
+
+
+def _with_policy(checkpoint: Checkpoint, source: StateDict, plan: Plan, policy: FreezePolicy, form: FreezeForm) -> Plan:
+    if not checkpoint.format.can_record(checkpoint, source):
+        if plan.steps:
+            return plan  # the tensors or flags carry what they can by themselves
+        raise RefusedError(
+            f"a {checkpoint.format.title} file has no place for a freeze policy here, and its tensors cannot say it; "
+            "convert it first (bntool convert CKPT --to torch -o NEW), or print code that freezes with --emit python",
+            path=checkpoint.path,
+        )
+    return plan.with_record(make_record(plan, form=form.value, policy=policy.to_record()))
+
+
+def _flags(state_dict: StateDict, policy: FreezePolicy) -> list[Step]:
+    """The flags of a pickled module that differ from what the policy asks for."""
+    stages = policy.stages
+    in_eval = stages.in_eval if stages is not None else ()
+    held = {*policy.layers} if policy.norm_eval else set()
+    steps: list[Step] = []
+    for path, module in state_dict.modules.items():
+        name = state_dict.strip(path)
+        if (name in held or (in_eval and is_within(name, in_eval))) and module.attributes.get("training") is not False:
+            steps.append(SetAttribute(name, "training", value=False))
+    for full, tensor in state_dict.tensors.items():
+        if not isinstance(tensor, StoredTensor) or not tensor.is_parameter or tensor.requires_grad is None:
+            continue
+        name = state_dict.strip(full)
+        wanted = _wanted_gradient(policy, name)
+        if wanted is not None and wanted != tensor.requires_grad:
+            owner, _, leaf = name.rpartition(".")
+            steps.append(SetAttribute(owner, f"{leaf}.requires_grad", value=wanted))
+    return steps
+
+
+def _wanted_gradient(policy: FreezePolicy, name: str) -> bool | None:
+    """What the policy says about the gradient of a parameter, None for nothing."""
+    if policy.stages is not None and is_within(name, policy.stages.without_gradient):
+        return False
+    owner, _, leaf = name.rpartition(".")
+    return policy.requires_grad if owner in policy.layers and leaf in ("weight", "bias") else None
+
+
+def _frozen_parameters(state_dict: StateDict, policy: FreezePolicy) -> list[str]:
+    buffers = ("running_mean", "running_var", "num_batches_tracked")
+    names = [state_dict.strip(name) for name in state_dict.tensors]
+    return [
+        name for name in names if _wanted_gradient(policy, name) is False and name.rpartition(".")[2] not in buffers
+    ]

@@ -1,0 +1,240 @@
+"""BatchNorm to the FrozenBatchNorm2d of torchvision, timm or detectron2, and back, without losing anything."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+from bntool.batchnorm import BatchNorm, NormKind
+from bntool.checkpoints.dtypes import decode_numbers, encode_numbers
+from bntool.checkpoints.tensors import StoredTensor, read_bytes, read_numbers
+from bntool.errors import RefusedError, UsageError
+from bntool.plan import AddTensor, Operation, RemoveTensor, SetTensor, SetVersion, Skip, SkipReason, Step, Values
+
+_COUNTER = "num_batches_tracked"
+_BATCHNORM_VERSION = 2  # with num_batches_tracked
+
+
+class FrozenKind(Enum):
+    """Whose FrozenBatchNorm2d; they have the same four buffers and the same default eps."""
+
+    TORCHVISION = "torchvision"
+    TIMM = "timm"
+    DETECTRON2 = "detectron2"
+
+    @property
+    def version(self) -> int:
+        """Version of the module in ``_metadata``: detectron2 before 2021-06-18 changed the variance of lower ones."""
+        return 3 if self is FrozenKind.DETECTRON2 else 1
+
+    @property
+    def default_eps(self) -> float:
+        """eps where its layers are built without saying so (torchvision before 0.8 had 0)."""
+        return 1e-5
+
+
+@dataclass(frozen=True)
+class KindChange:
+    """What turns layers of one kind into another.
+
+    Attributes:
+        details: for the record.
+        kept: what the record remembers, in words.
+        losses: what cannot survive.
+    """
+
+    steps: tuple[Step, ...]
+    layers: tuple[str, ...]
+    skips: tuple[Skip, ...] = ()
+    assumptions: tuple[str, ...] = ()
+    details: Mapping[str, Any] = field(default_factory=dict)
+    kept: tuple[str, ...] = ()
+    losses: tuple[str, ...] = ()
+
+
+def plan_frozen_batchnorm(
+    norms: Sequence[BatchNorm],
+    *,
+    eps: float | None,
+    kind: FrozenKind,
+    target_eps: float | None,
+    history: Sequence[Mapping[str, Any]],
+) -> KindChange:
+    """Steps that leave each layer the four tensors of a FrozenBatchNorm2d.
+
+    Where eps of the layer is not that of the target, running_var takes the difference up:
+    running_var + eps - target_eps; the record keeps the elements that it had.
+
+    Raises:
+        RefusedError: eps of a layer is not known, or running_var cannot take the difference up.
+        UsageError: ``eps`` contradicts the file.
+    """
+    wanted = kind.default_eps if target_eps is None else target_eps
+    steps: list[Step] = []
+    skips: list[Skip] = []
+    layers: dict[str, dict[str, Any]] = {}
+    recorded = _recorded_modules(history)
+    absorbed = 0
+    for norm in norms:
+        absent = [role for role in ("weight", "bias") if role not in norm.tensors]
+        if norm.kind is NormKind.FROZEN_BATCH_NORM:
+            skips.append(Skip(norm.name, SkipReason.FROZEN, "it is a FrozenBatchNorm already"))
+            continue
+        if absent:
+            skips.append(Skip(norm.name, SkipReason.NOT_AFFINE, f"it has no {' and no '.join(absent)}"))
+            continue
+        module = recorded.get(norm.name, {})
+        own = _eps_of(norm, module, eps)
+        facts: dict[str, Any] = {**module, "eps": own, "version": norm.version}
+        if _COUNTER in norm.tensors:
+            facts[_COUNTER] = int(read_numbers(norm.tensors[_COUNTER])[0])
+            facts["shape"] = list(norm.tensors[_COUNTER].shape)
+            steps.append(RemoveTensor(_name(norm, _COUNTER)))
+        steps.append(SetVersion(norm.name, kind.version))
+        if not math.isclose(own, wanted, rel_tol=1e-9):
+            new = _absorb(norm, own - wanted)
+            facts["running_var"] = base64.b64encode(read_bytes(norm.tensors["running_var"])).decode()
+            steps.append(SetTensor(_name(norm, "running_var"), Values(new, tuple(norm.tensors["running_var"].shape))))
+            absorbed += 1
+        layers[norm.name] = facts
+    losses = []
+    if absorbed:
+        losses.append(
+            f"bits of running_var in {absorbed} layers, which take up the difference between their eps and the target's "
+            f"{wanted:g} (outputs agree to rounding; the record keeps the elements for the way back)"
+        )
+    return KindChange(
+        steps=tuple(steps),
+        layers=tuple(layers),
+        skips=tuple(skips),
+        details={"frozen": kind.value, "target_eps": wanted, "modules": layers},
+        kept=(f"{_COUNTER}, eps and what is known of momentum and class of {len(layers)} layers",) if layers else (),
+        losses=tuple(losses),
+    )
+
+
+def plan_batchnorm(norms: Sequence[BatchNorm], *, history: Sequence[Mapping[str, Any]]) -> KindChange:
+    """Steps that make each layer a full BatchNorm again: num_batches_tracked, and what a record says it was.
+
+    Without a record num_batches_tracked becomes 0, which is taken for granted and said so: only momentum=None uses it.
+    """
+    recorded = _recorded_modules(history)
+    steps: list[Step] = []
+    layers: list[str] = []
+    unknown: list[str] = []
+    for norm in norms:
+        module = recorded.get(norm.name, {})
+        own: list[Step] = []
+        was_frozen = _last_kind(history, norm.name) == "frozen-batchnorm"
+        if was_frozen and _COUNTER not in module and _COUNTER not in norm.tensors:
+            version = module.get("version")  # it never had the counter
+            own.append(SetVersion(norm.name, version if type(version) is int else 1))
+        elif _COUNTER not in norm.tensors:
+            count = module.get(_COUNTER)
+            if type(count) is not int:
+                count = 0
+                unknown.append(norm.name)
+            shape = (1,) if module.get("shape") == [1] else ()
+            own.append(
+                AddTensor(
+                    _name(norm, _COUNTER),
+                    Values((count,), shape),
+                    dtype="int64",
+                    after=_name(norm, "running_var"),
+                    is_parameter=False,
+                )
+            )
+            own.append(SetVersion(norm.name, _BATCHNORM_VERSION))
+        restored = _restore(norm, module, history) if was_frozen else None
+        if restored is not None:
+            own.append(
+                SetTensor(_name(norm, "running_var"), Values(restored, tuple(norm.tensors["running_var"].shape)))
+            )
+        if own:
+            steps += own
+            layers.append(norm.name)
+    assumptions = ()
+    if unknown:
+        assumptions = (f"{_COUNTER} is 0 in {len(unknown)} layers, e.g. {unknown[0]}: no record says what it was",)
+    known = ("eps", "momentum", "class")  # what still holds
+    details = {"modules": {n: {k: recorded[n][k] for k in known if k in recorded[n]} for n in layers if n in recorded}}
+    return KindChange(steps=tuple(steps), layers=tuple(layers), assumptions=assumptions, details=details)
+
+
+def _name(norm: BatchNorm, role: str) -> str:
+    return f"{norm.name}.{role}" if norm.name else role
+
+
+def _recorded_modules(history: Sequence[Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
+    """What conversions on the way here recorded of each layer; the last one counts."""
+    found: dict[str, Mapping[str, Any]] = {}
+    for record in history:
+        modules = record.get("modules")
+        if record.get("operation") == Operation.CONVERT.value and isinstance(modules, dict):
+            found.update({name: facts for name, facts in modules.items() if isinstance(facts, dict)})
+    return found
+
+
+def _last_kind(history: Sequence[Mapping[str, Any]], name: str) -> str | None:
+    """What the last conversion between the kinds made of a layer."""
+    for record in reversed(history):
+        layers = record.get("layers")
+        if record.get("operation") == Operation.CONVERT.value and isinstance(layers, list) and name in layers:
+            return str(record.get("to"))
+    return None
+
+
+def _eps_of(norm: BatchNorm, module: Mapping[str, Any], option: float | None) -> float:
+    known = norm.eps if norm.eps is not None else module.get("eps")
+    if isinstance(known, float):
+        if option is not None and not math.isclose(option, known, rel_tol=1e-9):
+            raise UsageError(f"--eps {option:g} contradicts the file, which says {known:g}", tensor=norm.name)
+        return known
+    if option is None:
+        raise RefusedError(
+            "eps is not in this file, and FrozenBatchNorm2d must have the same; give the model's with --eps "
+            "(PyTorch's default is 1e-5, but many models use 1e-3)",
+            tensor=norm.name,
+        )
+    return option
+
+
+def _absorb(norm: BatchNorm, difference: float) -> tuple[float, ...]:
+    tensor = norm.tensors["running_var"]
+    values = tuple(value + difference for value in read_numbers(tensor))
+    if min(values, default=0.0) < 0:
+        raise RefusedError(
+            "running_var is too small to take up the difference between the two eps; build the target's layers with the "
+            "eps of the model and say so with --target-eps",
+            tensor=_name(norm, "running_var"),
+        )
+    return values
+
+
+def _restore(
+    norm: BatchNorm, module: Mapping[str, Any], history: Sequence[Mapping[str, Any]]
+) -> tuple[float, ...] | None:
+    """The running_var that was there before the difference of eps was taken up; None where nothing was.
+
+    The recorded elements are taken if the tensor is still what they were turned into; else the difference is taken off.
+    """
+    targets = [record.get("target_eps") for record in history if record.get("frozen")]
+    tensor = norm.tensors["running_var"]
+    text, eps = module.get("running_var"), module.get("eps")
+    if not isinstance(text, str) or not targets or not isinstance(targets[-1], float) or not isinstance(eps, float):
+        return None
+    if isinstance(tensor, StoredTensor) and (tensor.storage is None or tensor.wrapper):
+        return None
+    difference = eps - targets[-1]
+    try:
+        before = tuple(decode_numbers(base64.b64decode(text, validate=True), tensor.dtype))
+    except (binascii.Error, ValueError):
+        before = ()
+    if encode_numbers([value + difference for value in before], tensor.dtype) == read_bytes(tensor):
+        return before
+    return tuple(max(value - difference, 0.0) for value in read_numbers(tensor))

@@ -1,0 +1,139 @@
+"""Mean and variance of activations for each channel: measured in pieces, merged in float64."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import reduce
+
+import torch
+
+CHUNK = 1024  # positions
+_SMALL = 1 << 14  # elements for which float64 costs next to nothing
+_ROWS = 1 << 16  # positions widened to float64 at a time
+_LARGE_MEAN = 30.0  # |mean| / std from which float32 sums lose digits of the variance that matter
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Of each channel: how many values, their mean, and the sum of squared differences from it.
+
+    Attributes:
+        count: values of each channel.
+        mean: float64, shape (channels,), on the CPU.
+        squares: float64, shape (channels,): sum of (x - mean)^2.
+    """
+
+    count: int
+    mean: torch.Tensor
+    squares: torch.Tensor
+
+    @property
+    def biased_variance(self) -> torch.Tensor:
+        """``squares / count``: what BatchNorm normalises a batch by."""
+        return self.squares / max(self.count, 1)
+
+    @property
+    def unbiased_variance(self) -> torch.Tensor:
+        """``squares / (count - 1)``: what PyTorch stores as running_var."""
+        return self.squares / max(self.count - 1, 1)
+
+    @property
+    def is_finite(self) -> bool:
+        return math.isfinite(float(self.mean.sum() + self.squares.sum()))
+
+
+def merge(first: Moments, second: Moments) -> Moments:
+    """Moments of two sets of values together.
+
+    With d = mean2 - mean1 and n = n1 + n2: mean = mean1 + d * n2 / n, squares = squares1 + squares2 + d^2 * n1 * n2 / n
+    (Chan, Golub and LeVeque 1979, "Updating formulae and a pairwise algorithm for computing sample variances").
+    """
+    count = first.count + second.count
+    if not first.count or not second.count:
+        return second if second.count else first
+    difference = second.mean - first.mean
+    mean = first.mean + difference * (second.count / count)
+    squares = first.squares + second.squares + difference.square() * (first.count * second.count / count)
+    return Moments(count, mean, squares)
+
+
+def merge_all(moments: Iterable[Moments]) -> Moments:
+    """Moments of any number of sets, merged in order; there must be at least one."""
+    return reduce(merge, moments)
+
+
+def measure(values: torch.Tensor, *, chunk: int = CHUNK) -> Moments:
+    """Moments of a batch of activations.
+
+    float32 (and half precision, widened first) is measured in pieces and merged in float64; channels whose mean is
+    large against their spread are measured again in float64, because float32 cannot hold both. Small batches are
+    measured in float64 throughout.
+
+    Args:
+        values: floating, shape (N, C) or (N, C, ...).
+        chunk: positions of a piece where the kernel sums in float32; its relative error grows with them, to about 4e-6
+            of the variance for 1024.
+    """
+    channels = values.shape[1]
+    if values.numel() == 0:
+        zeros = torch.zeros(channels, dtype=torch.float64)
+        return Moments(0, zeros, zeros)
+    if values.ndim == 2 or values.dtype == torch.float64 or values.numel() <= _SMALL:
+        return _measure_exactly(values)
+    moments = _measure_fast(_split(values, chunk))
+    if not moments.is_finite:
+        return moments
+    large = moments.mean.square() > _LARGE_MEAN**2 * moments.biased_variance
+    if large.any():
+        again = _measure_exactly(values[:, large.to(values.device)])
+        moments.mean[large], moments.squares[large] = again.mean, again.squares
+    return moments
+
+
+def _split(values: torch.Tensor, chunk: int) -> tuple[torch.Tensor, ...]:
+    """The batch in pieces that the kernel measures well: all positions, each once."""
+    spatial = values[0, 0].numel()
+    if values.ndim in (4, 5) and not values.is_contiguous():
+        rows = values.movedim(1, -1)
+        if rows.is_contiguous():  # channels last: any run of positions is a plain matrix, of which the kernel is fast
+            return torch.split(rows.reshape(-1, values.shape[1]), chunk)
+    # the kernel for this layout sums in double precision: whole samples are fine whatever their size
+    return torch.split(values.contiguous(), max(1, CHUNK // spatial))
+
+
+def _measure_fast(pieces: Sequence[torch.Tensor]) -> Moments:
+    counts, means, variances = [], [], []
+    for piece in pieces:
+        wide = piece.float() if piece.dtype in (torch.float16, torch.bfloat16) else piece
+        mean, variance = torch.ops.aten.batch_norm_update_stats(wide, None, None, 1.0)
+        counts.append(piece.numel() // piece.shape[1])
+        means.append(mean)
+        variances.append(variance)
+    count = sum(counts)
+    # what merge() does, for all pieces at once
+    weights = torch.tensor(counts, dtype=torch.float64).unsqueeze(1)
+    mean_of_each = _to_float64(torch.stack(means))
+    mean = (weights * mean_of_each).sum(0) / count
+    spread = _to_float64(torch.stack(variances)) + (mean_of_each - mean).square()
+    return Moments(count, mean, (weights * spread).sum(0))
+
+
+def _measure_exactly(values: torch.Tensor) -> Moments:
+    """In float64, a sample or a run of rows at a time so that little memory is needed."""
+    spatial = values[0, 0].numel()
+    pieces = torch.split(values, max(1, _ROWS // spatial))
+    return merge_all(_measure_in_double(piece) for piece in pieces)
+
+
+def _measure_in_double(piece: torch.Tensor) -> Moments:
+    # some accelerators have no float64
+    wide = piece.double() if piece.device.type in ("cpu", "cuda") else piece.cpu().double()
+    variance, mean = torch.var_mean(wide, dim=[d for d in range(wide.ndim) if d != 1], correction=0)
+    count = piece.numel() // piece.shape[1]
+    return Moments(count, mean.cpu(), variance.cpu() * count)
+
+
+def _to_float64(values: torch.Tensor) -> torch.Tensor:
+    return values.cpu().to(torch.float64)

@@ -1,0 +1,258 @@
+"""Running calibration batches through a model and measuring what its BatchNorm layers see."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from bntool.data.batches import Batch, find_placement, find_tensors
+from bntool.data.policies import OnBadData
+from bntool.errors import RefusedError, UsageError, UserCodeError
+from bntool.layers.borrowing import Borrowed
+from bntool.models.user_code import running_user_code
+from bntool.operations.moments import Moments, measure, merge
+
+OnProgress = Callable[[int], None]
+_HALF = (torch.float16, torch.bfloat16)
+
+
+class NotFiniteError(BaseException):
+    """A layer was given NaN or infinity. Not an Exception: a model must not be able to swallow it."""
+
+    def __init__(self, layer: str) -> None:
+        super().__init__(layer)
+        self.layer = layer
+
+
+class TooFewValuesError(BaseException):
+    """A batch has one value for each channel of a layer, by which nothing can be normalised."""
+
+    def __init__(self, layer: str) -> None:
+        super().__init__(layer)
+        self.layer = layer
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a pass works with.
+
+    Attributes:
+        model: borrowed, and in eval mode throughout.
+        borrowed: to add hooks through.
+        layers: the layers to measure, by name.
+        on_bad_data: what to do about a batch that holds NaN or infinity.
+        on_progress: called with the number of samples done.
+    """
+
+    model: torch.nn.Module
+    borrowed: Borrowed
+    layers: Mapping[str, torch.nn.Module]
+    on_bad_data: OnBadData = OnBadData.STOP
+    on_progress: OnProgress | None = None
+
+
+@dataclass
+class Tally:
+    """What one layer has seen so far.
+
+    Attributes:
+        pooled: moments of all positions of all batches.
+        means: moments of the batch means, each batch counting once: tells how far the estimate is to be trusted.
+        variances: sum of the unbiased variances of the batches.
+        calls: how many batches, or calls, were measured.
+    """
+
+    pooled: Moments
+    means: Moments
+    variances: torch.Tensor
+    calls: int
+
+    @classmethod
+    def of(cls, moments: Moments) -> Tally:
+        """After one call."""
+        single = Moments(1, moments.mean, torch.zeros_like(moments.mean))
+        return cls(moments, single, moments.unbiased_variance, 1)
+
+    def and_(self, other: Tally) -> Tally:
+        """Both together."""
+        return Tally(
+            pooled=merge(self.pooled, other.pooled),
+            means=merge(self.means, other.means),
+            variances=self.variances + other.variances,
+            calls=self.calls + other.calls,
+        )
+
+
+@dataclass
+class Measurement:
+    """What a pass over all batches has measured.
+
+    Attributes:
+        tallies: by layer, in the order in which the layers were first called.
+        samples: how many went through.
+        batches: how many.
+        left_out: batches that held NaN or infinity and were skipped, in words.
+    """
+
+    tallies: dict[str, Tally] = field(default_factory=dict)
+    samples: int = 0
+    batches: int = 0
+    left_out: list[str] = field(default_factory=list)
+
+    def add(self, calls: Iterable[tuple[str, Moments]]) -> None:
+        """Add what one batch gave."""
+        for layer, moments in calls:
+            tally = Tally.of(moments)
+            self.tallies[layer] = self.tallies[layer].and_(tally) if layer in self.tallies else tally
+
+    def check(self, batches_description: str) -> None:
+        """Refuse an empty measurement.
+
+        Raises:
+            UsageError: there was no batch at all.
+            RefusedError: every batch was left out.
+        """
+        if self.batches:
+            return
+        if self.left_out:
+            raise RefusedError(f"no batch is left: all {len(self.left_out)} hold NaN or infinity; {self.left_out[0]}")
+        raise UsageError(f"{batches_description} gave no batch")
+
+
+def measure_pooled(run: Run, batches: Iterable[Batch]) -> Measurement:
+    """Run all batches, each normalised by its own statistics in the given layers, and measure what these layers see.
+
+    Layers stay in eval mode too: before each call of one its running statistics are set to those of the batch. That
+    normalises as train mode does, and costs less.
+
+    Images are given channels last on a CPU, where statistics of that layout cost an eighth; a model that cannot take
+    that is given them as they are.
+
+    Raises:
+        RefusedError: a batch holds NaN or infinity (``OnBadData.STOP``), or one value per channel.
+        UserCodeError: the model raised.
+    """
+    result = Measurement()
+    channels_last = is_faster_channels_last(run.model)
+    calls: list[tuple[str, Moments]] = []
+    calls = _hook_layers(run)
+    for batch in batches:
+        good = False
+        for layout in (True, False) if channels_last else (False,):
+            calls.clear()
+            try:
+                good = _run_checked(run, batch, result, channels_last=layout)
+                break
+            except UserCodeError:
+                if not layout:
+                    raise
+                channels_last = False  # perhaps a view() that wants contiguous activations; if not, it raises again
+        if good:
+            result.add(calls)
+            result.samples += batch.samples
+            result.batches += 1
+        if run.on_progress is not None:
+            run.on_progress(result.samples)
+    return result
+
+
+def _hook_layers(run: Run) -> list[tuple[str, Moments]]:
+    """Let each layer normalise by what it is given; the list to which each call adds its moments."""
+    calls: list[tuple[str, Moments]] = []
+    for name, layer in run.layers.items():
+        if _statistics_dtype(layer) in _HALF:
+            # half precision cannot hold the statistics of a batch well enough: let the kernel take its own
+            layer.training = True
+
+        def observe(module: torch.nn.Module, args: Any, kwargs: Any, name: str = name) -> None:
+            values = get_input(args, kwargs, module)
+            moments = measure(values)
+            check_moments(moments, name)
+            calls.append((name, moments))
+            if not module.training:
+                set_statistics(module, mean=moments.mean, variance=moments.biased_variance)
+
+        run.borrowed.add_forward_pre_hook(layer, observe, with_kwargs=True)
+    return calls
+
+
+def _run_checked(run: Run, batch: Batch, result: Measurement, *, channels_last: bool) -> bool:
+    """Run a batch; False where it holds NaN or infinity and is to be left out.
+
+    Raises:
+        RefusedError, UserCodeError: as in :func:`measure_pooled`.
+    """
+    if not has_finite_inputs(batch):
+        leave_out("", batch, result=result, on_bad_data=run.on_bad_data)
+        return False
+    try:
+        with running_user_code(f"running the model on {batch.description}"):
+            batch.run(run.model, channels_last=channels_last)
+    except NotFiniteError as error:
+        leave_out(error.layer, batch, result=result, on_bad_data=run.on_bad_data)
+        return False
+    except TooFewValuesError as error:
+        raise RefusedError(
+            f"{batch.description} has one value for each channel of this layer, by which nothing can be normalised; "
+            "use a larger batch size, or the method exact",
+            tensor=error.layer,
+        ) from None
+    return True
+
+
+def leave_out(layer: str, batch: Batch, *, result: Measurement, on_bad_data: OnBadData) -> None:
+    """Note that a batch is skipped, or stop.
+
+    Raises:
+        RefusedError: ``OnBadData.STOP``.
+    """
+    where = "holds NaN or infinity" if not layer else f"gives {layer} NaN or infinity"
+    if on_bad_data is OnBadData.STOP:
+        raise RefusedError(
+            f"{batch.description} {where}; --on-bad-data skip leaves such batches out", tensor=layer or None
+        )
+    result.left_out.append(f"{batch.description} {where}")
+
+
+def is_faster_channels_last(model: torch.nn.Module) -> bool:
+    """Whether measuring images of that layout is faster: on a CPU by a factor of eight, elsewhere not known."""
+    device, _ = find_placement(model)
+    return device is None or device.type == "cpu"
+
+
+def has_finite_inputs(batch: Batch) -> bool:
+    """Whether no input holds NaN or infinity."""
+    return all(torch.isfinite(tensor).all() for tensor in find_tensors(batch.inputs) if tensor.is_floating_point())
+
+
+def check_moments(moments: Moments, layer: str, *, least: int = 2) -> None:
+    """Raise where moments are not finite or of too few values."""
+    if moments.count < least:
+        raise TooFewValuesError(layer)
+    if not moments.is_finite:
+        raise NotFiniteError(layer)
+
+
+def get_input(args: Sequence[Any], kwargs: Mapping[str, Any], module: torch.nn.Module) -> torch.Tensor:
+    """The activations that a BatchNorm is called with, channels in dimension 1."""
+    values = args[0] if args else next(iter(kwargs.values()))
+    assert isinstance(values, torch.Tensor)
+    channels = module._buffers["running_mean"].numel()  # type: ignore[union-attr]
+    if values.ndim == 2 or values.shape[1] == channels:
+        return values
+    # a wrapper that takes (N, L, C) and transposes inside
+    return values.movedim(-1, 1) if values.shape[-1] == channels else values
+
+
+def set_statistics(module: torch.nn.Module, *, mean: torch.Tensor, variance: torch.Tensor) -> None:
+    """Set the running statistics of a live module, rounded to its dtype."""
+    with torch.no_grad():
+        module._buffers["running_mean"].copy_(mean)  # type: ignore[union-attr]
+        module._buffers["running_var"].copy_(variance)  # type: ignore[union-attr]
+
+
+def _statistics_dtype(module: torch.nn.Module) -> torch.dtype:
+    return module._buffers["running_mean"].dtype  # type: ignore[union-attr]

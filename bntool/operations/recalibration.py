@@ -1,0 +1,256 @@
+"""Recomputing running statistics from data."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from bntool.batchnorm import DEFAULT_EPS, STATISTICS
+from bntool.data.batches import Batches, as_batches
+from bntool.data.policies import OnBadData
+from bntool.errors import RefusedError, UsageError
+from bntool.layers.borrowing import borrow
+from bntool.layers.modules import find_batchnorm_modules, find_names, find_wrapper_prefix, walk_modules
+from bntool.operations.calibrated_layers import choose_layers
+from bntool.operations.drift import LayerDrift, measure_drift
+from bntool.operations.lockstep import Trial, measure_exact, try_out
+from bntool.operations.methods import Method
+from bntool.operations.passes import OnProgress, Run, Tally, measure_pooled, set_statistics
+from bntool.operations.rounding import check_holds
+from bntool.plan import Operation, Plan, SetTensor, Skip, SkipReason, Values
+
+_COUNTER = "num_batches_tracked"
+_REASONS = {
+    SkipReason.NEVER_REACHED: "no batch came through it",
+    SkipReason.TOO_FEW_SAMPLES: "one value for each channel has no variance",
+}
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """New running statistics of a layer.
+
+    Attributes:
+        mean, variance: float64, shape (channels,); the variance is the unbiased one, as PyTorch stores it.
+        calls: for num_batches_tracked.
+    """
+
+    mean: torch.Tensor
+    variance: torch.Tensor
+    calls: int
+
+
+@dataclass(frozen=True)
+class Recalibration:
+    """What recalibrating would change, and how far the stored statistics were off.
+
+    Attributes:
+        plan: the new statistics as steps, and the layers left alone.
+        method: how they were computed.
+        prior: how many samples the old statistics counted for.
+        statistics: the new statistics by layer, named as in the live model.
+        drifts: how far old and new lie apart, in execution order.
+        samples, batches: how many were used.
+        left_out: batches and inputs that were skipped, in words.
+    """
+
+    plan: Plan
+    method: Method
+    prior: float
+    statistics: Mapping[str, Statistics]
+    drifts: tuple[LayerDrift, ...]
+    samples: int
+    batches: int
+    left_out: tuple[str, ...] = ()
+
+
+def plan_recalibration(
+    model: torch.nn.Module,
+    batches: Batches | Iterable[Any],
+    *,
+    layers: Sequence[str] = (),
+    method: Method = Method.POOLED,
+    prior: float = 0.0,
+    on_bad_data: OnBadData = OnBadData.STOP,
+    on_progress: OnProgress | None = None,
+    state_dict: str = "",
+) -> Recalibration:
+    """Run batches through a model and plan new running statistics for its BatchNorm layers.
+
+    Only the selected layers normalise anew; everything else is in eval mode, dropout included. The model is given back
+    exactly as it was.
+
+    Args:
+        model: with the weights that the statistics are for.
+        batches: :class:`Batches`, or any iterable of tensors, tuples (input, labels) or dicts.
+        layers: globs on layer names; none for all but the layers that the model itself keeps frozen.
+        method: how the statistics are computed.
+        prior: for how many samples the old statistics count: new = (prior * old + samples * measured) / (prior +
+            samples), for mean and variance (Schneider et al. 2020, arXiv 2006.16971, equation 3).
+        on_bad_data: what to do about a batch that holds NaN or infinity.
+        on_progress: called with the number of samples done.
+        state_dict: key of the state dict that the plan is for.
+
+    Raises:
+        UsageError: no batch came.
+        RefusedError: no layer can be recalibrated, or a batch holds NaN or infinity, or see ``docs/recalibration.md``.
+        UserCodeError: the model or the data raised.
+    """
+    if prior < 0 or not math.isfinite(prior):
+        raise UsageError("the prior is a number of samples, at least 0", value=prior)
+    given = as_batches(batches)
+    prefix = find_wrapper_prefix(model)
+    with borrow(model) as borrowed, torch.no_grad():
+        chosen, skips = choose_layers(model, layers, prefix=prefix)
+        for _, module in walk_modules(model):
+            module.training = False
+        blend = _Blend({name: _copy_statistics(module) for name, module in chosen.items()}, method=method, prior=prior)
+        run = Run(model, borrowed, chosen, on_bad_data=on_bad_data, on_progress=on_progress)
+        if method is Method.EXACT:
+            read = list(given)
+            trial = try_out(run, read[0]) if read else Trial({}, channels_last=False)
+            reused = trial.reused
+            once = {name: module for name, module in chosen.items() if name not in reused}
+            measurement = measure_exact(replace(run, layers=once), read, blend, channels_last=trial.channels_last)
+        else:
+            reused = {}
+            measurement = measure_pooled(run, given)
+    measurement.check(given.description)
+    skips += [
+        Skip(name.removeprefix(prefix), SkipReason.REUSED, f"called {calls} times in a forward; pooled can do that")
+        for name, calls in reused.items()
+    ]
+    statistics = {}
+    for name in chosen:
+        tally = measurement.tallies.get(name)
+        if tally is not None and tally.pooled.count > 1:
+            statistics[name] = Statistics(*blend(name, tally, measurement.samples), calls=tally.calls)
+        elif name not in reused:
+            reason = SkipReason.NEVER_REACHED if tally is None else SkipReason.TOO_FEW_SAMPLES
+            skips.append(Skip(name.removeprefix(prefix), reason, _REASONS[reason]))
+    ordered = {name: statistics[name] for name in measurement.tallies if name in statistics}
+    drifts = tuple(
+        measure_drift(
+            name.removeprefix(prefix),
+            old=blend.old[name],
+            new=(new.mean, new.variance),
+            tally=measurement.tallies[name],
+            eps=float(getattr(chosen[name], "eps", DEFAULT_EPS)),
+        )
+        for name, new in ordered.items()
+    )
+    return Recalibration(
+        plan=Plan(
+            operation=Operation.RECALIBRATE,
+            state_dict=state_dict,
+            steps=tuple(_make_steps(model, chosen, ordered, prefix=prefix)),
+            skips=tuple(skips),
+            layers=tuple(name.removeprefix(prefix) for name in ordered),
+        ),
+        method=method,
+        prior=prior,
+        statistics=ordered,
+        drifts=drifts,
+        samples=measurement.samples,
+        batches=measurement.batches,
+        left_out=(*given.bad_inputs, *measurement.left_out),
+    )
+
+
+def recalibrate(
+    model: torch.nn.Module,
+    batches: Batches | Iterable[Any],
+    *,
+    method: Method | str = Method.POOLED,
+    layers: Sequence[str] = (),
+    prior: float = 0.0,
+    on_bad_data: OnBadData | str = OnBadData.STOP,
+    on_progress: OnProgress | None = None,
+) -> Recalibration:
+    """Give the BatchNorm layers of a live model the statistics of data; all else is given back as it was.
+
+    Example:
+        >>> bntool.recalibrate(model, loader, method="exact")
+
+    Args and errors are those of :func:`plan_recalibration`. If it raises, the statistics are the old ones.
+    """
+    result = plan_recalibration(
+        model,
+        batches,
+        layers=layers,
+        method=Method(method),
+        prior=prior,
+        on_bad_data=OnBadData(on_bad_data),
+        on_progress=on_progress,
+    )
+    if not result.statistics:
+        reasons = ", ".join(sorted({skip.reason.value for skip in result.plan.skips})) or "the model has none"
+        raise RefusedError(f"no BatchNorm layer could be recalibrated: {reasons}")
+    modules = find_batchnorm_modules(model)
+    for name in result.statistics:
+        check_holds(result.statistics[name].variance, modules[name]._buffers["running_var"], layer=name)
+    set_live_statistics(model, result)
+    return result
+
+
+def set_live_statistics(model: torch.nn.Module, recalibration: Recalibration) -> None:
+    """Write new statistics into the live model that they were computed for."""
+    modules = find_batchnorm_modules(model)
+    for name, statistics in recalibration.statistics.items():
+        module = modules[name]
+        set_statistics(module, mean=statistics.mean, variance=statistics.variance)
+        counter = module._buffers.get(_COUNTER)
+        if counter is not None:
+            counter.fill_(statistics.calls)
+
+
+@dataclass(frozen=True)
+class _Blend:
+    """From what a layer has seen to its new running_mean and running_var."""
+
+    old: Mapping[str, tuple[torch.Tensor, torch.Tensor]]
+    method: Method
+    prior: float
+
+    def __call__(self, name: str, tally: Tally, samples: int) -> tuple[torch.Tensor, torch.Tensor]:
+        if self.method is Method.PAPER:
+            mean, variance = tally.means.mean, tally.variances / tally.calls
+        else:
+            mean, variance = tally.pooled.mean, tally.pooled.unbiased_variance
+        if not self.prior:
+            return mean, variance
+        share = self.prior / (self.prior + samples)
+        old_mean, old_variance = self.old[name]
+        if not (torch.isfinite(old_mean).all() and torch.isfinite(old_variance).all()):
+            raise RefusedError("the stored statistics are not finite: they cannot serve as a prior", tensor=name)
+        return share * old_mean + (1 - share) * mean, share * old_variance + (1 - share) * variance
+
+
+def _copy_statistics(module: torch.nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
+    mean, variance = (module._buffers[role] for role in STATISTICS)
+    assert mean is not None
+    assert variance is not None
+    return mean.detach().cpu().double().clone(), variance.detach().cpu().double().clone()
+
+
+def _make_steps(
+    model: torch.nn.Module,
+    modules: Mapping[str, torch.nn.Module],
+    statistics: Mapping[str, Statistics],
+    *,
+    prefix: str,
+) -> Iterator[SetTensor]:
+    names = find_names(model)
+    for first_name, new in statistics.items():
+        module = modules[first_name]
+        for name in names[module]:
+            stem = (name + ".").removeprefix(prefix) if name else ""
+            shape = tuple(new.mean.shape)
+            yield SetTensor(stem + "running_mean", Values(tuple(new.mean.tolist()), shape))
+            yield SetTensor(stem + "running_var", Values(tuple(new.variance.tolist()), shape))
+            if module._buffers.get(_COUNTER) is not None:
+                yield SetTensor(stem + _COUNTER, Values((new.calls,), ()))

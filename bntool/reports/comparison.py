@@ -1,0 +1,180 @@
+"""What `diff` found, for people and as JSON data."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+from bntool.batchnorm import ROLES
+from bntool.operations.comparison import Change, Comparison, Expectation, LayerComparison
+from bntool.reports.blocks import Block, Cell, Column, Style, Table, line
+from bntool.reports.text import format_number, plural
+
+_SHOWN = 10
+
+
+def describe_comparison(
+    comparison: Comparison, *, path_b: str, expectation: Expectation | None, violations: Sequence[str]
+) -> dict[str, Any]:
+    """The facts as JSON data."""
+    counts = Counter(comparison.others.values())
+    return {
+        "other_file": path_b,
+        "state_dicts": [comparison.a.key, comparison.b.key],
+        "prefixes": [comparison.a.prefix + comparison.path_a, comparison.b.prefix + comparison.path_b],
+        "identical": comparison.identical,
+        "layers": [_describe_layer(layer) for layer in comparison.layers],
+        "others": {
+            "counts": {change.value: counts[change] for change in Change if counts[change]},
+            "changed": {n: change.value for n, change in comparison.others.items() if change is not Change.SAME},
+        },
+        "expectation": None
+        if expectation is None
+        else {"name": expectation.value, "met": not violations, "violations": list(violations)},
+    }
+
+
+def _describe_layer(layer: LayerComparison) -> dict[str, Any]:
+    return {
+        "name": layer.name,
+        "changed": layer.changed,
+        "tensors": {role: change.value for role, change in layer.changes.items()},
+        "mean_shift": layer.mean_shift,
+        "variance_ratio": layer.variance_ratio,
+        "scale_change": layer.scale_change,
+        "shift_change": layer.shift_change,
+        "eps_known": layer.eps_known,
+    }
+
+
+def show_comparison(
+    comparison: Comparison,
+    *,
+    path_a: str,
+    path_b: str,
+    expectation: Expectation | None,
+    violations: Sequence[str],
+    every: bool = False,
+) -> list[Block]:
+    """The same for people; layers that did not change are counted only, unless ``every``."""
+    blocks: list[Block] = [line(f"A {_name(path_a, comparison.a.key)}"), line(f"B {_name(path_b, comparison.b.key)}")]
+    for side, path in (("A", comparison.path_a), ("B", comparison.path_b)):
+        if path:
+            blocks.append(line(f"names of {side} are compared without {path!r}", Style.MUTED))
+    changed = [layer for layer in comparison.layers if layer.changed]
+    count = len(comparison.layers)
+    blocks.append(line(f"{len(changed)} of {plural(count, 'BatchNorm layer')} changed", Style.HEADING))
+    shown = comparison.layers if every else changed
+    if shown:
+        blocks.append(_table(shown))
+        if not all(layer.eps_known for layer in shown):
+            blocks.append(line("eps is not in the files; 1e-5 stands in for it here", Style.MUTED))
+    blocks += _others(comparison)
+    if expectation is not None:
+        blocks += _expectation(expectation, violations)
+    return blocks
+
+
+def _name(path: str, key: str) -> str:
+    return f"{path}, {key}" if key else path
+
+
+def _table(layers: Sequence[LayerComparison]) -> Table:
+    columns = (
+        Column("layer", shrinks=True),
+        Column("changed"),
+        Column("mean", right=True),
+        Column("var", right=True),
+        Column("scale", right=True),
+        Column("shift", right=True),
+    )
+    return Table(columns, [_row(layer) for layer in layers])
+
+
+# short names so that a row fits 80 columns
+_SHORT = {"weight": "w", "bias": "b", "running_mean": "mean", "running_var": "var", "num_batches_tracked": "n"}
+
+
+def _row(layer: LayerComparison) -> tuple[Cell, ...]:
+    return (
+        Cell(layer.name),
+        Cell(_roles(layer), Style.WARNING if layer.changed else Style.MUTED),
+        Cell(_number(layer.mean_shift, "σ")),
+        Cell(_number(layer.variance_ratio, "×")),
+        Cell(_percent(layer.scale_change)),
+        Cell(_percent(layer.shift_change)),
+    )
+
+
+def _roles(layer: LayerComparison) -> str:
+    kinds = set(layer.changes.values())
+    if len(kinds) == 1:
+        (kind,) = kinds
+        if kind is Change.SAME:
+            return "-"
+        if kind is not Change.VALUES:
+            return str(kind.value)
+    parts = []
+    for role in ROLES:
+        change = layer.changes.get(role, Change.SAME)
+        if change is Change.VALUES:
+            parts.append(_SHORT[role])
+        elif change is not Change.SAME:
+            parts.append(f"{_SHORT[role]} {change.value}")
+    return " ".join(parts)
+
+
+def _number(value: float | None, unit: str) -> str:
+    if value is None:
+        return ""
+    # 860, not 8.6e2
+    text = f"{value:.0f}" if 100 <= abs(value) < 1e5 else format_number(value, 2)
+    return f"{text}{unit}"
+
+
+def _percent(value: float | None) -> str:
+    return _number(None if value is None else 100 * value, "%")
+
+
+def _others(comparison: Comparison) -> list[Block]:
+    others = comparison.others
+    if not others:
+        return []
+    counts = Counter(others.values())
+    same = counts.pop(Change.SAME, 0)
+    blocks: list[Block] = [line(f"{plural(len(others), 'other tensor')}: {same} the same in every bit", Style.HEADING)]
+    for change in Change:
+        names = [name for name, found in others.items() if found is change]
+        if names and change is not Change.SAME:
+            listed = ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
+            blocks.append(line(f"{len(names)} {_WORDS[change]}: {listed}", indent=2))
+    return blocks
+
+
+_WORDS = {
+    Change.VALUES: "changed",
+    Change.DTYPE: "hold the same numbers in another dtype",
+    Change.SHAPE: "have another shape",
+    Change.ONLY_A: "only in A",
+    Change.ONLY_B: "only in B",
+    Change.UNKNOWN: "cannot be compared",
+}
+
+
+def _expectation(expectation: Expectation, violations: Sequence[str]) -> list[Block]:
+    if not violations:
+        return [line(f"as expected: {_MEANING[expectation]}", Style.GOOD)]
+    blocks: list[Block] = [line(f"not as expected ({expectation.value}: {_MEANING[expectation]})", Style.ERROR)]
+    blocks += [line(violation, indent=2) for violation in violations[:_SHOWN]]
+    if len(violations) > _SHOWN:
+        blocks.append(line(f"and {len(violations) - _SHOWN} more", indent=2))
+    return blocks
+
+
+_MEANING = {
+    Expectation.IDENTICAL: "every tensor is the same in every bit",
+    Expectation.FROZEN: "no tensor of a BatchNorm layer changed",
+    Expectation.NORM_EVAL: "no statistics of a BatchNorm layer changed",
+    Expectation.STATS_ONLY: "nothing but statistics of BatchNorm layers changed",
+}

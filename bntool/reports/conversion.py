@@ -1,0 +1,56 @@
+"""What `convert` did, for people and as JSON data."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from bntool.checkpoints.checkpoint import Checkpoint
+from bntool.operations.conversion import Conversion
+from bntool.plan import Record, SetTensor, describe_step
+from bntool.reports.blocks import Block, Cell, Line, Style, line
+from bntool.reports.freezing import describe_skip
+from bntool.reports.text import plural
+
+
+def describe_conversion(checkpoint: Checkpoint, conversion: Conversion, *, output: str | None) -> dict[str, Any]:
+    """The facts as JSON data."""
+    plan = conversion.plan
+    return {
+        "format": checkpoint.format.name,
+        "to": conversion.target.value,
+        "state_dict": plan.state_dict,
+        "layers": list(plan.layers),
+        "steps": [describe_step(step) for step in plan.steps if not isinstance(step, Record)],
+        "skips": [describe_skip(skip) for skip in plan.skips],
+        "assumptions": list(plan.assumptions),
+        "kept": list(conversion.kept),
+        "losses": list(conversion.losses),
+        "output": output,
+    }
+
+
+def show_conversion(
+    checkpoint: Checkpoint, conversion: Conversion, *, output: str | None, loading: Sequence[str]
+) -> list[Block]:
+    """The same for people."""
+    plan = conversion.plan
+    if conversion.new is not None:
+        text = f"{plural(len(conversion.new.tensors), 'tensor')} from {checkpoint.format.title} to {conversion.target.value}"
+    else:
+        text = f"{plural(len(plan.layers), 'layer')} to {conversion.target.value}"
+    blocks: list[Block] = [line(text, Style.HEADING)]
+    changed = sum(1 for _ in plan.steps_of(SetTensor))
+    if changed:
+        blocks.append(line(f"running_var changes in {plural(changed, 'layer')}", indent=2))
+    blocks += [Line((Cell("recorded ", Style.GOOD), Cell(text)), indent=2) for text in conversion.kept]
+    blocks += [Line((Cell("lost ", Style.WARNING), Cell(text)), indent=2) for text in conversion.losses]
+    blocks += [Line((Cell("assumed ", Style.WARNING), Cell(text)), indent=2) for text in plan.assumptions]
+    blocks += [
+        Line((Cell("left alone ", Style.WARNING), Cell(f"{s.layer}: {s.reason.value} ({s.detail})")), indent=2)
+        for s in plan.skips
+    ]
+    if output is None:
+        return [*blocks, line("nothing was written", Style.MUTED)]
+    blocks += [line(), line(f"wrote {output}", Style.GOOD), line("To load it without bntool:", Style.MUTED)]
+    return [*blocks, *(line(text, Style.MUTED, indent=4) for text in loading)]

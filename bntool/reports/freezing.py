@@ -1,0 +1,171 @@
+"""What `freeze` did, for people and as JSON data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from bntool.checkpoints.checkpoint import Checkpoint
+from bntool.layers.policy import FreezePolicy
+from bntool.operations.freezing import FreezeForm, FreezePlan
+from bntool.plan import Record, SetAttribute, SetTensor, Skip, describe_step
+from bntool.reports.blocks import Block, Cell, Line, Style, line
+from bntool.reports.text import plural
+
+_SHOWN = 6
+
+
+def describe_freeze(
+    checkpoint: Checkpoint, freeze: FreezePlan, *, output: str | None, emitted: str | None
+) -> dict[str, Any]:
+    """The facts as JSON data."""
+    plan = freeze.plan
+    return {
+        "format": checkpoint.format.name,
+        "state_dict": plan.state_dict,
+        "form": freeze.form.value,
+        "policy": freeze.policy.to_record(),
+        "layers": list(plan.layers),
+        "frozen_parameters": list(freeze.frozen_parameters),
+        "recorded": any(plan.steps_of(Record)),
+        "sets_flags": freeze.sets_flags,
+        "steps": [describe_step(step) for step in plan.steps if not isinstance(step, Record)],
+        "skips": [describe_skip(skip) for skip in plan.skips],
+        "optimizers": [
+            {"path": o.path, "parameters": o.count, "frozen": o.frozen, "reason": o.reason} for o in freeze.optimizers
+        ],
+        "apply": apply_line(output) if output is not None else None,
+        "emitted": emitted,
+        "output": output,
+    }
+
+
+def describe_skip(skip: Skip) -> dict[str, str]:
+    """A skipped layer as JSON data."""
+    return {"layer": skip.layer, "reason": skip.reason.value, "detail": skip.detail}
+
+
+def apply_line(output: str) -> str:
+    """The line of Python that applies the policy of a file to a live model."""
+    return f"bntool.apply_freeze(model, {output!r})"
+
+
+def show_freeze(
+    freeze: FreezePlan, *, output: str | None, emitted: str | None, loading: Sequence[str] = ()
+) -> list[Block]:
+    """The same for people.
+
+    Args:
+        loading: code that loads what was written.
+        output: the file that was written; None where nothing was.
+        emitted: code that was asked for.
+    """
+    blocks: list[Block] = [*_policy(freeze), *_changes(freeze), *_skips(freeze.plan.skips), *_optimizers(freeze)]
+    if emitted is not None:
+        blocks += [line(), *(line(text) for text in emitted.rstrip("\n").split("\n"))]
+    if output is None:
+        return [*blocks, line("nothing was written", Style.MUTED)]
+    blocks += [line(), line(f"wrote {output}", Style.GOOD), *_how_to_load(freeze, output, loading)]
+    return blocks
+
+
+def _policy(freeze: FreezePlan) -> list[Block]:
+    policy = freeze.policy
+    blocks: list[Block] = [line(f"freeze {plural(len(freeze.plan.layers), 'BatchNorm layer')}", Style.HEADING)]
+    if policy.layers:
+        # what the two switches say of the layers selected
+        statistics = "stay (norm_eval)" if policy.norm_eval else "move"
+        blocks.append(line(f"running_mean, running_var, num_batches_tracked: {statistics}", indent=2))
+        affine = {None: "train, as the model has it", True: "train", False: "stay (requires_grad=False)"}
+        blocks.append(line(f"weight, bias: {affine[policy.requires_grad]}", indent=2))
+        blocks.append(line(f"layers: {_some(policy.layers)}", Style.MUTED, indent=2))
+    blocks += _stages(policy)
+    return blocks
+
+
+def _stages(policy: FreezePolicy) -> list[Block]:
+    stages = policy.stages
+    if stages is None:
+        return []
+    where = f" at {stages.root}" if stages.root else ""
+    text = f"frozen_stages={stages.frozen_stages} of the {stages.family.value}{where}: "
+    if not stages.without_gradient:
+        return [line(text + "no stage", indent=2)]
+    blocks: list[Block] = [line(text + f"{_some(stages.without_gradient)} get no gradient", indent=2)]
+    if stages.in_eval:
+        blocks.append(line(f"{_some(stages.in_eval)} stay in eval mode", indent=4))
+    return blocks
+
+
+def _changes(freeze: FreezePlan) -> list[Block]:
+    plan = freeze.plan
+    blocks: list[Block] = []
+    if freeze.form is FreezeForm.CONSTANT:
+        layers = len({step.name.rpartition(".")[0] for step in plan.steps_of(SetTensor)})
+        blocks.append(
+            line(
+                f"{plural(layers, 'layer')}: statistics folded into weight and bias (mean 0, variance 1 - eps)",
+                indent=2,
+            )
+        )
+    flags = list(plan.steps_of(SetAttribute))
+    modes = sum(step.attribute == "training" for step in flags)
+    if freeze.sets_flags:
+        text = f"in the pickled modules: training=False {modes} times, requires_grad {len(flags) - modes} times"
+        blocks.append(line(text, indent=2))
+    return blocks
+
+
+def _skips(skips: Iterable[Skip]) -> list[Block]:
+    return [
+        Line((Cell("left alone ", Style.WARNING), Cell(f"{s.layer}: {s.reason.value}{_detail(s)}")), indent=2)
+        for s in skips
+    ]
+
+
+def _detail(skip: Skip) -> str:
+    return f" ({skip.detail})" if skip.detail else ""
+
+
+def _optimizers(freeze: FreezePlan) -> list[Block]:
+    blocks: list[Block] = []
+    for optimizer in freeze.optimizers:
+        if not freeze.frozen_parameters:
+            text = "is left alone; no parameter is frozen"
+        elif optimizer.frozen is None:
+            text = f"is left alone; which of its entries are of frozen parameters cannot be known: {optimizer.reason}"
+        else:
+            numbers = _some([str(number) for number in optimizer.frozen.values()])
+            text = (
+                f"is left alone; {len(optimizer.frozen)} of its {optimizer.count} entries are of frozen parameters "
+                f"({numbers}; {optimizer.reason})"
+            )
+        blocks.append(line(f"optimizer state {optimizer.path!r} {text}", Style.MUTED, indent=2))
+    return blocks
+
+
+def _how_to_load(freeze: FreezePlan, output: str, loading: Sequence[str]) -> list[Block]:
+    recorded = any(freeze.plan.steps_of(Record))
+    blocks: list[Block] = []
+    if freeze.sets_flags:
+        warning = "The file freezes until model.train() is called: that switches eval mode off again."
+    else:
+        warning = "The file alone freezes nothing: a state dict holds neither modes nor requires_grad."
+    blocks.append(line(warning, Style.WARNING))
+    if recorded:
+        blocks += [
+            line("After loading it into the model, and before the optimizer is made and DDP wraps it:"),
+            line("import bntool", indent=4),
+            line(apply_line(output), indent=4),
+        ]
+    blocks.append(
+        line("Without bntool: --emit python prints the same in plain torch. It loads as before:", Style.MUTED)
+    )
+    blocks += [line(text, Style.MUTED, indent=4) for text in loading]
+    return blocks
+
+
+def _some(names: Iterable[str]) -> str:
+    listed = list(names)
+    shown = ", ".join(listed[:_SHOWN])
+    return f"{shown} and {len(listed) - _SHOWN} more" if len(listed) > _SHOWN else shown

@@ -1,0 +1,44 @@
+"""The few lines of plain Python that load what was written, without bntool."""
+
+from __future__ import annotations
+
+from bntool.checkpoints.checkpoint import Checkpoint, GlobalName, GlobalTrust, StateDict
+
+# beside what is torch's own: the default list of torch._weights_only_unpickler
+_ALLOWED = ("collections.OrderedDict", "collections.Counter", "_codecs.encode", "builtins.set", "builtins.bytearray")
+
+
+def show_loading_code(checkpoint: Checkpoint, state_dict: StateDict, output: str) -> list[str]:
+    """Lines that load a state dict of a written file into ``model``.
+
+    Args:
+        checkpoint: what was written.
+        state_dict: the one that was worked on.
+        output: the file.
+    """
+    if checkpoint.format.name == "safetensors":
+        return ["from safetensors.torch import load_file", *_load(f"load_file({output!r})", state_dict.prefix)]
+    if not checkpoint.format.single_file:
+        return ["from accelerate import load_checkpoint_in_model", f"load_checkpoint_in_model(model, {output!r})"]
+    trusted = all(map(_loads_weights_only, checkpoint.globals)) and not state_dict.is_module
+    options = f'map_location="cpu", weights_only={trusted}'
+    comment = "" if trusted else "  # runs code of the file: only if you trust its origin"
+    lines = ["import torch", f"checkpoint = torch.load({output!r}, {options}){comment}"]
+    where = "checkpoint" + "".join(f"[{part!r}]" for part in state_dict.key.split(".") if part)
+    if state_dict.is_module:
+        return [*lines, f"model = {where}"]
+    return [*lines, *_load(where, state_dict.prefix)]
+
+
+def _loads_weights_only(name: GlobalName) -> bool:
+    """Whether torch.load(weights_only=True) takes it: fewer names than those known to be harmless."""
+    return name.trust is GlobalTrust.KNOWN and (name.path.startswith("torch.") or name.path in _ALLOWED)
+
+
+def _load(where: str, prefix: str) -> list[str]:
+    if not prefix:
+        return [f"model.load_state_dict({where})"]
+    return [
+        f"state_dict = {{name.removeprefix({prefix!r}): tensor for name, tensor in {where}.items()}}",
+        "model.load_state_dict(state_dict)",
+    ]

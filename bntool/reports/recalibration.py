@@ -1,0 +1,188 @@
+"""What `recalibrate` found and did, for people and as JSON data."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from bntool.reports.blocks import Block, Cell, Column, Line, Style, Table, line
+from bntool.reports.text import format_number, plural
+
+if TYPE_CHECKING:
+    from bntool.operations.drift import LayerDrift
+    from bntool.operations.evaluation import Evaluation
+    from bntool.operations.recalibration import Recalibration
+
+_SHOWN = 4  # skipped inputs that are named
+_RATE = ("top1", "top5")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a recalibration.
+
+    Attributes:
+        recalibration: what was computed.
+        before, after: the model on the evaluation data, with the old and the new statistics.
+        flipped: share of samples predicted as another class; None where outputs are not classes.
+        evaluated_on: which data that was, in words.
+        output: the file that was written; None for none.
+        kept: the old statistics were as good: nothing was written for that reason.
+        loading: lines of Python that load the output.
+        warnings: what the reader should not miss.
+    """
+
+    recalibration: Recalibration
+    before: Evaluation
+    after: Evaluation
+    flipped: float | None
+    evaluated_on: str
+    output: str | None
+    kept: bool
+    loading: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+
+def describe_recalibration(outcome: Outcome) -> dict[str, Any]:
+    """The facts as JSON data."""
+    from bntool.operations.drift import find_first_parted
+
+    result = outcome.recalibration
+    parted = find_first_parted(result.drifts)
+    return {
+        "state_dict": result.plan.state_dict,
+        "method": result.method.value,
+        "prior": result.prior,
+        "samples": result.samples,
+        "batches": result.batches,
+        "left_out": list(result.left_out),
+        "layers": [asdict(drift) | {"parted": drift.has_parted} for drift in result.drifts],
+        "first_parted": parted.layer if parted is not None else None,
+        "skips": [{"layer": s.layer, "reason": s.reason.value, "detail": s.detail} for s in result.plan.skips],
+        "evaluation": {
+            "data": outcome.evaluated_on,
+            "metric": outcome.before.metric if outcome.before.value is not None else None,
+            "samples": outcome.before.samples,
+            "before": outcome.before.value,
+            "after": outcome.after.value,
+            "flipped": outcome.flipped,
+            "finite_before": outcome.before.finite,
+            "finite_after": outcome.after.finite,
+        },
+        "kept": outcome.kept,
+        "warnings": list(outcome.warnings),
+        "output": outcome.output,
+    }
+
+
+def show_recalibration(outcome: Outcome) -> list[Block]:
+    """The same for people: the drift of each layer, worst first, then what it does to the outputs."""
+    result = outcome.recalibration
+    title = f"recalibrate {plural(len(result.drifts), 'BatchNorm layer')}: {result.method.value} statistics of "
+    title += f"{plural(result.samples, 'sample')} in {plural(result.batches, 'batch', 'batches')}"
+    if result.prior:
+        title += f", the old ones counting for {format_number(result.prior)}"
+    blocks: list[Block] = [line(title, Style.HEADING), line(), _drift_table(result.drifts)]
+    blocks += [line(), *_diagnosis(result.drifts)]
+    blocks += [
+        Line((Cell("left alone ", Style.WARNING), Cell(f"{s.layer}: {s.reason.value} ({s.detail})")), indent=2)
+        for s in result.plan.skips
+    ]
+    blocks += _left_out(result.left_out)
+    blocks += [line(f"! {warning}", Style.WARNING) for warning in outcome.warnings]
+    return [*blocks, line(), *_evaluation(outcome), *_written(outcome)]
+
+
+def _drift_table(drifts: tuple[LayerDrift, ...]) -> Table:
+    columns = (
+        Column("layer", shrinks=True),
+        Column("order", right=True),
+        Column("mean shift", right=True),
+        Column("worst", right=True, wide=100),
+        Column("variance", right=True),
+        Column("spread", right=True, wide=100),
+        Column("error", right=True),
+        Column("channels", right=True, wide=100),
+        Column("positions", right=True, wide=100),
+    )
+    order = {drift.layer: index for index, drift in enumerate(drifts, start=1)}
+    rows = []
+    for drift in sorted(drifts, key=lambda drift: -drift.severity):
+        style = Style.WARNING if drift.has_parted else Style.PLAIN
+        error = drift.sampling_error
+        rows.append(
+            (
+                Cell(drift.layer),
+                Cell(str(order[drift.layer]), Style.MUTED),
+                Cell(_in_sigmas(drift.mean_shift), style),
+                Cell(_in_sigmas(drift.worst_mean_shift), style),
+                Cell("x " + format_number(drift.variance_ratio), style),
+                Cell("x " + format_number(drift.variance_spread), style),
+                Cell("" if error is None else "± " + format_number(error, 2), Style.MUTED),
+                Cell(f"{drift.channels:,}"),
+                Cell(f"{drift.positions:,}"),
+            )
+        )
+    return Table(columns, rows)
+
+
+def _in_sigmas(value: float) -> str:
+    return format_number(value, 2) + " σ"
+
+
+def _diagnosis(drifts: tuple[LayerDrift, ...]) -> list[Block]:
+    from bntool.operations.drift import find_first_parted
+
+    parted = find_first_parted(drifts)
+    if parted is None:
+        return [line("The stored statistics are those of this data, within sampling error.", Style.GOOD)]
+    if not parted.finite:
+        what = "holds statistics that are not usable (NaN, infinite or negative variance)"
+    else:
+        factor = format_number(parted.variance_ratio)
+        what = f"is off by {_in_sigmas(parted.mean_shift)}, its variance by a factor of {factor}"
+    return [line(f"First layer in execution order to part from the data: {parted.layer} {what}.", Style.NOTICE)]
+
+
+def _left_out(texts: tuple[str, ...]) -> list[Block]:
+    if not texts:
+        return []
+    more = f"; and {len(texts) - _SHOWN} more" if len(texts) > _SHOWN else ""
+    return [line(f"{plural(len(texts), 'input')} left out: {'; '.join(texts[:_SHOWN])}{more}", Style.WARNING)]
+
+
+def _evaluation(outcome: Outcome) -> list[Block]:
+    before, after = outcome.before, outcome.after
+    blocks: list[Block] = []
+    if before.value is not None and after.value is not None:
+        style = (
+            Style.GOOD if after.value > before.value else Style.WARNING if after.value < before.value else Style.PLAIN
+        )
+        text = f"{before.metric} {_rate(before.metric, before.value)} -> {_rate(after.metric, after.value)}"
+        on = f" on {plural(before.samples, 'sample')} of {outcome.evaluated_on}"
+        blocks.append(Line((Cell(text, style), Cell(on))))
+    if outcome.flipped is not None:
+        text = f"{_percent(outcome.flipped)} of the predictions change"
+        blocks.append(line(text if before.value is not None else f"{text}, on {outcome.evaluated_on} (no labels)"))
+    if not after.finite:
+        blocks.append(line("outputs hold NaN or infinity, with the new statistics too", Style.WARNING))
+    elif not before.finite:
+        blocks.append(line("outputs held NaN or infinity before, and no longer do", Style.GOOD))
+    return blocks
+
+
+def _rate(metric: str, value: float) -> str:
+    return _percent(value) if metric in _RATE else format_number(value, 5)
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.2f} %"
+
+
+def _written(outcome: Outcome) -> list[Block]:
+    if outcome.kept:
+        return [line("kept the old statistics, because the new ones are not better; nothing was written", Style.NOTICE)]
+    if outcome.output is None:
+        return [line("nothing was written", Style.MUTED)]
+    blocks: list[Block] = [line(), line(f"wrote {outcome.output}", Style.GOOD), line("Load it without bntool:")]
+    return [*blocks, *(line(text, indent=2) for text in outcome.loading)]

@@ -1,0 +1,125 @@
+"""``recalibrate`` against torch's update_bn and fvcore's update_bn_stats: time, error, and the price of exactness.
+
+All in one process with one thread, interleaved. A ResNet-50 (53 BatchNorm layers) with random weights; batches of 16
+images of 128x128. The error is that of running_var against the same passes in float64.
+"""
+
+from __future__ import annotations
+
+import copy
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from torch.optim.swa_utils import update_bn
+
+from bntool.operations.recalibration import recalibrate
+
+_BATCHES, _SIZE, _PIXELS, _ROUNDS = 3, 16, 128, 3
+
+
+class Bottleneck(nn.Module):
+    def __init__(self, inputs: int, width: int, stride: int) -> None:
+        super().__init__()
+        outputs = 4 * width
+        self.conv1, self.bn1 = nn.Conv2d(inputs, width, 1, bias=False), nn.BatchNorm2d(width)
+        self.conv2, self.bn2 = nn.Conv2d(width, width, 3, stride, 1, bias=False), nn.BatchNorm2d(width)
+        self.conv3, self.bn3 = nn.Conv2d(width, outputs, 1, bias=False), nn.BatchNorm2d(outputs)
+        self.relu = nn.ReLU(inplace=True)
+        self.downsample = None
+        if stride != 1 or inputs != outputs:
+            self.downsample = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        shortcut = x if self.downsample is None else self.downsample(x)
+        x = self.relu(self.bn1(self.conv1(x)))
+        x = self.relu(self.bn2(self.conv2(x)))
+        return self.relu(self.bn3(self.conv3(x)) + shortcut)
+
+
+def build_resnet50() -> nn.Module:
+    torch.manual_seed(0)
+    stem = [nn.Conv2d(3, 64, 7, 2, 3, bias=False), nn.BatchNorm2d(64), nn.ReLU(inplace=True), nn.MaxPool2d(3, 2, 1)]
+    blocks, inputs = [], 64
+    for stage, (width, count) in enumerate([(64, 3), (128, 4), (256, 6), (512, 3)]):
+        for index in range(count):
+            blocks.append(Bottleneck(inputs, width, 2 if stage and not index else 1))
+            inputs = 4 * width
+    return nn.Sequential(*stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(inputs, 1000))
+
+
+def run() -> None:
+    torch.set_num_threads(1)
+    model = build_resnet50()
+    batches = [torch.randn(_SIZE, 3, _PIXELS, _PIXELS) for _ in range(_BATCHES)]
+    contenders = _find_contenders()
+    models = {name: copy.deepcopy(model) for name in contenders}
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    for _ in range(_ROUNDS):
+        for name, recompute in contenders.items():
+            start = time.process_time()
+            recompute(models[name], batches)
+            times[name].append(time.process_time() - start)
+    exact = _compute_in_float64(model, batches)
+    print(f"{'':32}{'CPU median':>12}{'images/s':>10}{'ratio':>8}{'variance error':>16}")
+    ours = statistics.median(times["bntool pooled"])
+    for name, seconds in times.items():
+        median = statistics.median(seconds)
+        error = "" if name.endswith(("forward", "exact")) else f"{_largest_error(models[name], exact):.1e}"
+        rate = _BATCHES * _SIZE / median
+        print(f"{name:32}{median:>10.2f} s{rate:>10.1f}{median / ours:>7.2f}x{error:>16}")
+    print("ratio: CPU time relative to bntool pooled; above 1 is slower")
+
+
+def _find_contenders() -> dict[str, Callable[[nn.Module, list[torch.Tensor]], None]]:
+    contenders: dict[str, Callable[[nn.Module, list[torch.Tensor]], None]] = {
+        "eval forward": _forward,
+        "bntool pooled": lambda m, b: recalibrate(m, b) and None,
+        "bntool exact": lambda m, b: recalibrate(m, b, method="exact") and None,
+        "torch update_bn": lambda m, b: update_bn(b, m),
+    }
+    try:
+        from fvcore.nn.precise_bn import update_bn_stats
+    except ImportError:
+        print("fvcore is not installed: not compared")
+    else:
+        contenders["fvcore update_bn_stats"] = lambda m, b: update_bn_stats(m.train(), b, len(b))
+    return contenders
+
+
+def _forward(model: nn.Module, batches: list[torch.Tensor]) -> None:
+    with torch.no_grad():
+        for batch in batches:
+            model.eval()(batch)
+
+
+def _compute_in_float64(model: nn.Module, batches: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Pooled unbiased variances: each batch normalised by torch in train mode, law of total variance, in float64."""
+    oracle = copy.deepcopy(model).double().train()
+    layers = {name: m for name, m in oracle.named_modules() if isinstance(m, nn.BatchNorm2d)}
+    sums: dict[str, list[torch.Tensor]] = {name: [] for name in layers}
+    positions: dict[str, int] = {}
+    for name, layer in layers.items():
+
+        def observe(_module: nn.Module, args: tuple[torch.Tensor, ...], name: str = name) -> None:
+            values = args[0].transpose(0, 1).flatten(1)
+            positions[name] = _BATCHES * values.shape[1]
+            sums[name].append(torch.stack([values.mean(1), values.var(1, correction=0)]))
+
+        layer.register_forward_pre_hook(observe)
+    with torch.no_grad():
+        for batch in batches:
+            oracle(batch.double())
+    variances = {}
+    for name, parts in sums.items():
+        means, within = torch.stack([part[0] for part in parts]), torch.stack([part[1] for part in parts])
+        biased = within.mean(0) + means.var(0, correction=0)
+        variances[name] = biased * positions[name] / (positions[name] - 1)
+    return variances
+
+
+def _largest_error(model: nn.Module, exact: dict[str, torch.Tensor]) -> float:
+    layers = dict(model.named_modules())
+    return max(float((layers[name].running_var / variance - 1).abs().max()) for name, variance in exact.items())

@@ -1,0 +1,332 @@
+"""Reading by position and replacing atomically."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import resource
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+
+from bntool.checkpoints import files
+from bntool.checkpoints.application import apply_plan
+from bntool.checkpoints.files import CHUNK, OutputFiles, SourceFile
+from bntool.checkpoints.formats import open_checkpoint, save_checkpoint
+from bntool.errors import BntoolError, CorruptFileError, UnreadableFileError, UnwritableFileError, UsageError
+from bntool.plan import Operation, Plan, SetTensor, Values
+from tests.checkpoints.samples import tiny_net, write_safetensors, write_sharded, write_zip
+
+# reading
+
+
+def test_reads_exactly_what_is_asked_for(tmp_path: Path) -> None:
+    path = tmp_path / "f"
+    path.write_bytes(bytes(range(100)))
+    with SourceFile(path) as source:
+        assert source.size == 100
+        assert source.read(10, 5) == bytes(range(10, 15))
+        assert source.read(100, 0) == source.read(5, -1) == b""
+        assert b"".join(source.chunks(0, 100)) == bytes(range(100))
+        for offset, length in ((99, 2), (-1, 1), (200, 1), (0, 1 << 62)):
+            with pytest.raises(CorruptFileError):
+                source.read(offset, length)
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda p: None, "no such file"),
+        (lambda p: p.mkdir(), "a folder"),
+        (os.mkfifo, "not a regular file"),
+        (lambda p: p.symlink_to("/dev/zero"), "not a regular file"),
+        (lambda p: p.symlink_to("/dev/null"), "not a regular file"),
+        (lambda p: p.symlink_to(p), "symbolic links"),
+        (lambda p: p.symlink_to("nowhere"), "no such file"),
+    ],
+)
+def test_what_is_no_file_is_one_clear_error(make: Any, words: str, tmp_path: Path) -> None:
+    make(tmp_path / "f.pt")
+    with pytest.raises(UnreadableFileError, match=words) as caught:
+        open_checkpoint(tmp_path / "f.pt")
+    assert caught.value.path == str(tmp_path / "f.pt")
+
+
+@pytest.mark.parametrize("name", ["a\0b", "x" * 300, "a/" * 3000, "\udfff"])
+def test_names_that_no_file_can_have(name: str, tmp_path: Path) -> None:
+    with pytest.raises(UnreadableFileError):
+        open_checkpoint(tmp_path / name)
+    source = write_zip(tiny_net().state_dict(), tmp_path)
+    with pytest.raises(BntoolError):
+        save_checkpoint(open_checkpoint(source), tmp_path / name)
+    assert os.listdir(tmp_path) == ["model.pt"] or name == "\udfff"
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_no_permission_to_read(tmp_path: Path) -> None:
+    (tmp_path / "f.pt").touch(mode=0)
+    with pytest.raises(UnreadableFileError, match="permission"):
+        open_checkpoint(tmp_path / "f.pt")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_no_permission_to_write(tmp_path: Path) -> None:
+    source = write_zip(tiny_net().state_dict(), tmp_path)
+    (tmp_path / "locked").mkdir(mode=0o500)
+    with pytest.raises(UnwritableFileError, match="permission"):
+        save_checkpoint(open_checkpoint(source), tmp_path / "locked" / "x.pt")
+
+
+def test_a_file_that_shrinks_while_it_is_read(tmp_path: Path) -> None:
+    path = write_safetensors(tiny_net().state_dict(), tmp_path)
+    checkpoint = open_checkpoint(path)
+    os.truncate(path, 300)
+    for chunk_copy in (True, False):
+        if not chunk_copy:
+            checkpoint = _edited(checkpoint)
+        with pytest.raises(UnreadableFileError, match="shorter"):
+            save_checkpoint(checkpoint, tmp_path / "out.safetensors")
+    assert os.listdir(tmp_path) == [path.name]
+
+
+def test_a_read_error_of_the_system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> bytes:
+        raise OSError(errno.EIO, "Input/output error")
+
+    path = write_zip(tiny_net().state_dict(), tmp_path)
+    monkeypatch.setattr(SourceFile, "_read_once", fail)
+    with pytest.raises(UnreadableFileError, match="input/output error"):
+        open_checkpoint(path)
+
+
+def test_short_reads_are_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read = SourceFile._read_once
+    monkeypatch.setattr(SourceFile, "_read_once", lambda self, offset, length: read(self, offset, min(length, 7)))
+    path = write_zip(tiny_net().state_dict(), tmp_path)
+    save_checkpoint(open_checkpoint(path), tmp_path / "out.pt")
+    assert (tmp_path / "out.pt").read_bytes() == path.read_bytes()
+
+
+@pytest.mark.parametrize("available", [True, False])
+def test_copying_a_range(available: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = os.urandom(3 * CHUNK + 5)
+    (tmp_path / "a").write_bytes(data)
+    if not available:
+        monkeypatch.delattr(os, "copy_file_range", raising=False)
+    with SourceFile(tmp_path / "a") as source, (tmp_path / "b").open("w+b") as target:
+        target.write(b"head")
+        source.copy_to(target, offset=3, length=2 * CHUNK + 1)
+        target.write(b"tail")
+        target.seek(0)
+        assert target.read() == b"head" + data[3 : 2 * CHUNK + 4] + b"tail"
+
+
+# writing
+
+
+def _edited(checkpoint: Any) -> Any:
+    steps = (SetTensor("1.running_mean", Values((1, 2, 3, 4), (4,))),)
+    return apply_plan(checkpoint, Plan(Operation.RECALIBRATE, steps=steps))
+
+
+def test_files_appear_together_or_not_at_all(tmp_path: Path) -> None:
+    with OutputFiles() as output:
+        for name in ("a", "b"):
+            output.open(tmp_path / name).write(name.encode())
+        assert not (tmp_path / "a").exists()
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == {"a": b"a", "b": b"b"}
+    with pytest.raises(KeyboardInterrupt), OutputFiles() as output:  # noqa: PT012
+        output.open(tmp_path / "c").write(b"c")
+        raise KeyboardInterrupt
+    assert sorted(os.listdir(tmp_path)) == ["a", "b"]
+
+
+def test_if_one_file_cannot_appear_none_does(tmp_path: Path) -> None:
+    with pytest.raises(UnwritableFileError, match="appeared"), OutputFiles() as output:  # noqa: PT012
+        output.open(tmp_path / "a")
+        output.open(tmp_path / "b")
+        (tmp_path / "b").write_bytes(b"somebody else's")
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == {"b": b"somebody else's"}
+
+
+def test_an_existing_file_is_replaced_only_by_force(tmp_path: Path) -> None:
+    source = write_zip(tiny_net().state_dict(), tmp_path)
+    target = tmp_path / "out.pt"
+    target.write_bytes(b"old")
+    target.chmod(0o600)
+    with pytest.raises(UnwritableFileError, match="--force"):
+        save_checkpoint(open_checkpoint(source), target)
+    assert target.read_bytes() == b"old"
+    source.chmod(0o664)
+    save_checkpoint(open_checkpoint(source), target, force=True)
+    assert target.read_bytes() == source.read_bytes()
+    assert target.stat().st_mode & 0o777 == 0o664
+    dangling = tmp_path / "dangling.pt"
+    dangling.symlink_to("nowhere")
+    with pytest.raises(UnwritableFileError, match="--force"):
+        save_checkpoint(open_checkpoint(source), dangling)
+
+
+def test_without_a_mode_the_process_decides(tmp_path: Path) -> None:
+    previous = os.umask(0o027)
+    try:
+        with OutputFiles() as output:
+            output.open(tmp_path / "a")
+    finally:
+        os.umask(previous)
+    assert (tmp_path / "a").stat().st_mode & 0o777 == 0o640
+
+
+@pytest.mark.parametrize("force", [True, False])
+def test_the_input_is_never_the_output(force: bool, tmp_path: Path) -> None:
+    source = write_zip(tiny_net().state_dict(), tmp_path)
+    before = source.read_bytes()
+    (tmp_path / "link.pt").symlink_to(source)
+    os.link(source, tmp_path / "hard.pt")
+    for name in ("model.pt", "link.pt", "hard.pt", "../" + tmp_path.name + "/model.pt"):
+        with pytest.raises(UsageError, match="output is the input"):
+            save_checkpoint(open_checkpoint(source), tmp_path / name, force=force)
+    assert source.read_bytes() == before
+    assert sorted(os.listdir(tmp_path)) == ["hard.pt", "link.pt", "model.pt"]
+
+
+def test_a_shard_is_never_the_output(tmp_path: Path) -> None:
+    source = write_sharded(tiny_net().state_dict(), tmp_path)
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(UsageError, match="output is the input"):
+        save_checkpoint(open_checkpoint(source), tmp_path / "other.safetensors.index.json", force=True)
+    assert before == {path: path.read_bytes() for path in tmp_path.iterdir()}
+
+
+@pytest.mark.parametrize(
+    ("name", "words"), [("none/out.pt", "no folder"), ("folder", "existing folder"), ("model.pt/out.pt", "no folder")]
+)
+def test_places_where_nothing_can_be_written(name: str, words: str, tmp_path: Path) -> None:
+    source = write_zip(tiny_net().state_dict(), tmp_path)
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(UnwritableFileError, match=words):
+        save_checkpoint(open_checkpoint(source), tmp_path / name)
+
+
+def test_long_names_can_be_written(tmp_path: Path) -> None:
+    source = write_zip(tiny_net().state_dict(), tmp_path)
+    for name in ("x" * 252 + ".pt", "界" * 84 + ".pt"):
+        save_checkpoint(open_checkpoint(source), tmp_path / name)
+
+
+@pytest.mark.parametrize("write", [write_zip, write_safetensors])
+@pytest.mark.parametrize("allowed", [0, 100, 3000])
+def test_a_full_disk_leaves_nothing_behind(write: Any, allowed: int, tmp_path: Path) -> None:
+    source = write({**tiny_net().state_dict(), "big.weight": torch.zeros(200_000)}, tmp_path)
+    edited = _edited(open_checkpoint(source))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (allowed, hard))
+    try:
+        with pytest.raises(UnwritableFileError) as caught:
+            save_checkpoint(edited, tmp_path / "out.file")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert caught.value.path == str(tmp_path / "out.file")
+    assert os.listdir(tmp_path) == [source.name]
+
+
+def test_no_space_left_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    source = write_zip(tiny_net().state_dict(), tmp_path)
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(UnwritableFileError, match="no space is left"):
+        save_checkpoint(open_checkpoint(source), tmp_path / "out.pt")
+    assert os.listdir(tmp_path) == [source.name]
+
+
+def test_file_systems_without_hard_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    source = write_zip(tiny_net().state_dict(), tmp_path)
+    monkeypatch.setattr(os, "link", fail)
+    save_checkpoint(open_checkpoint(source), tmp_path / "out.pt")
+    assert sorted(os.listdir(tmp_path)) == ["model.pt", "out.pt"]
+
+
+def test_of_two_writers_the_second_stops(tmp_path: Path) -> None:
+    source = write_zip(tiny_net().state_dict(), tmp_path)
+    results: list[str] = []
+    barrier = threading.Barrier(4)
+
+    def write() -> None:
+        barrier.wait()
+        try:
+            save_checkpoint(open_checkpoint(source), tmp_path / "out.pt")
+            results.append("done")
+        except UnwritableFileError:
+            results.append("stopped")
+
+    threads = [threading.Thread(target=write) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(results) == ["done", "stopped", "stopped", "stopped"]
+    assert sorted(os.listdir(tmp_path)) == ["model.pt", "out.pt"]
+
+
+def test_descriptors_are_given_back(tmp_path: Path) -> None:
+    source = write_zip(tiny_net().state_dict(), tmp_path)
+    (tmp_path / "broken.pt").write_bytes(source.read_bytes()[:-40])
+    open_before = len(os.listdir("/proc/self/fd")) if Path("/proc/self/fd").exists() else 0
+    for _ in range(20):
+        open_checkpoint(source).close()
+        save_checkpoint(open_checkpoint(source), tmp_path / "out.pt", force=True)
+        with pytest.raises(CorruptFileError):
+            open_checkpoint(tmp_path / "broken.pt")
+    if open_before:
+        assert len(os.listdir("/proc/self/fd")) <= open_before + 1
+    assert files.CHUNK == CHUNK
+
+
+_STREAM = """
+import sys
+from bntool.checkpoints.application import apply_plan
+from bntool.checkpoints.formats import open_checkpoint, save_checkpoint
+from bntool.plan import *
+checkpoint = open_checkpoint(sys.argv[1])
+steps = (
+    SetTensor("a.weight", Scaled("a.weight", VIEW, (0.5,) * VIEW[1], (1, VIEW[1], 1))),
+    AddTensor("a.bias", Values((1.0,), (1,)), dtype="float32", after="a.weight"),
+)
+save_checkpoint(apply_plan(checkpoint, Plan(Operation.FOLD, steps=steps)), sys.argv[2])
+print(next(int(line.split()[1]) // 1024 for line in open("/proc/self/status") if line.startswith("VmHWM")))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak of memory is read from /proc")
+@pytest.mark.parametrize(("view", "copied"), [((1, 4, 1 << 22), 1 << 30), ((1 << 20, 4, 4), 4)])
+def test_memory_stays_bounded_whatever_the_size(view: tuple[int, ...], copied: int, tmp_path: Path) -> None:
+    """A tensor of 64 MiB is scaled, another is copied."""
+    end = (1 << 26) + copied
+    a = {"dtype": "F32", "shape": [1 << 24], "data_offsets": [0, 1 << 26]}
+    b = {"dtype": "F32", "shape": [copied // 4], "data_offsets": [1 << 26, end]}
+    header = json.dumps({"a.weight": a, "b.weight": b}).encode()
+    source, target = tmp_path / "big.safetensors", tmp_path / "out.safetensors"
+    with source.open("wb") as stream:
+        stream.write(len(header).to_bytes(8, "little") + header)
+        stream.truncate(8 + len(header) + end)
+        stream.seek(8 + len(header))
+        stream.write(torch.arange(4.0).numpy().tobytes())
+    code = _STREAM.replace("VIEW", repr(view))
+    done = subprocess.run([sys.executable, "-c", code, source, target], check=True, capture_output=True, text=True)
+    assert int(done.stdout) < 120
+    with safetensors.safe_open(target, "pt") as written:
+        assert written.get_slice("a.weight")[:5].tolist() == [0, 0.5, 1, 1.5, 0]
+        assert set(written.keys()) == {"a.weight", "a.bias", "b.weight"}
+    target.unlink()

@@ -1,0 +1,258 @@
+"""``bntool recalibrate`` from the outside."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from bntool.cli.main import main
+
+SAMPLES = Path(__file__).resolve().parents[2] / "sample_ckpts"
+MODEL = f"{SAMPLES / 'digits_net.py'}:build"
+TRAIN, TEST = str(SAMPLES / "digits_train.npz"), str(SAMPLES / "digits_test.npz")
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture
+def recalibrate(capsys, tmp_path):
+    """Run the command on a sample; exit code, stdout, stderr, and where the output would be."""
+
+    def run(checkpoint, *options, data=TRAIN, model=MODEL, output="out.pt"):
+        out = tmp_path / output
+        arguments = [
+            "recalibrate",
+            str(SAMPLES / checkpoint),
+            "--model",
+            model,
+            "--data",
+            data,
+            "-o",
+            str(out),
+            *options,
+        ]
+        code = main(arguments)
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err, out
+
+    return run
+
+
+def accuracy(state_dict, data=TEST):
+    sys.path.insert(0, str(SAMPLES))
+    try:
+        from digits_net import build
+    finally:
+        sys.path.remove(str(SAMPLES))
+    model = build()
+    model.load_state_dict(state_dict)
+    arrays = np.load(data)
+    with torch.no_grad():
+        outputs = model.eval()(torch.from_numpy(arrays["images"]))
+    return float((outputs.argmax(1).numpy() == arrays["labels"]).mean())
+
+
+@pytest.mark.parametrize("method", ["pooled", "exact", "paper"])
+def test_drifted_statistics_are_repaired(recalibrate, method):
+    code, out, err, path = recalibrate("drifted.pt", "--eval-data", TEST, "--method", method)
+    assert (code, err) == (0, "")
+    assert "top1 39.17 % -> 98." in out
+    assert "First layer in execution order to part from the data: bn1" in out
+    assert f"wrote {path}" in out
+    written = torch.load(path, weights_only=True)
+    assert accuracy(written) > 0.985
+    before = torch.load(SAMPLES / "drifted.pt", weights_only=True)
+    changed = [key for key in before if not torch.equal(before[key], written[key])]
+    assert len(changed) == 27
+    assert all(key.endswith(("running_mean", "running_var", "num_batches_tracked")) for key in changed)
+
+
+@pytest.mark.parametrize("name", ["broken_nan_variance.pt", "broken_never_updated.pt"])
+def test_broken_statistics_are_repaired(recalibrate, name):
+    code, out, _, path = recalibrate(name, "--eval-data", TEST)
+    assert code == 0
+    assert accuracy(torch.load(path, weights_only=True)) > 0.985
+    if "nan" in name:
+        assert "outputs held NaN or infinity before, and no longer do" in out
+
+
+def test_the_printed_lines_load_the_output(recalibrate):
+    code, out, _, _ = recalibrate("digits_training.pt", "--force")
+    assert code == 0
+    lines = [line.strip() for line in out.split("Load it without bntool:\n")[1].splitlines()]
+    sys.path.insert(0, str(SAMPLES))
+    try:
+        from digits_net import build
+
+        model = build()
+        exec("\n".join(lines), {"model": model})
+    finally:
+        sys.path.remove(str(SAMPLES))
+    assert int(model.bn1.num_batches_tracked) == 23
+
+
+def test_only_the_chosen_state_dict_changes(recalibrate):
+    code, _, _, path = recalibrate("digits_training.pt", "--state-dict", "ema_state_dict")
+    assert code == 0
+    before = torch.load(SAMPLES / "digits_training.pt", weights_only=False)
+    after = torch.load(path, weights_only=False)
+    assert all(torch.equal(after["state_dict"][key], tensor) for key, tensor in before["state_dict"].items())
+    assert not torch.equal(
+        after["ema_state_dict"]["module.bn1.running_mean"], before["ema_state_dict"]["module.bn1.running_mean"]
+    )
+
+
+def test_safetensors_without_counters(recalibrate, tmp_path):
+    tensors = {k: v for k, v in load_file(SAMPLES / "digits.safetensors").items() if "tracked" not in k}
+    save_file(tensors, tmp_path / "in.safetensors")
+    code, _, err, path = recalibrate(tmp_path / "in.safetensors", output="out.safetensors")
+    assert (code, err) == (0, "")
+    assert list(load_file(path)) == list(tensors)
+
+
+def test_json(recalibrate):
+    code, out, err, path = recalibrate("drifted.pt", "--json", "--eval-data", TEST, "--layers", "layer1.*")
+    assert (code, err) == (0, "")
+    (facts,) = json.loads(out)["files"]
+    assert facts["samples"] == 1437
+    assert [layer["layer"] for layer in facts["layers"]] == [
+        "layer1.0.bn1",
+        "layer1.0.bn2",
+        "layer1.1.bn1",
+        "layer1.1.bn2",
+    ]
+    assert facts["evaluation"]["before"] == pytest.approx(0.39167, abs=1e-4)
+    assert facts["output"] == str(path)
+
+
+def test_keep_if_better_writes_only_then(recalibrate):
+    code, out, _, path = recalibrate(
+        "digits.pt", "--eval-data", TEST, "--keep-if-better", data=str(SAMPLES / "digits_contrast_train.npz")
+    )
+    assert code == 0
+    assert "kept the old statistics" in out
+    assert not path.exists()
+    code, _, _, path = recalibrate("drifted.pt", "--eval-data", TEST, "--keep-if-better")
+    assert code == 0
+    assert path.exists()
+
+
+def test_a_dry_run_writes_nothing(recalibrate):
+    code, out, _, path = recalibrate("drifted.pt", "--dry-run")
+    assert code == 0
+    assert "nothing was written" in out
+    assert not path.exists()
+
+
+def test_the_output_records_where_the_statistics_are_from(recalibrate):
+    _, _, _, path = recalibrate("drifted.pt", "--samples", "100", "--prior", "5")
+    record = torch.load(path, weights_only=True)._metadata[""]["bntool"]
+    assert '"prior": 5.0' in str(record) or "5.0" in str(record)
+
+
+def test_a_second_run_writes_the_same_bytes(recalibrate):
+    _, _, _, first = recalibrate("drifted.pt", output="a.pt")
+    _, _, _, second = recalibrate("drifted.pt", output="b.pt")
+    assert first.read_bytes() == second.read_bytes()
+
+
+@pytest.fixture
+def user_code(tmp_path):
+    path = tmp_path / "user_code_of_recalibrate.py"
+    path.write_text(
+        "import numpy as np, torch\n"
+        f"images = torch.from_numpy(np.load({TRAIN!r})['images'][:40])\n"
+        "def poisoned():\n"
+        "    bad = images[10:20].clone(); bad[3, 0, 0, 0] = float('nan')\n"
+        "    return [images[:10], bad, images[20:]]\n"
+        "def raising():\n    yield images[:10]\n    raise OSError('disk gone')\n"
+        "def interrupted():\n    yield images[:10]\n    raise KeyboardInterrupt\n"
+        "def empty():\n    return []\n"
+        "def half():\n    return [images]\n"
+        "def build(): raise ValueError('no weights here')\n"
+    )
+    yield lambda name: f"{path}:{name}"
+    sys.modules.pop(path.stem, None)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected", "message"),
+    [
+        ({"data": "empty"}, 2, "gave no batch"),
+        ({"data": "raising"}, 6, "OSError: disk gone"),
+        ({"data": "interrupted"}, 130, "interrupted; nothing was written"),
+        ({"data": "poisoned"}, 4, "samples 10 to 19"),
+        ({"model": "build"}, 6, "no weights here"),
+        ({"model": "absent"}, 2, "has no 'absent'"),
+        ({"model": "images"}, 2, "neither a module nor callable"),
+    ],
+)
+def test_faults_give_one_sentence_and_no_file(recalibrate, user_code, options, expected, message):
+    for key in options:
+        options[key] = user_code(options[key])
+    code, out, err, path = recalibrate("drifted.pt", **options)
+    assert code == expected
+    assert message in err
+    assert err.count("\n") == 1
+    assert out == ""
+    assert not path.exists()
+
+
+def test_bad_batches_are_left_out_on_request(recalibrate, user_code):
+    code, out, _, _ = recalibrate("drifted.pt", "--on-bad-data", "skip", data=user_code("poisoned"))
+    assert code == 0
+    assert "30 samples in 2 batches" in out
+    assert "1 input left out: samples 10 to 19" in out
+
+
+@pytest.mark.parametrize(
+    ("extra", "expected", "message"),
+    [
+        (["--layers", "nothing.*"], 4, "no BatchNorm layer that was selected"),
+        (["--keep-if-better", "--data", "{half}"], 2, "needs labels"),
+        (["--metric", "accuracy"], 2, "top1, top5"),
+        (["--device", "cuda:99"], 2, "cannot be moved"),
+        (["--device", "toaster"], 2, "cannot be moved"),
+        (["--state-dict", "nothing"], 2, "holds ''"),
+        (["--method", "best"], 2, "'pooled', 'exact', 'paper'"),
+        (["--preprocess", "imagenet"], 2, "--preprocess"),
+        (["--model-arg", "width=3"], 2, "width"),
+    ],
+)
+def test_what_cannot_be_done(recalibrate, user_code, extra, expected, message):
+    extra = [text.format(half=user_code("half")) for text in extra]
+    code, _, err, path = recalibrate("drifted.pt", *extra)
+    assert code == expected
+    assert message in err
+    assert not path.exists()
+
+
+def test_a_model_that_does_not_fit_is_explained(recalibrate):
+    code, _, err, _ = recalibrate(
+        "drifted.pt", "--model-arg", "width=8", model=f"{SAMPLES / 'digits_net.py'}:DigitsNet"
+    )
+    assert code == 4
+    assert "does not fit the model" in err
+    assert "[12, 1, 3, 3] in the file, [8, 1, 3, 3] in the model" in err
+
+
+def test_half_precision_files(recalibrate, tmp_path):
+    state = {
+        k: v.half() if v.is_floating_point() else v
+        for k, v in torch.load(SAMPLES / "drifted.pt", weights_only=True).items()
+    }
+    torch.save(state, tmp_path / "half.pt")
+    code, _, _, path = recalibrate(tmp_path / "half.pt", "--eval-data", TEST)
+    assert code == 0
+    written = torch.load(path, weights_only=True)
+    assert written["bn1.running_var"].dtype is torch.float16
+    assert accuracy(written) > 0.98
+
+
+def test_more_samples_than_there_are(recalibrate):
+    _, out, _, _ = recalibrate("drifted.pt", "--samples", "5000")
+    assert "only 1437 of the 5000 samples asked for were there" in out

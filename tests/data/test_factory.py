@@ -1,0 +1,122 @@
+"""The user's own datasets and loaders."""
+
+import sys
+
+import pytest
+import torch
+
+from bntool.data.batches import as_batches, split_batch
+from bntool.data.loading import load_data
+from bntool.errors import UsageError, UserCodeError
+
+CODE = """
+import torch
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+
+x, y = torch.arange(10.0).reshape(10, 1), torch.arange(10)
+
+def dataset():
+    return TensorDataset(x, y)
+
+def loader():
+    return DataLoader(dataset(), batch_size=4)
+
+def generator():
+    yield x[:4], y[:4]
+    yield x[4:], y[4:]
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        return iter(zip(x, y))
+
+class Mapped:
+    def __len__(self):
+        return 10
+    def __getitem__(self, index):
+        return {"signal": x[index], "label": y[index]}
+
+batches = [x[:4], x[4:]]
+
+def raising():
+    yield x[:4]
+    raise OSError("disk gone")
+
+def empty():
+    return []
+
+def number():
+    return 3
+"""
+
+
+@pytest.fixture
+def spec(tmp_path):
+    (tmp_path / "user_data.py").write_text(CODE)
+    yield lambda name: f"{tmp_path / 'user_data.py'}:{name}"
+    sys.modules.pop("user_data", None)
+
+
+@pytest.mark.parametrize("name", ["dataset", "loader", "generator", "Stream", "Mapped", "batches"])
+def test_every_kind_gives_all_samples_as_often_as_asked(spec, name):
+    data = load_data(spec(name), batch_size=4)
+    for _ in range(2):
+        batches = list(data)
+        assert torch.cat([batch.inputs for batch in batches]).flatten().tolist() == list(range(10))
+        if name != "batches":
+            assert torch.cat([batch.labels for batch in batches]).tolist() == list(range(10))
+
+
+@pytest.mark.parametrize("name", ["dataset", "loader", "generator"])
+def test_no_more_samples_than_asked_for(spec, name):
+    batches = list(load_data(spec(name), batch_size=4, samples=6))
+    assert sum(batch.samples for batch in batches) == 6
+    assert sum(len(batch.inputs) for batch in batches) == 6
+
+
+def test_what_an_iterator_raises_is_named(spec):
+    iterator = iter(load_data(spec("raising"), batch_size=4))
+    next(iterator)
+    with pytest.raises(UserCodeError, match=r"after sample 4 .*OSError: disk gone .*user_data\.py:31"):
+        next(iterator)
+
+
+def test_what_is_no_data(spec):
+    with pytest.raises(UsageError, match="gives int"):
+        load_data(spec("number"), batch_size=4)
+    assert list(load_data(spec("empty"), batch_size=4)) == []
+
+
+def test_batches_of_every_form():
+    x, y = torch.zeros(3, 2), torch.zeros(3, dtype=torch.long)
+    split = lambda item: split_batch(item, source="test", position=5)  # noqa: E731
+    assert split(x).inputs is x
+    assert split((x, y)).labels is y
+    assert split([x, y]).inputs is x
+    assert split(((x, x), y)).inputs == (x, x)
+    assert split({"image": x, "label": y}).inputs is x
+    assert list(split({"a": x, "b": x, "labels": y}).inputs) == ["a", "b"]
+    assert split([[x[0], x[1]], None]).samples == 2
+    assert split(x).description == "samples 5 to 7 of test"
+    with pytest.raises(UsageError, match="holds no tensor but str"):
+        split("text")
+
+
+def test_calling_the_model():
+    class Model(torch.nn.Module):
+        def forward(self, *args, **kwargs):
+            return args, kwargs
+
+    x = torch.zeros(3, 2)
+    run = lambda inputs: split_batch((inputs, None), source="", position=0).run(Model())  # noqa: E731
+    assert len(run(x)[0]) == 1
+    assert len(run((x, x))[0]) == 2
+    assert isinstance(run([x, x])[0][0], list)
+    assert set(run({"a": x, "b": x})[1]) == {"a", "b"}
+
+
+def test_an_iterable_of_the_library_call():
+    batches = as_batches([torch.zeros(2, 3), torch.zeros(1, 3)])
+    assert [batch.description for batch in batches] == [
+        "samples 0 to 1 of the batches given",
+        "sample 2 of the batches given",
+    ]

@@ -1,0 +1,225 @@
+"""Mutated files of every format: each is read, or refused with an error of bntool, in bounded time and memory.
+
+The suite runs some thousands; ``python -m tests.fuzz 100000`` runs as many as one likes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import resource
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from bntool.checkpoints.application import apply_plan
+from bntool.checkpoints.checkpoint import Checkpoint
+from bntool.checkpoints.formats import open_checkpoint, save_checkpoint
+from bntool.checkpoints.norms import find_norms
+from bntool.checkpoints.origin import describe_origin
+from bntool.checkpoints.tensors import StoredTensor, read_bytes
+from bntool.errors import BntoolError
+from bntool.plan import Operation, Plan, Record, RemoveTensor
+
+TIME_LIMIT = 5  # seconds for one file; each has at most some kilobytes
+_INTERESTING = (0, 1, 2, 3, 0x7F, 0x80, 0xFE, 0xFF, 0x2E, 0x28, 0x52, 0x71, 0x74, 0x86, 0x94, 0x95)
+_WIDE = (0, 1, 0xFF, 0xFFFF, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF, 1 << 62, (1 << 63) - 1, (1 << 64) - 1)
+
+
+@dataclass
+class Outcome:
+    """What a run of mutants gave."""
+
+    accepted: int = 0
+    refused: int = 0
+    slowest: float = 0.0
+
+
+class TooSlow(BaseException):
+    """A file took longer than :data:`TIME_LIMIT`."""
+
+
+def make_seeds(folder: Path) -> list[Path]:
+    """Small valid files of every format and of several contents."""
+    import torch
+
+    from tests.checkpoints.samples import WRITERS, tiny_net, write_sharded_bin
+
+    states = {
+        "plain": tiny_net().state_dict(),
+        "training": {"model": tiny_net().state_dict(), "optimizer": {"state": {0: torch.ones(2)}, "param_groups": []}},
+        "module": torch.nn.Sequential(torch.nn.BatchNorm1d(3), torch.nn.Linear(3, 2)),
+    }
+    seeds = []
+    for label, state in states.items():
+        for name, write in WRITERS.items():
+            if label == "plain" or name.startswith("torch"):
+                place = folder / f"{label}-{name}"
+                place.mkdir()
+                seeds.append(write(state, place))
+    place = folder / "bin"
+    place.mkdir()
+    seeds.append(write_sharded_bin(states["plain"], place))
+    for protocol in (0, 4):
+        place = folder / f"protocol-{protocol}"
+        place.mkdir()
+        torch.save(states["training"], place / "model.pt", pickle_protocol=protocol or 2)
+        seeds.append(place / "model.pt")
+    return seeds
+
+
+def mutate(data: bytes, rng: random.Random, others: list[bytes]) -> bytes:  # noqa: C901 (one branch for each damage)
+    """A damaged copy."""
+    mutant = bytearray(data)
+    for _ in range(rng.choice((1, 1, 1, 2, 4, 16))):
+        if not mutant:
+            break
+        # most of a file is data, where nothing can go wrong: the beginning and the end are more rewarding
+        place = rng.choice(
+            (
+                rng.randrange(len(mutant)),
+                rng.randrange(min(len(mutant), 600)),
+                -rng.randrange(min(len(mutant), 400)) - 1,
+            )
+        )
+        place %= len(mutant)
+        kind = rng.randrange(9)
+        if kind == 0:
+            mutant[place] ^= 1 << rng.randrange(8)
+        elif kind == 1:
+            mutant[place] = rng.choice(_INTERESTING)
+        elif kind == 2:
+            mutant[place] = rng.randrange(256)
+        elif kind == 3:
+            width = rng.choice((2, 4, 8))
+            value = rng.choice(_WIDE) & ((1 << 8 * width) - 1)
+            mutant[place : place + width] = value.to_bytes(width, "little")
+        elif kind == 4:
+            del mutant[place : place + rng.choice((1, 2, 8, 100))]
+        elif kind == 5:
+            run = mutant[place : place + rng.choice((1, 4, 30, 300))]
+            mutant[place:place] = run * rng.choice((1, 1, 2, 50))
+        elif kind == 6:
+            other = rng.choice(others)
+            start = rng.randrange(len(other))
+            mutant[place : place + rng.choice((0, 20))] = other[start : start + rng.choice((4, 40, 400))]
+        elif kind == 7:
+            del mutant[place:]
+        else:
+            old = bytes([mutant[place]])
+            at = mutant.find(old, rng.randrange(len(mutant)))
+            mutant[at] = rng.choice(_INTERESTING)
+    return bytes(mutant)
+
+
+def fix_checksums(data: bytes) -> bytes:
+    """Make the checksums of a zip archive agree again, so that what lies behind them is reached too."""
+    import zipfile
+    import zlib
+
+    fixed = bytearray(data)
+    position = data.find(b"PK\x01\x02")
+    while 0 <= position <= len(data) - zipfile.sizeCentralDir:
+        fields = zipfile.struct.unpack(zipfile.structCentralDir, data[position : position + zipfile.sizeCentralDir])
+        size, header = fields[10], fields[18]
+        local = data[header : header + 30]
+        if len(local) == 30 and fields[4] in (0, 8):
+            start = header + 30 + int.from_bytes(local[26:28], "little") + int.from_bytes(local[28:30], "little")
+            if size < len(data):
+                fixed[position + 16 : position + 20] = zlib.crc32(data[start : start + size]).to_bytes(4, "little")
+        position = data.find(b"PK\x01\x02", position + 1)
+    return bytes(fixed)
+
+
+def exercise(checkpoint: Checkpoint, target: Path) -> None:
+    """Everything that a user may do with a file that could be opened."""
+    describe_origin(checkpoint)
+    for state_dict in checkpoint.state_dicts:
+        find_norms(state_dict)
+        for tensor in state_dict.tensors.values():
+            if isinstance(tensor, StoredTensor) and tensor.wrapper is None and tensor.nbytes < 1 << 20:
+                read_bytes(tensor)
+    if checkpoint.state_dicts:
+        state_dict = checkpoint.state_dicts[-1]
+        steps = [Record({"n": 1})]
+        if not state_dict.is_module:
+            steps.append(RemoveTensor(state_dict.strip(next(iter(state_dict.tensors)))))
+        checkpoint = apply_plan(checkpoint, Plan(Operation.FOLD, state_dict=state_dict.key, steps=tuple(steps)))
+    save_checkpoint(checkpoint, target, force=True)
+
+
+@contextlib.contextmanager
+def time_limit(seconds: int) -> Iterator[None]:
+    def stop(*_: object) -> None:
+        raise TooSlow
+
+    previous = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, previous)
+
+
+def run(count: int, folder: Path, *, seed: int = 0, report: bool = False) -> Outcome:
+    """Read ``count`` mutants.
+
+    Raises:
+        AssertionError: one of them gave an exception that is not bntool's, or took too long; it is kept in ``folder``.
+    """
+    rng = random.Random(seed)
+    seeds = make_seeds(folder)
+    contents = {path: path.read_bytes() for place in {p.parent for p in seeds} for path in place.iterdir()}
+    out = folder / "out"
+    out.mkdir()
+    outcome = Outcome()
+    for number in range(count):
+        source = rng.choice(seeds)
+        victim = rng.choice([path for path in contents if path.parent == source.parent])
+        mutant = mutate(contents[victim], rng, list(contents.values()))
+        if mutant.startswith(b"PK") and rng.random() < 0.8:
+            mutant = fix_checksums(mutant)
+        victim.write_bytes(mutant)
+        started = time.perf_counter()
+        try:
+            with time_limit(TIME_LIMIT), open_checkpoint(source) as checkpoint:
+                exercise(checkpoint, out / source.name)
+            outcome.accepted += 1
+        except BntoolError:
+            outcome.refused += 1
+        except (Exception, TooSlow) as error:
+            kept = folder / f"find-{number}{victim.suffix}"
+            kept.write_bytes(mutant)
+            if report:
+                traceback.print_exc()
+            raise AssertionError(
+                f"mutant {number} of {victim.name} (seed {seed}) gave {error!r}; see {kept}"
+            ) from error
+        finally:
+            victim.write_bytes(contents[victim])
+        outcome.slowest = max(outcome.slowest, time.perf_counter() - started)
+        assert not [name for name in out.iterdir() if name.name.startswith(".")], (
+            f"mutant {number} left a temporary file"
+        )
+        if report and number % 5000 == 4999:
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+            print(f"{number + 1}: {outcome}, {peak} MiB at most", flush=True)
+    return outcome
+
+
+def main() -> None:
+    count = int(sys.argv[1]) if len(sys.argv) > 1 else 100_000
+    seed = int(sys.argv[2]) if len(sys.argv) > 2 else 0
+    resource.setrlimit(resource.RLIMIT_AS, (6 << 30, 6 << 30))
+    folder = Path(tempfile.mkdtemp(prefix="bntool-fuzz-"))
+    print(run(count, folder, seed=seed, report=True))
+
+
+if __name__ == "__main__":
+    main()

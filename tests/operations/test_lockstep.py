@@ -1,0 +1,164 @@
+"""Exact statistics: after it the network in eval mode sees what is stored."""
+
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from bntool.checkpoints.formats import open_checkpoint
+from bntool.errors import RefusedError, UserCodeError
+from bntool.layers.loading import load_state
+from bntool.models.loading import load_model
+from bntool.operations.recalibration import recalibrate
+
+torch.set_num_threads(1)
+SAMPLES = Path(__file__).resolve().parents[2] / "sample_ckpts"
+
+
+@pytest.fixture(scope="module")
+def images():
+    return torch.from_numpy(np.load(SAMPLES / "digits_train.npz")["images"][:500])
+
+
+@pytest.fixture
+def digits():
+    model = load_model(f"{SAMPLES / 'digits_net.py'}:build", arguments={})
+    with open_checkpoint(SAMPLES / "drifted.pt") as checkpoint:
+        load_state(model, checkpoint.state_dicts[0])
+    return model
+
+
+def measure_residual(model, images):
+    """Largest difference between what each layer stores and what it sees in eval mode, in float64."""
+    seen, layers = {}, {n: m for n, m in model.named_modules() if hasattr(m, "running_var")}
+    handles = [
+        layer.register_forward_pre_hook(lambda _m, args, name=name: seen.__setitem__(name, args[0].double()))
+        for name, layer in layers.items()
+    ]
+    with torch.no_grad():
+        model.eval()(images)
+    for handle in handles:
+        handle.remove()
+    worst = 0.0
+    for name, layer in layers.items():
+        values = seen[name].transpose(0, 1).flatten(1)
+        shift = (values.mean(1) - layer.running_mean).abs() / values.std(1)
+        ratio = (layer.running_var / values.var(1)).log().abs()
+        worst = max(worst, float(shift.max()), float(ratio.max()))
+    return worst
+
+
+def statistics_of(model):
+    return torch.cat([t.double() for n, t in model.state_dict().items() if n.endswith(("running_mean", "running_var"))])
+
+
+@pytest.mark.parametrize("size", [1, 7, 64, 500])
+def test_eval_mode_sees_exactly_what_is_stored(digits, images, size):
+    threads = threading.active_count()
+    recalibrate(digits, images.split(size), method="exact")
+    assert measure_residual(digits, images) < 1e-6
+    assert threading.active_count() == threads
+
+
+def test_pooled_is_not_exact(digits, images):
+    recalibrate(digits, images.split(4))
+    assert measure_residual(digits, images) > 1e-2
+
+
+def test_neither_batch_size_nor_order_matters(digits, images):
+    recalibrate(digits, [images], method="exact")
+    expected = statistics_of(digits)
+    shuffled = images[torch.randperm(len(images), generator=torch.Generator().manual_seed(0))]
+    for batches in (images.split(7), shuffled.split(64), images.flip(0).split(3)):
+        recalibrate(digits, batches, method="exact")
+        assert (statistics_of(digits) - expected).abs().max() < 1e-5
+
+
+def test_unequal_image_sizes():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4))
+    batches = [torch.randn(2, 1, 8, 8), torch.randn(1, 1, 12, 9), torch.randn(3, 1, 6, 7)]
+    recalibrate(model, batches, method="exact")
+    seen = [model[3](model.eval()[:3](batch)).transpose(0, 1).flatten(1) for batch in batches]
+    values = torch.cat(seen, dim=1).double()
+    assert ((model[4].running_mean - values.mean(1)) / values.std(1)).abs().max() < 1e-6
+    assert (model[4].running_var / values.var(1)).log().abs().max() < 1e-6
+
+
+class Branching(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.a, self.b = nn.BatchNorm1d(2), nn.BatchNorm1d(2), nn.BatchNorm1d(2)
+
+    def forward(self, x):
+        positive = bool(x.mean() > 0)
+        x = self.first(x)
+        return self.a(x) if positive else self.b(x)
+
+
+def test_different_paths_are_refused_with_both_named():
+    model = Branching()
+    threads = threading.active_count()
+    with pytest.raises(RefusedError, match=r"samples 0 to 2 .* is at a, samples 3 to 5 .* at b"):
+        recalibrate(model, [torch.ones(3, 2), -torch.ones(3, 2)], method="exact")
+    assert threading.active_count() == threads
+
+
+def test_a_layer_called_twice_is_left_alone_and_the_others_are_exact():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.once, self.twice = nn.BatchNorm1d(2), nn.BatchNorm1d(2)
+
+        def forward(self, x):
+            return self.twice(self.once(self.twice(x)))
+
+    model, x = Twice(), torch.randn(20, 2, generator=torch.Generator().manual_seed(0)) * 3
+    result = recalibrate(model, x.split(5), method="exact")
+    assert [(skip.layer, skip.reason.value) for skip in result.plan.skips] == [("twice", "reused")]
+    assert torch.equal(model.twice.running_var, torch.ones(2))
+    torch.testing.assert_close(model.once.running_mean, model.eval().twice(x).mean(0))
+
+
+class Swallowing(nn.Module):
+    """Multiplies batches of four, then calls a layer and hides what it raises."""
+
+    def __init__(self, factor):
+        super().__init__()
+        self.bn, self.factor = nn.BatchNorm1d(2), factor
+
+    def forward(self, x):
+        try:
+            return self.bn(x * self.factor if len(x) == 4 else x)
+        except Exception:
+            return x
+
+
+class Raising(nn.Module):
+    def forward(self, x):
+        if len(x) == 4:
+            raise ValueError("broken")
+        return x
+
+
+def test_code_that_swallows_exceptions_cannot_keep_a_lane_alive():
+    threads = threading.active_count()
+    batches = [torch.ones(3, 2), torch.ones(4, 2), torch.ones(3, 2)]
+    with pytest.raises(RefusedError, match=r"gives 0\.bn NaN"):
+        recalibrate(nn.Sequential(Swallowing(float("inf")), nn.BatchNorm1d(2)), batches, method="exact")
+    with pytest.raises(UserCodeError, match="broken"):
+        recalibrate(nn.Sequential(Swallowing(1), Raising(), nn.BatchNorm1d(2)), batches, method="exact")
+    assert threading.active_count() == threads
+
+
+def test_autocast_holds_in_the_lanes_too():
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3)), torch.randn(64, 4)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        recalibrate(model, x.split(8), method="exact")
+        expected = model[0](x).double()
+    assert expected.dtype is torch.float64
+    assert (model[1].running_mean - expected.mean(0)).abs().max() < 1e-6
