@@ -44,6 +44,8 @@ class SkipReason(Enum):
     COMPUTED_WEIGHT = "computed weight"
     UNSUPPORTED_DTYPE = "unsupported dtype"
     OVERFLOW = "overflow"
+    PADDED_CONSUMER = "padded consumer"
+    PARALLEL_BRANCH = "parallel branch"
     TOO_FEW_SAMPLES = "too few samples"
 
 

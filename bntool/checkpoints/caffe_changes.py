@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import IO
 
-from bntool.checkpoints.caffe import CaffeContent
+from bntool.checkpoints.caffe_blobs import CaffeContent
 from bntool.checkpoints.caffe_net import (
     PARAMETERS,
     SHAPE,

@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from bntool.checkpoints.caffe import Caffe
 from bntool.checkpoints.checkpoint import Checkpoint, Format
 from bntool.checkpoints.files import OutputFiles, SourceFile, check_output_differs
+from bntool.checkpoints.onnx_file import Onnx
 from bntool.checkpoints.safetensors_file import Safetensors
 from bntool.checkpoints.sharded import Sharded
 from bntool.checkpoints.tensors import LiteralTensor, StoredTensor, read_bytes
@@ -15,7 +17,7 @@ from bntool.checkpoints.torch_zip import TorchZip
 from bntool.errors import BntoolError, RefusedError, UnknownFormatError, UnreadableFileError, VerificationError
 
 # tried in this order: those with an unmistakable signature first
-FORMATS: tuple[Format, ...] = (TorchZip(), TorchLegacy(), Sharded(), Safetensors())
+FORMATS: tuple[Format, ...] = (TorchZip(), TorchLegacy(), Sharded(), Safetensors(), Onnx(), Caffe())
 
 _HEAD = 4096
 

@@ -10,7 +10,7 @@ from typing import IO, TypeAlias
 
 from bntool.checkpoints.checkpoint import Checkpoint
 from bntool.checkpoints.files import OutputFiles, SourceFile, check_output_differs
-from bntool.checkpoints.onnx_file import Onnx, OnnxContent, Place, read_model
+from bntool.checkpoints.onnx_file import Onnx
 from bntool.checkpoints.onnx_graph import (
     GRAPH_INPUTS,
     INPUTS,
@@ -22,6 +22,7 @@ from bntool.checkpoints.onnx_graph import (
     OnnxGraph,
     OnnxNode,
 )
+from bntool.checkpoints.onnx_model import OnnxContent, Place, read_model
 from bntool.checkpoints.onnx_tensors import (
     CODES,
     DATA_LOCATION,

@@ -26,6 +26,7 @@ from bntool.errors import CorruptFileError, RefusedError
 
 MAX_HEADER = 100_000_000  # the limit of the safetensors library itself
 _METADATA = "__metadata__"
+_PAGE = 4096
 
 
 @dataclass(frozen=True)
@@ -173,7 +174,7 @@ def _write(checkpoint: Checkpoint, stream: IO[bytes]) -> None:
     if original.keys() == state_dict.tensors.keys() and not recorded:
         checkpoint.file.copy_to(stream, offset=0, length=content.data_start)
     else:
-        stream.write(make_header(state_dict.tensors, metadata, order))
+        stream.write(make_header(state_dict.tensors, metadata, order, like=content.data_start))
     for name in order:
         tensor = state_dict.tensors[name]
         if isinstance(tensor, StoredTensor) and tensor.storage is not None:
@@ -194,8 +195,15 @@ def _offset(tensor: Tensor) -> int:
     return tensor.storage.offset if isinstance(tensor, StoredTensor) and tensor.storage is not None else 0
 
 
-def make_header(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], order: list[str]) -> bytes:
-    """The length and the JSON of a file whose tensors follow without gaps, in this order."""
+def make_header(
+    tensors: Mapping[str, Tensor], metadata: Mapping[str, str], order: list[str], *, like: int = 0
+) -> bytes:
+    """The length and the JSON of a file whose tensors follow without gaps, in this order.
+
+    Args:
+        like: where the tensors begin in the file that they come from: blanks bring them to the same place in a page of
+            memory, which halves what copying them inside the kernel costs.
+    """
     offsets, position = {}, 0
     for name in order:
         size = tensors[name].dtype.byte_count(count_elements(tensors[name].shape))
@@ -209,5 +217,5 @@ def make_header(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], orde
             "data_offsets": offsets[name],
         }
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode("utf-8")
-    text += b" " * (-len(text) % 8)
+    text += b" " * ((like - 8 - len(text)) % _PAGE if like and like % 8 == 0 else -len(text) % 8)
     return struct.pack("<Q", len(text)) + text

@@ -22,7 +22,7 @@ from bntool.checkpoints.pickles.nodes import (
     iterate_pairs,
     text_of,
 )
-from bntool.checkpoints.tensors import StoredTensor, Tensor, contiguous_strides, count_elements, swap_bytes
+from bntool.checkpoints.tensors import StoredTensor, Tensor, contiguous_strides, count_elements
 from bntool.checkpoints.torch_memory import SharedMemory, walk_nodes
 from bntool.checkpoints.torch_modules import StateDictSource
 from bntool.checkpoints.torch_objects import RECORD_KEY, TorchContent, metadata_node
@@ -303,35 +303,3 @@ def _with_item(pairs: Iterator[tuple[Node, Node]], key: str, value: Node) -> lis
             kept[index] = (name, value)
             return kept
     return [*kept, (key, value)]
-
-
-def patch_storage(patches: list[tuple[StoredTensor, Tensor]], *, base: int) -> Iterator[tuple[int, bytes]]:
-    """The bytes to put over a storage, in ascending order.
-
-    Args:
-        patches: stored tensors and what takes their place.
-        base: where the storage begins, in terms of the offsets of the stored tensors' storages.
-    """
-    written: set[tuple[int, int]] = set()
-    for stored, new in sorted(patches, key=lambda patch: patch[0].byte_range):
-        if stored.byte_range in written:  # tied tensors that get equal elements
-            continue
-        written.add(stored.byte_range)
-        assert stored.storage is not None
-        shift = stored.storage.offset - base
-        if stored.is_contiguous and not stored.storage.big_endian:
-            position = stored.byte_range[0] + shift
-            for chunk in new.chunks():
-                yield position, chunk
-                position += len(chunk)
-        else:
-            from bntool.checkpoints import arrays
-
-            position, data = arrays.place_in_span(stored, new)
-            yield position + shift, data
-
-
-def storage_bytes(tensor: Tensor, *, big_endian: bool) -> Iterator[bytes]:
-    """The bytes of a new storage."""
-    for chunk in tensor.chunks():
-        yield swap_bytes(chunk, tensor.dtype.swapsize) if big_endian else chunk

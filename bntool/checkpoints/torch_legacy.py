@@ -15,8 +15,9 @@ from bntool.checkpoints.pickles.reading import Pickle, read_pickle
 from bntool.checkpoints.pickles.trust import list_globals
 from bntool.checkpoints.pickles.writing import write_pickle
 from bntool.checkpoints.tensors import Storage, count_elements
-from bntool.checkpoints.torch_changes import TorchChanges, collect_changes, patch_storage, storage_bytes
+from bntool.checkpoints.torch_changes import TorchChanges, collect_changes
 from bntool.checkpoints.torch_objects import TorchContent, find_state_dicts, metadata_node, read_records
+from bntool.checkpoints.torch_patches import patch_storage, storage_bytes
 from bntool.checkpoints.torch_tensors import StorageReference, TensorReader, read_storage_reference
 from bntool.errors import CorruptFileError, RefusedError
 

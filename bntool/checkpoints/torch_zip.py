@@ -15,8 +15,9 @@ from bntool.checkpoints.pickles.reading import read_pickle_bytes
 from bntool.checkpoints.pickles.trust import list_globals
 from bntool.checkpoints.pickles.writing import write_pickle
 from bntool.checkpoints.tensors import Storage, count_elements
-from bntool.checkpoints.torch_changes import TorchChanges, collect_changes, patch_storage, storage_bytes
+from bntool.checkpoints.torch_changes import TorchChanges, collect_changes
 from bntool.checkpoints.torch_objects import TorchContent, as_history, find_state_dicts, read_records
+from bntool.checkpoints.torch_patches import patch_storage, storage_bytes
 from bntool.checkpoints.torch_tensors import StorageReference, TensorReader
 from bntool.checkpoints.zips.reading import LOCAL_MAGIC, InflatedRecord, ZipArchive, ZipRecord, read_archive
 from bntool.checkpoints.zips.writing import ZipWriter, copy_with_patches, patched_chunks

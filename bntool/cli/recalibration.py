@@ -36,7 +36,13 @@ def command(  # noqa: PLR0915 a third of the statements are imports
         ),
     ] = Method.POOLED,
     samples: Annotated[
-        int | None, typer.Option("--samples", metavar="N", help="Use so many samples.", show_default="all", min=1)
+        str | None,
+        typer.Option(
+            "--samples",
+            metavar="N",
+            help="Use so many samples; auto: as many as fit into memory, for --method exact.",
+            show_default="all",
+        ),
     ] = None,
     batch_size: Annotated[int, typer.Option("--batch-size", metavar="N", help="Samples of a batch.", min=1)] = 64,
     seed: Annotated[int, typer.Option("--seed", help="Order of the samples, and which of them are used.")] = 0,
@@ -116,7 +122,8 @@ def command(  # noqa: PLR0915 a third of the statements are imports
         live = _load_model(model, model_arg or (), device, chosen)
         steps = parse_preprocessing(preprocess) if preprocess else None
         read = partial(load_data, batch_size=batch_size, workers=workers, preprocessing=steps, on_bad_data=on_bad_data)
-        batches = read(data, samples=samples, seed=seed)
+        wanted = _parse_samples(samples)
+        batches = read(data, samples=wanted, seed=seed)
         held_out = read(eval_data) if eval_data else batches
         if held_out.has_labels is False:
             if keep_if_better:
@@ -135,7 +142,7 @@ def command(  # noqa: PLR0915 a third of the statements are imports
                 prior=prior,
                 on_bad_data=on_bad_data,
                 on_progress=progress,
-                state_dict=chosen.key,
+                fit_memory=samples == "auto",
             )
         check_plan(result.plan, strict=strict)
         plan = fit_plan(result.plan, chosen)
@@ -160,7 +167,7 @@ def command(  # noqa: PLR0915 a third of the statements are imports
             output=written,
             kept=kept,
             loading=tuple(show_loading_code(edited, chosen, str(output))),
-            warnings=_warn(result.samples, samples, fair=not keep_if_better or bool(eval_data)),
+            warnings=_warn(result.samples, wanted, fair=not keep_if_better or bool(eval_data)),
         )
         report = FileReport(str(checkpoint), describe_recalibration(outcome), show_recalibration(outcome))
     print_report(Report("recalibrate", (report,)), as_json=as_json, quiet=quiet)
@@ -178,6 +185,16 @@ def _load_model(spec: str, arguments: Sequence[str], device: str, chosen: StateD
         return live.to(device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise UsageError(f"the model cannot be moved to --device {device}: {' '.join(str(error).split())}") from error
+
+
+def _parse_samples(text: str | None) -> int | None:
+    from bntool.errors import UsageError
+
+    if text is None or text == "auto":
+        return None
+    if not text.isdecimal() or int(text) < 1:
+        raise UsageError(f"--samples {text!r}: give a number of at least 1, or auto")
+    return int(text)
 
 
 def _warn(used: int, asked: int | None, *, fair: bool) -> tuple[str, ...]:

@@ -12,6 +12,7 @@ class Evidence(Enum):
     """How an edge is known."""
 
     TRACED = "traced"  # seen in a real forward: proof
+    STORED = "stored"  # the file holds the graph that is run, as ONNX and Caffe do: proof
     DECLARED = "declared"  # the user said so
     ASSUMED = "assumed"  # a known architecture, recognised by keys and shapes
 

@@ -6,7 +6,6 @@ import dataclasses
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 
 from bntool.batchnorm import ROLES, BatchNorm, NormKind
 from bntool.checkpoints.checkpoint import Checkpoint, GlobalTrust, StateDict, choose_state_dict, is_averaged_copy
@@ -14,6 +13,7 @@ from bntool.checkpoints.dtypes import NumberKind
 from bntool.checkpoints.norms import find_norms
 from bntool.checkpoints.tensors import StoredTensor, Tensor, read_numbers
 from bntool.errors import BntoolError
+from bntool.layers.selection import selects
 from bntool.operations.findings import Finding, FindingCode, Severity, Summary, find_in_layer, summarize
 
 MAX_CHANNELS = 1 << 22  # elements of one tensor read for its statistics unless --stats asks for all
@@ -132,11 +132,6 @@ def inspect_checkpoint(
     ]
     inspections = _compare_averaged(inspections)
     return Inspection(checkpoint, tuple(inspections), tuple(_file_findings(checkpoint, inspections)), checked)
-
-
-def selects(globs: Sequence[str], name: str) -> bool:
-    """Whether a layer is selected: by any of the globs, or by there being none."""
-    return not globs or any(fnmatchcase(name, glob) for glob in globs)
 
 
 def _inspect_state_dict(

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 
-from bntool.data.batches import Batch, cut_batch, find_placement
-from bntool.errors import RefusedError, UserCodeError
-from bntool.layers.borrowing import borrow
+from bntool.data.batches import Batch, find_placement
+from bntool.errors import RefusedError
 from bntool.models.user_code import running_user_code
 from bntool.operations.moments import Moments, measure
 from bntool.operations.passes import (
@@ -24,7 +21,6 @@ from bntool.operations.passes import (
     check_moments,
     get_input,
     has_finite_inputs,
-    is_faster_channels_last,
     leave_out,
     set_statistics,
 )
@@ -32,7 +28,6 @@ from bntool.operations.passes import (
 # final running_mean and running_var of a layer, from its name, what it has seen, and the number of samples
 Finish = Callable[[str, Tally, int], tuple[torch.Tensor, torch.Tensor]]
 
-_TRIAL = 2  # samples
 _CHUNK = 128  # positions measured at a time in float32: the error is to be far below what is promised, 1e-6
 
 
@@ -72,7 +67,12 @@ class Lane:
         """
         self.reached = None
         if not self._thread.ident:
-            self._thread.start()
+            try:
+                self._thread.start()
+            except RuntimeError as error:
+                raise RefusedError(
+                    "the system gives no more threads, one for each batch; use larger batches"
+                ) from error
         self._go.release()
         self._back.acquire()
         if self._error is not None:
@@ -92,42 +92,6 @@ class Lane:
         if self._thread.ident:
             self._go.release()
             self._thread.join()
-
-
-@dataclass(frozen=True)
-class Trial:
-    """What a first forward of a few samples shows.
-
-    Attributes:
-        reused: layers that one forward calls more than once, and how often.
-        channels_last: whether the model takes images of that layout.
-    """
-
-    reused: Mapping[str, int]
-    channels_last: bool
-
-
-def try_out(run: Run, batch: Batch) -> Trial:
-    """Run a few samples of a batch to see how the model goes about it.
-
-    Raises:
-        UserCodeError: the model raised.
-    """
-    few = cut_batch(batch, _TRIAL)
-    if is_faster_channels_last(run.model):
-        with contextlib.suppress(UserCodeError):  # it is to raise without channels last, too
-            return Trial(_count_calls(run, few, channels_last=True), channels_last=True)
-    return Trial(_count_calls(run, few, channels_last=False), channels_last=False)
-
-
-def _count_calls(run: Run, batch: Batch, *, channels_last: bool) -> dict[str, int]:
-    calls: Counter[str] = Counter()
-    with borrow(run.model) as borrowed:
-        for name, layer in run.layers.items():
-            borrowed.add_forward_pre_hook(layer, lambda _module, _args, name=name: calls.update((name,)))
-        with running_user_code(f"running the model on {batch.description}"):
-            batch.run(run.model, channels_last=channels_last)
-    return {name: count for name, count in calls.items() if count > 1}
 
 
 def measure_exact(run: Run, batches: Iterable[Batch], finish: Finish, *, channels_last: bool) -> Measurement:

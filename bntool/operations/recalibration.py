@@ -17,10 +17,11 @@ from bntool.layers.borrowing import borrow
 from bntool.layers.modules import find_batchnorm_modules, find_names, find_wrapper_prefix, walk_modules
 from bntool.operations.calibrated_layers import choose_layers
 from bntool.operations.drift import LayerDrift, measure_drift
-from bntool.operations.lockstep import Trial, measure_exact, try_out
+from bntool.operations.lockstep import measure_exact
 from bntool.operations.methods import Method
-from bntool.operations.passes import OnProgress, Run, Tally, measure_pooled, set_statistics
+from bntool.operations.passes import Measurement, OnProgress, Run, Tally, measure_pooled, set_statistics
 from bntool.operations.rounding import check_holds
+from bntool.operations.trial import read_what_fits
 from bntool.plan import Operation, Plan, SetTensor, Skip, SkipReason, Values
 
 _COUNTER = "num_batches_tracked"
@@ -56,6 +57,7 @@ class Recalibration:
         drifts: how far old and new lie apart, in execution order.
         samples, batches: how many were used.
         left_out: batches and inputs that were skipped, in words.
+        memory: bytes that the method exact was forecast to need; None for the others.
     """
 
     plan: Plan
@@ -66,6 +68,7 @@ class Recalibration:
     samples: int
     batches: int
     left_out: tuple[str, ...] = ()
+    memory: int | None = None
 
 
 def plan_recalibration(
@@ -77,7 +80,7 @@ def plan_recalibration(
     prior: float = 0.0,
     on_bad_data: OnBadData = OnBadData.STOP,
     on_progress: OnProgress | None = None,
-    state_dict: str = "",
+    fit_memory: bool = False,
 ) -> Recalibration:
     """Run batches through a model and plan new running statistics for its BatchNorm layers.
 
@@ -93,7 +96,7 @@ def plan_recalibration(
             samples), for mean and variance (Schneider et al. 2020, arXiv 2006.16971, equation 3).
         on_bad_data: what to do about a batch that holds NaN or infinity.
         on_progress: called with the number of samples done.
-        state_dict: key of the state dict that the plan is for.
+        fit_memory: let the method exact use fewer samples where not all fit into memory, instead of refusing.
 
     Raises:
         UsageError: no batch came.
@@ -109,15 +112,17 @@ def plan_recalibration(
         for _, module in walk_modules(model):
             module.training = False
         blend = _Blend({name: _copy_statistics(module) for name, module in chosen.items()}, method=method, prior=prior)
+        measurement, memory = Measurement(), None
+        reused: Mapping[str, int] = {}
         run = Run(model, borrowed, chosen, on_bad_data=on_bad_data, on_progress=on_progress)
         if method is Method.EXACT:
-            read = list(given)
-            trial = try_out(run, read[0]) if read else Trial({}, channels_last=False)
-            reused = trial.reused
-            once = {name: module for name, module in chosen.items() if name not in reused}
-            measurement = measure_exact(replace(run, layers=once), read, blend, channels_last=trial.channels_last)
+            read, trial = read_what_fits(run, given, cut=fit_memory)
+            if trial is not None:
+                reused = trial.reused
+                once = {name: module for name, module in chosen.items() if name not in reused}
+                memory = trial.forecast.need(sum(batch.samples for batch in read), read[0].samples)
+                measurement = measure_exact(replace(run, layers=once), read, blend, channels_last=trial.channels_last)
         else:
-            reused = {}
             measurement = measure_pooled(run, given)
     measurement.check(given.description)
     skips += [
@@ -146,7 +151,6 @@ def plan_recalibration(
     return Recalibration(
         plan=Plan(
             operation=Operation.RECALIBRATE,
-            state_dict=state_dict,
             steps=tuple(_make_steps(model, chosen, ordered, prefix=prefix)),
             skips=tuple(skips),
             layers=tuple(name.removeprefix(prefix) for name in ordered),
@@ -158,6 +162,7 @@ def plan_recalibration(
         samples=measurement.samples,
         batches=measurement.batches,
         left_out=(*given.bad_inputs, *measurement.left_out),
+        memory=memory,
     )
 
 
@@ -170,6 +175,7 @@ def recalibrate(
     prior: float = 0.0,
     on_bad_data: OnBadData | str = OnBadData.STOP,
     on_progress: OnProgress | None = None,
+    fit_memory: bool = False,
 ) -> Recalibration:
     """Give the BatchNorm layers of a live model the statistics of data; all else is given back as it was.
 
@@ -186,6 +192,7 @@ def recalibrate(
         prior=prior,
         on_bad_data=OnBadData(on_bad_data),
         on_progress=on_progress,
+        fit_memory=fit_memory,
     )
     if not result.statistics:
         reasons = ", ".join(sorted({skip.reason.value for skip in result.plan.skips})) or "the model has none"

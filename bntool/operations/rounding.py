@@ -15,7 +15,7 @@ _TOLERANCE = 2.0**-6  # relative error of a variance; bfloat16 rounds by 2^-9, s
 
 
 def fit_plan(plan: Plan, state_dict: StateDict) -> Plan:
-    """The plan as far as a file has tensors for it: counters that the file lacks are not added, scalars keep its shape.
+    """The plan for a state dict of a file, as far as it has tensors for it: counters that the file lacks are not added, scalars keep its shape.
 
     Raises:
         RefusedError: the dtype of a running_var cannot hold the new variances.
@@ -35,7 +35,7 @@ def fit_plan(plan: Plan, state_dict: StateDict) -> Plan:
             if len(value.numbers) == 1:
                 value = dataclasses.replace(value, shape=tuple(tensor.shape))
         steps.append(SetTensor(step.name, value))
-    return dataclasses.replace(plan, steps=tuple(steps))
+    return dataclasses.replace(plan, state_dict=state_dict.key, steps=tuple(steps))
 
 
 def check_holds(variance: torch.Tensor, buffer: torch.Tensor | None, *, layer: str) -> None:

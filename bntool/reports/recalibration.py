@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from bntool.reports.blocks import Block, Cell, Column, Line, Style, Table, line
-from bntool.reports.text import format_number, plural
+from bntool.reports.text import format_number, format_size, plural
 
 if TYPE_CHECKING:
     from bntool.operations.drift import LayerDrift
@@ -55,6 +55,7 @@ def describe_recalibration(outcome: Outcome) -> dict[str, Any]:
         "prior": result.prior,
         "samples": result.samples,
         "batches": result.batches,
+        "memory": result.memory,
         "left_out": list(result.left_out),
         "layers": [asdict(drift) | {"parted": drift.has_parted} for drift in result.drifts],
         "first_parted": parted.layer if parted is not None else None,
@@ -82,6 +83,8 @@ def show_recalibration(outcome: Outcome) -> list[Block]:
     title += f"{plural(result.samples, 'sample')} in {plural(result.batches, 'batch', 'batches')}"
     if result.prior:
         title += f", the old ones counting for {format_number(result.prior)}"
+    if result.memory is not None:
+        title += f", about {format_size(result.memory)} of memory"
     blocks: list[Block] = [line(title, Style.HEADING), line(), _drift_table(result.drifts)]
     blocks += [line(), *_diagnosis(result.drifts)]
     blocks += [

@@ -1,0 +1,96 @@
+"""The graph of a Caffe net: bottoms and tops, with in-place layers told apart by order."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from bntool.checkpoints.caffe_blobs import STATISTICS, CaffeContent
+from bntool.checkpoints.caffe_net import Layer
+from bntool.checkpoints.checkpoint import Checkpoint
+from bntool.checkpoints.tensors import Tensor, count_elements
+from bntool.graphs.graph import ModelGraph, NodeKind
+from bntool.graphs.stored import GraphBuilder
+
+_CONVOLUTIONS = {
+    "Convolution": NodeKind.CONVOLUTION,
+    "DepthwiseConvolution": NodeKind.CONVOLUTION,
+    "Deconvolution": NodeKind.CONV_TRANSPOSE,
+}
+
+
+def caffe_graph(checkpoint: Checkpoint) -> ModelGraph:
+    """The layers of the net, BatchNorm and the Scale paired with it as one node.
+
+    An InnerProduct with ``transpose`` has its weight as (in, out): as a transposed convolution has, and it is shown as
+    one.
+    """
+    return _Building(checkpoint.content, checkpoint.state_dicts[0].tensors).build()
+
+
+class _Building:
+    def __init__(self, content: CaffeContent, tensors: Mapping[str, Tensor]) -> None:
+        self.content, self.tensors = content, tensors
+        self.builder = GraphBuilder()
+        self.scales = {scale: norm for norm, scale in content.scales.items()}
+        names = [name for layer in content.wiring.layers for name in set(layer.shared)]
+        self.shared = {name for name in names if names.count(name) > 1}
+
+    def build(self) -> ModelGraph:
+        wiring = self.content.wiring
+        nodes: dict[int, int] = {}
+        outside = self.builder.add(NodeKind.INPUT, "input")
+        for layer in wiring.layers:
+            if layer.index in self.scales:
+                nodes[layer.index] = nodes[self.scales[layer.index]]
+                continue
+            sources = [outside if source is None else nodes[source] for source in wiring.producers[layer.index]]
+            facts = self._facts(layer)
+            kind = facts.pop("kind", NodeKind.OTHER)
+            nodes[layer.index] = self.builder.add(kind, layer.type, inputs=sources, **facts)
+        unread = [nodes[layer.index] for layer in wiring.layers if layer.tops and layer.index not in wiring.readers]
+        self.builder.add(NodeKind.OUTPUT, "output", inputs=unread)
+        return self.builder.finish()
+
+    def _facts(self, layer: Layer) -> dict[str, Any]:
+        name = self.content.names[layer.index]
+        own = {
+            key.rpartition(".")[2]: key for key, blob in self.content.blobs.items() if key.rpartition(".")[0] == name
+        }
+        facts: dict[str, Any] = {"layer": name, "class_name": layer.type}
+        if self.shared.intersection(layer.shared):
+            return {**facts, "reads": list(own.values())}  # tied to other layers
+        if len(layer.tops) != 1 or len(layer.bottoms) != 1:
+            return {**facts, "reads": list(own.values())}
+        if layer.index in self.content.scale_factors:
+            return {**facts, **self._batch_norm(layer, own)}
+        if layer.type in _CONVOLUTIONS and "weight" in own:
+            return {**facts, "parameters": own, **self._convolution(layer, self.tensors[own["weight"]].shape)}
+        if layer.type == "InnerProduct" and "weight" in own:
+            return {**facts, "parameters": own, **self._inner_product(layer, self.tensors[own["weight"]].shape)}
+        return {**facts, "reads": list(own.values())}
+
+    def _batch_norm(self, layer: Layer, own: Mapping[str, str]) -> dict[str, Any]:
+        return {
+            "kind": NodeKind.BATCH_NORM,
+            "parameters": own,
+            "channels": count_elements(self.tensors[own[STATISTICS[0]]].shape),
+            "eps": layer.parameters.get("batch_norm_param.eps", 1e-5),
+            # unless it is said otherwise, a net that is tested uses the stored statistics
+            "training": layer.parameters.get("batch_norm_param.use_global_stats") is False,
+        }
+
+    def _convolution(self, layer: Layer, shape: tuple[int, ...]) -> dict[str, Any]:
+        groups = int(layer.parameters.get("convolution_param.group", 1))
+        if len(shape) < 3 or groups < 1 or shape[0] % groups or layer.parameters.get("convolution_param.axis", 1) != 1:
+            return {}
+        kind = _CONVOLUTIONS[layer.type]
+        channels = shape[0] if kind is NodeKind.CONVOLUTION else shape[1] * groups
+        return {"kind": kind, "channels": channels, "groups": groups, "padded": True}
+
+    def _inner_product(self, layer: Layer, shape: tuple[int, ...]) -> dict[str, Any]:
+        if len(shape) != 2 or layer.parameters.get("inner_product_param.axis", 1) != 1:
+            return {}
+        if layer.parameters.get("inner_product_param.transpose"):
+            return {"kind": NodeKind.CONV_TRANSPOSE, "channels": shape[1]}
+        return {"kind": NodeKind.LINEAR, "channels": shape[0]}

@@ -1,0 +1,66 @@
+"""Graphs that a file holds beside its tensors, as ONNX and Caffe do."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from bntool.checkpoints.checkpoint import Checkpoint
+from bntool.graphs.graph import Edge, Evidence, ModelGraph, Node, NodeKind
+
+
+def stored_graph(checkpoint: Checkpoint) -> ModelGraph | None:
+    """The graph of a file that holds one; None for formats of tensors only."""
+    from bntool.graphs.caffe import caffe_graph
+    from bntool.graphs.onnx import onnx_graph
+
+    sources: Mapping[str, Callable[[Checkpoint], ModelGraph]] = {"onnx": onnx_graph, "caffe": caffe_graph}
+    source = sources.get(checkpoint.format.name)
+    return source(checkpoint) if source is not None and checkpoint.state_dicts else None
+
+
+class GraphBuilder:
+    """Collects nodes and edges. Every edge carries all channels of its source, each to the channel of its number."""
+
+    def __init__(self) -> None:
+        self._nodes: list[Node] = []
+        self._edges: list[tuple[int, int, int]] = []
+        self._uses: dict[str, set[int]] = {}
+
+    def add(
+        self, kind: NodeKind, operator: str, *, inputs: Iterable[int] = (), reads: Iterable[str] = (), **facts: Any
+    ) -> int:
+        """Add a node; its index.
+
+        Args:
+            inputs: the nodes whose outputs it reads, in order.
+            reads: names of parameters that it reads, beside those in its facts.
+            facts: fields of :class:`~bntool.graphs.graph.Node`.
+        """
+        index = len(self._nodes)
+        self._nodes.append(Node(index, kind, operator, **facts))
+        for port, source in enumerate(inputs):
+            self._edges.append((source, index, port))
+        for name in (*reads, *facts.get("parameters", {}).values()):
+            self._uses.setdefault(name, set()).add(index)
+        return index
+
+    def finish(self) -> ModelGraph:
+        nodes = self._with_channels()
+        edges = []
+        for source, target, port in self._edges:
+            channels = nodes[source].channels
+            has_channels = nodes[target].kind is NodeKind.BATCH_NORM or nodes[target].kind.is_producer
+            targets = range(channels) if has_channels else None
+            edges.append(Edge(source, target, port, range(channels), targets, Evidence.STORED))
+        uses = {name: frozenset(indices) for name, indices in self._uses.items()}
+        return ModelGraph(tuple(nodes), tuple(edges), uses=uses, evidence=Evidence.STORED)
+
+    def _with_channels(self) -> list[Node]:
+        """Nodes of other kinds have as many channels as the BatchNorm that reads them."""
+        nodes = list(self._nodes)
+        for source, target, _ in self._edges:
+            if not nodes[source].channels and nodes[target].kind is NodeKind.BATCH_NORM:
+                nodes[source] = dataclasses.replace(nodes[source], channels=nodes[target].channels)
+        return [node if node.channels else dataclasses.replace(node, channels=1) for node in nodes]

@@ -1,0 +1,300 @@
+"""Where the scale and shift of a BatchNorm can go: back into what feeds it, or forward into what reads it.
+
+y = scale * x + shift, per channel. Back: through additions (each branch takes the scale, one the shift), averages over
+positions, and max-pools where every scale is positive, into convolutions and linears: W' = scale * W over their output
+channels, b' = scale * b + shift. Everything on the way must be read by the next step alone, channel for channel.
+Forward: through averages and max-pools into the input channels of every reader, W' = W * scale, b' = b + W shift; not
+into zero padding, which stands for what the BatchNorm's shift would have filled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bntool.graphs.graph import Edge, ModelGraph, Node, NodeKind
+from bntool.plan import SkipReason
+
+Array = NDArray[np.float64]
+Integers = NDArray[np.int64]
+
+
+class Blocked(Exception):  # noqa: N818 an answer, not an error of the program
+    """A scale and shift cannot go where it was tried.
+
+    Attributes:
+        reason: which of the named reasons.
+        detail: what was seen.
+    """
+
+    def __init__(self, reason: SkipReason, detail: str) -> None:
+        super().__init__(detail)
+        self.reason, self.detail = reason, detail
+
+
+@dataclass(frozen=True)
+class Absorption:
+    """What one call of a producer, an earlier BatchNorm or a consumer is to take.
+
+    Attributes:
+        node: the call.
+        channels: for each of its output channels (forward: input channels) the channel of the BatchNorm whose scale it
+            takes, -1 for none.
+        takes_shift: for each of these whether it takes the shift too.
+        direct: nothing lies between, not even an addition or a pool.
+    """
+
+    node: Node
+    channels: Integers
+    takes_shift: NDArray[np.bool_]
+    direct: bool
+
+
+@dataclass(frozen=True)
+class Absorber:
+    """A producer, an earlier BatchNorm or a consumer that takes a scale and shift, the same in each of its calls."""
+
+    name: str  # of its weight; for a BatchNorm its layer
+    absorption: Absorption
+
+
+def find_producers(graph: ModelGraph, layer: str, *, scale: Array, removed: Collection[str]) -> list[Absorber]:
+    """What feeds a BatchNorm and can take its scale and shift.
+
+    Args:
+        scale: of the BatchNorm; a max-pool passes only positive ones.
+        removed: BatchNorms that are the identity by now.
+
+    Raises:
+        Blocked: there is nothing, or it is not exact.
+    """
+    calls = graph.batchnorms[layer]
+    found: list[Absorption] = []
+    for call in calls:
+        _walk_back(
+            graph, call, 0, np.arange(call.channels), found, scale=scale, removed=removed, shift=True, direct=True
+        )
+    return _gather(graph, found)
+
+
+def find_consumers(
+    graph: ModelGraph, layer: str, *, scale: Array, shift: Array, removed: Collection[str]
+) -> list[Absorber]:
+    """What reads a BatchNorm and can take its scale and shift on its input channels.
+
+    Raises:
+        Blocked: a reader cannot, or there is none.
+    """
+    found: list[Absorption] = []
+    for call in graph.batchnorms[layer]:
+        _walk_forward(graph, call, np.arange(call.channels), found, scale=scale, shift=shift, removed=removed)
+    if not found:
+        raise Blocked(SkipReason.NOT_ADJACENT, "nothing reads its output")
+    return _gather(graph, found)
+
+
+def _walk_back(
+    graph: ModelGraph,
+    reader: Node,
+    port: int,
+    wanted: Integers,
+    found: list[Absorption],
+    *,
+    scale: Array,
+    removed: Collection[str],
+    shift: bool,
+    direct: bool,
+) -> None:
+    """Follow one input of a node back; ``wanted`` is the BatchNorm's channel for each channel of that input."""
+    edges = [edge for edge in graph.inputs(reader) if edge.port == port]
+    if not edges:
+        raise Blocked(SkipReason.NO_PRODUCER, "nothing is known of what feeds it")
+    for edge in sorted(edges, key=lambda edge: _rank(graph.nodes[edge.source])):
+        source = graph.nodes[edge.source]
+        if source.kind is NodeKind.INPUT:
+            raise Blocked(SkipReason.NO_PRODUCER, "it reads the model's input")
+        if source.kind is NodeKind.OTHER:
+            raise Blocked(SkipReason.NOT_ADJACENT, f"{source.describe()} lies between")
+        channels = _channels_back(edge, source, reader, wanted)
+        _check_alone(graph, edge, source, reader)
+        if source.kind.is_producer or (source.kind is NodeKind.BATCH_NORM and source.layer not in removed):
+            found.append(Absorption(source, channels, np.full(len(channels), shift), direct))
+            continue
+        onward = dict(scale=scale, removed=removed)
+        if source.kind is NodeKind.MAX_POOL and not np.all(scale[channels[channels >= 0]] > 0):
+            raise Blocked(SkipReason.NOT_ADJACENT, f"{source.describe()} lies between, and not every scale is positive")
+        through = source.kind is NodeKind.BATCH_NORM
+        _walk_back(graph, source, 0, channels, found, shift=shift, direct=direct and through, **onward)  # type: ignore[arg-type]
+        if source.kind is NodeKind.ADD:
+            _walk_back(graph, source, 1, channels, found, shift=False, direct=False, **onward)  # type: ignore[arg-type]
+
+
+def _rank(node: Node) -> int:
+    """Obstacles first: they give the plainest reasons."""
+    return 0 if node.kind in (NodeKind.INPUT, NodeKind.OTHER) else 1
+
+
+def _channels_back(edge: Edge, source: Node, reader: Node, wanted: Integers) -> Integers:
+    if edge.targets is None:
+        raise _mismatch(source, reader)
+    sources, targets = np.asarray(edge.sources), np.asarray(edge.targets)
+    if targets.size and targets.max() >= len(wanted):
+        raise _mismatch(source, reader)
+    channels = np.full(source.channels, -1)
+    channels[sources] = wanted[targets]
+    if not np.array_equal(channels[sources], wanted[targets]):
+        raise _mismatch(source, reader)
+    return channels
+
+
+def _mismatch(source: Node, reader: Node) -> Blocked:
+    return Blocked(
+        SkipReason.AXIS_MISMATCH,
+        f"one channel of {source.describe()} meets several channels of {reader.describe()}: they lie on different axes",
+    )
+
+
+def _check_alone(graph: ModelGraph, edge: Edge, source: Node, reader: Node) -> None:
+    """Nothing else may read these channels."""
+    mine = set(edge.sources)
+    for other in graph.outputs(source):
+        if (other.target, other.port) != (reader.index, edge.port) and not mine.isdisjoint(other.sources):
+            other_reader = graph.nodes[other.target]
+            raise Blocked(
+                SkipReason.SHARED_OUTPUT, f"the output of {source.describe()} is also read by {other_reader.describe()}"
+            )
+
+
+def _walk_forward(
+    graph: ModelGraph,
+    source: Node,
+    given: Integers,
+    found: list[Absorption],
+    *,
+    scale: Array,
+    shift: Array,
+    removed: Collection[str],
+) -> None:
+    """Follow every reader; ``given`` is the BatchNorm's channel for each channel of the source, -1 for others."""
+    for edge in graph.outputs(source):
+        if np.all(given[np.asarray(edge.sources, dtype=int)] < 0):
+            continue
+        reader = graph.nodes[edge.target]
+        producer = reader.kind in (NodeKind.CONVOLUTION, NodeKind.LINEAR)
+        if producer and edge.port != 0:
+            raise Blocked(SkipReason.COMPUTED_WEIGHT, f"{reader.describe()} takes it as a weight")
+        passes = reader.kind in (NodeKind.MAX_POOL, NodeKind.AVERAGE)
+        if not producer and not passes and not (reader.kind is NodeKind.BATCH_NORM and reader.layer in removed):
+            raise Blocked(SkipReason.NOT_ADJACENT, f"{reader.describe()} reads its output")
+        channels = _channels_forward(graph, edge, source, reader, given)
+        if producer:
+            if reader.padded and np.any(shift[channels[channels >= 0]] != 0):
+                raise Blocked(SkipReason.PADDED_CONSUMER, f"{reader.describe()} reads it with zeros beyond the border")
+            found.append(Absorption(reader, channels, np.full(len(channels), True), direct=True))  # noqa: FBT003
+            continue
+        if reader.kind is NodeKind.MAX_POOL and not np.all(scale[channels[channels >= 0]] > 0):
+            raise Blocked(SkipReason.NOT_ADJACENT, f"{reader.describe()} reads it, and not every scale is positive")
+        onward = np.full(reader.channels, -1)
+        onward[: len(channels)] = channels
+        _walk_forward(graph, reader, onward, found, scale=scale, shift=shift, removed=removed)
+
+
+def _channels_forward(graph: ModelGraph, edge: Edge, source: Node, reader: Node, given: Integers) -> Integers:
+    """For each input channel of the reader the BatchNorm's, if it holds nothing else."""
+    siblings = [other for other in graph.inputs(reader) if other.port == edge.port]
+    if any(other.targets is None for other in siblings):
+        raise _mismatch(source, reader)
+    extent = 1 + max(max(other.targets or (0,)) for other in siblings)
+    channels = np.full(extent, -1)
+    sources, targets = np.asarray(edge.sources, dtype=int), np.asarray(edge.targets, dtype=int)
+    channels[targets] = given[sources]
+    if not np.array_equal(channels[targets], given[sources]):
+        raise _mismatch(source, reader)
+    mine = {int(target) for target in targets if channels[target] >= 0}
+    for other in siblings:
+        if other is not edge and not mine.isdisjoint(other.targets or ()):
+            raise _mismatch(source, reader)
+    return channels
+
+
+def _gather(graph: ModelGraph, found: Sequence[Absorption]) -> list[Absorber]:
+    """One absorber for each weight, if all its calls take the same and nothing else reads its parameters."""
+    calls: dict[str, dict[int, Absorption]] = {}
+    for absorption in found:
+        node = absorption.node
+        known = calls.setdefault(name_of(node), {})
+        known[node.index] = _merge(known.get(node.index), absorption)
+    absorbers = []
+    for name, by_call in calls.items():
+        first, *others = by_call.values()
+        for role, parameter in first.node.parameters.items():
+            if parameter in graph.tied:
+                raise Blocked(SkipReason.REUSED, f"{parameter} belongs to several modules")
+            users = graph.uses.get(parameter, frozenset())
+            if users != by_call.keys():
+                other = next((graph.nodes[i].describe() for i in sorted(users - by_call.keys())), "something else")
+                what = f"the {role} of {first.node.describe()}" if first.node.layer else parameter
+                raise Blocked(SkipReason.REUSED, f"{what} is also used elsewhere: {other}")
+        for other_call in others:
+            same = np.array_equal(first.channels, other_call.channels)
+            if not same or not np.array_equal(first.takes_shift, other_call.takes_shift):
+                raise Blocked(SkipReason.REUSED, f"calls of {first.node.describe()} meet it in different ways")
+        absorbers.append(Absorber(name, first))
+    return absorbers
+
+
+def name_of(node: Node) -> str:
+    """What the calls of one producer or BatchNorm have in common."""
+    if node.kind is NodeKind.BATCH_NORM:
+        return node.layer
+    weight = node.parameters.get("weight")
+    if weight is None or "bias" in node.computed:
+        role = "weight" if weight is None else "bias"
+        sources = ", ".join(node.computed.get(role, ()))
+        origin = f" from {sources}" if sources else ""
+        raise Blocked(SkipReason.COMPUTED_WEIGHT, f"the {role} of {node.describe()} is computed{origin}")
+    return weight
+
+
+def _merge(known: Absorption | None, new: Absorption) -> Absorption:
+    """Two ways into the same call, if they concern different channels."""
+    if known is None:
+        return new
+    if np.any((known.channels >= 0) & (new.channels >= 0)):
+        raise Blocked(SkipReason.REUSED, f"{new.node.describe()} would take it twice")
+    mine = known.channels >= 0
+    return Absorption(
+        known.node,
+        np.where(mine, known.channels, new.channels),
+        np.where(mine, known.takes_shift, new.takes_shift),
+        direct=False,
+    )
+
+
+def is_parallel_branch(graph: ModelGraph, layer: str) -> bool:
+    """Whether a BatchNorm lies beside a convolution of the same input, both added up, as in RepVGG.
+
+    Such branches can be merged into one convolution, which changes modules and is not done in a file.
+    """
+    for call in graph.batchnorms[layer]:
+        sums = _reach_sums(graph, call, {})
+        for edge in graph.inputs(call):
+            siblings = [graph.nodes[other.target] for other in graph.outputs(graph.nodes[edge.source])]
+            if any(node.kind is NodeKind.CONVOLUTION and sums & _reach_sums(graph, node, {}) for node in siblings):
+                return True
+    return False
+
+
+def _reach_sums(graph: ModelGraph, node: Node, seen: Mapping[int, None]) -> set[int]:
+    """The additions that a node's output reaches through BatchNorms and additions."""
+    found: set[int] = set()
+    for edge in graph.outputs(node):
+        reader = graph.nodes[edge.target]
+        if reader.index in seen or reader.kind not in (NodeKind.ADD, NodeKind.BATCH_NORM):
+            continue
+        found |= {reader.index} if reader.kind is NodeKind.ADD else set()
+        found |= _reach_sums(graph, reader, {**seen, reader.index: None})
+    return found

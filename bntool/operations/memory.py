@@ -1,0 +1,98 @@
+"""How much memory a pass that keeps all batches on their way will need, and how much there is."""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+_SPARE = 0.8  # share of the free memory that is planned with: kernels need room, and forecasts err
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """Memory of a forward, from a trial with few samples.
+
+    Attributes:
+        waiting: bytes for each sample that are alive while its batch waits at the layer where most are.
+        running: bytes for each sample at the peak of a forward.
+    """
+
+    waiting: float
+    running: float
+
+    def need(self, samples: int, batch_size: int) -> int:
+        """Bytes for so many samples on their way, of which one batch runs."""
+        return int((self.waiting * samples + self.running * batch_size) / _SPARE)
+
+    def fit(self, available: int, batch_size: int) -> int:
+        """How many samples fit into so many bytes."""
+        return max(0, int((available * _SPARE - self.running * batch_size) / max(self.waiting, 1.0)))
+
+
+class LiveTensors(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts the bytes of tensors that were made while it is active and are still alive."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.live = 0
+        self.peak = 0
+        self.waiting = 0
+        self._sizes: dict[int, int] = {}
+        self._references: dict[int, weakref.ref[Any]] = {}
+
+    def note_waiting(self) -> None:
+        """Say that at this point a batch would wait."""
+        self.waiting = max(self.waiting, self.live)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for value in tree_leaves(result):
+            if isinstance(value, torch.Tensor):
+                self._add(value)
+        return result
+
+    def _add(self, tensor: torch.Tensor) -> None:
+        with contextlib.suppress(NotImplementedError):  # sparse tensors have no storage
+            storage = tensor.untyped_storage()
+            key = storage._cdata
+            if key in self._sizes:
+                return
+            self._sizes[key] = storage.nbytes()
+            self._references[key] = weakref.ref(storage, lambda _gone: self._remove(key))
+            self.live += storage.nbytes()
+            self.peak = max(self.peak, self.live)
+
+    def _remove(self, key: int) -> None:
+        self.live -= self._sizes.pop(key, 0)
+        self._references.pop(key, None)
+
+
+def find_available(device: torch.device | None) -> int | None:
+    """Free bytes of the device, or of this machine and the container that this process runs in; None if unknown."""
+    if device is not None and device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    if device is not None and device.type != "cpu":
+        return None
+    return min(_read_limits(), default=None)
+
+
+def _read_limits() -> Iterator[int]:
+    with contextlib.suppress(OSError, ValueError, StopIteration):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        yield int(next(line for line in lines if line.startswith("MemAvailable")).split()[1]) * 1024
+    groups = Path("/sys/fs/cgroup")
+    for limit, used in (
+        (groups / "memory.max", groups / "memory.current"),
+        (groups / "memory/memory.limit_in_bytes", groups / "memory/memory.usage_in_bytes"),
+    ):
+        with contextlib.suppress(OSError, ValueError):  # absent, or "max"
+            yield max(0, int(limit.read_text()) - int(used.read_text()))

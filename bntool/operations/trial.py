@@ -1,0 +1,115 @@
+"""A first forward with few samples: how a model goes about its layers, and how much memory its activations take."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from bntool.data.batches import Batch, Batches, cut_batch, find_placement, find_tensors
+from bntool.errors import RefusedError, UserCodeError
+from bntool.layers.borrowing import borrow
+from bntool.models.user_code import running_user_code
+from bntool.operations.memory import Forecast, LiveTensors, find_available
+from bntool.operations.passes import Run, is_faster_channels_last
+
+_SAMPLES = 2
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What a first forward of a few samples shows.
+
+    Attributes:
+        reused: layers that one forward calls more than once, and how often.
+        channels_last: whether the model takes images of that layout.
+        forecast: memory of each sample.
+    """
+
+    reused: Mapping[str, int]
+    channels_last: bool
+    forecast: Forecast
+
+
+def try_out(run: Run, batch: Batch) -> Trial:
+    """Run a few samples of a batch to see how the model goes about it.
+
+    Raises:
+        UserCodeError: the model raised.
+    """
+    few = cut_batch(batch, _SAMPLES)
+    if is_faster_channels_last(run.model):
+        with contextlib.suppress(UserCodeError):  # it is to raise without channels last, too
+            return _try_out(run, few, channels_last=True)
+    return _try_out(run, few, channels_last=False)
+
+
+def _try_out(run: Run, batch: Batch, *, channels_last: bool) -> Trial:
+    calls: Counter[str] = Counter()
+    with borrow(run.model) as borrowed, LiveTensors() as memory:
+        for name, layer in run.layers.items():
+
+            def observe(_module: torch.nn.Module, _args: Any, name: str = name) -> None:
+                calls[name] += 1
+                memory.note_waiting()
+
+            borrowed.add_forward_pre_hook(layer, observe)
+        with running_user_code(f"running the model on {batch.description}"):
+            batch.run(run.model, channels_last=channels_last)
+    given = sum(tensor.nbytes for tensor in find_tensors(batch.inputs))
+    samples = max(batch.samples, 1)
+    return Trial(
+        reused={name: count for name, count in calls.items() if count > 1},
+        channels_last=channels_last,
+        forecast=Forecast(waiting=(memory.waiting + given) / samples, running=memory.peak / samples),
+    )
+
+
+def read_what_fits(run: Run, batches: Batches, *, cut: bool) -> tuple[list[Batch], Trial | None]:
+    """Read all batches, if what a sweep over them keeps fits into memory.
+
+    Args:
+        run: the model and its layers.
+        batches: to read.
+        cut: where not all fit, stop at as many as do.
+
+    Returns:
+        The batches, and what a trial with the first showed; None where there is no batch.
+
+    Raises:
+        RefusedError: not all fit and ``cut`` is not given, or not even one batch fits.
+        UserCodeError: the model or the data raised.
+    """
+    iterator = iter(batches)
+    first = next(iterator, None)
+    if first is None:
+        return [], None
+    trial = try_out(run, first)
+    available = find_available(find_placement(run.model)[0])
+    if available is None:
+        return [first, *iterator], trial
+    fitting = trial.forecast.fit(available, first.samples)
+    total = batches.samples or first.samples
+    read, samples = [], 0
+    for batch in itertools.chain([first], iterator):
+        total = max(total, samples + batch.samples)
+        if total > fitting and (not cut or not samples):
+            raise RefusedError(
+                f"{total} samples on their way would need about {_size(trial.forecast.need(total, first.samples))}, "
+                f"{_size(available)} are free: about {fitting} samples fit, use --samples {max(fitting, 1)}, or "
+                "--samples auto for as many as fit, or the method pooled"
+            )
+        if samples + batch.samples > fitting:
+            break
+        read.append(batch)
+        samples += batch.samples
+    return read, trial
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
