@@ -27,7 +27,15 @@ if TYPE_CHECKING:
     from bntool.layers.freezing import frozen as frozen
     from bntool.layers.freezing import unfreeze as unfreeze
     from bntool.operations.comparison import compare_checkpoints as compare_checkpoints
+    from bntool.layers.folding import load_folded as load_folded
+    from bntool.layers.freezing import apply_freeze as apply_freeze
+    from bntool.layers.freezing import freeze as freeze
+    from bntool.layers.freezing import frozen as frozen
+    from bntool.layers.freezing import unfreeze as unfreeze
+    from bntool.operations.comparison import compare_checkpoints as compare_checkpoints
     from bntool.operations.inspection import inspect_checkpoint as inspect_checkpoint
+    from bntool.operations.proven_folding import fold as fold
+    from bntool.operations.recalibration import recalibrate as recalibrate
     from bntool.plan import Plan as Plan
 
 # public name -> module that defines it
@@ -38,16 +46,24 @@ _PUBLIC = {
     "Plan": "bntool.plan",
     "StateDict": "bntool.checkpoints.checkpoint",
     "apply_freeze": "bntool.layers.freezing",
+    "apply_freeze": "bntool.layers.freezing",
     "apply_plan": "bntool.checkpoints.application",
     "choose_state_dict": "bntool.checkpoints.checkpoint",
     "compare_checkpoints": "bntool.operations.comparison",
+    "compare_checkpoints": "bntool.operations.comparison",
     "find_batchnorms": "bntool.checkpoints.norms",
+    "fold": "bntool.operations.proven_folding",
+    "freeze": "bntool.layers.freezing",
+    "frozen": "bntool.layers.freezing",
     "freeze": "bntool.layers.freezing",
     "frozen": "bntool.layers.freezing",
     "inspect_checkpoint": "bntool.operations.inspection",
+    "load_folded": "bntool.layers.folding",
     "open_checkpoint": "bntool.checkpoints.formats",
+    "recalibrate": "bntool.operations.recalibration",
     "save_checkpoint": "bntool.checkpoints.formats",
     "scale_and_shift": "bntool.batchnorm",
+    "unfreeze": "bntool.layers.freezing",
     "unfreeze": "bntool.layers.freezing",
 }
 

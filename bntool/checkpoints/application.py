@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Iterable
 
 from bntool.checkpoints.checkpoint import Checkpoint, Edit, StateDict
 from bntool.checkpoints.dtypes import BFLOAT16, BY_NAME, FLOAT16, FLOAT32, FLOAT64, DType
@@ -34,19 +35,10 @@ def apply_plan(checkpoint: Checkpoint, plan: Plan) -> Checkpoint:
         RefusedError: an element is too large for the dtype of its tensor.
     """
     original = checkpoint.state_dict(plan.state_dict)
-    state_dict, records, entries = original, dict(checkpoint.records), checkpoint.entries
+    records, entries = dict(checkpoint.records), checkpoint.entries
+    state_dict = change_state_dict(original, plan.steps)
     for step in plan.steps:
-        if isinstance(step, SetTensor):
-            state_dict = _set_tensor(original, state_dict, step)
-        elif isinstance(step, AddTensor):
-            state_dict = _add_tensor(original, state_dict, step)
-        elif isinstance(step, RemoveTensor):
-            name = _existing(state_dict, step.name)
-            kept = {key: tensor for key, tensor in state_dict.tensors.items() if key != name}
-            state_dict = dataclasses.replace(state_dict, tensors=kept)
-        elif isinstance(step, SetVersion):
-            state_dict = _set_version(state_dict, step)
-        elif isinstance(step, Record):
+        if isinstance(step, Record):
             payload = json.loads(json.dumps(step.payload))  # as it will be read back
             records[plan.state_dict] = (*records.get(plan.state_dict, ()), payload)
         elif isinstance(step, RemoveEntry):
@@ -59,6 +51,23 @@ def apply_plan(checkpoint: Checkpoint, plan: Plan) -> Checkpoint:
         records=records,
         edits=(*checkpoint.edits, *edits),
     )
+
+
+def change_state_dict(original: StateDict, steps: Iterable[Step]) -> StateDict:
+    """A state dict after the steps that concern its tensors; see :func:`apply_plan`."""
+    state_dict = original
+    for step in steps:
+        if isinstance(step, SetTensor):
+            state_dict = _set_tensor(original, state_dict, step)
+        elif isinstance(step, AddTensor):
+            state_dict = _add_tensor(original, state_dict, step)
+        elif isinstance(step, RemoveTensor):
+            name = _existing(state_dict, step.name)
+            kept = {key: tensor for key, tensor in state_dict.tensors.items() if key != name}
+            state_dict = dataclasses.replace(state_dict, tensors=kept)
+        elif isinstance(step, SetVersion):
+            state_dict = _set_version(state_dict, step)
+    return state_dict
 
 
 def _in_file(step: Step, state_dict: StateDict) -> Step:

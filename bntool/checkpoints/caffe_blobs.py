@@ -101,6 +101,7 @@ class CaffeContent:
         blobs: where each tensor lies.
         scales: the Scale layer of each BatchNorm layer that has one, by position.
         scale_factors: of each BatchNorm layer, by position.
+        deployed: of the net in a ``.prototxt``, where one was given.
     """
 
     net: Message = field(repr=False)
@@ -109,6 +110,7 @@ class CaffeContent:
     blobs: Mapping[str, Blob]
     scales: Mapping[int, int]
     scale_factors: Mapping[int, float]
+    deployed: Wiring | None = None
 
 
 class NetReading:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import IO
 
 from bntool.checkpoints.caffe_blobs import CaffeContent
@@ -24,7 +25,7 @@ from bntool.checkpoints.tensors import LiteralTensor, Tensor
 from bntool.errors import RefusedError
 from bntool.plan import Record, RemoveEntry, RemoveModule, SetAttribute
 
-_BIASED = {
+BIASED = {
     "Convolution": "convolution_param",
     "DepthwiseConvolution": "convolution_param",
     "Deconvolution": "convolution_param",
@@ -61,28 +62,62 @@ def biased_layers(checkpoint: Checkpoint) -> frozenset[int]:
     return frozenset(index for index, name in content.names.items() if f"{name}.bias" in added)
 
 
-def find_renamed_tops(wiring: Wiring, removed: frozenset[int]) -> Mapping[int, str]:
-    """The new name of the top of each layer whose readers are taken out, so that what follows still finds it.
+@dataclass(frozen=True)
+class Renaming:
+    """New names of blobs after layers were taken out.
+
+    Attributes:
+        tops: of the one top of a layer, by position.
+        bottoms: of bottoms of a layer, by position of the layer and of the bottom.
+    """
+
+    tops: Mapping[int, str]
+    bottoms: Mapping[tuple[int, int], str]
+
+
+def find_renaming(wiring: Wiring, removed: frozenset[int]) -> Renaming:
+    """What feeds a layer that is taken out gets the name of its top; or else its readers read what it read.
 
     Raises:
         RefusedError: other layers use the names in between.
     """
-    renamed: dict[int, str] = {}
-    for index in sorted(removed):
-        layer, source = wiring.layers[index], wiring.producers[index]
-        while source and source[0] in removed:
-            source = wiring.producers[source[0]]
-        if len(source) != 1 or source[0] is None or len(layer.tops) != 1:
-            raise RefusedError("a layer that reads an input of the net cannot be taken out", tensor=layer.name)
-        producer = wiring.layers[source[0]]
-        reader = wiring.only_reader(producer)
-        between = [other for other in wiring.layers[producer.index + 1 : index] if other.index not in removed]
-        used = {name for other in between for name in (*other.bottoms, *other.tops)} | set(producer.bottoms)
-        top = layer.tops[0]
-        if reader is None or reader.index not in removed or (top != producer.tops[0] and top in used):
-            raise RefusedError("other layers read its input or use its names", tensor=layer.name)
-        renamed[producer.index] = top
-    return renamed
+    tops: dict[int, str] = {}
+    bottoms: dict[tuple[int, int], str] = {}
+    for index in sorted(removed, reverse=True):
+        if any(reader in removed for reader in wiring.readers.get(index, ())):
+            continue  # the last of a chain speaks for it
+        layer = wiring.layers[index]
+        first = layer
+        while len(wiring.producers[first.index]) == 1 and wiring.producers[first.index][0] in removed:
+            first = wiring.layers[wiring.producers[first.index][0] or 0]
+        if len(first.bottoms) != 1 or len(layer.tops) != 1:
+            raise RefusedError("it has several bottoms or tops", tensor=layer.name)
+        source = wiring.producers[first.index][0]
+        producer = wiring.layers[source] if source is not None else None
+        if layer.tops[0] == first.bottoms[0]:
+            continue
+        if producer is not None and _can_rename(wiring, producer, layer, removed):
+            tops[producer.index] = layer.tops[0]
+            continue
+        bottoms.update(_rename_bottoms(wiring, layer, first.bottoms[0]))
+    return Renaming(tops, bottoms)
+
+
+def _rename_bottoms(wiring: Wiring, last: Layer, bottom: str) -> dict[tuple[int, int], str]:
+    readers = wiring.readers.get(last.index, ())
+    if not readers:
+        raise RefusedError("its input and its output are both results of the net", tensor=last.name)
+    if any(bottom in other.tops for other in wiring.layers[last.index + 1 : max(readers)]):
+        raise RefusedError("other layers use the names of its blobs", tensor=last.name)
+    places = [(reader, place) for reader in readers for place in range(len(wiring.producers[reader]))]
+    return {(reader, place): bottom for reader, place in places if wiring.producers[reader][place] == last.index}
+
+
+def _can_rename(wiring: Wiring, producer: Layer, last: Layer, removed: frozenset[int]) -> bool:
+    reader = wiring.only_reader(producer)
+    between = [other for other in wiring.layers[producer.index + 1 : last.index] if other.index not in removed]
+    used = {name for other in between for name in (*other.bottoms, *other.tops)} | set(producer.bottoms)
+    return reader is not None and reader.index in removed and last.tops[0] not in used
 
 
 def _plan(checkpoint: Checkpoint, content: CaffeContent, edits: Edits) -> None:
@@ -103,10 +138,12 @@ def _take_out(content: CaffeContent, removed: frozenset[int], edits: Edits) -> N
         message = _message_of(content.wiring.layers[index])
         assert message.parent is not None
         edits.replace(content.net, message.parent[1])
-    for index, top in find_renamed_tops(content.wiring, removed).items():
-        layer = content.wiring.layers[index]
-        if layer.tops != (top,):
-            edits.set_field(_message_of(layer), 4, *embed(4, top.encode()))
+    renaming = find_renaming(content.wiring, removed)
+    for index, top in renaming.tops.items():
+        edits.set_field(_message_of(content.wiring.layers[index]), 4, *embed(4, top.encode()))
+    for (index, place), bottom in renaming.bottoms.items():
+        message = _message_of(content.wiring.layers[index])
+        edits.replace(message, message.all(3)[place], *embed(3, bottom.encode()))
 
 
 def _set_blobs(checkpoint: Checkpoint, content: CaffeContent, removed: frozenset[int], edits: Edits) -> None:
@@ -150,7 +187,7 @@ def _set_data(edits: Edits, blob: Message, tensor: Tensor) -> None:
 
 def _add_bias(edits: Edits, layer: Layer, tensor: Tensor) -> None:
     message = _message_of(layer)
-    if layer.type not in _BIASED or len(blobs_of(layer)) != 1 or len(tensor.shape) != 1:
+    if layer.type not in BIASED or len(blobs_of(layer)) != 1 or len(tensor.shape) != 1:
         raise RefusedError(f"a {layer.type} layer cannot gain a bias", tensor=layer.name)
     shape = embed(SHAPE, packed_integers(1, tensor.shape))
     if tensor.dtype is FLOAT32:
@@ -162,7 +199,7 @@ def _add_bias(edits: Edits, layer: Layer, tensor: Tensor) -> None:
     else:
         raise RefusedError(f"Caffe has no {tensor.dtype} blobs", tensor=layer.name)
     edits.append(message, *embed(blobs_number(message), *data, *shape))
-    parameter = _BIASED[layer.type]
+    parameter = BIASED[layer.type]
     if layer.parameters.get(f"{parameter}.bias_term") is False:
         numbers = PARAMETERS[parameter][0] if blobs_number(message) == 7 else V1_PARAMETERS[parameter]
         for holder in message.messages(numbers):

@@ -33,7 +33,10 @@ Number = bool | int | float | str
 
 # of LayerParameter: the messages of parameters by field number, with their fields
 PARAMETERS: Mapping[str, tuple[int, Mapping[str, int]]] = {
-    "convolution_param": (106, {"num_output": 1, "bias_term": 2, "group": 5, "axis": 16}),
+    "convolution_param": (
+        106,
+        {"num_output": 1, "bias_term": 2, "pad": 3, "group": 5, "pad_h": 9, "pad_w": 10, "axis": 16},
+    ),
     "inner_product_param": (117, {"num_output": 1, "bias_term": 2, "axis": 5, "transpose": 6}),
     "batch_norm_param": (139, {"use_global_stats": 1, "moving_average_fraction": 2, "eps": 3}),
     "scale_param": (142, {"axis": 1, "num_axes": 2, "bias_term": 4}),
@@ -168,6 +171,8 @@ def _read_parameters(
                 continue
             if key in _FLOATS:
                 found[f"{name}.{key}"] = message.float32(inner, 0.0)
+            elif key == "pad":  # one for each dimension of space
+                found[f"{name}.{key}"] = max(message.integers(inner))
             else:
                 value = message.integer(inner)
                 found[f"{name}.{key}"] = bool(value) if key in _BOOLEANS else value

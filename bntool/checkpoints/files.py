@@ -139,6 +139,26 @@ class SourceFile:
         self.close()
 
 
+class FileSlice(SourceFile):
+    """A part of an open file that is read as if it were a file of its own; the file stays its owner's to close."""
+
+    def __init__(self, file: SourceFile, *, offset: int, length: int) -> None:
+        if offset < 0 or length < 0 or offset + length > file.size:
+            raise CorruptFileError("a part of the file lies beyond its end: it is truncated", path=file.path)
+        self._file = file
+        self._offset = offset
+        self.path, self.size, self.mode, self.identity = file.path, length, file.mode, file.identity
+
+    def _read_once(self, offset: int, length: int) -> bytes:
+        return self._file._read_once(self._offset + offset, length)  # noqa: SLF001 (its own kind)
+
+    def copy_to(self, stream: IO[bytes], *, offset: int, length: int) -> None:
+        self._file.copy_to(stream, offset=self._offset + offset, length=length)
+
+    def close(self) -> None:
+        """Does nothing."""
+
+
 def _reason(error: OSError) -> str:
     sentences = {
         errno.ENOENT: "there is no such file",

@@ -7,17 +7,34 @@ from pathlib import Path
 
 from bntool.checkpoints.caffe import Caffe
 from bntool.checkpoints.checkpoint import Checkpoint, Format
+from bntool.checkpoints.distributed import METADATA, Distributed
+from bntool.checkpoints.exported_program import ExportedProgram
 from bntool.checkpoints.files import OutputFiles, SourceFile, check_output_differs
+from bntool.checkpoints.numpy_pickle import NumpyPickle
 from bntool.checkpoints.onnx_file import Onnx
 from bntool.checkpoints.safetensors_file import Safetensors
 from bntool.checkpoints.sharded import Sharded
 from bntool.checkpoints.tensors import LiteralTensor, StoredTensor, read_bytes
 from bntool.checkpoints.torch_legacy import TorchLegacy
+from bntool.checkpoints.torch_tar import TorchTar
 from bntool.checkpoints.torch_zip import TorchZip
+from bntool.checkpoints.torchscript import TorchScript
 from bntool.errors import BntoolError, RefusedError, UnknownFormatError, UnreadableFileError, VerificationError
 
 # tried in this order: those with an unmistakable signature first
-FORMATS: tuple[Format, ...] = (TorchZip(), TorchLegacy(), Sharded(), Safetensors(), Onnx(), Caffe())
+FORMATS: tuple[Format, ...] = (
+    TorchZip(),
+    TorchScript(),
+    ExportedProgram(),
+    TorchLegacy(),
+    TorchTar(),
+    Distributed(),
+    Sharded(),
+    Safetensors(),
+    NumpyPickle(),
+    Onnx(),
+    Caffe(),
+)
 
 _HEAD = 4096
 
@@ -26,7 +43,8 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     """List what a checkpoint file holds, without running its code and without reading its tensors.
 
     Args:
-        path: a file of torch.save, a safetensors file, or the ``.index.json`` of a sharded checkpoint.
+        path: a file of any of :data:`FORMATS`, the ``.index.json`` of a sharded checkpoint, or a folder of
+            torch.distributed.checkpoint.
 
     Raises:
         UnreadableFileError: the system does not give the file.
@@ -34,6 +52,8 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         CorruptFileError: it contradicts its own format.
         UnsafeFileError: it is built to do harm.
     """
+    if os.path.isdir(path) and os.path.lexists(os.path.join(path, METADATA)):
+        path = os.path.join(path, METADATA)
     return open_file(SourceFile(path))
 
 
@@ -43,10 +63,14 @@ def open_file(file: SourceFile) -> Checkpoint:
         if file.size == 0:
             raise UnreadableFileError("the file is empty")
         head = file.read(0, min(file.size, _HEAD))
+        declined: UnknownFormatError | None = None
         for candidate in FORMATS:
             if candidate.recognises(file.path, head):
-                return candidate.read(file)
-        raise UnknownFormatError(_describe_unknown(head))
+                try:
+                    return candidate.read(file)
+                except UnknownFormatError as error:  # formats share the signatures of their containers
+                    declined = error
+        raise declined or UnknownFormatError(_describe_unknown(head))
     except BntoolError as error:
         file.close()
         raise error.about(file.path) from error.__cause__

@@ -121,21 +121,39 @@ class _Changes:
             self._record()
 
     def _take_out(self, graph: OnnxGraph, node: OnnxNode) -> None:
-        """Remove a node; what its data came from now writes what it wrote, so that nothing after it changes."""
-        wanted = node.inputs[0]
-        readers = [n for g in self._content.graphs for n in g.nodes if wanted in n.inputs]
-        shown = any(wanted in g.outputs for g in self._content.graphs)
-        producer = next((n for n in graph.nodes if wanted in n.outputs), None)
-        if producer is None or shown or readers != [node] or any(node.outputs[1:]):
-            raise RefusedError("something else reads its input or its statistics", tensor=node.name)
+        """Remove a node: what its data came from now writes what it wrote, or else its readers read its data."""
+        if any(node.outputs[1:]):
+            raise RefusedError("it puts out statistics too", tensor=node.name)
+        data, result = self._input_names(node)[0], node.outputs[0]
         self._removed.add(node.field.start)
         self._edits.replace(graph.message, node.field)
-        while producer.field.start in self._removed:  # a chain of layers: the first that stays
-            producer = next(n for n in graph.nodes if producer.inputs[0] in n.outputs)
-        names = self._outputs.get(producer.field.start, (producer, list(producer.outputs)))[1]
-        names[names.index(wanted)] = node.outputs[0]
-        self._outputs[producer.field.start] = (producer, names)
-        self._drop_infos(graph, VALUE_INFO, wanted)
+        producer = next((n for n in graph.nodes if data in self._output_names(n)), None)
+        readers = [n for g in self._content.graphs for n in g.nodes if data in self._input_names(n)]
+        shown = {name for g in self._content.graphs for name in g.outputs}
+        if producer is not None and data not in shown and not readers:
+            names = self._outputs.setdefault(producer.field.start, (producer, list(producer.outputs)))[1]
+            names[names.index(data)] = result
+            self._drop_infos(graph, VALUE_INFO, data)
+            return
+        if result in shown:
+            raise RefusedError("its input and its output are both results of the model", tensor=node.name)
+        for inner in self._content.graphs:
+            for reader in inner.nodes:
+                if result in self._input_names(reader):
+                    names = self._new_inputs(reader)
+                    names[:] = [data if name == result else name for name in names]
+        self._drop_infos(graph, VALUE_INFO, result)
+
+    def _input_names(self, node: OnnxNode) -> list[str]:
+        """The inputs of a node by now; none of one that is removed."""
+        if node.field.start in self._removed:
+            return []
+        return self._inputs.get(node.field.start, (node, list(node.inputs)))[1]
+
+    def _output_names(self, node: OnnxNode) -> list[str]:
+        if node.field.start in self._removed:
+            return []
+        return self._outputs.get(node.field.start, (node, list(node.outputs)))[1]
 
     def _drop_infos(self, graph: OnnxGraph, number: int, name: str) -> None:
         for place in graph.message.all(number):
@@ -180,15 +198,14 @@ class _Changes:
 
     def _give_own(self, place: Place, tensor: Tensor) -> None:
         assert place.reader is not None
-        graph, node, position = place.reader
+        _, node, position = place.reader
         name = unused_name(place.name, self._names)
         self._names.add(name)
         self._edits.append(place.graph.message, *embed(5, *_make_tensor(name, tensor)))
         self._declare(place.graph, name, tensor)
-        self._new_inputs(graph, node)[position] = name
+        self._new_inputs(node)[position] = name
 
-    def _new_inputs(self, graph: OnnxGraph, node: OnnxNode) -> list[str]:
-        del graph
+    def _new_inputs(self, node: OnnxNode) -> list[str]:
         return self._inputs.setdefault(node.field.start, (node, list(node.inputs)))[1]
 
     def _remove_tensors(self, names: set[str]) -> None:
@@ -215,8 +232,8 @@ class _Changes:
         place = self._content.places.get(after)
         uses = self._uses.get((id(place.graph), place.name), ()) if place is not None else ()
         fitting = [
-            (graph, node)
-            for graph, node, position in uses
+            node
+            for _, node, position in uses
             if position == 1 and node.operator in _BIASED and not any(node.inputs[2:])
         ]
         if place is None or place.reader is not None or len(fitting) != len(uses) or not uses:
@@ -234,8 +251,8 @@ class _Changes:
             assert place.message.parent is not None
             self._edits.insert_after(place.graph.message, place.message.parent[1], *embed(5, *message))
             self._declare(place.graph, name, tensor)
-        for graph, reader in fitting:
-            self._new_inputs(graph, reader)[2:] = [name]
+        for reader in fitting:
+            self._new_inputs(reader)[2:] = [name]
 
     def _declare(self, graph: OnnxGraph, name: str, tensor: Tensor) -> None:
         """Before IR version 4 every initializer is an input of the graph too."""

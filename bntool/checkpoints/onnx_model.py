@@ -1,4 +1,4 @@
-"""What an ONNX model holds: initializers and Constant nodes, and BatchNormalization nodes as layers in PyTorch's words."""
+"""What an ONNX model holds: initializers, Constant nodes, and BatchNormalization nodes as layers in PyTorch's words."""
 
 from __future__ import annotations
 

@@ -118,10 +118,13 @@ def _read_index(file: SourceFile) -> dict[str, Any]:
     return dict(index)
 
 
-def _open_shard(folder: Path, name: str) -> Checkpoint:
-    """Open a shard beside the index, and nowhere else."""
-    from bntool.checkpoints.formats import open_file
+def check_inside(folder: Path, name: str) -> None:
+    """Refuse a file name of an index that leads anywhere else than into the folder of the index.
 
+    Raises:
+        UnsafeFileError: it leads outside.
+        CorruptFileError: no file can have this name.
+    """
     if "/" in name or name in ("", ".", "..") or "\\" in name or ":" in name or "\0" in name:
         raise UnsafeFileError(f"the index names a file outside of its folder: {name[:80]!r}")
     try:
@@ -130,6 +133,13 @@ def _open_shard(folder: Path, name: str) -> Checkpoint:
         raise CorruptFileError(f"the index names an impossible file: {name[:80]!r}") from error
     if leads_outside:
         raise UnsafeFileError(f"the index names a link that leads outside of its folder: {name[:80]!r}")
+
+
+def _open_shard(folder: Path, name: str) -> Checkpoint:
+    """Open a shard beside the index, and nowhere else."""
+    from bntool.checkpoints.formats import open_file
+
+    check_inside(folder, name)
     if name.endswith(".index.json"):
         raise UnsafeFileError(f"the index names another index: {name[:80]!r}")
     shard = open_file(SourceFile(folder / name))

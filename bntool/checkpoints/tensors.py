@@ -161,6 +161,12 @@ class StoredTensor:
         last = sum((extent - 1) * stride for extent, stride in zip(self.shape, self.strides, strict=True))
         return start, start + max(self.dtype.byte_count(last + 1), 1)
 
+    @property
+    def place(self) -> tuple[int, int]:
+        """The same in the source of the storage, where views of one storage can begin at different bytes."""
+        assert self.storage is not None
+        return self.storage.offset + self.byte_range[0], self.storage.offset + self.byte_range[1]
+
     def check_bounds(self, name: str) -> None:
         """Hold shape, strides and offset against the storage, in Python's unbounded integers.
 

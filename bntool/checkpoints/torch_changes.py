@@ -60,10 +60,12 @@ def collect_changes(checkpoint: Checkpoint) -> TorchChanges:
     Raises:
         RefusedError: tensors would have to be added to or removed from a pickled module, or a dtype has no storage.
     """
-    return _Collector(checkpoint).collect()
+    return ChangeCollector(checkpoint).collect()
 
 
-class _Collector:
+class ChangeCollector:
+    """Collects the changes of one checkpoint; see :func:`collect_changes`."""
+
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint = checkpoint
         content: TorchContent = checkpoint.content

@@ -67,7 +67,7 @@ class ModuleReader:
             state = as_mapping(node.state)
             self._spend(1 + len(state))
             source.module_nodes[path] = node
-            modules[path] = ModuleInfo(_class_path(node), _plain_attributes(state))
+            modules[path] = ModuleInfo(_class_path(node), plain_attributes(state))
             dotted = f"{path}." if path else ""
             self._read_own_tensors(dotted, state, source, tensors)
             below = ancestors | {id(node)}
@@ -104,6 +104,15 @@ def _names_in_set(node: Node) -> set[str | None]:
     return set(map(text_of, members)) if isinstance(members, list) else set()
 
 
+# helpers whose first argument is the class: those of pickle, and the one of frozen modules
+_NAMING_THEIR_CLASS = (
+    "copyreg._reconstructor",
+    "copy_reg._reconstructor",
+    "copyreg.__newobj__",
+    "bntool.layers.holding.rebuild_held",
+)
+
+
 def _class_path(node: Instance) -> str:
     """The class of a pickled module: copyreg's helper names it in its arguments, the legacy format keeps its source."""
     constructor = node.constructor
@@ -111,13 +120,13 @@ def _class_path(node: Instance) -> str:
         facts = constructor.value
         known = isinstance(facts, tuple) and len(facts) > 1 and isinstance(facts[1], Global)
         return facts[1].path if known else ""
-    if node.path in ("copyreg._reconstructor", "copy_reg._reconstructor", "copyreg.__newobj__"):
+    if node.path in _NAMING_THEIR_CLASS:
         first = node.arguments[0] if isinstance(node.arguments, tuple) and node.arguments else None
         return first.path if isinstance(first, Global) else ""
     return node.path
 
 
-def _plain_attributes(state: Mapping[str, Node]) -> dict[str, Any]:
+def plain_attributes(state: Mapping[str, Node]) -> dict[str, Any]:
     """The attributes of a module that are plain numbers, texts, or tuples of them."""
     return {name: value for name, value in state.items() if not name.startswith("_") and _is_plain(value)}
 

@@ -139,6 +139,11 @@ def _read_tensors(source: StateDictSource, reader: TensorReader) -> dict[str, Te
     return tensors
 
 
+def with_tensor_sources(state_dicts: Iterable[StateDict]) -> tuple[StateDict, ...]:
+    """For layouts that are not written from nodes: each state dict keeps its tensors as they were read."""
+    return tuple(dataclasses.replace(s, source=dict(s.tensors)) for s in state_dicts)
+
+
 def metadata_node(node: Node) -> Node:
     """The ``_metadata`` of a state dict: an attribute of the OrderedDict, or None."""
     if isinstance(node, Instance) and is_mapping(node.state):

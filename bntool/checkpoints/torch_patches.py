@@ -15,10 +15,10 @@ def patch_storage(patches: list[tuple[StoredTensor, Tensor]], *, base: int) -> I
         base: where the storage begins, in terms of the offsets of the stored tensors' storages.
     """
     written: set[tuple[int, int]] = set()
-    for stored, new in sorted(patches, key=lambda patch: patch[0].byte_range):
-        if stored.byte_range in written:  # tied tensors that get equal elements
+    for stored, new in sorted(patches, key=lambda patch: patch[0].place):
+        if stored.place in written:  # tied tensors that get equal elements
             continue
-        written.add(stored.byte_range)
+        written.add(stored.place)
         assert stored.storage is not None
         shift = stored.storage.offset - base
         if stored.is_contiguous and not stored.storage.big_endian:

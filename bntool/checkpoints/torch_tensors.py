@@ -120,6 +120,14 @@ class TensorReader:
             error.tensor = error.tensor or name
             raise
 
+    def mark_parameter(self, node: Node) -> StoredTensor | None:
+        """Like :meth:`read`, for a tensor that is a parameter although its node does not say so."""
+        tensor = self.read(node)
+        if tensor is None or tensor.is_parameter:
+            return tensor
+        self._known[id(node)] = dataclasses.replace(tensor, is_parameter=True)
+        return self._known[id(node)]
+
     def _read(self, node: Instance) -> StoredTensor | None:
         self._depth += 1
         try:
@@ -179,7 +187,7 @@ class TensorReader:
         """The dtype of its values, which come last of its tensors, and its size."""
         nodes = parts[:8] if isinstance(parts, tuple | list) else ()
         tensors = [tensor for tensor in map(self.read, nodes) if tensor is not None]
-        sizes = [size for size in map(_as_shape, nodes) if size is not None]
+        sizes = [size for size in map(as_shape, nodes) if size is not None]
         shape = sizes[-1] if sizes else ()
         return StoredTensor(tensors[-1].dtype, shape, contiguous_strides(shape), 0, None, wrapper="sparse")
 
@@ -203,7 +211,8 @@ def _are_counts(values: Node) -> bool:
     return isinstance(values, tuple | list) and len(values) <= MAX_DIMENSIONS and all(map(_is_count, values))
 
 
-def _as_shape(node: Node) -> tuple[int, ...] | None:
+def as_shape(node: Node) -> tuple[int, ...] | None:
+    """A tuple of counts, bare or as torch.Size; None for anything else."""
     if isinstance(node, Instance) and node.path == "torch.Size" and isinstance(node.arguments, tuple):
         node = node.arguments[0] if node.arguments else ()
     return tuple(node) if isinstance(node, tuple) and _are_counts(node) else None
@@ -220,7 +229,7 @@ def _storageless(path: str, arguments: Node) -> StoredTensor:
     """A tensor that is shown but never interpreted: its dtype and shape as far as they are plain to see."""
     values = arguments if isinstance(arguments, tuple) else ()
     dtypes = [BY_NAME[v.name] for v in values if isinstance(v, Global) and v.module == "torch" and v.name in BY_NAME]
-    shapes = [shape for shape in map(_as_shape, values) if shape is not None]
+    shapes = [shape for shape in map(as_shape, values) if shape is not None]
     shape = shapes[0] if shapes else ()
     return StoredTensor(
         dtype=dtypes[0] if dtypes else BY_NAME["float32"],

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from bntool.checkpoints.checkpoint import Checkpoint, Format
 from bntool.checkpoints.files import OutputFiles, SourceFile
@@ -23,17 +23,21 @@ from bntool.checkpoints.zips.reading import LOCAL_MAGIC, InflatedRecord, ZipArch
 from bntool.checkpoints.zips.writing import ZipWriter, copy_with_patches, patched_chunks
 from bntool.errors import CorruptFileError, UnknownFormatError, UnsafeFileError
 
-_RECORD_NAME = "bntool.json"
 MAX_PICKLE = 1 << 29
 
 
 @dataclass(frozen=True)
-class _Layout:
-    """The archive and the folder in it that holds everything."""
+class ArchiveLayout:
+    """The archive and the folder in it that holds everything.
+
+    Attributes:
+        record_name: where in the folder bntool leaves a record for which the pickle has no place.
+    """
 
     archive: ZipArchive
     root: str
     big_endian: bool
+    record_name: str = "bntool.json"
 
     def storage_record(self, key: str) -> ZipRecord | None:
         return self.archive.records.get(f"{self.root}data/{key}")
@@ -50,61 +54,43 @@ class TorchZip(Format):
 
     def read(self, file: SourceFile) -> Checkpoint:
         archive = read_archive(file)
-        layout = _find_layout(archive)
+        layout = find_layout(archive)
         record = archive.records[f"{layout.root}data.pkl"]
         if record.size > MAX_PICKLE:
             raise UnsafeFileError(f"the pickle has {record.size} bytes")
         pickle = read_pickle_bytes(archive.read(record))
-        reader = TensorReader(lambda reference: _resolve(layout, reference))
+        reader = TensorReader(lambda reference: resolve_storage(layout, reference))
         state_dicts = find_state_dicts(pickle.root, reader)
-        loose = archive.records.get(f"{layout.root}{_RECORD_NAME}")
-        records = read_records(state_dicts)
-        if loose is not None:
-            records = {**_parse_loose(archive.read(loose)), **records}
         return Checkpoint(
             file=file,
             format=self,
             state_dicts=state_dicts,
             entries=as_mapping(pickle.root) if is_mapping(pickle.root) else {},
             globals=list_globals(pickle),
-            records=records,
+            records={**read_loose_records(layout), **read_records(state_dicts)},
             content=TorchContent(pickle, reader, layout),
         )
 
     def write(self, checkpoint: Checkpoint, path: Path, output: OutputFiles) -> None:
-        layout: _Layout = checkpoint.content.container
-        changes = collect_changes(checkpoint)
-        stream = output.open(path)
-        if changes.changes_pickle or changes.loose_record is not None or _patches_deflated(layout, changes):
-            _rewrite(checkpoint, changes, ZipWriter(stream, has_checksums=layout.archive.has_checksums))
-            return
-        patches = {}
-        for key, patch in changes.patches.items():
-            record = layout.storage_record(key)
-            assert record is not None
-            patches[record.name] = patch_storage(patch, base=record.data_offset)
-        copy_with_patches(layout.archive, stream, patches)
+        write_archive(checkpoint, collect_changes(checkpoint), output.open(path))
 
     def verify_checksums(self, checkpoint: Checkpoint) -> int | None:
-        archive: ZipArchive = checkpoint.content.container.archive
-        if not archive.has_checksums:
-            return None
-        for record in archive.records.values():
-            archive.check_record(record)
-        return len(archive.records)
+        layout: ArchiveLayout = checkpoint.content.container
+        return layout.archive.check_records()
 
 
-def _parse_loose(data: bytes) -> dict[str, tuple[Mapping[str, Any], ...]]:
+def read_loose_records(layout: ArchiveLayout) -> dict[str, tuple[Mapping[str, Any], ...]]:
     """The histories in a record of the archive, by key of the state dict; anything else counts as none."""
+    record = layout.archive.records.get(f"{layout.root}{layout.record_name}")
     try:
-        found = json.loads(data)
+        found = json.loads(layout.archive.read(record)) if record is not None else {}
     except (ValueError, RecursionError):
         return {}
     histories = {key: as_history(entries) for key, entries in found.items()} if isinstance(found, dict) else {}
     return {key: history for key, history in histories.items() if history}
 
 
-def _find_layout(archive: ZipArchive) -> _Layout:
+def find_layout(archive: ZipArchive) -> ArchiveLayout:
     pickles = [name for name in archive.records if name == "data.pkl" or name.endswith("/data.pkl")]
     top = [name for name in pickles if name.count("/") <= 1]
     if not top:
@@ -113,12 +99,17 @@ def _find_layout(archive: ZipArchive) -> _Layout:
         raise CorruptFileError("the zip archive holds more than one data.pkl")
     root = top[0].removesuffix("data.pkl")
     if f"{root}constants.pkl" in archive.records:
-        raise UnknownFormatError("this is a TorchScript archive, a layout that bntool does not read yet")
+        raise UnknownFormatError("this is a TorchScript archive")
+    return ArchiveLayout(archive, root, big_endian=is_big_endian(archive, root))
+
+
+def is_big_endian(archive: ZipArchive, root: str) -> bool:
+    """The byte order of the storages, which newer archives name."""
     order = archive.records.get(f"{root}byteorder")
-    return _Layout(archive, root, big_endian=order is not None and archive.read(order) == b"big")
+    return order is not None and archive.read(order) == b"big"
 
 
-def _resolve(layout: _Layout, reference: StorageReference) -> Storage:
+def resolve_storage(layout: ArchiveLayout, reference: StorageReference) -> Storage:
     record = layout.storage_record(reference.key)
     if record is None:
         raise CorruptFileError(f"the storage {reference.key!r:.80} is missing from the archive")
@@ -136,14 +127,28 @@ def _resolve(layout: _Layout, reference: StorageReference) -> Storage:
     )
 
 
-def _patches_deflated(layout: _Layout, changes: TorchChanges) -> bool:
+def write_archive(checkpoint: Checkpoint, changes: TorchChanges, stream: IO[bytes]) -> None:
+    """Write an edited archive: bytes patched where that is enough, else record by record."""
+    layout: ArchiveLayout = checkpoint.content.container
+    if changes.changes_pickle or changes.loose_record is not None or _patches_deflated(layout, changes):
+        _rewrite(checkpoint, changes, ZipWriter(stream, has_checksums=layout.archive.has_checksums))
+        return
+    patches = {}
+    for key, patch in changes.patches.items():
+        record = layout.storage_record(key)
+        assert record is not None
+        patches[record.name] = patch_storage(patch, base=record.data_offset)
+    copy_with_patches(layout.archive, stream, patches)
+
+
+def _patches_deflated(layout: ArchiveLayout, changes: TorchChanges) -> bool:
     records = [layout.storage_record(key) for key in changes.patches]
     return any(record is not None and record.is_deflated for record in records)
 
 
 def _rewrite(checkpoint: Checkpoint, changes: TorchChanges, writer: ZipWriter) -> None:  # noqa: C901 (one branch for each fate of a record)
     """Write a new archive: the pickle anew if it changes, storages patched, added and dropped, all else copied."""
-    layout: _Layout = checkpoint.content.container
+    layout: ArchiveLayout = checkpoint.content.container
     archive, root = layout.archive, layout.root
     dropped = {f"{root}data/{key}" for key in changes.dropped}
     patches = {f"{root}data/{key}": patch for key, patch in changes.patches.items()}
@@ -161,7 +166,7 @@ def _rewrite(checkpoint: Checkpoint, changes: TorchChanges, writer: ZipWriter) -
         if record.name == f"{root}data.pkl" and changes.changes_pickle:
             data = _emit_pickle(checkpoint, changes)
             writer.add(record.name, iter((data,)), size=len(data))
-        elif record.name == f"{root}{_RECORD_NAME}" and changes.loose_record is not None:
+        elif record.name == f"{root}{layout.record_name}" and changes.loose_record is not None:
             continue
         elif record.name in patches:
             base = 0 if record.is_deflated else record.data_offset
@@ -178,7 +183,7 @@ def _rewrite(checkpoint: Checkpoint, changes: TorchChanges, writer: ZipWriter) -
         add_new_storages()
     if changes.loose_record is not None:
         data = changes.loose_record.encode()
-        writer.add(f"{root}{_RECORD_NAME}", iter((data,)), size=len(data))
+        writer.add(f"{root}{layout.record_name}", iter((data,)), size=len(data))
     writer.close()
 
 

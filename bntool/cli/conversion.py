@@ -59,11 +59,10 @@ def command(
 ) -> int:
     """Convert between file formats, or between BatchNorm and FrozenBatchNorm2d.
 
-    What cannot survive is listed before anything is written, and refused with --strict. What the target has no place for
-    is recorded where that is possible, so that the way back loses nothing.
+    What cannot survive is listed before anything is written, and refused with --strict. What the target has no place
+    for is recorded where that is possible, so that the way back loses nothing.
 
     Examples:
-
       bntool convert ckpt.pt --to safetensors -o ckpt.safetensors
 
       bntool convert ckpt.pt --to frozen-batchnorm --eps 1e-5 -o frozen.pt

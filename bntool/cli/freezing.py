@@ -82,8 +82,8 @@ def command(
     """Keep BatchNorm layers from changing while the model trains on.
 
     Two independent switches, named as in mmdet: --norm-eval keeps the statistics (the default), --no-requires-grad
-    keeps weight and bias (by default these train). A file alone freezes nothing, because a state dict holds neither modes nor
-    requires_grad: the command records what to freeze, and one line applies it to the model.
+    keeps weight and bias (by default these train). A file alone freezes nothing, because a state dict holds
+    neither modes nor requires_grad: the command records what to freeze, and one line applies it to the model.
 
     Examples:
       bntool freeze ckpt.pt -o frozen.pt
@@ -116,6 +116,7 @@ def command(
             frozen_stages=frozen_stages,
             form=FreezeForm(form.value),
             eps=eps,
+            for_file=emit is None or output is not None,
         )
         check_plan(freeze.plan, strict=strict)
         code = None

@@ -76,8 +76,6 @@ def build_app() -> typer.Typer:
     )
     app.callback()(_root)
     for name, module in COMMANDS.items():
-        if not os.path.exists(os.path.join(os.path.dirname(__file__), module + ".py")):
-            continue  # FIXME while rooms are being built
         app.command(name)(importlib.import_module(f"bntool.cli.{module}").command)
     return app
 

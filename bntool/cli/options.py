@@ -47,7 +47,7 @@ ModelSpec = Annotated[
     typer.Option(
         "--model",
         metavar="SPEC",
-        help="The model: FILE.py:factory or package.module:factory. This runs your code.",
+        help="The model: FILE.py:factory, package.module:factory, torchvision:NAME, timm:NAME. This runs your code.",
         show_default=False,
     ),
 ]
@@ -60,7 +60,7 @@ DataSpec = Annotated[
     typer.Option(
         "--data",
         metavar="SPEC",
-        help="Input data: .npy, .npz, .pt or .safetensors, FILE.py:factory or package.module:factory.",
+        help="Input data: a folder of images, .npy, .npz, .pt or .safetensors, or FILE.py:factory (runs your code).",
         show_default=False,
     ),
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -97,6 +98,8 @@ def command(  # noqa: PLR0915 a third of the statements are imports
     """
     from functools import partial
 
+    import torch
+
     from bntool.checkpoints.application import apply_plan
     from bntool.checkpoints.checkpoint import choose_state_dict
     from bntool.checkpoints.formats import open_checkpoint
@@ -107,6 +110,7 @@ def command(  # noqa: PLR0915 a third of the statements are imports
     from bntool.errors import UsageError
     from bntool.layers.loading import load_state
     from bntool.operations.evaluation import count_flipped, evaluate, is_better, parse_metric
+    from bntool.operations.ranks import join_job
     from bntool.operations.recalibration import plan_recalibration
     from bntool.operations.recording import make_record
     from bntool.operations.rounding import fit_plan
@@ -116,23 +120,26 @@ def command(  # noqa: PLR0915 a third of the statements are imports
 
     if model is None or data is None:
         raise UsageError("recalibrate runs the model on data: give --model SPEC and --data SPEC")
-    with open_checkpoint(checkpoint) as source:
+    with join_job() as ranks, open_checkpoint(checkpoint) as source:
         check_output(source, output, dry_run=dry_run, force=force)
         chosen = choose_state_dict(source, state_dict)
+        torch.manual_seed(seed)  # user code that draws random numbers gives the same, run after run and on every rank
         live = _load_model(model, model_arg or (), device, chosen)
         steps = parse_preprocessing(preprocess) if preprocess else None
         read = partial(load_data, batch_size=batch_size, workers=workers, preprocessing=steps, on_bad_data=on_bad_data)
         wanted = _parse_samples(samples)
-        batches = read(data, samples=wanted, seed=seed)
-        held_out = read(eval_data) if eval_data else batches
+        batches = read(data, samples=wanted, seed=seed, share=(ranks.rank, ranks.world))
+        held_out = read(eval_data) if eval_data else read(data, samples=wanted, seed=seed)
         if held_out.has_labels is False:
             if keep_if_better:
                 raise UsageError("--keep-if-better needs labels: give --eval-data with labels")
             held_out = read(eval_data or data, samples=_WITHOUT_LABELS)
-        score = parse_metric(metric)
-        show = not (as_json or quiet)
+        skip = on_bad_data is OnBadData.SKIP
+        judge = partial(evaluate, live, metric=parse_metric(metric), skip_bad_inputs=skip)
+        leads = ranks.rank == 0  # one of several processes judges and writes
+        show = leads and not (as_json or quiet)
         with Progress("before", held_out.samples, enabled=show) as progress:
-            before = evaluate(live, held_out, metric=score, on_progress=progress)
+            before = judge(held_out, on_progress=progress) if leads else None
         with Progress(f"{method.value} statistics", batches.samples, enabled=show) as progress:
             result = plan_recalibration(
                 live,
@@ -145,6 +152,8 @@ def command(  # noqa: PLR0915 a third of the statements are imports
                 fit_memory=samples == "auto",
             )
         check_plan(result.plan, strict=strict)
+        if before is None:
+            return 0
         plan = fit_plan(result.plan, chosen)
         if source.format.can_record(source, chosen):
             facts = {"method": method.value, "prior": prior, "data": data, "seed": seed}
@@ -153,7 +162,7 @@ def command(  # noqa: PLR0915 a third of the statements are imports
         # the model is given what will be in the file, so that what is judged is what is written
         load_state(live, edited.state_dict(chosen.key))
         with Progress("after", held_out.samples, enabled=show) as progress:
-            after = evaluate(live, held_out, metric=score, on_progress=progress)
+            after = judge(held_out, on_progress=progress)
         kept = keep_if_better and not is_better(before, after)
         written = str(output) if not dry_run and not kept else None
         if written is not None:
@@ -179,6 +188,8 @@ def _load_model(spec: str, arguments: Sequence[str], device: str, chosen: StateD
     from bntool.layers.loading import load_state
     from bntool.models.loading import load_model, parse_assignments
 
+    if device == "cuda" and "LOCAL_RANK" in os.environ:
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
     live = load_model(spec, arguments=parse_assignments(arguments))
     load_state(live, chosen)
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -32,7 +33,13 @@ class FactoryDataSource(DataSource):
             source = first.pop() if first else (_make(found, spec) if one_shot else made)
             return _read(source, spec, options)
 
-        return Batches(read, description=spec, samples=_count(made, options))
+        rank, world = options.share
+        dealt = _is_dataset(made) and not isinstance(made, IterableDataset)  # deal() has given this rank its share
+
+        def read_share() -> Iterator[Batch]:
+            return read() if dealt or world == 1 else itertools.islice(read(), rank, None, world)
+
+        return Batches(read_share, description=spec, samples=_count(made, options) if world == 1 else None)
 
 
 def _make(found: Any, spec: str) -> Any:

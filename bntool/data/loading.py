@@ -24,6 +24,7 @@ def load_data(
     workers: int = 0,
     preprocessing: Preprocessing | None = None,
     on_bad_data: OnBadData = OnBadData.STOP,
+    share: tuple[int, int] = (0, 1),
 ) -> Batches:
     """Open the data that a spec names; it is read when batches are asked for.
 
@@ -36,6 +37,7 @@ def load_data(
         workers: processes that read images or a Dataset beside this one.
         preprocessing: what to do to images or uint8 pixels.
         on_bad_data: what to do about an image that cannot be read.
+        share: (rank, world), for one of several processes: every world-th batch from the rank-th on.
 
     Raises:
         UsageError: the spec or the data cannot be understood.
@@ -52,6 +54,7 @@ def load_data(
         workers=workers,
         preprocessing=preprocessing,
         on_bad_data=on_bad_data,
+        share=share,
     )
     for source in DATA_SOURCES:
         if source.recognises(spec):

@@ -25,6 +25,7 @@ class DataOptions:
         workers: processes that read beside this one.
         preprocessing: what to do to images.
         on_bad_data: what to do about an image that cannot be read.
+        share: (rank, world): of one list of batches, the same for all ranks, every world-th from the rank-th on.
     """
 
     batch_size: int
@@ -33,6 +34,7 @@ class DataOptions:
     workers: int = 0
     preprocessing: Preprocessing | None = None
     on_bad_data: OnBadData = OnBadData.STOP
+    share: tuple[int, int] = (0, 1)
 
     def deal(self, count: int) -> list[list[int]]:
         """The indices of each batch out of ``count`` samples; ascending in a batch: files are read in order."""
@@ -45,7 +47,8 @@ class DataOptions:
         # of nearly equal size: a small last batch would be normalised by statistics of few samples
         number = math.ceil(len(order) / self.batch_size)
         edges = [len(order) * index // number for index in range(number + 1)] if number else []
-        return [sorted(order[start:end]) for start, end in itertools.pairwise(edges)]
+        rank, world = self.share
+        return [sorted(order[start:end]) for start, end in itertools.pairwise(edges)][rank::world]
 
 
 class DataSource(ABC):

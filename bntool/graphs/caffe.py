@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -32,12 +33,26 @@ class _Building:
     def __init__(self, content: CaffeContent, tensors: Mapping[str, Tensor]) -> None:
         self.content, self.tensors = content, tensors
         self.builder = GraphBuilder()
-        self.scales = {scale: norm for norm, scale in content.scales.items()}
-        names = [name for layer in content.wiring.layers for name in set(layer.shared)]
-        self.shared = {name for name in names if names.count(name) > 1}
+        self.wiring = content.deployed or content.wiring
+        deployed = content.deployed is not None
+        self.names = {layer.index: layer.name for layer in self.wiring.layers} if deployed else content.names
+        positions = {name: index for index, name in self.names.items()}
+        names = content.names
+        self.scales = {  # by position in the wiring, which may be another than in the file
+            positions[names[scale]]: positions[names[norm]]
+            for norm, scale in content.scales.items()
+            if names[scale] in positions and names[norm] in positions
+        }
+        self.norms = {names[index] for index in content.scale_factors}
+        shared = Counter(name for layer in self.wiring.layers for name in set(layer.shared))
+        self.shared = {name for name, count in shared.items() if count > 1}
+        self.own: dict[str, dict[str, str]] = {}
+        for key in content.blobs:
+            layer_name, _, role = key.rpartition(".")
+            self.own.setdefault(layer_name, {})[role] = key
 
     def build(self) -> ModelGraph:
-        wiring = self.content.wiring
+        wiring = self.wiring
         nodes: dict[int, int] = {}
         outside = self.builder.add(NodeKind.INPUT, "input")
         for layer in wiring.layers:
@@ -53,16 +68,14 @@ class _Building:
         return self.builder.finish()
 
     def _facts(self, layer: Layer) -> dict[str, Any]:
-        name = self.content.names[layer.index]
-        own = {
-            key.rpartition(".")[2]: key for key, blob in self.content.blobs.items() if key.rpartition(".")[0] == name
-        }
+        name = self.names[layer.index]
+        own = self.own.get(name, {})
         facts: dict[str, Any] = {"layer": name, "class_name": layer.type}
         if self.shared.intersection(layer.shared):
             return {**facts, "reads": list(own.values())}  # tied to other layers
         if len(layer.tops) != 1 or len(layer.bottoms) != 1:
             return {**facts, "reads": list(own.values())}
-        if layer.index in self.content.scale_factors:
+        if name in self.norms and "running_mean" in own:
             return {**facts, **self._batch_norm(layer, own)}
         if layer.type in _CONVOLUTIONS and "weight" in own:
             return {**facts, "parameters": own, **self._convolution(layer, self.tensors[own["weight"]].shape)}
@@ -86,7 +99,9 @@ class _Building:
             return {}
         kind = _CONVOLUTIONS[layer.type]
         channels = shape[0] if kind is NodeKind.CONVOLUTION else shape[1] * groups
-        return {"kind": kind, "channels": channels, "groups": groups, "padded": True}
+        padded = any(layer.parameters.get(f"convolution_param.{key}", 0) for key in ("pad", "pad_h", "pad_w"))
+        padded = padded or kind is NodeKind.CONV_TRANSPOSE
+        return {"kind": kind, "channels": channels, "groups": groups, "padded": padded}
 
     def _inner_product(self, layer: Layer, shape: tuple[int, ...]) -> dict[str, Any]:
         if len(shape) != 2 or layer.parameters.get("inner_product_param.axis", 1) != 1:

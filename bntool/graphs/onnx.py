@@ -61,7 +61,9 @@ class _Building:
     def _add(self, graph: OnnxGraph, node: OnnxNode, writers: Mapping[str, int]) -> int:
         facts = self._facts(graph, node)
         kind = facts.pop("kind", NodeKind.OTHER)
-        names = list(node.inputs)
+        names = list(
+            node.inputs[:1] if id(node) in self.layers else node.inputs
+        )  # a layer has its own names for the rest
         inside = [g for attribute in node.attributes.values() for g in self._graphs_in(attribute)]
         for inner in inside:
             names += [*inner.outputs, *(name for nested in inner.nodes for name in nested.inputs)]

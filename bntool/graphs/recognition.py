@@ -125,7 +125,8 @@ class _Roles:
         }
         if parameter is not None:
             details.update(layer=parameter.module, class_name=type(parameter.owner).__name__)
-            details["has_bias_slot"] = "bias" in parameter.owner._parameters and parameter.role == "weight"
+            slot = parameter.owner._parameters.get("bias", parameter)  # anything but None: there is none
+            details["has_bias_slot"] = slot is None and parameter.role == "weight"
         return details
 
 
@@ -245,3 +246,18 @@ def _batchnorm_tensors(index: ParameterIndex, path: str) -> dict[str, Parameter]
 def _eps_of(module: torch.nn.Module) -> float | None:
     eps = getattr(module, "eps", None)
     return float(eps) if isinstance(eps, int | float) else None
+
+
+def late_bias(
+    function: Any, given: Mapping[int, Tensor], labels: Labels, *, index: ParameterIndex
+) -> tuple[Tensor, Parameter] | None:
+    """The labels and the bias where a call adds a bias to a product of matrices, as a linear does on a strided input."""
+    constants = [tensor for identity, tensor in given.items() if labels[identity] is None]
+    computed = [labels[identity] for identity in given if labels[identity] is not None]
+    if operators.name_of(function) != "add" or len(constants) != 1 or len(computed) != 1:
+        return None
+    parameter = index.find(constants[0]) if constants[0].dim() == 1 else None
+    source = computed[0]
+    if parameter is None or parameter.role != "bias" or source is None or source.shape[-1:] != constants[0].shape:
+        return None
+    return source, parameter

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from torch import Tensor
@@ -39,6 +39,14 @@ class Reads:
 
     replace = add
 
+    def node_of(self, labels: Sequence[int]) -> int | None:
+        """The node that computed all of these, each of its first channels once and in order."""
+        if not labels:
+            return None
+        position = bisect_right(self._bases, labels[0]) - 1
+        base = self._bases[position]
+        return self._nodes[position] if list(labels) == list(range(base, base + len(labels))) else None
+
     def first(self, node: int) -> Tensor | None:
         """The labels that a node read on its first input."""
         return self._first.get(node)
@@ -49,17 +57,17 @@ class Reads:
             self._uses.setdefault(name, set()).add(node)
 
     def join(
-        self, nodes: list[Node], frozen: Mapping[int, int]
+        self, nodes: list[Node], completed: Mapping[int, int]
     ) -> tuple[list[Node], list[Edge], dict[str, frozenset[int]]]:
         """Nodes, edges and uses of parameters.
 
         Args:
             nodes: in order of execution.
-            frozen: from the product to the sum of a FrozenBatchNorm that computes by itself; where nothing else reads
-                the product, the two become one node.
+            completed: from a product to the sum that makes it a linear with bias, or a FrozenBatchNorm that computes by
+                itself; where nothing else reads the product, the two become one node.
         """
         edges = [edge for (node, port), meeting in self._reads.items() for edge in self._edges(node, port, meeting)]
-        for product, total in frozen.items():
+        for product, total in completed.items():
             readers = {edge.target for edge in edges if edge.source == product}
             if readers == {total}:
                 edges = [

@@ -27,8 +27,8 @@ from bntool.errors import UserCodeError
 from bntool.graphs import operators
 from bntool.graphs.graph import ModelGraph, Node, NodeKind
 from bntool.graphs.labels import fresh_labels, meet, replay, varying_axis
-from bntool.graphs.parameters import ParameterIndex, storage_key
-from bntool.graphs.recognition import Affine, call_facts, describe_affine, is_frozen_batchnorm
+from bntool.graphs.parameters import Parameter, ParameterIndex, storage_key
+from bntool.graphs.recognition import Affine, call_facts, describe_affine, is_frozen_batchnorm, late_bias
 from bntool.graphs.recording import Reads
 from bntool.layers.borrowing import borrow
 
@@ -49,7 +49,7 @@ def trace(model: nn.Module, inputs: Any) -> ModelGraph:
         copies = tree_map(lambda item: item.clone() if isinstance(item, Tensor) else item, inputs)
         with recorder.observe(copies):
             outputs = call(model, copies)
-        recorder.close(outputs)
+        recorder.close(outputs, copies)
         return recorder.finish()
 
 
@@ -95,7 +95,7 @@ class _Recorder(TorchDispatchMode):
         self.constants = WeakTensorKeyDictionary()  # of tensors computed from parameters alone: their names
         self.storages: dict[int, _Storage] = {}
         self.affines: dict[int, Affine] = {}  # products with constants, by node
-        self.frozen: dict[int, int] = {}  # from such a product to the sum that completes a frozen BatchNorm
+        self.completed: dict[int, int] = {}  # from a product to the sum that makes it a linear or a frozen BatchNorm
         self.stack: list[_ModuleCall] = []
         self.results: dict[int, Tensor] = {}  # labels that a BatchNorm node gave its output
 
@@ -149,7 +149,7 @@ class _Recorder(TorchDispatchMode):
     def labels_of(self, tensor: Tensor) -> Tensor | None:
         """The labels of a computed tensor; None for a constant."""
         labels: Tensor | None = self.labels.get(tensor)
-        if labels is not None or tensor in self.constants or self.index.touching(tensor):
+        if labels is not None or tensor in self.constants:
             return labels
         storage = self.storages.get(storage_key(tensor))
         if storage is None or not storage.labels:
@@ -168,13 +168,21 @@ class _Recorder(TorchDispatchMode):
     def set_labels(self, tensor: Tensor, labels: Tensor) -> None:
         self.labels[tensor] = labels
         self.constants.pop(tensor, None)
+        storage = self.storage_of(tensor)
+        if not any(seen is labels for seen in storage.labels):
+            storage.labels.append(labels)
+
+    def set_constant(self, tensor: Tensor, names: frozenset[str]) -> None:
+        self.constants[tensor] = names
+        self.storage_of(tensor)  # a later write into a view of it has to be seen here too
+
+    def storage_of(self, tensor: Tensor) -> _Storage:
         key = storage_key(tensor)
         storage = self.storages.get(key)
         if storage is None:
             storage = self.storages[key] = _Storage(StorageWeakRef(tensor.untyped_storage()))
         storage.tensors[tensor] = None
-        if not any(seen is labels for seen in storage.labels):
-            storage.labels.append(labels)
+        return storage
 
     def give_fresh_labels(self, node: Node, tensors: Sequence[Tensor], *, axis: int) -> Tensor:
         """Label tensors as the output of a node."""
@@ -199,7 +207,7 @@ class _Recorder(TorchDispatchMode):
         name, outputs = operators.name_of(function), _tensors(result)
         if name in operators.SHAPE_ONLY:
             for tensor in outputs:
-                self.constants[tensor] = frozenset()
+                self.set_constant(tensor, frozenset())
             return
         given = _tensors((arguments, keywords))
         mutated = _mutated(function, arguments, keywords)
@@ -213,10 +221,10 @@ class _Recorder(TorchDispatchMode):
         """Nothing here depends on the input."""
         names = frozenset().union(*map(self.names_of, given))
         changed = frozenset().union(*map(self.index.touching, mutated))
-        if changed:  # a parameter is rewritten during the forward: folding would not survive that
-            self.reads.use(self.add_node(NodeKind.OTHER, str(function.overloadpacket)).index, changed)
+        if mutated and (names or changed):  # a parameter is written, or to where its tracks end
+            self.reads.use(self.add_node(NodeKind.OTHER, str(function.overloadpacket)).index, names | changed)
         for tensor in (*outputs, *mutated):
-            self.constants[tensor] = names
+            self.set_constant(tensor, names)
 
     def record_movement(
         self, function: Any, arguments: Any, keywords: Any, outputs: list[Tensor], labels: dict[int, Tensor | None]
@@ -263,6 +271,13 @@ class _Recorder(TorchDispatchMode):
         if others and facts.kind is not NodeKind.OTHER:
             facts = replace(facts, kind=NodeKind.OTHER, inputs=(), axis=None)
         node = self.add_node(facts.kind, str(function.overloadpacket), **facts.node_facts())
+        product = self.find_product(function, given, labels) if facts.kind is NodeKind.OTHER and not others else None
+        if product is not None:
+            linear, bias, axis = product
+            self.completed[linear.index] = node.index
+            facts = replace(facts, output_axis=axis)
+            node = replace(linear, index=node.index, parameters={**linear.parameters, "bias": bias.name})
+            self.nodes[node.index] = node
         for port, tensor in enumerate(facts.inputs):
             found = labels[id(tensor)]
             assert found is not None
@@ -280,7 +295,7 @@ class _Recorder(TorchDispatchMode):
         out = self.give_fresh_labels(node, [*targets, *mutated, *others], axis=facts.output_axis)
         if facts.kind is NodeKind.BATCH_NORM:
             self.results[node.index] = out
-        elif facts.kind is NodeKind.OTHER and not mutated:
+        elif facts.kind is NodeKind.OTHER and not others:
             self.recognise_affine(node, function, given, labels, out)
 
     def others_on_storages(self, mutated: list[Tensor]) -> list[Tensor]:
@@ -306,17 +321,37 @@ class _Recorder(TorchDispatchMode):
             return
         product = next((i for i, a in self.affines.items() if a.result is affine.source and a.owner == affine.owner), None)
         if product is not None and is_frozen_batchnorm(self.affines[product], affine, self.index):
-            self.frozen[product] = node.index
+            self.completed[product] = node.index
             self.results[node.index] = out
             self.nodes[node.index] = replace(self.nodes[node.index], **affine.node_facts(self.index))
 
+    def find_product(
+        self, function: Any, given: dict[int, Tensor], labels: dict[int, Tensor | None]
+    ) -> tuple[Node, Parameter, int] | None:
+        """The linear whose product and bias a call adds, the bias, and the axis of its channels."""
+        found = late_bias(function, given, labels, index=self.index)
+        if found is None:
+            return None
+        source, bias = found
+        seen = meet(source, axis=source.dim() - 1)
+        product = self.reads.node_of(seen.labels)
+        if product is None:
+            return None
+        linear = self.nodes[product]
+        whole = len(seen.labels) == linear.channels and linear.index not in self.completed
+        if linear.kind is not NodeKind.LINEAR or linear.layer != bias.module or "bias" in linear.parameters or not whole:
+            return None
+        return linear, bias, source.dim() - 1
+
     # the end
 
-    def close(self, outputs: Any) -> None:
+    def close(self, outputs: Any, inputs: Any) -> None:
         """Whatever outlives the forward is read by somebody: the caller, a hook, a module that keeps it."""
-        gc.collect()
         node = self.add_node(NodeKind.OUTPUT, "output", layer="")
         kept = {storage_key(tensor) for tensor in _tensors(outputs)}
+        held = kept | {storage_key(tensor) for tensor in _tensors(inputs)}
+        if any(key not in held and s.labels and not s.reference.expired() for key, s in self.storages.items()):
+            gc.collect()  # perhaps only a cycle keeps it
         port = 0
         for key, storage in self.storages.items():
             if key not in kept and storage.reference.expired():
@@ -326,7 +361,7 @@ class _Recorder(TorchDispatchMode):
                 port += 1
 
     def finish(self) -> ModelGraph:
-        nodes, edges, uses = self.reads.join(self.nodes, self.frozen)
+        nodes, edges, uses = self.reads.join(self.nodes, self.completed)
         return ModelGraph(
             tuple(nodes), tuple(edges), uses=uses, aliases=self.index.aliases, tied=self.index.tied
         )

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 try:
-    from lightning.pytorch.callbacks import Callback
+    from lightning.pytorch.callbacks import Callback  # type: ignore[import-not-found, unused-ignore]
 except ImportError:  # the package under its older name
     from pytorch_lightning.callbacks import Callback  # type: ignore[no-redef, import-not-found, unused-ignore]
 

@@ -39,12 +39,12 @@ class _Held(nn.Module):
         reduced = cast("tuple[Any, ...]", super().__reduce_ex__(max(int(protocol), 2)))
         function, arguments, *rest = reduced
         if function is copyreg.__newobj__:  # type: ignore[attr-defined]
-            return (_rebuild, (original_class(type(self)), *arguments[1:]), *rest)
+            return (rebuild_held, (original_class(type(self)), *arguments[1:]), *rest)
         return reduced
 
 
-def _rebuild(original: type[nn.Module], *arguments: Any) -> nn.Module:
-    """A frozen module without its state: unpickling names this function, because the class is made at run time."""
+def rebuild_held(original: type[nn.Module], *arguments: Any) -> nn.Module:
+    """A frozen module without its state; pickles name this function, so it keeps its name and its place."""
     held = _held_class(cast("Any", original))
     return held.__new__(held, *arguments)
 
@@ -52,8 +52,20 @@ def _rebuild(original: type[nn.Module], *arguments: Any) -> nn.Module:
 @cache
 def _held_class(original: Any) -> type[nn.Module]:
     # named as the original is: registries, repr and fx (by __module__) go by these names
-    namespace = {"__module__": original.__module__, "__qualname__": original.__qualname__, "__doc__": original.__doc__}
+    namespace: dict[str, Any] = {
+        "__module__": original.__module__,
+        "__qualname__": original.__qualname__,
+        "__doc__": original.__doc__,
+    }
+    if hasattr(original, "reset_running_stats"):
+        namespace["reset_running_stats"] = _reset_unless_held
     return type(original.__name__, (_Held, original), namespace)
+
+
+def _reset_unless_held(self: Any) -> None:
+    """Torch's update_bn resets all statistics first; those of a held module would stay at 0 and 1."""
+    if HOLD not in vars(self):
+        cast("Any", original_class(type(self))).reset_running_stats(self)
 
 
 def original_class(kind: type) -> type[nn.Module]:

@@ -24,7 +24,7 @@ class TimmSource(ModelSource):
     def load(self, spec: str, arguments: Mapping[str, Any]) -> torch.nn.Module:
         try:
             import timm
-        except ImportError as error:
+        except (ImportError, RuntimeError) as error:  # RuntimeError: built for another torch
             raise MissingExtraError(f"{spec} needs timm: pip install timm ({error})") from error
         name = spec.removeprefix(_PREFIX)
         if not timm.is_model(name.partition(".")[0]):

@@ -26,7 +26,7 @@ class TorchvisionSource(ModelSource):
     def load(self, spec: str, arguments: Mapping[str, Any]) -> torch.nn.Module:
         try:
             from torchvision import models
-        except ImportError as error:
+        except (ImportError, RuntimeError) as error:  # RuntimeError: built for another torch
             raise MissingExtraError(f"{spec} needs torchvision: pip install torchvision ({error})") from error
         name = spec.removeprefix(_PREFIX)
         try:

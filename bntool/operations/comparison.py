@@ -161,12 +161,16 @@ def find_violations(comparison: Comparison, expectation: Expectation) -> list[st
     kept = _KEPT_BY.get(expectation, ROLES)
     found = []
     for layer in comparison.layers:
-        bad = [f"{role} ({change.value})" for role, change in layer.changes.items() if _is_bad(role, change, kept)]
+        bad = [_describe(role, change) for role, change in layer.changes.items() if _is_bad(role, change, kept)]
         if bad:
             found.append(f"{layer.name}: {', '.join(bad)}")
     if expectation in (Expectation.IDENTICAL, Expectation.STATS_ONLY):
         found += [f"{name}: {change.value}" for name, change in comparison.others.items() if change is not Change.SAME]
     return found
+
+
+def _describe(role: str, change: Change) -> str:
+    return role if change is Change.VALUES else f"{role} ({change.value})"
 
 
 def _is_bad(role: str, change: Change, kept: Sequence[str]) -> bool:

@@ -183,7 +183,7 @@ def _format_losses(checkpoint: Checkpoint, source: StateDict, new_format: NewFor
     losses = []
     others = [s.key or "(root)" for s in checkpoint.state_dicts if s is not source]
     if others:
-        losses.append(f"{len(others)} other state dicts: {_some(others)}")
+        losses.append(f"other state dicts: {_some(others)}")
     if source.is_module:
         losses.append("the modules themselves: their classes, code and attributes; only tensors are taken out")
     inside = {s.key.split(".")[0] for s in checkpoint.state_dicts}
@@ -191,13 +191,13 @@ def _format_losses(checkpoint: Checkpoint, source: StateDict, new_format: NewFor
     names = {name.split(".")[0] for name in source.tensors} | set(source.tensors) if not source.key else set()
     beside = [name for name in beside if name not in names]
     if beside and checkpoint.format.single_file and not source.is_module:
-        losses.append(f"{len(beside)} other entries: {_some(beside)}")
+        losses.append(f"other entries: {_some(beside)}")
     if not checkpoint.format.single_file:
         losses.append("the division into several files")
     stored = {name: t for name, t in source.tensors.items() if isinstance(t, StoredTensor)}
     frozen = [name for name, t in stored.items() if t.is_parameter and t.requires_grad is False]
     if frozen:
-        losses.append(f"requires_grad=False of {len(frozen)} parameters: {_some(frozen)}")
+        losses.append(f"requires_grad=False of {_some(frozen)}")
     if new_format is NewFormat.SAFETENSORS:
         losses += _safetensors_losses(stored)
     devices = {t.storage.device for t in stored.values() if t.storage is not None} - {"cpu"}
@@ -218,10 +218,10 @@ def _safetensors_losses(stored: Mapping[str, StoredTensor]) -> list[str]:
             tied.append(f"{name} = {seen[place]}")
         seen.setdefault(place, name)
     if tied:
-        losses.append(f"{len(tied)} tied tensors become copies: {_some(tied)}")
+        losses.append(f"ties, as the tensors become copies: {_some(tied)}")
     strided = [name for name, tensor in stored.items() if not tensor.is_contiguous]
     if strided:
-        losses.append(f"the memory order (strides) of {len(strided)} tensors: {_some(strided)}")
+        losses.append(f"the memory order (strides) of {_some(strided)}")
     return losses
 
 
@@ -229,10 +229,11 @@ def _optimizer_losses(checkpoint: Checkpoint) -> list[str]:
     names = [name for name in checkpoint.entries if "optim" in name.lower()]
     if not names:
         return []
-    return [
+    loss = (
         f"the fit of {_some(names)}: FrozenBatchNorm2d keeps weight and bias as buffers, an optimizer of the new model "
         "numbers its parameters differently (the entry itself is left alone)"
-    ]
+    )
+    return [loss]
 
 
 def _some(names: Sequence[str]) -> str:

@@ -14,6 +14,7 @@ from bntool.errors import RefusedError, UsageError
 from bntool.layers.borrowing import borrow
 from bntool.layers.modules import walk_modules
 from bntool.models.user_code import import_object, is_factory_spec, running_user_code
+from bntool.operations.passes import has_finite_inputs
 
 _TOP = {"top1": 1, "top5": 5}
 
@@ -103,9 +104,17 @@ def evaluate(
     batches: Iterable[Batch],
     *,
     metric: Metric,
+    skip_bad_inputs: bool = False,
     on_progress: Callable[[int], None] | None = None,
 ) -> Evaluation:
     """Run a model in eval mode over batches; it is given back as it was.
+
+    Args:
+        model: what to run.
+        batches: with or without labels.
+        metric: what to compute from outputs and labels.
+        skip_bad_inputs: leave out batches whose inputs hold NaN or infinity.
+        on_progress: called with the number of samples done.
 
     Raises:
         UsageError: there is no batch, or outputs and labels do not fit the metric.
@@ -118,6 +127,8 @@ def evaluate(
             module.training = False
         for item in batches:
             batch = item if isinstance(item, Batch) else split_batch(item, source="the data", position=samples)
+            if skip_bad_inputs and not has_finite_inputs(batch):
+                continue
             with running_user_code(f"running the model on {batch.description}"):
                 output = next(find_tensors(batch.run(model)), None)
             if output is None:

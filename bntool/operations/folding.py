@@ -19,6 +19,10 @@ from bntool.operations.producers import Producer, read_producer
 from bntool.plan import Operation, Plan, RemoveModule, RemoveTensor, Skip, SkipReason, Step
 
 
+# a branch beside others reads what they read, whatever that is
+_SHARED_INPUT = (SkipReason.SHARED_OUTPUT, SkipReason.NOT_ADJACENT, SkipReason.NO_PRODUCER)
+
+
 class Layout(Enum):
     """What a folded state dict looks like."""
 
@@ -197,7 +201,7 @@ class _Folder:
             detail += f"; forward: {forward.detail}"
         if forward.reason is SkipReason.PADDED_CONSUMER:
             self.skip(layer, forward.reason, detail)
-        elif back.reason is SkipReason.SHARED_OUTPUT and is_parallel_branch(self.graph, layer):
+        elif back.reason in _SHARED_INPUT and is_parallel_branch(self.graph, layer):
             self.skip(layer, SkipReason.PARALLEL_BRANCH, detail)
         else:
             self.skip(layer, back.reason, detail)
@@ -288,7 +292,7 @@ class _Folder:
 
     def assume(self, folds: Sequence[Fold]) -> Iterator[str]:
         """What is not proven by a trace."""
-        if self.graph.evidence is Evidence.TRACED:
+        if self.graph.evidence in (Evidence.TRACED, Evidence.STORED):
             return
         for fold in folds:
             yield f"{fold.layer} reads {', '.join(fold.into)} and nothing else does ({self.graph.evidence.value})"

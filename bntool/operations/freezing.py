@@ -55,7 +55,7 @@ class FreezePlan:
     optimizers: tuple[OptimizerEntries, ...]
 
 
-def plan_freeze(
+def plan_freeze(  # noqa: PLR0913 each is an option of the command
     checkpoint: Checkpoint,
     *,
     state_dict: str | None = None,
@@ -65,6 +65,7 @@ def plan_freeze(
     frozen_stages: int | None = None,
     form: FreezeForm = FreezeForm.POLICY,
     eps: float | None = None,
+    for_file: bool = True,
 ) -> FreezePlan:
     """Plan to freeze BatchNorm layers; the switches are those of :func:`bntool.layers.freezing.freeze`.
 
@@ -76,6 +77,8 @@ def plan_freeze(
         frozen_stages: freeze the first stages of the backbone as a whole.
         form: with CONSTANT, statistics become constants and weight and bias scale and shift.
         eps: of layers that do not say it themselves; needed for CONSTANT only.
+        for_file: the plan is for a file; else only for code that freezes, and it does not matter whether the file has
+            a place for the record.
 
     Raises:
         UsageError: the switches freeze nothing, the state dict or the stages are not known, or ``eps`` contradicts
@@ -84,6 +87,12 @@ def plan_freeze(
     """
     if not norm_eval and requires_grad is not False and frozen_stages in (None, -1):
         raise UsageError("with --no-norm-eval and without --no-requires-grad or --frozen-stages nothing is frozen")
+    if checkpoint.format.name == "onnx" and form is FreezeForm.POLICY and for_file:
+        raise RefusedError(
+            "an ONNX model is a program for inference: nothing in it trains, so that there is nothing to freeze; freeze the "
+            "model that it was exported from",
+            path=checkpoint.path,
+        )
     source = choose_state_dict(checkpoint, state_dict)
     norms = find_batchnorms(source)
     selected = [norm for norm in norms if selects(layers, norm.name)]
@@ -121,7 +130,9 @@ def plan_freeze(
         layers=tuple(norm.name for norm in concerned),
     )
     if concerned or frozen_parameters:
-        plan = _with_policy(checkpoint, source, plan, policy, form)
+        record = make_record(plan, form=form.value, policy=policy.to_record())
+        if not for_file or _has_place(checkpoint, source, plan):
+            plan = plan.with_record(record)
     return FreezePlan(
         plan=plan,
         policy=policy,
@@ -143,16 +154,17 @@ def _in_stages(policy: FreezePolicy, name: str) -> bool:
     return stages is not None and is_within(name, (*stages.in_eval, *stages.without_gradient))
 
 
-def _with_policy(checkpoint: Checkpoint, source: StateDict, plan: Plan, policy: FreezePolicy, form: FreezeForm) -> Plan:
-    if not checkpoint.format.can_record(checkpoint, source):
-        if plan.steps:
-            return plan  # the tensors or flags carry what they can by themselves
-        raise RefusedError(
-            f"a {checkpoint.format.title} file has no place for a freeze policy here, and its tensors cannot say it; "
-            "convert it first (bntool convert CKPT --to torch -o NEW), or print code that freezes with --emit python",
-            path=checkpoint.path,
-        )
-    return plan.with_record(make_record(plan, form=form.value, policy=policy.to_record()))
+def _has_place(checkpoint: Checkpoint, source: StateDict, plan: Plan) -> bool:
+    """Whether the file can keep the policy; where not, its tensors or flags must carry what they can by themselves."""
+    if checkpoint.format.can_record(checkpoint, source):
+        return True
+    if plan.steps:
+        return False
+    raise RefusedError(
+        f"a {checkpoint.format.title} file has no place for a freeze policy here, and its tensors cannot say it; "
+        "convert it first (bntool convert CKPT --to torch -o NEW), or print code that freezes with --emit python",
+        path=checkpoint.path,
+    )
 
 
 def _flags(state_dict: StateDict, policy: FreezePolicy) -> list[Step]:

@@ -34,7 +34,7 @@ class FrozenKind(Enum):
 
     @property
     def default_eps(self) -> float:
-        """eps where its layers are built without saying so (torchvision before 0.8 had 0)."""
+        """Eps where its layers are built without saying so (torchvision before 0.8 had 0)."""
         return 1e-5
 
 
@@ -105,15 +105,15 @@ def plan_frozen_batchnorm(
     losses = []
     if absorbed:
         losses.append(
-            f"bits of running_var in {absorbed} layers, which take up the difference between their eps and the target's "
-            f"{wanted:g} (outputs agree to rounding; the record keeps the elements for the way back)"
+            f"bits of running_var (layers: {absorbed}), which take up the difference between their eps and the "
+            f"target's {wanted:g} (outputs agree to rounding; the record keeps the elements for the way back)"
         )
     return KindChange(
         steps=tuple(steps),
         layers=tuple(layers),
         skips=tuple(skips),
         details={"frozen": kind.value, "target_eps": wanted, "modules": layers},
-        kept=(f"{_COUNTER}, eps and what is known of momentum and class of {len(layers)} layers",) if layers else (),
+        kept=(f"{_COUNTER}, eps and what is known of momentum and class (layers: {len(layers)})",) if layers else (),
         losses=tuple(losses),
     )
 
@@ -158,9 +158,9 @@ def plan_batchnorm(norms: Sequence[BatchNorm], *, history: Sequence[Mapping[str,
         if own:
             steps += own
             layers.append(norm.name)
-    assumptions = ()
+    assumptions: tuple[str, ...] = ()
     if unknown:
-        assumptions = (f"{_COUNTER} is 0 in {len(unknown)} layers, e.g. {unknown[0]}: no record says what it was",)
+        assumptions = (f"{_COUNTER} is 0 (layers: {len(unknown)}, e.g. {unknown[0]}): no record says what it was",)
     known = ("eps", "momentum", "class")  # what still holds
     details = {"modules": {n: {k: recorded[n][k] for k in known if k in recorded[n]} for n in layers if n in recorded}}
     return KindChange(steps=tuple(steps), layers=tuple(layers), assumptions=assumptions, details=details)
@@ -209,8 +209,8 @@ def _absorb(norm: BatchNorm, difference: float) -> tuple[float, ...]:
     values = tuple(value + difference for value in read_numbers(tensor))
     if min(values, default=0.0) < 0:
         raise RefusedError(
-            "running_var is too small to take up the difference between the two eps; build the target's layers with the "
-            "eps of the model and say so with --target-eps",
+            "running_var is too small to take up the difference between the two eps; build the target's layers with "
+            "the eps of the model and say so with --target-eps",
             tensor=_name(norm, "running_var"),
         )
     return values

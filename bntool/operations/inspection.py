@@ -308,6 +308,11 @@ def _is_initial(layer: LayerInspection) -> bool:
     return any(finding.code is FindingCode.NEVER_UPDATED for finding in layer.findings)
 
 
+def _is_folded(checkpoint: Checkpoint) -> bool:
+    """Whether the file records that its layers were folded away."""
+    return any(entry.get("operation") == "fold" for history in checkpoint.records.values() for entry in history)
+
+
 def _file_findings(checkpoint: Checkpoint, inspections: Sequence[StateDictInspection]) -> list[Finding]:
     findings = []
     suspicious = [name.path for name in checkpoint.globals if name.trust is GlobalTrust.SUSPICIOUS]
@@ -320,7 +325,7 @@ def _file_findings(checkpoint: Checkpoint, inspections: Sequence[StateDictInspec
         findings.append(
             Finding(FindingCode.SUSPICIOUS_GLOBAL, Severity.WARNING, "suspicious", message, {"globals": suspicious})
         )
-    if not any(inspection.layers for inspection in inspections):
+    if not any(inspection.layers for inspection in inspections) and not _is_folded(checkpoint):
         message = "no BatchNorm layer was found" if checkpoint.state_dicts else "no state dict was found"
         findings.append(Finding(FindingCode.NO_BATCH_NORM, Severity.NOTICE, "no BatchNorm", message))
     return findings

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial, reduce
 from typing import Any
 
 import torch
@@ -24,6 +26,7 @@ from bntool.operations.passes import (
     leave_out,
     set_statistics,
 )
+from bntool.operations.ranks import Ranks, find_ranks
 
 # final running_mean and running_var of a layer, from its name, what it has seen, and the number of samples
 Finish = Callable[[str, Tally, int], tuple[torch.Tensor, torch.Tensor]]
@@ -105,87 +108,129 @@ def measure_exact(run: Run, batches: Iterable[Batch], finish: Finish, *, channel
         RefusedError: batches take different paths through the model, or hold NaN or infinity (``OnBadData.STOP``).
         UserCodeError: the model raised.
     """
-    sweep = _Sweep(run, finish, channels_last=channels_last)
+    ranks = find_ranks()
+    sweep = _Sweep(run, finish, ranks, channels_last=channels_last)
     for name, layer in run.layers.items():
         run.borrowed.add_forward_pre_hook(layer, sweep.make_hook(name), with_kwargs=True)
     result = Measurement()
-    remaining = []
-    for batch in batches:
-        if has_finite_inputs(batch):
-            remaining.append(batch)
-        else:
-            leave_out("", batch, result=result, on_bad_data=run.on_bad_data)
-    while remaining:
+    remaining = dict(enumerate(batches))
+    bad = {
+        position: leave_out("", batch.description, run.on_bad_data)
+        for position, batch in remaining.items()
+        if not has_finite_inputs(batch)
+    }
+    for texts in ranks.share(lambda: list(bad.values())):
+        result.left_out += texts
+    good = {position: batch for position, batch in remaining.items() if position not in bad}
+    while True:
+        counts = ranks.share(partial(_count, good.values()))
+        result.batches, result.samples = (sum(column) for column in zip(*counts, strict=True))
         try:
-            result.tallies = sweep.run(remaining)
-            break
-        except NotFiniteError as error:
-            # what this batch gave to earlier layers is in their statistics: begin again without it
-            bad = remaining.pop(sweep.current_index)
-            leave_out(error.layer, bad, result=result, on_bad_data=run.on_bad_data)
-    result.batches = len(remaining)
-    result.samples = sum(batch.samples for batch in remaining)
-    return result
+            result.tallies = sweep.run(good, result.samples)
+        except BadBatchesError as error:
+            # what these batches gave to earlier layers is in their statistics: begin again without them
+            result.left_out += [leave_out(layer, text, run.on_bad_data) for layer, text in error.bad.values()]
+            good = {position: batch for position, batch in good.items() if (ranks.rank, position) not in error.bad}
+        else:
+            return result
+
+
+def _count(batches: Collection[Batch]) -> tuple[int, int]:
+    return len(batches), sum(batch.samples for batch in batches)
+
+
+class BadBatchesError(Exception):
+    """Batches turned out to hold NaN or infinity: layer and description of each, by rank and position."""
+
+    def __init__(self, bad: Mapping[tuple[int, int], tuple[str, str]]) -> None:
+        super().__init__(bad)
+        self.bad = bad
+
+
+@dataclass(frozen=True)
+class Stop:
+    """Where a batch is: at a layer, with what it gives it; at its end; or at a layer that it gives NaN or infinity."""
+
+    position: int
+    batch: str
+    layer: str | None
+    moments: Moments | None
 
 
 class _Sweep:
-    def __init__(self, run: Run, finish: Finish, *, channels_last: bool) -> None:
-        self._channels_last = channels_last
+    def __init__(self, run: Run, finish: Finish, ranks: Ranks, *, channels_last: bool) -> None:
         self._run = run
         self._finish = finish
-        self._lanes: list[Lane] = []
-        self.current_index = 0
+        self._ranks = ranks
+        self._channels_last = channels_last
+        self._current: Lane | None = None
 
     def make_hook(self, name: str) -> Callable[..., None]:
         def observe(module: torch.nn.Module, args: Any, kwargs: Any) -> None:
             moments = measure(get_input(args, kwargs, module), chunk=_CHUNK)
             check_moments(moments, name, least=1)
-            self._lanes[self.current_index].stop_at(name, moments)
+            assert self._current is not None
+            self._current.stop_at(name, moments)
 
         return observe
 
-    def run(self, batches: Sequence[Batch]) -> dict[str, Tally]:
-        """One sweep over all layers; what each of them saw, in execution order."""
+    def run(self, batches: Mapping[int, Batch], samples: int) -> dict[str, Tally]:
+        """One sweep over all layers; what each of them saw, in execution order.
+
+        Args:
+            batches: this rank's share, by position.
+            samples: of all ranks.
+        """
         context = _copy_context(self._run.model)
-        self._lanes = [Lane(self._make_run(batch, context)) for batch in batches]
+        lanes = {position: Lane(self._make_run(batch, context)) for position, batch in batches.items()}
         tallies: dict[str, Tally] = {}
         try:
             while True:
-                for index, lane in enumerate(self._lanes):
-                    self.current_index = index
-                    lane.advance()
-                reached = [lane.reached for lane in self._lanes]
-                if all(stop is None for stop in reached):
+                shares = self._ranks.share(lambda: [self._advance(p, lane, batches[p]) for p, lane in lanes.items()])
+                # one order whatever the number of ranks: first what comes first on each rank
+                placed = sorted((stop.position, rank, stop) for rank, stops in enumerate(shares) for stop in stops)
+                bad = {
+                    (rank, position): (stop.layer, stop.batch)
+                    for position, rank, stop in placed
+                    if stop.layer is not None and stop.moments is None
+                }
+                if bad:
+                    raise BadBatchesError(bad)
+                stops = [stop for _, _, stop in placed]
+                if all(stop.layer is None for stop in stops):
                     return tallies
-                self._finish_layer(reached, batches, tallies)
+                self._finish_layer(stops, tallies, samples)
                 if self._run.on_progress is not None:
-                    samples = sum(batch.samples for batch in batches)
                     self._run.on_progress(samples * len(tallies) // len(self._run.layers))
         finally:
-            for lane in self._lanes:
+            for lane in lanes.values():
                 lane.abandon()
 
-    def _finish_layer(
-        self, reached: Sequence[tuple[str, Moments] | None], batches: Sequence[Batch], tallies: dict[str, Tally]
-    ) -> None:
-        names = [stop[0] if stop is not None else "the end" for stop in reached]
-        name = names[0]
-        for other, batch in zip(names, batches, strict=True):
-            if other != name:
+    def _advance(self, position: int, lane: Lane, batch: Batch) -> Stop:
+        self._current = lane
+        try:
+            lane.advance()
+        except NotFiniteError as error:
+            return Stop(position, batch.description, error.layer, None)
+        layer, moments = lane.reached or (None, None)
+        return Stop(position, batch.description, layer, moments)
+
+    def _finish_layer(self, stops: Sequence[Stop], tallies: dict[str, Tally], samples: int) -> None:
+        first = stops[0]
+        for other in stops:
+            if other.layer != first.layer:
                 raise RefusedError(
-                    f"batches take different paths through the model: {batches[0].description} is at {name}, "
-                    f"{batch.description} at {other}; exact statistics need one path for all, use the method pooled"
+                    f"batches take different paths through the model: {first.batch} is at {first.layer or 'the end'}, "
+                    f"{other.batch} at {other.layer or 'the end'}; exact statistics need one path for all, use the "
+                    "method pooled"
                 )
+        name = first.layer
+        assert name is not None
         if name in tallies:
             raise RefusedError("called more than once in a forward; use the method pooled", tensor=name)
-        tally: Tally | None = None
-        for stop in reached:
-            assert stop is not None
-            single = Tally.of(stop[1])
-            tally = single if tally is None else tally.and_(single)
-        assert tally is not None
+        tally = reduce(Tally.and_, (Tally.of(stop.moments) for stop in stops if stop.moments is not None))
         tallies[name] = tally
-        mean, variance = self._finish(name, tally, sum(batch.samples for batch in batches))
+        mean, variance = self._finish(name, tally, samples)
         set_statistics(self._run.layers[name], mean=mean, variance=variance)
 
     def _make_run(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-_SPARE = 0.8  # share of the free memory that is planned with: kernels need room, and forecasts err
+_SPARE = 0.6  # share of memory that tensors can fill: kernels need room, allocators keep what was freed
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,9 @@ def find_available(device: torch.device | None) -> int | None:
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     if device is not None and device.type != "cpu":
         return None
-    return min(_read_limits(), default=None)
+    limit = min(_read_limits(), default=None)
+    # the ranks of a job on this machine share it
+    return limit if limit is None else limit // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def _read_limits() -> Iterator[int]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +15,7 @@ from bntool.errors import RefusedError, UsageError, UserCodeError
 from bntool.layers.borrowing import Borrowed
 from bntool.models.user_code import running_user_code
 from bntool.operations.moments import Moments, measure, merge
+from bntool.operations.ranks import find_ranks
 
 OnProgress = Callable[[int], None]
 _HALF = (torch.float16, torch.bfloat16)
@@ -86,6 +88,21 @@ class Tally:
         )
 
 
+@dataclass(frozen=True)
+class Part:
+    """What one batch gave.
+
+    Attributes:
+        calls: moments of each call of a layer, in order.
+        samples: of the batch; 0 where it was left out.
+        left_out: why, or None.
+    """
+
+    calls: tuple[tuple[str, Moments], ...]
+    samples: int
+    left_out: str | None = None
+
+
 @dataclass
 class Measurement:
     """What a pass over all batches has measured.
@@ -102,11 +119,16 @@ class Measurement:
     batches: int = 0
     left_out: list[str] = field(default_factory=list)
 
-    def add(self, calls: Iterable[tuple[str, Moments]]) -> None:
+    def add(self, part: Part) -> None:
         """Add what one batch gave."""
-        for layer, moments in calls:
+        for layer, moments in part.calls:
             tally = Tally.of(moments)
             self.tallies[layer] = self.tallies[layer].and_(tally) if layer in self.tallies else tally
+        if part.left_out is not None:
+            self.left_out.append(part.left_out)
+            return
+        self.samples += part.samples
+        self.batches += 1
 
     def check(self, batches_description: str) -> None:
         """Refuse an empty measurement.
@@ -126,37 +148,46 @@ def measure_pooled(run: Run, batches: Iterable[Batch]) -> Measurement:
     """Run all batches, each normalised by its own statistics in the given layers, and measure what these layers see.
 
     Layers stay in eval mode too: before each call of one its running statistics are set to those of the batch. That
-    normalises as train mode does, and costs less.
-
-    Images are given channels last on a CPU, where statistics of that layout cost an eighth; a model that cannot take
-    that is given them as they are.
+    normalises as train mode does, and costs less. In a distributed job the batches of all ranks are merged in one fixed
+    order, first those that come first on each rank.
 
     Raises:
-        RefusedError: a batch holds NaN or infinity (``OnBadData.STOP``), or one value per channel.
-        UserCodeError: the model raised.
+        RefusedError: a batch holds NaN or infinity (``OnBadData.STOP``), or one value per channel; or a rank was lost.
+        UserCodeError: the model or the data raised.
     """
     result = Measurement()
+    ranks = find_ranks()
+    if ranks.world == 1:  # at once, so that nothing piles up
+        for part in _run_batches(run, batches):
+            result.add(part)
+        return result
+    shares = ranks.share(lambda: list(_run_batches(run, batches)))
+    for parts in itertools.zip_longest(*shares):
+        for part in parts:
+            if part is not None:
+                result.add(part)
+    return result
+
+
+def _run_batches(run: Run, batches: Iterable[Batch]) -> Iterator[Part]:
+    """Images are given channels last where that is faster; a model that cannot take that is given them as they are."""
     channels_last = is_faster_channels_last(run.model)
-    calls: list[tuple[str, Moments]] = []
     calls = _hook_layers(run)
+    done = 0
     for batch in batches:
-        good = False
         for layout in (True, False) if channels_last else (False,):
             calls.clear()
             try:
-                good = _run_checked(run, batch, result, channels_last=layout)
+                left_out = _run_checked(run, batch, channels_last=layout)
                 break
             except UserCodeError:
                 if not layout:
                     raise
                 channels_last = False  # perhaps a view() that wants contiguous activations; if not, it raises again
-        if good:
-            result.add(calls)
-            result.samples += batch.samples
-            result.batches += 1
+        yield Part((), 0, left_out) if left_out else Part(tuple(calls), batch.samples)
+        done += batch.samples
         if run.on_progress is not None:
-            run.on_progress(result.samples)
-    return result
+            run.on_progress(done)
 
 
 def _hook_layers(run: Run) -> list[tuple[str, Moments]]:
@@ -179,42 +210,38 @@ def _hook_layers(run: Run) -> list[tuple[str, Moments]]:
     return calls
 
 
-def _run_checked(run: Run, batch: Batch, result: Measurement, *, channels_last: bool) -> bool:
-    """Run a batch; False where it holds NaN or infinity and is to be left out.
+def _run_checked(run: Run, batch: Batch, *, channels_last: bool) -> str | None:
+    """Run a batch; why it is to be left out where it holds NaN or infinity.
 
     Raises:
         RefusedError, UserCodeError: as in :func:`measure_pooled`.
     """
     if not has_finite_inputs(batch):
-        leave_out("", batch, result=result, on_bad_data=run.on_bad_data)
-        return False
+        return leave_out("", batch.description, run.on_bad_data)
     try:
         with running_user_code(f"running the model on {batch.description}"):
             batch.run(run.model, channels_last=channels_last)
     except NotFiniteError as error:
-        leave_out(error.layer, batch, result=result, on_bad_data=run.on_bad_data)
-        return False
+        return leave_out(error.layer, batch.description, run.on_bad_data)
     except TooFewValuesError as error:
         raise RefusedError(
             f"{batch.description} has one value for each channel of this layer, by which nothing can be normalised; "
             "use a larger batch size, or the method exact",
             tensor=error.layer,
         ) from None
-    return True
+    return None
 
 
-def leave_out(layer: str, batch: Batch, *, result: Measurement, on_bad_data: OnBadData) -> None:
-    """Note that a batch is skipped, or stop.
+def leave_out(layer: str, description: str, on_bad_data: OnBadData) -> str:
+    """Why a batch is skipped, in words, unless that is a reason to stop.
 
     Raises:
         RefusedError: ``OnBadData.STOP``.
     """
-    where = "holds NaN or infinity" if not layer else f"gives {layer} NaN or infinity"
+    where = f"gives {layer} NaN or infinity" if layer else "holds NaN or infinity"
     if on_bad_data is OnBadData.STOP:
-        raise RefusedError(
-            f"{batch.description} {where}; --on-bad-data skip leaves such batches out", tensor=layer or None
-        )
-    result.left_out.append(f"{batch.description} {where}")
+        raise RefusedError(f"{description} {where}; --on-bad-data skip leaves such batches out", tensor=layer or None)
+    return f"{description} {where}"
 
 
 def is_faster_channels_last(model: torch.nn.Module) -> bool:

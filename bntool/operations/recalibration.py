@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from bntool.batchnorm import DEFAULT_EPS, STATISTICS
-from bntool.data.batches import Batches, as_batches
+from bntool.data.batches import Batch, Batches, as_batches
 from bntool.data.policies import OnBadData
 from bntool.errors import RefusedError, UsageError
 from bntool.layers.borrowing import borrow
@@ -20,6 +20,7 @@ from bntool.operations.drift import LayerDrift, measure_drift
 from bntool.operations.lockstep import measure_exact
 from bntool.operations.methods import Method
 from bntool.operations.passes import Measurement, OnProgress, Run, Tally, measure_pooled, set_statistics
+from bntool.operations.ranks import find_ranks
 from bntool.operations.rounding import check_holds
 from bntool.operations.trial import read_what_fits
 from bntool.plan import Operation, Plan, SetTensor, Skip, SkipReason, Values
@@ -116,11 +117,14 @@ def plan_recalibration(
         reused: Mapping[str, int] = {}
         run = Run(model, borrowed, chosen, on_bad_data=on_bad_data, on_progress=on_progress)
         if method is Method.EXACT:
-            read, trial = read_what_fits(run, given, cut=fit_memory)
+            read: list[Batch] = []
+            # ranks without a batch of their own learn from the others how the model goes about its layers
+            trials = find_ranks().share(lambda: read_what_fits(run, given, into=read, cut=fit_memory))
+            trial = next((trial for trial in trials if trial is not None), None)
             if trial is not None:
                 reused = trial.reused
                 once = {name: module for name, module in chosen.items() if name not in reused}
-                memory = trial.forecast.need(sum(batch.samples for batch in read), read[0].samples)
+                memory = trial.forecast.need(sum(b.samples for b in read), max((b.samples for b in read), default=0))
                 measurement = measure_exact(replace(run, layers=once), read, blend, channels_last=trial.channels_last)
         else:
             measurement = measure_pooled(run, given)

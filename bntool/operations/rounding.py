@@ -15,7 +15,9 @@ _TOLERANCE = 2.0**-6  # relative error of a variance; bfloat16 rounds by 2^-9, s
 
 
 def fit_plan(plan: Plan, state_dict: StateDict) -> Plan:
-    """The plan for a state dict of a file, as far as it has tensors for it: counters that the file lacks are not added, scalars keep its shape.
+    """The plan for a state dict of a file.
+
+    Counters that the file lacks are not added, and scalars keep its shape.
 
     Raises:
         RefusedError: the dtype of a running_var cannot hold the new variances.

@@ -70,16 +70,17 @@ def _try_out(run: Run, batch: Batch, *, channels_last: bool) -> Trial:
     )
 
 
-def read_what_fits(run: Run, batches: Batches, *, cut: bool) -> tuple[list[Batch], Trial | None]:
+def read_what_fits(run: Run, batches: Batches, *, into: list[Batch], cut: bool) -> Trial | None:
     """Read all batches, if what a sweep over them keeps fits into memory.
 
     Args:
         run: the model and its layers.
         batches: to read.
+        into: where to put them.
         cut: where not all fit, stop at as many as do.
 
     Returns:
-        The batches, and what a trial with the first showed; None where there is no batch.
+        What a trial with the first batch showed; None where there is no batch.
 
     Raises:
         RefusedError: not all fit and ``cut`` is not given, or not even one batch fits.
@@ -88,14 +89,15 @@ def read_what_fits(run: Run, batches: Batches, *, cut: bool) -> tuple[list[Batch
     iterator = iter(batches)
     first = next(iterator, None)
     if first is None:
-        return [], None
+        return None
     trial = try_out(run, first)
     available = find_available(find_placement(run.model)[0])
     if available is None:
-        return [first, *iterator], trial
+        into += [first, *iterator]
+        return trial
     fitting = trial.forecast.fit(available, first.samples)
     total = batches.samples or first.samples
-    read, samples = [], 0
+    samples = 0
     for batch in itertools.chain([first], iterator):
         total = max(total, samples + batch.samples)
         if total > fitting and (not cut or not samples):
@@ -106,9 +108,9 @@ def read_what_fits(run: Run, batches: Batches, *, cut: bool) -> tuple[list[Batch
             )
         if samples + batch.samples > fitting:
             break
-        read.append(batch)
+        into.append(batch)
         samples += batch.samples
-    return read, trial
+    return trial
 
 
 def _size(count: int) -> str:

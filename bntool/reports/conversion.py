@@ -36,7 +36,8 @@ def show_conversion(
     """The same for people."""
     plan = conversion.plan
     if conversion.new is not None:
-        text = f"{plural(len(conversion.new.tensors), 'tensor')} from {checkpoint.format.title} to {conversion.target.value}"
+        count = plural(len(conversion.new.tensors), "tensor")
+        text = f"{count} from {checkpoint.format.title} to {conversion.target.value}"
     else:
         text = f"{plural(len(plan.layers), 'layer')} to {conversion.target.value}"
     blocks: list[Block] = [line(text, Style.HEADING)]

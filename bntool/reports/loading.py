@@ -16,6 +16,9 @@ def show_loading_code(checkpoint: Checkpoint, state_dict: StateDict, output: str
         state_dict: the one that was worked on.
         output: the file.
     """
+    running = show_running_code(checkpoint, output)
+    if running:
+        return running
     if checkpoint.format.name == "safetensors":
         return ["from safetensors.torch import load_file", *_load(f"load_file({output!r})", state_dict.prefix)]
     if not checkpoint.format.single_file:
@@ -28,6 +31,16 @@ def show_loading_code(checkpoint: Checkpoint, state_dict: StateDict, output: str
     if state_dict.is_module:
         return [*lines, f"model = {where}"]
     return [*lines, *_load(where, state_dict.prefix)]
+
+
+def show_running_code(checkpoint: Checkpoint, output: str) -> list[str]:
+    """Lines that run a file that holds its graph; none for files of tensors."""
+    if checkpoint.format.name == "onnx":
+        return ["import onnxruntime", f"session = onnxruntime.InferenceSession({output!r})"]
+    if checkpoint.format.name == "caffe":
+        net = f"{output.removesuffix('.caffemodel')}.prototxt"
+        return ["import cv2  # OpenCV before 5", f"net = cv2.dnn.readNetFromCaffe({net!r}, {output!r})"]
+    return []
 
 
 def _loads_weights_only(name: GlobalName) -> bool:

@@ -1,4 +1,4 @@
-"""Cold ``bntool diff`` against ``bntool inspect`` on checkpoints of ResNet-50's size, and against loading both in torch."""
+"""Cold ``bntool diff`` of checkpoints of ResNet-50's size, against ``bntool inspect`` and loading both in torch."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def run() -> None:
         torch.save(state, a)
         for name, tensor in state.items():
             if "running_mean" in name:
-                tensor += 0.1
+                state[name] = tensor + 0.1
         torch.save(state, b)
         commands = {
             "torch.load both, torch.equal": (python("-c", _TORCH, a, b), False),

@@ -60,6 +60,7 @@ def write_sparse_safetensors(path: Path, *, gigabytes: int) -> None:
         for role in ("weight", "bias", "running_mean", "running_var"):
             add(f"layer{layer}.bn.{role}", 512)
     text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # as the library does
     with path.open("wb") as stream:
         stream.write(struct.pack("<Q", len(text)) + text)
         stream.truncate(8 + len(text) + position)

@@ -15,6 +15,7 @@ from torch import nn
 
 from bntool.checkpoints.checkpoint import Checkpoint
 from bntool.checkpoints.tensors import Tensor, read_bytes
+from tests.checkpoints.foreign import write_distributed, write_numpy_pickle, write_tar
 
 Tensors = Mapping[str, torch.Tensor]
 
@@ -78,6 +79,9 @@ WRITERS: dict[str, Callable[[Tensors, Path], Path]] = {
     "torch-legacy": write_legacy,
     "safetensors": write_safetensors,
     "sharded": write_sharded,
+    "torch-tar": write_tar,
+    "numpy-pickle": write_numpy_pickle,
+    "distributed": write_distributed,
 }
 TORCH_FORMATS = ("torch-zip", "torch-legacy")
 

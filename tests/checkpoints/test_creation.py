@@ -11,10 +11,8 @@ from bntool.checkpoints.creation import NewFile, NewFormat, create_file, find_un
 from bntool.checkpoints.formats import open_checkpoint
 from bntool.errors import RefusedError, UnwritableFileError, UsageError
 
-DTYPES = (
-    torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.int64, torch.int8, torch.uint8,
-    torch.uint16, torch.bool, torch.complex64,
-)  # fmt: skip
+NAMES = "float64 float32 float16 bfloat16 float8_e4m3fn int64 int8 uint8 uint16 bool complex64"
+DTYPES = [getattr(torch, name) for name in NAMES.split()]
 
 
 @pytest.fixture

@@ -50,7 +50,7 @@ def test_json(capsys):
     assert facts["expectation"] == {
         "name": "frozen",
         "met": False,
-        "violations": ["layer2.0.bn1: running_var (changed)"],
+        "violations": ["layer2.0.bn1: running_var"],
     }
     assert facts["others"]["counts"] == {"same": 12}
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from bntool.cli.main import main
 from bntool.layers.freezing import apply_freeze
@@ -75,6 +76,38 @@ def test_exit_codes(arguments, code, checkpoint, tmp_path, capsys):
     places = {"same": checkpoint, "out": tmp_path / "out.pt", "missing": tmp_path / "missing"}
     assert main(["freeze", str(checkpoint), *(a.format(**places) for a in arguments)]) == code
     assert (tmp_path / "out.pt").exists() == (code == 0 and "-o" in arguments)
+
+
+def test_code_is_printed_for_files_without_a_place_for_a_record(tmp_path, capsys):
+    state = {key: value.clone() for key, value in detector().state_dict().items()}  # no _metadata
+    torch.save(state, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    assert main(["freeze", str(tmp_path / "old.pth"), "-o", str(tmp_path / "out.pth")]) == 4
+    assert "--emit python" in capsys.readouterr().err
+    assert main(["freeze", str(tmp_path / "old.pth"), "--emit", "python"]) == 0
+    assert "backbone.bn1" in capsys.readouterr().out
+    # or converted first, as the message says
+    assert main(["convert", str(tmp_path / "old.pth"), "--to", "torch", "-o", str(tmp_path / "new.pt")]) == 0
+    assert main(["freeze", str(tmp_path / "new.pt"), "-o", str(tmp_path / "out.pt")]) == 0
+
+
+def test_sharded_files(tmp_path, capsys):
+    state = detector().state_dict()
+    parts = {
+        "a.safetensors": [n for n in state if "backbone" in n],
+        "b.safetensors": [n for n in state if "backbone" not in n],
+    }
+    for file, names in parts.items():
+        save_file({name: state[name] for name in names}, tmp_path / file)
+    weight_map = {name: file for file, names in parts.items() for name in names}
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    (tmp_path / "out").mkdir()
+    target = tmp_path / "out" / index.name
+    assert main(["freeze", str(index), "-o", str(target), "--no-requires-grad"]) == 0
+    assert main(["diff", str(index), str(target), "--expect", "identical"]) == 0
+    model = detector()
+    assert "neck.1" in apply_freeze(model, target).layers
+    assert not model.neck[1].weight.requires_grad
 
 
 def test_strict_refuses_skips(tmp_path):

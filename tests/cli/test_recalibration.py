@@ -1,6 +1,9 @@
 """``bntool recalibrate`` from the outside."""
 
 import json
+import os
+import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -207,6 +210,7 @@ def test_bad_batches_are_left_out_on_request(recalibrate, user_code):
     assert code == 0
     assert "30 samples in 2 batches" in out
     assert "1 input left out: samples 10 to 19" in out
+    assert "NaN or infinity, with the new statistics too" not in out
 
 
 @pytest.mark.parametrize(
@@ -256,3 +260,52 @@ def test_half_precision_files(recalibrate, tmp_path):
 def test_more_samples_than_there_are(recalibrate):
     _, out, _, _ = recalibrate("drifted.pt", "--samples", "5000")
     assert "only 1437 of the 5000 samples asked for were there" in out
+
+
+def test_samples_are_a_number_or_auto(recalibrate):
+    code, out, _, _ = recalibrate("drifted.pt", "--samples", "auto", "--method", "exact")
+    assert code == 0
+    assert "exact statistics of 1,437 samples" in out
+    assert "of memory" in out
+    code, _, err, _ = recalibrate("drifted.pt", "--samples", "some", "--dry-run")
+    assert code == 2
+    assert "a number of at least 1, or auto" in err
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals")
+@pytest.mark.parametrize("method", ["pooled", "exact"])
+def test_ctrl_c_ends_cleanly(tmp_path, method):
+    (tmp_path / "slow.py").write_text(
+        "import time, torch\n"
+        "class Slow(torch.nn.Module):\n"
+        "    def __init__(self):\n        super().__init__()\n        self.bn = torch.nn.BatchNorm1d(2)\n"
+        "    def forward(self, x):\n        print('running', flush=True)\n        time.sleep(0.3)\n"
+        "        return self.bn(x)\n"
+        "def data():\n    return [torch.randn(4, 2)] * 100\n"
+    )
+    torch.save(torch.nn.ModuleDict({"bn": torch.nn.BatchNorm1d(2)}).state_dict(), tmp_path / "in.pt")
+    command = [
+        sys.executable,
+        "-m",
+        "bntool",
+        "recalibrate",
+        "in.pt",
+        "--model",
+        "slow.py:Slow",
+        "--data",
+        "slow.py:data",
+    ]
+    process = subprocess.Popen(
+        [*command, "-o", "out.pt", "--method", method],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(SAMPLES.parent)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    process.stdout.readline()
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert err.splitlines() == ["bntool: error: interrupted; nothing was written"]
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_file()) == ["in.pt", "slow.py"]

@@ -10,6 +10,8 @@ import pytest
 import torch
 from torch import nn
 
+from bntool.checkpoints.formats import open_checkpoint
+from bntool.checkpoints.norms import find_batchnorms
 from bntool.errors import RefusedError, UsageError
 from bntool.layers.freezing import freeze, frozen, unfreeze
 from tests.fixtures.models.mmdet_resnet import detector, resnet50
@@ -266,6 +268,29 @@ def test_gradient_checkpointing_keeps_statistics(model):
     checkpoint(model, torch.randn(4, 3, 32, 32), use_reentrant=False).sum().backward()
     assert changed(model, before) == set()
     assert model.neck[1].weight.grad is not None
+
+
+def test_update_bn_leaves_frozen_statistics_alone(model):
+    freeze(model, layers="neck.*")
+    before = snapshot(model)
+    torch.optim.swa_utils.update_bn([torch.randn(4, 3, 32, 32)], model)
+    moved = changed(model, before)
+    assert not any(key.startswith("neck.1.") for key in moved)
+    assert "backbone.bn1.running_mean" in moved
+    unfreeze(model)
+    model.neck[1].reset_running_stats()
+    assert model.neck[1].running_mean.abs().max() == 0
+
+
+def test_saved_whole_models_can_be_read_and_applied_again(model, tmp_path):
+    freeze(model, layers="neck.*")
+    torch.save(model, tmp_path / "model.pt")
+    with open_checkpoint(tmp_path / "model.pt") as checkpoint:
+        (state_dict,) = checkpoint.state_dicts
+        (neck,) = [norm for norm in find_batchnorms(state_dict) if norm.name == "neck.1"]
+    assert neck.eps == 1e-5
+    assert neck.class_path.endswith("BatchNorm2d")
+    assert neck.attributes["training"] is False
 
 
 def test_compiled_models(model):

@@ -150,19 +150,24 @@ def test_way_back_of_a_variance_that_was_changed_meanwhile(trained, tmp_path):
     torch.save(state, tmp_path / "changed.pt")
     convert(tmp_path / "changed.pt", "batchnorm", tmp_path / "back.pt")
     expected = state["neck.1.running_var"].double() - (1e-3 - 1e-5)
-    torch.testing.assert_close(torch.load(tmp_path / "back.pt")["neck.1.running_var"].double(), expected, rtol=1e-6, atol=0)
+    torch.testing.assert_close(
+        torch.load(tmp_path / "back.pt")["neck.1.running_var"].double(), expected, rtol=1e-6, atol=0
+    )
 
 
 def test_a_pickled_module_brings_its_eps_along(tmp_path):
     convert(SAMPLES / "digits_module.pt", "torch", tmp_path / "state.pt")
     with open_checkpoint(tmp_path / "state.pt") as checkpoint:
         (record,) = checkpoint.records[""]
-        assert record["modules"]["neck_bn"] == {"eps": 1e-5, "momentum": 0.1, "class": "torch.nn.modules.batchnorm.BatchNorm1d"}
+        assert record["modules"]["neck_bn"] == {
+            "eps": 1e-5,
+            "momentum": 0.1,
+            "class": "torch.nn.modules.batchnorm.BatchNorm1d",
+        }
         with pytest.raises(UsageError, match="contradicts"):
             plan_conversion(checkpoint, ConversionTarget.FROZEN_BATCHNORM, eps=1e-3)
-        with pytest.raises(RefusedError, match="--to torch"):
-            with open_checkpoint(SAMPLES / "digits_module.pt") as module:
-                plan_conversion(module, ConversionTarget.FROZEN_BATCHNORM)
+    with open_checkpoint(SAMPLES / "digits_module.pt") as module, pytest.raises(RefusedError, match="--to torch"):
+        plan_conversion(module, ConversionTarget.FROZEN_BATCHNORM)
     convert(tmp_path / "state.pt", "frozen-batchnorm", tmp_path / "frozen.pt")
     convert(tmp_path / "frozen.pt", "batchnorm", tmp_path / "back.pt")
     with open_checkpoint(tmp_path / "back.pt") as checkpoint:

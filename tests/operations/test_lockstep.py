@@ -162,3 +162,51 @@ def test_autocast_holds_in_the_lanes_too():
         expected = model[0](x).double()
     assert expected.dtype is torch.float64
     assert (model[1].running_mean - expected.mean(0)).abs().max() < 1e-6
+
+
+class TestMemory:
+    """What does not fit is refused before the sweep, with the number of samples that would."""
+
+    def test_refused_with_the_number(self, digits, images, monkeypatch):
+        monkeypatch.setattr("bntool.operations.trial.find_available", lambda _device: 2_000_000)
+        before = statistics_of(digits)
+        with pytest.raises(
+            RefusedError, match=r"\d+ samples .* 2\.0 MB are free: about \d+ samples fit, use --samples \d+"
+        ):
+            recalibrate(digits, images.split(10), method="exact")
+        assert torch.equal(statistics_of(digits), before)
+
+    def test_as_many_as_fit_on_request(self, digits, images, monkeypatch):
+        monkeypatch.setattr("bntool.operations.trial.find_available", lambda _device: 2_000_000)
+        result = recalibrate(digits, images.split(10), method="exact", fit_memory=True)
+        assert 10 <= result.samples < 500
+        assert result.memory <= 2_000_000
+        monkeypatch.setattr("bntool.operations.trial.find_available", lambda _device: 1000)
+        with pytest.raises(RefusedError, match="about 0 samples fit"):
+            recalibrate(digits, images.split(10), method="exact", fit_memory=True)
+
+    def test_an_endless_loader_ends(self, digits, images, monkeypatch):
+        monkeypatch.setattr("bntool.operations.trial.find_available", lambda _device: 2_000_000)
+
+        def endless():
+            while True:
+                yield images[:10]
+
+        with pytest.raises(RefusedError, match="fit"):
+            recalibrate(digits, endless(), method="exact")
+
+    def test_the_forecast_is_about_what_a_forward_keeps(self):
+        from bntool.operations.memory import LiveTensors
+
+        with LiveTensors() as memory, torch.no_grad():
+            x = torch.ones(1000)
+            y = x * 2
+            assert memory.live == 8000
+            del x
+            z = y[:10]
+            assert memory.live == 4000
+            del y
+            assert memory.live == 4000
+            del z
+        assert memory.live == 0
+        assert memory.peak == 8000

@@ -414,3 +414,21 @@ def test_the_sampling_error_is_that_of_the_mean():
     layer = nn.BatchNorm1d(400)
     result = plan_recalibration(layer, batches_of(randn(1000, 400), 50))
     assert result.drifts[0].sampling_error == pytest.approx(1000**-0.5, rel=0.05)
+
+
+@pytest.mark.parametrize("method", list(Method))
+def test_models_that_view_contiguous_activations(method):
+    """Images channels last, which are tried first, make these fail."""
+
+    class Flattening(nn.Module):
+        def forward(self, x):
+            return x.view(len(x), -1).view(x.shape)
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), Flattening(), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4))
+    x = randn(32, 2, 8, 8).to(memory_format=torch.channels_last)
+    with pytest.raises(RuntimeError, match="view"):
+        model(x)
+    result = recalibrate(model, batches_of(x.contiguous(), 8), method=method)
+    assert result.batches == 4
+    assert (result.samples, len(result.drifts)) == (32, 2)

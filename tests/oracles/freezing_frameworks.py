@@ -19,19 +19,26 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from bntool.layers.freezing import freeze  # noqa: E402
-from bntool.layers.policy import FreezePolicy  # noqa: E402
-from bntool.layers.stages import find_frozen_stages  # noqa: E402
-from bntool.operations.emission import EmitTarget, emit_freeze  # noqa: E402
-from tests.fixtures.models.mmdet_resnet import Detector, detector  # noqa: E402
+from bntool.layers.freezing import freeze
+from bntool.layers.policy import FreezePolicy
+from bntool.layers.stages import find_frozen_stages
+from bntool.operations.emission import EmitTarget, emit_freeze
+from tests.fixtures.models.mmdet_resnet import Detector, detector
 
 REQUIREMENTS = [
-    "torch==2.13.0", "torchvision==0.28.0", "mmdet==3.3.0", "mmcv-lite==2.1.0", "mmengine", "lightning", "timm", "accelerate"
-]  # fmt: skip
+    "torch==2.13.0",
+    "torchvision==0.28.0",
+    "mmdet==3.3.0",
+    "mmcv-lite==2.1.0",
+    "mmengine",
+    "lightning",
+    "timm",
+    "accelerate",
+]
 
 
 def stand_in_for_vision_operators():
-    """torchvision's binary may be for another build of torch; nothing here uses its operators, but it wants to see one."""
+    """torchvision's binary may be for another build of torch: nothing here uses its operators, but it names two."""
     try:
         import torchvision  # noqa: F401
     except RuntimeError:
@@ -90,7 +97,7 @@ def emitted(policy, target):
 def run_python(policy):
     model = detector().train()
     namespace = {}
-    exec(emitted(policy, EmitTarget.PYTHON), namespace)  # noqa: S102
+    exec(emitted(policy, EmitTarget.PYTHON), namespace)
     namespace["freeze"](model)
     return facts(model)
 
@@ -101,7 +108,7 @@ def run_accelerate(policy):
     model = detector().train()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     namespace = {"model": model, "optimizer": optimizer, "accelerator": Accelerator(cpu=True)}
-    exec(emitted(policy, EmitTarget.ACCELERATE), namespace)  # noqa: S102
+    exec(emitted(policy, EmitTarget.ACCELERATE), namespace)
     return facts(namespace["model"].train())
 
 
@@ -125,10 +132,11 @@ def run_lightning(policy):
     options = {"accelerator": "cpu", "max_steps": 2, "logger": False, "enable_checkpointing": False}
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     code = emitted(policy, EmitTarget.LIGHTNING).replace(
-        "lightning.Trainer(", f"lightning.Trainer(enable_progress_bar=False, enable_model_summary=False, **{options!r}, "
+        "lightning.Trainer(",
+        f"lightning.Trainer(enable_progress_bar=False, enable_model_summary=False, **{options!r}, ",
     )
     namespace = {}
-    exec(code, namespace)  # noqa: S102
+    exec(code, namespace)
     module = Module()
     before = {k: v.clone() for k, v in module.state_dict().items()}
     namespace["trainer"].fit(module, torch.utils.data.DataLoader(torch.randn(16, 3, 32, 32), batch_size=4))
@@ -159,7 +167,7 @@ def run_mmengine(policy):
             return {"loss": Detector.forward(self, torch.stack(inputs)).square().mean()}
 
     namespace = {}
-    exec(emitted(policy, EmitTarget.MMENGINE), namespace)  # noqa: S102
+    exec(emitted(policy, EmitTarget.MMENGINE), namespace)
     for module in namespace["custom_imports"]["imports"]:
         importlib.import_module(module)
     model = Model()
@@ -193,7 +201,7 @@ def run_mmengine(policy):
 def run_timm(policy):
     model = detector().train()
     namespace = {"model": model}
-    exec(emitted(policy, EmitTarget.TIMM), namespace)  # noqa: S102
+    exec(emitted(policy, EmitTarget.TIMM), namespace)
     model.train()
     without = {name for name, p in model.named_parameters() if not p.requires_grad}
     # what were parameters of a FrozenBatchNorm2d are buffers now: they do not train either
@@ -208,7 +216,7 @@ def run_mmdet(policy):
     from mmdet.models.backbones import ResNet
 
     namespace = {}
-    exec(emitted(policy, EmitTarget.MMDET), namespace)  # noqa: S102
+    exec(emitted(policy, EmitTarget.MMDET), namespace)
     options = namespace["model"]["backbone"]
     small = {"depth": 50, "base_channels": 2, "stem_channels": 2}
     theirs = ResNet(**small, **{"norm_cfg": {"type": "BN", "requires_grad": True}, **options})
@@ -216,7 +224,6 @@ def run_mmdet(policy):
     mine = ResNet(**small, norm_cfg={"type": "BN", "requires_grad": True}, norm_eval=False, frozen_stages=-1)
     apply_to_backbone(mine, policy)
     assert facts(theirs) == facts(mine), "mmdet and bntool freeze the same"
-    return None
 
 
 def apply_to_backbone(model, policy):

@@ -21,6 +21,7 @@ _KNOWN = {
     "pathlib.Path",
     "pathlib._local.PosixPath",
     "functools.partial",  # what it holds is listed beside it
+    "bntool.layers.holding.rebuild_held",
     "copyreg._reconstructor",
     "copy_reg._reconstructor",
     "numpy.dtype",
@@ -40,11 +41,21 @@ _KNOWN = {
     "torch.nn.Parameter",
     "torch.serialization._get_layout",
     "torch.torch_version.TorchVersion",
-    "torch.distributed.checkpoint.metadata.Metadata",
+    "torch.distributed.checkpoint.filesystem._StorageInfo",
+    "numpy.core.numeric._frombuffer",
+    "numpy._core.numeric._frombuffer",
 }
 _KNOWN_BUILTINS = {
     "set", "frozenset", "bytearray", "complex", "slice", "range", "object", "dict", "list", "tuple",
     "int", "float", "str", "bytes", "bool",
+}  # fmt: skip
+_DISTRIBUTED = {
+    "Metadata", "MetadataIndex", "StorageMeta", "TensorStorageMetadata", "BytesStorageMetadata", "TensorProperties",
+    "ChunkStorageMetadata", "_MEM_FORMAT_ENCODING",
+}  # fmt: skip
+_SCRIPTED_LISTS = {
+    "build_intlist", "build_tensorlist", "build_doublelist", "build_boollist", "build_tensor_from_id",
+    "restore_type_tag",
 }  # fmt: skip
 _BUILTIN_MODULES = ("builtins", "__builtin__")
 _SUSPICIOUS_BUILTINS = {
@@ -100,6 +111,10 @@ def judge_global(path: str) -> GlobalTrust:  # noqa: PLR0911 (the first rule tha
     if module == "torch._utils" and name.startswith("_rebuild_"):
         return GlobalTrust.KNOWN
     if module in ("torch", "torch.cuda", "torch.storage") and (name.endswith("Storage") or name in _TORCH_TYPES):
+        return GlobalTrust.KNOWN
+    if module == "torch.distributed.checkpoint.metadata" and name in _DISTRIBUTED:
+        return GlobalTrust.KNOWN
+    if module == "torch.jit._pickle" and name in _SCRIPTED_LISTS:
         return GlobalTrust.KNOWN
     if module == "numpy.dtypes" or (module.startswith("torch.nn.modules.") and name[:1].isupper()):
         return GlobalTrust.KNOWN

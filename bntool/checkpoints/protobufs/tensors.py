@@ -59,7 +59,7 @@ class VarintTensor:
             data = bytearray()
             values = [run.value] if run.wire is Wire.VARINT else read_varints(self._bytes(run))
             for value in values:
-                number = value - (1 << 64) if value >= 1 << 63 else value
+                number = value - (1 << 64) if signed and value >= 1 << 63 else value
                 lowest, highest = (-(mask >> 1) - 1, mask >> 1) if signed else (0, mask)
                 if not lowest <= number <= highest:
                     raise CorruptFileError(f"{number} is no {self.dtype}")

@@ -104,6 +104,19 @@ class ZipArchive:
             raise CorruptFileError(f"checksum of record {record.name!r:.80} differs: the file is damaged")
 
 
+    def check_records(self) -> int | None:
+        """Hold all records against their checksums; how many there are, None where the archive has no checksums.
+
+        Raises:
+            CorruptFileError: one differs.
+        """
+        if not self.has_checksums:
+            return None
+        for record in self.records.values():
+            self.check_record(record)
+        return len(self.records)
+
+
 class InflatedRecord:
     """The content of a deflated record, inflated when it is read; the archive keeps the last one only."""
 

@@ -1,0 +1,154 @@
+"""A ``.caffemodel`` together with the ``.prototxt`` that it is run by, and what folding and freezing do to that."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection, Mapping
+
+from bntool.batchnorm import DEFAULT_EPS
+from bntool.checkpoints.caffe_blobs import CaffeContent, momentum_of
+from bntool.checkpoints.caffe_changes import BIASED, biased_layers, find_renaming, removed_layers
+from bntool.checkpoints.caffe_net import Layer, Wiring
+from bntool.checkpoints.checkpoint import Checkpoint, ModuleInfo
+from bntool.checkpoints.prototxt import Prototxt, TextField
+from bntool.errors import RefusedError, UsageError
+
+
+def deploy(checkpoint: Checkpoint, prototxt: Prototxt) -> Checkpoint:
+    """The checkpoint as the net in a ``.prototxt`` runs it: with its wiring and its eps, which win over the model's.
+
+    Raises:
+        UsageError: it is another net.
+        RefusedError: it scales a BatchNorm layer by another Scale layer than the net in the file.
+    """
+    content: CaffeContent = checkpoint.content
+    wiring = Wiring.of(prototxt.layers)
+    by_name = {layer.name: layer for layer in wiring.layers}
+    missing = [name for index, name in content.names.items() if index in content.scale_factors and name not in by_name]
+    if missing:
+        raise UsageError(f"the .prototxt has no layer {missing[0]!r}: it describes another net", path=checkpoint.path)
+    positions = {name: index for index, name in content.names.items()}
+    modules: dict[str, ModuleInfo] = {}
+    (state_dict,) = checkpoint.state_dicts
+    for name, module in state_dict.modules.items():
+        index, layer = positions[name], by_name.get(name)
+        modules[name] = module
+        if layer is None or index not in content.scale_factors:
+            continue
+        scale = wiring.scale_of(layer)
+        own = content.names.get(content.scales.get(index, -1))
+        if own != (scale.name if scale is not None else None):
+            raise RefusedError("the .prototxt scales it by another layer than the model", tensor=name)
+        modules[name] = ModuleInfo(module.class_path, {**module.attributes, **_attributes(layer)})
+    return dataclasses.replace(
+        checkpoint,
+        state_dicts=(dataclasses.replace(state_dict, modules=modules),),
+        content=dataclasses.replace(content, deployed=wiring),
+    )
+
+
+def _attributes(layer: Layer) -> dict[str, object]:
+    """As Caffe reads them: what the ``.prototxt`` does not say has Caffe's default, whatever the model says."""
+    found: dict[str, object] = {
+        "eps": layer.parameters.get("batch_norm_param.eps", DEFAULT_EPS),
+        "momentum": momentum_of(layer),
+    }
+    if "batch_norm_param.use_global_stats" in layer.parameters:
+        found["use_global_stats"] = layer.parameters["batch_norm_param.use_global_stats"]
+    return found
+
+
+def fold_prototxt(checkpoint: Checkpoint, prototxt: Prototxt) -> str:
+    """The text that runs the folded model: without the layers that were taken out, with the biases that were added.
+
+    Args:
+        checkpoint: with its edits.
+        prototxt: of the model before.
+
+    Raises:
+        RefusedError: the names of its blobs do not allow it.
+    """
+    content: CaffeContent = checkpoint.content
+    wiring = Wiring.of(prototxt.layers)
+    gone = {content.names[index] for index in removed_layers(checkpoint)}
+    biased = {content.names[index] for index in biased_layers(checkpoint)}
+    removed = frozenset(layer.index for layer in wiring.layers if layer.name in gone)
+    renaming = find_renaming(wiring, removed)
+    edits: list[tuple[int, int, str]] = []
+    for layer in wiring.layers:
+        text = _text_of(layer)
+        if layer.index in removed:
+            edits.append((*_whole_lines(prototxt.text, text), ""))
+            continue
+        if layer.index in renaming.tops:
+            edits.append(_set_value(next(text.all("top")), renaming.tops[layer.index]))
+        for place, bottom in enumerate(text.all("bottom")):
+            if (layer.index, place) in renaming.bottoms:
+                edits.append(_set_value(bottom, renaming.bottoms[layer.index, place]))
+        parameter = text.last(BIASED[layer.type]) if layer.name in biased else None
+        if parameter is not None:
+            term = parameter.last("bias_term")
+            if term is not None:
+                edits.append((term.value_start, term.end, "true"))
+    return prototxt.edited(edits)
+
+
+def freeze_prototxt(prototxt: Prototxt, layers: Mapping[str, bool]) -> str:
+    """The text with BatchNorm layers that use their stored statistics in training too.
+
+    Args:
+        layers: names of BatchNorm layers; True where the Scale layer that reads it is not to learn either.
+    """
+    wiring = Wiring.of(prototxt.layers)
+    edits: list[tuple[int, int, str]] = []
+    for layer in wiring.layers:
+        if layer.type != "BatchNorm" or layer.name not in layers:
+            continue
+        edits += _set_in_message(_text_of(layer), "batch_norm_param", "use_global_stats", "true")
+        edits += _stop_learning(_text_of(layer), 3)  # the statistics and the scale factor are blobs like any other
+        scale = wiring.scale_of(layer)
+        if layers[layer.name] and scale is not None:
+            edits += _stop_learning(_text_of(scale), 2 if scale.parameters.get("scale_param.bias_term") else 1)
+    return prototxt.edited(edits)
+
+
+def _set_in_message(layer: TextField, message: str, name: str, value: str) -> Collection[tuple[int, int, str]]:
+    found = layer.last(message)
+    if found is None or found.body_end is None:
+        assert layer.body_end is not None
+        return [(layer.body_end, layer.body_end, f"{message} {{ {name}: {value} }} ")]
+    old = found.last(name)
+    if old is not None:
+        return [(old.value_start, old.end, value)]
+    return [(found.body_end, found.body_end, f"{name}: {value} ")]
+
+
+def _stop_learning(layer: TextField, count: int) -> Collection[tuple[int, int, str]]:
+    """lr_mult and decay_mult 0 for each blob."""
+    assert layer.body_end is not None
+    specs = [one for one in layer.all("param") if one.body_end is not None]
+    edits: list[tuple[int, int, str]] = []
+    for spec in specs[:count]:
+        for name in ("lr_mult", "decay_mult"):
+            old = spec.last(name)
+            place = spec.body_end or 0
+            edits.append((place, place, f"{name}: 0 ") if old is None else (old.value_start, old.end, "0"))
+    missing = "param { lr_mult: 0 decay_mult: 0 } " * (count - len(specs))
+    return [*edits, (layer.body_end, layer.body_end, missing)]
+
+
+def _text_of(layer: Layer) -> TextField:
+    assert isinstance(layer.source, TextField)
+    return layer.source
+
+
+def _set_value(found: TextField, value: str) -> tuple[int, int, str]:
+    return (found.value_start, found.end, f'"{value}"')
+
+
+def _whole_lines(text: str, found: TextField) -> tuple[int, int]:
+    """A field with the line break after it, where it stands alone on its lines."""
+    end = found.end
+    while end < len(text) and text[end] in " \t\r":
+        end += 1
+    return found.start, end + 1 if text[end : end + 1] == "\n" else found.end

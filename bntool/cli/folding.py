@@ -1,0 +1,160 @@
+"""``bntool fold``."""
+
+from __future__ import annotations
+
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from bntool.cli import options
+from bntool.cli.output import print_report
+
+if TYPE_CHECKING:
+    import torch
+
+_BATCHES, _BATCH_SIZE = 3, 16  # of --data, to verify on
+
+
+class LayoutOption(str, Enum):
+    """What the folded state dict looks like."""
+
+    FOLDED = "folded"
+    SAME_KEYS = "same-keys"
+
+
+def command(
+    checkpoint: options.Checkpoint,
+    model: options.ModelSpec = None,
+    model_arg: options.ModelArguments = None,
+    data: options.DataSpec = None,
+    output: options.Output = None,
+    input_shape: Annotated[
+        str | None,
+        typer.Option("--input-shape", metavar="N,C,H,W", help="Shape of an input.", show_default="usual ones are tried"),
+    ] = None,
+    pair: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--pair",
+            metavar="A=B",
+            help="Declare that only BatchNorm B reads A, e.g. conv1=bn1, instead of tracing. Repeatable.",
+            show_default=False,
+        ),
+    ] = None,
+    eps: Annotated[
+        float | None,
+        typer.Option("--eps", help="eps of the layers; no state dict holds it.", show_default="the model's"),
+    ] = None,
+    layout: Annotated[
+        LayoutOption,
+        typer.Option(
+            "--layout",
+            help="folded: BatchNorms are gone, producers have biases. same-keys: BatchNorms stay and only add their shift; "
+            "loads into unmodified code.",
+        ),
+    ] = LayoutOption.FOLDED,
+    tolerance: Annotated[
+        float, typer.Option("--tolerance", help="Largest difference of outputs, relative to the largest output.")
+    ] = 1e-5,
+    prototxt: Annotated[
+        Path | None,
+        typer.Option(
+            "--prototxt",
+            metavar="NET",
+            help="The .prototxt that a .caffemodel is run by; its eps wins, and the folded one is written beside OUT.",
+            show_default=False,
+        ),
+    ] = None,
+    device: options.Device = "cpu",
+    layers: options.Layers = None,
+    state_dict: options.StateDictKey = None,
+    dry_run: options.DryRun = False,
+    force: options.Force = False,
+    strict: options.Strict = False,
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
+) -> int:
+    """Absorb BatchNorm layers into the convolutions and linears around them.
+
+    One forward of the model shows what feeds what; a layer is folded only where that proves it exact, and is left alone
+    with a reason otherwise. Outputs before and after are compared in float64 before anything is written.
+
+    Examples:
+
+      bntool fold ckpt.pt --model net.py:build -o folded.pt
+
+      bntool fold ckpt.pt --model torchvision:resnet50 --layout same-keys -o folded.pt
+
+      bntool fold weights.safetensors --pair conv1=bn1 --eps 1e-5 -o folded.safetensors
+
+      bntool fold model.onnx -o folded.onnx
+
+      bntool fold net.caffemodel --prototxt net.prototxt -o folded.caffemodel
+    """
+    from bntool.checkpoints.checkpoint import choose_state_dict
+    from bntool.checkpoints.formats import open_checkpoint
+    from bntool.cli.nets import deploy_net, save_net
+    from bntool.cli.writing import check_output, check_plan, save
+    from bntool.errors import RefusedError
+    from bntool.graphs.declared import parse_pairs
+    from bntool.operations.folding import Layout
+    from bntool.operations.proven_folding import fold_checkpoint
+    from bntool.reports.folding import describe_fold, show_fold
+    from bntool.reports.report import FileReport, Report
+
+    with open_checkpoint(checkpoint) as opened:
+        check_output(opened, output, dry_run=dry_run, force=force)
+        source, net = deploy_net(opened, prototxt, output, needed=layout is LayoutOption.FOLDED, force=force)
+        chosen = choose_state_dict(source, state_dict)
+        if chosen.is_module and layout is LayoutOption.FOLDED:
+            raise RefusedError(
+                "the file pickles whole modules, whose code still calls its BatchNorms: use --layout same-keys, or save "
+                "model.state_dict() and fold that",
+                path=checkpoint,
+            )
+        live = inputs = None
+        if model is not None:
+            from bntool.layers.loading import load_state
+            from bntool.models.loading import load_model, parse_assignments
+
+            live = load_model(model, arguments=parse_assignments(model_arg or ()))
+            load_state(live, chosen)
+            live = live.to(device)
+            inputs = _read_inputs(live, data, input_shape)
+        result = fold_checkpoint(
+            source,
+            chosen,
+            model=live,
+            inputs=inputs or (),
+            pairs=parse_pairs(pair or ()),
+            layers=layers or (),
+            layout=Layout(layout.value),
+            eps=eps,
+            tolerance=tolerance,
+        )
+        check_plan(result.plan, strict=strict)
+        written = None if dry_run else str(output)
+        if not dry_run and result.checkpoint is not None:
+            save(result.checkpoint, output, force=force)
+            save_net(result.checkpoint, net, output, force=force)
+        facts = describe_fold(result, output=written)
+        blocks = show_fold(result, chosen, output=written)
+    print_report(Report("fold", (FileReport(str(checkpoint), facts, blocks),)), as_json=as_json, quiet=quiet)
+    return 0
+
+
+def _read_inputs(model: torch.nn.Module, data: str | None, input_shape: str | None) -> list[Any]:
+    """What to trace and verify on; empty where it is to be guessed."""
+    from itertools import islice
+
+    from bntool.data.batches import find_placement, move
+    from bntool.data.loading import load_data
+    from bntool.graphs.inputs import make_input, parse_shape
+
+    if data is not None:
+        place, dtype = find_placement(model)
+        batches = islice(load_data(data, batch_size=_BATCH_SIZE), _BATCHES)
+        return [move(batch.inputs, device=place, dtype=dtype) for batch in batches]
+    return [make_input(model, parse_shape(input_shape))] if input_shape is not None else []

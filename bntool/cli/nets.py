@@ -1,0 +1,60 @@
+"""The ``.prototxt`` beside a ``.caffemodel``: reading it, and writing the one of the folded net."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from bntool.checkpoints.checkpoint import Checkpoint
+from bntool.checkpoints.files import OutputFiles, SourceFile, check_output_differs
+from bntool.checkpoints.prototxt import Prototxt, read_prototxt
+from bntool.errors import RefusedError, UsageError
+
+
+def deploy_net(
+    checkpoint: Checkpoint, prototxt: Path | None, output: Path | None, *, needed: bool, force: bool
+) -> tuple[Checkpoint, Prototxt | None]:
+    """A Caffe model as its ``.prototxt`` runs it; any other checkpoint as it is.
+
+    Args:
+        output: the ``.caffemodel`` to write; None in a dry run.
+        needed: layers will be taken out, so that the net in the ``.prototxt`` has to change too.
+
+    Raises:
+        UsageError: a ``.prototxt`` is given for another format.
+        RefusedError: it is needed and not given.
+        UnwritableFileError: the new one cannot be written.
+    """
+    if checkpoint.format.name != "caffe":
+        if prototxt is not None:
+            raise UsageError("--prototxt goes with a .caffemodel", path=checkpoint.path)
+        return checkpoint, None
+    if prototxt is None:
+        if needed and output is not None:
+            raise RefusedError(
+                "the folded model needs a .prototxt without the layers that are gone: give the present one with "
+                "--prototxt NET, or keep the layers with --layout same-keys",
+                path=checkpoint.path,
+            )
+        return checkpoint, None
+    from bntool.checkpoints.caffe_deployment import deploy
+
+    with SourceFile(prototxt) as file:
+        if output is not None:
+            check_output_differs(file, _beside(output))
+            OutputFiles(force=force).check(_beside(output))
+        net = read_prototxt(file)
+    return deploy(checkpoint, net), net
+
+
+def save_net(checkpoint: Checkpoint, net: Prototxt | None, output: Path | None, *, force: bool) -> None:
+    """Write the ``.prototxt`` that runs the written model, where one was given."""
+    if net is None or output is None:
+        return
+    from bntool.checkpoints.caffe_deployment import fold_prototxt
+
+    with OutputFiles(force=force) as files:
+        files.open(_beside(output)).write(fold_prototxt(checkpoint, net).encode("utf-8"))
+
+
+def _beside(output: Path) -> Path:
+    return output.with_suffix(".prototxt")

@@ -1,0 +1,101 @@
+"""Who feeds whom, as the user declares it: pairs of names, held against the shapes of their tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from bntool.batchnorm import BatchNorm
+from bntool.checkpoints.checkpoint import StateDict
+from bntool.checkpoints.norms import find_norms
+from bntool.errors import RefusedError, UsageError
+from bntool.graphs.graph import Edge, Evidence, ModelGraph, Node, NodeKind
+
+_VECTORS = ("weight", "bias", "running_mean", "running_var")
+
+
+def parse_pairs(texts: Sequence[str]) -> dict[str, str]:
+    """``["conv1=bn1"]``, or lines of such, as a mapping from the BatchNorm to its producer.
+
+    Raises:
+        UsageError: a pair is malformed, or a name occurs twice.
+    """
+    pairs: dict[str, str] = {}
+    for line in (line.strip() for text in texts for line in text.splitlines()):
+        if not line or line.startswith("#"):
+            continue
+        producer, equals, batchnorm = (part.strip() for part in line.partition("="))
+        if not (producer and equals and batchnorm):
+            raise UsageError(f"--pair {line!r} is not of the form PRODUCER=BATCHNORM, e.g. layer1.0.conv1=layer1.0.bn1")
+        if batchnorm in pairs or producer in pairs.values():
+            raise UsageError(f"--pair {line!r}: one of the layers is in another pair already")
+        pairs[batchnorm] = producer
+    return pairs
+
+
+def declare(state_dict: StateDict, pairs: Mapping[str, str]) -> ModelGraph:
+    """The graph that holds nothing but the pairs; each is held against shapes.
+
+    A weight of three or more dimensions counts as a convolution's, unless the file says what the module is.
+
+    Args:
+        pairs: from the BatchNorm to what feeds it.
+
+    Raises:
+        UsageError: a layer is not in the state dict.
+        RefusedError: shapes say that a pair cannot be.
+    """
+    norms = {norm.name: norm for norm in find_norms(state_dict)}
+    nodes: list[Node] = []
+    edges: list[Edge] = []
+    uses: dict[str, frozenset[int]] = {}
+    for batchnorm, producer in pairs.items():
+        norm = norms.get(batchnorm)
+        if norm is None or not norm.kind.is_batch_norm:
+            what = f"; it is a {norm.kind.value}" if norm is not None else ""
+            raise UsageError(f"the state dict has no BatchNorm of that name{what}", tensor=batchnorm)
+        source = _producer(len(nodes), state_dict, producer, norm)
+        target = _batchnorm(len(nodes) + 1, norm)
+        nodes += [source, target]
+        channels = tuple(range(source.channels))
+        edges.append(Edge(source.index, target.index, 0, channels, channels, Evidence.DECLARED))
+        for node in (source, target):
+            uses.update({name: frozenset((node.index,)) for name in node.parameters.values()})
+    return ModelGraph(tuple(nodes), tuple(edges), uses=uses, evidence=Evidence.DECLARED, complete=False)
+
+
+def _producer(index: int, state_dict: StateDict, layer: str, norm: BatchNorm) -> Node:
+    names = {role: f"{layer}.{role}" for role in ("weight", "bias")}
+    present = {role: name for role, name in names.items() if state_dict.full_name(name) in state_dict.tensors}
+    if "weight" not in present:
+        raise UsageError("the state dict has no layer of that name with a weight", tensor=layer)
+    shape = tuple(state_dict.tensor(present["weight"]).shape)
+    module = state_dict.modules.get(state_dict.prefix + layer)
+    class_name = module.class_path.rpartition(".")[2] if module is not None else ""
+    transposed = "ConvTranspose" in class_name
+    groups = module.attributes.get("groups", 1) if module is not None else 1
+    if len(shape) < 2:
+        raise RefusedError(f"a weight of shape {list(shape)} belongs to no convolution or linear", tensor=layer)
+    channels = shape[1] * groups if transposed else shape[0]
+    if channels != norm.num_features:
+        raise RefusedError(
+            f"its weight {list(shape)} gives {channels} channels, {norm.name} has {norm.num_features}: "
+            "they cannot be a pair (a transposed convolution needs --model)",
+            tensor=layer,
+        )
+    kind = NodeKind.CONV_TRANSPOSE if transposed else NodeKind.LINEAR if len(shape) == 2 else NodeKind.CONVOLUTION
+    return Node(
+        index, kind, layer, layer=layer, parameters=present, channels=channels, groups=groups, class_name=class_name
+    )
+
+
+def _batchnorm(index: int, norm: BatchNorm) -> Node:
+    names = {role: f"{norm.name}.{role}" if norm.name else role for role in _VECTORS if role in norm.tensors}
+    return Node(
+        index,
+        NodeKind.BATCH_NORM,
+        norm.name,
+        layer=norm.name,
+        parameters=names,
+        channels=norm.num_features or 0,
+        eps=norm.eps,
+    )

@@ -1,0 +1,85 @@
+"""Where a model graph can come from, in the order in which they are preferred."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from bntool.checkpoints.checkpoint import Checkpoint, StateDict
+from bntool.errors import UsageError
+from bntool.graphs.declared import declare
+from bntool.graphs.graph import Evidence, ModelGraph
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+@dataclass(frozen=True)
+class Knowledge:
+    """What is there to build a graph from.
+
+    Attributes:
+        state_dict: the tensors.
+        model: the live model with these tensors; None without one.
+        inputs: that it runs on, as :func:`bntool.graphs.traced.trace` takes them.
+        pairs: from the BatchNorm to what feeds it, as declared.
+        checkpoint: the file that the tensors are from; some formats hold their graph.
+    """
+
+    state_dict: StateDict
+    model: nn.Module | None = None
+    inputs: Any = None
+    pairs: Mapping[str, str] | None = None
+    checkpoint: Checkpoint | None = None
+
+
+@dataclass(frozen=True)
+class GraphSource:
+    """One way to know who feeds whom.
+
+    Attributes:
+        evidence: what its edges are worth.
+        build: gives the graph, or None where the knowledge does not suffice.
+    """
+
+    evidence: Evidence
+    build: Callable[[Knowledge], ModelGraph | None]
+
+
+def _declare(known: Knowledge) -> ModelGraph | None:
+    return declare(known.state_dict, known.pairs) if known.pairs else None
+
+
+def _trace(known: Knowledge) -> ModelGraph | None:
+    if known.model is None:
+        return None
+    from bntool.graphs.traced import trace
+
+    return trace(known.model, known.inputs)
+
+
+def _read(known: Knowledge) -> ModelGraph | None:
+    from bntool.graphs.stored import stored_graph
+
+    graph = stored_graph(known.checkpoint) if known.checkpoint is not None else None
+    if graph is not None and (known.pairs or known.model is not None):
+        raise UsageError("this file holds its graph: leave out --pair and --model")
+    return graph
+
+
+# a graph that is part of the file is what runs; then what was asked for by name; a catalogue of architectures (Evidence.ASSUMED) will come last
+SOURCES: tuple[GraphSource, ...] = (
+    GraphSource(Evidence.STORED, _read),
+    GraphSource(Evidence.DECLARED, _declare),
+    GraphSource(Evidence.TRACED, _trace),
+)
+
+
+def build_graph(known: Knowledge) -> ModelGraph | None:
+    """The graph of the first source that can give one."""
+    for source in SOURCES:
+        graph = source.build(known)
+        if graph is not None:
+            return graph
+    return None

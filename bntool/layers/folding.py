@@ -1,0 +1,87 @@
+"""Turning a model into the folded one that a file holds the state of."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+import torch
+
+from bntool.checkpoints.checkpoint import Checkpoint, StateDict, choose_state_dict
+from bntool.checkpoints.formats import open_checkpoint
+from bntool.errors import UsageError
+from bntool.layers.application import change_structure
+from bntool.layers.loading import load_state
+from bntool.plan import AddTensor, Operation, RemoveModule, Step, Values
+
+Model = TypeVar("Model", bound=torch.nn.Module)
+
+
+def load_folded(model: Model, path: str | os.PathLike[str], *, state_dict: str | None = None) -> Model:
+    """Load a file that ``bntool fold`` wrote into an unmodified model, which becomes the folded one.
+
+    What was done is read from the record that bntool left in the file; the keys are then loaded strictly.
+
+    Args:
+        model: the architecture as its code builds it; changed in place.
+        path: the folded checkpoint.
+        state_dict: which one, where the file holds several.
+
+    Returns:
+        The model itself.
+
+    Raises:
+        UsageError: the file holds no record of a fold, or the model lacks a layer that it names.
+        FileError: the file cannot be read.
+        RefusedError: the keys do not fit the model.
+    """
+    with open_checkpoint(path) as checkpoint:
+        chosen = choose_state_dict(checkpoint, state_dict)
+        for record in _find_records(checkpoint, chosen):
+            change_structure(model, structure_of(record))
+        load_state(model, chosen)
+    return model
+
+
+def _find_records(checkpoint: Checkpoint, chosen: StateDict) -> list[Mapping[str, Any]]:
+    records = [r for r in checkpoint.records.get(chosen.key, ()) if r.get("operation") == Operation.FOLD.value]
+    if not records:
+        raise UsageError(
+            "the file holds no record of a fold; if its keys were changed by another tool, fold the original again",
+            path=checkpoint.path,
+        )
+    return records
+
+
+def describe_structure(steps: tuple[Step, ...]) -> dict[str, Any]:
+    """What steps change besides elements, as JSON data for the record."""
+    return {
+        "removed_modules": [step.module for step in steps if isinstance(step, RemoveModule)],
+        "added_parameters": [
+            {"name": step.name, "shape": list(step.value.shape), "dtype": step.dtype}
+            for step in steps
+            if isinstance(step, AddTensor) and isinstance(step.value, Values)
+        ],
+    }
+
+
+def structure_of(record: Mapping[str, Any]) -> tuple[Step, ...]:
+    """The steps that :func:`describe_structure` described.
+
+    Raises:
+        UsageError: the record is not what bntool writes.
+    """
+    try:
+        added = [
+            AddTensor(
+                str(entry["name"]),
+                Values((), tuple(int(extent) for extent in entry["shape"])),
+                dtype=str(entry["dtype"]),
+                after="",
+            )
+            for entry in record["added_parameters"]
+        ]
+        return (*added, *(RemoveModule(str(name)) for name in record["removed_modules"]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise UsageError(f"the record of the fold in the file is damaged ({error!r})") from error

@@ -1,0 +1,85 @@
+"""Several processes that measure together: each its share of the batches, all the same result."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+
+from bntool.errors import BntoolError, RefusedError
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The processes of a job.
+
+    Attributes:
+        rank: the number of this one.
+        world: how many there are.
+    """
+
+    rank: int = 0
+    world: int = 1
+
+    def share(self, work: Callable[[], Result]) -> list[Result]:
+        """Do this rank's part; what each rank's part gave, in order of ranks, on every rank.
+
+        An error of one rank becomes an error of all, so that none waits for one that is gone.
+
+        Raises:
+            RefusedError: another rank failed, or was lost.
+            whatever ``work`` raises.
+        """
+        if self.world == 1:
+            return [work()]
+        try:
+            result, error = work(), None
+        except Exception as caught:  # noqa: BLE001 it is raised again, after the others know
+            result, error = None, caught
+        failed = None if error is None else (error.message if isinstance(error, BntoolError) else repr(error))
+        gathered: list[Any] = [None] * self.world
+        try:
+            dist.all_gather_object(gathered, (failed, result))
+        except RuntimeError as lost:
+            raise error or RefusedError(f"another rank was lost: {' '.join(str(lost).split())}") from lost
+        if error is not None:
+            raise error
+        for rank, (message, _) in enumerate(gathered):
+            if message is not None:
+                raise RefusedError(f"rank {rank} failed: {message}")
+        return [part for _, part in gathered]
+
+
+def find_ranks() -> Ranks:
+    """The job of torch.distributed that this process is part of; a job of one where there is none."""
+    if dist.is_available() and dist.is_initialized():
+        return Ranks(dist.get_rank(), dist.get_world_size())
+    return Ranks()
+
+
+@contextlib.contextmanager
+def join_job() -> Iterator[Ranks]:
+    """Join the job that ``torchrun`` started this process for, if it did, and leave it again.
+
+    Only small objects on the CPU are exchanged, so the backend is gloo, whatever device the model is on.
+
+    Raises:
+        RefusedError: the other processes cannot be reached.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
+        yield find_ranks()
+        return
+    try:
+        dist.init_process_group("gloo")
+    except (RuntimeError, ValueError) as error:
+        raise RefusedError(f"the other processes of the job cannot be reached: {error}") from error
+    try:
+        yield find_ranks()
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,181 @@
+"""Proof that a changed model computes what the original does: both are run, in eval mode, on several inputs.
+
+Float64 decides: there the same fold has to agree to rounding, because noise of lower precision is amplified by depth.
+Then the tensors that will be written are run in float64, where they may only differ by what rounding them once costs,
+and in their own dtype, for the report.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_flatten, tree_map
+
+from bntool.errors import UserCodeError, VerificationError
+from bntool.graphs.traced import call
+from bntool.layers.borrowing import borrow
+
+TOLERANCE = 1e-5  # relative to the largest output; for the tensors as they are written
+EXACT = 1e-9  # the same, in float64
+_NOISE = 32  # times what the original model itself loses to its dtype
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How well two models agree; errors are relative to the largest magnitude of the output.
+
+    Attributes:
+        inputs: how many inputs were run.
+        outputs: how many output tensors each gave.
+        exact: error of the same fold in float64; NaN where the model does not run in float64.
+        rounded: error of the new tensors, run in float64.
+        stored: error in the dtype of the file.
+        noise: what the original loses in that dtype against float64.
+        tolerance: what ``rounded`` was held against.
+    """
+
+    inputs: int
+    outputs: int
+    exact: float
+    rounded: float
+    stored: float
+    noise: float
+    tolerance: float
+
+
+Change = Callable[[nn.Module], None]
+
+
+def verify(
+    model: nn.Module, change: Change, changed: nn.Module, inputs: Sequence[Any], *, tolerance: float = TOLERANCE
+) -> Agreement:
+    """Hold a changed model against the original.
+
+    Args:
+        model: the original; given back as it was.
+        change: makes the same change to any copy of the model, in the dtype of that copy.
+        changed: the model with the tensors that are to be written.
+        inputs: each a tensor, a tuple of positional or a dict of keyword arguments.
+        tolerance: largest error, relative to the largest magnitude of each output, of ``changed`` in float64; 32 times
+            the noise of the original's own dtype is always allowed.
+
+    Raises:
+        VerificationError: they disagree, or the outputs are such that agreeing would prove nothing.
+        UserCodeError: a model raised.
+    """
+    stored = _run(model, inputs)
+    stored_error = _largest_error(stored, _run(changed, inputs))
+    exact_inputs = [_cast(item, torch.float64) for item in inputs]
+    try:
+        reference = _run(_copy(model).double(), exact_inputs)
+    except UserCodeError:  # it makes tensors of a fixed dtype
+        reference = None
+    if reference is None:
+        _check_meaning(stored)
+        noise = exact = math.nan
+        rounded = stored_error
+        bound = tolerance
+    else:
+        _check_meaning(reference)
+        noise = _largest_error(reference, stored)
+        folded = _copy(model).double()
+        change(folded)
+        exact = _largest_error(reference, _run(folded, exact_inputs))
+        if not exact <= EXACT:
+            raise VerificationError(f"in float64 the outputs differ by {exact:.3g} of their magnitude; nothing was written")
+        rounded = _largest_error(reference, _run(_copy(changed).double(), exact_inputs))
+        bound = max(tolerance, _NOISE * noise)
+    if not rounded <= bound:
+        raise VerificationError(
+            f"the outputs differ by {rounded:.3g} of their magnitude, more than the tolerance {bound:.3g}; nothing was "
+            "written"
+        )
+    return Agreement(len(inputs), len(stored[0]), exact, rounded, stored_error, noise, bound)
+
+
+def _copy(model: nn.Module) -> nn.Module:
+    try:
+        return copy.deepcopy(model)
+    except Exception as error:
+        raise UserCodeError(f"the model cannot be copied to be verified: {' '.join(str(error).split())}") from error
+
+
+def _run(model: nn.Module, inputs: Sequence[Any]) -> list[list[torch.Tensor]]:
+    with borrow(model), torch.no_grad():
+        model.eval()
+        return [list(_find_outputs(call(model, _cast(item, None)))) for item in inputs]
+
+
+def _cast(item: Any, dtype: torch.dtype | None) -> Any:
+    """A copy, floating tensors in another dtype."""
+
+    def convert(value: Any) -> Any:
+        if not isinstance(value, torch.Tensor):
+            return value
+        return value.to(dtype) if dtype is not None and value.is_floating_point() else value.clone()
+
+    return tree_map(convert, item)
+
+
+def _find_outputs(value: Any, depth: int = 3) -> Iterator[torch.Tensor]:
+    """The floating tensors of an output, also in objects that torch does not know."""
+    for leaf in tree_flatten(value)[0]:
+        if isinstance(leaf, torch.Tensor):
+            if leaf.is_floating_point():
+                yield leaf.detach().clone()
+        elif depth and hasattr(leaf, "__dict__") and not isinstance(leaf, type | nn.Module):
+            yield from _find_outputs(dict(vars(leaf)), depth - 1)
+
+
+def _check_meaning(outputs: Sequence[Sequence[torch.Tensor]]) -> None:
+    """Outputs that are nothing, not finite or the same for all inputs prove nothing.
+
+    Raises:
+        VerificationError: they are such.
+    """
+    tensors = [tensor for one in outputs for tensor in one if tensor.numel()]
+    if not tensors:
+        raise VerificationError("the model gives no floating output that could be compared")
+    if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors):
+        raise VerificationError(
+            "the original model's outputs hold NaN or infinity, so nothing can be proven; does `bntool inspect` find broken "
+            "statistics? recalibrate first, or give real inputs with --data"
+        )
+    if len(outputs) > 1 and all(_same(one, outputs[0]) for one in outputs[1:]):
+        raise VerificationError(
+            "the original model's outputs are the same for all inputs, so nothing can be proven: give real inputs with --data"
+        )
+    if not any(bool(tensor.any()) for tensor in tensors):
+        raise VerificationError("the original model's outputs are all zero, so nothing can be proven: give --data")
+
+
+def _same(first: Sequence[torch.Tensor], second: Sequence[torch.Tensor]) -> bool:
+    return len(first) == len(second) and all(
+        a.shape == b.shape and torch.equal(a, b) for a, b in zip(first, second, strict=True)
+    )
+
+
+def _largest_error(
+    expected: Sequence[Sequence[torch.Tensor]], found: Sequence[Sequence[torch.Tensor]]
+) -> float:
+    """Largest difference of each output in relation to its largest magnitude, over all inputs."""
+    largest = 0.0
+    for wanted, given in zip(expected, found, strict=True):
+        if [tuple(t.shape) for t in wanted] != [tuple(t.shape) for t in given]:
+            raise VerificationError("the outputs have other shapes than before; nothing was written")
+        for a, b in zip(wanted, given, strict=True):
+            if a.numel() == 0:
+                continue
+            magnitude = float(a.double().abs().max())
+            difference = float((a.double() - b.double()).abs().max())
+            error = difference / magnitude if magnitude > 0 else (0.0 if difference == 0 else math.inf)
+            largest = max(largest, error) if not math.isnan(error) else math.nan
+            if math.isnan(largest):
+                return largest
+    return largest

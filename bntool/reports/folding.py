@@ -1,0 +1,133 @@
+"""What ``bntool fold`` did, as data and for people."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from bntool.checkpoints.checkpoint import StateDict
+from bntool.plan import RemoveModule
+from bntool.reports.blocks import Block, Cell, Column, Line, Style, Table, line
+from bntool.reports.loading import show_loading_code, show_running_code
+from bntool.reports.text import format_number, plural
+
+if TYPE_CHECKING:
+    from bntool.operations.folding import Fold
+    from bntool.operations.proven_folding import CheckpointFold
+
+
+def describe_fold(result: CheckpointFold, *, output: str | None) -> dict[str, Any]:
+    """The fold as JSON data."""
+    plan = result.plan
+    return {
+        "operation": "fold",
+        "state_dict": plan.state_dict,
+        "layout": plan.layout.value,
+        "folds": [
+            {"layer": f.layer, "into": list(f.into), "level": f.level.value, "stays": f.stays} for f in plan.folds
+        ],
+        "skips": [{"layer": s.layer, "reason": s.reason.value, "detail": s.detail} for s in plan.skips],
+        "assumptions": list(plan.assumptions),
+        "verification": None if result.agreement is None else asdict(result.agreement),
+        "dropped": list(result.dropped),
+        "warnings": list(result.warnings),
+        "output": output,
+    }
+
+
+def show_fold(result: CheckpointFold, state_dict: StateDict, *, output: str | None) -> list[Block]:
+    """The same for people: each fold, each skip, the proof, and how to load what was written."""
+    plan = result.plan
+    total = len(plan.folds) + len(plan.skips)
+    blocks: list[Block] = [line(f"fold {len(plan.folds)} of {plural(total, 'BatchNorm layer')}", Style.HEADING), line()]
+    if plan.folds:
+        blocks += [_fold_table(plan.folds), line()]
+    if plan.skips:
+        counts = Counter(skip.reason.value for skip in plan.skips)
+        listed = ", ".join(f"{count} {reason}" for reason, count in counts.items())
+        blocks.append(line(f"left alone: {listed} (docs/skip-reasons.md)", Style.WARNING))
+        blocks += [
+            Line((Cell(f"{s.layer}: {s.reason.value}"), Cell(f" ({s.detail})" if s.detail else "", Style.MUTED)), indent=2)
+            for s in plan.skips
+        ]
+        blocks.append(line())
+    blocks += [line(f"assumed: {text}", Style.WARNING) for text in plan.assumptions]
+    blocks += _proof(result)
+    blocks += [line(f"dropped {name}: optimizer state that no longer fits", Style.NOTICE) for name in result.dropped]
+    blocks += [line(f"! {warning}", Style.WARNING) for warning in result.warnings]
+    if output is None:
+        return [*blocks, line("dry run: nothing was written", Style.MUTED)]
+    return [*blocks, *_written(result, state_dict, output)]
+
+
+def _fold_table(folds: tuple[Fold, ...]) -> Table:
+    columns = (Column("into", shrinks=True), Column("BatchNorm", shrinks=True), Column("how"))
+    rows = [
+        (
+            Cell(", ".join(fold.into)),
+            Cell(fold.layer),
+            Cell(fold.level.value + (", keeps its shift" if fold.stays else ""), Style.MUTED),
+        )
+        for fold in folds
+    ]
+    return Table(columns, rows)
+
+
+def _proof(result: CheckpointFold) -> list[Block]:
+    agreement = result.agreement
+    if agreement is None:
+        return []
+    inputs = plural(agreement.inputs, "input")
+    exact = format_number(agreement.exact, 2)
+    return [
+        line(f"verified on {inputs}: outputs agree to {exact} in float64", Style.GOOD),
+        line(
+            f"as written: {format_number(agreement.rounded, 2)} in float64, {format_number(agreement.stored, 2)} in the "
+            f"file's dtype (the original's own noise is {format_number(agreement.noise, 2)}); relative to the largest output",
+            Style.MUTED,
+        ),
+    ]
+
+
+def _written(result: CheckpointFold, state_dict: StateDict, output: str) -> list[Block]:
+    assert result.checkpoint is not None
+    edited = result.checkpoint.state_dict(state_dict.key)
+    lines = show_loading_code(result.checkpoint, edited, output)
+    blocks: list[Block] = [line(), line(f"wrote {output}", Style.GOOD)]
+    if show_running_code(result.checkpoint, output):
+        return [*blocks, line("run it:"), *(line(text, indent=2) for text in lines)]
+    if not any(isinstance(step, RemoveModule) for step in result.plan.steps):
+        blocks.append(line("its keys are those of the original; load it into the unmodified model:"))
+        return [*blocks, *(line(text, indent=2) for text in lines)]
+    blocks.append(line("load it into the unmodified model, which becomes the folded one:"))
+    blocks.append(line(f"model = bntool.load_folded(model, {output!r})", indent=2))
+    blocks.append(line("or without bntool:"))
+    return [*blocks, *(line(text, indent=2) for text in show_folded_loading(lines))]
+
+
+def show_folded_loading(lines: list[str]) -> list[str]:
+    """Plain torch that turns a model into the folded one and loads it; activations of combined modules are not kept.
+
+    Args:
+        lines: that load the state dict into ``model``.
+    """
+    head, _, argument = lines[-1].partition("model.load_state_dict(")
+    if head or not argument:
+        return lines
+    imports = [] if "import torch" in lines else ["import torch"]
+    return [
+        *imports,
+        *lines[:-1],
+        *([f"state_dict = {argument.removesuffix(')')}"] if argument != "state_dict)" else []),
+        'for key in [k for k in model.state_dict() if k.endswith(".running_mean") and k not in state_dict]:',
+        '    path, _, name = key.removesuffix(".running_mean").rpartition(".")',
+        "    setattr(model.get_submodule(path), name, torch.nn.Identity())",
+        "for key in [k for k in state_dict if k not in model.state_dict()]:",
+        '    path, _, name = key.rpartition(".")',
+        "    setattr(model.get_submodule(path), name, torch.nn.Parameter(state_dict[key]))",
+        "model.load_state_dict(state_dict)",
+    ]
+
+

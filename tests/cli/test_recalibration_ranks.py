@@ -1,0 +1,75 @@
+"""``torchrun -m bntool recalibrate``: several processes, one result."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from bntool.cli.main import main
+
+SAMPLES = Path(__file__).resolve().parents[2] / "sample_ckpts"
+
+torch.set_num_threads(1)
+pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
+
+
+def torchrun(ranks, *arguments, folder):
+    environment = {**os.environ, "PYTHONPATH": str(SAMPLES.parent), "OMP_NUM_THREADS": "1"}
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        str(ranks),
+        "-m",
+        "bntool",
+        *arguments,
+    ]
+    return subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=100, check=False
+    )
+
+
+@pytest.mark.parametrize(("method", "ranks"), [("pooled", 3), ("exact", 2)])
+def test_the_same_bytes_for_every_number_of_ranks(tmp_path, method, ranks, capsys):
+    arguments = ["recalibrate", str(SAMPLES / "drifted.pt"), "--model", f"{SAMPLES / 'digits_net.py'}:build"]
+    arguments += [
+        "--data",
+        str(SAMPLES / "digits_train.npz"),
+        "--method",
+        method,
+        "--batch-size",
+        "150",
+        "--prior",
+        "3",
+    ]
+    done = torchrun(ranks, *arguments, "-o", "several.pt", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("wrote several.pt") == 1
+    assert main([*arguments, "-o", str(tmp_path / "one.pt")]) == 0
+    assert "1,437 samples in 10 batches" in capsys.readouterr().out  # which no number of ranks here divides evenly
+    assert (tmp_path / "several.pt").read_bytes() == (tmp_path / "one.pt").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [("raise OSError('disk gone')", "disk gone"), ("os._exit(3)", "another rank was lost")],
+)
+def test_a_rank_that_fails_ends_the_job_without_a_file(tmp_path, fault, message):
+    (tmp_path / "rank_data.py").write_text(
+        "import os, torch\n"
+        "def data():\n"
+        "    for index in range(10):\n"
+        f"        if index == 4 and os.environ['RANK'] == '1':\n            {fault}\n"
+        "        yield torch.randn(8, 2)\n"
+    )
+    torch.save(torch.nn.BatchNorm1d(2).state_dict(), tmp_path / "in.pt")
+    arguments = ["recalibrate", "in.pt", "--model", "torch.nn:BatchNorm1d", "--model-arg", "num_features=2"]
+    arguments += ["--data", "rank_data.py:data", "-o", "out.pt"]
+    done = torchrun(2, *arguments, folder=tmp_path)
+    assert done.returncode != 0
+    assert message in done.stderr
+    assert not (tmp_path / "out.pt").exists()

@@ -1,0 +1,99 @@
+"""Graphs in files: folded as recorded, where onnxruntime and OpenCV agreed with the original to 1e-5; and torch."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional
+
+from bntool.checkpoints.formats import open_checkpoint
+from bntool.checkpoints.tensors import read_numbers
+from bntool.graphs.graph import Evidence
+from bntool.graphs.stored import stored_graph
+from tests.graphs.folding import fold_file
+
+FOLDER = Path(__file__).parents[1] / "fixtures" / "interop"
+RECORDED = {
+    (kind, key): facts
+    for kind in ("onnx", "caffe")
+    for key, facts in json.loads((FOLDER / f"{kind}_folding" / "index.json").read_text()).items()
+}
+
+
+@pytest.mark.parametrize(("kind", "key"), RECORDED)
+def test_folds_as_the_runtimes_approved(kind: str, key: str, tmp_path: Path) -> None:
+    """Byte for byte the files that onnxruntime and OpenCV ran (tests/oracles/onnx_folding.py, caffe_folding.py)."""
+    facts, recorded = RECORDED[kind, key], FOLDER / f"{kind}_folding"
+    name, _, layout = key.rpartition(".")
+    suffix = {"onnx": ".onnx", "caffe": ".caffemodel"}[kind]
+    plan = fold_file(recorded / f"{name}{suffix}", tmp_path / f"{key}{suffix}", layout=layout)
+    assert {fold.layer: list(fold.into) for fold in plan.folds} == facts["folds"]
+    assert {skip.layer: skip.reason.value for skip in plan.skips} == facts["skips"]
+    assert plan.assumptions == ()
+    for written in tmp_path.iterdir():
+        assert written.read_bytes() == (recorded / written.name).read_bytes(), written.name
+    assert facts["error"] <= (4e-3 if name.startswith("half") else 1e-5)
+
+
+def tensors_of(path: Path) -> Mapping[str, torch.Tensor]:
+    with open_checkpoint(path) as checkpoint:
+        tensors = checkpoint.state_dict("").tensors
+        return {
+            n: torch.tensor(list(read_numbers(t)), dtype=torch.float64).reshape(t.shape) for n, t in tensors.items()
+        }
+
+
+@pytest.mark.parametrize("layout", ["std", "eps1e3", "old4d", "double", "nv5_f32", "nv5_f16", "noscale", "sf0"])
+@pytest.mark.parametrize("fold", [False, True])
+def test_torch_computes_what_caffe_computed(layout: str, fold: bool, tmp_path: Path) -> None:
+    """The tensors as bntool reads them, and as it folds them, in PyTorch, against the outputs of the original."""
+    source = FOLDER / f"caffe_tiny_{layout}.caffemodel"
+    expected = torch.from_numpy(np.load(FOLDER / f"caffe_tiny_{layout}_expected.npy")).double()
+    x = torch.from_numpy(np.load(FOLDER / "caffe_tiny_input.npy")).double()
+    if fold:
+        shutil.copyfile(source, tmp_path / "in.caffemodel")
+        plan = fold_file(tmp_path / "in.caffemodel", tmp_path / "out.caffemodel")
+        source = tmp_path / "out.caffemodel"
+        assert plan.layers == ("bn1",)
+    found = tensors_of(source)
+    y = functional.conv2d(x, found["conv1.weight"], found.get("conv1.bias"), padding=1)
+    if not fold:
+        eps = 1e-3 if layout == "eps1e3" else 1e-5
+        statistics = found["bn1.running_mean"], found["bn1.running_var"]
+        y = functional.batch_norm(y, *statistics, found.get("bn1.weight"), found.get("bn1.bias"), eps=eps)
+    error = (y.relu() - expected).abs().max() / expected.abs().max()
+    assert error < (2e-3 if layout == "nv5_f16" else 1e-5)
+
+
+def test_the_graph_of_a_file_is_proof() -> None:
+    with open_checkpoint(FOLDER / "onnx_tiny.onnx") as checkpoint:
+        graph = stored_graph(checkpoint)
+        assert graph.evidence is Evidence.STORED
+        assert {layer: calls[0].eps for layer, calls in graph.batchnorms.items()} == {
+            "bn1": pytest.approx(1e-3),
+            "bn2": 1e-5,
+        }
+
+
+def test_a_file_without_a_graph_has_none() -> None:
+    with open_checkpoint(FOLDER.parent / "torch_tiny.pth") as checkpoint:
+        assert stored_graph(checkpoint) is None
+
+
+@pytest.mark.parametrize("switch", [True, False])
+def test_a_layer_that_uses_batch_statistics_when_tested_is_left_alone(switch: bool, tmp_path: Path) -> None:
+    shutil.copyfile(FOLDER / "caffe_tiny_std.caffemodel", tmp_path / "a.caffemodel")
+    text = (FOLDER / "caffe_tiny_std.prototxt").read_text()
+    assert "use_global_stats: true" in text
+    (tmp_path / "a.prototxt").write_text(
+        text.replace("use_global_stats: true", f"use_global_stats: {str(switch).lower()}")
+    )
+    plan = fold_file(tmp_path / "a.caffemodel", tmp_path / "b.caffemodel")
+    assert bool(plan.folds) is switch
+    assert [skip.reason.value for skip in plan.skips] == ([] if switch else ["normalises by batch statistics"])
