@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from bntool.batchnorm import ROLES, BatchNorm, NormKind
-from bntool.checkpoints.checkpoint import Checkpoint, GlobalTrust, StateDict, choose_state_dict, is_averaged_copy
+from bntool.checkpoints.checkpoint import Checkpoint, StateDict, choose_state_dict
 from bntool.checkpoints.dtypes import NumberKind
 from bntool.checkpoints.norms import find_norms
 from bntool.checkpoints.tensors import StoredTensor, Tensor, read_numbers
 from bntool.errors import BntoolError
 from bntool.layers.selection import selects
+from bntool.operations.file_findings import compare_averaged, compare_counters, find_in_file, find_in_state_dict
 from bntool.operations.findings import Finding, FindingCode, Severity, Summary, find_in_layer, summarize
 
 MAX_CHANNELS = 1 << 22  # elements of one tensor read for its statistics unless --stats asks for all
@@ -130,8 +130,8 @@ def inspect_checkpoint(
         )
         for one in wanted
     ]
-    inspections = _compare_averaged(inspections)
-    return Inspection(checkpoint, tuple(inspections), tuple(_file_findings(checkpoint, inspections)), checked)
+    inspections = compare_averaged(inspections)
+    return Inspection(checkpoint, tuple(inspections), tuple(find_in_file(checkpoint, inspections)), checked)
 
 
 def _inspect_state_dict(
@@ -158,9 +158,9 @@ def _inspect_state_dict(
         state_dict=state_dict,
         parameters=sum(size for name, size in sizes.items() if roles[name] == "parameter"),
         buffers=sum(size for name, size in sizes.items() if roles[name] == "buffer"),
-        layers=_compare_counters(inspected),
+        layers=compare_counters(inspected),
         other_norms=dict(others),
-        findings=tuple(_state_dict_findings(norms)),
+        findings=tuple(find_in_state_dict(norms)),
         tensors=tensors,
         chosen=chosen,
     )
@@ -233,99 +233,3 @@ def _summarize(name: str, tensor: Tensor) -> Summary | None:
         error.tensor = error.tensor or name
         raise
     return summarize(values, dtype=tensor.dtype.name, shape=tuple(tensor.shape))
-
-
-def _compare_counters(layers: tuple[LayerInspection, ...]) -> tuple[LayerInspection, ...]:
-    """Flag layers whose num_batches_tracked differs from what most layers have."""
-    counts = Counter(n for layer in layers if (n := layer.num_batches_tracked) is not None)
-    if len(counts) <= 1:
-        return layers
-    usual, votes = counts.most_common(1)[0]
-    if votes * 2 <= counts.total():
-        return layers  # no common value to disagree with
-    compared = []
-    for layer in layers:
-        own = layer.num_batches_tracked
-        if own is not None and own != usual:
-            message = (
-                f"num_batches_tracked is {own} here and {usual} in most layers: "
-                "it was trained apart, reset, or used more often"
-            )
-            finding = Finding(FindingCode.COUNTER_DISAGREES, Severity.NOTICE, f"counter {own}", message)
-            layer = LayerInspection(layer.layer, layer.tensors, (*layer.findings, finding))  # noqa: PLW2901
-        compared.append(layer)
-    return tuple(compared)
-
-
-def _state_dict_findings(norms: Sequence[BatchNorm]) -> list[Finding]:
-    findings = []
-    lookalikes = [n for n in norms if n.kind is NormKind.INSTANCE_NORM]
-    if lookalikes:
-        message = (
-            f"{len(lookalikes)} InstanceNorm layers have the same tensors as BatchNorm; they are told apart by class"
-        )
-        findings.append(Finding(FindingCode.INSTANCE_NORM_LOOKALIKE, Severity.NOTICE, "InstanceNorm", message))
-    relatives = Counter(
-        n.kind.value
-        for n in norms
-        if not n.kind.is_batch_norm
-        and n.kind not in (NormKind.INSTANCE_NORM, NormKind.LAYER_OR_GROUP_NORM, NormKind.NORM_WITHOUT_STATISTICS)
-    )
-    for kind, count in relatives.items():
-        message = f"{count} {kind} layers keep statistics but are no BatchNorm: bntool leaves them alone"
-        findings.append(Finding(FindingCode.NOT_BATCH_NORM, Severity.NOTICE, kind, message))
-    return findings
-
-
-def _compare_averaged(inspections: list[StateDictInspection]) -> list[StateDictInspection]:
-    """Flag averaged copies whose statistics are still initial while the model's have moved."""
-    models = [i for i in inspections if not is_averaged_copy(i.state_dict.key)]
-    moved = {
-        layer.layer.name
-        for inspection in models
-        for layer in inspection.layers
-        if layer.layer.has_statistics and not _is_initial(layer)
-    }
-    compared = []
-    for inspection in inspections:
-        stale = [i for i in inspection.layers if _is_initial(i) and i.layer.name in moved]
-        if is_averaged_copy(inspection.state_dict.key) and stale:
-            message = (
-                f"the statistics of {len(stale)} of {len(inspection.layers)} layers of this averaged copy are initial "
-                "while the model's have moved: its buffers were not copied; recalibrate it before use"
-            )
-            finding = Finding(FindingCode.EMA_STATISTICS_INITIAL, Severity.ERROR, "EMA statistics initial", message)
-            inspection = _with_finding(inspection, finding)  # noqa: PLW2901
-        compared.append(inspection)
-    return compared
-
-
-def _with_finding(inspection: StateDictInspection, finding: Finding) -> StateDictInspection:
-    return dataclasses.replace(inspection, findings=(*inspection.findings, finding))
-
-
-def _is_initial(layer: LayerInspection) -> bool:
-    return any(finding.code is FindingCode.NEVER_UPDATED for finding in layer.findings)
-
-
-def _is_folded(checkpoint: Checkpoint) -> bool:
-    """Whether the file records that its layers were folded away."""
-    return any(entry.get("operation") == "fold" for history in checkpoint.records.values() for entry in history)
-
-
-def _file_findings(checkpoint: Checkpoint, inspections: Sequence[StateDictInspection]) -> list[Finding]:
-    findings = []
-    suspicious = [name.path for name in checkpoint.globals if name.trust is GlobalTrust.SUSPICIOUS]
-    if suspicious:
-        listed = ", ".join(suspicious[:3]) + (" ..." if len(suspicious) > 3 else "")
-        message = (
-            f"unpickling this file would use {listed}, which can run code: "
-            "do not load it with torch.load(weights_only=False) unless you trust where it comes from"
-        )
-        findings.append(
-            Finding(FindingCode.SUSPICIOUS_GLOBAL, Severity.WARNING, "suspicious", message, {"globals": suspicious})
-        )
-    if not any(inspection.layers for inspection in inspections) and not _is_folded(checkpoint):
-        message = "no BatchNorm layer was found" if checkpoint.state_dicts else "no state dict was found"
-        findings.append(Finding(FindingCode.NO_BATCH_NORM, Severity.NOTICE, "no BatchNorm", message))
-    return findings

@@ -22,6 +22,7 @@ from bntool.graphs.traced import trace
 from bntool.layers.application import apply_plan, change_structure, read_state
 from bntool.layers.folding import describe_structure
 from bntool.layers.loading import load_state
+from bntool.layers.modules import find_batchnorm_modules, find_wrapper_prefix
 from bntool.operations.folding import FoldPlan, Layout, plan_fold
 from bntool.operations.recording import make_record
 from bntool.operations.verification import TOLERANCE, Agreement, verify
@@ -133,6 +134,8 @@ def fold_checkpoint(
             "a state dict does not say what feeds what: give the model with --model FILE.py:factory, which is traced and "
             "verified, or declare pairs with --pair PRODUCER=BATCHNORM"
         )
+    if model is not None and pairs:
+        graph = _with_eps(graph, model)
     plan = plan_fold(state_dict, graph, layers=layers, layout=layout, eps=eps)
     if not plan.steps:
         return CheckpointFold(plan, None, None, (), ())
@@ -153,6 +156,16 @@ def fold_checkpoint(
         agreement = verify(model, change, folded, with_random_inputs(inputs), tolerance=tolerance)
     warnings = tuple(_warn(checkpoint, state_dict, plan, verified=model is not None or graph.evidence is Evidence.STORED))
     return CheckpointFold(plan, edited, agreement, dropped, warnings)
+
+
+def _with_eps(graph: ModelGraph, model: nn.Module) -> ModelGraph:
+    """Declared BatchNorms with the eps of the live modules of their names."""
+    found = {name: module.eps for name, module in find_batchnorm_modules(model).items() if isinstance(module.eps, float)}
+    prefix = find_wrapper_prefix(model)
+    nodes = (
+        dataclasses.replace(node, eps=found.get(prefix + node.layer)) if node.eps is None else node for node in graph.nodes
+    )
+    return dataclasses.replace(graph, nodes=tuple(nodes))
 
 
 def _change(graph: ModelGraph, *, layers: Sequence[str], layout: Layout, eps: float | None) -> Any:

@@ -29,4 +29,5 @@ def test_links_lead_somewhere(page: Path) -> None:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_files_named_in_pages_exist(page: Path) -> None:
     for path in re.findall(r"`((?:bntool|docs|tests|sample_ckpts)/[\w./-]+\.\w+)`", page.read_text()):
-        assert (ROOT / path).exists(), f"{page.name} names {path}"
+        if not Path(path).stem.removeprefix("test_").isupper():  # NAME and NOUN stand for others
+            assert (ROOT / path).exists(), f"{page.name} names {path}"
