@@ -175,13 +175,20 @@ def _write(checkpoint: Checkpoint, stream: IO[bytes]) -> None:
         checkpoint.file.copy_to(stream, offset=0, length=content.data_start)
     else:
         stream.write(make_header(state_dict.tensors, metadata, order, like=content.data_start))
+    start = end = 0  # neighbours in the source are copied in one call
     for name in order:
         tensor = state_dict.tensors[name]
         if isinstance(tensor, StoredTensor) and tensor.storage is not None:
-            checkpoint.file.copy_to(stream, offset=tensor.storage.offset, length=tensor.nbytes)
+            if tensor.storage.offset != end:
+                checkpoint.file.copy_to(stream, offset=start, length=end - start)
+                start = tensor.storage.offset
+            end = tensor.storage.offset + tensor.nbytes
         else:
+            checkpoint.file.copy_to(stream, offset=start, length=end - start)
+            start = end = 0
             for chunk in tensor.chunks():
                 stream.write(chunk)
+    checkpoint.file.copy_to(stream, offset=start, length=end - start)
 
 
 def _data_order(original: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> list[str]:
