@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 import traceback
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,7 +49,7 @@ def make_seeds(folder: Path) -> list[Path]:
     """Small valid files of every format and of several contents."""
     import torch
 
-    from tests.checkpoints.samples import WRITERS, tiny_net, write_sharded_bin
+    from tests.checkpoints.samples import TORCH_FORMATS, WRITERS, tiny_net, write_sharded_bin
 
     states = {
         "plain": tiny_net().state_dict(),
@@ -58,19 +59,39 @@ def make_seeds(folder: Path) -> list[Path]:
     seeds = []
     for label, state in states.items():
         for name, write in WRITERS.items():
-            if label == "plain" or name.startswith("torch"):
+            if label == "plain" or name in TORCH_FORMATS:
                 place = folder / f"{label}-{name}"
                 place.mkdir()
                 seeds.append(write(state, place))
     place = folder / "bin"
     place.mkdir()
     seeds.append(write_sharded_bin(states["plain"], place))
+    seeds += _make_compiled(folder)
     for protocol in (0, 4):
         place = folder / f"protocol-{protocol}"
         place.mkdir()
         torch.save(states["training"], place / "model.pt", pickle_protocol=protocol or 2)
         seeds.append(place / "model.pt")
     return seeds
+
+
+def _make_compiled(folder: Path) -> list[Path]:
+    """TorchScript and torch.export archives, and the folder of two processes that is recorded."""
+    import shutil
+
+    from tests.checkpoints.test_compiled_layouts import MAKERS
+
+    seeds = []
+    for name, (make, _) in MAKERS.items():
+        place = folder / f"compiled-{name}"
+        place.mkdir()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # TorchScript is deprecated
+            make(place / name)
+        seeds.append(place / name)
+    recorded = Path(__file__).parent / "fixtures" / "layouts" / "distributed"
+    shutil.copytree(recorded, folder / "distributed")
+    return [*seeds, folder / "distributed" / ".metadata"]
 
 
 def mutate(data: bytes, rng: random.Random, others: list[bytes]) -> bytes:  # noqa: C901 (one branch for each damage)

@@ -103,6 +103,7 @@ class Format(ABC):
     name: str  # stable, for JSON
     title: str  # for people
     single_file: bool = True
+    holds_code: bool = False  # files of this format carry programs, not only data
 
     @abstractmethod
     def recognises(self, path: Path, head: bytes) -> bool:

@@ -42,6 +42,7 @@ class ExportedProgram(Format):
 
     name = "exported-program"
     title = "torch.export (.pt2)"
+    holds_code = True
 
     def recognises(self, path: Path, head: bytes) -> bool:  # noqa: ARG002 (names say nothing)
         return head.startswith(LOCAL_MAGIC)

@@ -21,6 +21,7 @@ INPUTS, OUTPUTS, NODE_NAME, OPERATOR, ATTRIBUTES, DOMAIN = 1, 2, 3, 4, 5, 7
 # AttributeProto
 _NAME, FLOAT, INT, TENSOR, SUBGRAPH, FLOATS, INTS, SUBGRAPHS = 1, 2, 3, 5, 6, 7, 8, 11
 
+_MOST_COPIES = 100  # one after the other
 STANDARD_DOMAINS = ("", "ai.onnx")
 
 
@@ -85,6 +86,19 @@ class OnnxGraph:
     def computed(self) -> frozenset[str]:
         """What the inputs and nodes of this graph are called."""
         return frozenset(self.inputs).union(*(node.outputs for node in self.nodes))
+
+    @cached_property
+    def _copies(self) -> Mapping[str, str]:
+        """What Identity nodes put out, and what they read."""
+        return {n.outputs[0]: n.inputs[0] for n in self.nodes if n.operator == "Identity" and n.inputs and n.outputs}
+
+    def resolve(self, name: str) -> str:
+        """The name of what Identity nodes copied: exporters store equal tensors once, and copy them so."""
+        for _ in range(_MOST_COPIES):
+            if name not in self._copies:
+                break
+            name = self._copies[name]
+        return name
 
     def find(self, name: str) -> tuple[OnnxGraph, Message] | None:
         """The constant of that name that a node of this graph sees, and the graph that holds it."""

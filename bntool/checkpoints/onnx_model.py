@@ -114,7 +114,7 @@ class _Reading:
         self._read: dict[tuple[int, str], Tensor] = {}
         for graph in graphs:
             for node in graph.nodes:
-                if node.operator == "BatchNormalization" and len(node.inputs) == 5:
+                if node.operator == "BatchNormalization" and len(node.inputs) == 5 and any(node.outputs[:1]):
                     self._add_layer(graph, node)
         used_otherwise = self._names_used_otherwise(graphs)
         of_layers = {(id(place.graph), place.name) for place in self.places.values()}
@@ -124,15 +124,14 @@ class _Reading:
                     self._add(name, Place(graph, name, message))
 
     def _add_layer(self, graph: OnnxGraph, node: OnnxNode) -> None:
-        layer = unused_name(
-            node.name or node.outputs[0] if node.outputs else f"BatchNormalization_{node.index}", self.layers
-        )
+        layer = unused_name(node.name or node.outputs[0], self.layers)
         self.layers[layer] = (graph, node)
         for position, role in enumerate(ROLES, start=1):
-            found = graph.find(node.inputs[position])
+            name = graph.resolve(node.inputs[position])
+            found = graph.find(name)
             if found is not None:
                 holder, message = found
-                self._add(f"{layer}.{role}", Place(holder, node.inputs[position], message, (graph, node, position)))
+                self._add(f"{layer}.{role}", Place(holder, name, message, (graph, node, position)))
         self.modules[layer] = ModuleInfo(
             "onnx.BatchNormalization",
             {

@@ -34,6 +34,7 @@ class TorchScript(Format):
 
     name = "torchscript"
     title = "TorchScript"
+    holds_code = True
 
     def recognises(self, path: Path, head: bytes) -> bool:  # noqa: ARG002 (names say nothing)
         return head.startswith(LOCAL_MAGIC)

@@ -32,7 +32,7 @@ def command(
     output: options.Output = None,
     input_shape: Annotated[
         str | None,
-        typer.Option("--input-shape", metavar="N,C,H,W", help="Shape of an input.", show_default="usual ones are tried"),
+        typer.Option("--input-shape", metavar="N,C,H,W", help="Shape of an input.", show_default="some are tried"),
     ] = None,
     pair: Annotated[
         list[str] | None,
@@ -51,8 +51,8 @@ def command(
         LayoutOption,
         typer.Option(
             "--layout",
-            help="folded: BatchNorms are gone, producers have biases. same-keys: BatchNorms stay and only add their shift; "
-            "loads into unmodified code.",
+            help="folded: BatchNorms are gone, producers have biases. same-keys: BatchNorms stay and only add their "
+            "shift; loads into unmodified code.",
         ),
     ] = LayoutOption.FOLDED,
     tolerance: Annotated[
@@ -82,7 +82,6 @@ def command(
     with a reason otherwise. Outputs before and after are compared in float64 before anything is written.
 
     Examples:
-
       bntool fold ckpt.pt --model net.py:build -o folded.pt
 
       bntool fold ckpt.pt --model torchvision:resnet50 --layout same-keys -o folded.pt
@@ -106,12 +105,12 @@ def command(
 
     with open_checkpoint(checkpoint) as opened:
         check_output(opened, output, dry_run=dry_run, force=force)
-        source, net = deploy_net(opened, prototxt, output, needed=layout is LayoutOption.FOLDED, force=force)
+        source, net = deploy_net(opened, prototxt, None if dry_run else output, force=force)
         chosen = choose_state_dict(source, state_dict)
         if chosen.is_module and layout is LayoutOption.FOLDED:
             raise RefusedError(
-                "the file pickles whole modules, whose code still calls its BatchNorms: use --layout same-keys, or save "
-                "model.state_dict() and fold that",
+                "the file pickles whole modules, whose code still calls its BatchNorms: use --layout same-keys, or "
+                "save model.state_dict() and fold that",
                 path=checkpoint,
             )
         live = inputs = None

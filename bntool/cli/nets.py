@@ -11,17 +11,16 @@ from bntool.errors import RefusedError, UsageError
 
 
 def deploy_net(
-    checkpoint: Checkpoint, prototxt: Path | None, output: Path | None, *, needed: bool, force: bool
+    checkpoint: Checkpoint, prototxt: Path | None, output: Path | None, *, force: bool
 ) -> tuple[Checkpoint, Prototxt | None]:
     """A Caffe model as its ``.prototxt`` runs it; any other checkpoint as it is.
 
     Args:
         output: the ``.caffemodel`` to write; None in a dry run.
-        needed: layers will be taken out, so that the net in the ``.prototxt`` has to change too.
 
     Raises:
         UsageError: a ``.prototxt`` is given for another format.
-        RefusedError: it is needed and not given.
+        RefusedError: something is to be written and it is not given.
         UnwritableFileError: the new one cannot be written.
     """
     if checkpoint.format.name != "caffe":
@@ -29,10 +28,9 @@ def deploy_net(
             raise UsageError("--prototxt goes with a .caffemodel", path=checkpoint.path)
         return checkpoint, None
     if prototxt is None:
-        if needed and output is not None:
+        if output is not None:
             raise RefusedError(
-                "the folded model needs a .prototxt without the layers that are gone: give the present one with "
-                "--prototxt NET, or keep the layers with --layout same-keys",
+                "a .caffemodel is run by a .prototxt, whose wiring and eps win: give it with --prototxt NET",
                 path=checkpoint.path,
             )
         return checkpoint, None

@@ -6,12 +6,12 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-from bntool.checkpoints.caffe_blobs import STATISTICS, CaffeContent
+from bntool.checkpoints.caffe_blobs import CaffeContent
 from bntool.checkpoints.caffe_net import Layer
 from bntool.checkpoints.checkpoint import Checkpoint
 from bntool.checkpoints.tensors import Tensor, count_elements
 from bntool.graphs.graph import ModelGraph, NodeKind
-from bntool.graphs.stored import GraphBuilder
+from bntool.graphs.stored import GraphBuilder, check_lengths
 
 _CONVOLUTIONS = {
     "Convolution": NodeKind.CONVOLUTION,
@@ -61,6 +61,9 @@ class _Building:
                 continue
             sources = [outside if source is None else nodes[source] for source in wiring.producers[layer.index]]
             facts = self._facts(layer)
+            if "kind" in facts and "bias" in facts["parameters"]:
+                bias = self.tensors[facts["parameters"]["bias"]]
+                check_lengths(layer.name, [facts["channels"], count_elements(bias.shape)])
             kind = facts.pop("kind", NodeKind.OTHER)
             nodes[layer.index] = self.builder.add(kind, layer.type, inputs=sources, **facts)
         unread = [nodes[layer.index] for layer in wiring.layers if layer.tops and layer.index not in wiring.readers]
@@ -84,10 +87,12 @@ class _Building:
         return {**facts, "reads": list(own.values())}
 
     def _batch_norm(self, layer: Layer, own: Mapping[str, str]) -> dict[str, Any]:
+        lengths = [count_elements(self.tensors[key].shape) for key in own.values()]
+        check_lengths(layer.name, lengths)
         return {
             "kind": NodeKind.BATCH_NORM,
             "parameters": own,
-            "channels": count_elements(self.tensors[own[STATISTICS[0]]].shape),
+            "channels": lengths[0],
             "eps": layer.parameters.get("batch_norm_param.eps", 1e-5),
             # unless it is said otherwise, a net that is tested uses the stored statistics
             "training": layer.parameters.get("batch_norm_param.use_global_stats") is False,
@@ -101,11 +106,12 @@ class _Building:
         channels = shape[0] if kind is NodeKind.CONVOLUTION else shape[1] * groups
         padded = any(layer.parameters.get(f"convolution_param.{key}", 0) for key in ("pad", "pad_h", "pad_w"))
         padded = padded or kind is NodeKind.CONV_TRANSPOSE
-        return {"kind": kind, "channels": channels, "groups": groups, "padded": padded}
+        inputs = shape[1] * groups if kind is NodeKind.CONVOLUTION else shape[0]
+        return {"kind": kind, "channels": channels, "input_channels": inputs, "groups": groups, "padded": padded}
 
     def _inner_product(self, layer: Layer, shape: tuple[int, ...]) -> dict[str, Any]:
         if len(shape) != 2 or layer.parameters.get("inner_product_param.axis", 1) != 1:
             return {}
         if layer.parameters.get("inner_product_param.transpose"):
-            return {"kind": NodeKind.CONV_TRANSPOSE, "channels": shape[1]}
-        return {"kind": NodeKind.LINEAR, "channels": shape[0]}
+            return {"kind": NodeKind.CONV_TRANSPOSE, "channels": shape[1], "input_channels": shape[0]}
+        return {"kind": NodeKind.LINEAR, "channels": shape[0], "input_channels": shape[1]}

@@ -11,7 +11,7 @@ from bntool.checkpoints.onnx_model import ROLES, OnnxContent
 from bntool.checkpoints.protobufs.reading import Message
 from bntool.checkpoints.tensors import Tensor, count_elements
 from bntool.graphs.graph import ModelGraph, NodeKind
-from bntool.graphs.stored import GraphBuilder
+from bntool.graphs.stored import GraphBuilder, check_lengths
 
 _KINDS = {
     "Conv": NodeKind.CONVOLUTION,
@@ -107,12 +107,13 @@ class _Building:
             training = not node.integer("is_test", 0)
         else:
             training = bool(node.integer("training_mode", 0)) or any(node.outputs[1:])
-        channels = count_elements(self.tensors[own["running_mean"]].shape) if "running_mean" in own else 0
+        lengths = [count_elements(self.tensors[key].shape) for key in own.values()]
+        check_lengths(layer, lengths)
         return {
             "layer": layer,
             "parameters": own,
             "computed": {role: () for role in ROLES if role not in own},
-            "channels": channels,
+            "channels": lengths[0] if lengths else 0,
             "eps": node.number("epsilon", 1e-5),
             "training": training,
             "class_name": "BatchNormalization",
@@ -124,8 +125,8 @@ class _Building:
             if not plain or len(shape) != 2:
                 return {}
             if node.integer("transB", 0):
-                return {"kind": kind, "channels": shape[0]}
-            return {"kind": NodeKind.CONV_TRANSPOSE, "channels": shape[1]}
+                return {"kind": kind, "channels": shape[0], "input_channels": shape[1]}
+            return {"kind": NodeKind.CONV_TRANSPOSE, "channels": shape[1], "input_channels": shape[0]}
         if len(shape) < 3:
             return {}
         groups = node.integer("group", 1)
@@ -136,6 +137,7 @@ class _Building:
         return {
             "kind": kind,
             "channels": channels,
+            "input_channels": shape[1] * groups if kind is NodeKind.CONVOLUTION else shape[0],
             "groups": groups,
             "padded": padded or kind is NodeKind.CONV_TRANSPOSE,
         }

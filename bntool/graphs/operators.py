@@ -83,10 +83,10 @@ def producer_kind(function: Any, arguments: Sequence[Any], keywords: Mapping[str
     return NodeKind.LINEAR if name in _LINEARS else None
 
 
-def passing_kind(
+def passing_kind(  # noqa: PLR0911 a list of cases
     function: Any, arguments: Sequence[Any], keywords: Mapping[str, Any], *, channel_axis: int, dim: int
 ) -> NodeKind | None:
-    """How a scale and a shift per channel pass through an operation on one or two computed tensors; None for not at all.
+    """How a scale and shift per channel pass through an operation on one or two computed tensors; None for not at all.
 
     Args:
         channel_axis: where the channels of its input lie.
@@ -125,3 +125,13 @@ def _count_positions(name: str, dim: int) -> int:
     if name in ("amax", "mean"):
         return 0  # by their own argument
     return next((int(digit) for digit in "123" if f"{digit}d" in name), dim)
+
+
+def written_arguments(function: Any, arguments: Sequence[Any], keywords: Mapping[str, Any]) -> list[Any]:
+    """The arguments that an operation writes into, by its schema."""
+    written = []
+    for position, formal in enumerate(function._schema.arguments):
+        if formal.alias_info is not None and formal.alias_info.is_write:
+            value = keywords.get(formal.name, arguments[position] if position < len(arguments) else None)
+            written.append(value)
+    return written

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from bntool.graphs.graph import Node, Owner
 from bntool.layers.modules import find_wrapper_prefix, walk_modules
@@ -52,7 +53,7 @@ class ParameterIndex:
             path = f"{full_path}.".removeprefix(prefix).removesuffix(".")
             self.module_names.setdefault(id(module), path)
             for leaf, tensor in (*module._parameters.items(), *module._buffers.items()):
-                if tensor is None or isinstance(tensor, nn.parameter.UninitializedTensorMixin):
+                if tensor is None or is_lazy(tensor):
                     continue
                 tensors[id(tensor)] = tensor
                 owners.setdefault(id(tensor), (module, path))
@@ -103,7 +104,7 @@ class ParameterIndex:
     def tensor(self, parameter: Parameter) -> torch.Tensor:
         """The live tensor of a parameter or buffer."""
         module = parameter.owner
-        found = module._parameters.get(parameter.role)
+        found: torch.Tensor | None = module._parameters.get(parameter.role)
         found = module._buffers.get(parameter.role) if found is None else found
         assert found is not None
         return found
@@ -156,10 +157,12 @@ def storage_key(tensor: torch.Tensor) -> int:
 
 def _overlap(first: torch.Tensor, second: torch.Tensor) -> bool:
     def span(tensor: torch.Tensor) -> tuple[int, int]:
-        start = tensor.storage_offset() * tensor.element_size()
+        start = int(tensor.storage_offset()) * tensor.element_size()
         if tensor.numel() == 0:
             return start, start
-        last = sum((extent - 1) * stride for extent, stride in zip(tensor.shape, tensor.stride(), strict=True))
+        last = sum(
+            (int(extent) - 1) * int(stride) for extent, stride in zip(tensor.shape, tensor.stride(), strict=True)
+        )
         return start, start + (last + 1) * tensor.element_size()
 
     (a, b), (c, d) = span(first), span(second)

@@ -230,9 +230,12 @@ def is_frozen_batchnorm(product: Affine, total: Affine, index: ParameterIndex) -
     weight, bias, mean, variance = (index.tensor(found[role]).detach().double().cpu() for role in _ROLES)
     scale = weight / torch.sqrt(variance + eps)
     expected = (scale, bias - mean * scale)
-    return all(
-        constant.shape == wanted.shape and torch.allclose(constant, wanted, rtol=_CLOSE, atol=_CLOSE * float(wanted.abs().max()))
-        for constant, wanted in zip((product.constant, total.constant), expected, strict=True)
+    return _is_close(product.constant, expected[0]) and _is_close(total.constant, expected[1])
+
+
+def _is_close(found: Tensor, wanted: Tensor) -> bool:
+    return found.shape == wanted.shape and torch.allclose(
+        found, wanted, rtol=_CLOSE, atol=_CLOSE * float(wanted.abs().max())
     )
 
 
@@ -251,7 +254,7 @@ def _eps_of(module: torch.nn.Module) -> float | None:
 def late_bias(
     function: Any, given: Mapping[int, Tensor], labels: Labels, *, index: ParameterIndex
 ) -> tuple[Tensor, Parameter] | None:
-    """The labels and the bias where a call adds a bias to a product of matrices, as a linear does on a strided input."""
+    """The labels and the bias where a call adds a bias to a product of matrices; linear does so on a strided input."""
     constants = [tensor for identity, tensor in given.items() if labels[identity] is None]
     computed = [labels[identity] for identity in given if labels[identity] is not None]
     if operators.name_of(function) != "add" or len(constants) != 1 or len(computed) != 1:

@@ -68,7 +68,8 @@ def _read(known: Knowledge) -> ModelGraph | None:
     return graph
 
 
-# a graph that is part of the file is what runs; then what was asked for by name; a catalogue of architectures (Evidence.ASSUMED) will come last
+# a graph that is part of the file is what runs; then what was asked for by name; a catalogue of architectures
+# (Evidence.ASSUMED) will come last
 SOURCES: tuple[GraphSource, ...] = (
     GraphSource(Evidence.STORED, _read),
     GraphSource(Evidence.DECLARED, _declare),

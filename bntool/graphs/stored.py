@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from bntool.checkpoints.checkpoint import Checkpoint
+from bntool.errors import CorruptFileError
 from bntool.graphs.graph import Edge, Evidence, ModelGraph, Node, NodeKind
 
 
@@ -20,13 +21,25 @@ def stored_graph(checkpoint: Checkpoint) -> ModelGraph | None:
     return source(checkpoint) if source is not None and checkpoint.state_dicts else None
 
 
+def check_lengths(layer: str, lengths: Iterable[int]) -> None:
+    """Hold the vectors of a layer against each other.
+
+    Raises:
+        CorruptFileError: they differ in length.
+    """
+    found = set(lengths)
+    if len(found) > 1:
+        raise CorruptFileError(f"its vectors have {' and '.join(map(str, sorted(found)))} elements", tensor=layer)
+
+
 class GraphBuilder:
-    """Collects nodes and edges. Every edge carries all channels of its source, each to the channel of its number."""
+    """Collects nodes and edges. Every edge carries all channels of its source, each to the one of its number."""
 
     def __init__(self) -> None:
         self._nodes: list[Node] = []
         self._edges: list[tuple[int, int, int]] = []
         self._uses: dict[str, set[int]] = {}
+        self._inputs: dict[int, int] = {}  # input channels of producers
 
     def add(
         self, kind: NodeKind, operator: str, *, inputs: Iterable[int] = (), reads: Iterable[str] = (), **facts: Any
@@ -36,9 +49,10 @@ class GraphBuilder:
         Args:
             inputs: the nodes whose outputs it reads, in order.
             reads: names of parameters that it reads, beside those in its facts.
-            facts: fields of :class:`~bntool.graphs.graph.Node`.
+            facts: fields of :class:`~bntool.graphs.graph.Node`, and ``input_channels`` of a producer.
         """
         index = len(self._nodes)
+        self._inputs[index] = facts.pop("input_channels", 0)
         self._nodes.append(Node(index, kind, operator, **facts))
         for port, source in enumerate(inputs):
             self._edges.append((source, index, port))
@@ -50,9 +64,10 @@ class GraphBuilder:
         nodes = self._with_channels()
         edges = []
         for source, target, port in self._edges:
-            channels = nodes[source].channels
-            has_channels = nodes[target].kind is NodeKind.BATCH_NORM or nodes[target].kind.is_producer
-            targets = range(channels) if has_channels else None
+            channels, reader = nodes[source].channels, nodes[target]
+            wanted = reader.channels if reader.kind is NodeKind.BATCH_NORM else self._inputs[target]
+            # Caffe's InnerProduct reads all positions of all channels: then one channel is many inputs
+            targets = range(channels) if channels == wanted else None
             edges.append(Edge(source, target, port, range(channels), targets, Evidence.STORED))
         uses = {name: frozenset(indices) for name, indices in self._uses.items()}
         return ModelGraph(tuple(nodes), tuple(edges), uses=uses, evidence=Evidence.STORED)

@@ -10,26 +10,24 @@ the results of that write; storages that outlive the forward (outputs, whatever 
 from __future__ import annotations
 
 import contextlib
-import gc
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.modules import module as hooks
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_map
-from torch.utils.weak import WeakTensorKeyDictionary
+from torch.utils._pytree import tree_map
 
-from bntool.errors import UserCodeError
 from bntool.graphs import operators
+from bntool.graphs.calling import call
 from bntool.graphs.graph import ModelGraph, Node, NodeKind
 from bntool.graphs.labels import fresh_labels, meet, replay, varying_axis
-from bntool.graphs.parameters import Parameter, ParameterIndex, storage_key
-from bntool.graphs.recognition import Affine, call_facts, describe_affine, is_frozen_batchnorm, late_bias
+from bntool.graphs.parameters import Parameter, ParameterIndex
+from bntool.graphs.recognition import Affine, CallFacts, call_facts, describe_affine, is_frozen_batchnorm, late_bias
 from bntool.graphs.recording import Reads
+from bntool.graphs.tracked import TrackedTensors, tensors_in
 from bntool.layers.borrowing import borrow
 
 
@@ -53,31 +51,6 @@ def trace(model: nn.Module, inputs: Any) -> ModelGraph:
         return recorder.finish()
 
 
-def call(model: nn.Module, inputs: Any) -> Any:
-    """The model's answer to inputs as :func:`trace` takes them.
-
-    Raises:
-        UserCodeError: the model's forward raised.
-    """
-    try:
-        if isinstance(inputs, Mapping):
-            return model(**inputs)
-        return model(*inputs) if isinstance(inputs, tuple) else model(inputs)
-    except Exception as error:
-        shapes = [list(item.shape) for item in tree_flatten(inputs)[0] if isinstance(item, Tensor)]
-        text = " ".join(str(error).split())
-        raise UserCodeError(f"the model raised {type(error).__name__} on inputs of shape {shapes}: {text}") from error
-
-
-@dataclass
-class _Storage:
-    """A storage that was seen: ``reference`` keeps its number from being given to another."""
-
-    reference: StorageWeakRef
-    tensors: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary)
-    labels: list[Tensor] = field(default_factory=list)
-
-
 @dataclass
 class _ModuleCall:
     module: nn.Module
@@ -85,15 +58,13 @@ class _ModuleCall:
     first_node: int
 
 
-class _Recorder(TorchDispatchMode):
+class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self, index: ParameterIndex) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.index = index
         self.nodes: list[Node] = []
         self.reads = Reads()
-        self.labels = WeakTensorKeyDictionary()  # of computed tensors
-        self.constants = WeakTensorKeyDictionary()  # of tensors computed from parameters alone: their names
-        self.storages: dict[int, _Storage] = {}
+        self.known = TrackedTensors()
         self.affines: dict[int, Affine] = {}  # products with constants, by node
         self.completed: dict[int, int] = {}  # from a product to the sum that makes it a linear or a frozen BatchNorm
         self.stack: list[_ModuleCall] = []
@@ -101,7 +72,7 @@ class _Recorder(TorchDispatchMode):
 
     @contextlib.contextmanager
     def observe(self, inputs: Any) -> Iterator[None]:
-        for tensor in _tensors(inputs):
+        for tensor in tensors_in(inputs):
             self.give_fresh_labels(self.add_node(NodeKind.INPUT, "input"), [tensor], axis=1)
         handles = [
             hooks.register_module_forward_pre_hook(self.enter),
@@ -124,7 +95,7 @@ class _Recorder(TorchDispatchMode):
 
     def enter(self, module: nn.Module, arguments: Any) -> None:
         first = arguments[0] if arguments else None
-        labels = self.labels.get(first) if isinstance(first, Tensor) else None
+        labels = self.known.labels(first)
         self.stack.append(_ModuleCall(module, labels, len(self.nodes)))
 
     def leave(self, module: nn.Module, _arguments: Any, output: Any) -> None:
@@ -138,61 +109,40 @@ class _Recorder(TorchDispatchMode):
         for node in inside:
             if node.kind is NodeKind.BATCH_NORM and node.layer == path and id(module) in self.index.module_names:
                 last = self.results.get(node.index)
-                whole = isinstance(output, Tensor) and self.labels.get(output) is last
-                owner = self.index.judge_owner(
-                    module, path, node, inside, reads_input=self.reads.first(inside[0].index) is entered.labels, whole=whole
-                )
+                whole = last is not None and self.known.labels(output) is last
+                reads_input = self.reads.first(inside[0].index) is entered.labels
+                owner = self.index.judge_owner(module, path, node, inside, reads_input=reads_input, whole=whole)
                 self.nodes[node.index] = replace(node, owner=owner)
 
     # tensors
 
     def labels_of(self, tensor: Tensor) -> Tensor | None:
         """The labels of a computed tensor; None for a constant."""
-        labels: Tensor | None = self.labels.get(tensor)
-        if labels is not None or tensor in self.constants:
+        labels = self.known.labels(tensor)
+        if labels is not None or self.known.origin(tensor) is not None:
             return labels
-        storage = self.storages.get(storage_key(tensor))
-        if storage is None or not storage.labels:
+        hidden = self.known.hidden_labels(tensor)
+        if not hidden:
             return None
         # another view of a known storage, made out of sight: it may show anything that is in there
         node = self.add_node(NodeKind.OTHER, "alias")
-        for port, seen in enumerate(storage.labels):
+        for port, seen in enumerate(hidden):
             self.reads.add(node.index, port, meet(seen, axis=None))
         return self.give_fresh_labels(node, [tensor], axis=1)
 
     def names_of(self, tensor: Tensor) -> frozenset[str]:
         """The parameters that a constant shows or was computed from."""
-        known: frozenset[str] = self.constants.get(tensor, frozenset())
-        return known | self.index.touching(tensor)
+        return (self.known.origin(tensor) or frozenset()) | self.index.touching(tensor)
 
-    def set_labels(self, tensor: Tensor, labels: Tensor) -> None:
-        self.labels[tensor] = labels
-        self.constants.pop(tensor, None)
-        storage = self.storage_of(tensor)
-        if not any(seen is labels for seen in storage.labels):
-            storage.labels.append(labels)
-
-    def set_constant(self, tensor: Tensor, names: frozenset[str]) -> None:
-        self.constants[tensor] = names
-        self.storage_of(tensor)  # a later write into a view of it has to be seen here too
-
-    def storage_of(self, tensor: Tensor) -> _Storage:
-        key = storage_key(tensor)
-        storage = self.storages.get(key)
-        if storage is None:
-            storage = self.storages[key] = _Storage(StorageWeakRef(tensor.untyped_storage()))
-        storage.tensors[tensor] = None
-        return storage
-
-    def give_fresh_labels(self, node: Node, tensors: Sequence[Tensor], *, axis: int) -> Tensor:
+    def give_fresh_labels(self, node: Node, tensors: Sequence[Tensor], *, axis: int) -> Tensor | None:
         """Label tensors as the output of a node."""
         axes = [min(axis, max(tensor.dim() - 1, 0)) for tensor in tensors]
         channels = max((t.shape[a] if t.dim() else 1 for t, a in zip(tensors, axes, strict=True)), default=1)
         base = self.reads.allocate(node.index, channels)
         self.nodes[node.index] = replace(node, channels=channels)
         for tensor, own_axis in zip(tensors, axes, strict=True):
-            self.set_labels(tensor, fresh_labels(tensor.shape, axis=own_axis, base=base))
-        return self.labels[tensors[0]]  # type: ignore[no-any-return]
+            self.known.set_labels(tensor, fresh_labels(tensor.shape, axis=own_axis, base=base))
+        return self.known.labels(tensors[0]) if tensors else None
 
     def add_node(self, kind: NodeKind, operator: str, **facts: Any) -> Node:
         if "layer" not in facts:
@@ -204,13 +154,13 @@ class _Recorder(TorchDispatchMode):
     # operations
 
     def record(self, function: Any, arguments: Any, keywords: Any, result: Any) -> None:
-        name, outputs = operators.name_of(function), _tensors(result)
+        name, outputs = operators.name_of(function), tensors_in(result)
         if name in operators.SHAPE_ONLY:
             for tensor in outputs:
-                self.set_constant(tensor, frozenset())
+                self.known.set_constant(tensor, frozenset())
             return
-        given = _tensors((arguments, keywords))
-        mutated = _mutated(function, arguments, keywords)
+        given = tensors_in((arguments, keywords))
+        mutated = tensors_in(operators.written_arguments(function, arguments, keywords))
         labels = {id(tensor): self.labels_of(tensor) for tensor in given}
         if all(found is None for found in labels.values()):
             self.record_constant(function, given, outputs, mutated)
@@ -224,7 +174,7 @@ class _Recorder(TorchDispatchMode):
         if mutated and (names or changed):  # a parameter is written, or to where its tracks end
             self.reads.use(self.add_node(NodeKind.OTHER, str(function.overloadpacket)).index, names | changed)
         for tensor in (*outputs, *mutated):
-            self.set_constant(tensor, names)
+            self.known.set_constant(tensor, names)
 
     def record_movement(
         self, function: Any, arguments: Any, keywords: Any, outputs: list[Tensor], labels: dict[int, Tensor | None]
@@ -245,7 +195,7 @@ class _Recorder(TorchDispatchMode):
         if moved is None or [m.shape for m in moved] != [o.shape for o in outputs]:
             return False
         for tensor, its_labels in zip(outputs, moved, strict=True):
-            self.set_labels(tensor, its_labels)
+            self.known.set_labels(tensor, its_labels)
         return True
 
     def label_constant(self, tensor: Tensor) -> Tensor:
@@ -265,9 +215,9 @@ class _Recorder(TorchDispatchMode):
         mutated: list[Tensor],
     ) -> None:
         facts = call_facts(function, arguments, keywords, index=self.index, labels=labels, names_of=self.names_of)
-        given = {id(tensor): tensor for tensor in _tensors((arguments, keywords))}
+        given = {id(tensor): tensor for tensor in tensors_in((arguments, keywords))}
         targets = outputs[:1] if facts.kind is NodeKind.BATCH_NORM or facts.kind.is_producer else outputs
-        others = self.others_on_storages(mutated)
+        others = self.known.sharing(mutated)
         if others and facts.kind is not NodeKind.OTHER:
             facts = replace(facts, kind=NodeKind.OTHER, inputs=(), axis=None)
         node = self.add_node(facts.kind, str(function.overloadpacket), **facts.node_facts())
@@ -278,10 +228,30 @@ class _Recorder(TorchDispatchMode):
             facts = replace(facts, output_axis=axis)
             node = replace(linear, index=node.index, parameters={**linear.parameters, "bias": bias.name})
             self.nodes[node.index] = node
+        self.record_reads(node, facts, given, labels, shape=outputs[0].shape if outputs else None)
+        self.known.forget_storages(mutated)
+        out = self.give_fresh_labels(node, [*targets, *mutated, *others], axis=facts.output_axis)
+        if out is None:
+            return  # a number, not a tensor
+        if facts.kind is NodeKind.BATCH_NORM:
+            self.results[node.index] = out
+        elif facts.kind is NodeKind.OTHER and not others:
+            self.recognise_affine(node, function, given, labels, out)
+
+    def record_reads(
+        self,
+        node: Node,
+        facts: CallFacts,
+        given: dict[int, Tensor],
+        labels: dict[int, Tensor | None],
+        *,
+        shape: torch.Size | None,
+    ) -> None:
+        """What a node reads: its data inputs channel by channel, all other tensors as a whole."""
         for port, tensor in enumerate(facts.inputs):
             found = labels[id(tensor)]
             assert found is not None
-            broadcast = found.expand(outputs[0].shape) if facts.kind is NodeKind.ADD else found
+            broadcast = found.expand(shape) if facts.kind is NodeKind.ADD and shape is not None else found
             self.reads.add(node.index, port, meet(broadcast, axis=facts.axis), broadcast)
         listed = {id(tensor) for tensor in facts.inputs}
         for port, (identity, tensor) in enumerate(given.items(), start=len(facts.inputs)):
@@ -290,27 +260,11 @@ class _Recorder(TorchDispatchMode):
                 self.reads.use(node.index, self.names_of(tensor))
             elif identity not in listed:
                 self.reads.add(node.index, port, meet(found, axis=None))
-        for tensor in mutated:
-            self.storages.pop(storage_key(tensor), None)
-        out = self.give_fresh_labels(node, [*targets, *mutated, *others], axis=facts.output_axis)
-        if facts.kind is NodeKind.BATCH_NORM:
-            self.results[node.index] = out
-        elif facts.kind is NodeKind.OTHER and not others:
-            self.recognise_affine(node, function, given, labels, out)
-
-    def others_on_storages(self, mutated: list[Tensor]) -> list[Tensor]:
-        """Living tensors that see what is written into these."""
-        found = {}
-        for tensor in mutated:
-            storage = self.storages.get(storage_key(tensor))
-            for other in list(storage.tensors.keys()) if storage is not None else ():
-                found[id(other)] = other
-        return [other for identity, other in found.items() if not any(identity == id(t) for t in mutated)]
 
     def recognise_affine(
         self, node: Node, function: Any, given: dict[int, Tensor], labels: dict[int, Tensor | None], out: Tensor
     ) -> None:
-        """A product with, then a sum with constants of one module: perhaps a FrozenBatchNorm that computes by itself."""
+        """A product with, then a sum with constants of one module: perhaps a FrozenBatchNorm that computes itself."""
         affine = describe_affine(function, given, labels, names_of=self.names_of, index=self.index, out=out)
         if affine is None:
             return
@@ -319,7 +273,8 @@ class _Recorder(TorchDispatchMode):
             axis = varying_axis(affine.source, default=1)
             self.reads.replace(node.index, 0, meet(affine.source, axis=axis), affine.source)
             return
-        product = next((i for i, a in self.affines.items() if a.result is affine.source and a.owner == affine.owner), None)
+        products = (i for i, a in self.affines.items() if a.result is affine.source and a.owner == affine.owner)
+        product = next(products, None)
         if product is not None and is_frozen_batchnorm(self.affines[product], affine, self.index):
             self.completed[product] = node.index
             self.results[node.index] = out
@@ -339,7 +294,8 @@ class _Recorder(TorchDispatchMode):
             return None
         linear = self.nodes[product]
         whole = len(seen.labels) == linear.channels and linear.index not in self.completed
-        if linear.kind is not NodeKind.LINEAR or linear.layer != bias.module or "bias" in linear.parameters or not whole:
+        same = linear.kind is NodeKind.LINEAR and linear.layer == bias.module and "bias" not in linear.parameters
+        if not (same and whole):
             return None
         return linear, bias, source.dim() - 1
 
@@ -348,34 +304,9 @@ class _Recorder(TorchDispatchMode):
     def close(self, outputs: Any, inputs: Any) -> None:
         """Whatever outlives the forward is read by somebody: the caller, a hook, a module that keeps it."""
         node = self.add_node(NodeKind.OUTPUT, "output", layer="")
-        kept = {storage_key(tensor) for tensor in _tensors(outputs)}
-        held = kept | {storage_key(tensor) for tensor in _tensors(inputs)}
-        if any(key not in held and s.labels and not s.reference.expired() for key, s in self.storages.items()):
-            gc.collect()  # perhaps only a cycle keeps it
-        port = 0
-        for key, storage in self.storages.items():
-            if key not in kept and storage.reference.expired():
-                continue
-            for labels in storage.labels:
-                self.reads.add(node.index, port, meet(labels, axis=None))
-                port += 1
+        for port, labels in enumerate(self.known.outliving(outputs, inputs)):
+            self.reads.add(node.index, port, meet(labels, axis=None))
 
     def finish(self) -> ModelGraph:
         nodes, edges, uses = self.reads.join(self.nodes, self.completed)
-        return ModelGraph(
-            tuple(nodes), tuple(edges), uses=uses, aliases=self.index.aliases, tied=self.index.tied
-        )
-
-
-def _tensors(items: Any) -> list[Tensor]:
-    return [item for item in tree_flatten(items)[0] if isinstance(item, Tensor)]
-
-
-def _mutated(function: Any, arguments: Any, keywords: Any) -> list[Tensor]:
-    """The tensors that an operation writes into, by its schema."""
-    written = []
-    for position, formal in enumerate(function._schema.arguments):
-        if formal.alias_info is not None and formal.alias_info.is_write:
-            value = keywords.get(formal.name, arguments[position] if position < len(arguments) else None)
-            written.extend(_tensors(value))
-    return written
+        return ModelGraph(tuple(nodes), tuple(edges), uses=uses, aliases=self.index.aliases, tied=self.index.tied)

@@ -13,6 +13,7 @@ from bntool.checkpoints.formats import open_checkpoint
 from bntool.errors import UsageError
 from bntool.layers.application import change_structure
 from bntool.layers.loading import load_state
+from bntool.layers.modules import find_wrapper_prefix
 from bntool.plan import AddTensor, Operation, RemoveModule, Step, Values
 
 Model = TypeVar("Model", bound=torch.nn.Module)
@@ -21,7 +22,8 @@ Model = TypeVar("Model", bound=torch.nn.Module)
 def load_folded(model: Model, path: str | os.PathLike[str], *, state_dict: str | None = None) -> Model:
     """Load a file that ``bntool fold`` wrote into an unmodified model, which becomes the folded one.
 
-    What was done is read from the record that bntool left in the file; the keys are then loaded strictly.
+    What was done is read from the record that bntool left in the file; a format that has no place for one tells by its
+    keys alone: BatchNorms that are missing, biases that are new. The keys are then loaded strictly.
 
     Args:
         model: the architecture as its code builds it; changed in place.
@@ -38,8 +40,11 @@ def load_folded(model: Model, path: str | os.PathLike[str], *, state_dict: str |
     """
     with open_checkpoint(path) as checkpoint:
         chosen = choose_state_dict(checkpoint, state_dict)
-        for record in _find_records(checkpoint, chosen):
-            change_structure(model, structure_of(record))
+        if checkpoint.format.can_record(checkpoint, chosen):
+            for record in _find_records(checkpoint, chosen):
+                change_structure(model, structure_of(record))
+        else:
+            change_structure(model, compare_structure(model, chosen))
         load_state(model, chosen)
     return model
 
@@ -52,6 +57,27 @@ def _find_records(checkpoint: Checkpoint, chosen: StateDict) -> list[Mapping[str
             path=checkpoint.path,
         )
     return records
+
+
+def compare_structure(model: torch.nn.Module, state_dict: StateDict) -> tuple[Step, ...]:
+    """The steps that give a model the keys of a folded state dict, as far as folding explains them.
+
+    Raises:
+        UsageError: no BatchNorm of the model is missing from the state dict.
+    """
+    prefix = find_wrapper_prefix(model)
+    wanted = {name.removeprefix(prefix) for name in model.state_dict(keep_vars=True)}
+    given = {state_dict.strip(name): tensor for name, tensor in state_dict.tensors.items()}
+    removed = [
+        name.removesuffix(".running_mean") for name in wanted if name.endswith(".running_mean") and name not in given
+    ]
+    if not removed:
+        raise UsageError("every BatchNorm of the model is in the file: it is not folded, or load_state_dict will do")
+    added = [name for name in given if name.endswith(".bias") and name not in wanted]
+    return (
+        *(AddTensor(n, Values((), tuple(given[n].shape)), dtype=given[n].dtype.name, after="") for n in added),
+        *(RemoveModule(name) for name in removed),
+    )
 
 
 def describe_structure(steps: tuple[Step, ...]) -> dict[str, Any]:

@@ -96,7 +96,7 @@ def find_consumers(
     return _gather(graph, found)
 
 
-def _walk_back(
+def _walk_back(  # noqa: PLR0913 what is carried along
     graph: ModelGraph,
     reader: Node,
     port: int,
@@ -123,13 +123,14 @@ def _walk_back(
         if source.kind.is_producer or (source.kind is NodeKind.BATCH_NORM and source.layer not in removed):
             found.append(Absorption(source, channels, np.full(len(channels), shift), direct))
             continue
-        onward = dict(scale=scale, removed=removed)
         if source.kind is NodeKind.MAX_POOL and not np.all(scale[channels[channels >= 0]] > 0):
             raise Blocked(SkipReason.NOT_ADJACENT, f"{source.describe()} lies between, and not every scale is positive")
         through = source.kind is NodeKind.BATCH_NORM
-        _walk_back(graph, source, 0, channels, found, shift=shift, direct=direct and through, **onward)  # type: ignore[arg-type]
+        _walk_back(
+            graph, source, 0, channels, found, scale=scale, removed=removed, shift=shift, direct=direct and through
+        )
         if source.kind is NodeKind.ADD:
-            _walk_back(graph, source, 1, channels, found, shift=False, direct=False, **onward)  # type: ignore[arg-type]
+            _walk_back(graph, source, 1, channels, found, scale=scale, removed=removed, shift=False, direct=False)
 
 
 def _rank(node: Node) -> int:
@@ -193,7 +194,7 @@ def _walk_forward(
         if producer:
             if reader.padded and np.any(shift[channels[channels >= 0]] != 0):
                 raise Blocked(SkipReason.PADDED_CONSUMER, f"{reader.describe()} reads it with zeros beyond the border")
-            found.append(Absorption(reader, channels, np.full(len(channels), True), direct=True))  # noqa: FBT003
+            found.append(Absorption(reader, channels, np.full(len(channels), True), direct=True))
             continue
         if reader.kind is NodeKind.MAX_POOL and not np.all(scale[channels[channels >= 0]] > 0):
             raise Blocked(SkipReason.NOT_ADJACENT, f"{reader.describe()} reads it, and not every scale is positive")

@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from bntool.batchnorm import BatchNorm, NormKind
-from bntool.checkpoints.checkpoint import Checkpoint, GlobalTrust, is_averaged_copy
+from bntool.checkpoints.checkpoint import Checkpoint, is_averaged_copy
 from bntool.operations.findings import Finding, FindingCode, Severity
+from bntool.operations.safety import find_dangers, judge_safety
 
 if TYPE_CHECKING:
     from bntool.operations.inspection import LayerInspection, StateDictInspection
@@ -93,17 +94,7 @@ def _is_folded(checkpoint: Checkpoint) -> bool:
 
 def find_in_file(checkpoint: Checkpoint, inspections: Sequence[StateDictInspection]) -> list[Finding]:
     """What concerns the whole file."""
-    findings = []
-    suspicious = [name.path for name in checkpoint.globals if name.trust is GlobalTrust.SUSPICIOUS]
-    if suspicious:
-        listed = ", ".join(suspicious[:3]) + (" ..." if len(suspicious) > 3 else "")
-        message = (
-            f"unpickling this file would use {listed}, which can run code: "
-            "do not load it with torch.load(weights_only=False) unless you trust where it comes from"
-        )
-        findings.append(
-            Finding(FindingCode.SUSPICIOUS_GLOBAL, Severity.WARNING, "suspicious", message, {"globals": suspicious})
-        )
+    findings = find_dangers(judge_safety(checkpoint))
     if not any(inspection.layers for inspection in inspections) and not _is_folded(checkpoint):
         message = "no BatchNorm layer was found" if checkpoint.state_dicts else "no state dict was found"
         findings.append(Finding(FindingCode.NO_BATCH_NORM, Severity.NOTICE, "no BatchNorm", message))

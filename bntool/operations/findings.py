@@ -56,6 +56,8 @@ class FindingCode(Enum):
     SHAPE_MISMATCH = "shape-mismatch"
     NOT_INITIALISED = "not-initialised"
     SUSPICIOUS_GLOBAL = "suspicious-global"
+    UNKNOWN_GLOBAL = "unknown-global"
+    HOLDS_CODE = "holds-code"
     NO_BATCH_NORM = "no-batch-norm"
 
 

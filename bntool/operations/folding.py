@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import Any
 
 import numpy as np
 
@@ -17,7 +18,6 @@ from bntool.operations.absorption import Absorber, Blocked, find_consumers, find
 from bntool.operations.norms import Norm, read_norm
 from bntool.operations.producers import Producer, read_producer
 from bntool.plan import Operation, Plan, RemoveModule, RemoveTensor, Skip, SkipReason, Step
-
 
 # a branch beside others reads what they read, whatever that is
 _SHARED_INPUT = (SkipReason.SHARED_OUTPUT, SkipReason.NOT_ADJACENT, SkipReason.NO_PRODUCER)
@@ -54,6 +54,10 @@ class Fold:
     into: tuple[str, ...]
     level: Level
     stays: bool
+
+    def describe(self) -> dict[str, Any]:
+        """As JSON data."""
+        return {"layer": self.layer, "into": list(self.into), "level": self.level.value, "stays": self.stays}
 
 
 @dataclass(frozen=True)
@@ -168,8 +172,8 @@ class _Folder:
     def choose_eps(self, node: Node) -> float:
         if node.eps is None and self.eps is None:
             raise UsageError(
-                "eps is not known: no state dict holds it. PyTorch's default is 1e-5, many TensorFlow-born and detection "
-                "models use 1e-3; give --eps, or --model",
+                "eps is not known: no state dict holds it. PyTorch's default is 1e-5, many TensorFlow-born and "
+                "detection models use 1e-3; give --eps, or --model",
                 tensor=node.layer,
             )
         if node.eps is not None and self.eps is not None and node.eps != self.eps:
@@ -184,10 +188,8 @@ class _Folder:
         except Blocked as back:
             try:
                 if self.layout is Layout.SAME_KEYS or norm.owner is Owner.PART:
-                    raise back
-                consumers = find_consumers(
-                    self.graph, layer, scale=norm.scale, shift=norm.shift, removed=self.removed
-                )
+                    raise back  # noqa: TRY201 the inner handler tells the two apart
+                consumers = find_consumers(self.graph, layer, scale=norm.scale, shift=norm.shift, removed=self.removed)
                 self.fold_forward(layer, norm, consumers)
             except Blocked as forward:
                 self.explain(layer, back, forward)
@@ -231,7 +233,8 @@ class _Folder:
             self.rewritten.add(layer)
         else:
             self.removed.add(layer)
-        direct = len(absorbers) == 1 and absorbers[0].absorption.direct and np.all(absorbers[0].absorption.channels >= 0)
+        first = absorbers[0].absorption
+        direct = len(absorbers) == 1 and first.direct and np.all(first.channels >= 0)
         onto_norm = any(isinstance(target, Norm) for target in changed.values())
         level = Level.NORM if onto_norm else Level.DIRECT if direct else Level.THROUGH
         self.done[layer] = Fold(layer, _layers(absorbers), level, stays)

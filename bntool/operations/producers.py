@@ -90,16 +90,18 @@ class Producer:
             return None
         groups = self.node.groups
         trailing = self.shape[2:]
+        view: tuple[int, ...]
+        extent: tuple[int, ...]
         if self.node.kind is NodeKind.CONV_TRANSPOSE:  # (in, out/g, ...)
             rows, columns = self.shape[0] // groups, self.shape[1]
             factors = self.inputs.reshape(groups, rows, 1) * self.outputs.reshape(groups, 1, columns)
-            view, extent = (groups, rows, columns), (groups, rows, columns)
+            view = extent = (groups, rows, columns)
             if np.all(self.inputs == 1):
                 factors, extent = self.outputs, (groups, 1, columns)
         else:  # (out, in/g, ...)
             rows, columns = self.shape[0] // groups, self.shape[1]
             factors = self.outputs.reshape(groups, rows, 1) * self.inputs.reshape(groups, 1, columns)
-            view, extent = (groups * rows, columns), (groups * rows, columns)
+            view = extent = (groups * rows, columns)
             if np.all(self.inputs == 1):
                 factors, extent = self.outputs, (groups * rows, 1)
         return Scaled(

@@ -94,13 +94,12 @@ def fold(
     if not plan.steps:
         return FoldResult(folded, plan, None)
     apply_plan(folded, plan)
-    agreement = verify(
-        model, _change(graph, layers=layers, layout=layout, eps=None), folded, with_random_inputs([inputs]), tolerance=tolerance
-    )
+    change = _change(graph, layers=layers, layout=layout, eps=None)
+    agreement = verify(model, change, folded, with_random_inputs([inputs]), tolerance=tolerance)
     return FoldResult(folded, plan, agreement)
 
 
-def fold_checkpoint(
+def fold_checkpoint(  # noqa: PLR0913 as many as the command has options
     checkpoint: Checkpoint,
     state_dict: StateDict,
     *,
@@ -131,8 +130,8 @@ def fold_checkpoint(
     graph = build_graph(Knowledge(state_dict, model=model, inputs=first, pairs=pairs, checkpoint=checkpoint))
     if graph is None:
         raise RefusedError(
-            "a state dict does not say what feeds what: give the model with --model FILE.py:factory, which is traced and "
-            "verified, or declare pairs with --pair PRODUCER=BATCHNORM"
+            "a state dict does not say what feeds what: give the model with --model FILE.py:factory, which is traced "
+            "and verified, or declare pairs with --pair PRODUCER=BATCHNORM"
         )
     if model is not None and pairs:
         graph = _with_eps(graph, model)
@@ -142,7 +141,7 @@ def fold_checkpoint(
     dropped = find_optimizers(checkpoint) if layout is Layout.FOLDED else ()
     plan = dataclasses.replace(plan, steps=(*plan.steps, *(RemoveEntry((name,)) for name in dropped)))
     if checkpoint.format.can_record(checkpoint, state_dict):
-        folds = [{"layer": f.layer, "into": list(f.into), "level": f.level.value, "stays": f.stays} for f in plan.folds]
+        folds = [f.describe() for f in plan.folds]
         evidence = {"evidence": graph.evidence.value, "verified": model is not None}
         record = make_record(plan, layout=layout.value, folds=folds, **evidence, **describe_structure(plan.steps))
         plan = plan.with_record(record)  # type: ignore[assignment]
@@ -151,19 +150,26 @@ def fold_checkpoint(
     if model is not None:
         folded = _copy(model)
         change_structure(folded, plan.steps)
-        load_state(folded, edited.state_dict(state_dict.key))  # what will be in the file, so that this is what is judged
+        load_state(
+            folded, edited.state_dict(state_dict.key)
+        )  # what will be in the file, so that this is what is judged
         change = _change(graph, layers=layers, layout=layout, eps=eps)
         agreement = verify(model, change, folded, with_random_inputs(inputs), tolerance=tolerance)
-    warnings = tuple(_warn(checkpoint, state_dict, plan, verified=model is not None or graph.evidence is Evidence.STORED))
+    warnings = tuple(
+        _warn(checkpoint, state_dict, plan, verified=model is not None or graph.evidence is Evidence.STORED)
+    )
     return CheckpointFold(plan, edited, agreement, dropped, warnings)
 
 
 def _with_eps(graph: ModelGraph, model: nn.Module) -> ModelGraph:
     """Declared BatchNorms with the eps of the live modules of their names."""
-    found = {name: module.eps for name, module in find_batchnorm_modules(model).items() if isinstance(module.eps, float)}
+    found = {
+        name: module.eps for name, module in find_batchnorm_modules(model).items() if isinstance(module.eps, float)
+    }
     prefix = find_wrapper_prefix(model)
     nodes = (
-        dataclasses.replace(node, eps=found.get(prefix + node.layer)) if node.eps is None else node for node in graph.nodes
+        dataclasses.replace(node, eps=found.get(prefix + node.layer)) if node.eps is None else node
+        for node in graph.nodes
     )
     return dataclasses.replace(graph, nodes=tuple(nodes))
 

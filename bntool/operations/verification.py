@@ -18,7 +18,7 @@ from torch import nn
 from torch.utils._pytree import tree_flatten, tree_map
 
 from bntool.errors import UserCodeError, VerificationError
-from bntool.graphs.traced import call
+from bntool.graphs.calling import call
 from bntool.layers.borrowing import borrow
 
 TOLERANCE = 1e-5  # relative to the largest output; for the tensors as they are written
@@ -88,7 +88,9 @@ def verify(
         change(folded)
         exact = _largest_error(reference, _run(folded, exact_inputs))
         if not exact <= EXACT:
-            raise VerificationError(f"in float64 the outputs differ by {exact:.3g} of their magnitude; nothing was written")
+            raise VerificationError(
+                f"in float64 the outputs differ by {exact:.3g} of their magnitude; nothing was written"
+            )
         rounded = _largest_error(reference, _run(_copy(changed).double(), exact_inputs))
         bound = max(tolerance, _NOISE * noise)
     if not rounded <= bound:
@@ -144,12 +146,13 @@ def _check_meaning(outputs: Sequence[Sequence[torch.Tensor]]) -> None:
         raise VerificationError("the model gives no floating output that could be compared")
     if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors):
         raise VerificationError(
-            "the original model's outputs hold NaN or infinity, so nothing can be proven; does `bntool inspect` find broken "
-            "statistics? recalibrate first, or give real inputs with --data"
+            "the original model's outputs hold NaN or infinity, so nothing can be proven; does `bntool inspect` find "
+            "broken statistics? recalibrate first, or give real inputs with --data"
         )
     if len(outputs) > 1 and all(_same(one, outputs[0]) for one in outputs[1:]):
         raise VerificationError(
-            "the original model's outputs are the same for all inputs, so nothing can be proven: give real inputs with --data"
+            "the original model's outputs are the same for all inputs, so nothing can be proven: give real inputs with "
+            "--data"
         )
     if not any(bool(tensor.any()) for tensor in tensors):
         raise VerificationError("the original model's outputs are all zero, so nothing can be proven: give --data")
@@ -161,9 +164,7 @@ def _same(first: Sequence[torch.Tensor], second: Sequence[torch.Tensor]) -> bool
     )
 
 
-def _largest_error(
-    expected: Sequence[Sequence[torch.Tensor]], found: Sequence[Sequence[torch.Tensor]]
-) -> float:
+def _largest_error(expected: Sequence[Sequence[torch.Tensor]], found: Sequence[Sequence[torch.Tensor]]) -> float:
     """Largest difference of each output in relation to its largest magnitude, over all inputs."""
     largest = 0.0
     for wanted, given in zip(expected, found, strict=True):

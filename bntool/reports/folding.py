@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -25,9 +25,7 @@ def describe_fold(result: CheckpointFold, *, output: str | None) -> dict[str, An
         "operation": "fold",
         "state_dict": plan.state_dict,
         "layout": plan.layout.value,
-        "folds": [
-            {"layer": f.layer, "into": list(f.into), "level": f.level.value, "stays": f.stays} for f in plan.folds
-        ],
+        "folds": [fold.describe() for fold in plan.folds],
         "skips": [{"layer": s.layer, "reason": s.reason.value, "detail": s.detail} for s in plan.skips],
         "assumptions": list(plan.assumptions),
         "verification": None if result.agreement is None else asdict(result.agreement),
@@ -49,7 +47,7 @@ def show_fold(result: CheckpointFold, state_dict: StateDict, *, output: str | No
         listed = ", ".join(f"{count} {reason}" for reason, count in counts.items())
         blocks.append(line(f"left alone: {listed} (docs/skip-reasons.md)", Style.WARNING))
         blocks += [
-            Line((Cell(f"{s.layer}: {s.reason.value}"), Cell(f" ({s.detail})" if s.detail else "", Style.MUTED)), indent=2)
+            Line((Cell(f"{s.layer}: {s.reason.value}"), Cell(f" ({s.detail})" * bool(s.detail), Style.MUTED)), indent=2)
             for s in plan.skips
         ]
         blocks.append(line())
@@ -80,12 +78,16 @@ def _proof(result: CheckpointFold) -> list[Block]:
     if agreement is None:
         return []
     inputs = plural(agreement.inputs, "input")
-    exact = format_number(agreement.exact, 2)
+    exact = f"{format_number(agreement.exact, 2)} in float64"
+    if math.isnan(agreement.exact):  # the model does not run in float64
+        exact = f"{format_number(agreement.stored, 2)} in the file's dtype"
+        return [line(f"verified on {inputs}: outputs agree to {exact} (it does not run in float64)", Style.GOOD)]
     return [
-        line(f"verified on {inputs}: outputs agree to {exact} in float64", Style.GOOD),
+        line(f"verified on {inputs}: outputs agree to {exact}", Style.GOOD),
         line(
-            f"as written: {format_number(agreement.rounded, 2)} in float64, {format_number(agreement.stored, 2)} in the "
-            f"file's dtype (the original's own noise is {format_number(agreement.noise, 2)}); relative to the largest output",
+            f"as written: {format_number(agreement.rounded, 2)} in float64, {format_number(agreement.stored, 2)} in "
+            f"the file's dtype (the original's own noise is {format_number(agreement.noise, 2)}); "
+            "relative to the largest output",
             Style.MUTED,
         ),
     ]
@@ -129,5 +131,3 @@ def show_folded_loading(lines: list[str]) -> list[str]:
         "    setattr(model.get_submodule(path), name, torch.nn.Parameter(state_dict[key]))",
         "model.load_state_dict(state_dict)",
     ]
-
-

@@ -8,6 +8,7 @@ from typing import Any
 from bntool.checkpoints.origin import describe_origin
 from bntool.operations.findings import Finding, Summary
 from bntool.operations.inspection import Inspection, LayerInspection, StateDictInspection, TensorInspection
+from bntool.operations.safety import Safety, judge_safety
 
 
 def describe_inspection(inspection: Inspection, *, every_tensor: bool) -> dict[str, Any]:
@@ -17,10 +18,21 @@ def describe_inspection(inspection: Inspection, *, every_tensor: bool) -> dict[s
         "format": checkpoint.format.name,
         "size": checkpoint.file.size,
         "origin": describe_origin(checkpoint),
+        "safety": _describe_safety(judge_safety(checkpoint)),
         "globals": [{"name": g.path, "called": g.called, "trust": g.trust.value} for g in checkpoint.globals],
         "checksums_verified": inspection.checksums,
         "state_dicts": [_describe_state_dict(s, inspection, every_tensor=every_tensor) for s in inspection.state_dicts],
         "findings": _describe_findings(inspection.findings),
+    }
+
+
+def _describe_safety(safety: Safety) -> dict[str, Any]:
+    return {
+        "verdict": safety.verdict.value,
+        "holds_code": safety.holds_code,
+        "known": len(safety.known),
+        "unknown": list(safety.unknown),
+        "suspicious": list(safety.suspicious),
     }
 
 

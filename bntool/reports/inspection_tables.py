@@ -10,6 +10,7 @@ from bntool.checkpoints.checkpoint import GlobalTrust
 from bntool.checkpoints.origin import describe_origin
 from bntool.operations.findings import Finding, Severity, Summary
 from bntool.operations.inspection import Inspection, LayerInspection, StateDictInspection, TensorInspection
+from bntool.operations.safety import Verdict, judge_safety
 from bntool.reports.blocks import Block, Cell, Column, Line, Style, Table, line
 from bntool.reports.text import format_number, format_size, plural
 
@@ -17,6 +18,7 @@ NARROW = 76  # columns below which only the statistics are shown
 WIDE = 132  # columns from which on means and findings stand in the table
 _STYLES = {Severity.NOTICE: Style.NOTICE, Severity.WARNING: Style.WARNING, Severity.ERROR: Style.ERROR}
 _MARKS = {Severity.NOTICE: "i", Severity.WARNING: "!", Severity.ERROR: "X"}
+_VERDICTS = {Verdict.HARMLESS: Style.GOOD, Verdict.UNKNOWN: Style.WARNING, Verdict.SUSPICIOUS: Style.ERROR}
 _VECTORS = ("weight", "bias", *STATISTICS)
 _LISTED = 6  # layers named in a finding that concerns many
 
@@ -26,7 +28,7 @@ def show_inspection(path: str, inspection: Inspection, *, every_tensor: bool) ->
     checkpoint = inspection.checkpoint
     facts = (checkpoint.format.title, format_size(checkpoint.file.size), describe_origin(checkpoint))
     yield Line((Cell(path, Style.HEADING), Cell("  " + ", ".join(fact for fact in facts if fact))))
-    yield from _globals(inspection)
+    yield from _safety(inspection)
     if inspection.checksums is not None:
         yield line(f"checksums: {plural(inspection.checksums, 'record')} verified", Style.GOOD)
     for state_dict in inspection.state_dicts:
@@ -37,19 +39,21 @@ def show_inspection(path: str, inspection: Inspection, *, every_tensor: bool) ->
         yield from _finding_lines([(finding, []) for finding in inspection.findings])
 
 
-def _globals(inspection: Inspection) -> Iterable[Block]:
+def _safety(inspection: Inspection) -> Iterable[Block]:
     names = inspection.checkpoint.globals
-    if not names:
+    safety = judge_safety(inspection.checkpoint)
+    if not names and not safety.holds_code:
         return
     unsure = [name for name in names if name.trust is not GlobalTrust.KNOWN]
-    if not unsure:
-        yield line(f"pickle: {plural(len(names), 'global')}, all known to build data only")
-        return
-    counts = f"pickle: {plural(len(names), 'global')}, {len(unsure)} not known to be harmless: "
-    cells = [Cell(counts)]
+    reasons = [plural(len(names), "global")] if names else []
+    if names:
+        reasons.append(f"{len(unsure)} not known to be harmless" if unsure else "all known to build data only")
+    if safety.holds_code:
+        reasons.append("the archive holds code")
+    cells = [Cell("safety: "), Cell(safety.verdict.value, _VERDICTS[safety.verdict]), Cell(f" ({', '.join(reasons)})")]
     for index, name in enumerate(unsure[:_LISTED]):
         style = Style.ERROR if name.trust is GlobalTrust.SUSPICIOUS else Style.WARNING
-        cells += [Cell(", " if index else ""), Cell(name.path + ("()" if name.called else ""), style)]
+        cells += [Cell(", " if index else ": "), Cell(name.path + ("()" if name.called else ""), style)]
     cells.append(Cell(f" and {len(unsure) - _LISTED} more" if len(unsure) > _LISTED else ""))
     yield Line(tuple(cells))
 

@@ -7,6 +7,16 @@ from bntool.checkpoints.checkpoint import Checkpoint, GlobalName, GlobalTrust, S
 # beside what is torch's own: the default list of torch._weights_only_unpickler
 _ALLOWED = ("collections.OrderedDict", "collections.Counter", "_codecs.encode", "builtins.set", "builtins.bytearray")
 
+_LOADERS = {
+    "torchscript": ("import torch", "model = torch.jit.load({output})  # runs code of the file"),
+    "exported-program": ("import torch", "model = torch.export.load({output}).module()  # runs code of the file"),
+    "torch-tar": ("import torch", "checkpoint = torch.load({output}, weights_only=False)  # runs code of the file"),
+    "numpy-pickle": (
+        "import pickle",
+        "arrays = pickle.load(open({output}, 'rb'), encoding='latin1')  # runs code of the file",
+    ),
+}
+
 
 def show_loading_code(checkpoint: Checkpoint, state_dict: StateDict, output: str) -> list[str]:
     """Lines that load a state dict of a written file into ``model``.
@@ -21,6 +31,8 @@ def show_loading_code(checkpoint: Checkpoint, state_dict: StateDict, output: str
         return running
     if checkpoint.format.name == "safetensors":
         return ["from safetensors.torch import load_file", *_load(f"load_file({output!r})", state_dict.prefix)]
+    if checkpoint.format.name in _LOADERS:
+        return [line.format(output=repr(output)) for line in _LOADERS[checkpoint.format.name]]
     if not checkpoint.format.single_file:
         return ["from accelerate import load_checkpoint_in_model", f"load_checkpoint_in_model(model, {output!r})"]
     trusted = all(map(_loads_weights_only, checkpoint.globals)) and not state_dict.is_module

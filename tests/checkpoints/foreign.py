@@ -87,9 +87,13 @@ def write_numpy_pickle(tensors: Tensors, folder: Path) -> Path:
     return folder / "model.pkl"
 
 
-def write_distributed(tensors: Tensors, folder: Path) -> Path:
+def save_distributed(root: Any, folder: Path) -> None:
     """A folder of torch.distributed.checkpoint, saved by this process alone."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that no process group is there
-        distributed_checkpoint.save(dict(tensors), checkpoint_id=folder)
+        distributed_checkpoint.save(root, checkpoint_id=folder)
+
+
+def write_distributed(tensors: Tensors, folder: Path) -> Path:
+    save_distributed(dict(tensors), folder)
     return folder / ".metadata"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,8 +15,10 @@ from torch.nn import functional
 
 from bntool.checkpoints.formats import open_checkpoint
 from bntool.checkpoints.tensors import read_numbers
+from bntool.errors import BntoolError
 from bntool.graphs.graph import Evidence
 from bntool.graphs.stored import stored_graph
+from tests.fuzz import mutate, time_limit
 from tests.graphs.folding import fold_file
 
 FOLDER = Path(__file__).parents[1] / "fixtures" / "interop"
@@ -84,6 +87,23 @@ def test_the_graph_of_a_file_is_proof() -> None:
 def test_a_file_without_a_graph_has_none() -> None:
     with open_checkpoint(FOLDER.parent / "torch_tiny.pth") as checkpoint:
         assert stored_graph(checkpoint) is None
+
+
+@pytest.mark.parametrize("suffix", [".onnx", ".caffemodel"])
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # signalling NaN in a damaged tensor
+def test_damaged_graphs_are_refused_or_folded(suffix: str, tmp_path: Path) -> None:
+    rng = random.Random(2)
+    seeds = [path.read_bytes() for path in sorted(FOLDER.rglob(f"*{suffix}")) if "ext" not in path.name]
+    source = tmp_path / f"mutant{suffix}"
+    folded = 0
+    for number in range(250):
+        source.write_bytes(mutate(rng.choice(seeds), rng, seeds))
+        try:
+            with time_limit(5):
+                folded += bool(fold_file(source, tmp_path / f"{number}{suffix}").folds)
+        except BntoolError:
+            pass
+    assert folded > 10
 
 
 @pytest.mark.parametrize("switch", [True, False])

@@ -155,7 +155,8 @@ def instance(self, x):
 
 def by_batch(self, x):
     y = self.conv(x)
-    return F.batch_norm(y, self.bn.running_mean, self.bn.running_var, self.bn.weight, self.bn.bias, training=True)
+    bn = self.bn
+    return F.batch_norm(y, bn.running_mean, bn.running_var, bn.weight, bn.bias, training=True)
 
 
 def weight_computed(self, x):
@@ -221,7 +222,9 @@ def test_batchnorm_without_statistics() -> None:
     assert reasons(fold(model, image())[1]) == {"1": "NO_STATISTICS"}
 
 
-@pytest.mark.parametrize(("role", "value", "reason"), [("running_var", -1.0, "NEGATIVE_VARIANCE"), ("bias", float("nan"), "NOT_FINITE")])
+@pytest.mark.parametrize(
+    ("role", "value", "reason"), [("running_var", -1.0, "NEGATIVE_VARIANCE"), ("bias", float("nan"), "NOT_FINITE")]
+)
 def test_broken_statistics(role: str, value: float, reason: str) -> None:
     model = randomise(nn.Sequential(nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)).double())
     with torch.no_grad():
@@ -264,13 +267,14 @@ def test_a_parameter_of_two_modules() -> None:
 
 
 def test_one_module_under_two_names_is_folded_under_both() -> None:
-    model = nn.Sequential(nn.Conv2d(4, 4, 1, bias=False), nn.BatchNorm2d(4)).double()
-    model.again = nn.ModuleList([model[0], model[1]])
-    model.forward = lambda x: model[1](model[0](x))
-    randomise(model)
-    plan = fold(Functional(lambda self, x: self.bn(self.conv(x)), conv=model[0], bn=model[1], also=model[0]).eval(), image())[1]
+    conv, bn = nn.Conv2d(4, 4, 1, bias=False), nn.BatchNorm2d(4)
+    model = randomise(Functional(lambda self, x: self.bn(self.conv(x)), conv=conv, bn=bn, also=conv, norm=bn).double())
+    folded, plan = fold(model, image())
     assert len(plan.folds) == 1
-    assert {"conv.bias", "also.bias"} <= {step.name for step in plan.steps if hasattr(step, "name")}
+    assert not plan.skips
+    assert set(folded.state_dict()) == {"conv.weight", "conv.bias", "also.weight", "also.bias"}
+    assert folded.also is folded.conv
+    assert largest_difference(model, folded, image()) < EXACT
 
 
 # exact beyond the direct neighbour
@@ -457,7 +461,8 @@ def test_frozen_batchnorm_that_computes_by_itself() -> None:
 
 
 def test_layers_are_selected_by_globs() -> None:
-    model = randomise(nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)).double())
+    layers = [nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)]
+    model = randomise(nn.Sequential(*layers).double())
     _, plan = fold(model, image(), layers=["3"])
     assert plan.layers == ("3",)
     assert reasons(plan) == {"1": "NOT_SELECTED"}

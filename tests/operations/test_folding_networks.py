@@ -31,7 +31,8 @@ class RandomNetwork(nn.Module):
             self.add_step(chance)
         if chance.random() < 0.5:
             self.head(chance)
-        self.returned = chance.sample(range(len(self.channels)), chance.choice([0, 0, 1, 2])) + [len(self.channels) - 1]
+        self.returned = chance.sample(range(len(self.channels)), chance.choice([0, 0, 1, 2]))
+        self.returned.append(len(self.channels) - 1)
         order = chance.sample(range(len(self.made)), len(self.made))
         for position in order:  # names and order of registration say nothing about who feeds whom
             self.register_module(f"m{(position * 7 + 3) % 101}_{position}", self.made[position][1])
@@ -40,7 +41,29 @@ class RandomNetwork(nn.Module):
         # the last image is the likeliest: chains are what can be folded
         source = chance.choice([len(self.channels) - 1] * 8 + list(range(len(self.channels))))
         channels = self.channels[source]
-        kinds = "conv conv conv bn bn bn relu relu_ add add_ cat chunk max mean reuse functional turned view clone scale shape".split()
+        kinds = [
+            "conv",
+            "conv",
+            "conv",
+            "bn",
+            "bn",
+            "bn",
+            "relu",
+            "relu_",
+            "add",
+            "add_",
+            "cat",
+            "chunk",
+            "max",
+            "mean",
+            "reuse",
+            "functional",
+            "turned",
+            "view",
+            "clone",
+            "scale",
+            "shape",
+        ]
         kind = chance.choice(kinds)
         if kind == "conv":
             self.module(self.convolution(chance, channels), source)
@@ -130,7 +153,9 @@ class RandomNetwork(nn.Module):
 seen: Counter[str] = Counter()
 
 
-@settings(max_examples=int(os.environ.get("BNTOOL_NETWORKS", "250")), deadline=None, suppress_health_check=list(HealthCheck))
+@settings(
+    max_examples=int(os.environ.get("BNTOOL_NETWORKS", "400")), deadline=None, suppress_health_check=list(HealthCheck)
+)
 @given(st.integers(0, 2**32), st.sampled_from(list(Layout)))
 def test_random_networks_are_folded_exactly_or_not_at_all(seed: int, layout: Layout) -> None:
     network = RandomNetwork(random.Random(seed))

@@ -55,6 +55,11 @@ fc1 InnerProduct up1 fc1 6,400 inner_product_param{num_output:6 bias_term:false}
 bn2 BatchNorm fc1 fc1 6
 scale2 Scale fc1 fc1 6 scale_param{bias_term:true}
 """,
+    "flattened": """
+bn0 BatchNorm data bn0 3
+scale0 Scale bn0 scale0 3 scale_param{bias_term:true}
+fc1 InnerProduct scale0 fc1 6,75 inner_product_param{num_output:6}
+""",
     "left_alone": """
 conv1 Convolution data conv1 4,3,1,1 convolution_param{num_output:4 kernel_size:1}
 bn1 BatchNorm conv1 bn1 4

@@ -187,6 +187,20 @@ def shared_constants() -> onnx.ModelProto:
 
 
 @case
+def copied_constants() -> onnx.ModelProto:
+    """As torch's exporter writes equal tensors: once, with Identity nodes for the others."""
+    net = Net(11)
+    beta, gamma = net.constant("beta", 4), net.constant("gamma", 4, positive=True)
+    mean, var = net.constant("mean", 4), net.constant("var", 4, positive=True)
+    copies = [net.add("Identity", [name], f"{name}_copy") for name in (beta, gamma)]
+    x = net.add("Conv", ["x", net.constant("w", 4, 4, 1, 1)], "c1")
+    x = net.add("Relu", [net.add("BatchNormalization", [x, gamma, beta, mean, var], "bn1", "bn1")], "r1")
+    x = net.add("Conv", [x, net.constant("w2", 4, 4, 1, 1)], "c2")
+    net.add("BatchNormalization", [x, copies[1], copies[0], mean, var], "y", "bn2")
+    return net.finish([2, 4, 3, 3], ["y"])
+
+
+@case
 def left_alone() -> onnx.ModelProto:
     """Each with another reason not to fold."""
     net = Net(7)

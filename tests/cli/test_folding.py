@@ -1,0 +1,245 @@
+"""``bntool fold`` from the outside: the folded file computes what the original does."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from bntool.checkpoints.formats import open_checkpoint
+from bntool.cli.main import main
+from bntool.layers.folding import load_folded
+from bntool.layers.loading import load_state
+from bntool.reports.folding import show_folded_loading
+
+ROOT = Path(__file__).resolve().parents[2]
+SAMPLES = ROOT / "sample_ckpts"
+MODEL = f"{SAMPLES / 'digits_net.py'}:build"
+RESNET = ROOT / "tests" / "fixtures" / "models" / "cifar_resnet20.py"
+
+torch.set_num_threads(1)
+
+
+def build(path: Path) -> nn.Module:
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module
+    spec.loader.exec_module(module)
+    return module.build().eval()
+
+
+@pytest.fixture
+def digits() -> tuple[torch.Tensor, torch.Tensor]:
+    data = np.load(SAMPLES / "digits_test.npz")
+    return torch.from_numpy(data["images"]), torch.from_numpy(data["labels"])
+
+
+@pytest.fixture
+def fold(capsys, tmp_path):
+    """Run the command; exit code, JSON document, stderr and the output."""
+
+    def run(checkpoint, *options, model=MODEL, output=None):
+        out = tmp_path / (output or f"folded{Path(checkpoint).suffix}")
+        arguments = ["fold", str(checkpoint), "-o", str(out), "--json", *options]
+        code = main([*arguments, "--model", model] if model else arguments)
+        captured = capsys.readouterr()
+        return code, json.loads(captured.out)["files"][0], captured.err, out
+
+    return run
+
+
+def original(path: Path, key: str | None = None) -> nn.Module:
+    model = build(SAMPLES / "digits_net.py")
+    with open_checkpoint(path) as checkpoint:
+        load_state(model, checkpoint.state_dict(key or ("" if len(checkpoint.state_dicts) == 1 else "state_dict")))
+    return model
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "key"),
+    [
+        ("digits.pt", (), None),
+        ("digits.safetensors", (), None),
+        ("digits_legacy.pth", (), None),
+        ("digits_training.pt", (), "state_dict"),
+        ("digits_training.pt", ("--state-dict", "ema_state_dict"), "ema_state_dict"),
+        ("drifted.pt", (), None),
+        ("dead_channels.pt", (), None),
+    ],
+)
+def test_every_sample_is_folded_whole(fold, digits, name: str, options: tuple[str, ...], key: str | None) -> None:
+    code, document, error, out = fold(SAMPLES / name, *options)
+    assert code == 0, error
+    assert len(document["folds"]) == 9
+    assert not document["skips"]
+    assert document["verification"]["exact"] < 1e-12
+    folded = load_folded(build(SAMPLES / "digits_net.py"), out, state_dict=key).eval()
+    assert not any(isinstance(module, nn.BatchNorm2d | nn.BatchNorm1d) for module in folded.modules())
+    images, labels = digits
+    with torch.no_grad():
+        before, after = original(SAMPLES / name, key)(images), folded(images)
+    assert torch.allclose(before, after, atol=1e-4 * float(before.abs().max()))
+    assert torch.equal(before.argmax(1), after.argmax(1))
+    assert int((after.argmax(1) == labels).sum()) == int((before.argmax(1) == labels).sum())
+
+
+def test_training_checkpoint_loses_its_optimizer_and_says_so(fold) -> None:
+    _, document, _, out = fold(SAMPLES / "digits_training.pt")
+    assert document["dropped"] == ["optimizer"]
+    assert any("ema_state_dict" in warning for warning in document["warnings"])
+    before = torch.load(SAMPLES / "digits_training.pt", weights_only=False)
+    after = torch.load(out, weights_only=False)
+    assert set(before) - set(after) == {"optimizer"}
+    assert after["epoch"] == before["epoch"]
+    assert list(after["ema_state_dict"]) == list(before["ema_state_dict"])
+
+
+def test_biases_follow_their_weights(fold) -> None:
+    *_, out = fold(SAMPLES / "digits.pt")
+    keys = list(torch.load(out))
+    assert keys[:2] == ["conv1.weight", "conv1.bias"]
+    assert not any("bn" in key for key in keys)
+
+
+@pytest.mark.parametrize("name", ["digits.pt", "digits.safetensors", "digits_legacy.pth"])
+def test_same_keys_loads_strictly_into_unmodified_code(fold, digits, name: str) -> None:
+    code, document, _, out = fold(SAMPLES / name, "--layout", "same-keys")
+    assert code == 0
+    assert all(entry["stays"] for entry in document["folds"])
+    state = load_file(out) if name.endswith("safetensors") else torch.load(out)
+    model = build(SAMPLES / "digits_net.py")
+    assert list(state) == list(
+        load_file(SAMPLES / name) if name.endswith("safetensors") else torch.load(SAMPLES / name)
+    )
+    model.load_state_dict(state, strict=True)
+    with torch.no_grad():
+        before, after = original(SAMPLES / name)(digits[0]), model(digits[0])
+    assert torch.equal(before.argmax(1), after.argmax(1))
+    bn = model.bn1
+    assert torch.equal(torch.sqrt(bn.running_var + bn.eps), torch.ones(12))
+    assert torch.equal(bn.weight, torch.ones(12))
+
+
+def test_whole_modules_only_with_same_keys(fold, digits) -> None:
+    code, document, _, out = fold(SAMPLES / "digits_module.pt")
+    assert code == 4
+    assert "same-keys" in document["error"]["message"]
+    assert not out.exists()
+    code, _, _, out = fold(SAMPLES / "digits_module.pt", "--layout", "same-keys")
+    assert code == 0
+    build(SAMPLES / "digits_net.py")  # the class that the pickle names
+    model = torch.load(out, weights_only=False).eval()
+    before = torch.load(SAMPLES / "digits_module.pt", weights_only=False).eval()
+    with torch.no_grad():
+        assert torch.equal(before(digits[0]).argmax(1), model(digits[0]).argmax(1))
+
+
+def test_printed_lines_load_the_file_without_bntool(fold, digits) -> None:
+    *_, out = fold(SAMPLES / "digits.pt")
+    model = build(SAMPLES / "digits_net.py")
+    lines = ["import torch", f"checkpoint = torch.load({str(out)!r})", "model.load_state_dict(checkpoint)"]
+    exec("\n".join(show_folded_loading(lines)), {"model": model})
+    with torch.no_grad():
+        assert torch.equal(original(SAMPLES / "digits.pt")(digits[0]).argmax(1), model(digits[0]).argmax(1))
+
+
+def test_without_a_model_it_says_what_to_give(fold) -> None:
+    code, document, _, out = fold(SAMPLES / "digits.pt", model=None)
+    assert code == 4
+    assert "--model" in document["error"]["message"]
+    assert "--pair" in document["error"]["message"]
+    assert not out.exists()
+
+
+def test_declared_pairs_give_the_same_bytes_as_a_trace(fold) -> None:
+    *_, traced = fold(SAMPLES / "digits.safetensors", "--layers", "bn1", output="traced.safetensors")
+    code, document, _, declared = fold(
+        SAMPLES / "digits.safetensors",
+        "--pair",
+        "conv1=bn1",
+        "--eps",
+        "1e-5",
+        model=None,
+        output="declared.safetensors",
+    )
+    assert code == 0
+    assert document["assumptions"]
+    a, b = load_file(traced), load_file(declared)
+    assert list(a) == list(b)
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_declared_pairs_need_eps(fold) -> None:
+    code, document, *_ = fold(SAMPLES / "digits.pt", "--pair", "conv1=bn1", model=None)
+    assert code == 2
+    assert "--eps" in document["error"]["message"]
+
+
+def test_declared_pairs_take_eps_from_the_model_and_are_verified(fold) -> None:
+    code, document, *_ = fold(SAMPLES / "digits.pt", "--pair", "conv1=bn1")
+    assert code == 0
+    assert document["verification"]["exact"] < 1e-12
+
+
+def test_a_wrong_pair_fails_verification_and_writes_nothing(fold) -> None:
+    code, _, _, out = fold(SAMPLES / "digits.pt", "--pair", "layer1.0.conv1=layer1.1.bn2")
+    assert code == 5
+    assert not out.exists()
+
+
+def test_strict_refuses_what_is_assumed(fold) -> None:
+    code, *_ = fold(SAMPLES / "digits.pt", "--pair", "conv1=bn1", "--eps", "1e-5", "--strict", model=None)
+    assert code == 4
+
+
+def test_broken_statistics_cannot_be_proven(fold) -> None:
+    code, document, _, out = fold(SAMPLES / "broken_nan_variance.pt")
+    assert code == 5
+    assert "NaN" in document["error"]["message"]
+    assert not out.exists()
+
+
+def test_dry_run_writes_nothing(fold) -> None:
+    code, document, _, out = fold(SAMPLES / "digits.pt", "--dry-run")
+    assert (code, document["output"]) == (0, None)
+    assert not out.exists()
+
+
+def test_data_and_input_shape_are_used(fold) -> None:
+    _, document, *_ = fold(SAMPLES / "digits.pt", "--data", str(SAMPLES / "digits_test.npz"))
+    assert document["verification"]["inputs"] == 6
+    code, *_ = fold(SAMPLES / "digits.pt", "--input-shape", "1,1,8,8", "--force")
+    assert code == 0
+
+
+def test_folding_twice_finds_nothing_more(fold) -> None:
+    *_, out = fold(SAMPLES / "digits.pt", "--layers", "bn1")
+    with open_checkpoint(out) as checkpoint:
+        (records,) = checkpoint.records.values()
+    assert records[0]["removed_modules"] == ["bn1"]
+
+
+def test_real_resnet20_is_folded_whole(fold, shared) -> None:
+    path = shared / "weights" / "resnet20-12fca82f.th"
+    code, document, error, out = fold(path, model=f"{RESNET}:build")
+    assert code == 0, error
+    assert len(document["folds"]) == 19
+    assert not document["skips"]
+    before, after = build(RESNET), load_folded(build(RESNET), out).eval()
+    with open_checkpoint(path) as checkpoint:
+        load_state(before, checkpoint.state_dicts[0])
+    data = np.load(shared / "data" / "cifar10_test_2000.npz")
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    images = ((torch.from_numpy(data["images"]).float() / 255 - mean) / std).permute(0, 3, 1, 2).contiguous()
+    labels = torch.from_numpy(data["labels"])
+    with torch.no_grad():
+        answers = [torch.cat([model(chunk).argmax(1) for chunk in images.split(500)]) for model in (before, after)]
+    assert torch.equal(*answers)
+    assert float((answers[1] == labels).float().mean()) > 0.9

@@ -1,0 +1,84 @@
+"""The verdict on what loading a file may run."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+
+from bntool.checkpoints.formats import open_checkpoint
+from bntool.cli.main import main
+from bntool.operations.safety import Verdict, judge_safety
+
+
+class Runs:
+    def __reduce__(self) -> Any:
+        return os.system, ("true",)
+
+
+class Unheard:
+    pass
+
+
+def _make(kind: str, folder: Path) -> Path:
+    tensors: dict[str, Any] = {"bn.weight": torch.ones(2)}
+    path = folder / "model.pt"
+    if kind == "safetensors":
+        safetensors.torch.save_file(tensors, path)
+    elif kind == "script":
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # deprecated
+            torch.jit.script(torch.nn.BatchNorm1d(2)).save(path)
+    elif kind == "numpy":
+        path.write_bytes(pickle.dumps({"a.weight": torch.ones(2).numpy()}))
+    else:
+        extra: dict[str, Any] = {"plain": {}, "unknown": {"x": Unheard()}, "suspicious": {"x": Unheard(), "y": Runs()}}
+        torch.save({"model": tensors, **extra[kind]}, path)
+    return path
+
+
+CASES = [
+    ("plain", Verdict.HARMLESS, [0, 0, 0]),
+    ("safetensors", Verdict.HARMLESS, [0, 0, 0]),
+    ("numpy", Verdict.HARMLESS, [0, 0, 0]),
+    ("unknown", Verdict.UNKNOWN, [1, 0, 0]),
+    ("script", Verdict.UNKNOWN, [1, 0, 0]),
+    ("suspicious", Verdict.SUSPICIOUS, [1, 1, 0]),
+]
+
+
+@pytest.mark.parametrize(("kind", "verdict", "codes"), CASES)
+def test_verdict_and_fail_on(
+    kind: str, verdict: Verdict, codes: list[int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = _make(kind, tmp_path)
+    with open_checkpoint(path) as checkpoint:
+        assert judge_safety(checkpoint).verdict is verdict
+    main(["inspect", str(path), "--json"])
+    (facts,) = json.loads(capsys.readouterr().out)["files"]
+    assert facts["safety"]["verdict"] == verdict.value
+    found = {finding["code"] for finding in facts["findings"]}
+    assert ("suspicious-global" in found) == (verdict is Verdict.SUSPICIOUS)
+    assert bool(found & {"unknown-global", "holds-code"}) == bool(codes[0])
+    main(["inspect", str(path)])
+    shown = capsys.readouterr().out
+    assert (f"safety: {verdict.value} (" in shown) == (kind != "safetensors")
+
+
+@pytest.mark.parametrize(("kind", "verdict", "codes"), CASES)
+def test_gates(kind: str, verdict: Verdict, codes: list[int], tmp_path: Path) -> None:
+    path = _make(kind, tmp_path)
+    with open_checkpoint(path) as checkpoint:
+        has_layers = any("running_mean" in name for s in checkpoint.state_dicts for name in s.tensors)
+    for severity, code in zip(("notice", "warning", "error"), codes, strict=True):
+        expected = 1 if severity == "notice" and not has_layers else code  # no-batch-norm is a notice as well
+        if kind == "script" and severity == "warning":
+            expected = 1  # a BatchNorm that was never updated
+        assert main(["inspect", str(path), "--fail-on", severity, "--quiet"]) == expected, (kind, severity)
