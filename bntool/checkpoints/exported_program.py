@@ -192,5 +192,3 @@ def _write(checkpoint: Checkpoint, patches: Patches, stream: IO[bytes]) -> None:
 
 def _patch(record: ZipRecord, patches: list[tuple[StoredTensor, Tensor]]) -> Iterator[tuple[int, bytes]]:
     return patch_storage(patches, base=0 if record.is_deflated else record.data_offset)
-
-

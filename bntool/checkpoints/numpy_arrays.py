@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from bntool.checkpoints.dtypes import BY_NAME, DType, NumberKind
 from bntool.checkpoints.files import ByteSource, MemorySource
-from bntool.checkpoints.pickles.nodes import ByteString, Construction, Global, Instance, LongBytes, Node, Update, text_of
+from bntool.checkpoints.pickles.nodes import (
+    ByteString,
+    Construction,
+    Global,
+    Instance,
+    LongBytes,
+    Node,
+    Update,
+    text_of,
+)
 from bntool.checkpoints.tensors import (
     MAX_DIMENSIONS,
     Storage,

@@ -15,7 +15,8 @@ def describe_origin(checkpoint: Checkpoint) -> str:
     entries = checkpoint.entries
     parts = [*_producer(entries), *_progress(entries)]
     parts += [f"pickled {_class_name(s.modules[''].class_path)}" for s in checkpoint.state_dicts if s.is_module]
-    if len(checkpoint.state_dicts) == 1 and not checkpoint.state_dicts[0].key and not parts:
+    only = checkpoint.state_dicts[0] if len(checkpoint.state_dicts) == 1 else None
+    if only is not None and not only.key and not only.modules and not parts:
         parts.append("bare state dict")
     optimizer = next((entries[key] for key in _OPTIMIZERS if key in entries), None)
     if optimizer is not None:

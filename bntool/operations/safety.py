@@ -38,10 +38,9 @@ def judge_safety(checkpoint: Checkpoint) -> Safety:
     by_trust = {trust: tuple(g.path for g in checkpoint.globals if g.trust is trust) for trust in GlobalTrust}
     unknown, suspicious = by_trust[GlobalTrust.UNKNOWN], by_trust[GlobalTrust.SUSPICIOUS]
     holds_code = checkpoint.format.holds_code
+    verdict = Verdict.UNKNOWN if unknown or holds_code else Verdict.HARMLESS
     if suspicious:
         verdict = Verdict.SUSPICIOUS
-    else:
-        verdict = Verdict.UNKNOWN if unknown or holds_code else Verdict.HARMLESS
     return Safety(verdict, holds_code, by_trust[GlobalTrust.KNOWN], unknown, suspicious)
 
 

@@ -113,7 +113,7 @@ def _common_facts(layers: Sequence[LayerInspection]) -> Iterable[Block]:
     tracked = [layer.num_batches_tracked for layer in layers]
     if _common(tracked) is not None:
         said.append(f"num_batches_tracked {tracked[0]}")
-    elif all(value is None for value in tracked):
+    elif all(value is None for value in tracked) and not layers[0].layer.class_path:
         said.append("num_batches_tracked missing")
     eps = [layer.layer.eps for layer in layers]
     if _common(eps) is not None:

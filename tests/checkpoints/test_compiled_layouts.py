@@ -107,7 +107,7 @@ def test_reads_what_torch_reads(name: str, folder: Path) -> None:
 
 
 def test_parameters_are_told_from_buffers(folder: Path) -> None:
-    for name, (_, _) in MAKERS.items():
+    for name in MAKERS:
         with open_checkpoint(folder / name) as checkpoint:
             tensors: dict[str, Any] = dict(checkpoint.state_dicts[0].tensors)
         parameters = {key for key, _ in make_net().named_parameters()}
@@ -171,5 +171,3 @@ def test_an_export_of_older_torch_is_named(tmp_path: Path) -> None:
         archive.writestr("version", "5.1")
     with pytest.raises(UnknownFormatError, match=r"before torch 2\.8"):
         open_checkpoint(tmp_path / "old.pt2")
-
-

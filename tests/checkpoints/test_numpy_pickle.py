@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pickle
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -26,7 +26,7 @@ NEW = SetTensor("1.running_mean", Values((1.0, 2.0, 3.0, 4.0), (4,)))
 class _Python2Pickler(pickle._Pickler):  # type: ignore[name-defined,misc]
     """Writes texts and bytes as Python 2 wrote its ``str``."""
 
-    dispatch = dict(pickle._Pickler.dispatch)  # type: ignore[attr-defined]
+    dispatch: ClassVar[dict[type, Any]] = dict(pickle._Pickler.dispatch)  # type: ignore[attr-defined]
 
     def save_string(self, value: Any) -> None:
         data = value.encode("latin-1") if isinstance(value, str) else value
@@ -100,9 +100,7 @@ def test_layouts_and_byte_orders(protocol: int, tmp_path: Path) -> None:
         assert "f.texts" not in tensors
         for name, tensor in tensors.items():
             np.testing.assert_array_equal(np.array(read_numbers(tensor)).reshape(tensor.shape), arrays[name])
-        steps = tuple(
-            SetTensor(n, Values(tuple(range(100, 124)), (4, 6))) for n in ("a.weight", "b.weight")
-        )
+        steps = tuple(SetTensor(n, Values(tuple(range(100, 124)), (4, 6))) for n in ("a.weight", "b.weight"))
         save_checkpoint(apply_plan(checkpoint, Plan(Operation.RECALIBRATE, steps=steps)), tmp_path / "new.pkl")
     found = pickle.loads((tmp_path / "new.pkl").read_bytes(), encoding="latin1")
     before = pickle.loads(path.read_bytes(), encoding="latin1")

@@ -483,3 +483,16 @@ def test_linear_that_adds_its_bias_in_a_second_operation() -> None:
     folded, plan = fold(model, image())
     assert [f.stays for f in plan.folds] == [False]
     assert largest_difference(model, folded, image()) < EXACT
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("eps", [1e-6, 1e-5, 1e-4, 1e-3, 1e-2])
+def test_a_batchnorm_that_stays_adds_its_shift_and_no_scale(dtype: torch.dtype, eps: float) -> None:
+    model = randomise(nn.Sequential(nn.Conv2d(4, 6, 1, bias=False), nn.BatchNorm2d(6, eps=eps)).to(dtype))
+    folded, _ = fold(model, image().to(dtype), layout=Layout.SAME_KEYS)
+    exact, given = model.double(), folded.double()  # what is stored, judged without further rounding
+    unit = torch.finfo(dtype).eps
+    assert largest_difference(exact, given, image()) < 4 * unit
+    remaining = given[1].weight / torch.sqrt(given[1].running_var + eps)
+    if dtype in (torch.float64, torch.float32):
+        assert torch.equal(remaining.to(dtype), torch.ones(6, dtype=dtype))

@@ -46,7 +46,8 @@ def test_numbers_agree_with_torch(name: str) -> None:
             assert summary.mean == pytest.approx(tensor.mean().item(), rel=1e-14)
             assert summary.nonfinite == 0
     assert state_dict.parameters == 20_110
-    assert found(inspect(SAMPLES / name)) == {}
+    expected_findings = {FindingCode.UNKNOWN_GLOBAL} if "module" in name else set()  # the classes of digits_net.py
+    assert found(inspect(SAMPLES / name)).keys() == expected_findings
 
 
 def test_a_pickled_module_tells_eps_and_momentum() -> None:

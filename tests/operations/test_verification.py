@@ -10,7 +10,7 @@ from torch import nn
 
 from bntool.errors import VerificationError
 from bntool.operations.proven_folding import fold
-from bntool.operations.verification import verify
+from bntool.operations.verification import EXACT, verify
 from tests.operations.folding_networks import randomise
 
 torch.set_num_threads(1)
@@ -55,6 +55,27 @@ def test_a_wrong_change_is_found_however_small() -> None:
     model = network()
     with pytest.raises(VerificationError, match="float64"):
         verify(model, shift, copy.deepcopy(model), inputs())
+
+
+def test_amplified_rounding_is_no_mistake() -> None:
+    class Chaos(nn.Module):
+        """A logistic map: rounding grows by two in each of its steps."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(4, 4)
+            self.norm = nn.BatchNorm1d(4)
+
+        def forward(self, x):
+            x = torch.sigmoid(self.norm(self.linear(x)))
+            for _ in range(20):
+                x = 3.99 * x * (1 - x)
+            return x
+
+    model = randomise(Chaos().double())
+    result = fold(model, torch.randn(8, 4, dtype=torch.float64))
+    assert result.report is not None
+    assert result.report.exact > EXACT / 1000
 
 
 @pytest.mark.parametrize(

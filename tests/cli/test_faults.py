@@ -1,0 +1,216 @@
+"""What is left on disk when writing goes wrong: the old file, or the new one, never half of one.
+
+Every command that writes runs in a process of its own and is killed, starved of disk space, or raced.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from bntool.checkpoints.formats import open_checkpoint
+from bntool.cli.main import main
+
+SAMPLES = Path(__file__).parents[2] / "sample_ckpts"
+SOURCE = SAMPLES / "digits_training.pt"
+MODEL = ["--model", f"{SAMPLES / 'digits_net.py'}:build"]
+COMMANDS = {
+    "freeze": ["freeze", str(SOURCE)],
+    "convert": ["convert", str(SOURCE), "--to", "safetensors"],
+    "fold": ["fold", str(SAMPLES / "digits.pt"), *MODEL, "--input-shape", "1,1,16,16"],
+    "recalibrate": [
+        *("recalibrate", str(SAMPLES / "drifted.pt"), *MODEL, "--data", str(SAMPLES / "digits_train.npz")),
+        *("--samples", "32"),
+    ],
+}
+# the moments that matter: after so many calls that write to the disk, the process is killed
+KILLER = """
+import os, signal, sys
+from bntool.checkpoints import files
+from bntool.cli.main import main
+left = int(sys.argv[1])
+def mortal(name):
+    original = getattr(os, name)
+    def call(*arguments, **keywords):
+        global left
+        left -= 1
+        if left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*arguments, **keywords)
+    setattr(os, name, call)
+for name in ("fsync", "chmod", "link", "unlink", "replace", "fdopen"):
+    mortal(name)
+code = main(sys.argv[2:])
+print("left", left)
+sys.exit(code)
+"""
+TIMES_KILLED = {"freeze": 3, "convert": 3, "fold": 1, "recalibrate": 1}  # the last two import torch
+
+
+def _run(arguments: list[str], **options: object) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(  # type: ignore[call-overload,no-any-return]
+        arguments, capture_output=True, text=True, env=environment, timeout=120, check=False, **options
+    )
+
+
+def _holds_a_whole_file(path: Path) -> bool:
+    with open_checkpoint(path) as checkpoint:
+        checkpoint.format.verify_checksums(checkpoint)
+        return bool(checkpoint.state_dicts)
+
+
+def _leftovers(folder: Path) -> list[Path]:
+    """Temporary files: hidden, and never by a name that a checkpoint has."""
+    left = [path for path in folder.iterdir() if path.name.startswith(".")]
+    assert all(path.suffix == ".writing" for path in left)
+    return left
+
+
+@pytest.mark.parametrize("moment", range(1, 6))
+def test_killed_at_every_step_of_appearing(moment: int, tmp_path: Path) -> None:
+    target = tmp_path / "out.pt"
+    target.write_bytes(b"the old file")
+    arguments = [*COMMANDS["freeze"], "-o", str(target), "--force", "--quiet"]
+    result = _run([sys.executable, "-c", KILLER, str(moment), *arguments])
+    if result.returncode == 0:
+        assert moment > 3  # it wrote with fewer calls than that
+    else:
+        assert result.returncode == -signal.SIGKILL, result.stderr
+    assert target.read_bytes() == b"the old file" or _holds_a_whole_file(target)
+    assert len(_leftovers(tmp_path)) <= 1
+    again = _run([sys.executable, "-m", "bntool", *arguments])  # what a killed run left is in nobody's way
+    assert again.returncode == 0, again.stderr
+    assert _holds_a_whole_file(target)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_killed_at_a_random_moment(command: str, tmp_path: Path) -> None:
+    suffix = ".safetensors" if command == "convert" else ".pt"
+    reference = tmp_path / f"reference{suffix}"
+    started = time.perf_counter()
+    result = _run([sys.executable, "-m", "bntool", *COMMANDS[command], "-o", str(reference), "--quiet"])
+    duration = time.perf_counter() - started
+    assert result.returncode == 0, result.stderr
+    rng = random.Random(command)
+    for number in range(TIMES_KILLED[command]):
+        target = tmp_path / f"out-{number}{suffix}"
+        process = subprocess.Popen(
+            [sys.executable, "-m", "bntool", *COMMANDS[command], "-o", str(target), "--quiet"],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        time.sleep(duration * rng.uniform(0.8, 1.0))
+        process.kill()
+        process.wait()
+        assert not target.exists() or _holds_a_whole_file(target)
+    assert len(_leftovers(tmp_path)) <= TIMES_KILLED[command]
+
+
+@pytest.mark.parametrize("command", ["freeze", "convert"])
+def test_no_space_left(command: str, tmp_path: Path) -> None:
+    target = tmp_path / "out.pt"
+    target.write_bytes(b"the old file")
+
+    def limit() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # a write beyond the limit then fails with an error
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
+
+    arguments = [sys.executable, "-m", "bntool", *COMMANDS[command], "-o", str(target), "--force"]
+    result = _run(arguments, preexec_fn=limit)
+    assert result.returncode == 3, result.stderr
+    assert "Traceback" not in result.stderr
+    assert str(target) in result.stderr
+    assert target.read_bytes() == b"the old file"
+    assert _leftovers(tmp_path) == []
+
+
+def test_a_full_device(tmp_path: Path) -> None:
+    """A file system of its own, where this process may mount one."""
+    place = tmp_path / "small"
+    place.mkdir()
+    mounted = _run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(place)])
+    if mounted.returncode:
+        pytest.skip("this process cannot mount a file system")
+    try:
+        (place / "out.pt").write_bytes(b"the old file")
+        result = _run([sys.executable, "-m", "bntool", *COMMANDS["freeze"], "-o", str(place / "out.pt"), "--force"])
+        assert (result.returncode, "space" in result.stderr) == (3, True), result.stderr
+        assert [path.name for path in place.iterdir()] == ["out.pt"]
+        assert (place / "out.pt").read_bytes() == b"the old file"
+    finally:
+        _run(["umount", str(place)])
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_folder_that_cannot_be_written(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "locked"
+    folder.mkdir()
+    folder.chmod(0o555)
+    try:
+        if os.access(folder, os.W_OK):
+            pytest.skip("permissions do not hold for root")
+        assert main([*COMMANDS[command], "-o", str(folder / "out.pt")]) == 3
+        assert "no permission" in capsys.readouterr().err
+    finally:
+        folder.chmod(0o755)
+
+
+def _as_it_is(path: Path) -> Path:
+    return path
+
+
+def _by_link(path: Path) -> Path:
+    link = path.with_name("link.pt")
+    link.symlink_to(path)
+    return link
+
+
+def _by_hard_link(path: Path) -> Path:
+    link = path.with_name("hard.pt")
+    os.link(path, link)
+    return link
+
+
+def _by_another_path(path: Path) -> Path:
+    return path.parent / ".." / path.parent.name / path.name
+
+
+@pytest.mark.parametrize("spell", [_as_it_is, _by_link, _by_hard_link, _by_another_path])
+@pytest.mark.parametrize("command", ["freeze", "convert", "fold", "recalibrate"])
+def test_the_output_is_never_the_input(
+    command: str, spell: Callable[[Path], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = tmp_path / "in.pt"
+    source.write_bytes(Path(COMMANDS[command][1]).read_bytes())
+    before = source.read_bytes()
+    arguments = [COMMANDS[command][0], str(source), *COMMANDS[command][2:], "-o", str(spell(source)), "--force"]
+    assert main([*arguments, "--json"]) == 2
+    (facts,) = json.loads(capsys.readouterr().out)["files"]
+    assert "the output is the input" in facts["error"]["message"]
+    assert source.read_bytes() == before
+    assert _leftovers(tmp_path) == []
+
+
+def test_two_writers_at_once(tmp_path: Path) -> None:
+    """Without --force exactly one wins; the other says that the file appeared, or that it exists."""
+    target = tmp_path / "out.pt"
+    arguments = [sys.executable, "-m", "bntool", *COMMANDS["freeze"], "-o", str(target), "--quiet"]
+    writers = [subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True) for _ in range(3)]
+    messages = [writer.communicate()[1] for writer in writers]
+    assert sorted(writer.returncode for writer in writers) == [0, 3, 3], messages
+    assert all("--force" in message for message, w in zip(messages, writers, strict=True) if w.returncode)
+    assert _holds_a_whole_file(target)
+    assert _leftovers(tmp_path) == []
