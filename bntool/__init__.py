@@ -22,11 +22,6 @@ if TYPE_CHECKING:
     from bntool.checkpoints.formats import save_checkpoint as save_checkpoint
     from bntool.checkpoints.norms import find_batchnorms as find_batchnorms
     from bntool.errors import BntoolError as BntoolError
-    from bntool.layers.freezing import apply_freeze as apply_freeze
-    from bntool.layers.freezing import freeze as freeze
-    from bntool.layers.freezing import frozen as frozen
-    from bntool.layers.freezing import unfreeze as unfreeze
-    from bntool.operations.comparison import compare_checkpoints as compare_checkpoints
     from bntool.layers.folding import load_folded as load_folded
     from bntool.layers.freezing import apply_freeze as apply_freeze
     from bntool.layers.freezing import freeze as freeze
@@ -46,15 +41,11 @@ _PUBLIC = {
     "Plan": "bntool.plan",
     "StateDict": "bntool.checkpoints.checkpoint",
     "apply_freeze": "bntool.layers.freezing",
-    "apply_freeze": "bntool.layers.freezing",
     "apply_plan": "bntool.checkpoints.application",
     "choose_state_dict": "bntool.checkpoints.checkpoint",
     "compare_checkpoints": "bntool.operations.comparison",
-    "compare_checkpoints": "bntool.operations.comparison",
     "find_batchnorms": "bntool.checkpoints.norms",
     "fold": "bntool.operations.proven_folding",
-    "freeze": "bntool.layers.freezing",
-    "frozen": "bntool.layers.freezing",
     "freeze": "bntool.layers.freezing",
     "frozen": "bntool.layers.freezing",
     "inspect_checkpoint": "bntool.operations.inspection",
@@ -63,7 +54,6 @@ _PUBLIC = {
     "recalibrate": "bntool.operations.recalibration",
     "save_checkpoint": "bntool.checkpoints.formats",
     "scale_and_shift": "bntool.batchnorm",
-    "unfreeze": "bntool.layers.freezing",
     "unfreeze": "bntool.layers.freezing",
 }
 

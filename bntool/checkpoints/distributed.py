@@ -60,7 +60,7 @@ class Distributed(Format):
             globals=list_globals(pickle, *_read_objects(content, items, folder)),
         )
 
-    def write(self, checkpoint: Checkpoint, path: Path, output: OutputFiles) -> None:
+    def write(self, checkpoint: Checkpoint, path: Path, output: OutputFiles) -> None:  # noqa: ARG002 (refused)
         raise RefusedError(
             "folders of torch.distributed.checkpoint are read, not written; make one file of it with "
             "bntool convert CKPT --to torch -o NEW, and work on that",

@@ -52,9 +52,8 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         CorruptFileError: it contradicts its own format.
         UnsafeFileError: it is built to do harm.
     """
-    if os.path.isdir(path) and os.path.lexists(os.path.join(path, METADATA)):
-        path = os.path.join(path, METADATA)
-    return open_file(SourceFile(path))
+    inside = Path(path) / METADATA
+    return open_file(SourceFile(inside if inside.is_file() else path))
 
 
 def open_file(file: SourceFile) -> Checkpoint:

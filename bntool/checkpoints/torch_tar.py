@@ -17,7 +17,7 @@ from bntool.checkpoints.pickles.trust import list_globals
 from bntool.checkpoints.tensors import MAX_DIMENSIONS, Storage, StoredTensor
 from bntool.checkpoints.torch_objects import find_state_dicts, with_tensor_sources
 from bntool.checkpoints.torch_patches import patch_storage
-from bntool.checkpoints.torch_tensors import TensorReader
+from bntool.checkpoints.torch_tensors import StorageReference, TensorReader
 from bntool.checkpoints.value_patches import Patches, collect_value_patches
 from bntool.errors import CorruptFileError, UnknownFormatError, UnsafeFileError
 
@@ -206,10 +206,10 @@ class _TarReader(TensorReader):
 
     def read(self, node: Node) -> StoredTensor | None:
         if isinstance(node, PersistentId):
-            number = node.value if type(node.value) is int else text_of(node.value)
-            if number is None or not (type(number) is int or number.isdecimal()):
+            number = str(node.value) if type(node.value) is int else text_of(node.value)
+            if number is None or not number.isdecimal():
                 return None  # a class with its source code
-            tensor = self._tensors.get(int(number)) if len(str(number)) < 20 else None
+            tensor = self._tensors.get(int(number)) if len(number) < 20 else None
             if tensor is None:
                 raise CorruptFileError("a tensor is missing from the tar archive")
             return tensor
@@ -224,5 +224,5 @@ def _has_arguments(node: Instance) -> bool:
     return isinstance(node.arguments, tuple) and bool(node.arguments)
 
 
-def _no_storage(reference: object) -> Storage:
-    raise CorruptFileError("a storage outside of its member")
+def _no_storage(reference: StorageReference) -> Storage:
+    raise CorruptFileError(f"storage {reference.key!r:.80} is not where those of tar files are")

@@ -89,7 +89,7 @@ def plan_freeze(  # noqa: PLR0913 each is an option of the command
         raise UsageError("with --no-norm-eval and without --no-requires-grad or --frozen-stages nothing is frozen")
     if checkpoint.format.name == "onnx" and form is FreezeForm.POLICY and for_file:
         raise RefusedError(
-            "an ONNX model is a program for inference: nothing in it trains, so that there is nothing to freeze; freeze the "
+            "an ONNX model is a program for inference: nothing in it trains, so there is nothing to freeze; freeze the "
             "model that it was exported from",
             path=checkpoint.path,
         )

@@ -212,7 +212,7 @@ def _inspect_layer(layer: BatchNorm, *, recalibrated: bool) -> LayerInspection:
             f"{', '.join(unread)}: the file holds no plain elements (uninitialised, meta, or too large to be read)"
         )
         findings.append(Finding(FindingCode.NOT_INITIALISED, Severity.WARNING, "no elements", message))
-    of_torch = not layer.class_path or layer.class_path.startswith("torch.")  # ONNX and Caffe layers have no counter to miss
+    of_torch = not layer.class_path or layer.class_path.startswith("torch.")  # others have no such counter
     if of_torch and layer.kind is NormKind.BATCH_NORM and "num_batches_tracked" not in layer.tensors:
         message = (
             "num_batches_tracked is missing: saved before torch 0.4.1, or by another framework; harmless in eval mode, "

@@ -23,7 +23,7 @@ from bntool.layers.borrowing import borrow
 
 TOLERANCE = 1e-5  # relative to the largest output; for the tensors as they are written
 EXACT = 1e-9  # the same, in float64
-_NOISE = 32  # times what the original model itself loses to its dtype
+_NOISE = 16  # times what the original model itself loses to its dtype
 _CHAOS = 1e-2  # however much a model amplifies rounding, an error beyond is wrong
 
 
@@ -58,7 +58,7 @@ def verify(
 ) -> Agreement:
     """Hold a changed model against the original.
 
-    In float64 they agree to 1e-9 of the largest magnitude of each output, or to 32 times what the model makes of
+    In float64 they agree to 1e-9 of the largest magnitude of each output, or to 16 times what the model makes of
     rounding there, or the change is wrong.
 
     Args:
@@ -66,7 +66,7 @@ def verify(
         change: makes the same change to any copy of the model, in the dtype of that copy.
         changed: the model with the tensors that are to be written.
         inputs: each a tensor, a tuple of positional or a dict of keyword arguments.
-        tolerance: largest error, relative to the largest magnitude of each output, of ``changed`` in float64; 32 times
+        tolerance: largest error, relative to the largest magnitude of each output, of ``changed`` in float64; 16 times
             the noise of the original's own dtype is always allowed.
 
     Raises:

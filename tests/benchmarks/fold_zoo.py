@@ -139,7 +139,7 @@ def judge(make: Factory, seed: int = 0) -> dict:
                 error = max(error, float((a - b).abs().max() / a.abs().max().clamp_min(1e-30)))
     reasons = Counter(skip.reason.value for skip in plan.skips)
     levels = Counter(fold.level.value + ("/stays" if fold.stays else "") for fold in plan.folds)
-    wrong = not error < WRONG and not error < min(32 * measure_rounding(model, others), 1e-2)
+    wrong = not error < WRONG and not error < min(16 * measure_rounding(model, others), 1e-2)
     return {
         "status": "wrong" if wrong else "ok",
         "total": total,

@@ -88,7 +88,8 @@ def test_key_names_never_reach_the_terminal_raw(capsys: pytest.CaptureFixture[st
 def test_neither_torch_nor_numpy_is_imported() -> None:
     script = (
         "import sys; from bntool.cli.main import main; code = main(sys.argv[1:]);"
-        "loaded = {'torch', 'numpy', 'rich', 'safetensors'} & set(sys.modules); assert not loaded, loaded; sys.exit(code)"
+        "loaded = {'torch', 'numpy', 'rich', 'safetensors'} & set(sys.modules); assert not loaded, loaded;"
+        "sys.exit(code)"
     )
     arguments = ["inspect", *(str(p) for p in sorted(SAMPLES.glob("*.pt"))), str(SAMPLES / "digits.safetensors")]
     for extra in ([], ["--json"], ["--stats"], ["--verify-crc"]):

@@ -103,7 +103,6 @@ class ZipArchive:
         if self.has_checksums and crc != record.crc:
             raise CorruptFileError(f"checksum of record {record.name!r:.80} differs: the file is damaged")
 
-
     def check_records(self) -> int | None:
         """Hold all records against their checksums; how many there are, None where the archive has no checksums.
 

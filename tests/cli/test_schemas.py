@@ -1,0 +1,66 @@
+"""Real output of every command against its schema in docs/schema/."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+
+from bntool.cli.main import main
+
+ROOT = Path(__file__).parents[2]
+SAMPLES = ROOT / "sample_ckpts"
+SCHEMAS = {path.stem: json.loads(path.read_text()) for path in (ROOT / "docs" / "schema").glob("*.json")}
+MODEL = ["--model", f"{SAMPLES / 'digits_net.py'}:build", "--data", str(SAMPLES / "digits_train.npz")]
+
+# sample files are named by what follows an @; OUT is a file to write
+CASES = [
+    "recalibrate @drifted.pt MODEL --samples 32 --dry-run",
+    "recalibrate @drifted.pt MODEL --samples 32 --method exact -o OUT",
+    "recalibrate @broken_nan_variance.pt MODEL --samples 32 --dry-run",
+    "recalibrate absent.pt MODEL --samples 32 --dry-run",
+    "freeze @digits.pt --dry-run",
+    "freeze @digits_training.pt --no-requires-grad --as constant --eps 1e-5 --dry-run",
+    "freeze @digits_module.pt --frozen-stages 1 --no-requires-grad -o OUT",
+    "freeze @digits_training.pt --frozen-stages 1 --emit python --dry-run",
+    "freeze absent.pt --dry-run",
+    "diff @digits.pt @drifted.pt",
+    "diff @digits.pt @broken_nan_variance.pt --expect stats-only",
+    "diff @digits.pt @digits.safetensors --expect identical",
+    "diff @digits.pt absent.pt",
+    "convert @digits.pt --to safetensors -o OUT",
+    "convert @digits.pt --to frozen-batchnorm --eps 1e-5 --dry-run",
+    "convert @digits.pt --to batchnorm --dry-run",
+    "convert @digits_training.pt --to torch -o OUT",
+    "inspect @digits_module.pt --all",
+    "inspect absent.pt",
+]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_output_fits_the_schema(case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments: list[str] = []
+    for word in case.split():
+        if word == "MODEL":
+            arguments += MODEL
+        elif word == "OUT":
+            arguments.append(str(tmp_path / "out"))
+        else:
+            arguments.append(str(SAMPLES / word[1:]) if word.startswith("@") else word)
+    main([*arguments, "--json"])
+    document = json.loads(capsys.readouterr().out, parse_constant=_refuse)
+    jsonschema.validate(document, SCHEMAS[arguments[0]])
+    (facts,) = document["files"]
+    assert ("error" in facts) == ("absent.pt" in case or "--to batchnorm" in case), facts.get("error")
+
+
+def _refuse(text: str) -> Any:
+    raise AssertionError(f"{text} is not JSON")
+
+
+def test_schemas_are_schemas() -> None:
+    for schema in SCHEMAS.values():
+        jsonschema.Draft202012Validator.check_schema(schema)
