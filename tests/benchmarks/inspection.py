@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import struct
 import tempfile
+import warnings
 from pathlib import Path
 
 import torch
@@ -66,6 +67,32 @@ def write_sparse_safetensors(path: Path, *, gigabytes: int) -> None:
         stream.truncate(8 + len(text) + position)
 
 
+def write_other_layouts(state: dict[str, torch.Tensor], folder: Path) -> dict[str, Path]:
+    """The same tensors in the other layouts: TorchScript, .pt2, a folder of torch.distributed.checkpoint, a pickle of arrays."""
+    from tests.checkpoints.foreign import save_distributed, write_numpy_pickle
+
+    root = nn.Module()
+    for name, tensor in state.items():
+        owner, leaf = root, name.rpartition(".")[2]
+        for part in name.split(".")[:-1]:
+            if part not in dict(owner.named_children()):
+                owner.add_module(part, nn.Module())
+            owner = owner.get_submodule(part)
+        owner.register_buffer(leaf, tensor)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # TorchScript is deprecated
+        torch.jit.script(root).save(folder / "r50_script.pt")
+        root.forward = lambda x: x + root.get_buffer("bn1.running_mean")[0]  # type: ignore[assignment]
+        torch.export.save(torch.export.export(root, (torch.zeros(1),)), folder / "r50.pt2")
+    save_distributed(state, folder / "r50_folder")
+    return {
+        "r50_script.pt": folder / "r50_script.pt",
+        "r50.pt2": folder / "r50.pt2",
+        "r50_folder": folder / "r50_folder",
+        "r50.pkl": write_numpy_pickle(state, folder),
+    }
+
+
 def run(rounds: int = 9) -> None:
     """Print the table."""
     with tempfile.TemporaryDirectory() as folder:
@@ -76,6 +103,7 @@ def run(rounds: int = 9) -> None:
         torch.save(state, legacy, _use_new_zipfile_serialization=False)
         save_file(state, safe)
         write_sparse_safetensors(sparse, gigabytes=10)
+        others = write_other_layouts(state, Path(folder))
         load = f"import torch; torch.load({str(zipped)!r}, weights_only=True, mmap=True)"
         inspect = ("-m", "bntool", "inspect")
         peer = "import torch; torch.load(.pt, mmap=True)"
@@ -87,6 +115,9 @@ def run(rounds: int = 9) -> None:
             "inspect r50_legacy.pth --json": (python(*inspect, str(legacy), "--json"), False),
             "inspect r50.safetensors --json": (python(*inspect, str(safe), "--json"), False),
             "inspect 10gb.safetensors --json": (python(*inspect, str(sparse), "--json"), False),
+            **{
+                f"inspect {name} --json": (python(*inspect, str(path), "--json"), False) for name, path in others.items()
+            },
             "bntool --help": (python("-m", "bntool", "--help"), False),
         }
         print_table(measure(commands, rounds=rounds), peer=peer)
