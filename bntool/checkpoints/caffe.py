@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from bntool.checkpoints.checkpoint import Checkpoint, Format, StateDict
-from bntool.checkpoints.files import OutputFiles, SourceFile
+from bntool.checkpoints.files import SourceFile
+from bntool.checkpoints.outputs import OutputFiles
 from bntool.errors import CorruptFileError
 
 

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from bntool.checkpoints.checkpoint import Checkpoint, StateDict
-from bntool.checkpoints.files import OutputFiles, SourceFile, check_output_differs
+from bntool.checkpoints.files import SourceFile
+from bntool.checkpoints.outputs import OutputFiles, check_output_differs
 from bntool.checkpoints.pickles.nodes import Construction, Dict, Global, Instance, Node, PersistentId, Update
 from bntool.checkpoints.pickles.writing import write_pickle
 from bntool.checkpoints.safetensors_file import Safetensors, make_header

@@ -8,7 +8,8 @@ from pathlib import Path
 from bntool.checkpoints.checkpoint import Checkpoint, Format, StateDict
 from bntool.checkpoints.distributed_pieces import FolderReader, Item, Piece, assemble
 from bntool.checkpoints.dtypes import BY_NAME
-from bntool.checkpoints.files import OutputFiles, SourceFile
+from bntool.checkpoints.files import SourceFile
+from bntool.checkpoints.outputs import OutputFiles
 from bntool.checkpoints.pickles.nodes import (
     Construction,
     Dict,

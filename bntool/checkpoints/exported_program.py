@@ -12,7 +12,8 @@ from typing import IO, Any
 from bntool.checkpoints.checkpoint import Checkpoint, Format, ModuleInfo, StateDict, find_prefix
 from bntool.checkpoints.dtypes import BY_NAME
 from bntool.checkpoints.exported_graph import read_batchnorms
-from bntool.checkpoints.files import OutputFiles, SourceFile
+from bntool.checkpoints.files import SourceFile
+from bntool.checkpoints.outputs import OutputFiles
 from bntool.checkpoints.safetensors_file import parse_json
 from bntool.checkpoints.tensors import MAX_DIMENSIONS, Storage, StoredTensor, Tensor
 from bntool.checkpoints.torch_patches import patch_storage

@@ -9,9 +9,10 @@ from bntool.checkpoints.caffe import Caffe
 from bntool.checkpoints.checkpoint import Checkpoint, Format
 from bntool.checkpoints.distributed import METADATA, Distributed
 from bntool.checkpoints.exported_program import ExportedProgram
-from bntool.checkpoints.files import OutputFiles, SourceFile, check_output_differs
+from bntool.checkpoints.files import SourceFile
 from bntool.checkpoints.numpy_pickle import NumpyPickle
 from bntool.checkpoints.onnx_file import Onnx
+from bntool.checkpoints.outputs import OutputFiles, check_output_differs
 from bntool.checkpoints.safetensors_file import Safetensors
 from bntool.checkpoints.sharded import Sharded
 from bntool.checkpoints.tensors import LiteralTensor, StoredTensor, read_bytes
@@ -53,7 +54,8 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         UnsafeFileError: it is built to do harm.
     """
     inside = Path(path) / METADATA
-    return open_file(SourceFile(inside if inside.is_file() else path))
+    is_folder = os.path.isfile(inside)  # noqa: PTH113 (Path.is_file raises for names that no file can have)
+    return open_file(SourceFile(inside if is_folder else path))
 
 
 def open_file(file: SourceFile) -> Checkpoint:

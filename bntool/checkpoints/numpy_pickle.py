@@ -6,8 +6,9 @@ import dataclasses
 from pathlib import Path
 
 from bntool.checkpoints.checkpoint import Checkpoint, Format, StateDict
-from bntool.checkpoints.files import OutputFiles, SourceFile
+from bntool.checkpoints.files import SourceFile
 from bntool.checkpoints.numpy_arrays import ArrayReader, can_hold, make_array, replace_data
+from bntool.checkpoints.outputs import OutputFiles
 from bntool.checkpoints.pickles.nodes import Node, as_mapping, is_mapping
 from bntool.checkpoints.pickles.reading import Pickle, read_pickle
 from bntool.checkpoints.pickles.trust import list_globals

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import IO, TypeAlias
 
 from bntool.checkpoints.checkpoint import Checkpoint
-from bntool.checkpoints.files import OutputFiles, SourceFile, check_output_differs
+from bntool.checkpoints.files import SourceFile
 from bntool.checkpoints.onnx_file import Onnx
 from bntool.checkpoints.onnx_graph import (
     GRAPH_INPUTS,
@@ -32,6 +32,7 @@ from bntool.checkpoints.onnx_tensors import (
     ExternalData,
     is_external,
 )
+from bntool.checkpoints.outputs import OutputFiles, check_output_differs
 from bntool.checkpoints.protobufs.reading import Message
 from bntool.checkpoints.protobufs.writing import Content, Edits, embed, integer_field, unused_name, write_content
 from bntool.checkpoints.tensors import StoredTensor, Tensor, count_elements

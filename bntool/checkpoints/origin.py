@@ -14,7 +14,8 @@ def describe_origin(checkpoint: Checkpoint) -> str:
     """For example ``mmengine, epoch 12, Adam state, EMA``; ``bare state dict`` where there is nothing else."""
     entries = checkpoint.entries
     parts = [*_producer(entries), *_progress(entries)]
-    parts += [f"pickled {_class_name(s.modules[''].class_path)}" for s in checkpoint.state_dicts if s.is_module]
+    word = "compiled" if checkpoint.format.holds_code else "pickled"
+    parts += [f"{word} {_class_name(s.modules[''].class_path)}" for s in checkpoint.state_dicts if s.is_module]
     only = checkpoint.state_dicts[0] if len(checkpoint.state_dicts) == 1 else None
     if only is not None and not only.key and not only.modules and not parts:
         parts.append("bare state dict")

@@ -11,7 +11,8 @@ from typing import IO, Any
 
 from bntool.checkpoints.checkpoint import Checkpoint, Format, StateDict, find_prefix
 from bntool.checkpoints.dtypes import BY_SAFETENSORS
-from bntool.checkpoints.files import OutputFiles, SourceFile
+from bntool.checkpoints.files import SourceFile
+from bntool.checkpoints.outputs import OutputFiles
 from bntool.checkpoints.tensors import (
     MAX_DIMENSIONS,
     Storage,

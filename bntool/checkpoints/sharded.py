@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from bntool.checkpoints.checkpoint import Checkpoint, Format, GlobalName, StateDict, find_prefix
-from bntool.checkpoints.files import OutputFiles, SourceFile, check_output_differs
+from bntool.checkpoints.files import SourceFile
+from bntool.checkpoints.outputs import OutputFiles, check_output_differs
 from bntool.checkpoints.safetensors_file import parse_json
 from bntool.checkpoints.tensors import Tensor, count_elements
 from bntool.errors import CorruptFileError, RefusedError, UnsafeFileError

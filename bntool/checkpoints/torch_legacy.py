@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import IO
 
 from bntool.checkpoints.checkpoint import Checkpoint, Format, StateDict
-from bntool.checkpoints.files import OutputFiles, SourceFile
+from bntool.checkpoints.files import SourceFile
+from bntool.checkpoints.outputs import OutputFiles
 from bntool.checkpoints.pickles.nodes import as_mapping, is_mapping, text_of
 from bntool.checkpoints.pickles.reading import Pickle, read_pickle
 from bntool.checkpoints.pickles.trust import list_globals

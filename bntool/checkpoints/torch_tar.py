@@ -10,7 +10,8 @@ from pathlib import Path
 
 from bntool.checkpoints.checkpoint import Checkpoint, Format
 from bntool.checkpoints.dtypes import BY_STORAGE, DType
-from bntool.checkpoints.files import OutputFiles, SourceFile
+from bntool.checkpoints.files import SourceFile
+from bntool.checkpoints.outputs import OutputFiles
 from bntool.checkpoints.pickles.nodes import Global, Instance, Node, PersistentId, as_mapping, is_mapping, text_of
 from bntool.checkpoints.pickles.reading import Pickle, read_pickle
 from bntool.checkpoints.pickles.trust import list_globals

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from bntool.checkpoints.checkpoint import Checkpoint, Format
-from bntool.checkpoints.files import OutputFiles, SourceFile
+from bntool.checkpoints.files import SourceFile
+from bntool.checkpoints.outputs import OutputFiles
 from bntool.checkpoints.pickles.nodes import as_mapping, is_mapping
 from bntool.checkpoints.pickles.reading import read_pickle_bytes
 from bntool.checkpoints.pickles.trust import list_globals

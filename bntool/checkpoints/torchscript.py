@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from bntool.checkpoints.checkpoint import Checkpoint, Format, ModuleInfo, StateDict, find_prefix
-from bntool.checkpoints.files import OutputFiles, SourceFile
+from bntool.checkpoints.files import SourceFile
+from bntool.checkpoints.outputs import OutputFiles
 from bntool.checkpoints.pickles.nodes import Dict, Instance, Node, as_mapping
 from bntool.checkpoints.pickles.reading import read_pickle_bytes
 from bntool.checkpoints.pickles.trust import list_globals

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from bntool.checkpoints.checkpoint import Checkpoint
-from bntool.checkpoints.files import OutputFiles, SourceFile, check_output_differs
+from bntool.checkpoints.files import SourceFile
+from bntool.checkpoints.outputs import OutputFiles, check_output_differs
 from bntool.checkpoints.prototxt import Prototxt, read_prototxt
 from bntool.errors import RefusedError, UsageError
 

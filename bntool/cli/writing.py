@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from bntool.checkpoints.checkpoint import Checkpoint
-from bntool.checkpoints.files import OutputFiles, check_output_differs
 from bntool.checkpoints.formats import save_checkpoint
+from bntool.checkpoints.outputs import OutputFiles, check_output_differs
 from bntool.errors import RefusedError, UsageError
 from bntool.plan import Plan
 

@@ -68,7 +68,7 @@ def write_sparse_safetensors(path: Path, *, gigabytes: int) -> None:
 
 
 def write_other_layouts(state: dict[str, torch.Tensor], folder: Path) -> dict[str, Path]:
-    """The same tensors in the other layouts: TorchScript, .pt2, a folder of torch.distributed.checkpoint, a pickle of arrays."""
+    """The same tensors in other layouts: TorchScript, .pt2, torch.distributed.checkpoint, a pickle of arrays."""
     from tests.checkpoints.foreign import save_distributed, write_numpy_pickle
 
     root = nn.Module()
@@ -116,7 +116,8 @@ def run(rounds: int = 9) -> None:
             "inspect r50.safetensors --json": (python(*inspect, str(safe), "--json"), False),
             "inspect 10gb.safetensors --json": (python(*inspect, str(sparse), "--json"), False),
             **{
-                f"inspect {name} --json": (python(*inspect, str(path), "--json"), False) for name, path in others.items()
+                f"inspect {name} --json": (python(*inspect, str(path), "--json"), False)
+                for name, path in others.items()
             },
             "bntool --help": (python("-m", "bntool", "--help"), False),
         }

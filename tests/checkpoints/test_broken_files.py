@@ -38,6 +38,29 @@ def _archive(pickle_bytes: bytes, records: dict[str, bytes] | None = None, *, de
     return buffer.getvalue()
 
 
+def _script(records: dict[str, bytes] | None = None) -> bytes:
+    """A TorchScript archive of one module with one buffer."""
+    text = b'class M(Module):\n  __buffers__ = ["a.weight", ]\n'
+    module = b"\x80\x02c__torch__\nM\n)\x81" + _tensor()[2:-1] + b"b."
+    return _archive(module, {"constants.pkl": b"\x80\x02).", "code/__torch__.py": text, **(records or {})})
+
+
+def _export(config: str) -> bytes:
+    """A torch.export archive with one weight of 16 bytes."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        archive.writestr("m/archive_format", "pt2")
+        archive.writestr("m/data/weights/model_weights_config.json", config)
+        archive.writestr("m/data/weights/weight_0", bytes(16))
+    return buffer.getvalue()
+
+
+def _weight(path_name: str = "weight_0", **changes: Any) -> str:
+    meta = {"dtype": 7, "sizes": [{"as_int": 4}], "strides": [{"as_int": 1}], "storage_offset": {"as_int": 0}}
+    entry = {"path_name": path_name, "is_param": True, "use_pickle": False}
+    return json.dumps({"config": {"a.weight": {**entry, "tensor_meta": {**meta, "layout": 7, **changes}}}})
+
+
 def _legacy(pickle_bytes: bytes, keys: Any = ("0",), tail: bytes = struct.pack("<q", 4) + bytes(16)) -> bytes:
     head = [0x1950A86A20F9469CFC6C, 1001, {"protocol_version": 1001, "little_endian": True, "type_sizes": {}}]
     parts = [pickle.dumps(part, 2) for part in head]
@@ -245,11 +268,14 @@ BROKEN: dict[str, Case] = {
     "zip_encrypted.pt": (_encrypted, CorruptFileError, "encrypted"),
     "zip_with_uncounted_record.pt": (_hidden_entry, CorruptFileError, "more than it counts"),
     "zip_with_tail.pt": (lambda: _archive(_tensor()) + b"tail", CorruptFileError, "bytes follow"),
-    "torchscript.pt": (
-        lambda: _archive(_tensor(), {"constants.pkl": b"N.", "code/x.py": b""}),
-        UnknownFormatError,
-        "TorchScript",
-    ),
+    "torchscript_storage_missing.pt": (_script, CorruptFileError, "missing"),
+    "torchscript_storage_short.pt": (lambda: _script({"data/0": bytes(15)}), CorruptFileError, "15 bytes"),
+    "pt2_without_weights.pt2": (lambda: _export('{"config": []}'), CorruptFileError, "malformed"),
+    "pt2_with_nan.pt2": (lambda: _export('{"config": NaN}'), CorruptFileError, "not valid JSON"),
+    "pt2_storage_missing.pt2": (lambda: _export(_weight(path_name="weight_1")), CorruptFileError, "no elements"),
+    "pt2_out_of_bounds.pt2": (lambda: _export(_weight(sizes=[{"as_int": 5}])), CorruptFileError, "needs 20 bytes"),
+    "pt2_negative_size.pt2": (lambda: _export(_weight(sizes=[{"as_int": -4}])), CorruptFileError, "malformed"),
+    "pt2_unknown_dtype.pt2": (lambda: _export(_weight(dtype=99)), CorruptFileError, "not known"),
     "storage_missing.pt": (lambda: _archive(_tensor(), {}), CorruptFileError, "missing"),
     "storage_too_short.pt": (lambda: _archive(_tensor(), {"data/0": bytes(15)}), CorruptFileError, "15 bytes"),
     # tensors

@@ -18,8 +18,9 @@ import torch
 
 from bntool.checkpoints import files
 from bntool.checkpoints.application import apply_plan
-from bntool.checkpoints.files import CHUNK, OutputFiles, SourceFile
+from bntool.checkpoints.files import CHUNK, SourceFile
 from bntool.checkpoints.formats import open_checkpoint, save_checkpoint
+from bntool.checkpoints.outputs import OutputFiles
 from bntool.errors import BntoolError, CorruptFileError, UnreadableFileError, UnwritableFileError, UsageError
 from bntool.plan import Operation, Plan, SetTensor, Values
 from tests.checkpoints.samples import tiny_net, write_safetensors, write_sharded, write_zip
