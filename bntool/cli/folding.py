@@ -39,7 +39,8 @@ def command(
         typer.Option(
             "--pair",
             metavar="A=B",
-            help="Declare that only BatchNorm B reads A, e.g. conv1=bn1, instead of tracing. Repeatable.",
+            help="Declare that only BatchNorm B reads A, e.g. conv1=bn1, instead of tracing; @FILE holds one on each "
+            "line. Repeatable.",
             show_default=False,
         ),
     ] = None,
@@ -58,6 +59,15 @@ def command(
     tolerance: Annotated[
         float, typer.Option("--tolerance", help="Largest difference of outputs, relative to the largest output.")
     ] = 1e-5,
+    export: Annotated[
+        Path | None,
+        typer.Option(
+            "--export",
+            metavar="FILE.pt2",
+            help="Also write the folded model as a program (torch.export), its outputs compared too. Needs --model.",
+            show_default=False,
+        ),
+    ] = None,
     prototxt: Annotated[
         Path | None,
         typer.Option(
@@ -88,16 +98,19 @@ def command(
 
       bntool fold weights.safetensors --pair conv1=bn1 --eps 1e-5 -o folded.safetensors
 
+      bntool fold weights.safetensors --pair @pairs.txt --eps 1e-5 -o folded.safetensors
+
       bntool fold model.onnx -o folded.onnx
 
       bntool fold net.caffemodel --prototxt net.prototxt -o folded.caffemodel
     """
     from bntool.checkpoints.checkpoint import choose_state_dict
     from bntool.checkpoints.formats import open_checkpoint
+    from bntool.cli.exports import check_export, save_export
     from bntool.cli.nets import deploy_net, save_net
     from bntool.cli.writing import check_output, check_plan, save
     from bntool.errors import RefusedError
-    from bntool.graphs.declared import parse_pairs
+    from bntool.graphs.declared import read_pairs
     from bntool.operations.folding import Layout
     from bntool.operations.proven_folding import fold_checkpoint
     from bntool.reports.folding import describe_fold, show_fold
@@ -105,6 +118,8 @@ def command(
 
     with open_checkpoint(checkpoint) as opened:
         check_output(opened, output, dry_run=dry_run, force=force)
+        if export is not None:
+            check_export(opened, export, output, has_model=model is not None, force=force)
         source, net = deploy_net(opened, prototxt, None if dry_run else output, force=force)
         chosen = choose_state_dict(source, state_dict)
         if chosen.is_module and layout is LayoutOption.FOLDED:
@@ -127,19 +142,22 @@ def command(
             chosen,
             model=live,
             inputs=inputs or (),
-            pairs=parse_pairs(pair or ()),
+            pairs=read_pairs(pair or ()),
             layers=layers or (),
             layout=Layout(layout.value),
             eps=eps,
             tolerance=tolerance,
+            export=export is not None,
         )
         check_plan(result.plan, strict=strict)
         written = None if dry_run else str(output)
         if not dry_run and result.checkpoint is not None:
             save(result.checkpoint, output, force=force)
             save_net(result.checkpoint, net, output, force=force)
-        facts = describe_fold(result, output=written)
-        blocks = show_fold(result, chosen, output=written)
+            save_export(result.program, export, force=force)
+        exported = None if dry_run or result.program is None else str(export)
+        facts = describe_fold(result, output=written, export=exported)
+        blocks = show_fold(result, chosen, output=written, export=exported)
     print_report(Report("fold", (FileReport(str(checkpoint), facts, blocks),)), as_json=as_json, quiet=quiet)
     return 0
 

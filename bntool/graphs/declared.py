@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 
 from bntool.batchnorm import BatchNorm
 from bntool.checkpoints.checkpoint import StateDict
+from bntool.checkpoints.files import SourceFile
 from bntool.checkpoints.norms import find_norms
 from bntool.errors import RefusedError, UsageError
 from bntool.graphs.graph import Edge, Evidence, ModelGraph, Node, NodeKind
 
+_NORM_WORD = re.compile(r"(?:batch_?norm|norm|bn)", re.IGNORECASE)
 _VECTORS = ("weight", "bias", "running_mean", "running_var")
 
 
@@ -30,6 +33,50 @@ def parse_pairs(texts: Sequence[str]) -> dict[str, str]:
             raise UsageError(f"--pair {line!r}: one of the layers is in another pair already")
         pairs[batchnorm] = producer
     return pairs
+
+
+def read_pairs(texts: Sequence[str]) -> dict[str, str]:
+    """Pairs as ``--pair`` takes them: ``conv1=bn1``, or ``@FILE`` with one on each line; ``#`` starts a comment line.
+
+    Raises:
+        UsageError: as :func:`parse_pairs`, or the file is not UTF-8 text.
+        UnreadableFileError: the file cannot be read.
+    """
+    return parse_pairs([_read_text(text[1:]) if text.startswith("@") else text for text in texts])
+
+
+def _read_text(path: str) -> str:
+    with SourceFile(path) as file:
+        try:
+            return file.read(0, file.size).decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise UsageError("a file of pairs is UTF-8 text with PRODUCER=BATCHNORM on each line", path=path) from error
+
+
+def suggest_pairs(state_dict: StateDict) -> dict[str, str]:
+    """Pairs that names and channels make likely, from the BatchNorm to its producer: for a person to read only."""
+    pairs: dict[str, str] = {}
+    for norm in find_norms(state_dict):
+        if not norm.kind.is_batch_norm:
+            continue
+        for name in _likely_names(norm.name):
+            full = state_dict.full_name(f"{name}.weight")
+            shape = tuple(state_dict.tensors[full].shape) if full in state_dict.tensors else ()
+            if len(shape) >= 2 and shape[0] == norm.num_features and name not in pairs.values():
+                pairs[norm.name] = name
+                break
+    return pairs
+
+
+def _likely_names(batchnorm: str) -> Iterator[str]:
+    """``block.bn1`` follows ``block.conv1``, ``neck_bn`` follows ``neck``, ``stem.1`` follows ``stem.0``."""
+    path, dot, leaf = batchnorm.rpartition(".")
+    if leaf.isdigit():
+        yield f"{path}{dot}{int(leaf) - 1}"
+    elif _NORM_WORD.search(leaf):
+        for word in ("conv", "Conv", "fc", "linear", ""):
+            other = _NORM_WORD.sub(word, leaf, count=1)
+            yield from (f"{path}{dot}{name}" for name in (other, other.strip("_")) if name)
 
 
 def declare(state_dict: StateDict, pairs: Mapping[str, str]) -> ModelGraph:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ from bntool.checkpoints.application import apply_plan as apply_to_checkpoint
 from bntool.checkpoints.checkpoint import Checkpoint, StateDict
 from bntool.checkpoints.pickles.nodes import as_mapping, is_mapping
 from bntool.errors import RefusedError, UserCodeError
+from bntool.graphs.declared import suggest_pairs
 from bntool.graphs.graph import Evidence, ModelGraph
 from bntool.graphs.inputs import find_input
 from bntool.graphs.sources import Knowledge, build_graph
@@ -23,9 +24,11 @@ from bntool.layers.application import apply_plan, change_structure, read_state
 from bntool.layers.folding import describe_structure
 from bntool.layers.loading import load_state
 from bntool.layers.modules import find_batchnorm_modules, find_wrapper_prefix
+from bntool.operations.exporting import Program, export_program
 from bntool.operations.folding import FoldPlan, Layout, plan_fold
 from bntool.operations.recording import make_record
 from bntool.operations.verification import TOLERANCE, Agreement, verify
+from bntool.operations.weight_ranges import Removed, WeightRange, count_removed, measure_ranges
 from bntool.plan import RemoveEntry
 
 _RANDOM_INPUTS = 3
@@ -56,6 +59,9 @@ class CheckpointFold:
         agreement: of the outputs; None without a model.
         dropped: entries that no longer fit.
         warnings: what the user should know.
+        ranges: of the channels of each weight that was scaled.
+        removed: how much smaller the state dict is.
+        program: the folded model exported, where that was asked for.
     """
 
     plan: FoldPlan
@@ -63,6 +69,9 @@ class CheckpointFold:
     agreement: Agreement | None
     dropped: tuple[str, ...]
     warnings: tuple[str, ...]
+    ranges: tuple[WeightRange, ...] = ()
+    removed: Removed = dataclasses.field(default_factory=lambda: Removed(parameters=0, buffers=0))
+    program: Program | None = None
 
 
 def fold(
@@ -110,6 +119,7 @@ def fold_checkpoint(  # noqa: PLR0913 as many as the command has options
     layout: Layout = Layout.FOLDED,
     eps: float | None = None,
     tolerance: float = TOLERANCE,
+    export: bool = False,
 ) -> CheckpointFold:
     """Fold one state dict of a checkpoint.
 
@@ -119,6 +129,7 @@ def fold_checkpoint(  # noqa: PLR0913 as many as the command has options
         pairs: from the BatchNorm to its producer, declared instead of traced.
         layers, layout, eps: see :func:`~bntool.operations.folding.plan_fold`.
         tolerance: see :func:`~bntool.operations.verification.verify`.
+        export: export the folded model too, which needs ``model``.
 
     Raises:
         RefusedError: neither model nor pairs are given, or a pair contradicts shapes.
@@ -131,7 +142,7 @@ def fold_checkpoint(  # noqa: PLR0913 as many as the command has options
     if graph is None:
         raise RefusedError(
             "a state dict does not say what feeds what: give the model with --model FILE.py:factory, which is traced "
-            "and verified, or declare pairs with --pair PRODUCER=BATCHNORM"
+            f"and verified, or declare pairs with --pair PRODUCER=BATCHNORM{_suggest(state_dict)}"
         )
     if model is not None and pairs:
         graph = _with_eps(graph, model)
@@ -146,7 +157,7 @@ def fold_checkpoint(  # noqa: PLR0913 as many as the command has options
         record = make_record(plan, layout=layout.value, folds=folds, **evidence, **describe_structure(plan.steps))
         plan = plan.with_record(record)  # type: ignore[assignment]
     edited = apply_to_checkpoint(checkpoint, plan)
-    agreement = None
+    agreement = program = None
     if model is not None:
         folded = _copy(model)
         change_structure(folded, plan.steps)
@@ -154,11 +165,28 @@ def fold_checkpoint(  # noqa: PLR0913 as many as the command has options
             folded, edited.state_dict(state_dict.key)
         )  # what will be in the file, so that this is what is judged
         change = _change(graph, layers=layers, layout=layout, eps=eps)
-        agreement = verify(model, change, folded, with_random_inputs(inputs), tolerance=tolerance)
-    warnings = tuple(
-        _warn(checkpoint, state_dict, plan, verified=model is not None or graph.evidence is Evidence.STORED)
+        tried = with_random_inputs(inputs)
+        agreement = verify(model, change, folded, tried, tolerance=tolerance)
+        if export:
+            program = export_program(model, folded, tried, tolerance=agreement.tolerance)
+    new = edited.state_dict(state_dict.key)
+    ranges = measure_ranges(state_dict, new, plan)
+    warnings = (
+        *_warn(checkpoint, state_dict, plan, verified=model is not None or graph.evidence is Evidence.STORED),
+        *_warn_of_ranges(ranges),
     )
-    return CheckpointFold(plan, edited, agreement, dropped, warnings)
+    removed = count_removed(state_dict, new)
+    return CheckpointFold(plan, edited, agreement, dropped, warnings, ranges=ranges, removed=removed, program=program)
+
+
+def _suggest(state_dict: StateDict) -> str:
+    """What names suggest, for the user to judge; they never pair anything."""
+    likely = suggest_pairs(state_dict)
+    if not likely:
+        return ""
+    batchnorm, producer = next(iter(likely.items()))
+    count = "1 pair looks" if len(likely) == 1 else f"{len(likely)} pairs look"
+    return f"; by name alone, which proves nothing, {count} likely, the first is --pair {producer}={batchnorm}"
 
 
 def _with_eps(graph: ModelGraph, model: nn.Module) -> ModelGraph:
@@ -231,3 +259,20 @@ def _warn(checkpoint: Checkpoint, state_dict: StateDict, plan: FoldPlan, *, veri
     if plan.layout is Layout.SAME_KEYS and find_optimizers(checkpoint):
         warnings.append("the optimizer state was kept, but belongs to the weights before folding")
     return warnings
+
+
+def _warn_of_ranges(ranges: Sequence[WeightRange]) -> Iterator[str]:
+    uneven = [r for r in ranges if r.is_uneven]
+    if uneven:
+        worst = min(uneven, key=lambda r: r.after.evenness)
+        yield (
+            f"quantisation: in {len(uneven)} of {len(ranges)} weights the average channel now fills an eighth of the "
+            f"tensor's range or less (worst: {worst.name}, {100 * worst.before.evenness:.2g} % before, "
+            f"{100 * worst.after.evenness:.2g} % now); quantise them per channel, not per tensor"
+        )
+    gained = sum(max(r.subnormal - r.subnormal_before, 0) for r in ranges)
+    if gained:
+        yield (
+            f"{gained} weight elements became subnormal numbers, which slow many CPUs down; they were kept, because "
+            "setting them to zero is not exact: call torch.set_flush_denormal(True) where the model runs"
+        )

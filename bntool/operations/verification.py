@@ -105,6 +105,32 @@ def verify(
     return Agreement(len(inputs), len(stored[0]), exact, rounded, stored_error, noise, bound)
 
 
+def verify_program(model: nn.Module, program: nn.Module, inputs: Sequence[Any], *, tolerance: float) -> float:
+    """Hold a program, which has one mode and one dtype, against the original model.
+
+    Args:
+        model: the original; given back as it was.
+        inputs: as for :func:`verify`, in the program's dtype.
+        tolerance: largest error, relative to the largest magnitude of each output.
+
+    Returns:
+        The largest such error.
+
+    Raises:
+        VerificationError: they disagree.
+        UserCodeError: one raised.
+    """
+    with torch.no_grad():
+        found = [list(_find_outputs(call(program, _cast(item, None)))) for item in inputs]
+    error = _largest_error(_run(model, inputs), found)
+    if not error <= tolerance:
+        raise VerificationError(
+            f"the outputs of the exported program differ by {error:.3g} of their magnitude, more than {tolerance:.3g}; "
+            "nothing was written"
+        )
+    return error
+
+
 def measure_rounding(model: nn.Module, inputs: Sequence[Any]) -> float:
     """How far the outputs move in float64 when every parameter moves by up to one unit in its last place.
 

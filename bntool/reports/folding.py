@@ -14,11 +14,12 @@ from bntool.reports.loading import show_loading_code, show_running_code
 from bntool.reports.text import format_number, plural
 
 if TYPE_CHECKING:
+    from bntool.operations.exporting import Program
     from bntool.operations.folding import Fold
     from bntool.operations.proven_folding import CheckpointFold
 
 
-def describe_fold(result: CheckpointFold, *, output: str | None) -> dict[str, Any]:
+def describe_fold(result: CheckpointFold, *, output: str | None, export: str | None = None) -> dict[str, Any]:
     """The fold as JSON data."""
     plan = result.plan
     return {
@@ -29,13 +30,30 @@ def describe_fold(result: CheckpointFold, *, output: str | None) -> dict[str, An
         "skips": [{"layer": s.layer, "reason": s.reason.value, "detail": s.detail} for s in plan.skips],
         "assumptions": list(plan.assumptions),
         "verification": None if result.agreement is None else asdict(result.agreement),
+        "weights": [asdict(weight) for weight in result.ranges],
+        "removed": asdict(result.removed),
         "dropped": list(result.dropped),
         "warnings": list(result.warnings),
+        "export": _describe_program(result.program, export),
         "output": output,
     }
 
 
-def show_fold(result: CheckpointFold, state_dict: StateDict, *, output: str | None) -> list[Block]:
+def _describe_program(program: Program | None, path: str | None) -> dict[str, Any] | None:
+    if program is None:
+        return None
+    return {
+        "shapes": [list(shape) for shape in program.shapes],
+        "any_batch": program.any_batch,
+        "inputs": program.inputs,
+        "error": program.error,
+        "output": path,
+    }
+
+
+def show_fold(
+    result: CheckpointFold, state_dict: StateDict, *, output: str | None, export: str | None = None
+) -> list[Block]:
     """The same for people: each fold, each skip, the proof, and how to load what was written."""
     plan = result.plan
     total = len(plan.folds) + len(plan.skips)
@@ -53,11 +71,17 @@ def show_fold(result: CheckpointFold, state_dict: StateDict, *, output: str | No
         blocks.append(line())
     blocks += [line(f"assumed: {text}", Style.WARNING) for text in plan.assumptions]
     blocks += _proof(result)
+    blocks += _program(result.program)
+    blocks += _weights(result)
     blocks += [line(f"dropped {name}: optimizer state that no longer fits", Style.NOTICE) for name in result.dropped]
     blocks += [line(f"! {warning}", Style.WARNING) for warning in result.warnings]
     if output is None:
         return [*blocks, line("dry run: nothing was written", Style.MUTED)]
-    return [*blocks, *_written(result, state_dict, output)]
+    blocks += _written(result, state_dict, output)
+    if export is not None:
+        blocks += [line(), line(f"wrote {export}", Style.GOOD), line("run it:")]
+        blocks.append(line(f"model = torch.export.load({export!r}).module()  # runs code of the file", indent=2))
+    return blocks
 
 
 def _fold_table(folds: tuple[Fold, ...]) -> Table:
@@ -91,6 +115,41 @@ def _proof(result: CheckpointFold) -> list[Block]:
             Style.MUTED,
         ),
     ]
+
+
+def _program(program: Program | None) -> list[Block]:
+    if program is None:
+        return []
+    shapes = ", ".join(str(list(shape)) for shape in program.shapes)
+    batch = ", batches of any size" if program.any_batch else " only"
+    text = f"the exported program agrees to {format_number(program.error, 2)} on {plural(program.inputs, 'input')}"
+    return [line(f"{text}; it takes {shapes}{batch}", Style.GOOD)]
+
+
+def _weights(result: CheckpointFold) -> list[Block]:
+    blocks: list[Block] = []
+    removed = result.removed
+    if removed.parameters or removed.buffers:
+        counts = f"{removed.parameters:,} parameters and {removed.buffers:,} elements of buffers"
+        blocks.append(line(f"{counts} fewer", Style.MUTED))
+    changed = [w for w in result.ranges if w.before.evenness > 0]
+    if changed:
+        worst = min(changed, key=lambda w: w.after.evenness / w.before.evenness)
+        before, after = worst.before, worst.after
+        blocks.append(
+            line(
+                f"weight ranges: the average channel fills {_percent(before.evenness)} of its tensor's range "
+                f"before and {_percent(after.evenness)} after in {worst.name}, which changes most "
+                f"(max|w| by channel {format_number(before.smallest, 2)} to {format_number(before.largest, 2)}, now "
+                f"{format_number(after.smallest, 2)} to {format_number(after.largest, 2)})",
+                Style.MUTED,
+            )
+        )
+    return blocks
+
+
+def _percent(share: float) -> str:
+    return f"{format_number(100 * share, 2)} %"
 
 
 def _written(result: CheckpointFold, state_dict: StateDict, output: str) -> list[Block]:

@@ -155,6 +155,7 @@ def test_without_a_model_it_says_what_to_give(fold) -> None:
     assert code == 4
     assert "--model" in document["error"]["message"]
     assert "--pair" in document["error"]["message"]
+    assert "9 pairs look likely, the first is --pair conv1=bn1" in document["error"]["message"]
     assert not out.exists()
 
 
@@ -174,6 +175,67 @@ def test_declared_pairs_give_the_same_bytes_as_a_trace(fold) -> None:
     a, b = load_file(traced), load_file(declared)
     assert list(a) == list(b)
     assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_a_file_of_pairs_is_as_good_as_each(fold, tmp_path) -> None:
+    (tmp_path / "pairs.txt").write_text("conv1=bn1\nneck=neck_bn\n")
+    code, document, *_ = fold(
+        SAMPLES / "digits.pt", "--pair", f"@{tmp_path / 'pairs.txt'}", "--eps", "1e-5", model=None
+    )
+    assert code == 0
+    assert [entry["layer"] for entry in document["folds"]] == ["bn1", "neck_bn"]
+
+
+def test_weights_and_removed_elements_are_reported(fold) -> None:
+    _, document, _, out = fold(SAMPLES / "dead_channels.pt")
+    before, after = torch.load(SAMPLES / "dead_channels.pt"), torch.load(out)
+    gone = sum(t.numel() for t in before.values()) - sum(t.numel() for t in after.values())
+    assert sum(document["removed"].values()) == gone
+    for weight in document["weights"]:
+        for state, key in ((before, "before"), (after, "after")):
+            largest = state[weight["name"]].flatten(1).abs().amax(1)
+            assert weight[key]["largest"] == pytest.approx(float(largest.max()), rel=1e-6)
+            assert weight[key]["smallest"] == pytest.approx(float(largest[largest > 0].min()), rel=1e-6)
+    assert len(document["weights"]) == 9
+
+
+def test_an_exported_program_runs_without_the_code(fold, digits, tmp_path) -> None:
+    path = tmp_path / "folded.pt2"
+    code, document, error, out = fold(SAMPLES / "digits.pt", "--export", str(path))
+    assert code == 0, error
+    assert document["export"]["any_batch"]
+    program = torch.export.load(path)
+    assert not any("batch_norm" in str(node.target) for node in program.graph.nodes)
+    with torch.no_grad():
+        before, after = original(SAMPLES / "digits.pt")(digits[0]), program.module()(digits[0])
+    assert torch.allclose(before, after, atol=1e-4 * float(before.abs().max()))
+    assert torch.equal(before.argmax(1), after.argmax(1))
+    assert out.exists()
+
+
+def test_a_dry_run_exports_nothing(fold, tmp_path) -> None:
+    code, document, _, out = fold(SAMPLES / "digits.pt", "--export", str(tmp_path / "a.pt2"), "--dry-run")
+    assert (code, document["export"]["output"]) == (0, None)
+    assert not out.exists()
+    assert not (tmp_path / "a.pt2").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "model", "exit_code", "words"),
+    [
+        ("a.onnx", (), MODEL, 2, "pip install onnx onnxscript"),
+        ("a.bin", (), MODEL, 2, "FILE.pt2"),
+        ("a.pt2", ("--pair", "conv1=bn1", "--eps", "1e-5"), None, 2, "--model"),
+        ("absent/a.pt2", (), MODEL, 3, "create it first"),
+    ],
+)
+def test_an_export_that_cannot_be_written_stops_before_any_work(
+    fold, tmp_path, name: str, options: tuple[str, ...], model: str | None, exit_code: int, words: str
+) -> None:
+    code, document, _, out = fold(SAMPLES / "digits.pt", "--export", str(tmp_path / name), *options, model=model)
+    assert code == exit_code
+    assert words in document["error"]["message"]
+    assert not out.exists()
 
 
 def test_declared_pairs_need_eps(fold) -> None:

@@ -27,6 +27,11 @@ CASES = [
     "freeze @digits_module.pt --frozen-stages 1 --no-requires-grad -o OUT",
     "freeze @digits_training.pt --frozen-stages 1 --emit python --dry-run",
     "freeze absent.pt --dry-run",
+    "fold @digits_training.pt --layers bn1 MODEL -o OUT",
+    "fold @digits.pt MODEL --export OUT.pt2 --dry-run",
+    "fold @digits.safetensors --pair conv1=bn1 --eps 1e-5 --dry-run",
+    "fold @dead_channels.pt --layout same-keys MODEL --dry-run",
+    "fold absent.pt --dry-run",
     "diff @digits.pt @drifted.pt",
     "diff @digits.pt @broken_nan_variance.pt --expect stats-only",
     "diff @digits.pt @digits.safetensors --expect identical",
@@ -46,8 +51,8 @@ def test_output_fits_the_schema(case: str, tmp_path: Path, capsys: pytest.Captur
     for word in case.split():
         if word == "MODEL":
             arguments += MODEL
-        elif word == "OUT":
-            arguments.append(str(tmp_path / "out"))
+        elif word.startswith("OUT"):
+            arguments.append(str(tmp_path / f"out{word[3:]}"))
         else:
             arguments.append(str(SAMPLES / word[1:]) if word.startswith("@") else word)
     main([*arguments, "--json"])

@@ -1,0 +1,150 @@
+"""What folding does to the weights that take scales: how even their channels are, and what becomes subnormal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from bntool.batchnorm import STATISTICS
+from bntool.checkpoints.arrays import Array, to_float64
+from bntool.checkpoints.checkpoint import StateDict
+from bntool.checkpoints.dtypes import BFLOAT16, FLOAT32, FLOAT64
+from bntool.checkpoints.tensors import Tensor, count_elements, read_bytes
+from bntool.plan import Plan, Scaled, SetTensor
+
+# float16 is not among them: its subnormals are ordinary small weights, and CPUs calculate them in float32
+_SMALLEST_NORMAL = {FLOAT64: 2.0**-1022, FLOAT32: 2.0**-126, BFLOAT16: 2.0**-126}
+_BUFFERS = (*STATISTICS, "num_batches_tracked")
+_UNEVEN = 1 / 8  # of the range of the tensor: the average channel has lost 3 of the bits of a per-tensor quantisation
+
+
+@dataclass(frozen=True)
+class ChannelRange:
+    """The largest magnitudes max|w| of the output channels of a weight, without channels that are all zero.
+
+    Attributes:
+        smallest: of the channel with the smallest one.
+        largest: of the channel with the largest one.
+        evenness: mean over channels of max|w| in relation to ``largest``, 1 where all channels fill the range of the
+            tensor: the mean channel precision of Nagel et al. 2019, "Data-Free Quantization", section 4.1.1.
+    """
+
+    smallest: float
+    largest: float
+    evenness: float
+
+
+@dataclass(frozen=True)
+class WeightRange:
+    """One weight before and after it took scales.
+
+    Attributes:
+        name: of the weight.
+        before, after: its channels; those of an all-zero weight are 0.
+        subnormal_before, subnormal: how many elements are subnormal numbers of its dtype (not counted in float16).
+    """
+
+    name: str
+    before: ChannelRange
+    after: ChannelRange
+    subnormal_before: int
+    subnormal: int
+
+    @property
+    def is_uneven(self) -> bool:
+        """Whether folding makes per-tensor quantisation lose at least one bit more, and few are left."""
+        return self.after.evenness <= _UNEVEN and self.after.evenness <= self.before.evenness / 2
+
+
+@dataclass(frozen=True)
+class Removed:
+    """How many elements of a state dict are gone: those removed without those added."""
+
+    parameters: int
+    buffers: int
+
+
+def measure_ranges(before: StateDict, after: StateDict, plan: Plan) -> tuple[WeightRange, ...]:
+    """The channels of every weight that a plan scales, aliases once; weights are read a few channels at a time."""
+    seen: dict[str, WeightRange] = {}
+    for step in plan.steps_of(SetTensor):
+        recipe = step.value
+        if isinstance(recipe, Scaled) and recipe.source not in seen:
+            old, new = before.tensor(recipe.source), after.tensor(step.name)
+            seen[recipe.source] = _measure(step.name, old, new, recipe)
+    return tuple(seen.values())
+
+
+def count_removed(before: StateDict, after: StateDict) -> Removed:
+    """How many elements the state dict lost; statistics and batch counters are buffers, all else parameters."""
+    totals = {True: 0, False: 0}
+    for sign, state_dict in ((1, before), (-1, after)):
+        for name, tensor in state_dict.tensors.items():
+            totals[name.rpartition(".")[2] in _BUFFERS] += sign * count_elements(tensor.shape)
+    return Removed(parameters=totals[False], buffers=totals[True])
+
+
+def _measure(name: str, old: Tensor, new: Tensor, recipe: Scaled) -> WeightRange:
+    largest, smallest = _extremes(old, recipe)
+    factors = np.abs(np.asarray(recipe.factors))
+    if len(factors) == len(largest):  # one for each output channel: no need to read the products
+        new_largest, new_smallest = largest * factors, smallest * factors
+    else:
+        new_largest, new_smallest = _extremes(new, recipe)
+    return WeightRange(
+        name,
+        before=_describe(largest),
+        after=_describe(new_largest),
+        subnormal_before=_count_subnormal(old, recipe, smallest),
+        subnormal=_count_subnormal(new, recipe, new_smallest),
+    )
+
+
+def _describe(largest: Array) -> ChannelRange:
+    used = largest[largest > 0]
+    if not len(used):
+        return ChannelRange(0.0, 0.0, 1.0)
+    return ChannelRange(float(used.min()), float(used.max()), float((used / used.max()).mean()))
+
+
+def _extremes(tensor: Tensor, recipe: Scaled) -> tuple[Array, Array]:
+    """Largest magnitude of each output channel, and the smallest that is not zero (infinity if all are)."""
+    largest, smallest = [], []
+    for block in _magnitudes(tensor, recipe):
+        largest.append(block.max(axis=1, initial=0).astype("<f8"))
+        lowest = block.min(axis=1, initial=np.inf).astype("<f8")
+        for row in np.flatnonzero(lowest == 0):
+            lowest[row] = block[row].min(initial=np.inf, where=block[row] > 0)
+        smallest.append(lowest)
+    return np.concatenate(largest or [np.zeros(0)]), np.concatenate(smallest or [np.zeros(0)])
+
+
+def _count_subnormal(tensor: Tensor, recipe: Scaled, smallest: Array) -> int:
+    bound = _SMALLEST_NORMAL.get(tensor.dtype, 0.0)
+    if not np.any(smallest < bound):
+        return 0
+    return sum(int(((block > 0) & (block < bound)).sum()) for block in _magnitudes(tensor, recipe))
+
+
+def _magnitudes(tensor: Tensor, recipe: Scaled) -> Iterator[Array]:
+    """Magnitudes of the elements, as blocks of (output channels, elements of each)."""
+    shape = tuple(tensor.shape)
+    if len(recipe.view) > len(shape):  # a transposed convolution: (groups, in/g, out/g, ...)
+        groups, rows, columns = recipe.view[:3]
+        elements = _decode(read_bytes(tensor), tensor).reshape(groups, rows, columns, -1)
+        yield np.abs(elements.transpose(0, 2, 1, 3).reshape(groups * columns, -1))
+        return
+    row = count_elements(shape[1:]) * tensor.dtype.itemsize
+    pending = b""
+    for chunk in tensor.chunks() if row else ():
+        pending = pending + chunk if pending else chunk
+        count = len(pending) // row
+        if count:
+            yield np.abs(_decode(pending[: count * row], tensor).reshape(count, -1))
+            pending = pending[count * row :]
+
+
+def _decode(data: bytes, tensor: Tensor) -> Array:
+    return np.frombuffer(data, "<f4") if tensor.dtype is FLOAT32 else to_float64(data, tensor.dtype)
