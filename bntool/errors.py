@@ -99,6 +99,12 @@ class VerificationError(BntoolError):
     code = "verification-failed"
 
 
+class InterruptedRunError(BntoolError):
+    """The user stopped the run; nothing was written."""
+
+    code = "interrupted"
+
+
 class UserCodeError(BntoolError):
     """The user's model or data code raised; the original exception is ``__cause__``."""
 

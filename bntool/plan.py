@@ -46,6 +46,7 @@ class SkipReason(Enum):
     OVERFLOW = "overflow"
     PADDED_CONSUMER = "padded consumer"
     PARALLEL_BRANCH = "parallel branch"
+    DATA_DEPENDENT = "data dependent"
     TOO_FEW_SAMPLES = "too few samples"
 
 

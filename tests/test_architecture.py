@@ -19,7 +19,7 @@ ALLOWED = {
     "batchnorm": {"errors"},
     "plan": {"errors"},
     "checkpoints": {"errors", "batchnorm", "plan"},
-    "graphs": {"errors", "batchnorm", "plan", "checkpoints", "layers"},
+    "graphs": {"errors", "batchnorm", "plan", "checkpoints", "layers", "models"},
     "models": {"errors", "batchnorm", "plan", "checkpoints"},
     "data": {"errors", "batchnorm", "plan", "checkpoints", "models", "layers"},
     "layers": {"errors", "batchnorm", "plan", "checkpoints"},

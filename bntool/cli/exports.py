@@ -13,12 +13,15 @@ if TYPE_CHECKING:
     from bntool.operations.exporting import Program
 
 
-def check_export(checkpoint: Checkpoint, export: Path, output: Path | None, *, has_model: bool, force: bool) -> None:
+def check_export(
+    checkpoint: Checkpoint, export: Path, output: Path | None, *, model: str | None, has_shape: bool, force: bool
+) -> None:
     """Find out before any work whether the program can be written.
 
     Raises:
         MissingExtraError: it is to be ONNX, which torch writes with other packages.
-        UsageError: the name ends otherwise, is that of the input or of the other output, or there is no model.
+        UsageError: the name ends otherwise, is that of the input or of the other output, or there is no model
+            or no shape.
         UnwritableFileError: it exists and ``--force`` is not given, or its folder is missing.
     """
     suffix = export.suffix.lower()
@@ -30,8 +33,10 @@ def check_export(checkpoint: Checkpoint, export: Path, output: Path | None, *, h
         )
     if suffix != ".pt2":
         raise UsageError("--export writes a program of torch.export: name it FILE.pt2", path=export)
-    if not has_model:
+    if model is None:
         raise UsageError("--export needs the model that is to be exported: give --model", path=export)
+    if not has_shape:
+        raise UsageError("a program keeps the shape of its example: give --input-shape or --data", path=export)
     if output is not None and export.absolute() == output.absolute():
         raise UsageError("--export and -o name the same file", path=export)
     check_output_differs(checkpoint.file, export)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from bntool.cli import options
-from bntool.cli.output import print_report
+from bntool.cli.output import print_report, user_output_to_stderr
 
 if TYPE_CHECKING:
     import torch
@@ -64,7 +64,8 @@ def command(
         typer.Option(
             "--export",
             metavar="FILE.pt2",
-            help="Also write the folded model as a program (torch.export), its outputs compared too. Needs --model.",
+            help="Also write the folded model as a program (torch.export), its outputs compared too. Needs --model, "
+            "and --input-shape or --data: all axes but the batch keep that shape.",
             show_default=False,
         ),
     ] = None,
@@ -96,6 +97,8 @@ def command(
 
       bntool fold ckpt.pt --model torchvision:resnet50 --layout same-keys -o folded.pt
 
+      bntool fold ckpt.pt --model net.py:build --input-shape 2,3,224,224 --export folded.pt2 -o folded.pt
+
       bntool fold weights.safetensors --pair conv1=bn1 --eps 1e-5 -o folded.safetensors
 
       bntool fold weights.safetensors --pair @pairs.txt --eps 1e-5 -o folded.safetensors
@@ -109,17 +112,20 @@ def command(
     from bntool.cli.exports import check_export, save_export
     from bntool.cli.nets import deploy_net, save_net
     from bntool.cli.writing import check_output, check_plan, save
-    from bntool.errors import RefusedError
+    from bntool.errors import RefusedError, UsageError
     from bntool.graphs.declared import read_pairs
     from bntool.operations.folding import Layout
     from bntool.operations.proven_folding import fold_checkpoint
     from bntool.reports.folding import describe_fold, show_fold
     from bntool.reports.report import FileReport, Report
 
-    with open_checkpoint(checkpoint) as opened:
+    if not tolerance > 0:
+        raise UsageError(f"--tolerance {tolerance} is no positive number")
+    with user_output_to_stderr(), open_checkpoint(checkpoint) as opened:
         check_output(opened, output, dry_run=dry_run, force=force)
         if export is not None:
-            check_export(opened, export, output, has_model=model is not None, force=force)
+            has_shape = input_shape is not None or data is not None
+            check_export(opened, export, output, model=model, has_shape=has_shape, force=force)
         source, net = deploy_net(opened, prototxt, None if dry_run else output, force=force)
         chosen = choose_state_dict(source, state_dict)
         if chosen.is_module and layout is LayoutOption.FOLDED:

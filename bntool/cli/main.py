@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from bntool import errors
-from bntool.cli.output import print_error, print_report
+from bntool.cli.output import print_report
 from bntool.reports.report import FileReport, Report
 from bntool.version import __version__
 
@@ -37,6 +37,7 @@ _CODES: tuple[tuple[type[errors.BntoolError], ExitCode], ...] = (
     (errors.RefusedError, ExitCode.REFUSED),
     (errors.VerificationError, ExitCode.VERIFICATION),
     (errors.UserCodeError, ExitCode.USER_CODE),
+    (errors.InterruptedRunError, ExitCode.INTERRUPTED),
 )
 
 # typer carries its own copy of click or uses the installed one; this base class is of the right one
@@ -129,7 +130,7 @@ def main(arguments: Sequence[str]) -> int:
     except _ClickError as error:
         return _fail_usage(error, arguments)
     except (typer.Abort, KeyboardInterrupt):
-        print_error("interrupted; nothing was written")
+        _fail(errors.InterruptedRunError("interrupted; nothing was written"), arguments)
         return ExitCode.INTERRUPTED
     except BrokenPipeError:  # the reader of a pipe has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -6,7 +6,7 @@ import contextlib
 import os
 import shutil
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, TextIO
 
 from bntool.reports.text import sanitize
@@ -70,6 +70,23 @@ def _write(stream: TextIO, text: str) -> None:
     stream.flush()
 
 
-def user_output_to_stderr() -> contextlib.AbstractContextManager[TextIO]:
-    """What the user's model and data code prints must not mix with the result."""
-    return contextlib.redirect_stdout(sys.stderr)
+@contextlib.contextmanager
+def user_output_to_stderr() -> Iterator[None]:
+    """What the user's model and data code prints goes to stderr, also from C and from worker processes.
+
+    The result must be alone on stdout.
+    """
+    sys.stdout.flush()
+    try:
+        kept = os.dup(1)
+    except OSError:  # no stdout at all
+        kept = None
+    try:
+        if kept is not None:
+            os.dup2(2, 1)
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+    finally:
+        if kept is not None:
+            os.dup2(kept, 1)
+            os.close(kept)

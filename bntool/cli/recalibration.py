@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from bntool.cli import options
-from bntool.cli.output import print_report
+from bntool.cli.output import print_report, user_output_to_stderr
 from bntool.data.policies import OnBadData
 from bntool.operations.methods import Method
 
@@ -120,7 +120,7 @@ def command(  # noqa: PLR0915 a third of the statements are imports
 
     if model is None or data is None:
         raise UsageError("recalibrate runs the model on data: give --model SPEC and --data SPEC")
-    with join_job() as ranks, open_checkpoint(checkpoint) as source:
+    with user_output_to_stderr(), join_job() as ranks, open_checkpoint(checkpoint) as source:
         check_output(source, output, dry_run=dry_run, force=force)
         chosen = choose_state_dict(source, state_dict)
         torch.manual_seed(seed)  # user code that draws random numbers gives the same, run after run and on every rank

@@ -8,7 +8,8 @@ from bntool.checkpoints.checkpoint import Checkpoint
 from bntool.checkpoints.formats import save_checkpoint
 from bntool.checkpoints.outputs import OutputFiles, check_output_differs
 from bntool.errors import RefusedError, UsageError
-from bntool.plan import Plan
+from bntool.plan import Plan, SkipReason
+from bntool.reports.text import plural
 
 
 def check_output(checkpoint: Checkpoint, output: Path | None, *, dry_run: bool, force: bool) -> None:
@@ -36,10 +37,12 @@ def check_plan(plan: Plan, *, strict: bool) -> None:
         reasons = sorted({skip.reason.value for skip in plan.skips})
         why = f" ({', '.join(reasons)})" if reasons else ": the state dict has no BatchNorm layer that was selected"
         raise RefusedError(f"nothing could be done safely{why}; nothing was written")
-    if strict and plan.skips:
-        first = plan.skips[0]
+    skips = [skip for skip in plan.skips if skip.reason is not SkipReason.NOT_SELECTED]  # that was asked for
+    if strict and skips:
+        first = skips[0]
         raise RefusedError(
-            f"--strict: {len(plan.skips)} layers would be skipped, the first is {first.layer} ({first.reason.value})"
+            f"--strict: {plural(len(skips), 'layer')} would be skipped, "
+            f"the first is {first.layer} ({first.reason.value})"
         )
     if strict and plan.assumptions:
         raise RefusedError(f"--strict: this would be assumed: {plan.assumptions[0]}")

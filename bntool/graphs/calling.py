@@ -9,6 +9,7 @@ from torch import nn
 
 from bntool.errors import UserCodeError
 from bntool.graphs.tracked import tensors_in
+from bntool.models.user_code import describe_exception
 
 
 def call(model: nn.Module, inputs: Any) -> Any:
@@ -21,7 +22,7 @@ def call(model: nn.Module, inputs: Any) -> Any:
         if isinstance(inputs, Mapping):
             return model(**inputs)
         return model(*inputs) if isinstance(inputs, tuple) else model(inputs)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         shapes = [list(tensor.shape) for tensor in tensors_in(inputs)]
-        text = " ".join(str(error).split())
-        raise UserCodeError(f"the model raised {type(error).__name__} on inputs of shape {shapes}: {text}") from error
+        said = describe_exception(error)
+        raise UserCodeError(f"the model raised on inputs of shape {shapes}: {said}") from error

@@ -124,6 +124,8 @@ class ModelGraph:
         tied: names of parameters that belong to several modules.
         evidence: how the graph is known.
         complete: every layer of the model that ran is in it; else only those declared.
+        branches_at: the node at which Python first read a value of the data: what comes after it may differ for other
+            inputs. None where that never happened.
     """
 
     nodes: tuple[Node, ...]
@@ -133,6 +135,7 @@ class ModelGraph:
     tied: frozenset[str] = frozenset()
     evidence: Evidence = Evidence.TRACED
     complete: bool = True
+    branches_at: int | None = None
 
     @cached_property
     def _incoming(self) -> Mapping[int, tuple[Edge, ...]]:

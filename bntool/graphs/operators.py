@@ -11,6 +11,9 @@ from typing import Any
 from bntool.graphs.graph import NodeKind
 
 # they look at shape, dtype or device of their argument, never at its elements
+# a number or a truth value of the data reaches Python, where anything may depend on it
+VALUE_READS = frozenset(("_local_scalar_dense", "item", "equal", "is_nonzero", "allclose"))
+
 SHAPE_ONLY = frozenset(
     (
         "empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like", "randint_like",

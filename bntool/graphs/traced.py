@@ -67,6 +67,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.known = TrackedTensors()
         self.affines: dict[int, Affine] = {}  # products with constants, by node
         self.completed: dict[int, int] = {}  # from a product to the sum that makes it a linear or a frozen BatchNorm
+        self.branches_at: int | None = None
         self.stack: list[_ModuleCall] = []
         self.results: dict[int, Tensor] = {}  # labels that a BatchNorm node gave its output
 
@@ -164,8 +165,21 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         labels = {id(tensor): self.labels_of(tensor) for tensor in given}
         if all(found is None for found in labels.values()):
             self.record_constant(function, given, outputs, mutated)
+        elif name in operators.VALUE_READS:
+            self.record_branch()
         elif mutated or not self.record_movement(function, arguments, keywords, outputs, labels):
             self.record_node(function, arguments, keywords, outputs, labels, mutated)
+
+    def record_branch(self) -> None:
+        """Python has seen a value of the data: another input may take another path from here on.
+
+        That path may read whatever is still alive, and all that follows here is proven for this input only.
+        """
+        node = self.add_node(NodeKind.OTHER, "branch")
+        for port, labels in enumerate(self.known.alive()):
+            self.reads.add(node.index, port, meet(labels, axis=None))
+        if self.branches_at is None:
+            self.branches_at = node.index
 
     def record_constant(self, function: Any, given: list[Tensor], outputs: list[Tensor], mutated: list[Tensor]) -> None:
         """Nothing here depends on the input."""
@@ -309,4 +323,6 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def finish(self) -> ModelGraph:
         nodes, edges, uses = self.reads.join(self.nodes, self.completed)
-        return ModelGraph(tuple(nodes), tuple(edges), uses=uses, aliases=self.index.aliases, tied=self.index.tied)
+        index, nodes_and_edges = self.index, (tuple(nodes), tuple(edges))
+        names = replace(ModelGraph(*nodes_and_edges, uses), aliases=index.aliases, tied=index.tied)
+        return replace(names, branches_at=self.branches_at)

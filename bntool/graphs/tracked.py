@@ -103,3 +103,9 @@ class TrackedTensors:
         for key, storage in self._storages.items():
             if key in kept or not storage.reference.expired():
                 yield from storage.labels
+
+    def alive(self) -> Iterator[Tensor]:
+        """Labels in storages that something can still read."""
+        for storage in self._storages.values():
+            if not storage.reference.expired():
+                yield from storage.labels

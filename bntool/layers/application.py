@@ -87,9 +87,10 @@ def _add(module: nn.Module, step: AddTensor) -> None:
     neighbours = (*module._parameters.values(), *module._buffers.values())
     neighbour = next((tensor for tensor in neighbours if tensor is not None), None)
     shape = step.value.shape if hasattr(step.value, "shape") else step.value.view
-    tensor = torch.zeros(
-        shape, dtype=getattr(torch, step.dtype), device=None if neighbour is None else neighbour.device
-    )
+    dtype: torch.dtype = getattr(torch, step.dtype)
+    if neighbour is not None and neighbour.is_floating_point():
+        dtype = neighbour.dtype  # the live model may compute in another precision than the file stores
+    tensor = torch.zeros(shape, dtype=dtype, device=None if neighbour is None else neighbour.device)
     if step.is_parameter:
         wanted = neighbour.requires_grad if isinstance(neighbour, nn.Parameter) else True
         module.register_parameter(leaf, nn.Parameter(tensor, requires_grad=wanted))

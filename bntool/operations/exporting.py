@@ -103,7 +103,7 @@ def _export(model: nn.Module, inputs: Any) -> torch.export.ExportedProgram:
             try:  # leave the size of the batch open
                 axes = tree_map(_open_batch, keywords or positional)
                 return torch.export.export(model, positional, keywords, dynamic_shapes=axes, strict=False)
-            except Exception:  # its shapes are fixed; whatever else is wrong shows again
+            except Exception:  # noqa: BLE001 its shapes are fixed; whatever else is wrong shows again
                 return torch.export.export(model, positional, keywords, strict=False)
     except Exception as error:
         text = " ".join(str(error).split())[:300]
@@ -111,4 +111,4 @@ def _export(model: nn.Module, inputs: Any) -> torch.export.ExportedProgram:
 
 
 def _open_batch(value: Any) -> Any:
-    return {0: torch.export.Dim.AUTO} if _has_batch(value) else None  # type: ignore[attr-defined]
+    return {0: torch.export.Dim.AUTO} if _has_batch(value) else None

@@ -96,6 +96,10 @@ def find_in_file(checkpoint: Checkpoint, inspections: Sequence[StateDictInspecti
     """What concerns the whole file."""
     findings = find_dangers(judge_safety(checkpoint))
     if not any(inspection.layers for inspection in inspections) and not _is_folded(checkpoint):
+        unselected = sum(inspection.unselected for inspection in inspections)
         message = "no BatchNorm layer was found" if checkpoint.state_dicts else "no state dict was found"
-        findings.append(Finding(FindingCode.NO_BATCH_NORM, Severity.NOTICE, "no BatchNorm", message))
+        if unselected:
+            message = f"--layers matches none of the {unselected} BatchNorm layers: nothing was judged"
+        severity = Severity.WARNING if unselected else Severity.NOTICE
+        findings.append(Finding(FindingCode.NO_BATCH_NORM, severity, "no BatchNorm", message))
     return findings

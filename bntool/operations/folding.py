@@ -158,6 +158,10 @@ class _Folder:
             if not selects(self.layers, layer):
                 self.skip(layer, SkipReason.NOT_SELECTED)
                 continue
+            if self.graph.branches_at is not None and calls[-1].index > self.graph.branches_at:
+                detail = "the forward looks at values of its data before this layer: other inputs may take another path"
+                self.skip(layer, SkipReason.DATA_DEPENDENT, detail)
+                continue
             try:
                 self.norms[layer] = read_norm(calls, self.graph, self.state_dict, eps=self.choose_eps(calls[0]))
             except Blocked as blocked:

@@ -55,6 +55,7 @@ class StateDictInspection:
         parameters, buffers: elements.
         other_norms: how many layers of each other kind of normalisation.
         chosen: the commands that write work on this one unless told otherwise.
+        unselected: BatchNorm layers that were left out by name.
     """
 
     state_dict: StateDict
@@ -65,6 +66,7 @@ class StateDictInspection:
     findings: tuple[Finding, ...]
     tensors: tuple[TensorInspection, ...]
     chosen: bool
+    unselected: int = 0
 
 
 @dataclass(frozen=True)
@@ -163,6 +165,7 @@ def _inspect_state_dict(
         findings=tuple(find_in_state_dict(norms)),
         tensors=tensors,
         chosen=chosen,
+        unselected=sum(norm.kind.is_batch_norm for norm in norms) - len(selected),
     )
 
 

@@ -166,7 +166,7 @@ def fold_checkpoint(  # noqa: PLR0913 as many as the command has options
         )  # what will be in the file, so that this is what is judged
         change = _change(graph, layers=layers, layout=layout, eps=eps)
         tried = with_random_inputs(inputs)
-        agreement = verify(model, change, folded, tried, tolerance=tolerance)
+        agreement = verify(model, change, folded, tried, tolerance=tolerance, unit=_spacing(state_dict))
         if export:
             program = export_program(model, folded, tried, tolerance=agreement.tolerance)
     new = edited.state_dict(state_dict.key)
@@ -177,6 +177,12 @@ def fold_checkpoint(  # noqa: PLR0913 as many as the command has options
     )
     removed = count_removed(state_dict, new)
     return CheckpointFold(plan, edited, agreement, dropped, warnings, ranges=ranges, removed=removed, program=program)
+
+
+def _spacing(state_dict: StateDict) -> float:
+    """The relative spacing of numbers in the coarsest dtype that a fold rounds to."""
+    names = {tensor.dtype.name for tensor in state_dict.tensors.values() if tensor.dtype.is_floating}
+    return max((torch.finfo(getattr(torch, name)).eps for name in names if hasattr(torch, name)), default=0.0)
 
 
 def _suggest(state_dict: StateDict) -> str:

@@ -54,7 +54,13 @@ Change = Callable[[nn.Module], None]
 
 
 def verify(
-    model: nn.Module, change: Change, changed: nn.Module, inputs: Sequence[Any], *, tolerance: float = TOLERANCE
+    model: nn.Module,
+    change: Change,
+    changed: nn.Module,
+    inputs: Sequence[Any],
+    *,
+    tolerance: float = TOLERANCE,
+    unit: float = 0.0,
 ) -> Agreement:
     """Hold a changed model against the original.
 
@@ -68,6 +74,8 @@ def verify(
         inputs: each a tensor, a tuple of positional or a dict of keyword arguments.
         tolerance: largest error, relative to the largest magnitude of each output, of ``changed`` in float64; 16 times
             the noise of the original's own dtype is always allowed.
+        unit: relative spacing of the numbers in which tensors are stored, where that is coarser than the model's own:
+            16 times what such a change of every parameter does to the original is allowed too.
 
     Raises:
         VerificationError: they disagree, or the outputs are such that agreeing would prove nothing.
@@ -97,6 +105,8 @@ def verify(
             )
         rounded = _largest_error(reference, _run(_copy(changed).double(), exact_inputs))
         bound = max(tolerance, _NOISE * noise)
+        if unit > torch.finfo(torch.float32).eps:
+            bound = max(bound, _NOISE * measure_rounding(model, exact_inputs, unit=unit))
     if not rounded <= bound:
         raise VerificationError(
             f"the outputs differ by {rounded:.3g} of their magnitude, more than the tolerance {bound:.3g}; nothing was "
@@ -131,13 +141,14 @@ def verify_program(model: nn.Module, program: nn.Module, inputs: Sequence[Any], 
     return error
 
 
-def measure_rounding(model: nn.Module, inputs: Sequence[Any]) -> float:
+def measure_rounding(model: nn.Module, inputs: Sequence[Any], *, unit: float = torch.finfo(torch.float64).eps) -> float:
     """How far the outputs move in float64 when every parameter moves by up to one unit in its last place.
 
     Deep random networks amplify rounding by 1e6 and more; no fold can agree better than this.
 
     Args:
         inputs: in float64.
+        unit: relative size of a unit in the last place.
     """
     original, moved = _copy(model).double(), _copy(model).double()
     generator = torch.Generator().manual_seed(0)
@@ -145,7 +156,7 @@ def measure_rounding(model: nn.Module, inputs: Sequence[Any]) -> float:
         for parameter in moved.parameters():
             if parameter.is_floating_point():
                 noise = torch.rand(parameter.shape, generator=generator, dtype=torch.float64).to(parameter.device)
-                parameter.mul_(1 + (2 * noise - 1) * torch.finfo(torch.float64).eps)
+                parameter.mul_(1 + (2 * noise - 1) * unit)
     return _largest_error(_run(original, inputs), _run(moved, inputs))
 
 

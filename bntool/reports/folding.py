@@ -104,7 +104,7 @@ def _proof(result: CheckpointFold) -> list[Block]:
     inputs = plural(agreement.inputs, "input")
     exact = f"{format_number(agreement.exact, 2)} in float64"
     if math.isnan(agreement.exact):  # the model does not run in float64
-        exact = f"{format_number(agreement.stored, 2)} in the file's dtype"
+        exact = f"{format_number(agreement.stored, 2)} in the model's dtype"
         return [line(f"verified on {inputs}: outputs agree to {exact} (it does not run in float64)", Style.GOOD)]
     return [
         line(f"verified on {inputs}: outputs agree to {exact}", Style.GOOD),

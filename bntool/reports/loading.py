@@ -64,6 +64,7 @@ def _load(where: str, prefix: str) -> list[str]:
     if not prefix:
         return [f"model.load_state_dict({where})"]
     return [
-        f"state_dict = {{name.removeprefix({prefix!r}): tensor for name, tensor in {where}.items()}}",
+        f"prefix = {prefix!r}",
+        f"state_dict = {{n.removeprefix(prefix): t for n, t in {where}.items() if n.startswith(prefix)}}",
         "model.load_state_dict(state_dict)",
     ]

@@ -201,7 +201,7 @@ def test_weights_and_removed_elements_are_reported(fold) -> None:
 
 def test_an_exported_program_runs_without_the_code(fold, digits, tmp_path) -> None:
     path = tmp_path / "folded.pt2"
-    code, document, error, out = fold(SAMPLES / "digits.pt", "--export", str(path))
+    code, document, error, out = fold(SAMPLES / "digits.pt", "--export", str(path), "--input-shape", "2,1,8,8")
     assert code == 0, error
     assert document["export"]["any_batch"]
     program = torch.export.load(path)
@@ -214,28 +214,44 @@ def test_an_exported_program_runs_without_the_code(fold, digits, tmp_path) -> No
 
 
 def test_a_dry_run_exports_nothing(fold, tmp_path) -> None:
-    code, document, _, out = fold(SAMPLES / "digits.pt", "--export", str(tmp_path / "a.pt2"), "--dry-run")
+    shape = ("--input-shape", "2,1,8,8")
+    code, document, _, out = fold(SAMPLES / "digits.pt", "--export", str(tmp_path / "a.pt2"), *shape, "--dry-run")
     assert (code, document["export"]["output"]) == (0, None)
     assert not out.exists()
     assert not (tmp_path / "a.pt2").exists()
 
 
 @pytest.mark.parametrize(
-    ("name", "options", "model", "exit_code", "words"),
+    ("options", "exit_code", "words"),
     [
-        ("a.onnx", (), MODEL, 2, "pip install onnx onnxscript"),
-        ("a.bin", (), MODEL, 2, "FILE.pt2"),
-        ("a.pt2", ("--pair", "conv1=bn1", "--eps", "1e-5"), None, 2, "--model"),
-        ("absent/a.pt2", (), MODEL, 3, "create it first"),
+        (f"--export a.onnx --model {MODEL}", 2, "pip install onnx onnxscript"),
+        (f"--export a.bin --model {MODEL}", 2, "FILE.pt2"),
+        (f"--export a.pt2 --model {MODEL}", 2, "--input-shape"),
+        ("--export a.pt2 --pair conv1=bn1 --eps 1e-5", 2, "--model"),
+        (f"--export absent/a.pt2 --model {MODEL} --input-shape 2,1,8,8", 3, "create it first"),
+        (f"--export folded.pt2 --model {MODEL} --input-shape 2,1,8,8", 2, "the same file"),
     ],
 )
-def test_an_export_that_cannot_be_written_stops_before_any_work(
-    fold, tmp_path, name: str, options: tuple[str, ...], model: str | None, exit_code: int, words: str
+def test_an_export_that_cannot_be_written_stops_early(
+    fold, tmp_path, monkeypatch, *, options: str, exit_code: int, words: str
 ) -> None:
-    code, document, _, out = fold(SAMPLES / "digits.pt", "--export", str(tmp_path / name), *options, model=model)
+    monkeypatch.chdir(tmp_path)
+    code, document, _, out = fold(SAMPLES / "digits.pt", *options.split(), model=None, output="folded.pt2")
     assert code == exit_code
     assert words in document["error"]["message"]
     assert not out.exists()
+
+
+def test_uneven_and_subnormal_weights_are_warned_of_and_kept(fold, tmp_path) -> None:
+    layer, norm = nn.Conv2d(1, 32, 1, bias=False), nn.BatchNorm2d(32)
+    with torch.no_grad():
+        layer.weight.fill_(1e-10)
+        norm.weight.fill_(1e-30)[0] = 1.0
+    torch.save(nn.ModuleDict({"conv": layer, "bn": norm}).state_dict(), tmp_path / "tiny.pt")
+    _, document, _, out = fold(tmp_path / "tiny.pt", "--pair", "conv=bn", "--eps", "1e-5", model=None)
+    assert any(text.startswith("quantisation: in 1 of 1 weights") for text in document["warnings"])
+    assert any(text.startswith("31 weight elements became subnormal") for text in document["warnings"])
+    assert int((torch.load(out)["conv.weight"] != 0).sum()) == 32
 
 
 def test_declared_pairs_need_eps(fold) -> None:

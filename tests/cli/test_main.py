@@ -23,6 +23,7 @@ def all_errors() -> list[type[errors.BntoolError]]:
 @pytest.mark.parametrize("kind", all_errors(), ids=lambda kind: kind.__name__)
 def test_every_error_has_an_exit_code_and_a_stable_name(kind: type[errors.BntoolError]) -> None:
     assert exit_code_of(kind("x")) in (
+        ExitCode.INTERRUPTED,
         ExitCode.USAGE,
         ExitCode.FILE,
         ExitCode.REFUSED,
