@@ -43,7 +43,8 @@ def round_to(values: Array, dtype: DType) -> bytes:
         else:
             rounded = values.astype(_NUMPY[dtype])
             widened = rounded
-    if not np.array_equal(np.isfinite(widened), np.isfinite(values)):
+    # one cheap look at all elements; which of them are at fault matters only where one is
+    if not np.isfinite(widened).all() and not np.array_equal(np.isfinite(widened), np.isfinite(values)):
         raise OverflowError(f"a result is too large for {dtype}")
     return rounded.tobytes()
 
@@ -92,6 +93,8 @@ def _scale_rows(data: bytes, dtype: DType, first: int, view: tuple[int, ...], in
     here = factors[tuple(np.minimum(index, extent - 1) for index, extent in zip(place, factors.shape, strict=False))]
     with np.errstate(over="ignore", under="ignore", invalid="ignore"):
         product: Array = values * (here if inner else here[np.newaxis])
+    if np.isfinite(product).all():
+        return product
     if not np.all(np.isfinite(product[np.isfinite(values)])) and np.all(np.isfinite(factors)):
         raise OverflowError("a product is too large for float64")
     return product

@@ -302,8 +302,9 @@ def test_ctrl_c_ends_cleanly(tmp_path, method):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background shell has it ignored
     )
-    process.stdout.readline()
+    process.stderr.readline()  # where everything that user code prints goes
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=30)
     assert process.returncode == 130
