@@ -302,7 +302,7 @@ def test_ctrl_c_ends_cleanly(tmp_path, method):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background shell has it ignored
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509 background shells ignore it
     )
     process.stderr.readline()  # where everything that user code prints goes
     process.send_signal(signal.SIGINT)
