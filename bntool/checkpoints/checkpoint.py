@@ -247,12 +247,12 @@ def _count_elements(state_dict: StateDict) -> int:
 
 _WRAPPERS = ("module.", "_orig_mod.", "_fsdp_wrapped_module.", "_forward_module.", "model.")
 MAX_PREFIX = 200  # characters; a hostile name repeats a wrapper a million times
-_UNPREFIXED = ("n_averaged", "steps")  # counters that AveragedModel and mmengine's averaging put beside the model
+UNPREFIXED = ("n_averaged", "steps")  # counters that AveragedModel and mmengine's averaging put beside the model
 
 
 def find_prefix(names: list[str]) -> str:
     """What wrappers (DataParallel, torch.compile, FSDP, Lightning's ``model.``) put before all names."""
-    names = [name for name in names if name not in _UNPREFIXED]
+    names = [name for name in names if name not in UNPREFIXED]
     prefix = ""
     while names and len(prefix) < MAX_PREFIX:
         wrapper = next((w for w in _WRAPPERS if all(name.startswith(w, len(prefix)) for name in names)), None)

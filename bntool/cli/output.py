@@ -50,11 +50,6 @@ def print_warning(message: str) -> None:
     _note(f"bntool: warning: {sanitize(message)}", code="33")
 
 
-def print_note(message: str) -> None:
-    """Something said on the way, to stderr."""
-    _note(sanitize(message), code="2")
-
-
 def wants_colour(stream: TextIO) -> bool:
     """Colours on terminals, unless NO_COLOR is set or the terminal is dumb."""
     return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"

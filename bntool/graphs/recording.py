@@ -58,7 +58,7 @@ class Reads:
 
     def join(
         self, nodes: list[Node], completed: Mapping[int, int]
-    ) -> tuple[list[Node], list[Edge], dict[str, frozenset[int]]]:
+    ) -> tuple[tuple[Node, ...], tuple[Edge, ...], dict[str, frozenset[int]]]:
         """Nodes, edges and uses of parameters.
 
         Args:
@@ -81,7 +81,7 @@ class Reads:
                         users.add(total)
             else:
                 nodes[total] = replace(nodes[total], kind=NodeKind.OTHER)
-        return nodes, edges, {name: frozenset(users) for name, users in self._uses.items()}
+        return tuple(nodes), tuple(edges), {name: frozenset(users) for name, users in self._uses.items()}
 
     def _edges(self, node: int, port: int, meeting: Meeting) -> Iterable[Edge]:
         by_source: dict[int, list[tuple[int, int]]] = {}

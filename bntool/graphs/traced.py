@@ -323,6 +323,5 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def finish(self) -> ModelGraph:
         nodes, edges, uses = self.reads.join(self.nodes, self.completed)
-        index, nodes_and_edges = self.index, (tuple(nodes), tuple(edges))
-        names = replace(ModelGraph(*nodes_and_edges, uses), aliases=index.aliases, tied=index.tied)
-        return replace(names, branches_at=self.branches_at)
+        index = self.index
+        return ModelGraph(nodes, edges, uses=uses, aliases=index.aliases, tied=index.tied, branches_at=self.branches_at)

@@ -8,15 +8,14 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch.nn.parameter import is_lazy
 
-from bntool.checkpoints.checkpoint import StateDict
+from bntool.checkpoints.checkpoint import UNPREFIXED, StateDict
 from bntool.checkpoints.dtypes import NumberKind
 from bntool.checkpoints.tensors import Tensor, read_bytes
 from bntool.errors import RefusedError
 from bntool.layers.modules import find_wrapper_prefix
 
 _SHOWN = 4
-# counters beside the model in averaged copies, and the one buffer that older files lack
-_BESIDE = ("n_averaged", "steps")
+# the one buffer that older files lack
 _COUNTER = "num_batches_tracked"
 
 
@@ -56,7 +55,7 @@ def load_state(module: torch.nn.Module, state_dict: StateDict) -> None:
         name = state_dict.strip(full_name)
         target = own.get(name, prefix + name)
         place = wanted.get(target)
-        if place is None and name in _BESIDE:
+        if place is None and name in UNPREFIXED:
             continue
         places[full_name] = target
         if isinstance(place, torch.Tensor) and not is_lazy(place) and not _fits(tensor.shape, place.shape):
