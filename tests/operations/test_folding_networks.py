@@ -154,7 +154,10 @@ seen: Counter[str] = Counter()
 
 
 @settings(
-    max_examples=int(os.environ.get("BNTOOL_NETWORKS", "400")), deadline=None, suppress_health_check=list(HealthCheck)
+    derandomize=True,
+    max_examples=int(os.environ.get("BNTOOL_NETWORKS", "400")),
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
 )
 @given(st.integers(0, 2**32), st.sampled_from(list(Layout)))
 def test_random_networks_are_folded_exactly_or_not_at_all(seed: int, layout: Layout) -> None:
