@@ -35,6 +35,15 @@ def command(
     ] = None,
     every: Annotated[bool, typer.Option("--all", help="List the layers that did not change, too.")] = False,
     state_dict: options.StateDictKey = None,
+    state_dict_b: Annotated[
+        Optional[str],  # noqa: UP045 typer reads it at run time
+        typer.Option(
+            "--state-dict-b",
+            metavar="KEY",
+            help="Which state dict of B, where its key is another one.",
+            show_default="as in A",
+        ),
+    ] = None,
     layers: options.Layers = None,
     as_json: options.Json = False,
     quiet: options.Quiet = False,
@@ -51,6 +60,8 @@ def command(
       bntool diff pretrained.pt epoch_12.pth --expect norm-eval --layers 'backbone.*'
 
       bntool diff drifted.pt recalibrated.pt --expect stats-only
+
+      bntool diff ckpt.pt ckpt.pt --state-dict model --state-dict-b model_ema
     """
     from bntool.checkpoints.formats import open_checkpoint
     from bntool.cli.main import ExitCode
@@ -59,7 +70,9 @@ def command(
     from bntool.reports.report import FileReport, Report
 
     with open_checkpoint(a) as one, open_checkpoint(b) as two:
-        comparison = compare_checkpoints(one, two, state_dict=state_dict, layers=layers or ())
+        comparison = compare_checkpoints(
+            one, two, state_dict=state_dict, state_dict_b=state_dict_b, layers=layers or ()
+        )
     expectation = None if expect is None else Expectation(expect.value)
     violations = [] if expectation is None else find_violations(comparison, expectation)
     facts = describe_comparison(comparison, path_b=str(b), expectation=expectation, violations=violations)

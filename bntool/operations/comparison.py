@@ -108,6 +108,7 @@ def compare_checkpoints(
     b: Checkpoint,
     *,
     state_dict: str | None = None,
+    state_dict_b: str | None = None,
     layers: Sequence[str] = (),
     others: bool = True,
 ) -> Comparison:
@@ -115,6 +116,7 @@ def compare_checkpoints(
 
     Args:
         state_dict: its key in both files; None for the one chosen by rule in each.
+        state_dict_b: its key in B where it is another, e.g. the averaged copy beside the model.
         layers: globs; only BatchNorm layers whose name matches are compared as such.
         others: compare all other tensors, too: this reads both files whole.
 
@@ -123,7 +125,9 @@ def compare_checkpoints(
         CorruptFileError: a tensor cannot be read.
     """
     one = choose_state_dict(a, state_dict)
-    two = choose_state_dict(b, state_dict if state_dict is None or _has(b, state_dict) else None)
+    if state_dict_b is None and state_dict is not None and _has(b, state_dict):
+        state_dict_b = state_dict
+    two = choose_state_dict(b, state_dict_b)
     names_a = {one.strip(name): name for name in one.tensors}
     names_b = {two.strip(name): name for name in two.tensors}
     path_a, path_b = align_names(names_a, names_b)

@@ -203,6 +203,21 @@ def test_state_dicts_by_key():
         compare(SAMPLES / "digits.pt", SAMPLES / "digits.pt", **options)
 
 
+def test_the_model_and_its_average_in_one_file():
+    training = SAMPLES / "digits_training.pt"
+    comparison = compare(training, training, state_dict="state_dict", state_dict_b="ema_state_dict")
+    assert (comparison.a.key, comparison.b.key) == ("state_dict", "ema_state_dict")
+    content = torch.load(training, weights_only=False)
+    model = {name.removeprefix("module."): value for name, value in content["state_dict"].items()}
+    average = {name.removeprefix("module."): value for name, value in content["ema_state_dict"].items()}
+    expected = {name for name in model if not torch.equal(model[name], average[name])} | (average.keys() - model.keys())
+    changed = {name for name, change in comparison.others.items() if change is not Change.SAME}
+    changed |= {
+        f"{layer.name}.{r}" for layer in comparison.layers for r, c in layer.changes.items() if c != Change.SAME
+    }
+    assert changed == expected != set()
+
+
 def test_nan_is_equal_to_itself_and_worst_where_it_is_new():
     broken = SAMPLES / "broken_nan_variance.pt"
     assert met(broken, broken) == {expectation.value for expectation in Expectation}
