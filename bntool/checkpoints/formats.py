@@ -112,16 +112,20 @@ def save_checkpoint(checkpoint: Checkpoint, path: str | os.PathLike[str], *, for
         CorruptFileError: the source turned out to be damaged on the way.
         VerificationError: the written file does not hold what it should.
     """
-    target = Path(path)
-    check_output_differs(checkpoint.file, target)
     with OutputFiles(force=force, mode=checkpoint.file.mode) as output:
-        output.check(target)
-        try:
-            write_checked(checkpoint, target, output)
-        except BntoolError as error:
-            raise error.about(checkpoint.path) from error.__cause__
-        except OverflowError as error:
-            raise RefusedError(f"a new element is too large for its tensor: {error}", path=checkpoint.path) from error
+        write_checkpoint(checkpoint, Path(path), output)
+
+
+def write_checkpoint(checkpoint: Checkpoint, path: Path, output: OutputFiles) -> None:
+    """Like :func:`save_checkpoint`, as one of the files of a transaction: it appears with the others."""
+    check_output_differs(checkpoint.file, path)
+    output.check(path)
+    try:
+        write_checked(checkpoint, path, output)
+    except BntoolError as error:
+        raise error.about(checkpoint.path) from error.__cause__
+    except OverflowError as error:
+        raise RefusedError(f"a new element is too large for its tensor: {error}", path=checkpoint.path) from error
 
 
 def write_checked(checkpoint: Checkpoint, path: Path, output: OutputFiles) -> None:

@@ -103,18 +103,27 @@ class OutputFiles:
             stream.close()
             temporary.chmod(_default_mode() if self._mode is None else self._mode)
         appeared: list[Path] = []
+        replaced: list[tuple[Path, Path]] = []
         try:
             for temporary, final in self._pending:
-                if self._force:
+                if self._force and os.path.lexists(final):
+                    if len(self._pending) > 1:
+                        replaced += _keep(final, beside=temporary)
                     temporary.replace(final)
                 else:
-                    _rename_without_replacing(temporary, final)
+                    temporary.replace(final) if self._force else _rename_without_replacing(temporary, final)
                     appeared.append(final)
         except BaseException:
             for final in appeared:
                 with contextlib.suppress(OSError):
                     final.unlink()
+            for kept, final in replaced:
+                with contextlib.suppress(OSError):
+                    kept.replace(final)
             raise
+        for kept, _ in replaced:
+            with contextlib.suppress(OSError):
+                kept.unlink()
         for folder in {final.parent for _, final in self._pending}:
             _sync_folder(folder)
 
@@ -125,6 +134,16 @@ class OutputFiles:
         for temporary, _ in self._pending:
             with contextlib.suppress(OSError):
                 temporary.unlink()
+
+
+def _keep(final: Path, *, beside: Path) -> list[tuple[Path, Path]]:
+    """A second name for a file that is about to be replaced, should a later file of the transaction fail."""
+    kept = beside.with_suffix(".replaced")
+    try:
+        os.link(final, kept)
+    except OSError:  # there is none, or a file system without hard links
+        return []
+    return [(kept, final)]
 
 
 def _rename_without_replacing(temporary: Path, final: Path) -> None:

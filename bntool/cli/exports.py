@@ -1,4 +1,4 @@
-"""The program that ``fold --export`` writes beside the folded checkpoint."""
+"""What ``fold`` writes: the checkpoint, what belongs beside it and the program of ``--export``, all or none of them."""
 
 from __future__ import annotations
 
@@ -6,33 +6,35 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bntool.checkpoints.checkpoint import Checkpoint
+from bntool.checkpoints.formats import write_checkpoint
 from bntool.checkpoints.outputs import OutputFiles, check_output_differs
-from bntool.errors import MissingExtraError, UsageError
+from bntool.cli.nets import write_net
+from bntool.errors import UsageError
 
 if TYPE_CHECKING:
-    from bntool.operations.exporting import Program
+    from bntool.checkpoints.prototxt import Prototxt
+    from bntool.operations.exporting import ProgramKind
+    from bntool.operations.proven_folding import CheckpointFold
 
 
 def check_export(
     checkpoint: Checkpoint, export: Path, output: Path | None, *, model: str | None, has_shape: bool, force: bool
-) -> None:
-    """Find out before any work whether the program can be written.
+) -> ProgramKind:
+    """Find out before any work whether the program can be written, and as what.
 
     Raises:
-        MissingExtraError: it is to be ONNX, which torch writes with other packages.
+        MissingExtraError: a package that writes or runs it is missing.
         UsageError: the name ends otherwise, is that of the input or of the other output, or there is no model
             or no shape.
         UnwritableFileError: it exists and ``--force`` is not given, or its folder is missing.
     """
-    suffix = export.suffix.lower()
-    if suffix == ".onnx":
-        raise MissingExtraError(
-            "--export writes .pt2; for ONNX: pip install onnx onnxscript, then call torch.onnx.export on "
-            "bntool.load_folded(model, OUT)",
-            path=export,
-        )
-    if suffix != ".pt2":
-        raise UsageError("--export writes a program of torch.export: name it FILE.pt2", path=export)
+    from bntool.operations.exporting import ProgramKind
+    from bntool.operations.onnx_programs import check_packages
+
+    kinds = {kind.value: kind for kind in ProgramKind}
+    kind = kinds.get(export.suffix.lower())
+    if kind is None:
+        raise UsageError("--export writes a program: name it FILE.pt2 or FILE.onnx", path=export)
     if model is None:
         raise UsageError("--export needs the model that is to be exported: give --model", path=export)
     if not has_shape:
@@ -41,11 +43,28 @@ def check_export(
         raise UsageError("--export and -o name the same file", path=export)
     check_output_differs(checkpoint.file, export)
     OutputFiles(force=force).check(export)
+    if kind is ProgramKind.ONNX:
+        check_packages()
+    return kind
 
 
-def save_export(program: Program | None, export: Path | None, *, force: bool) -> None:
-    """Write a program that was made and compared; nothing where there is none."""
-    if program is None or export is None:
+def save_fold(
+    fold: CheckpointFold, output: Path | None, *, net: Prototxt | None, export: Path | None, force: bool
+) -> None:
+    """Write all files of a fold in one transaction: either all appear, or none.
+
+    Args:
+        fold: made and proven.
+        output: the checkpoint; None for none.
+        net: the ``.prototxt`` that ran the input, if one did.
+        export: the program; None for none.
+        force: replace what exists.
+    """
+    if fold.checkpoint is None:
         return
-    with OutputFiles(force=force) as files:
-        files.open(export).write(program.data)
+    with OutputFiles(force=force, mode=fold.checkpoint.file.mode) as files:
+        if output is not None:
+            write_checkpoint(fold.checkpoint, output, files)
+            write_net(fold.checkpoint, net, output, files)
+        if export is not None and fold.program is not None:
+            files.open(export).write(fold.program.data)

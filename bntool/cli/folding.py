@@ -63,9 +63,9 @@ def command(
         Path | None,
         typer.Option(
             "--export",
-            metavar="FILE.pt2",
-            help="Also write the folded model as a program (torch.export), its outputs compared too. Needs --model, "
-            "and --input-shape or --data: all axes but the batch keep that shape.",
+            metavar="FILE",
+            help="Write the folded model as a program too, or without -o alone: FILE.pt2 (torch.export) or FILE.onnx, "
+            "run and compared. Needs --model, and --input-shape or --data: all axes but the batch keep that shape.",
             show_default=False,
         ),
     ] = None,
@@ -97,7 +97,7 @@ def command(
 
       bntool fold ckpt.pt --model torchvision:resnet50 --layout same-keys -o folded.pt
 
-      bntool fold ckpt.pt --model net.py:build --input-shape 2,3,224,224 --export folded.pt2 -o folded.pt
+      bntool fold ckpt.pt --model net.py:build --input-shape 2,3,224,224 --export folded.onnx
 
       bntool fold weights.safetensors --pair conv1=bn1 --eps 1e-5 -o folded.safetensors
 
@@ -109,9 +109,9 @@ def command(
     """
     from bntool.checkpoints.checkpoint import choose_state_dict
     from bntool.checkpoints.formats import open_checkpoint
-    from bntool.cli.exports import check_export, save_export
-    from bntool.cli.nets import deploy_net, save_net
-    from bntool.cli.writing import check_output, check_plan, save
+    from bntool.cli.exports import check_export, save_fold
+    from bntool.cli.nets import deploy_net
+    from bntool.cli.writing import check_output, check_plan
     from bntool.errors import RefusedError, UsageError
     from bntool.graphs.declared import read_pairs
     from bntool.operations.folding import Layout
@@ -122,13 +122,15 @@ def command(
     if not tolerance > 0:
         raise UsageError(f"--tolerance {tolerance} is no positive number")
     with user_output_to_stderr(), open_checkpoint(checkpoint) as opened:
-        check_output(opened, output, dry_run=dry_run, force=force)
+        if output is not None or export is None:
+            check_output(opened, output, dry_run=dry_run, force=force)
+        kind = None
         if export is not None:
             has_shape = input_shape is not None or data is not None
-            check_export(opened, export, output, model=model, has_shape=has_shape, force=force)
+            kind = check_export(opened, export, output, model=model, has_shape=has_shape, force=force)
         source, net = deploy_net(opened, prototxt, None if dry_run else output, force=force)
         chosen = choose_state_dict(source, state_dict)
-        if chosen.is_module and layout is LayoutOption.FOLDED:
+        if chosen.is_module and layout is LayoutOption.FOLDED and (output is not None or export is None):
             raise RefusedError(
                 "the file pickles whole modules, whose code still calls its BatchNorms: use --layout same-keys, or "
                 "save model.state_dict() and fold that",
@@ -153,15 +155,13 @@ def command(
             layout=Layout(layout.value),
             eps=eps,
             tolerance=tolerance,
-            export=export is not None,
+            export=kind,
         )
         check_plan(result.plan, strict=strict)
-        written = None if dry_run else str(output)
-        if not dry_run and result.checkpoint is not None:
-            save(result.checkpoint, output, force=force)
-            save_net(result.checkpoint, net, output, force=force)
-            save_export(result.program, export, force=force)
-        exported = None if dry_run or result.program is None else str(export)
+        if not dry_run:
+            save_fold(result, output, net=net, export=export, force=force)
+        written = None if dry_run or output is None else str(output)
+        exported = None if dry_run or export is None else str(export)
         facts = describe_fold(result, output=written, export=exported)
         blocks = show_fold(result, chosen, output=written, export=exported)
     print_report(Report("fold", (FileReport(str(checkpoint), facts, blocks),)), as_json=as_json, quiet=quiet)

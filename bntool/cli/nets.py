@@ -45,14 +45,13 @@ def deploy_net(
     return deploy(checkpoint, net), net
 
 
-def save_net(checkpoint: Checkpoint, net: Prototxt | None, output: Path | None, *, force: bool) -> None:
-    """Write the ``.prototxt`` that runs the written model, where one was given."""
-    if net is None or output is None:
+def write_net(checkpoint: Checkpoint, net: Prototxt | None, output: Path, files: OutputFiles) -> None:
+    """Write the ``.prototxt`` that runs the written model, where one was given, in the transaction of the model."""
+    if net is None:
         return
     from bntool.checkpoints.caffe_deployment import fold_prototxt
 
-    with OutputFiles(force=force) as files:
-        files.open(_beside(output)).write(fold_prototxt(checkpoint, net).encode("utf-8"))
+    files.open(_beside(output)).write(fold_prototxt(checkpoint, net).encode("utf-8"))
 
 
 def _beside(output: Path) -> Path:

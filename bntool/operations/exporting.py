@@ -1,12 +1,14 @@
-"""A folded model as a program that runs without its code, held against the original."""
+"""A folded model as a program that runs without its code, held against the original in the runtime that will run it."""
 
 from __future__ import annotations
 
 import copy
 import io
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from enum import Enum
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,29 +18,51 @@ from torch.utils._pytree import tree_map
 from bntool.errors import UserCodeError
 from bntool.graphs.calling import call
 from bntool.graphs.tracked import tensors_in
-from bntool.operations.verification import verify_program
+from bntool.operations.onnx_programs import convert_to_onnx, open_in_onnxruntime
+from bntool.operations.verification import find_outputs, run_model, verify_program
+
+
+class ProgramKind(Enum):
+    """What a program is written as, by the suffix of its file."""
+
+    PT2 = ".pt2"  # torch.export, run by torch
+    ONNX = ".onnx"  # run by ONNX Runtime and others
 
 
 @dataclass(frozen=True)
 class Program:
-    """A program of ``torch.export``.
+    """A model as a program.
 
     Attributes:
-        data: the bytes of a .pt2 file.
+        kind: what it is written as.
+        data: the bytes of the file.
+        runtime: name and version of what ran it for the comparison.
         any_batch: it was seen to take batches of one and of one more than the example.
         shapes: of the example inputs.
         error: largest difference of its outputs to the original's, relative to the largest output, in the stored dtype.
         inputs: how many inputs were compared.
     """
 
+    kind: ProgramKind
     data: bytes
+    runtime: str
     any_batch: bool
     shapes: tuple[tuple[int, ...], ...]
     error: float
     inputs: int
 
 
-def export_program(model: nn.Module, folded: nn.Module, inputs: Sequence[Any], *, tolerance: float) -> Program:
+Run = Callable[[Any], list[torch.Tensor]]
+
+
+def export_program(
+    model: nn.Module,
+    folded: nn.Module,
+    inputs: Sequence[Any],
+    *,
+    tolerance: float,
+    kind: ProgramKind = ProgramKind.PT2,
+) -> Program:
     """Export a folded model, read the program back, and hold its outputs against those of the original.
 
     Args:
@@ -46,33 +70,53 @@ def export_program(model: nn.Module, folded: nn.Module, inputs: Sequence[Any], *
         folded: what is exported; given back as it was.
         inputs: each a tensor, a tuple of positional or a dict of keyword arguments; the first is what is traced.
         tolerance: largest error of an output, relative to its largest magnitude.
+        kind: what it is written as; ONNX needs the packages of :func:`~bntool.operations.onnx_programs.check_packages`.
 
     Raises:
-        UserCodeError: torch.export cannot export the model.
-        VerificationError: the outputs differ.
+        UserCodeError: torch cannot export the model.
+        VerificationError: the outputs differ, or the program does not run.
     """
-    program = _export(folded, inputs[0])
+    exported = _export(folded, inputs[0])
+    if kind is ProgramKind.ONNX:
+        data = convert_to_onnx(exported)
+        run, runtime = open_in_onnxruntime(data)
+    else:
+        data = _save(exported)
+        run, runtime = _open_in_torch(data), f"torch {torch.__version__}"
+    shapes = _shapes(inputs[0])
+    compared = [item for item in inputs if _shapes(item) == shapes]
+    others = [tree_map(_first, inputs[0]), tree_map(_one_more, inputs[0])]
+    any_batch = all(_runs(run, item) and _runs(partial(run_model, model), item) for item in others)
+    if any_batch:
+        compared += others
+    error = verify_program(model, run, compared, tolerance=tolerance)
+    return Program(kind, data, runtime, any_batch, shapes, error, len(compared))
+
+
+def _save(program: torch.export.ExportedProgram) -> bytes:
     stream = io.BytesIO()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of torch.export about itself
         torch.export.save(program, stream)
-        data = stream.getvalue()
+    return stream.getvalue()
+
+
+def _open_in_torch(data: bytes) -> Run:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         loaded = torch.export.load(io.BytesIO(data)).module()
-    shapes = _shapes(inputs[0])
-    compared = [item for item in inputs if _shapes(item) == shapes]
-    others = [tree_map(_first, inputs[0]), tree_map(_one_more, inputs[0])]
-    any_batch = all(_runs(loaded, item) for item in others)
-    if any_batch:
-        compared += others
-    error = verify_program(model, loaded, compared, tolerance=tolerance)
-    return Program(data, any_batch, shapes, error, len(compared))
 
-
-def _runs(program: nn.Module, inputs: Any) -> bool:
-    try:
+    def run(inputs: Any) -> list[torch.Tensor]:
         with torch.no_grad():
-            call(program, inputs)
-    except UserCodeError:  # its guards hold the shapes
+            return list(find_outputs(call(loaded, inputs)))
+
+    return run
+
+
+def _runs(run: Callable[[Any], Any], inputs: Any) -> bool:
+    try:
+        run(inputs)
+    except Exception:  # noqa: BLE001 its guards hold the shapes, each runtime in its own way
         return False
     return True
 

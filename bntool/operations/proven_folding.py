@@ -24,7 +24,7 @@ from bntool.layers.application import apply_plan, change_structure, read_state
 from bntool.layers.folding import describe_structure
 from bntool.layers.loading import load_state
 from bntool.layers.modules import find_batchnorm_modules, find_wrapper_prefix
-from bntool.operations.exporting import Program, export_program
+from bntool.operations.exporting import Program, ProgramKind, export_program
 from bntool.operations.folding import FoldPlan, Layout, plan_fold
 from bntool.operations.recording import make_record
 from bntool.operations.verification import TOLERANCE, Agreement, verify
@@ -119,7 +119,7 @@ def fold_checkpoint(  # noqa: PLR0913 as many as the command has options
     layout: Layout = Layout.FOLDED,
     eps: float | None = None,
     tolerance: float = TOLERANCE,
-    export: bool = False,
+    export: ProgramKind | None = None,
 ) -> CheckpointFold:
     """Fold one state dict of a checkpoint.
 
@@ -129,7 +129,7 @@ def fold_checkpoint(  # noqa: PLR0913 as many as the command has options
         pairs: from the BatchNorm to its producer, declared instead of traced.
         layers, layout, eps: see :func:`~bntool.operations.folding.plan_fold`.
         tolerance: see :func:`~bntool.operations.verification.verify`.
-        export: export the folded model too, which needs ``model``.
+        export: export the folded model too, as this; needs ``model``.
 
     Raises:
         RefusedError: neither model nor pairs are given, or a pair contradicts shapes.
@@ -167,8 +167,8 @@ def fold_checkpoint(  # noqa: PLR0913 as many as the command has options
         change = _change(graph, layers=layers, layout=layout, eps=eps)
         tried = with_random_inputs(inputs)
         agreement = verify(model, change, folded, tried, tolerance=tolerance, unit=_spacing(state_dict))
-        if export:
-            program = export_program(model, folded, tried, tolerance=agreement.tolerance)
+        if export is not None:
+            program = export_program(model, folded, tried, tolerance=agreement.tolerance, kind=export)
     new = edited.state_dict(state_dict.key)
     ranges = measure_ranges(state_dict, new, plan)
     warnings = (

@@ -115,11 +115,14 @@ def verify(
     return Agreement(len(inputs), len(stored[0]), exact, rounded, stored_error, noise, bound)
 
 
-def verify_program(model: nn.Module, program: nn.Module, inputs: Sequence[Any], *, tolerance: float) -> float:
+def verify_program(
+    model: nn.Module, run: Callable[[Any], list[torch.Tensor]], inputs: Sequence[Any], *, tolerance: float
+) -> float:
     """Hold a program, which has one mode and one dtype, against the original model.
 
     Args:
         model: the original; given back as it was.
+        run: gives the program's floating outputs for an input, wherever it runs.
         inputs: as for :func:`verify`, in the program's dtype.
         tolerance: largest error, relative to the largest magnitude of each output.
 
@@ -127,12 +130,15 @@ def verify_program(model: nn.Module, program: nn.Module, inputs: Sequence[Any], 
         The largest such error.
 
     Raises:
-        VerificationError: they disagree.
-        UserCodeError: one raised.
+        VerificationError: they disagree, or the program does not run on an input.
     """
-    with torch.no_grad():
-        found = [list(_find_outputs(call(program, _cast(item, None)))) for item in inputs]
-    error = _largest_error(_run(model, inputs), found)
+    try:
+        found = [[tensor.cpu() for tensor in run(_cast(item, None))] for item in inputs]
+    except Exception as problem:
+        text = " ".join(str(problem).split())[:300]
+        raise VerificationError(f"the exported program does not run; nothing was written ({text})") from problem
+    expected = [[tensor.cpu() for tensor in outputs] for outputs in _run(model, inputs)]
+    error = _largest_error(expected, found)
     if not error <= tolerance:
         raise VerificationError(
             f"the outputs of the exported program differ by {error:.3g} of their magnitude, more than {tolerance:.3g}; "
@@ -167,10 +173,19 @@ def _copy(model: nn.Module) -> nn.Module:
         raise UserCodeError(f"the model cannot be copied to be verified: {' '.join(str(error).split())}") from error
 
 
-def _run(model: nn.Module, inputs: Sequence[Any]) -> list[list[torch.Tensor]]:
+def run_model(model: nn.Module, inputs: Any) -> list[torch.Tensor]:
+    """Its floating outputs in eval mode; the model is given back as it was, the inputs are not changed.
+
+    Raises:
+        UserCodeError: the model raised.
+    """
     with borrow(model), torch.no_grad():
         model.eval()
-        return [list(_find_outputs(call(model, _cast(item, None)))) for item in inputs]
+        return list(find_outputs(call(model, _cast(inputs, None))))
+
+
+def _run(model: nn.Module, inputs: Sequence[Any]) -> list[list[torch.Tensor]]:
+    return [run_model(model, item) for item in inputs]
 
 
 def _cast(item: Any, dtype: torch.dtype | None) -> Any:
@@ -184,14 +199,14 @@ def _cast(item: Any, dtype: torch.dtype | None) -> Any:
     return tree_map(convert, item)
 
 
-def _find_outputs(value: Any, depth: int = 3) -> Iterator[torch.Tensor]:
-    """The floating tensors of an output, also in objects that torch does not know."""
+def find_outputs(value: Any, depth: int = 3) -> Iterator[torch.Tensor]:
+    """Copies of the floating tensors of an output, also in objects that torch does not know."""
     for leaf in tree_flatten(value)[0]:
         if isinstance(leaf, torch.Tensor):
             if leaf.is_floating_point():
                 yield leaf.detach().clone()
         elif depth and hasattr(leaf, "__dict__") and not isinstance(leaf, type | nn.Module):
-            yield from _find_outputs(dict(vars(leaf)), depth - 1)
+            yield from find_outputs(dict(vars(leaf)), depth - 1)
 
 
 def _check_meaning(outputs: Sequence[Sequence[torch.Tensor]]) -> None:

@@ -43,6 +43,8 @@ def _describe_program(program: Program | None, path: str | None) -> dict[str, An
     if program is None:
         return None
     return {
+        "format": program.kind.name.lower(),
+        "runtime": program.runtime,
         "shapes": [list(shape) for shape in program.shapes],
         "any_batch": program.any_batch,
         "inputs": program.inputs,
@@ -75,13 +77,20 @@ def show_fold(
     blocks += _weights(result)
     blocks += [line(f"dropped {name}: optimizer state that no longer fits", Style.NOTICE) for name in result.dropped]
     blocks += [line(f"! {warning}", Style.WARNING) for warning in result.warnings]
-    if output is None:
+    if output is None and export is None:
         return [*blocks, line("dry run: nothing was written", Style.MUTED)]
-    blocks += _written(result, state_dict, output)
-    if export is not None:
+    if output is not None:
+        blocks += _written(result, state_dict, output)
+    if export is not None and result.program is not None:
         blocks += [line(), line(f"wrote {export}", Style.GOOD), line("run it:")]
-        blocks.append(line(f"model = torch.export.load({export!r}).module()  # runs code of the file", indent=2))
+        blocks += [line(text, indent=2) for text in _running_code(result.program, export)]
     return blocks
+
+
+def _running_code(program: Program, path: str) -> list[str]:
+    if program.kind.name == "ONNX":
+        return ["import onnxruntime", f"session = onnxruntime.InferenceSession({path!r})"]
+    return ["import torch", f"model = torch.export.load({path!r}).module()  # runs code of the file"]
 
 
 def _fold_table(folds: tuple[Fold, ...]) -> Table:
@@ -122,7 +131,10 @@ def _program(program: Program | None) -> list[Block]:
         return []
     shapes = ", ".join(str(list(shape)) for shape in program.shapes)
     batch = ", batches of any size" if program.any_batch else " only"
-    text = f"the exported program agrees to {format_number(program.error, 2)} on {plural(program.inputs, 'input')}"
+    text = (
+        f"the exported program, run by {program.runtime}, agrees to {format_number(program.error, 2)} on "
+        f"{plural(program.inputs, 'input')}"
+    )
     return [line(f"{text}; it takes {shapes}{batch}", Style.GOOD)]
 
 

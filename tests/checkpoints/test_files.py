@@ -157,6 +157,18 @@ def test_if_one_file_cannot_appear_none_does(tmp_path: Path) -> None:
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == {"b": b"somebody else's"}
 
 
+def test_files_that_were_replaced_come_back_when_a_later_one_fails(tmp_path: Path) -> None:
+    first, second, third = (tmp_path / name for name in ("first", "second", "third"))
+    first.write_bytes(b"old")
+    with pytest.raises(UnwritableFileError), OutputFiles(force=True) as output:  # noqa: PT012
+        for path in (first, second, third):
+            output.open(path).write(b"new")
+        third.mkdir()
+        (third / "kept").touch()
+    assert first.read_bytes() == b"old"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["first", "third"]
+
+
 def test_an_existing_file_is_replaced_only_by_force(tmp_path: Path) -> None:
     source = write_zip(tiny_net().state_dict(), tmp_path)
     target = tmp_path / "out.pt"

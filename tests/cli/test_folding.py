@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -213,6 +214,48 @@ def test_an_exported_program_runs_without_the_code(fold, digits, tmp_path) -> No
     assert out.exists()
 
 
+def test_an_export_alone(fold, digits, tmp_path, capsys) -> None:
+    pytest.importorskip("onnxscript", reason="pip install 'bntool[onnx]'")
+    onnxruntime = pytest.importorskip("onnxruntime", reason="pip install 'bntool[onnx]'")
+    path = tmp_path / "folded.onnx"
+    arguments = ["fold", str(SAMPLES / "digits.pt"), "--model", MODEL, "--export", str(path)]
+    code = main([*arguments, "--input-shape", "2,1,8,8", "--json"])
+    (document,) = json.loads(capsys.readouterr().out)["files"]
+    assert (code, document["output"], document["export"]["format"]) == (0, None, "onnx")
+    assert list(tmp_path.iterdir()) == [path]
+    session = onnxruntime.InferenceSession(path)
+    (after,) = session.run(None, {session.get_inputs()[0].name: digits[0].numpy()})
+    with torch.no_grad():
+        before = original(SAMPLES / "digits.pt")(digits[0])
+    assert torch.equal(before.argmax(1), torch.from_numpy(after).argmax(1))
+
+
+def test_a_whole_module_can_be_exported(tmp_path, capsys) -> None:
+    arguments = ["fold", str(SAMPLES / "digits_module.pt"), "--model", MODEL, "--input-shape", "2,1,8,8"]
+    assert main([*arguments, "--export", str(tmp_path / "a.pt2")]) == 0
+    printed = capsys.readouterr().out
+    assert "torch.export.load" in printed
+    assert "load_folded" not in printed
+
+
+def test_checkpoint_and_program_appear_together_or_not_at_all(fold, tmp_path, monkeypatch) -> None:
+    path = tmp_path / "a.pt2"
+    monkeypatch.setattr("bntool.checkpoints.outputs._sync_folder", lambda folder: None)
+    link = os.link
+
+    def appears_meanwhile(source, target):
+        if target == path:
+            path.write_text("of somebody else")
+        link(source, target)
+
+    monkeypatch.setattr(os, "link", appears_meanwhile)
+    options = ("--export", str(path), "--input-shape", "2,1,8,8")
+    code, document, *_ = fold(SAMPLES / "digits.pt", *options)
+    assert (code, document["error"]["code"]) == (3, "unwritable")
+    assert [other.name for other in tmp_path.iterdir()] == ["a.pt2"]
+    assert path.read_text() == "of somebody else"
+
+
 def test_a_dry_run_exports_nothing(fold, tmp_path) -> None:
     shape = ("--input-shape", "2,1,8,8")
     code, document, _, out = fold(SAMPLES / "digits.pt", "--export", str(tmp_path / "a.pt2"), *shape, "--dry-run")
@@ -224,7 +267,7 @@ def test_a_dry_run_exports_nothing(fold, tmp_path) -> None:
 @pytest.mark.parametrize(
     ("options", "exit_code", "words"),
     [
-        (f"--export a.onnx --model {MODEL}", 2, "pip install onnx onnxscript"),
+        (f"--export a.onnx --model {MODEL} --input-shape 2,1,8,8", 2, "pip install 'bntool[onnx]'"),
         (f"--export a.bin --model {MODEL}", 2, "FILE.pt2"),
         (f"--export a.pt2 --model {MODEL}", 2, "--input-shape"),
         ("--export a.pt2 --pair conv1=bn1 --eps 1e-5", 2, "--model"),
@@ -236,6 +279,7 @@ def test_an_export_that_cannot_be_written_stops_early(
     fold, tmp_path, monkeypatch, *, options: str, exit_code: int, words: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("bntool.operations.onnx_programs._PACKAGES", ("no_such_package",))
     code, document, _, out = fold(SAMPLES / "digits.pt", *options.split(), model=None, output="folded.pt2")
     assert code == exit_code
     assert words in document["error"]["message"]

@@ -8,10 +8,30 @@ import pytest
 import torch
 from torch import nn
 
-from bntool.errors import UserCodeError, VerificationError
-from bntool.operations.exporting import export_program
+from bntool.errors import MissingExtraError, UserCodeError, VerificationError
+from bntool.operations import onnx_programs
+from bntool.operations.exporting import Program, ProgramKind, export_program
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture(params=ProgramKind)
+def kind(request) -> ProgramKind:
+    if request.param is ProgramKind.ONNX:
+        for package in ("onnx", "onnxscript", "onnxruntime"):
+            pytest.importorskip(package, reason="pip install 'bntool[onnx]'")
+    return request.param
+
+
+def load(program: Program):
+    """The program as its user loads it."""
+    if program.kind is ProgramKind.PT2:
+        return torch.export.load(io.BytesIO(program.data)).module()
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(program.data)
+    (name,) = [formal.name for formal in session.get_inputs()]
+    return lambda x: torch.from_numpy(session.run(None, {name: x.numpy()})[0])
 
 
 class Fixed(nn.Module):
@@ -34,33 +54,52 @@ class TwoInputs(nn.Module):
         return {"sum": self.linear(x) + y}
 
 
-def test_a_program_gives_the_outputs_of_the_model() -> None:
+def test_a_program_gives_the_outputs_of_the_model(kind) -> None:
     model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Dropout(0.5))
     x = torch.randn(2, 1, 6, 6)
-    program = export_program(model, model, [x, torch.randn(2, 1, 6, 6)], tolerance=1e-6)
+    program = export_program(model, model, [x, torch.randn(2, 1, 6, 6)], tolerance=1e-6, kind=kind)
     assert model.training
     assert (program.any_batch, program.inputs, program.shapes) == (True, 4, ((2, 1, 6, 6),))
-    loaded = torch.export.load(io.BytesIO(program.data)).module()
+    assert program.runtime.startswith("torch 2" if kind is ProgramKind.PT2 else "onnxruntime 1")
     other = torch.randn(5, 1, 6, 6)
-    assert torch.equal(loaded(other), model.eval()(other))
+    with torch.no_grad():
+        assert torch.allclose(load(program)(other), model.eval()(other), atol=1e-6)
 
 
-def test_a_fixed_batch_is_said() -> None:
-    program = export_program(Fixed(), model := Fixed(), [torch.randn(2, 3)], tolerance=1e9)
+def test_a_fixed_batch_is_said(kind) -> None:
+    program = export_program(Fixed(), model := Fixed(), [torch.randn(2, 3)], tolerance=1e9, kind=kind)
     assert not program.any_batch
     assert program.inputs == 1
     assert model.training
 
 
-def test_keyword_arguments() -> None:
+def test_keyword_arguments(kind) -> None:
     model = TwoInputs()
-    program = export_program(model, model, [{"x": torch.randn(2, 3), "y": torch.randn(2, 2)}], tolerance=1e-6)
+    inputs = {"y": torch.randn(2, 2), "x": torch.randn(2, 3)}
+    program = export_program(model, model, [inputs], tolerance=1e-6, kind=kind)
     assert program.any_batch
 
 
-def test_another_model_does_not_pass() -> None:
+def test_several_inputs_and_outputs_of_other_kinds(kind) -> None:
+    class Detector(nn.Module):
+        def forward(self, x, y):
+            z = x * 2 + y
+            return {"scores": [z, z.sum(1)], "labels": z.argmax(1)}
+
+    inputs = (torch.randn(2, 3), torch.randn(2, 3))
+    program = export_program(Detector(), Detector(), [inputs], tolerance=1e-6, kind=kind)
+    assert program.inputs == 3
+
+
+def test_another_model_does_not_pass(kind) -> None:
     with pytest.raises(VerificationError, match="exported program"):
-        export_program(nn.Linear(3, 2), nn.Linear(3, 2), [torch.randn(2, 3)], tolerance=1e-5)
+        export_program(nn.Linear(3, 2), nn.Linear(3, 2), [torch.randn(2, 3)], tolerance=1e-5, kind=kind)
+
+
+def test_missing_packages_are_named(monkeypatch) -> None:
+    monkeypatch.setattr(onnx_programs, "_PACKAGES", ("torch", "no_such_package"))
+    with pytest.raises(MissingExtraError, match=r"needs no_such_package: pip install 'bntool\[onnx\]'"):
+        onnx_programs.check_packages()
 
 
 class Branching(nn.Module):
