@@ -10,6 +10,8 @@ from bntool.checkpoints.checkpoint import Checkpoint, Format
 from bntool.checkpoints.distributed import METADATA, Distributed
 from bntool.checkpoints.exported_program import ExportedProgram
 from bntool.checkpoints.files import SourceFile
+from bntool.checkpoints.keras_archive import KerasArchive
+from bntool.checkpoints.keras_hdf5 import KerasHdf5
 from bntool.checkpoints.numpy_pickle import NumpyPickle
 from bntool.checkpoints.onnx_file import Onnx
 from bntool.checkpoints.outputs import OutputFiles, check_output_differs
@@ -26,10 +28,12 @@ from bntool.errors import BntoolError, RefusedError, UnknownFormatError, Unreada
 FORMATS: tuple[Format, ...] = (
     TorchZip(),
     TorchScript(),
+    KerasArchive(),
     ExportedProgram(),
     TorchLegacy(),
     TorchTar(),
     Distributed(),
+    KerasHdf5(),
     Sharded(),
     Safetensors(),
     NumpyPickle(),
@@ -82,7 +86,6 @@ def open_file(file: SourceFile) -> Checkpoint:
 
 def _describe_unknown(head: bytes) -> str:
     signatures = {
-        b"\x89HDF\r\n": "an HDF5 file",
         b"\x1f\x8b": "a gzip archive; unpack it first",
         b"<!DOCTYPE": "a web page, not a checkpoint: the download went wrong",
         b"<html": "a web page, not a checkpoint: the download went wrong",

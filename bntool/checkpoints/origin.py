@@ -33,6 +33,8 @@ def _class_name(path: str) -> str:
 
 def _producer(entries: Any) -> list[str]:  # noqa: PLR0911 (one for each producer)
     keys = set(entries)
+    if "keras_model" in keys:
+        return [f"Keras {text_of(entries.get('keras_version')) or ''}".strip(), str(entries["keras_model"])]
     meta = as_mapping(entries.get("meta")) if "meta" in keys else {}
     if "pytorch-lightning_version" in keys:
         return [f"Lightning {text_of(entries['pytorch-lightning_version']) or ''}".strip()]

@@ -39,7 +39,7 @@ IMPOSSIBLE = {
     *(("numpy-pickle", name) for name in ("bfloat16", *(d for d in map(_name, LATE_DTYPES) if "float8" in d))),
 }  # fmt: skip
 # their tensors belong to layers of a graph, so that they cannot hold just any; see the test file of each
-OF_GRAPHS = {"onnx", "caffe", "torchscript", "exported-program"}
+OF_GRAPHS = {"onnx", "caffe", "keras", "keras-hdf5", "torchscript", "exported-program"}
 READ_ONLY = {"distributed"}
 VALUES_ONLY = {"torch-tar"}
 WITHOUT_RECORD = {"torch-tar", "numpy-pickle"}
@@ -221,7 +221,6 @@ def test_listing_a_file_imports_neither_torch_nor_numpy(name: str, tmp_path: Pat
 @pytest.mark.parametrize(
     ("data", "words"),
     [
-        (b"\x89HDF\r\n\x1a\n" + bytes(100), "HDF5"),
         (b"\x1f\x8b" + bytes(100), "gzip"),
         (b"<!DOCTYPE html><html>", "web page"),
         (b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),

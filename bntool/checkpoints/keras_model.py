@@ -1,0 +1,268 @@
+"""The configuration of a Keras model: layers, nested models, and which layer reads what another wrote.
+
+Both ways to write it are read: that of Keras 3 (``__keras_tensor__`` with a ``keras_history``) and that of Keras 2 and
+tf_keras (``[layer, node, tensor, {arguments}]``).
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+from bntool.errors import CorruptFileError, UnsafeFileError
+
+MAX_CONFIG = 1 << 28
+MAX_LAYERS = 100_000
+MAX_NESTING = 32
+
+Reference: TypeAlias = tuple[str, int, int]  # layer, which call of it, which of its outputs
+
+
+@dataclass(frozen=True)
+class KerasLayer:
+    """One layer of a model.
+
+    Attributes:
+        name: as in the model.
+        path: the same with the names of the models around it, joined by dots.
+        class_name, module: of its class.
+        config: what its constructor takes.
+        calls: for each call what it reads, in order; of a Sequential model nothing.
+        model: the layers inside, where the layer is a model itself.
+        entry: the JSON object that all this was read from.
+    """
+
+    name: str
+    path: str
+    class_name: str
+    module: str
+    config: Mapping[str, Any] = field(repr=False)
+    calls: tuple[tuple[Reference, ...], ...]
+    model: KerasModel | None
+    entry: Any = field(repr=False, compare=False)
+
+    @property
+    def is_layer(self) -> bool:
+        """Whether it can have weights: functions of ``keras.ops`` take part in a graph, but are no layers."""
+        return not self.module.startswith(("keras.src.ops", "keras.ops"))
+
+
+@dataclass(frozen=True)
+class KerasModel:
+    """A Functional or Sequential model.
+
+    Attributes:
+        is_sequential: each layer reads the one before it.
+        layers: in the order of the file.
+        inputs, outputs: of a Functional model.
+        entry: the JSON object that holds ``layers``.
+    """
+
+    is_sequential: bool
+    layers: tuple[KerasLayer, ...]
+    inputs: tuple[Reference, ...]
+    outputs: tuple[Reference, ...]
+    entry: Any = field(repr=False, compare=False)
+
+    def walk(self) -> Iterator[KerasLayer]:
+        """All layers, those of nested models after the model that holds them."""
+        for layer in self.layers:
+            yield layer
+            if layer.model is not None:
+                yield from layer.model.walk()
+
+
+def parse_config(data: bytes | str) -> Any:
+    """The JSON of a configuration.
+
+    Raises:
+        CorruptFileError: it is none.
+        UnsafeFileError: it is absurdly large.
+    """
+    if len(data) > MAX_CONFIG:
+        raise UnsafeFileError(f"the configuration of the model has {len(data)} bytes")
+    try:
+        text = data if isinstance(data, str) else data.decode("utf-8")
+        return json.loads(text, object_pairs_hook=_unique)
+    except (ValueError, RecursionError) as error:
+        raise CorruptFileError(f"the configuration of the model is not valid JSON: {error}") from error
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a key occurs twice")
+    return found
+
+
+def read_model(config: Any) -> KerasModel | None:
+    """The model that a configuration describes; None for one whose layers are made by code of its own.
+
+    Raises:
+        CorruptFileError: it contradicts itself.
+        UnsafeFileError: it is built to exhaust memory.
+    """
+    try:
+        return _read_model(config, "", 0)
+    except RecursionError as error:
+        raise CorruptFileError("the configuration of the model is nested too deeply") from error
+
+
+def _read_model(entry: Any, path: str, depth: int) -> KerasModel | None:
+    config = entry.get("config") if isinstance(entry, dict) else None
+    if isinstance(config, list) and entry.get("class_name") == "Sequential":  # Keras before 2.2.3
+        config = {"layers": config}
+    layers = config.get("layers") if isinstance(config, dict) else None
+    if not isinstance(config, dict) or not isinstance(layers, list) or not all(isinstance(one, dict) for one in layers):
+        return None
+    is_sequential = "output_layers" not in config
+    if is_sequential and not _is_sequential(entry, layers):
+        return None
+    if depth > MAX_NESTING or len(layers) > MAX_LAYERS:
+        raise UnsafeFileError(f"a model of {len(layers)} layers, {depth} models deep")
+    names = [_name_of(one) for one in layers]
+    if len(set(names)) != len(names):
+        twice = Counter(names).most_common(1)[0][0]
+        raise CorruptFileError("two layers of a model have this name", tensor=twice)
+    known = frozenset(names)
+    read = tuple(_read_layer(one, name, path, known, depth) for one, name in zip(layers, names, strict=True))
+    inputs = tuple(_reference(found) for found in find_references(config.get("input_layers"), known))
+    outputs = tuple(_reference(found) for found in find_references(config.get("output_layers"), known))
+    model = KerasModel(is_sequential, read, inputs, outputs, config)
+    _check_references(model)
+    return model
+
+
+def _is_sequential(entry: Mapping[str, Any], layers: Sequence[Any]) -> bool:
+    """A subclass of Sequential has a name of its own; its layers are written without their calls all the same."""
+    return entry.get("class_name") == "Sequential" or not any("inbound_nodes" in one for one in layers)
+
+
+def _name_of(entry: Mapping[str, Any]) -> str:
+    config = entry.get("config")
+    name = entry.get("name") or (config.get("name") if isinstance(config, dict) else None)
+    if not isinstance(name, str):
+        raise CorruptFileError("a layer of the model has no name")
+    return name
+
+
+def _read_layer(entry: Any, name: str, path: str, known: frozenset[str], depth: int) -> KerasLayer:
+    full = f"{path}.{name}" if path else name
+    nodes = entry.get("inbound_nodes")
+    calls = tuple(
+        tuple(_reference(found) for found in find_references(node, known))
+        for node in (nodes if isinstance(nodes, list) else ())
+    )
+    config = entry.get("config")
+    module = entry.get("module")
+    return KerasLayer(
+        name=name,
+        path=full,
+        class_name=str(entry.get("class_name", "")),
+        module=module if isinstance(module, str) else "keras.layers",
+        config=config if isinstance(config, dict) else {},
+        calls=calls,
+        model=_read_model(entry, full, depth + 1),
+        entry=entry,
+    )
+
+
+def find_references(value: Any, known: frozenset[str]) -> Iterator[list[Any]]:
+    """The lists ``[layer, call, output, ...]`` in a part of a configuration, in the order in which Keras reads them."""
+    if isinstance(value, dict):
+        if value.get("class_name") == "__keras_tensor__":
+            config = value.get("config")
+            yield from find_references(config.get("keras_history") if isinstance(config, dict) else None, known)
+            return
+        for key in sorted(value, key=str):
+            yield from find_references(value[key], known)
+    elif isinstance(value, list):
+        if len(value) in (3, 4) and isinstance(value[0], str) and _are_counts(value[1:3]) and value[0] in known:
+            yield value
+            if len(value) == 4:
+                yield from find_references(value[3], known)
+            return
+        for item in value:
+            yield from find_references(item, known)
+
+
+def _are_counts(values: Sequence[Any]) -> bool:
+    return all(type(value) is int and value >= 0 for value in values)
+
+
+def _reference(found: Sequence[Any]) -> Reference:
+    return (found[0], found[1], found[2])
+
+
+def _check_references(model: KerasModel) -> None:
+    """Every call that is read exists; the calls of inputs are not written down."""
+    calls = {layer.name: max(len(layer.calls), 1) for layer in model.layers}
+    for references in (model.inputs, model.outputs, *(call for layer in model.layers for call in layer.calls)):
+        for name, call, _ in references:
+            if call >= calls[name]:
+                raise CorruptFileError(f"call {call} of it is read, which is not there", tensor=name)
+
+
+def order_layers(model: KerasModel) -> tuple[str, ...] | None:
+    """The names of the layers in the order in which Keras numbers them when it loads the model.
+
+    By their distance from the outputs, the farthest first, and then in the order in which a depth-first walk from the
+    outputs meets them: what ``map_graph`` of Keras and ``_map_graph_network`` of tf_keras do.
+
+    Returns:
+        None where the graph goes in circles.
+    """
+    if model.is_sequential:
+        return tuple(layer.name for layer in model.layers)
+    parents = {
+        (layer.name, i): [(r[0], r[1]) for r in call]
+        for layer in model.layers
+        for i, call in enumerate(layer.calls or ((),))
+    }
+    seen: dict[str, int] = {}
+    finished: dict[tuple[str, int], None] = {}
+    for name, call, _ in model.outputs:
+        if not _walk_back((name, call), parents, seen, finished):
+            return None
+    depth_of_call: dict[tuple[str, int], int] = {}
+    depth_of_layer: dict[str, int] = {}
+    for node in reversed(finished):
+        depth = max(depth_of_call.get(node, 0), depth_of_layer.get(node[0], 0))
+        depth_of_call[node] = depth_of_layer[node[0]] = depth
+        for parent in parents[node]:
+            depth_of_call[parent] = max(depth + 1, depth_of_call.get(parent, 0))
+    for name, _, _ in model.inputs:  # inputs that no output needs
+        if name not in depth_of_layer:
+            depth_of_layer[name], seen[name] = 0, -1
+    return tuple(sorted(depth_of_layer, key=lambda name: (-depth_of_layer[name], seen[name])))
+
+
+def _walk_back(
+    start: tuple[str, int],
+    parents: Mapping[tuple[str, int], Sequence[tuple[str, int]]],
+    seen: dict[str, int],
+    finished: dict[tuple[str, int], None],
+) -> bool:
+    """Depth first, without recursion; False where it goes in circles."""
+    if start in finished:
+        return True
+    seen.setdefault(start[0], len(seen))
+    waiting = [(start, iter(parents[start]))]
+    open_nodes = {start}
+    while waiting:
+        node, rest = waiting[-1]
+        parent = next(rest, None)
+        if parent is None:
+            waiting.pop()
+            open_nodes.discard(node)
+            finished[node] = None
+        elif parent in open_nodes:
+            return False
+        elif parent not in finished:
+            seen.setdefault(parent[0], len(seen))
+            open_nodes.add(parent)
+            waiting.append((parent, iter(parents[parent])))
+    return True

@@ -1,0 +1,294 @@
+"""Keras files, held against h5py and against what Keras and tf_keras made the fixtures from."""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import pytest
+
+from bntool.batchnorm import NormKind
+from bntool.checkpoints.files import SourceFile
+from bntool.checkpoints.formats import open_checkpoint
+from bntool.checkpoints.hdf5 import read_hdf5
+from bntool.checkpoints.keras_model import order_layers, parse_config, read_model
+from bntool.checkpoints.norms import find_batchnorms, find_norms
+from bntool.checkpoints.tensors import read_bytes, read_numbers
+from bntool.errors import CorruptFileError, UnknownFormatError, UnsafeFileError
+from bntool.operations.safety import Verdict, judge_safety
+
+TINY = {  # in the words of PyTorch, and as Keras keeps it
+    "conv1.weight": ("conv1/kernel", (4, 3, 3, 3)),
+    "dw.weight": ("dw/kernel", (8, 1, 3, 3)),
+    "dw.bias": ("dw/bias", (8,)),
+    "deconv.weight": ("deconv/kernel", (8, 5, 2, 2)),
+    "sep.depthwise_weight": ("sep/depthwise_kernel", (5, 1, 3, 3)),
+    "sep.weight": ("sep/pointwise_kernel", (6, 5, 1, 1)),
+    "fc.weight": ("fc/kernel", (7, 6)),
+    "bn1.weight": ("bn1/gamma", (4,)),
+    "bn1.running_mean": ("bn1/moving_mean", (4,)),
+    "bn_dw.bias": ("bn_dw/beta", (8,)),
+    "bn_dw.running_var": ("bn_dw/moving_variance", (8,)),
+    "bn_dc.weight": ("bn_dc/gamma", (5,)),
+}
+
+
+@pytest.fixture
+def interop(fixtures: Path) -> Path:
+    return fixtures / "interop"
+
+
+def weights_of(path: Path) -> Any:
+    if path.suffix == ".keras":
+        return io.BytesIO(zipfile.ZipFile(path).read("model.weights.h5"))
+    return path
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["keras_tiny.keras", "keras_tiny.h5", "keras_nested_models.keras", "keras_nested_renorm.keras", "keras_bf16.keras",
+     "tfkeras2_tiny.h5", "tfkeras2_tiny_legacyw.h5"],
+)  # fmt: skip
+def test_lists_what_h5py_lists(name: str, interop: Path) -> None:
+    stream = weights_of(interop / name)
+    data = stream.getvalue() if isinstance(stream, io.BytesIO) else stream.read_bytes()
+    path = interop / name
+    with h5py.File(io.BytesIO(data)) as expected:
+        wanted: dict[str, Any] = {}
+        expected.visititems(lambda n, o: wanted.update({n: o[()]}) if isinstance(o, h5py.Dataset) else None)
+    from bntool.checkpoints.files import MemorySource
+
+    found = read_hdf5(MemorySource(data))
+    assert set(found.datasets) == set(wanted), path
+    for key, array in wanted.items():
+        assert found.datasets[key].shape == array.shape
+        assert read_bytes(found.datasets[key]) == array.tobytes()
+
+
+@pytest.mark.parametrize("name", ["keras_tiny.keras", "keras_tiny.h5"])
+def test_kernels_are_seen_with_the_dimensions_of_pytorch(name: str, interop: Path) -> None:
+    with h5py.File(interop / "keras_tiny.h5") as file, open_checkpoint(interop / name) as checkpoint:
+        tensors = checkpoint.state_dict("").tensors
+        for key, (place, shape) in TINY.items():
+            array = file[f"model_weights/{place.split('/')[0]}/{place}"][()]
+            if key in ("dw.weight", "sep.depthwise_weight"):
+                array = np.stack([array[..., c, m] for c in range(array.shape[2]) for m in range(array.shape[3])])[
+                    :, None
+                ]
+            elif array.ndim == 4:
+                array = np.moveaxis(array, (3, 2), (0, 1))
+            elif array.ndim == 2:
+                array = array.T
+            assert tuple(tensors[key].shape) == shape == array.shape, key
+            assert read_bytes(tensors[key]) == np.ascontiguousarray(array).tobytes(), key
+
+
+def test_eps_momentum_and_missing_parts_come_from_the_configuration(interop: Path) -> None:
+    for name in ("keras_tiny.keras", "keras_tiny.h5"):
+        with open_checkpoint(interop / name) as checkpoint:
+            norms = {norm.name: norm for norm in find_batchnorms(checkpoint.state_dict(""))}
+        assert {n: (norm.eps, norm.momentum) for n, norm in norms.items()} == {
+            "bn1": (1e-3, 0.01), "bn_dw": (1e-5, 0.01), "bn_dc": (1e-3, 0.01), "bn_sep": (1e-3, 0.01),
+            "bn_fc": (1e-3, 0.1),
+        }  # fmt: skip
+        assert "weight" not in norms["bn_dw"].tensors  # scale=False
+        assert "bias" not in norms["bn_dc"].tensors  # center=False
+
+
+def test_weights_alone_have_names_but_no_eps(interop: Path) -> None:
+    with open_checkpoint(interop / "keras_tiny.weights.h5") as checkpoint:
+        state_dict = checkpoint.state_dict("")
+        norms = {norm.name: norm for norm in find_batchnorms(state_dict)}
+        assert {n: norm.eps for n, norm in norms.items()} == dict.fromkeys(["bn1", "bn_dw", "bn_dc", "bn_sep", "bn_fc"])
+        with open_checkpoint(interop / "keras_tiny.keras") as whole:
+            others = whole.state_dict("").tensors
+            for key, (_, shape) in TINY.items():
+                layer = key.partition(".")[0]  # weight or bias of these: only the configuration can tell
+                name = f"{layer}.gamma_or_beta" if key in ("bn_dw.bias", "bn_dc.weight") else key
+                assert tuple(state_dict.tensors[name].shape) == shape
+                assert read_bytes(state_dict.tensors[name]) == read_bytes(others[key])
+
+
+def test_nested_models_give_the_same_names_in_every_layout(interop: Path) -> None:
+    seen = []
+    for suffix in (".keras", ".h5", ".weights.h5"):
+        with open_checkpoint(interop / f"keras_nested_models{suffix}") as checkpoint:
+            tensors = checkpoint.state_dict("").tensors
+            seen.append({k: read_bytes(t) for k, t in tensors.items() if not k.startswith("td.")})
+            assert {n.name for n in find_batchnorms(checkpoint.state_dict(""))} == {"blk.b", "fun.b", "bf"}
+    assert seen[0] == seen[1] == seen[2]
+    assert len(seen[0]) == 17
+
+
+def test_renorm_has_seven_variables(interop: Path) -> None:
+    with open_checkpoint(interop / "keras_nested_renorm.keras") as checkpoint:
+        norms = find_norms(checkpoint.state_dict(""))
+        assert [(n.name, n.kind, len(n.tensors)) for n in norms] == [
+            ("blk.batch_normalization", NormKind.BATCH_NORM, 4),
+            ("rn", NormKind.BATCH_NORM, 7),
+        ]
+
+
+def test_bfloat16_is_known_by_its_attribute(interop: Path) -> None:
+    with open_checkpoint(interop / "keras_bf16.keras") as checkpoint:
+        tensors = checkpoint.state_dict("").tensors
+        assert {t.dtype.name for t in tensors.values()} == {"bfloat16"}
+        assert list(read_numbers(tensors["b2.running_var"])) == [1.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    "options", [{"compression": "gzip"}, {"chunks": (2, 2), "shuffle": True}, {"compression": "lzf"}]
+)
+def test_compressed_and_big_endian_datasets_are_decoded(options: dict[str, Any], tmp_path: Path) -> None:
+    array = np.arange(24.0, dtype=">f4").reshape(4, 6)
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        file.create_dataset("layers/dense/vars/0", data=array, **options)
+        file.create_dataset("layers/dense/vars/1", data=np.arange(6, dtype=">f8"))
+        file.create_group("vars")
+    with open_checkpoint(tmp_path / "a.h5") as checkpoint:
+        tensors = checkpoint.state_dict("").tensors
+        assert list(read_numbers(tensors["dense.weight"])) == array.T.ravel().tolist()
+        assert list(read_numbers(tensors["dense.bias"])) == list(range(6))
+
+
+def test_another_hdf5_file_is_named(tmp_path: Path) -> None:
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        file["x"] = np.arange(3)
+    with pytest.raises(UnknownFormatError, match="not written by Keras"):
+        open_checkpoint(tmp_path / "a.h5")
+
+
+# hostile files
+
+
+def _external_link(file: h5py.File, beside: Path) -> None:
+    file["layers/dense/vars/0"] = h5py.ExternalLink(str(beside), "secret")
+
+
+def _soft_link(file: h5py.File, beside: Path) -> None:
+    file["layers/dense/vars/0"] = h5py.SoftLink("/layers")
+
+
+def _hard_cycle(file: h5py.File, beside: Path) -> None:
+    file["layers/dense/vars"]["0"] = file["layers"]
+
+
+def _two_names(file: h5py.File, beside: Path) -> None:
+    file["layers/dense/vars/0"] = np.zeros((2, 3))
+    file["layers/dense/vars/1"] = file["layers/dense/vars/0"]
+
+
+def _external_storage(file: h5py.File, beside: Path) -> None:
+    file["layers/dense/vars"].create_dataset("0", (3,), "f4", external=[(str(beside), 0, 12)])
+
+
+def _virtual(file: h5py.File, beside: Path) -> None:
+    layout = h5py.VirtualLayout((3,), "f4")
+    layout[:] = h5py.VirtualSource(str(beside), "secret", (3,))
+    file["layers/dense/vars"].create_virtual_dataset("0", layout)
+
+
+def _huge(file: h5py.File, beside: Path) -> None:
+    file["layers/dense/vars"].create_dataset("0", (1 << 40, 4), "f4", chunks=(1 << 10, 4), compression="gzip")
+
+
+def _deep(file: h5py.File, beside: Path) -> None:
+    file.create_group("/".join("a" * 100))
+
+
+@pytest.mark.parametrize(
+    "build", [_external_link, _soft_link, _hard_cycle, _two_names, _external_storage, _virtual, _huge, _deep]
+)
+def test_a_file_that_reaches_beyond_itself_is_refused(build: Any, tmp_path: Path) -> None:
+    beside = tmp_path / "beside.h5"
+    with h5py.File(beside, "w") as secret:
+        secret["secret"] = np.arange(3.0, dtype="f4")
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        file.create_group("layers/dense/vars")
+        build(file, beside)
+    script = (  # no other file is even opened
+        "import sys, h5py, bntool.checkpoints.hdf5; from bntool.checkpoints.formats import open_checkpoint\n"
+        "sys.addaudithook(lambda e, a: e == 'open' and 'beside' in str(a[0]) and sys.exit(9))\n"
+        "try: open_checkpoint(sys.argv[1])\n"
+        "except Exception as error: print(type(error).__name__)"
+    )
+    beside.chmod(0)
+    done = subprocess.run(
+        [sys.executable, "-c", script, tmp_path / "a.h5"], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout.strip()) == (0, "UnsafeFileError"), done.stderr
+
+
+def test_elements_beyond_the_end_are_refused(interop: Path, tmp_path: Path) -> None:
+    data = (interop / "keras_tiny.h5").read_bytes()
+    (tmp_path / "a.h5").write_bytes(data[: len(data) // 2])
+    with pytest.raises(CorruptFileError, match="damaged"):
+        open_checkpoint(tmp_path / "a.h5")
+
+
+def test_a_lambda_with_code_is_not_harmless(interop: Path, tmp_path: Path) -> None:
+    source = zipfile.ZipFile(interop / "keras_tiny.keras")
+    config = json.loads(source.read("config.json"))
+    relu = next(layer for layer in config["config"]["layers"] if layer["name"] == "relu1")
+    code = {"class_name": "__lambda__", "config": {"code": "4wEAAAA=", "defaults": None, "closure": None}}
+    relu.update(class_name="Lambda", config={"name": "relu1", "trainable": True, "function": code})
+    target = tmp_path / "lambda.keras"
+    with zipfile.ZipFile(target, "w") as archive:
+        for name in source.namelist():
+            archive.writestr(name, json.dumps(config) if name == "config.json" else source.read(name))
+    with open_checkpoint(interop / "keras_tiny.keras") as checkpoint:
+        assert judge_safety(checkpoint).verdict is Verdict.HARMLESS
+    with open_checkpoint(target) as checkpoint:
+        safety = judge_safety(checkpoint)
+        assert safety.verdict is Verdict.SUSPICIOUS
+        assert safety.suspicious == ("Lambda (marshalled code)",)
+        assert len(find_batchnorms(checkpoint.state_dict(""))) == 5
+
+
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [
+        (lambda c: c["config"]["layers"].append(c["config"]["layers"][1]), CorruptFileError),
+        (lambda c: c["config"]["layers"][1].update(name=None, config={}), CorruptFileError),
+        (lambda c: c["config"]["output_layers"].__setitem__(1, 7), CorruptFileError),
+        (lambda c: c["config"]["layers"].extend([{"name": str(i)} for i in range(100_001)]), UnsafeFileError),
+    ],
+)  # fmt: skip
+def test_contradicting_configurations_are_refused(change: Any, error: type[Exception], interop: Path) -> None:
+    config = parse_config(zipfile.ZipFile(interop / "keras_tiny.keras").read("config.json"))
+    change(config)
+    with pytest.raises(error):
+        read_model(config)
+
+
+def test_layers_are_counted_as_keras_counts_them(interop: Path) -> None:
+    """Keras lists the layers of a configuration in the order in which it numbers their weights."""
+    for path in sorted(interop.glob("*.keras")):
+        with open_checkpoint(path) as checkpoint:
+            model = checkpoint.content.model
+            nested = [layer.model for layer in model.walk() if layer.model is not None]
+            for one in (model, *nested):
+                assert order_layers(one) == tuple(layer.name for layer in one.layers), path.name
+
+
+def test_without_h5py_one_sentence_says_what_to_install(interop: Path) -> None:
+    script = (
+        "import sys; sys.modules['h5py'] = None; from bntool.cli.main import main; "
+        f"sys.exit(main(['inspect', {str(interop / 'keras_tiny.keras')!r}]))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert 'pip install "bntool[keras]"' in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_an_hdf5_file_is_only_opened_by_position(interop: Path) -> None:
+    with SourceFile(interop / "keras_tiny.h5") as file:
+        assert len(read_hdf5(file).datasets) == 27
