@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_map
 
 from bntool.graphs import operators
 from bntool.graphs.calling import call
+from bntool.graphs.escapes import Escapes
 from bntool.graphs.graph import ModelGraph, Node, NodeKind
 from bntool.graphs.labels import fresh_labels, meet, replay, varying_axis
 from bntool.graphs.parameters import Parameter, ParameterIndex
@@ -75,12 +76,9 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def observe(self, inputs: Any) -> Iterator[None]:
         for tensor in tensors_in(inputs):
             self.give_fresh_labels(self.add_node(NodeKind.INPUT, "input"), [tensor], axis=1)
-        handles = [
-            hooks.register_module_forward_pre_hook(self.enter),
-            hooks.register_module_forward_hook(self.leave),
-        ]
+        handles = [hooks.register_module_forward_pre_hook(self.enter), hooks.register_module_forward_hook(self.leave)]
         try:
-            with self:
+            with self, Escapes(self.record_escape):
                 yield
         finally:
             for handle in handles:
@@ -180,6 +178,11 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.reads.add(node.index, port, meet(labels, axis=None))
         if self.branches_at is None:
             self.branches_at = node.index
+
+    def record_escape(self, tensor: Tensor) -> None:
+        """The elements of a tensor leave torch."""
+        if self.labels_of(tensor) is not None:
+            self.record_branch()
 
     def record_constant(self, function: Any, given: list[Tensor], outputs: list[Tensor], mutated: list[Tensor]) -> None:
         """Nothing here depends on the input."""

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterable
 
 import torch
 from torch import nn
 
 from bntool.checkpoints.application import change_state_dict
 from bntool.checkpoints.checkpoint import StateDict
-from bntool.checkpoints.dtypes import BY_NAME, DType
 from bntool.checkpoints.tensors import Tensor
 from bntool.errors import UsageError
-from bntool.layers.loading import load_state
+from bntool.layers.loading import LiveTensor, load_state
 from bntool.layers.modules import find_wrapper_prefix, walk_modules
 from bntool.plan import AddTensor, Plan, RemoveModule, RemoveTensor, SetAttribute, Step
 
@@ -116,31 +114,11 @@ def _set_attribute(module: nn.Module, step: SetAttribute) -> None:
     parameter.requires_grad_(bool(step.value))
 
 
-@dataclass(frozen=True)
-class LiveTensor:
-    """A tensor of a live model as bntool reads those of files."""
-
-    live: torch.Tensor = field(repr=False, compare=False)
-
-    @property
-    def dtype(self) -> DType:
-        return BY_NAME[str(self.live.dtype).removeprefix("torch.")]
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return tuple(self.live.shape)
-
-    def chunks(self) -> Iterator[bytes]:
-        """See :class:`~bntool.checkpoints.tensors.Tensor`."""
-        plain = self.live.detach().cpu().contiguous().flatten()
-        yield bytes(plain.view(torch.uint8).numpy().tobytes()) if plain.numel() else b""
-
-
 def read_state(model: nn.Module) -> StateDict:
     """The state of a live model as if it came from a file; its tensors are those of the model, not copies."""
+    state = model.state_dict(keep_vars=True)
     tensors: dict[str, Tensor] = {
-        name: LiveTensor(tensor)
-        for name, tensor in model.state_dict(keep_vars=True).items()
-        if isinstance(tensor, torch.Tensor)
+        name: LiveTensor(tensor) for name, tensor in state.items() if isinstance(tensor, torch.Tensor)
     }
-    return StateDict(key="", prefix=find_wrapper_prefix(model), tensors=tensors)
+    versions = {path: facts.get("version") for path, facts in getattr(state, "_metadata", {}).items()}
+    return StateDict(key="", prefix=find_wrapper_prefix(model), tensors=tensors, versions=versions)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch.nn.parameter import is_lazy
 
 from bntool.checkpoints.checkpoint import UNPREFIXED, StateDict
-from bntool.checkpoints.dtypes import NumberKind
+from bntool.checkpoints.dtypes import BY_NAME, DType, NumberKind
 from bntool.checkpoints.tensors import Tensor, read_bytes
 from bntool.errors import RefusedError
 from bntool.layers.modules import find_wrapper_prefix
@@ -19,15 +20,37 @@ _SHOWN = 4
 _COUNTER = "num_batches_tracked"
 
 
+@dataclass(frozen=True)
+class LiveTensor:
+    """A tensor of a live model as bntool reads those of files."""
+
+    live: torch.Tensor = field(repr=False, compare=False)
+
+    @property
+    def dtype(self) -> DType:
+        return BY_NAME[str(self.live.dtype).removeprefix("torch.")]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.live.shape)
+
+    def chunks(self) -> Iterator[bytes]:
+        """See :class:`~bntool.checkpoints.tensors.Tensor`."""
+        plain = self.live.detach().cpu().contiguous().flatten()
+        yield bytes(plain.view(torch.uint8).numpy().tobytes()) if plain.numel() else b""
+
+
 def to_torch(tensor: Tensor) -> torch.Tensor:
-    """The elements of a tensor of a file as a torch tensor of its own memory, exactly, in its dtype.
+    """The elements of a tensor as a torch tensor of its own memory, exactly, in its dtype.
 
     Raises:
         RefusedError: torch has no strided tensor like it (quantised, sparse, without bytes, sub-byte types).
     """
+    if isinstance(tensor, LiveTensor):
+        return tensor.live.detach().clone()
     dtype = getattr(torch, tensor.dtype.name, None)
     if dtype is None or tensor.dtype.kind is NumberKind.OPAQUE:
-        raise RefusedError(f"torch cannot hold {tensor.dtype} elements as plain numbers")
+        raise RefusedError(f"{tensor.dtype} elements cannot be loaded into a model: work on it before it is quantised")
     try:
         data = bytearray(read_bytes(tensor))
     except ValueError as error:
@@ -80,7 +103,11 @@ def _load(
 
     Modules may translate keys of older versions of themselves when they load: so they are asked, not second-guessed.
     """
-    given = OrderedDict((target, _read(state_dict, full_name)) for full_name, target in places.items())
+    state = module.state_dict()
+    given = OrderedDict(
+        (name, value) for name, value in state.items() if not isinstance(value, torch.Tensor)
+    )  # its own
+    given.update((target, _read(state_dict, full_name)) for full_name, target in places.items())
     given._metadata = _metadata(state_dict, prefix)  # type: ignore[attr-defined]
     try:
         missing, unexpected = module.load_state_dict(given, strict=False)

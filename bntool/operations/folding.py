@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from bntool.batchnorm import NormKind
 from bntool.checkpoints.checkpoint import StateDict
 from bntool.checkpoints.norms import find_norms
 from bntool.errors import UsageError
@@ -144,16 +145,7 @@ class _Folder:
 
     def choose(self) -> Iterator[str]:
         """The BatchNorms that could be folded by themselves; all others are skipped here."""
-        known = {n.rpartition(".")[0] for calls in self.graph.batchnorms.values() for n in self.all_names(calls[0])}
-        for norm in find_norms(self.state_dict):
-            if norm.name in known or norm.name in self.graph.batchnorms or not norm.kind.is_batch_norm:
-                continue
-            if not selects(self.layers, norm.name):
-                self.skip(norm.name, SkipReason.NOT_SELECTED)
-            elif self.graph.complete:
-                self.skip(norm.name, SkipReason.NEVER_REACHED, "it did not run in the forward that was observed")
-            else:
-                self.skip(norm.name, SkipReason.NO_PRODUCER, "nothing says what feeds it; name it with --pair")
+        self.skip_unseen()
         for layer, calls in self.graph.batchnorms.items():
             if not selects(self.layers, layer):
                 self.skip(layer, SkipReason.NOT_SELECTED)
@@ -168,6 +160,23 @@ class _Folder:
                 self.skip(layer, blocked.reason, blocked.detail)
             else:
                 yield layer
+
+    def skip_unseen(self) -> None:
+        """Layers that are not in the graph."""
+        known = {n.rpartition(".")[0] for calls in self.graph.batchnorms.values() for n in self.all_names(calls[0])}
+        known |= self.graph.batchnorms.keys()
+        for norm in find_norms(self.state_dict):
+            quantised = norm.kind is NormKind.QUANTIZED_BATCH_NORM
+            if norm.name in known or not (norm.kind.is_batch_norm or quantised):
+                continue
+            if not selects(self.layers, norm.name):
+                self.skip(norm.name, SkipReason.NOT_SELECTED)
+            elif quantised:
+                self.skip(norm.name, SkipReason.UNSUPPORTED_DTYPE, "it is quantised: fold before quantising")
+            elif self.graph.complete:
+                self.skip(norm.name, SkipReason.NEVER_REACHED, "it did not run in the forward that was observed")
+            else:
+                self.skip(norm.name, SkipReason.NO_PRODUCER, "nothing says what feeds it; name it with --pair")
 
     def all_names(self, node: Node) -> Iterator[str]:
         for name in node.parameters.values():
