@@ -2,9 +2,12 @@
 
     python -m tests.benchmarks.fold_zoo --sample 40
     python -m tests.benchmarks.fold_zoo --names torchvision:resnet18 densenet* --verbose
+    python -m tests.benchmarks.fold_zoo --results zoo.jsonl --minutes 30     (again and again: goes on where it stopped)
+    python -m tests.benchmarks.fold_zoo --results zoo.jsonl --summary tests/fixtures/interop/fold_zoo.json
 
-Needs timm and torchvision beside what the tests need. Prints one line for each model and the totals: how many BatchNorm
-layers are folded, how many are skipped for which reason, and how many models are wrong. Nothing is downloaded.
+Needs timm and torchvision beside what the tests need. torch.fx and, where it is installed, mmcv fold the same models
+in the same run. Prints one line for each model and the totals: how many BatchNorm layers each tool folds, how many
+models it gets wrong, and why bntool skips what it skips. Nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -13,157 +16,216 @@ import argparse
 import copy
 import importlib.util
 import json
+import math
 import random
 import signal
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
 
-from bntool.errors import BntoolError
-from bntool.graphs.calling import call
-from bntool.graphs.inputs import find_input
 from bntool.graphs.traced import trace
 from bntool.layers.application import apply_plan, read_state
 from bntool.layers.modules import find_batchnorm_modules
 from bntool.operations.folding import plan_fold
 from bntool.operations.verification import measure_rounding
+from tests.benchmarks.zoo_models import (
+    Factory,
+    find_zoo_input,
+    list_architectures,
+    order_architectures,
+    randomise,
+)
 
-SIZES = (64, 96, 128, 224, 256, 299, 384, 512)
 LARGEST = 60_000_000  # parameters
-DETECTORS = ("fasterrcnn", "maskrcnn", "keypointrcnn", "retinanet", "ssd", "fcos", "deeplab", "fcn", "lraspp")
 PATIENCE = 90  # seconds for a model
 WRONG = 1e-9  # relative error in float64 beyond which it is held against the model's own amplification of rounding
-Factory = Callable[[], nn.Module]
-
-
-def import_torchvision() -> None:
-    """Import torchvision also where its compiled operations do not fit the installed torch."""
-    original = torch.library.register_fake
-
-    def skip_torchvision(op, *args, **kwargs):
-        if isinstance(op, str) and op.startswith("torchvision::"):
-            return lambda function: function
-        return original(op, *args, **kwargs)
-
-    torch.library.register_fake = skip_torchvision
-    try:
-        import torchvision  # noqa: F401
-    finally:
-        torch.library.register_fake = original
-
-
-def architectures() -> Iterator[tuple[str, Factory]]:
-    import_torchvision()
-    import timm
-    import torchvision
-
-    for name in torchvision.models.list_models():
-        yield f"torchvision:{name}", lambda name=name: _torchvision_model(name)
-    for name in timm.list_models():
-        yield f"timm:{name}", lambda name=name: timm.create_model(name, pretrained=False)
-
-
-def _torchvision_model(name: str) -> nn.Module:
-    import torchvision
-
-    options = {"weights": None}
-    if name.startswith(DETECTORS):
-        options["weights_backbone"] = None
-    if name in ("googlenet", "inception_v3"):
-        options["init_weights"] = False
-    return torchvision.models.get_model(name, **options)
-
-
-def randomise(model: nn.Module, seed: int) -> None:
-    """Statistics, scales and shifts of every BatchNorm: of both signs, some tiny, none harmless."""
-    generator = torch.Generator().manual_seed(seed)
-    for module in find_batchnorm_modules(model).values():
-        tensors = {**module._parameters, **module._buffers}
-        if tensors.get("running_var") is None:
-            continue
-        size = tensors["running_var"].shape
-        sign = torch.where(torch.rand(size, generator=generator) < 0.2, -1.0, 1.0)
-        weight = (0.5 + torch.rand(size, generator=generator)) * sign
-        weight[torch.rand(size, generator=generator) < 0.05] = 1e-6
-        with torch.no_grad():
-            tensors["running_mean"].copy_(torch.randn(size, generator=generator) * 0.3)
-            tensors["running_var"].copy_(0.5 + torch.rand(size, generator=generator))
-            if tensors.get("weight") is not None:
-                tensors["weight"].copy_(weight)
-            if tensors.get("bias") is not None:
-                tensors["bias"].copy_(torch.randn(size, generator=generator) * 0.3)
-
-
-def find_zoo_input(model: nn.Module):
-    with torch.no_grad():
-        for size in SIZES:
-            inputs = torch.randn(2, 3, size, size, dtype=torch.float64)
-            try:
-                call(model, inputs)
-            except BntoolError:
-                continue
-            return inputs
-    return find_input(model)
-
-
-def judge(make: Factory, seed: int = 0) -> dict:
-    torch.manual_seed(seed)
-    try:
-        with torch.device("meta"):
-            probe = make()
-    except (NotImplementedError, ValueError):  # it looks at elements while it is built
-        probe = make()
-    if sum(p.numel() for p in probe.parameters()) > LARGEST:
-        return {"status": "too large"}
-    if not find_batchnorm_modules(probe):
-        return {"status": "no BatchNorm"}
-    model = make().double().eval()
-    randomise(model, seed)
-    total = len(find_batchnorm_modules(model))
-    inputs = find_zoo_input(model)
-    started = time.perf_counter()
-    graph = trace(model, inputs)
-    traced = time.perf_counter() - started
-    plan = plan_fold(read_state(model), graph)
-    folded = copy.deepcopy(model)
-    apply_plan(folded, plan)
-    others = [inputs, torch.randn_like(inputs)]
-    error = 0.0
-    with torch.no_grad():
-        for one in others:
-            for a, b in zip(_flat(model(one)), _flat(folded(one)), strict=True):
-                error = max(error, float((a - b).abs().max() / a.abs().max().clamp_min(1e-30)))
-    reasons = Counter(skip.reason.value for skip in plan.skips)
-    levels = Counter(fold.level.value + ("/stays" if fold.stays else "") for fold in plan.folds)
-    wrong = not error < WRONG and not error < min(16 * measure_rounding(model, others), 1e-2)
-    return {
-        "status": "wrong" if wrong else "ok",
-        "total": total,
-        "folded": len(plan.folds),
-        "levels": dict(levels),
-        "reasons": dict(reasons),
-        "skips": [f"{s.layer}: {s.reason.value}: {s.detail}" for s in plan.skips],
-        "error": error,
-        "traced": traced,
-    }
-
-
-def _flat(output) -> list[torch.Tensor]:
-    from torch.utils._pytree import tree_flatten
-
-    return [t for t in tree_flatten(output)[0] if isinstance(t, torch.Tensor) and t.is_floating_point()]
+CHAOS = 1e-2  # however much the model amplifies rounding
 
 
 class GaveUp(BaseException):
     """Not an Exception: models catch those."""
 
 
+def judge(make: Factory, *, seed: int, largest: int) -> dict[str, Any]:
+    """Fold one architecture with every tool; what each folded, and whether outputs stayed."""
+    torch.manual_seed(seed)
+    try:
+        with torch.device("meta"):
+            probe = make()
+    except (NotImplementedError, ValueError, RuntimeError):  # it looks at elements while it is built
+        probe = make()
+    if not find_batchnorm_modules(probe):
+        return {"status": "no BatchNorm"}
+    parameters = sum(p.numel() for p in probe.parameters())
+    if parameters > largest:
+        return {"status": "too large", "parameters": parameters}
+    model = make().double().eval()
+    randomise(model, seed)
+    inputs = find_zoo_input(model)
+    judgement = Judgement(model, inputs)
+    if not judgement.can_tell:
+        return {"status": "blind", "why": "the original's outputs are not finite, or the same for all inputs"}
+    result: dict[str, Any] = {"status": "judged", "total": len(find_batchnorm_modules(model))}
+    graph = trace(model, inputs)
+    plan = plan_fold(read_state(model), graph)
+    folded = copy.deepcopy(model)
+    apply_plan(folded, plan)
+    levels = Counter(fold.level.value + ("/stays" if fold.stays else "") for fold in plan.folds)
+    result["bntool"] = {
+        **judgement.of(folded),
+        "folded": len(plan.folds),
+        "levels": dict(levels),
+        "reasons": dict(Counter(skip.reason.value for skip in plan.skips)),
+        "skips": [f"{s.layer}: {s.reason.value}: {s.detail}"[:300] for s in plan.skips],
+    }
+    del folded
+    for tool, fold in _peers().items():
+        try:
+            other = fold(copy.deepcopy(model))
+            facts = judgement.of(other)
+        except Exception as error:
+            facts = {"verdict": "fails", "why": f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"}
+        result[tool] = facts
+    return result
+
+
+class Judgement:
+    """What a folded copy of one model is held against: the outputs, or those of its parts where they tell nothing.
+
+    A detector with random weights finds no boxes, whatever its backbone computes.
+    """
+
+    def __init__(self, model: nn.Module, inputs: Any) -> None:
+        self.model, self.inputs = model, inputs
+        for self.inside in (False, True):
+            self.expected, self.reached = _run(model, inputs, inside=self.inside)
+            self.can_tell = _can_tell(self.expected)
+            if self.can_tell:
+                break
+
+    def of(self, folded: nn.Module) -> dict[str, Any]:
+        """How many BatchNorms no longer run, the error of the outputs, and whether that is more than rounding."""
+        found, running = _run(folded, self.inputs, inside=self.inside)
+        error = 0.0
+        for a, b in zip(self.expected, found, strict=True):
+            difference = float((a - b).abs().max() / a.abs().max().clamp_min(1e-30))
+            error = math.inf if math.isnan(difference) else max(error, difference)
+        right = error < WRONG or (error < CHAOS and error < 16 * self.rounding)
+        return {
+            "verdict": "ok" if right else "wrong",
+            "folded": len(self.reached - running),
+            "error": float(f"{error:.2g}"),
+        }
+
+    @cached_property
+    def rounding(self) -> float:
+        return measure_rounding(self.model, [self.inputs])
+
+
+class _Watch(TorchDispatchMode):
+    """Collects the running_mean of every batch_norm that runs: random numbers, so that they name the layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[bytes] = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if "batch_norm" in str(function) and isinstance(args[3], torch.Tensor):
+            self.seen.add(args[3].numpy().tobytes())
+        return function(*args, **(kwargs or {}))
+
+
+def _run(model: nn.Module, inputs: Any, *, inside: bool) -> tuple[list[torch.Tensor], set[bytes]]:
+    """The floating tensors that a model gives, and which BatchNorms ran; with ``inside`` also what children give."""
+    found: list[Any] = []
+    hooks = [child.register_forward_hook(lambda *call: found.append(call[2])) for child in model.children() if inside]
+    try:
+        with torch.no_grad(), _Watch() as watch:
+            found.append(model(inputs))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    tensors = [leaf for leaf in tree_flatten(found)[0] if isinstance(leaf, torch.Tensor)]
+    return [tensor for tensor in tensors if tensor.is_floating_point() and tensor.numel()], watch.seen
+
+
+def _can_tell(outputs: list[torch.Tensor]) -> bool:
+    """Whether they are finite and not the same for both images of the batch."""
+    if not all(bool(torch.isfinite(tensor).all()) for tensor in outputs):
+        return False
+    return any(len(tensor) == 2 and not torch.equal(tensor[0], tensor[1]) for tensor in outputs)
+
+
+def _peers() -> dict[str, Any]:
+    from torch.fx.experimental.optimization import fuse
+
+    peers = {"torch.fx": lambda model: fuse(model, inplace=True)}
+    if importlib.util.find_spec("mmcv"):
+        from mmcv.cnn.utils.fuse_conv_bn import fuse_conv_bn
+
+        peers["mmcv"] = fuse_conv_bn
+    return peers
+
+
 def _give_up(*_: object) -> None:
     raise GaveUp(f"took longer than {PATIENCE} seconds")
+
+
+def summarise(results: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Totals of a run: of each tool, of each level and reason, and the models that are not judged."""
+    judged = {name: r for name, r in results.items() if r["status"] == "judged"}
+    tools: dict[str, Counter[str]] = {}
+    levels: Counter[str] = Counter()
+    reasons: Counter[str] = Counter()
+    for result in judged.values():
+        for tool in ("bntool", "torch.fx", "mmcv"):
+            facts = result.get(tool)
+            if facts is not None:
+                counts = tools.setdefault(tool, Counter(models=0, fails=0, wrong=0, folded=0, folded_right=0))
+                counts["models"] += 1
+                counts["fails"] += facts["verdict"] == "fails"
+                counts["wrong"] += facts["verdict"] == "wrong"
+                counts["folded"] += facts.get("folded", 0)
+                counts["folded_right"] += facts.get("folded", 0) * (facts["verdict"] == "ok")
+        levels.update(result["bntool"]["levels"])
+        reasons.update(result["bntool"]["reasons"])
+    others: dict[str, list[str]] = {}
+    for name, result in results.items():
+        if result["status"] not in ("judged", "no BatchNorm"):
+            others.setdefault(result["status"], []).append(name)
+    return {
+        "architectures": len(results),
+        "without_batchnorm": sum(r["status"] == "no BatchNorm" for r in results.values()),
+        "models": len(judged),
+        "batchnorms": sum(r["total"] for r in judged.values()),
+        "tools": {tool: dict(counts) for tool, counts in tools.items()},
+        "levels": dict(levels.most_common()),
+        "reasons": dict(reasons.most_common()),
+        "not_judged": {status: sorted(names) for status, names in others.items()},
+    }
+
+
+def _print_result(name: str, result: Mapping[str, Any], *, verbose: bool) -> None:
+    if result["status"] == "no BatchNorm":
+        return
+    if result["status"] != "judged":
+        print(f"{name:45} {result['status']} {result.get('why', '')}", flush=True)
+        return
+    tools = [(t, result[t]) for t in ("bntool", "torch.fx", "mmcv") if t in result]
+    cells = [f"{tool} {facts.get('folded', '-'):>3} {facts['verdict']:5}" for tool, facts in tools]
+    print(f"{name:45} {result['total']:4}  " + "  ".join(cells), result["bntool"]["reasons"], flush=True)
+    if verbose:
+        for skip in result["bntool"]["skips"]:
+            print("    " + skip)
 
 
 def run() -> None:
@@ -174,55 +236,66 @@ def run() -> None:
     main(["--sample", "40"])
 
 
-def main(arguments: Sequence[str] | None = None) -> None:  # noqa: C901 a script
+def _read_results(path: Path | None) -> dict[str, dict[str, Any]]:
+    if path is None or not path.exists():
+        return {}
+    return {entry.pop("name"): entry for entry in map(json.loads, path.read_text().splitlines())}
+
+
+def _run_models(names: Iterable[str], options: argparse.Namespace, results: dict[str, dict[str, Any]]) -> None:
+    models = list_architectures()
+    deadline = time.monotonic() + 60 * options.minutes
+    for name in names:
+        if name in results or time.monotonic() > deadline:
+            continue
+        signal.alarm(PATIENCE)
+        started = time.process_time()
+        try:
+            result = judge(models[name], seed=options.seed, largest=options.largest)
+        except (Exception, GaveUp) as error:
+            result = {"status": "failed", "why": f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"}
+        finally:
+            signal.alarm(0)
+        result["seconds"] = round(time.process_time() - started, 1)
+        results[name] = result
+        _print_result(name, result, verbose=options.verbose)
+        if options.results:
+            with options.results.open("a") as stream:
+                stream.write(json.dumps({"name": name, **result}) + "\n")
+
+
+def _choose(options: argparse.Namespace) -> list[str]:
+    names = order_architectures(list_architectures(), seed=options.seed)
+    if options.names:
+        wanted = options.names
+        names = [n for n in names if n in wanted or any(p[-1:] == "*" and p[:-1] in n for p in wanted)]
+    if options.sample:
+        names = random.Random(options.seed).sample(names, min(options.sample, len(names)))
+    return names
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sample", type=int, help="so many models, drawn by chance")
-    parser.add_argument("--names", nargs="*", help="only these models; with * at the end all that contain the rest")
+    parser.add_argument("--sample", type=int, help="so many architectures, drawn by chance")
+    parser.add_argument("--names", nargs="*", help="only these; with * at the end all that contain the rest")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--largest", type=int, default=LARGEST, help="parameters of the largest model to judge")
     parser.add_argument("--verbose", action="store_true", help="print every skip")
-    parser.add_argument("--json", help="write all results to this file")
+    parser.add_argument("--results", type=Path, help="append each result to this file, and leave out what is in it")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="start no model later than this")
+    parser.add_argument("--summary", type=Path, help="write the totals to this file; judge nothing")
     options = parser.parse_args(arguments)
     warnings.simplefilter("ignore")
     signal.signal(signal.SIGALRM, _give_up)
     torch.set_num_threads(1)
-    models = dict(architectures())
-    if options.names:
-        wanted = options.names
-        models = {
-            n: make for n, make in models.items() if n in wanted or any(p[-1:] == "*" and p[:-1] in n for p in wanted)
-        }
-    names = list(models)
-    if options.sample:
-        names = random.Random(options.seed).sample(names, min(options.sample, len(names)))
-    results, totals, reasons, levels = {}, Counter(), Counter(), Counter()
-    for name in names:
-        signal.alarm(PATIENCE)
-        try:
-            result = judge(models[name], options.seed)
-        except (Exception, GaveUp) as error:
-            result = {"status": "failed", "error": f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"}
-        finally:
-            signal.alarm(0)
-        results[name] = result
-        totals[result["status"]] += 1
-        if "total" in result:
-            totals["BatchNorms"] += result["total"]
-            totals["folded"] += result["folded"]
-            reasons.update(result["reasons"])
-            levels.update(result["levels"])
-        if result["status"] != "no BatchNorm":
-            counts = f"{result.get('folded', '')}/{result.get('total', '')}"
-            facts = f"{result.get('error', '')} {result.get('reasons', '')}"
-            print(f"{name:50} {result['status']:10} {counts:10} {facts}", flush=True)
-        if options.verbose:
-            for skip in result.get("skips", ()):
-                print("    " + skip)
-    print(dict(totals))
-    if totals["BatchNorms"]:
-        print(f"folded {totals['folded'] / totals['BatchNorms']:.2%}; by level {dict(levels)}; skipped {dict(reasons)}")
-    if options.json:
-        with open(options.json, "w") as stream:
-            json.dump(results, stream, indent=1)
+    results = _read_results(options.results)
+    if options.summary is None:
+        _run_models(_choose(options), options, results)
+    summary = summarise(results)
+    text = json.dumps(summary, indent=2)
+    print(text)
+    if options.summary is not None:
+        options.summary.write_text(text + "\n")
 
 
 if __name__ == "__main__":
