@@ -104,3 +104,8 @@ def test_everything_public_can_be_imported() -> None:
     for name in bntool.__all__:
         assert getattr(bntool, name) is not None
     assert set(bntool.__all__) <= set(dir(bntool))
+
+
+def test_deciding_and_writing_a_fold_of_a_file_needs_no_torch() -> None:
+    script = "import bntool.operations.checkpoint_folding, bntool.reports.folding, bntool.cli.writing, sys"
+    subprocess.run([sys.executable, "-c", f"{script}; assert 'torch' not in sys.modules"], check=True, cwd=ROOT)

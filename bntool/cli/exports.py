@@ -13,8 +13,8 @@ from bntool.errors import UsageError
 
 if TYPE_CHECKING:
     from bntool.checkpoints.prototxt import Prototxt
+    from bntool.operations.checkpoint_folding import CheckpointFold
     from bntool.operations.exporting import ProgramKind
-    from bntool.operations.proven_folding import CheckpointFold
 
 
 def check_export(

@@ -114,8 +114,8 @@ def command(
     from bntool.cli.writing import check_output, check_plan
     from bntool.errors import RefusedError, UsageError
     from bntool.graphs.declared import read_pairs
+    from bntool.operations.checkpoint_folding import fold_checkpoint
     from bntool.operations.folding import Layout
-    from bntool.operations.proven_folding import fold_checkpoint
     from bntool.reports.folding import describe_fold, show_fold
     from bntool.reports.report import FileReport, Report
 

@@ -14,6 +14,7 @@ from bntool.errors import UsageError
 from bntool.layers.application import change_structure
 from bntool.layers.loading import load_state
 from bntool.layers.modules import find_wrapper_prefix
+from bntool.layers.structure import structure_of
 from bntool.plan import AddTensor, Operation, RemoveModule, Step, Values
 
 Model = TypeVar("Model", bound=torch.nn.Module)
@@ -78,36 +79,3 @@ def compare_structure(model: torch.nn.Module, state_dict: StateDict) -> tuple[St
         *(AddTensor(n, Values((), tuple(given[n].shape)), dtype=given[n].dtype.name, after="") for n in added),
         *(RemoveModule(name) for name in removed),
     )
-
-
-def describe_structure(steps: tuple[Step, ...]) -> dict[str, Any]:
-    """What steps change besides elements, as JSON data for the record."""
-    return {
-        "removed_modules": [step.module for step in steps if isinstance(step, RemoveModule)],
-        "added_parameters": [
-            {"name": step.name, "shape": list(step.value.shape), "dtype": step.dtype}
-            for step in steps
-            if isinstance(step, AddTensor) and isinstance(step.value, Values)
-        ],
-    }
-
-
-def structure_of(record: Mapping[str, Any]) -> tuple[Step, ...]:
-    """The steps that :func:`describe_structure` described.
-
-    Raises:
-        UsageError: the record is not what bntool writes.
-    """
-    try:
-        added = [
-            AddTensor(
-                str(entry["name"]),
-                Values((), tuple(int(extent) for extent in entry["shape"])),
-                dtype=str(entry["dtype"]),
-                after="",
-            )
-            for entry in record["added_parameters"]
-        ]
-        return (*added, *(RemoveModule(str(name)) for name in record["removed_modules"]))
-    except (KeyError, TypeError, ValueError) as error:
-        raise UsageError(f"the record of the fold in the file is damaged ({error!r})") from error

@@ -14,9 +14,9 @@ from bntool.reports.loading import show_loading_code, show_running_code
 from bntool.reports.text import format_number, plural
 
 if TYPE_CHECKING:
+    from bntool.operations.checkpoint_folding import CheckpointFold
     from bntool.operations.exporting import Program
     from bntool.operations.folding import Fold
-    from bntool.operations.proven_folding import CheckpointFold
 
 
 def describe_fold(result: CheckpointFold, *, output: str | None, export: str | None = None) -> dict[str, Any]:

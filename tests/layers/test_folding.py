@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from bntool.errors import UsageError
-from bntool.layers.folding import describe_structure, load_folded, structure_of
+from bntool.layers.folding import load_folded
+from bntool.layers.structure import describe_structure, structure_of
 from bntool.plan import AddTensor, RemoveModule, RemoveTensor, Values
 
 
