@@ -12,6 +12,7 @@ import torch
 from bntool.errors import UsageError
 
 _LABEL_KEYS = ("labels", "label", "y", "targets", "target")
+_NAMED = 3  # samples that a message names
 
 
 @dataclass(frozen=True)
@@ -24,12 +25,29 @@ class Batch:
         labels: class indices, shape (samples,), or whatever the data gives; None where it gives none.
         description: which data it is, e.g. ``samples 64 to 127 of digits.npz``.
         samples: how many.
+        names: what to call each sample, e.g. its file; empty where the source cannot tell.
     """
 
     inputs: Any
     labels: Any
     description: str
     samples: int
+    names: Sequence[str] = field(default=(), repr=False)
+
+    def describe(self, samples: Sequence[int]) -> str:
+        """Some of the samples in words, by position; the batch as a whole where all are meant, or have no names."""
+        if not 0 < len(samples) < self.samples or len(self.names) <= max(samples):
+            return self.description
+        return name_some([self.names[index] for index in samples])
+
+    def find_bad_samples(self) -> list[int]:
+        """Positions of the samples whose inputs hold NaN or infinity; all, where tensors are not by sample."""
+        bad: set[int] = set()
+        for tensor in find_tensors(self.inputs):
+            if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+                by_sample = tensor.ndim > 0 and tensor.shape[0] == self.samples
+                bad.update(find_bad_rows(tensor) if by_sample else range(self.samples))
+        return sorted(bad)
 
     def run(self, model: torch.nn.Module, *, channels_last: bool = False) -> Any:
         """Call the model with the batch, moved to its device and floating dtype; its output.
@@ -49,6 +67,21 @@ class Batch:
         return model(inputs)
 
 
+@dataclass(frozen=True)
+class LeftOut:
+    """Samples that were not used.
+
+    Attributes:
+        reason: which, and why, in words.
+        samples: how many.
+        layer: where that was seen, if not in the data itself.
+    """
+
+    reason: str
+    samples: int
+    layer: str | None = None
+
+
 @dataclass
 class Batches:
     """Batches that can be iterated over as often as needed, if their source can.
@@ -58,14 +91,14 @@ class Batches:
         description: where they come from.
         samples: how many there are, None where nothing tells.
         has_labels: None where nothing tells before the first batch is read.
-        bad_inputs: what could not be read and was skipped, in words; grows while iterating.
+        bad_inputs: what could not be read and was skipped; grows while iterating.
     """
 
     open_: Callable[[], Iterator[Batch]]
     description: str
     samples: int | None = None
     has_labels: bool | None = None
-    bad_inputs: list[str] = field(default_factory=list)
+    bad_inputs: list[LeftOut] = field(default_factory=list)
 
     def __iter__(self) -> Iterator[Batch]:
         self.bad_inputs.clear()
@@ -119,12 +152,25 @@ def split_batch(item: Any, *, source: str, position: int) -> Batch:
             f"a batch of {source} holds no tensor but {type(item).__name__}: give tensors, tuples or dicts"
         )
     count = len(inputs) if isinstance(inputs, list) else (first.shape[0] if first.ndim else 1)
-    return Batch(inputs, labels, describe_range(source, position, count), count)
+    names = [f"sample {index} of {source}" for index in range(position, position + count)]
+    return Batch(inputs, labels, describe_range(source, position, count), count, names)
 
 
 def describe_range(source: str, start: int, count: int) -> str:
     """``samples 64 to 127 of digits.npz``."""
     return f"sample {start} of {source}" if count == 1 else f"samples {start} to {start + count - 1} of {source}"
+
+
+def name_some(names: Sequence[str]) -> str:
+    """The first few of them, and how many more there are."""
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return ", ".join(names[:_NAMED]) + more
+
+
+def find_bad_rows(values: torch.Tensor) -> list[int]:
+    """Along the first dimension, where a tensor holds NaN or infinity."""
+    finite = torch.isfinite(values).reshape(values.shape[0], -1).all(dim=1)
+    return [index for index, good in enumerate(finite.tolist()) if not good]
 
 
 def find_tensors(value: Any) -> Iterator[torch.Tensor]:
@@ -165,7 +211,8 @@ def cut_batch(batch: Batch, samples: int) -> Batch:
     tensors = list(find_tensors((batch.inputs, batch.labels)))
     if isinstance(batch.inputs, list) or any(t.ndim == 0 or t.shape[0] != batch.samples for t in tensors):
         return batch
-    return Batch(_first(batch.inputs, samples), _first(batch.labels, samples), batch.description, samples)
+    names = batch.names[:samples]
+    return Batch(_first(batch.inputs, samples), _first(batch.labels, samples), batch.description, samples, names)
 
 
 def _first(value: Any, samples: int) -> Any:

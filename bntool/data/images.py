@@ -9,14 +9,13 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from bntool.data.batches import Batch, Batches
+from bntool.data.batches import Batch, Batches, LeftOut, name_some
 from bntool.data.policies import OnBadData
 from bntool.data.preprocessing import Preprocessing
 from bntool.data.source import DataOptions, DataSource
 from bntool.errors import CorruptFileError, MissingExtraError, UsageError
 
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
-_NAMED = 3
 
 
 class ImageFolderSource(DataSource):
@@ -41,7 +40,7 @@ class ImageFolderSource(DataSource):
         preprocessing = options.preprocessing
         folder = _Images(paths, preprocessing)
         dealt = options.deal(len(paths))
-        bad_inputs: list[str] = []
+        bad_inputs: list[LeftOut] = []
 
         def read() -> Iterator[Batch]:
             loader = DataLoader(folder, batch_sampler=dealt, num_workers=options.workers, collate_fn=list)
@@ -50,7 +49,7 @@ class ImageFolderSource(DataSource):
                 bad = [text for text in items if isinstance(text, str)]
                 if bad and options.on_bad_data is OnBadData.STOP:
                     raise CorruptFileError(f"{bad[0]}; --on-bad-data skip leaves such images out")
-                bad_inputs.extend(bad)
+                bad_inputs.extend(LeftOut(text, 1) for text in bad)
                 if good:
                     yield _collate(good, paths, labels, preprocessing)
 
@@ -139,7 +138,6 @@ def _collate(
     if len(shapes) > 1:
         raise UsageError("the images differ in size: give --preprocess with resize and crop", path=paths[good[0][0]])
     names = [str(paths[index]) for index, _ in good]
-    shown = ", ".join(names[:_NAMED]) + (f" and {len(names) - _NAMED} more" if len(names) > _NAMED else "")
     inputs = preprocessing.normalize(torch.stack([image for _, image in good]))
     targets = None if labels is None else torch.tensor([labels[index] for index, _ in good])
-    return Batch(inputs, targets, f"the batch of {shown}", len(good))
+    return Batch(inputs, targets, "the batch of " + name_some(names), len(good), names)

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from bntool.data.batches import Batch, find_placement
+from bntool.data.batches import Batch, LeftOut, find_placement
 from bntool.errors import RefusedError
 from bntool.models.user_code import running_user_code
 from bntool.operations.moments import Moments, measure
@@ -20,10 +20,11 @@ from bntool.operations.passes import (
     NotFiniteError,
     Run,
     Tally,
+    accept,
     check_moments,
+    describe_bad,
     get_input,
     has_finite_inputs,
-    leave_out,
     set_statistics,
 )
 from bntool.operations.ranks import Ranks, find_ranks
@@ -115,12 +116,12 @@ def measure_exact(run: Run, batches: Iterable[Batch], finish: Finish, *, channel
     result = Measurement()
     remaining = dict(enumerate(batches))
     bad = {
-        position: leave_out("", batch.description, run.on_bad_data)
+        position: accept(describe_bad(batch), run.on_bad_data)
         for position, batch in remaining.items()
         if not has_finite_inputs(batch)
     }
-    for texts in ranks.share(lambda: list(bad.values())):
-        result.left_out += texts
+    for left_out in ranks.share(lambda: list(bad.values())):
+        result.left_out += left_out
     good = {position: batch for position, batch in remaining.items() if position not in bad}
     while True:
         counts = ranks.share(partial(_count, good.values()))
@@ -129,7 +130,7 @@ def measure_exact(run: Run, batches: Iterable[Batch], finish: Finish, *, channel
             result.tallies = sweep.run(good, result.samples)
         except BadBatchesError as error:
             # what these batches gave to earlier layers is in their statistics: begin again without them
-            result.left_out += [leave_out(layer, text, run.on_bad_data) for layer, text in error.bad.values()]
+            result.left_out += [accept(left_out, run.on_bad_data) for left_out in error.bad.values()]
             good = {position: batch for position, batch in good.items() if (ranks.rank, position) not in error.bad}
         else:
             return result
@@ -140,21 +141,22 @@ def _count(batches: Collection[Batch]) -> tuple[int, int]:
 
 
 class BadBatchesError(Exception):
-    """Batches turned out to hold NaN or infinity: layer and description of each, by rank and position."""
+    """Batches turned out to hold NaN or infinity: by rank and position."""
 
-    def __init__(self, bad: Mapping[tuple[int, int], tuple[str, str]]) -> None:
+    def __init__(self, bad: Mapping[tuple[int, int], LeftOut]) -> None:
         super().__init__(bad)
         self.bad = bad
 
 
 @dataclass(frozen=True)
 class Stop:
-    """Where a batch is: at a layer, with what it gives it; at its end; or at a layer that it gives NaN or infinity."""
+    """Where a batch is: at a layer, with what it gives it; at its end; or left out for what it gives a layer."""
 
     position: int
     batch: str
     layer: str | None
     moments: Moments | None
+    left_out: LeftOut | None = None
 
 
 class _Sweep:
@@ -167,8 +169,9 @@ class _Sweep:
 
     def make_hook(self, name: str) -> Callable[..., None]:
         def observe(module: torch.nn.Module, args: Any, kwargs: Any) -> None:
-            moments = measure(get_input(args, kwargs, module), chunk=_CHUNK)
-            check_moments(moments, name, least=1)
+            values = get_input(args, kwargs, module)
+            moments = measure(values, chunk=_CHUNK)
+            check_moments(moments, name, values, least=1)
             assert self._current is not None
             self._current.stop_at(name, moments)
 
@@ -189,11 +192,7 @@ class _Sweep:
                 shares = self._ranks.share(lambda: [self._advance(p, lane, batches[p]) for p, lane in lanes.items()])
                 # one order whatever the number of ranks: first what comes first on each rank
                 placed = sorted((stop.position, rank, stop) for rank, stops in enumerate(shares) for stop in stops)
-                bad = {
-                    (rank, position): (stop.layer, stop.batch)
-                    for position, rank, stop in placed
-                    if stop.layer is not None and stop.moments is None
-                }
+                bad = {(rank, position): stop.left_out for position, rank, stop in placed if stop.left_out is not None}
                 if bad:
                     raise BadBatchesError(bad)
                 stops = [stop for _, _, stop in placed]
@@ -211,7 +210,7 @@ class _Sweep:
         try:
             lane.advance()
         except NotFiniteError as error:
-            return Stop(position, batch.description, error.layer, None)
+            return Stop(position, batch.description, error.layer, None, describe_bad(batch, error))
         layer, moments = lane.reached or (None, None)
         return Stop(position, batch.description, layer, moments)
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from bntool.data.batches import Batch, find_placement, find_tensors
+from bntool.data.batches import Batch, LeftOut, find_bad_rows, find_placement, find_tensors
 from bntool.data.policies import OnBadData
 from bntool.errors import RefusedError, UsageError, UserCodeError
 from bntool.layers.borrowing import Borrowed
@@ -24,9 +24,10 @@ _HALF = (torch.float16, torch.bfloat16)
 class NotFiniteError(BaseException):
     """A layer was given NaN or infinity. Not an Exception: a model must not be able to swallow it."""
 
-    def __init__(self, layer: str) -> None:
+    def __init__(self, layer: str, values: torch.Tensor) -> None:
         super().__init__(layer)
         self.layer = layer
+        self.values = values
 
 
 class TooFewValuesError(BaseException):
@@ -100,7 +101,7 @@ class Part:
 
     calls: tuple[tuple[str, Moments], ...]
     samples: int
-    left_out: str | None = None
+    left_out: LeftOut | None = None
 
 
 @dataclass
@@ -111,13 +112,13 @@ class Measurement:
         tallies: by layer, in the order in which the layers were first called.
         samples: how many went through.
         batches: how many.
-        left_out: batches that held NaN or infinity and were skipped, in words.
+        left_out: batches that held NaN or infinity and were skipped.
     """
 
     tallies: dict[str, Tally] = field(default_factory=dict)
     samples: int = 0
     batches: int = 0
-    left_out: list[str] = field(default_factory=list)
+    left_out: list[LeftOut] = field(default_factory=list)
 
     def add(self, part: Part) -> None:
         """Add what one batch gave."""
@@ -140,7 +141,8 @@ class Measurement:
         if self.batches:
             return
         if self.left_out:
-            raise RefusedError(f"no batch is left: all {len(self.left_out)} hold NaN or infinity; {self.left_out[0]}")
+            count = sum(left_out.samples for left_out in self.left_out)
+            raise RefusedError(f"no sample is left: {count} were left out, first {self.left_out[0].reason}")
         raise UsageError(f"{batches_description} gave no batch")
 
 
@@ -201,7 +203,7 @@ def _hook_layers(run: Run) -> list[tuple[str, Moments]]:
         def observe(module: torch.nn.Module, args: Any, kwargs: Any, name: str = name) -> None:
             values = get_input(args, kwargs, module)
             moments = measure(values)
-            check_moments(moments, name)
+            check_moments(moments, name, values)
             calls.append((name, moments))
             if not module.training:
                 set_statistics(module, mean=moments.mean, variance=moments.biased_variance)
@@ -210,19 +212,19 @@ def _hook_layers(run: Run) -> list[tuple[str, Moments]]:
     return calls
 
 
-def _run_checked(run: Run, batch: Batch, *, channels_last: bool) -> str | None:
+def _run_checked(run: Run, batch: Batch, *, channels_last: bool) -> LeftOut | None:
     """Run a batch; why it is to be left out where it holds NaN or infinity.
 
     Raises:
         RefusedError, UserCodeError: as in :func:`measure_pooled`.
     """
     if not has_finite_inputs(batch):
-        return leave_out("", batch.description, run.on_bad_data)
+        return accept(describe_bad(batch), run.on_bad_data)
     try:
         with running_user_code(f"running the model on {batch.description}"):
             batch.run(run.model, channels_last=channels_last)
     except NotFiniteError as error:
-        return leave_out(error.layer, batch.description, run.on_bad_data)
+        return accept(describe_bad(batch, error), run.on_bad_data)
     except TooFewValuesError as error:
         raise RefusedError(
             f"{batch.description} has one value for each channel of this layer, by which nothing can be normalised; "
@@ -232,16 +234,27 @@ def _run_checked(run: Run, batch: Batch, *, channels_last: bool) -> str | None:
     return None
 
 
-def leave_out(layer: str, description: str, on_bad_data: OnBadData) -> str:
-    """Why a batch is skipped, in words, unless that is a reason to stop.
+def describe_bad(batch: Batch, error: NotFiniteError | None = None) -> LeftOut:
+    """Which samples of a batch hold NaN or infinity, or lead to it at a layer; the whole batch is left out for them."""
+    if error is None:
+        samples, place = batch.find_bad_samples(), "in"
+    else:
+        by_sample = error.values.shape[0] == batch.samples
+        samples, place = find_bad_rows(error.values) if by_sample else [], f"at {error.layer}, from"
+    whole = f" (all {batch.samples} samples of the batch)" if batch.samples > 1 else ""
+    reason = f"NaN or infinity {place} {batch.describe(samples)}{whole}"
+    return LeftOut(reason, batch.samples, error.layer if error is not None else None)
+
+
+def accept(left_out: LeftOut, on_bad_data: OnBadData) -> LeftOut:
+    """What is left out, unless that is a reason to stop.
 
     Raises:
         RefusedError: ``OnBadData.STOP``.
     """
-    where = f"gives {layer} NaN or infinity" if layer else "holds NaN or infinity"
     if on_bad_data is OnBadData.STOP:
-        raise RefusedError(f"{description} {where}; --on-bad-data skip leaves such batches out", tensor=layer or None)
-    return f"{description} {where}"
+        raise RefusedError(f"{left_out.reason}; --on-bad-data skip leaves such batches out", tensor=left_out.layer)
+    return left_out
 
 
 def is_faster_channels_last(model: torch.nn.Module) -> bool:
@@ -255,12 +268,12 @@ def has_finite_inputs(batch: Batch) -> bool:
     return all(torch.isfinite(tensor).all() for tensor in find_tensors(batch.inputs) if tensor.is_floating_point())
 
 
-def check_moments(moments: Moments, layer: str, *, least: int = 2) -> None:
-    """Raise where moments are not finite or of too few values."""
+def check_moments(moments: Moments, layer: str, values: torch.Tensor, *, least: int = 2) -> None:
+    """Raise where the moments of the values that a layer was given are not finite, or of too few values."""
     if moments.count < least:
         raise TooFewValuesError(layer)
     if not moments.is_finite:
-        raise NotFiniteError(layer)
+        raise NotFiniteError(layer, values)
 
 
 def get_input(args: Sequence[Any], kwargs: Mapping[str, Any], module: torch.nn.Module) -> torch.Tensor:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from bntool.batchnorm import DEFAULT_EPS, STATISTICS
-from bntool.data.batches import Batch, Batches, as_batches
+from bntool.data.batches import Batch, Batches, LeftOut, as_batches
 from bntool.data.policies import OnBadData
 from bntool.errors import RefusedError, UsageError
 from bntool.layers.borrowing import borrow
@@ -57,7 +57,7 @@ class Recalibration:
         statistics: the new statistics by layer, named as in the live model.
         drifts: how far old and new lie apart, in execution order.
         samples, batches: how many were used.
-        left_out: batches and inputs that were skipped, in words.
+        left_out: samples that were skipped, and why.
         memory: bytes that the method exact was forecast to need; None for the others.
     """
 
@@ -68,7 +68,7 @@ class Recalibration:
     drifts: tuple[LayerDrift, ...]
     samples: int
     batches: int
-    left_out: tuple[str, ...] = ()
+    left_out: tuple[LeftOut, ...] = ()
     memory: int | None = None
 
 

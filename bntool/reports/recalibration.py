@@ -9,11 +9,12 @@ from bntool.reports.blocks import Block, Cell, Column, Line, Style, Table, line
 from bntool.reports.text import format_number, format_size, plural
 
 if TYPE_CHECKING:
+    from bntool.data.batches import LeftOut
     from bntool.operations.drift import LayerDrift
     from bntool.operations.evaluation import Evaluation
     from bntool.operations.recalibration import Recalibration
 
-_SHOWN = 4  # skipped inputs that are named
+_SHOWN = 4  # reasons for leaving samples out that are given
 _RATE = ("top1", "top5")
 
 
@@ -56,7 +57,8 @@ def describe_recalibration(outcome: Outcome) -> dict[str, Any]:
         "samples": result.samples,
         "batches": result.batches,
         "memory": result.memory,
-        "left_out": list(result.left_out),
+        "left_out": [left_out.reason for left_out in result.left_out],
+        "left_out_samples": sum(left_out.samples for left_out in result.left_out),
         "layers": [asdict(drift) | {"parted": drift.has_parted} for drift in result.drifts],
         "first_parted": parted.layer if parted is not None else None,
         "skips": [{"layer": s.layer, "reason": s.reason.value, "detail": s.detail} for s in result.plan.skips],
@@ -147,11 +149,12 @@ def _diagnosis(drifts: tuple[LayerDrift, ...]) -> list[Block]:
     return [line(f"First layer in execution order to part from the data: {parted.layer} {what}.", Style.NOTICE)]
 
 
-def _left_out(texts: tuple[str, ...]) -> list[Block]:
-    if not texts:
+def _left_out(parts: tuple[LeftOut, ...]) -> list[Block]:
+    if not parts:
         return []
-    more = f"; and {len(texts) - _SHOWN} more" if len(texts) > _SHOWN else ""
-    return [line(f"{plural(len(texts), 'input')} left out: {'; '.join(texts[:_SHOWN])}{more}", Style.WARNING)]
+    count = plural(sum(part.samples for part in parts), "sample")
+    more = f"; and {len(parts) - _SHOWN} more" if len(parts) > _SHOWN else ""
+    return [line(f"{count} left out: {'; '.join(part.reason for part in parts[:_SHOWN])}{more}", Style.WARNING)]
 
 
 def _evaluation(outcome: Outcome) -> list[Block]:

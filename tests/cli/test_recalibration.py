@@ -188,7 +188,7 @@ def user_code(tmp_path):
         ({"data": "empty"}, 2, "gave no batch"),
         ({"data": "raising"}, 6, "OSError: disk gone"),
         ({"data": "interrupted"}, 130, "interrupted; nothing was written"),
-        ({"data": "poisoned"}, 4, "samples 10 to 19"),
+        ({"data": "poisoned"}, 4, "sample 13 of"),
         ({"model": "build"}, 6, "no weights here"),
         ({"model": "absent"}, 2, "has no 'absent'"),
         ({"model": "images"}, 2, "neither a module nor callable"),
@@ -209,7 +209,8 @@ def test_bad_batches_are_left_out_on_request(recalibrate, user_code):
     code, out, _, _ = recalibrate("drifted.pt", "--on-bad-data", "skip", data=user_code("poisoned"))
     assert code == 0
     assert "30 samples in 2 batches" in out
-    assert "1 input left out: samples 10 to 19" in out
+    assert "10 samples left out: NaN or infinity in sample 13 of" in out
+    assert "(all 10 samples of the batch)" in out
     assert "NaN or infinity, with the new statistics too" not in out
 
 

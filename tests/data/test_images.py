@@ -53,7 +53,7 @@ def test_corrupt_images_are_named_and_counted(folder):
     for _ in range(2):
         assert sum(batch.samples for batch in data) == 6
         assert len(data.bad_inputs) == 2
-    assert any("noise.jpg" in text for text in data.bad_inputs)
+    assert any("noise.jpg" in left_out.reason for left_out in data.bad_inputs)
 
 
 def test_what_cannot_be_guessed_is_asked_for(folder, monkeypatch):

@@ -1,0 +1,151 @@
+"""Arrays whose rows are read when they are asked for: one row is one sample."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from bntool.checkpoints.checkpoint import Checkpoint
+from bntool.checkpoints.tensors import LiteralTensor, StoredTensor, count_elements
+from bntool.errors import UsageError
+from bntool.layers.loading import to_torch
+
+_INPUT_KEYS = ("images", "image", "inputs", "input", "x", "data", "pixel_values", "features", "arr_0")
+LABEL_KEYS = ("labels", "label", "y", "targets", "target", "classes")
+_SHOWN = 8
+# what torch 2.1 has no numbers for is widened
+_WIDENED = {"u2": np.int32, "u4": np.int64, "u8": np.int64}
+
+
+class Rows(Protocol):
+    """An array by its first dimension."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    def read(self, rows: Sequence[int]) -> torch.Tensor:
+        """These rows, ascending, in their own memory."""
+        ...
+
+
+class ArrayRows:
+    """Rows of a numpy array, mapped or in memory."""
+
+    def __init__(self, array: np.ndarray[Any, Any]) -> None:
+        self._array = array
+        self.shape: tuple[int, ...] = array.shape
+
+    def read(self, rows: Sequence[int]) -> torch.Tensor:
+        part = self._array[np.asarray(rows)]
+        dtype = _WIDENED.get(part.dtype.str[1:], part.dtype.newbyteorder("="))
+        return torch.from_numpy(np.ascontiguousarray(part, dtype=dtype))
+
+
+class LiveRows:
+    """Rows of a tensor in memory."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self._tensor = tensor
+        self.shape: tuple[int, ...] = tuple(tensor.shape)
+
+    def read(self, rows: Sequence[int]) -> torch.Tensor:
+        return self._tensor[torch.tensor(rows)]
+
+
+class StoredRows:
+    """Rows of a tensor of a file, read from where they lie."""
+
+    def __init__(self, tensor: StoredTensor, checkpoint: Checkpoint) -> None:
+        self._tensor = tensor
+        self._checkpoint = checkpoint  # keeps the file open
+        self.shape: tuple[int, ...] = tuple(tensor.shape)
+
+    def read(self, rows: Sequence[int]) -> torch.Tensor:
+        tensor, storage = self._tensor, self._tensor.storage
+        if storage is None or tensor.wrapper or storage.big_endian or tensor.dtype.bits < 8:
+            return to_torch(tensor)[torch.tensor(rows)]
+        if not tensor.is_contiguous:  # channels last, for one
+            return torch.stack([to_torch(self._row(row)) for row in rows])
+        start, _ = tensor.byte_range
+        size = count_elements(self.shape[1:]) * tensor.dtype.itemsize
+        data = b"".join(
+            storage.source.read(storage.offset + start + first * size, count * size) for first, count in _runs(rows)
+        )
+        return to_torch(LiteralTensor(tensor.dtype, (len(rows), *self.shape[1:]), data))
+
+    def _row(self, row: int) -> StoredTensor:
+        tensor = self._tensor
+        return replace(
+            tensor,
+            shape=tensor.shape[1:],
+            strides=tensor.strides[1:],
+            storage_offset=tensor.storage_offset + row * tensor.strides[0],
+        )
+
+
+class StackedRows:
+    """Rows that lie in several arrays of one shape: one sample in each, or a batch in each."""
+
+    def __init__(self, parts: Sequence[Rows], *, are_batches: bool) -> None:
+        first = parts[0].shape
+        self._parts = parts
+        self._places = [(p, row) for p, part in enumerate(parts) for row in range(part.shape[0] if are_batches else 1)]
+        self._are_batches = are_batches
+        self.shape: tuple[int, ...] = (len(self._places), *(first[1:] if are_batches else first))
+
+    def read(self, rows: Sequence[int]) -> torch.Tensor:
+        if self._are_batches:
+            return torch.cat([self._parts[p].read([row]) for p, row in (self._places[index] for index in rows)])
+        # a sample is read whole: all the rows that its array has
+        return torch.stack([self._parts[index].read(range(self._parts[index].shape[0])) for index in rows])
+
+
+def _runs(rows: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Neighbouring rows as (first, count)."""
+    first, count = rows[0], 1
+    for row in rows[1:]:
+        if row == first + count:
+            count += 1
+        else:
+            yield first, count
+            first, count = row, 1
+    yield first, count
+
+
+def choose_arrays(arrays: Mapping[str, Rows], path: object) -> tuple[Rows, Rows | None]:
+    """The inputs and the labels among named arrays.
+
+    Inputs are under ``images``, ``x``, ``data`` and the like, or the only array that can be; labels under ``labels``,
+    ``y``, ``targets`` and the like.
+
+    Raises:
+        UsageError: no array can be the inputs, or which is not told, or there are not as many labels.
+    """
+    label_key = next((key for key in LABEL_KEYS if key in arrays), None)
+    candidates = {key: rows for key, rows in arrays.items() if key != label_key and len(rows.shape) > 1}
+    key = next((key for key in _INPUT_KEYS if key in candidates), None)
+    if key is None and len(candidates) == 1:
+        key = next(iter(candidates))
+    if key is None:
+        held = ", ".join(f"{key} {list(rows.shape)}" for key, rows in list(arrays.items())[:_SHOWN])
+        if not candidates:
+            raise UsageError(
+                f"no array here can be the inputs, of shape (samples, ...): it holds {held or 'no array'}", path=path
+            )
+        more = f" and {len(arrays) - _SHOWN} more" if len(arrays) > _SHOWN else ""
+        raise UsageError(
+            f"which array holds the inputs? The data has {held}{more}; name it {_INPUT_KEYS[0]!r} "
+            f"(and the labels {LABEL_KEYS[0]!r})",
+            path=path,
+        )
+    inputs, labels = candidates[key], arrays[label_key] if label_key is not None else None
+    if 0 in inputs.shape:
+        raise UsageError(f"the array of inputs is empty: its shape is {list(inputs.shape)}", path=path)
+    if labels is not None and labels.shape[:1] != inputs.shape[:1]:
+        count = labels.shape[0] if labels.shape else "one number instead of"
+        raise UsageError(f"there are {inputs.shape[0]} inputs but {count} labels", path=path)
+    return inputs, labels
