@@ -76,7 +76,7 @@ def make_seeds(folder: Path) -> list[Path]:
 
 
 def _make_compiled(folder: Path) -> list[Path]:
-    """TorchScript and torch.export archives, and the folder of two processes that is recorded."""
+    """TorchScript and torch.export archives, and what is recorded of two processes and of TensorFlow."""
     import shutil
 
     from tests.checkpoints.test_compiled_layouts import MAKERS
@@ -89,9 +89,16 @@ def _make_compiled(folder: Path) -> list[Path]:
             warnings.simplefilter("ignore")  # TorchScript is deprecated
             make(place / name)
         seeds.append(place / name)
-    recorded = Path(__file__).parent / "fixtures" / "layouts" / "distributed"
-    shutil.copytree(recorded, folder / "distributed")
-    return [*seeds, folder / "distributed" / ".metadata"]
+    fixtures = Path(__file__).parent / "fixtures"
+    shutil.copytree(fixtures / "layouts" / "distributed", folder / "distributed")
+    seeds.append(folder / "distributed" / ".metadata")
+    for name in ("keras2", "snappy"):
+        place = folder / name
+        place.mkdir()
+        for path in (fixtures / "interop" / "tensorflow").glob(f"{name}.*"):
+            shutil.copy(path, place)
+        seeds.append(place / f"{name}.index")
+    return seeds
 
 
 def mutate(data: bytes, rng: random.Random, others: list[bytes]) -> bytes:  # noqa: C901 (one branch for each damage)
@@ -157,6 +164,25 @@ def fix_checksums(data: bytes) -> bytes:
     return bytes(fixed)
 
 
+def fix_table(data: bytes) -> bytes:
+    """The same for the blocks of a TensorFlow index, as far as its footer still says where they are."""
+    from bntool.checkpoints.leveldb_table import read_varint
+    from tests.checkpoints.tensorflow_files import masked_crc32c
+
+    fixed = bytearray(data)
+    place = len(data) - 48
+    with contextlib.suppress(BntoolError):
+        start = 0
+        for _ in range(2):  # the data lie before the block with metadata, and the index after it
+            offset, place = read_varint(data, place)
+            size, place = read_varint(data, place)
+            for begin, end in ((start, offset - 5), (offset, offset + size)):
+                if 0 <= begin < end < len(data) - 48 and end - begin < 10_000:
+                    fixed[end + 1 : end + 5] = masked_crc32c(bytes(fixed[begin : end + 1]))
+            start = offset + size + 5
+    return bytes(fixed)
+
+
 def exercise(checkpoint: Checkpoint, target: Path) -> None:
     """Everything that a user may do with a file that could be opened."""
     describe_origin(checkpoint)
@@ -206,6 +232,8 @@ def run(count: int, folder: Path, *, seed: int = 0, report: bool = False) -> Out
         mutant = mutate(contents[victim], rng, list(contents.values()))
         if mutant.startswith(b"PK") and rng.random() < 0.8:
             mutant = fix_checksums(mutant)
+        if victim.name.endswith(".index") and rng.random() < 0.8:
+            mutant = fix_table(mutant)
         victim.write_bytes(mutant)
         started = time.perf_counter()
         try:

@@ -15,6 +15,7 @@ class Caffe(Format):
 
     name = "caffe"
     title = "Caffe"
+    is_pytorch = False
 
     def recognises(self, path: Path, head: bytes) -> bool:
         if path.suffix == ".caffemodel":

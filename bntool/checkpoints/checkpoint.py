@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from bntool.checkpoints.files import SourceFile
 from bntool.checkpoints.outputs import OutputFiles
 from bntool.checkpoints.tensors import StoredTensor, Tensor
-from bntool.errors import UsageError
+from bntool.errors import RefusedError, UsageError
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -105,6 +105,16 @@ class Format(ABC):
     title: str  # for people
     single_file: bool = True
     holds_code: bool = False  # files of this format carry programs, not only data
+    inspected_only: str = ""  # why commands that write refuse all files of this format
+    is_pytorch: bool = True  # names and layouts are those of state dicts, so that they can be converted to one
+
+    def locate(self, path: Path) -> Path | None:  # noqa: ARG002 (for those of several files)
+        """The file to read first, where a path names a folder or several files of this format.
+
+        Raises:
+            OSError, ValueError: no file can have this name.
+        """
+        return None
 
     @abstractmethod
     def recognises(self, path: Path, head: bytes) -> bool:
@@ -126,6 +136,10 @@ class Format(ABC):
             RefusedError: the format cannot hold an edit.
             CorruptFileError: the source turns out to be damaged.
         """
+
+    def size(self, checkpoint: Checkpoint) -> int:
+        """Bytes of all files that were opened."""
+        return checkpoint.file.size
 
     def verify_checksums(self, checkpoint: Checkpoint) -> int | None:  # noqa: ARG002 (for those that have some)
         """Hold all bytes against the checksums of the file; how many were checked, None where it has none.
@@ -196,6 +210,16 @@ class Checkpoint:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def check_changeable(checkpoint: Checkpoint) -> None:
+    """Refuse formats that are only looked at, by name.
+
+    Raises:
+        RefusedError: the checkpoint is of one.
+    """
+    if checkpoint.format.inspected_only:
+        raise RefusedError(checkpoint.format.inspected_only, path=checkpoint.path)
 
 
 _WELL_KNOWN_KEYS = (

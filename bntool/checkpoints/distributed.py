@@ -39,6 +39,10 @@ class Distributed(Format):
     name = "distributed"
     title = "torch.distributed.checkpoint"
 
+    def locate(self, path: Path) -> Path | None:
+        inside = path / METADATA
+        return inside if inside.is_file() else None
+
     def recognises(self, path: Path, head: bytes) -> bool:
         return path.name == METADATA and head[:1] == b"\x80"
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from bntool.checkpoints.caffe import Caffe
 from bntool.checkpoints.checkpoint import Checkpoint, Format
-from bntool.checkpoints.distributed import METADATA, Distributed
+from bntool.checkpoints.distributed import Distributed
 from bntool.checkpoints.exported_program import ExportedProgram
 from bntool.checkpoints.files import SourceFile
 from bntool.checkpoints.keras_archive import KerasArchive
@@ -17,6 +17,7 @@ from bntool.checkpoints.onnx_file import Onnx
 from bntool.checkpoints.outputs import OutputFiles, check_output_differs
 from bntool.checkpoints.safetensors_file import Safetensors
 from bntool.checkpoints.sharded import Sharded
+from bntool.checkpoints.tensorflow import Tensorflow
 from bntool.checkpoints.tensors import LiteralTensor, StoredTensor, read_bytes
 from bntool.checkpoints.torch_legacy import TorchLegacy
 from bntool.checkpoints.torch_tar import TorchTar
@@ -37,6 +38,7 @@ FORMATS: tuple[Format, ...] = (
     Sharded(),
     Safetensors(),
     NumpyPickle(),
+    Tensorflow(),
     Onnx(),
     Caffe(),
 )
@@ -48,8 +50,8 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     """List what a checkpoint file holds, without running its code and without reading its tensors.
 
     Args:
-        path: a file of any of :data:`FORMATS`, the ``.index.json`` of a sharded checkpoint, or a folder of
-            torch.distributed.checkpoint.
+        path: a file of any of :data:`FORMATS`, the ``.index.json`` of a sharded checkpoint, a folder of
+            torch.distributed.checkpoint, or a SavedModel, a folder of checkpoints or the prefix of one of TensorFlow.
 
     Raises:
         UnreadableFileError: the system does not give the file.
@@ -57,9 +59,15 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         CorruptFileError: it contradicts its own format.
         UnsafeFileError: it is built to do harm.
     """
-    inside = Path(path) / METADATA
-    is_folder = os.path.isfile(inside)  # noqa: PTH113 (Path.is_file raises for names that no file can have)
-    return open_file(SourceFile(inside if is_folder else path))
+    return open_file(SourceFile(_locate(Path(path))))
+
+
+def _locate(path: Path) -> Path:
+    """The file to read first, where the path is a folder or the prefix of several files."""
+    try:
+        return next((found for one in FORMATS if (found := one.locate(path)) is not None), path)
+    except (OSError, ValueError):  # no name that a file can have; opening it says so
+        return path
 
 
 def open_file(file: SourceFile) -> Checkpoint:

@@ -14,6 +14,7 @@ class Onnx(Format):
 
     name = "onnx"
     title = "ONNX"
+    is_pytorch = False
 
     def recognises(self, path: Path, head: bytes) -> bool:
         # ModelProto.ir_version, then one of its other fields

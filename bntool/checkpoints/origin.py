@@ -48,6 +48,8 @@ def _producer(entries: Any) -> list[str]:  # noqa: PLR0911 (one for each produce
         return ["timm"]
     if "train_args" in keys and "ema" in keys:
         return ["ultralytics"]
+    if "tensorflow" in keys:
+        return [str(entries["tensorflow"])]
     return []
 
 

@@ -91,6 +91,10 @@ class Sharded(Format):
             index["metadata"] = {**index["metadata"], "total_size": total}
         output.open(path).write(json.dumps(index, indent=2).encode() + b"\n")
 
+    def size(self, checkpoint: Checkpoint) -> int:
+        content: _Shards = checkpoint.content
+        return checkpoint.file.size + sum(shard.file.size for shard in content.shards.values())
+
     def verify_checksums(self, checkpoint: Checkpoint) -> int | None:
         counts = [s.format.verify_checksums(s) for s in checkpoint.content.shards.values()]
         known = [count for count in counts if count is not None]

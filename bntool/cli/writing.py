@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from bntool.checkpoints.checkpoint import Checkpoint
+from bntool.checkpoints.checkpoint import Checkpoint, check_changeable
 from bntool.checkpoints.formats import save_checkpoint
 from bntool.checkpoints.outputs import OutputFiles, check_output_differs
 from bntool.errors import RefusedError, UsageError
@@ -16,9 +16,11 @@ def check_output(checkpoint: Checkpoint, output: Path | None, *, dry_run: bool, 
     """Find out before any work whether the output can be written.
 
     Raises:
+        RefusedError: the format is only inspected.
         UsageError: neither an output nor ``--dry-run``, or the output is the input.
         UnwritableFileError: it exists and ``--force`` is not given, or its folder is missing.
     """
+    check_changeable(checkpoint)
     if dry_run:
         return
     if output is None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from bntool.checkpoints.application import apply_plan
-from bntool.checkpoints.checkpoint import Checkpoint, StateDict
+from bntool.checkpoints.checkpoint import Checkpoint, StateDict, check_changeable
 from bntool.checkpoints.pickles.nodes import as_mapping, is_mapping
 from bntool.errors import RefusedError
 from bntool.graphs.declared import suggest_pairs
@@ -76,9 +76,10 @@ def fold_checkpoint(  # noqa: PLR0913 as many as the command has options
         export: export the folded model too, as this; needs ``model``.
 
     Raises:
-        RefusedError: neither model nor pairs are given, or a pair contradicts shapes.
+        RefusedError: neither model nor pairs are given, a pair contradicts shapes, or the format is only inspected.
         UsageError, UserCodeError, VerificationError: as :func:`fold`.
     """
+    check_changeable(checkpoint)
     if model is not None and not inputs:
         from bntool.graphs.inputs import find_input
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
-from bntool.checkpoints.checkpoint import Checkpoint, StateDict, choose_state_dict
+from bntool.checkpoints.checkpoint import Checkpoint, StateDict, check_changeable, choose_state_dict
 from bntool.checkpoints.creation import NewFile, NewFormat, find_unwritable
 from bntool.checkpoints.norms import find_batchnorms
 from bntool.checkpoints.tensors import StoredTensor
@@ -78,6 +78,13 @@ def plan_conversion(
         UsageError: there is no such state dict, or ``eps`` contradicts the file.
         RefusedError: a tensor or a layer cannot be converted, or eps is not known.
     """
+    check_changeable(checkpoint)
+    if not checkpoint.format.is_pytorch:
+        raise RefusedError(
+            f"a {checkpoint.format.title} model is not a state dict: its names and the layout of its weights are those "
+            "of another framework, and no PyTorch model would load them; copy them into a PyTorch model and save that",
+            path=checkpoint.path,
+        )
     source = choose_state_dict(checkpoint, state_dict)
     new_format = target.new_format
     if new_format is not None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from bntool.batchnorm import NormKind
-from bntool.checkpoints.checkpoint import Checkpoint, StateDict, choose_state_dict
+from bntool.checkpoints.checkpoint import Checkpoint, StateDict, check_changeable, choose_state_dict
 from bntool.checkpoints.norms import find_batchnorms
 from bntool.checkpoints.tensors import StoredTensor
 from bntool.errors import RefusedError, UsageError
@@ -85,6 +85,7 @@ def plan_freeze(  # noqa: PLR0913 each is an option of the command
             the file.
         RefusedError: CONSTANT without eps, or a policy that the file has no place for.
     """
+    check_changeable(checkpoint)
     if not norm_eval and requires_grad is not False and frozen_stages in (None, -1):
         raise UsageError("with --no-norm-eval and without --no-requires-grad or --frozen-stages nothing is frozen")
     if checkpoint.format.name == "onnx" and form is FreezeForm.POLICY and for_file:

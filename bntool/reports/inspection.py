@@ -16,7 +16,7 @@ def describe_inspection(inspection: Inspection, *, every_tensor: bool) -> dict[s
     checkpoint = inspection.checkpoint
     return {
         "format": checkpoint.format.name,
-        "size": checkpoint.file.size,
+        "size": checkpoint.format.size(checkpoint),
         "origin": describe_origin(checkpoint),
         "safety": _describe_safety(judge_safety(checkpoint)),
         "globals": [{"name": g.path, "called": g.called, "trust": g.trust.value} for g in checkpoint.globals],

@@ -26,7 +26,7 @@ _LISTED = 6  # layers named in a finding that concerns many
 def show_inspection(path: str, inspection: Inspection, *, every_tensor: bool) -> Iterable[Block]:
     """The blocks for one file."""
     checkpoint = inspection.checkpoint
-    facts = (checkpoint.format.title, format_size(checkpoint.file.size), describe_origin(checkpoint))
+    facts = (checkpoint.format.title, format_size(checkpoint.format.size(checkpoint)), describe_origin(checkpoint))
     yield Line((Cell(path, Style.HEADING), Cell("  " + ", ".join(fact for fact in facts if fact))))
     yield from _safety(inspection)
     if inspection.checksums is not None:

@@ -16,6 +16,8 @@ import torch
 import torch.distributed.checkpoint as distributed_checkpoint
 from numpy.typing import NDArray
 
+from tests.checkpoints.tensorflow_files import DTYPES, write_bundle
+
 Tensors = Mapping[str, torch.Tensor]
 
 
@@ -97,3 +99,14 @@ def save_distributed(root: Any, folder: Path) -> None:
 def write_distributed(tensors: Tensors, folder: Path) -> Path:
     save_distributed(dict(tensors), folder)
     return folder / ".metadata"
+
+
+def write_tensorflow(tensors: Tensors, folder: Path) -> Path:
+    """A checkpoint by names, as TensorFlow 1 saves it."""
+    from tests.checkpoints.samples import bits
+
+    values = {}
+    for name, tensor in tensors.items():
+        plain = tensor.detach().resolve_conj()
+        values[name] = (DTYPES[str(plain.dtype).removeprefix("torch.")], tuple(plain.shape), bits(plain))
+    return write_bundle(values, folder / "model.ckpt")

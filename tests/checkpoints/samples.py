@@ -15,7 +15,7 @@ from torch import nn
 
 from bntool.checkpoints.checkpoint import Checkpoint
 from bntool.checkpoints.tensors import Tensor, read_bytes
-from tests.checkpoints.foreign import write_distributed, write_numpy_pickle, write_tar
+from tests.checkpoints.foreign import write_distributed, write_numpy_pickle, write_tar, write_tensorflow
 
 Tensors = Mapping[str, torch.Tensor]
 
@@ -82,6 +82,7 @@ WRITERS: dict[str, Callable[[Tensors, Path], Path]] = {
     "torch-tar": write_tar,
     "numpy-pickle": write_numpy_pickle,
     "distributed": write_distributed,
+    "tensorflow": write_tensorflow,
 }
 TORCH_FORMATS = ("torch-zip", "torch-legacy")
 

@@ -36,11 +36,12 @@ IMPOSSIBLE = {
     ("sharded", "float8_e5m2fnuz"),
     *(("torch-legacy", _name(dtype)) for dtype in LATE_DTYPES),
     *(("torch-tar", _name(dtype)) for dtype in LATE_DTYPES),
+    ("tensorflow", "odd_names"),  # where a slash parts names
     *(("numpy-pickle", name) for name in ("bfloat16", *(d for d in map(_name, LATE_DTYPES) if "float8" in d))),
 }  # fmt: skip
 # their tensors belong to layers of a graph, so that they cannot hold just any; see the test file of each
 OF_GRAPHS = {"onnx", "caffe", "keras", "keras-hdf5", "torchscript", "exported-program"}
-READ_ONLY = {"distributed"}
+READ_ONLY = {"distributed", "tensorflow"}
 VALUES_ONLY = {"torch-tar"}
 WITHOUT_RECORD = {"torch-tar", "numpy-pickle"}
 NAMES = [format_.name for format_ in FORMATS if format_.name not in OF_GRAPHS]
