@@ -10,7 +10,7 @@ from bntool.checkpoints.files import FileSlice, SourceFile
 from bntool.checkpoints.outputs import OutputFiles
 from bntool.checkpoints.torch_objects import RECORD_KEY, as_history
 from bntool.checkpoints.zips.reading import LOCAL_MAGIC, InflatedRecord, ZipArchive, read_archive
-from bntool.errors import CorruptFileError, RefusedError, UnknownFormatError
+from bntool.errors import CorruptFileError, UnknownFormatError
 
 CONFIG, METADATA, WEIGHTS = "config.json", "metadata.json", "model.weights.h5"
 
@@ -20,6 +20,7 @@ class KerasArchive(Format):
 
     name = "keras"
     title = "Keras (.keras)"
+    keeps_order = False  # Keras orders layers by where they lie in the graph
 
     def recognises(self, path: Path, head: bytes) -> bool:  # noqa: ARG002 (names say nothing)
         return head.startswith(LOCAL_MAGIC)
@@ -48,8 +49,9 @@ class KerasArchive(Format):
         return make_checkpoint(file, self, content, entries=entries, history=as_history(metadata.get(RECORD_KEY)))
 
     def write(self, checkpoint: Checkpoint, path: Path, output: OutputFiles) -> None:
-        del checkpoint, path, output
-        raise RefusedError("Keras files are read only so far; nothing was written")
+        from bntool.checkpoints.keras_changes import write_archive  # only those who write need it
+
+        write_archive(checkpoint, path, output)
 
     def verify_checksums(self, checkpoint: Checkpoint) -> int | None:
         archive: ZipArchive = checkpoint.content.place

@@ -9,10 +9,10 @@ from bntool.checkpoints.checkpoint import Checkpoint, Format
 from bntool.checkpoints.files import SourceFile
 from bntool.checkpoints.outputs import OutputFiles
 from bntool.checkpoints.torch_objects import RECORD_KEY, parse_record
-from bntool.errors import RefusedError, UnknownFormatError
+from bntool.errors import UnknownFormatError
 
 _MAGIC = b"\x89HDF\r\n\x1a\n"
-_CONFIG = "model_config"
+MODEL_CONFIG = "model_config"
 _SHOWN = ("keras_version", "backend")
 
 
@@ -21,6 +21,7 @@ class KerasHdf5(Format):
 
     name = "keras-hdf5"
     title = "Keras (.h5)"
+    keeps_order = False  # Keras orders layers by where they lie in the graph
 
     def recognises(self, path: Path, head: bytes) -> bool:  # noqa: ARG002 (names say nothing)
         return head.startswith(_MAGIC)
@@ -31,7 +32,7 @@ class KerasHdf5(Format):
         from bntool.checkpoints.keras_model import parse_config
 
         hdf5 = read_hdf5(file)
-        text = hdf5.text("", _CONFIG)
+        text = hdf5.text("", MODEL_CONFIG)
         numbered = any(name.rpartition("/")[2] == "vars" for name in hdf5.groups)
         named = any(hdf5.texts(name, "layer_names") is not None for name in ("", "model_weights"))
         if not numbered and not named:
@@ -41,5 +42,6 @@ class KerasHdf5(Format):
         return make_checkpoint(file, self, content, entries=entries, history=parse_record(hdf5.text("", RECORD_KEY)))
 
     def write(self, checkpoint: Checkpoint, path: Path, output: OutputFiles) -> None:
-        del checkpoint, path, output
-        raise RefusedError("Keras files are read only so far; nothing was written")
+        from bntool.checkpoints.keras_changes import write_hdf5  # only those who write need it
+
+        write_hdf5(checkpoint, output.open(path))

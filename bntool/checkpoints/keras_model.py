@@ -31,6 +31,7 @@ class KerasLayer:
         class_name, module: of its class.
         config: what its constructor takes.
         calls: for each call what it reads, in order; of a Sequential model nothing.
+        trains: for each call whether it is told to compute as in training, whatever the model does.
         model: the layers inside, where the layer is a model itself.
         entry: the JSON object that all this was read from.
     """
@@ -41,6 +42,7 @@ class KerasLayer:
     module: str
     config: Mapping[str, Any] = field(repr=False)
     calls: tuple[tuple[Reference, ...], ...]
+    trains: tuple[bool, ...]
     model: KerasModel | None
     entry: Any = field(repr=False, compare=False)
 
@@ -152,10 +154,7 @@ def _name_of(entry: Mapping[str, Any]) -> str:
 def _read_layer(entry: Any, name: str, path: str, known: frozenset[str], depth: int) -> KerasLayer:
     full = f"{path}.{name}" if path else name
     nodes = entry.get("inbound_nodes")
-    calls = tuple(
-        tuple(_reference(found) for found in find_references(node, known))
-        for node in (nodes if isinstance(nodes, list) else ())
-    )
+    nodes = nodes if isinstance(nodes, list) else []
     config = entry.get("config")
     module = entry.get("module")
     return KerasLayer(
@@ -164,7 +163,8 @@ def _read_layer(entry: Any, name: str, path: str, known: frozenset[str], depth: 
         class_name=str(entry.get("class_name", "")),
         module=module if isinstance(module, str) else "keras.layers",
         config=config if isinstance(config, dict) else {},
-        calls=calls,
+        calls=tuple(tuple(_reference(found) for found in find_references(node, known)) for node in nodes),
+        trains=tuple(_is_told_to_train(node) for node in nodes),
         model=_read_model(entry, full, depth + 1),
         entry=entry,
     )
@@ -189,6 +189,12 @@ def find_references(value: Any, known: frozenset[str]) -> Iterator[list[Any]]:
             yield from find_references(item, known)
 
 
+def _is_told_to_train(node: Any) -> bool:
+    if isinstance(node, dict):
+        return any((key == "training" and bool(item)) or _is_told_to_train(item) for key, item in node.items())
+    return isinstance(node, list) and any(_is_told_to_train(item) for item in node)
+
+
 def _are_counts(values: Sequence[Any]) -> bool:
     return all(type(value) is int and value >= 0 for value in values)
 
@@ -206,6 +212,38 @@ def _check_references(model: KerasModel) -> None:
                 raise CorruptFileError(f"call {call} of it is read, which is not there", tensor=name)
 
 
+def calls_in_order(model: KerasModel) -> tuple[tuple[str, int], ...] | None:
+    """The calls of layers that the outputs of a Functional model need, each after those that it reads.
+
+    Returns:
+        None where the graph goes in circles.
+    """
+    parents = _parents(model)
+    finished: dict[tuple[str, int], None] = {}
+    for name, call, _ in model.outputs:
+        if not _walk_back((name, call), parents, {}, finished):
+            return None
+    return tuple(finished)
+
+
+def _parents(model: KerasModel) -> Mapping[tuple[str, int], Sequence[tuple[str, int]]]:
+    return {
+        (layer.name, i): [(name, number) for name, number, _ in call]
+        for layer in model.layers
+        for i, call in enumerate(layer.calls or ((),))
+    }
+
+
+def _first_seen(model: KerasModel) -> dict[str, int]:
+    """When a walk back from the outputs first meets each layer."""
+    seen: dict[str, int] = {}
+    finished: dict[tuple[str, int], None] = {}
+    parents = _parents(model)
+    for name, call, _ in model.outputs:
+        _walk_back((name, call), parents, seen, finished)
+    return seen
+
+
 def order_layers(model: KerasModel) -> tuple[str, ...] | None:
     """The names of the layers in the order in which Keras numbers them when it loads the model.
 
@@ -217,19 +255,13 @@ def order_layers(model: KerasModel) -> tuple[str, ...] | None:
     """
     if model.is_sequential:
         return tuple(layer.name for layer in model.layers)
-    parents = {
-        (layer.name, i): [(r[0], r[1]) for r in call]
-        for layer in model.layers
-        for i, call in enumerate(layer.calls or ((),))
-    }
-    seen: dict[str, int] = {}
-    finished: dict[tuple[str, int], None] = {}
-    for name, call, _ in model.outputs:
-        if not _walk_back((name, call), parents, seen, finished):
-            return None
+    calls = calls_in_order(model)
+    if calls is None:
+        return None
+    parents, seen = _parents(model), _first_seen(model)
     depth_of_call: dict[tuple[str, int], int] = {}
     depth_of_layer: dict[str, int] = {}
-    for node in reversed(finished):
+    for node in reversed(calls):
         depth = max(depth_of_call.get(node, 0), depth_of_layer.get(node[0], 0))
         depth_of_call[node] = depth_of_layer[node[0]] = depth
         for parent in parents[node]:

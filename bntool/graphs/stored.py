@@ -14,9 +14,15 @@ from bntool.graphs.graph import Edge, Evidence, ModelGraph, Node, NodeKind
 def stored_graph(checkpoint: Checkpoint) -> ModelGraph | None:
     """The graph of a file that holds one; None for formats of tensors only."""
     from bntool.graphs.caffe import caffe_graph
+    from bntool.graphs.keras import keras_graph
     from bntool.graphs.onnx import onnx_graph
 
-    sources: Mapping[str, Callable[[Checkpoint], ModelGraph]] = {"onnx": onnx_graph, "caffe": caffe_graph}
+    sources: Mapping[str, Callable[[Checkpoint], ModelGraph]] = {
+        "onnx": onnx_graph,
+        "caffe": caffe_graph,
+        "keras": keras_graph,
+        "keras-hdf5": keras_graph,
+    }
     source = sources.get(checkpoint.format.name)
     return source(checkpoint) if source is not None and checkpoint.state_dicts else None
 
@@ -40,6 +46,7 @@ class GraphBuilder:
         self._edges: list[tuple[int, int, int]] = []
         self._uses: dict[str, set[int]] = {}
         self._inputs: dict[int, int] = {}  # input channels of producers
+        self._axes: dict[int, int] = {}  # where channels lie, of those that may differ
 
     def add(
         self, kind: NodeKind, operator: str, *, inputs: Iterable[int] = (), reads: Iterable[str] = (), **facts: Any
@@ -49,10 +56,13 @@ class GraphBuilder:
         Args:
             inputs: the nodes whose outputs it reads, in order.
             reads: names of parameters that it reads, beside those in its facts.
-            facts: fields of :class:`~bntool.graphs.graph.Node`, and ``input_channels`` of a producer.
+            facts: fields of :class:`~bntool.graphs.graph.Node`, ``input_channels`` of a producer, and the ``axis`` of
+                its channels where formats allow several.
         """
         index = len(self._nodes)
         self._inputs[index] = facts.pop("input_channels", 0)
+        if (axis := facts.pop("axis", None)) is not None:
+            self._axes[index] = axis
         self._nodes.append(Node(index, kind, operator, **facts))
         for port, source in enumerate(inputs):
             self._edges.append((source, index, port))
@@ -67,7 +77,8 @@ class GraphBuilder:
             channels, reader = nodes[source].channels, nodes[target]
             wanted = reader.channels if reader.kind is NodeKind.BATCH_NORM else self._inputs[target]
             # Caffe's InnerProduct reads all positions of all channels: then one channel is many inputs
-            targets = range(channels) if channels == wanted else None
+            same_axis = self._axes.get(source) == self._axes.get(target, self._axes.get(source))
+            targets = range(channels) if channels == wanted and same_axis else None
             edges.append(Edge(source, target, port, range(channels), targets, Evidence.STORED))
         uses = {name: frozenset(indices) for name, indices in self._uses.items()}
         return ModelGraph(tuple(nodes), tuple(edges), uses=uses, evidence=Evidence.STORED)

@@ -24,7 +24,7 @@ class Norm:
 
     Attributes:
         node: a call of it.
-        names: of its tensors in the state dict, by role.
+        names: of its tensors in the state dict, by role, also of those that eval mode does not use.
         scale, shift: what it does by now.
         variance: what running_var becomes if the layer stays: the value nearest to 1 - eps in its dtype.
         eps: of the layer.
@@ -130,8 +130,7 @@ def read_norm(calls: Sequence[Node], graph: ModelGraph, state_dict: StateDict, *
     dtype = state_dict.tensor(node.parameters["running_var"]).dtype
     stored = LiteralTensor.from_numbers([1 - eps], dtype=dtype, shape=(1,))
     (variance,) = read_numbers(stored)
-    names = {role: name for role, name in node.parameters.items() if role in _VECTORS}
-    return Norm(node, names, np.asarray(scale), np.asarray(shift), variance, eps)
+    return Norm(node, dict(node.parameters), np.asarray(scale), np.asarray(shift), variance, eps)
 
 
 def _check_uses(calls: Sequence[Node], graph: ModelGraph) -> None:

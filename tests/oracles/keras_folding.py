@@ -1,0 +1,297 @@
+"""Keras models folded by bntool, judged by Keras 3 on its torch backend.
+
+Recorded in tests/fixtures/interop/keras_folding. Without an argument it holds the recorded files against Keras, and
+folds models of keras.applications anew (--zoo does only that). With --record it makes models, folds them, and writes
+both after Keras has agreed.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.environ["KERAS_BACKEND"] = "torch"
+
+import keras
+import numpy as np
+from keras import Model, Sequential, applications, layers
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from tests.graphs.folding import fold_file
+
+logging.getLogger("absl").setLevel(logging.ERROR)  # that .h5 is considered legacy
+warnings.filterwarnings("ignore")
+
+REQUIREMENTS = ["torch==2.13.0", "keras==3.15.1", "h5py", "numpy"]
+RECORDED = Path(__file__).parents[1] / "fixtures" / "interop" / "keras_folding"
+TOLERANCE = 1e-5  # of the largest output
+ZOO = {
+    "ResNet50": (32, "53 of 53"),
+    "MobileNetV2": (32, "52 of 52"),
+    "Xception": (71, "40 of 40"),
+    "EfficientNetB0": (32, "49 of 49"),
+    "InceptionV3": (75, "94 of 94"),
+    "ResNet50V2": (32, ""),
+    "DenseNet121": (32, ""),
+    "NASNetMobile": (32, ""),
+    "MobileNetV3Small": (32, ""),
+    "EfficientNetV2B0": (32, ""),
+    "InceptionResNetV2": (75, ""),
+}
+MODELS: dict[str, Callable[[], Any]] = {}
+
+
+def case(build: Callable[[], Any]) -> Callable[[], Any]:
+    MODELS[build.__name__] = build
+    return build
+
+
+def bn(x: Any, name: str, **options: Any) -> Any:
+    return layers.BatchNormalization(name=name, **options)(x)
+
+
+@case
+def uneven_branches() -> Any:
+    """Without its BatchNorms one branch is as long as the other: Keras then counts the convolutions anew."""
+    x = inputs = layers.Input((6, 6, 3))
+    a = bn(layers.Conv2D(4, 1, name="a1", use_bias=False)(x), "abn1")
+    a = bn(layers.Conv2D(4, 3, name="a2", padding="same", use_bias=False)(a), "abn2")
+    a = layers.Conv2D(4, 1, name="a3")(a)
+    b = layers.Conv2D(4, 1, name="b1")(x)
+    b = layers.ReLU()(b)
+    b = layers.Conv2D(4, 3, name="b2", padding="same")(b)
+    b = layers.ReLU()(b)
+    b = bn(layers.Conv2D(4, 1, name="b3")(b), "bbn")
+    return Model(inputs, layers.Add()([a, b]))
+
+
+@case
+def kernels_1d_and_3d() -> Any:
+    one = layers.Input((9, 3))
+    x = bn(layers.Conv1D(4, 3, padding="causal", name="c1", groups=1)(one), "n1")
+    x = bn(layers.SeparableConv1D(5, 3, depth_multiplier=2, name="s1", use_bias=False)(x), "n2", scale=False)
+    x = bn(layers.Conv1DTranspose(3, 2, strides=2, name="t1")(x), "n3")
+    x = bn(layers.DepthwiseConv1D(3, depth_multiplier=3, name="d1")(x), "n4", center=False)
+    three = layers.Input((4, 4, 4, 2))
+    y = bn(layers.Conv3D(3, 2, name="c3", use_bias=False)(three), "n5", epsilon=1e-5)
+    y = bn(layers.Conv3DTranspose(2, 2, name="t3")(y), "n6")
+    return Model([one, three], layers.Concatenate()([layers.Flatten()(x), layers.Flatten()(y)]))
+
+
+@case
+def kernels_2d() -> Any:
+    x = inputs = layers.Input((8, 8, 4))
+    x = bn(layers.Conv2D(6, 3, groups=2, name="grouped", use_bias=False)(x), "n1")
+    x = bn(layers.DepthwiseConv2D(3, depth_multiplier=2, name="depth", use_bias=False)(x), "n2")
+    x = bn(layers.Conv2DTranspose(5, 3, strides=2, padding="same", name="up", use_bias=False)(x), "n3")
+    x = bn(layers.SeparableConv2D(7, 3, depth_multiplier=2, name="sep", use_bias=False)(x), "n4", momentum=0.9)
+    x = bn(layers.Dense(3, name="every_position")(x), "n5", scale=False, center=False)
+    return Model(inputs, x)
+
+
+@case
+def nested() -> Any:
+    inner = Sequential(
+        [layers.Input((8, 8, 3)), layers.Conv2D(4, 3, use_bias=False, name="c"), layers.BatchNormalization(name="b"),
+         layers.ReLU(), layers.Conv2D(4, 1, name="c2"), layers.BatchNormalization(name="b2")],
+        name="block",
+    )  # fmt: skip
+    i = layers.Input((6, 6, 4))
+    y = bn(layers.Conv2D(5, 1, name="c")(i), "b", trainable=False)
+    function = Model(i, layers.ReLU()(y), name="function")
+    x = inputs = layers.Input((8, 8, 3))
+    x = function(inner(x))
+    x = layers.TimeDistributed(layers.Dense(3), name="each")(x)
+    x = bn(layers.Dense(3, name="d")(x), "last")
+    return Model(inputs, x)
+
+
+@case
+def nested_output_feeds_a_norm() -> Any:
+    """The BatchNorm after a nested model folds into the convolution at its end; one inside reads its input."""
+    inner = Sequential([layers.Input((8, 8, 3)), layers.Conv2D(4, 3, name="c")], name="block")
+    after = Sequential([layers.Input((6, 6, 4)), layers.BatchNormalization(name="b"), layers.Conv2D(2, 1, name="c")],
+                       name="after")  # fmt: skip
+    x = inputs = layers.Input((8, 8, 3))
+    return Model(inputs, after(inner(x)))
+
+
+@case
+def functions_of_keras_ops() -> Any:
+    x = inputs = layers.Input((8, 8, 3))
+    x = bn(layers.Conv2D(4, 3, name="c1")(x), "n1")
+    x = keras.ops.relu(x) + 1.0
+    x = bn(layers.Conv2D(4, 3, name="c2")(x), "n2")
+    return Model(inputs, keras.ops.add(x, x * 2.0))
+
+
+@case
+def not_foldable() -> Any:
+    """Each for another reason; only the first is folded."""
+    x = inputs = layers.Input((8, 8, 3))
+    x = bn(layers.Conv2D(4, 3, name="fine")(x), "folds")
+    x = bn(layers.Conv2D(4, 1, activation="relu", name="fused")(x), "after_activation")
+    y = layers.Conv2D(4, 1, name="shared_output")(x)
+    x = layers.Add()([y, bn(y, "of_two_readers")])
+    shared = layers.Conv2D(4, 1, name="shared")
+    x = layers.Add()([bn(shared(x), "first_call"), shared(layers.ReLU()(x))])
+    x = layers.BatchNormalization(name="in_training")(layers.Conv2D(4, 1, name="c")(x), training=True)
+    x = bn(layers.Conv2D(6, 1, name="other_axis")(x), "rows", axis=1)
+    return Model(inputs, x)
+
+
+@case
+def called_twice() -> Any:
+    """One convolution and one BatchNorm, always together: both calls change alike."""
+    convolution, norm = layers.Conv2D(3, 1, name="c"), layers.BatchNormalization(name="n")
+    x = inputs = layers.Input((5, 5, 3))
+    x = norm(convolution(x))
+    x = norm(convolution(layers.ReLU()(x)))
+    return Model(inputs, x)
+
+
+@case
+def several_outputs() -> Any:
+    """The one that is an output keeps its name: it stays and adds its shift."""
+    x = inputs = layers.Input((8, 8, 3))
+    x = bn(layers.Conv2D(4, 3, name="c1")(x), "inside")
+    a = bn(layers.Conv2D(2, 1, name="c2")(x), "first_output")
+    return Model(inputs, {"b": layers.ReLU(name="second_output")(x), "a": a})
+
+
+@case
+def channels_first() -> Any:
+    x = inputs = layers.Input((3, 8, 8))
+    x = bn(layers.Conv2D(4, 3, data_format="channels_first", name="c1")(x), "n1", axis=1)
+    x = bn(layers.DepthwiseConv2D(3, data_format="channels_first", name="c2")(x), "n2", axis=1)
+    x = bn(layers.Conv2D(4, 1, data_format="channels_first", name="c3")(x), "wrong_axis", axis=-1)
+    return Model(inputs, x)
+
+
+@case
+def sequential() -> Any:
+    return Sequential(
+        [layers.Input((8, 8, 3)), layers.BatchNormalization(name="first"), layers.Conv2D(4, 3, name="c1"),
+         layers.BatchNormalization(name="n1"), layers.ReLU(), layers.Conv2D(4, 3, use_bias=False, name="c2"),
+         layers.BatchNormalization(name="n2"), layers.Flatten(), layers.Dense(5, use_bias=False, name="d"),
+         layers.BatchNormalization(name="n3")]
+    )  # fmt: skip
+
+
+@case
+def renorm() -> Any:
+    """Seven variables, of which inference uses the same four."""
+    x = inputs = layers.Input((8, 8, 3))
+    return Model(inputs, bn(layers.Conv2D(4, 3, name="c1")(x), "n1", renorm=True))
+
+
+def randomise(model: Any, seed: int) -> None:
+    """Weights as after training: statistics that matter, scales of both signs."""
+    random = np.random.default_rng(seed)
+    for layer in model._flatten_layers():
+        if type(layer).__name__ == "BatchNormalization":
+            for variable in layer.variables:
+                positive = variable.name in ("moving_variance", "moving_stddev", "renorm_stddev")
+                values = random.uniform(0.5, 1.5, variable.shape)
+                if variable.name == "gamma":
+                    values *= random.choice([-1.0, 1.0], variable.shape, p=[0.1, 0.9])
+                variable.assign(
+                    values if positive or variable.name == "gamma" else random.normal(0, 0.3, variable.shape)
+                )
+        elif hasattr(layer, "bias") and layer.bias is not None:
+            layer.bias.assign(random.normal(0, 0.2, layer.bias.shape))
+
+
+def compute(path: Path, inputs: list[np.ndarray]) -> list[np.ndarray]:
+    model = keras.models.load_model(path, compile=False)
+    return [np.asarray(one) for one in keras.tree.flatten(model.predict(inputs, verbose=0))]
+
+
+def inputs_of(model: Any, seed: int) -> list[np.ndarray]:
+    random = np.random.default_rng(seed)
+    return [random.normal(size=[2, *one.shape[1:]]).astype("float32") for one in model.inputs]
+
+
+def compare(expected: list[np.ndarray], found: list[np.ndarray]) -> float:
+    return max(float(np.abs(a - b).max() / np.abs(a).max()) for a, b in zip(expected, found, strict=True))
+
+
+def judge(name: str, model: Any, folder: Path, suffix: str, layout: str) -> dict[str, Any]:
+    source, target = folder / f"{name}{suffix}", folder / f"{name}.{layout}{suffix}"
+    if not source.exists():
+        model.save(source)
+    plan = fold_file(source, target, layout=layout)
+    inputs = inputs_of(model, 1)
+    error = compare(compute(source, inputs), compute(target, inputs))
+    norms = len(plan.folds) + len(plan.skips)
+    print(f"{name}{suffix} {layout}: {len(plan.folds)} of {norms} folded, relative error {error:.1e}", flush=True)
+    assert error <= TOLERANCE, name
+    return {
+        "folds": {fold.layer: list(fold.into) for fold in plan.folds},
+        "skips": {skip.layer: skip.reason.value for skip in plan.skips},
+        "error": error,
+    }
+
+
+def record() -> None:
+    facts: dict[str, Any] = {}
+    RECORDED.mkdir(parents=True, exist_ok=True)
+    for old in RECORDED.iterdir():
+        old.unlink()
+    for seed, (name, build) in enumerate(MODELS.items()):
+        keras.utils.clear_session()
+        model = build()
+        randomise(model, seed)
+        for suffix in (".keras", ".h5") if name in ("nested", "sequential", "uneven_branches") else (".keras",):
+            facts[f"{name}.folded{suffix}"] = judge(name, model, RECORDED, suffix, "folded")
+    (RECORDED / "index.json").write_text(json.dumps(facts, indent=1) + "\n")
+
+
+def check() -> None:
+    facts = json.loads((RECORDED / "index.json").read_text())
+    for key, wanted in facts.items():
+        name, _, suffix = key.partition(".folded")
+        model = keras.models.load_model(RECORDED / f"{name}{suffix}", compile=False)
+        inputs = inputs_of(model, 1)
+        error = compare(compute(RECORDED / f"{name}{suffix}", inputs), compute(RECORDED / key, inputs))
+        print(f"{key}: relative error {error:.1e}")
+        assert error <= TOLERANCE, key
+        with tempfile.TemporaryDirectory() as folder:
+            for layout in ("folded", "same-keys"):
+                target = Path(folder) / f"{layout}{suffix}"
+                plan = fold_file(RECORDED / f"{name}{suffix}", target, layout=layout)
+                assert compare(compute(RECORDED / f"{name}{suffix}", inputs), compute(target, inputs)) <= TOLERANCE
+                if layout == "folded":
+                    assert {fold.layer: list(fold.into) for fold in plan.folds} == wanted["folds"]
+
+
+def zoo(names: list[str]) -> None:
+    for seed, (name, (size, wanted)) in enumerate(ZOO.items()):
+        if names and name not in names:
+            continue
+        keras.utils.clear_session()
+        model = getattr(applications, name)(weights=None, input_shape=(size, size, 3), classifier_activation=None)
+        randomise(model, seed)
+        with tempfile.TemporaryDirectory() as folder:
+            for suffix, layout in ((".keras", "folded"), (".h5", "folded"), (".keras", "same-keys")):
+                found = judge(name, model, Path(folder), suffix, layout)
+                counts = f"{len(found['folds'])} of {len(found['folds']) + len(found['skips'])}"
+                assert not wanted or counts == wanted, counts
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--record"]:
+        record()
+    elif sys.argv[1:2] == ["--zoo"]:
+        zoo(sys.argv[2:])
+    else:
+        check()
+        zoo([])
