@@ -87,12 +87,14 @@ class Scaled:
         view: a shape with as many elements as the source.
         factors: float64 factors.
         factor_shape: shape of the factors, as long as ``view``, 1 in dimensions that are not scaled.
+        flush: products that are subnormal numbers of the dtype become zero.
     """
 
     source: str
     view: tuple[int, ...]
     factors: tuple[float, ...]
     factor_shape: tuple[int, ...]
+    flush: bool = False
 
 
 Recipe: TypeAlias = Values | Scaled

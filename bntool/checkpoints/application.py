@@ -131,4 +131,5 @@ def _make(recipe: Recipe, state_dict: StateDict, *, name: str, dtype: DType) -> 
         raise RefusedError(f"a {wrapper or dtype} tensor cannot be scaled", tensor=recipe.source)
     if count_elements(recipe.view) != count_elements(source.shape):
         raise UsageError(f"view {list(recipe.view)} does not fit {list(source.shape)}", tensor=recipe.source)
-    return ScaledTensor(source, view=recipe.view, factors=recipe.factors, factor_shape=recipe.factor_shape)
+    shape, factors = recipe.factor_shape, recipe.factors
+    return ScaledTensor(source, view=recipe.view, factors=factors, factor_shape=shape, flush=recipe.flush)

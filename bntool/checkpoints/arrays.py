@@ -19,6 +19,8 @@ from bntool.checkpoints.tensors import read_bytes, swap_bytes
 if TYPE_CHECKING:
     from bntool.checkpoints.tensors import ScaledTensor, StoredTensor, Tensor
 
+SMALLEST_NORMAL = {FLOAT64: 2.0**-1022, FLOAT32: 2.0**-126, BFLOAT16: 2.0**-126, FLOAT16: 2.0**-14}
+
 _NUMPY = {FLOAT64: "<f8", FLOAT32: "<f4", FLOAT16: "<f2"}
 
 Array = NDArray[Any]
@@ -81,7 +83,10 @@ def scale_chunks(tensor: ScaledTensor) -> Iterator[bytes]:
         pending += chunk
         count = len(pending) // row
         if count:
-            yield round_to(_scale_rows(pending[: count * row], dtype, first, view, inner, factors), dtype)
+            product = _scale_rows(pending[: count * row], dtype, first, view, inner, factors)
+            if tensor.flush:
+                product[np.abs(product) < SMALLEST_NORMAL[dtype]] = 0
+            yield round_to(product, dtype)
             pending, first = pending[count * row :], first + count
 
 

@@ -274,12 +274,14 @@ class ScaledTensor:
         view: a shape with as many elements as ``source``; its first dimension is the one that is streamed over.
         factors: float64 factors.
         factor_shape: shape of the factors, of the length of ``view``; 1 where a dimension is not scaled.
+        flush: products that are subnormal numbers of the dtype become zero.
     """
 
     source: Tensor
     view: tuple[int, ...]
     factors: tuple[float, ...] = field(repr=False)
     factor_shape: tuple[int, ...]
+    flush: bool = False
 
     @property
     def dtype(self) -> DType:

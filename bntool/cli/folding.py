@@ -69,6 +69,14 @@ def command(
             show_default=False,
         ),
     ] = None,
+    benchmark: Annotated[
+        bool,
+        typer.Option(
+            "--benchmark",
+            help="Measure how much faster the folded model is than the original: in turn, on the input of --data, "
+            "--input-shape or the one that was tried. Needs --model; takes about 10 s.",
+        ),
+    ] = False,
     prototxt: Annotated[
         Path | None,
         typer.Option(
@@ -121,6 +129,8 @@ def command(
 
     if not tolerance > 0:
         raise UsageError(f"--tolerance {tolerance} is no positive number")
+    if benchmark and model is None:
+        raise UsageError("--benchmark runs the model: give --model")
     with user_output_to_stderr(), open_checkpoint(checkpoint) as opened:
         if output is not None or export is None:
             check_output(opened, output, dry_run=dry_run, force=force)
@@ -156,6 +166,7 @@ def command(
             eps=eps,
             tolerance=tolerance,
             export=kind,
+            benchmark=benchmark,
         )
         check_plan(result.plan, strict=strict)
         if not dry_run:

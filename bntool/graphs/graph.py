@@ -58,6 +58,7 @@ class Node:
             ``running_mean``, ``running_var``).
         computed: roles that are given by a computed tensor, each with the names that it is computed from.
         channels: number of output channels.
+        elements: of its output, where that was seen.
         groups: of a convolution.
         eps: of a BatchNorm.
         training: a BatchNorm that normalises by batch statistics.
@@ -74,6 +75,7 @@ class Node:
     parameters: Mapping[str, str] = field(default_factory=dict)
     computed: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     channels: int = 0
+    elements: int = 0
     groups: int = 1
     eps: float | None = None
     training: bool = False

@@ -138,7 +138,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         axes = [min(axis, max(tensor.dim() - 1, 0)) for tensor in tensors]
         channels = max((t.shape[a] if t.dim() else 1 for t, a in zip(tensors, axes, strict=True)), default=1)
         base = self.reads.allocate(node.index, channels)
-        self.nodes[node.index] = replace(node, channels=channels)
+        self.nodes[node.index] = replace(node, channels=channels, elements=sum(t.numel() for t in tensors[:1]))
         for tensor, own_axis in zip(tensors, axes, strict=True):
             self.known.set_labels(tensor, fresh_labels(tensor.shape, axis=own_axis, base=base))
         return self.known.labels(tensors[0]) if tensors else None

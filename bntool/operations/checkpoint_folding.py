@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from bntool.checkpoints.application import apply_plan
 from bntool.checkpoints.checkpoint import Checkpoint, StateDict, check_changeable
-from bntool.checkpoints.pickles.nodes import as_mapping, is_mapping
 from bntool.errors import RefusedError
 from bntool.graphs.declared import suggest_pairs
 from bntool.graphs.graph import Evidence
 from bntool.graphs.sources import Knowledge, build_graph
 from bntool.layers.structure import describe_structure
 from bntool.operations.folding import FoldPlan, Layout, plan_fold
+from bntool.operations.folding_warnings import find_optimizers, warn_of_fold
 from bntool.operations.recording import make_record
 from bntool.operations.weight_ranges import Removed, WeightRange, count_removed, measure_ranges
 from bntool.plan import RemoveEntry
@@ -23,7 +23,9 @@ from bntool.plan import RemoveEntry
 if TYPE_CHECKING:
     from torch import nn
 
+    from bntool.operations.costs import Cost
     from bntool.operations.exporting import Program, ProgramKind
+    from bntool.operations.speed import Speed
     from bntool.operations.verification import Agreement
 
 
@@ -40,6 +42,8 @@ class CheckpointFold:
         ranges: of the channels of each weight that was scaled.
         removed: how much smaller the state dict is.
         program: the folded model exported, where that was asked for.
+        cost: of one forward in multiply-adds; None where the model was not traced.
+        speed: beside the original, where that was asked for.
     """
 
     plan: FoldPlan
@@ -50,6 +54,8 @@ class CheckpointFold:
     ranges: tuple[WeightRange, ...] = ()
     removed: Removed = dataclasses.field(default_factory=lambda: Removed(parameters=0, buffers=0))
     program: Program | None = None
+    cost: Cost | None = None
+    speed: Speed | None = None
 
 
 def fold_checkpoint(  # noqa: PLR0913 as many as the command has options
@@ -64,6 +70,7 @@ def fold_checkpoint(  # noqa: PLR0913 as many as the command has options
     eps: float | None = None,
     tolerance: float,
     export: ProgramKind | None = None,
+    benchmark: bool = False,
 ) -> CheckpointFold:
     """Fold one state dict of a checkpoint.
 
@@ -74,6 +81,7 @@ def fold_checkpoint(  # noqa: PLR0913 as many as the command has options
         layers, layout, eps: see :func:`~bntool.operations.folding.plan_fold`.
         tolerance: see :func:`~bntool.operations.verification.verify`.
         export: export the folded model too, as this; needs ``model``.
+        benchmark: measure how much faster the folded model is; needs ``model``.
 
     Raises:
         RefusedError: neither model nor pairs are given, a pair contradicts shapes, or the format is only inspected.
@@ -105,22 +113,38 @@ def fold_checkpoint(  # noqa: PLR0913 as many as the command has options
         evidence = {"evidence": graph.evidence.value, "verified": model is not None}
         record = make_record(plan, layout=layout.value, folds=folds, **evidence, **describe_structure(plan.steps))
         plan = plan.with_record(record)  # type: ignore[assignment]
-    edited = apply_plan(checkpoint, plan)
-    new = edited.state_dict(state_dict.key)
-    agreement = program = None
-    if model is not None:
-        from bntool.operations.proven_folding import prove
+    agreement = program = cost = speed = None
+    if model is None:
+        edited = apply_plan(checkpoint, plan)
+        ranges = measure_ranges(state_dict, edited.state_dict(state_dict.key), plan)
+    else:
+        from bntool.operations.proven_folding import prove, with_random_inputs
 
-        agreement, program = prove(
-            model, plan, graph, new, inputs=inputs, layers=layers, eps=eps, tolerance=tolerance, export=export
-        )
-    ranges = measure_ranges(state_dict, new, plan)
-    warnings = (
-        *_warn(checkpoint, state_dict, plan, verified=model is not None or graph.evidence is Evidence.STORED),
-        *_warn_of_ranges(ranges),
+        proof = prove(model, plan, graph, state_dict, inputs=inputs, layers=layers, eps=eps, tolerance=tolerance)
+        plan, ranges, agreement, cost = proof.plan, proof.ranges, proof.agreement, proof.cost
+        edited = apply_plan(checkpoint, plan)
+        if export is not None:
+            from bntool.operations.exporting import export_program
+
+            bound, tried = agreement.tolerance, with_random_inputs(inputs)
+            program = export_program(model, proof.folded, tried, tolerance=bound, kind=export)
+        if benchmark:
+            from bntool.operations.speed import measure_speed
+
+            speed = measure_speed(model, proof.folded, inputs[0])
+    verified = model is not None or graph.evidence is Evidence.STORED
+    return CheckpointFold(
+        plan,
+        edited,
+        agreement,
+        dropped,
+        tuple(warn_of_fold(checkpoint, state_dict, plan, ranges, verified=verified)),
+        ranges=ranges,
+        removed=count_removed(state_dict, edited.state_dict(state_dict.key)),
+        program=program,
+        cost=cost,
+        speed=speed,
     )
-    removed = count_removed(state_dict, new)
-    return CheckpointFold(plan, edited, agreement, dropped, warnings, ranges=ranges, removed=removed, program=program)
 
 
 def _suggest(state_dict: StateDict) -> str:
@@ -131,49 +155,3 @@ def _suggest(state_dict: StateDict) -> str:
     batchnorm, producer = next(iter(likely.items()))
     count = "1 pair looks" if len(likely) == 1 else f"{len(likely)} pairs look"
     return f"; by name alone, which proves nothing, {count} likely, the first is --pair {producer}={batchnorm}"
-
-
-def find_optimizers(checkpoint: Checkpoint) -> tuple[str, ...]:
-    """Entries at the top of a file that hold the state of an optimizer, or of several."""
-    return tuple(
-        name
-        for name, value in checkpoint.entries.items()
-        if any(map(_is_optimizer, value if isinstance(value, list) else [value]))
-    )
-
-
-def _is_optimizer(node: Any) -> bool:
-    return is_mapping(node) and {"state", "param_groups"} <= as_mapping(node).keys()
-
-
-def _warn(checkpoint: Checkpoint, state_dict: StateDict, plan: FoldPlan, *, verified: bool) -> list[str]:
-    warnings = []
-    if not verified:
-        warnings.append("without --model the outputs could not be compared; the pairs were taken as declared")
-    folded = {f"{layer}.running_mean" for layer in plan.layers}
-    warnings += [
-        f"{sibling.key or 'the root'} holds another copy of the model (EMA?), which was not folded; "
-        f"fold it with --state-dict {sibling.key}"
-        for sibling in checkpoint.state_dicts
-        if sibling.key != state_dict.key and folded <= {sibling.strip(name) for name in sibling.tensors}
-    ]
-    if plan.layout is Layout.SAME_KEYS and find_optimizers(checkpoint):
-        warnings.append("the optimizer state was kept, but belongs to the weights before folding")
-    return warnings
-
-
-def _warn_of_ranges(ranges: Sequence[WeightRange]) -> Iterator[str]:
-    uneven = [r for r in ranges if r.is_uneven]
-    if uneven:
-        worst = min(uneven, key=lambda r: r.after.evenness)
-        yield (
-            f"quantisation: in {len(uneven)} of {len(ranges)} weights the average channel now fills an eighth of the "
-            f"tensor's range or less (worst: {worst.name}, {100 * worst.before.evenness:.2g} % before, "
-            f"{100 * worst.after.evenness:.2g} % now); quantise them per channel, not per tensor"
-        )
-    gained = sum(max(r.subnormal - r.subnormal_before, 0) for r in ranges)
-    if gained:
-        yield (
-            f"{gained} weight elements became subnormal numbers, which slow many CPUs down; they were kept, because "
-            "setting them to zero is not exact: call torch.set_flush_denormal(True) where the model runs"
-        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 from collections.abc import Sequence
@@ -11,19 +12,22 @@ from typing import Any
 import torch
 from torch import nn
 
+from bntool.checkpoints.application import change_state_dict
 from bntool.checkpoints.checkpoint import StateDict
-from bntool.errors import UserCodeError
+from bntool.errors import UserCodeError, VerificationError
 from bntool.graphs.graph import ModelGraph
 from bntool.graphs.inputs import find_input
 from bntool.graphs.traced import trace
-from bntool.layers.application import apply_plan, change_structure, read_state
-from bntool.layers.loading import load_state
+from bntool.layers.application import apply_plan, read_state
 from bntool.layers.modules import find_batchnorm_modules, find_wrapper_prefix
-from bntool.operations.exporting import Program, ProgramKind, export_program
+from bntool.operations.costs import Cost, count_cost
 from bntool.operations.folding import FoldPlan, Layout, plan_fold
+from bntool.operations.layer_agreement import find_points
 from bntool.operations.verification import TOLERANCE, Agreement, verify
+from bntool.operations.weight_ranges import WeightRange, count_flushed, flush_subnormals, measure_ranges
 
 _RANDOM_INPUTS = 3
+_AS_WELL = 1.01  # times the error with subnormal weights, without them
 
 
 @dataclass(frozen=True)
@@ -33,7 +37,7 @@ class FoldResult:
     Attributes:
         model: a folded copy.
         plan: what was folded, and what was skipped and why.
-        report: how well the outputs agree; None where nothing was folded.
+        report: how well the outputs agree, of the model and layer by layer; None where nothing was folded.
     """
 
     model: nn.Module
@@ -64,18 +68,34 @@ def fold(
         VerificationError: the outputs disagree, or cannot prove anything.
     """
     inputs = find_input(model) if example_inputs is None else example_inputs
-    graph = trace(model, inputs)
-    plan = plan_fold(read_state(model), graph, layers=layers, layout=layout)
-    folded = _copy(model)
+    graph, state = trace(model, inputs), read_state(model)
+    plan = plan_fold(state, graph, layers=layers, layout=layout)
     if not plan.steps:
-        return FoldResult(folded, plan, None)
-    apply_plan(folded, plan)
-    change = _change(graph, layers=layers, layout=layout, eps=None)
-    agreement = verify(model, change, folded, with_random_inputs([inputs]), tolerance=tolerance)
-    return FoldResult(folded, plan, agreement)
+        return FoldResult(_copy(model), plan, None)
+    proof = prove(model, plan, graph, state, inputs=[inputs], layers=layers, eps=None, tolerance=tolerance)
+    return FoldResult(proof.folded, proof.plan, proof.agreement)
 
 
-def prove(  # noqa: PLR0913 all that a fold is made of
+@dataclass(frozen=True)
+class Proof:
+    """A fold that was held against the live model.
+
+    Attributes:
+        plan: what was proven; subnormal weights may be zero in it.
+        ranges: of the weights that took scales.
+        folded: a copy of the model after the plan.
+        agreement: of the outputs of both.
+        cost: of a forward in multiply-adds; None where not every layer is known.
+    """
+
+    plan: FoldPlan
+    ranges: tuple[WeightRange, ...]
+    folded: nn.Module
+    agreement: Agreement
+    cost: Cost | None
+
+
+def prove(
     model: nn.Module,
     plan: FoldPlan,
     graph: ModelGraph,
@@ -85,30 +105,38 @@ def prove(  # noqa: PLR0913 all that a fold is made of
     layers: Sequence[str],
     eps: float | None,
     tolerance: float,
-    export: ProgramKind | None,
-) -> tuple[Agreement, Program | None]:
-    """Hold what is about to be written against the model, and export it where that is asked for.
+) -> Proof:
+    """Hold what is about to be written against the model, without subnormal weights if it is as good without them.
 
     Args:
         model: the original, with the tensors before the fold; given back as it was.
         plan, graph, layers, eps: what the fold was planned with.
-        state_dict: what will be in the file, so that this is what is judged.
+        state_dict: before the fold; what the plan makes of it is what is judged.
         inputs: what to run it on, besides random ones.
         tolerance: see :func:`~bntool.operations.verification.verify`.
 
     Raises:
         UserCodeError, VerificationError: as :func:`fold`.
     """
-    folded = _copy(model)
-    change_structure(folded, plan.steps)
-    load_state(folded, state_dict)
+    tried, points, unit = with_random_inputs(inputs), find_points(graph, plan.folds), _spacing(state_dict)
     change = _change(graph, layers=layers, layout=plan.layout, eps=eps)
-    tried = with_random_inputs(inputs)
-    agreement = verify(model, change, folded, tried, tolerance=tolerance, unit=_spacing(state_dict))
-    program = None
-    if export is not None:
-        program = export_program(model, folded, tried, tolerance=agreement.tolerance, kind=export)
-    return agreement, program
+
+    def attempt(plan: FoldPlan) -> tuple[nn.Module, Agreement]:
+        folded = _copy(model)
+        apply_plan(folded, plan, state_dict)
+        return folded, verify(model, change, folded, tried, tolerance=tolerance, unit=unit, points=points)
+
+    folded, agreement = attempt(plan)
+    ranges = measure_ranges(state_dict, change_state_dict(state_dict, plan.steps), plan)
+    flushed = flush_subnormals(plan, ranges)
+    if flushed is not plan:
+        with contextlib.suppress(VerificationError):
+            other, without = attempt(flushed)
+            if without.rounded <= _AS_WELL * agreement.rounded:
+                plan, ranges, folded, agreement = flushed, count_flushed(ranges), other, without
+    gone = [fold.layer for fold in plan.folds if not fold.stays]
+    cost = count_cost(model, inputs[0], graph, gone=gone) if graph.complete else None
+    return Proof(plan, ranges, folded, agreement, cost)
 
 
 def _spacing(state_dict: StateDict) -> float:

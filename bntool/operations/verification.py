@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 from bntool.errors import UserCodeError, VerificationError
 from bntool.graphs.calling import call
 from bntool.layers.borrowing import borrow
+from bntool.operations.layer_agreement import LayerAgreement, Seen, compare_layers, relative_error, watch
 
 TOLERANCE = 1e-5  # relative to the largest output; for the tensors as they are written
 EXACT = 1e-9  # the same, in float64
@@ -39,6 +40,7 @@ class Agreement:
         stored: error in the dtype of the file.
         noise: what the original loses in that dtype against float64.
         tolerance: what ``rounded`` was held against.
+        layers: how well the outputs of layers inside agree, for the first sample of the first input.
     """
 
     inputs: int
@@ -48,6 +50,7 @@ class Agreement:
     stored: float
     noise: float
     tolerance: float
+    layers: tuple[LayerAgreement, ...] = ()
 
 
 Change = Callable[[nn.Module], None]
@@ -61,6 +64,7 @@ def verify(
     *,
     tolerance: float = TOLERANCE,
     unit: float = 0.0,
+    points: Mapping[str, str] | None = None,
 ) -> Agreement:
     """Hold a changed model against the original.
 
@@ -76,16 +80,22 @@ def verify(
             the noise of the original's own dtype is always allowed.
         unit: relative spacing of the numbers in which tensors are stored, where that is coarser than the model's own:
             16 times what such a change of every parameter does to the original is allowed too.
+        points: for each layer to compare too, the module at which; see
+            :func:`~bntool.operations.layer_agreement.find_points`. Only the outputs of the model decide.
 
     Raises:
         VerificationError: they disagree, or the outputs are such that agreeing would prove nothing.
         UserCodeError: a model raised.
     """
-    stored = _run(model, inputs)
-    stored_error = _largest_error(stored, _run(changed, inputs))
+    points = points or {}
+    watched = set(points.values())
+    stored, stored_layers = _run_watched(model, inputs, watched)
+    found, found_layers = _run_watched(changed, inputs, watched)
+    stored_error = _largest_error(stored, found)
     exact_inputs = [_cast(item, torch.float64) for item in inputs]
+    exact_layers = None
     try:
-        reference = _run(_copy(model).double(), exact_inputs)
+        reference, reference_layers = _run_watched(_copy(model).double(), exact_inputs, watched)
     except UserCodeError:  # it makes tensors of a fixed dtype
         reference = None
     if reference is None:
@@ -98,13 +108,14 @@ def verify(
         noise = _largest_error(reference, stored)
         folded = _copy(model).double()
         change(folded)
-        exact = _largest_error(reference, _run(folded, exact_inputs))
+        found, found_exact = _run_watched(folded, exact_inputs, watched)
+        exact, exact_layers = _largest_error(reference, found), (reference_layers, found_exact)
         if not exact <= EXACT and not exact <= min(_NOISE * measure_rounding(model, exact_inputs), _CHAOS):
             raise VerificationError(
                 f"in float64 the outputs differ by {exact:.3g} of their magnitude; nothing was written"
             )
         rounded = _largest_error(reference, _run(_copy(changed).double(), exact_inputs))
-        bound = max(tolerance, _NOISE * noise)
+        bound = max(tolerance, _NOISE * noise) if math.isfinite(noise) else tolerance
         if unit > torch.finfo(torch.float32).eps:
             bound = max(bound, _NOISE * measure_rounding(model, exact_inputs, unit=unit))
     if not rounded <= bound:
@@ -112,7 +123,8 @@ def verify(
             f"the outputs differ by {rounded:.3g} of their magnitude, more than the tolerance {bound:.3g}; nothing was "
             "written"
         )
-    return Agreement(len(inputs), len(stored[0]), exact, rounded, stored_error, noise, bound)
+    layers = tuple(compare_layers(points, exact_layers, (stored_layers, found_layers)))
+    return Agreement(len(inputs), len(stored[0]), exact, rounded, stored_error, noise, bound, layers)
 
 
 def verify_program(
@@ -188,6 +200,15 @@ def _run(model: nn.Module, inputs: Sequence[Any]) -> list[list[torch.Tensor]]:
     return [run_model(model, item) for item in inputs]
 
 
+def _run_watched(
+    model: nn.Module, inputs: Sequence[Any], layers: Collection[str]
+) -> tuple[list[list[torch.Tensor]], Seen]:
+    """The outputs for all inputs, and what layers gave for the first."""
+    with watch(model, layers) as seen:
+        first = run_model(model, inputs[0])
+    return [first, *_run(model, inputs[1:])], seen
+
+
 def _cast(item: Any, dtype: torch.dtype | None) -> Any:
     """A copy, floating tensors in another dtype."""
 
@@ -245,11 +266,7 @@ def _largest_error(expected: Sequence[Sequence[torch.Tensor]], found: Sequence[S
         if [tuple(t.shape) for t in wanted] != [tuple(t.shape) for t in given]:
             raise VerificationError("the outputs have other shapes than before; nothing was written")
         for a, b in zip(wanted, given, strict=True):
-            if a.numel() == 0:
-                continue
-            magnitude = float(a.double().abs().max())
-            difference = float((a.double() - b.double()).abs().max())
-            error = difference / magnitude if magnitude > 0 else (0.0 if difference == 0 else math.inf)
+            error = relative_error(a, b)
             largest = max(largest, error) if not math.isnan(error) else math.nan
             if math.isnan(largest):
                 return largest

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import numpy as np
 
 from bntool.batchnorm import STATISTICS
-from bntool.checkpoints.arrays import Array, to_float64
+from bntool.checkpoints.arrays import SMALLEST_NORMAL, Array, to_float64
 from bntool.checkpoints.checkpoint import StateDict
 from bntool.checkpoints.dtypes import BFLOAT16, FLOAT32, FLOAT64
 from bntool.checkpoints.tensors import Tensor, count_elements, read_bytes
 from bntool.plan import Plan, Scaled, SetTensor
 
 # float16 is not among them: its subnormals are ordinary small weights, and CPUs calculate them in float32
-_SMALLEST_NORMAL = {FLOAT64: 2.0**-1022, FLOAT32: 2.0**-126, BFLOAT16: 2.0**-126}
+_SLOW = (FLOAT64, FLOAT32, BFLOAT16)
 _BUFFERS = (*STATISTICS, "num_batches_tracked")
+PlanKind = TypeVar("PlanKind", bound=Plan)
 _UNEVEN = 1 / 8  # of the range of the tensor: the average channel has lost 3 of the bits of a per-tensor quantisation
 
 
@@ -44,6 +46,7 @@ class WeightRange:
         name: of the weight.
         before, after: its channels; those of an all-zero weight are 0.
         subnormal_before, subnormal: how many elements are subnormal numbers of its dtype (not counted in float16).
+        flushed: how many were set to zero instead.
     """
 
     name: str
@@ -51,6 +54,7 @@ class WeightRange:
     after: ChannelRange
     subnormal_before: int
     subnormal: int
+    flushed: int = 0
 
     @property
     def is_uneven(self) -> bool:
@@ -75,6 +79,26 @@ def measure_ranges(before: StateDict, after: StateDict, plan: Plan) -> tuple[Wei
             old, new = before.tensor(recipe.source), after.tensor(step.name)
             seen[recipe.source] = _measure(step.name, old, new, recipe)
     return tuple(seen.values())
+
+
+def flush_subnormals(plan: PlanKind, ranges: Sequence[WeightRange]) -> PlanKind:
+    """The plan with products set to zero in those weights where some would be subnormal; itself where none are."""
+    concerned = {weight.name for weight in ranges if weight.subnormal}
+    sources = {s.value.source for s in plan.steps_of(SetTensor) if s.name in concerned and isinstance(s.value, Scaled)}
+    if not sources:
+        return plan
+    steps = (
+        replace(step, value=replace(step.value, flush=True))
+        if isinstance(step, SetTensor) and isinstance(step.value, Scaled) and step.value.source in sources
+        else step
+        for step in plan.steps
+    )
+    return replace(plan, steps=tuple(steps))
+
+
+def count_flushed(ranges: Sequence[WeightRange]) -> tuple[WeightRange, ...]:
+    """The ranges of a plan once :func:`flush_subnormals` was applied to it."""
+    return tuple(replace(weight, subnormal=0, flushed=weight.subnormal) for weight in ranges)
 
 
 def count_removed(before: StateDict, after: StateDict) -> Removed:
@@ -122,7 +146,7 @@ def _extremes(tensor: Tensor, recipe: Scaled) -> tuple[Array, Array]:
 
 
 def _count_subnormal(tensor: Tensor, recipe: Scaled, smallest: Array) -> int:
-    bound = _SMALLEST_NORMAL.get(tensor.dtype, 0.0)
+    bound = SMALLEST_NORMAL[tensor.dtype] if tensor.dtype in _SLOW else 0.0
     if not np.any(smallest < bound):
         return 0
     return sum(int(((block > 0) & (block < bound)).sum()) for block in _magnitudes(tensor, recipe))

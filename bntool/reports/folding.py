@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -15,8 +16,11 @@ from bntool.reports.text import format_number, plural
 
 if TYPE_CHECKING:
     from bntool.operations.checkpoint_folding import CheckpointFold
+    from bntool.operations.costs import Cost
     from bntool.operations.exporting import Program
     from bntool.operations.folding import Fold
+    from bntool.operations.layer_agreement import LayerAgreement
+    from bntool.operations.speed import Speed
 
 
 def describe_fold(result: CheckpointFold, *, output: str | None, export: str | None = None) -> dict[str, Any]:
@@ -32,6 +36,8 @@ def describe_fold(result: CheckpointFold, *, output: str | None, export: str | N
         "verification": None if result.agreement is None else asdict(result.agreement),
         "weights": [asdict(weight) for weight in result.ranges],
         "removed": asdict(result.removed),
+        "cost": None if result.cost is None else asdict(result.cost),
+        "speed": None if result.speed is None else asdict(result.speed),
         "dropped": list(result.dropped),
         "warnings": list(result.warnings),
         "export": _describe_program(result.program, export),
@@ -61,7 +67,7 @@ def show_fold(
     total = len(plan.folds) + len(plan.skips)
     blocks: list[Block] = [line(f"fold {len(plan.folds)} of {plural(total, 'BatchNorm layer')}", Style.HEADING), line()]
     if plan.folds:
-        blocks += [_fold_table(plan.folds), line()]
+        blocks += [_fold_table(plan.folds, () if result.agreement is None else result.agreement.layers), line()]
     if plan.skips:
         counts = Counter(skip.reason.value for skip in plan.skips)
         listed = ", ".join(f"{count} {reason}" for reason, count in counts.items())
@@ -75,6 +81,7 @@ def show_fold(
     blocks += _proof(result)
     blocks += _program(result.program)
     blocks += _weights(result)
+    blocks += _speed(result.cost, result.speed)
     blocks += [line(f"dropped {name}: optimizer state that no longer fits", Style.NOTICE) for name in result.dropped]
     blocks += [line(f"! {warning}", Style.WARNING) for warning in result.warnings]
     if output is None and export is None:
@@ -93,16 +100,24 @@ def _running_code(program: Program, path: str) -> list[str]:
     return ["import torch", f"model = torch.export.load({path!r}).module()  # runs code of the file"]
 
 
-def _fold_table(folds: tuple[Fold, ...]) -> Table:
-    columns = (Column("into", shrinks=True), Column("BatchNorm", shrinks=True), Column("how"))
-    rows = [
-        (
-            Cell(", ".join(fold.into)),
-            Cell(fold.layer),
-            Cell(fold.level.value + (", keeps its shift" if fold.stays else ""), Style.MUTED),
-        )
-        for fold in folds
-    ]
+def _fold_table(folds: tuple[Fold, ...], agreements: Sequence[LayerAgreement]) -> Table:
+    """Each fold, and how well its output agrees in float64 and in the file's dtype where that can be compared."""
+    known = {agreement.layer: agreement for agreement in agreements}
+    columns = (
+        Column("into", shrinks=True),
+        Column("BatchNorm", shrinks=True),
+        Column("how"),
+        *((Column("float64", right=True, wide=80), Column("as stored", right=True, wide=80)) if known else ()),
+    )
+    rows = []
+    for fold in folds:
+        how = fold.level.value + (", keeps its shift" if fold.stays else "")
+        row = [Cell(", ".join(fold.into)), Cell(fold.layer), Cell(how, Style.MUTED)]
+        if known:
+            agreement = known.get(fold.layer)
+            errors = (math.nan, math.nan) if agreement is None else (agreement.exact, agreement.stored)
+            row += [Cell("-" if math.isnan(error) else format_number(error, 2), Style.MUTED) for error in errors]
+        rows.append(tuple(row))
     return Table(columns, rows)
 
 
@@ -158,6 +173,36 @@ def _weights(result: CheckpointFold) -> list[Block]:
             )
         )
     return blocks
+
+
+def _speed(cost: Cost | None, speed: Speed | None) -> list[Block]:
+    blocks: list[Block] = []
+    if cost is not None and cost.before:
+        shapes = ", ".join(str(list(shape)) for shape in cost.shapes)
+        share = _percent(cost.removed / cost.before)
+        text = f"multiply-adds of a forward on {shapes}: {cost.before:,}, now {cost.removed:,} ({share}) fewer"
+        blocks.append(line(text, Style.MUTED))
+    if speed is not None:
+        found = f"{speed.wall.ratio:.2f} times the original's"
+        if speed.wall.is_noise:
+            found = "no difference beyond noise"
+        where = f"{speed.device}, {plural(speed.threads, 'thread')}, {speed.rounds} rounds in turn"
+        good = speed.wall.ratio > 1 and not speed.wall.is_noise
+        blocks.append(line(f"speed in torch ({where}): {found}", Style.GOOD if good else Style.NOTICE))
+        blocks += [
+            line(
+                f"{clock}: {_milliseconds(timing.before)}, now {_milliseconds(timing.after)}; {timing.ratio:.2f} times "
+                f"as fast, {timing.low:.2f} to {timing.high:.2f} in the middle half of the rounds",
+                Style.MUTED,
+                indent=2,
+            )
+            for clock, timing in (("time", speed.wall), ("CPU time", speed.cpu))
+        ]
+    return blocks
+
+
+def _milliseconds(seconds: float) -> str:
+    return f"{format_number(1000 * seconds, 3)} ms"
 
 
 def _percent(share: float) -> str:

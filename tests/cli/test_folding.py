@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +15,12 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+import bntool
 from bntool.checkpoints.formats import open_checkpoint
 from bntool.cli.main import main
 from bntool.layers.folding import load_folded
 from bntool.layers.loading import load_state
+from bntool.operations.speed import measure_speed
 from bntool.reports.folding import show_folded_loading
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -296,6 +299,68 @@ def test_uneven_and_subnormal_weights_are_warned_of_and_kept(fold, tmp_path) -> 
     assert any(text.startswith("quantisation: in 1 of 1 weights") for text in document["warnings"])
     assert any(text.startswith("31 weight elements became subnormal") for text in document["warnings"])
     assert int((torch.load(out)["conv.weight"] != 0).sum()) == 32
+
+
+TINY = """
+import torch
+from torch import nn
+
+class Tiny(nn.Module):
+    def __init__(self, factor):
+        super().__init__()
+        self.conv, self.bn, self.factor = nn.Conv2d(1, 32, 1, bias=False), nn.BatchNorm2d(32), factor
+
+    def forward(self, x):
+        return self.bn(self.conv(x))[:, 1:] * self.factor * self.factor + x
+
+def build(factor=1.0):
+    return Tiny(factor)
+"""
+
+
+@pytest.mark.parametrize(("factor", "flushed"), [("1.0", 31), ("3e19", 0)])
+def test_subnormal_weights_become_zero_where_that_is_proven_harmless(fold, tmp_path, factor: str, flushed: int) -> None:
+    (tmp_path / "tiny_net.py").write_text(TINY)
+    layer, norm = nn.Conv2d(1, 32, 1, bias=False), nn.BatchNorm2d(32)
+    with torch.no_grad():
+        layer.weight.fill_(1e-9)
+        norm.weight.fill_(1e-30)[0] = 1.0
+    torch.save(nn.ModuleDict({"conv": layer, "bn": norm}).state_dict(), tmp_path / "tiny.pt")
+    options = ("--input-shape", "2,1,4,4", "--model-arg", f"factor={factor}")
+    code, document, error, out = fold(tmp_path / "tiny.pt", *options, model=f"{tmp_path / 'tiny_net.py'}:build")
+    assert code == 0, error
+    (weight,) = document["weights"]
+    assert (weight["flushed"], weight["subnormal"]) == (flushed, 31 - flushed)
+    assert int((torch.load(out)["conv.weight"] == 0).sum()) == flushed
+    words = "were set to zero" if flushed else "they were kept"
+    assert any(words in text for text in document["warnings"])
+    model = sys.modules["tiny_net"].build(float(factor))
+    model.load_state_dict(torch.load(tmp_path / "tiny.pt"))
+    live = bntool.fold(model, torch.randn(2, 1, 4, 4)).model.state_dict()
+    assert all(torch.equal(tensor, live[name]) for name, tensor in torch.load(out).items())
+
+
+def test_a_benchmark_is_measured(fold, monkeypatch) -> None:
+    monkeypatch.setattr("bntool.operations.speed.measure_speed", partial(measure_speed, seconds=0))
+    _, document, *_ = fold(SAMPLES / "digits.pt", "--benchmark", "--input-shape", "4,1,8,8", "--dry-run")
+    speed = document["speed"]
+    assert (speed["rounds"], speed["shapes"]) == (10, [[4, 1, 8, 8]])
+    assert speed["wall"]["low"] <= speed["wall"]["ratio"] <= speed["wall"]["high"]
+    code, document, *_ = fold(SAMPLES / "digits.pt", "--benchmark", "--pair", "conv1=bn1", model=None)
+    assert (code, document["error"]["code"]) == (2, "usage")
+
+
+def test_costs_and_errors_by_layer_are_reported(fold) -> None:
+    _, document, *_ = fold(SAMPLES / "digits.pt", "--input-shape", "4,1,8,8")
+    layers = document["verification"]["layers"]
+    assert [layer["layer"] for layer in layers] == [entry["layer"] for entry in document["folds"]]
+    assert all(layer["exact"] < 1e-13 < layer["stored"] < 1e-5 for layer in layers)
+    elements, net = [], original(SAMPLES / "digits.pt")
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm2d | nn.BatchNorm1d):
+            module.register_forward_hook(lambda module, inputs, output: elements.append(output.numel()))
+    net(torch.zeros(4, 1, 8, 8))
+    assert document["cost"]["removed"] == sum(elements)
 
 
 def test_declared_pairs_need_eps(fold) -> None:

@@ -12,7 +12,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from bntool.graphs.traced import trace
 from bntool.operations.folding import Layout
+from bntool.operations.layer_agreement import compare_layers, find_points, watch
 from tests.operations.folding_networks import fold, largest_difference, randomise
 
 SIZE, LAYERS = 6, 14
@@ -168,9 +170,20 @@ def test_random_networks_are_folded_exactly_or_not_at_all(seed: int, layout: Lay
     folded, plan = fold_network(model, inputs, layout)
     others = torch.randn(3, 4, SIZE, SIZE, dtype=torch.float64, generator=torch.Generator().manual_seed(6))
     assert largest_difference(model, folded, others) < 1e-9
+    points = find_points(trace(model, inputs), plan.folds)
+    assert all(layer.exact < 1e-9 for layer in agreement_inside(model, folded, others, points))
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     seen.update(f.level.value for f in plan.folds)
     seen.update(skip.reason.value for skip in plan.skips)
+
+
+def agreement_inside(model: RandomNetwork, folded: nn.Module, inputs: torch.Tensor, points: dict[str, str]):
+    found = []
+    for each in (model, folded):
+        with watch(each, points.values()) as seen, torch.no_grad():
+            each(inputs)
+        found.append(seen)
+    return compare_layers(points, tuple(found), tuple(found))
 
 
 def fold_network(model: RandomNetwork, inputs: torch.Tensor, layout: Layout):
