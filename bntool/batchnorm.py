@@ -104,15 +104,17 @@ def scale_and_shift(
     Raises:
         ValueError: a value is not finite, or running_var + eps is not positive.
     """
-    scales, shifts = [], []
-    for channel, (mean, variance) in enumerate(zip(running_mean, running_var, strict=True)):
-        w = 1.0 if weight is None else weight[channel]
-        b = 0.0 if bias is None else bias[channel]
-        if not all(map(math.isfinite, (mean, variance, w, b))):
+    channels = len(running_var)
+    weights = [1.0] * channels if weight is None else weight
+    biases = [0.0] * channels if bias is None else bias
+    for vector in (running_mean, running_var, weights, biases):
+        if not all(map(math.isfinite, vector)):
+            channel = next(index for index, value in enumerate(vector) if not math.isfinite(value))
             raise ValueError(f"channel {channel} holds a value that is not finite")
-        if variance + eps <= 0:
-            raise ValueError(f"channel {channel}: running_var + eps = {variance + eps} is not positive")
-        scale = w / math.sqrt(variance + eps)
-        scales.append(scale)
-        shifts.append(b - mean * scale)
+    sums = [variance + eps for variance in running_var]
+    if min(sums, default=1.0) <= 0:
+        channel = next(index for index, value in enumerate(sums) if value <= 0)
+        raise ValueError(f"channel {channel}: running_var + eps = {sums[channel]} is not positive")
+    scales = [w / root for w, root in zip(weights, map(math.sqrt, sums), strict=True)]
+    shifts = [b - mean * scale for b, mean, scale in zip(biases, running_mean, scales, strict=True)]
     return scales, shifts

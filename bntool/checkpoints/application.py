@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from bntool.checkpoints.checkpoint import Checkpoint, Edit, StateDict
 from bntool.checkpoints.dtypes import BFLOAT16, BY_NAME, FLOAT16, FLOAT32, FLOAT64, DType
@@ -55,19 +55,34 @@ def apply_plan(checkpoint: Checkpoint, plan: Plan) -> Checkpoint:
 
 def change_state_dict(original: StateDict, steps: Iterable[Step]) -> StateDict:
     """A state dict after the steps that concern its tensors; see :func:`apply_plan`."""
-    state_dict = original
+    tensors = dict(original.tensors)
+    followers: dict[str, list[str]] = {}  # what was added right after a tensor, the latest first
+    versions = original.versions
     for step in steps:
         if isinstance(step, SetTensor):
-            state_dict = _set_tensor(original, state_dict, step)
+            name = _existing(original, tensors, step.name)
+            tensors[name] = _new_elements(original, tensors[name], step)
         elif isinstance(step, AddTensor):
-            state_dict = _add_tensor(original, state_dict, step)
+            name, after = original.prefix + step.name, _existing(original, tensors, step.after)
+            if name in tensors:
+                raise UsageError("the state dict has this tensor already", tensor=step.name)
+            tensors[name] = _make(step.value, original, name=step.name, dtype=BY_NAME[step.dtype])
+            followers.setdefault(after, []).insert(0, name)
         elif isinstance(step, RemoveTensor):
-            name = _existing(state_dict, step.name)
-            kept = {key: tensor for key, tensor in state_dict.tensors.items() if key != name}
-            state_dict = dataclasses.replace(state_dict, tensors=kept)
-        elif isinstance(step, SetVersion):
-            state_dict = _set_version(state_dict, step)
-    return state_dict
+            del tensors[_existing(original, tensors, step.name)]
+        elif isinstance(step, SetVersion) and versions is not None:
+            versions = {**versions, (original.prefix + step.module).removesuffix("."): step.version}
+    order: dict[str, None] = {}
+    for name in original.tensors:
+        _place(name, followers, order)
+    ordered = {name: tensors[name] for name in order if name in tensors}
+    return dataclasses.replace(original, tensors=ordered, versions=versions)
+
+
+def _place(name: str, followers: Mapping[str, list[str]], order: dict[str, None]) -> None:
+    order[name] = None
+    for follower in followers.get(name, ()):
+        _place(follower, followers, order)
 
 
 def _in_file(step: Step, state_dict: StateDict) -> Step:
@@ -77,42 +92,21 @@ def _in_file(step: Step, state_dict: StateDict) -> Step:
     return dataclasses.replace(step, module=(state_dict.prefix + step.module).removesuffix("."))
 
 
-def _set_version(state_dict: StateDict, step: SetVersion) -> StateDict:
-    if state_dict.versions is None:
-        return state_dict
-    path = (state_dict.prefix + step.module).removesuffix(".")
-    return dataclasses.replace(state_dict, versions={**state_dict.versions, path: step.version})
-
-
-def _existing(state_dict: StateDict, name: str) -> str:
-    full = state_dict.full_name(name)
-    if full not in state_dict.tensors:
+def _existing(original: StateDict, tensors: Mapping[str, Tensor], name: str) -> str:
+    """The name in the file of a tensor that is there by now."""
+    full = name if original.prefix and name in tensors else original.prefix + name
+    if full not in tensors:
         raise UsageError("the state dict has no such tensor", tensor=name)
     return full
 
 
-def _set_tensor(original: StateDict, state_dict: StateDict, step: SetTensor) -> StateDict:
-    name = _existing(state_dict, step.name)
-    old = state_dict.tensors[name]
+def _new_elements(original: StateDict, old: Tensor, step: SetTensor) -> Tensor:
     if isinstance(old, StoredTensor) and old.wrapper:
         raise RefusedError(f"a {old.wrapper} tensor cannot be given new elements", tensor=step.name)
     new = _make(step.value, original, name=step.name, dtype=old.dtype)
     if tuple(new.shape) != tuple(old.shape):
         raise UsageError(f"shape {list(new.shape)} does not fit {list(old.shape)}", tensor=step.name)
-    return dataclasses.replace(state_dict, tensors={**state_dict.tensors, name: new})
-
-
-def _add_tensor(original: StateDict, state_dict: StateDict, step: AddTensor) -> StateDict:
-    name, after = state_dict.prefix + step.name, _existing(state_dict, step.after)
-    if name in state_dict.tensors:
-        raise UsageError("the state dict has this tensor already", tensor=step.name)
-    new = _make(step.value, original, name=step.name, dtype=BY_NAME[step.dtype])
-    tensors: dict[str, Tensor] = {}
-    for key, tensor in state_dict.tensors.items():
-        tensors[key] = tensor
-        if key == after:
-            tensors[name] = new
-    return dataclasses.replace(state_dict, tensors=tensors)
+    return new
 
 
 def _make(recipe: Recipe, state_dict: StateDict, *, name: str, dtype: DType) -> Tensor:

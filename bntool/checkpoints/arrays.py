@@ -6,7 +6,7 @@ The one module of this package that imports numpy; it is imported only when such
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -26,7 +26,7 @@ _NUMPY = {FLOAT64: "<f8", FLOAT32: "<f4", FLOAT16: "<f2"}
 Array = NDArray[Any]
 
 
-def to_float64(data: bytes, dtype: DType) -> Array:
+def to_float64(data: bytes | memoryview, dtype: DType) -> Array:
     """Elements as float64, exactly."""
     if dtype is BFLOAT16:
         return (np.frombuffer(data, "<u2").astype("<u4") << 16).view("<f4").astype("<f8")
@@ -45,10 +45,17 @@ def round_to(values: Array, dtype: DType) -> bytes:
         else:
             rounded = values.astype(_NUMPY[dtype])
             widened = rounded
-    # one cheap look at all elements; which of them are at fault matters only where one is
-    if not np.isfinite(widened).all() and not np.array_equal(np.isfinite(widened), np.isfinite(values)):
-        raise OverflowError(f"a result is too large for {dtype}")
+    _check_range(widened, dtype, values)
     return rounded.tobytes()
+
+
+def _check_range(rounded: Array, dtype: DType, *sources: Array) -> None:
+    """Raise OverflowError where a result is infinite and what it was computed from is not."""
+    if np.isfinite(rounded).all():  # one cheap look at all elements; which are at fault matters only where one is
+        return
+    finite = np.logical_and.reduce(np.broadcast_arrays(*map(np.isfinite, sources)))
+    if np.any(finite & ~np.isfinite(rounded)):
+        raise OverflowError(f"a result is too large for {dtype}")
 
 
 def _round_to_bfloat16(values: Array) -> tuple[Array, Array]:
@@ -68,6 +75,23 @@ def _round_to_bfloat16(values: Array) -> tuple[Array, Array]:
     return (upper >> 16).astype("<u2"), upper.astype("<u4").view("<f4")
 
 
+def whole_rows(chunks: Iterable[bytes], row: int) -> Iterator[bytes | memoryview]:
+    """The same bytes, cut into pieces that hold whole rows of ``row`` bytes; nearly nothing is copied."""
+    pending = b""
+    for chunk in chunks:
+        rest = memoryview(chunk)
+        if pending:
+            missing = row - len(pending)
+            pending, rest = pending + rest[:missing], rest[missing:]
+            if len(pending) < row:
+                continue
+            yield pending
+        whole = len(rest) - len(rest) % row
+        if whole:
+            yield rest[:whole]
+        pending = bytes(rest[whole:])
+
+
 def scale_chunks(tensor: ScaledTensor) -> Iterator[bytes]:
     """The product of a tensor and its factors, in C order, in pieces of about a chunk whatever the shape."""
     view, dtype = tensor.view, tensor.dtype
@@ -78,31 +102,45 @@ def scale_chunks(tensor: ScaledTensor) -> Iterator[bytes]:
     row = math.prod(view[inner:]) * dtype.itemsize
     if row == 0:
         return
-    pending, first = b"", 0
-    for chunk in tensor.source.chunks():
-        pending += chunk
-        count = len(pending) // row
-        if count:
-            product = _scale_rows(pending[: count * row], dtype, first, view, inner, factors)
-            if tensor.flush:
-                product[np.abs(product) < SMALLEST_NORMAL[dtype]] = 0
-            yield round_to(product, dtype)
-            pending, first = pending[count * row :], first + count
+    first = 0
+    for data in whole_rows(tensor.source.chunks(), row):
+        count = len(data) // row
+        here = _factors_of(first, count, view[:inner], factors)
+        yield _scale_rows(data, dtype, here, (count, *view[inner:]), flush=tensor.flush)
+        first += count
 
 
-def _scale_rows(data: bytes, dtype: DType, first: int, view: tuple[int, ...], inner: int, factors: Array) -> Array:
-    """Scale whole rows, counted over the dimensions of ``view`` before ``inner``."""
-    values = to_float64(data, dtype).reshape(-1, *view[inner:])
-    rows = np.arange(first, first + len(values))
-    place = np.unravel_index(rows, view[:inner]) if inner else ()
-    here = factors[tuple(np.minimum(index, extent - 1) for index, extent in zip(place, factors.shape, strict=False))]
+def _factors_of(first: int, count: int, outer: tuple[int, ...], factors: Array) -> Array:
+    """The factors of some rows, which are counted over the dimensions ``outer``."""
+    if not outer:
+        return factors[np.newaxis]
+    if len(outer) == 1:
+        return factors[first : first + count] if len(factors) > 1 else factors
+    place = np.unravel_index(np.arange(first, first + count), outer)
+    index = tuple(np.minimum(one, extent - 1) for one, extent in zip(place, factors.shape, strict=False))
+    rows: Array = factors[index]
+    return rows
+
+
+def _scale_rows(
+    data: bytes | memoryview, dtype: DType, factors: Array, shape: tuple[int, ...], *, flush: bool
+) -> bytes:
+    """The product in float64, rounded once; see :func:`round_to`."""
+    if flush or dtype is BFLOAT16:
+        values = to_float64(data, dtype).reshape(shape)
+        with np.errstate(over="ignore", under="ignore", invalid="ignore"):
+            product: Array = values * factors
+        _check_range(product, dtype, values, factors)
+        if flush:
+            product[np.abs(product) < SMALLEST_NORMAL[dtype]] = 0
+        return round_to(product, dtype)
+    values = np.frombuffer(data, _NUMPY[dtype]).reshape(shape)
+    rounded = np.empty_like(values)
     with np.errstate(over="ignore", under="ignore", invalid="ignore"):
-        product: Array = values * (here if inner else here[np.newaxis])
-    if np.isfinite(product).all():
-        return product
-    if not np.all(np.isfinite(product[np.isfinite(values)])) and np.all(np.isfinite(factors)):
-        raise OverflowError("a product is too large for float64")
-    return product
+        # the product is taken in float64 a few thousand elements at a time and rounded on the way out
+        np.multiply(values, factors, out=rounded, dtype="<f8", casting="same_kind")
+    _check_range(rounded, dtype, values, factors)
+    return rounded.tobytes()
 
 
 def place_in_span(stored: StoredTensor, new: Tensor) -> tuple[int, bytes]:

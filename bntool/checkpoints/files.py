@@ -20,7 +20,7 @@ from bntool.errors import CorruptFileError, UnreadableFileError
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-CHUNK = 1 << 20  # bytes copied at a time
+CHUNK = 1 << 17  # bytes copied at a time; larger blocks are given back to the system and faulted in again each time
 
 
 class ByteSource(Protocol):

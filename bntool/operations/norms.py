@@ -8,8 +8,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from bntool.batchnorm import STATISTICS, scale_and_shift
+from bntool.checkpoints.arrays import to_float64
 from bntool.checkpoints.checkpoint import StateDict
-from bntool.checkpoints.tensors import LiteralTensor, StoredTensor, read_numbers
+from bntool.checkpoints.tensors import LiteralTensor, StoredTensor, read_bytes, read_numbers
 from bntool.graphs.graph import ModelGraph, Node, Owner
 from bntool.operations.absorption import Absorption, Array, Blocked
 from bntool.operations.producers import FOLDABLE
@@ -153,4 +154,4 @@ def _read(name: str, state_dict: StateDict) -> Array:
     wrapper = tensor.wrapper if isinstance(tensor, StoredTensor) else None
     if wrapper or tensor.dtype not in FOLDABLE:
         raise Blocked(SkipReason.UNSUPPORTED_DTYPE, f"{name} is {wrapper or tensor.dtype}")
-    return np.asarray(read_numbers(tensor), dtype=np.float64)
+    return to_float64(read_bytes(tensor), tensor.dtype)

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
 
-from bntool.checkpoints.arrays import to_float64
+from bntool.checkpoints.arrays import to_float64, whole_rows
 from bntool.checkpoints.checkpoint import StateDict
 from bntool.checkpoints.dtypes import BFLOAT16, FLOAT16, FLOAT32, FLOAT64, DType
-from bntool.checkpoints.tensors import LiteralTensor, ScaledTensor, StoredTensor, read_bytes, read_numbers
+from bntool.checkpoints.tensors import LiteralTensor, ScaledTensor, StoredTensor, Tensor, read_bytes, read_numbers
 from bntool.graphs.graph import ModelGraph, Node, NodeKind
 from bntool.operations.absorption import Absorption, Array, Blocked
 from bntool.plan import AddTensor, Scaled, SetTensor, SkipReason, Step, Values
 
 FOLDABLE = (FLOAT64, FLOAT32, FLOAT16, BFLOAT16)
 _LARGE = 1e18  # factors beyond may take a float32 weight out of its range
+_SMALLEST_LIMIT = 65504.0  # the largest float16: nothing smaller is too large for any dtype
 
 
 @dataclass(frozen=True)
@@ -77,33 +79,36 @@ class Producer:
     def _respond(self, constant: Array, state_dict: StateDict) -> Array:
         """What the scaled weight answers to an input that is constant over positions."""
         tensor = state_dict.tensor(self.weight_name)
-        groups, outputs = self.node.groups, len(self.outputs)
-        weight = to_float64(read_bytes(tensor), tensor.dtype)
-        per_input = weight.reshape(groups, outputs // groups, self.shape[1], -1).sum(axis=3)
-        values = (self.inputs * constant).reshape(groups, self.shape[1])
-        answer: Array = np.einsum("goi,gi->go", per_input, values).reshape(outputs) * self.outputs
-        return answer
+        groups, outputs, columns = self.node.groups, len(self.outputs), self.shape[1]
+        values = (self.inputs * constant).reshape(groups, columns)
+        row = math.prod(self.shape[1:]) * tensor.dtype.itemsize
+        answers: list[Array] = []
+        first = 0
+        for data in whole_rows(tensor.chunks(), row):
+            weight = to_float64(data, tensor.dtype).reshape(len(data) // row, columns, -1)
+            group = np.arange(first, first + len(weight)) // (outputs // groups)
+            answers.append(np.einsum("oi,oi->o", weight.sum(axis=2), values[group]))
+            first += len(weight)
+        return np.concatenate(answers) * self.outputs
 
     def _scaled(self) -> Scaled | None:
         """The recipe of the new weight; None where it stays as it is."""
         if np.all(self.outputs == 1) and np.all(self.inputs == 1):
             return None
-        groups = self.node.groups
-        trailing = self.shape[2:]
-        view: tuple[int, ...]
-        extent: tuple[int, ...]
-        if self.node.kind is NodeKind.CONV_TRANSPOSE:  # (in, out/g, ...)
-            rows, columns = self.shape[0] // groups, self.shape[1]
-            factors = self.inputs.reshape(groups, rows, 1) * self.outputs.reshape(groups, 1, columns)
-            view = extent = (groups, rows, columns)
-            if np.all(self.inputs == 1):
-                factors, extent = self.outputs, (groups, 1, columns)
-        else:  # (out, in/g, ...)
-            rows, columns = self.shape[0] // groups, self.shape[1]
-            factors = self.outputs.reshape(groups, rows, 1) * self.inputs.reshape(groups, 1, columns)
-            view = extent = (groups * rows, columns)
-            if np.all(self.inputs == 1):
-                factors, extent = self.outputs, (groups * rows, 1)
+        groups, trailing = self.node.groups, self.shape[2:]
+        rows, columns = self.shape[0] // groups, self.shape[1]
+        transposed = self.node.kind is NodeKind.CONV_TRANSPOSE  # (in, out/g, ...), else (out, in/g, ...)
+        by_row, by_column = (self.inputs, self.outputs) if transposed else (self.outputs, self.inputs)
+        if np.all(by_column == 1):
+            factors = by_row.reshape(groups, rows, 1)
+        else:
+            factors = by_column.reshape(groups, 1, columns)
+            if not (np.all(by_row == 1) and (transposed or groups == 1)):
+                factors = factors * by_row.reshape(groups, rows, 1)
+        view: tuple[int, ...] = (groups, rows, columns)
+        extent: tuple[int, ...] = factors.shape
+        if not transposed:
+            view, extent = (groups * rows, columns), (extent[0] * extent[1], extent[2])
         return Scaled(
             source=self.weight_name,
             view=(*view, *trailing),
@@ -118,13 +123,13 @@ class Producer:
             Blocked: one is too large.
         """
         tensor = state_dict.tensor(self.weight_name)
-        recipe = self._scaled()
+        largest = _largest(self.outputs) * _largest(self.inputs)
         try:
-            if recipe is not None and (tensor.dtype is FLOAT16 or not np.abs(recipe.factors).max(initial=0) < _LARGE):
-                scaled = ScaledTensor(tensor, recipe.view, recipe.factors, recipe.factor_shape)
-                for _ in scaled.chunks():
+            if tensor.dtype is FLOAT16 or not largest < _LARGE:
+                recipe = self._scaled()
+                for _ in () if recipe is None else _scale(tensor, recipe).chunks():
                     pass
-            if self.bias is not None:
+            if self.bias is not None and not _largest(self.bias) < _SMALLEST_LIMIT:
                 LiteralTensor.from_numbers(
                     self.bias.tolist(), dtype=self._bias_dtype(state_dict), shape=self.bias.shape
                 )
@@ -156,6 +161,14 @@ class Producer:
             yield AddTensor(name.removesuffix("weight") + "bias", values, dtype=dtype, after=name)
 
 
+def _largest(values: Array) -> float:
+    return float(np.abs(values).max(initial=0))
+
+
+def _scale(tensor: Tensor, recipe: Scaled) -> ScaledTensor:
+    return ScaledTensor(tensor, recipe.view, recipe.factors, recipe.factor_shape)
+
+
 def read_producer(node: Node, state_dict: StateDict) -> Producer:
     """A producer as the state dict holds it.
 
@@ -181,5 +194,5 @@ def read_producer(node: Node, state_dict: StateDict) -> Producer:
         tensor = state_dict.tensor(bias_name)
         if tensor.dtype not in FOLDABLE:
             raise Blocked(SkipReason.UNSUPPORTED_DTYPE, f"{bias_name} is {tensor.dtype}")
-        bias = np.asarray(read_numbers(tensor), dtype=np.float64)
+        bias = to_float64(read_bytes(tensor), tensor.dtype)
     return Producer(node, shape, np.ones(outputs), np.ones(inputs), bias, bias is not None)

@@ -9,7 +9,7 @@ from typing import TypeVar
 import numpy as np
 
 from bntool.batchnorm import STATISTICS
-from bntool.checkpoints.arrays import SMALLEST_NORMAL, Array, to_float64
+from bntool.checkpoints.arrays import SMALLEST_NORMAL, Array, to_float64, whole_rows
 from bntool.checkpoints.checkpoint import StateDict
 from bntool.checkpoints.dtypes import BFLOAT16, FLOAT32, FLOAT64
 from bntool.checkpoints.tensors import Tensor, count_elements, read_bytes
@@ -113,7 +113,7 @@ def count_removed(before: StateDict, after: StateDict) -> Removed:
 def _measure(name: str, old: Tensor, new: Tensor, recipe: Scaled) -> WeightRange:
     largest, smallest = _extremes(old, recipe)
     factors = np.abs(np.asarray(recipe.factors))
-    if len(factors) == len(largest):  # one for each output channel: no need to read the products
+    if _is_by_output(recipe, old):  # no need to read the products
         new_largest, new_smallest = largest * factors, smallest * factors
     else:
         new_largest, new_smallest = _extremes(new, recipe)
@@ -123,6 +123,20 @@ def _measure(name: str, old: Tensor, new: Tensor, recipe: Scaled) -> WeightRange
         after=_describe(new_largest),
         subnormal_before=_count_subnormal(old, recipe, smallest),
         subnormal=_count_subnormal(new, recipe, new_smallest),
+    )
+
+
+def _is_transposed(recipe: Scaled, tensor: Tensor) -> bool:
+    """Whether the weight is seen as (groups, in/g, out/g, ...)."""
+    return len(recipe.view) > len(tensor.shape)
+
+
+def _is_by_output(recipe: Scaled, tensor: Tensor) -> bool:
+    """Whether there is one factor for each output channel."""
+    extents, outputs = recipe.factor_shape, (0, 2) if _is_transposed(recipe, tensor) else (0,)
+    return all(
+        extent == (recipe.view[axis] if axis in outputs else 1) or recipe.view[axis] == 1
+        for axis, extent in enumerate(extents)
     )
 
 
@@ -137,12 +151,15 @@ def _extremes(tensor: Tensor, recipe: Scaled) -> tuple[Array, Array]:
     """Largest magnitude of each output channel, and the smallest that is not zero (infinity if all are)."""
     largest, smallest = [], []
     for block in _magnitudes(tensor, recipe):
-        largest.append(block.max(axis=1, initial=0).astype("<f8"))
-        lowest = block.min(axis=1, initial=np.inf).astype("<f8")
-        for row in np.flatnonzero(lowest == 0):
-            lowest[row] = block[row].min(initial=np.inf, where=block[row] > 0)
+        largest.append(block.max(axis=1, initial=0))
+        lowest = block.min(axis=1, initial=np.inf)
+        if not lowest.all():
+            for row in np.flatnonzero(lowest == 0):
+                lowest[row] = block[row].min(initial=np.inf, where=block[row] > 0)
         smallest.append(lowest)
-    return np.concatenate(largest or [np.zeros(0)]), np.concatenate(smallest or [np.zeros(0)])
+    if not largest:
+        return np.zeros(0), np.zeros(0)
+    return np.concatenate(largest).astype("<f8"), np.concatenate(smallest).astype("<f8")
 
 
 def _count_subnormal(tensor: Tensor, recipe: Scaled, smallest: Array) -> int:
@@ -154,21 +171,15 @@ def _count_subnormal(tensor: Tensor, recipe: Scaled, smallest: Array) -> int:
 
 def _magnitudes(tensor: Tensor, recipe: Scaled) -> Iterator[Array]:
     """Magnitudes of the elements, as blocks of (output channels, elements of each)."""
-    shape = tuple(tensor.shape)
-    if len(recipe.view) > len(shape):  # a transposed convolution: (groups, in/g, out/g, ...)
+    if _is_transposed(recipe, tensor):
         groups, rows, columns = recipe.view[:3]
         elements = _decode(read_bytes(tensor), tensor).reshape(groups, rows, columns, -1)
         yield np.abs(elements.transpose(0, 2, 1, 3).reshape(groups * columns, -1))
         return
-    row = count_elements(shape[1:]) * tensor.dtype.itemsize
-    pending = b""
-    for chunk in tensor.chunks() if row else ():
-        pending = pending + chunk if pending else chunk
-        count = len(pending) // row
-        if count:
-            yield np.abs(_decode(pending[: count * row], tensor).reshape(count, -1))
-            pending = pending[count * row :]
+    row = count_elements(tensor.shape[1:]) * tensor.dtype.itemsize
+    for data in whole_rows(tensor.chunks(), row) if row else ():
+        yield np.abs(_decode(data, tensor).reshape(len(data) // row, -1))
 
 
-def _decode(data: bytes, tensor: Tensor) -> Array:
+def _decode(data: bytes | memoryview, tensor: Tensor) -> Array:
     return np.frombuffer(data, "<f4") if tensor.dtype is FLOAT32 else to_float64(data, tensor.dtype)
