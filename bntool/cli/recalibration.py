@@ -53,8 +53,9 @@ def command(  # noqa: PLR0915 a third of the statements are imports
         typer.Option(
             "--preprocess",
             metavar="STEPS",
-            help="For images and pixels: imagenet, inception, normalize, scale, or e.g. resize=40,mean=0.5,std=0.2.",
-            show_default=False,
+            help="For images and pixels: imagenet, inception, clip, cifar10, cifar100, mnist, normalize, scale, or "
+            "steps: resize=40,crop=32,mean=0.5,std=0.2; or a preset and changes: imagenet,resize=232.",
+            show_default="what torchvision: or timm: say of the model",
         ),
     ] = None,
     prior: Annotated[
@@ -106,7 +107,8 @@ def command(  # noqa: PLR0915 a third of the statements are imports
     from bntool.cli.progress import Progress
     from bntool.cli.writing import check_output, check_plan, save
     from bntool.data.loading import load_data
-    from bntool.data.preprocessing import parse_preprocessing
+    from bntool.data.preprocessing import PRESETS, parse_preprocessing
+    from bntool.data.presets import find_model_preset
     from bntool.errors import UsageError
     from bntool.layers.loading import load_state
     from bntool.operations.evaluation import count_flipped, evaluate, is_better, parse_metric
@@ -125,8 +127,17 @@ def command(  # noqa: PLR0915 a third of the statements are imports
         chosen = choose_state_dict(source, state_dict)
         torch.manual_seed(seed)  # user code that draws random numbers gives the same, run after run and on every rank
         live = _load_model(model, model_arg or (), device, chosen)
-        steps = parse_preprocessing(preprocess) if preprocess else None
-        read = partial(load_data, batch_size=batch_size, workers=workers, preprocessing=steps, on_bad_data=on_bad_data)
+        suggested = find_model_preset(model, live)
+        presets = PRESETS if suggested is None else {**PRESETS, "model": suggested}
+        steps = parse_preprocessing(preprocess, presets=presets) if preprocess else None
+        read = partial(
+            load_data,
+            batch_size=batch_size,
+            workers=workers,
+            preprocessing=steps,
+            model_preprocessing=suggested,
+            on_bad_data=on_bad_data,
+        )
         wanted = _parse_samples(samples)
         batches = read(data, samples=wanted, seed=seed, share=(ranks.rank, ranks.world))
         held_out = read(eval_data) if eval_data else read(data, samples=wanted, seed=seed)
@@ -157,6 +168,8 @@ def command(  # noqa: PLR0915 a third of the statements are imports
         plan = fit_plan(result.plan, chosen)
         if source.format.can_record(source, chosen):
             facts = {"method": method.value, "prior": prior, "data": data, "seed": seed}
+            if batches.preprocessing is not None:
+                facts["preprocessing"] = batches.preprocessing.describe()
             plan = plan.with_record(make_record(plan, **facts, samples=result.samples, batches=result.batches))
         edited = apply_plan(source, plan)
         # the model is given what will be in the file, so that what is judged is what is written
@@ -175,6 +188,7 @@ def command(  # noqa: PLR0915 a third of the statements are imports
             evaluated_on=eval_data or f"{data} (the calibration data)",
             output=written,
             kept=kept,
+            preprocessing=batches.preprocessing,
             loading=tuple(show_loading_code(edited, chosen, str(output))),
             warnings=_warn(result.samples, wanted, fair=not keep_if_better or bool(eval_data)),
         )

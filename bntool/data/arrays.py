@@ -34,15 +34,61 @@ class ArraySource(DataSource):
 def read_rows(inputs: Rows, labels: Rows | None, spec: str, options: DataOptions) -> Batches:
     """Batches of the rows of arrays."""
     dealt = options.deal(inputs.shape[0])
+    is_pixels = inputs.read([0]).dtype is torch.uint8
+    steps = _choose_preprocessing(options, spec) if is_pixels else None
+    if options.preprocessing is not None and not is_pixels:
+        dtype = inputs.read([0]).dtype
+        raise UsageError(f"--preprocess is for uint8 pixels; the array holds {dtype}", path=spec)
 
     def read() -> Iterator[Batch]:
         for rows in dealt:
-            tensor = _prepare(inputs.read(rows), options.preprocessing, spec)
+            values = inputs.read(rows)
+            tensor = values if steps is None else steps.normalize(arrange_pixels(values, spec))
             targets = None if labels is None else labels.read(rows)
             names = [f"row {row} of {spec}" for row in rows]
             yield Batch(tensor, targets, _describe(rows, spec), len(rows), names)
 
-    return Batches(read, description=spec, samples=sum(map(len, dealt)), has_labels=labels is not None)
+    return Batches(
+        read,
+        description=spec,
+        samples=sum(map(len, dealt)),
+        has_labels=labels is not None,
+        preprocessing=steps,
+    )
+
+
+def _choose_preprocessing(options: DataOptions, spec: str) -> Preprocessing:
+    """For pixels, which have their size: that of the user without resize and crop, or the rest of the model's."""
+    steps = options.preprocessing
+    if steps is None and options.model_preprocessing is not None:
+        return options.model_preprocessing.without_geometry()
+    if steps is None:
+        raise UsageError(
+            "uint8 pixels: say what the model expects, e.g. --preprocess normalize, or mean=0.5,std=0.25", path=spec
+        )
+    if steps.resize is not None or steps.crop is not None:
+        raise UsageError(
+            f"arrays are neither resized nor cropped; give --preprocess {steps.without_geometry().describe()}",
+            path=spec,
+        )
+    return steps
+
+
+def arrange_pixels(pixels: torch.Tensor, spec: str) -> torch.Tensor:
+    """Pixels as (N, C, H, W), from (N, H, W, C), (N, C, H, W) or, grey, (N, H, W).
+
+    Raises:
+        UsageError: they are none of these.
+    """
+    if pixels.ndim == 3:
+        return pixels.unsqueeze(1)
+    if pixels.ndim == 4 and pixels.shape[1] in _PIXEL_CHANNELS:
+        return pixels
+    if pixels.ndim == 4 and pixels.shape[3] in _PIXEL_CHANNELS:
+        return pixels.permute(0, 3, 1, 2).contiguous()
+    raise UsageError(
+        f"uint8 pixels of shape {list(pixels.shape)}; (N, H, W, C), (N, C, H, W) or (N, H, W) is needed", path=spec
+    )
 
 
 def _describe(rows: Sequence[int], spec: str) -> str:
@@ -50,25 +96,3 @@ def _describe(rows: Sequence[int], spec: str) -> str:
     if last - first + 1 == len(rows):
         return f"rows {first} to {last} of {spec}"
     return f"rows {', '.join(map(str, rows[:4]))}{', ...' if len(rows) > 4 else ''} of {spec}"
-
-
-def _prepare(tensor: torch.Tensor, preprocessing: Preprocessing | None, path: str) -> torch.Tensor:
-    """Pixels become floats in the order of channels that models take; floats stay as they are."""
-    if tensor.dtype is not torch.uint8:
-        if preprocessing is not None:
-            raise UsageError(f"--preprocess is for uint8 pixels; the array holds {tensor.dtype}", path=path)
-        return tensor
-    if preprocessing is None:
-        raise UsageError(
-            "uint8 pixels: say what the model expects, e.g. --preprocess normalize, or mean=0.5,std=0.25",
-            path=path,
-        )
-    if preprocessing.resize is not None or preprocessing.crop is not None:
-        raise UsageError("arrays are neither resized nor cropped: give mean and std only", path=path)
-    if tensor.ndim != 4:
-        raise UsageError(
-            f"uint8 pixels of shape {list(tensor.shape)}; (N, H, W, C) or (N, C, H, W) is needed", path=path
-        )
-    if tensor.shape[1] not in _PIXEL_CHANNELS:
-        tensor = tensor.permute(0, 3, 1, 2)
-    return preprocessing.normalize(tensor.contiguous())

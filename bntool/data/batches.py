@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from bntool.data.preprocessing import Preprocessing
 from bntool.errors import UsageError
 
 _LABEL_KEYS = ("labels", "label", "y", "targets", "target")
@@ -92,6 +93,8 @@ class Batches:
         samples: how many there are, None where nothing tells.
         has_labels: None where nothing tells before the first batch is read.
         bad_inputs: what could not be read and was skipped; grows while iterating.
+        preprocessing: what is done to images and pixels on the way; None where nothing is.
+        classes: names of the classes that labels count, where the source knows them.
     """
 
     open_: Callable[[], Iterator[Batch]]
@@ -99,6 +102,8 @@ class Batches:
     samples: int | None = None
     has_labels: bool | None = None
     bad_inputs: list[LeftOut] = field(default_factory=list)
+    preprocessing: Preprocessing | None = None
+    classes: tuple[str, ...] | None = None
 
     def __iter__(self) -> Iterator[Batch]:
         self.bad_inputs.clear()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +12,13 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from bntool.data.batches import Batch, Batches, LeftOut, name_some
+from bntool.data.pixels import read_image
 from bntool.data.policies import OnBadData
 from bntool.data.preprocessing import Preprocessing
 from bntool.data.source import DataOptions, DataSource
-from bntool.errors import CorruptFileError, MissingExtraError, UsageError
+from bntool.errors import CorruptFileError, MissingExtraError, UnreadableFileError, UsageError
 
-_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+_SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".avif")
 
 
 class ImageFolderSource(DataSource):
@@ -29,15 +32,19 @@ class ImageFolderSource(DataSource):
             import PIL.Image  # noqa: F401
         except ImportError as error:
             raise MissingExtraError(f"images need Pillow: pip install 'bntool[images]' ({error})") from error
-        if options.preprocessing is None:
+        preprocessing = options.preprocessing or options.model_preprocessing
+        if preprocessing is None:
             raise UsageError(
                 "say what the model expects, e.g. --preprocess imagenet, or resize=40,crop=32,mean=0.5,std=0.5",
                 path=spec,
             )
-        paths, labels = _list_images(Path(spec))
-        if not paths:
+        try:
+            found = find_images(Path(spec))
+        except OSError as error:
+            raise UnreadableFileError(error.strerror or str(error), path=spec) from error
+        if not found.paths:
             raise UsageError(f"there is no image in this folder (looked for {' '.join(_SUFFIXES)})", path=spec)
-        preprocessing = options.preprocessing
+        paths = found.paths
         folder = _Images(paths, preprocessing)
         dealt = options.deal(len(paths))
         bad_inputs: list[LeftOut] = []
@@ -51,36 +58,65 @@ class ImageFolderSource(DataSource):
                     raise CorruptFileError(f"{bad[0]}; --on-bad-data skip leaves such images out")
                 bad_inputs.extend(LeftOut(text, 1) for text in bad)
                 if good:
-                    yield _collate(good, paths, labels, preprocessing)
+                    yield _collate(good, found, preprocessing)
 
         return Batches(
             read,
             description=spec,
             samples=sum(map(len, dealt)),
-            has_labels=labels is not None,
+            has_labels=found.labels is not None,
             bad_inputs=bad_inputs,
+            preprocessing=preprocessing,
+            classes=found.classes,
         )
 
 
-def _list_images(folder: Path) -> tuple[list[Path], list[int] | None]:
-    """Images in a fixed order, and the index of the class of each; classes are the subfolders in sorted order."""
-    classes = sorted(child for child in folder.iterdir() if child.is_dir() and any(_images_below(child)))
-    if not classes:
-        return sorted(_images_below(folder)), None
-    paths, labels = [], []
-    for index, child in enumerate(classes):
-        found = sorted(_images_below(child))
-        paths += found
-        labels += [index] * len(found)
-    return paths, labels
+@dataclass(frozen=True)
+class ImageFolder:
+    """The images of a folder.
+
+    Attributes:
+        paths: in a fixed order.
+        labels: the index of the class of each; None where the folder does not tell.
+        classes: their names, in the order of their indices.
+    """
+
+    paths: tuple[Path, ...]
+    labels: tuple[int, ...] | None = None
+    classes: tuple[str, ...] | None = None
+
+
+def find_images(folder: Path) -> ImageFolder:
+    """List the images of a folder and of the folders in it.
+
+    Subfolders in sorted order are the classes, as torchvision's ``ImageFolder`` has it; images below a subfolder are of
+    its class. Where images also lie beside the subfolders, these are no classes. What is hidden is passed over.
+    """
+    children = sorted(child for child in folder.iterdir() if not child.name.startswith("."))
+    classes = [child for child in children if child.is_dir()]
+    below = [sorted(_images_below(child)) for child in classes]
+    beside = [child for child in children if _is_image(child)]
+    if beside or not any(below):
+        return ImageFolder(tuple(sorted([*beside, *(path for paths in below for path in paths)])))
+    return ImageFolder(
+        paths=tuple(path for paths in below for path in paths),
+        labels=tuple(index for index, paths in enumerate(below) for _ in paths),
+        classes=tuple(child.name for child in classes),
+    )
 
 
 def _images_below(folder: Path) -> Iterator[Path]:
-    return (path for path in folder.rglob("*") if path.suffix.lower() in _SUFFIXES and path.is_file())
+    for parent, folders, files in os.walk(folder, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        yield from (Path(parent, name) for name in files if not name.startswith(".") and _is_image(Path(parent, name)))
+
+
+def _is_image(path: Path) -> bool:
+    return path.suffix.lower() in _SUFFIXES and path.is_file()
 
 
 class _Images(Dataset[Any]):
-    """Pixels of each image, uint8 (3, H, W); a sentence where an image cannot be read."""
+    """Pixels of each image, uint8 (C, H, W); a sentence where an image cannot be read."""
 
     def __init__(self, paths: Sequence[Path], preprocessing: Preprocessing) -> None:
         self.paths = paths
@@ -92,52 +128,21 @@ class _Images(Dataset[Any]):
     def __getitem__(self, index: int) -> torch.Tensor | str:
         try:
             return read_image(self.paths[index], self.preprocessing)
-        except (OSError, ValueError, SyntaxError, MemoryError, IndexError) as error:  # what Pillow raises on bad files
-            return f"{self.paths[index]} cannot be read: {' '.join(str(error).split())}"
+        except Exception as error:  # noqa: BLE001 (Pillow raises anything on bad files)
+            return f"{self.paths[index]} cannot be read: {' '.join(str(error).split()) or type(error).__name__}"
 
 
-def read_image(path: Path, preprocessing: Preprocessing) -> torch.Tensor:
-    """Pixels of an image, resized and cropped, as RGB.
-
-    The shorter side is resized with antialiased bilinear interpolation and the middle is cropped, rounding as
-    torchvision's ``Resize`` and ``CenterCrop`` do for PIL images.
-
-    Returns:
-        uint8, shape (3, H, W).
-
-    Raises:
-        OSError, ValueError, SyntaxError: Pillow cannot read it.
-    """
-    from PIL import Image
-
-    with Image.open(path) as opened:
-        try:
-            image = opened.convert("RGB")
-        except Image.DecompressionBombError as error:
-            raise ValueError(str(error)) from error
-    if preprocessing.resize is not None:
-        width, height = image.size
-        short, long = sorted((width, height))
-        size = (preprocessing.resize, int(preprocessing.resize * long / short))
-        image = image.resize(size if width <= height else size[::-1], Image.Resampling.BILINEAR)
-    if preprocessing.crop is not None:
-        left = round((image.width - preprocessing.crop) / 2)
-        top = round((image.height - preprocessing.crop) / 2)
-        image = image.crop((left, top, left + preprocessing.crop, top + preprocessing.crop))
-    pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
-    return pixels.reshape(image.height, image.width, 3).permute(2, 0, 1)
-
-
-def _collate(
-    good: Sequence[tuple[int, torch.Tensor]],
-    paths: Sequence[Path],
-    labels: Sequence[int] | None,
-    preprocessing: Preprocessing,
-) -> Batch:
-    shapes = {tuple(image.shape) for _, image in good}
-    if len(shapes) > 1:
-        raise UsageError("the images differ in size: give --preprocess with resize and crop", path=paths[good[0][0]])
-    names = [str(paths[index]) for index, _ in good]
+def _collate(good: Sequence[tuple[int, torch.Tensor]], folder: ImageFolder, preprocessing: Preprocessing) -> Batch:
+    names = [str(folder.paths[index]) for index, _ in good]
+    sizes = {tuple(image.shape[1:]) for _, image in good}
+    if len(sizes) > 1:
+        other = next(index for index, (_, image) in enumerate(good) if image.shape != good[0][1].shape)
+        (_, height, width), (_, other_height, other_width) = good[0][1].shape, good[other][1].shape
+        raise UsageError(
+            f"the images differ in size: this one is {width}x{height}, {names[other]} {other_width}x{other_height}; "
+            "give --preprocess with resize and crop",
+            path=names[0],
+        )
     inputs = preprocessing.normalize(torch.stack([image for _, image in good]))
-    targets = None if labels is None else torch.tensor([labels[index] for index, _ in good])
+    targets = None if folder.labels is None else torch.tensor([folder.labels[index] for index, _ in good])
     return Batch(inputs, targets, "the batch of " + name_some(names), len(good), names)

@@ -15,7 +15,7 @@ from bntool.errors import UsageError
 DATA_SOURCES: tuple[DataSource, ...] = (ImageFolderSource(), FactoryDataSource(), ArraySource())
 
 
-def load_data(
+def load_data(  # noqa: PLR0913 (one for each option of the command line)
     spec: str,
     *,
     batch_size: int,
@@ -23,6 +23,7 @@ def load_data(
     seed: int | None = None,
     workers: int = 0,
     preprocessing: Preprocessing | None = None,
+    model_preprocessing: Preprocessing | None = None,
     on_bad_data: OnBadData = OnBadData.STOP,
     share: tuple[int, int] = (0, 1),
 ) -> Batches:
@@ -36,6 +37,7 @@ def load_data(
         seed: shuffle by it; None keeps the order of the source. Data loaders and iterables keep their own order.
         workers: processes that read images or a Dataset beside this one.
         preprocessing: what to do to images or uint8 pixels.
+        model_preprocessing: the same, where ``preprocessing`` is None and the data are images or uint8 pixels.
         on_bad_data: what to do about an image that cannot be read.
         share: (rank, world), for one of several processes: every world-th batch from the rank-th on.
 
@@ -53,6 +55,7 @@ def load_data(
         seed=seed,
         workers=workers,
         preprocessing=preprocessing,
+        model_preprocessing=model_preprocessing,
         on_bad_data=on_bad_data,
         share=share,
     )

@@ -23,7 +23,8 @@ class DataOptions:
         samples: at most so many; None for all.
         seed: shuffle by it, before the first ``samples`` are taken; None for the order of the source.
         workers: processes that read beside this one.
-        preprocessing: what to do to images.
+        preprocessing: what the user says is to be done to images and pixels.
+        model_preprocessing: what the package of the model says, for images and pixels, where the user says nothing.
         on_bad_data: what to do about an image that cannot be read.
         share: (rank, world): of one list of batches, the same for all ranks, every world-th from the rank-th on.
     """
@@ -33,6 +34,7 @@ class DataOptions:
     seed: int | None = None
     workers: int = 0
     preprocessing: Preprocessing | None = None
+    model_preprocessing: Preprocessing | None = None
     on_bad_data: OnBadData = OnBadData.STOP
     share: tuple[int, int] = (0, 1)
 

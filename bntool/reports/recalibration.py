@@ -10,6 +10,7 @@ from bntool.reports.text import format_number, format_size, plural
 
 if TYPE_CHECKING:
     from bntool.data.batches import LeftOut
+    from bntool.data.preprocessing import Preprocessing
     from bntool.operations.drift import LayerDrift
     from bntool.operations.evaluation import Evaluation
     from bntool.operations.recalibration import Recalibration
@@ -29,6 +30,7 @@ class Outcome:
         evaluated_on: which data that was, in words.
         output: the file that was written; None for none.
         kept: the old statistics were as good: nothing was written for that reason.
+        preprocessing: what was done to images and pixels; None for other data.
         loading: lines of Python that load the output.
         warnings: what the reader should not miss.
     """
@@ -40,6 +42,7 @@ class Outcome:
     evaluated_on: str
     output: str | None
     kept: bool
+    preprocessing: Preprocessing | None = None
     loading: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
 
@@ -57,6 +60,7 @@ def describe_recalibration(outcome: Outcome) -> dict[str, Any]:
         "samples": result.samples,
         "batches": result.batches,
         "memory": result.memory,
+        "preprocessing": _describe_preprocessing(outcome.preprocessing),
         "left_out": [left_out.reason for left_out in result.left_out],
         "left_out_samples": sum(left_out.samples for left_out in result.left_out),
         "layers": [asdict(drift) | {"parted": drift.has_parted} for drift in result.drifts],
@@ -78,6 +82,10 @@ def describe_recalibration(outcome: Outcome) -> dict[str, Any]:
     }
 
 
+def _describe_preprocessing(steps: Preprocessing | None) -> dict[str, str] | None:
+    return None if steps is None else {"steps": steps.describe(), "origin": steps.origin}
+
+
 def show_recalibration(outcome: Outcome) -> list[Block]:
     """The same for people: the drift of each layer, worst first, then what it does to the outputs."""
     result = outcome.recalibration
@@ -87,7 +95,11 @@ def show_recalibration(outcome: Outcome) -> list[Block]:
         title += f", the old ones counting for {format_number(result.prior)}"
     if result.memory is not None:
         title += f", about {format_size(result.memory)} of memory"
-    blocks: list[Block] = [line(title, Style.HEADING), line(), _drift_table(result.drifts)]
+    blocks: list[Block] = [line(title, Style.HEADING)]
+    if outcome.preprocessing is not None:
+        steps = outcome.preprocessing
+        blocks.append(line(f"preprocessing: {steps.describe()} ({steps.origin})", Style.MUTED))
+    blocks += [line(), _drift_table(result.drifts)]
     blocks += [line(), *_diagnosis(result.drifts)]
     blocks += [
         Line((Cell("left alone ", Style.WARNING), Cell(f"{s.layer}: {s.reason.value} ({s.detail})")), indent=2)
