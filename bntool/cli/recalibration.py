@@ -13,11 +13,13 @@ from bntool.data.policies import OnBadData
 from bntool.operations.methods import Method
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     import torch
 
     from bntool.checkpoints.checkpoint import StateDict
+    from bntool.data.batches import Batches
+    from bntool.operations.evaluation import Evaluation
 
 _WITHOUT_LABELS = 512  # samples looked at for changed predictions where there is nothing to count as right
 
@@ -67,7 +69,15 @@ def command(  # noqa: PLR0915 a third of the statements are imports
             "--eval-data", metavar="SPEC", help="Labelled data to measure before and after on.", show_default="--data"
         ),
     ] = None,
-    metric: Annotated[str, typer.Option("--metric", metavar="METRIC", help="top1, top5 or FILE.py:function.")] = "top1",
+    metric: Annotated[
+        str | None,
+        typer.Option(
+            "--metric",
+            metavar="METRIC",
+            help="top1, top5 or FILE.py:function of all outputs and labels; larger is better.",
+            show_default="top1, where there are class labels",
+        ),
+    ] = None,
     keep_if_better: Annotated[
         bool, typer.Option("--keep-if-better", help="Write only if the metric is better than before.")
     ] = False,
@@ -165,6 +175,11 @@ def command(  # noqa: PLR0915 a third of the statements are imports
         check_plan(result.plan, strict=strict)
         if before is None:
             return 0
+        if keep_if_better and counts_other_classes(before, held_out):
+            raise UsageError(
+                f"--keep-if-better needs labels of the model: there are {len(held_out.classes or ())} class folders, "
+                f"but the model has {before.outputs} outputs"
+            )
         plan = fit_plan(result.plan, chosen)
         if source.format.can_record(source, chosen):
             facts = {"method": method.value, "prior": prior, "data": data, "seed": seed}
@@ -190,7 +205,7 @@ def command(  # noqa: PLR0915 a third of the statements are imports
             kept=kept,
             preprocessing=batches.preprocessing,
             loading=tuple(show_loading_code(edited, chosen, str(output))),
-            warnings=_warn(result.samples, wanted, fair=not keep_if_better or bool(eval_data)),
+            warnings=tuple(_warn(result.samples, wanted, before, held_out, fair=not keep_if_better or bool(eval_data))),
         )
         report = FileReport(str(checkpoint), describe_recalibration(outcome), show_recalibration(outcome))
     print_report(Report("recalibrate", (report,)), as_json=as_json, quiet=quiet)
@@ -212,6 +227,12 @@ def _load_model(spec: str, arguments: Sequence[str], device: str, chosen: StateD
         raise UsageError(f"the model cannot be moved to --device {device}: {' '.join(str(error).split())}") from error
 
 
+def counts_other_classes(evaluation: Evaluation, batches: Batches) -> bool:
+    """Whether there are more or fewer class folders than outputs, so that labels cannot be trusted."""
+    folders, outputs = batches.classes, evaluation.outputs
+    return evaluation.value is not None and folders is not None and outputs not in (None, len(folders))
+
+
 def _parse_samples(text: str | None) -> int | None:
     from bntool.errors import UsageError
 
@@ -222,10 +243,16 @@ def _parse_samples(text: str | None) -> int | None:
     return int(text)
 
 
-def _warn(used: int, asked: int | None, *, fair: bool) -> tuple[str, ...]:
-    warnings = []
+def _warn(used: int, asked: int | None, before: Evaluation, held_out: Batches, *, fair: bool) -> Iterator[str]:
+    """What the reader should not miss."""
     if asked is not None and used < asked:
-        warnings.append(f"only {used} of the {asked} samples asked for were there")
+        yield f"only {used} of the {asked} samples asked for were there"
+    if before.note is not None:
+        yield f"not measured: {before.note}"
+    if counts_other_classes(before, held_out):
+        yield (
+            f"{len(held_out.classes or ())} class folders, but the model has {before.outputs} outputs: folders are "
+            f"numbered in sorted order, so {before.metric} says little"
+        )
     if not fair:
-        warnings.append("better is judged on the calibration data itself; --eval-data gives a fairer judge")
-    return tuple(warnings)
+        yield "better is judged on the calibration data itself; --eval-data gives a fairer judge"

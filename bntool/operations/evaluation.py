@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from bntool.data.batches import Batch, find_tensors, split_batch
+from bntool.data.batches import Batch, find_tensors, move, split_batch
 from bntool.errors import RefusedError, UsageError
 from bntool.layers.borrowing import borrow
 from bntool.layers.modules import walk_modules
 from bntool.models.user_code import import_object, is_factory_spec, running_user_code
-from bntool.operations.passes import has_finite_inputs
 
 _TOP = {"top1": 1, "top5": 5}
 
@@ -25,11 +24,15 @@ class Metric:
 
     Attributes:
         name: for people.
-        compute: takes all outputs and all labels, concatenated.
+        compute: takes all outputs and all labels.
+        find_misfit: takes outputs and labels of one batch; why the metric is not for such, None where it is.
+        is_asked_for: by the user; else data that it is not for are simply not measured.
     """
 
     name: str
     compute: Callable[[Any, Any], float] = field(repr=False)
+    find_misfit: Callable[[Any, Any], str | None] = field(default=lambda _outputs, _labels: None, repr=False)
+    is_asked_for: bool = True
 
 
 @dataclass(frozen=True)
@@ -38,11 +41,13 @@ class Evaluation:
 
     Attributes:
         metric: its name.
-        value: None where there were no labels.
+        value: None where there were no labels, or none that the metric is for.
         samples: how many.
         predictions: class indices, where outputs have the shape (samples, classes); else None.
         labels: in the same order; None where there were none.
         finite: whether all outputs are.
+        outputs: how many classes the model tells apart; None where outputs are not classes.
+        note: why there is no value although there are labels.
     """
 
     metric: str
@@ -51,18 +56,31 @@ class Evaluation:
     predictions: torch.Tensor | None = field(repr=False)
     labels: torch.Tensor | None = field(default=None, repr=False)
     finite: bool = True
+    outputs: int | None = None
+    note: str | None = None
 
 
-def parse_metric(spec: str) -> Metric:
-    """``top1``, ``top5``, or ``file.py:function``: a function of all outputs and labels that returns a number.
+def parse_metric(spec: str | None) -> Metric:
+    """``top1``, ``top5``, or ``file.py:function``; None for top1 where it fits.
+
+    The user's function is called once, with all outputs and all labels, and returns a number; larger is better. Outputs
+    are a float32 tensor on the CPU, (samples, ...), and labels a tensor, where the model and the data give tensors that
+    can be concatenated (of a tuple or dict of outputs the first); else lists with one entry for each batch.
 
     Raises:
         UsageError: it is none of these.
         UserCodeError: importing the user's function raised.
     """
-    if spec in _TOP:
-        k = _TOP[spec]
-        return Metric(spec, lambda outputs, labels: measure_top(outputs, labels, k=k))
+    if spec is None or spec in _TOP:
+        k = _TOP[spec or "top1"]
+
+        def find_misfit(outputs: Any, labels: Any) -> str | None:
+            return find_top_misfit(outputs, labels, k=k)
+
+        def compute_top(outputs: Any, labels: Any) -> float:
+            return measure_top(outputs, labels, k=k)
+
+        return Metric(spec or "top1", compute_top, find_misfit, is_asked_for=spec is not None)
     if is_factory_spec(spec):
         function = import_object(spec)
         if not callable(function):
@@ -70,10 +88,36 @@ def parse_metric(spec: str) -> Metric:
 
         def compute(outputs: Any, labels: Any) -> float:
             with running_user_code(f"the metric {spec}"):
-                return float(function(outputs, labels))
+                result = function(outputs, labels)
+            try:
+                return float(result)
+            except (TypeError, ValueError, RuntimeError):
+                raise UsageError(
+                    f"the metric {spec} returned {type(result).__name__}; one number is needed, larger is better"
+                ) from None
 
         return Metric(spec.rpartition(":")[2], compute)
     raise UsageError(f"--metric {spec!r} is not known; it can be top1, top5, or FILE.py:function")
+
+
+def find_top_misfit(outputs: Any, labels: Any, *, k: int) -> str | None:
+    """Why outputs and labels are not classes, in words; None where they are."""
+    is_scores = isinstance(outputs, torch.Tensor) and outputs.ndim == 2
+    is_indices = isinstance(labels, torch.Tensor) and not labels.is_floating_point() and labels.dtype != torch.bool
+    if is_scores and is_indices and tuple(labels.shape) in ((outputs.shape[0],), (outputs.shape[0], 1)):
+        return None
+    return (
+        f"top-{k} needs outputs (samples, classes) and as many class indices; the outputs are {_describe(outputs)}, "
+        f"the labels {_describe(labels)}; give --metric FILE.py:function"
+    )
+
+
+def _describe(value: Any) -> str:
+    if isinstance(value, torch.Tensor):
+        return f"{list(value.shape)} {str(value.dtype).removeprefix('torch.')}"
+    if isinstance(value, list | tuple) and value:
+        return f"a {type(value).__name__} of {type(value[0]).__name__}"
+    return f"of type {type(value).__name__}"
 
 
 def measure_top(outputs: torch.Tensor, labels: torch.Tensor, *, k: int) -> float:
@@ -83,20 +127,108 @@ def measure_top(outputs: torch.Tensor, labels: torch.Tensor, *, k: int) -> float
 
     Args:
         outputs: shape (samples, classes).
-        labels: class indices, shape (samples,).
+        labels: class indices, shape (samples,) or (samples, 1).
         k: at most the number of classes.
 
     Raises:
-        UsageError: the shapes do not fit together.
+        UsageError: the shapes do not fit together, or labels count other classes than there are outputs.
     """
-    if outputs.ndim != 2 or tuple(labels.shape) != (outputs.shape[0],) or labels.is_floating_point():
-        raise UsageError(
-            f"top-{k} needs outputs (samples, classes) and as many class indices; the outputs are "
-            f"{list(outputs.shape)}, the labels {list(labels.shape)} {labels.dtype}; give --metric FILE.py:function"
-        )
+    misfit = find_top_misfit(outputs, labels, k=k)
+    if misfit is not None:
+        raise UsageError(misfit)
+    labels = labels.reshape(-1).to(outputs.device)
+    check_labels(outputs, labels)
     best = outputs.topk(min(k, outputs.shape[1]), dim=1).indices
-    right = (best == labels.to(best.device).unsqueeze(1)).any(dim=1) & torch.isfinite(outputs).all(dim=1)
+    right = (best == labels.unsqueeze(1)).any(dim=1) & torch.isfinite(outputs).all(dim=1)
     return float(right.double().mean())
+
+
+def check_labels(outputs: torch.Tensor, labels: torch.Tensor) -> None:
+    """Hold class indices against the number of outputs.
+
+    Raises:
+        UsageError: a label is no index of an output.
+    """
+    wrong = labels[(labels < 0) | (labels >= outputs.shape[1])]
+    if len(wrong):
+        raise UsageError(
+            f"there is a label {int(wrong[0])}, but the model has {outputs.shape[1]} outputs, for the classes 0 to "
+            f"{outputs.shape[1] - 1}: the labels are of another model or data set"
+        )
+
+
+@dataclass
+class _Collection:
+    """Outputs and labels of the batches so far."""
+
+    metric: Metric
+    outputs: list[Any] = field(default_factory=list)
+    labels: list[Any] = field(default_factory=list)
+    samples: int = 0
+    batches: int = 0
+    finite: bool = True
+    note: str | None = None
+
+    def add(self, output: Any, batch: Batch) -> None:
+        output = _take_first(move(output, device=torch.device("cpu"), dtype=torch.float32))
+        labels = _to_tensor(batch.labels)
+        self.finite &= all(bool(torch.isfinite(t).all()) for t in find_tensors(output) if t.is_floating_point())
+        if labels is not None and self.note is None:
+            self._check(output, labels)
+        is_scores = isinstance(output, torch.Tensor) and output.ndim == 2
+        # scores are small; other outputs may be large, and are of use to a metric only
+        self.outputs.append(output if is_scores or (labels is not None and self.note is None) else None)
+        if labels is not None:
+            self.labels.append(labels)
+        self.samples += batch.samples
+        self.batches += 1
+
+    def _check(self, output: Any, labels: Any) -> None:
+        self.note = self.metric.find_misfit(output, labels)
+        if self.note is not None and self.metric.is_asked_for:
+            raise UsageError(self.note)
+        if self.note is None and self.metric.name in _TOP:
+            check_labels(output, labels)
+
+    def evaluate(self) -> Evaluation:
+        if self.labels and len(self.labels) < self.batches:
+            raise RefusedError("only some batches of the evaluation data have labels")
+        outputs, labels = _join(self.outputs), _join(self.labels) if self.labels else None
+        is_scores = isinstance(outputs, torch.Tensor) and outputs.ndim == 2
+        has_value = labels is not None and self.note is None
+        return Evaluation(
+            metric=self.metric.name,
+            value=self.metric.compute(outputs, labels) if has_value else None,
+            samples=self.samples,
+            predictions=outputs.argmax(dim=1) if is_scores and outputs.shape[1] else None,
+            labels=labels if isinstance(labels, torch.Tensor) else None,
+            finite=self.finite,
+            outputs=outputs.shape[1] if is_scores else None,
+            note=self.note,
+        )
+
+
+def _take_first(output: Any) -> Any:
+    """The tensor that a tuple or dict of outputs begins with (logits, before auxiliary ones); else what it is."""
+    values = list(output.values()) if isinstance(output, Mapping) else output
+    if isinstance(values, list | tuple) and values and isinstance(values[0], torch.Tensor):
+        return values[0]
+    return output
+
+
+def _to_tensor(labels: Any) -> Any:
+    """A list of numbers as a tensor; anything else as it is."""
+    if isinstance(labels, list | tuple) and labels and all(isinstance(label, int | float) for label in labels):
+        return torch.tensor(labels)
+    return move(labels, device=torch.device("cpu"), dtype=None)
+
+
+def _join(parts: list[Any]) -> Any:
+    """One tensor where that is possible, else the list."""
+    tensors = [part for part in parts if isinstance(part, torch.Tensor) and part.ndim]
+    if len(tensors) == len(parts) and len({(t.shape[1:], t.dtype) for t in tensors}) == 1:
+        return torch.cat(tensors)
+    return parts
 
 
 def evaluate(
@@ -121,42 +253,23 @@ def evaluate(
         RefusedError: only some of the batches have labels.
         UserCodeError: the model or the metric raised.
     """
-    outputs, labels, samples = [], [], 0
+    collected = _Collection(metric)
+    source = getattr(batches, "description", "the data to evaluate on")
     with borrow(model), torch.no_grad():
         for _, module in walk_modules(model):
             module.training = False
         for item in batches:
-            batch = item if isinstance(item, Batch) else split_batch(item, source="the data", position=samples)
-            if skip_bad_inputs and not has_finite_inputs(batch):
+            batch = item if isinstance(item, Batch) else split_batch(item, source=source, position=collected.samples)
+            if skip_bad_inputs and batch.find_bad_samples():
                 continue
             with running_user_code(f"running the model on {batch.description}"):
-                output = next(find_tensors(batch.run(model)), None)
-            if output is None:
-                raise UsageError("the model returns no tensor that could be evaluated")
-            outputs.append(output.float().cpu())
-            if isinstance(batch.labels, torch.Tensor):
-                labels.append(batch.labels.cpu())
-            samples += batch.samples
+                output = batch.run(model)
+            collected.add(output, batch)
             if on_progress is not None:
-                on_progress(samples)
-    if not outputs:
-        raise UsageError("the evaluation data gave no batch")
-    if labels and len(labels) < len(outputs):
-        raise RefusedError("only some batches of the evaluation data have labels")
-    everything = torch.cat(outputs) if len({tuple(o.shape[1:]) for o in outputs}) == 1 and outputs[0].ndim else None
-    if labels and everything is None:
-        raise UsageError("outputs of the batches differ in shape and cannot be evaluated together")
-    targets = torch.cat(labels) if labels else None
-    value = metric.compute(everything, targets) if targets is not None else None
-    is_classifier = everything is not None and everything.ndim == 2
-    return Evaluation(
-        metric=metric.name,
-        value=value,
-        samples=samples,
-        predictions=everything.argmax(dim=1) if is_classifier and everything is not None else None,
-        labels=targets,
-        finite=all(bool(torch.isfinite(output).all()) for output in outputs),
-    )
+                on_progress(collected.samples)
+    if not collected.batches:
+        raise UsageError(f"{source} gave no batch")
+    return collected.evaluate()
 
 
 def count_flipped(before: Evaluation, after: Evaluation) -> float | None:

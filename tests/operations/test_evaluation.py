@@ -89,3 +89,71 @@ def test_better_and_flipped():
     assert count_flipped(evaluation(1), evaluation(1, (0, 2))) == 0.5
     # a loader that shuffles by itself: the samples are not the same ones
     assert count_flipped(evaluation(1, labels=torch.tensor([0, 1])), evaluation(1, labels=torch.tensor([1, 0]))) is None
+
+
+def test_labels_that_are_no_outputs_stop_at_the_first_batch():
+    outputs = torch.eye(3)
+    for wrong in (3, -1, 255):
+        seen = []
+
+        def read(wrong=wrong, seen=seen):
+            for label in (wrong, 0):
+                seen.append(label)
+                yield outputs, torch.tensor([0, 1, label])
+
+        with pytest.raises(UsageError, match=f"a label {wrong}, but the model has 3 outputs"):
+            evaluate(nn.Identity(), read(), metric=parse_metric(None))
+        assert seen == [wrong]
+
+
+class Returning(nn.Module):
+    def __init__(self, value):
+        super().__init__()
+        self.value = value
+
+    def forward(self, _):
+        return self.value
+
+
+BOXES = [{"boxes": torch.ones(2, 4), "labels": torch.ones(2)}, {"boxes": torch.ones(0, 4), "labels": torch.ones(0)}]
+
+
+@pytest.mark.parametrize(
+    ("output", "labels"),
+    [
+        (BOXES, [{"boxes": torch.ones(1, 4)}] * 2),
+        (BOXES, torch.zeros(2).long()),
+        (torch.ones(2, 3, 4, 4), torch.zeros(2, 4, 4).long()),
+        (torch.ones(2, 3), torch.ones(2, 3)),
+        (torch.ones(2), torch.ones(2)),
+    ],
+    ids=["detection", "detection with classes", "segmentation", "several labels", "regression"],
+)
+def test_what_is_no_classification_is_said_and_not_measured(output, labels):
+    data = [(torch.ones(2, 3), labels)] * 2
+    result = evaluate(Returning(output), data, metric=parse_metric(None))
+    assert (result.value, result.predictions is None or result.outputs == 3) == (None, True)
+    assert "top-1 needs outputs (samples, classes)" in result.note
+    with pytest.raises(UsageError, match=r"the outputs are .*, the labels .*; give --metric FILE\.py:function"):
+        evaluate(Returning(output), data, metric=parse_metric("top1"))
+
+
+def test_a_metric_of_the_user_is_given_structures_by_batch(tmp_path):
+    (tmp_path / "boxes_metric.py").write_text(
+        "def count(outputs, labels):\n"
+        "    assert len(outputs) == len(labels) == 2\n"
+        "    return sum(len(o['boxes']) for batch in outputs for o in batch)\n"
+        "def nothing(outputs, labels):\n    pass\n"
+    )
+    data = [(torch.ones(2, 3), [{"boxes": torch.ones(1, 4)}] * 2)] * 2
+    assert evaluate(Returning(BOXES), data, metric=parse_metric(f"{tmp_path}/boxes_metric.py:count")).value == 4
+    with pytest.raises(UsageError, match="returned NoneType; one number is needed"):
+        evaluate(Returning(BOXES), data, metric=parse_metric(f"{tmp_path}/boxes_metric.py:nothing"))
+    sys.modules.pop("boxes_metric")
+
+
+def test_labels_in_lists_and_columns_and_logits_among_outputs():
+    logits, x = torch.eye(3), torch.ones(3, 1)
+    for labels in ([0, 1, 0], torch.tensor([[0], [1], [0]])):
+        for output in (logits, (logits, x), {"logits": logits, "aux": x}):
+            assert evaluate(Returning(output), [(x, labels)], metric=parse_metric("top1")).value == pytest.approx(2 / 3)
