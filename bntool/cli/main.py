@@ -140,9 +140,20 @@ def main(arguments: Sequence[str]) -> int:
 def _fail(error: errors.BntoolError, arguments: Sequence[str]) -> ExitCode:
     """Print the error in the form that was asked for."""
     command = next((argument for argument in arguments if not argument.startswith("-")), "")
-    report = Report(command, (FileReport(error.path or "", error=error),))
+    report = Report(command, (FileReport(error.path or _find_checkpoint(arguments), error=error),))
     print_report(report, as_json="--json" in arguments)
     return exit_code_of(error)
+
+
+def _find_checkpoint(arguments: Sequence[str]) -> str:
+    """The one checkpoint that the arguments name, "" where they name none or several."""
+    place = next((index for index, argument in enumerate(arguments) if not argument.startswith("-")), len(arguments))
+    with contextlib.suppress(Exception):  # what is wrong with the arguments is said elsewhere
+        command = typer.main.get_command(build_app()).commands[arguments[place]]  # type: ignore[attr-defined]
+        given = command.make_context("", list(arguments[place + 1 :]), resilient_parsing=True).params
+        several: list[object] = given.get("checkpoints") or []
+        return str(given.get("checkpoint") or (several[0] if len(several) == 1 else ""))
+    return ""
 
 
 def _fail_usage(error: Exception, arguments: Sequence[str]) -> ExitCode:

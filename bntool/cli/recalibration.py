@@ -193,8 +193,6 @@ def command(  # noqa: PLR0915 a third of the statements are imports
             after = judge(held_out, on_progress=progress)
         kept = keep_if_better and not is_better(before, after)
         written = str(output) if not dry_run and not kept else None
-        if written is not None:
-            save(edited, output, force=force)
         outcome = Outcome(
             recalibration=result,
             before=before,
@@ -208,6 +206,8 @@ def command(  # noqa: PLR0915 a third of the statements are imports
             warnings=tuple(_warn(result.samples, wanted, before, held_out, fair=not keep_if_better or bool(eval_data))),
         )
         report = FileReport(str(checkpoint), describe_recalibration(outcome), show_recalibration(outcome))
+        if written is not None:
+            save(edited, output, force=force)
     print_report(Report("recalibrate", (report,)), as_json=as_json, quiet=quiet)
     return 0
 

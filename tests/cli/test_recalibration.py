@@ -205,6 +205,46 @@ def test_faults_give_one_sentence_and_no_file(recalibrate, user_code, options, e
     assert not path.exists()
 
 
+@pytest.mark.parametrize(("data", "code"), [("interrupted", "interrupted"), ("raising", "user-code")])
+def test_failures_in_json_name_the_checkpoint(recalibrate, user_code, data, code):
+    _, out, _, _ = recalibrate("drifted.pt", "--json", data=user_code(data))
+    (facts,) = json.loads(out)["files"]
+    assert facts["file"] == str(SAMPLES / "drifted.pt")
+    assert facts["error"]["code"] == code
+
+
+def test_labels_that_the_model_has_no_outputs_for(recalibrate, tmp_path):
+    arrays = dict(np.load(TEST))
+    np.savez(tmp_path / "beyond.npz", images=arrays["images"], labels=arrays["labels"] + 1)
+    code, _, err, path = recalibrate("drifted.pt", "--eval-data", str(tmp_path / "beyond.npz"))
+    assert (code, path.exists()) == (2, False)
+    assert "there is a label 10, but the model has 10 outputs" in err
+    np.savez(tmp_path / "masks.npz", images=arrays["images"], labels=np.zeros((360, 16, 16), "int64"))
+    code, out, _, _ = recalibrate("drifted.pt", "--eval-data", str(tmp_path / "masks.npz"))
+    assert code == 0
+    assert "! not measured: top-1 needs outputs (samples, classes)" in out
+
+
+def test_class_folders_that_are_not_the_models_classes(recalibrate, tmp_path):
+    images = pytest.importorskip("PIL.Image")
+    for index, name in enumerate(["a", "a", "b", "b"]):
+        (tmp_path / "photos" / name).mkdir(parents=True, exist_ok=True)
+        images.new("L", (20, 16), 60 * index).save(tmp_path / "photos" / name / f"{index}.png")
+    steps = ("--preprocess", "mnist,resize=16,crop=16")
+    code, out, _, path = recalibrate("drifted.pt", *steps, "--json", data=str(tmp_path / "photos"))
+    (facts,) = json.loads(out)["files"]
+    assert code == 0
+    assert facts["preprocessing"] == {
+        "steps": "resize=16,crop=16,mean=0.1307,std=0.3081,channels=1",
+        "origin": "mnist, changed",
+    }
+    assert "2 class folders, but the model has 10 outputs" in facts["warnings"][0]
+    path.unlink()
+    code, _, err, _ = recalibrate("drifted.pt", *steps, "--keep-if-better", data=str(tmp_path / "photos"))
+    assert (code, path.exists()) == (2, False)
+    assert "2 class folders" in err
+
+
 def test_bad_batches_are_left_out_on_request(recalibrate, user_code):
     code, out, _, _ = recalibrate("drifted.pt", "--on-bad-data", "skip", data=user_code("poisoned"))
     assert code == 0
