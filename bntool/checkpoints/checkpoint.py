@@ -105,6 +105,7 @@ class Format(ABC):
     title: str  # for people
     single_file: bool = True
     keeps_order: bool = True  # of the tensors, also where some come or go
+    trains_whole_layers: bool = False  # its files say which layers train; with one that does not all of it stays
     holds_code: bool = False  # files of this format carry programs, not only data
     inspected_only: str = ""  # why commands that write refuse all files of this format
     is_pytorch: bool = True  # names and layouts are those of state dicts, so that they can be converted to one

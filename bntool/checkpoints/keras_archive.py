@@ -20,6 +20,7 @@ class KerasArchive(Format):
 
     name = "keras"
     title = "Keras (.keras)"
+    trains_whole_layers = True
     keeps_order = False  # Keras orders layers by where they lie in the graph
 
     def recognises(self, path: Path, head: bytes) -> bool:  # noqa: ARG002 (names say nothing)

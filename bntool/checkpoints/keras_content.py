@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
@@ -82,7 +83,7 @@ def make_checkpoint(
         name: {"state": {}, "param_groups": []} for name in OPTIMIZERS if name in content.hdf5.groups
     }
     kind = content.config.get("class_name") if isinstance(content.config, dict) else None
-    about = {"keras_model": kind if isinstance(kind, str) else "weights only"}
+    about = {"model_config": kind if isinstance(kind, str) else ""} if content.config is not None else {}
     return Checkpoint(
         file=file,
         format=format_,
@@ -186,27 +187,28 @@ def _find_named(hdf5: Hdf5Contents, model: KerasModel | None, root: str) -> Iter
 
 
 def _find_code(content: KerasContent) -> Iterator[GlobalName]:
-    """What loading the configuration would run or import: functions written as code, and classes of others."""
-    seen: dict[str, GlobalName] = {}
+    """What loading the configuration would run or import: functions kept as code, and classes of other packages."""
+    seen: dict[str, GlobalTrust] = {}
     waiting: list[Any] = [content.config]
     while waiting:
         value = waiting.pop()
         if isinstance(value, list):
-            waiting += value
+            waiting += reversed(value)
         if not isinstance(value, dict):
             continue
-        waiting += value.values()
-        class_name, module = value.get("class_name"), value.get("module")
-        if class_name == "__lambda__" or (class_name == "Lambda" and _holds_code(value.get("config"))):
-            seen.setdefault("Lambda", GlobalName("Lambda (marshalled code)", called=True, trust=GlobalTrust.SUSPICIOUS))
-        elif isinstance(module, str) and module.split(".")[0] not in _KERAS and isinstance(class_name, str):
-            path = f"{module}.{class_name}"
-            trust = GlobalTrust.KNOWN if module == "builtins" and class_name != "function" else GlobalTrust.UNKNOWN
-            seen.setdefault(path, GlobalName(path, called=True, trust=trust))
-    yield from seen.values()
+        waiting += reversed(value.values())
+        class_name, module, config = value.get("class_name"), value.get("module"), value.get("config")
+        if class_name == "__lambda__" or (class_name == "Lambda" and _holds_code(config)):
+            seen["keras.layers.Lambda"] = GlobalTrust.SUSPICIOUS
+        elif module == "builtins" and isinstance(config, str) and hasattr(builtins, config):
+            seen[f"builtins.{config}"] = GlobalTrust.SUSPICIOUS  # Keras looks functions up there too
+        elif isinstance(module, str) and isinstance(class_name, str) and module.split(".")[0] not in _KNOWN:
+            seen.setdefault(f"{module}.{class_name}", GlobalTrust.UNKNOWN)
+    for path, trust in seen.items():
+        yield GlobalName(path, called=True, trust=trust)
 
 
-_KERAS = ("keras", "tf_keras", "keras_hub", "keras_cv", "keras_nlp", "tensorflow")
+_KNOWN = ("keras", "tf_keras", "keras_hub", "keras_cv", "keras_nlp", "tensorflow", "builtins")
 
 
 def _holds_code(config: Any) -> bool:

@@ -21,6 +21,7 @@ class KerasHdf5(Format):
 
     name = "keras-hdf5"
     title = "Keras (.h5)"
+    trains_whole_layers = True
     keeps_order = False  # Keras orders layers by where they lie in the graph
 
     def recognises(self, path: Path, head: bytes) -> bool:  # noqa: ARG002 (names say nothing)

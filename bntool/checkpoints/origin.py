@@ -13,7 +13,7 @@ _OPTIMIZERS = ("optimizer", "optimizer_states", "optimizer_state_dict", "optim",
 def describe_origin(checkpoint: Checkpoint) -> str:
     """For example ``mmengine, epoch 12, Adam state, EMA``; ``bare state dict`` where there is nothing else."""
     entries = checkpoint.entries
-    parts = [*_producer(entries), *_progress(entries)]
+    parts = [*_producer(entries), *_keras(checkpoint), *_progress(entries)]
     word = "compiled" if checkpoint.format.holds_code else "pickled"
     parts += [f"{word} {_class_name(s.modules[''].class_path)}" for s in checkpoint.state_dicts if s.is_module]
     only = checkpoint.state_dicts[0] if len(checkpoint.state_dicts) == 1 else None
@@ -33,8 +33,6 @@ def _class_name(path: str) -> str:
 
 def _producer(entries: Any) -> list[str]:  # noqa: PLR0911 (one for each producer)
     keys = set(entries)
-    if "keras_model" in keys:
-        return [f"Keras {text_of(entries.get('keras_version')) or ''}".strip(), str(entries["keras_model"])]
     meta = as_mapping(entries.get("meta")) if "meta" in keys else {}
     if "pytorch-lightning_version" in keys:
         return [f"Lightning {text_of(entries['pytorch-lightning_version']) or ''}".strip()]
@@ -51,6 +49,14 @@ def _producer(entries: Any) -> list[str]:  # noqa: PLR0911 (one for each produce
     if "tensorflow" in keys:
         return [str(entries["tensorflow"])]
     return []
+
+
+def _keras(checkpoint: Checkpoint) -> list[str]:
+    if not checkpoint.format.name.startswith("keras"):
+        return []
+    kind = checkpoint.entries.get("model_config")
+    version = text_of(checkpoint.entries.get("keras_version")) or ""
+    return [f"Keras {version}".strip(), f"{text_of(kind)} model" if kind is not None else "weights only"]
 
 
 def _progress(entries: Any) -> list[str]:

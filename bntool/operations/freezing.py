@@ -22,6 +22,7 @@ from bntool.layers.stages import find_frozen_stages, is_within
 from bntool.operations.constants import plan_constant
 from bntool.operations.optimizers import OptimizerEntries, find_optimizer_entries
 from bntool.operations.recording import make_record
+from bntool.operations.trainable_layers import check_whole_layers, find_trainable
 from bntool.plan import Operation, Plan, SetAttribute, Skip, SkipReason, Step
 
 
@@ -43,6 +44,7 @@ class FreezePlan:
         batchnorms: all layers of the state dict, selected or not.
         frozen_parameters: names of the parameters that the policy keeps from training.
         sets_flags: the file is a pickled module whose flags are set.
+        sets_trainable: the file says itself which layers train, and was changed in that.
         optimizers: which entries of optimizer states belong to frozen parameters.
     """
 
@@ -52,6 +54,7 @@ class FreezePlan:
     batchnorms: tuple[str, ...]
     frozen_parameters: tuple[str, ...]
     sets_flags: bool
+    sets_trainable: bool
     optimizers: tuple[OptimizerEntries, ...]
 
 
@@ -94,6 +97,16 @@ def plan_freeze(  # noqa: PLR0913 each is an option of the command
             "model that it was exported from",
             path=checkpoint.path,
         )
+    whole_layers = checkpoint.format.trains_whole_layers
+    if whole_layers:
+        check_whole_layers(
+            checkpoint,
+            norm_eval=norm_eval,
+            requires_grad=requires_grad,
+            frozen_stages=frozen_stages,
+            for_file=for_file,
+        )
+        requires_grad = False
     source = choose_state_dict(checkpoint, state_dict)
     norms = find_batchnorms(source)
     selected = [norm for norm in norms if selects(layers, norm.name)]
@@ -122,6 +135,11 @@ def plan_freeze(  # noqa: PLR0913 each is an option of the command
         concerned = [norm for norm in concerned if norm.name not in unchanged]
     if source.is_module:
         steps += _flags(source, policy)
+    elif whole_layers:
+        found = list(find_trainable(checkpoint, source, concerned))
+        steps += [one for one in found if isinstance(one, SetAttribute)]
+        skips += [one for one in found if isinstance(one, Skip)]
+        concerned = [norm for norm in concerned if norm.name not in {skip.layer for skip in skips}]
     frozen_parameters = tuple(_frozen_parameters(source, policy))
     plan = Plan(
         Operation.FREEZE,
@@ -130,7 +148,7 @@ def plan_freeze(  # noqa: PLR0913 each is an option of the command
         skips=tuple(skips),
         layers=tuple(norm.name for norm in concerned),
     )
-    if concerned or frozen_parameters:
+    if steps if whole_layers else concerned or frozen_parameters:
         record = make_record(plan, form=form.value, policy=policy.to_record())
         if not for_file or _has_place(checkpoint, source, plan):
             plan = plan.with_record(record)
@@ -141,6 +159,7 @@ def plan_freeze(  # noqa: PLR0913 each is an option of the command
         batchnorms=tuple(norm.name for norm in norms),
         frozen_parameters=frozen_parameters,
         sets_flags=source.is_module,
+        sets_trainable=whole_layers,
         optimizers=find_optimizer_entries(checkpoint, source, frozen_parameters),
     )
 

@@ -17,13 +17,45 @@ class Verdict(Enum):
     SUSPICIOUS = "suspicious"  # it names what runs programs or code, or reaches files or the network
 
 
+class Loader(Enum):
+    """What usually loads the file, and runs what is in it."""
+
+    TORCH = "torch"
+    KERAS = "keras"
+
+    def warn(self, names: str) -> str:
+        """Of names that run programs or code."""
+        if self is Loader.KERAS:
+            return (
+                f"loading this file would run code that it holds ({names}): do not load it with safe_mode=False, or "
+                "with Keras 2 at all, unless you trust where it comes from"
+            )
+        return (
+            f"unpickling this file would use {names}, which can run code: "
+            "do not load it with torch.load(weights_only=False) unless you trust where it comes from"
+        )
+
+    def explain(self, names: str) -> str:
+        """Of names of which nothing is known."""
+        if self is Loader.KERAS:
+            return (
+                f"loading this file would import {names}, of which nothing is known: keras.models.load_model runs what "
+                "it finds under these names, or what custom_objects gives it"
+            )
+        return (
+            f"unpickling this file would import {names}, of which nothing is known: "
+            "torch.load needs weights_only=False for it, and then runs what it finds under these names"
+        )
+
+
 @dataclass(frozen=True)
 class Safety:
     """The verdict on one file.
 
     Attributes:
         holds_code: the archive carries code that loading it compiles and running it executes.
-        known, unknown, suspicious: the globals of its pickles, by what is known of them.
+        known, unknown, suspicious: the globals of its pickles or its configuration, by what is known of them.
+        loader: what would run them.
     """
 
     verdict: Verdict
@@ -31,6 +63,7 @@ class Safety:
     known: tuple[str, ...]
     unknown: tuple[str, ...]
     suspicious: tuple[str, ...]
+    loader: Loader = Loader.TORCH
 
 
 def judge_safety(checkpoint: Checkpoint) -> Safety:
@@ -41,24 +74,19 @@ def judge_safety(checkpoint: Checkpoint) -> Safety:
     verdict = Verdict.UNKNOWN if unknown or holds_code else Verdict.HARMLESS
     if suspicious:
         verdict = Verdict.SUSPICIOUS
-    return Safety(verdict, holds_code, by_trust[GlobalTrust.KNOWN], unknown, suspicious)
+    loader = Loader.KERAS if checkpoint.format.name.startswith("keras") else Loader.TORCH
+    return Safety(verdict, holds_code, by_trust[GlobalTrust.KNOWN], unknown, suspicious, loader)
 
 
 def find_dangers(safety: Safety) -> list[Finding]:
     """The findings that ``--fail-on`` can act on."""
     findings = []
     if safety.suspicious:
-        message = (
-            f"unpickling this file would use {_listed(safety.suspicious)}, which can run code: "
-            "do not load it with torch.load(weights_only=False) unless you trust where it comes from"
-        )
+        message = safety.loader.warn(_listed(safety.suspicious))
         facts = {"globals": list(safety.suspicious)}
         findings.append(Finding(FindingCode.SUSPICIOUS_GLOBAL, Severity.WARNING, "suspicious", message, facts))
     if safety.unknown:
-        message = (
-            f"unpickling this file would import {_listed(safety.unknown)}, of which nothing is known: "
-            "torch.load needs weights_only=False for it, and then runs what it finds under these names"
-        )
+        message = safety.loader.explain(_listed(safety.unknown))
         facts = {"globals": list(safety.unknown)}
         findings.append(Finding(FindingCode.UNKNOWN_GLOBAL, Severity.NOTICE, "unknown global", message, facts))
     if safety.holds_code:

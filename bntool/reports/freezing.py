@@ -28,7 +28,7 @@ def describe_freeze(
         "layers": list(plan.layers),
         "frozen_parameters": list(freeze.frozen_parameters),
         "recorded": any(plan.steps_of(Record)),
-        "sets_flags": freeze.sets_flags,
+        "sets_flags": freeze.sets_flags or freeze.sets_trainable,
         "steps": [describe_step(step) for step in plan.steps if not isinstance(step, Record)],
         "skips": [describe_skip(skip) for skip in plan.skips],
         "optimizers": [
@@ -113,6 +113,8 @@ def _changes(freeze: FreezePlan) -> list[Block]:
     if freeze.sets_flags:
         text = f"in the pickled modules: training=False {modes} times, requires_grad {len(flags) - modes} times"
         blocks.append(line(text, indent=2))
+    elif freeze.sets_trainable:
+        blocks.append(line(f"in the configuration of {plural(len(flags), 'layer')}: trainable false", indent=2))
     return blocks
 
 
@@ -147,6 +149,13 @@ def _optimizers(freeze: FreezePlan) -> list[Block]:
 def _how_to_load(freeze: FreezePlan, output: str, loading: Sequence[str]) -> list[Block]:
     recorded = any(freeze.plan.steps_of(Record))
     blocks: list[Block] = []
+    if freeze.sets_trainable:
+        return [
+            line(
+                "Load it; training leaves these layers alone, their statistics too, as long as they are not trainable:"
+            ),
+            *(line(text, indent=4) for text in loading),
+        ]
     if freeze.sets_flags:
         warning = "The file freezes until model.train() is called: that switches eval mode off again."
     else:

@@ -18,11 +18,12 @@ from bntool.batchnorm import NormKind
 from bntool.checkpoints.files import SourceFile
 from bntool.checkpoints.formats import open_checkpoint
 from bntool.checkpoints.hdf5 import read_hdf5
+from bntool.checkpoints.keras_content import make_checkpoint, read_content
 from bntool.checkpoints.keras_model import order_layers, parse_config, read_model
 from bntool.checkpoints.norms import find_batchnorms, find_norms
 from bntool.checkpoints.tensors import read_bytes, read_numbers
 from bntool.errors import CorruptFileError, UnknownFormatError, UnsafeFileError
-from bntool.operations.safety import Verdict, judge_safety
+from bntool.operations.safety import Verdict, find_dangers, judge_safety
 
 TINY = {  # in the words of PyTorch, and as Keras keeps it
     "conv1.weight": ("conv1/kernel", (4, 3, 3, 3)),
@@ -248,8 +249,22 @@ def test_a_lambda_with_code_is_not_harmless(interop: Path, tmp_path: Path) -> No
     with open_checkpoint(target) as checkpoint:
         safety = judge_safety(checkpoint)
         assert safety.verdict is Verdict.SUSPICIOUS
-        assert safety.suspicious == ("Lambda (marshalled code)",)
+        assert safety.suspicious == ("keras.layers.Lambda",)
         assert len(find_batchnorms(checkpoint.state_dict(""))) == 5
+        assert "safe_mode" in find_dangers(safety)[0].message
+
+
+def test_functions_and_classes_that_loading_would_import_are_named(interop: Path) -> None:
+    config = parse_config(zipfile.ZipFile(interop / "keras_tiny.keras").read("config.json"))
+    layers = config["config"]["layers"]
+    layers[1]["config"]["activation"] = {"module": "builtins", "class_name": "function", "config": "exec"}
+    layers[3]["config"]["other"] = {"module": "builtins", "class_name": "function", "config": "relu"}
+    layers[5].update(module="os", class_name="system", registered_name=None)
+    with open_checkpoint(interop / "keras_tiny.keras") as checkpoint:
+        content = read_content(config, checkpoint.content.hdf5)
+        found = make_checkpoint(checkpoint.file, checkpoint.format, content, entries={}, history=())
+    safety = judge_safety(found)
+    assert (safety.suspicious, safety.unknown) == (("builtins.exec",), ("os.system",))
 
 
 @pytest.mark.parametrize(

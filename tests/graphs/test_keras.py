@@ -24,6 +24,7 @@ from bntool.checkpoints.tensors import read_numbers
 from bntool.errors import BntoolError, RefusedError
 from bntool.graphs.graph import Evidence
 from bntool.graphs.stored import stored_graph
+from bntool.operations.freezing import plan_freeze
 from bntool.plan import (
     AddTensor,
     Operation,
@@ -286,3 +287,50 @@ def test_elements_in_bfloat16_can_be_set(tmp_path: Path) -> None:
     with open_checkpoint(tmp_path / "b.keras") as checkpoint:
         tensor = checkpoint.state_dict("").tensors["b2.running_mean"]
         assert (tensor.dtype.name, list(read_numbers(tensor))) == ("bfloat16", [1.5, -2.0])
+
+
+@pytest.mark.parametrize("suffix", [".keras", ".h5"])
+def test_freezing_sets_trainable(suffix: str, tmp_path: Path) -> None:
+    source = RECORDED / f"nested{suffix}"
+    with open_checkpoint(source) as checkpoint:
+        freeze = plan_freeze(checkpoint, layers=["block.*", "function.*"])
+        assert freeze.sets_trainable
+        assert freeze.plan.layers == ("block.b", "block.b2")
+        assert [(skip.layer, skip.reason.value) for skip in freeze.plan.skips] == [("function.b", "frozen")]
+        save_checkpoint(apply_plan(checkpoint, freeze.plan), tmp_path / f"a{suffix}")
+    with open_checkpoint(tmp_path / f"a{suffix}") as checkpoint:
+        modules = checkpoint.state_dict("").modules
+        trains = {
+            name: module.attributes["trainable"] for name, module in modules.items() if "eps" in module.attributes
+        }
+        assert trains == {"block.b": False, "block.b2": False, "function.b": False, "last": True}
+        assert checkpoint.records[""][0]["operation"] == "freeze"
+    if suffix == ".h5":  # as Keras lists the weights of a nested model: first those that train
+        with h5py.File(tmp_path / "a.h5") as file:
+            assert [name.decode() for name in np.asarray(file["model_weights/block"].attrs["weight_names"], "S")] == [
+                "block/c/kernel", "block/c2/kernel", "block/c2/bias", "block/b/gamma", "block/b/beta",
+                "block/b/moving_mean", "block/b/moving_variance", "block/b2/gamma", "block/b2/beta",
+                "block/b2/moving_mean", "block/b2/moving_variance",
+            ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"norm_eval": False, "requires_grad": False}, "one switch"),
+        ({"requires_grad": True}, "one switch"),
+        ({"frozen_stages": 1}, "--layers"),
+        ({"for_file": False}, "layer.trainable = False"),
+    ],
+)
+def test_what_trainable_cannot_say_is_refused(options: dict[str, Any], words: str) -> None:
+    with open_checkpoint(FOLDER / "keras_tiny.keras") as checkpoint, pytest.raises(RefusedError, match=words):
+        plan_freeze(checkpoint, **options)
+
+
+def test_weights_alone_cannot_say_what_trains() -> None:
+    with (
+        open_checkpoint(FOLDER / "keras_tiny.weights.h5") as checkpoint,
+        pytest.raises(RefusedError, match="weights only"),
+    ):
+        plan_freeze(checkpoint)
