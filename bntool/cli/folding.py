@@ -113,6 +113,8 @@ def command(
 
       bntool fold model.onnx -o folded.onnx
 
+      bntool fold model.keras -o folded.keras
+
       bntool fold net.caffemodel --prototxt net.prototxt -o folded.caffemodel
     """
     from bntool.checkpoints.checkpoint import choose_state_dict
