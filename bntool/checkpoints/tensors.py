@@ -191,8 +191,12 @@ class StoredTensor:
             raise ValueError("this tensor has no plain elements to read")
         start, end = self.byte_range
         if self.is_contiguous:
-            item = self.dtype.itemsize
-            step = CHUNK // item * item
+            unit = (
+                (end - start) // self.shape[0] if self.shape and start < end else 0
+            )  # whole rows, where they are short
+            if not 0 < unit <= CHUNK:
+                unit = self.dtype.itemsize
+            step = CHUNK // unit * unit
             for position in range(start, end, step):
                 data = storage.source.read(storage.offset + position, min(step, end - position))
                 yield swap_bytes(data, self.dtype.swapsize) if storage.big_endian else data

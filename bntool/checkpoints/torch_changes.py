@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -77,6 +78,7 @@ class ChangeCollector:
             for reference in map(read_storage_reference, content.pickle.persistent_ids)
             if reference is not None
         }
+        self.fresh_keys = itertools.count(_first_fresh_key(self.used_keys))
         # the legacy format has one field more, for views of storages
         self.has_view_field = any(
             isinstance(node.value, tuple) and len(node.value) == 6 for node in content.pickle.persistent_ids
@@ -187,7 +189,7 @@ class ChangeCollector:
         storage_name = tensor.dtype.storage
         if storage_name is None:
             raise RefusedError(f"a new tensor of dtype {tensor.dtype} cannot be written to this format")
-        key = _fresh_key(self.used_keys)
+        key = str(next(self.fresh_keys))
         self.used_keys.add(key)
         self.changes.new_storages[key] = tensor
         device = like.storage.device if like.storage is not None else "cpu"
@@ -275,9 +277,9 @@ def _layout(tensor: StoredTensor | None) -> tuple[Any, ...]:
     return _storage_key(tensor), tensor.byte_range, tensor.shape, tensor.strides, tensor.dtype
 
 
-def _fresh_key(used: set[str]) -> str:
-    numbers = [int(key) for key in used if key.isdecimal() and len(key) < 19]
-    return str(max(numbers, default=-1) + 1)
+def _first_fresh_key(used: set[str]) -> int:
+    """Keys are numbers, as torch counts storages; new ones follow the largest."""
+    return max((int(key) for key in used if key.isdecimal() and len(key) < 19), default=-1) + 1
 
 
 def _copy(node: Node) -> Node:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from bntool.batchnorm import STATISTICS, scale_and_shift
+from bntool.batchnorm import STATISTICS
 from bntool.checkpoints.arrays import to_float64
 from bntool.checkpoints.checkpoint import StateDict
 from bntool.checkpoints.tensors import LiteralTensor, StoredTensor, read_bytes, read_numbers
@@ -124,14 +124,15 @@ def read_norm(calls: Sequence[Node], graph: ModelGraph, state_dict: StateDict, *
     lowest = float(numbers["running_var"].min(initial=0))
     if lowest < 0:
         raise Blocked(SkipReason.NEGATIVE_VARIANCE, f"running_var is as low as {lowest:.3g}")
-    try:
-        scale, shift = scale_and_shift(eps=eps, **{role: vector.tolist() for role, vector in numbers.items()})
-    except ValueError as error:
-        raise Blocked(SkipReason.NEGATIVE_VARIANCE, str(error)) from error
+    if lowest + eps <= 0:
+        raise Blocked(SkipReason.NEGATIVE_VARIANCE, f"running_var + eps is {lowest + eps:.3g}")
+    # as in bntool.batchnorm.scale_and_shift, for all channels at once
+    scale = numbers.get("weight", np.ones(1)) / np.sqrt(numbers["running_var"] + eps)
+    shift = numbers.get("bias", np.zeros(1)) - numbers["running_mean"] * scale
     dtype = state_dict.tensor(node.parameters["running_var"]).dtype
     stored = LiteralTensor.from_numbers([1 - eps], dtype=dtype, shape=(1,))
     (variance,) = read_numbers(stored)
-    return Norm(node, dict(node.parameters), np.asarray(scale), np.asarray(shift), variance, eps)
+    return Norm(node, dict(node.parameters), scale, shift, variance, eps)
 
 
 def _check_uses(calls: Sequence[Node], graph: ModelGraph) -> None:
