@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 
 from bntool.data.preprocessing import Preprocessing
@@ -137,28 +138,59 @@ def split_batch(item: Any, *, source: str, position: int) -> Batch:
     - a tuple or list: its first element is the input (a tensor; a tuple, dict or list as in :class:`Batch`), the second
       the labels, as data loaders and ``torch.optim.swa_utils.update_bn`` have it;
     - a dict: labels are under ``labels``, ``label``, ``y``, ``targets`` or ``target``; what remains are the keyword
-      arguments of the model, or its one argument where it is a single tensor.
+      arguments of the model, or its one argument where only one value holds tensors.
+
+    Arrays of numpy and whatever converts to them (TensorFlow, JAX) are as good as tensors.
 
     Raises:
         UsageError: it is none of these, or holds no tensor.
     """
-    inputs, labels = item, None
+    item = to_tensors(item)
+    inputs, labels = item, find_label(item)
     if isinstance(item, tuple | list) and item:
-        inputs, labels = item[0], item[1] if len(item) > 1 else None
+        inputs = item[0]
     elif isinstance(item, Mapping):
-        key = next((key for key in _LABEL_KEYS if key in item), None)
-        labels = item[key] if key is not None else None
-        inputs = {name: value for name, value in item.items() if name != key}
-        if len(inputs) == 1:
-            inputs = next(iter(inputs.values()))
+        inputs = {name: value for name, value in item.items() if name != _find_label_key(item)}
+        with_tensors = [value for value in inputs.values() if next(find_tensors(value), None) is not None]
+        if len(with_tensors) == 1:
+            inputs = with_tensors[0]
     first = next(find_tensors(inputs), None)
     if first is None:
+        held = item[0] if isinstance(item, tuple | list) and item else item
         raise UsageError(
-            f"a batch of {source} holds no tensor but {type(item).__name__}: give tensors, tuples or dicts"
+            f"a batch of {source} holds no tensor but {type(held).__name__}: give tensors, tuples or dicts of them"
         )
     count = len(inputs) if isinstance(inputs, list) else (first.shape[0] if first.ndim else 1)
     names = [f"sample {index} of {source}" for index in range(position, position + count)]
     return Batch(inputs, labels, describe_range(source, position, count), count, names)
+
+
+def find_label(item: Any) -> Any:
+    """The labels of a batch, or the label of a sample; None where there is none."""
+    if isinstance(item, tuple | list):
+        return item[1] if len(item) > 1 else None
+    key = _find_label_key(item) if isinstance(item, Mapping) else None
+    return item[key] if key is not None else None
+
+
+def _find_label_key(item: Mapping[Any, Any]) -> str | None:
+    return next((key for key in _LABEL_KEYS if key in item), None)
+
+
+def to_tensors(value: Any) -> Any:
+    """The same nest with arrays of numpy, TensorFlow or JAX as torch tensors on the CPU."""
+    if isinstance(value, torch.Tensor | str | bytes | np.generic):
+        return value
+    if isinstance(value, Mapping):
+        return {name: to_tensors(item) for name, item in value.items()}
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*map(to_tensors, value))
+    if isinstance(value, tuple | list):
+        return type(value)(map(to_tensors, value))
+    if not hasattr(value, "__array__"):
+        return value
+    array = np.asarray(value)
+    return torch.from_numpy(np.array(array)) if array.dtype.kind in "fiub" else value
 
 
 def describe_range(source: str, start: int, count: int) -> str:

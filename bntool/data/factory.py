@@ -1,14 +1,19 @@
-"""``file.py:factory`` and ``package.module:factory``: a Dataset, a DataLoader or any iterable of batches."""
+"""``file.py:factory`` and ``package.module:factory``: a Dataset, a DataLoader, arrays, or any iterable of batches."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+import numbers
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+import torch
+from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
-from bntool.data.batches import Batch, Batches, cut_batch, split_batch
+from bntool.data.arrays import read_rows
+from bntool.data.batches import Batch, Batches, cut_batch, find_label, split_batch, to_tensors
+from bntool.data.rows import LiveRows, Rows, choose_arrays
 from bntool.data.source import DataOptions, DataSource
 from bntool.errors import UsageError
 from bntool.models.user_code import call_factory, import_object, is_factory_spec, running_user_code
@@ -23,71 +28,158 @@ class FactoryDataSource(DataSource):
     def load(self, spec: str, options: DataOptions) -> Batches:
         found = import_object(spec)
         made = _make(found, spec)
+        arrays = _name_arrays(made)
+        if arrays:
+            return read_rows(*choose_arrays(arrays, spec), spec, options)
         if options.preprocessing is not None:
             raise UsageError(f"--preprocess is for images and pixels; {spec} prepares its data itself")
-        one_shot = iter(made) is made if not isinstance(made, Dataset) else False
-        first: list[Any] = [made]
-
-        def read() -> Iterator[Batch]:
-            # an iterator is used up after one pass: the factory is asked for another
-            source = first.pop() if first else (_make(found, spec) if one_shot else made)
-            return _read(source, spec, options)
-
-        rank, world = options.share
-        dealt = _is_dataset(made) and not isinstance(made, IterableDataset)  # deal() has given this rank its share
-
-        def read_share() -> Iterator[Batch]:
-            return read() if dealt or world == 1 else itertools.islice(read(), rank, None, world)
-
-        return Batches(read_share, description=spec, samples=_count(made, options) if world == 1 else None)
+        if _gives_samples(made, spec):
+            return _read_dataset(made, spec, options)
+        return _read_batches(_Source(found, made, spec), spec, options)
 
 
 def _make(found: Any, spec: str) -> Any:
-    if isinstance(found, DataLoader | Dataset | list | tuple):
-        return found
-    made = call_factory(found, {}, what=spec) if callable(found) else found
+    is_data = isinstance(found, DataLoader | Dataset | list | tuple)
+    made = call_factory(found, {}, what=spec) if callable(found) and not is_data else found
     if isinstance(made, Dataset) or _is_map(made) or hasattr(made, "__iter__"):
         return made
     raise UsageError(f"{spec} gives {type(made).__name__}; a Dataset, a DataLoader or an iterable of batches is needed")
+
+
+class _Source:
+    """What a factory made; an iterator is used up by a pass, so the factory is asked for another."""
+
+    def __init__(self, found: Any, made: Any, spec: str) -> None:
+        self._found, self._spec = found, spec
+        self.made: Any = made
+        self._is_iterator = isinstance(made, Iterator)
+
+    def take(self) -> Any:
+        made = self.made
+        if not self._is_iterator:
+            return made
+        if made is None and not callable(self._found):
+            raise UsageError(
+                f"{self._spec} is an iterator, which can be read once only; name the function that makes it"
+            )
+        self.made = None
+        return _make(self._found, self._spec) if made is None else made
 
 
 def _is_map(value: Any) -> bool:
     return hasattr(value, "__getitem__") and hasattr(value, "__len__") and not hasattr(value, "__iter__")
 
 
-def _is_dataset(value: Any) -> bool:
-    return _is_map(value) or (isinstance(value, Dataset) and not isinstance(value, DataLoader))
+def _name_arrays(made: Any) -> dict[str, Rows]:
+    """The arrays by name, where the data are arrays and not batches: one, ``(inputs, labels)``, or a dict of them."""
+    if isinstance(made, tuple) and len(made) == 2:
+        inputs, labels = map(to_tensors, made)
+        if isinstance(inputs, torch.Tensor) and isinstance(labels, torch.Tensor) and 0 < labels.ndim < inputs.ndim:
+            return {"images": LiveRows(inputs), "labels": LiveRows(labels)}
+        return {}
+    if isinstance(made, Mapping):
+        tensors = {str(name): to_tensors(value) for name, value in made.items()}
+        return {name: LiveRows(value) for name, value in tensors.items() if isinstance(value, torch.Tensor)}
+    single = to_tensors(made) if not isinstance(made, list | tuple) else None
+    return {"images": LiveRows(single)} if isinstance(single, torch.Tensor) else {}
+
+
+def _gives_samples(made: Any, spec: str) -> bool:
+    """Whether it has single samples by index: a Dataset, or a list of samples."""
+    if isinstance(made, DataLoader | IterableDataset):
+        return False
+    if isinstance(made, Dataset) or _is_map(made):
+        return True
+    with running_user_code(f"reading the first sample of {spec}"):
+        return hasattr(made, "__getitem__") and hasattr(made, "__len__") and len(made) > 0 and _is_sample(made[0])
+
+
+def _is_sample(item: Any) -> bool:
+    """Whether an item is one sample and no batch: its label is a single number."""
+    label = find_label(item)
+    return isinstance(label, numbers.Number) or getattr(label, "ndim", None) == 0
+
+
+def _read_dataset(dataset: Any, spec: str, options: DataOptions) -> Batches:
+    """Batches of the samples of a dataset, dealt by bntool."""
+    with running_user_code(f"len() of {spec}"):
+        count = len(dataset)
+    dealt = options.deal(count)
+
+    def read() -> Iterator[Batch]:
+        loader = DataLoader(dataset, batch_sampler=dealt, num_workers=options.workers)
+        remaining = iter(dealt)
+        items = _iterate(loader, lambda: f"reading a batch of {spec}")
+        for indices, item in zip(remaining, items, strict=True):
+            batch = split_batch(item, source=spec, position=indices[0])
+            names = [f"sample {index} of {spec}" for index in indices]
+            yield replace(batch, names=names, description=f"the batch of samples {_list_some(indices)} of {spec}")
+
+    return Batches(read, description=spec, samples=sum(map(len, dealt)))
+
+
+def _list_some(indices: list[int]) -> str:
+    shown = ", ".join(map(str, indices[:4]))
+    return shown + (f" and {len(indices) - 4} more" if len(indices) > 4 else "")
+
+
+def _read_batches(source: _Source, spec: str, options: DataOptions) -> Batches:
+    """Batches that the user's own source makes, in its order."""
+    rank, world = options.share
+    count = _count(source.made, options)
+
+    def read_all() -> Iterator[Batch]:
+        taken = source.take()
+        if isinstance(taken, IterableDataset):
+            taken = DataLoader(taken, batch_size=options.batch_size, num_workers=options.workers)
+        position = 0
+        items = _collate_samples(_iterate(taken, lambda: f"reading what follows sample {position} of {spec}"), options)
+        for item in items:
+            batch = split_batch(item, source=spec, position=position)
+            if options.samples is not None and position + batch.samples > options.samples:
+                batch = cut_batch(batch, options.samples - position)
+            position += batch.samples
+            yield batch
+            if options.samples is not None and position >= options.samples:
+                return  # before the source is asked for what is not used
+
+    def read() -> Iterator[Batch]:
+        return itertools.islice(read_all(), rank, None, world)
+
+    return Batches(read, description=spec, samples=count if world == 1 else None)
 
 
 def _count(made: Any, options: DataOptions) -> int | None:
-    if _is_dataset(made) and hasattr(made, "__len__"):
-        return min(len(made), options.samples or len(made))
+    """How many samples there will be, at most; None where nothing tells."""
+    if isinstance(made, DataLoader) and made.batch_size and not isinstance(made.dataset, IterableDataset):
+        with running_user_code("len() of the data loader"):
+            count = min(len(made) * made.batch_size, len(made.dataset))  # type: ignore[arg-type]
+        return count if options.samples is None else min(count, options.samples)
     return options.samples
 
 
-def _read(source: Any, spec: str, options: DataOptions) -> Iterator[Batch]:
-    """Batches of a user's source; what it raises becomes a UserCodeError."""
-    position = 0
-    iterator = None
-    while options.samples is None or position < options.samples:
-        with running_user_code(f"reading the batch after sample {position} of {spec}"):
-            if iterator is None:
-                iterator = iter(_wrap(source, options))
+def _iterate(source: Iterable[Any], describe: Callable[[], str]) -> Iterator[Any]:
+    """The items of a user's iterable; what it raises becomes a UserCodeError."""
+    with running_user_code(describe()):
+        iterator = iter(source)
+    while True:
+        with running_user_code(describe()):
             try:
                 item = next(iterator)
             except StopIteration:
                 return
-        batch = split_batch(item, source=spec, position=position)
-        if options.samples is not None and position + batch.samples > options.samples:
-            batch = cut_batch(batch, options.samples - position)
-        position += batch.samples
-        yield batch
+        yield item
 
 
-def _wrap(source: Any, options: DataOptions) -> Any:
-    """Batches of the samples of a dataset; anything else gives batches itself."""
-    if isinstance(source, IterableDataset):
-        return DataLoader(source, batch_size=options.batch_size, num_workers=options.workers)
-    if _is_dataset(source):
-        return DataLoader(source, batch_sampler=options.deal(len(source)), num_workers=options.workers)
-    return source
+def _collate_samples(items: Iterator[Any], options: DataOptions) -> Iterator[Any]:
+    """Batches as they are; single samples put together."""
+    first = next(items, None)
+    if first is None:
+        return
+    items = itertools.chain([first], items)
+    if not _is_sample(first):
+        yield from items
+        return
+    while group := list(itertools.islice(items, options.batch_size)):
+        with running_user_code("putting samples together"):
+            yield default_collate(group)

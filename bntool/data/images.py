@@ -16,7 +16,7 @@ from bntool.data.pixels import read_image
 from bntool.data.policies import OnBadData
 from bntool.data.preprocessing import Preprocessing
 from bntool.data.source import DataOptions, DataSource
-from bntool.errors import CorruptFileError, MissingExtraError, UnreadableFileError, UsageError
+from bntool.errors import CorruptFileError, MissingExtraError, RefusedError, UnreadableFileError, UsageError
 
 _SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".avif")
 
@@ -51,7 +51,7 @@ class ImageFolderSource(DataSource):
 
         def read() -> Iterator[Batch]:
             loader = DataLoader(folder, batch_sampler=dealt, num_workers=options.workers, collate_fn=list)
-            for indices, items in zip(dealt, loader, strict=True):
+            for indices, items in zip(dealt, _watch_workers(loader), strict=True):
                 good = [(i, image) for i, image in zip(indices, items, strict=True) if isinstance(image, torch.Tensor)]
                 bad = [text for text in items if isinstance(text, str)]
                 if bad and options.on_bad_data is OnBadData.STOP:
@@ -130,6 +130,19 @@ class _Images(Dataset[Any]):
             return read_image(self.paths[index], self.preprocessing)
         except Exception as error:  # noqa: BLE001 (Pillow raises anything on bad files)
             return f"{self.paths[index]} cannot be read: {' '.join(str(error).split()) or type(error).__name__}"
+
+
+def _watch_workers(loader: DataLoader[Any]) -> Iterator[Any]:
+    """The items of a loader; images cannot raise in it, so what raises is the loss of a worker.
+
+    Raises:
+        RefusedError: a worker was lost.
+    """
+    try:
+        yield from loader
+    except RuntimeError as error:
+        said = " ".join(str(error).split())
+        raise RefusedError(f"a process that reads images was lost, try fewer --workers: {said}") from error
 
 
 def _collate(good: Sequence[tuple[int, torch.Tensor]], folder: ImageFolder, preprocessing: Preprocessing) -> Batch:

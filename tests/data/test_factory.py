@@ -10,6 +10,7 @@ from bntool.data.loading import load_data
 from bntool.errors import UsageError, UserCodeError
 
 CODE = """
+import collections
 import torch
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
@@ -37,6 +38,54 @@ class Mapped:
 
 batches = [x[:4], x[4:]]
 
+def mixed():
+    numpy = x.numpy()
+    yield numpy[:4], y.numpy()[:4]
+    yield {"signal": numpy[4:], "label": y[4:].tolist(), "path": ["a"] * 6}
+
+def samples():
+    return [(x[i], i) for i in range(10)]
+
+def sample_stream():
+    for i in range(10):
+        yield {"signal": x[i].numpy(), "label": i}
+
+def arrays():
+    return x.numpy(), y.numpy()
+
+def named_arrays():
+    return {"x": x, "y": y}
+
+Pair = collections.namedtuple("Pair", "input target")
+
+def named_tuples():
+    return [Pair(x[:4], y[:4]), Pair(x[4:], y[4:])]
+
+class Foreign:  # tensors of TensorFlow and JAX convert so
+    def __init__(self, values):
+        self.values = values
+    def __array__(self, dtype=None, copy=None):
+        return self.values.numpy()
+
+def foreign():
+    yield Foreign(x[:4]), Foreign(y[:4])
+    yield Foreign(x[4:]), Foreign(y[4:])
+
+def working_loader():
+    return DataLoader(dataset(), batch_size=4, num_workers=1)
+
+class Rows:  # as the datasets of Hugging Face: iterable, with an index, of dicts
+    def __len__(self):
+        return 10
+    def __getitem__(self, index):
+        if index >= 10:
+            raise IndexError
+        return {"pixel_values": x[index], "labels": index}
+    def __iter__(self):
+        return (self[i] for i in range(10))
+
+once = generator()
+
 def raising():
     yield x[:4]
     raise OSError("disk gone")
@@ -49,6 +98,19 @@ def number():
 """
 
 
+MORE = (
+    "mixed",
+    "samples",
+    "sample_stream",
+    "arrays",
+    "named_arrays",
+    "named_tuples",
+    "foreign",
+    "working_loader",
+    "Rows",
+)
+
+
 @pytest.fixture
 def spec(tmp_path):
     (tmp_path / "user_data.py").write_text(CODE)
@@ -56,14 +118,15 @@ def spec(tmp_path):
     sys.modules.pop("user_data", None)
 
 
-@pytest.mark.parametrize("name", ["dataset", "loader", "generator", "Stream", "Mapped", "batches"])
+@pytest.mark.parametrize("name", ["dataset", "loader", "generator", "Stream", "Mapped", "batches", *MORE])
 def test_every_kind_gives_all_samples_as_often_as_asked(spec, name):
     data = load_data(spec(name), batch_size=4)
     for _ in range(2):
         batches = list(data)
         assert torch.cat([batch.inputs for batch in batches]).flatten().tolist() == list(range(10))
         if name != "batches":
-            assert torch.cat([batch.labels for batch in batches]).tolist() == list(range(10))
+            labels = [torch.as_tensor(batch.labels) for batch in batches]
+            assert torch.cat(labels).tolist() == list(range(10))
 
 
 @pytest.mark.parametrize("name", ["dataset", "loader", "generator"])
@@ -76,8 +139,22 @@ def test_no_more_samples_than_asked_for(spec, name):
 def test_what_an_iterator_raises_is_named(spec):
     iterator = iter(load_data(spec("raising"), batch_size=4))
     next(iterator)
-    with pytest.raises(UserCodeError, match=r"after sample 4 .*OSError: disk gone .*user_data\.py:31"):
+    with pytest.raises(UserCodeError, match=r"follows sample 4 .*OSError: disk gone .*user_data\.py:\d+"):
         next(iterator)
+
+
+def test_samples_of_datasets_keep_their_numbers_when_shuffled(spec):
+    (batch,) = load_data(spec("dataset"), batch_size=4, samples=3, seed=0)
+    assert [f"sample {int(label)} of {spec('dataset')}" for label in batch.labels] == list(batch.names)
+    (batch,) = load_data(spec("arrays"), batch_size=4, samples=3, seed=0)
+    assert [f"row {int(label)} of {spec('arrays')}" for label in batch.labels] == list(batch.names)
+
+
+def test_an_iterator_is_no_data_that_can_be_read_again(spec):
+    data = load_data(spec("once"), batch_size=4)
+    assert len(list(data)) == 2
+    with pytest.raises(UsageError, match="read once only; name the function"):
+        list(data)
 
 
 def test_what_is_no_data(spec):
