@@ -39,6 +39,7 @@ class EpsSource(Enum):
     """Where eps is known from. A state dict never holds it."""
 
     MODULE = "module"
+    PROTOTXT = "prototxt"  # that a Caffe model is run by
     ARCHITECTURE = "architecture"
     OPTION = "option"
     DEFAULT = "default"

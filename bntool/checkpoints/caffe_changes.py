@@ -121,8 +121,9 @@ def _can_rename(wiring: Wiring, producer: Layer, last: Layer, removed: frozenset
 
 
 def _plan(checkpoint: Checkpoint, content: CaffeContent, edits: Edits) -> None:
-    for edit in checkpoint.edits:
-        if isinstance(edit.step, SetAttribute | RemoveEntry | Record):
+    refused = (RemoveEntry, Record) if content.deployed is not None else (SetAttribute, RemoveEntry, Record)
+    for edit in checkpoint.edits:  # what is set of a layer goes to the .prototxt, if there is one
+        if isinstance(edit.step, refused):
             raise RefusedError("a .caffemodel holds layers and blobs only; freezing is a matter of its .prototxt")
     (state_dict,) = checkpoint.state_dicts
     removed = removed_layers(checkpoint)

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 
-from bntool.batchnorm import DEFAULT_EPS
+from bntool.batchnorm import DEFAULT_EPS, EpsSource
 from bntool.checkpoints.caffe_blobs import CaffeContent, momentum_of
 from bntool.checkpoints.caffe_changes import BIASED, biased_layers, find_renaming, removed_layers
-from bntool.checkpoints.caffe_net import Layer, Wiring
+from bntool.checkpoints.caffe_net import Layer, Wiring, blobs_of
 from bntool.checkpoints.checkpoint import Checkpoint, ModuleInfo
 from bntool.checkpoints.prototxt import Prototxt, TextField
 from bntool.errors import RefusedError, UsageError
+from bntool.plan import SetAttribute
 
 
 def deploy(checkpoint: Checkpoint, prototxt: Prototxt) -> Checkpoint:
@@ -51,6 +53,7 @@ def _attributes(layer: Layer) -> dict[str, object]:
     """As Caffe reads them: what the ``.prototxt`` does not say has Caffe's default, whatever the model says."""
     found: dict[str, object] = {
         "eps": layer.parameters.get("batch_norm_param.eps", DEFAULT_EPS),
+        "eps_source": EpsSource.PROTOTXT.value,
         "momentum": momentum_of(layer),
     }
     if "batch_norm_param.use_global_stats" in layer.parameters:
@@ -58,8 +61,8 @@ def _attributes(layer: Layer) -> dict[str, object]:
     return found
 
 
-def fold_prototxt(checkpoint: Checkpoint, prototxt: Prototxt) -> str:
-    """The text that runs the folded model: without the layers that were taken out, with the biases that were added.
+def edit_prototxt(checkpoint: Checkpoint, prototxt: Prototxt) -> str:
+    """The text that runs the edited model: without layers that were taken out, with biases that were added, frozen.
 
     Args:
         checkpoint: with its edits.
@@ -74,42 +77,82 @@ def fold_prototxt(checkpoint: Checkpoint, prototxt: Prototxt) -> str:
     biased = {content.names[index] for index in biased_layers(checkpoint)}
     removed = frozenset(layer.index for layer in wiring.layers if layer.name in gone)
     renaming = find_renaming(wiring, removed)
-    edits: list[tuple[int, int, str]] = []
+    edits = _freeze(prototxt, _frozen_layers(checkpoint))
     for layer in wiring.layers:
         text = _text_of(layer)
         if layer.index in removed:
-            edits.append((*_whole_lines(prototxt.text, text), ""))
+            edits.add((*_whole_lines(prototxt.text, text), ""))
             continue
         if layer.index in renaming.tops:
-            edits.append(_set_value(next(text.all("top")), renaming.tops[layer.index]))
+            edits.add(_set_value(next(text.all("top")), renaming.tops[layer.index]))
         for place, bottom in enumerate(text.all("bottom")):
             if (layer.index, place) in renaming.bottoms:
-                edits.append(_set_value(bottom, renaming.bottoms[layer.index, place]))
+                edits.add(_set_value(bottom, renaming.bottoms[layer.index, place]))
         parameter = text.last(BIASED[layer.type]) if layer.name in biased else None
         if parameter is not None:
             term = parameter.last("bias_term")
             if term is not None:
-                edits.append((term.value_start, term.end, "true"))
-    return prototxt.edited(edits)
+                edits.add((term.value_start, term.end, "true"))
+    return prototxt.edited(sorted(edits))
 
 
-def freeze_prototxt(prototxt: Prototxt, layers: Mapping[str, bool]) -> str:
-    """The text with BatchNorm layers that use their stored statistics in training too.
+@dataclass(frozen=True, slots=True)
+class FrozenLayer:
+    """What of a BatchNorm layer is to stay while the net is trained.
 
-    Args:
-        layers: names of BatchNorm layers; True where the Scale layer that reads it is not to learn either.
+    Attributes:
+        statistics: mean, variance and scale factor.
+        affine: weight and bias, in the Scale layer that reads it or, of five blobs, in itself.
+        blobs: how many it has.
     """
-    wiring = Wiring.of(prototxt.layers)
-    edits: list[tuple[int, int, str]] = []
-    for layer in wiring.layers:
-        if layer.type != "BatchNorm" or layer.name not in layers:
-            continue
-        edits += _set_in_message(_text_of(layer), "batch_norm_param", "use_global_stats", "true")
-        edits += _stop_learning(_text_of(layer), 3)  # the statistics and the scale factor are blobs like any other
-        scale = wiring.scale_of(layer)
-        if layers[layer.name] and scale is not None:
-            edits += _stop_learning(_text_of(scale), 2 if scale.parameters.get("scale_param.bias_term") else 1)
-    return prototxt.edited(edits)
+
+    statistics: bool
+    affine: bool
+    blobs: int = 3
+
+
+def freeze_prototxt(prototxt: Prototxt, layers: Mapping[str, FrozenLayer]) -> str:
+    """The text with layers that do not change in training: use_global_stats, and lr_mult and decay_mult 0."""
+    return prototxt.edited(sorted(_freeze(prototxt, layers)))
+
+
+def _freeze(prototxt: Prototxt, layers: Mapping[str, FrozenLayer]) -> set[tuple[int, int, str]]:
+    """Ranges and new texts, in the net that is tested and in the one that is trained."""
+    edits: set[tuple[int, int, str]] = set()
+    for wiring in (Wiring.of(prototxt.layers), Wiring.of(prototxt.training)):
+        for layer in wiring.layers:
+            frozen = layers.get(layer.name)
+            if frozen is None or layer.type != "BatchNorm":
+                continue
+            own = 3 if frozen.statistics else 0  # blobs like any other
+            if frozen.statistics:
+                edits.update(_set_in_message(_text_of(layer), "batch_norm_param", "use_global_stats", "true"))
+            scale = wiring.scale_of(layer)
+            if frozen.affine and frozen.blobs == 5:
+                own = 5
+            elif frozen.affine and scale is not None:
+                edits.update(_stop_learning(_text_of(scale), 2 if scale.parameters.get("scale_param.bias_term") else 1))
+            if own:
+                edits.update(_stop_learning(_text_of(layer), own))
+    return edits
+
+
+def _frozen_layers(checkpoint: Checkpoint) -> dict[str, FrozenLayer]:
+    """What the edits of a checkpoint say of layers; they are worded as those of pickled modules."""
+    content: CaffeContent = checkpoint.content
+    kept: dict[str, set[str]] = {}
+    for edit in checkpoint.edits:
+        if isinstance(edit.step, SetAttribute):
+            kept.setdefault(edit.step.module, set()).add(edit.step.attribute)
+    return {
+        name: FrozenLayer(
+            statistics="training" in kept[name],
+            affine=bool(kept[name] & {"weight.requires_grad", "bias.requires_grad"}),
+            blobs=len(blobs_of(content.wiring.layers[index])),
+        )
+        for index, name in content.names.items()
+        if name in kept
+    }
 
 
 def _set_in_message(layer: TextField, message: str, name: str, value: str) -> Collection[tuple[int, int, str]]:

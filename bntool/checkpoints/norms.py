@@ -67,12 +67,17 @@ def _make(
         num_features=count_elements(vector.shape) if vector is not None else attributes.get("num_features"),
         tensors={role: tensors[role] for role in (*ROLES, *tensors) if role in tensors},
         eps=float(eps) if isinstance(eps, int | float) else None,
-        eps_source=EpsSource.MODULE if isinstance(eps, int | float) else EpsSource.UNKNOWN,
+        eps_source=_eps_source(attributes) if isinstance(eps, int | float) else EpsSource.UNKNOWN,
         momentum=float(momentum) if isinstance(momentum, int | float) else None,
         class_path=module.class_path if module is not None else "",
         attributes=attributes,
         version=version,
     )
+
+
+def _eps_source(attributes: Mapping[str, Any]) -> EpsSource:
+    """The module, unless the reader says otherwise; a pickled module may say anything."""
+    return EpsSource.PROTOTXT if attributes.get("eps_source") == EpsSource.PROTOTXT.value else EpsSource.MODULE
 
 
 def _version(state_dict: StateDict, layer: str) -> int | None:
@@ -87,7 +92,7 @@ def _kind_by_class(module: ModuleInfo | None, tensors: Mapping[str, Tensor]) -> 
         return None
     name = module.class_path.rpartition(".")[2]
     for part, kind in _CLASS_KINDS:
-        if part in name:
+        if part in name or (name == "BN" and kind is NormKind.BATCH_NORM):  # of forks of Caffe
             if kind.is_batch_norm and not all(role in tensors for role in STATISTICS):
                 return NormKind.NORM_WITHOUT_STATISTICS
             if kind is NormKind.BATCH_NORM:

@@ -60,10 +60,12 @@ class Prototxt:
     Attributes:
         text: of the file.
         layers: those that run when the net is tested, in order; ``source`` of each is its :class:`TextField`.
+        training: those that run when it is trained.
     """
 
     text: str = field(repr=False)
     layers: tuple[Layer, ...]
+    training: tuple[Layer, ...]
 
     def edited(self, edits: Sequence[tuple[int, int, str]]) -> str:
         """The text with ranges replaced.
@@ -96,10 +98,12 @@ def read_prototxt(file: SourceFile) -> Prototxt:
 def parse_prototxt(text: str) -> Prototxt:
     """Like :func:`read_prototxt`, for a text."""
     fields = _Parser(text).parse()
-    layers = [
-        one for one in fields if one.name in ("layer", "layers") and one.body_end is not None and _runs_in_test(one)
-    ]
-    return Prototxt(text, tuple(_as_layer(index, one) for index, one in enumerate(layers)))
+    written = [one for one in fields if one.name in ("layer", "layers") and one.body_end is not None]
+    tested, trained = (
+        tuple(_as_layer(index, one) for index, one in enumerate(one for one in written if _runs_in(phase, one)))
+        for phase in ("TEST", "TRAIN")
+    )
+    return Prototxt(text, tested, trained)
 
 
 class _Parser:
@@ -180,10 +184,10 @@ class _Parser:
         return TextField(name[1], name[2], token[2] + len(token[1]), token[1], token[2])
 
 
-def _runs_in_test(layer: TextField) -> bool:
-    included = [phase for rule in layer.all("include") for phase in rule.values("phase")]
-    excluded = [phase for rule in layer.all("exclude") for phase in rule.values("phase")]
-    return "TEST" not in excluded and (not included or "TEST" in included)
+def _runs_in(phase: str, layer: TextField) -> bool:
+    included = [value for rule in layer.all("include") for value in rule.values("phase")]
+    excluded = [value for rule in layer.all("exclude") for value in rule.values("phase")]
+    return phase not in excluded and (not included or phase in included)
 
 
 def _as_layer(index: int, text: TextField) -> Layer:

@@ -77,15 +77,7 @@ def command(
             "--input-shape or the one that was tried. Needs --model; takes about 10 s.",
         ),
     ] = False,
-    prototxt: Annotated[
-        Path | None,
-        typer.Option(
-            "--prototxt",
-            metavar="NET",
-            help="The .prototxt that a .caffemodel is run by; its eps wins, and the folded one is written beside OUT.",
-            show_default=False,
-        ),
-    ] = None,
+    prototxt: options.Prototxt = None,
     device: options.Device = "cpu",
     layers: options.Layers = None,
     state_dict: options.StateDictKey = None,

@@ -71,6 +71,7 @@ def command(
             "--emit", help="Print code or configuration that freezes the same layers there.", show_default=False
         ),
     ] = None,
+    prototxt: options.Prototxt = None,
     state_dict: options.StateDictKey = None,
     layers: options.Layers = None,
     dry_run: options.DryRun = False,
@@ -92,12 +93,16 @@ def command(
 
       bntool freeze ckpt.pt --emit python
 
+      bntool freeze net.caffemodel --prototxt train_val.prototxt -o frozen.caffemodel
+
     Then, in your training script: bntool.apply_freeze(model, "frozen.pt"). After training, bntool diff --expect
     norm-eval proves that nothing moved.
     """
     from bntool.checkpoints.application import apply_plan
     from bntool.checkpoints.formats import open_checkpoint
-    from bntool.cli.writing import check_output, check_plan, save
+    from bntool.cli.nets import deploy_net, save_with_net
+    from bntool.cli.writing import check_output, check_plan
+    from bntool.errors import RefusedError
     from bntool.operations.emission import EmitTarget, emit_freeze
     from bntool.operations.freezing import FreezeForm, plan_freeze
     from bntool.reports.freezing import describe_freeze, show_freeze
@@ -105,8 +110,11 @@ def command(
     from bntool.reports.report import FileReport, Report
 
     dry_run = dry_run or (emit is not None and output is None)
-    with open_checkpoint(checkpoint) as source:
-        check_output(source, output, dry_run=dry_run, force=force)
+    with open_checkpoint(checkpoint) as opened:
+        if emit is not None and not opened.format.is_pytorch:
+            raise RefusedError(f"--emit writes code for PyTorch models, not for {opened.format.title}", path=checkpoint)
+        check_output(opened, output, dry_run=dry_run, force=force)
+        source, net = deploy_net(opened, prototxt, None if dry_run else output, force=force)
         freeze = plan_freeze(
             source,
             state_dict=state_dict,
@@ -124,8 +132,8 @@ def command(
             code = emit_freeze(freeze.policy, EmitTarget(emit.value), batchnorms=freeze.batchnorms)
         written = None if dry_run else str(output)
         edited = apply_plan(source, freeze.plan)
-        if not dry_run:
-            save(edited, output, force=force)
+        if not dry_run and output is not None:
+            save_with_net(edited, output, net, force=force)
         loading = show_loading_code(edited, edited.state_dict(freeze.plan.state_dict), str(output))
         facts = describe_freeze(source, freeze, output=written, emitted=code)
         blocks = show_freeze(freeze, output=written, emitted=code, loading=loading)

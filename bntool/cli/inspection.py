@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from enum import Enum
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -39,6 +40,15 @@ def command(
     verify_crc: Annotated[
         bool, typer.Option("--verify-crc", help="Hold every byte against the checksums of the file (reads all of it).")
     ] = False,
+    prototxt: Annotated[
+        Path | None,
+        typer.Option(
+            "--prototxt",
+            metavar="NET",
+            help="The .prototxt that a .caffemodel is run by; its eps wins.",
+            show_default=False,
+        ),
+    ] = None,
     as_json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> int:
@@ -52,6 +62,8 @@ def command(
       bntool inspect ckpt.pt --layers 'backbone.layer3.*' --json
 
       bntool inspect *.pt --fail-on error --quiet
+
+      bntool inspect net.caffemodel --prototxt deploy.prototxt
 
     Findings are marked X (error), ! (warning) and i (notice); docs/findings.md says what each means and what to do.
     """
@@ -67,6 +79,10 @@ def command(
     for path in checkpoints:
         try:
             with open_checkpoint(path) as checkpoint:
+                if prototxt is not None:
+                    from bntool.cli.nets import deploy_net
+
+                    checkpoint, _ = deploy_net(checkpoint, prototxt, None, force=False)  # noqa: PLW2901
                 inspection = inspect_checkpoint(
                     checkpoint,
                     state_dict=state_dict,

@@ -1,4 +1,4 @@
-"""The ``.prototxt`` beside a ``.caffemodel``: reading it, and writing the one of the folded net."""
+"""The ``.prototxt`` beside a ``.caffemodel``: reading it, and writing the one of the folded or frozen net."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from pathlib import Path
 
 from bntool.checkpoints.checkpoint import Checkpoint
 from bntool.checkpoints.files import SourceFile
+from bntool.checkpoints.formats import write_checkpoint
 from bntool.checkpoints.outputs import OutputFiles, check_output_differs
 from bntool.checkpoints.prototxt import Prototxt, read_prototxt
 from bntool.errors import RefusedError, UsageError
@@ -49,9 +50,16 @@ def write_net(checkpoint: Checkpoint, net: Prototxt | None, output: Path, files:
     """Write the ``.prototxt`` that runs the written model, where one was given, in the transaction of the model."""
     if net is None:
         return
-    from bntool.checkpoints.caffe_deployment import fold_prototxt
+    from bntool.checkpoints.caffe_deployment import edit_prototxt
 
-    files.open(_beside(output)).write(fold_prototxt(checkpoint, net).encode("utf-8"))
+    files.open(_beside(output)).write(edit_prototxt(checkpoint, net).encode("utf-8"))
+
+
+def save_with_net(checkpoint: Checkpoint, output: Path, net: Prototxt | None, *, force: bool) -> None:
+    """Write an edited checkpoint, and the ``.prototxt`` that runs it where one was given: both appear, or neither."""
+    with OutputFiles(force=force, mode=checkpoint.file.mode) as files:
+        write_checkpoint(checkpoint, output, files)
+        write_net(checkpoint, net, output, files)
 
 
 def _beside(output: Path) -> Path:

@@ -31,6 +31,15 @@ Layers = Annotated[
         show_default=False,
     ),
 ]
+Prototxt = Annotated[
+    Path | None,
+    typer.Option(
+        "--prototxt",
+        metavar="NET",
+        help="The .prototxt that a .caffemodel is run by; its eps wins, and a changed one is written beside OUT.",
+        show_default=False,
+    ),
+]
 Output = Annotated[
     Path | None,
     typer.Option("--output", "-o", metavar="OUT", help="File to write. Required unless --dry-run.", show_default=False),

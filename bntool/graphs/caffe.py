@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
+from bntool.batchnorm import DEFAULT_EPS
 from bntool.checkpoints.caffe_blobs import CaffeContent
 from bntool.checkpoints.caffe_net import Layer
 from bntool.checkpoints.checkpoint import Checkpoint
@@ -74,11 +75,10 @@ class _Building:
         name = self.names[layer.index]
         own = self.own.get(name, {})
         facts: dict[str, Any] = {"layer": name, "class_name": layer.type}
-        if self.shared.intersection(layer.shared):
-            return {**facts, "reads": list(own.values())}  # tied to other layers
-        if len(layer.tops) != 1 or len(layer.bottoms) != 1:
+        is_tied = bool(self.shared.intersection(layer.shared))
+        if is_tied or len(layer.tops) != 1 or len(layer.bottoms) != 1:
             return {**facts, "reads": list(own.values())}
-        if name in self.norms and "running_mean" in own:
+        if (name in self.norms or layer.type == "BN") and "running_mean" in own:
             return {**facts, **self._batch_norm(layer, own)}
         if layer.type in _CONVOLUTIONS and "weight" in own:
             return {**facts, "parameters": own, **self._convolution(layer, self.tensors[own["weight"]].shape)}
@@ -93,7 +93,8 @@ class _Building:
             "kind": NodeKind.BATCH_NORM,
             "parameters": own,
             "channels": lengths[0],
-            "eps": layer.parameters.get("batch_norm_param.eps", 1e-5),
+            # BN is of PSPNet's fork, whose parameters are not known here
+            "eps": layer.parameters.get("batch_norm_param.eps", DEFAULT_EPS) if layer.type != "BN" else None,
             # unless it is said otherwise, a net that is tested uses the stored statistics
             "training": layer.parameters.get("batch_norm_param.use_global_stats") is False,
         }

@@ -81,8 +81,8 @@ def plan_conversion(
     check_changeable(checkpoint)
     if not checkpoint.format.is_pytorch:
         raise RefusedError(
-            f"a {checkpoint.format.title} model is not a state dict: its names and the layout of its weights are those "
-            "of another framework, and no PyTorch model would load them; copy them into a PyTorch model and save that",
+            f"{checkpoint.format.title} models are no state dicts: names and layout of weights are those of another "
+            "framework, and no PyTorch model would load them; copy them into a PyTorch model and save that",
             path=checkpoint.path,
         )
     source = choose_state_dict(checkpoint, state_dict)

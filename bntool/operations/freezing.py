@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 
-from bntool.batchnorm import NormKind
+from bntool.batchnorm import BatchNorm, NormKind
 from bntool.checkpoints.checkpoint import Checkpoint, StateDict, check_changeable, choose_state_dict
 from bntool.checkpoints.norms import find_batchnorms
 from bntool.checkpoints.tensors import StoredTensor
@@ -33,6 +33,16 @@ class FreezeForm(Enum):
     CONSTANT = "constant"  # statistics are folded into weight and bias
 
 
+class Carrier(Enum):
+    """What keeps the layers from changing, once the file is written."""
+
+    RECORD = "record"  # nothing yet: the policy that is recorded, once it is applied to the live model
+    MODULES = "modules"  # flags of pickled modules, and the record
+    LAYERS = "layers"  # what a Keras file says of its layers
+    NET = "net"  # the .prototxt that a Caffe model is trained by
+    CONSTANTS = "constants"  # the format is a program for inference: there is nothing to keep
+
+
 @dataclass(frozen=True)
 class FreezePlan:
     """A plan and what it means.
@@ -43,8 +53,7 @@ class FreezePlan:
         form: what becomes of the tensors.
         batchnorms: all layers of the state dict, selected or not.
         frozen_parameters: names of the parameters that the policy keeps from training.
-        sets_flags: the file is a pickled module whose flags are set.
-        sets_trainable: the file says itself which layers train, and was changed in that.
+        carrier: what the freeze lies in.
         optimizers: which entries of optimizer states belong to frozen parameters.
     """
 
@@ -53,8 +62,7 @@ class FreezePlan:
     form: FreezeForm
     batchnorms: tuple[str, ...]
     frozen_parameters: tuple[str, ...]
-    sets_flags: bool
-    sets_trainable: bool
+    carrier: Carrier
     optimizers: tuple[OptimizerEntries, ...]
 
 
@@ -91,14 +99,8 @@ def plan_freeze(  # noqa: PLR0913 each is an option of the command
     check_changeable(checkpoint)
     if not norm_eval and requires_grad is not False and frozen_stages in (None, -1):
         raise UsageError("with --no-norm-eval and without --no-requires-grad or --frozen-stages nothing is frozen")
-    if checkpoint.format.name == "onnx" and form is FreezeForm.POLICY and for_file:
-        raise RefusedError(
-            "an ONNX model is a program for inference: nothing in it trains, so there is nothing to freeze; freeze the "
-            "model that it was exported from",
-            path=checkpoint.path,
-        )
-    whole_layers = checkpoint.format.trains_whole_layers
-    if whole_layers:
+    carrier = _find_carrier(checkpoint, form=form, for_file=for_file)
+    if carrier is Carrier.LAYERS:
         check_whole_layers(
             checkpoint,
             norm_eval=norm_eval,
@@ -108,6 +110,8 @@ def plan_freeze(  # noqa: PLR0913 each is an option of the command
         )
         requires_grad = False
     source = choose_state_dict(checkpoint, state_dict)
+    if source.is_module:
+        carrier = Carrier.MODULES
     norms = find_batchnorms(source)
     selected = [norm for norm in norms if selects(layers, norm.name)]
     skips = [
@@ -133,13 +137,10 @@ def plan_freeze(  # noqa: PLR0913 each is an option of the command
         skips += constant_skips
         unchanged = {skip.layer for skip in constant_skips}
         concerned = [norm for norm in concerned if norm.name not in unchanged]
-    if source.is_module:
-        steps += _flags(source, policy)
-    elif whole_layers:
-        found = list(find_trainable(checkpoint, source, concerned))
-        steps += [one for one in found if isinstance(one, SetAttribute)]
-        skips += [one for one in found if isinstance(one, Skip)]
-        concerned = [norm for norm in concerned if norm.name not in {skip.layer for skip in skips}]
+    switches, unknown = _switch(checkpoint, source, carrier, concerned, policy)
+    steps += switches
+    skips += unknown
+    concerned = [norm for norm in concerned if norm.name not in {skip.layer for skip in unknown}]
     frozen_parameters = tuple(_frozen_parameters(source, policy))
     plan = Plan(
         Operation.FREEZE,
@@ -148,7 +149,8 @@ def plan_freeze(  # noqa: PLR0913 each is an option of the command
         skips=tuple(skips),
         layers=tuple(norm.name for norm in concerned),
     )
-    if steps if whole_layers else concerned or frozen_parameters:
+    keeps_policy = carrier in (Carrier.RECORD, Carrier.MODULES) and (concerned or frozen_parameters)
+    if keeps_policy or (carrier is Carrier.LAYERS and steps):
         record = make_record(plan, form=form.value, policy=policy.to_record())
         if not for_file or _has_place(checkpoint, source, plan):
             plan = plan.with_record(record)
@@ -158,10 +160,64 @@ def plan_freeze(  # noqa: PLR0913 each is an option of the command
         form=form,
         batchnorms=tuple(norm.name for norm in norms),
         frozen_parameters=frozen_parameters,
-        sets_flags=source.is_module,
-        sets_trainable=whole_layers,
+        carrier=carrier,
         optimizers=find_optimizer_entries(checkpoint, source, frozen_parameters),
     )
+
+
+def _find_carrier(checkpoint: Checkpoint, *, form: FreezeForm, for_file: bool) -> Carrier:
+    if checkpoint.format.name == "onnx":
+        if form is FreezeForm.POLICY or not for_file:
+            raise RefusedError(
+                "an ONNX model is a program for inference: nothing in it trains, so there is nothing to freeze; freeze "
+                "the model that it was exported from",
+                path=checkpoint.path,
+            )
+        return Carrier.CONSTANTS
+    if checkpoint.format.name == "caffe":
+        if not for_file:
+            raise RefusedError("--emit writes code for PyTorch; a Caffe net is frozen by its .prototxt: --prototxt NET")
+        if checkpoint.content.deployed is None:
+            raise RefusedError(
+                "what of a Caffe net trains is said by its .prototxt: give it with --prototxt NET", path=checkpoint.path
+            )
+        return Carrier.NET
+    return Carrier.LAYERS if checkpoint.format.trains_whole_layers else Carrier.RECORD
+
+
+def _switch(
+    checkpoint: Checkpoint,
+    source: StateDict,
+    carrier: Carrier,
+    layers: Sequence[BatchNorm],
+    policy: FreezePolicy,
+) -> tuple[Sequence[Step], Sequence[Skip]]:
+    """What the file itself can say of a policy, and the layers of which it cannot."""
+    if carrier is Carrier.MODULES:
+        return _flags(source, policy), []
+    if carrier is Carrier.LAYERS:
+        found = list(find_trainable(checkpoint, source, layers))
+        return [f for f in found if isinstance(f, SetAttribute)], [f for f in found if isinstance(f, Skip)]
+    return _switch_net(layers, policy) if carrier is Carrier.NET else ([], [])
+
+
+def _switch_net(layers: Sequence[BatchNorm], policy: FreezePolicy) -> tuple[list[Step], list[Skip]]:
+    """The policy in words of a net: they become use_global_stats, lr_mult and decay_mult."""
+    if policy.stages is not None:
+        raise UsageError("--frozen-stages knows backbones of PyTorch; name the layers of a Caffe net with --layers")
+    steps: list[Step] = []
+    skips: list[Skip] = []
+    for norm in layers:
+        if norm.class_path != "caffe.BatchNorm":
+            kind = norm.class_path.rpartition(".")[2]
+            skips.append(Skip(norm.name, SkipReason.NOT_A_BATCHNORM, f"type {kind} is of a fork of Caffe"))
+            continue
+        if policy.norm_eval:
+            steps.append(SetAttribute(norm.name, "training", value=False))
+        if policy.requires_grad is False:
+            roles = (role for role in ("weight", "bias") if role in norm.tensors)
+            steps += (SetAttribute(norm.name, f"{role}.requires_grad", value=False) for role in roles)
+    return steps, skips
 
 
 def _modules(state_dict: StateDict) -> list[str]:

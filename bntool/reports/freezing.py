@@ -7,7 +7,7 @@ from typing import Any
 
 from bntool.checkpoints.checkpoint import Checkpoint
 from bntool.layers.policy import FreezePolicy
-from bntool.operations.freezing import FreezeForm, FreezePlan
+from bntool.operations.freezing import Carrier, FreezeForm, FreezePlan
 from bntool.plan import Record, SetAttribute, SetTensor, Skip, describe_step
 from bntool.reports.blocks import Block, Cell, Line, Style, line
 from bntool.reports.text import plural
@@ -28,13 +28,13 @@ def describe_freeze(
         "layers": list(plan.layers),
         "frozen_parameters": list(freeze.frozen_parameters),
         "recorded": any(plan.steps_of(Record)),
-        "sets_flags": freeze.sets_flags or freeze.sets_trainable,
+        "sets_flags": freeze.carrier in (Carrier.MODULES, Carrier.LAYERS, Carrier.NET),
         "steps": [describe_step(step) for step in plan.steps if not isinstance(step, Record)],
         "skips": [describe_skip(skip) for skip in plan.skips],
         "optimizers": [
             {"path": o.path, "parameters": o.count, "frozen": o.frozen, "reason": o.reason} for o in freeze.optimizers
         ],
-        "apply": apply_line(output) if output is not None else None,
+        "apply": apply_line(output) if output is not None and any(plan.steps_of(Record)) else None,
         "emitted": emitted,
         "output": output,
     }
@@ -72,7 +72,7 @@ def show_freeze(
 def _policy(freeze: FreezePlan) -> list[Block]:
     policy = freeze.policy
     blocks: list[Block] = [line(f"freeze {plural(len(freeze.plan.layers), 'BatchNorm layer')}", Style.HEADING)]
-    if policy.layers:
+    if policy.layers and freeze.carrier is not Carrier.CONSTANTS:
         # what the two switches say of the layers selected
         statistics = "stay (norm_eval)" if policy.norm_eval else "move"
         blocks.append(line(f"running_mean, running_var, num_batches_tracked: {statistics}", indent=2))
@@ -110,11 +110,18 @@ def _changes(freeze: FreezePlan) -> list[Block]:
         )
     flags = list(plan.steps_of(SetAttribute))
     modes = sum(step.attribute == "training" for step in flags)
-    if freeze.sets_flags:
+    if freeze.carrier is Carrier.MODULES:
         text = f"in the pickled modules: training=False {modes} times, requires_grad {len(flags) - modes} times"
         blocks.append(line(text, indent=2))
-    elif freeze.sets_trainable:
+    elif freeze.carrier is Carrier.LAYERS:
         blocks.append(line(f"in the configuration of {plural(len(flags), 'layer')}: trainable false", indent=2))
+    elif freeze.carrier is Carrier.NET:
+        affine = len({step.module for step in flags if step.attribute != "training"})
+        parts = (
+            f"use_global_stats in {plural(modes, 'layer')}, whose statistics do not learn (lr_mult 0)" if modes else "",
+            f"weight and bias of {plural(affine, 'layer')} do not learn (lr_mult 0)" if affine else "",
+        )
+        blocks.append(line(f"in the .prototxt: {'; '.join(filter(None, parts))}", indent=2))
     return blocks
 
 
@@ -147,16 +154,23 @@ def _optimizers(freeze: FreezePlan) -> list[Block]:
 
 
 def _how_to_load(freeze: FreezePlan, output: str, loading: Sequence[str]) -> list[Block]:
+    if freeze.carrier in (Carrier.NET, Carrier.CONSTANTS):
+        kept = [line("Caffe itself keeps these layers so when it trains by the .prototxt beside it.")]
+        return [
+            *(kept if freeze.carrier is Carrier.NET else []),
+            line("It runs as before:", Style.MUTED),
+            *(line(text, Style.MUTED, indent=4) for text in loading),
+        ]
     recorded = any(freeze.plan.steps_of(Record))
     blocks: list[Block] = []
-    if freeze.sets_trainable:
+    if freeze.carrier is Carrier.LAYERS:
         return [
             line(
                 "Load it; training leaves these layers alone, their statistics too, as long as they are not trainable:"
             ),
             *(line(text, indent=4) for text in loading),
         ]
-    if freeze.sets_flags:
+    if freeze.carrier is Carrier.MODULES:
         warning = "The file freezes until model.train() is called: that switches eval mode off again."
     else:
         warning = "The file alone freezes nothing: a state dict holds neither modes nor requires_grad."

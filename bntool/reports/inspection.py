@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -59,6 +60,7 @@ def _describe_state_dict(
 
 def _describe_layer(layer: LayerInspection) -> dict[str, Any]:
     norm = layer.layer
+    factor = norm.attributes.get("scale_factor")
     return {
         "name": norm.name,
         "kind": norm.kind.value,
@@ -66,6 +68,7 @@ def _describe_layer(layer: LayerInspection) -> dict[str, Any]:
         "eps": norm.eps,
         "eps_source": norm.eps_source.value,
         "momentum": norm.momentum,
+        **({"scale_factor": factor} if isinstance(factor, float) and math.isfinite(factor) else {}),
         "num_batches_tracked": layer.num_batches_tracked,
         "tensors": {role: _describe_summary(summary) for role, summary in layer.tensors.items()},
         "findings": _describe_findings(layer.findings),

@@ -123,8 +123,17 @@ def _common_facts(layers: Sequence[LayerInspection]) -> Iterable[Block]:
     momentum = [layer.layer.momentum for layer in layers]
     if _common(momentum) is not None:
         said.append(f"momentum {format_number(momentum[0] or 0.0)}")
+    factors = [_scale_factor(layer) for layer in layers]
+    if _common(factors) is not None:
+        said.append(f"statistics divided by the scale factor {format_number(factors[0] or 0.0, 6)}")
     if said:
         yield line("every layer: " + ", ".join(said))
+
+
+def _scale_factor(layer: LayerInspection) -> float | None:
+    """By which Caffe divides the statistics it stores; those shown are divided already."""
+    factor = layer.layer.attributes.get("scale_factor")
+    return factor if isinstance(factor, float) else None
 
 
 def _records(history: Sequence[Any]) -> Iterable[Block]:
@@ -151,11 +160,13 @@ def _layer_table(layers: Sequence[LayerInspection]) -> Table:
         Column("batches", right=True),
         Column("eps", right=True),
         Column("momentum", right=True, wide=WIDE),
+        Column("scale factor", right=True),
         Column("findings", wide=WIDE),
     ]
     kinds = [_kind(layer) for layer in layers]
     same_count = _common([layer.num_batches_tracked for layer in layers]) is not None
     same_eps = _common([layer.layer.eps for layer in layers]) is not None
+    same_factor = _common([_scale_factor(layer) for layer in layers]) is not None
     same_momentum = _common([layer.layer.momentum for layer in layers]) is not None
     rows = []
     for layer in layers:
@@ -163,6 +174,7 @@ def _layer_table(layers: Sequence[LayerInspection]) -> Table:
         style = _STYLES[worst] if worst else Style.PLAIN
         momentum = "" if same_momentum or norm.momentum is None else format_number(norm.momentum)
         eps = "" if same_eps or norm.eps is None else format_number(norm.eps)
+        factor = _scale_factor(layer)
         count = "" if same_count or layer.num_batches_tracked is None else str(layer.num_batches_tracked)
         rows.append(
             (
@@ -175,6 +187,7 @@ def _layer_table(layers: Sequence[LayerInspection]) -> Table:
                 Cell(count),
                 Cell(eps),
                 Cell(momentum),
+                Cell("" if same_factor or factor is None else format_number(factor, 6)),
                 Cell(", ".join(finding.short for finding in layer.findings), style),
             )
         )

@@ -10,6 +10,7 @@ import struct
 import tempfile
 import warnings
 from pathlib import Path
+from typing import IO
 
 import torch
 from safetensors.torch import save_file
@@ -17,6 +18,7 @@ from torch import nn
 
 from tests.benchmarks.measuring import measure, print_table, python
 
+_ROLES = ("weight", "bias", "running_mean", "running_var")
 WIDTHS = ((64, 3), (128, 4), (256, 6), (512, 3))
 
 
@@ -93,6 +95,31 @@ def write_other_layouts(state: dict[str, torch.Tensor], folder: Path) -> dict[st
     }
 
 
+def write_caffemodel(state: dict[str, torch.Tensor], path: Path) -> Path:
+    """The same tensors as a Caffe model: BatchNorm with a scale factor, and Scale."""
+    from bntool.checkpoints.protobufs.writing import embed, packed_integers
+
+    def write_layer(stream: IO[bytes], name: str, kind: str, blobs: list[torch.Tensor]) -> None:
+        pieces = [*embed(1, name.encode()), *embed(2, kind.encode()), *embed(3, b"x"), *embed(4, b"x")]
+        for blob in blobs:
+            data = blob.detach().numpy().tobytes()
+            pieces += embed(7, *embed(7, packed_integers(1, blob.shape)), *embed(5, data))
+        stream.write(b"".join(embed(100, *pieces)))
+
+    with path.open("wb") as stream:
+        for name in dict.fromkeys(key.rpartition(".")[0] for key in state):
+            own = {role: state[f"{name}.{role}"] for role in _ROLES if f"{name}.{role}" in state}
+            if "running_mean" in own:
+                factor = torch.tensor([999.98])
+                statistics = [own["running_mean"] * factor, own["running_var"] * factor, factor]
+                write_layer(stream, name, "BatchNorm", statistics)
+                write_layer(stream, f"{name}.scale", "Scale", [own["weight"], own["bias"]])
+            else:
+                kind = "Convolution" if own["weight"].dim() == 4 else "InnerProduct"
+                write_layer(stream, name, kind, [*own.values()])
+    return path
+
+
 def run(rounds: int = 9) -> None:
     """Print the table."""
     with tempfile.TemporaryDirectory() as folder:
@@ -104,6 +131,7 @@ def run(rounds: int = 9) -> None:
         save_file(state, safe)
         write_sparse_safetensors(sparse, gigabytes=10)
         others = write_other_layouts(state, Path(folder))
+        others["r50.caffemodel"] = write_caffemodel(state, Path(folder) / "r50.caffemodel")
         load = f"import torch; torch.load({str(zipped)!r}, weights_only=True, mmap=True)"
         inspect = ("-m", "bntool", "inspect")
         peer = "import torch; torch.load(.pt, mmap=True)"

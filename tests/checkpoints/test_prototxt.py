@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from bntool.checkpoints.caffe_deployment import deploy, freeze_prototxt
+from bntool.checkpoints.caffe_deployment import FrozenLayer, deploy, freeze_prototxt
 from bntool.checkpoints.files import SourceFile
 from bntool.checkpoints.formats import open_checkpoint
 from bntool.checkpoints.norms import find_batchnorms
@@ -47,14 +47,14 @@ def test_nothing_to_change_changes_nothing() -> None:
 
 
 def test_freezing_sets_switches_and_learning_rates_and_nothing_else() -> None:
-    frozen = freeze_prototxt(parse_prototxt(NET), {"bn1": True})
+    frozen = freeze_prototxt(parse_prototxt(NET), {"bn1": FrozenLayer(statistics=True, affine=True)})
     assert frozen.count("use_global_stats: true") == 1
     before, after = parse_prototxt(NET).layers, parse_prototxt(frozen).layers
     assert [layer.parameters for layer in after][::2] == [layer.parameters for layer in before][::2]
     rates = [[spec.values("lr_mult") for spec in layer.source.all("param")] for layer in after]
     assert rates == [[("1",)], [("0",), ("0",), ("0",)], [("0",), ("0",)]]
     assert "# a comment { with braces" in frozen
-    assert freeze_prototxt(parse_prototxt(frozen), {"bn1": True}) == frozen
+    assert freeze_prototxt(parse_prototxt(frozen), {"bn1": FrozenLayer(statistics=True, affine=True)}) == frozen
 
 
 @pytest.mark.parametrize(
@@ -78,7 +78,7 @@ def test_damaged_texts_are_refused_or_read() -> None:
         try:
             with time_limit(5):
                 net = parse_prototxt(text)
-                freeze_prototxt(net, {"bn1": False})
+                freeze_prototxt(net, {"bn1": FrozenLayer(statistics=True, affine=False)})
         except BntoolError:
             pass
 

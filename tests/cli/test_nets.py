@@ -78,3 +78,62 @@ def test_what_does_not_go_together(tmp_path, capsys):
     assert main(["freeze", onnx, "-o", target]) == 4
     assert "nothing in it trains" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_a_caffe_net_is_frozen_by_its_prototxt(tmp_path, capsys):
+    source, target = FOLDER / "caffe_folding" / "in_place", tmp_path / "frozen.caffemodel"
+    arguments = ["freeze", f"{source}.caffemodel", "-o", str(target)]
+    assert main(arguments) == 4
+    assert main([*arguments, "--emit", "python", "--prototxt", f"{source}.prototxt"]) == 4
+    assert not list(tmp_path.iterdir())
+    capsys.readouterr()
+    assert main([*arguments, "--no-requires-grad", "--prototxt", f"{source}.prototxt"]) == 0
+    out = capsys.readouterr().out
+    assert "apply_freeze" not in out
+    assert "use_global_stats in 2 layers" in out
+    assert target.read_bytes() == Path(f"{source}.caffemodel").read_bytes()
+    text = target.with_suffix(".prototxt").read_text()
+    assert text == Path(f"{source}.policy.prototxt").read_text()
+    assert text.count("use_global_stats: true") == 2
+    assert text.count("lr_mult: 0 decay_mult: 0") == 10  # of three blobs of a BatchNorm, two of a Scale
+
+
+def test_the_switches_of_freeze_are_apart_in_a_net(tmp_path):
+    source, target = FOLDER / "caffe_folding" / "in_place", tmp_path / "frozen.caffemodel"
+    arguments = ["freeze", f"{source}.caffemodel", "-o", str(target), "--prototxt", f"{source}.prototxt", "--force"]
+    assert main([*arguments, "--layers", "bn2"]) == 0
+    text = target.with_suffix(".prototxt").read_text()
+    assert (text.count("use_global_stats"), text.count("lr_mult: 0")) == (1, 3)
+    assert main([*arguments, "--no-norm-eval", "--no-requires-grad"]) == 0
+    text = target.with_suffix(".prototxt").read_text()
+    assert (text.count("use_global_stats"), text.count("lr_mult: 0")) == (0, 4)
+
+
+def test_the_net_says_eps_and_where_it_is_from(tmp_path, capsys):
+    model, net = FOLDER / "caffe_tiny_std.caffemodel", FOLDER / "caffe_tiny_eps1e3.prototxt"
+    assert main(["inspect", str(model), "--prototxt", str(net)]) == 0
+    assert "eps 0.001 (prototxt)" in capsys.readouterr().out
+    assert main(["inspect", str(model), "--prototxt", str(net), "--json"]) == 0
+    (facts,) = json.loads(capsys.readouterr().out)["files"]
+    (layer,) = facts["state_dicts"][0]["layers"]
+    assert (layer["eps"], layer["eps_source"]) == (1e-3, "prototxt")
+    assert layer["scale_factor"] == pytest.approx(999.98236)
+    assert main(["inspect", str(FOLDER / "onnx_tiny.onnx"), "--prototxt", str(net)]) == 2
+    assert main(["inspect", str(model), "--prototxt", str(tmp_path / "none.prototxt")]) == 3
+
+
+def test_constants_in_a_program_for_inference_promise_no_freezing(tmp_path, capsys):
+    target = tmp_path / "constant.onnx"
+    assert main(["freeze", str(FOLDER / "onnx_tiny.onnx"), "--as", "constant", "-o", str(target)]) == 0
+    out = capsys.readouterr().out
+    for wrong in ("apply_freeze", "model.train()", "freezes nothing", "num_batches_tracked", "--emit"):
+        assert wrong not in out
+    assert "statistics folded into weight and bias" in out
+
+
+@pytest.mark.parametrize("name", ["onnx_tiny.onnx", "caffe_tiny_std.caffemodel"])
+@pytest.mark.parametrize("target", ["torch", "safetensors", "batchnorm", "frozen-batchnorm"])
+def test_programs_are_not_converted_to_state_dicts(name, target, tmp_path, capsys):
+    assert main(["convert", str(FOLDER / name), "--to", target, "-o", str(tmp_path / "out"), "--eps", "1e-5"]) == 4
+    assert "are no state dicts" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())

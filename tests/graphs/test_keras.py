@@ -24,7 +24,7 @@ from bntool.checkpoints.tensors import read_numbers
 from bntool.errors import BntoolError, RefusedError
 from bntool.graphs.graph import Evidence
 from bntool.graphs.stored import stored_graph
-from bntool.operations.freezing import plan_freeze
+from bntool.operations.freezing import Carrier, plan_freeze
 from bntool.plan import (
     AddTensor,
     Operation,
@@ -294,7 +294,7 @@ def test_freezing_sets_trainable(suffix: str, tmp_path: Path) -> None:
     source = RECORDED / f"nested{suffix}"
     with open_checkpoint(source) as checkpoint:
         freeze = plan_freeze(checkpoint, layers=["block.*", "function.*"])
-        assert freeze.sets_trainable
+        assert freeze.carrier is Carrier.LAYERS
         assert freeze.plan.layers == ("block.b", "block.b2")
         assert [(skip.layer, skip.reason.value) for skip in freeze.plan.skips] == [("function.b", "frozen")]
         save_checkpoint(apply_plan(checkpoint, freeze.plan), tmp_path / f"a{suffix}")

@@ -13,13 +13,16 @@ import pytest
 import torch
 from torch.nn import functional
 
+from bntool.batchnorm import NormKind
 from bntool.checkpoints.formats import open_checkpoint
+from bntool.checkpoints.norms import find_norms
+from bntool.checkpoints.protobufs.writing import embed, packed_integers
 from bntool.checkpoints.tensors import read_numbers
-from bntool.errors import BntoolError
+from bntool.errors import BntoolError, UsageError
 from bntool.graphs.graph import Evidence
 from bntool.graphs.stored import stored_graph
 from tests.fuzz import mutate, time_limit
-from tests.graphs.folding import fold_file
+from tests.graphs.folding import fold_file, freeze_net
 
 FOLDER = Path(__file__).parents[1] / "fixtures" / "interop"
 RECORDED = {
@@ -42,6 +45,17 @@ def test_folds_as_the_runtimes_approved(kind: str, key: str, tmp_path: Path) -> 
     for written in tmp_path.iterdir():
         assert written.read_bytes() == (recorded / written.name).read_bytes(), written.name
     assert facts["error"] <= (4e-3 if name.startswith("half") else 1e-5)
+
+
+@pytest.mark.parametrize("form", ["policy", "constant"])
+def test_freezes_nets_as_the_runtime_approved(form: str, tmp_path: Path) -> None:
+    """Byte for byte the files whose outputs OpenCV found to be those of the original."""
+    recorded, name = FOLDER / "caffe_folding", f"in_place.{form}.caffemodel"
+    freeze_net(recorded / "in_place.caffemodel", tmp_path / name, form=form)
+    for written in tmp_path.iterdir():
+        assert written.read_bytes() == (recorded / written.name).read_bytes(), written.name
+    same = (recorded / "in_place.caffemodel").read_bytes() == (recorded / name).read_bytes()
+    assert same is (form == "policy")
 
 
 def tensors_of(path: Path) -> Mapping[str, torch.Tensor]:
@@ -117,3 +131,52 @@ def test_a_layer_that_uses_batch_statistics_when_tested_is_left_alone(switch: bo
     plan = fold_file(tmp_path / "a.caffemodel", tmp_path / "b.caffemodel")
     assert bool(plan.folds) is switch
     assert [skip.reason.value for skip in plan.skips] == ([] if switch else ["normalises by batch statistics"])
+
+
+@pytest.mark.parametrize("layout", ["folded", "same-keys"])
+def test_folds_the_batchnorm_of_pspnet(layout: str, tmp_path: Path) -> None:
+    """A fork's layer with slope, bias, mean and variance, which no runtime at hand has: torch computes both sides."""
+    rng = np.random.default_rng(0)
+    blobs = [rng.normal(size=(1, 4, 1, 1)) for _ in range(3)] + [rng.uniform(1, 2, size=(1, 4, 1, 1))]
+    make_net(tmp_path / "net.caffemodel", {"conv": [rng.normal(size=(4, 3, 1, 1))], "bn": blobs})
+    with pytest.raises(UsageError, match="eps is not known"):
+        fold_file(tmp_path / "net.caffemodel", tmp_path / "out.caffemodel", layout=layout)
+    plan = fold_file(tmp_path / "net.caffemodel", tmp_path / "out.caffemodel", layout=layout, eps=1e-3)
+    assert plan.layers == ("bn",)
+    before, after = tensors_of(tmp_path / "net.caffemodel"), tensors_of(tmp_path / "out.caffemodel")
+    x = torch.randn(2, 3, 4, 4, dtype=torch.float64)
+
+    def run(state: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        y = functional.conv2d(x, state["conv.weight"], state.get("conv.bias"))
+        if "bn.running_mean" not in state:
+            return y
+        roles = (state[f"bn.{role}"].flatten() for role in ("running_mean", "running_var", "weight", "bias"))
+        return functional.batch_norm(y, *roles, eps=1e-3)
+
+    assert ("bn.running_mean" in after) is (layout == "same-keys")
+    assert (run(after) - run(before)).abs().max() < 1e-5 * run(before).abs().max()
+
+
+def test_the_batchnorm_of_segnet_is_a_scale_and_a_shift(tmp_path: Path) -> None:
+    """Its statistics are already part of both blobs: nothing is to be folded, and nothing is shown as a BatchNorm."""
+    blobs = [np.full((1, 4, 1, 1), value) for value in (2.0, 3.0)]
+    make_net(tmp_path / "net.caffemodel", {"conv": [np.ones((4, 3, 1, 1))], "bn": blobs})
+    with open_checkpoint(tmp_path / "net.caffemodel") as checkpoint:
+        (norm,) = find_norms(checkpoint.state_dict(""))
+        assert norm.kind is NormKind.NORM_WITHOUT_STATISTICS
+        assert list(read_numbers(norm.tensors["bias"])) == [3.0] * 4
+    assert not fold_file(tmp_path / "net.caffemodel", tmp_path / "out.caffemodel").folds
+
+
+def make_net(path: Path, blobs: Mapping[str, list[np.ndarray]]) -> None:
+    """A convolution and a layer of type BN in place behind it."""
+    model, text = b"", 'input: "data"\n'
+    for (name, arrays), kind, bottom in zip(blobs.items(), ("Convolution", "BN"), ("data", "y"), strict=True):
+        pieces = [*embed(1, name.encode()), *embed(2, kind.encode()), *embed(3, bottom.encode()), *embed(4, b"y")]
+        for array in arrays:
+            pieces += embed(7, *embed(7, packed_integers(1, array.shape)), *embed(5, array.astype("<f4").tobytes()))
+        model += b"".join(embed(100, *pieces))
+        parameters = "convolution_param { num_output: 4 kernel_size: 1 bias_term: false }" if name == "conv" else ""
+        text += f'layer {{ name: "{name}" type: "{kind}" bottom: "{bottom}" top: "y" {parameters} }}\n'
+    path.write_bytes(model)
+    path.with_suffix(".prototxt").write_text(text)

@@ -12,7 +12,7 @@ from bntool.checkpoints.formats import open_checkpoint, save_checkpoint
 from bntool.errors import RefusedError, UsageError
 from bntool.layers.freezing import apply_freeze, unfreeze
 from bntool.layers.stages import find_frozen_stages, is_within
-from bntool.operations.freezing import FreezeForm, plan_freeze
+from bntool.operations.freezing import Carrier, FreezeForm, plan_freeze
 from bntool.plan import Record, SkipReason
 from tests.fixtures.models.mmdet_resnet import detector, resnet50
 
@@ -83,7 +83,7 @@ def test_whole_module_flags_are_set_in_the_file(tmp_path, digits_net):
 def test_classes_that_are_not_installed_do_not_matter(tmp_path):
     assert "digits_net" not in sys.modules
     freeze = freeze_file(SAMPLES / "digits_module.pt", tmp_path / "module.pt", requires_grad=False)
-    assert freeze.sets_flags
+    assert freeze.carrier is Carrier.MODULES
     assert "digits_net" not in sys.modules
     with pytest.raises(ModuleNotFoundError):
         torch.load(tmp_path / "module.pt", weights_only=False)

@@ -1,4 +1,4 @@
-"""Caffe nets folded by bntool, judged by OpenCV's dnn; recorded in tests/fixtures/interop/caffe_folding.
+"""Caffe nets folded and frozen by bntool, judged by OpenCV's dnn; recorded in tests/fixtures/interop/caffe_folding.
 
 Needs an environment of its own: opencv-python-headless<5 (5 cannot read Caffe), and bntool. Without an argument it
 holds the recorded files against OpenCV; with --record it makes nets, folds them, and writes both once OpenCV agrees.
@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from bntool.checkpoints.protobufs.writing import embed, integer_field, packed_integers
 from bntool.checkpoints.prototxt import parse_prototxt
-from tests.graphs.folding import fold_file
+from tests.graphs.folding import fold_file, freeze_net
 
 REQUIREMENTS = ["opencv-python-headless==4.14.0.94", "numpy"]
 RECORDED = Path(__file__).parents[1] / "fixtures" / "interop" / "caffe_folding"
@@ -190,6 +190,11 @@ def main() -> int:
                     "error": float(f"{error:.2g}"),
                 }
         (RECORDED / "index.json").write_text(json.dumps(index, indent=1) + "\n")
+        for form in ("policy", "constant"):
+            freeze_net(RECORDED / "in_place.caffemodel", RECORDED / f"in_place.{form}.caffemodel", form=form)
+    for form in ("policy", "constant"):
+        error = judge(RECORDED / "in_place.caffemodel", RECORDED / f"in_place.{form}.caffemodel")
+        print(f"in_place, frozen as {form}: {error:.1e}")
     for key, facts in json.loads((RECORDED / "index.json").read_text()).items():
         error = judge(RECORDED / f"{key.rpartition('.')[0]}.caffemodel", RECORDED / f"{key}.caffemodel")
         print(f"{key}: {error:.1e}", facts["folds"], facts["skips"])
