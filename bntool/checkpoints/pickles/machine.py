@@ -9,6 +9,7 @@ from bntool.checkpoints.files import ByteSource
 from bntool.checkpoints.pickles.nodes import (
     Construction,
     Dict,
+    ExtensionCode,
     Global,
     Instance,
     LongBytes,
@@ -42,6 +43,8 @@ class Machine:
         self.globals: dict[tuple[str, str], Global] = {}
         self.called: dict[Global, None] = {}  # in order of appearance
         self.persistent_ids: list[PersistentId] = []
+        self.extensions: list[ExtensionCode] = []
+        self.dropped = False  # something left the stack without a place in what is built
 
     @property
     def position(self) -> int:

@@ -115,12 +115,18 @@ _push(b"\x91", lambda m: Set(m.pop_mark(), frozen=True))
 _push(b"\x85", lambda m: (m.pop(),))
 _push(b"P", lambda m: _persistent_id(m, m.line().decode("ascii")))
 _push(b"Q", lambda m: _persistent_id(m, m.pop()))
-_push(b"\x82", lambda m: ExtensionCode(m.number(_U1)))
-_push(b"\x83", lambda m: ExtensionCode(m.number(_U2)))
-_push(b"\x84", lambda m: ExtensionCode(m.number(_I4)))
+_push(b"\x82", lambda m: _extension(m, m.number(_U1)))
+_push(b"\x83", lambda m: _extension(m, m.number(_U2)))
+_push(b"\x84", lambda m: _extension(m, m.number(_I4)))
 _push(b"g", lambda m: m.memo[m.decimal()])
 _push(b"h", lambda m: m.memo[m.number(_U1)])
 _push(b"j", lambda m: m.memo[m.number(_U4)])
+
+
+def _extension(m: Machine, code: int) -> ExtensionCode:
+    node = ExtensionCode(code)
+    m.extensions.append(node)
+    return node
 
 
 def _persistent_id(m: Machine, value: Node) -> PersistentId:
@@ -174,11 +180,13 @@ def _tuple3(m: Machine) -> None:
 @_opcode(b"0")
 def _pop(m: Machine) -> None:
     m.stack.pop()
+    m.dropped = True
 
 
 @_opcode(b"1")
 def _pop_mark(m: Machine) -> None:
     m.pop_mark()
+    m.dropped = True
 
 
 @_opcode(b"2")

@@ -7,11 +7,15 @@ from dataclasses import dataclass, field
 
 from bntool.checkpoints.files import ByteSource, MemorySource
 from bntool.checkpoints.pickles.machine import Machine
-from bntool.checkpoints.pickles.nodes import Global, Node, PersistentId
+from bntool.checkpoints.pickles.nodes import ExtensionCode, Global, Node, PersistentId
 from bntool.checkpoints.pickles.opcodes import ACTIONS, STOP
 from bntool.errors import CorruptFileError, UnsafeFileError
 
-MAX_OPCODES = 10_000_000  # far above any checkpoint seen (a resnet152 takes 60 thousand); bounds time and memory
+# far above any checkpoint seen: a resnet152 takes 60 thousand opcodes, a sampler's list of all of ImageNet a million
+MAX_OPCODES = 10_000_000
+_UNCOUNTED = 1_000_000  # the first opcodes cannot take much memory, and counting takes time
+MAX_OBJECTS = 2_000_000  # made by the opcodes after these: containers, instances, texts, entries of the memo
+_OBJECT_OPCODES = frozenset(b"]}ltd\x85\x86\x87\x8f\x91R\x81\x92ioQPpqr\x94CBU\x8c\x8d\x8e\x96STVX\x8a\x8bLI")
 
 
 @dataclass
@@ -25,6 +29,8 @@ class Pickle:
         called: globals that unpickling would call, in order of appearance.
         referenced: globals that it would only import.
         persistent_ids: in order of appearance.
+        extensions: what it names by number.
+        complete: all that it makes is part of ``root``.
     """
 
     root: Node
@@ -34,6 +40,8 @@ class Pickle:
     called: list[Global] = field(default_factory=list)
     referenced: list[Global] = field(default_factory=list)
     persistent_ids: list[PersistentId] = field(default_factory=list)
+    extensions: list[ExtensionCode] = field(default_factory=list)
+    complete: bool = True
 
 
 def read_pickle(source: ByteSource, *, offset: int = 0) -> Pickle:
@@ -56,17 +64,23 @@ def read_pickle_bytes(data: bytes) -> Pickle:
 
 
 def _run(machine: Machine) -> Pickle:
-    for _ in range(MAX_OPCODES):
-        if machine.cursor >= len(machine.window):
-            machine.refill(1)
-        opcode = machine.window[machine.cursor]
-        machine.cursor += 1
-        if opcode == STOP:
-            return _finish(machine)
-        action = ACTIONS[opcode]
-        if action is None:
-            raise CorruptFileError(f"byte {machine.position - 1} is no pickle opcode (0x{opcode:02x})")
-        action(machine)
+    objects = 0
+    for count, counted in ((min(_UNCOUNTED, MAX_OPCODES), False), (max(MAX_OPCODES - _UNCOUNTED, 0), True)):
+        for _ in range(count):
+            if machine.cursor >= len(machine.window):
+                machine.refill(1)
+            opcode = machine.window[machine.cursor]
+            machine.cursor += 1
+            if opcode == STOP:
+                return _finish(machine)
+            action = ACTIONS[opcode]
+            if action is None:
+                raise CorruptFileError(f"byte {machine.position - 1} is no pickle opcode (0x{opcode:02x})")
+            action(machine)
+            if counted and opcode in _OBJECT_OPCODES:
+                objects += 1
+                if objects > MAX_OBJECTS:
+                    raise UnsafeFileError(f"the pickle makes more than {MAX_OBJECTS} objects")
     raise UnsafeFileError(f"the pickle has more than {MAX_OPCODES} opcodes")
 
 
@@ -80,4 +94,6 @@ def _finish(machine: Machine) -> Pickle:
         called=list(machine.called),
         referenced=[node for node in machine.globals.values() if node not in machine.called],
         persistent_ids=machine.persistent_ids,
+        extensions=machine.extensions,
+        complete=not machine.dropped and not machine.stack,
     )

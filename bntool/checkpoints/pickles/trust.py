@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from bntool.checkpoints.checkpoint import GlobalName, GlobalTrust
+from bntool.checkpoints.pickles.lookups import GETATTR, resolve_lookups
 from bntool.checkpoints.pickles.reading import Pickle
 
 _KNOWN = {
@@ -47,7 +50,7 @@ _KNOWN = {
 }
 _KNOWN_BUILTINS = {
     "set", "frozenset", "bytearray", "complex", "slice", "range", "object", "dict", "list", "tuple",
-    "int", "float", "str", "bytes", "bool",
+    "int", "float", "str", "bytes", "bool", "long", "unicode",
 }  # fmt: skip
 _DISTRIBUTED = {
     "Metadata", "MetadataIndex", "StorageMeta", "TensorStorageMetadata", "BytesStorageMetadata", "TensorProperties",
@@ -72,6 +75,11 @@ _SUSPICIOUS_MODULES = {
     "bz2", "gzip", "lzma", "zipfile", "tarfile", "sqlite3", "site", "idlelib", "lib2to3", "distutils", "setuptools",
     "nturl2path", "xmlrpc", "telnetlib", "ssl", "threading", "_thread", "sched", "antigravity", "this", "turtle",
 }  # fmt: skip
+# a module that any other may have imported: torch.serialization.os.system is os.system
+_REACHED_THROUGH_OTHERS = frozenset(
+    {"os", "sys", "subprocess", "builtins", "importlib", "shutil", "socket", "ctypes", "runpy", "posix", "nt", "pty",
+     "pickle", "eval", "exec", "system", "popen", "Popen"}
+)  # fmt: skip
 _SUSPICIOUS_NAMES = {
     "torch.load",
     "torch.hub.load",
@@ -102,7 +110,7 @@ def judge_global(path: str) -> GlobalTrust:  # noqa: PLR0911 (the first rule tha
     modules are known.
     """
     module, _, name = path.rpartition(".")
-    if path in _SUSPICIOUS_NAMES:
+    if path in _SUSPICIOUS_NAMES or not _REACHED_THROUGH_OTHERS.isdisjoint(path.split(".")[1:]):
         return GlobalTrust.SUSPICIOUS
     if path in _KNOWN or (module in _BUILTIN_MODULES and name in _KNOWN_BUILTINS):
         return GlobalTrust.KNOWN
@@ -134,13 +142,24 @@ def _torch_type_names() -> frozenset[str]:
 _TORCH_TYPES = _torch_type_names()
 
 
+def _name_globals(pickle: Pickle) -> Iterator[tuple[str, bool]]:
+    """Dotted names, and whether unpickling would call them."""
+    paths = {node.path: True for node in pickle.called} | {node.path: False for node in pickle.referenced}
+    if not paths.keys().isdisjoint(GETATTR):
+        attributes = resolve_lookups(pickle)
+        if attributes is not None:
+            paths = {path: called for path, called in paths.items() if path not in GETATTR} | attributes
+    yield from paths.items()
+    for node in pickle.extensions:
+        yield f"copyreg extension {node.code}", True
+
+
 def list_globals(*pickles: Pickle) -> tuple[GlobalName, ...]:
     """The globals of some pickles, each once, suspicious ones first, then unknown, then known."""
     found: dict[str, GlobalName] = {}
     for pickle in pickles:
-        for node in pickle.called:
-            found[node.path] = GlobalName(node.path, called=True, trust=judge_global(node.path))
-        for node in pickle.referenced:
-            found.setdefault(node.path, GlobalName(node.path, called=False, trust=judge_global(node.path)))
+        for path, called in _name_globals(pickle):
+            if called or path not in found:
+                found[path] = GlobalName(path, called=called, trust=judge_global(path))
     order = [GlobalTrust.SUSPICIOUS, GlobalTrust.UNKNOWN, GlobalTrust.KNOWN]
     return tuple(sorted(found.values(), key=lambda name: (order.index(name.trust), not name.called, name.path)))
