@@ -413,20 +413,50 @@ def test_folding_twice_finds_nothing_more(fold) -> None:
     assert records[0]["removed_modules"] == ["bn1"]
 
 
-def test_real_resnet20_is_folded_whole(fold, shared) -> None:
-    path = shared / "weights" / "resnet20-12fca82f.th"
-    code, document, error, out = fold(path, model=f"{RESNET}:build")
-    assert code == 0, error
-    assert len(document["folds"]) == 19
-    assert not document["skips"]
-    before, after = build(RESNET), load_folded(build(RESNET), out).eval()
-    with open_checkpoint(path) as checkpoint:
-        load_state(before, checkpoint.state_dicts[0])
+@pytest.fixture(scope="module")
+def cifar(shared) -> tuple[torch.Tensor, torch.Tensor]:
+    """2,000 test images, and what the original ResNet-20 answers."""
     data = np.load(shared / "data" / "cifar10_test_2000.npz")
     mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
     images = ((torch.from_numpy(data["images"]).float() / 255 - mean) / std).permute(0, 3, 1, 2).contiguous()
-    labels = torch.from_numpy(data["labels"])
+    model = build(RESNET)
+    with open_checkpoint(shared / "weights" / "resnet20-12fca82f.th") as checkpoint:
+        load_state(model, checkpoint.state_dicts[0])
+    answers = top1(model, images)
+    assert float((answers == torch.from_numpy(data["labels"])).float().mean()) > 0.9
+    return images, answers
+
+
+def top1(model, images: torch.Tensor) -> torch.Tensor:
     with torch.no_grad():
-        answers = [torch.cat([model(chunk).argmax(1) for chunk in images.split(500)]) for model in (before, after)]
-    assert torch.equal(*answers)
-    assert float((answers[1] == labels).float().mean()) > 0.9
+        return torch.cat([model(chunk).argmax(1) for chunk in images.split(500)])
+
+
+def test_real_resnet20_is_folded_whole(fold, shared, cifar, tmp_path) -> None:
+    images, answers = cifar
+    program = tmp_path / "folded.pt2"
+    options = ("--export", str(program), "--input-shape", "2,3,32,32")
+    code, document, error, out = fold(
+        shared / "weights" / "resnet20-12fca82f.th", *options, model=f"{RESNET}:build", output="folded.th"
+    )
+    assert code == 0, error
+    assert len(document["folds"]) == 19
+    assert not document["skips"]
+    assert document["export"]["any_batch"]
+    assert torch.equal(top1(load_folded(build(RESNET), out).eval(), images), answers)
+    assert torch.equal(top1(torch.export.load(program).module(), images), answers)
+
+
+def test_real_resnet20_as_onnx(shared, cifar, tmp_path, capsys) -> None:
+    pytest.importorskip("onnxscript", reason="pip install 'bntool[onnx]'")
+    onnxruntime = pytest.importorskip("onnxruntime", reason="pip install 'bntool[onnx]'")
+    images, answers = cifar
+    arguments = ["fold", str(shared / "weights" / "resnet20-12fca82f.th"), "--model", f"{RESNET}:build"]
+    program = tmp_path / "folded.onnx"
+    assert main([*arguments, "--export", str(program), "--input-shape", "2,3,32,32", "--json"]) == 0
+    (document,) = json.loads(capsys.readouterr().out)["files"]
+    assert len(document["folds"]) == 19
+    assert document["export"]["any_batch"]
+    session = onnxruntime.InferenceSession(program)
+    (name,) = [formal.name for formal in session.get_inputs()]
+    assert torch.equal(top1(lambda x: torch.from_numpy(session.run(None, {name: x.numpy()})[0]), images), answers)
