@@ -22,7 +22,7 @@ import signal
 import time
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -46,7 +46,7 @@ from tests.benchmarks.zoo_models import (
 )
 
 LARGEST = 60_000_000  # parameters
-PATIENCE = 90  # seconds for a model
+PATIENCE = 90  # seconds of CPU time for a model
 WRONG = 1e-9  # relative error in float64 beyond which it is held against the model's own amplification of rounding
 CHAOS = 1e-2  # however much the model amplifies rounding
 
@@ -75,26 +75,13 @@ def judge(make: Factory, *, seed: int, largest: int) -> dict[str, Any]:
     if not judgement.can_tell:
         return {"status": "blind", "why": "the original's outputs are not finite, or the same for all inputs"}
     result: dict[str, Any] = {"status": "judged", "total": len(find_batchnorm_modules(model))}
-    graph = trace(model, inputs)
-    plan = plan_fold(read_state(model), graph)
-    folded = copy.deepcopy(model)
-    apply_plan(folded, plan)
-    levels = Counter(fold.level.value + ("/stays" if fold.stays else "") for fold in plan.folds)
-    result["bntool"] = {
-        **judgement.of(folded),
-        "folded": len(plan.folds),
-        "levels": dict(levels),
-        "reasons": dict(Counter(skip.reason.value for skip in plan.skips)),
-        "skips": [f"{s.layer}: {s.reason.value}: {s.detail}"[:300] for s in plan.skips],
-    }
-    del folded
-    for tool, fold in _peers().items():
+    for tool, fold in _tools().items():
         try:
-            other = fold(copy.deepcopy(model))
-            facts = judgement.of(other)
+            folded, facts = fold(copy.deepcopy(model), inputs)
+            result[tool] = {**judgement.of(folded), **facts}
         except Exception as error:
-            facts = {"verdict": "fails", "why": f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"}
-        result[tool] = facts
+            why = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
+            result[tool] = {"verdict": "fails", "why": why}
     return result
 
 
@@ -165,19 +152,33 @@ def _can_tell(outputs: list[torch.Tensor]) -> bool:
     return any(len(tensor) == 2 and not torch.equal(tensor[0], tensor[1]) for tensor in outputs)
 
 
-def _peers() -> dict[str, Any]:
+def _fold_with_bntool(model: nn.Module, inputs: Any) -> tuple[nn.Module, dict[str, Any]]:
+    plan = plan_fold(read_state(model), trace(model, inputs))
+    apply_plan(model, plan)
+    return (
+        model,
+        {
+            "folded": len(plan.folds),  # also those that stay to add their shift
+            "levels": dict(Counter(fold.level.value + ("/stays" if fold.stays else "") for fold in plan.folds)),
+            "reasons": dict(Counter(skip.reason.value for skip in plan.skips)),
+            "skips": [f"{s.layer}: {s.reason.value}: {s.detail}"[:300] for s in plan.skips],
+        },
+    )
+
+
+def _tools() -> dict[str, Callable[[nn.Module, Any], tuple[nn.Module, dict[str, Any]]]]:
     from torch.fx.experimental.optimization import fuse
 
-    peers = {"torch.fx": lambda model: fuse(model, inplace=True)}
+    tools = {"bntool": _fold_with_bntool, "torch.fx": lambda model, _: (fuse(model, inplace=True), {})}
     if importlib.util.find_spec("mmcv"):
         from mmcv.cnn.utils.fuse_conv_bn import fuse_conv_bn
 
-        peers["mmcv"] = fuse_conv_bn
-    return peers
+        tools["mmcv"] = lambda model, _: (fuse_conv_bn(model), {})
+    return tools
 
 
 def _give_up(*_: object) -> None:
-    raise GaveUp(f"took longer than {PATIENCE} seconds")
+    raise GaveUp(f"took more than {PATIENCE} seconds of CPU time")
 
 
 def summarise(results: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
@@ -196,8 +197,8 @@ def summarise(results: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
                 counts["wrong"] += facts["verdict"] == "wrong"
                 counts["folded"] += facts.get("folded", 0)
                 counts["folded_right"] += facts.get("folded", 0) * (facts["verdict"] == "ok")
-        levels.update(result["bntool"]["levels"])
-        reasons.update(result["bntool"]["reasons"])
+        levels.update(result["bntool"].get("levels", {}))
+        reasons.update(result["bntool"].get("reasons", {}))
     others: dict[str, list[str]] = {}
     for name, result in results.items():
         if result["status"] not in ("judged", "no BatchNorm"):
@@ -222,9 +223,9 @@ def _print_result(name: str, result: Mapping[str, Any], *, verbose: bool) -> Non
         return
     tools = [(t, result[t]) for t in ("bntool", "torch.fx", "mmcv") if t in result]
     cells = [f"{tool} {facts.get('folded', '-'):>3} {facts['verdict']:5}" for tool, facts in tools]
-    print(f"{name:45} {result['total']:4}  " + "  ".join(cells), result["bntool"]["reasons"], flush=True)
+    print(f"{name:45} {result['total']:4}  " + "  ".join(cells), result["bntool"].get("reasons", ""), flush=True)
     if verbose:
-        for skip in result["bntool"]["skips"]:
+        for skip in result["bntool"].get("skips", ()):
             print("    " + skip)
 
 
@@ -248,14 +249,14 @@ def _run_models(names: Iterable[str], options: argparse.Namespace, results: dict
     for name in names:
         if name in results or time.monotonic() > deadline:
             continue
-        signal.alarm(PATIENCE)
+        signal.setitimer(signal.ITIMER_PROF, PATIENCE)
         started = time.process_time()
         try:
             result = judge(models[name], seed=options.seed, largest=options.largest)
         except (Exception, GaveUp) as error:
             result = {"status": "failed", "why": f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"}
         finally:
-            signal.alarm(0)
+            signal.setitimer(signal.ITIMER_PROF, 0)
         result["seconds"] = round(time.process_time() - started, 1)
         results[name] = result
         _print_result(name, result, verbose=options.verbose)
@@ -286,7 +287,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--summary", type=Path, help="write the totals to this file; judge nothing")
     options = parser.parse_args(arguments)
     warnings.simplefilter("ignore")
-    signal.signal(signal.SIGALRM, _give_up)
+    signal.signal(signal.SIGPROF, _give_up)
     torch.set_num_threads(1)
     results = _read_results(options.results)
     if options.summary is None:

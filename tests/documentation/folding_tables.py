@@ -1,0 +1,86 @@
+"""Write the tables of docs/folding.md from what was recorded: ``python -m tests.documentation.folding_tables``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+PAGE = ROOT / "docs" / "folding.md"
+RECORDED = ROOT / "tests" / "fixtures" / "interop"
+
+
+def render_tools() -> str:
+    """What other tools make of networks that must not be folded, or only with care."""
+    answers: dict[str, dict[str, str]] = json.loads((RECORDED / "folding_tools.json").read_text())
+    tools = list(next(iter(answers.values())))
+    rows = [[title, *(_emphasise(given[tool]) for tool in tools)] for title, given in answers.items()]
+    return _table(["network", *tools], rows)
+
+
+def _emphasise(answer: str) -> str:
+    return f"**{answer}**" if answer.startswith("wrong") else answer
+
+
+def render_zoo() -> str:
+    """Who folds how much of torchvision and timm, and where bntool's folds go."""
+    zoo: dict[str, Any] = json.loads((RECORDED / "fold_zoo.json").read_text())
+    total = zoo["batchnorms"]
+    tools = [
+        [
+            name,
+            f"{counts['folded']:,} ({_percent(counts['folded'], total)})",
+            f"{counts['folded_right']:,} ({_percent(counts['folded_right'], total)})",
+            str(counts["wrong"]),
+            str(counts["fails"]),
+        ]
+        for name, counts in zoo["tools"].items()
+    ]
+    reasons = ", ".join(f"{reason} {count:,}" for reason, count in zoo["reasons"].items())
+    not_judged = "; ".join(f"{status}: {len(names)}" for status, names in zoo["not_judged"].items())
+    head = ["tool", "BNs folded", "of which in models that stay right", "models wrong", "models it fails on"]
+    counted = (
+        f"{zoo['models']} architectures with {total:,} BatchNorm layers were folded; {zoo['without_batchnorm']} more "
+        f"that were drawn have none. Not judged: {not_judged or 'none'}."
+    )
+    levels = _table(["bntool", "BNs", "together"], list(_levels(zoo["levels"], total)))
+    return "\n\n".join([counted, _table(head, tools), levels, f"Left alone: {reasons}."])
+
+
+def _levels(levels: dict[str, int], total: int) -> Iterator[list[str]]:
+    together = 0
+    groups = (("direct", ("direct",)), ("+ through and norm", ("through", "norm")), ("+ forward", ("forward",)))
+    for title, names in groups:
+        count = sum(number for level, number in levels.items() if level.partition("/")[0] in names)
+        together += count
+        yield [title, f"{count:,}", _percent(together, total)]
+
+
+def _percent(part: int, whole: int) -> str:
+    return f"{100 * part / whole:.2f} %"
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+TABLES = {"folding-tools": render_tools, "fold-zoo": render_zoo}
+
+
+def fill(text: str) -> str:
+    """The page with its tables as recorded, each between two comments that name it."""
+    for name, render in TABLES.items():
+        start, end = f"<!-- table: {name} -->\n", f"<!-- end: {name} -->"
+        head, found, rest = text.partition(start)
+        _, closed, tail = rest.partition(end)
+        if not (found and closed):
+            raise SystemExit(f"{PAGE.name} has no place for the table {name}")
+        text = f"{head}{start}\n{render()}\n\n{end}{tail}"
+    return text
+
+
+if __name__ == "__main__":
+    PAGE.write_text(fill(PAGE.read_text()))
