@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -32,6 +33,7 @@ MAX_REFERENCES = 4096  # texts of any length in one attribute: what fits in the 
 MAX_DECODED = 1 << 28  # a compressed dataset that becomes larger is taken for a bomb
 MAX_RATIO = 1100  # deflate cannot do better
 _FILTERS = {1: "deflate", 2: "shuffle", 3: "fletcher32", 32000: "lzf"}  # built into h5py: no plugin is loaded
+_HEAP = b"GCOL"
 _ORDER_BIG = 1  # H5T_ORDER_BE
 
 Attribute = str | tuple[str, ...]
@@ -92,10 +94,26 @@ class ByteStream(io.RawIOBase):
     def tell(self) -> int:
         return self._position
 
+    def _check_heap(self, offset: int) -> None:
+        """Hold a heap of texts against its size: where it does not add up, the library would never come to its end."""
+        size = int.from_bytes(self._source.read(offset + 8, 8), "little")
+        if not 4096 <= size <= self._source.size - offset:
+            raise CorruptFileError(f"a heap of {size} bytes does not fit into this HDF5 file")
+        data = self._source.read(offset, size)
+        position = 16
+        while position + 16 <= size:
+            index, length = struct.unpack_from("<H6xQ", data, position)
+            step = length if index == 0 else 16 + length + -length % 8
+            if step < 16 or step > size - position:
+                raise CorruptFileError("the objects of a heap in this HDF5 file do not add up to its size")
+            position += step
+
     def readinto(self, buffer: Buffer) -> int:
         view = memoryview(buffer).cast("B")
         length = min(len(view), max(self._source.size - self._position, 0))
         view[:length] = self._source.read(self._position, length) if length else b""
+        if view[:4] == _HEAP:
+            self._check_heap(self._position)
         view[length:] = bytes(len(view) - length)  # the library believes that it got all that it asked for
         self._position += length
         return length
@@ -142,7 +160,7 @@ def read_hdf5(source: ByteSource) -> Hdf5Contents:
     if source.read(0, min(len(MAGIC), source.size)) != MAGIC:
         raise CorruptFileError("it does not begin as HDF5 files do")
     with named_errors():
-        file = library.File(io.BufferedReader(ByteStream(source), 1 << 16), "r")
+        file = library.File(ByteStream(source), "r")
         return _Listing(source, file, library).contents()
 
 

@@ -300,7 +300,8 @@ def freeze() -> None:
 
 
 def zoo(names: list[str]) -> None:
-    facts: dict[str, Any] = {}
+    target = RECORDED / "applications.json"
+    facts: dict[str, Any] = json.loads(target.read_text()) if target.exists() else {}
     for seed, (name, (size, wanted)) in enumerate(ZOO.items()):
         if names and name not in names:
             continue
@@ -309,12 +310,13 @@ def zoo(names: list[str]) -> None:
         randomise(model, seed)
         with tempfile.TemporaryDirectory() as folder:
             for suffix, layout in ((".keras", "folded"), (".h5", "folded"), (".keras", "same-keys")):
+                if suffix == ".h5" and name == "MobileNetV3Small":
+                    continue  # Keras cannot load what it saves: a number beside tensors in a function of keras.ops
                 found = judge(name, model, Path(folder), suffix, layout)
                 counts = f"{len(found['folds'])} of {len(found['folds']) + len(found['skips'])}"
                 assert not wanted or counts == wanted, counts
                 facts[f"{name}{suffix} {layout}"] = {"folded": counts, "error": float(f"{found['error']:.1e}")}
-    if not names:
-        (RECORDED / "applications.json").write_text(json.dumps(facts, indent=1) + "\n")
+        target.write_text(json.dumps(facts, indent=1) + "\n")
 
 
 if __name__ == "__main__":
