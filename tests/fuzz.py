@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import random
 import resource
+import shutil
 import signal
 import sys
 import tempfile
@@ -27,6 +28,7 @@ from bntool.checkpoints.tensors import StoredTensor, read_bytes
 from bntool.errors import BntoolError
 from bntool.plan import Operation, Plan, Record, RemoveTensor
 
+INTEROP = Path(__file__).parent / "fixtures" / "interop"
 TIME_LIMIT = 5  # seconds for one file; each has at most some kilobytes
 _INTERESTING = (0, 1, 2, 3, 0x7F, 0x80, 0xFE, 0xFF, 0x2E, 0x28, 0x52, 0x71, 0x74, 0x86, 0x94, 0x95)
 _WIDE = (0, 1, 0xFF, 0xFFFF, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF, 1 << 62, (1 << 63) - 1, (1 << 64) - 1)
@@ -67,6 +69,11 @@ def make_seeds(folder: Path) -> list[Path]:
     place.mkdir()
     seeds.append(write_sharded_bin(states["plain"], place))
     seeds += _make_compiled(folder)
+    for path in (INTEROP / "keras_tiny.keras", INTEROP / "keras_tiny.h5", INTEROP / "keras_tiny.weights.h5"):
+        place = folder / path.name
+        place.mkdir()
+        seeds.append(Path(shutil.copy(path, place)))
+        seeds[-1].chmod(0o600)
     for protocol in (0, 4):
         place = folder / f"protocol-{protocol}"
         place.mkdir()

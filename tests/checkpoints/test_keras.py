@@ -234,6 +234,21 @@ def test_elements_beyond_the_end_are_refused(interop: Path, tmp_path: Path) -> N
         open_checkpoint(tmp_path / "a.h5")
 
 
+def test_a_heap_that_never_ends_is_refused(interop: Path, tmp_path: Path) -> None:
+    """libhdf5 2.0 goes round in circles where an object of a heap says that it has no size."""
+    data = bytearray((interop / "keras_tiny.h5").read_bytes())
+    heap = data.rindex(b"GCOL")
+    end, position = heap + int.from_bytes(data[heap + 8 : heap + 16], "little"), heap + 16
+    while data[position] or data[position + 1]:  # to the free space at its end
+        length = int.from_bytes(data[position + 8 : position + 16], "little")
+        position += 16 + length + -length % 8
+    assert int.from_bytes(data[position + 8 : position + 16], "little") == end - position
+    data[position + 8 : position + 16] = bytes(8)
+    (tmp_path / "a.h5").write_bytes(data)
+    with pytest.raises(CorruptFileError, match="add up"):
+        open_checkpoint(tmp_path / "a.h5")
+
+
 def test_a_lambda_with_code_is_not_harmless(interop: Path, tmp_path: Path) -> None:
     source = zipfile.ZipFile(interop / "keras_tiny.keras")
     config = json.loads(source.read("config.json"))
