@@ -25,13 +25,13 @@ class Caffe(Format):
 
     def read(self, file: SourceFile) -> Checkpoint:
         from bntool.checkpoints.caffe_blobs import NetReading  # a start-up without Caffe files needs none of it
-        from bntool.checkpoints.caffe_net import LAYERS, V1_LAYERS
+        from bntool.checkpoints.caffe_net import LAYERS, V1_LAYERS, read_layers
         from bntool.checkpoints.protobufs.reading import Buffer, Message
 
         net = Message(Buffer(file), 0, file.size)
         if not net.all(LAYERS) and not net.all(V1_LAYERS):
             raise CorruptFileError("no Caffe layer was found: truncated, or not a .caffemodel")
-        reading = NetReading(net)
+        reading = NetReading(read_layers(net), net)
         state_dict = StateDict("", "", reading.tensors, modules=reading.modules, source=dict(reading.tensors))
         entries = {"name": net.text(1)} if net.last(1) is not None else {}
         content = reading.content()

@@ -7,7 +7,7 @@ The running sums of mean and variance are divided by the scale factor beside the
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from bntool.batchnorm import DEFAULT_EPS
@@ -16,13 +16,13 @@ from bntool.checkpoints.caffe_net import (
     Wiring,
     blobs_of,
     read_blob,
-    read_layers,
     read_scale_factor,
 )
 from bntool.checkpoints.checkpoint import ModuleInfo
 from bntool.checkpoints.dtypes import DType, decode_numbers, encode_numbers
 from bntool.checkpoints.protobufs.reading import Message
 from bntool.checkpoints.protobufs.writing import unused_name
+from bntool.checkpoints.prototxt import Prototxt
 from bntool.checkpoints.tensors import StoredTensor, Tensor, contiguous_strides, count_elements
 from bntool.errors import CorruptFileError
 
@@ -95,30 +95,32 @@ class CaffeContent:
     """A net as it was read.
 
     Attributes:
-        net: the whole message.
+        net: the whole message; None in HDF5 files.
         wiring: of the net in the file.
         names: of the layers in the state dict, by position.
         blobs: where each tensor lies.
         scales: the Scale layer of each BatchNorm layer that has one, by position.
         scale_factors: of each BatchNorm layer, by position.
         deployed: of the net in a ``.prototxt``, where one was given.
+        prototxt: that an HDF5 file was read by.
     """
 
-    net: Message = field(repr=False)
+    net: Message | None = field(repr=False)
     wiring: Wiring
     names: Mapping[int, str]
     blobs: Mapping[str, Blob]
     scales: Mapping[int, int]
     scale_factors: Mapping[int, float]
     deployed: Wiring | None = None
+    prototxt: Prototxt | None = field(default=None, repr=False)
 
 
 class NetReading:
     """Gives every blob its name."""
 
-    def __init__(self, net: Message) -> None:
+    def __init__(self, layers: Sequence[Layer], net: Message | None = None) -> None:
         self.net = net
-        self.wiring = Wiring.of(read_layers(net))
+        self.wiring = Wiring.of(layers)
         self.tensors: dict[str, Tensor] = {}
         self.modules: dict[str, ModuleInfo] = {}
         self._blobs: dict[str, Blob] = {}
@@ -151,7 +153,7 @@ class NetReading:
                 self._add(f"{name}.{role}", blob, Blob(layer, position))
         self.modules[name] = ModuleInfo(f"caffe.{layer.type}", attributes)
 
-    def _read_batchnorm(self, layer: Layer, blobs: tuple[Message, ...]) -> dict[str, object]:
+    def _read_batchnorm(self, layer: Layer, blobs: Sequence[Message | StoredTensor]) -> dict[str, object]:
         """BVLC's three blobs, or NVCaffe's five, with weight and bias in the layer itself."""
         name = self._names[layer.index]
         key = f"{name}.scale_factor"
@@ -180,11 +182,11 @@ class NetReading:
             raise CorruptFileError(f"{first} means do not go with {second} variances", tensor=name)
         return attributes
 
-    def _fits(self, blobs: tuple[Message, ...], mean: Message) -> bool:
+    def _fits(self, blobs: Sequence[Message | StoredTensor], mean: Message | StoredTensor) -> bool:
         wanted = count_elements(read_blob(mean, key="").shape)
         return len(blobs) in (1, 2) and all(count_elements(read_blob(b, key="").shape) == wanted for b in blobs)
 
-    def _add(self, name: str, message: Message, blob: Blob) -> None:
+    def _add(self, name: str, message: Message | StoredTensor, blob: Blob) -> None:
         try:
             tensor = _in_pytorch_shape(read_blob(message, key=name), name, blob.layer.type)
         except CorruptFileError as error:

@@ -14,8 +14,8 @@ from bntool.checkpoints.caffe_net import (
     Layer,
     Wiring,
     blobs_number,
-    blobs_of,
     data_field,
+    messages_of,
 )
 from bntool.checkpoints.checkpoint import Checkpoint
 from bntool.checkpoints.dtypes import FLOAT16, FLOAT32, FLOAT64
@@ -40,6 +40,7 @@ def write_net(checkpoint: Checkpoint, stream: IO[bytes]) -> None:
         RefusedError: Caffe's format cannot hold an edit.
     """
     content: CaffeContent = checkpoint.content
+    assert content.net is not None
     edits = Edits()
     if checkpoint.edits:
         _plan(checkpoint, content, edits)
@@ -138,7 +139,7 @@ def _take_out(content: CaffeContent, removed: frozenset[int], edits: Edits) -> N
     for index in removed:
         message = _message_of(content.wiring.layers[index])
         assert message.parent is not None
-        edits.replace(content.net, message.parent[1])
+        edits.replace(message.parent[0], message.parent[1])
     renaming = find_renaming(content.wiring, removed)
     for index, top in renaming.tops.items():
         edits.set_field(_message_of(content.wiring.layers[index]), 4, *embed(4, top.encode()))
@@ -161,7 +162,7 @@ def _set_blobs(checkpoint: Checkpoint, content: CaffeContent, removed: frozenset
             statistics.add(content.blobs[name].layer.index)
         elif tensor is not source[name]:
             blob = content.blobs[name]
-            _set_data(edits, blobs_of(blob.layer)[blob.position], tensor)
+            _set_data(edits, messages_of(blob.layer)[blob.position], tensor)
     for index in statistics - removed:
         _set_statistics(edits, content, index, state_dict.tensors)
 
@@ -174,7 +175,7 @@ def _message_of(layer: Layer) -> Message:
 def _set_statistics(edits: Edits, content: CaffeContent, index: int, tensors: Mapping[str, Tensor]) -> None:
     """Mean and variance as they are, with the scale factor 1."""
     layer, name = content.wiring.layers[index], content.names[index]
-    mean, variance, factor = blobs_of(layer)[:3]
+    mean, variance, factor = messages_of(layer)[:3]
     for blob, role in ((mean, "running_mean"), (variance, "running_var")):
         _set_data(edits, blob, tensors[f"{name}.{role}"])
     _set_data(edits, factor, LiteralTensor.from_numbers([1.0], dtype=data_field(factor)[1], shape=(1,)))
@@ -188,7 +189,7 @@ def _set_data(edits: Edits, blob: Message, tensor: Tensor) -> None:
 
 def _add_bias(edits: Edits, layer: Layer, tensor: Tensor) -> None:
     message = _message_of(layer)
-    if layer.type not in BIASED or len(blobs_of(layer)) != 1 or len(tensor.shape) != 1:
+    if layer.type not in BIASED or len(messages_of(layer)) != 1 or len(tensor.shape) != 1:
         raise RefusedError(f"a {layer.type} layer cannot gain a bias", tensor=layer.name)
     shape = embed(SHAPE, packed_integers(1, tensor.shape))
     if tensor.dtype is FLOAT32:

@@ -12,7 +12,14 @@ from functools import cached_property
 from bntool.checkpoints.dtypes import FLOAT16, FLOAT32, FLOAT64, DType
 from bntool.checkpoints.protobufs.reading import Message
 from bntool.checkpoints.protobufs.tensors import read_fixed
-from bntool.checkpoints.tensors import MAX_DIMENSIONS, Tensor, count_elements, describe_shape, read_numbers
+from bntool.checkpoints.tensors import (
+    MAX_DIMENSIONS,
+    StoredTensor,
+    Tensor,
+    count_elements,
+    describe_shape,
+    read_numbers,
+)
 from bntool.errors import CorruptFileError, UnsafeFileError
 
 MAX_LAYERS = 100_000
@@ -178,8 +185,13 @@ def _read_parameters(
                 found[f"{name}.{key}"] = bool(value) if key in _BOOLEANS else value
 
 
-def blobs_of(layer: Layer) -> tuple[Message, ...]:
-    """The BlobProtos of a layer that was read from a file."""
+def blobs_of(layer: Layer) -> tuple[Message | StoredTensor, ...]:
+    """The blobs of a layer that was read from a file: BlobProtos, or datasets of an HDF5 file."""
+    return layer.source if isinstance(layer.source, tuple) else messages_of(layer)
+
+
+def messages_of(layer: Layer) -> tuple[Message, ...]:
+    """The BlobProtos of a layer that was read from a ``.caffemodel``."""
     message = layer.source
     assert isinstance(message, Message)
     return tuple(message.messages(blobs_number(message)))
@@ -191,12 +203,14 @@ def blobs_number(message: Message) -> int:
     return 7 if message.parent[1].number == LAYERS else 6
 
 
-def read_blob(blob: Message, *, key: str) -> Tensor:
-    """The elements of a BlobProto, lazily.
+def read_blob(blob: Message | StoredTensor, *, key: str) -> Tensor:
+    """The elements of a blob, lazily.
 
     Raises:
         CorruptFileError: data and shape disagree.
     """
+    if isinstance(blob, StoredTensor):
+        return blob
     number, dtype = data_field(blob)
     return read_fixed(blob, number, dtype=dtype, shape=_read_shape(blob), key=key)
 
@@ -228,7 +242,7 @@ def _read_shape(blob: Message) -> tuple[int, ...]:
     return shape
 
 
-def read_scale_factor(blob: Message, *, key: str) -> float:
+def read_scale_factor(blob: Message | StoredTensor, *, key: str) -> float:
     """The third blob of a BatchNorm layer, by which the statistics are to be divided.
 
     Raises:

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 from bntool.checkpoints.caffe import Caffe
+from bntool.checkpoints.caffe_hdf5 import CaffeHdf5
 from bntool.checkpoints.checkpoint import Checkpoint, Format
 from bntool.checkpoints.distributed import Distributed
 from bntool.checkpoints.exported_program import ExportedProgram
@@ -35,6 +36,7 @@ FORMATS: tuple[Format, ...] = (
     TorchTar(),
     Distributed(),
     KerasHdf5(),
+    CaffeHdf5(),
     Sharded(),
     Safetensors(),
     NumpyPickle(),

@@ -15,6 +15,8 @@ def describe_origin(checkpoint: Checkpoint) -> str:
     entries = checkpoint.entries
     parts = [*_producer(entries), *_keras(checkpoint), *_progress(entries)]
     word = "compiled" if checkpoint.format.holds_code else "pickled"
+    if checkpoint.format.name == "caffe-hdf5" and checkpoint.content is None:
+        parts.append("blobs only: --prototxt says of which layers")
     parts += [f"{word} {_class_name(s.modules[''].class_path)}" for s in checkpoint.state_dicts if s.is_module]
     only = checkpoint.state_dicts[0] if len(checkpoint.state_dicts) == 1 else None
     if only is not None and not only.key and not only.modules and not parts:

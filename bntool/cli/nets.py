@@ -25,7 +25,7 @@ def deploy_net(
         RefusedError: something is to be written and it is not given.
         UnwritableFileError: the new one cannot be written.
     """
-    if checkpoint.format.name != "caffe":
+    if not checkpoint.format.name.startswith("caffe"):
         if prototxt is not None:
             raise UsageError("--prototxt goes with a .caffemodel", path=checkpoint.path)
         return checkpoint, None
@@ -37,13 +37,15 @@ def deploy_net(
             )
         return checkpoint, None
     from bntool.checkpoints.caffe_deployment import deploy
+    from bntool.checkpoints.caffe_hdf5 import name_blobs
 
     with SourceFile(prototxt) as file:
         if output is not None:
             check_output_differs(file, _beside(output))
             OutputFiles(force=force).check(_beside(output))
         net = read_prototxt(file)
-    return deploy(checkpoint, net), net
+    named = name_blobs(checkpoint, net) if checkpoint.format.name == "caffe-hdf5" else checkpoint
+    return deploy(named, net), net
 
 
 def write_net(checkpoint: Checkpoint, net: Prototxt | None, output: Path, files: OutputFiles) -> None:
@@ -63,4 +65,4 @@ def save_with_net(checkpoint: Checkpoint, output: Path, net: Prototxt | None, *,
 
 
 def _beside(output: Path) -> Path:
-    return output.with_suffix(".prototxt")
+    return output.with_name(output.name.removesuffix(".h5")).with_suffix(".prototxt")

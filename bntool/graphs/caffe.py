@@ -11,6 +11,7 @@ from bntool.checkpoints.caffe_blobs import CaffeContent
 from bntool.checkpoints.caffe_net import Layer
 from bntool.checkpoints.checkpoint import Checkpoint
 from bntool.checkpoints.tensors import Tensor, count_elements
+from bntool.errors import RefusedError
 from bntool.graphs.graph import ModelGraph, NodeKind
 from bntool.graphs.stored import GraphBuilder, check_lengths
 
@@ -27,6 +28,8 @@ def caffe_graph(checkpoint: Checkpoint) -> ModelGraph:
     An InnerProduct with ``transpose`` has its weight as (in, out): as a transposed convolution has, and it is shown as
     one.
     """
+    if checkpoint.content is None:
+        raise RefusedError("a .caffemodel.h5 holds blobs only: give the net that it is run by with --prototxt NET")
     return _Building(checkpoint.content, checkpoint.state_dicts[0].tensors).build()
 
 

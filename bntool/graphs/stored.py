@@ -20,6 +20,7 @@ def stored_graph(checkpoint: Checkpoint) -> ModelGraph | None:
     sources: Mapping[str, Callable[[Checkpoint], ModelGraph]] = {
         "onnx": onnx_graph,
         "caffe": caffe_graph,
+        "caffe-hdf5": caffe_graph,
         "keras": keras_graph,
         "keras-hdf5": keras_graph,
     }

@@ -174,10 +174,10 @@ def _find_carrier(checkpoint: Checkpoint, *, form: FreezeForm, for_file: bool) -
                 path=checkpoint.path,
             )
         return Carrier.CONSTANTS
-    if checkpoint.format.name == "caffe":
+    if checkpoint.format.name.startswith("caffe"):
         if not for_file:
             raise RefusedError("--emit writes code for PyTorch; a Caffe net is frozen by its .prototxt: --prototxt NET")
-        if checkpoint.content.deployed is None:
+        if checkpoint.content is None or checkpoint.content.deployed is None:
             raise RefusedError(
                 "what of a Caffe net trains is said by its .prototxt: give it with --prototxt NET", path=checkpoint.path
             )

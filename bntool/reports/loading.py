@@ -52,6 +52,9 @@ def show_running_code(checkpoint: Checkpoint, output: str) -> list[str]:
     if checkpoint.format.name == "caffe":
         net = f"{output.removesuffix('.caffemodel')}.prototxt"
         return ["import cv2  # OpenCV before 5", f"net = cv2.dnn.readNetFromCaffe({net!r}, {output!r})"]
+    if checkpoint.format.name == "caffe-hdf5":
+        net = f"{output.removesuffix('.h5').removesuffix('.caffemodel')}.prototxt"
+        return ["import caffe", f"net = caffe.Net({net!r}, {output!r}, caffe.TEST)"]
     if checkpoint.format.name in ("keras", "keras-hdf5"):
         return ["import keras", f"model = keras.models.load_model({output!r})"]
     return []
