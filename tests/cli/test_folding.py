@@ -21,7 +21,6 @@ from bntool.cli.main import main
 from bntool.layers.folding import load_folded
 from bntool.layers.loading import load_state
 from bntool.operations.speed import measure_speed
-from bntool.reports.folding import show_folded_loading
 
 ROOT = Path(__file__).resolve().parents[2]
 SAMPLES = ROOT / "sample_ckpts"
@@ -145,13 +144,26 @@ def test_whole_modules_only_with_same_keys(fold, digits) -> None:
         assert torch.equal(before(digits[0]).argmax(1), model(digits[0]).argmax(1))
 
 
-def test_printed_lines_load_the_file_without_bntool(fold, digits) -> None:
-    *_, out = fold(SAMPLES / "digits.pt")
+@pytest.mark.parametrize("layout", ["folded", "same-keys"])
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("digits.pt", ()), ("digits.safetensors", ()), ("digits_training.pt", ("--state-dict", "ema_state_dict"))],
+)
+def test_printed_lines_load_the_file_without_bntool(digits, tmp_path, capsys, name: str, options, layout: str) -> None:
+    out = tmp_path / f"folded{Path(name).suffix}"
+    arguments = ["fold", str(SAMPLES / name), "--model", MODEL, "-o", str(out), "--layout", layout, *options]
+    assert main(arguments) == 0
+    heading = "or without bntool:" if layout == "folded" else "load it into the unmodified model:"
+    printed = capsys.readouterr().out.partition(heading)[2].splitlines()[1:]
     model = build(SAMPLES / "digits_net.py")
-    lines = ["import torch", f"checkpoint = torch.load({str(out)!r})", "model.load_state_dict(checkpoint)"]
-    exec("\n".join(show_folded_loading(lines)), {"model": model})
+    exec("\n".join(line.removeprefix("  ") for line in printed), {"model": model})
+    expected = original(SAMPLES / name, options[1] if options else None)(digits[0])
     with torch.no_grad():
-        assert torch.equal(original(SAMPLES / "digits.pt")(digits[0]).argmax(1), model(digits[0]).argmax(1))
+        assert torch.equal(expected.argmax(1), model.eval()(digits[0]).argmax(1))
+    if layout == "folded":
+        assert not any(key.endswith("running_mean") for key in model.state_dict())
+        other = load_folded(build(SAMPLES / "digits_net.py"), out, state_dict=options[1] if options else None)
+        assert all(torch.equal(tensor, model.state_dict()[key]) for key, tensor in other.state_dict().items())
 
 
 def test_without_a_model_it_says_what_to_give(fold) -> None:

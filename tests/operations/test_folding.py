@@ -574,3 +574,27 @@ def test_a_batchnorm_that_stays_adds_its_shift_and_no_scale(dtype: torch.dtype, 
     remaining = given[1].weight / torch.sqrt(given[1].running_var + eps)
     if dtype in (torch.float64, torch.float32):
         assert torch.equal(remaining.to(dtype), torch.ones(6, dtype=dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("eps", [1e-8, 1e-6, 1e-5, 1e-4, 1e-3, 2e-3, 1e-2, 0.1])
+def test_what_stays_of_a_batchnorm_changes_no_bit(dtype: torch.dtype, eps: float) -> None:
+    model = randomise(nn.Sequential(nn.Conv2d(4, 6, 1, bias=False), nn.BatchNorm2d(6, eps=eps)).to(dtype))
+    folded, _ = fold(model, image().to(dtype), layout=Layout.SAME_KEYS)
+    remaining = folded[1]
+    with torch.no_grad():
+        remaining.bias.zero_()
+        x = torch.randn(64, 6, 5, 5, generator=torch.Generator().manual_seed(0)).to(dtype)
+        assert torch.equal(remaining(x), x)
+
+
+def test_same_keys_holds_folds_into_producers_only() -> None:
+    """One into a reader would leave a BatchNorm that does nothing, and two BatchNorms cannot share a shift."""
+    for forward in (forward_into_conv, norm_on_norm_alone):
+        modules = {"bn": nn.BatchNorm2d(4), "bn2": nn.BatchNorm2d(4), "unpadded": nn.Conv2d(4, 5, 3)}
+        used = {name: module for name, module in modules.items() if name in forward.__code__.co_names}
+        model = randomise(Functional(forward, **used).double())
+        folded, plan = fold(model, image(), layout=Layout.SAME_KEYS)
+        assert not plan.folds
+        assert set(reasons(plan).values()) == {"NOT_ADJACENT"}
+        assert largest_difference(model, folded, image()) == 0

@@ -152,6 +152,60 @@ class RandomNetwork(nn.Module):
         return simple[kind]()
 
 
+class RandomChain(nn.Module):
+    """Layers of one to three dimensions in a row, some of them tied or called again; a second reader at times."""
+
+    def __init__(self, chance: random.Random) -> None:
+        super().__init__()
+        self.dimensions = chance.choice([1, 2, 3])
+        plain, transposed, self.norm, self.pool = (
+            getattr(source, f"{name}{self.dimensions}d")
+            for source, name in ((nn, "Conv"), (nn, "ConvTranspose"), (nn, "BatchNorm"), (F, "max_pool"))
+        )
+        made = []
+        for _ in range(chance.randint(2, 5)):
+            kind, groups = chance.choice([plain, transposed]), chance.choice([1, 2, 4])
+            made.append(kind(4, 4, 1, groups=groups, bias=chance.random() < 0.5))
+            made += [self.norm(4)] * chance.choice([1, 1, 1, 2])
+        if chance.random() < 0.3:  # two modules, one parameter
+            first, second = chance.sample([m for m in made if not isinstance(m, self.norm)], 2)
+            if first.weight.shape == second.weight.shape:
+                second.weight = first.weight
+        if chance.random() < 0.2:
+            made.append(chance.choice(made))  # one module, called twice
+        self.between = [chance.choice(["", "", "", "relu", "pool", "kept"]) for _ in made]
+        for position in chance.sample(range(len(made)), len(made)):
+            self.register_module(f"m{position}", made[position])
+        self.length = len(made)
+
+    def forward(self, x):
+        kept = []
+        for position, between in enumerate(self.between):
+            x = getattr(self, f"m{position}")(x)
+            if between == "relu":
+                x = F.relu(x)
+            elif between == "pool":
+                x = self.pool(x, 3, stride=1, padding=1)
+            elif between == "kept":
+                kept.append(x.sum())
+        return [x, *kept]
+
+
+@settings(derandomize=True, max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@given(st.integers(0, 2**32), st.sampled_from(list(Layout)))
+def test_chains_of_other_dimensions(seed: int, layout: Layout) -> None:
+    model = RandomChain(random.Random(seed))
+    dimensions = model.dimensions
+    model = randomise(model.double(), seed=seed % 7)
+    generator = torch.Generator().manual_seed(5)
+    inputs = torch.randn(2, 4, *([5] * dimensions), dtype=torch.float64, generator=generator)
+    folded, plan = fold(model, inputs, layout=layout)
+    assert largest_difference(model, folded, inputs) < 1e-9
+    chains.update(f"{f.level.value} {dimensions}d" for f in plan.folds)
+    chains.update(skip.reason.value for skip in plan.skips)
+
+
+chains: Counter[str] = Counter()
 seen: Counter[str] = Counter()
 
 
@@ -200,4 +254,5 @@ def test_the_random_networks_are_not_all_alike() -> None:
     """Guards the test above against drawing only networks in which there is nothing to decide."""
     if sum(seen.values()) > 100:  # not where it was run alone
         assert {"direct", "through", "forward", "shared output", "not adjacent"} <= set(seen)
-    print(dict(seen))
+    if sum(chains.values()) > 100:
+        assert {"direct 1d", "direct 2d", "direct 3d", "reused", "shared output", "not adjacent"} <= set(chains)
