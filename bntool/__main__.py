@@ -9,6 +9,9 @@ def run() -> None:
     """Run the command line and exit with its code."""
     import gc
 
+    from bntool.cli.interrupts import InterruptHandler
+
+    InterruptHandler().install()
     from bntool.cli.main import main
 
     gc.freeze()

@@ -15,6 +15,7 @@ from bntool.data.arrays import read_rows
 from bntool.data.batches import Batch, Batches, cut_batch, find_label, split_batch, to_tensors
 from bntool.data.rows import LiveRows, Rows, choose_arrays
 from bntool.data.source import DataOptions, DataSource
+from bntool.data.workers import iterate
 from bntool.errors import UsageError
 from bntool.models.user_code import call_factory, import_object, is_factory_spec, running_user_code
 
@@ -160,8 +161,7 @@ def _count(made: Any, options: DataOptions) -> int | None:
 
 def _iterate(source: Iterable[Any], describe: Callable[[], str]) -> Iterator[Any]:
     """The items of a user's iterable; what it raises becomes a UserCodeError."""
-    with running_user_code(describe()):
-        iterator = iter(source)
+    iterator = iterate(source)
     while True:
         with running_user_code(describe()):
             try:
@@ -173,11 +173,9 @@ def _iterate(source: Iterable[Any], describe: Callable[[], str]) -> Iterator[Any
 
 def _collate_samples(items: Iterator[Any], options: DataOptions) -> Iterator[Any]:
     """Batches as they are; single samples put together."""
-    first = next(items, None)
-    if first is None:
-        return
-    items = itertools.chain([first], items)
-    if not _is_sample(first):
+    first = list(itertools.islice(items, 1))
+    items = itertools.chain(first, items)
+    if not first or not _is_sample(first[0]):
         yield from items
         return
     while group := list(itertools.islice(items, options.batch_size)):

@@ -16,6 +16,7 @@ from bntool.data.pixels import read_image
 from bntool.data.policies import OnBadData
 from bntool.data.preprocessing import Preprocessing
 from bntool.data.source import DataOptions, DataSource
+from bntool.data.workers import LostWorkerError, iterate
 from bntool.errors import CorruptFileError, MissingExtraError, RefusedError, UnreadableFileError, UsageError
 
 _SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".avif")
@@ -133,16 +134,15 @@ class _Images(Dataset[Any]):
 
 
 def _watch_workers(loader: DataLoader[Any]) -> Iterator[Any]:
-    """The items of a loader; images cannot raise in it, so what raises is the loss of a worker.
+    """The items of a loader.
 
     Raises:
         RefusedError: a worker was lost.
     """
     try:
-        yield from loader
-    except RuntimeError as error:
-        said = " ".join(str(error).split())
-        raise RefusedError(f"a process that reads images was lost, try fewer --workers: {said}") from error
+        yield from iterate(loader)
+    except LostWorkerError as error:
+        raise RefusedError(" ".join(str(error).split())) from error
 
 
 def _collate(good: Sequence[tuple[int, torch.Tensor]], folder: ImageFolder, preprocessing: Preprocessing) -> Batch:

@@ -8,17 +8,20 @@ import importlib.util
 import inspect
 import operator
 import os
+import re
 import sys
 import sysconfig
 import traceback
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from types import ModuleType, TracebackType
+from types import ModuleType
 from typing import Any
 
 from bntool.errors import BntoolError, UsageError, UserCodeError
 
 _PACKAGE = str(Path(__file__).resolve().parents[1]) + os.sep
+_FROM_WORKER = re.compile(r"Caught \w+ in .*\.\s+Original Traceback")
+_FRAME = re.compile(r'File "([^"]+)", line (\d+)')
 _INSTALLED = tuple(
     str(Path(path)) + os.sep
     for name, path in sysconfig.get_paths().items()
@@ -47,9 +50,13 @@ def running_user_code(what: str) -> Iterator[None]:
 
 def describe_exception(error: BaseException) -> str:
     """Kind, message and the place in the user's code, e.g. ``ValueError: bad width (model.py:12)``."""
-    said = " ".join(str(error).split())
+    said = str(error)
+    if _FROM_WORKER.match(said):  # torch puts the whole traceback of a worker process into the message
+        text = said.strip().splitlines()[-1].strip()
+    else:
+        said = " ".join(said.split())
+        text = type(error).__name__ + (f": {said}" if said else "")
     place = find_user_line(error)
-    text = type(error).__name__ + (f": {said}" if said else "")
     return f"{text} ({place})" if place else text
 
 
@@ -60,14 +67,11 @@ def find_user_line(error: BaseException) -> str:
     """
     if isinstance(error, SyntaxError) and error.filename:
         return f"{error.filename}:{error.lineno}"
-    for frame in reversed(_frames(error.__traceback__)):
-        if _is_users(frame.filename):
-            return f"{frame.filename}:{frame.lineno}"
-    return ""
-
-
-def _frames(trace: TracebackType | None) -> traceback.StackSummary:
-    return traceback.extract_tb(trace)
+    # no source is read: signal handlers may raise meanwhile
+    frames = [(frame.f_code.co_filename, line) for frame, line in traceback.walk_tb(error.__traceback__)]
+    if _FROM_WORKER.match(str(error)):
+        frames += [(file, int(line)) for file, line in _FRAME.findall(str(error))]
+    return next((f"{file}:{line}" for file, line in reversed(frames) if _is_users(file)), "")
 
 
 def _is_users(filename: str) -> bool:

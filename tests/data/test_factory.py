@@ -1,5 +1,8 @@
 """The user's own datasets and loaders."""
 
+import gc
+import multiprocessing
+import signal
 import sys
 
 import pytest
@@ -10,7 +13,7 @@ from bntool.data.loading import load_data
 from bntool.errors import UsageError, UserCodeError
 
 CODE = """
-import collections
+import collections, os, signal
 import torch
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
@@ -61,6 +64,24 @@ Pair = collections.namedtuple("Pair", "input target")
 def named_tuples():
     return [Pair(x[:4], y[:4]), Pair(x[4:], y[4:])]
 
+class Rotten(Mapped):
+    def __getitem__(self, index):
+        if index == 5:
+            raise ValueError("sample 5 is rotten")
+        return super().__getitem__(index)
+
+class Deadly(Mapped):
+    def __getitem__(self, index):
+        if index == 5:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().__getitem__(index)
+
+def rotten_loader():
+    return DataLoader(Rotten(), batch_size=4, num_workers=1)
+
+def deadly_loader():
+    return DataLoader(Deadly(), batch_size=4, num_workers=2)
+
 class Foreign:  # tensors of TensorFlow and JAX convert so
     def __init__(self, values):
         self.values = values
@@ -92,6 +113,9 @@ def raising():
 
 def empty():
     return []
+
+def nones():
+    yield None
 
 def number():
     return 3
@@ -157,10 +181,31 @@ def test_an_iterator_is_no_data_that_can_be_read_again(spec):
         list(data)
 
 
+@pytest.mark.parametrize("name", ["Rotten", "rotten_loader"])
+def test_what_a_worker_raises_is_named_with_its_line(spec, name):
+    with pytest.raises(UserCodeError, match=r"raised ValueError: sample 5 is rotten \(.*user_data\.py:\d+\)$"):
+        list(load_data(spec(name), batch_size=4, workers=1))
+
+
+@pytest.mark.parametrize("name", ["Deadly", "deadly_loader"])
+def test_a_killed_worker_is_one_sentence_and_leaves_no_process(spec, name, monkeypatch):
+    monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.2)
+    handler = signal.getsignal(signal.SIGCHLD)
+    with pytest.raises(UserCodeError, match="a process that reads the data was lost") as caught:
+        list(load_data(spec(name), batch_size=4, workers=2))
+    assert "Traceback" not in str(caught.value)
+    assert signal.getsignal(signal.SIGCHLD) is handler
+    del caught
+    gc.collect()
+    assert multiprocessing.active_children() == []
+
+
 def test_what_is_no_data(spec):
     with pytest.raises(UsageError, match="gives int"):
         load_data(spec("number"), batch_size=4)
     assert list(load_data(spec("empty"), batch_size=4)) == []
+    with pytest.raises(UsageError, match="holds no tensor but NoneType"):
+        list(load_data(spec("nones"), batch_size=4))
 
 
 def test_batches_of_every_form():

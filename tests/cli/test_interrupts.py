@@ -1,0 +1,58 @@
+"""Ctrl-C in the middle of an import."""
+
+import importlib
+import signal
+import sys
+import time
+
+import pytest
+
+from bntool.cli.interrupts import InterruptHandler
+
+MODULE = """
+import os, signal
+for _ in range({presses}):
+    os.kill(os.getpid(), signal.SIGINT)
+whole = True
+"""
+
+
+@pytest.fixture(autouse=True)
+def handled(monkeypatch, tmp_path):
+    before = signal.getsignal(signal.SIGINT)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    InterruptHandler().install()
+    monkeypatch.syspath_prepend(tmp_path)
+    yield
+    signal.signal(signal.SIGINT, before)
+    for name in ("pressed_once", "pressed_twice"):
+        sys.modules.pop(name, None)
+
+
+def test_an_import_is_finished_first(tmp_path):
+    (tmp_path / "pressed_once.py").write_text(MODULE.format(presses=1))
+    with pytest.raises(KeyboardInterrupt):
+        importlib.import_module("pressed_once")
+        assert sys.modules["pressed_once"].whole
+        time.sleep(5)
+        pytest.fail("the interrupt was lost")
+    assert sys.modules["pressed_once"].whole
+
+
+def test_a_second_one_does_not_wait(tmp_path):
+    (tmp_path / "pressed_twice.py").write_text(MODULE.format(presses=2))
+    with pytest.raises(KeyboardInterrupt):
+        importlib.import_module("pressed_twice")
+    assert "pressed_twice" not in sys.modules
+    time.sleep(0.2)  # nothing more comes of the first one
+
+
+def test_elsewhere_it_is_raised_at_once():
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
+
+
+def test_who_ignores_interrupts_goes_on_doing_so():
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    InterruptHandler().install()
+    assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
