@@ -29,13 +29,15 @@ def handled(monkeypatch, tmp_path):
         sys.modules.pop(name, None)
 
 
+def import_and_wait(name):
+    importlib.import_module(name)
+    time.sleep(5)
+
+
 def test_an_import_is_finished_first(tmp_path):
     (tmp_path / "pressed_once.py").write_text(MODULE.format(presses=1))
     with pytest.raises(KeyboardInterrupt):
-        importlib.import_module("pressed_once")
-        assert sys.modules["pressed_once"].whole
-        time.sleep(5)
-        pytest.fail("the interrupt was lost")
+        import_and_wait("pressed_once")
     assert sys.modules["pressed_once"].whole
 
 
