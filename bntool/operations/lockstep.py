@@ -13,6 +13,7 @@ import torch
 
 from bntool.data.batches import Batch, LeftOut, find_placement
 from bntool.errors import RefusedError
+from bntool.layers.borrowing import borrow
 from bntool.models.user_code import running_user_code
 from bntool.operations.moments import Moments, measure
 from bntool.operations.passes import (
@@ -28,9 +29,7 @@ from bntool.operations.passes import (
     set_statistics,
 )
 from bntool.operations.ranks import Ranks, find_ranks
-
-# final running_mean and running_var of a layer, from its name, what it has seen, and the number of samples
-Finish = Callable[[str, Tally, int], tuple[torch.Tensor, torch.Tensor]]
+from bntool.operations.repeated_calls import Finish, RepeatedCalls
 
 _CHUNK = 128  # positions measured at a time in float32: the error is to be far below what is promised, 1e-6
 
@@ -102,17 +101,18 @@ def measure_exact(run: Run, batches: Iterable[Batch], finish: Finish, *, channel
     """Measure in each layer what it sees when all layers before it have their final statistics.
 
     All batches wait at a layer; their moments are pooled, its final statistics are set, and all go on. So after it the
-    network in eval mode sees in each layer exactly the statistics stored there, whatever the batch size and order. No
-    layer may be called twice in a forward. All activations that batches hold at a layer are in memory at once.
+    network in eval mode sees in each layer exactly the statistics stored there, whatever the batch size and order. All
+    activations that batches hold at a layer are in memory at once. The model is given back with its old statistics.
+
+    One sweep does, unless a forward calls a layer more than once: its later calls come too late for the first. Sweeps
+    are then repeated until no call of such a layer was given other statistics than the moments of all its calls.
 
     Raises:
+        NotSettledError: there are layers called more than once for which no sweep found such statistics.
         RefusedError: batches take different paths through the model, or hold NaN or infinity (``OnBadData.STOP``).
         UserCodeError: the model raised.
     """
     ranks = find_ranks()
-    sweep = _Sweep(run, finish, ranks, channels_last=channels_last)
-    for name, layer in run.layers.items():
-        run.borrowed.add_forward_pre_hook(layer, sweep.make_hook(name), with_kwargs=True)
     result = Measurement()
     remaining = dict(enumerate(batches))
     bad = {
@@ -126,8 +126,12 @@ def measure_exact(run: Run, batches: Iterable[Batch], finish: Finish, *, channel
     while True:
         counts = ranks.share(partial(_count, good.values()))
         result.batches, result.samples = (sum(column) for column in zip(*counts, strict=True))
+        sweep = _Sweep(run, finish, ranks, samples=result.samples, channels_last=channels_last)
         try:
-            result.tallies = sweep.run(good, result.samples)
+            with borrow(run.model) as borrowed:
+                for name, layer in run.layers.items():
+                    borrowed.add_forward_pre_hook(layer, sweep.make_hook(name), with_kwargs=True)
+                result.tallies = sweep.repeat(good)
         except BadBatchesError as error:
             # what these batches gave to earlier layers is in their statistics: begin again without them
             result.left_out += [accept(left_out, run.on_bad_data) for left_out in error.bad.values()]
@@ -160,12 +164,20 @@ class Stop:
 
 
 class _Sweep:
-    def __init__(self, run: Run, finish: Finish, ranks: Ranks, *, channels_last: bool) -> None:
+    """Sweeps of all batches over all layers.
+
+    Args:
+        run, finish, ranks, channels_last: see :func:`measure_exact`.
+        samples: of all ranks.
+    """
+
+    def __init__(self, run: Run, finish: Finish, ranks: Ranks, *, samples: int, channels_last: bool) -> None:
         self._run = run
-        self._finish = finish
         self._ranks = ranks
+        self._samples = samples
         self._channels_last = channels_last
         self._current: Lane | None = None
+        self._calls = RepeatedCalls(lambda name, tally: finish(name, tally, samples), run.layers)
 
     def make_hook(self, name: str) -> Callable[..., None]:
         def observe(module: torch.nn.Module, args: Any, kwargs: Any) -> None:
@@ -177,16 +189,24 @@ class _Sweep:
 
         return observe
 
-    def run(self, batches: Mapping[int, Batch], samples: int) -> dict[str, Tally]:
-        """One sweep over all layers; what each of them saw, in execution order.
+    def repeat(self, batches: Mapping[int, Batch]) -> dict[str, Tally]:
+        """Sweep until all statistics are those of what is seen; what each layer saw, in execution order.
 
         Args:
             batches: this rank's share, by position.
-            samples: of all ranks.
         """
+        self._run_once(batches)
+        while not self._calls.have_settled:
+            self._calls.begin_again()
+            try:
+                self._run_once(batches)
+            except BadBatchesError:  # the first sweep was finite: it is these statistics that are of no use
+                self._calls.give_up()
+        return self._calls.tallies
+
+    def _run_once(self, batches: Mapping[int, Batch]) -> None:
         context = _copy_context(self._run.model)
         lanes = {position: Lane(self._make_run(batch, context)) for position, batch in batches.items()}
-        tallies: dict[str, Tally] = {}
         try:
             while True:
                 shares = self._ranks.share(lambda: [self._advance(p, lane, batches[p]) for p, lane in lanes.items()])
@@ -197,10 +217,8 @@ class _Sweep:
                     raise BadBatchesError(bad)
                 stops = [stop for _, _, stop in placed]
                 if all(stop.layer is None for stop in stops):
-                    return tallies
-                self._finish_layer(stops, tallies, samples)
-                if self._run.on_progress is not None:
-                    self._run.on_progress(samples * len(tallies) // len(self._run.layers))
+                    return
+                self._finish_layer(stops)
         finally:
             for lane in lanes.values():
                 lane.abandon()
@@ -214,7 +232,7 @@ class _Sweep:
         layer, moments = lane.reached or (None, None)
         return Stop(position, batch.description, layer, moments)
 
-    def _finish_layer(self, stops: Sequence[Stop], tallies: dict[str, Tally], samples: int) -> None:
+    def _finish_layer(self, stops: Sequence[Stop]) -> None:
         first = stops[0]
         for other in stops:
             if other.layer != first.layer:
@@ -225,12 +243,11 @@ class _Sweep:
                 )
         name = first.layer
         assert name is not None
-        if name in tallies:
-            raise RefusedError("called more than once in a forward; use the method pooled", tensor=name)
         tally = reduce(Tally.and_, (Tally.of(stop.moments) for stop in stops if stop.moments is not None))
-        tallies[name] = tally
-        mean, variance = self._finish(name, tally, samples)
+        mean, variance = self._calls.add(name, tally)
         set_statistics(self._run.layers[name], mean=mean, variance=variance)
+        if self._run.on_progress is not None:
+            self._run.on_progress(self._samples * self._calls.layers_seen // len(self._run.layers))
 
     def _make_run(
         self, batch: Batch, context: Callable[[], contextlib.AbstractContextManager[None]]

@@ -21,11 +21,13 @@ from bntool.operations.lockstep import measure_exact
 from bntool.operations.methods import Method
 from bntool.operations.passes import Measurement, OnProgress, Run, Tally, measure_pooled, set_statistics
 from bntool.operations.ranks import find_ranks
+from bntool.operations.repeated_calls import NotSettledError
 from bntool.operations.rounding import check_holds
 from bntool.operations.trial import read_what_fits
 from bntool.plan import Operation, Plan, SetTensor, Skip, SkipReason, Values
 
 _COUNTER = "num_batches_tracked"
+_NO_FIXED_POINT = "no statistics were found that hold for all calls; pooled can do that"
 _REASONS = {
     SkipReason.NEVER_REACHED: "no batch came through it",
     SkipReason.TOO_FEW_SAMPLES: "one value for each channel has no variance",
@@ -113,8 +115,9 @@ def plan_recalibration(
         for _, module in walk_modules(model):
             module.training = False
         blend = _Blend({name: _copy_statistics(module) for name, module in chosen.items()}, method=method, prior=prior)
-        measurement, memory = Measurement(), None
-        reused: Mapping[str, int] = {}
+        measurement: Measurement | None = None
+        memory = None
+        reused: dict[str, int] = {}
         run = Run(model, borrowed, chosen, on_bad_data=on_bad_data, on_progress=on_progress)
         if method is Method.EXACT:
             read: list[Batch] = []
@@ -122,15 +125,19 @@ def plan_recalibration(
             trials = find_ranks().share(lambda: read_what_fits(run, given, into=read, cut=fit_memory))
             trial = next((trial for trial in trials if trial is not None), None)
             if trial is not None:
-                reused = trial.reused
-                once = {name: module for name, module in chosen.items() if name not in reused}
                 memory = trial.forecast.need(sum(b.samples for b in read), max((b.samples for b in read), default=0))
-                measurement = measure_exact(replace(run, layers=once), read, blend, channels_last=trial.channels_last)
+                while measurement is None:
+                    others = replace(run, layers={name: m for name, m in chosen.items() if name not in reused})
+                    try:
+                        measurement = measure_exact(others, read, blend, channels_last=trial.channels_last)
+                    except NotSettledError as error:
+                        reused.update(error.calls)
         else:
             measurement = measure_pooled(run, given)
+    measurement = measurement or Measurement()
     measurement.check(given.description)
     skips += [
-        Skip(name.removeprefix(prefix), SkipReason.REUSED, f"called {calls} times in a forward; pooled can do that")
+        Skip(name.removeprefix(prefix), SkipReason.REUSED, f"called {calls} times in a forward: {_NO_FIXED_POINT}")
         for name, calls in reused.items()
     ]
     statistics = {}

@@ -4,12 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections import Counter
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
-
-import torch
 
 from bntool.data.batches import Batch, Batches, cut_batch, find_placement, find_tensors
 from bntool.errors import RefusedError, UserCodeError
@@ -26,12 +21,10 @@ class Trial:
     """What a first forward of a few samples shows.
 
     Attributes:
-        reused: layers that one forward calls more than once, and how often.
         channels_last: whether the model takes images of that layout.
         forecast: memory of each sample.
     """
 
-    reused: Mapping[str, int]
     channels_last: bool
     forecast: Forecast
 
@@ -50,21 +43,14 @@ def try_out(run: Run, batch: Batch) -> Trial:
 
 
 def _try_out(run: Run, batch: Batch, *, channels_last: bool) -> Trial:
-    calls: Counter[str] = Counter()
     with borrow(run.model) as borrowed, LiveTensors() as memory:
-        for name, layer in run.layers.items():
-
-            def observe(_module: torch.nn.Module, _args: Any, name: str = name) -> None:
-                calls[name] += 1
-                memory.note_waiting()
-
-            borrowed.add_forward_pre_hook(layer, observe)
+        for layer in run.layers.values():
+            borrowed.add_forward_pre_hook(layer, lambda _module, _args: memory.note_waiting())
         with running_user_code(f"running the model on {batch.description}"):
             batch.run(run.model, channels_last=channels_last)
     given = sum(tensor.nbytes for tensor in find_tensors(batch.inputs))
     samples = max(batch.samples, 1)
     return Trial(
-        reused={name: count for name, count in calls.items() if count > 1},
         channels_last=channels_last,
         forecast=Forecast(waiting=(memory.waiting + given) / samples, running=memory.peak / samples),
     )
