@@ -102,10 +102,15 @@ Recipe: TypeAlias = Values | Scaled
 
 @dataclass(frozen=True, slots=True)
 class SetTensor:
-    """Give an existing tensor new elements; dtype and shape stay."""
+    """Give an existing tensor new elements; its shape stays.
+
+    Attributes:
+        dtype: PyTorch's name of a new dtype; None to keep the old one.
+    """
 
     name: str
     value: Recipe
+    dtype: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

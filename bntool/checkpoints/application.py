@@ -103,7 +103,8 @@ def _existing(original: StateDict, tensors: Mapping[str, Tensor], name: str) -> 
 def _new_elements(original: StateDict, old: Tensor, step: SetTensor) -> Tensor:
     if isinstance(old, StoredTensor) and old.wrapper:
         raise RefusedError(f"a {old.wrapper} tensor cannot be given new elements", tensor=step.name)
-    new = _make(step.value, original, name=step.name, dtype=old.dtype)
+    dtype = old.dtype if step.dtype is None else BY_NAME[step.dtype]
+    new = _make(step.value, original, name=step.name, dtype=dtype)
     if tuple(new.shape) != tuple(old.shape):
         raise UsageError(f"shape {list(new.shape)} does not fit {list(old.shape)}", tensor=step.name)
     return new

@@ -127,9 +127,11 @@ class ChangeCollector:
         for name, tensor in changed.items():
             stored = original[name]
             assert stored is not None
-            if stored.storage is None or self.is_shared(source, name, neighbours[stored.storage.key]):
+            fits = stored.storage is not None and tensor.dtype is stored.dtype
+            if not fits or self.is_shared(source, name, neighbours[_storage_key(stored)]):
                 new_nodes[name] = self.new_tensor(tensor, like=stored)
             else:
+                assert stored.storage is not None
                 self.changes.patches.setdefault(stored.storage.key, []).append((stored, tensor))
         if not (added or removed or new_nodes):
             return

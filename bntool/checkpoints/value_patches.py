@@ -38,6 +38,12 @@ def collect_value_patches(checkpoint: Checkpoint, *, advice: str, can_record: bo
             if tensor is not stored:
                 if stored.storage is None or stored.overlaps_itself:
                     raise RefusedError("this tensor has no elements of its own to change", tensor=name)
+                if tensor.dtype is not stored.dtype:
+                    what = f"from {stored.dtype} to {tensor.dtype}"
+                    raise RefusedError(
+                        f"only elements can change in a {checkpoint.format.title} file, not a dtype {what}; {advice}",
+                        tensor=name,
+                    )
                 _check_others(checkpoint, state_dict, name)
                 patches.setdefault(stored.storage.key, []).append((stored, tensor))
     _refuse_other_steps(checkpoint, advice)

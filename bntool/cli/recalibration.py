@@ -10,7 +10,7 @@ import typer
 from bntool.cli import options
 from bntool.cli.output import print_report, user_output_to_stderr
 from bntool.data.policies import OnBadData
-from bntool.operations.methods import Method
+from bntool.operations.methods import Method, Precision
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -84,6 +84,17 @@ def command(  # noqa: PLR0915 a third of the statements are imports
     on_bad_data: Annotated[
         OnBadData, typer.Option("--on-bad-data", help="Unreadable images, and batches with NaN: stop, or skip them.")
     ] = OnBadData.STOP,
+    precision: Annotated[
+        Precision,
+        typer.Option(
+            "--precision",
+            help="bfloat16: run the model under autocast. Faster where the processor has instructions for it; the "
+            "statistics are approximate.",
+        ),
+    ] = Precision.MODEL,
+    promote: Annotated[
+        bool, typer.Option("--promote", help="Store statistics that half precision cannot hold as float32.")
+    ] = False,
     device: options.Device = "cpu",
     layers: options.Layers = None,
     state_dict: options.StateDictKey = None,
@@ -123,9 +134,9 @@ def command(  # noqa: PLR0915 a third of the statements are imports
     from bntool.layers.loading import load_state
     from bntool.operations.evaluation import count_flipped, evaluate, is_better, parse_metric
     from bntool.operations.ranks import join_job
-    from bntool.operations.recalibration import plan_recalibration
+    from bntool.operations.recalibration import check_live_statistics, plan_recalibration
     from bntool.operations.recording import make_record
-    from bntool.operations.rounding import fit_plan
+    from bntool.operations.rounding import fit_plan, list_promoted
     from bntool.reports.loading import show_loading_code
     from bntool.reports.recalibration import Outcome, describe_recalibration, show_recalibration
     from bntool.reports.report import FileReport, Report
@@ -171,6 +182,7 @@ def command(  # noqa: PLR0915 a third of the statements are imports
                 on_bad_data=on_bad_data,
                 on_progress=progress,
                 fit_memory=samples == "auto",
+                precision=precision,
             )
         check_plan(result.plan, strict=strict)
         if before is None:
@@ -180,9 +192,12 @@ def command(  # noqa: PLR0915 a third of the statements are imports
                 f"--keep-if-better needs labels of the model: there are {len(held_out.classes or ())} class folders, "
                 f"but the model has {before.outputs} outputs"
             )
-        plan = fit_plan(result.plan, chosen)
+        plan = fit_plan(result.plan, chosen, promote=promote)
+        check_live_statistics(live, result)
         if source.format.can_record(source, chosen):
             facts = {"method": method.value, "prior": prior, "data": data, "seed": seed}
+            if precision is not Precision.MODEL:
+                facts["precision"] = precision.value
             if batches.preprocessing is not None:
                 facts["preprocessing"] = batches.preprocessing.describe()
             plan = plan.with_record(make_record(plan, **facts, samples=result.samples, batches=result.batches))
@@ -202,6 +217,7 @@ def command(  # noqa: PLR0915 a third of the statements are imports
             output=written,
             kept=kept,
             preprocessing=batches.preprocessing,
+            promoted=list_promoted(plan),
             loading=tuple(show_loading_code(edited, chosen, str(output))),
             warnings=tuple(_warn(result.samples, wanted, before, held_out, fair=not keep_if_better or bool(eval_data))),
         )

@@ -11,3 +11,10 @@ class Method(Enum):
     POOLED = "pooled"
     EXACT = "exact"
     PAPER = "paper"
+
+
+class Precision(Enum):
+    """What the forwards over calibration data compute in; moments are taken in float32 and float64 either way."""
+
+    MODEL = "model"
+    BFLOAT16 = "bfloat16"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 
 from bntool.batchnorm import DEFAULT_EPS, STATISTICS
-from bntool.data.batches import Batch, Batches, LeftOut, as_batches
+from bntool.data.batches import Batch, Batches, LeftOut, as_batches, find_placement
 from bntool.data.policies import OnBadData
 from bntool.errors import RefusedError, UsageError
 from bntool.layers.borrowing import borrow
@@ -18,7 +19,7 @@ from bntool.layers.modules import find_batchnorm_modules, find_names, find_wrapp
 from bntool.operations.calibrated_layers import choose_layers
 from bntool.operations.drift import LayerDrift, measure_drift
 from bntool.operations.lockstep import measure_exact
-from bntool.operations.methods import Method
+from bntool.operations.methods import Method, Precision
 from bntool.operations.passes import Measurement, OnProgress, Run, Tally, measure_pooled, set_statistics
 from bntool.operations.ranks import find_ranks
 from bntool.operations.repeated_calls import NotSettledError
@@ -61,6 +62,7 @@ class Recalibration:
         samples, batches: how many were used.
         left_out: samples that were skipped, and why.
         memory: bytes that the method exact was forecast to need; None for the others.
+        precision: what the forwards computed in; bfloat16 makes the statistics approximate.
     """
 
     plan: Plan
@@ -72,9 +74,10 @@ class Recalibration:
     batches: int
     left_out: tuple[LeftOut, ...] = ()
     memory: int | None = None
+    precision: Precision = Precision.MODEL
 
 
-def plan_recalibration(
+def plan_recalibration(  # noqa: PLR0913 each is an option of the command
     model: torch.nn.Module,
     batches: Batches | Iterable[Any],
     *,
@@ -84,6 +87,7 @@ def plan_recalibration(
     on_bad_data: OnBadData = OnBadData.STOP,
     on_progress: OnProgress | None = None,
     fit_memory: bool = False,
+    precision: Precision = Precision.MODEL,
 ) -> Recalibration:
     """Run batches through a model and plan new running statistics for its BatchNorm layers.
 
@@ -100,14 +104,18 @@ def plan_recalibration(
         on_bad_data: what to do about a batch that holds NaN or infinity.
         on_progress: called with the number of samples done.
         fit_memory: let the method exact use fewer samples where not all fit into memory, instead of refusing.
+        precision: bfloat16 runs the forwards under autocast: faster where the processor has instructions for it, and
+            approximate.
 
     Raises:
-        UsageError: no batch came.
+        UsageError: no batch came, or exact statistics are asked for in bfloat16.
         RefusedError: no layer can be recalibrated, or a batch holds NaN or infinity, or see ``docs/recalibration.md``.
         UserCodeError: the model or the data raised.
     """
     if prior < 0 or not math.isfinite(prior):
         raise UsageError("the prior is a number of samples, at least 0", value=prior)
+    if method is Method.EXACT and precision is not Precision.MODEL:
+        raise UsageError(f"exact statistics cannot be computed in {precision.value}, which is approximate")
     given = as_batches(batches)
     prefix = find_wrapper_prefix(model)
     with borrow(model) as borrowed, torch.no_grad():
@@ -115,26 +123,14 @@ def plan_recalibration(
         for _, module in walk_modules(model):
             module.training = False
         blend = _Blend({name: _copy_statistics(module) for name, module in chosen.items()}, method=method, prior=prior)
-        measurement: Measurement | None = None
-        memory = None
-        reused: dict[str, int] = {}
         run = Run(model, borrowed, chosen, on_bad_data=on_bad_data, on_progress=on_progress)
+        memory: int | None = None
+        reused: dict[str, int] = {}
         if method is Method.EXACT:
-            read: list[Batch] = []
-            # ranks without a batch of their own learn from the others how the model goes about its layers
-            trials = find_ranks().share(lambda: read_what_fits(run, given, into=read, cut=fit_memory))
-            trial = next((trial for trial in trials if trial is not None), None)
-            if trial is not None:
-                memory = trial.forecast.need(sum(b.samples for b in read), max((b.samples for b in read), default=0))
-                while measurement is None:
-                    others = replace(run, layers={name: m for name, m in chosen.items() if name not in reused})
-                    try:
-                        measurement = measure_exact(others, read, blend, channels_last=trial.channels_last)
-                    except NotSettledError as error:
-                        reused.update(error.calls)
+            measurement, memory, reused = _measure_exact(run, given, blend, fit_memory=fit_memory)
         else:
-            measurement = measure_pooled(run, given)
-    measurement = measurement or Measurement()
+            with _compute_in(precision, model):
+                measurement = measure_pooled(run, given)
     measurement.check(given.description)
     skips += [
         Skip(name.removeprefix(prefix), SkipReason.REUSED, f"called {calls} times in a forward: {_NO_FIXED_POINT}")
@@ -174,10 +170,11 @@ def plan_recalibration(
         batches=measurement.batches,
         left_out=(*given.bad_inputs, *measurement.left_out),
         memory=memory,
+        precision=precision,
     )
 
 
-def recalibrate(
+def recalibrate(  # noqa: PLR0913 as plan_recalibration
     model: torch.nn.Module,
     batches: Batches | Iterable[Any],
     *,
@@ -187,6 +184,7 @@ def recalibrate(
     on_bad_data: OnBadData | str = OnBadData.STOP,
     on_progress: OnProgress | None = None,
     fit_memory: bool = False,
+    precision: Precision | str = Precision.MODEL,
 ) -> Recalibration:
     """Give the BatchNorm layers of a live model the statistics of data; all else is given back as it was.
 
@@ -204,15 +202,45 @@ def recalibrate(
         on_bad_data=OnBadData(on_bad_data),
         on_progress=on_progress,
         fit_memory=fit_memory,
+        precision=Precision(precision),
     )
     if not result.statistics:
         reasons = ", ".join(sorted({skip.reason.value for skip in result.plan.skips})) or "the model has none"
         raise RefusedError(f"no BatchNorm layer could be recalibrated: {reasons}")
-    modules = find_batchnorm_modules(model)
-    for name in result.statistics:
-        check_holds(result.statistics[name].variance, modules[name]._buffers["running_var"], layer=name)
+    check_live_statistics(model, result)
     set_live_statistics(model, result)
     return result
+
+
+def check_live_statistics(model: torch.nn.Module, recalibration: Recalibration) -> None:
+    """Hold new statistics against the dtypes of the live model that they were computed for.
+
+    Raises:
+        RefusedError: one of them cannot hold a new variance.
+    """
+    modules = find_batchnorm_modules(model)
+    for name, statistics in recalibration.statistics.items():
+        check_holds(statistics.variance, modules[name]._buffers["running_var"], layer=name)
+
+
+def _measure_exact(
+    run: Run, batches: Batches, blend: _Blend, *, fit_memory: bool
+) -> tuple[Measurement, int | None, dict[str, int]]:
+    """What was measured, the memory forecast for that, and layers called more than once that are left alone."""
+    read: list[Batch] = []
+    # ranks without a batch of their own learn from the others how the model goes about its layers
+    trials = find_ranks().share(lambda: read_what_fits(run, batches, into=read, cut=fit_memory))
+    trial = next((trial for trial in trials if trial is not None), None)
+    reused: dict[str, int] = {}
+    if trial is None:
+        return Measurement(), None, reused
+    memory = trial.forecast.need(sum(b.samples for b in read), max((b.samples for b in read), default=0))
+    while True:
+        others = replace(run, layers={name: layer for name, layer in run.layers.items() if name not in reused})
+        try:
+            return measure_exact(others, read, blend, channels_last=trial.channels_last), memory, reused
+        except NotSettledError as error:
+            reused.update(error.calls)
 
 
 def set_live_statistics(model: torch.nn.Module, recalibration: Recalibration) -> None:
@@ -246,6 +274,13 @@ class _Blend:
         if not (torch.isfinite(old_mean).all() and torch.isfinite(old_variance).all()):
             raise RefusedError("the stored statistics are not finite: they cannot serve as a prior", tensor=name)
         return share * old_mean + (1 - share) * mean, share * old_variance + (1 - share) * variance
+
+
+def _compute_in(precision: Precision, model: torch.nn.Module) -> contextlib.AbstractContextManager[Any]:
+    if precision is Precision.MODEL:
+        return contextlib.nullcontext()
+    device, _ = find_placement(model)
+    return torch.autocast("cpu" if device is None else device.type, dtype=torch.bfloat16)
 
 
 def _copy_statistics(module: torch.nn.Module) -> tuple[torch.Tensor, torch.Tensor]:

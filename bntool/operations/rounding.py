@@ -3,25 +3,38 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator, Sequence
 
 import torch
 
+from bntool.batchnorm import STATISTICS
 from bntool.checkpoints.checkpoint import StateDict
 from bntool.checkpoints.dtypes import BY_NAME, DType, decode_numbers, encode_numbers
 from bntool.errors import RefusedError
 from bntool.plan import Plan, SetTensor, Step, Values
 
+_MEAN, _VARIANCE = STATISTICS
+_PROMOTED = "float32"
 _TOLERANCE = 2.0**-6  # relative error of a variance; bfloat16 rounds by 2^-9, subnormal float16 by more than this
 
 
-def fit_plan(plan: Plan, state_dict: StateDict) -> Plan:
+def fit_plan(plan: Plan, state_dict: StateDict, *, promote: bool = False) -> Plan:
     """The plan for a state dict of a file.
 
     Counters that the file lacks are not added, and scalars keep its shape.
 
+    Args:
+        plan: of a recalibration.
+        state_dict: of the file.
+        promote: give both statistics of a layer the dtype float32 where their own cannot hold the new ones.
+
     Raises:
-        RefusedError: the dtype of a running_var cannot hold the new variances.
+        RefusedError: a dtype cannot hold new statistics, and they are not to be promoted.
     """
+    losses = {_layer_of(step): (step.name, loss) for step, loss in _find_losses(plan, state_dict)}
+    if losses and not promote:
+        name, loss = next(iter(losses.values()))
+        raise RefusedError(f"{loss}; --promote stores such statistics as {_PROMOTED}", tensor=name)
     steps: list[Step] = []
     for step in plan.steps:
         if not isinstance(step, SetTensor) or not isinstance(step.value, Values):
@@ -31,13 +44,16 @@ def fit_plan(plan: Plan, state_dict: StateDict) -> Plan:
         if tensor is None and step.name.endswith("num_batches_tracked"):
             continue
         value = step.value
-        if tensor is not None:
-            if step.name.endswith("running_var"):
-                _check(value.numbers, tensor.dtype, step.name)
-            if len(value.numbers) == 1:
-                value = dataclasses.replace(value, shape=tuple(tensor.shape))
-        steps.append(SetTensor(step.name, value))
+        if tensor is not None and len(value.numbers) == 1:
+            value = dataclasses.replace(value, shape=tuple(tensor.shape))
+        is_promoted = step.name.endswith(STATISTICS) and _layer_of(step) in losses
+        steps.append(SetTensor(step.name, value, _PROMOTED if is_promoted else None))
     return dataclasses.replace(plan, state_dict=state_dict.key, steps=tuple(steps))
+
+
+def list_promoted(plan: Plan) -> tuple[str, ...]:
+    """Names of the tensors that a plan gives another dtype."""
+    return tuple(step.name for step in plan.steps if isinstance(step, SetTensor) and step.dtype is not None)
 
 
 def check_holds(variance: torch.Tensor, buffer: torch.Tensor | None, *, layer: str) -> None:
@@ -46,21 +62,39 @@ def check_holds(variance: torch.Tensor, buffer: torch.Tensor | None, *, layer: s
     Raises:
         RefusedError: it cannot hold them.
     """
-    if buffer is not None:
-        _check(variance.tolist(), BY_NAME[str(buffer.dtype).removeprefix("torch.")], f"{layer}.running_var")
+    if buffer is None:
+        return
+    loss = _describe_loss(variance.tolist(), BY_NAME[str(buffer.dtype).removeprefix("torch.")], role=_VARIANCE)
+    if loss is not None:
+        raise RefusedError(f"{loss}; give the model a layer in {_PROMOTED}", tensor=f"{layer}.{_VARIANCE}")
 
 
-def _check(variances: tuple[float, ...] | list[float], dtype: DType, name: str) -> None:
+def _find_losses(plan: Plan, state_dict: StateDict) -> Iterator[tuple[SetTensor, str]]:
+    """Steps whose statistics the dtype in the file cannot hold, and why not."""
+    for step in plan.steps:
+        if not isinstance(step, SetTensor) or not step.name.endswith(STATISTICS):
+            continue
+        tensor = state_dict.tensors.get(state_dict.full_name(step.name))
+        if tensor is not None and isinstance(step.value, Values):
+            loss = _describe_loss(step.value.numbers, tensor.dtype, role=step.name.rpartition(".")[2])
+            if loss is not None:
+                yield step, loss
+
+
+def _layer_of(step: SetTensor) -> str:
+    return step.name.rpartition(".")[0]
+
+
+def _describe_loss(numbers: Sequence[float], dtype: DType, *, role: str) -> str | None:
+    """What a dtype would make of statistics that it cannot hold, in words; None where it can hold them."""
+    what = "mean" if role == _MEAN else "variance"
     try:
-        rounded = decode_numbers(encode_numbers(variances, dtype), dtype)
+        rounded = decode_numbers(encode_numbers(numbers, dtype), dtype)
     except (OverflowError, ValueError) as error:
-        raise RefusedError(
-            f"{dtype} cannot hold the new variances: {error}; convert to float32 first", tensor=name
-        ) from error
-    for value, held in zip(variances, rounded, strict=True):
+        return f"{dtype} cannot hold the new {what}s: {error}"
+    if role == _MEAN:
+        return None
+    for value, held in zip(numbers, rounded, strict=True):
         if abs(held - value) > _TOLERANCE * abs(value):
-            raise RefusedError(
-                f"{dtype} cannot hold the new variance {value:.3g}: it becomes {held:.3g}; convert to float32 first",
-                tensor=name,
-                value=value,
-            )
+            return f"{dtype} cannot hold the new variance {value:.3g}: it becomes {held:.3g}"
+    return None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from bntool.operations.methods import Precision
 from bntool.reports.blocks import Block, Cell, Column, Line, Style, Table, line
 from bntool.reports.text import format_number, format_size, plural
 
@@ -31,6 +32,7 @@ class Outcome:
         output: the file that was written; None for none.
         kept: the old statistics were as good: nothing was written for that reason.
         preprocessing: what was done to images and pixels; None for other data.
+        promoted: names of tensors that are float32 in the output and were not in the input.
         loading: lines of Python that load the output.
         warnings: what the reader should not miss.
     """
@@ -43,6 +45,7 @@ class Outcome:
     output: str | None
     kept: bool
     preprocessing: Preprocessing | None = None
+    promoted: tuple[str, ...] = ()
     loading: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
 
@@ -60,6 +63,8 @@ def describe_recalibration(outcome: Outcome) -> dict[str, Any]:
         "samples": result.samples,
         "batches": result.batches,
         "memory": result.memory,
+        "precision": result.precision.value,
+        "promoted": list(outcome.promoted),
         "preprocessing": _describe_preprocessing(outcome.preprocessing),
         "left_out": [left_out.reason for left_out in result.left_out],
         "left_out_samples": sum(left_out.samples for left_out in result.left_out),
@@ -93,6 +98,8 @@ def show_recalibration(outcome: Outcome) -> list[Block]:
     title += f"{plural(result.samples, 'sample')} in {plural(result.batches, 'batch', 'batches')}"
     if result.prior:
         title += f", the old ones counting for {format_number(result.prior)}"
+    if result.precision is Precision.BFLOAT16:
+        title += ", approximate (forwards in bfloat16)"
     if result.memory is not None:
         title += f", about {format_size(result.memory)} of memory"
     blocks: list[Block] = [line(title, Style.HEADING)]
@@ -105,6 +112,7 @@ def show_recalibration(outcome: Outcome) -> list[Block]:
         Line((Cell("left alone ", Style.WARNING), Cell(f"{s.layer}: {s.reason.value} ({s.detail})")), indent=2)
         for s in result.plan.skips
     ]
+    blocks += _promoted(outcome.promoted)
     blocks += _left_out(result.left_out)
     blocks += [line(f"! {warning}", Style.WARNING) for warning in outcome.warnings]
     return [*blocks, line(), *_evaluation(outcome), *_written(outcome)]
@@ -167,6 +175,13 @@ def _left_out(parts: tuple[LeftOut, ...]) -> list[Block]:
     count = plural(sum(part.samples for part in parts), "sample")
     more = f"; and {len(parts) - _SHOWN} more" if len(parts) > _SHOWN else ""
     return [line(f"{count} left out: {'; '.join(part.reason for part in parts[:_SHOWN])}{more}", Style.WARNING)]
+
+
+def _promoted(names: tuple[str, ...]) -> list[Block]:
+    if not names:
+        return []
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return [line(f"float32 in the output: {', '.join(names[:_SHOWN])}{more}", Style.NOTICE)]
 
 
 def _evaluation(outcome: Outcome) -> list[Block]:

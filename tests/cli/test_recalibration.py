@@ -298,6 +298,63 @@ def test_half_precision_files(recalibrate, tmp_path):
     assert accuracy(written) > 0.98
 
 
+@pytest.mark.parametrize("suffix", ["pt", "safetensors"])
+def test_statistics_that_half_precision_cannot_hold_are_promoted_on_request(recalibrate, tmp_path, suffix):
+    state = torch.load(SAMPLES / "drifted.pt", weights_only=True)
+    state["conv1.weight"] *= 4e3  # variances of some 1e6, where float16 ends at 65504
+    half = {k: v.half() if v.is_floating_point() else v for k, v in state.items()}
+    given = tmp_path / f"half.{suffix}"
+    (torch.save if suffix == "pt" else save_file)(half, given)
+    output = f"out.{suffix}"
+    code, _, err, path = recalibrate(given, output=output)
+    assert code == 4
+    assert "float16 cannot hold the new variances" in err
+    assert "--promote stores such statistics as float32" in err
+    assert not path.exists()
+    code, out, _, path = recalibrate(given, "--promote", "--json", output=output)
+    assert code == 0
+    promoted = ["bn1.running_mean", "bn1.running_var"]
+    assert json.loads(out)["files"][0]["promoted"] == promoted
+    written = torch.load(path, weights_only=True) if suffix == "pt" else load_file(path)
+    assert set(written) == set(half)
+    changed = [name for name, tensor in written.items() if tensor.dtype is not half[name].dtype]
+    assert changed == promoted
+    assert torch.isfinite(written["bn1.running_var"]).all()
+    assert written["bn1.running_var"].max() > 65504
+    assert all(torch.equal(written[n], half[n]) for n in half if "running" not in n and "num_batches" not in n)
+    assert accuracy(written) > 0.98  # loads, strictly, into the model in float32
+
+
+def test_a_model_in_half_precision_cannot_take_promoted_statistics(recalibrate, tmp_path):
+    (tmp_path / "half_model.py").write_text(
+        "from torch import nn\n"
+        "def build():\n    return nn.Sequential(nn.BatchNorm2d(1)).half()\n"
+        "def data():\n    import torch\n    yield torch.randn(64, 1, 4, 4) * 1000\n"
+    )
+    torch.save(torch.nn.Sequential(torch.nn.BatchNorm2d(1)).half().state_dict(), tmp_path / "half.pt")
+    source = str(tmp_path / "half_model.py")
+    code, _, err, path = recalibrate(tmp_path / "half.pt", "--promote", model=f"{source}:build", data=f"{source}:data")
+    assert code == 4
+    assert "float16 cannot hold the new variances" in err
+    assert not path.exists()
+
+
+def test_bfloat16_is_approximate_and_says_so(recalibrate):
+    code, out, _, path = recalibrate("drifted.pt", "--precision", "bfloat16", "--eval-data", TEST)
+    assert code == 0
+    assert "approximate (forwards in bfloat16)" in out
+    approximate = torch.load(path, weights_only=True)
+    recalibrate("drifted.pt", "--force")
+    full = torch.load(path, weights_only=True)
+    names = [name for name in full if name.endswith("running_var")]
+    worst = max(float((approximate[name] / full[name]).log().abs().max()) for name in names)
+    assert 1e-5 < worst < 0.1  # it did compute in bfloat16, whose numbers have eight bits
+    assert accuracy(approximate) > 0.98
+    code, _, err, _ = recalibrate("drifted.pt", "--precision", "bfloat16", "--method", "exact", "--dry-run")
+    assert code == 2
+    assert "exact statistics cannot be computed in bfloat16" in err
+
+
 def test_more_samples_than_there_are(recalibrate):
     _, out, _, _ = recalibrate("drifted.pt", "--samples", "5000")
     assert "only 1437 of the 5000 samples asked for were there" in out
