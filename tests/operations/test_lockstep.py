@@ -78,6 +78,23 @@ def test_neither_batch_size_nor_order_matters(digits, images):
         assert (statistics_of(digits) - expected).abs().max() < 1e-5
 
 
+@pytest.mark.usefixtures("shared")
+def test_a_trained_network_has_one_answer_whatever_the_batches():
+    from tests.benchmarks.calibration_batches import load_images, load_resnet20
+
+    images, labels = load_images("cifar10_train_4000.npz", contrast=0.25)
+    images, by_class = images[:80], images[:80][labels[:80].argsort(stable=True)]
+    answers = []
+    for batches in ([images], images.split(1), images.flip(0).split(7), by_class.split(64)):
+        model = load_resnet20()
+        recalibrate(model, batches, method="exact")
+        answers.append([m for m in model.modules() if isinstance(m, nn.BatchNorm2d)])
+    for layers in answers[1:]:
+        for ours, first in zip(layers, answers[0], strict=True):
+            assert ((ours.running_mean - first.running_mean) / first.running_var.sqrt()).abs().max() < 1e-5
+            assert (ours.running_var / first.running_var).log().abs().max() < 1e-5
+
+
 def test_unequal_image_sizes():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4))
