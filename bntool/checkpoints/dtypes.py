@@ -52,6 +52,11 @@ class DType:
     def is_floating(self) -> bool:
         return self.kind is NumberKind.FLOAT
 
+    @property
+    def spacing(self) -> float:
+        """Relative spacing of its numbers; 0 for whole numbers and small types."""
+        return {"float64": 2.0**-52, "float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}.get(self.name, 0.0)
+
     def byte_count(self, elements: int) -> int:
         return (elements * self.bits + 7) // 8
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import IO, TYPE_CHECKING
@@ -53,6 +55,21 @@ class OutputFiles:
     def temporary(self, path: Path) -> Path:
         """Where the file that will become ``path`` lies until then."""
         return next(temporary for temporary, final in self._pending if final == path)
+
+    @contextlib.contextmanager
+    def preview(self, path: Path) -> Iterator[Path]:
+        """Where the file that will become ``path`` can be used until then, with the others beside it by their names."""
+        import tempfile
+
+        self.flush()
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name[:20]}.") as folder:
+            for temporary, final in self._pending:
+                place = Path(folder) / final.name
+                try:
+                    os.link(temporary, place)
+                except OSError:  # a file system without hard links
+                    shutil.copyfile(temporary, place)
+            yield Path(folder) / path.name
 
     def check(self, path: Path) -> None:
         """Refuse early what could not be written at the end."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -49,8 +50,14 @@ def check_export(
 
 
 def save_fold(
-    fold: CheckpointFold, output: Path | None, *, net: Prototxt | None, export: Path | None, force: bool
-) -> None:
+    fold: CheckpointFold,
+    output: Path | None,
+    *,
+    net: Prototxt | None,
+    export: Path | None,
+    tolerance: float,
+    force: bool,
+) -> CheckpointFold:
     """Write all files of a fold in one transaction: either all appear, or none.
 
     Args:
@@ -58,13 +65,36 @@ def save_fold(
         output: the checkpoint; None for none.
         net: the ``.prototxt`` that ran the input, if one did.
         export: the program; None for none.
+        tolerance: of outputs, where the format has a runtime that runs both files.
         force: replace what exists.
+
+    Returns:
+        The fold, with what that runtime said.
+
+    Raises:
+        VerificationError: the runtime disagrees.
     """
     if fold.checkpoint is None:
-        return
+        return fold
     with OutputFiles(force=force, mode=fold.checkpoint.file.mode) as files:
         if output is not None:
             write_checkpoint(fold.checkpoint, output, files)
             write_net(fold.checkpoint, net, output, files)
+            fold = run_fold(fold, output, files, tolerance=tolerance)
         if export is not None and fold.program is not None:
             files.open(export).write(fold.program.data)
+    return fold
+
+
+def run_fold(fold: CheckpointFold, output: Path, files: OutputFiles, *, tolerance: float) -> CheckpointFold:
+    """Run a file that holds its graph beside its original, before it appears; other formats have no runtime."""
+    checkpoint = fold.checkpoint
+    assert checkpoint is not None
+    if checkpoint.format.name != "onnx":
+        return fold
+    from bntool.operations.runtime_agreement import compare_in_onnxruntime
+
+    spacing = max((t.dtype.spacing for s in checkpoint.state_dicts for t in s.tensors.values()), default=0.0)
+    with files.preview(output) as preview:
+        agreement = compare_in_onnxruntime(checkpoint.path, preview, tolerance=tolerance, unit=spacing)
+    return dataclasses.replace(fold, runtime=agreement)

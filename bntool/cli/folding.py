@@ -164,7 +164,7 @@ def command(
         )
         check_plan(result.plan, strict=strict)
         if not dry_run:
-            save_fold(result, output, net=net, export=export, force=force)
+            result = save_fold(result, output, net=net, export=export, tolerance=tolerance, force=force)
         written = None if dry_run or output is None else str(output)
         exported = None if dry_run or export is None else str(export)
         facts = describe_fold(result, output=written, export=exported)

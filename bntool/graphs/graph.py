@@ -66,6 +66,7 @@ class Node:
         owner: what else the module of a BatchNorm does.
         has_bias_slot: the owner of the weight reads ``self.bias`` too, so that one can be added.
         class_name: of the module that owns the parameters.
+        new_bias: a name that is free for a bias, where that of its module's does not go without saying.
     """
 
     index: int
@@ -83,6 +84,7 @@ class Node:
     owner: Owner = Owner.WHOLE
     has_bias_slot: bool = True
     class_name: str = ""
+    new_bias: str = ""
 
     def describe(self) -> str:
         """For people: the operation, and where."""

@@ -9,6 +9,7 @@ from bntool.checkpoints.checkpoint import Checkpoint
 from bntool.checkpoints.onnx_graph import SUBGRAPH, SUBGRAPHS, OnnxGraph, OnnxNode
 from bntool.checkpoints.onnx_model import ROLES, OnnxContent
 from bntool.checkpoints.protobufs.reading import Message
+from bntool.checkpoints.protobufs.writing import unused_name
 from bntool.checkpoints.tensors import Tensor, count_elements
 from bntool.graphs.graph import ModelGraph, NodeKind
 from bntool.graphs.stored import GraphBuilder, check_lengths
@@ -37,6 +38,7 @@ class _Building:
         self.builder = GraphBuilder()
         self.layers = {id(node): name for name, (_, node) in content.layers.items()}
         self.keys = {(id(p.graph), p.name): key for key, p in content.places.items() if p.reader is None}
+        self.taken = {name for g in content.graphs for name in (*g.inputs, *g.initializers, *g.computed)} | set(tensors)
         self.nested: dict[int, list[OnnxGraph]] = {}
         for graph in content.graphs[1:]:
             outer = graph
@@ -145,6 +147,8 @@ class _Building:
     def _add_bias(self, graph: OnnxGraph, node: OnnxNode, facts: dict[str, Any]) -> None:
         """The bias, where it is one constant number for each channel; else it counts as computed."""
         if not any(node.inputs[2:]):
+            facts["new_bias"] = unused_name(facts["parameters"]["weight"].removesuffix("weight") + "bias", self.taken)
+            self.taken.add(facts["new_bias"])
             return
         key = self.keys.get((id(graph), node.inputs[2]))
         if key is not None and self.tensors[key].shape == (facts["channels"],):

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from bntool.operations.costs import Cost
     from bntool.operations.exporting import Program, ProgramKind
+    from bntool.operations.runtime_agreement import RuntimeAgreement
     from bntool.operations.speed import Speed
     from bntool.operations.verification import Agreement
 
@@ -44,6 +45,7 @@ class CheckpointFold:
         program: the folded model exported, where that was asked for.
         cost: of one forward in multiply-adds; None where the model was not traced.
         speed: beside the original, where that was asked for.
+        runtime: what the format's own runtime said of the written file; None where it was not asked.
     """
 
     plan: FoldPlan
@@ -56,6 +58,7 @@ class CheckpointFold:
     program: Program | None = None
     cost: Cost | None = None
     speed: Speed | None = None
+    runtime: RuntimeAgreement | None = None
 
 
 def fold_checkpoint(  # noqa: PLR0913 as many as the command has options

@@ -158,7 +158,7 @@ class Producer:
             return
         dtype = state_dict.tensor(self.weight_name).dtype.name
         for name in weight_names:
-            yield AddTensor(name.removesuffix("weight") + "bias", values, dtype=dtype, after=name)
+            yield AddTensor(self.node.new_bias or name.removesuffix("weight") + "bias", values, dtype=dtype, after=name)
 
 
 def _largest(values: Array) -> float:

@@ -34,6 +34,7 @@ def describe_fold(result: CheckpointFold, *, output: str | None, export: str | N
         "skips": [{"layer": s.layer, "reason": s.reason.value, "detail": s.detail} for s in plan.skips],
         "assumptions": list(plan.assumptions),
         "verification": None if result.agreement is None else asdict(result.agreement),
+        "runtime": None if result.runtime is None else asdict(result.runtime),
         "weights": [asdict(weight) for weight in result.ranges],
         "removed": asdict(result.removed),
         "cost": None if result.cost is None else asdict(result.cost),
@@ -79,6 +80,7 @@ def show_fold(
         blocks.append(line())
     blocks += [line(f"assumed: {text}", Style.WARNING) for text in plan.assumptions]
     blocks += _proof(result)
+    blocks += _runtime(result)
     blocks += _program(result.program)
     blocks += _weights(result)
     blocks += _speed(result.cost, result.speed)
@@ -139,6 +141,17 @@ def _proof(result: CheckpointFold) -> list[Block]:
             Style.MUTED,
         ),
     ]
+
+
+def _runtime(result: CheckpointFold) -> list[Block]:
+    """For files that hold their graph: that is the proof, and what a runtime said."""
+    run = result.runtime
+    if run is None:
+        return []
+    if run.error is None:
+        return [line(f"proven by the graph; not run: {run.reason}", Style.MUTED)]
+    said = f"run by {run.runtime} on {plural(run.inputs, 'random input')}: outputs agree"
+    return [line(f"proven by the graph, and {said} to {format_number(run.error, 2)} of the largest", Style.GOOD)]
 
 
 def _program(program: Program | None) -> list[Block]:

@@ -137,3 +137,41 @@ def test_programs_are_not_converted_to_state_dicts(name, target, tmp_path, capsy
     assert main(["convert", str(FOLDER / name), "--to", target, "-o", str(tmp_path / "out"), "--eps", "1e-5"]) == 4
     assert "are no state dicts" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_onnxruntime_runs_both_models_before_the_folded_one_appears(tmp_path, capsys):
+    pytest.importorskip("onnxruntime")
+    for name in ("opset13", "half", "transposed_groups", "gemm"):
+        source, target = FOLDER / "onnx_folding" / f"{name}.onnx", tmp_path / f"{name}.onnx"
+        assert main(["fold", str(source), "-o", str(target), "--json"]) == 0
+        (facts,) = json.loads(capsys.readouterr().out)["files"]
+        assert facts["runtime"]["runtime"].startswith("onnxruntime")
+        assert facts["runtime"]["error"] <= (8e-3 if name == "half" else 1e-5)
+    assert main(["fold", str(FOLDER / "onnx_tiny_ext.onnx"), "-o", str(tmp_path / "ext.onnx")]) == 0
+    assert "proven by the graph, and run by onnxruntime" in capsys.readouterr().out
+    assert {path.name for path in tmp_path.iterdir()} >= {"ext.onnx", "ext.onnx.data"}
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def test_a_fold_that_onnxruntime_contradicts_is_not_written(tmp_path, capsys, monkeypatch):
+    pytest.importorskip("onnxruntime")
+    import numpy as np
+
+    from bntool.checkpoints.tensors import LiteralTensor
+    from bntool.operations import producers
+
+    def wrong(tensor, recipe):  # every weight becomes zeros
+        return LiteralTensor(tensor.dtype, tensor.shape, bytes(tensor.dtype.byte_count(int(np.prod(tensor.shape)))))
+
+    monkeypatch.setattr(producers, "_scale", wrong)
+    monkeypatch.setattr("bntool.checkpoints.application.ScaledTensor", lambda source, **_: wrong(source, None))
+    target = tmp_path / "folded.onnx"
+    assert main(["fold", str(FOLDER / "onnx_folding" / "opset13.onnx"), "-o", str(target)]) == 5
+    assert "puts out something else" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_without_onnxruntime_the_graph_is_the_proof(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert main(["fold", str(FOLDER / "onnx_tiny.onnx"), "-o", str(tmp_path / "folded.onnx")]) == 0
+    assert "proven by the graph; not run: onnxruntime is not installed" in capsys.readouterr().out

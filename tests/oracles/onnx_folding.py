@@ -17,13 +17,15 @@ from typing import Any
 import numpy as np
 import onnx
 import onnxruntime
+import onnxsim
+import onnxslim
 from onnx import TensorProto, helper, numpy_helper
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from tests.graphs.folding import fold_file
 
-REQUIREMENTS = ["onnx==1.23.2", "onnxruntime==1.31.1", "numpy"]
+REQUIREMENTS = ["onnx==1.23.2", "onnxruntime==1.31.1", "onnxslim==0.1.98", "onnxsim==0.8.1", "numpy"]
 RECORDED = Path(__file__).parents[1] / "fixtures" / "interop" / "onnx_folding"
 TOLERANCE = {"float32": 1e-5, "float16": 4e-3}  # of the largest output
 MODELS: dict[str, Callable[[], onnx.ModelProto]] = {}
@@ -267,6 +269,18 @@ def nested_graphs() -> onnx.ModelProto:
 
 
 @case
+def taken_names() -> onnx.ModelProto:
+    """What the bias would be called is the name of something computed, and the next free name is an initializer's."""
+    net = Net(30)
+    x = net.add("Conv", ["x", net.constant("conv.weight", 4, 3, 1, 1)], "c1")
+    x = net.add("Relu", [net.batchnorm(x, "bn1", 4)], "conv.bias")
+    x = net.add("Add", [x, net.constant("conv.bias@2", 4, 1, 1)], "sum")
+    x = net.add("Conv", [x, net.constant("conv2.weight", 4, 4, 1, 1)], "c2")
+    net.batchnorm(x, "y", 4)
+    return net.finish([2, 3, 5, 5], ["y"])
+
+
+@case
 def external() -> onnx.ModelProto:
     return _conv_net(17, 8)
 
@@ -298,6 +312,30 @@ def judge(model: Path, folded: Path) -> float:
     return worst
 
 
+def judge_by_simplifiers(model: Path, folded: Path) -> dict[str, list[int]]:
+    """Two other programs that fold: the BatchNormalization nodes that they and bntool leave, and the same outputs.
+
+    Raises:
+        AssertionError: bntool leaves more, or what they make puts out something else than what bntool made.
+    """
+    counts = {"bntool": _count_batchnorms(onnx.load(folded, load_external_data=False))}
+    for name, simplify in (("onnxslim", onnxslim.slim), ("onnxsim", lambda path: onnxsim.simplify(path)[0])):
+        with tempfile.TemporaryDirectory() as folder:
+            place = Path(folder) / "simplified.onnx"
+            try:
+                onnx.save(simplify(str(model)), place)
+                judge(place, folded)
+            except Exception as error:  # noqa: BLE001 each has limits of its own
+                counts[name] = f"{type(error).__name__}: {' '.join(str(error).split())[:60]}"
+                continue
+            counts[name] = _count_batchnorms(onnx.load(place))
+    return counts
+
+
+def _count_batchnorms(model: onnx.ModelProto) -> int:
+    return sum(node.op_type == "BatchNormalization" for node in model.graph.node)
+
+
 def main() -> int:
     """Judge the recorded files, or record new ones."""
     if "--record" in sys.argv:
@@ -327,6 +365,9 @@ def main() -> int:
         name = key.rpartition(".")[0]
         error = judge(RECORDED / f"{name}.onnx", RECORDED / f"{key}.onnx")
         print(f"{key}: {error:.1e}", facts["folds"], facts["skips"])
+    for name in MODELS:
+        counts = judge_by_simplifiers(RECORDED / f"{name}.onnx", RECORDED / f"{name}.folded.onnx")
+        print(f"{name}: BatchNormalization nodes left by {counts}")
     return 0
 
 
