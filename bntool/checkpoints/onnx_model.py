@@ -102,6 +102,13 @@ def _opset(model: Message) -> int:
     return versions[-1] if versions else 1
 
 
+def _name_layer(node: OnnxNode) -> str:
+    """As the module that was exported, where its statistics are named after one; else as the node, or its output."""
+    owners = {name.removesuffix(f".{role}") for name, role in zip(node.inputs[3:], ROLES[2:], strict=True)}
+    named = all(name.endswith(f".{role}") for name, role in zip(node.inputs[3:], ROLES[2:], strict=True))
+    return owners.pop() if named and len(owners) == 1 else node.name or node.outputs[0]
+
+
 class _Reading:
     """Gives every tensor its name: those of BatchNormalization nodes after the node, all others their own."""
 
@@ -124,7 +131,7 @@ class _Reading:
                     self._add(name, Place(graph, name, message))
 
     def _add_layer(self, graph: OnnxGraph, node: OnnxNode) -> None:
-        layer = unused_name(node.name or node.outputs[0], self.layers)
+        layer = unused_name(_name_layer(node), self.layers)
         self.layers[layer] = (graph, node)
         for position, role in enumerate(ROLES, start=1):
             name = graph.resolve(node.inputs[position])

@@ -325,7 +325,7 @@ def judge_by_simplifiers(model: Path, folded: Path) -> dict[str, list[int]]:
             try:
                 onnx.save(simplify(str(model)), place)
                 judge(place, folded)
-            except Exception as error:  # noqa: BLE001 each has limits of its own
+            except Exception as error:
                 counts[name] = f"{type(error).__name__}: {' '.join(str(error).split())[:60]}"
                 continue
             counts[name] = _count_batchnorms(onnx.load(place))
