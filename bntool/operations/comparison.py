@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ from bntool.checkpoints.tensors import StoredTensor, Tensor, equal_streams, read
 from bntool.errors import BntoolError
 from bntool.layers.selection import selects
 from bntool.operations.alignment import align_names
+
+_WITHOUT_COUNTER = ("onnx.", "caffe.", "keras.", "tensorflow.")  # whose BatchNorm counts no batches
 
 
 class Change(Enum):
@@ -204,9 +207,17 @@ def _compare_layer(
             changes[role] = _compare(full, tensors_a.get(full), tensors_b.get(full))
     if a is None or b is None:
         return LayerComparison(name, changes)
+    if any(norm.class_path.startswith(_WITHOUT_COUNTER) for norm in (a, b)):
+        changes.pop("num_batches_tracked", None)
+    a, b = _with_eps(a, of=b), _with_eps(b, of=a)
     if a.eps == b.eps and all(change is Change.SAME for change in changes.values()):
         return LayerComparison(name, changes, 0.0, 1.0, 0.0, 0.0, eps_known=a.eps is not None)
     return _measure(name, changes, a, b)
+
+
+def _with_eps(norm: BatchNorm, *, of: BatchNorm) -> BatchNorm:
+    """What one file says holds for the other too, if that has no place for it."""
+    return norm if norm.eps is not None else dataclasses.replace(norm, eps=of.eps)
 
 
 def _measure(name: str, changes: Mapping[str, Change], a: BatchNorm, b: BatchNorm) -> LayerComparison:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from bntool.checkpoints.formats import open_checkpoint
 from bntool.cli.main import main
 
 FOLDER = Path(__file__).parents[1] / "fixtures" / "interop"
@@ -175,3 +176,39 @@ def test_without_onnxruntime_the_graph_is_the_proof(tmp_path, capsys, monkeypatc
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert main(["fold", str(FOLDER / "onnx_tiny.onnx"), "-o", str(tmp_path / "folded.onnx")]) == 0
     assert "proven by the graph; not run: onnxruntime is not installed" in capsys.readouterr().out
+
+
+def test_diff_compares_across_formats(tmp_path, capsys):
+    """A network of PyTorch and what torch.onnx exported of it; eps comes from the file that says it."""
+    a, b = str(FOLDER / "exported.pt"), FOLDER / "exported.onnx"
+    assert main(["diff", a, str(b), "--expect", "identical", "--json"]) == 0
+    (facts,) = json.loads(capsys.readouterr().out)["files"]
+    assert [layer["name"] for layer in facts["layers"]] == ["1", "4"]
+    assert all(layer["eps_known"] for layer in facts["layers"])
+    data = bytearray(b.read_bytes())
+    with open_checkpoint(b) as checkpoint:
+        storage = checkpoint.state_dict("").tensors["4.running_var"].storage
+        data[storage.offset + 3] ^= 1
+    (tmp_path / "other.onnx").write_bytes(data)
+    assert main(["diff", a, str(tmp_path / "other.onnx"), "--expect", "norm-eval"]) == 1
+    assert "1 of 2 BatchNorm layers changed" in capsys.readouterr().out
+
+
+def test_diff_compares_a_caffe_model_with_pytorch(tmp_path, capsys):
+    import torch
+
+    from bntool.checkpoints.tensors import read_numbers
+
+    source = FOLDER / "caffe_tiny_old4d.caffemodel"
+    with open_checkpoint(source) as checkpoint:
+        state = {
+            name: torch.tensor(list(read_numbers(tensor))).reshape(tensor.shape)
+            for name, tensor in checkpoint.state_dict("").tensors.items()
+        }
+    torch.save({**state, "bn1.num_batches_tracked": torch.tensor(7)}, tmp_path / "same.pt")
+    assert main(["diff", str(source), str(tmp_path / "same.pt"), "--expect", "identical"]) == 0
+    assert main(["diff", str(source), str(FOLDER / "caffe_tiny_std_neutral.caffemodel"), "--expect", "identical"]) == 1
+    capsys.readouterr()
+    folder = FOLDER / "tensorflow"
+    assert main(["diff", str(folder / "keras2"), str(folder / "saved_model"), "--expect", "frozen"]) == 0
+    assert "0 of 2 BatchNorm layers changed" in capsys.readouterr().out
