@@ -15,7 +15,7 @@ from bntool.checkpoints.files import SourceFile
 from bntool.checkpoints.outputs import OutputFiles, check_output_differs
 from bntool.checkpoints.safetensors_file import parse_json
 from bntool.checkpoints.tensors import Tensor, count_elements
-from bntool.errors import CorruptFileError, RefusedError, UnsafeFileError
+from bntool.errors import CorruptFileError, RefusedError, UnknownFormatError, UnsafeFileError
 from bntool.plan import Record
 
 MAX_INDEX = 1 << 27
@@ -116,6 +116,10 @@ def _read_index(file: SourceFile) -> dict[str, Any]:
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
         raise CorruptFileError("the index has no weight_map")
+    if all(isinstance(names, list) for names in weight_map.values()):
+        raise UnknownFormatError(
+            "Keras's index of weights cut into several files is not read; inspect the .weights.h5 files one by one"
+        )
     if not all(isinstance(name, str) for name in weight_map.values()):
         raise CorruptFileError("the weight_map of the index does not map to file names")
     if len(set(weight_map.values())) > MAX_SHARDS:

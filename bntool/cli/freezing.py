@@ -124,7 +124,7 @@ def command(
             frozen_stages=frozen_stages,
             form=FreezeForm(form.value),
             eps=eps,
-            for_file=emit is None or output is not None,
+            for_file=emit is None or (output is not None and not opened.format.trains_whole_layers),
         )
         check_plan(freeze.plan, strict=strict)
         code = None

@@ -95,6 +95,12 @@ def plan_conversion(
             "with bntool convert CKPT --to torch, which records eps, momentum and class of the layers",
             path=checkpoint.path,
         )
+    if checkpoint.format.trains_whole_layers:
+        raise RefusedError(
+            f"FrozenBatchNorm2d is a class of PyTorch, a {checkpoint.format.title} file has layers of its own: freeze "
+            "them with bntool freeze, or take the tensors out with bntool convert CKPT --to torch",
+            path=checkpoint.path,
+        )
     norms = [norm for norm in find_batchnorms(source) if selects(layers, norm.name)]
     history = checkpoint.records.get(source.key, ())
     if target is ConversionTarget.FROZEN_BATCHNORM:

@@ -13,6 +13,7 @@ from typing import Any
 import h5py
 import numpy as np
 import pytest
+import torch
 
 from bntool.batchnorm import NormKind
 from bntool.checkpoints.files import SourceFile
@@ -22,6 +23,7 @@ from bntool.checkpoints.keras_content import make_checkpoint, read_content
 from bntool.checkpoints.keras_model import order_layers, parse_config, read_model
 from bntool.checkpoints.norms import find_batchnorms, find_norms
 from bntool.checkpoints.tensors import read_bytes, read_numbers
+from bntool.cli.main import ExitCode, main
 from bntool.errors import CorruptFileError, UnknownFormatError, UnsafeFileError
 from bntool.operations.safety import Verdict, find_dangers, judge_safety
 
@@ -164,6 +166,27 @@ def test_another_hdf5_file_is_named(tmp_path: Path) -> None:
         file["x"] = np.arange(3)
     with pytest.raises(UnknownFormatError, match="neither by Keras nor by Caffe"):
         open_checkpoint(tmp_path / "a.h5")
+
+
+def test_an_index_of_weights_in_several_files_is_named(tmp_path: Path) -> None:
+    index = {"metadata": {"total_size": 8.0}, "weight_map": {"/layers/dense/vars": ["a_00000.weights.h5"]}}
+    (tmp_path / "a.weights.json").write_text(json.dumps(index))
+    with pytest.raises(UnknownFormatError, match="one by one"):
+        open_checkpoint(tmp_path / "a.weights.json")
+
+
+def test_tensors_are_taken_out_in_the_order_of_pytorch(interop: Path, tmp_path: Path) -> None:
+    """As loading them into a PyTorch model of the same layers needs them."""
+    source, target = interop / "keras_tiny.keras", tmp_path / "a.pt"
+    assert main(["convert", str(source), "--to", "torch", "-o", str(target), "--quiet"]) == ExitCode.DONE
+    loaded = torch.load(target, weights_only=True)
+    convolution = torch.nn.Conv2d(3, 4, 3, bias=False)
+    convolution.load_state_dict({"weight": loaded["conv1.weight"]})
+    norm = torch.nn.BatchNorm2d(4)
+    names = ("weight", "bias", "running_mean", "running_var")
+    norm.load_state_dict({name: loaded[f"bn1.{name}"] for name in names}, strict=False)
+    assert main(["convert", str(source), "--to", "frozen-batchnorm", "--dry-run"]) == ExitCode.REFUSED
+    assert main(["freeze", str(source), "--emit", "python", "-o", str(tmp_path / "b.keras")]) == ExitCode.REFUSED
 
 
 # hostile files
