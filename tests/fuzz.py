@@ -6,9 +6,9 @@ The suite runs some thousands; ``python -m tests.fuzz 100000`` runs as many as o
 from __future__ import annotations
 
 import contextlib
+import os
 import random
 import resource
-import shutil
 import signal
 import sys
 import tempfile
@@ -28,7 +28,21 @@ from bntool.checkpoints.tensors import StoredTensor, read_bytes
 from bntool.errors import BntoolError
 from bntool.plan import Operation, Plan, Record, RemoveTensor
 
-INTEROP = Path(__file__).parent / "fixtures" / "interop"
+RECORDED = (  # files of other programs, each with those beside it that it needs
+    ("interop/keras_tiny.keras",),
+    ("interop/keras_tiny.h5",),
+    ("interop/keras_tiny.weights.h5",),
+    ("interop/keras_bn_trainable_false.keras",),
+    ("interop/tfkeras2_tiny.h5",),
+    ("interop/tfkeras2_tiny_w.weights.h5",),
+    ("interop/onnx_tiny.onnx",),
+    ("interop/onnx_tiny_ext.onnx", "interop/onnx_tiny_ext.data"),
+    ("interop/caffe_tiny_std.caffemodel", "interop/caffe_tiny_std.prototxt"),
+    ("interop/caffe_tiny_nv5_f16.caffemodel", "interop/caffe_tiny_nv5_f16.prototxt"),
+    ("interop/caffe_v1_conv.caffemodel",),
+    ("interop/caffe_tiny_std.caffemodel.h5", "interop/caffe_tiny_std.prototxt"),
+)
+MEMORY_LIMIT = 300  # MiB that a run may take beyond what it had when it began: no mutant may cause a spike
 TIME_LIMIT = 5  # seconds for one file; each has at most some kilobytes
 _INTERESTING = (0, 1, 2, 3, 0x7F, 0x80, 0xFE, 0xFF, 0x2E, 0x28, 0x52, 0x71, 0x74, 0x86, 0x94, 0x95)
 _WIDE = (0, 1, 0xFF, 0xFFFF, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF, 1 << 62, (1 << 63) - 1, (1 << 64) - 1)
@@ -69,11 +83,6 @@ def make_seeds(folder: Path) -> list[Path]:
     place.mkdir()
     seeds.append(write_sharded_bin(states["plain"], place))
     seeds += _make_compiled(folder)
-    for path in (INTEROP / "keras_tiny.keras", INTEROP / "keras_tiny.h5", INTEROP / "keras_tiny.weights.h5"):
-        place = folder / path.name
-        place.mkdir()
-        seeds.append(Path(shutil.copy(path, place)))
-        seeds[-1].chmod(0o600)
     for protocol in (0, 4):
         place = folder / f"protocol-{protocol}"
         place.mkdir()
@@ -105,6 +114,10 @@ def _make_compiled(folder: Path) -> list[Path]:
         for path in (fixtures / "interop" / "tensorflow").glob(f"{name}.*"):
             shutil.copy(path, place)
         seeds.append(place / f"{name}.index")
+    for number, names in enumerate(RECORDED):
+        place = folder / f"recorded-{number}"
+        place.mkdir()
+        seeds += [Path(shutil.copy(fixtures / name, place)) for name in names][:1]
     return seeds
 
 
@@ -223,11 +236,23 @@ def time_limit(seconds: int) -> Iterator[None]:
         signal.signal(signal.SIGALRM, previous)
 
 
+def choose_mutant(contents: dict[Path, bytes], folder: Path, rng: random.Random) -> tuple[Path, bytes]:
+    """One of the files in the folder of a seed, and a damaged copy of it, its checksums made right or not."""
+    victim = rng.choice([path for path in contents if path.parent == folder])
+    mutant = mutate(contents[victim], rng, list(contents.values()))
+    if mutant.startswith(b"PK") and rng.random() < 0.8:
+        mutant = fix_checksums(mutant)
+    if victim.name.endswith(".index") and rng.random() < 0.8:
+        mutant = fix_table(mutant)
+    return victim, mutant
+
+
 def run(count: int, folder: Path, *, seed: int = 0, report: bool = False) -> Outcome:
     """Read ``count`` mutants.
 
     Raises:
-        AssertionError: one of them gave an exception that is not bntool's, or took too long; it is kept in ``folder``.
+        AssertionError: some gave an exception that is not bntool's, took too long or too much memory, or left a
+            temporary file; they are kept in ``folder``.
     """
     rng = random.Random(seed)
     seeds = make_seeds(folder)
@@ -235,15 +260,13 @@ def run(count: int, folder: Path, *, seed: int = 0, report: bool = False) -> Out
     out = folder / "out"
     out.mkdir()
     outcome = Outcome()
+    found: list[str] = []
+    before, spikes = _peak(), 0
     for number in range(count):
         source = rng.choice(seeds)
-        victim = rng.choice([path for path in contents if path.parent == source.parent])
-        mutant = mutate(contents[victim], rng, list(contents.values()))
-        if mutant.startswith(b"PK") and rng.random() < 0.8:
-            mutant = fix_checksums(mutant)
-        if victim.name.endswith(".index") and rng.random() < 0.8:
-            mutant = fix_table(mutant)
+        victim, mutant = choose_mutant(contents, source.parent, rng)
         victim.write_bytes(mutant)
+        wrong = []
         started = time.perf_counter()
         try:
             with time_limit(TIME_LIMIT), open_checkpoint(source) as checkpoint:
@@ -252,30 +275,38 @@ def run(count: int, folder: Path, *, seed: int = 0, report: bool = False) -> Out
         except BntoolError:
             outcome.refused += 1
         except (Exception, TooSlow) as error:
-            kept = folder / f"find-{number}{victim.suffix}"
-            kept.write_bytes(mutant)
+            wrong.append(f"gave {error!r}")
             if report:
                 traceback.print_exc()
-            raise AssertionError(
-                f"mutant {number} of {victim.name} (seed {seed}) gave {error!r}; see {kept}"
-            ) from error
         finally:
             victim.write_bytes(contents[victim])
         outcome.slowest = max(outcome.slowest, time.perf_counter() - started)
-        assert not [name for name in out.iterdir() if name.name.startswith(".")], (
-            f"mutant {number} left a temporary file"
-        )
+        for left in [path for path in out.iterdir() if path.name.startswith(".")]:
+            wrong.append("left a temporary file")
+            left.unlink()
+        if (grown := _peak() - before) > MEMORY_LIMIT * (1 + spikes):
+            wrong.append(f"took the process to {grown} MiB more than it began with")
+            spikes += 1
+        if wrong:
+            kept = folder / f"find-{number}{victim.suffix}"
+            kept.write_bytes(mutant)
+            found.append(f"mutant {number} of {victim.name} (seed {seed}) {', '.join(wrong)}; see {kept}")
         if report and number % 5000 == 4999:
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
-            print(f"{number + 1}: {outcome}, {peak} MiB at most", flush=True)
+            print(f"{number + 1}: {outcome}, {grown} MiB at most beside the seeds", flush=True)
+    assert not found, "\n".join(found)
     return outcome
+
+
+def _peak() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
 
 
 def main() -> None:
     count = int(sys.argv[1]) if len(sys.argv) > 1 else 100_000
     seed = int(sys.argv[2]) if len(sys.argv) > 2 else 0
     resource.setrlimit(resource.RLIMIT_AS, (6 << 30, 6 << 30))
-    folder = Path(tempfile.mkdtemp(prefix="bntool-fuzz-"))
+    memory = "/dev/shm"  # ten times as fast as a disk: every mutant is written out
+    folder = Path(tempfile.mkdtemp(prefix="bntool-fuzz-", dir=memory if os.access(memory, os.W_OK) else None))
     print(run(count, folder, seed=seed, report=True))
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from bntool.checkpoints.dtypes import DType
 from bntool.checkpoints.files import FileSlice, SourceFile
-from bntool.checkpoints.pickles.reading import Pickle, read_pickle_bytes
+from bntool.checkpoints.pickles.reading import OpcodeBudget, Pickle, read_pickle_bytes
 from bntool.checkpoints.sharded import check_inside
 from bntool.checkpoints.tensors import Storage, StoredTensor, contiguous_strides, count_elements, read_bytes
 from bntool.checkpoints.torch_tensors import TensorReader
@@ -43,6 +43,7 @@ class FolderReader:
         self._name = ""
         self._file: SourceFile | None = None
         self._sizes: dict[str, int] = {}
+        self._objects = OpcodeBudget()
         self._latest: tuple[Item, tuple[ArchiveLayout, Pickle]] | None = None  # a tensor is read a chunk at a time
 
     def check(self, item: Item) -> None:
@@ -56,7 +57,7 @@ class FolderReader:
         if item.offset < 0 or item.length < 0 or item.offset + item.length > self._sizes[item.file]:
             raise CorruptFileError(f"{item.file:.80} is shorter than the metadata says: it is truncated")
 
-    def open(self, item: Item) -> tuple[ArchiveLayout, Pickle]:
+    def open(self, item: Item, budget: OpcodeBudget | None = None) -> tuple[ArchiveLayout, Pickle]:
         """The archive of an item and its pickle."""
         if self._latest is not None and self._latest[0] == item:
             return self._latest[1]
@@ -65,13 +66,13 @@ class FolderReader:
         record = archive.records[f"{layout.root}data.pkl"]
         if record.size > MAX_PICKLE:
             raise UnsafeFileError(f"a pickle in {item.file:.80} has {record.size} bytes")
-        self._latest = item, (layout, read_pickle_bytes(archive.read(record)))
+        self._latest = item, (layout, read_pickle_bytes(archive.read(record), budget=budget))
         return self._latest[1]
 
     def read_object(self, item: Item) -> Pickle:
         """The pickle of an object."""
         self.check(item)
-        return self.open(item)[1]
+        return self.open(item, self._objects)[1]
 
     def _open(self, name: str) -> SourceFile:
         if self._file is None or self._name != name:

@@ -22,9 +22,10 @@ from bntool.checkpoints.pickles.nodes import (
     is_mapping,
     iterate_pairs,
     text_of,
+    walk_nodes,
 )
 from bntool.checkpoints.tensors import StoredTensor, Tensor, contiguous_strides, count_elements
-from bntool.checkpoints.torch_memory import SharedMemory, walk_nodes
+from bntool.checkpoints.torch_memory import SharedMemory
 from bntool.checkpoints.torch_modules import StateDictSource
 from bntool.checkpoints.torch_objects import RECORD_KEY, TorchContent, metadata_node
 from bntool.checkpoints.torch_tensors import TensorReader, read_storage_reference

@@ -12,7 +12,7 @@ from bntool.checkpoints.checkpoint import Checkpoint, Format, StateDict
 from bntool.checkpoints.files import SourceFile
 from bntool.checkpoints.outputs import OutputFiles
 from bntool.checkpoints.pickles.nodes import as_mapping, is_mapping, text_of
-from bntool.checkpoints.pickles.reading import Pickle, read_pickle
+from bntool.checkpoints.pickles.reading import OpcodeBudget, Pickle, read_pickle
 from bntool.checkpoints.pickles.trust import list_globals
 from bntool.checkpoints.pickles.writing import write_pickle
 from bntool.checkpoints.tensors import Storage, count_elements
@@ -60,8 +60,9 @@ class TorchLegacy(Format):
         system = read_pickle(file, offset=protocol.end)
         if magic.root != _MAGIC or protocol.root != _PROTOCOL:
             raise CorruptFileError("an unknown version of torch's legacy format")
-        pickle = read_pickle(file, offset=system.end)
-        keys = read_pickle(file, offset=pickle.end)
+        budget = OpcodeBudget()
+        pickle = read_pickle(file, offset=system.end, budget=budget)
+        keys = read_pickle(file, offset=pickle.end, budget=budget)
         big_endian = as_mapping(system.root).get("little_endian") is False
         layout = _Layout(file, keys, _locate_storages(file, pickle, keys), big_endian)
         reader = TensorReader(lambda reference: _resolve(layout, reference))

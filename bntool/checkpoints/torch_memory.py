@@ -5,24 +5,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 
-from bntool.checkpoints.pickles.nodes import Dict, Instance, Node, PersistentId, Set, children
+from bntool.checkpoints.pickles.nodes import Instance, Node, children, walk_nodes
 from bntool.checkpoints.tensors import StoredTensor
 from bntool.checkpoints.torch_modules import StateDictSource
 from bntool.checkpoints.torch_tensors import TensorReader, read_storage_reference
 
 _WHOLE = (0, 1 << 63)  # the bytes of a storage that is used as a whole
-
-
-def walk_nodes(root: Node, replacements: Mapping[int, Node]) -> Iterator[Node]:
-    """Every node below ``root`` that has others inside, each once."""
-    pending, seen = [root], set()
-    while pending:
-        node = pending.pop()
-        node = replacements.get(id(node), node)
-        if isinstance(node, tuple | list | Dict | Instance | PersistentId | Set) and id(node) not in seen:
-            seen.add(id(node))
-            yield node
-            pending.extend(children(node))
 
 
 class SharedMemory:
@@ -39,7 +27,7 @@ class SharedMemory:
         self._users: dict[str, list[tuple[int, int, int]]] = {}  # by storage: (id of the node, first byte, end)
         names: Counter[int] = Counter()
         inner: set[int] = set()  # storages and tensors that only serve to build another tensor
-        for node in walk_nodes(root, {}):
+        for node in walk_nodes(root):
             self._references.update(id(child) for child in children(node) if isinstance(child, Instance))
             tensor = reader.read(node)
             if tensor is not None and tensor.storage is not None:

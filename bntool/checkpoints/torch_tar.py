@@ -13,7 +13,7 @@ from bntool.checkpoints.dtypes import BY_STORAGE, DType
 from bntool.checkpoints.files import SourceFile
 from bntool.checkpoints.outputs import OutputFiles
 from bntool.checkpoints.pickles.nodes import Global, Instance, Node, PersistentId, as_mapping, is_mapping, text_of
-from bntool.checkpoints.pickles.reading import Pickle, read_pickle
+from bntool.checkpoints.pickles.reading import OpcodeBudget, Pickle, read_pickle
 from bntool.checkpoints.pickles.trust import list_globals
 from bntool.checkpoints.tensors import MAX_DIMENSIONS, Storage, StoredTensor
 from bntool.checkpoints.torch_objects import find_state_dicts, with_tensor_sources
@@ -43,17 +43,17 @@ class TorchTar(Format):
         members = _read_members(file)
         if not all(name in members for name in _MEMBERS):
             raise UnknownFormatError("this tar archive was not written by torch.save; unpack it and name a file of it")
-        pickles: list[Pickle] = []
+        pickles = _Pickles()
         storages = _read_storages(members["storages"], pickles)
         tensors = _read_tensors(members["tensors"], storages, pickles)
-        main = read_pickle(members["pickle"], offset=members["pickle"].start)
+        main = pickles.read(members["pickle"], members["pickle"].start)
         state_dicts = find_state_dicts(main.root, _TarReader(tensors))
         return Checkpoint(
             file=file,
             format=self,
             state_dicts=with_tensor_sources(state_dicts),
             entries=as_mapping(main.root) if is_mapping(main.root) else {},
-            globals=list_globals(main, *pickles),
+            globals=list_globals(*pickles.found),
         )
 
     def write(self, checkpoint: Checkpoint, path: Path, output: OutputFiles) -> None:
@@ -89,6 +89,18 @@ class _Member:
         return self.file.read(offset, length)
 
 
+class _Pickles:
+    """The pickles of a file, there may be millions: all are kept for what they name, and share one budget."""
+
+    def __init__(self) -> None:
+        self.found: list[Pickle] = []
+        self._budget = OpcodeBudget()
+
+    def read(self, member: _Member, position: int) -> Pickle:
+        self.found.append(read_pickle(member, offset=position, budget=self._budget))
+        return self.found[-1]
+
+
 def _read_members(file: SourceFile) -> dict[str, _Member]:
     """The regular files of the archive, by name."""
     members: dict[str, _Member] = {}
@@ -121,9 +133,8 @@ def _octal(digits: bytes) -> int:
         raise CorruptFileError("a header of the tar archive is damaged") from error
 
 
-def _read_count(member: _Member, position: int, pickles: list[Pickle]) -> tuple[int, int]:
-    count = read_pickle(member, offset=position)
-    pickles.append(count)
+def _read_count(member: _Member, position: int, pickles: _Pickles) -> tuple[int, int]:
+    count = pickles.read(member, position)
     if type(count.root) is not int or not 0 <= count.root <= MAX_TENSORS:
         raise CorruptFileError("the number of storages or tensors is malformed")
     return count.root, count.end
@@ -135,13 +146,12 @@ class _TypedStorage:
     dtype: DType
 
 
-def _read_storages(member: _Member, pickles: list[Pickle]) -> dict[int, _TypedStorage]:
+def _read_storages(member: _Member, pickles: _Pickles) -> dict[int, _TypedStorage]:
     """The storages by number: how many, then a pickle of facts, a length and the elements of each, then the views."""
     storages: dict[int, _TypedStorage] = {}
     count, position = _read_count(member, member.start, pickles)
     for _ in range(count):
-        facts = read_pickle(member, offset=position)
-        pickles.append(facts)
+        facts = pickles.read(member, position)
         key, location, kind = facts.root if isinstance(facts.root, tuple) and len(facts.root) == 3 else (None,) * 3
         dtype = BY_STORAGE.get(kind.name) if isinstance(kind, Global) else None
         if type(key) is not int or dtype is None or key in storages:
@@ -153,8 +163,7 @@ def _read_storages(member: _Member, pickles: list[Pickle]) -> dict[int, _TypedSt
         device = text_of(location) or "cpu"
         storages[key] = _TypedStorage(Storage(member.file, facts.end + 8, nbytes, str(key), device=device), dtype)
         position = facts.end + 8 + nbytes
-    views = read_pickle(member, offset=position)
-    pickles.append(views)
+    views = pickles.read(member, position)
     for view in views.root if isinstance(views.root, list) else ():
         if not isinstance(view, tuple) or len(view) != 4 or not all(type(value) is int for value in view):
             raise CorruptFileError("a view of a storage is malformed")
@@ -170,15 +179,12 @@ def _read_storages(member: _Member, pickles: list[Pickle]) -> dict[int, _TypedSt
     return storages
 
 
-def _read_tensors(
-    member: _Member, storages: dict[int, _TypedStorage], pickles: list[Pickle]
-) -> dict[int, StoredTensor]:
+def _read_tensors(member: _Member, storages: dict[int, _TypedStorage], pickles: _Pickles) -> dict[int, StoredTensor]:
     """The tensors by number: how many, then a pickle of facts and the binary geometry of each."""
     tensors: dict[int, StoredTensor] = {}
     count, position = _read_count(member, member.start, pickles)
     for _ in range(count):
-        facts = read_pickle(member, offset=position)
-        pickles.append(facts)
+        facts = pickles.read(member, position)
         key, storage_key = facts.root[:2] if isinstance(facts.root, tuple) and len(facts.root) == 3 else (None, None)
         storage = storages.get(storage_key) if type(storage_key) is int else None
         (dimensions,) = struct.unpack("<i", member.read(facts.end, 4))

@@ -6,8 +6,6 @@ import io
 import json
 import pickle
 import struct
-import subprocess
-import sys
 import time
 import zipfile
 import zlib
@@ -338,6 +336,16 @@ BROKEN: dict[str, Case] = {
         CorruptFileError,
         "truncated",
     ),
+    "pickle_of_many_opcodes.pt": (
+        lambda: _archive(b"\x80\x02(" + b"N" * 3_000_000 + b"t."),
+        UnsafeFileError,
+        "opcodes",
+    ),
+    "pickle_of_many_globals.pt": (
+        lambda: _archive(b"\x80\x02(" + b"".join(b"ca\n%d\n" % i for i in range(10_001)) + b"t."),
+        UnsafeFileError,
+        "more than 10000 classes",
+    ),
     "pickle_integer_length_huge.pt": (lambda: _archive(b"\x80\x02\x8b\xff\xff\xff\x7f."), UnsafeFileError, "item of"),
     "pickle_integer_length_negative.pt": (
         lambda: _archive(b"\x80\x02\x8b\xff\xff\xff\xff."),
@@ -656,87 +664,6 @@ def test_a_shard_must_be_a_bare_state_dict(tmp_path: Path) -> None:
     (tmp_path / "m.index.json").write_bytes(_index({"b.weight": "x.bin"}))
     with pytest.raises(CorruptFileError, match="one bare state dict"):
         open_checkpoint(tmp_path / "m.index.json")
-
-
-# no code of a file runs
-
-MALICIOUS = {
-    "os.system": b"cos\nsystem\n(S'touch canary'\ntR.",
-    "posix.system": b"cposix\nsystem\n(S'touch canary'\ntR.",
-    "exec": b'c__builtin__\nexec\n(S\'open("canary", "w")\'\ntR.',
-    "eval": b"\x80\x04\x8c\x08builtins\x8c\x04eval\x93\x8c\x0dopen('c','w')\x85R.",
-    "subprocess": b"csubprocess\nPopen\n((S'touch'\nS'canary'\nltR.",
-    "socket": b"csocket\ncreate_connection\n((S'127.0.0.1'\nI9\nttR.",
-    "getattr": b"c__builtin__\ngetattr\n(c__builtin__\n__import__\n(S'os'\ntRS'system'\ntR(S'touch canary'\ntR.",
-    "dotted": b"\x80\x04\x8c\x02os\x8c\x0bpath.exists\x93\x8c\x01x\x85R.",
-    "inst": b"(S'touch canary'\nios\nsystem\n.",
-    "obj": b"(cos\nsystem\nS'touch canary'\no.",
-    "newobj": b"\x80\x02csubprocess\nPopen\n(S'touch'\nS'canary'\nl\x85\x81.",
-    "build": b"\x80\x02cx\ny\n)\x81}S'__setstate__'\ncos\nsystem\nsbS'touch canary'\nb.",
-    "extension": b"\x80\x02\x82\x01.",
-    "torch.load": b"ctorch\nload\n(S'other.pt'\ntR.",
-    "import only": b"cantigravity\nfly\n.",
-    "numpy": b'cnumpy.testing._private.utils\nrunstring\n(S\'open("canary","w")\'\n}tR.',
-}
-_GUARD = """
-import sys
-sys.path.insert(0, sys.argv[1])
-from bntool.checkpoints.formats import open_checkpoint, save_checkpoint
-from bntool.checkpoints.application import apply_plan
-import atexit, gc, bntool.checkpoints.torch_legacy, tempfile, encodings.latin_1, encodings.raw_unicode_escape
-import os
-allowed = []
-def guard(event, args):
-    if event in ("exec", "import", "compile", "os.system", "os.exec", "os.posix_spawn", "subprocess.Popen",
-                 "socket.connect", "socket.getaddrinfo", "pickle.find_class", "os.fork", "ctypes.dlopen"):
-        print("EVENT", event, args); os._exit(9)
-    writes = os.O_WRONLY | os.O_RDWR | os.O_CREAT
-    if event == "open" and not isinstance(args[0], int) and isinstance(args[2], int) and args[2] & writes:
-        if not (allowed and str(args[0]).startswith(allowed[0])):
-            print("EVENT", event, args); os._exit(9)
-before = set(sys.modules)
-sys.addaudithook(guard)
-for name in sys.argv[2:]:
-    checkpoint = open_checkpoint(name)
-    print(name, [(g.path, g.called, g.trust.value) for g in checkpoint.globals])
-    allowed[:] = [os.path.dirname(os.path.abspath(name))]
-    save_checkpoint(checkpoint, name + ".copy")
-    allowed.clear()
-assert set(sys.modules) == before, set(sys.modules) - before
-"""
-
-
-def test_no_code_of_a_file_runs(tmp_path: Path) -> None:
-    for index, data in enumerate(MALICIOUS.values()):
-        (tmp_path / f"{index}.pt").write_bytes(_archive(data))
-        (tmp_path / f"{index}.pth").write_bytes(_legacy(data, keys=(), tail=b""))
-    names = sorted(path.name for path in tmp_path.iterdir())
-    done = subprocess.run(
-        [sys.executable, "-c", _GUARD, str(Path.cwd()), *names],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    lines = done.stdout.splitlines()
-    assert len(lines) == len(names)
-    found = {name: line for name, line in zip(names, lines, strict=True) if name.endswith(".pt")}
-    for index, label in enumerate(MALICIOUS):
-        line = found[f"{index}.pt"]
-        assert "suspicious" in line or label == "extension", line
-    copies = {path.name for path in tmp_path.iterdir()} - set(names)
-    assert copies == {f"{name}.copy" for name in names}
-
-
-def test_every_malicious_global_is_listed_first_and_as_called(tmp_path: Path) -> None:
-    state = b"\x80\x02}(" + _text("a") + MALICIOUS["os.system"][:-1] + _text("b") + b"cx.y\nUnknown\n)\x81u."
-    (tmp_path / "x.pt").write_bytes(_archive(state))
-    with open_checkpoint(tmp_path / "x.pt") as checkpoint:
-        assert [(g.path, g.called, g.trust.value) for g in checkpoint.globals] == [
-            ("os.system", True, "suspicious"),
-            ("x.y.Unknown", True, "unknown"),
-        ]
 
 
 def test_rezip_keeps_checksums(tmp_path: Path) -> None:

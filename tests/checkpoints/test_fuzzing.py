@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import resource
 from pathlib import Path
 
 from tests.fuzz import run
 
 
 def test_mutants_are_read_or_refused(tmp_path: Path) -> None:
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     outcome = run(3000, tmp_path, seed=20240501)
     assert outcome.accepted > 200  # mutants in data; else the checksums hide everything
     assert outcome.refused > 1000
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300 * 1024

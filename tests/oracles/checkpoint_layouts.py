@@ -29,6 +29,20 @@ REQUIREMENTS = [
 FOLDER = Path(__file__).parents[1] / "fixtures" / "layouts"
 
 
+def ignore_missing_operators() -> None:
+    """Wheels of torchvision that want CUDA cannot be imported beside a CPU torch otherwise; none of it is used here."""
+    import torch
+
+    register = torch.library.register_fake
+
+    def skip(name: Any, *arguments: Any, **keywords: Any) -> Any:
+        if isinstance(name, str) and name.startswith("torchvision::"):
+            return lambda function: function
+        return register(name, *arguments, **keywords)
+
+    torch.library.register_fake = skip
+
+
 def build() -> Any:
     """Conv, BatchNorm (eps and momentum of its own), ReLU, linear head: 200 elements."""
     import torch
@@ -236,6 +250,7 @@ def main() -> int:
 
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
+    ignore_missing_operators()
     makers = (record_lightning, record_timm, record_mmengine, record_fastai, record_ultralytics, record_distributed)
     if "--record" in sys.argv:
         FOLDER.mkdir(exist_ok=True)

@@ -23,6 +23,7 @@ from bntool.errors import CorruptFileError, UnsafeFileError
 INLINE_BYTES = 1 << 16  # byte strings longer than this stay in the file until they are asked for
 MAX_TEXT = 1 << 26  # a longer text or integer is an attack on memory
 MAX_DIGITS = 4300
+MAX_GLOBALS = 10_000  # classes and functions by name; the largest export of fastai seen has 49
 _WINDOW = 1 << 16
 
 MARK = object()
@@ -136,6 +137,8 @@ class Machine:
     def push_global(self, module: str, name: str) -> None:
         key = (module, name)
         if key not in self.globals:
+            if len(self.globals) >= MAX_GLOBALS:
+                raise UnsafeFileError(f"the pickle names more than {MAX_GLOBALS} classes and functions")
             self.globals[key] = Global(module, name)
         self.stack.append(self.globals[key])
 

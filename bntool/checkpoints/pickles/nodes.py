@@ -218,3 +218,16 @@ def children(node: Node) -> Iterator[Node]:  # noqa: C901 (one branch for each k
                 yield payload
             else:
                 yield from payload
+
+
+def walk_nodes(root: Node, replacements: Mapping[int, Node] | None = None) -> Iterator[Node]:
+    """Every node below ``root`` that has others inside, each once; some, by their id, replaced by others."""
+    pending, seen = [root], set()
+    while pending:
+        node = pending.pop()
+        if replacements:
+            node = replacements.get(id(node), node)
+        if isinstance(node, tuple | list | Dict | Instance | PersistentId | Set) and id(node) not in seen:
+            seen.add(id(node))
+            yield node
+            pending.extend(children(node))

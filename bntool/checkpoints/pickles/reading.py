@@ -18,6 +18,20 @@ MAX_OBJECTS = 2_000_000  # made by the opcodes after these: containers, instance
 _OBJECT_OPCODES = frozenset(b"]}ltd\x85\x86\x87\x8f\x91R\x81\x92ioQPpqr\x94CBU\x8c\x8d\x8e\x96STVX\x8a\x8bLI")
 
 
+class OpcodeBudget:
+    """What may still be read of a file: shared by its pickles, where it has several."""
+
+    def __init__(self) -> None:
+        self.opcodes = MAX_OPCODES
+        self.uncounted = _UNCOUNTED
+        self.objects = MAX_OBJECTS
+
+    def spend(self, opcodes: int, *, counted: bool) -> None:
+        self.opcodes -= opcodes
+        if not counted:
+            self.uncounted -= opcodes
+
+
 @dataclass
 class Pickle:
     """One pickle of a file.
@@ -44,8 +58,11 @@ class Pickle:
     complete: bool = True
 
 
-def read_pickle(source: ByteSource, *, offset: int = 0) -> Pickle:
+def read_pickle(source: ByteSource, *, offset: int = 0, budget: OpcodeBudget | None = None) -> Pickle:
     """Read the pickle that starts at ``offset``.
+
+    Args:
+        budget: of the file, where it has several pickles.
 
     Raises:
         CorruptFileError: truncated, an unknown opcode, or a stack that does not work out.
@@ -53,34 +70,36 @@ def read_pickle(source: ByteSource, *, offset: int = 0) -> Pickle:
     """
     machine = Machine(source, offset)
     try:
-        return _run(machine)
+        return _run(machine, budget or OpcodeBudget())
     except (IndexError, KeyError, ValueError, TypeError, AttributeError, struct.error) as error:
         raise CorruptFileError(f"the pickle is malformed near byte {machine.position}") from error
 
 
-def read_pickle_bytes(data: bytes) -> Pickle:
+def read_pickle_bytes(data: bytes, *, budget: OpcodeBudget | None = None) -> Pickle:
     """Like :func:`read_pickle`, for a pickle in memory."""
-    return read_pickle(MemorySource(data))
+    return read_pickle(MemorySource(data), budget=budget)
 
 
-def _run(machine: Machine) -> Pickle:
-    objects = 0
-    for count, counted in ((min(_UNCOUNTED, MAX_OPCODES), False), (max(MAX_OPCODES - _UNCOUNTED, 0), True)):
-        for _ in range(count):
+def _run(machine: Machine, budget: OpcodeBudget) -> Pickle:
+    for counted in (False, True):
+        allowed = budget.opcodes if counted else min(budget.uncounted, budget.opcodes)
+        for number in range(allowed):
             if machine.cursor >= len(machine.window):
                 machine.refill(1)
             opcode = machine.window[machine.cursor]
             machine.cursor += 1
             if opcode == STOP:
+                budget.spend(number + 1, counted=counted)
                 return _finish(machine)
             action = ACTIONS[opcode]
             if action is None:
                 raise CorruptFileError(f"byte {machine.position - 1} is no pickle opcode (0x{opcode:02x})")
             action(machine)
             if counted and opcode in _OBJECT_OPCODES:
-                objects += 1
-                if objects > MAX_OBJECTS:
+                budget.objects -= 1
+                if budget.objects < 0:
                     raise UnsafeFileError(f"the pickle makes more than {MAX_OBJECTS} objects")
+        budget.spend(allowed, counted=counted)
     raise UnsafeFileError(f"the pickle has more than {MAX_OPCODES} opcodes")
 
 

@@ -45,6 +45,9 @@ _KNOWN = {
     "torch.serialization._get_layout",
     "torch.torch_version.TorchVersion",
     "torch.distributed.checkpoint.filesystem._StorageInfo",
+    "inspect.Parameter",
+    "inspect.Signature",
+    "inspect._ParameterKind",
     "numpy.core.numeric._frombuffer",
     "numpy._core.numeric._frombuffer",
 }
@@ -56,6 +59,7 @@ _DISTRIBUTED = {
     "Metadata", "MetadataIndex", "StorageMeta", "TensorStorageMetadata", "BytesStorageMetadata", "TensorProperties",
     "ChunkStorageMetadata", "_MEM_FORMAT_ENCODING",
 }  # fmt: skip
+_CLASSES = ("torch.nn.quantized.modules", "torch.optim")
 _SCRIPTED_LISTS = {
     "build_intlist", "build_tensorlist", "build_doublelist", "build_boollist", "build_tensor_from_id",
     "restore_type_tag",
@@ -74,6 +78,9 @@ _SUSPICIOUS_MODULES = {
     "zipimport", "operator", "_operator", "types", "gc", "inspect", "builtins", "__builtin__", "platform", "pkgutil",
     "bz2", "gzip", "lzma", "zipfile", "tarfile", "sqlite3", "site", "idlelib", "lib2to3", "distutils", "setuptools",
     "nturl2path", "xmlrpc", "telnetlib", "ssl", "threading", "_thread", "sched", "antigravity", "this", "turtle",
+    "_aix_support", "_osx_support", "_pyrepl", "concurrent", "imaplib", "modulefinder", "nntplib", "pipes", "popen2",
+    "poplib", "pstats", "py_compile", "compileall", "readline", "rlcompleter", "smtpd", "tkinter", "winreg", "_winreg",
+    "_winapi", "zipapp", "_testcapi", "_interpreters", "_xxsubinterpreters", "_posixsubprocess", "_ctypes", "_socket",
 }  # fmt: skip
 # a module that any other may have imported: torch.serialization.os.system is os.system
 _REACHED_THROUGH_OTHERS = frozenset(
@@ -100,6 +107,16 @@ _SUSPICIOUS_NAMES = {
     "numpy.testing._private.utils.runstring",
     "numpy.f2py.crackfortran.getlincoef",
     "functools.reduce",
+    "io.open",
+    "io.open_code",
+    "io.FileIO",
+    "_io.open",
+    "_io.FileIO",
+    "torch.ops.load_library",
+    "torch.classes.load_library",
+    "logging.config.listen",
+    "pandas.read_pickle",
+    "pandas.eval",
 }
 
 
@@ -114,19 +131,23 @@ def judge_global(path: str) -> GlobalTrust:  # noqa: PLR0911 (the first rule tha
         return GlobalTrust.SUSPICIOUS
     if path in _KNOWN or (module in _BUILTIN_MODULES and name in _KNOWN_BUILTINS):
         return GlobalTrust.KNOWN
-    if module.split(".")[0] in _SUSPICIOUS_MODULES:
+    first, *inner = module.split(".")
+    if first in _SUSPICIOUS_MODULES or any(part.startswith("__") for part in inner):
         return GlobalTrust.SUSPICIOUS
     if module == "torch._utils" and name.startswith("_rebuild_"):
         return GlobalTrust.KNOWN
-    if module in ("torch", "torch.cuda", "torch.storage") and (name.endswith("Storage") or name in _TORCH_TYPES):
+    if module in ("torch", "torch.cuda", "torch.storage") and (
+        name.endswith(("Storage", "Tensor")) or name in _TORCH_TYPES
+    ):
         return GlobalTrust.KNOWN
     if module == "torch.distributed.checkpoint.metadata" and name in _DISTRIBUTED:
         return GlobalTrust.KNOWN
     if module == "torch.jit._pickle" and name in _SCRIPTED_LISTS:
         return GlobalTrust.KNOWN
-    if module == "numpy.dtypes" or (module.startswith("torch.nn.modules.") and name[:1].isupper()):
+    if module == "numpy.dtypes" and name.endswith("DType"):
         return GlobalTrust.KNOWN
-    if module == "torch.nn.quantized.modules" or (module == "torch.optim" and name[:1].isupper()):
+    # exactly one part: torch.nn.modules.module.torch.(...).Popen begins like a module's class too
+    if name[:1].isupper() and (module in _CLASSES or (module.startswith("torch.nn.modules.") and len(inner) == 3)):
         return GlobalTrust.KNOWN
     return GlobalTrust.UNKNOWN
 
