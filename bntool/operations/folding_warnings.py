@@ -57,7 +57,7 @@ def _warn_of_uneven(ranges: Sequence[WeightRange]) -> Iterator[str]:
         worst = min(uneven, key=lambda r: r.after.evenness)
         yield (
             f"quantisation: in {len(uneven)} of {len(ranges)} weights the average channel now fills an eighth of the "
-            f"tensor's range or less (worst: {worst.name}, {100 * worst.before.evenness:.2g} % before, "
+            f"tensor's range or less (worst: {worst.name}, {100 * worst.before.evenness:.0f} % before, "
             f"{100 * worst.after.evenness:.2g} % now); quantise them per channel, not per tensor"
         )
 

@@ -219,7 +219,8 @@ def _milliseconds(seconds: float) -> str:
 
 
 def _percent(share: float) -> str:
-    return f"{format_number(100 * share, 2)} %"
+    percent = 100 * share
+    return f"{percent:.0f} %" if percent >= 10 else f"{format_number(percent, 2)} %"
 
 
 def _written(result: CheckpointFold, state_dict: StateDict, output: str) -> list[Block]:
