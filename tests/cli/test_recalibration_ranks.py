@@ -22,6 +22,7 @@ def torchrun(ranks, *arguments, folder):
         sys.executable,
         "-m",
         "torch.distributed.run",
+        "--standalone",
         "--nproc-per-node",
         str(ranks),
         "-m",

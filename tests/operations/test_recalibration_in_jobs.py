@@ -1,0 +1,41 @@
+"""The library call inside a distributed job that is not bntool's, and on models that torch.compile wraps."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from bntool.operations.recalibration import recalibrate
+from tests.operations.calibration_network import Network, make_batches
+
+torch.set_num_threads(1)
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
+@pytest.mark.parametrize("method", ["pooled", "exact"])
+def test_every_rank_ends_with_the_statistics_of_all_batches(tmp_path, method):
+    command = [sys.executable, "-m", "tests.operations.calibration_worker", str(tmp_path)]
+    ranks = [subprocess.Popen([*command, str(rank), method], cwd=ROOT, stderr=subprocess.PIPE) for rank in range(2)]
+    for rank in ranks:
+        _, stderr = rank.communicate(timeout=100)
+        assert rank.returncode == 0, stderr.decode()
+    alone = Network()
+    recalibrate(alone, make_batches("a small last batch of outliers")[:3], method=method)
+    for rank in range(2):
+        state = torch.load(tmp_path / f"rank{rank}.pt", weights_only=True)
+        assert all(torch.equal(state[name], tensor) for name, tensor in alone.state_dict().items())
+
+
+@pytest.mark.parametrize("method", ["pooled", "exact"])
+def test_compiled_models(method):
+    plain, given = Network(), Network()
+    compiled = torch.compile(given, backend="eager")
+    batches = make_batches("full batches")
+    recalibrate(plain, batches, method=method)
+    result = recalibrate(compiled, batches, method=method)
+    assert result.plan.layers == ("0", "2", "6")
+    for name, tensor in plain.state_dict().items():
+        torch.testing.assert_close(given.state_dict()[name], tensor)
