@@ -92,6 +92,13 @@ def _read_limits() -> Iterator[int]:
     with contextlib.suppress(OSError, ValueError, StopIteration):
         lines = Path("/proc/meminfo").read_text().splitlines()
         yield int(next(line for line in lines if line.startswith("MemAvailable")).split()[1]) * 1024
+    with contextlib.suppress(ImportError, OSError, ValueError):  # not on Windows
+        import resource
+
+        space, _ = resource.getrlimit(resource.RLIMIT_AS)  # ulimit -v
+        if space != resource.RLIM_INFINITY:
+            pages = int(Path("/proc/self/statm").read_text().split()[0])
+            yield max(0, space - pages * resource.getpagesize())
     groups = Path("/sys/fs/cgroup")
     for limit, used in (
         (groups / "memory.max", groups / "memory.current"),

@@ -1,6 +1,8 @@
 """Exact statistics: after it the network in eval mode sees what is stored."""
 
 import copy
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -305,6 +307,27 @@ class TestMemory:
 
         with pytest.raises(RefusedError, match="fit"):
             recalibrate(digits, endless(), method="exact")
+
+    @pytest.mark.skipif(sys.platform != "linux", reason="ulimit -v as Linux has it")
+    @pytest.mark.parametrize(("fit_memory", "says"), [(False, "samples on their way would need"), (True, "done with")])
+    def test_an_address_space_that_is_limited_is_not_run_out_of(self, fit_memory, says):
+        code = (
+            "import resource, torch\n"
+            "from pathlib import Path\n"
+            "from torch import nn\n"
+            "from bntool.operations.recalibration import recalibrate\n"
+            "torch.set_num_threads(1)\n"
+            "model = nn.Sequential(nn.Conv2d(1, 64, 3), nn.BatchNorm2d(64), nn.ReLU(), nn.Conv2d(64, 64, 3),"
+            " nn.BatchNorm2d(64))\n"
+            "recalibrate(model, [torch.randn(4, 1, 64, 64)], method='exact')\n"
+            "used = int(Path('/proc/self/statm').read_text().split()[0]) * resource.getpagesize()\n"
+            "resource.setrlimit(resource.RLIMIT_AS, (used + 500_000_000,) * 2)\n"
+            "batches = (torch.randn(50, 1, 64, 64) for _ in range(40))  # 2 GB on their way\n"
+            f"print('done with', recalibrate(model, batches, method='exact', fit_memory={fit_memory}).samples)\n"
+        )
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=100)
+        assert says in done.stdout + done.stderr
+        assert "allocate" not in done.stderr
 
     def test_the_forecast_is_about_what_a_forward_keeps(self):
         from bntool.operations.memory import LiveTensors
