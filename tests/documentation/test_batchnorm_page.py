@@ -21,5 +21,5 @@ def test_numpy_and_torch_print_what_the_page_shows(block: Block) -> None:
 def test_other_frameworks_printed_what_the_page_shows() -> None:
     """Recorded by tests/oracles/batchnorm_page.py, which runs the blocks."""
     shown = [{"framework": b.framework, "code": b.code, "output": b.output} for b in BLOCKS if b.framework]
-    assert {b["framework"] for b in shown} == {"keras", "onnx", "opencv"}
+    assert {b["framework"] for b in shown} == {"keras", "tensorflow", "onnx", "opencv"}
     assert json.loads(RECORDED.read_text()) == shown

@@ -1,4 +1,4 @@
-"""What Keras, ONNX and OpenCV print for the blocks of docs/batchnorm.md; in tests/fixtures/interop/batchnorm_page.json.
+"""What Keras, TensorFlow, ONNX and OpenCV print for the blocks of docs/batchnorm.md, and its record.
 
 Without an argument it runs the blocks and holds what they print against the page and the record; with --record it
 writes the record.
@@ -11,7 +11,10 @@ import os
 import sys
 from pathlib import Path
 
-REQUIREMENTS = ["torch==2.13.0", "keras==3.15.1", "onnx==1.23.2", "opencv-python-headless==4.14.0.94", "numpy"]
+REQUIREMENTS = [
+    "torch==2.13.0", "keras==3.15.1", "tensorflow-cpu==2.21.0", "onnx==1.23.2", "opencv-python-headless==4.14.0.94",
+    "numpy",
+]  # fmt: skip
 ROOT = Path(__file__).parents[2]
 RECORDED = ROOT / "tests" / "fixtures" / "interop" / "batchnorm_page.json"
 
