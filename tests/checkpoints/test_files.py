@@ -24,6 +24,7 @@ from bntool.checkpoints.outputs import OutputFiles
 from bntool.errors import BntoolError, CorruptFileError, UnreadableFileError, UnwritableFileError, UsageError
 from bntool.plan import Operation, Plan, SetTensor, Values
 from tests.checkpoints.samples import tiny_net, write_safetensors, write_sharded, write_zip
+from tests.permissions import ordinary_permissions
 
 # reading
 
@@ -70,18 +71,26 @@ def test_names_that_no_file_can_have(name: str, tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["model.pt"] or name == "\udfff"
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
 def test_no_permission_to_read(tmp_path: Path) -> None:
     (tmp_path / "f.pt").touch(mode=0)
-    with pytest.raises(UnreadableFileError, match="permission"):
+    with ordinary_permissions(), pytest.raises(UnreadableFileError, match="permission"):
         open_checkpoint(tmp_path / "f.pt")
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_no_permission_to_enter_the_folder(tmp_path: Path) -> None:
+    source = write_zip(tiny_net().state_dict(), tmp_path)
+    tmp_path.chmod(0)
+    try:
+        with ordinary_permissions(), pytest.raises(UnreadableFileError, match="permission"):
+            open_checkpoint(source)
+    finally:
+        tmp_path.chmod(0o700)
+
+
 def test_no_permission_to_write(tmp_path: Path) -> None:
     source = write_zip(tiny_net().state_dict(), tmp_path)
     (tmp_path / "locked").mkdir(mode=0o500)
-    with pytest.raises(UnwritableFileError, match="permission"):
+    with ordinary_permissions(), pytest.raises(UnwritableFileError, match="permission"):
         save_checkpoint(open_checkpoint(source), tmp_path / "locked" / "x.pt")
 
 

@@ -9,6 +9,7 @@ import json
 import os
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,6 +21,8 @@ import pytest
 
 from bntool.checkpoints.formats import open_checkpoint
 from bntool.cli.main import main
+from tests.checkpoints.samples import tiny_net, write_sharded
+from tests.permissions import ordinary_permissions
 
 SAMPLES = Path(__file__).parents[2] / "sample_ckpts"
 SOURCE = SAMPLES / "digits_training.pt"
@@ -33,26 +36,67 @@ COMMANDS = {
         *("--samples", "32"),
     ],
 }
-# the moments that matter: after so many calls that write to the disk, the process is killed
+SHARDED = ["freeze", "in/model.safetensors.index.json", "-o", "out/model.safetensors.index.json"]
+ONNX = ["fold", "in/onnx_tiny_ext.onnx", "-o", "out/folded.onnx"]
+CAFFE = [
+    "fold",
+    "in/caffe_tiny_std.caffemodel",
+    "--prototxt",
+    "in/caffe_tiny_std.prototxt",
+    "-o",
+    "out/folded.caffemodel",
+]
+INTEROP = Path(__file__).parents[1] / "fixtures" / "interop"
+# the moments that matter: a child is killed at each call in turn that makes a file, brings it to the disk or names it
 KILLER = """
-import os, signal, sys
-from bntool.checkpoints import files
+import itertools, os, shutil, signal, sys
+from pathlib import Path
 from bntool.cli.main import main
-left = int(sys.argv[1])
-def mortal(name):
-    original = getattr(os, name)
-    def call(*arguments, **keywords):
-        global left
-        left -= 1
-        if left == 0:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return original(*arguments, **keywords)
-    setattr(os, name, call)
-for name in ("fsync", "chmod", "link", "unlink", "replace", "fdopen"):
-    mortal(name)
-code = main(sys.argv[2:])
-print("left", left)
-sys.exit(code)
+
+def run(moment):
+    left = [moment]
+    def mortal(name):
+        original = getattr(os, name)
+        def call(*arguments, **keywords):
+            left[0] -= 1
+            if left[0] == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return original(*arguments, **keywords)
+        setattr(os, name, call)
+    child = os.fork()
+    if child == 0:
+        for name in ("fsync", "chmod", "link", "unlink", "replace", "fdopen"):
+            mortal(name)
+        try:
+            os._exit(main([*sys.argv[1:], "--force", "--quiet"]))
+        except SystemExit as end:
+            os._exit(end.code)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+def contents():
+    return {path.name: path.read_bytes() for path in sorted(Path("out").iterdir()) if path.name[0] != "."}
+
+main([*sys.argv[1:], "--dry-run", "--quiet"])  # imports what is needed, once for all children
+Path("out").mkdir()
+assert run(0) == 0
+new = contents()
+old = {name: b"the old " + name.encode() for name in new}
+for moment in itertools.count(1):
+    for path in Path("out").iterdir():
+        path.unlink()
+    for name, data in old.items():
+        Path("out", name).write_bytes(data)
+    code = run(moment)
+    found = contents()
+    assert found.keys() == new.keys(), found.keys()
+    assert all(found[name] in (old[name], new[name]) for name in found), moment
+    if code == 0:
+        break
+    assert code == -signal.SIGKILL, code
+    assert all(path.suffix in (".writing", ".replaced") for path in Path("out").iterdir() if path.name[0] == ".")
+    assert run(0) == 0  # what a killed run left is in nobody's way
+    assert contents() == new
+print(len(new), moment)
 """
 TIMES_KILLED = {"freeze": 3, "convert": 3, "fold": 1, "recalibrate": 1}  # the last two import torch
 
@@ -77,21 +121,28 @@ def _leftovers(folder: Path) -> list[Path]:
     return left
 
 
-@pytest.mark.parametrize("moment", range(1, 6))
-def test_killed_at_every_step_of_appearing(moment: int, tmp_path: Path) -> None:
-    target = tmp_path / "out.pt"
-    target.write_bytes(b"the old file")
-    arguments = [*COMMANDS["freeze"], "-o", str(target), "--force", "--quiet"]
-    result = _run([sys.executable, "-c", KILLER, str(moment), *arguments])
-    if result.returncode == 0:
-        assert moment > 3  # it wrote with fewer calls than that
-    else:
-        assert result.returncode == -signal.SIGKILL, result.stderr
-    assert target.read_bytes() == b"the old file" or _holds_a_whole_file(target)
-    assert len(_leftovers(tmp_path)) <= 1
-    again = _run([sys.executable, "-m", "bntool", *arguments])  # what a killed run left is in nobody's way
-    assert again.returncode == 0, again.stderr
-    assert _holds_a_whole_file(target)
+@pytest.mark.parametrize(
+    ("arguments", "files"),
+    [
+        *(([*arguments, "-o", "out/new"], 1) for name, arguments in COMMANDS.items() if name != "convert"),
+        ([*COMMANDS["convert"], "-o", "out/new.safetensors"], 1),
+        (SHARDED, 3),
+        (ONNX, 2),
+        (CAFFE, 2),
+    ],
+    ids=[*(name for name in COMMANDS if name != "convert"), "convert", "sharded", "onnx", "caffe"],
+)
+def test_killed_at_every_step_of_appearing(arguments: list[str], files: int, tmp_path: Path) -> None:
+    """Each file is the old one or the new one, whole; several files may then be of both kinds."""
+    (tmp_path / "in").mkdir()
+    for name in ("onnx_tiny_ext.onnx", "onnx_tiny_ext.data", "caffe_tiny_std.caffemodel", "caffe_tiny_std.prototxt"):
+        shutil.copy(INTEROP / name, tmp_path / "in")
+    write_sharded(tiny_net().state_dict(), tmp_path / "in")
+    done = _run([sys.executable, "-c", KILLER, *arguments], cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    written, moments = map(int, done.stdout.split()[-2:])
+    assert written == files
+    assert moments > 4 * files  # each is made, brought to the disk, given its mode and its name
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -160,9 +211,8 @@ def test_a_folder_that_cannot_be_written(
     folder.mkdir()
     folder.chmod(0o555)
     try:
-        if os.access(folder, os.W_OK):
-            pytest.skip("permissions do not hold for root")
-        assert main([*COMMANDS[command], "-o", str(folder / "out.pt")]) == 3
+        with ordinary_permissions():
+            assert main([*COMMANDS[command], "-o", str(folder / "out.pt")]) == 3
         assert "no permission" in capsys.readouterr().err
     finally:
         folder.chmod(0o755)
