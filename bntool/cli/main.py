@@ -13,6 +13,7 @@ from typing import Annotated
 import typer
 
 from bntool import errors
+from bntool.cli.help import Command, Group
 from bntool.cli.output import print_report
 from bntool.reports.report import FileReport, Report
 from bntool.version import __version__
@@ -69,6 +70,7 @@ def build_app() -> typer.Typer:
     """The application with all commands; importing their modules imports neither torch nor numpy."""
     app = typer.Typer(
         name="bntool",
+        cls=Group,
         help="Inspect, recalibrate, freeze and fold Batch Normalization in checkpoints.",
         epilog=_EPILOG,
         rich_markup_mode=None,  # markup would swallow [a-c] in help texts
@@ -77,7 +79,7 @@ def build_app() -> typer.Typer:
     )
     app.callback()(_root)
     for name, module in COMMANDS.items():
-        app.command(name)(importlib.import_module(f"bntool.cli.{module}").command)
+        app.command(name, cls=Command)(importlib.import_module(f"bntool.cli.{module}").command)
     return app
 
 

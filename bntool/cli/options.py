@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-_SELECTION, _OUTPUT, _MODEL, _REPORT = "What to work on", "Output", "Model and data", "Report"
+from bntool.cli.help import MODEL, OUTPUT, SELECTION
 
 Checkpoint = Annotated[
     Path, typer.Argument(metavar="CKPT", help="Checkpoint file; it is never written to.", show_default=False)
@@ -20,6 +20,7 @@ StateDictKey = Annotated[
         metavar="KEY",
         help="Which state dict of a file that holds several, e.g. model_ema.",
         show_default="chosen by rule, see docs/formats.md",
+        rich_help_panel=SELECTION,
     ),
 ]
 Layers = Annotated[
@@ -29,6 +30,7 @@ Layers = Annotated[
         metavar="GLOB",
         help="Only layers whose name matches, e.g. 'backbone.layer3.*'. Repeatable.",
         show_default=False,
+        rich_help_panel=SELECTION,
     ),
 ]
 Prototxt = Annotated[
@@ -42,27 +44,49 @@ Prototxt = Annotated[
 ]
 Output = Annotated[
     Path | None,
-    typer.Option("--output", "-o", metavar="OUT", help="File to write. Required unless --dry-run.", show_default=False),
+    typer.Option(
+        "--output",
+        "-o",
+        metavar="OUT",
+        help="File to write. Required unless --dry-run.",
+        show_default=False,
+        rich_help_panel=OUTPUT,
+    ),
 ]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Show what would be done and write nothing.")]
-Force = Annotated[bool, typer.Option("--force", help="Replace OUT if it exists.")]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Show what would be done and write nothing.", rich_help_panel=OUTPUT)
+]
+Force = Annotated[bool, typer.Option("--force", help="Replace OUT if it exists.", rich_help_panel=OUTPUT)]
 Strict = Annotated[
-    bool, typer.Option("--strict", help="Refuse (exit 4) if any layer is skipped or anything is assumed.")
+    bool,
+    typer.Option(
+        "--strict", help="Refuse (exit 4) if any layer is skipped or anything is assumed.", rich_help_panel=OUTPUT
+    ),
 ]
-Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON (documented in docs/json.md).")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")]
+Json = Annotated[
+    bool, typer.Option("--json", help="Print the result as JSON (documented in docs/json.md).", rich_help_panel=OUTPUT)
+]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.", rich_help_panel=OUTPUT)]
 ModelSpec = Annotated[
     str | None,
     typer.Option(
         "--model",
         metavar="SPEC",
-        help="The model: FILE.py:factory, package.module:factory, torchvision:NAME, timm:NAME. This runs your code.",
+        help="The model: FILE.py:factory, package.module:factory, torchvision:NAME, timm:NAME, "
+        "mmdet:CONFIG.py, a .pt2 or TorchScript file. This runs your code.",
         show_default=False,
+        rich_help_panel=MODEL,
     ),
 ]
 ModelArguments = Annotated[
     list[str] | None,
-    typer.Option("--model-arg", metavar="K=V", help="An argument for the factory. Repeatable.", show_default=False),
+    typer.Option(
+        "--model-arg",
+        metavar="K=V",
+        help="An argument for the factory. Repeatable.",
+        show_default=False,
+        rich_help_panel=MODEL,
+    ),
 ]
 DataSpec = Annotated[
     str | None,
@@ -71,6 +95,10 @@ DataSpec = Annotated[
         metavar="SPEC",
         help="Input data: a folder of images, .npy, .npz, .pt or .safetensors, or FILE.py:factory (runs your code).",
         show_default=False,
+        rich_help_panel=MODEL,
     ),
 ]
-Device = Annotated[str, typer.Option("--device", metavar="DEVICE", help="Where the model runs, e.g. cpu or cuda:0.")]
+Device = Annotated[
+    str,
+    typer.Option("--device", metavar="DEVICE", help="Where the model runs, e.g. cpu or cuda:0.", rich_help_panel=MODEL),
+]

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from bntool.cli import options
+from bntool.cli.help import JUDGING, MODEL
 from bntool.cli.output import print_report, user_output_to_stderr
 from bntool.data.policies import OnBadData
 from bntool.operations.methods import Method, Precision
@@ -45,11 +46,18 @@ def command(  # noqa: PLR0915 a third of the statements are imports
             metavar="N",
             help="Use so many samples; auto: as many as fit into memory, for --method exact.",
             show_default="all",
+            rich_help_panel=MODEL,
         ),
     ] = None,
-    batch_size: Annotated[int, typer.Option("--batch-size", metavar="N", help="Samples of a batch.", min=1)] = 64,
-    seed: Annotated[int, typer.Option("--seed", help="Order of the samples, and which of them are used.")] = 0,
-    workers: Annotated[int, typer.Option("--workers", help="Processes that read data.", min=0)] = 0,
+    batch_size: Annotated[
+        int, typer.Option("--batch-size", metavar="N", help="Samples of a batch.", min=1, rich_help_panel=MODEL)
+    ] = 64,
+    seed: Annotated[
+        int, typer.Option("--seed", help="Order of the samples, and which of them are used.", rich_help_panel=MODEL)
+    ] = 0,
+    workers: Annotated[
+        int, typer.Option("--workers", help="Processes that read data.", min=0, rich_help_panel=MODEL)
+    ] = 0,
     preprocess: Annotated[
         str | None,
         typer.Option(
@@ -58,6 +66,7 @@ def command(  # noqa: PLR0915 a third of the statements are imports
             help="For images and pixels: imagenet, inception, clip, cifar10, cifar100, mnist, normalize, scale, or "
             "steps: resize=40,crop=32,mean=0.5,std=0.2; or a preset and changes: imagenet,resize=232.",
             show_default="what torchvision: or timm: say of the model",
+            rich_help_panel=MODEL,
         ),
     ] = None,
     prior: Annotated[
@@ -66,7 +75,11 @@ def command(  # noqa: PLR0915 a third of the statements are imports
     eval_data: Annotated[
         str | None,
         typer.Option(
-            "--eval-data", metavar="SPEC", help="Labelled data to measure before and after on.", show_default="--data"
+            "--eval-data",
+            metavar="SPEC",
+            help="Labelled data to measure before and after on.",
+            show_default="--data",
+            rich_help_panel=JUDGING,
         ),
     ] = None,
     metric: Annotated[
@@ -76,13 +89,20 @@ def command(  # noqa: PLR0915 a third of the statements are imports
             metavar="METRIC",
             help="top1, top5 or FILE.py:function of all outputs and labels; larger is better.",
             show_default="top1, where there are class labels",
+            rich_help_panel=JUDGING,
         ),
     ] = None,
     keep_if_better: Annotated[
-        bool, typer.Option("--keep-if-better", help="Write only if the metric is better than before.")
+        bool,
+        typer.Option(
+            "--keep-if-better", help="Write only if the metric is better than before.", rich_help_panel=JUDGING
+        ),
     ] = False,
     on_bad_data: Annotated[
-        OnBadData, typer.Option("--on-bad-data", help="Unreadable images, and batches with NaN: stop, or skip them.")
+        OnBadData,
+        typer.Option(
+            "--on-bad-data", help="Unreadable images, and batches with NaN: stop, or skip them.", rich_help_panel=MODEL
+        ),
     ] = OnBadData.STOP,
     precision: Annotated[
         Precision,
@@ -112,11 +132,11 @@ def command(  # noqa: PLR0915 a third of the statements are imports
 
     Examples:
 
-      bntool recalibrate ckpt.pt --model net.py:build --data calibration.npz -o out.pt
+      bntool recalibrate ckpt.pt --model net.py:build --data images.npz -o out.pt
 
-      bntool recalibrate ckpt.pt --model torchvision:resnet50 --data photos/ --preprocess imagenet -o out.pt
+      bntool recalibrate ckpt.pt --model timm:resnet50 --data photos/ -o out.pt
 
-      bntool recalibrate ckpt.pt --model net.py:build --data data.py:loader --method exact --dry-run
+      bntool recalibrate ckpt.pt --model net.py:build --data data.py:loader --dry-run
     """
     from functools import partial
 
