@@ -143,9 +143,11 @@ def command(
         live = inputs = None
         if model is not None:
             from bntool.layers.loading import load_state
+            from bntool.models.exported import check_has_layers
             from bntool.models.loading import load_model, parse_assignments
 
             live = load_model(model, arguments=parse_assignments(model_arg or ()))
+            check_has_layers(live, model)
             load_state(live, chosen)
             live = live.to(device)
             inputs = _read_inputs(live, data, input_shape)

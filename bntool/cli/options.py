@@ -73,7 +73,7 @@ ModelSpec = Annotated[
         "--model",
         metavar="SPEC",
         help="The model: FILE.py:factory, package.module:factory, torchvision:NAME, timm:NAME, "
-        "mmdet:CONFIG.py, a .pt2 or TorchScript file. This runs your code.",
+        "mmdet:CONFIG.py. This runs your code.",
         show_default=False,
         rich_help_panel=MODEL,
     ),

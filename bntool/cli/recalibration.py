@@ -251,11 +251,13 @@ def command(  # noqa: PLR0915 a third of the statements are imports
 def _load_model(spec: str, arguments: Sequence[str], device: str, chosen: StateDict) -> torch.nn.Module:
     from bntool.errors import UsageError
     from bntool.layers.loading import load_state
+    from bntool.models.exported import check_has_layers
     from bntool.models.loading import load_model, parse_assignments
 
     if device == "cuda" and "LOCAL_RANK" in os.environ:
         device = f"cuda:{os.environ['LOCAL_RANK']}"
     live = load_model(spec, arguments=parse_assignments(arguments))
+    check_has_layers(live, spec)
     load_state(live, chosen)
     try:
         return live.to(device)

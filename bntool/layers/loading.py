@@ -147,7 +147,17 @@ def _explain(missing: Sequence[str], unexpected: Sequence[str], shapes: Sequence
         parts.append(f"the model has no {_some(unexpected)}")
     if shapes:
         parts.append(_some(shapes))
-    return "the state dict does not fit the model: " + "; ".join(parts) + _guess(missing, unexpected, names)
+    hint = _guess(missing, unexpected, names)
+    if shapes and not missing and not unexpected and all(_is_of_the_head(text) for text in shapes):
+        hint = "; it seems to be made for another number of classes: build the model so, e.g. --model-arg num_classes="
+        hint += shapes[0].partition("[")[2].partition("]")[0].split(",")[0]
+    return "the state dict does not fit the model: " + "; ".join(parts) + hint
+
+
+def _is_of_the_head(text: str) -> bool:
+    """Whether shapes differ in the first dimension only, as those of a last layer for other classes do."""
+    file, model = (part.partition("[")[2].partition("]")[0].split(", ") for part in text.split(" in the file, "))
+    return len(file) == len(model) <= 2 and file[1:] == model[1:]
 
 
 def _some(items: Sequence[str]) -> str:

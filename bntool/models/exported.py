@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from bntool.errors import UsageError
+from bntool.errors import RefusedError, UsageError
 from bntool.models.source import ModelSource
 from bntool.models.user_code import running_user_code
 
@@ -41,6 +41,29 @@ class ExportedSource(ModelSource):
                 warnings.simplefilter("ignore", DeprecationWarning)  # TorchScript is; the user's file is what it is
                 model: torch.nn.Module = torch.jit.load(str(path), map_location="cpu")  # type: ignore[no-untyped-call]
         return model
+
+
+def check_has_layers(model: torch.nn.Module, spec: str) -> None:
+    """Refuse a program that is compiled or flattened: its BatchNorm layers are no modules that could be watched.
+
+    Raises:
+        RefusedError: it is one.
+    """
+    is_exported = isinstance(model, torch.fx.GraphModule) and not _can_change_mode(model)
+    if is_exported or isinstance(model, torch.jit.ScriptModule):
+        kind = "an exported" if is_exported else "a TorchScript"
+        raise RefusedError(
+            f"{spec} is {kind} program, whose layers cannot be watched; give the code of the model, e.g. model.py:build"
+        )
+
+
+def _can_change_mode(model: torch.nn.Module) -> bool:
+    training = model.training
+    try:
+        model.train(training)
+    except NotImplementedError:
+        return False
+    return True
 
 
 def _is_torchscript(path: Path) -> bool:

@@ -24,8 +24,13 @@ class TimmSource(ModelSource):
     def load(self, spec: str, arguments: Mapping[str, Any]) -> torch.nn.Module:
         try:
             import timm
-        except (ImportError, RuntimeError) as error:  # RuntimeError: built for another torch
+        except ImportError as error:
             raise MissingExtraError(f"{spec} needs timm: pip install timm ({error})") from error
+        except RuntimeError as error:
+            raise MissingExtraError(
+                f"timm is installed but cannot be imported; most often torchvision is built for another torch "
+                f"than the installed one: install both again from the same index ({error})"
+            ) from error
         name = spec.removeprefix(_PREFIX)
         if not timm.is_model(name.partition(".")[0]):
             close = difflib.get_close_matches(name, timm.list_models(), n=3)

@@ -26,8 +26,13 @@ class TorchvisionSource(ModelSource):
     def load(self, spec: str, arguments: Mapping[str, Any]) -> torch.nn.Module:
         try:
             from torchvision import models
-        except (ImportError, RuntimeError) as error:  # RuntimeError: built for another torch
+        except ImportError as error:
             raise MissingExtraError(f"{spec} needs torchvision: pip install torchvision ({error})") from error
+        except RuntimeError as error:
+            raise MissingExtraError(
+                f"torchvision is installed but cannot be imported; most often torchvision is built for another torch "
+                f"than the installed one: install both again from the same index ({error})"
+            ) from error
         name = spec.removeprefix(_PREFIX)
         try:
             builder = models.get_model_builder(name)

@@ -285,6 +285,15 @@ def test_a_model_that_does_not_fit_is_explained(recalibrate):
     assert "[12, 1, 3, 3] in the file, [8, 1, 3, 3] in the model" in err
 
 
+def test_another_number_of_classes_is_guessed(recalibrate, user_code, tmp_path):
+    state = torch.load(SAMPLES / "drifted.pt", weights_only=True)
+    state |= {"fc.weight": state["fc.weight"][:7].clone(), "fc.bias": state["fc.bias"][:7].clone()}
+    torch.save(state, tmp_path / "seven.pt")
+    code, _, err, _ = recalibrate(tmp_path / "seven.pt")
+    assert code == 4
+    assert "build the model so, e.g. --model-arg num_classes=7" in err
+
+
 def test_half_precision_files(recalibrate, tmp_path):
     state = {
         k: v.half() if v.is_floating_point() else v

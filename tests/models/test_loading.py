@@ -1,12 +1,14 @@
 """Model specs, and what the user's code may do wrong."""
 
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
 
-from bntool.errors import MissingExtraError, UsageError, UserCodeError
+from bntool.errors import MissingExtraError, RefusedError, UsageError, UserCodeError
+from bntool.models.exported import check_has_layers
 from bntool.models.loading import load_model, parse_assignments, parse_value
 from bntool.models.user_code import find_user_line
 
@@ -145,3 +147,25 @@ def test_an_exported_program_runs(tmp_path):
 def test_a_plain_checkpoint_is_no_model():
     with pytest.raises(UsageError, match=r"model\.py:build"):
         load_model(str(SAMPLES / "digits.pt"), arguments={})
+
+
+def test_programs_have_no_layers_to_watch(tmp_path):
+    model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2)).eval()
+    torch.export.save(torch.export.export(model, (torch.zeros(2, 3),)), tmp_path / "net.pt2")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        torch.jit.script(model).save(str(tmp_path / "net.ts"))
+    for name, kind in (("net.pt2", "an exported"), ("net.ts", "a TorchScript")):
+        spec = str(tmp_path / name)
+        with pytest.raises(RefusedError, match=f"{kind} program, whose layers cannot be watched"):
+            check_has_layers(load_model(spec, arguments={}), spec)
+    check_has_layers(model, "")
+    check_has_layers(torch.fx.symbolic_trace(model), "")
+
+
+def test_a_package_that_cannot_be_imported_is_told_from_a_missing_one(tmp_path, monkeypatch):
+    (tmp_path / "torchvision.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "torchvision", raising=False)
+    with pytest.raises(MissingExtraError, match="is installed but cannot be imported"):
+        load_model("torchvision:resnet18", arguments={})
