@@ -346,6 +346,11 @@ BROKEN: dict[str, Case] = {
         UnsafeFileError,
         "more than 10000 classes",
     ),
+    "pickle_integer_of_6000_digits.pt": (
+        lambda: _archive(pickle.dumps({"epoch": 10**6000}, 2)),
+        UnsafeFileError,
+        "item of 2492 bytes",
+    ),
     "pickle_integer_length_huge.pt": (lambda: _archive(b"\x80\x02\x8b\xff\xff\xff\x7f."), UnsafeFileError, "item of"),
     "pickle_integer_length_negative.pt": (
         lambda: _archive(b"\x80\x02\x8b\xff\xff\xff\xff."),

@@ -82,3 +82,25 @@ def test_gates(kind: str, verdict: Verdict, codes: list[int], tmp_path: Path) ->
         if kind == "script" and severity == "warning":
             expected = 1  # a BatchNorm that was never updated
         assert main(["inspect", str(path), "--fail-on", severity, "--quiet"]) == expected, (kind, severity)
+
+
+def test_a_scripted_container_is_not_suspicious(tmp_path: Path) -> None:
+    """torch.jit names the classes of its copies ``___torch_mangle_0``."""
+    path = tmp_path / "net.pt"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        net = torch.nn.Sequential(torch.nn.Sequential(torch.nn.BatchNorm1d(2)), torch.nn.Sequential(torch.nn.ReLU()))
+        torch.jit.script(net).save(path)
+    with open_checkpoint(path) as checkpoint:
+        assert any("___torch_mangle" in g.path for g in checkpoint.globals)
+        assert judge_safety(checkpoint).verdict is Verdict.UNKNOWN
+
+
+def test_a_frozen_script_says_why_it_shows_no_tensors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "net.pt"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        net = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4)).eval()
+        torch.jit.freeze(torch.jit.script(net)).save(path)
+    assert main(["inspect", str(path)]) == 0
+    assert "no state dict was found: torch.jit.freeze" in capsys.readouterr().out

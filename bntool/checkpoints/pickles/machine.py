@@ -23,6 +23,7 @@ from bntool.errors import CorruptFileError, UnsafeFileError
 INLINE_BYTES = 1 << 16  # byte strings longer than this stay in the file until they are asked for
 MAX_TEXT = 1 << 26  # a longer text or integer is an attack on memory
 MAX_DIGITS = 4300
+MAX_INTEGER = 1024  # bytes of a binary one: Python writes no longer ones as text without being told to
 MAX_GLOBALS = 10_000  # classes and functions by name; the largest export of fastai seen has 49
 _WINDOW = 1 << 16
 

@@ -6,7 +6,7 @@ import re
 import struct
 from collections.abc import Callable
 
-from bntool.checkpoints.pickles.machine import MARK, MAX_DIGITS, MAX_TEXT, Machine
+from bntool.checkpoints.pickles.machine import MARK, MAX_DIGITS, MAX_INTEGER, Machine
 from bntool.checkpoints.pickles.nodes import (
     ByteString,
     Construction,
@@ -44,10 +44,10 @@ def _pairs(flat: list[Node]) -> list[tuple[Node, Node]]:
     return list(zip(flat[::2], flat[1::2], strict=True))
 
 
-def _check_length(length: int) -> int:
+def _check_length(length: int, most: int) -> int:
     if length < 0:
         raise CorruptFileError("negative length in the pickle")
-    if length > MAX_TEXT:
+    if length > most:
         raise UnsafeFileError(f"an item of {length} bytes in the pickle")
     return length
 
@@ -92,7 +92,7 @@ _push(b"J", lambda m: m.number(_I4))
 _push(b"I", lambda m: _text_integer(m.line()))
 _push(b"L", lambda m: _text_integer(m.line()))
 _push(b"\x8a", lambda m: int.from_bytes(m.take(m.number(_U1)), "little", signed=True))
-_push(b"\x8b", lambda m: int.from_bytes(m.take(_check_length(m.number(_I4))), "little", signed=True))
+_push(b"\x8b", lambda m: int.from_bytes(m.take(_check_length(m.number(_I4), MAX_INTEGER)), "little", signed=True))
 _push(b"F", lambda m: float(m.line()))
 _push(b"G", lambda m: _F8.unpack(m.take(8))[0])
 _push(b"S", lambda m: _python2_string(m.line()))

@@ -132,7 +132,7 @@ def judge_global(path: str) -> GlobalTrust:  # noqa: PLR0911 (the first rule tha
     if path in _KNOWN or (module in _BUILTIN_MODULES and name in _KNOWN_BUILTINS):
         return GlobalTrust.KNOWN
     first, *inner = module.split(".")
-    if first in _SUSPICIOUS_MODULES or any(part.startswith("__") for part in inner):
+    if first in _SUSPICIOUS_MODULES or any(part.startswith("__") and part.endswith("__") for part in inner):
         return GlobalTrust.SUSPICIOUS
     if module == "torch._utils" and name.startswith("_rebuild_"):
         return GlobalTrust.KNOWN
