@@ -264,3 +264,18 @@ def test_two_writers_at_once(tmp_path: Path) -> None:
     assert all("--force" in message for message, w in zip(messages, writers, strict=True) if w.returncode)
     assert _holds_a_whole_file(target)
     assert _leftovers(tmp_path) == []
+
+
+def test_recalibrate_on_a_full_disk(tmp_path: Path) -> None:
+    def limit() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
+
+    target = tmp_path / "out.pt"
+    arguments = [sys.executable, "-m", "bntool", *COMMANDS["recalibrate"], "-o", str(target), "--json"]
+    result = _run(arguments, preexec_fn=limit)
+    assert result.returncode == 3, result.stderr
+    assert len(result.stderr.splitlines()) == 1
+    assert json.loads(result.stdout)["files"][0]["error"]["code"] == "unwritable"
+    assert not target.exists()
+    assert _leftovers(tmp_path) == []
