@@ -55,6 +55,12 @@ def find_batchnorms(state_dict: StateDict) -> tuple[BatchNorm, ...]:
     return tuple(norm for norm in find_norms(state_dict) if norm.kind.is_batch_norm)
 
 
+def _as_float(value: object) -> float | None:
+    """A number of a file; None for what is none, or is beyond all that a layer can have."""
+    fits = isinstance(value, int | float) and -1e300 < value < 1e300
+    return float(value) if fits else None  # type: ignore[arg-type]
+
+
 def _make(
     name: str, kind: NormKind, tensors: Mapping[str, Tensor], module: ModuleInfo | None, version: int | None
 ) -> BatchNorm:
@@ -66,9 +72,9 @@ def _make(
         kind=kind,
         num_features=count_elements(vector.shape) if vector is not None else attributes.get("num_features"),
         tensors={role: tensors[role] for role in (*ROLES, *tensors) if role in tensors},
-        eps=float(eps) if isinstance(eps, int | float) else None,
-        eps_source=_eps_source(attributes) if isinstance(eps, int | float) else EpsSource.UNKNOWN,
-        momentum=float(momentum) if isinstance(momentum, int | float) else None,
+        eps=_as_float(eps),
+        eps_source=EpsSource.UNKNOWN if _as_float(eps) is None else _eps_source(attributes),
+        momentum=_as_float(momentum),
         class_path=module.class_path if module is not None else "",
         attributes=attributes,
         version=version,

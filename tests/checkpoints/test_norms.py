@@ -177,3 +177,13 @@ def test_lazy_norms_are_not_initialised(tmp_path: Path) -> None:
     with open_checkpoint(tmp_path / "m.pt") as checkpoint:
         (norm,) = find_norms(checkpoint.state_dict(""))
         assert norm.tensors["running_mean"].wrapper == "uninitialized"
+
+
+@pytest.mark.parametrize("number", [10**400, -(10**400), float("nan"), float("inf"), "1e-3", None])
+def test_numbers_that_no_layer_can_have(number: object, tmp_path: Path) -> None:
+    net = torch.nn.Sequential(torch.nn.BatchNorm1d(2))
+    net[0].eps = net[0].momentum = number  # type: ignore[assignment]
+    torch.save(net, tmp_path / "net.pt")
+    with open_checkpoint(tmp_path / "net.pt") as checkpoint:
+        (norm,) = find_batchnorms(checkpoint.state_dicts[0])
+    assert (norm.eps, norm.eps_source, norm.momentum) == (None, EpsSource.UNKNOWN, None)
