@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
@@ -95,8 +96,10 @@ def plan_fold(
         eps: of BatchNorms whose eps the graph does not know.
 
     Raises:
-        UsageError: eps is neither in the graph nor given, or contradicts the graph.
+        UsageError: eps is neither in the graph nor given, contradicts the graph, or is none.
     """
+    if eps is not None and not 0 <= eps < math.inf:
+        raise UsageError(f"--eps {eps:g} is no finite number of at least 0")
     return _Folder(state_dict, graph, layers=layers, layout=layout, eps=eps).plan()
 
 

@@ -74,6 +74,9 @@ def plan_frozen_batchnorm(
         RefusedError: eps of a layer is not known, or running_var cannot take the difference up.
         UsageError: ``eps`` contradicts the file.
     """
+    for option, value in (("--eps", eps), ("--target-eps", target_eps)):
+        if value is not None and not 0 <= value < math.inf:
+            raise UsageError(f"{option} {value:g} is no finite number of at least 0")
     wanted = kind.default_eps if target_eps is None else target_eps
     steps: list[Step] = []
     skips: list[Skip] = []

@@ -121,7 +121,7 @@ def read_norm(calls: Sequence[Node], graph: ModelGraph, state_dict: StateDict, *
     if not all(np.all(np.isfinite(vector)) for vector in numbers.values()):
         role = next(role for role, vector in numbers.items() if not np.all(np.isfinite(vector)))
         raise Blocked(SkipReason.NOT_FINITE, f"{role} holds NaN or infinity")
-    lowest = float(numbers["running_var"].min(initial=0))
+    lowest = float(numbers["running_var"].min(initial=np.inf))
     if lowest < 0:
         raise Blocked(SkipReason.NEGATIVE_VARIANCE, f"running_var is as low as {lowest:.3g}")
     if lowest + eps <= 0:

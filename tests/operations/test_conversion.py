@@ -155,6 +155,12 @@ def test_way_back_of_a_variance_that_was_changed_meanwhile(trained, tmp_path):
     )
 
 
+@pytest.mark.parametrize("options", [{"eps": float("nan")}, {"eps": 1e-5, "target_eps": float("inf")}])
+def test_an_eps_that_is_none_is_refused(options, trained):
+    with open_checkpoint(trained) as checkpoint, pytest.raises(UsageError, match="no finite number"):
+        plan_conversion(checkpoint, ConversionTarget.FROZEN_BATCHNORM, **options)
+
+
 def test_a_pickled_module_brings_its_eps_along(tmp_path):
     convert(SAMPLES / "digits_module.pt", "torch", tmp_path / "state.pt")
     with open_checkpoint(tmp_path / "state.pt") as checkpoint:

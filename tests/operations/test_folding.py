@@ -8,8 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from bntool.errors import UsageError
+from bntool.graphs.declared import declare
 from bntool.layers.application import read_state
-from bntool.operations.folding import Layout, Level
+from bntool.operations.folding import Layout, Level, plan_fold
 from tests.operations.folding_networks import Functional, fold, largest_difference, randomise, reasons
 
 EXACT = 1e-12
@@ -308,6 +310,28 @@ def test_broken_statistics(role: str, value: float, reason: str) -> None:
     with torch.no_grad():
         getattr(model[1], role)[1] = value
     assert reasons(fold(model, image())[1]) == {"1": reason}
+
+
+def test_eps_of_zero() -> None:
+    """As FrozenBatchNorm2d of torchvision had it before 0.8: nothing is wrong while every variance is positive."""
+
+    def forward(self, x):
+        bn = self.bn
+        return F.batch_norm(self.conv(x), bn.running_mean, bn.running_var, bn.weight, bn.bias, eps=0.0)
+
+    model = randomise(Functional(forward, conv=nn.Conv2d(4, 6, 3), bn=nn.BatchNorm2d(6)).double())
+    folded, plan = fold(model, image(), layout=Layout.SAME_KEYS)
+    assert len(plan.folds) == 1
+    assert largest_difference(model, folded, image()) < EXACT
+    model.bn.running_var[1] = 0
+    assert reasons(fold(model, image(), layout=Layout.SAME_KEYS)[1]) == {"bn": "NEGATIVE_VARIANCE"}
+
+
+@pytest.mark.parametrize("eps", [float("nan"), float("inf"), -1e-5])
+def test_an_eps_that_is_none_is_refused(eps: float) -> None:
+    state_dict = read_state(nn.ModuleDict({"conv": nn.Conv2d(4, 6, 3), "bn": nn.BatchNorm2d(6)}))
+    with pytest.raises(UsageError, match="--eps"):
+        plan_fold(state_dict, declare(state_dict, {"bn": "conv"}), eps=eps)
 
 
 def test_linear_that_writes_another_axis_than_batchnorm_reads() -> None:
