@@ -17,7 +17,14 @@ from bntool.checkpoints.files import CHUNK
 from bntool.checkpoints.keras_archive import CONFIG, METADATA, WEIGHTS
 from bntool.checkpoints.keras_content import KerasContent
 from bntool.checkpoints.keras_hdf5 import MODEL_CONFIG
-from bntool.checkpoints.keras_model import KerasModel, find_references, order_layers, parse_config, read_model
+from bntool.checkpoints.keras_model import (
+    KerasLayer,
+    KerasModel,
+    find_references,
+    order_layers,
+    parse_config,
+    read_model,
+)
 from bntool.checkpoints.keras_rewriting import rewrite_weights
 from bntool.checkpoints.outputs import OutputFiles
 from bntool.checkpoints.torch_objects import RECORD_KEY
@@ -152,6 +159,22 @@ def _path(owners: Mapping[str, Any], module: str) -> str:
     return path
 
 
+def _pass_by(reference: list[Any], gone: Mapping[str, KerasLayer], counted: frozenset[str]) -> None:
+    """Let a reference to a layer that goes name what that one reads.
+
+    Raises:
+        RefusedError: it reads several others.
+    """
+    if reference[0] not in gone:
+        return
+    while reference[0] in gone:
+        call = gone[reference[0]].calls[reference[1]]
+        if len(call) != 1 or reference[2]:
+            raise RefusedError("it reads several tensors", tensor=gone[reference[0]].path)
+        reference[:3] = call[0]
+    reference[1] += reference[0] in counted
+
+
 def _take_out(model: KerasModel, path: str, removed: frozenset[str]) -> None:
     """Change the JSON of a model and of those in it, and list the layers in the order in which Keras will count them.
 
@@ -167,13 +190,10 @@ def _take_out(model: KerasModel, path: str, removed: frozenset[str]) -> None:
     entries = model.entry
     if not model.is_sequential:
         known = frozenset(layer.name for layer in model.layers)
-        places = [*(layer.entry.get("inbound_nodes") for layer in model.layers if layer.name not in gone)]
-        for reference in find_references([*places, entries["input_layers"], entries["output_layers"]], known):
-            while reference[0] in gone:
-                call = gone[reference[0]].calls[reference[1]]
-                if len(call) != 1 or reference[2]:
-                    raise RefusedError("it reads several tensors", tensor=gone[reference[0]].path)
-                reference[:3] = call[0]
+        inside = [layer.entry.get("inbound_nodes") for layer in model.layers if layer.name not in gone]
+        for places, counted in ((inside, model.counts_own), (entries["output_layers"], model.counts_own_shown)):
+            for reference in find_references(places, known):
+                _pass_by(reference, gone, counted)
     entries["layers"][:] = [layer.entry for layer in model.layers if layer.name not in gone]
     if model.is_sequential:
         return

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
 from bntool.errors import CorruptFileError, UnsafeFileError
@@ -61,6 +61,8 @@ class KerasModel:
         layers: in the order of the file.
         inputs, outputs: of a Functional model.
         entry: the JSON object that holds ``layers``.
+        counts_own, counts_own_shown: nested models whose calls the file counts from one, where layers read them and
+            where the outputs are named; here all are counted from zero.
     """
 
     is_sequential: bool
@@ -68,6 +70,8 @@ class KerasModel:
     inputs: tuple[Reference, ...]
     outputs: tuple[Reference, ...]
     entry: Any = field(repr=False, compare=False)
+    counts_own: frozenset[str] = frozenset()
+    counts_own_shown: frozenset[str] = frozenset()
 
     def walk(self) -> Iterator[KerasLayer]:
         """All layers, those of nested models after the model that holds them."""
@@ -133,7 +137,7 @@ def _read_model(entry: Any, path: str, depth: int) -> KerasModel | None:
     read = tuple(_read_layer(one, name, path, known, depth) for one, name in zip(layers, names, strict=True))
     inputs = tuple(_reference(found) for found in find_references(config.get("input_layers"), known))
     outputs = tuple(_reference(found) for found in find_references(config.get("output_layers"), known))
-    model = KerasModel(is_sequential, read, inputs, outputs, config)
+    model = _count_calls_from_zero(KerasModel(is_sequential, read, inputs, outputs, config))
     _check_references(model)
     return model
 
@@ -201,6 +205,32 @@ def _are_counts(values: Sequence[Any]) -> bool:
 
 def _reference(found: Sequence[Any]) -> Reference:
     return (found[0], found[1], found[2])
+
+
+def _count_calls_from_zero(model: KerasModel) -> KerasModel:
+    """The same with references that count the calls of every layer from zero.
+
+    A nested model starts with a call of its own that is not written down, and that Keras counts: Keras 3 where an
+    output is a Functional model's, tf_keras wherever it is read. Every call that is written down is read.
+    """
+    nested = {layer.name: layer.model for layer in model.layers if layer.model is not None}
+    if any(isinstance(node, dict) for layer in model.layers for node in layer.entry.get("inbound_nodes") or ()):
+        shown = frozenset(name for name, inner in nested.items() if not inner.is_sequential)
+        return replace(model, outputs=_shift(model.outputs, shown), counts_own_shown=shown)
+    inside = [reference for layer in model.layers for call in layer.calls for reference in call]
+    counted = nested.keys() - {name for name, call, _ in (*inside, *model.outputs) if call == 0}
+    layers = (replace(one, calls=tuple(_shift(call, counted) for call in one.calls)) for one in model.layers)
+    return replace(
+        model,
+        layers=tuple(layers),
+        outputs=_shift(model.outputs, counted),
+        counts_own=frozenset(counted),
+        counts_own_shown=frozenset(counted),
+    )
+
+
+def _shift(references: Sequence[Reference], counted: Collection[str]) -> tuple[Reference, ...]:
+    return tuple((name, max(call - (name in counted), 0), output) for name, call, output in references)
 
 
 def _check_references(model: KerasModel) -> None:

@@ -331,6 +331,63 @@ def test_layers_are_counted_as_keras_counts_them(interop: Path) -> None:
                 assert order_layers(one) == tuple(layer.name for layer in one.layers), path.name
 
 
+def nest(called: list[Any], outputs: list[Any], *, inner: str = "Functional") -> Any:
+    """A model that calls another one twice, in the words of the file that Keras writes."""
+    inside = {"name": "inner", "layers": [{"class_name": "InputLayer", "name": "i", "config": {"name": "i"}}]}
+    ends = {"input_layers": [["i", 0, 0]], "output_layers": [["i", 0, 0]]}
+    layers = [
+        {"class_name": "InputLayer", "name": "x", "config": {"name": "x"}, "inbound_nodes": []},
+        {"class_name": "ReLU", "name": "relu", "config": {}, "inbound_nodes": called[:1]},
+        {
+            "class_name": inner,
+            "name": "inner",
+            "config": {**inside, **(ends if inner == "Functional" else {})},
+            "inbound_nodes": called[1:3],
+        },
+        {"class_name": "ReLU", "name": "last", "config": {}, "inbound_nodes": called[3:]},
+    ]
+    config = {"layers": layers, "input_layers": [["x", 0, 0]], "output_layers": outputs}
+    return {"class_name": "Functional", "config": config}
+
+
+def tensor(name: str, call: int) -> Any:
+    history = {"shape": [None, 8], "keras_history": [name, call, 0]}
+    return {"args": [{"class_name": "__keras_tensor__", "config": history}], "kwargs": {}}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        nest(
+            [tensor("x", 0), tensor("x", 0), tensor("relu", 0), tensor("inner", 1)], [["inner", 1, 0], ["last", 0, 0]]
+        ),
+        nest(
+            [tensor("x", 0), tensor("x", 0), tensor("relu", 0), tensor("inner", 1)],
+            [["inner", 0, 0], ["last", 0, 0]],
+            inner="Sequential",
+        ),
+        nest(
+            [[[["x", 0, 0, {}]]], [[["x", 0, 0, {}]]], [[["relu", 0, 0, {}]]], [[["inner", 2, 0, {}]]]],
+            [["inner", 1, 0], ["last", 0, 0]],
+        ),
+        nest(
+            [[[["x", 0, 0, {}]]], [[["x", 0, 0, {}]]], [[["relu", 0, 0, {}]]], [[["inner", 2, 0, {}]]]],
+            [["inner", 1, 0], ["last", 0, 0]],
+            inner="Sequential",
+        ),
+    ],
+    ids=["Functional of Keras 3", "Sequential of Keras 3", "Functional of tf_keras", "Sequential of tf_keras"],
+)
+def test_calls_of_nested_models_are_counted_as_keras_does(config: Any) -> None:
+    """Each file that Keras 3.15 and tf_keras 2.21 write for ``m = inner(x); [m, last(inner(relu(x)))]``."""
+    model = read_model(config)
+    assert model is not None
+    inner, last = (next(one for one in model.layers if one.name == name) for name in ("inner", "last"))
+    assert inner.calls == ((("x", 0, 0),), (("relu", 0, 0),))
+    assert last.calls == ((("inner", 1, 0),),)
+    assert model.outputs == (("inner", 0, 0), ("last", 0, 0))
+
+
 def test_without_h5py_one_sentence_says_what_to_install(interop: Path) -> None:
     script = (
         "import sys; sys.modules['h5py'] = None; from bntool.cli.main import main; "
