@@ -27,7 +27,7 @@ from bntool.checkpoints.pickles.nodes import (
 from bntool.checkpoints.tensors import StoredTensor, Tensor, contiguous_strides, count_elements
 from bntool.checkpoints.torch_memory import SharedMemory
 from bntool.checkpoints.torch_modules import StateDictSource
-from bntool.checkpoints.torch_objects import RECORD_KEY, TorchContent, metadata_node
+from bntool.checkpoints.torch_objects import RECORD_KEY, TorchContent, metadata_node, shares_metadata
 from bntool.checkpoints.torch_tensors import TensorReader, read_storage_reference
 from bntool.errors import RefusedError
 from bntool.plan import Record, RemoveEntry, SetAttribute, SetVersion
@@ -85,6 +85,7 @@ class ChangeCollector:
             isinstance(node.value, tuple) and len(node.value) == 6 for node in content.pickle.persistent_ids
         )
         self.users: SharedMemory | None = None
+        self.own_metadata: dict[str, Node] = {}  # of state dicts that shared theirs
 
     def collect(self) -> TorchChanges:
         for state_dict in self.checkpoint.state_dicts:
@@ -228,8 +229,22 @@ class ChangeCollector:
         state = self.editable(source.module_nodes[step.module].state)
         _set_pairs(state, _with_item(iterate_pairs(state), step.attribute, step.value))
 
+    def metadata_of(self, state_dict: StateDict) -> Node:
+        """The ``_metadata`` of a state dict; one of its own where another shares it, as after ``copy.copy``."""
+        node = state_dict.source.node
+        metadata = metadata_node(node)
+        others = (s.source.node for s in self.checkpoint.state_dicts if s.source.node is not node)
+        if state_dict.key not in self.own_metadata and any(shares_metadata(metadata, metadata_node(o)) for o in others):
+            metadata = self.own_metadata[state_dict.key] = _copy(metadata)
+            _set_pairs(metadata, [(key, _copy(v) if is_mapping(v) else v) for key, v in iterate_pairs(metadata)])
+            copy = self.editable(node)
+            state = _copy(copy.state)
+            _set_pairs(state, _with_item(iterate_pairs(state), "_metadata", metadata))
+            copy.updates = [(u, state if u is Update.STATE else payload) for u, payload in copy.updates]
+        return self.own_metadata.get(state_dict.key, metadata)
+
     def set_version(self, state_dict: StateDict, step: SetVersion) -> None:
-        metadata = metadata_node(state_dict.source.node)
+        metadata = self.metadata_of(state_dict)
         entry = as_mapping(metadata).get(step.module) if is_mapping(metadata) else None
         if is_mapping(entry):
             copy = self.editable(entry)
@@ -246,7 +261,7 @@ class ChangeCollector:
 
     def record(self, state_dict: StateDict) -> None:
         records = self.checkpoint.records
-        metadata = metadata_node(state_dict.source.node)
+        metadata = self.metadata_of(state_dict)
         if not is_mapping(metadata):
             homeless = [s.key for s in self.checkpoint.state_dicts if not is_mapping(metadata_node(s.source.node))]
             histories = {key: records[key] for key in homeless if key in records}

@@ -151,6 +151,14 @@ def metadata_node(node: Node) -> Node:
     return None
 
 
+def shares_metadata(metadata: Node, other: Node) -> bool:
+    """Whether two ``_metadata`` are one, or have an entry in common."""
+    if not (is_mapping(metadata) and is_mapping(other)):
+        return False
+    entries = {id(entry) for entry in as_mapping(metadata).values() if is_mapping(entry)}
+    return metadata is other or any(id(entry) in entries for entry in as_mapping(other).values())
+
+
 def _versions(metadata: Node) -> dict[str, int | None] | None:
     if not is_mapping(metadata):
         return None

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 from bntool.batchnorm import BatchNorm
 from bntool.checkpoints.checkpoint import StateDict
 from bntool.checkpoints.files import SourceFile
 from bntool.checkpoints.norms import find_norms
+from bntool.checkpoints.tensors import StoredTensor
 from bntool.errors import RefusedError, UsageError
 from bntool.graphs.graph import Edge, Evidence, ModelGraph, Node, NodeKind
 
@@ -107,7 +108,19 @@ def declare(state_dict: StateDict, pairs: Mapping[str, str]) -> ModelGraph:
         edges.append(Edge(source.index, target.index, 0, channels, channels, Evidence.DECLARED))
         for node in (source, target):
             uses.update({name: frozenset((node.index,)) for name in node.parameters.values()})
-    return ModelGraph(tuple(nodes), tuple(edges), uses=uses, evidence=Evidence.DECLARED, complete=False)
+    tied = _find_tied(state_dict, uses)
+    return ModelGraph(tuple(nodes), tuple(edges), uses=uses, tied=tied, evidence=Evidence.DECLARED, complete=False)
+
+
+def _find_tied(state_dict: StateDict, names: Collection[str]) -> frozenset[str]:
+    """Which of the tensors are another tensor of the state dict, too: a module loads both into one parameter."""
+    twins: dict[tuple[object, ...], list[str]] = {}
+    for full, tensor in state_dict.tensors.items():
+        if isinstance(tensor, StoredTensor) and tensor.storage is not None and tensor.numel:
+            memory = id(tensor.storage.source), tensor.storage.offset, tensor.byte_range, tensor.shape, tensor.strides
+            twins.setdefault(memory, []).append(full)
+    tied = {full for together in twins.values() if len(together) > 1 for full in together}
+    return frozenset(name for name in names if state_dict.full_name(name) in tied)
 
 
 def _producer(index: int, state_dict: StateDict, layer: str, norm: BatchNorm) -> Node:

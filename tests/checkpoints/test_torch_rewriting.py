@@ -30,6 +30,7 @@ from bntool.plan import (
     RemoveTensor,
     SetAttribute,
     SetTensor,
+    SetVersion,
     Step,
     Values,
 )
@@ -239,6 +240,28 @@ def test_the_record_survives_in_metadata(tmp_path: Path) -> None:
         torch.save(loaded, tmp_path / "resaved.pt")
         with open_checkpoint(tmp_path / "resaved.pt") as checkpoint:
             assert checkpoint.records == {"": ({"command": "recalibrate"},)}
+
+
+@pytest.mark.parametrize("zipped", FORMATS)
+@pytest.mark.parametrize("duplicate", [copy.copy, OrderedDict.copy])
+def test_a_copy_beside_the_state_dict_keeps_its_own_metadata(zipped: bool, duplicate: Any, tmp_path: Path) -> None:
+    """``copy.copy`` of a state dict has the very ``_metadata`` of the original, and so has it in a file."""
+    model = tiny_net().state_dict()
+    average = duplicate(model)
+    average._metadata = model._metadata
+    source = _save({"model": model, "ema": average}, tmp_path, _use_new_zipfile_serialization=zipped)
+    steps = (MEAN, SetVersion("1", 3), Record({"command": "recalibrate"}))
+    target = _rewrite(source, _plan(*steps, state_dict="model"))
+    loaded = _load(target)
+    assert_same(loaded["ema"], average)
+    assert loaded["ema"]._metadata == average._metadata
+    changed, before = dict(loaded["model"]._metadata), dict(model._metadata)
+    assert changed.pop("1") == {"version": 3}
+    assert changed.pop("").keys() - before.pop("") == {"bntool"}
+    del before["1"]
+    assert changed == before
+    with open_checkpoint(target) as checkpoint:
+        assert checkpoint.records == {"model": ({"command": "recalibrate"},)}
 
 
 def test_the_archive_root_name_and_the_mode_survive(tmp_path: Path) -> None:

@@ -5,11 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 from torch import nn
 
+from bntool.checkpoints.checkpoint import choose_state_dict
+from bntool.checkpoints.formats import open_checkpoint
 from bntool.errors import UnreadableFileError, UsageError
-from bntool.graphs.declared import read_pairs, suggest_pairs
+from bntool.graphs.declared import declare, read_pairs, suggest_pairs
 from bntool.layers.application import read_state
+from bntool.operations.folding import plan_fold
+from bntool.plan import SkipReason
 
 
 def test_pairs_are_read_from_a_file_and_beside_it(tmp_path: Path) -> None:
@@ -47,3 +52,19 @@ def test_names_suggest_only_what_channels_allow() -> None:
         }
     )
     assert suggest_pairs(read_state(block)) == {"bn1": "conv1", "stem.1": "stem.0", "neck_bn": "neck"}
+
+
+@pytest.mark.parametrize("part", ["conv.weight", "bn.weight"])
+def test_a_tensor_that_lies_under_two_names_is_left_alone(tmp_path: Path, part: str) -> None:
+    """Both names would be loaded into the one parameter of the module, and the old elements last."""
+    tensors = nn.ModuleDict({"conv": nn.Conv2d(3, 4, 1), "bn": nn.BatchNorm2d(4)}).state_dict()
+    torch.save({**tensors, "again": tensors[part]}, tmp_path / "tied.pt")
+    torch.save({**tensors, "again": tensors[part].clone()}, tmp_path / "apart.pt")
+    torch.save({"model": tensors, "model_ema": {**tensors}}, tmp_path / "averaged.pt")
+    reasons = {}
+    for name in ("tied", "apart", "averaged"):
+        with open_checkpoint(tmp_path / f"{name}.pt") as checkpoint:
+            state_dict = choose_state_dict(checkpoint)
+            plan = plan_fold(state_dict, declare(state_dict, {"bn": "conv"}), eps=1e-5)
+            reasons[name] = [skip.reason for skip in plan.skips]
+    assert reasons == {"tied": [SkipReason.REUSED], "apart": [], "averaged": []}
