@@ -11,7 +11,7 @@ TORCH := $(shell sed -n 's/^torch==/torch==/p' constraints.txt)
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 export PIP_NO_INPUT = 1
 
-.PHONY: help demo test check lint types bench fuzz oracles samples docs wheel clean
+.PHONY: help demo test check lint types bench fuzz oracles catalogue samples docs wheel clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):.*##/\1\t/p' $(MAKEFILE_LIST)
@@ -47,6 +47,9 @@ bench: $(VENV)/installed  ## measure against peers in the same run; asserts noth
 
 oracles: $(VENV)/installed  ## re-derive the recorded answers of foreign frameworks
 	$(BIN)/python -m tests.oracles
+
+catalogue: $(VENV)/installed  ## write the catalogue of architectures again; needs timm and torchvision there
+	$(BIN)/python -m catalogue.build --keep .catalogue
 
 fuzz: $(VENV)/installed  ## mutate files of all formats, 200,000 times
 	$(BIN)/python -m tests.fuzz 200000

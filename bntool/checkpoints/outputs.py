@@ -62,7 +62,7 @@ class OutputFiles:
         import tempfile
 
         self.flush()
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name[:20]}.") as folder:
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name[:20]}.", suffix=".writing") as folder:
             for temporary, final in self._pending:
                 place = Path(folder) / final.name
                 try:

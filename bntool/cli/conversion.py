@@ -42,7 +42,11 @@ def command(
     output: options.Output = None,
     eps: Annotated[
         Optional[float],  # noqa: UP045 typer reads it at run time
-        typer.Option("--eps", help="eps of the layers, where the file does not say it.", show_default=False),
+        typer.Option(
+            "--eps",
+            help="eps of the layers, where the file does not say it.",
+            show_default="a recognised architecture's",
+        ),
     ] = None,
     kind: Annotated[Kind, typer.Option("--for", help="Whose FrozenBatchNorm2d it will be.")] = Kind.TORCHVISION,
     target_eps: Annotated[

@@ -44,9 +44,23 @@ def command(
             show_default=False,
         ),
     ] = None,
+    arch: Annotated[
+        str | None,
+        typer.Option(
+            "--arch",
+            metavar="NAME",
+            help="The architecture whose forward and eps are assumed where neither --model nor --pair is given: "
+            "torchvision:NAME or timm:NAME.",
+            show_default="recognised by names and shapes",
+        ),
+    ] = None,
     eps: Annotated[
         float | None,
-        typer.Option("--eps", help="eps of the layers; no state dict holds it.", show_default="the model's"),
+        typer.Option(
+            "--eps",
+            help="eps of the layers; no state dict holds it.",
+            show_default="the model's, or the architecture's",
+        ),
     ] = None,
     layout: Annotated[
         LayoutOption,
@@ -92,7 +106,12 @@ def command(
     One forward of the model shows what feeds what; a layer is folded only where that proves it exact, and is left alone
     with a reason otherwise. Outputs before and after are compared in float64 before anything is written.
 
+    Without --model, architectures of torchvision and timm are recognised by the names and shapes of their tensors, also
+    under a prefix such as backbone; their forward and eps are then assumed, which --strict refuses.
+
     Examples:
+      bntool fold resnet50.pth -o folded.pth
+
       bntool fold ckpt.pt --model net.py:build -o folded.pt
 
       bntool fold ckpt.pt --model torchvision:resnet50 --layout same-keys -o folded.pt
@@ -157,6 +176,7 @@ def command(
             model=live,
             inputs=inputs or (),
             pairs=read_pairs(pair or ()),
+            architecture=arch,
             layers=layers or (),
             layout=Layout(layout.value),
             eps=eps,

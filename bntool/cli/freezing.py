@@ -63,7 +63,11 @@ def command(
     ] = Form.POLICY,
     eps: Annotated[
         Optional[float],  # noqa: UP045
-        typer.Option("--eps", help="eps of the layers, for --as constant; no state dict holds it.", show_default=False),
+        typer.Option(
+            "--eps",
+            help="eps of the layers, for --as constant; no state dict holds it.",
+            show_default="a recognised architecture's",
+        ),
     ] = None,
     emit: Annotated[
         Optional[Target],  # noqa: UP045

@@ -6,6 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from functools import cached_property
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from bntool.graphs.architectures import Architecture
 
 
 class Evidence(Enum):
@@ -130,6 +134,7 @@ class ModelGraph:
         complete: every layer of the model that ran is in it; else only those declared.
         branches_at: the node at which Python first read a value of the data: what comes after it may differ for other
             inputs. None where that never happened.
+        architectures: what was recognised, where the graph is assumed.
     """
 
     nodes: tuple[Node, ...]
@@ -140,6 +145,7 @@ class ModelGraph:
     evidence: Evidence = Evidence.TRACED
     complete: bool = True
     branches_at: int | None = None
+    architectures: tuple[Architecture, ...] = ()
 
     @cached_property
     def _incoming(self) -> Mapping[int, tuple[Edge, ...]]:

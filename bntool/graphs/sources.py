@@ -25,6 +25,8 @@ class Knowledge:
         inputs: that it runs on, as :func:`bntool.graphs.traced.trace` takes them.
         pairs: from the BatchNorm to what feeds it, as declared.
         checkpoint: the file that the tensors are from; some formats hold their graph.
+        architecture: the only one to recognise, as ``--arch`` names it.
+        eps: of the layers, whatever a recognised architecture says.
     """
 
     state_dict: StateDict
@@ -32,6 +34,8 @@ class Knowledge:
     inputs: Any = None
     pairs: Mapping[str, str] | None = None
     checkpoint: Checkpoint | None = None
+    architecture: str | None = None
+    eps: float | None = None
 
 
 @dataclass(frozen=True)
@@ -63,17 +67,25 @@ def _read(known: Knowledge) -> ModelGraph | None:
     from bntool.graphs.stored import stored_graph
 
     graph = stored_graph(known.checkpoint) if known.checkpoint is not None else None
-    if graph is not None and (known.pairs or known.model is not None):
-        raise UsageError("this file holds its graph: leave out --pair and --model")
+    if graph is not None and (known.pairs or known.model is not None or known.architecture is not None):
+        raise UsageError("this file holds its graph: leave out --pair, --model and --arch")
     return graph
 
 
-# a graph that is part of the file is what runs; then what was asked for by name; a catalogue of architectures
-# (Evidence.ASSUMED) will come last
+def _assume(known: Knowledge) -> ModelGraph | None:
+    from bntool.graphs.architectures import recognise
+    from bntool.graphs.assumed import assume
+
+    architectures = recognise(known.state_dict, name=known.architecture)
+    return assume(known.state_dict, architectures, eps=known.eps) if architectures else None
+
+
+# a graph that is part of the file is what runs; then what was asked for by name; last what the tensors look like
 SOURCES: tuple[GraphSource, ...] = (
     GraphSource(Evidence.STORED, _read),
     GraphSource(Evidence.DECLARED, _declare),
     GraphSource(Evidence.TRACED, _trace),
+    GraphSource(Evidence.ASSUMED, _assume),
 )
 
 

@@ -51,7 +51,7 @@ def borrow(model: torch.nn.Module) -> Iterator[Borrowed]:
     modes = [(module, module.training) for module in modules]
     gradients = [(p, p.requires_grad) for module in modules for p in module._parameters.values() if p is not None]
     buffers = [
-        (module, name, buffer, None if buffer is None or is_lazy(buffer) else buffer.detach().clone())
+        (module, name, buffer, buffer.detach().clone() if buffer is not None and _has_elements(buffer) else None)
         for module in modules
         for name, buffer in module._buffers.items()
     ]
@@ -72,6 +72,10 @@ def borrow(model: torch.nn.Module) -> Iterator[Borrowed]:
         torch.set_rng_state(random_state)
         if cuda_states is not None:
             torch.cuda.set_rng_state_all(cuda_states)
+
+
+def _has_elements(buffer: torch.Tensor) -> bool:
+    return not is_lazy(buffer) and not buffer.is_meta
 
 
 def _restore_buffer(

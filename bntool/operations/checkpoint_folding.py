@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from bntool.checkpoints.application import apply_plan
 from bntool.checkpoints.checkpoint import Checkpoint, StateDict, check_changeable
-from bntool.errors import RefusedError
+from bntool.errors import RefusedError, UsageError
+from bntool.graphs.architectures import Architecture
 from bntool.graphs.declared import suggest_pairs
-from bntool.graphs.graph import Evidence
 from bntool.graphs.sources import Knowledge, build_graph
 from bntool.layers.structure import describe_structure
 from bntool.operations.folding import FoldPlan, Layout, plan_fold
@@ -46,6 +46,7 @@ class CheckpointFold:
         cost: of one forward in multiply-adds; None where the model was not traced.
         speed: beside the original, where that was asked for.
         runtime: what the format's own runtime said of the written file; None where it was not asked.
+        architectures: what was recognised, where nothing else says what feeds what.
     """
 
     plan: FoldPlan
@@ -59,15 +60,17 @@ class CheckpointFold:
     cost: Cost | None = None
     speed: Speed | None = None
     runtime: RuntimeAgreement | None = None
+    architectures: tuple[Architecture, ...] = ()
 
 
-def fold_checkpoint(  # noqa: PLR0913 as many as the command has options
+def fold_checkpoint(  # noqa: C901, PLR0913 as many as the command has options
     checkpoint: Checkpoint,
     state_dict: StateDict,
     *,
     model: nn.Module | None = None,
     inputs: Sequence[Any] = (),
     pairs: Mapping[str, str] | None = None,
+    architecture: str | None = None,
     layers: Sequence[str] = (),
     layout: Layout = Layout.FOLDED,
     eps: float | None = None,
@@ -81,13 +84,16 @@ def fold_checkpoint(  # noqa: PLR0913 as many as the command has options
         model: the live model with these tensors; given back as it was. It proves who feeds whom and that outputs stay.
         inputs: what to run it on; guessed if none are given.
         pairs: from the BatchNorm to its producer, declared instead of traced.
+        architecture: whose forward is assumed where neither model nor pairs are given, e.g. ``timm:resnet50``; None
+            for the one that names and shapes of the tensors are recognised as.
         layers, layout, eps: see :func:`~bntool.operations.folding.plan_fold`.
         tolerance: see :func:`~bntool.operations.verification.verify`.
         export: export the folded model too, as this; needs ``model``.
         benchmark: measure how much faster the folded model is; needs ``model``.
 
     Raises:
-        RefusedError: neither model nor pairs are given, a pair contradicts shapes, or the format is only inspected.
+        RefusedError: neither model nor pairs are given and no architecture is recognised, or several that differ; a
+            pair contradicts shapes; or the format is only inspected.
         UsageError, UserCodeError, VerificationError: as :func:`fold`.
     """
     check_changeable(checkpoint)
@@ -96,11 +102,23 @@ def fold_checkpoint(  # noqa: PLR0913 as many as the command has options
 
         inputs = [find_input(model)]
     first = inputs[0] if inputs else None
-    graph = build_graph(Knowledge(state_dict, model=model, inputs=first, pairs=pairs, checkpoint=checkpoint))
+    if architecture is not None and (model is not None or pairs):
+        raise UsageError("--arch says what to assume where neither --model nor --pair says what feeds what")
+    known = Knowledge(
+        state_dict,
+        model=model,
+        inputs=first,
+        pairs=pairs,
+        checkpoint=checkpoint,
+        architecture=architecture,
+        eps=eps,
+    )
+    graph = build_graph(known)
     if graph is None:
         raise RefusedError(
-            "a state dict does not say what feeds what: give the model with --model FILE.py:factory, which is traced "
-            f"and verified, or declare pairs with --pair PRODUCER=BATCHNORM{_suggest(state_dict)}"
+            "the tensors are those of no known architecture, and a state dict does not say what feeds what: give the "
+            "model with --model FILE.py:factory, which is traced and verified, or declare pairs with "
+            f"--pair PRODUCER=BATCHNORM{_suggest(state_dict)}"
         )
     if model is not None and pairs:
         from bntool.operations.proven_folding import add_eps
@@ -108,12 +126,14 @@ def fold_checkpoint(  # noqa: PLR0913 as many as the command has options
         graph = add_eps(graph, model)
     plan = plan_fold(state_dict, graph, layers=layers, layout=layout, eps=eps)
     if not plan.steps:
-        return CheckpointFold(plan, None, None, (), ())
+        return CheckpointFold(plan, None, None, (), (), architectures=graph.architectures)
     dropped = find_optimizers(checkpoint) if layout is Layout.FOLDED else ()
     plan = dataclasses.replace(plan, steps=(*plan.steps, *(RemoveEntry((name,)) for name in dropped)))
     if checkpoint.format.can_record(checkpoint, state_dict):
         folds = [f.describe() for f in plan.folds]
-        evidence = {"evidence": graph.evidence.value, "verified": model is not None}
+        evidence: dict[str, Any] = {"evidence": graph.evidence.value, "verified": model is not None}
+        if graph.architectures:
+            evidence["architectures"] = [found.describe() for found in graph.architectures]
         record = make_record(plan, layout=layout.value, folds=folds, **evidence, **describe_structure(plan.steps))
         plan = plan.with_record(record)  # type: ignore[assignment]
     agreement = program = cost = speed = None
@@ -135,18 +155,19 @@ def fold_checkpoint(  # noqa: PLR0913 as many as the command has options
             from bntool.operations.speed import measure_speed
 
             speed = measure_speed(model, proof.folded, inputs[0])
-    verified = model is not None or graph.evidence is Evidence.STORED
+    unverified = None if model is not None else graph.evidence
     return CheckpointFold(
         plan,
         edited,
         agreement,
         dropped,
-        tuple(warn_of_fold(checkpoint, state_dict, plan, ranges, verified=verified)),
+        tuple(warn_of_fold(checkpoint, state_dict, plan, ranges, evidence=unverified)),
         ranges=ranges,
         removed=count_removed(state_dict, edited.state_dict(state_dict.key)),
         program=program,
         cost=cost,
         speed=speed,
+        architectures=graph.architectures,
     )
 
 

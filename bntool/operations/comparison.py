@@ -13,6 +13,7 @@ from bntool.checkpoints.checkpoint import Checkpoint, StateDict, choose_state_di
 from bntool.checkpoints.norms import find_batchnorms
 from bntool.checkpoints.tensors import StoredTensor, Tensor, equal_streams, read_bytes, read_numbers
 from bntool.errors import BntoolError
+from bntool.graphs.architectures import assume_eps
 from bntool.layers.selection import selects
 from bntool.operations.alignment import align_names
 
@@ -57,7 +58,8 @@ class LayerComparison:
         mean_shift: the largest shift of a channel's running_mean, in standard deviations of A.
         variance_ratio: running_var of B over A in the channel where it moved most.
         scale_change, shift_change: how far scale and shift moved as vectors, relative to their length in A.
-        eps_known: the file says eps; else PyTorch's default stands in, which these numbers are coarse enough for.
+        eps_known: the file says eps, or the architecture does that it is recognised as; else PyTorch's default stands
+            in, which these numbers are coarse enough for.
     """
 
     name: str
@@ -100,6 +102,7 @@ class Comparison:
     path_b: str
     layers: tuple[LayerComparison, ...]
     others: Mapping[str, Change]
+    assumptions: tuple[str, ...] = ()
 
     @property
     def identical(self) -> bool:
@@ -136,8 +139,10 @@ def compare_checkpoints(
     path_a, path_b = align_names(names_a, names_b)
     tensors_a = {_align(name, path_a): one.tensors[full] for name, full in names_a.items()}
     tensors_b = {_align(name, path_b): two.tensors[full] for name, full in names_b.items()}
-    norms_a = {_align(norm.name + ".", path_a).removesuffix("."): norm for norm in find_batchnorms(one)}
-    norms_b = {_align(norm.name + ".", path_b).removesuffix("."): norm for norm in find_batchnorms(two)}
+    found_a, assumed_a = assume_eps(one, find_batchnorms(one))
+    found_b, assumed_b = assume_eps(two, find_batchnorms(two))
+    norms_a = {_align(norm.name + ".", path_a).removesuffix("."): norm for norm in found_a}
+    norms_b = {_align(norm.name + ".", path_b).removesuffix("."): norm for norm in found_b}
     every = list(dict.fromkeys([*norms_a, *norms_b]))
     compared = [
         _compare_layer(name, norms_a.get(name), norms_b.get(name), tensors_a, tensors_b)
@@ -153,6 +158,7 @@ def compare_checkpoints(
         path_a=path_a,
         path_b=path_b,
         layers=tuple(ordered),
+        assumptions=tuple(dict.fromkeys((*assumed_a, *assumed_b))),
         others={name: _compare(name, tensors_a.get(name), tensors_b.get(name)) for name in rest} if others else {},
     )
 

@@ -12,6 +12,7 @@ from bntool.checkpoints.creation import NewFile, NewFormat, find_unwritable
 from bntool.checkpoints.norms import find_batchnorms
 from bntool.checkpoints.tensors import StoredTensor
 from bntool.errors import RefusedError
+from bntool.graphs.architectures import assume_eps
 from bntool.layers.selection import selects
 from bntool.operations.frozen_norms import FrozenKind, plan_batchnorm, plan_frozen_batchnorm
 from bntool.operations.recording import make_record
@@ -70,7 +71,8 @@ def plan_conversion(
     Args:
         state_dict: its key; None for the one chosen by rule.
         layers: globs, for the two kinds of BatchNorm.
-        eps: of the BatchNorm layers, where the file does not say it; needed for FROZEN_BATCHNORM.
+        eps: of the BatchNorm layers where the file does not say it, for FROZEN_BATCHNORM; None for that of a
+            recognised architecture.
         frozen_kind: whose FrozenBatchNorm2d.
         target_eps: eps that its layers will be built with; None for its default.
 
@@ -103,7 +105,11 @@ def plan_conversion(
         )
     norms = [norm for norm in find_batchnorms(source) if selects(layers, norm.name)]
     history = checkpoint.records.get(source.key, ())
+    assumptions: tuple[str, ...] = ()
     if target is ConversionTarget.FROZEN_BATCHNORM:
+        if eps is None and not history:  # what a record says is better known
+            known, assumptions = assume_eps(source, norms)
+            norms = list(known)
         outcome = plan_frozen_batchnorm(norms, eps=eps, kind=frozen_kind, target_eps=target_eps, history=history)
     else:
         outcome = plan_batchnorm(norms, history=history)
@@ -113,7 +119,7 @@ def plan_conversion(
         steps=outcome.steps,
         skips=outcome.skips,
         layers=outcome.layers,
-        assumptions=outcome.assumptions,
+        assumptions=(*outcome.assumptions, *assumptions),
     )
     losses = list(outcome.losses)
     if plan.steps and checkpoint.format.can_record(checkpoint, source):

@@ -43,10 +43,9 @@ class Level(Enum):
 
 @dataclass(frozen=True)
 class Fold:
-    """One BatchNorm that is folded.
+    """One BatchNorm, called ``layer``, that is folded.
 
     Attributes:
-        layer: the BatchNorm.
         into: the layers that take its scale and shift.
         level: how they are reached.
         stays: it stays as a module and only adds its shift.
@@ -85,8 +84,7 @@ def plan_fold(
 ) -> FoldPlan:
     """Plan to fold every BatchNorm whose fold is exact; every other one is skipped with its reason.
 
-    Scale and shift (Ioffe and Szegedy 2015, algorithm 2) are computed and multiplied in float64 and rounded once to the
-    dtype of the tensor that takes them.
+    Scale and shift (Ioffe and Szegedy 2015, algorithm 2) are taken in float64 and rounded once to the tensor's dtype.
 
     Args:
         state_dict: what to fold.
@@ -179,7 +177,8 @@ class _Folder:
             elif self.graph.complete:
                 self.skip(norm.name, SkipReason.NEVER_REACHED, "it did not run in the forward that was observed")
             else:
-                self.skip(norm.name, SkipReason.NO_PRODUCER, "nothing says what feeds it; name it with --pair")
+                tell = "give --model" if self.graph.architectures else "name it with --pair"
+                self.skip(norm.name, SkipReason.NO_PRODUCER, f"nothing says what feeds it; {tell}")
 
     def all_names(self, node: Node) -> Iterator[str]:
         for name in node.parameters.values():
@@ -313,9 +312,17 @@ class _Folder:
         """What is not proven by a trace."""
         if self.graph.evidence in (Evidence.TRACED, Evidence.STORED):
             return
-        for fold in folds:
+        if not folds:
+            return
+        for architecture in self.graph.architectures:
+            yield f"the forward is that of {architecture.title}, by names and shapes, which prove nothing"
+            used = {self.norms[f.layer].eps for f in folds if architecture.eps.get(f.layer) == self.norms[f.layer].eps}
+            values = sorted(used)
+            if self.eps is None and values:
+                yield f"eps is {' and '.join(f'{eps:g}' for eps in values)}, as in {architecture.title}"
+        for fold in folds if not self.graph.architectures else ():
             yield f"{fold.layer} reads {', '.join(fold.into)} and nothing else does ({self.graph.evidence.value})"
-        if self.eps is not None and folds:
+        if self.eps is not None:
             yield f"eps is {self.eps:g} (option)"
 
 

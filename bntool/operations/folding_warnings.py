@@ -7,12 +7,18 @@ from typing import Any
 
 from bntool.checkpoints.checkpoint import Checkpoint, StateDict
 from bntool.checkpoints.pickles.nodes import as_mapping, is_mapping
+from bntool.graphs.graph import Evidence
 from bntool.operations.folding import FoldPlan, Layout
 from bntool.operations.weight_ranges import WeightRange
 
 
 def warn_of_fold(
-    checkpoint: Checkpoint, state_dict: StateDict, plan: FoldPlan, ranges: Sequence[WeightRange], *, verified: bool
+    checkpoint: Checkpoint,
+    state_dict: StateDict,
+    plan: FoldPlan,
+    ranges: Sequence[WeightRange],
+    *,
+    evidence: Evidence | None,
 ) -> Iterator[str]:
     """One sentence for each thing.
 
@@ -21,10 +27,12 @@ def warn_of_fold(
         state_dict: the one that was folded.
         plan: what was done.
         ranges: of the weights that took scales.
-        verified: the outputs were compared, or the file itself says who feeds whom.
+        evidence: how it is known who feeds whom; None where the outputs were compared.
     """
-    if not verified:
+    if evidence is Evidence.DECLARED:
         yield "without --model the outputs could not be compared; the pairs were taken as declared"
+    if evidence is Evidence.ASSUMED:
+        yield "without --model the outputs could not be compared; forward and eps were assumed"
     folded = {f"{layer}.running_mean" for layer in plan.layers}
     for sibling in checkpoint.state_dicts:
         if sibling.key != state_dict.key and folded <= {sibling.strip(name) for name in sibling.tensors}:

@@ -16,6 +16,7 @@ from bntool.checkpoints.checkpoint import Checkpoint, StateDict, check_changeabl
 from bntool.checkpoints.norms import find_batchnorms
 from bntool.checkpoints.tensors import StoredTensor
 from bntool.errors import RefusedError, UsageError
+from bntool.graphs.architectures import assume_eps
 from bntool.layers.policy import FreezePolicy
 from bntool.layers.selection import selects
 from bntool.layers.stages import find_frozen_stages, is_within
@@ -87,7 +88,7 @@ def plan_freeze(  # noqa: PLR0913 each is an option of the command
         layers: globs of layer names; none for all.
         frozen_stages: freeze the first stages of the backbone as a whole.
         form: with CONSTANT, statistics become constants and weight and bias scale and shift.
-        eps: of layers that do not say it themselves; needed for CONSTANT only.
+        eps: of layers that do not say it themselves, for CONSTANT; None for that of a recognised architecture.
         for_file: the plan is for a file; else only for code that freezes, and it does not matter whether the file has
             a place for the record.
 
@@ -131,7 +132,11 @@ def plan_freeze(  # noqa: PLR0913 each is an option of the command
     )
     concerned = [norm for norm in norms if norm.name in policy.layers or _in_stages(policy, norm.name)]
     steps: list[Step] = []
+    assumptions: tuple[str, ...] = ()
     if form is FreezeForm.CONSTANT:
+        if eps is None:
+            known, assumptions = assume_eps(source, concerned)
+            concerned = list(known)
         constant_steps, constant_skips = plan_constant(concerned, eps=eps)
         steps += constant_steps
         skips += constant_skips
@@ -148,6 +153,7 @@ def plan_freeze(  # noqa: PLR0913 each is an option of the command
         steps=tuple(steps),
         skips=tuple(skips),
         layers=tuple(norm.name for norm in concerned),
+        assumptions=assumptions,
     )
     keeps_policy = carrier in (Carrier.RECORD, Carrier.MODULES) and (concerned or frozen_parameters)
     if keeps_policy or (carrier is Carrier.LAYERS and steps):

@@ -12,6 +12,7 @@ from bntool.checkpoints.dtypes import NumberKind
 from bntool.checkpoints.norms import find_norms
 from bntool.checkpoints.tensors import StoredTensor, Tensor, read_numbers
 from bntool.errors import BntoolError
+from bntool.graphs.architectures import Architecture, give_eps, recognise
 from bntool.layers.selection import selects
 from bntool.operations.file_findings import compare_averaged, compare_counters, find_in_file, find_in_state_dict
 from bntool.operations.findings import Finding, FindingCode, Severity, Summary, find_in_layer, summarize
@@ -56,6 +57,7 @@ class StateDictInspection:
         other_norms: how many layers of each other kind of normalisation.
         chosen: the commands that write work on this one unless told otherwise.
         unselected: BatchNorm layers that were left out by name.
+        architectures: whose names and shapes the tensors have, in whole or in part.
     """
 
     state_dict: StateDict
@@ -67,6 +69,7 @@ class StateDictInspection:
     tensors: tuple[TensorInspection, ...]
     chosen: bool
     unselected: int = 0
+    architectures: tuple[Architecture, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -146,6 +149,8 @@ def _inspect_state_dict(
     recalibrated: frozenset[str],
 ) -> StateDictInspection:
     norms = find_norms(state_dict)
+    architectures = recognise(state_dict)
+    norms = give_eps(norms, architectures)
     selected = [norm for norm in norms if norm.kind.is_batch_norm and selects(layers, norm.name)]
     inspected = tuple(_inspect_layer(norm, recalibrated=norm.name in recalibrated) for norm in selected)
     others = Counter(norm.kind for norm in norms if not norm.kind.is_batch_norm)
@@ -166,6 +171,7 @@ def _inspect_state_dict(
         tensors=tensors,
         chosen=chosen,
         unselected=sum(norm.kind.is_batch_norm for norm in norms) - len(selected),
+        architectures=architectures,
     )
 
 

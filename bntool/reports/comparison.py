@@ -25,6 +25,7 @@ def describe_comparison(
         "prefixes": [comparison.a.prefix + comparison.path_a, comparison.b.prefix + comparison.path_b],
         "identical": comparison.identical,
         "layers": [_describe_layer(layer) for layer in comparison.layers],
+        "assumptions": list(comparison.assumptions),
         "others": {
             "counts": {change.value: counts[change] for change in Change if counts[change]},
             "changed": {n: change.value for n, change in comparison.others.items() if change is not Change.SAME},
@@ -70,6 +71,7 @@ def show_comparison(
         blocks.append(_table(shown))
         if not all(layer.eps_known for layer in shown):
             blocks.append(line("eps is not in the files; 1e-5 stands in for it here", Style.MUTED))
+        blocks += [line(f"assumed: {text}", Style.MUTED) for text in comparison.assumptions]
     blocks += _others(comparison)
     if expectation is not None:
         blocks += _expectation(expectation, violations)

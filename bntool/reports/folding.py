@@ -32,6 +32,7 @@ def describe_fold(result: CheckpointFold, *, output: str | None, export: str | N
         "layout": plan.layout.value,
         "folds": [fold.describe() for fold in plan.folds],
         "skips": [{"layer": s.layer, "reason": s.reason.value, "detail": s.detail} for s in plan.skips],
+        "architectures": [architecture.describe() for architecture in result.architectures],
         "assumptions": list(plan.assumptions),
         "verification": None if result.agreement is None else asdict(result.agreement),
         "runtime": None if result.runtime is None else asdict(result.runtime),

@@ -31,6 +31,7 @@ def describe_freeze(
         "sets_flags": freeze.carrier in (Carrier.MODULES, Carrier.LAYERS, Carrier.NET),
         "steps": [describe_step(step) for step in plan.steps if not isinstance(step, Record)],
         "skips": [describe_skip(skip) for skip in plan.skips],
+        "assumptions": list(plan.assumptions),
         "optimizers": [
             {"path": o.path, "parameters": o.count, "frozen": o.frozen, "reason": o.reason} for o in freeze.optimizers
         ],
@@ -108,6 +109,7 @@ def _changes(freeze: FreezePlan) -> list[Block]:
                 indent=2,
             )
         )
+    blocks += [Line((Cell("assumed ", Style.WARNING), Cell(text)), indent=2) for text in plan.assumptions]
     flags = list(plan.steps_of(SetAttribute))
     modes = sum(step.attribute == "training" for step in flags)
     if freeze.carrier is Carrier.MODULES:

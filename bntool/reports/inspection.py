@@ -48,6 +48,7 @@ def _describe_state_dict(
         "tensors": len(source.tensors),
         "parameters": state_dict.parameters,
         "buffers": state_dict.buffers,
+        "architectures": [architecture.describe() for architecture in state_dict.architectures],
         "layers": [_describe_layer(layer) for layer in state_dict.layers],
         "other_norms": {kind.value: count for kind, count in state_dict.other_norms.items()},
         "recorded": list(inspection.checkpoint.records.get(source.key, ())),

@@ -80,6 +80,9 @@ def _state_dict_blocks(
     kind = _common([_kind(layer) for layer in state_dict.layers]) or "BatchNorm"
     summary = f"{kind}: {plural(len(state_dict.layers), 'layer')}, {plural(channels, 'channel')}"
     yield line(summary + (f"; other norms: {others}" if others else ""))
+    for architecture in state_dict.architectures:
+        part = "" if architecture.whole else ", in part"
+        yield line(f"names and shapes of {architecture.title}{part}", Style.NOTICE)
     yield from _common_facts(state_dict.layers)
     yield from _records(inspection.checkpoint.records.get(source.key, ()))
     if every_tensor:

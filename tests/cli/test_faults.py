@@ -83,7 +83,7 @@ new = contents()
 old = {name: b"the old " + name.encode() for name in new}
 for moment in itertools.count(1):
     for path in Path("out").iterdir():
-        path.unlink()
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
     for name, data in old.items():
         Path("out", name).write_bytes(data)
     code = run(moment)

@@ -1,0 +1,68 @@
+"""Whether what the catalogue holds decides as a trace does, and is recognised."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from bntool.errors import BntoolError
+from bntool.graphs.architectures import recognise_in
+from bntool.graphs.assumed import read_structure
+from bntool.graphs.catalogue import Catalogue
+from bntool.graphs.graph import ModelGraph
+from bntool.operations.folding import FoldPlan, plan_fold
+from tests.graphs.drawn_tensors import draw_state_dict
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+def decisions(plan: FoldPlan) -> set[tuple[object, ...]]:
+    """What is folded into what and how, and what is skipped and why."""
+    folded = {(fold.layer, fold.into, fold.level, fold.stays) for fold in plan.folds}
+    return folded | {(skip.layer, skip.reason) for skip in plan.skips}
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """How the plan from a structure compares with the plan from the trace.
+
+    Attributes:
+        folded, skipped: BatchNorms, by the trace.
+        other_details: skips with the same reason and another text.
+        problem: what differs; "" where nothing does.
+    """
+
+    folded: int
+    skipped: int
+    other_details: int
+    problem: str
+
+
+def compare(graph: ModelGraph, text: str, shapes: Shapes, eps: Mapping[str, float]) -> Verdict:
+    """Hold a structure against the traced graph that it was made from."""
+    state_dict = draw_state_dict(shapes)
+    traced = plan_fold(state_dict, graph)
+    stored = plan_fold(state_dict, read_structure(text, shapes, eps=eps))
+    differences = decisions(traced) ^ decisions(stored)
+    problem = ""
+    if differences:
+        problem = f"{len(differences)} decisions differ: {sorted(map(str, differences))[:2]}"
+    elif traced.steps != stored.steps:
+        problem = "the same decisions with other numbers"
+    details = {(skip.layer, skip.detail) for skip in traced.skips} - {
+        (skip.layer, skip.detail) for skip in stored.skips
+    }
+    return Verdict(len(traced.folds), len(traced.skips), len(details), problem)
+
+
+def check_recognition(name: str, shapes: Shapes, catalogue: Catalogue) -> str:
+    """What is wrong with how an architecture is recognised in its own tensors, whole and as a part; "" for nothing."""
+    try:
+        (whole,) = recognise_in(catalogue, draw_state_dict(shapes), name=name)
+        (part,) = recognise_in(catalogue, draw_state_dict({**shapes, "zz.weight": (1,)}, root="part."), name=name)
+        (first, *_) = recognise_in(catalogue, draw_state_dict(shapes), name=None)
+    except (ValueError, BntoolError) as error:
+        return f"not recognised in its own tensors: {error}"
+    if not whole.whole or whole.root or part.whole or part.root != "part.":
+        return f"recognised as something else: {whole.title}, {part.title}"
+    return "" if name in first.names else f"taken for {first.title}"

@@ -1,0 +1,144 @@
+"""The smallest part of a traced graph from which `plan_fold` takes the same decisions, whatever the tensors hold."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from bntool.graphs.graph import Edge, ModelGraph, Node, NodeKind
+from bntool.operations.absorption import Blocked, find_producers
+from catalogue.writing import format_runs
+
+_MOST_RUNS = 64  # of channels; an edge that takes more to write says that every channel meets every one
+_PASSING = (NodeKind.ADD, NodeKind.MAX_POOL, NodeKind.AVERAGE, NodeKind.BATCH_NORM)
+
+
+def reduce_graph(graph: ModelGraph) -> ModelGraph:
+    """The nodes and edges that deciding needs, numbered anew in order of execution.
+
+    A BatchNorm that its producer can always take directly needs that edge alone. For every other one, what is walked
+    is kept: back to what could take it, forward to what could, everybody who reads what lies on the way, and the
+    branches beside it.
+    """
+    edges: dict[int, Edge] = {}
+    nodes = {node.index for calls in graph.batchnorms.values() for node in calls}
+    for layer, calls in graph.batchnorms.items():
+        walked = _direct(graph, layer)
+        if walked is None:
+            walked = [edge for call in calls for edge in _walk(graph, call)]
+        edges.update((id(edge), edge) for edge in walked)
+    nodes |= {index for edge in edges.values() for index in (edge.source, edge.target)}
+    uses = {}
+    for name in _names(graph, nodes):
+        uses[name] = graph.uses.get(name, frozenset())
+        nodes |= uses[name]
+    if graph.branches_at is not None:
+        nodes.add(graph.branches_at)
+    numbers = {index: number for number, index in enumerate(sorted(nodes))}
+    kept = tuple(dataclasses.replace(graph.nodes[index], index=number) for index, number in numbers.items())
+    moved = sorted(
+        (
+            dataclasses.replace(_simplify(edge), source=numbers[edge.source], target=numbers[edge.target])
+            for edge in edges.values()
+        ),
+        key=lambda edge: (edge.target, edge.port),
+    )
+    names = set(uses)
+    return dataclasses.replace(
+        graph,
+        nodes=kept,
+        edges=tuple(moved),
+        uses={name: frozenset(numbers[index] for index in users) for name, users in uses.items()},
+        aliases={name: others for name, others in graph.aliases.items() if name in names},
+        tied=graph.tied & names,
+        branches_at=None if graph.branches_at is None else numbers[graph.branches_at],
+    )
+
+
+def _simplify(edge: Edge) -> Edge:
+    """The same edge with its pairs of channels in the order that takes least to write."""
+    if edge.targets is None:
+        return edge
+    pairs = list(zip(edge.sources, edge.targets, strict=True))
+    orders = [pairs, sorted(pairs), sorted(pairs, key=lambda pair: pair[::-1])]
+    best = min(orders, key=lambda order: sum(map(_count_runs, zip(*order, strict=True))))
+    sources, targets = (tuple(side) for side in zip(*best, strict=True))
+    if max(_count_runs(sources), _count_runs(targets)) > _MOST_RUNS:
+        return dataclasses.replace(edge, sources=tuple(sorted(set(sources))), targets=None)
+    return dataclasses.replace(edge, sources=sources, targets=targets)
+
+
+def _count_runs(numbers: Sequence[int]) -> int:
+    return format_runs(numbers).count("+") + 1
+
+
+def _names(graph: ModelGraph, nodes: set[int]) -> Iterator[str]:
+    for index in nodes:
+        yield from graph.nodes[index].parameters.values()
+
+
+def _direct(graph: ModelGraph, layer: str) -> list[Edge] | None:
+    """The edges from its producer, if nothing but those matters."""
+    scale = np.ones(graph.batchnorms[layer][0].channels)
+    try:
+        absorbers = find_producers(graph, layer, scale=scale, removed=())
+    except Blocked:
+        return None
+    edges = [edge for call in graph.batchnorms[layer] for edge in graph.inputs(call)]
+    alone = all(len(graph.inputs(call)) == 1 for call in graph.batchnorms[layer])
+    plain = len(absorbers) == 1 and absorbers[0].absorption.direct
+    return edges if alone and plain and all(graph.nodes[e.source].kind.is_producer for e in edges) else None
+
+
+def _walk(graph: ModelGraph, call: Node) -> Iterator[Edge]:
+    yield from _walk_back(graph, call, set())
+    yield from _walk_forward(graph, call, set())
+    for edge in graph.inputs(call):  # branches beside it
+        for other in graph.outputs(graph.nodes[edge.source]):
+            reader = graph.nodes[other.target]
+            if reader.kind is NodeKind.CONVOLUTION:
+                yield other
+                yield from _walk_to_sums(graph, reader, set())
+    yield from _walk_to_sums(graph, call, set())
+
+
+def _walk_back(graph: ModelGraph, reader: Node, seen: set[int]) -> Iterator[Edge]:
+    if reader.index in seen:
+        return
+    seen.add(reader.index)
+    ports = (0, 1) if reader.kind is NodeKind.ADD else (0,)
+    for edge in graph.inputs(reader):
+        if edge.port not in ports:
+            continue
+        yield edge
+        source = graph.nodes[edge.source]
+        if source.kind.is_producer or source.kind in _PASSING:
+            yield from graph.outputs(source)
+        if source.kind in _PASSING:
+            yield from _walk_back(graph, source, seen)
+
+
+def _walk_forward(graph: ModelGraph, source: Node, seen: set[int]) -> Iterator[Edge]:
+    if source.index in seen:
+        return
+    seen.add(source.index)
+    for edge in graph.outputs(source):
+        reader = graph.nodes[edge.target]
+        yield edge
+        if reader.kind.is_producer or reader.kind in _PASSING:
+            yield from (other for other in graph.inputs(reader) if other.port == edge.port)
+        if reader.kind in (NodeKind.MAX_POOL, NodeKind.AVERAGE, NodeKind.BATCH_NORM):
+            yield from _walk_forward(graph, reader, seen)
+
+
+def _walk_to_sums(graph: ModelGraph, source: Node, seen: set[int]) -> Iterator[Edge]:
+    if source.index in seen:
+        return
+    seen.add(source.index)
+    for edge in graph.outputs(source):
+        reader = graph.nodes[edge.target]
+        if reader.kind in (NodeKind.ADD, NodeKind.BATCH_NORM):
+            yield edge
+            yield from _walk_to_sums(graph, reader, seen)
