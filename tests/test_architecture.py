@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "bntool"
@@ -96,6 +97,38 @@ def test_start_up_imports_neither_torch_nor_numpy(statement: str) -> None:
     heavy = "{'torch', 'numpy', 'rich', 'safetensors', 'pydantic', 'PIL'}"
     script = f"{statement}; import sys; loaded = {heavy} & set(sys.modules); assert not loaded, loaded"
     subprocess.run([sys.executable, "-c", script], check=True, cwd=ROOT)
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_a_listing_imports_neither_writers_nor_other_formats_nor_other_commands(legacy: bool, tmp_path: Path) -> None:
+    path = tmp_path / "net.pt"
+    torch.save(torch.nn.BatchNorm2d(4).state_dict(), path, _use_new_zipfile_serialization=not legacy)
+    script = (
+        "import sys; from bntool.cli.main import main; assert main(['inspect', sys.argv[1], '--quiet']) == 0; "
+        "print(*sorted(name.removeprefix('bntool.') for name in sys.modules if name.startswith('bntool.')))"
+    )
+    arguments = [sys.executable, "-c", script, str(path)]
+    done = subprocess.run(arguments, check=True, cwd=ROOT, capture_output=True, text=True)
+    loaded = set(done.stdout.split())
+    assert {"cli.inspection", "checkpoints.torch_legacy" if legacy else "checkpoints.torch_zip"} <= loaded
+    others = {
+        "keras",
+        "caffe",
+        "onnx",
+        "tensorflow",
+        "hdf5",
+        "sharded",
+        "safetensors",
+        "distributed",
+        "exported",
+        "tar",
+    }
+    others |= {"writing", "changes", "patches", "creation", "application", "plan", "protobufs", "numpy", "zip" * legacy}
+    found = {name for name in loaded if name.startswith("checkpoints.") or name == "plan"}
+    assert not {name for name in found if any(other and other in name for other in others)}
+    assert {name for name in loaded if name.startswith("cli.")} == {
+        *("cli.main", "cli.help", "cli.output", "cli.options", "cli.inspection")
+    }
 
 
 def test_everything_public_can_be_imported() -> None:

@@ -12,17 +12,12 @@ from bntool.checkpoints.prototxt import Prototxt
 from bntool.checkpoints.tensors import StoredTensor
 from bntool.errors import RefusedError, UnknownFormatError
 
-_MAGIC = b"\x89HDF\r\n\x1a\n"
-
 
 class CaffeHdf5(Format):
     """See the module."""
 
     name = "caffe-hdf5"
     title = "Caffe (.caffemodel.h5)"
-
-    def recognises(self, path: Path, head: bytes) -> bool:  # noqa: ARG002 (names say nothing)
-        return head.startswith(_MAGIC)
 
     def read(self, file: SourceFile) -> Checkpoint:
         tensors = {".".join(key): tensor for key, tensor in read_blobs(file).items()}

@@ -118,9 +118,14 @@ class Format(ABC):
         """
         return None
 
-    @abstractmethod
-    def recognises(self, path: Path, head: bytes) -> bool:
-        """Whether a file is of this format, by its name and first bytes (at least 1 KiB where there are as many)."""
+    def recognises(self, path: Path, head: bytes) -> bool:  # noqa: ARG002 (for those that it says more about)
+        """Whether a file that FORMATS finds possible is of this format, or may be, as far as the bytes tell.
+
+        Args:
+            path: the file.
+            head: its first 4 KiB, or all of it.
+        """
+        return True
 
     @abstractmethod
     def read(self, file: SourceFile) -> Checkpoint:

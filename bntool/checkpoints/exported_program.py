@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from bntool.checkpoints.checkpoint import Checkpoint, Format, ModuleInfo, StateDict, find_prefix
 from bntool.checkpoints.dtypes import BY_NAME
@@ -16,14 +14,10 @@ from bntool.checkpoints.files import SourceFile
 from bntool.checkpoints.outputs import OutputFiles
 from bntool.checkpoints.safetensors_file import parse_json
 from bntool.checkpoints.tensors import MAX_DIMENSIONS, Storage, StoredTensor, Tensor
-from bntool.checkpoints.torch_patches import patch_storage
 from bntool.checkpoints.torch_zip import ArchiveLayout, is_big_endian, read_loose_records
 from bntool.checkpoints.torchscript import RECORD_NAME, find_root
-from bntool.checkpoints.value_patches import Patches, collect_value_patches
-from bntool.checkpoints.zips.reading import LOCAL_MAGIC, InflatedRecord, ZipArchive, ZipRecord, read_archive
-from bntool.checkpoints.zips.writing import ZipWriter, copy_with_patches, patched_chunks
+from bntool.checkpoints.zips.reading import InflatedRecord, ZipArchive, ZipRecord, read_archive
 from bntool.errors import CorruptFileError, UnknownFormatError, UnsafeFileError
-from bntool.plan import Record
 
 MAX_JSON = 1 << 28
 _CONFIG = "_weights_config.json"
@@ -45,9 +39,6 @@ class ExportedProgram(Format):
     title = "torch.export (.pt2)"
     holds_code = True
 
-    def recognises(self, path: Path, head: bytes) -> bool:  # noqa: ARG002 (names say nothing)
-        return head.startswith(LOCAL_MAGIC)
-
     def read(self, file: SourceFile) -> Checkpoint:
         archive = read_archive(file)
         root = _find_root(archive)
@@ -65,8 +56,11 @@ class ExportedProgram(Format):
         )
 
     def write(self, checkpoint: Checkpoint, path: Path, output: OutputFiles) -> None:
+        from bntool.checkpoints.exported_changes import write_archive  # only those who write need it
+        from bntool.checkpoints.value_patches import collect_value_patches
+
         patches = collect_value_patches(checkpoint, advice=_ADVICE, can_record=True)
-        _write(checkpoint, patches, output.open(path))
+        write_archive(checkpoint, patches, output.open(path))
 
     def verify_checksums(self, checkpoint: Checkpoint) -> int | None:
         layout: ArchiveLayout = checkpoint.content
@@ -169,27 +163,3 @@ def _integers(values: Any) -> tuple[int, ...] | None:
     if not all(type(number) is int and 0 <= number < 1 << 63 for number in numbers):
         return None
     return tuple(number for number in numbers if number is not None)
-
-
-def _write(checkpoint: Checkpoint, patches: Patches, stream: IO[bytes]) -> None:
-    layout: ArchiveLayout = checkpoint.content
-    archive = layout.archive
-    recorded = any(isinstance(edit.step, Record) for edit in checkpoint.edits)
-    deflated = any(archive.records[name].is_deflated for name in patches)
-    if not recorded and not deflated:
-        copy_with_patches(archive, stream, {name: _patch(archive.records[name], patches[name]) for name in patches})
-        return
-    writer = ZipWriter(stream, has_checksums=archive.has_checksums)
-    place = f"{layout.root}{layout.record_name}"
-    for record in archive.records.values():
-        if record.name != place or not recorded:
-            patch = _patch(record, patches.get(record.name, []))
-            writer.add(record.name, patched_chunks(archive, record, patch), size=record.size)
-    if recorded:
-        data = json.dumps(dict(checkpoint.records), separators=(",", ":")).encode()
-        writer.add(place, iter((data,)), size=len(data))
-    writer.close()
-
-
-def _patch(record: ZipRecord, patches: list[tuple[StoredTensor, Tensor]]) -> Iterator[tuple[int, bytes]]:
-    return patch_storage(patches, base=0 if record.is_deflated else record.data_offset)

@@ -2,50 +2,90 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
-from bntool.checkpoints.caffe import Caffe
-from bntool.checkpoints.caffe_hdf5 import CaffeHdf5
 from bntool.checkpoints.checkpoint import Checkpoint, Format
-from bntool.checkpoints.distributed import Distributed
-from bntool.checkpoints.exported_program import ExportedProgram
 from bntool.checkpoints.files import SourceFile
-from bntool.checkpoints.keras_archive import KerasArchive
-from bntool.checkpoints.keras_hdf5 import KerasHdf5
-from bntool.checkpoints.numpy_pickle import NumpyPickle
-from bntool.checkpoints.onnx_file import Onnx
 from bntool.checkpoints.outputs import OutputFiles, check_output_differs
-from bntool.checkpoints.safetensors_file import Safetensors
-from bntool.checkpoints.sharded import Sharded
-from bntool.checkpoints.tensorflow import Tensorflow
 from bntool.checkpoints.tensors import LiteralTensor, StoredTensor, read_bytes
-from bntool.checkpoints.torch_legacy import TorchLegacy
-from bntool.checkpoints.torch_tar import TorchTar
-from bntool.checkpoints.torch_zip import TorchZip
-from bntool.checkpoints.torchscript import TorchScript
 from bntool.errors import BntoolError, RefusedError, UnknownFormatError, UnreadableFileError, VerificationError
 
+_JSON = (b"{", b" ", b"\t", b"\n", b"\r", b"\v", b"\f")  # perhaps after white space
+_ZIP, _HDF5, _PICKLE = b"PK\x03\x04", b"\x89HDF\r\n\x1a\n", b"\x80"
+
+
+class _Known(NamedTuple):
+    """A format before its module is imported, and which files may be of it; ``Format.recognises`` decides.
+
+    Attributes:
+        place: module of this package, and class.
+        starts: one of these stands at ``offset`` of its files.
+        endings: or the name of the file ends so.
+        has_folders: a path may name a folder or several files; ``Format.locate`` finds the one to read first.
+    """
+
+    place: str
+    starts: tuple[bytes, ...] = ()
+    offset: int = 0
+    endings: tuple[str, ...] = ()
+    has_folders: bool = False
+
+    def may_hold(self, path: Path, head: bytes) -> bool:
+        return head.startswith(self.starts, self.offset) or path.name.endswith(self.endings)
+
+
+class Formats:
+    """The formats in the order they are tried, each imported when a file may be of it: most listings need one."""
+
+    def __init__(self, *known: _Known) -> None:
+        self._known = known
+
+    def __iter__(self) -> Iterator[Format]:
+        return (_load(known.place) for known in self._known)
+
+    def of_folders(self) -> Iterator[Format]:
+        """Those of which a path may name a folder or several files."""
+        return (_load(known.place) for known in self._known if known.has_folders)
+
+    def of_file(self, path: Path, head: bytes) -> Iterator[Format]:
+        """Those that a file is of or may be of, by its name and first bytes."""
+        possible = (_load(known.place) for known in self._known if known.may_hold(path, head))
+        return (format_ for format_ in possible if format_.recognises(path, head))
+
+
+@functools.cache
+def _load(place: str) -> Format:
+    module, _, name = place.partition(".")
+    format_: Format = getattr(importlib.import_module(f"bntool.checkpoints.{module}"), name)()
+    return format_
+
+
 # tried in this order: those with an unmistakable signature first
-FORMATS: tuple[Format, ...] = (
-    TorchZip(),
-    TorchScript(),
-    KerasArchive(),
-    ExportedProgram(),
-    TorchLegacy(),
-    TorchTar(),
-    Distributed(),
-    KerasHdf5(),
-    CaffeHdf5(),
-    Sharded(),
-    Safetensors(),
-    NumpyPickle(),
-    Tensorflow(),
-    Onnx(),
-    Caffe(),
+FORMATS = Formats(
+    _Known("torch_zip.TorchZip", (_ZIP,)),
+    _Known("torchscript.TorchScript", (_ZIP,)),
+    _Known("keras_archive.KerasArchive", (_ZIP,)),
+    _Known("exported_program.ExportedProgram", (_ZIP,)),
+    _Known("torch_legacy.TorchLegacy", (_PICKLE,)),
+    _Known("torch_tar.TorchTar", (b"ustar",), offset=257),
+    _Known("distributed.Distributed", endings=(".metadata",), has_folders=True),
+    _Known("keras_hdf5.KerasHdf5", (_HDF5,)),
+    _Known("caffe_hdf5.CaffeHdf5", (_HDF5,)),
+    _Known("sharded.Sharded", _JSON, endings=(".index.json",)),
+    _Known("safetensors_file.Safetensors", (b"{",), offset=8, endings=(".safetensors",)),
+    _Known("numpy_pickle.NumpyPickle", (_PICKLE,), endings=(".pkl", ".pickle")),
+    _Known("tensorflow.Tensorflow", (b"\0\0",), endings=(".index",), has_folders=True),
+    _Known("onnx_file.Onnx", (b"\x08",), endings=(".onnx",)),
+    _Known("caffe.Caffe", (b"\x0a",), endings=(".caffemodel",)),
 )
 
 _HEAD = 4096
+_PART = ".data-"  # in names of files that say nothing without another, TensorFlow's
 
 
 def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
@@ -67,7 +107,9 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
 def _locate(path: Path) -> Path:
     """The file to read first, where the path is a folder or the prefix of several files."""
     try:
-        return next((found for one in FORMATS if (found := one.locate(path)) is not None), path)
+        if path.is_file() and _PART not in path.name:
+            return path
+        return next((found for one in FORMATS.of_folders() if (found := one.locate(path)) is not None), path)
     except (OSError, ValueError):  # no name that a file can have; opening it says so
         return path
 
@@ -79,12 +121,11 @@ def open_file(file: SourceFile) -> Checkpoint:
             raise UnreadableFileError("the file is empty")
         head = file.read(0, min(file.size, _HEAD))
         declined: UnknownFormatError | None = None
-        for candidate in FORMATS:
-            if candidate.recognises(file.path, head):
-                try:
-                    return candidate.read(file)
-                except UnknownFormatError as error:  # formats share the signatures of their containers
-                    declined = error
+        for candidate in FORMATS.of_file(file.path, head):
+            try:
+                return candidate.read(file)
+            except UnknownFormatError as error:  # formats share the signatures of their containers
+                declined = error
         raise declined or UnknownFormatError(_describe_unknown(head))
     except BntoolError as error:
         file.close()

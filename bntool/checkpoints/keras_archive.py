@@ -9,7 +9,7 @@ from bntool.checkpoints.checkpoint import Checkpoint, Format
 from bntool.checkpoints.files import FileSlice, SourceFile
 from bntool.checkpoints.outputs import OutputFiles
 from bntool.checkpoints.torch_objects import RECORD_KEY, as_history
-from bntool.checkpoints.zips.reading import LOCAL_MAGIC, InflatedRecord, ZipArchive, read_archive
+from bntool.checkpoints.zips.reading import InflatedRecord, ZipArchive, read_archive
 from bntool.errors import CorruptFileError, UnknownFormatError
 
 CONFIG, METADATA, WEIGHTS = "config.json", "metadata.json", "model.weights.h5"
@@ -22,9 +22,6 @@ class KerasArchive(Format):
     title = "Keras (.keras)"
     trains_whole_layers = True
     keeps_order = False  # Keras orders layers by where they lie in the graph
-
-    def recognises(self, path: Path, head: bytes) -> bool:  # noqa: ARG002 (names say nothing)
-        return head.startswith(LOCAL_MAGIC)
 
     def read(self, file: SourceFile) -> Checkpoint:
         archive = read_archive(file)

@@ -11,7 +11,6 @@ from bntool.checkpoints.outputs import OutputFiles
 from bntool.checkpoints.torch_objects import RECORD_KEY, parse_record
 from bntool.errors import UnknownFormatError
 
-_MAGIC = b"\x89HDF\r\n\x1a\n"
 MODEL_CONFIG = "model_config"
 _SHOWN = ("keras_version", "backend")
 
@@ -23,9 +22,6 @@ class KerasHdf5(Format):
     title = "Keras (.h5)"
     trains_whole_layers = True
     keeps_order = False  # Keras orders layers by where they lie in the graph
-
-    def recognises(self, path: Path, head: bytes) -> bool:  # noqa: ARG002 (names say nothing)
-        return head.startswith(_MAGIC)
 
     def read(self, file: SourceFile) -> Checkpoint:
         from bntool.checkpoints.hdf5 import read_hdf5  # a start-up without Keras files needs none of it

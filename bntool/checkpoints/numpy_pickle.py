@@ -7,14 +7,11 @@ from pathlib import Path
 
 from bntool.checkpoints.checkpoint import Checkpoint, Format, StateDict
 from bntool.checkpoints.files import SourceFile
-from bntool.checkpoints.numpy_arrays import ArrayReader, can_hold, make_array, replace_data
+from bntool.checkpoints.numpy_arrays import ArrayReader
 from bntool.checkpoints.outputs import OutputFiles
-from bntool.checkpoints.pickles.nodes import Node, as_mapping, is_mapping
+from bntool.checkpoints.pickles.nodes import as_mapping, is_mapping
 from bntool.checkpoints.pickles.reading import Pickle, read_pickle
 from bntool.checkpoints.pickles.trust import list_globals
-from bntool.checkpoints.pickles.writing import write_pickle
-from bntool.checkpoints.tensors import StoredTensor, Tensor
-from bntool.checkpoints.torch_changes import ChangeCollector, TorchChanges
 from bntool.checkpoints.torch_modules import StateDictSource
 from bntool.checkpoints.torch_objects import TorchContent, find_state_dicts
 from bntool.errors import RefusedError, UnknownFormatError
@@ -53,10 +50,13 @@ class NumpyPickle(Format):
         )
 
     def write(self, checkpoint: Checkpoint, path: Path, output: OutputFiles) -> None:
+        from bntool.checkpoints.numpy_changes import ArrayChanges  # only those who write need it
+        from bntool.checkpoints.pickles.writing import write_pickle
+
         pickle: Pickle = checkpoint.content.pickle
         for state_dict in checkpoint.state_dicts:
             _check_keys(state_dict)
-        changes = _ArrayChanges(checkpoint).collect()
+        changes = ArrayChanges(checkpoint).collect()
         if changes.loose_record is not None:
             raise RefusedError(
                 "a pickle of numpy arrays has no place for a record; convert it first with "
@@ -72,26 +72,6 @@ class NumpyPickle(Format):
 
     def can_record(self, checkpoint: Checkpoint, state_dict: StateDict) -> bool:  # noqa: ARG002 (no place for any)
         return False
-
-
-class _ArrayChanges(ChangeCollector):
-    """Arrays have no storages that could be patched: the node of a changed array gets other bytes."""
-
-    def collect(self) -> TorchChanges:
-        changes = super().collect()
-        assert isinstance(self.reader, ArrayReader)
-        for key, patches in changes.patches.items():
-            node = self.reader.nodes[key]
-            (stored, new), *_ = patches
-            changes.replacements[id(node)] = replace_data(node, stored, new)
-        changes.patches.clear()
-        return changes
-
-    def new_tensor(self, tensor: Tensor, *, like: StoredTensor) -> Node:
-        assert isinstance(self.reader, ArrayReader)
-        if not can_hold(tensor.dtype) or like.storage is None:
-            raise RefusedError(f"a new tensor of dtype {tensor.dtype} cannot be written to this format")
-        return make_array(tensor, like=self.reader.nodes[like.storage.key])
 
 
 def _translate_caffe2(state_dict: StateDict) -> StateDict:

@@ -16,7 +16,6 @@ from bntool.checkpoints.outputs import OutputFiles, check_output_differs
 from bntool.checkpoints.safetensors_file import parse_json
 from bntool.checkpoints.tensors import Tensor, count_elements
 from bntool.errors import CorruptFileError, RefusedError, UnknownFormatError, UnsafeFileError
-from bntool.plan import Record
 
 MAX_INDEX = 1 << 27
 MAX_SHARDS = 10_000
@@ -181,6 +180,8 @@ def _assign_shards(state_dict: StateDict, known: Mapping[str, str]) -> dict[str,
 
 def _edited_shard(shard: Checkpoint, name: str, whole: Checkpoint, shard_of: Mapping[str, str]) -> Checkpoint:
     """One shard with the edits of the whole checkpoint that concern it."""
+    from bntool.plan import Record  # only those who write need it
+
     (edited,) = whole.state_dicts
     tensors = {key: tensor for key, tensor in edited.tensors.items() if shard_of[key] == name}
     keeps_record = name == _record_home(whole.content.shards, shard_of)

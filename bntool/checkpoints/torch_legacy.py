@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
 
 from bntool.checkpoints.checkpoint import Checkpoint, Format, StateDict
 from bntool.checkpoints.files import SourceFile
@@ -14,11 +12,8 @@ from bntool.checkpoints.outputs import OutputFiles
 from bntool.checkpoints.pickles.nodes import as_mapping, is_mapping, text_of
 from bntool.checkpoints.pickles.reading import OpcodeBudget, Pickle, read_pickle
 from bntool.checkpoints.pickles.trust import list_globals
-from bntool.checkpoints.pickles.writing import write_pickle
-from bntool.checkpoints.tensors import Storage, count_elements
-from bntool.checkpoints.torch_changes import TorchChanges, collect_changes
+from bntool.checkpoints.tensors import Storage
 from bntool.checkpoints.torch_objects import TorchContent, find_state_dicts, metadata_node, read_records
-from bntool.checkpoints.torch_patches import patch_storage, storage_bytes
 from bntool.checkpoints.torch_tensors import StorageReference, TensorReader, read_storage_reference
 from bntool.errors import CorruptFileError, RefusedError
 
@@ -28,7 +23,7 @@ _PROTOCOL = 1001
 
 
 @dataclass(frozen=True, slots=True)
-class _StoredRun:
+class StoredRun:
     """One storage of the file: its number of elements and where its bytes lie."""
 
     key: str
@@ -38,10 +33,12 @@ class _StoredRun:
 
 
 @dataclass(frozen=True)
-class _Layout:
+class LegacyLayout:
+    """The file, its list of storages, and where each lies."""
+
     file: SourceFile
     keys: Pickle
-    runs: dict[str, _StoredRun]
+    runs: dict[str, StoredRun]
     big_endian: bool
 
 
@@ -64,7 +61,7 @@ class TorchLegacy(Format):
         pickle = read_pickle(file, offset=system.end, budget=budget)
         keys = read_pickle(file, offset=pickle.end, budget=budget)
         big_endian = as_mapping(system.root).get("little_endian") is False
-        layout = _Layout(file, keys, _locate_storages(file, pickle, keys), big_endian)
+        layout = LegacyLayout(file, keys, _locate_storages(file, pickle, keys), big_endian)
         reader = TensorReader(lambda reference: _resolve(layout, reference))
         state_dicts = find_state_dicts(pickle.root, reader)
         return Checkpoint(
@@ -78,19 +75,22 @@ class TorchLegacy(Format):
         )
 
     def write(self, checkpoint: Checkpoint, path: Path, output: OutputFiles) -> None:
+        from bntool.checkpoints.torch_changes import collect_changes  # only those who write need it
+        from bntool.checkpoints.torch_legacy_changes import write_file
+
         changes = collect_changes(checkpoint)
         if changes.loose_record is not None:
             raise RefusedError(
                 "this file has no place for a record: its state dict has no _metadata. "
                 "Load it and save it again with torch.save, or leave the record out"
             )
-        _write(checkpoint, changes, output.open(path))
+        write_file(checkpoint, changes, output.open(path))
 
     def can_record(self, checkpoint: Checkpoint, state_dict: StateDict) -> bool:  # noqa: ARG002
         return is_mapping(metadata_node(state_dict.source.node))
 
 
-def _locate_storages(file: SourceFile, pickle: Pickle, keys: Pickle) -> dict[str, _StoredRun]:
+def _locate_storages(file: SourceFile, pickle: Pickle, keys: Pickle) -> dict[str, StoredRun]:
     """Where each storage lies: they follow in the order of the list of keys, each after its element count."""
     references = {
         reference.key: reference
@@ -99,7 +99,7 @@ def _locate_storages(file: SourceFile, pickle: Pickle, keys: Pickle) -> dict[str
     }
     if not isinstance(keys.root, list):
         raise CorruptFileError("the list of storages is malformed")
-    runs: dict[str, _StoredRun] = {}
+    runs: dict[str, StoredRun] = {}
     position = keys.end
     for node in keys.root:
         key = text_of(node)
@@ -110,12 +110,12 @@ def _locate_storages(file: SourceFile, pickle: Pickle, keys: Pickle) -> dict[str
         nbytes = reference.dtype.byte_count(count)
         if count < 0 or count < reference.count or position + 8 + nbytes > file.size:
             raise CorruptFileError(f"storage {key!r:.80} of {count} elements does not fit in the file: it is truncated")
-        runs[key] = _StoredRun(key, count, position + 8, nbytes)
+        runs[key] = StoredRun(key, count, position + 8, nbytes)
         position += 8 + nbytes
     return runs
 
 
-def _resolve(layout: _Layout, reference: StorageReference) -> Storage:
+def _resolve(layout: LegacyLayout, reference: StorageReference) -> Storage:
     run = layout.runs.get(reference.key)
     if run is None:
         raise CorruptFileError(f"the storage {reference.key!r:.80} is missing from the file")
@@ -133,42 +133,3 @@ def _resolve(layout: _Layout, reference: StorageReference) -> Storage:
         big_endian=layout.big_endian,
         device=reference.device,
     )
-
-
-def _write(checkpoint: Checkpoint, changes: TorchChanges, stream: IO[bytes]) -> None:
-    content: TorchContent = checkpoint.content
-    layout: _Layout = content.container
-    for chunk in layout.file.chunks(0, content.pickle.start):
-        stream.write(chunk)
-    if changes.changes_pickle:
-        protocol = content.pickle.protocol
-        write_pickle(stream.write, content.pickle.root, protocol=protocol, replacements=changes.replacements)
-        keys = [key for key in layout.runs if key not in changes.dropped]
-        write_pickle(stream.write, [*keys, *changes.new_storages], protocol=protocol)
-    else:
-        for chunk in layout.file.chunks(content.pickle.start, layout.keys.end - content.pickle.start):
-            stream.write(chunk)
-    for run in layout.runs.values():
-        if run.key not in changes.dropped:
-            stream.write(struct.pack("<q", run.count))
-            patches = patch_storage(changes.patches.get(run.key, []), base=run.offset)
-            _copy_run(layout.file, run, patches, stream)
-    for tensor in changes.new_storages.values():
-        stream.write(struct.pack("<q", count_elements(tensor.shape)))
-        for chunk in storage_bytes(tensor, big_endian=layout.big_endian):
-            stream.write(chunk)
-    if not changes.changes_pickle:
-        end = max((run.offset + run.nbytes for run in layout.runs.values()), default=layout.keys.end)
-        for chunk in layout.file.chunks(end, layout.file.size - end):  # whatever follows is not ours to drop
-            stream.write(chunk)
-
-
-def _copy_run(file: SourceFile, run: _StoredRun, patches: Iterator[tuple[int, bytes]], stream: IO[bytes]) -> None:
-    position = 0
-    for offset, data in patches:
-        for chunk in file.chunks(run.offset + position, offset - position):
-            stream.write(chunk)
-        stream.write(data)
-        position = offset + len(data)
-    for chunk in file.chunks(run.offset + position, run.nbytes - position):
-        stream.write(chunk)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import struct
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,9 +16,7 @@ from bntool.checkpoints.pickles.reading import OpcodeBudget, Pickle, read_pickle
 from bntool.checkpoints.pickles.trust import list_globals
 from bntool.checkpoints.tensors import MAX_DIMENSIONS, Storage, StoredTensor
 from bntool.checkpoints.torch_objects import find_state_dicts, with_tensor_sources
-from bntool.checkpoints.torch_patches import patch_storage
 from bntool.checkpoints.torch_tensors import StorageReference, TensorReader
-from bntool.checkpoints.value_patches import Patches, collect_value_patches
 from bntool.errors import CorruptFileError, UnknownFormatError, UnsafeFileError
 
 _BLOCK = 512
@@ -57,22 +54,21 @@ class TorchTar(Format):
         )
 
     def write(self, checkpoint: Checkpoint, path: Path, output: OutputFiles) -> None:
+        from bntool.checkpoints.torch_patches import patch_storage  # only those who write need it
+        from bntool.checkpoints.value_patches import collect_value_patches
+
         patches = collect_value_patches(checkpoint, advice=_ADVICE)
         file = checkpoint.file
         stream = output.open(path)
         file.copy_to(stream, offset=0, length=file.size)
-        for start, data in _patch_file(patches):
-            stream.seek(start)
-            stream.write(data)
+        for changes in patches.values():
+            for start, data in patch_storage(changes, base=0):  # a member keeps its place: offsets in the file count
+                stream.seek(start)
+                stream.write(data)
         stream.seek(0, 2)
 
     def can_record(self, checkpoint: Checkpoint, state_dict: object) -> bool:  # noqa: ARG002 (no place for any)
         return False
-
-
-def _patch_file(patches: Patches) -> Iterator[tuple[int, bytes]]:
-    for changes in patches.values():
-        yield from patch_storage(changes, base=0)  # a member keeps its place, so offsets in the file are what counts
 
 
 class _Member:

@@ -11,7 +11,6 @@ from bntool.checkpoints.pickles.nodes import Dict, Instance, Node, as_mapping
 from bntool.checkpoints.pickles.reading import read_pickle_bytes
 from bntool.checkpoints.pickles.trust import list_globals
 from bntool.checkpoints.tensors import StoredTensor, Tensor
-from bntool.checkpoints.torch_changes import collect_changes
 from bntool.checkpoints.torch_modules import MAX_DEPTH, MAX_EFFORT, MAX_PATH, StateDictSource, plain_attributes
 from bntool.checkpoints.torch_objects import TorchContent
 from bntool.checkpoints.torch_tensors import TensorReader
@@ -21,10 +20,9 @@ from bntool.checkpoints.torch_zip import (
     is_big_endian,
     read_loose_records,
     resolve_storage,
-    write_archive,
 )
 from bntool.checkpoints.torchscript_code import ClassText, CodeReader
-from bntool.checkpoints.zips.reading import LOCAL_MAGIC, ZipArchive, read_archive
+from bntool.checkpoints.zips.reading import ZipArchive, read_archive
 from bntool.errors import RefusedError, UnknownFormatError, UnsafeFileError
 
 RECORD_NAME = "extra/bntool.json"  # where torch.jit.save puts its _extra_files
@@ -36,9 +34,6 @@ class TorchScript(Format):
     name = "torchscript"
     title = "TorchScript"
     holds_code = True
-
-    def recognises(self, path: Path, head: bytes) -> bool:  # noqa: ARG002 (names say nothing)
-        return head.startswith(LOCAL_MAGIC)
 
     def read(self, file: SourceFile) -> Checkpoint:
         archive = read_archive(file)
@@ -62,6 +57,9 @@ class TorchScript(Format):
         )
 
     def write(self, checkpoint: Checkpoint, path: Path, output: OutputFiles) -> None:
+        from bntool.checkpoints.torch_changes import collect_changes  # only those who write need it
+        from bntool.checkpoints.torch_zip_changes import write_archive
+
         changes = collect_changes(checkpoint)
         if changes.changes_pickle or changes.new_storages:
             raise RefusedError(

@@ -66,8 +66,12 @@ def exit_code_of(error: errors.BntoolError) -> ExitCode:
     return next(code for kind, code in _CODES if isinstance(error, kind))
 
 
-def build_app() -> typer.Typer:
-    """The application with all commands; importing their modules imports neither torch nor numpy."""
+def build_app(arguments: Sequence[str] = ()) -> typer.Typer:
+    """The application; importing the modules of its commands imports neither torch nor numpy.
+
+    Args:
+        arguments: where they begin with a command, it is the only one built: the others cost as much as a listing.
+    """
     app = typer.Typer(
         name="bntool",
         cls=Group,
@@ -78,8 +82,8 @@ def build_app() -> typer.Typer:
         context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     )
     app.callback()(_root)
-    for name, module in COMMANDS.items():
-        app.command(name, cls=Command)(importlib.import_module(f"bntool.cli.{module}").command)
+    for name in [name for name in COMMANDS if [name] == list(arguments[:1])] or COMMANDS:
+        app.command(name, cls=Command)(importlib.import_module(f"bntool.cli.{COMMANDS[name]}").command)
     return app
 
 
@@ -122,7 +126,7 @@ def main(arguments: Sequence[str]) -> int:
         main(["--help"])
         return ExitCode.USAGE
     try:
-        command = typer.main.get_command(build_app())
+        command = typer.main.get_command(build_app(arguments))
         code = command.main(args=list(arguments), prog_name="bntool", standalone_mode=False) or ExitCode.DONE
         if code == ExitCode.INTERRUPTED:  # typer turns the exception into a code
             raise KeyboardInterrupt
