@@ -152,6 +152,7 @@ def command(  # noqa: PLR0915 a third of the statements are imports
     from bntool.data.presets import find_model_preset
     from bntool.errors import UsageError
     from bntool.layers.loading import load_state
+    from bntool.operations.effects import measure_effects
     from bntool.operations.evaluation import count_flipped, evaluate, is_better, parse_metric
     from bntool.operations.ranks import join_job
     from bntool.operations.recalibration import check_live_statistics, plan_recalibration
@@ -214,6 +215,7 @@ def command(  # noqa: PLR0915 a third of the statements are imports
             )
         plan = fit_plan(result.plan, chosen, promote=promote)
         check_live_statistics(live, result)
+        effects = measure_effects(live, held_out, result)
         if source.format.can_record(source, chosen):
             facts = {"method": method.value, "prior": prior, "data": data, "seed": seed}
             if precision is not Precision.MODEL:
@@ -233,6 +235,7 @@ def command(  # noqa: PLR0915 a third of the statements are imports
             before=before,
             after=after,
             flipped=count_flipped(before, after),
+            effects=effects,
             evaluated_on=eval_data or f"{data} (the calibration data)",
             output=written,
             kept=kept,

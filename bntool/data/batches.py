@@ -246,7 +246,11 @@ def find_placement(model: torch.nn.Module) -> tuple[torch.device | None, torch.d
 def cut_batch(batch: Batch, samples: int) -> Batch:
     """The first samples of a batch; the whole batch where its tensors do not share their first dimension."""
     tensors = list(find_tensors((batch.inputs, batch.labels)))
-    if isinstance(batch.inputs, list) or any(t.ndim == 0 or t.shape[0] != batch.samples for t in tensors):
+    if (
+        batch.samples <= samples
+        or isinstance(batch.inputs, list)
+        or any(t.ndim == 0 or t.shape[0] != batch.samples for t in tensors)
+    ):
         return batch
     names = batch.names[:samples]
     return Batch(_first(batch.inputs, samples), _first(batch.labels, samples), batch.description, samples, names)

@@ -170,7 +170,7 @@ class _Collection:
     note: str | None = None
 
     def add(self, output: Any, batch: Batch) -> None:
-        output = _take_first(move(output, device=torch.device("cpu"), dtype=torch.float32))
+        output = take_first(move(output, device=torch.device("cpu"), dtype=torch.float32))
         labels = _to_tensor(batch.labels)
         self.finite &= all(bool(torch.isfinite(t).all()) for t in find_tensors(output) if t.is_floating_point())
         if labels is not None and self.note is None:
@@ -208,7 +208,7 @@ class _Collection:
         )
 
 
-def _take_first(output: Any) -> Any:
+def take_first(output: Any) -> Any:
     """The tensor that a tuple or dict of outputs begins with (logits, before auxiliary ones); else what it is."""
     values = list(output.values()) if isinstance(output, Mapping) else output
     if isinstance(values, list | tuple) and values and isinstance(values[0], torch.Tensor):

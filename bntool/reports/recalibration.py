@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from bntool.data.batches import LeftOut
     from bntool.data.preprocessing import Preprocessing
     from bntool.operations.drift import LayerDrift
+    from bntool.operations.effects import Effects, OutputChange
     from bntool.operations.evaluation import Evaluation
     from bntool.operations.recalibration import Recalibration
 
@@ -28,6 +29,7 @@ class Outcome:
         recalibration: what was computed.
         before, after: the model on the evaluation data, with the old and the new statistics.
         flipped: share of samples predicted as another class; None where outputs are not classes.
+        effects: what the new statistics do to the outputs for a few samples; None where none could be run.
         evaluated_on: which data that was, in words.
         output: the file that was written; None for none.
         kept: the old statistics were as good: nothing was written for that reason.
@@ -41,6 +43,7 @@ class Outcome:
     before: Evaluation
     after: Evaluation
     flipped: float | None
+    effects: Effects | None
     evaluated_on: str
     output: str | None
     kept: bool
@@ -56,6 +59,7 @@ def describe_recalibration(outcome: Outcome) -> dict[str, Any]:
 
     result = outcome.recalibration
     parted = find_first_parted(result.drifts)
+    alone = outcome.effects.alone if outcome.effects is not None else {}
     return {
         "state_dict": result.plan.state_dict,
         "method": result.method.value,
@@ -68,9 +72,19 @@ def describe_recalibration(outcome: Outcome) -> dict[str, Any]:
         "preprocessing": _describe_preprocessing(outcome.preprocessing),
         "left_out": [left_out.reason for left_out in result.left_out],
         "left_out_samples": sum(left_out.samples for left_out in result.left_out),
-        "layers": [asdict(drift) | {"parted": drift.has_parted} for drift in result.drifts],
+        "layers": [
+            asdict(drift) | {"parted": drift.has_parted, "alone": _describe_change(alone.get(drift.layer))}
+            for drift in result.drifts
+        ],
         "first_parted": parted.layer if parted is not None else None,
         "skips": [{"layer": s.layer, "reason": s.reason.value, "detail": s.detail} for s in result.plan.skips],
+        "effects": None
+        if outcome.effects is None
+        else {
+            "samples": outcome.effects.samples,
+            "finite_before": outcome.effects.finite,
+            "together": _describe_change(outcome.effects.together),
+        },
         "evaluation": {
             "data": outcome.evaluated_on,
             "metric": outcome.before.metric if outcome.before.value is not None else None,
@@ -85,6 +99,10 @@ def describe_recalibration(outcome: Outcome) -> dict[str, Any]:
         "warnings": list(outcome.warnings),
         "output": outcome.output,
     }
+
+
+def _describe_change(change: OutputChange | None) -> dict[str, Any] | None:
+    return None if change is None else asdict(change)
 
 
 def _describe_preprocessing(steps: Preprocessing | None) -> dict[str, str] | None:
@@ -106,8 +124,8 @@ def show_recalibration(outcome: Outcome) -> list[Block]:
     if outcome.preprocessing is not None:
         steps = outcome.preprocessing
         blocks.append(line(f"preprocessing: {steps.describe()} ({steps.origin})", Style.MUTED))
-    blocks += [line(), _drift_table(result.drifts)]
-    blocks += [line(), *_diagnosis(result.drifts)]
+    blocks += [line(), _drift_table(result.drifts, outcome.effects)]
+    blocks += [line(), *_diagnosis(result.drifts), *_effects(outcome.effects)]
     blocks += [
         Line((Cell("left alone ", Style.WARNING), Cell(f"{s.layer}: {s.reason.value} ({s.detail})")), indent=2)
         for s in result.plan.skips
@@ -118,7 +136,7 @@ def show_recalibration(outcome: Outcome) -> list[Block]:
     return [*blocks, line(), *_evaluation(outcome), *_written(outcome)]
 
 
-def _drift_table(drifts: tuple[LayerDrift, ...]) -> Table:
+def _drift_table(drifts: tuple[LayerDrift, ...], effects: Effects | None) -> Table:
     columns = (
         Column("layer", shrinks=True),
         Column("order", right=True),
@@ -127,9 +145,11 @@ def _drift_table(drifts: tuple[LayerDrift, ...]) -> Table:
         Column("variance", right=True),
         Column("spread", right=True, wide=100),
         Column("error", right=True),
+        Column("outputs", right=True),
         Column("channels", right=True, wide=100),
         Column("positions", right=True, wide=100),
     )
+    alone = effects.alone if effects is not None else {}
     order = {drift.layer: index for index, drift in enumerate(drifts, start=1)}
     rows = []
     for drift in sorted(drifts, key=lambda drift: -drift.severity):
@@ -144,6 +164,7 @@ def _drift_table(drifts: tuple[LayerDrift, ...]) -> Table:
                 Cell("x " + format_number(drift.variance_ratio), style),
                 Cell("x " + format_number(drift.variance_spread), style),
                 Cell("" if error is None else "± " + format_number(error, 2), Style.MUTED),
+                Cell("" if drift.layer not in alone else _in_percent(alone[drift.layer])),
                 Cell(f"{drift.channels:,}"),
                 Cell(f"{drift.positions:,}"),
             )
@@ -167,6 +188,29 @@ def _diagnosis(drifts: tuple[LayerDrift, ...]) -> list[Block]:
         factor = format_number(parted.variance_ratio)
         what = f"is off by {_in_sigmas(parted.mean_shift)}, its variance by a factor of {factor}"
     return [line(f"First layer in execution order to part from the data: {parted.layer} {what}.", Style.NOTICE)]
+
+
+def _effects(effects: Effects | None) -> list[Block]:
+    if effects is None or not effects.alone:
+        return []
+    together = effects.together
+    on = f"for {plural(effects.samples, 'sample')}"
+    if not effects.finite or not together.finite:
+        words = {True: "finite", False: "NaN or infinite"}
+        text = f"Outputs {on} are {words[effects.finite]} with the stored statistics and {words[together.finite]} with "
+        return [line(text + "the new ones.", Style.WARNING)]
+    if together.relative is None:
+        return []
+    flipped = "" if together.flipped is None else f" and {_percent(together.flipped)} of the predictions"
+    text = f"All new statistics together change the outputs by {_in_percent(together)} of their norm{flipped}, {on}; "
+    return [line(text + "the column outputs has what those of one layer alone do.")]
+
+
+def _in_percent(change: OutputChange) -> str:
+    """How much outputs change relative to their norm."""
+    if change.relative is None:
+        return "-" if change.finite else "not finite"
+    return f"{format_number(100 * change.relative, 2)} %"
 
 
 def _left_out(parts: tuple[LeftOut, ...]) -> list[Block]:
