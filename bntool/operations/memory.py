@@ -49,6 +49,11 @@ class LiveTensors(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._sizes: dict[int, int] = {}
         self._references: dict[int, weakref.ref[Any]] = {}
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Torch would import its compiler, a second of CPU time, only to keep it out of ``__torch_dispatch__``."""
+        return False
+
     def note_waiting(self) -> None:
         """Say that at this point a batch would wait."""
         self.waiting = max(self.waiting, self.live)

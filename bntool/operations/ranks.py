@@ -81,5 +81,9 @@ def join_job() -> Iterator[Ranks]:
         raise RefusedError(f"the other processes of the job cannot be reached: {error}") from error
     try:
         yield find_ranks()
+        # one that closes its connections while another still reads from them may take that one down (SIGABRT in
+        # gloo), so all wait for the last; one that failed does not come here, and whoever waits learns it at once
+        with contextlib.suppress(RuntimeError):
+            dist.barrier()
     finally:
         dist.destroy_process_group()

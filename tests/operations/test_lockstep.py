@@ -320,6 +320,7 @@ class TestMemory:
             "model = nn.Sequential(nn.Conv2d(1, 64, 3), nn.BatchNorm2d(64), nn.ReLU(), nn.Conv2d(64, 64, 3),"
             " nn.BatchNorm2d(64))\n"
             "recalibrate(model, [torch.randn(4, 1, 64, 64)], method='exact')\n"
+            "import sys; assert 'torch._dynamo' not in sys.modules  # a second to import, of no use here\n"
             "used = int(Path('/proc/self/statm').read_text().split()[0]) * resource.getpagesize()\n"
             "resource.setrlimit(resource.RLIMIT_AS, (used + 500_000_000,) * 2)\n"
             "batches = (torch.randn(50, 1, 64, 64) for _ in range(40))  # 2 GB on their way\n"

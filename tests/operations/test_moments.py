@@ -1,5 +1,6 @@
 """Moments against numpy in float64 and against exact fractions."""
 
+import pickle
 from fractions import Fraction
 
 import numpy as np
@@ -92,3 +93,12 @@ def test_nothing_and_constants():
     assert constant.squares.tolist() == [0.0, 0.0]
     empty = Moments(0, torch.zeros(2, dtype=torch.float64), torch.zeros(2, dtype=torch.float64))
     assert merge_all([empty, constant, empty]) == constant
+
+
+def test_pickled_moments_are_the_same_bits():
+    moments = measure(torch.randn(5, 300, generator=torch.Generator().manual_seed(0)) / 3)
+    back = pickle.loads(pickle.dumps(moments))
+    assert back.count == 5
+    assert torch.equal(back.mean, moments.mean)
+    assert torch.equal(back.squares, moments.squares)
+    back.mean.add_(1)  # memory of its own
