@@ -1,9 +1,9 @@
 """What a second rank costs: CPU time of recalibration by one process and by two, with the same batches.
 
 Only the work is counted, not the start of the processes: each rank warms up (the first forward makes the kernels) and
-then measures itself, under ``torchrun``. Two processes at once slow each other down, by caches and memory, whatever they
-run: "side by side" is two processes that each do half the batches and know nothing of each other. What two ranks take
-beyond that is the price of working together.
+then measures itself, under ``torchrun``. Two processes at once slow each other down, by caches and memory, whatever
+they run: "side by side" is two processes that each do half the batches and know nothing of each other. What two ranks
+take beyond that is the price of working together.
 """
 
 from __future__ import annotations
