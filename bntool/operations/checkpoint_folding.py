@@ -12,11 +12,12 @@ from bntool.checkpoints.checkpoint import Checkpoint, StateDict, check_changeabl
 from bntool.errors import RefusedError, UsageError
 from bntool.graphs.architectures import Architecture
 from bntool.graphs.declared import suggest_pairs
+from bntool.graphs.graph import Evidence, ModelGraph, NodeKind
 from bntool.graphs.sources import Knowledge, build_graph
 from bntool.layers.structure import describe_structure
 from bntool.operations.folding import FoldPlan, Layout, plan_fold
 from bntool.operations.folding_warnings import find_optimizers, warn_of_fold
-from bntool.operations.recording import make_record
+from bntool.operations.recording import find_recorded_eps, make_record
 from bntool.operations.weight_ranges import Removed, WeightRange, count_removed, measure_ranges
 from bntool.plan import RemoveEntry
 
@@ -124,6 +125,8 @@ def fold_checkpoint(  # noqa: C901, PLR0913 as many as the command has options
         from bntool.operations.proven_folding import add_eps
 
         graph = add_eps(graph, model)
+    elif graph.evidence is Evidence.DECLARED:
+        graph = _add_recorded_eps(graph, find_recorded_eps(checkpoint.records.get(state_dict.key, ())))
     plan = plan_fold(state_dict, graph, layers=layers, layout=layout, eps=eps)
     if not plan.steps:
         return CheckpointFold(plan, None, None, (), (), architectures=graph.architectures)
@@ -169,6 +172,17 @@ def fold_checkpoint(  # noqa: C901, PLR0913 as many as the command has options
         speed=speed,
         architectures=graph.architectures,
     )
+
+
+def _add_recorded_eps(graph: ModelGraph, recorded: Mapping[str, float]) -> ModelGraph:
+    """Statistics that were folded, or made to fit another eps, are right with that one only."""
+    nodes = (
+        dataclasses.replace(node, eps=recorded.get(node.layer))
+        if node.kind is NodeKind.BATCH_NORM and node.eps is None
+        else node
+        for node in graph.nodes
+    )
+    return dataclasses.replace(graph, nodes=tuple(nodes))
 
 
 def _suggest(state_dict: StateDict) -> str:

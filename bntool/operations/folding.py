@@ -192,7 +192,10 @@ class _Folder:
                 tensor=node.layer,
             )
         if node.eps is not None and self.eps is not None and node.eps != self.eps:
-            raise UsageError(f"--eps {self.eps:g} contradicts the model, which uses {node.eps:g}", tensor=node.layer)
+            raise UsageError(
+                f"--eps {self.eps:g} contradicts the model or the file's record, which has {node.eps:g}",
+                tensor=node.layer,
+            )
         return float(node.eps if node.eps is not None else self.eps)  # type: ignore[arg-type]
 
     def try_fold(self, layer: str) -> None:

@@ -381,6 +381,27 @@ def test_declared_pairs_need_eps(fold) -> None:
     assert "--eps" in document["error"]["message"]
 
 
+@pytest.mark.parametrize(
+    ("command", "recorded"),
+    [
+        (["freeze", "--as", "constant", "--eps", "1e-3"], 1e-3),
+        (["convert", "--to", "frozen-batchnorm", "--eps", "1e-3", "--target-eps", "1e-5"], 1e-5),
+    ],
+)
+def test_what_was_made_for_an_eps_is_folded_with_that_one(fold, tmp_path, command, recorded) -> None:
+    source = tmp_path / "made.pt"
+    name, *options = command
+    assert main([name, str(SAMPLES / "digits.pt"), *options, "-o", str(source), "--quiet"]) == 0
+    pair = ("--pair", "conv1=bn1")
+    code, document, *_ = fold(source, *pair, "--eps", "1e-4", model=None)
+    assert (code, "contradicts" in document["error"]["message"]) == (2, True)
+    *_, alone = fold(source, *pair, model=None, output="alone.pt")
+    *_, given = fold(source, *pair, "--eps", str(recorded), model=None, output="given.pt")
+    a, b = (torch.load(path) for path in (alone, given))
+    assert torch.equal(a["conv1.weight"], b["conv1.weight"])
+    assert torch.equal(a["conv1.bias"], b["conv1.bias"])
+
+
 def test_declared_pairs_take_eps_from_the_model_and_are_verified(fold) -> None:
     code, document, *_ = fold(SAMPLES / "digits.pt", "--pair", "conv1=bn1")
     assert code == 0
