@@ -9,9 +9,10 @@ from bntool.batchnorm import BatchNorm
 from bntool.checkpoints.checkpoint import StateDict
 from bntool.checkpoints.files import SourceFile
 from bntool.checkpoints.norms import find_norms
-from bntool.checkpoints.tensors import StoredTensor
+from bntool.checkpoints.tensors import StoredTensor, count_elements
 from bntool.errors import RefusedError, UsageError
 from bntool.graphs.graph import Edge, Evidence, ModelGraph, Node, NodeKind
+from bntool.graphs.stored import check_lengths
 
 _NORM_WORD = re.compile(r"(?:batch_?norm|norm|bn)", re.IGNORECASE)
 _VECTORS = ("weight", "bias", "running_mean", "running_var")
@@ -91,6 +92,7 @@ def declare(state_dict: StateDict, pairs: Mapping[str, str]) -> ModelGraph:
     Raises:
         UsageError: a layer is not in the state dict.
         RefusedError: shapes say that a pair cannot be.
+        CorruptFileError: vectors of one layer differ in length.
     """
     norms = {norm.name: norm for norm in find_norms(state_dict)}
     nodes: list[Node] = []
@@ -107,6 +109,10 @@ def declare(state_dict: StateDict, pairs: Mapping[str, str]) -> ModelGraph:
         channels = tuple(range(source.channels))
         edges.append(Edge(source.index, target.index, 0, channels, channels, Evidence.DECLARED))
         for node in (source, target):
+            vectors = [
+                state_dict.tensor(name) for role, name in node.parameters.items() if node is target or role == "bias"
+            ]
+            check_lengths(node.layer, [node.channels, *(count_elements(vector.shape) for vector in vectors)])
             uses.update({name: frozenset((node.index,)) for name in node.parameters.values()})
     tied = _find_tied(state_dict, uses)
     return ModelGraph(tuple(nodes), tuple(edges), uses=uses, tied=tied, evidence=Evidence.DECLARED, complete=False)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
@@ -17,7 +16,7 @@ from bntool.errors import UsageError
 from bntool.graphs.graph import Evidence, ModelGraph, Node, NodeKind, Owner
 from bntool.layers.selection import selects
 from bntool.operations.absorption import Absorber, Blocked, find_consumers, find_producers, is_parallel_branch
-from bntool.operations.norms import Norm, read_norm
+from bntool.operations.norms import Norm, check_eps, read_norm
 from bntool.operations.producers import Producer, read_producer
 from bntool.plan import Operation, Plan, RemoveModule, RemoveTensor, Skip, SkipReason, Step
 
@@ -96,8 +95,7 @@ def plan_fold(
     Raises:
         UsageError: eps is neither in the graph nor given, contradicts the graph, or is none.
     """
-    if eps is not None and not 0 <= eps < math.inf:
-        raise UsageError(f"--eps {eps:g} is no finite number of at least 0")
+    check_eps(eps)
     return _Folder(state_dict, graph, layers=layers, layout=layout, eps=eps).plan()
 
 
@@ -138,8 +136,7 @@ class _Folder:
         )
 
     def position(self, layer: str) -> int:
-        order = [*self.graph.batchnorms, *self.skips]
-        return order.index(layer)
+        return [*self.graph.batchnorms, *self.skips].index(layer)
 
     def skip(self, layer: str, reason: SkipReason, detail: str = "") -> None:
         self.skips[layer] = Skip(layer, reason, detail)
@@ -193,7 +190,7 @@ class _Folder:
             )
         if node.eps is not None and self.eps is not None and node.eps != self.eps:
             raise UsageError(
-                f"--eps {self.eps:g} contradicts the model or the file's record, which has {node.eps:g}",
+                f"--eps {self.eps:g} contradicts the model or record, which says {node.eps:g}",
                 tensor=node.layer,
             )
         return float(node.eps if node.eps is not None else self.eps)  # type: ignore[arg-type]

@@ -157,8 +157,8 @@ def plan_freeze(  # noqa: PLR0913 each is an option of the command
     )
     keeps_policy = carrier in (Carrier.RECORD, Carrier.MODULES) and (concerned or frozen_parameters)
     if keeps_policy or (carrier is Carrier.LAYERS and steps):
-        known = {"eps": eps} if form is FreezeForm.CONSTANT and eps is not None else {}
-        record = make_record(plan, form=form.value, policy=policy.to_record(), **known)
+        own_eps = {"eps": eps} if form is FreezeForm.CONSTANT and eps is not None else {}
+        record = make_record(plan, form=form.value, policy=policy.to_record(), **own_eps)
         if not for_file or _has_place(checkpoint, source, plan):
             plan = plan.with_record(record)
     return FreezePlan(

@@ -11,6 +11,7 @@ from bntool.batchnorm import STATISTICS
 from bntool.checkpoints.arrays import to_float64
 from bntool.checkpoints.checkpoint import StateDict
 from bntool.checkpoints.tensors import LiteralTensor, StoredTensor, read_bytes, read_numbers
+from bntool.errors import UsageError
 from bntool.graphs.graph import ModelGraph, Node, Owner
 from bntool.operations.absorption import Absorption, Array, Blocked
 from bntool.operations.producers import FOLDABLE
@@ -96,6 +97,16 @@ class Norm:
             shape = tuple(state_dict.tensor(self.names[role]).shape)
             for name in graph.names_of(self.names[role]):
                 yield SetTensor(name, Values(tuple(values.tolist()), shape))
+
+
+def check_eps(eps: float | None) -> None:
+    """Hold the eps that a user gives against what one can be.
+
+    Raises:
+        UsageError: it is NaN, infinite or negative.
+    """
+    if eps is not None and not 0 <= eps < np.inf:
+        raise UsageError(f"--eps {eps:g} is no finite number of at least 0")
 
 
 def read_norm(calls: Sequence[Node], graph: ModelGraph, state_dict: StateDict, *, eps: float) -> Norm:

@@ -10,7 +10,7 @@ from torch import nn
 
 from bntool.checkpoints.checkpoint import choose_state_dict
 from bntool.checkpoints.formats import open_checkpoint
-from bntool.errors import UnreadableFileError, UsageError
+from bntool.errors import CorruptFileError, UnreadableFileError, UsageError
 from bntool.graphs.declared import declare, read_pairs, suggest_pairs
 from bntool.layers.application import read_state
 from bntool.operations.folding import plan_fold
@@ -68,3 +68,11 @@ def test_a_tensor_that_lies_under_two_names_is_left_alone(tmp_path: Path, part: 
             plan = plan_fold(state_dict, declare(state_dict, {"bn": "conv"}), eps=1e-5)
             reasons[name] = [skip.reason for skip in plan.skips]
     assert reasons == {"tied": [SkipReason.REUSED], "apart": [], "averaged": []}
+
+
+@pytest.mark.parametrize("name", ["bn.running_var", "conv.bias"])
+def test_vectors_of_different_lengths_are_named(tmp_path: Path, name: str) -> None:
+    tensors = nn.ModuleDict({"conv": nn.Conv2d(3, 4, 1), "bn": nn.BatchNorm2d(4)}).state_dict()
+    torch.save({**tensors, name: torch.ones(5)}, tmp_path / "uneven.pt")
+    with open_checkpoint(tmp_path / "uneven.pt") as checkpoint, pytest.raises(CorruptFileError, match="4 and 5"):
+        declare(choose_state_dict(checkpoint), {"bn": "conv"})
