@@ -60,8 +60,10 @@ def _rewrite(checkpoint: Checkpoint, changes: TorchChanges, writer: ZipWriter) -
             writer.add(record.name, chunks, size=record.size)
         elif record.name in dropped:
             archive.check_record(record)
+        elif record.is_deflated:
+            writer.add(record.name, iter((archive.read(record),)), size=record.size)
         else:
-            writer.add(record.name, patched_chunks(archive, record, iter(())), size=record.size)
+            writer.copy(archive, record)
         if record.header_offset == last_storage and not added:
             add_new_storages()
             added = True

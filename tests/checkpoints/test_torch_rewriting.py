@@ -28,6 +28,7 @@ from bntool.plan import (
     Record,
     RemoveEntry,
     RemoveTensor,
+    Scaled,
     SetAttribute,
     SetTensor,
     SetVersion,
@@ -518,17 +519,23 @@ def test_archives_that_were_packed_again(deflate: bool, tmp_path: Path) -> None:
 def test_a_damaged_source_is_noticed_on_rewriting(tmp_path: Path) -> None:
     source = _save(tiny_net().state_dict(), tmp_path)
     with open_checkpoint(source) as checkpoint:
-        offset = checkpoint.state_dict("").tensors["3.weight"].storage.offset  # type: ignore[attr-defined]
+        weight = checkpoint.state_dict("").tensors["3.weight"]
+        storage, shape = weight.storage, weight.shape  # type: ignore[attr-defined]
+    offset, record = storage.offset, f"in/data/{storage.key}"
     data = bytearray(source.read_bytes())
     data[offset] ^= 1
     source.write_bytes(data)
     checkpoint = open_checkpoint(source)  # opening does not read it
     with pytest.raises(CorruptFileError, match="checksum"):
         checkpoint.format.verify_checksums(checkpoint)
-    for plan in (_plan(MEAN), _plan(MEAN, Record({})), _plan(RemoveTensor("3.weight"))):
+    scaled = SetTensor("3.weight", Scaled("3.weight", shape, (2.0,), (1,) * len(shape)))
+    for plan in (_plan(scaled), _plan(scaled, Record({})), _plan(RemoveTensor("3.weight"))):
         with pytest.raises(CorruptFileError, match="checksum"):
             _rewrite(source, plan)
     assert os.listdir(tmp_path) == ["in.pt"]
+    for plan in (_plan(MEAN), _plan(MEAN, Record({}))):  # what is only copied keeps its checksum, and so its damage
+        target = _rewrite(source, plan)
+        assert zipfile.ZipFile(target).testzip() == record
 
 
 def test_big_endian_files_stay_so(tmp_path: Path) -> None:

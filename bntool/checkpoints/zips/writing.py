@@ -26,6 +26,7 @@ from bntool.checkpoints.zips.reading import (
 from bntool.errors import CorruptFileError
 
 _ALIGNMENT = 64  # torch maps storages; it aligns them so
+_PAGE = 4096
 
 
 def copy_with_patches(
@@ -33,34 +34,27 @@ def copy_with_patches(
 ) -> None:
     """Copy the whole archive, changing bytes inside stored records and the checksums of these records only.
 
-    Every byte outside of the patched ranges and of the CRC fields is copied as it is; the checksum of every record of
-    the source is verified on the way.
+    Every byte outside of the patched ranges and of the CRC fields is copied as it is. The source is held against the
+    checksums of the patched records; the others keep theirs, so that damage in them stays as visible as it was.
 
     Args:
         patches: by record name, (offset in the record, bytes) in ascending order, none overlapping.
 
     Raises:
-        CorruptFileError: a record of the source does not match its checksum.
+        CorruptFileError: a patched record of the source does not match its checksum.
     """
     file = archive.file
     position = 0
     checksums: list[tuple[ZipRecord, int]] = []
-    for record in sorted(archive.records.values(), key=lambda record: record.header_offset):
-        for chunk in file.chunks(position, record.data_offset - position):
+    for record in sorted((archive.records[name] for name in patches), key=lambda record: record.header_offset):
+        file.copy_to(stream, offset=position, length=record.data_offset - position)
+        crc = 0
+        for chunk in patched_chunks(archive, record, patches[record.name]):
+            crc = zlib.crc32(chunk, crc)
             stream.write(chunk)
-        if record.is_deflated:  # never patched here: its bytes are copied as they are
-            for chunk in file.chunks(record.data_offset, record.stored_size):
-                stream.write(chunk)
-        else:
-            crc = 0
-            for chunk in patched_chunks(archive, record, patches.get(record.name, ())):
-                crc = zlib.crc32(chunk, crc)
-                stream.write(chunk)
-            if record.name in patches:
-                checksums.append((record, crc))
+        checksums.append((record, crc))
         position = record.data_offset + record.stored_size
-    for chunk in file.chunks(position, file.size - position):
-        stream.write(chunk)
+    file.copy_to(stream, offset=position, length=file.size - position)
     if archive.has_checksums:
         for record, crc in checksums:
             _replace_checksum(archive, record, stream, crc)
@@ -128,11 +122,7 @@ class ZipWriter:
         stream = self._stream
         offset = stream.tell()
         raw = name.encode("utf-8")
-        wide = size >= MASK32
-        extra = struct.pack("<HHQQ", 1, 16, size, size) if wide else b""
-        start = offset + LOCAL_HEADER.size + len(raw) + len(extra) + 4
-        padding = -start % _ALIGNMENT
-        extra += struct.pack("<HH", 0x4246, padding) + b"Z" * padding  # "FB", torch's own padding field
+        extra = _extra_field(offset + LOCAL_HEADER.size + len(raw), size=size)
         stream.write(self._local_header(raw, extra, size=size, crc=0))
         crc, written = 0, 0
         for chunk in chunks:
@@ -146,6 +136,20 @@ class ZipWriter:
         stream.write(self._local_header(raw, extra, size=size, crc=crc))
         stream.seek(end)
         self._directory.append(self._central_entry(raw, size=size, crc=crc, offset=offset))
+
+    def copy(self, archive: ZipArchive, record: ZipRecord) -> None:
+        """Append a stored record of another archive as it is, with the checksum that it has there."""
+        stream, size = self._stream, record.size
+        offset = stream.tell()
+        raw = record.name.encode("utf-8")
+        like = record.data_offset if size >= CHUNK else 0
+        extra = _extra_field(offset + LOCAL_HEADER.size + len(raw), size=size, like=like)
+        stream.write(self._local_header(raw, extra, size=size, crc=record.crc))
+        if size >= CHUNK:
+            archive.file.copy_to(stream, offset=record.data_offset, length=size)
+        else:
+            stream.write(archive.file.read(record.data_offset, size))
+        self._directory.append(self._central_entry(raw, size=size, crc=record.crc, offset=offset))
 
     def _local_header(self, name: bytes, extra: bytes, *, size: int, crc: int) -> bytes:
         narrow = min(size, MASK32)
@@ -177,3 +181,18 @@ class ZipWriter:
         stream.write(LOCATOR.pack(b"PK\x06\x07", 0, end, 1))
         short, small, near = min(count, 0xFFFF), min(size, MASK32), min(offset, MASK32)
         stream.write(END.pack(b"PK\x05\x06", 0, 0, short, short, small, near, 0))
+
+
+def _extra_field(start: int, *, size: int, like: int = 0) -> bytes:
+    """Sizes that need 64 bits, and padding until the data is aligned.
+
+    Args:
+        start: where the field begins.
+        size: of the record.
+        like: where the data lies in the file that it is copied from: at the same place in a page of memory the kernel
+            copies it for half the price.
+    """
+    extra = struct.pack("<HHQQ", 1, 16, size, size) if size >= MASK32 else b""
+    step = _PAGE if like and like % _ALIGNMENT == 0 else _ALIGNMENT
+    padding = (like - start - len(extra) - 4) % step
+    return extra + struct.pack("<HH", 0x4246, padding) + b"Z" * padding  # "FB", torch's own padding field

@@ -142,7 +142,7 @@ def test_written_archives_are_read_by_zipfile(records: dict[str, bytes], checksu
             assert stream.getvalue()[start : start + len(data)] == data, name
 
 
-def test_patches_are_placed_and_all_else_is_verified(tmp_path: Path) -> None:
+def test_patches_are_placed_and_all_else_is_copied(tmp_path: Path) -> None:
     path = write_zip({"a.weight": torch.arange(100.0)}, tmp_path)
     with SourceFile(path) as source:
         archive = read_archive(source)
@@ -156,12 +156,16 @@ def test_patches_are_placed_and_all_else_is_verified(tmp_path: Path) -> None:
     damaged = bytearray(path.read_bytes())
     damaged[damaged.find(b"little")] ^= 1
     path.write_bytes(damaged)
+    with SourceFile(path) as source, (tmp_path / "out").open("w+b") as target:
+        copy_with_patches(read_archive(source), target, {"model/data/0": [(0, b"ab")]})
+    with zipfile.ZipFile(tmp_path / "out") as copy:
+        assert copy.testzip() == "model/byteorder"  # as damaged as it was
     with (
         SourceFile(path) as source,
         (tmp_path / "out").open("w+b") as target,
         pytest.raises(CorruptFileError, match="byteorder"),
     ):
-        copy_with_patches(read_archive(source), target, {})
+        copy_with_patches(read_archive(source), target, {"model/byteorder": [(0, b"b")]})
 
 
 def test_what_inflates_too_far_is_refused(tmp_path: Path) -> None:
