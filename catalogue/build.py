@@ -17,7 +17,7 @@ from importlib import metadata
 from pathlib import Path
 
 from bntool.graphs.catalogue import PATH, Catalogue, Scope, fingerprint_scope
-from catalogue.checking import check_recognition
+from catalogue.checking import check_recognition, fold_alike
 from catalogue.observing import Observation, observe_all
 from catalogue.writing import pack
 
@@ -31,12 +31,17 @@ def build(observations: Iterable[Observation]) -> bytes:
     scopes: dict[Scope, int] = {}
     eps: dict[tuple[tuple[int, float], ...], int] = {}
     entries: dict[tuple[int, int, int, int, int], list[str]] = {}
+    alike: dict[tuple[int, int], list[str]] = {}  # structures of architectures with the same tensors
     for seen in sorted(observations, key=lambda seen: (seen.name.rpartition(":")[2], seen.name)):
         if not seen.structure or seen.scope is None:
             continue
         inside, rest = fingerprint_scope(seen.scope, seen.shapes)
-        structure = structures.setdefault(seen.structure, len(structures))
         scope = scopes.setdefault(seen.scope, len(scopes))
+        twins = alike.setdefault((scope, inside), [])
+        text = next((text for text in twins if fold_alike(seen, text)), seen.structure)
+        if text == seen.structure and text not in twins:
+            twins.append(text)
+        structure = structures.setdefault(text, len(structures))
         layers = sorted(find_layers(seen.scope, seen.shapes))
         runs = [_run([seen.eps[layer] for layer in layers])]
         if seen.name.rpartition(":")[2] in _TWO_EPS:

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from bntool.errors import BntoolError
-from bntool.graphs.architectures import recognise_in
-from bntool.graphs.assumed import read_structure
+from bntool.graphs.architectures import Architecture, recognise_in
+from bntool.graphs.assumed import assume, read_structure
 from bntool.graphs.catalogue import Catalogue
 from bntool.graphs.graph import ModelGraph
 from bntool.operations.folding import FoldPlan, plan_fold
 from tests.graphs.drawn_tensors import draw_state_dict
+
+if TYPE_CHECKING:
+    from catalogue.observing import Observation
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -53,6 +57,30 @@ def compare(graph: ModelGraph, text: str, shapes: Shapes, eps: Mapping[str, floa
         (skip.layer, skip.detail) for skip in stored.skips
     }
     return Verdict(len(traced.folds), len(traced.skips), len(details), problem)
+
+
+def fold_alike(seen: Observation, text: str) -> bool:
+    """Whether another structure plans the same for an architecture, alone and as a part of something else."""
+    if text == seen.structure:
+        return True
+    state_dict = draw_state_dict(seen.shapes)
+    for whole in (True, False):
+        architecture = Architecture("", (seen.name,), whole, seen.eps, tuple(seen.eps))
+        plans = []
+        for structure in (seen.structure, text):
+            graph = assume(state_dict, (architecture,), catalogue=_OneStructure(structure))
+            plans.append(plan_fold(state_dict, graph))
+        if decisions(plans[0]) != decisions(plans[1]) or plans[0].steps != plans[1].steps:
+            return False
+    return True
+
+
+class _OneStructure(Catalogue):
+    def __init__(self, text: str) -> None:
+        self._text = text
+
+    def structure(self, number: int) -> str:  # noqa: ARG002 (the catalogue's own signature)
+        return self._text
 
 
 def check_recognition(name: str, shapes: Shapes, catalogue: Catalogue) -> str:

@@ -132,8 +132,9 @@ def test_architectures_that_differ_in_eps_have_to_be_told_apart() -> None:
     (found,) = recognise(state_dict)
     assert {"timm:efficientnet_b0", "timm:tf_efficientnet_b0"} <= set(found.names)
     assert set(found.choices) == {1e-5, 1e-3}
-    with pytest.raises(RefusedError, match=r"1e-05 .* 0\.001 .*--arch NAME"):
+    with pytest.raises(RefusedError, match=r"1e-05 .* 0\.001 .*--arch NAME or --eps X"):
         assume(state_dict, (found,))
+    assert plan(state_dict, eps=1e-3).folds == plan(state_dict, name="timm:tf_efficientnet_b0").folds
     planned = {name: plan(state_dict, name=name) for name in ("timm:efficientnet_b0", "timm:tf_efficientnet_b0")}
     assert [len(each.folds) for each in planned.values()] == [49, 49]
     one, other = planned.values()
