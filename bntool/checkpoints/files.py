@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 CHUNK = 1 << 17  # bytes copied at a time; larger blocks are given back to the system and faulted in again each time
+_SMALL = 1 << 15  # bytes of a part that is kept in memory
 
 
 class ByteSource(Protocol):
@@ -139,7 +140,10 @@ class SourceFile:
 
 
 class FileSlice(SourceFile):
-    """A part of an open file that is read as if it were a file of its own; the file stays its owner's to close."""
+    """A part of an open file that is read as if it were a file of its own; the file stays its owner's to close.
+
+    A small part is read at once: an archive of one small tensor would ask for its bytes in twenty pieces.
+    """
 
     def __init__(self, file: SourceFile, *, offset: int, length: int) -> None:
         if offset < 0 or length < 0 or offset + length > file.size:
@@ -147,8 +151,11 @@ class FileSlice(SourceFile):
         self._file = file
         self._offset = offset
         self.path, self.size, self.mode, self.identity = file.path, length, file.mode, file.identity
+        self._kept = file.read(offset, length) if length <= _SMALL else None
 
     def _read_once(self, offset: int, length: int) -> bytes:
+        if self._kept is not None:
+            return self._kept[offset : offset + length]
         return self._file._read_once(self._offset + offset, length)  # noqa: SLF001 (its own kind)
 
     def copy_to(self, stream: IO[bytes], *, offset: int, length: int) -> None:
