@@ -55,6 +55,7 @@ def command(
     byte by byte.
 
     Examples:
+
       bntool diff before.pt after.pt
 
       bntool diff pretrained.pt epoch_12.pth --expect norm-eval --layers 'backbone.*'

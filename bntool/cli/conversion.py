@@ -67,6 +67,7 @@ def command(
     for is recorded where that is possible, so that the way back loses nothing.
 
     Examples:
+
       bntool convert ckpt.pt --to safetensors -o ckpt.safetensors
 
       bntool convert ckpt.pt --to frozen-batchnorm --eps 1e-5 -o frozen.pt

@@ -110,6 +110,7 @@ def command(
     under a prefix such as backbone; their forward and eps are then assumed, which --strict refuses.
 
     Examples:
+
       bntool fold resnet50.pth -o folded.pth
 
       bntool fold ckpt.pt --model net.py:build -o folded.pt

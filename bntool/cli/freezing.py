@@ -91,6 +91,7 @@ def command(
     neither modes nor requires_grad: the command records what to freeze, and one line applies it to the model.
 
     Examples:
+
       bntool freeze ckpt.pt -o frozen.pt
 
       bntool freeze ckpt.pt -o frozen.pt --no-requires-grad --layers 'backbone.*' --frozen-stages 1

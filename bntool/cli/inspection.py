@@ -57,6 +57,7 @@ def command(
     Nothing in the file is executed, whatever it is; torch is not needed for it either.
 
     Examples:
+
       bntool inspect ckpt.pt
 
       bntool inspect ckpt.pt --layers 'backbone.layer3.*' --json
