@@ -103,7 +103,8 @@ def _read_limits() -> Iterator[int]:
         space, _ = resource.getrlimit(resource.RLIMIT_AS)  # ulimit -v
         if space != resource.RLIM_INFINITY:
             pages = int(Path("/proc/self/statm").read_text().split()[0])
-            yield max(0, space - pages * resource.getpagesize())
+            # stacks of threads and malloc's arenas take address space that no tensor fills
+            yield max(0, space - pages * resource.getpagesize()) // 2
     groups = Path("/sys/fs/cgroup")
     for limit, used in (
         (groups / "memory.max", groups / "memory.current"),
