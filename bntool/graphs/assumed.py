@@ -33,6 +33,7 @@ from bntool.errors import RefusedError
 from bntool.graphs.architectures import Architecture
 from bntool.graphs.catalogue import Catalogue, load_catalogue
 from bntool.graphs.graph import Edge, Evidence, ModelGraph, Node, NodeKind, Owner
+from bntool.graphs.ties import find_tied
 
 KINDS = {
     "c": NodeKind.CONVOLUTION,
@@ -88,7 +89,12 @@ def assume(
         if not architecture.whole:
             reader.surround()
     whole = len(architectures) == 1 and architectures[0].whole
-    return dataclasses.replace(reader.finish(), architectures=tuple(architectures), complete=whole)
+    graph = reader.finish()
+    shared = {
+        name for first, others in graph.aliases.items() for name in (first, *others)
+    }  # as the architecture has it
+    tied = graph.tied | find_tied(state_dict, graph.uses.keys() - shared)
+    return dataclasses.replace(graph, tied=tied, architectures=tuple(architectures), complete=whole)
 
 
 def _check(architecture: Architecture, *, eps: float | None) -> None:

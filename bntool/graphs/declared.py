@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from bntool.batchnorm import BatchNorm
 from bntool.checkpoints.checkpoint import StateDict
 from bntool.checkpoints.files import SourceFile
 from bntool.checkpoints.norms import find_norms
-from bntool.checkpoints.tensors import StoredTensor, count_elements
+from bntool.checkpoints.tensors import count_elements
 from bntool.errors import RefusedError, UsageError
 from bntool.graphs.graph import Edge, Evidence, ModelGraph, Node, NodeKind
 from bntool.graphs.stored import check_lengths
+from bntool.graphs.ties import find_tied
 
 _NORM_WORD = re.compile(r"(?:batch_?norm|norm|bn)", re.IGNORECASE)
 _VECTORS = ("weight", "bias", "running_mean", "running_var")
@@ -114,19 +115,8 @@ def declare(state_dict: StateDict, pairs: Mapping[str, str]) -> ModelGraph:
             ]
             check_lengths(node.layer, [node.channels, *(count_elements(vector.shape) for vector in vectors)])
             uses.update({name: frozenset((node.index,)) for name in node.parameters.values()})
-    tied = _find_tied(state_dict, uses)
+    tied = find_tied(state_dict, uses)
     return ModelGraph(tuple(nodes), tuple(edges), uses=uses, tied=tied, evidence=Evidence.DECLARED, complete=False)
-
-
-def _find_tied(state_dict: StateDict, names: Collection[str]) -> frozenset[str]:
-    """Which of the tensors are another tensor of the state dict, too: a module loads both into one parameter."""
-    twins: dict[tuple[object, ...], list[str]] = {}
-    for full, tensor in state_dict.tensors.items():
-        if isinstance(tensor, StoredTensor) and tensor.storage is not None and tensor.numel:
-            memory = id(tensor.storage.source), tensor.storage.offset, tensor.byte_range, tensor.shape, tensor.strides
-            twins.setdefault(memory, []).append(full)
-    tied = {full for together in twins.values() if len(together) > 1 for full in together}
-    return frozenset(name for name in names if state_dict.full_name(name) in tied)
 
 
 def _producer(index: int, state_dict: StateDict, layer: str, norm: BatchNorm) -> Node:

@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from bntool.checkpoints.checkpoint import StateDict
+from bntool.checkpoints.formats import open_checkpoint
 from bntool.checkpoints.norms import find_batchnorms
 from bntool.errors import RefusedError, UsageError
 from bntool.graphs.architectures import assume_eps, find_name, recognise
@@ -125,6 +127,20 @@ def test_in_a_part_nothing_is_folded_through_what_its_surroundings_may_read() ->
     beyond = [fold.layer for fold in plan(whole).folds if fold.level is not Level.DIRECT]
     kept = {skip.layer.removeprefix("backbone."): skip for skip in plan(part).skips}
     assert set(beyond) <= kept.keys()
+
+
+def test_a_tensor_that_the_file_ties_to_another_is_left_alone(tmp_path: Path) -> None:
+    """Loaded into a model that ties the two as well, the change of one would undo that of the other."""
+    state = {key: torch.ones(shape) for key, shape in BY_NAME["torchvision:resnet18"]["shapes"]}
+    state["layer1.0.conv1.weight"] = state["layer1.0.conv2.weight"]
+    torch.save(state, tmp_path / "tied.pt")
+    with open_checkpoint(tmp_path / "tied.pt") as checkpoint:
+        planned = plan(checkpoint.state_dict(""))
+    assert len(planned.folds) == 18
+    assert {(skip.layer, skip.reason) for skip in planned.skips} == {
+        ("layer1.0.bn1", SkipReason.REUSED),
+        ("layer1.0.bn2", SkipReason.REUSED),
+    }
 
 
 def test_architectures_that_differ_in_eps_have_to_be_told_apart() -> None:
