@@ -106,7 +106,7 @@ def _print_versions() -> None:
     from importlib import metadata
 
     parts = [f"bntool {__version__}", f"Python {platform.python_version()}", platform.platform(terse=True)]
-    for package in ("torch", "safetensors", "numpy"):
+    for package in ("torch", "numpy", "typer", "Pillow", "h5py", "onnx", "onnxruntime"):
         with contextlib.suppress(metadata.PackageNotFoundError):
             parts.append(f"{package} {metadata.version(package)}")
     print(", ".join(parts))
