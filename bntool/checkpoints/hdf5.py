@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from bntool.checkpoints.dtypes import BFLOAT16, BY_NAME, DType, NumberKind
 from bntool.checkpoints.files import ByteSource
+from bntool.checkpoints.limits import limited_memory
 from bntool.checkpoints.tensors import MAX_DIMENSIONS, Storage, StoredTensor, contiguous_strides, count_elements
 from bntool.errors import BntoolError, CorruptFileError, MissingExtraError, UnsafeFileError
 
@@ -30,6 +31,7 @@ MAX_ATTRIBUTES = 1000  # of one object
 MAX_TEXT = 1 << 28  # of one attribute
 MAX_TEXTS = 100_000
 MAX_REFERENCES = 4096  # texts of any length in one attribute: what fits in the 64 KiB that Keras keeps to
+_ROOM = 1 << 26  # bytes, beside those of the file, that reading such an attribute may take
 MAX_DECODED = 1 << 28  # a compressed dataset that becomes larger is taken for a bomb
 MAX_RATIO = 1100  # deflate cannot do better
 _FILTERS = {1: "deflate", 2: "shuffle", 3: "fletcher32", 32000: "lzf"}  # built into h5py: no plugin is loaded
@@ -229,7 +231,11 @@ class _Listing:
         import numpy as np
 
         value = np.empty(shape, dtype=kind.dtype)
-        attribute.read(value, mtype=kind if not kind.is_variable_str() else None)
+        if kind.is_variable_str():
+            with limited_memory(_ROOM + self.source.size):
+                attribute.read(value)
+        else:
+            attribute.read(value, mtype=kind)
         texts = [_decode(item) for item in value.ravel().tolist()]
         return tuple(texts) if shape else texts[0]
 
