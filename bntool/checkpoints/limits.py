@@ -11,8 +11,8 @@ from pathlib import Path
 def limited_memory(room: int) -> Iterator[None]:
     """Let allocations beyond so many bytes fail.
 
-    libhdf5 allocates the length that a reference to a text claims before it looks how long the text is. Where the system
-    has no such limit (Windows, macOS), nothing is limited.
+    libhdf5 allocates the length that a reference to a text claims before it looks how long the text is. Where the
+    system has no such limit (Windows, macOS), nothing is limited.
     """
     try:
         import resource

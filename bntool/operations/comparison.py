@@ -94,6 +94,7 @@ class Comparison:
         path_b: what B puts before the names of A beyond wrappers' prefixes, e.g. ``backbone.``; likewise ``path_a``.
         layers: the selected BatchNorm layers of either side, those that moved most first.
         others: every other tensor by name, without prefix.
+        not_compared: keys of the other state dicts of A and of B.
     """
 
     a: StateDict
@@ -103,6 +104,7 @@ class Comparison:
     layers: tuple[LayerComparison, ...]
     others: Mapping[str, Change]
     assumptions: tuple[str, ...] = ()
+    not_compared: tuple[tuple[str, ...], tuple[str, ...]] = ((), ())
 
     @property
     def identical(self) -> bool:
@@ -160,7 +162,12 @@ def compare_checkpoints(
         layers=tuple(ordered),
         assumptions=tuple(dict.fromkeys((*assumed_a, *assumed_b))),
         others={name: _compare(name, tensors_a.get(name), tensors_b.get(name)) for name in rest} if others else {},
+        not_compared=(_other_keys(a, one), _other_keys(b, two)),
     )
+
+
+def _other_keys(checkpoint: Checkpoint, compared: StateDict) -> tuple[str, ...]:
+    return tuple(state_dict.key for state_dict in checkpoint.state_dicts if state_dict.key != compared.key)
 
 
 def find_violations(comparison: Comparison, expectation: Expectation) -> list[str]:

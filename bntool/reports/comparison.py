@@ -22,6 +22,7 @@ def describe_comparison(
     return {
         "other_file": path_b,
         "state_dicts": [comparison.a.key, comparison.b.key],
+        "not_compared": [list(keys) for keys in comparison.not_compared],
         "prefixes": [comparison.a.prefix + comparison.path_a, comparison.b.prefix + comparison.path_b],
         "identical": comparison.identical,
         "layers": [_describe_layer(layer) for layer in comparison.layers],
@@ -63,6 +64,10 @@ def show_comparison(
     for side, path in (("A", comparison.path_a), ("B", comparison.path_b)):
         if path:
             blocks.append(line(f"names of {side} are compared without {path!r}", Style.MUTED))
+    for side, keys in zip("AB", comparison.not_compared, strict=True):
+        if keys:
+            listed = ", ".join(repr(key) for key in keys[:_SHOWN])
+            blocks.append(line(f"not compared of {side}: state dict {listed}", Style.MUTED))
     changed = [layer for layer in comparison.layers if layer.changed]
     count = len(comparison.layers)
     blocks.append(line(f"{len(changed)} of {plural(count, 'BatchNorm layer')} changed", Style.HEADING))

@@ -207,6 +207,7 @@ def test_the_model_and_its_average_in_one_file():
     training = SAMPLES / "digits_training.pt"
     comparison = compare(training, training, state_dict="state_dict", state_dict_b="ema_state_dict")
     assert (comparison.a.key, comparison.b.key) == ("state_dict", "ema_state_dict")
+    assert comparison.not_compared == (("ema_state_dict",), ("state_dict",))
     content = torch.load(training, weights_only=False)
     model = {name.removeprefix("module."): value for name, value in content["state_dict"].items()}
     average = {name.removeprefix("module."): value for name, value in content["ema_state_dict"].items()}
