@@ -310,7 +310,7 @@ def zoo(names: list[str]) -> None:
         randomise(model, seed)
         with tempfile.TemporaryDirectory() as folder:
             for suffix, layout in ((".keras", "folded"), (".h5", "folded"), (".keras", "same-keys")):
-                if suffix == ".h5" and name == "MobileNetV3Small":
+                if suffix == ".h5" and name in ("MobileNetV3Small", "InceptionResNetV2"):
                     continue  # Keras cannot load what it saves: a number beside tensors in a function of keras.ops
                 found = judge(name, model, Path(folder), suffix, layout)
                 counts = f"{len(found['folds'])} of {len(found['folds']) + len(found['skips'])}"
