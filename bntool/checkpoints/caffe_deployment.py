@@ -77,7 +77,7 @@ def edit_prototxt(checkpoint: Checkpoint, prototxt: Prototxt) -> str:
     biased = {content.names[index] for index in biased_layers(checkpoint)}
     removed = frozenset(layer.index for layer in wiring.layers if layer.name in gone)
     renaming = find_renaming(wiring, removed)
-    edits = _freeze(prototxt, _frozen_layers(checkpoint))
+    edits = find_freezing_edits(prototxt, _frozen_layers(checkpoint))
     for layer in wiring.layers:
         text = _text_of(layer)
         if layer.index in removed:
@@ -111,13 +111,12 @@ class FrozenLayer:
     blobs: int = 3
 
 
-def freeze_prototxt(prototxt: Prototxt, layers: Mapping[str, FrozenLayer]) -> str:
-    """The text with layers that do not change in training: use_global_stats, and lr_mult and decay_mult 0."""
-    return prototxt.edited(sorted(_freeze(prototxt, layers)))
+def find_freezing_edits(prototxt: Prototxt, layers: Mapping[str, FrozenLayer]) -> set[tuple[int, int, str]]:
+    """What makes layers stay in training: use_global_stats, and lr_mult and decay_mult 0.
 
-
-def _freeze(prototxt: Prototxt, layers: Mapping[str, FrozenLayer]) -> set[tuple[int, int, str]]:
-    """Ranges and new texts, in the net that is tested and in the one that is trained."""
+    Returns:
+        Ranges and new texts, in the net that is tested and in the one that is trained.
+    """
     edits: set[tuple[int, int, str]] = set()
     for wiring in (Wiring.of(prototxt.layers), Wiring.of(prototxt.training)):
         for layer in wiring.layers:

@@ -145,8 +145,9 @@ def _describe_unknown(head: bytes) -> str:
         b"\x80": "a pickle that torch.save did not write",
     }
     guess = next((what for magic, what in signatures.items() if head.startswith(magic)), None)
-    known = ", ".join(f.title for f in FORMATS)
-    return f"the format is not known (read are: {known})" + (f"; this looks like {guess}" if guess else "")
+    return "the format is not known" + (
+        f"; this looks like {guess}" if guess else ": docs/formats.md has those that are"
+    )
 
 
 def save_checkpoint(checkpoint: Checkpoint, path: str | os.PathLike[str], *, force: bool = False) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from bntool.checkpoints.caffe_deployment import FrozenLayer, deploy, freeze_prototxt
+from bntool.checkpoints.caffe_deployment import FrozenLayer, deploy, find_freezing_edits
 from bntool.checkpoints.files import SourceFile
 from bntool.checkpoints.formats import open_checkpoint
 from bntool.checkpoints.norms import find_batchnorms
@@ -39,6 +39,10 @@ def test_reads_layers_that_run_in_test() -> None:
     }  # fmt: skip
     assert layers[1].parameters == {"batch_norm_param.eps": 1e-3, "batch_norm_param.use_global_stats": False}
     assert (layers[2].bottoms, layers[2].tops) == (("conv",), ("conv",))
+
+
+def freeze_prototxt(net, layers) -> str:
+    return net.edited(sorted(find_freezing_edits(net, layers)))
 
 
 def test_nothing_to_change_changes_nothing() -> None:
