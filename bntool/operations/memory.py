@@ -14,6 +14,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+_ARENA, _STACK = 64 << 20, 8 << 20  # glibc's heaps on 64 bits, and Linux's usual stack
 _SPARE = 0.6  # share of memory that tensors can fill: kernels need room, allocators keep what was freed
 
 
@@ -24,18 +25,24 @@ class Forecast:
     Attributes:
         waiting: bytes for each sample that are alive while its batch waits at the layer where most are.
         running: bytes for each sample at the peak of a forward.
+        thread: bytes of address space for each batch, see :func:`find_thread_space`.
     """
 
     waiting: float
     running: float
+    thread: int = 0
 
     def need(self, samples: int, batch_size: int) -> int:
         """Bytes for so many samples on their way, of which one batch runs."""
-        return int((self.waiting * samples + self.running * batch_size) / _SPARE)
+        return int((self._keep(batch_size) * samples + self.running * batch_size) / _SPARE)
 
     def fit(self, available: int, batch_size: int) -> int:
         """How many samples fit into so many bytes."""
-        return max(0, int((available * _SPARE - self.running * batch_size) / max(self.waiting, 1.0)))
+        return max(0, int((available * _SPARE - self.running * batch_size) / max(self._keep(batch_size), 1.0)))
+
+    def _keep(self, batch_size: int) -> float:
+        """Bytes for each sample while its batch waits."""
+        return self.waiting + self.thread / max(batch_size, 1)
 
 
 class LiveTensors(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -93,6 +100,18 @@ def find_available(device: torch.device | None) -> int | None:
     return limit if limit is None else limit // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
+def find_thread_space() -> int:
+    """Address space that the system reserves for a thread, its stack and malloc's arena; 0 where it is not limited."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    if resource.getrlimit(resource.RLIMIT_AS)[0] == resource.RLIM_INFINITY:
+        return 0
+    stack, _ = resource.getrlimit(resource.RLIMIT_STACK)
+    return _ARENA + (_STACK if stack == resource.RLIM_INFINITY else min(stack, _STACK))
+
+
 def _read_limits() -> Iterator[int]:
     with contextlib.suppress(OSError, ValueError, StopIteration):
         lines = Path("/proc/meminfo").read_text().splitlines()
@@ -103,8 +122,7 @@ def _read_limits() -> Iterator[int]:
         space, _ = resource.getrlimit(resource.RLIMIT_AS)  # ulimit -v
         if space != resource.RLIM_INFINITY:
             pages = int(Path("/proc/self/statm").read_text().split()[0])
-            # stacks of threads and malloc's arenas take address space that no tensor fills
-            yield max(0, space - pages * resource.getpagesize()) // 2
+            yield max(0, space - pages * resource.getpagesize())
     groups = Path("/sys/fs/cgroup")
     for limit, used in (
         (groups / "memory.max", groups / "memory.current"),

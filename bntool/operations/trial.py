@@ -10,7 +10,7 @@ from bntool.data.batches import Batch, Batches, cut_batch, find_placement, find_
 from bntool.errors import RefusedError, UserCodeError
 from bntool.layers.borrowing import borrow
 from bntool.models.user_code import running_user_code
-from bntool.operations.memory import Forecast, LiveTensors, find_available
+from bntool.operations.memory import Forecast, LiveTensors, find_available, find_thread_space
 from bntool.operations.passes import Run, is_faster_channels_last
 
 _SAMPLES = 2
@@ -52,7 +52,11 @@ def _try_out(run: Run, batch: Batch, *, channels_last: bool) -> Trial:
     samples = max(batch.samples, 1)
     return Trial(
         channels_last=channels_last,
-        forecast=Forecast(waiting=(memory.waiting + given) / samples, running=memory.peak / samples),
+        forecast=Forecast(
+            waiting=(memory.waiting + given) / samples,
+            running=memory.peak / samples,
+            thread=find_thread_space(),
+        ),
     )
 
 

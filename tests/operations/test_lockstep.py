@@ -324,7 +324,7 @@ class TestMemory:
             "import sys; assert 'torch._dynamo' not in sys.modules  # a second to import, of no use here\n"
             "used = int(Path('/proc/self/statm').read_text().split()[0]) * resource.getpagesize()\n"
             "resource.setrlimit(resource.RLIMIT_AS, (used + 500_000_000,) * 2)\n"
-            "batches = (torch.randn(50, 1, 64, 64) for _ in range(40))  # 2 GB on their way\n"
+            "batches = (torch.randn(25, 1, 64, 64) for _ in range(80))  # 2 GB on their way\n"
             f"print('done with', recalibrate(model, batches, method='exact', fit_memory={fit_memory}).samples)\n"
         )
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=100)
