@@ -45,8 +45,7 @@ def apply_plan(checkpoint: Checkpoint, plan: Plan) -> Checkpoint:
             entries = {key: value for key, value in entries.items() if step.path != (key,)}
     edits = tuple(Edit(plan.state_dict, _in_file(step, state_dict)) for step in plan.steps)
     return dataclasses.replace(
-        checkpoint,
-        state_dicts=tuple(state_dict if s.key == plan.state_dict else s for s in checkpoint.state_dicts),
+        checkpoint.with_state_dict(state_dict),
         entries=entries,
         records=records,
         edits=(*checkpoint.edits, *edits),

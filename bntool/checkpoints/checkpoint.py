@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -208,6 +208,11 @@ class Checkpoint:
                 return state_dict
         known = ", ".join(repr(state_dict.key) for state_dict in self.state_dicts) or "none"
         raise UsageError(f"there is no state dict {key!r} in this file; it holds {known}", path=self.path)
+
+    def with_state_dict(self, state_dict: StateDict) -> Self:
+        """The checkpoint with this state dict in the place of the one that has its key."""
+        state_dicts = tuple(state_dict if other.key == state_dict.key else other for other in self.state_dicts)
+        return replace(self, state_dicts=state_dicts)
 
     def close(self) -> None:
         self.file.close()

@@ -74,11 +74,23 @@ class SourceFile:
         self.size = status.st_size
         self.mode = stat.S_IMODE(status.st_mode)
         self.identity = (status.st_dev, status.st_ino)
+        self._last = ((0, 0), b"")
 
     def read(self, offset: int, length: int) -> bytes:
-        """Exactly ``length`` bytes from ``offset``."""
+        """Exactly ``length`` bytes from ``offset``.
+
+        The last piece is kept: what was read to be changed is read once more to be held against its checksum.
+        """
         if length <= 0:
             return b""
+        if (offset, length) == self._last[0]:
+            return self._last[1]
+        data = self._read_whole(offset, length)
+        if length <= CHUNK:
+            self._last = ((offset, length), data)
+        return data
+
+    def _read_whole(self, offset: int, length: int) -> bytes:
         if offset < 0 or offset + length > self.size:
             raise CorruptFileError(
                 f"the file ends at byte {self.size}, but bytes {offset} to {offset + length} are needed; "
@@ -151,6 +163,7 @@ class FileSlice(SourceFile):
         self._file = file
         self._offset = offset
         self.path, self.size, self.mode, self.identity = file.path, length, file.mode, file.identity
+        self._last = ((0, 0), b"")
         self._kept = file.read(offset, length) if length <= _SMALL else None
 
     def _read_once(self, offset: int, length: int) -> bytes:

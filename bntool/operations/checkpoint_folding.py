@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from bntool.checkpoints.application import apply_plan
@@ -18,7 +19,13 @@ from bntool.layers.structure import describe_structure
 from bntool.operations.folding import FoldPlan, Layout, plan_fold
 from bntool.operations.folding_warnings import find_optimizers, warn_of_fold
 from bntool.operations.recording import find_recorded_eps, make_record
-from bntool.operations.weight_ranges import Removed, WeightRange, count_removed, measure_ranges
+from bntool.operations.weight_ranges import (
+    Removed,
+    WeightRange,
+    count_removed,
+    measure_on_the_way,
+    measure_ranges,
+)
 from bntool.plan import RemoveEntry
 
 if TYPE_CHECKING:
@@ -36,12 +43,14 @@ class CheckpointFold:
     """A checkpoint that is folded and proven, ready to be saved.
 
     Attributes:
+        source: the checkpoint before.
+        state_dict: the one that is folded, before.
         plan: what is folded, and what is skipped and why.
         checkpoint: with its edits; None where nothing could be folded.
+        evidence: how it is known who feeds whom.
         agreement: of the outputs; None without a model.
         dropped: entries that no longer fit.
-        warnings: what the user should know.
-        ranges: of the channels of each weight that was scaled.
+        proven_ranges: where a model proved the fold, the ranges of what was proven.
         removed: how much smaller the state dict is.
         program: the folded model exported, where that was asked for.
         cost: of one forward in multiply-adds; None where the model was not traced.
@@ -50,18 +59,37 @@ class CheckpointFold:
         architectures: what was recognised, where nothing else says what feeds what.
     """
 
+    source: Checkpoint
+    state_dict: StateDict
     plan: FoldPlan
     checkpoint: Checkpoint | None
-    agreement: Agreement | None
-    dropped: tuple[str, ...]
-    warnings: tuple[str, ...]
-    ranges: tuple[WeightRange, ...] = ()
+    evidence: Evidence
+    agreement: Agreement | None = None
+    dropped: tuple[str, ...] = ()
+    proven_ranges: tuple[WeightRange, ...] | None = None
     removed: Removed = dataclasses.field(default_factory=lambda: Removed(parameters=0, buffers=0))
     program: Program | None = None
     cost: Cost | None = None
     speed: Speed | None = None
     runtime: RuntimeAgreement | None = None
     architectures: tuple[Architecture, ...] = ()
+
+    @cached_property
+    def ranges(self) -> tuple[WeightRange, ...]:
+        """Channels of each weight that was scaled: measured while the file was written, else read for it now."""
+        if self.checkpoint is None:
+            return ()
+        if self.proven_ranges is not None:
+            return self.proven_ranges
+        return measure_ranges(self.state_dict, self.checkpoint.state_dict(self.state_dict.key), self.plan)
+
+    @cached_property
+    def warnings(self) -> tuple[str, ...]:
+        """What the user should know."""
+        if self.checkpoint is None:
+            return ()
+        evidence = None if self.agreement is not None else self.evidence
+        return tuple(warn_of_fold(self.source, self.state_dict, self.plan, self.ranges, evidence=evidence))
 
 
 def fold_checkpoint(  # noqa: C901, PLR0913 as many as the command has options
@@ -129,7 +157,8 @@ def fold_checkpoint(  # noqa: C901, PLR0913 as many as the command has options
         graph = _add_recorded_eps(graph, find_recorded_eps(checkpoint.records.get(state_dict.key, ())))
     plan = plan_fold(state_dict, graph, layers=layers, layout=layout, eps=eps)
     if not plan.steps:
-        return CheckpointFold(plan, None, None, (), (), architectures=graph.architectures)
+        nothing = CheckpointFold(checkpoint, state_dict, plan, None, graph.evidence)
+        return dataclasses.replace(nothing, architectures=graph.architectures)
     dropped = find_optimizers(checkpoint) if layout is Layout.FOLDED else ()
     plan = dataclasses.replace(plan, steps=(*plan.steps, *(RemoveEntry((name,)) for name in dropped)))
     if checkpoint.format.can_record(checkpoint, state_dict):
@@ -139,10 +168,11 @@ def fold_checkpoint(  # noqa: C901, PLR0913 as many as the command has options
             evidence["architectures"] = [found.describe() for found in graph.architectures]
         record = make_record(plan, layout=layout.value, folds=folds, **evidence, **describe_structure(plan.steps))
         plan = plan.with_record(record)  # type: ignore[assignment]
-    agreement = program = cost = speed = None
+    agreement = program = cost = speed = ranges = None
     if model is None:
         edited = apply_plan(checkpoint, plan)
-        ranges = measure_ranges(state_dict, edited.state_dict(state_dict.key), plan)
+        measured = measure_on_the_way(edited.state_dict(state_dict.key), plan)
+        edited = edited.with_state_dict(measured)
     else:
         from bntool.operations.proven_folding import prove, with_random_inputs
 
@@ -158,14 +188,15 @@ def fold_checkpoint(  # noqa: C901, PLR0913 as many as the command has options
             from bntool.operations.speed import measure_speed
 
             speed = measure_speed(model, proof.folded, inputs[0])
-    unverified = None if model is not None else graph.evidence
     return CheckpointFold(
+        checkpoint,
+        state_dict,
         plan,
         edited,
-        agreement,
-        dropped,
-        tuple(warn_of_fold(checkpoint, state_dict, plan, ranges, evidence=unverified)),
-        ranges=ranges,
+        graph.evidence,
+        agreement=agreement,
+        dropped=dropped,
+        proven_ranges=ranges,
         removed=count_removed(state_dict, edited.state_dict(state_dict.key)),
         program=program,
         cost=cost,

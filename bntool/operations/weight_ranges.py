@@ -1,9 +1,12 @@
-"""What folding does to the weights that take scales: how even their channels are, and what becomes subnormal."""
+"""What folding does to the weights that take scales: how even their channels are, and what becomes subnormal.
+
+The weights of a file are measured on their way into the new file, so that they are read once.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 import numpy as np
@@ -11,8 +14,8 @@ import numpy as np
 from bntool.batchnorm import STATISTICS
 from bntool.checkpoints.arrays import SMALLEST_NORMAL, Array, to_float64, whole_rows
 from bntool.checkpoints.checkpoint import StateDict
-from bntool.checkpoints.dtypes import BFLOAT16, FLOAT32, FLOAT64
-from bntool.checkpoints.tensors import Tensor, count_elements, read_bytes
+from bntool.checkpoints.dtypes import BFLOAT16, FLOAT32, FLOAT64, DType
+from bntool.checkpoints.tensors import ScaledTensor, Tensor, count_elements, read_bytes
 from bntool.plan import Plan, Scaled, SetTensor
 
 # float16 is not among them: its subnormals are ordinary small weights, and CPUs calculate them in float32
@@ -70,6 +73,60 @@ class Removed:
     buffers: int
 
 
+@dataclass(frozen=True)
+class _Extremes:
+    """Magnitudes of each output channel: the largest, and the smallest that is not zero (infinity if all are)."""
+
+    largest: Array
+    smallest: Array
+
+
+@dataclass
+class MeasuredTensor:
+    """A weight whose extremes are taken whenever it is read, one row for each output channel.
+
+    Attributes:
+        source: the weight.
+        extremes: of the last reading that came to its end; None before.
+    """
+
+    source: Tensor
+    extremes: _Extremes | None = field(default=None, compare=False, repr=False)
+
+    @property
+    def dtype(self) -> DType:
+        return self.source.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.source.shape
+
+    def chunks(self) -> Iterator[bytes]:
+        """See :class:`~bntool.checkpoints.tensors.Tensor`."""
+        parts: list[_Extremes] = []
+        row = count_elements(self.shape[1:]) * self.dtype.itemsize
+        for data in whole_rows(self.source.chunks(), row) if row else self.source.chunks():
+            parts.append(_find_extremes(_as_rows(data, self.source)))
+            yield data  # type: ignore[misc] # a view of bytes
+        self.extremes = _join(parts)
+
+
+def measure_on_the_way(state_dict: StateDict, plan: Plan) -> StateDict:
+    """A folded state dict whose weights are measured when they are written; :func:`measure_ranges` needs not read them.
+
+    Args:
+        state_dict: after the plan.
+        plan: what scaled its weights.
+    """
+    tensors = dict(state_dict.tensors)
+    for step in plan.steps_of(SetTensor):
+        name = state_dict.full_name(step.name)
+        scaled = tensors.get(name)
+        if isinstance(step.value, Scaled) and isinstance(scaled, ScaledTensor) and _is_by_row(step.value, scaled):
+            tensors[name] = replace(scaled, source=MeasuredTensor(scaled.source))
+    return replace(state_dict, tensors=tensors)
+
+
 def measure_ranges(before: StateDict, after: StateDict, plan: Plan) -> tuple[WeightRange, ...]:
     """The channels of every weight that a plan scales, aliases once; weights are read a few channels at a time."""
     seen: dict[str, WeightRange] = {}
@@ -111,19 +168,26 @@ def count_removed(before: StateDict, after: StateDict) -> Removed:
 
 
 def _measure(name: str, old: Tensor, new: Tensor, recipe: Scaled) -> WeightRange:
-    largest, smallest = _extremes(old, recipe)
-    factors = np.abs(np.asarray(recipe.factors))
+    measured = new.source if isinstance(new, ScaledTensor) else None
+    known = measured.extremes if isinstance(measured, MeasuredTensor) else None
+    before = known or _read_extremes(old, recipe)
     if _is_by_output(recipe, old):  # no need to read the products
-        new_largest, new_smallest = largest * factors, smallest * factors
+        factors = np.abs(np.asarray(recipe.factors))
+        after = _Extremes(before.largest * factors, before.smallest * factors)
     else:
-        new_largest, new_smallest = _extremes(new, recipe)
+        after = _read_extremes(new, recipe)
     return WeightRange(
         name,
-        before=_describe(largest),
-        after=_describe(new_largest),
-        subnormal_before=_count_subnormal(old, recipe, smallest),
-        subnormal=_count_subnormal(new, recipe, new_smallest),
+        before=_describe(before.largest),
+        after=_describe(after.largest),
+        subnormal_before=_count_subnormal(old, recipe, before.smallest),
+        subnormal=_count_subnormal(new, recipe, after.smallest),
     )
+
+
+def _is_by_row(recipe: Scaled, tensor: Tensor) -> bool:
+    """Whether a row of the weight is an output channel, and has one factor."""
+    return bool(tensor.shape) and not _is_transposed(recipe, tensor) and _is_by_output(recipe, tensor)
 
 
 def _is_transposed(recipe: Scaled, tensor: Tensor) -> bool:
@@ -147,19 +211,24 @@ def _describe(largest: Array) -> ChannelRange:
     return ChannelRange(float(used.min()), float(used.max()), float((used / used.max()).mean()))
 
 
-def _extremes(tensor: Tensor, recipe: Scaled) -> tuple[Array, Array]:
-    """Largest magnitude of each output channel, and the smallest that is not zero (infinity if all are)."""
-    largest, smallest = [], []
-    for block in _magnitudes(tensor, recipe):
-        largest.append(block.max(axis=1, initial=0))
-        lowest = block.min(axis=1, initial=np.inf)
-        if not lowest.all():
-            for row in np.flatnonzero(lowest == 0):
-                lowest[row] = block[row].min(initial=np.inf, where=block[row] > 0)
-        smallest.append(lowest)
-    if not largest:
-        return np.zeros(0), np.zeros(0)
-    return np.concatenate(largest).astype("<f8"), np.concatenate(smallest).astype("<f8")
+def _read_extremes(tensor: Tensor, recipe: Scaled) -> _Extremes:
+    return _join([_find_extremes(block) for block in _magnitudes(tensor, recipe)])
+
+
+def _find_extremes(block: Array) -> _Extremes:
+    lowest = block.min(axis=1, initial=np.inf)
+    if not lowest.all():
+        for row in np.flatnonzero(lowest == 0):
+            lowest[row] = block[row].min(initial=np.inf, where=block[row] > 0)
+    return _Extremes(block.max(axis=1, initial=0), lowest)
+
+
+def _join(parts: Sequence[_Extremes]) -> _Extremes:
+    if not parts:
+        return _Extremes(np.zeros(0), np.zeros(0))
+    largest = np.concatenate([part.largest for part in parts])
+    smallest = np.concatenate([part.smallest for part in parts])
+    return _Extremes(largest.astype("<f8"), smallest.astype("<f8"))
 
 
 def _count_subnormal(tensor: Tensor, recipe: Scaled, smallest: Array) -> int:
@@ -178,7 +247,12 @@ def _magnitudes(tensor: Tensor, recipe: Scaled) -> Iterator[Array]:
         return
     row = count_elements(tensor.shape[1:]) * tensor.dtype.itemsize
     for data in whole_rows(tensor.chunks(), row) if row else ():
-        yield np.abs(_decode(data, tensor).reshape(len(data) // row, -1))
+        yield _as_rows(data, tensor)
+
+
+def _as_rows(data: bytes | memoryview, tensor: Tensor) -> Array:
+    """Magnitudes of whole rows of a weight."""
+    return np.abs(_decode(data, tensor).reshape(-1, count_elements(tensor.shape[1:])))
 
 
 def _decode(data: bytes | memoryview, tensor: Tensor) -> Array:

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from copy import deepcopy
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
+from bntool.checkpoints.files import SourceFile
+from bntool.checkpoints.formats import open_checkpoint, save_checkpoint
 from bntool.graphs.traced import trace
 from bntool.layers.application import apply_plan, read_state
+from bntool.operations.checkpoint_folding import fold_checkpoint
 from bntool.operations.folding import plan_fold
 from bntool.operations.weight_ranges import ChannelRange, count_removed, measure_ranges
 
@@ -109,3 +115,49 @@ def test_weights_that_become_uneven_are_told_from_dead_channels() -> None:
     (found,), *_ = fold_and_measure(nn.Sequential(layer, norm), torch.randn(2, 1, 4, 4))
     assert found.after.largest / found.after.smallest > 1e10
     assert not found.is_uneven
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["safetensors", "pt"])
+def test_weights_of_a_file_are_measured_while_it_is_written(
+    kind: str, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows_wider_than_a_chunk = nn.Linear(70_000, 2)
+    model = nn.Sequential(
+        nn.Conv2d(200, 300, 3, bias=False), nn.BatchNorm2d(300), rows_wider_than_a_chunk, nn.BatchNorm1d(2)
+    )
+    randomise(model[1])
+    randomise(model[3], seed=1)
+    with torch.no_grad():
+        model[0].weight[7] = 0
+        model[0].weight[8, 3] = 0
+    state = {name: t.to(dtype) if t.is_floating_point() else t for name, t in model.state_dict().items()}
+    path, out = tmp_path / f"net.{kind}", tmp_path / f"out.{kind}"
+    save_file(state, path) if kind == "safetensors" else torch.save(state, path)
+    pairs = {"1": "0", "3": "2"}
+    with open_checkpoint(path) as checkpoint:
+        dry = fold_checkpoint(checkpoint, checkpoint.state_dicts[0], pairs=pairs, eps=1e-5, tolerance=1e-5).ranges
+    asked: Counter[tuple[int, int]] = Counter()
+    read_once = SourceFile._read_once
+
+    def count(file: SourceFile, offset: int, length: int) -> bytes:
+        if file.path == path:
+            asked[offset, length] += 1
+        return read_once(file, offset, length)
+
+    monkeypatch.setattr(SourceFile, "_read_once", count)
+    with open_checkpoint(path) as checkpoint:
+        fold = fold_checkpoint(checkpoint, checkpoint.state_dicts[0], pairs=pairs, eps=1e-5, tolerance=1e-5)
+        save_checkpoint(fold.checkpoint, out)
+        large = {place: times for place, times in asked.items() if place[1] > 50_000}
+        found = {weight.name: weight for weight in fold.ranges}
+    assert len(large) >= 4
+    if dtype is not torch.float16:  # read when the fold is planned, too: products may be too large for it
+        assert set(large.values()) == {1}
+    assert tuple(found.values()) == dry
+    folded = load_file(out) if kind == "safetensors" else torch.load(out)
+    for name in ("0.weight", "2.weight"):
+        assert_close(found[name].before, expected(state[name]))
+        for side in ("smallest", "largest"):  # of the products before they are rounded
+            wanted = getattr(expected(folded[name]), side)
+            assert getattr(found[name].after, side) == pytest.approx(wanted, rel=torch.finfo(dtype).eps)
