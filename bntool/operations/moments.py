@@ -114,9 +114,12 @@ def _split(values: torch.Tensor, chunk: int) -> tuple[torch.Tensor, ...]:
 
 def _measure_fast(pieces: Sequence[torch.Tensor]) -> Moments:
     counts, means, variances = [], [], []
+    unused: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None)
+    if pieces[0].dtype in (torch.float16, torch.bfloat16):
+        # beside float32 statistics the kernel sums halves in float32, and answers in it
+        unused = tuple(pieces[0].new_zeros((2, pieces[0].shape[1]), dtype=torch.float32))
     for piece in pieces:
-        wide = piece.float() if piece.dtype in (torch.float16, torch.bfloat16) else piece
-        mean, variance = torch.ops.aten.batch_norm_update_stats(wide, None, None, 1.0)
+        mean, variance = torch.ops.aten.batch_norm_update_stats(piece, *unused, 1.0)
         counts.append(piece.numel() // piece.shape[1])
         means.append(mean)
         variances.append(variance)
