@@ -18,6 +18,7 @@ from bntool.checkpoints.zips.reading import read_archive
 from bntool.errors import BntoolError, CorruptFileError, UnsafeFileError
 
 MAX_PIECES = 10_000  # of one tensor
+_SMALL_PICKLE, _KEPT = 1024, 1024  # bytes of a pickle that is kept, and how many are
 MAX_GRID = 512  # pieces that are cut along other dimensions than the first
 
 
@@ -45,6 +46,7 @@ class FolderReader:
         self._sizes: dict[str, int] = {}
         self._objects = OpcodeBudget()
         self._latest: tuple[Item, tuple[ArchiveLayout, Pickle]] | None = None  # a tensor is read a chunk at a time
+        self._pickles: dict[bytes, Pickle] = {}  # of tensors: those of one shape and dtype are the same
 
     def check(self, item: Item) -> None:
         """Whether the bytes can be there at all.
@@ -58,7 +60,12 @@ class FolderReader:
             raise CorruptFileError(f"{item.file:.80} is shorter than the metadata says: it is truncated")
 
     def open(self, item: Item, budget: OpcodeBudget | None = None) -> tuple[ArchiveLayout, Pickle]:
-        """The archive of an item and its pickle."""
+        """The archive of an item and its pickle.
+
+        Args:
+            item: a tensor or an object.
+            budget: what objects may cost together; None for a tensor.
+        """
         if self._latest is not None and self._latest[0] == item:
             return self._latest[1]
         archive = read_archive(FileSlice(self._open(item.file), offset=item.offset, length=item.length))
@@ -66,7 +73,13 @@ class FolderReader:
         record = archive.records[f"{layout.root}data.pkl"]
         if record.size > MAX_PICKLE:
             raise UnsafeFileError(f"a pickle in {item.file:.80} has {record.size} bytes")
-        self._latest = item, (layout, read_pickle_bytes(archive.read(record), budget=budget))
+        data = archive.read(record)
+        pickle = self._pickles.get(data) if budget is None else None
+        if pickle is None:
+            pickle = read_pickle_bytes(data, budget=budget)
+            if len(data) <= _SMALL_PICKLE and len(self._pickles) < _KEPT:
+                self._pickles[data] = pickle
+        self._latest = item, (layout, pickle)
         return self._latest[1]
 
     def read_object(self, item: Item) -> Pickle:

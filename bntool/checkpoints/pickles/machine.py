@@ -71,6 +71,14 @@ class Machine:
         self.window = self.source.read(position, min(max(count, _WINDOW), available))
         self.base, self.cursor = position, 0
 
+    def byte(self) -> int:
+        """The next byte: half of what a pickle holds are numbers and lengths of one."""
+        if self.cursor >= len(self.window):
+            self.refill(1)
+        value = self.window[self.cursor]
+        self.cursor += 1
+        return value
+
     def number(self, layout: struct.Struct) -> int:
         value: int = layout.unpack(self.take(layout.size))[0]
         return value

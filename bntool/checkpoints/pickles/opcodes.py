@@ -19,7 +19,7 @@ from bntool.checkpoints.pickles.nodes import (
 )
 from bntool.errors import CorruptFileError, UnsafeFileError
 
-_U1, _U2, _U4, _U8 = (struct.Struct(code) for code in ("<B", "<H", "<I", "<Q"))
+_U2, _U4, _U8 = (struct.Struct(code) for code in ("<H", "<I", "<Q"))
 _I4, _F8 = struct.Struct("<i"), struct.Struct(">d")
 Action = Callable[[Machine], None]
 ACTIONS: list[Action | None] = [None] * 256
@@ -86,22 +86,22 @@ _push(b"N", lambda _: None)
 _push(b"\x88", lambda _: True)
 _push(b"\x89", lambda _: False)
 _push(b"(", lambda _: MARK)
-_push(b"K", lambda m: m.number(_U1))
+_push(b"K", lambda m: m.byte())
 _push(b"M", lambda m: m.number(_U2))
 _push(b"J", lambda m: m.number(_I4))
 _push(b"I", lambda m: _text_integer(m.line()))
 _push(b"L", lambda m: _text_integer(m.line()))
-_push(b"\x8a", lambda m: int.from_bytes(m.take(m.number(_U1)), "little", signed=True))
+_push(b"\x8a", lambda m: int.from_bytes(m.take(m.byte()), "little", signed=True))
 _push(b"\x8b", lambda m: int.from_bytes(m.take(_check_length(m.number(_I4), MAX_INTEGER)), "little", signed=True))
 _push(b"F", lambda m: float(m.line()))
 _push(b"G", lambda m: _F8.unpack(m.take(8))[0])
 _push(b"S", lambda m: _python2_string(m.line()))
-_push(b"U", lambda m: ByteString(m.take(m.number(_U1))))
+_push(b"U", lambda m: ByteString(m.take(m.byte())))
 _push(b"V", lambda m: m.line().decode("raw-unicode-escape"))
 _push(b"X", lambda m: m.text(m.number(_U4)))
-_push(b"\x8c", lambda m: m.text(m.number(_U1)))
+_push(b"\x8c", lambda m: m.text(m.byte()))
 _push(b"\x8d", lambda m: m.text(m.number(_U8)))
-_push(b"C", lambda m: m.take(m.number(_U1)))
+_push(b"C", lambda m: m.take(m.byte()))
 _push(b"B", lambda m: m.byte_run(m.number(_U4), 0x42))
 _push(b"\x8e", lambda m: m.byte_run(m.number(_U8), 0x8E))
 _push(b")", lambda _: ())
@@ -115,11 +115,11 @@ _push(b"\x91", lambda m: Set(m.pop_mark(), frozen=True))
 _push(b"\x85", lambda m: (m.pop(),))
 _push(b"P", lambda m: _persistent_id(m, m.line().decode("ascii")))
 _push(b"Q", lambda m: _persistent_id(m, m.pop()))
-_push(b"\x82", lambda m: _extension(m, m.number(_U1)))
+_push(b"\x82", lambda m: _extension(m, m.byte()))
 _push(b"\x83", lambda m: _extension(m, m.number(_U2)))
 _push(b"\x84", lambda m: _extension(m, m.number(_I4)))
 _push(b"g", lambda m: m.memo[m.decimal()])
-_push(b"h", lambda m: m.memo[m.number(_U1)])
+_push(b"h", lambda m: m.memo[m.byte()])
 _push(b"j", lambda m: m.memo[m.number(_U4)])
 
 
@@ -154,7 +154,7 @@ _push(b"\x96", _byte_array)
 
 @_opcode(b"\x80")
 def _proto(m: Machine) -> None:
-    m.protocol = m.number(_U1)
+    m.protocol = m.byte()
     if m.protocol > 5:
         raise CorruptFileError(f"pickle protocol {m.protocol} is unknown")
 
@@ -201,7 +201,7 @@ def _put(m: Machine) -> None:
 
 @_opcode(b"q")
 def _binput(m: Machine) -> None:
-    m.memo[m.number(_U1)] = m.top()
+    m.memo[m.byte()] = m.top()
 
 
 @_opcode(b"r")

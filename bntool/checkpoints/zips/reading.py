@@ -267,11 +267,12 @@ def _zip64_values(extra: bytes, size: int, stored: int, offset: int) -> tuple[in
 
 def _check_local_header(file: SourceFile, offset: int, name: bytes, facts: tuple[int, int, int, int]) -> int:
     """Where the data of the record begins; ``facts`` are method, CRC and sizes as the directory has them."""
-    fields = LOCAL_HEADER.unpack(file.read(offset, LOCAL_HEADER.size))
+    header = file.read(offset, LOCAL_HEADER.size + len(name))
+    fields = LOCAL_HEADER.unpack_from(header)
     magic, flags, method, name_length, extra_length = fields[0], fields[2], fields[3], fields[9], fields[10]
     if magic != LOCAL_MAGIC:
         raise CorruptFileError(f"record {_decode(name)!r:.80} of the zip archive has no local header")
-    agrees = method == facts[0] and file.read(offset + LOCAL_HEADER.size, name_length) == name
+    agrees = method == facts[0] and name_length == len(name) and header[LOCAL_HEADER.size :] == name
     if not flags & DESCRIPTOR_FLAG:  # else CRC and sizes follow the data
         agrees = agrees and all(here in (there, MASK32) for here, there in zip(fields[6:9], facts[1:], strict=True))
     if not agrees:
