@@ -103,10 +103,11 @@ PLAIN_DTYPES = (
     torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16, torch.int8,
     torch.uint8, torch.bool, torch.complex64,
 )  # fmt: skip
-LATE_DTYPES = (
-    torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz, torch.uint16, torch.uint32,
-    torch.uint64,
-)  # fmt: skip
+LATE_DTYPES = tuple(  # as far as the installed torch has them
+    getattr(torch, name)
+    for name in ("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz", "uint16", "uint32", "uint64")
+    if hasattr(torch, name)
+)
 
 
 def _transposed() -> Tensors:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,6 @@ MODULES = {
     "SyncBatchNorm": (nn.SyncBatchNorm(C), NormKind.BATCH_NORM),
     "one channel": (nn.BatchNorm1d(1), NormKind.BATCH_NORM),
     "without affine": (nn.BatchNorm2d(C, affine=False), NormKind.BATCH_NORM),
-    "without bias": (nn.BatchNorm2d(C, bias=False), NormKind.BATCH_NORM),
     "without statistics": (nn.BatchNorm2d(C, track_running_stats=False), NormKind.NORM_WITHOUT_STATISTICS),
     "LayerNorm": (nn.LayerNorm(C), NormKind.LAYER_OR_GROUP_NORM),
     "GroupNorm": (nn.GroupNorm(2, C), NormKind.LAYER_OR_GROUP_NORM),
@@ -38,6 +38,8 @@ MODULES = {
     "Conv2d": (nn.Conv2d(C, C, 1), None),
     "Embedding": (nn.Embedding(C, C), None),
 }
+if "bias" in signature(nn.BatchNorm2d).parameters:  # since torch 2.13
+    MODULES["without bias"] = (nn.BatchNorm2d(C, bias=False), NormKind.BATCH_NORM)
 
 
 @pytest.mark.parametrize("name", MODULES)

@@ -16,7 +16,6 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from torch.serialization import set_crc32_options
 
 from bntool.checkpoints.application import apply_plan
 from bntool.checkpoints.formats import open_checkpoint, save_checkpoint
@@ -97,11 +96,16 @@ def _checksum_places(path: Path) -> dict[str, set[int]]:
 @pytest.mark.parametrize("crc", [True, False])
 def test_new_values_change_only_their_bytes_and_checksums(crc: bool, tmp_path: Path) -> None:
     state = {"model": tiny_net().state_dict(), "epoch": 3}
-    set_crc32_options(crc)
+    options = torch.serialization
+    if not crc and not hasattr(options, "set_crc32_options"):
+        pytest.skip("this torch always writes checksums")
+    if not crc:
+        options.set_crc32_options(False)
     try:
         source = _save(state, tmp_path)
     finally:
-        set_crc32_options(True)
+        if not crc:
+            options.set_crc32_options(True)
     target = _rewrite(source, _plan(MEAN, COUNT, state_dict="model"))
     with open_checkpoint(source) as checkpoint:
         allowed: set[int] = set()
