@@ -36,7 +36,7 @@ class ByteSource(Protocol):
 class MemorySource:
     """Bytes that are already in memory."""
 
-    def __init__(self, data: bytes) -> None:
+    def __init__(self, data: bytes | bytearray) -> None:
         self._data = data
 
     @property
@@ -44,7 +44,7 @@ class MemorySource:
         return len(self._data)
 
     def read(self, offset: int, length: int) -> bytes:
-        return self._data[offset : offset + length]
+        return bytes(self._data[offset : offset + length])
 
 
 class SourceFile:

@@ -15,8 +15,9 @@ from bntool.checkpoints.pickles.nodes import as_mapping, is_mapping
 from bntool.checkpoints.pickles.reading import read_pickle_bytes
 from bntool.checkpoints.pickles.trust import list_globals
 from bntool.checkpoints.tensors import Storage
+from bntool.checkpoints.torch_arrays import MixedReader
 from bntool.checkpoints.torch_objects import TorchContent, as_history, find_state_dicts, read_records
-from bntool.checkpoints.torch_tensors import StorageReference, TensorReader
+from bntool.checkpoints.torch_tensors import StorageReference
 from bntool.checkpoints.zips.reading import InflatedRecord, ZipArchive, ZipRecord, read_archive
 from bntool.errors import CorruptFileError, UnknownFormatError, UnsafeFileError
 
@@ -53,7 +54,7 @@ class TorchZip(Format):
         if record.size > MAX_PICKLE:
             raise UnsafeFileError(f"the pickle has {record.size} bytes")
         pickle = read_pickle_bytes(archive.read(record))
-        reader = TensorReader(lambda reference: resolve_storage(layout, reference))
+        reader = MixedReader(lambda reference: resolve_storage(layout, reference))
         state_dicts = find_state_dicts(pickle.root, reader)
         return Checkpoint(
             file=file,
@@ -66,7 +67,7 @@ class TorchZip(Format):
         )
 
     def write(self, checkpoint: Checkpoint, path: Path, output: OutputFiles) -> None:
-        from bntool.checkpoints.torch_changes import collect_changes  # only those who write need it
+        from bntool.checkpoints.numpy_changes import collect_changes  # only those who write need it
         from bntool.checkpoints.torch_zip_changes import write_archive
 
         write_archive(checkpoint, collect_changes(checkpoint), output.open(path))
