@@ -165,6 +165,24 @@ class FileSlice(SourceFile):
         """Does nothing."""
 
 
+class FileView(SourceFile):
+    """What another source holds, read as if it were a file of its own."""
+
+    def __init__(self, source: ByteSource, *, like: SourceFile) -> None:
+        self._source = source
+        self.path, self.size, self.mode, self.identity = like.path, source.size, like.mode, like.identity
+
+    def _read_once(self, offset: int, length: int) -> bytes:
+        return self._source.read(offset, length)
+
+    def copy_to(self, stream: IO[bytes], *, offset: int, length: int) -> None:
+        for chunk in self.chunks(offset, length):
+            stream.write(chunk)
+
+    def close(self) -> None:
+        """Does nothing."""
+
+
 def describe_failure(error: OSError) -> str:
     """What the system says of a file, as a sentence."""
     sentences = {

@@ -123,7 +123,10 @@ class _Step(NamedTuple):
 
 
 def _walk(root: Node) -> Iterator[tuple[tuple[_Step, ...], Node]]:
-    """Every mapping and module that can be reached by names and numbers, each once, with its path; modules are not entered."""
+    """Every mapping and module that can be reached by names and numbers, with its path, each once.
+
+    Modules are not entered.
+    """
     pending: list[tuple[tuple[_Step, ...], Node]] = [((), root)]
     seen: set[int] = set()
     while pending:
@@ -175,7 +178,7 @@ def _entries(node: Node) -> list[tuple[_Step, Node]]:
         found[key if name is None and isinstance(key, int | float) else name] = value
     found.pop(None, None)
     if len(found) - len(as_mapping(node)) > MAX_NUMBERS:
-        found = dict(as_mapping(node))
+        found = {key: value for key, value in found.items() if isinstance(key, str)}
     containers = [(key, value) for key, value in found.items() if isinstance(value, _CONTAINERS)]
     return [(_Step(str(key), f"[{key!r}]"), value) for key, value in containers if len(str(key)) <= MAX_NAME]
 

@@ -12,7 +12,7 @@ from bntool.checkpoints.checkpoint import Checkpoint, Format
 from bntool.checkpoints.files import SourceFile
 from bntool.checkpoints.outputs import OutputFiles
 from bntool.checkpoints.pickles.nodes import as_mapping, is_mapping
-from bntool.checkpoints.pickles.reading import read_pickle_bytes
+from bntool.checkpoints.pickles.reading import OpcodeBudget, Pickle, read_pickle_bytes
 from bntool.checkpoints.pickles.trust import list_globals
 from bntool.checkpoints.tensors import Storage
 from bntool.checkpoints.torch_arrays import MixedReader
@@ -50,10 +50,7 @@ class TorchZip(Format):
     def read(self, file: SourceFile) -> Checkpoint:
         archive = read_archive(file)
         layout = find_layout(archive)
-        record = archive.records[f"{layout.root}data.pkl"]
-        if record.size > MAX_PICKLE:
-            raise UnsafeFileError(f"the pickle has {record.size} bytes")
-        pickle = read_pickle_bytes(archive.read(record))
+        pickle = read_main_pickle(layout)
         reader = MixedReader(lambda reference: resolve_storage(layout, reference))
         state_dicts = find_state_dicts(pickle.root, reader)
         return Checkpoint(
@@ -75,6 +72,18 @@ class TorchZip(Format):
     def verify_checksums(self, checkpoint: Checkpoint) -> int | None:
         layout: ArchiveLayout = checkpoint.content.container
         return layout.archive.check_records()
+
+
+def read_main_pickle(layout: ArchiveLayout, *, budget: OpcodeBudget | None = None) -> Pickle:
+    """The pickle that names the storages.
+
+    Args:
+        budget: of the file, where it has several pickles.
+    """
+    record = layout.archive.records[f"{layout.root}data.pkl"]
+    if record.size > MAX_PICKLE:
+        raise UnsafeFileError(f"the pickle has {record.size} bytes")
+    return read_pickle_bytes(layout.archive.read(record), budget=budget)
 
 
 def read_loose_records(layout: ArchiveLayout) -> dict[str, tuple[Mapping[str, Any], ...]]:

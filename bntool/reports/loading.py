@@ -10,6 +10,10 @@ _ALLOWED = ("collections.OrderedDict", "collections.Counter", "_codecs.encode", 
 _LOADERS = {
     "torchscript": ("import torch", "model = torch.jit.load({output})  # runs code of the file"),
     "exported-program": ("import torch", "model = torch.export.load({output}).module()  # runs code of the file"),
+    "exported-program-legacy": (
+        "import torch  # of the version that wrote the file: others may refuse it",
+        "model = torch.export.load({output}).module()  # runs code of the file",
+    ),
     "torch-tar": ("import torch", "checkpoint = torch.load({output}, weights_only=False)  # runs code of the file"),
     "numpy-pickle": (
         "import pickle",

@@ -93,7 +93,7 @@ STATE = functools.partial(lambda: tiny_net().state_dict())
         (lambda sd: {2: {"state_dict": sd, "epoch": 1}, 1: 5}, ["2.state_dict"], "2.state_dict"),
         (lambda sd: {("a", 1): sd}, [], None),
         (lambda sd: {number: {"weight": torch.ones(1)} for number in range(257)}, [], None),
-        (lambda sd: {"by_image": dict.fromkeys(range(2000), [{}]), "model": sd}, ["model"], "model"),
+        (lambda sd: {"by_image": {number: [{}] for number in range(2000)}, "model": sd}, ["model"], "model"),
         (lambda sd: {0: torch.ones(3), 1: torch.ones(3)}, [], None),
         (lambda sd: [sd, copy.deepcopy(sd)], ["0", "1"], "0"),
         (lambda sd: (sd, 3), ["0"], "0"),
