@@ -27,7 +27,7 @@ from bntool.checkpoints.zips.reading import InflatedRecord, ZipArchive, ZipRecor
 from bntool.errors import CorruptFileError, RefusedError, UnknownFormatError
 
 _PROGRAM = "serialized_exported_program.json"
-# the first of these that is there; in torch 2.1 and 2.2 their names end in .json, and they are no JSON
+# in torch 2.1 and 2.2 the names end in .json, but the records are no JSON
 _STATE_DICT = ("serialized_state_dict.pt", "serialized_state_dict.json")
 _OTHERS = ("serialized_constants.pt", "serialized_constants.json", "serialized_example_inputs.pt")
 _RECORD_NAME = "extra_files/bntool.json"  # where torch.export.save puts its extra_files
@@ -60,14 +60,17 @@ class LegacyExport(Format):
         if _PROGRAM not in archive.records:
             raise UnknownFormatError("this zip archive was not written by torch.save: it has no data.pkl")
         outer, budget = ArchiveLayout(archive, "", big_endian=False, record_name=_RECORD_NAME), OpcodeBudget()
-        record = next((archive.records[name] for name in _STATE_DICT if name in archive.records), None)
+        found = [archive.records[name] for name in _STATE_DICT if name in archive.records]
+        if len(found) > 1:
+            raise CorruptFileError("the .pt2 archive holds two state dicts of one program")
+        record = found[0] if found else None
         inner, pickle = _open_nested(archive, record, budget)
         state_dicts: tuple[StateDict, ...] = ()
         if inner is not None and pickle is not None:
             reader = TensorReader(lambda reference: resolve_storage(inner, reference))
             state_dicts = with_tensor_sources(find_state_dicts(pickle.root, reader))
-        found = read_batchnorms(read_json_record(archive, archive.records[_PROGRAM], with_infinity=True))
-        modules = {layer: ModuleInfo(class_path, facts) for layer, (class_path, facts) in found.items()}
+        layers = read_batchnorms(read_json_record(archive, archive.records[_PROGRAM], with_infinity=True))
+        modules = {layer: ModuleInfo(class_path, facts) for layer, (class_path, facts) in layers.items()}
         return Checkpoint(
             file=file,
             format=self,

@@ -178,6 +178,15 @@ def test_a_program_without_tensors_has_no_state_dict(data: bytes | None, tmp_pat
         assert (checkpoint.format.name, checkpoint.state_dicts) == ("exported-program-legacy", ())
 
 
+def test_two_state_dicts_are_one_too_many(tmp_path: Path) -> None:
+    path = tmp_path / "in.pt2"
+    path.write_bytes((FOLDER / NEWEST).read_bytes())
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr(STATE[1], _inner(FOLDER / NEWEST))
+    with pytest.raises(CorruptFileError, match="two state dicts"):
+        open_checkpoint(path)
+
+
 def test_tied_weights_part_nowhere(tmp_path: Path) -> None:
     weight = torch.nn.Parameter(torch.ones(3, 3))
     buffer = io.BytesIO()
