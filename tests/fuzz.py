@@ -29,6 +29,8 @@ from bntool.errors import BntoolError
 from bntool.plan import Operation, Plan, Record, RemoveTensor
 
 RECORDED = (  # files of other programs, each with those beside it that it needs
+    ("exported/torch_2.7.1.pt2",),
+    ("exported/torch_2.1.2.pt2",),
     ("interop/keras_tiny.keras",),
     ("interop/keras_tiny.h5",),
     ("interop/keras_tiny.weights.h5",),
@@ -65,6 +67,7 @@ def make_seeds(folder: Path) -> list[Path]:
     """Small valid files of every format and of several contents."""
     import torch
 
+    from tests.checkpoints.foreign import as_arrays
     from tests.checkpoints.samples import TORCH_FORMATS, WRITERS, tiny_net, write_sharded_bin
 
     states = {
@@ -83,6 +86,12 @@ def make_seeds(folder: Path) -> list[Path]:
     place.mkdir()
     seeds.append(write_sharded_bin(states["plain"], place))
     seeds += _make_compiled(folder)
+    arrays = {"model": as_arrays(states["plain"]), 3: [states["plain"]]}
+    for zipped in (True, False):
+        place = folder / f"arrays-{zipped}"
+        place.mkdir()
+        torch.save(arrays, place / "model.pt", _use_new_zipfile_serialization=zipped)
+        seeds.append(place / "model.pt")
     for protocol in (0, 4):
         place = folder / f"protocol-{protocol}"
         place.mkdir()

@@ -67,6 +67,8 @@ class StateDict:
         modules: by full module path; empty where the file holds tensors only.
         versions: version number of each module as ``_metadata`` records it; None where the file has none.
         is_module: the tensors belong to a pickled module.
+        access: Python that gets it out of what the file loads as, e.g. ``['nets'][0]``; "" for the root.
+        holds_arrays: some of its values are numpy arrays where torch has tensors.
         source: what the format needs to find it again; nobody else's business.
     """
 
@@ -76,6 +78,8 @@ class StateDict:
     modules: Mapping[str, ModuleInfo] = field(default_factory=dict)
     versions: Mapping[str, int | None] | None = None
     is_module: bool = False
+    access: str = ""
+    holds_arrays: bool = False
     source: Any = field(default=None, repr=False, compare=False)
 
     def strip(self, name: str) -> str:

@@ -12,7 +12,8 @@ def read_batchnorms(model: Any) -> dict[str, tuple[str, dict[str, Any]]]:
     """Class and attributes (eps, momentum, training) of each layer whose running_mean an operator reads.
 
     Args:
-        model: the parsed ``models/NAME.json``. What is not as expected counts as absent.
+        model: the parsed ``models/NAME.json`` or, before torch 2.8, ``serialized_exported_program.json``. What is not
+            as expected counts as absent.
     """
     module = _dict(_dict(model).get("graph_module"))
     buffers = dict(_buffer_names(_dict(module.get("signature"))))
@@ -39,6 +40,9 @@ def read_batchnorms(model: Any) -> dict[str, tuple[str, dict[str, Any]]]:
 
 
 def _buffer_names(signature: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    for argument, buffer_name in _dict(signature.get("inputs_to_buffers")).items():  # torch 2.1
+        if isinstance(buffer_name, str):
+            yield argument, buffer_name
     for spec in _list(signature.get("input_specs")):
         buffer = _dict(_dict(spec).get("buffer"))
         inside, name = _dict(buffer.get("arg")).get("name"), buffer.get("buffer_name")
@@ -47,9 +51,9 @@ def _buffer_names(signature: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def _class_of(metadata: Mapping[str, Any]) -> str:
-    """The innermost module of ``path,name,class;path,name,class``."""
+    """The innermost module of ``path,name,class;path,name,class``; torch 2.1 writes ``path:(name,class)``."""
     stack = metadata.get("nn_module_stack")
-    return stack.rpartition(";")[2].rpartition(",")[2] if isinstance(stack, str) else ""
+    return stack.rpartition(";")[2].rpartition(",")[2].removesuffix(")") if isinstance(stack, str) else ""
 
 
 def _dict(value: Any) -> dict[str, Any]:

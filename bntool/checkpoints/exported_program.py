@@ -29,7 +29,9 @@ _DTYPES = {
     29: "float8_e4m3fn", 30: "float8_e5m2", 31: "float8_e4m3fnuz", 32: "float8_e5m2fnuz", 33: "float8_e8m0fnu",
     34: "uint32", 35: "uint64",
 }  # fmt: skip
-_ADVICE = "change the model before torch.export.export, or take its tensors out with bntool convert CKPT --to torch"
+EXPORT_ADVICE = (
+    "change the model before torch.export.export, or take its tensors out with bntool convert CKPT --to torch"
+)
 
 
 class ExportedProgram(Format):
@@ -56,11 +58,12 @@ class ExportedProgram(Format):
         )
 
     def write(self, checkpoint: Checkpoint, path: Path, output: OutputFiles) -> None:
-        from bntool.checkpoints.exported_changes import write_archive  # only those who write need it
+        from bntool.checkpoints.exported_changes import patch_records, write_archive  # only those who write need it
         from bntool.checkpoints.value_patches import collect_value_patches
 
-        patches = collect_value_patches(checkpoint, advice=_ADVICE, can_record=True)
-        write_archive(checkpoint, patches, output.open(path))
+        patches = collect_value_patches(checkpoint, advice=EXPORT_ADVICE, can_record=True)
+        layout: ArchiveLayout = checkpoint.content
+        write_archive(checkpoint, layout, patch_records(layout, patches), output.open(path))
 
     def verify_checksums(self, checkpoint: Checkpoint) -> int | None:
         layout: ArchiveLayout = checkpoint.content
@@ -73,31 +76,32 @@ def _find_root(archive: ZipArchive) -> str:
         record = archive.records[f"{root}archive_format"]
         if record.size < 100 and archive.read(record).strip() == b"pt2":
             return root
-    if find_root(archive, "serialized_exported_program.json") is not None:
-        raise UnknownFormatError(
-            "torch.export before torch 2.8 wrote this .pt2 archive; load it and save it again with torch.export.save"
-        )
     raise UnknownFormatError("this zip archive was not written by torch.save: it has no data.pkl")
 
 
-def _read_json(archive: ZipArchive, record: ZipRecord) -> Any:
+def read_json_record(archive: ZipArchive, record: ZipRecord, *, with_infinity: bool = False) -> Any:
+    """What a record holds as JSON.
+
+    Raises:
+        CorruptFileError, UnsafeFileError
+    """
     if record.size > MAX_JSON:
         raise UnsafeFileError(f"record {record.name!r:.80} has {record.size} bytes")
     try:
-        return parse_json(archive.read(record))
+        return parse_json(archive.read(record), with_infinity=with_infinity)
     except (ValueError, RecursionError) as error:
         raise CorruptFileError(f"record {record.name!r:.80} is not valid JSON: {error}") from error
 
 
 def _read_model(layout: ArchiveLayout, name: str, *, only: bool) -> StateDict:
     archive, root = layout.archive, layout.root
-    config = _read_json(archive, archive.records[f"{root}data/weights/{name}{_CONFIG}"])
+    config = read_json_record(archive, archive.records[f"{root}data/weights/{name}{_CONFIG}"])
     entries = config.get("config") if isinstance(config, dict) else None
     if not isinstance(entries, dict):
         raise CorruptFileError(f"the list of weights of model {name!r:.80} is malformed")
     tensors: dict[str, Tensor] = {key: _read_tensor(layout, key, entry) for key, entry in entries.items()}
     graph = archive.records.get(f"{root}models/{name}.json")
-    found = read_batchnorms(_read_json(archive, graph)) if graph is not None else {}
+    found = read_batchnorms(read_json_record(archive, graph)) if graph is not None else {}
     modules = {layer: ModuleInfo(class_path, facts) for layer, (class_path, facts) in found.items()}
     key = "" if only else name
     return StateDict(key, find_prefix(list(tensors)), tensors, modules=modules, source=dict(tensors))

@@ -36,7 +36,7 @@ class ByteSource(Protocol):
 class MemorySource:
     """Bytes that are already in memory."""
 
-    def __init__(self, data: bytes) -> None:
+    def __init__(self, data: bytes | bytearray) -> None:
         self._data = data
 
     @property
@@ -44,7 +44,7 @@ class MemorySource:
         return len(self._data)
 
     def read(self, offset: int, length: int) -> bytes:
-        return self._data[offset : offset + length]
+        return bytes(self._data[offset : offset + length])
 
 
 class SourceFile:
@@ -173,6 +173,24 @@ class FileSlice(SourceFile):
 
     def copy_to(self, stream: IO[bytes], *, offset: int, length: int) -> None:
         self._file.copy_to(stream, offset=self._offset + offset, length=length)
+
+    def close(self) -> None:
+        """Does nothing."""
+
+
+class FileView(SourceFile):
+    """What another source holds, read as if it were a file of its own."""
+
+    def __init__(self, source: ByteSource, *, like: SourceFile) -> None:
+        self._source = source
+        self.path, self.size, self.mode, self.identity = like.path, source.size, like.mode, like.identity
+
+    def _read_once(self, offset: int, length: int) -> bytes:
+        return self._source.read(offset, length)
+
+    def copy_to(self, stream: IO[bytes], *, offset: int, length: int) -> None:
+        for chunk in self.chunks(offset, length):
+            stream.write(chunk)
 
     def close(self) -> None:
         """Does nothing."""

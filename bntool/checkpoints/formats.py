@@ -71,6 +71,7 @@ FORMATS = Formats(
     _Known("torchscript.TorchScript", (_ZIP,)),
     _Known("keras_archive.KerasArchive", (_ZIP,)),
     _Known("exported_program.ExportedProgram", (_ZIP,)),
+    _Known("exported_legacy.LegacyExport", (_ZIP,)),
     _Known("torch_legacy.TorchLegacy", (_PICKLE,)),
     _Known("torch_tar.TorchTar", (b"ustar",), offset=257),
     _Known("distributed.Distributed", endings=(".metadata",), has_folders=True),

@@ -23,6 +23,7 @@ from bntool.checkpoints.tensors import (
     count_elements,
     read_bytes,
 )
+from bntool.checkpoints.torch_arrays import ARRAY_KEY
 from bntool.checkpoints.torch_tensors import StorageReference, TensorReader
 from bntool.errors import CorruptFileError
 
@@ -49,7 +50,9 @@ class ArrayReader(TensorReader):
     def _rebuild(self, node: Instance) -> StoredTensor | None:
         if node.path in _RECONSTRUCT:
             state = node.state
-            if not isinstance(state, tuple) or len(state) != 5:
+            if not _is_class_of_numpy(node.arguments[0]):
+                return None  # classes of others have states of their own
+            if not isinstance(state, tuple) or len(state) != 5 or not isinstance(node.arguments, tuple):
                 raise CorruptFileError("a numpy array of the pickle is malformed")
             _, shape, dtype, is_fortran, data = state
             return self._array(node, shape, dtype, data, is_fortran=bool(is_fortran))
@@ -70,7 +73,7 @@ class ArrayReader(TensorReader):
         source, offset, length = _locate(data)
         if length != dtype.byte_count(count_elements(shape)):
             raise CorruptFileError(f"a numpy array of {dtype} has {length} bytes, which do not fit its shape")
-        key = f"array {len(self.nodes)}"
+        key = f"{ARRAY_KEY}{len(self.nodes)}"
         self.nodes[key] = node
         strides = contiguous_strides(shape[::-1])[::-1] if is_fortran else contiguous_strides(shape)
         storage = Storage(source, offset, length, key, big_endian=big_endian)
@@ -79,6 +82,10 @@ class ArrayReader(TensorReader):
 
 def _no_storage(reference: StorageReference) -> Storage:
     raise CorruptFileError(f"a torch storage {reference.key!r:.80} in a pickle of numpy arrays")
+
+
+def _is_class_of_numpy(node: Node) -> bool:
+    return isinstance(node, Global) and node.path.startswith("numpy.")
 
 
 def _is_extent(value: Node) -> bool:
@@ -98,16 +105,33 @@ def _read_dtype(node: Node) -> tuple[DType, bool] | None:
     return BY_NAME[name], order == ">"
 
 
+class _EncodedText:
+    """Bytes that a pickle holds as a text, one character for each; many arrays can share one, so none is made early."""
+
+    def __init__(self, text: str) -> None:
+        self._text = text
+
+    @property
+    def size(self) -> int:
+        return len(self._text)
+
+    def read(self, offset: int, length: int) -> bytes:
+        try:
+            return self._text[offset : offset + length].encode("latin-1")
+        except UnicodeEncodeError as error:
+            raise CorruptFileError("the bytes of a numpy array are malformed") from error
+
+
 def _locate(data: Node) -> tuple[ByteSource, int, int]:
     """Where the bytes of an array lie."""
     if isinstance(data, LongBytes):
         return data.source, data.offset, data.length
     if isinstance(data, bytes | bytearray):
-        return MemorySource(bytes(data)), 0, len(data)
+        return MemorySource(data), 0, len(data)
     if isinstance(data, Instance) and data.path == "_codecs.encode" and isinstance(data.arguments, tuple):
         text, encoding = data.arguments  # how Python 3 writes bytes with protocols 0 to 2
         if text_of(encoding) in ("latin1", "latin-1") and isinstance(text, str):
-            return MemorySource(text.encode("latin-1")), 0, len(text)
+            return _EncodedText(text), 0, len(text)
     if isinstance(data, Instance) and data.path in ("builtins.bytes", "__builtin__.bytes") and data.arguments == ():
         return MemorySource(b""), 0, 0
     raise CorruptFileError("the bytes of a numpy array are malformed")

@@ -50,13 +50,13 @@ class NumpyPickle(Format):
         )
 
     def write(self, checkpoint: Checkpoint, path: Path, output: OutputFiles) -> None:
-        from bntool.checkpoints.numpy_changes import ArrayChanges  # only those who write need it
+        from bntool.checkpoints.numpy_changes import collect_changes  # only those who write need it
         from bntool.checkpoints.pickles.writing import write_pickle
 
         pickle: Pickle = checkpoint.content.pickle
         for state_dict in checkpoint.state_dicts:
             _check_keys(state_dict)
-        changes = ArrayChanges(checkpoint).collect()
+        changes = collect_changes(checkpoint)
         if changes.loose_record is not None:
             raise RefusedError(
                 "a pickle of numpy arrays has no place for a record; convert it first with "

@@ -85,13 +85,17 @@ def _read_header(file: SourceFile) -> tuple[dict[str, Any], int]:
     return header, 8 + length
 
 
-def parse_json(data: bytes) -> Any:
+def parse_json(data: bytes, *, with_infinity: bool = False) -> Any:
     """JSON as the standard has it: no key twice, no NaN.
+
+    Args:
+        with_infinity: as Python writes it, with Infinity and NaN.
 
     Raises:
         ValueError, RecursionError
     """
-    return json.loads(data.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_reject_constant)
+    constant = float if with_infinity else _reject_constant
+    return json.loads(data.decode("utf-8"), object_pairs_hook=_unique, parse_constant=constant)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

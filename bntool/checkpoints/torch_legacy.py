@@ -13,8 +13,9 @@ from bntool.checkpoints.pickles.nodes import as_mapping, is_mapping, text_of
 from bntool.checkpoints.pickles.reading import OpcodeBudget, Pickle, read_pickle
 from bntool.checkpoints.pickles.trust import list_globals
 from bntool.checkpoints.tensors import Storage
+from bntool.checkpoints.torch_arrays import MixedReader
 from bntool.checkpoints.torch_objects import TorchContent, find_state_dicts, metadata_node, read_records
-from bntool.checkpoints.torch_tensors import StorageReference, TensorReader, read_storage_reference
+from bntool.checkpoints.torch_tensors import StorageReference, read_storage_reference
 from bntool.errors import CorruptFileError, RefusedError
 
 _MAGIC = 0x1950A86A20F9469CFC6C
@@ -62,7 +63,7 @@ class TorchLegacy(Format):
         keys = read_pickle(file, offset=pickle.end, budget=budget)
         big_endian = as_mapping(system.root).get("little_endian") is False
         layout = LegacyLayout(file, keys, _locate_storages(file, pickle, keys), big_endian)
-        reader = TensorReader(lambda reference: _resolve(layout, reference))
+        reader = MixedReader(lambda reference: _resolve(layout, reference))
         state_dicts = find_state_dicts(pickle.root, reader)
         return Checkpoint(
             file=file,
@@ -75,7 +76,7 @@ class TorchLegacy(Format):
         )
 
     def write(self, checkpoint: Checkpoint, path: Path, output: OutputFiles) -> None:
-        from bntool.checkpoints.torch_changes import collect_changes  # only those who write need it
+        from bntool.checkpoints.numpy_changes import collect_changes  # only those who write need it
         from bntool.checkpoints.torch_legacy_changes import write_file
 
         changes = collect_changes(checkpoint)

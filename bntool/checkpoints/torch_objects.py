@@ -4,14 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 from bntool.checkpoints.checkpoint import StateDict, find_prefix
-from bntool.checkpoints.pickles.nodes import Dict, Instance, Node, as_mapping, is_mapping, iterate_pairs, text_of
+from bntool.checkpoints.pickles.nodes import (
+    Dict,
+    Instance,
+    Node,
+    Update,
+    as_mapping,
+    is_mapping,
+    iterate_pairs,
+    text_of,
+)
 from bntool.checkpoints.pickles.reading import Pickle
-from bntool.checkpoints.tensors import Tensor
+from bntool.checkpoints.tensors import StoredTensor
 from bntool.checkpoints.torch_modules import MAX_DEPTH, ModuleReader, StateDictSource, is_module
 from bntool.checkpoints.torch_tensors import TensorReader
 from bntool.errors import UnsafeFileError
@@ -20,6 +29,9 @@ RECORD_KEY = "bntool"
 MAX_STATE_DICTS = 1000
 MAX_NAME = 1000  # characters; longer keys are data too, and keys of keys of them exhaust memory
 MAX_LIST = 1000  # longer lists are data, not models
+MAX_NUMBERS = 256  # mappings from more numbers are data too: results by image, statistics by class
+
+_CONTAINERS = (list, tuple, Dict, Instance)
 
 # leaf names by which a mapping of tensors is known as a state dict, besides dotted names
 _LEAVES = {
@@ -54,7 +66,8 @@ def find_state_dicts(root: Node, reader: TensorReader) -> tuple[StateDict, ...]:
     """All state dicts and pickled modules under ``root``, in the order of the file.
 
     A mapping is a state dict if it holds a tensor under a dotted name or under a name like ``weight``; where nothing
-    in the file does, any mapping with a floating tensor counts. Optimizer states (mappings with ``state`` and
+    in the file does, any mapping with a floating tensor counts. A numpy array among torch's tensors is known by a
+    dotted name only: as ``weight`` or ``scale`` it is often data. Optimizer states (mappings with ``state`` and
     ``param_groups``) are passed over. Where two would have the same key, the later ones get a number: ``model#2``.
 
     Raises:
@@ -65,9 +78,9 @@ def find_state_dicts(root: Node, reader: TensorReader) -> tuple[StateDict, ...]:
     modules = ModuleReader(reader)
     versions: dict[int, dict[str, int | None] | None] = {}  # several state dicts can share one _metadata
     for path, node in _walk(root):
-        key = ".".join(path)
+        key, access = ".".join(step.name for step in path), "".join(step.access for step in path)
         if is_module(node):
-            found.append(modules.read(key, node))
+            found.append(dataclasses.replace(modules.read(key, node), access=access))
         elif is_mapping(node):
             source = StateDictSource(node)
             tensors = _read_tensors(source, reader)
@@ -76,9 +89,15 @@ def find_state_dicts(root: Node, reader: TensorReader) -> tuple[StateDict, ...]:
             metadata = metadata_node(node)
             if id(metadata) not in versions:
                 versions[id(metadata)] = _versions(metadata)
-            looks_right = any("." in name or name in _LEAVES for name in tensors)
+            looks_right = any("." in n or (n in _LEAVES and not reader.is_array(t)) for n, t in tensors.items())
             state_dict = StateDict(
-                key, find_prefix(list(tensors)), tensors, versions=versions[id(metadata)], source=source
+                key,
+                find_prefix(list(tensors)),
+                tensors,
+                versions=versions[id(metadata)],
+                access=access,
+                holds_arrays=any(map(reader.is_array, tensors.values())),
+                source=source,
             )
             (found if looks_right else weak).append(state_dict)
         if len(found) > MAX_STATE_DICTS:
@@ -96,40 +115,76 @@ def _with_unique_keys(state_dicts: list[StateDict]) -> tuple[StateDict, ...]:
     return tuple(unique)
 
 
-def _walk(root: Node) -> Iterator[tuple[tuple[str, ...], Node]]:
-    """Every mapping and module that can be reached by names, each once, with its path; modules are not entered."""
-    pending: list[tuple[tuple[str, ...], Node]] = [((), root)]
+class _Step(NamedTuple):
+    """One step from a container into it: its name in keys, and in Python."""
+
+    name: str
+    access: str
+
+
+def _walk(root: Node) -> Iterator[tuple[tuple[_Step, ...], Node]]:
+    """Every mapping and module that can be reached by names and numbers, with its path, each once.
+
+    Modules are not entered.
+    """
+    pending: list[tuple[tuple[_Step, ...], Node]] = [((), root)]
     seen: set[int] = set()
     while pending:
         path, node = pending.pop()
         if id(node) in seen or len(path) > MAX_DEPTH:
             continue
         seen.add(id(node))
-        inside: Iterable[tuple[str, Node]] = ()
+        inside: list[tuple[_Step, Node]] = []
         if is_module(node):
             yield path, node
         elif isinstance(node, list | tuple):
-            if len(node) <= MAX_LIST:
-                inside = [(str(index), value) for index, value in enumerate(node)]
+            inside = _numbered(node)
         elif is_mapping(node):
             entries = as_mapping(node)
             if "param_groups" in entries and "state" in entries:
                 continue
             yield path, node
-            inside = entries.items()
-        elif isinstance(node, Instance) and is_mapping(node.state) and id(node.state) not in seen:
-            seen.add(id(node.state))
-            inside = as_mapping(node.state).items()
-        containers = [
-            (name, value)
-            for name, value in inside
-            if isinstance(value, list | tuple | Dict | Instance) and len(name) <= MAX_NAME
-        ]
-        pending.extend(((*path, name), value) for name, value in reversed(containers))
+            inside = _entries(node)
+        elif isinstance(node, Instance):
+            inside = _numbered(_members(node))
+            if is_mapping(node.state) and id(node.state) not in seen:
+                seen.add(id(node.state))
+                inside += [(_attribute(step), value) for step, value in _entries(node.state)]
+        pending.extend(((*path, step), value) for step, value in reversed(inside))
 
 
-def _read_tensors(source: StateDictSource, reader: TensorReader) -> dict[str, Tensor]:
-    tensors: dict[str, Tensor] = {}
+def _numbered(nodes: Sequence[Node]) -> list[tuple[_Step, Node]]:
+    """The containers in a list by their places; none of a long one."""
+    if len(nodes) > MAX_LIST:
+        return []
+    return [(_Step(str(i), f"[{i}]"), node) for i, node in enumerate(nodes) if isinstance(node, _CONTAINERS)]
+
+
+def _attribute(step: _Step) -> _Step:
+    """The same step for what an object holds; a name that is none must not become code."""
+    return _Step(step.name, f".{step.name}" if step.name.isidentifier() else f".__dict__{step.access}")
+
+
+def _members(node: Instance) -> list[Node]:
+    """What was appended to an object: a deque, or a list of a class of its own."""
+    return [value for update, payload in node.updates if update is Update.APPENDS for value in payload]
+
+
+def _entries(node: Node) -> list[tuple[_Step, Node]]:
+    """The containers in a mapping, by texts and by numbers, in order; without the numbers where they are many."""
+    found: dict[str | float | None, Node] = {}
+    for key, value in iterate_pairs(node):
+        name = text_of(key)
+        found[key if name is None and isinstance(key, int | float) else name] = value
+    found.pop(None, None)
+    if len(found) - len(as_mapping(node)) > MAX_NUMBERS:
+        found = {key: value for key, value in found.items() if isinstance(key, str)}
+    containers = [(key, value) for key, value in found.items() if isinstance(value, _CONTAINERS)]
+    return [(_Step(str(key), f"[{key!r}]"), value) for key, value in containers if len(str(key)) <= MAX_NAME]
+
+
+def _read_tensors(source: StateDictSource, reader: TensorReader) -> dict[str, StoredTensor]:
+    tensors: dict[str, StoredTensor] = {}
     for key, value in iterate_pairs(source.node):
         name = text_of(key)
         tensor = reader.read_named(name, value) if name is not None else None

@@ -128,6 +128,10 @@ class TensorReader:
         self._known[id(node)] = dataclasses.replace(tensor, is_parameter=True)
         return self._known[id(node)]
 
+    def is_array(self, tensor: StoredTensor) -> bool:  # noqa: ARG002 (for the reader that knows arrays)
+        """Whether it is one of numpy's, among tensors of torch."""
+        return False
+
     def _read(self, node: Instance) -> StoredTensor | None:
         self._depth += 1
         try:

@@ -12,11 +12,12 @@ from bntool.checkpoints.checkpoint import Checkpoint, Format
 from bntool.checkpoints.files import SourceFile
 from bntool.checkpoints.outputs import OutputFiles
 from bntool.checkpoints.pickles.nodes import as_mapping, is_mapping
-from bntool.checkpoints.pickles.reading import read_pickle_bytes
+from bntool.checkpoints.pickles.reading import OpcodeBudget, Pickle, read_pickle_bytes
 from bntool.checkpoints.pickles.trust import list_globals
 from bntool.checkpoints.tensors import Storage
+from bntool.checkpoints.torch_arrays import MixedReader
 from bntool.checkpoints.torch_objects import TorchContent, as_history, find_state_dicts, read_records
-from bntool.checkpoints.torch_tensors import StorageReference, TensorReader
+from bntool.checkpoints.torch_tensors import StorageReference
 from bntool.checkpoints.zips.reading import InflatedRecord, ZipArchive, ZipRecord, read_archive
 from bntool.errors import CorruptFileError, UnknownFormatError, UnsafeFileError
 
@@ -49,11 +50,8 @@ class TorchZip(Format):
     def read(self, file: SourceFile) -> Checkpoint:
         archive = read_archive(file)
         layout = find_layout(archive)
-        record = archive.records[f"{layout.root}data.pkl"]
-        if record.size > MAX_PICKLE:
-            raise UnsafeFileError(f"the pickle has {record.size} bytes")
-        pickle = read_pickle_bytes(archive.read(record))
-        reader = TensorReader(lambda reference: resolve_storage(layout, reference))
+        pickle = read_main_pickle(layout)
+        reader = MixedReader(lambda reference: resolve_storage(layout, reference))
         state_dicts = find_state_dicts(pickle.root, reader)
         return Checkpoint(
             file=file,
@@ -66,7 +64,7 @@ class TorchZip(Format):
         )
 
     def write(self, checkpoint: Checkpoint, path: Path, output: OutputFiles) -> None:
-        from bntool.checkpoints.torch_changes import collect_changes  # only those who write need it
+        from bntool.checkpoints.numpy_changes import collect_changes  # only those who write need it
         from bntool.checkpoints.torch_zip_changes import write_archive
 
         write_archive(checkpoint, collect_changes(checkpoint), output.open(path))
@@ -74,6 +72,18 @@ class TorchZip(Format):
     def verify_checksums(self, checkpoint: Checkpoint) -> int | None:
         layout: ArchiveLayout = checkpoint.content.container
         return layout.archive.check_records()
+
+
+def read_main_pickle(layout: ArchiveLayout, *, budget: OpcodeBudget | None = None) -> Pickle:
+    """The pickle that names the storages.
+
+    Args:
+        budget: of the file, where it has several pickles.
+    """
+    record = layout.archive.records[f"{layout.root}data.pkl"]
+    if record.size > MAX_PICKLE:
+        raise UnsafeFileError(f"the pickle has {record.size} bytes")
+    return read_pickle_bytes(layout.archive.read(record), budget=budget)
 
 
 def read_loose_records(layout: ArchiveLayout) -> dict[str, tuple[Mapping[str, Any], ...]]:

@@ -8,17 +8,16 @@ from bntool.checkpoints.checkpoint import Checkpoint, Format, ModuleInfo, StateD
 from bntool.checkpoints.files import SourceFile
 from bntool.checkpoints.outputs import OutputFiles
 from bntool.checkpoints.pickles.nodes import Dict, Instance, Node, as_mapping
-from bntool.checkpoints.pickles.reading import read_pickle_bytes
 from bntool.checkpoints.pickles.trust import list_globals
 from bntool.checkpoints.tensors import StoredTensor, Tensor
 from bntool.checkpoints.torch_modules import MAX_DEPTH, MAX_EFFORT, MAX_PATH, StateDictSource, plain_attributes
 from bntool.checkpoints.torch_objects import TorchContent
 from bntool.checkpoints.torch_tensors import TensorReader
 from bntool.checkpoints.torch_zip import (
-    MAX_PICKLE,
     ArchiveLayout,
     is_big_endian,
     read_loose_records,
+    read_main_pickle,
     resolve_storage,
 )
 from bntool.checkpoints.torchscript_code import ClassText, CodeReader
@@ -41,10 +40,7 @@ class TorchScript(Format):
         if root is None or f"{root}data.pkl" not in archive.records:
             raise UnknownFormatError("this zip archive is no TorchScript archive")
         layout = ArchiveLayout(archive, root, is_big_endian(archive, root), RECORD_NAME)
-        record = archive.records[f"{root}data.pkl"]
-        if record.size > MAX_PICKLE:
-            raise UnsafeFileError(f"the pickle has {record.size} bytes")
-        pickle = read_pickle_bytes(archive.read(record))
+        pickle = read_main_pickle(layout)
         reader = TensorReader(lambda reference: resolve_storage(layout, reference))
         state_dict = _ScriptReader(reader, CodeReader(archive, root)).read(pickle.root)
         return Checkpoint(

@@ -65,7 +65,7 @@ def _check_others(checkpoint: Checkpoint, owner: StateDict, name: str) -> None:
     changed = owner.tensors[name]
     for state_dict in checkpoint.state_dicts:
         for other, stored in state_dict.source.items():
-            if stored is original or not _overlap(original, stored):
+            if (state_dict is owner and other == name) or not _overlap(original, stored):
                 continue
             same_view = (stored.place, stored.shape, stored.strides) == (
                 original.place,

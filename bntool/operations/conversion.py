@@ -189,8 +189,8 @@ def _last_conversion(checkpoint: Checkpoint, source: StateDict) -> Mapping[str, 
 
 
 def _describe_modules(source: StateDict) -> dict[str, dict[str, Any]]:
-    """What a pickled module says of its BatchNorm layers and a state dict cannot."""
-    if not source.is_module:
+    """What a pickled module or a graph says of its BatchNorm layers and a state dict cannot."""
+    if not source.modules:
         return {}
     return {
         norm.name: {"eps": norm.eps, "momentum": norm.momentum, "class": norm.class_path}
@@ -203,13 +203,15 @@ def _format_losses(checkpoint: Checkpoint, source: StateDict, new_format: NewFor
     others = [s.key or "(root)" for s in checkpoint.state_dicts if s is not source]
     if others:
         losses.append(f"other state dicts: {_some(others)}")
-    if source.is_module:
+    if checkpoint.format.holds_code and not source.is_module:
+        losses.append("the program: its graph and what it holds beside the state dict; only tensors are taken out")
+    elif source.is_module:
         losses.append("the modules themselves: their classes, code and attributes; only tensors are taken out")
     inside = {s.key.split(".")[0] for s in checkpoint.state_dicts}
     beside = [] if checkpoint.format.name == "safetensors" else [n for n in checkpoint.entries if n not in inside]
     names = {name.split(".")[0] for name in source.tensors} | set(source.tensors) if not source.key else set()
     beside = [name for name in beside if name not in names]
-    if beside and checkpoint.format.single_file and not source.is_module:
+    if beside and checkpoint.format.single_file and not source.is_module and not checkpoint.format.holds_code:
         losses.append(f"other entries: {_some(beside)}")
     if not checkpoint.format.single_file:
         losses.append("the division into several files")

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from bntool.checkpoints.checkpoint import StateDict
+from bntool.checkpoints.checkpoint import StateDict, choose_state_dict
 from bntool.plan import RemoveModule
 from bntool.reports.blocks import Block, Cell, Column, Line, Style, Table, line
 from bntool.reports.loading import show_loading_code, show_running_code
@@ -235,7 +235,9 @@ def _written(result: CheckpointFold, state_dict: StateDict, output: str) -> list
         blocks.append(line("its keys are those of the original; load it into the unmodified model:"))
         return [*blocks, *(line(text, indent=2) for text in lines)]
     blocks.append(line("load it into the unmodified model, which becomes the folded one:"))
-    blocks.append(line(f"model = bntool.load_folded(model, {output!r})", indent=2))
+    is_default = choose_state_dict(result.checkpoint) is edited
+    which = "" if is_default else f", state_dict={edited.key!r}"
+    blocks.append(line(f"model = bntool.load_folded(model, {output!r}{which})", indent=2))
     blocks.append(line("or without bntool:"))
     return [*blocks, *(line(text, indent=2) for text in show_folded_loading(lines))]
 

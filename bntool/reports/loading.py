@@ -10,6 +10,10 @@ _ALLOWED = ("collections.OrderedDict", "collections.Counter", "_codecs.encode", 
 _LOADERS = {
     "torchscript": ("import torch", "model = torch.jit.load({output})  # runs code of the file"),
     "exported-program": ("import torch", "model = torch.export.load({output}).module()  # runs code of the file"),
+    "exported-program-legacy": (
+        "import torch  # of the version that wrote the file: others may refuse it",
+        "model = torch.export.load({output}).module()  # runs code of the file",
+    ),
     "torch-tar": ("import torch", "checkpoint = torch.load({output}, weights_only=False)  # runs code of the file"),
     "numpy-pickle": (
         "import pickle",
@@ -39,10 +43,10 @@ def show_loading_code(checkpoint: Checkpoint, state_dict: StateDict, output: str
     options = f'map_location="cpu", weights_only={trusted}'
     comment = "" if trusted else "  # runs code of the file: only if you trust its origin"
     lines = ["import torch", f"checkpoint = torch.load({output!r}, {options}){comment}"]
-    where = "checkpoint" + "".join(f"[{part!r}]" for part in state_dict.key.split(".") if part)
+    where = f"checkpoint{state_dict.access}"
     if state_dict.is_module:
         return [*lines, f"model = {where}"]
-    return [*lines, *_load(where, state_dict.prefix)]
+    return [*lines, *_load(where, state_dict.prefix, holds_arrays=state_dict.holds_arrays)]
 
 
 def show_running_code(checkpoint: Checkpoint, output: str) -> list[str]:
@@ -65,11 +69,14 @@ def _loads_weights_only(name: GlobalName) -> bool:
     return name.trust is GlobalTrust.KNOWN and (name.path.startswith("torch.") or name.path in _ALLOWED)
 
 
-def _load(where: str, prefix: str) -> list[str]:
-    if not prefix:
+def _load(where: str, prefix: str, *, holds_arrays: bool = False) -> list[str]:
+    if not prefix and not holds_arrays:
         return [f"model.load_state_dict({where})"]
+    value = "torch.as_tensor(t)" if holds_arrays else "t"
+    if not prefix:
+        return [f"state_dict = {{n: {value} for n, t in {where}.items()}}", "model.load_state_dict(state_dict)"]
     return [
         f"prefix = {prefix!r}",
-        f"state_dict = {{n.removeprefix(prefix): t for n, t in {where}.items() if n.startswith(prefix)}}",
+        f"state_dict = {{n.removeprefix(prefix): {value} for n, t in {where}.items() if n.startswith(prefix)}}",
         "model.load_state_dict(state_dict)",
     ]

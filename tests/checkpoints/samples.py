@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -239,7 +239,7 @@ def assert_same(found: Any, expected: Any, where: str = "root") -> None:
             assert_same(found[key], expected[key], f"{where}[{key!r}]")
         if isinstance(expected, OrderedDict) and hasattr(expected, "_metadata"):
             assert_same(found._metadata, expected._metadata, f"{where}._metadata")
-    elif isinstance(expected, list | tuple):
+    elif isinstance(expected, list | tuple | deque):
         assert len(found) == len(expected), where
         for index, (one, other) in enumerate(zip(found, expected, strict=True)):
             assert_same(one, other, f"{where}[{index}]")

@@ -15,7 +15,7 @@ from bntool.checkpoints.application import apply_plan
 from bntool.checkpoints.formats import open_checkpoint, save_checkpoint
 from bntool.checkpoints.norms import find_batchnorms
 from bntool.checkpoints.tensors import read_bytes
-from bntool.errors import FileError, RefusedError, UnknownFormatError
+from bntool.errors import FileError, RefusedError
 from bntool.plan import Operation, Plan, Record, RemoveTensor, SetAttribute, SetTensor, Values
 from tests.checkpoints.samples import bits
 
@@ -161,13 +161,3 @@ def test_a_truncated_file_is_an_error_of_ours(name: str, share: float, folder: P
     (tmp_path / name).write_bytes(data[: int(len(data) * share)])
     with pytest.raises(FileError):
         open_checkpoint(tmp_path / name)
-
-
-def test_an_export_of_older_torch_is_named(tmp_path: Path) -> None:
-    import zipfile
-
-    with zipfile.ZipFile(tmp_path / "old.pt2", "w") as archive:
-        archive.writestr("serialized_exported_program.json", "{}")
-        archive.writestr("version", "5.1")
-    with pytest.raises(UnknownFormatError, match=r"before torch 2\.8"):
-        open_checkpoint(tmp_path / "old.pt2")

@@ -40,7 +40,8 @@ IMPOSSIBLE = {
     *(("numpy-pickle", name) for name in ("bfloat16", *(d for d in map(_name, LATE_DTYPES) if "float8" in d))),
 }  # fmt: skip
 # their tensors belong to layers of a graph, so that they cannot hold just any; see the test file of each
-OF_GRAPHS = {"onnx", "caffe", "caffe-hdf5", "keras", "keras-hdf5", "torchscript", "exported-program"}
+OF_GRAPHS = {"onnx", "caffe", "caffe-hdf5", "keras", "keras-hdf5"}
+OF_GRAPHS |= {"torchscript", "exported-program", "exported-program-legacy"}
 READ_ONLY = {"distributed", "tensorflow"}
 VALUES_ONLY = {"torch-tar"}
 WITHOUT_RECORD = {"torch-tar", "numpy-pickle"}

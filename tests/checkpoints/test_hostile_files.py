@@ -444,6 +444,7 @@ def _write_harmless(folder: Path) -> list[Path]:
     (folder / "ext").mkdir()
     alone = ("onnx_tiny.onnx", "keras_tiny.keras", "tfkeras2_tiny.h5", "caffe_tiny_std.caffemodel")
     made += [Path(shutil.copy(FIXTURES / "interop" / name, folder)) for name in alone]
+    made += [Path(shutil.copy(path, folder)) for path in (FIXTURES / "exported").glob("*.pt2")]
     shutil.copy(FIXTURES / "interop" / "onnx_tiny_ext.data", folder / "ext")
     made.append(Path(shutil.copy(FIXTURES / "interop" / "onnx_tiny_ext.onnx", folder / "ext")))
     return made

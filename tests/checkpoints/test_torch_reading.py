@@ -6,7 +6,7 @@ import argparse
 import copy
 import functools
 import pathlib
-from collections import OrderedDict, defaultdict
+from collections import OrderedDict, defaultdict, deque
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,10 @@ class Net(nn.Module):
         self.register_buffer("transient", torch.zeros(2), persistent=False)
         self.register_parameter("absent", None)
         self.hidden_size = 64
+
+
+class Sequence(list[Any]):
+    """A list of a class of its own."""
 
 
 class Inert:
@@ -81,7 +85,21 @@ STATE = functools.partial(lambda: tiny_net().state_dict())
         (lambda sd: {"holder": Inert(sd)}, ["holder.value"], "holder.value"),
         (dict, [""], ""),
         (lambda sd: defaultdict(list, sd), [""], ""),
-        (lambda sd: {"epoch": 1, 7: sd}, [], None),
+        (lambda sd: {"epoch": 1, 7: sd}, ["7"], "7"),
+        (lambda sd: {0: sd, 1: copy.deepcopy(sd)}, ["0", "1"], "0"),
+        (lambda sd: {0: sd, "0": copy.deepcopy(sd)}, ["0", "0#2"], "0"),
+        (lambda sd: {-1: sd, 0.999: copy.deepcopy(sd)}, ["-1", "0.999"], "-1"),
+        (lambda sd: {"ema": {0.9: sd}, "nets": {3: copy.deepcopy(sd)}}, ["ema.0.9", "nets.3"], "nets.3"),
+        (lambda sd: {2: {"state_dict": sd, "epoch": 1}, 1: 5}, ["2.state_dict"], "2.state_dict"),
+        (lambda sd: {("a", 1): sd}, [], None),
+        (lambda sd: {number: {"weight": torch.ones(1)} for number in range(257)}, [], None),
+        (lambda sd: {"by_image": {number: [{}] for number in range(2000)}, "model": sd}, ["model"], "model"),
+        (lambda sd: {0: torch.ones(3), 1: torch.ones(3)}, [], None),
+        (lambda sd: [sd, copy.deepcopy(sd)], ["0", "1"], "0"),
+        (lambda sd: (sd, 3), ["0"], "0"),
+        (lambda sd: {"snapshots": (sd, copy.deepcopy(sd))}, ["snapshots.0", "snapshots.1"], "snapshots.0"),
+        (lambda sd: {"kept": deque([sd, copy.deepcopy(sd)], 5)}, ["kept.0", "kept.1"], "kept.0"),
+        (lambda sd: Sequence([sd]), ["0"], "0"),
         (lambda sd: {}, [], None),
         (lambda sd: torch.ones(3), [], None),
         (lambda sd: None, [], None),

@@ -36,7 +36,7 @@ from bntool.plan import (
 )
 from tests.checkpoints.archives import rezip
 from tests.checkpoints.samples import assert_same, tiny_net
-from tests.checkpoints.test_torch_reading import Inert, Net
+from tests.checkpoints.test_torch_reading import Inert, Net, Sequence
 
 MEAN = SetTensor("1.running_mean", Values((0.5, -1.5, 2.5, 1e-3), (4,)))
 NEW_MEAN = torch.tensor([0.5, -1.5, 2.5, 1e-3])
@@ -481,6 +481,41 @@ def test_flags_of_a_state_dict_are_refused(tmp_path: Path) -> None:
 
 
 # the rest
+
+
+@pytest.mark.parametrize("zipped", FORMATS)
+@pytest.mark.parametrize("protocol", [2, 5])
+@pytest.mark.parametrize(
+    ("layout", "key"),
+    [
+        (lambda one, two: {0: one, 1: two}, "1"),
+        (lambda one, two: {"epoch": 3, "nets": {7: one, "7": two}}, "nets.7#2"),
+        (lambda one, two: {0.9: one, 0.99: {"model": two}}, "0.99.model"),
+        (lambda one, two: [one, two, 5], "1"),
+        (lambda one, two: (one, (3, two)), "1.1"),
+        (lambda one, two: {"kept": collections.deque([one, two], 2)}, "kept.1"),
+        (lambda one, two: Sequence([one, two]), "1"),
+    ],
+)
+def test_one_of_several_models_by_number(layout: Any, key: str, protocol: int, zipped: bool, tmp_path: Path) -> None:
+    one, two = tiny_net().state_dict(), copy.deepcopy(tiny_net().state_dict())
+    path = _save(layout(one, two), tmp_path, pickle_protocol=protocol, _use_new_zipfile_serialization=zipped)
+    steps = (
+        MEAN,
+        AddTensor("0.bias", Values((1.0, 2.0, 3.0, 4.0), (4,)), dtype="float32", after="0.weight"),
+        RemoveTensor("1.weight"),
+        Record({"n": 1}),
+    )
+    target = _rewrite(path, _plan(*steps, state_dict=key))
+    with open_checkpoint(target) as written:
+        assert written.records == {key: ({"n": 1},)}
+    two["1.running_mean"] = NEW_MEAN
+    two["0.bias"] = torch.tensor([1.0, 2.0, 3.0, 4.0])
+    two.move_to_end("0.bias", last=False)
+    two.move_to_end("0.weight", last=False)
+    del two["1.weight"]
+    two._metadata[""]["bntool"] = '[{"n":1}]'
+    assert_same(_load(target, trusted=True), layout(one, two))
 
 
 @pytest.mark.parametrize("zipped", FORMATS)

@@ -166,6 +166,24 @@ def test_printed_lines_load_the_file_without_bntool(digits, tmp_path, capsys, na
         assert all(torch.equal(tensor, model.state_dict()[key]) for key, tensor in other.state_dict().items())
 
 
+@pytest.mark.parametrize("layout", ["list", "numbers", "arrays"])
+def test_printed_lines_load_one_of_several_models(digits, tmp_path, capsys, layout: str) -> None:
+    one, two = torch.load(SAMPLES / "digits.pt"), torch.load(SAMPLES / "digits.pt")
+    arrays = {name: tensor.numpy() for name, tensor in two.items()}
+    root = {"list": [one, two], "numbers": {0: one, 1: two}, "arrays": (one, arrays)}[layout]
+    torch.save(root, tmp_path / "several.pt")
+    arguments = ["fold", str(tmp_path / "several.pt"), "--state-dict", "1", "--model", MODEL]
+    assert main([*arguments, "-o", str(tmp_path / "folded.pt")]) == 0
+    ours, _, plain = capsys.readouterr().out.partition("or without bntool:\n")
+    expected = original(SAMPLES / "digits.pt", None)(digits[0])
+    for lines in (ours.splitlines()[-1:], plain.splitlines()):
+        scope = {"model": build(SAMPLES / "digits_net.py"), "bntool": bntool}
+        exec("\n".join(line.removeprefix("  ") for line in lines), scope)
+        assert not any(key.endswith("running_mean") for key in scope["model"].state_dict())
+        with torch.no_grad():
+            assert torch.equal(expected.argmax(1), scope["model"].eval()(digits[0]).argmax(1))
+
+
 def test_without_a_model_it_says_what_to_give(fold) -> None:
     code, document, _, out = fold(SAMPLES / "digits.pt", model=None)
     assert code == 4

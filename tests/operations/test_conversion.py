@@ -48,6 +48,18 @@ def trained(tmp_path):
     return tmp_path / "model.pt"
 
 
+@pytest.mark.parametrize("name", ["torch_2.1.2.pt2", "torch_2.7.1.pt2"])
+def test_what_the_graph_of_a_program_says_is_recorded(name, tmp_path):
+    source, target = Path(__file__).parents[1] / "fixtures" / "exported" / name, tmp_path / "model.pt"
+    conversion = convert(source, "torch", target)
+    assert [loss.partition(":")[0] for loss in conversion.losses] == ["the program"]
+    assert identical(source, target)
+    with open_checkpoint(target) as checkpoint:
+        (record,) = checkpoint.records[""]
+    (facts,) = record["modules"].values()
+    assert (facts["eps"], facts["momentum"]) == (1e-3, 0.03)
+
+
 @pytest.mark.parametrize("name", ["digits.pt", "digits_legacy.pth", "digits_module.pt", "digits_training.pt"])
 def test_to_safetensors_and_back(name, tmp_path):
     there, back = tmp_path / "there.safetensors", tmp_path / "back.pt"

@@ -5,8 +5,8 @@ from __future__ import annotations
 import itertools
 import struct
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
-from typing import IO
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import IO, TypeAlias
 
 from bntool.checkpoints.files import CHUNK, ByteSource, MemorySource
 from bntool.checkpoints.zips.reading import (
@@ -24,6 +24,8 @@ from bntool.checkpoints.zips.reading import (
     ZipRecord,
 )
 from bntool.errors import CorruptFileError
+
+Patch: TypeAlias = Callable[[], Iterable[tuple[int, bytes]]]
 
 _ALIGNMENT = 64  # torch maps storages; it aligns them so
 _PAGE = 4096
@@ -85,8 +87,42 @@ def patched_chunks(archive: ZipArchive, record: ZipRecord, patches: Iterable[tup
         raise CorruptFileError(f"checksum of record {record.name!r:.80} differs: the file is damaged")
 
 
+def patches_of_nested(archive: ZipArchive, patches: Mapping[str, Patch]) -> Iterator[tuple[int, bytes]]:
+    """The bytes to put over an archive that is a record of another one, in ascending order; see copy_with_patches.
+
+    Args:
+        patches: by name of a stored record, what gives (offset in the archive, bytes); called twice.
+
+    Raises:
+        CorruptFileError: a patched record of the source does not match its checksum.
+    """
+    pieces: list[tuple[int, Iterable[tuple[int, bytes]]]] = []
+    for name, patch in patches.items():
+        record = archive.records[name]
+        pieces.append((record.data_offset, patch()))
+        crc = 0
+        for chunk in patched_chunks(archive, record, _shifted(patch(), -record.data_offset)):
+            crc = zlib.crc32(chunk, crc)
+        if archive.has_checksums:
+            packed = struct.pack("<I", crc)
+            pieces += [(place, ((place, packed),)) for place in _checksum_places(archive, record)]
+    for _, piece in sorted(pieces, key=lambda piece: piece[0]):
+        yield from piece
+
+
+def _shifted(patch: Iterable[tuple[int, bytes]], by: int) -> Iterator[tuple[int, bytes]]:
+    return ((offset + by, data) for offset, data in patch)
+
+
 def _replace_checksum(archive: ZipArchive, record: ZipRecord, stream: IO[bytes], crc: int) -> None:
-    packed = struct.pack("<I", crc)
+    for place in _checksum_places(archive, record):
+        stream.seek(place)
+        stream.write(struct.pack("<I", crc))
+    stream.seek(0, 2)
+
+
+def _checksum_places(archive: ZipArchive, record: ZipRecord) -> list[int]:
+    """Where the archive has the CRC of a record: in the directory, and before or after its data."""
     places = [record.central_offset + 16]
     if record.flags & DESCRIPTOR_FLAG:
         after = record.data_offset + record.stored_size
@@ -94,10 +130,7 @@ def _replace_checksum(archive: ZipArchive, record: ZipRecord, stream: IO[bytes],
         places.append(after + 4 if has_magic else after)
     else:
         places.append(record.header_offset + 14)
-    for place in places:
-        stream.seek(place)
-        stream.write(packed)
-    stream.seek(0, 2)
+    return places
 
 
 class ZipWriter:
