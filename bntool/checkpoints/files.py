@@ -55,6 +55,8 @@ class SourceFile:
         CorruptFileError: from :meth:`read`, where the file ends before the bytes asked for.
     """
 
+    _last: tuple[tuple[int, int], bytes] = ((0, 0), b"")  # offset and length of the last piece that was read, and it
+
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
         try:
@@ -74,7 +76,6 @@ class SourceFile:
         self.size = status.st_size
         self.mode = stat.S_IMODE(status.st_mode)
         self.identity = (status.st_dev, status.st_ino)
-        self._last = ((0, 0), b"")
 
     def read(self, offset: int, length: int) -> bytes:
         """Exactly ``length`` bytes from ``offset``.
@@ -163,7 +164,6 @@ class FileSlice(SourceFile):
         self._file = file
         self._offset = offset
         self.path, self.size, self.mode, self.identity = file.path, length, file.mode, file.identity
-        self._last = ((0, 0), b"")
         self._kept = file.read(offset, length) if length <= _SMALL else None
 
     def _read_once(self, offset: int, length: int) -> bytes:
