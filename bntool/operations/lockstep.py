@@ -263,7 +263,7 @@ def _copy_context(model: torch.nn.Module) -> Callable[[], contextlib.AbstractCon
     """What is set for this thread only and must hold in the lanes too: no gradients, autocast, the CUDA device."""
     device, _ = find_placement(model)
     kind = device.type if device is not None else "cpu"
-    dtype = _find_autocast(kind)
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
 
     @contextlib.contextmanager
     def context() -> Iterator[None]:
@@ -276,12 +276,3 @@ def _copy_context(model: torch.nn.Module) -> Callable[[], contextlib.AbstractCon
             yield
 
     return context
-
-
-def _find_autocast(kind: str) -> torch.dtype | None:
-    """The dtype that autocast computes in on a kind of device; None where it is off."""
-    if hasattr(torch, "get_autocast_dtype"):
-        return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-    if kind == "cuda":  # torch before 2.4
-        return torch.get_autocast_gpu_dtype() if torch.is_autocast_enabled() else None
-    return torch.get_autocast_cpu_dtype() if kind == "cpu" and torch.is_autocast_cpu_enabled() else None
