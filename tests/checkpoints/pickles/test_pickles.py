@@ -7,6 +7,7 @@ import collections
 import copy
 import datetime as dt
 import decimal
+import gc
 import io
 import pickle
 import pickletools
@@ -520,3 +521,18 @@ def test_reading_is_fast_enough() -> None:
     started = time.process_time()
     _emit(read_pickle_bytes(data).root, 2)
     assert time.process_time() - started < 5
+
+
+def test_garbage_collection_goes_on_after_a_pickle_was_read_or_was_not() -> None:
+    assert gc.isenabled()
+    read_pickle_bytes(b"\x80\x02N.")
+    assert gc.isenabled()
+    with pytest.raises(CorruptFileError):
+        read_pickle_bytes(b"\x80\x02N")
+    assert gc.isenabled()
+    gc.disable()
+    try:
+        read_pickle_bytes(b"\x80\x02N.")
+        assert not gc.isenabled()
+    finally:
+        gc.enable()
