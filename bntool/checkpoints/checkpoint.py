@@ -258,12 +258,13 @@ def choose_state_dict(checkpoint: Checkpoint, key: str | None = None) -> StateDi
     weights); else the one with the most elements.
 
     Raises:
-        UsageError: the file holds no state dict, or none of that key.
+        RefusedError: the file holds no state dict.
+        UsageError: it holds none of that key.
     """
     if key is not None:
         return checkpoint.state_dict(key)
     if not checkpoint.state_dicts:
-        raise UsageError("no state dict was found in this file", path=checkpoint.path)
+        raise RefusedError("no state dict was found in this file", path=checkpoint.path)
     candidates = [s for s in checkpoint.state_dicts if not is_averaged_copy(s.key)] or list(checkpoint.state_dicts)
     for known in _WELL_KNOWN_KEYS:
         for state_dict in candidates:

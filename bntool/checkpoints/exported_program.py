@@ -10,7 +10,7 @@ from typing import Any
 from bntool.checkpoints.checkpoint import Checkpoint, Format, ModuleInfo, StateDict, find_prefix
 from bntool.checkpoints.dtypes import BY_NAME
 from bntool.checkpoints.exported_graph import read_batchnorms
-from bntool.checkpoints.files import SourceFile
+from bntool.checkpoints.files import SourceFile, quote
 from bntool.checkpoints.outputs import OutputFiles
 from bntool.checkpoints.safetensors_file import parse_json
 from bntool.checkpoints.tensors import MAX_DIMENSIONS, Storage, StoredTensor, Tensor
@@ -77,16 +77,16 @@ def _find_root(archive: ZipArchive) -> str:
         raise UnknownFormatError(
             "torch.export before torch 2.8 wrote this .pt2 archive; load it and save it again with torch.export.save"
         )
-    raise UnknownFormatError("this zip archive was not written by torch.save: it has no data.pkl")
+    raise UnknownFormatError("this zip archive is no known checkpoint: it has no data.pkl; unpack it first")
 
 
 def _read_json(archive: ZipArchive, record: ZipRecord) -> Any:
     if record.size > MAX_JSON:
-        raise UnsafeFileError(f"record {record.name!r:.80} has {record.size} bytes")
+        raise UnsafeFileError(f"record {quote(record.name)} has {record.size} bytes")
     try:
         return parse_json(archive.read(record))
-    except (ValueError, RecursionError) as error:
-        raise CorruptFileError(f"record {record.name!r:.80} is not valid JSON: {error}") from error
+    except ValueError as error:
+        raise CorruptFileError(f"record {quote(record.name)} is not valid JSON: {error}") from error
 
 
 def _read_model(layout: ArchiveLayout, name: str, *, only: bool) -> StateDict:
@@ -94,7 +94,7 @@ def _read_model(layout: ArchiveLayout, name: str, *, only: bool) -> StateDict:
     config = _read_json(archive, archive.records[f"{root}data/weights/{name}{_CONFIG}"])
     entries = config.get("config") if isinstance(config, dict) else None
     if not isinstance(entries, dict):
-        raise CorruptFileError(f"the list of weights of model {name!r:.80} is malformed")
+        raise CorruptFileError(f"the list of weights of model {quote(name)} is malformed")
     tensors: dict[str, Tensor] = {key: _read_tensor(layout, key, entry) for key, entry in entries.items()}
     graph = archive.records.get(f"{root}models/{name}.json")
     found = read_batchnorms(_read_json(archive, graph)) if graph is not None else {}

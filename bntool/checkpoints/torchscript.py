@@ -43,7 +43,7 @@ class TorchScript(Format):
         layout = ArchiveLayout(archive, root, is_big_endian(archive, root), RECORD_NAME)
         record = archive.records[f"{root}data.pkl"]
         if record.size > MAX_PICKLE:
-            raise UnsafeFileError(f"the pickle has {record.size} bytes")
+            raise UnsafeFileError(f"the pickle has {record.size} bytes, above the limit of {MAX_PICKLE}")
         pickle = read_pickle_bytes(archive.read(record))
         reader = TensorReader(lambda reference: resolve_storage(layout, reference))
         state_dict = _ScriptReader(reader, CodeReader(archive, root)).read(pickle.root)
@@ -109,7 +109,7 @@ class _ScriptReader:
             state = as_mapping(node.state)
             self._effort += 1 + len(state)
             if self._effort > MAX_EFFORT or len(ancestors) > MAX_DEPTH or len(path) > MAX_PATH:
-                raise UnsafeFileError("a TorchScript model of absurd size or depth")
+                raise UnsafeFileError("the TorchScript model has an absurd size or depth")
             text = self._code.find(node.path)
             modules[path] = ModuleInfo(text.class_path, {**text.attributes, **plain_attributes(state)})
             source.module_nodes[path] = node

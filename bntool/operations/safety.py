@@ -31,7 +31,7 @@ class Loader(Enum):
                 "with Keras 2 at all, unless you trust where it comes from"
             )
         return (
-            f"unpickling this file would use {names}, which can run code: "
+            f"unpickling this file would use {names}, which can run code or reach files: "
             "do not load it with torch.load(weights_only=False) unless you trust where it comes from"
         )
 
