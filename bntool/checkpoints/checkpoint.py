@@ -9,7 +9,7 @@ from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bntool.checkpoints.files import SourceFile
+from bntool.checkpoints.files import SourceFile, quote
 from bntool.checkpoints.outputs import OutputFiles
 from bntool.checkpoints.tensors import StoredTensor, Tensor
 from bntool.errors import RefusedError, UsageError
@@ -206,8 +206,11 @@ class Checkpoint:
         for state_dict in self.state_dicts:
             if state_dict.key == key:
                 return state_dict
-        known = ", ".join(repr(state_dict.key) for state_dict in self.state_dicts) or "none"
-        raise UsageError(f"there is no state dict {key!r} in this file; it holds {known}", path=self.path)
+        keys = [quote(state_dict.key) if state_dict.key else "'' (the root)" for state_dict in self.state_dicts]
+        known = ", ".join(keys[:_LISTED]) + (f" and {len(keys) - _LISTED} more" if len(keys) > _LISTED else "")
+        raise UsageError(
+            f"there is no state dict {quote(key)} in this file; it holds {known or 'none'}", path=self.path
+        )
 
     def close(self) -> None:
         self.file.close()
@@ -229,6 +232,7 @@ def check_changeable(checkpoint: Checkpoint) -> None:
         raise RefusedError(checkpoint.format.inspected_only, path=checkpoint.path)
 
 
+_LISTED = 8  # keys that a sentence names
 _WELL_KNOWN_KEYS = (
     "",
     "state_dict",

@@ -36,7 +36,7 @@ def check_plan(plan: Plan, checkpoint: Path, *, strict: bool) -> None:
         RefusedError: nothing can be done safely; or, under ``strict``, a layer was skipped or something assumed.
     """
     if not plan.steps:
-        reasons = sorted({skip.reason.value for skip in plan.skips})
+        reasons = sorted({skip.reason.value for skip in plan.skips if skip.reason is not SkipReason.NOT_SELECTED})
         why = (
             f" ({', '.join(reasons)})"
             if reasons

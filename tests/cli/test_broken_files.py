@@ -228,6 +228,33 @@ def test_a_file_without_anything_to_change_is_refused(
     assert sentence == f"{tmp_path / 'a.pt'}: no state dict was found in this file"
 
 
+def test_a_failed_verification_names_the_file_and_what_to_check(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    samples = ROOT / "sample_ckpts"
+    pair = ["--pair", "layer1.0.conv1=layer1.1.bn2", "--model", f"{samples / 'digits_net.py'}:build"]
+    code, sentence = read(capsys, "fold", samples / "digits.pt", *pair, "--input-shape", "1,1,8,8", "--dry-run")
+    assert code == 5
+    assert sentence.startswith(f"{samples / 'digits.pt'}: in float64 the outputs differ by ")
+    assert sentence.endswith("the pairs and the eps that were given are those of the file")
+
+
+def test_missing_data_are_told_like_a_missing_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    samples = ROOT / "sample_ckpts"
+    options = ["--model", f"{samples / 'digits_net.py'}:build", "--data", tmp_path / "none.npz", "--dry-run"]
+    code, sentence = read(capsys, "recalibrate", samples / "digits.pt", *options)
+    assert (code, sentence) == (3, f"{tmp_path / 'none.npz'}: there is no such file")
+
+
+def test_an_unknown_state_dict_is_told_those_there_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.save({"a.weight": torch.ones(2), **{f"k{i}": {"a.weight": torch.ones(2)} for i in range(20)}}, tmp_path / "a")
+    code, sentence = read(capsys, "inspect", tmp_path / "a", "--state-dict", "none")
+    assert code == 2
+    assert sentence.endswith(
+        "in this file; it holds '' (the root), 'k0', 'k1', 'k2', 'k3', 'k4', 'k5', 'k6' and 13 more"
+    )
+
+
 def test_a_refusal_names_the_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     torch.save({"a.weight": torch.ones(2)}, tmp_path / "a.pt")
     code, sentence = read(capsys, "freeze", tmp_path / "a.pt", "--dry-run")
