@@ -9,14 +9,14 @@ import sys
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, TextIO
 
-from bntool.reports.text import sanitize
+from bntool.reports.text import MAX_SENTENCE, sanitize
 
 if TYPE_CHECKING:
     from bntool.errors import BntoolError
     from bntool.reports.blocks import Block
     from bntool.reports.report import Report
 
-_LONGEST_PATH, _LONGEST_SENTENCE = 4096, 2000
+_LONGEST_PATH = 4096
 
 
 def print_report(report: Report, *, as_json: bool, quiet: bool = False) -> None:
@@ -47,13 +47,13 @@ def print_error(error: BntoolError) -> None:
     """One sentence about what went wrong, to stderr: neither a long path nor a long name costs it its end."""
     place = [sanitize(error.path, limit=_LONGEST_PATH)] if error.path else []
     place += [sanitize(error.tensor)] if error.tensor else []
-    sentence = sanitize(error.sentence, limit=_LONGEST_SENTENCE)
+    sentence = sanitize(error.sentence, limit=MAX_SENTENCE)
     _note(f"bntool: error: {': '.join([*place, sentence])}", code="31")
 
 
 def print_warning(message: str) -> None:
     """One sentence that the user should not miss, to stderr."""
-    _note(f"bntool: warning: {sanitize(message, limit=_LONGEST_SENTENCE)}", code="33")
+    _note(f"bntool: warning: {sanitize(message, limit=MAX_SENTENCE)}", code="33")
 
 
 def wants_colour(stream: TextIO) -> bool:

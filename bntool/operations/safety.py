@@ -17,6 +17,9 @@ class Verdict(Enum):
     SUSPICIOUS = "suspicious"  # it names what runs programs or code, or reaches files or the network
 
 
+_LONGEST = 120  # characters of a name in a finding
+
+
 class Loader(Enum):
     """What usually loads the file, and runs what is in it."""
 
@@ -96,4 +99,5 @@ def find_dangers(safety: Safety) -> list[Finding]:
 
 
 def _listed(names: tuple[str, ...]) -> str:
-    return ", ".join(names[:3]) + (" ..." if len(names) > 3 else "")
+    shown = [name if len(name) <= _LONGEST else f"{name[:_LONGEST]}..." for name in names[:3]]
+    return ", ".join(shown) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -266,4 +266,4 @@ def _finding_lines(grouped: Sequence[tuple[Finding, list[str]]]) -> Iterable[Blo
             )
         )
         example = f"{names[0]}: " if len(names) > 1 else ""
-        yield line(example + finding.message, indent=2)
+        yield Line((Cell(example), Cell(finding.message, is_sentence=True)), indent=2)

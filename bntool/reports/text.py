@@ -9,6 +9,7 @@ import unicodedata
 # width), surrogates, private use, unassigned, line and paragraph separators
 _UNSHOWN = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
 MAX_NAME = 300
+MAX_SENTENCE = 2000
 
 
 def sanitize(text: str, *, limit: int = MAX_NAME) -> str:
