@@ -17,20 +17,36 @@ class BntoolError(Exception):
         path: the file that it is about.
         tensor: the key of the tensor (or the name of the layer) that it is about.
         value: the offending value.
+        remedy: what to do about it, where the message leaves that out; None for what helps with most of its kind.
     """
 
     code: ClassVar[str] = "error"
+    usual_remedy: ClassVar[str] = ""
 
-    def __init__(self, message: str, *, path: object = None, tensor: str | None = None, value: object = None) -> None:
+    def __init__(
+        self,
+        message: str,
+        *,
+        path: object = None,
+        tensor: str | None = None,
+        value: object = None,
+        remedy: str | None = None,
+    ) -> None:
         super().__init__(message)
         self.message = message
+        self.remedy = self.usual_remedy if remedy is None else remedy
         self.path = None if path is None else str(path)
         self.tensor = tensor
         self.value = value
 
     def __str__(self) -> str:
         facts = [fact for fact in (self.path, self.tensor) if fact]
-        return ": ".join([*facts, self.message])
+        return ": ".join([*facts, self.sentence])
+
+    @property
+    def sentence(self) -> str:
+        """The message with what to do about it."""
+        return f"{self.message}; {self.remedy}" if self.remedy else self.message
 
     def about(self, path: object) -> BntoolError:
         """Name the file, where the code that raised could not know it; returns the error itself."""
@@ -73,12 +89,14 @@ class CorruptFileError(FileError):
     """The file contradicts its own format: truncated, bad checksum, values out of bounds."""
 
     code = "corrupt"
+    usual_remedy = "fetch or copy the file again"
 
 
 class UnsafeFileError(FileError):
     """The file is well formed but built to do harm or to exhaust memory or time; reading stops."""
 
     code = "unsafe"
+    usual_remedy = "load it nowhere unless you trust where it comes from"
 
 
 class UnwritableFileError(FileError):

@@ -9,7 +9,7 @@ from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bntool.checkpoints.files import SourceFile
+from bntool.checkpoints.files import SourceFile, quote
 from bntool.checkpoints.outputs import OutputFiles
 from bntool.checkpoints.tensors import StoredTensor, Tensor
 from bntool.errors import RefusedError, UsageError
@@ -210,8 +210,11 @@ class Checkpoint:
         for state_dict in self.state_dicts:
             if state_dict.key == key:
                 return state_dict
-        known = ", ".join(repr(state_dict.key) for state_dict in self.state_dicts) or "none"
-        raise UsageError(f"there is no state dict {key!r} in this file; it holds {known}", path=self.path)
+        keys = [quote(state_dict.key) if state_dict.key else "'' (the root)" for state_dict in self.state_dicts]
+        known = ", ".join(keys[:_LISTED]) + (f" and {len(keys) - _LISTED} more" if len(keys) > _LISTED else "")
+        raise UsageError(
+            f"there is no state dict {quote(key)} in this file; it holds {known or 'none'}", path=self.path
+        )
 
     def with_state_dict(self, state_dict: StateDict) -> Self:
         """The checkpoint with this state dict in the place of the one that has its key."""
@@ -238,6 +241,7 @@ def check_changeable(checkpoint: Checkpoint) -> None:
         raise RefusedError(checkpoint.format.inspected_only, path=checkpoint.path)
 
 
+_LISTED = 8  # keys that a sentence names
 _WELL_KNOWN_KEYS = (
     "",
     "state_dict",
@@ -267,12 +271,13 @@ def choose_state_dict(checkpoint: Checkpoint, key: str | None = None) -> StateDi
     weights); else the one with the most elements.
 
     Raises:
-        UsageError: the file holds no state dict, or none of that key.
+        RefusedError: the file holds no state dict.
+        UsageError: it holds none of that key.
     """
     if key is not None:
         return checkpoint.state_dict(key)
     if not checkpoint.state_dicts:
-        raise UsageError("no state dict was found in this file", path=checkpoint.path)
+        raise RefusedError("no state dict was found in this file", path=checkpoint.path)
     candidates = [s for s in checkpoint.state_dicts if not is_averaged_copy(s.key)] or list(checkpoint.state_dicts)
     for known in _WELL_KNOWN_KEYS:
         for state_dict in candidates:

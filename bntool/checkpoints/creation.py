@@ -16,7 +16,15 @@ from bntool.checkpoints.outputs import OutputFiles, check_output_differs
 from bntool.checkpoints.pickles.nodes import Construction, Dict, Global, Instance, Node, PersistentId, Update
 from bntool.checkpoints.pickles.writing import write_pickle
 from bntool.checkpoints.safetensors_file import Safetensors, make_header
-from bntool.checkpoints.tensors import Storage, StoredTensor, Tensor, contiguous_strides, count_elements, equal_streams
+from bntool.checkpoints.tensors import (
+    Storage,
+    StoredTensor,
+    Tensor,
+    contiguous_strides,
+    count_elements,
+    equal_streams,
+    named_chunks,
+)
 from bntool.checkpoints.torch_objects import RECORD_KEY
 from bntool.checkpoints.torch_zip import TorchZip
 from bntool.checkpoints.zips.writing import ZipWriter
@@ -73,6 +81,7 @@ def create_file(
         RefusedError: the format cannot hold a tensor.
         UsageError: ``path`` is the source.
         UnwritableFileError: it exists and ``force`` is not given, or the system refuses.
+        CorruptFileError: elements of the source do not match its checksums, which the new file would hide.
         VerificationError: the written file does not hold what it should.
     """
     target = Path(path)
@@ -81,6 +90,10 @@ def create_file(
         name, reason = next(iter(unwritable.items()))
         raise RefusedError(f"this tensor cannot be written to a {kind.value} file: {reason}", tensor=name)
     check_output_differs(source.file, target)
+    try:
+        source.format.verify_checksums(source)
+    except BntoolError as error:
+        raise error.about(source.path) from error.__cause__
     with OutputFiles(force=force, mode=new.mode) as output:
         stream = output.open(target)
         try:
@@ -114,13 +127,13 @@ def _write_safetensors(new: NewFile, stream: IO[bytes]) -> None:
     order = sorted(new.tensors, key=lambda name: -new.tensors[name].dtype.bits)  # widest first, for alignment
     stream.write(make_header(new.tensors, metadata, order))
     for name in order:
-        for chunk in new.tensors[name].chunks():
+        for chunk in named_chunks(name, new.tensors[name]):
             stream.write(chunk)
 
 
 def _write_torch(new: NewFile, stream: IO[bytes]) -> None:
     storages = _Storages(new.tensors)
-    pairs: list[tuple[Node, Node]] = [(name, _tensor_node(t, storages)) for name, t in new.tensors.items()]
+    pairs: list[tuple[Node, Node]] = [(name, _tensor_node(name, t, storages)) for name, t in new.tensors.items()]
     root = _ordered_dict(pairs)
     history = json.dumps(list(new.history), separators=(",", ":"))
     if new.versions is not None:
@@ -163,7 +176,7 @@ class _Storages:
         self._keys: dict[tuple[int, int, int], int] = {}
         self._contents: list[tuple[int, Iterator[bytes]]] = []
 
-    def place(self, tensor: Tensor) -> tuple[int, int, int, tuple[int, ...]]:
+    def place(self, name: str, tensor: Tensor) -> tuple[int, int, int, tuple[int, ...]]:
         """Key of the storage of a tensor, its elements, and the offset and strides of the tensor in it."""
         count = count_elements(tensor.shape)
         if isinstance(tensor, StoredTensor) and tensor.storage is not None:
@@ -173,7 +186,7 @@ class _Storages:
                 if identity not in self._keys:
                     self._keys[identity] = self._add(size, _raw(tensor.storage))
                 return self._keys[identity], size // tensor.dtype.itemsize, tensor.storage_offset, tensor.strides
-        key = self._add(tensor.dtype.byte_count(count), tensor.chunks())
+        key = self._add(tensor.dtype.byte_count(count), named_chunks(name, tensor))
         return key, count, 0, contiguous_strides(tensor.shape)
 
     def _add(self, size: int, chunks: Iterator[bytes]) -> int:
@@ -206,8 +219,8 @@ def _ordered_dict(pairs: list[tuple[Node, Node]]) -> Instance:
     return node
 
 
-def _tensor_node(tensor: Tensor, storages: _Storages) -> Node:
-    key, count, offset, strides = storages.place(tensor)
+def _tensor_node(name: str, tensor: Tensor, storages: _Storages) -> Node:
+    key, count, offset, strides = storages.place(name, tensor)
     hooks = _ordered_dict([])
     if tensor.dtype.storage is not None:
         kind = Global("torch", tensor.dtype.storage)

@@ -8,7 +8,7 @@ from pathlib import Path
 from bntool.checkpoints.checkpoint import Checkpoint, Format, StateDict
 from bntool.checkpoints.distributed_pieces import FolderReader, Item, Piece, assemble
 from bntool.checkpoints.dtypes import BY_NAME
-from bntool.checkpoints.files import SourceFile
+from bntool.checkpoints.files import SourceFile, quote
 from bntool.checkpoints.outputs import OutputFiles
 from bntool.checkpoints.pickles.nodes import (
     Construction,
@@ -89,7 +89,7 @@ class _LeafReader(TensorReader):
 
 
 def _no_storage(reference: StorageReference) -> Storage:
-    raise CorruptFileError(f"a storage {reference.key!r:.80} in the metadata")
+    raise CorruptFileError(f"the metadata names a storage {quote(reference.key)}")
 
 
 _Items = Mapping[tuple[str, tuple[int, ...] | None], Item]
@@ -127,7 +127,7 @@ def _build_tree(content: Mapping[str, Node], items: _Items, folder: FolderReader
         path = paths.get(name)
         parts = [str(part) for part in path] if isinstance(path, tuple) and path else [name]
         if len(parts) > 100:
-            raise UnsafeFileError(f"a name of {len(parts)} parts in the metadata")
+            raise UnsafeFileError(f"the metadata holds a name of {len(parts)} parts")
         place = root
         for part in parts[:-1]:
             key = (id(place), part)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bntool.checkpoints.dtypes import DType
-from bntool.checkpoints.files import FileSlice, SourceFile
+from bntool.checkpoints.files import FileSlice, SourceFile, open_beside, quote
 from bntool.checkpoints.pickles.reading import OpcodeBudget, Pickle, read_pickle_bytes
 from bntool.checkpoints.sharded import check_inside
 from bntool.checkpoints.tensors import Storage, StoredTensor, contiguous_strides, count_elements, read_bytes
@@ -57,7 +57,7 @@ class FolderReader:
         if item.file not in self._sizes:
             self._sizes[item.file] = self._open(item.file).size
         if item.offset < 0 or item.length < 0 or item.offset + item.length > self._sizes[item.file]:
-            raise CorruptFileError(f"{item.file:.80} is shorter than the metadata says: it is truncated")
+            raise CorruptFileError(f"{quote(item.file)} is shorter than the metadata says: it is truncated")
 
     def open(self, item: Item, budget: OpcodeBudget | None = None) -> tuple[ArchiveLayout, Pickle]:
         """The archive of an item and its pickle.
@@ -72,7 +72,9 @@ class FolderReader:
         layout = find_layout(archive)
         record = archive.records[f"{layout.root}data.pkl"]
         if record.size > MAX_PICKLE:
-            raise UnsafeFileError(f"a pickle in {item.file:.80} has {record.size} bytes")
+            raise UnsafeFileError(
+                f"a pickle in {quote(item.file)} has {record.size} bytes, above the limit of {MAX_PICKLE}"
+            )
         data = archive.read(record)
         pickle = self._pickles.get(data) if budget is None else None
         if pickle is None:
@@ -89,11 +91,11 @@ class FolderReader:
 
     def _open(self, name: str) -> SourceFile:
         if self._file is None or self._name != name:
-            check_inside(self._folder, name)
+            check_inside(self._folder, name, named_by="the metadata")
             self._latest = None
             if self._file is not None:
                 self._file.close()
-            self._file, self._name = SourceFile(self._folder / name), name
+            self._file, self._name = open_beside(self._folder / name, named_by=self._folder / ".metadata"), name
         return self._file
 
 
@@ -120,7 +122,7 @@ class Piece:
     def check(self) -> None:
         self._folder.check(self.item)
         if self.size > self.item.length and not self.item.is_transformed:
-            raise CorruptFileError(f"{self.item.length} bytes of {self.item.file:.80} cannot hold {self.size}")
+            raise CorruptFileError(f"{self.item.length} bytes of {quote(self.item.file)} cannot hold {self.size}")
 
     def read(self, offset: int, length: int) -> bytes:
         tensor = self._find()
@@ -133,7 +135,7 @@ class Piece:
         layout, pickle = self._folder.open(self.item)
         tensor = TensorReader(lambda reference: resolve_storage(layout, reference)).read(pickle.root)
         if tensor is None or tensor.wrapper or tensor.dtype is not self._dtype or tensor.shape != self.sizes:
-            raise CorruptFileError(f"{self.item.file:.80} holds something else than the metadata says")
+            raise CorruptFileError(f"{quote(self.item.file)} holds something else than the metadata says")
         return tensor
 
 
@@ -202,7 +204,7 @@ def assemble(name: str, dtype: DType, shape: tuple[int, ...], pieces: Sequence[P
 
 def _join(dtype: DType, shape: tuple[int, ...], pieces: Sequence[Piece]) -> _Rows | _Grid:
     if len(pieces) > MAX_PIECES:
-        raise UnsafeFileError(f"a tensor in {len(pieces)} pieces")
+        raise UnsafeFileError(f"the tensor is cut into {len(pieces)} pieces, above the limit of {MAX_PIECES}")
     within = all(o + s <= e for p in pieces for o, s, e in zip(p.offsets, p.sizes, shape, strict=True))
     if not within or sum(math.prod(piece.sizes) for piece in pieces) != math.prod(shape):
         raise CorruptFileError("the pieces of this tensor do not cover it")
@@ -215,7 +217,9 @@ def _join(dtype: DType, shape: tuple[int, ...], pieces: Sequence[Piece]) -> _Row
             end += piece.sizes[0]
         return _Rows(filled)
     if len(filled) > MAX_GRID:
-        raise UnsafeFileError(f"a tensor cut into {len(filled)} pieces along several dimensions")
+        raise UnsafeFileError(
+            f"the tensor is cut into {len(filled)} pieces along several dimensions, above the limit of {MAX_GRID}"
+        )
     for index, piece in enumerate(filled):
         if any(_overlap(piece, other) for other in filled[:index]):
             raise CorruptFileError("the pieces of this tensor overlap")

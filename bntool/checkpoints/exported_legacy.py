@@ -10,7 +10,7 @@ from pathlib import Path
 from bntool.checkpoints.checkpoint import Checkpoint, Format, GlobalName, ModuleInfo, StateDict
 from bntool.checkpoints.exported_graph import read_batchnorms
 from bntool.checkpoints.exported_program import EXPORT_ADVICE, read_json_record
-from bntool.checkpoints.files import FileSlice, FileView, SourceFile
+from bntool.checkpoints.files import FileSlice, FileView, SourceFile, quote
 from bntool.checkpoints.outputs import OutputFiles
 from bntool.checkpoints.pickles.reading import OpcodeBudget, Pickle
 from bntool.checkpoints.pickles.trust import list_globals
@@ -58,7 +58,7 @@ class LegacyExport(Format):
     def read(self, file: SourceFile) -> Checkpoint:
         archive = read_archive(file)
         if _PROGRAM not in archive.records:
-            raise UnknownFormatError("this zip archive was not written by torch.save: it has no data.pkl")
+            raise UnknownFormatError("this zip archive is no known checkpoint: it has no data.pkl; unpack it first")
         outer, budget = ArchiveLayout(archive, "", big_endian=False, record_name=_RECORD_NAME), OpcodeBudget()
         found = [archive.records[name] for name in _STATE_DICT if name in archive.records]
         if len(found) > 1:
@@ -69,7 +69,7 @@ class LegacyExport(Format):
         if inner is not None and pickle is not None:
             reader = TensorReader(lambda reference: resolve_storage(inner, reference))
             state_dicts = with_tensor_sources(find_state_dicts(pickle.root, reader))
-        layers = read_batchnorms(read_json_record(archive, archive.records[_PROGRAM], with_infinity=True))
+        layers = read_batchnorms(read_json_record(archive, archive.records[_PROGRAM], allow_nan=True))
         modules = {layer: ModuleInfo(class_path, facts) for layer, (class_path, facts) in layers.items()}
         return Checkpoint(
             file=file,
@@ -120,7 +120,7 @@ def _open_nested(
     try:
         layout = find_layout(read_archive(file))
     except UnknownFormatError as error:
-        raise CorruptFileError(f"record {record.name!r:.80} is no file of torch.save") from error
+        raise CorruptFileError(f"record {quote(record.name)} is no file of torch.save") from error
     return layout, read_main_pickle(layout, budget=budget)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from bntool.checkpoints.checkpoint import Checkpoint, Format, ModuleInfo, StateDict, find_prefix
 from bntool.checkpoints.dtypes import BY_NAME
 from bntool.checkpoints.exported_graph import read_batchnorms
-from bntool.checkpoints.files import SourceFile
+from bntool.checkpoints.files import SourceFile, quote
 from bntool.checkpoints.outputs import OutputFiles
 from bntool.checkpoints.safetensors_file import parse_json
 from bntool.checkpoints.tensors import MAX_DIMENSIONS, Storage, StoredTensor, Tensor
@@ -76,21 +76,21 @@ def _find_root(archive: ZipArchive) -> str:
         record = archive.records[f"{root}archive_format"]
         if record.size < 100 and archive.read(record).strip() == b"pt2":
             return root
-    raise UnknownFormatError("this zip archive was not written by torch.save: it has no data.pkl")
+    raise UnknownFormatError("this zip archive is no known checkpoint: it has no data.pkl; unpack it first")
 
 
-def read_json_record(archive: ZipArchive, record: ZipRecord, *, with_infinity: bool = False) -> Any:
+def read_json_record(archive: ZipArchive, record: ZipRecord, *, allow_nan: bool = False) -> Any:
     """What a record holds as JSON.
 
     Raises:
         CorruptFileError, UnsafeFileError
     """
     if record.size > MAX_JSON:
-        raise UnsafeFileError(f"record {record.name!r:.80} has {record.size} bytes")
+        raise UnsafeFileError(f"record {quote(record.name)} has {record.size} bytes")
     try:
-        return parse_json(archive.read(record), with_infinity=with_infinity)
-    except (ValueError, RecursionError) as error:
-        raise CorruptFileError(f"record {record.name!r:.80} is not valid JSON: {error}") from error
+        return parse_json(archive.read(record), allow_nan=allow_nan)
+    except ValueError as error:
+        raise CorruptFileError(f"record {quote(record.name)} is not valid JSON: {error}") from error
 
 
 def _read_model(layout: ArchiveLayout, name: str, *, only: bool) -> StateDict:
@@ -98,7 +98,7 @@ def _read_model(layout: ArchiveLayout, name: str, *, only: bool) -> StateDict:
     config = read_json_record(archive, archive.records[f"{root}data/weights/{name}{_CONFIG}"])
     entries = config.get("config") if isinstance(config, dict) else None
     if not isinstance(entries, dict):
-        raise CorruptFileError(f"the list of weights of model {name!r:.80} is malformed")
+        raise CorruptFileError(f"the list of weights of model {quote(name)} is malformed")
     tensors: dict[str, Tensor] = {key: _read_tensor(layout, key, entry) for key, entry in entries.items()}
     graph = archive.records.get(f"{root}models/{name}.json")
     found = read_batchnorms(read_json_record(archive, graph)) if graph is not None else {}

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 CHUNK = 1 << 17  # bytes copied at a time; larger blocks are given back to the system and faulted in again each time
+_LONGEST_NAME = 80  # characters of a name that a sentence shows
 _SMALL = 1 << 15  # bytes of a part that is kept in memory
 
 
@@ -64,15 +65,16 @@ class SourceFile:
             descriptor = os.open(self.path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
         except OSError as error:
             raise UnreadableFileError(describe_failure(error), path=path) from error
-        except ValueError as error:  # a NUL byte in the name
-            raise UnreadableFileError(str(error), path=path) from error
+        except ValueError as error:  # a NUL byte or half of a surrogate pair in the name
+            raise UnreadableFileError("no file can have this name", path=path) from error
         self._close = weakref.finalize(self, os.close, descriptor)
         self._descriptor = descriptor
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
             self.close()
-            what = "a folder, not a file" if stat.S_ISDIR(status.st_mode) else "not a regular file"
-            raise UnreadableFileError(f"this is {what}", path=path)
+            if stat.S_ISDIR(status.st_mode):
+                raise UnreadableFileError("this is a folder, not a file; name a file of it", path=path)
+            raise UnreadableFileError("this is a pipe or a device, not a regular file; copy it to a file", path=path)
         self.size = status.st_size
         self.mode = stat.S_IMODE(status.st_mode)
         self.identity = (status.st_dev, status.st_ino)
@@ -194,6 +196,26 @@ class FileView(SourceFile):
 
     def close(self) -> None:
         """Does nothing."""
+
+
+def open_beside(path: Path, *, named_by: Path) -> SourceFile:
+    """Open a file that another one needs; where it is missing, the error says for what.
+
+    Raises:
+        UnreadableFileError
+    """
+    try:
+        return SourceFile(path)
+    except UnreadableFileError as error:
+        if not isinstance(error.__cause__, FileNotFoundError):
+            raise
+        needed = f"there is no such file, which {named_by.name} needs; put it there or keep the files together"
+        raise UnreadableFileError(needed, path=path) from error.__cause__
+
+
+def quote(text: str) -> str:
+    """A name from a file within a sentence: in quotes, and not longer than a line."""
+    return repr(text if len(text) <= _LONGEST_NAME else f"{text[: _LONGEST_NAME - 3]}...")
 
 
 def describe_failure(error: OSError) -> str:

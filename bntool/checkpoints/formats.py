@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
+import itertools
 import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 from bntool.checkpoints.checkpoint import Checkpoint, Format
-from bntool.checkpoints.files import SourceFile
+from bntool.checkpoints.files import SourceFile, quote
 from bntool.checkpoints.outputs import OutputFiles, check_output_differs
 from bntool.checkpoints.tensors import LiteralTensor, StoredTensor, read_bytes
 from bntool.errors import BntoolError, RefusedError, UnknownFormatError, UnreadableFileError, VerificationError
@@ -86,6 +88,7 @@ FORMATS = Formats(
 )
 
 _HEAD = 4096
+_OF_FOLDERS = ".distcp"  # ends names of files that say nothing without .metadata
 _PART = ".data-"  # in names of files that say nothing without another, TensorFlow's
 
 
@@ -102,7 +105,10 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         CorruptFileError: it contradicts its own format.
         UnsafeFileError: it is built to do harm.
     """
-    return open_file(SourceFile(_locate(Path(path))))
+    place = _locate(Path(path))
+    if os.path.isdir(place):  # noqa: PTH112 (Path.is_dir raises where no file can have the name)
+        raise UnreadableFileError(_describe_folder(place), path=place)
+    return open_file(SourceFile(place))
 
 
 def _locate(path: Path) -> Path:
@@ -115,11 +121,29 @@ def _locate(path: Path) -> Path:
         return path
 
 
+_NAMES_OF_CHECKPOINTS = (
+    (".index.json",),
+    (".safetensors", ".pt", ".pth", ".pt2", ".ckpt", ".bin", ".pkl", ".keras", ".h5", ".onnx", ".caffemodel"),
+)
+
+
+def _describe_folder(folder: Path) -> str:
+    """That it is none of those that are read as a whole, and which file of it may be meant."""
+    with contextlib.suppress(OSError), os.scandir(folder) as found:
+        names = sorted(entry.name for entry in itertools.islice(found, 1000))
+        likely = [name for endings in _NAMES_OF_CHECKPOINTS for name in names if name.endswith(endings)]
+        if likely:
+            return f"this is a folder, not a file; name a file of it, such as {quote(likely[0])}"
+    return "this is a folder, not a file, and holds nothing that is named like a checkpoint; name a file"
+
+
 def open_file(file: SourceFile) -> Checkpoint:
     """Like :func:`open_checkpoint`, for a file that is open already; closes it if it cannot be read."""
     try:
         if file.size == 0:
             raise UnreadableFileError("the file is empty")
+        if file.path.name.endswith(_OF_FOLDERS):
+            raise UnknownFormatError("this is a part of a torch.distributed.checkpoint folder; name the folder")
         head = file.read(0, min(file.size, _HEAD))
         declined: UnknownFormatError | None = None
         for candidate in FORMATS.of_file(file.path, head):
@@ -142,7 +166,8 @@ def _describe_unknown(head: bytes) -> str:
         b"<!DOCTYPE": "a web page, not a checkpoint: the download went wrong",
         b"<html": "a web page, not a checkpoint: the download went wrong",
         b"version https://git-lfs": "a Git LFS pointer: fetch the file itself with git lfs pull",
-        b"\x08": "perhaps ONNX or another protobuf",
+        b"model_checkpoint_path": "TensorFlow's note of its latest checkpoint; name the .index file of that",
+        b"\x08": "a protobuf message, but not an ONNX model",
         b"\x80": "a pickle that torch.save did not write",
     }
     guess = next((what for magic, what in signatures.items() if head.startswith(magic)), None)

@@ -6,12 +6,12 @@ tf_keras (``[layer, node, tensor, {arguments}]``).
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
+from bntool.checkpoints.safetensors_file import parse_json
 from bntool.errors import CorruptFileError, UnsafeFileError
 
 MAX_CONFIG = 1 << 28
@@ -89,19 +89,11 @@ def parse_config(data: bytes | str) -> Any:
         UnsafeFileError: it is absurdly large.
     """
     if len(data) > MAX_CONFIG:
-        raise UnsafeFileError(f"the configuration of the model has {len(data)} bytes")
+        raise UnsafeFileError(f"the configuration of the model has {len(data)} bytes, above the limit of {MAX_CONFIG}")
     try:
-        text = data if isinstance(data, str) else data.decode("utf-8")
-        return json.loads(text, object_pairs_hook=_unique)
-    except (ValueError, RecursionError) as error:
+        return parse_json(data, allow_nan=True)
+    except ValueError as error:
         raise CorruptFileError(f"the configuration of the model is not valid JSON: {error}") from error
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise ValueError("a key occurs twice")
-    return found
 
 
 def read_model(config: Any) -> KerasModel | None:

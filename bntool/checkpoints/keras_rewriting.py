@@ -115,7 +115,7 @@ class _Rewriting:
         assert self.content.model is not None
         before = group_of_layers(self.content, self.content.model, orders_in_file(self.content.model))
         after = group_of_layers(self.content, model, orders_in_file(model))
-        for path in removed:
+        for path in sorted(removed):  # the same file each time
             if before[path] in self.file:
                 del self.file[before[path]]
         moved = {
@@ -176,7 +176,7 @@ class _Rewriting:
         assert old is not None
         self._check_nested_order(model)
         owners = {layer.path: owner for owner, layer in self.content.names.layers.items()}
-        for path in removed:
+        for path in sorted(removed):  # the same file each time
             places = [p for n, p in self.places.items() if n.rpartition(".")[0] == owners[path]]
             group = self._group(places[0])
             start = len(group.name.strip("/")) + 1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bntool.checkpoints.dtypes import BY_NAME, DType, NumberKind
-from bntool.checkpoints.files import ByteSource, MemorySource
+from bntool.checkpoints.files import ByteSource, MemorySource, quote
 from bntool.checkpoints.pickles.nodes import (
     ByteString,
     Construction,
@@ -81,7 +81,7 @@ class ArrayReader(TensorReader):
 
 
 def _no_storage(reference: StorageReference) -> Storage:
-    raise CorruptFileError(f"a torch storage {reference.key!r:.80} in a pickle of numpy arrays")
+    raise CorruptFileError(f"the pickle of numpy arrays names a torch storage {quote(reference.key)}")
 
 
 def _is_class_of_numpy(node: Node) -> bool:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from pathlib import Path
 
-from bntool.checkpoints.checkpoint import Checkpoint, Format, StateDict
-from bntool.checkpoints.files import SourceFile
+from bntool.checkpoints.checkpoint import Checkpoint, Format, GlobalName, GlobalTrust, StateDict
+from bntool.checkpoints.files import SourceFile, quote
 from bntool.checkpoints.numpy_arrays import ArrayReader
 from bntool.checkpoints.outputs import OutputFiles
 from bntool.checkpoints.pickles.nodes import as_mapping, is_mapping
@@ -39,7 +40,7 @@ class NumpyPickle(Format):
         reader = ArrayReader()
         state_dicts = tuple(map(_translate_caffe2, find_state_dicts(pickle.root, reader)))
         if not reader.nodes:
-            raise UnknownFormatError("this is a pickle that torch.save did not write, and it holds no numpy arrays")
+            raise UnknownFormatError(_describe_other_pickle(list_globals(pickle)))
         return Checkpoint(
             file=file,
             format=self,
@@ -72,6 +73,16 @@ class NumpyPickle(Format):
 
     def can_record(self, checkpoint: Checkpoint, state_dict: StateDict) -> bool:  # noqa: ARG002 (no place for any)
         return False
+
+
+def _describe_other_pickle(globals_: Iterable[GlobalName]) -> str:
+    what = "this is a pickle that torch.save did not write, and it holds no numpy arrays"
+    suspicious = [name.path for name in globals_ if name.trust is GlobalTrust.SUSPICIOUS]
+    return what + (
+        f"; it names {quote(suspicious[0])}, which can run code or reach files: do not unpickle it"
+        if suspicious
+        else ""
+    )
 
 
 def _translate_caffe2(state_dict: StateDict) -> StateDict:

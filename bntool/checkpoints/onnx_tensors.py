@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from bntool.checkpoints.dtypes import BY_NAME, DType, NumberKind
-from bntool.checkpoints.files import ByteSource, SourceFile
+from bntool.checkpoints.files import ByteSource, SourceFile, open_beside, quote
 from bntool.checkpoints.protobufs.reading import Message, Wire
 from bntool.checkpoints.protobufs.tensors import VarintTensor, read_fixed
 from bntool.checkpoints.tensors import (
@@ -53,6 +53,7 @@ class ExternalData:
     """
 
     def __init__(self, model: SourceFile, *, replaced: Mapping[str, Path] | None = None) -> None:
+        self._model = model.path
         self.folder = model.path.parent
         self.files: dict[str, SourceFile] = {}
         self._replaced = replaced or {}
@@ -65,20 +66,21 @@ class ExternalData:
             UnreadableFileError: there is no such file.
         """
         if location not in self.files:
-            self.files[location] = SourceFile(self._replaced.get(location) or self._resolve(location))
+            place = self._replaced.get(location) or self._resolve(location)
+            self.files[location] = open_beside(place, named_by=self._model)
         return self.files[location]
 
     def _resolve(self, location: str) -> Path:
         parts = location.replace("\\", "/").split("/")
         if not location or "\0" in location or ".." in parts or parts[0] == "" or ":" in parts[0]:
-            raise UnsafeFileError(f"the model names a file outside of its folder: {location[:80]!r}")
+            raise UnsafeFileError(f"the model names {quote(location)}, which is no file of its folder")
         root = os.path.realpath(self.folder)
         try:
             real = os.path.realpath(self.folder / location)
         except (OSError, ValueError) as error:
-            raise CorruptFileError(f"the model names an impossible file: {location[:80]!r}") from error
+            raise CorruptFileError(f"the model names {quote(location)}, which no file can be called") from error
         if os.path.commonpath([root, real]) != root:
-            raise UnsafeFileError(f"the model names a link that leads outside of its folder: {location[:80]!r}")
+            raise UnsafeFileError(f"the model names {quote(location)}, a link that leads out of its folder")
         return self.folder / location
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from bntool.checkpoints.caffe_net import PARAMETERS, Layer, Number
-from bntool.checkpoints.files import SourceFile
+from bntool.checkpoints.files import SourceFile, quote
 from bntool.errors import CorruptFileError, UnsafeFileError
 
 MAX_SIZE = 1 << 24
@@ -88,7 +88,7 @@ def read_prototxt(file: SourceFile) -> Prototxt:
         UnsafeFileError: it is larger, or nested deeper, than any net.
     """
     if file.size > MAX_SIZE:
-        raise UnsafeFileError(f"a .prototxt of {file.size} bytes", path=file.path)
+        raise UnsafeFileError(f"the .prototxt has {file.size} bytes, more than is allowed", path=file.path)
     try:
         return parse_prototxt(file.read(0, file.size).decode("utf-8", errors="backslashreplace"))
     except (CorruptFileError, UnsafeFileError) as error:
@@ -136,7 +136,7 @@ class _Parser:
 
     def _fail(self, token: tuple[str, str, int]) -> CorruptFileError:
         line = self._text.count("\n", 0, token[2]) + 1
-        return CorruptFileError(f"line {line}: {token[1][:40]!r} is not expected here; the file is cut or damaged")
+        return CorruptFileError(f"line {line}: {quote(token[1])} is not expected here; the file is cut or damaged")
 
     def _fields(self, closing: str | None, depth: int) -> Iterator[TextField]:
         if depth > MAX_DEPTH:
@@ -223,4 +223,4 @@ def _as_number(text: str) -> float | bool:
     try:
         return float(text.rstrip("fF"))
     except ValueError as error:
-        raise CorruptFileError(f"{text[:40]!r} is no number") from error
+        raise CorruptFileError(f"{quote(text)} is no number") from error

@@ -11,7 +11,7 @@ from typing import IO, Any
 
 from bntool.checkpoints.checkpoint import Checkpoint, Format, StateDict, find_prefix
 from bntool.checkpoints.dtypes import BY_SAFETENSORS
-from bntool.checkpoints.files import SourceFile
+from bntool.checkpoints.files import SourceFile, quote
 from bntool.checkpoints.outputs import OutputFiles
 from bntool.checkpoints.tensors import (
     MAX_DIMENSIONS,
@@ -21,6 +21,7 @@ from bntool.checkpoints.tensors import (
     contiguous_strides,
     count_elements,
     describe_shape,
+    named_chunks,
 )
 from bntool.checkpoints.torch_objects import RECORD_KEY, parse_record
 from bntool.errors import CorruptFileError, RefusedError
@@ -78,31 +79,39 @@ def _read_header(file: SourceFile) -> tuple[dict[str, Any], int]:
         raise CorruptFileError(f"the safetensors header claims {length} bytes; the file has {file.size}")
     try:
         header = parse_json(file.read(8, length))
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise CorruptFileError(f"the safetensors header is not valid JSON: {error}") from error
     if not isinstance(header, dict):
         raise CorruptFileError("the safetensors header is not a JSON object")
     return header, 8 + length
 
 
-def parse_json(data: bytes, *, with_infinity: bool = False) -> Any:
-    """JSON as the standard has it: no key twice, no NaN.
+def parse_json(data: bytes | str, *, allow_nan: bool = False) -> Any:
+    """JSON as the standard has it: no key twice, and no NaN unless that is allowed.
 
     Args:
-        with_infinity: as Python writes it, with Infinity and NaN.
+        data: the text.
+        allow_nan: as Python writes it, with Infinity and NaN.
 
     Raises:
-        ValueError, RecursionError
+        ValueError: it is not; the message says why in words for people.
     """
-    constant = float if with_infinity else _reject_constant
-    return json.loads(data.decode("utf-8"), object_pairs_hook=_unique, parse_constant=constant)
+    try:
+        text = data if isinstance(data, str) else data.decode("utf-8")
+        return json.loads(text, object_pairs_hook=_unique, parse_constant=None if allow_nan else _reject_constant)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"byte {error.start} is no UTF-8") from error
+    except UnicodeEncodeError as error:  # an escaped half of a surrogate pair is no text
+        raise ValueError("a key is no text") from error
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
         raise ValueError("a key occurs twice")
-    "".join(found).encode()  # an escaped half of a surrogate pair is no text
+    "".join(found).encode()
     return found
 
 
@@ -128,10 +137,10 @@ def _read_tensors(file: SourceFile, header: Mapping[str, Any], data_start: int) 
         if begin != position:
             raise CorruptFileError(f"the data has a hole or an overlap at byte {position}", tensor=name)
         position = end
-    if data_start + position != file.size:
-        raise CorruptFileError(
-            f"the header describes {data_start + position} bytes, the file has {file.size}: truncated, or with a tail"
-        )
+    described = data_start + position
+    if described != file.size:
+        what = "the file is truncated" if described > file.size else "other data follow the last tensor"
+        raise CorruptFileError(f"the header describes {described} bytes, but the file has {file.size}: {what}")
     return tensors
 
 
@@ -139,11 +148,15 @@ def _read_entry(file: SourceFile, name: str, entry: Any, data_start: int) -> tup
     fields: dict[str, Any] = entry if isinstance(entry, dict) else {}
     dtype = BY_SAFETENSORS.get(str(fields.get("dtype")))
     shape, offsets = fields.get("shape", ()), fields.get("data_offsets", ())
+    if "dtype" not in fields:
+        raise CorruptFileError("its entry in the header has no dtype", tensor=name)
     if dtype is None:
-        raise CorruptFileError(f"unknown dtype {str(fields.get('dtype'))[:40]!r}", tensor=name)
+        raise CorruptFileError(f"unknown dtype {quote(str(fields.get('dtype')))}", tensor=name)
     if not _are_counts(shape) or not _are_counts(offsets) or len(shape) > MAX_DIMENSIONS or len(offsets) != 2:
-        raise CorruptFileError("malformed shape or data_offsets", tensor=name)
+        raise CorruptFileError("its shape or data_offsets are malformed", tensor=name)
     begin, end = offsets
+    if end < begin:
+        raise CorruptFileError(f"its data_offsets run backwards, from {begin} to {end}", tensor=name)
     if end - begin != dtype.byte_count(count_elements(shape)) or (count_elements(shape) * dtype.bits) % 8:
         raise CorruptFileError(
             f"{end - begin} bytes do not hold a {dtype} tensor of shape {describe_shape(shape)}", tensor=name
@@ -191,7 +204,7 @@ def _write(checkpoint: Checkpoint, stream: IO[bytes]) -> None:
         else:
             checkpoint.file.copy_to(stream, offset=start, length=end - start)
             start = end = 0
-            for chunk in tensor.chunks():
+            for chunk in named_chunks(name, tensor):
                 stream.write(chunk)
     checkpoint.file.copy_to(stream, offset=start, length=end - start)
 

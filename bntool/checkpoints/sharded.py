@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from bntool.checkpoints.checkpoint import Checkpoint, Format, GlobalName, StateDict, find_prefix
-from bntool.checkpoints.files import SourceFile
+from bntool.checkpoints.files import SourceFile, open_beside, quote
 from bntool.checkpoints.outputs import OutputFiles, check_output_differs
 from bntool.checkpoints.safetensors_file import parse_json
 from bntool.checkpoints.tensors import Tensor, count_elements
@@ -43,17 +43,17 @@ class Sharded(Format):
     def read(self, file: SourceFile) -> Checkpoint:
         index = _read_index(file)
         weight_map: dict[str, str] = index["weight_map"]
-        shards = {name: _open_shard(file.path.parent, name) for name in dict.fromkeys(weight_map.values())}
+        shards = {name: _open_shard(file.path, name) for name in dict.fromkeys(weight_map.values())}
         tensors: dict[str, Tensor] = {}
         for name, shard_name in weight_map.items():
             found = shards[shard_name].state_dicts
             if len(found) != 1 or name not in found[0].tensors:
-                raise CorruptFileError(f"the index places this tensor in {shard_name}, which lacks it", tensor=name)
+                raise CorruptFileError(f"the index places it in {quote(shard_name)}, which lacks it", tensor=name)
             tensors[name] = found[0].tensors[name]
         for shard_name, shard in shards.items():
             for name in shard.state_dicts[0].tensors:
                 if weight_map.get(name) != shard_name:
-                    raise CorruptFileError(f"{shard_name} holds this tensor, the index does not say so", tensor=name)
+                    raise CorruptFileError(f"{quote(shard_name)} holds it, but the index does not say so", tensor=name)
         versions = _merge_versions(shards)
         state_dict = StateDict("", find_prefix(list(tensors)), tensors, versions=versions, source=dict(tensors))
         histories = [shard.records[key] for shard in shards.values() for key in shard.records]
@@ -107,10 +107,10 @@ class Sharded(Format):
 
 def _read_index(file: SourceFile) -> dict[str, Any]:
     if file.size > MAX_INDEX:
-        raise UnsafeFileError(f"the index has {file.size} bytes")
+        raise UnsafeFileError(f"the index has {file.size} bytes, above the limit of {MAX_INDEX}")
     try:
         index: Any = parse_json(file.read(0, file.size))
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise CorruptFileError(f"the index is not valid JSON: {error}") from error
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
@@ -126,7 +126,7 @@ def _read_index(file: SourceFile) -> dict[str, Any]:
     return dict(index)
 
 
-def check_inside(folder: Path, name: str) -> None:
+def check_inside(folder: Path, name: str, *, named_by: str = "the index") -> None:
     """Refuse a file name of an index that leads anywhere else than into the folder of the index.
 
     Raises:
@@ -134,23 +134,23 @@ def check_inside(folder: Path, name: str) -> None:
         CorruptFileError: no file can have this name.
     """
     if "/" in name or name in ("", ".", "..") or "\\" in name or ":" in name or "\0" in name:
-        raise UnsafeFileError(f"the index names a file outside of its folder: {name[:80]!r}")
+        raise UnsafeFileError(f"{named_by} names {quote(name)}, which is no file of its folder")
     try:
         leads_outside = Path(os.path.realpath(folder / name)).parent != Path(os.path.realpath(folder))
     except ValueError as error:  # no name that the file system can have
-        raise CorruptFileError(f"the index names an impossible file: {name[:80]!r}") from error
+        raise CorruptFileError(f"{named_by} names {quote(name)}, which no file can be called") from error
     if leads_outside:
-        raise UnsafeFileError(f"the index names a link that leads outside of its folder: {name[:80]!r}")
+        raise UnsafeFileError(f"{named_by} names {quote(name)}, a link that leads out of its folder")
 
 
-def _open_shard(folder: Path, name: str) -> Checkpoint:
+def _open_shard(index: Path, name: str) -> Checkpoint:
     """Open a shard beside the index, and nowhere else."""
     from bntool.checkpoints.formats import open_file
 
-    check_inside(folder, name)
+    check_inside(index.parent, name)
     if name.endswith(".index.json"):
-        raise UnsafeFileError(f"the index names another index: {name[:80]!r}")
-    shard = open_file(SourceFile(folder / name))
+        raise UnsafeFileError(f"the index names {quote(name)}, another index")
+    shard = open_file(open_beside(index.with_name(name), named_by=index))
     if isinstance(shard.format, Sharded) or len(shard.state_dicts) != 1 or shard.state_dicts[0].key:
         raise CorruptFileError("a shard must hold one bare state dict", path=shard.path)
     return shard

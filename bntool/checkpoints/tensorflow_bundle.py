@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from bntool.checkpoints.crc32c import crc32c, unmask
 from bntool.checkpoints.dtypes import BY_NAME, DType
-from bntool.checkpoints.files import CHUNK, MemorySource, SourceFile
+from bntool.checkpoints.files import CHUNK, MemorySource, SourceFile, open_beside
 from bntool.checkpoints.leveldb_table import read_table, read_varint
 from bntool.checkpoints.protobufs.reading import Buffer, Message, Wire
 from bntool.checkpoints.tensors import (
@@ -112,7 +112,7 @@ class Bundle:
 
     def _check_place(self, key: str, entry: Entry) -> None:
         if not 0 <= entry.shard < self._count:
-            raise CorruptFileError(f"it lies in shard {entry.shard} of {self._count}", tensor=key)
+            raise CorruptFileError(f"the index places it in shard {entry.shard}, but counts {self._count}", tensor=key)
         size = self._shard(entry.shard).size
         if entry.offset < 0 or entry.size < 0 or entry.offset + entry.size > size:
             raise CorruptFileError(
@@ -139,7 +139,7 @@ class Bundle:
         if number not in self._shards:
             prefix = self.path.name.removesuffix(".index")
             path = self.path.with_name(f"{prefix}.data-{number:05}-of-{self._count:05}")
-            self._shards[number] = SourceFile(path)
+            self._shards[number] = open_beside(path, named_by=self.path)
         return self._shards[number]
 
     @property

@@ -6,7 +6,6 @@ has the name that it was made with, and paths from the root. One of TensorFlow 1
 
 from __future__ import annotations
 
-import json
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ from bntool.checkpoints.dtypes import INT64
 from bntool.checkpoints.files import MemorySource, SourceFile
 from bntool.checkpoints.protobufs.reading import Buffer, Message
 from bntool.checkpoints.protobufs.writing import unused_name
+from bntool.checkpoints.safetensors_file import parse_json
 from bntool.checkpoints.tensorflow_bundle import Bundle
 from bntool.checkpoints.tensors import read_numbers
 from bntool.errors import CorruptFileError, UnsafeFileError
@@ -230,8 +230,8 @@ def _read_configs(
 def _parse_config(text: str) -> dict[str, Any]:
     """What a layer's description says of eps and momentum; empty for other layers than BatchNorm."""
     try:
-        layer = json.loads(text)
-    except (ValueError, RecursionError) as error:
+        layer = parse_json(text, allow_nan=True)
+    except ValueError as error:
         raise CorruptFileError(f"a layer's description is not valid JSON: {error}") from error
     config = layer.get("config") if isinstance(layer, dict) else None
     if not isinstance(config, dict) or "moving_variance_initializer" not in config:

@@ -10,7 +10,7 @@ from typing import Literal, Protocol, cast
 
 from bntool.checkpoints.dtypes import DType, decode_numbers, encode_numbers
 from bntool.checkpoints.files import CHUNK, ByteSource
-from bntool.errors import CorruptFileError, UnsafeFileError
+from bntool.errors import BntoolError, CorruptFileError, UnsafeFileError
 
 MAX_DIMENSIONS = 64  # what torch computes with
 MAX_EXPANSION = 1 << 23  # elements a stride-0 tensor may expand to beyond what its storage holds
@@ -38,6 +38,15 @@ def count_elements(shape: Sequence[int]) -> int:
 def read_bytes(tensor: Tensor) -> bytes:
     """All elements of a tensor in C order, little endian."""
     return b"".join(tensor.chunks())
+
+
+def named_chunks(name: str, tensor: Tensor) -> Iterator[bytes]:
+    """The chunks of a tensor, whose name an error gets that has none."""
+    try:
+        yield from tensor.chunks()
+    except BntoolError as error:
+        error.tensor = error.tensor or name
+        raise
 
 
 def read_numbers(tensor: Tensor) -> Sequence[float]:
@@ -173,8 +182,13 @@ class StoredTensor:
         Raises:
             CorruptFileError: the tensor would reach outside of its storage.
         """
-        if any(extent < 0 for extent in self.shape) or len(self.shape) != len(self.strides):
+        if len(self.shape) != len(self.strides):
+            strides = f"{len(self.strides)} stride" + "s" * (len(self.strides) != 1)
+            raise CorruptFileError(f"shape {describe_shape(self.shape)} does not go with {strides}", tensor=name)
+        if any(extent < 0 for extent in self.shape):
             raise CorruptFileError(f"impossible shape {describe_shape(self.shape)}", tensor=name)
+        if count_elements(self.shape) >= 1 << 63:  # torch counts them in 64 bits
+            raise CorruptFileError("the number of its elements takes more than 64 bits", tensor=name)
         if any(stride < 0 for stride in self.strides) or self.storage_offset < 0:
             raise CorruptFileError("negative stride or storage offset", tensor=name)
         if self.storage is None:
@@ -205,7 +219,7 @@ class StoredTensor:
         runs = self.numel // max(self.shape)
         if expansion > MAX_EXPANSION * self.dtype.itemsize or (expansion > 0 and runs > MAX_RUNS):
             raise UnsafeFileError(
-                f"shape {describe_shape(self.shape)} expands {end - start} stored bytes beyond measure"
+                f"shape {describe_shape(self.shape)} expands {end - start} stored bytes to {self.nbytes}"
             )
         gathered = self._gather(storage.source.read(storage.offset + start, end - start))
         for position in range(0, len(gathered), CHUNK):

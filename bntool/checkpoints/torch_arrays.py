@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from bntool.checkpoints.files import quote
 from bntool.checkpoints.pickles.nodes import Instance
 from bntool.checkpoints.tensors import Storage, StoredTensor
 from bntool.checkpoints.torch_tensors import StorageReference, StorageResolver, TensorReader
@@ -43,5 +44,5 @@ class MixedReader(TensorReader):
 
     def _storage(self, reference: StorageReference) -> Storage:
         if reference.key.startswith(ARRAY_KEY):
-            raise CorruptFileError(f"no storage of torch is named {reference.key!r:.80}")
+            raise CorruptFileError(f"no storage of torch is named {quote(reference.key)}")
         return super()._storage(reference)

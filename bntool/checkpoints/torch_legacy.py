@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bntool.checkpoints.checkpoint import Checkpoint, Format, StateDict
-from bntool.checkpoints.files import SourceFile
+from bntool.checkpoints.files import SourceFile, quote
 from bntool.checkpoints.outputs import OutputFiles
 from bntool.checkpoints.pickles.nodes import as_mapping, is_mapping, text_of
 from bntool.checkpoints.pickles.reading import OpcodeBudget, Pickle, read_pickle
@@ -57,7 +57,7 @@ class TorchLegacy(Format):
         protocol = read_pickle(file, offset=magic.end)
         system = read_pickle(file, offset=protocol.end)
         if magic.root != _MAGIC or protocol.root != _PROTOCOL:
-            raise CorruptFileError("an unknown version of torch's legacy format")
+            raise CorruptFileError("this is torch's legacy format, but in no version of it that is known")
         budget = OpcodeBudget()
         pickle = read_pickle(file, offset=system.end, budget=budget)
         keys = read_pickle(file, offset=pickle.end, budget=budget)
@@ -109,8 +109,12 @@ def _locate_storages(file: SourceFile, pickle: Pickle, keys: Pickle) -> dict[str
             raise CorruptFileError("the list of storages names one that no tensor uses, or one twice")
         (count,) = struct.unpack("<q", file.read(position, 8))
         nbytes = reference.dtype.byte_count(count)
-        if count < 0 or count < reference.count or position + 8 + nbytes > file.size:
-            raise CorruptFileError(f"storage {key!r:.80} of {count} elements does not fit in the file: it is truncated")
+        if count < reference.count:
+            raise CorruptFileError(f"storage {quote(key)} has {count} elements, but {reference.count} are needed")
+        if position + 8 + nbytes > file.size:
+            raise CorruptFileError(
+                f"storage {quote(key)} of {count} elements does not fit in the file, which is truncated"
+            )
         runs[key] = StoredRun(key, count, position + 8, nbytes)
         position += 8 + nbytes
     return runs
@@ -119,7 +123,7 @@ def _locate_storages(file: SourceFile, pickle: Pickle, keys: Pickle) -> dict[str
 def _resolve(layout: LegacyLayout, reference: StorageReference) -> Storage:
     run = layout.runs.get(reference.key)
     if run is None:
-        raise CorruptFileError(f"the storage {reference.key!r:.80} is missing from the file")
+        raise CorruptFileError(f"the storage {quote(reference.key)} is missing from the file")
     offset, nbytes = run.offset, run.nbytes
     if reference.view is not None:
         _, start, count = reference.view

@@ -63,7 +63,7 @@ class ModuleReader:
             if id(node) in ancestors:
                 continue
             if len(ancestors) > MAX_DEPTH or len(path) > MAX_PATH:
-                raise UnsafeFileError(f"a pickled model of more than {MAX_DEPTH} levels, or with absurdly long names")
+                raise UnsafeFileError(f"the pickled model has more than {MAX_DEPTH} levels, or absurdly long names")
             state = as_mapping(node.state)
             self._spend(1 + len(state))
             source.module_nodes[path] = node
@@ -93,7 +93,7 @@ class ModuleReader:
     def _spend(self, items: int) -> None:
         self._effort += items
         if self._effort > MAX_EFFORT:
-            raise UnsafeFileError(f"pickled modules with more than {MAX_EFFORT} attributes")
+            raise UnsafeFileError(f"the pickled modules have more than {MAX_EFFORT} attributes")
 
 
 def _names_in_set(node: Node) -> set[str | None]:

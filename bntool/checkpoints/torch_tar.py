@@ -9,7 +9,7 @@ from pathlib import Path
 
 from bntool.checkpoints.checkpoint import Checkpoint, Format
 from bntool.checkpoints.dtypes import BY_STORAGE, DType
-from bntool.checkpoints.files import SourceFile
+from bntool.checkpoints.files import SourceFile, quote
 from bntool.checkpoints.outputs import OutputFiles
 from bntool.checkpoints.pickles.nodes import Global, Instance, Node, PersistentId, as_mapping, is_mapping, text_of
 from bntool.checkpoints.pickles.reading import OpcodeBudget, Pickle, read_pickle
@@ -116,7 +116,7 @@ def _read_members(file: SourceFile) -> dict[str, _Member]:
             raise CorruptFileError("the tar archive is truncated")
         if header[156:157] in (b"0", b"\0"):
             if name in members:
-                raise CorruptFileError(f"two members of the tar archive are named {name!r:.80}")
+                raise CorruptFileError(f"two members of the tar archive are named {quote(name)}")
             members[name] = _Member(file, position, size)
         position += -(-size // _BLOCK) * _BLOCK
     raise UnsafeFileError(f"the tar archive has more than {MAX_MEMBERS} members")
@@ -228,4 +228,4 @@ def _has_arguments(node: Instance) -> bool:
 
 
 def _no_storage(reference: StorageReference) -> Storage:
-    raise CorruptFileError(f"storage {reference.key!r:.80} is not where those of tar files are")
+    raise CorruptFileError(f"storage {quote(reference.key)} is not where those of tar files are")

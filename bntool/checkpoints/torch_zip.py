@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from bntool.checkpoints.checkpoint import Checkpoint, Format
-from bntool.checkpoints.files import SourceFile
+from bntool.checkpoints.files import SourceFile, quote
 from bntool.checkpoints.outputs import OutputFiles
 from bntool.checkpoints.pickles.nodes import as_mapping, is_mapping
 from bntool.checkpoints.pickles.reading import OpcodeBudget, Pickle, read_pickle_bytes
@@ -82,7 +82,7 @@ def read_main_pickle(layout: ArchiveLayout, *, budget: OpcodeBudget | None = Non
     """
     record = layout.archive.records[f"{layout.root}data.pkl"]
     if record.size > MAX_PICKLE:
-        raise UnsafeFileError(f"the pickle has {record.size} bytes")
+        raise UnsafeFileError(f"the pickle has {record.size} bytes, above the limit of {MAX_PICKLE}")
     return read_pickle_bytes(layout.archive.read(record), budget=budget)
 
 
@@ -101,7 +101,7 @@ def find_layout(archive: ZipArchive) -> ArchiveLayout:
     pickles = [name for name in archive.records if name == "data.pkl" or name.endswith("/data.pkl")]
     top = [name for name in pickles if name.count("/") <= 1]
     if not top:
-        raise UnknownFormatError("this zip archive was not written by torch.save: it has no data.pkl")
+        raise UnknownFormatError("this zip archive is no known checkpoint: it has no data.pkl; unpack it first")
     if len(top) > 1:
         raise CorruptFileError("the zip archive holds more than one data.pkl")
     root = top[0].removesuffix("data.pkl")
@@ -112,17 +112,20 @@ def find_layout(archive: ZipArchive) -> ArchiveLayout:
 
 def is_big_endian(archive: ZipArchive, root: str) -> bool:
     """The byte order of the storages, which newer archives name."""
-    order = archive.records.get(f"{root}byteorder")
-    return order is not None and archive.read(order) == b"big"
+    record = archive.records.get(f"{root}byteorder")
+    order = b"little" if record is None else archive.read(record)
+    if order not in (b"little", b"big"):
+        raise CorruptFileError("record 'byteorder' names neither 'little' nor 'big'")
+    return order == b"big"
 
 
 def resolve_storage(layout: ArchiveLayout, reference: StorageReference) -> Storage:
     record = layout.storage_record(reference.key)
     if record is None:
-        raise CorruptFileError(f"the storage {reference.key!r:.80} is missing from the archive")
+        raise CorruptFileError(f"the storage {quote(reference.key)} is missing from the archive")
     if record.size < reference.nbytes:
         raise CorruptFileError(
-            f"storage {reference.key!r:.80} has {record.size} bytes, but {reference.nbytes} are announced"
+            f"storage {quote(reference.key)} has {record.size} bytes, but {reference.nbytes} are announced"
         )
     return Storage(
         source=InflatedRecord(layout.archive, record) if record.is_deflated else layout.archive.file,

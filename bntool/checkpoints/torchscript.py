@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
-from bntool.checkpoints.checkpoint import Checkpoint, Format, ModuleInfo, StateDict, find_prefix
+from bntool.checkpoints.checkpoint import (
+    Checkpoint,
+    Format,
+    GlobalName,
+    GlobalTrust,
+    ModuleInfo,
+    StateDict,
+    find_prefix,
+)
 from bntool.checkpoints.files import SourceFile
 from bntool.checkpoints.outputs import OutputFiles
 from bntool.checkpoints.pickles.nodes import Dict, Instance, Node, as_mapping
@@ -47,7 +56,7 @@ class TorchScript(Format):
             file=file,
             format=self,
             state_dicts=(state_dict,) if state_dict.tensors else (),
-            globals=list_globals(pickle),
+            globals=tuple(map(_judge_own, list_globals(pickle))),
             records=read_loose_records(layout),
             content=TorchContent(pickle, reader, layout),
         )
@@ -79,6 +88,12 @@ def _top(name: str) -> str:
     return name.partition("/")[0]
 
 
+def _judge_own(name: GlobalName) -> GlobalName:
+    """Classes under ``__torch__`` are those of the archive's own code: loading them imports nothing."""
+    is_own = name.trust is GlobalTrust.UNKNOWN and name.path.startswith("__torch__.")
+    return dataclasses.replace(name, trust=GlobalTrust.KNOWN) if is_own else name
+
+
 class _ScriptReader:
     """Walks the modules of data.pkl: the state of each holds tensors, submodules and attributes side by side."""
 
@@ -105,7 +120,7 @@ class _ScriptReader:
             state = as_mapping(node.state)
             self._effort += 1 + len(state)
             if self._effort > MAX_EFFORT or len(ancestors) > MAX_DEPTH or len(path) > MAX_PATH:
-                raise UnsafeFileError("a TorchScript model of absurd size or depth")
+                raise UnsafeFileError("the TorchScript model has an absurd size or depth")
             text = self._code.find(node.path)
             modules[path] = ModuleInfo(text.class_path, {**text.attributes, **plain_attributes(state)})
             source.module_nodes[path] = node

@@ -98,9 +98,9 @@ def command(
             target_eps=target_eps,
         )
         if conversion.new is None:
-            check_plan(conversion.plan, strict=strict)
+            check_plan(conversion.plan, checkpoint, strict=strict)
         if strict and conversion.losses:
-            raise RefusedError(f"--strict: this would be lost: {conversion.losses[0]}")
+            raise RefusedError(f"--strict: this would be lost: {conversion.losses[0]}", path=checkpoint)
         if not (as_json or quiet):
             for loss in conversion.losses:
                 print_warning(f"this will be lost: {loss}")

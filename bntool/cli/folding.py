@@ -185,7 +185,7 @@ def command(
             export=kind,
             benchmark=benchmark,
         )
-        check_plan(result.plan, strict=strict)
+        check_plan(result.plan, checkpoint, strict=strict)
         if not dry_run:
             result = save_fold(result, output, net=net, export=export, tolerance=tolerance, force=force)
         written = None if dry_run or output is None else str(output)

@@ -131,7 +131,7 @@ def command(
             eps=eps,
             for_file=emit is None or (output is not None and not opened.format.trains_whole_layers),
         )
-        check_plan(freeze.plan, strict=strict)
+        check_plan(freeze.plan, checkpoint, strict=strict)
         code = None
         if emit is not None:
             code = emit_freeze(freeze.policy, EmitTarget(emit.value), batchnorms=freeze.batchnorms)

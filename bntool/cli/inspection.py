@@ -30,7 +30,9 @@ def command(
     all_tensors: Annotated[
         bool, typer.Option("--all", help="List every layer with its parameters and buffers, not only BatchNorm.")
     ] = False,
-    stats: Annotated[bool, typer.Option("--stats", help="And minimum, mean, maximum of every tensor.")] = False,
+    stats: Annotated[
+        bool, typer.Option("--stats", help="List every tensor, with its minimum, mean and maximum.")
+    ] = False,
     fail_on: Annotated[
         FailOn | None,
         typer.Option(

@@ -146,7 +146,10 @@ def main(arguments: Sequence[str]) -> int:
 def _fail(error: errors.BntoolError, arguments: Sequence[str]) -> ExitCode:
     """Print the error in the form that was asked for."""
     command = next((argument for argument in arguments if not argument.startswith("-")), "")
-    report = Report(command, (FileReport(error.path or _find_checkpoint(arguments), error=error),))
+    checkpoint = _find_checkpoint(arguments)
+    if checkpoint and isinstance(error, errors.RefusedError | errors.VerificationError):
+        error.about(checkpoint)
+    report = Report(command, (FileReport(error.path or checkpoint, error=error),))
     print_report(report, as_json="--json" in arguments)
     return exit_code_of(error)
 

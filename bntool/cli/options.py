@@ -12,13 +12,15 @@ from bntool.cli.help import MODEL, OUTPUT, SELECTION
 Checkpoint = Annotated[
     Path, typer.Argument(metavar="CKPT", help="Checkpoint file; it is never written to.", show_default=False)
 ]
-Checkpoints = Annotated[list[Path], typer.Argument(metavar="CKPT...", help="Checkpoint files.", show_default=False)]
+Checkpoints = Annotated[
+    list[Path], typer.Argument(metavar="CKPT...", help="Checkpoint files, or folders that are one.", show_default=False)
+]
 StateDictKey = Annotated[
     str | None,
     typer.Option(
         "--state-dict",
         metavar="KEY",
-        help="Which state dict of a file that holds several, e.g. model_ema.",
+        help="The state dict to work on, where the file holds several, e.g. model_ema.",
         show_default="chosen by rule, see docs/formats.md",
         rich_help_panel=SELECTION,
     ),

@@ -9,11 +9,14 @@ import sys
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, TextIO
 
-from bntool.reports.text import sanitize
+from bntool.reports.text import MAX_SENTENCE, sanitize
 
 if TYPE_CHECKING:
+    from bntool.errors import BntoolError
     from bntool.reports.blocks import Block
     from bntool.reports.report import Report
+
+_LONGEST_PATH = 4096
 
 
 def print_report(report: Report, *, as_json: bool, quiet: bool = False) -> None:
@@ -29,7 +32,7 @@ def print_report(report: Report, *, as_json: bool, quiet: bool = False) -> None:
             print_blocks(file.blocks)
     for file in report.files:
         if file.error is not None:
-            print_error(str(file.error))
+            print_error(file.error)
 
 
 def print_blocks(blocks: Iterable[Block]) -> None:
@@ -40,14 +43,17 @@ def print_blocks(blocks: Iterable[Block]) -> None:
     _write(sys.stdout, render(blocks, width=width, colour=wants_colour(sys.stdout)))
 
 
-def print_error(message: str) -> None:
-    """One sentence about what went wrong, to stderr."""
-    _note(f"bntool: error: {sanitize(message)}", code="31")
+def print_error(error: BntoolError) -> None:
+    """One sentence about what went wrong, to stderr: neither a long path nor a long name costs it its end."""
+    place = [sanitize(error.path, limit=_LONGEST_PATH)] if error.path else []
+    place += [sanitize(error.tensor)] if error.tensor else []
+    sentence = sanitize(error.sentence, limit=MAX_SENTENCE)
+    _note(f"bntool: error: {': '.join([*place, sentence])}", code="31")
 
 
 def print_warning(message: str) -> None:
     """One sentence that the user should not miss, to stderr."""
-    _note(f"bntool: warning: {sanitize(message)}", code="33")
+    _note(f"bntool: warning: {sanitize(message, limit=MAX_SENTENCE)}", code="33")
 
 
 def wants_colour(stream: TextIO) -> bool:

@@ -205,7 +205,7 @@ def command(  # noqa: PLR0915 a third of the statements are imports
                 fit_memory=samples == "auto",
                 precision=precision,
             )
-        check_plan(result.plan, strict=strict)
+        check_plan(result.plan, checkpoint, strict=strict)
         if before is None:
             return 0
         if keep_if_better and counts_other_classes(before, held_out):

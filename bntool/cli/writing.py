@@ -29,25 +29,30 @@ def check_output(checkpoint: Checkpoint, output: Path | None, *, dry_run: bool, 
     OutputFiles(force=force).check(output)
 
 
-def check_plan(plan: Plan, *, strict: bool) -> None:
+def check_plan(plan: Plan, checkpoint: Path, *, strict: bool) -> None:
     """Hold a plan against ``--strict`` and against emptiness.
 
     Raises:
         RefusedError: nothing can be done safely; or, under ``strict``, a layer was skipped or something assumed.
     """
     if not plan.steps:
-        reasons = sorted({skip.reason.value for skip in plan.skips})
-        why = f" ({', '.join(reasons)})" if reasons else ": the state dict has no BatchNorm layer that was selected"
-        raise RefusedError(f"nothing could be done safely{why}; nothing was written")
+        reasons = sorted({skip.reason.value for skip in plan.skips if skip.reason is not SkipReason.NOT_SELECTED})
+        why = (
+            f" ({', '.join(reasons)})"
+            if reasons
+            else ": the state dict has no BatchNorm layer, or --layers matches none"
+        )
+        raise RefusedError(f"nothing could be done safely{why}; nothing was written", path=checkpoint)
     skips = [skip for skip in plan.skips if skip.reason is not SkipReason.NOT_SELECTED]  # that was asked for
     if strict and skips:
         first = skips[0]
         raise RefusedError(
             f"--strict: {plural(len(skips), 'layer')} would be skipped, "
-            f"the first is {first.layer} ({first.reason.value})"
+            f"the first is {first.layer} ({first.reason.value})",
+            path=checkpoint,
         )
     if strict and plan.assumptions:
-        raise RefusedError(f"--strict: this would be assumed: {plan.assumptions[0]}")
+        raise RefusedError(f"--strict: this would be assumed: {plan.assumptions[0]}", path=checkpoint)
 
 
 def save(checkpoint: Checkpoint, output: Path | None, *, force: bool) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from bntool.checkpoints.files import describe_failure
 from bntool.data.batches import Batch, Batches, LeftOut, name_some
 from bntool.data.pixels import read_image
 from bntool.data.policies import OnBadData
@@ -42,7 +43,7 @@ class ImageFolderSource(DataSource):
         try:
             found = find_images(Path(spec))
         except OSError as error:
-            raise UnreadableFileError(error.strerror or str(error), path=spec) from error
+            raise UnreadableFileError(describe_failure(error), path=spec) from error
         if not found.paths:
             raise UsageError(f"there is no image in this folder (looked for {' '.join(_SUFFIXES)})", path=spec)
         paths = found.paths

@@ -10,6 +10,7 @@ from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
+from bntool.checkpoints.files import describe_failure
 from bntool.data.rows import ArrayRows, Rows
 from bntool.errors import CorruptFileError, UnreadableFileError, UsageError
 
@@ -31,7 +32,7 @@ def open_numpy(path: Path) -> Mapping[str, Rows]:
     try:
         found = {"images": _map_file(path)} if path.suffix.lower() == ".npy" else _open_archive(path)
     except OSError as error:
-        raise UnreadableFileError(error.strerror or str(error), path=path) from error
+        raise UnreadableFileError(describe_failure(error), path=path) from error
     except MemoryError as error:
         raise UnreadableFileError("there is not enough memory to unpack it", path=path) from error
     except _BROKEN as error:

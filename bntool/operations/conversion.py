@@ -134,6 +134,8 @@ def plan_conversion(
 def _plan_format(
     checkpoint: Checkpoint, source: StateDict, target: ConversionTarget, new_format: NewFormat
 ) -> Conversion:
+    if not source.tensors:
+        raise RefusedError("the state dict holds no tensors; there is nothing to convert", path=checkpoint.path)
     unwritable = find_unwritable(source.tensors, new_format)
     if unwritable:
         name, reason = next(iter(unwritable.items()))

@@ -17,6 +17,9 @@ class Verdict(Enum):
     SUSPICIOUS = "suspicious"  # it names what runs programs or code, or reaches files or the network
 
 
+_LONGEST = 120  # characters of a name in a finding
+
+
 class Loader(Enum):
     """What usually loads the file, and runs what is in it."""
 
@@ -31,7 +34,7 @@ class Loader(Enum):
                 "with Keras 2 at all, unless you trust where it comes from"
             )
         return (
-            f"unpickling this file would use {names}, which can run code: "
+            f"unpickling this file would use {names}, which can run code or reach files: "
             "do not load it with torch.load(weights_only=False) unless you trust where it comes from"
         )
 
@@ -96,4 +99,5 @@ def find_dangers(safety: Safety) -> list[Finding]:
 
 
 def _listed(names: tuple[str, ...]) -> str:
-    return ", ".join(names[:3]) + (" ..." if len(names) > 3 else "")
+    shown = [name if len(name) <= _LONGEST else f"{name[:_LONGEST]}..." for name in names[:3]]
+    return ", ".join(shown) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

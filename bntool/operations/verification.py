@@ -112,7 +112,8 @@ def verify(
         exact, exact_layers = _largest_error(reference, found), (reference_layers, found_exact)
         if not exact <= EXACT and not exact <= min(_NOISE * measure_rounding(model, exact_inputs), _CHAOS):
             raise VerificationError(
-                f"in float64 the outputs differ by {exact:.3g} of their magnitude; nothing was written"
+                f"in float64 the outputs differ by {exact:.3g} of their magnitude; nothing was written",
+                remedy="check that the model, the pairs and the eps that were given are those of the file",
             )
         rounded = _largest_error(reference, _run(_copy(changed).double(), exact_inputs))
         bound = max(tolerance, _NOISE * noise) if math.isfinite(noise) else tolerance
@@ -121,7 +122,8 @@ def verify(
     if not rounded <= bound:
         raise VerificationError(
             f"the outputs differ by {rounded:.3g} of their magnitude, more than the tolerance {bound:.3g}; nothing was "
-            "written"
+            "written",
+            remedy="a larger --tolerance would accept it",
         )
     layers = tuple(compare_layers(points, exact_layers, (stored_layers, found_layers)))
     return Agreement(len(inputs), len(stored[0]), exact, rounded, stored_error, noise, bound, layers)

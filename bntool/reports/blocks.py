@@ -22,10 +22,15 @@ class Style(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """A piece of text of one style. Text from a file is sanitised when it is drawn."""
+    """A piece of text of one style. Text from a file is sanitised when it is drawn.
+
+    Attributes:
+        is_sentence: may be longer than a name.
+    """
 
     text: str
     style: Style = Style.PLAIN
+    is_sentence: bool = False
 
 
 @dataclass(frozen=True, slots=True)

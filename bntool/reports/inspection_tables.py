@@ -47,7 +47,8 @@ def _safety(inspection: Inspection) -> Iterable[Block]:
     unsure = [name for name in names if name.trust is not GlobalTrust.KNOWN]
     reasons = [plural(len(names), "global")] if names else []
     if names:
-        reasons.append(f"{len(unsure)} not known to be harmless" if unsure else "all known to build data only")
+        which = "none" if len(unsure) == len(names) else f"{len(unsure)} not"
+        reasons.append(f"{which} known to be harmless" if unsure else "all known to build data only")
     if safety.holds_code:
         reasons.append("the archive holds code")
     cells = [Cell("safety: "), Cell(safety.verdict.value, _VERDICTS[safety.verdict]), Cell(f" ({', '.join(reasons)})")]
@@ -265,4 +266,4 @@ def _finding_lines(grouped: Sequence[tuple[Finding, list[str]]]) -> Iterable[Blo
             )
         )
         example = f"{names[0]}: " if len(names) > 1 else ""
-        yield line(example + finding.message, indent=2)
+        yield Line((Cell(example), Cell(finding.message, is_sentence=True)), indent=2)

@@ -66,6 +66,8 @@ def describe_error(error: BntoolError) -> dict[str, Any]:
     facts: dict[str, Any] = {"code": error.code, "message": error.message}
     if error.tensor:
         facts["tensor"] = error.tensor
+    if error.remedy:
+        facts["remedy"] = error.remedy
     return facts
 
 

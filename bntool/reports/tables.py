@@ -11,7 +11,7 @@ import unicodedata
 from collections.abc import Iterable, Sequence
 
 from bntool.reports.blocks import Block, Cell, Column, Line, Style, Table
-from bntool.reports.text import sanitize
+from bntool.reports.text import MAX_NAME, MAX_SENTENCE, sanitize
 
 # select graphic rendition codes of ECMA-48
 _CODES = {
@@ -53,7 +53,9 @@ def _paint(text: str, style: Style, *, colour: bool) -> str:
 def _draw_line(block: Line, width: int | None, *, colour: bool) -> list[str]:
     """One line of text, broken between words where it is too long, the rest indented further."""
     words: list[tuple[str, Style]] = [
-        (word, cell.style) for cell in block.cells for word in re.findall(r"\s+|\S+", sanitize(cell.text))
+        (word, cell.style)
+        for cell in block.cells
+        for word in re.findall(r"\s+|\S+", sanitize(cell.text, limit=MAX_SENTENCE if cell.is_sentence else MAX_NAME))
     ]
     lines, current, used = [], " " * block.indent, block.indent
     for text, style in _join_pieces(words):

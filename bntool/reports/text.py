@@ -9,17 +9,21 @@ import unicodedata
 # width), surrogates, private use, unassigned, line and paragraph separators
 _UNSHOWN = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
 MAX_NAME = 300
+MAX_SENTENCE = 2000
 
 
-def sanitize(text: str) -> str:
+def sanitize(text: str, *, limit: int = MAX_NAME) -> str:
     """The text with everything that a terminal could obey written as an escape: backslash, x, two digits.
 
     Text from a file is data: it never reaches the terminal raw.
+
+    Args:
+        limit: characters of the text; what is longer is cut.
     """
-    if text.isascii() and text.isprintable():
-        return text if len(text) <= MAX_NAME else text[:MAX_NAME] + "…"
-    shown = "".join(_show(character) for character in text[: MAX_NAME + 1])
-    return shown if len(text) <= MAX_NAME else shown + "…"
+    shown = text[:limit]
+    if not (shown.isascii() and shown.isprintable()):
+        shown = "".join(map(_show, shown))
+    return shown if len(text) <= limit else shown + "…"
 
 
 def _show(character: str) -> str:

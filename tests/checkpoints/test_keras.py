@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import subprocess
 import sys
 import zipfile
@@ -413,3 +414,22 @@ def test_a_false_length_of_a_text_allocates_no_gigabyte(fixtures: Path) -> None:
     with pytest.raises(CorruptFileError, match="memory allocation failed"):
         open_checkpoint(fixtures / "broken" / "keras_text_of_false_length.h5")
     assert resource.getrlimit(resource.RLIMIT_AS) == limits
+
+
+def test_folding_twice_gives_the_same_bytes(interop: Path, tmp_path: Path) -> None:
+    for seed in ("1", "2", "3"):  # of the order in which Python goes through sets
+        subprocess.run(
+            [
+                sys.executable,
+                "-m",
+                "bntool",
+                "fold",
+                str(interop / "keras_tiny.keras"),
+                "-o",
+                f"{tmp_path}/{seed}.keras",
+            ],
+            env={**os.environ, "PYTHONHASHSEED": seed},
+            check=True,
+            capture_output=True,
+        )
+    assert len({path.read_bytes() for path in tmp_path.iterdir()}) == 1

@@ -196,7 +196,7 @@ BROKEN: dict[str, tuple[bytes, type[FileError], str]] = {
     "no_such_shard": (
         _table({b"": HEADER, b"a": make_entry(1, (2,), 0, bytes(8), shard=7)}),
         CorruptFileError,
-        "shard 7 of 1",
+        "shard 7, but counts 1",
     ),
     "beyond_the_shard": (_table({b"": HEADER, b"a": make_entry(1, (2,), 5, bytes(8))}), CorruptFileError, "beyond"),
     "huge_offset": (_table({b"": HEADER, b"a": make_entry(1, (2,), 1 << 63, bytes(8))}), CorruptFileError, "beyond"),

@@ -19,7 +19,7 @@ from torch.optim.swa_utils import AveragedModel
 from bntool.checkpoints.checkpoint import GlobalTrust, choose_state_dict
 from bntool.checkpoints.formats import open_checkpoint
 from bntool.checkpoints.tensors import StoredTensor
-from bntool.errors import UsageError
+from bntool.errors import RefusedError, UsageError
 from tests.checkpoints.samples import WRITERS, assert_holds, tiny_net, to_torch
 
 
@@ -112,7 +112,7 @@ def test_state_dicts_are_found_and_one_is_chosen(
     with open_checkpoint(path) as checkpoint:
         assert [state_dict.key for state_dict in checkpoint.state_dicts] == keys
         if chosen is None:
-            with pytest.raises(UsageError):
+            with pytest.raises(RefusedError):
                 choose_state_dict(checkpoint)
         else:
             assert choose_state_dict(checkpoint).key == chosen

@@ -257,7 +257,7 @@ def test_bad_batches_are_left_out_on_request(recalibrate, user_code):
 @pytest.mark.parametrize(
     ("extra", "expected", "message"),
     [
-        (["--layers", "nothing.*"], 4, "no BatchNorm layer that was selected"),
+        (["--layers", "nothing.*"], 4, "--layers matches none"),
         (["--keep-if-better", "--data", "{half}"], 2, "needs labels"),
         (["--metric", "accuracy"], 2, "top1, top5"),
         (["--device", "cuda:99"], 2, "cannot be moved"),

@@ -139,6 +139,14 @@ class TestTorchFiles:
         wanted = self.FORMS["pixels"]["images"] / 255 if form == "pixels" else self.IMAGES
         torch.testing.assert_close(images, wanted[order])
 
+    @pytest.mark.parametrize("whole", [True, False])
+    def test_numpy_arrays_in_them_are_data_too(self, tmp_path, whole):
+        images, labels = np.arange(24, dtype="f4").reshape(6, 4), np.arange(6)
+        torch.save(images if whole else {"images": images, "labels": labels}, tmp_path / "x.pt")
+        batches = list(load_data(str(tmp_path / "x.pt"), batch_size=4))
+        assert np.array_equal(torch.cat([batch.inputs for batch in batches]).numpy(), images)
+        assert whole or torch.cat([batch.labels for batch in batches]).tolist() == labels.tolist()
+
     @pytest.mark.parametrize(
         ("value", "message"),
         [
@@ -150,7 +158,6 @@ class TestTorchFiles:
             ([torch.ones(1, 2), torch.ones(1, 3)], "differ in shape"),
             ({"images": torch.ones(3, 2), "labels": torch.ones(2)}, "3 inputs but 2 labels"),
             ([], "no tensors to be found"),
-            (np.ones((3, 4)), "numpy"),
         ],
     )
     def test_what_is_no_data(self, tmp_path, value, message):

@@ -16,6 +16,7 @@ import torch
 from bntool.checkpoints.formats import open_checkpoint
 from bntool.cli.main import main
 from bntool.operations.safety import Verdict, judge_safety
+from tests.checkpoints.archives import rezip
 
 
 class Runs:
@@ -104,3 +105,32 @@ def test_a_frozen_script_says_why_it_shows_no_tensors(tmp_path: Path, capsys: py
         torch.jit.freeze(torch.jit.script(net)).save(path)
     assert main(["inspect", str(path)]) == 0
     assert "no state dict was found: torch.jit.freeze" in capsys.readouterr().out
+
+
+def test_classes_of_an_archives_own_code_are_no_imports(tmp_path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # TorchScript is deprecated
+        torch.jit.save(torch.jit.script(torch.nn.Sequential(torch.nn.BatchNorm2d(2))), tmp_path / "a.pt")
+    with open_checkpoint(tmp_path / "a.pt") as checkpoint:
+        safety = judge_safety(checkpoint)
+        assert any(name.path.startswith("__torch__.") for name in checkpoint.globals)
+    assert (safety.verdict, safety.unknown, safety.holds_code) == (Verdict.UNKNOWN, (), True)
+    torch.save({"a": 1}, tmp_path / "b.pt")  # in a plain pickle it is a module that would be imported
+    (tmp_path / "b.pt").write_bytes(rezip(tmp_path / "b.pt", _name_own_class))
+    with open_checkpoint(tmp_path / "b.pt") as checkpoint:
+        assert judge_safety(checkpoint).unknown == ("__torch__.M",)
+
+
+def _name_own_class(name: str, data: bytes) -> tuple[str, bytes]:
+    return name, b"\x80\x02c__torch__\nM\n." if name.endswith("data.pkl") else data
+
+
+def test_a_finding_of_long_names_is_a_whole_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    names = b"".join(b"c" + b"a" * 400 + b"%d\nx\n" % number for number in range(5))
+    torch.save({"a": 1}, tmp_path / "a.pt")
+    data = rezip(tmp_path / "a.pt", lambda n, d: (n, b"\x80\x02(" + names + b"l." if n.endswith("data.pkl") else d))
+    (tmp_path / "a.pt").write_bytes(data)
+    assert main(["inspect", str(tmp_path / "a.pt")]) == 0
+    out = capsys.readouterr().out
+    assert "and 2 more, of which nothing is known" in out
+    assert "runs what it finds under these names\n" in out

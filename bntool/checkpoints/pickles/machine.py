@@ -90,7 +90,7 @@ class Machine:
             parts.append(self.window[self.cursor :])
             self.cursor = len(self.window)
             if len(parts) * _WINDOW > MAX_TEXT:
-                raise UnsafeFileError("a line of the pickle is too long")
+                raise UnsafeFileError(f"a line of the pickle has more than {MAX_TEXT} bytes")
             self.refill(1)
         parts.append(self.window[self.cursor : end])
         self.cursor = end + 1
@@ -100,12 +100,12 @@ class Machine:
         """A line that holds a number."""
         line = self.line()
         if len(line) > MAX_DIGITS:  # the cost of decimal conversion grows with the square
-            raise UnsafeFileError("a decimal integer of the pickle is too long")
+            raise UnsafeFileError(f"an integer of the pickle has {len(line)} digits, above the limit of {MAX_DIGITS}")
         return int(line)
 
     def text(self, length: int) -> str:
         if length > MAX_TEXT:
-            raise UnsafeFileError(f"a text of {length} bytes in the pickle")
+            raise UnsafeFileError(f"the pickle holds a text of {length} bytes, above the limit of {MAX_TEXT}")
         return self.take(length).decode("utf-8", "surrogatepass")
 
     def byte_run(self, length: int, opcode: int) -> bytes | LongBytes:
@@ -126,7 +126,7 @@ class Machine:
         while stack[index] is not MARK:
             index -= 1
             if index < 0:
-                raise CorruptFileError("the pickle is malformed: no mark")
+                raise CorruptFileError("the pickle is malformed: a mark is missing")
         items = stack[index + 1 :]
         del stack[index:]
         return items

@@ -46,9 +46,9 @@ def _pairs(flat: list[Node]) -> list[tuple[Node, Node]]:
 
 def _check_length(length: int, most: int) -> int:
     if length < 0:
-        raise CorruptFileError("negative length in the pickle")
+        raise CorruptFileError("a length in the pickle is negative")
     if length > most:
-        raise UnsafeFileError(f"an item of {length} bytes in the pickle")
+        raise UnsafeFileError(f"the pickle holds an item of {length} bytes, above the limit of {most}")
     return length
 
 
@@ -56,7 +56,7 @@ def _text_integer(line: bytes) -> int | bool:
     if line in (b"00", b"01"):  # how protocols 0 and 1 write booleans
         return line == b"01"
     if len(line) > MAX_DIGITS:
-        raise UnsafeFileError("a decimal integer of the pickle is too long")
+        raise UnsafeFileError(f"an integer of the pickle has {len(line)} digits, above the limit of {MAX_DIGITS}")
     return int(line.rstrip(b"L"))
 
 
@@ -138,7 +138,7 @@ def _persistent_id(m: Machine, value: Node) -> PersistentId:
 def _long_string(m: Machine) -> ByteString | LongBytes:
     length = m.number(_I4)
     if length < 0:
-        raise CorruptFileError("negative length in the pickle")
+        raise CorruptFileError("a length in the pickle is negative")
     data = m.byte_run(length, 0x54)
     return data if isinstance(data, LongBytes) else ByteString(data)
 

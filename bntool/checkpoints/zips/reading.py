@@ -11,7 +11,7 @@ import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-from bntool.checkpoints.files import SourceFile
+from bntool.checkpoints.files import SourceFile, quote
 from bntool.errors import CorruptFileError, UnsafeFileError
 
 LOCAL_MAGIC = b"PK\x03\x04"
@@ -85,7 +85,7 @@ class ZipArchive:
         if record.is_deflated:
             data = _inflate(data, record)
         if self.has_checksums and zlib.crc32(data) != record.crc:
-            raise CorruptFileError(f"checksum of record {record.name!r:.80} differs: the file is damaged")
+            raise CorruptFileError(f"checksum of record {quote(record.name)} differs: the file is damaged")
         return data
 
     def check_record(self, record: ZipRecord) -> None:
@@ -101,7 +101,7 @@ class ZipArchive:
         for chunk in self.file.chunks(record.data_offset, record.stored_size):
             crc = zlib.crc32(chunk, crc)
         if self.has_checksums and crc != record.crc:
-            raise CorruptFileError(f"checksum of record {record.name!r:.80} differs: the file is damaged")
+            raise CorruptFileError(f"checksum of record {quote(record.name)} differs: the file is damaged")
 
     def check_records(self) -> int | None:
         """Hold all records against their checksums; how many there are, None where the archive has no checksums.
@@ -137,14 +137,14 @@ class InflatedRecord:
 
 def _inflate(data: bytes, record: ZipRecord) -> bytes:
     if record.size > MAX_INFLATED or record.size > MAX_RATIO * max(len(data), 1024):
-        raise UnsafeFileError(f"record {record.name!r:.80} of {len(data)} bytes claims to inflate to {record.size}")
+        raise UnsafeFileError(f"record {quote(record.name)} of {len(data)} bytes claims to inflate to {record.size}")
     inflater = zlib.decompressobj(-15)
     try:
         content = inflater.decompress(data, record.size + 1)
     except zlib.error as error:
-        raise CorruptFileError(f"record {record.name!r:.80} does not inflate") from error
+        raise CorruptFileError(f"record {quote(record.name)} does not inflate") from error
     if len(content) != record.size:
-        raise CorruptFileError(f"record {record.name!r:.80} inflates to another size than it claims")
+        raise CorruptFileError(f"record {quote(record.name)} inflates to another size than it claims")
     return content
 
 
@@ -164,7 +164,7 @@ def read_archive(file: SourceFile) -> ZipArchive:
     for _ in range(count):
         record, position = _read_entry(file, directory, position, offset)
         if record.name in records:
-            raise CorruptFileError(f"two records of the zip archive are named {record.name!r:.80}")
+            raise CorruptFileError(f"two records of the zip archive are named {quote(record.name)}")
         records[record.name] = record
     if position != size:
         raise CorruptFileError("the zip directory holds more than it counts")
@@ -219,9 +219,9 @@ def _read_entry(file: SourceFile, directory: bytes, position: int, base: int) ->
     extra = directory[extra_start : extra_start + extra_length]
     size, stored, header_offset = _zip64_values(extra, size, stored, header_offset)
     if flags & ENCRYPTED_FLAG:
-        raise CorruptFileError("the zip archive is encrypted")
+        raise CorruptFileError("the zip archive is encrypted", remedy="decrypt it first")
     if method not in (STORED, DEFLATED):
-        raise CorruptFileError(f"zip compression method {method} is not supported")
+        raise CorruptFileError(f"zip compression method {method} is not known", remedy="unpack it and zip it anew")
     if method == STORED and size != stored:
         raise CorruptFileError("a stored record has two different sizes")
     data_offset = _check_local_header(file, header_offset, raw_name, (method, crc, stored, size))
@@ -271,12 +271,12 @@ def _check_local_header(file: SourceFile, offset: int, name: bytes, facts: tuple
     fields = LOCAL_HEADER.unpack_from(header)
     magic, flags, method, name_length, extra_length = fields[0], fields[2], fields[3], fields[9], fields[10]
     if magic != LOCAL_MAGIC:
-        raise CorruptFileError(f"record {_decode(name)!r:.80} of the zip archive has no local header")
+        raise CorruptFileError(f"record {quote(_decode(name))} of the zip archive has no local header")
     agrees = method == facts[0] and name_length == len(name) and header[LOCAL_HEADER.size :] == name
     if not flags & DESCRIPTOR_FLAG:  # else CRC and sizes follow the data
         agrees = agrees and all(here in (there, MASK32) for here, there in zip(fields[6:9], facts[1:], strict=True))
     if not agrees:
-        raise CorruptFileError(f"local header and directory of the zip archive disagree on {_decode(name)!r:.80}")
+        raise CorruptFileError(f"local header and directory of the zip archive disagree on {quote(_decode(name))}")
     return offset + LOCAL_HEADER.size + int(name_length) + int(extra_length)
 
 
@@ -284,7 +284,7 @@ def _check_overlaps(records: Iterable[ZipRecord], directory_offset: int) -> None
     end, previous = 0, ""
     for record in sorted(records, key=lambda record: record.header_offset):
         if record.header_offset < end:
-            raise CorruptFileError(f"records {previous!r:.80} and {record.name!r:.80} of the zip archive overlap")
+            raise CorruptFileError(f"records {quote(previous)} and {quote(record.name)} of the zip archive overlap")
         end, previous = record.data_offset + record.stored_size, record.name
     if end > directory_offset:
-        raise CorruptFileError(f"record {previous!r:.80} runs into the zip directory")
+        raise CorruptFileError(f"record {quote(previous)} runs into the zip directory")

@@ -8,7 +8,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import IO, TypeAlias
 
-from bntool.checkpoints.files import CHUNK, ByteSource, MemorySource
+from bntool.checkpoints.files import CHUNK, ByteSource, MemorySource, quote
 from bntool.checkpoints.zips.reading import (
     CENTRAL_ENTRY,
     DESCRIPTOR_FLAG,
@@ -84,7 +84,7 @@ def patched_chunks(archive: ZipArchive, record: ZipRecord, patches: Iterable[tup
             position += len(data)
             yield data
     if archive.has_checksums and crc != record.crc:
-        raise CorruptFileError(f"checksum of record {record.name!r:.80} differs: the file is damaged")
+        raise CorruptFileError(f"checksum of record {quote(record.name)} differs: the file is damaged")
 
 
 def patches_of_nested(archive: ZipArchive, patches: Mapping[str, Patch]) -> Iterator[tuple[int, bytes]]:
