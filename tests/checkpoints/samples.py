@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 from collections import OrderedDict, deque
@@ -103,11 +104,25 @@ PLAIN_DTYPES = (
     torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16, torch.int8,
     torch.uint8, torch.bool, torch.complex64,
 )  # fmt: skip
-LATE_DTYPES = tuple(  # as far as the installed torch has them
-    getattr(torch, name)
-    for name in ("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz", "uint16", "uint32", "uint64")
-    if hasattr(torch, name)
-)
+
+
+def can_save(dtype: torch.dtype) -> bool:
+    """Whether the installed torch writes tensors of a dtype: 2.5 has uint16, but does not."""
+    try:
+        torch.save(torch.zeros(1).to(dtype), io.BytesIO())
+    except KeyError:
+        return False
+    return True
+
+
+LATE_DTYPES = tuple(
+    dtype
+    for dtype in (
+        torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz, torch.uint16,
+        torch.uint32, torch.uint64,
+    )
+    if can_save(dtype)
+)  # fmt: skip
 
 
 def _transposed() -> Tensors:

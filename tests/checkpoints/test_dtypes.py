@@ -44,6 +44,8 @@ def test_decodes_every_pattern_as_torch_does(dtype: object) -> None:
     data = _patterns(dtype.itemsize)
     if dtype.name == "bool":
         data = data[:2]
+    if not hasattr(torch, dtype.name):
+        pytest.skip(f"this torch has no {dtype.name}")
     wide = torch.uint64 if dtype.name == "uint64" else torch.float64 if dtype.is_floating else torch.int64
     expected = torch.frombuffer(bytearray(data), dtype=getattr(torch, dtype.name)).to(wide).tolist()
     for big_endian in (False, True):
@@ -62,7 +64,8 @@ def test_sizes_and_kinds_are_those_of_torch(dtype: object) -> None:
     assert isinstance(dtype, type(FLOAT32))
     known = getattr(torch, dtype.name, None)
     if known is None:
-        assert dtype.safetensors is not None  # float6 and float4 are known to safetensors only
+        # float6 and float4 are known to safetensors only, and the latest to the latest torch
+        assert dtype.safetensors is not None or dtype.name in ("float4_e2m1fn_x2", "float8_e8m0fnu")
         return
     assert known.itemsize == dtype.itemsize
     assert known.is_floating_point == dtype.is_floating or dtype.name == "float4_e2m1fn_x2"
