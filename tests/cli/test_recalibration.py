@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -366,7 +367,21 @@ def test_bfloat16_is_approximate_and_says_so(recalibrate):
 
 def test_more_samples_than_there_are(recalibrate):
     _, out, _, _ = recalibrate("drifted.pt", "--samples", "5000")
-    assert "only 1437 of the 5000 samples asked for were there" in out
+    assert "only 1,437 of the 5,000 samples asked for were there" in out
+
+
+def test_samples_auto_takes_as_many_as_fit_and_says_how_many_those_are(recalibrate, monkeypatch):
+    monkeypatch.setattr("bntool.operations.trial.find_available", lambda _device: 5_000_000)
+    code, out, err, path = recalibrate("drifted.pt", "--method", "exact")
+    assert code == 4
+    assert not path.exists()
+    assert "1437 samples on their way would need about" in err
+    code, out, err, path = recalibrate("drifted.pt", "--method", "exact", "--samples", "auto")
+    assert (code, err) == (0, "")
+    used = int(re.search(r"exact statistics of (\d+) samples", out)[1])
+    assert 64 <= used < 1437
+    assert f"! only {used} of the 1,437 samples fit into memory" in out
+    assert path.exists()
 
 
 def test_samples_are_a_number_or_auto(recalibrate):
