@@ -145,6 +145,29 @@ def test_keep_if_better_writes_only_then(recalibrate):
     assert path.exists()
 
 
+def test_a_metric_that_fell_is_said_where_it_was_written_all_the_same(recalibrate):
+    contrast = str(SAMPLES / "digits_contrast_train.npz")
+    sentence = "the new statistics are worse here; --keep-if-better would not have written them"
+    _, out, _, path = recalibrate("digits.pt", "--eval-data", TEST, data=contrast)
+    assert sentence in out.splitlines()
+    assert path.exists()
+    _, out, _, _ = recalibrate("digits.pt", "--eval-data", TEST, "--dry-run", data=contrast)
+    assert sentence not in out
+    _, out, _, _ = recalibrate("drifted.pt", "--eval-data", TEST, "--force")
+    assert sentence not in out
+
+
+def test_large_changes_are_plain_numbers(recalibrate, tmp_path):
+    state = torch.load(SAMPLES / "drifted.pt", weights_only=True)
+    state["bn1.running_mean"] += 123
+    torch.save(state, tmp_path / "off.pt")
+    _, out, _, _ = recalibrate(tmp_path / "off.pt", "--dry-run")
+    row = next(line for line in out.splitlines() if line.startswith("bn1 "))
+    assert re.search(r" [1-9][\d,]{2,} σ ", row)
+    assert re.search(r" [1-9][\d,]{2,} %", row)
+    assert not re.search(r"\de\d [σ%]", out)
+
+
 def test_a_dry_run_writes_nothing(recalibrate):
     code, out, _, path = recalibrate("drifted.pt", "--dry-run")
     assert code == 0
