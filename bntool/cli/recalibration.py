@@ -181,7 +181,7 @@ def command(  # noqa: PLR0915 a third of the statements are imports
             model_preprocessing=suggested,
             on_bad_data=on_bad_data,
         )
-        wanted = _parse_samples(samples)
+        wanted, fit_memory = _parse_samples(samples), samples == "auto"
         batches = read(data, samples=wanted, seed=seed, share=(ranks.rank, ranks.world))
         held_out = read(eval_data) if eval_data else read(data, samples=wanted, seed=seed)
         if held_out.has_labels is False:
@@ -203,7 +203,7 @@ def command(  # noqa: PLR0915 a third of the statements are imports
                 prior=prior,
                 on_bad_data=on_bad_data,
                 on_progress=progress,
-                fit_memory=samples == "auto",
+                fit_memory=fit_memory,
                 precision=precision,
             )
         check_plan(result.plan, strict=strict)
@@ -244,7 +244,7 @@ def command(  # noqa: PLR0915 a third of the statements are imports
             promoted=list_promoted(plan),
             loading=tuple(show_loading_code(edited, chosen, str(output))),
             warnings=(
-                *_warn_of_fewer(result, asked=wanted, there=batches.samples, fit=samples == "auto" and ranks.world == 1),
+                *_warn_of_fewer(result, asked=wanted, there=batches.samples, cut=fit_memory and ranks.world == 1),
                 *_warn(before, held_out, fair=not keep_if_better or bool(eval_data)),
             ),
         )
@@ -288,11 +288,11 @@ def _parse_samples(text: str | None) -> int | None:
     return int(text)
 
 
-def _warn_of_fewer(result: Recalibration, *, asked: int | None, there: int | None, fit: bool) -> Iterator[str]:
+def _warn_of_fewer(result: Recalibration, *, asked: int | None, there: int | None, cut: bool) -> Iterator[str]:
     if asked is not None and result.samples < asked:
         yield f"only {result.samples:,} of the {asked:,} samples asked for were there"
     used = result.samples + sum(left_out.samples for left_out in result.left_out)
-    if fit and there is not None and used < there:
+    if cut and there is not None and used < there:
         yield f"only {used:,} of the {there:,} samples fit into memory"
 
 

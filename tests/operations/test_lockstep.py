@@ -88,8 +88,9 @@ def test_a_trained_network_has_one_answer_whatever_the_batches():
     images, labels = load_images("cifar10_train_4000.npz", contrast=0.25)
     images, by_class = images[:80], images[:80][labels[:80].argsort(stable=True)]
     shuffled = images[torch.randperm(80, generator=torch.Generator().manual_seed(0))]
+    ways = [images], images.split(1), images.split(7), shuffled.split(7), images.split(64), by_class.split(64)
     answers = []
-    for batches in ([images], images.split(1), images.split(7), shuffled.split(7), images.split(64), by_class.split(64)):
+    for batches in ways:
         model = load_resnet20()
         recalibrate(model, batches, method="exact")
         answers.append([m for m in model.modules() if isinstance(m, nn.BatchNorm2d)])
@@ -300,7 +301,7 @@ class TestMemory:
         assert 10 <= result.samples < 500
         assert result.memory <= 2_000_000
         monkeypatch.setattr("bntool.operations.trial.find_available", lambda _device: 1000)
-        with pytest.raises(RefusedError, match="^10 samples .* about 0 samples fit, use a smaller batch size"):
+        with pytest.raises(RefusedError, match=r"^10 samples .* about 0 samples fit, use a smaller batch size"):
             recalibrate(digits, images.split(10), method="exact", fit_memory=True)
 
     def test_an_endless_loader_ends(self, digits, images, monkeypatch):
