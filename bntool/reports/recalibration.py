@@ -247,7 +247,8 @@ def _evaluation(outcome: Outcome) -> list[Block]:
             blocks.append(line("the new statistics are worse here; --keep-if-better would not have written them"))
     if outcome.flipped is not None:
         text = f"{_percent(outcome.flipped)} of the predictions change"
-        blocks.append(line(text if before.value is not None else f"{text}, on {outcome.evaluated_on} (no labels)"))
+        where = "" if before.value is not None else f" on {outcome.evaluated_on}; there are no labels"
+        blocks.append(line(text + where))
     if not after.finite:
         blocks.append(line("outputs hold NaN or infinity, with the new statistics too", Style.WARNING))
     elif not before.finite:

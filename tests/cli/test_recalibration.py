@@ -269,6 +269,27 @@ def test_class_folders_that_are_not_the_models_classes(recalibrate, tmp_path):
     assert "2 class folders" in err
 
 
+def test_a_folder_of_which_no_image_can_be_read(recalibrate, tmp_path):
+    images = pytest.importorskip("PIL.Image")
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "good").mkdir()
+    images.new("L", (8, 8), 60).save(tmp_path / "good" / "c.png")
+    for name in ("a.png", "b.png"):
+        (tmp_path / "photos" / name).write_bytes(b"")
+    options = ("--preprocess", "mnist", "--on-bad-data", "skip")
+    for more in ((), ("--eval-data", str(tmp_path / "good"))):  # found before, and while the statistics are measured
+        code, _, err, path = recalibrate("drifted.pt", *options, *more, data=str(tmp_path / "photos"))
+        assert (code, path.exists()) == (4, False)
+        assert re.search(r"no sample is left: 2 were left out, first \S+[ab]\.png cannot be read", err)
+
+
+def test_data_without_labels(recalibrate, tmp_path):
+    np.save(tmp_path / "images.npy", np.load(TRAIN)["images"][:100])
+    code, out, _, _ = recalibrate("drifted.pt", "--dry-run", data=str(tmp_path / "images.npy"))
+    assert code == 0
+    assert "images.npy (the calibration data); there are no labels" in out
+
+
 def test_bad_batches_are_left_out_on_request(recalibrate, user_code):
     code, out, _, _ = recalibrate("drifted.pt", "--on-bad-data", "skip", data=user_code("poisoned"))
     assert code == 0
