@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from bntool.checkpoints.checkpoint import StateDict
     from bntool.data.batches import Batches
     from bntool.operations.evaluation import Evaluation
+    from bntool.operations.recalibration import Recalibration
 
 _WITHOUT_LABELS = 512  # samples looked at for changed predictions where there is nothing to count as right
 
@@ -180,7 +181,7 @@ def command(  # noqa: PLR0915 a third of the statements are imports
             model_preprocessing=suggested,
             on_bad_data=on_bad_data,
         )
-        wanted = _parse_samples(samples)
+        wanted, fit_memory = _parse_samples(samples), samples == "auto"
         batches = read(data, samples=wanted, seed=seed, share=(ranks.rank, ranks.world))
         held_out = read(eval_data) if eval_data else read(data, samples=wanted, seed=seed)
         if held_out.has_labels is False:
@@ -202,7 +203,7 @@ def command(  # noqa: PLR0915 a third of the statements are imports
                 prior=prior,
                 on_bad_data=on_bad_data,
                 on_progress=progress,
-                fit_memory=samples == "auto",
+                fit_memory=fit_memory,
                 precision=precision,
             )
         check_plan(result.plan, checkpoint, strict=strict)
@@ -242,7 +243,10 @@ def command(  # noqa: PLR0915 a third of the statements are imports
             preprocessing=batches.preprocessing,
             promoted=list_promoted(plan),
             loading=tuple(show_loading_code(edited, chosen, str(output))),
-            warnings=tuple(_warn(result.samples, wanted, before, held_out, fair=not keep_if_better or bool(eval_data))),
+            warnings=(
+                *_warn_of_fewer(result, asked=wanted, there=batches.samples, cut=fit_memory and ranks.world == 1),
+                *_warn(before, held_out, fair=not keep_if_better or bool(eval_data)),
+            ),
         )
         report = FileReport(str(checkpoint), describe_recalibration(outcome), show_recalibration(outcome))
         if written is not None:
@@ -284,10 +288,16 @@ def _parse_samples(text: str | None) -> int | None:
     return int(text)
 
 
-def _warn(used: int, asked: int | None, before: Evaluation, held_out: Batches, *, fair: bool) -> Iterator[str]:
+def _warn_of_fewer(result: Recalibration, *, asked: int | None, there: int | None, cut: bool) -> Iterator[str]:
+    if asked is not None and result.samples < asked:
+        yield f"only {result.samples:,} of the {asked:,} samples asked for were there"
+    used = result.samples + sum(left_out.samples for left_out in result.left_out)
+    if cut and there is not None and used < there:
+        yield f"only {used:,} of the {there:,} samples fit into memory"
+
+
+def _warn(before: Evaluation, held_out: Batches, *, fair: bool) -> Iterator[str]:
     """What the reader should not miss."""
-    if asked is not None and used < asked:
-        yield f"only {used} of the {asked} samples asked for were there"
     if before.note is not None:
         yield f"not measured: {before.note}"
     if counts_other_classes(before, held_out):

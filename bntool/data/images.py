@@ -131,7 +131,18 @@ class _Images(Dataset[Any]):
         try:
             return read_image(self.paths[index], self.preprocessing)
         except Exception as error:  # noqa: BLE001 (Pillow raises anything on bad files)
-            return f"{self.paths[index]} cannot be read: {' '.join(str(error).split()) or type(error).__name__}"
+            return f"{self.paths[index]} cannot be read: {_explain(error)}"
+
+
+def _explain(error: Exception) -> str:
+    """Why, without the path that Pillow and the system add."""
+    from PIL import UnidentifiedImageError
+
+    if isinstance(error, UnidentifiedImageError):
+        return "it is empty or no image that Pillow knows"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _watch_workers(loader: DataLoader[Any]) -> Iterator[Any]:

@@ -9,11 +9,12 @@ from typing import Any
 
 import torch
 
-from bntool.data.batches import Batch, find_tensors, move, split_batch
+from bntool.data.batches import Batch, Batches, LeftOut, find_tensors, move, split_batch
 from bntool.errors import RefusedError, UsageError
 from bntool.layers.borrowing import borrow
 from bntool.layers.modules import walk_modules
 from bntool.models.user_code import import_object, is_factory_spec, running_user_code
+from bntool.operations.passes import Measurement, describe_bad
 
 _TOP = {"top1": 1, "top5": 5}
 
@@ -250,17 +251,19 @@ def evaluate(
 
     Raises:
         UsageError: there is no batch, or outputs and labels do not fit the metric.
-        RefusedError: only some of the batches have labels.
+        RefusedError: only some of the batches have labels, or all were left out.
         UserCodeError: the model or the metric raised.
     """
     collected = _Collection(metric)
     source = getattr(batches, "description", "the data to evaluate on")
+    left_out: list[LeftOut] = []
     with borrow(model), torch.no_grad():
         for _, module in walk_modules(model):
             module.training = False
         for item in batches:
             batch = item if isinstance(item, Batch) else split_batch(item, source=source, position=collected.samples)
             if skip_bad_inputs and batch.find_bad_samples():
+                left_out.append(describe_bad(batch))
                 continue
             with running_user_code(f"running the model on {batch.description}"):
                 output = batch.run(model)
@@ -268,7 +271,8 @@ def evaluate(
             if on_progress is not None:
                 on_progress(collected.samples)
     if not collected.batches:
-        raise UsageError(f"{source} gave no batch")
+        unread = batches.bad_inputs if isinstance(batches, Batches) else ()
+        Measurement(left_out=[*unread, *left_out]).check(source)
     return collected.evaluate()
 
 

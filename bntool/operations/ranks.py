@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import os
+import pickle
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
 
 from bntool.errors import BntoolError, RefusedError
 
 Result = TypeVar("Result")
+_FRAME = 1 << 17  # bytes: moments of 1,024 channels for seven batches
+_SIZE = 8
 
 
 @dataclass(frozen=True)
@@ -43,9 +47,8 @@ class Ranks:
         except Exception as caught:  # noqa: BLE001 it is raised again, after the others know
             result, error = None, caught
         failed = None if error is None else (error.message if isinstance(error, BntoolError) else repr(error))
-        gathered: list[Any] = [None] * self.world
         try:
-            dist.all_gather_object(gathered, (failed, result))
+            gathered = _gather((failed, result), self.world)
         except RuntimeError as lost:
             raise error or RefusedError(f"another rank was lost: {' '.join(str(lost).split())}") from lost
         if error is not None:
@@ -54,6 +57,34 @@ class Ranks:
             if message is not None:
                 raise RefusedError(f"rank {rank} failed: {message}")
         return [part for _, part in gathered]
+
+
+def _gather(value: Any, world: int) -> list[Any]:
+    """What each rank gives, in order of ranks.
+
+    As ``all_gather_object``, which asks for the sizes first, where one exchange does for most: exact statistics make
+    one at each layer.
+    """
+    gathered: list[Any] = [None] * world
+    if dist.get_backend() != dist.Backend.GLOO:  # others exchange what is on their device
+        dist.all_gather_object(gathered, value)
+        return gathered
+    content = pickle.dumps(value)
+    frames = _exchange(len(content).to_bytes(_SIZE, "little") + content[: _FRAME - _SIZE], _FRAME, world)
+    sizes = [int.from_bytes(frame[:_SIZE], "little") for frame in frames]
+    contents = [frame[_SIZE:] for frame in frames]
+    if max(sizes) > _FRAME - _SIZE:
+        contents = _exchange(content, max(sizes), world)
+    # of ranks of this job, as all_gather_object takes it
+    return [pickle.loads(part[:size]) for part, size in zip(contents, sizes, strict=True)]  # noqa: S301
+
+
+def _exchange(content: bytes, length: int, world: int) -> list[bytes]:
+    """As many bytes from each rank, of which ``content`` are the first of this one's."""
+    given = torch.frombuffer(bytearray(content.ljust(length, b"\0")), dtype=torch.uint8)
+    parts = [torch.empty(length, dtype=torch.uint8) for _ in range(world)]
+    dist.all_gather(parts, given)
+    return [part.numpy().tobytes() for part in parts]
 
 
 def find_ranks() -> Ranks:

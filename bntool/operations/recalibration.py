@@ -131,7 +131,7 @@ def plan_recalibration(  # noqa: PLR0913 each is an option of the command
         else:
             with _compute_in(precision, model):
                 measurement = measure_pooled(run, given)
-    measurement.check(given.description)
+    replace(measurement, left_out=[*given.bad_inputs, *measurement.left_out]).check(given.description)
     skips += [
         Skip(name.removeprefix(prefix), SkipReason.REUSED, f"called {calls} times in a forward: {_NO_FIXED_POINT}")
         for name, calls in reused.items()

@@ -90,17 +90,28 @@ def read_what_fits(run: Run, batches: Batches, *, into: list[Batch], cut: bool) 
     samples = 0
     for batch in itertools.chain([first], iterator):
         total = max(total, samples + batch.samples)
-        if total > fitting and (not cut or not samples):
+        needed = total
+        if cut:
+            needed = 0 if samples else batch.samples  # one batch at least
+        if needed > fitting:
             raise RefusedError(
-                f"{total} samples on their way would need about {_size(trial.forecast.need(total, first.samples))}, "
-                f"{_size(available)} are free: about {fitting} samples fit, use --samples {max(fitting, 1)}, or "
-                "--samples auto for as many as fit, or the method pooled"
+                f"{needed} samples on their way would need about {_size(trial.forecast.need(needed, first.samples))}, "
+                f"{_size(available)} are free: " + _advise(fitting, cut=cut)
             )
         if samples + batch.samples > fitting:
             break
         into.append(batch)
         samples += batch.samples
     return trial
+
+
+def _advise(fitting: int, *, cut: bool) -> str:
+    if cut or not fitting:
+        return f"about {fitting} samples fit, use a smaller batch size, or the method pooled"
+    return (
+        f"about {fitting} samples fit, use --samples {fitting}, or --samples auto for as many as fit, or the method "
+        "pooled"
+    )
 
 
 def _size(count: int) -> str:

@@ -173,7 +173,12 @@ def _drift_table(drifts: tuple[LayerDrift, ...], effects: Effects | None) -> Tab
 
 
 def _in_sigmas(value: float) -> str:
-    return format_number(value, 2) + " σ"
+    return _format(value) + " σ"
+
+
+def _format(value: float) -> str:
+    """Two digits, or the whole part where that has more and can still be read."""
+    return f"{value:,.0f}" if 99.5 <= value < 1e5 else format_number(value, 2)
 
 
 def _diagnosis(drifts: tuple[LayerDrift, ...]) -> list[Block]:
@@ -194,23 +199,23 @@ def _effects(effects: Effects | None) -> list[Block]:
     if effects is None or not effects.alone:
         return []
     together = effects.together
-    on = f"for {plural(effects.samples, 'sample')}"
+    on = f"of {plural(effects.samples, 'sample')}"
     if not effects.finite or not together.finite:
         words = {True: "finite", False: "NaN or infinite"}
         text = f"Outputs {on} are {words[effects.finite]} with the stored statistics and {words[together.finite]} with "
         return [line(text + "the new ones.", Style.WARNING)]
     if together.relative is None:
         return []
-    flipped = "" if together.flipped is None else f" and {_percent(together.flipped)} of the predictions"
-    text = f"All new statistics together change the outputs by {_in_percent(together)} of their norm{flipped}, {on}; "
-    return [line(text + "the column outputs has what those of one layer alone do.")]
+    flipped = "" if together.flipped is None else f" and {_percent(together.flipped)} of their predictions"
+    text = f"All new statistics together change the outputs {on} by {_in_percent(together)} of their norm{flipped}; "
+    return [line(text + "the column outputs shows what those of one layer alone do.")]
 
 
 def _in_percent(change: OutputChange) -> str:
     """How much outputs change relative to their norm."""
     if change.relative is None:
         return "-" if change.finite else "not finite"
-    return f"{format_number(100 * change.relative, 2)} %"
+    return f"{_format(100 * change.relative)} %"
 
 
 def _left_out(parts: tuple[LeftOut, ...]) -> list[Block]:
@@ -238,9 +243,12 @@ def _evaluation(outcome: Outcome) -> list[Block]:
         text = f"{before.metric} {_rate(before.metric, before.value)} -> {_rate(after.metric, after.value)}"
         on = f" on {plural(before.samples, 'sample')} of {outcome.evaluated_on}"
         blocks.append(Line((Cell(text, style), Cell(on))))
+        if after.value < before.value and outcome.output is not None:
+            blocks.append(line("the new statistics are worse here; --keep-if-better would not have written them"))
     if outcome.flipped is not None:
         text = f"{_percent(outcome.flipped)} of the predictions change"
-        blocks.append(line(text if before.value is not None else f"{text}, on {outcome.evaluated_on} (no labels)"))
+        where = "" if before.value is not None else f" on {outcome.evaluated_on}; there are no labels"
+        blocks.append(line(text + where))
     if not after.finite:
         blocks.append(line("outputs hold NaN or infinity, with the new statistics too", Style.WARNING))
     elif not before.finite:

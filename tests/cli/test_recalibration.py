@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -144,6 +145,29 @@ def test_keep_if_better_writes_only_then(recalibrate):
     assert path.exists()
 
 
+def test_a_metric_that_fell_is_said_where_it_was_written_all_the_same(recalibrate):
+    contrast = str(SAMPLES / "digits_contrast_train.npz")
+    sentence = "the new statistics are worse here; --keep-if-better would not have written them"
+    _, out, _, path = recalibrate("digits.pt", "--eval-data", TEST, data=contrast)
+    assert sentence in out.splitlines()
+    assert path.exists()
+    _, out, _, _ = recalibrate("digits.pt", "--eval-data", TEST, "--dry-run", data=contrast)
+    assert sentence not in out
+    _, out, _, _ = recalibrate("drifted.pt", "--eval-data", TEST, "--force")
+    assert sentence not in out
+
+
+def test_large_changes_are_plain_numbers(recalibrate, tmp_path):
+    state = torch.load(SAMPLES / "drifted.pt", weights_only=True)
+    state["bn1.running_mean"] += 123
+    torch.save(state, tmp_path / "off.pt")
+    _, out, _, _ = recalibrate(tmp_path / "off.pt", "--dry-run")
+    row = next(line for line in out.splitlines() if line.startswith("bn1 "))
+    assert re.search(r" [1-9][\d,]{2,} σ ", row)
+    assert re.search(r" [1-9][\d,]{2,} %", row)
+    assert not re.search(r"\de\d [σ%]", out)
+
+
 def test_a_dry_run_writes_nothing(recalibrate):
     code, out, _, path = recalibrate("drifted.pt", "--dry-run")
     assert code == 0
@@ -243,6 +267,27 @@ def test_class_folders_that_are_not_the_models_classes(recalibrate, tmp_path):
     code, _, err, _ = recalibrate("drifted.pt", *steps, "--keep-if-better", data=str(tmp_path / "photos"))
     assert (code, path.exists()) == (2, False)
     assert "2 class folders" in err
+
+
+def test_a_folder_of_which_no_image_can_be_read(recalibrate, tmp_path):
+    images = pytest.importorskip("PIL.Image")
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "good").mkdir()
+    images.new("L", (8, 8), 60).save(tmp_path / "good" / "c.png")
+    for name in ("a.png", "b.png"):
+        (tmp_path / "photos" / name).write_bytes(b"")
+    options = ("--preprocess", "mnist", "--on-bad-data", "skip")
+    for more in ((), ("--eval-data", str(tmp_path / "good"))):  # found before, and while the statistics are measured
+        code, _, err, path = recalibrate("drifted.pt", *options, *more, data=str(tmp_path / "photos"))
+        assert (code, path.exists()) == (4, False)
+        assert re.search(r"no sample is left: 2 were left out, first \S+[ab]\.png cannot be read", err)
+
+
+def test_data_without_labels(recalibrate, tmp_path):
+    np.save(tmp_path / "images.npy", np.load(TRAIN)["images"][:100])
+    code, out, _, _ = recalibrate("drifted.pt", "--dry-run", data=str(tmp_path / "images.npy"))
+    assert code == 0
+    assert "images.npy (the calibration data); there are no labels" in out
 
 
 def test_bad_batches_are_left_out_on_request(recalibrate, user_code):
@@ -366,7 +411,21 @@ def test_bfloat16_is_approximate_and_says_so(recalibrate):
 
 def test_more_samples_than_there_are(recalibrate):
     _, out, _, _ = recalibrate("drifted.pt", "--samples", "5000")
-    assert "only 1437 of the 5000 samples asked for were there" in out
+    assert "only 1,437 of the 5,000 samples asked for were there" in out
+
+
+def test_samples_auto_takes_as_many_as_fit_and_says_how_many_those_are(recalibrate, monkeypatch):
+    monkeypatch.setattr("bntool.operations.trial.find_available", lambda _device: 5_000_000)
+    code, out, err, path = recalibrate("drifted.pt", "--method", "exact")
+    assert code == 4
+    assert not path.exists()
+    assert "1437 samples on their way would need about" in err
+    code, out, err, path = recalibrate("drifted.pt", "--method", "exact", "--samples", "auto")
+    assert (code, err) == (0, "")
+    used = int(re.search(r"exact statistics of (\d+) samples", out)[1])
+    assert 64 <= used < 1437
+    assert f"! only {used} of the 1,437 samples fit into memory" in out
+    assert path.exists()
 
 
 def test_samples_are_a_number_or_auto(recalibrate):

@@ -173,6 +173,9 @@ def test_broken_files_of_every_kind_are_sentences(tmp_path, monkeypatch):
     assert list(data) == []
     assert len(data.bad_inputs) == 5
     assert all(" cannot be read: " in left_out.reason for left_out in data.bad_inputs)
+    assert all(left_out.reason.count(str(tmp_path)) == 1 for left_out in data.bad_inputs)
+    explained = [left_out.reason for left_out in data.bad_inputs if "empty.png" in left_out.reason]
+    assert explained[0].endswith("empty.png cannot be read: it is empty or no image that Pillow knows")
 
 
 def test_reading_preprocessing():

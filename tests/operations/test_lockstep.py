@@ -87,15 +87,20 @@ def test_a_trained_network_has_one_answer_whatever_the_batches():
 
     images, labels = load_images("cifar10_train_4000.npz", contrast=0.25)
     images, by_class = images[:80], images[:80][labels[:80].argsort(stable=True)]
+    shuffled = images[torch.randperm(80, generator=torch.Generator().manual_seed(0))]
+    ways = [images], images.split(1), images.split(7), shuffled.split(7), images.split(64), by_class.split(64)
     answers = []
-    for batches in ([images], images.split(1), images.flip(0).split(7), by_class.split(64)):
+    for batches in ways:
         model = load_resnet20()
         recalibrate(model, batches, method="exact")
         answers.append([m for m in model.modules() if isinstance(m, nn.BatchNorm2d)])
+    worst = 0.0
     for layers in answers[1:]:
         for ours, first in zip(layers, answers[0], strict=True):
-            assert ((ours.running_mean - first.running_mean) / first.running_var.sqrt()).abs().max() < 1e-5
-            assert (ours.running_var / first.running_var).log().abs().max() < 1e-5
+            shift = (ours.running_mean - first.running_mean).abs() / first.running_var.sqrt()
+            ratio = (ours.running_var.double() / first.running_var).log().abs()
+            worst = max(worst, float(shift.max()), float(ratio.max()))
+    assert 0 < worst < 1e-6  # 3e-7 as measured; docs/recalibration.md
 
 
 def test_unequal_image_sizes():
@@ -296,7 +301,7 @@ class TestMemory:
         assert 10 <= result.samples < 500
         assert result.memory <= 2_000_000
         monkeypatch.setattr("bntool.operations.trial.find_available", lambda _device: 1000)
-        with pytest.raises(RefusedError, match="about 0 samples fit"):
+        with pytest.raises(RefusedError, match=r"^10 samples .* about 0 samples fit, use a smaller batch size"):
             recalibrate(digits, images.split(10), method="exact", fit_memory=True)
 
     def test_an_endless_loader_ends(self, digits, images, monkeypatch):

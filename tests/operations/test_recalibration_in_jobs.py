@@ -29,6 +29,26 @@ def test_every_rank_ends_with_the_statistics_of_all_batches(tmp_path, method):
         assert all(torch.equal(state[name], tensor) for name, tensor in alone.state_dict().items())
 
 
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
+def test_what_ranks_exchange_arrives_whatever_its_size(tmp_path):
+    code = (
+        "import sys, torch.distributed as dist\n"
+        "from bntool.operations.ranks import _FRAME, find_ranks\n"
+        f"rank, address = int(sys.argv[1]), {'file://' + str(tmp_path / 'rendezvous')!r}\n"
+        "dist.init_process_group('gloo', init_method=address, rank=rank, world_size=2)\n"
+        "for sizes in [(0, 0), (3, 5), (_FRAME, 1), (1, 3 * _FRAME), *((_FRAME - n, 2) for n in range(64))]:\n"
+        "    given = [bytes([65 + r]) * size for r, size in enumerate(sizes)]\n"
+        "    assert find_ranks().share(lambda: given[rank]) == given, sizes\n"
+        "dist.barrier()\n"
+        "dist.destroy_process_group()\n"
+    )
+    command = [sys.executable, "-W", "error", "-c", code]
+    ranks = [subprocess.Popen([*command, str(rank)], cwd=ROOT, stderr=subprocess.PIPE) for rank in range(2)]
+    for rank in ranks:
+        _, stderr = rank.communicate(timeout=100)
+        assert rank.returncode == 0, stderr.decode()
+
+
 @pytest.mark.parametrize("method", ["pooled", "exact"])
 def test_compiled_models(method):
     plain, given = Network(), Network()
