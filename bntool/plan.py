@@ -8,7 +8,7 @@ Freezing, folding and recalibrating each produce a :class:`Plan`. It is applied 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any, TypeAlias
@@ -92,7 +92,7 @@ class Scaled:
 
     source: str
     view: tuple[int, ...]
-    factors: tuple[float, ...]
+    factors: Sequence[float]
     factor_shape: tuple[int, ...]
     flush: bool = False
 

@@ -297,7 +297,7 @@ class ScaledTensor:
 
     source: Tensor
     view: tuple[int, ...]
-    factors: tuple[float, ...] = field(repr=False)
+    factors: Sequence[float] = field(repr=False)
     factor_shape: tuple[int, ...]
     flush: bool = False
 

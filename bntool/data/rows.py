@@ -17,7 +17,7 @@ from bntool.layers.loading import to_torch
 _INPUT_KEYS = ("images", "image", "inputs", "input", "x", "data", "pixel_values", "features", "arr_0")
 LABEL_KEYS = ("labels", "label", "y", "targets", "target", "classes")
 _SHOWN = 8
-# what torch 2.1 has no numbers for is widened
+# torch calculates with no unsigned numbers of more than a byte: they are widened
 _WIDENED = {"u2": np.int32, "u4": np.int64, "u8": np.int64}
 
 

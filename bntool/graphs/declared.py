@@ -107,7 +107,7 @@ def declare(state_dict: StateDict, pairs: Mapping[str, str]) -> ModelGraph:
         source = _producer(len(nodes), state_dict, producer, norm)
         target = _batchnorm(len(nodes) + 1, norm)
         nodes += [source, target]
-        channels = tuple(range(source.channels))
+        channels = range(source.channels)
         edges.append(Edge(source.index, target.index, 0, channels, channels, Evidence.DECLARED))
         for node in (source, target):
             vectors = [

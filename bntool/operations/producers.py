@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -112,7 +113,7 @@ class Producer:
         return Scaled(
             source=self.weight_name,
             view=(*view, *trailing),
-            factors=tuple(factors.ravel().tolist()),
+            factors=array("d", factors.tobytes()),  # a quarter of the memory of a tuple
             factor_shape=(*extent, *(1 for _ in trailing)),
         )
 

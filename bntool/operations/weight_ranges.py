@@ -178,7 +178,9 @@ def _measure(name: str, old: Tensor, new: Tensor, recipe: Scaled) -> WeightRange
     before = known or _read_extremes(old, recipe)
     if _is_by_output(recipe, old):  # no need to read the products
         factors = np.abs(np.asarray(recipe.factors))
-        after = _Extremes(before.largest * factors, before.smallest * factors)
+        with np.errstate(invalid="ignore"):  # where all is zero, infinity times zero
+            smallest = np.where(factors > 0, before.smallest * factors, np.inf)
+        after = _Extremes(before.largest * factors, smallest)
     else:
         after = _read_extremes(new, recipe)
     return WeightRange(
@@ -210,7 +212,7 @@ def _is_by_output(recipe: Scaled, tensor: Tensor) -> bool:
 
 
 def _describe(largest: Array) -> ChannelRange:
-    used = largest[largest > 0]
+    used = largest[largest > 0].astype("<f8")
     if not len(used):
         return ChannelRange(0.0, 0.0, 1.0)
     return ChannelRange(float(used.min()), float(used.max()), float((used / used.max()).mean()))
@@ -221,7 +223,7 @@ def _read_extremes(tensor: Tensor, recipe: Scaled) -> _Extremes:
 
 
 def _find_extremes(block: Array) -> _Extremes:
-    smallest = np.full(len(block), block.min(initial=np.inf))  # of all at once, which is faster
+    smallest = np.full(len(block), block.min(initial=np.inf), block.dtype)  # of all at once, which is faster
     if not (smallest > 0).all():
         smallest = block.min(axis=1, initial=np.inf, where=block > 0)
     return _Extremes(block.max(axis=1, initial=0), smallest)
@@ -230,9 +232,10 @@ def _find_extremes(block: Array) -> _Extremes:
 def _join(parts: Sequence[_Extremes]) -> _Extremes:
     if not parts:
         return _Extremes(np.zeros(0), np.zeros(0))
-    largest = np.concatenate([part.largest for part in parts])
-    smallest = np.concatenate([part.smallest for part in parts])
-    return _Extremes(largest.astype("<f8"), smallest.astype("<f8"))
+    return _Extremes(
+        largest=np.concatenate([part.largest for part in parts]),
+        smallest=np.concatenate([part.smallest for part in parts]),
+    )
 
 
 def _count_subnormal(tensor: Tensor, recipe: Scaled, smallest: Array) -> int:

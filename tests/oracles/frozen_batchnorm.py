@@ -11,7 +11,7 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-REQUIREMENTS = ["torch==2.13.0", "torchvision==0.28.0", "timm", "typer>=0.20,<0.29"]
+REQUIREMENTS = ["torch==2.13.0", "torchvision==0.28.0", "timm", "typer>=0.26,<0.29"]
 
 
 def main() -> int:

@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from tests.oracles.mmdet_freezing import stand_in_for_compiled_operators
 
 REQUIREMENTS = [
-    "torch==2.13.0", "mmdet==3.3.0", "mmcv-lite==2.1.0", "mmengine==0.10.7", "setuptools", "typer>=0.20,<0.29"
+    "torch==2.13.0", "mmdet==3.3.0", "mmcv-lite==2.1.0", "mmengine==0.10.7", "setuptools", "typer>=0.26,<0.29"
 ]  # fmt: skip
 
 SAMPLES = """

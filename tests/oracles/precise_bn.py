@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 REQUIREMENTS = [
     "torch==2.13.0", "fvcore", "mmpretrain==1.2.0", "mmcv-lite==2.1.0", "mmengine==0.10.7", "setuptools",
-    "typer>=0.20,<0.29",
+    "typer>=0.26,<0.29",
 ]  # fmt: skip
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "precise_bn.json"
 

@@ -22,7 +22,7 @@ from bntool.data.presets import find_model_preset
 from tests.benchmarks.zoo_models import import_torchvision
 from tests.data.sample_images import SIZES, make_image
 
-REQUIREMENTS = ["torch==2.13.0", "torchvision==0.28.0", "timm", "numpy", "Pillow", "typer<0.29"]
+REQUIREMENTS = ["torch==2.13.0", "torchvision==0.28.0", "timm", "numpy", "Pillow", "typer>=0.26,<0.29"]
 RECORDED = Path(__file__).parents[1] / "fixtures" / "preprocessing.json"
 KEPT = {
     "torchvision:resnet18",
