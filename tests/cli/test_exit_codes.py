@@ -190,6 +190,7 @@ INTERRUPTED = {
 }
 INTERRUPTING = """
 import os, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background
 from bntool.__main__ import run
 from bntool.checkpoints import formats
 def interrupt(file):
