@@ -72,6 +72,9 @@ def judge(make: Factory, *, seed: int, largest: int) -> dict[str, Any]:
     randomise(model, seed)
     inputs = find_zoo_input(model)
     judgement = Judgement(model, inputs)
+    if judgement.can_tell and 16 * judgement.rounding > CHAOS:
+        _calm(model)
+        judgement = Judgement(model, inputs)
     if not judgement.can_tell:
         return {"status": "blind", "why": "the original's outputs are not finite, or the same for all inputs"}
     result: dict[str, Any] = {"status": "judged", "total": len(find_batchnorm_modules(model))}
@@ -83,6 +86,13 @@ def judge(make: Factory, *, seed: int, largest: int) -> dict[str, Any]:
             why = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
             result[tool] = {"verdict": "fails", "why": why}
     return result
+
+
+def _calm(model: nn.Module) -> None:
+    """Smaller BatchNorm weights: with those drawn the last digit of an input changes the outputs beyond judging."""
+    for norm in find_batchnorm_modules(model).values():
+        if norm.weight is not None:
+            norm.weight.data.mul_(0.3)
 
 
 class Judgement:
