@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bntool.checkpoints.dtypes import BFLOAT16, FLOAT16, FLOAT32, FLOAT64, DType
-from bntool.checkpoints.files import CHUNK
+from bntool.checkpoints.files import CHUNK, Chunk
 from bntool.checkpoints.tensors import read_bytes, swap_bytes
 
 if TYPE_CHECKING:
@@ -23,12 +23,15 @@ SMALLEST_NORMAL = {FLOAT64: 2.0**-1022, FLOAT32: 2.0**-126, BFLOAT16: 2.0**-126,
 
 _NUMPY = {FLOAT64: "<f8", FLOAT32: "<f4", FLOAT16: "<f2"}
 
-_BUFFER = 512  # elements that numpy converts at a time: all operands then stay in the first cache, a third faster
-
 Array = NDArray[Any]
 
 
-def to_float64(data: bytes | memoryview, dtype: DType) -> Array:
+def as_numbers(data: Chunk, dtype: DType) -> Array:
+    """Elements as they are where numpy knows their dtype, else as float64, exactly."""
+    return to_float64(data, dtype) if dtype is BFLOAT16 else np.frombuffer(data, _NUMPY[dtype])
+
+
+def to_float64(data: Chunk, dtype: DType) -> Array:
     """Elements as float64, exactly."""
     if dtype is BFLOAT16:
         return (np.frombuffer(data, "<u2").astype("<u4") << 16).view("<f4").astype("<f8")
@@ -77,7 +80,7 @@ def _round_to_bfloat16(values: Array) -> tuple[Array, Array]:
     return (upper >> 16).astype("<u2"), upper.astype("<u4").view("<f4")
 
 
-def whole_rows(chunks: Iterable[bytes], row: int) -> Iterator[bytes | memoryview]:
+def whole_rows(chunks: Iterable[Chunk], row: int) -> Iterator[Chunk]:
     """The same bytes, cut into pieces that hold whole rows of ``row`` bytes; nearly nothing is copied."""
     pending = b""
     for chunk in chunks:
@@ -94,7 +97,7 @@ def whole_rows(chunks: Iterable[bytes], row: int) -> Iterator[bytes | memoryview
         pending = bytes(rest[whole:])
 
 
-def scale_chunks(tensor: ScaledTensor) -> Iterator[bytes]:
+def scale_chunks(tensor: ScaledTensor) -> Iterator[Chunk]:
     """The product of a tensor and its factors, in C order, in pieces of about a chunk whatever the shape."""
     view, dtype = tensor.view, tensor.dtype
     factors = np.asarray(tensor.factors, dtype="<f8").reshape(tensor.factor_shape)
@@ -104,11 +107,12 @@ def scale_chunks(tensor: ScaledTensor) -> Iterator[bytes]:
     row = math.prod(view[inner:]) * dtype.itemsize
     if row == 0:
         return
+    product = Product(dtype, flush=tensor.flush)
     first = 0
     for data in whole_rows(tensor.source.chunks(), row):
         count = len(data) // row
         here = _factors_of(first, count, view[:inner], factors)
-        yield _scale_rows(data, dtype, here, (count, *view[inner:]), flush=tensor.flush)
+        yield product.round(as_numbers(data, dtype).reshape(count, *view[inner:]), here)
         first += count
 
 
@@ -124,28 +128,45 @@ def _factors_of(first: int, count: int, outer: tuple[int, ...], factors: Array) 
     return rows
 
 
-def _scale_rows(
-    data: bytes | memoryview, dtype: DType, factors: Array, shape: tuple[int, ...], *, flush: bool
-) -> bytes:
-    """The product in float64, rounded once; see :func:`round_to`."""
-    if flush or dtype is BFLOAT16:
-        values = to_float64(data, dtype).reshape(shape)
+class Product:
+    """Products of elements and factors, taken in float64 and rounded once.
+
+    Args:
+        dtype: of the products.
+        flush: those that are subnormal numbers of the dtype become zero.
+    """
+
+    def __init__(self, dtype: DType, *, flush: bool = False) -> None:
+        self._dtype, self._flush = dtype, flush
+        self._wide: Array = np.empty(0)  # used again for each piece: memory that is new costs as much as the product
+
+    def round(self, values: Array, factors: Array, *, is_bounded: bool = False) -> Chunk:
+        """The products of one piece, little endian in C order.
+
+        Args:
+            values: as :func:`as_numbers` gives them.
+            factors: float64, of a shape that goes with that of ``values``.
+            is_bounded: it is known that no product is too large or comes from NaN or infinity.
+
+        Raises:
+            OverflowError: a product is too large for the dtype, and what it is the product of is finite.
+        """
+        if self._wide.size < values.size:
+            self._wide = np.empty(values.size)
+        wide = self._wide[: values.size].reshape(values.shape)
+        # three plain passes over what lies in the cache: one call that casts on the way is slower
+        np.copyto(wide, values)
         with np.errstate(over="ignore", under="ignore", invalid="ignore"):
-            product: Array = values * factors
-        _check_range(product, dtype, values, factors)
-        if flush:
-            product[np.abs(product) < SMALLEST_NORMAL[dtype]] = 0
-        return round_to(product, dtype)
-    values = np.frombuffer(data, _NUMPY[dtype]).reshape(shape)
-    rounded = np.empty_like(values)
-    with np.errstate(over="ignore", under="ignore", invalid="ignore"):
-        usual = np.setbufsize(_BUFFER)
-        try:  # the product is taken in float64 a few hundred elements at a time and rounded on the way out
-            np.multiply(values, factors, out=rounded, dtype="<f8", casting="same_kind")
-        finally:
-            np.setbufsize(usual)
-    _check_range(rounded, dtype, values, factors)
-    return rounded.tobytes()
+            np.multiply(wide, factors, out=wide)
+            if self._flush:
+                wide[np.abs(wide) < SMALLEST_NORMAL[self._dtype]] = 0
+            if self._dtype is BFLOAT16:
+                rounded, widened = _round_to_bfloat16(wide)
+            else:
+                rounded = widened = wide.astype(_NUMPY[self._dtype])
+        if not is_bounded:
+            _check_range(widened, self._dtype, values, factors)
+        return rounded.reshape(-1).view("u1").data
 
 
 def place_in_span(stored: StoredTensor, new: Tensor) -> tuple[int, bytes]:

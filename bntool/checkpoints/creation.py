@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from bntool.checkpoints.checkpoint import Checkpoint, StateDict
-from bntool.checkpoints.files import SourceFile
+from bntool.checkpoints.files import Chunk, SourceFile
 from bntool.checkpoints.outputs import OutputFiles, check_output_differs
 from bntool.checkpoints.pickles.nodes import Construction, Dict, Global, Instance, Node, PersistentId, Update
 from bntool.checkpoints.pickles.writing import write_pickle
@@ -174,7 +174,7 @@ class _Storages:
             if len(views) > 1 and len({view.dtype for view in views}) == 1 and not _is_swapped(views[0])
         }
         self._keys: dict[tuple[int, int, int], int] = {}
-        self._contents: list[tuple[int, Iterator[bytes]]] = []
+        self._contents: list[tuple[int, Iterator[Chunk]]] = []
 
     def place(self, name: str, tensor: Tensor) -> tuple[int, int, int, tuple[int, ...]]:
         """Key of the storage of a tensor, its elements, and the offset and strides of the tensor in it."""
@@ -189,11 +189,11 @@ class _Storages:
         key = self._add(tensor.dtype.byte_count(count), named_chunks(name, tensor))
         return key, count, 0, contiguous_strides(tensor.shape)
 
-    def _add(self, size: int, chunks: Iterator[bytes]) -> int:
+    def _add(self, size: int, chunks: Iterator[Chunk]) -> int:
         self._contents.append((size, chunks))
         return len(self._contents) - 1
 
-    def contents(self) -> list[tuple[int, Iterator[bytes]]]:
+    def contents(self) -> list[tuple[int, Iterator[Chunk]]]:
         """Size and bytes of each storage, in the order of their keys."""
         return self._contents
 
@@ -206,7 +206,7 @@ def _is_swapped(tensor: StoredTensor) -> bool:
     return tensor.storage is not None and tensor.storage.big_endian and tensor.dtype.itemsize > 1
 
 
-def _raw(storage: Storage) -> Iterator[bytes]:
+def _raw(storage: Storage) -> Iterator[Chunk]:
     step = 1 << 20
     for position in range(0, storage.nbytes, step):
         yield storage.source.read(storage.offset + position, min(step, storage.nbytes - position))

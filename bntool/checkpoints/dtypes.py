@@ -18,7 +18,7 @@ class NumberKind(Enum):
     OPAQUE = "opaque"  # quantised and packed types: shown and passed through, never interpreted
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # there is one object of each, so that tables of them need no hash of six fields
 class DType:
     """One element type.
 

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import IO
 
 from bntool.checkpoints.checkpoint import Checkpoint
+from bntool.checkpoints.files import Chunk
 from bntool.checkpoints.torch_patches import patch_storage
 from bntool.checkpoints.torch_zip import ArchiveLayout
 from bntool.checkpoints.value_patches import Patches
@@ -16,7 +17,7 @@ from bntool.plan import Record
 
 
 def write_archive(
-    checkpoint: Checkpoint, layout: ArchiveLayout, patches: Mapping[str, Iterable[tuple[int, bytes]]], stream: IO[bytes]
+    checkpoint: Checkpoint, layout: ArchiveLayout, patches: Mapping[str, Iterable[tuple[int, Chunk]]], stream: IO[bytes]
 ) -> None:
     """Write the archive with other bytes of its weights, and the record of what bntool did.
 
@@ -40,7 +41,7 @@ def write_archive(
     writer.close()
 
 
-def patch_records(layout: ArchiveLayout, patches: Patches) -> dict[str, Iterator[tuple[int, bytes]]]:
+def patch_records(layout: ArchiveLayout, patches: Patches) -> dict[str, Iterator[tuple[int, Chunk]]]:
     """The bytes to put over the records of an archive, whose storages have the names of records."""
     records = layout.archive.records
     return {
@@ -49,7 +50,7 @@ def patch_records(layout: ArchiveLayout, patches: Patches) -> dict[str, Iterator
     }
 
 
-def patch_nested(layout: ArchiveLayout, patches: Patches) -> Iterator[tuple[int, bytes]]:
+def patch_nested(layout: ArchiveLayout, patches: Patches) -> Iterator[tuple[int, Chunk]]:
     """The bytes to put over an archive of torch.save that is a record of another one; its storages are not deflated."""
     by_record = {}
     for key, patch in patches.items():

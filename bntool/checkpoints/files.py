@@ -13,7 +13,7 @@ import stat
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Protocol
+from typing import IO, TYPE_CHECKING, Protocol, TypeAlias
 
 from bntool.errors import CorruptFileError, UnreadableFileError
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 CHUNK = 1 << 17  # bytes copied at a time; larger blocks are given back to the system and faulted in again each time
+Chunk: TypeAlias = bytes | memoryview
 _LONGEST_NAME = 80  # characters of a name that a sentence shows
 _SMALL = 1 << 15  # bytes of a part that is kept in memory
 
@@ -128,7 +129,10 @@ class SourceFile:
             offset += len(part)
 
     def copy_to(self, stream: IO[bytes], *, offset: int, length: int) -> None:
-        """Append a range of bytes to a file, inside the kernel where it can do that."""
+        """Append a range of bytes to a file, inside the kernel where it can do that and where that is worth a flush."""
+        if length <= CHUNK:
+            stream.write(self.read(offset, length))
+            return
         stream.flush()
         position, end = stream.tell(), offset + length
         if hasattr(os, "copy_file_range"):

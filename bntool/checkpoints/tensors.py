@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Literal, Protocol, cast
 
 from bntool.checkpoints.dtypes import DType, decode_numbers, encode_numbers
-from bntool.checkpoints.files import CHUNK, ByteSource
+from bntool.checkpoints.files import CHUNK, ByteSource, Chunk
 from bntool.errors import BntoolError, CorruptFileError, UnsafeFileError
 
 MAX_DIMENSIONS = 64  # what torch computes with
@@ -26,7 +26,7 @@ class Tensor(Protocol):
     @property
     def shape(self) -> tuple[int, ...]: ...
 
-    def chunks(self) -> Iterator[bytes]:
+    def chunks(self) -> Iterator[Chunk]:
         """The elements in C order, little endian, a piece at a time."""
         ...
 
@@ -40,7 +40,7 @@ def read_bytes(tensor: Tensor) -> bytes:
     return b"".join(tensor.chunks())
 
 
-def named_chunks(name: str, tensor: Tensor) -> Iterator[bytes]:
+def named_chunks(name: str, tensor: Tensor) -> Iterator[Chunk]:
     """The chunks of a tensor, whose name an error gets that has none."""
     try:
         yield from tensor.chunks()
@@ -63,9 +63,10 @@ def describe_shape(shape: Sequence[int]) -> str:
     return f"[{', '.join(map(str, shape[:8]))}{', ...' if len(shape) > 8 else ''}]"
 
 
-def equal_streams(a: Iterator[bytes], b: Iterator[bytes]) -> bool:
+def equal_streams(a: Iterator[Chunk], b: Iterator[Chunk]) -> bool:
     """Whether two runs of bytes are equal, however they are cut into pieces."""
-    left, right = b"", b""
+    left: Chunk = b""
+    right: Chunk = b""
     while True:
         left = left or next(a, b"")
         right = right or next(b, b"")
@@ -145,9 +146,13 @@ class StoredTensor:
     @property
     def is_contiguous(self) -> bool:
         expected = contiguous_strides(self.shape)
-        return self.numel == 0 or all(
-            extent == 1 or stride == wanted
-            for extent, stride, wanted in zip(self.shape, self.strides, expected, strict=True)
+        return (
+            self.strides == expected
+            or self.numel == 0
+            or all(
+                extent == 1 or stride == wanted
+                for extent, stride, wanted in zip(self.shape, self.strides, expected, strict=True)
+            )
         )
 
     @property
@@ -165,9 +170,11 @@ class StoredTensor:
     def byte_range(self) -> tuple[int, int]:
         """First byte and the byte after the last one that the tensor touches, within its storage."""
         start = self.storage_offset * self.dtype.itemsize
-        if self.numel == 0:
-            return start, start
-        last = sum((extent - 1) * stride for extent, stride in zip(self.shape, self.strides, strict=True))
+        last = 0
+        for extent, stride in zip(self.shape, self.strides, strict=True):
+            if extent == 0:
+                return start, start
+            last += (extent - 1) * stride
         return start, start + max(self.dtype.byte_count(last + 1), 1)
 
     @property
@@ -252,7 +259,7 @@ class StoredTensor:
         return gathered
 
 
-def swap_bytes(data: bytes, item: int) -> bytes:
+def swap_bytes(data: Chunk, item: int) -> bytes:
     """Reverse the bytes of each element."""
     swapped = bytearray(len(data))
     for index in range(item):
@@ -309,7 +316,7 @@ class ScaledTensor:
     def shape(self) -> tuple[int, ...]:
         return self.source.shape
 
-    def chunks(self) -> Iterator[bytes]:
+    def chunks(self) -> Iterator[Chunk]:
         """See :class:`Tensor`.
 
         Raises:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import IO
 
 from bntool.checkpoints.checkpoint import Checkpoint
-from bntool.checkpoints.files import SourceFile
+from bntool.checkpoints.files import Chunk, SourceFile
 from bntool.checkpoints.pickles.writing import write_pickle
 from bntool.checkpoints.tensors import count_elements
 from bntool.checkpoints.torch_changes import TorchChanges
@@ -20,16 +20,14 @@ def write_file(checkpoint: Checkpoint, changes: TorchChanges, stream: IO[bytes])
     """Write an edited file: bytes patched in a copy where that is enough, else the pickle and the storages anew."""
     content: TorchContent = checkpoint.content
     layout: LegacyLayout = content.container
-    for chunk in layout.file.chunks(0, content.pickle.start):
-        stream.write(chunk)
+    stream.writelines(layout.file.chunks(0, content.pickle.start))
     if changes.changes_pickle:
         protocol = content.pickle.protocol
         write_pickle(stream.write, content.pickle.root, protocol=protocol, replacements=changes.replacements)
         keys = [key for key in layout.runs if key not in changes.dropped]
         write_pickle(stream.write, [*keys, *changes.new_storages], protocol=protocol)
     else:
-        for chunk in layout.file.chunks(content.pickle.start, layout.keys.end - content.pickle.start):
-            stream.write(chunk)
+        stream.writelines(layout.file.chunks(content.pickle.start, layout.keys.end - content.pickle.start))
     for run in layout.runs.values():
         if run.key not in changes.dropped:
             stream.write(struct.pack("<q", run.count))
@@ -37,20 +35,16 @@ def write_file(checkpoint: Checkpoint, changes: TorchChanges, stream: IO[bytes])
             _copy_run(layout.file, run, patches, stream)
     for tensor in changes.new_storages.values():
         stream.write(struct.pack("<q", count_elements(tensor.shape)))
-        for chunk in storage_bytes(tensor, big_endian=layout.big_endian):
-            stream.write(chunk)
+        stream.writelines(storage_bytes(tensor, big_endian=layout.big_endian))
     if not changes.changes_pickle:
         end = max((run.offset + run.nbytes for run in layout.runs.values()), default=layout.keys.end)
-        for chunk in layout.file.chunks(end, layout.file.size - end):  # whatever follows is not ours to drop
-            stream.write(chunk)
+        stream.writelines(layout.file.chunks(end, layout.file.size - end))  # whatever follows is not ours to drop
 
 
-def _copy_run(file: SourceFile, run: StoredRun, patches: Iterator[tuple[int, bytes]], stream: IO[bytes]) -> None:
+def _copy_run(file: SourceFile, run: StoredRun, patches: Iterator[tuple[int, Chunk]], stream: IO[bytes]) -> None:
     position = 0
     for offset, data in patches:
-        for chunk in file.chunks(run.offset + position, offset - position):
-            stream.write(chunk)
+        stream.writelines(file.chunks(run.offset + position, offset - position))
         stream.write(data)
         position = offset + len(data)
-    for chunk in file.chunks(run.offset + position, run.nbytes - position):
-        stream.write(chunk)
+    stream.writelines(file.chunks(run.offset + position, run.nbytes - position))

@@ -23,12 +23,12 @@ class SharedMemory:
     """
 
     def __init__(self, root: Node, reader: TensorReader, sources: Iterable[StateDictSource]) -> None:
-        self._references: Counter[int] = Counter()
+        references: list[int] = []
         self._users: dict[str, list[tuple[int, int, int]]] = {}  # by storage: (id of the node, first byte, end)
         names: Counter[int] = Counter()
         inner: set[int] = set()  # storages and tensors that only serve to build another tensor
         for node in walk_nodes(root):
-            self._references.update(id(child) for child in children(node) if isinstance(child, Instance))
+            references += [id(child) for child in children(node) if isinstance(child, Instance)]
             tensor = reader.read(node)
             if tensor is not None and tensor.storage is not None:
                 self._users.setdefault(tensor.storage.key, []).append((id(node), *tensor.byte_range))
@@ -36,6 +36,7 @@ class SharedMemory:
             reference = read_storage_reference(node)
             if reference is not None:
                 self._users.setdefault(reference.key, []).append((id(node), *_WHOLE))
+        self._references = Counter(references)
         for source in sources:
             names.update(map(id, source.tensor_nodes.values()))
         for key, users in self._users.items():

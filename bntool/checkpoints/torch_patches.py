@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from bntool.checkpoints.files import Chunk
 from bntool.checkpoints.tensors import StoredTensor, Tensor, swap_bytes
 
 
-def patch_storage(patches: list[tuple[StoredTensor, Tensor]], *, base: int) -> Iterator[tuple[int, bytes]]:
+def patch_storage(patches: list[tuple[StoredTensor, Tensor]], *, base: int) -> Iterator[tuple[int, Chunk]]:
     """The bytes to put over a storage, in ascending order.
 
     Args:
@@ -33,7 +34,7 @@ def patch_storage(patches: list[tuple[StoredTensor, Tensor]], *, base: int) -> I
             yield position + shift, data
 
 
-def storage_bytes(tensor: Tensor, *, big_endian: bool) -> Iterator[bytes]:
+def storage_bytes(tensor: Tensor, *, big_endian: bool) -> Iterator[Chunk]:
     """The bytes of a new storage."""
     for chunk in tensor.chunks():
         yield swap_bytes(chunk, tensor.dtype.swapsize) if big_endian else chunk

@@ -141,7 +141,7 @@ def _rank(node: Node) -> int:
 def _channels_back(edge: Edge, source: Node, reader: Node, wanted: Integers) -> Integers:
     if edge.targets is None:
         raise _mismatch(source, reader)
-    sources, targets = np.asarray(edge.sources), np.asarray(edge.targets)
+    sources, targets = _indices(edge.sources), _indices(edge.targets)
     if targets.size and targets.max() >= len(wanted):
         raise _mismatch(source, reader)
     channels = np.full(source.channels, -1)
@@ -149,6 +149,12 @@ def _channels_back(edge: Edge, source: Node, reader: Node, wanted: Integers) -> 
     if not np.array_equal(channels[sources], wanted[targets]):
         raise _mismatch(source, reader)
     return channels
+
+
+def _indices(channels: Sequence[int]) -> Integers:
+    if isinstance(channels, range):  # which numpy would walk through one by one
+        return np.arange(channels.start, channels.stop, channels.step)
+    return np.asarray(channels, dtype=int)
 
 
 def _mismatch(source: Node, reader: Node) -> Blocked:
@@ -160,9 +166,12 @@ def _mismatch(source: Node, reader: Node) -> Blocked:
 
 def _check_alone(graph: ModelGraph, edge: Edge, source: Node, reader: Node) -> None:
     """Nothing else may read these channels."""
-    mine = set(edge.sources)
+    mine: set[int] = set()
     for other in graph.outputs(source):
-        if (other.target, other.port) != (reader.index, edge.port) and not mine.isdisjoint(other.sources):
+        if (other.target, other.port) == (reader.index, edge.port):
+            continue
+        mine = mine or set(edge.sources)
+        if not mine.isdisjoint(other.sources):
             other_reader = graph.nodes[other.target]
             raise Blocked(
                 SkipReason.SHARED_OUTPUT, f"the output of {source.describe()} is also read by {other_reader.describe()}"
@@ -181,7 +190,7 @@ def _walk_forward(
 ) -> None:
     """Follow every reader; ``given`` is the BatchNorm's channel for each channel of the source, -1 for others."""
     for edge in graph.outputs(source):
-        if np.all(given[np.asarray(edge.sources, dtype=int)] < 0):
+        if np.all(given[_indices(edge.sources)] < 0):
             continue
         reader = graph.nodes[edge.target]
         producer = reader.kind in (NodeKind.CONVOLUTION, NodeKind.LINEAR)
@@ -210,7 +219,7 @@ def _channels_forward(graph: ModelGraph, edge: Edge, source: Node, reader: Node,
         raise _mismatch(source, reader)
     extent = 1 + max(max(other.targets or (0,)) for other in siblings)
     channels = np.full(extent, -1)
-    sources, targets = np.asarray(edge.sources, dtype=int), np.asarray(edge.targets, dtype=int)
+    sources, targets = _indices(edge.sources), _indices(edge.targets or ())
     channels[targets] = given[sources]
     if not np.array_equal(channels[targets], given[sources]):
         raise _mismatch(source, reader)

@@ -129,9 +129,9 @@ def read_norm(calls: Sequence[Node], graph: ModelGraph, state_dict: StateDict, *
     _check_uses(calls, graph)
     values = {role: _read(name, state_dict) for role, name in node.parameters.items() if role in _VECTORS}
     numbers = {role: numbers for role, numbers in values.items() if numbers is not None}
-    if not all(np.all(np.isfinite(vector)) for vector in numbers.values()):
-        role = next(role for role, vector in numbers.items() if not np.all(np.isfinite(vector)))
-        raise Blocked(SkipReason.NOT_FINITE, f"{role} holds NaN or infinity")
+    for role, vector in numbers.items():
+        if not np.isfinite(vector).all():
+            raise Blocked(SkipReason.NOT_FINITE, f"{role} holds NaN or infinity")
     lowest = float(numbers["running_var"].min(initial=np.inf))
     if lowest < 0:
         raise Blocked(SkipReason.NEGATIVE_VARIANCE, f"running_var is as low as {lowest:.3g}")

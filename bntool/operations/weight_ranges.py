@@ -7,19 +7,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
 from bntool.batchnorm import STATISTICS
-from bntool.checkpoints.arrays import SMALLEST_NORMAL, Array, to_float64, whole_rows
+from bntool.checkpoints.arrays import SMALLEST_NORMAL, Array, Product, as_numbers, whole_rows
 from bntool.checkpoints.checkpoint import StateDict
-from bntool.checkpoints.dtypes import BFLOAT16, FLOAT32, FLOAT64, DType
+from bntool.checkpoints.dtypes import BFLOAT16, FLOAT16, FLOAT32, FLOAT64, DType
+from bntool.checkpoints.files import CHUNK, Chunk
 from bntool.checkpoints.tensors import ScaledTensor, Tensor, count_elements, read_bytes
 from bntool.plan import Plan, Scaled, SetTensor
 
 # float16 is not among them: its subnormals are ordinary small weights, and CPUs calculate them in float32
 _SLOW = (FLOAT64, FLOAT32, BFLOAT16)
+_BITS = {size: (f"<i{size}", np.iinfo(f"<i{size}").max) for size in (2, 4, 8)}  # of floats, and all but the sign
+_FAR_FROM_OVERFLOW = {FLOAT64: 2.0**1000, FLOAT32: 2.0**127, BFLOAT16: 2.0**127, FLOAT16: 2.0**15}
 _BUFFERS = (*STATISTICS, "num_batches_tracked")
 PlanKind = TypeVar("PlanKind", bound=Plan)
 _UNEVEN = 1 / 8  # of the range of the tensor: the average channel has lost 3 of the bits of a per-tensor quantisation
@@ -59,6 +62,10 @@ class WeightRange:
     subnormal: int
     flushed: int = 0
 
+    def describe(self) -> dict[str, Any]:
+        """As JSON data."""
+        return {**vars(self), "before": vars(self.before), "after": vars(self.after)}
+
     @property
     def is_uneven(self) -> bool:
         """Whether folding makes per-tensor quantisation lose at least one bit more, and few are left."""
@@ -87,32 +94,41 @@ class _Extremes:
 
 
 @dataclass
-class MeasuredTensor:
-    """A weight whose extremes are taken whenever it is read, one row for each output channel.
+class MeasuredProduct:
+    """A weight times one factor for each output channel, whose extremes before are taken whenever it is written.
 
     Attributes:
-        source: the weight.
-        extremes: of the last reading that came to its end; None before.
+        product: the weight after it took the factors; one row for each output channel.
+        extremes: of the weight before, from the last reading that came to its end; None before.
     """
 
-    source: Tensor
+    product: ScaledTensor
     extremes: _Extremes | None = field(default=None, compare=False, repr=False)
 
     @property
     def dtype(self) -> DType:
-        return self.source.dtype
+        return self.product.dtype
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return self.source.shape
+        return self.product.shape
 
-    def chunks(self) -> Iterator[bytes]:
-        """See :class:`~bntool.checkpoints.tensors.Tensor`."""
+    def chunks(self) -> Iterator[Chunk]:
+        """See :class:`~bntool.checkpoints.tensors.ScaledTensor`."""
+        dtype, columns = self.dtype, count_elements(self.shape[1:])
+        factors = np.asarray(self.product.factors).reshape(-1, 1)
+        product = Product(dtype, flush=self.product.flush)
+        bound = _FAR_FROM_OVERFLOW[dtype] / max(float(np.abs(factors).max(initial=0)), 1.0)
         parts: list[_Extremes] = []
-        row = count_elements(self.shape[1:]) * self.dtype.itemsize
-        for data in whole_rows(self.source.chunks(), row) if row else self.source.chunks():
-            parts.append(_find_extremes(_as_rows(data, self.source)))
-            yield data  # type: ignore[misc] # a view of bytes
+        spare = bytearray(2 * CHUNK)
+        first = 0
+        for data in whole_rows(self.product.source.chunks(), columns * dtype.itemsize) if columns else ():
+            rows = as_numbers(data, dtype).reshape(-1, columns)
+            here = factors[first : first + len(rows)]
+            first += len(rows)
+            found = _find_extremes(rows, spare)
+            parts.append(found)
+            yield product.round(rows, here, is_bounded=bool(found.largest.max() < bound))
         self.extremes = _join(parts)
 
 
@@ -128,7 +144,7 @@ def measure_on_the_way(state_dict: StateDict, plan: Plan) -> StateDict:
         name = state_dict.full_name(step.name)
         scaled = tensors.get(name)
         if isinstance(step.value, Scaled) and isinstance(scaled, ScaledTensor) and _is_by_row(step.value, scaled):
-            tensors[name] = replace(scaled, source=MeasuredTensor(scaled.source))
+            tensors[name] = MeasuredProduct(scaled)
     return replace(state_dict, tensors=tensors)
 
 
@@ -173,9 +189,7 @@ def count_removed(before: StateDict, after: StateDict) -> Removed:
 
 
 def _measure(name: str, old: Tensor, new: Tensor, recipe: Scaled) -> WeightRange:
-    measured = new.source if isinstance(new, ScaledTensor) else None
-    known = measured.extremes if isinstance(measured, MeasuredTensor) else None
-    before = known or _read_extremes(old, recipe)
+    before = (new.extremes if isinstance(new, MeasuredProduct) else None) or _read_extremes(old, recipe)
     if _is_by_output(recipe, old):  # no need to read the products
         factors = np.abs(np.asarray(recipe.factors))
         with np.errstate(invalid="ignore"):  # where all is zero, infinity times zero
@@ -219,14 +233,27 @@ def _describe(largest: Array) -> ChannelRange:
 
 
 def _read_extremes(tensor: Tensor, recipe: Scaled) -> _Extremes:
-    return _join([_find_extremes(block) for block in _magnitudes(tensor, recipe)])
+    return _join([_find_extremes(block) for block in _rows(tensor, recipe)])
 
 
-def _find_extremes(block: Array) -> _Extremes:
-    smallest = np.full(len(block), block.min(initial=np.inf), block.dtype)  # of all at once, which is faster
-    if not (smallest > 0).all():
-        smallest = block.min(axis=1, initial=np.inf, where=block > 0)
-    return _Extremes(block.max(axis=1, initial=0), smallest)
+def _find_extremes(rows: Array, spare: bytearray | None = None) -> _Extremes:
+    """Of rows of elements; NaN where a row holds one.
+
+    Args:
+        rows: as :func:`~bntool.checkpoints.arrays.as_numbers` gives them.
+        spare: memory to use, which need not be faulted in then.
+
+    Without their signs the bits of floats are ordered as the floats are, NaN last, and integers are compared faster.
+    """
+    kind, magnitude = _BITS[rows.itemsize]
+    fits = spare is not None and rows.nbytes <= len(spare)
+    here = np.frombuffer(spare, kind, rows.size).reshape(rows.shape) if spare is not None and fits else None
+    bits = np.bitwise_and(rows.view(kind), magnitude, out=here)
+    smallest = np.full(len(rows), bits.min())  # of all at once, which is faster
+    if not smallest[0]:
+        infinity = int(np.asarray(np.inf, rows.dtype).view(kind))
+        smallest = bits.min(axis=1, initial=infinity, where=bits > 0)
+    return _Extremes(largest=bits.max(axis=1).view(rows.dtype), smallest=smallest.view(rows.dtype))
 
 
 def _join(parts: Sequence[_Extremes]) -> _Extremes:
@@ -242,25 +269,16 @@ def _count_subnormal(tensor: Tensor, recipe: Scaled, smallest: Array) -> int:
     bound = SMALLEST_NORMAL[tensor.dtype] if tensor.dtype in _SLOW else 0.0
     if not np.any(smallest < bound):
         return 0
-    return sum(int(((block > 0) & (block < bound)).sum()) for block in _magnitudes(tensor, recipe))
+    return sum(int(((rows != 0) & (np.abs(rows) < bound)).sum()) for rows in _rows(tensor, recipe))
 
 
-def _magnitudes(tensor: Tensor, recipe: Scaled) -> Iterator[Array]:
-    """Magnitudes of the elements, as blocks of (output channels, elements of each)."""
+def _rows(tensor: Tensor, recipe: Scaled) -> Iterator[Array]:
+    """The elements, as blocks of (output channels, elements of each)."""
     if _is_transposed(recipe, tensor):
         groups, rows, columns = recipe.view[:3]
-        elements = _decode(read_bytes(tensor), tensor).reshape(groups, rows, columns, -1)
-        yield np.abs(elements.transpose(0, 2, 1, 3).reshape(groups * columns, -1))
+        elements = as_numbers(read_bytes(tensor), tensor.dtype).reshape(groups, rows, columns, -1)
+        yield elements.transpose(0, 2, 1, 3).reshape(groups * columns, -1)
         return
-    row = count_elements(tensor.shape[1:]) * tensor.dtype.itemsize
-    for data in whole_rows(tensor.chunks(), row) if row else ():
-        yield _as_rows(data, tensor)
-
-
-def _as_rows(data: bytes | memoryview, tensor: Tensor) -> Array:
-    """Magnitudes of whole rows of a weight."""
-    return np.abs(_decode(data, tensor).reshape(-1, count_elements(tensor.shape[1:])))
-
-
-def _decode(data: bytes | memoryview, tensor: Tensor) -> Array:
-    return np.frombuffer(data, "<f4") if tensor.dtype is FLOAT32 else to_float64(data, tensor.dtype)
+    columns = count_elements(tensor.shape[1:])
+    for data in whole_rows(tensor.chunks(), columns * tensor.dtype.itemsize) if columns else ():
+        yield as_numbers(data, tensor.dtype).reshape(-1, columns)

@@ -36,7 +36,7 @@ def describe_fold(result: CheckpointFold, *, output: str | None, export: str | N
         "assumptions": list(plan.assumptions),
         "verification": None if result.agreement is None else asdict(result.agreement),
         "runtime": None if result.runtime is None else asdict(result.runtime),
-        "weights": [asdict(weight) for weight in result.ranges],
+        "weights": [weight.describe() for weight in result.ranges],
         "removed": asdict(result.removed),
         "cost": None if result.cost is None else asdict(result.cost),
         "speed": None if result.speed is None else asdict(result.speed),

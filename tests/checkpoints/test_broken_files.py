@@ -612,7 +612,7 @@ def test_a_broken_file_gives_one_error_of_ours(name: str, tmp_path: Path) -> Non
     make, error, words = BROKEN[name]
     path = tmp_path / name
     path.write_bytes(make())
-    started = time.process_time()  # the machine may have other work
+    started = time.process_time()
     if error is None:
         _use(path)
     else:
@@ -621,7 +621,7 @@ def test_a_broken_file_gives_one_error_of_ours(name: str, tmp_path: Path) -> Non
         assert caught.value.path is not None
         assert "\n" not in caught.value.message
         assert len(caught.value.message) < 500
-    assert time.process_time() - started < 5
+    assert time.process_time() - started < 60  # what is not refused goes on for hours
 
 
 def _use(path: Path) -> None:

@@ -32,7 +32,7 @@ def resolve_lookups(pickle: Pickle) -> dict[str, bool] | None:
         seen.add(id(node))
         if _is_getattr(node):
             return None
-        inside = children(node)
+        inside = iter(children(node))
         if isinstance(node, Instance):
             if _is_lookup(node):
                 name = _name_attribute(node)

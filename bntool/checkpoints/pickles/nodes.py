@@ -6,7 +6,7 @@ classes below. Nothing named in a pickle is imported or called; identity is kept
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from enum import Enum
 from typing import Any, TypeAlias
 
@@ -193,31 +193,27 @@ def as_mapping(node: Node) -> Mapping[str, Node]:
     return node.by_name
 
 
-def children(node: Node) -> Iterator[Node]:  # noqa: C901 (one branch for each kind of node)
+def children(node: Node) -> Iterable[Node]:
     """The nodes directly inside a node."""
-    if isinstance(node, tuple | list):
-        yield from node
-    elif isinstance(node, Dict):
-        for key, value in node.pairs:
-            yield key
-            yield value
-    elif isinstance(node, Set):
-        yield from node.members
-    elif isinstance(node, PersistentId):
-        yield node.value
-    elif isinstance(node, Instance):
-        yield node.constructor
-        yield node.arguments
-        yield node.keywords
+    if isinstance(node, _SEQUENCES):
+        return node
+    if isinstance(node, Dict):
+        return [part for pair in node.pairs for part in pair]
+    if isinstance(node, Set):
+        return node.members
+    if isinstance(node, PersistentId):
+        return (node.value,)
+    if isinstance(node, Instance):
+        inside = [node.constructor, node.arguments, node.keywords]
         for update, payload in node.updates:
             if update is Update.ITEMS:
-                for key, value in payload:
-                    yield key
-                    yield value
+                inside += [part for pair in payload for part in pair]
             elif update is Update.STATE:
-                yield payload
+                inside.append(payload)
             else:
-                yield from payload
+                inside += payload
+        return inside
+    return ()
 
 
 def walk_nodes(root: Node, replacements: Mapping[int, Node] | None = None) -> Iterator[Node]:
@@ -227,7 +223,12 @@ def walk_nodes(root: Node, replacements: Mapping[int, Node] | None = None) -> It
         node = pending.pop()
         if replacements:
             node = replacements.get(id(node), node)
-        if isinstance(node, tuple | list | Dict | Instance | PersistentId | Set) and id(node) not in seen:
+        if isinstance(node, _CONTAINERS) and id(node) not in seen:
             seen.add(id(node))
             yield node
-            pending.extend(children(node))
+            pending += [child for child in children(node) if isinstance(child, _CONTAINERS)]
+
+
+# a union in their place would be made anew for each of a million nodes
+_SEQUENCES = (tuple, list)
+_CONTAINERS = (tuple, list, Dict, Instance, PersistentId, Set)

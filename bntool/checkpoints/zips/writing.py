@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import itertools
 import struct
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import IO, TypeAlias
 
-from bntool.checkpoints.files import CHUNK, ByteSource, MemorySource, quote
+from bntool.checkpoints.files import CHUNK, ByteSource, Chunk, MemorySource, quote
+from bntool.checkpoints.zips.checksums import crc32
 from bntool.checkpoints.zips.reading import (
     CENTRAL_ENTRY,
     DESCRIPTOR_FLAG,
@@ -25,14 +25,14 @@ from bntool.checkpoints.zips.reading import (
 )
 from bntool.errors import CorruptFileError
 
-Patch: TypeAlias = Callable[[], Iterable[tuple[int, bytes]]]
+Patch: TypeAlias = Callable[[], Iterable[tuple[int, Chunk]]]
 
 _ALIGNMENT = 64  # torch maps storages; it aligns them so
 _PAGE = 4096
 
 
 def copy_with_patches(
-    archive: ZipArchive, stream: IO[bytes], patches: Mapping[str, Iterable[tuple[int, bytes]]]
+    archive: ZipArchive, stream: IO[bytes], patches: Mapping[str, Iterable[tuple[int, Chunk]]]
 ) -> None:
     """Copy the whole archive, changing bytes inside stored records and the checksums of these records only.
 
@@ -52,7 +52,7 @@ def copy_with_patches(
         file.copy_to(stream, offset=position, length=record.data_offset - position)
         crc = 0
         for chunk in patched_chunks(archive, record, patches[record.name]):
-            crc = zlib.crc32(chunk, crc)
+            crc = crc32(chunk, crc)
             stream.write(chunk)
         checksums.append((record, crc))
         position = record.data_offset + record.stored_size
@@ -62,7 +62,7 @@ def copy_with_patches(
             _replace_checksum(archive, record, stream, crc)
 
 
-def patched_chunks(archive: ZipArchive, record: ZipRecord, patches: Iterable[tuple[int, bytes]]) -> Iterator[bytes]:
+def patched_chunks(archive: ZipArchive, record: ZipRecord, patches: Iterable[tuple[int, Chunk]]) -> Iterator[Chunk]:
     """The content of a record with changes, while its own checksum is verified.
 
     Raises:
@@ -76,18 +76,18 @@ def patched_chunks(archive: ZipArchive, record: ZipRecord, patches: Iterable[tup
     for offset, data in itertools.chain(patches, ((record.size, b""),)):
         while position < offset:
             chunk = content.read(base + position, min(CHUNK, offset - position))
-            crc = zlib.crc32(chunk, crc)
+            crc = crc32(chunk, crc)
             position += len(chunk)
             yield chunk
         if data:
-            crc = zlib.crc32(content.read(base + position, len(data)), crc)
+            crc = crc32(content.read(base + position, len(data)), crc)
             position += len(data)
             yield data
     if archive.has_checksums and crc != record.crc:
         raise CorruptFileError(f"checksum of record {quote(record.name)} differs: the file is damaged")
 
 
-def patches_of_nested(archive: ZipArchive, patches: Mapping[str, Patch]) -> Iterator[tuple[int, bytes]]:
+def patches_of_nested(archive: ZipArchive, patches: Mapping[str, Patch]) -> Iterator[tuple[int, Chunk]]:
     """The bytes to put over an archive that is a record of another one, in ascending order; see copy_with_patches.
 
     Args:
@@ -96,13 +96,13 @@ def patches_of_nested(archive: ZipArchive, patches: Mapping[str, Patch]) -> Iter
     Raises:
         CorruptFileError: a patched record of the source does not match its checksum.
     """
-    pieces: list[tuple[int, Iterable[tuple[int, bytes]]]] = []
+    pieces: list[tuple[int, Iterable[tuple[int, Chunk]]]] = []
     for name, patch in patches.items():
         record = archive.records[name]
         pieces.append((record.data_offset, patch()))
         crc = 0
         for chunk in patched_chunks(archive, record, _shifted(patch(), -record.data_offset)):
-            crc = zlib.crc32(chunk, crc)
+            crc = crc32(chunk, crc)
         if archive.has_checksums:
             packed = struct.pack("<I", crc)
             pieces += [(place, ((place, packed),)) for place in _checksum_places(archive, record)]
@@ -110,7 +110,7 @@ def patches_of_nested(archive: ZipArchive, patches: Mapping[str, Patch]) -> Iter
         yield from piece
 
 
-def _shifted(patch: Iterable[tuple[int, bytes]], by: int) -> Iterator[tuple[int, bytes]]:
+def _shifted(patch: Iterable[tuple[int, Chunk]], by: int) -> Iterator[tuple[int, Chunk]]:
     return ((offset + by, data) for offset, data in patch)
 
 
@@ -146,7 +146,7 @@ class ZipWriter:
         self._has_checksums = has_checksums
         self._directory: list[bytes] = []
 
-    def add(self, name: str, chunks: Iterator[bytes], *, size: int) -> None:
+    def add(self, name: str, chunks: Iterator[Chunk], *, size: int) -> None:
         """Append one record of ``size`` bytes.
 
         Raises:
@@ -156,18 +156,21 @@ class ZipWriter:
         offset = stream.tell()
         raw = name.encode("utf-8")
         extra = _extra_field(offset + LOCAL_HEADER.size + len(raw), size=size)
-        stream.write(self._local_header(raw, extra, size=size, crc=0))
         crc, written = 0, 0
-        for chunk in chunks:
-            crc = zlib.crc32(chunk, crc) if self._has_checksums else 0
-            written += len(chunk)
-            stream.write(chunk)
+        if size <= CHUNK:  # at once: going back for the checksum would write out what is buffered
+            data = b"".join(chunks)
+            crc, written = self._checksum(data, 0), len(data)
+            stream.write(self._local_header(raw, extra, size=size, crc=crc) + data)
+        else:
+            stream.write(self._local_header(raw, extra, size=size, crc=0))
+            for chunk in chunks:
+                crc, written = self._checksum(chunk, crc), written + len(chunk)
+                stream.write(chunk)
+            stream.seek(offset)
+            stream.write(self._local_header(raw, extra, size=size, crc=crc))
+            stream.seek(0, 2)
         if written != size:
             raise ValueError(f"record {name!r}: {written} bytes given, {size} announced")
-        end = stream.tell()
-        stream.seek(offset)
-        stream.write(self._local_header(raw, extra, size=size, crc=crc))
-        stream.seek(end)
         self._directory.append(self._central_entry(raw, size=size, crc=crc, offset=offset))
 
     def copy(self, archive: ZipArchive, record: ZipRecord) -> None:
@@ -183,6 +186,9 @@ class ZipWriter:
         else:
             stream.write(archive.file.read(record.data_offset, size))
         self._directory.append(self._central_entry(raw, size=size, crc=record.crc, offset=offset))
+
+    def _checksum(self, chunk: Chunk, before: int) -> int:
+        return crc32(chunk, before) if self._has_checksums else 0
 
     def _local_header(self, name: bytes, extra: bytes, *, size: int, crc: int) -> bytes:
         narrow = min(size, MASK32)
