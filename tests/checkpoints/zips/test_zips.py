@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import io
+import random
 import struct
+import subprocess
+import sys
 import zipfile
 import zlib
 from pathlib import Path
@@ -13,7 +16,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bntool.checkpoints.files import SourceFile
+from bntool.checkpoints.files import CHUNK, SourceFile
 from bntool.checkpoints.formats import open_checkpoint
 from bntool.checkpoints.zips import writing
 from bntool.checkpoints.zips.reading import InflatedRecord, read_archive
@@ -117,6 +120,27 @@ def test_headers_of_wide_records_are_those_of_zipfile(monkeypatch: pytest.Monkey
     assert stream.getvalue().count(b"PK\x03\x04") == 3
     with pytest.raises(ValueError, match="3 bytes given, 4 announced"):
         writer.add("c", iter((b"abc",)), size=4)
+
+
+@pytest.mark.parametrize("size", [CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK])
+def test_large_records_are_streamed(size: int) -> None:
+    data = random.Random(size).randbytes(size)
+    stream = io.BytesIO()
+    writer = ZipWriter(stream)
+    writer.add("before", iter((b"1",)), size=1)
+    writer.add("large", iter((data[:5], memoryview(data)[5:])), size=size)
+    writer.add("after", iter((b"2", b"3")), size=2)
+    writer.close()
+    with zipfile.ZipFile(stream) as archive:  # which checks the checksums
+        assert [archive.read(name) for name in ("before", "large", "after")] == [b"1", data, b"23"]
+
+
+def test_checksums_without_isal_are_zlibs() -> None:
+    code = (
+        "import sys, zlib; sys.modules['isal'] = None\n"
+        "from bntool.checkpoints.zips.checksums import crc32; assert crc32 is zlib.crc32"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 @given(
