@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from bntool.batchnorm import DEFAULT_EPS, STATISTICS
-from bntool.data.batches import Batch, Batches, LeftOut, as_batches, find_placement
+from bntool.data.batches import Batches, LeftOut, as_batches, find_placement
 from bntool.data.policies import OnBadData
 from bntool.errors import RefusedError, UsageError
 from bntool.layers.borrowing import borrow
@@ -123,7 +123,7 @@ def plan_recalibration(  # noqa: PLR0913 each is an option of the command
         for _, module in walk_modules(model):
             module.training = False
         blend = _Blend({name: _copy_statistics(module) for name, module in chosen.items()}, method=method, prior=prior)
-        run = Run(model, borrowed, chosen, on_bad_data=on_bad_data, on_progress=on_progress)
+        run = Run(_find_replica(model), borrowed, chosen, on_bad_data=on_bad_data, on_progress=on_progress)
         memory: int | None = None
         reused: dict[str, int] = {}
         if method is Method.EXACT:
@@ -227,10 +227,7 @@ def _measure_exact(
     run: Run, batches: Batches, blend: _Blend, *, fit_memory: bool
 ) -> tuple[Measurement, int | None, dict[str, int]]:
     """What was measured, the memory forecast for that, and layers called more than once that are left alone."""
-    read: list[Batch] = []
-    # ranks without a batch of their own learn from the others how the model goes about its layers
-    trials = find_ranks().share(lambda: read_what_fits(run, batches, into=read, cut=fit_memory))
-    trial = next((trial for trial in trials if trial is not None), None)
+    read, trial = read_what_fits(run, batches, find_ranks(), cut=fit_memory)
     reused: dict[str, int] = {}
     if trial is None:
         return Measurement(), None, reused
@@ -274,6 +271,11 @@ class _Blend:
         if not (torch.isfinite(old_mean).all() and torch.isfinite(old_variance).all()):
             raise RefusedError("the stored statistics are not finite: they cannot serve as a prior", tensor=name)
         return share * old_mean + (1 - share) * mean, share * old_variance + (1 - share) * variance
+
+
+def _find_replica(model: torch.nn.Module) -> torch.nn.Module:
+    """The model inside DistributedDataParallel, whose own forward waits for the other ranks: not all have batches."""
+    return model.module if isinstance(model, torch.nn.parallel.DistributedDataParallel) else model
 
 
 def _compute_in(precision: Precision, model: torch.nn.Module) -> contextlib.AbstractContextManager[Any]:

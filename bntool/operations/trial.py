@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from bntool.data.batches import Batch, Batches, cut_batch, find_placement, find_tensors
@@ -12,6 +14,7 @@ from bntool.layers.borrowing import borrow
 from bntool.models.user_code import running_user_code
 from bntool.operations.memory import Forecast, LiveTensors, find_available, find_thread_space
 from bntool.operations.passes import Run, is_faster_channels_last
+from bntool.operations.ranks import Ranks
 
 _SAMPLES = 2
 
@@ -60,49 +63,70 @@ def _try_out(run: Run, batch: Batch, *, channels_last: bool) -> Trial:
     )
 
 
-def read_what_fits(run: Run, batches: Batches, *, into: list[Batch], cut: bool) -> Trial | None:
-    """Read all batches, if what a sweep over them keeps fits into memory.
+def read_what_fits(run: Run, batches: Batches, ranks: Ranks, *, cut: bool) -> tuple[list[Batch], Trial | None]:
+    """Read this rank's batches, if what a sweep over them keeps fits into memory.
 
     Args:
         run: the model and its layers.
         batches: to read.
-        into: where to put them.
+        ranks: the first of them that has a batch tries the model out for all.
         cut: where not all fit, stop at as many as do.
 
     Returns:
-        What a trial with the first batch showed; None where there is no batch.
+        The batches, and what the trial showed; None where no rank has a batch.
 
     Raises:
         RefusedError: not all fit and ``cut`` is not given, or not even one batch fits.
         UserCodeError: the model or the data raised.
     """
     iterator = iter(batches)
-    first = next(iterator, None)
-    if first is None:
-        return None
-    trial = try_out(run, first)
+    first: list[Batch] = []
+
+    def begin() -> bool:
+        first.extend(itertools.islice(iterator, 1))
+        return bool(first)
+
+    have_some = ranks.share(begin)
+    if not any(have_some):
+        return [], None
+    leader = have_some.index(True)
+    trial = ranks.share(lambda: try_out(run, first[0]) if ranks.rank == leader else None)[leader]
+    assert trial is not None
+    read: list[Batch] = []
     available = find_available(find_placement(run.model)[0])
-    if available is None:
-        into += [first, *iterator]
-        return trial
-    fitting = trial.forecast.fit(available, first.samples)
-    total = batches.samples or first.samples
+    ranks.share(lambda: read.extend(_take(first, iterator, batches.samples, trial.forecast, available, cut=cut)))
+    return read, trial
+
+
+def _take(
+    first: Sequence[Batch],
+    others: Iterator[Batch],
+    announced: int | None,
+    forecast: Forecast,
+    available: int | None,
+    *,
+    cut: bool,
+) -> Iterator[Batch]:
+    """The batches, as long as they fit into the memory that is available."""
+    largest = max((batch.samples for batch in first), default=0)
+    fitting = forecast.fit(available, largest) if available is not None else sys.maxsize
+    total = announced or 0
     samples = 0
-    for batch in itertools.chain([first], iterator):
+    for batch in itertools.chain(first, others):
         total = max(total, samples + batch.samples)
         needed = total
         if cut:
             needed = 0 if samples else batch.samples  # one batch at least
         if needed > fitting:
+            assert available is not None
             raise RefusedError(
-                f"{needed} samples on their way would need about {_size(trial.forecast.need(needed, first.samples))}, "
+                f"{needed} samples on their way would need about {_size(forecast.need(needed, largest))}, "
                 f"{_size(available)} are free: " + _advise(fitting, cut=cut)
             )
         if samples + batch.samples > fitting:
             break
-        into.append(batch)
+        yield batch
         samples += batch.samples
-    return trial
 
 
 def _advise(fitting: int, *, cut: bool) -> str:

@@ -13,15 +13,16 @@ from tests.operations.calibration_network import Network, make_batches
 
 
 def main() -> None:
-    folder, rank, method = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+    folder, method, count, rank = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder / 'rendezvous'}", rank=rank, world_size=2)
     model = torch.nn.parallel.DistributedDataParallel(Network())
-    batches = make_batches("a small last batch of outliers")[:3]  # two for the one, one for the other
+    batches = make_batches("a small last batch of outliers")[:count]
     result = recalibrate(model, batches[rank::2], method=method)
     assert model.training
     assert dist.is_initialized()  # the user's job is the user's to end
-    assert result.batches == 3
+    assert result.batches == count
+    assert model.require_forward_param_sync  # as it was: the next forward of the job is its first
     torch.save(model.module.state_dict(), folder / f"rank{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()

@@ -14,16 +14,27 @@ torch.set_num_threads(1)
 ROOT = Path(__file__).resolve().parents[2]
 
 
+def run_two_ranks(*arguments):
+    """Run Python twice, each time with the number of the rank as the last argument."""
+    command = [sys.executable, *arguments]
+    ranks = [subprocess.Popen([*command, str(rank)], cwd=ROOT, stderr=subprocess.PIPE) for rank in range(2)]
+    try:
+        for rank in ranks:
+            _, stderr = rank.communicate(timeout=100)
+            assert rank.returncode == 0, stderr.decode()
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.communicate()
+
+
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
 @pytest.mark.parametrize("method", ["pooled", "exact"])
-def test_every_rank_ends_with_the_statistics_of_all_batches(tmp_path, method):
-    command = [sys.executable, "-m", "tests.operations.calibration_worker", str(tmp_path)]
-    ranks = [subprocess.Popen([*command, str(rank), method], cwd=ROOT, stderr=subprocess.PIPE) for rank in range(2)]
-    for rank in ranks:
-        _, stderr = rank.communicate(timeout=100)
-        assert rank.returncode == 0, stderr.decode()
+@pytest.mark.parametrize("count", [3, 1])  # two for the one and one for the other, or none
+def test_every_rank_ends_with_the_statistics_of_all_batches(tmp_path, method, count):
+    run_two_ranks("-m", "tests.operations.calibration_worker", str(tmp_path), method, str(count))
     alone = Network()
-    recalibrate(alone, make_batches("a small last batch of outliers")[:3], method=method)
+    recalibrate(alone, make_batches("a small last batch of outliers")[:count], method=method)
     for rank in range(2):
         state = torch.load(tmp_path / f"rank{rank}.pt", weights_only=True)
         assert all(torch.equal(state[name], tensor) for name, tensor in alone.state_dict().items())
@@ -42,11 +53,7 @@ def test_what_ranks_exchange_arrives_whatever_its_size(tmp_path):
         "dist.barrier()\n"
         "dist.destroy_process_group()\n"
     )
-    command = [sys.executable, "-W", "error", "-c", code]
-    ranks = [subprocess.Popen([*command, str(rank)], cwd=ROOT, stderr=subprocess.PIPE) for rank in range(2)]
-    for rank in ranks:
-        _, stderr = rank.communicate(timeout=100)
-        assert rank.returncode == 0, stderr.decode()
+    run_two_ranks("-W", "error", "-c", code)
 
 
 @pytest.mark.parametrize("method", ["pooled", "exact"])
