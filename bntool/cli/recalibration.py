@@ -15,6 +15,7 @@ from bntool.operations.methods import Method, Precision
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
+    from pathlib import Path
 
     import torch
 
@@ -170,6 +171,7 @@ def command(  # noqa: PLR0915 a third of the statements are imports
         chosen = choose_state_dict(source, state_dict)
         torch.manual_seed(seed)  # user code that draws random numbers gives the same, run after run and on every rank
         live = _load_model(model, model_arg or (), device, chosen)
+        _check_selection(live, layers or (), checkpoint, strict=strict)
         suggested = find_model_preset(model, live)
         presets = PRESETS if suggested is None else {**PRESETS, "model": suggested}
         steps = parse_preprocessing(preprocess, presets=presets) if preprocess else None
@@ -270,6 +272,22 @@ def _load_model(spec: str, arguments: Sequence[str], device: str, chosen: StateD
         return live.to(device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise UsageError(f"the model cannot be moved to --device {device}: {' '.join(str(error).split())}") from error
+
+
+def _check_selection(live: torch.nn.Module, layers: Sequence[str], checkpoint: Path, *, strict: bool) -> None:
+    """Refuse what would recalibrate no layer before anything is measured.
+
+    Raises:
+        RefusedError: as :func:`bntool.cli.writing.check_plan`.
+    """
+    from bntool.cli.writing import check_plan
+    from bntool.layers.modules import find_wrapper_prefix
+    from bntool.operations.calibrated_layers import choose_layers
+    from bntool.plan import Operation, Plan
+
+    selected, skips = choose_layers(live, layers, prefix=find_wrapper_prefix(live))
+    if not selected:
+        check_plan(Plan(Operation.RECALIBRATE, skips=tuple(skips)), checkpoint, strict=strict)
 
 
 def counts_other_classes(evaluation: Evaluation, batches: Batches) -> bool:

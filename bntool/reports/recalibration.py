@@ -163,7 +163,7 @@ def _drift_table(drifts: tuple[LayerDrift, ...], effects: Effects | None) -> Tab
                 Cell(_in_sigmas(drift.worst_mean_shift), style),
                 Cell("x " + format_number(drift.variance_ratio), style),
                 Cell("x " + format_number(drift.variance_spread), style),
-                Cell("" if error is None else "± " + format_number(error, 2), Style.MUTED),
+                Cell("" if error is None else f"± {format_number(error, 2)} σ", Style.MUTED),
                 Cell("" if drift.layer not in alone else _in_percent(alone[drift.layer])),
                 Cell(f"{drift.channels:,}"),
                 Cell(f"{drift.positions:,}"),

@@ -321,6 +321,13 @@ def test_what_cannot_be_done(recalibrate, user_code, extra, expected, message):
     assert not path.exists()
 
 
+def test_a_selection_of_nothing_is_refused_before_data_is_read(recalibrate, user_code):
+    code, _, err, path = recalibrate("drifted.pt", "--layers", "nothing.*", data=user_code("raising"))
+    assert code == 4
+    assert "--layers matches none" in err
+    assert not path.exists()
+
+
 def test_a_model_that_does_not_fit_is_explained(recalibrate):
     code, _, err, _ = recalibrate(
         "drifted.pt", "--model-arg", "width=8", model=f"{SAMPLES / 'digits_net.py'}:DigitsNet"
