@@ -70,11 +70,11 @@ class Values:
     """New elements, in float64, to be rounded once to the dtype of the tensor.
 
     Attributes:
-        numbers: in C order.
+        numbers: in C order; packed where there are many, a quarter of the memory of a tuple.
         shape: of the tensor.
     """
 
-    numbers: tuple[float, ...]
+    numbers: Sequence[float]
     shape: tuple[int, ...]
 
 

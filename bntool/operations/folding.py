@@ -247,7 +247,7 @@ class _Folder:
             self.norms[layer] = kept
             self.rewritten.add(layer)
         else:
-            self.removed.add(layer)
+            self.remove(layer)
         first = absorbers[0].absorption
         direct = len(absorbers) == 1 and first.direct and np.all(first.channels >= 0)
         onto_norm = any(isinstance(target, Norm) for target in changed.values())
@@ -265,7 +265,7 @@ class _Folder:
             taken.check(self.state_dict)
             changed[consumer.name] = taken
         self.commit(changed)
-        self.removed.add(layer)
+        self.remove(layer)
         self.done[layer] = Fold(layer, _layers(consumers), Level.FORWARD, stays=False)
 
     def target(self, absorber: Absorber) -> Producer | Norm:
@@ -286,19 +286,25 @@ class _Folder:
             else:
                 self.producers[name] = target
 
+    def remove(self, layer: str) -> None:
+        """The layer is the identity by now, and what it did need not be kept."""
+        self.removed.add(layer)
+        self.norms[layer] = self.norms[layer].without_vectors()
+
     def steps(self) -> Iterator[Step]:
-        for producer in sorted(self.producers.values(), key=lambda producer: producer.node.index):
-            yield from producer.steps(self.graph, self.state_dict)
+        """Once: what is written down here is not kept twice."""
+        for name in sorted(self.producers, key=lambda name: self.producers[name].node.index):
+            yield from self.producers.pop(name).steps(self.graph, self.state_dict)
         for layer in self.graph.batchnorms:
             norm = self.norms.get(layer)
             if norm is None:
                 continue
             if layer in self.removed:
-                yield from self.remove(norm)
+                yield from self.removal_steps(norm)
             elif layer in self.rewritten:
                 yield from norm.steps(self.graph, self.state_dict)
 
-    def remove(self, norm: Norm) -> Iterator[Step]:
+    def removal_steps(self, norm: Norm) -> Iterator[Step]:
         names = [name for parameter in norm.names.values() for name in self.graph.names_of(parameter)]
         modules = dict.fromkeys(name.rpartition(".")[0] for name in names)
         names += [f"{module}.num_batches_tracked" if module else "num_batches_tracked" for module in modules]

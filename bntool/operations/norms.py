@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -58,6 +59,10 @@ class Norm:
         """The layer after its scale is gone."""
         return replace(self, scale=np.full_like(self.scale, self.unit))
 
+    def without_vectors(self) -> Norm:
+        """What is left to know of a layer that is gone."""
+        return replace(self, scale=np.zeros(0), shift=np.zeros(0))
+
     def absorb(self, absorption: Absorption, scale: Array, shift: Array) -> Norm:
         """After taking the scale and shift of a BatchNorm that follows."""
         mine = absorption.channels >= 0
@@ -96,7 +101,7 @@ class Norm:
         for role, values in self._tensors().items():
             shape = tuple(state_dict.tensor(self.names[role]).shape)
             for name in graph.names_of(self.names[role]):
-                yield SetTensor(name, Values(tuple(values.tolist()), shape))
+                yield SetTensor(name, Values(array("d", values.tobytes()), shape))
 
 
 def check_eps(eps: float | None) -> None:

@@ -6,6 +6,7 @@ import math
 from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import numpy as np
 
@@ -113,7 +114,7 @@ class Producer:
         return Scaled(
             source=self.weight_name,
             view=(*view, *trailing),
-            factors=array("d", factors.tobytes()),  # a quarter of the memory of a tuple
+            factors=array("d", factors.tobytes()),
             factor_shape=(*extent, *(1 for _ in trailing)),
         )
 
@@ -149,7 +150,7 @@ class Producer:
                 yield SetTensor(name, recipe)
         if self.bias is None:
             return
-        values = Values(tuple(self.bias.tolist()), self.bias.shape)
+        values = Values(array("d", self.bias.tobytes()), self.bias.shape)
         if self.had_bias:
             old = state_dict.tensor(self.bias_name)
             if list(read_numbers(old)) == list(values.numbers):
@@ -196,4 +197,12 @@ def read_producer(node: Node, state_dict: StateDict) -> Producer:
         if tensor.dtype not in FOLDABLE:
             raise Blocked(SkipReason.UNSUPPORTED_DTYPE, f"{bias_name} is {tensor.dtype}")
         bias = to_float64(read_bytes(tensor), tensor.dtype)
-    return Producer(node, shape, np.ones(outputs), np.ones(inputs), bias, bias is not None)
+    return Producer(node, shape, _ones(outputs), _ones(inputs), bias, bias is not None)
+
+
+@lru_cache
+def _ones(size: int) -> Array:
+    """What a producer is multiplied by before it takes anything: most take nothing on one side, and share these."""
+    ones = np.ones(size)
+    ones.flags.writeable = False
+    return ones
