@@ -16,7 +16,7 @@ _BATCH = 2  # one sample would hide mistakes about the batch axis
 # small ones first: they prove the same, faster
 _LENGTHS = (224, 1024, 64, 16000, 16)
 _SIZES = (64, 224, 32, 28, 8, 16, 128, 256, 299, 384, 512)
-_SIZES_3D = (32, 64, 112)
+_SIZES_3D = (32, 64, 112, 224)
 _FRAMES = (16, 8, 32)
 _TRIES = 40
 

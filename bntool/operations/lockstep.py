@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial, reduce
@@ -32,6 +33,7 @@ from bntool.operations.ranks import Ranks, find_ranks
 from bntool.operations.repeated_calls import Finish, RepeatedCalls
 
 _CHUNK = 128  # positions measured at a time in float32: the error is to be far below what is promised, 1e-6
+_PATIENCE = 30.0  # seconds; a forward that uses no CPU time for so long waits for another
 
 
 class AbandonedError(BaseException):
@@ -77,12 +79,24 @@ class Lane:
                     "the system gives no more threads, one for each batch; use larger batches"
                 ) from error
         self._go.release()
-        self._back.acquire()
+        self._wait_for_return()
         if self._error is not None:
             raise self._error
 
+    def _wait_for_return(self) -> None:
+        used = time.process_time()
+        while not self._back.acquire(timeout=_PATIENCE):
+            before, used = used, time.process_time()
+            if used - before < _PATIENCE / 100:
+                raise RefusedError(
+                    "the model waits for something that another batch holds, perhaps a lock in its forward; exact "
+                    "statistics need all batches on their way at once, use the method pooled"
+                )
+
     def stop_at(self, layer: str, moments: Moments) -> None:
         """Called by the run itself: hand the turn back and wait for the next."""
+        if self._abandoned:  # code of the model caught what ended it at an earlier layer
+            raise AbandonedError
         self.reached = (layer, moments)
         self._back.release()
         self._go.acquire()
@@ -90,11 +104,14 @@ class Lane:
             raise AbandonedError
 
     def abandon(self) -> None:
-        """End the run where it is, and wait until its thread has ended."""
+        """End the run where it is."""
         self._abandoned = True
+        self._go.release()
+
+    def join(self) -> None:
+        """Wait until the thread of an abandoned run has ended."""
         if self._thread.ident:
-            self._go.release()
-            self._thread.join()
+            self._thread.join(timeout=_PATIENCE)
 
 
 def measure_exact(run: Run, batches: Iterable[Batch], finish: Finish, *, channels_last: bool) -> Measurement:
@@ -222,6 +239,8 @@ class _Sweep:
         finally:
             for lane in lanes.values():
                 lane.abandon()
+            for lane in lanes.values():  # one may wait for what another lets go
+                lane.join()
 
     def _advance(self, position: int, lane: Lane, batch: Batch) -> Stop:
         self._current = lane

@@ -130,6 +130,10 @@ def test_names_are_without_wrappers() -> None:
         (nn.Sequential(nn.Linear(7, 4), nn.BatchNorm1d(4)), (2, 7)),
         (nn.Sequential(nn.Conv1d(5, 4, 3), nn.BatchNorm1d(4)), (2, 5, 224)),
         (nn.Sequential(nn.Conv3d(1, 2, 3), nn.BatchNorm3d(2)), (2, 1, 16, 32, 32)),
+        (  # video networks that end in a pool of their own size, as S3D does
+            nn.Sequential(nn.Conv3d(3, 2, 3, (8, 32, 32), 1), nn.BatchNorm3d(2), nn.AvgPool3d((2, 7, 7))),
+            (2, 3, 16, 224, 224),
+        ),
     ],
 )
 def test_inputs_are_guessed(model: nn.Module, shape: tuple[int, ...]) -> None:

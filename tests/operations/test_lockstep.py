@@ -15,6 +15,7 @@ from bntool.checkpoints.formats import open_checkpoint
 from bntool.errors import RefusedError, UserCodeError
 from bntool.layers.loading import load_state
 from bntool.models.loading import load_model
+from bntool.operations import lockstep
 from bntool.operations.recalibration import recalibrate
 
 torch.set_num_threads(1)
@@ -271,6 +272,55 @@ def test_code_that_swallows_exceptions_cannot_keep_a_lane_alive():
     with pytest.raises(UserCodeError, match="broken"):
         recalibrate(nn.Sequential(Swallowing(1), Raising(), nn.BatchNorm1d(2)), batches, method="exact")
     assert threading.active_count() == threads
+
+
+class Locked(nn.Module):
+    """Lets one forward at a time through a layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.lock = threading.Lock()
+        self.norm = nn.BatchNorm2d(3)
+
+    def forward(self, x):
+        with self.lock:
+            return self.norm(x)
+
+
+def test_a_forward_that_waits_for_another_is_refused(monkeypatch):
+    monkeypatch.setattr(lockstep, "_PATIENCE", 0.5)
+    model, batches = Locked(), [torch.randn(4, 3, 5, 5) for _ in range(3)]
+    with pytest.raises(RefusedError, match="lock"):
+        recalibrate(model, batches, method="exact")
+    assert not [thread for thread in threading.enumerate() if thread.name == "bntool-lane"]
+    assert not model.lock.locked()
+    recalibrate(model, batches)
+
+
+class SecondChance(nn.Module):
+    """Falls back on another layer where one raises, whatever it raises; later batches raise in earnest."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.third = (nn.BatchNorm2d(3) for _ in range(3))
+
+    def forward(self, x):
+        x = self.first(x)
+        try:
+            x = self.second(x)
+        except:  # noqa: E722 as model code has it
+            x = self.third(x)
+        if x.max() > 3:
+            raise ValueError("boom")
+        return x
+
+
+def test_a_lane_that_falls_back_on_another_layer_is_ended_all_the_same():
+    batches = [torch.randn(8, 3, 6, 6) for _ in range(3)]
+    batches[0][5] = 1000
+    with pytest.raises(UserCodeError, match="boom"):
+        recalibrate(SecondChance(), batches, method="exact")
+    assert not [thread for thread in threading.enumerate() if thread.name == "bntool-lane"]
 
 
 def test_autocast_holds_in_the_lanes_too():
