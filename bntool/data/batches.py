@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
+from torch.utils._pytree import tree_map
 
 from bntool.data.preprocessing import Preprocessing
 from bntool.errors import UsageError
+from bntool.models.user_code import running_user_code
 
 _LABEL_KEYS = ("labels", "label", "y", "targets", "target")
 _NAMED = 3  # samples that a message names
@@ -123,12 +125,25 @@ def as_batches(batches: Iterable[Any], *, description: str = "the batches given"
 
     def read() -> Iterator[Batch]:
         position = 0
-        for item in batches:
+        for item in _read_user_data(batches, description):
             batch = item if isinstance(item, Batch) else split_batch(item, source=description, position=position)
             position += batch.samples
-            yield batch
+            if batch.samples:
+                yield batch
 
     return Batches(read, description)
+
+
+def _read_user_data(batches: Iterable[Any], description: str) -> Iterator[Any]:
+    end = object()
+    with running_user_code(f"reading {description}"):
+        iterator = iter(batches)
+    while True:
+        with running_user_code(f"reading {description}"):
+            item = next(iterator, end)
+        if item is end:
+            return
+        yield item
 
 
 def split_batch(item: Any, *, source: str, position: int) -> Batch:
@@ -241,6 +256,12 @@ def find_placement(model: torch.nn.Module) -> tuple[torch.device | None, torch.d
         if tensor.is_floating_point():
             return tensor.device, tensor.dtype
     return None, None
+
+
+def copy_batch(batch: Batch) -> Batch:
+    """The batch with tensors of its own."""
+    inputs = tree_map(lambda leaf: leaf.clone() if isinstance(leaf, torch.Tensor) else leaf, batch.inputs)
+    return replace(batch, inputs=inputs)
 
 
 def cut_batch(batch: Batch, samples: int) -> Batch:

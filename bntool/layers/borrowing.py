@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -13,9 +13,14 @@ from bntool.layers.modules import walk_modules
 
 
 class Borrowed:
-    """What may be changed in a borrowed model beside modes, requires_grad and buffers, which are always given back."""
+    """What may be changed in a borrowed model beside what :func:`borrow` always gives back.
 
-    def __init__(self) -> None:
+    Args:
+        contents: of its modules.
+    """
+
+    def __init__(self, contents: Sequence[_Contents]) -> None:
+        self._contents = contents
         self._undo = contextlib.ExitStack()
 
     def add_forward_hook(self, module: torch.nn.Module, hook: Callable[..., Any], **options: Any) -> None:
@@ -34,55 +39,101 @@ class Borrowed:
             self._undo.callback(delattr, module, name)
         setattr(module, name, value)
 
+    def reset(self) -> None:
+        """Give back now what code of the model left on its modules; elements of buffers stay."""
+        for contents in self._contents:
+            contents.give_back()
+
     def give_back(self) -> None:
-        """Undo what was changed through this object."""
+        """Undo what was changed through this object, and what code of the model left on its modules."""
         self._undo.close()
+        self.reset()
 
 
 @contextlib.contextmanager
 def borrow(model: torch.nn.Module) -> Iterator[Borrowed]:
     """A context in which a model may be run and changed, and after which it is exactly as it was.
 
-    Given back are ``training`` of each module, ``requires_grad`` of each parameter, every buffer (object and
-    elements), hooks and attributes set through the :class:`Borrowed`, and the state of torch's random generators on
-    the CPU and, where CUDA is in use, on its devices. Parameters are not copied: do not change their elements.
+    Given back are the plain attributes of each module, ``training`` among them, its parameters (the objects and
+    ``requires_grad``), every buffer (object and elements), hooks and attributes set through the :class:`Borrowed`, and
+    the state of torch's random generators on the CPU and, where CUDA is in use, on its devices. Elements of parameters
+    are copied only below modules with a train() or eval() of their own, which may merge weights: do not change others.
     """
     modules = {id(module): module for _, module in walk_modules(model)}.values()
-    modes = [(module, module.training) for module in modules]
-    gradients = [(p, p.requires_grad) for module in modules for p in module._parameters.values() if p is not None]
-    buffers = [
-        (module, name, buffer, buffer.detach().clone() if buffer is not None and _has_elements(buffer) else None)
-        for module in modules
-        for name, buffer in module._buffers.items()
-    ]
+    contents = [_Contents(module) for module in modules]
+    buffers = [_Elements(buffer) for module in modules for buffer in module._buffers.values() if buffer is not None]
+    switched = [_Elements(parameter) for parameter in _find_switched(modules)]
     random_state = torch.get_rng_state()
     cuda_states = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None  # type: ignore[no-untyped-call]
-    borrowed = Borrowed()
+    borrowed = Borrowed(contents)
     try:
         yield borrowed
     finally:
         borrowed.give_back()
-        for module, training in modes:
-            module.training = training
-        for parameter, requires_grad in gradients:
-            if parameter.requires_grad != requires_grad:
-                parameter.requires_grad_(requires_grad)
-        for module, name, buffer, elements in buffers:
-            _restore_buffer(module, name, buffer, elements)
+        for elements in (*buffers, *switched):
+            elements.give_back()
         torch.set_rng_state(random_state)
         if cuda_states is not None:
             torch.cuda.set_rng_state_all(cuda_states)
 
 
-def _has_elements(buffer: torch.Tensor) -> bool:
-    return not is_lazy(buffer) and not buffer.is_meta
+class _Contents:
+    """What one module holds, as objects."""
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        self._module = module
+        self._attributes = _plain_attributes(module)
+        self._parameters = dict(module._parameters)
+        self._buffers = dict(module._buffers)
+        self._gradients = [(p, p.requires_grad) for p in module._parameters.values() if p is not None]
+
+    def give_back(self) -> None:
+        module = self._module
+        for name in _plain_attributes(module).keys() - self._attributes.keys():
+            delattr(module, name)
+        vars(module).update(self._attributes)
+        # functional_call swaps tensors while it runs, and is not to leave others behind where it was interrupted
+        for now, before in ((module._parameters, self._parameters), (module._buffers, self._buffers)):
+            for name, tensor in before.items():
+                if now.get(name) is not tensor:
+                    now[name] = tensor  # type: ignore[assignment]
+        for parameter, requires_grad in self._gradients:
+            if parameter.requires_grad != requires_grad:
+                parameter.requires_grad_(requires_grad)
 
 
-def _restore_buffer(
-    module: torch.nn.Module, name: str, buffer: torch.Tensor | None, elements: torch.Tensor | None
-) -> None:
-    if module._buffers.get(name) is not buffer:
-        module._buffers[name] = buffer
-    if buffer is not None and elements is not None and not torch.equal(buffer, elements):
-        with torch.no_grad():
-            buffer.copy_(elements)
+class _Elements:
+    """The elements of one tensor, where it has any."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self._tensor = tensor
+        self._copy = None if is_lazy(tensor) or tensor.is_meta else tensor.detach().clone()
+
+    def give_back(self) -> None:
+        if self._copy is not None and not torch.equal(self._tensor, self._copy):
+            with torch.no_grad():
+                self._tensor.copy_(self._copy)
+
+
+def is_switching(module: torch.nn.Module) -> bool:
+    """Whether the class of a module does something of its own when its mode changes."""
+    kind = type(module)
+    return kind.train is not torch.nn.Module.train or kind.eval is not torch.nn.Module.eval
+
+
+def _find_switched(modules: Iterable[torch.nn.Module]) -> list[torch.nn.Parameter]:
+    """The parameters that a change of modes may change: those below modules that do something of their own then."""
+    found = {
+        id(parameter): parameter
+        for module in modules
+        if is_switching(module)
+        for _, below in walk_modules(module)
+        for parameter in below._parameters.values()
+        if parameter is not None
+    }
+    return list(found.values())
+
+
+def _plain_attributes(module: torch.nn.Module) -> dict[str, Any]:
+    """What user code keeps on a module: neither tensors that are registered nor what torch itself keeps there."""
+    return {name: value for name, value in vars(module).items() if not name.startswith("_")}

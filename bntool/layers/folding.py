@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -13,7 +14,7 @@ from bntool.checkpoints.formats import open_checkpoint
 from bntool.errors import UsageError
 from bntool.layers.application import change_structure
 from bntool.layers.loading import load_state
-from bntool.layers.modules import find_wrapper_prefix
+from bntool.layers.modules import find_wrapper_prefix, walk_modules
 from bntool.layers.structure import structure_of
 from bntool.plan import AddTensor, Operation, RemoveModule, Step, Values
 
@@ -39,7 +40,7 @@ def load_folded(model: Model, path: str | os.PathLike[str], *, state_dict: str |
         FileError: the file cannot be read.
         RefusedError: the keys do not fit the model.
     """
-    with open_checkpoint(path) as checkpoint:
+    with open_checkpoint(path) as checkpoint, _undone_on_error(model):
         chosen = choose_state_dict(checkpoint, state_dict)
         if checkpoint.format.can_record(checkpoint, chosen):
             for record in _find_records(checkpoint, chosen):
@@ -48,6 +49,23 @@ def load_folded(model: Model, path: str | os.PathLike[str], *, state_dict: str |
             change_structure(model, compare_structure(model, chosen))
         load_state(model, chosen)
     return model
+
+
+@contextlib.contextmanager
+def _undone_on_error(model: torch.nn.Module) -> Iterator[None]:
+    """What is refused leaves a model with the modules and parameters that it had."""
+    tables = [
+        (table, dict(table))
+        for _, module in walk_modules(model)
+        for table in (module._modules, module._parameters, module._buffers)
+    ]
+    try:
+        yield
+    except BaseException:
+        for table, before in tables:
+            table.clear()
+            table.update(before)  # type: ignore[arg-type]
+        raise
 
 
 def _find_records(checkpoint: Checkpoint, chosen: StateDict) -> list[Mapping[str, Any]]:

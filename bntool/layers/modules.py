@@ -65,7 +65,8 @@ def find_names(model: torch.nn.Module) -> dict[torch.nn.Module, tuple[str, ...]]
 def is_batchnorm(module: torch.nn.Module) -> bool:
     """Whether a module normalises as BatchNorm does, by its class and its tensors."""
     name = _class_name(module)
-    if isinstance(module, _InstanceNorm) or any(part in name for part in _FOREIGN_NAMES):
+    # what is compiled has no hooks, and nothing of it can be replaced
+    if isinstance(module, torch.jit.ScriptModule | _InstanceNorm) or any(part in name for part in _FOREIGN_NAMES):
         return False
     if any(tensor in module._buffers or tensor in module._parameters for tensor in _FOREIGN_TENSORS):
         return False

@@ -12,11 +12,10 @@ import numpy as np
 from bntool.batchnorm import NormKind
 from bntool.checkpoints.checkpoint import StateDict
 from bntool.checkpoints.norms import find_norms
-from bntool.errors import UsageError
 from bntool.graphs.graph import Evidence, ModelGraph, Node, NodeKind, Owner
 from bntool.layers.selection import selects
 from bntool.operations.absorption import Absorber, Blocked, find_consumers, find_producers, is_parallel_branch
-from bntool.operations.norms import Norm, check_eps, read_norm
+from bntool.operations.norms import Norm, check_eps, choose_eps, read_norm
 from bntool.operations.producers import Producer, read_producer
 from bntool.plan import Operation, Plan, RemoveModule, RemoveTensor, Skip, SkipReason, Step
 
@@ -153,7 +152,7 @@ class _Folder:
                 self.skip(layer, SkipReason.DATA_DEPENDENT, detail)
                 continue
             try:
-                self.norms[layer] = read_norm(calls, self.graph, self.state_dict, eps=self.choose_eps(calls[0]))
+                self.norms[layer] = read_norm(calls, self.graph, self.state_dict, eps=choose_eps(calls[0], self.eps))
             except Blocked as blocked:
                 self.skip(layer, blocked.reason, blocked.detail)
             else:
@@ -180,20 +179,6 @@ class _Folder:
     def all_names(self, node: Node) -> Iterator[str]:
         for name in node.parameters.values():
             yield from self.graph.names_of(name)
-
-    def choose_eps(self, node: Node) -> float:
-        if node.eps is None and self.eps is None:
-            raise UsageError(
-                "eps is not known: no state dict holds it. PyTorch's default is 1e-5, many TensorFlow-born and "
-                "detection models use 1e-3; give --eps, or --model",
-                tensor=node.layer,
-            )
-        if node.eps is not None and self.eps is not None and node.eps != self.eps:
-            raise UsageError(
-                f"--eps {self.eps:g} contradicts the model or record, which says {node.eps:g}",
-                tensor=node.layer,
-            )
-        return float(node.eps if node.eps is not None else self.eps)  # type: ignore[arg-type]
 
     def try_fold(self, layer: str) -> None:
         norm = self.norms[layer]

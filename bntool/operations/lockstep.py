@@ -3,26 +3,29 @@
 from __future__ import annotations
 
 import contextlib
-import threading
-import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial, reduce
 from typing import Any
 
 import torch
 
-from bntool.data.batches import Batch, LeftOut, find_placement
+from bntool.batchnorm import DEFAULT_EPS
+from bntool.data.batches import Batch, LeftOut, copy_batch
 from bntool.errors import RefusedError
 from bntool.layers.borrowing import borrow
 from bntool.models.user_code import running_user_code
+from bntool.operations.lanes import Lane, copy_context
 from bntool.operations.moments import Moments, measure
 from bntool.operations.passes import (
     Measurement,
     NotFiniteError,
     Run,
     Tally,
+    TooFewValuesError,
     accept,
+    check_buffers,
     check_moments,
     describe_bad,
     get_input,
@@ -33,85 +36,7 @@ from bntool.operations.ranks import Ranks, find_ranks
 from bntool.operations.repeated_calls import Finish, RepeatedCalls
 
 _CHUNK = 128  # positions measured at a time in float32: the error is to be far below what is promised, 1e-6
-_PATIENCE = 30.0  # seconds; a forward that uses no CPU time for so long waits for another
-
-
-class AbandonedError(BaseException):
-    """Raised inside the model's forward of a batch that is not to go on."""
-
-
-class Lane:
-    """One batch on its way through the model, in a thread of its own that runs only while it is its turn.
-
-    The thread is what lets a forward stop in the middle of any model's code and go on later.
-    """
-
-    def __init__(self, run: Callable[[], None]) -> None:
-        self.reached: tuple[str, Moments] | None = None
-        self._run = run
-        self._go = threading.Semaphore(0)
-        self._back = threading.Semaphore(0)
-        self._error: BaseException | None = None
-        self._abandoned = False
-        self._thread = threading.Thread(target=self._main, daemon=True, name="bntool-lane")
-
-    def _main(self) -> None:
-        self._go.acquire()
-        try:
-            if not self._abandoned:
-                self._run()
-        except BaseException as error:  # noqa: BLE001 handed to the thread that waits for it
-            self._error = error
-        self._back.release()
-
-    def advance(self) -> None:
-        """Let it run to the next layer, or to the end: then ``reached`` is None.
-
-        Raises:
-            whatever the run raised.
-        """
-        self.reached = None
-        if not self._thread.ident:
-            try:
-                self._thread.start()
-            except RuntimeError as error:
-                raise RefusedError(
-                    "the system gives no more threads, one for each batch; use larger batches"
-                ) from error
-        self._go.release()
-        self._wait_for_return()
-        if self._error is not None:
-            raise self._error
-
-    def _wait_for_return(self) -> None:
-        used = time.process_time()
-        while not self._back.acquire(timeout=_PATIENCE):
-            before, used = used, time.process_time()
-            if used - before < _PATIENCE / 100:
-                raise RefusedError(
-                    "the model waits for something that another batch holds, perhaps a lock in its forward; exact "
-                    "statistics need all batches on their way at once, use the method pooled"
-                )
-
-    def stop_at(self, layer: str, moments: Moments) -> None:
-        """Called by the run itself: hand the turn back and wait for the next."""
-        if self._abandoned:  # code of the model caught what ended it at an earlier layer
-            raise AbandonedError
-        self.reached = (layer, moments)
-        self._back.release()
-        self._go.acquire()
-        if self._abandoned:
-            raise AbandonedError
-
-    def abandon(self) -> None:
-        """End the run where it is."""
-        self._abandoned = True
-        self._go.release()
-
-    def join(self) -> None:
-        """Wait until the thread of an abandoned run has ended."""
-        if self._thread.ident:
-            self._thread.join(timeout=_PATIENCE)
+_AGREEMENT = 1e-3  # of means in sigmas and of variances: float32 kernels for other layouts differ by far less
 
 
 def measure_exact(run: Run, batches: Iterable[Batch], finish: Finish, *, channels_last: bool) -> Measurement:
@@ -144,11 +69,16 @@ def measure_exact(run: Run, batches: Iterable[Batch], finish: Finish, *, channel
         counts = ranks.share(partial(_count, good.values()))
         result.batches, result.samples = (sum(column) for column in zip(*counts, strict=True))
         sweep = _Sweep(run, finish, ranks, samples=result.samples, channels_last=channels_last)
+        leader = next((rank for rank, (count, _) in enumerate(counts) if count), 0)
+        if ranks.rank == leader:
+            sweep.watch(good)
         try:
             with borrow(run.model) as borrowed:
                 for name, layer in run.layers.items():
                     borrowed.add_forward_pre_hook(layer, sweep.make_hook(name), with_kwargs=True)
                 result.tallies = sweep.repeat(good)
+                borrowed.reset()
+                sweep.check_alone()
         except BadBatchesError as error:
             # what these batches gave to earlier layers is in their statistics: begin again without them
             result.left_out += [accept(left_out, run.on_bad_data) for left_out in error.bad.values()]
@@ -194,13 +124,22 @@ class _Sweep:
         self._samples = samples
         self._channels_last = channels_last
         self._current: Lane | None = None
+        self._watched: tuple[int, Batch] | None = None
+        self._seen: list[tuple[str, Moments]] = []
+        self._alone: list[tuple[str, Moments]] | None = None
         self._calls = RepeatedCalls(lambda name, tally: finish(name, tally, samples), run.layers)
 
     def make_hook(self, name: str) -> Callable[..., None]:
+        own = self._run.layers[name]._buffers["running_mean"]
+
         def observe(module: torch.nn.Module, args: Any, kwargs: Any) -> None:
+            check_buffers(module, name, own)
             values = get_input(args, kwargs, module)
             moments = measure(values, chunk=_CHUNK)
             check_moments(moments, name, values, least=1)
+            if self._alone is not None:
+                self._alone.append((name, moments))
+                return
             assert self._current is not None
             self._current.stop_at(name, moments)
 
@@ -221,8 +160,45 @@ class _Sweep:
                 self._calls.give_up()
         return self._calls.tallies
 
+    def watch(self, batches: Mapping[int, Batch]) -> None:
+        """Choose the batch that is to be run alone, too: a small one, but for the last, which sees what it left."""
+        positions = list(batches)[:-1] or list(batches)
+        if positions:
+            position = min(positions, key=lambda position: batches[position].samples)
+            self._watched = position, copy_batch(batches[position])
+
+    def check_alone(self) -> None:
+        """Run the watched batch by itself: each layer must see what it saw when all were on their way together.
+
+        A model that keeps something of one batch for the next, swaps its weights while it runs, is bound to its thread
+        or draws random numbers, gives other values then, and no statistics are exact.
+
+        Raises:
+            RefusedError: a layer saw something else.
+        """
+        self._ranks.share(self._check_alone)
+
+    def _check_alone(self) -> None:
+        if self._watched is None:
+            return
+        _, batch = self._watched
+        alone: list[tuple[str, Moments]] = []
+        self._alone = alone
+        with running_user_code(f"running the model on {batch.description}"):
+            batch.run(self._run.model)
+        for (name, together), (other, moments) in itertools.zip_longest(self._seen, alone, fillvalue=("", None)):
+            layer = self._run.layers.get(name or other)
+            if name != other or not _agree(together, moments, eps=float(getattr(layer, "eps", DEFAULT_EPS))):
+                raise RefusedError(
+                    f"run by itself {batch.description} gives this layer other values than together with the other "
+                    "batches: the model keeps something of one batch for another, is random, or is bound to its "
+                    "thread; use the method pooled",
+                    tensor=name or other,
+                )
+
     def _run_once(self, batches: Mapping[int, Batch]) -> None:
-        context = _copy_context(self._run.model)
+        self._seen.clear()
+        context = copy_context(self._run.model)
         lanes = {position: Lane(self._make_run(batch, context)) for position, batch in batches.items()}
         try:
             while True:
@@ -248,7 +224,11 @@ class _Sweep:
             lane.advance()
         except NotFiniteError as error:
             return Stop(position, batch.description, error.layer, None, describe_bad(batch, error))
+        except TooFewValuesError as error:
+            raise RefusedError(f"{batch.description} gives this layer no values", tensor=error.layer) from None
         layer, moments = lane.reached or (None, None)
+        if self._watched is not None and position == self._watched[0] and layer is not None and moments is not None:
+            self._seen.append((layer, moments))
         return Stop(position, batch.description, layer, moments)
 
     def _finish_layer(self, stops: Sequence[Stop]) -> None:
@@ -278,20 +258,10 @@ class _Sweep:
         return run
 
 
-def _copy_context(model: torch.nn.Module) -> Callable[[], contextlib.AbstractContextManager[None]]:
-    """What is set for this thread only and must hold in the lanes too: no gradients, autocast, the CUDA device."""
-    device, _ = find_placement(model)
-    kind = device.type if device is not None else "cpu"
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-
-    @contextlib.contextmanager
-    def context() -> Iterator[None]:
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(torch.no_grad())
-            if dtype is not None:
-                stack.enter_context(torch.autocast(kind, dtype=dtype))
-            if device is not None and kind == "cuda":
-                stack.enter_context(torch.cuda.device(device))
-            yield
-
-    return context
+def _agree(one: Moments | None, other: Moments | None, *, eps: float) -> bool:
+    if one is None or other is None or one.count != other.count:
+        return False
+    spread = one.biased_variance + eps
+    shift = (one.mean - other.mean).abs() / spread.sqrt()
+    change = (one.biased_variance - other.biased_variance).abs() / spread
+    return bool((shift <= _AGREEMENT).all() and (change <= _AGREEMENT).all())

@@ -114,6 +114,26 @@ def check_eps(eps: float | None) -> None:
         raise UsageError(f"--eps {eps:g} is no finite number of at least 0")
 
 
+def choose_eps(node: Node, eps: float | None) -> float:
+    """The eps of a BatchNorm: its own, or the one given.
+
+    Raises:
+        UsageError: there is none, or they contradict each other.
+    """
+    if node.eps is None and eps is None:
+        raise UsageError(
+            "eps is not known: no state dict holds it. PyTorch's default is 1e-5, many TensorFlow-born and "
+            "detection models use 1e-3; give --eps, or --model",
+            tensor=node.layer,
+        )
+    if node.eps is not None and eps is not None and node.eps != eps:
+        raise UsageError(
+            f"--eps {eps:g} contradicts the model or record, which says {node.eps:g}",
+            tensor=node.layer,
+        )
+    return float(node.eps if node.eps is not None else eps)  # type: ignore[arg-type]
+
+
 def read_norm(calls: Sequence[Node], graph: ModelGraph, state_dict: StateDict, *, eps: float) -> Norm:
     """A BatchNorm as the state dict holds it.
 

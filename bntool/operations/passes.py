@@ -200,7 +200,12 @@ def _hook_layers(run: Run) -> list[tuple[str, Moments]]:
             # half precision cannot hold the statistics of a batch well enough: let the kernel take its own
             layer.training = True
 
-        def observe(module: torch.nn.Module, args: Any, kwargs: Any, name: str = name) -> None:
+        own = layer._buffers["running_mean"]
+
+        def observe(
+            module: torch.nn.Module, args: Any, kwargs: Any, name: str = name, own: torch.Tensor | None = own
+        ) -> None:
+            check_buffers(module, name, own)
             values = get_input(args, kwargs, module)
             moments = measure(values)
             check_moments(moments, name, values)
@@ -285,6 +290,19 @@ def get_input(args: Sequence[Any], kwargs: Mapping[str, Any], module: torch.nn.M
         return values
     # a wrapper that takes (N, L, C) and transposes inside
     return values.movedim(-1, 1) if values.shape[-1] == channels else values
+
+
+def check_buffers(module: torch.nn.Module, layer: str, own: torch.Tensor | None) -> None:
+    """Refuse a layer that runs with other buffers than its own, which are not ours to write to.
+
+    Raises:
+        RefusedError
+    """
+    if module._buffers.get("running_mean") is not own and not getattr(module, "_is_replica", False):
+        raise RefusedError(
+            "while it runs this layer has other statistics than its own, as torch.func.functional_call gives them",
+            tensor=layer,
+        )
 
 
 def set_statistics(module: torch.nn.Module, *, mean: torch.Tensor, variance: torch.Tensor) -> None:

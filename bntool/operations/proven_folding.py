@@ -20,6 +20,8 @@ from bntool.graphs.inputs import find_input
 from bntool.graphs.traced import trace
 from bntool.layers.application import apply_plan, read_state
 from bntool.layers.modules import find_batchnorm_modules, find_wrapper_prefix
+from bntool.models.exported import check_has_layers
+from bntool.operations.choices import choose
 from bntool.operations.costs import Cost, count_cost
 from bntool.operations.folding import FoldPlan, Layout, plan_fold
 from bntool.operations.layer_agreement import find_points
@@ -50,7 +52,7 @@ def fold(
     example_inputs: Any = None,
     *,
     layers: Sequence[str] = (),
-    layout: Layout = Layout.FOLDED,
+    layout: Layout | str = Layout.FOLDED,
     tolerance: float = TOLERANCE,
 ) -> FoldResult:
     """A copy of a model with every BatchNorm folded whose fold is exact, its outputs held against the original's.
@@ -63,10 +65,13 @@ def fold(
         tolerance: see :func:`~bntool.operations.verification.verify`.
 
     Raises:
-        UsageError: no usual input runs, and none was given.
+        UsageError: no usual input runs, and none was given; or there is no such layout.
+        RefusedError: it is a compiled or exported program.
         UserCodeError: the model raised.
         VerificationError: the outputs disagree, or cannot prove anything.
     """
+    layout = choose(Layout, layout, option="layout")
+    check_has_layers(model, "the model")
     inputs = find_input(model) if example_inputs is None else example_inputs
     graph, state = trace(model, inputs), read_state(model)
     plan = plan_fold(state, graph, layers=layers, layout=layout)

@@ -13,8 +13,12 @@ import torch
 import torch.distributed as dist
 
 from bntool.errors import BntoolError, RefusedError
+from bntool.layers.borrowing import Borrowed
+from bntool.layers.modules import walk_modules
+from bntool.operations.methods import Method
 
 Result = TypeVar("Result")
+_SHARDING = ("FullyShardedDataParallel", "FSDPModule")
 _FRAME = 1 << 17  # bytes: moments of 1,024 channels for seven batches
 _SIZE = 8
 
@@ -118,3 +122,20 @@ def join_job() -> Iterator[Ranks]:
             dist.barrier()
     finally:
         dist.destroy_process_group()
+
+
+def part_from_ranks(model: torch.nn.Module, borrowed: Borrowed, *, method: Method) -> None:
+    """Let no forward wait for other ranks: not all have as many batches, and lanes stop on their way.
+
+    Raises:
+        RefusedError: it cannot be kept from that.
+    """
+    for name, module in walk_modules(model):
+        if isinstance(module, torch.nn.parallel.DistributedDataParallel):
+            borrowed.set_attribute(module, "require_forward_param_sync", False)
+        elif method is Method.EXACT and any(kind.__name__ in _SHARDING for kind in type(module).__mro__):
+            raise RefusedError(
+                "its parameters are sharded: each forward gathers them from the other ranks, which exact statistics "
+                "would interrupt; use the method pooled with equally many batches on each rank",
+                tensor=name or None,
+            )

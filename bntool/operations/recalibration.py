@@ -14,14 +14,16 @@ from bntool.batchnorm import DEFAULT_EPS, STATISTICS
 from bntool.data.batches import Batches, LeftOut, as_batches, find_placement
 from bntool.data.policies import OnBadData
 from bntool.errors import RefusedError, UsageError
-from bntool.layers.borrowing import borrow
+from bntool.layers.borrowing import borrow, is_switching
 from bntool.layers.modules import find_batchnorm_modules, find_names, find_wrapper_prefix, walk_modules
+from bntool.models.user_code import running_user_code
 from bntool.operations.calibrated_layers import choose_layers
+from bntool.operations.choices import choose
 from bntool.operations.drift import LayerDrift, measure_drift
 from bntool.operations.lockstep import measure_exact
 from bntool.operations.methods import Method, Precision
 from bntool.operations.passes import Measurement, OnProgress, Run, Tally, measure_pooled, set_statistics
-from bntool.operations.ranks import find_ranks
+from bntool.operations.ranks import find_ranks, part_from_ranks
 from bntool.operations.repeated_calls import NotSettledError
 from bntool.operations.rounding import check_holds
 from bntool.operations.trial import read_what_fits
@@ -120,10 +122,14 @@ def plan_recalibration(  # noqa: PLR0913 each is an option of the command
     prefix = find_wrapper_prefix(model)
     with borrow(model) as borrowed, torch.no_grad():
         chosen, skips = choose_layers(model, layers, prefix=prefix)
+        if any(is_switching(module) for _, module in walk_modules(model)):
+            with running_user_code("eval() of the model"):
+                model.eval()
         for _, module in walk_modules(model):
             module.training = False
         blend = _Blend({name: _copy_statistics(module) for name, module in chosen.items()}, method=method, prior=prior)
-        run = Run(_find_replica(model), borrowed, chosen, on_bad_data=on_bad_data, on_progress=on_progress)
+        part_from_ranks(model, borrowed, method=method)
+        run = Run(model, borrowed, chosen, on_bad_data=on_bad_data, on_progress=on_progress)
         memory: int | None = None
         reused: dict[str, int] = {}
         if method is Method.EXACT:
@@ -197,15 +203,17 @@ def recalibrate(  # noqa: PLR0913 as plan_recalibration
         model,
         batches,
         layers=layers,
-        method=Method(method),
+        method=choose(Method, method, option="method"),
         prior=prior,
-        on_bad_data=OnBadData(on_bad_data),
+        on_bad_data=choose(OnBadData, on_bad_data, option="on_bad_data"),
         on_progress=on_progress,
         fit_memory=fit_memory,
-        precision=Precision(precision),
+        precision=choose(Precision, precision, option="precision"),
     )
     if not result.statistics:
-        reasons = ", ".join(sorted({skip.reason.value for skip in result.plan.skips})) or "the model has none"
+        reasons = (
+            ", ".join(sorted({skip.reason.value for skip in result.plan.skips})) or "none of the model's is selected"
+        )
         raise RefusedError(f"no BatchNorm layer could be recalibrated: {reasons}")
     check_live_statistics(model, result)
     set_live_statistics(model, result)
@@ -229,15 +237,23 @@ def _measure_exact(
     """What was measured, the memory forecast for that, and layers called more than once that are left alone."""
     read, trial = read_what_fits(run, batches, find_ranks(), cut=fit_memory)
     reused: dict[str, int] = {}
+    few: dict[str, Tally] = {}  # one value for each channel: they keep their statistics, and what follows sees those
     if trial is None:
         return Measurement(), None, reused
     memory = trial.forecast.need(sum(b.samples for b in read), max((b.samples for b in read), default=0))
     while True:
-        others = replace(run, layers={name: layer for name, layer in run.layers.items() if name not in reused})
+        left_alone = reused.keys() | few.keys()
+        others = replace(run, layers={name: layer for name, layer in run.layers.items() if name not in left_alone})
         try:
-            return measure_exact(others, read, blend, channels_last=trial.channels_last), memory, reused
+            measurement = measure_exact(others, read, blend, channels_last=trial.channels_last)
         except NotSettledError as error:
             reused.update(error.calls)
+            continue
+        new = {name: tally for name, tally in measurement.tallies.items() if tally.pooled.count < 2}
+        few.update(new)
+        if not new:
+            measurement.tallies.update(few)
+            return measurement, memory, reused
 
 
 def set_live_statistics(model: torch.nn.Module, recalibration: Recalibration) -> None:
@@ -271,11 +287,6 @@ class _Blend:
         if not (torch.isfinite(old_mean).all() and torch.isfinite(old_variance).all()):
             raise RefusedError("the stored statistics are not finite: they cannot serve as a prior", tensor=name)
         return share * old_mean + (1 - share) * mean, share * old_variance + (1 - share) * variance
-
-
-def _find_replica(model: torch.nn.Module) -> torch.nn.Module:
-    """The model inside DistributedDataParallel, whose own forward waits for the other ranks: not all have batches."""
-    return model.module if isinstance(model, torch.nn.parallel.DistributedDataParallel) else model
 
 
 def _compute_in(precision: Precision, model: torch.nn.Module) -> contextlib.AbstractContextManager[Any]:

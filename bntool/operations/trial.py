@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from bntool.data.batches import Batch, Batches, cut_batch, find_placement, find_tensors
+from bntool.data.batches import Batch, Batches, copy_batch, cut_batch, find_placement, find_tensors
 from bntool.errors import RefusedError, UserCodeError
 from bntool.layers.borrowing import borrow
 from bntool.models.user_code import running_user_code
@@ -39,13 +39,15 @@ def try_out(run: Run, batch: Batch) -> Trial:
         UserCodeError: the model raised.
     """
     few = cut_batch(batch, _SAMPLES)
-    if is_faster_channels_last(run.model):
-        with contextlib.suppress(UserCodeError):  # it is to raise without channels last, too
-            return _try_out(run, few, channels_last=True)
-    return _try_out(run, few, channels_last=False)
+    for part, channels_last in ((few, True), (few, False), (batch, True)):
+        if not channels_last or is_faster_channels_last(run.model):
+            with contextlib.suppress(UserCodeError):  # it is to raise with the whole batch as it is, too
+                return _try_out(run, part, channels_last=channels_last)
+    return _try_out(run, batch, channels_last=False)
 
 
 def _try_out(run: Run, batch: Batch, *, channels_last: bool) -> Trial:
+    batch = copy_batch(batch)  # the model may write to what it is given
     with borrow(run.model) as borrowed, LiveTensors() as memory:
         for layer in run.layers.values():
             borrowed.add_forward_pre_hook(layer, lambda _module, _args: memory.note_waiting())

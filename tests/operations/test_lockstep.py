@@ -15,7 +15,7 @@ from bntool.checkpoints.formats import open_checkpoint
 from bntool.errors import RefusedError, UserCodeError
 from bntool.layers.loading import load_state
 from bntool.models.loading import load_model
-from bntool.operations import lockstep
+from bntool.operations import lanes
 from bntool.operations.recalibration import recalibrate
 
 torch.set_num_threads(1)
@@ -288,7 +288,7 @@ class Locked(nn.Module):
 
 
 def test_a_forward_that_waits_for_another_is_refused(monkeypatch):
-    monkeypatch.setattr(lockstep, "_PATIENCE", 0.5)
+    monkeypatch.setattr(lanes, "_PATIENCE", 0.5)
     model, batches = Locked(), [torch.randn(4, 3, 5, 5) for _ in range(3)]
     with pytest.raises(RefusedError, match="lock"):
         recalibrate(model, batches, method="exact")

@@ -1,0 +1,320 @@
+"""What users' models do while they run: the library call is right, or refuses, and gives them back as they were."""
+
+import contextlib
+import contextvars
+import threading
+
+import pytest
+import torch
+from torch import nn
+
+from bntool.errors import BntoolError, RefusedError, UsageError, UserCodeError
+from bntool.operations.proven_folding import fold
+from bntool.operations.recalibration import recalibrate
+
+torch.set_num_threads(1)
+METHODS = pytest.mark.parametrize("method", ["pooled", "exact"])
+
+
+def make_batches(count=3):
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(8, 3, 6, 6, generator=generator) * (i + 1) + i for i in range(count)]
+
+
+def assert_stores(norm, values):
+    """That a layer stores the moments of activations, channels in dimension 1."""
+    values = torch.cat([v.transpose(0, 1).flatten(1) for v in values], 1).double()
+    torch.testing.assert_close(norm.running_mean.double(), values.mean(1), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(norm.running_var.double(), values.var(1), rtol=1e-5, atol=1e-6)
+
+
+class WithEma(nn.Module):
+    """Runs with other weights than its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4))
+        self.ema = {"0.weight": torch.randn(4, 3, 3, 3)}
+
+    def forward(self, x):
+        return torch.func.functional_call(self.net, self.ema, (x,))
+
+
+@METHODS
+def test_weights_that_a_forward_swaps_are_given_back(method):
+    model, batches = WithEma(), make_batches()
+    weight, elements = model.net[0].weight, model.net[0].weight.detach().clone()
+    recalibrate(model, batches, method=method)
+    assert model.net[0].weight is weight
+    assert torch.equal(weight, elements)
+    assert_stores(model.net[1], [nn.functional.conv2d(x, model.ema["0.weight"]) for x in batches])
+
+
+class WithOtherBuffers(WithEma):
+    def __init__(self):
+        super().__init__()
+        self.ema = {name: tensor.clone() for name, tensor in self.net.state_dict().items()}
+
+
+@METHODS
+def test_statistics_that_are_not_the_models_are_not_written_to(method):
+    model = WithOtherBuffers()
+    before = {name: tensor.clone() for name, tensor in model.ema.items()}
+    with pytest.raises(RefusedError, match="other statistics than its own"):
+        recalibrate(model, make_batches(), method=method)
+    assert all(torch.equal(model.ema[name], tensor) for name, tensor in before.items())
+
+
+class Skip(nn.Module):
+    """Keeps an activation on itself until it is needed."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.BatchNorm2d(3), nn.BatchNorm2d(3)
+
+    def forward(self, x):
+        self.skip = x
+        x = self.first(x)
+        return self.second(x + self.skip)
+
+
+class Doubling(nn.Module):
+    """Changes an attribute while it runs."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.scale = nn.BatchNorm2d(3), nn.BatchNorm2d(3), 1.0
+
+    def forward(self, x):
+        before, self.scale = self.scale, self.scale * 2
+        try:
+            return self.second(self.first(x) * self.scale)
+        finally:
+            self.scale = before
+
+
+class Random(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm2d(3)
+
+    def forward(self, x):
+        return self.norm(x + torch.randn_like(x))
+
+
+class InThread(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm, self.local = nn.BatchNorm2d(3), threading.local()
+        self.local.shift = 7.0
+
+    def forward(self, x):
+        return self.norm(x + getattr(self.local, "shift", 0.0))
+
+
+@pytest.mark.parametrize("build", [Skip, Doubling, Random, InThread])
+def test_exact_refuses_models_whose_batches_cannot_be_on_their_way_together(build):
+    model = build()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    attributes = {name for name in vars(model) if not name.startswith("_")}
+    with pytest.raises(RefusedError, match=r"run by itself samples 0 to 7.*use the method pooled"):
+        recalibrate(model, make_batches(), method="exact")
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert {name for name in vars(model) if not name.startswith("_")} == attributes
+    assert getattr(model, "scale", 1.0) == 1.0
+    recalibrate(model, make_batches())
+
+
+SHIFT = contextvars.ContextVar("SHIFT", default=0.0)
+
+
+class InContext(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm2d(3)
+
+    def forward(self, x):
+        return self.norm(x + SHIFT.get())
+
+
+class Adding(torch.overrides.TorchFunctionMode):
+    """Adds seven to the result of every relu."""
+
+    def __torch_function__(self, function, _types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        return result + 7 if function is torch.relu else result
+
+
+class Relu(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm2d(3)
+
+    def forward(self, x):
+        return self.norm(torch.relu(x))
+
+
+@METHODS
+def test_what_is_set_around_the_call_holds_inside(method):
+    model, batches = InContext(), make_batches()
+    token = SHIFT.set(7.0)
+    try:
+        recalibrate(model, batches, method=method)
+    finally:
+        SHIFT.reset(token)
+    assert_stores(model.norm, [x + 7 for x in batches])
+    model = Relu()
+    with Adding():
+        recalibrate(model, batches, method=method)
+    assert_stores(model.norm, [torch.relu(x) + 7 for x in batches])
+
+
+class InPlace(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm2d(3)
+
+    def forward(self, x):
+        return self.norm(x.sub_(5).div_(3))
+
+
+@METHODS
+def test_inputs_that_the_model_changes_are_changed_once(method):
+    model, batches = InPlace(), make_batches()
+    expected = [(x - 5) / 3 for x in batches]
+    recalibrate(model, batches, method=method)
+    assert_stores(model.norm, expected)
+
+
+class Merging(nn.Module):
+    """As LoRA: eval() merges the update into a weight of a layer inside, train() takes it out again."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.update, self.norm = nn.Linear(4, 4), nn.Parameter(torch.randn(4, 4)), nn.BatchNorm1d(4)
+
+    def train(self, mode=True):
+        if mode != self.training:
+            self.linear.weight.data += -self.update.data if mode else self.update.data
+        return super().train(mode)
+
+    def forward(self, x):
+        weight = self.linear.weight + self.update if self.training else self.linear.weight
+        return self.norm(nn.functional.linear(x, weight, self.linear.bias))
+
+
+@METHODS
+@pytest.mark.parametrize("training", [True, False])
+def test_weights_that_train_and_eval_merge(method, training):
+    model = Merging().train(training)
+    before = model.linear.weight.detach().clone()
+    merged = before + model.update.detach() if training else before
+    batches = [torch.randn(16, 4) for _ in range(2)]
+    recalibrate(model, batches, method=method)
+    assert model.training is training
+    assert torch.equal(model.linear.weight, before)
+    assert_stores(model.norm, [nn.functional.linear(x, merged, model.linear.bias).detach() for x in batches])
+    with contextlib.suppress(BntoolError):  # right or refused
+        fold(model, batches[0])
+    assert model.training is training
+    assert torch.equal(model.linear.weight, before)
+
+
+class Grouped(nn.Module):
+    """Wants batches of eight, as temporal shifts do."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm2d(3)
+
+    def forward(self, x):
+        return self.norm(x.view(len(x) // 8, 8, *x.shape[1:]).roll(1, 1).flatten(0, 1))
+
+
+@METHODS
+def test_models_that_want_whole_batches(method):
+    model, batches = Grouped(), make_batches()
+    recalibrate(model, batches, method=method)
+    assert_stores(model.norm, batches)
+
+
+class Pooling(nn.Module):
+    """A branch with one value for each channel, as that of ASPP for one image."""
+
+    def __init__(self):
+        super().__init__()
+        self.pooled, self.after = nn.BatchNorm2d(3), nn.BatchNorm2d(3)
+
+    def forward(self, x):
+        return self.after(x + self.pooled(x.mean((2, 3), keepdim=True)))
+
+
+def test_what_follows_a_layer_with_too_few_values_sees_its_old_statistics():
+    model, x = Pooling(), torch.randn(1, 3, 6, 6) * 2 + 1
+    model.pooled.running_mean.fill_(0.5)
+    with torch.no_grad():
+        expected = x + model.eval().pooled(x.mean((2, 3), keepdim=True))
+    result = recalibrate(model, [x], method="exact")
+    assert [(skip.layer, skip.reason.value) for skip in result.plan.skips] == [("pooled", "too few samples")]
+    assert_stores(model.after, [expected])
+
+
+@METHODS
+def test_batches_without_samples_are_no_batches(method):
+    model, batches = nn.BatchNorm2d(3), make_batches()
+    result = recalibrate(model, [batches[0], torch.empty(0, 3, 6, 6), *batches[1:]], method=method)
+    assert (result.batches, result.samples) == (3, 24)
+    assert_stores(model, batches)
+
+
+def test_data_that_raise_are_the_users():
+    def read():
+        yield torch.zeros(2, 3, 4, 4)
+        raise OSError("disk gone")
+
+    with pytest.raises(UserCodeError, match="disk gone"):
+        recalibrate(nn.BatchNorm2d(3), read())
+    with pytest.raises(UserCodeError, match="not iterable"):
+        recalibrate(nn.BatchNorm2d(3), None)
+
+
+def test_a_text_is_one_glob():
+    net = nn.Sequential(nn.BatchNorm2d(3), nn.BatchNorm2d(3))
+    recalibrate(net, make_batches(), layers="0*")
+    assert not torch.equal(net[0].running_mean, torch.zeros(3))
+    assert torch.equal(net[1].running_mean, torch.zeros(3))
+    with pytest.raises(RefusedError, match="none of the model's is selected"):
+        recalibrate(net, make_batches(), layers="absent")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"method": "foo"}, "method is 'foo', which is none of 'pooled', 'exact', 'paper'"),
+        ({"precision": "fp8"}, "precision is 'fp8'"),
+        ({"on_bad_data": "x"}, "on_bad_data is 'x', which is none of 'stop', 'skip'"),
+    ],
+)
+def test_options_that_do_not_exist(options, message):
+    with pytest.raises(UsageError, match=message):
+        recalibrate(nn.BatchNorm2d(3), make_batches(), **options)
+
+
+def test_layouts_are_named_or_refused():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).eval()
+    assert isinstance(fold(model, torch.randn(2, 3, 6, 6), layout="same-keys").model[1], nn.BatchNorm2d)
+    with pytest.raises(UsageError, match="layout is 'x'"):
+        fold(model, torch.randn(2, 3, 6, 6), layout="x")
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
+def test_models_with_a_compiled_part():
+    class Relu(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x.relu()
+
+    model, batches = nn.Sequential(nn.BatchNorm2d(3), torch.jit.script(Relu())), make_batches()
+    recalibrate(model, batches)
+    assert_stores(model[0], batches)
+    with pytest.raises(RefusedError, match="TorchScript program"):
+        fold(torch.jit.trace(model.eval(), batches[0]), batches[0])
