@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial, reduce
@@ -11,8 +10,7 @@ from typing import Any
 
 import torch
 
-from bntool.batchnorm import DEFAULT_EPS
-from bntool.data.batches import Batch, LeftOut, copy_batch
+from bntool.data.batches import Batch, LeftOut
 from bntool.errors import RefusedError
 from bntool.layers.borrowing import borrow
 from bntool.models.user_code import running_user_code
@@ -34,9 +32,9 @@ from bntool.operations.passes import (
 )
 from bntool.operations.ranks import Ranks, find_ranks
 from bntool.operations.repeated_calls import Finish, RepeatedCalls
+from bntool.operations.witness import Witness
 
 _CHUNK = 128  # positions measured at a time in float32: the error is to be far below what is promised, 1e-6
-_AGREEMENT = 1e-3  # of means in sigmas and of variances: float32 kernels for other layouts differ by far less
 
 
 def measure_exact(run: Run, batches: Iterable[Batch], finish: Finish, *, channels_last: bool) -> Measurement:
@@ -68,10 +66,9 @@ def measure_exact(run: Run, batches: Iterable[Batch], finish: Finish, *, channel
     while True:
         counts = ranks.share(partial(_count, good.values()))
         result.batches, result.samples = (sum(column) for column in zip(*counts, strict=True))
-        sweep = _Sweep(run, finish, ranks, samples=result.samples, channels_last=channels_last)
-        leader = next((rank for rank, (count, _) in enumerate(counts) if count), 0)
-        if ranks.rank == leader:
-            sweep.watch(good)
+        leader = next((rank for rank, (count, _) in enumerate(counts) if count), None)
+        witness = Witness(good, partial(measure, chunk=_CHUNK)) if ranks.rank == leader else None
+        sweep = _Sweep(run, finish, ranks, witness, samples=result.samples, channels_last=channels_last)
         try:
             with borrow(run.model) as borrowed:
                 for name, layer in run.layers.items():
@@ -115,18 +112,20 @@ class _Sweep:
 
     Args:
         run, finish, ranks, channels_last: see :func:`measure_exact`.
+        witness: that watches one of this rank's batches.
         samples: of all ranks.
     """
 
-    def __init__(self, run: Run, finish: Finish, ranks: Ranks, *, samples: int, channels_last: bool) -> None:
+    def __init__(
+        self, run: Run, finish: Finish, ranks: Ranks, witness: Witness | None, *, samples: int, channels_last: bool
+    ) -> None:
         self._run = run
         self._ranks = ranks
         self._samples = samples
         self._channels_last = channels_last
         self._current: Lane | None = None
-        self._watched: tuple[int, Batch] | None = None
-        self._seen: list[tuple[str, Moments]] = []
-        self._alone: list[tuple[str, Moments]] | None = None
+        self._witness = witness
+        self._position = 0
         self._calls = RepeatedCalls(lambda name, tally: finish(name, tally, samples), run.layers)
 
     def make_hook(self, name: str) -> Callable[..., None]:
@@ -137,9 +136,11 @@ class _Sweep:
             values = get_input(args, kwargs, module)
             moments = measure(values, chunk=_CHUNK)
             check_moments(moments, name, values, least=1)
-            if self._alone is not None:
-                self._alone.append((name, moments))
-                return
+            witness = self._witness
+            if witness is not None and (witness.is_alone or witness.position == self._position):
+                witness.note(name, values, moments)
+                if witness.is_alone:
+                    return
             assert self._current is not None
             self._current.stop_at(name, moments)
 
@@ -160,44 +161,17 @@ class _Sweep:
                 self._calls.give_up()
         return self._calls.tallies
 
-    def watch(self, batches: Mapping[int, Batch]) -> None:
-        """Choose the batch that is to be run alone, too: a small one, but for the last, which sees what it left."""
-        positions = list(batches)[:-1] or list(batches)
-        if positions:
-            position = min(positions, key=lambda position: batches[position].samples)
-            self._watched = position, copy_batch(batches[position])
-
     def check_alone(self) -> None:
-        """Run the watched batch by itself: each layer must see what it saw when all were on their way together.
-
-        A model that keeps something of one batch for the next, swaps its weights while it runs, is bound to its thread
-        or draws random numbers, gives other values then, and no statistics are exact.
+        """Let one batch run by itself, on the rank that watches one.
 
         Raises:
-            RefusedError: a layer saw something else.
+            RefusedError: it gave layers other values when all were on their way together.
         """
-        self._ranks.share(self._check_alone)
-
-    def _check_alone(self) -> None:
-        if self._watched is None:
-            return
-        _, batch = self._watched
-        alone: list[tuple[str, Moments]] = []
-        self._alone = alone
-        with running_user_code(f"running the model on {batch.description}"):
-            batch.run(self._run.model)
-        for (name, together), (other, moments) in itertools.zip_longest(self._seen, alone, fillvalue=("", None)):
-            layer = self._run.layers.get(name or other)
-            if name != other or not _agree(together, moments, eps=float(getattr(layer, "eps", DEFAULT_EPS))):
-                raise RefusedError(
-                    f"run by itself {batch.description} gives this layer other values than together with the other "
-                    "batches: the model keeps something of one batch for another, is random, or is bound to its "
-                    "thread; use the method pooled",
-                    tensor=name or other,
-                )
+        self._ranks.share(lambda: self._witness.check(self._run) if self._witness is not None else None)
 
     def _run_once(self, batches: Mapping[int, Batch]) -> None:
-        self._seen.clear()
+        if self._witness is not None:
+            self._witness.begin()
         context = copy_context(self._run.model)
         lanes = {position: Lane(self._make_run(batch, context)) for position, batch in batches.items()}
         try:
@@ -219,7 +193,7 @@ class _Sweep:
                 lane.join()
 
     def _advance(self, position: int, lane: Lane, batch: Batch) -> Stop:
-        self._current = lane
+        self._current, self._position = lane, position
         try:
             lane.advance()
         except NotFiniteError as error:
@@ -227,8 +201,6 @@ class _Sweep:
         except TooFewValuesError as error:
             raise RefusedError(f"{batch.description} gives this layer no values", tensor=error.layer) from None
         layer, moments = lane.reached or (None, None)
-        if self._watched is not None and position == self._watched[0] and layer is not None and moments is not None:
-            self._seen.append((layer, moments))
         return Stop(position, batch.description, layer, moments)
 
     def _finish_layer(self, stops: Sequence[Stop]) -> None:
@@ -256,12 +228,3 @@ class _Sweep:
                 batch.run(self._run.model, channels_last=self._channels_last)
 
         return run
-
-
-def _agree(one: Moments | None, other: Moments | None, *, eps: float) -> bool:
-    if one is None or other is None or one.count != other.count:
-        return False
-    spread = one.biased_variance + eps
-    shift = (one.mean - other.mean).abs() / spread.sqrt()
-    change = (one.biased_variance - other.biased_variance).abs() / spread
-    return bool((shift <= _AGREEMENT).all() and (change <= _AGREEMENT).all())
