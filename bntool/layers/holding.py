@@ -17,6 +17,7 @@ from torch import nn
 from bntool.layers.modules import walk_modules
 
 HOLD = "_bntool_hold"  # on each held module: the mode that was asked for meanwhile
+_ORIGINAL = "_bntool_original"  # on the class of a held module
 FREEZE = "_bntool_freeze"  # on the model: what to give back, and what to hold
 
 
@@ -56,6 +57,7 @@ def _held_class(original: Any) -> type[nn.Module]:
         "__module__": original.__module__,
         "__qualname__": original.__qualname__,
         "__doc__": original.__doc__,
+        _ORIGINAL: original,
     }
     if hasattr(original, "reset_running_stats"):
         namespace["reset_running_stats"] = _reset_unless_held
@@ -70,7 +72,7 @@ def _reset_unless_held(self: Any) -> None:
 
 def original_class(kind: type) -> type[nn.Module]:
     """The class that a frozen module had."""
-    return kind.__mro__[2] if issubclass(kind, _Held) else kind
+    return next((vars(base)[_ORIGINAL] for base in kind.__mro__ if _ORIGINAL in vars(base)), kind)
 
 
 def swap_class(module: nn.Module) -> None:
@@ -101,10 +103,13 @@ def hold_all(root: nn.Module, names: Sequence[str]) -> None:
 
 
 def release(module: nn.Module) -> None:
-    """Give a module the class that it had; its mode stays as it is."""
+    """Give a module the class that it had; its mode stays as it is.
+
+    One whose class was changed since, as fully_shard and parametrisations do, keeps that: it is held no longer either.
+    """
     vars(module).pop(HOLD, None)
-    if isinstance(module, _Held):
-        module.__class__ = original_class(type(module))  # type: ignore[assignment]
+    if _ORIGINAL in vars(type(module)):
+        module.__class__ = original_class(type(module))
 
 
 def asked_mode(module: nn.Module) -> bool | None:

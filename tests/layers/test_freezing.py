@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
 from bntool.checkpoints.formats import open_checkpoint
 from bntool.checkpoints.norms import find_batchnorms
@@ -342,3 +343,26 @@ def test_agrees_with_mmdet_name_by_name(case):
     assert [name for name, module in model.named_modules() if not module.training] == case["eval_modules"]
     assert len(list(model.parameters())) == 159
     assert len(batchnorms(model)) == 53
+
+
+def test_classes_that_others_changed_after_freezing_stay() -> None:
+    class Absolute(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x.abs()
+
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    x = torch.randn(2, 3, 6, 6)
+    freeze(model)
+    parametrize.register_parametrization(model[1], "weight", Absolute())
+    model.__class__ = type("Sharded", (type(model),), {"shards": 2})  # as fully_shard does
+    kinds = type(model), type(model[1])
+    model.train()
+    assert not model[1].training
+    unfreeze(model)
+    assert (type(model), type(model[1])) == kinds
+    assert model.shards == 2
+    model.train()
+    assert model[1].training
+    model[1].reset_running_stats()
+    model(x)
+    assert not torch.equal(model[1].running_mean, torch.zeros(4))
