@@ -15,10 +15,12 @@ from torch import nn
 from bntool.checkpoints.application import change_state_dict
 from bntool.checkpoints.checkpoint import StateDict
 from bntool.errors import UserCodeError, VerificationError
+from bntool.graphs.calling import call
 from bntool.graphs.graph import ModelGraph
 from bntool.graphs.inputs import find_input
 from bntool.graphs.traced import trace
 from bntool.layers.application import apply_plan, read_state
+from bntool.layers.borrowing import borrow
 from bntool.layers.modules import find_batchnorm_modules, find_wrapper_prefix
 from bntool.models.exported import check_has_layers
 from bntool.operations.choices import choose
@@ -123,7 +125,8 @@ def prove(
     Raises:
         UserCodeError, VerificationError: as :func:`fold`.
     """
-    tried, points, unit = with_random_inputs(inputs), find_points(graph, plan.folds), _spacing(state_dict)
+    tried = [*with_random_inputs(inputs), *_find_one_sample(model, inputs[0])]
+    points, unit = find_points(graph, plan.folds), _spacing(state_dict)
     change = _change(graph, layers=layers, layout=plan.layout, eps=eps)
 
     def attempt(plan: FoldPlan) -> tuple[nn.Module, Agreement]:
@@ -184,6 +187,17 @@ def with_random_inputs(inputs: Sequence[Any]) -> list[Any]:
         for _ in range(_RANDOM_INPUTS)
     ]
     return [*inputs, *random]
+
+
+def _find_one_sample(model: nn.Module, inputs: Any) -> list[Any]:
+    """The first sample alone, where the model takes it: some models go another way then."""
+    if not isinstance(inputs, torch.Tensor) or inputs.ndim < 2 or len(inputs) < 2:
+        return []
+    with borrow(model), torch.no_grad(), contextlib.suppress(UserCodeError):
+        model.eval()
+        call(model, inputs[:1])
+        return [inputs[:1]]
+    return []
 
 
 def _copy(model: nn.Module) -> nn.Module:

@@ -452,7 +452,7 @@ def test_dry_run_writes_nothing(fold) -> None:
 
 def test_data_and_input_shape_are_used(fold) -> None:
     _, document, *_ = fold(SAMPLES / "digits.pt", "--data", str(SAMPLES / "digits_test.npz"))
-    assert document["verification"]["inputs"] == 6
+    assert document["verification"]["inputs"] == 7  # three batches, three random ones, and one sample
     code, *_ = fold(SAMPLES / "digits.pt", "--input-shape", "1,1,8,8", "--force")
     assert code == 0
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from bntool.errors import BntoolError, RefusedError, UsageError, UserCodeError
+from bntool.errors import BntoolError, RefusedError, UsageError, UserCodeError, VerificationError
 from bntool.operations.proven_folding import fold
 from bntool.operations.recalibration import recalibrate
 
@@ -305,6 +305,24 @@ def test_layouts_are_named_or_refused():
     assert isinstance(fold(model, torch.randn(2, 3, 6, 6), layout="same-keys").model[1], nn.BatchNorm2d)
     with pytest.raises(UsageError, match="layout is 'x'"):
         fold(model, torch.randn(2, 3, 6, 6), layout="x")
+
+
+class NotForOne(nn.Module):
+    """Leaves the BatchNorm out for a single sample."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.norm = nn.Linear(4, 4), nn.BatchNorm1d(4)
+        nn.init.normal_(self.norm.running_mean)
+
+    def forward(self, x):
+        x = self.linear(x)
+        return self.norm(x) if len(x) > 1 else x
+
+
+def test_a_model_that_goes_another_way_for_one_sample_is_not_folded():
+    with pytest.raises(VerificationError, match="outputs differ"):
+        fold(NotForOne(), torch.randn(8, 4))
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
