@@ -38,22 +38,6 @@ def to_float64(data: Chunk, dtype: DType) -> Array:
     return np.frombuffer(data, _NUMPY[dtype]).astype("<f8")
 
 
-def round_to(values: Array, dtype: DType) -> bytes:
-    """Float64 values rounded once, to nearest with ties to even.
-
-    Raises:
-        OverflowError: a finite value is too large for ``dtype``.
-    """
-    with np.errstate(over="ignore", under="ignore"):
-        if dtype is BFLOAT16:
-            rounded, widened = _round_to_bfloat16(values)
-        else:
-            rounded = values.astype(_NUMPY[dtype])
-            widened = rounded
-    _check_range(widened, dtype, values)
-    return rounded.tobytes()
-
-
 def _check_range(rounded: Array, dtype: DType, *sources: Array) -> None:
     """Raise OverflowError where a result is infinite and what it was computed from is not."""
     if np.isfinite(rounded).all():  # one cheap look at all elements; which are at fault matters only where one is

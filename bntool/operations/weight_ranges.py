@@ -246,8 +246,9 @@ def _find_extremes(rows: Array, spare: bytearray | None = None) -> _Extremes:
     Without their signs the bits of floats are ordered as the floats are, NaN last, and integers are compared faster.
     """
     kind, magnitude = _BITS[rows.itemsize]
-    fits = spare is not None and rows.nbytes <= len(spare)
-    here = np.frombuffer(spare, kind, rows.size).reshape(rows.shape) if spare is not None and fits else None
+    here = None
+    if spare is not None and rows.nbytes <= len(spare):
+        here = np.frombuffer(spare, kind, rows.size).reshape(rows.shape)
     bits = np.bitwise_and(rows.view(kind), magnitude, out=here)
     smallest = np.full(len(rows), bits.min())  # of all at once, which is faster
     if not smallest[0]:
