@@ -56,6 +56,50 @@ def test_what_ranks_exchange_arrives_whatever_its_size(tmp_path):
     run_two_ranks("-W", "error", "-c", code)
 
 
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
+@pytest.mark.parametrize("method", ["pooled", "exact"])
+def test_a_replica_inside_a_model_waits_for_nobody(tmp_path, method):
+    code = (
+        "import sys, torch, torch.distributed as dist\n"
+        "from torch import nn\n"
+        "from bntool.operations.recalibration import recalibrate\n"
+        f"method, rank, address = {method!r}, int(sys.argv[1]), {'file://' + str(tmp_path / 'rendezvous')!r}\n"
+        "dist.init_process_group('gloo', init_method=address, rank=rank, world_size=2)\n"
+        "torch.manual_seed(0)\n"
+        "inner = nn.parallel.DistributedDataParallel(nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)))\n"
+        "result = recalibrate(nn.Sequential(inner), [torch.randn(4, 3, 5, 5)][rank:], method=method)\n"
+        "assert result.batches == 1 and inner.require_forward_param_sync\n"
+        "dist.barrier()\n"
+        "dist.destroy_process_group()\n"
+    )
+    run_two_ranks("-c", code)
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
+def test_exact_refuses_sharded_models_by_name(tmp_path):
+    code = (
+        "import torch, torch.distributed as dist\n"
+        "from torch import nn\n"
+        "from torch.distributed.fsdp import FullyShardedDataParallel\n"
+        "from bntool.errors import RefusedError\n"
+        "from bntool.operations.recalibration import recalibrate\n"
+        f"dist.init_process_group('gloo', init_method={'file://' + str(tmp_path / 'rendezvous')!r}, rank=0, world_size=1)\n"
+        "net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))\n"
+        "model = FullyShardedDataParallel(net, device_id=torch.device('cpu'))\n"
+        "try:\n"
+        "    recalibrate(model, [torch.randn(4, 3, 5, 5)], method='exact')\n"
+        "except RefusedError as error:\n"
+        "    assert 'parameters are sharded' in str(error), error\n"
+        "else:\n"
+        "    raise AssertionError('not refused')\n"
+        "dist.destroy_process_group()\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=100, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize("method", ["pooled", "exact"])
 def test_compiled_models(method):
     plain, given = Network(), Network()
