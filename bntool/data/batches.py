@@ -251,11 +251,15 @@ def move(value: Any, *, device: torch.device | None, dtype: torch.dtype | None) 
 
 
 def find_placement(model: torch.nn.Module) -> tuple[torch.device | None, torch.dtype | None]:
-    """Where the model's first floating parameter (or buffer) lies, and its dtype; None where it has none."""
-    for tensor in itertools.chain(model.parameters(), model.buffers()):
-        if tensor.is_floating_point():
-            return tensor.device, tensor.dtype
-    return None, None
+    """Where a model computes, and in which dtype; None where it has no floating tensors.
+
+    Those of its first weight of two dimensions or more: scalars and norms are often kept in another dtype.
+    """
+    floating = (t for t in itertools.chain(model.parameters(), model.buffers()) if t.is_floating_point())
+    first = next(floating, None)
+    if first is not None and first.ndim < 2:
+        first = next((tensor for tensor in floating if tensor.ndim >= 2), first)
+    return (None, None) if first is None else (first.device, first.dtype)
 
 
 def copy_batch(batch: Batch) -> Batch:

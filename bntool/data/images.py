@@ -169,5 +169,5 @@ def _collate(good: Sequence[tuple[int, torch.Tensor]], folder: ImageFolder, prep
             path=names[0],
         )
     inputs = preprocessing.normalize(torch.stack([image for _, image in good]))
-    targets = None if folder.labels is None else torch.tensor([folder.labels[index] for index, _ in good])
+    targets = None if folder.labels is None else torch.tensor([folder.labels[index] for index, _ in good], device="cpu")
     return Batch(inputs, targets, "the batch of " + name_some(names), len(good), names)

@@ -70,8 +70,8 @@ class Preprocessing:
         for name, values in (("mean", self.mean), ("std", self.std)):
             if len(values) not in (1, channels):
                 raise UsageError(f"{name} has {len(values)} values but the images have {channels} channels")
-        mean = torch.tensor(self.mean).reshape(1, -1, 1, 1)
-        std = torch.tensor(self.std).reshape(1, -1, 1, 1)
+        mean = torch.tensor(self.mean, dtype=torch.float32, device="cpu").reshape(1, -1, 1, 1)
+        std = torch.tensor(self.std, dtype=torch.float32, device="cpu").reshape(1, -1, 1, 1)
         return pixels.to(torch.float32).div_(255).sub_(mean).div_(std)
 
     def without_geometry(self) -> Preprocessing:

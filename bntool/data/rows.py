@@ -53,7 +53,7 @@ class LiveRows:
         self.shape: tuple[int, ...] = tuple(tensor.shape)
 
     def read(self, rows: Sequence[int]) -> torch.Tensor:
-        return self._tensor[torch.tensor(rows)]
+        return self._tensor[torch.tensor(rows, device="cpu")]
 
 
 class StoredRows:
@@ -67,7 +67,7 @@ class StoredRows:
     def read(self, rows: Sequence[int]) -> torch.Tensor:
         tensor, storage = self._tensor, self._tensor.storage
         if storage is None or tensor.wrapper or storage.big_endian or tensor.dtype.bits < 8:
-            return to_torch(tensor)[torch.tensor(rows)]
+            return to_torch(tensor)[torch.tensor(rows, device="cpu")]
         if not tensor.is_contiguous:  # channels last, for one
             return torch.stack([to_torch(self._row(row)) for row in rows])
         start, _ = tensor.byte_range

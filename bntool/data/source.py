@@ -44,7 +44,7 @@ class DataOptions:
             order = list(range(count))
         else:
             generator = torch.Generator().manual_seed(self.seed)
-            order = torch.randperm(count, generator=generator).tolist()
+            order = torch.randperm(count, generator=generator, device="cpu").tolist()
         order = order[: self.samples]
         # of nearly equal size: a small last batch would be normalised by statistics of few samples
         number = math.ceil(len(order) / self.batch_size)

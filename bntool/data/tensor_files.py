@@ -111,7 +111,7 @@ class _TensorFile:
         if len(label_parts) == len(parts):
             found["labels"] = StackedRows(label_parts, are_batches=True)
         elif len(numbers) == len(parts):
-            found["labels"] = LiveRows(torch.tensor(numbers))
+            found["labels"] = LiveRows(torch.tensor(numbers, device="cpu"))
         return found
 
     def _split(self, item: Node) -> tuple[Rows | None, Node]:
@@ -136,7 +136,7 @@ class _TensorFile:
     def _labels(self, node: Node) -> Rows | None:
         """A tensor, or a list of numbers."""
         if isinstance(node, list | tuple) and node and all(type(value) is int for value in node):
-            return LiveRows(torch.tensor(node))
+            return LiveRows(torch.tensor(node, device="cpu"))
         return self._rows(node)
 
     def _number(self, node: Node) -> int | None:

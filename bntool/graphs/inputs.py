@@ -41,8 +41,9 @@ def make_input(model: nn.Module, shape: Sequence[int], *, seed: int = 0) -> torc
 
     Torch's own random state is not touched.
     """
-    parameter = next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(()))
-    numbers = torch.randn(tuple(shape), generator=torch.Generator().manual_seed(seed))
+    generator = torch.Generator().manual_seed(seed)
+    numbers = torch.randn(tuple(shape), generator=generator, dtype=torch.float32, device="cpu")
+    parameter = next((p for p in model.parameters() if p.is_floating_point()), numbers)
     return numbers.to(device=parameter.device, dtype=parameter.dtype)
 
 

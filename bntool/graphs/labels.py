@@ -34,10 +34,10 @@ class Meeting:
 def fresh_labels(shape: Sequence[int], *, axis: int, base: int) -> Tensor:
     """Labels of a newly computed tensor: ``base`` plus the position along ``axis``."""
     if not shape:
-        return torch.full((), base, dtype=torch.int32)
+        return torch.full((), base, dtype=torch.int32, device="cpu")
     along = [1] * len(shape)
     along[axis] = shape[axis]
-    return torch.arange(base, base + shape[axis], dtype=torch.int32).view(along).expand(tuple(shape))
+    return torch.arange(base, base + shape[axis], dtype=torch.int32, device="cpu").view(along).expand(tuple(shape))
 
 
 def varying_axis(labels: Tensor, *, default: int) -> int:

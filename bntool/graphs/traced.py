@@ -220,7 +220,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         node = self.add_node(NodeKind.OTHER, "constant")
         self.reads.use(node.index, self.names_of(tensor))
         base = self.reads.allocate(node.index, 1)
-        return torch.full((), base, dtype=torch.int32).expand(tensor.shape)
+        return torch.full((), base, dtype=torch.int32, device="cpu").expand(tensor.shape)
 
     def record_node(
         self,

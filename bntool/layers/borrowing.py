@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -58,6 +59,8 @@ def borrow(model: torch.nn.Module) -> Iterator[Borrowed]:
     ``requires_grad``), every buffer (object and elements), hooks and attributes set through the :class:`Borrowed`, and
     the state of torch's random generators on the CPU and, where CUDA is in use, on its devices. Elements of parameters
     are copied only below modules with a train() or eval() of their own, which may merge weights: do not change others.
+
+    What torch.compile made of the model, or of a part, runs as it was written, so that hooks are code, not traced.
     """
     modules = {id(module): module for _, module in walk_modules(model)}.values()
     contents = [_Contents(module) for module in modules]
@@ -67,7 +70,8 @@ def borrow(model: torch.nn.Module) -> Iterator[Borrowed]:
     cuda_states = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None  # type: ignore[no-untyped-call]
     borrowed = Borrowed(contents)
     try:
-        yield borrowed
+        with _running_as_written():
+            yield borrowed
     finally:
         borrowed.give_back()
         for elements in (*buffers, *switched):
@@ -75,6 +79,14 @@ def borrow(model: torch.nn.Module) -> Iterator[Borrowed]:
         torch.set_rng_state(random_state)
         if cuda_states is not None:
             torch.cuda.set_rng_state_all(cuda_states)
+
+
+def _running_as_written() -> contextlib.AbstractContextManager[None]:
+    # what was not imported has compiled nothing, and costs a second; torch 2.5 cannot do it
+    if "torch._dynamo" not in sys.modules or not hasattr(torch.compiler, "set_stance"):
+        return contextlib.nullcontext()
+    as_written: contextlib.AbstractContextManager[None] = torch.compiler.set_stance("force_eager")
+    return as_written
 
 
 class _Contents:

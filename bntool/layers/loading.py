@@ -56,7 +56,7 @@ def to_torch(tensor: Tensor) -> torch.Tensor:
     except ValueError as error:
         raise RefusedError(str(error)) from error
     if not data:
-        return torch.empty(tuple(tensor.shape), dtype=dtype)
+        return torch.empty(tuple(tensor.shape), dtype=dtype, device="cpu")
     return torch.frombuffer(data, dtype=torch.uint8).view(dtype).reshape(tuple(tensor.shape))
 
 

@@ -220,7 +220,7 @@ def take_first(output: Any) -> Any:
 def _to_tensor(labels: Any) -> Any:
     """A list of numbers as a tensor; anything else as it is."""
     if isinstance(labels, list | tuple) and labels and all(isinstance(label, int | float) for label in labels):
-        return torch.tensor(labels)
+        return torch.tensor(labels, device="cpu")
     return move(labels, device=torch.device("cpu"), dtype=None)
 
 

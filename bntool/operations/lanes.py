@@ -79,6 +79,12 @@ class Lane:
         """Called by the run itself: hand the turn back and wait for the next."""
         if self._abandoned:  # code of the model caught what ended it at an earlier layer
             raise AbandonedError
+        if threading.current_thread() is not self._thread:
+            raise RefusedError(
+                "the model calls this layer in a thread of its own, which cannot be stopped on its way; use the method "
+                "pooled",
+                tensor=layer,
+            )
         self.reached = (layer, moments)
         self._back.release()
         self._go.acquire()

@@ -14,6 +14,7 @@ from bntool.data.batches import Batch, LeftOut
 from bntool.errors import RefusedError
 from bntool.layers.borrowing import borrow
 from bntool.models.user_code import running_user_code
+from bntool.operations.activations import ActivationReader
 from bntool.operations.lanes import Lane, copy_context
 from bntool.operations.moments import Moments, measure
 from bntool.operations.passes import (
@@ -23,18 +24,14 @@ from bntool.operations.passes import (
     Tally,
     TooFewValuesError,
     accept,
-    check_buffers,
     check_moments,
     describe_bad,
-    get_input,
     has_finite_inputs,
     set_statistics,
 )
 from bntool.operations.ranks import Ranks, find_ranks
 from bntool.operations.repeated_calls import Finish, RepeatedCalls
 from bntool.operations.witness import Witness
-
-_CHUNK = 128  # positions measured at a time in float32: the error is to be far below what is promised, 1e-6
 
 
 def measure_exact(run: Run, batches: Iterable[Batch], finish: Finish, *, channels_last: bool) -> Measurement:
@@ -67,7 +64,7 @@ def measure_exact(run: Run, batches: Iterable[Batch], finish: Finish, *, channel
         counts = ranks.share(partial(_count, good.values()))
         result.batches, result.samples = (sum(column) for column in zip(*counts, strict=True))
         leader = next((rank for rank, (count, _) in enumerate(counts) if count), None)
-        witness = Witness(good, partial(measure, chunk=_CHUNK)) if ranks.rank == leader else None
+        witness = Witness(good) if ranks.rank == leader else None
         sweep = _Sweep(run, finish, ranks, witness, samples=result.samples, channels_last=channels_last)
         try:
             with borrow(run.model) as borrowed:
@@ -129,12 +126,11 @@ class _Sweep:
         self._calls = RepeatedCalls(lambda name, tally: finish(name, tally, samples), run.layers)
 
     def make_hook(self, name: str) -> Callable[..., None]:
-        own = self._run.layers[name]._buffers["running_mean"]
+        read = ActivationReader(name, self._run.layers[name])
 
         def observe(module: torch.nn.Module, args: Any, kwargs: Any) -> None:
-            check_buffers(module, name, own)
-            values = get_input(args, kwargs, module)
-            moments = measure(values, chunk=_CHUNK)
+            values = read(module, args, kwargs)
+            moments = measure(values)
             check_moments(moments, name, values, least=1)
             witness = self._witness
             if witness is not None and (witness.is_alone or witness.position == self._position):

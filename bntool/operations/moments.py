@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from functools import reduce
 from typing import Any
 
+import numpy as np
 import torch
 
-CHUNK = 1024  # positions
+_RUN = 128  # positions that a kernel adds up in float32: to about 5e-7 of a variance
+_PIECE = 1 << 18  # elements measured at a time: still in the processor's cache when the kernel needs them again
 _SMALL = 1 << 14  # elements for which float64 costs next to nothing
 _ROWS = 1 << 16  # positions widened to float64 at a time
 _LARGE_MEAN = 30.0  # |mean| / std from which float32 sums lose digits of the variance that matter
@@ -46,7 +48,7 @@ class Moments:
 
     @property
     def is_finite(self) -> bool:
-        return math.isfinite(float(self.mean.sum() + self.squares.sum()))
+        return math.isfinite(self.mean.numpy().sum() + self.squares.numpy().sum())
 
 
 def _unpack(count: int, mean: Any, squares: Any) -> Moments:
@@ -73,25 +75,23 @@ def merge_all(moments: Iterable[Moments]) -> Moments:
     return reduce(merge, moments)
 
 
-def measure(values: torch.Tensor, *, chunk: int = CHUNK) -> Moments:
+def measure(values: torch.Tensor) -> Moments:
     """Moments of a batch of activations.
 
-    float32 (and half precision, widened first) is measured in pieces and merged in float64; channels whose mean is
+    float32 (and half precision, widened first) is measured in short runs and merged in float64; channels whose mean is
     large against their spread are measured again in float64, because float32 cannot hold both. Small batches are
     measured in float64 throughout.
 
     Args:
         values: floating, shape (N, C) or (N, C, ...).
-        chunk: positions of a piece where the kernel sums in float32; its relative error grows with them, to about 4e-6
-            of the variance for 1024.
     """
     channels = values.shape[1]
     if values.numel() == 0:
-        zeros = torch.zeros(channels, dtype=torch.float64)
+        zeros = torch.zeros(channels, dtype=torch.float64, device="cpu")
         return Moments(0, zeros, zeros)
     if values.ndim == 2 or values.dtype == torch.float64 or values.numel() <= _SMALL:
         return _measure_exactly(values)
-    moments = _measure_fast(_split(values, chunk))
+    moments = _measure_fast(values)
     if not moments.is_finite:
         return moments
     large = moments.mean.square() > _LARGE_MEAN**2 * moments.biased_variance
@@ -101,35 +101,41 @@ def measure(values: torch.Tensor, *, chunk: int = CHUNK) -> Moments:
     return moments
 
 
-def _split(values: torch.Tensor, chunk: int) -> tuple[torch.Tensor, ...]:
-    """The batch in pieces that the kernel measures well: all positions, each once."""
-    spatial = values[0, 0].numel()
-    if values.ndim in (4, 5) and not values.is_contiguous():
-        rows = values.movedim(1, -1)
-        if rows.is_contiguous():  # channels last: any run of positions is a plain matrix, of which the kernel is fast
-            return torch.split(rows.reshape(-1, values.shape[1]), chunk)
-    # the kernel for this layout sums in double precision: whole samples are fine whatever their size
-    return torch.split(values.contiguous(), max(1, CHUNK // spatial))
+def _measure_fast(values: torch.Tensor) -> Moments:
+    channels, rows = values.shape[1], values.movedim(1, -1)
+    if values.is_contiguous() or not rows.is_contiguous():
+        # the kernel for this layout sums in double precision
+        return _measure_runs([values.contiguous()], length=values.numel() // channels, channels=channels)
+    # channels last: positions are the rows of a matrix, which the kernel adds up row by row. Seen as a matrix of few
+    # rows with many positions side by side, as many short runs are added up as there are positions in a row
+    rows = rows.reshape(-1, channels)
+    end = len(rows) // _RUN * _RUN
+    step = max(1, _PIECE // (_RUN * channels)) * _RUN
+    pieces = [rows[start : min(start + step, end)].view(_RUN, -1) for start in range(0, end, step)]
+    parts = [_measure_runs(pieces, length=_RUN, channels=channels)] if pieces else []
+    if end < len(rows):
+        parts.append(_measure_runs([rows[end:]], length=len(rows) - end, channels=channels))
+    return merge_all(parts)
 
 
-def _measure_fast(pieces: Sequence[torch.Tensor]) -> Moments:
-    counts, means, variances = [], [], []
-    unused: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None)
-    if pieces[0].dtype in (torch.float16, torch.bfloat16):
-        # beside float32 statistics the kernel sums halves in float32, and answers in it
-        unused = tuple(pieces[0].new_zeros((2, pieces[0].shape[1]), dtype=torch.float32))
+def _measure_runs(pieces: Sequence[torch.Tensor], *, length: int, channels: int) -> Moments:
+    """Moments of runs of equal length, of which each piece has one or more side by side."""
+    means, variances = [], []
     for piece in pieces:
+        unused: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None)
+        if piece.dtype in (torch.float16, torch.bfloat16):
+            # beside float32 statistics the kernel sums halves in float32, and answers in it
+            unused = tuple(piece.new_zeros((2, piece.shape[1]), dtype=torch.float32))
         mean, variance = torch.ops.aten.batch_norm_update_stats(piece, *unused, 1.0)
-        counts.append(piece.numel() // piece.shape[1])
         means.append(mean)
         variances.append(variance)
-    count = sum(counts)
-    # what merge() does, for all pieces at once
-    weights = torch.tensor(counts, dtype=torch.float64).unsqueeze(1)
-    mean_of_each = _to_float64(torch.stack(means))
-    mean = (weights * mean_of_each).sum(0) / count
-    spread = _to_float64(torch.stack(variances)) + (mean_of_each - mean).square()
-    return Moments(count, mean, (weights * spread).sum(0))
+    # what merge() does, for all runs at once; by numpy, because torch takes longer for what is small
+    mean_of_each, variance_of_each = (torch.cat(c).cpu().numpy().reshape(-1, channels) for c in (means, variances))
+    runs = len(mean_of_each)
+    mean = np.add.reduce(mean_of_each, axis=0, dtype=np.float64) / runs
+    difference = mean_of_each - mean
+    spread = np.add.reduce(variance_of_each, axis=0, dtype=np.float64) + np.einsum("rc,rc->c", difference, difference)
+    return Moments(length * runs, torch.from_numpy(mean), torch.from_numpy(spread * length))
 
 
 def _measure_exactly(values: torch.Tensor) -> Moments:
@@ -145,7 +151,3 @@ def _measure_in_double(piece: torch.Tensor) -> Moments:
     variance, mean = torch.var_mean(wide, dim=[d for d in range(wide.ndim) if d != 1], correction=0)
     count = piece.numel() // piece.shape[1]
     return Moments(count, mean.cpu(), variance.cpu() * count)
-
-
-def _to_float64(values: torch.Tensor) -> torch.Tensor:
-    return values.cpu().to(torch.float64)

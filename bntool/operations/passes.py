@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from bntool.data.batches import Batch, LeftOut, find_bad_rows, find_placement, find_tensors
+from bntool.data.batches import Batch, LeftOut, find_bad_rows, find_tensors
 from bntool.data.policies import OnBadData
 from bntool.errors import RefusedError, UsageError, UserCodeError
 from bntool.layers.borrowing import Borrowed
 from bntool.models.user_code import running_user_code
+from bntool.operations.activations import ActivationReader
+from bntool.operations.layouts import MemoryReads, is_faster_channels_last
 from bntool.operations.moments import Moments, measure, merge
 from bntool.operations.ranks import find_ranks
 
@@ -172,20 +175,23 @@ def measure_pooled(run: Run, batches: Iterable[Batch]) -> Measurement:
 
 
 def _run_batches(run: Run, batches: Iterable[Batch]) -> Iterator[Part]:
-    """Images are given channels last where that is faster; a model that cannot take that is given them as they are."""
+    """Give images channels last where that is faster; as they are, where a model cannot take that or would notice."""
     channels_last = is_faster_channels_last(run.model)
     calls = _hook_layers(run)
     done = 0
     for batch in batches:
         for layout in (True, False) if channels_last else (False,):
             calls.clear()
+            reads = MemoryReads()
             try:
-                left_out = _run_checked(run, batch, channels_last=layout)
-                break
+                with reads if layout and not done else contextlib.nullcontext():
+                    left_out = _run_checked(run, batch, channels_last=layout)
+                if not reads.happened:
+                    break
             except UserCodeError:
                 if not layout:
                     raise
-                channels_last = False  # perhaps a view() that wants contiguous activations; if not, it raises again
+            channels_last = False  # perhaps a view() that wants contiguous activations; if not, it raises again
         yield Part((), 0, left_out) if left_out else Part(tuple(calls), batch.samples)
         done += batch.samples
         if run.on_progress is not None:
@@ -197,16 +203,21 @@ def _hook_layers(run: Run) -> list[tuple[str, Moments]]:
     calls: list[tuple[str, Moments]] = []
     for name, layer in run.layers.items():
         if _statistics_dtype(layer) in _HALF:
+            if isinstance(layer, torch.nn.SyncBatchNorm) and find_ranks().world > 1:
+                raise RefusedError(
+                    "SyncBatchNorm of half precision normalises batches with those of other ranks; make it float32, or "
+                    "recalibrate in one process",
+                    tensor=name,
+                )
             # half precision cannot hold the statistics of a batch well enough: let the kernel take its own
             layer.training = True
 
-        own = layer._buffers["running_mean"]
+        read = ActivationReader(name, layer)
 
         def observe(
-            module: torch.nn.Module, args: Any, kwargs: Any, name: str = name, own: torch.Tensor | None = own
+            module: torch.nn.Module, args: Any, kwargs: Any, name: str = name, read: ActivationReader = read
         ) -> None:
-            check_buffers(module, name, own)
-            values = get_input(args, kwargs, module)
+            values = read(module, args, kwargs)
             moments = measure(values)
             check_moments(moments, name, values)
             calls.append((name, moments))
@@ -262,12 +273,6 @@ def accept(left_out: LeftOut, on_bad_data: OnBadData) -> LeftOut:
     return left_out
 
 
-def is_faster_channels_last(model: torch.nn.Module) -> bool:
-    """Whether measuring images of that layout is faster: on a CPU by a factor of eight, elsewhere not known."""
-    device, _ = find_placement(model)
-    return device is None or device.type == "cpu"
-
-
 def has_finite_inputs(batch: Batch) -> bool:
     """Whether no input holds NaN or infinity."""
     return all(torch.isfinite(tensor).all() for tensor in find_tensors(batch.inputs) if tensor.is_floating_point())
@@ -279,30 +284,6 @@ def check_moments(moments: Moments, layer: str, values: torch.Tensor, *, least: 
         raise TooFewValuesError(layer)
     if not moments.is_finite:
         raise NotFiniteError(layer, values)
-
-
-def get_input(args: Sequence[Any], kwargs: Mapping[str, Any], module: torch.nn.Module) -> torch.Tensor:
-    """The activations that a BatchNorm is called with, channels in dimension 1."""
-    values = args[0] if args else next(iter(kwargs.values()))
-    assert isinstance(values, torch.Tensor)
-    channels = module._buffers["running_mean"].numel()  # type: ignore[union-attr]
-    if values.ndim == 2 or values.shape[1] == channels:
-        return values
-    # a wrapper that takes (N, L, C) and transposes inside
-    return values.movedim(-1, 1) if values.shape[-1] == channels else values
-
-
-def check_buffers(module: torch.nn.Module, layer: str, own: torch.Tensor | None) -> None:
-    """Refuse a layer that runs with other buffers than its own, which are not ours to write to.
-
-    Raises:
-        RefusedError
-    """
-    if module._buffers.get("running_mean") is not own and not getattr(module, "_is_replica", False):
-        raise RefusedError(
-            "while it runs this layer has other statistics than its own, as torch.func.functional_call gives them",
-            tensor=layer,
-        )
 
 
 def set_statistics(module: torch.nn.Module, *, mean: torch.Tensor, variance: torch.Tensor) -> None:

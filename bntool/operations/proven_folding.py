@@ -183,7 +183,9 @@ def with_random_inputs(inputs: Sequence[Any]) -> list[Any]:
     generator = torch.Generator().manual_seed(20)
     spread = float(first.detach().float().std()) if first.numel() > 1 else 1.0
     random = [
-        torch.randn(first.shape, generator=generator).mul(spread or 1.0).to(device=first.device, dtype=first.dtype)
+        torch.randn(first.shape, generator=generator, dtype=torch.float32, device="cpu")
+        .mul(spread or 1.0)
+        .to(device=first.device, dtype=first.dtype)
         for _ in range(_RANDOM_INPUTS)
     ]
     return [*inputs, *random]

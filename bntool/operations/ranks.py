@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from bntool.errors import BntoolError, RefusedError
 from bntool.layers.borrowing import Borrowed
@@ -19,6 +20,7 @@ from bntool.operations.methods import Method
 
 Result = TypeVar("Result")
 _SHARDING = ("FullyShardedDataParallel", "FSDPModule")
+_EXCHANGES = ("c10d", "_c10d_functional")
 _FRAME = 1 << 17  # bytes: moments of 1,024 channels for seven batches
 _SIZE = 8
 
@@ -86,7 +88,7 @@ def _gather(value: Any, world: int) -> list[Any]:
 def _exchange(content: bytes, length: int, world: int) -> list[bytes]:
     """As many bytes from each rank, of which ``content`` are the first of this one's."""
     given = torch.frombuffer(bytearray(content.ljust(length, b"\0")), dtype=torch.uint8)
-    parts = [torch.empty(length, dtype=torch.uint8) for _ in range(world)]
+    parts = [torch.empty(length, dtype=torch.uint8, device="cpu") for _ in range(world)]
     dist.all_gather(parts, given)
     return [part.numpy().tobytes() for part in parts]
 
@@ -139,3 +141,27 @@ def part_from_ranks(model: torch.nn.Module, borrowed: Borrowed, *, method: Metho
                 "would interrupt; use the method pooled with equally many batches on each rank",
                 tensor=name or None,
             )
+
+
+class NoExchange(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Refuses whatever exchanges something with the other processes of a job, while it is active.
+
+    Raises:
+        RefusedError
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """As for :class:`bntool.operations.memory.LiveTensors`."""
+        return False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace in _EXCHANGES and find_ranks().world > 1:
+            raise RefusedError(
+                f"a forward of the model exchanges something with the other ranks ({func}), and exact statistics let "
+                "batches wait in the middle of it; use the method pooled with equally many batches on each rank"
+            )
+        return func(*args, **(kwargs or {}))

@@ -12,9 +12,10 @@ from bntool.data.batches import Batch, Batches, copy_batch, cut_batch, find_plac
 from bntool.errors import RefusedError, UserCodeError
 from bntool.layers.borrowing import borrow
 from bntool.models.user_code import running_user_code
+from bntool.operations.layouts import MemoryReads, is_faster_channels_last
 from bntool.operations.memory import Forecast, LiveTensors, find_available, find_thread_space
-from bntool.operations.passes import Run, is_faster_channels_last
-from bntool.operations.ranks import Ranks
+from bntool.operations.passes import Run
+from bntool.operations.ranks import NoExchange, Ranks
 
 _SAMPLES = 2
 
@@ -36,6 +37,7 @@ def try_out(run: Run, batch: Batch) -> Trial:
     """Run a few samples of a batch to see how the model goes about it.
 
     Raises:
+        RefusedError: it exchanges something with other ranks.
         UserCodeError: the model raised.
     """
     few = cut_batch(batch, _SAMPLES)
@@ -48,15 +50,15 @@ def try_out(run: Run, batch: Batch) -> Trial:
 
 def _try_out(run: Run, batch: Batch, *, channels_last: bool) -> Trial:
     batch = copy_batch(batch)  # the model may write to what it is given
-    with borrow(run.model) as borrowed, LiveTensors() as memory:
+    with borrow(run.model) as borrowed, NoExchange(), LiveTensors() as memory:
         for layer in run.layers.values():
             borrowed.add_forward_pre_hook(layer, lambda _module, _args: memory.note_waiting())
-        with running_user_code(f"running the model on {batch.description}"):
+        with MemoryReads() as reads, running_user_code(f"running the model on {batch.description}"):
             batch.run(run.model, channels_last=channels_last)
     given = sum(tensor.nbytes for tensor in find_tensors(batch.inputs))
     samples = max(batch.samples, 1)
     return Trial(
-        channels_last=channels_last,
+        channels_last=channels_last and not reads.happened,
         forecast=Forecast(
             waiting=(memory.waiting + given) / samples,
             running=memory.peak / samples,

@@ -175,8 +175,8 @@ def measure_rounding(model: nn.Module, inputs: Sequence[Any], *, unit: float = t
     with torch.no_grad():
         for parameter in moved.parameters():
             if parameter.is_floating_point():
-                noise = torch.rand(parameter.shape, generator=generator, dtype=torch.float64).to(parameter.device)
-                parameter.mul_(1 + (2 * noise - 1) * unit)
+                noise = torch.rand(parameter.shape, generator=generator, dtype=torch.float64, device="cpu")
+                parameter.mul_(1 + (2 * noise.to(parameter.device) - 1) * unit)
     return _largest_error(_run(original, inputs), _run(moved, inputs))
 
 

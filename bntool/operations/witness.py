@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +13,7 @@ from bntool.batchnorm import DEFAULT_EPS
 from bntool.data.batches import Batch, copy_batch, cut_batch
 from bntool.errors import RefusedError, UserCodeError
 from bntool.models.user_code import running_user_code
-from bntool.operations.moments import Moments
+from bntool.operations.moments import Moments, measure
 from bntool.operations.passes import Run
 
 _SAMPLES = 2
@@ -38,14 +38,12 @@ class Witness:
 
     Args:
         batches: of this rank, by position. A small one is chosen, but not the last, which sees what it left itself.
-        measure: moments of activations.
     """
 
-    def __init__(self, batches: Mapping[int, Batch], measure: Callable[[torch.Tensor], Moments]) -> None:
+    def __init__(self, batches: Mapping[int, Batch]) -> None:
         positions = list(batches)[:-1] or list(batches)
         self.position = min(positions, key=lambda position: batches[position].samples)
         self._batch = copy_batch(batches[self.position])
-        self._measure = measure
         self._seen: list[_Seen] = []
         self.is_alone = False
 
@@ -61,7 +59,7 @@ class Witness:
             moments: of all of them.
         """
         by_sample = not self.is_alone and values.shape[0] == self._batch.samples > _SAMPLES
-        self._seen.append(_Seen(layer, moments, self._measure(values[:_SAMPLES]) if by_sample else None))
+        self._seen.append(_Seen(layer, moments, measure(values[:_SAMPLES]) if by_sample else None))
 
     def check(self, run: Run) -> None:
         """Run the batch by itself, with the hooks of the sweep: each layer must see what it saw then.

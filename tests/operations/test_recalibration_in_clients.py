@@ -2,7 +2,9 @@
 
 import contextlib
 import contextvars
+import copy
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -336,3 +338,99 @@ def test_models_with_a_compiled_part():
     assert_stores(model[0], batches)
     with pytest.raises(RefusedError, match="TorchScript program"):
         fold(torch.jit.trace(model.eval(), batches[0]), batches[0])
+
+
+class ReadingMemory(nn.Module):
+    """Takes for granted that its activations are contiguous."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 3, 1, bias=False), nn.BatchNorm2d(3)
+        nn.init.dirac_(self.conv.weight)
+
+    def forward(self, x):
+        x = self.conv(x)
+        n, c, h, w = x.shape
+        return self.norm(torch.as_strided(x, (n, c, h, w), (c * h * w, h * w, w, 1)))
+
+
+@torch.library.custom_op("bntool_tests::reread", mutates_args=())
+def reread(x: torch.Tensor) -> torch.Tensor:
+    return torch.as_strided(x, x.shape, torch.empty(x.shape).stride()).clone()
+
+
+class ForeignKernel(ReadingMemory):
+    def forward(self, x):
+        return self.norm(reread(self.conv(x)))
+
+
+@METHODS
+@pytest.mark.parametrize("build", [ReadingMemory, ForeignKernel])
+def test_models_that_read_memory_get_images_as_they_are(build, method):
+    model, batches = build(), make_batches()
+    recalibrate(model, batches, method=method)
+    assert_stores(model.norm, batches)
+
+
+class Branches(nn.Module):
+    """Runs its branches in threads."""
+
+    def __init__(self):
+        super().__init__()
+        self.left, self.right = nn.BatchNorm2d(3), nn.BatchNorm2d(3)
+
+    def forward(self, x):
+        with ThreadPoolExecutor(2) as pool:
+            left, right = pool.submit(self.left, x), pool.submit(self.right, x * 2)
+            return left.result() + right.result()
+
+
+def test_layers_that_a_model_calls_in_threads():
+    model, batches = Branches(), make_batches()
+    recalibrate(model, batches)
+    assert_stores(model.left, batches)
+    assert_stores(model.right, [2 * x for x in batches])
+    with pytest.raises(RefusedError, match=r"(left|right): the model calls this layer in a thread of its own"):
+        recalibrate(model, batches, method="exact")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_defaults_of_the_process_change_nothing(dtype):
+    given = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(64, 3))
+    batches = make_batches()
+
+    def compute():
+        found = []
+        for method in ("pooled", "exact", "paper"):
+            model = copy.deepcopy(given)
+            recalibrate(model, batches, method=method)
+            found += [model[1].running_mean, model[1].running_var]
+        return [*found, fold(copy.deepcopy(model), batches[0]).model[0].weight]
+
+    expected, default = compute(), torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device("meta"):
+            found = compute()
+    finally:
+        torch.set_default_dtype(default)
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+
+
+class Scaled(nn.Module):
+    """Its first parameter is a scalar of another dtype than its weights."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(2.0, dtype=torch.float64))
+        self.conv, self.norm = nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4)
+
+    def forward(self, x):
+        return self.norm(self.conv(x))
+
+
+@METHODS
+def test_inputs_get_the_dtype_of_the_weights(method):
+    model, batches = Scaled(), make_batches()
+    recalibrate(model, batches, method=method)
+    assert_stores(model.norm, [model.conv(x).detach() for x in batches])

@@ -101,6 +101,48 @@ def test_exact_refuses_sharded_models_by_name(tmp_path):
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
+@pytest.mark.parametrize("exchange", ["dist.all_reduce(x)", "functional.all_reduce(x, 'sum', dist.group.WORLD)"])
+def test_what_a_forward_exchanges_itself(tmp_path, exchange):
+    code = (
+        "import sys, torch, torch.distributed as dist\n"
+        "import torch.distributed._functional_collectives as functional\n"
+        "from torch import nn\n"
+        "from bntool.errors import RefusedError\n"
+        "from bntool.operations.recalibration import recalibrate\n"
+        f"rank, address = int(sys.argv[1]), {'file://' + str(tmp_path / 'rendezvous')!r}\n"
+        "dist.init_process_group('gloo', init_method=address, rank=rank, world_size=2)\n"
+        "class Summing(nn.Module):\n"
+        "    def __init__(self):\n"
+        "        super().__init__()\n"
+        "        self.norm = nn.BatchNorm2d(3)\n"
+        "    def forward(self, x):\n"
+        f"        x = x.clone(); y = {exchange}\n"
+        "        return self.norm(x if y is None else y + 0)\n"
+        "torch.manual_seed(0)\n"
+        "batches, model = [torch.randn(4, 3, 5, 5) for _ in range(4)], Summing()\n"
+        "recalibrate(model, batches[rank::2])\n"
+        "sums = torch.cat([batches[0] + batches[1], batches[2] + batches[3]])\n"
+        "torch.testing.assert_close(model.norm.running_mean, sums.mean((0, 2, 3)))\n"
+        "try:\n"
+        "    recalibrate(model, batches[rank::2], method='exact')\n"
+        "except RefusedError as error:\n"
+        "    assert 'exchanges something with the other ranks' in str(error), error\n"
+        "else:\n"
+        "    raise AssertionError('not refused')\n"
+        "half = nn.SyncBatchNorm(3).half()\n"
+        "try:\n"
+        "    recalibrate(half, [x.half() for x in batches])\n"
+        "except RefusedError as error:\n"
+        "    assert 'SyncBatchNorm of half precision' in str(error), error\n"
+        "else:\n"
+        "    raise AssertionError('not refused')\n"
+        "dist.barrier()\n"
+        "dist.destroy_process_group()\n"
+    )
+    run_two_ranks("-c", code)
+
+
 @pytest.mark.parametrize("method", ["pooled", "exact"])
 def test_compiled_models(method):
     plain, given = Network(), Network()
