@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from bntool.operations.evaluation import Evaluation
     from bntool.operations.recalibration import Recalibration
 
+_SLOW = "this processor has no bfloat16 instructions: float32 is faster"
 _WITHOUT_LABELS = 512  # samples looked at for changed predictions where there is nothing to count as right
 
 
@@ -156,6 +157,7 @@ def command(  # noqa: PLR0915 a third of the statements are imports
     from bntool.layers.loading import load_state
     from bntool.operations.effects import measure_effects
     from bntool.operations.evaluation import count_flipped, evaluate, is_better, parse_metric
+    from bntool.operations.kernels import is_faster_in_bfloat16
     from bntool.operations.ranks import join_job
     from bntool.operations.recalibration import check_live_statistics, plan_recalibration
     from bntool.operations.recording import make_record
@@ -248,6 +250,7 @@ def command(  # noqa: PLR0915 a third of the statements are imports
             warnings=(
                 *_warn_of_fewer(result, asked=wanted, there=batches.samples, cut=fit_memory and ranks.world == 1),
                 *_warn(before, held_out, fair=not keep_if_better or bool(eval_data)),
+                *([_SLOW] if precision is Precision.BFLOAT16 and not is_faster_in_bfloat16(live) else []),
             ),
         )
         report = FileReport(str(checkpoint), describe_recalibration(outcome), show_recalibration(outcome))

@@ -16,7 +16,7 @@ from bntool.errors import RefusedError, UsageError, UserCodeError
 from bntool.layers.borrowing import Borrowed
 from bntool.models.user_code import running_user_code
 from bntool.operations.activations import ActivationReader
-from bntool.operations.layouts import MemoryReads, is_faster_channels_last
+from bntool.operations.kernels import MemoryReads, is_faster_channels_last
 from bntool.operations.moments import Moments, measure, merge
 from bntool.operations.ranks import find_ranks
 

@@ -12,7 +12,7 @@ from bntool.data.batches import Batch, Batches, copy_batch, cut_batch, find_plac
 from bntool.errors import RefusedError, UserCodeError
 from bntool.layers.borrowing import borrow
 from bntool.models.user_code import running_user_code
-from bntool.operations.layouts import MemoryReads, is_faster_channels_last
+from bntool.operations.kernels import MemoryReads, is_faster_channels_last
 from bntool.operations.memory import Forecast, LiveTensors, find_available, find_thread_space
 from bntool.operations.passes import Run
 from bntool.operations.ranks import NoExchange, Ranks

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-_BATCHES, _SIZE, _ROUNDS = 8, 8, 3
+_BATCHES, _SIZE, _ROUNDS = 24, 8, 3
 _METHODS = ("pooled", "exact")
 
 

@@ -404,6 +404,7 @@ def test_bfloat16_is_approximate_and_says_so(recalibrate):
     code, out, _, path = recalibrate("drifted.pt", "--precision", "bfloat16", "--eval-data", TEST)
     assert code == 0
     assert "approximate (forwards in bfloat16)" in out
+    assert ("this processor has no bfloat16" in out) is not torch.ops.mkldnn._is_mkldnn_bf16_supported()
     approximate = torch.load(path, weights_only=True)
     recalibrate("drifted.pt", "--force")
     full = torch.load(path, weights_only=True)

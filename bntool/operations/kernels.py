@@ -1,4 +1,4 @@
-"""Whether images may be laid out channels last: what is faster so, and which models would notice."""
+"""What the kernels of a processor are fast at, and which models would notice what they are given."""
 
 from __future__ import annotations
 
@@ -30,6 +30,14 @@ def is_faster_channels_last(model: torch.nn.Module) -> bool:
     """Whether measuring images of that layout is faster: on a CPU by a factor of eight, elsewhere not known."""
     device, _ = find_placement(model)
     return device is None or device.type == "cpu"
+
+
+def is_faster_in_bfloat16(model: torch.nn.Module) -> bool:
+    """Whether the processor that a model is on computes in bfloat16; without that, it takes several times as long."""
+    device, _ = find_placement(model)
+    if device is not None and device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 class MemoryReads(TorchFunctionMode):
