@@ -16,6 +16,7 @@ from bntool.layers.loading import LiveTensor, load_state
 from bntool.layers.modules import find_wrapper_prefix, walk_modules
 from bntool.plan import AddTensor, Plan, RemoveModule, RemoveTensor, SetAttribute, Step
 
+_HOOKS = ("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called")
 _AFTER_NORM = ("drop", "act")  # children of combined modules, in the order in which they run
 
 
@@ -61,14 +62,18 @@ def change_structure(model: nn.Module, steps: Iterable[Step]) -> None:
 
 
 def what_remains(module: nn.Module) -> nn.Module:
-    """What takes the place of a BatchNorm that is folded: the identity, or the activation of a combined module."""
+    """What takes the place of a BatchNorm that is folded: the identity, or the activation of a combined module.
+
+    It is given the forward hooks of the BatchNorm: its output is still the same.
+    """
     children = OrderedDict(
         (name, child) for name in _AFTER_NORM if isinstance(child := module._modules.get(name), nn.Module)
     )
-    if "act" not in children:
-        return nn.Identity()
-    remaining = nn.Sequential(children)
-    remaining.train(module.training)
+    remaining = nn.Sequential(children) if "act" in children else nn.Identity()
+    if "act" in children:
+        remaining.train(module.training)
+    for hooks in _HOOKS:  # the very dicts, so that whoever added a hook can remove it
+        setattr(remaining, hooks, getattr(module, hooks))
     return remaining
 
 

@@ -19,7 +19,7 @@ from bntool.checkpoints.formats import open_checkpoint
 from bntool.layers.loading import load_state
 from bntool.operations.recalibration import recalibrate
 
-_SHARED = Path(os.environ.get("BNTOOL_SHARED", Path(__file__).resolve().parents[3] / "shared"))
+SHARED = Path(os.environ.get("BNTOOL_SHARED", Path(__file__).resolve().parents[3] / "shared"))
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _SAMPLES = 2000
 
@@ -55,14 +55,14 @@ class ResNet20(nn.Module):
 def load_resnet20() -> ResNet20:
     """The trained network of the shared folder."""
     model = ResNet20()
-    with open_checkpoint(_SHARED / "weights" / "resnet20-12fca82f.th") as checkpoint:
+    with open_checkpoint(SHARED / "weights" / "resnet20-12fca82f.th") as checkpoint:
         load_state(model, choose_state_dict(checkpoint))
     return model.eval()
 
 
 def load_images(name: str, *, contrast: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
     """Normalised images, shape (N, 3, 32, 32), and labels; pixels are pulled towards grey by ``contrast``."""
-    arrays = np.load(_SHARED / "data" / name)
+    arrays = np.load(SHARED / "data" / name)
     pixels = torch.from_numpy(arrays["images"]).permute(0, 3, 1, 2).float() / 255
     pixels = 0.5 + contrast * (pixels - 0.5)
     images = (pixels - torch.tensor(_MEAN).reshape(1, 3, 1, 1)) / torch.tensor(_STD).reshape(1, 3, 1, 1)

@@ -8,6 +8,7 @@ from torch import nn
 
 from bntool.errors import UsageError
 from bntool.layers.application import apply_plan, change_structure, read_state
+from bntool.operations.proven_folding import fold
 from bntool.plan import AddTensor, Operation, Plan, RemoveModule, RemoveTensor, Scaled, SetAttribute, SetTensor, Values
 
 
@@ -49,3 +50,27 @@ def test_live_tensors_read_as_their_bytes(dtype: torch.dtype) -> None:
     tensor = read_state(model).tensor("weight")
     data = b"".join(tensor.chunks())
     assert torch.equal(torch.frombuffer(bytearray(data), dtype=dtype).view(2, 3), model.weight)
+
+
+def test_forward_hooks_of_a_folded_layer_stay_and_can_be_removed() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    seen = []
+    model[1].register_forward_hook(lambda _module, _args, _kwargs, output: seen.append(output), with_kwargs=True)
+    doubling = model[1].register_forward_hook(lambda _module, _args, output: output * 2)
+    names = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+    apply_plan(model, plan(*(RemoveTensor(f"1.{name}") for name in names), RemoveModule("1")))
+    x = torch.randn(2, 3, 6, 6)
+    assert torch.equal(model(x), model[0](x) * 2)
+    assert torch.equal(seen[-1], model[0](x))
+    doubling.remove()
+    assert torch.equal(model(x), model[0](x))
+
+
+def test_a_hooked_model_is_folded_with_its_hooks() -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU()).eval(), torch.randn(2, 3, 6, 6)
+    model[1].running_mean.normal_()
+    model[1].register_forward_hook(lambda _module, _args, output: output * 2)
+    folded = fold(model, x).model
+    assert isinstance(folded[1], nn.Identity)
+    torch.testing.assert_close(folded(x), model(x))
