@@ -31,6 +31,8 @@ class InterruptHandler:
             raise KeyboardInterrupt
         import threading
 
+        if not hasattr(threading, "Timer"):  # it is what is being imported
+            raise KeyboardInterrupt
         self._is_waiting = True
         timer = threading.Timer(_INTERVAL, self._remind)
         timer.daemon = True

@@ -150,7 +150,8 @@ def _fail(error: errors.BntoolError, arguments: Sequence[str]) -> ExitCode:
     if checkpoint and isinstance(error, errors.RefusedError | errors.VerificationError):
         error.about(checkpoint)
     report = Report(command, (FileReport(error.path or checkpoint, error=error),))
-    print_report(report, as_json="--json" in arguments)
+    # of several processes one answers for all
+    print_report(report, as_json="--json" in arguments and os.environ.get("RANK", "0") == "0")
     return exit_code_of(error)
 
 

@@ -67,8 +67,16 @@ def _note(text: str, *, code: str) -> None:
 
 def _write(stream: TextIO, text: str) -> None:
     encoding = stream.encoding or "utf-8"
-    stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
-    stream.flush()
+    try:
+        stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
+        stream.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:  # a full disk; what is left in the buffer would raise again at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        from bntool.errors import UnwritableFileError
+
+        raise UnwritableFileError(f"what was to be printed cannot be written: {error.strerror}") from error
 
 
 @contextlib.contextmanager

@@ -14,17 +14,13 @@ from bntool.data.policies import OnBadData
 from bntool.operations.methods import Method, Precision
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
     from pathlib import Path
 
     import torch
 
     from bntool.checkpoints.checkpoint import StateDict
-    from bntool.data.batches import Batches
-    from bntool.operations.evaluation import Evaluation
-    from bntool.operations.recalibration import Recalibration
 
-_SLOW = "this processor has no bfloat16 instructions: float32 is faster"
 _WITHOUT_LABELS = 512  # samples looked at for changed predictions where there is nothing to count as right
 
 
@@ -157,9 +153,15 @@ def command(  # noqa: PLR0915 a third of the statements are imports
     from bntool.layers.loading import load_state
     from bntool.operations.effects import measure_effects
     from bntool.operations.evaluation import count_flipped, evaluate, is_better, parse_metric
-    from bntool.operations.kernels import is_faster_in_bfloat16
     from bntool.operations.ranks import join_job
     from bntool.operations.recalibration import check_live_statistics, plan_recalibration
+    from bntool.operations.recalibration_warnings import (
+        counts_other_classes,
+        warn_of_fewer,
+        warn_of_globs,
+        warn_of_judging,
+        warn_of_precision,
+    )
     from bntool.operations.recording import make_record
     from bntool.operations.rounding import fit_plan, list_promoted
     from bntool.reports.loading import show_loading_code
@@ -192,8 +194,7 @@ def command(  # noqa: PLR0915 a third of the statements are imports
             if keep_if_better:
                 raise UsageError("--keep-if-better needs labels: give --eval-data with labels")
             held_out = read(eval_data or data, samples=_WITHOUT_LABELS)
-        skip = on_bad_data is OnBadData.SKIP
-        judge = partial(evaluate, live, metric=parse_metric(metric), skip_bad_inputs=skip)
+        judge = partial(evaluate, live, metric=parse_metric(metric), on_bad_data=on_bad_data)
         leads = ranks.rank == 0  # one of several processes judges and writes
         show = leads and not (as_json or quiet)
         with Progress("before", held_out.samples, enabled=show) as progress:
@@ -248,9 +249,10 @@ def command(  # noqa: PLR0915 a third of the statements are imports
             promoted=list_promoted(plan),
             loading=tuple(show_loading_code(edited, chosen, str(output))),
             warnings=(
-                *_warn_of_fewer(result, asked=wanted, there=batches.samples, cut=fit_memory and ranks.world == 1),
-                *_warn(before, held_out, fair=not keep_if_better or bool(eval_data)),
-                *([_SLOW] if precision is Precision.BFLOAT16 and not is_faster_in_bfloat16(live) else []),
+                *warn_of_fewer(result, asked=wanted, there=batches.samples, cut=fit_memory and ranks.world == 1),
+                *warn_of_globs(live, layers or ()),
+                *warn_of_precision(live, precision),
+                *warn_of_judging(before, held_out, fair=not keep_if_better or bool(eval_data), apart=bool(eval_data)),
             ),
         )
         report = FileReport(str(checkpoint), describe_recalibration(outcome), show_recalibration(outcome))
@@ -268,6 +270,8 @@ def _load_model(spec: str, arguments: Sequence[str], device: str, chosen: StateD
 
     if device == "cuda" and "LOCAL_RANK" in os.environ:
         device = f"cuda:{os.environ['LOCAL_RANK']}"
+    if device == "meta":
+        raise UsageError("--device meta computes nothing")
     live = load_model(spec, arguments=parse_assignments(arguments))
     check_has_layers(live, spec)
     load_state(live, chosen)
@@ -293,12 +297,6 @@ def _check_selection(live: torch.nn.Module, layers: Sequence[str], checkpoint: P
         check_plan(Plan(Operation.RECALIBRATE, skips=tuple(skips)), checkpoint, strict=strict)
 
 
-def counts_other_classes(evaluation: Evaluation, batches: Batches) -> bool:
-    """Whether there are more or fewer class folders than outputs, so that labels cannot be trusted."""
-    folders, outputs = batches.classes, evaluation.outputs
-    return evaluation.value is not None and folders is not None and outputs not in (None, len(folders))
-
-
 def _parse_samples(text: str | None) -> int | None:
     from bntool.errors import UsageError
 
@@ -307,24 +305,3 @@ def _parse_samples(text: str | None) -> int | None:
     if not text.isdecimal() or int(text) < 1:
         raise UsageError(f"--samples {text!r}: give a number of at least 1, or auto")
     return int(text)
-
-
-def _warn_of_fewer(result: Recalibration, *, asked: int | None, there: int | None, cut: bool) -> Iterator[str]:
-    if asked is not None and result.samples < asked:
-        yield f"only {result.samples:,} of the {asked:,} samples asked for were there"
-    used = result.samples + sum(left_out.samples for left_out in result.left_out)
-    if cut and there is not None and used < there:
-        yield f"only {used:,} of the {there:,} samples fit into memory"
-
-
-def _warn(before: Evaluation, held_out: Batches, *, fair: bool) -> Iterator[str]:
-    """What the reader should not miss."""
-    if before.note is not None:
-        yield f"not measured: {before.note}"
-    if counts_other_classes(before, held_out):
-        yield (
-            f"{len(held_out.classes or ())} class folders, but the model has {before.outputs} outputs: folders are "
-            f"numbered in sorted order, so {before.metric} says little"
-        )
-    if not fair:
-        yield "better is judged on the calibration data itself; --eval-data gives a fairer judge"

@@ -126,7 +126,8 @@ def as_batches(batches: Iterable[Any], *, description: str = "the batches given"
     def read() -> Iterator[Batch]:
         position = 0
         for item in _read_user_data(batches, description):
-            batch = item if isinstance(item, Batch) else split_batch(item, source=description, position=position)
+            with running_user_code(f"reading {description}"):
+                batch = item if isinstance(item, Batch) else split_batch(item, source=description, position=position)
             position += batch.samples
             if batch.samples:
                 yield batch
@@ -274,7 +275,7 @@ def cut_batch(batch: Batch, samples: int) -> Batch:
     if (
         batch.samples <= samples
         or isinstance(batch.inputs, list)
-        or any(t.ndim == 0 or t.shape[0] != batch.samples for t in tensors)
+        or any(t.layout is not torch.strided or t.ndim == 0 or t.shape[0] != batch.samples for t in tensors)
     ):
         return batch
     names = batch.names[:samples]

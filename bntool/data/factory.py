@@ -53,11 +53,11 @@ class _Source:
     def __init__(self, found: Any, made: Any, spec: str) -> None:
         self._found, self._spec = found, spec
         self.made: Any = made
-        self._is_iterator = isinstance(made, Iterator)
+        self.is_iterator = isinstance(made, Iterator)
 
     def take(self) -> Any:
         made = self.made
-        if not self._is_iterator:
+        if not self.is_iterator:
             return made
         if made is None and not callable(self._found):
             raise UsageError(
@@ -132,7 +132,8 @@ def _read_batches(source: _Source, spec: str, options: DataOptions) -> Batches:
     def read_all() -> Iterator[Batch]:
         taken = source.take()
         if isinstance(taken, IterableDataset):
-            taken = DataLoader(taken, batch_size=options.batch_size, num_workers=options.workers)
+            # each of several workers would read all of it
+            taken = DataLoader(taken, batch_size=options.batch_size, num_workers=min(options.workers, 1))
         position = 0
         items = _collate_samples(_iterate(taken, lambda: f"reading what follows sample {position} of {spec}"), options)
         for item in items:
@@ -143,6 +144,11 @@ def _read_batches(source: _Source, spec: str, options: DataOptions) -> Batches:
             yield batch
             if options.samples is not None and position >= options.samples:
                 return  # before the source is asked for what is not used
+        if not position and source.is_iterator:
+            raise UsageError(
+                f"{spec} gave no batch: it is an iterator, which can be read once only; name a function that makes a "
+                "new one each time"
+            )
 
     def read() -> Iterator[Batch]:
         return itertools.islice(read_all(), rank, None, world)

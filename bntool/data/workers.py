@@ -10,7 +10,7 @@ from typing import Any
 
 from torch.utils.data import DataLoader
 
-_LOST = "a process that reads the data was lost (killed, or out of memory); try fewer workers"
+_LOST = "a process that reads the data was lost (killed, out of memory, or ended by its own code); try fewer workers"
 
 
 class LostWorkerError(RuntimeError):

@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch.nn.parameter import is_lazy
 
-from bntool.layers.modules import walk_modules
+from bntool.layers.modules import is_uninitialized, walk_modules
+
+_OF_EVERY_MODULE = frozenset(vars(torch.nn.Module()))
 
 
 class Borrowed:
@@ -42,8 +44,9 @@ class Borrowed:
 
     def reset(self) -> None:
         """Give back now what code of the model left on its modules; elements of buffers stay."""
-        for contents in self._contents:
-            contents.give_back()
+        with contextlib.ExitStack() as all_of_them:  # also after one that raises
+            for contents in self._contents:
+                all_of_them.callback(contents.give_back)
 
     def give_back(self) -> None:
         """Undo what was changed through this object, and what code of the model left on its modules."""
@@ -55,30 +58,29 @@ class Borrowed:
 def borrow(model: torch.nn.Module) -> Iterator[Borrowed]:
     """A context in which a model may be run and changed, and after which it is exactly as it was.
 
-    Given back are the plain attributes of each module, ``training`` among them, its parameters (the objects and
-    ``requires_grad``), every buffer (object and elements), hooks and attributes set through the :class:`Borrowed`, and
-    the state of torch's random generators on the CPU and, where CUDA is in use, on its devices. Elements of parameters
-    are copied only below modules with a train() or eval() of their own, which may merge weights: do not change others.
+    Given back are the plain attributes of each module, ``training`` among them, its modules and parameters (the objects
+    and ``requires_grad``), every buffer (object and elements), hooks and attributes set through the :class:`Borrowed`,
+    and the state of torch's random generators on the CPU and, where CUDA is in use, on its devices. Elements of
+    parameters are copied only below modules with a train() or eval() of their own, which may merge weights: do not
+    change others.
 
     What torch.compile made of the model, or of a part, runs as it was written, so that hooks are code, not traced.
     """
     modules = {id(module): module for _, module in walk_modules(model)}.values()
-    contents = [_Contents(module) for module in modules]
-    buffers = [_Elements(buffer) for module in modules for buffer in module._buffers.values() if buffer is not None]
-    switched = [_Elements(parameter) for parameter in _find_switched(modules)]
-    random_state = torch.get_rng_state()
-    cuda_states = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None  # type: ignore[no-untyped-call]
-    borrowed = Borrowed(contents)
-    try:
-        with _running_as_written():
-            yield borrowed
-    finally:
-        borrowed.give_back()
-        for elements in (*buffers, *switched):
-            elements.give_back()
-        torch.set_rng_state(random_state)
-        if cuda_states is not None:
-            torch.cuda.set_rng_state_all(cuda_states)
+    borrowed = Borrowed([_Contents(module) for module in modules if not is_uninitialized(module)])
+    with contextlib.ExitStack() as undo:  # everything, also after something that raises
+        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+            undo.callback(torch.cuda.set_rng_state_all, torch.cuda.get_rng_state_all())
+        undo.callback(torch.set_rng_state, torch.get_rng_state())
+        for module in modules:
+            for buffer in module._buffers.values():
+                if buffer is not None:
+                    undo.callback(_Elements(buffer).give_back)
+        for parameter in _find_switched(modules):
+            undo.callback(_Elements(parameter).give_back)
+        undo.callback(borrowed.give_back)
+        undo.enter_context(_running_as_written())
+        yield borrowed
 
 
 def _running_as_written() -> contextlib.AbstractContextManager[None]:
@@ -94,21 +96,26 @@ class _Contents:
 
     def __init__(self, module: torch.nn.Module) -> None:
         self._module = module
-        self._attributes = _plain_attributes(module)
-        self._parameters = dict(module._parameters)
-        self._buffers = dict(module._buffers)
+        self._training = module.training
+        self._attributes = _find_attributes(module)
+        self._registered = {kind: dict(getattr(module, kind)) for kind in _find_registries(module)}
         self._gradients = [(p, p.requires_grad) for p in module._parameters.values() if p is not None]
 
     def give_back(self) -> None:
         module = self._module
-        for name in _plain_attributes(module).keys() - self._attributes.keys():
+        if module.training != self._training:
+            module.training = self._training
+        for name in _find_attributes(module).keys() - self._attributes.keys():
             delattr(module, name)
         vars(module).update(self._attributes)
         # functional_call swaps tensors while it runs, and is not to leave others behind where it was interrupted
-        for now, before in ((module._parameters, self._parameters), (module._buffers, self._buffers)):
-            for name, tensor in before.items():
-                if now.get(name) is not tensor:
-                    now[name] = tensor  # type: ignore[assignment]
+        for kind, before in self._registered.items():
+            now = getattr(module, kind)
+            for name in now.keys() - before.keys():
+                del now[name]
+            for name, value in before.items():
+                if now.get(name) is not value:
+                    now[name] = value
         for parameter, requires_grad in self._gradients:
             if parameter.requires_grad != requires_grad:
                 parameter.requires_grad_(requires_grad)
@@ -146,6 +153,16 @@ def _find_switched(modules: Iterable[torch.nn.Module]) -> list[torch.nn.Paramete
     return list(found.values())
 
 
-def _plain_attributes(module: torch.nn.Module) -> dict[str, Any]:
-    """What user code keeps on a module: neither tensors that are registered nor what torch itself keeps there."""
-    return {name: value for name, value in vars(module).items() if not name.startswith("_")}
+def _find_attributes(module: torch.nn.Module) -> dict[str, Any]:
+    """What is kept on a module beside what is registered: not what torch itself keeps there."""
+    is_torchs = type(module).__module__.partition(".")[0] == "torch"
+    return {
+        name: value
+        for name, value in vars(module).items()
+        if not name.startswith("_") or not (is_torchs or name in _OF_EVERY_MODULE)
+    }
+
+
+def _find_registries(module: torch.nn.Module) -> tuple[str, ...]:
+    # what is compiled holds its own
+    return () if isinstance(module, torch.jit.ScriptModule) else ("_parameters", "_buffers", "_modules")

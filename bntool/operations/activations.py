@@ -1,125 +1,205 @@
-"""What a BatchNorm layer normalises of what it is called with."""
+"""What BatchNorm layers normalise, noticed right before they do."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
+import re
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum, auto
+from functools import partial
 from typing import Any
 
 import torch
 from torch.nn.modules.batchnorm import SyncBatchNorm, _BatchNorm
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves
 
 from bntool.errors import RefusedError
+from bntool.layers.borrowing import Borrowed
 
-_SAMPLES = 2
+Observe = Callable[[str, torch.nn.Module, torch.Tensor], None]
 _TORCH = (_BatchNorm.forward, SyncBatchNorm.forward)
-_KERNELS = (torch.nn.functional.batch_norm, torch.batch_norm, torch.native_batch_norm)
+_KERNEL = re.compile(r"(^|_)batch_norm(\.|$)")  # torch's functions and operators of that name
+# what reads no element of a tensor: attributes, shapes and views
+_PASSIVE = frozenset((
+    "__get__", "__getitem__", "data_ptr", "detach", "dim", "element_size", "expand", "expand_as", "get_device",
+    "is_contiguous", "is_floating_point", "ndimension", "numel", "size", "squeeze", "stride", "unsqueeze",
+    "untyped_storage", "view", "view_as",
+))  # fmt: skip
 
 
-class ActivationReader:
-    """Finds the activations that one layer normalises.
+class InterruptedForwardError(BaseException):
+    """Ends a forward for a reason that is not the model's. No Exception: a model must not be able to swallow it."""
 
-    torch's own classes normalise what they are called with. Others may transpose it, mask it or put it through
-    something else first. So their forward is run on a copy, and what arrives at the kernel counts: with a few samples
-    at the first call, to see whether that is the very tensor that came in, unchanged, and if not, at every call.
-    Classes that call no kernel, such as FrozenBatchNorm, normalise what they are called with.
 
-    Args:
-        name: of the layer, for messages.
-        layer: that will be called.
+class _Seen(Enum):
+    NOTHING = auto()
+    KERNEL = auto()
+    INPUT = auto()
+
+
+@dataclass
+class _Call:
+    """A layer that is running.
+
+    Attributes:
+        name, layer: which.
+        given: the first tensor that it was called with; None where there is none.
+        seen: how it was noticed that it normalises.
     """
 
-    def __init__(self, name: str, layer: torch.nn.Module) -> None:
-        self._name = name
-        self._statistics = layer._buffers["running_mean"]
-        self._is_direct: bool | None = None
+    name: str
+    layer: torch.nn.Module
+    given: torch.Tensor | None
+    seen: _Seen = _Seen.NOTHING
 
-    def __call__(self, module: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> torch.Tensor:
-        """The activations of one call, channels in dimension 1.
+    def uses(self, tensor: torch.Tensor) -> bool:
+        """Whether a tensor shows the layer's statistics."""
+        own = [self.layer._buffers[role] for role in ("running_mean", "running_var")]
+        return any(buffer is not None and _overlap(tensor, buffer) for buffer in own)
 
-        Args:
-            module: the layer, or a replica of it.
-            args, kwargs: what it is called with.
+
+class Activations(TorchFunctionMode):
+    """Calls back with what layers normalise, while they have not yet looked at their statistics.
+
+    torch's own classes normalise what they are called with. Subclasses with a forward of their own may transpose it,
+    mask it or put it through something else first: what they give torch's kernel together with their statistics counts.
+    Those that call no kernel are taken to normalise what they were called with, as it is when they first read their
+    statistics; and so are classes that do not derive from torch's, such as FrozenBatchNorm.
+
+    Args:
+        layers: by name.
+        borrowed: to add hooks through.
+        observe: called with name, layer and activations, channels in dimension 1; may change the layer's statistics.
+    """
+
+    def __init__(self, layers: Mapping[str, torch.nn.Module], borrowed: Borrowed, observe: Observe) -> None:
+        super().__init__()
+        self._observe = observe
+        self._refusal: RefusedError | None = None
+        self._running = threading.local()
+        self._are_direct = True
+        for name, layer in layers.items():
+            statistics = layer._buffers["running_mean"]
+            if _is_direct(layer):
+                borrowed.add_forward_pre_hook(layer, partial(self._observe_input, name, statistics), with_kwargs=True)
+            else:
+                self._are_direct = False
+                borrowed.add_forward_pre_hook(layer, partial(self._enter, name, statistics), with_kwargs=True)
+                borrowed.add_forward_hook(layer, self._leave)
+
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[None]:
+        """A context for one forward, in the thread that runs it.
 
         Raises:
-            RefusedError: several tensors are normalised in one call, or the layer runs with statistics that are not its
-                own and not ours to write to.
+            RefusedError: it cannot be told what a layer normalises, or it runs with statistics that are not its own.
         """
-        if module._buffers.get("running_mean") is not self._statistics and not getattr(module, "_is_replica", False):
-            raise RefusedError(
-                "while it runs this layer has other statistics than its own, as torch.func.functional_call gives them",
-                tensor=self._name,
-            )
-        if self._is_direct is None:
-            self._is_direct = _is_torchs(module) or _is_direct(module, args, kwargs)
-        if self._is_direct:
-            return _put_channels_second(_find_input(args, kwargs), module)
-        kernels = _run_copy(module, args, kwargs, samples=None)
-        if len(kernels.given) != 1:
-            raise RefusedError(f"this layer normalises {len(kernels.given)} tensors in one call", tensor=self._name)
-        return kernels.given[0]
+        self._running.calls = []
+        try:
+            with contextlib.nullcontext() if self._are_direct else self:
+                yield
+        except InterruptedForwardError:
+            if self._refusal is None:
+                raise
+        if self._refusal is not None:
+            raise self._refusal
 
+    def _observe_input(
+        self, name: str, statistics: torch.Tensor | None, layer: torch.nn.Module, args: Any, kwargs: Any
+    ) -> None:
+        self._check_own(name, statistics, layer)
+        values = _find_input(args, kwargs)
+        if values is not None:
+            with torch._C.DisableTorchFunction(), torch.no_grad():
+                self._observe(name, layer, _put_channels_second(values, layer))
 
-class _Kernels(TorchFunctionMode):
-    """Notes what is given to kernels together with the statistics of one layer; nothing is computed of it."""
+    def _enter(
+        self, name: str, statistics: torch.Tensor | None, layer: torch.nn.Module, args: Any, kwargs: Any
+    ) -> None:
+        self._check_own(name, statistics, layer)
+        self._calls.append(_Call(name, layer, _find_input(args, kwargs)))
 
-    def __init__(self, module: torch.nn.Module, called_with: torch.Tensor) -> None:
-        super().__init__()
-        self._statistics = module._buffers["running_mean"]
-        self._called_with = called_with
-        self._before = called_with.clone()
-        self.given: list[torch.Tensor] = []
-        self.are_direct = True
+    def _leave(self, layer: torch.nn.Module, _args: Any, output: Any) -> None:
+        calls = self._calls
+        while calls and calls[-1].layer is not layer:
+            calls.pop()  # left by an exception that the model caught
+        if not calls:
+            return
+        call = calls.pop()
+        if call.seen is _Seen.NOTHING and output is not call.given:  # else it does nothing in this mode
+            self._refuse(call.name, "uses its statistics where that cannot be seen, in a thread or in compiled code")
+
+    @property
+    def _calls(self) -> list[_Call]:
+        if not hasattr(self._running, "calls"):
+            self._running.calls = []
+        calls: list[_Call] = self._running.calls
+        return calls
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if function in _KERNELS and any(value is self._statistics for value in (*args, *kwargs.values())):
-            values = args[0] if args else kwargs["input"]
-            self.given.append(values)
-            self.are_direct &= values is self._called_with and torch.equal(values, self._before)
-            return torch.zeros_like(values)
+        if self._calls and getattr(function, "__name__", "") not in _PASSIVE:
+            with torch._C.DisableTorchFunction(), torch.no_grad():
+                tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+                for call in self._calls:
+                    if any(map(call.uses, tensors)):
+                        self._note_use(call, function, args, kwargs, tensors)
         return function(*args, **kwargs)
 
+    def _note_use(self, call: _Call, function: Any, args: Any, kwargs: Any, tensors: Sequence[torch.Tensor]) -> None:
+        if _KERNEL.search(getattr(function, "__name__", "")):
+            if call.seen is _Seen.INPUT:
+                self._refuse(call.name, "reads its statistics before it normalises by them")
+            call.seen = _Seen.KERNEL
+            self._observe(call.name, call.layer, args[0] if args else kwargs["input"])
+        elif call.seen is _Seen.NOTHING:
+            activations = [t for t in tensors if t.ndim > 1 and t.numel() > t.shape[1] and not call.uses(t)]
+            given = call.given
+            if given is None or not all(_overlap(t, given) and t.numel() == given.numel() for t in activations):
+                self._refuse(call.name, "normalises something else than it is called with, without a kernel of torch's")
+            assert given is not None
+            call.seen = _Seen.INPUT
+            self._observe(call.name, call.layer, _put_channels_second(given, call.layer))
 
-def _is_torchs(module: torch.nn.Module) -> bool:
-    return "forward" not in vars(module) and type(module).forward in _TORCH
+    def _check_own(self, name: str, statistics: torch.Tensor | None, layer: torch.nn.Module) -> None:
+        if layer._buffers.get("running_mean") is not statistics:
+            self._refuse(
+                name, "has other statistics than its own while it runs, as torch.func.functional_call gives them"
+            )
 
-
-def _is_direct(module: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
-    for samples in (_SAMPLES, None):  # it may want whole batches, and what raises even so will do so when it is called
-        with contextlib.suppress(Exception):
-            return _run_copy(module, args, kwargs, samples=samples).are_direct
-    return True
-
-
-def _run_copy(
-    module: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], *, samples: int | None
-) -> _Kernels:
-    """Run a layer on a copy of the first samples of what it is called with, or of all."""
-    batch = _find_input(args, kwargs).shape[0]
-
-    def copy(value: Any) -> Any:
-        if not isinstance(value, torch.Tensor):
-            return value
-        return (value[:samples] if value.ndim and value.shape[0] == batch else value).clone()
-
-    args, kwargs = tree_map(copy, tuple(args)), tree_map(copy, dict(kwargs))
-    kernels = _Kernels(module, _find_input(args, kwargs))
-    with kernels:
-        module.forward(*args, **kwargs)
-    return kernels
+    def _refuse(self, layer: str, reason: str) -> None:
+        self._refusal = RefusedError(f"this layer {reason}", tensor=layer)
+        raise InterruptedForwardError(layer)
 
 
-def _find_input(args: Sequence[Any], kwargs: Mapping[str, Any]) -> torch.Tensor:
-    values = args[0] if args else next(iter(kwargs.values()))
-    assert isinstance(values, torch.Tensor)
-    return values
+def _is_direct(layer: torch.nn.Module) -> bool:
+    is_torchs = "forward" not in vars(layer) and type(layer).forward in _TORCH
+    return is_torchs or not isinstance(layer, _BatchNorm)
 
 
-def _put_channels_second(values: torch.Tensor, module: torch.nn.Module) -> torch.Tensor:
-    channels = module._buffers["running_mean"].numel()  # type: ignore[union-attr]
+def _overlap(tensor: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether a tensor begins inside the memory of another one."""
+    with contextlib.suppress(RuntimeError, NotImplementedError):  # of some kinds of tensors have none
+        return 0 <= tensor.data_ptr() - other.data_ptr() < max(_extent(other), 1) and tensor.device == other.device
+    return False
+
+
+def _extent(tensor: torch.Tensor) -> int:
+    """Bytes from the first element of a tensor to its last."""
+    steps = zip(tensor.shape, tensor.stride(), strict=True)
+    return (1 + sum((size - 1) * stride for size, stride in steps)) * tensor.element_size()
+
+
+def _find_input(args: Sequence[Any], kwargs: Mapping[str, Any]) -> torch.Tensor | None:
+    values = args[0] if args else next(iter(kwargs.values()), None)
+    return values if isinstance(values, torch.Tensor) else None
+
+
+def _put_channels_second(values: torch.Tensor, layer: torch.nn.Module) -> torch.Tensor:
+    channels = layer._buffers["running_mean"].numel()  # type: ignore[union-attr]
     if values.ndim == 2 or values.shape[1] == channels:
         return values
     # (N, L, C), which a layer with arithmetic of its own takes

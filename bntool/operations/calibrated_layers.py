@@ -1,15 +1,16 @@
-"""Which layers of a live model are to be recalibrated."""
+"""Which layers of a live model are to be recalibrated, and whether they can be."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from bntool.batchnorm import STATISTICS
+from bntool.errors import RefusedError
 from bntool.layers.borrowing import borrow
-from bntool.layers.modules import find_batchnorm_modules, is_frozen_class, is_uninitialized, walk_modules
+from bntool.layers.modules import find_batchnorm_modules, is_batchnorm, is_frozen_class, is_uninitialized, walk_modules
 from bntool.layers.selection import selects
 from bntool.models.user_code import running_user_code
 from bntool.plan import Skip, SkipReason
@@ -72,3 +73,30 @@ def _find_frozen(model: torch.nn.Module) -> dict[int, str]:
             model.train()
         kept = {id(layer): "the model's train() keeps it in eval mode" for layer in layers if not layer.training}
     return {**kept, **frozen}
+
+
+def check_can_be_set(model: torch.nn.Module, layers: Mapping[str, torch.nn.Module]) -> None:
+    """Refuse layers whose statistics cannot be set while the model runs, and models without weights.
+
+    Raises:
+        RefusedError
+    """
+    for name, module in walk_modules(model):
+        if is_uninitialized(module) and not is_batchnorm(module):
+            raise RefusedError("this lazy layer has no weights yet: run the model once", tensor=name)
+    owners: dict[int, str] = {}
+    for name, layer in layers.items():
+        for tensor in (layer._buffers[role] for role in STATISTICS):
+            assert tensor is not None
+            if tensor.is_meta:
+                raise RefusedError("the model is on the meta device, which computes nothing", tensor=name)
+            if tensor.is_inference() and not torch.is_inference_mode_enabled():
+                raise RefusedError(
+                    "its statistics were made in inference mode and can be set only in it: call this inside of "
+                    "torch.inference_mode()",
+                    tensor=name,
+                )
+            if tensor.numel() > 1 and 0 in tensor.stride():
+                raise RefusedError("its statistics are one number for all channels", tensor=name)
+            if owners.setdefault(id(tensor), name) != name:
+                raise RefusedError(f"it shares its statistics with {owners[id(tensor)]}", tensor=name)

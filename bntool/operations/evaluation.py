@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
 from bntool.data.batches import Batch, Batches, LeftOut, find_tensors, move, split_batch
+from bntool.data.policies import OnBadData
 from bntool.errors import RefusedError, UsageError
 from bntool.layers.borrowing import borrow
 from bntool.layers.modules import walk_modules
 from bntool.models.user_code import import_object, is_factory_spec, running_user_code
-from bntool.operations.passes import Measurement, describe_bad
+from bntool.operations.passes import Measurement, accept, describe_bad, has_finite_inputs
 
 _TOP = {"top1": 1, "top5": 5}
 
@@ -49,6 +50,7 @@ class Evaluation:
         finite: whether all outputs are.
         outputs: how many classes the model tells apart; None where outputs are not classes.
         note: why there is no value although there are labels.
+        left_out: batches that held NaN or infinity.
     """
 
     metric: str
@@ -59,6 +61,7 @@ class Evaluation:
     finite: bool = True
     outputs: int | None = None
     note: str | None = None
+    left_out: tuple[LeftOut, ...] = ()
 
 
 def parse_metric(spec: str | None) -> Metric:
@@ -210,11 +213,13 @@ class _Collection:
 
 
 def take_first(output: Any) -> Any:
-    """The tensor that a tuple or dict of outputs begins with (logits, before auxiliary ones); else what it is."""
+    """The first tensor of a tuple or dict of outputs (logits, before auxiliary ones); else what it is."""
     values = list(output.values()) if isinstance(output, Mapping) else output
-    if isinstance(values, list | tuple) and values and isinstance(values[0], torch.Tensor):
-        return values[0]
-    return output
+    if not isinstance(values, list | tuple):
+        return output
+    # beside what is no output: ``loss=None``, where there were no labels
+    given = [value for value in values if value is not None]
+    return given[0] if given and isinstance(given[0], torch.Tensor) else output
 
 
 def _to_tensor(labels: Any) -> Any:
@@ -237,7 +242,7 @@ def evaluate(
     batches: Iterable[Batch],
     *,
     metric: Metric,
-    skip_bad_inputs: bool = False,
+    on_bad_data: OnBadData | None = None,
     on_progress: Callable[[int], None] | None = None,
 ) -> Evaluation:
     """Run a model in eval mode over batches; it is given back as it was.
@@ -246,12 +251,12 @@ def evaluate(
         model: what to run.
         batches: with or without labels.
         metric: what to compute from outputs and labels.
-        skip_bad_inputs: leave out batches whose inputs hold NaN or infinity.
+        on_bad_data: what to do about batches whose inputs hold NaN or infinity; None to run them.
         on_progress: called with the number of samples done.
 
     Raises:
         UsageError: there is no batch, or outputs and labels do not fit the metric.
-        RefusedError: only some of the batches have labels, or all were left out.
+        RefusedError: only some of the batches have labels, or all were left out, or one is bad (``OnBadData.STOP``).
         UserCodeError: the model or the metric raised.
     """
     collected = _Collection(metric)
@@ -262,8 +267,8 @@ def evaluate(
             module.training = False
         for item in batches:
             batch = item if isinstance(item, Batch) else split_batch(item, source=source, position=collected.samples)
-            if skip_bad_inputs and batch.find_bad_samples():
-                left_out.append(describe_bad(batch))
+            if on_bad_data is not None and not has_finite_inputs(batch):
+                left_out.append(accept(describe_bad(batch), on_bad_data))
                 continue
             with running_user_code(f"running the model on {batch.description}"):
                 output = batch.run(model)
@@ -273,7 +278,7 @@ def evaluate(
     if not collected.batches:
         unread = batches.bad_inputs if isinstance(batches, Batches) else ()
         Measurement(left_out=[*unread, *left_out]).check(source)
-    return collected.evaluate()
+    return replace(collected.evaluate(), left_out=tuple(left_out))
 
 
 def count_flipped(before: Evaluation, after: Evaluation) -> float | None:

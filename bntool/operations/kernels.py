@@ -8,20 +8,12 @@ import torch
 from torch._ops import OpOverload, OpOverloadPacket
 from torch.overrides import TorchFunctionMode
 
-from bntool.data.batches import find_placement
+from bntool.data.batches import Batch, find_placement
 
-_READING = frozenset(
-    (
-        torch.as_strided,
-        torch.Tensor.as_strided,
-        torch.Tensor.as_strided_,
-        torch.Tensor.data_ptr,
-        torch.Tensor.resize_,
-        torch.Tensor.storage,
-        torch.Tensor.stride,
-        torch.Tensor.untyped_storage,
-    )
-)
+_READING = frozenset((
+    "as_strided", "as_strided_", "data_ptr", "is_contiguous", "numpy", "resize_", "storage", "stride",
+    "untyped_storage",
+))  # fmt: skip
 # whose kernels take any layout; of others one cannot know
 _TORCHS = ("aten", "prim", "prims", "profiler", "torchvision")
 
@@ -30,6 +22,16 @@ def is_faster_channels_last(model: torch.nn.Module) -> bool:
     """Whether measuring images of that layout is faster: on a CPU by a factor of eight, elsewhere not known."""
     device, _ = find_placement(model)
     return device is None or device.type == "cpu"
+
+
+def is_laid_out_anew(batch: Batch) -> bool:
+    """Whether a batch is given to the model in other memory than its own when that is channels last."""
+    inputs = batch.inputs
+    return (
+        isinstance(inputs, torch.Tensor)
+        and inputs.ndim == 4
+        and not inputs.is_contiguous(memory_format=torch.channels_last)
+    )
 
 
 def is_faster_in_bfloat16(model: torch.nn.Module) -> bool:
@@ -52,7 +54,7 @@ class MemoryReads(TorchFunctionMode):
         self.happened = False
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if function in _READING or (
+        if getattr(function, "__name__", "").partition(".")[0] in _READING or (
             isinstance(function, OpOverload | OpOverloadPacket) and _find_namespace(function) not in _TORCHS
         ):
             self.happened = True

@@ -16,6 +16,8 @@ from bntool.operations.moments import Moments
 
 _PATIENCE = 30.0  # seconds; a forward that uses no CPU time for so long waits for another
 
+_FAREWELL = 5.0  # seconds; a forward that is abandoned ends at once unless it waits for something else
+
 
 class AbandonedError(BaseException):
     """Raised inside the model's forward of a batch that is not to go on."""
@@ -80,11 +82,13 @@ class Lane:
         if self._abandoned:  # code of the model caught what ended it at an earlier layer
             raise AbandonedError
         if threading.current_thread() is not self._thread:
-            raise RefusedError(
+            self._error = RefusedError(
                 "the model calls this layer in a thread of its own, which cannot be stopped on its way; use the method "
                 "pooled",
                 tensor=layer,
             )
+            self._back.release()  # the forward may wait for that thread for ever
+            raise AbandonedError
         self.reached = (layer, moments)
         self._back.release()
         self._go.acquire()
@@ -99,7 +103,7 @@ class Lane:
     def join(self) -> None:
         """Wait until the thread of an abandoned run has ended."""
         if self._thread.ident:
-            self._thread.join(timeout=_PATIENCE)
+            self._thread.join(timeout=_FAREWELL)
 
 
 def copy_context(model: torch.nn.Module) -> Callable[[], contextlib.AbstractContextManager[None]]:

@@ -6,15 +6,14 @@ import contextlib
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial, reduce
-from typing import Any
 
 import torch
 
-from bntool.data.batches import Batch, LeftOut
+from bntool.data.batches import Batch, LeftOut, copy_batch
 from bntool.errors import RefusedError
-from bntool.layers.borrowing import borrow
+from bntool.layers.borrowing import Borrowed, borrow
 from bntool.models.user_code import running_user_code
-from bntool.operations.activations import ActivationReader
+from bntool.operations.activations import Activations
 from bntool.operations.lanes import Lane, copy_context
 from bntool.operations.moments import Moments, measure
 from bntool.operations.passes import (
@@ -31,10 +30,11 @@ from bntool.operations.passes import (
 )
 from bntool.operations.ranks import Ranks, find_ranks
 from bntool.operations.repeated_calls import Finish, RepeatedCalls
+from bntool.operations.trial import Trial
 from bntool.operations.witness import Witness
 
 
-def measure_exact(run: Run, batches: Iterable[Batch], finish: Finish, *, channels_last: bool) -> Measurement:
+def measure_exact(run: Run, batches: Iterable[Batch], finish: Finish, trial: Trial) -> Measurement:
     """Measure in each layer what it sees when all layers before it have their final statistics.
 
     All batches wait at a layer; their moments are pooled, its final statistics are set, and all go on. So after it the
@@ -65,11 +65,9 @@ def measure_exact(run: Run, batches: Iterable[Batch], finish: Finish, *, channel
         result.batches, result.samples = (sum(column) for column in zip(*counts, strict=True))
         leader = next((rank for rank, (count, _) in enumerate(counts) if count), None)
         witness = Witness(good) if ranks.rank == leader else None
-        sweep = _Sweep(run, finish, ranks, witness, samples=result.samples, channels_last=channels_last)
         try:
             with borrow(run.model) as borrowed:
-                for name, layer in run.layers.items():
-                    borrowed.add_forward_pre_hook(layer, sweep.make_hook(name), with_kwargs=True)
+                sweep = _Sweep(run, borrowed, finish, ranks, witness, samples=result.samples, trial=trial)
                 result.tallies = sweep.repeat(good)
                 borrowed.reset()
                 sweep.check_alone()
@@ -108,39 +106,45 @@ class _Sweep:
     """Sweeps of all batches over all layers.
 
     Args:
-        run, finish, ranks, channels_last: see :func:`measure_exact`.
+        run, finish, trial: see :func:`measure_exact`.
+        borrowed: to add hooks through.
+        ranks: of the job.
         witness: that watches one of this rank's batches.
         samples: of all ranks.
     """
 
     def __init__(
-        self, run: Run, finish: Finish, ranks: Ranks, witness: Witness | None, *, samples: int, channels_last: bool
+        self,
+        run: Run,
+        borrowed: Borrowed,
+        finish: Finish,
+        ranks: Ranks,
+        witness: Witness | None,
+        *,
+        samples: int,
+        trial: Trial,
     ) -> None:
         self._run = run
         self._ranks = ranks
         self._samples = samples
-        self._channels_last = channels_last
+        self._trial = trial
         self._current: Lane | None = None
         self._witness = witness
         self._position = 0
+        self._activations = Activations(run.layers, borrowed, self._observe)
         self._calls = RepeatedCalls(lambda name, tally: finish(name, tally, samples), run.layers)
 
-    def make_hook(self, name: str) -> Callable[..., None]:
-        read = ActivationReader(name, self._run.layers[name])
-
-        def observe(module: torch.nn.Module, args: Any, kwargs: Any) -> None:
-            values = read(module, args, kwargs)
-            moments = measure(values)
-            check_moments(moments, name, values, least=1)
-            witness = self._witness
-            if witness is not None and (witness.is_alone or witness.position == self._position):
-                witness.note(name, values, moments)
-                if witness.is_alone:
-                    return
-            assert self._current is not None
-            self._current.stop_at(name, moments)
-
-        return observe
+    def _observe(self, name: str, _layer: torch.nn.Module, values: torch.Tensor) -> None:
+        """Let the batch that runs wait at a layer."""
+        moments = measure(values)
+        check_moments(moments, name, values, least=1)
+        witness = self._witness
+        if witness is not None and (witness.is_alone or witness.position == self._position):
+            witness.note(name, values, moments)
+            if witness.is_alone:
+                return
+        assert self._current is not None
+        self._current.stop_at(name, moments)
 
     def repeat(self, batches: Mapping[int, Batch]) -> dict[str, Tally]:
         """Sweep until all statistics are those of what is seen; what each layer saw, in execution order.
@@ -163,7 +167,8 @@ class _Sweep:
         Raises:
             RefusedError: it gave layers other values when all were on their way together.
         """
-        self._ranks.share(lambda: self._witness.check(self._run) if self._witness is not None else None)
+        witness, watching = self._witness, self._activations.watching
+        self._ranks.share(lambda: witness.check(self._run, watching) if witness is not None else None)
 
     def _run_once(self, batches: Mapping[int, Batch]) -> None:
         if self._witness is not None:
@@ -220,7 +225,12 @@ class _Sweep:
         self, batch: Batch, context: Callable[[], contextlib.AbstractContextManager[None]]
     ) -> Callable[[], None]:
         def run() -> None:
-            with context(), running_user_code(f"running the model on {batch.description}"):
-                batch.run(self._run.model, channels_last=self._channels_last)
+            with (
+                context(),
+                self._activations.watching(),
+                running_user_code(f"running the model on {batch.description}"),
+            ):
+                given = copy_batch(batch) if self._trial.writes_to_inputs else batch
+                given.run(self._run.model, channels_last=self._trial.channels_last)
 
         return run

@@ -56,6 +56,8 @@ class LiveTensors(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._sizes: dict[int, int] = {}
         self._references: dict[int, weakref.ref[Any]] = {}
 
+    supports_higher_order_operators = True
+
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
         """Torch would import its compiler, a second of CPU time, only to keep it out of ``__torch_dispatch__``."""

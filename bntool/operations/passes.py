@@ -6,7 +6,7 @@ import contextlib
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
 
 import torch
 
@@ -15,8 +15,8 @@ from bntool.data.policies import OnBadData
 from bntool.errors import RefusedError, UsageError, UserCodeError
 from bntool.layers.borrowing import Borrowed
 from bntool.models.user_code import running_user_code
-from bntool.operations.activations import ActivationReader
-from bntool.operations.kernels import MemoryReads, is_faster_channels_last
+from bntool.operations.activations import Activations
+from bntool.operations.kernels import MemoryReads, is_faster_channels_last, is_laid_out_anew
 from bntool.operations.moments import Moments, measure, merge
 from bntool.operations.ranks import find_ranks
 
@@ -177,16 +177,21 @@ def measure_pooled(run: Run, batches: Iterable[Batch]) -> Measurement:
 def _run_batches(run: Run, batches: Iterable[Batch]) -> Iterator[Part]:
     """Give images channels last where that is faster; as they are, where a model cannot take that or would notice."""
     channels_last = is_faster_channels_last(run.model)
-    calls = _hook_layers(run)
+    is_known = False  # whether the model would notice
+    calls: list[tuple[str, Moments]] = []
+    activations = Activations(run.layers, run.borrowed, partial(_normalise_by_own, calls))
+    _prepare_halves(run.layers)
     done = 0
     for batch in batches:
-        for layout in (True, False) if channels_last else (False,):
+        # what is laid out anew is a copy: if the model writes to it, the batch can still be run
+        for layout in (True, False) if channels_last and is_laid_out_anew(batch) else (False,):
             calls.clear()
             reads = MemoryReads()
             try:
-                with reads if layout and not done else contextlib.nullcontext():
-                    left_out = _run_checked(run, batch, channels_last=layout)
+                with reads if layout and not is_known else contextlib.nullcontext():
+                    left_out = _run_checked(run, batch, activations, channels_last=layout)
                 if not reads.happened:
+                    is_known = is_known or (layout and left_out is None)
                     break
             except UserCodeError:
                 if not layout:
@@ -198,10 +203,20 @@ def _run_batches(run: Run, batches: Iterable[Batch]) -> Iterator[Part]:
             run.on_progress(done)
 
 
-def _hook_layers(run: Run) -> list[tuple[str, Moments]]:
-    """Let each layer normalise by what it is given; the list to which each call adds its moments."""
-    calls: list[tuple[str, Moments]] = []
-    for name, layer in run.layers.items():
+def _normalise_by_own(
+    calls: list[tuple[str, Moments]], name: str, layer: torch.nn.Module, values: torch.Tensor
+) -> None:
+    """Add the moments of a call, and let the layer normalise by them."""
+    moments = measure(values)
+    check_moments(moments, name, values)
+    calls.append((name, moments))
+    if not layer.training:
+        set_statistics(layer, mean=moments.mean, variance=moments.biased_variance)
+
+
+def _prepare_halves(layers: Mapping[str, torch.nn.Module]) -> None:
+    """Half precision cannot hold the statistics of a batch well enough: let the kernel take its own."""
+    for name, layer in layers.items():
         if _statistics_dtype(layer) in _HALF:
             if isinstance(layer, torch.nn.SyncBatchNorm) and find_ranks().world > 1:
                 raise RefusedError(
@@ -209,26 +224,10 @@ def _hook_layers(run: Run) -> list[tuple[str, Moments]]:
                     "recalibrate in one process",
                     tensor=name,
                 )
-            # half precision cannot hold the statistics of a batch well enough: let the kernel take its own
             layer.training = True
 
-        read = ActivationReader(name, layer)
 
-        def observe(
-            module: torch.nn.Module, args: Any, kwargs: Any, name: str = name, read: ActivationReader = read
-        ) -> None:
-            values = read(module, args, kwargs)
-            moments = measure(values)
-            check_moments(moments, name, values)
-            calls.append((name, moments))
-            if not module.training:
-                set_statistics(module, mean=moments.mean, variance=moments.biased_variance)
-
-        run.borrowed.add_forward_pre_hook(layer, observe, with_kwargs=True)
-    return calls
-
-
-def _run_checked(run: Run, batch: Batch, *, channels_last: bool) -> LeftOut | None:
+def _run_checked(run: Run, batch: Batch, activations: Activations, *, channels_last: bool) -> LeftOut | None:
     """Run a batch; why it is to be left out where it holds NaN or infinity.
 
     Raises:
@@ -237,7 +236,7 @@ def _run_checked(run: Run, batch: Batch, *, channels_last: bool) -> LeftOut | No
     if not has_finite_inputs(batch):
         return accept(describe_bad(batch), run.on_bad_data)
     try:
-        with running_user_code(f"running the model on {batch.description}"):
+        with activations.watching(), running_user_code(f"running the model on {batch.description}"):
             batch.run(run.model, channels_last=channels_last)
     except NotFiniteError as error:
         return accept(describe_bad(batch, error), run.on_bad_data)
@@ -275,7 +274,13 @@ def accept(left_out: LeftOut, on_bad_data: OnBadData) -> LeftOut:
 
 def has_finite_inputs(batch: Batch) -> bool:
     """Whether no input holds NaN or infinity."""
-    return all(torch.isfinite(tensor).all() for tensor in find_tensors(batch.inputs) if tensor.is_floating_point())
+    return all(map(_is_finite, find_tensors(batch.inputs)))
+
+
+def _is_finite(tensor: torch.Tensor) -> bool:
+    with contextlib.suppress(RuntimeError):  # of sparse, nested or meta tensors and float8 only layers can tell
+        return not tensor.is_floating_point() or bool(torch.isfinite(tensor).all())
+    return True
 
 
 def check_moments(moments: Moments, layer: str, values: torch.Tensor, *, least: int = 2) -> None:

@@ -126,8 +126,10 @@ def join_job() -> Iterator[Ranks]:
         dist.destroy_process_group()
 
 
-def part_from_ranks(model: torch.nn.Module, borrowed: Borrowed, *, method: Method) -> None:
-    """Let no forward wait for other ranks: not all have as many batches, and lanes stop on their way.
+def run_alone(model: torch.nn.Module, borrowed: Borrowed, *, method: Method) -> None:
+    """Let no forward wait for other ranks, nor share its work with other devices.
+
+    Not all ranks have as many batches, lanes stop on their way, and replicas have statistics of their own.
 
     Raises:
         RefusedError: it cannot be kept from that.
@@ -135,6 +137,8 @@ def part_from_ranks(model: torch.nn.Module, borrowed: Borrowed, *, method: Metho
     for name, module in walk_modules(model):
         if isinstance(module, torch.nn.parallel.DistributedDataParallel):
             borrowed.set_attribute(module, "require_forward_param_sync", False)
+        elif isinstance(module, torch.nn.DataParallel):
+            borrowed.set_attribute(module, "device_ids", [])
         elif method is Method.EXACT and any(kind.__name__ in _SHARDING for kind in type(module).__mro__):
             raise RefusedError(
                 "its parameters are sharded: each forward gathers them from the other ranks, which exact statistics "
@@ -152,6 +156,8 @@ class NoExchange(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+
+    supports_higher_order_operators = True
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:

@@ -17,13 +17,13 @@ from bntool.errors import RefusedError, UsageError
 from bntool.layers.borrowing import borrow, is_switching
 from bntool.layers.modules import find_batchnorm_modules, find_names, find_wrapper_prefix, walk_modules
 from bntool.models.user_code import running_user_code
-from bntool.operations.calibrated_layers import choose_layers
+from bntool.operations.calibrated_layers import check_can_be_set, choose_layers
 from bntool.operations.choices import choose
 from bntool.operations.drift import LayerDrift, measure_drift
 from bntool.operations.lockstep import measure_exact
 from bntool.operations.methods import Method, Precision
 from bntool.operations.passes import Measurement, OnProgress, Run, Tally, measure_pooled, set_statistics
-from bntool.operations.ranks import find_ranks, part_from_ranks
+from bntool.operations.ranks import find_ranks, run_alone
 from bntool.operations.repeated_calls import NotSettledError
 from bntool.operations.rounding import check_holds
 from bntool.operations.trial import read_what_fits
@@ -122,13 +122,14 @@ def plan_recalibration(  # noqa: PLR0913 each is an option of the command
     prefix = find_wrapper_prefix(model)
     with borrow(model) as borrowed, torch.no_grad():
         chosen, skips = choose_layers(model, layers, prefix=prefix)
+        check_can_be_set(model, chosen)
         if any(is_switching(module) for _, module in walk_modules(model)):
             with running_user_code("eval() of the model"):
                 model.eval()
         for _, module in walk_modules(model):
             module.training = False
         blend = _Blend({name: _copy_statistics(module) for name, module in chosen.items()}, method=method, prior=prior)
-        part_from_ranks(model, borrowed, method=method)
+        run_alone(model, borrowed, method=method)
         run = Run(model, borrowed, chosen, on_bad_data=on_bad_data, on_progress=on_progress)
         memory: int | None = None
         reused: dict[str, int] = {}
@@ -245,7 +246,7 @@ def _measure_exact(
         left_alone = reused.keys() | few.keys()
         others = replace(run, layers={name: layer for name, layer in run.layers.items() if name not in left_alone})
         try:
-            measurement = measure_exact(others, read, blend, channels_last=trial.channels_last)
+            measurement = measure_exact(others, read, blend, trial)
         except NotSettledError as error:
             reused.update(error.calls)
             continue

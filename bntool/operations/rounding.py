@@ -90,8 +90,8 @@ def _describe_loss(numbers: Sequence[float], dtype: DType, *, role: str) -> str 
     what = "mean" if role == _MEAN else "variance"
     try:
         rounded = decode_numbers(encode_numbers(numbers, dtype), dtype)
-    except (OverflowError, ValueError) as error:
-        return f"{dtype} cannot hold the new {what}s: {error}"
+    except (OverflowError, ValueError):
+        return f"{dtype} cannot hold the new {what} {max(numbers, key=abs):.3g}"
     if role == _MEAN:
         return None
     for value, held in zip(numbers, rounded, strict=True):

@@ -8,6 +8,8 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import torch
+
 from bntool.data.batches import Batch, Batches, copy_batch, cut_batch, find_placement, find_tensors
 from bntool.errors import RefusedError, UserCodeError
 from bntool.layers.borrowing import borrow
@@ -27,10 +29,12 @@ class Trial:
     Attributes:
         channels_last: whether the model takes images of that layout.
         forecast: memory of each sample.
+        writes_to_inputs: whether it changes what it is given, so that a batch can be run but once.
     """
 
     channels_last: bool
     forecast: Forecast
+    writes_to_inputs: bool
 
 
 def try_out(run: Run, batch: Batch) -> Trial:
@@ -49,22 +53,29 @@ def try_out(run: Run, batch: Batch) -> Trial:
 
 
 def _try_out(run: Run, batch: Batch, *, channels_last: bool) -> Trial:
-    batch = copy_batch(batch)  # the model may write to what it is given
+    given, batch = batch, copy_batch(batch)  # the model may write to what it is given
     with borrow(run.model) as borrowed, NoExchange(), LiveTensors() as memory:
         for layer in run.layers.values():
             borrowed.add_forward_pre_hook(layer, lambda _module, _args: memory.note_waiting())
         with MemoryReads() as reads, running_user_code(f"running the model on {batch.description}"):
             batch.run(run.model, channels_last=channels_last)
-    given = sum(tensor.nbytes for tensor in find_tensors(batch.inputs))
+    size = sum(tensor.numel() * tensor.element_size() for tensor in find_tensors(batch.inputs))
+    pairs = zip(find_tensors(given.inputs), find_tensors(batch.inputs), strict=True)
     samples = max(batch.samples, 1)
     return Trial(
         channels_last=channels_last and not reads.happened,
         forecast=Forecast(
-            waiting=(memory.waiting + given) / samples,
+            waiting=(memory.waiting + size) / samples,
             running=memory.peak / samples,
             thread=find_thread_space(),
         ),
+        writes_to_inputs=any(_is_changed(after, before) for before, after in pairs),
     )
+
+
+def _is_changed(after: torch.Tensor, before: torch.Tensor) -> bool:
+    # tensors of inference mode count no changes
+    return not torch.equal(after, before) if after.is_inference() else after._version > 0
 
 
 def read_what_fits(run: Run, batches: Batches, ranks: Ranks, *, cut: bool) -> tuple[list[Batch], Trial | None]:

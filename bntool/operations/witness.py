@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -61,8 +61,12 @@ class Witness:
         by_sample = not self.is_alone and values.shape[0] == self._batch.samples > _SAMPLES
         self._seen.append(_Seen(layer, moments, measure(values[:_SAMPLES]) if by_sample else None))
 
-    def check(self, run: Run) -> None:
+    def check(self, run: Run, watching: Callable[[], contextlib.AbstractContextManager[None]]) -> None:
         """Run the batch by itself, with the hooks of the sweep: each layer must see what it saw then.
+
+        Args:
+            run: the model and its layers.
+            watching: the context in which a forward is watched.
 
         Raises:
             RefusedError: a layer sees something else.
@@ -71,23 +75,25 @@ class Witness:
         together = self._seen
         if all(seen.few is not None for seen in together):
             with contextlib.suppress(UserCodeError):  # it may want whole batches
-                alone = self._run_alone(run, cut_batch(self._batch, _SAMPLES))
+                alone = self._run_alone(run, cut_batch(self._batch, _SAMPLES), watching)
                 if _find_stranger(run, [(seen.layer, seen.few) for seen in together], alone) is None:
                     return
-        alone = self._run_alone(run, self._batch)
+        alone = self._run_alone(run, self._batch, watching)
         stranger = _find_stranger(run, [(seen.layer, seen.whole) for seen in together], alone)
         if stranger is not None:
             raise RefusedError(
                 f"run by itself {self._batch.description} gives this layer other values than together with the other "
-                "batches: the model keeps something of one batch for another, is random, or is bound to its thread; "
-                "use the method pooled",
+                "batches: the model keeps something of one batch for another, is random, is bound to its thread, or "
+                "depends on how its input lies in memory; use the method pooled",
                 tensor=stranger,
             )
 
-    def _run_alone(self, run: Run, batch: Batch) -> list[tuple[str, Moments]]:
+    def _run_alone(
+        self, run: Run, batch: Batch, watching: Callable[[], contextlib.AbstractContextManager[None]]
+    ) -> list[tuple[str, Moments]]:
         self.is_alone = True
         self.begin()
-        with running_user_code(f"running the model on {batch.description}"):
+        with watching(), running_user_code(f"running the model on {batch.description}"):
             copy_batch(batch).run(run.model)
         return [(seen.layer, seen.whole) for seen in self._seen]
 

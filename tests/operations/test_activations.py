@@ -136,9 +136,184 @@ class Halves(nn.BatchNorm2d):
 
 
 @METHODS
-def test_several_tensors_in_a_call_are_refused_by_name(method):
-    with pytest.raises(RefusedError, match="1: this layer normalises 2 tensors in one call"):
-        recalibrate(nn.Sequential(nn.Identity(), Halves(3)), make_batches((8, 3, 6, 6)), method=method)
+def test_several_tensors_in_a_call_are_several_calls(method):
+    norm, batches = Halves(3), make_batches((8, 3, 6, 6))
+    assert recalibrate(norm, batches, method=method).statistics[""].calls == 6
+    assert_stores(norm, [as_rows(x) for x in batches])
+
+
+class Lately(nn.BatchNorm2d):
+    """Begins to mask when it has seen something large."""
+
+    def forward(self, x):
+        return super().forward(x.clamp(max=2) if x.max() > 8 else x)
+
+
+class Clamped(nn.BatchNorm2d):
+    """Changes what it is called with, and nothing of the first samples."""
+
+    def forward(self, x):
+        return super().forward(x.clamp_(max=6.0))
+
+
+class Detached(nn.BatchNorm2d):
+    def forward(self, x):
+        own = self.running_mean.data, self.running_var.detach()
+        return F.batch_norm(x + 1, *own, self.weight, self.bias, False, 0.0, self.eps)
+
+
+class Operator(nn.BatchNorm2d):
+    def forward(self, x):
+        return torch.ops.aten.batch_norm(
+            x + 1, self.weight, self.bias, self.running_mean, self.running_var, False, 0.0, self.eps, False
+        )
+
+
+class Native(nn.BatchNorm2d):
+    def forward(self, x):
+        own = self.weight, self.bias, self.running_mean, self.running_var
+        x, _, _ = torch.native_batch_norm(x + 1, *own, False, 0.0, self.eps)
+        return x
+
+
+class WrittenBack(nn.BatchNorm2d):
+    """Its result takes the place of its input."""
+
+    def forward(self, x):
+        return x.copy_(super().forward(x + 1))
+
+
+@METHODS
+@pytest.mark.parametrize(
+    ("build", "change"),
+    [
+        (Lately, lambda x: x.clamp(max=2) if x.max() > 8 else x),
+        (Clamped, lambda x: x.clamp(max=6.0)),
+        (Detached, lambda x: x + 1),
+        (Operator, lambda x: x + 1),
+        (Native, lambda x: x + 1),
+        (WrittenBack, lambda x: x + 1),
+    ],
+)
+def test_each_call_counts_as_it_is(build, change, method):
+    norm, batches = build(3), make_batches((8, 3, 6, 6))
+    recalibrate(norm, [x.clone() for x in batches], method=method)
+    assert_stores(norm, [as_rows(change(x)) for x in batches])
+
+
+class Nested(nn.BatchNorm2d):
+    """Another BatchNorm runs inside of it, and both count their calls."""
+
+    def __init__(self, channels):
+        super().__init__(channels)
+        self.inner, self.calls = nn.BatchNorm2d(channels), 0
+
+    def forward(self, x):
+        self.calls += 1
+        seen.append(self.calls)
+        return super().forward(self.inner(x) * 3 + 1)
+
+
+seen = []
+
+
+@METHODS
+def test_a_forward_runs_once(method):
+    norm, batches = Nested(3), make_batches((8, 3, 6, 6))
+    seen.clear()
+    result = recalibrate(norm, batches, method=method)
+    assert seen == ([1, 2, 3] if method == "pooled" else [1, 1, 2, 3, 1])  # exact tries the model first and at the end
+    assert [result.statistics[name].calls for name in ("", "inner")] == [3, 3]
+    assert_stores(norm.inner, [as_rows(x) for x in batches])
+    assert norm.calls == 0
+
+
+class WrappedTensor:
+    def __init__(self, features):
+        self.features = features
+
+
+class OfObjects(nn.BatchNorm2d):
+    """As those of sparse convolutions."""
+
+    def forward(self, wrapped):
+        return WrappedTensor(super().forward(wrapped.features))
+
+
+class Wrapping(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm = OfObjects(3)
+
+    def forward(self, x):
+        return self.norm(WrappedTensor(x + 1)).features
+
+
+@METHODS
+def test_layers_that_are_called_with_objects(method):
+    model, batches = Wrapping(), make_batches((8, 3, 6, 6))
+    recalibrate(model, batches, method=method)
+    assert_stores(model.norm, [as_rows(x + 1) for x in batches])
+
+
+class Bypassed(nn.BatchNorm2d):
+    def forward(self, x):
+        return x
+
+
+@METHODS
+def test_a_layer_that_does_nothing_is_never_reached(method):
+    model, batches = nn.Sequential(Bypassed(3), nn.BatchNorm2d(3)), make_batches((8, 3, 6, 6))
+    result = recalibrate(model, batches, method=method)
+    assert [(skip.layer, skip.reason.value) for skip in result.plan.skips] == [("0", "never reached")]
+    assert_stores(model[1], [as_rows(x) for x in batches])
+
+
+class ArithmeticOfOther(nn.BatchNorm2d):
+    def forward(self, x):
+        x = torch.relu(x) - self.running_mean.view(-1, 1, 1)
+        return x * (self.running_var + self.eps).rsqrt().view(-1, 1, 1)
+
+
+class ReadFirst(nn.BatchNorm2d):
+    def forward(self, x):
+        return super().forward(x / (1 + self.running_var.mean()))
+
+
+@METHODS
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (ArithmeticOfOther, "normalises something else than it is called with"),
+        (ReadFirst, "reads its statistics before it normalises by them"),
+    ],
+)
+def test_what_cannot_be_told_is_refused_by_name(build, message, method):
+    model = nn.Sequential(nn.Identity(), build(3))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(RefusedError, match=f"^1: this layer {message}"):
+        recalibrate(model, make_batches((8, 3, 6, 6)), method=method)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+class Forgiving(nn.Module):
+    """Goes another way where a layer raises."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.other = ReadFirst(3), nn.BatchNorm2d(3)
+
+    def forward(self, x):
+        try:
+            return self.other(self.norm(x))
+        except:  # noqa: E722
+            return self.other(x)
+
+
+@METHODS
+def test_a_model_cannot_swallow_a_refusal(method):
+    with pytest.raises(RefusedError, match="reads its statistics before"):
+        recalibrate(Forgiving(), make_batches((8, 3, 6, 6)), method=method)
 
 
 @METHODS

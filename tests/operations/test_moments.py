@@ -79,6 +79,23 @@ def test_half_precision_is_summed_as_float32(dtype, layout):
     assert np.abs(moments.biased_variance.numpy() / exact.var((0, 2, 3)) - 1).max() < tolerance
 
 
+def test_halves_of_any_number_are_summed_as_well():
+    values = (torch.randn(2, 3, 1000, 500, generator=torch.Generator().manual_seed(0)) + 5).to(torch.bfloat16)
+    exact = values.double().numpy()
+    moments = measure(values)
+    assert np.abs(moments.biased_variance.numpy() / exact.var((0, 2, 3)) - 1).max() < 1e-6
+    assert np.abs(moments.mean.numpy() / exact.mean((0, 2, 3)) - 1).max() < 1e-7
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_numbers_whose_squares_float32_cannot_hold(layout):
+    values = (torch.randn(16, 3, 40, 40, generator=torch.Generator().manual_seed(0)) * 1e25).to(memory_format=layout)
+    moments = measure(values)
+    exact = values.double().numpy()
+    assert moments.is_finite
+    assert np.abs(moments.biased_variance.numpy() / exact.var((0, 2, 3)) - 1).max() < 1e-6
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("shape", [(8, 3, 16, 16), (8, 3)])
 def test_one_bad_value_is_noticed(bad, shape):

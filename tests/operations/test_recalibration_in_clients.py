@@ -3,6 +3,7 @@
 import contextlib
 import contextvars
 import copy
+import queue
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -385,6 +386,30 @@ class Branches(nn.Module):
             return left.result() + right.result()
 
 
+class InQueue(nn.Module):
+    """A thread of its own hands over what it has done."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm2d(3)
+
+    def forward(self, x):
+        results = queue.Queue()
+        threading.Thread(target=lambda: results.put(self.norm(x)), daemon=True).start()
+        return results.get()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_thread_that_hands_over_nothing_is_not_waited_for(monkeypatch):
+    monkeypatch.setattr("bntool.operations.lanes._FAREWELL", 0.1)
+    monkeypatch.setattr("bntool.operations.lanes._PATIENCE", 1000.0)
+    model, batches = InQueue(), make_batches()
+    with pytest.raises(RefusedError, match="the model calls this layer in a thread of its own"):
+        recalibrate(model, batches, method="exact")
+    recalibrate(model, batches)
+    assert_stores(model.norm, batches)
+
+
 def test_layers_that_a_model_calls_in_threads():
     model, batches = Branches(), make_batches()
     recalibrate(model, batches)
@@ -434,3 +459,222 @@ def test_inputs_get_the_dtype_of_the_weights(method):
     model, batches = Scaled(), make_batches()
     recalibrate(model, batches, method=method)
     assert_stores(model.norm, [model.conv(x).detach() for x in batches])
+
+
+class Scripted(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.relu()
+
+
+@METHODS
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
+def test_modes_of_scripted_parts_are_given_back(method, training):
+    model = nn.Sequential(torch.jit.script(nn.Sequential(Scripted(), nn.Dropout())), nn.BatchNorm2d(3), nn.Dropout())
+    model.train(training)
+    recalibrate(model, make_batches(), method=method)
+    assert all(module.training is training for module in model.modules())
+    assert_stores(model[1], [x.relu() for x in make_batches()])
+
+
+class WritingAndReading(ReadingMemory):
+    """Changes its input, and asks for strides."""
+
+    def forward(self, x):
+        x.stride()
+        return self.norm(x.sub_(10))
+
+
+class WritingTwice(nn.Module):
+    """Changes its input, and calls a layer twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.after = nn.BatchNorm2d(3), nn.BatchNorm2d(3)
+
+    def forward(self, x):
+        x.sub_(10)
+        return self.after(self.norm(x) + self.norm(x * 2))
+
+
+@METHODS
+@pytest.mark.parametrize("build", [WritingAndReading, WritingTwice])
+@pytest.mark.parametrize("flat", [True, False])
+def test_a_batch_that_the_model_writes_to_is_run_once(build, method, flat):
+    model = build()
+    batches = [x.flatten(2) if flat else x for x in make_batches()]
+    if flat:
+        model.norm, model.after = nn.BatchNorm1d(3), nn.BatchNorm1d(3)
+    given = [x.clone() for x in batches]
+    recalibrate(model, given, method=method)
+    inputs = [x - 10 for x in batches]
+    assert_stores(model.norm, inputs + [x * 2 for x in inputs] if build is WritingTwice else inputs)
+    for one, other in zip(given, batches, strict=True):
+        assert torch.equal(one, other) or torch.equal(one, other - 10)  # what the model itself does, at most
+
+
+@METHODS
+def test_bad_batches_of_a_model_that_writes_to_its_input(method):
+    model, batches = nn.Sequential(InPlace(), nn.BatchNorm2d(3)), [x.clone() for x in make_batches()]
+    bad = torch.full((8, 3, 6, 6), 3e38)
+    result = recalibrate(model[0], [batches[0].clone(), bad * 2, *batches[1:]], method=method, on_bad_data="skip")
+    assert (result.samples, len(result.left_out)) == (24, 1)
+    assert_stores(model[0].norm, [(x - 5) / 3 for x in make_batches()])
+
+
+def test_memory_reads_are_looked_for_in_the_first_good_batch():
+    model, batches = ReadingMemory(), make_batches()
+    bad = torch.full((8, 3, 6, 6), float("nan"))
+    recalibrate(model, [bad, *batches], on_bad_data="skip")
+    assert_stores(model.norm, batches)
+
+
+class OperatorOfAten(ReadingMemory):
+    def forward(self, x):
+        x = self.conv(x)
+        n, c, h, w = x.shape
+        return self.norm(torch.ops.aten.as_strided(x, (n, c, h, w), (c * h * w, h * w, w, 1)))
+
+
+class Branching(ReadingMemory):
+    def forward(self, x):
+        x = self.conv(x)
+        return self.norm(x if x.is_contiguous() else x + 3)
+
+
+@METHODS
+@pytest.mark.parametrize("build", [OperatorOfAten, Branching])
+def test_other_ways_to_read_memory(build, method):
+    model, batches = build(), make_batches()
+    recalibrate(model, batches, method=method)
+    assert_stores(model.norm, batches)
+
+
+class Differentiating(nn.Module):
+    """Takes a gradient in its forward, as networks of energies do."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.after = nn.BatchNorm1d(4), nn.BatchNorm1d(4)
+
+    def forward(self, x):
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            (gradient,) = torch.autograd.grad(self.norm(x).pow(3).sum(), x)
+        return self.after(gradient)
+
+
+@METHODS
+def test_gradients_inside_of_a_forward(method):
+    model, batches = Differentiating(), [torch.randn(64, 4) * 2 + 1 for _ in range(3)]
+    recalibrate(model, batches, method=method)
+    assert_stores(model.norm, batches)
+
+
+class Conditional(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm2d(3)
+
+    def forward(self, x):
+        return self.norm(torch.cond(x.sum() > 0, lambda x: x + 1, lambda x: x - 1, (x,)))
+
+
+@METHODS
+def test_higher_order_operators(method):
+    model, batches = Conditional(), make_batches()
+    recalibrate(model, batches, method=method)
+    assert_stores(model.norm, [x + 1 if x.sum() > 0 else x - 1 for x in batches])
+
+
+class Untidy(nn.Module):
+    """Keeps what it has seen under names of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self._steps = nn.BatchNorm2d(3), 0
+
+    def forward(self, x):
+        self._steps += 1
+        self._cache = x
+        self.register_buffer("late", x.mean())
+        self.add_module("later", nn.ReLU())
+        return self.norm(x)
+
+
+def test_what_a_forward_leaves_on_a_module_is_taken_off():
+    model = Untidy()
+    keys = list(model.state_dict())
+    recalibrate(model, make_batches())
+    assert model._steps == 0
+    assert not hasattr(model, "_cache")
+    assert list(model.state_dict()) == keys
+    assert "later" not in model._modules
+
+
+def share_statistics():
+    model = nn.Sequential(nn.BatchNorm2d(3), nn.BatchNorm2d(3))
+    model[1]._buffers["running_mean"] = model[0].running_mean
+    return model
+
+
+def expand_statistics():
+    model = nn.BatchNorm2d(3)
+    model.running_mean = torch.zeros(1).expand(3)
+    return model
+
+
+def build_in_inference_mode():
+    with torch.inference_mode():
+        return nn.BatchNorm2d(3)
+
+
+@METHODS
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (share_statistics, "^1: it shares its statistics with 0"),
+        (expand_statistics, "one number for all channels"),
+        (build_in_inference_mode, "made in inference mode"),
+        (lambda: nn.BatchNorm2d(3, device="meta"), "meta device"),
+        (lambda: nn.Sequential(nn.LazyConv2d(3, 1), nn.BatchNorm2d(3)), "^0: this lazy layer has no weights yet"),
+    ],
+)
+def test_models_that_cannot_be_recalibrated(build, message, method):
+    with pytest.raises(RefusedError, match=message):
+        recalibrate(build(), make_batches(), method=method)
+
+
+class OnGraph(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm1d(4)
+
+    def forward(self, x, adjacency):
+        return self.norm(adjacency @ x)
+
+
+@METHODS
+def test_sparse_inputs(method):
+    model, x, adjacency = OnGraph(), torch.randn(16, 4), (torch.rand(16, 16) > 0.8).float()
+    recalibrate(model, [((x, adjacency.to_sparse()), None)], method=method)
+    assert_stores(model.norm, [adjacency @ x])
+
+
+class Boxes(list):
+    def __init__(self, items, kind):
+        super().__init__(items)
+        self.kind = kind
+
+
+def test_batches_that_cannot_be_taken_apart_are_the_users():
+    with pytest.raises(UserCodeError, match="reading the batches given raised TypeError"):
+        recalibrate(nn.BatchNorm2d(3), [Boxes(make_batches(), "boxes")])
+
+
+def test_a_replicating_model_runs_on_one_device():
+    model, batches = nn.DataParallel(nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3))), make_batches()
+    model.device_ids = [0, 1]  # as it has them where there are two GPUs
+    recalibrate(model, batches)
+    assert model.device_ids == [0, 1]
+    assert_stores(model.module[1], [model.module[0](x).detach() for x in batches])
