@@ -484,3 +484,120 @@ def test_ctrl_c_ends_cleanly(tmp_path, method):
     assert process.returncode == 130
     assert err.splitlines() == ["bntool: error: interrupted; nothing was written"]
     assert sorted(path.name for path in tmp_path.iterdir() if path.is_file()) == ["in.pt", "slow.py"]
+
+
+@pytest.fixture
+def bad_evaluation_data(tmp_path):
+    arrays = dict(np.load(TEST))
+    arrays["images"][5, 0, 3, 3] = np.nan
+    path = tmp_path / "bad.npz"
+    np.savez(path, **arrays)
+    return str(path)
+
+
+def test_bad_evaluation_data_stop_the_command_or_are_counted(recalibrate, bad_evaluation_data):
+    code, _, err, path = recalibrate("drifted.pt", "--eval-data", bad_evaluation_data)
+    assert code == 4
+    assert re.search(r"NaN or infinity in row 5 of .*bad\.npz", err)
+    assert not path.exists()
+    code, out, _, _ = recalibrate(
+        "drifted.pt", "--eval-data", bad_evaluation_data, "--on-bad-data", "skip", "--batch-size", "60", "--json"
+    )
+    assert code == 0
+    (warning,) = json.loads(out)["files"][0]["warnings"]
+    assert warning.startswith("60 samples of the evaluation data were left out, first NaN or infinity in row 5 of")
+
+
+FACTORIES = f"""
+import sys
+import numpy as np, torch
+sys.path.insert(0, {str(SAMPLES)!r})
+from digits_net import build
+
+arrays = np.load({TRAIN!r})
+images, labels = torch.from_numpy(arrays["images"][:200]), torch.from_numpy(arrays["labels"][:200])
+
+class Stream(torch.utils.data.IterableDataset):
+    def __iter__(self):
+        return iter(list(zip(images, labels)))
+
+def stream():
+    return Stream()
+
+def batches():
+    return zip(images.split(50), labels.split(50))
+
+used_up = batches()
+the_same = batches()
+
+def again():
+    return the_same
+
+class WithLoss(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.model = build()
+    def forward(self, x):
+        return {{"loss": None, "logits": self.model(x)}}
+
+def with_loss():
+    return WithLoss()
+"""
+
+
+@pytest.fixture
+def factories(tmp_path):
+    path = tmp_path / "factories.py"
+    path.write_text(FACTORIES)
+    yield str(path)
+    sys.modules.pop("factories", None)
+
+
+def test_a_stream_is_read_once_whatever_the_workers(recalibrate, factories):
+    code, out, err, path = recalibrate("drifted.pt", "--workers", "2", "--json", data=f"{factories}:stream")
+    assert (code, err) == (0, "")
+    assert json.loads(out)["files"][0]["samples"] == 200
+    assert torch.load(path, weights_only=True)["bn1.num_batches_tracked"] == 4
+
+
+@pytest.mark.parametrize("name", ["used_up", "again"])
+def test_an_iterator_is_refused_with_what_to_do(recalibrate, factories, name):
+    code, _, err, path = recalibrate("drifted.pt", data=f"{factories}:{name}")
+    assert code == 2
+    assert "it is an iterator, which can be read once only" in err or "is an iterator, which can be read once" in err
+    assert not path.exists()
+
+
+def test_the_first_tensor_of_the_outputs_counts(recalibrate, factories):
+    code, out, err, _ = recalibrate("drifted.pt", "--eval-data", TEST, model=f"{factories}:with_loss")
+    assert (code, err) == (0, "")
+    assert "top1 39.17 % -> 98." in out
+
+
+def test_globs_that_select_nothing_are_named(recalibrate):
+    code, out, _, _ = recalibrate("drifted.pt", "--layers", "bn1", "--layers", "nope", "--eval-data", TEST)
+    assert code == 0
+    assert "--layers nope selects no BatchNorm layer" in out
+
+
+def test_the_meta_device_computes_nothing(recalibrate):
+    code, _, err, path = recalibrate("drifted.pt", "--device", "meta")
+    assert (code, err) == (2, "bntool: error: --device meta computes nothing\n")
+    assert not path.exists()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no device that is always full here")
+@pytest.mark.parametrize("form", [[], ["--json"]])
+def test_a_result_that_cannot_be_printed(form):
+    command = [sys.executable, "-m", "bntool", "inspect", str(SAMPLES / "drifted.pt"), *form]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False, timeout=60)
+    assert done.returncode == 3
+    assert done.stderr == "bntool: error: what was to be printed cannot be written: No space left on device\n"
+
+
+def test_one_of_several_processes_answers_in_json(recalibrate, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    code, out, err, _ = recalibrate("drifted.pt", "--device", "meta", "--json")
+    assert (code, out) == (2, "")
+    assert "computes nothing" in err
