@@ -48,12 +48,14 @@ class _Call:
         name, layer: which.
         given: the first tensor that it was called with; None where there is none.
         seen: how it was noticed that it normalises.
+        measured: what was taken for its activations when it first read its statistics, and the version of these.
     """
 
     name: str
     layer: torch.nn.Module
     given: torch.Tensor | None
     seen: _Seen = _Seen.NOTHING
+    measured: tuple[torch.Tensor, int] | None = None
 
     def uses(self, tensor: torch.Tensor) -> bool:
         """Whether a tensor shows the layer's statistics."""
@@ -144,25 +146,32 @@ class Activations(TorchFunctionMode):
         if self._calls and getattr(function, "__name__", "") not in _PASSIVE:
             with torch._C.DisableTorchFunction(), torch.no_grad():
                 tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+                kernel = bool(_KERNEL.search(getattr(function, "__name__", "")))
                 for call in self._calls:
-                    if any(map(call.uses, tensors)):
-                        self._note_use(call, function, args, kwargs, tensors)
+                    uses = any(map(call.uses, tensors))
+                    if kernel and (uses or call.seen is _Seen.INPUT):
+                        self._note_kernel(call, args[0] if args else kwargs["input"])
+                    elif uses and call.seen is _Seen.NOTHING:
+                        self._note_read(call, tensors)
         return function(*args, **kwargs)
 
-    def _note_use(self, call: _Call, function: Any, args: Any, kwargs: Any, tensors: Sequence[torch.Tensor]) -> None:
-        if _KERNEL.search(getattr(function, "__name__", "")):
-            if call.seen is _Seen.INPUT:
-                self._refuse(call.name, "reads its statistics before it normalises by them")
+    def _note_kernel(self, call: _Call, values: torch.Tensor) -> None:
+        if call.seen is not _Seen.INPUT:
             call.seen = _Seen.KERNEL
-            self._observe(call.name, call.layer, args[0] if args else kwargs["input"])
-        elif call.seen is _Seen.NOTHING:
-            activations = [t for t in tensors if t.ndim > 1 and t.numel() > t.shape[1] and not call.uses(t)]
-            given = call.given
-            if given is None or not all(_overlap(t, given) and t.numel() == given.numel() for t in activations):
-                self._refuse(call.name, "normalises something else than it is called with, without a kernel of torch's")
-            assert given is not None
-            call.seen = _Seen.INPUT
-            self._observe(call.name, call.layer, _put_channels_second(given, call.layer))
+            self._observe(call.name, call.layer, values)
+        elif not _is_unchanged(values, call.measured):
+            self._refuse(call.name, "reads its statistics before it normalises something else than it is called with")
+
+    def _note_read(self, call: _Call, tensors: Sequence[torch.Tensor]) -> None:
+        given = call.given
+        activations = [t for t in tensors if t.ndim > 1 and t.numel() > t.shape[1] and not call.uses(t)]
+        if given is None or not all(_overlap(t, given) and t.numel() == given.numel() for t in activations):
+            self._refuse(call.name, "normalises something else than it is called with, without a kernel of torch's")
+        assert given is not None
+        call.seen = _Seen.INPUT
+        values = _put_channels_second(given, call.layer)
+        call.measured = values, _find_version(values)
+        self._observe(call.name, call.layer, values)
 
     def _check_own(self, name: str, statistics: torch.Tensor | None, layer: torch.nn.Module) -> None:
         if layer._buffers.get("running_mean") is not statistics:
@@ -178,6 +187,22 @@ class Activations(TorchFunctionMode):
 def _is_direct(layer: torch.nn.Module) -> bool:
     is_torchs = "forward" not in vars(layer) and type(layer).forward in _TORCH
     return is_torchs or not isinstance(layer, _BatchNorm)
+
+
+def _find_version(tensor: torch.Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version  # those of inference mode do not count
+
+
+def _is_unchanged(values: torch.Tensor, measured: tuple[torch.Tensor, int] | None) -> bool:
+    """Whether a kernel is given what was measured."""
+    if measured is None:
+        return False
+    before, version = measured
+    return (
+        (values.data_ptr(), values.shape, values.stride()) == (before.data_ptr(), before.shape, before.stride())
+        and values.dtype == before.dtype
+        and _find_version(values) == version
+    )
 
 
 def _overlap(tensor: torch.Tensor, other: torch.Tensor) -> bool:

@@ -369,7 +369,7 @@ def test_statistics_that_half_precision_cannot_hold_are_promoted_on_request(reca
     output = f"out.{suffix}"
     code, _, err, path = recalibrate(given, output=output)
     assert code == 4
-    assert "float16 cannot hold the new variances" in err
+    assert "float16 cannot hold the new variance" in err
     assert "--promote stores such statistics as float32" in err
     assert not path.exists()
     code, out, _, path = recalibrate(given, "--promote", "--json", output=output)
@@ -396,7 +396,7 @@ def test_a_model_in_half_precision_cannot_take_promoted_statistics(recalibrate, 
     source = str(tmp_path / "half_model.py")
     code, _, err, path = recalibrate(tmp_path / "half.pt", "--promote", model=f"{source}:build", data=f"{source}:data")
     assert code == 4
-    assert "float16 cannot hold the new variances" in err
+    assert "float16 cannot hold the new variance" in err
     assert not path.exists()
 
 

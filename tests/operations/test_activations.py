@@ -280,12 +280,39 @@ class ReadFirst(nn.BatchNorm2d):
         return super().forward(x / (1 + self.running_var.mean()))
 
 
+class ReadThenWritten(nn.BatchNorm2d):
+    def forward(self, x):
+        assert self.running_var.min() > 0
+        return super().forward(x.mul_(2))
+
+
+class Checking(nn.BatchNorm2d):
+    """Looks at its statistics before it normalises by them."""
+
+    def forward(self, x):
+        assert torch.isfinite(self.running_var).all()
+        assert self.running_mean.abs().max() < 1e6
+        mean, variance = self.running_mean.to(x.dtype), self.running_var.clamp(min=1e-6)
+        return F.batch_norm(x, mean, variance, self.weight, self.bias, False, 0.0, self.eps)
+
+
+@METHODS
+def test_a_layer_may_look_at_its_statistics_first(method):
+    model, batches = nn.Sequential(Checking(3), nn.BatchNorm2d(3)), make_batches((8, 3, 6, 6))
+    result = recalibrate(model, batches, method=method)
+    assert_stores(model[0], [as_rows(x) for x in batches])
+    assert result.statistics["0"].calls == 3
+    if method == "exact":  # what follows saw what these statistics give
+        assert_stores(model[1], [as_rows(model[0](x).detach()) for x in batches])
+
+
 @METHODS
 @pytest.mark.parametrize(
     ("build", "message"),
     [
         (ArithmeticOfOther, "normalises something else than it is called with"),
-        (ReadFirst, "reads its statistics before it normalises by them"),
+        (ReadFirst, "reads its statistics before it normalises something else"),
+        (ReadThenWritten, "reads its statistics before it normalises something else"),
     ],
 )
 def test_what_cannot_be_told_is_refused_by_name(build, message, method):
