@@ -165,7 +165,7 @@ class Activations(TorchFunctionMode):
     def _note_read(self, call: _Call, tensors: Sequence[torch.Tensor]) -> None:
         given = call.given
         activations = [t for t in tensors if t.ndim > 1 and t.numel() > t.shape[1] and not call.uses(t)]
-        if given is None or not all(_overlap(t, given) and t.numel() == given.numel() for t in activations):
+        if given is None or not all(_shows(t, given) for t in activations):
             self._refuse(call.name, "normalises something else than it is called with, without a kernel of torch's")
         assert given is not None
         call.seen = _Seen.INPUT
@@ -194,15 +194,18 @@ def _find_version(tensor: torch.Tensor) -> int:
 
 
 def _is_unchanged(values: torch.Tensor, measured: tuple[torch.Tensor, int] | None) -> bool:
-    """Whether a kernel is given what was measured."""
-    if measured is None:
+    """Whether a kernel is given what was measured, or a copy in another layout or dtype."""
+    if measured is None or values.shape != measured[0].shape or _find_version(measured[0]) != measured[1]:
         return False
-    before, version = measured
-    return (
-        (values.data_ptr(), values.shape, values.stride()) == (before.data_ptr(), before.shape, before.stride())
-        and values.dtype == before.dtype
-        and _find_version(values) == version
-    )
+    before = measured[0]
+    at_one_place = values.data_ptr() == before.data_ptr() and values.stride() == before.stride()
+    return at_one_place or torch.equal(values.to(before.dtype), before)
+
+
+def _shows(tensor: torch.Tensor, given: torch.Tensor) -> bool:
+    """Whether a tensor is a view of all of another one, or a copy in another layout or dtype."""
+    is_view = _overlap(tensor, given) and tensor.numel() == given.numel()
+    return is_view or (tensor.shape == given.shape and torch.equal(tensor.to(given.dtype), given))
 
 
 def _overlap(tensor: torch.Tensor, other: torch.Tensor) -> bool:

@@ -256,6 +256,19 @@ def test_layers_that_are_called_with_objects(method):
     assert_stores(model.norm, [as_rows(x + 1) for x in batches])
 
 
+class ArithmeticOfCopy(nn.BatchNorm2d):
+    def forward(self, x):
+        x = x.contiguous().float() - self.running_mean.view(-1, 1, 1)
+        return x * (self.running_var + self.eps).rsqrt().view(-1, 1, 1)
+
+
+@METHODS
+def test_arithmetic_on_a_copy_in_another_layout(method):
+    norm, batches = ArithmeticOfCopy(3), make_batches((8, 3, 6, 6))
+    recalibrate(norm, batches, method=method)
+    assert_stores(norm, [as_rows(x) for x in batches])
+
+
 class Bypassed(nn.BatchNorm2d):
     def forward(self, x):
         return x
