@@ -129,9 +129,15 @@ class _Elements:
         self._copy = None if is_lazy(tensor) or tensor.is_meta else tensor.detach().clone()
 
     def give_back(self) -> None:
-        if self._copy is not None and not torch.equal(self._tensor, self._copy):
+        if self._copy is not None and not _are_equal(self._tensor, self._copy):
             with torch.no_grad():
                 self._tensor.copy_(self._copy)
+
+
+def _are_equal(one: torch.Tensor, other: torch.Tensor) -> bool:
+    with contextlib.suppress(RuntimeError):  # sparse and nested tensors cannot be compared
+        return torch.equal(one, other)
+    return one._version == 0 if not one.is_inference() else False
 
 
 def is_switching(module: torch.nn.Module) -> bool:

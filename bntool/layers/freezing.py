@@ -19,6 +19,7 @@ from bntool.layers.modules import (
     find_wrapper_prefix,
     is_frozen_class,
     is_uninitialized,
+    unwrap,
     walk_modules,
 )
 from bntool.layers.policy import FreezePolicy
@@ -163,16 +164,8 @@ def frozen(
             parameter.requires_grad_(requires_grad_before)
 
 
-def _unwrap(model: nn.Module) -> nn.Module:
-    """The model inside of DataParallel, DDP and torch.compile: these hand ``train()`` on to it."""
-    wrapped = model._modules.get("_orig_mod")
-    if wrapped is None and isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
-        wrapped = model.module
-    return model if wrapped is None else _unwrap(wrapped)
-
-
 def _apply(model: nn.Module, policy: FreezePolicy, prefix: str) -> None:
-    root = _unwrap(model)
+    root = unwrap(model)
     here = prefix.removeprefix(_path_of(model, root))
     modules = dict(walk_modules(root))
     layers = {here + name: modules[here + name] for name in policy.layers}

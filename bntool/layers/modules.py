@@ -8,10 +8,12 @@ import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.parameter import is_lazy
+from torch.optim.swa_utils import AveragedModel
 
 from bntool.batchnorm import STATISTICS
 from bntool.checkpoints.checkpoint import find_prefix
 
+_WRAPPERS = (torch.nn.DataParallel, torch.nn.parallel.DistributedDataParallel, AveragedModel)
 # classes that are no torch BatchNorm but normalise as one in eval mode, by a part of their name
 _FROZEN_NAMES = ("FrozenBatchNorm", "FrozenBN")
 _BATCHNORM_NAMES = ("BatchNorm", "InplaceAbn", "InPlaceABN", "SyncBN")
@@ -93,6 +95,14 @@ def is_uninitialized(module: torch.nn.Module) -> bool:
     """Whether a lazy module has not seen its first batch: its tensors have no shape yet."""
     tensors = [*module._parameters.values(), *module._buffers.values()]
     return any(tensor is not None and is_lazy(tensor) for tensor in tensors)
+
+
+def unwrap(model: torch.nn.Module) -> torch.nn.Module:
+    """The model inside of DataParallel, DDP, torch.compile and AveragedModel: these hand ``train()`` on to it."""
+    wrapped = model._modules.get("_orig_mod")
+    if wrapped is None and isinstance(model, _WRAPPERS):
+        wrapped = model._modules["module"]
+    return model if wrapped is None else unwrap(wrapped)
 
 
 def find_wrapper_prefix(model: torch.nn.Module) -> str:

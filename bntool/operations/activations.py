@@ -22,6 +22,7 @@ from bntool.layers.borrowing import Borrowed
 Observe = Callable[[str, torch.nn.Module, torch.Tensor], None]
 _TORCH = (_BatchNorm.forward, SyncBatchNorm.forward)
 _KERNEL = re.compile(r"(^|_)batch_norm(\.|$)")  # torch's functions and operators of that name
+_FOREIGN = ("InplaceAbn", "InPlaceABN")  # whose kernels are not torch's
 # what reads no element of a tensor: attributes, shapes and views
 _PASSIVE = frozenset((
     "__get__", "__getitem__", "data_ptr", "detach", "dim", "element_size", "expand", "expand_as", "get_device",
@@ -66,10 +67,10 @@ class _Call:
 class Activations(TorchFunctionMode):
     """Calls back with what layers normalise, while they have not yet looked at their statistics.
 
-    torch's own classes normalise what they are called with. Subclasses with a forward of their own may transpose it,
-    mask it or put it through something else first: what they give torch's kernel together with their statistics counts.
-    Those that call no kernel are taken to normalise what they were called with, as it is when they first read their
-    statistics; and so are classes that do not derive from torch's, such as FrozenBatchNorm.
+    torch's own classes normalise what they are called with. Classes with a forward of their own may transpose it, mask
+    it or put it through something else first: what they give torch's kernel together with their statistics counts.
+    Those that call no kernel, such as FrozenBatchNorm, are taken to normalise what they were called with, as it is when
+    they first read their statistics. A layer that is not seen to use them is not called back for.
 
     Args:
         layers: by name.
@@ -79,6 +80,7 @@ class Activations(TorchFunctionMode):
 
     def __init__(self, layers: Mapping[str, torch.nn.Module], borrowed: Borrowed, observe: Observe) -> None:
         super().__init__()
+        self._layers = layers
         self._observe = observe
         self._refusal: RefusedError | None = None
         self._running = threading.local()
@@ -124,15 +126,12 @@ class Activations(TorchFunctionMode):
         self._check_own(name, statistics, layer)
         self._calls.append(_Call(name, layer, _find_input(args, kwargs)))
 
-    def _leave(self, layer: torch.nn.Module, _args: Any, output: Any) -> None:
+    def _leave(self, layer: torch.nn.Module, _args: Any, _output: Any) -> None:
         calls = self._calls
         while calls and calls[-1].layer is not layer:
             calls.pop()  # left by an exception that the model caught
-        if not calls:
-            return
-        call = calls.pop()
-        if call.seen is _Seen.NOTHING and output is not call.given:  # else it does nothing in this mode
-            self._refuse(call.name, "uses its statistics where that cannot be seen, in a thread or in compiled code")
+        if calls:
+            calls.pop()
 
     @property
     def _calls(self) -> list[_Call]:
@@ -146,32 +145,46 @@ class Activations(TorchFunctionMode):
         if self._calls and getattr(function, "__name__", "") not in _PASSIVE:
             with torch._C.DisableTorchFunction(), torch.no_grad():
                 tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
-                kernel = bool(_KERNEL.search(getattr(function, "__name__", "")))
+                is_kernel = bool(_KERNEL.search(getattr(function, "__name__", "")))
                 for call in self._calls:
                     uses = any(map(call.uses, tensors))
-                    if kernel and (uses or call.seen is _Seen.INPUT):
-                        self._note_kernel(call, args[0] if args else kwargs["input"])
-                    elif uses and call.seen is _Seen.NOTHING:
+                    if is_kernel and (uses or (call is self._calls[-1] and not self._are_anothers(call, tensors))):
+                        self._note_kernel(call, args[0] if args else kwargs["input"], uses=uses)
+                    elif uses:
                         self._note_read(call, tensors)
         return function(*args, **kwargs)
 
-    def _note_kernel(self, call: _Call, values: torch.Tensor) -> None:
-        if call.seen is not _Seen.INPUT:
+    def _are_anothers(self, call: _Call, tensors: Sequence[torch.Tensor]) -> bool:
+        """Whether a kernel is given the statistics of another layer."""
+        others = (_Call(name, layer, None) for name, layer in self._layers.items() if layer is not call.layer)
+        return any(other.uses(tensor) for other in others for tensor in tensors)
+
+    def _note_kernel(self, call: _Call, values: torch.Tensor, *, uses: bool) -> None:
+        if call.seen is _Seen.INPUT:
+            if not _is_unchanged(values, call.measured):
+                self._refuse(
+                    call.name, "reads its statistics before it normalises something else than it is called with"
+                )
+            call.seen = _Seen.KERNEL
+        elif uses:
             call.seen = _Seen.KERNEL
             self._observe(call.name, call.layer, values)
-        elif not _is_unchanged(values, call.measured):
-            self._refuse(call.name, "reads its statistics before it normalises something else than it is called with")
 
     def _note_read(self, call: _Call, tensors: Sequence[torch.Tensor]) -> None:
+        if call.seen is _Seen.KERNEL:
+            return
         given = call.given
         activations = [t for t in tensors if t.ndim > 1 and t.numel() > t.shape[1] and not call.uses(t)]
         if given is None or not all(_shows(t, given) for t in activations):
             self._refuse(call.name, "normalises something else than it is called with, without a kernel of torch's")
         assert given is not None
-        call.seen = _Seen.INPUT
-        values = _put_channels_second(given, call.layer)
-        call.measured = values, _find_version(values)
-        self._observe(call.name, call.layer, values)
+        if call.measured is None:
+            call.seen = _Seen.INPUT
+            values = _put_channels_second(given, call.layer)
+            call.measured = values, _find_version(values)
+            self._observe(call.name, call.layer, values)
+        elif activations and _find_version(call.measured[0]) != call.measured[1]:
+            self._refuse(call.name, "changes what it normalises after it has read its statistics")
 
     def _check_own(self, name: str, statistics: torch.Tensor | None, layer: torch.nn.Module) -> None:
         if layer._buffers.get("running_mean") is not statistics:
@@ -186,7 +199,7 @@ class Activations(TorchFunctionMode):
 
 def _is_direct(layer: torch.nn.Module) -> bool:
     is_torchs = "forward" not in vars(layer) and type(layer).forward in _TORCH
-    return is_torchs or not isinstance(layer, _BatchNorm)
+    return is_torchs or any(name in type(layer).__name__ for name in _FOREIGN)
 
 
 def _find_version(tensor: torch.Tensor) -> int:

@@ -10,7 +10,14 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from bntool.batchnorm import STATISTICS
 from bntool.errors import RefusedError
 from bntool.layers.borrowing import borrow
-from bntool.layers.modules import find_batchnorm_modules, is_batchnorm, is_frozen_class, is_uninitialized, walk_modules
+from bntool.layers.modules import (
+    find_batchnorm_modules,
+    is_batchnorm,
+    is_frozen_class,
+    is_uninitialized,
+    unwrap,
+    walk_modules,
+)
 from bntool.layers.selection import selects
 from bntool.models.user_code import running_user_code
 from bntool.plan import Skip, SkipReason
@@ -64,7 +71,7 @@ def _find_frozen(model: torch.nn.Module) -> dict[int, str]:
     """Why a layer counts as frozen, by id of its module."""
     layers = find_batchnorm_modules(model).values()
     frozen = {id(layer): "its class never updates statistics" for layer in layers if is_frozen_class(layer)}
-    was_training = model.training
+    was_training = unwrap(model).training
     with borrow(model):
         if was_training:
             frozen |= {id(layer): "it is in eval mode while the model trains" for layer in layers if not layer.training}

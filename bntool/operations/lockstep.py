@@ -21,7 +21,6 @@ from bntool.operations.passes import (
     NotFiniteError,
     Run,
     Tally,
-    TooFewValuesError,
     accept,
     check_moments,
     describe_bad,
@@ -137,7 +136,8 @@ class _Sweep:
     def _observe(self, name: str, _layer: torch.nn.Module, values: torch.Tensor) -> None:
         """Let the batch that runs wait at a layer."""
         moments = measure(values)
-        check_moments(moments, name, values, least=1)
+        if moments.count:
+            check_moments(moments, name, values, least=1)
         witness = self._witness
         if witness is not None and (witness.is_alone or witness.position == self._position):
             witness.note(name, values, moments)
@@ -199,8 +199,6 @@ class _Sweep:
             lane.advance()
         except NotFiniteError as error:
             return Stop(position, batch.description, error.layer, None, describe_bad(batch, error))
-        except TooFewValuesError as error:
-            raise RefusedError(f"{batch.description} gives this layer no values", tensor=error.layer) from None
         layer, moments = lane.reached or (None, None)
         return Stop(position, batch.description, layer, moments)
 
@@ -215,9 +213,10 @@ class _Sweep:
                 )
         name = first.layer
         assert name is not None
-        tally = reduce(Tally.and_, (Tally.of(stop.moments) for stop in stops if stop.moments is not None))
-        mean, variance = self._calls.add(name, tally)
-        set_statistics(self._run.layers[name], mean=mean, variance=variance)
+        tallies = [Tally.of(stop.moments) for stop in stops if stop.moments is not None and stop.moments.count]
+        if tallies:  # else nothing comes to it, as to a head of detections where there are none
+            mean, variance = self._calls.add(name, reduce(Tally.and_, tallies))
+            set_statistics(self._run.layers[name], mean=mean, variance=variance)
         if self._run.on_progress is not None:
             self._run.on_progress(self._samples * self._calls.layers_seen // len(self._run.layers))
 

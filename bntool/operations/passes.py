@@ -208,6 +208,8 @@ def _normalise_by_own(
 ) -> None:
     """Add the moments of a call, and let the layer normalise by them."""
     moments = measure(values)
+    if not moments.count:  # no proposals in this image
+        return
     check_moments(moments, name, values)
     calls.append((name, moments))
     if not layer.training:

@@ -32,7 +32,7 @@ from bntool.plan import Operation, Plan, SetTensor, Skip, SkipReason, Values
 _COUNTER = "num_batches_tracked"
 _NO_FIXED_POINT = "no statistics were found that hold for all calls; pooled can do that"
 _REASONS = {
-    SkipReason.NEVER_REACHED: "no batch came through it",
+    SkipReason.NEVER_REACHED: "no batch came through it, or none was seen to be normalised by it",
     SkipReason.TOO_FEW_SAMPLES: "one value for each channel has no variance",
 }
 
@@ -215,7 +215,9 @@ def recalibrate(  # noqa: PLR0913 as plan_recalibration
         reasons = (
             ", ".join(sorted({skip.reason.value for skip in result.plan.skips})) or "none of the model's is selected"
         )
-        raise RefusedError(f"no BatchNorm layer could be recalibrated: {reasons}")
+        frozen = any(skip.reason is SkipReason.FROZEN for skip in result.plan.skips)
+        advice = "; layers=['*'] selects frozen ones, too" if frozen else ""
+        raise RefusedError(f"no BatchNorm layer could be recalibrated: {reasons}{advice}")
     check_live_statistics(model, result)
     set_live_statistics(model, result)
     return result

@@ -269,6 +269,80 @@ def test_arithmetic_on_a_copy_in_another_layout(method):
     assert_stores(norm, [as_rows(x) for x in batches])
 
 
+class MyBatchNorm(nn.Module):
+    """Has the name and the buffers of a BatchNorm, and is none of torch's."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.register_buffer("running_mean", torch.zeros(channels))
+        self.register_buffer("running_var", torch.ones(channels))
+
+    def forward(self, x):
+        return F.batch_norm(x.relu(), self.running_mean, self.running_var)
+
+
+@METHODS
+def test_classes_that_are_none_of_torchs(method):
+    norm, batches = MyBatchNorm(3), make_batches((8, 3, 6, 6))
+    recalibrate(norm, batches, method=method)
+    assert_stores(norm, [as_rows(x.relu()) for x in batches])
+
+
+class Followed(nn.BatchNorm2d):
+    """Logs its statistics, and another norm comes after it in the same module."""
+
+    def __init__(self, channels):
+        super().__init__(channels)
+        self.post = nn.BatchNorm2d(channels)
+
+    def forward(self, x):
+        float(self.running_mean.norm())
+        return self.post(super().forward(x).relu())
+
+
+@METHODS
+def test_another_kernel_is_not_held_against_a_layer(method):
+    norm, batches = Followed(3), make_batches((8, 3, 6, 6))
+    result = recalibrate(norm, batches, method=method)
+    assert_stores(norm, [as_rows(x) for x in batches])
+    assert set(result.statistics) == {"", "post"}
+
+
+class Fused(nn.BatchNorm2d):
+    """Its statistics are in the weights before it already."""
+
+    def forward(self, x):
+        return x.relu()
+
+
+class OfTheSample(nn.BatchNorm2d):
+    def forward(self, x):
+        return torch.cat([F.batch_norm(row, None, None, self.weight, self.bias, training=True) for row in x.split(1)])
+
+
+@METHODS
+@pytest.mark.parametrize("build", [Fused, OfTheSample])
+def test_a_layer_that_uses_no_statistics_is_left_alone(build, method):
+    model, batches = nn.Sequential(build(3), nn.BatchNorm2d(3)), make_batches((8, 3, 6, 6))
+    result = recalibrate(model, batches, method=method)
+    assert [(skip.layer, skip.reason.value) for skip in result.plan.skips] == [("0", "never reached")]
+    assert list(result.statistics) == ["1"]
+
+
+class ScaleFirst(nn.BatchNorm2d):
+    def forward(self, x):
+        scale = (self.running_var + self.eps).rsqrt().view(-1, 1, 1)
+        x = x.relu()
+        return (x - self.running_mean.view(-1, 1, 1)) * scale
+
+
+class ScaleFirstInPlace(nn.BatchNorm2d):
+    def forward(self, x):
+        scale = (self.running_var + self.eps).rsqrt().view(-1, 1, 1)
+        x.relu_()
+        return (x - self.running_mean.view(-1, 1, 1)) * scale
+
+
 class Bypassed(nn.BatchNorm2d):
     def forward(self, x):
         return x
@@ -325,6 +399,8 @@ def test_a_layer_may_look_at_its_statistics_first(method):
     [
         (ArithmeticOfOther, "normalises something else than it is called with"),
         (ReadFirst, "reads its statistics before it normalises something else"),
+        (ScaleFirst, "normalises something else than it is called with"),
+        (ScaleFirstInPlace, "changes what it normalises after it has read its statistics"),
         (ReadThenWritten, "reads its statistics before it normalises something else"),
     ],
 )

@@ -386,6 +386,9 @@ class Branches(nn.Module):
             return left.result() + right.result()
 
 
+QUEUES = []
+
+
 class InQueue(nn.Module):
     """A thread of its own hands over what it has done."""
 
@@ -395,6 +398,7 @@ class InQueue(nn.Module):
 
     def forward(self, x):
         results = queue.Queue()
+        QUEUES.append(results)
         threading.Thread(target=lambda: results.put(self.norm(x)), daemon=True).start()
         return results.get()
 
@@ -406,6 +410,8 @@ def test_a_thread_that_hands_over_nothing_is_not_waited_for(monkeypatch):
     model, batches = InQueue(), make_batches()
     with pytest.raises(RefusedError, match="the model calls this layer in a thread of its own"):
         recalibrate(model, batches, method="exact")
+    for results in QUEUES:  # let go what still waits
+        results.put(None)
     recalibrate(model, batches)
     assert_stores(model.norm, batches)
 
@@ -678,3 +684,58 @@ def test_a_replicating_model_runs_on_one_device():
     recalibrate(model, batches)
     assert model.device_ids == [0, 1]
     assert_stores(model.module[1], [model.module[0](x).detach() for x in batches])
+
+
+class WithAdjacency(nn.Module):
+    """Keeps the graph that it works on."""
+
+    def __init__(self, adjacency):
+        super().__init__()
+        self.register_buffer("adjacency", adjacency)
+        self.norm = nn.BatchNorm1d(4)
+
+    def forward(self, x):
+        return self.norm(self.adjacency @ x)
+
+
+@METHODS
+def test_sparse_buffers(method):
+    adjacency, x = (torch.rand(16, 16) > 0.8).float(), torch.randn(16, 4)
+    model = WithAdjacency(adjacency.to_sparse())
+    recalibrate(model, [x], method=method)
+    assert_stores(model.norm, [adjacency @ x])
+    assert torch.equal(model.adjacency.to_dense(), adjacency)
+
+
+class Detector(nn.Module):
+    """A head for what is large, of which some batches have none."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.head, self.after = nn.BatchNorm1d(4), nn.BatchNorm1d(4), nn.BatchNorm1d(4)
+
+    def forward(self, x):
+        large = x[x[:, 0] > 1.0]
+        x = self.norm(x)
+        return self.after(x), self.head(large)
+
+
+@METHODS
+def test_a_batch_that_gives_a_layer_nothing(method):
+    model, batches = Detector(), [torch.randn(64, 4), -torch.rand(64, 4) * 0.1 - 3, torch.randn(64, 4)]
+    result = recalibrate(model, batches, method=method)
+    assert set(result.statistics) == {"norm", "head", "after"}
+    assert_stores(model.norm, batches)
+    assert_stores(model.head, [x[x[:, 0] > 1.0] for x in batches])
+    assert result.statistics["head"].calls == 2
+
+
+@pytest.mark.parametrize("wrap", [nn.DataParallel, torch.optim.swa_utils.AveragedModel])
+def test_a_model_in_eval_mode_in_a_fresh_wrapper(wrap):
+    model, batches = nn.Sequential(nn.BatchNorm2d(3)).eval(), make_batches()
+    wrapped = wrap(model)
+    recalibrate(wrapped, batches)
+    assert_stores(wrapped.module[0], batches)
+    assert not wrapped.module.training
+    with pytest.raises(RefusedError, match=r"frozen; layers=\['\*'\] selects frozen ones, too"):
+        recalibrate(nn.Sequential(nn.Sequential(nn.BatchNorm2d(3)).eval(), nn.Softmax(1)), batches)
