@@ -549,8 +549,11 @@ def with_loss():
 def factories(tmp_path):
     path = tmp_path / "factories.py"
     path.write_text(FACTORIES)
+    before = list(sys.path)
     yield str(path)
-    sys.modules.pop("factories", None)
+    sys.path[:] = before
+    for name in ("factories", "digits_net"):
+        sys.modules.pop(name, None)
 
 
 def test_a_stream_is_read_once_whatever_the_workers(recalibrate, factories):

@@ -105,7 +105,7 @@ def test_exact_refuses_sharded_models_by_name(tmp_path):
 @pytest.mark.parametrize("exchange", ["dist.all_reduce(x)", "functional.all_reduce(x, 'sum', dist.group.WORLD)"])
 def test_what_a_forward_exchanges_itself(tmp_path, exchange):
     code = (
-        "import sys, torch, torch.distributed as dist\n"
+        "import os, sys, torch, torch.distributed as dist\n"
         "import torch.distributed._functional_collectives as functional\n"
         "from torch import nn\n"
         "from bntool.errors import RefusedError\n"
@@ -138,7 +138,7 @@ def test_what_a_forward_exchanges_itself(tmp_path, exchange):
         "else:\n"
         "    raise AssertionError('not refused')\n"
         "dist.barrier()\n"
-        "dist.destroy_process_group()\n"
+        "os._exit(0)\n"  # gloo itself may abort when a process ends in order (one time in twenty)
     )
     run_two_ranks("-c", code)
 
