@@ -17,6 +17,7 @@ from bntool.layers.borrowing import Borrowed
 from bntool.models.user_code import running_user_code
 from bntool.operations.activations import Activations
 from bntool.operations.kernels import MemoryReads, is_faster_channels_last, is_laid_out_anew
+from bntool.operations.memory import Returning
 from bntool.operations.moments import Moments, measure, merge
 from bntool.operations.ranks import find_ranks
 
@@ -181,8 +182,9 @@ def _run_batches(run: Run, batches: Iterable[Batch]) -> Iterator[Part]:
     calls: list[tuple[str, Moments]] = []
     activations = Activations(run.layers, run.borrowed, partial(_normalise_by_own, calls))
     _prepare_halves(run.layers)
-    done = 0
+    done, memory = 0, Returning()
     for batch in batches:
+        memory.return_unused()
         # what is laid out anew is a copy: if the model writes to it, the batch can still be run
         for layout in (True, False) if channels_last and is_laid_out_anew(batch) else (False,):
             calls.clear()
