@@ -168,7 +168,7 @@ def read_hdf5(source: ByteSource) -> Hdf5Contents:
 
 class _Listing:
     def __init__(self, source: ByteSource, file: h5py.File, library: Any) -> None:
-        self.source, self.file, self.library = source, file, library
+        self.source, self.file, self.h5py = source, file, library
         self.groups: dict[str, Mapping[str, Attribute]] = {}
         self.datasets: dict[str, StoredTensor] = {}
         self.addresses: set[int] = set()
@@ -180,7 +180,7 @@ class _Listing:
     def _list(self, group: h5py.Group, path: str, depth: int) -> None:
         self._visit(group, path, depth)
         self.groups[path] = self._read_attributes(group.id, path)
-        h5py = self.library
+        h5py = self.h5py
         for name in group:
             where = f"{path}/{name}" if path else name
             if group.id.links.get_info(name.encode("utf-8")).type != h5py.h5l.TYPE_HARD:
@@ -195,7 +195,7 @@ class _Listing:
                 self.datasets[where] = self._read_dataset(one, where)
 
     def _visit(self, one: Any, path: str, depth: int) -> None:
-        address = self.library.h5o.get_info(one.id).addr
+        address = self.h5py.h5o.get_info(one.id).addr
         if address in self.addresses:
             raise UnsafeFileError("an object of the file has two names or holds itself", tensor=path)
         self.addresses.add(address)
@@ -203,7 +203,7 @@ class _Listing:
             raise UnsafeFileError(f"the file has more than {MAX_OBJECTS} objects or {MAX_DEPTH} levels of groups")
 
     def _read_attributes(self, one: Any, path: str) -> dict[str, Attribute]:
-        h5py = self.library
+        h5py = self.h5py
         count = h5py.h5a.get_num_attrs(one)
         if count > MAX_ATTRIBUTES:
             raise UnsafeFileError(f"an object of the file has {count} attributes", tensor=path)
@@ -217,7 +217,7 @@ class _Listing:
 
     def _read_text(self, attribute: Any) -> Attribute | None:
         """A text, or a list of texts; None for anything else, which is not read."""
-        h5py = self.library
+        h5py = self.h5py
         kind, shape = attribute.get_type(), attribute.shape
         if kind.get_class() != h5py.h5t.STRING or len(shape) > 1:
             return None
@@ -240,7 +240,7 @@ class _Listing:
         return tuple(texts) if shape else texts[0]
 
     def _read_dataset(self, dataset: h5py.Dataset, path: str) -> StoredTensor:
-        h5py = self.library
+        h5py = self.h5py
         plan = dataset.id.get_create_plist()
         layout = plan.get_layout()
         if plan.get_external_count() or layout not in (h5py.h5d.COMPACT, h5py.h5d.CONTIGUOUS, h5py.h5d.CHUNKED):
@@ -271,7 +271,7 @@ class _Listing:
 
     def _read_dtype(self, dataset: h5py.Dataset, path: str) -> tuple[DType, str | None, bool]:
         """The element type, why elements cannot be read, and the byte order."""
-        h5py = self.library
+        h5py = self.h5py
         kind = dataset.id.get_type()
         size, number = kind.get_size(), kind.get_class()
         big_endian = number in (h5py.h5t.INTEGER, h5py.h5t.FLOAT) and kind.get_order() == _ORDER_BIG
