@@ -150,9 +150,13 @@ def _fail(error: errors.BntoolError, arguments: Sequence[str]) -> ExitCode:
     if checkpoint and isinstance(error, errors.RefusedError | errors.VerificationError):
         error.about(checkpoint)
     report = Report(command, (FileReport(error.path or checkpoint, error=error),))
-    # of several processes one answers for all
-    print_report(report, as_json="--json" in arguments and os.environ.get("RANK", "0") == "0")
+    print_report(report, as_json="--json" in arguments and not (command == "recalibrate" and _is_another_rank()))
     return exit_code_of(error)
+
+
+def _is_another_rank() -> bool:
+    """Whether this is one of several processes of a job, and not the one that answers for all."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and os.environ.get("RANK", "0") != "0"
 
 
 def _find_checkpoint(arguments: Sequence[str]) -> str:

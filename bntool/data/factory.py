@@ -146,8 +146,8 @@ def _read_batches(source: _Source, spec: str, options: DataOptions) -> Batches:
                 return  # before the source is asked for what is not used
         if not position and source.is_iterator:
             raise UsageError(
-                f"{spec} gave no batch: it is an iterator, which can be read once only; name a function that makes a "
-                "new one each time"
+                f"{spec} gave no batch; an iterator can be read once only, so name a function that makes a new one "
+                "each time"
             )
 
     def read() -> Iterator[Batch]:

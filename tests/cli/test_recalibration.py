@@ -404,7 +404,6 @@ def test_bfloat16_is_approximate_and_says_so(recalibrate):
     code, out, _, path = recalibrate("drifted.pt", "--precision", "bfloat16", "--eval-data", TEST)
     assert code == 0
     assert "approximate (forwards in bfloat16)" in out
-    assert ("this processor has no bfloat16" in out) is not torch.ops.mkldnn._is_mkldnn_bf16_supported()
     approximate = torch.load(path, weights_only=True)
     recalibrate("drifted.pt", "--force")
     full = torch.load(path, weights_only=True)
@@ -567,7 +566,7 @@ def test_a_stream_is_read_once_whatever_the_workers(recalibrate, factories):
 def test_an_iterator_is_refused_with_what_to_do(recalibrate, factories, name):
     code, _, err, path = recalibrate("drifted.pt", data=f"{factories}:{name}")
     assert code == 2
-    assert "it is an iterator, which can be read once only" in err or "is an iterator, which can be read once" in err
+    assert "an iterator can be read once only, so name a function that makes a new one" in err
     assert not path.exists()
 
 
@@ -599,8 +598,37 @@ def test_a_result_that_cannot_be_printed(form):
     assert done.stderr == "bntool: error: what was to be printed cannot be written: No space left on device\n"
 
 
-def test_one_of_several_processes_answers_in_json(recalibrate, monkeypatch):
-    monkeypatch.setenv("RANK", "1")
-    code, out, err, _ = recalibrate("drifted.pt", "--device", "meta", "--json")
-    assert (code, out) == (2, "")
-    assert "computes nothing" in err
+def test_one_of_several_processes_answers_in_json(capsys, monkeypatch):
+    arguments = ["recalibrate", str(SAMPLES / "drifted.pt"), "--json"]  # neither model nor data
+    monkeypatch.setenv("RANK", "1")  # of no job
+    assert main(arguments) == 2
+    assert "--model SPEC" in json.loads(capsys.readouterr().out)["files"][0]["error"]["message"]
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "--model SPEC" in captured.err
+    monkeypatch.setenv("RANK", "0")
+    assert main(arguments) == 2
+    assert "--model SPEC" in json.loads(capsys.readouterr().out)["files"][0]["error"]["message"]
+
+
+@pytest.mark.parametrize("has_it", [True, False])
+def test_a_processor_without_bfloat16_is_named(recalibrate, monkeypatch, has_it):
+    monkeypatch.setattr("bntool.operations.recalibration_warnings.is_faster_in_bfloat16", lambda _model: has_it)
+    code, out, _, _ = recalibrate("drifted.pt", "--precision", "bfloat16", "--eval-data", TEST)
+    assert code == 0
+    assert ("this processor has no bfloat16 instructions" in out) is not has_it
+
+
+@pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="the system does not list the processor's flags")
+def test_what_a_processor_has_is_what_the_system_lists():
+    from bntool.operations.kernels import is_faster_in_bfloat16
+
+    flags = Path("/proc/cpuinfo").read_text()
+    if "avx512_bf16" in flags or "amx_bf16" in flags:
+        assert is_faster_in_bfloat16(torch.nn.Linear(1, 1))
+    elif "avx2" in flags and "avx512" not in flags and "avx_ne_convert" not in flags:
+        assert not is_faster_in_bfloat16(torch.nn.Linear(1, 1))
+    else:
+        pytest.skip("a processor between the two")
