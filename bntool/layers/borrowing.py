@@ -126,18 +126,22 @@ class _Elements:
 
     def __init__(self, tensor: torch.Tensor) -> None:
         self._tensor = tensor
+        self._version = self._find_version()
         self._copy = None if is_lazy(tensor) or tensor.is_meta else tensor.detach().clone()
 
     def give_back(self) -> None:
-        if self._copy is not None and not _are_equal(self._tensor, self._copy):
+        if self._copy is not None and self._has_changed(self._copy):
             with torch.no_grad():
                 self._tensor.copy_(self._copy)
 
+    def _has_changed(self, before: torch.Tensor) -> bool:
+        try:
+            return not torch.equal(self._tensor, before)
+        except RuntimeError:  # sparse and nested tensors cannot be compared, but their changes are counted
+            return self._find_version() != self._version
 
-def _are_equal(one: torch.Tensor, other: torch.Tensor) -> bool:
-    with contextlib.suppress(RuntimeError):  # sparse and nested tensors cannot be compared
-        return torch.equal(one, other)
-    return one._version == 0 if not one.is_inference() else False
+    def _find_version(self) -> int:
+        return 0 if self._tensor.is_inference() else self._tensor._version
 
 
 def is_switching(module: torch.nn.Module) -> bool:

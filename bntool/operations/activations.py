@@ -223,9 +223,18 @@ def _shows(tensor: torch.Tensor, given: torch.Tensor) -> bool:
 
 def _overlap(tensor: torch.Tensor, other: torch.Tensor) -> bool:
     """Whether a tensor begins inside the memory of another one."""
-    with contextlib.suppress(RuntimeError, NotImplementedError):  # of some kinds of tensors have none
-        return 0 <= tensor.data_ptr() - other.data_ptr() < max(_extent(other), 1) and tensor.device == other.device
-    return False
+    start, begin = _find_address(tensor), _find_address(other)
+    if start is None or begin is None or tensor.device != other.device:
+        return False
+    return 0 <= start - begin < max(_extent(other), 1)
+
+
+def _find_address(tensor: torch.Tensor) -> int | None:
+    """Where a tensor's elements begin; None where it has no memory itself: sparse, nested or wrapped by torch.func."""
+    try:
+        return tensor.data_ptr()
+    except RuntimeError:  # torch has no way to ask
+        return None
 
 
 def _extent(tensor: torch.Tensor) -> int:

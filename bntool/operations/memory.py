@@ -18,7 +18,6 @@ from torch.utils._pytree import tree_leaves
 
 _ARENA, _STACK = 64 << 20, 8 << 20  # glibc's heaps on 64 bits, and Linux's usual stack
 _SPARE = 0.6  # share of memory that tensors can fill: kernels need room, allocators keep what was freed
-
 _PAUSE = 0.25  # seconds; what is returned has to be asked for again
 
 
@@ -52,6 +51,8 @@ class Forecast:
 class LiveTensors(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the bytes of tensors that were made while it is active and are still alive."""
 
+    supports_higher_order_operators = True
+
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.live = 0
@@ -59,8 +60,6 @@ class LiveTensors(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.waiting = 0
         self._sizes: dict[int, int] = {}
         self._references: dict[int, weakref.ref[Any]] = {}
-
-    supports_higher_order_operators = True
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:

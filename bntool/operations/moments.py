@@ -13,7 +13,7 @@ import torch
 
 _RUN = 128  # positions that a kernel adds up in float32: to about 5e-7 of a variance
 _PIECE = 1 << 18  # elements measured at a time: still in the processor's cache when the kernel needs them again
-_HALF = (torch.float16, torch.bfloat16)
+HALF = (torch.float16, torch.bfloat16)
 _SMALL = 1 << 14  # elements for which float64 costs next to nothing
 _ROWS = 1 << 16  # positions widened to float64 at a time
 _LARGE_MEAN = 30.0  # |mean| / std from which float32 sums lose digits of the variance that matter
@@ -104,10 +104,10 @@ def measure(values: torch.Tensor) -> Moments:
 
 def _measure_fast(values: torch.Tensor) -> Moments:
     channels, rows = values.shape[1], values.movedim(1, -1)
-    dtype = torch.float32 if values.dtype in _HALF else values.dtype
+    dtype = torch.float32 if values.dtype in HALF else values.dtype
     if values.is_contiguous() or not rows.is_contiguous():
         # the kernel for this layout sums in double precision, if it is not given halves
-        samples = max(1, _PIECE // values[0].numel()) if values.dtype in _HALF else len(values)
+        samples = max(1, _PIECE // values[0].numel()) if values.dtype in HALF else len(values)
         return merge_all(
             _measure_runs([piece.to(dtype).contiguous()], length=piece.numel() // channels, channels=channels)
             for piece in torch.split(values, samples)
@@ -129,7 +129,7 @@ def _measure_runs(pieces: Sequence[torch.Tensor], *, length: int, channels: int)
     means, variances = [], []
     for piece in pieces:
         unused: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None)
-        if piece.dtype in _HALF:
+        if piece.dtype in HALF:
             # beside float32 statistics the kernel sums halves in float32, and answers in it
             unused = tuple(piece.new_zeros((2, piece.shape[1]), dtype=torch.float32))
         mean, variance = torch.ops.aten.batch_norm_update_stats(piece, *unused, 1.0)

@@ -18,11 +18,10 @@ from bntool.models.user_code import running_user_code
 from bntool.operations.activations import Activations
 from bntool.operations.kernels import MemoryReads, is_faster_channels_last, is_laid_out_anew
 from bntool.operations.memory import Returning
-from bntool.operations.moments import Moments, measure, merge
+from bntool.operations.moments import HALF, Moments, measure, merge
 from bntool.operations.ranks import find_ranks
 
 OnProgress = Callable[[int], None]
-_HALF = (torch.float16, torch.bfloat16)
 
 
 class NotFiniteError(BaseException):
@@ -221,7 +220,7 @@ def _normalise_by_own(
 def _prepare_halves(layers: Mapping[str, torch.nn.Module]) -> None:
     """Half precision cannot hold the statistics of a batch well enough: let the kernel take its own."""
     for name, layer in layers.items():
-        if _statistics_dtype(layer) in _HALF:
+        if _statistics_dtype(layer) in HALF:
             if isinstance(layer, torch.nn.SyncBatchNorm) and find_ranks().world > 1:
                 raise RefusedError(
                     "SyncBatchNorm of half precision normalises batches with those of other ranks; make it float32, or "

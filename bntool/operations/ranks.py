@@ -126,7 +126,7 @@ def join_job() -> Iterator[Ranks]:
         dist.destroy_process_group()
 
 
-def run_alone(model: torch.nn.Module, borrowed: Borrowed, *, method: Method) -> None:
+def isolate_forwards(model: torch.nn.Module, borrowed: Borrowed, *, method: Method) -> None:
     """Let no forward wait for other ranks, nor share its work with other devices.
 
     Not all ranks have as many batches, lanes stop on their way, and replicas have statistics of their own.
@@ -154,10 +154,10 @@ class NoExchange(TorchDispatchMode):  # type: ignore[no-untyped-call]
         RefusedError
     """
 
+    supports_higher_order_operators = True
+
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-
-    supports_higher_order_operators = True
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:

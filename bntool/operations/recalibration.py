@@ -23,7 +23,7 @@ from bntool.operations.drift import LayerDrift, measure_drift
 from bntool.operations.lockstep import measure_exact
 from bntool.operations.methods import Method, Precision
 from bntool.operations.passes import Measurement, OnProgress, Run, Tally, measure_pooled, set_statistics
-from bntool.operations.ranks import find_ranks, run_alone
+from bntool.operations.ranks import find_ranks, isolate_forwards
 from bntool.operations.repeated_calls import NotSettledError
 from bntool.operations.rounding import check_holds
 from bntool.operations.trial import read_what_fits
@@ -129,7 +129,7 @@ def plan_recalibration(  # noqa: PLR0913 each is an option of the command
         for _, module in walk_modules(model):
             module.training = False
         blend = _Blend({name: _copy_statistics(module) for name, module in chosen.items()}, method=method, prior=prior)
-        run_alone(model, borrowed, method=method)
+        isolate_forwards(model, borrowed, method=method)
         run = Run(model, borrowed, chosen, on_bad_data=on_bad_data, on_progress=on_progress)
         memory: int | None = None
         reused: dict[str, int] = {}
