@@ -126,8 +126,8 @@ class _Elements:
 
     def __init__(self, tensor: torch.Tensor) -> None:
         self._tensor = tensor
-        self._version = self._find_version()
         self._copy = None if is_lazy(tensor) or tensor.is_meta else tensor.detach().clone()
+        self._version = 0 if self._copy is None else self._find_version()
 
     def give_back(self) -> None:
         if self._copy is not None and self._has_changed(self._copy):
