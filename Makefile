@@ -8,10 +8,11 @@ TORCH_INDEX ?=
 VENV := .venv
 BIN := $(VENV)/bin
 TORCH := $(shell sed -n 's/^torch==/torch==/p' constraints.txt)
+BASE ?= HEAD
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 export PIP_NO_INPUT = 1
 
-.PHONY: help demo test check lint types bench fuzz oracles catalogue samples docs wheel clean
+.PHONY: help demo test same check lint types bench fuzz oracles catalogue samples docs wheel clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):.*##/\1\t/p' $(MAKEFILE_LIST)
@@ -32,6 +33,9 @@ demo: $(VENV)/installed  ## run the whole story on sample_ckpts
 
 test: $(VENV)/installed  ## run all tests
 	$(BIN)/python -m pytest
+
+same: $(VENV)/installed  ## hold all that the commands do against another revision: make same BASE=main~1
+	$(BIN)/python -m tests.behaviour $(BASE)
 
 check: lint types test wheel  ## lint, types, tests, and the wheel in a clean environment
 

@@ -1,0 +1,37 @@
+"""The files that the command lines are run on: samples, fixtures, and state dicts of known architectures."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import shutil
+import zlib
+from pathlib import Path
+
+import numpy as np
+import safetensors.numpy
+
+ROOT = Path(__file__).parents[2]
+ARCHITECTURES = ("torchvision:mobilenet_v2", "torchvision:lraspp_mobilenet_v3_large", "timm:ghostnet_100")
+
+
+def make_inputs(folder: Path) -> None:
+    """Fill a folder with the same bytes each time, whatever bntool there is."""
+    shutil.copytree(ROOT / "sample_ckpts", folder / "samples", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(ROOT / "tests" / "fixtures", folder / "fixtures", ignore=shutil.ignore_patterns("__pycache__"))
+    for file in sorted(folder.rglob("*")):
+        file.chmod(0o755 if file.is_dir() else 0o644)
+    (folder / "architectures").mkdir()
+    recorded = json.loads(gzip.decompress((ROOT / "tests" / "fixtures" / "architectures.json.gz").read_bytes()))
+    for one in recorded:
+        if one["name"] in ARCHITECTURES:
+            path = folder / "architectures" / f"{one['name'].replace(':', '_')}.safetensors"
+            safetensors.numpy.save_file({name: _draw(name, shape) for name, shape in one["shapes"]}, path)
+
+
+def _draw(name: str, shape: list[int]) -> np.ndarray:
+    """Numbers that depend on the name alone; variances are positive, counters one."""
+    if name.endswith("num_batches_tracked"):
+        return np.ones(shape, dtype=np.int64)
+    numbers = np.random.default_rng(zlib.crc32(name.encode())).normal(size=shape)
+    return (np.abs(numbers) + 0.5 if name.endswith("running_var") else numbers).astype(np.float32)
