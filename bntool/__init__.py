@@ -15,23 +15,23 @@ if TYPE_CHECKING:
     from bntool.batchnorm import BatchNorm as BatchNorm
     from bntool.batchnorm import scale_and_shift as scale_and_shift
     from bntool.checkpoints.application import apply_plan as apply_plan
+    from bntool.checkpoints.batchnorms import find_batchnorms as find_batchnorms
     from bntool.checkpoints.checkpoint import Checkpoint as Checkpoint
     from bntool.checkpoints.checkpoint import StateDict as StateDict
     from bntool.checkpoints.checkpoint import choose_state_dict as choose_state_dict
     from bntool.checkpoints.formats import open_checkpoint as open_checkpoint
     from bntool.checkpoints.formats import save_checkpoint as save_checkpoint
-    from bntool.checkpoints.norms import find_batchnorms as find_batchnorms
+    from bntool.comparison.checkpoint import compare_checkpoints as compare_checkpoints
     from bntool.errors import BntoolError as BntoolError
-    from bntool.layers.folding import load_folded as load_folded
-    from bntool.layers.freezing import apply_freeze as apply_freeze
-    from bntool.layers.freezing import freeze as freeze
-    from bntool.layers.freezing import frozen as frozen
-    from bntool.layers.freezing import unfreeze as unfreeze
-    from bntool.operations.comparison import compare_checkpoints as compare_checkpoints
-    from bntool.operations.inspection import inspect_checkpoint as inspect_checkpoint
-    from bntool.operations.proven_folding import fold as fold
-    from bntool.operations.recalibration import recalibrate as recalibrate
+    from bntool.folding.live import fold as fold
+    from bntool.folding.loading import load_folded as load_folded
+    from bntool.freezing.live import apply_freeze as apply_freeze
+    from bntool.freezing.live import freeze as freeze
+    from bntool.freezing.live import frozen as frozen
+    from bntool.freezing.live import unfreeze as unfreeze
+    from bntool.inspection.checkpoint import inspect_checkpoint as inspect_checkpoint
     from bntool.plan import Plan as Plan
+    from bntool.recalibration.live import recalibrate as recalibrate
 
 # public name -> module that defines it
 _PUBLIC = {
@@ -40,21 +40,21 @@ _PUBLIC = {
     "Checkpoint": "bntool.checkpoints.checkpoint",
     "Plan": "bntool.plan",
     "StateDict": "bntool.checkpoints.checkpoint",
-    "apply_freeze": "bntool.layers.freezing",
+    "apply_freeze": "bntool.freezing.live",
     "apply_plan": "bntool.checkpoints.application",
     "choose_state_dict": "bntool.checkpoints.checkpoint",
-    "compare_checkpoints": "bntool.operations.comparison",
-    "find_batchnorms": "bntool.checkpoints.norms",
-    "fold": "bntool.operations.proven_folding",
-    "freeze": "bntool.layers.freezing",
-    "frozen": "bntool.layers.freezing",
-    "inspect_checkpoint": "bntool.operations.inspection",
-    "load_folded": "bntool.layers.folding",
+    "compare_checkpoints": "bntool.comparison.checkpoint",
+    "find_batchnorms": "bntool.checkpoints.batchnorms",
+    "fold": "bntool.folding.live",
+    "freeze": "bntool.freezing.live",
+    "frozen": "bntool.freezing.live",
+    "inspect_checkpoint": "bntool.inspection.checkpoint",
+    "load_folded": "bntool.folding.loading",
     "open_checkpoint": "bntool.checkpoints.formats",
-    "recalibrate": "bntool.operations.recalibration",
+    "recalibrate": "bntool.recalibration.live",
     "save_checkpoint": "bntool.checkpoints.formats",
     "scale_and_shift": "bntool.batchnorm",
-    "unfreeze": "bntool.layers.freezing",
+    "unfreeze": "bntool.freezing.live",
 }
 
 __all__ = ["__version__", *_PUBLIC]  # noqa: PLE0604 the keys are strings

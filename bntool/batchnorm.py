@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+from fnmatch import fnmatchcase
 from typing import Any
 
 DEFAULT_EPS = 1e-5  # of torch.nn.BatchNorm*; a file that holds only tensors cannot tell whether it was changed
@@ -119,3 +120,9 @@ def scale_and_shift(
     scales = [w / root for w, root in zip(weights, map(math.sqrt, sums), strict=True)]
     shifts = [b - mean * scale for b, mean, scale in zip(biases, running_mean, scales, strict=True)]
     return scales, shifts
+
+
+def selects(globs: Sequence[str], name: str) -> bool:
+    """Whether a layer is selected: by any of the globs, or by there being none; a text alone is one glob."""
+    globs = (globs,) if isinstance(globs, str) else globs
+    return not globs or any(fnmatchcase(name, glob) for glob in globs)

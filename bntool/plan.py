@@ -2,7 +2,7 @@
 
 Freezing, folding and recalibrating each produce a :class:`Plan`. It is applied by
 :func:`bntool.checkpoints.application.apply_plan` (to a checkpoint) or
-:func:`bntool.layers.application.apply_plan` (to a live module); nothing else changes anything.
+:func:`bntool.modules.application.apply_plan` (to a live module); nothing else changes anything.
 """
 
 from __future__ import annotations

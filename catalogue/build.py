@@ -1,4 +1,4 @@
-"""Write bntool/graphs/catalogue.bin from the architectures of torchvision and timm.
+"""Write bntool/graphs/architectures/catalogue.bin from the architectures of torchvision and timm.
 
     python -m catalogue.build --keep FOLDER
 
@@ -16,7 +16,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 
-from bntool.graphs.catalogue import PATH, Catalogue, Scope, fingerprint_scope
+from bntool.graphs.architectures.catalogue import PATH, Catalogue, Scope, fingerprint_scope
 from catalogue.checking import check_recognition, fold_alike
 from catalogue.observing import Observation, observe_all
 from catalogue.writing import pack

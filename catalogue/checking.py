@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from bntool.errors import BntoolError
-from bntool.graphs.architectures import Architecture, recognise_in
-from bntool.graphs.assumed import assume, read_structure
-from bntool.graphs.catalogue import Catalogue
+from bntool.folding.planning import FoldPlan, plan_fold
+from bntool.graphs.architectures.catalogue import Catalogue
+from bntool.graphs.architectures.recognition import Architecture, recognise_in
+from bntool.graphs.architectures.structure import assume, read_structure
 from bntool.graphs.graph import ModelGraph
-from bntool.operations.folding import FoldPlan, plan_fold
-from tests.graphs.drawn_tensors import draw_state_dict
+from tests.graphs.architectures.drawn_tensors import draw_state_dict
 
 if TYPE_CHECKING:
     from catalogue.observing import Observation

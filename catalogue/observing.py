@@ -11,11 +11,11 @@ import torch
 from torch import nn
 
 from bntool.errors import BntoolError
-from bntool.graphs.catalogue import Scope
+from bntool.graphs.architectures.catalogue import Scope
 from bntool.graphs.graph import ModelGraph, NodeKind
-from bntool.graphs.inputs import guess_shapes
-from bntool.graphs.traced import trace
-from bntool.layers.modules import find_batchnorm_modules
+from bntool.graphs.traced.inputs import guess_shapes
+from bntool.graphs.traced.tracing import trace
+from bntool.modules.finding import find_batchnorm_modules
 from catalogue.checking import Verdict, compare
 from catalogue.reduction import reduce_graph
 from catalogue.writing import write_structure

@@ -7,8 +7,8 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from bntool.folding.absorption import Blocked, find_producers
 from bntool.graphs.graph import Edge, ModelGraph, Node, NodeKind
-from bntool.operations.absorption import Blocked, find_producers
 from catalogue.writing import format_runs
 
 _MOST_RUNS = 64  # of channels; an edge that takes more to write says that every channel meets every one

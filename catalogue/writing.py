@@ -7,15 +7,15 @@ import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from bntool.graphs.assumed import KINDS, OWNERS, ROLES
-from bntool.graphs.catalogue import BLOCK, MAGIC
+from bntool.graphs.architectures.catalogue import BLOCK, MAGIC
+from bntool.graphs.architectures.structure import KINDS, OWNERS, ROLES
 from bntool.graphs.graph import Edge, ModelGraph, Node, NodeKind
 
 Shapes = Mapping[str, tuple[int, ...]]
 
 
 def write_structure(graph: ModelGraph, shapes: Shapes) -> str:
-    """A reduced graph as the text that :func:`bntool.graphs.assumed.read_structure` reads."""
+    """A reduced graph as the text that :func:`bntool.graphs.architectures.structure.read_structure` reads."""
     sources = {edge.source for edge in graph.edges}
     lines: list[str] = []
     before = ""
@@ -131,7 +131,7 @@ def _segment(edge: Edge, node: Node, channels: int, start: int) -> str:
 
 
 def format_runs(numbers: Sequence[int]) -> str:
-    """The inverse of :func:`bntool.graphs.assumed.parse_runs`."""
+    """The inverse of :func:`bntool.graphs.architectures.structure.parse_runs`."""
     runs: list[str] = []
     position = 0
     while position < len(numbers):

@@ -20,9 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bntool.checkpoints.application import apply_plan
+from bntool.checkpoints.batchnorms import find_norms
 from bntool.checkpoints.checkpoint import Checkpoint
 from bntool.checkpoints.formats import open_checkpoint, save_checkpoint
-from bntool.checkpoints.norms import find_norms
 from bntool.checkpoints.origin import describe_origin
 from bntool.checkpoints.tensors import StoredTensor, read_bytes
 from bntool.errors import BntoolError
@@ -104,7 +104,7 @@ def _make_compiled(folder: Path) -> list[Path]:
     """TorchScript and torch.export archives, and what is recorded of two processes and of TensorFlow."""
     import shutil
 
-    from tests.checkpoints.test_compiled_layouts import MAKERS
+    from tests.checkpoints.torch_programs.test_compiled_layouts import MAKERS
 
     seeds = []
     for name, (make, _) in MAKERS.items():
@@ -195,8 +195,8 @@ def fix_checksums(data: bytes) -> bytes:
 
 def fix_table(data: bytes) -> bytes:
     """The same for the blocks of a TensorFlow index, as far as its footer still says where they are."""
-    from bntool.checkpoints.leveldb_table import read_varint
-    from tests.checkpoints.tensorflow_files import masked_crc32c
+    from bntool.checkpoints.containers.leveldb_table import read_varint
+    from tests.checkpoints.tensorflow.bundle_files import masked_crc32c
 
     fixed = bytearray(data)
     place = len(data) - 48

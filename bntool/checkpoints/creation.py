@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import IO, Any
 
 from bntool.checkpoints.checkpoint import Checkpoint, StateDict
+from bntool.checkpoints.containers.pickles.nodes import Construction, Dict, Global, Instance, Node, PersistentId, Update
+from bntool.checkpoints.containers.pickles.writing import write_pickle
+from bntool.checkpoints.containers.zips.writing import ZipWriter
 from bntool.checkpoints.files import Chunk, SourceFile
 from bntool.checkpoints.outputs import OutputFiles, check_output_differs
-from bntool.checkpoints.pickles.nodes import Construction, Dict, Global, Instance, Node, PersistentId, Update
-from bntool.checkpoints.pickles.writing import write_pickle
-from bntool.checkpoints.safetensors_file import Safetensors, make_header
+from bntool.checkpoints.safetensors.file import Safetensors, make_header
 from bntool.checkpoints.tensors import (
     Storage,
     StoredTensor,
@@ -25,9 +26,8 @@ from bntool.checkpoints.tensors import (
     equal_streams,
     named_chunks,
 )
-from bntool.checkpoints.torch_objects import RECORD_KEY
-from bntool.checkpoints.torch_zip import TorchZip
-from bntool.checkpoints.zips.writing import ZipWriter
+from bntool.checkpoints.torch.state_dicts import RECORD_KEY
+from bntool.checkpoints.torch.zip import TorchZip
 from bntool.errors import BntoolError, RefusedError, VerificationError
 
 

@@ -62,29 +62,29 @@ class Formats:
 
 @functools.cache
 def _load(place: str) -> Format:
-    module, _, name = place.partition(".")
+    module, _, name = place.rpartition(".")
     format_: Format = getattr(importlib.import_module(f"bntool.checkpoints.{module}"), name)()
     return format_
 
 
 # tried in this order: those with an unmistakable signature first
 FORMATS = Formats(
-    _Known("torch_zip.TorchZip", (_ZIP,)),
-    _Known("torchscript.TorchScript", (_ZIP,)),
-    _Known("keras_archive.KerasArchive", (_ZIP,)),
-    _Known("exported_program.ExportedProgram", (_ZIP,)),
-    _Known("exported_legacy.LegacyExport", (_ZIP,)),
-    _Known("torch_legacy.TorchLegacy", (_PICKLE,)),
-    _Known("torch_tar.TorchTar", (b"ustar",), offset=257),
-    _Known("distributed.Distributed", endings=(".metadata",), has_folders=True),
-    _Known("keras_hdf5.KerasHdf5", (_HDF5,)),
-    _Known("caffe_hdf5.CaffeHdf5", (_HDF5,)),
-    _Known("sharded.Sharded", _JSON, endings=(".index.json",)),
-    _Known("safetensors_file.Safetensors", (b"{",), offset=8, endings=(".safetensors",)),
-    _Known("numpy_pickle.NumpyPickle", (_PICKLE,), endings=(".pkl", ".pickle")),
-    _Known("tensorflow.Tensorflow", (b"\0\0",), endings=(".index",), has_folders=True),
-    _Known("onnx_file.Onnx", (b"\x08",), endings=(".onnx",)),
-    _Known("caffe.Caffe", (b"\x0a",), endings=(".caffemodel",)),
+    _Known("torch.zip.TorchZip", (_ZIP,)),
+    _Known("torch_programs.torchscript.TorchScript", (_ZIP,)),
+    _Known("keras.archive.KerasArchive", (_ZIP,)),
+    _Known("torch_programs.exported.ExportedProgram", (_ZIP,)),
+    _Known("torch_programs.exported_before_2_8.LegacyExport", (_ZIP,)),
+    _Known("torch.legacy.TorchLegacy", (_PICKLE,)),
+    _Known("torch.tar.TorchTar", (b"ustar",), offset=257),
+    _Known("torch.distributed.Distributed", endings=(".metadata",), has_folders=True),
+    _Known("keras.hdf5.KerasHdf5", (_HDF5,)),
+    _Known("caffe.hdf5.CaffeHdf5", (_HDF5,)),
+    _Known("safetensors.sharded.Sharded", _JSON, endings=(".index.json",)),
+    _Known("safetensors.file.Safetensors", (b"{",), offset=8, endings=(".safetensors",)),
+    _Known("torch.numpy_pickle.NumpyPickle", (_PICKLE,), endings=(".pkl", ".pickle")),
+    _Known("tensorflow.checkpoint.Tensorflow", (b"\0\0",), endings=(".index",), has_folders=True),
+    _Known("onnx.file.Onnx", (b"\x08",), endings=(".onnx",)),
+    _Known("caffe.caffemodel.Caffe", (b"\x0a",), endings=(".caffemodel",)),
 )
 
 _HEAD = 4096

@@ -66,7 +66,7 @@ def command(
     """
     from bntool.checkpoints.formats import open_checkpoint
     from bntool.cli.main import ExitCode
-    from bntool.operations.comparison import Expectation, compare_checkpoints, find_violations
+    from bntool.comparison.checkpoint import Expectation, compare_checkpoints, find_violations
     from bntool.reports.comparison import describe_comparison, show_comparison
     from bntool.reports.report import FileReport, Report
 

@@ -79,9 +79,9 @@ def command(
     from bntool.checkpoints.formats import open_checkpoint
     from bntool.cli.output import print_warning
     from bntool.cli.writing import check_output, check_plan, save
+    from bntool.conversion.checkpoint import ConversionTarget, plan_conversion
+    from bntool.conversion.frozen_batchnorm import FrozenKind
     from bntool.errors import RefusedError
-    from bntool.operations.conversion import ConversionTarget, plan_conversion
-    from bntool.operations.frozen_norms import FrozenKind
     from bntool.reports.conversion import describe_conversion, show_conversion
     from bntool.reports.loading import show_loading_code
     from bntool.reports.report import FileReport, Report

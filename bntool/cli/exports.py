@@ -13,9 +13,9 @@ from bntool.cli.nets import write_net
 from bntool.errors import UsageError
 
 if TYPE_CHECKING:
-    from bntool.checkpoints.prototxt import Prototxt
-    from bntool.operations.checkpoint_folding import CheckpointFold
-    from bntool.operations.exporting import ProgramKind
+    from bntool.checkpoints.caffe.prototxt import Prototxt
+    from bntool.folding.checkpoint import CheckpointFold
+    from bntool.folding.exporting import ProgramKind
 
 
 def check_export(
@@ -29,8 +29,8 @@ def check_export(
             or no shape.
         UnwritableFileError: it exists and ``--force`` is not given, or its folder is missing.
     """
-    from bntool.operations.exporting import ProgramKind
-    from bntool.operations.onnx_programs import check_packages
+    from bntool.folding.exporting import ProgramKind
+    from bntool.folding.onnx_export import check_packages
 
     kinds = {kind.value: kind for kind in ProgramKind}
     kind = kinds.get(export.suffix.lower())
@@ -92,7 +92,7 @@ def run_fold(fold: CheckpointFold, output: Path, files: OutputFiles, *, toleranc
     assert checkpoint is not None
     if checkpoint.format.name != "onnx":
         return fold
-    from bntool.operations.runtime_agreement import compare_in_onnxruntime
+    from bntool.folding.runtime_agreement import compare_in_onnxruntime
 
     spacing = max((t.dtype.spacing for s in checkpoint.state_dicts for t in s.tensors.values()), default=0.0)
     with files.preview(output) as preview:

@@ -135,9 +135,9 @@ def command(
     from bntool.cli.nets import deploy_net
     from bntool.cli.writing import check_output, check_plan
     from bntool.errors import RefusedError, UsageError
+    from bntool.folding.checkpoint import fold_checkpoint
+    from bntool.folding.planning import Layout
     from bntool.graphs.declared import read_pairs
-    from bntool.operations.checkpoint_folding import fold_checkpoint
-    from bntool.operations.folding import Layout
     from bntool.reports.folding import describe_fold, show_fold
     from bntool.reports.report import FileReport, Report
 
@@ -162,9 +162,9 @@ def command(
             )
         live = inputs = None
         if model is not None:
-            from bntool.layers.loading import load_state
             from bntool.models.exported import check_has_layers
             from bntool.models.loading import load_model, parse_assignments
+            from bntool.modules.loading import load_state
 
             live = load_model(model, arguments=parse_assignments(model_arg or ()))
             check_has_layers(live, model)
@@ -202,7 +202,7 @@ def _read_inputs(model: torch.nn.Module, data: str | None, input_shape: str | No
 
     from bntool.data.batches import find_placement, move
     from bntool.data.loading import load_data
-    from bntool.graphs.inputs import make_input, parse_shape
+    from bntool.graphs.traced.inputs import make_input, parse_shape
 
     if data is not None:
         place, dtype = find_placement(model)

@@ -108,8 +108,8 @@ def command(
     from bntool.cli.nets import deploy_net, save_with_net
     from bntool.cli.writing import check_output, check_plan
     from bntool.errors import RefusedError
-    from bntool.operations.emission import EmitTarget, emit_freeze
-    from bntool.operations.freezing import FreezeForm, plan_freeze
+    from bntool.freezing.checkpoint import FreezeForm, plan_freeze
+    from bntool.freezing.emission import EmitTarget, emit_freeze
     from bntool.reports.freezing import describe_freeze, show_freeze
     from bntool.reports.loading import show_loading_code
     from bntool.reports.report import FileReport, Report

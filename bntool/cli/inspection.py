@@ -73,8 +73,8 @@ def command(
     from bntool.checkpoints.formats import open_checkpoint
     from bntool.cli.main import ExitCode, exit_code_of
     from bntool.errors import BntoolError
-    from bntool.operations.findings import Severity
-    from bntool.operations.inspection import inspect_checkpoint
+    from bntool.inspection.checkpoint import inspect_checkpoint
+    from bntool.inspection.findings import Severity
     from bntool.reports.inspection import describe_inspection
     from bntool.reports.report import FileReport, Report
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from bntool.checkpoints.caffe.prototxt import Prototxt, read_prototxt
 from bntool.checkpoints.checkpoint import Checkpoint
 from bntool.checkpoints.files import SourceFile
 from bntool.checkpoints.formats import write_checkpoint
 from bntool.checkpoints.outputs import OutputFiles, check_output_differs
-from bntool.checkpoints.prototxt import Prototxt, read_prototxt
 from bntool.errors import RefusedError, UsageError
 
 
@@ -36,8 +36,8 @@ def deploy_net(
                 path=checkpoint.path,
             )
         return checkpoint, None
-    from bntool.checkpoints.caffe_deployment import deploy
-    from bntool.checkpoints.caffe_hdf5 import name_blobs
+    from bntool.checkpoints.caffe.deployment import deploy
+    from bntool.checkpoints.caffe.hdf5 import name_blobs
 
     with SourceFile(prototxt) as file:
         if output is not None:
@@ -52,7 +52,7 @@ def write_net(checkpoint: Checkpoint, net: Prototxt | None, output: Path, files:
     """Write the ``.prototxt`` that runs the written model, where one was given, in the transaction of the model."""
     if net is None:
         return
-    from bntool.checkpoints.caffe_deployment import edit_prototxt
+    from bntool.checkpoints.caffe.deployment import edit_prototxt
 
     files.open(_beside(output)).write(edit_prototxt(checkpoint, net).encode("utf-8"))
 

@@ -11,7 +11,7 @@ from bntool.cli import options
 from bntool.cli.help import JUDGING, MODEL
 from bntool.cli.output import print_report, user_output_to_stderr
 from bntool.data.policies import OnBadData
-from bntool.operations.methods import Method, Precision
+from bntool.recalibration.options import Method, Precision
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -144,26 +144,26 @@ def command(  # noqa: PLR0915 a third of the statements are imports
     from bntool.checkpoints.application import apply_plan
     from bntool.checkpoints.checkpoint import choose_state_dict
     from bntool.checkpoints.formats import open_checkpoint
+    from bntool.checkpoints.records import make_record
     from bntool.cli.progress import Progress
     from bntool.cli.writing import check_output, check_plan, save
     from bntool.data.loading import load_data
     from bntool.data.preprocessing import PRESETS, parse_preprocessing
     from bntool.data.presets import find_model_preset
     from bntool.errors import UsageError
-    from bntool.layers.loading import load_state
-    from bntool.operations.effects import measure_effects
-    from bntool.operations.evaluation import count_flipped, evaluate, is_better, parse_metric
-    from bntool.operations.ranks import join_job
-    from bntool.operations.recalibration import check_live_statistics, plan_recalibration
-    from bntool.operations.recalibration_warnings import (
+    from bntool.modules.loading import load_state
+    from bntool.recalibration.dtype_limits import fit_plan, list_promoted
+    from bntool.recalibration.evaluation import count_flipped, evaluate, is_better, parse_metric
+    from bntool.recalibration.live import check_live_statistics, plan_recalibration
+    from bntool.recalibration.output_changes import measure_effects
+    from bntool.recalibration.ranks import join_job
+    from bntool.recalibration.warnings import (
         counts_other_classes,
         warn_of_fewer,
         warn_of_globs,
         warn_of_judging,
         warn_of_precision,
     )
-    from bntool.operations.recording import make_record
-    from bntool.operations.rounding import fit_plan, list_promoted
     from bntool.reports.loading import show_loading_code
     from bntool.reports.recalibration import Outcome, describe_recalibration, show_recalibration
     from bntool.reports.report import FileReport, Report
@@ -264,9 +264,9 @@ def command(  # noqa: PLR0915 a third of the statements are imports
 
 def _load_model(spec: str, arguments: Sequence[str], device: str, chosen: StateDict) -> torch.nn.Module:
     from bntool.errors import UsageError
-    from bntool.layers.loading import load_state
     from bntool.models.exported import check_has_layers
     from bntool.models.loading import load_model, parse_assignments
+    from bntool.modules.loading import load_state
 
     if device == "cuda" and "LOCAL_RANK" in os.environ:
         device = f"cuda:{os.environ['LOCAL_RANK']}"
@@ -288,9 +288,9 @@ def _check_selection(live: torch.nn.Module, layers: Sequence[str], checkpoint: P
         RefusedError: as :func:`bntool.cli.writing.check_plan`.
     """
     from bntool.cli.writing import check_plan
-    from bntool.layers.modules import find_wrapper_prefix
-    from bntool.operations.calibrated_layers import choose_layers
+    from bntool.modules.finding import find_wrapper_prefix
     from bntool.plan import Operation, Plan
+    from bntool.recalibration.layers import choose_layers
 
     selected, skips = choose_layers(live, layers, prefix=find_wrapper_prefix(live))
     if not selected:

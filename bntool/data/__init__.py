@@ -1,0 +1,1 @@
+"""``--data``: a spec becomes batches. Runs the user's code."""

@@ -12,7 +12,7 @@ import torch
 from bntool.checkpoints.checkpoint import Checkpoint
 from bntool.checkpoints.tensors import LiteralTensor, StoredTensor, count_elements
 from bntool.errors import UsageError
-from bntool.layers.loading import to_torch
+from bntool.modules.loading import to_torch
 
 _INPUT_KEYS = ("images", "image", "inputs", "input", "x", "data", "pixel_values", "features", "arr_0")
 LABEL_KEYS = ("labels", "label", "y", "targets", "target", "classes")

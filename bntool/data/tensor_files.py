@@ -9,12 +9,12 @@ from typing import Any
 import torch
 
 from bntool.checkpoints.checkpoint import Checkpoint
+from bntool.checkpoints.containers.pickles.nodes import Instance, Node, as_mapping, is_mapping
 from bntool.checkpoints.formats import open_checkpoint
-from bntool.checkpoints.pickles.nodes import Instance, Node, as_mapping, is_mapping
 from bntool.checkpoints.tensors import StoredTensor
 from bntool.data.rows import LABEL_KEYS, LiveRows, Rows, StackedRows, StoredRows
 from bntool.errors import UsageError
-from bntool.layers.loading import to_torch
+from bntool.modules.loading import to_torch
 
 _SAMPLE_DIMENSIONS = 3  # of an image; more are a batch
 _DATASET = "torch.utils.data.dataset.TensorDataset"

@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from bntool.graphs.architectures import Architecture
+    from bntool.graphs.architectures.recognition import Architecture
 
 
 class Evidence(Enum):

@@ -22,7 +22,7 @@ class Knowledge:
     Attributes:
         state_dict: the tensors.
         model: the live model with these tensors; None without one.
-        inputs: that it runs on, as :func:`bntool.graphs.traced.trace` takes them.
+        inputs: that it runs on, as :func:`bntool.graphs.traced.tracing.trace` takes them.
         pairs: from the BatchNorm to what feeds it, as declared.
         checkpoint: the file that the tensors are from; some formats hold their graph.
         architecture: the only one to recognise, as ``--arch`` names it.
@@ -58,13 +58,13 @@ def _declare(known: Knowledge) -> ModelGraph | None:
 def _trace(known: Knowledge) -> ModelGraph | None:
     if known.model is None:
         return None
-    from bntool.graphs.traced import trace
+    from bntool.graphs.traced.tracing import trace
 
     return trace(known.model, known.inputs)
 
 
 def _read(known: Knowledge) -> ModelGraph | None:
-    from bntool.graphs.stored import stored_graph
+    from bntool.graphs.stored.source import stored_graph
 
     graph = stored_graph(known.checkpoint) if known.checkpoint is not None else None
     if graph is not None and (known.pairs or known.model is not None or known.architecture is not None):
@@ -73,8 +73,8 @@ def _read(known: Knowledge) -> ModelGraph | None:
 
 
 def _assume(known: Knowledge) -> ModelGraph | None:
-    from bntool.graphs.architectures import recognise
-    from bntool.graphs.assumed import assume
+    from bntool.graphs.architectures.recognition import recognise
+    from bntool.graphs.architectures.structure import assume
 
     architectures = recognise(known.state_dict, name=known.architecture)
     return assume(known.state_dict, architectures, eps=known.eps) if architectures else None

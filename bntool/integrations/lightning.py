@@ -11,7 +11,7 @@ try:
 except ImportError:  # the package under its older name
     from pytorch_lightning.callbacks import Callback  # type: ignore[no-redef, import-not-found, unused-ignore]
 
-from bntool.layers.freezing import apply_freeze, freeze, unfreeze
+from bntool.freezing.live import apply_freeze, freeze, unfreeze
 
 
 class FreezeBatchNorm(Callback):  # type: ignore[misc, unused-ignore]
@@ -20,9 +20,9 @@ class FreezeBatchNorm(Callback):  # type: ignore[misc, unused-ignore]
     It freezes before the optimizers are configured and before the strategy wraps the module.
 
     Args:
-        checkpoint: a file with a recorded policy, see :func:`bntool.layers.freezing.apply_freeze`; the other
+        checkpoint: a file with a recorded policy, see :func:`bntool.freezing.live.apply_freeze`; the other
             arguments are not looked at then.
-        norm_eval, requires_grad, layers, frozen_stages: see :func:`bntool.layers.freezing.freeze`.
+        norm_eval, requires_grad, layers, frozen_stages: see :func:`bntool.freezing.live.freeze`.
     """
 
     def __init__(

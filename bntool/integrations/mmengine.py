@@ -9,7 +9,7 @@ from typing import Any
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 
-from bntool.layers.freezing import apply_freeze, freeze
+from bntool.freezing.live import apply_freeze, freeze
 
 
 @HOOKS.register_module()  # type: ignore[untyped-decorator, unused-ignore]
@@ -21,9 +21,9 @@ class FreezeBatchNormHook(Hook):  # type: ignore[misc, unused-ignore]
     ``norm_eval``.
 
     Args:
-        checkpoint: a file with a recorded policy, see :func:`bntool.layers.freezing.apply_freeze`; the other
+        checkpoint: a file with a recorded policy, see :func:`bntool.freezing.live.apply_freeze`; the other
             arguments are not looked at then.
-        norm_eval, requires_grad, layers, frozen_stages: see :func:`bntool.layers.freezing.freeze`.
+        norm_eval, requires_grad, layers, frozen_stages: see :func:`bntool.freezing.live.freeze`.
     """
 
     priority = "VERY_HIGH"

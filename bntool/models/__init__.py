@@ -1,0 +1,1 @@
+"""``--model``: a spec becomes a live module. Runs the user's code."""

@@ -1,0 +1,1 @@
+"""What happened, as data; one file per verb, and one per rendering."""

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from bntool.checkpoints.checkpoint import Checkpoint
-from bntool.operations.conversion import Conversion
+from bntool.conversion.checkpoint import Conversion
 from bntool.plan import Record, SetTensor, describe_step
 from bntool.reports.blocks import Block, Cell, Line, Style, line
 from bntool.reports.freezing import describe_skip

@@ -15,12 +15,12 @@ from bntool.reports.loading import show_loading_code, show_running_code
 from bntool.reports.text import format_number, plural
 
 if TYPE_CHECKING:
-    from bntool.operations.checkpoint_folding import CheckpointFold
-    from bntool.operations.costs import Cost
-    from bntool.operations.exporting import Program
-    from bntool.operations.folding import Fold
-    from bntool.operations.layer_agreement import LayerAgreement
-    from bntool.operations.speed import Speed
+    from bntool.folding.checkpoint import CheckpointFold
+    from bntool.folding.exporting import Program
+    from bntool.folding.multiply_adds import Cost
+    from bntool.folding.planning import Fold
+    from bntool.folding.speed import Speed
+    from bntool.verification.layer_agreement import LayerAgreement
 
 
 def describe_fold(result: CheckpointFold, *, output: str | None, export: str | None = None) -> dict[str, Any]:

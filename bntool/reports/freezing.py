@@ -6,8 +6,8 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from bntool.checkpoints.checkpoint import Checkpoint
-from bntool.layers.policy import FreezePolicy
-from bntool.operations.freezing import Carrier, FreezeForm, FreezePlan
+from bntool.freezing.checkpoint import Carrier, FreezeForm, FreezePlan
+from bntool.freezing.policy import FreezePolicy
 from bntool.plan import Record, SetAttribute, SetTensor, Skip, describe_step
 from bntool.reports.blocks import Block, Cell, Line, Style, line
 from bntool.reports.text import plural

@@ -7,9 +7,9 @@ from collections.abc import Iterable
 from typing import Any
 
 from bntool.checkpoints.origin import describe_origin
-from bntool.operations.findings import Finding, Summary
-from bntool.operations.inspection import Inspection, LayerInspection, StateDictInspection, TensorInspection
-from bntool.operations.safety import Safety, judge_safety
+from bntool.inspection.checkpoint import Inspection, LayerInspection, StateDictInspection, TensorInspection
+from bntool.inspection.findings import Finding, Summary
+from bntool.inspection.safety import Safety, judge_safety
 
 
 def describe_inspection(inspection: Inspection, *, every_tensor: bool) -> dict[str, Any]:

@@ -8,9 +8,9 @@ from typing import Any
 from bntool.batchnorm import STATISTICS, EpsSource
 from bntool.checkpoints.checkpoint import GlobalTrust
 from bntool.checkpoints.origin import describe_origin
-from bntool.operations.findings import Finding, Severity, Summary
-from bntool.operations.inspection import Inspection, LayerInspection, StateDictInspection, TensorInspection
-from bntool.operations.safety import Verdict, judge_safety
+from bntool.inspection.checkpoint import Inspection, LayerInspection, StateDictInspection, TensorInspection
+from bntool.inspection.findings import Finding, Severity, Summary
+from bntool.inspection.safety import Verdict, judge_safety
 from bntool.reports.blocks import Block, Cell, Column, Line, Style, Table, line
 from bntool.reports.text import format_number, format_size, plural
 

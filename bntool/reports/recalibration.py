@@ -5,17 +5,17 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from bntool.operations.methods import Precision
+from bntool.recalibration.options import Precision
 from bntool.reports.blocks import Block, Cell, Column, Line, Style, Table, line
 from bntool.reports.text import format_number, format_size, plural
 
 if TYPE_CHECKING:
     from bntool.data.batches import LeftOut
     from bntool.data.preprocessing import Preprocessing
-    from bntool.operations.drift import LayerDrift
-    from bntool.operations.effects import Effects, OutputChange
-    from bntool.operations.evaluation import Evaluation
-    from bntool.operations.recalibration import Recalibration
+    from bntool.recalibration.drift import LayerDrift
+    from bntool.recalibration.evaluation import Evaluation
+    from bntool.recalibration.live import Recalibration
+    from bntool.recalibration.output_changes import Effects, OutputChange
 
 _SHOWN = 4  # reasons for leaving samples out that are given
 _RATE = ("top1", "top5")
@@ -55,7 +55,7 @@ class Outcome:
 
 def describe_recalibration(outcome: Outcome) -> dict[str, Any]:
     """The facts as JSON data."""
-    from bntool.operations.drift import find_first_parted
+    from bntool.recalibration.drift import find_first_parted
 
     result = outcome.recalibration
     parted = find_first_parted(result.drifts)
@@ -182,7 +182,7 @@ def _format(value: float) -> str:
 
 
 def _diagnosis(drifts: tuple[LayerDrift, ...]) -> list[Block]:
-    from bntool.operations.drift import find_first_parted
+    from bntool.recalibration.drift import find_first_parted
 
     parted = find_first_parted(drifts)
     if parted is None:

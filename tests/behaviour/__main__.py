@@ -65,7 +65,9 @@ def differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
     for name in dict.fromkeys([*before, *after]):
         old, new = before.get(name), after.get(name)
         if old != new:
-            lines = [json.dumps(one, indent=1, ensure_ascii=False).replace("\\n", "\n").splitlines() for one in (old, new)]
+            lines = [
+                json.dumps(one, indent=1, ensure_ascii=False).replace("\\n", "\n").splitlines() for one in (old, new)
+            ]
             texts.append("\n".join([name, *unified_diff(*lines, "before", "after", lineterm="", n=1)]))
     return texts
 

@@ -69,7 +69,19 @@ def _add_live(add) -> None:
         for method in ("pooled", "exact", "paper"):
             data = ["--data", TRAIN, "--eval-data", TEST, "--samples", "300"]
             add("recalibrate", path, *DIGITS, *data, "--method", method, suffix=suffix)
-        add("recalibrate", path, *DIGITS, "--data", TEST, "--prior", "100", "--json", "--batch-size", "50", suffix=suffix)
+        add(
+            "recalibrate",
+            path,
+            *DIGITS,
+            "--data",
+            TEST,
+            "--prior",
+            "100",
+            "--json",
+            "--batch-size",
+            "50",
+            suffix=suffix,
+        )
         add("recalibrate", path, *DIGITS, "--data", TEST, "--dry-run", "--layers", "layer1*")
     path = "samples/digits.pt"
     for emit in ("python", "mmdet", "mmengine", "lightning", "timm", "accelerate"):

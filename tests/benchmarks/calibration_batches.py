@@ -16,8 +16,8 @@ from torch.optim.swa_utils import update_bn
 
 from bntool.checkpoints.checkpoint import choose_state_dict
 from bntool.checkpoints.formats import open_checkpoint
-from bntool.layers.loading import load_state
-from bntool.operations.recalibration import recalibrate
+from bntool.modules.loading import load_state
+from bntool.recalibration.live import recalibrate
 
 SHARED = Path(os.environ.get("BNTOOL_SHARED", Path(__file__).resolve().parents[3] / "shared"))
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

@@ -54,8 +54,8 @@ def _add_up(jobs: list[subprocess.Popen[str]]) -> dict[str, float]:
 
 def _measure_share(count: int) -> None:
     """One rank: its share of the batches, and the CPU time of all ranks, printed by the first."""
-    from bntool.operations.ranks import join_job
-    from bntool.operations.recalibration import recalibrate
+    from bntool.recalibration.live import recalibrate
+    from bntool.recalibration.ranks import join_job
     from tests.benchmarks.recalibration import build_resnet50
 
     torch.set_num_threads(1)

@@ -33,11 +33,11 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
-from bntool.graphs.traced import trace
-from bntool.layers.application import apply_plan, read_state
-from bntool.layers.modules import find_batchnorm_modules
-from bntool.operations.folding import plan_fold
-from bntool.operations.verification import measure_rounding
+from bntool.folding.planning import plan_fold
+from bntool.graphs.traced.tracing import trace
+from bntool.modules.application import apply_plan, read_state
+from bntool.modules.finding import find_batchnorm_modules
+from bntool.verification.outputs import measure_rounding
 from tests.benchmarks.zoo_models import (
     Factory,
     find_zoo_input,

@@ -97,7 +97,7 @@ def write_other_layouts(state: dict[str, torch.Tensor], folder: Path) -> dict[st
 
 def write_caffemodel(state: dict[str, torch.Tensor], path: Path) -> Path:
     """The same tensors as a Caffe model: BatchNorm with a scale factor, and Scale."""
-    from bntool.checkpoints.protobufs.writing import embed, packed_integers
+    from bntool.checkpoints.containers.protobufs.writing import embed, packed_integers
 
     def write_layer(stream: IO[bytes], name: str, kind: str, blobs: list[torch.Tensor]) -> None:
         pieces = [*embed(1, name.encode()), *embed(2, kind.encode()), *embed(3, b"x"), *embed(4, b"x")]

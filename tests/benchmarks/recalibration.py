@@ -19,8 +19,9 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import update_bn
 
-from bntool.operations import moments, passes
-from bntool.operations.recalibration import recalibrate
+from bntool.recalibration import moments
+from bntool.recalibration import pooled as passes
+from bntool.recalibration.live import recalibrate
 from tests.benchmarks.calibration_batches import SHARED, load_images, load_resnet20
 
 _BATCHES, _SIZE, _PIXELS, _ROUNDS = 3, 16, 128, 5

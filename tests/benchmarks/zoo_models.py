@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from bntool.errors import BntoolError
-from bntool.graphs.calling import call
-from bntool.graphs.inputs import find_input
-from bntool.layers.modules import find_batchnorm_modules
+from bntool.graphs.traced.inputs import find_input
+from bntool.modules.calling import call
+from bntool.modules.finding import find_batchnorm_modules
 
 _SIZES = (64, 96, 128, 224, 256, 299, 384, 512)
 _DETECTORS = ("fasterrcnn", "maskrcnn", "keypointrcnn", "retinanet", "ssd", "fcos", "deeplab", "fcn", "lraspp")

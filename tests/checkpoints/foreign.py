@@ -16,7 +16,7 @@ import torch
 import torch.distributed.checkpoint as distributed_checkpoint
 from numpy.typing import NDArray
 
-from tests.checkpoints.tensorflow_files import DTYPES, write_bundle
+from tests.checkpoints.tensorflow.bundle_files import DTYPES, write_bundle
 
 Tensors = Mapping[str, torch.Tensor]
 

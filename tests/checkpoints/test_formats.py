@@ -210,7 +210,7 @@ def test_listing_a_file_imports_neither_torch_nor_numpy(name: str, tmp_path: Pat
     code = (
         "import sys\n"
         "from bntool.checkpoints.formats import open_checkpoint\n"
-        "from bntool.checkpoints.norms import find_batchnorms\n"
+        "from bntool.checkpoints.batchnorms import find_batchnorms\n"
         "from bntool.checkpoints.tensors import read_numbers\n"
         "(norm,) = find_batchnorms(open_checkpoint(sys.argv[1]).state_dict(''))\n"
         "assert len(read_numbers(norm.tensors['running_var'])) == 4\n"

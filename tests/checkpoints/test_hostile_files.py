@@ -25,12 +25,11 @@ import torch
 
 from bntool.checkpoints.formats import open_checkpoint
 from bntool.errors import BntoolError
-from bntool.operations.safety import Verdict, judge_safety
+from bntool.inspection.safety import Verdict, judge_safety
 from tests.checkpoints.foreign import save_distributed
 from tests.checkpoints.samples import STATE_DICTS, WRITERS
-from tests.checkpoints.test_compiled_layouts import export, script
-
-FIXTURES = Path(__file__).parents[1] / "fixtures"
+from tests.checkpoints.torch_programs.test_compiled_layouts import export, script
+from tests.places import FIXTURES
 
 
 def _global(path: str) -> bytes:
@@ -344,7 +343,7 @@ import encodings.latin_1, encodings.raw_unicode_escape, encodings.utf_16  # code
 sys.path.insert(0, sys.argv[1])
 from bntool.checkpoints.formats import FORMATS, open_checkpoint, save_checkpoint
 from bntool.errors import BntoolError
-from bntool.operations.safety import judge_safety
+from bntool.inspection.safety import judge_safety
 list(FORMATS)  # bntool's own modules, imported when a file may be of theirs
 def go(path, target):
     try:

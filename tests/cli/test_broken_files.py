@@ -22,8 +22,8 @@ from tests.checkpoints.foreign import save_distributed
 from tests.checkpoints.samples import tiny_net, write_sharded, write_zip
 from tests.checkpoints.test_broken_files import BROKEN
 from tests.permissions import ordinary_permissions
+from tests.places import ROOT
 
-ROOT = Path(__file__).parents[2]
 INTEROP = ROOT / "tests" / "fixtures" / "interop"
 SCHEMA = json.loads((ROOT / "docs" / "schema" / "inspect.json").read_text())
 RAW = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")

@@ -1,13 +1,11 @@
 """``bntool diff`` as a user meets it."""
 
 import json
-from pathlib import Path
 
 import pytest
 
 from bntool.cli.main import main
-
-SAMPLES = Path(__file__).parents[2] / "sample_ckpts"
+from tests.places import SAMPLES
 
 
 def test_table(capsys):

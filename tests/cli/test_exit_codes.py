@@ -14,8 +14,8 @@ import torch
 
 from bntool.checkpoints.outputs import OutputFiles
 from bntool.cli.main import COMMANDS, ExitCode, main
+from tests.places import ROOT
 
-ROOT = Path(__file__).parents[2]
 SAMPLES = ROOT / "sample_ckpts"
 SCHEMAS = {path.stem: json.loads(path.read_text()) for path in (ROOT / "docs" / "schema").glob("*.json")}
 CODE = """

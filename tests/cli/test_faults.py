@@ -23,8 +23,8 @@ from bntool.checkpoints.formats import open_checkpoint
 from bntool.cli.main import main
 from tests.checkpoints.samples import tiny_net, write_sharded
 from tests.permissions import ordinary_permissions
+from tests.places import INTEROP, SAMPLES
 
-SAMPLES = Path(__file__).parents[2] / "sample_ckpts"
 SOURCE = SAMPLES / "digits_training.pt"
 MODEL = ["--model", f"{SAMPLES / 'digits_net.py'}:build"]
 COMMANDS = {
@@ -46,7 +46,6 @@ CAFFE = [
     "-o",
     "out/folded.caffemodel",
 ]
-INTEROP = Path(__file__).parents[1] / "fixtures" / "interop"
 # the moments that matter: a child is killed at each call in turn that makes a file, brings it to the disk or names it
 KILLER = """
 import itertools, os, shutil, signal, sys

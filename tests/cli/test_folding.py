@@ -18,11 +18,11 @@ from torch import nn
 import bntool
 from bntool.checkpoints.formats import open_checkpoint
 from bntool.cli.main import main
-from bntool.layers.folding import load_folded
-from bntool.layers.loading import load_state
-from bntool.operations.speed import measure_speed
+from bntool.folding.loading import load_folded
+from bntool.folding.speed import measure_speed
+from bntool.modules.loading import load_state
+from tests.places import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 SAMPLES = ROOT / "sample_ckpts"
 MODEL = f"{SAMPLES / 'digits_net.py'}:build"
 RESNET = ROOT / "tests" / "fixtures" / "models" / "cifar_resnet20.py"
@@ -312,7 +312,7 @@ def test_an_export_that_cannot_be_written_stops_early(
     fold, tmp_path, monkeypatch, *, options: str, exit_code: int, words: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("bntool.operations.onnx_programs._PACKAGES", ("no_such_package",))
+    monkeypatch.setattr("bntool.folding.onnx_export._PACKAGES", ("no_such_package",))
     code, document, _, out = fold(SAMPLES / "digits.pt", *options.split(), model=None, output="folded.pt2")
     assert code == exit_code
     assert words in document["error"]["message"]
@@ -371,7 +371,7 @@ def test_subnormal_weights_become_zero_where_that_is_proven_harmless(fold, tmp_p
 
 
 def test_a_benchmark_is_measured(fold, monkeypatch) -> None:
-    monkeypatch.setattr("bntool.operations.speed.measure_speed", partial(measure_speed, seconds=0))
+    monkeypatch.setattr("bntool.folding.speed.measure_speed", partial(measure_speed, seconds=0))
     _, document, *_ = fold(SAMPLES / "digits.pt", "--benchmark", "--input-shape", "4,1,8,8", "--dry-run")
     speed = document["speed"]
     assert (speed["rounds"], speed["shapes"]) == (10, [[4, 1, 8, 8]])

@@ -4,17 +4,15 @@ import json
 import subprocess
 import sys
 import textwrap
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from bntool.cli.main import main
-from bntool.layers.freezing import apply_freeze
+from bntool.freezing.live import apply_freeze
 from tests.fixtures.models.mmdet_resnet import detector
-
-SAMPLES = Path(__file__).parents[2] / "sample_ckpts"
+from tests.places import SAMPLES
 
 
 @pytest.fixture

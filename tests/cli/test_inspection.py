@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from bntool.cli.main import main
+from tests.places import ROOT
 
-ROOT = Path(__file__).parents[2]
 SAMPLES = ROOT / "sample_ckpts"
 SCHEMA = json.loads((ROOT / "docs" / "schema" / "inspect.json").read_text())
 

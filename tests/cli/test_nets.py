@@ -10,8 +10,9 @@ import pytest
 
 from bntool.checkpoints.formats import open_checkpoint
 from bntool.cli.main import main
+from tests.places import INTEROP
 
-FOLDER = Path(__file__).parents[1] / "fixtures" / "interop"
+FOLDER = INTEROP
 
 
 def test_an_onnx_model_needs_no_model_and_no_pairs(tmp_path, capsys):
@@ -159,7 +160,7 @@ def test_a_fold_that_onnxruntime_contradicts_is_not_written(tmp_path, capsys, mo
     import numpy as np
 
     from bntool.checkpoints.tensors import LiteralTensor
-    from bntool.operations import producers
+    from bntool.folding import producers
 
     def wrong(tensor, recipe):  # every weight becomes zeros
         return LiteralTensor(tensor.dtype, tensor.shape, bytes(tensor.dtype.byte_count(int(np.prod(tensor.shape)))))

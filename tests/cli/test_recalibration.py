@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from bntool.cli.main import main
+from tests.places import SAMPLES
 
-SAMPLES = Path(__file__).resolve().parents[2] / "sample_ckpts"
 MODEL = f"{SAMPLES / 'digits_net.py'}:build"
 TRAIN, TEST = str(SAMPLES / "digits_train.npz"), str(SAMPLES / "digits_test.npz")
 
@@ -422,7 +422,7 @@ def test_more_samples_than_there_are(recalibrate):
 
 
 def test_samples_auto_takes_as_many_as_fit_and_says_how_many_those_are(recalibrate, monkeypatch):
-    monkeypatch.setattr("bntool.operations.trial.find_available", lambda _device: 5_000_000)
+    monkeypatch.setattr("bntool.recalibration.exact.first_forward.find_available", lambda _device: 5_000_000)
     code, out, err, path = recalibrate("drifted.pt", "--method", "exact")
     assert code == 4
     assert not path.exists()
@@ -615,7 +615,7 @@ def test_one_of_several_processes_answers_in_json(capsys, monkeypatch):
 
 @pytest.mark.parametrize("has_it", [True, False])
 def test_a_processor_without_bfloat16_is_named(recalibrate, monkeypatch, has_it):
-    monkeypatch.setattr("bntool.operations.recalibration_warnings.is_faster_in_bfloat16", lambda _model: has_it)
+    monkeypatch.setattr("bntool.recalibration.warnings.is_faster_in_bfloat16", lambda _model: has_it)
     code, out, _, _ = recalibrate("drifted.pt", "--precision", "bfloat16", "--eval-data", TEST)
     assert code == 0
     assert ("this processor has no bfloat16 instructions" in out) is not has_it
@@ -623,7 +623,7 @@ def test_a_processor_without_bfloat16_is_named(recalibrate, monkeypatch, has_it)
 
 @pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="the system does not list the processor's flags")
 def test_what_a_processor_has_is_what_the_system_lists():
-    from bntool.operations.kernels import is_faster_in_bfloat16
+    from bntool.recalibration.memory_format import is_faster_in_bfloat16
 
     flags = Path("/proc/cpuinfo").read_text()
     if "avx512_bf16" in flags or "amx_bf16" in flags:

@@ -3,14 +3,12 @@
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 from bntool.cli.main import main
-
-SAMPLES = Path(__file__).resolve().parents[2] / "sample_ckpts"
+from tests.places import SAMPLES
 
 torch.set_num_threads(1)
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")

@@ -10,8 +10,8 @@ import jsonschema
 import pytest
 
 from bntool.cli.main import main
+from tests.places import ROOT
 
-ROOT = Path(__file__).parents[2]
 SAMPLES = ROOT / "sample_ckpts"
 SCHEMAS = {path.stem: json.loads(path.read_text()) for path in (ROOT / "docs" / "schema").glob("*.json")}
 MODEL = ["--model", f"{SAMPLES / 'digits_net.py'}:build", "--data", str(SAMPLES / "digits_train.npz")]

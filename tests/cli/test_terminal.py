@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import io
 import os
-from pathlib import Path
 
 import pytest
 
 from bntool.cli.main import main
+from tests.places import ROOT, SAMPLES
 
-SNAPSHOTS = Path(__file__).parents[1] / "snapshots"
-SAMPLES = Path(__file__).parents[2] / "sample_ckpts"
+SNAPSHOTS = ROOT / "tests" / "snapshots"
 
 
 class Terminal(io.StringIO):

@@ -14,7 +14,7 @@ from torch import nn
 import bntool
 from bntool.cli.main import main
 from bntool.errors import UserCodeError
-from bntool.graphs.traced import trace
+from bntool.graphs.traced.tracing import trace
 
 NETS = """
 import os, sys

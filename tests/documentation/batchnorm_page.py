@@ -9,7 +9,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
+from tests.places import ROOT
+
 PAGE = ROOT / "docs" / "batchnorm.md"
 _BLOCK = re.compile(r"```python ?(?P<framework>\w*)\n(?P<code>.*?)```\n\n```text\n(?P<output>.*?)```", re.DOTALL)
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import contextlib
 import io
 import os
-from pathlib import Path
 from unittest import mock
 
 from bntool.cli.main import COMMANDS, ExitCode, main
+from tests.places import ROOT
 
-PAGE = Path(__file__).parents[2] / "docs" / "cli.md"
+PAGE = ROOT / "docs" / "cli.md"
 
 _MEANINGS = {
     ExitCode.DONE: "done; skips are reported; kept because not better is done too",

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[2]
+from tests.places import ROOT
+
 PAGE = ROOT / "docs" / "folding.md"
 RECORDED = ROOT / "tests" / "fixtures" / "interop"
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
 
 from tests.documentation.batchnorm_page import Block, read_blocks
+from tests.places import INTEROP
 
-RECORDED = Path(__file__).parents[1] / "fixtures" / "interop" / "batchnorm_page.json"
+RECORDED = INTEROP / "batchnorm_page.json"
 BLOCKS = read_blocks()
 
 

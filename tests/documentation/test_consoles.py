@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from tests.documentation.consoles import matches, read_consoles, run_console
+from tests.places import ROOT
 
-ROOT = Path(__file__).parents[2]
 PAGES = [page for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))) if read_consoles(page)]
 
 

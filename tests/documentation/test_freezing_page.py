@@ -2,11 +2,10 @@
 
 import json
 import re
-from pathlib import Path
 
 from tests.oracles.freezing_semantics import bntool_rows, recipe_rows
+from tests.places import ROOT
 
-ROOT = Path(__file__).parents[2]
 RECORDED = json.loads((ROOT / "tests" / "fixtures" / "freezing_semantics.json").read_text())
 
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from bntool.operations.findings import FindingCode
+from bntool.inspection.findings import FindingCode
+from tests.places import ROOT
 
-ROOT = Path(__file__).parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "sample_ckpts").glob("*.md")])
 
 

@@ -11,9 +11,9 @@ from torch import nn
 from bntool.checkpoints.checkpoint import choose_state_dict
 from bntool.checkpoints.formats import open_checkpoint
 from bntool.errors import CorruptFileError, UnreadableFileError, UsageError
+from bntool.folding.planning import plan_fold
 from bntool.graphs.declared import declare, read_pairs, suggest_pairs
-from bntool.layers.application import read_state
-from bntool.operations.folding import plan_fold
+from bntool.modules.application import read_state
 from bntool.plan import SkipReason
 
 

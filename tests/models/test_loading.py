@@ -2,7 +2,6 @@
 
 import sys
 import warnings
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,8 +10,7 @@ from bntool.errors import MissingExtraError, RefusedError, UsageError, UserCodeE
 from bntool.models.exported import check_has_layers
 from bntool.models.loading import load_model, parse_assignments, parse_value
 from bntool.models.user_code import find_user_line
-
-SAMPLES = Path(__file__).resolve().parents[2] / "sample_ckpts"
+from tests.places import SAMPLES
 
 
 @pytest.fixture

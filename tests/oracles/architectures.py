@@ -30,16 +30,16 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from bntool.checkpoints.formats import open_checkpoint, save_checkpoint
 from bntool.errors import BntoolError
-from bntool.graphs.architectures import recognise
-from bntool.graphs.catalogue import load_catalogue
-from bntool.layers.folding import load_folded
-from bntool.layers.modules import find_batchnorm_modules
-from bntool.operations.checkpoint_folding import fold_checkpoint
-from bntool.operations.folding import plan_fold
+from bntool.folding.checkpoint import fold_checkpoint
+from bntool.folding.loading import load_folded
+from bntool.folding.planning import plan_fold
+from bntool.graphs.architectures.catalogue import load_catalogue
+from bntool.graphs.architectures.recognition import recognise
+from bntool.modules.finding import find_batchnorm_modules
 from catalogue.observing import Observation, add_stand_ins, build_on_meta, observe, trace_model
 from tests.benchmarks.fold_zoo import Judgement
 from tests.benchmarks.zoo_models import find_zoo_input, list_architectures, order_architectures, randomise
-from tests.graphs.drawn_tensors import draw_state_dict
+from tests.graphs.architectures.drawn_tensors import draw_state_dict
 
 REQUIREMENTS = ["torch==2.13.0", "torchvision==0.28.0", "timm==1.0.31", "numpy"]
 RECORDED = Path(__file__).parents[1] / "fixtures" / "architectures.json.gz"

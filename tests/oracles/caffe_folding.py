@@ -18,9 +18,9 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from bntool.checkpoints.protobufs.writing import embed, integer_field, packed_integers
-from bntool.checkpoints.prototxt import parse_prototxt
-from tests.graphs.folding import fold_file, freeze_net
+from bntool.checkpoints.caffe.prototxt import parse_prototxt
+from bntool.checkpoints.containers.protobufs.writing import embed, integer_field, packed_integers
+from tests.graphs.stored.folding import fold_file, freeze_net
 
 REQUIREMENTS = ["opencv-python-headless==4.14.0.94", "numpy"]
 RECORDED = Path(__file__).parents[1] / "fixtures" / "interop" / "caffe_folding"

@@ -206,7 +206,7 @@ def count(model: nn.Module) -> int:
 
 
 def by_bntool(model: nn.Module, inputs: torch.Tensor) -> tuple[Any, int]:
-    from bntool.operations.proven_folding import fold
+    from bntool.folding.live import fold
 
     result = fold(model, inputs)
     return result.model, len(result.plan.skips)

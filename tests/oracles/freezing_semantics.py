@@ -83,7 +83,7 @@ def measure(freeze, unfreeze=None):
 
 
 def bntool_rows():
-    from bntool.layers.freezing import freeze, unfreeze
+    from bntool.freezing.live import freeze, unfreeze
 
     return {
         "bntool.freeze(model)": measure(lambda m: freeze(m) and None, unfreeze),

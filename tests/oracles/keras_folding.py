@@ -27,8 +27,8 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from bntool.checkpoints.application import apply_plan
 from bntool.checkpoints.formats import open_checkpoint, save_checkpoint
-from bntool.operations.freezing import plan_freeze
-from tests.graphs.folding import fold_file
+from bntool.freezing.checkpoint import plan_freeze
+from tests.graphs.stored.folding import fold_file
 
 logging.getLogger("absl").setLevel(logging.ERROR)  # that .h5 is considered legacy
 warnings.filterwarnings("ignore")

@@ -61,7 +61,7 @@ def run_hook(model: nn.Module, batches: list[torch.Tensor], *, samples: int = 81
 
 def ask_mmpretrain() -> dict[str, dict[str, list[float]]]:
     """What the hook stores in every case, and where it is asked for fewer samples than there are."""
-    from tests.operations.calibration_network import CASES, DIGITS, build_model, make_batches, read_statistics
+    from tests.recalibration.calibration_network import CASES, DIGITS, build_model, make_batches, read_statistics
 
     answers = {}
     for case in (*CASES, *DIGITS):
@@ -79,7 +79,7 @@ def main() -> int:
     """Run all on every case and hold the fixture against them."""
     from fvcore.nn.precise_bn import update_bn_stats
 
-    from tests.operations.calibration_network import CASES, Network, make_batches
+    from tests.recalibration.calibration_network import CASES, Network, make_batches
 
     torch.set_num_threads(1)
     answers: dict[str, dict[str, dict[str, list[float]]]] = {"fvcore": {}, "update_bn": {}}

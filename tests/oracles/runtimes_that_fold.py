@@ -138,7 +138,7 @@ def run_optimiser(path: Path, model: nn.Module, x: torch.Tensor) -> int:
 
 def judge(compute, folder: Path) -> dict[str, int]:
     from bntool import fold
-    from tests.operations.folding_networks import randomise
+    from tests.folding.folding_networks import randomise
 
     model = randomise(Case(compute))
     x = torch.randn(2, 4, 6, 6)

@@ -14,7 +14,7 @@ import venv
 import zipfile
 from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
+from tests.places import ROOT
 
 
 def main() -> None:
@@ -45,7 +45,7 @@ def check_contents(wheel: Path, sdist: Path) -> None:
     metadata = zipfile.ZipFile(wheel).read(next(n for n in names if n.endswith("METADATA"))).decode()
     assert "bntool/py.typed" in names
     assert "bntool/cli/main.py" in names
-    assert "bntool/graphs/catalogue.bin" in names
+    assert "bntool/graphs/architectures/catalogue.bin" in names
     assert not [n for n in names if n.startswith(("tests/", "sample_ckpts/"))], "tests in the wheel"
     assert any(n.endswith("licenses/LICENSE") for n in names)
     for field in ("Requires-Python: >=3.10", "License-Expression: MIT", "Requires-Dist: torch"):

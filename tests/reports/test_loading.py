@@ -14,7 +14,7 @@ from bntool.checkpoints.formats import open_checkpoint
 from bntool.reports.loading import show_loading_code
 from tests.checkpoints.foreign import as_arrays
 from tests.checkpoints.samples import tiny_net
-from tests.checkpoints.test_torch_reading import Inert
+from tests.checkpoints.torch.test_reading import Inert
 
 
 def _odd(state: Any) -> Inert:

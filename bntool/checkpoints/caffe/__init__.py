@@ -1,0 +1,1 @@
+"""Caffe's nets with their blobs."""

@@ -1,0 +1,87 @@
+"""Caffe's ``.caffemodel.h5``: blobs by layer and number; what the layers are only the ``.prototxt`` says."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from bntool.checkpoints.caffe.prototxt import Prototxt
+from bntool.checkpoints.checkpoint import Checkpoint, Format, StateDict
+from bntool.checkpoints.files import SourceFile
+from bntool.checkpoints.outputs import OutputFiles
+from bntool.checkpoints.tensors import StoredTensor
+from bntool.errors import RefusedError, UnknownFormatError
+
+
+class CaffeHdf5(Format):
+    """See the module."""
+
+    name = "caffe-hdf5"
+    title = "Caffe (.caffemodel.h5)"
+
+    def read(self, file: SourceFile) -> Checkpoint:
+        tensors = {".".join(key): tensor for key, tensor in read_blobs(file).items()}
+        state_dict = StateDict("", "", tensors, source=dict(tensors))
+        return Checkpoint(file, self, (state_dict,) if tensors else ())
+
+    def write(self, checkpoint: Checkpoint, path: Path, output: OutputFiles) -> None:
+        if checkpoint.edits:
+            raise RefusedError("what the layers of a .caffemodel.h5 are is said by its .prototxt: give it too")
+        checkpoint.file.copy_to(output.open(path), offset=0, length=checkpoint.file.size)
+
+    def can_record(self, checkpoint: Checkpoint, state_dict: StateDict) -> bool:  # noqa: ARG002
+        """No: Caffe's own files have no place for notes, and those of one net should be alike."""
+        return False
+
+
+class DeployedCaffeHdf5(CaffeHdf5):
+    """The same with the net that says what its blobs are; it reads back what it writes by itself."""
+
+    single_file = False
+
+    def write(self, checkpoint: Checkpoint, path: Path, output: OutputFiles) -> None:
+        from bntool.checkpoints.caffe.hdf5_writing import write_blobs  # only those who write need it
+
+        write_blobs(checkpoint, path, output)
+
+
+def read_blobs(file: SourceFile) -> dict[tuple[str, str], StoredTensor]:
+    """The datasets under ``data``, by layer and number, in order.
+
+    Raises:
+        CorruptFileError, UnsafeFileError, MissingExtraError
+        UnknownFormatError: it is another HDF5 file.
+    """
+    from bntool.checkpoints.containers.hdf5 import read_hdf5  # a start-up without HDF5 files needs none of it
+
+    found = read_hdf5(file)
+    blobs: dict[tuple[str, str], StoredTensor] = {}
+    for path, tensor in found.datasets.items():
+        layer, _, number = path.removeprefix("data/").rpartition("/")
+        if path.startswith("data/") and layer and number.isdecimal():
+            blobs[layer, number] = tensor
+    if not blobs:
+        raise UnknownFormatError("this HDF5 file was written neither by Keras nor by Caffe: it holds no layers")
+    return {key: blobs[key] for key in sorted(blobs, key=lambda key: (key[0], int(key[1])))}
+
+
+def name_blobs(checkpoint: Checkpoint, prototxt: Prototxt) -> Checkpoint:
+    """The checkpoint with the layers that a ``.prototxt`` describes, in its order.
+
+    Raises:
+        CorruptFileError: a layer has other blobs than its type.
+    """
+    from bntool.checkpoints.caffe.blobs import NetReading
+
+    blobs: dict[str, list[StoredTensor]] = {}
+    for (layer, _), tensor in read_blobs(checkpoint.file).items():
+        blobs.setdefault(layer, []).append(tensor)
+    layers = [dataclasses.replace(layer, source=tuple(blobs.get(layer.name, ()))) for layer in prototxt.layers]
+    reading = NetReading(layers)
+    state_dict = StateDict("", "", reading.tensors, modules=reading.modules, source=dict(reading.tensors))
+    return dataclasses.replace(
+        checkpoint,
+        format=DeployedCaffeHdf5(),
+        state_dicts=(state_dict,) if reading.tensors else (),
+        content=dataclasses.replace(reading.content(), prototxt=prototxt),
+    )

@@ -1,0 +1,191 @@
+"""The state of a machine that reads pickles symbolically: it builds nodes and calls nothing."""
+
+from __future__ import annotations
+
+import struct
+from typing import Any
+
+from bntool.checkpoints.containers.pickles.nodes import (
+    Construction,
+    Dict,
+    ExtensionCode,
+    Global,
+    Instance,
+    LongBytes,
+    Node,
+    PersistentId,
+    Set,
+    Update,
+)
+from bntool.checkpoints.files import ByteSource
+from bntool.errors import CorruptFileError, UnsafeFileError
+
+INLINE_BYTES = 1 << 16  # byte strings longer than this stay in the file until they are asked for
+MAX_TEXT = 1 << 26  # a longer text or integer is an attack on memory
+MAX_DIGITS = 4300
+MAX_INTEGER = 1024  # bytes of a binary one: Python writes no longer ones as text without being told to
+MAX_GLOBALS = 10_000  # classes and functions by name; the largest export of fastai seen has 49
+_WINDOW = 1 << 16
+
+MARK = object()
+
+
+class Machine:
+    """The state of a pickle machine: the stream, the stack and the memo."""
+
+    def __init__(self, source: ByteSource, offset: int) -> None:
+        self.source = source
+        self.start = offset
+        self.base = offset  # position in the source of window[0]
+        self.window = b""
+        self.cursor = 0  # next byte in the window
+        self.stack: list[Any] = []
+        self.memo: dict[int, Node] = {}
+        self.protocol = 0
+        self.globals: dict[tuple[str, str], Global] = {}
+        self.called: dict[Global, None] = {}  # in order of appearance
+        self.persistent_ids: list[PersistentId] = []
+        self.extensions: list[ExtensionCode] = []
+        self.dropped = False  # something left the stack without a place in what is built
+
+    @property
+    def position(self) -> int:
+        return self.base + self.cursor
+
+    # bytes of the stream
+
+    def take(self, count: int) -> bytes:
+        end = self.cursor + count
+        if end > len(self.window):
+            self.refill(count)
+            end = self.cursor + count
+        data = self.window[self.cursor : end]
+        self.cursor = end
+        return data
+
+    def refill(self, count: int) -> None:
+        position = self.position
+        available = self.source.size - position
+        if count > available:
+            raise CorruptFileError("the pickle is truncated")
+        self.window = self.source.read(position, min(max(count, _WINDOW), available))
+        self.base, self.cursor = position, 0
+
+    def byte(self) -> int:
+        """The next byte: half of what a pickle holds are numbers and lengths of one."""
+        if self.cursor >= len(self.window):
+            self.refill(1)
+        value = self.window[self.cursor]
+        self.cursor += 1
+        return value
+
+    def number(self, layout: struct.Struct) -> int:
+        value: int = layout.unpack(self.take(layout.size))[0]
+        return value
+
+    def line(self) -> bytes:
+        """Up to the next newline, which is dropped."""
+        parts = []
+        while (end := self.window.find(b"\n", self.cursor)) < 0:
+            parts.append(self.window[self.cursor :])
+            self.cursor = len(self.window)
+            if len(parts) * _WINDOW > MAX_TEXT:
+                raise UnsafeFileError(f"a line of the pickle has more than {MAX_TEXT} bytes")
+            self.refill(1)
+        parts.append(self.window[self.cursor : end])
+        self.cursor = end + 1
+        return b"".join(parts)
+
+    def decimal(self) -> int:
+        """A line that holds a number."""
+        line = self.line()
+        if len(line) > MAX_DIGITS:  # the cost of decimal conversion grows with the square
+            raise UnsafeFileError(f"an integer of the pickle has {len(line)} digits, above the limit of {MAX_DIGITS}")
+        return int(line)
+
+    def text(self, length: int) -> str:
+        if length > MAX_TEXT:
+            raise UnsafeFileError(f"the pickle holds a text of {length} bytes, above the limit of {MAX_TEXT}")
+        return self.take(length).decode("utf-8", "surrogatepass")
+
+    def byte_run(self, length: int, opcode: int) -> bytes | LongBytes:
+        if length <= INLINE_BYTES:
+            return self.take(length)
+        position = self.position
+        if length > self.source.size - position:
+            raise CorruptFileError("the pickle is truncated")
+        self.base, self.window, self.cursor = position + length, b"", 0
+        return LongBytes(self.source, offset=position, length=length, opcode=opcode)
+
+    # the stack
+
+    def pop_mark(self) -> list[Node]:
+        """Everything above the topmost mark."""
+        stack = self.stack
+        index = len(stack) - 1
+        while stack[index] is not MARK:
+            index -= 1
+            if index < 0:
+                raise CorruptFileError("the pickle is malformed: a mark is missing")
+        items = stack[index + 1 :]
+        del stack[index:]
+        return items
+
+    def pop(self) -> Node:
+        value = self.stack.pop()
+        if value is MARK:
+            raise CorruptFileError("the pickle is malformed: a mark where a value should be")
+        return value
+
+    def top(self) -> Node:
+        value = self.stack[-1]
+        if value is MARK:
+            raise CorruptFileError("the pickle is malformed: a mark where a value should be")
+        return value
+
+    def push_global(self, module: str, name: str) -> None:
+        key = (module, name)
+        if key not in self.globals:
+            if len(self.globals) >= MAX_GLOBALS:
+                raise UnsafeFileError(f"the pickle names more than {MAX_GLOBALS} classes and functions")
+            self.globals[key] = Global(module, name)
+        self.stack.append(self.globals[key])
+
+    def push_instance(self, constructor: Node, arguments: Node, how: Construction, keywords: Node = None) -> None:
+        if isinstance(constructor, Global):
+            self.called[constructor] = None
+        self.stack.append(Instance(constructor, arguments, construction=how, keywords=keywords))
+
+    def set_items(self, pairs: list[tuple[Node, Node]]) -> None:
+        target = self.top()
+        if isinstance(target, Dict):
+            target.pairs.extend(pairs)
+        elif isinstance(target, Instance):
+            target.updates.append((Update.ITEMS, pairs))
+        else:
+            raise CorruptFileError("the pickle sets items of something that has none")
+
+    def append(self, values: list[Node]) -> None:
+        target = self.top()
+        if isinstance(target, list):
+            target.extend(values)
+        elif isinstance(target, Instance):
+            target.updates.append((Update.APPENDS, values))
+        else:
+            raise CorruptFileError("the pickle appends to something that is no list")
+
+    def add(self, values: list[Node]) -> None:
+        target = self.top()
+        if isinstance(target, Set):
+            target.members.extend(values)
+        elif isinstance(target, Instance):
+            target.updates.append((Update.ADDITIONS, values))
+        else:
+            raise CorruptFileError("the pickle adds to something that is no set")
+
+    def build(self) -> None:
+        state = self.pop()
+        target = self.top()
+        if not isinstance(target, Instance):
+            raise CorruptFileError("the pickle sets the state of something that has none")
+        target.updates.append((Update.STATE, state))

@@ -1,0 +1,1 @@
+"""The archives and HDF5 files of Keras."""

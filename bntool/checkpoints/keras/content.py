@@ -1,0 +1,218 @@
+"""What a Keras file holds: the configuration of the model, and its weights under either of two layouts."""
+
+from __future__ import annotations
+
+import builtins
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+from bntool.checkpoints.checkpoint import Checkpoint, Format, GlobalName, GlobalTrust, StateDict
+from bntool.checkpoints.containers.hdf5 import Hdf5Contents
+from bntool.checkpoints.files import SourceFile
+from bntool.checkpoints.keras.model import KerasLayer, KerasModel, read_model
+from bntool.checkpoints.keras.weights import (
+    Variables,
+    WeightNames,
+    expected_variables,
+    guess_class,
+    guess_variables,
+    name_variables,
+    number_layers,
+)
+from bntool.checkpoints.torch.state_dicts import History
+
+OPTIMIZERS = ("optimizer", "optimizer_weights")
+_CONTAINERS = ("layers", "_layer_checkpoint_dependencies")  # the latter in tf_keras 2.12
+
+
+class WeightsLayout(Enum):
+    """How the HDF5 part keeps weights."""
+
+    NUMBERED = "numbered"  # layers/<class>_<n>/vars/<i>: .keras and .weights.h5
+    NAMED = "named"  # <layer>/<weight name>, with lists of both: .h5 of Keras 1 and 2, still written by Keras 3
+
+
+@dataclass(frozen=True)
+class KerasContent:
+    """A Keras file as it was read.
+
+    Attributes:
+        config: the JSON of the model; None in files of weights only.
+        model: what it describes; None where code of its own makes the layers.
+        hdf5: the weights and what else lies beside them.
+        layout: how they are kept.
+        root: the group of all weights, "" for the file itself; of numbered ones the container of layers.
+        names: of the tensors.
+        place: what the format needs to find the rest of the file.
+    """
+
+    config: Any = field(repr=False)
+    model: KerasModel | None = field(repr=False)
+    hdf5: Hdf5Contents = field(repr=False)
+    layout: WeightsLayout
+    root: str
+    names: WeightNames = field(repr=False)
+    place: Any = field(default=None, repr=False)
+
+
+def read_content(config: Any, hdf5: Hdf5Contents, *, place: Any = None) -> KerasContent:
+    """Bring configuration and weights together.
+
+    Raises:
+        CorruptFileError, UnsafeFileError
+    """
+    model = read_model(config) if config is not None else None
+    named = "model_weights" if "model_weights" in hdf5.groups else ""
+    if hdf5.texts(named, "layer_names") is not None:
+        found = list(_find_named(hdf5, model, named))
+        return KerasContent(config, model, hdf5, WeightsLayout.NAMED, named, name_variables(found, hdf5), place)
+    root = next((name for name in _CONTAINERS if name in hdf5.groups), _CONTAINERS[0])
+    names = name_variables(list(_find_numbered(hdf5, model, root)), hdf5)
+    return KerasContent(config, model, hdf5, WeightsLayout.NUMBERED, root, names, place)
+
+
+def make_checkpoint(
+    file: SourceFile, format_: Format, content: KerasContent, *, entries: Mapping[str, Any], history: History
+) -> Checkpoint:
+    """The file as every command sees it."""
+    tensors = content.names.tensors
+    state_dict = StateDict("", "", tensors, modules=content.names.modules, source=dict(tensors))
+    optimizer: dict[str, Any] = {
+        name: {"state": {}, "param_groups": []} for name in OPTIMIZERS if name in content.hdf5.groups
+    }
+    kind = content.config.get("class_name") if isinstance(content.config, dict) else None
+    about = {"model_config": kind if isinstance(kind, str) else ""} if content.config is not None else {}
+    return Checkpoint(
+        file=file,
+        format=format_,
+        state_dicts=(state_dict,) if tensors else (),
+        entries={**about, **entries, **optimizer},
+        globals=tuple(_find_code(content)),
+        records={"": history} if history and tensors else {},
+        content=content,
+    )
+
+
+def group_of_layers(content: KerasContent, model: KerasModel, order: Mapping[str, tuple[str, ...]]) -> dict[str, str]:
+    """The group of every layer of a model with numbered weights, by the path of the layer.
+
+    Args:
+        order: how Keras counts the layers of each model, by the path of the model.
+    """
+    groups: dict[str, str] = {}
+
+    def number(one: KerasModel, path: str, inside: str) -> None:
+        for layer, group in number_layers(one, order[path], inside):
+            groups[layer.path] = group
+            if layer.model is not None:
+                number(layer.model, layer.path, f"{group}/layers")
+
+    number(model, "", content.root)
+    return groups
+
+
+def orders_in_file(model: KerasModel) -> dict[str, tuple[str, ...]]:
+    """The order of the layers as the file lists them, by the path of the model."""
+    nested = {layer.path: layer.model for layer in model.walk() if layer.model is not None}
+    return {path: tuple(layer.name for layer in one.layers) for path, one in {"": model, **nested}.items()}
+
+
+def _find_numbered(hdf5: Hdf5Contents, model: KerasModel | None, root: str) -> Iterator[Variables]:
+    variables: dict[str, list[str]] = {}
+    for path in hdf5.datasets:
+        group, _, number = path.rpartition("/")
+        if not path.startswith(tuple(f"{name}/" for name in OPTIMIZERS)) and number.isdecimal():
+            variables.setdefault(group.removesuffix("vars").rstrip("/"), []).append(path)
+    by_group: dict[str, KerasLayer] = {}
+    if model is not None:
+        content = KerasContent(None, model, hdf5, WeightsLayout.NUMBERED, root, WeightNames({}, {}, {}, {}))
+        layers = {layer.path: layer for layer in model.walk()}
+        groups = group_of_layers(content, model, orders_in_file(model))
+        by_group = {group: layers[path] for path, group in groups.items()}
+    order = {group: position for position, group in enumerate(by_group)}
+    for group in sorted(variables, key=lambda name: (order.get(name, len(order)), name)):
+        paths = sorted(variables[group], key=lambda path: int(path.rpartition("/")[2]))
+        layer = by_group.get(group)
+        class_name = layer.class_name if layer is not None else guess_class(group.rpartition("/")[2])
+        names = expected_variables(layer) if layer is not None else guess_variables(class_name, len(paths))
+        if names is None or len(names) != len(paths):
+            names = tuple(path.rpartition("/")[2] for path in paths)
+        owner = layer.path if layer is not None else _name_group(hdf5, group, by_group)
+        yield Variables(owner, class_name, layer, dict(zip(names, paths, strict=True)))
+
+
+def _name_group(hdf5: Hdf5Contents, group: str, by_group: Mapping[str, KerasLayer]) -> str:
+    """The names of a layer and those around it, which Keras notes since 3.6; else the names of their groups."""
+    parts: list[str] = []
+    pieces = group.split("/")
+    for end in range(1, len(pieces) + 1):
+        here = "/".join(pieces[:end])
+        if pieces[end - 1] in _CONTAINERS:
+            continue
+        if here in by_group:
+            parts = [by_group[here].path]
+        else:
+            parts.append(hdf5.text(f"{here}/vars", "name") or pieces[end - 1])
+    return ".".join(filter(None, parts)) or "model"
+
+
+def _find_named(hdf5: Hdf5Contents, model: KerasModel | None, root: str) -> Iterator[Variables]:
+    layers = {layer.name: layer for layer in model.layers} if model is not None else {}
+    for name in (*(hdf5.texts(root, "layer_names") or ()), "top_level_model_weights"):
+        group = f"{root}/{name}" if root else name
+        layer = layers.get(name)
+        inside: dict[str, list[KerasLayer]] = {}
+        if layer is not None and layer.model is not None:
+            for inner in layer.model.walk():
+                inside.setdefault(inner.name, []).append(inner)
+        owners: dict[str, tuple[KerasLayer | None, dict[str, str]]] = {}
+        for weight in hdf5.texts(group, "weight_names") or ():
+            path = f"{group}/{weight}"
+            if path not in hdf5.datasets:
+                continue
+            scope, _, variable = weight.rpartition("/")
+            variable = variable.removesuffix(":0")
+            candidates = inside.get(scope.rpartition("/")[2], [])
+            owner = candidates[0] if len(candidates) == 1 else None if inside else layer
+            place = owner.path if owner is not None else f"{name}.{scope.replace('/', '.')}" if inside else name
+            _, found = owners.setdefault(place, (owner, {}))
+            found[variable if variable not in found else weight] = path
+        for place, (owner, found) in owners.items():
+            class_name = owner.class_name if owner is not None else ""
+            if not class_name and {"moving_mean", "moving_variance"} <= found.keys():
+                class_name = "BatchNormalization"
+            yield Variables(place, class_name, owner, found)
+
+
+def _find_code(content: KerasContent) -> Iterator[GlobalName]:
+    """What loading the configuration would run or import: functions kept as code, and classes of other packages."""
+    seen: dict[str, GlobalTrust] = {}
+    waiting: list[Any] = [content.config]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, list):
+            waiting += reversed(value)
+        if not isinstance(value, dict):
+            continue
+        waiting += reversed(value.values())
+        class_name, module, config = value.get("class_name"), value.get("module"), value.get("config")
+        if class_name == "__lambda__" or (class_name == "Lambda" and _holds_code(config)):
+            seen["keras.layers.Lambda"] = GlobalTrust.SUSPICIOUS
+        elif module == "builtins" and isinstance(config, str) and hasattr(builtins, config):
+            seen[f"builtins.{config}"] = GlobalTrust.SUSPICIOUS  # Keras looks functions up there too
+        elif isinstance(module, str) and isinstance(class_name, str) and module.split(".")[0] not in _KNOWN:
+            seen.setdefault(f"{module}.{class_name}", GlobalTrust.UNKNOWN)
+    for path, trust in seen.items():
+        yield GlobalName(path, called=True, trust=trust)
+
+
+_KNOWN = ("keras", "tf_keras", "keras_hub", "keras_cv", "keras_nlp", "tensorflow", "builtins")
+
+
+def _holds_code(config: Any) -> bool:
+    """Keras 1 and 2 write the code of a Lambda beside ``function_type: lambda``."""
+    return isinstance(config, dict) and (
+        config.get("function_type") == "lambda" or isinstance(config.get("function"), list)
+    )

@@ -1,0 +1,322 @@
+"""The configuration of a Keras model: layers, nested models, and which layer reads what another wrote.
+
+Both ways to write it are read: that of Keras 3 (``__keras_tensor__`` with a ``keras_history``) and that of Keras 2 and
+tf_keras (``[layer, node, tensor, {arguments}]``).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeAlias
+
+from bntool.checkpoints.safetensors.file import parse_json
+from bntool.errors import CorruptFileError, UnsafeFileError
+
+MAX_CONFIG = 1 << 28
+MAX_LAYERS = 100_000
+MAX_NESTING = 32
+
+Reference: TypeAlias = tuple[str, int, int]  # layer, which call of it, which of its outputs
+
+
+@dataclass(frozen=True)
+class KerasLayer:
+    """One layer of a model.
+
+    Attributes:
+        name: as in the model.
+        path: the same with the names of the models around it, joined by dots.
+        class_name, module: of its class.
+        config: what its constructor takes.
+        calls: for each call what it reads, in order; of a Sequential model nothing.
+        trains: for each call whether it is told to compute as in training, whatever the model does.
+        model: the layers inside, where the layer is a model itself.
+        entry: the JSON object that all this was read from.
+    """
+
+    name: str
+    path: str
+    class_name: str
+    module: str
+    config: Mapping[str, Any] = field(repr=False)
+    calls: tuple[tuple[Reference, ...], ...]
+    trains: tuple[bool, ...]
+    model: KerasModel | None
+    entry: Any = field(repr=False, compare=False)
+
+    @property
+    def is_layer(self) -> bool:
+        """Whether it can have weights: functions of ``keras.ops`` take part in a graph, but are no layers."""
+        return not self.module.startswith(("keras.src.ops", "keras.ops"))
+
+
+@dataclass(frozen=True)
+class KerasModel:
+    """A Functional or Sequential model.
+
+    Attributes:
+        is_sequential: each layer reads the one before it.
+        layers: in the order of the file.
+        inputs, outputs: of a Functional model.
+        entry: the JSON object that holds ``layers``.
+        counts_own, counts_own_shown: nested models whose calls the file counts from one, where layers read them and
+            where the outputs are named; here all are counted from zero.
+    """
+
+    is_sequential: bool
+    layers: tuple[KerasLayer, ...]
+    inputs: tuple[Reference, ...]
+    outputs: tuple[Reference, ...]
+    entry: Any = field(repr=False, compare=False)
+    counts_own: frozenset[str] = frozenset()
+    counts_own_shown: frozenset[str] = frozenset()
+
+    def walk(self) -> Iterator[KerasLayer]:
+        """All layers, those of nested models after the model that holds them."""
+        for layer in self.layers:
+            yield layer
+            if layer.model is not None:
+                yield from layer.model.walk()
+
+
+def parse_config(data: bytes | str) -> Any:
+    """The JSON of a configuration.
+
+    Raises:
+        CorruptFileError: it is none.
+        UnsafeFileError: it is absurdly large.
+    """
+    if len(data) > MAX_CONFIG:
+        raise UnsafeFileError(f"the configuration of the model has {len(data)} bytes, above the limit of {MAX_CONFIG}")
+    try:
+        return parse_json(data, allow_nan=True)
+    except ValueError as error:
+        raise CorruptFileError(f"the configuration of the model is not valid JSON: {error}") from error
+
+
+def read_model(config: Any) -> KerasModel | None:
+    """The model that a configuration describes; None for one whose layers are made by code of its own.
+
+    Raises:
+        CorruptFileError: it contradicts itself.
+        UnsafeFileError: it is built to exhaust memory.
+    """
+    try:
+        return _read_model(config, "", 0)
+    except RecursionError as error:
+        raise CorruptFileError("the configuration of the model is nested too deeply") from error
+
+
+def _read_model(entry: Any, path: str, depth: int) -> KerasModel | None:
+    config = entry.get("config") if isinstance(entry, dict) else None
+    if isinstance(config, list) and entry.get("class_name") == "Sequential":  # Keras before 2.2.3
+        config = {"layers": config}
+    layers = config.get("layers") if isinstance(config, dict) else None
+    if not isinstance(config, dict) or not isinstance(layers, list) or not all(isinstance(one, dict) for one in layers):
+        return None
+    is_sequential = "output_layers" not in config
+    if is_sequential and not _is_sequential(entry, layers):
+        return None
+    if depth > MAX_NESTING or len(layers) > MAX_LAYERS:
+        raise UnsafeFileError(f"a model of {len(layers)} layers, {depth} models deep")
+    names = [_name_of(one) for one in layers]
+    if len(set(names)) != len(names):
+        twice = Counter(names).most_common(1)[0][0]
+        raise CorruptFileError("two layers of a model have this name", tensor=twice)
+    known = frozenset(names)
+    read = tuple(_read_layer(one, name, path, known, depth) for one, name in zip(layers, names, strict=True))
+    inputs = tuple(_reference(found) for found in find_references(config.get("input_layers"), known))
+    outputs = tuple(_reference(found) for found in find_references(config.get("output_layers"), known))
+    model = _count_calls_from_zero(KerasModel(is_sequential, read, inputs, outputs, config))
+    _check_references(model)
+    return model
+
+
+def _is_sequential(entry: Mapping[str, Any], layers: Sequence[Any]) -> bool:
+    """A subclass of Sequential has a name of its own; its layers are written without their calls all the same."""
+    return entry.get("class_name") == "Sequential" or not any("inbound_nodes" in one for one in layers)
+
+
+def _name_of(entry: Mapping[str, Any]) -> str:
+    config = entry.get("config")
+    name = entry.get("name") or (config.get("name") if isinstance(config, dict) else None)
+    if not isinstance(name, str):
+        raise CorruptFileError("a layer of the model has no name")
+    return name
+
+
+def _read_layer(entry: Any, name: str, path: str, known: frozenset[str], depth: int) -> KerasLayer:
+    full = f"{path}.{name}" if path else name
+    nodes = entry.get("inbound_nodes")
+    nodes = nodes if isinstance(nodes, list) else []
+    config = entry.get("config")
+    module = entry.get("module")
+    return KerasLayer(
+        name=name,
+        path=full,
+        class_name=str(entry.get("class_name", "")),
+        module=module if isinstance(module, str) else "keras.layers",
+        config=config if isinstance(config, dict) else {},
+        calls=tuple(tuple(_reference(found) for found in find_references(node, known)) for node in nodes),
+        trains=tuple(_is_told_to_train(node) for node in nodes),
+        model=_read_model(entry, full, depth + 1),
+        entry=entry,
+    )
+
+
+def find_references(value: Any, known: frozenset[str]) -> Iterator[list[Any]]:
+    """The lists ``[layer, call, output, ...]`` in a part of a configuration, in the order in which Keras reads them."""
+    if isinstance(value, dict):
+        if value.get("class_name") == "__keras_tensor__":
+            config = value.get("config")
+            yield from find_references(config.get("keras_history") if isinstance(config, dict) else None, known)
+            return
+        for key in sorted(value, key=str):
+            yield from find_references(value[key], known)
+    elif isinstance(value, list):
+        if len(value) in (3, 4) and isinstance(value[0], str) and _are_counts(value[1:3]) and value[0] in known:
+            yield value
+            if len(value) == 4:
+                yield from find_references(value[3], known)
+            return
+        for item in value:
+            yield from find_references(item, known)
+
+
+def _is_told_to_train(node: Any) -> bool:
+    if isinstance(node, dict):
+        return any((key == "training" and bool(item)) or _is_told_to_train(item) for key, item in node.items())
+    return isinstance(node, list) and any(_is_told_to_train(item) for item in node)
+
+
+def _are_counts(values: Sequence[Any]) -> bool:
+    return all(type(value) is int and value >= 0 for value in values)
+
+
+def _reference(found: Sequence[Any]) -> Reference:
+    return (found[0], found[1], found[2])
+
+
+def _count_calls_from_zero(model: KerasModel) -> KerasModel:
+    """The same with references that count the calls of every layer from zero.
+
+    A nested model starts with a call of its own that is not written down, and that Keras counts: Keras 3 where an
+    output is a Functional model's, tf_keras wherever it is read. Every call that is written down is read.
+    """
+    nested = {layer.name: layer.model for layer in model.layers if layer.model is not None}
+    if any(isinstance(node, dict) for layer in model.layers for node in layer.entry.get("inbound_nodes") or ()):
+        shown = frozenset(name for name, inner in nested.items() if not inner.is_sequential)
+        return replace(model, outputs=_shift(model.outputs, shown), counts_own_shown=shown)
+    inside = [reference for layer in model.layers for call in layer.calls for reference in call]
+    counted = nested.keys() - {name for name, call, _ in (*inside, *model.outputs) if call == 0}
+    layers = (replace(one, calls=tuple(_shift(call, counted) for call in one.calls)) for one in model.layers)
+    return replace(
+        model,
+        layers=tuple(layers),
+        outputs=_shift(model.outputs, counted),
+        counts_own=frozenset(counted),
+        counts_own_shown=frozenset(counted),
+    )
+
+
+def _shift(references: Sequence[Reference], counted: Collection[str]) -> tuple[Reference, ...]:
+    return tuple((name, max(call - (name in counted), 0), output) for name, call, output in references)
+
+
+def _check_references(model: KerasModel) -> None:
+    """Every call that is read exists; the calls of inputs are not written down."""
+    calls = {layer.name: max(len(layer.calls), 1) for layer in model.layers}
+    for references in (model.inputs, model.outputs, *(call for layer in model.layers for call in layer.calls)):
+        for name, call, _ in references:
+            if call >= calls[name]:
+                raise CorruptFileError(f"call {call} of it is read, which is not there", tensor=name)
+
+
+def calls_in_order(model: KerasModel) -> tuple[tuple[str, int], ...] | None:
+    """The calls of layers that the outputs of a Functional model need, each after those that it reads.
+
+    Returns:
+        None where the graph goes in circles.
+    """
+    parents = _parents(model)
+    finished: dict[tuple[str, int], None] = {}
+    for name, call, _ in model.outputs:
+        if not _walk_back((name, call), parents, {}, finished):
+            return None
+    return tuple(finished)
+
+
+def _parents(model: KerasModel) -> Mapping[tuple[str, int], Sequence[tuple[str, int]]]:
+    return {
+        (layer.name, i): [(name, number) for name, number, _ in call]
+        for layer in model.layers
+        for i, call in enumerate(layer.calls or ((),))
+    }
+
+
+def _first_seen(model: KerasModel) -> dict[str, int]:
+    """When a walk back from the outputs first meets each layer."""
+    seen: dict[str, int] = {}
+    finished: dict[tuple[str, int], None] = {}
+    parents = _parents(model)
+    for name, call, _ in model.outputs:
+        _walk_back((name, call), parents, seen, finished)
+    return seen
+
+
+def order_layers(model: KerasModel) -> tuple[str, ...] | None:
+    """The names of the layers in the order in which Keras numbers them when it loads the model.
+
+    By their distance from the outputs, the farthest first, and then in the order in which a depth-first walk from the
+    outputs meets them: what ``map_graph`` of Keras and ``_map_graph_network`` of tf_keras do.
+
+    Returns:
+        None where the graph goes in circles.
+    """
+    if model.is_sequential:
+        return tuple(layer.name for layer in model.layers)
+    calls = calls_in_order(model)
+    if calls is None:
+        return None
+    parents, seen = _parents(model), _first_seen(model)
+    depth_of_call: dict[tuple[str, int], int] = {}
+    depth_of_layer: dict[str, int] = {}
+    for node in reversed(calls):
+        depth = max(depth_of_call.get(node, 0), depth_of_layer.get(node[0], 0))
+        depth_of_call[node] = depth_of_layer[node[0]] = depth
+        for parent in parents[node]:
+            depth_of_call[parent] = max(depth + 1, depth_of_call.get(parent, 0))
+    for name, _, _ in model.inputs:  # inputs that no output needs
+        if name not in depth_of_layer:
+            depth_of_layer[name], seen[name] = 0, -1
+    return tuple(sorted(depth_of_layer, key=lambda name: (-depth_of_layer[name], seen[name])))
+
+
+def _walk_back(
+    start: tuple[str, int],
+    parents: Mapping[tuple[str, int], Sequence[tuple[str, int]]],
+    seen: dict[str, int],
+    finished: dict[tuple[str, int], None],
+) -> bool:
+    """Depth first, without recursion; False where it goes in circles."""
+    if start in finished:
+        return True
+    seen.setdefault(start[0], len(seen))
+    waiting = [(start, iter(parents[start]))]
+    open_nodes = {start}
+    while waiting:
+        node, rest = waiting[-1]
+        parent = next(rest, None)
+        if parent is None:
+            waiting.pop()
+            open_nodes.discard(node)
+            finished[node] = None
+        elif parent in open_nodes:
+            return False
+        elif parent not in finished:
+            seen.setdefault(parent[0], len(seen))
+            open_nodes.add(parent)
+            waiting.append((parent, iter(parents[parent])))
+    return True

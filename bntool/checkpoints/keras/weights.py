@@ -1,0 +1,198 @@
+"""The weights of Keras layers under PyTorch's names and in PyTorch's order of dimensions.
+
+Keras keeps kernels as (height, width, in, out); they are shown as views of the same bytes with the dimensions as
+PyTorch has them, so that one arithmetic serves both.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from bntool.checkpoints.checkpoint import ModuleInfo
+from bntool.checkpoints.containers.hdf5 import Hdf5Contents
+from bntool.checkpoints.containers.protobufs.writing import unused_name
+from bntool.checkpoints.keras.model import KerasLayer, KerasModel
+from bntool.checkpoints.tensors import StoredTensor, Tensor
+
+BATCH_NORMS = ("BatchNormalization", "SyncBatchNormalization", "BatchNormalizationV1", "BatchNormalizationV2")
+CONVOLUTIONS = {"Conv1D": 1, "Conv2D": 2, "Conv3D": 3, "Convolution1D": 1, "Convolution2D": 2, "Convolution3D": 3}
+TRANSPOSED = {"Conv1DTranspose": 1, "Conv2DTranspose": 2, "Conv3DTranspose": 3}
+DEPTHWISE = {"DepthwiseConv1D": 1, "DepthwiseConv2D": 2}
+SEPARABLE = {"SeparableConv1D": 1, "SeparableConv2D": 2}
+KERNELS = {**CONVOLUTIONS, **TRANSPOSED, **DEPTHWISE, **SEPARABLE, "Dense": 0}  # dimensions of space
+_MOMENTUM, _EPS = 0.99, 1e-3  # Keras's defaults
+
+_STATISTICS = ("moving_mean", "moving_variance")
+_RENORM = ("moving_stddev", "renorm_mean", "renorm_stddev")
+_NORM_NAMES = {
+    "gamma": "weight",
+    "beta": "bias",
+    "moving_mean": "running_mean",
+    "moving_variance": "running_var",
+}
+
+
+@dataclass(frozen=True)
+class Variables:
+    """The variables of one layer in a file.
+
+    Attributes:
+        owner: the name of the layer in the state dict.
+        class_name: of the layer, "" where nothing tells.
+        layer: in the configuration; None where there is no configuration, or nothing in it owns them.
+        names: of the variables, in Keras's words, and the dataset of each.
+    """
+
+    owner: str
+    class_name: str
+    layer: KerasLayer | None
+    names: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class WeightNames:
+    """What the tensors of a state dict are in the file.
+
+    Attributes:
+        tensors: by PyTorch's name.
+        modules: by layer.
+        places: the dataset of each tensor.
+        layers: the layer of the configuration by its name in the state dict.
+    """
+
+    tensors: Mapping[str, Tensor]
+    modules: Mapping[str, ModuleInfo]
+    places: Mapping[str, str]
+    layers: Mapping[str, KerasLayer] = field(repr=False)
+
+
+def to_snake_case(name: str) -> str:
+    """As Keras names the group of a layer after its class."""
+    name = re.sub(r"\W+", "", name)
+    name = re.sub("(.)([A-Z][a-z]+)", r"\1_\2", name)
+    return re.sub("([a-z])([A-Z])", r"\1_\2", name).lower()
+
+
+_CLASSES = {to_snake_case(name): name for name in (*BATCH_NORMS, *KERNELS)}
+
+
+def number_layers(model: KerasModel, order: Sequence[str], inside: str) -> Iterator[tuple[KerasLayer, str]]:
+    """The layers of a model, without those of nested models, and the group of each.
+
+    Args:
+        order: names of the layers, as Keras counts.
+        inside: the group around them, e.g. ``layers``.
+    """
+    by_name = {layer.name: layer for layer in model.layers}
+    counts: dict[str, int] = {}
+    for position, name in enumerate(order):
+        layer = by_name[name]
+        if not layer.is_layer or (model.is_sequential and position == 0 and layer.class_name == "InputLayer"):
+            continue
+        group = to_snake_case(layer.class_name)
+        if group in counts:
+            counts[group] += 1
+            group = f"{group}_{counts[group]}"
+        else:
+            counts[group] = 0
+        yield layer, f"{inside}/{group}"
+
+
+def expected_variables(layer: KerasLayer) -> tuple[str, ...] | None:
+    """The variables of a layer in the order in which Keras numbers them; None for classes that are not known."""
+    config, name = layer.config, layer.class_name
+    if name in BATCH_NORMS:
+        affine = tuple(v for v, option in (("gamma", "scale"), ("beta", "center")) if config.get(option, True))
+        return (*affine, *_STATISTICS, *(_RENORM if config.get("renorm") else ()))
+    if name not in KERNELS:
+        return None
+    kernels = ("depthwise_kernel", "pointwise_kernel") if name in SEPARABLE else ("kernel",)
+    return (*kernels, "bias") if config.get("use_bias", True) else kernels
+
+
+def guess_variables(class_name: str, count: int) -> tuple[str, ...] | None:
+    """The variables of a layer of which only the class and their number are known."""
+    if class_name in BATCH_NORMS:
+        affine: Mapping[int, tuple[str, ...]] = {0: (), 1: ("gamma_or_beta",), 2: ("gamma", "beta")}
+        rest = (*_STATISTICS, *(_RENORM if count > 4 else ()))
+        return (*affine[count - len(rest)], *rest) if count - len(rest) in affine else None
+    if class_name not in KERNELS:
+        return None
+    names = ("depthwise_kernel", "pointwise_kernel", "bias") if class_name in SEPARABLE else ("kernel", "bias")
+    return names[:count] if count in (len(names) - 1, len(names)) else None
+
+
+def guess_class(group: str) -> str:
+    """The class after which Keras named the group of a layer; "" for those that are not known."""
+    return _CLASSES.get(re.sub(r"_[0-9]+$", "", group), "")
+
+
+def name_variables(found: Sequence[Variables], contents: Hdf5Contents) -> WeightNames:
+    """Give every variable its name."""
+    tensors: dict[str, Tensor] = {}
+    places: dict[str, str] = {}
+    modules: dict[str, ModuleInfo] = {}
+    layers: dict[str, KerasLayer] = {}
+    taken: set[str] = set()
+    for one in found:
+        owner = unused_name(one.owner, taken)
+        taken.add(owner)
+        for variable, dataset in one.names.items():
+            role, tensor = _translate(one.class_name, variable, contents.datasets[dataset])
+            name = unused_name(f"{owner}.{role}", tensors)
+            tensors[name], places[name] = tensor, dataset
+        if one.layer is not None:
+            layers[owner] = one.layer
+        if one.class_name:
+            modules[owner] = ModuleInfo(f"keras.layers.{one.class_name}", _attributes(one.layer))
+    return WeightNames(tensors, modules, places, layers)
+
+
+def _translate(class_name: str, variable: str, tensor: StoredTensor) -> tuple[str, StoredTensor]:
+    if class_name in BATCH_NORMS:
+        return _NORM_NAMES.get(variable, variable), tensor
+    space = KERNELS.get(class_name)
+    if space is None or not variable.endswith("kernel") or tensor.wrapper or len(tensor.shape) != space + 2:
+        return variable, tensor
+    if variable == "depthwise_kernel" and class_name in SEPARABLE:
+        return "depthwise_weight", _view_depthwise(tensor)
+    view: Callable[[StoredTensor], StoredTensor] = _view_depthwise if class_name in DEPTHWISE else _view_kernel
+    return "weight", view(tensor)
+
+
+def _view_kernel(tensor: StoredTensor) -> StoredTensor:
+    """(..., in, out) as (out, in, ...); of a transposed convolution (..., out, in) as (in, out, ...)."""
+    order = (len(tensor.shape) - 1, len(tensor.shape) - 2, *range(len(tensor.shape) - 2))
+    return dataclasses.replace(
+        tensor, shape=tuple(tensor.shape[i] for i in order), strides=tuple(tensor.strides[i] for i in order)
+    )
+
+
+def _view_depthwise(tensor: StoredTensor) -> StoredTensor:
+    """(..., in, multiplier) as (in * multiplier, 1, ...)."""
+    *space, channels, multiplier = tensor.shape
+    return dataclasses.replace(tensor, shape=(channels * multiplier, 1, *space), strides=(1, 1, *tensor.strides[:-2]))
+
+
+def _attributes(layer: KerasLayer | None) -> dict[str, Any]:
+    """Epsilon and momentum in PyTorch's meaning, and what else tells how a layer computes."""
+    if layer is None:
+        return {}
+    config = layer.config
+    found: dict[str, Any] = {"trainable": config.get("trainable", True)}
+    if layer.class_name in BATCH_NORMS:
+        eps, kept = config.get("epsilon", _EPS), config.get("momentum", _MOMENTUM)
+        if _is_number(eps):
+            found["eps"] = float(eps)
+        if _is_number(kept):
+            found["momentum"] = round(1.0 - kept, 12)
+        found.update(axis=config.get("axis", -1), affine=(config.get("scale", True), config.get("center", True)))
+    return found
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

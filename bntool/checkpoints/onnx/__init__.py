@@ -1,0 +1,1 @@
+"""ONNX models, with their tensors in the file or beside it."""

@@ -1,0 +1,331 @@
+"""Writing an ONNX model with what changed; every node, tensor and field that no edit concerns is copied."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import IO, TypeAlias
+
+from bntool.checkpoints.checkpoint import Checkpoint
+from bntool.checkpoints.containers.protobufs.reading import Message
+from bntool.checkpoints.containers.protobufs.writing import (
+    Content,
+    Edits,
+    embed,
+    integer_field,
+    unused_name,
+    write_content,
+)
+from bntool.checkpoints.files import SourceFile
+from bntool.checkpoints.onnx.file import Onnx
+from bntool.checkpoints.onnx.graph import (
+    GRAPH_INPUTS,
+    INPUTS,
+    IR_VERSION,
+    METADATA,
+    OUTPUTS,
+    TENSOR,
+    VALUE_INFO,
+    OnnxGraph,
+    OnnxNode,
+)
+from bntool.checkpoints.onnx.model import OnnxContent, Place, read_model
+from bntool.checkpoints.onnx.tensors import (
+    CODES,
+    DATA_LOCATION,
+    ELEMENTS,
+    EXTERNAL_DATA,
+    RAW_DATA,
+    ExternalData,
+    is_external,
+)
+from bntool.checkpoints.outputs import OutputFiles, check_output_differs
+from bntool.checkpoints.tensors import StoredTensor, Tensor, count_elements
+from bntool.checkpoints.torch.state_dicts import RECORD_KEY
+from bntool.errors import RefusedError
+from bntool.plan import AddTensor, Record, RemoveEntry, RemoveModule, SetAttribute
+
+_ALIGNMENT = 4096  # of external data, so that it can be mapped
+_BIASED = ("Conv", "ConvTranspose", "Gemm")
+
+Use: TypeAlias = tuple[OnnxGraph, OnnxNode, int]
+
+
+def write_model(checkpoint: Checkpoint, path: Path, output: OutputFiles) -> None:
+    """Write the model, and the file with its large tensors where it has one.
+
+    Raises:
+        RefusedError: ONNX cannot hold an edit.
+    """
+    content: OnnxContent = checkpoint.content
+    changes = _Changes(checkpoint, content)
+    if not content.has_external:
+        changes.write(output.open(path))
+        return
+    from bntool.checkpoints.formats import write_checked
+
+    data = path.with_name(f"{path.name}.data")
+    for file in content.external.files.values():
+        check_output_differs(file, data)
+    changes.move_external_data(output.open(data), data.name)
+    output.flush()
+    relocated = _Relocated(changes, {data.name: output.temporary(data)})
+    write_checked(dataclasses.replace(checkpoint, format=relocated), path, output)
+
+
+class _Relocated(Onnx):
+    """A model that is read back while the file beside it still has a temporary name."""
+
+    def __init__(self, changes: _Changes, places: Mapping[str, Path]) -> None:
+        self._changes = changes
+        self._places = places
+
+    def read(self, file: SourceFile) -> Checkpoint:
+        return read_model(file, external=ExternalData(file, replaced=self._places))
+
+    def write(self, checkpoint: Checkpoint, path: Path, output: OutputFiles) -> None:
+        del checkpoint
+        self._changes.write(output.open(path))
+
+
+class _Changes:
+    """What the edits of a checkpoint mean for the messages of its file."""
+
+    def __init__(self, checkpoint: Checkpoint, content: OnnxContent) -> None:
+        self._checkpoint, self._content = checkpoint, content
+        self._edits = Edits()
+        self._uses = _find_uses(content)
+        self._inputs: dict[int, tuple[OnnxNode, list[str]]] = {}  # new inputs of nodes, by the position of the node
+        self._outputs: dict[int, tuple[OnnxNode, list[str]]] = {}
+        self._removed: set[int] = set()  # nodes, by position in the file
+        self._names = {name for graph in content.graphs for name in (*graph.initializers, *graph.computed)}
+        if checkpoint.edits:
+            self._plan()
+
+    def write(self, stream: IO[bytes]) -> None:
+        write_content(self._edits.render(self._content.model), self._checkpoint.file, stream)
+
+    def _plan(self) -> None:
+        steps = [edit.step for edit in self._checkpoint.edits]
+        if any(isinstance(step, SetAttribute | RemoveEntry) for step in steps):
+            raise RefusedError("an ONNX model has no attributes to set: it is a program for inference, nothing trains")
+        removed = {step.module for step in steps if isinstance(step, RemoveModule)}
+        for name, (graph, node) in self._content.layers.items():
+            if name in removed:
+                self._take_out(graph, node)
+        (state_dict,) = self._checkpoint.state_dicts
+        self._set_tensors(state_dict.tensors, state_dict.source)
+        self._remove_tensors(state_dict.source.keys() - state_dict.tensors.keys())
+        after = {step.name: step.after for step in steps if isinstance(step, AddTensor)}
+        for name in state_dict.tensors.keys() - state_dict.source.keys():
+            self._add_bias(name, after[name], state_dict.tensors[name])
+        for number, lists in ((INPUTS, self._inputs), (OUTPUTS, self._outputs)):
+            for position, (node, names) in lists.items():
+                if position not in self._removed:
+                    self._set_names(node, number, names)
+        if any(isinstance(step, Record) for step in steps):
+            self._record()
+
+    def _take_out(self, graph: OnnxGraph, node: OnnxNode) -> None:
+        """Remove a node: what its data came from now writes what it wrote, or else its readers read its data."""
+        if any(node.outputs[1:]):
+            raise RefusedError("it puts out statistics too", tensor=node.name)
+        data, result = self._input_names(node)[0], node.outputs[0]
+        self._removed.add(node.field.start)
+        self._edits.replace(graph.message, node.field)
+        producer = next((n for n in graph.nodes if data in self._output_names(n)), None)
+        readers = [n for g in self._content.graphs for n in g.nodes if data in self._input_names(n)]
+        shown = {name for g in self._content.graphs for name in g.outputs}
+        if producer is not None and data not in shown and not readers:
+            names = self._outputs.setdefault(producer.field.start, (producer, list(producer.outputs)))[1]
+            names[names.index(data)] = result
+            self._drop_infos(graph, VALUE_INFO, data)
+            return
+        if result in shown:
+            raise RefusedError("its input and its output are both results of the model", tensor=node.name)
+        for inner in self._content.graphs:
+            for reader in inner.nodes:
+                if result in self._input_names(reader):
+                    names = self._new_inputs(reader)
+                    names[:] = [data if name == result else name for name in names]
+        self._drop_infos(graph, VALUE_INFO, result)
+
+    def _input_names(self, node: OnnxNode) -> list[str]:
+        """The inputs of a node by now; none of one that is removed."""
+        if node.field.start in self._removed:
+            return []
+        return self._inputs.get(node.field.start, (node, list(node.inputs)))[1]
+
+    def _output_names(self, node: OnnxNode) -> list[str]:
+        if node.field.start in self._removed:
+            return []
+        return self._outputs.get(node.field.start, (node, list(node.outputs)))[1]
+
+    def _drop_infos(self, graph: OnnxGraph, number: int, name: str) -> None:
+        for place in graph.message.all(number):
+            if graph.message.message_of(place).text(1) == name:
+                self._edits.replace(graph.message, place)
+
+    def _set_names(self, node: OnnxNode, number: int, names: list[str]) -> None:
+        found = node.message.all(number)
+        pieces = [piece for name in names for piece in embed(number, name.encode())]
+        if not found:
+            self._edits.append(node.message, *pieces)
+            return
+        for place in found[1:]:
+            self._edits.replace(node.message, place)
+        self._edits.replace(node.message, found[0], *pieces)
+
+    def _set_tensors(self, tensors: Mapping[str, Tensor], source: Mapping[str, Tensor]) -> None:
+        """New elements in place; a constant that several share is copied for those that are to see others."""
+        sharing: dict[tuple[int, str], list[str]] = {}
+        for name in tensors:
+            if name in source:
+                place = self._content.places[name]
+                sharing.setdefault((id(place.graph), place.name), []).append(name)
+        for names in sharing.values():
+            if all(tensors[name] is source[name] for name in names):
+                continue
+            names.sort(key=lambda name: self._content.places[name].reader is not None)
+            first = self._content.places[names[0]]
+            if tensors[names[0]] is not source[names[0]]:
+                self._set_elements(first.message, tensors[names[0]])
+            for name in names[1:]:
+                if tensors[name] is not tensors[names[0]]:
+                    self._give_own(self._content.places[name], tensors[name])
+
+    def _set_elements(self, message: Message, tensor: Tensor) -> None:
+        if is_external(message):
+            return  # goes to the file beside the model
+        for number in (*ELEMENTS, EXTERNAL_DATA, DATA_LOCATION):
+            for place in message.all(number):
+                self._edits.replace(message, place)
+        self._edits.append(message, *embed(RAW_DATA, tensor))
+
+    def _give_own(self, place: Place, tensor: Tensor) -> None:
+        assert place.reader is not None
+        _, node, position = place.reader
+        name = unused_name(place.name, self._names)
+        self._names.add(name)
+        self._edits.append(place.graph.message, *embed(5, *_make_tensor(name, tensor)))
+        self._declare(place.graph, name, tensor)
+        self._new_inputs(node)[position] = name
+
+    def _new_inputs(self, node: OnnxNode) -> list[str]:
+        return self._inputs.setdefault(node.field.start, (node, list(node.inputs)))[1]
+
+    def _remove_tensors(self, names: set[str]) -> None:
+        places = {(id(p.graph), p.name): p for name in names if (p := self._content.places[name])}
+        for key, place in places.items():
+            if any(node.field.start not in self._removed for _, node, _ in self._uses.get(key, ())):
+                if place.reader is None or place.reader[1].field.start not in self._removed:
+                    raise RefusedError("a node still reads this tensor", tensor=place.name)
+            elif place.name not in place.graph.outputs:
+                self._remove_constant(place)
+
+    def _remove_constant(self, place: Place) -> None:
+        constant = place.graph.constants.get(place.name)
+        if constant is not None:
+            self._edits.replace(place.graph.message, constant.field)
+        else:
+            assert place.message.parent is not None
+            self._edits.replace(place.graph.message, place.message.parent[1])
+            self._drop_infos(place.graph, GRAPH_INPUTS, place.name)
+        self._drop_infos(place.graph, VALUE_INFO, place.name)
+
+    def _add_bias(self, wanted: str, after: str, tensor: Tensor) -> None:
+        """A bias for the nodes whose weight is the tensor that it follows."""
+        place = self._content.places.get(after)
+        uses = self._uses.get((id(place.graph), place.name), ()) if place is not None else ()
+        fitting = [
+            node
+            for _, node, position in uses
+            if position == 1 and node.operator in _BIASED and not any(node.inputs[2:])
+        ]
+        if place is None or place.reader is not None or len(fitting) != len(uses) or not uses:
+            raise RefusedError("the model has no place for this tensor", tensor=wanted)
+        name = unused_name(wanted, self._names)
+        if name != wanted:
+            raise RefusedError("the model uses this name for something else", tensor=wanted)
+        self._names.add(name)
+        message = _make_tensor(name, tensor)
+        constant = place.graph.constants.get(place.name)
+        if constant is not None:
+            node = (*embed(OUTPUTS, name.encode()), *embed(4, b"Constant"), *_attribute("value", message))
+            self._edits.insert_after(place.graph.message, constant.field, *embed(1, *node))
+        else:
+            assert place.message.parent is not None
+            self._edits.insert_after(place.graph.message, place.message.parent[1], *embed(5, *message))
+            self._declare(place.graph, name, tensor)
+        for reader in fitting:
+            self._new_inputs(reader)[2:] = [name]
+
+    def _declare(self, graph: OnnxGraph, name: str, tensor: Tensor) -> None:
+        """Before IR version 4 every initializer is an input of the graph too."""
+        if self._content.model.integer(IR_VERSION) >= 4 or graph.parent is not None:
+            return
+        dims = [piece for extent in tensor.shape for piece in embed(1, integer_field(1, extent))]
+        kind = (integer_field(1, CODES[tensor.dtype]), *embed(2, *dims))
+        self._edits.append(graph.message, *embed(GRAPH_INPUTS, *embed(1, name.encode()), *embed(2, *embed(1, *kind))))
+
+    def _record(self) -> None:
+        model = self._content.model
+        for place in model.all(METADATA):
+            if model.message_of(place).text(1) == RECORD_KEY:
+                self._edits.replace(model, place)
+        text = json.dumps(self._checkpoint.records[""], separators=(",", ":")).encode()
+        self._edits.append(model, *embed(METADATA, *embed(1, RECORD_KEY.encode()), *embed(2, text)))
+
+    def move_external_data(self, stream: IO[bytes], location: str) -> None:
+        """Write all tensors that lie beside the model into one new file, and say so in the model."""
+        tensors: Mapping[str, Tensor] = {}
+        if self._checkpoint.state_dicts:
+            tensors = self._checkpoint.state_dicts[0].tensors
+        written: set[tuple[int, str]] = set()
+        for name, place in sorted(self._content.places.items(), key=lambda item: item[1].reader is not None):
+            key = (id(place.graph), place.name)
+            if name not in tensors or key in written or not is_external(place.message):
+                continue
+            written.add(key)
+            offset = stream.tell() + -stream.tell() % _ALIGNMENT
+            stream.write(bytes(offset - stream.tell()))
+            tensor = tensors[name]
+            if isinstance(tensor, StoredTensor) and isinstance(tensor.storage, object) and tensor.storage is not None:
+                source = tensor.storage.source
+                assert isinstance(source, SourceFile)
+                source.copy_to(stream, offset=tensor.storage.offset, length=tensor.nbytes)
+            else:
+                for chunk in tensor.chunks():
+                    stream.write(chunk)
+            self._place_external(place.message, location, offset, tensor)
+
+    def _place_external(self, message: Message, location: str, offset: int, tensor: Tensor) -> None:
+        length = tensor.dtype.byte_count(count_elements(tensor.shape))
+        for place in message.all(EXTERNAL_DATA):
+            self._edits.replace(message, place)
+        for key, value in (("location", location), ("offset", str(offset)), ("length", str(length))):
+            self._edits.append(message, *embed(EXTERNAL_DATA, *embed(1, key.encode()), *embed(2, value.encode())))
+
+
+def _find_uses(content: OnnxContent) -> Mapping[tuple[int, str], list[Use]]:
+    """The nodes that read each constant, by the graph that holds it and its name."""
+    uses: dict[tuple[int, str], list[Use]] = {}
+    for graph in content.graphs:
+        for node in graph.nodes:
+            for position, name in enumerate(node.inputs):
+                found = graph.find(name) if name else None
+                if found is not None:
+                    uses.setdefault((id(found[0]), name), []).append((graph, node, position))
+    return uses
+
+
+def _make_tensor(name: str, tensor: Tensor) -> Content:
+    dims = b"".join(integer_field(1, extent) for extent in tensor.shape)
+    head = dims + integer_field(2, CODES[tensor.dtype])
+    return (head, *embed(8, name.encode()), *embed(RAW_DATA, tensor))
+
+
+def _attribute(name: str, tensor: Content) -> Content:
+    return embed(5, *embed(1, name.encode()), *embed(TENSOR, *tensor), integer_field(20, 4))

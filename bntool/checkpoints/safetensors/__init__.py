@@ -1,0 +1,1 @@
+"""The safetensors format, and checkpoints split over several files."""

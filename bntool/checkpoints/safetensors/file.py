@@ -1,0 +1,246 @@
+"""The safetensors format: a JSON header, then the tensors without gaps."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from bntool.checkpoints.checkpoint import Checkpoint, Format, StateDict, find_prefix
+from bntool.checkpoints.dtypes import BY_SAFETENSORS
+from bntool.checkpoints.files import SourceFile, quote
+from bntool.checkpoints.outputs import OutputFiles
+from bntool.checkpoints.tensors import (
+    MAX_DIMENSIONS,
+    Storage,
+    StoredTensor,
+    Tensor,
+    contiguous_strides,
+    count_elements,
+    describe_shape,
+    named_chunks,
+)
+from bntool.checkpoints.torch.state_dicts import RECORD_KEY, parse_record
+from bntool.errors import CorruptFileError, RefusedError
+
+MAX_HEADER = 100_000_000  # the limit of the safetensors library itself
+_METADATA = "__metadata__"
+_PAGE = 4096
+
+
+@dataclass(frozen=True)
+class _Header:
+    metadata: dict[str, str]
+    data_start: int
+
+
+class Safetensors(Format):
+    """See the module."""
+
+    name = "safetensors"
+    title = "safetensors"
+
+    def recognises(self, path: Path, head: bytes) -> bool:
+        looks_right = head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= MAX_HEADER
+        return looks_right or path.suffix == ".safetensors"
+
+    def read(self, file: SourceFile) -> Checkpoint:
+        header, data_start = _read_header(file)
+        metadata = _check_metadata(header.pop(_METADATA, {}))
+        tensors = _read_tensors(file, header, data_start)
+        history = parse_record(metadata.get(RECORD_KEY))
+        state_dict = StateDict(key="", prefix=find_prefix(list(tensors)), tensors=tensors, source=dict(tensors))
+        return Checkpoint(
+            file=file,
+            format=self,
+            state_dicts=(state_dict,) if tensors else (),
+            entries={name: text for name, text in metadata.items() if name != RECORD_KEY},
+            records={"": history} if history else {},
+            content=_Header(metadata, data_start),
+        )
+
+    def write(self, checkpoint: Checkpoint, path: Path, output: OutputFiles) -> None:
+        from bntool.plan import RemoveEntry, SetAttribute
+
+        for edit in checkpoint.edits:
+            if isinstance(edit.step, SetAttribute | RemoveEntry):
+                raise RefusedError("a safetensors file holds tensors only, no modules and no other entries")
+        _write(checkpoint, output.open(path))
+
+
+def _read_header(file: SourceFile) -> tuple[dict[str, Any], int]:
+    if file.size < 8:
+        raise CorruptFileError("the file is too short for a safetensors header")
+    (length,) = struct.unpack("<Q", file.read(0, 8))
+    if length > min(MAX_HEADER, file.size - 8):
+        raise CorruptFileError(f"the safetensors header claims {length} bytes; the file has {file.size}")
+    try:
+        header = parse_json(file.read(8, length))
+    except ValueError as error:
+        raise CorruptFileError(f"the safetensors header is not valid JSON: {error}") from error
+    if not isinstance(header, dict):
+        raise CorruptFileError("the safetensors header is not a JSON object")
+    return header, 8 + length
+
+
+def parse_json(data: bytes | str, *, allow_nan: bool = False) -> Any:
+    """JSON as the standard has it: no key twice, and no NaN unless that is allowed.
+
+    Args:
+        data: the text.
+        allow_nan: as Python writes it, with Infinity and NaN.
+
+    Raises:
+        ValueError: it is not; the message says why in words for people.
+    """
+    try:
+        text = data if isinstance(data, str) else data.decode("utf-8")
+        return json.loads(text, object_pairs_hook=_unique, parse_constant=None if allow_nan else _reject_constant)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"byte {error.start} is no UTF-8") from error
+    except UnicodeEncodeError as error:  # an escaped half of a surrogate pair is no text
+        raise ValueError("a key is no text") from error
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a key occurs twice")
+    "".join(found).encode()
+    return found
+
+
+def _reject_constant(text: str) -> None:
+    raise ValueError(f"{text} is not JSON")
+
+
+def _check_metadata(metadata: Any) -> dict[str, str]:
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise CorruptFileError("the metadata of the safetensors header is not a map of texts")
+    return metadata
+
+
+def _read_tensors(file: SourceFile, header: Mapping[str, Any], data_start: int) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = {}
+    runs: list[tuple[int, int, str]] = []
+    for name, entry in header.items():
+        tensor, begin, end = _read_entry(file, name, entry, data_start)
+        tensors[name] = tensor
+        runs.append((begin, end, name))
+    position = 0
+    for begin, end, name in sorted(runs):
+        if begin != position:
+            raise CorruptFileError(f"the data has a hole or an overlap at byte {position}", tensor=name)
+        position = end
+    described = data_start + position
+    if described != file.size:
+        what = "the file is truncated" if described > file.size else "other data follow the last tensor"
+        raise CorruptFileError(f"the header describes {described} bytes, but the file has {file.size}: {what}")
+    return tensors
+
+
+def _read_entry(file: SourceFile, name: str, entry: Any, data_start: int) -> tuple[StoredTensor, int, int]:
+    fields: dict[str, Any] = entry if isinstance(entry, dict) else {}
+    dtype = BY_SAFETENSORS.get(str(fields.get("dtype")))
+    shape, offsets = fields.get("shape", ()), fields.get("data_offsets", ())
+    if "dtype" not in fields:
+        raise CorruptFileError("its entry in the header has no dtype", tensor=name)
+    if dtype is None:
+        raise CorruptFileError(f"unknown dtype {quote(str(fields.get('dtype')))}", tensor=name)
+    if not _are_counts(shape) or not _are_counts(offsets) or len(shape) > MAX_DIMENSIONS or len(offsets) != 2:
+        raise CorruptFileError("its shape or data_offsets are malformed", tensor=name)
+    begin, end = offsets
+    if end < begin:
+        raise CorruptFileError(f"its data_offsets run backwards, from {begin} to {end}", tensor=name)
+    if end - begin != dtype.byte_count(count_elements(shape)) or (count_elements(shape) * dtype.bits) % 8:
+        raise CorruptFileError(
+            f"{end - begin} bytes do not hold a {dtype} tensor of shape {describe_shape(shape)}", tensor=name
+        )
+    storage = Storage(source=file, offset=data_start + begin, nbytes=end - begin, key=name)
+    return (
+        StoredTensor(
+            dtype=dtype, shape=tuple(shape), strides=contiguous_strides(shape), storage_offset=0, storage=storage
+        ),
+        begin,
+        end,
+    )
+
+
+def _are_counts(values: Any) -> bool:
+    return isinstance(values, list) and all(type(value) is int and 0 <= value < 1 << 63 for value in values)
+
+
+def _write(checkpoint: Checkpoint, stream: IO[bytes]) -> None:
+    from bntool.plan import Record
+
+    content: _Header = checkpoint.content
+    if not checkpoint.state_dicts:  # a file without tensors
+        checkpoint.file.copy_to(stream, offset=0, length=checkpoint.file.size)
+        return
+    (state_dict,) = checkpoint.state_dicts
+    metadata = dict(content.metadata)
+    recorded = any(isinstance(edit.step, Record) for edit in checkpoint.edits)
+    if recorded:
+        metadata[RECORD_KEY] = json.dumps(checkpoint.records[""], separators=(",", ":"))
+    original: dict[str, Tensor] = state_dict.source
+    order = _data_order(original, state_dict.tensors)
+    if original.keys() == state_dict.tensors.keys() and not recorded:
+        checkpoint.file.copy_to(stream, offset=0, length=content.data_start)
+    else:
+        stream.write(make_header(state_dict.tensors, metadata, order, like=content.data_start))
+    start = end = 0  # neighbours in the source are copied in one call
+    for name in order:
+        tensor = state_dict.tensors[name]
+        if isinstance(tensor, StoredTensor) and tensor.storage is not None:
+            if tensor.storage.offset != end:
+                checkpoint.file.copy_to(stream, offset=start, length=end - start)
+                start = tensor.storage.offset
+            end = tensor.storage.offset + tensor.nbytes
+        else:
+            checkpoint.file.copy_to(stream, offset=start, length=end - start)
+            start = end = 0
+            for chunk in named_chunks(name, tensor):
+                stream.write(chunk)
+    checkpoint.file.copy_to(stream, offset=start, length=end - start)
+
+
+def _data_order(original: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> list[str]:
+    """The order of the bytes: as in the source where the keys are the same, else widest first, for alignment."""
+    if original.keys() == tensors.keys():
+        return sorted(tensors, key=lambda name: _offset(original[name]))
+    return sorted(tensors, key=lambda name: -tensors[name].dtype.bits)
+
+
+def _offset(tensor: Tensor) -> int:
+    return tensor.storage.offset if isinstance(tensor, StoredTensor) and tensor.storage is not None else 0
+
+
+def make_header(
+    tensors: Mapping[str, Tensor], metadata: Mapping[str, str], order: list[str], *, like: int = 0
+) -> bytes:
+    """The length and the JSON of a file whose tensors follow without gaps, in this order.
+
+    Args:
+        like: where the tensors begin in the file that they come from: blanks bring them to the same place in a page of
+            memory, which halves what copying them inside the kernel costs.
+    """
+    offsets, position = {}, 0
+    for name in order:
+        size = tensors[name].dtype.byte_count(count_elements(tensors[name].shape))
+        offsets[name] = [position, position + size]
+        position += size
+    header: dict[str, Any] = {_METADATA: dict(metadata)} if metadata else {}
+    for name, tensor in tensors.items():
+        header[name] = {
+            "dtype": tensor.dtype.safetensors,
+            "shape": list(tensor.shape),
+            "data_offsets": offsets[name],
+        }
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode("utf-8")
+    text += b" " * ((like - 8 - len(text)) % _PAGE if like and like % 8 == 0 else -len(text) % 8)
+    return struct.pack("<Q", len(text)) + text

@@ -1,0 +1,219 @@
+"""Checkpoints split over several files, with an index that says which file holds which tensor."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bntool.checkpoints.checkpoint import Checkpoint, Format, GlobalName, StateDict, find_prefix
+from bntool.checkpoints.files import SourceFile, open_beside, quote
+from bntool.checkpoints.outputs import OutputFiles, check_output_differs
+from bntool.checkpoints.safetensors.file import parse_json
+from bntool.checkpoints.tensors import Tensor, count_elements
+from bntool.errors import CorruptFileError, RefusedError, UnknownFormatError, UnsafeFileError
+
+MAX_INDEX = 1 << 27
+MAX_SHARDS = 10_000
+
+
+@dataclass(frozen=True)
+class _Shards:
+    """The parsed index and the opened shards by file name."""
+
+    index: Mapping[str, Any]
+    shards: Mapping[str, Checkpoint]
+    shard_of: Mapping[str, str]
+
+
+class Sharded(Format):
+    """See the module."""
+
+    name = "sharded"
+    title = "sharded"
+    single_file = False
+
+    def recognises(self, path: Path, head: bytes) -> bool:
+        return path.name.endswith(".index.json") or (head.lstrip()[:1] == b"{" and b'"weight_map"' in head)
+
+    def read(self, file: SourceFile) -> Checkpoint:
+        index = _read_index(file)
+        weight_map: dict[str, str] = index["weight_map"]
+        shards = {name: _open_shard(file.path, name) for name in dict.fromkeys(weight_map.values())}
+        tensors: dict[str, Tensor] = {}
+        for name, shard_name in weight_map.items():
+            found = shards[shard_name].state_dicts
+            if len(found) != 1 or name not in found[0].tensors:
+                raise CorruptFileError(f"the index places it in {quote(shard_name)}, which lacks it", tensor=name)
+            tensors[name] = found[0].tensors[name]
+        for shard_name, shard in shards.items():
+            for name in shard.state_dicts[0].tensors:
+                if weight_map.get(name) != shard_name:
+                    raise CorruptFileError(f"{quote(shard_name)} holds it, but the index does not say so", tensor=name)
+        versions = _merge_versions(shards)
+        state_dict = StateDict("", find_prefix(list(tensors)), tensors, versions=versions, source=dict(tensors))
+        histories = [shard.records[key] for shard in shards.values() for key in shard.records]
+        return Checkpoint(
+            file=file,
+            format=self,
+            state_dicts=(state_dict,),
+            entries={"shards": len(shards)},
+            globals=_merge_globals(shards),
+            records={"": histories[0]} if histories else {},
+            content=_Shards(index, shards, weight_map),
+        )
+
+    def write(self, checkpoint: Checkpoint, path: Path, output: OutputFiles) -> None:
+        from bntool.checkpoints.formats import write_checked
+
+        content: _Shards = checkpoint.content
+        if not path.name.endswith(".index.json"):
+            raise RefusedError(
+                "a sharded checkpoint is written as an index and its shards: name an output like "
+                f"FOLDER/{checkpoint.path.name}"
+            )
+        (state_dict,) = checkpoint.state_dicts
+        shard_of = _assign_shards(state_dict, content.shard_of)
+        for name, shard in content.shards.items():
+            target = path.parent / name
+            check_output_differs(shard.file, target)
+            if name not in shard_of.values():  # no tensor is left
+                continue
+            write_checked(_edited_shard(shard, name, checkpoint, shard_of), target, output)
+        index = {**content.index, "weight_map": shard_of}
+        if isinstance(index.get("metadata"), dict) and "total_size" in index["metadata"]:
+            total = sum(t.dtype.byte_count(count_elements(t.shape)) for t in state_dict.tensors.values())
+            index["metadata"] = {**index["metadata"], "total_size": total}
+        output.open(path).write(json.dumps(index, indent=2).encode() + b"\n")
+
+    def size(self, checkpoint: Checkpoint) -> int:
+        content: _Shards = checkpoint.content
+        return checkpoint.file.size + sum(shard.file.size for shard in content.shards.values())
+
+    def verify_checksums(self, checkpoint: Checkpoint) -> int | None:
+        counts = [s.format.verify_checksums(s) for s in checkpoint.content.shards.values()]
+        known = [count for count in counts if count is not None]
+        return sum(known) if known else None
+
+    def can_record(self, checkpoint: Checkpoint, state_dict: StateDict) -> bool:  # noqa: ARG002 (there is one)
+        content: _Shards = checkpoint.content
+        home = content.shards[_record_home(content.shards, content.shard_of)]
+        return home.format.can_record(home, home.state_dicts[0])
+
+
+def _read_index(file: SourceFile) -> dict[str, Any]:
+    if file.size > MAX_INDEX:
+        raise UnsafeFileError(f"the index has {file.size} bytes, above the limit of {MAX_INDEX}")
+    try:
+        index: Any = parse_json(file.read(0, file.size))
+    except ValueError as error:
+        raise CorruptFileError(f"the index is not valid JSON: {error}") from error
+    weight_map = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CorruptFileError("the index has no weight_map")
+    if all(isinstance(names, list) for names in weight_map.values()):
+        raise UnknownFormatError(
+            "Keras's index of weights cut into several files is not read; inspect the .weights.h5 files one by one"
+        )
+    if not all(isinstance(name, str) for name in weight_map.values()):
+        raise CorruptFileError("the weight_map of the index does not map to file names")
+    if len(set(weight_map.values())) > MAX_SHARDS:
+        raise UnsafeFileError(f"the index names more than {MAX_SHARDS} files")
+    return dict(index)
+
+
+def check_inside(folder: Path, name: str, *, named_by: str = "the index") -> None:
+    """Refuse a file name of an index that leads anywhere else than into the folder of the index.
+
+    Raises:
+        UnsafeFileError: it leads outside.
+        CorruptFileError: no file can have this name.
+    """
+    if "/" in name or name in ("", ".", "..") or "\\" in name or ":" in name or "\0" in name:
+        raise UnsafeFileError(f"{named_by} names {quote(name)}, which is no file of its folder")
+    try:
+        leads_outside = Path(os.path.realpath(folder / name)).parent != Path(os.path.realpath(folder))
+    except ValueError as error:  # no name that the file system can have
+        raise CorruptFileError(f"{named_by} names {quote(name)}, which no file can be called") from error
+    if leads_outside:
+        raise UnsafeFileError(f"{named_by} names {quote(name)}, a link that leads out of its folder")
+
+
+def _open_shard(index: Path, name: str) -> Checkpoint:
+    """Open a shard beside the index, and nowhere else."""
+    from bntool.checkpoints.formats import open_file
+
+    check_inside(index.parent, name)
+    if name.endswith(".index.json"):
+        raise UnsafeFileError(f"the index names {quote(name)}, another index")
+    shard = open_file(open_beside(index.with_name(name), named_by=index))
+    if isinstance(shard.format, Sharded) or len(shard.state_dicts) != 1 or shard.state_dicts[0].key:
+        raise CorruptFileError("a shard must hold one bare state dict", path=shard.path)
+    return shard
+
+
+def _merge_versions(shards: Mapping[str, Checkpoint]) -> dict[str, int | None] | None:
+    merged: dict[str, int | None] = {}
+    for shard in shards.values():
+        merged.update(shard.state_dicts[0].versions or {})
+    return merged or None
+
+
+def _merge_globals(shards: Mapping[str, Checkpoint]) -> tuple[GlobalName, ...]:
+    merged = {name.path: name for shard in shards.values() for name in shard.globals}
+    return tuple(merged.values())
+
+
+def _assign_shards(state_dict: StateDict, known: Mapping[str, str]) -> dict[str, str]:
+    """Each tensor stays where it was; a new one goes where the tensor before it is."""
+    assigned: dict[str, str] = {}
+    current = next(iter(known.values()))
+    for name in state_dict.tensors:
+        current = known.get(name, current)
+        assigned[name] = current
+    return assigned
+
+
+def _edited_shard(shard: Checkpoint, name: str, whole: Checkpoint, shard_of: Mapping[str, str]) -> Checkpoint:
+    """One shard with the edits of the whole checkpoint that concern it."""
+    from bntool.plan import Record  # only those who write need it
+
+    (edited,) = whole.state_dicts
+    tensors = {key: tensor for key, tensor in edited.tensors.items() if shard_of[key] == name}
+    keeps_record = name == _record_home(whole.content.shards, shard_of)
+    (own,) = shard.state_dicts
+    return dataclasses.replace(
+        shard,
+        state_dicts=(dataclasses.replace(own, tensors=_in_own_order(own.tensors, tensors)),),
+        records=whole.records if keeps_record else shard.records,
+        edits=tuple(e for e in whole.edits if not isinstance(e.step, Record) or keeps_record),
+    )
+
+
+def _record_home(shards: Mapping[str, Checkpoint], shard_of: Mapping[str, str]) -> str:
+    """The shard that holds the record: the one that has it already, else the first that still has tensors."""
+    left = [name for name in shards if name in set(shard_of.values())] or list(shards)
+    return next((name for name in left if shards[name].records), left[0])
+
+
+def _in_own_order(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The shard's own key order; new keys after the one that they follow in the whole."""
+    ordered: dict[str, Tensor] = {}
+    names = list(tensors)
+    followers: dict[str | None, list[str]] = {}
+    previous: str | None = None
+    for name in names:
+        if name in own:
+            previous = name
+        else:
+            followers.setdefault(previous, []).append(name)
+    for place in [None, *own]:
+        if place is not None and place in tensors:
+            ordered[place] = tensors[place]
+        for follower in followers.get(place, ()):
+            ordered[follower] = tensors[follower]
+    return ordered

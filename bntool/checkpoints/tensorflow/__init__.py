@@ -1,0 +1,1 @@
+"""TensorFlow's checkpoints and the variables of SavedModel folders."""

@@ -1,0 +1,1 @@
+"""What torch.save writes: zip, legacy and tar files, pickled modules, arrays, distributed folders."""

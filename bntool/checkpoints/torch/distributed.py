@@ -1,0 +1,178 @@
+"""Folders of torch.distributed.checkpoint: ``.metadata`` says which tensor lies where in the ``.distcp`` files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from bntool.checkpoints.checkpoint import Checkpoint, Format, StateDict
+from bntool.checkpoints.containers.pickles.nodes import (
+    Construction,
+    Dict,
+    Global,
+    Instance,
+    Node,
+    as_mapping,
+    iterate_pairs,
+    text_of,
+)
+from bntool.checkpoints.containers.pickles.reading import Pickle, read_pickle
+from bntool.checkpoints.containers.pickles.trust import list_globals
+from bntool.checkpoints.dtypes import BY_NAME
+from bntool.checkpoints.files import SourceFile, quote
+from bntool.checkpoints.outputs import OutputFiles
+from bntool.checkpoints.tensors import Storage, StoredTensor
+from bntool.checkpoints.torch.distributed_pieces import FolderReader, Item, Piece, assemble
+from bntool.checkpoints.torch.state_dicts import find_state_dicts, with_tensor_sources
+from bntool.checkpoints.torch.tensors import StorageReference, TensorReader, as_shape
+from bntool.errors import CorruptFileError, RefusedError, UnknownFormatError, UnsafeFileError
+
+METADATA = ".metadata"
+MAX_OBJECTS = 10_000  # pickled objects beside the tensors
+MAX_PLACES = 1_000_000
+_MODULE = "torch.distributed.checkpoint.metadata."
+
+
+class Distributed(Format):
+    """See the module."""
+
+    name = "distributed"
+    title = "torch.distributed.checkpoint"
+
+    def locate(self, path: Path) -> Path | None:
+        inside = path / METADATA
+        return inside if inside.is_file() else None
+
+    def recognises(self, path: Path, head: bytes) -> bool:
+        return path.name == METADATA and head[:1] == b"\x80"
+
+    def read(self, file: SourceFile) -> Checkpoint:
+        pickle = read_pickle(file)
+        root = pickle.root
+        if not isinstance(root, Instance) or root.path != f"{_MODULE}Metadata":
+            raise UnknownFormatError("this .metadata was not written by torch.distributed.checkpoint")
+        content = as_mapping(root.state)
+        items = _read_items(content.get("storage_data"))
+        folder = FolderReader(file.path.parent)
+        reader = _LeafReader()
+        tree = _build_tree(content, items, folder, reader)
+        state_dicts = with_tensor_sources(find_state_dicts(tree, reader))
+        return Checkpoint(
+            file=file,
+            format=self,
+            state_dicts=state_dicts,
+            entries=as_mapping(tree),
+            globals=list_globals(pickle, *_read_objects(content, items, folder)),
+        )
+
+    def write(self, checkpoint: Checkpoint, path: Path, output: OutputFiles) -> None:  # noqa: ARG002 (refused)
+        raise RefusedError(
+            "folders of torch.distributed.checkpoint are read, not written; make one file of it with "
+            "bntool convert CKPT --to torch -o NEW, and work on that",
+            path=checkpoint.path,
+        )
+
+    def can_record(self, checkpoint: Checkpoint, state_dict: StateDict) -> bool:  # noqa: ARG002 (no place for any)
+        return False
+
+
+class _LeafReader(TensorReader):
+    """Knows the tensors of the leaves of the tree."""
+
+    def __init__(self) -> None:
+        super().__init__(_no_storage)
+        self.tensors: dict[int, tuple[Instance, StoredTensor]] = {}  # by id of the leaf, which must stay alive
+
+    def read(self, node: Node) -> StoredTensor | None:
+        found = self.tensors.get(id(node))
+        return found[1] if found is not None else None
+
+
+def _no_storage(reference: StorageReference) -> Storage:
+    raise CorruptFileError(f"the metadata names a storage {quote(reference.key)}")
+
+
+_Items = Mapping[tuple[str, tuple[int, ...] | None], Item]
+
+
+def _read_items(node: Node) -> dict[tuple[str, tuple[int, ...] | None], Item]:
+    """Where each piece of each tensor, and each object, lies: by its name and its first index."""
+    items: dict[tuple[str, tuple[int, ...] | None], Item] = {}
+    for number, (key, value) in enumerate(iterate_pairs(node)):
+        index, place = _state(key), _state(value)
+        name, path = text_of(index.get("fqn")), text_of(place.get("relative_path"))
+        offset, length = place.get("offset"), place.get("length")
+        if number >= MAX_PLACES:
+            raise UnsafeFileError(f"the metadata names more than {MAX_PLACES} places")
+        if name is None or path is None or type(offset) is not int or type(length) is not int:
+            raise CorruptFileError("the places of the tensors are malformed")
+        first = index.get("offset")
+        items[name, None if first is None else as_shape(first)] = Item(
+            path, offset, length, is_transformed=bool(place.get("transform_descriptors"))
+        )
+    return items
+
+
+def _state(node: Node) -> Mapping[str, Node]:
+    return as_mapping(node.state) if isinstance(node, Instance) else {}
+
+
+def _build_tree(content: Mapping[str, Node], items: _Items, folder: FolderReader, reader: _LeafReader) -> Dict:
+    """The nested mappings that were saved: the planner keeps the path of each flattened name."""
+    paths = as_mapping(content.get("planner_data"))
+    root = Dict()
+    children: dict[tuple[int, str], Dict] = {}
+    leaves: set[tuple[int, str]] = set()
+    for name, node in as_mapping(content.get("state_dict_metadata")).items():
+        path = paths.get(name)
+        parts = [str(part) for part in path] if isinstance(path, tuple) and path else [name]
+        if len(parts) > 100:
+            raise UnsafeFileError(f"the metadata holds a name of {len(parts)} parts")
+        place = root
+        for part in parts[:-1]:
+            key = (id(place), part)
+            if key not in children:
+                children[key] = Dict()
+                place.pairs.append((part, children[key]))
+            place = children[key]
+        leaf = Instance(Global("", name), (), construction=Construction.REDUCE)
+        if (id(place), parts[-1]) in leaves:
+            raise CorruptFileError("two tensors of the metadata have one name", tensor=name)
+        leaves.add((id(place), parts[-1]))
+        place.pairs.append((parts[-1], leaf))
+        if isinstance(node, Instance) and node.path == f"{_MODULE}TensorStorageMetadata":
+            reader.tensors[id(leaf)] = (leaf, _read_tensor(name, _state(node), items, folder))
+    return root
+
+
+def _read_tensor(name: str, facts: Mapping[str, Node], items: _Items, folder: FolderReader) -> StoredTensor:
+    properties = facts.get("properties")
+    state = properties.state if isinstance(properties, Instance) else None
+    dtype_node = state[0] if isinstance(state, tuple) and state else as_mapping(state).get("dtype")
+    dtype = BY_NAME.get(dtype_node.name) if isinstance(dtype_node, Global) else None
+    shape, chunks = as_shape(facts.get("size")), facts.get("chunks")
+    if dtype is None or shape is None or not isinstance(chunks, list):
+        raise CorruptFileError("the metadata of this tensor is malformed", tensor=name)
+    pieces = []
+    for chunk in chunks:
+        offsets, sizes = as_shape(_state(chunk).get("offsets")), as_shape(_state(chunk).get("sizes"))
+        if offsets is None or sizes is None or len(offsets) != len(shape) or len(sizes) != len(shape):
+            raise CorruptFileError("the pieces of this tensor are malformed", tensor=name)
+        item = items.get((name, offsets)) or (items.get((name, None)) if len(chunks) == 1 else None)
+        if item is None:
+            raise CorruptFileError("the metadata does not say where this tensor lies", tensor=name)
+        pieces.append(Piece(folder, item, dtype, offsets, sizes))
+    return assemble(name, dtype, shape, pieces)
+
+
+def _read_objects(content: Mapping[str, Node], items: _Items, folder: FolderReader) -> list[Pickle]:
+    """The pickles of what is no tensor: loading the folder unpickles them too."""
+    names = [
+        name
+        for name, node in as_mapping(content.get("state_dict_metadata")).items()
+        if isinstance(node, Instance) and node.path == f"{_MODULE}BytesStorageMetadata" and (name, None) in items
+    ]
+    if len(names) > MAX_OBJECTS:
+        raise UnsafeFileError(f"the metadata names more than {MAX_OBJECTS} objects")
+    places = [items[name, None] for name in names]
+    return [folder.read_object(item) for item in places if not item.is_transformed]

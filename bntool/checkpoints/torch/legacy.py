@@ -1,0 +1,140 @@
+"""The files of torch.save before torch 1.6: pickles one after the other, then the storages."""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+
+from bntool.checkpoints.checkpoint import Checkpoint, Format, StateDict
+from bntool.checkpoints.containers.pickles.nodes import as_mapping, is_mapping, text_of
+from bntool.checkpoints.containers.pickles.reading import OpcodeBudget, Pickle, read_pickle
+from bntool.checkpoints.containers.pickles.trust import list_globals
+from bntool.checkpoints.files import SourceFile, quote
+from bntool.checkpoints.outputs import OutputFiles
+from bntool.checkpoints.tensors import Storage
+from bntool.checkpoints.torch.mixed_arrays import MixedReader
+from bntool.checkpoints.torch.state_dicts import TorchContent, find_state_dicts, metadata_node, read_records
+from bntool.checkpoints.torch.tensors import StorageReference, read_storage_reference
+from bntool.errors import CorruptFileError, RefusedError
+
+_MAGIC = 0x1950A86A20F9469CFC6C
+_HEAD = b"\x8a\x0a" + _MAGIC.to_bytes(10, "little")
+_PROTOCOL = 1001
+
+
+@dataclass(frozen=True, slots=True)
+class StoredRun:
+    """One storage of the file: its number of elements and where its bytes lie."""
+
+    key: str
+    count: int
+    offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class LegacyLayout:
+    """The file, its list of storages, and where each lies."""
+
+    file: SourceFile
+    keys: Pickle
+    runs: dict[str, StoredRun]
+    big_endian: bool
+
+
+class TorchLegacy(Format):
+    """See the module."""
+
+    name = "torch-legacy"
+    title = "torch (legacy, before 1.6)"
+
+    def recognises(self, path: Path, head: bytes) -> bool:  # noqa: ARG002 (names say nothing)
+        return head[:1] == b"\x80" and _HEAD in head[2:32]  # protocols 4 and 5 put a frame before it
+
+    def read(self, file: SourceFile) -> Checkpoint:
+        magic = read_pickle(file)
+        protocol = read_pickle(file, offset=magic.end)
+        system = read_pickle(file, offset=protocol.end)
+        if magic.root != _MAGIC or protocol.root != _PROTOCOL:
+            raise CorruptFileError("this is torch's legacy format, but in no version of it that is known")
+        budget = OpcodeBudget()
+        pickle = read_pickle(file, offset=system.end, budget=budget)
+        keys = read_pickle(file, offset=pickle.end, budget=budget)
+        big_endian = as_mapping(system.root).get("little_endian") is False
+        layout = LegacyLayout(file, keys, _locate_storages(file, pickle, keys), big_endian)
+        reader = MixedReader(lambda reference: _resolve(layout, reference))
+        state_dicts = find_state_dicts(pickle.root, reader)
+        return Checkpoint(
+            file=file,
+            format=self,
+            state_dicts=state_dicts,
+            entries=as_mapping(pickle.root) if is_mapping(pickle.root) else {},
+            globals=list_globals(pickle),
+            records=read_records(state_dicts),
+            content=TorchContent(pickle, reader, layout),
+        )
+
+    def write(self, checkpoint: Checkpoint, path: Path, output: OutputFiles) -> None:
+        from bntool.checkpoints.torch.array_changes import collect_changes  # only those who write need it
+        from bntool.checkpoints.torch.legacy_writing import write_file
+
+        changes = collect_changes(checkpoint)
+        if changes.loose_record is not None:
+            raise RefusedError(
+                "this file has no place for a record: its state dict has no _metadata. "
+                "Load it and save it again with torch.save, or leave the record out"
+            )
+        write_file(checkpoint, changes, output.open(path))
+
+    def can_record(self, checkpoint: Checkpoint, state_dict: StateDict) -> bool:  # noqa: ARG002
+        return is_mapping(metadata_node(state_dict.source.node))
+
+
+def _locate_storages(file: SourceFile, pickle: Pickle, keys: Pickle) -> dict[str, StoredRun]:
+    """Where each storage lies: they follow in the order of the list of keys, each after its element count."""
+    references = {
+        reference.key: reference
+        for reference in map(read_storage_reference, pickle.persistent_ids)
+        if reference is not None
+    }
+    if not isinstance(keys.root, list):
+        raise CorruptFileError("the list of storages is malformed")
+    runs: dict[str, StoredRun] = {}
+    position = keys.end
+    for node in keys.root:
+        key = text_of(node)
+        reference = references.get(key or "")
+        if key is None or reference is None or key in runs:
+            raise CorruptFileError("the list of storages names one that no tensor uses, or one twice")
+        (count,) = struct.unpack("<q", file.read(position, 8))
+        nbytes = reference.dtype.byte_count(count)
+        if count < reference.count:
+            raise CorruptFileError(f"storage {quote(key)} has {count} elements, but {reference.count} are needed")
+        if position + 8 + nbytes > file.size:
+            raise CorruptFileError(
+                f"storage {quote(key)} of {count} elements does not fit in the file, which is truncated"
+            )
+        runs[key] = StoredRun(key, count, position + 8, nbytes)
+        position += 8 + nbytes
+    return runs
+
+
+def _resolve(layout: LegacyLayout, reference: StorageReference) -> Storage:
+    run = layout.runs.get(reference.key)
+    if run is None:
+        raise CorruptFileError(f"the storage {quote(reference.key)} is missing from the file")
+    offset, nbytes = run.offset, run.nbytes
+    if reference.view is not None:
+        _, start, count = reference.view
+        if reference.dtype.byte_count(start + count) > nbytes:
+            raise CorruptFileError("a view of a storage reaches outside of it")
+        offset, nbytes = offset + reference.dtype.byte_count(start), reference.dtype.byte_count(count)
+    return Storage(
+        source=layout.file,
+        offset=offset,
+        nbytes=nbytes,
+        key=reference.key,
+        big_endian=layout.big_endian,
+        device=reference.device,
+    )

@@ -1,0 +1,114 @@
+"""Plain pickles of numpy arrays: the model zoo of detectron2, Caffe2 blobs, whatever pickle.dump wrote."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from pathlib import Path
+
+from bntool.checkpoints.checkpoint import Checkpoint, Format, GlobalName, GlobalTrust, StateDict
+from bntool.checkpoints.containers.pickles.nodes import as_mapping, is_mapping
+from bntool.checkpoints.containers.pickles.reading import Pickle, read_pickle
+from bntool.checkpoints.containers.pickles.trust import list_globals
+from bntool.checkpoints.files import SourceFile, quote
+from bntool.checkpoints.outputs import OutputFiles
+from bntool.checkpoints.torch.arrays import ArrayReader
+from bntool.checkpoints.torch.modules import StateDictSource
+from bntool.checkpoints.torch.state_dicts import TorchContent, find_state_dicts
+from bntool.errors import RefusedError, UnknownFormatError
+
+# Caffe2's names as detectron2 reads them (detectron2/checkpoint/c2_model_loading.py)
+_CAFFE2_ENDINGS = {
+    "bn_s": "bn.weight",
+    "bn_b": "bn.bias",
+    "bn_rm": "bn.running_mean",
+    "bn_riv": "bn.running_var",
+}
+
+
+class NumpyPickle(Format):
+    """See the module."""
+
+    name = "numpy-pickle"
+    title = "pickle of numpy arrays"
+
+    def recognises(self, path: Path, head: bytes) -> bool:
+        return (head[:1] == b"\x80" and head[1:2] <= b"\x05") or path.suffix in (".pkl", ".pickle")
+
+    def read(self, file: SourceFile) -> Checkpoint:
+        pickle = read_pickle(file)
+        reader = ArrayReader()
+        state_dicts = tuple(map(_translate_caffe2, find_state_dicts(pickle.root, reader)))
+        if not reader.nodes:
+            raise UnknownFormatError(_describe_other_pickle(list_globals(pickle)))
+        return Checkpoint(
+            file=file,
+            format=self,
+            state_dicts=state_dicts,
+            entries=as_mapping(pickle.root) if is_mapping(pickle.root) else {},
+            globals=list_globals(pickle),
+            content=TorchContent(pickle, reader, None),
+        )
+
+    def write(self, checkpoint: Checkpoint, path: Path, output: OutputFiles) -> None:
+        from bntool.checkpoints.containers.pickles.writing import write_pickle
+        from bntool.checkpoints.torch.array_changes import collect_changes  # only those who write need it
+
+        pickle: Pickle = checkpoint.content.pickle
+        for state_dict in checkpoint.state_dicts:
+            _check_keys(state_dict)
+        changes = collect_changes(checkpoint)
+        if changes.loose_record is not None:
+            raise RefusedError(
+                "a pickle of numpy arrays has no place for a record; convert it first with "
+                "bntool convert CKPT --to torch -o NEW"
+            )
+        file, stream = checkpoint.file, output.open(path)
+        if not changes.changes_pickle:
+            file.copy_to(stream, offset=0, length=file.size)
+            return
+        write_pickle(stream.write, pickle.root, protocol=pickle.protocol, replacements=changes.replacements)
+        for chunk in file.chunks(pickle.end, file.size - pickle.end):  # what follows is not ours to drop
+            stream.write(chunk)
+
+    def can_record(self, checkpoint: Checkpoint, state_dict: StateDict) -> bool:  # noqa: ARG002 (no place for any)
+        return False
+
+
+def _describe_other_pickle(globals_: Iterable[GlobalName]) -> str:
+    what = "this is a pickle that torch.save did not write, and it holds no numpy arrays"
+    suspicious = [name.path for name in globals_ if name.trust is GlobalTrust.SUSPICIOUS]
+    return what + (
+        f"; it names {quote(suspicious[0])}, which can run code or reach files: do not unpickle it"
+        if suspicious
+        else ""
+    )
+
+
+def _translate_caffe2(state_dict: StateDict) -> StateDict:
+    """BatchNorm under PyTorch's names; other blobs keep theirs."""
+    names = {name: _translate(name) for name in state_dict.tensors}
+    if all(name == new for name, new in names.items()) or len(set(names.values())) < len(names):
+        return state_dict
+    source: StateDictSource = state_dict.source
+    return dataclasses.replace(
+        state_dict,
+        tensors={names[name]: tensor for name, tensor in state_dict.tensors.items()},
+        source=dataclasses.replace(source, tensor_nodes={names[n]: node for n, node in source.tensor_nodes.items()}),
+    )
+
+
+def _translate(name: str) -> str:
+    stem, underscore, ending = name.rpartition("_")
+    layer, _, last = stem.rpartition("_")
+    new = _CAFFE2_ENDINGS.get(f"{last}_{ending}")
+    return f"{layer}_{new}" if underscore and layer and new else name
+
+
+def _check_keys(state_dict: StateDict) -> None:
+    """Arrays under translated names can change, but not come or go."""
+    source: StateDictSource = state_dict.source
+    inside = as_mapping(source.node)
+    is_translated = any(name not in inside for name in source.tensor_nodes)
+    if is_translated and not state_dict.is_module and list(state_dict.tensors) != list(source.tensor_nodes):
+        raise RefusedError("arrays of a Caffe2 model can change, but not come or go; convert it to torch first")

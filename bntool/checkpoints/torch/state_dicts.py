@@ -1,0 +1,254 @@
+"""Finding state dicts in the nodes of a pickle that torch wrote."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeAlias
+
+from bntool.checkpoints.checkpoint import StateDict, find_prefix
+from bntool.checkpoints.containers.pickles.nodes import (
+    Dict,
+    Instance,
+    Node,
+    Update,
+    as_mapping,
+    is_mapping,
+    iterate_pairs,
+    text_of,
+)
+from bntool.checkpoints.containers.pickles.reading import Pickle
+from bntool.checkpoints.tensors import StoredTensor
+from bntool.checkpoints.torch.modules import MAX_DEPTH, ModuleReader, StateDictSource, is_module
+from bntool.checkpoints.torch.tensors import TensorReader
+from bntool.errors import UnsafeFileError
+
+RECORD_KEY = "bntool"
+MAX_STATE_DICTS = 1000
+MAX_NAME = 1000  # characters; longer keys are data too, and keys of keys of them exhaust memory
+MAX_LIST = 1000  # longer lists are data, not models
+MAX_NUMBERS = 256  # mappings from more numbers are data too: results by image, statistics by class
+
+_CONTAINERS = (list, tuple, Dict, Instance)
+
+# leaf names by which a mapping of tensors is known as a state dict, besides dotted names
+_LEAVES = {
+    "weight",
+    "bias",
+    "running_mean",
+    "running_var",
+    "num_batches_tracked",
+    "weight_g",
+    "weight_v",
+    "scale",
+    "shift",
+}
+
+
+@dataclass
+class TorchContent:
+    """What the torch formats need to write a file back.
+
+    Attributes:
+        pickle: the main pickle.
+        reader: knows the tensors already read.
+        container: the archive or the layout of the legacy file.
+    """
+
+    pickle: Pickle
+    reader: TensorReader
+    container: Any
+
+
+def find_state_dicts(root: Node, reader: TensorReader) -> tuple[StateDict, ...]:
+    """All state dicts and pickled modules under ``root``, in the order of the file.
+
+    A mapping is a state dict if it holds a tensor under a dotted name or under a name like ``weight``; where nothing
+    in the file does, any mapping with a floating tensor counts. A numpy array among torch's tensors is known by a
+    dotted name only: as ``weight`` or ``scale`` it is often data. Optimizer states (mappings with ``state`` and
+    ``param_groups``) are passed over. Where two would have the same key, the later ones get a number: ``model#2``.
+
+    Raises:
+        CorruptFileError, UnsafeFileError
+    """
+    found: list[StateDict] = []
+    weak: list[StateDict] = []
+    modules = ModuleReader(reader)
+    versions: dict[int, dict[str, int | None] | None] = {}  # several state dicts can share one _metadata
+    for path, node in _walk(root):
+        key, access = ".".join(step.name for step in path), "".join(step.access for step in path)
+        if is_module(node):
+            found.append(dataclasses.replace(modules.read(key, node), access=access))
+        elif is_mapping(node):
+            source = StateDictSource(node)
+            tensors = _read_tensors(source, reader)
+            if not tensors:
+                continue
+            metadata = metadata_node(node)
+            if id(metadata) not in versions:
+                versions[id(metadata)] = _versions(metadata)
+            looks_right = any("." in n or (n in _LEAVES and not reader.is_array(t)) for n, t in tensors.items())
+            state_dict = StateDict(
+                key,
+                find_prefix(list(tensors)),
+                tensors,
+                versions=versions[id(metadata)],
+                access=access,
+                holds_arrays=any(map(reader.is_array, tensors.values())),
+                source=source,
+            )
+            (found if looks_right else weak).append(state_dict)
+        if len(found) > MAX_STATE_DICTS:
+            raise UnsafeFileError(f"the file holds more than {MAX_STATE_DICTS} state dicts")
+    floating = [s for s in weak if any(tensor.dtype.is_floating for tensor in s.tensors.values())]
+    return _with_unique_keys(found or floating)
+
+
+def _with_unique_keys(state_dicts: list[StateDict]) -> tuple[StateDict, ...]:
+    used: dict[str, int] = {}
+    unique = []
+    for state_dict in state_dicts:
+        count = used[state_dict.key] = used.get(state_dict.key, 0) + 1
+        unique.append(dataclasses.replace(state_dict, key=f"{state_dict.key}#{count}") if count > 1 else state_dict)
+    return tuple(unique)
+
+
+class _Step(NamedTuple):
+    """One step from a container into it: its name in keys, and in Python."""
+
+    name: str
+    access: str
+
+
+def _walk(root: Node) -> Iterator[tuple[tuple[_Step, ...], Node]]:
+    """Every mapping and module that can be reached by names and numbers, with its path, each once.
+
+    Modules are not entered.
+    """
+    pending: list[tuple[tuple[_Step, ...], Node]] = [((), root)]
+    seen: set[int] = set()
+    while pending:
+        path, node = pending.pop()
+        if id(node) in seen or len(path) > MAX_DEPTH:
+            continue
+        seen.add(id(node))
+        inside: list[tuple[_Step, Node]] = []
+        if is_module(node):
+            yield path, node
+        elif isinstance(node, list | tuple):
+            inside = _numbered(node)
+        elif is_mapping(node):
+            entries = as_mapping(node)
+            if "param_groups" in entries and "state" in entries:
+                continue
+            yield path, node
+            inside = _entries(node)
+        elif isinstance(node, Instance):
+            inside = _numbered(_members(node))
+            if is_mapping(node.state) and id(node.state) not in seen:
+                seen.add(id(node.state))
+                inside += [(_attribute(step), value) for step, value in _entries(node.state)]
+        pending.extend(((*path, step), value) for step, value in reversed(inside))
+
+
+def _numbered(nodes: Sequence[Node]) -> list[tuple[_Step, Node]]:
+    """The containers in a list by their places; none of a long one."""
+    if len(nodes) > MAX_LIST:
+        return []
+    return [(_Step(str(i), f"[{i}]"), node) for i, node in enumerate(nodes) if isinstance(node, _CONTAINERS)]
+
+
+def _attribute(step: _Step) -> _Step:
+    """The same step for what an object holds; a name that is none must not become code."""
+    return _Step(step.name, f".{step.name}" if step.name.isidentifier() else f".__dict__{step.access}")
+
+
+def _members(node: Instance) -> list[Node]:
+    """What was appended to an object: a deque, or a list of a class of its own."""
+    return [value for update, payload in node.updates if update is Update.APPENDS for value in payload]
+
+
+def _entries(node: Node) -> list[tuple[_Step, Node]]:
+    """The containers in a mapping, by texts and by numbers, in order; without the numbers where they are many."""
+    found: dict[str | float | None, Node] = {}
+    for key, value in iterate_pairs(node):
+        name = text_of(key)
+        found[key if name is None and isinstance(key, int | float) else name] = value
+    found.pop(None, None)
+    if len(found) - len(as_mapping(node)) > MAX_NUMBERS:
+        found = {key: value for key, value in found.items() if isinstance(key, str)}
+    containers = [(key, value) for key, value in found.items() if isinstance(value, _CONTAINERS)]
+    return [(_Step(str(key), f"[{key!r}]"), value) for key, value in containers if len(str(key)) <= MAX_NAME]
+
+
+def _read_tensors(source: StateDictSource, reader: TensorReader) -> dict[str, StoredTensor]:
+    tensors: dict[str, StoredTensor] = {}
+    for key, value in iterate_pairs(source.node):
+        name = text_of(key)
+        tensor = reader.read_named(name, value) if name is not None else None
+        if name is not None and tensor is not None:
+            tensors[name] = tensor
+            source.tensor_nodes[name] = value
+    return tensors
+
+
+def with_tensor_sources(state_dicts: Iterable[StateDict]) -> tuple[StateDict, ...]:
+    """For layouts that are not written from nodes: each state dict keeps its tensors as they were read."""
+    return tuple(dataclasses.replace(s, source=dict(s.tensors)) for s in state_dicts)
+
+
+def metadata_node(node: Node) -> Node:
+    """The ``_metadata`` of a state dict: an attribute of the OrderedDict, or None."""
+    if isinstance(node, Instance) and is_mapping(node.state):
+        return as_mapping(node.state).get("_metadata")
+    return None
+
+
+def shares_metadata(metadata: Node, other: Node) -> bool:
+    """Whether two ``_metadata`` are one, or have an entry in common."""
+    if not (is_mapping(metadata) and is_mapping(other)):
+        return False
+    entries = {id(entry) for entry in as_mapping(metadata).values() if is_mapping(entry)}
+    return metadata is other or any(id(entry) in entries for entry in as_mapping(other).values())
+
+
+def _versions(metadata: Node) -> dict[str, int | None] | None:
+    if not is_mapping(metadata):
+        return None
+    versions = {}
+    for name, entry in as_mapping(metadata).items():
+        version = as_mapping(entry).get("version")
+        versions[name] = version if type(version) is int else None
+    return versions
+
+
+History: TypeAlias = tuple[Mapping[str, Any], ...]
+
+
+def read_records(state_dicts: Iterable[StateDict]) -> dict[str, History]:
+    """What bntool recorded in the ``_metadata`` of each state dict, by its key."""
+    parsed: dict[int, History] = {}
+    records = {}
+    for state_dict in state_dicts:
+        node = as_mapping(as_mapping(metadata_node(state_dict.source.node)).get("")).get(RECORD_KEY)
+        if id(node) not in parsed:
+            parsed[id(node)] = parse_record(text_of(node))
+        if parsed[id(node)]:
+            records[state_dict.key] = parsed[id(node)]
+    return records
+
+
+def parse_record(text: str | None) -> History:
+    """A recorded history: a JSON array of objects; anything else counts as none."""
+    try:
+        history = json.loads(text) if text else []
+    except (ValueError, RecursionError):
+        return ()
+    return as_history(history)
+
+
+def as_history(entries: Any) -> History:
+    """The entries that are records."""
+    return tuple(entry for entry in entries if isinstance(entry, dict)) if isinstance(entries, list) else ()

@@ -1,0 +1,245 @@
+"""Recognising tensors and storages in the nodes of a pickle that torch wrote."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+from bntool.checkpoints.containers.pickles.nodes import Construction, Global, Instance, Node, PersistentId, text_of
+from bntool.checkpoints.dtypes import BY_NAME, BY_STORAGE, UINT8, DType
+from bntool.checkpoints.tensors import MAX_DIMENSIONS, Storage, StoredTensor, contiguous_strides
+from bntool.errors import BntoolError, CorruptFileError
+
+MAX_NESTING = 20  # of tensors in subclasses in parameters; two or three are seen
+
+# from the value of a persistent id to the storage that it names
+StorageResolver = Callable[["StorageReference"], Storage]
+
+_STORAGELESS = {
+    "torch._utils._rebuild_meta_tensor_no_storage": "meta",
+    "torch._utils._rebuild_wrapper_subclass": "wrapper subclass",
+    "torch._utils._rebuild_device_tensor_from_numpy": "from numpy",
+    "torch._utils._rebuild_device_tensor_from_cpu_tensor": "from another device",
+    "torch._utils._rebuild_xla_tensor": "from numpy",
+    "torch._utils._rebuild_nested_tensor": "nested",
+    "torch.nn.parameter.UninitializedParameter": "uninitialized",
+    "torch.nn.parameter.UninitializedBuffer": "uninitialized",
+}
+_PLAIN_SUBCLASSES = (
+    "torch.Tensor",
+    "torch._tensor.Tensor",
+    "torch.nn.parameter.Parameter",
+    "torch.nn.parameter.Buffer",
+)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class StorageReference:
+    """The persistent id of a storage, taken apart.
+
+    Attributes:
+        dtype: element type; uint8 for an untyped storage.
+        key: names the storage in the file.
+        device: where it lived.
+        count: its number of elements.
+        view: (key, offset, count) of a view into it, in files from before torch 0.4.
+    """
+
+    dtype: DType
+    key: str
+    device: str
+    count: int
+    view: tuple[str, int, int] | None = None
+
+    @property
+    def nbytes(self) -> int:
+        return self.dtype.byte_count(self.count)
+
+
+def read_storage_reference(node: Node) -> StorageReference | None:
+    """The storage that a persistent id names; None where it names something else.
+
+    Raises:
+        CorruptFileError: it is meant to name a storage but does not.
+    """
+    value = node.value if isinstance(node, PersistentId) else None
+    if not isinstance(value, tuple) or not value or text_of(value[0]) != "storage":
+        return None
+    if len(value) not in (5, 6) or not isinstance(value[1], Global):
+        raise CorruptFileError("the reference to a storage is malformed")
+    key, device, count = text_of(value[2]), text_of(value[3]), value[4]
+    if key is None or device is None or not _is_count(count):
+        raise CorruptFileError("the reference to a storage is malformed")
+    name = value[1].name
+    dtype = UINT8 if name == "UntypedStorage" else BY_STORAGE.get(name)
+    if dtype is None:
+        raise CorruptFileError(f"unknown storage type {value[1].path:.80}")
+    view = value[5] if len(value) == 6 else None
+    if view is None:
+        return StorageReference(dtype, key, device, count)
+    if not isinstance(view, tuple) or len(view) != 3 or not _is_count(view[1]) or not _is_count(view[2]):
+        raise CorruptFileError("the view of a storage is malformed")
+    return StorageReference(dtype, key, device, count, (text_of(view[0]) or "", view[1], view[2]))
+
+
+def _is_count(value: Node) -> bool:
+    return type(value) is int and 0 <= value < 1 << 63  # what fits in torch's own integers
+
+
+class TensorReader:
+    """Turns nodes into tensors, each node once.
+
+    Args:
+        resolve: finds the bytes of a storage.
+    """
+
+    def __init__(self, resolve: StorageResolver) -> None:
+        self._resolve = resolve
+        self._known: dict[int, StoredTensor | None] = {}
+        self._depth = 0
+        self._storages: dict[tuple[str, DType, tuple[str, int, int] | None], Storage] = {}
+
+    def read(self, node: Node) -> StoredTensor | None:
+        """The tensor that a node stands for; None where it stands for something else.
+
+        Raises:
+            CorruptFileError: a tensor whose facts contradict each other or reach outside of its storage.
+        """
+        if not isinstance(node, Instance):
+            return None
+        if id(node) not in self._known:
+            self._known[id(node)] = None  # a hostile file can nest a tensor in itself
+            self._known[id(node)] = self._read(node)
+        return self._known[id(node)]
+
+    def read_named(self, name: str, node: Node) -> StoredTensor | None:
+        """Like :meth:`read`; errors name the tensor."""
+        try:
+            return self.read(node)
+        except BntoolError as error:
+            error.tensor = error.tensor or name
+            raise
+
+    def mark_parameter(self, node: Node) -> StoredTensor | None:
+        """Like :meth:`read`, for a tensor that is a parameter although its node does not say so."""
+        tensor = self.read(node)
+        if tensor is None or tensor.is_parameter:
+            return tensor
+        self._known[id(node)] = dataclasses.replace(tensor, is_parameter=True)
+        return self._known[id(node)]
+
+    def is_array(self, tensor: StoredTensor) -> bool:  # noqa: ARG002 (for the reader that knows arrays)
+        """Whether it is one of numpy's, among tensors of torch."""
+        return False
+
+    def _read(self, node: Instance) -> StoredTensor | None:
+        self._depth += 1
+        try:
+            if self._depth > MAX_NESTING:
+                raise CorruptFileError("a tensor of the pickle is nested in itself, or too deeply")
+            return self._rebuild(node)
+        except (IndexError, TypeError, ValueError) as error:
+            raise CorruptFileError("a tensor of the pickle is malformed") from error
+        finally:
+            self._depth -= 1
+
+    def _rebuild(self, node: Instance) -> StoredTensor | None:  # noqa: PLR0911 (one for each function)
+        path, arguments = node.path, node.arguments
+        if path in _STORAGELESS:
+            return _storageless(path, arguments)
+        if not path.startswith(("torch._utils._rebuild_", "torch._tensor._rebuild_")):
+            return None
+        if not isinstance(arguments, tuple):
+            raise CorruptFileError("a tensor of the pickle is malformed")
+        name = path.rpartition(".")[2]
+        if name in ("_rebuild_tensor_v2", "_rebuild_tensor", "_rebuild_tensor_v3"):
+            return self._strided(name, arguments)
+        if name == "_rebuild_qtensor":
+            return dataclasses.replace(self._strided("_rebuild_tensor", arguments[:4]), wrapper="quantized")
+        if name in ("_rebuild_sparse_tensor", "_rebuild_sparse_csr_tensor"):
+            return self._sparse(arguments[1])
+        if name in ("_rebuild_parameter", "_rebuild_parameter_with_state"):
+            inner = self.read(arguments[0])
+            return inner and dataclasses.replace(inner, is_parameter=True, requires_grad=bool(arguments[1]))
+        if name == "_rebuild_from_type_v2":
+            return self._subclass(arguments)
+        return None
+
+    def _strided(self, rebuild: str, arguments: tuple[Node, ...]) -> StoredTensor:
+        reference = read_storage_reference(arguments[0])
+        offset, shape, strides = arguments[1:4]
+        if reference is None or not _is_count(offset) or not _are_counts(shape) or not _are_counts(strides):
+            raise CorruptFileError("a tensor of the pickle is malformed: storage, offset, size or stride")
+        dtype = reference.dtype
+        metadata: Node = arguments[6] if rebuild == "_rebuild_tensor_v2" and len(arguments) > 6 else None
+        if rebuild == "_rebuild_tensor_v3":
+            dtype = _dtype_of(arguments[6])
+            metadata = arguments[7] if len(arguments) > 7 else None
+        tensor = StoredTensor(
+            dtype=dtype,
+            shape=tuple(shape),
+            strides=tuple(strides),
+            storage_offset=offset,
+            storage=self._storage(reference),
+            requires_grad=bool(arguments[4]) if len(arguments) > 4 else False,
+            wrapper="conjugate or negative view" if metadata is not None else None,
+        )
+        tensor.check_bounds("")
+        return tensor
+
+    def _sparse(self, parts: Node) -> StoredTensor:
+        """The dtype of its values, which come last of its tensors, and its size."""
+        nodes = parts[:8] if isinstance(parts, tuple | list) else ()
+        tensors = [tensor for tensor in map(self.read, nodes) if tensor is not None]
+        sizes = [size for size in map(as_shape, nodes) if size is not None]
+        shape = sizes[-1] if sizes else ()
+        return StoredTensor(tensors[-1].dtype, shape, contiguous_strides(shape), 0, None, wrapper="sparse")
+
+    def _storage(self, reference: StorageReference) -> Storage:
+        key = (reference.key, reference.dtype, reference.view)
+        if key not in self._storages:
+            self._storages[key] = self._resolve(reference)
+        return self._storages[key]
+
+    def _subclass(self, arguments: tuple[Node, ...]) -> StoredTensor | None:
+        function, kind, inner_arguments = arguments[:3]
+        if not isinstance(function, Global):
+            raise CorruptFileError("a tensor subclass of the pickle is malformed")
+        inner = self._read(Instance(function, inner_arguments, construction=Construction.REDUCE))
+        if inner is None or not isinstance(kind, Global) or kind.path in _PLAIN_SUBCLASSES:
+            return inner
+        return dataclasses.replace(inner, wrapper=kind.path)
+
+
+def _are_counts(values: Node) -> bool:
+    return isinstance(values, tuple | list) and len(values) <= MAX_DIMENSIONS and all(map(_is_count, values))
+
+
+def as_shape(node: Node) -> tuple[int, ...] | None:
+    """A tuple of counts, bare or as torch.Size; None for anything else."""
+    if isinstance(node, Instance) and node.path == "torch.Size" and isinstance(node.arguments, tuple):
+        node = node.arguments[0] if node.arguments else ()
+    return tuple(node) if isinstance(node, tuple) and _are_counts(node) else None
+
+
+def _dtype_of(node: Node) -> DType:
+    dtype = BY_NAME.get(node.name) if isinstance(node, Global) else None
+    if dtype is None:
+        raise CorruptFileError("a tensor of the pickle has an unknown dtype")
+    return dtype
+
+
+def _storageless(path: str, arguments: Node) -> StoredTensor:
+    """A tensor that is shown but never interpreted: its dtype and shape as far as they are plain to see."""
+    values = arguments if isinstance(arguments, tuple) else ()
+    dtypes = [BY_NAME[v.name] for v in values if isinstance(v, Global) and v.module == "torch" and v.name in BY_NAME]
+    shapes = [shape for shape in map(as_shape, values) if shape is not None]
+    shape = shapes[0] if shapes else ()
+    return StoredTensor(
+        dtype=dtypes[0] if dtypes else BY_NAME["float32"],
+        shape=shape,
+        strides=contiguous_strides(shape),
+        storage_offset=0,
+        storage=None,
+        wrapper=_STORAGELESS[path],
+    )

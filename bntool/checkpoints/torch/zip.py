@@ -1,0 +1,137 @@
+"""The zip archives of torch.save since torch 1.6: a pickle and one record for each storage."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bntool.checkpoints.checkpoint import Checkpoint, Format
+from bntool.checkpoints.containers.pickles.nodes import as_mapping, is_mapping
+from bntool.checkpoints.containers.pickles.reading import OpcodeBudget, Pickle, read_pickle_bytes
+from bntool.checkpoints.containers.pickles.trust import list_globals
+from bntool.checkpoints.containers.zips.reading import InflatedRecord, ZipArchive, ZipRecord, read_archive
+from bntool.checkpoints.files import SourceFile, quote
+from bntool.checkpoints.outputs import OutputFiles
+from bntool.checkpoints.tensors import Storage
+from bntool.checkpoints.torch.mixed_arrays import MixedReader
+from bntool.checkpoints.torch.state_dicts import TorchContent, as_history, find_state_dicts, read_records
+from bntool.checkpoints.torch.tensors import StorageReference
+from bntool.errors import CorruptFileError, UnknownFormatError, UnsafeFileError
+
+MAX_PICKLE = 1 << 29
+
+
+@dataclass(frozen=True)
+class ArchiveLayout:
+    """The archive and the folder in it that holds everything.
+
+    Attributes:
+        record_name: where in the folder bntool leaves a record for which the pickle has no place.
+    """
+
+    archive: ZipArchive
+    root: str
+    big_endian: bool
+    record_name: str = "bntool.json"
+
+    def storage_record(self, key: str) -> ZipRecord | None:
+        return self.archive.records.get(f"{self.root}data/{key}")
+
+
+class TorchZip(Format):
+    """See the module."""
+
+    name = "torch-zip"
+    title = "torch (zip)"
+
+    def read(self, file: SourceFile) -> Checkpoint:
+        archive = read_archive(file)
+        layout = find_layout(archive)
+        pickle = read_main_pickle(layout)
+        reader = MixedReader(lambda reference: resolve_storage(layout, reference))
+        state_dicts = find_state_dicts(pickle.root, reader)
+        return Checkpoint(
+            file=file,
+            format=self,
+            state_dicts=state_dicts,
+            entries=as_mapping(pickle.root) if is_mapping(pickle.root) else {},
+            globals=list_globals(pickle),
+            records={**read_loose_records(layout), **read_records(state_dicts)},
+            content=TorchContent(pickle, reader, layout),
+        )
+
+    def write(self, checkpoint: Checkpoint, path: Path, output: OutputFiles) -> None:
+        from bntool.checkpoints.torch.array_changes import collect_changes  # only those who write need it
+        from bntool.checkpoints.torch.zip_writing import write_archive
+
+        write_archive(checkpoint, collect_changes(checkpoint), output.open(path))
+
+    def verify_checksums(self, checkpoint: Checkpoint) -> int | None:
+        layout: ArchiveLayout = checkpoint.content.container
+        return layout.archive.check_records()
+
+
+def read_main_pickle(layout: ArchiveLayout, *, budget: OpcodeBudget | None = None) -> Pickle:
+    """The pickle that names the storages.
+
+    Args:
+        budget: of the file, where it has several pickles.
+    """
+    record = layout.archive.records[f"{layout.root}data.pkl"]
+    if record.size > MAX_PICKLE:
+        raise UnsafeFileError(f"the pickle has {record.size} bytes, above the limit of {MAX_PICKLE}")
+    return read_pickle_bytes(layout.archive.read(record), budget=budget)
+
+
+def read_loose_records(layout: ArchiveLayout) -> dict[str, tuple[Mapping[str, Any], ...]]:
+    """The histories in a record of the archive, by key of the state dict; anything else counts as none."""
+    record = layout.archive.records.get(f"{layout.root}{layout.record_name}")
+    try:
+        found = json.loads(layout.archive.read(record)) if record is not None else {}
+    except (ValueError, RecursionError):
+        return {}
+    histories = {key: as_history(entries) for key, entries in found.items()} if isinstance(found, dict) else {}
+    return {key: history for key, history in histories.items() if history}
+
+
+def find_layout(archive: ZipArchive) -> ArchiveLayout:
+    pickles = [name for name in archive.records if name == "data.pkl" or name.endswith("/data.pkl")]
+    top = [name for name in pickles if name.count("/") <= 1]
+    if not top:
+        raise UnknownFormatError("this zip archive is no known checkpoint: it has no data.pkl; unpack it first")
+    if len(top) > 1:
+        raise CorruptFileError("the zip archive holds more than one data.pkl")
+    root = top[0].removesuffix("data.pkl")
+    if f"{root}constants.pkl" in archive.records:
+        raise UnknownFormatError("this is a TorchScript archive")
+    return ArchiveLayout(archive, root, big_endian=is_big_endian(archive, root))
+
+
+def is_big_endian(archive: ZipArchive, root: str) -> bool:
+    """The byte order of the storages, which newer archives name."""
+    record = archive.records.get(f"{root}byteorder")
+    order = b"little" if record is None else archive.read(record)
+    if order not in (b"little", b"big"):
+        raise CorruptFileError("record 'byteorder' names neither 'little' nor 'big'")
+    return order == b"big"
+
+
+def resolve_storage(layout: ArchiveLayout, reference: StorageReference) -> Storage:
+    record = layout.storage_record(reference.key)
+    if record is None:
+        raise CorruptFileError(f"the storage {quote(reference.key)} is missing from the archive")
+    if record.size < reference.nbytes:
+        raise CorruptFileError(
+            f"storage {quote(reference.key)} has {record.size} bytes, but {reference.nbytes} are announced"
+        )
+    return Storage(
+        source=InflatedRecord(layout.archive, record) if record.is_deflated else layout.archive.file,
+        offset=0 if record.is_deflated else record.data_offset,
+        nbytes=reference.nbytes,
+        key=reference.key,
+        big_endian=layout.big_endian,
+        device=reference.device,
+    )

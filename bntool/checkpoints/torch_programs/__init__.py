@@ -1,0 +1,1 @@
+"""Programs that torch wrote: TorchScript and torch.export."""

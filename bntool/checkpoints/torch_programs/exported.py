@@ -1,0 +1,172 @@
+"""The .pt2 archives of torch.export.save: raw storages beside JSON that describes tensors and the graph."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bntool.checkpoints.checkpoint import Checkpoint, Format, ModuleInfo, StateDict, find_prefix
+from bntool.checkpoints.containers.zips.reading import InflatedRecord, ZipArchive, ZipRecord, read_archive
+from bntool.checkpoints.dtypes import BY_NAME
+from bntool.checkpoints.files import SourceFile, quote
+from bntool.checkpoints.outputs import OutputFiles
+from bntool.checkpoints.safetensors.file import parse_json
+from bntool.checkpoints.tensors import MAX_DIMENSIONS, Storage, StoredTensor, Tensor
+from bntool.checkpoints.torch.zip import ArchiveLayout, is_big_endian, read_loose_records
+from bntool.checkpoints.torch_programs.exported_graph import read_batchnorms
+from bntool.checkpoints.torch_programs.torchscript import RECORD_NAME, find_root
+from bntool.errors import CorruptFileError, UnknownFormatError, UnsafeFileError
+
+MAX_JSON = 1 << 28
+_CONFIG = "_weights_config.json"
+_STRIDED = 7  # torch._export.serde.schema.Layout
+# torch._export.serde.schema.ScalarType
+_DTYPES = {
+    1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 6: "float16", 7: "float32", 8: "float64",
+    9: "complex32", 10: "complex64", 11: "complex128", 12: "bool", 13: "bfloat16", 28: "uint16",
+    29: "float8_e4m3fn", 30: "float8_e5m2", 31: "float8_e4m3fnuz", 32: "float8_e5m2fnuz", 33: "float8_e8m0fnu",
+    34: "uint32", 35: "uint64",
+}  # fmt: skip
+EXPORT_ADVICE = (
+    "change the model before torch.export.export, or take its tensors out with bntool convert CKPT --to torch"
+)
+
+
+class ExportedProgram(Format):
+    """See the module."""
+
+    name = "exported-program"
+    title = "torch.export (.pt2)"
+    holds_code = True
+
+    def read(self, file: SourceFile) -> Checkpoint:
+        archive = read_archive(file)
+        root = _find_root(archive)
+        layout = ArchiveLayout(archive, root, is_big_endian(archive, root), RECORD_NAME)
+        start = f"{root}data/weights/"
+        names = [n[len(start) : -len(_CONFIG)] for n in archive.records if n.startswith(start) and n.endswith(_CONFIG)]
+        state_dicts = tuple(_read_model(layout, name, only=len(names) == 1) for name in names)
+        return Checkpoint(
+            file=file,
+            format=self,
+            state_dicts=tuple(state_dict for state_dict in state_dicts if state_dict.tensors),
+            entries={"models": len(names)},
+            records=read_loose_records(layout),
+            content=layout,
+        )
+
+    def write(self, checkpoint: Checkpoint, path: Path, output: OutputFiles) -> None:
+        from bntool.checkpoints.torch_programs.exported_writing import (  # only those who write need it
+            patch_records,
+            write_archive,
+        )
+        from bntool.checkpoints.value_patches import collect_value_patches
+
+        patches = collect_value_patches(checkpoint, advice=EXPORT_ADVICE, can_record=True)
+        layout: ArchiveLayout = checkpoint.content
+        write_archive(checkpoint, layout, patch_records(layout, patches), output.open(path))
+
+    def verify_checksums(self, checkpoint: Checkpoint) -> int | None:
+        layout: ArchiveLayout = checkpoint.content
+        return layout.archive.check_records()
+
+
+def _find_root(archive: ZipArchive) -> str:
+    root = find_root(archive, "archive_format")
+    if root is not None:
+        record = archive.records[f"{root}archive_format"]
+        if record.size < 100 and archive.read(record).strip() == b"pt2":
+            return root
+    raise UnknownFormatError("this zip archive is no known checkpoint: it has no data.pkl; unpack it first")
+
+
+def read_json_record(archive: ZipArchive, record: ZipRecord, *, allow_nan: bool = False) -> Any:
+    """What a record holds as JSON.
+
+    Raises:
+        CorruptFileError, UnsafeFileError
+    """
+    if record.size > MAX_JSON:
+        raise UnsafeFileError(f"record {quote(record.name)} has {record.size} bytes")
+    try:
+        return parse_json(archive.read(record), allow_nan=allow_nan)
+    except ValueError as error:
+        raise CorruptFileError(f"record {quote(record.name)} is not valid JSON: {error}") from error
+
+
+def _read_model(layout: ArchiveLayout, name: str, *, only: bool) -> StateDict:
+    archive, root = layout.archive, layout.root
+    config = read_json_record(archive, archive.records[f"{root}data/weights/{name}{_CONFIG}"])
+    entries = config.get("config") if isinstance(config, dict) else None
+    if not isinstance(entries, dict):
+        raise CorruptFileError(f"the list of weights of model {quote(name)} is malformed")
+    tensors: dict[str, Tensor] = {key: _read_tensor(layout, key, entry) for key, entry in entries.items()}
+    graph = archive.records.get(f"{root}models/{name}.json")
+    found = read_batchnorms(read_json_record(archive, graph)) if graph is not None else {}
+    modules = {layer: ModuleInfo(class_path, facts) for layer, (class_path, facts) in found.items()}
+    key = "" if only else name
+    return StateDict(key, find_prefix(list(tensors)), tensors, modules=modules, source=dict(tensors))
+
+
+@dataclass(frozen=True)
+class _Meta:
+    """The checked facts of one tensor."""
+
+    dtype: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    storage_offset: int
+    layout: int
+
+
+def _read_tensor(layout: ArchiveLayout, name: str, entry: Any) -> StoredTensor:
+    fields = entry if isinstance(entry, dict) else {}
+    meta = _read_meta(name, fields.get("tensor_meta"))
+    dtype = BY_NAME.get(_DTYPES.get(meta.dtype, ""))
+    record = layout.archive.records.get(f"{layout.root}data/weights/{fields.get('path_name')}")
+    if dtype is None or record is None:
+        what = "a dtype that is not known" if dtype is None else "no elements"
+        raise CorruptFileError(f"the archive has {what} for this tensor", tensor=name)
+    tensor = StoredTensor(
+        dtype=dtype,
+        shape=meta.shape,
+        strides=meta.strides,
+        storage_offset=meta.storage_offset,
+        storage=None,
+        requires_grad=bool(fields["tensor_meta"].get("requires_grad")),
+        is_parameter=bool(fields.get("is_param")),
+    )
+    if fields.get("use_pickle") or meta.layout != _STRIDED:
+        return dataclasses.replace(tensor, wrapper="pickled" if fields.get("use_pickle") else "sparse")
+    storage = Storage(
+        source=InflatedRecord(layout.archive, record) if record.is_deflated else layout.archive.file,
+        offset=0 if record.is_deflated else record.data_offset,
+        nbytes=record.size,
+        key=record.name,
+        big_endian=layout.big_endian,
+    )
+    tensor = dataclasses.replace(tensor, storage=storage)
+    tensor.check_bounds(name)
+    return tensor
+
+
+def _read_meta(name: str, meta: Any) -> _Meta:
+    fields = meta if isinstance(meta, dict) else {}
+    shape, strides = _integers(fields.get("sizes")), _integers(fields.get("strides"))
+    offset = _integers([fields.get("storage_offset")])
+    dtype, layout = fields.get("dtype"), fields.get("layout")
+    if shape is None or strides is None or offset is None or type(dtype) is not int or type(layout) is not int:
+        raise CorruptFileError("dtype, size, stride or offset are malformed", tensor=name)
+    return _Meta(dtype, shape, strides, offset[0], layout)
+
+
+def _integers(values: Any) -> tuple[int, ...] | None:
+    """Sizes are written as ``{"as_int": 4}``; symbolic ones have no place in weights."""
+    if not isinstance(values, list) or len(values) > MAX_DIMENSIONS:
+        return None
+    numbers = [value.get("as_int") if isinstance(value, dict) else None for value in values]
+    if not all(type(number) is int and 0 <= number < 1 << 63 for number in numbers):
+        return None
+    return tuple(number for number in numbers if number is not None)

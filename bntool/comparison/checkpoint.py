@@ -1,0 +1,326 @@
+"""What changed between two checkpoints: BatchNorm layers in their own terms, other tensors byte by byte."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
+
+from bntool.batchnorm import DEFAULT_EPS, ROLES, STATISTICS, BatchNorm, selects
+from bntool.checkpoints.batchnorms import find_batchnorms
+from bntool.checkpoints.checkpoint import Checkpoint, StateDict, choose_state_dict
+from bntool.checkpoints.tensors import StoredTensor, Tensor, equal_streams, read_bytes, read_numbers
+from bntool.comparison.name_alignment import align_names
+from bntool.errors import BntoolError
+from bntool.graphs.architectures.recognition import assume_eps
+
+_WITHOUT_COUNTER = ("onnx.", "caffe.", "keras.", "tensorflow.")  # whose BatchNorm counts no batches
+
+
+class Change(Enum):
+    """How a tensor of A relates to the tensor of that name in B."""
+
+    SAME = "same"  # dtype, shape and every bit
+    VALUES = "changed"  # elements differ
+    DTYPE = "dtype"  # the same numbers in another dtype
+    SHAPE = "shape"
+    ONLY_A = "only in A"
+    ONLY_B = "only in B"
+    UNKNOWN = "not comparable"  # the file holds no plain elements for it
+
+
+class Expectation(Enum):
+    """What two checkpoints may be expected to be to each other."""
+
+    IDENTICAL = "identical"  # the same tensors, bit by bit
+    FROZEN = "frozen"  # no tensor of a BatchNorm changed
+    NORM_EVAL = "norm-eval"  # no statistics of a BatchNorm changed; weight and bias may
+    STATS_ONLY = "stats-only"  # nothing but statistics of BatchNorm layers changed
+
+
+_KEPT_BY = {
+    Expectation.FROZEN: ROLES,
+    Expectation.NORM_EVAL: (*STATISTICS, "num_batches_tracked"),
+    Expectation.STATS_ONLY: ("weight", "bias"),
+}
+
+
+@dataclass(frozen=True)
+class LayerComparison:
+    """One BatchNorm in A and B.
+
+    Attributes:
+        name: in A's spelling, without prefix.
+        changes: by role, for each tensor present on either side.
+        mean_shift: the largest shift of a channel's running_mean, in standard deviations of A.
+        variance_ratio: running_var of B over A in the channel where it moved most.
+        scale_change, shift_change: how far scale and shift moved as vectors, relative to their length in A.
+        eps_known: the file says eps, or the architecture does that it is recognised as; else PyTorch's default stands
+            in, which these numbers are coarse enough for.
+    """
+
+    name: str
+    changes: Mapping[str, Change]
+    mean_shift: float | None = None
+    variance_ratio: float | None = None
+    scale_change: float | None = None
+    shift_change: float | None = None
+    eps_known: bool = False
+
+    @property
+    def changed(self) -> bool:
+        return any(change is not Change.SAME for change in self.changes.values())
+
+    @property
+    def severity(self) -> float:
+        """How far the layer moved, to sort by: the largest of its measures, all relative to A."""
+        ratio = self.variance_ratio
+        spread = None if ratio is None else abs(math.log(ratio)) if ratio > 0 else math.inf
+        known = [m for m in (self.mean_shift, spread, self.scale_change, self.shift_change) if m is not None]
+        if any(math.isnan(measure) for measure in known):
+            return math.inf
+        return max(known, default=math.inf if self.changed else 0.0)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two state dicts side by side.
+
+    Attributes:
+        a, b: what was compared.
+        path_b: what B puts before the names of A beyond wrappers' prefixes, e.g. ``backbone.``; likewise ``path_a``.
+        layers: the selected BatchNorm layers of either side, those that moved most first.
+        others: every other tensor by name, without prefix.
+        not_compared: keys of the other state dicts of A and of B.
+    """
+
+    a: StateDict
+    b: StateDict
+    path_a: str
+    path_b: str
+    layers: tuple[LayerComparison, ...]
+    others: Mapping[str, Change]
+    assumptions: tuple[str, ...] = ()
+    not_compared: tuple[tuple[str, ...], tuple[str, ...]] = ((), ())
+
+    @property
+    def identical(self) -> bool:
+        return not any(layer.changed for layer in self.layers) and all(c is Change.SAME for c in self.others.values())
+
+
+def compare_checkpoints(
+    a: Checkpoint,
+    b: Checkpoint,
+    *,
+    state_dict: str | None = None,
+    state_dict_b: str | None = None,
+    layers: Sequence[str] = (),
+    others: bool = True,
+) -> Comparison:
+    """Compare a state dict of one checkpoint with one of another, whatever their formats.
+
+    Args:
+        state_dict: its key in both files; None for the one chosen by rule in each.
+        state_dict_b: its key in B where it is another, e.g. the averaged copy beside the model.
+        layers: globs; only BatchNorm layers whose name matches are compared as such.
+        others: compare all other tensors, too: this reads both files whole.
+
+    Raises:
+        UsageError: there is no such state dict.
+        CorruptFileError: a tensor cannot be read.
+    """
+    one = choose_state_dict(a, state_dict)
+    if state_dict_b is None and state_dict is not None and _has(b, state_dict):
+        state_dict_b = state_dict
+    two = choose_state_dict(b, state_dict_b)
+    names_a = {one.strip(name): name for name in one.tensors}
+    names_b = {two.strip(name): name for name in two.tensors}
+    path_a, path_b = align_names(names_a, names_b)
+    tensors_a = {_align(name, path_a): one.tensors[full] for name, full in names_a.items()}
+    tensors_b = {_align(name, path_b): two.tensors[full] for name, full in names_b.items()}
+    found_a, assumed_a = assume_eps(one, find_batchnorms(one))
+    found_b, assumed_b = assume_eps(two, find_batchnorms(two))
+    norms_a = {_align(norm.name + ".", path_a).removesuffix("."): norm for norm in found_a}
+    norms_b = {_align(norm.name + ".", path_b).removesuffix("."): norm for norm in found_b}
+    every = list(dict.fromkeys([*norms_a, *norms_b]))
+    compared = [
+        _compare_layer(name, norms_a.get(name), norms_b.get(name), tensors_a, tensors_b)
+        for name in every
+        if selects(layers, name)
+    ]
+    ordered = sorted(compared, key=lambda layer: -layer.severity)
+    in_layers = {f"{name}.{role}" if name else role for name in every if selects(layers, name) for role in ROLES}
+    rest = [name for name in dict.fromkeys([*tensors_a, *tensors_b]) if name not in in_layers]
+    return Comparison(
+        a=one,
+        b=two,
+        path_a=path_a,
+        path_b=path_b,
+        layers=tuple(ordered),
+        assumptions=tuple(dict.fromkeys((*assumed_a, *assumed_b))),
+        others={name: _compare(name, tensors_a.get(name), tensors_b.get(name)) for name in rest} if others else {},
+        not_compared=(_other_keys(a, one), _other_keys(b, two)),
+    )
+
+
+def _other_keys(checkpoint: Checkpoint, compared: StateDict) -> tuple[str, ...]:
+    return tuple(state_dict.key for state_dict in checkpoint.state_dicts if state_dict.key != compared.key)
+
+
+def find_violations(comparison: Comparison, expectation: Expectation) -> list[str]:
+    """What contradicts an expectation, one sentence each; empty where it is met.
+
+    A layer that is on one side only contradicts all of them; so does there being no layer at all, except that files
+    without any can be identical.
+    """
+    if expectation is not Expectation.IDENTICAL and not comparison.layers:
+        return ["there is no BatchNorm layer to hold against each other"]
+    kept = _KEPT_BY.get(expectation, ROLES)
+    found = []
+    for layer in comparison.layers:
+        bad = [_describe(role, change) for role, change in layer.changes.items() if _is_bad(role, change, kept)]
+        if bad:
+            found.append(f"{layer.name}: {', '.join(bad)}")
+    if expectation in (Expectation.IDENTICAL, Expectation.STATS_ONLY):
+        found += [f"{name}: {change.value}" for name, change in comparison.others.items() if change is not Change.SAME]
+    return found
+
+
+def _describe(role: str, change: Change) -> str:
+    return role if change is Change.VALUES else f"{role} ({change.value})"
+
+
+def _is_bad(role: str, change: Change, kept: Sequence[str]) -> bool:
+    # a tensor that is there on one side only, or has another dtype or shape, is no moved statistic
+    return change is not Change.SAME and (role in kept or change is not Change.VALUES)
+
+
+def _has(checkpoint: Checkpoint, key: str) -> bool:
+    return len(checkpoint.state_dicts) > 1 or any(s.key == key for s in checkpoint.state_dicts)
+
+
+def _align(name: str, path: str) -> str:
+    return name.removeprefix(path)
+
+
+def _compare_layer(
+    name: str,
+    a: BatchNorm | None,
+    b: BatchNorm | None,
+    tensors_a: Mapping[str, Tensor],
+    tensors_b: Mapping[str, Tensor],
+) -> LayerComparison:
+    changes = {}
+    for role in ROLES:
+        full = f"{name}.{role}" if name else role
+        if full in tensors_a or full in tensors_b:
+            changes[role] = _compare(full, tensors_a.get(full), tensors_b.get(full))
+    if a is None or b is None:
+        return LayerComparison(name, changes)
+    if any(norm.class_path.startswith(_WITHOUT_COUNTER) for norm in (a, b)):
+        changes.pop("num_batches_tracked", None)
+    a, b = _with_eps(a, of=b), _with_eps(b, of=a)
+    if a.eps == b.eps and all(change is Change.SAME for change in changes.values()):
+        return LayerComparison(name, changes, 0.0, 1.0, 0.0, 0.0, eps_known=a.eps is not None)
+    return _measure(name, changes, a, b)
+
+
+def _with_eps(norm: BatchNorm, *, of: BatchNorm) -> BatchNorm:
+    """What one file says holds for the other too, if that has no place for it."""
+    return norm if norm.eps is not None else dataclasses.replace(norm, eps=of.eps)
+
+
+def _measure(name: str, changes: Mapping[str, Change], a: BatchNorm, b: BatchNorm) -> LayerComparison:
+    before, after = _numbers(a), _numbers(b)
+    lengths = {len(values) for values in (*before.values(), *after.values())}
+    if len(lengths) != 1 or not all(role in side for side in (before, after) for role in STATISTICS):
+        return LayerComparison(name, changes)
+    eps_a, eps_b = (DEFAULT_EPS if norm.eps is None else norm.eps for norm in (a, b))
+    spreads = [math.sqrt(max(variance, 0.0) + eps_a) for variance in before["running_var"]]
+    shifts = [
+        abs(new - old) / spread
+        for old, new, spread in zip(before["running_mean"], after["running_mean"], spreads, strict=True)
+    ]
+    ratios = [
+        _ratio(new + eps_b, old + eps_a) for old, new in zip(before["running_var"], after["running_var"], strict=True)
+    ]
+    scale_a, shift_a = _scale_and_shift(before, eps_a)
+    scale_b, shift_b = _scale_and_shift(after, eps_b)
+    return LayerComparison(
+        name,
+        changes,
+        mean_shift=_largest(shifts),
+        variance_ratio=max(ratios, key=lambda ratio: abs(math.log(ratio)) if ratio > 0 else math.inf, default=1.0),
+        scale_change=_relative(scale_a, scale_b),
+        shift_change=_relative(shift_a, shift_b),
+        eps_known=None not in (a.eps, b.eps),
+    )
+
+
+def _numbers(norm: BatchNorm) -> dict[str, Sequence[float]]:
+    found: dict[str, Sequence[float]] = {}
+    for role in ("weight", "bias", *STATISTICS):
+        tensor = norm.tensors.get(role)
+        if tensor is not None and _is_plain(tensor):
+            try:
+                found[role] = read_numbers(tensor)
+            except ValueError:
+                continue
+    return found
+
+
+def _scale_and_shift(numbers: Mapping[str, Sequence[float]], eps: float) -> tuple[list[float], list[float]]:
+    """As in :func:`bntool.batchnorm.scale_and_shift`, with NaN where a channel has none instead of an error."""
+    mean, variance = numbers["running_mean"], numbers["running_var"]
+    weight = numbers.get("weight", [1.0] * len(mean))
+    bias = numbers.get("bias", [0.0] * len(mean))
+    scale = [w / math.sqrt(v + eps) if v + eps > 0 else math.nan for w, v in zip(weight, variance, strict=True)]
+    return scale, [b - m * s for b, m, s in zip(bias, mean, scale, strict=True)]
+
+
+def _ratio(new: float, old: float) -> float:
+    if old == new:
+        return 1.0
+    return new / old if old else math.inf
+
+
+def _largest(values: Sequence[float]) -> float:
+    return math.nan if any(map(math.isnan, values)) else max(values, default=0.0)
+
+
+def _relative(old: Sequence[float], new: Sequence[float]) -> float:
+    """The length of the difference over the length of the old vector."""
+    if list(old) == list(new):
+        return 0.0
+    length = math.hypot(*old)
+    distance = math.hypot(*(after - before for before, after in zip(old, new, strict=True)))
+    return distance / length if length else math.inf
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    return not isinstance(tensor, StoredTensor) or (tensor.storage is not None and tensor.wrapper is None)
+
+
+def _compare(name: str, a: Tensor | None, b: Tensor | None) -> Change:
+    if a is None or b is None:
+        return Change.ONLY_B if a is None else Change.ONLY_A
+    if tuple(a.shape) != tuple(b.shape):
+        return Change.SHAPE
+    if not _is_plain(a) or not _is_plain(b):
+        return Change.UNKNOWN
+    try:
+        if a.dtype != b.dtype:
+            return Change.DTYPE if _equal_numbers(a, b) else Change.VALUES
+        return Change.SAME if equal_streams(a.chunks(), b.chunks()) else Change.VALUES
+    except BntoolError as error:
+        error.tensor = error.tensor or name
+        raise
+
+
+def _equal_numbers(a: Tensor, b: Tensor) -> bool:
+    try:
+        return list(read_numbers(a)) == list(read_numbers(b))
+    except ValueError:  # complex or opaque: only the bytes can tell
+        return read_bytes(a) == read_bytes(b)

@@ -1,0 +1,1 @@
+"""To another file format, or between BatchNorm and FrozenBatchNorm2d."""

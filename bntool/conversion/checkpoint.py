@@ -1,0 +1,264 @@
+"""Planning a conversion: to another format, or between BatchNorm and FrozenBatchNorm2d, and saying what it loses."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+from bntool.batchnorm import selects
+from bntool.checkpoints.batchnorms import find_batchnorms
+from bntool.checkpoints.checkpoint import Checkpoint, StateDict, check_changeable, choose_state_dict
+from bntool.checkpoints.creation import NewFile, NewFormat, find_unwritable
+from bntool.checkpoints.records import make_record
+from bntool.checkpoints.tensors import StoredTensor
+from bntool.conversion.frozen_batchnorm import FrozenKind, plan_batchnorm, plan_frozen_batchnorm
+from bntool.errors import RefusedError
+from bntool.graphs.architectures.recognition import assume_eps
+from bntool.plan import Operation, Plan
+
+_SHOWN = 4
+
+
+class ConversionTarget(Enum):
+    """What a checkpoint is converted to."""
+
+    SAFETENSORS = "safetensors"
+    TORCH = "torch"
+    FROZEN_BATCHNORM = "frozen-batchnorm"
+    BATCHNORM = "batchnorm"
+
+    @property
+    def new_format(self) -> NewFormat | None:
+        """The format of the new file; None where the file keeps its own."""
+        return {ConversionTarget.SAFETENSORS: NewFormat.SAFETENSORS, ConversionTarget.TORCH: NewFormat.TORCH}.get(self)
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """A conversion that was planned.
+
+    Attributes:
+        target: what to.
+        plan: what changes; its layers are those that change their kind.
+        new: what the new file holds, where the format changes; else the plan is applied to the file.
+        new_format: its format.
+        kept: what the new file remembers though the format has no place for it.
+        losses: what cannot survive, one sentence each.
+    """
+
+    target: ConversionTarget
+    plan: Plan
+    new: NewFile | None
+    new_format: NewFormat | None
+    kept: tuple[str, ...]
+    losses: tuple[str, ...]
+
+
+def plan_conversion(
+    checkpoint: Checkpoint,
+    target: ConversionTarget,
+    *,
+    state_dict: str | None = None,
+    layers: Sequence[str] = (),
+    eps: float | None = None,
+    frozen_kind: FrozenKind = FrozenKind.TORCHVISION,
+    target_eps: float | None = None,
+) -> Conversion:
+    """Plan to convert a checkpoint.
+
+    Args:
+        state_dict: its key; None for the one chosen by rule.
+        layers: globs, for the two kinds of BatchNorm.
+        eps: of the BatchNorm layers where the file does not say it, for FROZEN_BATCHNORM; None for that of a
+            recognised architecture.
+        frozen_kind: whose FrozenBatchNorm2d.
+        target_eps: eps that its layers will be built with; None for its default.
+
+    Raises:
+        UsageError: there is no such state dict, or ``eps`` contradicts the file.
+        RefusedError: a tensor or a layer cannot be converted, or eps is not known.
+    """
+    check_changeable(checkpoint)
+    if not checkpoint.format.is_pytorch:
+        raise RefusedError(
+            f"{checkpoint.format.title} models are no state dicts: names and layout of weights are those of another "
+            "framework, and no PyTorch model would load them; copy them into a PyTorch model and save that",
+            path=checkpoint.path,
+        )
+    source = choose_state_dict(checkpoint, state_dict)
+    new_format = target.new_format
+    if new_format is not None:
+        return _plan_format(checkpoint, source, target, new_format)
+    if source.is_module:
+        raise RefusedError(
+            "the file pickles whole modules, whose classes cannot be exchanged in it; take its tensors out first "
+            "with bntool convert CKPT --to torch, which records eps, momentum and class of the layers",
+            path=checkpoint.path,
+        )
+    if checkpoint.format.trains_whole_layers:
+        raise RefusedError(
+            f"FrozenBatchNorm2d is a class of PyTorch, a {checkpoint.format.title} file has layers of its own: freeze "
+            "them with bntool freeze, or take the tensors out with bntool convert CKPT --to torch",
+            path=checkpoint.path,
+        )
+    norms = [norm for norm in find_batchnorms(source) if selects(layers, norm.name)]
+    history = checkpoint.records.get(source.key, ())
+    assumptions: tuple[str, ...] = ()
+    if target is ConversionTarget.FROZEN_BATCHNORM:
+        if eps is None and not history:  # what a record says is better known
+            known, assumptions = assume_eps(source, norms)
+            norms = list(known)
+        outcome = plan_frozen_batchnorm(norms, eps=eps, kind=frozen_kind, target_eps=target_eps, history=history)
+    else:
+        outcome = plan_batchnorm(norms, history=history)
+    plan = Plan(
+        Operation.CONVERT,
+        state_dict=source.key,
+        steps=outcome.steps,
+        skips=outcome.skips,
+        layers=outcome.layers,
+        assumptions=(*outcome.assumptions, *assumptions),
+    )
+    losses = list(outcome.losses)
+    if plan.steps and checkpoint.format.can_record(checkpoint, source):
+        plan = plan.with_record(make_record(plan, to=target.value, **outcome.details))
+    elif plan.steps:
+        losses.append("the file has no place for a record: what the layers were cannot be looked up on the way back")
+    if plan.steps and target is ConversionTarget.FROZEN_BATCHNORM:
+        losses += _optimizer_losses(checkpoint)
+    return Conversion(target, plan, None, None, kept=outcome.kept, losses=tuple(losses))
+
+
+def _plan_format(
+    checkpoint: Checkpoint, source: StateDict, target: ConversionTarget, new_format: NewFormat
+) -> Conversion:
+    if not source.tensors:
+        raise RefusedError("the state dict holds no tensors; there is nothing to convert", path=checkpoint.path)
+    unwritable = find_unwritable(source.tensors, new_format)
+    if unwritable:
+        name, reason = next(iter(unwritable.items()))
+        raise RefusedError(
+            f"{len(unwritable)} of {len(source.tensors)} tensors cannot be converted to {target.value}: {reason}",
+            path=checkpoint.path,
+            tensor=name,
+        )
+    details: dict[str, Any] = {"from": checkpoint.format.name}
+    kept: list[str] = []
+    earlier = _last_conversion(checkpoint, source)
+    versions, metadata = source.versions, _texts(checkpoint)
+    if new_format is NewFormat.SAFETENSORS:
+        if versions is not None:
+            details["versions"] = dict(versions)
+            kept.append(f"versions of {len(versions)} modules, for the way back")
+        metadata = {**earlier.get("metadata", {}), **metadata}
+    else:
+        if versions is None and isinstance(earlier.get("versions"), dict):
+            versions = earlier["versions"]
+            kept.append(f"versions of {len(versions)} modules, as recorded on the way here")
+        if metadata:
+            details["metadata"] = metadata
+            kept.append(f"{len(metadata)} texts of the safetensors header, for the way back")
+        metadata = {}
+    modules = _describe_modules(source)
+    if modules:
+        details["modules"] = modules
+        kept.append(f"eps, momentum and class of {len(modules)} BatchNorm layers")
+    plan = Plan(Operation.CONVERT, state_dict=source.key)
+    record = {**make_record(plan, to=target.value, **details), "state_dict": "", "was": source.key}
+    new = NewFile(
+        tensors=source.tensors,
+        versions=versions,
+        metadata=metadata,
+        history=(*checkpoint.records.get(source.key, ()), record),
+        mode=checkpoint.file.mode,
+    )
+    losses = _format_losses(checkpoint, source, new_format)
+    return Conversion(target, plan, new, new_format, kept=tuple(kept), losses=tuple(losses))
+
+
+def _texts(checkpoint: Checkpoint) -> dict[str, str]:
+    """The header texts of a safetensors file."""
+    if checkpoint.format.name != "safetensors":
+        return {}
+    return {name: text for name, text in checkpoint.entries.items() if isinstance(text, str)}
+
+
+def _last_conversion(checkpoint: Checkpoint, source: StateDict) -> Mapping[str, Any]:
+    history = checkpoint.records.get(source.key, ())
+    return next((r for r in reversed(history) if r.get("operation") == Operation.CONVERT.value), {})
+
+
+def _describe_modules(source: StateDict) -> dict[str, dict[str, Any]]:
+    """What a pickled module or a graph says of its BatchNorm layers and a state dict cannot."""
+    if not source.modules:
+        return {}
+    return {
+        norm.name: {"eps": norm.eps, "momentum": norm.momentum, "class": norm.class_path}
+        for norm in find_batchnorms(source)
+    }
+
+
+def _format_losses(checkpoint: Checkpoint, source: StateDict, new_format: NewFormat) -> list[str]:
+    losses = []
+    others = [s.key or "(root)" for s in checkpoint.state_dicts if s is not source]
+    if others:
+        losses.append(f"other state dicts: {_some(others)}")
+    if checkpoint.format.holds_code and not source.is_module:
+        losses.append("the program: its graph and what it holds beside the state dict; only tensors are taken out")
+    elif source.is_module:
+        losses.append("the modules themselves: their classes, code and attributes; only tensors are taken out")
+    inside = {s.key.split(".")[0] for s in checkpoint.state_dicts}
+    beside = [] if checkpoint.format.name == "safetensors" else [n for n in checkpoint.entries if n not in inside]
+    names = {name.split(".")[0] for name in source.tensors} | set(source.tensors) if not source.key else set()
+    beside = [name for name in beside if name not in names]
+    if beside and checkpoint.format.single_file and not source.is_module and not checkpoint.format.holds_code:
+        losses.append(f"other entries: {_some(beside)}")
+    if not checkpoint.format.single_file:
+        losses.append("the division into several files")
+    stored = {name: t for name, t in source.tensors.items() if isinstance(t, StoredTensor)}
+    frozen = [name for name, t in stored.items() if t.is_parameter and t.requires_grad is False]
+    if frozen:
+        losses.append(f"requires_grad=False of {_some(frozen)}")
+    if new_format is NewFormat.SAFETENSORS:
+        losses += _safetensors_losses(stored)
+    devices = {t.storage.device for t in stored.values() if t.storage is not None} - {"cpu"}
+    if devices:
+        losses.append(f"the device that tensors were saved from: {_some(sorted(devices))}")
+    return losses
+
+
+def _safetensors_losses(stored: Mapping[str, StoredTensor]) -> list[str]:
+    losses = []
+    seen: dict[tuple[object, ...], str] = {}
+    tied = []
+    for name, tensor in stored.items():
+        if tensor.storage is None or not tensor.numel:
+            continue
+        place = (id(tensor.storage.source), tensor.storage.offset, tensor.byte_range, tensor.strides)
+        if place in seen:
+            tied.append(f"{name} = {seen[place]}")
+        seen.setdefault(place, name)
+    if tied:
+        losses.append(f"ties, as the tensors become copies: {_some(tied)}")
+    strided = [name for name, tensor in stored.items() if not tensor.is_contiguous]
+    if strided:
+        losses.append(f"the memory order (strides) of {_some(strided)}")
+    return losses
+
+
+def _optimizer_losses(checkpoint: Checkpoint) -> list[str]:
+    names = [name for name in checkpoint.entries if "optim" in name.lower()]
+    if not names:
+        return []
+    loss = (
+        f"the fit of {_some(names)}: FrozenBatchNorm2d keeps weight and bias as buffers, an optimizer of the new model "
+        "numbers its parameters differently (the entry itself is left alone)"
+    )
+    return [loss]
+
+
+def _some(names: Sequence[str]) -> str:
+    shown = ", ".join(names[:_SHOWN])
+    return f"{shown} and {len(names) - _SHOWN} more" if len(names) > _SHOWN else shown

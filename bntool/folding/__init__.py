@@ -1,0 +1,1 @@
+"""Absorbing scale and shift of BatchNorms into the layers around them."""

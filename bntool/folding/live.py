@@ -1,0 +1,209 @@
+"""Folding a live model, and the proof that the outputs of a folded one stay."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from bntool.checkpoints.application import change_state_dict
+from bntool.checkpoints.checkpoint import StateDict
+from bntool.choices import choose
+from bntool.errors import UserCodeError, VerificationError
+from bntool.folding.multiply_adds import Cost, count_cost
+from bntool.folding.planning import FoldPlan, Layout, plan_fold
+from bntool.folding.unchanged_outputs import find_points
+from bntool.folding.weight_ranges import WeightRange, count_flushed, flush_subnormals, measure_ranges
+from bntool.graphs.graph import ModelGraph
+from bntool.graphs.traced.inputs import find_input
+from bntool.graphs.traced.tracing import trace
+from bntool.models.exported import check_has_layers
+from bntool.modules.application import apply_plan, read_state
+from bntool.modules.borrowing import borrow
+from bntool.modules.calling import call
+from bntool.modules.finding import find_batchnorm_modules, find_wrapper_prefix
+from bntool.verification.outputs import TOLERANCE, Agreement, verify
+
+_RANDOM_INPUTS = 3
+_AS_WELL = 1.01  # times the error with subnormal weights, without them
+
+
+@dataclass(frozen=True)
+class FoldResult:
+    """What :func:`fold` gives.
+
+    Attributes:
+        model: a folded copy.
+        plan: what was folded, and what was skipped and why.
+        report: how well the outputs agree, of the model and layer by layer; None where nothing was folded.
+    """
+
+    model: nn.Module
+    plan: FoldPlan
+    report: Agreement | None
+
+
+def fold(
+    model: nn.Module,
+    example_inputs: Any = None,
+    *,
+    layers: Sequence[str] = (),
+    layout: Layout | str = Layout.FOLDED,
+    tolerance: float = TOLERANCE,
+) -> FoldResult:
+    """A copy of a model with every BatchNorm folded whose fold is exact, its outputs held against the original's.
+
+    Args:
+        model: given back as it was.
+        example_inputs: a tensor, a tuple of positional or a dict of keyword arguments; guessed if not given.
+        layers: globs of BatchNorms to fold; none for all.
+        layout: what becomes of the keys.
+        tolerance: see :func:`~bntool.verification.outputs.verify`.
+
+    Raises:
+        UsageError: no usual input runs, and none was given; or there is no such layout.
+        RefusedError: it is a compiled or exported program.
+        UserCodeError: the model raised.
+        VerificationError: the outputs disagree, or cannot prove anything.
+    """
+    layout = choose(Layout, layout, option="layout")
+    check_has_layers(model, "the model")
+    inputs = find_input(model) if example_inputs is None else example_inputs
+    graph, state = trace(model, inputs), read_state(model)
+    plan = plan_fold(state, graph, layers=layers, layout=layout)
+    if not plan.steps:
+        return FoldResult(_copy(model), plan, None)
+    proof = prove(model, plan, graph, state, inputs=[inputs], layers=layers, eps=None, tolerance=tolerance)
+    return FoldResult(proof.folded, proof.plan, proof.agreement)
+
+
+@dataclass(frozen=True)
+class Proof:
+    """A fold that was held against the live model.
+
+    Attributes:
+        plan: what was proven; subnormal weights may be zero in it.
+        ranges: of the weights that took scales.
+        folded: a copy of the model after the plan.
+        agreement: of the outputs of both.
+        cost: of a forward in multiply-adds; None where not every layer is known.
+    """
+
+    plan: FoldPlan
+    ranges: tuple[WeightRange, ...]
+    folded: nn.Module
+    agreement: Agreement
+    cost: Cost | None
+
+
+def prove(
+    model: nn.Module,
+    plan: FoldPlan,
+    graph: ModelGraph,
+    state_dict: StateDict,
+    *,
+    inputs: Sequence[Any],
+    layers: Sequence[str],
+    eps: float | None,
+    tolerance: float,
+) -> Proof:
+    """Hold what is about to be written against the model, without subnormal weights if it is as good without them.
+
+    Args:
+        model: the original, with the tensors before the fold; given back as it was.
+        plan, graph, layers, eps: what the fold was planned with.
+        state_dict: before the fold; what the plan makes of it is what is judged.
+        inputs: what to run it on, besides random ones.
+        tolerance: see :func:`~bntool.verification.outputs.verify`.
+
+    Raises:
+        UserCodeError, VerificationError: as :func:`fold`.
+    """
+    tried = [*with_random_inputs(inputs), *_find_one_sample(model, inputs[0])]
+    points, unit = find_points(graph, plan.folds), _spacing(state_dict)
+    change = _change(graph, layers=layers, layout=plan.layout, eps=eps)
+
+    def attempt(plan: FoldPlan) -> tuple[nn.Module, Agreement]:
+        folded = _copy(model)
+        apply_plan(folded, plan, state_dict)
+        return folded, verify(model, change, folded, tried, tolerance=tolerance, unit=unit, points=points)
+
+    folded, agreement = attempt(plan)
+    ranges = measure_ranges(state_dict, change_state_dict(state_dict, plan.steps), plan)
+    flushed = flush_subnormals(plan, ranges)
+    if flushed is not plan:
+        with contextlib.suppress(VerificationError):
+            other, without = attempt(flushed)
+            if without.rounded <= _AS_WELL * agreement.rounded:
+                plan, ranges, folded, agreement = flushed, count_flushed(ranges), other, without
+    gone = [fold.layer for fold in plan.folds if not fold.stays]
+    cost = count_cost(model, inputs[0], graph, gone=gone) if graph.complete else None
+    return Proof(plan, ranges, folded, agreement, cost)
+
+
+def _spacing(state_dict: StateDict) -> float:
+    """The relative spacing of numbers in the coarsest dtype that a fold rounds to."""
+    names = {tensor.dtype.name for tensor in state_dict.tensors.values() if tensor.dtype.is_floating}
+    return max((torch.finfo(getattr(torch, name)).eps for name in names if hasattr(torch, name)), default=0.0)
+
+
+def add_eps(graph: ModelGraph, model: nn.Module) -> ModelGraph:
+    """Declared BatchNorms with the eps of the live modules of their names."""
+    found = {
+        name: module.eps for name, module in find_batchnorm_modules(model).items() if isinstance(module.eps, float)
+    }
+    prefix = find_wrapper_prefix(model)
+    nodes = (
+        dataclasses.replace(node, eps=found.get(prefix + node.layer)) if node.eps is None else node
+        for node in graph.nodes
+    )
+    return dataclasses.replace(graph, nodes=tuple(nodes))
+
+
+def _change(graph: ModelGraph, *, layers: Sequence[str], layout: Layout, eps: float | None) -> Any:
+    """The same fold, for any copy of the model."""
+
+    def change(model: nn.Module) -> None:
+        apply_plan(model, plan_fold(read_state(model), graph, layers=layers, layout=layout, eps=eps))
+
+    return change
+
+
+def with_random_inputs(inputs: Sequence[Any]) -> list[Any]:
+    """The inputs, and some random ones of the shape of the first if that is a floating tensor."""
+    first = inputs[0]
+    if not isinstance(first, torch.Tensor) or not first.is_floating_point():
+        return list(inputs)
+    generator = torch.Generator().manual_seed(20)
+    spread = float(first.detach().float().std()) if first.numel() > 1 else 1.0
+    random = [
+        torch.randn(first.shape, generator=generator, dtype=torch.float32, device="cpu")
+        .mul(spread or 1.0)
+        .to(device=first.device, dtype=first.dtype)
+        for _ in range(_RANDOM_INPUTS)
+    ]
+    return [*inputs, *random]
+
+
+def _find_one_sample(model: nn.Module, inputs: Any) -> list[Any]:
+    """The first sample alone, where the model takes it: some models go another way then."""
+    if not isinstance(inputs, torch.Tensor) or inputs.ndim < 2 or len(inputs) < 2:
+        return []
+    with borrow(model), torch.no_grad(), contextlib.suppress(UserCodeError):
+        model.eval()
+        call(model, inputs[:1])
+        return [inputs[:1]]
+    return []
+
+
+def _copy(model: nn.Module) -> nn.Module:
+    try:
+        return copy.deepcopy(model)
+    except Exception as error:
+        raise UserCodeError(f"the model cannot be copied: {' '.join(str(error).split())}") from error

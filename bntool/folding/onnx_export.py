@@ -1,0 +1,93 @@
+"""An exported program as an ONNX file, and what ONNX Runtime makes of it."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+
+from bntool.errors import MissingExtraError, RefusedError, UserCodeError, VerificationError
+from bntool.modules.calling import tensors_in
+
+_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+
+
+def check_packages() -> None:
+    """Find out before any work whether ONNX can be written and run.
+
+    Raises:
+        MissingExtraError: a package is missing.
+    """
+    missing = [name for name in _PACKAGES if importlib.util.find_spec(name) is None]
+    if missing:
+        raise MissingExtraError(f"an ONNX file needs {', '.join(missing)}: pip install 'bntool[onnx]'")
+
+
+def convert_to_onnx(program: torch.export.ExportedProgram) -> bytes:
+    """The bytes of an ONNX file that computes what a program does; torch.onnx optimises it on the way.
+
+    Raises:
+        UserCodeError: torch.onnx knows no ONNX operator for something in it.
+        RefusedError: it is larger than the 2 GB that one ONNX file can hold.
+    """
+    try:
+        with _silence():
+            converted = torch.onnx.export(program, dynamo=True, verbose=False)
+        assert converted is not None
+    except Exception as error:
+        text = " ".join(str(error).split())[:300]
+        raise UserCodeError(f"torch.onnx cannot export the folded model; leave out --export ({text})") from error
+    try:
+        data: bytes = converted.model_proto.SerializeToString()
+    except Exception as error:  # of protobuf, whose class depends on its implementation
+        raise RefusedError("one ONNX file holds at most 2 GB, this model is larger: export a .pt2") from error
+    return data
+
+
+def open_in_onnxruntime(data: bytes) -> tuple[Callable[[Any], list[torch.Tensor]], str]:
+    """A function that runs an ONNX file on the CPU, and the name and version of what runs it.
+
+    Raises:
+        VerificationError: ONNX Runtime cannot run the file.
+    """
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # errors
+    try:
+        session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+    except Exception as error:
+        text = " ".join(str(error).split())[:300]
+        raise VerificationError(f"ONNX Runtime cannot run the program; nothing was written ({text})") from error
+    names = [formal.name for formal in session.get_inputs()]
+
+    def run(inputs: Any) -> list[torch.Tensor]:
+        given = {name: tensor.detach().cpu().numpy() for name, tensor in _name_inputs(names, inputs)}
+        answers = [torch.from_numpy(array) for array in session.run(None, given)]
+        return [tensor for tensor in answers if tensor.is_floating_point()]
+
+    return run, f"onnxruntime {onnxruntime.__version__}"
+
+
+def _name_inputs(names: list[str], inputs: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    if isinstance(inputs, Mapping) and all(name in inputs for name in names):
+        return ((name, inputs[name]) for name in names)
+    return zip(names, tensors_in(inputs), strict=True)
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    """What torch.onnx says about itself, and about packages that are not needed."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(disabled)

@@ -1,0 +1,320 @@
+"""Deciding what can be folded: each BatchNorm into what feeds it, or into what reads it, or not at all and why."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+import numpy as np
+
+from bntool.batchnorm import NormKind, selects
+from bntool.checkpoints.batchnorms import find_norms
+from bntool.checkpoints.checkpoint import StateDict
+from bntool.folding.absorption import Absorber, Blocked, find_consumers, find_producers, is_parallel_branch
+from bntool.folding.producers import Producer, read_producer
+from bntool.folding.scale_and_shift import Norm, check_eps, choose_eps, read_norm
+from bntool.graphs.graph import Evidence, ModelGraph, Node, NodeKind, Owner
+from bntool.plan import Operation, Plan, RemoveModule, RemoveTensor, Skip, SkipReason, Step
+
+# a branch beside others reads what they read, whatever that is
+_SHARED_INPUT = (SkipReason.SHARED_OUTPUT, SkipReason.NOT_ADJACENT, SkipReason.NO_PRODUCER)
+
+
+class Layout(Enum):
+    """What a folded state dict looks like."""
+
+    FOLDED = "folded"  # the BatchNorms are gone, their producers have biases
+    SAME_KEYS = "same-keys"  # producers take the scales; BatchNorms stay and only add their shifts
+
+
+class Level(Enum):
+    """Where the scale and shift of a BatchNorm went."""
+
+    DIRECT = "direct"  # into the producer right before it
+    THROUGH = "through"  # back through additions, concatenations, splits or pools
+    NORM = "norm"  # into the BatchNorm before it
+    FORWARD = "forward"  # into what reads it
+
+
+@dataclass(frozen=True)
+class Fold:
+    """One BatchNorm, called ``layer``, that is folded.
+
+    Attributes:
+        into: the layers that take its scale and shift.
+        level: how they are reached.
+        stays: it stays as a module and only adds its shift.
+    """
+
+    layer: str
+    into: tuple[str, ...]
+    level: Level
+    stays: bool
+
+    def describe(self) -> dict[str, Any]:
+        """As JSON data."""
+        return {"layer": self.layer, "into": list(self.into), "level": self.level.value, "stays": self.stays}
+
+
+@dataclass(frozen=True)
+class FoldPlan(Plan):
+    """A plan to fold, and what each fold is.
+
+    Attributes:
+        folds: in order of execution.
+        layout: what becomes of the keys.
+    """
+
+    folds: tuple[Fold, ...] = ()
+    layout: Layout = Layout.FOLDED
+
+
+def plan_fold(
+    state_dict: StateDict,
+    graph: ModelGraph,
+    *,
+    layers: Sequence[str] = (),
+    layout: Layout = Layout.FOLDED,
+    eps: float | None = None,
+) -> FoldPlan:
+    """Plan to fold every BatchNorm whose fold is exact; every other one is skipped with its reason.
+
+    Scale and shift (Ioffe and Szegedy 2015, algorithm 2) are taken in float64 and rounded once to the tensor's dtype.
+
+    Args:
+        state_dict: what to fold.
+        graph: who feeds whom; its names are those of the state dict without prefix.
+        layers: globs of BatchNorms to fold; none for all.
+        layout: what becomes of the keys.
+        eps: of BatchNorms whose eps the graph does not know.
+
+    Raises:
+        UsageError: eps is neither in the graph nor given, contradicts the graph, or is none.
+    """
+    check_eps(eps)
+    return _Folder(state_dict, graph, layers=layers, layout=layout, eps=eps).plan()
+
+
+@dataclass
+class _Folder:
+    state_dict: StateDict
+    graph: ModelGraph
+    layers: Sequence[str]
+    layout: Layout
+    eps: float | None
+    producers: dict[str, Producer] = field(default_factory=dict)
+    norms: dict[str, Norm] = field(default_factory=dict)
+    removed: set[str] = field(default_factory=set)
+    rewritten: set[str] = field(default_factory=set)  # BatchNorms that stay with other tensors
+    done: dict[str, Fold] = field(default_factory=dict)
+    skips: dict[str, Skip] = field(default_factory=dict)
+
+    def plan(self) -> FoldPlan:
+        candidates = list(self.choose())
+        while True:  # a fold can clear the way for an earlier one
+            before = len(self.done)
+            for layer in candidates:
+                if layer not in self.done:
+                    self.try_fold(layer)
+            if len(self.done) == before:
+                break
+        order = [layer for layer in self.graph.batchnorms if layer in self.done]
+        folds = tuple(self.done[layer] for layer in order)
+        return FoldPlan(
+            operation=Operation.FOLD,
+            state_dict=self.state_dict.key,
+            steps=tuple(self.steps()),
+            skips=tuple(self.skips[layer] for layer in sorted(self.skips, key=self.position)),
+            layers=tuple(order),
+            assumptions=tuple(self.assume(folds)),
+            folds=folds,
+            layout=self.layout,
+        )
+
+    def position(self, layer: str) -> int:
+        return [*self.graph.batchnorms, *self.skips].index(layer)
+
+    def skip(self, layer: str, reason: SkipReason, detail: str = "") -> None:
+        self.skips[layer] = Skip(layer, reason, detail)
+
+    def choose(self) -> Iterator[str]:
+        """The BatchNorms that could be folded by themselves; all others are skipped here."""
+        self.skip_unseen()
+        for layer, calls in self.graph.batchnorms.items():
+            if not selects(self.layers, layer):
+                self.skip(layer, SkipReason.NOT_SELECTED)
+                continue
+            if self.graph.branches_at is not None and calls[-1].index > self.graph.branches_at:
+                detail = "the forward looks at values of its data before this layer: other inputs may take another path"
+                self.skip(layer, SkipReason.DATA_DEPENDENT, detail)
+                continue
+            try:
+                self.norms[layer] = read_norm(calls, self.graph, self.state_dict, eps=choose_eps(calls[0], self.eps))
+            except Blocked as blocked:
+                self.skip(layer, blocked.reason, blocked.detail)
+            else:
+                yield layer
+
+    def skip_unseen(self) -> None:
+        """Layers that are not in the graph."""
+        known = {n.rpartition(".")[0] for calls in self.graph.batchnorms.values() for n in self.all_names(calls[0])}
+        known |= self.graph.batchnorms.keys()
+        for norm in find_norms(self.state_dict):
+            quantised = norm.kind is NormKind.QUANTIZED_BATCH_NORM
+            if norm.name in known or not (norm.kind.is_batch_norm or quantised):
+                continue
+            if not selects(self.layers, norm.name):
+                self.skip(norm.name, SkipReason.NOT_SELECTED)
+            elif quantised:
+                self.skip(norm.name, SkipReason.UNSUPPORTED_DTYPE, "it is quantised: fold before quantising")
+            elif self.graph.complete:
+                self.skip(norm.name, SkipReason.NEVER_REACHED, "it did not run in the forward that was observed")
+            else:
+                tell = "give --model" if self.graph.architectures else "name it with --pair"
+                self.skip(norm.name, SkipReason.NO_PRODUCER, f"nothing says what feeds it; {tell}")
+
+    def all_names(self, node: Node) -> Iterator[str]:
+        for name in node.parameters.values():
+            yield from self.graph.names_of(name)
+
+    def try_fold(self, layer: str) -> None:
+        norm = self.norms[layer]
+        try:
+            absorbers = find_producers(self.graph, layer, scale=norm.scale, removed=self.removed)
+            self.fold_back(layer, norm, absorbers)
+        except Blocked as back:
+            try:
+                if self.layout is Layout.SAME_KEYS or norm.owner is Owner.PART:
+                    raise back  # noqa: TRY201 the inner handler tells the two apart
+                consumers = find_consumers(self.graph, layer, scale=norm.scale, shift=norm.shift, removed=self.removed)
+                self.fold_forward(layer, norm, consumers)
+            except Blocked as forward:
+                self.explain(layer, back, forward)
+                return
+        self.skips.pop(layer, None)
+
+    def explain(self, layer: str, back: Blocked, forward: Blocked) -> None:
+        """The reason is what is in the way backwards, unless only a change of modules would help forwards."""
+        detail = back.detail
+        if forward is not back:
+            detail += f"; forward: {forward.detail}"
+        if forward.reason is SkipReason.PADDED_CONSUMER:
+            self.skip(layer, forward.reason, detail)
+        elif back.reason in _SHARED_INPUT and is_parallel_branch(self.graph, layer):
+            self.skip(layer, SkipReason.PARALLEL_BRANCH, detail)
+        else:
+            self.skip(layer, back.reason, detail)
+
+    def fold_back(self, layer: str, norm: Norm, absorbers: Sequence[Absorber]) -> None:
+        targets = {a.name: self.target(a) for a in absorbers}
+        stays = (
+            self.layout is Layout.SAME_KEYS
+            or norm.owner is Owner.PART
+            or any(not t.can_take_shift for t in targets.values())
+        )
+        scale, shift = norm.scale, norm.shift
+        if stays:
+            if any(isinstance(target, Norm) for target in targets.values()):
+                raise Blocked(SkipReason.NOT_ADJACENT, "another BatchNorm lies between")
+            kept = norm.keep_shift()
+            scale, shift = scale / kept.unit, np.zeros_like(shift)
+        changed: dict[str, Producer | Norm] = {}
+        for absorber in absorbers:
+            target = targets[absorber.name].absorb(absorber.absorption, scale, shift)
+            target.check(self.state_dict)
+            changed[absorber.name] = target
+        self.commit(changed)
+        if stays:
+            kept.check(self.state_dict)
+            self.norms[layer] = kept
+            self.rewritten.add(layer)
+        else:
+            self.remove(layer)
+        first = absorbers[0].absorption
+        direct = len(absorbers) == 1 and first.direct and np.all(first.channels >= 0)
+        onto_norm = any(isinstance(target, Norm) for target in changed.values())
+        level = Level.NORM if onto_norm else Level.DIRECT if direct else Level.THROUGH
+        self.done[layer] = Fold(layer, _layers(absorbers), level, stays)
+
+    def fold_forward(self, layer: str, norm: Norm, consumers: Sequence[Absorber]) -> None:
+        changed: dict[str, Producer | Norm] = {}
+        for consumer in consumers:
+            target = self.target(consumer)
+            assert isinstance(target, Producer)
+            taken = target.absorb_input(consumer.absorption, norm.scale, norm.shift, self.state_dict)
+            if taken.bias is not None and not taken.can_take_shift:
+                raise Blocked(SkipReason.COMPUTED_WEIGHT, f"{target.node.describe()} has no place for a bias")
+            taken.check(self.state_dict)
+            changed[consumer.name] = taken
+        self.commit(changed)
+        self.remove(layer)
+        self.done[layer] = Fold(layer, _layers(consumers), Level.FORWARD, stays=False)
+
+    def target(self, absorber: Absorber) -> Producer | Norm:
+        """What takes the scale and shift, as it is by now."""
+        node = absorber.absorption.node
+        if node.kind is not NodeKind.BATCH_NORM:
+            return self.producers.get(absorber.name) or read_producer(node, self.state_dict)
+        norm = self.norms.get(absorber.name)
+        if norm is None or not norm.can_absorb or self.layout is Layout.SAME_KEYS:
+            raise Blocked(SkipReason.NOT_ADJACENT, f"{node.describe()} lies between")
+        return norm
+
+    def commit(self, changed: Mapping[str, Producer | Norm]) -> None:
+        for name, target in changed.items():
+            if isinstance(target, Norm):
+                self.norms[name] = target
+                self.rewritten.add(name)
+            else:
+                self.producers[name] = target
+
+    def remove(self, layer: str) -> None:
+        """The layer is the identity by now, and what it did need not be kept."""
+        self.removed.add(layer)
+        self.norms[layer] = self.norms[layer].without_vectors()
+
+    def steps(self) -> Iterator[Step]:
+        """Once: what is written down here is not kept twice."""
+        for name in sorted(self.producers, key=lambda name: self.producers[name].node.index):
+            yield from self.producers.pop(name).steps(self.graph, self.state_dict)
+        for layer in self.graph.batchnorms:
+            norm = self.norms.get(layer)
+            if norm is None:
+                continue
+            if layer in self.removed:
+                yield from self.removal_steps(norm)
+            elif layer in self.rewritten:
+                yield from norm.steps(self.graph, self.state_dict)
+
+    def removal_steps(self, norm: Norm) -> Iterator[Step]:
+        names = [name for parameter in norm.names.values() for name in self.graph.names_of(parameter)]
+        modules = dict.fromkeys(name.rpartition(".")[0] for name in names)
+        names += [f"{module}.num_batches_tracked" if module else "num_batches_tracked" for module in modules]
+        for name in names:
+            if self.state_dict.full_name(name) in self.state_dict.tensors:
+                yield RemoveTensor(name)
+        for module in modules:
+            yield RemoveModule(module)
+
+    def assume(self, folds: Sequence[Fold]) -> Iterator[str]:
+        """What is not proven by a trace."""
+        if self.graph.evidence in (Evidence.TRACED, Evidence.STORED):
+            return
+        if not folds:
+            return
+        for architecture in self.graph.architectures:
+            yield f"the forward is that of {architecture.title}, by names and shapes, which prove nothing"
+            used = {self.norms[f.layer].eps for f in folds if architecture.eps.get(f.layer) == self.norms[f.layer].eps}
+            values = sorted(used)
+            if self.eps is None and values:
+                yield f"eps is {' and '.join(f'{eps:g}' for eps in values)}, as in {architecture.title}"
+        for fold in folds if not self.graph.architectures else ():
+            yield f"{fold.layer} reads {', '.join(fold.into)} and nothing else does ({self.graph.evidence.value})"
+        if self.eps is not None:
+            yield f"eps is {self.eps:g} (option)"
+
+
+def _layers(absorbers: Sequence[Absorber]) -> tuple[str, ...]:
+    return tuple(absorber.absorption.node.layer or absorber.name for absorber in absorbers)

@@ -1,0 +1,194 @@
+"""A BatchNorm that is to be folded: its scale and shift, and what stays where it cannot be taken out."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from bntool.batchnorm import STATISTICS
+from bntool.checkpoints.arrays import to_float64
+from bntool.checkpoints.checkpoint import StateDict
+from bntool.checkpoints.tensors import LiteralTensor, StoredTensor, read_bytes, read_numbers
+from bntool.errors import UsageError
+from bntool.folding.absorption import Absorption, Array, Blocked
+from bntool.folding.producers import FOLDABLE
+from bntool.graphs.graph import ModelGraph, Node, Owner
+from bntool.plan import SetTensor, SkipReason, Step, Values
+
+_VECTORS = ("weight", "bias", "running_mean", "running_var")
+
+
+@dataclass(frozen=True)
+class Norm:
+    """A BatchNorm in eval mode: y = scale * x + shift per channel, in float64.
+
+    Attributes:
+        node: a call of it.
+        names: of its tensors in the state dict, by role, also of those that eval mode does not use.
+        scale, shift: what it does by now.
+        variance: what running_var becomes if the layer stays: the value nearest to 1 - eps in its dtype.
+        eps: of the layer.
+    """
+
+    node: Node
+    names: Mapping[str, str]
+    scale: Array
+    shift: Array
+    variance: float
+    eps: float
+
+    @property
+    def owner(self) -> Owner:
+        return self.node.owner
+
+    @property
+    def unit(self) -> float:
+        """What remains of the normalisation if running_var is ``variance`` and weight 1: 1 up to rounding."""
+        return float(1 / np.sqrt(self.variance + self.eps))
+
+    @property
+    def can_absorb(self) -> bool:
+        return "weight" in self.names and "bias" in self.names
+
+    can_take_shift = True
+
+    def keep_shift(self) -> Norm:
+        """The layer after its scale is gone."""
+        return replace(self, scale=np.full_like(self.scale, self.unit))
+
+    def without_vectors(self) -> Norm:
+        """What is left to know of a layer that is gone."""
+        return replace(self, scale=np.zeros(0), shift=np.zeros(0))
+
+    def absorb(self, absorption: Absorption, scale: Array, shift: Array) -> Norm:
+        """After taking the scale and shift of a BatchNorm that follows."""
+        mine = absorption.channels >= 0
+        factors = np.where(mine, scale[absorption.channels], 1.0)
+        addends = np.where(mine & absorption.takes_shift, shift[absorption.channels], 0.0)
+        return replace(self, scale=self.scale * factors, shift=self.shift * factors + addends)
+
+    def _tensors(self) -> dict[str, Array]:
+        """New elements: mean 0, variance 1 - eps, and weight and bias do the rest; without a bias the mean does."""
+        size = len(self.scale)
+        new = {"running_mean": np.zeros(size), "running_var": np.full(size, self.variance)}
+        weight = self.scale / self.unit
+        if "weight" in self.names:
+            new["weight"] = weight
+        if "bias" in self.names:
+            new["bias"] = self.shift
+        else:
+            new["running_mean"] = -self.shift / self.scale
+        return new
+
+    def check(self, state_dict: StateDict) -> None:
+        """Hold the new elements against the range of the dtypes.
+
+        Raises:
+            Blocked: one is too large.
+        """
+        for role, values in self._tensors().items():
+            tensor = state_dict.tensor(self.names[role])
+            try:
+                LiteralTensor.from_numbers(values.tolist(), dtype=tensor.dtype, shape=tuple(tensor.shape))
+            except OverflowError as error:
+                raise Blocked(SkipReason.OVERFLOW, f"{self.node.layer}.{role}: {error}") from error
+
+    def steps(self, graph: ModelGraph, state_dict: StateDict) -> Iterator[Step]:
+        """The steps that make it so, under every name of the module."""
+        for role, values in self._tensors().items():
+            shape = tuple(state_dict.tensor(self.names[role]).shape)
+            for name in graph.names_of(self.names[role]):
+                yield SetTensor(name, Values(array("d", values.tobytes()), shape))
+
+
+def check_eps(eps: float | None) -> None:
+    """Hold the eps that a user gives against what one can be.
+
+    Raises:
+        UsageError: it is NaN, infinite or negative.
+    """
+    if eps is not None and not 0 <= eps < np.inf:
+        raise UsageError(f"--eps {eps:g} is no finite number of at least 0")
+
+
+def choose_eps(node: Node, eps: float | None) -> float:
+    """The eps of a BatchNorm: its own, or the one given.
+
+    Raises:
+        UsageError: there is none, or they contradict each other.
+    """
+    if node.eps is None and eps is None:
+        raise UsageError(
+            "eps is not known: no state dict holds it. PyTorch's default is 1e-5, many TensorFlow-born and "
+            "detection models use 1e-3; give --eps, or --model",
+            tensor=node.layer,
+        )
+    if node.eps is not None and eps is not None and node.eps != eps:
+        raise UsageError(
+            f"--eps {eps:g} contradicts the model or record, which says {node.eps:g}",
+            tensor=node.layer,
+        )
+    return float(node.eps if node.eps is not None else eps)  # type: ignore[arg-type]
+
+
+def read_norm(calls: Sequence[Node], graph: ModelGraph, state_dict: StateDict, *, eps: float) -> Norm:
+    """A BatchNorm as the state dict holds it.
+
+    Raises:
+        Blocked: it cannot be folded, whatever feeds it.
+    """
+    node = calls[0]
+    if "Instance" in node.class_name:
+        raise Blocked(SkipReason.NOT_A_BATCHNORM, f"{node.class_name} normalises each sample by itself")
+    for role in STATISTICS:
+        if role not in node.parameters and role not in node.computed:
+            raise Blocked(SkipReason.NO_STATISTICS, "it has no running statistics")
+    if any(call.training for call in calls):
+        raise Blocked(SkipReason.TRAIN_MODE, "it normalises by batch statistics in eval mode too")
+    for role, sources in node.computed.items():
+        origin = f" from {', '.join(sources)}" if sources else ""
+        raise Blocked(SkipReason.COMPUTED_WEIGHT, f"its {role} is computed{origin}")
+    _check_uses(calls, graph)
+    values = {role: _read(name, state_dict) for role, name in node.parameters.items() if role in _VECTORS}
+    numbers = {role: numbers for role, numbers in values.items() if numbers is not None}
+    for role, vector in numbers.items():
+        if not np.isfinite(vector).all():
+            raise Blocked(SkipReason.NOT_FINITE, f"{role} holds NaN or infinity")
+    lowest = float(numbers["running_var"].min(initial=np.inf))
+    if lowest < 0:
+        raise Blocked(SkipReason.NEGATIVE_VARIANCE, f"running_var is as low as {lowest:.3g}")
+    if lowest + eps <= 0:
+        raise Blocked(SkipReason.NEGATIVE_VARIANCE, f"running_var + eps is {lowest + eps:.3g}")
+    # as in bntool.batchnorm.scale_and_shift, for all channels at once
+    scale = numbers.get("weight", np.ones(1)) / np.sqrt(numbers["running_var"] + eps)
+    shift = numbers.get("bias", np.zeros(1)) - numbers["running_mean"] * scale
+    dtype = state_dict.tensor(node.parameters["running_var"]).dtype
+    stored = LiteralTensor.from_numbers([1 - eps], dtype=dtype, shape=(1,))
+    (variance,) = read_numbers(stored)
+    return Norm(node, dict(node.parameters), scale, shift, variance, eps)
+
+
+def _check_uses(calls: Sequence[Node], graph: ModelGraph) -> None:
+    mine = {call.index for call in calls}
+    for role, name in calls[0].parameters.items():
+        if name in graph.tied:
+            raise Blocked(SkipReason.REUSED, f"its {role} belongs to several modules")
+        others = graph.uses.get(name, frozenset()) - mine
+        if others:
+            raise Blocked(SkipReason.REUSED, f"its {role} is also used by {graph.nodes[min(others)].describe()}")
+    shown = {tuple(sorted(call.parameters.items())) for call in calls}
+    if len(shown) > 1:
+        raise Blocked(SkipReason.REUSED, "its calls take different parameters")
+
+
+def _read(name: str, state_dict: StateDict) -> Array:
+    if state_dict.full_name(name) not in state_dict.tensors:
+        raise Blocked(SkipReason.NO_STATISTICS, f"{name} is not in the state dict")
+    tensor = state_dict.tensor(name)
+    wrapper = tensor.wrapper if isinstance(tensor, StoredTensor) else None
+    if wrapper or tensor.dtype not in FOLDABLE:
+        raise Blocked(SkipReason.UNSUPPORTED_DTYPE, f"{name} is {wrapper or tensor.dtype}")
+    return to_float64(read_bytes(tensor), tensor.dtype)

@@ -1,0 +1,86 @@
+"""What a user should know about a fold that is right all the same."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from bntool.checkpoints.checkpoint import Checkpoint, StateDict
+from bntool.checkpoints.containers.pickles.nodes import as_mapping, is_mapping
+from bntool.folding.planning import FoldPlan, Layout
+from bntool.folding.weight_ranges import WeightRange
+from bntool.graphs.graph import Evidence
+
+
+def warn_of_fold(
+    checkpoint: Checkpoint,
+    state_dict: StateDict,
+    plan: FoldPlan,
+    ranges: Sequence[WeightRange],
+    *,
+    evidence: Evidence | None,
+) -> Iterator[str]:
+    """One sentence for each thing.
+
+    Args:
+        checkpoint: before the fold.
+        state_dict: the one that was folded.
+        plan: what was done.
+        ranges: of the weights that took scales.
+        evidence: how it is known who feeds whom; None where the outputs were compared.
+    """
+    if evidence is Evidence.DECLARED:
+        yield "without --model the outputs could not be compared; the pairs were taken as declared"
+    if evidence is Evidence.ASSUMED:
+        yield "without --model the outputs could not be compared; forward and eps were assumed"
+    folded = {f"{layer}.running_mean" for layer in plan.layers}
+    for sibling in checkpoint.state_dicts:
+        if sibling.key != state_dict.key and folded <= {sibling.strip(name) for name in sibling.tensors}:
+            yield (
+                f"{sibling.key or 'the root'} holds another copy of the model (EMA?), which was not folded; "
+                f"fold it with --state-dict {sibling.key}"
+            )
+    if plan.layout is Layout.SAME_KEYS and find_optimizers(checkpoint):
+        yield "the optimizer state was kept, but belongs to the weights before folding"
+    yield from _warn_of_uneven(ranges)
+    yield from _warn_of_subnormal(ranges)
+
+
+def find_optimizers(checkpoint: Checkpoint) -> tuple[str, ...]:
+    """Entries at the top of a file that hold the state of an optimizer, or of several."""
+    return tuple(
+        name
+        for name, value in checkpoint.entries.items()
+        if any(map(_is_optimizer, value if isinstance(value, list) else [value]))
+    )
+
+
+def _is_optimizer(node: Any) -> bool:
+    return is_mapping(node) and {"state", "param_groups"} <= as_mapping(node).keys()
+
+
+def _warn_of_uneven(ranges: Sequence[WeightRange]) -> Iterator[str]:
+    uneven = [r for r in ranges if r.is_uneven]
+    if uneven:
+        worst = min(uneven, key=lambda r: r.after.evenness)
+        yield (
+            f"quantisation: in {len(uneven)} of {len(ranges)} weights the average channel now fills an eighth of the "
+            f"tensor's range or less (worst: {worst.name}, {100 * worst.before.evenness:.0f} % before, "
+            f"{100 * worst.after.evenness:.2g} % now); quantise them per channel, not per tensor"
+        )
+
+
+def _warn_of_subnormal(ranges: Sequence[WeightRange]) -> Iterator[str]:
+    flushed = sum(r.flushed for r in ranges)
+    if flushed:
+        yield (
+            f"{flushed} weight elements would have become subnormal numbers, which slow many CPUs down; they were set "
+            "to zero before the outputs were compared"
+        )
+    gained = sum(max(r.subnormal - r.subnormal_before, 0) for r in ranges)
+    if gained:
+        yield (
+            f"{gained} weight elements became subnormal numbers, which slow many CPUs down; they were kept, because "
+            "nothing proved that setting them to zero is harmless: call torch.set_flush_denormal(True) where the model "
+            "runs"
+        )

@@ -1,0 +1,1 @@
+"""Keeping statistics, weight and bias from changing while a model trains on."""

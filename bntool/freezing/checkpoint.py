@@ -1,0 +1,286 @@
+"""Planning what freezing BatchNorm layers means for a checkpoint file.
+
+A state dict holds numbers only: neither modes nor requires_grad. So the plan records a policy that
+:func:`bntool.freezing.live.apply_freeze` carries out on the live model; in a pickled module it also sets the flags
+themselves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+
+from bntool.batchnorm import BatchNorm, NormKind, selects
+from bntool.checkpoints.batchnorms import find_batchnorms
+from bntool.checkpoints.checkpoint import Checkpoint, StateDict, check_changeable, choose_state_dict
+from bntool.checkpoints.records import make_record
+from bntool.checkpoints.tensors import StoredTensor
+from bntool.errors import RefusedError, UsageError
+from bntool.freezing.constants import plan_constant
+from bntool.freezing.optimizers import OptimizerEntries, find_optimizer_entries
+from bntool.freezing.policy import FreezePolicy
+from bntool.freezing.stages import find_frozen_stages, is_within
+from bntool.freezing.trainable_layers import check_whole_layers, find_trainable
+from bntool.graphs.architectures.recognition import assume_eps
+from bntool.plan import Operation, Plan, SetAttribute, Skip, SkipReason, Step
+
+
+class FreezeForm(Enum):
+    """What becomes of the tensors."""
+
+    POLICY = "policy"  # they stay as they are
+    CONSTANT = "constant"  # statistics are folded into weight and bias
+
+
+class Carrier(Enum):
+    """What keeps the layers from changing, once the file is written."""
+
+    RECORD = "record"  # nothing yet: the policy that is recorded, once it is applied to the live model
+    MODULES = "modules"  # flags of pickled modules, and the record
+    LAYERS = "layers"  # what a Keras file says of its layers
+    NET = "net"  # the .prototxt that a Caffe model is trained by
+    CONSTANTS = "constants"  # the format is a program for inference: there is nothing to keep
+
+
+@dataclass(frozen=True)
+class FreezePlan:
+    """A plan and what it means.
+
+    Attributes:
+        plan: ends with the record of the policy, where the file has a place for it.
+        policy: what the record says.
+        form: what becomes of the tensors.
+        batchnorms: all layers of the state dict, selected or not.
+        frozen_parameters: names of the parameters that the policy keeps from training.
+        carrier: what the freeze lies in.
+        optimizers: which entries of optimizer states belong to frozen parameters.
+    """
+
+    plan: Plan
+    policy: FreezePolicy
+    form: FreezeForm
+    batchnorms: tuple[str, ...]
+    frozen_parameters: tuple[str, ...]
+    carrier: Carrier
+    optimizers: tuple[OptimizerEntries, ...]
+
+
+def plan_freeze(  # noqa: PLR0913 each is an option of the command
+    checkpoint: Checkpoint,
+    *,
+    state_dict: str | None = None,
+    norm_eval: bool = True,
+    requires_grad: bool | None = None,
+    layers: Sequence[str] = (),
+    frozen_stages: int | None = None,
+    form: FreezeForm = FreezeForm.POLICY,
+    eps: float | None = None,
+    for_file: bool = True,
+) -> FreezePlan:
+    """Plan to freeze BatchNorm layers; the switches are those of :func:`bntool.freezing.live.freeze`.
+
+    Args:
+        state_dict: its key; None for the one chosen by rule.
+        norm_eval: the statistics are to stay.
+        requires_grad: False: weight and bias are to stay; True: they are to train; None: as the model has it.
+        layers: globs of layer names; none for all.
+        frozen_stages: freeze the first stages of the backbone as a whole.
+        form: with CONSTANT, statistics become constants and weight and bias scale and shift.
+        eps: of layers that do not say it themselves, for CONSTANT; None for that of a recognised architecture.
+        for_file: the plan is for a file; else only for code that freezes, and it does not matter whether the file has
+            a place for the record.
+
+    Raises:
+        UsageError: the switches freeze nothing, the state dict or the stages are not known, or ``eps`` contradicts
+            the file.
+        RefusedError: CONSTANT without eps, or a policy that the file has no place for.
+    """
+    check_changeable(checkpoint)
+    if not norm_eval and requires_grad is not False and frozen_stages in (None, -1):
+        raise UsageError("with --no-norm-eval and without --no-requires-grad or --frozen-stages nothing is frozen")
+    carrier = _find_carrier(checkpoint, form=form, for_file=for_file)
+    if carrier is Carrier.LAYERS:
+        check_whole_layers(
+            checkpoint,
+            norm_eval=norm_eval,
+            requires_grad=requires_grad,
+            frozen_stages=frozen_stages,
+            for_file=for_file,
+        )
+        requires_grad = False
+    source = choose_state_dict(checkpoint, state_dict)
+    if source.is_module:
+        carrier = Carrier.MODULES
+    norms = find_batchnorms(source)
+    selected = [norm for norm in norms if selects(layers, norm.name)]
+    skips = [
+        Skip(norm.name, SkipReason.FROZEN, "a FrozenBatchNorm has nothing that could move")
+        for norm in selected
+        if norm.kind is NormKind.FROZEN_BATCH_NORM
+    ]
+    chosen = [norm for norm in selected if norm.kind is NormKind.BATCH_NORM]
+    stages = None
+    if frozen_stages is not None:
+        stages = find_frozen_stages(_modules(source), frozen_stages)
+    policy = FreezePolicy(
+        norm_eval=norm_eval,
+        requires_grad=requires_grad,
+        layers=tuple(norm.name for norm in chosen) if norm_eval or requires_grad is not None else (),
+        stages=stages,
+    )
+    concerned = [norm for norm in norms if norm.name in policy.layers or _in_stages(policy, norm.name)]
+    steps: list[Step] = []
+    assumptions: tuple[str, ...] = ()
+    if form is FreezeForm.CONSTANT:
+        if eps is None:
+            known, assumptions = assume_eps(source, concerned)
+            concerned = list(known)
+        constant_steps, constant_skips = plan_constant(concerned, eps=eps)
+        steps += constant_steps
+        skips += constant_skips
+        unchanged = {skip.layer for skip in constant_skips}
+        concerned = [norm for norm in concerned if norm.name not in unchanged]
+    switches, unknown = _switch(checkpoint, source, carrier, concerned, policy)
+    steps += switches
+    skips += unknown
+    concerned = [norm for norm in concerned if norm.name not in {skip.layer for skip in unknown}]
+    frozen_parameters = tuple(_frozen_parameters(source, policy))
+    plan = Plan(
+        Operation.FREEZE,
+        state_dict=source.key,
+        steps=tuple(steps),
+        skips=tuple(skips),
+        layers=tuple(norm.name for norm in concerned),
+        assumptions=assumptions,
+    )
+    keeps_policy = carrier in (Carrier.RECORD, Carrier.MODULES) and (concerned or frozen_parameters)
+    if keeps_policy or (carrier is Carrier.LAYERS and steps):
+        own_eps = {"eps": eps} if form is FreezeForm.CONSTANT and eps is not None else {}
+        record = make_record(plan, form=form.value, policy=policy.to_record(), **own_eps)
+        if not for_file or _has_place(checkpoint, source, plan):
+            plan = plan.with_record(record)
+    return FreezePlan(
+        plan=plan,
+        policy=policy,
+        form=form,
+        batchnorms=tuple(norm.name for norm in norms),
+        frozen_parameters=frozen_parameters,
+        carrier=carrier,
+        optimizers=find_optimizer_entries(checkpoint, source, frozen_parameters),
+    )
+
+
+def _find_carrier(checkpoint: Checkpoint, *, form: FreezeForm, for_file: bool) -> Carrier:
+    if checkpoint.format.name == "onnx":
+        if form is FreezeForm.POLICY or not for_file:
+            raise RefusedError(
+                "an ONNX model is a program for inference: nothing in it trains, so there is nothing to freeze; freeze "
+                "the model that it was exported from",
+                path=checkpoint.path,
+            )
+        return Carrier.CONSTANTS
+    if checkpoint.format.name.startswith("caffe"):
+        if not for_file:
+            raise RefusedError("--emit writes code for PyTorch; a Caffe net is frozen by its .prototxt: --prototxt NET")
+        if checkpoint.content is None or checkpoint.content.deployed is None:
+            raise RefusedError(
+                "what of a Caffe net trains is said by its .prototxt: give it with --prototxt NET", path=checkpoint.path
+            )
+        return Carrier.NET
+    return Carrier.LAYERS if checkpoint.format.trains_whole_layers else Carrier.RECORD
+
+
+def _switch(
+    checkpoint: Checkpoint,
+    source: StateDict,
+    carrier: Carrier,
+    layers: Sequence[BatchNorm],
+    policy: FreezePolicy,
+) -> tuple[Sequence[Step], Sequence[Skip]]:
+    """What the file itself can say of a policy, and the layers of which it cannot."""
+    if carrier is Carrier.MODULES:
+        return _flags(source, policy), []
+    if carrier is Carrier.LAYERS:
+        found = list(find_trainable(checkpoint, source, layers))
+        return [f for f in found if isinstance(f, SetAttribute)], [f for f in found if isinstance(f, Skip)]
+    return _switch_net(layers, policy) if carrier is Carrier.NET else ([], [])
+
+
+def _switch_net(layers: Sequence[BatchNorm], policy: FreezePolicy) -> tuple[list[Step], list[Skip]]:
+    """The policy in words of a net: they become use_global_stats, lr_mult and decay_mult."""
+    if policy.stages is not None:
+        raise UsageError("--frozen-stages knows backbones of PyTorch; name the layers of a Caffe net with --layers")
+    steps: list[Step] = []
+    skips: list[Skip] = []
+    for norm in layers:
+        if norm.class_path != "caffe.BatchNorm":
+            kind = norm.class_path.rpartition(".")[2]
+            skips.append(Skip(norm.name, SkipReason.NOT_A_BATCHNORM, f"type {kind} is of a fork of Caffe"))
+            continue
+        if policy.norm_eval:
+            steps.append(SetAttribute(norm.name, "training", value=False))
+        if policy.requires_grad is False:
+            roles = (role for role in ("weight", "bias") if role in norm.tensors)
+            steps += (SetAttribute(norm.name, f"{role}.requires_grad", value=False) for role in roles)
+    return steps, skips
+
+
+def _modules(state_dict: StateDict) -> list[str]:
+    owners = {state_dict.strip(name).rpartition(".")[0]: None for name in state_dict.tensors}
+    return [*owners, *(state_dict.strip(name) for name in state_dict.modules)]
+
+
+def _in_stages(policy: FreezePolicy, name: str) -> bool:
+    stages = policy.stages
+    return stages is not None and is_within(name, (*stages.in_eval, *stages.without_gradient))
+
+
+def _has_place(checkpoint: Checkpoint, source: StateDict, plan: Plan) -> bool:
+    """Whether the file can keep the policy; where not, its tensors or flags must carry what they can by themselves."""
+    if checkpoint.format.can_record(checkpoint, source):
+        return True
+    if plan.steps:
+        return False
+    raise RefusedError(
+        f"a {checkpoint.format.title} file has no place for a freeze policy here, and its tensors cannot say it; "
+        "convert it first (bntool convert CKPT --to torch -o NEW), or print code that freezes with --emit python",
+        path=checkpoint.path,
+    )
+
+
+def _flags(state_dict: StateDict, policy: FreezePolicy) -> list[Step]:
+    """The flags of a pickled module that differ from what the policy asks for."""
+    stages = policy.stages
+    in_eval = stages.in_eval if stages is not None else ()
+    held = {*policy.layers} if policy.norm_eval else set()
+    steps: list[Step] = []
+    for path, module in state_dict.modules.items():
+        name = state_dict.strip(path)
+        if (name in held or (in_eval and is_within(name, in_eval))) and module.attributes.get("training") is not False:
+            steps.append(SetAttribute(name, "training", value=False))
+    for full, tensor in state_dict.tensors.items():
+        if not isinstance(tensor, StoredTensor) or not tensor.is_parameter or tensor.requires_grad is None:
+            continue
+        name = state_dict.strip(full)
+        wanted = _wanted_gradient(policy, name)
+        if wanted is not None and wanted != tensor.requires_grad:
+            owner, _, leaf = name.rpartition(".")
+            steps.append(SetAttribute(owner, f"{leaf}.requires_grad", value=wanted))
+    return steps
+
+
+def _wanted_gradient(policy: FreezePolicy, name: str) -> bool | None:
+    """What the policy says about the gradient of a parameter, None for nothing."""
+    if policy.stages is not None and is_within(name, policy.stages.without_gradient):
+        return False
+    owner, _, leaf = name.rpartition(".")
+    return policy.requires_grad if owner in policy.layers and leaf in ("weight", "bias") else None
+
+
+def _frozen_parameters(state_dict: StateDict, policy: FreezePolicy) -> list[str]:
+    buffers = ("running_mean", "running_var", "num_batches_tracked")
+    names = [state_dict.strip(name) for name in state_dict.tensors]
+    return [
+        name for name in names if _wanted_gradient(policy, name) is False and name.rpartition(".")[2] not in buffers
+    ]

@@ -1,0 +1,118 @@
+"""Modules that stay in eval mode whatever is asked of them.
+
+A held module has a subclass of its own class whose ``train()`` does nothing; this travels with deepcopy, pickling, DDP
+and torch.compile. The model that holds them has one whose ``train()`` holds them again afterwards, which also finds
+modules that were replaced meanwhile, as ``convert_sync_batchnorm`` does.
+"""
+
+from __future__ import annotations
+
+import copyreg
+from collections.abc import Sequence
+from functools import cache
+from typing import Any, cast
+
+from torch import nn
+
+from bntool.modules.finding import walk_modules
+
+HOLD = "_bntool_hold"  # on each held module: the mode that was asked for meanwhile
+_ORIGINAL = "_bntool_original"  # on the class of a held module
+FREEZE = "_bntool_freeze"  # on the model: what to give back, and what to hold
+
+
+class _Held(nn.Module):
+    """Mixed into the class of frozen modules and of the model that holds them."""
+
+    def train(self, mode: bool = True) -> Any:  # noqa: FBT001, FBT002 (torch's own signature)
+        hold = vars(self).get(HOLD)
+        if hold is not None:
+            hold["asked"] = mode
+            return self
+        super().train(mode)
+        notes = vars(self).get(FREEZE)
+        if notes is not None:
+            notes["asked"] = mode
+            hold_all(self, notes["held"])
+        return self
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        reduced = cast("tuple[Any, ...]", super().__reduce_ex__(max(int(protocol), 2)))
+        function, arguments, *rest = reduced
+        if function is copyreg.__newobj__:  # type: ignore[attr-defined]
+            return (rebuild_held, (original_class(type(self)), *arguments[1:]), *rest)
+        return reduced
+
+
+def rebuild_held(original: type[nn.Module], *arguments: Any) -> nn.Module:
+    """A frozen module without its state; pickles name this function, so it keeps its name and its place."""
+    held = _held_class(cast("Any", original))
+    return held.__new__(held, *arguments)
+
+
+@cache
+def _held_class(original: Any) -> type[nn.Module]:
+    # named as the original is: registries, repr and fx (by __module__) go by these names
+    namespace: dict[str, Any] = {
+        "__module__": original.__module__,
+        "__qualname__": original.__qualname__,
+        "__doc__": original.__doc__,
+        _ORIGINAL: original,
+    }
+    if hasattr(original, "reset_running_stats"):
+        namespace["reset_running_stats"] = _reset_unless_held
+    return type(original.__name__, (_Held, original), namespace)
+
+
+def _reset_unless_held(self: Any) -> None:
+    """Torch's update_bn resets all statistics first; those of a held module would stay at 0 and 1."""
+    if HOLD not in vars(self):
+        cast("Any", original_class(type(self))).reset_running_stats(self)
+
+
+def original_class(kind: type) -> type[nn.Module]:
+    """The class that a frozen module had."""
+    return next((vars(base)[_ORIGINAL] for base in kind.__mro__ if _ORIGINAL in vars(base)), kind)
+
+
+def swap_class(module: nn.Module) -> None:
+    if not isinstance(module, _Held):
+        module.__class__ = _held_class(cast("Any", type(module)))
+
+
+def can_carry(module: nn.Module) -> bool:
+    """Whether the class of a model can be swapped: not where it pickles itself in its own way, as fx's GraphModule."""
+    kind = type(module)
+    return kind.__reduce__ is object.__reduce__ and kind.__reduce_ex__ is object.__reduce_ex__
+
+
+def hold(module: nn.Module) -> None:
+    """Keep a module and all below it in eval mode."""
+    swap_class(module)
+    vars(module).setdefault(HOLD, {"asked": None})
+    for _, inner in walk_modules(module):
+        inner.training = False
+
+
+def hold_all(root: nn.Module, names: Sequence[str]) -> None:
+    """Hold the modules of these names that exist."""
+    modules = dict(walk_modules(root))
+    for name in names:
+        if name in modules:
+            hold(modules[name])
+
+
+def release(module: nn.Module) -> None:
+    """Give a module the class that it had; its mode stays as it is.
+
+    One whose class was changed since, as fully_shard and parametrisations do, keeps that: it is held no longer either.
+    """
+    vars(module).pop(HOLD, None)
+    if _ORIGINAL in vars(type(module)):
+        module.__class__ = original_class(type(module))
+
+
+def asked_mode(module: nn.Module) -> bool | None:
+    """The mode that was last asked of a held module; None where none was."""
+    asked = vars(module).get(HOLD, {}).get("asked")
+    return None if asked is None else bool(asked)

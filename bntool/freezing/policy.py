@@ -1,0 +1,83 @@
+"""What a freeze is to mean, as a value that a file can keep."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from bntool.errors import CorruptFileError
+from bntool.freezing.stages import Family, FrozenStages
+
+
+@dataclass(frozen=True)
+class FreezePolicy:
+    """Which BatchNorm layers keep what while the model trains.
+
+    Attributes:
+        norm_eval: the layers stay in eval mode: they normalise by their statistics, and these do not move.
+        requires_grad: whether weight and bias of the layers get gradients; None leaves them as they are.
+        layers: the BatchNorm layers that the two switches are for.
+        stages: what is frozen as a whole beside them.
+    """
+
+    norm_eval: bool = True
+    requires_grad: bool | None = None
+    layers: tuple[str, ...] = ()
+    stages: FrozenStages | None = None
+
+    def to_record(self) -> dict[str, Any]:
+        """The policy as JSON data."""
+        stages = self.stages
+        return {
+            "norm_eval": self.norm_eval,
+            "requires_grad": self.requires_grad,
+            "layers": list(self.layers),
+            "stages": None
+            if stages is None
+            else {
+                "family": stages.family.value,
+                "frozen_stages": stages.frozen_stages,
+                "root": stages.root,
+                "without_gradient": list(stages.without_gradient),
+                "in_eval": list(stages.in_eval),
+            },
+        }
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> FreezePolicy:
+        """The policy that :meth:`to_record` wrote.
+
+        Raises:
+            CorruptFileError: it is no such data.
+        """
+        try:
+            stages = record["stages"]
+            return cls(
+                norm_eval=_boolean(record["norm_eval"]),
+                requires_grad=None if record["requires_grad"] is None else _boolean(record["requires_grad"]),
+                layers=_names(record["layers"]),
+                stages=None
+                if stages is None
+                else FrozenStages(
+                    family=Family(stages["family"]),
+                    frozen_stages=int(stages["frozen_stages"]),
+                    root=str(stages["root"]),
+                    without_gradient=_names(stages["without_gradient"]),
+                    in_eval=_names(stages["in_eval"]),
+                ),
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise CorruptFileError(f"the freeze policy recorded in the file cannot be understood: {error!r}") from error
+
+
+def _boolean(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(f"{value!r} is neither true nor false")
+    return value
+
+
+def _names(values: Any) -> tuple[str, ...]:
+    if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
+        raise TypeError(f"{values!r} is no list of names")
+    return tuple(values)

@@ -1,0 +1,1 @@
+"""The graph of a known architecture, recognised by the names and shapes of its tensors."""

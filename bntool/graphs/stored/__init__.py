@@ -1,0 +1,1 @@
+"""The graph that a file of ONNX, Keras or Caffe holds."""

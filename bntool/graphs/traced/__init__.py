@@ -1,0 +1,1 @@
+"""The graph of a live model, seen while one forward runs."""

@@ -1,0 +1,266 @@
+"""Reading one call of an operation: is it a convolution, a linear, a BatchNorm, and which parameters does it take?"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bntool.graphs.graph import NodeKind, Owner
+from bntool.graphs.traced import operators
+from bntool.graphs.traced.labels import varying_axis
+from bntool.graphs.traced.parameters import Parameter, ParameterIndex
+
+_ROLES = ("weight", "bias", "running_mean", "running_var")
+_CLOSE = 1e-4  # relative; a frozen BatchNorm computes its scale in the dtype of its buffers
+
+
+@dataclass(frozen=True)
+class CallFacts:
+    """What a call is.
+
+    Attributes:
+        inputs: its data inputs, by port.
+        axis: where their channels lie; None where it has none.
+        output_axis: where the channels of its output lie.
+        details: fields of :class:`~bntool.graphs.graph.Node`.
+    """
+
+    kind: NodeKind
+    inputs: tuple[Tensor, ...] = ()
+    axis: int | None = None
+    output_axis: int = 1
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+    def node_facts(self) -> dict[str, Any]:
+        return dict(self.details)
+
+
+NamesOf = Callable[[Tensor], frozenset[str]]
+Labels = Mapping[int, Tensor | None]
+
+
+def call_facts(
+    function: Any, arguments: Any, keywords: Any, *, index: ParameterIndex, labels: Labels, names_of: NamesOf
+) -> CallFacts:
+    """What a call is; ``OTHER`` for everything that no scale and shift can pass.
+
+    Args:
+        labels: of each tensor that the call was given, by identity; None for constants.
+        names_of: the parameters that a constant comes from.
+    """
+
+    def given(name: str) -> Any:
+        return operators.argument(function, arguments, keywords, name)
+
+    def is_computed(tensor: Any) -> bool:
+        return isinstance(tensor, Tensor) and labels.get(id(tensor)) is not None
+
+    roles = _Roles(index=index, labels=labels, names_of=names_of)
+    name = operators.name_of(function)
+    if name in operators.BATCH_NORMS and is_computed(given("input")):
+        return _batch_norm(given, roles)
+    producer = operators.producer_kind(function, arguments, keywords)
+    if producer is NodeKind.LINEAR:
+        found = _linear(name, given, roles)
+        if found is not None and is_computed(found.inputs[0]):
+            return found
+    elif producer is not None and is_computed(given("input")):
+        return _convolution(producer, given, roles)
+    first, other = given("self"), given("other")
+    first = given("input") if first is None else first
+    if is_computed(first) and (name != "add" or is_computed(other)):
+        its_labels = labels[id(first)]
+        assert its_labels is not None
+        axis = varying_axis(its_labels, default=1)
+        shift = other.dim() - first.dim() if name == "add" else 0  # a shorter operand is broadcast from the right
+        axis += max(shift, 0)
+        kind = operators.passing_kind(function, arguments, keywords, channel_axis=axis, dim=first.dim())
+        if kind is not None:
+            inputs = (first, other) if kind is NodeKind.ADD else (first,)
+            removed = _removed_before(given, axis, first.dim()) if name in ("amax", "mean") else 0
+            return CallFacts(kind, inputs, axis=axis, output_axis=axis - removed)
+    return CallFacts(NodeKind.OTHER)
+
+
+def _removed_before(given: Callable[[str], Any], axis: int, dim: int) -> int:
+    """How many axes in front of the channels a reduction takes away."""
+    if given("keepdim"):
+        return 0
+    axes = given("dim")
+    axes = [axes] if isinstance(axes, int) else list(axes or range(dim))
+    return sum(1 for other in axes if other % dim < axis)
+
+
+class _Roles:
+    """Sorts the tensors of a call into parameters taken as they are, and computed ones."""
+
+    def __init__(self, *, index: ParameterIndex, labels: Labels, names_of: NamesOf) -> None:
+        self.index, self.labels, self.names_of = index, labels, names_of
+        self.found: dict[str, Parameter] = {}
+        self.computed: dict[str, tuple[str, ...]] = {}
+
+    def sort(self, role: str, tensor: Tensor | None, *, transposed: bool = False) -> None:
+        if tensor is None:
+            return
+        known = self.labels.get(id(tensor)) is None
+        parameter = self.index.find(tensor, transposed=transposed) if known else None
+        if parameter is not None:
+            self.found[role] = parameter
+        else:
+            self.computed[role] = tuple(sorted(self.names_of(tensor)))
+
+    def details(self, *, anchor: str) -> dict[str, Any]:
+        """Fields of the node; ``anchor`` is the role whose owner names the layer."""
+        parameter = self.found.get(anchor) or next(iter(self.found.values()), None)
+        if parameter is None:  # all computed: the module that they come from
+            names = [name for names in self.computed.values() for name in names]
+            parameter = self.index.by_name[names[0]] if names else None
+        details: dict[str, Any] = {
+            "parameters": {role: found.name for role, found in self.found.items()},
+            "computed": self.computed,
+        }
+        if parameter is not None:
+            details.update(layer=parameter.module, class_name=type(parameter.owner).__name__)
+            slot = parameter.owner._parameters.get("bias", parameter)  # anything but None: there is none
+            details["has_bias_slot"] = slot is None and parameter.role == "weight"
+        return details
+
+
+def _batch_norm(given: Callable[[str], Any], roles: _Roles) -> CallFacts:
+    for role in _ROLES:
+        roles.sort(role, given(role))
+    training = given("training")
+    if training is None:
+        training = given("train") or False
+    details = roles.details(anchor="running_mean")
+    eps = given("eps") if given("epsilon") is None else given("epsilon")
+    details.update(eps=float(eps), training=bool(training), owner=Owner.PART)  # judged when its module is left
+    return CallFacts(NodeKind.BATCH_NORM, (given("input"),), axis=1, details=details)
+
+
+def _convolution(kind: NodeKind, given: Callable[[str], Any], roles: _Roles) -> CallFacts:
+    roles.sort("weight", given("weight"))
+    roles.sort("bias", given("bias"))
+    # the shift of an input cannot be taken out where windows reach over the border, as those of a transposed one do
+    padded = any(given("padding")) or kind is NodeKind.CONV_TRANSPOSE
+    details = {**roles.details(anchor="weight"), "groups": int(given("groups")), "padded": padded}
+    return CallFacts(kind, (given("input"),), axis=1, details=details)
+
+
+def _linear(name: str, given: Callable[[str], Any], roles: _Roles) -> CallFacts | None:
+    if name == "linear":
+        data, weight, bias = given("input"), given("weight"), given("bias")
+    else:
+        data, weight = (given("mat1"), given("mat2")) if name == "addmm" else (given("self"), given("mat2"))
+        bias = given("self") if name == "addmm" else None
+    roles.sort("weight", weight, transposed=name != "linear")
+    if "weight" not in roles.found and name != "linear":
+        return None  # any product of two matrices
+    if bias is not None and bias.dim() != 1:
+        return None
+    roles.sort("bias", bias)
+    last = data.dim() - 1
+    return CallFacts(NodeKind.LINEAR, (data,), axis=last, output_axis=last, details=roles.details(anchor="weight"))
+
+
+@dataclass(frozen=True)
+class Affine:
+    """A product or a sum with a constant that comes from one module's BatchNorm tensors.
+
+    Attributes:
+        owner: dotted path of the module.
+        is_product: else a sum.
+        constant: the constant, flat, in float64.
+        source: labels of the computed operand.
+        result: labels of the result.
+    """
+
+    owner: str
+    is_product: bool
+    constant: Tensor
+    source: Tensor
+    result: Tensor
+
+    def node_facts(self, index: ParameterIndex) -> dict[str, Any]:
+        """Fields of the node of the BatchNorm that the sum completes."""
+        found = _batchnorm_tensors(index, self.owner)
+        assert found is not None
+        module = next(iter(found.values())).owner
+        return {
+            "kind": NodeKind.BATCH_NORM,
+            "layer": self.owner,
+            "parameters": {role: parameter.name for role, parameter in found.items()},
+            "eps": _eps_of(module),
+            "owner": Owner.PART,
+            "class_name": type(module).__name__,
+        }
+
+
+def describe_affine(
+    function: Any, given: Mapping[int, Tensor], labels: Labels, *, names_of: NamesOf, index: ParameterIndex, out: Tensor
+) -> Affine | None:
+    """The product or sum with a constant that a call is, if the constant comes from one BatchNorm's tensors."""
+    name = operators.name_of(function)
+    if name not in ("mul", "add") or len(given) != 2:
+        return None
+    computed = [i for i in given if labels[i] is not None]
+    constants = [given[i] for i in given if labels[i] is None]
+    if len(computed) != 1:
+        return None
+    names = names_of(constants[0])
+    owners = {index.by_name[n].module for n in names}
+    if len(owners) != 1 or _batchnorm_tensors(index, next(iter(owners))) is None:
+        return None
+    source = labels[computed[0]]
+    assert source is not None
+    constant = constants[0].detach().double().flatten().cpu()
+    return Affine(next(iter(owners)), name == "mul", constant, source, out)
+
+
+def is_frozen_batchnorm(product: Affine, total: Affine, index: ParameterIndex) -> bool:
+    """Whether x * constant + constant is what a BatchNorm with the tensors of that module does, by the numbers."""
+    found = _batchnorm_tensors(index, product.owner)
+    eps = _eps_of(next(iter(found.values())).owner) if found is not None else None
+    if found is None or eps is None:
+        return False
+    weight, bias, mean, variance = (index.tensor(found[role]).detach().double().cpu() for role in _ROLES)
+    scale = weight / torch.sqrt(variance + eps)
+    expected = (scale, bias - mean * scale)
+    return _is_close(product.constant, expected[0]) and _is_close(total.constant, expected[1])
+
+
+def _is_close(found: Tensor, wanted: Tensor) -> bool:
+    return found.shape == wanted.shape and torch.allclose(
+        found, wanted, rtol=_CLOSE, atol=_CLOSE * float(wanted.abs().max())
+    )
+
+
+def _batchnorm_tensors(index: ParameterIndex, path: str) -> dict[str, Parameter] | None:
+    names = {role: f"{path}.{role}" if path else role for role in _ROLES}
+    if not all(name in index.by_name for name in names.values()):
+        return None
+    return {role: index.by_name[name] for role, name in names.items()}
+
+
+def _eps_of(module: torch.nn.Module) -> float | None:
+    eps = getattr(module, "eps", None)
+    return float(eps) if isinstance(eps, int | float) else None
+
+
+def late_bias(
+    function: Any, given: Mapping[int, Tensor], labels: Labels, *, index: ParameterIndex
+) -> tuple[Tensor, Parameter] | None:
+    """The labels and the bias where a call adds a bias to a product of matrices; linear does so on a strided input."""
+    constants = [tensor for identity, tensor in given.items() if labels[identity] is None]
+    computed = [labels[identity] for identity in given if labels[identity] is not None]
+    if operators.name_of(function) != "add" or len(constants) != 1 or len(computed) != 1:
+        return None
+    parameter = index.find(constants[0]) if constants[0].dim() == 1 else None
+    source = computed[0]
+    if parameter is None or parameter.role != "bias" or source is None or source.shape[-1:] != constants[0].shape:
+        return None
+    return source, parameter

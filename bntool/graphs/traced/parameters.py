@@ -1,0 +1,169 @@
+"""Recognising a model's parameters and buffers in the tensors that operations are given."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+from torch.nn.parameter import is_lazy
+
+from bntool.graphs.graph import Node, Owner
+from bntool.modules.finding import find_wrapper_prefix, walk_modules
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A parameter or buffer of a live model.
+
+    Attributes:
+        name: its first dotted name.
+        aliases: further names by which the same module, and so the tensor, can be reached.
+        tied: it also belongs to another module, or to the same one under another attribute.
+        module: dotted path of its module.
+        owner: the module.
+    """
+
+    name: str
+    module: str
+    owner: nn.Module = field(repr=False, compare=False)
+    aliases: tuple[str, ...] = ()
+    tied: bool = False
+
+    @property
+    def role(self) -> str:
+        return self.name.rpartition(".")[2]
+
+
+class ParameterIndex:
+    """All parameters and buffers of a model, found by tensor.
+
+    Modules are walked through their children, because some models override ``modules()``. Names are without the
+    prefix of wrappers, as in plans.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        slots: dict[int, dict[tuple[int, str], list[str]]] = {}
+        owners: dict[int, tuple[nn.Module, str]] = {}
+        tensors: dict[int, torch.Tensor] = {}
+        self.module_names: dict[int, str] = {}
+        prefix = find_wrapper_prefix(model)
+        for full_path, module in walk_modules(model):
+            path = f"{full_path}.".removeprefix(prefix).removesuffix(".")
+            self.module_names.setdefault(id(module), path)
+            for leaf, tensor in (*module._parameters.items(), *module._buffers.items()):
+                if tensor is None or is_lazy(tensor):
+                    continue
+                tensors[id(tensor)] = tensor
+                owners.setdefault(id(tensor), (module, path))
+                names = slots.setdefault(id(tensor), {}).setdefault((id(module), leaf), [])
+                names.append(f"{path}.{leaf}" if path else leaf)
+        self.by_name: dict[str, Parameter] = {}
+        self._by_identity: dict[int, Parameter] = {}
+        self._by_storage: dict[int, list[tuple[Parameter, torch.Tensor]]] = {}
+        self._tensors = tensors  # keeps identities valid
+        for identity, places in slots.items():
+            first, *others = [name for names in places.values() for name in names]
+            owner, path = owners[identity]
+            parameter = Parameter(first, path, owner, aliases=tuple(others), tied=len(places) > 1)
+            self.by_name[first] = parameter
+            self._by_identity[identity] = parameter
+            self._by_storage.setdefault(storage_key(tensors[identity]), []).append((parameter, tensors[identity]))
+        for entries in self._by_storage.values():
+            for parameter, tensor in entries:
+                if any(_overlap(tensor, other) for _, other in entries if other is not tensor):
+                    self._mark_tied(parameter, tensor)
+
+    def _mark_tied(self, parameter: Parameter, tensor: torch.Tensor) -> None:
+        tied = Parameter(parameter.name, parameter.module, parameter.owner, aliases=parameter.aliases, tied=True)
+        self.by_name[parameter.name] = self._by_identity[id(tensor)] = tied
+
+    def find(self, tensor: torch.Tensor, *, transposed: bool = False) -> Parameter | None:
+        """The parameter that a tensor is, itself or as a view of all of it (``transposed``: with its axes reversed)."""
+        known = self._by_identity.get(id(tensor))
+        if known is not None:
+            return None if transposed and tensor.dim() > 1 else known
+        for parameter, candidate in self._by_storage.get(storage_key(tensor), ()):
+            shape, strides = tuple(candidate.shape), candidate.stride()
+            if transposed:
+                shape, strides = shape[::-1], strides[::-1]
+            same_place = candidate.storage_offset() == tensor.storage_offset() and candidate.dtype == tensor.dtype
+            if same_place and tuple(tensor.shape) == shape and tensor.stride() == strides:
+                return self.by_name[parameter.name]
+        return None
+
+    def touching(self, tensor: torch.Tensor) -> frozenset[str]:
+        """Names of the parameters whose elements a tensor shows."""
+        return frozenset(
+            parameter.name
+            for parameter, candidate in self._by_storage.get(storage_key(tensor), ())
+            if candidate is tensor or _overlap(candidate, tensor)
+        )
+
+    def tensor(self, parameter: Parameter) -> torch.Tensor:
+        """The live tensor of a parameter or buffer."""
+        module = parameter.owner
+        found: torch.Tensor | None = module._parameters.get(parameter.role)
+        found = module._buffers.get(parameter.role) if found is None else found
+        assert found is not None
+        return found
+
+    def judge_owner(
+        self,
+        module: nn.Module,
+        path: str,
+        node: Node,
+        inside: Sequence[Node],
+        *,
+        reads_input: bool,
+        whole: bool,
+    ) -> Owner:
+        """What a module does beside its own BatchNorm, by what ran inside of it.
+
+        Args:
+            path: its dotted path.
+            node: the BatchNorm.
+            inside: everything that ran while the module did.
+            reads_input: the first of these read the module's input, as it came.
+            whole: the module's output is the BatchNorm's.
+        """
+        before = [other for other in inside if other.index < node.index and "mul" not in other.operator]
+        after = [other for other in inside if other.index > node.index]
+        if not reads_input or before:
+            return Owner.PART
+        if whole and not after:
+            return Owner.WHOLE
+        inner = tuple(f"{path}.{child}".lstrip(".") for child in ("act", "drop"))
+        runs_children_only = all(
+            any(other.layer == child or other.layer.startswith(child + ".") for child in inner) for other in after
+        )
+        has_activation = isinstance(module._modules.get("act"), nn.Module)
+        return Owner.WITH_ACTIVATION if has_activation and runs_children_only else Owner.PART
+
+    @property
+    def aliases(self) -> Mapping[str, tuple[str, ...]]:
+        return {name: parameter.aliases for name, parameter in self.by_name.items() if parameter.aliases}
+
+    @property
+    def tied(self) -> frozenset[str]:
+        return frozenset(name for name, parameter in self.by_name.items() if parameter.tied)
+
+
+def storage_key(tensor: torch.Tensor) -> int:
+    """Names the storage of a tensor while that storage lives."""
+    return int(tensor.untyped_storage()._cdata)
+
+
+def _overlap(first: torch.Tensor, second: torch.Tensor) -> bool:
+    def span(tensor: torch.Tensor) -> tuple[int, int]:
+        start = int(tensor.storage_offset()) * tensor.element_size()
+        if tensor.numel() == 0:
+            return start, start
+        last = sum(
+            (int(extent) - 1) * int(stride) for extent, stride in zip(tensor.shape, tensor.stride(), strict=True)
+        )
+        return start, start + (last + 1) * tensor.element_size()
+
+    (a, b), (c, d) = span(first), span(second)
+    return a < d and c < b

@@ -1,0 +1,99 @@
+"""Who read which labels, joined into edges when the forward is over."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+
+from torch import Tensor
+
+from bntool.graphs.graph import Edge, Node, NodeKind
+from bntool.graphs.traced.labels import Meeting
+
+
+class Reads:
+    """What each node read, and which labels belong to which node."""
+
+    def __init__(self) -> None:
+        self._bases: list[int] = []
+        self._nodes: list[int] = []
+        self._next = 0
+        self._reads: dict[tuple[int, int], Meeting] = {}
+        self._first: dict[int, Tensor] = {}
+        self._uses: dict[str, set[int]] = {}
+
+    def allocate(self, node: int, channels: int) -> int:
+        """The first of as many new labels for the output of a node."""
+        base = self._next
+        self._bases.append(base)
+        self._nodes.append(node)
+        self._next += max(channels, 1)
+        return base
+
+    def add(self, node: int, port: int, meeting: Meeting, labels: Tensor | None = None) -> None:
+        """A node reads labels on one of its inputs."""
+        self._reads[(node, port)] = meeting
+        if port == 0 and labels is not None:
+            self._first[node] = labels
+
+    replace = add
+
+    def node_of(self, labels: Sequence[int]) -> int | None:
+        """The node that computed all of these, each of its first channels once and in order."""
+        if not labels:
+            return None
+        position = bisect_right(self._bases, labels[0]) - 1
+        base = self._bases[position]
+        return self._nodes[position] if list(labels) == list(range(base, base + len(labels))) else None
+
+    def first(self, node: int) -> Tensor | None:
+        """The labels that a node read on its first input."""
+        return self._first.get(node)
+
+    def use(self, node: int, names: Iterable[str]) -> None:
+        """A node reads parameters."""
+        for name in names:
+            self._uses.setdefault(name, set()).add(node)
+
+    def join(
+        self, nodes: list[Node], completed: Mapping[int, int]
+    ) -> tuple[tuple[Node, ...], tuple[Edge, ...], dict[str, frozenset[int]]]:
+        """Nodes, edges and uses of parameters.
+
+        Args:
+            nodes: in order of execution.
+            completed: from a product to the sum that makes it a linear with bias, or a FrozenBatchNorm that computes by
+                itself; where nothing else reads the product, the two become one node.
+        """
+        edges = [edge for (node, port), meeting in self._reads.items() for edge in self._edges(node, port, meeting)]
+        for product, total in completed.items():
+            readers = {edge.target for edge in edges if edge.source == product}
+            if readers == {total}:
+                edges = [
+                    replace(edge, target=total) if edge.target == product else edge
+                    for edge in edges
+                    if edge.source != product
+                ]
+                for users in self._uses.values():
+                    if product in users:
+                        users.discard(product)
+                        users.add(total)
+            else:
+                nodes[total] = replace(nodes[total], kind=NodeKind.OTHER)
+        return tuple(nodes), tuple(edges), {name: frozenset(users) for name, users in self._uses.items()}
+
+    def _edges(self, node: int, port: int, meeting: Meeting) -> Iterable[Edge]:
+        by_source: dict[int, list[tuple[int, int]]] = {}
+        channels = meeting.channels if meeting.channels is not None else (0,) * len(meeting.labels)
+        for label, channel in zip(meeting.labels, channels, strict=True):
+            position = bisect_right(self._bases, label) - 1
+            by_source.setdefault(position, []).append((label - self._bases[position], channel))
+        for position, pairs in by_source.items():
+            yield Edge(
+                source=self._nodes[position],
+                target=node,
+                port=port,
+                sources=tuple(source for source, _ in pairs),
+                targets=None if meeting.channels is None else tuple(target for _, target in pairs),
+            )

@@ -1,0 +1,330 @@
+"""Who feeds whom, seen in one real forward of the live model: proof for that forward.
+
+A dispatch mode sees every operation below modules, functional calls and operators alike. Parameters are recognised by
+identity or as views of all their elements; what is computed from parameters alone stays constant and is remembered by
+the names it came from. Every other tensor carries labels (see :mod:`bntool.graphs.traced.labels`) that say which
+node computed each of its elements. Writing into a tensor changes all tensors that share its storage, so those are labelled anew as
+the results of that write; storages that outlive the forward (outputs, whatever a hook or a module keeps) count as read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as hooks
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
+
+from bntool.graphs.escapes import Escapes
+from bntool.graphs.graph import ModelGraph, Node, NodeKind
+from bntool.graphs.traced import operators
+from bntool.graphs.traced.calls import Affine, CallFacts, call_facts, describe_affine, is_frozen_batchnorm, late_bias
+from bntool.graphs.traced.labels import fresh_labels, meet, replay, varying_axis
+from bntool.graphs.traced.parameters import Parameter, ParameterIndex
+from bntool.graphs.traced.reads import Reads
+from bntool.graphs.traced.tracked_tensors import TrackedTensors
+from bntool.modules.borrowing import borrow
+from bntool.modules.calling import call, tensors_in
+
+
+def trace(model: nn.Module, inputs: Any) -> ModelGraph:
+    """Run one forward in eval mode and say which operation fed which; the model is given back as it was.
+
+    Args:
+        model: the live model, with the tensors that it shall be traced with.
+        inputs: a tensor, a tuple of positional arguments, or a dict of keyword arguments; not changed.
+
+    Raises:
+        UserCodeError: the model's forward raised.
+    """
+    with borrow(model), torch.no_grad():
+        model.eval()
+        recorder = _Recorder(ParameterIndex(model))
+        copies = tree_map(lambda item: item.clone() if isinstance(item, Tensor) else item, inputs)
+        with recorder.observe(copies):
+            outputs = call(model, copies)
+        recorder.close(outputs, copies)
+        return recorder.finish()
+
+
+@dataclass
+class _ModuleCall:
+    module: nn.Module
+    labels: Tensor | None  # of its input
+    first_node: int
+
+
+class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    def __init__(self, index: ParameterIndex) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.index = index
+        self.nodes: list[Node] = []
+        self.reads = Reads()
+        self.known = TrackedTensors()
+        self.affines: dict[int, Affine] = {}  # products with constants, by node
+        self.completed: dict[int, int] = {}  # from a product to the sum that makes it a linear or a frozen BatchNorm
+        self.branches_at: int | None = None
+        self.stack: list[_ModuleCall] = []
+        self.results: dict[int, Tensor] = {}  # labels that a BatchNorm node gave its output
+
+    @contextlib.contextmanager
+    def observe(self, inputs: Any) -> Iterator[None]:
+        for tensor in tensors_in(inputs):
+            self.give_fresh_labels(self.add_node(NodeKind.INPUT, "input"), [tensor], axis=1)
+        handles = [hooks.register_module_forward_pre_hook(self.enter), hooks.register_module_forward_hook(self.leave)]
+        try:
+            with self, Escapes(self.record_escape):
+                yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        keywords = kwargs or {}
+        result = func(*args, **keywords)
+        self.record(func, args, keywords, result)
+        return result
+
+    # modules: where in the model something ran, and whether a module does anything beside its BatchNorm
+
+    def enter(self, module: nn.Module, arguments: Any) -> None:
+        first = arguments[0] if arguments else None
+        labels = self.known.labels(first)
+        self.stack.append(_ModuleCall(module, labels, len(self.nodes)))
+
+    def leave(self, module: nn.Module, _arguments: Any, output: Any) -> None:
+        while self.stack and self.stack[-1].module is not module:
+            self.stack.pop()  # left by an exception that the model caught
+        if not self.stack:
+            return
+        entered = self.stack.pop()
+        inside = self.nodes[entered.first_node :]
+        path = self.index.module_names.get(id(module), "")
+        for node in inside:
+            if node.kind is NodeKind.BATCH_NORM and node.layer == path and id(module) in self.index.module_names:
+                last = self.results.get(node.index)
+                whole = last is not None and self.known.labels(output) is last
+                reads_input = self.reads.first(inside[0].index) is entered.labels
+                owner = self.index.judge_owner(module, path, node, inside, reads_input=reads_input, whole=whole)
+                self.nodes[node.index] = replace(node, owner=owner)
+
+    # tensors
+
+    def labels_of(self, tensor: Tensor) -> Tensor | None:
+        """The labels of a computed tensor; None for a constant."""
+        labels = self.known.labels(tensor)
+        if labels is not None or self.known.origin(tensor) is not None:
+            return labels
+        hidden = self.known.hidden_labels(tensor)
+        if not hidden:
+            return None
+        # another view of a known storage, made out of sight: it may show anything that is in there
+        node = self.add_node(NodeKind.OTHER, "alias")
+        for port, seen in enumerate(hidden):
+            self.reads.add(node.index, port, meet(seen, axis=None))
+        return self.give_fresh_labels(node, [tensor], axis=1)
+
+    def names_of(self, tensor: Tensor) -> frozenset[str]:
+        """The parameters that a constant shows or was computed from."""
+        return (self.known.origin(tensor) or frozenset()) | self.index.touching(tensor)
+
+    def give_fresh_labels(self, node: Node, tensors: Sequence[Tensor], *, axis: int) -> Tensor | None:
+        """Label tensors as the output of a node."""
+        axes = [min(axis, max(tensor.dim() - 1, 0)) for tensor in tensors]
+        channels = max((t.shape[a] if t.dim() else 1 for t, a in zip(tensors, axes, strict=True)), default=1)
+        base = self.reads.allocate(node.index, channels)
+        self.nodes[node.index] = replace(node, channels=channels, elements=sum(t.numel() for t in tensors[:1]))
+        for tensor, own_axis in zip(tensors, axes, strict=True):
+            self.known.set_labels(tensor, fresh_labels(tensor.shape, axis=own_axis, base=base))
+        return self.known.labels(tensors[0]) if tensors else None
+
+    def add_node(self, kind: NodeKind, operator: str, **facts: Any) -> Node:
+        if "layer" not in facts:
+            facts["layer"] = self.index.module_names.get(id(self.stack[-1].module), "") if self.stack else ""
+        node = Node(len(self.nodes), kind, operator, **facts)
+        self.nodes.append(node)
+        return node
+
+    # operations
+
+    def record(self, function: Any, arguments: Any, keywords: Any, result: Any) -> None:
+        name, outputs = operators.name_of(function), tensors_in(result)
+        if name in operators.SHAPE_ONLY:
+            for tensor in outputs:
+                self.known.set_constant(tensor, frozenset())
+            return
+        given = tensors_in((arguments, keywords))
+        mutated = tensors_in(operators.written_arguments(function, arguments, keywords))
+        labels = {id(tensor): self.labels_of(tensor) for tensor in given}
+        if all(found is None for found in labels.values()):
+            self.record_constant(function, given, outputs, mutated)
+        elif name in operators.VALUE_READS:
+            self.record_branch()
+        elif mutated or not self.record_movement(function, arguments, keywords, outputs, labels):
+            self.record_node(function, arguments, keywords, outputs, labels, mutated)
+
+    def record_branch(self) -> None:
+        """Python has seen a value of the data: another input may take another path from here on.
+
+        That path may read whatever is still alive, and all that follows here is proven for this input only.
+        """
+        node = self.add_node(NodeKind.OTHER, "branch")
+        for port, labels in enumerate(self.known.alive()):
+            self.reads.add(node.index, port, meet(labels, axis=None))
+        if self.branches_at is None:
+            self.branches_at = node.index
+
+    def record_escape(self, tensor: Tensor) -> None:
+        """The elements of a tensor leave torch."""
+        if self.labels_of(tensor) is not None:
+            self.record_branch()
+
+    def record_constant(self, function: Any, given: list[Tensor], outputs: list[Tensor], mutated: list[Tensor]) -> None:
+        """Nothing here depends on the input."""
+        names = frozenset().union(*map(self.names_of, given))
+        changed = frozenset().union(*map(self.index.touching, mutated))
+        if mutated and (names or changed):  # a parameter is written, or to where its tracks end
+            self.reads.use(self.add_node(NodeKind.OTHER, str(function.overloadpacket)).index, names | changed)
+        for tensor in (*outputs, *mutated):
+            self.known.set_constant(tensor, names)
+
+    def record_movement(
+        self, function: Any, arguments: Any, keywords: Any, outputs: list[Tensor], labels: dict[int, Tensor | None]
+    ) -> bool:
+        """Replay an operation that only moves elements; whether it was one."""
+        name = operators.name_of(function)
+        if name not in operators.MOVEMENTS or not all(tensor.is_floating_point() for tensor in outputs):
+            return False
+        joins = name in ("cat", "stack")
+
+        def substitute(item: Any) -> Any:
+            if not isinstance(item, Tensor):
+                return item
+            found = labels[id(item)]
+            return self.label_constant(item) if found is None and joins else item if found is None else found
+
+        moved = replay(function, tree_map(substitute, arguments), tree_map(substitute, keywords))
+        if moved is None or [m.shape for m in moved] != [o.shape for o in outputs]:
+            return False
+        for tensor, its_labels in zip(outputs, moved, strict=True):
+            self.known.set_labels(tensor, its_labels)
+        return True
+
+    def label_constant(self, tensor: Tensor) -> Tensor:
+        """Labels for a constant that is put beside computed elements."""
+        node = self.add_node(NodeKind.OTHER, "constant")
+        self.reads.use(node.index, self.names_of(tensor))
+        base = self.reads.allocate(node.index, 1)
+        return torch.full((), base, dtype=torch.int32, device="cpu").expand(tensor.shape)
+
+    def record_node(
+        self,
+        function: Any,
+        arguments: Any,
+        keywords: Any,
+        outputs: list[Tensor],
+        labels: dict[int, Tensor | None],
+        mutated: list[Tensor],
+    ) -> None:
+        facts = call_facts(function, arguments, keywords, index=self.index, labels=labels, names_of=self.names_of)
+        given = {id(tensor): tensor for tensor in tensors_in((arguments, keywords))}
+        targets = outputs[:1] if facts.kind is NodeKind.BATCH_NORM or facts.kind.is_producer else outputs
+        others = self.known.sharing(mutated)
+        if others and facts.kind is not NodeKind.OTHER:
+            facts = replace(facts, kind=NodeKind.OTHER, inputs=(), axis=None)
+        node = self.add_node(facts.kind, str(function.overloadpacket), **facts.node_facts())
+        product = self.find_product(function, given, labels) if facts.kind is NodeKind.OTHER and not others else None
+        if product is not None:
+            linear, bias, axis = product
+            self.completed[linear.index] = node.index
+            facts = replace(facts, output_axis=axis)
+            node = replace(linear, index=node.index, parameters={**linear.parameters, "bias": bias.name})
+            self.nodes[node.index] = node
+        self.record_reads(node, facts, given, labels, shape=outputs[0].shape if outputs else None)
+        self.known.forget_storages(mutated)
+        out = self.give_fresh_labels(node, [*targets, *mutated, *others], axis=facts.output_axis)
+        if out is None:
+            return  # a number, not a tensor
+        if facts.kind is NodeKind.BATCH_NORM:
+            self.results[node.index] = out
+        elif facts.kind is NodeKind.OTHER and not others:
+            self.recognise_affine(node, function, given, labels, out)
+
+    def record_reads(
+        self,
+        node: Node,
+        facts: CallFacts,
+        given: dict[int, Tensor],
+        labels: dict[int, Tensor | None],
+        *,
+        shape: torch.Size | None,
+    ) -> None:
+        """What a node reads: its data inputs channel by channel, all other tensors as a whole."""
+        for port, tensor in enumerate(facts.inputs):
+            found = labels[id(tensor)]
+            assert found is not None
+            broadcast = found.expand(shape) if facts.kind is NodeKind.ADD and shape is not None else found
+            self.reads.add(node.index, port, meet(broadcast, axis=facts.axis), broadcast)
+        listed = {id(tensor) for tensor in facts.inputs}
+        for port, (identity, tensor) in enumerate(given.items(), start=len(facts.inputs)):
+            found = labels[identity]
+            if found is None:
+                self.reads.use(node.index, self.names_of(tensor))
+            elif identity not in listed:
+                self.reads.add(node.index, port, meet(found, axis=None))
+
+    def recognise_affine(
+        self, node: Node, function: Any, given: dict[int, Tensor], labels: dict[int, Tensor | None], out: Tensor
+    ) -> None:
+        """A product with, then a sum with constants of one module: perhaps a FrozenBatchNorm that computes itself."""
+        affine = describe_affine(function, given, labels, names_of=self.names_of, index=self.index, out=out)
+        if affine is None:
+            return
+        if affine.is_product:
+            self.affines[node.index] = affine
+            axis = varying_axis(affine.source, default=1)
+            self.reads.replace(node.index, 0, meet(affine.source, axis=axis), affine.source)
+            return
+        products = (i for i, a in self.affines.items() if a.result is affine.source and a.owner == affine.owner)
+        product = next(products, None)
+        if product is not None and is_frozen_batchnorm(self.affines[product], affine, self.index):
+            self.completed[product] = node.index
+            self.results[node.index] = out
+            self.nodes[node.index] = replace(self.nodes[node.index], **affine.node_facts(self.index))
+
+    def find_product(
+        self, function: Any, given: dict[int, Tensor], labels: dict[int, Tensor | None]
+    ) -> tuple[Node, Parameter, int] | None:
+        """The linear whose product and bias a call adds, the bias, and the axis of its channels."""
+        found = late_bias(function, given, labels, index=self.index)
+        if found is None:
+            return None
+        source, bias = found
+        seen = meet(source, axis=source.dim() - 1)
+        product = self.reads.node_of(seen.labels)
+        if product is None:
+            return None
+        linear = self.nodes[product]
+        whole = len(seen.labels) == linear.channels and linear.index not in self.completed
+        same = linear.kind is NodeKind.LINEAR and linear.layer == bias.module and "bias" not in linear.parameters
+        if not (same and whole):
+            return None
+        return linear, bias, source.dim() - 1
+
+    # the end
+
+    def close(self, outputs: Any, inputs: Any) -> None:
+        """Whatever outlives the forward is read by somebody: the caller, a hook, a module that keeps it."""
+        node = self.add_node(NodeKind.OUTPUT, "output", layer="")
+        for port, labels in enumerate(self.known.outliving(outputs, inputs)):
+            self.reads.add(node.index, port, meet(labels, axis=None))
+
+    def finish(self) -> ModelGraph:
+        nodes, edges, uses = self.reads.join(self.nodes, self.completed)
+        index = self.index
+        return ModelGraph(nodes, edges, uses=uses, aliases=index.aliases, tied=index.tied, branches_at=self.branches_at)

@@ -1,0 +1,1 @@
+"""What the layers of a checkpoint hold, and what is wrong with them."""

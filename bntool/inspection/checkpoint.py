@@ -1,0 +1,244 @@
+"""What the normalisation layers of a checkpoint hold, and what is wrong with them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from bntool.batchnorm import ROLES, BatchNorm, NormKind, selects
+from bntool.checkpoints.batchnorms import find_norms
+from bntool.checkpoints.checkpoint import Checkpoint, StateDict, choose_state_dict
+from bntool.checkpoints.dtypes import NumberKind
+from bntool.checkpoints.tensors import StoredTensor, Tensor, read_numbers
+from bntool.errors import BntoolError
+from bntool.graphs.architectures.recognition import Architecture, give_eps, recognise
+from bntool.inspection.file_findings import compare_averaged, compare_counters, find_in_file, find_in_state_dict
+from bntool.inspection.findings import Finding, FindingCode, Severity, Summary, find_in_layer, summarize
+
+MAX_CHANNELS = 1 << 22  # elements of one tensor read for its statistics unless --stats asks for all
+
+
+@dataclass(frozen=True)
+class LayerInspection:
+    """One BatchNorm with the numbers of its tensors and what is wrong with it."""
+
+    layer: BatchNorm
+    tensors: dict[str, Summary]
+    findings: tuple[Finding, ...]
+
+    @property
+    def num_batches_tracked(self) -> int | None:
+        counter = self.tensors.get("num_batches_tracked")
+        return int(counter.values[0]) if counter is not None and len(counter.values) == 1 else None
+
+
+@dataclass(frozen=True)
+class TensorInspection:
+    """One tensor of a state dict: its role, and its numbers where they were asked for.
+
+    Attributes:
+        role: ``parameter`` or ``buffer``, by the pickled module where there is one, else by name and dtype.
+    """
+
+    name: str
+    role: str
+    tensor: Tensor
+    summary: Summary | None
+
+
+@dataclass(frozen=True)
+class StateDictInspection:
+    """One state dict: counts, layers and findings.
+
+    Attributes:
+        parameters, buffers: elements.
+        other_norms: how many layers of each other kind of normalisation.
+        chosen: the commands that write work on this one unless told otherwise.
+        unselected: BatchNorm layers that were left out by name.
+        architectures: whose names and shapes the tensors have, in whole or in part.
+    """
+
+    state_dict: StateDict
+    parameters: int
+    buffers: int
+    layers: tuple[LayerInspection, ...]
+    other_norms: dict[NormKind, int]
+    findings: tuple[Finding, ...]
+    tensors: tuple[TensorInspection, ...]
+    chosen: bool
+    unselected: int = 0
+    architectures: tuple[Architecture, ...] = ()
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What a file holds.
+
+    Attributes:
+        findings: those that concern the whole file.
+        checksums: how many records were held against their checksum; None where this was not asked for.
+    """
+
+    checkpoint: Checkpoint
+    state_dicts: tuple[StateDictInspection, ...]
+    findings: tuple[Finding, ...]
+    checksums: int | None = None
+
+    def worst(self) -> Severity | None:
+        """The highest severity of all findings."""
+        found = [*self.findings]
+        for state_dict in self.state_dicts:
+            found += state_dict.findings
+            for layer in state_dict.layers:
+                found += layer.findings
+        return max((finding.severity for finding in found), key=lambda severity: severity.rank, default=None)
+
+
+def inspect_checkpoint(
+    checkpoint: Checkpoint,
+    *,
+    state_dict: str | None = None,
+    layers: Sequence[str] = (),
+    every_tensor: bool = False,
+    statistics: bool = False,
+    verify_checksums: bool = False,
+) -> Inspection:
+    """Look at every state dict of a checkpoint, or at one.
+
+    Args:
+        state_dict: key of the only one to look at.
+        layers: globs; only BatchNorm layers whose name matches one are listed and judged.
+        every_tensor: list all tensors, not only those of BatchNorm layers.
+        statistics: and the numbers of each of them.
+        verify_checksums: hold all bytes of the file against its checksums.
+
+    Raises:
+        UsageError: there is no such state dict.
+        CorruptFileError: a tensor that must be read cannot be, or a checksum differs.
+    """
+    checked = checkpoint.format.verify_checksums(checkpoint) if verify_checksums else None
+    if state_dict is not None:
+        wanted: tuple[StateDict, ...] = (checkpoint.state_dict(state_dict),)
+    else:
+        wanted = checkpoint.state_dicts
+    chosen = choose_state_dict(checkpoint, state_dict) if wanted else None
+    inspections = [
+        _inspect_state_dict(
+            one,
+            layers=layers,
+            every_tensor=every_tensor or statistics,
+            statistics=statistics,
+            chosen=one is chosen,
+            recalibrated=_recalibrated_layers(checkpoint, one),
+        )
+        for one in wanted
+    ]
+    inspections = compare_averaged(inspections)
+    return Inspection(checkpoint, tuple(inspections), tuple(find_in_file(checkpoint, inspections)), checked)
+
+
+def _inspect_state_dict(
+    state_dict: StateDict,
+    *,
+    layers: Sequence[str],
+    every_tensor: bool,
+    statistics: bool,
+    chosen: bool,
+    recalibrated: frozenset[str],
+) -> StateDictInspection:
+    norms = find_norms(state_dict)
+    architectures = recognise(state_dict)
+    norms = give_eps(norms, architectures)
+    selected = [norm for norm in norms if norm.kind.is_batch_norm and selects(layers, norm.name)]
+    inspected = tuple(_inspect_layer(norm, recalibrated=norm.name in recalibrated) for norm in selected)
+    others = Counter(norm.kind for norm in norms if not norm.kind.is_batch_norm)
+    roles = {name: _role(state_dict, name, tensor) for name, tensor in state_dict.tensors.items()}
+    sizes = {name: _count(tensor) for name, tensor in state_dict.tensors.items()}
+    tensors = tuple(
+        TensorInspection(state_dict.strip(name), roles[name], tensor, _summarize(name, tensor) if statistics else None)
+        for name, tensor in state_dict.tensors.items()
+        if every_tensor and selects(layers, state_dict.strip(name).rpartition(".")[0])
+    )
+    return StateDictInspection(
+        state_dict=state_dict,
+        parameters=sum(size for name, size in sizes.items() if roles[name] == "parameter"),
+        buffers=sum(size for name, size in sizes.items() if roles[name] == "buffer"),
+        layers=compare_counters(inspected),
+        other_norms=dict(others),
+        findings=tuple(find_in_state_dict(norms)),
+        tensors=tensors,
+        chosen=chosen,
+        unselected=sum(norm.kind.is_batch_norm for norm in norms) - len(selected),
+        architectures=architectures,
+    )
+
+
+def _role(state_dict: StateDict, name: str, tensor: Tensor) -> str:
+    if state_dict.is_module and isinstance(tensor, StoredTensor):
+        return "parameter" if tensor.is_parameter else "buffer"
+    leaf = name.rpartition(".")[2]
+    is_buffer = leaf.startswith("running_") or leaf in ROLES[2:] or not tensor.dtype.is_floating
+    return "buffer" if is_buffer and tensor.dtype.kind is not NumberKind.COMPLEX else "parameter"
+
+
+def _count(tensor: Tensor) -> int:
+    total = 1
+    for extent in tensor.shape:
+        total *= extent
+    return total
+
+
+def _recalibrated_layers(checkpoint: Checkpoint, state_dict: StateDict) -> frozenset[str]:
+    """The layers whose statistics bntool recomputed, as the file records."""
+    history = checkpoint.records.get(state_dict.key, ())
+    if not history:
+        return frozenset()
+    from bntool.plan import Operation  # not needed to inspect a file that bntool never wrote
+
+    names: set[str] = set()
+    for entry in history:
+        listed = entry.get("layers")
+        if entry.get("operation") == Operation.RECALIBRATE.value and isinstance(listed, list):
+            names.update(name for name in listed if isinstance(name, str))
+    return frozenset(names)
+
+
+def _inspect_layer(layer: BatchNorm, *, recalibrated: bool) -> LayerInspection:
+    summaries: dict[str, Summary] = {}
+    unread: list[str] = []
+    for role in ROLES:
+        if role in layer.tensors:
+            summary = _summarize(f"{layer.name}.{role}", layer.tensors[role])
+            if summary is not None:
+                summaries[role] = summary
+            else:
+                unread.append(role)
+    findings = find_in_layer(summaries, eps=layer.eps, recalibrated=recalibrated)
+    if unread:
+        message = (
+            f"{', '.join(unread)}: the file holds no plain elements (uninitialised, meta, or too large to be read)"
+        )
+        findings.append(Finding(FindingCode.NOT_INITIALISED, Severity.WARNING, "no elements", message))
+    of_torch = not layer.class_path or layer.class_path.startswith("torch.")  # others have no such counter
+    if of_torch and layer.kind is NormKind.BATCH_NORM and "num_batches_tracked" not in layer.tensors:
+        message = (
+            "num_batches_tracked is missing: saved before torch 0.4.1, or by another framework; harmless in eval mode, "
+            "but strict loading needs it where the file has module versions"
+        )
+        findings.append(Finding(FindingCode.COUNTER_MISSING, Severity.NOTICE, "no counter", message))
+    return LayerInspection(layer, summaries, tuple(findings))
+
+
+def _summarize(name: str, tensor: Tensor) -> Summary | None:
+    """The numbers of a tensor; None where it has no plain elements."""
+    if isinstance(tensor, StoredTensor) and (tensor.storage is None or tensor.wrapper):
+        return None
+    if tensor.dtype.kind in (NumberKind.OPAQUE, NumberKind.COMPLEX) or _count(tensor) > MAX_CHANNELS:
+        return None
+    try:
+        values = read_numbers(tensor)
+    except BntoolError as error:
+        error.tensor = error.tensor or name
+        raise
+    return summarize(values, dtype=tensor.dtype.name, shape=tuple(tensor.shape))

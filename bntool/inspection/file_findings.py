@@ -1,0 +1,107 @@
+"""Findings that need more than one layer: of a state dict, of the copies of a model, of a whole file."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from bntool.batchnorm import BatchNorm, NormKind
+from bntool.checkpoints.checkpoint import Checkpoint, is_averaged_copy
+from bntool.inspection.findings import Finding, FindingCode, Severity
+from bntool.inspection.safety import find_dangers, judge_safety
+
+if TYPE_CHECKING:
+    from bntool.inspection.checkpoint import LayerInspection, StateDictInspection
+
+
+def compare_counters(layers: tuple[LayerInspection, ...]) -> tuple[LayerInspection, ...]:
+    """Flag layers whose num_batches_tracked differs from what most layers have."""
+    counts = Counter(n for layer in layers if (n := layer.num_batches_tracked) is not None)
+    if len(counts) <= 1:
+        return layers
+    usual, votes = counts.most_common(1)[0]
+    if votes * 2 <= counts.total():
+        return layers  # no common value to disagree with
+    compared = []
+    for layer in layers:
+        own = layer.num_batches_tracked
+        if own is not None and own != usual:
+            message = (
+                f"num_batches_tracked is {own} here and {usual} in most layers: "
+                "it was trained apart, reset, or used more often"
+            )
+            finding = Finding(FindingCode.COUNTER_DISAGREES, Severity.NOTICE, f"counter {own}", message)
+            layer = dataclasses.replace(layer, findings=(*layer.findings, finding))  # noqa: PLW2901
+        compared.append(layer)
+    return tuple(compared)
+
+
+def find_in_state_dict(norms: Sequence[BatchNorm]) -> list[Finding]:
+    """Norms that are not BatchNorm but could be taken for it."""
+    findings = []
+    lookalikes = [n for n in norms if n.kind is NormKind.INSTANCE_NORM]
+    if lookalikes:
+        message = (
+            f"{len(lookalikes)} InstanceNorm layers have the same tensors as BatchNorm; they are told apart by class"
+        )
+        findings.append(Finding(FindingCode.INSTANCE_NORM_LOOKALIKE, Severity.NOTICE, "InstanceNorm", message))
+    relatives = Counter(
+        n.kind.value
+        for n in norms
+        if not n.kind.is_batch_norm
+        and n.kind not in (NormKind.INSTANCE_NORM, NormKind.LAYER_OR_GROUP_NORM, NormKind.NORM_WITHOUT_STATISTICS)
+    )
+    for kind, count in relatives.items():
+        message = f"{count} {kind} layers keep statistics but are no BatchNorm: bntool leaves them alone"
+        findings.append(Finding(FindingCode.NOT_BATCH_NORM, Severity.NOTICE, kind, message))
+    return findings
+
+
+def compare_averaged(inspections: list[StateDictInspection]) -> list[StateDictInspection]:
+    """Flag averaged copies whose statistics are still initial while the model's have moved."""
+    models = [i for i in inspections if not is_averaged_copy(i.state_dict.key)]
+    moved = {
+        layer.layer.name
+        for inspection in models
+        for layer in inspection.layers
+        if layer.layer.has_statistics and not _is_initial(layer)
+    }
+    compared = []
+    for inspection in inspections:
+        stale = [i for i in inspection.layers if _is_initial(i) and i.layer.name in moved]
+        if is_averaged_copy(inspection.state_dict.key) and stale:
+            message = (
+                f"the statistics of {len(stale)} of {len(inspection.layers)} layers of this averaged copy are initial "
+                "while the model's have moved: its buffers were not copied; recalibrate it before use"
+            )
+            finding = Finding(FindingCode.EMA_STATISTICS_INITIAL, Severity.ERROR, "EMA statistics initial", message)
+            findings = (*inspection.findings, finding)
+            inspection = dataclasses.replace(inspection, findings=findings)  # noqa: PLW2901
+        compared.append(inspection)
+    return compared
+
+
+def _is_initial(layer: LayerInspection) -> bool:
+    return any(finding.code is FindingCode.NEVER_UPDATED for finding in layer.findings)
+
+
+def _is_folded(checkpoint: Checkpoint) -> bool:
+    """Whether the file records that its layers were folded away."""
+    return any(entry.get("operation") == "fold" for history in checkpoint.records.values() for entry in history)
+
+
+def find_in_file(checkpoint: Checkpoint, inspections: Sequence[StateDictInspection]) -> list[Finding]:
+    """What concerns the whole file."""
+    findings = find_dangers(judge_safety(checkpoint))
+    if not any(inspection.layers for inspection in inspections) and not _is_folded(checkpoint):
+        unselected = sum(inspection.unselected for inspection in inspections)
+        message = "no BatchNorm layer was found" if checkpoint.state_dicts else "no state dict was found"
+        if checkpoint.format.name == "torchscript" and not checkpoint.state_dicts:
+            message += ": torch.jit.freeze and torch.jit.optimize_for_inference make tensors constants of the code"
+        if unselected:
+            message = f"--layers matches none of the {unselected} BatchNorm layers: nothing was judged"
+        severity = Severity.WARNING if unselected else Severity.NOTICE
+        findings.append(Finding(FindingCode.NO_BATCH_NORM, severity, "no BatchNorm", message))
+    return findings

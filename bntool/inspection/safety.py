@@ -1,0 +1,103 @@
+"""Whether loading a file with its own library could run code: the verdict, and what it rests on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+from bntool.checkpoints.checkpoint import Checkpoint, GlobalTrust
+from bntool.inspection.findings import Finding, FindingCode, Severity
+
+
+class Verdict(Enum):
+    """What loading the file may do; bntool itself never loads it that way."""
+
+    HARMLESS = "harmless"  # it holds data only, or names only what is known to build data
+    UNKNOWN = "unknown"  # it names classes or functions that are not known, or carries code of its own
+    SUSPICIOUS = "suspicious"  # it names what runs programs or code, or reaches files or the network
+
+
+_LONGEST = 120  # characters of a name in a finding
+
+
+class Loader(Enum):
+    """What usually loads the file, and runs what is in it."""
+
+    TORCH = "torch"
+    KERAS = "keras"
+
+    def warn(self, names: str) -> str:
+        """Of names that run programs or code."""
+        if self is Loader.KERAS:
+            return (
+                f"loading this file would run code that it holds ({names}): do not load it with safe_mode=False, or "
+                "with Keras 2 at all, unless you trust where it comes from"
+            )
+        return (
+            f"unpickling this file would use {names}, which can run code or reach files: "
+            "do not load it with torch.load(weights_only=False) unless you trust where it comes from"
+        )
+
+    def explain(self, names: str) -> str:
+        """Of names of which nothing is known."""
+        if self is Loader.KERAS:
+            return (
+                f"loading this file would import {names}, of which nothing is known: keras.models.load_model runs what "
+                "it finds under these names, or what custom_objects gives it"
+            )
+        return (
+            f"unpickling this file would import {names}, of which nothing is known: "
+            "torch.load needs weights_only=False for it, and then runs what it finds under these names"
+        )
+
+
+@dataclass(frozen=True)
+class Safety:
+    """The verdict on one file.
+
+    Attributes:
+        holds_code: the archive carries code that loading it compiles and running it executes.
+        known, unknown, suspicious: the globals of its pickles or its configuration, by what is known of them.
+        loader: what would run them.
+    """
+
+    verdict: Verdict
+    holds_code: bool
+    known: tuple[str, ...]
+    unknown: tuple[str, ...]
+    suspicious: tuple[str, ...]
+    loader: Loader = Loader.TORCH
+
+
+def judge_safety(checkpoint: Checkpoint) -> Safety:
+    """The worst of what its pickles name and of what its format carries."""
+    by_trust = {trust: tuple(g.path for g in checkpoint.globals if g.trust is trust) for trust in GlobalTrust}
+    unknown, suspicious = by_trust[GlobalTrust.UNKNOWN], by_trust[GlobalTrust.SUSPICIOUS]
+    holds_code = checkpoint.format.holds_code
+    verdict = Verdict.UNKNOWN if unknown or holds_code else Verdict.HARMLESS
+    if suspicious:
+        verdict = Verdict.SUSPICIOUS
+    loader = Loader.KERAS if checkpoint.format.name.startswith("keras") else Loader.TORCH
+    return Safety(verdict, holds_code, by_trust[GlobalTrust.KNOWN], unknown, suspicious, loader)
+
+
+def find_dangers(safety: Safety) -> list[Finding]:
+    """The findings that ``--fail-on`` can act on."""
+    findings = []
+    if safety.suspicious:
+        message = safety.loader.warn(_listed(safety.suspicious))
+        facts = {"globals": list(safety.suspicious)}
+        findings.append(Finding(FindingCode.SUSPICIOUS_GLOBAL, Severity.WARNING, "suspicious", message, facts))
+    if safety.unknown:
+        message = safety.loader.explain(_listed(safety.unknown))
+        facts = {"globals": list(safety.unknown)}
+        findings.append(Finding(FindingCode.UNKNOWN_GLOBAL, Severity.NOTICE, "unknown global", message, facts))
+    if safety.holds_code:
+        message = "this archive carries code, which runs when it is loaded or called: load it if you trust its origin"
+        findings.append(Finding(FindingCode.HOLDS_CODE, Severity.NOTICE, "holds code", message))
+    return findings
+
+
+def _listed(names: tuple[str, ...]) -> str:
+    shown = [name if len(name) <= _LONGEST else f"{name[:_LONGEST]}..." for name in names[:3]]
+    return ", ".join(shown) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

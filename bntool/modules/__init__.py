@@ -1,0 +1,1 @@
+"""Live torch modules: finding BatchNorms of every kind, borrowing a model and giving it back, applying plans."""

@@ -1,0 +1,129 @@
+"""Carrying out a plan on a live module: the same steps as on a file, and those that only a module knows."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from bntool.checkpoints.application import change_state_dict
+from bntool.checkpoints.checkpoint import StateDict
+from bntool.checkpoints.tensors import Tensor
+from bntool.errors import UsageError
+from bntool.modules.finding import find_wrapper_prefix, walk_modules
+from bntool.modules.loading import LiveTensor, load_state
+from bntool.plan import AddTensor, Plan, RemoveModule, RemoveTensor, SetAttribute, Step
+
+_HOOKS = ("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called")
+_AFTER_NORM = ("drop", "act")  # children of combined modules, in the order in which they run
+
+
+def apply_plan(model: nn.Module, plan: Plan, state_dict: StateDict | None = None) -> None:
+    """Change a live model as the plan says.
+
+    Args:
+        model: changed in place.
+        plan: its names are those of the unwrapped model.
+        state_dict: what the recipes of the plan start from; the model's own tensors if not given.
+
+    Raises:
+        UsageError: the plan names something that the model does not have.
+        RefusedError: an element is too large for its dtype.
+    """
+    original = state_dict if state_dict is not None else read_state(model)
+    changed = change_state_dict(original, plan.steps)
+    change_structure(model, plan.steps)
+    load_state(model, changed)
+
+
+def change_structure(model: nn.Module, steps: Iterable[Step]) -> None:
+    """Add and remove parameters, buffers and modules as steps say; elements of new tensors are not set.
+
+    Raises:
+        UsageError: a step names something that the model does not have.
+    """
+    prefix = find_wrapper_prefix(model)
+    modules = {f"{name}.".removeprefix(prefix).removesuffix("."): module for name, module in walk_modules(model)}
+    for step in steps:
+        if isinstance(step, AddTensor):
+            _add(_find(modules, step.name.rpartition(".")[0]), step)
+        elif isinstance(step, RemoveTensor):
+            path, _, leaf = step.name.rpartition(".")
+            if path in modules:
+                _remove(modules[path], leaf)
+        elif isinstance(step, RemoveModule):
+            path, _, leaf = step.module.rpartition(".")
+            parent = _find(modules, path)
+            parent._modules[leaf] = what_remains(_find(modules, step.module))
+        elif isinstance(step, SetAttribute):
+            _set_attribute(_find(modules, step.module), step)
+
+
+def what_remains(module: nn.Module) -> nn.Module:
+    """What takes the place of a BatchNorm that is folded: the identity, or the activation of a combined module.
+
+    It is given the forward hooks of the BatchNorm: its output is still the same.
+    """
+    children = OrderedDict(
+        (name, child) for name in _AFTER_NORM if isinstance(child := module._modules.get(name), nn.Module)
+    )
+    remaining = nn.Sequential(children) if "act" in children else nn.Identity()
+    if "act" in children:
+        remaining.train(module.training)
+    for hooks in _HOOKS:  # the very dicts, so that whoever added a hook can remove it
+        setattr(remaining, hooks, getattr(module, hooks))
+    return remaining
+
+
+def _find(modules: dict[str, nn.Module], path: str) -> nn.Module:
+    if path not in modules:
+        raise UsageError("the model has no such module; is it the model that the checkpoint belongs to?", tensor=path)
+    return modules[path]
+
+
+def _add(module: nn.Module, step: AddTensor) -> None:
+    leaf = step.name.rpartition(".")[2]
+    if module._parameters.get(leaf) is not None or module._buffers.get(leaf) is not None:
+        return  # the same module under another name
+    neighbours = (*module._parameters.values(), *module._buffers.values())
+    neighbour = next((tensor for tensor in neighbours if tensor is not None), None)
+    shape = step.value.shape if hasattr(step.value, "shape") else step.value.view
+    dtype: torch.dtype = getattr(torch, step.dtype)
+    if neighbour is not None and neighbour.is_floating_point():
+        dtype = neighbour.dtype  # the live model may compute in another precision than the file stores
+    tensor = torch.zeros(shape, dtype=dtype, device=None if neighbour is None else neighbour.device)
+    if step.is_parameter:
+        wanted = neighbour.requires_grad if isinstance(neighbour, nn.Parameter) else True
+        module.register_parameter(leaf, nn.Parameter(tensor, requires_grad=wanted))
+    else:
+        module.register_buffer(leaf, tensor)
+
+
+def _remove(module: nn.Module, leaf: str) -> None:
+    """The tensor is gone, its name stays: the module's code reads None."""
+    for slot in (module._parameters, module._buffers):
+        if leaf in slot:
+            slot[leaf] = None
+
+
+def _set_attribute(module: nn.Module, step: SetAttribute) -> None:
+    owner, _, attribute = step.attribute.rpartition(".")
+    if not owner:
+        setattr(module, attribute, step.value)
+        return
+    parameter = module._parameters.get(owner)
+    if parameter is None or attribute != "requires_grad":
+        raise UsageError(f"the model has no {step.attribute} there", tensor=step.module)
+    parameter.requires_grad_(bool(step.value))
+
+
+def read_state(model: nn.Module) -> StateDict:
+    """The state of a live model as if it came from a file; its tensors are those of the model, not copies."""
+    state = model.state_dict(keep_vars=True)
+    tensors: dict[str, Tensor] = {
+        name: LiveTensor(tensor) for name, tensor in state.items() if isinstance(tensor, torch.Tensor)
+    }
+    versions = {path: facts.get("version") for path, facts in getattr(state, "_metadata", {}).items()}
+    return StateDict(key="", prefix=find_wrapper_prefix(model), tensors=tensors, versions=versions)

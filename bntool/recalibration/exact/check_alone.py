@@ -1,0 +1,118 @@
+"""One batch that runs by itself, too, as a witness that batches on their way together saw what they see alone."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from bntool.batchnorm import DEFAULT_EPS
+from bntool.data.batches import Batch, copy_batch, cut_batch
+from bntool.errors import RefusedError, UserCodeError
+from bntool.models.user_code import running_user_code
+from bntool.recalibration.moments import Moments, measure
+from bntool.recalibration.pooled import Run
+
+_SAMPLES = 2
+_AGREEMENT = 1e-3  # of means in sigmas and of variances: float32 kernels for other layouts differ by far less
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """What one call of a layer was given: all of it, and the first samples, where activations are by sample."""
+
+    layer: str
+    whole: Moments
+    few: Moments | None
+
+
+class Witness:
+    """Watches one batch.
+
+    A model that keeps something of one batch for the next, swaps its weights while it runs, is bound to its thread or
+    draws random numbers gives other values to a batch that is alone, and no statistics are exact. Two samples tell,
+    unless the model mixes samples.
+
+    Args:
+        batches: of this rank, by position. A small one is chosen, but not the last, which sees what it left itself.
+    """
+
+    def __init__(self, batches: Mapping[int, Batch]) -> None:
+        positions = list(batches)[:-1] or list(batches)
+        self.position = min(positions, key=lambda position: batches[position].samples)
+        self._batch = copy_batch(batches[self.position])
+        self._seen: list[_Seen] = []
+        self.is_alone = False
+
+    def begin(self) -> None:
+        """A sweep begins."""
+        self._seen = []
+
+    def note(self, layer: str, values: torch.Tensor, moments: Moments) -> None:
+        """What the batch gives a layer.
+
+        Args:
+            values: channels in dimension 1.
+            moments: of all of them.
+        """
+        by_sample = not self.is_alone and values.shape[0] == self._batch.samples > _SAMPLES
+        self._seen.append(_Seen(layer, moments, measure(values[:_SAMPLES]) if by_sample else None))
+
+    def check(self, run: Run, watching: Callable[[], contextlib.AbstractContextManager[None]]) -> None:
+        """Run the batch by itself, with the hooks of the sweep: each layer must see what it saw then.
+
+        Args:
+            run: the model and its layers.
+            watching: the context in which a forward is watched.
+
+        Raises:
+            RefusedError: a layer sees something else.
+            UserCodeError: the model raised.
+        """
+        together = self._seen
+        if all(seen.few is not None for seen in together):
+            with contextlib.suppress(UserCodeError):  # it may want whole batches
+                alone = self._run_alone(run, cut_batch(self._batch, _SAMPLES), watching)
+                if _find_stranger(run, [(seen.layer, seen.few) for seen in together], alone) is None:
+                    return
+        alone = self._run_alone(run, self._batch, watching)
+        stranger = _find_stranger(run, [(seen.layer, seen.whole) for seen in together], alone)
+        if stranger is not None:
+            raise RefusedError(
+                f"run by itself {self._batch.description} gives this layer other values than together with the other "
+                "batches: the model keeps something of one batch for another, is random, is bound to its thread, or "
+                "depends on how its input lies in memory; use the method pooled",
+                tensor=stranger,
+            )
+
+    def _run_alone(
+        self, run: Run, batch: Batch, watching: Callable[[], contextlib.AbstractContextManager[None]]
+    ) -> list[tuple[str, Moments]]:
+        self.is_alone = True
+        self.begin()
+        with watching(), running_user_code(f"running the model on {batch.description}"):
+            copy_batch(batch).run(run.model)
+        return [(seen.layer, seen.whole) for seen in self._seen]
+
+
+def _find_stranger(
+    run: Run, together: list[tuple[str, Moments | None]], alone: list[tuple[str, Moments]]
+) -> str | None:
+    """The first layer that did not see the same both times."""
+    for (name, one), (other, moments) in itertools.zip_longest(together, alone, fillvalue=("", None)):
+        eps = float(getattr(run.layers.get(name), "eps", DEFAULT_EPS))
+        if name != other or one is None or moments is None or not _agree(one, moments, eps=eps):
+            return name or other
+    return None
+
+
+def _agree(one: Moments, other: Moments, *, eps: float) -> bool:
+    if one.count != other.count:
+        return False
+    spread = one.biased_variance + eps
+    shift = (one.mean - other.mean).abs() / spread.sqrt()
+    change = (one.biased_variance - other.biased_variance).abs() / spread
+    return bool((shift <= _AGREEMENT).all() and (change <= _AGREEMENT).all())

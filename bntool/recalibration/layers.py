@@ -1,0 +1,108 @@
+"""Which layers of a live model are to be recalibrated, and whether they can be."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch.nn.modules.instancenorm import _InstanceNorm
+
+from bntool.batchnorm import STATISTICS, selects
+from bntool.errors import RefusedError
+from bntool.models.user_code import running_user_code
+from bntool.modules.borrowing import borrow
+from bntool.modules.finding import (
+    find_batchnorm_modules,
+    is_batchnorm,
+    is_frozen_class,
+    is_uninitialized,
+    unwrap,
+    walk_modules,
+)
+from bntool.plan import Skip, SkipReason
+
+
+def choose_layers(
+    model: torch.nn.Module, globs: Sequence[str], *, prefix: str
+) -> tuple[dict[str, torch.nn.Module], list[Skip]]:
+    """The selected BatchNorm layers by name, and those that are left alone.
+
+    Layers that the model itself keeps frozen (FrozenBatchNorm, or in eval mode while the model is in train mode) are
+    left alone unless globs select them. Layers that globs leave out are not mentioned.
+
+    Args:
+        model: the live model.
+        globs: on layer names; none for all.
+        prefix: what wrappers put before all names; globs and skips go without.
+
+    Raises:
+        UserCodeError: the model's own train() raised.
+    """
+    frozen = _find_frozen(model)
+    chosen: dict[str, torch.nn.Module] = {}
+    skips = []
+    for name, module in find_batchnorm_modules(model).items():
+        shown = name.removeprefix(prefix)
+        if not selects(globs, shown):
+            continue
+        if is_uninitialized(module):
+            skips.append(Skip(shown, SkipReason.NOT_INITIALISED, "a lazy layer that has not seen a batch"))
+        elif any(module._buffers.get(role) is None for role in STATISTICS):
+            skips.append(Skip(shown, SkipReason.NO_STATISTICS, "track_running_stats is off"))
+        elif id(module) in frozen and not globs:
+            skips.append(Skip(shown, SkipReason.FROZEN, f"{frozen[id(module)]}; --layers selects it all the same"))
+        else:
+            chosen[name] = module
+    for name, module in walk_modules(model):
+        shown = name.removeprefix(prefix)
+        if (
+            isinstance(module, _InstanceNorm)
+            and module._buffers.get("running_mean") is not None
+            and selects(globs, shown)
+        ):
+            skips.append(
+                Skip(shown, SkipReason.NOT_A_BATCHNORM, "InstanceNorm: its statistics are of single instances")
+            )
+    return chosen, skips
+
+
+def _find_frozen(model: torch.nn.Module) -> dict[int, str]:
+    """Why a layer counts as frozen, by id of its module."""
+    layers = find_batchnorm_modules(model).values()
+    frozen = {id(layer): "its class never updates statistics" for layer in layers if is_frozen_class(layer)}
+    was_training = unwrap(model).training
+    with borrow(model):
+        if was_training:
+            frozen |= {id(layer): "it is in eval mode while the model trains" for layer in layers if not layer.training}
+        # models with norm_eval or frozen stages say so in a train() of their own
+        with running_user_code("train() of the model"):
+            model.train()
+        kept = {id(layer): "the model's train() keeps it in eval mode" for layer in layers if not layer.training}
+    return {**kept, **frozen}
+
+
+def check_can_be_set(model: torch.nn.Module, layers: Mapping[str, torch.nn.Module]) -> None:
+    """Refuse layers whose statistics cannot be set while the model runs, and models without weights.
+
+    Raises:
+        RefusedError
+    """
+    for name, module in walk_modules(model):
+        if is_uninitialized(module) and not is_batchnorm(module):
+            raise RefusedError("this lazy layer has no weights yet: run the model once", tensor=name)
+    owners: dict[int, str] = {}
+    for name, layer in layers.items():
+        for tensor in (layer._buffers[role] for role in STATISTICS):
+            assert tensor is not None
+            if tensor.is_meta:
+                raise RefusedError("the model is on the meta device, which computes nothing", tensor=name)
+            if tensor.is_inference() and not torch.is_inference_mode_enabled():
+                raise RefusedError(
+                    "its statistics were made in inference mode and can be set only in it: call this inside of "
+                    "torch.inference_mode()",
+                    tensor=name,
+                )
+            if tensor.numel() > 1 and 0 in tensor.stride():
+                raise RefusedError("its statistics are one number for all channels", tensor=name)
+            if owners.setdefault(id(tensor), name) != name:
+                raise RefusedError(f"it shares its statistics with {owners[id(tensor)]}", tensor=name)

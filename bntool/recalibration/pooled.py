@@ -1,0 +1,305 @@
+"""Running calibration batches through a model and measuring what its BatchNorm layers see."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+
+from bntool.data.batches import Batch, LeftOut, find_bad_rows, find_tensors
+from bntool.data.policies import OnBadData
+from bntool.errors import RefusedError, UsageError, UserCodeError
+from bntool.models.user_code import running_user_code
+from bntool.modules.borrowing import Borrowed
+from bntool.recalibration.activations import Activations
+from bntool.recalibration.exact.memory import Returning
+from bntool.recalibration.memory_format import MemoryReads, is_faster_channels_last, is_laid_out_anew
+from bntool.recalibration.moments import HALF, Moments, measure, merge
+from bntool.recalibration.ranks import find_ranks
+
+OnProgress = Callable[[int], None]
+
+
+class NotFiniteError(BaseException):
+    """A layer was given NaN or infinity. Not an Exception: a model must not be able to swallow it."""
+
+    def __init__(self, layer: str, values: torch.Tensor) -> None:
+        super().__init__(layer)
+        self.layer = layer
+        self.values = values
+
+
+class TooFewValuesError(BaseException):
+    """A batch has one value for each channel of a layer, by which nothing can be normalised."""
+
+    def __init__(self, layer: str) -> None:
+        super().__init__(layer)
+        self.layer = layer
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a pass works with.
+
+    Attributes:
+        model: borrowed, and in eval mode throughout.
+        borrowed: to add hooks through.
+        layers: the layers to measure, by name.
+        on_bad_data: what to do about a batch that holds NaN or infinity.
+        on_progress: called with the number of samples done.
+    """
+
+    model: torch.nn.Module
+    borrowed: Borrowed
+    layers: Mapping[str, torch.nn.Module]
+    on_bad_data: OnBadData = OnBadData.STOP
+    on_progress: OnProgress | None = None
+
+
+@dataclass
+class Tally:
+    """What one layer has seen so far.
+
+    Attributes:
+        pooled: moments of all positions of all batches.
+        means: moments of the batch means, each batch counting once: tells how far the estimate is to be trusted.
+        variances: sum of the unbiased variances of the batches.
+        calls: how many batches, or calls, were measured.
+    """
+
+    pooled: Moments
+    means: Moments
+    variances: torch.Tensor
+    calls: int
+
+    @classmethod
+    def of(cls, moments: Moments) -> Tally:
+        """After one call."""
+        single = Moments(1, moments.mean, torch.zeros_like(moments.mean))
+        return cls(moments, single, moments.unbiased_variance, 1)
+
+    def and_(self, other: Tally) -> Tally:
+        """Both together."""
+        return Tally(
+            pooled=merge(self.pooled, other.pooled),
+            means=merge(self.means, other.means),
+            variances=self.variances + other.variances,
+            calls=self.calls + other.calls,
+        )
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one batch gave.
+
+    Attributes:
+        calls: moments of each call of a layer, in order.
+        samples: of the batch; 0 where it was left out.
+        left_out: why, or None.
+    """
+
+    calls: tuple[tuple[str, Moments], ...]
+    samples: int
+    left_out: LeftOut | None = None
+
+
+@dataclass
+class Measurement:
+    """What a pass over all batches has measured.
+
+    Attributes:
+        tallies: by layer, in the order in which the layers were first called.
+        samples: how many went through.
+        batches: how many.
+        left_out: batches that held NaN or infinity and were skipped.
+    """
+
+    tallies: dict[str, Tally] = field(default_factory=dict)
+    samples: int = 0
+    batches: int = 0
+    left_out: list[LeftOut] = field(default_factory=list)
+
+    def add(self, part: Part) -> None:
+        """Add what one batch gave."""
+        for layer, moments in part.calls:
+            tally = Tally.of(moments)
+            self.tallies[layer] = self.tallies[layer].and_(tally) if layer in self.tallies else tally
+        if part.left_out is not None:
+            self.left_out.append(part.left_out)
+            return
+        self.samples += part.samples
+        self.batches += 1
+
+    def check(self, batches_description: str) -> None:
+        """Refuse an empty measurement.
+
+        Raises:
+            UsageError: there was no batch at all.
+            RefusedError: every batch was left out.
+        """
+        if self.batches:
+            return
+        if self.left_out:
+            count = sum(left_out.samples for left_out in self.left_out)
+            raise RefusedError(f"no sample is left: {count} were left out, first {self.left_out[0].reason}")
+        raise UsageError(f"{batches_description} gave no batch")
+
+
+def measure_pooled(run: Run, batches: Iterable[Batch]) -> Measurement:
+    """Run all batches, each normalised by its own statistics in the given layers, and measure what these layers see.
+
+    Layers stay in eval mode too: before each call of one its running statistics are set to those of the batch. That
+    normalises as train mode does, and costs less. In a distributed job the batches of all ranks are merged in one fixed
+    order, first those that come first on each rank.
+
+    Raises:
+        RefusedError: a batch holds NaN or infinity (``OnBadData.STOP``), or one value per channel; or a rank was lost.
+        UserCodeError: the model or the data raised.
+    """
+    result = Measurement()
+    ranks = find_ranks()
+    if ranks.world == 1:  # at once, so that nothing piles up
+        for part in _run_batches(run, batches):
+            result.add(part)
+        return result
+    shares = ranks.share(lambda: list(_run_batches(run, batches)))
+    for parts in itertools.zip_longest(*shares):
+        for part in parts:
+            if part is not None:
+                result.add(part)
+    return result
+
+
+def _run_batches(run: Run, batches: Iterable[Batch]) -> Iterator[Part]:
+    """Give images channels last where that is faster; as they are, where a model cannot take that or would notice."""
+    channels_last = is_faster_channels_last(run.model)
+    is_known = False  # whether the model would notice
+    calls: list[tuple[str, Moments]] = []
+    activations = Activations(run.layers, run.borrowed, partial(_normalise_by_own, calls))
+    _prepare_halves(run.layers)
+    done, memory = 0, Returning()
+    for batch in batches:
+        memory.return_unused()
+        # what is laid out anew is a copy: if the model writes to it, the batch can still be run
+        for layout in (True, False) if channels_last and is_laid_out_anew(batch) else (False,):
+            calls.clear()
+            reads = MemoryReads()
+            try:
+                with reads if layout and not is_known else contextlib.nullcontext():
+                    left_out = _run_checked(run, batch, activations, channels_last=layout)
+                if not reads.happened:
+                    is_known = is_known or (layout and left_out is None)
+                    break
+            except UserCodeError:
+                if not layout:
+                    raise
+            channels_last = False  # perhaps a view() that wants contiguous activations; if not, it raises again
+        yield Part((), 0, left_out) if left_out else Part(tuple(calls), batch.samples)
+        done += batch.samples
+        if run.on_progress is not None:
+            run.on_progress(done)
+
+
+def _normalise_by_own(
+    calls: list[tuple[str, Moments]], name: str, layer: torch.nn.Module, values: torch.Tensor
+) -> None:
+    """Add the moments of a call, and let the layer normalise by them."""
+    moments = measure(values)
+    if not moments.count:  # no proposals in this image
+        return
+    check_moments(moments, name, values)
+    calls.append((name, moments))
+    if not layer.training:
+        set_statistics(layer, mean=moments.mean, variance=moments.biased_variance)
+
+
+def _prepare_halves(layers: Mapping[str, torch.nn.Module]) -> None:
+    """Half precision cannot hold the statistics of a batch well enough: let the kernel take its own."""
+    for name, layer in layers.items():
+        if _statistics_dtype(layer) in HALF:
+            if isinstance(layer, torch.nn.SyncBatchNorm) and find_ranks().world > 1:
+                raise RefusedError(
+                    "SyncBatchNorm of half precision normalises batches with those of other ranks; make it float32, or "
+                    "recalibrate in one process",
+                    tensor=name,
+                )
+            layer.training = True
+
+
+def _run_checked(run: Run, batch: Batch, activations: Activations, *, channels_last: bool) -> LeftOut | None:
+    """Run a batch; why it is to be left out where it holds NaN or infinity.
+
+    Raises:
+        RefusedError, UserCodeError: as in :func:`measure_pooled`.
+    """
+    if not has_finite_inputs(batch):
+        return accept(describe_bad(batch), run.on_bad_data)
+    try:
+        with activations.watching(), running_user_code(f"running the model on {batch.description}"):
+            batch.run(run.model, channels_last=channels_last)
+    except NotFiniteError as error:
+        return accept(describe_bad(batch, error), run.on_bad_data)
+    except TooFewValuesError as error:
+        raise RefusedError(
+            f"{batch.description} has one value for each channel of this layer, by which nothing can be normalised; "
+            "use a larger batch size, or the method exact",
+            tensor=error.layer,
+        ) from None
+    return None
+
+
+def describe_bad(batch: Batch, error: NotFiniteError | None = None) -> LeftOut:
+    """Which samples of a batch hold NaN or infinity, or lead to it at a layer; the whole batch is left out for them."""
+    if error is None:
+        samples, place = batch.find_bad_samples(), "in"
+    else:
+        by_sample = error.values.shape[0] == batch.samples
+        samples, place = find_bad_rows(error.values) if by_sample else [], f"at {error.layer}, from"
+    whole = f" (all {batch.samples} samples of the batch)" if batch.samples > 1 else ""
+    reason = f"NaN or infinity {place} {batch.describe(samples)}{whole}"
+    return LeftOut(reason, batch.samples, error.layer if error is not None else None)
+
+
+def accept(left_out: LeftOut, on_bad_data: OnBadData) -> LeftOut:
+    """What is left out, unless that is a reason to stop.
+
+    Raises:
+        RefusedError: ``OnBadData.STOP``.
+    """
+    if on_bad_data is OnBadData.STOP:
+        raise RefusedError(f"{left_out.reason}; --on-bad-data skip leaves such batches out", tensor=left_out.layer)
+    return left_out
+
+
+def has_finite_inputs(batch: Batch) -> bool:
+    """Whether no input holds NaN or infinity."""
+    return all(map(_is_finite, find_tensors(batch.inputs)))
+
+
+def _is_finite(tensor: torch.Tensor) -> bool:
+    with contextlib.suppress(RuntimeError):  # of sparse, nested or meta tensors and float8 only layers can tell
+        return not tensor.is_floating_point() or bool(torch.isfinite(tensor).all())
+    return True
+
+
+def check_moments(moments: Moments, layer: str, values: torch.Tensor, *, least: int = 2) -> None:
+    """Raise where the moments of the values that a layer was given are not finite, or of too few values."""
+    if moments.count < least:
+        raise TooFewValuesError(layer)
+    if not moments.is_finite:
+        raise NotFiniteError(layer, values)
+
+
+def set_statistics(module: torch.nn.Module, *, mean: torch.Tensor, variance: torch.Tensor) -> None:
+    """Set the running statistics of a live module, rounded to its dtype."""
+    with torch.no_grad():
+        module._buffers["running_mean"].copy_(mean)  # type: ignore[union-attr]
+        module._buffers["running_var"].copy_(variance)  # type: ignore[union-attr]
+
+
+def _statistics_dtype(module: torch.nn.Module) -> torch.dtype:
+    return module._buffers["running_mean"].dtype  # type: ignore[union-attr]

@@ -1,0 +1,75 @@
+"""What a user should know about a recalibration that is right all the same."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from bntool.batchnorm import selects
+from bntool.data.batches import Batches
+from bntool.modules.finding import find_batchnorm_modules, find_wrapper_prefix
+from bntool.recalibration.evaluation import Evaluation
+from bntool.recalibration.live import Recalibration
+from bntool.recalibration.memory_format import is_faster_in_bfloat16
+from bntool.recalibration.options import Precision
+
+
+def counts_other_classes(evaluation: Evaluation, batches: Batches) -> bool:
+    """Whether there are more or fewer class folders than outputs, so that labels cannot be trusted."""
+    folders, outputs = batches.classes, evaluation.outputs
+    return evaluation.value is not None and folders is not None and outputs not in (None, len(folders))
+
+
+def warn_of_fewer(result: Recalibration, *, asked: int | None, there: int | None, cut: bool) -> Iterator[str]:
+    """Samples that were asked for and not used.
+
+    Args:
+        result: what was used.
+        asked: samples that were asked for; None for all.
+        there: samples of the data; None where nothing tells.
+        cut: whether only as many as fit into memory were to be used.
+    """
+    if asked is not None and result.samples < asked:
+        yield f"only {result.samples:,} of the {asked:,} samples asked for were there"
+    used = result.samples + sum(left_out.samples for left_out in result.left_out)
+    if cut and there is not None and used < there:
+        yield f"only {used:,} of the {there:,} samples fit into memory"
+
+
+def warn_of_globs(model: torch.nn.Module, globs: Sequence[str]) -> Iterator[str]:
+    """Globs that select no layer beside others that do."""
+    prefix = find_wrapper_prefix(model)
+    names = [name.removeprefix(prefix) for name in find_batchnorm_modules(model)]
+    for glob in globs:
+        if not any(selects([glob], name) for name in names):
+            yield f"--layers {glob} selects no BatchNorm layer"
+
+
+def warn_of_precision(model: torch.nn.Module, precision: Precision) -> Iterator[str]:
+    """A precision that gains nothing."""
+    if precision is Precision.BFLOAT16 and not is_faster_in_bfloat16(model):
+        yield "this processor has no bfloat16 instructions: float32 is faster"
+
+
+def warn_of_judging(before: Evaluation, held_out: Batches, *, fair: bool, apart: bool) -> Iterator[str]:
+    """What was measured otherwise than one may think.
+
+    Args:
+        before: the model with its old statistics.
+        held_out: the data that it was measured on.
+        fair: whether nothing hangs on it, or these are not the data of the statistics.
+        apart: whether these are not the data of the statistics.
+    """
+    if before.note is not None:
+        yield f"not measured: {before.note}"
+    if apart and before.left_out:
+        count = sum(left_out.samples for left_out in before.left_out)
+        yield f"{count} samples of the evaluation data were left out, first {before.left_out[0].reason}"
+    if counts_other_classes(before, held_out):
+        yield (
+            f"{len(held_out.classes or ())} class folders, but the model has {before.outputs} outputs: folders are "
+            f"numbered in sorted order, so {before.metric} says little"
+        )
+    if not fair:
+        yield "better is judged on the calibration data itself; --eval-data gives a fairer judge"

@@ -1,0 +1,1 @@
+"""What the verbs share to prove a result: outputs of two models, compared."""

@@ -1,0 +1,98 @@
+"""How well the outputs of layers inside a changed model agree with those of the original."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from bntool.modules.finding import find_wrapper_prefix, walk_modules
+
+Seen = Mapping[str, Sequence[torch.Tensor]]
+
+
+@dataclass(frozen=True)
+class LayerAgreement:
+    """One BatchNorm that was folded; errors are relative to the largest magnitude of the output.
+
+    Attributes:
+        layer: the BatchNorm.
+        at: the module whose output was compared: itself or what took its place, or what reads it.
+        exact: error of the same fold in float64; NaN where the model does not run in float64.
+        stored: error in the dtype of the file.
+    """
+
+    layer: str
+    at: str
+    exact: float
+    stored: float
+
+
+@contextlib.contextmanager
+def watch(model: nn.Module, layers: Collection[str]) -> Iterator[dict[str, list[torch.Tensor]]]:
+    """Collect what modules give for the first sample of a batch, call by call, while the model runs.
+
+    Args:
+        layers: names of modules, without the prefix of wrappers.
+    """
+    prefix = find_wrapper_prefix(model)
+    wanted = {prefix + layer: layer for layer in layers}
+    seen: dict[str, list[torch.Tensor]] = {}
+    handles = []
+    for path, module in walk_modules(model):
+        if path in wanted:
+
+            def keep(_module: nn.Module, _inputs: Any, output: Any, layer: str = wanted[path]) -> None:
+                if isinstance(output, torch.Tensor) and output.is_floating_point():
+                    seen.setdefault(layer, []).append(output[:1].detach().clone())
+
+            handles.append(module.register_forward_hook(keep))
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def compare_layers(
+    points: Mapping[str, str], exact: tuple[Seen, Seen] | None, stored: tuple[Seen, Seen]
+) -> list[LayerAgreement]:
+    """The largest error of each layer.
+
+    Args:
+        points: from :func:`find_points`.
+        exact: what was seen in float64 of the original and of the folded model; None where they do not run in it.
+        stored: the same in the dtype of the file.
+    """
+    return [
+        LayerAgreement(
+            layer,
+            at,
+            exact=math.nan if exact is None else _largest_error(exact[0].get(at, ()), exact[1].get(at, ())),
+            stored=_largest_error(stored[0][at], stored[1].get(at, ())),
+        )
+        for layer, at in points.items()
+        if at in stored[0]  # not where its module is never called
+    ]
+
+
+def _largest_error(expected: Sequence[torch.Tensor], found: Sequence[torch.Tensor]) -> float:
+    if [tensor.shape for tensor in expected] != [tensor.shape for tensor in found]:
+        return math.nan
+    return max((relative_error(a, b) for a, b in zip(expected, found, strict=True)), default=math.nan)
+
+
+def relative_error(expected: torch.Tensor, found: torch.Tensor) -> float:
+    """The largest difference in relation to the largest magnitude expected; NaN where one is NaN."""
+    if expected.numel() == 0:
+        return 0.0
+    magnitude = float(expected.double().abs().max())
+    difference = float((expected.double() - found.double()).abs().max())
+    if math.isnan(difference) or math.isnan(magnitude):
+        return math.nan
+    return difference / magnitude if magnitude > 0 else 0.0 if difference == 0 else math.inf

@@ -1,0 +1,275 @@
+"""Proof that a changed model computes what the original does: both are run, in eval mode, on several inputs.
+
+Float64 decides: there the same fold has to agree to rounding, because noise of lower precision is amplified by depth.
+Then the tensors that will be written are run in float64, where they may only differ by what rounding them once costs,
+and in their own dtype, for the report.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_flatten, tree_map
+
+from bntool.errors import UserCodeError, VerificationError
+from bntool.modules.borrowing import borrow
+from bntool.modules.calling import call
+from bntool.verification.layer_agreement import LayerAgreement, Seen, compare_layers, relative_error, watch
+
+TOLERANCE = 1e-5  # relative to the largest output; for the tensors as they are written
+EXACT = 1e-9  # the same, in float64
+_NOISE = 16  # times what the original model itself loses to its dtype
+_CHAOS = 1e-2  # however much a model amplifies rounding, an error beyond is wrong
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How well two models agree; errors are relative to the largest magnitude of the output.
+
+    Attributes:
+        inputs: how many inputs were run.
+        outputs: how many output tensors each gave.
+        exact: error of the same fold in float64; NaN where the model does not run in float64.
+        rounded: error of the new tensors, run in float64.
+        stored: error in the dtype of the file.
+        noise: what the original loses in that dtype against float64.
+        tolerance: what ``rounded`` was held against.
+        layers: how well the outputs of layers inside agree, for the first sample of the first input.
+    """
+
+    inputs: int
+    outputs: int
+    exact: float
+    rounded: float
+    stored: float
+    noise: float
+    tolerance: float
+    layers: tuple[LayerAgreement, ...] = ()
+
+
+Change = Callable[[nn.Module], None]
+
+
+def verify(
+    model: nn.Module,
+    change: Change,
+    changed: nn.Module,
+    inputs: Sequence[Any],
+    *,
+    tolerance: float = TOLERANCE,
+    unit: float = 0.0,
+    points: Mapping[str, str] | None = None,
+) -> Agreement:
+    """Hold a changed model against the original.
+
+    In float64 they agree to 1e-9 of the largest magnitude of each output, or to 16 times what the model makes of
+    rounding there, or the change is wrong.
+
+    Args:
+        model: the original; given back as it was.
+        change: makes the same change to any copy of the model, in the dtype of that copy.
+        changed: the model with the tensors that are to be written.
+        inputs: each a tensor, a tuple of positional or a dict of keyword arguments.
+        tolerance: largest error, relative to the largest magnitude of each output, of ``changed`` in float64; 16 times
+            the noise of the original's own dtype is always allowed.
+        unit: relative spacing of the numbers in which tensors are stored, where that is coarser than the model's own:
+            16 times what such a change of every parameter does to the original is allowed too.
+        points: for each layer to compare too, the module at which; see
+            :func:`~bntool.verification.layer_agreement.find_points`. Only the outputs of the model decide.
+
+    Raises:
+        VerificationError: they disagree, or the outputs are such that agreeing would prove nothing.
+        UserCodeError: a model raised.
+    """
+    points = points or {}
+    watched = set(points.values())
+    stored, stored_layers = _run_watched(model, inputs, watched)
+    found, found_layers = _run_watched(changed, inputs, watched)
+    stored_error = _largest_error(stored, found)
+    exact_inputs = [_cast(item, torch.float64) for item in inputs]
+    exact_layers = None
+    try:
+        reference, reference_layers = _run_watched(_copy(model).double(), exact_inputs, watched)
+    except UserCodeError:  # it makes tensors of a fixed dtype
+        reference = None
+    if reference is None:
+        _check_meaning(stored)
+        noise = exact = math.nan
+        rounded = stored_error
+        bound = tolerance
+    else:
+        _check_meaning(reference)
+        noise = _largest_error(reference, stored)
+        folded = _copy(model).double()
+        change(folded)
+        found, found_exact = _run_watched(folded, exact_inputs, watched)
+        exact, exact_layers = _largest_error(reference, found), (reference_layers, found_exact)
+        if not exact <= EXACT and not exact <= min(_NOISE * measure_rounding(model, exact_inputs), _CHAOS):
+            raise VerificationError(
+                f"in float64 the outputs differ by {exact:.3g} of their magnitude; nothing was written",
+                remedy="check that the model, the pairs and the eps that were given are those of the file",
+            )
+        rounded = _largest_error(reference, _run(_copy(changed).double(), exact_inputs))
+        bound = max(tolerance, _NOISE * noise) if math.isfinite(noise) else tolerance
+        if unit > torch.finfo(torch.float32).eps:
+            bound = max(bound, _NOISE * measure_rounding(model, exact_inputs, unit=unit))
+    if not rounded <= bound:
+        raise VerificationError(
+            f"the outputs differ by {rounded:.3g} of their magnitude, more than the tolerance {bound:.3g}; nothing was "
+            "written",
+            remedy="a larger --tolerance would accept it",
+        )
+    layers = tuple(compare_layers(points, exact_layers, (stored_layers, found_layers)))
+    return Agreement(len(inputs), len(stored[0]), exact, rounded, stored_error, noise, bound, layers)
+
+
+def verify_program(
+    model: nn.Module, run: Callable[[Any], list[torch.Tensor]], inputs: Sequence[Any], *, tolerance: float
+) -> float:
+    """Hold a program, which has one mode and one dtype, against the original model.
+
+    Args:
+        model: the original; given back as it was.
+        run: gives the program's floating outputs for an input, wherever it runs.
+        inputs: as for :func:`verify`, in the program's dtype.
+        tolerance: largest error, relative to the largest magnitude of each output.
+
+    Returns:
+        The largest such error.
+
+    Raises:
+        VerificationError: they disagree, or the program does not run on an input.
+    """
+    try:
+        found = [[tensor.cpu() for tensor in run(_cast(item, None))] for item in inputs]
+    except Exception as problem:
+        text = " ".join(str(problem).split())[:300]
+        raise VerificationError(f"the exported program does not run; nothing was written ({text})") from problem
+    expected = [[tensor.cpu() for tensor in outputs] for outputs in _run(model, inputs)]
+    error = _largest_error(expected, found)
+    if not error <= tolerance:
+        raise VerificationError(
+            f"the outputs of the exported program differ by {error:.3g} of their magnitude, more than {tolerance:.3g}; "
+            "nothing was written"
+        )
+    return error
+
+
+def measure_rounding(model: nn.Module, inputs: Sequence[Any], *, unit: float = torch.finfo(torch.float64).eps) -> float:
+    """How far the outputs move in float64 when every parameter moves by up to one unit in its last place.
+
+    Deep random networks amplify rounding by 1e6 and more; no fold can agree better than this.
+
+    Args:
+        inputs: in float64.
+        unit: relative size of a unit in the last place.
+    """
+    original, moved = _copy(model).double(), _copy(model).double()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in moved.parameters():
+            if parameter.is_floating_point():
+                noise = torch.rand(parameter.shape, generator=generator, dtype=torch.float64, device="cpu")
+                parameter.mul_(1 + (2 * noise.to(parameter.device) - 1) * unit)
+    return _largest_error(_run(original, inputs), _run(moved, inputs))
+
+
+def _copy(model: nn.Module) -> nn.Module:
+    try:
+        return copy.deepcopy(model)
+    except Exception as error:
+        raise UserCodeError(f"the model cannot be copied to be verified: {' '.join(str(error).split())}") from error
+
+
+def run_model(model: nn.Module, inputs: Any) -> list[torch.Tensor]:
+    """Its floating outputs in eval mode; the model is given back as it was, the inputs are not changed.
+
+    Raises:
+        UserCodeError: the model raised.
+    """
+    with borrow(model), torch.no_grad():
+        model.eval()
+        return list(find_outputs(call(model, _cast(inputs, None))))
+
+
+def _run(model: nn.Module, inputs: Sequence[Any]) -> list[list[torch.Tensor]]:
+    return [run_model(model, item) for item in inputs]
+
+
+def _run_watched(
+    model: nn.Module, inputs: Sequence[Any], layers: Collection[str]
+) -> tuple[list[list[torch.Tensor]], Seen]:
+    """The outputs for all inputs, and what layers gave for the first."""
+    with watch(model, layers) as seen:
+        first = run_model(model, inputs[0])
+    return [first, *_run(model, inputs[1:])], seen
+
+
+def _cast(item: Any, dtype: torch.dtype | None) -> Any:
+    """A copy, floating tensors in another dtype."""
+
+    def convert(value: Any) -> Any:
+        if not isinstance(value, torch.Tensor):
+            return value
+        return value.to(dtype) if dtype is not None and value.is_floating_point() else value.clone()
+
+    return tree_map(convert, item)
+
+
+def find_outputs(value: Any, depth: int = 3) -> Iterator[torch.Tensor]:
+    """Copies of the floating tensors of an output, also in objects that torch does not know."""
+    for leaf in tree_flatten(value)[0]:
+        if isinstance(leaf, torch.Tensor):
+            if leaf.is_floating_point():
+                yield leaf.detach().clone()
+        elif depth and hasattr(leaf, "__dict__") and not isinstance(leaf, type | nn.Module):
+            yield from find_outputs(dict(vars(leaf)), depth - 1)
+
+
+def _check_meaning(outputs: Sequence[Sequence[torch.Tensor]]) -> None:
+    """Outputs that are nothing, not finite or the same for all inputs prove nothing.
+
+    Raises:
+        VerificationError: they are such.
+    """
+    tensors = [tensor for one in outputs for tensor in one if tensor.numel()]
+    if not tensors:
+        raise VerificationError("the model gives no floating output that could be compared")
+    if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors):
+        raise VerificationError(
+            "the original model's outputs hold NaN or infinity, so nothing can be proven; does `bntool inspect` find "
+            "broken statistics? recalibrate first, or give real inputs with --data"
+        )
+    if len(outputs) > 1 and all(_same(one, outputs[0]) for one in outputs[1:]):
+        raise VerificationError(
+            "the original model's outputs are the same for all inputs, so nothing can be proven: give real inputs with "
+            "--data"
+        )
+    if not any(bool(tensor.any()) for tensor in tensors):
+        raise VerificationError("the original model's outputs are all zero, so nothing can be proven: give --data")
+
+
+def _same(first: Sequence[torch.Tensor], second: Sequence[torch.Tensor]) -> bool:
+    return len(first) == len(second) and all(
+        a.shape == b.shape and torch.equal(a, b) for a, b in zip(first, second, strict=True)
+    )
+
+
+def _largest_error(expected: Sequence[Sequence[torch.Tensor]], found: Sequence[Sequence[torch.Tensor]]) -> float:
+    """Largest difference of each output in relation to its largest magnitude, over all inputs."""
+    largest = 0.0
+    for wanted, given in zip(expected, found, strict=True):
+        if [tuple(t.shape) for t in wanted] != [tuple(t.shape) for t in given]:
+            raise VerificationError("the outputs have other shapes than before; nothing was written")
+        for a, b in zip(wanted, given, strict=True):
+            error = relative_error(a, b)
+            largest = max(largest, error) if not math.isnan(error) else math.nan
+            if math.isnan(largest):
+                return largest
+    return largest

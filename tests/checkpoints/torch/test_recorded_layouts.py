@@ -1,0 +1,55 @@
+"""Files that training frameworks wrote: bntool finds in them what the frameworks load from them.
+
+See tests/oracles/checkpoint_layouts.py, which made the files and recorded what their frameworks find.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+
+import pytest
+
+from bntool.checkpoints.batchnorms import find_batchnorms
+from bntool.checkpoints.checkpoint import choose_state_dict
+from bntool.checkpoints.formats import open_checkpoint
+from bntool.checkpoints.origin import describe_origin
+from bntool.checkpoints.tensors import read_bytes
+from tests.places import FIXTURES
+
+FOLDER = FIXTURES / "layouts"
+EXPECTED = json.loads((FOLDER / "expected.json").read_text())
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_reads_what_its_framework_loads(name: str) -> None:
+    with open_checkpoint(FOLDER / name) as checkpoint:
+        for key, tensors in EXPECTED[name].items():
+            state_dict = checkpoint.state_dict(key)
+            found = {
+                name: [tensor.dtype.name, list(tensor.shape), hashlib.sha256(read_bytes(tensor)).hexdigest()[:16]]
+                for name, tensor in state_dict.tensors.items()
+            }
+            assert found == tensors
+            assert list(found) == list(tensors)
+
+
+@pytest.mark.parametrize(
+    ("name", "chosen", "layer", "eps", "origin"),
+    [
+        ("lightning.ckpt", "state_dict", "1", None, "Lightning 2.6.6, epoch 1, step 4, Adam state"),
+        ("timm_ema.pth.tar", "state_dict", "1", None, "timm, epoch 3, SGD momentum state, EMA"),
+        ("mmengine_ema.pth", "state_dict", "backbone.1", None, "mmengine, epoch 1, SGD momentum state, EMA"),
+        ("fastai_model.pth", "model", "1", None, "optimizer state"),
+        ("fastai_export.pkl", "model", "1", 1e-3, "pickled torch.nn.modules.container.Sequential"),
+        ("ultralytics.pt", "model", "0.bn", 1e-5, "pickled ultralytics.nn.tasks.ClassificationModel"),
+        ("distributed", "model", "1", None, "SGD momentum state"),
+    ],
+)
+def test_knows_what_it_is(name: str, chosen: str, layer: str, eps: float | None, origin: str) -> None:
+    with open_checkpoint(FOLDER / name) as checkpoint:
+        state_dict = choose_state_dict(checkpoint)
+        assert state_dict.key == chosen
+        norm = find_batchnorms(state_dict)[0]
+        assert (norm.name, norm.eps) == (layer, eps)
+        assert origin in describe_origin(checkpoint)

@@ -1,0 +1,247 @@
+"""What changed between two checkpoints: the oracle is torch in float64."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from bntool.checkpoints.formats import open_checkpoint
+from bntool.checkpoints.tensors import equal_streams
+from bntool.comparison.checkpoint import (
+    Change,
+    Expectation,
+    compare_checkpoints,
+    find_violations,
+)
+from bntool.comparison.name_alignment import align_names
+from bntool.errors import UsageError
+from tests.fixtures.models.mmdet_resnet import detector
+from tests.places import SAMPLES
+
+
+def compare(a, b, **options):
+    with open_checkpoint(a) as one, open_checkpoint(b) as two:
+        return compare_checkpoints(one, two, **options)
+
+
+def met(a, b, **options):
+    comparison = compare(a, b, **options)
+    return {expectation.value for expectation in Expectation if not find_violations(comparison, expectation)}
+
+
+@pytest.fixture
+def state():
+    torch.manual_seed(0)
+    model = detector()
+    for _ in range(2):
+        model(torch.randn(4, 3, 32, 32))
+    return model.state_dict()
+
+
+def save(state, path):
+    torch.save(state, path)
+    return path
+
+
+def changed_copy(state, **changes):
+    copied = {key: value.clone() for key, value in state.items()}
+    for key, value in changes.items():
+        copied[key.replace("__", ".")] = value
+    return copied
+
+
+def test_same_tensors_in_every_format(tmp_path):
+    names = ["digits.pt", "digits.safetensors", "digits_legacy.pth", "digits_module.pt", "digits_training.pt"]
+    for name in names[1:]:
+        comparison = compare(SAMPLES / names[0], SAMPLES / name)
+        assert comparison.identical, name
+        assert len(comparison.layers) == 9
+
+
+def test_measures_agree_with_torch():
+    """Shift in sigmas and variance ratio from the tensors, scale and shift from what eval mode does to 0 and 1."""
+    before = torch.load(SAMPLES / "digits.pt")
+    after = torch.load(SAMPLES / "drifted.pt")
+    comparison = compare(SAMPLES / "digits.pt", SAMPLES / "drifted.pt")
+    assert len(comparison.layers) == 9
+    for layer in comparison.layers:
+        mean_a, var_a, mean_b, var_b = (
+            state[f"{layer.name}.{role}"].double()
+            for state in (before, after)
+            for role in ("running_mean", "running_var")
+        )
+        assert layer.mean_shift == pytest.approx(((mean_b - mean_a).abs() / (var_a + 1e-5).sqrt()).max().item())
+        ratio = (var_b + 1e-5) / (var_a + 1e-5)
+        assert layer.variance_ratio == pytest.approx(ratio[ratio.log().abs().argmax()].item())
+        answers = []
+        for state in (before, after):
+            norm = nn.BatchNorm1d(len(mean_a)).double().eval()
+            norm.load_state_dict({r: state[f"{layer.name}.{r}"] for r in norm.state_dict()})
+            zero = norm(torch.zeros(1, len(mean_a), dtype=torch.float64))[0].detach()
+            one = norm(torch.ones(1, len(mean_a), dtype=torch.float64))[0].detach()
+            answers.append((one - zero, zero))
+        (scale_a, shift_a), (scale_b, shift_b) = answers
+        assert layer.scale_change == pytest.approx(((scale_b - scale_a).norm() / scale_a.norm()).item())
+        assert layer.shift_change == pytest.approx(((shift_b - shift_a).norm() / shift_a.norm()).item())
+        assert not layer.eps_known
+    severities = [layer.severity for layer in comparison.layers]
+    assert severities == sorted(severities, reverse=True)
+
+
+def test_eps_of_pickled_modules_counts():
+    assert all(layer.eps_known for layer in compare(*[SAMPLES / "digits_module.pt"] * 2).layers)
+
+
+@pytest.mark.parametrize(
+    ("key", "expected"),
+    [
+        ("neck__1__running_mean", {"stats-only"}),
+        ("neck__1__running_var", {"stats-only"}),
+        ("neck__1__num_batches_tracked", {"stats-only"}),
+        ("neck__1__weight", {"norm-eval"}),
+        ("neck__1__bias", {"norm-eval"}),
+        ("neck__0__weight", {"norm-eval", "frozen"}),
+    ],
+)
+def test_expectations(key, expected, state, tmp_path):
+    a = save(state, tmp_path / "a.pt")
+    name = key.replace("__", ".")
+    value = state[name].clone()
+    # one bit of one element
+    flat = value.view(-1).view(torch.int32 if value.dtype is torch.float32 else torch.int64)
+    flat[0] ^= 1
+    b = save(changed_copy(state, **{key: value}), tmp_path / "b.pt")
+    assert met(a, b) == expected
+    assert met(a, a) == {expectation.value for expectation in Expectation}
+    assert met(a, b, layers=["backbone.*"]) >= {"norm-eval", "frozen"} or "neck.1" not in name
+
+
+def test_expectations_of_a_folded_or_foreign_file(state, tmp_path):
+    a = save(state, tmp_path / "a.pt")
+    folded = {key: value for key, value in state.items() if not key.startswith("neck.1.")}
+    comparison = compare(a, save(folded, tmp_path / "b.pt"))
+    assert {c for layer in comparison.layers if layer.name == "neck.1" for c in layer.changes.values()} == {
+        Change.ONLY_A
+    }
+    assert comparison.layers[0].name == "neck.1"
+    assert met(a, tmp_path / "b.pt") == set()
+    linear = save(nn.Linear(2, 2).state_dict(), tmp_path / "c.pt")
+    assert met(linear, linear) == {"identical"}
+
+
+def test_other_tensors(state, tmp_path):
+    a = save(state, tmp_path / "a.pt")
+    other = changed_copy(state)
+    other["cls_head.weight"] = state["cls_head.weight"].double()
+    other["cls_head.bias"] = torch.zeros(5)
+    other["reg_head.0.weight"] = state["reg_head.0.weight"].half()
+    del other["reg_head.0.bias"]
+    other["new.weight"] = torch.zeros(2, 2)
+    save_file(other, tmp_path / "b.safetensors")
+    comparison = compare(a, tmp_path / "b.safetensors")
+    found = {name: change for name, change in comparison.others.items() if change is not Change.SAME}
+    assert found == {
+        "cls_head.weight": Change.DTYPE,
+        "cls_head.bias": Change.SHAPE,
+        "reg_head.0.weight": Change.VALUES,
+        "reg_head.0.bias": Change.ONLY_A,
+        "new.weight": Change.ONLY_B,
+    }
+
+
+def test_strides_do_not_matter(state, tmp_path):
+    other = changed_copy(state)
+    other["cls_head.weight"] = state["cls_head.weight"].to(memory_format=torch.channels_last)
+    assert met(save(state, tmp_path / "a.pt"), save(other, tmp_path / "b.pt")) >= {"identical"}
+
+
+def test_quantised_tensors_are_not_taken_for_equal(tmp_path):
+    import warnings
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        quantised = torch.quantize_per_tensor(torch.randn(4, 4), 0.1, 0, torch.qint8)
+        path = save({"a.weight": quantised, "b.weight": torch.zeros(2)}, tmp_path / "q.pt")
+    comparison = compare(path, path)
+    assert comparison.others["a.weight"] is Change.UNKNOWN
+    assert find_violations(comparison, Expectation.IDENTICAL)
+
+
+def test_prefixes_are_aligned(state, tmp_path):
+    a = save(state, tmp_path / "a.pt")
+    wrapped = save({f"module.{key}": value for key, value in state.items()}, tmp_path / "b.pt")
+    assert met(a, wrapped) >= {"identical"}
+    backbone = save(
+        {key.removeprefix("backbone."): value for key, value in state.items() if key.startswith("backbone.")},
+        tmp_path / "c.pt",
+    )
+    comparison = compare(backbone, a)
+    assert (comparison.path_a, comparison.path_b) == ("", "backbone.")
+    assert {layer.name for layer in comparison.layers if not layer.changed} >= {"bn1", "layer2.0.bn3"}
+    assert {n for n, c in comparison.others.items() if c is Change.SAME} >= {"conv1.weight"}
+    assert compare(a, backbone).path_a == "backbone."
+
+
+def test_align_names():
+    assert align_names(["a.x", "b.x"], ["a.x", "b.x"]) == ("", "")
+    assert align_names(["conv.w", "bn.w"], ["m.conv.w", "m.bn.w", "head.w"]) == ("", "m.")
+    assert align_names(["m.conv.w", "m.bn.w", "head.w"], ["conv.w", "bn.w"]) == ("m.", "")
+    assert align_names(["u", "v", "w"], ["m.u", "x", "y"]) == ("", "")  # one of three is chance
+
+
+def test_state_dicts_by_key():
+    options = {"state_dict": "ema_state_dict"}
+    assert compare(SAMPLES / "digits_training.pt", SAMPLES / "digits_training.pt", **options).a.key == "ema_state_dict"
+    comparison = compare(SAMPLES / "digits_training.pt", SAMPLES / "digits.pt", **options)
+    assert not comparison.identical
+    with pytest.raises(UsageError):
+        compare(SAMPLES / "digits.pt", SAMPLES / "digits.pt", **options)
+
+
+def test_the_model_and_its_average_in_one_file():
+    training = SAMPLES / "digits_training.pt"
+    comparison = compare(training, training, state_dict="state_dict", state_dict_b="ema_state_dict")
+    assert (comparison.a.key, comparison.b.key) == ("state_dict", "ema_state_dict")
+    assert comparison.not_compared == (("ema_state_dict",), ("state_dict",))
+    content = torch.load(training, weights_only=False)
+    model = {name.removeprefix("module."): value for name, value in content["state_dict"].items()}
+    average = {name.removeprefix("module."): value for name, value in content["ema_state_dict"].items()}
+    expected = {name for name in model if not torch.equal(model[name], average[name])} | (average.keys() - model.keys())
+    changed = {name for name, change in comparison.others.items() if change is not Change.SAME}
+    changed |= {
+        f"{layer.name}.{r}" for layer in comparison.layers for r, c in layer.changes.items() if c != Change.SAME
+    }
+    assert changed == expected != set()
+
+
+def test_nan_is_equal_to_itself_and_worst_where_it_is_new():
+    broken = SAMPLES / "broken_nan_variance.pt"
+    assert met(broken, broken) == {expectation.value for expectation in Expectation}
+    comparison = compare(SAMPLES / "digits.pt", broken)
+    assert comparison.layers[0].name == "layer2.0.bn1"
+    assert [layer.changed for layer in comparison.layers].count(True) == 1
+
+
+def test_equal_streams():
+    assert equal_streams(iter([b"ab", b"c"]), iter([b"a", b"bc"]))
+    assert not equal_streams(iter([b"ab"]), iter([b"abc"]))
+    assert not equal_streams(iter([b"ab", b"d"]), iter([b"a", b"bc"]))
+    assert equal_streams(iter([]), iter([]))
+
+
+def test_imports_neither_torch_nor_numpy():
+    code = (
+        "import sys; from bntool.cli.main import main; "
+        "code = main(['diff', 'digits.pt', 'drifted.pt', '--expect', 'stats-only']); "
+        "loaded = {'torch', 'numpy', 'rich'} & set(sys.modules); assert code == 0 and not loaded, (code, loaded)"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=SAMPLES, check=True, env=_environment(), capture_output=True)
+
+
+def _environment():
+    import os
+
+    return {**os.environ, "PYTHONPATH": str(SAMPLES.parent)}

@@ -1,0 +1,259 @@
+"""Random networks: folding is exact, or it is refused; it is never wrong."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections import Counter
+
+import torch
+import torch.nn.functional as F
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from bntool.folding.planning import Layout
+from bntool.folding.unchanged_outputs import find_points
+from bntool.graphs.traced.tracing import trace
+from bntool.verification.layer_agreement import compare_layers, watch
+from tests.folding.folding_networks import fold, largest_difference, randomise
+
+SIZE, LAYERS = 6, 14
+torch.set_num_threads(1)
+
+
+class RandomNetwork(nn.Module):
+    """A program over a growing list of images of equal size, drawn step by step."""
+
+    def __init__(self, chance: random.Random) -> None:
+        super().__init__()
+        self.steps: list[tuple] = []
+        self.made: list[tuple[str, nn.Module, int, int]] = []
+        self.channels = [4]
+        for _ in range(chance.randint(3, LAYERS)):
+            self.add_step(chance)
+        if chance.random() < 0.5:
+            self.head(chance)
+        self.returned = chance.sample(range(len(self.channels)), chance.choice([0, 0, 1, 2]))
+        self.returned.append(len(self.channels) - 1)
+        order = chance.sample(range(len(self.made)), len(self.made))
+        for position in order:  # names and order of registration say nothing about who feeds whom
+            self.register_module(f"m{(position * 7 + 3) % 101}_{position}", self.made[position][1])
+
+    def add_step(self, chance: random.Random) -> None:
+        # the last image is the likeliest: chains are what can be folded
+        source = chance.choice([len(self.channels) - 1] * 8 + list(range(len(self.channels))))
+        channels = self.channels[source]
+        kinds = [
+            "conv",
+            "conv",
+            "conv",
+            "bn",
+            "bn",
+            "bn",
+            "relu",
+            "relu_",
+            "add",
+            "add_",
+            "cat",
+            "chunk",
+            "max",
+            "mean",
+            "reuse",
+            "functional",
+            "turned",
+            "view",
+            "clone",
+            "scale",
+            "shape",
+        ]
+        kind = chance.choice(kinds)
+        if kind == "conv":
+            self.module(self.convolution(chance, channels), source)
+        elif kind == "bn":
+            self.module(self.batchnorm(chance, channels), source)
+        elif kind == "functional":
+            self.made.append(("bn", nn.BatchNorm2d(channels), channels, channels))
+            self.step(("functional", source, len(self.made) - 1), channels)
+        elif kind == "reuse":
+            fitting = [i for i, (_, _, ingoing, _) in enumerate(self.made) if ingoing == channels]
+            if fitting:
+                index = chance.choice(fitting)
+                self.step(("module", source, index), self.made[index][3])
+        elif kind in ("add", "add_", "cat"):
+            others = [i for i, c in enumerate(self.channels) if kind == "cat" or c == channels]
+            other = chance.choice(others)
+            self.step((kind, source, other), channels + self.channels[other] if kind == "cat" else channels)
+        elif kind == "chunk" and channels % 2 == 0:
+            self.step((kind, source, chance.randint(0, 1)), channels // 2)
+        elif kind != "chunk":
+            self.step((kind, source), channels)
+
+    def step(self, step: tuple, channels: int) -> None:
+        self.steps.append(step)
+        self.channels.append(channels)
+
+    def module(self, made: tuple[str, nn.Module, int, int], source: int) -> None:
+        self.made.append(made)
+        self.step(("module", source, len(self.made) - 1), made[3])
+
+    @staticmethod
+    def convolution(chance: random.Random, channels: int) -> tuple[str, nn.Module, int, int]:
+        groups = chance.choice([g for g in (1, 2, 4) if channels % g == 0])
+        out = chance.choice([4, 8])
+        size = chance.choice([1, 3])
+        kind = chance.choice([nn.Conv2d, nn.Conv2d, nn.ConvTranspose2d])
+        bias = chance.random() < 0.5
+        return "conv", kind(channels, out, size, padding=size // 2, groups=groups, bias=bias), channels, out
+
+    @staticmethod
+    def batchnorm(chance: random.Random, channels: int) -> tuple[str, nn.Module, int, int]:
+        eps, affine = chance.choice([1e-5, 1e-3]), chance.choice([True, True, False])
+        return "bn", nn.BatchNorm2d(channels, eps=eps, affine=affine), channels, channels
+
+    def head(self, chance: random.Random) -> None:
+        channels = self.channels[-1]
+        linear, batchnorm = nn.Linear(channels, 5, bias=chance.random() < 0.5), nn.BatchNorm1d(5)
+        self.made += [("linear", linear, -1, -1), ("bn", batchnorm, -1, -1)]
+        self.step(("head", len(self.channels) - 1, len(self.made) - 2, chance.random() < 0.5), 5)
+
+    def forward(self, x):
+        values = [x * 1]
+        for kind, source, *more in self.steps:
+            values.append(self.run(kind, values[source], values, more))
+        return [values[index] for index in self.returned]
+
+    def run(self, kind, x, values, more):
+        if kind == "module":
+            return self.made[more[0]][1](x)
+        if kind == "functional":
+            bn = self.made[more[0]][1]
+            return F.batch_norm(x, bn.running_mean, bn.running_var, bn.weight, bn.bias, eps=1e-4)
+        if kind == "head":
+            linear, batchnorm = self.made[more[0]][1], self.made[more[0] + 1][1]
+            if more[1]:
+                return batchnorm(linear(x.mean((2, 3))))
+            tokens = linear(x.flatten(2).transpose(1, 2))
+            return batchnorm(tokens.transpose(1, 2))
+        simple = {
+            "relu": lambda: F.relu(x),
+            "relu_": lambda: F.relu_(x),
+            "add": lambda: x + values[more[0]],
+            "add_": lambda: x.add_(values[more[0]]),
+            "cat": lambda: torch.cat([x, values[more[0]]], 1),
+            "chunk": lambda: x.chunk(2, 1)[more[0]],
+            "max": lambda: F.max_pool2d(x, 3, stride=1, padding=1),
+            "mean": lambda: F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False),
+            "turned": lambda: x.flip(3).permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2),
+            "view": lambda: x.flatten(1).view(x.shape),
+            "clone": lambda: x.detach().clone(),
+            "scale": lambda: x * 0.5,
+            "shape": lambda: x + torch.ones_like(x),
+        }
+        return simple[kind]()
+
+
+class RandomChain(nn.Module):
+    """Layers of one to three dimensions in a row, some of them tied or called again; a second reader at times."""
+
+    def __init__(self, chance: random.Random) -> None:
+        super().__init__()
+        self.dimensions = chance.choice([1, 2, 3])
+        plain, transposed, self.norm, self.pool = (
+            getattr(source, f"{name}{self.dimensions}d")
+            for source, name in ((nn, "Conv"), (nn, "ConvTranspose"), (nn, "BatchNorm"), (F, "max_pool"))
+        )
+        made = []
+        for _ in range(chance.randint(2, 5)):
+            kind, groups = chance.choice([plain, transposed]), chance.choice([1, 2, 4])
+            made.append(kind(4, 4, 1, groups=groups, bias=chance.random() < 0.5))
+            made += [self.norm(4)] * chance.choice([1, 1, 1, 2])
+        if chance.random() < 0.3:  # two modules, one parameter
+            first, second = chance.sample([m for m in made if not isinstance(m, self.norm)], 2)
+            if first.weight.shape == second.weight.shape:
+                second.weight = first.weight
+        if chance.random() < 0.2:
+            made.append(chance.choice(made))  # one module, called twice
+        self.between = [chance.choice(["", "", "", "relu", "pool", "kept"]) for _ in made]
+        for position in chance.sample(range(len(made)), len(made)):
+            self.register_module(f"m{position}", made[position])
+        self.length = len(made)
+
+    def forward(self, x):
+        kept = []
+        for position, between in enumerate(self.between):
+            x = getattr(self, f"m{position}")(x)
+            if between == "relu":
+                x = F.relu(x)
+            elif between == "pool":
+                x = self.pool(x, 3, stride=1, padding=1)
+            elif between == "kept":
+                kept.append(x.sum())
+        return [x, *kept]
+
+
+@settings(derandomize=True, max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@given(st.integers(0, 2**32), st.sampled_from(list(Layout)))
+def test_chains_of_other_dimensions(seed: int, layout: Layout) -> None:
+    model = RandomChain(random.Random(seed))
+    dimensions = model.dimensions
+    model = randomise(model.double(), seed=seed % 7)
+    generator = torch.Generator().manual_seed(5)
+    inputs = torch.randn(2, 4, *([5] * dimensions), dtype=torch.float64, generator=generator)
+    folded, plan = fold(model, inputs, layout=layout)
+    assert largest_difference(model, folded, inputs) < 1e-9
+    chains.update(f"{f.level.value} {dimensions}d" for f in plan.folds)
+    chains.update(skip.reason.value for skip in plan.skips)
+
+
+chains: Counter[str] = Counter()
+seen: Counter[str] = Counter()
+
+
+@settings(
+    derandomize=True,
+    max_examples=int(os.environ.get("BNTOOL_NETWORKS", "400")),
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
+)
+@given(st.integers(0, 2**32), st.sampled_from(list(Layout)))
+def test_random_networks_are_folded_exactly_or_not_at_all(seed: int, layout: Layout) -> None:
+    network = RandomNetwork(random.Random(seed))
+    model = randomise(network.double(), seed=seed % 7)
+    inputs = torch.randn(2, 4, SIZE, SIZE, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    folded, plan = fold_network(model, inputs, layout)
+    others = torch.randn(3, 4, SIZE, SIZE, dtype=torch.float64, generator=torch.Generator().manual_seed(6))
+    assert largest_difference(model, folded, others) < 1e-9
+    points = find_points(trace(model, inputs), plan.folds)
+    assert all(layer.exact < 1e-9 for layer in agreement_inside(model, folded, others, points))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    seen.update(f.level.value for f in plan.folds)
+    seen.update(skip.reason.value for skip in plan.skips)
+
+
+def agreement_inside(model: RandomNetwork, folded: nn.Module, inputs: torch.Tensor, points: dict[str, str]):
+    found = []
+    for each in (model, folded):
+        with watch(each, points.values()) as seen, torch.no_grad():
+            each(inputs)
+        found.append(seen)
+    return compare_layers(points, tuple(found), tuple(found))
+
+
+def fold_network(model: RandomNetwork, inputs: torch.Tensor, layout: Layout):
+    """Fold a copy; its list of modules has to follow what takes their place."""
+    folded, plan = fold(model, inputs, layout=layout)
+    names = {id(module): name for name, module in model._modules.items()}
+    folded.made = [
+        (kind, folded._modules[names[id(module)]], ingoing, outgoing) for kind, module, ingoing, outgoing in model.made
+    ]
+    return folded, plan
+
+
+def test_the_random_networks_are_not_all_alike() -> None:
+    """Guards the test above against drawing only networks in which there is nothing to decide."""
+    if sum(seen.values()) > 100:  # not where it was run alone
+        assert {"direct", "through", "forward", "shared output", "not adjacent"} <= set(seen)
+    if sum(chains.values()) > 100:
+        assert {"direct 1d", "direct 2d", "direct 3d", "reused", "shared output", "not adjacent"} <= set(chains)

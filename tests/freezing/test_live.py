@@ -1,0 +1,366 @@
+"""Live freezing: the oracle is torch itself, and mmdet's recorded names."""
+
+import copy
+import io
+import json
+import pickle
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+from bntool.checkpoints.batchnorms import find_batchnorms
+from bntool.checkpoints.formats import open_checkpoint
+from bntool.errors import RefusedError, UsageError
+from bntool.freezing.live import freeze, frozen, unfreeze
+from tests.fixtures.models.mmdet_resnet import detector, resnet50
+from tests.places import FIXTURES
+
+
+def snapshot(model):
+    return {key: value.clone() for key, value in model.state_dict().items()}
+
+
+def changed(model, before):
+    return {key for key, value in model.state_dict().items() if not torch.equal(value, before[key])}
+
+
+def run(model, *, steps=1, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(steps):
+        model(torch.randn(4, 3, 32, 32, generator=generator) * 2 + 1).square().mean().backward()
+
+
+def statistics(model):
+    return {k for k in model.state_dict() if k.endswith(("running_mean", "running_var", "num_batches_tracked"))}
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return detector().train()
+
+
+def test_statistics_stay_after_train(model):
+    before = snapshot(model)
+    freeze(model)
+    model.train()
+    run(model)
+    assert changed(model, before) == set()
+    assert all(not module.training for _, module in batchnorms(model))
+    assert model.training
+    assert model.neck[0].training
+
+
+def test_unfrozen_statistics_do_move(model):
+    before = snapshot(model)
+    run(model)
+    assert changed(model, before) == statistics(model)
+
+
+def batchnorms(model):
+    return [(n, m) for n, m in model.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+
+
+def test_keys_names_and_isinstance_stay(model):
+    keys, text = list(model.state_dict()), repr(model)
+    freeze(model, requires_grad=False)
+    assert list(model.state_dict()) == keys
+    assert repr(model) == text
+    assert isinstance(model.neck[1], nn.BatchNorm2d)
+    assert type(model.neck[1]).__name__ == "BatchNorm2d"
+    fresh = detector()
+    fresh.load_state_dict(model.state_dict(), strict=True)
+
+
+def test_direct_train_of_a_layer_is_inert(model):
+    freeze(model)
+    model.neck[1].train()
+    model.backbone.train(mode=True)
+    assert not any(module.training for _, module in batchnorms(model))
+
+
+@pytest.mark.parametrize("way", ["deepcopy", "pickle", "torch.save"])
+def test_freeze_travels_with_copies(model, way):
+    freeze(model, requires_grad=False, layers="neck.*")
+    if way == "deepcopy":
+        twin = copy.deepcopy(model)
+    elif way == "pickle":
+        twin = pickle.loads(pickle.dumps(model))
+    else:
+        buffer = io.BytesIO()
+        torch.save(model, buffer)
+        twin = torch.load(io.BytesIO(buffer.getvalue()), weights_only=False)
+    before = snapshot(twin)
+    twin.train()
+    assert not twin.neck[1].training
+    assert not twin.neck[1].weight.requires_grad
+    run(twin)
+    assert not any(key.startswith("neck.1.") for key in changed(twin, before))
+    assert any(key.startswith("backbone.bn1.") for key in changed(twin, before))
+    unfreeze(twin)
+    assert type(twin.neck[1]) is nn.BatchNorm2d
+    assert type(twin) is type(detector())
+    assert twin.neck[1].training
+    assert twin.neck[1].weight.requires_grad
+    assert not model.neck[1].training  # the original is still frozen
+
+
+def test_sync_batchnorm_conversion_is_survived(model):
+    freeze(model, requires_grad=False)
+    converted = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    converted.train()
+    assert all(isinstance(module, nn.SyncBatchNorm) for _, module in batchnorms(converted))
+    assert not any(module.training for _, module in batchnorms(converted))
+    converted.neck[1].train()
+    assert not converted.neck[1].training
+    unfreeze(converted)
+    assert all(module.training for _, module in batchnorms(converted))
+    assert all(type(module) is nn.SyncBatchNorm for _, module in batchnorms(converted))
+    assert all(parameter.requires_grad for parameter in converted.parameters())
+
+
+def test_sync_batchnorm_frozen_after_conversion_on_a_cpu(model):
+    converted = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    freeze(converted)
+    before = snapshot(converted)
+    converted.train()
+    run(converted)
+    assert changed(converted, before) == set()
+
+
+@pytest.mark.parametrize(("kind", "shape"), [(nn.BatchNorm1d, (4, 6)), (nn.BatchNorm3d, (4, 6, 2, 2, 2))])
+def test_every_dimension(kind, shape):
+    model = nn.Sequential(kind(6))
+    freeze(model)
+    before = snapshot(model)
+    model.train()(torch.randn(shape))
+    assert changed(model, before) == set()
+
+
+def test_a_model_that_is_one_batchnorm():
+    model = nn.BatchNorm1d(3)
+    freeze(model)
+    model.train()
+    assert not model.training
+    unfreeze(model)
+    assert model.training
+    assert type(model) is nn.BatchNorm1d
+
+
+def test_lazy_layers_are_refused_until_materialised():
+    model = nn.Sequential(nn.LazyConv2d(4, 3), nn.LazyBatchNorm2d()).train()
+    with pytest.raises(RefusedError, match="lazy"):
+        freeze(model)
+    assert type(model) is nn.Sequential
+    model(torch.randn(2, 3, 8, 8))
+    freeze(model)
+    assert not model.train()[1].training
+
+
+def test_scripted_models_are_refused():
+    import warnings
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        model = torch.jit.trace(nn.Sequential(nn.BatchNorm1d(3)).eval(), torch.zeros(2, 3))
+    with pytest.raises(RefusedError, match="script"):
+        freeze(model)
+
+
+def test_stale_gradients_are_dropped(model):
+    run(model)
+    freeze(model, requires_grad=False)
+    before = snapshot(model)
+    assert model.neck[1].weight.grad is None
+    assert model.neck[0].weight.grad is not None
+    torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1).step()
+    moved = changed(model, before)
+    assert not any(".bn" in key or key.startswith("neck.1") for key in moved)
+    assert "neck.0.weight" in moved
+
+
+def test_unfreeze_restores_exactly(model):
+    model.neck[1].eval()
+    model.backbone.bn1.weight.requires_grad_(requires_grad=False)
+    kinds = [type(module) for module in model.modules()]
+    modes = {name: module.training for name, module in model.named_modules()}
+    gradients = {name: p.requires_grad for name, p in model.named_parameters()}
+    attributes = {name: set(vars(module)) for name, module in model.named_modules()}
+    freeze(model, requires_grad=False, frozen_stages=1)
+    freeze(model, layers="neck.*", requires_grad=True)  # a second freeze adds to the first
+    unfreeze(model)
+    assert [type(module) for module in model.modules()] == kinds
+    assert {name: module.training for name, module in model.named_modules()} == modes
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == gradients
+    assert {name: set(vars(module)) for name, module in model.named_modules()} == attributes
+    with pytest.raises(UsageError, match="not frozen"):
+        unfreeze(model)
+
+
+def test_unfreeze_heeds_modes_asked_for_meanwhile(model):
+    freeze(model, frozen_stages=0)
+    model.eval()
+    unfreeze(model)
+    assert not any(module.training for module in model.modules())
+    freeze(model, frozen_stages=1)
+    model.train()
+    unfreeze(model)
+    assert all(module.training for module in model.modules())
+
+
+def test_unfreeze_of_a_part_says_so(model):
+    freeze(model)
+    with pytest.raises(UsageError, match="larger model"):
+        unfreeze(model.neck)
+
+
+def test_frozen_gives_back_what_it_borrowed(model):
+    model.neck[1].eval()
+    modes = {name: module.training for name, module in model.named_modules()}
+
+    class Stop(Exception):
+        pass
+
+    def work():
+        with frozen(model, requires_grad=False):
+            model.train()
+            assert not model.neck[1].training
+            assert not model.neck[1].weight.requires_grad
+            raise Stop
+
+    with pytest.raises(Stop):
+        work()
+    assert {name: module.training for name, module in model.named_modules()} == modes
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert type(model.neck[1]) is nn.BatchNorm2d
+
+
+def test_frozen_inside_of_a_freeze(model):
+    freeze(model, layers="neck.*")
+    with frozen(model, requires_grad=False):
+        assert not model.backbone.bn1.training
+    assert model.backbone.bn1.training
+    model.train()
+    assert not model.neck[1].training
+    assert model.neck[1].weight.requires_grad
+    unfreeze(model)
+    assert model.neck[1].training
+
+
+def test_nothing_to_freeze_is_an_error(model):
+    with pytest.raises(UsageError, match="no BatchNorm layer is selected"):
+        freeze(model, layers="nothing.*")
+    with pytest.raises(UsageError, match="freeze nothing"):
+        freeze(model, norm_eval=False)
+    with pytest.raises(UsageError, match="no BatchNorm layer"):
+        freeze(nn.Linear(2, 2))
+
+
+def test_gradient_checkpointing_keeps_statistics(model):
+    from torch.utils.checkpoint import checkpoint
+
+    freeze(model)
+    before = snapshot(model)
+    model.train()
+    checkpoint(model, torch.randn(4, 3, 32, 32), use_reentrant=False).sum().backward()
+    assert changed(model, before) == set()
+    assert model.neck[1].weight.grad is not None
+
+
+def test_update_bn_leaves_frozen_statistics_alone(model):
+    freeze(model, layers="neck.*")
+    before = snapshot(model)
+    torch.optim.swa_utils.update_bn([torch.randn(4, 3, 32, 32)], model)
+    moved = changed(model, before)
+    assert not any(key.startswith("neck.1.") for key in moved)
+    assert "backbone.bn1.running_mean" in moved
+    unfreeze(model)
+    model.neck[1].reset_running_stats()
+    assert model.neck[1].running_mean.abs().max() == 0
+
+
+def test_saved_whole_models_can_be_read_and_applied_again(model, tmp_path):
+    freeze(model, layers="neck.*")
+    torch.save(model, tmp_path / "model.pt")
+    with open_checkpoint(tmp_path / "model.pt") as checkpoint:
+        (state_dict,) = checkpoint.state_dicts
+        (neck,) = [norm for norm in find_batchnorms(state_dict) if norm.name == "neck.1"]
+    assert neck.eps == 1e-5
+    assert neck.class_path.endswith("BatchNorm2d")
+    assert neck.attributes["training"] is False
+
+
+def test_compiled_models(model):
+    x = torch.randn(4, 3, 32, 32)
+    expected = copy.deepcopy(model)
+    for _, module in batchnorms(expected):
+        module.eval()
+    freeze(model)
+    before = snapshot(model)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    compiled.train()
+    torch.testing.assert_close(compiled(x), expected(x))
+    assert changed(model, before) == set()
+    again = torch.compile(detector().train(), backend="eager")
+    policy = freeze(again)  # through the wrapper
+    again.train()
+    assert "neck.1" in policy.layers
+    assert not again._orig_mod.neck[1].training
+
+
+def test_fx_tracing_keeps_the_freeze(model):
+    freeze(model)
+    traced = torch.fx.symbolic_trace(model).train()
+    before = snapshot(traced)
+    traced(torch.randn(4, 3, 32, 32))
+    assert changed(traced, before) == set()
+    freeze(traced, layers="neck.*", requires_grad=False)  # a GraphModule carries a freeze too
+    assert not traced.train().get_submodule("neck.1").training
+
+
+RECORDED = json.loads((FIXTURES / "mmdet_freezing.json").read_text())["cases"]
+
+
+@pytest.mark.parametrize("case", [c for c in RECORDED if c["backbone"] == "ResNet-50"], ids=lambda case: case["title"])
+def test_agrees_with_mmdet_name_by_name(case):
+    model = resnet50(width=2).train()
+    if case["sync"]:
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    requires_grad = None if case["norm_requires_grad"] else False
+    if case["norm_eval"] or requires_grad is False or case["frozen_stages"] >= 0:
+        freeze(
+            model,
+            norm_eval=case["norm_eval"],
+            requires_grad=requires_grad,
+            frozen_stages=case["frozen_stages"],
+        )
+    model.train()
+    assert [name for name, p in model.named_parameters() if not p.requires_grad] == case["frozen"]
+    assert [name for name, module in model.named_modules() if not module.training] == case["eval_modules"]
+    assert len(list(model.parameters())) == 159
+    assert len(batchnorms(model)) == 53
+
+
+def test_classes_that_others_changed_after_freezing_stay() -> None:
+    class Absolute(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x.abs()
+
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    x = torch.randn(2, 3, 6, 6)
+    freeze(model)
+    parametrize.register_parametrization(model[1], "weight", Absolute())
+    model.__class__ = type("Sharded", (type(model),), {"shards": 2})  # as fully_shard does
+    kinds = type(model), type(model[1])
+    model.train()
+    assert not model[1].training
+    unfreeze(model)
+    assert (type(model), type(model[1])) == kinds
+    assert model.shards == 2
+    model.train()
+    assert model[1].training
+    model[1].reset_running_stats()
+    model(x)
+    assert not torch.equal(model[1].running_mean, torch.zeros(4))
