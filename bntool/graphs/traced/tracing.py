@@ -3,8 +3,9 @@
 A dispatch mode sees every operation below modules, functional calls and operators alike. Parameters are recognised by
 identity or as views of all their elements; what is computed from parameters alone stays constant and is remembered by
 the names it came from. Every other tensor carries labels (see :mod:`bntool.graphs.traced.labels`) that say which
-node computed each of its elements. Writing into a tensor changes all tensors that share its storage, so those are labelled anew as
-the results of that write; storages that outlive the forward (outputs, whatever a hook or a module keeps) count as read.
+node computed each of its elements. Writing into a tensor changes all tensors that share its storage, so those are
+labelled anew as the results of that write; storages that outlive the forward (outputs, whatever a hook or a module
+keeps) count as read.
 """
 
 from __future__ import annotations
