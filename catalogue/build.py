@@ -38,7 +38,8 @@ def build(observations: Iterable[Observation]) -> bytes:
         inside, rest = fingerprint_scope(seen.scope, seen.shapes)
         scope = scopes.setdefault(seen.scope, len(scopes))
         twins = alike.setdefault((scope, inside), [])
-        text = next((text for text in twins if fold_alike(seen, text)), seen.structure)
+        same = (text for text in twins if fold_alike(seen.structure, text, shapes=seen.shapes, eps=seen.eps))
+        text = next(same, seen.structure)
         if text == seen.structure and text not in twins:
             twins.append(text)
         structure = structures.setdefault(text, len(structures))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from bntool.errors import BntoolError
 from bntool.folding.planning import FoldPlan, plan_fold
@@ -13,9 +12,6 @@ from bntool.graphs.architectures.recognition import Architecture, recognise_in
 from bntool.graphs.architectures.structure import assume, read_structure
 from bntool.graphs.graph import ModelGraph
 from tests.graphs.architectures.drawn_tensors import draw_state_dict
-
-if TYPE_CHECKING:
-    from catalogue.observing import Observation
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -59,15 +55,15 @@ def compare(graph: ModelGraph, text: str, shapes: Shapes, eps: Mapping[str, floa
     return Verdict(len(traced.folds), len(traced.skips), len(details), problem)
 
 
-def fold_alike(seen: Observation, text: str) -> bool:
-    """Whether another structure plans the same for an architecture, alone and as a part of something else."""
-    if text == seen.structure:
+def fold_alike(one: str, other: str, *, shapes: Shapes, eps: Mapping[str, float]) -> bool:
+    """Whether two structures plan the same for an architecture, alone and as a part of something else."""
+    if one == other:
         return True
-    state_dict = draw_state_dict(seen.shapes)
+    state_dict = draw_state_dict(shapes)
     for whole in (True, False):
-        architecture = Architecture("", (seen.name,), whole, seen.eps, tuple(seen.eps))
+        architecture = Architecture("", ("",), whole, eps, tuple(eps))
         plans = []
-        for structure in (seen.structure, text):
+        for structure in (one, other):
             graph = assume(state_dict, (architecture,), catalogue=_OneStructure(structure))
             plans.append(plan_fold(state_dict, graph))
         if decisions(plans[0]) != decisions(plans[1]) or plans[0].steps != plans[1].steps:
