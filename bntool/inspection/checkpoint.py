@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from bntool.batchnorm import ROLES, BatchNorm, NormKind, selects
 from bntool.checkpoints.batchnorms import find_norms
@@ -12,87 +11,20 @@ from bntool.checkpoints.checkpoint import Checkpoint, StateDict, choose_state_di
 from bntool.checkpoints.dtypes import NumberKind
 from bntool.checkpoints.tensors import StoredTensor, Tensor, read_numbers
 from bntool.errors import BntoolError
-from bntool.graphs.architectures.recognition import Architecture, give_eps, recognise
+from bntool.graphs.architectures.recognition import give_eps, recognise
 from bntool.inspection.file_findings import compare_averaged, compare_counters, find_in_file, find_in_state_dict
-from bntool.inspection.findings import Finding, FindingCode, Severity, Summary, find_in_layer, summarize
+from bntool.inspection.findings import Finding, FindingCode, Severity
+from bntool.inspection.layer_findings import find_in_layer
+from bntool.inspection.results import (
+    Inspection,
+    LayerInspection,
+    StateDictInspection,
+    Summary,
+    TensorInspection,
+    summarize,
+)
 
 MAX_CHANNELS = 1 << 22  # elements of one tensor read for its statistics unless --stats asks for all
-
-
-@dataclass(frozen=True)
-class LayerInspection:
-    """One BatchNorm with the numbers of its tensors and what is wrong with it."""
-
-    layer: BatchNorm
-    tensors: dict[str, Summary]
-    findings: tuple[Finding, ...]
-
-    @property
-    def num_batches_tracked(self) -> int | None:
-        counter = self.tensors.get("num_batches_tracked")
-        return int(counter.values[0]) if counter is not None and len(counter.values) == 1 else None
-
-
-@dataclass(frozen=True)
-class TensorInspection:
-    """One tensor of a state dict: its role, and its numbers where they were asked for.
-
-    Attributes:
-        role: ``parameter`` or ``buffer``, by the pickled module where there is one, else by name and dtype.
-    """
-
-    name: str
-    role: str
-    tensor: Tensor
-    summary: Summary | None
-
-
-@dataclass(frozen=True)
-class StateDictInspection:
-    """One state dict: counts, layers and findings.
-
-    Attributes:
-        parameters, buffers: elements.
-        other_norms: how many layers of each other kind of normalisation.
-        chosen: the commands that write work on this one unless told otherwise.
-        unselected: BatchNorm layers that were left out by name.
-        architectures: whose names and shapes the tensors have, in whole or in part.
-    """
-
-    state_dict: StateDict
-    parameters: int
-    buffers: int
-    layers: tuple[LayerInspection, ...]
-    other_norms: dict[NormKind, int]
-    findings: tuple[Finding, ...]
-    tensors: tuple[TensorInspection, ...]
-    chosen: bool
-    unselected: int = 0
-    architectures: tuple[Architecture, ...] = ()
-
-
-@dataclass(frozen=True)
-class Inspection:
-    """What a file holds.
-
-    Attributes:
-        findings: those that concern the whole file.
-        checksums: how many records were held against their checksum; None where this was not asked for.
-    """
-
-    checkpoint: Checkpoint
-    state_dicts: tuple[StateDictInspection, ...]
-    findings: tuple[Finding, ...]
-    checksums: int | None = None
-
-    def worst(self) -> Severity | None:
-        """The highest severity of all findings."""
-        found = [*self.findings]
-        for state_dict in self.state_dicts:
-            found += state_dict.findings
-            for layer in state_dict.layers:
-                found += layer.findings
-        return max((finding.severity for finding in found), key=lambda severity: severity.rank, default=None)
 
 
 def inspect_checkpoint(

@@ -5,15 +5,12 @@ from __future__ import annotations
 import dataclasses
 from collections import Counter
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from bntool.batchnorm import BatchNorm, NormKind
 from bntool.checkpoints.checkpoint import Checkpoint, is_averaged_copy
 from bntool.inspection.findings import Finding, FindingCode, Severity
+from bntool.inspection.results import LayerInspection, StateDictInspection
 from bntool.inspection.safety import find_dangers, judge_safety
-
-if TYPE_CHECKING:
-    from bntool.inspection.checkpoint import LayerInspection, StateDictInspection
 
 
 def compare_counters(layers: tuple[LayerInspection, ...]) -> tuple[LayerInspection, ...]:

@@ -7,8 +7,8 @@ from collections.abc import Iterable
 from typing import Any
 
 from bntool.checkpoints.origin import describe_origin
-from bntool.inspection.checkpoint import Inspection, LayerInspection, StateDictInspection, TensorInspection
-from bntool.inspection.findings import Finding, Summary
+from bntool.inspection.findings import Finding
+from bntool.inspection.results import Inspection, LayerInspection, StateDictInspection, Summary, TensorInspection
 from bntool.inspection.safety import Safety, judge_safety
 
 

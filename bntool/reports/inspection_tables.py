@@ -8,8 +8,8 @@ from typing import Any
 from bntool.batchnorm import STATISTICS, EpsSource
 from bntool.checkpoints.checkpoint import GlobalTrust
 from bntool.checkpoints.origin import describe_origin
-from bntool.inspection.checkpoint import Inspection, LayerInspection, StateDictInspection, TensorInspection
-from bntool.inspection.findings import Finding, Severity, Summary
+from bntool.inspection.findings import Finding, Severity
+from bntool.inspection.results import Inspection, LayerInspection, StateDictInspection, Summary, TensorInspection
 from bntool.inspection.safety import Verdict, judge_safety
 from bntool.reports.blocks import Block, Cell, Column, Line, Style, Table, line
 from bntool.reports.text import format_number, format_size, plural

@@ -11,8 +11,9 @@ from torch import nn
 
 from bntool.batchnorm import EpsSource
 from bntool.checkpoints.formats import open_checkpoint
-from bntool.inspection.checkpoint import Inspection, inspect_checkpoint
+from bntool.inspection.checkpoint import inspect_checkpoint
 from bntool.inspection.findings import FindingCode, Severity
+from bntool.inspection.results import Inspection
 from tests.places import SAMPLES
 
 

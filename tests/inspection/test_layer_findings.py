@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 
-from bntool.inspection.findings import FindingCode, Severity, Summary, find_in_layer, summarize
+from bntool.inspection.findings import FindingCode, Severity
+from bntool.inspection.layer_findings import find_in_layer
+from bntool.inspection.results import Summary, summarize
 
 
 def layer(*, dtype: str = "float32", counter: Any = 1000, **changes: list[float]) -> dict[str, Summary]:
