@@ -90,9 +90,8 @@ def main(tree: str, folder: str, result: str) -> None:
     import numpy as np  # noqa: F401
     import onnx  # noqa: F401
     import onnxruntime  # noqa: F401
-    import torch
+    import torch  # noqa: F401
 
-    torch.set_num_threads(1)
     assert not any(name.startswith("bntool") for name in sys.modules)
     children = []
     for worker in range(WORKERS):

@@ -78,7 +78,6 @@ def measure_accuracy(model: nn.Module, images: torch.Tensor, labels: torch.Tenso
 
 
 def run() -> None:
-    torch.set_num_threads(1)
     train, train_labels = load_images("cifar10_train_4000.npz", contrast=0.25)
     test, test_labels = load_images("cifar10_test_2000.npz", contrast=0.25)
     train, train_labels = train[:_SAMPLES], train_labels[:_SAMPLES]

@@ -20,7 +20,6 @@ from tests.benchmarks.measuring import python, run_command
 _BATCHES, _SIZE, _PIXELS, _ROUNDS = 3, 16, 128, 5
 _NOTHING, _PEER = "nothing", "eval forward"
 _WAYS = (_NOTHING, _PEER, "bntool pooled", "bntool exact", "torch update_bn", "fvcore update_bn_stats")
-_ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 _GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}  # of glibc
 
 
@@ -32,9 +31,9 @@ def run() -> None:
     alive: dict[str, float] = {}
     for _ in range(_ROUNDS):
         for way in ways:
-            peaks[way].append(_measure(way, _ONE_THREAD))
+            peaks[way].append(_measure(way))
     for way in ways:
-        alive[way] = _measure(way, _ONE_THREAD | _GIVE_BACK)
+        alive[way] = _measure(way, **_GIVE_BACK)
     medians = {way: statistics.median(megabytes) for way, megabytes in peaks.items()}
     print(f"{'peak resident memory':24}{'median':>10}{'of rounds':>16}{'ratio':>8}{'alive':>10}{'ratio':>8}")
     for way, megabytes in peaks.items():
@@ -44,7 +43,7 @@ def run() -> None:
     print(f"ratio: to that of the {_PEER}; {_ROUNDS} rounds")
 
 
-def _measure(way: str, environment: dict[str, str]) -> float:
+def _measure(way: str, **environment: str) -> float:
     with mock.patch.dict(os.environ, environment):
         _, megabytes = run_command(python("-m", "tests.benchmarks.calibration_memory", way))
     return megabytes
@@ -53,7 +52,6 @@ def _measure(way: str, environment: dict[str, str]) -> float:
 def _run_alone(way: str) -> None:
     from tests.benchmarks.recalibration import _find_contenders, build_resnet50
 
-    torch.set_num_threads(1)
     contenders = _find_contenders()
     model = build_resnet50()
     batches = [torch.randn(_SIZE, 3, _PIXELS, _PIXELS) for _ in range(_BATCHES)]

@@ -38,7 +38,7 @@ def run() -> None:
 
 def _start(ranks: int, *, of: int) -> subprocess.Popen[str]:
     """Start a job that does one share of ``of``."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     command += ["-m", "tests.benchmarks.calibration_ranks", str(_BATCHES // of)]
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
@@ -58,7 +58,6 @@ def _measure_share(count: int) -> None:
     from bntool.recalibration.ranks import join_job
     from tests.benchmarks.recalibration import build_resnet50
 
-    torch.set_num_threads(1)
     with join_job() as ranks:
         model = build_resnet50()
         generator = torch.Generator().manual_seed(0)

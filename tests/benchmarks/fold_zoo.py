@@ -326,7 +326,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     warnings.simplefilter("ignore")
     signal.signal(signal.SIGPROF, _give_up)
-    torch.set_num_threads(1)
     results = _read_results(options.results)
     if options.summary is None:
         _run_models(_choose(options), options, results)

@@ -62,7 +62,6 @@ def build_resnet50() -> nn.Module:
 
 
 def run() -> None:
-    torch.set_num_threads(1)
     model = build_resnet50()
     batches = [torch.randn(_SIZE, 3, _PIXELS, _PIXELS) for _ in range(_BATCHES)]
     contenders = _find_contenders()

@@ -101,9 +101,8 @@ TIMES_KILLED = {"freeze": 3, "convert": 3, "fold": 1, "recalibrate": 1}  # the l
 
 
 def _run(arguments: list[str], **options: object) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.run(  # type: ignore[call-overload,no-any-return]
-        arguments, capture_output=True, text=True, env=environment, timeout=120, check=False, **options
+        arguments, capture_output=True, text=True, timeout=120, check=False, **options
     )
 
 

@@ -27,8 +27,6 @@ SAMPLES = ROOT / "sample_ckpts"
 MODEL = f"{SAMPLES / 'digits_net.py'}:build"
 RESNET = ROOT / "tests" / "fixtures" / "models" / "cifar_resnet20.py"
 
-torch.set_num_threads(1)
-
 
 def build(path: Path) -> nn.Module:
     spec = importlib.util.spec_from_file_location(path.stem, path)

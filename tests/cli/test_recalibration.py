@@ -19,8 +19,6 @@ from tests.places import SAMPLES
 MODEL = f"{SAMPLES / 'digits_net.py'}:build"
 TRAIN, TEST = str(SAMPLES / "digits_train.npz"), str(SAMPLES / "digits_test.npz")
 
-torch.set_num_threads(1)
-
 
 @pytest.fixture
 def recalibrate(capsys, tmp_path):

@@ -10,12 +10,11 @@ import torch
 from bntool.cli.main import main
 from tests.places import SAMPLES
 
-torch.set_num_threads(1)
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
 
 
 def torchrun(ranks, *arguments, folder):
-    environment = {**os.environ, "PYTHONPATH": str(SAMPLES.parent), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": str(SAMPLES.parent)}
     command = [
         sys.executable,
         "-m",

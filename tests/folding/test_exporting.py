@@ -12,8 +12,6 @@ from bntool.errors import MissingExtraError, UserCodeError, VerificationError
 from bntool.folding import onnx_export as onnx_programs
 from bntool.folding.exporting import Program, ProgramKind, export_program
 
-torch.set_num_threads(1)
-
 
 @pytest.fixture(params=ProgramKind)
 def kind(request) -> ProgramKind:

@@ -16,8 +16,6 @@ from tests.folding.folding_networks import Functional, fold, largest_difference,
 
 EXACT = 1e-12
 
-torch.set_num_threads(1)
-
 
 def image(channels: int = 4, size: int = 7) -> torch.Tensor:
     return torch.randn(3, channels, size, size, dtype=torch.float64, generator=torch.Generator().manual_seed(1))

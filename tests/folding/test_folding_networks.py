@@ -19,7 +19,6 @@ from bntool.verification.layer_agreement import compare_layers, watch
 from tests.folding.folding_networks import fold, largest_difference, randomise
 
 SIZE, LAYERS = 6, 14
-torch.set_num_threads(1)
 
 
 class RandomNetwork(nn.Module):

@@ -19,8 +19,6 @@ from bntool.folding.weight_ranges import ChannelRange, count_removed, measure_ra
 from bntool.graphs.traced.tracing import trace
 from bntool.modules.application import apply_plan, read_state
 
-torch.set_num_threads(1)
-
 
 def fold_and_measure(model: nn.Module, inputs: torch.Tensor):
     """The ranges, the removed elements and the folded model."""

@@ -26,7 +26,6 @@ def average_gradients(model):
 
 def main() -> None:
     rank, folder = int(sys.argv[1]), Path(sys.argv[2])
-    torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder / 'rendezvous'}", rank=rank, world_size=2)
     for case in CASES:
         torch.manual_seed(0)

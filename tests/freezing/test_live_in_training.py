@@ -38,14 +38,6 @@ EXPECTED = {
 }
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def make_optimizer(name, model):
     if name == "SGD":
         return torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=0.01)
@@ -166,7 +158,7 @@ WORKER = Path(__file__).with_name("distributed_worker.py")
 def test_under_ddp_on_two_ranks(tmp_path):
     """Two processes, gloo, no network: each rank has other images; what is frozen is as at first on both."""
     root = ROOT
-    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": str(root)}
     workers = [
         subprocess.Popen(
             [sys.executable, str(WORKER), str(rank), str(tmp_path)],

@@ -164,7 +164,6 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--minutes", type=float, default=1e9, help="stop after so many")
     options = parser.parse_args(arguments)
     warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
     models = list_architectures()
     add_stand_ins()
     failed = 0

@@ -246,10 +246,8 @@ def digest(tensor: Any) -> str:
 
 def main() -> int:
     """Record, or compare."""
-    import torch
 
     warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
     ignore_missing_operators()
     makers = (record_lightning, record_timm, record_mmengine, record_fastai, record_ultralytics, record_distributed)
     if "--record" in sys.argv:

@@ -107,7 +107,6 @@ def main() -> int:
     import torch
 
     warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
     path, recorded = FOLDER / f"torch_{torch.__version__.split('+')[0]}.pt2", FOLDER / "expected.json"
     expected = json.loads(recorded.read_text()) if recorded.exists() else {}
     with tempfile.TemporaryDirectory() as place:

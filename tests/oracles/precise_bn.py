@@ -81,7 +81,6 @@ def main() -> int:
 
     from tests.recalibration.calibration_network import CASES, Network, make_batches
 
-    torch.set_num_threads(1)
     answers: dict[str, dict[str, dict[str, list[float]]]] = {"fvcore": {}, "update_bn": {}}
     for case, (sizes, _, dropout) in CASES.items():
         torch.manual_seed(0)

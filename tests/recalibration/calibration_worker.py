@@ -14,7 +14,6 @@ from tests.recalibration.calibration_network import Network, make_batches
 
 def main() -> None:
     folder, method, count, rank = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
-    torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder / 'rendezvous'}", rank=rank, world_size=2)
     model = torch.nn.parallel.DistributedDataParallel(Network())
     batches = make_batches("a small last batch of outliers")[:count]

@@ -8,7 +8,6 @@ from torch.nn import functional as F
 from bntool.errors import RefusedError
 from bntool.recalibration.live import recalibrate
 
-torch.set_num_threads(1)
 METHODS = pytest.mark.parametrize("method", ["pooled", "exact"])
 
 

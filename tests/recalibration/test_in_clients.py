@@ -15,7 +15,6 @@ from bntool.errors import BntoolError, RefusedError, UsageError, UserCodeError, 
 from bntool.folding.live import fold
 from bntool.recalibration.live import recalibrate
 
-torch.set_num_threads(1)
 METHODS = pytest.mark.parametrize("method", ["pooled", "exact"])
 
 

@@ -10,8 +10,6 @@ from bntool.recalibration.live import recalibrate
 from tests.places import ROOT
 from tests.recalibration.calibration_network import Network, make_batches
 
-torch.set_num_threads(1)
-
 
 def run_two_ranks(*arguments):
     """Run Python twice, each time with the number of the rank as the last argument."""

@@ -14,8 +14,6 @@ from bntool.plan import SkipReason
 from bntool.recalibration.live import plan_recalibration, recalibrate
 from bntool.recalibration.options import Method
 
-torch.set_num_threads(1)
-
 
 def randn(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))

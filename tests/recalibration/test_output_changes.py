@@ -14,8 +14,6 @@ from bntool.recalibration.live import plan_recalibration, set_live_statistics
 from bntool.recalibration.output_changes import measure_effects
 from tests.places import SAMPLES
 
-torch.set_num_threads(1)
-
 
 @pytest.fixture(scope="module")
 def images():

@@ -15,7 +15,6 @@ from bntool.recalibration.live import recalibrate
 from tests.places import FIXTURES
 from tests.recalibration.calibration_network import CASES, DIGITS, build_model, make_batches, read_statistics
 
-torch.set_num_threads(1)
 RECORDED = json.loads((FIXTURES / "precise_bn.json").read_text())
 
 

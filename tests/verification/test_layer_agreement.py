@@ -15,8 +15,6 @@ from bntool.graphs.traced.tracing import trace
 from bntool.verification.layer_agreement import compare_layers, watch
 from tests.folding.folding_networks import Functional, fold, randomise
 
-torch.set_num_threads(1)
-
 
 def chain(self, x):
     return self.bn2(self.conv2(F.relu(self.bn(self.conv(x)))))

@@ -13,8 +13,6 @@ from bntool.folding.live import fold
 from bntool.verification.outputs import EXACT, verify
 from tests.folding.folding_networks import randomise
 
-torch.set_num_threads(1)
-
 
 def network() -> nn.Module:
     return randomise(

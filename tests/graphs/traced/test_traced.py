@@ -15,8 +15,6 @@ from bntool.graphs.traced.tracing import trace
 from bntool.modules.application import read_state
 from tests.folding.folding_networks import Functional
 
-torch.set_num_threads(1)
-
 
 def test_nodes_carry_names_and_arguments_of_the_calls() -> None:
     model = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1, groups=2, bias=False), nn.BatchNorm2d(4, eps=1e-3))

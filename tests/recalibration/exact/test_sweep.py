@@ -18,8 +18,6 @@ from bntool.recalibration.exact import paused_forwards as lanes
 from bntool.recalibration.live import recalibrate
 from tests.places import SAMPLES
 
-torch.set_num_threads(1)
-
 
 @pytest.fixture(scope="module")
 def images():
@@ -371,7 +369,6 @@ class TestMemory:
             "from pathlib import Path\n"
             "from torch import nn\n"
             "from bntool.recalibration.live import recalibrate\n"
-            "torch.set_num_threads(1)\n"
             "model = nn.Sequential(nn.Conv2d(1, 64, 3), nn.BatchNorm2d(64), nn.ReLU(), nn.Conv2d(64, 64, 3),"
             " nn.BatchNorm2d(64))\n"
             "recalibrate(model, [torch.randn(4, 1, 64, 64)], method='exact')\n"
