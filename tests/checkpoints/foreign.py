@@ -46,7 +46,7 @@ def save_tar(root: Any, path: Path) -> None:
             kind = getattr(torch, _storage_name(tensor.dtype))
             stream.write(pickle.dumps((key, "cpu", kind), protocol=2))
             stream.write(struct.pack("<q", len(storage) // tensor.element_size()))
-            stream.write(bytes(storage.tolist()))
+            stream.write(torch.empty(0, dtype=torch.uint8).set_(storage).numpy().tobytes())
         stream.write(pickle.dumps([], protocol=2))
         members["storages"] = stream.getvalue()
     with io.BytesIO() as stream:
