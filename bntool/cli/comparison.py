@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from enum import Enum
 from pathlib import Path
 from typing import Annotated, Optional
 
@@ -10,22 +9,14 @@ import typer
 
 from bntool.cli import options
 from bntool.cli.output import print_report
-
-
-class Expected(str, Enum):
-    """What the two files should be to each other."""
-
-    FROZEN = "frozen"
-    NORM_EVAL = "norm-eval"
-    STATS_ONLY = "stats-only"
-    IDENTICAL = "identical"
+from bntool.comparison.options import Expectation
 
 
 def command(
     a: Annotated[Path, typer.Argument(metavar="A", help="The checkpoint from before.", show_default=False)],
     b: Annotated[Path, typer.Argument(metavar="B", help="The checkpoint from after; any format.", show_default=False)],
     expect: Annotated[
-        Optional[Expected],  # noqa: UP045 typer reads it at run time
+        Optional[Expectation],  # noqa: UP045 typer reads it at run time
         typer.Option(
             "--expect",
             help="Exit with 1 unless it is so. frozen: no tensor of a BatchNorm changed. norm-eval: no statistics "
@@ -66,7 +57,7 @@ def command(
     """
     from bntool.checkpoints.formats import open_checkpoint
     from bntool.cli.main import ExitCode
-    from bntool.comparison.checkpoint import Expectation, compare_checkpoints, find_violations
+    from bntool.comparison.checkpoint import compare_checkpoints, find_violations
     from bntool.reports.comparison import describe_comparison, show_comparison
     from bntool.reports.report import FileReport, Report
 
@@ -74,11 +65,10 @@ def command(
         comparison = compare_checkpoints(
             one, two, state_dict=state_dict, state_dict_b=state_dict_b, layers=layers or ()
         )
-    expectation = None if expect is None else Expectation(expect.value)
-    violations = [] if expectation is None else find_violations(comparison, expectation)
-    facts = describe_comparison(comparison, path_b=str(b), expectation=expectation, violations=violations)
+    violations = [] if expect is None else find_violations(comparison, expect)
+    facts = describe_comparison(comparison, path_b=str(b), expectation=expect, violations=violations)
     blocks = show_comparison(
-        comparison, path_a=str(a), path_b=str(b), expectation=expectation, violations=violations, every=every
+        comparison, path_a=str(a), path_b=str(b), expectation=expect, violations=violations, every=every
     )
     print_report(Report("diff", (FileReport(str(a), facts, blocks),)), as_json=as_json, quiet=quiet)
     return ExitCode.FINDINGS if violations else ExitCode.DONE

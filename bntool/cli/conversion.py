@@ -2,36 +2,19 @@
 
 from __future__ import annotations
 
-from enum import Enum
 from typing import Annotated, Optional
 
 import typer
 
 from bntool.cli import options
 from bntool.cli.output import print_report
-
-
-class Target(str, Enum):
-    """What to convert to."""
-
-    SAFETENSORS = "safetensors"
-    TORCH = "torch"
-    FROZEN_BATCHNORM = "frozen-batchnorm"
-    BATCHNORM = "batchnorm"
-
-
-class Kind(str, Enum):
-    """Whose FrozenBatchNorm2d."""
-
-    TORCHVISION = "torchvision"
-    TIMM = "timm"
-    DETECTRON2 = "detectron2"
+from bntool.conversion.options import ConversionTarget, FrozenKind
 
 
 def command(
     checkpoint: options.Checkpoint,
     to: Annotated[
-        Target,
+        ConversionTarget,
         typer.Option(
             "--to",
             help="safetensors, torch: another file format. frozen-batchnorm: the keys of FrozenBatchNorm2d. batchnorm: "
@@ -48,7 +31,9 @@ def command(
             show_default="a recognised architecture's",
         ),
     ] = None,
-    kind: Annotated[Kind, typer.Option("--for", help="Whose FrozenBatchNorm2d it will be.")] = Kind.TORCHVISION,
+    kind: Annotated[
+        FrozenKind, typer.Option("--for", help="Whose FrozenBatchNorm2d it will be.")
+    ] = FrozenKind.TORCHVISION,
     target_eps: Annotated[
         Optional[float],  # noqa: UP045
         typer.Option("--target-eps", help="eps that its layers will be built with.", show_default="1e-05"),
@@ -79,8 +64,7 @@ def command(
     from bntool.checkpoints.formats import open_checkpoint
     from bntool.cli.output import print_warning
     from bntool.cli.writing import check_output, check_plan, save
-    from bntool.conversion.checkpoint import ConversionTarget, plan_conversion
-    from bntool.conversion.frozen_batchnorm import FrozenKind
+    from bntool.conversion.checkpoint import plan_conversion
     from bntool.errors import RefusedError
     from bntool.reports.conversion import describe_conversion, show_conversion
     from bntool.reports.loading import show_loading_code
@@ -90,11 +74,11 @@ def command(
         check_output(source, output, dry_run=dry_run, force=force)
         conversion = plan_conversion(
             source,
-            ConversionTarget(to.value),
+            to,
             state_dict=state_dict,
             layers=layers or (),
             eps=eps,
-            frozen_kind=FrozenKind(kind.value),
+            frozen_kind=kind,
             target_eps=target_eps,
         )
         if conversion.new is None:

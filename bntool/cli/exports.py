@@ -15,7 +15,7 @@ from bntool.errors import UsageError
 if TYPE_CHECKING:
     from bntool.checkpoints.caffe.prototxt import Prototxt
     from bntool.folding.checkpoint import CheckpointFold
-    from bntool.folding.exporting import ProgramKind
+    from bntool.folding.options import ProgramKind
 
 
 def check_export(
@@ -29,8 +29,8 @@ def check_export(
             or no shape.
         UnwritableFileError: it exists and ``--force`` is not given, or its folder is missing.
     """
-    from bntool.folding.exporting import ProgramKind
     from bntool.folding.onnx_export import check_packages
+    from bntool.folding.options import ProgramKind
 
     kinds = {kind.value: kind for kind in ProgramKind}
     kind = kinds.get(export.suffix.lower())

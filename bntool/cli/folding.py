@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,18 +9,12 @@ import typer
 
 from bntool.cli import options
 from bntool.cli.output import print_report, user_output_to_stderr
+from bntool.folding.options import Layout
 
 if TYPE_CHECKING:
     import torch
 
 _BATCHES, _BATCH_SIZE = 3, 16  # of --data, to verify on
-
-
-class LayoutOption(str, Enum):
-    """What the folded state dict looks like."""
-
-    FOLDED = "folded"
-    SAME_KEYS = "same-keys"
 
 
 def command(
@@ -63,13 +56,13 @@ def command(
         ),
     ] = None,
     layout: Annotated[
-        LayoutOption,
+        Layout,
         typer.Option(
             "--layout",
             help="folded: BatchNorms are gone, producers have biases. same-keys: BatchNorms stay and only add their "
             "shift; loads into unmodified code.",
         ),
-    ] = LayoutOption.FOLDED,
+    ] = Layout.FOLDED,
     tolerance: Annotated[
         float, typer.Option("--tolerance", help="Largest difference of outputs, relative to the largest output.")
     ] = 1e-5,
@@ -136,7 +129,6 @@ def command(
     from bntool.cli.writing import check_output, check_plan
     from bntool.errors import RefusedError, UsageError
     from bntool.folding.checkpoint import fold_checkpoint
-    from bntool.folding.planning import Layout
     from bntool.graphs.declared import read_pairs
     from bntool.reports.folding import describe_fold, show_fold
     from bntool.reports.report import FileReport, Report
@@ -154,7 +146,7 @@ def command(
             kind = check_export(opened, export, output, model=model, has_shape=has_shape, force=force)
         source, net = deploy_net(opened, prototxt, None if dry_run else output, force=force)
         chosen = choose_state_dict(source, state_dict)
-        if chosen.is_module and layout is LayoutOption.FOLDED and (output is not None or export is None):
+        if chosen.is_module and layout is Layout.FOLDED and (output is not None or export is None):
             raise RefusedError(
                 "the file pickles whole modules, whose code still calls its BatchNorms: use --layout same-keys, or "
                 "save model.state_dict() and fold that",
@@ -179,7 +171,7 @@ def command(
             pairs=read_pairs(pair or ()),
             architecture=arch,
             layers=layers or (),
-            layout=Layout(layout.value),
+            layout=layout,
             eps=eps,
             tolerance=tolerance,
             export=kind,

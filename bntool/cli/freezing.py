@@ -2,31 +2,13 @@
 
 from __future__ import annotations
 
-from enum import Enum
 from typing import Annotated, Optional
 
 import typer
 
 from bntool.cli import options
 from bntool.cli.output import print_report
-
-
-class Form(str, Enum):
-    """What becomes of the tensors."""
-
-    POLICY = "policy"
-    CONSTANT = "constant"
-
-
-class Target(str, Enum):
-    """For whom code is printed."""
-
-    PYTHON = "python"
-    MMDET = "mmdet"
-    MMENGINE = "mmengine"
-    LIGHTNING = "lightning"
-    TIMM = "timm"
-    ACCELERATE = "accelerate"
+from bntool.freezing.options import EmitTarget, FreezeForm
 
 
 def command(
@@ -54,13 +36,13 @@ def command(
         ),
     ] = None,
     form: Annotated[
-        Form,
+        FreezeForm,
         typer.Option(
             "--as",
             help="policy: same tensors, what to freeze is recorded. constant: statistics become constants, folded into "
             "weight and bias.",
         ),
-    ] = Form.POLICY,
+    ] = FreezeForm.POLICY,
     eps: Annotated[
         Optional[float],  # noqa: UP045
         typer.Option(
@@ -70,7 +52,7 @@ def command(
         ),
     ] = None,
     emit: Annotated[
-        Optional[Target],  # noqa: UP045
+        Optional[EmitTarget],  # noqa: UP045
         typer.Option(
             "--emit", help="Print code or configuration that freezes the same layers there.", show_default=False
         ),
@@ -108,8 +90,8 @@ def command(
     from bntool.cli.nets import deploy_net, save_with_net
     from bntool.cli.writing import check_output, check_plan
     from bntool.errors import RefusedError
-    from bntool.freezing.checkpoint import FreezeForm, plan_freeze
-    from bntool.freezing.emission import EmitTarget, emit_freeze
+    from bntool.freezing.checkpoint import plan_freeze
+    from bntool.freezing.emission import emit_freeze
     from bntool.reports.freezing import describe_freeze, show_freeze
     from bntool.reports.loading import show_loading_code
     from bntool.reports.report import FileReport, Report
@@ -127,14 +109,14 @@ def command(
             requires_grad=requires_grad,
             layers=layers or (),
             frozen_stages=frozen_stages,
-            form=FreezeForm(form.value),
+            form=form,
             eps=eps,
             for_file=emit is None or (output is not None and not opened.format.trains_whole_layers),
         )
         check_plan(freeze.plan, checkpoint, strict=strict)
         code = None
         if emit is not None:
-            code = emit_freeze(freeze.policy, EmitTarget(emit.value), batchnorms=freeze.batchnorms)
+            code = emit_freeze(freeze.policy, emit, batchnorms=freeze.batchnorms)
         written = None if dry_run else str(output)
         edited = apply_plan(source, freeze.plan)
         if not dry_run and output is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,17 +9,10 @@ import typer
 
 from bntool.cli import options
 from bntool.cli.output import print_report
+from bntool.inspection.findings import Severity
 
 if TYPE_CHECKING:
     from bntool.reports.blocks import Block
-
-
-class FailOn(str, Enum):
-    """The severity from which on findings make the command fail."""
-
-    NOTICE = "notice"
-    WARNING = "warning"
-    ERROR = "error"
 
 
 def command(
@@ -34,7 +26,7 @@ def command(
         bool, typer.Option("--stats", help="List every tensor, with its minimum, mean and maximum.")
     ] = False,
     fail_on: Annotated[
-        FailOn | None,
+        Severity | None,
         typer.Option(
             "--fail-on", help="Exit with 1 if there is a finding of this severity or worse.", show_default=False
         ),
@@ -74,7 +66,6 @@ def command(
     from bntool.cli.main import ExitCode, exit_code_of
     from bntool.errors import BntoolError
     from bntool.inspection.checkpoint import inspect_checkpoint
-    from bntool.inspection.findings import Severity
     from bntool.reports.inspection import describe_inspection
     from bntool.reports.report import FileReport, Report
 
@@ -103,7 +94,7 @@ def command(
                 facts = describe_inspection(inspection, every_tensor=every) if as_json else {}
                 reports.append(FileReport(str(path), facts=facts, blocks=blocks))
                 worst = inspection.worst()
-                if fail_on is not None and worst is not None and worst.rank >= Severity(fail_on.value).rank:
+                if fail_on is not None and worst is not None and worst.rank >= fail_on.rank:
                     code = max(code, ExitCode.FINDINGS)
         except BntoolError as error:
             reports.append(FileReport(str(path), error=error.about(path)))

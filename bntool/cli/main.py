@@ -11,6 +11,7 @@ from enum import IntEnum
 from typing import Annotated
 
 import typer
+from typer._click.exceptions import ClickException, UsageError  # since 0.26 typer carries its own click
 
 from bntool import errors
 from bntool.cli.help import Command, Group
@@ -40,9 +41,6 @@ _CODES: tuple[tuple[type[errors.BntoolError], ExitCode], ...] = (
     (errors.UserCodeError, ExitCode.USER_CODE),
     (errors.InterruptedRunError, ExitCode.INTERRUPTED),
 )
-
-# typer carries its own copy of click or uses the installed one; this base class is of the right one
-_ClickError: type[Exception] = typer.BadParameter.__mro__[2]
 
 # name on the command line -> module of this package with a function ``command``
 COMMANDS = {
@@ -133,7 +131,7 @@ def main(arguments: Sequence[str]) -> int:
         return int(code)
     except errors.BntoolError as error:
         return _fail(error, arguments)
-    except _ClickError as error:
+    except ClickException as error:
         return _fail_usage(error, arguments)
     except (typer.Abort, KeyboardInterrupt):
         _fail(errors.InterruptedRunError("interrupted; nothing was written"), arguments)
@@ -170,9 +168,8 @@ def _find_checkpoint(arguments: Sequence[str]) -> str:
     return ""
 
 
-def _fail_usage(error: Exception, arguments: Sequence[str]) -> ExitCode:
+def _fail_usage(error: ClickException, arguments: Sequence[str]) -> ExitCode:
     """What click found wrong with the arguments, with a hint where to read on."""
-    context = getattr(error, "ctx", None)
+    context = error.ctx if isinstance(error, UsageError) else None
     hint = f" (see '{context.command_path} --help')" if context is not None else ""
-    message = getattr(error, "format_message", error.__str__)()
-    return _fail(errors.UsageError(message.rstrip(".") + hint), arguments)
+    return _fail(errors.UsageError(error.format_message().rstrip(".") + hint), arguments)

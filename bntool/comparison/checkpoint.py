@@ -13,6 +13,7 @@ from bntool.checkpoints.batchnorms import find_batchnorms
 from bntool.checkpoints.checkpoint import Checkpoint, StateDict, choose_state_dict
 from bntool.checkpoints.tensors import StoredTensor, Tensor, equal_streams, read_bytes, read_numbers
 from bntool.comparison.name_alignment import align_names
+from bntool.comparison.options import Expectation
 from bntool.errors import BntoolError
 from bntool.graphs.architectures.recognition import assume_eps
 
@@ -29,15 +30,6 @@ class Change(Enum):
     ONLY_A = "only in A"
     ONLY_B = "only in B"
     UNKNOWN = "not comparable"  # the file holds no plain elements for it
-
-
-class Expectation(Enum):
-    """What two checkpoints may be expected to be to each other."""
-
-    IDENTICAL = "identical"  # the same tensors, bit by bit
-    FROZEN = "frozen"  # no tensor of a BatchNorm changed
-    NORM_EVAL = "norm-eval"  # no statistics of a BatchNorm changed; weight and bias may
-    STATS_ONLY = "stats-only"  # nothing but statistics of BatchNorm layers changed
 
 
 _KEPT_BY = {

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from enum import Enum
 from typing import Any
 
 from bntool.batchnorm import selects
@@ -13,26 +12,15 @@ from bntool.checkpoints.checkpoint import Checkpoint, StateDict, check_changeabl
 from bntool.checkpoints.creation import NewFile, NewFormat, find_unwritable
 from bntool.checkpoints.records import make_record
 from bntool.checkpoints.tensors import StoredTensor
-from bntool.conversion.frozen_batchnorm import FrozenKind, plan_batchnorm, plan_frozen_batchnorm
+from bntool.conversion.frozen_batchnorm import plan_batchnorm, plan_frozen_batchnorm
+from bntool.conversion.options import ConversionTarget, FrozenKind
 from bntool.errors import RefusedError
 from bntool.graphs.architectures.recognition import assume_eps
 from bntool.plan import Operation, Plan
 
 _SHOWN = 4
-
-
-class ConversionTarget(Enum):
-    """What a checkpoint is converted to."""
-
-    SAFETENSORS = "safetensors"
-    TORCH = "torch"
-    FROZEN_BATCHNORM = "frozen-batchnorm"
-    BATCHNORM = "batchnorm"
-
-    @property
-    def new_format(self) -> NewFormat | None:
-        """The format of the new file; None where the file keeps its own."""
-        return {ConversionTarget.SAFETENSORS: NewFormat.SAFETENSORS, ConversionTarget.TORCH: NewFormat.TORCH}.get(self)
+# where the file does not keep its own format
+_NEW_FORMATS = {ConversionTarget.SAFETENSORS: NewFormat.SAFETENSORS, ConversionTarget.TORCH: NewFormat.TORCH}
 
 
 @dataclass(frozen=True)
@@ -88,7 +76,7 @@ def plan_conversion(
             path=checkpoint.path,
         )
     source = choose_state_dict(checkpoint, state_dict)
-    new_format = target.new_format
+    new_format = _NEW_FORMATS.get(target)
     if new_format is not None:
         return _plan_format(checkpoint, source, target, new_format)
     if source.is_module:

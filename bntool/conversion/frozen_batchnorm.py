@@ -7,35 +7,17 @@ import binascii
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from enum import Enum
 from typing import Any
 
 from bntool.batchnorm import BatchNorm, NormKind
 from bntool.checkpoints.dtypes import decode_numbers, encode_numbers
 from bntool.checkpoints.tensors import StoredTensor, read_bytes, read_numbers
+from bntool.conversion.options import FrozenKind
 from bntool.errors import RefusedError, UsageError
 from bntool.plan import AddTensor, Operation, RemoveTensor, SetTensor, SetVersion, Skip, SkipReason, Step, Values
 
 _COUNTER = "num_batches_tracked"
 _BATCHNORM_VERSION = 2  # with num_batches_tracked
-
-
-class FrozenKind(Enum):
-    """Whose FrozenBatchNorm2d; they have the same four buffers and the same default eps."""
-
-    TORCHVISION = "torchvision"
-    TIMM = "timm"
-    DETECTRON2 = "detectron2"
-
-    @property
-    def version(self) -> int:
-        """Version of the module in ``_metadata``: detectron2 before 2021-06-18 changed the variance of lower ones."""
-        return 3 if self is FrozenKind.DETECTRON2 else 1
-
-    @property
-    def default_eps(self) -> float:
-        """Eps where its layers are built without saying so (torchvision before 0.8 had 0)."""
-        return 1e-5
 
 
 @dataclass(frozen=True)

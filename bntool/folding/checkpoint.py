@@ -12,7 +12,8 @@ from bntool.checkpoints.application import apply_plan
 from bntool.checkpoints.checkpoint import Checkpoint, StateDict, check_changeable
 from bntool.checkpoints.records import find_recorded_eps, make_record
 from bntool.errors import RefusedError, UsageError
-from bntool.folding.planning import FoldPlan, Layout, plan_fold
+from bntool.folding.options import Layout
+from bntool.folding.planning import FoldPlan, plan_fold
 from bntool.folding.structure import describe_structure
 from bntool.folding.warnings import find_optimizers, warn_of_fold
 from bntool.folding.weight_ranges import (
@@ -31,8 +32,9 @@ from bntool.plan import RemoveEntry
 if TYPE_CHECKING:
     from torch import nn
 
-    from bntool.folding.exporting import Program, ProgramKind
+    from bntool.folding.exporting import Program
     from bntool.folding.multiply_adds import Cost
+    from bntool.folding.options import ProgramKind
     from bntool.folding.runtime_agreement import RuntimeAgreement
     from bntool.folding.speed import Speed
     from bntool.verification.outputs import Agreement

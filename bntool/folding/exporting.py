@@ -7,7 +7,6 @@ import io
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from enum import Enum
 from functools import partial
 from typing import Any
 
@@ -17,15 +16,9 @@ from torch.utils._pytree import tree_map
 
 from bntool.errors import UserCodeError
 from bntool.folding.onnx_export import convert_to_onnx, open_in_onnxruntime
+from bntool.folding.options import ProgramKind
 from bntool.modules.calling import call, tensors_in
 from bntool.verification.outputs import find_outputs, run_model, verify_program
-
-
-class ProgramKind(Enum):
-    """What a program is written as, by the suffix of its file."""
-
-    PT2 = ".pt2"  # torch.export, run by torch
-    ONNX = ".onnx"  # run by ONNX Runtime and others
 
 
 @dataclass(frozen=True)

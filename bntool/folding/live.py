@@ -17,7 +17,8 @@ from bntool.checkpoints.checkpoint import StateDict
 from bntool.choices import choose
 from bntool.errors import UserCodeError, VerificationError
 from bntool.folding.multiply_adds import Cost, count_cost
-from bntool.folding.planning import FoldPlan, Layout, plan_fold
+from bntool.folding.options import Layout
+from bntool.folding.planning import FoldPlan, plan_fold
 from bntool.folding.unchanged_outputs import find_points
 from bntool.folding.weight_ranges import WeightRange, count_flushed, flush_subnormals, measure_ranges
 from bntool.graphs.graph import ModelGraph

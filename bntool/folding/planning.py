@@ -13,6 +13,7 @@ from bntool.batchnorm import NormKind, selects
 from bntool.checkpoints.batchnorms import find_norms
 from bntool.checkpoints.checkpoint import StateDict
 from bntool.folding.absorption import Absorber, Blocked, find_consumers, find_producers, is_parallel_branch
+from bntool.folding.options import Layout
 from bntool.folding.producers import Producer, read_producer
 from bntool.folding.scale_and_shift import Norm, check_eps, choose_eps, read_norm
 from bntool.graphs.graph import Evidence, ModelGraph, Node, NodeKind, Owner
@@ -20,13 +21,6 @@ from bntool.plan import Operation, Plan, RemoveModule, RemoveTensor, Skip, SkipR
 
 # a branch beside others reads what they read, whatever that is
 _SHARED_INPUT = (SkipReason.SHARED_OUTPUT, SkipReason.NOT_ADJACENT, SkipReason.NO_PRODUCER)
-
-
-class Layout(Enum):
-    """What a folded state dict looks like."""
-
-    FOLDED = "folded"  # the BatchNorms are gone, their producers have biases
-    SAME_KEYS = "same-keys"  # producers take the scales; BatchNorms stay and only add their shifts
 
 
 class Level(Enum):

@@ -7,7 +7,8 @@ from typing import Any
 
 from bntool.checkpoints.checkpoint import Checkpoint, StateDict
 from bntool.checkpoints.containers.pickles.nodes import as_mapping, is_mapping
-from bntool.folding.planning import FoldPlan, Layout
+from bntool.folding.options import Layout
+from bntool.folding.planning import FoldPlan
 from bntool.folding.weight_ranges import WeightRange
 from bntool.graphs.graph import Evidence
 

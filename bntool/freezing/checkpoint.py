@@ -19,18 +19,12 @@ from bntool.checkpoints.tensors import StoredTensor
 from bntool.errors import RefusedError, UsageError
 from bntool.freezing.constants import plan_constant
 from bntool.freezing.optimizers import OptimizerEntries, find_optimizer_entries
+from bntool.freezing.options import FreezeForm
 from bntool.freezing.policy import FreezePolicy
 from bntool.freezing.stages import find_frozen_stages, is_within
 from bntool.freezing.trainable_layers import check_whole_layers, find_trainable
 from bntool.graphs.architectures.recognition import assume_eps
 from bntool.plan import Operation, Plan, SetAttribute, Skip, SkipReason, Step
-
-
-class FreezeForm(Enum):
-    """What becomes of the tensors."""
-
-    POLICY = "policy"  # they stay as they are
-    CONSTANT = "constant"  # statistics are folded into weight and bias
 
 
 class Carrier(Enum):

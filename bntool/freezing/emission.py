@@ -3,22 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from enum import Enum
 
 from bntool.errors import RefusedError
+from bntool.freezing.options import EmitTarget
 from bntool.freezing.policy import FreezePolicy
 from bntool.freezing.stages import Family
-
-
-class EmitTarget(Enum):
-    """For whom the code is."""
-
-    PYTHON = "python"
-    MMDET = "mmdet"
-    MMENGINE = "mmengine"
-    LIGHTNING = "lightning"
-    TIMM = "timm"
-    ACCELERATE = "accelerate"
 
 
 def emit_freeze(policy: FreezePolicy, target: EmitTarget, *, batchnorms: Sequence[str]) -> str:

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from bntool.batchnorm import ROLES
-from bntool.comparison.checkpoint import Change, Comparison, Expectation, LayerComparison
+from bntool.comparison.checkpoint import Change, Comparison, LayerComparison
+from bntool.comparison.options import Expectation
 from bntool.reports.blocks import Block, Cell, Column, Style, Table, line
 from bntool.reports.text import format_number, plural
 

@@ -6,7 +6,8 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from bntool.checkpoints.checkpoint import Checkpoint
-from bntool.freezing.checkpoint import Carrier, FreezeForm, FreezePlan
+from bntool.freezing.checkpoint import Carrier, FreezePlan
+from bntool.freezing.options import FreezeForm
 from bntool.freezing.policy import FreezePolicy
 from bntool.plan import Record, SetAttribute, SetTensor, Skip, describe_step
 from bntool.reports.blocks import Block, Cell, Line, Style, line

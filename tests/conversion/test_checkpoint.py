@@ -11,8 +11,8 @@ from bntool.checkpoints.batchnorms import find_batchnorms
 from bntool.checkpoints.creation import create_file
 from bntool.checkpoints.formats import open_checkpoint, save_checkpoint
 from bntool.comparison.checkpoint import compare_checkpoints
-from bntool.conversion.checkpoint import ConversionTarget, plan_conversion
-from bntool.conversion.frozen_batchnorm import FrozenKind
+from bntool.conversion.checkpoint import plan_conversion
+from bntool.conversion.options import ConversionTarget, FrozenKind
 from bntool.errors import RefusedError, UsageError
 from bntool.plan import SkipReason
 from tests.fixtures.models.mmdet_resnet import detector

@@ -7,7 +7,8 @@ import copy
 import torch
 from torch import nn
 
-from bntool.folding.planning import FoldPlan, Layout, plan_fold
+from bntool.folding.options import Layout
+from bntool.folding.planning import FoldPlan, plan_fold
 from bntool.graphs.traced.tracing import trace
 from bntool.modules.application import apply_plan, read_state
 from bntool.modules.finding import find_batchnorm_modules

@@ -10,7 +10,8 @@ from torch import nn
 
 from bntool.errors import MissingExtraError, UserCodeError, VerificationError
 from bntool.folding import onnx_export as onnx_programs
-from bntool.folding.exporting import Program, ProgramKind, export_program
+from bntool.folding.exporting import Program, export_program
+from bntool.folding.options import ProgramKind
 
 
 @pytest.fixture(params=ProgramKind)

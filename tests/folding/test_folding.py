@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from bntool.errors import UsageError
-from bntool.folding.planning import Layout, Level, plan_fold
+from bntool.folding.options import Layout
+from bntool.folding.planning import Level, plan_fold
 from bntool.graphs.declared import declare
 from bntool.modules.application import read_state
 from tests.folding.folding_networks import Functional, fold, largest_difference, randomise, reasons

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from bntool.folding.planning import Layout
+from bntool.folding.options import Layout
 from bntool.folding.unchanged_outputs import find_points
 from bntool.graphs.traced.tracing import trace
 from bntool.verification.layer_agreement import compare_layers, watch

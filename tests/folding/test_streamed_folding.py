@@ -18,7 +18,7 @@ from torch import nn
 import bntool
 from bntool.checkpoints.checkpoint import choose_state_dict
 from bntool.folding.checkpoint import fold_checkpoint
-from bntool.folding.planning import Layout
+from bntool.folding.options import Layout
 
 PAIRS = {"0": "1", "2": "3", "5": "6"}  # producer: BatchNorm
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)

@@ -9,8 +9,9 @@ import torch
 from bntool.checkpoints.application import apply_plan
 from bntool.checkpoints.formats import open_checkpoint, save_checkpoint
 from bntool.errors import RefusedError, UsageError
-from bntool.freezing.checkpoint import Carrier, FreezeForm, plan_freeze
+from bntool.freezing.checkpoint import Carrier, plan_freeze
 from bntool.freezing.live import apply_freeze, unfreeze
+from bntool.freezing.options import FreezeForm
 from bntool.freezing.stages import find_frozen_stages, is_within
 from bntool.plan import Record, SkipReason
 from tests.fixtures.models.mmdet_resnet import detector, resnet50

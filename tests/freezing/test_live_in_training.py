@@ -11,7 +11,8 @@ import torch
 
 from bntool.checkpoints.application import apply_plan
 from bntool.checkpoints.formats import open_checkpoint, save_checkpoint
-from bntool.comparison.checkpoint import Change, Expectation, compare_checkpoints, find_violations
+from bntool.comparison.checkpoint import Change, compare_checkpoints, find_violations
+from bntool.comparison.options import Expectation
 from bntool.freezing.checkpoint import plan_freeze
 from bntool.freezing.live import apply_freeze, freeze
 from tests.fixtures.models.mmdet_resnet import detector

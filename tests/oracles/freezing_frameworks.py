@@ -19,8 +19,9 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from bntool.freezing.emission import EmitTarget, emit_freeze
+from bntool.freezing.emission import emit_freeze
 from bntool.freezing.live import freeze
+from bntool.freezing.options import EmitTarget
 from bntool.freezing.policy import FreezePolicy
 from bntool.freezing.stages import find_frozen_stages
 from tests.fixtures.models.mmdet_resnet import Detector, detector

@@ -15,7 +15,8 @@ import torch
 from torch import nn
 
 from bntool.checkpoints.formats import open_checkpoint
-from bntool.comparison.checkpoint import Expectation, compare_checkpoints, find_violations
+from bntool.comparison.checkpoint import compare_checkpoints, find_violations
+from bntool.comparison.options import Expectation
 
 REQUIREMENTS = ["torch==2.13.0", "onnx==1.23.2", "onnxruntime==1.31.1", "numpy"]
 FOLDER = Path(__file__).parents[1] / "fixtures" / "interop"

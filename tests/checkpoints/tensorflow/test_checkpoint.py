@@ -17,7 +17,8 @@ from bntool.checkpoints.containers.leveldb_table import unpack_snappy
 from bntool.checkpoints.formats import open_checkpoint
 from bntool.checkpoints.origin import describe_origin
 from bntool.checkpoints.tensors import read_bytes
-from bntool.conversion.checkpoint import ConversionTarget, plan_conversion
+from bntool.conversion.checkpoint import plan_conversion
+from bntool.conversion.options import ConversionTarget
 from bntool.errors import CorruptFileError, FileError, RefusedError, UnknownFormatError, UnsafeFileError
 from bntool.freezing.checkpoint import plan_freeze
 from tests.checkpoints.tensorflow.bundle_files import (

@@ -9,8 +9,10 @@ from bntool.checkpoints.caffe.deployment import deploy, edit_prototxt
 from bntool.checkpoints.caffe.prototxt import read_prototxt
 from bntool.checkpoints.files import SourceFile
 from bntool.checkpoints.formats import open_checkpoint, save_checkpoint
-from bntool.folding.planning import FoldPlan, Layout, plan_fold
-from bntool.freezing.checkpoint import FreezeForm, plan_freeze
+from bntool.folding.options import Layout
+from bntool.folding.planning import FoldPlan, plan_fold
+from bntool.freezing.checkpoint import plan_freeze
+from bntool.freezing.options import FreezeForm
 from bntool.graphs.stored.source import stored_graph
 
 

@@ -1,0 +1,19 @@
+"""The choices of folding, apart from the code that folds."""
+
+from __future__ import annotations
+
+from enum import Enum
+
+
+class Layout(Enum):
+    """What a folded state dict looks like."""
+
+    FOLDED = "folded"  # the BatchNorms are gone, their producers have biases
+    SAME_KEYS = "same-keys"  # producers take the scales; BatchNorms stay and only add their shifts
+
+
+class ProgramKind(Enum):
+    """What a program is written as, by the suffix of its file."""
+
+    PT2 = ".pt2"  # torch.export, run by torch
+    ONNX = ".onnx"  # run by ONNX Runtime and others

@@ -1,0 +1,23 @@
+"""The choices of freezing, apart from the code that freezes."""
+
+from __future__ import annotations
+
+from enum import Enum
+
+
+class FreezeForm(Enum):
+    """What becomes of the tensors."""
+
+    POLICY = "policy"  # they stay as they are
+    CONSTANT = "constant"  # statistics are folded into weight and bias
+
+
+class EmitTarget(Enum):
+    """For whom the code is."""
+
+    PYTHON = "python"
+    MMDET = "mmdet"
+    MMENGINE = "mmengine"
+    LIGHTNING = "lightning"
+    TIMM = "timm"
+    ACCELERATE = "accelerate"
