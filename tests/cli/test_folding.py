@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import onnxruntime
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -246,8 +247,6 @@ def test_an_exported_program_runs_without_the_code(fold, digits, tmp_path) -> No
 
 
 def test_an_export_alone(fold, digits, tmp_path, capsys) -> None:
-    pytest.importorskip("onnxscript", reason="pip install 'bntool[onnx]'")
-    onnxruntime = pytest.importorskip("onnxruntime", reason="pip install 'bntool[onnx]'")
     path = tmp_path / "folded.onnx"
     arguments = ["fold", str(SAMPLES / "digits.pt"), "--model", MODEL, "--export", str(path)]
     code = main([*arguments, "--input-shape", "2,1,8,8", "--json"])
@@ -497,8 +496,6 @@ def test_real_resnet20_is_folded_whole(fold, shared, cifar, tmp_path) -> None:
 
 
 def test_real_resnet20_as_onnx(shared, cifar, tmp_path, capsys) -> None:
-    pytest.importorskip("onnxscript", reason="pip install 'bntool[onnx]'")
-    onnxruntime = pytest.importorskip("onnxruntime", reason="pip install 'bntool[onnx]'")
     images, answers = cifar
     arguments = ["fold", str(shared / "weights" / "resnet20-12fca82f.th"), "--model", f"{RESNET}:build"]
     program = tmp_path / "folded.onnx"

@@ -142,7 +142,6 @@ def test_programs_are_not_converted_to_state_dicts(name, target, tmp_path, capsy
 
 
 def test_onnxruntime_runs_both_models_before_the_folded_one_appears(tmp_path, capsys):
-    pytest.importorskip("onnxruntime")
     for name in ("opset13", "half", "transposed_groups", "gemm"):
         source, target = FOLDER / "onnx_folding" / f"{name}.onnx", tmp_path / f"{name}.onnx"
         assert main(["fold", str(source), "-o", str(target), "--json"]) == 0
@@ -156,7 +155,6 @@ def test_onnxruntime_runs_both_models_before_the_folded_one_appears(tmp_path, ca
 
 
 def test_a_fold_that_onnxruntime_contradicts_is_not_written(tmp_path, capsys, monkeypatch):
-    pytest.importorskip("onnxruntime")
     import numpy as np
 
     from bntool.checkpoints.tensors import LiteralTensor

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from bntool.cli.main import main
@@ -248,10 +249,9 @@ def test_labels_that_the_model_has_no_outputs_for(recalibrate, tmp_path):
 
 
 def test_class_folders_that_are_not_the_models_classes(recalibrate, tmp_path):
-    images = pytest.importorskip("PIL.Image")
     for index, name in enumerate(["a", "a", "b", "b"]):
         (tmp_path / "photos" / name).mkdir(parents=True, exist_ok=True)
-        images.new("L", (20, 16), 60 * index).save(tmp_path / "photos" / name / f"{index}.png")
+        Image.new("L", (20, 16), 60 * index).save(tmp_path / "photos" / name / f"{index}.png")
     steps = ("--preprocess", "mnist,resize=16,crop=16")
     code, out, _, path = recalibrate("drifted.pt", *steps, "--json", data=str(tmp_path / "photos"))
     (facts,) = json.loads(out)["files"]
@@ -268,10 +268,9 @@ def test_class_folders_that_are_not_the_models_classes(recalibrate, tmp_path):
 
 
 def test_a_folder_of_which_no_image_can_be_read(recalibrate, tmp_path):
-    images = pytest.importorskip("PIL.Image")
     (tmp_path / "photos").mkdir()
     (tmp_path / "good").mkdir()
-    images.new("L", (8, 8), 60).save(tmp_path / "good" / "c.png")
+    Image.new("L", (8, 8), 60).save(tmp_path / "good" / "c.png")
     for name in ("a.png", "b.png"):
         (tmp_path / "photos" / name).write_bytes(b"")
     options = ("--preprocess", "mnist", "--on-bad-data", "skip")

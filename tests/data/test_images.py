@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from bntool.data.images import find_images
 from bntool.data.loading import load_data
@@ -13,9 +14,6 @@ from bntool.data.policies import OnBadData
 from bntool.data.preprocessing import PRESETS, Orientation, Preprocessing, parse_preprocessing
 from bntool.errors import CorruptFileError, MissingExtraError, UsageError
 from tests.data.sample_images import SIZES, make_image
-
-Image = pytest.importorskip("PIL.Image")
-
 
 STEPS = Preprocessing(resize=10, crop=8, mean=(0.5,), std=(0.25,))
 

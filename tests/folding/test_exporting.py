@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 
+import onnxruntime
 import pytest
 import torch
 from torch import nn
@@ -16,9 +17,6 @@ from bntool.folding.options import ProgramKind
 
 @pytest.fixture(params=ProgramKind)
 def kind(request) -> ProgramKind:
-    if request.param is ProgramKind.ONNX:
-        for package in ("onnx", "onnxscript", "onnxruntime"):
-            pytest.importorskip(package, reason="pip install 'bntool[onnx]'")
     return request.param
 
 
@@ -26,8 +24,6 @@ def load(program: Program):
     """The program as its user loads it."""
     if program.kind is ProgramKind.PT2:
         return torch.export.load(io.BytesIO(program.data)).module()
-    import onnxruntime
-
     session = onnxruntime.InferenceSession(program.data)
     (name,) = [formal.name for formal in session.get_inputs()]
     return lambda x: torch.from_numpy(session.run(None, {name: x.numpy()})[0])
