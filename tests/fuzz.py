@@ -220,7 +220,7 @@ def exercise(checkpoint: Checkpoint, target: Path) -> None:
         for tensor in state_dict.tensors.values():
             if isinstance(tensor, StoredTensor) and tensor.wrapper is None and tensor.nbytes < 1 << 20:
                 read_bytes(tensor)
-    if checkpoint.format.inspected_only:
+    if checkpoint.format.read_only:
         return
     if checkpoint.state_dicts:
         state_dict = checkpoint.state_dicts[-1]

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from bntool.checkpoints.files import SourceFile, quote
 from bntool.checkpoints.outputs import OutputFiles
@@ -102,6 +103,9 @@ class StateDict:
             raise UsageError("the state dict has no such tensor", tensor=name) from None
 
 
+Writer: TypeAlias = Callable[["Checkpoint", Path, OutputFiles], None]
+
+
 class Format(ABC):
     """One file format: recognising, reading and writing it."""
 
@@ -111,7 +115,8 @@ class Format(ABC):
     keeps_order: bool = True  # of the tensors, also where some come or go
     trains_whole_layers: bool = False  # its files say which layers train; with one that does not all of it stays
     holds_code: bool = False  # files of this format carry programs, not only data
-    inspected_only: str = ""  # why commands that write refuse all files of this format
+    read_only: str = ""  # why its files are only read, and what to do instead
+    writer: str = ""  # module of this package and function that write it, as ``torch.zip_writing:write``
     is_pytorch: bool = True  # names and layouts are those of state dicts, so that they can be converted to one
 
     def locate(self, path: Path) -> Path | None:  # noqa: ARG002 (for those of several files)
@@ -139,14 +144,17 @@ class Format(ABC):
             CorruptFileError, UnsafeFileError
         """
 
-    @abstractmethod
     def write(self, checkpoint: Checkpoint, path: Path, output: OutputFiles) -> None:
-        """Write the checkpoint with its edits.
+        """Write the checkpoint with its edits; the module that does it is imported now.
 
         Raises:
-            RefusedError: the format cannot hold an edit.
+            RefusedError: the format is only read, or cannot hold an edit.
             CorruptFileError: the source turns out to be damaged.
         """
+        check_changeable(checkpoint)
+        module, _, function = self.writer.partition(":")
+        write: Writer = getattr(importlib.import_module(f"{__package__}.{module}"), function)
+        write(checkpoint, path, output)
 
     def size(self, checkpoint: Checkpoint) -> int:
         """Bytes of all files that were opened."""
@@ -232,13 +240,13 @@ class Checkpoint:
 
 
 def check_changeable(checkpoint: Checkpoint) -> None:
-    """Refuse formats that are only looked at, by name.
+    """Refuse a checkpoint of a format that is only read.
 
     Raises:
-        RefusedError: the checkpoint is of one.
+        RefusedError: it is of one.
     """
-    if checkpoint.format.inspected_only:
-        raise RefusedError(checkpoint.format.inspected_only, path=checkpoint.path)
+    if checkpoint.format.read_only:
+        raise RefusedError(checkpoint.format.read_only, path=checkpoint.path)
 
 
 _LISTED = 8  # keys that a sentence names

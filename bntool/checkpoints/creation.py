@@ -16,7 +16,8 @@ from bntool.checkpoints.containers.pickles.writing import write_pickle
 from bntool.checkpoints.containers.zips.writing import ZipWriter
 from bntool.checkpoints.files import Chunk, SourceFile
 from bntool.checkpoints.outputs import OutputFiles, check_output_differs
-from bntool.checkpoints.safetensors.file import Safetensors, make_header
+from bntool.checkpoints.safetensors.file import Safetensors
+from bntool.checkpoints.safetensors.file_writing import make_header
 from bntool.checkpoints.tensors import (
     Storage,
     StoredTensor,

@@ -63,7 +63,7 @@ def command(
     from bntool.checkpoints.creation import create_file
     from bntool.checkpoints.formats import open_checkpoint
     from bntool.cli.output import print_warning
-    from bntool.cli.writing import check_output, check_plan, save
+    from bntool.cli.writing import check_place, check_plan, save
     from bntool.conversion.checkpoint import plan_conversion
     from bntool.errors import RefusedError
     from bntool.reports.conversion import describe_conversion, show_conversion
@@ -71,7 +71,7 @@ def command(
     from bntool.reports.report import FileReport, Report
 
     with open_checkpoint(checkpoint) as source:
-        check_output(source, output, dry_run=dry_run, force=force)
+        check_place(source, output, dry_run=dry_run, force=force)
         conversion = plan_conversion(
             source,
             to,

@@ -13,14 +13,23 @@ from bntool.reports.text import plural
 
 
 def check_output(checkpoint: Checkpoint, output: Path | None, *, dry_run: bool, force: bool) -> None:
-    """Find out before any work whether the output can be written.
+    """Find out before any work whether the checkpoint can be changed and written there.
 
     Raises:
-        RefusedError: the format is only inspected.
+        RefusedError: its format is only read.
         UsageError: neither an output nor ``--dry-run``, or the output is the input.
         UnwritableFileError: it exists and ``--force`` is not given, or its folder is missing.
     """
     check_changeable(checkpoint)
+    check_place(checkpoint, output, dry_run=dry_run, force=force)
+
+
+def check_place(checkpoint: Checkpoint, output: Path | None, *, dry_run: bool, force: bool) -> None:
+    """Find out before any work whether a file can be written there.
+
+    Raises:
+        UsageError, UnwritableFileError: as :func:`check_output`.
+    """
     if dry_run:
         return
     if output is None:

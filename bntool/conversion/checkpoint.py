@@ -68,8 +68,8 @@ def plan_conversion(
         UsageError: there is no such state dict, or ``eps`` contradicts the file.
         RefusedError: a tensor or a layer cannot be converted, or eps is not known.
     """
-    check_changeable(checkpoint)
     if not checkpoint.format.is_pytorch:
+        check_changeable(checkpoint)
         raise RefusedError(
             f"{checkpoint.format.title} models are no state dicts: names and layout of weights are those of another "
             "framework, and no PyTorch model would load them; copy them into a PyTorch model and save that",
@@ -79,6 +79,7 @@ def plan_conversion(
     new_format = _NEW_FORMATS.get(target)
     if new_format is not None:
         return _plan_format(checkpoint, source, target, new_format)
+    check_changeable(checkpoint)
     if source.is_module:
         raise RefusedError(
             "the file pickles whole modules, whose classes cannot be exchanged in it; take its tensors out first "

@@ -349,7 +349,7 @@ def go(path, target):
     try:
         with open_checkpoint(path) as checkpoint:
             print(path, judge_safety(checkpoint).verdict.value, flush=True)
-            if checkpoint.format.inspected_only:
+            if checkpoint.format.read_only:
                 return
             writable[:] = [os.path.abspath(os.path.dirname(target))]
             try:

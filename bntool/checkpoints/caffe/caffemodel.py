@@ -6,7 +6,6 @@ from pathlib import Path
 
 from bntool.checkpoints.checkpoint import Checkpoint, Format, StateDict
 from bntool.checkpoints.files import SourceFile
-from bntool.checkpoints.outputs import OutputFiles
 from bntool.errors import CorruptFileError
 
 
@@ -15,6 +14,7 @@ class Caffe(Format):
 
     name = "caffe"
     title = "Caffe"
+    writer = "caffe.writing:write_net"
     is_pytorch = False
 
     def recognises(self, path: Path, head: bytes) -> bool:
@@ -36,11 +36,6 @@ class Caffe(Format):
         entries = {"name": net.text(1)} if net.last(1) is not None else {}
         content = reading.content()
         return Checkpoint(file, self, (state_dict,) if reading.tensors else (), entries=entries, content=content)
-
-    def write(self, checkpoint: Checkpoint, path: Path, output: OutputFiles) -> None:
-        from bntool.checkpoints.caffe.writing import write_net  # only those who write need it
-
-        write_net(checkpoint, output.open(path))
 
     def can_record(self, checkpoint: Checkpoint, state_dict: StateDict) -> bool:  # noqa: ARG002
         """No: NetParameter has no field for notes."""

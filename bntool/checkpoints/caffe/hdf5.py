@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 
 from bntool.checkpoints.caffe.prototxt import Prototxt
 from bntool.checkpoints.checkpoint import Checkpoint, Format, StateDict
 from bntool.checkpoints.files import SourceFile
-from bntool.checkpoints.outputs import OutputFiles
 from bntool.checkpoints.tensors import StoredTensor
-from bntool.errors import RefusedError, UnknownFormatError
+from bntool.errors import UnknownFormatError
 
 
 class CaffeHdf5(Format):
@@ -18,16 +16,12 @@ class CaffeHdf5(Format):
 
     name = "caffe-hdf5"
     title = "Caffe (.caffemodel.h5)"
+    writer = "caffe.hdf5_writing:copy_file"
 
     def read(self, file: SourceFile) -> Checkpoint:
         tensors = {".".join(key): tensor for key, tensor in read_blobs(file).items()}
         state_dict = StateDict("", "", tensors, source=dict(tensors))
         return Checkpoint(file, self, (state_dict,) if tensors else ())
-
-    def write(self, checkpoint: Checkpoint, path: Path, output: OutputFiles) -> None:
-        if checkpoint.edits:
-            raise RefusedError("what the layers of a .caffemodel.h5 are is said by its .prototxt: give it too")
-        checkpoint.file.copy_to(output.open(path), offset=0, length=checkpoint.file.size)
 
     def can_record(self, checkpoint: Checkpoint, state_dict: StateDict) -> bool:  # noqa: ARG002
         """No: Caffe's own files have no place for notes, and those of one net should be alike."""
@@ -37,12 +31,8 @@ class CaffeHdf5(Format):
 class DeployedCaffeHdf5(CaffeHdf5):
     """The same with the net that says what its blobs are; it reads back what it writes by itself."""
 
+    writer = "caffe.hdf5_writing:write_blobs"
     single_file = False
-
-    def write(self, checkpoint: Checkpoint, path: Path, output: OutputFiles) -> None:
-        from bntool.checkpoints.caffe.hdf5_writing import write_blobs  # only those who write need it
-
-        write_blobs(checkpoint, path, output)
 
 
 def read_blobs(file: SourceFile) -> dict[tuple[str, str], StoredTensor]:

@@ -15,9 +15,21 @@ from bntool.checkpoints.caffe.writing import BIASED, biased_layers, removed_laye
 from bntool.checkpoints.checkpoint import Checkpoint, StateDict
 from bntool.checkpoints.containers.hdf5 import import_h5py, named_errors
 from bntool.checkpoints.files import SourceFile
+from bntool.checkpoints.formats import write_checked
 from bntool.checkpoints.outputs import OutputFiles
 from bntool.checkpoints.tensors import Tensor, read_bytes
 from bntool.errors import RefusedError
+
+
+def copy_file(checkpoint: Checkpoint, path: Path, output: OutputFiles) -> None:
+    """Write the file as it is: without its net, nothing is known of its blobs.
+
+    Raises:
+        RefusedError: something is to change.
+    """
+    if checkpoint.edits:
+        raise RefusedError("what the layers of a .caffemodel.h5 are is said by its .prototxt: give it too")
+    checkpoint.file.copy_to(output.open(path), offset=0, length=checkpoint.file.size)
 
 
 def write_blobs(checkpoint: Checkpoint, path: Path, output: OutputFiles) -> None:
@@ -26,8 +38,6 @@ def write_blobs(checkpoint: Checkpoint, path: Path, output: OutputFiles) -> None
     Raises:
         RefusedError: the layers have no place for an edit.
     """
-    from bntool.checkpoints.formats import write_checked
-
     write_checked(dataclasses.replace(checkpoint, format=_Checked(checkpoint)), path, output)
 
 

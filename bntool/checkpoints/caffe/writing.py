@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import IO
+from pathlib import Path
 
 from bntool.checkpoints.caffe.blobs import CaffeContent
 from bntool.checkpoints.caffe.layers import (
@@ -21,6 +21,7 @@ from bntool.checkpoints.checkpoint import Checkpoint
 from bntool.checkpoints.containers.protobufs.reading import Message
 from bntool.checkpoints.containers.protobufs.writing import Edits, embed, integer_field, packed_integers, write_content
 from bntool.checkpoints.dtypes import FLOAT16, FLOAT32, FLOAT64
+from bntool.checkpoints.outputs import OutputFiles
 from bntool.checkpoints.tensors import LiteralTensor, Tensor
 from bntool.errors import RefusedError
 from bntool.plan import Record, RemoveEntry, RemoveModule, SetAttribute
@@ -33,7 +34,7 @@ BIASED = {
 }
 
 
-def write_net(checkpoint: Checkpoint, stream: IO[bytes]) -> None:
+def write_net(checkpoint: Checkpoint, path: Path, output: OutputFiles) -> None:
     """Write the net again; layers and fields that no edit concerns are copied.
 
     Raises:
@@ -44,7 +45,7 @@ def write_net(checkpoint: Checkpoint, stream: IO[bytes]) -> None:
     edits = Edits()
     if checkpoint.edits:
         _plan(checkpoint, content, edits)
-    write_content(edits.render(content.net), checkpoint.file, stream)
+    write_content(edits.render(content.net), checkpoint.file, output.open(path))
 
 
 def removed_layers(checkpoint: Checkpoint) -> frozenset[int]:

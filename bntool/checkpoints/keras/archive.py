@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from bntool.checkpoints.checkpoint import Checkpoint, Format
 from bntool.checkpoints.containers.zips.reading import InflatedRecord, ZipArchive, read_archive
 from bntool.checkpoints.files import FileSlice, SourceFile
-from bntool.checkpoints.outputs import OutputFiles
 from bntool.checkpoints.torch.state_dicts import RECORD_KEY, as_history
 from bntool.errors import CorruptFileError, UnknownFormatError
 
@@ -20,6 +18,7 @@ class KerasArchive(Format):
 
     name = "keras"
     title = "Keras (.keras)"
+    writer = "keras.writing:write_archive"
     trains_whole_layers = True
     keeps_order = False  # Keras orders layers by where they lie in the graph
 
@@ -45,11 +44,6 @@ class KerasArchive(Format):
         content = read_content(config, read_hdf5(source), place=archive)
         entries: dict[str, Any] = {name: value for name, value in metadata.items() if name != RECORD_KEY}
         return make_checkpoint(file, self, content, entries=entries, history=as_history(metadata.get(RECORD_KEY)))
-
-    def write(self, checkpoint: Checkpoint, path: Path, output: OutputFiles) -> None:
-        from bntool.checkpoints.keras.writing import write_archive  # only those who write need it
-
-        write_archive(checkpoint, path, output)
 
     def verify_checksums(self, checkpoint: Checkpoint) -> int | None:
         archive: ZipArchive = checkpoint.content.place

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from bntool.checkpoints.checkpoint import Checkpoint, Format
 from bntool.checkpoints.files import SourceFile
-from bntool.checkpoints.outputs import OutputFiles
 from bntool.checkpoints.torch.state_dicts import RECORD_KEY, parse_record
 from bntool.errors import UnknownFormatError
 
@@ -20,6 +18,7 @@ class KerasHdf5(Format):
 
     name = "keras-hdf5"
     title = "Keras (.h5)"
+    writer = "keras.writing:write_hdf5"
     trains_whole_layers = True
     keeps_order = False  # Keras orders layers by where they lie in the graph
 
@@ -37,8 +36,3 @@ class KerasHdf5(Format):
         content = read_content(parse_config(text) if text is not None else None, hdf5)
         entries: dict[str, Any] = {name: value for name in _SHOWN if (value := hdf5.text("", name)) is not None}
         return make_checkpoint(file, self, content, entries=entries, history=parse_record(hdf5.text("", RECORD_KEY)))
-
-    def write(self, checkpoint: Checkpoint, path: Path, output: OutputFiles) -> None:
-        from bntool.checkpoints.keras.writing import write_hdf5  # only those who write need it
-
-        write_hdf5(checkpoint, output.open(path))

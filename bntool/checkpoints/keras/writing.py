@@ -86,13 +86,14 @@ def write_archive(checkpoint: Checkpoint, path: Path, output: OutputFiles) -> No
     writer.close()
 
 
-def write_hdf5(checkpoint: Checkpoint, stream: IO[bytes]) -> None:
+def write_hdf5(checkpoint: Checkpoint, path: Path, output: OutputFiles) -> None:
     """Write an ``.h5`` file.
 
     Raises:
         RefusedError: Keras's format cannot hold an edit.
     """
     content: KerasContent = checkpoint.content
+    stream = output.open(path)
     checkpoint.file.copy_to(stream, offset=0, length=checkpoint.file.size)
     if not checkpoint.edits:
         return

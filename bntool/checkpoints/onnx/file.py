@@ -6,7 +6,6 @@ from pathlib import Path
 
 from bntool.checkpoints.checkpoint import Checkpoint, Format
 from bntool.checkpoints.files import SourceFile
-from bntool.checkpoints.outputs import OutputFiles
 
 
 class Onnx(Format):
@@ -14,6 +13,7 @@ class Onnx(Format):
 
     name = "onnx"
     title = "ONNX"
+    writer = "onnx.writing:write_model"
     is_pytorch = False
 
     def recognises(self, path: Path, head: bytes) -> bool:
@@ -27,11 +27,6 @@ class Onnx(Format):
         from bntool.checkpoints.onnx.tensors import ExternalData
 
         return read_model(file, external=ExternalData(file))
-
-    def write(self, checkpoint: Checkpoint, path: Path, output: OutputFiles) -> None:
-        from bntool.checkpoints.onnx.writing import write_model  # only those who write need it
-
-        write_model(checkpoint, path, output)
 
 
 class OnnxWithExternalData(Onnx):

@@ -7,12 +7,11 @@ import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from bntool.checkpoints.checkpoint import Checkpoint, Format, StateDict, find_prefix
 from bntool.checkpoints.dtypes import BY_SAFETENSORS
 from bntool.checkpoints.files import SourceFile, quote
-from bntool.checkpoints.outputs import OutputFiles
 from bntool.checkpoints.tensors import (
     MAX_DIMENSIONS,
     Storage,
@@ -21,18 +20,18 @@ from bntool.checkpoints.tensors import (
     contiguous_strides,
     count_elements,
     describe_shape,
-    named_chunks,
 )
 from bntool.checkpoints.torch.state_dicts import RECORD_KEY, parse_record
-from bntool.errors import CorruptFileError, RefusedError
+from bntool.errors import CorruptFileError
 
 MAX_HEADER = 100_000_000  # the limit of the safetensors library itself
-_METADATA = "__metadata__"
-_PAGE = 4096
+METADATA = "__metadata__"
 
 
 @dataclass(frozen=True)
-class _Header:
+class Header:
+    """The metadata, and where the tensors begin."""
+
     metadata: dict[str, str]
     data_start: int
 
@@ -42,6 +41,7 @@ class Safetensors(Format):
 
     name = "safetensors"
     title = "safetensors"
+    writer = "safetensors.file_writing:write"
 
     def recognises(self, path: Path, head: bytes) -> bool:
         looks_right = head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= MAX_HEADER
@@ -49,7 +49,7 @@ class Safetensors(Format):
 
     def read(self, file: SourceFile) -> Checkpoint:
         header, data_start = _read_header(file)
-        metadata = _check_metadata(header.pop(_METADATA, {}))
+        metadata = _check_metadata(header.pop(METADATA, {}))
         tensors = _read_tensors(file, header, data_start)
         history = parse_record(metadata.get(RECORD_KEY))
         state_dict = StateDict(key="", prefix=find_prefix(list(tensors)), tensors=tensors, source=dict(tensors))
@@ -59,16 +59,8 @@ class Safetensors(Format):
             state_dicts=(state_dict,) if tensors else (),
             entries={name: text for name, text in metadata.items() if name != RECORD_KEY},
             records={"": history} if history else {},
-            content=_Header(metadata, data_start),
+            content=Header(metadata, data_start),
         )
-
-    def write(self, checkpoint: Checkpoint, path: Path, output: OutputFiles) -> None:
-        from bntool.plan import RemoveEntry, SetAttribute
-
-        for edit in checkpoint.edits:
-            if isinstance(edit.step, SetAttribute | RemoveEntry):
-                raise RefusedError("a safetensors file holds tensors only, no modules and no other entries")
-        _write(checkpoint, output.open(path))
 
 
 def _read_header(file: SourceFile) -> tuple[dict[str, Any], int]:
@@ -173,74 +165,3 @@ def _read_entry(file: SourceFile, name: str, entry: Any, data_start: int) -> tup
 
 def _are_counts(values: Any) -> bool:
     return isinstance(values, list) and all(type(value) is int and 0 <= value < 1 << 63 for value in values)
-
-
-def _write(checkpoint: Checkpoint, stream: IO[bytes]) -> None:
-    from bntool.plan import Record
-
-    content: _Header = checkpoint.content
-    if not checkpoint.state_dicts:  # a file without tensors
-        checkpoint.file.copy_to(stream, offset=0, length=checkpoint.file.size)
-        return
-    (state_dict,) = checkpoint.state_dicts
-    metadata = dict(content.metadata)
-    recorded = any(isinstance(edit.step, Record) for edit in checkpoint.edits)
-    if recorded:
-        metadata[RECORD_KEY] = json.dumps(checkpoint.records[""], separators=(",", ":"))
-    original: dict[str, Tensor] = state_dict.source
-    order = _data_order(original, state_dict.tensors)
-    if original.keys() == state_dict.tensors.keys() and not recorded:
-        checkpoint.file.copy_to(stream, offset=0, length=content.data_start)
-    else:
-        stream.write(make_header(state_dict.tensors, metadata, order, like=content.data_start))
-    start = end = 0  # neighbours in the source are copied in one call
-    for name in order:
-        tensor = state_dict.tensors[name]
-        if isinstance(tensor, StoredTensor) and tensor.storage is not None:
-            if tensor.storage.offset != end:
-                checkpoint.file.copy_to(stream, offset=start, length=end - start)
-                start = tensor.storage.offset
-            end = tensor.storage.offset + tensor.nbytes
-        else:
-            checkpoint.file.copy_to(stream, offset=start, length=end - start)
-            start = end = 0
-            for chunk in named_chunks(name, tensor):
-                stream.write(chunk)
-    checkpoint.file.copy_to(stream, offset=start, length=end - start)
-
-
-def _data_order(original: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> list[str]:
-    """The order of the bytes: as in the source where the keys are the same, else widest first, for alignment."""
-    if original.keys() == tensors.keys():
-        return sorted(tensors, key=lambda name: _offset(original[name]))
-    return sorted(tensors, key=lambda name: -tensors[name].dtype.bits)
-
-
-def _offset(tensor: Tensor) -> int:
-    return tensor.storage.offset if isinstance(tensor, StoredTensor) and tensor.storage is not None else 0
-
-
-def make_header(
-    tensors: Mapping[str, Tensor], metadata: Mapping[str, str], order: list[str], *, like: int = 0
-) -> bytes:
-    """The length and the JSON of a file whose tensors follow without gaps, in this order.
-
-    Args:
-        like: where the tensors begin in the file that they come from: blanks bring them to the same place in a page of
-            memory, which halves what copying them inside the kernel costs.
-    """
-    offsets, position = {}, 0
-    for name in order:
-        size = tensors[name].dtype.byte_count(count_elements(tensors[name].shape))
-        offsets[name] = [position, position + size]
-        position += size
-    header: dict[str, Any] = {_METADATA: dict(metadata)} if metadata else {}
-    for name, tensor in tensors.items():
-        header[name] = {
-            "dtype": tensor.dtype.safetensors,
-            "shape": list(tensor.shape),
-            "data_offsets": offsets[name],
-        }
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode("utf-8")
-    text += b" " * ((like - 8 - len(text)) % _PAGE if like and like % 8 == 0 else -len(text) % 8)
-    return struct.pack("<Q", len(text)) + text

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,17 +10,16 @@ from typing import Any
 
 from bntool.checkpoints.checkpoint import Checkpoint, Format, GlobalName, StateDict, find_prefix
 from bntool.checkpoints.files import SourceFile, open_beside, quote
-from bntool.checkpoints.outputs import OutputFiles, check_output_differs
 from bntool.checkpoints.safetensors.file import parse_json
-from bntool.checkpoints.tensors import Tensor, count_elements
-from bntool.errors import CorruptFileError, RefusedError, UnknownFormatError, UnsafeFileError
+from bntool.checkpoints.tensors import Tensor
+from bntool.errors import CorruptFileError, UnknownFormatError, UnsafeFileError
 
 MAX_INDEX = 1 << 27
 MAX_SHARDS = 10_000
 
 
 @dataclass(frozen=True)
-class _Shards:
+class Shards:
     """The parsed index and the opened shards by file name."""
 
     index: Mapping[str, Any]
@@ -35,6 +32,7 @@ class Sharded(Format):
 
     name = "sharded"
     title = "sharded"
+    writer = "safetensors.sharded_writing:write"
     single_file = False
 
     def recognises(self, path: Path, head: bytes) -> bool:
@@ -64,34 +62,11 @@ class Sharded(Format):
             entries={"shards": len(shards)},
             globals=_merge_globals(shards),
             records={"": histories[0]} if histories else {},
-            content=_Shards(index, shards, weight_map),
+            content=Shards(index, shards, weight_map),
         )
 
-    def write(self, checkpoint: Checkpoint, path: Path, output: OutputFiles) -> None:
-        from bntool.checkpoints.formats import write_checked
-
-        content: _Shards = checkpoint.content
-        if not path.name.endswith(".index.json"):
-            raise RefusedError(
-                "a sharded checkpoint is written as an index and its shards: name an output like "
-                f"FOLDER/{checkpoint.path.name}"
-            )
-        (state_dict,) = checkpoint.state_dicts
-        shard_of = _assign_shards(state_dict, content.shard_of)
-        for name, shard in content.shards.items():
-            target = path.parent / name
-            check_output_differs(shard.file, target)
-            if name not in shard_of.values():  # no tensor is left
-                continue
-            write_checked(_edited_shard(shard, name, checkpoint, shard_of), target, output)
-        index = {**content.index, "weight_map": shard_of}
-        if isinstance(index.get("metadata"), dict) and "total_size" in index["metadata"]:
-            total = sum(t.dtype.byte_count(count_elements(t.shape)) for t in state_dict.tensors.values())
-            index["metadata"] = {**index["metadata"], "total_size": total}
-        output.open(path).write(json.dumps(index, indent=2).encode() + b"\n")
-
     def size(self, checkpoint: Checkpoint) -> int:
-        content: _Shards = checkpoint.content
+        content: Shards = checkpoint.content
         return checkpoint.file.size + sum(shard.file.size for shard in content.shards.values())
 
     def verify_checksums(self, checkpoint: Checkpoint) -> int | None:
@@ -100,8 +75,8 @@ class Sharded(Format):
         return sum(known) if known else None
 
     def can_record(self, checkpoint: Checkpoint, state_dict: StateDict) -> bool:  # noqa: ARG002 (there is one)
-        content: _Shards = checkpoint.content
-        home = content.shards[_record_home(content.shards, content.shard_of)]
+        content: Shards = checkpoint.content
+        home = content.shards[record_home(content.shards, content.shard_of)]
         return home.format.can_record(home, home.state_dicts[0])
 
 
@@ -168,52 +143,7 @@ def _merge_globals(shards: Mapping[str, Checkpoint]) -> tuple[GlobalName, ...]:
     return tuple(merged.values())
 
 
-def _assign_shards(state_dict: StateDict, known: Mapping[str, str]) -> dict[str, str]:
-    """Each tensor stays where it was; a new one goes where the tensor before it is."""
-    assigned: dict[str, str] = {}
-    current = next(iter(known.values()))
-    for name in state_dict.tensors:
-        current = known.get(name, current)
-        assigned[name] = current
-    return assigned
-
-
-def _edited_shard(shard: Checkpoint, name: str, whole: Checkpoint, shard_of: Mapping[str, str]) -> Checkpoint:
-    """One shard with the edits of the whole checkpoint that concern it."""
-    from bntool.plan import Record  # only those who write need it
-
-    (edited,) = whole.state_dicts
-    tensors = {key: tensor for key, tensor in edited.tensors.items() if shard_of[key] == name}
-    keeps_record = name == _record_home(whole.content.shards, shard_of)
-    (own,) = shard.state_dicts
-    return dataclasses.replace(
-        shard,
-        state_dicts=(dataclasses.replace(own, tensors=_in_own_order(own.tensors, tensors)),),
-        records=whole.records if keeps_record else shard.records,
-        edits=tuple(e for e in whole.edits if not isinstance(e.step, Record) or keeps_record),
-    )
-
-
-def _record_home(shards: Mapping[str, Checkpoint], shard_of: Mapping[str, str]) -> str:
+def record_home(shards: Mapping[str, Checkpoint], shard_of: Mapping[str, str]) -> str:
     """The shard that holds the record: the one that has it already, else the first that still has tensors."""
     left = [name for name in shards if name in set(shard_of.values())] or list(shards)
     return next((name for name in left if shards[name].records), left[0])
-
-
-def _in_own_order(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The shard's own key order; new keys after the one that they follow in the whole."""
-    ordered: dict[str, Tensor] = {}
-    names = list(tensors)
-    followers: dict[str | None, list[str]] = {}
-    previous: str | None = None
-    for name in names:
-        if name in own:
-            previous = name
-        else:
-            followers.setdefault(previous, []).append(name)
-    for place in [None, *own]:
-        if place is not None and place in tensors:
-            ordered[place] = tensors[place]
-        for follower in followers.get(place, ()):
-            ordered[follower] = tensors[follower]
-    return ordered

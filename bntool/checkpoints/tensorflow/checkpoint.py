@@ -8,8 +8,6 @@ from pathlib import Path
 
 from bntool.checkpoints.checkpoint import Checkpoint, Format, StateDict
 from bntool.checkpoints.files import SourceFile
-from bntool.checkpoints.outputs import OutputFiles
-from bntool.errors import RefusedError
 
 _LATEST = re.compile(rb'^model_checkpoint_path: *"([^"\n]{1,1000})"', re.MULTILINE)
 _BESIDE = re.compile(r"(.+)\.data-\d{5}-of-\d{5}")
@@ -21,7 +19,7 @@ class Tensorflow(Format):
     name = "tensorflow"
     title = "TensorFlow"
     is_pytorch = False
-    inspected_only = (
+    read_only = (
         "a TensorFlow checkpoint holds variables without the graph that uses them, in TensorFlow's layout: bntool "
         "inspects and compares it; change the model in TensorFlow, or export it to ONNX and fold that"
     )
@@ -60,9 +58,6 @@ class Tensorflow(Format):
             if tensors:
                 state_dicts.append(StateDict(key, "", tensors, modules=naming.modules, source=dict(tensors)))
         return Checkpoint(file, self, tuple(state_dicts), entries=naming.entries, content=bundle)
-
-    def write(self, checkpoint: Checkpoint, path: Path, output: OutputFiles) -> None:  # noqa: ARG002 (refused)
-        raise RefusedError(self.inspected_only, path=checkpoint.path)
 
     def size(self, checkpoint: Checkpoint) -> int:
         return checkpoint.file.size + int(checkpoint.content.size)

@@ -1,54 +1,40 @@
-"""Recognising numpy arrays in the nodes of a pickle, and making nodes of new ones."""
+"""Recognising numpy arrays in the nodes of a pickle, alone or among the tensors that torch wrote."""
 
 from __future__ import annotations
 
 from bntool.checkpoints.containers.pickles.nodes import (
-    ByteString,
-    Construction,
     Global,
     Instance,
     LongBytes,
     Node,
-    Update,
     text_of,
 )
-from bntool.checkpoints.dtypes import BY_NAME, DType, NumberKind
+from bntool.checkpoints.dtypes import BY_NAME, DType
 from bntool.checkpoints.files import ByteSource, MemorySource, quote
 from bntool.checkpoints.tensors import (
     MAX_DIMENSIONS,
     Storage,
     StoredTensor,
-    Tensor,
     contiguous_strides,
     count_elements,
-    read_bytes,
 )
-from bntool.checkpoints.torch.mixed_arrays import ARRAY_KEY
 from bntool.checkpoints.torch.tensors import StorageReference, TensorReader
 from bntool.errors import CorruptFileError
 
-_RECONSTRUCT = ("numpy.core.multiarray._reconstruct", "numpy._core.multiarray._reconstruct")
-_FROM_BUFFER = ("numpy.core.numeric._frombuffer", "numpy._core.numeric._frombuffer")
-_CODES = {
+RECONSTRUCT = ("numpy.core.multiarray._reconstruct", "numpy._core.multiarray._reconstruct")
+FROM_BUFFER = ("numpy.core.numeric._frombuffer", "numpy._core.numeric._frombuffer")
+CODES = {
     "f8": "float64", "f4": "float32", "f2": "float16", "i8": "int64", "i4": "int32", "i2": "int16", "i1": "int8",
     "u8": "uint64", "u4": "uint32", "u2": "uint16", "u1": "uint8", "b1": "bool", "c8": "complex64", "c16": "complex128",
 }  # fmt: skip
-_CODE_OF = {name: code for code, name in _CODES.items()}
+_ARRAY_KEY = "array "  # what the keys of the storages of arrays begin with; torch's own are numbers
 
 
 class ArrayReader(TensorReader):
-    """Turns the nodes of numpy arrays into tensors; their elements stay where they are.
-
-    Attributes:
-        nodes: the node of each array, by the key of its storage.
-    """
-
-    def __init__(self) -> None:
-        super().__init__(_no_storage)
-        self.nodes: dict[str, Instance] = {}
+    """Turns the nodes of numpy arrays into tensors too; their elements stay where they are."""
 
     def _rebuild(self, node: Instance) -> StoredTensor | None:
-        if node.path in _RECONSTRUCT:
+        if node.path in RECONSTRUCT:
             state = node.state
             if not _is_class_of_numpy(node.arguments[0]):
                 return None  # classes of others have states of their own
@@ -56,10 +42,15 @@ class ArrayReader(TensorReader):
                 raise CorruptFileError("a numpy array of the pickle is malformed")
             _, shape, dtype, is_fortran, data = state
             return self._array(node, shape, dtype, data, is_fortran=bool(is_fortran))
-        if node.path in _FROM_BUFFER and isinstance(node.arguments, tuple):
+        if node.path in FROM_BUFFER and isinstance(node.arguments, tuple):
             data, dtype, shape, order = node.arguments
             return self._array(node, shape, dtype, data, is_fortran=order == "F")
-        return None
+        return super()._rebuild(node)
+
+    def _storage(self, reference: StorageReference) -> Storage:
+        if reference.key.startswith(_ARRAY_KEY):
+            raise CorruptFileError(f"no storage of torch is named {quote(reference.key)}")
+        return super()._storage(reference)
 
     def _array(
         self, node: Instance, shape: Node, dtype_node: Node, data: Node, *, is_fortran: bool
@@ -73,15 +64,11 @@ class ArrayReader(TensorReader):
         source, offset, length = _locate(data)
         if length != dtype.byte_count(count_elements(shape)):
             raise CorruptFileError(f"a numpy array of {dtype} has {length} bytes, which do not fit its shape")
-        key = f"{ARRAY_KEY}{len(self.nodes)}"
-        self.nodes[key] = node
+        key = f"{_ARRAY_KEY}{len(self.array_nodes)}"
+        self.array_nodes[key] = node
         strides = contiguous_strides(shape[::-1])[::-1] if is_fortran else contiguous_strides(shape)
         storage = Storage(source, offset, length, key, big_endian=big_endian)
         return StoredTensor(dtype, shape, strides, 0, storage)
-
-
-def _no_storage(reference: StorageReference) -> Storage:
-    raise CorruptFileError(f"the pickle of numpy arrays names a torch storage {quote(reference.key)}")
 
 
 def _is_class_of_numpy(node: Node) -> bool:
@@ -97,7 +84,7 @@ def _read_dtype(node: Node) -> tuple[DType, bool] | None:
     if not isinstance(node, Instance) or node.path != "numpy.dtype" or not isinstance(node.arguments, tuple):
         return None
     code = text_of(node.arguments[0]) if node.arguments else None
-    name = _CODES.get(code or "")
+    name = CODES.get(code or "")
     if name is None:
         return None
     state = node.state
@@ -135,57 +122,3 @@ def _locate(data: Node) -> tuple[ByteSource, int, int]:
     if isinstance(data, Instance) and data.path in ("builtins.bytes", "__builtin__.bytes") and data.arguments == ():
         return MemorySource(b""), 0, 0
     raise CorruptFileError("the bytes of a numpy array are malformed")
-
-
-def replace_data(node: Instance, stored: StoredTensor, new: Tensor) -> Instance:
-    """A copy of an array's node with other elements, laid out as before."""
-    if stored.is_contiguous and stored.storage is not None and not stored.storage.big_endian:
-        data = read_bytes(new)
-    else:
-        from bntool.checkpoints import arrays
-
-        _, data = arrays.place_in_span(stored, new)
-    copy = Instance(node.constructor, node.arguments, construction=node.construction, keywords=node.keywords)
-    if node.path in _FROM_BUFFER:
-        copy.arguments = (_pack(data, like=node.arguments[0]), *node.arguments[1:])
-        copy.updates = list(node.updates)
-    else:
-        copy.updates = [(Update.STATE, (*node.state[:4], _pack(data, like=node.state[4])))]
-    return copy
-
-
-def make_array(tensor: Tensor, *, like: Instance) -> Instance:
-    """A node of a new array.
-
-    Args:
-        like: the node of another array of the file, which shows how bytes are written there.
-    """
-    code = _CODE_OF[tensor.dtype.name]
-    dtype = Instance(Global("numpy", "dtype"), (code, False, True), construction=Construction.REDUCE)
-    order = "<" if tensor.dtype.kind is not NumberKind.BOOL and tensor.dtype.itemsize > 1 else "|"
-    dtype.updates = [(Update.STATE, (3, order, None, None, None, -1, -1, 0))]
-    example = like.arguments[0] if like.path in _FROM_BUFFER else like.state[4]
-    data = _pack(read_bytes(tensor), like=example)
-    copy = Instance(like.constructor, like.arguments, construction=like.construction)
-    if like.path in _FROM_BUFFER:
-        copy.arguments = (data, dtype, tensor.shape, "C")
-    else:
-        copy.updates = [(Update.STATE, (1, tensor.shape, dtype, False, data))]
-    return copy
-
-
-def can_hold(dtype: DType) -> bool:
-    """Whether numpy has the dtype."""
-    return dtype.name in _CODE_OF
-
-
-def _pack(data: bytes, *, like: Node) -> Node:
-    """Bytes in the form in which the file has bytes."""
-    if isinstance(like, ByteString) or (isinstance(like, LongBytes) and like.opcode == 0x54):
-        return ByteString(data)
-    if isinstance(like, bytearray) or (isinstance(like, LongBytes) and like.opcode == 0x96):
-        return bytearray(data)
-    if isinstance(like, Instance):
-        constructor = Global("_codecs", "encode")
-        return Instance(constructor, (data.decode("latin-1"), "latin1"), construction=Construction.REDUCE)
-    return data

@@ -25,6 +25,7 @@ from bntool.checkpoints.containers.pickles.nodes import (
     walk_nodes,
 )
 from bntool.checkpoints.tensors import StoredTensor, Tensor, contiguous_strides, count_elements
+from bntool.checkpoints.torch.array_writing import can_hold, make_array, replace_data
 from bntool.checkpoints.torch.modules import StateDictSource
 from bntool.checkpoints.torch.shared_memory import SharedMemory
 from bntool.checkpoints.torch.state_dicts import RECORD_KEY, TorchContent, metadata_node, shares_metadata
@@ -62,10 +63,10 @@ def collect_changes(checkpoint: Checkpoint) -> TorchChanges:
     Raises:
         RefusedError: tensors would have to be added to or removed from a pickled module, or a dtype has no storage.
     """
-    return ChangeCollector(checkpoint).collect()
+    return _ChangeCollector(checkpoint).collect()
 
 
-class ChangeCollector:
+class _ChangeCollector:
     """Collects the changes of one checkpoint; see :func:`collect_changes`."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
@@ -102,7 +103,16 @@ class ChangeCollector:
                 self.record(state_dict)
         if self.changes.replacements:
             self.find_dropped_storages()
+        self.replace_arrays()
         return self.changes
+
+    def replace_arrays(self) -> None:
+        """Arrays have no storages that could be patched: the node of a changed array gets other bytes."""
+        patches = self.changes.patches
+        for key in [key for key in patches if key in self.reader.array_nodes]:
+            (stored, new), *_ = patches.pop(key)
+            node = self.reader.array_nodes[key]
+            self.changes.replacements[id(node)] = replace_data(node, stored, new)
 
     # nodes are never changed: an edited copy takes their place when the pickle is written
 
@@ -189,7 +199,12 @@ class ChangeCollector:
         return stored.overlaps_itself or self.users.has_other_user(stored, twins)
 
     def new_tensor(self, tensor: Tensor, *, like: StoredTensor) -> Node:
-        """A node for a tensor that needs a storage of its own."""
+        """A node for a tensor that needs a storage of its own, or for an array where its neighbour is one."""
+        array = self.reader.array_nodes.get(_storage_key(like) or "")
+        if array is not None:
+            if not can_hold(tensor.dtype):
+                raise RefusedError(f"a new tensor of dtype {tensor.dtype} cannot be written to this format")
+            return make_array(tensor, like=array)
         storage_name = tensor.dtype.storage
         if storage_name is None:
             raise RefusedError(f"a new tensor of dtype {tensor.dtype} cannot be written to this format")

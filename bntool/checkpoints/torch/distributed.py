@@ -20,12 +20,11 @@ from bntool.checkpoints.containers.pickles.reading import Pickle, read_pickle
 from bntool.checkpoints.containers.pickles.trust import list_globals
 from bntool.checkpoints.dtypes import BY_NAME
 from bntool.checkpoints.files import SourceFile, quote
-from bntool.checkpoints.outputs import OutputFiles
 from bntool.checkpoints.tensors import Storage, StoredTensor
 from bntool.checkpoints.torch.distributed_pieces import FolderReader, Item, Piece, assemble
 from bntool.checkpoints.torch.state_dicts import find_state_dicts, with_tensor_sources
 from bntool.checkpoints.torch.tensors import StorageReference, TensorReader, as_shape
-from bntool.errors import CorruptFileError, RefusedError, UnknownFormatError, UnsafeFileError
+from bntool.errors import CorruptFileError, UnknownFormatError, UnsafeFileError
 
 METADATA = ".metadata"
 MAX_OBJECTS = 10_000  # pickled objects beside the tensors
@@ -38,6 +37,10 @@ class Distributed(Format):
 
     name = "distributed"
     title = "torch.distributed.checkpoint"
+    read_only = (
+        "folders of torch.distributed.checkpoint are read, not written; make one file of it with "
+        "bntool convert CKPT --to torch -o NEW, and work on that"
+    )
 
     def locate(self, path: Path) -> Path | None:
         inside = path / METADATA
@@ -63,13 +66,6 @@ class Distributed(Format):
             state_dicts=state_dicts,
             entries=as_mapping(tree),
             globals=list_globals(pickle, *_read_objects(content, items, folder)),
-        )
-
-    def write(self, checkpoint: Checkpoint, path: Path, output: OutputFiles) -> None:  # noqa: ARG002 (refused)
-        raise RefusedError(
-            "folders of torch.distributed.checkpoint are read, not written; make one file of it with "
-            "bntool convert CKPT --to torch -o NEW, and work on that",
-            path=checkpoint.path,
         )
 
     def can_record(self, checkpoint: Checkpoint, state_dict: StateDict) -> bool:  # noqa: ARG002 (no place for any)

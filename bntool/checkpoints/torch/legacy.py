@@ -11,12 +11,11 @@ from bntool.checkpoints.containers.pickles.nodes import as_mapping, is_mapping, 
 from bntool.checkpoints.containers.pickles.reading import OpcodeBudget, Pickle, read_pickle
 from bntool.checkpoints.containers.pickles.trust import list_globals
 from bntool.checkpoints.files import SourceFile, quote
-from bntool.checkpoints.outputs import OutputFiles
 from bntool.checkpoints.tensors import Storage
-from bntool.checkpoints.torch.mixed_arrays import MixedReader
+from bntool.checkpoints.torch.arrays import ArrayReader
 from bntool.checkpoints.torch.state_dicts import TorchContent, find_state_dicts, metadata_node, read_records
 from bntool.checkpoints.torch.tensors import StorageReference, read_storage_reference
-from bntool.errors import CorruptFileError, RefusedError
+from bntool.errors import CorruptFileError
 
 _MAGIC = 0x1950A86A20F9469CFC6C
 _HEAD = b"\x8a\x0a" + _MAGIC.to_bytes(10, "little")
@@ -48,6 +47,7 @@ class TorchLegacy(Format):
 
     name = "torch-legacy"
     title = "torch (legacy, before 1.6)"
+    writer = "torch.legacy_writing:write"
 
     def recognises(self, path: Path, head: bytes) -> bool:  # noqa: ARG002 (names say nothing)
         return head[:1] == b"\x80" and _HEAD in head[2:32]  # protocols 4 and 5 put a frame before it
@@ -63,7 +63,7 @@ class TorchLegacy(Format):
         keys = read_pickle(file, offset=pickle.end, budget=budget)
         big_endian = as_mapping(system.root).get("little_endian") is False
         layout = LegacyLayout(file, keys, _locate_storages(file, pickle, keys), big_endian)
-        reader = MixedReader(lambda reference: _resolve(layout, reference))
+        reader = ArrayReader(lambda reference: _resolve(layout, reference))
         state_dicts = find_state_dicts(pickle.root, reader)
         return Checkpoint(
             file=file,
@@ -74,18 +74,6 @@ class TorchLegacy(Format):
             records=read_records(state_dicts),
             content=TorchContent(pickle, reader, layout),
         )
-
-    def write(self, checkpoint: Checkpoint, path: Path, output: OutputFiles) -> None:
-        from bntool.checkpoints.torch.array_changes import collect_changes  # only those who write need it
-        from bntool.checkpoints.torch.legacy_writing import write_file
-
-        changes = collect_changes(checkpoint)
-        if changes.loose_record is not None:
-            raise RefusedError(
-                "this file has no place for a record: its state dict has no _metadata. "
-                "Load it and save it again with torch.save, or leave the record out"
-            )
-        write_file(checkpoint, changes, output.open(path))
 
     def can_record(self, checkpoint: Checkpoint, state_dict: StateDict) -> bool:  # noqa: ARG002
         return is_mapping(metadata_node(state_dict.source.node))

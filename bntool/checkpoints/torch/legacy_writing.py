@@ -4,20 +4,34 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator
+from pathlib import Path
 from typing import IO
 
 from bntool.checkpoints.checkpoint import Checkpoint
 from bntool.checkpoints.containers.pickles.writing import write_pickle
 from bntool.checkpoints.files import Chunk, SourceFile
+from bntool.checkpoints.outputs import OutputFiles
 from bntool.checkpoints.tensors import count_elements
-from bntool.checkpoints.torch.changes import TorchChanges
+from bntool.checkpoints.torch.changes import collect_changes
 from bntool.checkpoints.torch.legacy import LegacyLayout, StoredRun
 from bntool.checkpoints.torch.patches import patch_storage, storage_bytes
 from bntool.checkpoints.torch.state_dicts import TorchContent
+from bntool.errors import RefusedError
 
 
-def write_file(checkpoint: Checkpoint, changes: TorchChanges, stream: IO[bytes]) -> None:
-    """Write an edited file: bytes patched in a copy where that is enough, else the pickle and the storages anew."""
+def write(checkpoint: Checkpoint, path: Path, output: OutputFiles) -> None:
+    """Write a file: bytes patched in a copy where that is enough, else the pickle and the storages anew.
+
+    Raises:
+        RefusedError: the file has no place for a record.
+    """
+    changes = collect_changes(checkpoint)
+    if changes.loose_record is not None:
+        raise RefusedError(
+            "this file has no place for a record: its state dict has no _metadata. "
+            "Load it and save it again with torch.save, or leave the record out"
+        )
+    stream = output.open(path)
     content: TorchContent = checkpoint.content
     layout: LegacyLayout = content.container
     stream.writelines(layout.file.chunks(0, content.pickle.start))

@@ -8,14 +8,15 @@ from pathlib import Path
 
 from bntool.checkpoints.checkpoint import Checkpoint, Format, GlobalName, GlobalTrust, StateDict
 from bntool.checkpoints.containers.pickles.nodes import as_mapping, is_mapping
-from bntool.checkpoints.containers.pickles.reading import Pickle, read_pickle
+from bntool.checkpoints.containers.pickles.reading import read_pickle
 from bntool.checkpoints.containers.pickles.trust import list_globals
 from bntool.checkpoints.files import SourceFile, quote
-from bntool.checkpoints.outputs import OutputFiles
+from bntool.checkpoints.tensors import Storage
 from bntool.checkpoints.torch.arrays import ArrayReader
 from bntool.checkpoints.torch.modules import StateDictSource
 from bntool.checkpoints.torch.state_dicts import TorchContent, find_state_dicts
-from bntool.errors import RefusedError, UnknownFormatError
+from bntool.checkpoints.torch.tensors import StorageReference
+from bntool.errors import CorruptFileError, UnknownFormatError
 
 # Caffe2's names as detectron2 reads them (detectron2/checkpoint/c2_model_loading.py)
 _CAFFE2_ENDINGS = {
@@ -31,15 +32,16 @@ class NumpyPickle(Format):
 
     name = "numpy-pickle"
     title = "pickle of numpy arrays"
+    writer = "torch.numpy_pickle_writing:write"
 
     def recognises(self, path: Path, head: bytes) -> bool:
         return (head[:1] == b"\x80" and head[1:2] <= b"\x05") or path.suffix in (".pkl", ".pickle")
 
     def read(self, file: SourceFile) -> Checkpoint:
         pickle = read_pickle(file)
-        reader = ArrayReader()
+        reader = ArrayReader(_no_storage)
         state_dicts = tuple(map(_translate_caffe2, find_state_dicts(pickle.root, reader)))
-        if not reader.nodes:
+        if not reader.array_nodes:
             raise UnknownFormatError(_describe_other_pickle(list_globals(pickle)))
         return Checkpoint(
             file=file,
@@ -50,29 +52,12 @@ class NumpyPickle(Format):
             content=TorchContent(pickle, reader, None),
         )
 
-    def write(self, checkpoint: Checkpoint, path: Path, output: OutputFiles) -> None:
-        from bntool.checkpoints.containers.pickles.writing import write_pickle
-        from bntool.checkpoints.torch.array_changes import collect_changes  # only those who write need it
-
-        pickle: Pickle = checkpoint.content.pickle
-        for state_dict in checkpoint.state_dicts:
-            _check_keys(state_dict)
-        changes = collect_changes(checkpoint)
-        if changes.loose_record is not None:
-            raise RefusedError(
-                "a pickle of numpy arrays has no place for a record; convert it first with "
-                "bntool convert CKPT --to torch -o NEW"
-            )
-        file, stream = checkpoint.file, output.open(path)
-        if not changes.changes_pickle:
-            file.copy_to(stream, offset=0, length=file.size)
-            return
-        write_pickle(stream.write, pickle.root, protocol=pickle.protocol, replacements=changes.replacements)
-        for chunk in file.chunks(pickle.end, file.size - pickle.end):  # what follows is not ours to drop
-            stream.write(chunk)
-
     def can_record(self, checkpoint: Checkpoint, state_dict: StateDict) -> bool:  # noqa: ARG002 (no place for any)
         return False
+
+
+def _no_storage(reference: StorageReference) -> Storage:
+    raise CorruptFileError(f"the pickle of numpy arrays names a torch storage {quote(reference.key)}")
 
 
 def _describe_other_pickle(globals_: Iterable[GlobalName]) -> str:
@@ -103,12 +88,3 @@ def _translate(name: str) -> str:
     layer, _, last = stem.rpartition("_")
     new = _CAFFE2_ENDINGS.get(f"{last}_{ending}")
     return f"{layer}_{new}" if underscore and layer and new else name
-
-
-def _check_keys(state_dict: StateDict) -> None:
-    """Arrays under translated names can change, but not come or go."""
-    source: StateDictSource = state_dict.source
-    inside = as_mapping(source.node)
-    is_translated = any(name not in inside for name in source.tensor_nodes)
-    if is_translated and not state_dict.is_module and list(state_dict.tensors) != list(source.tensor_nodes):
-        raise RefusedError("arrays of a Caffe2 model can change, but not come or go; convert it to torch first")

@@ -21,7 +21,6 @@ from bntool.checkpoints.containers.pickles.reading import OpcodeBudget, Pickle, 
 from bntool.checkpoints.containers.pickles.trust import list_globals
 from bntool.checkpoints.dtypes import BY_STORAGE, DType
 from bntool.checkpoints.files import SourceFile, quote
-from bntool.checkpoints.outputs import OutputFiles
 from bntool.checkpoints.tensors import MAX_DIMENSIONS, Storage, StoredTensor
 from bntool.checkpoints.torch.state_dicts import find_state_dicts, with_tensor_sources
 from bntool.checkpoints.torch.tensors import StorageReference, TensorReader
@@ -32,7 +31,6 @@ _MEMBERS = ("pickle", "tensors", "storages")
 MAX_MEMBERS = 1000
 MAX_TENSORS = 1_000_000  # storages, views and tensors, each
 _PARAMETERS = ("torch.nn.parameter.Parameter", "torch.autograd.variable.Variable")
-_ADVICE = "convert it first with bntool convert CKPT --to torch -o NEW"
 
 
 class TorchTar(Format):
@@ -40,6 +38,7 @@ class TorchTar(Format):
 
     name = "torch-tar"
     title = "torch (tar, before 0.1.2)"
+    writer = "torch.tar_writing:write"
 
     def recognises(self, path: Path, head: bytes) -> bool:  # noqa: ARG002 (names say nothing)
         return head[257:262] == b"ustar" and head[:1] != b"\0"
@@ -60,20 +59,6 @@ class TorchTar(Format):
             entries=as_mapping(main.root) if is_mapping(main.root) else {},
             globals=list_globals(*pickles.found),
         )
-
-    def write(self, checkpoint: Checkpoint, path: Path, output: OutputFiles) -> None:
-        from bntool.checkpoints.torch.patches import patch_storage  # only those who write need it
-        from bntool.checkpoints.value_patches import collect_value_patches
-
-        patches = collect_value_patches(checkpoint, advice=_ADVICE)
-        file = checkpoint.file
-        stream = output.open(path)
-        file.copy_to(stream, offset=0, length=file.size)
-        for changes in patches.values():
-            for start, data in patch_storage(changes, base=0):  # a member keeps its place: offsets in the file count
-                stream.seek(start)
-                stream.write(data)
-        stream.seek(0, 2)
 
     def can_record(self, checkpoint: Checkpoint, state_dict: object) -> bool:  # noqa: ARG002 (no place for any)
         return False

@@ -91,10 +91,14 @@ class TensorReader:
 
     Args:
         resolve: finds the bytes of a storage.
+
+    Attributes:
+        array_nodes: the node of each numpy array that was read, by the key of its storage.
     """
 
     def __init__(self, resolve: StorageResolver) -> None:
         self._resolve = resolve
+        self.array_nodes: dict[str, Instance] = {}
         self._known: dict[int, StoredTensor | None] = {}
         self._depth = 0
         self._storages: dict[tuple[str, DType, tuple[str, int, int] | None], Storage] = {}
@@ -128,9 +132,9 @@ class TensorReader:
         self._known[id(node)] = dataclasses.replace(tensor, is_parameter=True)
         return self._known[id(node)]
 
-    def is_array(self, tensor: StoredTensor) -> bool:  # noqa: ARG002 (for the reader that knows arrays)
+    def is_array(self, tensor: StoredTensor) -> bool:
         """Whether it is one of numpy's, among tensors of torch."""
-        return False
+        return tensor.storage is not None and tensor.storage.key in self.array_nodes
 
     def _read(self, node: Instance) -> StoredTensor | None:
         self._depth += 1

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from bntool.checkpoints.checkpoint import Checkpoint, Format
@@ -14,9 +13,8 @@ from bntool.checkpoints.containers.pickles.reading import OpcodeBudget, Pickle, 
 from bntool.checkpoints.containers.pickles.trust import list_globals
 from bntool.checkpoints.containers.zips.reading import InflatedRecord, ZipArchive, ZipRecord, read_archive
 from bntool.checkpoints.files import SourceFile, quote
-from bntool.checkpoints.outputs import OutputFiles
 from bntool.checkpoints.tensors import Storage
-from bntool.checkpoints.torch.mixed_arrays import MixedReader
+from bntool.checkpoints.torch.arrays import ArrayReader
 from bntool.checkpoints.torch.state_dicts import TorchContent, as_history, find_state_dicts, read_records
 from bntool.checkpoints.torch.tensors import StorageReference
 from bntool.errors import CorruptFileError, UnknownFormatError, UnsafeFileError
@@ -46,12 +44,13 @@ class TorchZip(Format):
 
     name = "torch-zip"
     title = "torch (zip)"
+    writer = "torch.zip_writing:write"
 
     def read(self, file: SourceFile) -> Checkpoint:
         archive = read_archive(file)
         layout = find_layout(archive)
         pickle = read_main_pickle(layout)
-        reader = MixedReader(lambda reference: resolve_storage(layout, reference))
+        reader = ArrayReader(lambda reference: resolve_storage(layout, reference))
         state_dicts = find_state_dicts(pickle.root, reader)
         return Checkpoint(
             file=file,
@@ -62,12 +61,6 @@ class TorchZip(Format):
             records={**read_loose_records(layout), **read_records(state_dicts)},
             content=TorchContent(pickle, reader, layout),
         )
-
-    def write(self, checkpoint: Checkpoint, path: Path, output: OutputFiles) -> None:
-        from bntool.checkpoints.torch.array_changes import collect_changes  # only those who write need it
-        from bntool.checkpoints.torch.zip_writing import write_archive
-
-        write_archive(checkpoint, collect_changes(checkpoint), output.open(path))
 
     def verify_checksums(self, checkpoint: Checkpoint) -> int | None:
         layout: ArchiveLayout = checkpoint.content.container

@@ -2,19 +2,42 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import IO
 
 from bntool.checkpoints.checkpoint import Checkpoint
 from bntool.checkpoints.containers.pickles.writing import write_pickle
 from bntool.checkpoints.containers.zips.writing import ZipWriter, copy_with_patches, patched_chunks
+from bntool.checkpoints.outputs import OutputFiles
 from bntool.checkpoints.tensors import count_elements
-from bntool.checkpoints.torch.changes import TorchChanges
+from bntool.checkpoints.torch.changes import TorchChanges, collect_changes
 from bntool.checkpoints.torch.patches import patch_storage, storage_bytes
 from bntool.checkpoints.torch.zip import ArchiveLayout
+from bntool.errors import RefusedError
 
 
-def write_archive(checkpoint: Checkpoint, changes: TorchChanges, stream: IO[bytes]) -> None:
-    """Write an edited archive: bytes patched where that is enough, else record by record."""
+def write(checkpoint: Checkpoint, path: Path, output: OutputFiles) -> None:
+    """Write an archive of torch.save; see :meth:`bntool.checkpoints.checkpoint.Format.write`."""
+    _write_archive(checkpoint, collect_changes(checkpoint), output.open(path))
+
+
+def write_torchscript(checkpoint: Checkpoint, path: Path, output: OutputFiles) -> None:
+    """Write a TorchScript archive with other elements.
+
+    Raises:
+        RefusedError: keys or attributes change.
+    """
+    changes = collect_changes(checkpoint)
+    if changes.changes_pickle or changes.new_storages:
+        raise RefusedError(
+            "in a TorchScript file elements of tensors can change, but neither keys nor attributes: the compiled "
+            "code relies on them. Change the model before torch.jit.script or torch.jit.trace"
+        )
+    _write_archive(checkpoint, changes, output.open(path))
+
+
+def _write_archive(checkpoint: Checkpoint, changes: TorchChanges, stream: IO[bytes]) -> None:
+    """Bytes are patched where that is enough, else the archive is written record by record."""
     layout: ArchiveLayout = checkpoint.content.container
     if changes.changes_pickle or changes.loose_record is not None or _patches_deflated(layout, changes):
         _rewrite(checkpoint, changes, ZipWriter(stream, has_checksums=layout.archive.has_checksums))

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from bntool.checkpoints.checkpoint import Checkpoint, Format, ModuleInfo, StateDict, find_prefix
 from bntool.checkpoints.containers.zips.reading import InflatedRecord, ZipArchive, ZipRecord, read_archive
 from bntool.checkpoints.dtypes import BY_NAME
 from bntool.checkpoints.files import SourceFile, quote
-from bntool.checkpoints.outputs import OutputFiles
 from bntool.checkpoints.safetensors.file import parse_json
 from bntool.checkpoints.tensors import MAX_DIMENSIONS, Storage, StoredTensor, Tensor
 from bntool.checkpoints.torch.zip import ArchiveLayout, is_big_endian, read_loose_records
@@ -29,9 +27,6 @@ _DTYPES = {
     29: "float8_e4m3fn", 30: "float8_e5m2", 31: "float8_e4m3fnuz", 32: "float8_e5m2fnuz", 33: "float8_e8m0fnu",
     34: "uint32", 35: "uint64",
 }  # fmt: skip
-EXPORT_ADVICE = (
-    "change the model before torch.export.export, or take its tensors out with bntool convert CKPT --to torch"
-)
 
 
 class ExportedProgram(Format):
@@ -39,6 +34,7 @@ class ExportedProgram(Format):
 
     name = "exported-program"
     title = "torch.export (.pt2)"
+    writer = "torch_programs.exported_writing:write"
     holds_code = True
 
     def read(self, file: SourceFile) -> Checkpoint:
@@ -56,17 +52,6 @@ class ExportedProgram(Format):
             records=read_loose_records(layout),
             content=layout,
         )
-
-    def write(self, checkpoint: Checkpoint, path: Path, output: OutputFiles) -> None:
-        from bntool.checkpoints.torch_programs.exported_writing import (  # only those who write need it
-            patch_records,
-            write_archive,
-        )
-        from bntool.checkpoints.value_patches import collect_value_patches
-
-        patches = collect_value_patches(checkpoint, advice=EXPORT_ADVICE, can_record=True)
-        layout: ArchiveLayout = checkpoint.content
-        write_archive(checkpoint, layout, patch_records(layout, patches), output.open(path))
 
     def verify_checksums(self, checkpoint: Checkpoint) -> int | None:
         layout: ArchiveLayout = checkpoint.content

@@ -5,14 +5,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 from bntool.checkpoints.checkpoint import Checkpoint, Format, GlobalName, ModuleInfo, StateDict
 from bntool.checkpoints.containers.pickles.reading import OpcodeBudget, Pickle
 from bntool.checkpoints.containers.pickles.trust import list_globals
 from bntool.checkpoints.containers.zips.reading import InflatedRecord, ZipArchive, ZipRecord, read_archive
 from bntool.checkpoints.files import FileSlice, FileView, SourceFile, quote
-from bntool.checkpoints.outputs import OutputFiles
 from bntool.checkpoints.torch.state_dicts import find_state_dicts, with_tensor_sources
 from bntool.checkpoints.torch.tensors import TensorReader
 from bntool.checkpoints.torch.zip import (
@@ -22,9 +20,9 @@ from bntool.checkpoints.torch.zip import (
     read_main_pickle,
     resolve_storage,
 )
-from bntool.checkpoints.torch_programs.exported import EXPORT_ADVICE, read_json_record
+from bntool.checkpoints.torch_programs.exported import read_json_record
 from bntool.checkpoints.torch_programs.exported_graph import read_batchnorms
-from bntool.errors import CorruptFileError, RefusedError, UnknownFormatError
+from bntool.errors import CorruptFileError, UnknownFormatError
 
 _PROGRAM = "serialized_exported_program.json"
 # in torch 2.1 and 2.2 the names end in .json, but the records are no JSON
@@ -53,6 +51,7 @@ class LegacyExport(Format):
 
     name = "exported-program-legacy"
     title = "torch.export (.pt2, before 2.8)"
+    writer = "torch_programs.exported_writing:write_before_2_8"
     holds_code = True
 
     def read(self, file: SourceFile) -> Checkpoint:
@@ -80,24 +79,6 @@ class LegacyExport(Format):
             records=read_loose_records(outer),
             content=ExportLayout(outer, inner, record),
         )
-
-    def write(self, checkpoint: Checkpoint, path: Path, output: OutputFiles) -> None:
-        from bntool.checkpoints.torch_programs.exported_writing import (  # only those who write need it
-            patch_nested,
-            write_archive,
-        )
-        from bntool.checkpoints.value_patches import collect_value_patches
-
-        layout: ExportLayout = checkpoint.content
-        patches = collect_value_patches(checkpoint, advice=EXPORT_ADVICE, can_record=True)
-        changes = {}
-        if patches:
-            assert layout.inner is not None
-            assert layout.record is not None
-            if any(record.is_deflated for record in layout.inner.archive.records.values()):
-                raise RefusedError("the state dict in this .pt2 archive is compressed, so that no elements can change")
-            changes[layout.record.name] = patch_nested(layout.inner, patches)
-        write_archive(checkpoint, layout.outer, changes, output.open(path))
 
     def verify_checksums(self, checkpoint: Checkpoint) -> int | None:
         layout: ExportLayout = checkpoint.content

@@ -5,18 +5,53 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import IO
 
 from bntool.checkpoints.checkpoint import Checkpoint
 from bntool.checkpoints.containers.zips.writing import ZipWriter, copy_with_patches, patched_chunks, patches_of_nested
 from bntool.checkpoints.files import Chunk
+from bntool.checkpoints.outputs import OutputFiles
 from bntool.checkpoints.torch.patches import patch_storage
 from bntool.checkpoints.torch.zip import ArchiveLayout
-from bntool.checkpoints.value_patches import Patches
+from bntool.checkpoints.torch_programs.exported_before_2_8 import ExportLayout
+from bntool.checkpoints.value_patches import Patches, collect_value_patches
+from bntool.errors import RefusedError
 from bntool.plan import Record
 
+_ADVICE = "change the model before torch.export.export, or take its tensors out with bntool convert CKPT --to torch"
 
-def write_archive(
+
+def write(checkpoint: Checkpoint, path: Path, output: OutputFiles) -> None:
+    """Write an archive of torch 2.8 or later with other elements.
+
+    Raises:
+        RefusedError: something else than elements is to change.
+    """
+    layout: ArchiveLayout = checkpoint.content
+    patches = collect_value_patches(checkpoint, advice=_ADVICE, can_record=True)
+    _write_archive(checkpoint, layout, _patch_records(layout, patches), output.open(path))
+
+
+def write_before_2_8(checkpoint: Checkpoint, path: Path, output: OutputFiles) -> None:
+    """Write an archive of torch 2.1 to 2.7 with other elements.
+
+    Raises:
+        RefusedError: something else than elements is to change, or the state dict in it is compressed.
+    """
+    layout: ExportLayout = checkpoint.content
+    patches = collect_value_patches(checkpoint, advice=_ADVICE, can_record=True)
+    changes = {}
+    if patches:
+        assert layout.inner is not None
+        assert layout.record is not None
+        if any(record.is_deflated for record in layout.inner.archive.records.values()):
+            raise RefusedError("the state dict in this .pt2 archive is compressed, so that no elements can change")
+        changes[layout.record.name] = _patch_nested(layout.inner, patches)
+    _write_archive(checkpoint, layout.outer, changes, output.open(path))
+
+
+def _write_archive(
     checkpoint: Checkpoint, layout: ArchiveLayout, patches: Mapping[str, Iterable[tuple[int, Chunk]]], stream: IO[bytes]
 ) -> None:
     """Write the archive with other bytes of its weights, and the record of what bntool did.
@@ -41,7 +76,7 @@ def write_archive(
     writer.close()
 
 
-def patch_records(layout: ArchiveLayout, patches: Patches) -> dict[str, Iterator[tuple[int, Chunk]]]:
+def _patch_records(layout: ArchiveLayout, patches: Patches) -> dict[str, Iterator[tuple[int, Chunk]]]:
     """The bytes to put over the records of an archive, whose storages have the names of records."""
     records = layout.archive.records
     return {
@@ -50,7 +85,7 @@ def patch_records(layout: ArchiveLayout, patches: Patches) -> dict[str, Iterator
     }
 
 
-def patch_nested(layout: ArchiveLayout, patches: Patches) -> Iterator[tuple[int, Chunk]]:
+def _patch_nested(layout: ArchiveLayout, patches: Patches) -> Iterator[tuple[int, Chunk]]:
     """The bytes to put over an archive of torch.save that is a record of another one; its storages are not deflated."""
     by_record = {}
     for key, patch in patches.items():

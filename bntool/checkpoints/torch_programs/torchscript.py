@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 
 from bntool.checkpoints.checkpoint import (
     Checkpoint,
@@ -18,7 +17,6 @@ from bntool.checkpoints.containers.pickles.nodes import Dict, Instance, Node, as
 from bntool.checkpoints.containers.pickles.trust import list_globals
 from bntool.checkpoints.containers.zips.reading import ZipArchive, read_archive
 from bntool.checkpoints.files import SourceFile
-from bntool.checkpoints.outputs import OutputFiles
 from bntool.checkpoints.tensors import StoredTensor, Tensor
 from bntool.checkpoints.torch.modules import MAX_DEPTH, MAX_EFFORT, MAX_PATH, StateDictSource, plain_attributes
 from bntool.checkpoints.torch.state_dicts import TorchContent
@@ -31,7 +29,7 @@ from bntool.checkpoints.torch.zip import (
     resolve_storage,
 )
 from bntool.checkpoints.torch_programs.torchscript_code import ClassText, CodeReader
-from bntool.errors import RefusedError, UnknownFormatError, UnsafeFileError
+from bntool.errors import UnknownFormatError, UnsafeFileError
 
 RECORD_NAME = "extra/bntool.json"  # where torch.jit.save puts its _extra_files
 
@@ -41,6 +39,7 @@ class TorchScript(Format):
 
     name = "torchscript"
     title = "TorchScript"
+    writer = "torch.zip_writing:write_torchscript"
     holds_code = True
 
     def read(self, file: SourceFile) -> Checkpoint:
@@ -60,18 +59,6 @@ class TorchScript(Format):
             records=read_loose_records(layout),
             content=TorchContent(pickle, reader, layout),
         )
-
-    def write(self, checkpoint: Checkpoint, path: Path, output: OutputFiles) -> None:
-        from bntool.checkpoints.torch.changes import collect_changes  # only those who write need it
-        from bntool.checkpoints.torch.zip_writing import write_archive
-
-        changes = collect_changes(checkpoint)
-        if changes.changes_pickle or changes.new_storages:
-            raise RefusedError(
-                "in a TorchScript file elements of tensors can change, but neither keys nor attributes: the compiled "
-                "code relies on them. Change the model before torch.jit.script or torch.jit.trace"
-            )
-        write_archive(checkpoint, changes, output.open(path))
 
     def verify_checksums(self, checkpoint: Checkpoint) -> int | None:
         layout: ArchiveLayout = checkpoint.content.container

@@ -1,0 +1,86 @@
+"""Writing checkpoints split over several files: each shard as its own format does, and the index."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from bntool.checkpoints.checkpoint import Checkpoint, StateDict
+from bntool.checkpoints.formats import write_checked
+from bntool.checkpoints.outputs import OutputFiles, check_output_differs
+from bntool.checkpoints.safetensors.sharded import Shards, record_home
+from bntool.checkpoints.tensors import Tensor, count_elements
+from bntool.errors import RefusedError
+from bntool.plan import Record
+
+
+def write(checkpoint: Checkpoint, path: Path, output: OutputFiles) -> None:
+    """Write the shards that still hold tensors, and the index.
+
+    Raises:
+        RefusedError: the name of the output is none of an index, or the format of the shards cannot hold an edit.
+    """
+    content: Shards = checkpoint.content
+    if not path.name.endswith(".index.json"):
+        raise RefusedError(
+            "a sharded checkpoint is written as an index and its shards: name an output like "
+            f"FOLDER/{checkpoint.path.name}"
+        )
+    (state_dict,) = checkpoint.state_dicts
+    shard_of = _assign_shards(state_dict, content.shard_of)
+    for name, shard in content.shards.items():
+        target = path.parent / name
+        check_output_differs(shard.file, target)
+        if name not in shard_of.values():  # no tensor is left
+            continue
+        write_checked(_edited_shard(shard, name, checkpoint, shard_of), target, output)
+    index = {**content.index, "weight_map": shard_of}
+    if isinstance(index.get("metadata"), dict) and "total_size" in index["metadata"]:
+        total = sum(t.dtype.byte_count(count_elements(t.shape)) for t in state_dict.tensors.values())
+        index["metadata"] = {**index["metadata"], "total_size": total}
+    output.open(path).write(json.dumps(index, indent=2).encode() + b"\n")
+
+
+def _assign_shards(state_dict: StateDict, known: Mapping[str, str]) -> dict[str, str]:
+    """Each tensor stays where it was; a new one goes where the tensor before it is."""
+    assigned: dict[str, str] = {}
+    current = next(iter(known.values()))
+    for name in state_dict.tensors:
+        current = known.get(name, current)
+        assigned[name] = current
+    return assigned
+
+
+def _edited_shard(shard: Checkpoint, name: str, whole: Checkpoint, shard_of: Mapping[str, str]) -> Checkpoint:
+    """One shard with the edits of the whole checkpoint that concern it."""
+    (edited,) = whole.state_dicts
+    tensors = {key: tensor for key, tensor in edited.tensors.items() if shard_of[key] == name}
+    keeps_record = name == record_home(whole.content.shards, shard_of)
+    (own,) = shard.state_dicts
+    return dataclasses.replace(
+        shard,
+        state_dicts=(dataclasses.replace(own, tensors=_in_own_order(own.tensors, tensors)),),
+        records=whole.records if keeps_record else shard.records,
+        edits=tuple(e for e in whole.edits if not isinstance(e.step, Record) or keeps_record),
+    )
+
+
+def _in_own_order(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The shard's own key order; new keys after the one that they follow in the whole."""
+    ordered: dict[str, Tensor] = {}
+    names = list(tensors)
+    followers: dict[str | None, list[str]] = {}
+    previous: str | None = None
+    for name in names:
+        if name in own:
+            previous = name
+        else:
+            followers.setdefault(previous, []).append(name)
+    for place in [None, *own]:
+        if place is not None and place in tensors:
+            ordered[place] = tensors[place]
+        for follower in followers.get(place, ()):
+            ordered[follower] = tensors[follower]
+    return ordered
