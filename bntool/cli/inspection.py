@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from bntool.cli import options
 from bntool.cli.output import print_report
 from bntool.inspection.findings import Severity
-
-if TYPE_CHECKING:
-    from bntool.reports.blocks import Block
 
 
 def command(
@@ -66,7 +63,7 @@ def command(
     from bntool.cli.main import ExitCode, exit_code_of
     from bntool.errors import BntoolError
     from bntool.inspection.checkpoint import inspect_checkpoint
-    from bntool.reports.inspection import describe_inspection
+    from bntool.reports.inspection import describe_inspection, show_inspection
     from bntool.reports.report import FileReport, Report
 
     reports, code = [], ExitCode.DONE
@@ -86,12 +83,8 @@ def command(
                     verify_checksums=verify_crc,
                 )
                 every = all_tensors or stats
-                blocks: tuple[Block, ...] = ()
-                if not as_json:
-                    from bntool.reports.inspection_tables import show_inspection
-
-                    blocks = tuple(show_inspection(str(path), inspection, every_tensor=every))
                 facts = describe_inspection(inspection, every_tensor=every) if as_json else {}
+                blocks = () if as_json else tuple(show_inspection(str(path), inspection, every_tensor=every))
                 reports.append(FileReport(str(path), facts=facts, blocks=blocks))
                 worst = inspection.worst()
                 if fail_on is not None and worst is not None and worst.rank >= fail_on.rank:

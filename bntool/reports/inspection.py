@@ -1,15 +1,27 @@
-"""What `inspect` found, as JSON data."""
+"""What `inspect` found: as JSON data, and as blocks for people."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
+from bntool.batchnorm import STATISTICS, EpsSource
+from bntool.checkpoints.checkpoint import GlobalTrust
 from bntool.checkpoints.origin import describe_origin
-from bntool.inspection.findings import Finding
+from bntool.inspection.findings import Finding, Severity
 from bntool.inspection.results import Inspection, LayerInspection, StateDictInspection, Summary, TensorInspection
-from bntool.inspection.safety import Safety, judge_safety
+from bntool.inspection.safety import Safety, Verdict, judge_safety
+from bntool.reports.blocks import Block, Cell, Column, Line, Style, Table, line
+from bntool.reports.text import format_number, format_size, plural
+
+NARROW = 76  # columns below which only the statistics are shown
+WIDE = 132  # columns from which on means and findings stand in the table
+_STYLES = {Severity.NOTICE: Style.NOTICE, Severity.WARNING: Style.WARNING, Severity.ERROR: Style.ERROR}
+_MARKS = {Severity.NOTICE: "i", Severity.WARNING: "!", Severity.ERROR: "X"}
+_VERDICTS = {Verdict.HARMLESS: Style.GOOD, Verdict.UNKNOWN: Style.WARNING, Verdict.SUSPICIOUS: Style.ERROR}
+_VECTORS = ("weight", "bias", *STATISTICS)
+_LISTED = 6  # layers named in a finding that concerns many
 
 
 def describe_inspection(inspection: Inspection, *, every_tensor: bool) -> dict[str, Any]:
@@ -113,3 +125,249 @@ def _describe_findings(findings: Iterable[Finding]) -> list[dict[str, Any]]:
         }
         for f in findings
     ]
+
+
+def show_inspection(path: str, inspection: Inspection, *, every_tensor: bool) -> Iterable[Block]:
+    """The blocks for one file."""
+    checkpoint = inspection.checkpoint
+    facts = (checkpoint.format.title, format_size(checkpoint.format.size(checkpoint)), describe_origin(checkpoint))
+    yield Line((Cell(path, Style.HEADING), Cell("  " + ", ".join(fact for fact in facts if fact))))
+    yield from _safety(inspection)
+    if inspection.checksums is not None:
+        yield line(f"checksums: {plural(inspection.checksums, 'record')} verified", Style.GOOD)
+    for state_dict in inspection.state_dicts:
+        yield line()
+        yield from _state_dict_blocks(state_dict, inspection, every_tensor=every_tensor)
+    if inspection.findings:
+        yield line()
+        yield from _finding_lines([(finding, []) for finding in inspection.findings])
+
+
+def _safety(inspection: Inspection) -> Iterable[Block]:
+    names = inspection.checkpoint.globals
+    safety = judge_safety(inspection.checkpoint)
+    if not names and not safety.holds_code:
+        return
+    unsure = [name for name in names if name.trust is not GlobalTrust.KNOWN]
+    reasons = [plural(len(names), "global")] if names else []
+    if names:
+        which = "none" if len(unsure) == len(names) else f"{len(unsure)} not"
+        reasons.append(f"{which} known to be harmless" if unsure else "all known to build data only")
+    if safety.holds_code:
+        reasons.append("the archive holds code")
+    cells = [Cell("safety: "), Cell(safety.verdict.value, _VERDICTS[safety.verdict]), Cell(f" ({', '.join(reasons)})")]
+    for index, name in enumerate(unsure[:_LISTED]):
+        style = Style.ERROR if name.trust is GlobalTrust.SUSPICIOUS else Style.WARNING
+        cells += [Cell(", " if index else ": "), Cell(name.path + ("()" if name.called else ""), style)]
+    cells.append(Cell(f" and {len(unsure) - _LISTED} more" if len(unsure) > _LISTED else ""))
+    yield Line(tuple(cells))
+
+
+def _state_dict_blocks(
+    state_dict: StateDictInspection, inspection: Inspection, *, every_tensor: bool
+) -> Iterable[Block]:
+    source = state_dict.state_dict
+    counts = (
+        f"{plural(len(source.tensors), 'tensor')}: {state_dict.parameters:,} in parameters, "
+        f"{state_dict.buffers:,} in buffers"
+    )
+    prefix = f", prefix {source.prefix!r}" if source.prefix else ""
+    several = len(inspection.checkpoint.state_dicts) > 1
+    chosen = " (the one that other commands take)" if state_dict.chosen and several else ""
+    yield Line(
+        (
+            Cell(f"state dict {source.key!r}" if source.key else "state dict", Style.HEADING),
+            Cell(f"{chosen}{prefix}, {counts}"),
+        )
+    )
+    channels = sum(layer.layer.num_features or 0 for layer in state_dict.layers)
+    others = ", ".join(f"{count} {kind.value}" for kind, count in state_dict.other_norms.items())
+    kind = _common([_kind(layer) for layer in state_dict.layers]) or "BatchNorm"
+    summary = f"{kind}: {plural(len(state_dict.layers), 'layer')}, {plural(channels, 'channel')}"
+    yield line(summary + (f"; other norms: {others}" if others else ""))
+    for architecture in state_dict.architectures:
+        part = "" if architecture.whole else ", in part"
+        yield line(f"names and shapes of {architecture.title}{part}", Style.NOTICE)
+    yield from _common_facts(state_dict.layers)
+    yield from _records(inspection.checkpoint.records.get(source.key, ()))
+    if every_tensor:
+        yield line()
+        yield _tensor_table(state_dict.tensors)
+    elif state_dict.layers:
+        yield line()
+        yield _layer_table(state_dict.layers)
+    whole: list[tuple[Finding, list[str]]] = [(finding, []) for finding in state_dict.findings]
+    grouped = whole + _group(state_dict.layers)
+    if grouped:
+        yield line()
+        yield from _finding_lines(grouped)
+
+
+def _kind(layer: LayerInspection) -> str:
+    """The class where the file holds it: it tells the dimension, which tensors do not."""
+    return layer.layer.class_path.rpartition(".")[2] or layer.layer.kind.value
+
+
+def _common(values: Sequence[Any]) -> Any:
+    """The value that all share, or None."""
+    return values[0] if values and all(value == values[0] for value in values) else None
+
+
+def _common_facts(layers: Sequence[LayerInspection]) -> Iterable[Block]:
+    """What is the same in all layers is said once, not in each row."""
+    if not layers:
+        return
+    said = []
+    tracked = [layer.num_batches_tracked for layer in layers]
+    if _common(tracked) is not None:
+        said.append(f"num_batches_tracked {tracked[0]}")
+    elif all(value is None for value in tracked) and not layers[0].layer.class_path:
+        said.append("num_batches_tracked missing")
+    eps = [layer.layer.eps for layer in layers]
+    if _common(eps) is not None:
+        said.append(f"eps {format_number(eps[0] or 0.0)} ({layers[0].layer.eps_source.value})")
+    elif all(layer.layer.eps_source is EpsSource.UNKNOWN for layer in layers):
+        said.append("eps not in the file")
+    momentum = [layer.layer.momentum for layer in layers]
+    if _common(momentum) is not None:
+        said.append(f"momentum {format_number(momentum[0] or 0.0)}")
+    factors = [_scale_factor(layer) for layer in layers]
+    if _common(factors) is not None:
+        said.append(f"statistics divided by the scale factor {format_number(factors[0] or 0.0, 6)}")
+    if said:
+        yield line("every layer: " + ", ".join(said))
+
+
+def _scale_factor(layer: LayerInspection) -> float | None:
+    """By which Caffe divides the statistics it stores; those shown are divided already."""
+    factor = layer.layer.attributes.get("scale_factor")
+    return factor if isinstance(factor, float) else None
+
+
+def _records(history: Sequence[Any]) -> Iterable[Block]:
+    for entry in history:
+        operation, version = str(entry.get("operation", "?")), str(entry.get("bntool", "?"))
+        layers = entry.get("layers")
+        count = f", {plural(len(layers), 'layer')}" if isinstance(layers, list) else ""
+        yield line(f"recorded: {operation} by bntool {version}{count}", Style.NOTICE)
+
+
+def _worst(findings: Sequence[Finding]) -> Severity | None:
+    return max((finding.severity for finding in findings), key=lambda severity: severity.rank, default=None)
+
+
+def _layer_table(layers: Sequence[LayerInspection]) -> Table:
+    columns = [
+        Column("", narrow=WIDE),
+        Column("layer", shrinks=True),
+        Column("kind"),
+        Column("C", right=True),
+        *(Column(title, right=True, wide=NARROW, narrow=WIDE) for title in ("weight", "bias")),
+        *(Column(title, right=True, narrow=WIDE) for title in ("mean", "var")),
+        *(Column(title, right=True, wide=WIDE) for title in _VECTORS),
+        Column("batches", right=True),
+        Column("eps", right=True),
+        Column("momentum", right=True, wide=WIDE),
+        Column("scale factor", right=True),
+        Column("findings", wide=WIDE),
+    ]
+    kinds = [_kind(layer) for layer in layers]
+    same_count = _common([layer.num_batches_tracked for layer in layers]) is not None
+    same_eps = _common([layer.layer.eps for layer in layers]) is not None
+    same_factor = _common([_scale_factor(layer) for layer in layers]) is not None
+    same_momentum = _common([layer.layer.momentum for layer in layers]) is not None
+    rows = []
+    for layer in layers:
+        norm, worst = layer.layer, _worst(layer.findings)
+        style = _STYLES[worst] if worst else Style.PLAIN
+        momentum = "" if same_momentum or norm.momentum is None else format_number(norm.momentum)
+        eps = "" if same_eps or norm.eps is None else format_number(norm.eps)
+        factor = _scale_factor(layer)
+        count = "" if same_count or layer.num_batches_tracked is None else str(layer.num_batches_tracked)
+        rows.append(
+            (
+                Cell(_MARKS[worst] if worst else "", style),
+                Cell(norm.name, style),
+                Cell("" if _common(kinds) is not None else _kind(layer)),
+                Cell("" if norm.num_features is None else str(norm.num_features)),
+                *(_range_cell(layer.tensors.get(role), digits=2) for role in _VECTORS),
+                *(_range_cell(layer.tensors.get(role), digits=3, mean=True) for role in _VECTORS),
+                Cell(count),
+                Cell(eps),
+                Cell(momentum),
+                Cell("" if same_factor or factor is None else format_number(factor, 6)),
+                Cell(", ".join(finding.short for finding in layer.findings), style),
+            )
+        )
+    return Table(tuple(columns), rows)
+
+
+def _range_cell(summary: Summary | None, *, digits: int, mean: bool = False) -> Cell:
+    """``min..max``, with the mean in between where there is room for it."""
+    if summary is None:
+        return Cell("-", Style.MUTED)
+    if summary.minimum is None or summary.maximum is None or summary.mean is None:
+        return Cell("nan", Style.ERROR)
+    numbers = [summary.minimum, summary.maximum]
+    low, high = (format_number(number, digits) for number in numbers)
+    text = low if low == high else f"{low}..{high}"
+    if mean and low != high:
+        text += f" ({format_number(summary.mean, 2)})"
+    return Cell(text, Style.ERROR if summary.nonfinite else Style.PLAIN)
+
+
+def _tensor_table(tensors: Sequence[TensorInspection]) -> Table:
+    columns = (
+        Column("tensor", shrinks=True),
+        Column("role"),
+        Column("dtype"),
+        Column("shape"),
+        Column("bytes", right=True),
+        Column("min..max (mean)", right=True),
+        Column("non-finite", right=True),
+    )
+    rows = []
+    for tensor in tensors:
+        summary = tensor.summary
+        wrapper = getattr(tensor.tensor, "wrapper", None)
+        nonfinite = str(summary.nonfinite) if summary is not None and summary.nonfinite else ""
+        rows.append(
+            (
+                Cell(tensor.name),
+                Cell(tensor.role),
+                Cell(tensor.tensor.dtype.name + (f" ({wrapper})" if wrapper else "")),
+                Cell("x".join(map(str, tensor.tensor.shape)) or "scalar"),
+                Cell(format_size(getattr(tensor.tensor, "nbytes", 0))),
+                _range_cell(summary, digits=3, mean=True) if summary is not None else Cell(""),
+                Cell(nonfinite, Style.ERROR),
+            )
+        )
+    return Table(columns, rows)
+
+
+def _group(layers: Sequence[LayerInspection]) -> list[tuple[Finding, list[str]]]:
+    """One entry for each code and severity, with the layers that have it, worst first."""
+    grouped: dict[tuple[str, str], tuple[Finding, list[str]]] = {}
+    for layer in layers:
+        for finding in layer.findings:
+            entry = grouped.setdefault((finding.code.value, finding.severity.value), (finding, []))
+            entry[1].append(layer.layer.name)
+    return sorted(grouped.values(), key=lambda entry: -entry[0].severity.rank)
+
+
+def _finding_lines(grouped: Sequence[tuple[Finding, list[str]]]) -> Iterable[Block]:
+    for finding, names in grouped:
+        where = ""
+        if names:
+            listed = ", ".join(names[:_LISTED]) + (f" and {len(names) - _LISTED} more" if len(names) > _LISTED else "")
+            where = f" in {listed}" if len(names) == 1 else f" in {len(names)} layers: {listed}"
+        severity = finding.severity
+        yield Line(
+            (
+                Cell(f"{_MARKS[severity]} {severity.value}", _STYLES[severity]),
+                Cell(f" {finding.code.value}", Style.HEADING),
+                Cell(where),
+            )
+        )
+        example = f"{names[0]}: " if len(names) > 1 else ""
+        yield Line((Cell(example), Cell(finding.message, is_sentence=True)), indent=2)
