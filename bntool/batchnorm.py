@@ -36,6 +36,33 @@ class NormKind(Enum):
         return self in (NormKind.BATCH_NORM, NormKind.FROZEN_BATCH_NORM)
 
 
+# by a part of the class's name, the first that fits; of PyTorch, its libraries, and forks of Caffe
+_CLASS_KINDS = (
+    ("InstanceNorm", NormKind.INSTANCE_NORM),
+    ("FrozenBatchNorm", NormKind.FROZEN_BATCH_NORM),
+    ("FrozenBN", NormKind.FROZEN_BATCH_NORM),
+    ("LayerNorm", NormKind.LAYER_OR_GROUP_NORM),
+    ("GroupNorm", NormKind.LAYER_OR_GROUP_NORM),
+    ("Renorm", NormKind.BATCH_RENORM),
+    ("ReNorm", NormKind.BATCH_RENORM),
+    ("Switchable", NormKind.SWITCH_NORM),
+    ("Ghost", NormKind.GHOST_BATCH_NORM),
+    ("Virtual", NormKind.GHOST_BATCH_NORM),
+    ("BatchNorm", NormKind.BATCH_NORM),
+    ("SyncBN", NormKind.BATCH_NORM),
+    ("InplaceAbn", NormKind.BATCH_NORM),
+    ("InPlaceABN", NormKind.BATCH_NORM),
+)
+FUSED_ACTIVATION_CLASSES = ("InplaceAbn", "InPlaceABN")  # their normalisation is in a function that is not torch's
+
+
+def find_class_kind(name: str) -> NormKind | None:
+    """What a class normalises as, by its name without modules; None for a class that is not known."""
+    if name == "BN":  # of forks of Caffe
+        return NormKind.BATCH_NORM
+    return next((kind for part, kind in _CLASS_KINDS if part in name), None)
+
+
 class EpsSource(Enum):
     """Where eps is known from. A state dict never holds it."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from bntool.batchnorm import ROLES, STATISTICS, BatchNorm, EpsSource, NormKind
+from bntool.batchnorm import ROLES, STATISTICS, BatchNorm, EpsSource, NormKind, find_class_kind
 from bntool.checkpoints.checkpoint import ModuleInfo, StateDict
 from bntool.checkpoints.tensors import Tensor, count_elements
 
@@ -17,15 +17,6 @@ _TELLTALES = {
     "tau": NormKind.FILTER_RESPONSE_NORM,
     "mean_scale": NormKind.GRAPH_NORM,
 }
-
-_CLASS_KINDS = (
-    ("InstanceNorm", NormKind.INSTANCE_NORM),
-    ("FrozenBatchNorm", NormKind.FROZEN_BATCH_NORM),
-    ("LayerNorm", NormKind.LAYER_OR_GROUP_NORM),
-    ("GroupNorm", NormKind.LAYER_OR_GROUP_NORM),
-    ("BatchNorm", NormKind.BATCH_NORM),
-    ("SyncBN", NormKind.BATCH_NORM),
-)
 
 
 def find_norms(state_dict: StateDict) -> tuple[BatchNorm, ...]:
@@ -96,15 +87,12 @@ def _kind_by_class(module: ModuleInfo | None, tensors: Mapping[str, Tensor]) -> 
     """Trust a class name only where the tensors do not contradict it."""
     if module is None:
         return None
-    name = module.class_path.rpartition(".")[2]
-    for part, kind in _CLASS_KINDS:
-        if part in name or (name == "BN" and kind is NormKind.BATCH_NORM):  # of forks of Caffe
-            if kind.is_batch_norm and not all(role in tensors for role in STATISTICS):
-                return NormKind.NORM_WITHOUT_STATISTICS
-            if kind is NormKind.BATCH_NORM:
-                return _kind_by_tensors("", tensors, None, set()) or kind
-            return kind
-    return None
+    kind = find_class_kind(module.class_path.rpartition(".")[2])
+    if kind is None or not kind.is_batch_norm:
+        return kind
+    if not all(role in tensors for role in STATISTICS):
+        return NormKind.NORM_WITHOUT_STATISTICS
+    return (_kind_by_tensors("", tensors, None, set()) or kind) if kind is NormKind.BATCH_NORM else kind
 
 
 def _kind_by_tensors(

@@ -199,5 +199,5 @@ def _read_inputs(model: torch.nn.Module, data: str | None, input_shape: str | No
     if data is not None:
         place, dtype = find_placement(model)
         batches = islice(load_data(data, batch_size=_BATCH_SIZE), _BATCHES)
-        return [move(batch.inputs, device=place, dtype=dtype) for batch in batches]
+        return [move(batch.inputs_for(model), device=place, dtype=dtype) for batch in batches]
     return [make_input(model, parse_shape(input_shape))] if input_shape is not None else []

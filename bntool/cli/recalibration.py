@@ -155,7 +155,7 @@ def command(  # noqa: PLR0915 a third of the statements are imports
     from bntool.recalibration.dtype_limits import fit_plan, list_promoted
     from bntool.recalibration.evaluation import count_flipped, evaluate, is_better, parse_metric
     from bntool.recalibration.live import check_live_statistics, plan_recalibration
-    from bntool.recalibration.output_changes import measure_effects
+    from bntool.recalibration.output_changes import measure_output_changes
     from bntool.recalibration.ranks import join_job
     from bntool.recalibration.warnings import (
         counts_other_classes,
@@ -221,7 +221,7 @@ def command(  # noqa: PLR0915 a third of the statements are imports
             )
         plan = fit_plan(result.plan, chosen, promote=promote)
         check_live_statistics(live, result)
-        effects = measure_effects(live, held_out, result)
+        output_changes = measure_output_changes(live, held_out, result)
         if source.format.can_record(source, chosen):
             facts = {"method": method.value, "prior": prior, "data": data, "seed": seed}
             if precision is not Precision.MODEL:
@@ -241,7 +241,7 @@ def command(  # noqa: PLR0915 a third of the statements are imports
             before=before,
             after=after,
             flipped=count_flipped(before, after),
-            effects=effects,
+            output_changes=output_changes,
             evaluated_on=eval_data or f"{data} (the calibration data)",
             output=written,
             kept=kept,

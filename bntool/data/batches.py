@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -9,13 +10,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils._pytree import tree_map
 
 from bntool.data.preprocessing import Preprocessing
 from bntool.errors import UsageError
 from bntool.models.user_code import running_user_code
+from bntool.modules.calling import copy_tensors, map_leaves, map_tensors, pass_inputs, tensors_in
+from bntool.modules.finding import unwrap
 
 _LABEL_KEYS = ("labels", "label", "y", "targets", "target")
+_UNNAMED = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 _NAMED = 3  # samples that a message names
 
 
@@ -30,6 +33,8 @@ class Batch:
         description: which data it is, e.g. ``samples 64 to 127 of digits.npz``.
         samples: how many.
         names: what to call each sample, e.g. its file; empty where the source cannot tell.
+        is_record: ``inputs`` is a dict as the data has it, of which a model takes what its forward has a name for.
+        label_key: where in that dict the labels were.
     """
 
     inputs: Any
@@ -37,6 +42,8 @@ class Batch:
     description: str
     samples: int
     names: Sequence[str] = field(default=(), repr=False)
+    is_record: bool = False
+    label_key: str | None = None
 
     def describe(self, samples: Sequence[int]) -> str:
         """Some of the samples in words, by position; the batch as a whole where all are meant, or have no names."""
@@ -47,7 +54,7 @@ class Batch:
     def find_bad_samples(self) -> list[int]:
         """Positions of the samples whose inputs hold NaN or infinity; all, where tensors are not by sample."""
         bad: set[int] = set()
-        for tensor in find_tensors(self.inputs):
+        for tensor in tensors_in(self.inputs):
             if tensor.is_floating_point() and not torch.isfinite(tensor).all():
                 by_sample = tensor.ndim > 0 and tensor.shape[0] == self.samples
                 bad.update(find_bad_rows(tensor) if by_sample else range(self.samples))
@@ -61,14 +68,40 @@ class Batch:
             channels_last: lay an input of four dimensions out so; values do not depend on it, speed does.
         """
         device, dtype = find_placement(model)
-        inputs = move(self.inputs, device=device, dtype=dtype)
+        inputs = move(self.inputs_for(model), device=device, dtype=dtype)
         if channels_last and isinstance(inputs, torch.Tensor) and inputs.ndim == 4:
             inputs = inputs.contiguous(memory_format=torch.channels_last)
-        if isinstance(inputs, tuple):
-            return model(*inputs)
-        if isinstance(inputs, Mapping):
-            return model(**inputs)
-        return model(inputs)
+        return pass_inputs(model, inputs)
+
+    def inputs_for(self, model: torch.nn.Module) -> Any:
+        """What :func:`~bntool.modules.calling.pass_inputs` is to give a model: a tensor, a tuple, a list or a dict.
+
+        Of a dict of the data it is what the model's forward has a name for. A single value with tensors goes to its
+        first argument, whatever it is called; labels only to an argument of their name that has no default, or ``y``.
+        """
+        if not self.is_record:
+            return self.inputs
+        try:
+            parameters = dict(inspect.signature(unwrap(model).forward).parameters)
+        except ValueError:  # of a compiled model
+            parameters = {}
+        takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+        named = [name for name, parameter in parameters.items() if parameter.kind not in _UNNAMED]
+        values = dict(self.inputs)
+        with_tensors = [name for name, value in values.items() if tensors_in(value)]
+        if self.label_key in named:
+            is_needed = parameters[self.label_key].default is inspect.Parameter.empty
+            if is_needed or self.label_key == "y":
+                values[self.label_key] = self.labels
+        if len(with_tensors) == 1:
+            key = with_tensors[0]
+            values = {name: value for name, value in values.items() if takes_all or name in named or name == key}
+            if len(values) == 1:
+                return values[key]
+            if key not in named:
+                first = next((name for name in named if name not in values), key)
+                values[first] = values.pop(key)
+        return values
 
 
 @dataclass(frozen=True)
@@ -153,8 +186,8 @@ def split_batch(item: Any, *, source: str, position: int) -> Batch:
     - a tensor: the input;
     - a tuple or list: its first element is the input (a tensor; a tuple, dict or list as in :class:`Batch`), the second
       the labels, as data loaders and ``torch.optim.swa_utils.update_bn`` have it;
-    - a dict: labels are under ``labels``, ``label``, ``y``, ``targets`` or ``target``; what remains are the keyword
-      arguments of the model, or its one argument where only one value holds tensors.
+    - a dict: labels are under ``labels``, ``label``, ``y``, ``targets`` or ``target``; what remains are arguments of
+      the model, see :meth:`Batch.inputs_for`.
 
     Arrays of numpy and whatever converts to them (TensorFlow, JAX) are as good as tensors.
 
@@ -162,23 +195,23 @@ def split_batch(item: Any, *, source: str, position: int) -> Batch:
         UsageError: it is none of these, or holds no tensor.
     """
     item = to_tensors(item)
-    inputs, labels = item, find_label(item)
+    inputs, labels, label_key = item, find_label(item), None
     if isinstance(item, tuple | list) and item:
         inputs = item[0]
     elif isinstance(item, Mapping):
-        inputs = {name: value for name, value in item.items() if name != _find_label_key(item)}
-        with_tensors = [value for value in inputs.values() if next(find_tensors(value), None) is not None]
-        if len(with_tensors) == 1:
-            inputs = with_tensors[0]
-    first = next(find_tensors(inputs), None)
-    if first is None:
+        label_key = _find_label_key(item)
+        inputs = {name: value for name, value in item.items() if name != label_key}
+    tensors = tensors_in(inputs)
+    if not tensors:
         held = item[0] if isinstance(item, tuple | list) and item else item
         raise UsageError(
             f"a batch of {source} holds no tensor but {type(held).__name__}: give tensors, tuples or dicts of them"
         )
+    first = tensors[0]
     count = len(inputs) if isinstance(inputs, list) else (first.shape[0] if first.ndim else 1)
     names = [f"sample {index} of {source}" for index in range(position, position + count)]
-    return Batch(inputs, labels, describe_range(source, position, count), count, names)
+    description, is_record = describe_range(source, position, count), isinstance(item, Mapping)
+    return Batch(inputs, labels, description, count, names, is_record=is_record, label_key=label_key)
 
 
 def find_label(item: Any) -> Any:
@@ -195,15 +228,11 @@ def _find_label_key(item: Mapping[Any, Any]) -> str | None:
 
 def to_tensors(value: Any) -> Any:
     """The same nest with arrays of numpy, TensorFlow or JAX as torch tensors on the CPU."""
-    if isinstance(value, torch.Tensor | str | bytes | np.generic):
-        return value
-    if isinstance(value, Mapping):
-        return {name: to_tensors(item) for name, item in value.items()}
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*map(to_tensors, value))
-    if isinstance(value, tuple | list):
-        return type(value)(map(to_tensors, value))
-    if not hasattr(value, "__array__"):
+    return map_leaves(_to_tensor, value)
+
+
+def _to_tensor(value: Any) -> Any:
+    if isinstance(value, torch.Tensor | str | bytes | np.generic) or not hasattr(value, "__array__"):
         return value
     array = np.asarray(value)
     return torch.from_numpy(np.array(array)) if array.dtype.kind in "fiub" else value
@@ -226,29 +255,9 @@ def find_bad_rows(values: torch.Tensor) -> list[int]:
     return [index for index, good in enumerate(finite.tolist()) if not good]
 
 
-def find_tensors(value: Any) -> Iterator[torch.Tensor]:
-    """All tensors inside nested tuples, lists and dicts."""
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from find_tensors(item)
-    elif isinstance(value, tuple | list):
-        for item in value:
-            yield from find_tensors(item)
-
-
 def move(value: Any, *, device: torch.device | None, dtype: torch.dtype | None) -> Any:
     """The same nest with its tensors on a device, floating ones in a dtype."""
-    if isinstance(value, torch.Tensor):
-        return value.to(device=device, dtype=dtype if value.is_floating_point() else None)
-    if isinstance(value, Mapping):
-        return {name: move(item, device=device, dtype=dtype) for name, item in value.items()}
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(move(item, device=device, dtype=dtype) for item in value))
-    if isinstance(value, tuple | list):
-        return type(value)(move(item, device=device, dtype=dtype) for item in value)
-    return value
+    return map_tensors(lambda tensor: tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype), value)
 
 
 def find_placement(model: torch.nn.Module) -> tuple[torch.device | None, torch.dtype | None]:
@@ -265,21 +274,20 @@ def find_placement(model: torch.nn.Module) -> tuple[torch.device | None, torch.d
 
 def copy_batch(batch: Batch) -> Batch:
     """The batch with tensors of its own."""
-    inputs = tree_map(lambda leaf: leaf.clone() if isinstance(leaf, torch.Tensor) else leaf, batch.inputs)
-    return replace(batch, inputs=inputs)
+    return replace(batch, inputs=copy_tensors(batch.inputs))
 
 
 def cut_batch(batch: Batch, samples: int) -> Batch:
     """The first samples of a batch; the whole batch where its tensors do not share their first dimension."""
-    tensors = list(find_tensors((batch.inputs, batch.labels)))
+    tensors = tensors_in((batch.inputs, batch.labels))
     if (
         batch.samples <= samples
         or isinstance(batch.inputs, list)
         or any(t.layout is not torch.strided or t.ndim == 0 or t.shape[0] != batch.samples for t in tensors)
     ):
         return batch
-    names = batch.names[:samples]
-    return Batch(_first(batch.inputs, samples), _first(batch.labels, samples), batch.description, samples, names)
+    inputs, labels = _first(batch.inputs, samples), _first(batch.labels, samples)
+    return replace(batch, inputs=inputs, labels=labels, samples=samples, names=batch.names[:samples])
 
 
 def _first(value: Any, samples: int) -> Any:

@@ -11,6 +11,7 @@ import torch
 from torch.nn.parameter import is_lazy
 
 from bntool.modules.finding import is_uninitialized, walk_modules
+from bntool.modules.memory import count_writes
 
 _OF_EVERY_MODULE = frozenset(vars(torch.nn.Module()))
 
@@ -127,7 +128,7 @@ class _Elements:
     def __init__(self, tensor: torch.Tensor) -> None:
         self._tensor = tensor
         self._copy = None if is_lazy(tensor) or tensor.is_meta else tensor.detach().clone()
-        self._version = 0 if self._copy is None else self._find_version()
+        self._writes = 0 if self._copy is None else count_writes(tensor)
 
     def give_back(self) -> None:
         if self._copy is not None and self._has_changed(self._copy):
@@ -138,10 +139,7 @@ class _Elements:
         try:
             return not torch.equal(self._tensor, before)
         except RuntimeError:  # sparse and nested tensors cannot be compared, but their changes are counted
-            return self._find_version() != self._version
-
-    def _find_version(self) -> int:
-        return 0 if self._tensor.is_inference() else self._tensor._version
+            return count_writes(self._tensor) != self._writes
 
 
 def is_switching(module: torch.nn.Module) -> bool:

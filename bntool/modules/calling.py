@@ -2,31 +2,99 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import copy
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from collections.abc import Set as AbstractSet
 from typing import Any
 
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten
+from torch.utils._pytree import SUPPORTED_NODES, tree_leaves, tree_map
 
 from bntool.errors import UserCodeError
 from bntool.models.user_code import describe_exception
 
 
-def tensors_in(items: Any) -> list[Tensor]:
-    """The tensors in nested lists, tuples and dicts."""
-    return [item for item in tree_flatten(items)[0] if isinstance(item, Tensor)]
+def leaves_of(item: Any) -> Iterator[Any]:
+    """What nested lists, tuples, sets and mappings of any class hold, and what torch's pytrees know."""
+    if isinstance(item, Tensor):
+        yield item
+    elif isinstance(item, list | tuple | deque | AbstractSet):
+        for inner in item:
+            yield from leaves_of(inner)
+    elif isinstance(item, Mapping):
+        for inner in item.values():
+            yield from leaves_of(inner)
+    elif type(item) in SUPPORTED_NODES:
+        yield from tree_leaves(item)
+    else:
+        yield item
+
+
+def tensors_in(item: Any) -> list[Tensor]:
+    """The tensors among :func:`leaves_of`."""
+    return [leaf for leaf in leaves_of(item) if isinstance(leaf, Tensor)]
+
+
+def map_leaves(function: Callable[[Any], Any], item: Any) -> Any:
+    """The same nest, of the same classes, with what a function makes of each of :func:`leaves_of`."""
+    if isinstance(item, tuple):
+        return _make_tuple(item, [map_leaves(function, inner) for inner in item])
+    if type(item) is list:
+        return [map_leaves(function, inner) for inner in item]
+    if isinstance(item, list | deque):
+        changed = copy.copy(item)  # with whatever a subclass keeps beside its items
+        for index, inner in enumerate(item):
+            changed[index] = map_leaves(function, inner)
+        return changed
+    if isinstance(item, Mapping):
+        values = {name: map_leaves(function, inner) for name, inner in item.items()}
+        if type(item) is dict or not isinstance(item, MutableMapping):
+            return values
+        other = copy.copy(item)
+        for name, value in values.items():
+            other[name] = value
+        return other
+    return tree_map(function, item) if type(item) in SUPPORTED_NODES else function(item)
+
+
+def map_tensors(function: Callable[[Tensor], Any], item: Any) -> Any:
+    """The same nest, of the same classes, with another tensor in the place of each."""
+    return map_leaves(lambda leaf: function(leaf) if isinstance(leaf, Tensor) else leaf, item)
+
+
+def _make_tuple(like: tuple[Any, ...], items: list[Any]) -> Any:
+    """A tuple of the class of another one; constructors of subclasses take who knows what, so none is called."""
+    kind = type(like)
+    try:
+        made = tuple.__new__(kind, items)
+    except TypeError:  # of a class that C makes, as torch.return_types
+        return kind(items)
+    if hasattr(like, "__dict__"):
+        vars(made).update(vars(like))
+    return made
+
+
+def copy_tensors(item: Any) -> Any:
+    """The same nest with tensors of its own."""
+    return map_tensors(Tensor.clone, item)
+
+
+def pass_inputs(model: nn.Module, inputs: Any) -> Any:
+    """Call a model with a tensor, a tuple of positional arguments, or a mapping of keyword arguments."""
+    if isinstance(inputs, Mapping):
+        return model(**inputs)
+    return model(*inputs) if isinstance(inputs, tuple) else model(inputs)
 
 
 def call(model: nn.Module, inputs: Any) -> Any:
-    """The model's answer to a tensor, a tuple of positional arguments, or a dict of keyword arguments.
+    """What :func:`pass_inputs` gives, where what the model raises is the user's to know.
 
     Raises:
         UserCodeError: the model's forward raised.
     """
     try:
-        if isinstance(inputs, Mapping):
-            return model(**inputs)
-        return model(*inputs) if isinstance(inputs, tuple) else model(inputs)
+        return pass_inputs(model, inputs)
     except (Exception, SystemExit) as error:
         shapes = [list(tensor.shape) for tensor in tensors_in(inputs)]
         said = describe_exception(error)

@@ -10,15 +10,11 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.parameter import is_lazy
 from torch.optim.swa_utils import AveragedModel
 
-from bntool.batchnorm import STATISTICS
+from bntool.batchnorm import STATISTICS, NormKind, find_class_kind
 from bntool.checkpoints.checkpoint import find_prefix
 
 _WRAPPERS = (torch.nn.DataParallel, torch.nn.parallel.DistributedDataParallel, AveragedModel)
-# classes that are no torch BatchNorm but normalise as one in eval mode, by a part of their name
-_FROZEN_NAMES = ("FrozenBatchNorm", "FrozenBN")
-_BATCHNORM_NAMES = ("BatchNorm", "InplaceAbn", "InPlaceABN", "SyncBN")
 # what gives away a relative that normalises otherwise
-_FOREIGN_NAMES = ("InstanceNorm", "Renorm", "ReNorm", "Ghost", "Switchable", "Virtual")
 _FOREIGN_TENSORS = ("running_std", "mean_weight", "var_weight", "zero_point", "v", "tau")
 
 
@@ -66,9 +62,9 @@ def find_names(model: torch.nn.Module) -> dict[torch.nn.Module, tuple[str, ...]]
 
 def is_batchnorm(module: torch.nn.Module) -> bool:
     """Whether a module normalises as BatchNorm does, by its class and its tensors."""
-    name = _class_name(module)
+    kind = find_class_kind(_class_name(module))
     # what is compiled has no hooks, and nothing of it can be replaced
-    if isinstance(module, torch.jit.ScriptModule | _InstanceNorm) or any(part in name for part in _FOREIGN_NAMES):
+    if isinstance(module, torch.jit.ScriptModule | _InstanceNorm) or (kind is not None and not kind.is_batch_norm):
         return False
     if any(tensor in module._buffers or tensor in module._parameters for tensor in _FOREIGN_TENSORS):
         return False
@@ -83,12 +79,12 @@ def is_batchnorm(module: torch.nn.Module) -> bool:
     }
     if len(shapes) != 1 or len(next(iter(shapes))) != 1:
         return False
-    return isinstance(module, _BatchNorm) or any(part in name for part in _BATCHNORM_NAMES)
+    return isinstance(module, _BatchNorm) or kind is not None
 
 
 def is_frozen_class(module: torch.nn.Module) -> bool:
     """Whether a module is a FrozenBatchNorm: its class never updates statistics."""
-    return not isinstance(module, _BatchNorm) and any(part in _class_name(module) for part in _FROZEN_NAMES)
+    return not isinstance(module, _BatchNorm) and find_class_kind(_class_name(module)) is NormKind.FROZEN_BATCH_NORM
 
 
 def is_uninitialized(module: torch.nn.Module) -> bool:

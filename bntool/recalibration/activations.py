@@ -14,15 +14,16 @@ from typing import Any
 import torch
 from torch.nn.modules.batchnorm import SyncBatchNorm, _BatchNorm
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
 
+from bntool.batchnorm import FUSED_ACTIVATION_CLASSES
 from bntool.errors import RefusedError
 from bntool.modules.borrowing import Borrowed
+from bntool.modules.calling import tensors_in
+from bntool.modules.memory import count_writes, share_elements
 
 Observe = Callable[[str, torch.nn.Module, torch.Tensor], None]
 _TORCH = (_BatchNorm.forward, SyncBatchNorm.forward)
-_KERNEL = re.compile(r"(^|_)batch_norm(\.|$)")  # torch's functions and operators of that name
-_FOREIGN = ("InplaceAbn", "InPlaceABN")  # whose kernels are not torch's
+_BATCH_NORM = re.compile(r"(^|_)batch_norm(\.|$)")  # torch's functions and operators of that name
 # what reads no element of a tensor: attributes, shapes and views
 _PASSIVE = frozenset((
     "__get__", "__getitem__", "data_ptr", "detach", "dim", "element_size", "expand", "expand_as", "get_device",
@@ -35,10 +36,10 @@ class InterruptedForwardError(BaseException):
     """Ends a forward for a reason that is not the model's. No Exception: a model must not be able to swallow it."""
 
 
-class _Seen(Enum):
+class _Noticed(Enum):
     NOTHING = auto()
-    KERNEL = auto()
-    INPUT = auto()
+    FUNCTION = auto()
+    READ = auto()
 
 
 @dataclass
@@ -48,28 +49,28 @@ class _Call:
     Attributes:
         name, layer: which.
         given: the first tensor that it was called with; None where there is none.
-        seen: how it was noticed that it normalises.
+        noticed: how it was noticed that it normalises.
         measured: what was taken for its activations when it first read its statistics, and the version of these.
     """
 
     name: str
     layer: torch.nn.Module
     given: torch.Tensor | None
-    seen: _Seen = _Seen.NOTHING
+    noticed: _Noticed = _Noticed.NOTHING
     measured: tuple[torch.Tensor, int] | None = None
 
     def uses(self, tensor: torch.Tensor) -> bool:
         """Whether a tensor shows the layer's statistics."""
         own = [self.layer._buffers[role] for role in ("running_mean", "running_var")]
-        return any(buffer is not None and _overlap(tensor, buffer) for buffer in own)
+        return any(buffer is not None and share_elements(tensor, buffer) for buffer in own)
 
 
 class Activations(TorchFunctionMode):
     """Calls back with what layers normalise, while they have not yet looked at their statistics.
 
     torch's own classes normalise what they are called with. Classes with a forward of their own may transpose it, mask
-    it or put it through something else first: what they give torch's kernel together with their statistics counts.
-    Those that call no kernel, such as FrozenBatchNorm, are taken to normalise what they were called with, as it is when
+    it or put it through something else first: what they give torch's function together with their statistics counts.
+    Those that call none, such as FrozenBatchNorm, are taken to normalise what they were called with, as it is when
     they first read their statistics. A layer that is not seen to use them is not called back for.
 
     Args:
@@ -144,46 +145,46 @@ class Activations(TorchFunctionMode):
         kwargs = kwargs or {}
         if self._calls and getattr(function, "__name__", "") not in _PASSIVE:
             with torch._C.DisableTorchFunction(), torch.no_grad():
-                tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
-                is_kernel = bool(_KERNEL.search(getattr(function, "__name__", "")))
+                tensors = tensors_in((args, kwargs))
+                is_batch_norm = bool(_BATCH_NORM.search(getattr(function, "__name__", "")))
                 for call in self._calls:
                     uses = any(map(call.uses, tensors))
-                    if is_kernel and (uses or (call is self._calls[-1] and not self._are_anothers(call, tensors))):
-                        self._note_kernel(call, args[0] if args else kwargs["input"], uses=uses)
+                    if is_batch_norm and (uses or (call is self._calls[-1] and not self._are_anothers(call, tensors))):
+                        self._note_function(call, args[0] if args else kwargs["input"], uses=uses)
                     elif uses:
                         self._note_read(call, tensors)
         return function(*args, **kwargs)
 
     def _are_anothers(self, call: _Call, tensors: Sequence[torch.Tensor]) -> bool:
-        """Whether a kernel is given the statistics of another layer."""
+        """Whether such a function is given the statistics of another layer."""
         others = (_Call(name, layer, None) for name, layer in self._layers.items() if layer is not call.layer)
         return any(other.uses(tensor) for other in others for tensor in tensors)
 
-    def _note_kernel(self, call: _Call, values: torch.Tensor, *, uses: bool) -> None:
-        if call.seen is _Seen.INPUT:
+    def _note_function(self, call: _Call, values: torch.Tensor, *, uses: bool) -> None:
+        if call.noticed is _Noticed.READ:
             if not _is_unchanged(values, call.measured):
                 self._refuse(
                     call.name, "reads its statistics before it normalises something else than it is called with"
                 )
-            call.seen = _Seen.KERNEL
+            call.noticed = _Noticed.FUNCTION
         elif uses:
-            call.seen = _Seen.KERNEL
+            call.noticed = _Noticed.FUNCTION
             self._observe(call.name, call.layer, values)
 
     def _note_read(self, call: _Call, tensors: Sequence[torch.Tensor]) -> None:
-        if call.seen is _Seen.KERNEL:
+        if call.noticed is _Noticed.FUNCTION:
             return
         given = call.given
         activations = [t for t in tensors if t.ndim > 1 and t.numel() > t.shape[1] and not call.uses(t)]
         if given is None or not all(_shows(t, given) for t in activations):
-            self._refuse(call.name, "normalises something else than it is called with, without a kernel of torch's")
+            self._refuse(call.name, "normalises something else than it is called with, without a function of torch's")
         assert given is not None
         if call.measured is None:
-            call.seen = _Seen.INPUT
+            call.noticed = _Noticed.READ
             values = _put_channels_second(given, call.layer)
-            call.measured = values, _find_version(values)
+            call.measured = values, count_writes(values)
             self._observe(call.name, call.layer, values)
-        elif activations and _find_version(call.measured[0]) != call.measured[1]:
+        elif activations and count_writes(call.measured[0]) != call.measured[1]:
             self._refuse(call.name, "changes what it normalises after it has read its statistics")
 
     def _check_own(self, name: str, statistics: torch.Tensor | None, layer: torch.nn.Module) -> None:
@@ -199,16 +200,12 @@ class Activations(TorchFunctionMode):
 
 def _is_direct(layer: torch.nn.Module) -> bool:
     is_torchs = "forward" not in vars(layer) and type(layer).forward in _TORCH
-    return is_torchs or any(name in type(layer).__name__ for name in _FOREIGN)
-
-
-def _find_version(tensor: torch.Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version  # those of inference mode do not count
+    return is_torchs or any(name in type(layer).__name__ for name in FUSED_ACTIVATION_CLASSES)
 
 
 def _is_unchanged(values: torch.Tensor, measured: tuple[torch.Tensor, int] | None) -> bool:
-    """Whether a kernel is given what was measured, or a copy in another layout or dtype."""
-    if measured is None or values.shape != measured[0].shape or _find_version(measured[0]) != measured[1]:
+    """Whether such a function is given what was measured, or a copy in another layout or dtype."""
+    if measured is None or values.shape != measured[0].shape or count_writes(measured[0]) != measured[1]:
         return False
     before = measured[0]
     at_one_place = values.data_ptr() == before.data_ptr() and values.stride() == before.stride()
@@ -217,30 +214,8 @@ def _is_unchanged(values: torch.Tensor, measured: tuple[torch.Tensor, int] | Non
 
 def _shows(tensor: torch.Tensor, given: torch.Tensor) -> bool:
     """Whether a tensor is a view of all of another one, or a copy in another layout or dtype."""
-    is_view = _overlap(tensor, given) and tensor.numel() == given.numel()
+    is_view = share_elements(tensor, given) and tensor.numel() == given.numel()
     return is_view or (tensor.shape == given.shape and torch.equal(tensor.to(given.dtype), given))
-
-
-def _overlap(tensor: torch.Tensor, other: torch.Tensor) -> bool:
-    """Whether a tensor begins inside the memory of another one."""
-    start, begin = _find_address(tensor), _find_address(other)
-    if start is None or begin is None or tensor.device != other.device:
-        return False
-    return 0 <= start - begin < max(_extent(other), 1)
-
-
-def _find_address(tensor: torch.Tensor) -> int | None:
-    """Where a tensor's elements begin; None where it has no memory itself: sparse, nested or wrapped by torch.func."""
-    try:
-        return tensor.data_ptr()
-    except RuntimeError:  # torch has no way to ask
-        return None
-
-
-def _extent(tensor: torch.Tensor) -> int:
-    """Bytes from the first element of a tensor to its last."""
-    steps = zip(tensor.shape, tensor.stride(), strict=True)
-    return (1 + sum((size - 1) * stride for size, stride in steps)) * tensor.element_size()
 
 
 def _find_input(args: Sequence[Any], kwargs: Mapping[str, Any]) -> torch.Tensor | None:

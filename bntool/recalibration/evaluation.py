@@ -9,11 +9,12 @@ from typing import Any
 
 import torch
 
-from bntool.data.batches import Batch, Batches, LeftOut, find_tensors, move, split_batch
+from bntool.data.batches import Batch, Batches, LeftOut, move, split_batch
 from bntool.data.policies import OnBadData
 from bntool.errors import RefusedError, UsageError
 from bntool.models.user_code import import_object, is_factory_spec, running_user_code
 from bntool.modules.borrowing import borrow
+from bntool.modules.calling import tensors_in
 from bntool.modules.finding import walk_modules
 from bntool.recalibration.pooled import Measurement, accept, describe_bad, has_finite_inputs
 
@@ -176,7 +177,7 @@ class _Collection:
     def add(self, output: Any, batch: Batch) -> None:
         output = take_first(move(output, device=torch.device("cpu"), dtype=torch.float32))
         labels = _to_tensor(batch.labels)
-        self.finite &= all(bool(torch.isfinite(t).all()) for t in find_tensors(output) if t.is_floating_point())
+        self.finite &= all(bool(torch.isfinite(t).all()) for t in tensors_in(output) if t.is_floating_point())
         if labels is not None and self.note is None:
             self._check(output, labels)
         is_scores = isinstance(output, torch.Tensor) and output.ndim == 2

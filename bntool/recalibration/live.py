@@ -238,17 +238,17 @@ def _measure_exact(
     run: Run, batches: Batches, blend: _Blend, *, fit_memory: bool
 ) -> tuple[Measurement, int | None, dict[str, int]]:
     """What was measured, the memory forecast for that, and layers called more than once that are left alone."""
-    read, trial = read_what_fits(run, batches, find_ranks(), cut=fit_memory)
+    read, first_forward = read_what_fits(run, batches, find_ranks(), cut=fit_memory)
     reused: dict[str, int] = {}
     few: dict[str, Tally] = {}  # one value for each channel: they keep their statistics, and what follows sees those
-    if trial is None:
+    if first_forward is None:
         return Measurement(), None, reused
-    memory = trial.forecast.need(sum(b.samples for b in read), max((b.samples for b in read), default=0))
+    memory = first_forward.forecast.need(sum(b.samples for b in read), max((b.samples for b in read), default=0))
     while True:
         left_alone = reused.keys() | few.keys()
         others = replace(run, layers={name: layer for name, layer in run.layers.items() if name not in left_alone})
         try:
-            measurement = measure_exact(others, read, blend, trial)
+            measurement = measure_exact(others, read, blend, first_forward)
         except NotSettledError as error:
             reused.update(error.calls)
             continue

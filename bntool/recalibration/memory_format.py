@@ -24,9 +24,9 @@ def is_faster_channels_last(model: torch.nn.Module) -> bool:
     return device is None or device.type == "cpu"
 
 
-def is_laid_out_anew(batch: Batch) -> bool:
-    """Whether a batch is given to the model in other memory than its own when that is channels last."""
-    inputs = batch.inputs
+def is_laid_out_anew(batch: Batch, model: torch.nn.Module) -> bool:
+    """Whether a batch is given to a model in other memory than its own when that is channels last."""
+    inputs = batch.inputs_for(model)
     return (
         isinstance(inputs, torch.Tensor)
         and inputs.ndim == 4

@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 
-from bntool.data.batches import Batch, cut_batch, find_tensors, move
+from bntool.data.batches import Batch, cut_batch, move
 from bntool.models.user_code import running_user_code
 from bntool.modules.borrowing import borrow
+from bntool.modules.calling import tensors_in
 from bntool.modules.finding import find_batchnorm_modules, find_wrapper_prefix, walk_modules
 from bntool.recalibration.drift import find_first_parted
 from bntool.recalibration.evaluation import take_first
@@ -39,7 +40,7 @@ class OutputChange:
 
 
 @dataclass(frozen=True)
-class Effects:
+class OutputChanges:
     """What new statistics do to the outputs.
 
     Attributes:
@@ -56,7 +57,9 @@ class Effects:
     alone: Mapping[str, OutputChange]
 
 
-def measure_effects(model: torch.nn.Module, batches: Iterable[Batch], recalibration: Recalibration) -> Effects | None:
+def measure_output_changes(
+    model: torch.nn.Module, batches: Iterable[Batch], recalibration: Recalibration
+) -> OutputChanges | None:
     """Run a few samples with the stored statistics and with new ones; the model is given back as it was.
 
     Args:
@@ -83,7 +86,7 @@ def measure_effects(model: torch.nn.Module, batches: Iterable[Batch], recalibrat
         return _compare(stored, _run(model, batch, new))
 
     worst = _choose(recalibration)
-    return Effects(
+    return OutputChanges(
         samples=batch.samples,
         finite=_is_finite(stored),
         together=change(names),
@@ -130,7 +133,7 @@ def _count_flipped(before: Any, after: Any) -> float | None:
 
 
 def _find_floating(output: Any) -> list[torch.Tensor]:
-    return [tensor for tensor in find_tensors(output) if tensor.is_floating_point()]
+    return [tensor for tensor in tensors_in(output) if tensor.is_floating_point()]
 
 
 def _is_finite(output: Any) -> bool:

@@ -10,13 +10,14 @@ from functools import partial
 
 import torch
 
-from bntool.data.batches import Batch, LeftOut, find_bad_rows, find_tensors
+from bntool.data.batches import Batch, LeftOut, find_bad_rows
 from bntool.data.policies import OnBadData
 from bntool.errors import RefusedError, UsageError, UserCodeError
 from bntool.models.user_code import running_user_code
 from bntool.modules.borrowing import Borrowed
+from bntool.modules.calling import tensors_in
 from bntool.recalibration.activations import Activations
-from bntool.recalibration.exact.memory import Returning
+from bntool.recalibration.exact.memory import FreedMemory
 from bntool.recalibration.memory_format import MemoryReads, is_faster_channels_last, is_laid_out_anew
 from bntool.recalibration.moments import HALF, Moments, measure, merge
 from bntool.recalibration.ranks import find_ranks
@@ -43,7 +44,7 @@ class TooFewValuesError(BaseException):
 
 @dataclass(frozen=True)
 class Run:
-    """What a pass works with.
+    """What measuring works with.
 
     Attributes:
         model: borrowed, and in eval mode throughout.
@@ -109,7 +110,7 @@ class Part:
 
 @dataclass
 class Measurement:
-    """What a pass over all batches has measured.
+    """What a run of all batches has measured.
 
     Attributes:
         tallies: by layer, in the order in which the layers were first called.
@@ -181,11 +182,11 @@ def _run_batches(run: Run, batches: Iterable[Batch]) -> Iterator[Part]:
     calls: list[tuple[str, Moments]] = []
     activations = Activations(run.layers, run.borrowed, partial(_normalise_by_own, calls))
     _prepare_halves(run.layers)
-    done, memory = 0, Returning()
+    done, memory = 0, FreedMemory()
     for batch in batches:
         memory.return_unused()
         # what is laid out anew is a copy: if the model writes to it, the batch can still be run
-        for layout in (True, False) if channels_last and is_laid_out_anew(batch) else (False,):
+        for layout in (True, False) if channels_last and is_laid_out_anew(batch, run.model) else (False,):
             calls.clear()
             reads = MemoryReads()
             try:
@@ -277,7 +278,7 @@ def accept(left_out: LeftOut, on_bad_data: OnBadData) -> LeftOut:
 
 def has_finite_inputs(batch: Batch) -> bool:
     """Whether no input holds NaN or infinity."""
-    return all(map(_is_finite, find_tensors(batch.inputs)))
+    return all(map(_is_finite, tensors_in(batch.inputs)))
 
 
 def _is_finite(tensor: torch.Tensor) -> bool:

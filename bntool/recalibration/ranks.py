@@ -129,7 +129,7 @@ def join_job() -> Iterator[Ranks]:
 def isolate_forwards(model: torch.nn.Module, borrowed: Borrowed, *, method: Method) -> None:
     """Let no forward wait for other ranks, nor share its work with other devices.
 
-    Not all ranks have as many batches, lanes stop on their way, and replicas have statistics of their own.
+    Not all ranks have as many batches, paused forwards wait on their way, and replicas have statistics of their own.
 
     Raises:
         RefusedError: it cannot be kept from that.

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from bntool.recalibration.drift import LayerDrift
     from bntool.recalibration.evaluation import Evaluation
     from bntool.recalibration.live import Recalibration
-    from bntool.recalibration.output_changes import Effects, OutputChange
+    from bntool.recalibration.output_changes import OutputChange, OutputChanges
 
 _SHOWN = 4  # reasons for leaving samples out that are given
 _RATE = ("top1", "top5")
@@ -29,7 +29,7 @@ class Outcome:
         recalibration: what was computed.
         before, after: the model on the evaluation data, with the old and the new statistics.
         flipped: share of samples predicted as another class; None where outputs are not classes.
-        effects: what the new statistics do to the outputs for a few samples; None where none could be run.
+        output_changes: what the new statistics do to the outputs for a few samples; None where none could be run.
         evaluated_on: which data that was, in words.
         output: the file that was written; None for none.
         kept: the old statistics were as good: nothing was written for that reason.
@@ -43,7 +43,7 @@ class Outcome:
     before: Evaluation
     after: Evaluation
     flipped: float | None
-    effects: Effects | None
+    output_changes: OutputChanges | None
     evaluated_on: str
     output: str | None
     kept: bool
@@ -59,7 +59,7 @@ def describe_recalibration(outcome: Outcome) -> dict[str, Any]:
 
     result = outcome.recalibration
     parted = find_first_parted(result.drifts)
-    alone = outcome.effects.alone if outcome.effects is not None else {}
+    alone = outcome.output_changes.alone if outcome.output_changes is not None else {}
     return {
         "state_dict": result.plan.state_dict,
         "method": result.method.value,
@@ -79,11 +79,11 @@ def describe_recalibration(outcome: Outcome) -> dict[str, Any]:
         "first_parted": parted.layer if parted is not None else None,
         "skips": [{"layer": s.layer, "reason": s.reason.value, "detail": s.detail} for s in result.plan.skips],
         "effects": None
-        if outcome.effects is None
+        if outcome.output_changes is None
         else {
-            "samples": outcome.effects.samples,
-            "finite_before": outcome.effects.finite,
-            "together": _describe_change(outcome.effects.together),
+            "samples": outcome.output_changes.samples,
+            "finite_before": outcome.output_changes.finite,
+            "together": _describe_change(outcome.output_changes.together),
         },
         "evaluation": {
             "data": outcome.evaluated_on,
@@ -124,8 +124,8 @@ def show_recalibration(outcome: Outcome) -> list[Block]:
     if outcome.preprocessing is not None:
         steps = outcome.preprocessing
         blocks.append(line(f"preprocessing: {steps.describe()} ({steps.origin})", Style.MUTED))
-    blocks += [line(), _drift_table(result.drifts, outcome.effects)]
-    blocks += [line(), *_diagnosis(result.drifts), *_effects(outcome.effects)]
+    blocks += [line(), _drift_table(result.drifts, outcome.output_changes)]
+    blocks += [line(), *_diagnosis(result.drifts), *_output_changes(outcome.output_changes)]
     blocks += [
         Line((Cell("left alone ", Style.WARNING), Cell(f"{s.layer}: {s.reason.value} ({s.detail})")), indent=2)
         for s in result.plan.skips
@@ -136,7 +136,7 @@ def show_recalibration(outcome: Outcome) -> list[Block]:
     return [*blocks, line(), *_evaluation(outcome), *_written(outcome)]
 
 
-def _drift_table(drifts: tuple[LayerDrift, ...], effects: Effects | None) -> Table:
+def _drift_table(drifts: tuple[LayerDrift, ...], output_changes: OutputChanges | None) -> Table:
     columns = (
         Column("layer", shrinks=True),
         Column("order", right=True),
@@ -149,7 +149,7 @@ def _drift_table(drifts: tuple[LayerDrift, ...], effects: Effects | None) -> Tab
         Column("channels", right=True, wide=100),
         Column("positions", right=True, wide=100),
     )
-    alone = effects.alone if effects is not None else {}
+    alone = output_changes.alone if output_changes is not None else {}
     order = {drift.layer: index for index, drift in enumerate(drifts, start=1)}
     rows = []
     for drift in sorted(drifts, key=lambda drift: -drift.severity):
@@ -195,15 +195,16 @@ def _diagnosis(drifts: tuple[LayerDrift, ...]) -> list[Block]:
     return [line(f"First layer in execution order to part from the data: {parted.layer} {what}.", Style.NOTICE)]
 
 
-def _effects(effects: Effects | None) -> list[Block]:
-    if effects is None or not effects.alone:
+def _output_changes(output_changes: OutputChanges | None) -> list[Block]:
+    if output_changes is None or not output_changes.alone:
         return []
-    together = effects.together
-    on = f"of {plural(effects.samples, 'sample')}"
-    if not effects.finite or not together.finite:
+    together = output_changes.together
+    on = f"of {plural(output_changes.samples, 'sample')}"
+    if not output_changes.finite or not together.finite:
         words = {True: "finite", False: "NaN or infinite"}
-        text = f"Outputs {on} are {words[effects.finite]} with the stored statistics and {words[together.finite]} with "
-        return [line(text + "the new ones.", Style.WARNING)]
+        before, after = words[output_changes.finite], words[together.finite]
+        text = f"Outputs {on} are {before} with the stored statistics and {after} with the new ones."
+        return [line(text, Style.WARNING)]
     if together.relative is None:
         return []
     flipped = "" if together.flipped is None else f" and {_percent(together.flipped)} of their predictions"

@@ -13,7 +13,7 @@ from torch import nn
 
 from bntool.modules.finding import find_wrapper_prefix, walk_modules
 
-Seen = Mapping[str, Sequence[torch.Tensor]]
+LayerOutputs = Mapping[str, Sequence[torch.Tensor]]
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,9 @@ def watch(model: nn.Module, layers: Collection[str]) -> Iterator[dict[str, list[
 
 
 def compare_layers(
-    points: Mapping[str, str], exact: tuple[Seen, Seen] | None, stored: tuple[Seen, Seen]
+    points: Mapping[str, str],
+    exact: tuple[LayerOutputs, LayerOutputs] | None,
+    stored: tuple[LayerOutputs, LayerOutputs],
 ) -> list[LayerAgreement]:
     """The largest error of each layer.
 

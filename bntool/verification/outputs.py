@@ -15,12 +15,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_flatten, tree_map
 
 from bntool.errors import UserCodeError, VerificationError
 from bntool.modules.borrowing import borrow
-from bntool.modules.calling import call
-from bntool.verification.layer_agreement import LayerAgreement, Seen, compare_layers, relative_error, watch
+from bntool.modules.calling import call, leaves_of, map_tensors
+from bntool.verification.layer_agreement import LayerAgreement, LayerOutputs, compare_layers, relative_error, watch
 
 TOLERANCE = 1e-5  # relative to the largest output; for the tensors as they are written
 EXACT = 1e-9  # the same, in float64
@@ -204,7 +203,7 @@ def _run(model: nn.Module, inputs: Sequence[Any]) -> list[list[torch.Tensor]]:
 
 def _run_watched(
     model: nn.Module, inputs: Sequence[Any], layers: Collection[str]
-) -> tuple[list[list[torch.Tensor]], Seen]:
+) -> tuple[list[list[torch.Tensor]], LayerOutputs]:
     """The outputs for all inputs, and what layers gave for the first."""
     with watch(model, layers) as seen:
         first = run_model(model, inputs[0])
@@ -214,17 +213,15 @@ def _run_watched(
 def _cast(item: Any, dtype: torch.dtype | None) -> Any:
     """A copy, floating tensors in another dtype."""
 
-    def convert(value: Any) -> Any:
-        if not isinstance(value, torch.Tensor):
-            return value
+    def convert(value: torch.Tensor) -> torch.Tensor:
         return value.to(dtype) if dtype is not None and value.is_floating_point() else value.clone()
 
-    return tree_map(convert, item)
+    return map_tensors(convert, item)
 
 
 def find_outputs(value: Any, depth: int = 3) -> Iterator[torch.Tensor]:
     """Copies of the floating tensors of an output, also in objects that torch does not know."""
-    for leaf in tree_flatten(value)[0]:
+    for leaf in leaves_of(value):
         if isinstance(leaf, torch.Tensor):
             if leaf.is_floating_point():
                 yield leaf.detach().clone()

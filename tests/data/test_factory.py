@@ -147,7 +147,8 @@ def test_every_kind_gives_all_samples_as_often_as_asked(spec, name):
     data = load_data(spec(name), batch_size=4)
     for _ in range(2):
         batches = list(data)
-        assert torch.cat([batch.inputs for batch in batches]).flatten().tolist() == list(range(10))
+        given = [batch.inputs_for(torch.nn.Flatten()) for batch in batches]
+        assert torch.cat(given).flatten().tolist() == list(range(10))
         if name != "batches":
             labels = [torch.as_tensor(batch.labels) for batch in batches]
             assert torch.cat(labels).tolist() == list(range(10))
@@ -215,7 +216,7 @@ def test_batches_of_every_form():
     assert split((x, y)).labels is y
     assert split([x, y]).inputs is x
     assert split(((x, x), y)).inputs == (x, x)
-    assert split({"image": x, "label": y}).inputs is x
+    assert split({"image": x, "label": y}).inputs_for(torch.nn.Flatten()) is x
     assert list(split({"a": x, "b": x, "labels": y}).inputs) == ["a", "b"]
     assert split([[x[0], x[1]], None]).samples == 2
     assert split(x).description == "samples 5 to 7 of test"

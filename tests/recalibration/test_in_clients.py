@@ -404,8 +404,8 @@ class InQueue(nn.Module):
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_thread_that_hands_over_nothing_is_not_waited_for(monkeypatch):
-    monkeypatch.setattr("bntool.recalibration.exact.paused_forwards._FAREWELL", 0.1)
-    monkeypatch.setattr("bntool.recalibration.exact.paused_forwards._PATIENCE", 1000.0)
+    monkeypatch.setattr("bntool.recalibration.exact.paused_forwards._ENDING_SECONDS", 0.1)
+    monkeypatch.setattr("bntool.recalibration.exact.paused_forwards._IDLE_SECONDS", 1000.0)
     model, batches = InQueue(), make_batches()
     with pytest.raises(RefusedError, match="the model calls this layer in a thread of its own"):
         recalibrate(model, batches, method="exact")
@@ -672,9 +672,10 @@ class Boxes(list):
         self.kind = kind
 
 
-def test_batches_that_cannot_be_taken_apart_are_the_users():
-    with pytest.raises(UserCodeError, match="reading the batches given raised TypeError"):
-        recalibrate(nn.BatchNorm2d(3), [Boxes(make_batches(), "boxes")])
+def test_batches_of_a_class_of_their_own_are_taken_apart():
+    model, (images, *others) = nn.BatchNorm2d(3), make_batches()
+    recalibrate(model, [Boxes([images, *others], "boxes")])
+    assert_stores(model, [images])
 
 
 def test_a_replicating_model_runs_on_one_device():

@@ -11,6 +11,7 @@ from torch.nn.parameter import is_lazy
 
 from bntool.graphs.graph import Node, Owner
 from bntool.modules.finding import find_wrapper_prefix, walk_modules
+from bntool.modules.memory import share_elements, storage_key
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ class ParameterIndex:
             self._by_storage.setdefault(storage_key(tensors[identity]), []).append((parameter, tensors[identity]))
         for entries in self._by_storage.values():
             for parameter, tensor in entries:
-                if any(_overlap(tensor, other) for _, other in entries if other is not tensor):
+                if any(share_elements(tensor, other) for _, other in entries if other is not tensor):
                     self._mark_tied(parameter, tensor)
 
     def _mark_tied(self, parameter: Parameter, tensor: torch.Tensor) -> None:
@@ -98,7 +99,7 @@ class ParameterIndex:
         return frozenset(
             parameter.name
             for parameter, candidate in self._by_storage.get(storage_key(tensor), ())
-            if candidate is tensor or _overlap(candidate, tensor)
+            if candidate is tensor or share_elements(candidate, tensor)
         )
 
     def tensor(self, parameter: Parameter) -> torch.Tensor:
@@ -148,22 +149,3 @@ class ParameterIndex:
     @property
     def tied(self) -> frozenset[str]:
         return frozenset(name for name, parameter in self.by_name.items() if parameter.tied)
-
-
-def storage_key(tensor: torch.Tensor) -> int:
-    """Names the storage of a tensor while that storage lives."""
-    return int(tensor.untyped_storage()._cdata)
-
-
-def _overlap(first: torch.Tensor, second: torch.Tensor) -> bool:
-    def span(tensor: torch.Tensor) -> tuple[int, int]:
-        start = int(tensor.storage_offset()) * tensor.element_size()
-        if tensor.numel() == 0:
-            return start, start
-        last = sum(
-            (int(extent) - 1) * int(stride) for extent, stride in zip(tensor.shape, tensor.stride(), strict=True)
-        )
-        return start, start + (last + 1) * tensor.element_size()
-
-    (a, b), (c, d) = span(first), span(second)
-    return a < d and c < b

@@ -11,17 +11,16 @@ keeps) count as read.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as hooks
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from bntool.graphs.escapes import Escapes
 from bntool.graphs.graph import ModelGraph, Node, NodeKind
 from bntool.graphs.traced import operators
 from bntool.graphs.traced.calls import Affine, CallFacts, call_facts, describe_affine, is_frozen_batchnorm, late_bias
@@ -30,7 +29,7 @@ from bntool.graphs.traced.parameters import Parameter, ParameterIndex
 from bntool.graphs.traced.reads import Reads
 from bntool.graphs.traced.tracked_tensors import TrackedTensors
 from bntool.modules.borrowing import borrow
-from bntool.modules.calling import call, tensors_in
+from bntool.modules.calling import call, copy_tensors, map_leaves, tensors_in
 
 
 def trace(model: nn.Module, inputs: Any) -> ModelGraph:
@@ -46,11 +45,29 @@ def trace(model: nn.Module, inputs: Any) -> ModelGraph:
     with borrow(model), torch.no_grad():
         model.eval()
         recorder = _Recorder(ParameterIndex(model))
-        copies = tree_map(lambda item: item.clone() if isinstance(item, Tensor) else item, inputs)
+        copies = copy_tensors(inputs)
         with recorder.observe(copies):
             outputs = call(model, copies)
         recorder.close(outputs, copies)
         return recorder.finish()
+
+
+# what hands elements to Python or to another library: no operations that a dispatch mode sees
+_ELEMENT_READS = frozenset((Tensor.numpy, Tensor.tolist, Tensor.__array__, Tensor.__dlpack__))
+
+
+class _ElementReads(TorchFunctionMode):
+    """Notes which tensors are read in Python, with all dispatch modes off."""
+
+    def __init__(self, note: Callable[[Tensor], None]) -> None:
+        super().__init__()
+        self._note = note
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function in _ELEMENT_READS:
+            with _disable_current_modes():
+                self._note(args[0])
+        return function(*args, **(kwargs or {}))
 
 
 @dataclass
@@ -79,7 +96,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.give_fresh_labels(self.add_node(NodeKind.INPUT, "input"), [tensor], axis=1)
         handles = [hooks.register_module_forward_pre_hook(self.enter), hooks.register_module_forward_hook(self.leave)]
         try:
-            with self, Escapes(self.record_escape):
+            with self, _ElementReads(self.record_elements_read):
                 yield
         finally:
             for handle in handles:
@@ -180,7 +197,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if self.branches_at is None:
             self.branches_at = node.index
 
-    def record_escape(self, tensor: Tensor) -> None:
+    def record_elements_read(self, tensor: Tensor) -> None:
         """The elements of a tensor leave torch."""
         if self.labels_of(tensor) is not None:
             self.record_branch()
@@ -209,7 +226,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             found = labels[id(item)]
             return self.label_constant(item) if found is None and joins else item if found is None else found
 
-        moved = replay(function, tree_map(substitute, arguments), tree_map(substitute, keywords))
+        moved = replay(function, map_leaves(substitute, arguments), map_leaves(substitute, keywords))
         if moved is None or [m.shape for m in moved] != [o.shape for o in outputs]:
             return False
         for tensor, its_labels in zip(outputs, moved, strict=True):

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from bntool.graphs.traced.parameters import storage_key
 from bntool.modules.calling import tensors_in
+from bntool.modules.memory import storage_key
 
 
 def _by_tensor() -> Any:

@@ -10,11 +10,13 @@ from dataclasses import dataclass
 
 import torch
 
-from bntool.data.batches import Batch, Batches, copy_batch, cut_batch, find_placement, find_tensors
+from bntool.data.batches import Batch, Batches, copy_batch, cut_batch, find_placement
 from bntool.errors import RefusedError, UserCodeError
 from bntool.models.user_code import running_user_code
 from bntool.modules.borrowing import borrow
-from bntool.recalibration.exact.memory import Forecast, LiveTensors, find_available, find_thread_space
+from bntool.modules.calling import tensors_in
+from bntool.modules.memory import count_writes
+from bntool.recalibration.exact.memory import LiveTensors, MemoryForecast, find_available, find_thread_space
 from bntool.recalibration.memory_format import MemoryReads, is_faster_channels_last
 from bntool.recalibration.pooled import Run
 from bntool.recalibration.ranks import NoExchange, Ranks
@@ -23,7 +25,7 @@ _SAMPLES = 2
 
 
 @dataclass(frozen=True)
-class Trial:
+class FirstForward:
     """What a first forward of a few samples shows.
 
     Attributes:
@@ -33,11 +35,11 @@ class Trial:
     """
 
     channels_last: bool
-    forecast: Forecast
+    forecast: MemoryForecast
     writes_to_inputs: bool
 
 
-def try_out(run: Run, batch: Batch) -> Trial:
+def run_first_forward(run: Run, batch: Batch) -> FirstForward:
     """Run a few samples of a batch to see how the model goes about it.
 
     Raises:
@@ -48,23 +50,23 @@ def try_out(run: Run, batch: Batch) -> Trial:
     for part, channels_last in ((few, True), (few, False), (batch, True)):
         if not channels_last or is_faster_channels_last(run.model):
             with contextlib.suppress(UserCodeError):  # it is to raise with the whole batch as it is, too
-                return _try_out(run, part, channels_last=channels_last)
-    return _try_out(run, batch, channels_last=False)
+                return _run_few(run, part, channels_last=channels_last)
+    return _run_few(run, batch, channels_last=False)
 
 
-def _try_out(run: Run, batch: Batch, *, channels_last: bool) -> Trial:
+def _run_few(run: Run, batch: Batch, *, channels_last: bool) -> FirstForward:
     given, batch = batch, copy_batch(batch)  # the model may write to what it is given
     with borrow(run.model) as borrowed, NoExchange(), LiveTensors() as memory:
         for layer in run.layers.values():
             borrowed.add_forward_pre_hook(layer, lambda _module, _args: memory.note_waiting())
         with MemoryReads() as reads, running_user_code(f"running the model on {batch.description}"):
             batch.run(run.model, channels_last=channels_last)
-    size = sum(tensor.numel() * tensor.element_size() for tensor in find_tensors(batch.inputs))
-    pairs = zip(find_tensors(given.inputs), find_tensors(batch.inputs), strict=True)
+    size = sum(tensor.numel() * tensor.element_size() for tensor in tensors_in(batch.inputs))
+    pairs = zip(tensors_in(given.inputs), tensors_in(batch.inputs), strict=True)
     samples = max(batch.samples, 1)
-    return Trial(
+    return FirstForward(
         channels_last=channels_last and not reads.happened,
-        forecast=Forecast(
+        forecast=MemoryForecast(
             waiting=(memory.waiting + size) / samples,
             running=memory.peak / samples,
             thread=find_thread_space(),
@@ -75,10 +77,10 @@ def _try_out(run: Run, batch: Batch, *, channels_last: bool) -> Trial:
 
 def _is_changed(after: torch.Tensor, before: torch.Tensor) -> bool:
     # tensors of inference mode count no changes
-    return not torch.equal(after, before) if after.is_inference() else after._version > 0
+    return not torch.equal(after, before) if after.is_inference() else count_writes(after) > 0
 
 
-def read_what_fits(run: Run, batches: Batches, ranks: Ranks, *, cut: bool) -> tuple[list[Batch], Trial | None]:
+def read_what_fits(run: Run, batches: Batches, ranks: Ranks, *, cut: bool) -> tuple[list[Batch], FirstForward | None]:
     """Read this rank's batches, if what a sweep over them keeps fits into memory.
 
     Args:
@@ -88,7 +90,7 @@ def read_what_fits(run: Run, batches: Batches, ranks: Ranks, *, cut: bool) -> tu
         cut: where not all fit, stop at as many as do.
 
     Returns:
-        The batches, and what the trial showed; None where no rank has a batch.
+        The batches, and what the first forward showed; None where no rank has a batch.
 
     Raises:
         RefusedError: not all fit and ``cut`` is not given, or not even one batch fits.
@@ -105,19 +107,19 @@ def read_what_fits(run: Run, batches: Batches, ranks: Ranks, *, cut: bool) -> tu
     if not any(have_some):
         return [], None
     leader = have_some.index(True)
-    trial = ranks.share(lambda: try_out(run, first[0]) if ranks.rank == leader else None)[leader]
-    assert trial is not None
+    shown = ranks.share(lambda: run_first_forward(run, first[0]) if ranks.rank == leader else None)[leader]
+    assert shown is not None
     read: list[Batch] = []
     available = find_available(find_placement(run.model)[0])
-    ranks.share(lambda: read.extend(_take(first, iterator, batches.samples, trial.forecast, available, cut=cut)))
-    return read, trial
+    ranks.share(lambda: read.extend(_take(first, iterator, batches.samples, shown.forecast, available, cut=cut)))
+    return read, shown
 
 
 def _take(
     first: Sequence[Batch],
     others: Iterator[Batch],
     announced: int | None,
-    forecast: Forecast,
+    forecast: MemoryForecast,
     available: int | None,
     *,
     cut: bool,

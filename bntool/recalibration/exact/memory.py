@@ -14,7 +14,9 @@ from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+
+from bntool.modules.calling import tensors_in
+from bntool.modules.memory import storage_key
 
 _ARENA, _STACK = 64 << 20, 8 << 20  # glibc's heaps on 64 bits, and Linux's usual stack
 _SPARE = 0.6  # share of memory that tensors can fill: kernels need room, allocators keep what was freed
@@ -22,8 +24,8 @@ _PAUSE = 0.25  # seconds; what is returned has to be asked for again
 
 
 @dataclass(frozen=True)
-class Forecast:
-    """Memory of a forward, from a trial with few samples.
+class MemoryForecast:
+    """Memory of a forward, from a first forward with few samples.
 
     Attributes:
         waiting: bytes for each sample that are alive while its batch waits at the layer where most are.
@@ -72,15 +74,13 @@ class LiveTensors(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        for value in tree_leaves(result):
-            if isinstance(value, torch.Tensor):
-                self._add(value)
+        for tensor in tensors_in(result):
+            self._add(tensor)
         return result
 
     def _add(self, tensor: torch.Tensor) -> None:
         with contextlib.suppress(NotImplementedError):  # sparse tensors have no storage
-            storage = tensor.untyped_storage()
-            key = storage._cdata
+            storage, key = tensor.untyped_storage(), storage_key(tensor)
             if key in self._sizes:
                 return
             self._sizes[key] = storage.nbytes()
@@ -93,7 +93,7 @@ class LiveTensors(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._references.pop(key, None)
 
 
-class Returning:
+class FreedMemory:
     """Returns to the system, now and then, what malloc keeps of freed memory.
 
     A batch leaves holes that the next one does not fill: without this the peak grows by a tenth. Where the C library is

@@ -14,16 +14,16 @@ from bntool.data.batches import find_placement
 from bntool.errors import RefusedError
 from bntool.recalibration.moments import Moments
 
-_PATIENCE = 30.0  # seconds; a forward that uses no CPU time for so long waits for another
+_IDLE_SECONDS = 30.0  # seconds; a forward that uses no CPU time for so long waits for another
 
-_FAREWELL = 5.0  # seconds; a forward that is abandoned ends at once unless it waits for something else
+_ENDING_SECONDS = 5.0  # seconds; a forward that is abandoned ends at once unless it waits for something else
 
 
 class AbandonedError(BaseException):
     """Raised inside the model's forward of a batch that is not to go on."""
 
 
-class Lane:
+class PausedForward:
     """One batch on its way through the model, in a thread of its own that runs only while it is its turn.
 
     The thread is what lets a forward stop in the middle of any model's code and go on later.
@@ -37,7 +37,7 @@ class Lane:
         self._error: BaseException | None = None
         self._abandoned = False
         context = contextvars.copy_context()
-        self._thread = threading.Thread(target=context.run, args=(self._main,), daemon=True, name="bntool-lane")
+        self._thread = threading.Thread(target=context.run, args=(self._main,), daemon=True, name="bntool-forward")
 
     def _main(self) -> None:
         self._go.acquire()
@@ -69,15 +69,15 @@ class Lane:
 
     def _wait_for_return(self) -> None:
         used = time.process_time()
-        while not self._back.acquire(timeout=_PATIENCE):
+        while not self._back.acquire(timeout=_IDLE_SECONDS):
             before, used = used, time.process_time()
-            if used - before < _PATIENCE / 100:
+            if used - before < _IDLE_SECONDS / 100:
                 raise RefusedError(
                     "the model waits for something that another batch holds, perhaps a lock in its forward; exact "
                     "statistics need all batches on their way at once, use the method pooled"
                 )
 
-    def stop_at(self, layer: str, moments: Moments) -> None:
+    def pause_at(self, layer: str, moments: Moments) -> None:
         """Called by the run itself: hand the turn back and wait for the next."""
         if self._abandoned:  # code of the model caught what ended it at an earlier layer
             raise AbandonedError
@@ -103,11 +103,11 @@ class Lane:
     def join(self) -> None:
         """Wait until the thread of an abandoned run has ended."""
         if self._thread.ident:
-            self._thread.join(timeout=_FAREWELL)
+            self._thread.join(timeout=_ENDING_SECONDS)
 
 
 def copy_context(model: torch.nn.Module) -> Callable[[], contextlib.AbstractContextManager[None]]:
-    """What is set for this thread only and must hold in the lanes: no gradients, autocast, modes, the CUDA device."""
+    """What is set for this thread and must hold in theirs: no gradients, autocast, modes, the CUDA device."""
     device, _ = find_placement(model)
     kind = device.type if device is not None else "cpu"
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None

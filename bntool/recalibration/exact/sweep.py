@@ -14,9 +14,9 @@ from bntool.errors import RefusedError
 from bntool.models.user_code import running_user_code
 from bntool.modules.borrowing import Borrowed, borrow
 from bntool.recalibration.activations import Activations
-from bntool.recalibration.exact.check_alone import Witness
-from bntool.recalibration.exact.first_forward import Trial
-from bntool.recalibration.exact.paused_forwards import Lane, copy_context
+from bntool.recalibration.exact.first_forward import FirstForward
+from bntool.recalibration.exact.lone_batch import LoneBatch
+from bntool.recalibration.exact.paused_forwards import PausedForward, copy_context
 from bntool.recalibration.exact.repeated_calls import Finish, RepeatedCalls
 from bntool.recalibration.moments import Moments, measure
 from bntool.recalibration.pooled import (
@@ -33,7 +33,7 @@ from bntool.recalibration.pooled import (
 from bntool.recalibration.ranks import Ranks, find_ranks
 
 
-def measure_exact(run: Run, batches: Iterable[Batch], finish: Finish, trial: Trial) -> Measurement:
+def measure_exact(run: Run, batches: Iterable[Batch], finish: Finish, first_forward: FirstForward) -> Measurement:
     """Measure in each layer what it sees when all layers before it have their final statistics.
 
     All batches wait at a layer; their moments are pooled, its final statistics are set, and all go on. So after it the
@@ -63,10 +63,12 @@ def measure_exact(run: Run, batches: Iterable[Batch], finish: Finish, trial: Tri
         counts = ranks.share(partial(_count, good.values()))
         result.batches, result.samples = (sum(column) for column in zip(*counts, strict=True))
         leader = next((rank for rank, (count, _) in enumerate(counts) if count), None)
-        witness = Witness(good) if ranks.rank == leader else None
+        lone_batch = LoneBatch(good) if ranks.rank == leader else None
         try:
             with borrow(run.model) as borrowed:
-                sweep = _Sweep(run, borrowed, finish, ranks, witness, samples=result.samples, trial=trial)
+                sweep = _Sweep(
+                    run, borrowed, finish, ranks, lone_batch, samples=result.samples, first_forward=first_forward
+                )
                 result.tallies = sweep.repeat(good)
                 borrowed.reset()
                 sweep.check_alone()
@@ -91,7 +93,7 @@ class BadBatchesError(Exception):
 
 
 @dataclass(frozen=True)
-class Stop:
+class Pause:
     """Where a batch is: at a layer, with what it gives it; at its end; or left out for what it gives a layer."""
 
     position: int
@@ -105,10 +107,10 @@ class _Sweep:
     """Sweeps of all batches over all layers.
 
     Args:
-        run, finish, trial: see :func:`measure_exact`.
+        run, finish, first_forward: see :func:`measure_exact`.
         borrowed: to add hooks through.
         ranks: of the job.
-        witness: that watches one of this rank's batches.
+        lone_batch: that watches one of this rank's batches.
         samples: of all ranks.
     """
 
@@ -118,17 +120,17 @@ class _Sweep:
         borrowed: Borrowed,
         finish: Finish,
         ranks: Ranks,
-        witness: Witness | None,
+        lone_batch: LoneBatch | None,
         *,
         samples: int,
-        trial: Trial,
+        first_forward: FirstForward,
     ) -> None:
         self._run = run
         self._ranks = ranks
         self._samples = samples
-        self._trial = trial
-        self._current: Lane | None = None
-        self._witness = witness
+        self._first_forward = first_forward
+        self._current: PausedForward | None = None
+        self._lone_batch = lone_batch
         self._position = 0
         self._activations = Activations(run.layers, borrowed, self._observe)
         self._calls = RepeatedCalls(lambda name, tally: finish(name, tally, samples), run.layers)
@@ -138,13 +140,13 @@ class _Sweep:
         moments = measure(values)
         if moments.count:
             check_moments(moments, name, values, least=1)
-        witness = self._witness
-        if witness is not None and (witness.is_alone or witness.position == self._position):
-            witness.note(name, values, moments)
-            if witness.is_alone:
+        lone_batch = self._lone_batch
+        if lone_batch is not None and (lone_batch.is_alone or lone_batch.position == self._position):
+            lone_batch.note(name, values, moments)
+            if lone_batch.is_alone:
                 return
         assert self._current is not None
-        self._current.stop_at(name, moments)
+        self._current.pause_at(name, moments)
 
     def repeat(self, batches: Mapping[int, Batch]) -> dict[str, Tally]:
         """Sweep until all statistics are those of what is seen; what each layer saw, in execution order.
@@ -167,44 +169,48 @@ class _Sweep:
         Raises:
             RefusedError: it gave layers other values when all were on their way together.
         """
-        witness, watching = self._witness, self._activations.watching
-        self._ranks.share(lambda: witness.check(self._run, watching) if witness is not None else None)
+        lone_batch, watching = self._lone_batch, self._activations.watching
+        self._ranks.share(lambda: lone_batch.check(self._run, watching) if lone_batch is not None else None)
 
     def _run_once(self, batches: Mapping[int, Batch]) -> None:
-        if self._witness is not None:
-            self._witness.begin()
+        if self._lone_batch is not None:
+            self._lone_batch.begin()
         context = copy_context(self._run.model)
-        lanes = {position: Lane(self._make_run(batch, context)) for position, batch in batches.items()}
+        forwards = {position: PausedForward(self._make_run(batch, context)) for position, batch in batches.items()}
         try:
             while True:
-                shares = self._ranks.share(lambda: [self._advance(p, lane, batches[p]) for p, lane in lanes.items()])
+                shares = self._ranks.share(
+                    lambda: [self._advance(p, forward, batches[p]) for p, forward in forwards.items()]
+                )
                 # one order whatever the number of ranks: first what comes first on each rank
-                placed = sorted((stop.position, rank, stop) for rank, stops in enumerate(shares) for stop in stops)
-                bad = {(rank, position): stop.left_out for position, rank, stop in placed if stop.left_out is not None}
+                placed = sorted((pause.position, rank, pause) for rank, pauses in enumerate(shares) for pause in pauses)
+                bad = {
+                    (rank, position): pause.left_out for position, rank, pause in placed if pause.left_out is not None
+                }
                 if bad:
                     raise BadBatchesError(bad)
-                stops = [stop for _, _, stop in placed]
-                if all(stop.layer is None for stop in stops):
+                pauses = [pause for _, _, pause in placed]
+                if all(pause.layer is None for pause in pauses):
                     return
-                self._finish_layer(stops)
+                self._finish_layer(pauses)
         finally:
-            for lane in lanes.values():
-                lane.abandon()
-            for lane in lanes.values():  # one may wait for what another lets go
-                lane.join()
+            for forward in forwards.values():
+                forward.abandon()
+            for forward in forwards.values():  # one may wait for what another lets go
+                forward.join()
 
-    def _advance(self, position: int, lane: Lane, batch: Batch) -> Stop:
-        self._current, self._position = lane, position
+    def _advance(self, position: int, forward: PausedForward, batch: Batch) -> Pause:
+        self._current, self._position = forward, position
         try:
-            lane.advance()
+            forward.advance()
         except NotFiniteError as error:
-            return Stop(position, batch.description, error.layer, None, describe_bad(batch, error))
-        layer, moments = lane.reached or (None, None)
-        return Stop(position, batch.description, layer, moments)
+            return Pause(position, batch.description, error.layer, None, describe_bad(batch, error))
+        layer, moments = forward.reached or (None, None)
+        return Pause(position, batch.description, layer, moments)
 
-    def _finish_layer(self, stops: Sequence[Stop]) -> None:
-        first = stops[0]
-        for other in stops:
+    def _finish_layer(self, pauses: Sequence[Pause]) -> None:
+        first = pauses[0]
+        for other in pauses:
             if other.layer != first.layer:
                 raise RefusedError(
                     f"batches take different paths through the model: {first.batch} is at {first.layer or 'the end'}, "
@@ -213,7 +219,7 @@ class _Sweep:
                 )
         name = first.layer
         assert name is not None
-        tallies = [Tally.of(stop.moments) for stop in stops if stop.moments is not None and stop.moments.count]
+        tallies = [Tally.of(pause.moments) for pause in pauses if pause.moments is not None and pause.moments.count]
         if tallies:  # else nothing comes to it, as to a head of detections where there are none
             mean, variance = self._calls.add(name, reduce(Tally.and_, tallies))
             set_statistics(self._run.layers[name], mean=mean, variance=variance)
@@ -229,7 +235,7 @@ class _Sweep:
                 self._activations.watching(),
                 running_user_code(f"running the model on {batch.description}"),
             ):
-                given = copy_batch(batch) if self._trial.writes_to_inputs else batch
-                given.run(self._run.model, channels_last=self._trial.channels_last)
+                given = copy_batch(batch) if self._first_forward.writes_to_inputs else batch
+                given.run(self._run.model, channels_last=self._first_forward.channels_last)
 
         return run

@@ -14,7 +14,7 @@ from bntool.checkpoints.formats import open_checkpoint
 from bntool.errors import RefusedError, UserCodeError
 from bntool.models.loading import load_model
 from bntool.modules.loading import load_state
-from bntool.recalibration.exact import paused_forwards as lanes
+from bntool.recalibration.exact import paused_forwards
 from bntool.recalibration.live import recalibrate
 from tests.places import SAMPLES
 
@@ -261,7 +261,7 @@ class Raising(nn.Module):
         return x
 
 
-def test_code_that_swallows_exceptions_cannot_keep_a_lane_alive():
+def test_code_that_swallows_exceptions_cannot_keep_a_forward_alive():
     threads = threading.active_count()
     batches = [torch.ones(3, 2), torch.ones(4, 2), torch.ones(3, 2)]
     with pytest.raises(RefusedError, match=r"NaN or infinity at 0\.bn, from samples 3 to 6"):
@@ -285,11 +285,11 @@ class Locked(nn.Module):
 
 
 def test_a_forward_that_waits_for_another_is_refused(monkeypatch):
-    monkeypatch.setattr(lanes, "_PATIENCE", 0.5)
+    monkeypatch.setattr(paused_forwards, "_IDLE_SECONDS", 0.5)
     model, batches = Locked(), [torch.randn(4, 3, 5, 5) for _ in range(3)]
     with pytest.raises(RefusedError, match="lock"):
         recalibrate(model, batches, method="exact")
-    assert not [thread for thread in threading.enumerate() if thread.name == "bntool-lane"]
+    assert not [thread for thread in threading.enumerate() if thread.name == "bntool-forward"]
     assert not model.lock.locked()
     recalibrate(model, batches)
 
@@ -312,15 +312,15 @@ class SecondChance(nn.Module):
         return x
 
 
-def test_a_lane_that_falls_back_on_another_layer_is_ended_all_the_same():
+def test_a_forward_that_falls_back_on_another_layer_is_ended_all_the_same():
     batches = [torch.randn(8, 3, 6, 6) for _ in range(3)]
     batches[0][5] = 1000
     with pytest.raises(UserCodeError, match="boom"):
         recalibrate(SecondChance(), batches, method="exact")
-    assert not [thread for thread in threading.enumerate() if thread.name == "bntool-lane"]
+    assert not [thread for thread in threading.enumerate() if thread.name == "bntool-forward"]
 
 
-def test_autocast_holds_in_the_lanes_too():
+def test_autocast_holds_in_all_threads():
     torch.manual_seed(0)
     model, x = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3)), torch.randn(64, 4)
     with torch.autocast("cpu", dtype=torch.bfloat16):

@@ -21,7 +21,7 @@ _AGREEMENT = 1e-3  # of means in sigmas and of variances: float32 kernels for ot
 
 
 @dataclass(frozen=True)
-class _Seen:
+class _LayerInput:
     """What one call of a layer was given: all of it, and the first samples, where activations are by sample."""
 
     layer: str
@@ -29,7 +29,7 @@ class _Seen:
     few: Moments | None
 
 
-class Witness:
+class LoneBatch:
     """Watches one batch.
 
     A model that keeps something of one batch for the next, swaps its weights while it runs, is bound to its thread or
@@ -44,7 +44,7 @@ class Witness:
         positions = list(batches)[:-1] or list(batches)
         self.position = min(positions, key=lambda position: batches[position].samples)
         self._batch = copy_batch(batches[self.position])
-        self._seen: list[_Seen] = []
+        self._seen: list[_LayerInput] = []
         self.is_alone = False
 
     def begin(self) -> None:
@@ -59,7 +59,7 @@ class Witness:
             moments: of all of them.
         """
         by_sample = not self.is_alone and values.shape[0] == self._batch.samples > _SAMPLES
-        self._seen.append(_Seen(layer, moments, measure(values[:_SAMPLES]) if by_sample else None))
+        self._seen.append(_LayerInput(layer, moments, measure(values[:_SAMPLES]) if by_sample else None))
 
     def check(self, run: Run, watching: Callable[[], contextlib.AbstractContextManager[None]]) -> None:
         """Run the batch by itself, with the hooks of the sweep: each layer must see what it saw then.
@@ -76,16 +76,16 @@ class Witness:
         if all(seen.few is not None for seen in together):
             with contextlib.suppress(UserCodeError):  # it may want whole batches
                 alone = self._run_alone(run, cut_batch(self._batch, _SAMPLES), watching)
-                if _find_stranger(run, [(seen.layer, seen.few) for seen in together], alone) is None:
+                if _find_difference(run, [(seen.layer, seen.few) for seen in together], alone) is None:
                     return
         alone = self._run_alone(run, self._batch, watching)
-        stranger = _find_stranger(run, [(seen.layer, seen.whole) for seen in together], alone)
-        if stranger is not None:
+        differing = _find_difference(run, [(seen.layer, seen.whole) for seen in together], alone)
+        if differing is not None:
             raise RefusedError(
                 f"run by itself {self._batch.description} gives this layer other values than together with the other "
                 "batches: the model keeps something of one batch for another, is random, is bound to its thread, or "
                 "depends on how its input lies in memory; use the method pooled",
-                tensor=stranger,
+                tensor=differing,
             )
 
     def _run_alone(
@@ -98,7 +98,7 @@ class Witness:
         return [(seen.layer, seen.whole) for seen in self._seen]
 
 
-def _find_stranger(
+def _find_difference(
     run: Run, together: list[tuple[str, Moments | None]], alone: list[tuple[str, Moments]]
 ) -> str | None:
     """The first layer that did not see the same both times."""

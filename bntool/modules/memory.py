@@ -1,0 +1,40 @@
+"""Where live tensors lie: which of them share elements, and whether these were written to."""
+
+from __future__ import annotations
+
+import torch
+
+
+def storage_key(tensor: torch.Tensor) -> int:
+    """Names the storage of a tensor while that storage lives.
+
+    Raises:
+        NotImplementedError: it has none, as sparse tensors.
+    """
+    return int(tensor.untyped_storage()._cdata)
+
+
+def share_elements(first: torch.Tensor, second: torch.Tensor) -> bool:
+    """Whether what is written to one tensor may be seen in another, by the bytes from first to last element."""
+    spans = _find_span(first), _find_span(second)
+    if spans[0] is None or spans[1] is None or first.device != second.device:
+        return False
+    (a, b), (c, d) = spans[0], spans[1]
+    return a < d and c < b
+
+
+def count_writes(tensor: torch.Tensor) -> int:
+    """How often its elements were written to; 0 for tensors of inference mode, which do not count."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def _find_span(tensor: torch.Tensor) -> tuple[int, int] | None:
+    """Where elements begin and end; None where there is no memory: sparse, nested, meta or wrapped by torch.func."""
+    try:
+        start = tensor.data_ptr()
+    except RuntimeError:  # torch has no way to ask
+        return None
+    if not start or not tensor.numel():
+        return None
+    steps = sum((extent - 1) * stride for extent, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return start, start + (steps + 1) * tensor.element_size()
