@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from pathlib import Path
@@ -106,18 +106,48 @@ class StateDict:
 Writer: TypeAlias = Callable[["Checkpoint", Path, OutputFiles], None]
 
 
+class Loader(Enum):
+    """The library that usually loads a file, and runs what is in it."""
+
+    TORCH = "torch"
+    KERAS = "keras"
+    TENSORFLOW = "tensorflow"
+    CAFFE = "caffe"
+    ONNX_RUNTIME = "onnxruntime"
+
+
+@dataclass(frozen=True, slots=True)
+class LoadingCode:
+    """Python that loads a file without bntool.
+
+    Attributes:
+        lines: in which ``{path}`` stands for the quoted path of the file, and ``{net}`` for that of the ``.prototxt``.
+        state_dict: an expression for the state dict, where it is still to be loaded into a model; "" where not.
+    """
+
+    lines: tuple[str, ...]
+    state_dict: str = ""
+
+
 class Format(ABC):
-    """One file format: recognising, reading and writing it."""
+    """One file format: recognising, reading and writing it, and what others have to know of its files."""
 
     name: str  # stable, for JSON
     title: str  # for people
     single_file: bool = True
     keeps_order: bool = True  # of the tensors, also where some come or go
+    loader: Loader = Loader.TORCH
+    loading: LoadingCode | None = None  # None: by torch.load, in a way that depends on what the file holds
+    graph_reader: str = ""  # "module:function" that reads who feeds whom from a file; "" where files do not say it
     trains_whole_layers: bool = False  # its files say which layers train; with one that does not all of it stays
+    is_for_inference: bool = False  # its files are programs in which nothing trains
+    needs_prototxt: bool = False  # its files are run and trained by a .prototxt beside them
     holds_code: bool = False  # files of this format carry programs, not only data
     read_only: str = ""  # why its files are only read, and what to do instead
     writer: str = ""  # module of this package and function that write it, as ``torch.zip_writing:write``
     is_pytorch: bool = True  # names and layouts are those of state dicts, so that they can be converted to one
+    entries_are_texts: bool = False  # the entries of its files are texts of a header, which any safetensors file keeps
+    why_empty: str = ""  # why a file may show no state dict
 
     def locate(self, path: Path) -> Path | None:  # noqa: ARG002 (for those of several files)
         """The file to read first, where a path names a folder or several files of this format.
@@ -167,6 +197,10 @@ class Format(ABC):
             CorruptFileError: one differs.
         """
         return None
+
+    def describe_origin(self, checkpoint: Checkpoint) -> Sequence[str]:  # noqa: ARG002 (for those that know it)
+        """What wrote the file, and what kind of file it is, in a few words each."""
+        return ()
 
     def can_record(self, checkpoint: Checkpoint, state_dict: StateDict) -> bool:  # noqa: ARG002 (as above)
         """Whether the file has a place for what bntool did."""

@@ -71,19 +71,19 @@ def _load(place: str) -> Format:
 FORMATS = Formats(
     _Known("torch.zip.TorchZip", (_ZIP,)),
     _Known("torch_programs.torchscript.TorchScript", (_ZIP,)),
-    _Known("keras.archive.KerasArchive", (_ZIP,)),
+    _Known("keras.files.KerasArchive", (_ZIP,)),
     _Known("torch_programs.exported.ExportedProgram", (_ZIP,)),
     _Known("torch_programs.exported_before_2_8.LegacyExport", (_ZIP,)),
     _Known("torch.legacy.TorchLegacy", (_PICKLE,)),
     _Known("torch.tar.TorchTar", (b"ustar",), offset=257),
     _Known("torch.distributed.Distributed", endings=(".metadata",), has_folders=True),
-    _Known("keras.hdf5.KerasHdf5", (_HDF5,)),
+    _Known("keras.files.KerasHdf5", (_HDF5,)),
     _Known("caffe.hdf5.CaffeHdf5", (_HDF5,)),
     _Known("safetensors.sharded.Sharded", _JSON, endings=(".index.json",)),
     _Known("safetensors.file.Safetensors", (b"{",), offset=8, endings=(".safetensors",)),
     _Known("torch.numpy_pickle.NumpyPickle", (_PICKLE,), endings=(".pkl", ".pickle")),
     _Known("tensorflow.checkpoint.Tensorflow", (b"\0\0",), endings=(".index",), has_folders=True),
-    _Known("onnx.file.Onnx", (b"\x08",), endings=(".onnx",)),
+    _Known("onnx.model.Onnx", (b"\x08",), endings=(".onnx",)),
     _Known("caffe.caffemodel.Caffe", (b"\x0a",), endings=(".caffemodel",)),
 )
 

@@ -13,10 +13,8 @@ _OPTIMIZERS = ("optimizer", "optimizer_states", "optimizer_state_dict", "optim",
 def describe_origin(checkpoint: Checkpoint) -> str:
     """For example ``mmengine, epoch 12, Adam state, EMA``; ``bare state dict`` where there is nothing else."""
     entries = checkpoint.entries
-    parts = [*_producer(entries), *_keras(checkpoint), *_progress(entries)]
+    parts = [*_producer(entries), *checkpoint.format.describe_origin(checkpoint), *_progress(entries)]
     word = "compiled" if checkpoint.format.holds_code else "pickled"
-    if checkpoint.format.name == "caffe-hdf5" and checkpoint.content is None:
-        parts.append("blobs only: --prototxt says of which layers")
     parts += [f"{word} {_class_name(s.modules[''].class_path)}" for s in checkpoint.state_dicts if s.is_module]
     only = checkpoint.state_dicts[0] if len(checkpoint.state_dicts) == 1 else None
     if only is not None and not only.key and not only.modules and not parts:
@@ -51,14 +49,6 @@ def _producer(entries: Any) -> list[str]:  # noqa: PLR0911 (one for each produce
     if "tensorflow" in keys:
         return [str(entries["tensorflow"])]
     return []
-
-
-def _keras(checkpoint: Checkpoint) -> list[str]:
-    if not checkpoint.format.name.startswith("keras"):
-        return []
-    kind = checkpoint.entries.get("model_config")
-    version = text_of(checkpoint.entries.get("keras_version")) or ""
-    return [f"Keras {version}".strip(), f"{text_of(kind)} model" if kind is not None else "weights only"]
 
 
 def _progress(entries: Any) -> list[str]:

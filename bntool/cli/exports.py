@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bntool.checkpoints.checkpoint import Checkpoint
+from bntool.checkpoints.checkpoint import Checkpoint, Loader
 from bntool.checkpoints.formats import write_checkpoint
 from bntool.checkpoints.outputs import OutputFiles, check_output_differs
 from bntool.cli.nets import write_net
@@ -90,7 +90,7 @@ def run_fold(fold: CheckpointFold, output: Path, files: OutputFiles, *, toleranc
     """Run a file that holds its graph beside its original, before it appears; other formats have no runtime."""
     checkpoint = fold.checkpoint
     assert checkpoint is not None
-    if checkpoint.format.name != "onnx":
+    if checkpoint.format.loader is not Loader.ONNX_RUNTIME:
         return fold
     from bntool.folding.runtime_agreement import compare_in_onnxruntime
 

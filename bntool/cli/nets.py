@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from bntool.checkpoints.caffe.prototxt import Prototxt, read_prototxt
+from bntool.checkpoints.caffe.prototxt import Prototxt, place_beside, read_prototxt
 from bntool.checkpoints.checkpoint import Checkpoint
 from bntool.checkpoints.files import SourceFile
 from bntool.checkpoints.formats import write_checkpoint
@@ -25,7 +25,7 @@ def deploy_net(
         RefusedError: something is to be written and it is not given.
         UnwritableFileError: the new one cannot be written.
     """
-    if not checkpoint.format.name.startswith("caffe"):
+    if not checkpoint.format.needs_prototxt:
         if prototxt is not None:
             raise UsageError("--prototxt goes with a .caffemodel", path=checkpoint.path)
         return checkpoint, None
@@ -37,15 +37,13 @@ def deploy_net(
             )
         return checkpoint, None
     from bntool.checkpoints.caffe.deployment import deploy
-    from bntool.checkpoints.caffe.hdf5 import name_blobs
 
     with SourceFile(prototxt) as file:
         if output is not None:
-            check_output_differs(file, _beside(output))
-            OutputFiles(force=force).check(_beside(output))
+            check_output_differs(file, place_beside(output))
+            OutputFiles(force=force).check(place_beside(output))
         net = read_prototxt(file)
-    named = name_blobs(checkpoint, net) if checkpoint.format.name == "caffe-hdf5" else checkpoint
-    return deploy(named, net), net
+    return deploy(checkpoint, net), net
 
 
 def write_net(checkpoint: Checkpoint, net: Prototxt | None, output: Path, files: OutputFiles) -> None:
@@ -54,7 +52,7 @@ def write_net(checkpoint: Checkpoint, net: Prototxt | None, output: Path, files:
         return
     from bntool.checkpoints.caffe.deployment import edit_prototxt
 
-    files.open(_beside(output)).write(edit_prototxt(checkpoint, net).encode("utf-8"))
+    files.open(place_beside(output)).write(edit_prototxt(checkpoint, net).encode("utf-8"))
 
 
 def save_with_net(checkpoint: Checkpoint, output: Path, net: Prototxt | None, *, force: bool) -> None:
@@ -62,7 +60,3 @@ def save_with_net(checkpoint: Checkpoint, output: Path, net: Prototxt | None, *,
     with OutputFiles(force=force, mode=checkpoint.file.mode) as files:
         write_checkpoint(checkpoint, output, files)
         write_net(checkpoint, net, output, files)
-
-
-def _beside(output: Path) -> Path:
-    return output.with_name(output.name.removesuffix(".h5")).with_suffix(".prototxt")

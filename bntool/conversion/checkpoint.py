@@ -169,7 +169,7 @@ def _plan_format(
 
 def _texts(checkpoint: Checkpoint) -> dict[str, str]:
     """The header texts of a safetensors file."""
-    if checkpoint.format.name != "safetensors":
+    if not checkpoint.format.entries_are_texts:
         return {}
     return {name: text for name, text in checkpoint.entries.items() if isinstance(text, str)}
 
@@ -199,7 +199,7 @@ def _format_losses(checkpoint: Checkpoint, source: StateDict, new_format: NewFor
     elif source.is_module:
         losses.append("the modules themselves: their classes, code and attributes; only tensors are taken out")
     inside = {s.key.split(".")[0] for s in checkpoint.state_dicts}
-    beside = [] if checkpoint.format.name == "safetensors" else [n for n in checkpoint.entries if n not in inside]
+    beside = [] if checkpoint.format.entries_are_texts else [n for n in checkpoint.entries if n not in inside]
     names = {name.split(".")[0] for name in source.tensors} | set(source.tensors) if not source.key else set()
     beside = [name for name in beside if name not in names]
     if beside and checkpoint.format.single_file and not source.is_module and not checkpoint.format.holds_code:

@@ -166,7 +166,7 @@ def plan_freeze(  # noqa: PLR0913 each is an option of the command
 
 
 def _find_carrier(checkpoint: Checkpoint, *, form: FreezeForm, for_file: bool) -> Carrier:
-    if checkpoint.format.name == "onnx":
+    if checkpoint.format.is_for_inference:
         if form is FreezeForm.POLICY or not for_file:
             raise RefusedError(
                 "an ONNX model is a program for inference: nothing in it trains, so there is nothing to freeze; freeze "
@@ -174,7 +174,7 @@ def _find_carrier(checkpoint: Checkpoint, *, form: FreezeForm, for_file: bool) -
                 path=checkpoint.path,
             )
         return Carrier.CONSTANTS
-    if checkpoint.format.name.startswith("caffe"):
+    if checkpoint.format.needs_prototxt:
         if not for_file:
             raise RefusedError("--emit writes code for PyTorch; a Caffe net is frozen by its .prototxt: --prototxt NET")
         if checkpoint.content is None or checkpoint.content.deployed is None:

@@ -12,8 +12,7 @@ from bntool.checkpoints.files import SourceFile
 from bntool.checkpoints.tensors import count_elements
 from bntool.checkpoints.ties import find_tied
 from bntool.errors import RefusedError, UsageError
-from bntool.graphs.graph import Edge, Evidence, ModelGraph, Node, NodeKind
-from bntool.graphs.stored.source import check_lengths
+from bntool.graphs.graph import Edge, Evidence, ModelGraph, Node, NodeKind, check_lengths
 
 _NORM_WORD = re.compile(r"(?:batch_?norm|norm|bn)", re.IGNORECASE)
 _VECTORS = ("weight", "bias", "running_mean", "running_var")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from functools import cached_property
 from typing import TYPE_CHECKING
+
+from bntool.errors import CorruptFileError
 
 if TYPE_CHECKING:
     from bntool.graphs.architectures.recognition import Architecture
@@ -182,3 +184,14 @@ def _group(edges: Sequence[Edge], *, key: str) -> Mapping[int, tuple[Edge, ...]]
     for edge in edges:
         groups.setdefault(getattr(edge, key), []).append(edge)
     return {index: tuple(group) for index, group in groups.items()}
+
+
+def check_lengths(layer: str, lengths: Iterable[int]) -> None:
+    """Hold the vectors of a layer against each other.
+
+    Raises:
+        CorruptFileError: they differ in length.
+    """
+    found = set(lengths)
+    if len(found) > 1:
+        raise CorruptFileError(f"its vectors have {' and '.join(map(str, sorted(found)))} elements", tensor=layer)

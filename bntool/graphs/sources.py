@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -63,10 +64,22 @@ def _trace(known: Knowledge) -> ModelGraph | None:
     return trace(known.model, known.inputs)
 
 
-def _read(known: Knowledge) -> ModelGraph | None:
-    from bntool.graphs.stored.source import stored_graph
+def read_stored_graph(checkpoint: Checkpoint) -> ModelGraph | None:
+    """The graph of a file that holds one; None for formats of tensors only.
 
-    graph = stored_graph(known.checkpoint) if known.checkpoint is not None else None
+    Raises:
+        RefusedError: the file is of a format that can hold one, and does not.
+        CorruptFileError: the graph contradicts itself.
+    """
+    if not checkpoint.format.graph_reader or not checkpoint.state_dicts:
+        return None
+    module, _, function = checkpoint.format.graph_reader.partition(":")
+    graph: ModelGraph = getattr(importlib.import_module(module), function)(checkpoint)
+    return graph
+
+
+def _read(known: Knowledge) -> ModelGraph | None:
+    graph = read_stored_graph(known.checkpoint) if known.checkpoint is not None else None
     if graph is not None and (known.pairs or known.model is not None or known.architecture is not None):
         raise UsageError("this file holds its graph: leave out --pair, --model and --arch")
     return graph

@@ -95,8 +95,8 @@ def find_in_file(checkpoint: Checkpoint, inspections: Sequence[StateDictInspecti
     if not any(inspection.layers for inspection in inspections) and not _is_folded(checkpoint):
         unselected = sum(inspection.unselected for inspection in inspections)
         message = "no BatchNorm layer was found" if checkpoint.state_dicts else "no state dict was found"
-        if checkpoint.format.name == "torchscript" and not checkpoint.state_dicts:
-            message += ": torch.jit.freeze and torch.jit.optimize_for_inference make tensors constants of the code"
+        if checkpoint.format.why_empty and not checkpoint.state_dicts:
+            message += f": {checkpoint.format.why_empty}"
         if unselected:
             message = f"--layers matches none of the {unselected} BatchNorm layers: nothing was judged"
         severity = Severity.WARNING if unselected else Severity.NOTICE

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
-from bntool.checkpoints.checkpoint import Checkpoint, GlobalTrust
+from bntool.checkpoints.checkpoint import Checkpoint, GlobalTrust, Loader
 from bntool.inspection.findings import Finding, FindingCode, Severity
 
 
@@ -18,37 +18,6 @@ class Verdict(Enum):
 
 
 _LONGEST = 120  # characters of a name in a finding
-
-
-class Loader(Enum):
-    """What usually loads the file, and runs what is in it."""
-
-    TORCH = "torch"
-    KERAS = "keras"
-
-    def warn(self, names: str) -> str:
-        """Of names that run programs or code."""
-        if self is Loader.KERAS:
-            return (
-                f"loading this file would run code that it holds ({names}): do not load it with safe_mode=False, or "
-                "with Keras 2 at all, unless you trust where it comes from"
-            )
-        return (
-            f"unpickling this file would use {names}, which can run code or reach files: "
-            "do not load it with torch.load(weights_only=False) unless you trust where it comes from"
-        )
-
-    def explain(self, names: str) -> str:
-        """Of names of which nothing is known."""
-        if self is Loader.KERAS:
-            return (
-                f"loading this file would import {names}, of which nothing is known: keras.models.load_model runs what "
-                "it finds under these names, or what custom_objects gives it"
-            )
-        return (
-            f"unpickling this file would import {names}, of which nothing is known: "
-            "torch.load needs weights_only=False for it, and then runs what it finds under these names"
-        )
 
 
 @dataclass(frozen=True)
@@ -77,19 +46,18 @@ def judge_safety(checkpoint: Checkpoint) -> Safety:
     verdict = Verdict.UNKNOWN if unknown or holds_code else Verdict.HARMLESS
     if suspicious:
         verdict = Verdict.SUSPICIOUS
-    loader = Loader.KERAS if checkpoint.format.name.startswith("keras") else Loader.TORCH
-    return Safety(verdict, holds_code, by_trust[GlobalTrust.KNOWN], unknown, suspicious, loader)
+    return Safety(verdict, holds_code, by_trust[GlobalTrust.KNOWN], unknown, suspicious, checkpoint.format.loader)
 
 
 def find_dangers(safety: Safety) -> list[Finding]:
     """The findings that ``--fail-on`` can act on."""
     findings = []
     if safety.suspicious:
-        message = safety.loader.warn(_listed(safety.suspicious))
+        message = _warn(safety.loader, _listed(safety.suspicious))
         facts = {"globals": list(safety.suspicious)}
         findings.append(Finding(FindingCode.SUSPICIOUS_GLOBAL, Severity.WARNING, "suspicious", message, facts))
     if safety.unknown:
-        message = safety.loader.explain(_listed(safety.unknown))
+        message = _explain(safety.loader, _listed(safety.unknown))
         facts = {"globals": list(safety.unknown)}
         findings.append(Finding(FindingCode.UNKNOWN_GLOBAL, Severity.NOTICE, "unknown global", message, facts))
     if safety.holds_code:
@@ -101,3 +69,29 @@ def find_dangers(safety: Safety) -> list[Finding]:
 def _listed(names: tuple[str, ...]) -> str:
     shown = [name if len(name) <= _LONGEST else f"{name[:_LONGEST]}..." for name in names[:3]]
     return ", ".join(shown) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _warn(loader: Loader, names: str) -> str:
+    """Of names that run programs or code."""
+    if loader is Loader.KERAS:
+        return (
+            f"loading this file would run code that it holds ({names}): do not load it with safe_mode=False, or "
+            "with Keras 2 at all, unless you trust where it comes from"
+        )
+    return (
+        f"unpickling this file would use {names}, which can run code or reach files: "
+        "do not load it with torch.load(weights_only=False) unless you trust where it comes from"
+    )
+
+
+def _explain(loader: Loader, names: str) -> str:
+    """Of names of which nothing is known."""
+    if loader is Loader.KERAS:
+        return (
+            f"loading this file would import {names}, of which nothing is known: keras.models.load_model runs what "
+            "it finds under these names, or what custom_objects gives it"
+        )
+    return (
+        f"unpickling this file would import {names}, of which nothing is known: "
+        "torch.load needs weights_only=False for it, and then runs what it finds under these names"
+    )

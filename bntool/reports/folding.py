@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from bntool.checkpoints.checkpoint import StateDict, choose_state_dict
 from bntool.plan import RemoveModule
 from bntool.reports.blocks import Block, Cell, Column, Line, Style, Table, line
-from bntool.reports.loading import show_loading_code, show_running_code
+from bntool.reports.loading import show_loading_code
 from bntool.reports.text import format_number, plural
 
 if TYPE_CHECKING:
@@ -229,7 +229,7 @@ def _written(result: CheckpointFold, state_dict: StateDict, output: str) -> list
     edited = result.checkpoint.state_dict(state_dict.key)
     lines = show_loading_code(result.checkpoint, edited, output)
     blocks: list[Block] = [line(), line(f"wrote {output}", Style.GOOD)]
-    if show_running_code(result.checkpoint, output):
+    if result.checkpoint.format.graph_reader:
         return [*blocks, line("run it:"), *(line(text, indent=2) for text in lines)]
     if not any(isinstance(step, RemoveModule) for step in result.plan.steps):
         blocks.append(line("its keys are those of the original; load it into the unmodified model:"))

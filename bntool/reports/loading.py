@@ -2,24 +2,12 @@
 
 from __future__ import annotations
 
-from bntool.checkpoints.checkpoint import Checkpoint, GlobalName, GlobalTrust, StateDict
+from pathlib import Path
+
+from bntool.checkpoints.checkpoint import Checkpoint, Format, GlobalName, GlobalTrust, StateDict
 
 # beside what is torch's own: the default list of torch._weights_only_unpickler
 _ALLOWED = ("collections.OrderedDict", "collections.Counter", "_codecs.encode", "builtins.set", "builtins.bytearray")
-
-_LOADERS = {
-    "torchscript": ("import torch", "model = torch.jit.load({output})  # runs code of the file"),
-    "exported-program": ("import torch", "model = torch.export.load({output}).module()  # runs code of the file"),
-    "exported-program-legacy": (
-        "import torch  # of the version that wrote the file: others may refuse it",
-        "model = torch.export.load({output}).module()  # runs code of the file",
-    ),
-    "torch-tar": ("import torch", "checkpoint = torch.load({output}, weights_only=False)  # runs code of the file"),
-    "numpy-pickle": (
-        "import pickle",
-        "arrays = pickle.load(open({output}, 'rb'), encoding='latin1')  # runs code of the file",
-    ),
-}
 
 
 def show_loading_code(checkpoint: Checkpoint, state_dict: StateDict, output: str) -> list[str]:
@@ -30,15 +18,12 @@ def show_loading_code(checkpoint: Checkpoint, state_dict: StateDict, output: str
         state_dict: the one that was worked on.
         output: the file.
     """
-    running = show_running_code(checkpoint, output)
-    if running:
-        return running
-    if checkpoint.format.name == "safetensors":
-        return ["from safetensors.torch import load_file", *_load(f"load_file({output!r})", state_dict.prefix)]
-    if checkpoint.format.name in _LOADERS:
-        return [line.format(output=repr(output)) for line in _LOADERS[checkpoint.format.name]]
-    if not checkpoint.format.single_file:
-        return ["from accelerate import load_checkpoint_in_model", f"load_checkpoint_in_model(model, {output!r})"]
+    code = checkpoint.format.loading
+    if code is not None:
+        lines = [_fill_in(line, checkpoint.format, output) for line in code.lines]
+        if not code.state_dict:
+            return lines
+        return [*lines, *_load(_fill_in(code.state_dict, checkpoint.format, output), state_dict.prefix)]
     trusted = all(map(_loads_weights_only, checkpoint.globals)) and not state_dict.is_module
     options = f'map_location="cpu", weights_only={trusted}'
     comment = "" if trusted else "  # runs code of the file: only if you trust its origin"
@@ -49,19 +34,12 @@ def show_loading_code(checkpoint: Checkpoint, state_dict: StateDict, output: str
     return [*lines, *_load(where, state_dict.prefix, holds_arrays=state_dict.holds_arrays)]
 
 
-def show_running_code(checkpoint: Checkpoint, output: str) -> list[str]:
-    """Lines that run a file that holds its graph; none for files of tensors."""
-    if checkpoint.format.name == "onnx":
-        return ["import onnxruntime", f"session = onnxruntime.InferenceSession({output!r})"]
-    if checkpoint.format.name == "caffe":
-        net = f"{output.removesuffix('.caffemodel')}.prototxt"
-        return ["import cv2  # OpenCV before 5", f"net = cv2.dnn.readNetFromCaffe({net!r}, {output!r})"]
-    if checkpoint.format.name == "caffe-hdf5":
-        net = f"{output.removesuffix('.h5').removesuffix('.caffemodel')}.prototxt"
-        return ["import caffe", f"net = caffe.Net({net!r}, {output!r}, caffe.TEST)"]
-    if checkpoint.format.name in ("keras", "keras-hdf5"):
-        return ["import keras", f"model = keras.models.load_model({output!r})"]
-    return []
+def _fill_in(line: str, format_: Format, output: str) -> str:
+    if not format_.needs_prototxt:
+        return line.format(path=repr(output))
+    from bntool.checkpoints.caffe.prototxt import place_beside
+
+    return line.format(path=repr(output), net=repr(str(place_beside(Path(output)))))
 
 
 def _loads_weights_only(name: GlobalName) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from bntool.checkpoints.checkpoint import Checkpoint, Format, StateDict
+from bntool.checkpoints.checkpoint import Checkpoint, Format, Loader, LoadingCode, StateDict
 from bntool.checkpoints.files import SourceFile
 from bntool.errors import CorruptFileError
 
@@ -16,6 +16,10 @@ class Caffe(Format):
     title = "Caffe"
     writer = "caffe.writing:write_net"
     is_pytorch = False
+    loader = Loader.CAFFE
+    loading = LoadingCode(("import cv2  # OpenCV before 5", "net = cv2.dnn.readNetFromCaffe({net}, {path})"))
+    graph_reader = "bntool.graphs.stored.caffe:caffe_graph"
+    needs_prototxt = True
 
     def recognises(self, path: Path, head: bytes) -> bool:
         if path.suffix == ".caffemodel":

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from bntool.batchnorm import DEFAULT_EPS, EpsSource
 from bntool.checkpoints.caffe.blobs import CaffeContent, momentum_of
+from bntool.checkpoints.caffe.hdf5 import name_blobs
 from bntool.checkpoints.caffe.layers import Layer, Wiring, blobs_of
 from bntool.checkpoints.caffe.prototxt import Prototxt, TextField
 from bntool.checkpoints.caffe.writing import BIASED, biased_layers, find_renaming, removed_layers
@@ -19,10 +20,14 @@ from bntool.plan import SetAttribute
 def deploy(checkpoint: Checkpoint, prototxt: Prototxt) -> Checkpoint:
     """The checkpoint as the net in a ``.prototxt`` runs it: with its wiring and its eps, which win over the model's.
 
+    The net also says what the blobs of an HDF5 file are.
+
     Raises:
         UsageError: it is another net.
         RefusedError: it scales a BatchNorm layer by another Scale layer than the net in the file.
     """
+    if checkpoint.content is None:
+        checkpoint = name_blobs(checkpoint, prototxt)
     content: CaffeContent = checkpoint.content
     wiring = Wiring.of(prototxt.layers)
     by_name = {layer.name: layer for layer in wiring.layers}

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 from bntool.checkpoints.caffe.prototxt import Prototxt
-from bntool.checkpoints.checkpoint import Checkpoint, Format, StateDict
+from bntool.checkpoints.checkpoint import Checkpoint, Format, Loader, LoadingCode, StateDict
 from bntool.checkpoints.files import SourceFile
 from bntool.checkpoints.tensors import StoredTensor
 from bntool.errors import UnknownFormatError
@@ -17,11 +18,18 @@ class CaffeHdf5(Format):
     name = "caffe-hdf5"
     title = "Caffe (.caffemodel.h5)"
     writer = "caffe.hdf5_writing:copy_file"
+    loader = Loader.CAFFE
+    loading = LoadingCode(("import caffe", "net = caffe.Net({net}, {path}, caffe.TEST)"))
+    graph_reader = "bntool.graphs.stored.caffe:caffe_graph"
+    needs_prototxt = True
 
     def read(self, file: SourceFile) -> Checkpoint:
         tensors = {".".join(key): tensor for key, tensor in read_blobs(file).items()}
         state_dict = StateDict("", "", tensors, source=dict(tensors))
         return Checkpoint(file, self, (state_dict,) if tensors else ())
+
+    def describe_origin(self, checkpoint: Checkpoint) -> Sequence[str]:
+        return ("blobs only: --prototxt says of which layers",) if checkpoint.content is None else ()
 
     def can_record(self, checkpoint: Checkpoint, state_dict: StateDict) -> bool:  # noqa: ARG002
         """No: Caffe's own files have no place for notes, and those of one net should be alike."""

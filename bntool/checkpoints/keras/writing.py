@@ -16,9 +16,8 @@ from bntool.checkpoints.checkpoint import Checkpoint
 from bntool.checkpoints.containers.zips.reading import ZipArchive, ZipRecord
 from bntool.checkpoints.containers.zips.writing import ZipWriter, patched_chunks
 from bntool.checkpoints.files import CHUNK
-from bntool.checkpoints.keras.archive import CONFIG, METADATA, WEIGHTS
 from bntool.checkpoints.keras.content import KerasContent
-from bntool.checkpoints.keras.hdf5 import MODEL_CONFIG
+from bntool.checkpoints.keras.files import CONFIG, METADATA, MODEL_CONFIG, WEIGHTS
 from bntool.checkpoints.keras.model import (
     KerasLayer,
     KerasModel,

@@ -1,16 +1,16 @@
-"""What an ONNX model holds: initializers, Constant nodes, and BatchNormalization nodes as layers in PyTorch's words."""
+"""The ONNX format: initializers, Constant nodes, and BatchNormalization nodes as layers in PyTorch's words."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from bntool.batchnorm import DEFAULT_EPS
-from bntool.checkpoints.checkpoint import Checkpoint, ModuleInfo, StateDict
+from bntool.checkpoints.checkpoint import Checkpoint, Format, Loader, LoadingCode, ModuleInfo, StateDict
 from bntool.checkpoints.containers.protobufs.reading import Buffer, Message
 from bntool.checkpoints.containers.protobufs.writing import unused_name
 from bntool.checkpoints.files import SourceFile
-from bntool.checkpoints.onnx.file import Onnx, OnnxWithExternalData
 from bntool.checkpoints.onnx.graph import (
     METADATA,
     OPSETS,
@@ -26,6 +26,34 @@ from bntool.checkpoints.torch.state_dicts import RECORD_KEY, parse_record
 
 ROLES = ("weight", "bias", "running_mean", "running_var")  # in the order of the node's inputs, after the data
 _KEPT = 0.9  # the default of BatchNormalization's momentum: the share that is kept
+
+
+class Onnx(Format):
+    """A model; its tensors lie in the file."""
+
+    name = "onnx"
+    title = "ONNX"
+    writer = "onnx.writing:write_model"
+    is_pytorch = False
+    loader = Loader.ONNX_RUNTIME
+    loading = LoadingCode(("import onnxruntime", "session = onnxruntime.InferenceSession({path})"))
+    graph_reader = "bntool.graphs.stored.onnx:onnx_graph"
+    is_for_inference = True
+
+    def recognises(self, path: Path, head: bytes) -> bool:
+        # ModelProto.ir_version, then one of its other fields
+        return path.suffix == ".onnx" or (
+            head[:1] == b"\x08" and head[2:3] in b"\x12\x1a\x22\x28\x32\x3a\x42" and len(head) > 2
+        )
+
+    def read(self, file: SourceFile) -> Checkpoint:
+        return read_model(file, external=ExternalData(file))
+
+
+class OnnxWithExternalData(Onnx):
+    """A model with its large tensors in files beside it."""
+
+    single_file = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,7 @@ from bntool.checkpoints.containers.protobufs.writing import (
     write_content,
 )
 from bntool.checkpoints.files import SourceFile
-from bntool.checkpoints.onnx.file import Onnx
+from bntool.checkpoints.formats import write_checked
 from bntool.checkpoints.onnx.graph import (
     GRAPH_INPUTS,
     INPUTS,
@@ -31,7 +31,7 @@ from bntool.checkpoints.onnx.graph import (
     OnnxGraph,
     OnnxNode,
 )
-from bntool.checkpoints.onnx.model import OnnxContent, Place, read_model
+from bntool.checkpoints.onnx.model import Onnx, OnnxContent, Place, read_model
 from bntool.checkpoints.onnx.tensors import (
     CODES,
     DATA_LOCATION,
@@ -64,8 +64,6 @@ def write_model(checkpoint: Checkpoint, path: Path, output: OutputFiles) -> None
     if not content.has_external:
         changes.write(output.open(path))
         return
-    from bntool.checkpoints.formats import write_checked
-
     data = path.with_name(f"{path.name}.data")
     for file in content.external.files.values():
         check_output_differs(file, data)

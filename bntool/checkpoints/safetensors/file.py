@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bntool.checkpoints.checkpoint import Checkpoint, Format, StateDict, find_prefix
+from bntool.checkpoints.checkpoint import Checkpoint, Format, LoadingCode, StateDict, find_prefix
 from bntool.checkpoints.dtypes import BY_SAFETENSORS
 from bntool.checkpoints.files import SourceFile, quote
 from bntool.checkpoints.tensors import (
@@ -42,6 +42,8 @@ class Safetensors(Format):
     name = "safetensors"
     title = "safetensors"
     writer = "safetensors.file_writing:write"
+    loading = LoadingCode(("from safetensors.torch import load_file",), state_dict="load_file({path})")
+    entries_are_texts = True
 
     def recognises(self, path: Path, head: bytes) -> bool:
         looks_right = head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= MAX_HEADER

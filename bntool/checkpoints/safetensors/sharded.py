@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bntool.checkpoints.checkpoint import Checkpoint, Format, GlobalName, StateDict, find_prefix
+from bntool.checkpoints.checkpoint import Checkpoint, Format, GlobalName, LoadingCode, StateDict, find_prefix
 from bntool.checkpoints.files import SourceFile, open_beside, quote
 from bntool.checkpoints.safetensors.file import parse_json
 from bntool.checkpoints.tensors import Tensor
@@ -34,6 +34,9 @@ class Sharded(Format):
     title = "sharded"
     writer = "safetensors.sharded_writing:write"
     single_file = False
+    loading = LoadingCode(
+        ("from accelerate import load_checkpoint_in_model", "load_checkpoint_in_model(model, {path})")
+    )
 
     def recognises(self, path: Path, head: bytes) -> bool:
         return path.name.endswith(".index.json") or (head.lstrip()[:1] == b"{" and b'"weight_map"' in head)

@@ -6,7 +6,7 @@ import os
 import re
 from pathlib import Path
 
-from bntool.checkpoints.checkpoint import Checkpoint, Format, StateDict
+from bntool.checkpoints.checkpoint import Checkpoint, Format, Loader, StateDict
 from bntool.checkpoints.files import SourceFile
 
 _LATEST = re.compile(rb'^model_checkpoint_path: *"([^"\n]{1,1000})"', re.MULTILINE)
@@ -19,6 +19,7 @@ class Tensorflow(Format):
     name = "tensorflow"
     title = "TensorFlow"
     is_pytorch = False
+    loader = Loader.TENSORFLOW
     read_only = (
         "a TensorFlow checkpoint holds variables without the graph that uses them, in TensorFlow's layout: bntool "
         "inspects and compares it; change the model in TensorFlow, or export it to ONNX and fold that"

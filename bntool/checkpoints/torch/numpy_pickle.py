@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Iterable
 from pathlib import Path
 
-from bntool.checkpoints.checkpoint import Checkpoint, Format, GlobalName, GlobalTrust, StateDict
+from bntool.checkpoints.checkpoint import Checkpoint, Format, GlobalName, GlobalTrust, LoadingCode, StateDict
 from bntool.checkpoints.containers.pickles.nodes import as_mapping, is_mapping
 from bntool.checkpoints.containers.pickles.reading import read_pickle
 from bntool.checkpoints.containers.pickles.trust import list_globals
@@ -33,6 +33,9 @@ class NumpyPickle(Format):
     name = "numpy-pickle"
     title = "pickle of numpy arrays"
     writer = "torch.numpy_pickle_writing:write"
+    loading = LoadingCode(
+        ("import pickle", "arrays = pickle.load(open({path}, 'rb'), encoding='latin1')  # runs code of the file")
+    )
 
     def recognises(self, path: Path, head: bytes) -> bool:
         return (head[:1] == b"\x80" and head[1:2] <= b"\x05") or path.suffix in (".pkl", ".pickle")

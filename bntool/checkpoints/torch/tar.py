@@ -7,7 +7,7 @@ import struct
 from dataclasses import dataclass
 from pathlib import Path
 
-from bntool.checkpoints.checkpoint import Checkpoint, Format
+from bntool.checkpoints.checkpoint import Checkpoint, Format, LoadingCode
 from bntool.checkpoints.containers.pickles.nodes import (
     Global,
     Instance,
@@ -39,6 +39,9 @@ class TorchTar(Format):
     name = "torch-tar"
     title = "torch (tar, before 0.1.2)"
     writer = "torch.tar_writing:write"
+    loading = LoadingCode(
+        ("import torch", "checkpoint = torch.load({path}, weights_only=False)  # runs code of the file")
+    )
 
     def recognises(self, path: Path, head: bytes) -> bool:  # noqa: ARG002 (names say nothing)
         return head[257:262] == b"ustar" and head[:1] != b"\0"

@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-from bntool.checkpoints.checkpoint import Checkpoint, Format, ModuleInfo, StateDict, find_prefix
+from bntool.checkpoints.checkpoint import Checkpoint, Format, LoadingCode, ModuleInfo, StateDict, find_prefix
 from bntool.checkpoints.containers.zips.reading import InflatedRecord, ZipArchive, ZipRecord, read_archive
 from bntool.checkpoints.dtypes import BY_NAME
 from bntool.checkpoints.files import SourceFile, quote
@@ -36,6 +36,7 @@ class ExportedProgram(Format):
     title = "torch.export (.pt2)"
     writer = "torch_programs.exported_writing:write"
     holds_code = True
+    loading = LoadingCode(("import torch", "model = torch.export.load({path}).module()  # runs code of the file"))
 
     def read(self, file: SourceFile) -> Checkpoint:
         archive = read_archive(file)

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from bntool.checkpoints.checkpoint import Checkpoint, Format, GlobalName, ModuleInfo, StateDict
+from bntool.checkpoints.checkpoint import Checkpoint, Format, GlobalName, LoadingCode, ModuleInfo, StateDict
 from bntool.checkpoints.containers.pickles.reading import OpcodeBudget, Pickle
 from bntool.checkpoints.containers.pickles.trust import list_globals
 from bntool.checkpoints.containers.zips.reading import InflatedRecord, ZipArchive, ZipRecord, read_archive
@@ -53,6 +53,12 @@ class LegacyExport(Format):
     title = "torch.export (.pt2, before 2.8)"
     writer = "torch_programs.exported_writing:write_before_2_8"
     holds_code = True
+    loading = LoadingCode(
+        (
+            "import torch  # of the version that wrote the file: others may refuse it",
+            "model = torch.export.load({path}).module()  # runs code of the file",
+        )
+    )
 
     def read(self, file: SourceFile) -> Checkpoint:
         archive = read_archive(file)

@@ -9,6 +9,7 @@ from bntool.checkpoints.checkpoint import (
     Format,
     GlobalName,
     GlobalTrust,
+    LoadingCode,
     ModuleInfo,
     StateDict,
     find_prefix,
@@ -41,6 +42,8 @@ class TorchScript(Format):
     title = "TorchScript"
     writer = "torch.zip_writing:write_torchscript"
     holds_code = True
+    loading = LoadingCode(("import torch", "model = torch.jit.load({path})  # runs code of the file"))
+    why_empty = "torch.jit.freeze and torch.jit.optimize_for_inference make tensors constants of the code"
 
     def read(self, file: SourceFile) -> Checkpoint:
         archive = read_archive(file)

@@ -12,8 +12,8 @@ from bntool.checkpoints.caffe.layers import Layer
 from bntool.checkpoints.checkpoint import Checkpoint
 from bntool.checkpoints.tensors import Tensor, count_elements
 from bntool.errors import RefusedError
-from bntool.graphs.graph import ModelGraph, NodeKind
-from bntool.graphs.stored.source import GraphBuilder, check_lengths
+from bntool.graphs.graph import ModelGraph, NodeKind, check_lengths
+from bntool.graphs.stored.builder import GraphBuilder
 
 _CONVOLUTIONS = {
     "Convolution": NodeKind.CONVOLUTION,

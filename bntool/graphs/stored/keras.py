@@ -11,8 +11,8 @@ from bntool.checkpoints.keras.model import KerasLayer, KerasModel, Reference, ca
 from bntool.checkpoints.keras.weights import BATCH_NORMS, CONVOLUTIONS, DEPTHWISE, KERNELS, SEPARABLE, TRANSPOSED
 from bntool.checkpoints.tensors import Tensor, count_elements
 from bntool.errors import CorruptFileError, RefusedError, UnsafeFileError
-from bntool.graphs.graph import ModelGraph, NodeKind, Owner
-from bntool.graphs.stored.source import GraphBuilder, check_lengths
+from bntool.graphs.graph import ModelGraph, NodeKind, Owner, check_lengths
+from bntool.graphs.stored.builder import GraphBuilder
 
 MAX_CALLS = 200_000  # of layers, each call of a nested model counted anew
 _LAST = -1

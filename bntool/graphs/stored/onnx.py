@@ -11,8 +11,8 @@ from bntool.checkpoints.containers.protobufs.writing import unused_name
 from bntool.checkpoints.onnx.graph import SUBGRAPH, SUBGRAPHS, OnnxGraph, OnnxNode
 from bntool.checkpoints.onnx.model import ROLES, OnnxContent
 from bntool.checkpoints.tensors import Tensor, count_elements
-from bntool.graphs.graph import ModelGraph, NodeKind
-from bntool.graphs.stored.source import GraphBuilder, check_lengths
+from bntool.graphs.graph import ModelGraph, NodeKind, check_lengths
+from bntool.graphs.stored.builder import GraphBuilder
 
 _KINDS = {
     "Conv": NodeKind.CONVOLUTION,

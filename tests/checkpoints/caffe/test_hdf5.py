@@ -18,7 +18,7 @@ from bntool.checkpoints.formats import open_checkpoint, save_checkpoint
 from bntool.checkpoints.tensors import read_bytes, read_numbers
 from bntool.cli.main import ExitCode, main
 from bntool.errors import RefusedError, UnknownFormatError
-from bntool.graphs.stored.source import stored_graph
+from bntool.graphs.sources import read_stored_graph
 from bntool.plan import Operation, Plan, SetTensor, Values
 
 
@@ -51,7 +51,7 @@ def test_without_the_net_blobs_have_numbers_only(interop: Path) -> None:
         names = list(checkpoint.state_dict("").tensors)
         assert names == ["bn1.0", "bn1.1", "bn1.2", "conv1.0", "scale1.0", "scale1.1"]
         with pytest.raises(RefusedError, match="--prototxt"):
-            stored_graph(checkpoint)
+            read_stored_graph(checkpoint)
 
 
 @pytest.mark.parametrize("layout", ["folded", "same-keys"])

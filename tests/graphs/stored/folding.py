@@ -13,7 +13,7 @@ from bntool.folding.options import Layout
 from bntool.folding.planning import FoldPlan, plan_fold
 from bntool.freezing.checkpoint import plan_freeze
 from bntool.freezing.options import FreezeForm
-from bntool.graphs.stored.source import stored_graph
+from bntool.graphs.sources import read_stored_graph
 
 
 def fold_file(source: Path, target: Path, *, layout: str = "folded", eps: float | None = None) -> FoldPlan:
@@ -22,7 +22,7 @@ def fold_file(source: Path, target: Path, *, layout: str = "folded", eps: float 
     with open_checkpoint(source) as opened:
         net = read_prototxt(SourceFile(prototxt)) if prototxt.exists() else None
         checkpoint = opened if net is None else deploy(opened, net)
-        graph = stored_graph(checkpoint)
+        graph = read_stored_graph(checkpoint)
         assert graph is not None
         plan = plan_fold(checkpoint.state_dict(""), graph, layout=Layout(layout), eps=eps)
         edited = apply_plan(checkpoint, plan)

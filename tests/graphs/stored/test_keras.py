@@ -24,7 +24,7 @@ from bntool.checkpoints.tensors import read_numbers
 from bntool.errors import BntoolError, RefusedError
 from bntool.freezing.checkpoint import Carrier, plan_freeze
 from bntool.graphs.graph import Evidence
-from bntool.graphs.stored.source import stored_graph
+from bntool.graphs.sources import read_stored_graph
 from bntool.plan import (
     AddTensor,
     Operation,
@@ -183,12 +183,12 @@ def test_weights_alone_say_why_they_cannot_be_folded() -> None:
         open_checkpoint(FOLDER / "keras_tiny.weights.h5") as checkpoint,
         pytest.raises(RefusedError, match="weights only"),
     ):
-        stored_graph(checkpoint)
+        read_stored_graph(checkpoint)
 
 
 def test_the_configuration_is_proof() -> None:
     with open_checkpoint(FOLDER / "keras_tiny.keras") as checkpoint:
-        graph = stored_graph(checkpoint)
+        graph = read_stored_graph(checkpoint)
         assert graph is not None
         assert graph.evidence is Evidence.STORED
         assert {layer: calls[0].eps for layer, calls in graph.batchnorms.items()}["bn_dw"] == 1e-5

@@ -20,7 +20,7 @@ from bntool.checkpoints.formats import open_checkpoint
 from bntool.checkpoints.tensors import read_numbers
 from bntool.errors import BntoolError, UsageError
 from bntool.graphs.graph import Evidence
-from bntool.graphs.stored.source import stored_graph
+from bntool.graphs.sources import read_stored_graph
 from tests.fuzz import mutate, time_limit
 from tests.graphs.stored.folding import fold_file, freeze_net
 from tests.places import INTEROP
@@ -91,7 +91,7 @@ def test_torch_computes_what_caffe_computed(layout: str, fold: bool, tmp_path: P
 
 def test_the_graph_of_a_file_is_proof() -> None:
     with open_checkpoint(FOLDER / "onnx_tiny.onnx") as checkpoint:
-        graph = stored_graph(checkpoint)
+        graph = read_stored_graph(checkpoint)
         assert graph.evidence is Evidence.STORED
         assert {layer: calls[0].eps for layer, calls in graph.batchnorms.items()} == {
             "bn1": pytest.approx(1e-3),
@@ -101,7 +101,7 @@ def test_the_graph_of_a_file_is_proof() -> None:
 
 def test_a_file_without_a_graph_has_none() -> None:
     with open_checkpoint(FOLDER.parent / "torch_tiny.pth") as checkpoint:
-        assert stored_graph(checkpoint) is None
+        assert read_stored_graph(checkpoint) is None
 
 
 @pytest.mark.parametrize("suffix", [".onnx", ".caffemodel"])

@@ -1,42 +1,12 @@
-"""Graphs that a file holds beside its tensors, as ONNX and Caffe do."""
+"""Collecting the nodes and edges of a graph that a file holds."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
-from bntool.checkpoints.checkpoint import Checkpoint
-from bntool.errors import CorruptFileError
 from bntool.graphs.graph import Edge, Evidence, ModelGraph, Node, NodeKind
-
-
-def stored_graph(checkpoint: Checkpoint) -> ModelGraph | None:
-    """The graph of a file that holds one; None for formats of tensors only."""
-    from bntool.graphs.stored.caffe import caffe_graph
-    from bntool.graphs.stored.keras import keras_graph
-    from bntool.graphs.stored.onnx import onnx_graph
-
-    sources: Mapping[str, Callable[[Checkpoint], ModelGraph]] = {
-        "onnx": onnx_graph,
-        "caffe": caffe_graph,
-        "caffe-hdf5": caffe_graph,
-        "keras": keras_graph,
-        "keras-hdf5": keras_graph,
-    }
-    source = sources.get(checkpoint.format.name)
-    return source(checkpoint) if source is not None and checkpoint.state_dicts else None
-
-
-def check_lengths(layer: str, lengths: Iterable[int]) -> None:
-    """Hold the vectors of a layer against each other.
-
-    Raises:
-        CorruptFileError: they differ in length.
-    """
-    found = set(lengths)
-    if len(found) > 1:
-        raise CorruptFileError(f"its vectors have {' and '.join(map(str, sorted(found)))} elements", tensor=layer)
 
 
 class GraphBuilder:

@@ -1,0 +1,94 @@
+"""The files that Keras writes: the ``.keras`` archive of Keras 3 and tf_keras, and the HDF5 files of all versions.
+
+An archive holds configuration, metadata and weights in a zip. An HDF5 file is a whole model (``.h5``), or weights only
+(``.weights.h5``, and ``.h5`` before that).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from bntool.checkpoints.checkpoint import Checkpoint, Format, Loader, LoadingCode
+from bntool.checkpoints.containers.pickles.nodes import text_of
+from bntool.checkpoints.containers.zips.reading import InflatedRecord, ZipArchive, read_archive
+from bntool.checkpoints.files import FileSlice, SourceFile
+from bntool.checkpoints.torch.state_dicts import RECORD_KEY, as_history, parse_record
+from bntool.errors import CorruptFileError, UnknownFormatError
+
+CONFIG, METADATA, WEIGHTS = "config.json", "metadata.json", "model.weights.h5"  # records of an archive
+MODEL_CONFIG = "model_config"  # attribute of an HDF5 file
+_SHOWN = ("keras_version", "backend")
+
+
+class _Keras(Format):
+    """What both kinds of files have in common."""
+
+    loader = Loader.KERAS
+    loading = LoadingCode(("import keras", "model = keras.models.load_model({path})"))
+    graph_reader = "bntool.graphs.stored.keras:keras_graph"
+    trains_whole_layers = True
+    keeps_order = False  # Keras orders layers by where they lie in the graph
+
+    def describe_origin(self, checkpoint: Checkpoint) -> Sequence[str]:
+        kind = checkpoint.entries.get("model_config")
+        version = text_of(checkpoint.entries.get("keras_version")) or ""
+        return f"Keras {version}".strip(), f"{text_of(kind)} model" if kind is not None else "weights only"
+
+
+class KerasArchive(_Keras):
+    """The ``.keras`` archive."""
+
+    name = "keras"
+    title = "Keras (.keras)"
+    writer = "keras.writing:write_archive"
+
+    def read(self, file: SourceFile) -> Checkpoint:
+        archive = read_archive(file)
+        if CONFIG not in archive.records or METADATA not in archive.records:
+            raise UnknownFormatError("this zip archive was not written by Keras: it has no config.json")
+        if WEIGHTS not in archive.records:
+            raise CorruptFileError(f"the archive has no {WEIGHTS}: weights as .npz are not read")
+        from bntool.checkpoints.containers.hdf5 import read_hdf5  # a start-up without Keras files needs none of it
+        from bntool.checkpoints.keras.content import make_checkpoint, read_content
+        from bntool.checkpoints.keras.model import parse_config
+
+        config = parse_config(archive.read(archive.records[CONFIG]))
+        metadata = parse_config(archive.read(archive.records[METADATA]))
+        if not isinstance(config, dict) or not isinstance(metadata, dict):
+            raise CorruptFileError("the configuration of the model is not a JSON object")
+        record = archive.records[WEIGHTS]
+        if record.is_deflated:
+            source: Any = InflatedRecord(archive, record)
+        else:
+            source = FileSlice(file, offset=record.data_offset, length=record.size)
+        content = read_content(config, read_hdf5(source), place=archive)
+        entries: dict[str, Any] = {name: value for name, value in metadata.items() if name != RECORD_KEY}
+        return make_checkpoint(file, self, content, entries=entries, history=as_history(metadata.get(RECORD_KEY)))
+
+    def verify_checksums(self, checkpoint: Checkpoint) -> int | None:
+        archive: ZipArchive = checkpoint.content.place
+        return archive.check_records()
+
+
+class KerasHdf5(_Keras):
+    """An HDF5 file."""
+
+    name = "keras-hdf5"
+    title = "Keras (.h5)"
+    writer = "keras.writing:write_hdf5"
+
+    def read(self, file: SourceFile) -> Checkpoint:
+        from bntool.checkpoints.containers.hdf5 import read_hdf5  # a start-up without Keras files needs none of it
+        from bntool.checkpoints.keras.content import make_checkpoint, read_content
+        from bntool.checkpoints.keras.model import parse_config
+
+        hdf5 = read_hdf5(file)
+        text = hdf5.text("", MODEL_CONFIG)
+        numbered = any(name.rpartition("/")[2] == "vars" for name in hdf5.groups)
+        named = any(hdf5.texts(name, "layer_names") is not None for name in ("", "model_weights"))
+        if not numbered and not named:
+            raise UnknownFormatError("this HDF5 file was not written by Keras: it holds neither layers nor their names")
+        content = read_content(parse_config(text) if text is not None else None, hdf5)
+        entries: dict[str, Any] = {name: value for name in _SHOWN if (value := hdf5.text("", name)) is not None}
+        return make_checkpoint(file, self, content, entries=entries, history=parse_record(hdf5.text("", RECORD_KEY)))
