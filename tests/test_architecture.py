@@ -25,7 +25,7 @@ FLOORS = (
     ("modules",),
     ("models",),
     ("checkpoints",),
-    ("batchnorm", "plan", "choices"),
+    ("batchnorm", "plan", "choices", "progress"),
     ("errors", "version"),
 )
 KNOWN_CIRCLES = 1  # to be opened
@@ -154,5 +154,5 @@ def test_everything_public_can_be_imported() -> None:
 
 
 def test_deciding_and_writing_a_fold_of_a_file_needs_no_torch() -> None:
-    script = "import bntool.folding.checkpoint, bntool.reports.folding, bntool.cli.writing, sys"
+    script = "import bntool.folding.checkpoint, bntool.reports.folding, sys"
     subprocess.run([sys.executable, "-c", f"{script}; assert 'torch' not in sys.modules"], check=True, cwd=ROOT)

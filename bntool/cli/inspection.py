@@ -71,7 +71,7 @@ def command(
         try:
             with open_checkpoint(path) as checkpoint:
                 if prototxt is not None:
-                    from bntool.cli.nets import deploy_net
+                    from bntool.checkpoints.caffe.nets import deploy_net
 
                     checkpoint, _ = deploy_net(checkpoint, prototxt, None, force=False)  # noqa: PLW2901
                 inspection = inspect_checkpoint(
