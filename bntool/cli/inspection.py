@@ -86,8 +86,7 @@ def command(
                 facts = describe_inspection(inspection, every_tensor=every) if as_json else {}
                 blocks = () if as_json else tuple(show_inspection(str(path), inspection, every_tensor=every))
                 reports.append(FileReport(str(path), facts=facts, blocks=blocks))
-                worst = inspection.worst()
-                if fail_on is not None and worst is not None and worst.rank >= fail_on.rank:
+                if fail_on is not None and inspection.fails_on(fail_on):
                     code = max(code, ExitCode.FINDINGS)
         except BntoolError as error:
             reports.append(FileReport(str(path), error=error.about(path)))
