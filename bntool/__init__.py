@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     from bntool.checkpoints.batchnorms import find_batchnorms as find_batchnorms
     from bntool.checkpoints.checkpoint import Checkpoint as Checkpoint
     from bntool.checkpoints.checkpoint import StateDict as StateDict
-    from bntool.checkpoints.checkpoint import choose_state_dict as choose_state_dict
     from bntool.checkpoints.formats import open_checkpoint as open_checkpoint
-    from bntool.checkpoints.formats import save_checkpoint as save_checkpoint
+    from bntool.checkpoints.saving import save_checkpoint as save_checkpoint
+    from bntool.checkpoints.state_dicts import choose_state_dict as choose_state_dict
     from bntool.comparison.checkpoint import compare_checkpoints as compare_checkpoints
     from bntool.errors import BntoolError as BntoolError
     from bntool.folding.live import fold as fold
@@ -42,7 +42,7 @@ _PUBLIC = {
     "StateDict": "bntool.checkpoints.checkpoint",
     "apply_freeze": "bntool.freezing.live",
     "apply_plan": "bntool.checkpoints.application",
-    "choose_state_dict": "bntool.checkpoints.checkpoint",
+    "choose_state_dict": "bntool.checkpoints.state_dicts",
     "compare_checkpoints": "bntool.comparison.checkpoint",
     "find_batchnorms": "bntool.checkpoints.batchnorms",
     "fold": "bntool.folding.live",
@@ -52,7 +52,7 @@ _PUBLIC = {
     "load_folded": "bntool.folding.loading",
     "open_checkpoint": "bntool.checkpoints.formats",
     "recalibrate": "bntool.recalibration.live",
-    "save_checkpoint": "bntool.checkpoints.formats",
+    "save_checkpoint": "bntool.checkpoints.saving",
     "scale_and_shift": "bntool.batchnorm",
     "unfreeze": "bntool.freezing.live",
 }

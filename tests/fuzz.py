@@ -22,8 +22,9 @@ from pathlib import Path
 from bntool.checkpoints.application import apply_plan
 from bntool.checkpoints.batchnorms import find_norms
 from bntool.checkpoints.checkpoint import Checkpoint
-from bntool.checkpoints.formats import open_checkpoint, save_checkpoint
+from bntool.checkpoints.formats import open_checkpoint
 from bntool.checkpoints.origin import describe_origin
+from bntool.checkpoints.saving import save_checkpoint
 from bntool.checkpoints.tensors import StoredTensor, read_bytes
 from bntool.errors import BntoolError
 from bntool.plan import Operation, Plan, Record, RemoveTensor

@@ -8,7 +8,8 @@ from collections.abc import Iterable, Mapping
 
 from bntool.checkpoints.checkpoint import Checkpoint, Edit, StateDict
 from bntool.checkpoints.dtypes import BFLOAT16, BY_NAME, FLOAT16, FLOAT32, FLOAT64, DType
-from bntool.checkpoints.tensors import LiteralTensor, ScaledTensor, StoredTensor, Tensor, count_elements
+from bntool.checkpoints.scaled_tensors import ScaledTensor
+from bntool.checkpoints.tensors import LiteralTensor, StoredTensor, Tensor, count_elements
 from bntool.errors import RefusedError, UsageError
 from bntool.plan import (
     AddTensor,

@@ -6,18 +6,15 @@ The one module of this package that imports numpy; it is imported only when such
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from bntool.checkpoints.dtypes import BFLOAT16, FLOAT16, FLOAT32, FLOAT64, DType
 from bntool.checkpoints.files import CHUNK, Chunk
-from bntool.checkpoints.tensors import read_bytes, swap_bytes
-
-if TYPE_CHECKING:
-    from bntool.checkpoints.tensors import ScaledTensor, StoredTensor, Tensor
+from bntool.checkpoints.tensors import StoredTensor, Tensor, read_bytes, swap_bytes
 
 SMALLEST_NORMAL = {FLOAT64: 2.0**-1022, FLOAT32: 2.0**-126, BFLOAT16: 2.0**-126, FLOAT16: 2.0**-14}
 
@@ -81,21 +78,29 @@ def whole_rows(chunks: Iterable[Chunk], row: int) -> Iterator[Chunk]:
         pending = bytes(rest[whole:])
 
 
-def scale_chunks(tensor: ScaledTensor) -> Iterator[Chunk]:
-    """The product of a tensor and its factors, in C order, in pieces of about a chunk whatever the shape."""
-    view, dtype = tensor.view, tensor.dtype
-    factors = np.asarray(tensor.factors, dtype="<f8").reshape(tensor.factor_shape)
+def scale_chunks(
+    tensor: Tensor, factors: Sequence[float], *, view: tuple[int, ...], factor_shape: tuple[int, ...], flush: bool
+) -> Iterator[Chunk]:
+    """The product of a tensor and its factors, in C order, in pieces of about a chunk whatever the shape.
+
+    The arguments are those of :class:`bntool.checkpoints.scaled_tensors.ScaledTensor`.
+
+    Raises:
+        OverflowError: a product is too large for the dtype.
+    """
+    dtype = tensor.dtype
+    rows = np.asarray(factors, dtype="<f8").reshape(factor_shape)
     inner = len(view)  # the dimensions from here on are computed together
     while inner > 0 and math.prod(view[inner - 1 :]) * dtype.itemsize <= CHUNK:
         inner -= 1
     row = math.prod(view[inner:]) * dtype.itemsize
     if row == 0:
         return
-    product = Product(dtype, flush=tensor.flush)
+    product = Product(dtype, flush=flush)
     first = 0
-    for data in whole_rows(tensor.source.chunks(), row):
+    for data in whole_rows(tensor.chunks(), row):
         count = len(data) // row
-        here = _factors_of(first, count, view[:inner], factors)
+        here = _factors_of(first, count, view[:inner], rows)
         yield product.round(as_numbers(data, dtype).reshape(count, *view[inner:]), here)
         first += count
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from bntool.checkpoints.files import SourceFile, quote
 from bntool.checkpoints.outputs import OutputFiles
-from bntool.checkpoints.tensors import StoredTensor, Tensor
+from bntool.checkpoints.tensors import Tensor
 from bntool.errors import RefusedError, UsageError
 
 if TYPE_CHECKING:
@@ -45,19 +45,6 @@ class GlobalName:
 
 
 @dataclass(frozen=True, slots=True)
-class NotUnderstood:
-    """What may be a BatchNorm, or a part of one, and could not be read as that: nothing is claimed of it.
-
-    Attributes:
-        name: of the layer, node or tensor.
-        reason: what was seen, and why that does not suffice.
-    """
-
-    name: str
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
 class ModuleInfo:
     """What a file says of a module beside its tensors: a pickled module, or a layer of a graph format.
 
@@ -83,7 +70,7 @@ class StateDict:
         is_module: the tensors belong to a pickled module.
         access: Python that gets it out of what the file loads as, e.g. ``['nets'][0]``; "" for the root.
         holds_arrays: some of its values are numpy arrays where torch has tensors.
-        source: what the format needs to find it again; nobody else's business.
+        stored: the tensors as the file has them; those of ``tensors`` that are others are to change.
     """
 
     key: str
@@ -94,7 +81,11 @@ class StateDict:
     is_module: bool = False
     access: str = ""
     holds_arrays: bool = False
-    source: Any = field(default=None, repr=False, compare=False)
+    stored: Mapping[str, Tensor] = field(default_factory=dict, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if not self.stored:
+            object.__setattr__(self, "stored", self.tensors)
 
     def strip(self, name: str) -> str:
         """The name without the wrappers' prefix."""
@@ -228,6 +219,20 @@ class Edit:
     step: Step
 
 
+class Content:
+    """What a format keeps of a file to write it again; each format has a class of its own for it."""
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint) -> Self:
+        """The content of a checkpoint that is of this class; TypeError where it is of another."""
+        if not isinstance(checkpoint.content, cls):
+            raise TypeError(f"a {checkpoint.format.name} checkpoint has no {cls.__name__}")
+        return checkpoint.content
+
+
+_LISTED = 8  # keys that a sentence names
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """An immutable view of a file.
@@ -239,9 +244,8 @@ class Checkpoint:
         entries: what else lies at the top level: name to a plain value or to a symbolic node.
         globals: classes and functions that loading the file by unpickling would import or call.
         records: what bntool recorded in it, by key of the state dict.
-        not_understood: what may be a BatchNorm and could not be judged.
         edits: what is to change against the file.
-        content: what the format needs to write it back; nobody else's business.
+        content: what its format keeps of the file to write it again.
     """
 
     file: SourceFile
@@ -250,9 +254,8 @@ class Checkpoint:
     entries: Mapping[str, Any] = field(default_factory=dict)
     globals: tuple[GlobalName, ...] = ()
     records: Mapping[str, tuple[Mapping[str, Any], ...]] = field(default_factory=dict)
-    not_understood: tuple[NotUnderstood, ...] = ()
     edits: tuple[Edit, ...] = ()
-    content: Any = field(default=None, repr=False, compare=False)
+    content: Content | None = field(default=None, repr=False, compare=False)
 
     @property
     def path(self) -> Path:
@@ -296,69 +299,3 @@ def check_changeable(checkpoint: Checkpoint) -> None:
     """
     if checkpoint.format.read_only:
         raise RefusedError(checkpoint.format.read_only, path=checkpoint.path)
-
-
-_LISTED = 8  # keys that a sentence names
-_WELL_KNOWN_KEYS = (
-    "",
-    "state_dict",
-    "model_state_dict",
-    "model_state",
-    "model",
-    "module",
-    "net",
-    "network",
-    "params",
-    "weights",
-)
-_AVERAGED = ("ema", "shadow", "teacher", "averaged", "swa")
-
-
-def is_averaged_copy(key: str) -> bool:
-    """Whether the key of a state dict names an averaged copy (EMA, SWA) of the model."""
-    parts = key.lower().replace("-", "_").replace(".", "_").split("_")
-    return any(part in _AVERAGED for part in parts)
-
-
-def choose_state_dict(checkpoint: Checkpoint, key: str | None = None) -> StateDict:
-    """The state dict that a command works on.
-
-    The rule: the one asked for; else the only one; else, leaving averaged copies (EMA, SWA) aside, the first of the
-    well-known keys (the root, state_dict, model_state_dict, model_state, model, module, net, network, params,
-    weights); else the one with the most elements.
-
-    Raises:
-        RefusedError: the file holds no state dict.
-        UsageError: it holds none of that key.
-    """
-    if key is not None:
-        return checkpoint.state_dict(key)
-    if not checkpoint.state_dicts:
-        raise RefusedError("no state dict was found in this file", path=checkpoint.path)
-    candidates = [s for s in checkpoint.state_dicts if not is_averaged_copy(s.key)] or list(checkpoint.state_dicts)
-    for known in _WELL_KNOWN_KEYS:
-        for state_dict in candidates:
-            if state_dict.key == known:
-                return state_dict
-    return max(candidates, key=_count_elements)
-
-
-def _count_elements(state_dict: StateDict) -> int:
-    return sum(tensor.numel for tensor in state_dict.tensors.values() if isinstance(tensor, StoredTensor))
-
-
-_WRAPPERS = ("module.", "_orig_mod.", "_fsdp_wrapped_module.", "_forward_module.", "model.")
-MAX_PREFIX = 200  # characters; a hostile name repeats a wrapper a million times
-UNPREFIXED = ("n_averaged", "steps")  # counters that AveragedModel and mmengine's averaging put beside the model
-
-
-def find_prefix(names: list[str]) -> str:
-    """What wrappers (DataParallel, torch.compile, FSDP, Lightning's ``model.``) put before all names."""
-    names = [name for name in names if name not in UNPREFIXED]
-    prefix = ""
-    while names and len(prefix) < MAX_PREFIX:
-        wrapper = next((w for w in _WRAPPERS if all(name.startswith(w, len(prefix)) for name in names)), None)
-        if wrapper is None:
-            break
-        prefix += wrapper
-    return prefix

@@ -16,6 +16,7 @@ from bntool.checkpoints.containers.pickles.writing import write_pickle
 from bntool.checkpoints.containers.zips.writing import ZipWriter
 from bntool.checkpoints.files import Chunk, SourceFile
 from bntool.checkpoints.outputs import OutputFiles, check_output_differs
+from bntool.checkpoints.records import RECORD_KEY
 from bntool.checkpoints.safetensors.file import Safetensors
 from bntool.checkpoints.safetensors.file_writing import make_header
 from bntool.checkpoints.tensors import (
@@ -27,7 +28,6 @@ from bntool.checkpoints.tensors import (
     equal_streams,
     named_chunks,
 )
-from bntool.checkpoints.torch.state_dicts import RECORD_KEY
 from bntool.checkpoints.torch.zip import TorchZip
 from bntool.errors import BntoolError, RefusedError, VerificationError
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from bntool.checkpoints.checkpoint import Checkpoint, is_averaged_copy
+from bntool.checkpoints.checkpoint import Checkpoint
 from bntool.checkpoints.containers.pickles.nodes import Node, as_mapping, is_mapping, iterate_pairs, text_of
+from bntool.checkpoints.state_dicts import is_averaged_copy
 
 _OPTIMIZERS = ("optimizer", "optimizer_states", "optimizer_state_dict", "optim", "opt", "optimizer_state", "optimizers")
 

@@ -1,12 +1,18 @@
-"""The note that bntool leaves in every file it writes."""
+"""The note that bntool leaves in every file it writes: a history, one record for each time."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
-from bntool.plan import Operation, Plan
+from bntool.checkpoints.containers.json_texts import parse_json
 from bntool.version import __version__
+
+if TYPE_CHECKING:
+    from bntool.plan import Plan  # plans are only needed to write
+
+RECORD_KEY = "bntool"
+History: TypeAlias = tuple[Mapping[str, Any], ...]
 
 
 def make_record(plan: Plan, **details: Any) -> dict[str, Any]:
@@ -28,6 +34,8 @@ def make_record(plan: Plan, **details: Any) -> dict[str, Any]:
 
 def find_recorded_eps(history: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """The eps that the tensors of each layer belong to, as the last conversion or freeze that knew it recorded."""
+    from bntool.plan import Operation  # files that bntool did not write need none
+
     found: dict[str, Any] = {}
     for record in history:
         layers, modules = record.get("layers"), record.get("modules")
@@ -37,3 +45,27 @@ def find_recorded_eps(history: Sequence[Mapping[str, Any]]) -> dict[str, float]:
         if eps is not None and isinstance(layers, list):
             found.update({name: eps for name in layers if isinstance(name, str)})
     return {name: eps for name, eps in found.items() if isinstance(eps, float)}
+
+
+def parse_record(text: str | None) -> History:
+    """A recorded history: a JSON array of objects; anything else counts as none."""
+    return as_history(_parse(text)) if text else ()
+
+
+def parse_records(text: bytes | None) -> dict[str, History]:
+    """Recorded histories, a JSON object of them by key of the state dict; anything else counts as none."""
+    found = _parse(text) if text else {}
+    histories = {key: as_history(entries) for key, entries in found.items()} if isinstance(found, dict) else {}
+    return {key: history for key, history in histories.items() if history}
+
+
+def _parse(text: bytes | str) -> Any:
+    try:
+        return parse_json(text, allow_nan=True)
+    except ValueError:
+        return None
+
+
+def as_history(entries: Any) -> History:
+    """The entries that are records."""
+    return tuple(entry for entry in entries if isinstance(entry, dict)) if isinstance(entries, list) else ()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import TypeAlias
 
 from bntool.checkpoints.checkpoint import Checkpoint, StateDict
@@ -16,8 +15,6 @@ Patches: TypeAlias = dict[str, list[tuple[StoredTensor, Tensor]]]
 def collect_value_patches(checkpoint: Checkpoint, *, advice: str, can_record: bool = False) -> Patches:
     """The tensors to put over each storage, by key of the storage.
 
-    The source of each state dict must be its tensors as they were read.
-
     Args:
         advice: what to do instead, at the end of the sentence that refuses.
         can_record: the layout has a place for a record.
@@ -30,13 +27,13 @@ def collect_value_patches(checkpoint: Checkpoint, *, advice: str, can_record: bo
             raise RefusedError(f"a {checkpoint.format.title} file has no place for a record; {advice}")
     patches: Patches = {}
     for state_dict in checkpoint.state_dicts:
-        original: Mapping[str, StoredTensor] = state_dict.source
+        original = state_dict.stored
         if list(original) != list(state_dict.tensors):
             raise RefusedError(f"only elements can change in a {checkpoint.format.title} file, not its keys; {advice}")
         for name, tensor in state_dict.tensors.items():
             stored = original[name]
             if tensor is not stored:
-                if stored.storage is None or stored.overlaps_itself:
+                if not isinstance(stored, StoredTensor) or stored.storage is None or stored.overlaps_itself:
                     raise RefusedError("this tensor has no elements of its own to change", tensor=name)
                 if tensor.dtype is not stored.dtype:
                     what = f"from {stored.dtype} to {tensor.dtype}"
@@ -44,7 +41,7 @@ def collect_value_patches(checkpoint: Checkpoint, *, advice: str, can_record: bo
                         f"only elements can change in a {checkpoint.format.title} file, not a dtype {what}; {advice}",
                         tensor=name,
                     )
-                _check_others(checkpoint, state_dict, name)
+                _check_others(checkpoint, state_dict, name, stored)
                 patches.setdefault(stored.storage.key, []).append((stored, tensor))
     _refuse_other_steps(checkpoint, advice)
     return patches
@@ -59,13 +56,14 @@ def _refuse_other_steps(checkpoint: Checkpoint, advice: str) -> None:
             raise RefusedError(f"only elements can change in a {checkpoint.format.title} file, not {what}; {advice}")
 
 
-def _check_others(checkpoint: Checkpoint, owner: StateDict, name: str) -> None:
+def _check_others(checkpoint: Checkpoint, owner: StateDict, name: str, original: StoredTensor) -> None:
     """A tensor that shares bytes with the changed one must be its equal, before and after."""
-    original: StoredTensor = owner.source[name]
     changed = owner.tensors[name]
     for state_dict in checkpoint.state_dicts:
-        for other, stored in state_dict.source.items():
-            if (state_dict is owner and other == name) or not _overlap(original, stored):
+        for other, stored in state_dict.stored.items():
+            if (state_dict is owner and other == name) or not isinstance(stored, StoredTensor):
+                continue
+            if not _overlap(original, stored):
                 continue
             same_view = (stored.place, stored.shape, stored.strides) == (
                 original.place,

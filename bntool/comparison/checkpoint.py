@@ -10,7 +10,8 @@ from enum import Enum
 
 from bntool.batchnorm import DEFAULT_EPS, ROLES, STATISTICS, BatchNorm, selects
 from bntool.checkpoints.batchnorms import find_batchnorms
-from bntool.checkpoints.checkpoint import Checkpoint, StateDict, choose_state_dict
+from bntool.checkpoints.checkpoint import Checkpoint, StateDict
+from bntool.checkpoints.state_dicts import choose_state_dict
 from bntool.checkpoints.tensors import StoredTensor, Tensor, equal_streams, read_bytes, read_numbers
 from bntool.comparison.name_alignment import align_names
 from bntool.comparison.options import Expectation

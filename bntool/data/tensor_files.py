@@ -12,6 +12,7 @@ from bntool.checkpoints.checkpoint import Checkpoint
 from bntool.checkpoints.containers.pickles.nodes import Instance, Node, as_mapping, is_mapping
 from bntool.checkpoints.formats import open_checkpoint
 from bntool.checkpoints.tensors import StoredTensor
+from bntool.checkpoints.torch.state_dicts import TorchContent
 from bntool.data.rows import LABEL_KEYS, LiveRows, Rows, StackedRows, StoredRows
 from bntool.errors import UsageError
 from bntool.modules.loading import to_torch
@@ -31,10 +32,9 @@ def open_tensors(path: Path) -> Mapping[str, Rows]:
         UsageError: it holds something else.
     """
     checkpoint = open_checkpoint(path)
-    root = getattr(getattr(checkpoint.content, "pickle", None), "root", None)
-    if root is None:
+    if not isinstance(checkpoint.content, TorchContent):
         return _name_tensors(checkpoint)
-    found = _TensorFile(checkpoint, path).name_arrays(root)
+    found = _TensorFile(checkpoint, path).name_arrays(checkpoint.content.pickle.root)
     if not found:
         raise UsageError(
             "there are no tensors to be found in this file without running code: it may hold a tensor, (inputs, "
@@ -126,8 +126,7 @@ class _TensorFile:
         return (inputs[0] if len(inputs) == 1 else None), (entries[label] if label is not None else None)
 
     def _tensor(self, node: Node) -> StoredTensor | None:
-        found: StoredTensor | None = self._checkpoint.content.reader.read(node)
-        return found
+        return TorchContent.of(self._checkpoint).reader.read(node)
 
     def _rows(self, node: Node) -> Rows | None:
         tensor = self._tensor(node)

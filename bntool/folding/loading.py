@@ -9,8 +9,9 @@ from typing import Any, TypeVar
 
 import torch
 
-from bntool.checkpoints.checkpoint import Checkpoint, StateDict, choose_state_dict
+from bntool.checkpoints.checkpoint import Checkpoint, StateDict
 from bntool.checkpoints.formats import open_checkpoint
+from bntool.checkpoints.state_dicts import choose_state_dict
 from bntool.errors import UsageError
 from bntool.folding.structure import structure_of
 from bntool.modules.application import change_structure

@@ -13,7 +13,8 @@ import numpy as np
 from bntool.checkpoints.arrays import to_float64, whole_rows
 from bntool.checkpoints.checkpoint import StateDict
 from bntool.checkpoints.dtypes import BFLOAT16, FLOAT16, FLOAT32, FLOAT64, DType
-from bntool.checkpoints.tensors import LiteralTensor, ScaledTensor, StoredTensor, Tensor, read_bytes, read_numbers
+from bntool.checkpoints.scaled_tensors import ScaledTensor
+from bntool.checkpoints.tensors import LiteralTensor, StoredTensor, Tensor, read_bytes, read_numbers
 from bntool.folding.absorption import Absorption, Array, Blocked
 from bntool.graphs.graph import ModelGraph, Node, NodeKind
 from bntool.plan import AddTensor, Scaled, SetTensor, SkipReason, Step, Values

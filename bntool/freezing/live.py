@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 from bntool.batchnorm import selects
-from bntool.checkpoints.checkpoint import Checkpoint, choose_state_dict
+from bntool.checkpoints.checkpoint import Checkpoint
 from bntool.checkpoints.formats import open_checkpoint
+from bntool.checkpoints.state_dicts import choose_state_dict
 from bntool.errors import RefusedError, UsageError
 from bntool.freezing.held_modules import FREEZE, HOLD, asked_mode, can_carry, hold_all, release, swap_class
 from bntool.freezing.policy import FreezePolicy

@@ -13,6 +13,7 @@ from bntool.batchnorm import STATISTICS
 from bntool.checkpoints.checkpoint import Checkpoint, StateDict
 from bntool.checkpoints.containers.pickles.nodes import Node, as_mapping, is_mapping, iterate_pairs
 from bntool.checkpoints.tensors import StoredTensor
+from bntool.checkpoints.torch.state_dicts import TorchContent
 
 _MOMENTA = ("exp_avg", "momentum_buffer", "exp_avg_sq", "square_avg")
 
@@ -84,7 +85,7 @@ def _relate(
         reason = f"it numbers {count} parameters, the state dict has {len(parameters)}"
         return OptimizerEntries(path, count, None, reason)
     states = {key: value for key, value in iterate_pairs(entries["state"]) if type(key) is int}
-    reader = getattr(checkpoint.content, "reader", None)
+    reader = checkpoint.content.reader if isinstance(checkpoint.content, TorchContent) else None
     checked = 0
     for number, (name, tensor) in zip(numbers[0], parameters, strict=True):
         state = as_mapping(states.get(number))

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 
 from bntool.batchnorm import ROLES, BatchNorm, NormKind, selects
 from bntool.checkpoints.batchnorms import find_norms
-from bntool.checkpoints.checkpoint import Checkpoint, StateDict, choose_state_dict
+from bntool.checkpoints.checkpoint import Checkpoint, StateDict
 from bntool.checkpoints.dtypes import NumberKind
+from bntool.checkpoints.state_dicts import choose_state_dict
 from bntool.checkpoints.tensors import StoredTensor, Tensor, read_numbers
 from bntool.errors import BntoolError
 from bntool.graphs.architectures.recognition import give_eps, recognise

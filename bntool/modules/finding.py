@@ -11,7 +11,7 @@ from torch.nn.parameter import is_lazy
 from torch.optim.swa_utils import AveragedModel
 
 from bntool.batchnorm import STATISTICS, NormKind, find_class_kind
-from bntool.checkpoints.checkpoint import find_prefix
+from bntool.checkpoints.state_dicts import find_prefix
 
 _WRAPPERS = (torch.nn.DataParallel, torch.nn.parallel.DistributedDataParallel, AveragedModel)
 # what gives away a relative that normalises otherwise

@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 import torch
 from torch.nn.parameter import is_lazy
 
-from bntool.checkpoints.checkpoint import UNPREFIXED, StateDict
+from bntool.checkpoints.checkpoint import StateDict
 from bntool.checkpoints.dtypes import BY_NAME, DType, NumberKind
+from bntool.checkpoints.state_dicts import UNPREFIXED
 from bntool.checkpoints.tensors import Tensor, read_bytes
 from bntool.errors import RefusedError
 from bntool.modules.finding import find_wrapper_prefix

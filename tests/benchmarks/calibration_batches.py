@@ -14,8 +14,8 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import update_bn
 
-from bntool.checkpoints.checkpoint import choose_state_dict
 from bntool.checkpoints.formats import open_checkpoint
+from bntool.checkpoints.state_dicts import choose_state_dict
 from bntool.modules.loading import load_state
 from bntool.recalibration.live import recalibrate
 

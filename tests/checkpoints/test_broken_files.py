@@ -16,7 +16,8 @@ from typing import Any
 import pytest
 import torch
 
-from bntool.checkpoints.formats import open_checkpoint, save_checkpoint
+from bntool.checkpoints.formats import open_checkpoint
+from bntool.checkpoints.saving import save_checkpoint
 from bntool.checkpoints.tensors import read_bytes
 from bntool.errors import BntoolError, CorruptFileError, UnknownFormatError, UnsafeFileError
 from tests.checkpoints.archives import rezip

@@ -19,8 +19,9 @@ import torch
 from bntool.checkpoints import files
 from bntool.checkpoints.application import apply_plan
 from bntool.checkpoints.files import CHUNK, SourceFile
-from bntool.checkpoints.formats import open_checkpoint, save_checkpoint
+from bntool.checkpoints.formats import open_checkpoint
 from bntool.checkpoints.outputs import OutputFiles
+from bntool.checkpoints.saving import save_checkpoint
 from bntool.errors import BntoolError, CorruptFileError, UnreadableFileError, UnwritableFileError, UsageError
 from bntool.plan import Operation, Plan, SetTensor, Values
 from tests.checkpoints.samples import tiny_net, write_safetensors, write_sharded, write_zip
@@ -319,7 +320,8 @@ def test_descriptors_are_given_back(tmp_path: Path) -> None:
 _STREAM = """
 import sys
 from bntool.checkpoints.application import apply_plan
-from bntool.checkpoints.formats import open_checkpoint, save_checkpoint
+from bntool.checkpoints.formats import open_checkpoint
+from bntool.checkpoints.saving import save_checkpoint
 from bntool.plan import *
 checkpoint = open_checkpoint(sys.argv[1])
 steps = (

@@ -12,7 +12,8 @@ import torch
 
 from bntool.checkpoints.application import apply_plan
 from bntool.checkpoints.files import SourceFile
-from bntool.checkpoints.formats import FORMATS, open_checkpoint, save_checkpoint
+from bntool.checkpoints.formats import FORMATS, open_checkpoint
+from bntool.checkpoints.saving import save_checkpoint
 from bntool.errors import UnknownFormatError, UnreadableFileError
 from bntool.plan import AddTensor, Operation, Plan, Record, RemoveTensor, Scaled, SetTensor, Values
 from tests.checkpoints.samples import (

@@ -341,7 +341,8 @@ GUARD = """
 import os, sys, traceback
 import encodings.latin_1, encodings.raw_unicode_escape, encodings.utf_16  # codecs are modules that load when needed
 sys.path.insert(0, sys.argv[1])
-from bntool.checkpoints.formats import FORMATS, open_checkpoint, save_checkpoint
+from bntool.checkpoints.formats import FORMATS, open_checkpoint
+from bntool.checkpoints.saving import save_checkpoint
 from bntool.errors import BntoolError
 from bntool.inspection.safety import judge_safety
 list(FORMATS)  # bntool's own modules, imported when a file may be of theirs

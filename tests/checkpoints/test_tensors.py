@@ -16,16 +16,10 @@ from bntool.checkpoints import arrays, tensors
 from bntool.checkpoints.application import apply_plan
 from bntool.checkpoints.dtypes import BY_NAME
 from bntool.checkpoints.files import MemorySource
-from bntool.checkpoints.formats import open_checkpoint, save_checkpoint
-from bntool.checkpoints.tensors import (
-    LiteralTensor,
-    ScaledTensor,
-    Storage,
-    StoredTensor,
-    describe_shape,
-    read_bytes,
-    read_numbers,
-)
+from bntool.checkpoints.formats import open_checkpoint
+from bntool.checkpoints.saving import save_checkpoint
+from bntool.checkpoints.scaled_tensors import ScaledTensor
+from bntool.checkpoints.tensors import LiteralTensor, Storage, StoredTensor, describe_shape, read_bytes, read_numbers
 from bntool.errors import RefusedError, UnsafeFileError, UsageError
 from bntool.plan import Operation, Plan, Scaled, SetTensor
 from tests.checkpoints.samples import bits, to_torch

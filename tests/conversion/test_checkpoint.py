@@ -9,7 +9,8 @@ from bntool.batchnorm import NormKind
 from bntool.checkpoints.application import apply_plan
 from bntool.checkpoints.batchnorms import find_batchnorms
 from bntool.checkpoints.creation import create_file
-from bntool.checkpoints.formats import open_checkpoint, save_checkpoint
+from bntool.checkpoints.formats import open_checkpoint
+from bntool.checkpoints.saving import save_checkpoint
 from bntool.comparison.checkpoint import compare_checkpoints
 from bntool.conversion.checkpoint import plan_conversion
 from bntool.conversion.options import ConversionTarget, FrozenKind

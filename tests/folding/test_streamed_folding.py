@@ -16,9 +16,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import bntool
-from bntool.checkpoints.checkpoint import choose_state_dict
+from bntool.checkpoints.state_dicts import choose_state_dict
+from bntool.folding.checkpoint import fold_checkpoint
 from bntool.folding.options import Layout
-from bntool.folding.state_dict import fold_state_dict
 
 PAIRS = {"0": "1", "2": "3", "5": "6"}  # producer: BatchNorm
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -48,7 +48,7 @@ def network(dtype: torch.dtype = torch.float32) -> nn.Module:
 def fold_file(path: Path, output: Path, *, layout: Layout = Layout.FOLDED) -> None:
     with bntool.open_checkpoint(path) as checkpoint:
         pairs = {norm: producer for producer, norm in PAIRS.items()}
-        result = fold_state_dict(
+        result = fold_checkpoint(
             checkpoint, choose_state_dict(checkpoint), pairs=pairs, layout=layout, eps=1e-5, tolerance=1e-5
         )
         assert len(result.plan.folds) == 3

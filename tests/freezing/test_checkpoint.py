@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from bntool.checkpoints.application import apply_plan
-from bntool.checkpoints.formats import open_checkpoint, save_checkpoint
+from bntool.checkpoints.formats import open_checkpoint
+from bntool.checkpoints.saving import save_checkpoint
 from bntool.errors import RefusedError, UsageError
 from bntool.freezing.checkpoint import Carrier, plan_freeze
 from bntool.freezing.live import apply_freeze, unfreeze

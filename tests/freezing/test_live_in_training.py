@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from bntool.checkpoints.application import apply_plan
-from bntool.checkpoints.formats import open_checkpoint, save_checkpoint
+from bntool.checkpoints.formats import open_checkpoint
+from bntool.checkpoints.saving import save_checkpoint
 from bntool.comparison.checkpoint import Change, compare_checkpoints, find_violations
 from bntool.comparison.options import Expectation
 from bntool.freezing.checkpoint import plan_freeze

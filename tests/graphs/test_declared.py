@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from bntool.checkpoints.checkpoint import choose_state_dict
 from bntool.checkpoints.formats import open_checkpoint
+from bntool.checkpoints.state_dicts import choose_state_dict
 from bntool.errors import CorruptFileError, UnreadableFileError, UsageError
 from bntool.folding.planning import plan_fold
 from bntool.graphs.declared import declare, read_pairs, suggest_pairs

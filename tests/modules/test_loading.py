@@ -7,8 +7,8 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from bntool.checkpoints.checkpoint import choose_state_dict
 from bntool.checkpoints.formats import open_checkpoint
+from bntool.checkpoints.state_dicts import choose_state_dict
 from bntool.errors import RefusedError
 from bntool.models.loading import load_model
 from bntool.modules.loading import load_state, to_torch

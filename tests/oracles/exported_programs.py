@@ -82,7 +82,8 @@ def find_faults_of_rewriting(path: Path) -> list[str]:
     import torch
 
     from bntool.checkpoints.application import apply_plan
-    from bntool.checkpoints.formats import open_checkpoint, save_checkpoint
+    from bntool.checkpoints.formats import open_checkpoint
+    from bntool.checkpoints.saving import save_checkpoint
     from bntool.plan import Operation, Plan, Record, SetTensor, Values
 
     mean, net, faults = (0.5, -1.0, 2.0, 0.25), build(), []

@@ -26,7 +26,8 @@ from keras import Model, Sequential, applications, layers
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from bntool.checkpoints.application import apply_plan
-from bntool.checkpoints.formats import open_checkpoint, save_checkpoint
+from bntool.checkpoints.formats import open_checkpoint
+from bntool.checkpoints.saving import save_checkpoint
 from bntool.freezing.checkpoint import plan_freeze
 from tests.graphs.stored.folding import fold_file
 

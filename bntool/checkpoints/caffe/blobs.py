@@ -19,7 +19,7 @@ from bntool.checkpoints.caffe.layers import (
     read_scale_factor,
 )
 from bntool.checkpoints.caffe.prototxt import Prototxt
-from bntool.checkpoints.checkpoint import ModuleInfo
+from bntool.checkpoints.checkpoint import Content, ModuleInfo
 from bntool.checkpoints.containers.protobufs.reading import Message
 from bntool.checkpoints.containers.protobufs.writing import unused_name
 from bntool.checkpoints.dtypes import DType, decode_numbers, encode_numbers
@@ -91,7 +91,7 @@ class Blob:
 
 
 @dataclass(frozen=True)
-class CaffeContent:
+class CaffeContent(Content):
     """A net as it was read.
 
     Attributes:

@@ -36,7 +36,7 @@ class Caffe(Format):
         if not net.all(LAYERS) and not net.all(V1_LAYERS):
             raise CorruptFileError("no Caffe layer was found: truncated, or not a .caffemodel")
         reading = NetReading(read_layers(net), net)
-        state_dict = StateDict("", "", reading.tensors, modules=reading.modules, source=dict(reading.tensors))
+        state_dict = StateDict("", "", reading.tensors, modules=reading.modules)
         entries = {"name": net.text(1)} if net.last(1) is not None else {}
         content = reading.content()
         return Checkpoint(file, self, (state_dict,) if reading.tensors else (), entries=entries, content=content)

@@ -28,7 +28,7 @@ def deploy(checkpoint: Checkpoint, prototxt: Prototxt) -> Checkpoint:
     """
     if checkpoint.content is None:
         checkpoint = name_blobs(checkpoint, prototxt)
-    content: CaffeContent = checkpoint.content
+    content = CaffeContent.of(checkpoint)
     wiring = Wiring.of(prototxt.layers)
     by_name = {layer.name: layer for layer in wiring.layers}
     missing = [name for index, name in content.names.items() if index in content.scale_factors and name not in by_name]
@@ -76,7 +76,7 @@ def edit_prototxt(checkpoint: Checkpoint, prototxt: Prototxt) -> str:
     Raises:
         RefusedError: the names of its blobs do not allow it.
     """
-    content: CaffeContent = checkpoint.content
+    content = CaffeContent.of(checkpoint)
     wiring = Wiring.of(prototxt.layers)
     gone = {content.names[index] for index in removed_layers(checkpoint)}
     biased = {content.names[index] for index in biased_layers(checkpoint)}
@@ -143,7 +143,7 @@ def find_freezing_edits(prototxt: Prototxt, layers: Mapping[str, FrozenLayer]) -
 
 def _frozen_layers(checkpoint: Checkpoint) -> dict[str, FrozenLayer]:
     """What the edits of a checkpoint say of layers; they are worded as those of pickled modules."""
-    content: CaffeContent = checkpoint.content
+    content = CaffeContent.of(checkpoint)
     kept: dict[str, set[str]] = {}
     for edit in checkpoint.edits:
         if isinstance(edit.step, SetAttribute):

@@ -25,7 +25,7 @@ class CaffeHdf5(Format):
 
     def read(self, file: SourceFile) -> Checkpoint:
         tensors = {".".join(key): tensor for key, tensor in read_blobs(file).items()}
-        state_dict = StateDict("", "", tensors, source=dict(tensors))
+        state_dict = StateDict("", "", tensors)
         return Checkpoint(file, self, (state_dict,) if tensors else ())
 
     def describe_origin(self, checkpoint: Checkpoint) -> Sequence[str]:
@@ -76,7 +76,7 @@ def name_blobs(checkpoint: Checkpoint, prototxt: Prototxt) -> Checkpoint:
         blobs.setdefault(layer, []).append(tensor)
     layers = [dataclasses.replace(layer, source=tuple(blobs.get(layer.name, ()))) for layer in prototxt.layers]
     reading = NetReading(layers)
-    state_dict = StateDict("", "", reading.tensors, modules=reading.modules, source=dict(reading.tensors))
+    state_dict = StateDict("", "", reading.tensors, modules=reading.modules)
     return dataclasses.replace(
         checkpoint,
         format=DeployedCaffeHdf5(),

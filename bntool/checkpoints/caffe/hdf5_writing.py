@@ -15,8 +15,8 @@ from bntool.checkpoints.caffe.writing import BIASED, biased_layers, removed_laye
 from bntool.checkpoints.checkpoint import Checkpoint, StateDict
 from bntool.checkpoints.containers.hdf5 import import_h5py, named_errors
 from bntool.checkpoints.files import SourceFile
-from bntool.checkpoints.formats import write_checked
 from bntool.checkpoints.outputs import OutputFiles
+from bntool.checkpoints.saving import write_checked
 from bntool.checkpoints.tensors import Tensor, read_bytes
 from bntool.errors import RefusedError
 
@@ -45,7 +45,7 @@ class _Checked(CaffeHdf5):
     """Reads back by the net that will stand beside the new file."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
-        content: CaffeContent = checkpoint.content
+        content = CaffeContent.of(checkpoint)
         assert content.prototxt is not None
         self._net = parse_prototxt(edit_prototxt(checkpoint, content.prototxt))
 
@@ -61,10 +61,10 @@ class _Checked(CaffeHdf5):
 
 
 def _edit(checkpoint: Checkpoint, stream: IO[bytes]) -> None:
-    content: CaffeContent = checkpoint.content
+    content = CaffeContent.of(checkpoint)
     (state_dict,) = checkpoint.state_dicts
     removed = removed_layers(checkpoint)
-    for name in state_dict.source.keys() - state_dict.tensors.keys():
+    for name in state_dict.stored.keys() - state_dict.tensors.keys():
         if content.blobs[name].layer.index not in removed:
             raise RefusedError("a Caffe layer needs all of its blobs", tensor=name)
     with named_errors(), import_h5py().File(stream, "r+") as file:
@@ -84,7 +84,7 @@ def _set_tensors(content: CaffeContent, state_dict: StateDict, data: Any) -> set
     """Write what changed; the positions of the layers whose statistics did."""
     statistics = set()
     for name, tensor in state_dict.tensors.items():
-        if name not in state_dict.source or tensor is state_dict.source[name]:
+        if name not in state_dict.stored or tensor is state_dict.stored[name]:
             continue
         blob = content.blobs[name]
         if blob.is_statistic:

@@ -40,7 +40,7 @@ def write_net(checkpoint: Checkpoint, path: Path, output: OutputFiles) -> None:
     Raises:
         RefusedError: Caffe's format cannot hold an edit.
     """
-    content: CaffeContent = checkpoint.content
+    content = CaffeContent.of(checkpoint)
     assert content.net is not None
     edits = Edits()
     if checkpoint.edits:
@@ -50,7 +50,7 @@ def write_net(checkpoint: Checkpoint, path: Path, output: OutputFiles) -> None:
 
 def removed_layers(checkpoint: Checkpoint) -> frozenset[int]:
     """Positions of the layers that edits take out: BatchNorm layers, and Scale layers paired with them."""
-    content: CaffeContent = checkpoint.content
+    content = CaffeContent.of(checkpoint)
     modules = {edit.step.module for edit in checkpoint.edits if isinstance(edit.step, RemoveModule)}
     chosen = {index for index, name in content.names.items() if name in modules}
     return frozenset(chosen | {content.scales[index] for index in chosen if index in content.scales})
@@ -58,9 +58,9 @@ def removed_layers(checkpoint: Checkpoint) -> frozenset[int]:
 
 def biased_layers(checkpoint: Checkpoint) -> frozenset[int]:
     """Positions of the layers that gain a bias."""
-    content: CaffeContent = checkpoint.content
+    content = CaffeContent.of(checkpoint)
     (state_dict,) = checkpoint.state_dicts
-    added = state_dict.tensors.keys() - state_dict.source.keys()
+    added = state_dict.tensors.keys() - state_dict.stored.keys()
     return frozenset(index for index, name in content.names.items() if f"{name}.bias" in added)
 
 
@@ -129,7 +129,7 @@ def _plan(checkpoint: Checkpoint, content: CaffeContent, edits: Edits) -> None:
             raise RefusedError("a .caffemodel holds layers and blobs only; freezing is a matter of its .prototxt")
     (state_dict,) = checkpoint.state_dicts
     removed = removed_layers(checkpoint)
-    for name in state_dict.source.keys() - state_dict.tensors.keys():
+    for name in state_dict.stored.keys() - state_dict.tensors.keys():
         if content.blobs[name].layer.index not in removed:
             raise RefusedError("a Caffe layer needs all of its blobs", tensor=name)
     _take_out(content, removed, edits)
@@ -151,7 +151,7 @@ def _take_out(content: CaffeContent, removed: frozenset[int], edits: Edits) -> N
 
 def _set_blobs(checkpoint: Checkpoint, content: CaffeContent, removed: frozenset[int], edits: Edits) -> None:
     (state_dict,) = checkpoint.state_dicts
-    source: Mapping[str, Tensor] = state_dict.source
+    source = state_dict.stored
     biased = {f"{content.names[index]}.bias": index for index in biased_layers(checkpoint)}
     statistics: set[int] = set()
     for name, tensor in state_dict.tensors.items():

@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
-from bntool.checkpoints.checkpoint import Checkpoint, Format, GlobalName, GlobalTrust, StateDict
+from bntool.checkpoints.checkpoint import Checkpoint, Content, Format, GlobalName, GlobalTrust, StateDict
 from bntool.checkpoints.containers.hdf5 import Hdf5Contents
+from bntool.checkpoints.containers.zips.reading import ZipArchive
 from bntool.checkpoints.files import SourceFile
 from bntool.checkpoints.keras.model import KerasLayer, KerasModel, read_model
 from bntool.checkpoints.keras.weights import (
@@ -21,7 +22,7 @@ from bntool.checkpoints.keras.weights import (
     name_variables,
     number_layers,
 )
-from bntool.checkpoints.torch.state_dicts import History
+from bntool.checkpoints.records import History
 
 OPTIMIZERS = ("optimizer", "optimizer_weights")
 _CONTAINERS = ("layers", "_layer_checkpoint_dependencies")  # the latter in tf_keras 2.12
@@ -35,7 +36,7 @@ class WeightsLayout(Enum):
 
 
 @dataclass(frozen=True)
-class KerasContent:
+class KerasContent(Content):
     """A Keras file as it was read.
 
     Attributes:
@@ -45,7 +46,7 @@ class KerasContent:
         layout: how they are kept.
         root: the group of all weights, "" for the file itself; of numbered ones the container of layers.
         names: of the tensors.
-        place: what the format needs to find the rest of the file.
+        archive: that holds all of it; None where the file is HDF5.
     """
 
     config: Any = field(repr=False)
@@ -54,10 +55,10 @@ class KerasContent:
     layout: WeightsLayout
     root: str
     names: WeightNames = field(repr=False)
-    place: Any = field(default=None, repr=False)
+    archive: ZipArchive | None = field(default=None, repr=False)
 
 
-def read_content(config: Any, hdf5: Hdf5Contents, *, place: Any = None) -> KerasContent:
+def read_content(config: Any, hdf5: Hdf5Contents, *, archive: ZipArchive | None = None) -> KerasContent:
     """Bring configuration and weights together.
 
     Raises:
@@ -67,10 +68,10 @@ def read_content(config: Any, hdf5: Hdf5Contents, *, place: Any = None) -> Keras
     named = "model_weights" if "model_weights" in hdf5.groups else ""
     if hdf5.texts(named, "layer_names") is not None:
         found = list(_find_named(hdf5, model, named))
-        return KerasContent(config, model, hdf5, WeightsLayout.NAMED, named, name_variables(found, hdf5), place)
+        return KerasContent(config, model, hdf5, WeightsLayout.NAMED, named, name_variables(found, hdf5), archive)
     root = next((name for name in _CONTAINERS if name in hdf5.groups), _CONTAINERS[0])
     names = name_variables(list(_find_numbered(hdf5, model, root)), hdf5)
-    return KerasContent(config, model, hdf5, WeightsLayout.NUMBERED, root, names, place)
+    return KerasContent(config, model, hdf5, WeightsLayout.NUMBERED, root, names, archive)
 
 
 def make_checkpoint(
@@ -78,7 +79,7 @@ def make_checkpoint(
 ) -> Checkpoint:
     """The file as every command sees it."""
     tensors = content.names.tensors
-    state_dict = StateDict("", "", tensors, modules=content.names.modules, source=dict(tensors))
+    state_dict = StateDict("", "", tensors, modules=content.names.modules)
     optimizer: dict[str, Any] = {
         name: {"state": {}, "param_groups": []} for name in OPTIMIZERS if name in content.hdf5.groups
     }

@@ -11,9 +11,9 @@ from typing import Any
 
 from bntool.checkpoints.checkpoint import Checkpoint, Format, Loader, LoadingCode
 from bntool.checkpoints.containers.pickles.nodes import text_of
-from bntool.checkpoints.containers.zips.reading import InflatedRecord, ZipArchive, read_archive
+from bntool.checkpoints.containers.zips.reading import InflatedRecord, read_archive
 from bntool.checkpoints.files import FileSlice, SourceFile
-from bntool.checkpoints.torch.state_dicts import RECORD_KEY, as_history, parse_record
+from bntool.checkpoints.records import RECORD_KEY, as_history, parse_record
 from bntool.errors import CorruptFileError, UnknownFormatError
 
 CONFIG, METADATA, WEIGHTS = "config.json", "metadata.json", "model.weights.h5"  # records of an archive
@@ -62,12 +62,15 @@ class KerasArchive(_Keras):
             source: Any = InflatedRecord(archive, record)
         else:
             source = FileSlice(file, offset=record.data_offset, length=record.size)
-        content = read_content(config, read_hdf5(source), place=archive)
+        content = read_content(config, read_hdf5(source), archive=archive)
         entries: dict[str, Any] = {name: value for name, value in metadata.items() if name != RECORD_KEY}
         return make_checkpoint(file, self, content, entries=entries, history=as_history(metadata.get(RECORD_KEY)))
 
     def verify_checksums(self, checkpoint: Checkpoint) -> int | None:
-        archive: ZipArchive = checkpoint.content.place
+        from bntool.checkpoints.keras.content import KerasContent
+
+        archive = KerasContent.of(checkpoint).archive
+        assert archive is not None
         return archive.check_records()
 
 

@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
-from bntool.checkpoints.safetensors.file import parse_json
+from bntool.checkpoints.containers.json_texts import read_json
 from bntool.errors import CorruptFileError, UnsafeFileError
 
 MAX_CONFIG = 1 << 28
@@ -90,10 +90,7 @@ def parse_config(data: bytes | str) -> Any:
     """
     if len(data) > MAX_CONFIG:
         raise UnsafeFileError(f"the configuration of the model has {len(data)} bytes, above the limit of {MAX_CONFIG}")
-    try:
-        return parse_json(data, allow_nan=True)
-    except ValueError as error:
-        raise CorruptFileError(f"the configuration of the model is not valid JSON: {error}") from error
+    return read_json(data, what="the configuration of the model", allow_nan=True)
 
 
 def read_model(config: Any) -> KerasModel | None:

@@ -50,7 +50,7 @@ def rewrite_weights(
 class _Rewriting:
     def __init__(self, checkpoint: Checkpoint, file: Any, library: Any) -> None:
         self.checkpoint, self.file, self.h5py = checkpoint, file, library
-        self.content: KerasContent = checkpoint.content
+        self.content = KerasContent.of(checkpoint)
         (self.state_dict,) = checkpoint.state_dicts
         self.places = self.content.names.places
 
@@ -68,15 +68,16 @@ class _Rewriting:
 
     def _set_tensors(self) -> None:
         for name, tensor in self.state_dict.tensors.items():
-            source = self.state_dict.source.get(name)
+            source = self.state_dict.stored.get(name)
             if source is None:
                 self._add_bias(name, tensor)
             elif tensor is not source:
+                assert isinstance(source, StoredTensor)
                 self._set_elements(self.places[name], source, tensor)
 
     def _check_removed(self, removed: frozenset[str]) -> None:
         gone = {owner for owner, layer in self.content.names.layers.items() if layer.path in removed}
-        for name in self.state_dict.source.keys() - self.state_dict.tensors.keys():
+        for name in self.state_dict.stored.keys() - self.state_dict.tensors.keys():
             if name.rpartition(".")[0] not in gone:
                 raise RefusedError("a Keras layer needs all of its weights", tensor=name)
 

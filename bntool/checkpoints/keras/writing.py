@@ -28,7 +28,7 @@ from bntool.checkpoints.keras.model import (
 )
 from bntool.checkpoints.keras.weights_writing import rewrite_weights
 from bntool.checkpoints.outputs import OutputFiles
-from bntool.checkpoints.torch.state_dicts import RECORD_KEY
+from bntool.checkpoints.records import RECORD_KEY
 from bntool.errors import RefusedError
 from bntool.plan import Record, RemoveModule, SetAttribute
 
@@ -58,8 +58,9 @@ def write_archive(checkpoint: Checkpoint, path: Path, output: OutputFiles) -> No
     """
     import tempfile
 
-    content: KerasContent = checkpoint.content
-    archive: ZipArchive = content.place
+    content = KerasContent.of(checkpoint)
+    archive = content.archive
+    assert archive is not None
     stream = output.open(path)
     if not checkpoint.edits:
         checkpoint.file.copy_to(stream, offset=0, length=checkpoint.file.size)
@@ -91,7 +92,7 @@ def write_hdf5(checkpoint: Checkpoint, path: Path, output: OutputFiles) -> None:
     Raises:
         RefusedError: Keras's format cannot hold an edit.
     """
-    content: KerasContent = checkpoint.content
+    content = KerasContent.of(checkpoint)
     stream = output.open(path)
     checkpoint.file.copy_to(stream, offset=0, length=checkpoint.file.size)
     if not checkpoint.edits:
@@ -122,7 +123,7 @@ def change_model(checkpoint: Checkpoint) -> NewModel:
     Raises:
         RefusedError: the file has no configuration, or its layers cannot be counted anew.
     """
-    content: KerasContent = checkpoint.content
+    content = KerasContent.of(checkpoint)
     owners = content.names.layers
     (state_dict,) = checkpoint.state_dicts
     removed, frozen = set(), set()
@@ -134,7 +135,7 @@ def change_model(checkpoint: Checkpoint) -> NewModel:
             if (step.attribute, step.value) != ("trainable", False):
                 raise RefusedError(f"Keras has no attribute {step.attribute} to set", tensor=step.module)
             frozen.add(_path(owners, step.module))
-    added = state_dict.tensors.keys() - state_dict.source.keys()
+    added = state_dict.tensors.keys() - state_dict.stored.keys()
     biased = {_path(owners, name.removesuffix(".bias")) for name in added}
     if not removed | frozen | biased:
         return NewModel(content.config, content.model, frozenset(), frozenset())

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from bntool.batchnorm import DEFAULT_EPS
-from bntool.checkpoints.checkpoint import Checkpoint, Format, Loader, LoadingCode, ModuleInfo, StateDict
+from bntool.checkpoints.checkpoint import Checkpoint, Content, Format, Loader, LoadingCode, ModuleInfo, StateDict
 from bntool.checkpoints.containers.protobufs.reading import Buffer, Message
 from bntool.checkpoints.containers.protobufs.writing import unused_name
 from bntool.checkpoints.files import SourceFile
@@ -21,8 +21,8 @@ from bntool.checkpoints.onnx.graph import (
     read_graphs,
 )
 from bntool.checkpoints.onnx.tensors import ExternalData, is_external, read_tensor
+from bntool.checkpoints.records import RECORD_KEY, parse_record
 from bntool.checkpoints.tensors import Tensor
-from bntool.checkpoints.torch.state_dicts import RECORD_KEY, parse_record
 
 ROLES = ("weight", "bias", "running_mean", "running_var")  # in the order of the node's inputs, after the data
 _KEPT = 0.9  # the default of BatchNormalization's momentum: the share that is kept
@@ -75,7 +75,7 @@ class Place:
 
 
 @dataclass(frozen=True)
-class OnnxContent:
+class OnnxContent(Content):
     """A model as it was read.
 
     Attributes:
@@ -114,7 +114,7 @@ def read_model(file: SourceFile, *, external: ExternalData) -> Checkpoint:
         entries["producer_name"] = model.text(PRODUCER)
     opset = _opset(model)
     entries["opset"] = opset
-    state_dict = StateDict("", "", reading.tensors, modules=reading.modules, source=dict(reading.tensors))
+    state_dict = StateDict("", "", reading.tensors, modules=reading.modules)
     return Checkpoint(
         file=file,
         format=OnnxWithExternalData() if has_external else Onnx(),

@@ -19,7 +19,6 @@ from bntool.checkpoints.containers.protobufs.writing import (
     write_content,
 )
 from bntool.checkpoints.files import SourceFile
-from bntool.checkpoints.formats import write_checked
 from bntool.checkpoints.onnx.graph import (
     GRAPH_INPUTS,
     INPUTS,
@@ -42,8 +41,9 @@ from bntool.checkpoints.onnx.tensors import (
     is_external,
 )
 from bntool.checkpoints.outputs import OutputFiles, check_output_differs
+from bntool.checkpoints.records import RECORD_KEY
+from bntool.checkpoints.saving import write_checked
 from bntool.checkpoints.tensors import StoredTensor, Tensor, count_elements
-from bntool.checkpoints.torch.state_dicts import RECORD_KEY
 from bntool.errors import RefusedError
 from bntool.plan import AddTensor, Record, RemoveEntry, RemoveModule, SetAttribute
 
@@ -59,7 +59,7 @@ def write_model(checkpoint: Checkpoint, path: Path, output: OutputFiles) -> None
     Raises:
         RefusedError: ONNX cannot hold an edit.
     """
-    content: OnnxContent = checkpoint.content
+    content = OnnxContent.of(checkpoint)
     changes = _Changes(checkpoint, content)
     if not content.has_external:
         changes.write(output.open(path))
@@ -114,10 +114,10 @@ class _Changes:
             if name in removed:
                 self._take_out(graph, node)
         (state_dict,) = self._checkpoint.state_dicts
-        self._set_tensors(state_dict.tensors, state_dict.source)
-        self._remove_tensors(state_dict.source.keys() - state_dict.tensors.keys())
+        self._set_tensors(state_dict.tensors, state_dict.stored)
+        self._remove_tensors(state_dict.stored.keys() - state_dict.tensors.keys())
         after = {step.name: step.after for step in steps if isinstance(step, AddTensor)}
-        for name in state_dict.tensors.keys() - state_dict.source.keys():
+        for name in state_dict.tensors.keys() - state_dict.stored.keys():
             self._add_bias(name, after[name], state_dict.tensors[name])
         for number, lists in ((INPUTS, self._inputs), (OUTPUTS, self._outputs)):
             for position, (node, names) in lists.items():

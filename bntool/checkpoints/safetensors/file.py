@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bntool.checkpoints.checkpoint import Checkpoint, Format, LoadingCode, StateDict, find_prefix
+from bntool.checkpoints.checkpoint import Checkpoint, Content, Format, LoadingCode, StateDict
+from bntool.checkpoints.containers.json_texts import read_json
 from bntool.checkpoints.dtypes import BY_SAFETENSORS
 from bntool.checkpoints.files import SourceFile, quote
+from bntool.checkpoints.records import RECORD_KEY, parse_record
+from bntool.checkpoints.state_dicts import find_prefix
 from bntool.checkpoints.tensors import (
     MAX_DIMENSIONS,
     Storage,
@@ -21,7 +23,6 @@ from bntool.checkpoints.tensors import (
     count_elements,
     describe_shape,
 )
-from bntool.checkpoints.torch.state_dicts import RECORD_KEY, parse_record
 from bntool.errors import CorruptFileError
 
 MAX_HEADER = 100_000_000  # the limit of the safetensors library itself
@@ -29,7 +30,7 @@ METADATA = "__metadata__"
 
 
 @dataclass(frozen=True)
-class Header:
+class Header(Content):
     """The metadata, and where the tensors begin."""
 
     metadata: dict[str, str]
@@ -54,7 +55,7 @@ class Safetensors(Format):
         metadata = _check_metadata(header.pop(METADATA, {}))
         tensors = _read_tensors(file, header, data_start)
         history = parse_record(metadata.get(RECORD_KEY))
-        state_dict = StateDict(key="", prefix=find_prefix(list(tensors)), tensors=tensors, source=dict(tensors))
+        state_dict = StateDict(key="", prefix=find_prefix(list(tensors)), tensors=tensors)
         return Checkpoint(
             file=file,
             format=self,
@@ -71,46 +72,10 @@ def _read_header(file: SourceFile) -> tuple[dict[str, Any], int]:
     (length,) = struct.unpack("<Q", file.read(0, 8))
     if length > min(MAX_HEADER, file.size - 8):
         raise CorruptFileError(f"the safetensors header claims {length} bytes; the file has {file.size}")
-    try:
-        header = parse_json(file.read(8, length))
-    except ValueError as error:
-        raise CorruptFileError(f"the safetensors header is not valid JSON: {error}") from error
+    header = read_json(file.read(8, length), what="the safetensors header")
     if not isinstance(header, dict):
         raise CorruptFileError("the safetensors header is not a JSON object")
     return header, 8 + length
-
-
-def parse_json(data: bytes | str, *, allow_nan: bool = False) -> Any:
-    """JSON as the standard has it: no key twice, and no NaN unless that is allowed.
-
-    Args:
-        data: the text.
-        allow_nan: as Python writes it, with Infinity and NaN.
-
-    Raises:
-        ValueError: it is not; the message says why in words for people.
-    """
-    try:
-        text = data if isinstance(data, str) else data.decode("utf-8")
-        return json.loads(text, object_pairs_hook=_unique, parse_constant=None if allow_nan else _reject_constant)
-    except UnicodeDecodeError as error:
-        raise ValueError(f"byte {error.start} is no UTF-8") from error
-    except UnicodeEncodeError as error:  # an escaped half of a surrogate pair is no text
-        raise ValueError("a key is no text") from error
-    except RecursionError as error:
-        raise ValueError("it is nested too deeply") from error
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise ValueError("a key occurs twice")
-    "".join(found).encode()
-    return found
-
-
-def _reject_constant(text: str) -> None:
-    raise ValueError(f"{text} is not JSON")
 
 
 def _check_metadata(metadata: Any) -> dict[str, str]:

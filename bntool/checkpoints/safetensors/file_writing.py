@@ -10,9 +10,9 @@ from typing import Any
 
 from bntool.checkpoints.checkpoint import Checkpoint
 from bntool.checkpoints.outputs import OutputFiles
+from bntool.checkpoints.records import RECORD_KEY
 from bntool.checkpoints.safetensors.file import METADATA, Header
 from bntool.checkpoints.tensors import StoredTensor, Tensor, count_elements, named_chunks
-from bntool.checkpoints.torch.state_dicts import RECORD_KEY
 from bntool.errors import RefusedError
 from bntool.plan import Record, RemoveEntry, SetAttribute
 
@@ -29,7 +29,7 @@ def write(checkpoint: Checkpoint, path: Path, output: OutputFiles) -> None:
         if isinstance(edit.step, SetAttribute | RemoveEntry):
             raise RefusedError("a safetensors file holds tensors only, no modules and no other entries")
     stream = output.open(path)
-    content: Header = checkpoint.content
+    content = Header.of(checkpoint)
     if not checkpoint.state_dicts:  # a file without tensors
         checkpoint.file.copy_to(stream, offset=0, length=checkpoint.file.size)
         return
@@ -38,7 +38,7 @@ def write(checkpoint: Checkpoint, path: Path, output: OutputFiles) -> None:
     recorded = any(isinstance(edit.step, Record) for edit in checkpoint.edits)
     if recorded:
         metadata[RECORD_KEY] = json.dumps(checkpoint.records[""], separators=(",", ":"))
-    original: dict[str, Tensor] = state_dict.source
+    original = state_dict.stored
     order = _data_order(original, state_dict.tensors)
     if original.keys() == state_dict.tensors.keys() and not recorded:
         checkpoint.file.copy_to(stream, offset=0, length=content.data_start)

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bntool.checkpoints.checkpoint import Checkpoint, Format, GlobalName, LoadingCode, StateDict, find_prefix
+from bntool.checkpoints.checkpoint import Checkpoint, Content, Format, GlobalName, LoadingCode, StateDict
+from bntool.checkpoints.containers.json_texts import read_json
 from bntool.checkpoints.files import SourceFile, open_beside, quote
-from bntool.checkpoints.safetensors.file import parse_json
+from bntool.checkpoints.state_dicts import find_prefix
 from bntool.checkpoints.tensors import Tensor
 from bntool.errors import CorruptFileError, UnknownFormatError, UnsafeFileError
 
@@ -19,7 +20,7 @@ MAX_SHARDS = 10_000
 
 
 @dataclass(frozen=True)
-class Shards:
+class Shards(Content):
     """The parsed index and the opened shards by file name."""
 
     index: Mapping[str, Any]
@@ -56,7 +57,7 @@ class Sharded(Format):
                 if weight_map.get(name) != shard_name:
                     raise CorruptFileError(f"{quote(shard_name)} holds it, but the index does not say so", tensor=name)
         versions = _merge_versions(shards)
-        state_dict = StateDict("", find_prefix(list(tensors)), tensors, versions=versions, source=dict(tensors))
+        state_dict = StateDict("", find_prefix(list(tensors)), tensors, versions=versions)
         histories = [shard.records[key] for shard in shards.values() for key in shard.records]
         return Checkpoint(
             file=file,
@@ -69,16 +70,16 @@ class Sharded(Format):
         )
 
     def size(self, checkpoint: Checkpoint) -> int:
-        content: Shards = checkpoint.content
+        content = Shards.of(checkpoint)
         return checkpoint.file.size + sum(shard.file.size for shard in content.shards.values())
 
     def verify_checksums(self, checkpoint: Checkpoint) -> int | None:
-        counts = [s.format.verify_checksums(s) for s in checkpoint.content.shards.values()]
+        counts = [s.format.verify_checksums(s) for s in Shards.of(checkpoint).shards.values()]
         known = [count for count in counts if count is not None]
         return sum(known) if known else None
 
     def can_record(self, checkpoint: Checkpoint, state_dict: StateDict) -> bool:  # noqa: ARG002 (there is one)
-        content: Shards = checkpoint.content
+        content = Shards.of(checkpoint)
         home = content.shards[record_home(content.shards, content.shard_of)]
         return home.format.can_record(home, home.state_dicts[0])
 
@@ -86,10 +87,7 @@ class Sharded(Format):
 def _read_index(file: SourceFile) -> dict[str, Any]:
     if file.size > MAX_INDEX:
         raise UnsafeFileError(f"the index has {file.size} bytes, above the limit of {MAX_INDEX}")
-    try:
-        index: Any = parse_json(file.read(0, file.size))
-    except ValueError as error:
-        raise CorruptFileError(f"the index is not valid JSON: {error}") from error
+    index = read_json(file.read(0, file.size), what="the index")
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
         raise CorruptFileError("the index has no weight_map")

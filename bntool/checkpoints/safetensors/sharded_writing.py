@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from bntool.checkpoints.checkpoint import Checkpoint, StateDict
-from bntool.checkpoints.formats import write_checked
 from bntool.checkpoints.outputs import OutputFiles, check_output_differs
 from bntool.checkpoints.safetensors.sharded import Shards, record_home
+from bntool.checkpoints.saving import write_checked
 from bntool.checkpoints.tensors import Tensor, count_elements
 from bntool.errors import RefusedError
 from bntool.plan import Record
@@ -22,7 +22,7 @@ def write(checkpoint: Checkpoint, path: Path, output: OutputFiles) -> None:
     Raises:
         RefusedError: the name of the output is none of an index, or the format of the shards cannot hold an edit.
     """
-    content: Shards = checkpoint.content
+    content = Shards.of(checkpoint)
     if not path.name.endswith(".index.json"):
         raise RefusedError(
             "a sharded checkpoint is written as an index and its shards: name an output like "
@@ -57,7 +57,7 @@ def _edited_shard(shard: Checkpoint, name: str, whole: Checkpoint, shard_of: Map
     """One shard with the edits of the whole checkpoint that concern it."""
     (edited,) = whole.state_dicts
     tensors = {key: tensor for key, tensor in edited.tensors.items() if shard_of[key] == name}
-    keeps_record = name == record_home(whole.content.shards, shard_of)
+    keeps_record = name == record_home(Shards.of(whole).shards, shard_of)
     (own,) = shard.state_dicts
     return dataclasses.replace(
         shard,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from bntool.checkpoints.checkpoint import Content
 from bntool.checkpoints.containers.crc32c import crc32c, unmask
 from bntool.checkpoints.containers.leveldb_table import read_table, read_varint
 from bntool.checkpoints.containers.protobufs.reading import Buffer, Message, Wire
@@ -49,7 +50,7 @@ class Entry:
     is_partitioned: bool
 
 
-class Bundle:
+class Bundle(Content):
     """A checkpoint: the index and its shards.
 
     Args:

@@ -57,14 +57,18 @@ class Tensorflow(Format):
         for key, names in groups.items():
             tensors = {name: bundle.tensors[entry] for name, entry in names.items()}
             if tensors:
-                state_dicts.append(StateDict(key, "", tensors, modules=naming.modules, source=dict(tensors)))
+                state_dicts.append(StateDict(key, "", tensors, modules=naming.modules))
         return Checkpoint(file, self, tuple(state_dicts), entries=naming.entries, content=bundle)
 
     def size(self, checkpoint: Checkpoint) -> int:
-        return checkpoint.file.size + int(checkpoint.content.size)
+        from bntool.checkpoints.tensorflow.bundle import Bundle
+
+        return checkpoint.file.size + Bundle.of(checkpoint).size
 
     def verify_checksums(self, checkpoint: Checkpoint) -> int:
-        return int(checkpoint.content.verify_checksums())
+        from bntool.checkpoints.tensorflow.bundle import Bundle
+
+        return Bundle.of(checkpoint).verify_checksums()
 
     def can_record(self, checkpoint: Checkpoint, state_dict: StateDict) -> bool:  # noqa: ARG002 (no place for any)
         return False

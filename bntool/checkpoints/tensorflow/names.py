@@ -12,11 +12,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from bntool.checkpoints.checkpoint import ModuleInfo
+from bntool.checkpoints.containers.json_texts import read_json
 from bntool.checkpoints.containers.protobufs.reading import Buffer, Message
 from bntool.checkpoints.containers.protobufs.writing import unused_name
 from bntool.checkpoints.dtypes import INT64
 from bntool.checkpoints.files import MemorySource, SourceFile
-from bntool.checkpoints.safetensors.file import parse_json
 from bntool.checkpoints.tensorflow.bundle import Bundle
 from bntool.checkpoints.tensors import read_numbers
 from bntool.errors import CorruptFileError, UnsafeFileError
@@ -229,10 +229,7 @@ def _read_configs(
 
 def _parse_config(text: str) -> dict[str, Any]:
     """What a layer's description says of eps and momentum; empty for other layers than BatchNorm."""
-    try:
-        layer = parse_json(text, allow_nan=True)
-    except ValueError as error:
-        raise CorruptFileError(f"a layer's description is not valid JSON: {error}") from error
+    layer = read_json(text, what="a layer's description", allow_nan=True)
     config = layer.get("config") if isinstance(layer, dict) else None
     if not isinstance(config, dict) or "moving_variance_initializer" not in config:
         return {}

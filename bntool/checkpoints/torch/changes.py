@@ -24,12 +24,13 @@ from bntool.checkpoints.containers.pickles.nodes import (
     text_of,
     walk_nodes,
 )
+from bntool.checkpoints.records import RECORD_KEY
 from bntool.checkpoints.tensors import StoredTensor, Tensor, contiguous_strides, count_elements
 from bntool.checkpoints.torch.array_writing import can_hold, make_array, replace_data
 from bntool.checkpoints.torch.modules import StateDictSource
 from bntool.checkpoints.torch.shared_memory import SharedMemory
-from bntool.checkpoints.torch.state_dicts import RECORD_KEY, TorchContent, metadata_node, shares_metadata
-from bntool.checkpoints.torch.tensors import TensorReader, read_storage_reference
+from bntool.checkpoints.torch.state_dicts import TorchContent, metadata_node, shares_metadata
+from bntool.checkpoints.torch.tensors import read_storage_reference
 from bntool.errors import RefusedError
 from bntool.plan import Record, RemoveEntry, SetAttribute, SetVersion
 
@@ -71,9 +72,8 @@ class _ChangeCollector:
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint = checkpoint
-        content: TorchContent = checkpoint.content
-        self.root = content.pickle.root
-        self.reader: TensorReader = content.reader
+        content = TorchContent.of(checkpoint)
+        self.root, self.reader, self.sources = content.pickle.root, content.reader, content.sources
         self.changes = TorchChanges()
         self.used_keys = {
             reference.key
@@ -127,7 +127,7 @@ class _ChangeCollector:
     # tensors
 
     def change_tensors(self, state_dict: StateDict) -> None:
-        source: StateDictSource = state_dict.source
+        source = self.sources[state_dict.key]
         original = {name: self.reader.read(node) for name, node in source.tensor_nodes.items()}
         changed = {n: t for n, t in state_dict.tensors.items() if n in original and t is not original[n]}
         added = [name for name in state_dict.tensors if name not in original]
@@ -187,8 +187,7 @@ class _ChangeCollector:
             changed: the tensors of its storage that get new elements.
         """
         if self.users is None:
-            sources = [state_dict.source for state_dict in self.checkpoint.state_dicts]
-            self.users = SharedMemory(self.root, self.reader, sources)
+            self.users = SharedMemory(self.root, self.reader, self.sources.values())
         stored = self.reader.read(source.tensor_nodes[name])
         assert stored is not None
         twins: Counter[int] = Counter()
@@ -229,7 +228,7 @@ class _ChangeCollector:
     # the rest
 
     def set_attribute(self, state_dict: StateDict, step: SetAttribute) -> None:
-        source: StateDictSource = state_dict.source
+        source = self.sources[state_dict.key]
         if step.module not in source.module_nodes:
             raise RefusedError("the file holds no such module, only tensors", tensor=step.module)
         owner, _, attribute = step.attribute.rpartition(".")
@@ -246,9 +245,9 @@ class _ChangeCollector:
 
     def metadata_of(self, state_dict: StateDict) -> Node:
         """The ``_metadata`` of a state dict; one of its own where another shares it, as after ``copy.copy``."""
-        node = state_dict.source.node
+        node = self.sources[state_dict.key].node
         metadata = metadata_node(node)
-        others = (s.source.node for s in self.checkpoint.state_dicts if s.source.node is not node)
+        others = (source.node for source in self.sources.values() if source.node is not node)
         if state_dict.key not in self.own_metadata and any(shares_metadata(metadata, metadata_node(o)) for o in others):
             metadata = self.own_metadata[state_dict.key] = _copy(metadata)
             _set_pairs(metadata, [(key, _copy(v) if is_mapping(v) else v) for key, v in iterate_pairs(metadata)])
@@ -278,7 +277,7 @@ class _ChangeCollector:
         records = self.checkpoint.records
         metadata = self.metadata_of(state_dict)
         if not is_mapping(metadata):
-            homeless = [s.key for s in self.checkpoint.state_dicts if not is_mapping(metadata_node(s.source.node))]
+            homeless = [key for key, source in self.sources.items() if not is_mapping(metadata_node(source.node))]
             histories = {key: records[key] for key in homeless if key in records}
             self.changes.loose_record = json.dumps(histories, separators=(",", ":"))
             return

@@ -22,7 +22,7 @@ from bntool.checkpoints.dtypes import BY_NAME
 from bntool.checkpoints.files import SourceFile, quote
 from bntool.checkpoints.tensors import Storage, StoredTensor
 from bntool.checkpoints.torch.distributed_pieces import FolderReader, Item, Piece, assemble
-from bntool.checkpoints.torch.state_dicts import find_state_dicts, with_tensor_sources
+from bntool.checkpoints.torch.state_dicts import find_state_dicts
 from bntool.checkpoints.torch.tensors import StorageReference, TensorReader, as_shape
 from bntool.errors import CorruptFileError, UnknownFormatError, UnsafeFileError
 
@@ -59,7 +59,7 @@ class Distributed(Format):
         folder = FolderReader(file.path.parent)
         reader = _LeafReader()
         tree = _build_tree(content, items, folder, reader)
-        state_dicts = with_tensor_sources(find_state_dicts(tree, reader))
+        state_dicts, _ = find_state_dicts(tree, reader)
         return Checkpoint(
             file=file,
             format=self,

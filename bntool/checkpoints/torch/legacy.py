@@ -42,6 +42,13 @@ class LegacyLayout:
     big_endian: bool
 
 
+@dataclass(frozen=True)
+class LegacyContent(TorchContent):
+    """What was found in the pickle, and where the storages lie."""
+
+    layout: LegacyLayout
+
+
 class TorchLegacy(Format):
     """See the module."""
 
@@ -64,19 +71,19 @@ class TorchLegacy(Format):
         big_endian = as_mapping(system.root).get("little_endian") is False
         layout = LegacyLayout(file, keys, _locate_storages(file, pickle, keys), big_endian)
         reader = ArrayReader(lambda reference: _resolve(layout, reference))
-        state_dicts = find_state_dicts(pickle.root, reader)
+        state_dicts, sources = find_state_dicts(pickle.root, reader)
         return Checkpoint(
             file=file,
             format=self,
             state_dicts=state_dicts,
             entries=as_mapping(pickle.root) if is_mapping(pickle.root) else {},
             globals=list_globals(pickle),
-            records=read_records(state_dicts),
-            content=TorchContent(pickle, reader, layout),
+            records=read_records(sources),
+            content=LegacyContent(pickle, reader, sources, layout),
         )
 
-    def can_record(self, checkpoint: Checkpoint, state_dict: StateDict) -> bool:  # noqa: ARG002
-        return is_mapping(metadata_node(state_dict.source.node))
+    def can_record(self, checkpoint: Checkpoint, state_dict: StateDict) -> bool:
+        return is_mapping(metadata_node(LegacyContent.of(checkpoint).sources[state_dict.key].node))
 
 
 def _locate_storages(file: SourceFile, pickle: Pickle, keys: Pickle) -> dict[str, StoredRun]:

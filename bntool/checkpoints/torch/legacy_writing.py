@@ -13,9 +13,8 @@ from bntool.checkpoints.files import Chunk, SourceFile
 from bntool.checkpoints.outputs import OutputFiles
 from bntool.checkpoints.tensors import count_elements
 from bntool.checkpoints.torch.changes import collect_changes
-from bntool.checkpoints.torch.legacy import LegacyLayout, StoredRun
+from bntool.checkpoints.torch.legacy import LegacyContent, StoredRun
 from bntool.checkpoints.torch.patches import patch_storage, storage_bytes
-from bntool.checkpoints.torch.state_dicts import TorchContent
 from bntool.errors import RefusedError
 
 
@@ -32,8 +31,8 @@ def write(checkpoint: Checkpoint, path: Path, output: OutputFiles) -> None:
             "Load it and save it again with torch.save, or leave the record out"
         )
     stream = output.open(path)
-    content: TorchContent = checkpoint.content
-    layout: LegacyLayout = content.container
+    content = LegacyContent.of(checkpoint)
+    layout = content.layout
     stream.writelines(layout.file.chunks(0, content.pickle.start))
     if changes.changes_pickle:
         protocol = content.pickle.protocol

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from bntool.checkpoints.checkpoint import ModuleInfo, StateDict, find_prefix
+from bntool.checkpoints.checkpoint import ModuleInfo, StateDict
 from bntool.checkpoints.containers.pickles.nodes import (
     Dict,
     Global,
@@ -17,6 +17,7 @@ from bntool.checkpoints.containers.pickles.nodes import (
     as_mapping,
     text_of,
 )
+from bntool.checkpoints.state_dicts import find_prefix
 from bntool.checkpoints.tensors import Tensor
 from bntool.checkpoints.torch.tensors import TensorReader
 from bntool.errors import UnsafeFileError
@@ -56,8 +57,8 @@ class ModuleReader:
         self._reader = reader
         self._effort = 0
 
-    def read(self, key: str, root: Instance) -> StateDict:
-        """One pickled module with all below it.
+    def read(self, key: str, root: Instance) -> tuple[StateDict, StateDictSource]:
+        """One pickled module with all below it, and where it lies in the pickle.
 
         Raises:
             CorruptFileError: a malformed tensor.
@@ -85,7 +86,7 @@ class ModuleReader:
             submodules = [(name, value) for name, value in table.items() if is_module(value)]
             pending.extend((dotted + name, value, below) for name, value in reversed(submodules))
         prefix = find_prefix(list(tensors))
-        return StateDict(key, prefix, tensors, modules=modules, is_module=True, source=source)
+        return StateDict(key, prefix, tensors, modules=modules, is_module=True), source
 
     def _read_own_tensors(
         self, dotted: str, state: Mapping[str, Node], source: StateDictSource, tensors: dict[str, Tensor]

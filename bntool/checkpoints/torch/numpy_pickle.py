@@ -43,7 +43,8 @@ class NumpyPickle(Format):
     def read(self, file: SourceFile) -> Checkpoint:
         pickle = read_pickle(file)
         reader = ArrayReader(_no_storage)
-        state_dicts = tuple(map(_translate_caffe2, find_state_dicts(pickle.root, reader)))
+        found = find_state_dicts(pickle.root, reader)
+        state_dicts = tuple(_translate_caffe2(s, found.sources[s.key]) for s in found.state_dicts)
         if not reader.array_nodes:
             raise UnknownFormatError(_describe_other_pickle(list_globals(pickle)))
         return Checkpoint(
@@ -52,7 +53,7 @@ class NumpyPickle(Format):
             state_dicts=state_dicts,
             entries=as_mapping(pickle.root) if is_mapping(pickle.root) else {},
             globals=list_globals(pickle),
-            content=TorchContent(pickle, reader, None),
+            content=TorchContent(pickle, reader, found.sources),
         )
 
     def can_record(self, checkpoint: Checkpoint, state_dict: StateDict) -> bool:  # noqa: ARG002 (no place for any)
@@ -73,17 +74,14 @@ def _describe_other_pickle(globals_: Iterable[GlobalName]) -> str:
     )
 
 
-def _translate_caffe2(state_dict: StateDict) -> StateDict:
+def _translate_caffe2(state_dict: StateDict, source: StateDictSource) -> StateDict:
     """BatchNorm under PyTorch's names; other blobs keep theirs."""
     names = {name: _translate(name) for name in state_dict.tensors}
     if all(name == new for name, new in names.items()) or len(set(names.values())) < len(names):
         return state_dict
-    source: StateDictSource = state_dict.source
-    return dataclasses.replace(
-        state_dict,
-        tensors={names[name]: tensor for name, tensor in state_dict.tensors.items()},
-        source=dataclasses.replace(source, tensor_nodes={names[n]: node for n, node in source.tensor_nodes.items()}),
-    )
+    source.tensor_nodes = {names[name]: node for name, node in source.tensor_nodes.items()}
+    tensors = {names[name]: tensor for name, tensor in state_dict.tensors.items()}
+    return dataclasses.replace(state_dict, tensors=tensors, stored=tensors)
 
 
 def _translate(name: str) -> str:

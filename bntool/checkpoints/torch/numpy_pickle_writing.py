@@ -6,11 +6,11 @@ from pathlib import Path
 
 from bntool.checkpoints.checkpoint import Checkpoint, StateDict
 from bntool.checkpoints.containers.pickles.nodes import as_mapping
-from bntool.checkpoints.containers.pickles.reading import Pickle
 from bntool.checkpoints.containers.pickles.writing import write_pickle
 from bntool.checkpoints.outputs import OutputFiles
 from bntool.checkpoints.torch.changes import collect_changes
 from bntool.checkpoints.torch.modules import StateDictSource
+from bntool.checkpoints.torch.state_dicts import TorchContent
 from bntool.errors import RefusedError
 
 
@@ -20,9 +20,10 @@ def write(checkpoint: Checkpoint, path: Path, output: OutputFiles) -> None:
     Raises:
         RefusedError: a record, or keys under names that bntool translates, would have to be written.
     """
-    pickle: Pickle = checkpoint.content.pickle
+    content = TorchContent.of(checkpoint)
+    pickle = content.pickle
     for state_dict in checkpoint.state_dicts:
-        _check_keys(state_dict)
+        _check_keys(state_dict, content.sources[state_dict.key])
     changes = collect_changes(checkpoint)
     if changes.loose_record is not None:
         raise RefusedError(
@@ -38,9 +39,8 @@ def write(checkpoint: Checkpoint, path: Path, output: OutputFiles) -> None:
         stream.write(chunk)
 
 
-def _check_keys(state_dict: StateDict) -> None:
+def _check_keys(state_dict: StateDict, source: StateDictSource) -> None:
     """Arrays under translated names can change, but not come or go."""
-    source: StateDictSource = state_dict.source
     inside = as_mapping(source.node)
     is_translated = any(name not in inside for name in source.tensor_nodes)
     if is_translated and not state_dict.is_module and list(state_dict.tensors) != list(source.tensor_nodes):

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias
 
-from bntool.checkpoints.checkpoint import StateDict, find_prefix
+from bntool.checkpoints.checkpoint import Content, StateDict
 from bntool.checkpoints.containers.pickles.nodes import (
     Dict,
     Instance,
@@ -20,12 +19,13 @@ from bntool.checkpoints.containers.pickles.nodes import (
     text_of,
 )
 from bntool.checkpoints.containers.pickles.reading import Pickle
+from bntool.checkpoints.records import RECORD_KEY, History, parse_record
+from bntool.checkpoints.state_dicts import find_prefix
 from bntool.checkpoints.tensors import StoredTensor
 from bntool.checkpoints.torch.modules import MAX_DEPTH, ModuleReader, StateDictSource, is_module
 from bntool.checkpoints.torch.tensors import TensorReader
 from bntool.errors import UnsafeFileError
 
-RECORD_KEY = "bntool"
 MAX_STATE_DICTS = 1000
 MAX_NAME = 1000  # characters; longer keys are data too, and keys of keys of them exhaust memory
 MAX_LIST = 1000  # longer lists are data, not models
@@ -47,22 +47,29 @@ _LEAVES = {
 }
 
 
-@dataclass
-class TorchContent:
-    """What the torch formats need to write a file back.
+@dataclass(frozen=True)
+class TorchContent(Content):
+    """The pickle of a file, and what was found in it.
 
     Attributes:
         pickle: the main pickle.
         reader: knows the tensors already read.
-        container: the archive or the layout of the legacy file.
+        sources: where each state dict lies in the pickle, by its key.
     """
 
     pickle: Pickle
     reader: TensorReader
-    container: Any
+    sources: Mapping[str, StateDictSource]
 
 
-def find_state_dicts(root: Node, reader: TensorReader) -> tuple[StateDict, ...]:
+class FoundStateDicts(NamedTuple):
+    """The state dicts of a pickle, and where each lies in it, by its key."""
+
+    state_dicts: tuple[StateDict, ...]
+    sources: dict[str, StateDictSource]
+
+
+def find_state_dicts(root: Node, reader: TensorReader) -> FoundStateDicts:
     """All state dicts and pickled modules under ``root``, in the order of the file.
 
     A mapping is a state dict if it holds a tensor under a dotted name or under a name like ``weight``; where nothing
@@ -73,14 +80,15 @@ def find_state_dicts(root: Node, reader: TensorReader) -> tuple[StateDict, ...]:
     Raises:
         CorruptFileError, UnsafeFileError
     """
-    found: list[StateDict] = []
-    weak: list[StateDict] = []
+    found: list[_Found] = []
+    weak: list[_Found] = []
     modules = ModuleReader(reader)
     versions: dict[int, dict[str, int | None] | None] = {}  # several state dicts can share one _metadata
     for path, node in _walk(root):
         key, access = ".".join(step.name for step in path), "".join(step.access for step in path)
         if is_module(node):
-            found.append(dataclasses.replace(modules.read(key, node), access=access))
+            state_dict, source = modules.read(key, node)
+            found.append((dataclasses.replace(state_dict, access=access), source))
         elif is_mapping(node):
             source = StateDictSource(node)
             tensors = _read_tensors(source, reader)
@@ -97,22 +105,27 @@ def find_state_dicts(root: Node, reader: TensorReader) -> tuple[StateDict, ...]:
                 versions=versions[id(metadata)],
                 access=access,
                 holds_arrays=any(map(reader.is_array, tensors.values())),
-                source=source,
             )
-            (found if looks_right else weak).append(state_dict)
+            (found if looks_right else weak).append((state_dict, source))
         if len(found) > MAX_STATE_DICTS:
             raise UnsafeFileError(f"the file holds more than {MAX_STATE_DICTS} state dicts")
-    floating = [s for s in weak if any(tensor.dtype.is_floating for tensor in s.tensors.values())]
+    floating = [one for one in weak if any(tensor.dtype.is_floating for tensor in one[0].stored.values())]
     return _with_unique_keys(found or floating)
 
 
-def _with_unique_keys(state_dicts: list[StateDict]) -> tuple[StateDict, ...]:
+_Found: TypeAlias = tuple[StateDict, StateDictSource]
+
+
+def _with_unique_keys(found: list[_Found]) -> FoundStateDicts:
     used: dict[str, int] = {}
     unique = []
-    for state_dict in state_dicts:
+    sources = {}
+    for state_dict, source in found:
         count = used[state_dict.key] = used.get(state_dict.key, 0) + 1
-        unique.append(dataclasses.replace(state_dict, key=f"{state_dict.key}#{count}") if count > 1 else state_dict)
-    return tuple(unique)
+        key = f"{state_dict.key}#{count}" if count > 1 else state_dict.key
+        unique.append(dataclasses.replace(state_dict, key=key))
+        sources[key] = source
+    return FoundStateDicts(tuple(unique), sources)
 
 
 class _Step(NamedTuple):
@@ -194,11 +207,6 @@ def _read_tensors(source: StateDictSource, reader: TensorReader) -> dict[str, St
     return tensors
 
 
-def with_tensor_sources(state_dicts: Iterable[StateDict]) -> tuple[StateDict, ...]:
-    """For layouts that are not written from nodes: each state dict keeps its tensors as they were read."""
-    return tuple(dataclasses.replace(s, source=dict(s.tensors)) for s in state_dicts)
-
-
 def metadata_node(node: Node) -> Node:
     """The ``_metadata`` of a state dict: an attribute of the OrderedDict, or None."""
     if isinstance(node, Instance) and is_mapping(node.state):
@@ -224,31 +232,14 @@ def _versions(metadata: Node) -> dict[str, int | None] | None:
     return versions
 
 
-History: TypeAlias = tuple[Mapping[str, Any], ...]
-
-
-def read_records(state_dicts: Iterable[StateDict]) -> dict[str, History]:
+def read_records(sources: Mapping[str, StateDictSource]) -> dict[str, History]:
     """What bntool recorded in the ``_metadata`` of each state dict, by its key."""
     parsed: dict[int, History] = {}
     records = {}
-    for state_dict in state_dicts:
-        node = as_mapping(as_mapping(metadata_node(state_dict.source.node)).get("")).get(RECORD_KEY)
+    for key, source in sources.items():
+        node = as_mapping(as_mapping(metadata_node(source.node)).get("")).get(RECORD_KEY)
         if id(node) not in parsed:
             parsed[id(node)] = parse_record(text_of(node))
         if parsed[id(node)]:
-            records[state_dict.key] = parsed[id(node)]
+            records[key] = parsed[id(node)]
     return records
-
-
-def parse_record(text: str | None) -> History:
-    """A recorded history: a JSON array of objects; anything else counts as none."""
-    try:
-        history = json.loads(text) if text else []
-    except (ValueError, RecursionError):
-        return ()
-    return as_history(history)
-
-
-def as_history(entries: Any) -> History:
-    """The entries that are records."""
-    return tuple(entry for entry in entries if isinstance(entry, dict)) if isinstance(entries, list) else ()

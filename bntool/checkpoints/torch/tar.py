@@ -22,7 +22,7 @@ from bntool.checkpoints.containers.pickles.trust import list_globals
 from bntool.checkpoints.dtypes import BY_STORAGE, DType
 from bntool.checkpoints.files import SourceFile, quote
 from bntool.checkpoints.tensors import MAX_DIMENSIONS, Storage, StoredTensor
-from bntool.checkpoints.torch.state_dicts import find_state_dicts, with_tensor_sources
+from bntool.checkpoints.torch.state_dicts import find_state_dicts
 from bntool.checkpoints.torch.tensors import StorageReference, TensorReader
 from bntool.errors import CorruptFileError, UnknownFormatError, UnsafeFileError
 
@@ -54,11 +54,11 @@ class TorchTar(Format):
         storages = _read_storages(members["storages"], pickles)
         tensors = _read_tensors(members["tensors"], storages, pickles)
         main = pickles.read(members["pickle"], members["pickle"].start)
-        state_dicts = find_state_dicts(main.root, _TarReader(tensors))
+        state_dicts, _ = find_state_dicts(main.root, _TarReader(tensors))
         return Checkpoint(
             file=file,
             format=self,
-            state_dicts=with_tensor_sources(state_dicts),
+            state_dicts=state_dicts,
             entries=as_mapping(main.root) if is_mapping(main.root) else {},
             globals=list_globals(*pickles.found),
         )

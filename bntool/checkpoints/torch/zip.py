@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
-from bntool.checkpoints.checkpoint import Checkpoint, Format
+from bntool.checkpoints.checkpoint import Checkpoint, Content, Format
 from bntool.checkpoints.containers.pickles.nodes import as_mapping, is_mapping
 from bntool.checkpoints.containers.pickles.reading import OpcodeBudget, Pickle, read_pickle_bytes
 from bntool.checkpoints.containers.pickles.trust import list_globals
 from bntool.checkpoints.containers.zips.reading import InflatedRecord, ZipArchive, ZipRecord, read_archive
 from bntool.checkpoints.files import SourceFile, quote
+from bntool.checkpoints.records import History, parse_records
 from bntool.checkpoints.tensors import Storage
 from bntool.checkpoints.torch.arrays import ArrayReader
-from bntool.checkpoints.torch.state_dicts import TorchContent, as_history, find_state_dicts, read_records
+from bntool.checkpoints.torch.state_dicts import TorchContent, find_state_dicts, read_records
 from bntool.checkpoints.torch.tensors import StorageReference
 from bntool.errors import CorruptFileError, UnknownFormatError, UnsafeFileError
 
@@ -23,7 +21,7 @@ MAX_PICKLE = 1 << 29
 
 
 @dataclass(frozen=True)
-class ArchiveLayout:
+class ArchiveLayout(Content):
     """The archive and the folder in it that holds everything.
 
     Attributes:
@@ -39,6 +37,13 @@ class ArchiveLayout:
         return self.archive.records.get(f"{self.root}data/{key}")
 
 
+@dataclass(frozen=True)
+class ArchiveContent(TorchContent):
+    """What was found in the pickle, and the archive that it lies in."""
+
+    layout: ArchiveLayout
+
+
 class TorchZip(Format):
     """See the module."""
 
@@ -51,20 +56,19 @@ class TorchZip(Format):
         layout = find_layout(archive)
         pickle = read_main_pickle(layout)
         reader = ArrayReader(lambda reference: resolve_storage(layout, reference))
-        state_dicts = find_state_dicts(pickle.root, reader)
+        state_dicts, sources = find_state_dicts(pickle.root, reader)
         return Checkpoint(
             file=file,
             format=self,
             state_dicts=state_dicts,
             entries=as_mapping(pickle.root) if is_mapping(pickle.root) else {},
             globals=list_globals(pickle),
-            records={**read_loose_records(layout), **read_records(state_dicts)},
-            content=TorchContent(pickle, reader, layout),
+            records={**read_loose_records(layout), **read_records(sources)},
+            content=ArchiveContent(pickle, reader, sources, layout),
         )
 
     def verify_checksums(self, checkpoint: Checkpoint) -> int | None:
-        layout: ArchiveLayout = checkpoint.content.container
-        return layout.archive.check_records()
+        return ArchiveContent.of(checkpoint).layout.archive.check_records()
 
 
 def read_main_pickle(layout: ArchiveLayout, *, budget: OpcodeBudget | None = None) -> Pickle:
@@ -79,15 +83,10 @@ def read_main_pickle(layout: ArchiveLayout, *, budget: OpcodeBudget | None = Non
     return read_pickle_bytes(layout.archive.read(record), budget=budget)
 
 
-def read_loose_records(layout: ArchiveLayout) -> dict[str, tuple[Mapping[str, Any], ...]]:
-    """The histories in a record of the archive, by key of the state dict; anything else counts as none."""
+def read_loose_records(layout: ArchiveLayout) -> dict[str, History]:
+    """The histories in a record of the archive, by key of the state dict."""
     record = layout.archive.records.get(f"{layout.root}{layout.record_name}")
-    try:
-        found = json.loads(layout.archive.read(record)) if record is not None else {}
-    except (ValueError, RecursionError):
-        return {}
-    histories = {key: as_history(entries) for key, entries in found.items()} if isinstance(found, dict) else {}
-    return {key: history for key, history in histories.items() if history}
+    return parse_records(layout.archive.read(record)) if record is not None else {}
 
 
 def find_layout(archive: ZipArchive) -> ArchiveLayout:

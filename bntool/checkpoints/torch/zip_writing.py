@@ -12,7 +12,7 @@ from bntool.checkpoints.outputs import OutputFiles
 from bntool.checkpoints.tensors import count_elements
 from bntool.checkpoints.torch.changes import TorchChanges, collect_changes
 from bntool.checkpoints.torch.patches import patch_storage, storage_bytes
-from bntool.checkpoints.torch.zip import ArchiveLayout
+from bntool.checkpoints.torch.zip import ArchiveContent, ArchiveLayout
 from bntool.errors import RefusedError
 
 
@@ -38,7 +38,7 @@ def write_torchscript(checkpoint: Checkpoint, path: Path, output: OutputFiles) -
 
 def _write_archive(checkpoint: Checkpoint, changes: TorchChanges, stream: IO[bytes]) -> None:
     """Bytes are patched where that is enough, else the archive is written record by record."""
-    layout: ArchiveLayout = checkpoint.content.container
+    layout = ArchiveContent.of(checkpoint).layout
     if changes.changes_pickle or changes.loose_record is not None or _patches_deflated(layout, changes):
         _rewrite(checkpoint, changes, ZipWriter(stream, has_checksums=layout.archive.has_checksums))
         return
@@ -57,7 +57,7 @@ def _patches_deflated(layout: ArchiveLayout, changes: TorchChanges) -> bool:
 
 def _rewrite(checkpoint: Checkpoint, changes: TorchChanges, writer: ZipWriter) -> None:  # noqa: C901 (one branch for each fate of a record)
     """Write a new archive: the pickle anew if it changes, storages patched, added and dropped, all else copied."""
-    layout: ArchiveLayout = checkpoint.content.container
+    layout = ArchiveContent.of(checkpoint).layout
     archive, root = layout.archive, layout.root
     dropped = {f"{root}data/{key}" for key in changes.dropped}
     patches = {f"{root}data/{key}": patch for key, patch in changes.patches.items()}
@@ -100,6 +100,6 @@ def _rewrite(checkpoint: Checkpoint, changes: TorchChanges, writer: ZipWriter) -
 
 def _emit_pickle(checkpoint: Checkpoint, changes: TorchChanges) -> bytes:
     parts: list[bytes] = []
-    pickle = checkpoint.content.pickle
+    pickle = ArchiveContent.of(checkpoint).pickle
     write_pickle(parts.append, pickle.root, protocol=pickle.protocol, replacements=changes.replacements)
     return b"".join(parts)

@@ -6,11 +6,12 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-from bntool.checkpoints.checkpoint import Checkpoint, Format, LoadingCode, ModuleInfo, StateDict, find_prefix
+from bntool.checkpoints.checkpoint import Checkpoint, Format, LoadingCode, ModuleInfo, StateDict
+from bntool.checkpoints.containers.json_texts import read_json
 from bntool.checkpoints.containers.zips.reading import InflatedRecord, ZipArchive, ZipRecord, read_archive
 from bntool.checkpoints.dtypes import BY_NAME
 from bntool.checkpoints.files import SourceFile, quote
-from bntool.checkpoints.safetensors.file import parse_json
+from bntool.checkpoints.state_dicts import find_prefix
 from bntool.checkpoints.tensors import MAX_DIMENSIONS, Storage, StoredTensor, Tensor
 from bntool.checkpoints.torch.zip import ArchiveLayout, is_big_endian, read_loose_records
 from bntool.checkpoints.torch_programs.exported_graph import read_batchnorms
@@ -55,8 +56,7 @@ class ExportedProgram(Format):
         )
 
     def verify_checksums(self, checkpoint: Checkpoint) -> int | None:
-        layout: ArchiveLayout = checkpoint.content
-        return layout.archive.check_records()
+        return ArchiveLayout.of(checkpoint).archive.check_records()
 
 
 def _find_root(archive: ZipArchive) -> str:
@@ -76,10 +76,7 @@ def read_json_record(archive: ZipArchive, record: ZipRecord, *, allow_nan: bool 
     """
     if record.size > MAX_JSON:
         raise UnsafeFileError(f"record {quote(record.name)} has {record.size} bytes")
-    try:
-        return parse_json(archive.read(record), allow_nan=allow_nan)
-    except ValueError as error:
-        raise CorruptFileError(f"record {quote(record.name)} is not valid JSON: {error}") from error
+    return read_json(archive.read(record), what=f"record {quote(record.name)}", allow_nan=allow_nan)
 
 
 def _read_model(layout: ArchiveLayout, name: str, *, only: bool) -> StateDict:
@@ -93,7 +90,7 @@ def _read_model(layout: ArchiveLayout, name: str, *, only: bool) -> StateDict:
     found = read_batchnorms(read_json_record(archive, graph)) if graph is not None else {}
     modules = {layer: ModuleInfo(class_path, facts) for layer, (class_path, facts) in found.items()}
     key = "" if only else name
-    return StateDict(key, find_prefix(list(tensors)), tensors, modules=modules, source=dict(tensors))
+    return StateDict(key, find_prefix(list(tensors)), tensors, modules=modules)
 
 
 @dataclass(frozen=True)

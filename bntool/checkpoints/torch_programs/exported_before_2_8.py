@@ -6,12 +6,12 @@ import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from bntool.checkpoints.checkpoint import Checkpoint, Format, GlobalName, LoadingCode, ModuleInfo, StateDict
+from bntool.checkpoints.checkpoint import Checkpoint, Content, Format, GlobalName, LoadingCode, ModuleInfo, StateDict
 from bntool.checkpoints.containers.pickles.reading import OpcodeBudget, Pickle
 from bntool.checkpoints.containers.pickles.trust import list_globals
 from bntool.checkpoints.containers.zips.reading import InflatedRecord, ZipArchive, ZipRecord, read_archive
 from bntool.checkpoints.files import FileSlice, FileView, SourceFile, quote
-from bntool.checkpoints.torch.state_dicts import find_state_dicts, with_tensor_sources
+from bntool.checkpoints.torch.state_dicts import find_state_dicts
 from bntool.checkpoints.torch.tensors import TensorReader
 from bntool.checkpoints.torch.zip import (
     ArchiveLayout,
@@ -32,7 +32,7 @@ _RECORD_NAME = "extra_files/bntool.json"  # where torch.export.save puts its ext
 
 
 @dataclass(frozen=True)
-class ExportLayout:
+class ExportLayout(Content):
     """The archive, and the archive in it that holds the state dict.
 
     Attributes:
@@ -73,7 +73,7 @@ class LegacyExport(Format):
         state_dicts: tuple[StateDict, ...] = ()
         if inner is not None and pickle is not None:
             reader = TensorReader(lambda reference: resolve_storage(inner, reference))
-            state_dicts = with_tensor_sources(find_state_dicts(pickle.root, reader))
+            state_dicts, _ = find_state_dicts(pickle.root, reader)
         layers = read_batchnorms(read_json_record(archive, archive.records[_PROGRAM], allow_nan=True))
         modules = {layer: ModuleInfo(class_path, facts) for layer, (class_path, facts) in layers.items()}
         return Checkpoint(
@@ -87,7 +87,7 @@ class LegacyExport(Format):
         )
 
     def verify_checksums(self, checkpoint: Checkpoint) -> int | None:
-        layout: ExportLayout = checkpoint.content
+        layout = ExportLayout.of(checkpoint)
         archives = [one.archive for one in (layout.outer, layout.inner) if one is not None]
         counts = [count for archive in archives if (count := archive.check_records()) is not None]
         return sum(counts) if counts else None

@@ -28,7 +28,7 @@ def write(checkpoint: Checkpoint, path: Path, output: OutputFiles) -> None:
     Raises:
         RefusedError: something else than elements is to change.
     """
-    layout: ArchiveLayout = checkpoint.content
+    layout = ArchiveLayout.of(checkpoint)
     patches = collect_value_patches(checkpoint, advice=_ADVICE, can_record=True)
     _write_archive(checkpoint, layout, _patch_records(layout, patches), output.open(path))
 
@@ -39,7 +39,7 @@ def write_before_2_8(checkpoint: Checkpoint, path: Path, output: OutputFiles) ->
     Raises:
         RefusedError: something else than elements is to change, or the state dict in it is compressed.
     """
-    layout: ExportLayout = checkpoint.content
+    layout = ExportLayout.of(checkpoint)
     patches = collect_value_patches(checkpoint, advice=_ADVICE, can_record=True)
     changes = {}
     if patches:

@@ -12,17 +12,17 @@ from bntool.checkpoints.checkpoint import (
     LoadingCode,
     ModuleInfo,
     StateDict,
-    find_prefix,
 )
 from bntool.checkpoints.containers.pickles.nodes import Dict, Instance, Node, as_mapping
 from bntool.checkpoints.containers.pickles.trust import list_globals
 from bntool.checkpoints.containers.zips.reading import ZipArchive, read_archive
 from bntool.checkpoints.files import SourceFile
+from bntool.checkpoints.state_dicts import find_prefix
 from bntool.checkpoints.tensors import StoredTensor, Tensor
 from bntool.checkpoints.torch.modules import MAX_DEPTH, MAX_EFFORT, MAX_PATH, StateDictSource, plain_attributes
-from bntool.checkpoints.torch.state_dicts import TorchContent
 from bntool.checkpoints.torch.tensors import TensorReader
 from bntool.checkpoints.torch.zip import (
+    ArchiveContent,
     ArchiveLayout,
     is_big_endian,
     read_loose_records,
@@ -53,19 +53,18 @@ class TorchScript(Format):
         layout = ArchiveLayout(archive, root, is_big_endian(archive, root), RECORD_NAME)
         pickle = read_main_pickle(layout)
         reader = TensorReader(lambda reference: resolve_storage(layout, reference))
-        state_dict = _ScriptReader(reader, CodeReader(archive, root)).read(pickle.root)
+        state_dict, source = _ScriptReader(reader, CodeReader(archive, root)).read(pickle.root)
         return Checkpoint(
             file=file,
             format=self,
             state_dicts=(state_dict,) if state_dict.tensors else (),
             globals=tuple(map(_judge_own, list_globals(pickle))),
             records=read_loose_records(layout),
-            content=TorchContent(pickle, reader, layout),
+            content=ArchiveContent(pickle, reader, {state_dict.key: source}, layout),
         )
 
     def verify_checksums(self, checkpoint: Checkpoint) -> int | None:
-        layout: ArchiveLayout = checkpoint.content.container
-        return layout.archive.check_records()
+        return ArchiveContent.of(checkpoint).layout.archive.check_records()
 
 
 def find_root(archive: ZipArchive, name: str) -> str | None:
@@ -92,8 +91,8 @@ class _ScriptReader:
         self._code = code
         self._effort = 0
 
-    def read(self, root: Node) -> StateDict:
-        """The tensors in the order of state_dict() of the loaded module.
+    def read(self, root: Node) -> tuple[StateDict, StateDictSource]:
+        """The tensors in the order of state_dict() of the loaded module, and where they lie in the pickle.
 
         Raises:
             CorruptFileError: a malformed tensor.
@@ -118,7 +117,7 @@ class _ScriptReader:
             self._read_own_tensors(dotted, node, text, source, tensors)
             submodules = [(dotted + name, value) for name, value in state.items() if _is_object(value)]
             pending.extend((name, value, ancestors | {id(node)}) for name, value in reversed(submodules))
-        return StateDict("", find_prefix(list(tensors)), tensors, modules=modules, is_module=True, source=source)
+        return StateDict("", find_prefix(list(tensors)), tensors, modules=modules, is_module=True), source
 
     def _read_own_tensors(
         self, dotted: str, node: Instance, text: ClassText, source: StateDictSource, tensors: dict[str, Tensor]

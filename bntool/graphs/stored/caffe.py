@@ -30,7 +30,7 @@ def caffe_graph(checkpoint: Checkpoint) -> ModelGraph:
     """
     if checkpoint.content is None:
         raise RefusedError("a .caffemodel.h5 holds blobs only: give the net that it is run by with --prototxt NET")
-    return _Building(checkpoint.content, checkpoint.state_dicts[0].tensors).build()
+    return _Building(CaffeContent.of(checkpoint), checkpoint.state_dicts[0].tensors).build()
 
 
 class _Building:

@@ -28,7 +28,7 @@ def keras_graph(checkpoint: Checkpoint) -> ModelGraph:
         CorruptFileError: the graph goes in circles, or vectors of one layer differ in length.
         UnsafeFileError: nested models that call each other without measure.
     """
-    content: KerasContent = checkpoint.content
+    content = KerasContent.of(checkpoint)
     if content.model is None:
         raise RefusedError(
             "the file holds weights only, neither the graph of the model nor eps: save the whole model in Keras with "

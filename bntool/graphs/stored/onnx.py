@@ -29,7 +29,7 @@ def onnx_graph(checkpoint: Checkpoint) -> ModelGraph:
     A Gemm with transB = 0 has its weight as (in, out): as a transposed convolution has, and it is shown as one.
     BatchNormalization nodes in nested graphs (branches, loops) are there, but nothing known feeds them.
     """
-    return _Building(checkpoint.content, checkpoint.state_dicts[0].tensors).build()
+    return _Building(OnnxContent.of(checkpoint), checkpoint.state_dicts[0].tensors).build()
 
 
 class _Building:

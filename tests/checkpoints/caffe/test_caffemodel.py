@@ -12,7 +12,8 @@ from bntool.batchnorm import EpsSource
 from bntool.checkpoints.application import apply_plan
 from bntool.checkpoints.batchnorms import find_batchnorms
 from bntool.checkpoints.containers.protobufs.writing import embed, integer_field, packed_integers
-from bntool.checkpoints.formats import open_checkpoint, save_checkpoint
+from bntool.checkpoints.formats import open_checkpoint
+from bntool.checkpoints.saving import save_checkpoint
 from bntool.checkpoints.tensors import StoredTensor, read_bytes, read_numbers
 from bntool.errors import BntoolError, CorruptFileError, RefusedError
 from bntool.plan import AddTensor, Operation, Plan, Record, RemoveTensor, SetTensor, Values

@@ -14,7 +14,8 @@ from bntool.checkpoints.caffe.hdf5 import name_blobs
 from bntool.checkpoints.caffe.prototxt import Prototxt, read_prototxt
 from bntool.checkpoints.checkpoint import Checkpoint
 from bntool.checkpoints.files import SourceFile
-from bntool.checkpoints.formats import open_checkpoint, save_checkpoint
+from bntool.checkpoints.formats import open_checkpoint
+from bntool.checkpoints.saving import save_checkpoint
 from bntool.checkpoints.tensors import read_bytes, read_numbers
 from bntool.cli.main import ExitCode, main
 from bntool.errors import RefusedError, UnknownFormatError

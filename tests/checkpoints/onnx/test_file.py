@@ -12,7 +12,8 @@ import pytest
 from bntool.checkpoints.application import apply_plan
 from bntool.checkpoints.batchnorms import find_batchnorms
 from bntool.checkpoints.containers.protobufs.writing import embed, integer_field
-from bntool.checkpoints.formats import open_checkpoint, save_checkpoint
+from bntool.checkpoints.formats import open_checkpoint
+from bntool.checkpoints.saving import save_checkpoint
 from bntool.checkpoints.tensors import read_bytes, read_numbers
 from bntool.errors import BntoolError, CorruptFileError, RefusedError, UnreadableFileError, UnsafeFileError
 from bntool.plan import Operation, Plan, Record, RemoveTensor, SetAttribute, SetTensor, Values

@@ -13,7 +13,8 @@ import safetensors
 import safetensors.torch
 
 from bntool.checkpoints.application import apply_plan
-from bntool.checkpoints.formats import open_checkpoint, save_checkpoint
+from bntool.checkpoints.formats import open_checkpoint
+from bntool.checkpoints.saving import save_checkpoint
 from bntool.errors import BntoolError, RefusedError
 from bntool.plan import AddTensor, Operation, Plan, Record, RemoveEntry, RemoveTensor, SetAttribute, SetTensor, Values
 from tests.checkpoints.samples import STATE_DICTS, assert_holds, tiny_net, write_safetensors

@@ -12,7 +12,8 @@ import torch
 
 from bntool.checkpoints.application import apply_plan
 from bntool.checkpoints.batchnorms import find_batchnorms
-from bntool.checkpoints.formats import open_checkpoint, save_checkpoint
+from bntool.checkpoints.formats import open_checkpoint
+from bntool.checkpoints.saving import save_checkpoint
 from bntool.errors import RefusedError, UnwritableFileError
 from bntool.plan import AddTensor, Operation, Plan, Record, RemoveTensor, Scaled, SetTensor, Values
 from tests.checkpoints.samples import assert_holds, tiny_net, write_sharded, write_sharded_bin

@@ -13,8 +13,9 @@ import torch
 
 from bntool.checkpoints.application import apply_plan
 from bntool.checkpoints.batchnorms import find_batchnorms
-from bntool.checkpoints.checkpoint import choose_state_dict
-from bntool.checkpoints.formats import open_checkpoint, save_checkpoint
+from bntool.checkpoints.formats import open_checkpoint
+from bntool.checkpoints.saving import save_checkpoint
+from bntool.checkpoints.state_dicts import choose_state_dict
 from bntool.checkpoints.tensors import read_bytes, read_numbers
 from bntool.errors import CorruptFileError, RefusedError
 from bntool.plan import AddTensor, Operation, Plan, Record, RemoveTensor, Scaled, SetTensor, Values

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from bntool.checkpoints.formats import open_checkpoint, save_checkpoint
+from bntool.checkpoints.formats import open_checkpoint
+from bntool.checkpoints.saving import save_checkpoint
 from bntool.checkpoints.tensors import read_bytes
 from bntool.errors import CorruptFileError, FileError, RefusedError, UnreadableFileError, UnsafeFileError
 from tests.checkpoints.foreign import save_distributed

@@ -12,8 +12,9 @@ import torch
 
 from bntool.checkpoints.application import apply_plan
 from bntool.checkpoints.batchnorms import find_batchnorms
-from bntool.checkpoints.formats import open_checkpoint, save_checkpoint
+from bntool.checkpoints.formats import open_checkpoint
 from bntool.checkpoints.origin import describe_origin
+from bntool.checkpoints.saving import save_checkpoint
 from bntool.checkpoints.tensors import read_numbers
 from bntool.errors import CorruptFileError, RefusedError
 from bntool.plan import AddTensor, Operation, Plan, Record, RemoveTensor, SetTensor, Values

@@ -16,8 +16,9 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
-from bntool.checkpoints.checkpoint import GlobalTrust, choose_state_dict
+from bntool.checkpoints.checkpoint import GlobalTrust
 from bntool.checkpoints.formats import open_checkpoint
+from bntool.checkpoints.state_dicts import choose_state_dict
 from bntool.checkpoints.tensors import StoredTensor
 from bntool.errors import RefusedError, UsageError
 from tests.checkpoints.samples import WRITERS, assert_holds, tiny_net, to_torch

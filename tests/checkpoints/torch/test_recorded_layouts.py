@@ -11,9 +11,9 @@ import json
 import pytest
 
 from bntool.checkpoints.batchnorms import find_batchnorms
-from bntool.checkpoints.checkpoint import choose_state_dict
 from bntool.checkpoints.formats import open_checkpoint
 from bntool.checkpoints.origin import describe_origin
+from bntool.checkpoints.state_dicts import choose_state_dict
 from bntool.checkpoints.tensors import read_bytes
 from tests.places import FIXTURES
 

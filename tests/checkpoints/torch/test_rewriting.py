@@ -18,7 +18,8 @@ import torch
 from torch import nn
 
 from bntool.checkpoints.application import apply_plan
-from bntool.checkpoints.formats import open_checkpoint, save_checkpoint
+from bntool.checkpoints.formats import open_checkpoint
+from bntool.checkpoints.saving import save_checkpoint
 from bntool.errors import CorruptFileError, RefusedError, UsageError
 from bntool.plan import (
     AddTensor,

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from bntool.checkpoints.application import apply_plan
-from bntool.checkpoints.formats import open_checkpoint, save_checkpoint
+from bntool.checkpoints.formats import open_checkpoint
+from bntool.checkpoints.saving import save_checkpoint
 from bntool.errors import BntoolError, CorruptFileError, RefusedError, UnknownFormatError
 from bntool.plan import Operation, Plan, Record, RemoveTensor, SetTensor, Step, Values
 from tests.checkpoints.foreign import save_tar

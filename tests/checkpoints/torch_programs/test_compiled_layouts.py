@@ -13,7 +13,8 @@ from torch import nn
 
 from bntool.checkpoints.application import apply_plan
 from bntool.checkpoints.batchnorms import find_batchnorms
-from bntool.checkpoints.formats import open_checkpoint, save_checkpoint
+from bntool.checkpoints.formats import open_checkpoint
+from bntool.checkpoints.saving import save_checkpoint
 from bntool.checkpoints.tensors import read_bytes
 from bntool.errors import FileError, RefusedError
 from bntool.plan import Operation, Plan, Record, RemoveTensor, SetAttribute, SetTensor, Values

@@ -22,7 +22,8 @@ import torch
 
 from bntool.checkpoints.application import apply_plan
 from bntool.checkpoints.batchnorms import find_batchnorms
-from bntool.checkpoints.formats import open_checkpoint, save_checkpoint
+from bntool.checkpoints.formats import open_checkpoint
+from bntool.checkpoints.saving import save_checkpoint
 from bntool.checkpoints.tensors import read_bytes
 from bntool.errors import CorruptFileError, FileError, RefusedError, UnknownFormatError, UnsafeFileError
 from bntool.inspection.safety import Verdict, judge_safety

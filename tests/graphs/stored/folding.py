@@ -8,7 +8,8 @@ from bntool.checkpoints.application import apply_plan
 from bntool.checkpoints.caffe.deployment import deploy, edit_prototxt
 from bntool.checkpoints.caffe.prototxt import read_prototxt
 from bntool.checkpoints.files import SourceFile
-from bntool.checkpoints.formats import open_checkpoint, save_checkpoint
+from bntool.checkpoints.formats import open_checkpoint
+from bntool.checkpoints.saving import save_checkpoint
 from bntool.folding.options import Layout
 from bntool.folding.planning import FoldPlan, plan_fold
 from bntool.freezing.checkpoint import plan_freeze

@@ -18,8 +18,9 @@ import torch
 from torch.nn import functional
 
 from bntool.checkpoints.application import apply_plan
-from bntool.checkpoints.formats import open_checkpoint, save_checkpoint
+from bntool.checkpoints.formats import open_checkpoint
 from bntool.checkpoints.keras.model import order_layers, read_model
+from bntool.checkpoints.saving import save_checkpoint
 from bntool.checkpoints.tensors import read_numbers
 from bntool.errors import BntoolError, RefusedError
 from bntool.freezing.checkpoint import Carrier, plan_freeze

@@ -7,8 +7,8 @@ from pathlib import Path
 from bntool.checkpoints.caffe.prototxt import Prototxt, place_beside, read_prototxt
 from bntool.checkpoints.checkpoint import Checkpoint
 from bntool.checkpoints.files import SourceFile
-from bntool.checkpoints.formats import write_checkpoint
 from bntool.checkpoints.outputs import OutputFiles, check_output_differs
+from bntool.checkpoints.saving import write_checkpoint
 from bntool.errors import RefusedError, UsageError
 
 

@@ -1,0 +1,57 @@
+"""JSON as its standard has it, where a file that cannot be trusted holds some."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from bntool.errors import CorruptFileError
+
+
+def read_json(data: bytes | str, *, what: str, allow_nan: bool = False) -> Any:
+    """What a JSON text of a file says.
+
+    Args:
+        what: names the text in the error.
+        allow_nan: as Python writes it, with Infinity and NaN.
+
+    Raises:
+        CorruptFileError: it is no JSON, or names a key twice.
+    """
+    try:
+        return parse_json(data, allow_nan=allow_nan)
+    except ValueError as error:
+        raise CorruptFileError(f"{what} is not valid JSON: {error}") from error
+
+
+def parse_json(data: bytes | str, *, allow_nan: bool = False) -> Any:
+    """JSON as the standard has it: no key twice, and no NaN unless that is allowed.
+
+    Args:
+        data: the text.
+        allow_nan: as Python writes it, with Infinity and NaN.
+
+    Raises:
+        ValueError: it is not; the message says why in words for people.
+    """
+    try:
+        text = data if isinstance(data, str) else data.decode("utf-8")
+        return json.loads(text, object_pairs_hook=_unique, parse_constant=None if allow_nan else _reject_constant)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"byte {error.start} is no UTF-8") from error
+    except UnicodeEncodeError as error:  # an escaped half of a surrogate pair is no text
+        raise ValueError("a key is no text") from error
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a key occurs twice")
+    "".join(found).encode()
+    return found
+
+
+def _reject_constant(text: str) -> None:
+    raise ValueError(f"{text} is not JSON")

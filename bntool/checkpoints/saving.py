@@ -1,0 +1,75 @@
+"""Writing checkpoints: what was written is read back and held against what it should be before it appears."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from bntool.checkpoints.checkpoint import Checkpoint
+from bntool.checkpoints.files import SourceFile
+from bntool.checkpoints.outputs import OutputFiles, check_output_differs
+from bntool.checkpoints.tensors import LiteralTensor, StoredTensor, read_bytes
+from bntool.errors import BntoolError, RefusedError, VerificationError
+
+
+def save_checkpoint(checkpoint: Checkpoint, path: str | os.PathLike[str], *, force: bool = False) -> None:
+    """Write a checkpoint with its edits; the file appears whole or not at all.
+
+    What was written is opened again and held against the checkpoint before it takes its place.
+
+    Args:
+        checkpoint: the source with its edits.
+        path: the new file; never the source itself.
+        force: replace a file that exists.
+
+    Raises:
+        UsageError: ``path`` is the source.
+        UnwritableFileError: it exists and ``force`` is not given, or the system refuses.
+        RefusedError: the format cannot hold an edit.
+        CorruptFileError: the source turned out to be damaged on the way.
+        VerificationError: the written file does not hold what it should.
+    """
+    with OutputFiles(force=force, mode=checkpoint.file.mode) as output:
+        write_checkpoint(checkpoint, Path(path), output)
+
+
+def write_checkpoint(checkpoint: Checkpoint, path: Path, output: OutputFiles) -> None:
+    """Like :func:`save_checkpoint`, as one of the files of a transaction: it appears with the others."""
+    check_output_differs(checkpoint.file, path)
+    output.check(path)
+    try:
+        write_checked(checkpoint, path, output)
+    except BntoolError as error:
+        raise error.about(checkpoint.path) from error.__cause__
+    except OverflowError as error:
+        raise RefusedError(f"a new element is too large for its tensor: {error}", path=checkpoint.path) from error
+
+
+def write_checked(checkpoint: Checkpoint, path: Path, output: OutputFiles) -> None:
+    """Write a file of a transaction and hold it against what it should be."""
+    checkpoint.format.write(checkpoint, path, output)
+    output.flush()
+    if checkpoint.format.single_file:
+        with checkpoint.format.read(SourceFile(output.temporary(path))) as written:
+            _compare(checkpoint, written, path)
+
+
+def _compare(wanted: Checkpoint, written: Checkpoint, path: Path) -> None:
+    left = [state_dict for state_dict in wanted.state_dicts if state_dict.tensors]
+    present = [state_dict for state_dict in written.state_dicts if state_dict.tensors]
+    if [s.key for s in left] != [s.key for s in present]:
+        raise VerificationError("the written file holds other state dicts than it should", path=path)
+    for expected, found in zip(left, present, strict=True):
+        ordered = list if wanted.format.keeps_order else sorted
+        if ordered(expected.tensors) != ordered(found.tensors):
+            raise VerificationError("the written file holds other keys than it should", path=path)
+        for name, tensor in expected.tensors.items():
+            other = found.tensors[name]
+            if (tensor.dtype, tuple(tensor.shape)) != (other.dtype, tuple(other.shape)):
+                raise VerificationError("dtype or shape of a written tensor differ", path=path, tensor=name)
+            if isinstance(tensor, LiteralTensor) and read_bytes(other) != tensor.data:
+                raise VerificationError("a written tensor holds other elements than it should", path=path, tensor=name)
+            if isinstance(tensor, StoredTensor) and tensor.is_parameter != getattr(other, "is_parameter", False):
+                raise VerificationError("a parameter was written as a plain tensor", path=path, tensor=name)
+    if dict(wanted.records) != dict(written.records):
+        raise VerificationError("the written file does not hold the record that it should", path=path)

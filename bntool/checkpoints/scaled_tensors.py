@@ -1,0 +1,51 @@
+"""Tensors of a file times factors, computed when they are written."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+from bntool.checkpoints.dtypes import DType
+from bntool.checkpoints.files import Chunk
+from bntool.checkpoints.tensors import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class ScaledTensor:
+    """Another tensor times factors along some of its dimensions, computed when it is read.
+
+    The product is taken in float64 and rounded once to the source's dtype.
+
+    Attributes:
+        source: the tensor to scale, of a floating dtype.
+        view: a shape with as many elements as ``source``; its first dimension is the one that is streamed over.
+        factors: float64 factors.
+        factor_shape: shape of the factors, of the length of ``view``; 1 where a dimension is not scaled.
+        flush: products that are subnormal numbers of the dtype become zero.
+    """
+
+    source: Tensor
+    view: tuple[int, ...]
+    factors: Sequence[float] = field(repr=False)
+    factor_shape: tuple[int, ...]
+    flush: bool = False
+
+    @property
+    def dtype(self) -> DType:
+        return self.source.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.source.shape
+
+    def chunks(self) -> Iterator[Chunk]:
+        """See :class:`Tensor`.
+
+        Raises:
+            OverflowError: a product is too large for the dtype.
+        """
+        from bntool.checkpoints.arrays import scale_chunks  # numpy, which plans do not need
+
+        yield from scale_chunks(
+            self.source, self.factors, view=self.view, factor_shape=self.factor_shape, flush=self.flush
+        )

@@ -1,0 +1,71 @@
+"""Which state dict of a file a command works on, and what wrappers put before the names in it."""
+
+from __future__ import annotations
+
+from bntool.checkpoints.checkpoint import Checkpoint, StateDict
+from bntool.checkpoints.tensors import StoredTensor
+from bntool.errors import RefusedError
+
+_WELL_KNOWN_KEYS = (
+    "",
+    "state_dict",
+    "model_state_dict",
+    "model_state",
+    "model",
+    "module",
+    "net",
+    "network",
+    "params",
+    "weights",
+)
+_AVERAGED = ("ema", "shadow", "teacher", "averaged", "swa")
+
+
+def is_averaged_copy(key: str) -> bool:
+    """Whether the key of a state dict names an averaged copy (EMA, SWA) of the model."""
+    parts = key.lower().replace("-", "_").replace(".", "_").split("_")
+    return any(part in _AVERAGED for part in parts)
+
+
+def choose_state_dict(checkpoint: Checkpoint, key: str | None = None) -> StateDict:
+    """The state dict that a command works on.
+
+    The rule: the one asked for; else the only one; else, leaving averaged copies (EMA, SWA) aside, the first of the
+    well-known keys (the root, state_dict, model_state_dict, model_state, model, module, net, network, params,
+    weights); else the one with the most elements.
+
+    Raises:
+        RefusedError: the file holds no state dict.
+        UsageError: it holds none of that key.
+    """
+    if key is not None:
+        return checkpoint.state_dict(key)
+    if not checkpoint.state_dicts:
+        raise RefusedError("no state dict was found in this file", path=checkpoint.path)
+    candidates = [s for s in checkpoint.state_dicts if not is_averaged_copy(s.key)] or list(checkpoint.state_dicts)
+    for known in _WELL_KNOWN_KEYS:
+        for state_dict in candidates:
+            if state_dict.key == known:
+                return state_dict
+    return max(candidates, key=_count_elements)
+
+
+def _count_elements(state_dict: StateDict) -> int:
+    return sum(tensor.numel for tensor in state_dict.tensors.values() if isinstance(tensor, StoredTensor))
+
+
+_WRAPPERS = ("module.", "_orig_mod.", "_fsdp_wrapped_module.", "_forward_module.", "model.")
+MAX_PREFIX = 200  # characters; a hostile name repeats a wrapper a million times
+UNPREFIXED = ("n_averaged", "steps")  # counters that AveragedModel and mmengine's averaging put beside the model
+
+
+def find_prefix(names: list[str]) -> str:
+    """What wrappers (DataParallel, torch.compile, FSDP, Lightning's ``model.``) put before all names."""
+    names = [name for name in names if name not in UNPREFIXED]
+    prefix = ""
+    while names and len(prefix) < MAX_PREFIX:
+        wrapper = next((w for w in _WRAPPERS if all(name.startswith(w, len(prefix)) for name in names)), None)
+        if wrapper is None:
+            break
+        prefix += wrapper
+    return prefix
