@@ -8,6 +8,12 @@ lightning = pytest.importorskip("lightning")
 
 from bntool.integrations.lightning import FreezeBatchNorm  # noqa: E402
 
+# what Lightning 2.6 warns of; any other warning is an error
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*LeafSpec.* is deprecated:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:Found 1 module.* in eval mode"),  # the frozen one: that is what is wanted
+]
+
 
 class Module(lightning.LightningModule):
     def __init__(self):
