@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import ast
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests import programs
 from tests.places import ROOT
 
 PACKAGE = ROOT / "bntool"
@@ -101,26 +100,17 @@ def test_only_the_command_line_prints() -> None:
             assert not [n for n in calls if isinstance(n.func, ast.Name) and n.func.id == "print"], path
 
 
-@pytest.mark.parametrize(
-    "statement", ["import bntool", "import bntool.cli.main as m; m.build_app()", "import bntool.checkpoints.formats"]
-)
-def test_start_up_imports_neither_torch_nor_numpy(statement: str) -> None:
-    heavy = "{'torch', 'numpy', 'rich', 'safetensors', 'pydantic', 'PIL'}"
-    script = f"{statement}; import sys; loaded = {heavy} & set(sys.modules); assert not loaded, loaded"
-    subprocess.run([sys.executable, "-c", script], check=True, cwd=ROOT)
+@pytest.mark.parametrize("start", ["import bntool", "import bntool.cli.main bntool.checkpoints.formats", "--help"])
+def test_start_up_imports_neither_torch_nor_numpy(start: str) -> None:
+    assert not {"torch", "numpy", "rich", "safetensors", "pydantic", "PIL"} & programs.list_loaded(*start.split())
 
 
 @pytest.mark.parametrize("legacy", [False, True])
 def test_a_listing_imports_neither_writers_nor_other_formats_nor_other_commands(legacy: bool, tmp_path: Path) -> None:
     path = tmp_path / "net.pt"
     torch.save(torch.nn.BatchNorm2d(4).state_dict(), path, _use_new_zipfile_serialization=not legacy)
-    script = (
-        "import sys; from bntool.cli.main import main; assert main(['inspect', sys.argv[1], '--quiet']) == 0; "
-        "print(*sorted(name.removeprefix('bntool.') for name in sys.modules if name.startswith('bntool.')))"
-    )
-    arguments = [sys.executable, "-c", script, str(path)]
-    done = subprocess.run(arguments, check=True, cwd=ROOT, capture_output=True, text=True)
-    loaded = set(done.stdout.split())
+    names = programs.list_loaded("inspect", path, "--quiet")
+    loaded = {name.removeprefix("bntool.") for name in names if name.startswith("bntool.")}
     assert {"cli.inspection", "checkpoints.torch.legacy" if legacy else "checkpoints.torch.zip"} <= loaded
     others = {
         *("keras", "caffe", "onnx", "tensorflow", "hdf5", "sharded", "safetensors", "distributed", "exported"),
@@ -153,5 +143,5 @@ def test_everything_public_can_be_imported() -> None:
 
 
 def test_deciding_and_writing_a_fold_of_a_file_needs_no_torch() -> None:
-    script = "import bntool.folding.checkpoint, bntool.reports.folding, bntool.cli.writing, sys"
-    subprocess.run([sys.executable, "-c", f"{script}; assert 'torch' not in sys.modules"], check=True, cwd=ROOT)
+    writing = ("bntool.folding.checkpoint", "bntool.reports.folding", "bntool.cli.writing")
+    assert "torch" not in programs.list_loaded("import", *writing)

@@ -6,8 +6,6 @@ import errno
 import json
 import os
 import resource
-import subprocess
-import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -24,6 +22,7 @@ from bntool.checkpoints.outputs import OutputFiles
 from bntool.checkpoints.saving import save_checkpoint
 from bntool.errors import BntoolError, CorruptFileError, UnreadableFileError, UnwritableFileError, UsageError
 from bntool.plan import Operation, Plan, SetTensor, Values
+from tests import programs
 from tests.checkpoints.samples import tiny_net, write_safetensors, write_sharded, write_zip
 from tests.permissions import ordinary_permissions
 
@@ -317,22 +316,6 @@ def test_descriptors_are_given_back(tmp_path: Path) -> None:
     assert files.CHUNK == CHUNK
 
 
-_STREAM = """
-import sys
-from bntool.checkpoints.application import apply_plan
-from bntool.checkpoints.formats import open_checkpoint
-from bntool.checkpoints.saving import save_checkpoint
-from bntool.plan import *
-checkpoint = open_checkpoint(sys.argv[1])
-steps = (
-    SetTensor("a.weight", Scaled("a.weight", VIEW, (0.5,) * VIEW[1], (1, VIEW[1], 1))),
-    AddTensor("a.bias", Values((1.0,), (1,)), dtype="float32", after="a.weight"),
-)
-save_checkpoint(apply_plan(checkpoint, Plan(Operation.FOLD, steps=steps)), sys.argv[2])
-print(next(int(line.split()[1]) // 1024 for line in open("/proc/self/status") if line.startswith("VmHWM")))
-"""
-
-
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak of memory is read from /proc")
 @pytest.mark.parametrize(("view", "copied"), [((1, 4, 1 << 22), 1 << 30), ((1 << 20, 4, 4), 4)])
 def test_memory_stays_bounded_whatever_the_size(view: tuple[int, ...], copied: int, tmp_path: Path) -> None:
@@ -347,9 +330,7 @@ def test_memory_stays_bounded_whatever_the_size(view: tuple[int, ...], copied: i
         stream.truncate(8 + len(header) + end)
         stream.seek(8 + len(header))
         stream.write(torch.arange(4.0).numpy().tobytes())
-    code = _STREAM.replace("VIEW", repr(view))
-    done = subprocess.run([sys.executable, "-c", code, source, target], check=True, capture_output=True, text=True)
-    assert int(done.stdout) < 120
+    assert int(programs.run("scaled_file", source, target, *view).stdout) < 120
     with safetensors.safe_open(target, "pt") as written:
         assert written.get_slice("a.weight")[:5].tolist() == [0, 0.5, 1, 1.5, 0]
         assert set(written.keys()) == {"a.weight", "a.bias", "b.weight"}

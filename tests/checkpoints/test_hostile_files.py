@@ -11,8 +11,6 @@ import os
 import pickle
 import shutil
 import struct
-import subprocess
-import sys
 import tarfile
 import warnings
 import zipfile
@@ -26,6 +24,7 @@ import torch
 from bntool.checkpoints.formats import open_checkpoint
 from bntool.errors import BntoolError
 from bntool.inspection.safety import Verdict, judge_safety
+from tests import programs
 from tests.checkpoints.foreign import save_distributed
 from tests.checkpoints.samples import STATE_DICTS, WRITERS
 from tests.checkpoints.torch_programs.test_compiled_layouts import export, script
@@ -337,59 +336,6 @@ FOLDERS: dict[str, Callable[[Path], None]] = {
     "export": _export,
     "keras": _keras,
 }
-GUARD = """
-import os, sys, traceback
-import encodings.latin_1, encodings.raw_unicode_escape, encodings.utf_16  # codecs are modules that load when needed
-sys.path.insert(0, sys.argv[1])
-from bntool.checkpoints.formats import FORMATS, open_checkpoint
-from bntool.checkpoints.saving import save_checkpoint
-from bntool.errors import BntoolError
-from bntool.inspection.safety import judge_safety
-list(FORMATS)  # bntool's own modules, imported when a file may be of theirs
-def go(path, target):
-    try:
-        with open_checkpoint(path) as checkpoint:
-            print(path, judge_safety(checkpoint).verdict.value, flush=True)
-            if checkpoint.format.read_only:
-                return
-            writable[:] = [os.path.abspath(os.path.dirname(target))]
-            try:
-                save_checkpoint(checkpoint, target)
-            except BntoolError:
-                pass
-    except BntoolError as error:
-        print(path, error.code, flush=True)
-    finally:
-        writable.clear()
-writable, armed = [], []
-RUNS = ("exec", "import", "compile", "os.system", "os.exec", "os.posix_spawn", "os.spawn", "os.fork",
-        "subprocess.Popen", "socket.connect", "socket.getaddrinfo", "socket.__new__", "pickle.find_class",
-        "ctypes.dlopen", "os.putenv",
-        "marshal.loads", "code.__new__", "webbrowser.open", "shutil.rmtree", "os.remove", "os.rename", "os.mkdir")
-def guard(event, args):
-    if not armed:
-        return
-    bad = event in RUNS
-    if event == "open" and not isinstance(args[0], int):
-        place = os.path.realpath(os.fsdecode(args[0]))
-        writes = isinstance(args[2], int) and args[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
-        bad = not place.startswith(writable[0] if writes and writable else HERE) or bool(writes and not writable)
-    if bad and not (event in ("os.remove", "os.rename") and writable):
-        armed.clear()
-        print("EVENT", event, args, flush=True)
-        traceback.print_stack()
-        os._exit(9)
-HERE = os.path.realpath(os.getcwd())
-sys.addaudithook(guard)
-sources = sys.stdin.read().splitlines()
-harmless = int(sys.argv[2])  # the first are harmless: reading and writing them imports all that is ever needed
-for number, path in enumerate(sources):
-    if number == harmless:
-        before = set(sys.modules)
-        armed.append(True)
-    go(path, os.path.join("out", str(number), os.path.basename(path)))
-assert set(sys.modules) == before, set(sys.modules) - before
-"""
 
 
 def test_nothing_of_a_file_runs_and_nothing_outside_is_read(tmp_path: Path) -> None:
@@ -413,15 +359,7 @@ def test_nothing_of_a_file_runs_and_nothing_outside_is_read(tmp_path: Path) -> N
     for number in range(len(everything)):
         (tmp_path / "out" / str(number)).mkdir(parents=True)
     before = {path for path in tmp_path.rglob("*") if "out" not in path.parts}
-    done = subprocess.run(
-        [sys.executable, "-c", GUARD, str(Path.cwd()), str(len(harmless))],
-        cwd=tmp_path,
-        input="\n".join(everything),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    done = programs.run("guarded_reading", len(harmless), cwd=tmp_path, input="\n".join(everything))
     lines = done.stdout.splitlines()
     assert len(lines) == len(everything)
     verdicts = {verdict.value for verdict in Verdict}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import torch
 
 from bntool.checkpoints.outputs import OutputFiles
 from bntool.cli.main import COMMANDS, ExitCode, main
+from tests import programs
 from tests.places import ROOT
 
 SAMPLES = ROOT / "sample_ckpts"
@@ -188,26 +188,12 @@ INTERRUPTED = {
     "diff": "diff @digits.pt @drifted.pt",
     "convert": "convert @digits.pt --to torch --dry-run",
 }
-INTERRUPTING = """
-import os, signal, sys
-signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background
-from bntool.__main__ import run
-from bntool.checkpoints import formats
-def interrupt(file):
-    os.kill(os.getpid(), signal.SIGINT)
-    raise AssertionError("nothing happened")
-formats.open_file = interrupt
-run()
-"""
 
 
 @pytest.mark.parametrize("command", INTERRUPTED)
 def test_an_interrupt_is_a_document_too(command: str, tmp_path: Path) -> None:
     arguments = spell_out(INTERRUPTED[command], tmp_path)
-    done = subprocess.run(
-        [sys.executable, "-c", INTERRUPTING, *arguments], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 130, done.stderr
+    done = programs.run("interrupted_command", *arguments, code=130)
     document = read_document(done.stdout, command)
     assert [facts["error"]["code"] for facts in document["files"]] == ["interrupted"]
     assert done.stderr.endswith("interrupted; nothing was written\n")

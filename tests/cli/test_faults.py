@@ -21,6 +21,7 @@ import pytest
 
 from bntool.checkpoints.formats import open_checkpoint
 from bntool.cli.main import main
+from tests import programs
 from tests.checkpoints.samples import tiny_net, write_sharded
 from tests.permissions import ordinary_permissions
 from tests.places import INTEROP, SAMPLES
@@ -46,57 +47,6 @@ CAFFE = [
     "-o",
     "out/folded.caffemodel",
 ]
-# the moments that matter: a child is killed at each call in turn that makes a file, brings it to the disk or names it
-KILLER = """
-import itertools, os, shutil, signal, sys
-from pathlib import Path
-from bntool.cli.main import main
-
-def run(moment):
-    left = [moment]
-    def mortal(name):
-        original = getattr(os, name)
-        def call(*arguments, **keywords):
-            left[0] -= 1
-            if left[0] == 0:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return original(*arguments, **keywords)
-        setattr(os, name, call)
-    child = os.fork()
-    if child == 0:
-        for name in ("fsync", "chmod", "link", "unlink", "replace", "fdopen"):
-            mortal(name)
-        try:
-            os._exit(main([*sys.argv[1:], "--force", "--quiet"]))
-        except SystemExit as end:
-            os._exit(end.code)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-
-def contents():
-    return {path.name: path.read_bytes() for path in sorted(Path("out").iterdir()) if path.name[0] != "."}
-
-main([*sys.argv[1:], "--dry-run", "--quiet"])  # imports what is needed, once for all children
-Path("out").mkdir()
-assert run(0) == 0
-new = contents()
-old = {name: b"the old " + name.encode() for name in new}
-for moment in itertools.count(1):
-    for path in Path("out").iterdir():
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-    for name, data in old.items():
-        Path("out", name).write_bytes(data)
-    code = run(moment)
-    found = contents()
-    assert found.keys() == new.keys(), found.keys()
-    assert all(found[name] in (old[name], new[name]) for name in found), moment
-    if code == 0:
-        break
-    assert code == -signal.SIGKILL, code
-    assert all(path.suffix in (".writing", ".replaced") for path in Path("out").iterdir() if path.name[0] == ".")
-    assert run(0) == 0  # what a killed run left is in nobody's way
-    assert contents() == new
-print(len(new), moment)
-"""
 TIMES_KILLED = {"freeze": 3, "convert": 3, "fold": 1, "recalibrate": 1}  # the last two import torch
 
 
@@ -136,8 +86,7 @@ def test_killed_at_every_step_of_appearing(arguments: list[str], files: int, tmp
     for name in ("onnx_tiny_ext.onnx", "onnx_tiny_ext.data", "caffe_tiny_std.caffemodel", "caffe_tiny_std.prototxt"):
         shutil.copy(INTEROP / name, tmp_path / "in")
     write_sharded(tiny_net().state_dict(), tmp_path / "in")
-    done = _run([sys.executable, "-c", KILLER, *arguments], cwd=tmp_path)
-    assert done.returncode == 0, done.stdout + done.stderr
+    done = programs.run("killed_command", *arguments, cwd=tmp_path)
     written, moments = map(int, done.stdout.split()[-2:])
     assert written == files
     assert moments > 4 * files  # each is made, brought to the disk, given its mode and its name

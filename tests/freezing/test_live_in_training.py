@@ -1,10 +1,6 @@
 """Real training with each switch: exactly the promised tensors change, bit by bit, as `diff --expect` sees it."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,9 +12,9 @@ from bntool.comparison.checkpoint import Change, compare_checkpoints, find_viola
 from bntool.comparison.options import Expectation
 from bntool.freezing.checkpoint import plan_freeze
 from bntool.freezing.live import apply_freeze, freeze
+from tests import programs
 from tests.fixtures.models.mmdet_resnet import detector
-from tests.freezing.distributed_worker import CASES
-from tests.places import ROOT
+from tests.programs.job_training_frozen import CASES
 
 STEPS = 20
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
@@ -153,26 +149,10 @@ def test_after_save_reload_and_resume(optimizer, way, tmp_path):
     assert changed == set(resumed.state_dict()) - kept
 
 
-WORKER = Path(__file__).with_name("distributed_worker.py")
-
-
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
 def test_under_ddp_on_two_ranks(tmp_path):
     """Two processes, gloo, no network: each rank has other images; what is frozen is as at first on both."""
-    root = ROOT
-    environment = {**os.environ, "PYTHONPATH": str(root)}
-    workers = [
-        subprocess.Popen(
-            [sys.executable, str(WORKER), str(rank), str(tmp_path)],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    outputs = [worker.communicate(timeout=120)[0] for worker in workers]
-    assert [worker.returncode for worker in workers] == [0, 0], "\n".join(outputs)
+    programs.run_ranks("job_training_frozen", tmp_path)
     for case in CASES:
         results = [tmp_path / f"{case}-{rank}.pt" for rank in range(2)]
         with open_checkpoint(results[0]) as a, open_checkpoint(results[1]) as b:

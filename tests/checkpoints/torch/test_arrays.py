@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +18,9 @@ from bntool.checkpoints.state_dicts import choose_state_dict
 from bntool.checkpoints.tensors import read_bytes, read_numbers
 from bntool.errors import CorruptFileError, RefusedError
 from bntool.plan import AddTensor, Operation, Plan, Record, RemoveTensor, Scaled, SetTensor, Values
+from tests import programs
 from tests.checkpoints.foreign import as_arrays
 from tests.checkpoints.samples import STATE_DICTS, tiny_net
-from tests.places import ROOT
 
 CASES = [case for case in STATE_DICTS if case != "bfloat16" and "float8" not in case]
 LAYOUTS = [(True, 2), (True, 4), (True, 5), (False, 2), (False, 4)]
@@ -215,22 +214,15 @@ def test_many_arrays_of_one_text_take_the_memory_of_one(tmp_path: Path) -> None:
     items = b"".join(b"X\x05\0\0\0" + f"{number:03}.w".encode() + array for number in range(1000))
     path = tmp_path / "many.pkl"
     path.write_bytes(b"\x80\x02" + text + b"0}(" + items + b"u.")
-    code = (
-        "import sys, tracemalloc; from bntool.checkpoints.formats import open_checkpoint\n"
-        "tracemalloc.start()\n"
-        "assert len(open_checkpoint(sys.argv[1]).state_dicts[0].tensors) == 1000\n"
-        "assert tracemalloc.get_traced_memory()[1] < 30 << 20\n"
-    )
-    subprocess.run([sys.executable, "-c", code, str(path)], check=True, cwd=ROOT)
+    tracemalloc.start()
+    try:
+        assert len(open_checkpoint(path).state_dicts[0].tensors) == 1000
+        assert tracemalloc.get_traced_memory()[1] < 30 << 20
+    finally:
+        tracemalloc.stop()
 
 
 @pytest.mark.parametrize("zipped", [True, False])
 def test_reading_imports_no_numpy(zipped: bool, tmp_path: Path) -> None:
     path = _save({"model": as_arrays(tiny_net().state_dict())}, tmp_path, zipped=zipped)
-    code = (
-        "import sys; from bntool.checkpoints.formats import open_checkpoint\n"
-        "from bntool.checkpoints.tensors import read_numbers\n"
-        "read_numbers(open_checkpoint(sys.argv[1]).state_dict('model').tensors['1.running_var'])\n"
-        "assert not {'numpy', 'torch'} & sys.modules.keys()\n"
-    )
-    subprocess.run([sys.executable, "-c", code, str(path)], check=True, cwd=ROOT)
+    assert not {"numpy", "torch"} & set(programs.run("reading_numbers", path).stdout.split())

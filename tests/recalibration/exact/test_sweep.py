@@ -1,7 +1,6 @@
 """Exact statistics: after it the network in eval mode sees what is stored."""
 
 import copy
-import subprocess
 import sys
 import threading
 
@@ -16,6 +15,7 @@ from bntool.models.loading import load_model
 from bntool.modules.loading import load_state
 from bntool.recalibration.exact import paused_forwards
 from bntool.recalibration.live import recalibrate
+from tests import programs
 from tests.places import SAMPLES
 
 
@@ -364,21 +364,7 @@ class TestMemory:
     @pytest.mark.skipif(sys.platform != "linux", reason="ulimit -v as Linux has it")
     @pytest.mark.parametrize(("fit_memory", "says"), [(False, "samples on their way would need"), (True, "done with")])
     def test_an_address_space_that_is_limited_is_not_run_out_of(self, fit_memory, says):
-        code = (
-            "import resource, torch\n"
-            "from pathlib import Path\n"
-            "from torch import nn\n"
-            "from bntool.recalibration.live import recalibrate\n"
-            "model = nn.Sequential(nn.Conv2d(1, 64, 3), nn.BatchNorm2d(64), nn.ReLU(), nn.Conv2d(64, 64, 3),"
-            " nn.BatchNorm2d(64))\n"
-            "recalibrate(model, [torch.randn(4, 1, 64, 64)], method='exact')\n"
-            "import sys; assert 'torch._dynamo' not in sys.modules  # a second to import, of no use here\n"
-            "used = int(Path('/proc/self/statm').read_text().split()[0]) * resource.getpagesize()\n"
-            "resource.setrlimit(resource.RLIMIT_AS, (used + 500_000_000,) * 2)\n"
-            "batches = (torch.randn(25, 1, 64, 64) for _ in range(80))  # 2 GB on their way\n"
-            f"print('done with', recalibrate(model, batches, method='exact', fit_memory={fit_memory}).samples)\n"
-        )
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=100)
+        done = programs.run("limited_memory", *["fit"] * fit_memory, code=int(not fit_memory))
         assert says in done.stdout + done.stderr
         assert "allocate" not in done.stderr
 

@@ -1,4 +1,4 @@
-"""One rank of the DDP test: python distributed_worker.py RANK FOLDER."""
+"""One rank of two that train frozen models under DDP, and write what they have then."""
 
 import json
 import sys
@@ -25,7 +25,7 @@ def average_gradients(model):
 
 
 def main() -> None:
-    rank, folder = int(sys.argv[1]), Path(sys.argv[2])
+    folder, rank = Path(sys.argv[1]), int(sys.argv[2])
     dist.init_process_group("gloo", init_method=f"file://{folder / 'rendezvous'}", rank=rank, world_size=2)
     for case in CASES:
         torch.manual_seed(0)
