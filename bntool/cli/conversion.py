@@ -59,46 +59,26 @@ def command(
 
       bntool convert frozen.pt --to batchnorm -o back.pt
     """
-    from bntool.checkpoints.application import apply_plan
-    from bntool.checkpoints.creation import create_file
-    from bntool.checkpoints.formats import open_checkpoint
     from bntool.cli.output import print_warning
-    from bntool.cli.writing import check_place, check_plan, save
-    from bntool.conversion.checkpoint import plan_conversion
-    from bntool.errors import RefusedError
+    from bntool.conversion.checkpoint import convert
+    from bntool.progress import ignore
     from bntool.reports.conversion import describe_conversion, show_conversion
-    from bntool.reports.loading import show_loading_code
     from bntool.reports.report import FileReport, Report
 
-    with open_checkpoint(checkpoint) as source:
-        check_place(source, output, dry_run=dry_run, force=force)
-        conversion = plan_conversion(
-            source,
-            to,
-            state_dict=state_dict,
-            layers=layers or (),
-            eps=eps,
-            frozen_kind=kind,
-            target_eps=target_eps,
-        )
-        if conversion.new is None:
-            check_plan(conversion.plan, checkpoint, strict=strict)
-        if strict and conversion.losses:
-            raise RefusedError(f"--strict: this would be lost: {conversion.losses[0]}", path=checkpoint)
-        if not (as_json or quiet):
-            for loss in conversion.losses:
-                print_warning(f"this will be lost: {loss}")
-        loading: list[str] = []
-        if not dry_run and output is not None:
-            if conversion.new is not None and conversion.new_format is not None:
-                create_file(conversion.new, conversion.new_format, output, source=source, force=force)
-            else:
-                save(apply_plan(source, conversion.plan), output, force=force)
-            with open_checkpoint(output) as written:
-                key = "" if conversion.new is not None else conversion.plan.state_dict
-                loading = show_loading_code(written, written.state_dict(key), str(output))
-        done = None if dry_run else str(output)
-        facts = describe_conversion(source, conversion, output=done)
-        blocks = show_conversion(source, conversion, output=done, loading=loading)
-    print_report(Report("convert", (FileReport(str(checkpoint), facts, blocks),)), as_json=as_json, quiet=quiet)
+    options.require_output(output, unless=dry_run)
+    conversion = convert(
+        checkpoint,
+        None if dry_run else output,
+        to=to,
+        eps=eps,
+        frozen_kind=kind,
+        target_eps=target_eps,
+        layers=layers or (),
+        state_dict=state_dict,
+        force=force,
+        strict=strict,
+        on_warning=ignore if as_json or quiet else print_warning,
+    )
+    report = FileReport(str(checkpoint), describe_conversion(conversion), show_conversion(conversion))
+    print_report(Report("convert", (report,)), as_json=as_json, quiet=quiet)
     return 0

@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
 from bntool.cli import options
 from bntool.cli.output import print_report, user_output_to_stderr
 from bntool.folding.options import Layout
-
-if TYPE_CHECKING:
-    import torch
-
-_BATCHES, _BATCH_SIZE = 3, 16  # of --data, to verify on
 
 
 def command(
@@ -122,82 +117,36 @@ def command(
 
       bntool fold net.caffemodel --prototxt net.prototxt -o folded.caffemodel
     """
-    from bntool.checkpoints.formats import open_checkpoint
-    from bntool.checkpoints.state_dicts import choose_state_dict
-    from bntool.cli.exports import check_export, save_fold
-    from bntool.cli.nets import deploy_net
-    from bntool.cli.writing import check_output, check_plan
-    from bntool.errors import RefusedError, UsageError
     from bntool.folding.checkpoint import fold_checkpoint
     from bntool.graphs.declared import read_pairs
+    from bntool.models.assignments import parse_assignments
     from bntool.reports.folding import describe_fold, show_fold
     from bntool.reports.report import FileReport, Report
 
-    if not tolerance > 0:
-        raise UsageError(f"--tolerance {tolerance} is no positive number")
-    if benchmark and model is None:
-        raise UsageError("--benchmark runs the model: give --model")
-    with user_output_to_stderr(), open_checkpoint(checkpoint) as opened:
-        if output is not None or export is None:
-            check_output(opened, output, dry_run=dry_run, force=force)
-        kind = None
-        if export is not None:
-            has_shape = input_shape is not None or data is not None
-            kind = check_export(opened, export, output, model=model, has_shape=has_shape, force=force)
-        source, net = deploy_net(opened, prototxt, None if dry_run else output, force=force)
-        chosen = choose_state_dict(source, state_dict)
-        if chosen.is_module and layout is Layout.FOLDED and (output is not None or export is None):
-            raise RefusedError(
-                "the file pickles whole modules, whose code still calls its BatchNorms: use --layout same-keys, or "
-                "save model.state_dict() and fold that",
-                path=checkpoint,
-            )
-        live = inputs = None
-        if model is not None:
-            from bntool.models.exported import check_has_layers
-            from bntool.models.loading import load_model, parse_assignments
-            from bntool.modules.loading import load_state
-
-            live = load_model(model, arguments=parse_assignments(model_arg or ()))
-            check_has_layers(live, model)
-            load_state(live, chosen)
-            live = live.to(device)
-            inputs = _read_inputs(live, data, input_shape)
+    options.require_output(output, unless=dry_run or export is not None)
+    with user_output_to_stderr():
         result = fold_checkpoint(
-            source,
-            chosen,
-            model=live,
-            inputs=inputs or (),
+            checkpoint,
+            output,
+            model=model,
+            model_arguments=parse_assignments(model_arg or ()),
+            data=data,
+            input_shape=input_shape,
             pairs=read_pairs(pair or ()),
             architecture=arch,
-            layers=layers or (),
-            layout=layout,
             eps=eps,
+            layout=layout,
             tolerance=tolerance,
-            export=kind,
+            export=export,
             benchmark=benchmark,
+            prototxt=prototxt,
+            device=device,
+            layers=layers or (),
+            state_dict=state_dict,
+            dry_run=dry_run,
+            force=force,
+            strict=strict,
         )
-        check_plan(result.plan, checkpoint, strict=strict)
-        if not dry_run:
-            result = save_fold(result, output, net=net, export=export, tolerance=tolerance, force=force)
-        written = None if dry_run or output is None else str(output)
-        exported = None if dry_run or export is None else str(export)
-        facts = describe_fold(result, output=written, export=exported)
-        blocks = show_fold(result, chosen, output=written, export=exported)
-    print_report(Report("fold", (FileReport(str(checkpoint), facts, blocks),)), as_json=as_json, quiet=quiet)
+    report = FileReport(str(checkpoint), describe_fold(result), show_fold(result))
+    print_report(Report("fold", (report,)), as_json=as_json, quiet=quiet)
     return 0
-
-
-def _read_inputs(model: torch.nn.Module, data: str | None, input_shape: str | None) -> list[Any]:
-    """What to trace and verify on; empty where it is to be guessed."""
-    from itertools import islice
-
-    from bntool.data.batches import find_placement, move
-    from bntool.data.loading import load_data
-    from bntool.graphs.traced.inputs import make_input, parse_shape
-
-    if data is not None:
-        place, dtype = find_placement(model)
-        batches = islice(load_data(data, batch_size=_BATCH_SIZE), _BATCHES)
-        return [move(batch.inputs_for(model), device=place, dtype=dtype) for batch in batches]
-    return [make_input(model, parse_shape(input_shape))] if input_shape is not None else []

@@ -85,44 +85,26 @@ def command(
     Then, in your training script: bntool.apply_freeze(model, "frozen.pt"). After training, bntool diff --expect
     norm-eval proves that nothing moved.
     """
-    from bntool.checkpoints.application import apply_plan
-    from bntool.checkpoints.formats import open_checkpoint
-    from bntool.cli.nets import deploy_net, save_with_net
-    from bntool.cli.writing import check_output, check_plan
-    from bntool.errors import RefusedError
-    from bntool.freezing.checkpoint import plan_freeze
-    from bntool.freezing.emission import emit_freeze
+    from bntool.freezing.checkpoint import freeze_checkpoint
     from bntool.reports.freezing import describe_freeze, show_freeze
-    from bntool.reports.loading import show_loading_code
     from bntool.reports.report import FileReport, Report
 
-    dry_run = dry_run or (emit is not None and output is None)
-    with open_checkpoint(checkpoint) as opened:
-        if emit is not None and not opened.format.is_pytorch:
-            raise RefusedError(f"--emit writes code for PyTorch models, not for {opened.format.title}", path=checkpoint)
-        check_output(opened, output, dry_run=dry_run, force=force)
-        source, net = deploy_net(opened, prototxt, None if dry_run else output, force=force)
-        freeze = plan_freeze(
-            source,
-            state_dict=state_dict,
-            norm_eval=norm_eval,
-            requires_grad=requires_grad,
-            layers=layers or (),
-            frozen_stages=frozen_stages,
-            form=form,
-            eps=eps,
-            for_file=emit is None or (output is not None and not opened.format.trains_whole_layers),
-        )
-        check_plan(freeze.plan, checkpoint, strict=strict)
-        code = None
-        if emit is not None:
-            code = emit_freeze(freeze.policy, emit, batchnorms=freeze.batchnorms)
-        written = None if dry_run else str(output)
-        edited = apply_plan(source, freeze.plan)
-        if not dry_run and output is not None:
-            save_with_net(edited, output, net, force=force)
-        loading = show_loading_code(edited, edited.state_dict(freeze.plan.state_dict), str(output))
-        facts = describe_freeze(source, freeze, output=written, emitted=code)
-        blocks = show_freeze(freeze, output=written, emitted=code, loading=loading)
-    print_report(Report("freeze", (FileReport(str(checkpoint), facts, blocks),)), as_json=as_json, quiet=quiet)
+    options.require_output(output, unless=dry_run or emit is not None)
+    result = freeze_checkpoint(
+        checkpoint,
+        None if dry_run else output,
+        norm_eval=norm_eval,
+        requires_grad=requires_grad,
+        layers=layers or (),
+        frozen_stages=frozen_stages,
+        form=form,
+        eps=eps,
+        emit=emit,
+        prototxt=prototxt,
+        state_dict=state_dict,
+        force=force,
+        strict=strict,
+    )
+    report = FileReport(str(checkpoint), describe_freeze(result), show_freeze(result))
+    print_report(Report("freeze", (report,)), as_json=as_json, quiet=quiet)
     return 0

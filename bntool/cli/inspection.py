@@ -71,7 +71,7 @@ def command(
         try:
             with open_checkpoint(path) as checkpoint:
                 if prototxt is not None:
-                    from bntool.cli.nets import deploy_net
+                    from bntool.checkpoints.caffe.nets import deploy_net
 
                     checkpoint, _ = deploy_net(checkpoint, prototxt, None, force=False)  # noqa: PLW2901
                 inspection = inspect_checkpoint(
@@ -86,8 +86,7 @@ def command(
                 facts = describe_inspection(inspection, every_tensor=every) if as_json else {}
                 blocks = () if as_json else tuple(show_inspection(str(path), inspection, every_tensor=every))
                 reports.append(FileReport(str(path), facts=facts, blocks=blocks))
-                worst = inspection.worst()
-                if fail_on is not None and worst is not None and worst.rank >= fail_on.rank:
+                if fail_on is not None and inspection.fails_on(fail_on):
                     code = max(code, ExitCode.FINDINGS)
         except BntoolError as error:
             reports.append(FileReport(str(path), error=error.about(path)))

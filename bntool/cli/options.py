@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from bntool.cli.help import MODEL, OUTPUT, SELECTION
+from bntool.errors import UsageError
 
 Checkpoint = Annotated[
     Path, typer.Argument(metavar="CKPT", help="Checkpoint file; it is never written to.", show_default=False)
@@ -104,3 +105,13 @@ Device = Annotated[
     str,
     typer.Option("--device", metavar="DEVICE", help="Where the model runs, e.g. cpu or cuda:0.", rich_help_panel=MODEL),
 ]
+
+
+def require_output(output: Path | None, *, unless: bool) -> None:
+    """Hold the absence of an output against what makes it needless.
+
+    Raises:
+        UsageError: there is none, and ``unless`` is false.
+    """
+    if output is None and not unless:
+        raise UsageError("name the file to write with -o OUT, or use --dry-run to write nothing")

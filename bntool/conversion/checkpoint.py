@@ -1,23 +1,31 @@
-"""Planning a conversion: to another format, or between BatchNorm and FrozenBatchNorm2d, and saying what it loses."""
+"""Converting a checkpoint: to another format, or between BatchNorm and FrozenBatchNorm2d, saying what that loses."""
 
 from __future__ import annotations
 
+import dataclasses
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from bntool.batchnorm import selects
+from bntool.checkpoints.application import apply_plan
 from bntool.checkpoints.batchnorms import find_batchnorms
 from bntool.checkpoints.checkpoint import Checkpoint, StateDict, check_changeable
-from bntool.checkpoints.creation import NewFile, NewFormat, find_unwritable
+from bntool.checkpoints.creation import NewFile, NewFormat, create_file, find_unwritable
+from bntool.checkpoints.formats import open_checkpoint
 from bntool.checkpoints.records import make_record
+from bntool.checkpoints.saving import check_output, save_checkpoint
 from bntool.checkpoints.state_dicts import choose_state_dict
 from bntool.checkpoints.tensors import StoredTensor
+from bntool.choices import choose
 from bntool.conversion.frozen_batchnorm import plan_batchnorm, plan_frozen_batchnorm
 from bntool.conversion.options import ConversionTarget, FrozenKind
 from bntool.errors import RefusedError
 from bntool.graphs.architectures.recognition import assume_eps
-from bntool.plan import Operation, Plan
+from bntool.plan import Operation, Plan, check_plan
+from bntool.progress import OnWarning, ignore
 
 _SHOWN = 4
 # where the file does not keep its own format
@@ -30,19 +38,84 @@ class Conversion:
 
     Attributes:
         target: what to.
+        source: the checkpoint before.
         plan: what changes; its layers are those that change their kind.
         new: what the new file holds, where the format changes; else the plan is applied to the file.
         new_format: its format.
         kept: what the new file remembers though the format has no place for it.
         losses: what cannot survive, one sentence each.
+        output: the file that was written; None where nothing was.
+        written: what it holds.
     """
 
     target: ConversionTarget
+    source: Checkpoint
     plan: Plan
     new: NewFile | None
     new_format: NewFormat | None
     kept: tuple[str, ...]
     losses: tuple[str, ...]
+    output: str | None = None
+    written: Checkpoint | None = None
+
+
+def convert(  # noqa: PLR0913 as many as the command has options
+    path: str | os.PathLike[str],
+    output: str | os.PathLike[str] | None = None,
+    *,
+    to: ConversionTarget | str,
+    eps: float | None = None,
+    frozen_kind: FrozenKind | str = FrozenKind.TORCHVISION,
+    target_eps: float | None = None,
+    layers: Sequence[str] = (),
+    state_dict: str | None = None,
+    force: bool = False,
+    strict: bool = False,
+    on_warning: OnWarning = ignore,
+) -> Conversion:
+    """Convert a checkpoint between file formats or kinds of BatchNorm; what ``bntool convert`` does.
+
+    Example:
+        >>> bntool.convert("ckpt.pt", "ckpt.safetensors", to="safetensors")
+
+    Args:
+        path: the checkpoint; never written to.
+        output: the file to write; None to write none.
+        to, eps, frozen_kind, target_eps, layers, state_dict: see :func:`plan_conversion`.
+        force: replace a file that exists.
+        strict: refuse if something would be lost, a layer is skipped or something is assumed.
+        on_warning: called with each thing that will be lost, before anything is written.
+
+    Raises:
+        UsageError, FileError, RefusedError, VerificationError: see :mod:`bntool.errors`; nothing is written then.
+    """
+    target = None if output is None else Path(output)
+    with open_checkpoint(path) as source:
+        check_output(source, target, force=force)
+        conversion = plan_conversion(
+            source,
+            choose(ConversionTarget, to, option="to"),
+            state_dict=state_dict,
+            layers=layers,
+            eps=eps,
+            frozen_kind=choose(FrozenKind, frozen_kind, option="frozen_kind"),
+            target_eps=target_eps,
+        )
+        if conversion.new is None:
+            check_plan(conversion.plan, path, strict=strict)
+        if strict and conversion.losses:
+            raise RefusedError(f"--strict: this would be lost: {conversion.losses[0]}", path=path)
+        for loss in conversion.losses:
+            on_warning(f"this will be lost: {loss}")
+        written = None
+        if target is not None:
+            if conversion.new is not None and conversion.new_format is not None:
+                create_file(conversion.new, conversion.new_format, target, source=source, force=force)
+            else:
+                save_checkpoint(apply_plan(source, conversion.plan), target, force=force)
+            with open_checkpoint(target) as written:
+                pass
+    return dataclasses.replace(conversion, output=None if target is None else str(target), written=written)
 
 
 def plan_conversion(
@@ -118,7 +191,7 @@ def plan_conversion(
         losses.append("the file has no place for a record: what the layers were cannot be looked up on the way back")
     if plan.steps and target is ConversionTarget.FROZEN_BATCHNORM:
         losses += _optimizer_losses(checkpoint)
-    return Conversion(target, plan, None, None, kept=outcome.kept, losses=tuple(losses))
+    return Conversion(target, checkpoint, plan, None, None, kept=outcome.kept, losses=tuple(losses))
 
 
 def _plan_format(
@@ -165,7 +238,7 @@ def _plan_format(
         mode=checkpoint.file.mode,
     )
     losses = _format_losses(checkpoint, source, new_format)
-    return Conversion(target, plan, new, new_format, kept=tuple(kept), losses=tuple(losses))
+    return Conversion(target, checkpoint, plan, new, new_format, kept=tuple(kept), losses=tuple(losses))
 
 
 def _texts(checkpoint: Checkpoint) -> dict[str, str]:

@@ -1,228 +1,165 @@
-"""Folding a checkpoint: what is decided, recorded and, with a live model, proven. Imports no torch itself."""
+"""Folding a checkpoint file: opened, folded, proven and written in one call. Imports no torch without a model."""
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bntool.checkpoints.application import apply_plan
-from bntool.checkpoints.checkpoint import Checkpoint, StateDict, check_changeable
-from bntool.checkpoints.records import find_recorded_eps, make_record
+from bntool.checkpoints.caffe.nets import deploy_net
+from bntool.checkpoints.checkpoint import StateDict, check_changeable
+from bntool.checkpoints.formats import open_checkpoint
+from bntool.checkpoints.saving import check_output
+from bntool.checkpoints.state_dicts import choose_state_dict
+from bntool.choices import choose
 from bntool.errors import RefusedError, UsageError
 from bntool.folding.options import Layout
-from bntool.folding.planning import FoldPlan, plan_fold
-from bntool.folding.structure import describe_structure
-from bntool.folding.warnings import find_optimizers, warn_of_fold
-from bntool.folding.weight_ranges import (
-    Removed,
-    WeightRange,
-    count_removed,
-    measure_on_the_way,
-    measure_ranges,
-)
-from bntool.graphs.architectures.recognition import Architecture
-from bntool.graphs.declared import suggest_pairs
-from bntool.graphs.graph import Evidence, ModelGraph, NodeKind
-from bntool.graphs.sources import Knowledge, build_graph
-from bntool.plan import RemoveEntry
+from bntool.folding.outputs import check_export, save_fold
+from bntool.folding.state_dict import CheckpointFold, fold_state_dict
+from bntool.plan import check_plan
+from bntool.progress import OnProgress, Progress, ignore
 
 if TYPE_CHECKING:
-    from torch import nn
+    import torch
 
-    from bntool.folding.exporting import Program
-    from bntool.folding.multiply_adds import Cost
-    from bntool.folding.options import ProgramKind
-    from bntool.folding.runtime_agreement import RuntimeAgreement
-    from bntool.folding.speed import Speed
-    from bntool.verification.outputs import Agreement
+TOLERANCE = 1e-5  # of outputs, relative to the largest
+_BATCHES, _BATCH_SIZE = 3, 16  # of data, to verify on
 
 
-@dataclass(frozen=True)
-class CheckpointFold:
-    """A checkpoint that is folded and proven, ready to be saved.
-
-    Attributes:
-        source: the checkpoint before.
-        state_dict: the one that is folded, before.
-        plan: what is folded, and what is skipped and why.
-        checkpoint: with its edits; None where nothing could be folded.
-        evidence: how it is known who feeds whom.
-        agreement: of the outputs; None without a model.
-        dropped: entries that no longer fit.
-        proven_ranges: where a model proved the fold, the ranges of what was proven.
-        removed: how much smaller the state dict is.
-        program: the folded model exported, where that was asked for.
-        cost: of one forward in multiply-adds; None where the model was not traced.
-        speed: beside the original, where that was asked for.
-        runtime: what the format's own runtime said of the written file; None where it was not asked.
-        architectures: what was recognised, where nothing else says what feeds what.
-    """
-
-    source: Checkpoint
-    state_dict: StateDict
-    plan: FoldPlan
-    checkpoint: Checkpoint | None
-    evidence: Evidence
-    agreement: Agreement | None = None
-    dropped: tuple[str, ...] = ()
-    proven_ranges: tuple[WeightRange, ...] | None = None
-    removed: Removed = dataclasses.field(default_factory=lambda: Removed(parameters=0, buffers=0))
-    program: Program | None = None
-    cost: Cost | None = None
-    speed: Speed | None = None
-    runtime: RuntimeAgreement | None = None
-    architectures: tuple[Architecture, ...] = ()
-
-    @cached_property
-    def ranges(self) -> tuple[WeightRange, ...]:
-        """Channels of each weight that was scaled: measured while the file was written, else read for it now."""
-        if self.checkpoint is None:
-            return ()
-        if self.proven_ranges is not None:
-            return self.proven_ranges
-        return measure_ranges(self.state_dict, self.checkpoint.state_dict(self.state_dict.key), self.plan)
-
-    @cached_property
-    def warnings(self) -> tuple[str, ...]:
-        """What the user should know."""
-        if self.checkpoint is None:
-            return ()
-        evidence = None if self.agreement is not None else self.evidence
-        return tuple(warn_of_fold(self.source, self.state_dict, self.plan, self.ranges, evidence=evidence))
-
-
-def fold_checkpoint(  # noqa: C901, PLR0913 as many as the command has options
-    checkpoint: Checkpoint,
-    state_dict: StateDict,
+def fold_checkpoint(  # noqa: PLR0913 as many as the command has options
+    path: str | os.PathLike[str],
+    output: str | os.PathLike[str] | None = None,
     *,
-    model: nn.Module | None = None,
-    inputs: Sequence[Any] = (),
+    model: str | torch.nn.Module | None = None,
+    model_arguments: Mapping[str, str] | None = None,
+    data: str | Iterable[Any] | None = None,
+    input_shape: str | Sequence[int] | None = None,
     pairs: Mapping[str, str] | None = None,
     architecture: str | None = None,
-    layers: Sequence[str] = (),
-    layout: Layout = Layout.FOLDED,
     eps: float | None = None,
-    tolerance: float,
-    export: ProgramKind | None = None,
+    layout: Layout | str = Layout.FOLDED,
+    tolerance: float = TOLERANCE,
+    export: str | os.PathLike[str] | None = None,
     benchmark: bool = False,
+    prototxt: str | os.PathLike[str] | None = None,
+    device: str = "cpu",
+    layers: Sequence[str] = (),
+    state_dict: str | None = None,
+    dry_run: bool = False,
+    force: bool = False,
+    strict: bool = False,
+    on_progress: OnProgress = ignore,
 ) -> CheckpointFold:
-    """Fold one state dict of a checkpoint.
+    """Absorb the BatchNorm layers of a checkpoint into the layers around them; what ``bntool fold`` does.
+
+    Example:
+        >>> bntool.fold_checkpoint("ckpt.pt", "folded.pt", model="net.py:build")
 
     Args:
-        model: the live model with these tensors; given back as it was. It proves who feeds whom and that outputs stay.
-        inputs: what to run it on; guessed if none are given.
+        path: the checkpoint; never written to.
+        output: the file to write; None to write none.
+        model: the live model of the checkpoint, which is copied, or a spec as ``--model`` has it: it is traced, and the
+            outputs are compared.
+        model_arguments: of the factory of a spec.
+        data: to verify on, batches or a spec as ``--data`` has it; else random inputs.
+        input_shape: of an input, where there are no data; None to try some.
         pairs: from the BatchNorm to its producer, declared instead of traced.
-        architecture: whose forward is assumed where neither model nor pairs are given, e.g. ``timm:resnet50``; None
-            for the one that names and shapes of the tensors are recognised as.
-        layers, layout, eps: see :func:`~bntool.folding.planning.plan_fold`.
-        tolerance: see :func:`~bntool.verification.outputs.verify`.
-        export: export the folded model too, as this; needs ``model``.
-        benchmark: measure how much faster the folded model is; needs ``model``.
+        architecture: whose forward and eps are assumed without model and pairs, e.g. ``timm:resnet50``; None for the
+            one that is recognised by names and shapes.
+        eps: of layers that the file, the model or the architecture does not say it of.
+        layout: what becomes of the keys.
+        tolerance: largest difference of outputs, relative to the largest output.
+        export: a file to write the folded model to as a program, ``.pt2`` or ``.onnx``.
+        benchmark: measure how much faster the folded model is.
+        prototxt: the net that a ``.caffemodel`` is run by.
+        device: where the model runs.
+        layers: globs of BatchNorms to fold; none for all.
+        state_dict: its key; None for the one chosen by rule.
+        dry_run: write nothing.
+        force: replace files that exist.
+        strict: refuse if a layer is skipped or something is assumed.
+        on_progress: called with what is being done.
 
     Raises:
-        RefusedError: neither model nor pairs are given and no architecture is recognised, or several that differ; a
-            pair contradicts shapes; or the format is only inspected.
-        UsageError, UserCodeError, VerificationError: as :func:`fold`.
+        UsageError, FileError, RefusedError, VerificationError, UserCodeError: see :mod:`bntool.errors`; nothing is
+            written then.
     """
-    check_changeable(checkpoint)
-    if model is not None and not inputs:
-        from bntool.graphs.traced.inputs import find_input
-
-        inputs = [find_input(model)]
-    first = inputs[0] if inputs else None
-    if architecture is not None and (model is not None or pairs):
-        raise UsageError("--arch says what to assume where neither --model nor --pair says what feeds what")
-    known = Knowledge(
-        state_dict,
-        model=model,
-        inputs=first,
-        pairs=pairs,
-        checkpoint=checkpoint,
-        architecture=architecture,
-        eps=eps,
-    )
-    graph = build_graph(known)
-    if graph is None:
-        raise RefusedError(
-            "the tensors are those of no known architecture, and a state dict does not say what feeds what: give the "
-            "model with --model FILE.py:factory, which is traced and verified, or declare pairs with "
-            f"--pair PRODUCER=BATCHNORM{_suggest(state_dict)}"
+    layout = choose(Layout, layout, option="layout")
+    if not tolerance > 0:
+        raise UsageError(f"--tolerance {tolerance} is no positive number")
+    if benchmark and model is None:
+        raise UsageError("--benchmark runs the model: give --model")
+    target, program = (None if file is None else Path(file) for file in (output, export))
+    writes = target is not None or program is None  # a state dict, not only a program
+    with open_checkpoint(path) as opened:
+        check_changeable(opened)
+        check_output(opened, None if dry_run else target, force=force)
+        kind = None
+        if program is not None:
+            has_shape = input_shape is not None or data is not None
+            kind = check_export(opened, program, target, has_model=model is not None, has_shape=has_shape, force=force)
+        net_path = None if prototxt is None else Path(prototxt)
+        source, net = deploy_net(opened, net_path, None if dry_run else target, force=force)
+        chosen = choose_state_dict(source, state_dict)
+        if chosen.is_module and layout is Layout.FOLDED and writes:
+            raise RefusedError(
+                "the file pickles whole modules, whose code still calls its BatchNorms: use --layout same-keys, or "
+                "save model.state_dict() and fold that",
+                path=path,
+            )
+        live, inputs = None, ()
+        if model is not None:
+            on_progress(Progress("loading the model"))
+            live, inputs = _load(model, chosen, model_arguments, device=device, data=data, input_shape=input_shape)
+        result = fold_state_dict(
+            source,
+            chosen,
+            model=live,
+            inputs=inputs,
+            pairs=pairs,
+            architecture=architecture,
+            layers=layers,
+            layout=layout,
+            eps=eps,
+            tolerance=tolerance,
+            export=kind,
+            benchmark=benchmark,
+            on_progress=on_progress,
         )
-    if model is not None and pairs:
-        from bntool.folding.live import add_eps
-
-        graph = add_eps(graph, model)
-    elif graph.evidence is Evidence.DECLARED:
-        graph = _add_recorded_eps(graph, find_recorded_eps(checkpoint.records.get(state_dict.key, ())))
-    plan = plan_fold(state_dict, graph, layers=layers, layout=layout, eps=eps)
-    if not plan.steps:
-        nothing = CheckpointFold(checkpoint, state_dict, plan, None, graph.evidence)
-        return dataclasses.replace(nothing, architectures=graph.architectures)
-    dropped = find_optimizers(checkpoint) if layout is Layout.FOLDED else ()
-    plan = dataclasses.replace(plan, steps=(*plan.steps, *(RemoveEntry((name,)) for name in dropped)))
-    if checkpoint.format.can_record(checkpoint, state_dict):
-        folds = [f.describe() for f in plan.folds]
-        evidence: dict[str, Any] = {"evidence": graph.evidence.value, "verified": model is not None}
-        if graph.architectures:
-            evidence["architectures"] = [found.describe() for found in graph.architectures]
-        record = make_record(plan, layout=layout.value, folds=folds, **evidence, **describe_structure(plan.steps))
-        plan = plan.with_record(record)  # type: ignore[assignment]
-    agreement = program = cost = speed = ranges = None
-    if model is None:
-        edited = apply_plan(checkpoint, plan)
-        measured = measure_on_the_way(edited.state_dict(state_dict.key), plan)
-        edited = edited.with_state_dict(measured)
-    else:
-        from bntool.folding.live import prove, with_random_inputs
-
-        proof = prove(model, plan, graph, state_dict, inputs=inputs, layers=layers, eps=eps, tolerance=tolerance)
-        plan, ranges, agreement, cost = proof.plan, proof.ranges, proof.agreement, proof.cost
-        edited = apply_plan(checkpoint, plan)
-        if export is not None:
-            from bntool.folding.exporting import export_program
-
-            bound, tried = agreement.tolerance, with_random_inputs(inputs)
-            program = export_program(model, proof.folded, tried, tolerance=bound, kind=export)
-        if benchmark:
-            from bntool.folding.speed import measure_speed
-
-            speed = measure_speed(model, proof.folded, inputs[0])
-    return CheckpointFold(
-        checkpoint,
-        state_dict,
-        plan,
-        edited,
-        graph.evidence,
-        agreement=agreement,
-        dropped=dropped,
-        proven_ranges=ranges,
-        removed=count_removed(state_dict, edited.state_dict(state_dict.key)),
-        program=program,
-        cost=cost,
-        speed=speed,
-        architectures=graph.architectures,
-    )
+        check_plan(result.plan, path, strict=strict)
+        if not dry_run:
+            on_progress(Progress("writing"))
+            result = save_fold(result, target, net=net, export=program, tolerance=tolerance, force=force)
+        result.read_ranges()
+    return result
 
 
-def _add_recorded_eps(graph: ModelGraph, recorded: Mapping[str, float]) -> ModelGraph:
-    """Statistics that were folded, or made to fit another eps, are right with that one only."""
-    nodes = (
-        dataclasses.replace(node, eps=recorded.get(node.layer))
-        if node.kind is NodeKind.BATCH_NORM and node.eps is None
-        else node
-        for node in graph.nodes
-    )
-    return dataclasses.replace(graph, nodes=tuple(nodes))
+def _load(
+    model: str | torch.nn.Module,
+    state_dict: StateDict,
+    arguments: Mapping[str, str] | None,
+    *,
+    device: str,
+    data: str | Iterable[Any] | None,
+    input_shape: str | Sequence[int] | None,
+) -> tuple[torch.nn.Module, tuple[Any, ...]]:
+    """The model with the state dict, and what to trace and verify it on; nothing where that is to be guessed."""
+    from itertools import islice
 
+    from bntool.data.batches import as_batches, find_placement, move
+    from bntool.data.loading import load_data
+    from bntool.graphs.traced.inputs import make_input, parse_shape
+    from bntool.modules.building import build_model
 
-def _suggest(state_dict: StateDict) -> str:
-    """What names suggest, for the user to judge; they never pair anything."""
-    likely = suggest_pairs(state_dict)
-    if not likely:
-        return ""
-    batchnorm, producer = next(iter(likely.items()))
-    count = "1 pair looks" if len(likely) == 1 else f"{len(likely)} pairs look"
-    return f"; by name alone, which proves nothing, {count} likely, the first is --pair {producer}={batchnorm}"
+    live = build_model(model, state_dict, arguments=arguments, device=device)
+    if data is not None:
+        place, dtype = find_placement(live)
+        batches = load_data(data, batch_size=_BATCH_SIZE) if isinstance(data, str) else as_batches(data)
+        return live, tuple(
+            move(batch.inputs_for(live), device=place, dtype=dtype) for batch in islice(batches, _BATCHES)
+        )
+    if input_shape is None:
+        return live, ()
+    shape = input_shape if isinstance(input_shape, str) else ",".join(map(str, input_shape))
+    return live, (make_input(live, parse_shape(shape)),)

@@ -1,4 +1,4 @@
-"""Planning what freezing BatchNorm layers means for a checkpoint file.
+"""Freezing BatchNorm layers in a checkpoint file: what that means, and writing it.
 
 A state dict holds numbers only: neither modes nor requires_grad. So the plan records a policy that
 :func:`bntool.freezing.live.apply_freeze` carries out on the live model; in a pickled module it also sets the flags
@@ -7,25 +7,33 @@ themselves.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
+from pathlib import Path
 
 from bntool.batchnorm import BatchNorm, NormKind, selects
+from bntool.checkpoints.application import apply_plan
 from bntool.checkpoints.batchnorms import find_batchnorms
+from bntool.checkpoints.caffe.nets import deploy_net, save_with_net
 from bntool.checkpoints.checkpoint import Checkpoint, StateDict, check_changeable
+from bntool.checkpoints.formats import open_checkpoint
 from bntool.checkpoints.records import make_record
+from bntool.checkpoints.saving import check_output
 from bntool.checkpoints.state_dicts import choose_state_dict
 from bntool.checkpoints.tensors import StoredTensor
+from bntool.choices import choose
 from bntool.errors import RefusedError, UsageError
 from bntool.freezing.constants import plan_constant
+from bntool.freezing.emission import emit_freeze
 from bntool.freezing.optimizers import OptimizerEntries, find_optimizer_entries
-from bntool.freezing.options import FreezeForm
+from bntool.freezing.options import EmitTarget, FreezeForm
 from bntool.freezing.policy import FreezePolicy
 from bntool.freezing.stages import find_frozen_stages, is_within
 from bntool.freezing.trainable_layers import check_whole_layers, find_trainable
 from bntool.graphs.architectures.recognition import assume_eps
-from bntool.plan import Operation, Plan, SetAttribute, Skip, SkipReason, Step
+from bntool.plan import Operation, Plan, SetAttribute, Skip, SkipReason, Step, check_plan
 
 
 class Carrier(Enum):
@@ -59,6 +67,89 @@ class FreezePlan:
     frozen_parameters: tuple[str, ...]
     carrier: Carrier
     optimizers: tuple[OptimizerEntries, ...]
+
+
+@dataclass(frozen=True)
+class CheckpointFreeze:
+    """A freeze of a checkpoint file.
+
+    Attributes:
+        source: the checkpoint before.
+        checkpoint: with its edits.
+        freeze: the plan and what it means.
+        code: that freezes the same layers elsewhere, where that was asked for.
+        output: the file that was written; None where nothing was.
+    """
+
+    source: Checkpoint
+    checkpoint: Checkpoint
+    freeze: FreezePlan
+    code: str | None = None
+    output: str | None = None
+
+
+def freeze_checkpoint(  # noqa: PLR0913 as many as the command has options
+    path: str | os.PathLike[str],
+    output: str | os.PathLike[str] | None = None,
+    *,
+    norm_eval: bool = True,
+    requires_grad: bool | None = None,
+    layers: Sequence[str] = (),
+    frozen_stages: int | None = None,
+    form: FreezeForm | str = FreezeForm.POLICY,
+    eps: float | None = None,
+    emit: EmitTarget | str | None = None,
+    prototxt: str | os.PathLike[str] | None = None,
+    state_dict: str | None = None,
+    force: bool = False,
+    strict: bool = False,
+) -> CheckpointFreeze:
+    """Keep BatchNorm layers of a checkpoint from changing while the model trains on; what ``bntool freeze`` does.
+
+    A state dict freezes nothing by itself: :func:`bntool.apply_freeze` applies to the model what is recorded here.
+
+    Example:
+        >>> bntool.freeze_checkpoint("ckpt.pt", "frozen.pt", requires_grad=False)
+
+    Args:
+        path: the checkpoint; never written to.
+        output: the file to write; None to write none.
+        norm_eval, requires_grad, layers, frozen_stages, form, eps: see :func:`plan_freeze`.
+        emit: write code or configuration that freezes the same layers there.
+        prototxt: the net that a ``.caffemodel`` is run by.
+        state_dict: its key; None for the one chosen by rule.
+        force: replace a file that exists.
+        strict: refuse if a layer is skipped or something is assumed.
+
+    Raises:
+        UsageError, FileError, RefusedError: see :mod:`bntool.errors`; nothing is written then.
+    """
+    form = choose(FreezeForm, form, option="form")
+    emit = None if emit is None else choose(EmitTarget, emit, option="emit")
+    target = None if output is None else Path(output)
+    with open_checkpoint(path) as opened:
+        if emit is not None and not opened.format.is_pytorch:
+            raise RefusedError(f"--emit writes code for PyTorch models, not for {opened.format.title}", path=path)
+        check_changeable(opened)
+        check_output(opened, target, force=force)
+        source, net = deploy_net(opened, None if prototxt is None else Path(prototxt), target, force=force)
+        freeze = plan_freeze(
+            source,
+            state_dict=state_dict,
+            norm_eval=norm_eval,
+            requires_grad=requires_grad,
+            layers=layers,
+            frozen_stages=frozen_stages,
+            form=form,
+            eps=eps,
+            for_file=emit is None or (target is not None and not opened.format.trains_whole_layers),
+        )
+        check_plan(freeze.plan, path, strict=strict)
+        code = None if emit is None else emit_freeze(freeze.policy, emit, batchnorms=freeze.batchnorms)
+        edited = apply_plan(source, freeze.plan)
+        if target is not None:
+            save_with_net(edited, target, net, force=force)
+    return CheckpointFreeze(source, edited, freeze, code, None if target is None else str(target))
 
 
 def plan_freeze(  # noqa: PLR0913 each is an option of the command

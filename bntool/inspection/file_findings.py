@@ -7,11 +7,14 @@ from collections import Counter
 from collections.abc import Sequence
 
 from bntool.batchnorm import BatchNorm, NormKind
-from bntool.checkpoints.checkpoint import Checkpoint
+from bntool.checkpoints.checkpoint import Checkpoint, NotUnderstood
+from bntool.checkpoints.files import quote
 from bntool.checkpoints.state_dicts import is_averaged_copy
 from bntool.inspection.findings import Finding, FindingCode, Severity
 from bntool.inspection.results import LayerInspection, StateDictInspection
 from bntool.inspection.safety import find_dangers, judge_safety
+
+_LISTED = 3  # names in a sentence
 
 
 def compare_counters(layers: tuple[LayerInspection, ...]) -> tuple[LayerInspection, ...]:
@@ -90,10 +93,20 @@ def _is_folded(checkpoint: Checkpoint) -> bool:
     return any(entry.get("operation") == "fold" for history in checkpoint.records.values() for entry in history)
 
 
+def _describe_not_understood(found: Sequence[NotUnderstood]) -> Finding:
+    shown = "; ".join(f"{quote(one.name)}: {one.reason}" for one in found[:_LISTED])
+    more = f"; and {len(found) - _LISTED} more" if len(found) > _LISTED else ""
+    message = f"not judged, though it may be a BatchNorm: {shown}{more}"
+    facts = {"names": [one.name for one in found]}
+    return Finding(FindingCode.NOT_UNDERSTOOD, Severity.WARNING, "not understood", message, facts)
+
+
 def find_in_file(checkpoint: Checkpoint, inspections: Sequence[StateDictInspection]) -> list[Finding]:
     """What concerns the whole file."""
     findings = find_dangers(judge_safety(checkpoint))
-    if not any(inspection.layers for inspection in inspections) and not _is_folded(checkpoint):
+    if checkpoint.not_understood:
+        findings.append(_describe_not_understood(checkpoint.not_understood))
+    elif not any(inspection.layers for inspection in inspections) and not _is_folded(checkpoint):
         unselected = sum(inspection.unselected for inspection in inspections)
         message = "no BatchNorm layer was found" if checkpoint.state_dicts else "no state dict was found"
         if checkpoint.format.why_empty and not checkpoint.state_dicts:

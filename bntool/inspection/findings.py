@@ -45,6 +45,7 @@ class FindingCode(Enum):
     SUSPICIOUS_GLOBAL = "suspicious-global"
     UNKNOWN_GLOBAL = "unknown-global"
     HOLDS_CODE = "holds-code"
+    NOT_UNDERSTOOD = "not-understood"
     NO_BATCH_NORM = "no-batch-norm"
 
 

@@ -115,6 +115,11 @@ class Inspection:
     findings: tuple[Finding, ...]
     checksums: int | None = None
 
+    def fails_on(self, severity: Severity) -> bool:
+        """Whether there is a finding of this severity or worse, or something that could not be judged."""
+        worst = self.worst()
+        return bool(self.checkpoint.not_understood) or (worst is not None and worst.rank >= severity.rank)
+
     def worst(self) -> Severity | None:
         """The highest severity of all findings."""
         found = [*self.findings]

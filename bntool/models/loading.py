@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -45,21 +45,6 @@ def load_model(spec: str, *, arguments: Mapping[str, str]) -> torch.nn.Module:
             return source.load(spec, {name: parse_value(text) for name, text in arguments.items()})
     forms = "; ".join(source.form for source in MODEL_SOURCES)
     raise UsageError(f"--model {spec!r} cannot be understood; it can be: {forms}{_hint(spec)}")
-
-
-def parse_assignments(texts: Iterable[str]) -> dict[str, str]:
-    """``["width=8"]`` as a mapping.
-
-    Raises:
-        UsageError: one is not of the form name=value.
-    """
-    found = {}
-    for text in texts:
-        name, equals, value = text.partition("=")
-        if not equals or not name.strip().replace(".", "_").isidentifier():
-            raise UsageError(f"--model-arg {text!r} is not of the form NAME=VALUE")
-        found[name.strip()] = value
-    return found
 
 
 def _hint(spec: str) -> str:

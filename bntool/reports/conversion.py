@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
-from bntool.checkpoints.checkpoint import Checkpoint
 from bntool.conversion.checkpoint import Conversion
 from bntool.plan import Record, SetTensor, describe_step
 from bntool.reports.blocks import Block, Cell, Line, Style, line
 from bntool.reports.freezing import describe_skip
+from bntool.reports.loading import show_loading_code
 from bntool.reports.text import plural
 
 
-def describe_conversion(checkpoint: Checkpoint, conversion: Conversion, *, output: str | None) -> dict[str, Any]:
+def describe_conversion(conversion: Conversion) -> dict[str, Any]:
     """The facts as JSON data."""
     plan = conversion.plan
     return {
-        "format": checkpoint.format.name,
+        "format": conversion.source.format.name,
         "to": conversion.target.value,
         "state_dict": plan.state_dict,
         "layers": list(plan.layers),
@@ -26,18 +25,16 @@ def describe_conversion(checkpoint: Checkpoint, conversion: Conversion, *, outpu
         "assumptions": list(plan.assumptions),
         "kept": list(conversion.kept),
         "losses": list(conversion.losses),
-        "output": output,
+        "output": conversion.output,
     }
 
 
-def show_conversion(
-    checkpoint: Checkpoint, conversion: Conversion, *, output: str | None, loading: Sequence[str]
-) -> list[Block]:
-    """The same for people."""
+def show_conversion(conversion: Conversion) -> list[Block]:
+    """The same for people, with the code that loads what was written."""
     plan = conversion.plan
     if conversion.new is not None:
         count = plural(len(conversion.new.tensors), "tensor")
-        text = f"{count} from {checkpoint.format.title} to {conversion.target.value}"
+        text = f"{count} from {conversion.source.format.title} to {conversion.target.value}"
     else:
         text = f"{plural(len(plan.layers), 'layer')} to {conversion.target.value}"
     blocks: list[Block] = [line(text, Style.HEADING)]
@@ -51,7 +48,10 @@ def show_conversion(
         Line((Cell("left alone ", Style.WARNING), Cell(f"{s.layer}: {s.reason.value} ({s.detail})")), indent=2)
         for s in plan.skips
     ]
-    if output is None:
+    written = conversion.written
+    if written is None:
         return [*blocks, line("nothing was written", Style.MUTED)]
-    blocks += [line(), line(f"wrote {output}", Style.GOOD), line("To load it without bntool:", Style.MUTED)]
+    state_dict = written.state_dict("" if conversion.new is not None else plan.state_dict)
+    loading = show_loading_code(written, state_dict, conversion.output or "")
+    blocks += [line(), line(f"wrote {conversion.output}", Style.GOOD), line("To load it without bntool:", Style.MUTED)]
     return [*blocks, *(line(text, Style.MUTED, indent=4) for text in loading)]

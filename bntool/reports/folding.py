@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from bntool.checkpoints.checkpoint import StateDict
 from bntool.checkpoints.state_dicts import choose_state_dict
 from bntool.plan import RemoveModule
 from bntool.reports.blocks import Block, Cell, Column, Line, Style, Table, line
@@ -16,15 +15,15 @@ from bntool.reports.loading import show_loading_code
 from bntool.reports.text import format_number, plural
 
 if TYPE_CHECKING:
-    from bntool.folding.checkpoint import CheckpointFold
     from bntool.folding.exporting import Program
     from bntool.folding.multiply_adds import Cost
     from bntool.folding.planning import Fold
     from bntool.folding.speed import Speed
+    from bntool.folding.state_dict import CheckpointFold
     from bntool.verification.layer_agreement import LayerAgreement
 
 
-def describe_fold(result: CheckpointFold, *, output: str | None, export: str | None = None) -> dict[str, Any]:
+def describe_fold(result: CheckpointFold) -> dict[str, Any]:
     """The fold as JSON data."""
     plan = result.plan
     return {
@@ -43,8 +42,8 @@ def describe_fold(result: CheckpointFold, *, output: str | None, export: str | N
         "speed": None if result.speed is None else asdict(result.speed),
         "dropped": list(result.dropped),
         "warnings": list(result.warnings),
-        "export": _describe_program(result.program, export),
-        "output": output,
+        "export": _describe_program(result.program, result.export),
+        "output": result.output,
     }
 
 
@@ -62,11 +61,9 @@ def _describe_program(program: Program | None, path: str | None) -> dict[str, An
     }
 
 
-def show_fold(
-    result: CheckpointFold, state_dict: StateDict, *, output: str | None, export: str | None = None
-) -> list[Block]:
+def show_fold(result: CheckpointFold) -> list[Block]:
     """The same for people: each fold, each skip, the proof, and how to load what was written."""
-    plan = result.plan
+    plan, output, export = result.plan, result.output, result.export
     total = len(plan.folds) + len(plan.skips)
     blocks: list[Block] = [line(f"fold {len(plan.folds)} of {plural(total, 'BatchNorm layer')}", Style.HEADING), line()]
     if plan.folds:
@@ -91,7 +88,7 @@ def show_fold(
     if output is None and export is None:
         return [*blocks, line("dry run: nothing was written", Style.MUTED)]
     if output is not None:
-        blocks += _written(result, state_dict, output)
+        blocks += _written(result, output)
     if export is not None and result.program is not None:
         blocks += [line(), line(f"wrote {export}", Style.GOOD), line("run it:")]
         blocks += [line(text, indent=2) for text in _running_code(result.program, export)]
@@ -225,9 +222,9 @@ def _percent(share: float) -> str:
     return f"{percent:.0f} %" if percent >= 10 else f"{format_number(percent, 2)} %"
 
 
-def _written(result: CheckpointFold, state_dict: StateDict, output: str) -> list[Block]:
+def _written(result: CheckpointFold, output: str) -> list[Block]:
     assert result.checkpoint is not None
-    edited = result.checkpoint.state_dict(state_dict.key)
+    edited = result.checkpoint.state_dict(result.state_dict.key)
     lines = show_loading_code(result.checkpoint, edited, output)
     blocks: list[Block] = [line(), line(f"wrote {output}", Style.GOOD)]
     if result.checkpoint.format.graph_reader:

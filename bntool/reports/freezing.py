@@ -5,24 +5,23 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from bntool.checkpoints.checkpoint import Checkpoint
-from bntool.freezing.checkpoint import Carrier, FreezePlan
+from bntool.freezing.checkpoint import Carrier, CheckpointFreeze, FreezePlan
 from bntool.freezing.options import FreezeForm
 from bntool.freezing.policy import FreezePolicy
 from bntool.plan import Record, SetAttribute, SetTensor, Skip, describe_step
 from bntool.reports.blocks import Block, Cell, Line, Style, line
+from bntool.reports.loading import show_loading_code
 from bntool.reports.text import plural
 
 _SHOWN = 6
 
 
-def describe_freeze(
-    checkpoint: Checkpoint, freeze: FreezePlan, *, output: str | None, emitted: str | None
-) -> dict[str, Any]:
+def describe_freeze(result: CheckpointFreeze) -> dict[str, Any]:
     """The facts as JSON data."""
+    freeze, output = result.freeze, result.output
     plan = freeze.plan
     return {
-        "format": checkpoint.format.name,
+        "format": result.source.format.name,
         "state_dict": plan.state_dict,
         "form": freeze.form.value,
         "policy": freeze.policy.to_record(),
@@ -37,7 +36,7 @@ def describe_freeze(
             {"path": o.path, "parameters": o.count, "frozen": o.frozen, "reason": o.reason} for o in freeze.optimizers
         ],
         "apply": apply_line(output) if output is not None and any(plan.steps_of(Record)) else None,
-        "emitted": emitted,
+        "emitted": result.code,
         "output": output,
     }
 
@@ -52,21 +51,15 @@ def apply_line(output: str) -> str:
     return f"bntool.apply_freeze(model, {output!r})"
 
 
-def show_freeze(
-    freeze: FreezePlan, *, output: str | None, emitted: str | None, loading: Sequence[str] = ()
-) -> list[Block]:
-    """The same for people.
-
-    Args:
-        loading: code that loads what was written.
-        output: the file that was written; None where nothing was.
-        emitted: code that was asked for.
-    """
+def show_freeze(result: CheckpointFreeze) -> list[Block]:
+    """The same for people, with the code that loads what was written."""
+    freeze, output, emitted = result.freeze, result.output, result.code
     blocks: list[Block] = [*_policy(freeze), *_changes(freeze), *_skips(freeze.plan.skips), *_optimizers(freeze)]
     if emitted is not None:
         blocks += [line(), *(line(text) for text in emitted.rstrip("\n").split("\n"))]
     if output is None:
         return [*blocks, line("nothing was written", Style.MUTED)]
+    loading = show_loading_code(result.checkpoint, result.checkpoint.state_dict(freeze.plan.state_dict), output)
     blocks += [line(), line(f"wrote {output}", Style.GOOD), *_how_to_load(freeze, output, loading)]
     return blocks
 

@@ -2,58 +2,26 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from bntool.recalibration.options import Precision
 from bntool.reports.blocks import Block, Cell, Column, Line, Style, Table, line
+from bntool.reports.loading import show_loading_code
 from bntool.reports.text import format_number, format_size, plural
 
 if TYPE_CHECKING:
     from bntool.data.batches import LeftOut
     from bntool.data.preprocessing import Preprocessing
+    from bntool.recalibration.checkpoint import CheckpointRecalibration
     from bntool.recalibration.drift import LayerDrift
-    from bntool.recalibration.evaluation import Evaluation
-    from bntool.recalibration.live import Recalibration
     from bntool.recalibration.output_changes import OutputChange, OutputChanges
 
 _SHOWN = 4  # reasons for leaving samples out that are given
 _RATE = ("top1", "top5")
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """What became of a recalibration.
-
-    Attributes:
-        recalibration: what was computed.
-        before, after: the model on the evaluation data, with the old and the new statistics.
-        flipped: share of samples predicted as another class; None where outputs are not classes.
-        output_changes: what the new statistics do to the outputs for a few samples; None where none could be run.
-        evaluated_on: which data that was, in words.
-        output: the file that was written; None for none.
-        kept: the old statistics were as good: nothing was written for that reason.
-        preprocessing: what was done to images and pixels; None for other data.
-        promoted: names of tensors that are float32 in the output and were not in the input.
-        loading: lines of Python that load the output.
-        warnings: what the reader should not miss.
-    """
-
-    recalibration: Recalibration
-    before: Evaluation
-    after: Evaluation
-    flipped: float | None
-    output_changes: OutputChanges | None
-    evaluated_on: str
-    output: str | None
-    kept: bool
-    preprocessing: Preprocessing | None = None
-    promoted: tuple[str, ...] = ()
-    loading: tuple[str, ...] = ()
-    warnings: tuple[str, ...] = ()
-
-
-def describe_recalibration(outcome: Outcome) -> dict[str, Any]:
+def describe_recalibration(outcome: CheckpointRecalibration) -> dict[str, Any]:
     """The facts as JSON data."""
     from bntool.recalibration.drift import find_first_parted
 
@@ -109,7 +77,7 @@ def _describe_preprocessing(steps: Preprocessing | None) -> dict[str, str] | Non
     return None if steps is None else {"steps": steps.describe(), "origin": steps.origin}
 
 
-def show_recalibration(outcome: Outcome) -> list[Block]:
+def show_recalibration(outcome: CheckpointRecalibration) -> list[Block]:
     """The same for people: the drift of each layer, worst first, then what it does to the outputs."""
     result = outcome.recalibration
     title = f"recalibrate {plural(len(result.drifts), 'BatchNorm layer')}: {result.method.value} statistics of "
@@ -234,7 +202,7 @@ def _promoted(names: tuple[str, ...]) -> list[Block]:
     return [line(f"float32 in the output: {', '.join(names[:_SHOWN])}{more}", Style.NOTICE)]
 
 
-def _evaluation(outcome: Outcome) -> list[Block]:
+def _evaluation(outcome: CheckpointRecalibration) -> list[Block]:
     before, after = outcome.before, outcome.after
     blocks: list[Block] = []
     if before.value is not None and after.value is not None:
@@ -265,10 +233,11 @@ def _percent(share: float) -> str:
     return f"{100 * share:.2f} %"
 
 
-def _written(outcome: Outcome) -> list[Block]:
+def _written(outcome: CheckpointRecalibration) -> list[Block]:
     if outcome.kept:
         return [line("kept the old statistics, because the new ones are not better; nothing was written", Style.NOTICE)]
     if outcome.output is None:
         return [line("nothing was written", Style.MUTED)]
     blocks: list[Block] = [line(), line(f"wrote {outcome.output}", Style.GOOD), line("Load it without bntool:")]
-    return [*blocks, *(line(text, indent=2) for text in outcome.loading)]
+    loading = show_loading_code(outcome.checkpoint, outcome.state_dict, outcome.output)
+    return [*blocks, *(line(text, indent=2) for text in loading)]

@@ -15,8 +15,8 @@ from torch import nn
 
 import bntool
 from bntool.checkpoints.state_dicts import choose_state_dict
-from bntool.folding.checkpoint import fold_checkpoint
 from bntool.folding.options import Layout
+from bntool.folding.state_dict import fold_state_dict
 from tests.benchmarks.measuring import python, run_command
 
 PAIRS = {"0": "1", "2": "3", "5": "6"}  # producer: BatchNorm
@@ -47,7 +47,7 @@ def network(dtype: torch.dtype = torch.float32) -> nn.Module:
 def fold_file(path: Path, output: Path, *, layout: Layout = Layout.FOLDED) -> None:
     with bntool.open_checkpoint(path) as checkpoint:
         pairs = {norm: producer for producer, norm in PAIRS.items()}
-        result = fold_checkpoint(
+        result = fold_state_dict(
             checkpoint, choose_state_dict(checkpoint), pairs=pairs, layout=layout, eps=1e-5, tolerance=1e-5
         )
         assert len(result.plan.folds) == 3

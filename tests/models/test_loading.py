@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from bntool.errors import MissingExtraError, RefusedError, UsageError, UserCodeError
+from bntool.models.assignments import parse_assignments
 from bntool.models.exported import check_has_layers
-from bntool.models.loading import load_model, parse_assignments, parse_value
+from bntool.models.loading import load_model, parse_value
 from bntool.models.user_code import find_user_line
 from tests.places import SAMPLES
 

@@ -105,7 +105,7 @@ def test_every_way_to_name_a_checkpoint_leads_to_it(tmp_path: Path) -> None:
 
 def test_the_commands_that_write_refuse_by_name(tmp_path: Path) -> None:
     from bntool.cli.main import main
-    from bntool.folding.checkpoint import fold_checkpoint
+    from bntool.folding.state_dict import fold_state_dict
 
     with open_checkpoint(RECORDED / "keras2") as checkpoint:
         with pytest.raises(RefusedError, match="without the graph"):
@@ -113,7 +113,7 @@ def test_the_commands_that_write_refuse_by_name(tmp_path: Path) -> None:
         with pytest.raises(RefusedError, match="without the graph"):
             plan_conversion(checkpoint, ConversionTarget.SAFETENSORS)
         with pytest.raises(RefusedError, match="without the graph"):
-            fold_checkpoint(checkpoint, checkpoint.state_dict(""), tolerance=1e-5)
+            fold_state_dict(checkpoint, checkpoint.state_dict(""), tolerance=1e-5)
     for command in (["fold"], ["freeze"], ["convert", "--to", "torch"], ["recalibrate", "--model", "x", "--data", "y"]):
         assert main([*command, str(RECORDED / "keras2"), "-o", str(tmp_path / "out")]) == 4
     assert not list(tmp_path.iterdir())

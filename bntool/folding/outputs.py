@@ -1,4 +1,4 @@
-"""What ``fold`` writes: the checkpoint, what belongs beside it and the program of ``--export``, all or none of them."""
+"""What a fold writes: the checkpoint, what belongs beside it and the exported program, all or none of them."""
 
 from __future__ import annotations
 
@@ -6,20 +6,20 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from bntool.checkpoints.caffe.nets import write_net
 from bntool.checkpoints.checkpoint import Checkpoint, Loader
 from bntool.checkpoints.outputs import OutputFiles, check_output_differs
 from bntool.checkpoints.saving import write_checkpoint
-from bntool.cli.nets import write_net
 from bntool.errors import UsageError
 
 if TYPE_CHECKING:
     from bntool.checkpoints.caffe.prototxt import Prototxt
-    from bntool.folding.checkpoint import CheckpointFold
     from bntool.folding.options import ProgramKind
+    from bntool.folding.state_dict import CheckpointFold
 
 
 def check_export(
-    checkpoint: Checkpoint, export: Path, output: Path | None, *, model: str | None, has_shape: bool, force: bool
+    checkpoint: Checkpoint, export: Path, output: Path | None, *, has_model: bool, has_shape: bool, force: bool
 ) -> ProgramKind:
     """Find out before any work whether the program can be written, and as what.
 
@@ -27,7 +27,7 @@ def check_export(
         MissingExtraError: a package that writes or runs it is missing.
         UsageError: the name ends otherwise, is that of the input or of the other output, or there is no model
             or no shape.
-        UnwritableFileError: it exists and ``--force`` is not given, or its folder is missing.
+        UnwritableFileError: it exists and ``force`` is not given, or its folder is missing.
     """
     from bntool.folding.onnx_export import check_packages
     from bntool.folding.options import ProgramKind
@@ -36,7 +36,7 @@ def check_export(
     kind = kinds.get(export.suffix.lower())
     if kind is None:
         raise UsageError("--export writes a program: name it FILE.pt2 or FILE.onnx", path=export)
-    if model is None:
+    if not has_model:
         raise UsageError("--export needs the model that is to be exported: give --model", path=export)
     if not has_shape:
         raise UsageError("a program keeps the shape of its example: give --input-shape or --data", path=export)
@@ -69,24 +69,26 @@ def save_fold(
         force: replace what exists.
 
     Returns:
-        The fold, with what that runtime said.
+        The fold, with what was written and what that runtime said.
 
     Raises:
         VerificationError: the runtime disagrees.
     """
-    if fold.checkpoint is None:
+    if fold.checkpoint is None or (output is None and export is None):
         return fold
     with OutputFiles(force=force, mode=fold.checkpoint.file.mode) as files:
         if output is not None:
             write_checkpoint(fold.checkpoint, output, files)
             write_net(fold.checkpoint, net, output, files)
-            fold = run_fold(fold, output, files, tolerance=tolerance)
+            fold = _run(fold, output, files, tolerance=tolerance)
+            fold = dataclasses.replace(fold, output=str(output))
         if export is not None and fold.program is not None:
             files.open(export).write(fold.program.data)
+            fold = dataclasses.replace(fold, export=str(export))
     return fold
 
 
-def run_fold(fold: CheckpointFold, output: Path, files: OutputFiles, *, tolerance: float) -> CheckpointFold:
+def _run(fold: CheckpointFold, output: Path, files: OutputFiles, *, tolerance: float) -> CheckpointFold:
     """Run a file that holds its graph beside its original, before it appears; other formats have no runtime."""
     checkpoint = fold.checkpoint
     assert checkpoint is not None

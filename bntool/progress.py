@@ -1,0 +1,32 @@
+"""How far a long call is: what it tells a caller who asks for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeAlias
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far a call is.
+
+    Attributes:
+        phase: what it does now, in words.
+        done: samples of this phase that are done; 0 when it begins.
+        total: of them; None where it is not known, or the phase counts none.
+        phases: all phases that the call will have, in order.
+    """
+
+    phase: str
+    done: int = 0
+    total: int | None = None
+    phases: tuple[str, ...] = ()
+
+
+OnProgress: TypeAlias = Callable[[Progress], None]
+OnWarning: TypeAlias = Callable[[str], None]
+
+
+def ignore(_: Progress | str) -> None:
+    """For callers who do not ask."""

@@ -1,0 +1,350 @@
+"""Recalibrating a checkpoint file: opened, measured, judged and written in one call."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bntool.checkpoints.application import apply_plan
+from bntool.checkpoints.checkpoint import Checkpoint, StateDict, check_changeable
+from bntool.checkpoints.formats import open_checkpoint
+from bntool.checkpoints.records import make_record
+from bntool.checkpoints.saving import check_output, save_checkpoint
+from bntool.checkpoints.state_dicts import choose_state_dict
+from bntool.choices import choose
+from bntool.data.batches import Batches, as_batches
+from bntool.data.loading import load_data
+from bntool.data.policies import OnBadData
+from bntool.data.preprocessing import PRESETS, Preprocessing, parse_preprocessing
+from bntool.data.presets import find_model_preset
+from bntool.errors import UsageError
+from bntool.modules.building import build_model
+from bntool.modules.finding import find_wrapper_prefix
+from bntool.modules.loading import load_state
+from bntool.plan import Operation, Plan, check_plan
+from bntool.progress import OnProgress, Progress, ignore
+from bntool.recalibration.dtype_limits import fit_plan, list_promoted
+from bntool.recalibration.evaluation import Evaluation, count_flipped, evaluate, is_better, parse_metric
+from bntool.recalibration.layers import choose_layers
+from bntool.recalibration.live import Recalibration, check_live_statistics, plan_recalibration
+from bntool.recalibration.options import Method, Precision
+from bntool.recalibration.output_changes import OutputChanges, measure_output_changes
+from bntool.recalibration.ranks import join_job
+from bntool.recalibration.warnings import (
+    counts_other_classes,
+    warn_of_fewer,
+    warn_of_globs,
+    warn_of_judging,
+    warn_of_precision,
+)
+
+_WITHOUT_LABELS = 512  # samples looked at for changed predictions where there is nothing to count as right
+
+
+@dataclass(frozen=True)
+class CheckpointRecalibration:
+    """What became of a recalibration of a checkpoint file.
+
+    Attributes:
+        checkpoint: with its new statistics.
+        state_dict: the one that was recalibrated, before.
+        recalibration: what was computed.
+        before, after: the model on the evaluation data, with the old and the new statistics.
+        flipped: share of samples predicted as another class; None where outputs are not classes.
+        output_changes: what the new statistics do to the outputs for a few samples; None where none could be run.
+        evaluated_on: which data that was, in words.
+        output: the file that was written; None for none.
+        kept: the old statistics were as good: nothing was written for that reason.
+        preprocessing: what was done to images and pixels; None for other data.
+        promoted: names of tensors that are float32 in the output and were not in the input.
+        warnings: what the reader should not miss.
+    """
+
+    checkpoint: Checkpoint
+    state_dict: StateDict
+    recalibration: Recalibration
+    before: Evaluation
+    after: Evaluation
+    flipped: float | None
+    output_changes: OutputChanges | None
+    evaluated_on: str
+    output: str | None
+    kept: bool
+    preprocessing: Preprocessing | None = None
+    promoted: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+
+def recalibrate_checkpoint(  # noqa: PLR0913 as many as the command has options
+    path: str | os.PathLike[str],
+    output: str | os.PathLike[str] | None = None,
+    *,
+    model: str | torch.nn.Module,
+    data: str | Iterable[Any],
+    model_arguments: Mapping[str, str] | None = None,
+    method: Method | str = Method.POOLED,
+    samples: int | None = None,
+    fit_memory: bool = False,
+    batch_size: int = 64,
+    seed: int = 0,
+    workers: int = 0,
+    preprocess: str | None = None,
+    prior: float = 0.0,
+    eval_data: str | Iterable[Any] | None = None,
+    metric: str | None = None,
+    keep_if_better: bool = False,
+    on_bad_data: OnBadData | str = OnBadData.STOP,
+    precision: Precision | str = Precision.MODEL,
+    promote: bool = False,
+    device: str = "cpu",
+    layers: Sequence[str] = (),
+    state_dict: str | None = None,
+    force: bool = False,
+    strict: bool = False,
+    on_progress: OnProgress = ignore,
+) -> CheckpointRecalibration | None:
+    """Recompute the running statistics in a checkpoint from data; what ``bntool recalibrate`` does.
+
+    In a job of several processes each measures its share of the data; the first one judges and writes.
+
+    Example:
+        >>> bntool.recalibrate_checkpoint("ckpt.pt", "out.pt", model="net.py:build", data="images.npz")
+
+    Args:
+        path: the checkpoint; never written to.
+        output: the file to write; None to write none.
+        model: the live model of the checkpoint, which is copied, or a spec as ``--model`` has it.
+        data: batches that can be read several times, or a spec as ``--data`` has it.
+        model_arguments: of the factory of a spec.
+        method, prior, precision, fit_memory: see :func:`~bntool.recalibration.live.plan_recalibration`.
+        samples, batch_size, seed, workers, preprocess: for a spec, see :func:`~bntool.data.loading.load_data`.
+        eval_data: labelled data to measure before and after on; None for ``data``.
+        metric: ``top1``, ``top5`` or ``FILE.py:function``; None for top1 where there are class labels.
+        keep_if_better: write only if the metric is better than before.
+        on_bad_data: what to do about unreadable images, and batches with NaN.
+        promote: store statistics that half precision cannot hold as float32.
+        device: where the model runs.
+        layers: globs; none for all layers that the model itself does not keep frozen.
+        state_dict: its key; None for the one chosen by rule.
+        force: replace a file that exists.
+        strict: refuse if a layer is skipped.
+        on_progress: called with the samples done of each phase.
+
+    Returns:
+        What was found and done; None in processes of a job other than the first.
+
+    Raises:
+        UsageError, FileError, RefusedError, UserCodeError: see :mod:`bntool.errors`; nothing is written then.
+    """
+    method, precision = choose(Method, method, option="method"), choose(Precision, precision, option="precision")
+    bad_data = choose(OnBadData, on_bad_data, option="on_bad_data")
+    target = None if output is None else Path(output)
+    with join_job() as ranks, open_checkpoint(path) as source, _seeded(seed):
+        check_changeable(source)
+        check_output(source, target, force=force)
+        chosen = choose_state_dict(source, state_dict)
+        live = build_model(model, chosen, arguments=model_arguments, device=device)
+        _check_selection(live, layers, path, strict=strict)
+        read = _Reader.of(live, model, preprocess, batch_size=batch_size, workers=workers, on_bad_data=bad_data)
+        batches = read(data, samples=samples, seed=seed, share=(ranks.rank, ranks.world))
+        held_out = _choose_held_out(read, data, eval_data, samples=samples, seed=seed, needs_labels=keep_if_better)
+        judge = partial(evaluate, live, held_out, metric=parse_metric(metric), on_bad_data=bad_data)
+        measuring = f"{method.value} statistics"
+        report = partial(_Samples, on_progress, phases=("before", measuring, "after"))
+        leads = ranks.rank == 0  # one of several processes judges and writes
+        before = judge(on_progress=report("before", held_out)) if leads else None
+        result = plan_recalibration(
+            live,
+            batches,
+            layers=layers,
+            method=method,
+            prior=prior,
+            on_bad_data=bad_data,
+            on_progress=report(measuring, batches) if leads else None,
+            fit_memory=fit_memory,
+            precision=precision,
+        )
+        check_plan(result.plan, path, strict=strict)
+        if before is None:
+            return None
+        if keep_if_better and counts_other_classes(before, held_out):
+            raise UsageError(
+                f"--keep-if-better needs labels of the model: there are {len(held_out.classes or ())} class folders, "
+                f"but the model has {before.outputs} outputs"
+            )
+        plan = fit_plan(result.plan, chosen, promote=promote)
+        check_live_statistics(live, result)
+        output_changes = measure_output_changes(live, held_out, result)
+        plan = _record(source, chosen, plan, result, batches, data=data, seed=seed)
+        edited = apply_plan(source, plan)
+        # the model is given what will be in the file, so that what is judged is what is written
+        load_state(live, edited.state_dict(chosen.key))
+        after = judge(on_progress=report("after", held_out))
+        kept = keep_if_better and not is_better(before, after)
+        if target is not None and not kept:
+            save_checkpoint(edited, target, force=force)
+        cut, apart = fit_memory and ranks.world == 1, eval_data is not None
+        return CheckpointRecalibration(
+            checkpoint=edited,
+            state_dict=chosen,
+            recalibration=result,
+            before=before,
+            after=after,
+            flipped=count_flipped(before, after),
+            output_changes=output_changes,
+            evaluated_on=_name(eval_data) if apart else f"{_name(data)} (the calibration data)",
+            output=None if target is None or kept else str(target),
+            kept=kept,
+            preprocessing=batches.preprocessing,
+            promoted=list_promoted(plan),
+            warnings=(
+                *warn_of_fewer(result, asked=samples, there=batches.samples, cut=cut),
+                *warn_of_globs(live, layers),
+                *warn_of_precision(live, precision),
+                *warn_of_judging(before, held_out, fair=not keep_if_better or apart, apart=apart),
+            ),
+        )
+
+
+@contextlib.contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """User code that draws random numbers gives the same, run after run and on every rank; the caller's go on."""
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()  # type: ignore[no-untyped-call]
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        yield
+
+
+def _check_selection(live: torch.nn.Module, layers: Sequence[str], path: object, *, strict: bool) -> None:
+    """Refuse what would recalibrate no layer before anything is measured.
+
+    Raises:
+        RefusedError: as :func:`bntool.plan.check_plan`.
+    """
+    selected, skips = choose_layers(live, layers, prefix=find_wrapper_prefix(live))
+    if not selected:
+        check_plan(Plan(Operation.RECALIBRATE, skips=tuple(skips)), path, strict=strict)
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """Data, as specs or as batches, with one set of options.
+
+    Attributes:
+        suggested: preprocessing that goes with the model, for data that need one.
+    """
+
+    batch_size: int
+    workers: int
+    steps: Preprocessing | None
+    suggested: Preprocessing | None
+    on_bad_data: OnBadData
+
+    @classmethod
+    def of(
+        cls,
+        live: torch.nn.Module,
+        model: str | torch.nn.Module,
+        preprocess: str | None,
+        *,
+        batch_size: int,
+        workers: int,
+        on_bad_data: OnBadData,
+    ) -> _Reader:
+        """With the preprocessing that was asked for, or that of the model."""
+        suggested = find_model_preset(model if isinstance(model, str) else "", live)
+        presets = PRESETS if suggested is None else {**PRESETS, "model": suggested}
+        steps = parse_preprocessing(preprocess, presets=presets) if preprocess else None
+        return cls(batch_size, workers, steps, suggested, on_bad_data)
+
+    def __call__(
+        self,
+        data: str | Iterable[Any],
+        *,
+        samples: int | None = None,
+        seed: int | None = None,
+        share: tuple[int, int] = (0, 1),
+    ) -> Batches:
+        """See :func:`~bntool.data.loading.load_data`; batches that are there are taken as they are.
+
+        Raises:
+            UsageError: they can be read only once.
+        """
+        if not isinstance(data, str):
+            if isinstance(data, Iterator):
+                raise UsageError(
+                    "the data are read several times: give a list or a loader, not an iterator or generator"
+                )
+            return as_batches(data)
+        return load_data(
+            data,
+            batch_size=self.batch_size,
+            samples=samples,
+            seed=seed,
+            workers=self.workers,
+            preprocessing=self.steps,
+            model_preprocessing=self.suggested,
+            on_bad_data=self.on_bad_data,
+            share=share,
+        )
+
+
+def _choose_held_out(
+    read: _Reader,
+    data: str | Iterable[Any],
+    eval_data: str | Iterable[Any] | None,
+    *,
+    samples: int | None,
+    seed: int,
+    needs_labels: bool,
+) -> Batches:
+    """What the model is judged on, before and after."""
+    held_out = read(data, samples=samples, seed=seed) if eval_data is None else read(eval_data)
+    if held_out.has_labels is not False:
+        return held_out
+    if needs_labels:
+        raise UsageError("--keep-if-better needs labels: give --eval-data with labels")
+    return read(data if eval_data is None else eval_data, samples=_WITHOUT_LABELS)
+
+
+class _Samples:
+    """Called with the samples done of one phase; tells who asked for the progress of the whole."""
+
+    def __init__(self, tell: OnProgress, phase: str, batches: Batches, *, phases: tuple[str, ...]) -> None:
+        self._tell, self._phase, self._total, self._phases = tell, phase, batches.samples, phases
+        self(0)
+
+    def __call__(self, samples: int) -> None:
+        self._tell(Progress(self._phase, samples, self._total, self._phases))
+
+
+def _record(
+    source: Checkpoint,
+    state_dict: StateDict,
+    plan: Plan,
+    result: Recalibration,
+    batches: Batches,
+    *,
+    data: str | Iterable[Any],
+    seed: int,
+) -> Plan:
+    """The plan, which leaves a note of what the statistics are of where the file has a place for it."""
+    if not source.format.can_record(source, state_dict):
+        return plan
+    facts: dict[str, Any] = {"method": result.method.value, "prior": result.prior, "data": _name(data), "seed": seed}
+    if result.precision is not Precision.MODEL:
+        facts["precision"] = result.precision.value
+    if batches.preprocessing is not None:
+        facts["preprocessing"] = batches.preprocessing.describe()
+    return plan.with_record(make_record(plan, **facts, samples=result.samples, batches=result.batches))
+
+
+def _name(data: str | Iterable[Any] | None) -> str:
+    return data if isinstance(data, str) else f"batches of {type(data).__name__}"
