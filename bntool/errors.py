@@ -80,9 +80,13 @@ class UnreadableFileError(FileError):
 
 
 class UnknownFormatError(FileError):
-    """The file is none of the formats that bntool knows."""
+    """The file is none of the formats that bntool reads."""
 
     code = "unknown-format"
+
+
+class OtherFormatError(UnknownFormatError):
+    """The file is not of the format that was tried; it may be of another one."""
 
 
 class CorruptFileError(FileError):

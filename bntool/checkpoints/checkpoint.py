@@ -161,6 +161,8 @@ class Format(ABC):
     needs_prototxt: bool = False  # its files are run and trained by a .prototxt beside them
     holds_code: bool = False  # files of this format carry programs, not only data
     read_only: str = ""  # why its files are only read, and what to do instead
+    only_values: bool = False  # elements of its tensors can change, but no keys come or go
+    has_records: bool = True  # its files have a place for what bntool did
     writer: str = ""  # module of this package and function that write it, as ``torch.zip_writing:write``
     is_pytorch: bool = True  # names and layouts are those of state dicts, so that they can be converted to one
     entries_are_texts: bool = False  # the entries of its files are texts of a header, which any safetensors file keeps
@@ -220,8 +222,8 @@ class Format(ABC):
         return ()
 
     def can_record(self, checkpoint: Checkpoint, state_dict: StateDict) -> bool:  # noqa: ARG002 (as above)
-        """Whether the file has a place for what bntool did."""
-        return True
+        """Whether this file has a place for what bntool did to the state dict."""
+        return self.has_records
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from bntool.checkpoints.checkpoint import Checkpoint, Format
 from bntool.checkpoints.files import SourceFile, quote
-from bntool.errors import BntoolError, UnknownFormatError, UnreadableFileError
+from bntool.errors import BntoolError, OtherFormatError, UnknownFormatError, UnreadableFileError
 
 _JSON = (b"{", b" ", b"\t", b"\n", b"\r", b"\v", b"\f")  # perhaps after white space
 _ZIP, _HDF5, _PICKLE = b"PK\x03\x04", b"\x89HDF\r\n\x1a\n", b"\x80"
@@ -143,13 +143,10 @@ def open_file(file: SourceFile) -> Checkpoint:
         if file.path.name.endswith(_OF_FOLDERS):
             raise UnknownFormatError("this is a part of a torch.distributed.checkpoint folder; name the folder")
         head = file.read(0, min(file.size, _HEAD))
-        declined: UnknownFormatError | None = None
         for candidate in FORMATS.of_file(file.path, head):
-            try:
+            with contextlib.suppress(OtherFormatError):  # formats share the signatures of their containers
                 return candidate.read(file)
-            except UnknownFormatError as error:  # formats share the signatures of their containers
-                declined = error
-        raise declined or UnknownFormatError(_describe_unknown(head))
+        raise UnknownFormatError(_describe_unknown(head))
     except BntoolError as error:
         file.close()
         raise error.about(file.path) from error.__cause__
@@ -158,7 +155,18 @@ def open_file(file: SourceFile) -> Checkpoint:
         raise UnreadableFileError("there is not enough memory to read it", path=file.path) from error
 
 
+_CONTAINERS = (
+    (_ZIP, 0, "a zip archive", "unpack it first"),
+    (_HDF5, 0, "an HDF5 file", "those of Keras and Caffe are read"),
+    (b"ustar", 257, "a tar archive", "unpack it first"),
+    (_PICKLE, 0, "a pickle that torch.save did not write", "those of numpy arrays are read, too"),
+)
+
+
 def _describe_unknown(head: bytes) -> str:
+    for magic, offset, container, advice in _CONTAINERS:
+        if head.startswith(magic, offset):
+            return f"this is {container}, but it holds none of the formats that bntool reads; {advice}"
     signatures = {
         b"\x1f\x8b": "a gzip archive; unpack it first",
         b"<!DOCTYPE": "a web page, not a checkpoint: the download went wrong",
@@ -166,7 +174,6 @@ def _describe_unknown(head: bytes) -> str:
         b"version https://git-lfs": "a Git LFS pointer: fetch the file itself with git lfs pull",
         b"model_checkpoint_path": "TensorFlow's note of its latest checkpoint; name the .index file of that",
         b"\x08": "a protobuf message, but not an ONNX model",
-        b"\x80": "a pickle that torch.save did not write",
     }
     guess = next((what for magic, what in signatures.items() if head.startswith(magic)), None)
     return "the format is not known" + (

@@ -12,18 +12,17 @@ from bntool.plan import Record
 Patches: TypeAlias = dict[str, list[tuple[StoredTensor, Tensor]]]
 
 
-def collect_value_patches(checkpoint: Checkpoint, *, advice: str, can_record: bool = False) -> Patches:
+def collect_value_patches(checkpoint: Checkpoint, *, advice: str) -> Patches:
     """The tensors to put over each storage, by key of the storage.
 
     Args:
         advice: what to do instead, at the end of the sentence that refuses.
-        can_record: the layout has a place for a record.
 
     Raises:
         RefusedError: something else than elements is to change, or a tensor shares bytes with one that stays.
     """
     for edit in checkpoint.edits:
-        if isinstance(edit.step, Record) and not can_record:
+        if isinstance(edit.step, Record) and not checkpoint.format.has_records:
             raise RefusedError(f"a {checkpoint.format.title} file has no place for a record; {advice}")
     patches: Patches = {}
     for state_dict in checkpoint.state_dicts:

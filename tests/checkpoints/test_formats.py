@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import tarfile
+import zipfile
 from pathlib import Path
 
+import h5py
 import pytest
 import safetensors.torch
 import torch
@@ -226,6 +229,23 @@ def test_an_unknown_format_is_named_where_it_can_be(data: bytes, words: str, tmp
     path.write_bytes(data)
     with pytest.raises(UnknownFormatError, match=words):
         open_checkpoint(path)
+
+
+def test_what_holds_no_known_format_is_called_by_its_container(tmp_path: Path) -> None:
+    for order in (("a.txt", "b.txt"), ("config.json", "version")):  # what one of the formats looks for, or nothing
+        with zipfile.ZipFile(tmp_path / "file.zip", "w") as archive:
+            for name in order:
+                archive.writestr(name, "{}")
+        with pytest.raises(UnknownFormatError, match=r"this is a zip archive, .* none of the formats"):
+            open_checkpoint(tmp_path / "file.zip")
+    with h5py.File(tmp_path / "other.h5", "w") as other:
+        other["data"] = [1.0]
+    with pytest.raises(UnknownFormatError, match=r"this is an HDF5 file, .* none of the formats that bntool reads"):
+        open_checkpoint(tmp_path / "other.h5")
+    with tarfile.open(tmp_path / "other.tar", "w") as tar:
+        tar.add(tmp_path / "file.zip", "file.zip")
+    with pytest.raises(UnknownFormatError, match=r"this is a tar archive, .* unpack it first"):
+        open_checkpoint(tmp_path / "other.tar")
 
 
 def test_an_empty_file_is_unreadable(tmp_path: Path) -> None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
+from tests.documentation.tables import fill, render_table
 from tests.places import ROOT
 
 PAGE = ROOT / "docs" / "folding.md"
@@ -17,7 +18,7 @@ def render_tools() -> str:
     answers: dict[str, dict[str, str]] = json.loads((RECORDED / "folding_tools.json").read_text())
     tools = list(next(iter(answers.values())))
     rows = [[title, *(_emphasise(given[tool]) for tool in tools)] for title, given in answers.items()]
-    return _table(["network", *tools], rows)
+    return render_table(["network", *tools], rows)
 
 
 def _emphasise(answer: str) -> str:
@@ -45,8 +46,8 @@ def render_zoo() -> str:
         f"{zoo['models']} architectures with {total:,} BatchNorm layers were folded; {zoo['without_batchnorm']} more "
         f"that were drawn have none. Not judged: {not_judged or 'none'}."
     )
-    levels = _table(["bntool", "BNs", "together"], list(_levels(zoo["levels"], total)))
-    return "\n\n".join([counted, _table(head, tools), levels, f"Left alone: {reasons}."])
+    levels = render_table(["bntool", "BNs", "together"], list(_levels(zoo["levels"], total)))
+    return "\n\n".join([counted, render_table(head, tools), levels, f"Left alone: {reasons}."])
 
 
 def _levels(levels: dict[str, int], total: int) -> Iterator[list[str]]:
@@ -62,25 +63,8 @@ def _percent(part: int, whole: int) -> str:
     return f"{100 * part / whole:.2f} %"
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
-
-
 TABLES = {"folding-tools": render_tools, "fold-zoo": render_zoo}
 
 
-def fill(text: str) -> str:
-    """The page with its tables as recorded, each between two comments that name it."""
-    for name, render in TABLES.items():
-        start, end = f"<!-- table: {name} -->\n", f"<!-- end: {name} -->"
-        head, found, rest = text.partition(start)
-        _, closed, tail = rest.partition(end)
-        if not (found and closed):
-            raise SystemExit(f"{PAGE.name} has no place for the table {name}")
-        text = f"{head}{start}\n{render()}\n\n{end}{tail}"
-    return text
-
-
 if __name__ == "__main__":
-    PAGE.write_text(fill(PAGE.read_text()))
+    PAGE.write_text(fill(PAGE, TABLES))

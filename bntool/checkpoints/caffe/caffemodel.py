@@ -14,6 +14,7 @@ class Caffe(Format):
 
     name = "caffe"
     title = "Caffe"
+    has_records = False  # NetParameter has no field for notes
     writer = "caffe.writing:write_net"
     is_pytorch = False
     loader = Loader.CAFFE
@@ -40,7 +41,3 @@ class Caffe(Format):
         entries = {"name": net.text(1)} if net.last(1) is not None else {}
         content = reading.content()
         return Checkpoint(file, self, (state_dict,) if reading.tensors else (), entries=entries, content=content)
-
-    def can_record(self, checkpoint: Checkpoint, state_dict: StateDict) -> bool:  # noqa: ARG002
-        """No: NetParameter has no field for notes."""
-        return False

@@ -9,7 +9,7 @@ from bntool.checkpoints.caffe.prototxt import Prototxt
 from bntool.checkpoints.checkpoint import Checkpoint, Format, Loader, LoadingCode, StateDict
 from bntool.checkpoints.files import SourceFile
 from bntool.checkpoints.tensors import StoredTensor
-from bntool.errors import UnknownFormatError
+from bntool.errors import OtherFormatError
 
 
 class CaffeHdf5(Format):
@@ -17,6 +17,7 @@ class CaffeHdf5(Format):
 
     name = "caffe-hdf5"
     title = "Caffe (.caffemodel.h5)"
+    has_records = False  # Caffe's own files have no place for notes, and those of one net should be alike
     writer = "caffe.hdf5_writing:copy_file"
     loader = Loader.CAFFE
     loading = LoadingCode(("import caffe", "net = caffe.Net({net}, {path}, caffe.TEST)"))
@@ -31,10 +32,6 @@ class CaffeHdf5(Format):
     def describe_origin(self, checkpoint: Checkpoint) -> Sequence[str]:
         return ("blobs only: --prototxt says of which layers",) if checkpoint.content is None else ()
 
-    def can_record(self, checkpoint: Checkpoint, state_dict: StateDict) -> bool:  # noqa: ARG002
-        """No: Caffe's own files have no place for notes, and those of one net should be alike."""
-        return False
-
 
 class DeployedCaffeHdf5(CaffeHdf5):
     """The same with the net that says what its blobs are; it reads back what it writes by itself."""
@@ -48,7 +45,7 @@ def read_blobs(file: SourceFile) -> dict[tuple[str, str], StoredTensor]:
 
     Raises:
         CorruptFileError, UnsafeFileError, MissingExtraError
-        UnknownFormatError: it is another HDF5 file.
+        OtherFormatError: it is another HDF5 file.
     """
     from bntool.checkpoints.containers.hdf5 import read_hdf5  # a start-up without HDF5 files needs none of it
 
@@ -59,7 +56,7 @@ def read_blobs(file: SourceFile) -> dict[tuple[str, str], StoredTensor]:
         if path.startswith("data/") and layer and number.isdecimal():
             blobs[layer, number] = tensor
     if not blobs:
-        raise UnknownFormatError("this HDF5 file was written neither by Keras nor by Caffe: it holds no layers")
+        raise OtherFormatError("it holds no blobs of layers")
     return {key: blobs[key] for key in sorted(blobs, key=lambda key: (key[0], int(key[1])))}
 
 

@@ -14,7 +14,7 @@ from bntool.checkpoints.containers.pickles.nodes import text_of
 from bntool.checkpoints.containers.zips.reading import InflatedRecord, read_archive
 from bntool.checkpoints.files import FileSlice, SourceFile
 from bntool.checkpoints.records import RECORD_KEY, as_history, parse_record
-from bntool.errors import CorruptFileError, UnknownFormatError
+from bntool.errors import CorruptFileError, OtherFormatError
 
 CONFIG, METADATA, WEIGHTS = "config.json", "metadata.json", "model.weights.h5"  # records of an archive
 MODEL_CONFIG = "model_config"  # attribute of an HDF5 file
@@ -46,7 +46,7 @@ class KerasArchive(_Keras):
     def read(self, file: SourceFile) -> Checkpoint:
         archive = read_archive(file)
         if CONFIG not in archive.records or METADATA not in archive.records:
-            raise UnknownFormatError("this zip archive was not written by Keras: it has no config.json")
+            raise OtherFormatError("the archive has no config.json and metadata.json")
         if WEIGHTS not in archive.records:
             raise CorruptFileError(f"the archive has no {WEIGHTS}: weights as .npz are not read")
         from bntool.checkpoints.containers.hdf5 import read_hdf5  # a start-up without Keras files needs none of it
@@ -91,7 +91,7 @@ class KerasHdf5(_Keras):
         numbered = any(name.rpartition("/")[2] == "vars" for name in hdf5.groups)
         named = any(hdf5.texts(name, "layer_names") is not None for name in ("", "model_weights"))
         if not numbered and not named:
-            raise UnknownFormatError("this HDF5 file was not written by Keras: it holds neither layers nor their names")
+            raise OtherFormatError("it holds neither layers nor their names")
         content = read_content(parse_config(text) if text is not None else None, hdf5)
         entries: dict[str, Any] = {name: value for name in _SHOWN if (value := hdf5.text("", name)) is not None}
         return make_checkpoint(file, self, content, entries=entries, history=parse_record(hdf5.text("", RECORD_KEY)))

@@ -18,6 +18,7 @@ class Tensorflow(Format):
 
     name = "tensorflow"
     title = "TensorFlow"
+    has_records = False
     is_pytorch = False
     loader = Loader.TENSORFLOW
     read_only = (
@@ -69,9 +70,6 @@ class Tensorflow(Format):
         from bntool.checkpoints.tensorflow.bundle import Bundle
 
         return Bundle.of(checkpoint).verify_checksums()
-
-    def can_record(self, checkpoint: Checkpoint, state_dict: StateDict) -> bool:  # noqa: ARG002 (no place for any)
-        return False
 
 
 def _find_latest(folder: Path) -> str | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from bntool.checkpoints.checkpoint import Checkpoint, Format, StateDict
+from bntool.checkpoints.checkpoint import Checkpoint, Format
 from bntool.checkpoints.containers.pickles.nodes import (
     Construction,
     Dict,
@@ -24,7 +24,7 @@ from bntool.checkpoints.tensors import Storage, StoredTensor
 from bntool.checkpoints.torch.distributed_pieces import FolderReader, Item, Piece, assemble
 from bntool.checkpoints.torch.state_dicts import find_state_dicts
 from bntool.checkpoints.torch.tensors import StorageReference, TensorReader, as_shape
-from bntool.errors import CorruptFileError, UnknownFormatError, UnsafeFileError
+from bntool.errors import CorruptFileError, OtherFormatError, UnsafeFileError
 
 METADATA = ".metadata"
 MAX_OBJECTS = 10_000  # pickled objects beside the tensors
@@ -37,6 +37,7 @@ class Distributed(Format):
 
     name = "distributed"
     title = "torch.distributed.checkpoint"
+    has_records = False
     read_only = (
         "folders of torch.distributed.checkpoint are read, not written; make one file of it with "
         "bntool convert CKPT --to torch -o NEW, and work on that"
@@ -53,7 +54,7 @@ class Distributed(Format):
         pickle = read_pickle(file)
         root = pickle.root
         if not isinstance(root, Instance) or root.path != f"{_MODULE}Metadata":
-            raise UnknownFormatError("this .metadata was not written by torch.distributed.checkpoint")
+            raise OtherFormatError("this .metadata was not written by torch.distributed.checkpoint")
         content = as_mapping(root.state)
         items = _read_items(content.get("storage_data"))
         folder = FolderReader(file.path.parent)
@@ -67,9 +68,6 @@ class Distributed(Format):
             entries=as_mapping(tree),
             globals=list_globals(pickle, *_read_objects(content, items, folder)),
         )
-
-    def can_record(self, checkpoint: Checkpoint, state_dict: StateDict) -> bool:  # noqa: ARG002 (no place for any)
-        return False
 
 
 class _LeafReader(TensorReader):

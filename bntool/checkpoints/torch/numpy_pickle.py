@@ -32,6 +32,7 @@ class NumpyPickle(Format):
 
     name = "numpy-pickle"
     title = "pickle of numpy arrays"
+    has_records = False
     writer = "torch.numpy_pickle_writing:write"
     loading = LoadingCode(
         ("import pickle", "arrays = pickle.load(open({path}, 'rb'), encoding='latin1')  # runs code of the file")
@@ -55,9 +56,6 @@ class NumpyPickle(Format):
             globals=list_globals(pickle),
             content=TorchContent(pickle, reader, found.sources),
         )
-
-    def can_record(self, checkpoint: Checkpoint, state_dict: StateDict) -> bool:  # noqa: ARG002 (no place for any)
-        return False
 
 
 def _no_storage(reference: StorageReference) -> Storage:

@@ -24,7 +24,7 @@ from bntool.checkpoints.files import SourceFile, quote
 from bntool.checkpoints.tensors import MAX_DIMENSIONS, Storage, StoredTensor
 from bntool.checkpoints.torch.state_dicts import find_state_dicts
 from bntool.checkpoints.torch.tensors import StorageReference, TensorReader
-from bntool.errors import CorruptFileError, UnknownFormatError, UnsafeFileError
+from bntool.errors import CorruptFileError, OtherFormatError, UnsafeFileError
 
 _BLOCK = 512
 _MEMBERS = ("pickle", "tensors", "storages")
@@ -38,6 +38,8 @@ class TorchTar(Format):
 
     name = "torch-tar"
     title = "torch (tar, before 0.1.2)"
+    only_values = True
+    has_records = False
     writer = "torch.tar_writing:write"
     loading = LoadingCode(
         ("import torch", "checkpoint = torch.load({path}, weights_only=False)  # runs code of the file")
@@ -49,7 +51,7 @@ class TorchTar(Format):
     def read(self, file: SourceFile) -> Checkpoint:
         members = _read_members(file)
         if not all(name in members for name in _MEMBERS):
-            raise UnknownFormatError("this tar archive was not written by torch.save; unpack it and name a file of it")
+            raise OtherFormatError("the archive lacks a member that torch.save wrote")
         pickles = _Pickles()
         storages = _read_storages(members["storages"], pickles)
         tensors = _read_tensors(members["tensors"], storages, pickles)
@@ -62,9 +64,6 @@ class TorchTar(Format):
             entries=as_mapping(main.root) if is_mapping(main.root) else {},
             globals=list_globals(*pickles.found),
         )
-
-    def can_record(self, checkpoint: Checkpoint, state_dict: object) -> bool:  # noqa: ARG002 (no place for any)
-        return False
 
 
 class _Member:

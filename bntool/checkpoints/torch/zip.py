@@ -15,7 +15,7 @@ from bntool.checkpoints.tensors import Storage
 from bntool.checkpoints.torch.arrays import ArrayReader
 from bntool.checkpoints.torch.state_dicts import TorchContent, find_state_dicts, read_records
 from bntool.checkpoints.torch.tensors import StorageReference
-from bntool.errors import CorruptFileError, UnknownFormatError, UnsafeFileError
+from bntool.errors import CorruptFileError, OtherFormatError, UnsafeFileError
 
 MAX_PICKLE = 1 << 29
 
@@ -93,12 +93,12 @@ def find_layout(archive: ZipArchive) -> ArchiveLayout:
     pickles = [name for name in archive.records if name == "data.pkl" or name.endswith("/data.pkl")]
     top = [name for name in pickles if name.count("/") <= 1]
     if not top:
-        raise UnknownFormatError("this zip archive is no known checkpoint: it has no data.pkl; unpack it first")
+        raise OtherFormatError("the archive has no data.pkl")
     if len(top) > 1:
         raise CorruptFileError("the zip archive holds more than one data.pkl")
     root = top[0].removesuffix("data.pkl")
     if f"{root}constants.pkl" in archive.records:
-        raise UnknownFormatError("this is a TorchScript archive")
+        raise OtherFormatError("this is a TorchScript archive")
     return ArchiveLayout(archive, root, big_endian=is_big_endian(archive, root))
 
 

@@ -16,7 +16,7 @@ from bntool.checkpoints.tensors import MAX_DIMENSIONS, Storage, StoredTensor, Te
 from bntool.checkpoints.torch.zip import ArchiveLayout, is_big_endian, read_loose_records
 from bntool.checkpoints.torch_programs.exported_graph import read_batchnorms
 from bntool.checkpoints.torch_programs.torchscript import RECORD_NAME, find_root
-from bntool.errors import CorruptFileError, UnknownFormatError, UnsafeFileError
+from bntool.errors import CorruptFileError, OtherFormatError, UnsafeFileError
 
 MAX_JSON = 1 << 28
 _CONFIG = "_weights_config.json"
@@ -35,6 +35,7 @@ class ExportedProgram(Format):
 
     name = "exported-program"
     title = "torch.export (.pt2)"
+    only_values = True
     writer = "torch_programs.exported_writing:write"
     holds_code = True
     loading = LoadingCode(("import torch", "model = torch.export.load({path}).module()  # runs code of the file"))
@@ -65,7 +66,7 @@ def _find_root(archive: ZipArchive) -> str:
         record = archive.records[f"{root}archive_format"]
         if record.size < 100 and archive.read(record).strip() == b"pt2":
             return root
-    raise UnknownFormatError("this zip archive is no known checkpoint: it has no data.pkl; unpack it first")
+    raise OtherFormatError("no archive_format says pt2")
 
 
 def read_json_record(archive: ZipArchive, record: ZipRecord, *, allow_nan: bool = False) -> Any:

@@ -22,7 +22,7 @@ from bntool.checkpoints.torch.zip import (
 )
 from bntool.checkpoints.torch_programs.exported import read_json_record
 from bntool.checkpoints.torch_programs.exported_graph import read_batchnorms
-from bntool.errors import CorruptFileError, UnknownFormatError
+from bntool.errors import CorruptFileError, OtherFormatError
 
 _PROGRAM = "serialized_exported_program.json"
 # in torch 2.1 and 2.2 the names end in .json, but the records are no JSON
@@ -51,6 +51,7 @@ class LegacyExport(Format):
 
     name = "exported-program-legacy"
     title = "torch.export (.pt2, before 2.8)"
+    only_values = True
     writer = "torch_programs.exported_writing:write_before_2_8"
     holds_code = True
     loading = LoadingCode(
@@ -63,7 +64,7 @@ class LegacyExport(Format):
     def read(self, file: SourceFile) -> Checkpoint:
         archive = read_archive(file)
         if _PROGRAM not in archive.records:
-            raise UnknownFormatError("this zip archive is no known checkpoint: it has no data.pkl; unpack it first")
+            raise OtherFormatError(f"the archive has no {_PROGRAM}")
         outer, budget = ArchiveLayout(archive, "", big_endian=False, record_name=_RECORD_NAME), OpcodeBudget()
         found = [archive.records[name] for name in _STATE_DICT if name in archive.records]
         if len(found) > 1:
@@ -109,7 +110,7 @@ def _open_nested(
         file = FileSlice(archive.file, offset=record.data_offset, length=record.size)
     try:
         layout = find_layout(read_archive(file))
-    except UnknownFormatError as error:
+    except OtherFormatError as error:
         raise CorruptFileError(f"record {quote(record.name)} is no file of torch.save") from error
     return layout, read_main_pickle(layout, budget=budget)
 

@@ -29,7 +29,7 @@ def write(checkpoint: Checkpoint, path: Path, output: OutputFiles) -> None:
         RefusedError: something else than elements is to change.
     """
     layout = ArchiveLayout.of(checkpoint)
-    patches = collect_value_patches(checkpoint, advice=_ADVICE, can_record=True)
+    patches = collect_value_patches(checkpoint, advice=_ADVICE)
     _write_archive(checkpoint, layout, _patch_records(layout, patches), output.open(path))
 
 
@@ -40,7 +40,7 @@ def write_before_2_8(checkpoint: Checkpoint, path: Path, output: OutputFiles) ->
         RefusedError: something else than elements is to change, or the state dict in it is compressed.
     """
     layout = ExportLayout.of(checkpoint)
-    patches = collect_value_patches(checkpoint, advice=_ADVICE, can_record=True)
+    patches = collect_value_patches(checkpoint, advice=_ADVICE)
     changes = {}
     if patches:
         assert layout.inner is not None

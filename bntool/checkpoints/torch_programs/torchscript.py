@@ -30,7 +30,7 @@ from bntool.checkpoints.torch.zip import (
     resolve_storage,
 )
 from bntool.checkpoints.torch_programs.torchscript_code import ClassText, CodeReader
-from bntool.errors import UnknownFormatError, UnsafeFileError
+from bntool.errors import OtherFormatError, UnsafeFileError
 
 RECORD_NAME = "extra/bntool.json"  # where torch.jit.save puts its _extra_files
 
@@ -40,6 +40,7 @@ class TorchScript(Format):
 
     name = "torchscript"
     title = "TorchScript"
+    only_values = True
     writer = "torch.zip_writing:write_torchscript"
     holds_code = True
     loading = LoadingCode(("import torch", "model = torch.jit.load({path})  # runs code of the file"))
@@ -49,7 +50,7 @@ class TorchScript(Format):
         archive = read_archive(file)
         root = find_root(archive, "constants.pkl")
         if root is None or f"{root}data.pkl" not in archive.records:
-            raise UnknownFormatError("this zip archive is no TorchScript archive")
+            raise OtherFormatError("the archive has no constants.pkl beside data.pkl")
         layout = ArchiveLayout(archive, root, is_big_endian(archive, root), RECORD_NAME)
         pickle = read_main_pickle(layout)
         reader = TensorReader(lambda reference: resolve_storage(layout, reference))

@@ -88,7 +88,7 @@ def test_new_statistics_get_the_scale_factor_one(interop: Path, tmp_path: Path) 
 def test_hdf5_files_of_others_are_named(tmp_path: Path) -> None:
     with h5py.File(tmp_path / "a.h5", "w") as file:
         file["data/x"] = np.arange(3)
-    with pytest.raises(UnknownFormatError, match="neither by Keras nor by Caffe"):
+    with pytest.raises(UnknownFormatError, match="those of Keras and Caffe are read"):
         open_checkpoint(tmp_path / "a.h5")
 
 

@@ -166,7 +166,7 @@ def test_compressed_and_big_endian_datasets_are_decoded(options: dict[str, Any],
 def test_another_hdf5_file_is_named(tmp_path: Path) -> None:
     with h5py.File(tmp_path / "a.h5", "w") as file:
         file["x"] = np.arange(3)
-    with pytest.raises(UnknownFormatError, match="neither by Keras nor by Caffe"):
+    with pytest.raises(UnknownFormatError, match="those of Keras and Caffe are read"):
         open_checkpoint(tmp_path / "a.h5")
 
 
