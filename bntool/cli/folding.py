@@ -117,6 +117,7 @@ def command(
 
       bntool fold net.caffemodel --prototxt net.prototxt -o folded.caffemodel
     """
+    from bntool.cli.progress import show_progress
     from bntool.folding.checkpoint import fold_checkpoint
     from bntool.graphs.declared import read_pairs
     from bntool.models.assignments import parse_assignments
@@ -124,7 +125,7 @@ def command(
     from bntool.reports.report import FileReport, Report
 
     options.require_output(output, unless=dry_run or export is not None)
-    with user_output_to_stderr():
+    with user_output_to_stderr(), show_progress(as_json=as_json, quiet=quiet) as progress:
         result = fold_checkpoint(
             checkpoint,
             output,
@@ -146,6 +147,7 @@ def command(
             dry_run=dry_run,
             force=force,
             strict=strict,
+            on_progress=progress,
         )
     report = FileReport(str(checkpoint), describe_fold(result), show_fold(result))
     print_report(Report("fold", (report,)), as_json=as_json, quiet=quiet)

@@ -1,7 +1,8 @@
-"""How --help is laid out: options in groups, and commands with their whole first sentence."""
+"""How --help is laid out: options in groups, commands with their whole first sentence, in colours on a terminal."""
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import typer.core
@@ -12,6 +13,9 @@ MODEL, JUDGING, SELECTION, OUTPUT = "Model and data", "Before and after", "What 
 
 class Command(typer.core.TyperCommand):
     """A command whose options are shown in groups, those of the output last."""
+
+    def get_help(self, ctx: Any) -> str:
+        return _paint(super().get_help(ctx), ctx)
 
     def collect_usage_pieces(self, ctx: Any) -> list[str]:
         return [piece.strip("{}") for piece in super().collect_usage_pieces(ctx)]
@@ -32,10 +36,25 @@ class Command(typer.core.TyperCommand):
 class Group(typer.core.TyperGroup):
     """The list of commands, with summaries that are wrapped rather than cut."""
 
+    def get_help(self, ctx: Any) -> str:
+        return _paint(super().get_help(ctx), ctx)
+
     def format_commands(self, ctx: Any, formatter: Any) -> None:
         rows = [(name, _summarise(self.get_command(ctx, name))) for name in self.list_commands(ctx)]
         with formatter.section("Commands"):
             formatter.write_dl(rows)
+
+
+def _paint(text: str, ctx: Any) -> str:
+    """The same text with colours where it is drawn for a person; the words stay as they are."""
+    from bntool.cli.output import is_drawn
+
+    if not is_drawn(sys.stdout):
+        return text
+    from bntool.reports.terminal import draw_help
+
+    ctx.color = True  # otherwise click takes colours out again where FORCE_COLOR asks for them
+    return draw_help(text, sys.stdout)
 
 
 def _group_of(parameter: Any) -> str:

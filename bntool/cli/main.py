@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import os
-import sys
 from collections.abc import Sequence
 from enum import IntEnum
 from typing import Annotated
@@ -15,7 +13,7 @@ from typer._click.exceptions import ClickException, UsageError  # since 0.26 typ
 
 from bntool import errors
 from bntool.cli.help import Command, Group
-from bntool.cli.output import print_report
+from bntool.cli.output import is_another_rank, print_report
 from bntool.reports.report import FileReport, Report
 from bntool.version import __version__
 
@@ -104,7 +102,7 @@ def _print_versions() -> None:
     from importlib import metadata
 
     parts = [f"bntool {__version__}", f"Python {platform.python_version()}", platform.platform(terse=True)]
-    for package in ("torch", "numpy", "typer", "Pillow", "h5py", "onnx", "onnxruntime"):
+    for package in ("torch", "numpy", "typer", "rich", "Pillow", "h5py", "onnx", "onnxruntime"):
         with contextlib.suppress(metadata.PackageNotFoundError):
             parts.append(f"{package} {metadata.version(package)}")
     print(", ".join(parts))
@@ -136,9 +134,6 @@ def main(arguments: Sequence[str]) -> int:
     except (typer.Abort, KeyboardInterrupt):
         _fail(errors.InterruptedRunError("interrupted; nothing was written"), arguments)
         return ExitCode.INTERRUPTED
-    except BrokenPipeError:  # the reader of a pipe has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return ExitCode.DONE
 
 
 def _fail(error: errors.BntoolError, arguments: Sequence[str]) -> ExitCode:
@@ -148,13 +143,8 @@ def _fail(error: errors.BntoolError, arguments: Sequence[str]) -> ExitCode:
     if checkpoint and isinstance(error, errors.RefusedError | errors.VerificationError):
         error.about(checkpoint)
     report = Report(command, (FileReport(error.path or checkpoint, error=error),))
-    print_report(report, as_json="--json" in arguments and not (command == "recalibrate" and _is_another_rank()))
+    print_report(report, as_json="--json" in arguments and not (command == "recalibrate" and is_another_rank()))
     return exit_code_of(error)
-
-
-def _is_another_rank() -> bool:
-    """Whether this is one of several processes of a job, and not the one that answers for all."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and os.environ.get("RANK", "0") != "0"
 
 
 def _find_checkpoint(arguments: Sequence[str]) -> str:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 import sys
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, TextIO
 
+from bntool.reports.blocks import Cell, Line, Style
 from bntool.reports.text import MAX_SENTENCE, sanitize
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ _LONGEST_PATH = 4096
 
 
 def print_report(report: Report, *, as_json: bool, quiet: bool = False) -> None:
-    """Print what a command did: as JSON, or as text that fits where it goes."""
+    """Print what a command did: as JSON, or as text that suits where it goes."""
     if as_json:
         from bntool.reports.report import to_json
 
@@ -37,10 +37,14 @@ def print_report(report: Report, *, as_json: bool, quiet: bool = False) -> None:
 
 def print_blocks(blocks: Iterable[Block]) -> None:
     """Print blocks to stdout."""
-    from bntool.reports.tables import render
+    if is_drawn(sys.stdout):
+        from bntool.reports import terminal
 
-    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
-    _write(sys.stdout, render(blocks, width=width, colour=wants_colour(sys.stdout)))
+        _write(sys.stdout, terminal.draw(blocks, sys.stdout))
+    else:
+        from bntool.reports import plain
+
+        _write(sys.stdout, plain.draw(blocks))
 
 
 def print_error(error: BntoolError) -> None:
@@ -48,21 +52,36 @@ def print_error(error: BntoolError) -> None:
     place = [sanitize(error.path, limit=_LONGEST_PATH)] if error.path else []
     place += [sanitize(error.tensor)] if error.tensor else []
     sentence = sanitize(error.sentence, limit=MAX_SENTENCE)
-    _note(f"bntool: error: {': '.join([*place, sentence])}", code="31")
+    _note(f"bntool: error: {': '.join([*place, sentence])}", Style.ERROR)
 
 
 def print_warning(message: str) -> None:
     """One sentence that the user should not miss, to stderr."""
-    _note(f"bntool: warning: {sanitize(message, limit=MAX_SENTENCE)}", code="33")
+    _note(f"bntool: warning: {sanitize(message, limit=MAX_SENTENCE)}", Style.WARNING)
 
 
-def wants_colour(stream: TextIO) -> bool:
-    """Colours on terminals, unless NO_COLOR is set or the terminal is dumb."""
-    return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+def print_note(message: str) -> None:
+    """One sentence about what goes on, to stderr."""
+    _note(f"bntool: {sanitize(message, limit=MAX_SENTENCE)}", Style.PLAIN)
 
 
-def _note(text: str, *, code: str) -> None:
-    _write(sys.stderr, f"\x1b[{code}m{text}\x1b[0m\n" if wants_colour(sys.stderr) else text + "\n")
+def is_drawn(stream: TextIO) -> bool:
+    """Whether what goes to the stream is drawn by rich: for a terminal, or where FORCE_COLOR says so."""
+    return stream.isatty() or bool(os.environ.get("FORCE_COLOR"))
+
+
+def is_another_rank() -> bool:
+    """Whether this is one of several processes of a job, and not the one that answers for all."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and os.environ.get("RANK", "0") != "0"
+
+
+def _note(text: str, style: Style) -> None:
+    if is_drawn(sys.stderr):
+        from bntool.reports import terminal
+
+        _write(sys.stderr, terminal.draw([Line((Cell(text, style),), verbatim=True)], sys.stderr))
+    else:
+        _write(sys.stderr, text + "\n")
 
 
 def _write(stream: TextIO, text: str) -> None:
@@ -70,11 +89,12 @@ def _write(stream: TextIO, text: str) -> None:
     try:
         stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
         stream.flush()
-    except BrokenPipeError:
-        raise
-    except OSError as error:  # a full disk; what is left in the buffer would raise again at exit
+    except OSError as error:
+        # what is left in the buffer would raise again at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-        from bntool.errors import UnwritableFileError
+        if isinstance(error, BrokenPipeError):  # the reader of a pipe has seen enough; the exit code is for others
+            return
+        from bntool.errors import UnwritableFileError  # a full disk
 
         raise UnwritableFileError(f"what was to be printed cannot be written: {error.strerror}") from error
 

@@ -1,63 +1,159 @@
-"""A line on stderr that says how far long work is; on terminals only."""
+"""How far long work is, on stderr: drawn by rich on a terminal, a line every ten seconds in a log."""
 
 from __future__ import annotations
 
+import contextlib
+import os
 import sys
+import threading
 import time
-from types import TracebackType
-from typing import final
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
-from bntool.progress import Progress
-from bntool.reports.text import plural
+from bntool.cli.output import is_another_rank, print_note
+from bntool.progress import OnProgress, Progress, ignore
+from bntool.reports.text import plural, sanitize
 
-_INTERVAL = 0.1  # seconds between two updates
-_DELAY = 0.5  # work that is done sooner shows nothing
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+_LOG_INTERVAL = 10.0  # seconds between two lines of a log
+_DELAY = 0.3  # work that is done sooner shows nothing
+_BAR = 24  # columns
 
 
-@final
-class ProgressLine:
-    """Samples done of each phase, their rate and the time left, on one line that is erased at the end."""
+@contextlib.contextmanager
+def show_progress(*, as_json: bool, quiet: bool) -> Iterator[OnProgress]:
+    """Show what the calls report that are given what this yields; nothing is left on a terminal at the end.
 
-    def __init__(self, *, enabled: bool) -> None:
-        self._enabled = enabled and sys.stderr.isatty()
-        self._phase = ""
-        self._start = self._last = 0.0
-        self._shown = False
+    Args:
+        as_json: the result goes to a program: lines as in a log, for which rich is not imported.
+    """
+    if quiet or is_another_rank():
+        yield ignore
+        return
+    work = _Work()
+    with _draw(work) if sys.stderr.isatty() and not as_json else _log(work):
+        yield work.update
 
-    def __enter__(self) -> ProgressLine:
-        return self
 
-    def __call__(self, progress: Progress) -> None:
-        """Show how far the call is."""
-        if not self._enabled:
-            return
-        now = time.monotonic()
-        if progress.phase != self._phase:
-            self._erase()
-            self._phase, self._start, self._last = progress.phase, now, now + _DELAY - _INTERVAL
-        if not progress.done or now - self._last < _INTERVAL:
-            return
-        self._last, self._shown = now, True
-        rate = progress.done / max(now - self._start, 1e-9)
-        text = f"{progress.phase}: {plural(progress.done, 'sample')}"
+class _Work:
+    """What is being done, since when, and how long the rest will take."""
+
+    def __init__(self) -> None:
+        self._progress: Progress | None = None
+        self._start = time.monotonic()
+        self._durations: list[float] = []  # of the phases that are over, where they have a number of samples
+
+    def update(self, progress: Progress) -> None:
+        """Take note of how far the work is."""
+        before, now = self._progress, time.monotonic()
+        if before is None or progress.phase != before.phase:
+            if before is not None and before.total:
+                self._durations.append(now - self._start)
+            self._start = now
+        self._progress = progress
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds since the phase began."""
+        return time.monotonic() - self._start
+
+    @property
+    def share(self) -> float | None:
+        """How much of all phases is done, 0 to 1; None where they have no number of samples."""
+        progress = self._progress
+        if progress is None or not progress.total:
+            return None
+        phases = progress.phases or (progress.phase,)
+        return (phases.index(progress.phase) + min(progress.done / progress.total, 1)) / len(phases)
+
+    def describe(self) -> str:
+        """In words: the phase, its samples, and the time left for this and all phases to come."""
+        progress = self._progress
+        if progress is None:
+            return ""
+        parts = [_format_duration(self.elapsed)]
         if progress.total:
-            left = max(progress.total - progress.done, 0) / rate if rate else 0.0
-            text = f"{progress.phase}: {progress.done:,} of {plural(progress.total, 'sample')}, {_duration(left)} left"
-        sys.stderr.write(f"\r\x1b[K{text}, {rate:,.0f} a second")
-        sys.stderr.flush()
+            parts = [f"{progress.done:,} of {plural(progress.total, 'sample')}", *self._estimate(progress)]
+        elif progress.done:
+            parts = [plural(progress.done, "sample"), *parts]
+        return f"{sanitize(progress.phase)}: {', '.join(parts)}"
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._erase()
+    def _estimate(self, progress: Progress) -> list[str]:
+        """The time left, if the phases to come take as long as those so far do."""
+        if not progress.done or not progress.total:
+            return []
+        elapsed = self.elapsed
+        whole = max(elapsed * progress.total / progress.done, elapsed)
+        known = [*self._durations, whole]
+        phases = progress.phases or (progress.phase,)
+        ahead = len(phases) - phases.index(progress.phase) - 1
+        return [f"{_format_duration(whole - elapsed + ahead * sum(known) / len(known))} left"]
 
-    def _erase(self) -> None:
-        if self._shown:
-            sys.stderr.write("\r\x1b[K")
-            sys.stderr.flush()
-        self._shown = False
+    def __rich__(self) -> RenderableType:
+        from rich.progress_bar import ProgressBar
+        from rich.spinner import Spinner
+        from rich.table import Table
+        from rich.text import Text
+
+        text = self.describe()
+        if not text or (self.elapsed < _DELAY and not self._durations):
+            return Text()
+        share = self.share
+        # what turns shows that the work goes on
+        sign = Spinner("dots") if share is None else ProgressBar(total=1, completed=share, width=_BAR)
+        row = Table.grid(padding=(0, 1))
+        row.add_row(sign, Text(text, no_wrap=True, overflow="ellipsis"))
+        return row
 
 
-def _duration(seconds: float) -> str:
+@contextlib.contextmanager
+def _draw(work: _Work) -> Iterator[None]:
+    """One line that follows the work; what the user's code prints appears above it."""
+    from rich.live import Live
+
+    from bntool.reports.terminal import make_console
+
+    console = make_console(sys.stderr)
+    if not console.is_interactive:  # a dumb terminal
+        with _log(work):
+            yield
+        return
+    out, err = sys.stdout, sys.stderr
+
+    def restore() -> None:
+        """A worker process writes itself: the lock of the console may be held by a thread that it does not have."""
+        if sys.stderr is not err:
+            sys.stdout, sys.stderr = out, err
+
+    os.register_at_fork(after_in_child=restore)
+    with Live(work, console=console, transient=True, refresh_per_second=8):
+        yield
+
+
+@contextlib.contextmanager
+def _log(work: _Work) -> Iterator[None]:
+    """A line every ten seconds."""
+    over = threading.Event()
+
+    def repeat() -> None:
+        while not over.wait(_LOG_INTERVAL):
+            if text := work.describe():
+                print_note(text)
+
+    thread = threading.Thread(target=repeat, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+def _format_duration(seconds: float) -> str:
     minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes} min"
     return f"{minutes} min {rest} s" if minutes else f"{rest} s"

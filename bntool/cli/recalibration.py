@@ -126,9 +126,10 @@ def command(
 
       bntool recalibrate ckpt.pt --model net.py:build --data data.py:loader --dry-run
     """
-    from bntool.cli.progress import ProgressLine
+    from bntool.cli.progress import show_progress
     from bntool.errors import UsageError
     from bntool.models.assignments import parse_assignments
+    from bntool.progress import Progress
     from bntool.reports.recalibration import describe_recalibration, show_recalibration
     from bntool.reports.report import FileReport, Report
 
@@ -137,9 +138,10 @@ def command(
     options.require_output(output, unless=dry_run)
     wanted = _parse_samples(samples)
     arguments = parse_assignments(model_arg or ())
-    from bntool.recalibration.checkpoint import recalibrate_checkpoint
+    with user_output_to_stderr(), show_progress(as_json=as_json, quiet=quiet) as progress:
+        progress(Progress("importing torch"))
+        from bntool.recalibration.checkpoint import recalibrate_checkpoint
 
-    with user_output_to_stderr(), ProgressLine(enabled=not (as_json or quiet)) as progress:
         result = recalibrate_checkpoint(
             checkpoint,
             None if dry_run else output,

@@ -1,11 +1,12 @@
-"""What a report shows, as data: lines and tables. Rendering them is another matter."""
+"""What a report shows, as data: lines and tables. ``plain.py`` draws them for pipes, ``terminal.py`` for terminals."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from enum import Enum
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
+
+from bntool.reports.text import MAX_NAME, MAX_SENTENCE, sanitize
 
 
 class Style(Enum):
@@ -20,8 +21,7 @@ class Style(Enum):
     ERROR = "error"
 
 
-@dataclass(frozen=True, slots=True)
-class Cell:
+class Cell(NamedTuple):
     """A piece of text of one style. Text from a file is sanitised when it is drawn.
 
     Attributes:
@@ -33,20 +33,25 @@ class Cell:
     is_sentence: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Line:
+class Line(NamedTuple):
     """One line of text, of one or more pieces.
 
     Attributes:
         indent: columns to leave free on the left, also where the line is wrapped.
+        verbatim: it is meant to be pasted: never wrapped and never shortened.
     """
 
     cells: tuple[Cell, ...]
     indent: int = 0
+    verbatim: bool = False
+
+    def pieces(self) -> list[tuple[str, Style]]:
+        """Its text, safe to print, with the style of each piece."""
+        limits = [None if self.verbatim else MAX_SENTENCE if cell.is_sentence else MAX_NAME for cell in self.cells]
+        return [(sanitize(cell.text, limit=limit), cell.style) for cell, limit in zip(self.cells, limits, strict=True)]
 
 
-@dataclass(frozen=True, slots=True)
-class Column:
+class Column(NamedTuple):
     """A column of a table.
 
     Attributes:
@@ -54,7 +59,7 @@ class Column:
         right: align to the right.
         wide: shown only where the terminal is at least this many columns wide.
         narrow: shown only where it is narrower than this; 0 for everywhere.
-        shrinks: may be shortened in its middle where the table is too wide.
+        shrinks: holds names, which may be broken over lines where the table is too wide.
     """
 
     title: str
@@ -64,12 +69,24 @@ class Column:
     shrinks: bool = False
 
 
-@dataclass(frozen=True)
-class Table:
+class Table(NamedTuple):
     """Columns and rows of cells; a row has one cell for each column."""
 
     columns: tuple[Column, ...]
-    rows: Sequence[tuple[Cell, ...]] = field(default_factory=tuple)
+    rows: Sequence[tuple[Cell, ...]] = ()
+
+    def select(self, width: int | None) -> list[int]:
+        """Numbers of the columns that are shown: those meant for the width that are not empty.
+
+        Args:
+            width: of the terminal; None for a pipe, which takes any.
+        """
+        return [
+            index
+            for index, column in enumerate(self.columns)
+            if (not column.narrow if width is None else column.wide <= width and not 0 < column.narrow <= width)
+            and any(row[index].text for row in self.rows)
+        ]
 
 
 Block: TypeAlias = Line | Table
@@ -78,3 +95,8 @@ Block: TypeAlias = Line | Table
 def line(text: str = "", style: Style = Style.PLAIN, *, indent: int = 0) -> Line:
     """A line of one piece."""
     return Line((Cell(text, style),), indent)
+
+
+def verbatim(texts: Sequence[str], style: Style = Style.PLAIN, *, indent: int = 0) -> list[Line]:
+    """Lines of code or commands that are meant to be pasted."""
+    return [Line((Cell(text, style),), indent, verbatim=True) for text in texts]

@@ -6,7 +6,7 @@ from typing import Any
 
 from bntool.conversion.checkpoint import Conversion
 from bntool.plan import Record, SetTensor, describe_step
-from bntool.reports.blocks import Block, Cell, Line, Style, line
+from bntool.reports.blocks import Block, Cell, Line, Style, line, verbatim
 from bntool.reports.freezing import describe_skip
 from bntool.reports.loading import show_loading_code
 from bntool.reports.text import plural
@@ -53,5 +53,9 @@ def show_conversion(conversion: Conversion) -> list[Block]:
         return [*blocks, line("nothing was written", Style.MUTED)]
     state_dict = written.state_dict("" if conversion.new is not None else plan.state_dict)
     loading = show_loading_code(written, state_dict, conversion.output or "")
-    blocks += [line(), line(f"wrote {conversion.output}", Style.GOOD), line("To load it without bntool:", Style.MUTED)]
-    return [*blocks, *(line(text, Style.MUTED, indent=4) for text in loading)]
+    blocks += [
+        line(),
+        *verbatim([f"wrote {conversion.output}"], Style.GOOD),
+        line("To load it without bntool:", Style.MUTED),
+    ]
+    return [*blocks, *verbatim(loading, Style.MUTED, indent=4)]

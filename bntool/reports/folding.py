@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from bntool.checkpoints.state_dicts import choose_state_dict
 from bntool.plan import RemoveModule
-from bntool.reports.blocks import Block, Cell, Column, Line, Style, Table, line
+from bntool.reports.blocks import Block, Cell, Column, Line, Style, Table, line, verbatim
 from bntool.reports.loading import show_loading_code
 from bntool.reports.text import format_number, plural
 
@@ -90,8 +90,8 @@ def show_fold(result: CheckpointFold) -> list[Block]:
     if output is not None:
         blocks += _written(result, output)
     if export is not None and result.program is not None:
-        blocks += [line(), line(f"wrote {export}", Style.GOOD), line("run it:")]
-        blocks += [line(text, indent=2) for text in _running_code(result.program, export)]
+        blocks += [line(), *verbatim([f"wrote {export}"], Style.GOOD), line("run it:")]
+        blocks += verbatim(_running_code(result.program, export), indent=2)
     return blocks
 
 
@@ -226,18 +226,18 @@ def _written(result: CheckpointFold, output: str) -> list[Block]:
     assert result.checkpoint is not None
     edited = result.checkpoint.state_dict(result.state_dict.key)
     lines = show_loading_code(result.checkpoint, edited, output)
-    blocks: list[Block] = [line(), line(f"wrote {output}", Style.GOOD)]
+    blocks: list[Block] = [line(), *verbatim([f"wrote {output}"], Style.GOOD)]
     if result.checkpoint.format.graph_reader:
-        return [*blocks, line("run it:"), *(line(text, indent=2) for text in lines)]
+        return [*blocks, line("run it:"), *verbatim(lines, indent=2)]
     if not any(isinstance(step, RemoveModule) for step in result.plan.steps):
         blocks.append(line("its keys are those of the original; load it into the unmodified model:"))
-        return [*blocks, *(line(text, indent=2) for text in lines)]
+        return [*blocks, *verbatim(lines, indent=2)]
     blocks.append(line("load it into the unmodified model, which becomes the folded one:"))
     is_default = choose_state_dict(result.checkpoint) is edited
     which = "" if is_default else f", state_dict={edited.key!r}"
-    blocks.append(line(f"model = bntool.load_folded(model, {output!r}{which})", indent=2))
+    blocks += verbatim([f"model = bntool.load_folded(model, {output!r}{which})"], indent=2)
     blocks.append(line("or without bntool:"))
-    return [*blocks, *(line(text, indent=2) for text in show_folded_loading(lines))]
+    return [*blocks, *verbatim(show_folded_loading(lines), indent=2)]
 
 
 def show_folded_loading(lines: list[str]) -> list[str]:

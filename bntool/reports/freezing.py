@@ -9,7 +9,7 @@ from bntool.freezing.checkpoint import Carrier, CheckpointFreeze, FreezePlan
 from bntool.freezing.options import FreezeForm
 from bntool.freezing.policy import FreezePolicy
 from bntool.plan import Record, SetAttribute, SetTensor, Skip, describe_step
-from bntool.reports.blocks import Block, Cell, Line, Style, line
+from bntool.reports.blocks import Block, Cell, Line, Style, line, verbatim
 from bntool.reports.loading import show_loading_code
 from bntool.reports.text import plural
 
@@ -56,11 +56,11 @@ def show_freeze(result: CheckpointFreeze) -> list[Block]:
     freeze, output, emitted = result.freeze, result.output, result.code
     blocks: list[Block] = [*_policy(freeze), *_changes(freeze), *_skips(freeze.plan.skips), *_optimizers(freeze)]
     if emitted is not None:
-        blocks += [line(), *(line(text) for text in emitted.rstrip("\n").split("\n"))]
+        blocks += [line(), *verbatim(emitted.rstrip("\n").split("\n"))]
     if output is None:
         return [*blocks, line("nothing was written", Style.MUTED)]
     loading = show_loading_code(result.checkpoint, result.checkpoint.state_dict(freeze.plan.state_dict), output)
-    blocks += [line(), line(f"wrote {output}", Style.GOOD), *_how_to_load(freeze, output, loading)]
+    blocks += [line(), *verbatim([f"wrote {output}"], Style.GOOD), *_how_to_load(freeze, output, loading)]
     return blocks
 
 
@@ -155,7 +155,7 @@ def _how_to_load(freeze: FreezePlan, output: str, loading: Sequence[str]) -> lis
         return [
             *(kept if freeze.carrier is Carrier.NET else []),
             line("It runs as before:", Style.MUTED),
-            *(line(text, Style.MUTED, indent=4) for text in loading),
+            *verbatim(loading, Style.MUTED, indent=4),
         ]
     recorded = any(freeze.plan.steps_of(Record))
     blocks: list[Block] = []
@@ -164,7 +164,7 @@ def _how_to_load(freeze: FreezePlan, output: str, loading: Sequence[str]) -> lis
             line(
                 "Load it; training leaves these layers alone, their statistics too, as long as they are not trainable:"
             ),
-            *(line(text, indent=4) for text in loading),
+            *verbatim(loading, indent=4),
         ]
     if freeze.carrier is Carrier.MODULES:
         warning = "The file freezes until model.train() is called: that switches eval mode off again."
@@ -174,13 +174,12 @@ def _how_to_load(freeze: FreezePlan, output: str, loading: Sequence[str]) -> lis
     if recorded:
         blocks += [
             line("After loading it into the model, and before the optimizer is made and DDP wraps it:"),
-            line("import bntool", indent=4),
-            line(apply_line(output), indent=4),
+            *verbatim(["import bntool", apply_line(output)], indent=4),
         ]
     blocks.append(
         line("Without bntool: --emit python prints the same in plain torch. It loads as before:", Style.MUTED)
     )
-    blocks += [line(text, Style.MUTED, indent=4) for text in loading]
+    blocks += verbatim(loading, Style.MUTED, indent=4)
     return blocks
 
 

@@ -6,7 +6,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from bntool.recalibration.options import Precision
-from bntool.reports.blocks import Block, Cell, Column, Line, Style, Table, line
+from bntool.reports.blocks import Block, Cell, Column, Line, Style, Table, line, verbatim
 from bntool.reports.loading import show_loading_code
 from bntool.reports.text import format_number, format_size, plural
 
@@ -238,6 +238,6 @@ def _written(outcome: CheckpointRecalibration) -> list[Block]:
         return [line("kept the old statistics, because the new ones are not better; nothing was written", Style.NOTICE)]
     if outcome.output is None:
         return [line("nothing was written", Style.MUTED)]
-    blocks: list[Block] = [line(), line(f"wrote {outcome.output}", Style.GOOD), line("Load it without bntool:")]
+    blocks: list[Block] = [line(), *verbatim([f"wrote {outcome.output}"], Style.GOOD), line("Load it without bntool:")]
     loading = show_loading_code(outcome.checkpoint, outcome.state_dict, outcome.output)
-    return [*blocks, *(line(text, indent=2) for text in loading)]
+    return [*blocks, *verbatim(loading, indent=2)]

@@ -12,18 +12,18 @@ MAX_NAME = 300
 MAX_SENTENCE = 2000
 
 
-def sanitize(text: str, *, limit: int = MAX_NAME) -> str:
+def sanitize(text: str, *, limit: int | None = MAX_NAME) -> str:
     """The text with everything that a terminal could obey written as an escape: backslash, x, two digits.
 
     Text from a file is data: it never reaches the terminal raw.
 
     Args:
-        limit: characters of the text; what is longer is cut.
+        limit: characters of the text; what is longer is cut. None for all of them.
     """
     shown = text[:limit]
     if not (shown.isascii() and shown.isprintable()):
         shown = "".join(map(_show, shown))
-    return shown if len(text) <= limit else shown + "…"
+    return shown if limit is None or len(text) <= limit else shown + "…"
 
 
 def _show(character: str) -> str:

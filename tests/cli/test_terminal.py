@@ -1,4 +1,4 @@
-"""What the terminal shows, held as snapshots.
+"""What is shown on terminals and in pipes, held as snapshots.
 
 ``UPDATE_SNAPSHOTS=1 make test`` writes them anew; look at the difference.
 """
@@ -7,8 +7,13 @@ from __future__ import annotations
 
 import io
 import os
+import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
+import torch
 
 from bntool.cli.main import main
 from tests.places import ROOT, SAMPLES
@@ -25,39 +30,99 @@ class Terminal(io.StringIO):
         return True
 
 
-def shown(arguments: list[str], monkeypatch: pytest.MonkeyPatch, *, columns: int | None, colour: bool = True) -> str:
+def shown(arguments: list[str], monkeypatch: pytest.MonkeyPatch, *, columns: int | None, **environment: str) -> str:
     stream: io.StringIO = io.StringIO() if columns is None else Terminal()
     monkeypatch.setattr("sys.stdout", stream)
-    monkeypatch.setenv("TERM", "xterm-256color")
-    monkeypatch.delenv("NO_COLOR", raising=False)
+    for name in ("NO_COLOR", "FORCE_COLOR", "COLORTERM", "COLUMNS"):
+        monkeypatch.delenv(name, raising=False)
     if columns is not None:
-        monkeypatch.setenv("COLUMNS", str(columns))
-    if not colour:
-        monkeypatch.setenv("NO_COLOR", "1")
+        environment = {"COLUMNS": str(columns), **environment}
+    for name, value in {"TERM": "xterm-256color", **environment}.items():
+        monkeypatch.setenv(name, value)
     monkeypatch.chdir(SAMPLES)
     main(arguments)
     return stream.getvalue()
 
 
-CASES = {
-    "inspect-broken-80": (["inspect", "broken_nan_variance.pt"], 80, True),
-    "inspect-broken-200": (["inspect", "broken_nan_variance.pt"], 200, True),
-    "inspect-training-pipe": (["inspect", "digits_training.pt"], None, False),
-    "inspect-dead-80-no-color": (["inspect", "dead_channels.pt"], 80, False),
-    "inspect-drifted-60": (["inspect", "drifted.pt"], 60, False),
-    "inspect-module-all-80": (["inspect", "digits_module.pt", "--all", "--layers", "layer1.0*"], 80, True),
-    "inspect-stats-120": (["inspect", "digits.safetensors", "--stats", "--layers", "neck*"], 120, False),
+BROKEN = ["inspect", "broken_nan_variance.pt"]
+DIFF = ["diff", "digits.pt", "drifted.pt", "--expect", "norm-eval"]
+FREEZE = ["freeze", "digits.pt", "--emit", "python", "--layers", "layer1.*"]
+# columns: None for a pipe
+CASES: dict[str, tuple[list[str], int | None, dict[str, str]]] = {
+    "inspect-broken-80": (BROKEN, 80, {}),
+    "inspect-broken-120": (BROKEN, 120, {}),
+    "inspect-broken-200": (BROKEN, 200, {}),
+    "inspect-broken-pipe": (BROKEN, None, {}),
+    "inspect-broken-pipe-force-color": (BROKEN, None, {"FORCE_COLOR": "1", "COLUMNS": "100"}),
+    "inspect-training-pipe": (["inspect", "digits_training.pt"], None, {}),
+    "inspect-dead-80-no-color": (["inspect", "dead_channels.pt"], 80, {"NO_COLOR": "1"}),
+    "inspect-drifted-60": (["inspect", "drifted.pt"], 60, {"NO_COLOR": "1"}),
+    "inspect-drifted-dumb": (["inspect", "drifted.pt"], 120, {"TERM": "dumb"}),
+    "inspect-module-all-80": (["inspect", "digits_module.pt", "--all", "--layers", "layer1.0*"], 80, {}),
+    "inspect-stats-120": (["inspect", "digits.safetensors", "--stats", "--layers", "neck*"], 120, {"NO_COLOR": "1"}),
+    "diff-80": (DIFF, 80, {}),
+    "diff-120-no-color": (DIFF, 120, {"NO_COLOR": "1"}),
+    "diff-pipe": (DIFF, None, {}),
+    "freeze-emit-80": (FREEZE, 80, {}),
+    "freeze-emit-pipe": (FREEZE, None, {}),
+    "convert-80": (["convert", "digits_training.pt", "--to", "safetensors", "--dry-run"], 80, {}),
+    "help-80": (["--help"], 80, {}),
+    "help-inspect-120": (["inspect", "--help"], 120, {}),
+    "help-inspect-pipe": (["inspect", "--help"], None, {"COLUMNS": "100"}),
 }
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_the_terminal_shows_what_it_showed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    arguments, columns, colour = CASES[name]
-    text = shown(arguments, monkeypatch, columns=columns, colour=colour)
+    arguments, columns, environment = CASES[name]
+    text = shown(arguments, monkeypatch, columns=columns, **environment)
     path = SNAPSHOTS / f"{name}.txt"
     if os.environ.get("UPDATE_SNAPSHOTS"):
         path.write_text(text)
     assert text == path.read_text()
-    assert ("\x1b[" in text) == colour
-    if columns is not None and not colour:
-        assert max(map(len, text.splitlines())) <= columns
+    is_coloured = (columns is not None or "FORCE_COLOR" in environment) and environment.get("TERM") != "dumb"
+    assert ("\x1b[" in text) == is_coloured
+    if "NO_COLOR" in environment:  # bold and dim are no colours
+        assert not re.search(r"\x1b\[[0-9;]*[349][0-7]", text)
+    if columns is not None and "--emit" not in arguments:
+        assert max(map(len, re.sub(r"\x1b\[[0-9;]*m", "", text).splitlines())) <= columns
+
+
+def test_python_to_paste_is_never_broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "a folder with a very long name and several spaces in it so that lines must break somewhere"
+    folder.mkdir()
+    path, out = folder / "m.pt", folder / "out.pt"
+    torch.save(torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4)).state_dict(), path)
+    for command in (
+        ["freeze", str(path), "-o", str(out)],
+        ["fold", str(path), "--pair", "0=1", "--eps", "1e-5", "-o", str(out), "--force"],
+        ["convert", str(path), "--to", "torch", "-o", str(out), "--force"],
+    ):
+        text = re.sub(r"\x1b\[[0-9;]*m", "", shown(command, monkeypatch, columns=80))
+        code = [line for line in text.splitlines() if repr(str(out)) in line]
+        assert code, text
+        for line in code:
+            compile(line.strip(), "pasted", "exec")
+        assert f"wrote {out}" in text.splitlines()
+
+
+def test_pipes_import_no_rich(tmp_path: Path) -> None:
+    script = (
+        "import sys; from bntool.cli.main import main; main(sys.argv[1:]); "
+        "assert not {'rich', 'pygments'} & set(sys.modules), sorted(n for n in sys.modules if n.startswith('rich'))"
+    )
+    sample, out = str(SAMPLES / "digits.pt"), str(tmp_path / "out.pt")
+    for arguments in (
+        ["inspect", sample],
+        ["inspect", sample, "--json"],
+        ["inspect", "nowhere.pt"],
+        ["inspect", "--help"],
+        ["diff", sample, sample],
+        ["freeze", sample, "-o", out],
+        ["convert", sample, "--to", "safetensors", "--dry-run"],
+        ["fold", sample, "--pair", "conv1=bn1", "--eps", "1e-5", "--dry-run"],
+    ):
+        command = [sys.executable, "-c", script, *arguments]
+        environment = {name: value for name, value in os.environ.items() if name != "FORCE_COLOR"}
+        done = subprocess.run(command, check=False, cwd=ROOT, capture_output=True, text=True, env=environment)
+        assert done.returncode == 0, done.stderr

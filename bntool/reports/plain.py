@@ -1,0 +1,45 @@
+"""Drawing blocks for a pipe or a file: aligned text, nothing wrapped, no colours.
+
+It is our own because importing rich would cost as much as listing a checkpoint.
+"""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Iterable
+
+from bntool.reports.blocks import Block, Line, Table
+from bntool.reports.text import sanitize
+
+_GAP = 2
+
+
+def draw(blocks: Iterable[Block]) -> str:
+    """Blocks as text; whatever comes from a file is sanitised."""
+    lines: list[str] = []
+    for block in blocks:
+        lines += [_draw_line(block)] if isinstance(block, Line) else _draw_table(block)
+    return "".join(line + "\n" for line in lines)
+
+
+def _draw_line(line: Line) -> str:
+    return (" " * line.indent + "".join(text for text, _ in line.pieces())).rstrip()
+
+
+def _draw_table(table: Table) -> list[str]:
+    columns = []
+    for index in table.select(None):
+        column = table.columns[index]
+        texts = [sanitize(column.title), *(sanitize(row[index].text) for row in table.rows)]
+        sizes = [_count_columns(text) for text in texts]
+        width = max(sizes)
+        padding = [" " * (width - size) for size in sizes]
+        columns.append([p + t if column.right else t + p for t, p in zip(texts, padding, strict=True)])
+    return [(" " * _GAP).join(row).rstrip() for row in zip(*columns, strict=True)]
+
+
+def _count_columns(text: str) -> int:
+    """How many columns a terminal needs for the text."""
+    if text.isascii():
+        return len(text)
+    return sum(0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
