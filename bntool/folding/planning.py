@@ -163,6 +163,10 @@ class _Folder:
                 self.skip(norm.name, SkipReason.NOT_SELECTED)
             elif quantised:
                 self.skip(norm.name, SkipReason.UNSUPPORTED_DTYPE, "it is quantised: fold before quantising")
+            elif self.graph.evidence is Evidence.STORED:
+                what = norm.class_path.rpartition(".layers.")[2] or norm.kind.value
+                detail = f"it is a {what}, which the graph of the file does not run as a BatchNorm"
+                self.skip(norm.name, SkipReason.NOT_A_BATCHNORM, detail)
             elif self.graph.complete:
                 self.skip(norm.name, SkipReason.NEVER_REACHED, "it did not run in the forward that was observed")
             else:

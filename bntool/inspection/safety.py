@@ -75,8 +75,8 @@ def _warn(loader: Loader, names: str) -> str:
     """Of names that run programs or code."""
     if loader is Loader.KERAS:
         return (
-            f"loading this file would run code that it holds ({names}): do not load it with safe_mode=False, or "
-            "with Keras 2 at all, unless you trust where it comes from"
+            f"loading this file would run code that it holds or reach files, by {names}: do not load it with "
+            "safe_mode=False, with Keras before 3.12 or with Keras 2 at all, unless you trust where it comes from"
         )
     return (
         f"unpickling this file would use {names}, which can run code or reach files: "

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-import builtins
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
-from bntool.checkpoints.checkpoint import Checkpoint, Content, Format, GlobalName, GlobalTrust, StateDict
+from bntool.checkpoints.checkpoint import Checkpoint, Content, Format, StateDict
 from bntool.checkpoints.containers.hdf5 import Hdf5Contents
 from bntool.checkpoints.containers.zips.reading import ZipArchive
 from bntool.checkpoints.files import SourceFile
 from bntool.checkpoints.keras.model import KerasLayer, KerasModel, read_model
+from bntool.checkpoints.keras.trust import judge_configuration
 from bntool.checkpoints.keras.weights import (
     Variables,
     WeightNames,
     expected_variables,
     guess_class,
     guess_variables,
+    has_statistics,
     name_variables,
     number_layers,
 )
@@ -75,9 +76,19 @@ def read_content(config: Any, hdf5: Hdf5Contents, *, archive: ZipArchive | None 
 
 
 def make_checkpoint(
-    file: SourceFile, format_: Format, content: KerasContent, *, entries: Mapping[str, Any], history: History
+    file: SourceFile,
+    format_: Format,
+    content: KerasContent,
+    *,
+    entries: Mapping[str, Any],
+    history: History,
+    training: Any = None,
 ) -> Checkpoint:
-    """The file as every command sees it."""
+    """The file as every command sees it.
+
+    Args:
+        training: the JSON of how the model is trained, where that lies beside its configuration.
+    """
     tensors = content.names.tensors
     state_dict = StateDict("", "", tensors, modules=content.names.modules)
     optimizer: dict[str, Any] = {
@@ -90,8 +101,9 @@ def make_checkpoint(
         format=format_,
         state_dicts=(state_dict,) if tensors else (),
         entries={**about, **entries, **optimizer},
-        globals=tuple(_find_code(content)),
+        globals=tuple(judge_configuration([content.config, training])),
         records={"": history} if history and tensors else {},
+        not_understood=content.names.not_understood,
         content=content,
     )
 
@@ -136,7 +148,7 @@ def _find_numbered(hdf5: Hdf5Contents, model: KerasModel | None, root: str) -> I
     for group in sorted(variables, key=lambda name: (order.get(name, len(order)), name)):
         paths = sorted(variables[group], key=lambda path: int(path.rpartition("/")[2]))
         layer = by_group.get(group)
-        class_name = layer.class_name if layer is not None else guess_class(group.rpartition("/")[2])
+        class_name = layer.kind if layer is not None else guess_class(group.rpartition("/")[2])
         names = expected_variables(layer) if layer is not None else guess_variables(class_name, len(paths))
         if names is None or len(names) != len(paths):
             names = tuple(path.rpartition("/")[2] for path in paths)
@@ -175,45 +187,21 @@ def _find_named(hdf5: Hdf5Contents, model: KerasModel | None, root: str) -> Iter
                 continue
             scope, _, variable = weight.rpartition("/")
             variable = variable.removesuffix(":0")
+            if not scope:  # Keras 1 joins the names by an underscore
+                scope, variable = _split_name(variable, inside or (name,))
             candidates = inside.get(scope.rpartition("/")[2], [])
             owner = candidates[0] if len(candidates) == 1 else None if inside else layer
             place = owner.path if owner is not None else f"{name}.{scope.replace('/', '.')}" if inside else name
             _, found = owners.setdefault(place, (owner, {}))
             found[variable if variable not in found else weight] = path
         for place, (owner, found) in owners.items():
-            class_name = owner.class_name if owner is not None else ""
-            if not class_name and {"moving_mean", "moving_variance"} <= found.keys():
+            class_name = owner.kind if owner is not None else ""
+            if not class_name and has_statistics(found):
                 class_name = "BatchNormalization"
             yield Variables(place, class_name, owner, found)
 
 
-def _find_code(content: KerasContent) -> Iterator[GlobalName]:
-    """What loading the configuration would run or import: functions kept as code, and classes of other packages."""
-    seen: dict[str, GlobalTrust] = {}
-    waiting: list[Any] = [content.config]
-    while waiting:
-        value = waiting.pop()
-        if isinstance(value, list):
-            waiting += reversed(value)
-        if not isinstance(value, dict):
-            continue
-        waiting += reversed(value.values())
-        class_name, module, config = value.get("class_name"), value.get("module"), value.get("config")
-        if class_name == "__lambda__" or (class_name == "Lambda" and _holds_code(config)):
-            seen["keras.layers.Lambda"] = GlobalTrust.SUSPICIOUS
-        elif module == "builtins" and isinstance(config, str) and hasattr(builtins, config):
-            seen[f"builtins.{config}"] = GlobalTrust.SUSPICIOUS  # Keras looks functions up there too
-        elif isinstance(module, str) and isinstance(class_name, str) and module.split(".")[0] not in _KNOWN:
-            seen.setdefault(f"{module}.{class_name}", GlobalTrust.UNKNOWN)
-    for path, trust in seen.items():
-        yield GlobalName(path, called=True, trust=trust)
-
-
-_KNOWN = ("keras", "tf_keras", "keras_hub", "keras_cv", "keras_nlp", "tensorflow", "builtins")
-
-
-def _holds_code(config: Any) -> bool:
-    """Keras 1 and 2 write the code of a Lambda beside ``function_type: lambda``."""
-    return isinstance(config, dict) and (
-        config.get("function_type") == "lambda" or isinstance(config.get("function"), list)
-    )
+def _split_name(weight: str, layers: Iterable[str]) -> tuple[str, str]:
+    """The layer and the variable in a name such as ``bn_1_gamma``; no layer where none begins so."""
+    owner = max((name for name in layers if weight.startswith(f"{name}_")), key=len, default="")
+    return (owner, weight[len(owner) + 1 :]) if owner else ("", weight)

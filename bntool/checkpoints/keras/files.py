@@ -17,7 +17,7 @@ from bntool.checkpoints.records import RECORD_KEY, as_history, parse_record
 from bntool.errors import CorruptFileError, OtherFormatError
 
 CONFIG, METADATA, WEIGHTS = "config.json", "metadata.json", "model.weights.h5"  # records of an archive
-MODEL_CONFIG = "model_config"  # attribute of an HDF5 file
+MODEL_CONFIG, TRAINING_CONFIG = "model_config", "training_config"  # attributes of an HDF5 file
 _SHOWN = ("keras_version", "backend")
 
 
@@ -94,4 +94,12 @@ class KerasHdf5(_Keras):
             raise OtherFormatError("it holds neither layers nor their names")
         content = read_content(parse_config(text) if text is not None else None, hdf5)
         entries: dict[str, Any] = {name: value for name in _SHOWN if (value := hdf5.text("", name)) is not None}
-        return make_checkpoint(file, self, content, entries=entries, history=parse_record(hdf5.text("", RECORD_KEY)))
+        history, training = parse_record(hdf5.text("", RECORD_KEY)), hdf5.text("", TRAINING_CONFIG)
+        return make_checkpoint(
+            file,
+            self,
+            content,
+            entries=entries,
+            history=history,
+            training=parse_config(training) if training is not None else None,
+        )

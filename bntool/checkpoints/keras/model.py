@@ -17,6 +17,8 @@ from bntool.errors import CorruptFileError, UnsafeFileError
 MAX_CONFIG = 1 << 28
 MAX_LAYERS = 100_000
 MAX_NESTING = 32
+_PACKAGES = ("keras", "tf_keras", "tensorflow")  # that Keras's own classes are in
+_MODELS = ("Functional", "Model", "Sequential")
 
 Reference: TypeAlias = tuple[str, int, int]  # layer, which call of it, which of its outputs
 
@@ -29,6 +31,7 @@ class KerasLayer:
         name: as in the model.
         path: the same with the names of the models around it, joined by dots.
         class_name, module: of its class.
+        kind: the class, where it is Keras's own; else a name that no class of Keras has: its code is not in the file.
         config: what its constructor takes.
         calls: for each call what it reads, in order; of a Sequential model nothing.
         trains: for each call whether it is told to compute as in training, whatever the model does.
@@ -40,6 +43,7 @@ class KerasLayer:
     path: str
     class_name: str
     module: str
+    kind: str
     config: Mapping[str, Any] = field(repr=False)
     calls: tuple[tuple[Reference, ...], ...]
     trains: tuple[bool, ...]
@@ -57,6 +61,7 @@ class KerasModel:
     """A Functional or Sequential model.
 
     Attributes:
+        kind: the class of Keras, or a name that no class of Keras has, as in a layer.
         is_sequential: each layer reads the one before it.
         layers: in the order of the file.
         inputs, outputs: of a Functional model.
@@ -65,6 +70,7 @@ class KerasModel:
             where the outputs are named; here all are counted from zero.
     """
 
+    kind: str
     is_sequential: bool
     layers: tuple[KerasLayer, ...]
     inputs: tuple[Reference, ...]
@@ -73,12 +79,30 @@ class KerasModel:
     counts_own: frozenset[str] = frozenset()
     counts_own_shown: frozenset[str] = frozenset()
 
+    @property
+    def is_connected(self) -> bool:
+        """Whether it computes what its layers compute: a subclass may have a forward of its own."""
+        return self.kind in _MODELS
+
     def walk(self) -> Iterator[KerasLayer]:
         """All layers, those of nested models after the model that holds them."""
         for layer in self.layers:
             yield layer
             if layer.model is not None:
                 yield from layer.model.walk()
+
+
+def _find_kind(entry: Mapping[str, Any]) -> str:
+    """The class of Keras that an object is of; for other classes what they are registered as, or where they lie.
+
+    A class that was registered wins over Keras's own, whatever its name; Keras 1 and 2 write the name alone.
+    """
+    class_name, registered = str(entry.get("class_name", "")), entry.get("registered_name")
+    module = entry.get("module", "keras")
+    is_own = isinstance(module, str) and module.split(".")[0] in _PACKAGES
+    if is_own and registered in (None, "", class_name):
+        return class_name
+    return registered if isinstance(registered, str) and ">" in registered else f"{module or 'custom'}.{class_name}"
 
 
 def parse_config(data: bytes | str) -> Any:
@@ -126,7 +150,7 @@ def _read_model(entry: Any, path: str, depth: int) -> KerasModel | None:
     read = tuple(_read_layer(one, name, path, known, depth) for one, name in zip(layers, names, strict=True))
     inputs = tuple(_reference(found) for found in find_references(config.get("input_layers"), known))
     outputs = tuple(_reference(found) for found in find_references(config.get("output_layers"), known))
-    model = _count_calls_from_zero(KerasModel(is_sequential, read, inputs, outputs, config))
+    model = _count_calls_from_zero(KerasModel(_find_kind(entry), is_sequential, read, inputs, outputs, config))
     _check_references(model)
     return model
 
@@ -146,21 +170,27 @@ def _name_of(entry: Mapping[str, Any]) -> str:
 
 def _read_layer(entry: Any, name: str, path: str, known: frozenset[str], depth: int) -> KerasLayer:
     full = f"{path}.{name}" if path else name
-    nodes = entry.get("inbound_nodes")
-    nodes = nodes if isinstance(nodes, list) else []
+    nodes = _nodes_of(entry)
     config = entry.get("config")
     module = entry.get("module")
     return KerasLayer(
         name=name,
         path=full,
         class_name=str(entry.get("class_name", "")),
-        module=module if isinstance(module, str) else "keras.layers",
+        module=module if isinstance(module, str) else "",
+        kind=_find_kind(entry),
         config=config if isinstance(config, dict) else {},
         calls=tuple(tuple(_reference(found) for found in find_references(node, known)) for node in nodes),
         trains=tuple(_is_told_to_train(node) for node in nodes),
         model=_read_model(entry, full, depth + 1),
         entry=entry,
     )
+
+
+def _nodes_of(entry: Any) -> list[Any]:
+    """What is written of the calls of a layer."""
+    nodes = entry.get("inbound_nodes")
+    return nodes if isinstance(nodes, list) else []
 
 
 def find_references(value: Any, known: frozenset[str]) -> Iterator[list[Any]]:
@@ -203,7 +233,7 @@ def _count_calls_from_zero(model: KerasModel) -> KerasModel:
     output is a Functional model's, tf_keras wherever it is read. Every call that is written down is read.
     """
     nested = {layer.name: layer.model for layer in model.layers if layer.model is not None}
-    if any(isinstance(node, dict) for layer in model.layers for node in layer.entry.get("inbound_nodes") or ()):
+    if any(isinstance(node, dict) for layer in model.layers for node in _nodes_of(layer.entry)):
         shown = frozenset(name for name, inner in nested.items() if not inner.is_sequential)
         return replace(model, outputs=_shift(model.outputs, shown), counts_own_shown=shown)
     inside = [reference for layer in model.layers for call in layer.calls for reference in call]

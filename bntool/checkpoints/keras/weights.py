@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from bntool.checkpoints.checkpoint import ModuleInfo
+from bntool.batchnorm import STATISTICS
+from bntool.checkpoints.checkpoint import ModuleInfo, NotUnderstood
 from bntool.checkpoints.containers.hdf5 import Hdf5Contents
 from bntool.checkpoints.containers.protobufs.writing import unused_name
 from bntool.checkpoints.keras.model import KerasLayer, KerasModel
@@ -33,7 +34,12 @@ _NORM_NAMES = {
     "beta": "bias",
     "moving_mean": "running_mean",
     "moving_variance": "running_var",
+    "running_mean": "running_mean",
+    "running_std": "running_var",  # of Keras 1, which keeps a variance under this name
 }
+_STATISTIC = re.compile(r"(moving|running)_?(mean|avg|average|var|variance|std)", re.IGNORECASE)
+_MAYBE_NORM = re.compile(r"batch_?norm|(?<![a-z])bn(?![a-z])", re.IGNORECASE)
+_FEWEST_VECTORS = 3  # of one length, that a layer of an unknown class must have to be taken for a BatchNorm
 
 
 @dataclass(frozen=True)
@@ -62,12 +68,14 @@ class WeightNames:
         modules: by layer.
         places: the dataset of each tensor.
         layers: the layer of the configuration by its name in the state dict.
+        not_understood: layers that may be BatchNorms, of classes or with variables that are not known.
     """
 
     tensors: Mapping[str, Tensor]
     modules: Mapping[str, ModuleInfo]
     places: Mapping[str, str]
     layers: Mapping[str, KerasLayer] = field(repr=False)
+    not_understood: tuple[NotUnderstood, ...] = ()
 
 
 def to_snake_case(name: str) -> str:
@@ -91,7 +99,7 @@ def number_layers(model: KerasModel, order: Sequence[str], inside: str) -> Itera
     counts: dict[str, int] = {}
     for position, name in enumerate(order):
         layer = by_name[name]
-        if not layer.is_layer or (model.is_sequential and position == 0 and layer.class_name == "InputLayer"):
+        if not layer.is_layer or (model.is_sequential and position == 0 and layer.kind == "InputLayer"):
             continue
         group = to_snake_case(layer.class_name)
         if group in counts:
@@ -104,7 +112,7 @@ def number_layers(model: KerasModel, order: Sequence[str], inside: str) -> Itera
 
 def expected_variables(layer: KerasLayer) -> tuple[str, ...] | None:
     """The variables of a layer in the order in which Keras numbers them; None for classes that are not known."""
-    config, name = layer.config, layer.class_name
+    config, name = layer.config, layer.kind
     if name in BATCH_NORMS:
         affine = tuple(v for v, option in (("gamma", "scale"), ("beta", "center")) if config.get(option, True))
         return (*affine, *_STATISTICS, *(_RENORM if config.get("renorm") else ()))
@@ -138,22 +146,60 @@ def name_variables(found: Sequence[Variables], contents: Hdf5Contents) -> Weight
     modules: dict[str, ModuleInfo] = {}
     layers: dict[str, KerasLayer] = {}
     taken: set[str] = set()
+    not_understood: list[NotUnderstood] = []
     for one in found:
         owner = unused_name(one.owner, taken)
         taken.add(owner)
+        reason = _explain_doubt(one, contents)
+        if reason:
+            not_understood.append(NotUnderstood(owner, reason))
         for variable, dataset in one.names.items():
-            role, tensor = _translate(one.class_name, variable, contents.datasets[dataset])
+            role, tensor = _translate(one, variable, contents.datasets[dataset])
             name = unused_name(f"{owner}.{role}", tensors)
             tensors[name], places[name] = tensor, dataset
         if one.layer is not None:
             layers[owner] = one.layer
         if one.class_name:
-            modules[owner] = ModuleInfo(f"keras.layers.{one.class_name}", _attributes(one.layer))
-    return WeightNames(tensors, modules, places, layers)
+            own = one.layer is None or one.class_name == one.layer.class_name
+            class_path = f"keras.layers.{one.class_name}" if own else one.class_name
+            modules[owner] = ModuleInfo(class_path, _attributes(one.layer))
+    return WeightNames(tensors, modules, places, layers, tuple(not_understood))
 
 
-def _translate(class_name: str, variable: str, tensor: StoredTensor) -> tuple[str, StoredTensor]:
-    if class_name in BATCH_NORMS:
+def has_statistics(variables: Collection[str]) -> bool:
+    """Whether the names of variables are those of a BatchNorm, whatever its class."""
+    return {_NORM_NAMES.get(variable, "") for variable in variables} >= set(STATISTICS)
+
+
+def _explain_doubt(one: Variables, contents: Hdf5Contents) -> str:
+    """Why variables may be those of a BatchNorm and are not taken for them; "" where there is no doubt."""
+    if one.class_name in BATCH_NORMS:
+        return "" if has_statistics(one.names) else f"it has other variables than Keras gives it: {_list(one.names)}"
+    if has_statistics(one.names):
+        return ""
+    statistics = [name for name in one.names if _STATISTIC.search(name)]
+    if statistics:
+        return f"it has {_list(statistics)}, but not the other statistics of a BatchNorm"
+    is_known = one.layer is not None and one.class_name == one.layer.class_name
+    config = one.layer.config if one.layer is not None else {}
+    named_so = bool(_MAYBE_NORM.search(f"{one.owner} {one.class_name}"))
+    lengths = [tensor.shape for name in one.names.values() if len((tensor := contents.datasets[name]).shape) == 1]
+    vectors = max(map(lengths.count, lengths), default=0)
+    if "moving_variance_initializer" in config or (
+        not is_known and not one.class_name and (vectors >= _FEWEST_VECTORS or (named_so and vectors > 1))
+    ):
+        what = f"of the class {one.class_name}, which is not Keras's" if one.class_name else "of no known class"
+        return f"a layer {what}, with {len(one.names)} variables without names"
+    return ""
+
+
+def _list(names: Iterable[str]) -> str:
+    return ", ".join(sorted(names)[:8])
+
+
+def _translate(one: Variables, variable: str, tensor: StoredTensor) -> tuple[str, StoredTensor]:
+    class_name = one.class_name
+    if class_name in BATCH_NORMS or has_statistics(one.names):
         return _NORM_NAMES.get(variable, variable), tensor
     space = KERNELS.get(class_name)
     if space is None or not variable.endswith("kernel") or tensor.wrapper or len(tensor.shape) != space + 2:
@@ -184,7 +230,7 @@ def _attributes(layer: KerasLayer | None) -> dict[str, Any]:
         return {}
     config = layer.config
     found: dict[str, Any] = {"trainable": config.get("trainable", True)}
-    if layer.class_name in BATCH_NORMS:
+    if layer.kind in BATCH_NORMS:
         eps, kept = config.get("epsilon", _EPS), config.get("momentum", _MOMENTUM)
         if _is_number(eps):
             found["eps"] = float(eps)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from bntool.batchnorm import STATISTICS
 from bntool.checkpoints.checkpoint import Checkpoint
 from bntool.checkpoints.keras.content import KerasContent
 from bntool.checkpoints.keras.model import KerasLayer, KerasModel, Reference, calls_in_order, order_layers
@@ -35,6 +36,11 @@ def keras_graph(checkpoint: Checkpoint) -> ModelGraph:
             "model.save('model.keras')"
             if content.config is None
             else "the layers of this model are connected by Python code of its own, which is not in the file"
+        )
+    if not content.model.is_connected:
+        raise RefusedError(
+            f"the model is a {content.model.kind}, which is no class of Keras: its own code, which is not in the file, "
+            "may do more than its layers; fold the model inside it, saved as a keras.Model"
         )
     return _Building(content, content.model, checkpoint.state_dicts[0].tensors).build()
 
@@ -94,9 +100,9 @@ class _Building:
     def _add_sequence(self, model: KerasModel, inputs: Sequence[int], *, training: bool) -> list[int]:
         nodes = list(inputs)
         for position, layer in enumerate(model.layers):
-            if layer.class_name == "InputLayer" and nodes:
+            if layer.kind == "InputLayer" and nodes:
                 continue
-            first = not nodes and layer.class_name != "InputLayer"
+            first = not nodes and layer.kind != "InputLayer"
             if first:  # formerly the first layer carried the shape of the input
                 shape = layer.config.get("batch_input_shape")
                 nodes = [self._add_input(shape)]
@@ -117,28 +123,39 @@ class _Building:
         self.calls += 1
         if self.calls > MAX_CALLS:
             raise UnsafeFileError(f"the models of the file call more than {MAX_CALLS} layers")
+        if layer.model is not None and not layer.model.is_connected:
+            return [self._add_unconnected(layer, layer.model, sources)]
         if layer.model is not None:
             return self._add_model(layer.model, sources, training=training) or [self._add_other(layer, sources)]
-        if layer.class_name == "InputLayer":
+        if layer.kind == "InputLayer":
             return [self._add_input(layer.config.get("batch_shape", layer.config.get("batch_input_shape")))]
         own = self.own.get(self.owners.get(layer.path, ""), {})
-        plain = layer.module.startswith(("keras.", "tf_keras.", "tensorflow.")) and len(sources) == 1
-        if plain and layer.class_name in BATCH_NORMS and "running_mean" in own and "running_var" in own:
+        plain = len(sources) == 1
+        if plain and layer.kind in BATCH_NORMS and own.keys() >= set(STATISTICS):
             return [self._add_batch_norm(layer, own, sources[0], training=training, stays=stays)]
-        if plain and layer.class_name in KERNELS and "weight" in own and not layer.config.get("lora_rank"):
+        if plain and layer.kind in KERNELS and "weight" in own and not layer.config.get("lora_rank"):
             return [self._add_producer(layer, own, sources[0])]
         return [self._add_other(layer, sources)]
+
+    def _add_unconnected(self, layer: KerasLayer, model: KerasModel, sources: Sequence[int]) -> int:
+        """A nested model whose own code, which is not in the file, calls its layers: it lies around each of them."""
+        inside = {one.path: self.own.get(self.owners.get(one.path, ""), {}) for one in model.walk()}
+        norms = [one for one in model.walk() if one.kind in BATCH_NORMS and inside[one.path].keys() >= set(STATISTICS)]
+        reads = [key for path, own in inside.items() if path not in {one.path for one in norms} for key in own.values()]
+        kind = f"the own code of {model.kind}"
+        node = self.builder.add(NodeKind.OTHER, kind, inputs=sources, reads=reads, layer=layer.path, class_name=kind)
+        for one in norms:
+            self._add_batch_norm(one, inside[one.path], node, training=False, stays=True)
+        return node
 
     def _add_other(self, layer: KerasLayer, sources: Sequence[int]) -> int:
         own = self.own.get(self.owners.get(layer.path, ""), {})
         node = self.builder.add(
-            NodeKind.OTHER, layer.class_name, inputs=sources, reads=own.values(), layer=layer.path,
-            class_name=layer.class_name,
+            NodeKind.OTHER, layer.kind, inputs=sources, reads=own.values(), layer=layer.path,
+            class_name=layer.kind,
         )  # fmt: skip
-        rank = self.ranks.get(sources[0]) if sources and layer.class_name in _SAME_RANK else None
-        if layer.class_name == "Flatten" or (
-            layer.class_name.startswith("Global") and not layer.config.get("keepdims")
-        ):
+        rank = self.ranks.get(sources[0]) if sources and layer.kind in _SAME_RANK else None
+        if layer.kind == "Flatten" or (layer.kind.startswith("Global") and not layer.config.get("keepdims")):
             rank = 2
         if rank is not None:
             self.ranks[node] = rank
@@ -154,14 +171,14 @@ class _Building:
         eps = layer.config.get("epsilon", 1e-3)
         node = self.builder.add(
             NodeKind.BATCH_NORM,
-            layer.class_name,
+            layer.kind,
             inputs=[source],
             layer=layer.path,
-            class_name=layer.class_name,
+            class_name=layer.kind,
             parameters=own,
             channels=lengths[0],
             eps=float(eps) if isinstance(eps, int | float) else None,
-            training=training,
+            training=training or bool(layer.config.get("mode")),  # of Keras 1: not 0 are statistics of the batch
             owner=Owner.PART if stays else Owner.WHOLE,
             axis=_normalise(axis, rank),
         )
@@ -178,30 +195,30 @@ class _Building:
 
     def _add_producer(self, layer: KerasLayer, own: Mapping[str, str], source: int) -> int:
         shape = self.tensors[own["weight"]].shape
-        space = KERNELS[layer.class_name]
+        space = KERNELS[layer.kind]
         if len(shape) != max(space + 2, 2):
             return self._add_other(layer, [source])
         rank = space + 2 if space else self._rank_of_input(layer, source)
         first = space and layer.config.get("data_format") == "channels_first"
         facts: dict[str, Any] = {
             "layer": layer.path,
-            "class_name": layer.class_name,
+            "class_name": layer.kind,
             "axis": _normalise(1 if first else _LAST, rank),
             "padded": layer.config.get("padding", "valid") != "valid",
         }
         weight = {role: own[role] for role in ("weight", "bias") if role in own}
-        if layer.class_name in SEPARABLE:  # two convolutions, one after the other
+        if layer.kind in SEPARABLE:  # two convolutions, one after the other
             source = self._add_depthwise(layer, own, source, facts)
             facts["padded"] = False
-        if layer.class_name in DEPTHWISE:
+        if layer.kind in DEPTHWISE:
             node = self._add_depthwise(layer, own, source, facts)
         else:
-            groups = self._groups(layer) if layer.class_name in CONVOLUTIONS else 1
-            transposed = layer.class_name in TRANSPOSED
+            groups = self._groups(layer) if layer.kind in CONVOLUTIONS else 1
+            transposed = layer.kind in TRANSPOSED
             kind = NodeKind.CONV_TRANSPOSE if transposed else NodeKind.CONVOLUTION if space else NodeKind.LINEAR
             channels, inputs = (shape[1], shape[0]) if transposed else (shape[0], shape[1] * groups)
             node = self.builder.add(
-                kind, layer.class_name, inputs=[source], parameters=weight, channels=channels, groups=groups,
+                kind, layer.kind, inputs=[source], parameters=weight, channels=channels, groups=groups,
                 input_channels=inputs, **facts,
             )  # fmt: skip
         if "bias" in own:
@@ -211,7 +228,7 @@ class _Building:
         return self._add_activation(layer, node, rank)
 
     def _channels(self, layer: KerasLayer, shape: Sequence[int]) -> int:
-        return shape[1] if layer.class_name in TRANSPOSED else shape[0]
+        return shape[1] if layer.kind in TRANSPOSED else shape[0]
 
     def _groups(self, layer: KerasLayer) -> int:
         groups = layer.config.get("groups", 1)
@@ -219,7 +236,7 @@ class _Building:
 
     def _add_depthwise(self, layer: KerasLayer, own: Mapping[str, str], source: int, facts: Mapping[str, Any]) -> int:
         """One convolution for each input channel: of a DepthwiseConv, or the first half of a SeparableConv."""
-        half = layer.class_name in SEPARABLE
+        half = layer.kind in SEPARABLE
         key = own.get("depthwise_weight") if half else own["weight"]
         if key is None:
             return self._add_other(layer, [source])
@@ -228,7 +245,7 @@ class _Building:
         groups = channels // multiplier if isinstance(multiplier, int) and multiplier > 0 else channels
         parameters = {"weight": key} if half else {role: own[role] for role in ("weight", "bias") if role in own}
         return self.builder.add(
-            NodeKind.CONVOLUTION, layer.class_name, inputs=[source], parameters=parameters, channels=channels,
+            NodeKind.CONVOLUTION, layer.kind, inputs=[source], parameters=parameters, channels=channels,
             groups=groups, input_channels=groups, has_bias_slot=not half, **facts,
         )  # fmt: skip
 
@@ -238,7 +255,7 @@ class _Building:
         if activation in (None, "linear"):
             return node
         name = activation if isinstance(activation, str) else "activation"
-        after = self.builder.add(NodeKind.OTHER, name, inputs=[node], layer=layer.path, class_name=layer.class_name)
+        after = self.builder.add(NodeKind.OTHER, name, inputs=[node], layer=layer.path, class_name=layer.kind)
         if rank is not None:
             self.ranks[after] = rank
         return after

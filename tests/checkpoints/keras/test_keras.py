@@ -427,3 +427,63 @@ def test_folding_twice_gives_the_same_bytes(interop: Path, tmp_path: Path) -> No
             capture_output=True,
         )
     assert len({path.read_bytes() for path in tmp_path.iterdir()}) == 1
+
+
+def _write_keras_1(path: Path, *, config: bool, suffix: str = "", inside: str = "") -> dict[str, Any]:
+    """A file of Keras 1: names joined by an underscore, a variance that is called running_std."""
+    rng = np.random.default_rng(0)
+    layers = [{"class_name": "BatchNormalization", "config": {"name": "bn_1", "epsilon": 1e-3, "mode": 0, "axis": -1}}]
+    model: Any = {"class_name": "Sequential", "config": layers}
+    if inside:
+        model = {"class_name": "Sequential", "config": [{**model, "name": inside}]}
+    values = {f"bn_1_{name}": rng.uniform(1, 2, 6) for name in ("gamma", "beta", "running_mean", "running_std")}
+    with h5py.File(path, "w") as file:
+        if config:
+            file.attrs["model_config"] = json.dumps(model).encode()
+            file.attrs["keras_version"] = b"1.2.2"
+        root = file.create_group("model_weights") if config else file
+        owner = inside or "bn_1"
+        root.attrs["layer_names"] = [owner.encode()]
+        group = root.create_group(owner)
+        group.attrs["weight_names"] = [f"{name}{suffix}".encode() for name in values]
+        for name, numbers in values.items():
+            group[name + suffix] = numbers.astype("f4")
+    return values
+
+
+@pytest.mark.parametrize("suffix", ["", ":0"])
+@pytest.mark.parametrize(("config", "inside"), [(True, ""), (False, ""), (True, "model_1")])
+def test_keras_1_calls_its_variance_running_std(config: bool, inside: str, suffix: str, tmp_path: Path) -> None:
+    values = _write_keras_1(tmp_path / "a.h5", config=config, suffix=suffix, inside=inside)
+    with open_checkpoint(tmp_path / "a.h5") as checkpoint:
+        (layer,) = find_batchnorms(checkpoint.state_dict(""))
+        found = {role: list(read_numbers(layer.tensors[role])) for role in layer.tensors}
+    assert layer.name == (f"{inside}.bn_1" if inside else "bn_1")
+    assert layer.eps == (1e-3 if config else None)
+    words = {"weight": "gamma", "bias": "beta", "running_mean": "running_mean", "running_var": "running_std"}
+    assert found == {role: list(values[f"bn_1_{name}"].astype("f4")) for role, name in words.items()}
+
+
+@pytest.mark.parametrize("missing", ["running_mean", "running_std"])
+def test_half_of_the_statistics_are_not_passed_over(
+    missing: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _write_keras_1(tmp_path / "a.h5", config=False)
+    with h5py.File(tmp_path / "a.h5", "r+") as file:
+        names = [name for name in np.asarray(file["bn_1"].attrs["weight_names"], "S") if missing.encode() not in name]
+        file["bn_1"].attrs["weight_names"] = names
+    assert main(["inspect", str(tmp_path / "a.h5"), "--fail-on", "error"]) == ExitCode.FINDINGS
+    out = capsys.readouterr().out
+    assert "not-understood" in out
+    assert "no BatchNorm layer was found" not in out
+
+
+def test_vectors_of_an_unknown_layer_are_not_passed_over(interop: Path, tmp_path: Path) -> None:
+    """Weights alone: a group that is named after no class of Keras, with four vectors of one length."""
+    path = tmp_path / "a.weights.h5"
+    path.write_bytes((interop / "keras_tiny.weights.h5").read_bytes())
+    with h5py.File(path, "r+") as file:
+        file.move("layers/batch_normalization", "layers/my_norm")
+    with open_checkpoint(path) as checkpoint:
+        assert len(checkpoint.not_understood) == 1
+        assert len(find_batchnorms(checkpoint.state_dict(""))) == 4

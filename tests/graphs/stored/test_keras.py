@@ -18,10 +18,12 @@ import torch
 from torch.nn import functional
 
 from bntool.checkpoints.application import apply_plan
+from bntool.checkpoints.batchnorms import find_batchnorms
 from bntool.checkpoints.formats import open_checkpoint
 from bntool.checkpoints.keras.model import order_layers, read_model
 from bntool.checkpoints.saving import save_checkpoint
 from bntool.checkpoints.tensors import read_numbers
+from bntool.cli.main import ExitCode, main
 from bntool.errors import BntoolError, RefusedError
 from bntool.freezing.checkpoint import Carrier, plan_freeze
 from bntool.graphs.graph import Evidence
@@ -195,6 +197,85 @@ def test_the_configuration_is_proof() -> None:
         assert {layer: calls[0].eps for layer, calls in graph.batchnorms.items()}["bn_dw"] == 1e-5
 
 
+OWN_CLASSES = {  # as Keras 3 and, in .h5 files, Keras 2 and 3 write layers that are not their own
+    "registered": {"module": None, "class_name": "Conv2D", "registered_name": "mine>Conv2D"},
+    "registered, and says it is Keras's": {"module": "keras.layers", "registered_name": "mine>Conv2D"},
+    "in a script": {"module": None, "class_name": "Conv2D", "registered_name": "Conv2D"},
+    "in a package": {"module": "mine.layers", "class_name": "Conv2D", "registered_name": "Conv2D"},
+    "of another name": {"class_name": "MyConv2D"},
+    "of Keras 2": {"class_name": "mine>Conv2D"},
+}
+OWN_MODELS = {
+    "registered": {"module": None, "class_name": "Twice", "registered_name": "mine>Twice"},
+    "registered as Functional": {"module": None, "class_name": "Functional", "registered_name": "mine>Functional"},
+    "in a script": {"module": None, "class_name": "Twice", "registered_name": "Twice"},
+    "of Keras 2": {"class_name": "Twice"},
+}
+
+
+@pytest.mark.parametrize("case", OWN_CLASSES)
+def test_a_convolution_with_a_forward_of_its_own_is_no_producer(case: str, tmp_path: Path) -> None:
+    config = config_of(FOLDER / "keras_tiny.keras")
+    next(one for one in config["config"]["layers"] if one["name"] == "conv1").update(OWN_CLASSES[case])
+    _rewrite_config(config, tmp_path / "a.keras")
+    plan = fold_file(tmp_path / "a.keras", tmp_path / "b.keras")
+    (skip,) = (skip for skip in plan.skips if skip.layer == "bn1")
+    assert skip.reason.value == "not adjacent"
+    assert "conv1" in skip.detail
+    assert "bn1" not in {fold.layer for fold in plan.folds}
+
+
+@pytest.mark.parametrize("case", [case for case, entry in OWN_CLASSES.items() if entry.get("class_name") == "Conv2D"])
+def test_a_batchnorm_with_a_forward_of_its_own_is_not_judged(case: str, tmp_path: Path) -> None:
+    change = {key: str(value).replace("Conv2D", "BatchNormalization") for key, value in OWN_CLASSES[case].items()}
+    change |= {"module": None} if OWN_CLASSES[case].get("module", "") is None else {}
+    config = config_of(FOLDER / "keras_tiny.keras")
+    next(one for one in config["config"]["layers"] if one["name"] == "bn1").update(change)
+    _rewrite_config(config, tmp_path / "a.keras")
+    with open_checkpoint(tmp_path / "a.keras") as checkpoint:
+        assert [one.name for one in checkpoint.not_understood] == ["bn1"]
+        assert len(find_batchnorms(checkpoint.state_dict(""))) == 4
+    assert main(["inspect", str(tmp_path / "a.keras"), "--fail-on", "error"]) == ExitCode.FINDINGS
+    assert "bn1" not in {fold.layer for fold in fold_file(tmp_path / "a.keras", tmp_path / "b.keras").folds}
+
+
+@pytest.mark.parametrize("case", OWN_MODELS)
+@pytest.mark.parametrize("sequential", [False, True])
+def test_a_model_with_a_forward_of_its_own_is_refused(case: str, sequential: bool, tmp_path: Path) -> None:
+    source = RECORDED / "sequential.keras" if sequential else FOLDER / "keras_tiny.keras"
+    config = config_of(source)
+    config.update(OWN_MODELS[case])
+    if "module" not in OWN_MODELS[case]:
+        config.pop("module"), config.pop("registered_name")
+    _rewrite_config(config, tmp_path / "a.keras", source=source)
+    with open_checkpoint(tmp_path / "a.keras") as checkpoint:
+        assert find_batchnorms(checkpoint.state_dict(""))
+    with pytest.raises(RefusedError, match="own code"):
+        fold_file(tmp_path / "a.keras", tmp_path / "b.keras")
+
+
+def test_a_model_inside_with_a_forward_of_its_own_is_left_alone(tmp_path: Path) -> None:
+    source = RECORDED / "nested.keras"
+    config = config_of(source)
+    inner = next(one for one in config["config"]["layers"] if one["class_name"] == "Functional")
+    inner.update(OWN_MODELS["registered as Functional"])
+    _rewrite_config(config, tmp_path / "a.keras", source=source)
+    plan = fold_file(tmp_path / "a.keras", tmp_path / "b.keras")
+    inside = [skip for skip in plan.skips if skip.layer.startswith(f"{inner['name']}.")]
+    assert inside
+    assert all("the own code of mine>Functional" in skip.detail for skip in inside)
+    assert not [fold for fold in plan.folds if fold.layer.startswith(f"{inner['name']}.")]
+
+
+@pytest.mark.parametrize("mode", [0, 1, 2])
+def test_keras_1_normalises_by_the_batch_in_other_modes(mode: int, tmp_path: Path) -> None:
+    config = config_of(FOLDER / "keras_tiny.keras")
+    next(one for one in config["config"]["layers"] if one["name"] == "bn1")["config"]["mode"] = mode
+    _rewrite_config(config, tmp_path / "a.keras")
+    skips = _skips(tmp_path / "a.keras", tmp_path / "b.keras")
+    assert skips.get("bn1") == (None if mode == 0 else "normalises by batch statistics")
+
+
 @pytest.mark.parametrize("change", ["subclass", "renamed", "lora"])
 def test_only_layers_of_keras_itself_are_folded(change: str, tmp_path: Path) -> None:
     config = config_of(FOLDER / "keras_tiny.keras")
@@ -232,11 +313,11 @@ def test_a_graph_in_a_circle_is_refused(tmp_path: Path) -> None:
     assert order_layers(model) is None
 
 
-def _rewrite_config(config: Any, target: Path) -> None:
-    source = zipfile.ZipFile(FOLDER / "keras_tiny.keras")
+def _rewrite_config(config: Any, target: Path, *, source: Path = FOLDER / "keras_tiny.keras") -> None:
+    original = zipfile.ZipFile(source)
     with zipfile.ZipFile(target, "w") as archive:
-        for name in source.namelist():
-            archive.writestr(name, json.dumps(config) if name == "config.json" else source.read(name))
+        for name in original.namelist():
+            archive.writestr(name, json.dumps(config) if name == "config.json" else original.read(name))
 
 
 def _skips(source: Path, target: Path) -> Mapping[str, str]:
