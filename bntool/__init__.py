@@ -21,16 +21,20 @@ if TYPE_CHECKING:
     from bntool.checkpoints.formats import open_checkpoint as open_checkpoint
     from bntool.checkpoints.saving import save_checkpoint as save_checkpoint
     from bntool.checkpoints.state_dicts import choose_state_dict as choose_state_dict
-    from bntool.comparison.checkpoint import compare_checkpoints as compare_checkpoints
+    from bntool.comparison.checkpoint import diff as diff
+    from bntool.conversion.checkpoint import convert as convert
     from bntool.errors import BntoolError as BntoolError
+    from bntool.folding.checkpoint import fold_checkpoint as fold_checkpoint
     from bntool.folding.live import fold as fold
     from bntool.folding.loading import load_folded as load_folded
+    from bntool.freezing.checkpoint import freeze_checkpoint as freeze_checkpoint
     from bntool.freezing.live import apply_freeze as apply_freeze
     from bntool.freezing.live import freeze as freeze
     from bntool.freezing.live import frozen as frozen
     from bntool.freezing.live import unfreeze as unfreeze
-    from bntool.inspection.checkpoint import inspect_checkpoint as inspect_checkpoint
+    from bntool.inspection.checkpoint import inspect as inspect
     from bntool.plan import Plan as Plan
+    from bntool.recalibration.checkpoint import recalibrate_checkpoint as recalibrate_checkpoint
     from bntool.recalibration.live import recalibrate as recalibrate
 
 # public name -> module that defines it
@@ -43,15 +47,19 @@ _PUBLIC = {
     "apply_freeze": "bntool.freezing.live",
     "apply_plan": "bntool.checkpoints.application",
     "choose_state_dict": "bntool.checkpoints.state_dicts",
-    "compare_checkpoints": "bntool.comparison.checkpoint",
+    "convert": "bntool.conversion.checkpoint",
+    "diff": "bntool.comparison.checkpoint",
     "find_batchnorms": "bntool.checkpoints.batchnorms",
     "fold": "bntool.folding.live",
+    "fold_checkpoint": "bntool.folding.checkpoint",
     "freeze": "bntool.freezing.live",
+    "freeze_checkpoint": "bntool.freezing.checkpoint",
     "frozen": "bntool.freezing.live",
-    "inspect_checkpoint": "bntool.inspection.checkpoint",
+    "inspect": "bntool.inspection.checkpoint",
     "load_folded": "bntool.folding.loading",
     "open_checkpoint": "bntool.checkpoints.formats",
     "recalibrate": "bntool.recalibration.live",
+    "recalibrate_checkpoint": "bntool.recalibration.checkpoint",
     "save_checkpoint": "bntool.checkpoints.saving",
     "scale_and_shift": "bntool.batchnorm",
     "unfreeze": "bntool.freezing.live",

@@ -9,6 +9,8 @@ from enum import Enum
 from fnmatch import fnmatchcase
 from typing import Any
 
+from bntool.errors import UsageError
+
 DEFAULT_EPS = 1e-5  # of torch.nn.BatchNorm*; a file that holds only tensors cannot tell whether it was changed
 
 
@@ -79,7 +81,7 @@ ROLES = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 STATISTICS = ("running_mean", "running_var")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class BatchNorm:
     """One normalisation layer.
 
@@ -87,7 +89,7 @@ class BatchNorm:
         name: dotted module path, without the prefix of wrappers.
         kind: what it is.
         num_features: number of channels; None where nothing tells.
-        tensors: what is present, by role (``weight``, ``bias``, ``running_mean``, ``running_var``,
+        tensors: what is present and not read yet, by role (``weight``, ``bias``, ``running_mean``, ``running_var``,
             ``num_batches_tracked``, and whatever else lies beside them).
         eps: None where it is not known.
         eps_source: where it is known from.
@@ -108,9 +110,63 @@ class BatchNorm:
     attributes: Mapping[str, Any] = field(default_factory=dict)
     version: int | None = None
 
+    def __repr__(self) -> str:
+        channels = "? channels" if self.num_features is None else f"{self.num_features} channels"
+        eps = "eps unknown" if self.eps is None else f"eps={self.eps:g} ({self.eps_source.value})"
+        return f"<{self.kind.value} {self.name!r}: {channels}, {eps}, {', '.join(self.tensors)}>"
+
     @property
     def affine(self) -> bool:
         return "weight" in self.tensors
+
+    @property
+    def training(self) -> bool | None:
+        """Its mode; None where nothing tells."""
+        return self._switch("training")
+
+    @property
+    def track_running_stats(self) -> bool | None:
+        """None where nothing tells."""
+        return self._switch("track_running_stats")
+
+    def _switch(self, name: str) -> bool | None:
+        value = self.attributes.get(name)
+        return value if isinstance(value, bool) else None
+
+    def read(self, role: str) -> Any:
+        """A tensor as a numpy array, read now; None where it has none. bfloat16 comes as float32, exactly.
+
+        Raises:
+            ValueError: the file holds no plain elements for it.
+            CorruptFileError, UnreadableFileError: it cannot be read, or the file is closed.
+        """
+        tensor = self.tensors.get(role)
+        return None if tensor is None else tensor.numpy()
+
+    @property
+    def weight(self) -> Any:
+        """See :meth:`read`."""
+        return self.read("weight")
+
+    @property
+    def bias(self) -> Any:
+        """See :meth:`read`."""
+        return self.read("bias")
+
+    @property
+    def running_mean(self) -> Any:
+        """See :meth:`read`."""
+        return self.read("running_mean")
+
+    @property
+    def running_var(self) -> Any:
+        """See :meth:`read`."""
+        return self.read("running_var")
+
+    @property
+    def num_batches_tracked(self) -> Any:
+        """See :meth:`read`."""
+        return self.read("num_batches_tracked")
 
     @property
     def has_statistics(self) -> bool:
@@ -153,3 +209,36 @@ def selects(globs: Sequence[str], name: str) -> bool:
     """Whether a layer is selected: by any of the globs, or by there being none; a text alone is one glob."""
     globs = (globs,) if isinstance(globs, str) else globs
     return not globs or any(fnmatchcase(name, glob) for glob in globs)
+
+
+_SHOWN = 6  # layers that a sentence names
+
+
+def check_globs(globs: Sequence[str], names: Sequence[str]) -> None:
+    """Hold each glob against the layers there are; without layers there is nothing to say.
+
+    Args:
+        names: of all layers that could be selected.
+
+    Raises:
+        UsageError: a glob selects none of them; the message says what was probably meant, and what there is.
+    """
+    for glob in (globs,) if isinstance(globs, str) else globs:
+        if names and not any(fnmatchcase(name, glob) for name in names):
+            meant = _guess(glob, names)
+            hint = f"; {meant!r} would select {sum(fnmatchcase(n, meant) for n in names)} of them" if meant else ""
+            listed = ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
+            raise UsageError(
+                f"--layers {glob!r} selects none of the {len(names)} BatchNorm layers{hint}; there are: {listed}"
+            )
+
+
+def _guess(glob: str, names: Sequence[str]) -> str:
+    """A glob that selects something and is near the one given; "" where none is."""
+    import difflib
+
+    plain = glob.rstrip(".*/").replace("/", ".")
+    inner = plain.partition(".")[2]  # without a wrapper's prefix
+    candidates = [f"{plain}.*", plain, f"*.{plain}", f"*.{plain}.*", inner, f"{inner}.*", f"*{plain}*"]
+    found = next((c for c in candidates if c.strip(".*") and any(fnmatchcase(name, c) for name in names)), "")
+    return found or next(iter(difflib.get_close_matches(plain, names, n=1)), "")

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
+from bntool.checkpoints.as_array import AsArray
 from bntool.checkpoints.dtypes import DType
 from bntool.checkpoints.files import Chunk
 from bntool.checkpoints.tensors import Tensor
 
 
 @dataclass(frozen=True, slots=True)
-class ScaledTensor:
+class ScaledTensor(AsArray):
     """Another tensor times factors along some of its dimensions, computed when it is read.
 
     The product is taken in float64 and rounded once to the source's dtype.

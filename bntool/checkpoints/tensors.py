@@ -6,8 +6,9 @@ import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol, cast
+from typing import Any, Literal, Protocol, cast
 
+from bntool.checkpoints.as_array import AsArray
 from bntool.checkpoints.dtypes import DType, decode_numbers, encode_numbers
 from bntool.checkpoints.files import CHUNK, ByteSource, Chunk
 from bntool.errors import BntoolError, CorruptFileError, UnsafeFileError
@@ -28,6 +29,10 @@ class Tensor(Protocol):
 
     def chunks(self) -> Iterator[Chunk]:
         """The elements in C order, little endian, a piece at a time."""
+        ...
+
+    def numpy(self) -> Any:
+        """The elements as an array of numpy."""
         ...
 
 
@@ -112,7 +117,7 @@ class Storage:
 
 
 @dataclass(frozen=True, slots=True)
-class StoredTensor:
+class StoredTensor(AsArray):
     """A tensor of a file: a strided view of a storage.
 
     Attributes:
@@ -268,7 +273,7 @@ def swap_bytes(data: Chunk, item: int) -> bytes:
 
 
 @dataclass(frozen=True, slots=True)
-class LiteralTensor:
+class LiteralTensor(AsArray):
     """A small tensor given by its elements, C order, little endian."""
 
     dtype: DType

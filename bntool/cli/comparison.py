@@ -55,20 +55,13 @@ def command(
 
       bntool diff ckpt.pt ckpt.pt --state-dict model --state-dict-b model_ema
     """
-    from bntool.checkpoints.formats import open_checkpoint
     from bntool.cli.main import ExitCode
-    from bntool.comparison.checkpoint import compare_checkpoints, find_violations
+    from bntool.comparison.checkpoint import diff
     from bntool.reports.comparison import describe_comparison, show_comparison
     from bntool.reports.report import FileReport, Report
 
-    with open_checkpoint(a) as one, open_checkpoint(b) as two:
-        comparison = compare_checkpoints(
-            one, two, state_dict=state_dict, state_dict_b=state_dict_b, layers=layers or ()
-        )
-    violations = [] if expect is None else find_violations(comparison, expect)
-    facts = describe_comparison(comparison, path_b=str(b), expectation=expect, violations=violations)
-    blocks = show_comparison(
-        comparison, path_a=str(a), path_b=str(b), expectation=expect, violations=violations, every=every
-    )
+    comparison = diff(a, b, state_dict=state_dict, state_dict_b=state_dict_b, layers=layers or (), expect=expect)
+    facts = describe_comparison(comparison, path_b=str(b))
+    blocks = show_comparison(comparison, path_a=str(a), path_b=str(b), every=every)
     print_report(Report("diff", (FileReport(str(a), facts, blocks),)), as_json=as_json, quiet=quiet)
-    return ExitCode.FINDINGS if violations else ExitCode.DONE
+    return ExitCode.FINDINGS if comparison.violations else ExitCode.DONE

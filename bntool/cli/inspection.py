@@ -59,37 +59,32 @@ def command(
 
     Findings are marked X (error), ! (warning) and i (notice); docs/findings.md says what each means and what to do.
     """
-    from bntool.checkpoints.formats import open_checkpoint
     from bntool.cli.main import ExitCode, exit_code_of
     from bntool.errors import BntoolError
-    from bntool.inspection.checkpoint import inspect_checkpoint
+    from bntool.inspection.checkpoint import inspect
     from bntool.reports.inspection import describe_inspection, show_inspection
     from bntool.reports.report import FileReport, Report
 
-    reports, code = [], ExitCode.DONE
+    reports, code, every = [], ExitCode.DONE, all_tensors or stats
     for path in checkpoints:
         try:
-            with open_checkpoint(path) as checkpoint:
-                if prototxt is not None:
-                    from bntool.checkpoints.caffe.nets import deploy_net
-
-                    checkpoint, _ = deploy_net(checkpoint, prototxt, None, force=False)  # noqa: PLW2901
-                inspection = inspect_checkpoint(
-                    checkpoint,
-                    state_dict=state_dict,
-                    layers=layers or (),
-                    every_tensor=all_tensors,
-                    statistics=stats,
-                    verify_checksums=verify_crc,
-                )
-                every = all_tensors or stats
-                facts = describe_inspection(inspection, every_tensor=every) if as_json else {}
-                blocks = () if as_json else tuple(show_inspection(str(path), inspection, every_tensor=every))
-                reports.append(FileReport(str(path), facts=facts, blocks=blocks))
-                if fail_on is not None and inspection.fails_on(fail_on):
-                    code = max(code, ExitCode.FINDINGS)
+            inspection = inspect(
+                path,
+                state_dict=state_dict,
+                layers=layers or (),
+                every_tensor=all_tensors,
+                statistics=stats,
+                verify_checksums=verify_crc,
+                prototxt=prototxt,
+            )
         except BntoolError as error:
             reports.append(FileReport(str(path), error=error.about(path)))
             code = max(code, exit_code_of(error))
+            continue
+        facts = describe_inspection(inspection, every_tensor=every) if as_json else {}
+        blocks = () if as_json else tuple(show_inspection(str(path), inspection, every_tensor=every))
+        reports.append(FileReport(str(path), facts=facts, blocks=blocks))
+        if fail_on is not None and inspection.fails_on(fail_on):
+            code = max(code, ExitCode.FINDINGS)
     print_report(Report("inspect", tuple(reports)), as_json=as_json, quiet=quiet)
     return code

@@ -5,19 +5,25 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 
-from bntool.batchnorm import DEFAULT_EPS, ROLES, STATISTICS, BatchNorm, selects
+from bntool.batchnorm import DEFAULT_EPS, ROLES, STATISTICS, BatchNorm, EpsSource, check_globs, selects
 from bntool.checkpoints.batchnorms import find_batchnorms
 from bntool.checkpoints.checkpoint import Checkpoint, StateDict
+from bntool.checkpoints.records import find_recorded_eps
 from bntool.checkpoints.state_dicts import choose_state_dict
 from bntool.checkpoints.tensors import StoredTensor, Tensor, equal_streams, read_bytes, read_numbers
+from bntool.choices import choose
 from bntool.comparison.name_alignment import align_names
 from bntool.comparison.options import Expectation
 from bntool.errors import BntoolError
 from bntool.graphs.architectures.recognition import assume_eps
+from bntool.modules.opening import Source, open_source
 
+_SHOWN = 6  # layers named in a repr
+_SETTINGS = ("momentum", "training", "affine", "track_running_stats")
+_SAID = (EpsSource.MODULE, EpsSource.PROTOTXT)  # by the file itself
 _WITHOUT_COUNTER = ("onnx.", "caffe.", "keras.", "tensorflow.")  # whose BatchNorm counts no batches
 
 
@@ -47,6 +53,7 @@ class LayerComparison:
     Attributes:
         name: in A's spelling, without prefix.
         changes: by role, for each tensor present on either side.
+        settings: what both sides say of the layer beside its tensors and not alike, e.g. eps: A's value and B's.
         mean_shift: the largest shift of a channel's running_mean, in standard deviations of A.
         variance_ratio: running_var of B over A in the channel where it moved most.
         scale_change, shift_change: how far scale and shift moved as vectors, relative to their length in A.
@@ -56,6 +63,7 @@ class LayerComparison:
 
     name: str
     changes: Mapping[str, Change]
+    settings: Mapping[str, tuple[object, object]] = field(default_factory=dict)
     mean_shift: float | None = None
     variance_ratio: float | None = None
     scale_change: float | None = None
@@ -64,7 +72,7 @@ class LayerComparison:
 
     @property
     def changed(self) -> bool:
-        return any(change is not Change.SAME for change in self.changes.values())
+        return bool(self.settings) or any(change is not Change.SAME for change in self.changes.values())
 
     @property
     def severity(self) -> float:
@@ -77,7 +85,7 @@ class LayerComparison:
         return max(known, default=math.inf if self.changed else 0.0)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Comparison:
     """Two state dicts side by side.
 
@@ -87,6 +95,8 @@ class Comparison:
         layers: the selected BatchNorm layers of either side, those that moved most first.
         others: every other tensor by name, without prefix.
         not_compared: keys of the other state dicts of A and of B.
+        expectation: what they should be to each other; None where that was not asked.
+        violations: what contradicts it, one sentence each.
     """
 
     a: StateDict
@@ -97,33 +107,72 @@ class Comparison:
     others: Mapping[str, Change]
     assumptions: tuple[str, ...] = ()
     not_compared: tuple[tuple[str, ...], tuple[str, ...]] = ((), ())
+    expectation: Expectation | None = None
+    violations: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        changed = [layer.name for layer in self.layers if layer.changed]
+        others = sum(change is not Change.SAME for change in self.others.values())
+        listed = ", ".join(changed[:_SHOWN]) + (f" and {len(changed) - _SHOWN} more" if len(changed) > _SHOWN else "")
+        met = "" if self.expectation is None else f"; {self.expectation.value}: {'no' if self.violations else 'yes'}"
+        return (
+            f"<Comparison: {len(changed)} of {len(self.layers)} BatchNorm layers changed{': ' * bool(changed)}{listed}"
+            f"; {others} of {len(self.others)} other tensors{met}>"
+        )
 
     @property
     def identical(self) -> bool:
         return not any(layer.changed for layer in self.layers) and all(c is Change.SAME for c in self.others.values())
 
 
-def compare_checkpoints(
-    a: Checkpoint,
-    b: Checkpoint,
+def diff(
+    a: Source,
+    b: Source,
     *,
     state_dict: str | None = None,
     state_dict_b: str | None = None,
     layers: Sequence[str] = (),
     others: bool = True,
+    expect: Expectation | str | None = None,
 ) -> Comparison:
-    """Compare a state dict of one checkpoint with one of another, whatever their formats.
+    """Compare a state dict of one checkpoint with one of another, whatever their formats; what ``bntool diff`` does.
+
+    Example:
+        >>> bntool.diff("before.pt", model, expect="norm-eval").violations
+        ()
 
     Args:
+        a, b: each a path, an open checkpoint, a state dict, or a live model.
         state_dict: its key in both files; None for the one chosen by rule in each.
         state_dict_b: its key in B where it is another, e.g. the averaged copy beside the model.
         layers: globs; only BatchNorm layers whose name matches are compared as such.
         others: compare all other tensors, too: this reads both files whole.
+        expect: what they should be to each other; what contradicts it are the violations.
 
     Raises:
-        UsageError: there is no such state dict.
-        CorruptFileError: a tensor cannot be read.
+        UsageError: there is no such state dict, or a glob selects no layer.
+        FileError: a file or a tensor cannot be read.
     """
+    with open_source(a) as one, open_source(b) as two:
+        comparison = _compare_checkpoints(
+            one, two, state_dict=state_dict, state_dict_b=state_dict_b, layers=layers, others=others
+        )
+    if expect is None:
+        return comparison
+    expectation = choose(Expectation, expect, option="expect")
+    violations = tuple(find_violations(comparison, expectation))
+    return dataclasses.replace(comparison, expectation=expectation, violations=violations)
+
+
+def _compare_checkpoints(
+    a: Checkpoint,
+    b: Checkpoint,
+    *,
+    state_dict: str | None,
+    state_dict_b: str | None,
+    layers: Sequence[str],
+    others: bool,
+) -> Comparison:
     one = choose_state_dict(a, state_dict)
     if state_dict_b is None and state_dict is not None and _has(b, state_dict):
         state_dict_b = state_dict
@@ -133,11 +182,12 @@ def compare_checkpoints(
     path_a, path_b = align_names(names_a, names_b)
     tensors_a = {_align(name, path_a): one.tensors[full] for name, full in names_a.items()}
     tensors_b = {_align(name, path_b): two.tensors[full] for name, full in names_b.items()}
-    found_a, assumed_a = assume_eps(one, find_batchnorms(one))
-    found_b, assumed_b = assume_eps(two, find_batchnorms(two))
+    found_a, assumed_a = assume_eps(one, _with_recorded_eps(a, one))
+    found_b, assumed_b = assume_eps(two, _with_recorded_eps(b, two))
     norms_a = {_align(norm.name + ".", path_a).removesuffix("."): norm for norm in found_a}
     norms_b = {_align(norm.name + ".", path_b).removesuffix("."): norm for norm in found_b}
     every = list(dict.fromkeys([*norms_a, *norms_b]))
+    check_globs(layers, every)
     compared = [
         _compare_layer(name, norms_a.get(name), norms_b.get(name), tensors_a, tensors_b)
         for name in every
@@ -174,6 +224,11 @@ def find_violations(comparison: Comparison, expectation: Expectation) -> list[st
     found = []
     for layer in comparison.layers:
         bad = [_describe(role, change) for role, change in layer.changes.items() if _is_bad(role, change, kept)]
+        bad += [
+            f"{name} ({old} and {new})"
+            for name, (old, new) in layer.settings.items()
+            if name != "training" or expectation is Expectation.IDENTICAL  # a freeze sets the mode
+        ]
         if bad:
             found.append(f"{layer.name}: {', '.join(bad)}")
     if expectation in (Expectation.IDENTICAL, Expectation.STATS_ONLY):
@@ -214,10 +269,37 @@ def _compare_layer(
         return LayerComparison(name, changes)
     if any(norm.class_path.startswith(_WITHOUT_COUNTER) for norm in (a, b)):
         changes.pop("num_batches_tracked", None)
+    settings = _compare_settings(a, b)
     a, b = _with_eps(a, of=b), _with_eps(b, of=a)
     if a.eps == b.eps and all(change is Change.SAME for change in changes.values()):
-        return LayerComparison(name, changes, 0.0, 1.0, 0.0, 0.0, eps_known=a.eps is not None)
-    return _measure(name, changes, a, b)
+        return LayerComparison(name, changes, settings, 0.0, 1.0, 0.0, 0.0, eps_known=a.eps is not None)
+    return dataclasses.replace(_measure(name, changes, a, b), settings=settings)
+
+
+def _compare_settings(a: BatchNorm, b: BatchNorm) -> dict[str, tuple[object, object]]:
+    """What both files say of a layer, and not alike; what one of them leaves open is no difference."""
+    one, two = _list_settings(a), _list_settings(b)
+    return {name: (value, two[name]) for name, value in one.items() if name in two and two[name] != value}
+
+
+def _list_settings(norm: BatchNorm) -> dict[str, object]:
+    settings: dict[str, object] = {name: norm.attributes[name] for name in _SETTINGS if name in norm.attributes}
+    if norm.eps is not None and norm.eps_source in _SAID:
+        settings["eps"] = norm.eps
+    if norm.class_path:
+        settings["kind"] = norm.kind.value
+    return settings
+
+
+def _with_recorded_eps(checkpoint: Checkpoint, state_dict: StateDict) -> tuple[BatchNorm, ...]:
+    """The layers, with the eps that a conversion or a freeze recorded where the file has no other place for it."""
+    recorded = find_recorded_eps(checkpoint.records.get(state_dict.key, ()))
+    return tuple(
+        dataclasses.replace(norm, eps=recorded[norm.name], eps_source=EpsSource.MODULE)
+        if norm.eps is None and norm.name in recorded
+        else norm
+        for norm in find_batchnorms(state_dict)
+    )
 
 
 def _with_eps(norm: BatchNorm, *, of: BatchNorm) -> BatchNorm:

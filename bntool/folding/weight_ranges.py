@@ -13,6 +13,7 @@ import numpy as np
 
 from bntool.batchnorm import STATISTICS
 from bntool.checkpoints.arrays import SMALLEST_NORMAL, Array, Product, as_numbers, whole_rows
+from bntool.checkpoints.as_array import AsArray
 from bntool.checkpoints.checkpoint import StateDict
 from bntool.checkpoints.dtypes import BFLOAT16, FLOAT16, FLOAT32, FLOAT64, DType
 from bntool.checkpoints.files import CHUNK, Chunk
@@ -95,7 +96,7 @@ class _Extremes:
 
 
 @dataclass
-class MeasuredProduct:
+class MeasuredProduct(AsArray):
     """A weight times one factor for each output channel, whose extremes before are taken whenever it is written.
 
     Attributes:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 
-from bntool.batchnorm import ROLES, BatchNorm, NormKind, selects
+from bntool.batchnorm import ROLES, BatchNorm, NormKind, check_globs, selects
 from bntool.checkpoints.batchnorms import find_norms
 from bntool.checkpoints.checkpoint import Checkpoint, StateDict
 from bntool.checkpoints.dtypes import NumberKind
@@ -24,32 +26,65 @@ from bntool.inspection.results import (
     TensorInspection,
     summarize,
 )
+from bntool.inspection.safety import find_dangers, judge_safety
+from bntool.modules.opening import Source, open_source
 
 MAX_CHANNELS = 1 << 22  # elements of one tensor read for its statistics unless --stats asks for all
 
 
-def inspect_checkpoint(
-    checkpoint: Checkpoint,
+def inspect(
+    source: Source,
     *,
     state_dict: str | None = None,
     layers: Sequence[str] = (),
     every_tensor: bool = False,
     statistics: bool = False,
     verify_checksums: bool = False,
+    prototxt: str | os.PathLike[str] | None = None,
 ) -> Inspection:
-    """Look at every state dict of a checkpoint, or at one.
+    """Look at every state dict of a checkpoint, or at one; what ``bntool inspect`` does.
+
+    Example:
+        >>> bntool.inspect("ckpt.pt").state_dicts[0].layers[0].running_var
 
     Args:
+        source: a path, an open checkpoint, a state dict, or a live model.
         state_dict: key of the only one to look at.
         layers: globs; only BatchNorm layers whose name matches one are listed and judged.
         every_tensor: list all tensors, not only those of BatchNorm layers.
         statistics: and the numbers of each of them.
         verify_checksums: hold all bytes of the file against its checksums.
+        prototxt: the net that a ``.caffemodel`` is run by; its eps wins.
 
     Raises:
-        UsageError: there is no such state dict.
+        UsageError: there is no such state dict, or a glob selects no layer.
+        FileError: the file cannot be read.
         CorruptFileError: a tensor that must be read cannot be, or a checksum differs.
     """
+    with open_source(source) as checkpoint:
+        if prototxt is not None:
+            from bntool.checkpoints.caffe.nets import deploy_net
+
+            checkpoint, _ = deploy_net(checkpoint, Path(prototxt), None, force=False)  # noqa: PLW2901
+        return _inspect(
+            checkpoint,
+            state_dict=state_dict,
+            layers=layers,
+            every_tensor=every_tensor,
+            statistics=statistics,
+            verify_checksums=verify_checksums,
+        )
+
+
+def _inspect(
+    checkpoint: Checkpoint,
+    *,
+    state_dict: str | None,
+    layers: Sequence[str],
+    every_tensor: bool,
+    statistics: bool,
+    verify_checksums: bool,
+) -> Inspection:
     checked = checkpoint.format.verify_checksums(checkpoint) if verify_checksums else None
     if state_dict is not None:
         wanted: tuple[StateDict, ...] = (checkpoint.state_dict(state_dict),)
@@ -67,8 +102,11 @@ def inspect_checkpoint(
         )
         for one in wanted
     ]
+    check_globs(layers, list(dict.fromkeys(name for one in inspections for name in one.names)))
     inspections = compare_averaged(inspections)
-    return Inspection(checkpoint, tuple(inspections), tuple(find_in_file(checkpoint, inspections)), checked)
+    safety = judge_safety(checkpoint)
+    findings = (*find_dangers(safety), *find_in_file(checkpoint, inspections))
+    return Inspection(checkpoint, tuple(inspections), findings, safety, checked)
 
 
 def _inspect_state_dict(
@@ -102,7 +140,7 @@ def _inspect_state_dict(
         findings=tuple(find_in_state_dict(norms)),
         tensors=tensors,
         chosen=chosen,
-        unselected=sum(norm.kind.is_batch_norm for norm in norms) - len(selected),
+        names=tuple(norm.name for norm in norms if norm.kind.is_batch_norm),
         architectures=architectures,
     )
 

@@ -12,7 +12,6 @@ from bntool.checkpoints.files import quote
 from bntool.checkpoints.state_dicts import is_averaged_copy
 from bntool.inspection.findings import Finding, FindingCode, Severity
 from bntool.inspection.results import LayerInspection, StateDictInspection
-from bntool.inspection.safety import find_dangers, judge_safety
 
 _LISTED = 3  # names in a sentence
 
@@ -102,17 +101,13 @@ def _describe_not_understood(found: Sequence[NotUnderstood]) -> Finding:
 
 
 def find_in_file(checkpoint: Checkpoint, inspections: Sequence[StateDictInspection]) -> list[Finding]:
-    """What concerns the whole file."""
-    findings = find_dangers(judge_safety(checkpoint))
+    """What concerns the whole file, beside what loading it may do."""
+    findings = []
     if checkpoint.not_understood:
         findings.append(_describe_not_understood(checkpoint.not_understood))
     elif not any(inspection.layers for inspection in inspections) and not _is_folded(checkpoint):
-        unselected = sum(inspection.unselected for inspection in inspections)
         message = "no BatchNorm layer was found" if checkpoint.state_dicts else "no state dict was found"
         if checkpoint.format.why_empty and not checkpoint.state_dicts:
             message += f": {checkpoint.format.why_empty}"
-        if unselected:
-            message = f"--layers matches none of the {unselected} BatchNorm layers: nothing was judged"
-        severity = Severity.WARNING if unselected else Severity.NOTICE
-        findings.append(Finding(FindingCode.NO_BATCH_NORM, severity, "no BatchNorm", message))
+        findings.append(Finding(FindingCode.NO_BATCH_NORM, Severity.NOTICE, "no BatchNorm", message))
     return findings

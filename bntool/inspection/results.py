@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from bntool.batchnorm import BatchNorm, NormKind
 from bntool.checkpoints.checkpoint import Checkpoint, StateDict
 from bntool.checkpoints.tensors import Tensor
 from bntool.graphs.architectures.recognition import Architecture
 from bntool.inspection.findings import Finding, Severity
+from bntool.inspection.safety import Safety
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ def _all_finite(values: Sequence[float]) -> bool:
     return math.isfinite(sum(values)) or all(map(math.isfinite, values))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class LayerInspection:
     """One BatchNorm with the numbers of its tensors and what is wrong with it."""
 
@@ -57,10 +59,47 @@ class LayerInspection:
     tensors: dict[str, Summary]
     findings: tuple[Finding, ...]
 
+    def __repr__(self) -> str:
+        found = f"; {_list([finding.short for finding in self.findings])}" if self.findings else ""
+        return f"{self.layer!r}"[:-1] + f"{found}>"
+
+    @property
+    def name(self) -> str:
+        """Dotted module path."""
+        return self.layer.name
+
     @property
     def num_batches_tracked(self) -> int | None:
+        """None where there is none."""
         counter = self.tensors.get("num_batches_tracked")
         return int(counter.values[0]) if counter is not None and len(counter.values) == 1 else None
+
+    def read(self, role: str) -> Any:
+        """A tensor as a numpy array of float64, exactly what the file held when it was inspected; None without one."""
+        import numpy as np  # inspecting needs none
+
+        summary = self.tensors.get(role)
+        return None if summary is None else np.array(summary.values, "f8").reshape(summary.shape)
+
+    @property
+    def weight(self) -> Any:
+        """See :meth:`read`."""
+        return self.read("weight")
+
+    @property
+    def bias(self) -> Any:
+        """See :meth:`read`."""
+        return self.read("bias")
+
+    @property
+    def running_mean(self) -> Any:
+        """See :meth:`read`."""
+        return self.read("running_mean")
+
+    @property
+    def running_var(self) -> Any:
+        """See :meth:`read`."""
+        return self.read("running_var")
 
 
 @dataclass(frozen=True)
@@ -77,7 +116,7 @@ class TensorInspection:
     summary: Summary | None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class StateDictInspection:
     """One state dict: counts, layers and findings.
 
@@ -85,7 +124,7 @@ class StateDictInspection:
         parameters, buffers: elements.
         other_norms: how many layers of each other kind of normalisation.
         chosen: the commands that write work on this one unless told otherwise.
-        unselected: BatchNorm layers that were left out by name.
+        names: of all its BatchNorm layers, also those that were not asked for.
         architectures: whose names and shapes the tensors have, in whole or in part.
     """
 
@@ -97,23 +136,48 @@ class StateDictInspection:
     findings: tuple[Finding, ...]
     tensors: tuple[TensorInspection, ...]
     chosen: bool
-    unselected: int = 0
+    names: tuple[str, ...] = ()
     architectures: tuple[Architecture, ...] = ()
 
+    def __repr__(self) -> str:
+        sick = [layer.name for layer in self.layers if layer.findings]
+        found = f", findings in {len(sick)}: {_list(sick)}" if sick else ""
+        return f"<{self.state_dict.key or 'state dict'!r}: {len(self.layers)} BatchNorm layers{found}>"
 
-@dataclass(frozen=True)
+    def __getitem__(self, name: str) -> LayerInspection:
+        """The layer of that name.
+
+        Raises:
+            KeyError: there is none, or it was not asked for.
+        """
+        for layer in self.layers:
+            if layer.name == name:
+                return layer
+        raise KeyError(name)
+
+
+@dataclass(frozen=True, repr=False)
 class Inspection:
     """What a file holds.
 
     Attributes:
         findings: those that concern the whole file.
+        safety: what loading it may do.
         checksums: how many records were held against their checksum; None where this was not asked for.
     """
 
     checkpoint: Checkpoint
     state_dicts: tuple[StateDictInspection, ...]
     findings: tuple[Finding, ...]
+    safety: Safety
     checksums: int | None = None
+
+    def __repr__(self) -> str:
+        inner = "".join(f"\n  {state_dict!r}" for state_dict in self.state_dicts[:_SHOWN])
+        more = f"\n  and {len(self.state_dicts) - _SHOWN} more" if len(self.state_dicts) > _SHOWN else ""
+        worst = self.worst()
+        found = "nothing found" if worst is None else f"worst finding: {worst.value}"
+        return f"<Inspection of {self.checkpoint.path}: {found}, {self.safety.verdict.value} to load{inner}{more}>"
 
     def fails_on(self, severity: Severity) -> bool:
         """Whether there is a finding of this severity or worse, or something that could not be judged."""
@@ -128,3 +192,10 @@ class Inspection:
             for layer in state_dict.layers:
                 found += layer.findings
         return max((finding.severity for finding in found), key=lambda severity: severity.rank, default=None)
+
+
+_SHOWN = 6  # of many things, in a repr
+
+
+def _list(names: Sequence[str]) -> str:
+    return ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch.nn.parameter import is_lazy
 
+from bntool.checkpoints.as_array import AsArray
 from bntool.checkpoints.checkpoint import StateDict
 from bntool.checkpoints.dtypes import BY_NAME, DType, NumberKind
 from bntool.checkpoints.state_dicts import UNPREFIXED
@@ -22,7 +23,7 @@ _COUNTER = "num_batches_tracked"
 
 
 @dataclass(frozen=True)
-class LiveTensor:
+class LiveTensor(AsArray):
     """A tensor of a live model as bntool reads those of files."""
 
     live: torch.Tensor = field(repr=False, compare=False)

@@ -15,10 +15,9 @@ from bntool.reports.text import format_number, plural
 _SHOWN = 10
 
 
-def describe_comparison(
-    comparison: Comparison, *, path_b: str, expectation: Expectation | None, violations: Sequence[str]
-) -> dict[str, Any]:
+def describe_comparison(comparison: Comparison, *, path_b: str) -> dict[str, Any]:
     """The facts as JSON data."""
+    expectation, violations = comparison.expectation, comparison.violations
     counts = Counter(comparison.others.values())
     return {
         "other_file": path_b,
@@ -43,6 +42,7 @@ def _describe_layer(layer: LayerComparison) -> dict[str, Any]:
         "name": layer.name,
         "changed": layer.changed,
         "tensors": {role: change.value for role, change in layer.changes.items()},
+        "settings": {name: list(values) for name, values in layer.settings.items()},
         "mean_shift": layer.mean_shift,
         "variance_ratio": layer.variance_ratio,
         "scale_change": layer.scale_change,
@@ -56,8 +56,6 @@ def show_comparison(
     *,
     path_a: str,
     path_b: str,
-    expectation: Expectation | None,
-    violations: Sequence[str],
     every: bool = False,
 ) -> list[Block]:
     """The same for people; layers that did not change are counted only, unless ``every``."""
@@ -79,8 +77,8 @@ def show_comparison(
             blocks.append(line("eps is not in the files; 1e-5 stands in for it here", Style.MUTED))
         blocks += [line(f"assumed: {text}", Style.MUTED) for text in comparison.assumptions]
     blocks += _others(comparison)
-    if expectation is not None:
-        blocks += _expectation(expectation, violations)
+    if comparison.expectation is not None:
+        blocks += _expectation(comparison.expectation, comparison.violations)
     return blocks
 
 
@@ -117,7 +115,7 @@ def _row(layer: LayerComparison) -> tuple[Cell, ...]:
 
 def _roles(layer: LayerComparison) -> str:
     kinds = set(layer.changes.values())
-    if len(kinds) == 1:
+    if len(kinds) == 1 and not layer.settings:
         (kind,) = kinds
         if kind is Change.SAME:
             return "-"
@@ -130,7 +128,12 @@ def _roles(layer: LayerComparison) -> str:
             parts.append(_SHORT[role])
         elif change is not Change.SAME:
             parts.append(f"{_SHORT[role]} {change.value}")
+    parts += [f"{name} {_setting(old)}→{_setting(new)}" for name, (old, new) in layer.settings.items()]
     return " ".join(parts)
+
+
+def _setting(value: object) -> str:
+    return format_number(value) if isinstance(value, float) else str(value)
 
 
 def _number(value: float | None, unit: str) -> str:

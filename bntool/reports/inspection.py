@@ -11,7 +11,7 @@ from bntool.checkpoints.checkpoint import GlobalTrust
 from bntool.checkpoints.origin import describe_origin
 from bntool.inspection.findings import Finding, Severity
 from bntool.inspection.results import Inspection, LayerInspection, StateDictInspection, Summary, TensorInspection
-from bntool.inspection.safety import Safety, Verdict, judge_safety
+from bntool.inspection.safety import Safety, Verdict
 from bntool.reports.blocks import Block, Cell, Column, Line, Style, Table, line
 from bntool.reports.text import format_number, format_size, plural
 
@@ -31,7 +31,7 @@ def describe_inspection(inspection: Inspection, *, every_tensor: bool) -> dict[s
         "format": checkpoint.format.name,
         "size": checkpoint.format.size(checkpoint),
         "origin": describe_origin(checkpoint),
-        "safety": _describe_safety(judge_safety(checkpoint)),
+        "safety": _describe_safety(inspection.safety),
         "globals": [{"name": g.path, "called": g.called, "trust": g.trust.value} for g in checkpoint.globals],
         "checksums_verified": inspection.checksums,
         "state_dicts": [_describe_state_dict(s, inspection, every_tensor=every_tensor) for s in inspection.state_dicts],
@@ -145,7 +145,7 @@ def show_inspection(path: str, inspection: Inspection, *, every_tensor: bool) ->
 
 def _safety(inspection: Inspection) -> Iterable[Block]:
     names = inspection.checkpoint.globals
-    safety = judge_safety(inspection.checkpoint)
+    safety = inspection.safety
     if not names and not safety.holds_code:
         return
     unsure = [name for name in names if name.trust is not GlobalTrust.KNOWN]

@@ -10,7 +10,7 @@ from bntool.checkpoints.tensors import equal_streams
 from bntool.comparison.checkpoint import (
     Change,
     Expectation,
-    compare_checkpoints,
+    diff,
     find_violations,
 )
 from bntool.comparison.name_alignment import align_names
@@ -22,7 +22,7 @@ from tests.places import SAMPLES
 
 def compare(a, b, **options):
     with open_checkpoint(a) as one, open_checkpoint(b) as two:
-        return compare_checkpoints(one, two, **options)
+        return diff(one, two, **options)
 
 
 def met(a, b, **options):

@@ -11,7 +11,7 @@ from bntool.checkpoints.batchnorms import find_batchnorms
 from bntool.checkpoints.creation import create_file
 from bntool.checkpoints.formats import open_checkpoint
 from bntool.checkpoints.saving import save_checkpoint
-from bntool.comparison.checkpoint import compare_checkpoints
+from bntool.comparison.checkpoint import diff
 from bntool.conversion.checkpoint import plan_conversion
 from bntool.conversion.options import ConversionTarget, FrozenKind
 from bntool.errors import RefusedError, UsageError
@@ -34,7 +34,7 @@ def convert(source, to, target, **options):
 
 def identical(a, b):
     with open_checkpoint(a) as one, open_checkpoint(b) as two:
-        return compare_checkpoints(one, two).identical
+        return diff(one, two).identical
 
 
 @pytest.fixture

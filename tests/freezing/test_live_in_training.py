@@ -8,7 +8,7 @@ import torch
 from bntool.checkpoints.application import apply_plan
 from bntool.checkpoints.formats import open_checkpoint
 from bntool.checkpoints.saving import save_checkpoint
-from bntool.comparison.checkpoint import Change, compare_checkpoints, find_violations
+from bntool.comparison.checkpoint import Change, diff, find_violations
 from bntool.comparison.options import Expectation
 from bntool.freezing.checkpoint import plan_freeze
 from bntool.freezing.live import apply_freeze, freeze
@@ -79,7 +79,7 @@ def promised(model, switches):
 
 def changed_tensors(before, after):
     with open_checkpoint(before) as a, open_checkpoint(after) as b:
-        comparison = compare_checkpoints(a, b)
+        comparison = diff(a, b)
     changed = {name for name, change in comparison.others.items() if change is not Change.SAME}
     for layer in comparison.layers:
         changed |= {f"{layer.name}.{role}" for role, change in layer.changes.items() if change is not Change.SAME}
@@ -156,7 +156,7 @@ def test_under_ddp_on_two_ranks(tmp_path):
     for case in CASES:
         results = [tmp_path / f"{case}-{rank}.pt" for rank in range(2)]
         with open_checkpoint(results[0]) as a, open_checkpoint(results[1]) as b:
-            assert compare_checkpoints(a, b).identical, case
+            assert diff(a, b).identical, case
         changed, met = changed_tensors(tmp_path / "before.pt", results[0])
         assert met == ({"norm-eval", "frozen"} if "both" in case else {"norm-eval"}), case
         assert "cls_head.weight" in changed

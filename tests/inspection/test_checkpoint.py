@@ -10,16 +10,10 @@ import torch
 from torch import nn
 
 from bntool.batchnorm import EpsSource
-from bntool.checkpoints.formats import open_checkpoint
-from bntool.inspection.checkpoint import inspect_checkpoint
+from bntool.inspection.checkpoint import inspect
 from bntool.inspection.findings import FindingCode, Severity
 from bntool.inspection.results import Inspection
 from tests.places import SAMPLES
-
-
-def inspect(path: Path, **options: object) -> Inspection:
-    with open_checkpoint(path) as checkpoint:
-        return inspect_checkpoint(checkpoint, **options)  # type: ignore[arg-type]
 
 
 def found(inspection: Inspection) -> dict[FindingCode, set[str]]:

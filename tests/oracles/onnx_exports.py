@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from bntool.checkpoints.formats import open_checkpoint
-from bntool.comparison.checkpoint import compare_checkpoints, find_violations
+from bntool.comparison.checkpoint import diff, find_violations
 from bntool.comparison.options import Expectation
 
 REQUIREMENTS = ["torch==2.13.0", "onnx==1.23.2", "onnxruntime==1.31.1", "numpy"]
@@ -50,7 +50,7 @@ def main() -> int:
     if "--record" in sys.argv:
         record()
     with open_checkpoint(FOLDER / "exported.pt") as a, open_checkpoint(FOLDER / "exported.onnx") as b:
-        assert not find_violations(compare_checkpoints(a, b), Expectation.IDENTICAL)
+        assert not find_violations(diff(a, b), Expectation.IDENTICAL)
     net = make_net()
     net.load_state_dict(torch.load(FOLDER / "exported.pt", weights_only=True))
     x = torch.randn(1, 3, 8, 8)

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from bntool.batchnorm import DEFAULT_EPS
+from bntool.checkpoints.as_array import AsArray
 from bntool.checkpoints.caffe.layers import (
     Layer,
     Wiring,
@@ -43,7 +44,7 @@ STATISTICS = ("running_mean", "running_var")
 
 
 @dataclass(frozen=True, slots=True)
-class MultipliedTensor:
+class MultipliedTensor(AsArray):
     """A small tensor times a number, in float64, rounded once to its dtype, computed when it is read."""
 
     source: Tensor

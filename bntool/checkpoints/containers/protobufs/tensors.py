@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from bntool.checkpoints.as_array import AsArray
 from bntool.checkpoints.containers.protobufs.reading import Field, Message, Wire, read_varints
 from bntool.checkpoints.dtypes import DType, NumberKind
 from bntool.checkpoints.tensors import Storage, StoredTensor, Tensor, contiguous_strides, count_elements, describe_shape
@@ -12,7 +13,7 @@ from bntool.errors import CorruptFileError
 
 
 @dataclass(frozen=True, slots=True)
-class GatheredTensor:
+class GatheredTensor(AsArray):
     """A repeated fixed-width field that lies in several runs: not packed, or packed in parts.
 
     Attributes:
@@ -32,7 +33,7 @@ class GatheredTensor:
 
 
 @dataclass(frozen=True, slots=True)
-class VarintTensor:
+class VarintTensor(AsArray):
     """A repeated field of varints: integers, or the bits of small floats.
 
     Attributes:
