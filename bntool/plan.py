@@ -14,6 +14,7 @@ from enum import Enum
 from typing import Any, TypeAlias
 
 from bntool.errors import RefusedError
+from bntool.representation import short_repr
 
 
 class Operation(Enum):
@@ -215,6 +216,8 @@ class Plan:
     skips: tuple[Skip, ...] = ()
     layers: tuple[str, ...] = ()
     assumptions: tuple[str, ...] = ()
+
+    __repr__ = short_repr
 
     def steps_of(self, kind: type[Any]) -> Iterator[Any]:
         """The steps of one class."""

@@ -25,7 +25,7 @@ FLOORS = (
     ("models",),
     ("checkpoints",),
     ("batchnorm", "plan", "choices", "progress"),
-    ("errors", "version"),
+    ("errors", "version", "representation"),
 )
 FORBIDDEN_NAMES = {"utils", "helpers", "common", "inspect", "json", "manager", "misc"}
 

@@ -14,6 +14,7 @@ from bntool.checkpoints.files import SourceFile, quote
 from bntool.checkpoints.outputs import OutputFiles
 from bntool.checkpoints.tensors import Tensor
 from bntool.errors import RefusedError, UsageError
+from bntool.representation import short_repr
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -95,6 +96,8 @@ class StateDict:
     access: str = ""
     holds_arrays: bool = False
     stored: Mapping[str, Tensor] = field(default_factory=dict, repr=False, compare=False)
+
+    __repr__ = short_repr
 
     def __post_init__(self) -> None:
         if not self.stored:
@@ -273,6 +276,8 @@ class Checkpoint:
     not_understood: tuple[NotUnderstood, ...] = ()
     edits: tuple[Edit, ...] = ()
     content: Content | None = field(default=None, repr=False, compare=False)
+
+    __repr__ = short_repr
 
     @property
     def path(self) -> Path:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bntool.batchnorm import selects
+from bntool.batchnorm import check_globs, selects
 from bntool.checkpoints.application import apply_plan
 from bntool.checkpoints.batchnorms import find_batchnorms
 from bntool.checkpoints.checkpoint import Checkpoint, StateDict, check_changeable
@@ -26,6 +26,7 @@ from bntool.errors import RefusedError
 from bntool.graphs.architectures.recognition import assume_eps
 from bntool.plan import Operation, Plan, check_plan
 from bntool.progress import OnWarning, ignore
+from bntool.representation import short_repr
 
 _SHOWN = 4
 # where the file does not keep its own format
@@ -57,6 +58,8 @@ class Conversion:
     losses: tuple[str, ...]
     output: str | None = None
     written: Checkpoint | None = None
+
+    __repr__ = short_repr
 
 
 def convert(  # noqa: PLR0913 as many as the command has options
@@ -166,7 +169,9 @@ def plan_conversion(
             "them with bntool freeze, or take the tensors out with bntool convert CKPT --to torch",
             path=checkpoint.path,
         )
-    norms = [norm for norm in find_batchnorms(source) if selects(layers, norm.name)]
+    found = find_batchnorms(source)
+    check_globs(layers, [norm.name for norm in found])
+    norms = [norm for norm in found if selects(layers, norm.name)]
     history = checkpoint.records.get(source.key, ())
     assumptions: tuple[str, ...] = ()
     if target is ConversionTarget.FROZEN_BATCHNORM:

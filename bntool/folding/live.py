@@ -29,6 +29,7 @@ from bntool.modules.application import apply_plan, read_state
 from bntool.modules.borrowing import borrow
 from bntool.modules.calling import call
 from bntool.modules.finding import find_batchnorm_modules, find_wrapper_prefix
+from bntool.representation import short_repr
 from bntool.verification.outputs import TOLERANCE, Agreement, verify
 
 _RANDOM_INPUTS = 3
@@ -48,6 +49,8 @@ class FoldResult:
     model: nn.Module
     plan: FoldPlan
     report: Agreement | None
+
+    __repr__ = short_repr
 
 
 def fold(

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from bntool.batchnorm import NormKind, selects
-from bntool.checkpoints.batchnorms import find_norms
+from bntool.batchnorm import NormKind, check_globs, selects
+from bntool.checkpoints.batchnorms import find_batchnorms, find_norms
 from bntool.checkpoints.checkpoint import StateDict
 from bntool.folding.absorption import Absorber, Blocked, find_consumers, find_producers, is_parallel_branch
 from bntool.folding.options import Layout
@@ -18,6 +18,7 @@ from bntool.folding.producers import Producer, read_producer
 from bntool.folding.scale_and_shift import Norm, check_eps, choose_eps, read_norm
 from bntool.graphs.graph import Evidence, ModelGraph, Node, NodeKind, Owner
 from bntool.plan import Operation, Plan, RemoveModule, RemoveTensor, Skip, SkipReason, Step
+from bntool.representation import short_repr
 
 # a branch beside others reads what they read, whatever that is
 _SHARED_INPUT = (SkipReason.SHARED_OUTPUT, SkipReason.NOT_ADJACENT, SkipReason.NO_PRODUCER)
@@ -63,6 +64,8 @@ class FoldPlan(Plan):
 
     folds: tuple[Fold, ...] = ()
     layout: Layout = Layout.FOLDED
+
+    __repr__ = short_repr
 
 
 def plan_fold(
@@ -135,6 +138,8 @@ class _Folder:
 
     def choose(self) -> Iterator[str]:
         """The BatchNorms that could be folded by themselves; all others are skipped here."""
+        stored = [norm.name for norm in find_batchnorms(self.state_dict)]
+        check_globs(self.layers, list(dict.fromkeys([*self.graph.batchnorms, *stored])))
         self.skip_unseen()
         for layer, calls in self.graph.batchnorms.items():
             if not selects(self.layers, layer):

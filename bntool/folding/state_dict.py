@@ -29,6 +29,7 @@ from bntool.graphs.graph import Evidence, ModelGraph, NodeKind
 from bntool.graphs.sources import Knowledge, build_graph
 from bntool.plan import RemoveEntry
 from bntool.progress import OnProgress, Progress, ignore
+from bntool.representation import short_repr
 
 if TYPE_CHECKING:
     from torch import nn
@@ -80,6 +81,8 @@ class CheckpointFold:
     architectures: tuple[Architecture, ...] = ()
     output: str | None = None
     export: str | None = None
+
+    __repr__ = short_repr
 
     @cached_property
     def ranges(self) -> tuple[WeightRange, ...]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 
-from bntool.batchnorm import BatchNorm, NormKind, selects
+from bntool.batchnorm import BatchNorm, NormKind, check_globs, selects
 from bntool.checkpoints.application import apply_plan
 from bntool.checkpoints.batchnorms import find_batchnorms
 from bntool.checkpoints.caffe.nets import deploy_net, save_with_net
@@ -34,6 +34,7 @@ from bntool.freezing.stages import find_frozen_stages, is_within
 from bntool.freezing.trainable_layers import check_whole_layers, find_trainable
 from bntool.graphs.architectures.recognition import assume_eps
 from bntool.plan import Operation, Plan, SetAttribute, Skip, SkipReason, Step, check_plan
+from bntool.representation import short_repr
 
 
 class Carrier(Enum):
@@ -68,6 +69,8 @@ class FreezePlan:
     carrier: Carrier
     optimizers: tuple[OptimizerEntries, ...]
 
+    __repr__ = short_repr
+
 
 @dataclass(frozen=True)
 class CheckpointFreeze:
@@ -86,6 +89,8 @@ class CheckpointFreeze:
     freeze: FreezePlan
     code: str | None = None
     output: str | None = None
+
+    __repr__ = short_repr
 
 
 def freeze_checkpoint(  # noqa: PLR0913 as many as the command has options
@@ -199,6 +204,7 @@ def plan_freeze(  # noqa: PLR0913 each is an option of the command
     if source.is_module:
         carrier = Carrier.MODULES
     norms = find_batchnorms(source)
+    check_globs(layers, [norm.name for norm in norms])
     selected = [norm for norm in norms if selects(layers, norm.name)]
     skips = [
         Skip(norm.name, SkipReason.FROZEN, "a FrozenBatchNorm has nothing that could move")

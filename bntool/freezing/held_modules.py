@@ -8,6 +8,7 @@ modules that were replaced meanwhile, as ``convert_sync_batchnorm`` does.
 from __future__ import annotations
 
 import copyreg
+import warnings
 from collections.abc import Sequence
 from functools import cache
 from typing import Any, cast
@@ -34,6 +35,16 @@ class _Held(nn.Module):
         if notes is not None:
             notes["asked"] = mode
             hold_all(self, notes["held"])
+        return self
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """torch.jit.script calls this; what it compiles has a train() of its own."""
+        if HOLD in vars(self):
+            warnings.warn(
+                "torch.jit.script does not keep a freeze: train() of what it gives lets the statistics move again; "
+                "train the model as it is written, and script it for inference",
+                stacklevel=2,
+            )
         return self
 
     def __reduce_ex__(self, protocol: Any) -> Any:

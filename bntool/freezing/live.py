@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from bntool.batchnorm import selects
+from bntool.batchnorm import check_globs, selects
 from bntool.checkpoints.checkpoint import Checkpoint
 from bntool.checkpoints.formats import open_checkpoint
 from bntool.checkpoints.state_dicts import choose_state_dict
@@ -60,9 +60,11 @@ def freeze(
     _refuse_scripted(model)
     prefix = find_wrapper_prefix(model)
     globs = [layers] if isinstance(layers, str) else list(layers or ())
+    found = find_batchnorm_modules(model)
+    check_globs(globs, [name.removeprefix(prefix) for name in found])
     names = [
         name.removeprefix(prefix)
-        for name, module in find_batchnorm_modules(model).items()
+        for name, module in found.items()
         if not is_frozen_class(module) and selects(globs, name.removeprefix(prefix))
     ]
     if not norm_eval and requires_grad is None and frozen_stages is None:
@@ -211,7 +213,10 @@ def _path_of(model: nn.Module, root: nn.Module) -> str:
 
 def _refuse_scripted(model: nn.Module) -> None:
     if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
-        raise RefusedError("a scripted model cannot be frozen; freeze the model before torch.jit.script")
+        raise RefusedError(
+            "a scripted model cannot be frozen, and torch.jit.script keeps no freeze: freeze and train the model, and "
+            "script it afterwards, for inference"
+        )
 
 
 def _check(

@@ -8,6 +8,7 @@ from typing import Any
 
 from bntool.errors import CorruptFileError
 from bntool.freezing.stages import Family, FrozenStages
+from bntool.representation import short_repr
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,8 @@ class FreezePolicy:
     requires_grad: bool | None = None
     layers: tuple[str, ...] = ()
     stages: FrozenStages | None = None
+
+    __repr__ = short_repr
 
     def to_record(self) -> dict[str, Any]:
         """The policy as JSON data."""

@@ -40,10 +40,10 @@ from bntool.recalibration.ranks import join_job
 from bntool.recalibration.warnings import (
     counts_other_classes,
     warn_of_fewer,
-    warn_of_globs,
     warn_of_judging,
     warn_of_precision,
 )
+from bntool.representation import short_repr
 
 _WITHOUT_LABELS = 512  # samples looked at for changed predictions where there is nothing to count as right
 
@@ -80,6 +80,8 @@ class CheckpointRecalibration:
     preprocessing: Preprocessing | None = None
     promoted: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
+
+    __repr__ = short_repr
 
 
 def recalibrate_checkpoint(  # noqa: PLR0913 as many as the command has options
@@ -206,7 +208,6 @@ def recalibrate_checkpoint(  # noqa: PLR0913 as many as the command has options
             promoted=list_promoted(plan),
             warnings=(
                 *warn_of_fewer(result, asked=samples, there=batches.samples, cut=cut),
-                *warn_of_globs(live, layers),
                 *warn_of_precision(live, precision),
                 *warn_of_judging(before, held_out, fair=not keep_if_better or apart, apart=apart),
             ),

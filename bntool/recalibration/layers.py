@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from bntool.batchnorm import STATISTICS, selects
+from bntool.batchnorm import STATISTICS, check_globs, selects
 from bntool.errors import RefusedError
 from bntool.models.user_code import running_user_code
 from bntool.modules.borrowing import borrow
@@ -36,12 +36,15 @@ def choose_layers(
         prefix: what wrappers put before all names; globs and skips go without.
 
     Raises:
+        UsageError: a glob selects no layer.
         UserCodeError: the model's own train() raised.
     """
     frozen = _find_frozen(model)
     chosen: dict[str, torch.nn.Module] = {}
     skips = []
-    for name, module in find_batchnorm_modules(model).items():
+    found = find_batchnorm_modules(model)
+    check_globs(globs, [name.removeprefix(prefix) for name in found])
+    for name, module in found.items():
         shown = name.removeprefix(prefix)
         if not selects(globs, shown):
             continue

@@ -28,6 +28,7 @@ from bntool.recalibration.layers import check_can_be_set, choose_layers
 from bntool.recalibration.options import Method, Precision
 from bntool.recalibration.pooled import Measurement, OnProgress, Run, Tally, measure_pooled, set_statistics
 from bntool.recalibration.ranks import find_ranks, isolate_forwards
+from bntool.representation import short_repr
 
 _COUNTER = "num_batches_tracked"
 _NO_FIXED_POINT = "no statistics were found that hold for all calls; pooled can do that"
@@ -77,6 +78,8 @@ class Recalibration:
     left_out: tuple[LeftOut, ...] = ()
     memory: int | None = None
     precision: Precision = Precision.MODEL
+
+    __repr__ = short_repr
 
 
 def plan_recalibration(  # noqa: PLR0913 each is an option of the command

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import torch
 
-from bntool.batchnorm import selects
 from bntool.data.batches import Batches
-from bntool.modules.finding import find_batchnorm_modules, find_wrapper_prefix
 from bntool.recalibration.evaluation import Evaluation
 from bntool.recalibration.live import Recalibration
 from bntool.recalibration.memory_format import is_faster_in_bfloat16
@@ -35,15 +33,6 @@ def warn_of_fewer(result: Recalibration, *, asked: int | None, there: int | None
     used = result.samples + sum(left_out.samples for left_out in result.left_out)
     if cut and there is not None and used < there:
         yield f"only {used:,} of the {there:,} samples fit into memory"
-
-
-def warn_of_globs(model: torch.nn.Module, globs: Sequence[str]) -> Iterator[str]:
-    """Globs that select no layer beside others that do."""
-    prefix = find_wrapper_prefix(model)
-    names = [name.removeprefix(prefix) for name in find_batchnorm_modules(model)]
-    for glob in globs:
-        if not any(selects([glob], name) for name in names):
-            yield f"--layers {glob} selects no BatchNorm layer"
 
 
 def warn_of_precision(model: torch.nn.Module, precision: Precision) -> Iterator[str]:

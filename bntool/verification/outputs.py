@@ -19,6 +19,7 @@ from torch import nn
 from bntool.errors import UserCodeError, VerificationError
 from bntool.modules.borrowing import borrow
 from bntool.modules.calling import call, leaves_of, map_tensors
+from bntool.representation import short_repr
 from bntool.verification.layer_agreement import LayerAgreement, LayerOutputs, compare_layers, relative_error, watch
 
 TOLERANCE = 1e-5  # relative to the largest output; for the tensors as they are written
@@ -50,6 +51,8 @@ class Agreement:
     noise: float
     tolerance: float
     layers: tuple[LayerAgreement, ...] = ()
+
+    __repr__ = short_repr
 
 
 Change = Callable[[nn.Module], None]

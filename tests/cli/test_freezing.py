@@ -58,7 +58,7 @@ def test_json(checkpoint, tmp_path, capsys):
         ([], 2),  # neither an output nor --dry-run
         (["--dry-run"], 0),
         (["-o", "{same}"], 2),
-        (["-o", "{out}", "--layers", "nothing"], 4),
+        (["-o", "{out}", "--layers", "nothing"], 2),
         (["-o", "{out}", "--no-norm-eval"], 2),
         (["-o", "{out}", "--as", "constant"], 4),
         (["-o", "{out}", "--as", "constant", "--eps", "1e-5"], 0),

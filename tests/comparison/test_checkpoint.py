@@ -233,3 +233,63 @@ def test_equal_streams():
 def test_imports_neither_torch_nor_numpy():
     loaded = programs.list_loaded("diff", "digits.pt", "drifted.pt", "--expect", "stats-only", cwd=SAMPLES)
     assert not {"torch", "numpy", "rich"} & loaded
+
+
+def modules_that_differ(tmp_path, **changes):
+    """Two pickled modules with the same tensors."""
+    one = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+    other = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+    other.load_state_dict(one.state_dict())
+    for name, value in changes.items():
+        setattr(other[1], name, value)
+    paths = tmp_path / "a.pt", tmp_path / "b.pt"
+    for model, path in zip((one, other), paths, strict=True):
+        torch.save(model, path)
+    return paths
+
+
+@pytest.mark.parametrize(
+    ("changes", "setting", "met_by"),
+    [
+        ({"eps": 1e-3}, (1e-5, 1e-3), set()),
+        ({"momentum": 0.01}, (0.1, 0.01), set()),
+        ({"momentum": None}, (0.1, None), set()),
+        ({"track_running_stats": False}, (True, False), set()),
+        ({"training": False}, (True, False), {"frozen", "norm-eval", "stats-only"}),  # what a freeze does
+    ],
+)
+def test_everything_that_files_say_of_a_layer_is_compared(tmp_path, changes, setting, met_by):
+    a, b = modules_that_differ(tmp_path, **changes)
+    (layer,) = compare(a, b).layers
+    assert layer.changed
+    assert dict(layer.settings) == {next(iter(changes)): setting}
+    assert not compare(a, b).identical
+    assert met(a, b) == met_by
+
+
+def test_a_class_that_differs_is_a_change(tmp_path):
+    class FrozenBatchNorm2d(nn.BatchNorm2d):
+        pass
+
+    model, other = nn.BatchNorm2d(4), FrozenBatchNorm2d(4)
+    other.load_state_dict(model.state_dict())
+    (layer,) = diff(model, other).layers
+    assert dict(layer.settings) == {"kind": ("BatchNorm", "FrozenBatchNorm")}
+    assert diff(nn.BatchNorm2d(4), nn.SyncBatchNorm(4)).identical  # the same in eval mode
+
+
+def test_what_one_file_leaves_open_is_no_difference(tmp_path):
+    a, b = modules_that_differ(tmp_path, eps=1e-3)
+    torch.save(torch.load(b, weights_only=False).state_dict(), tmp_path / "state.pt")
+    assert compare(a, tmp_path / "state.pt").identical
+
+
+def test_an_eps_that_a_conversion_recorded_is_compared(tmp_path):
+    import bntool
+
+    a, b = modules_that_differ(tmp_path, eps=1e-3)
+    for path in (a, b):
+        bntool.convert(path, path.with_suffix(".safetensors"), to="safetensors")
+    comparison = diff(a.with_suffix(".safetensors"), b.with_suffix(".safetensors"), expect="frozen")
+    assert comparison.violations == ("1: eps (1e-05 and 0.001)",)
+    assert diff(a, b.with_suffix(".safetensors")).layers[0].settings == {"eps": (1e-5, 1e-3)}

@@ -152,7 +152,8 @@ def test_nothing_to_freeze_is_an_error():
     with open_checkpoint(SAMPLES / "digits.pt") as checkpoint:
         with pytest.raises(UsageError, match="nothing is frozen"):
             plan_freeze(checkpoint, norm_eval=False)
-        assert not plan_freeze(checkpoint, layers=["nothing"]).plan.steps
+        with pytest.raises(UsageError, match="selects none of the 9 BatchNorm layers; there are: bn1, "):
+            plan_freeze(checkpoint, layers=["nothing"])
         with pytest.raises(UsageError, match="has no layer3"):
             plan_freeze(checkpoint, frozen_stages=9)
 

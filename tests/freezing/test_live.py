@@ -250,7 +250,7 @@ def test_frozen_inside_of_a_freeze(model):
 
 
 def test_nothing_to_freeze_is_an_error(model):
-    with pytest.raises(UsageError, match="no BatchNorm layer is selected"):
+    with pytest.raises(UsageError, match="selects none of the 11 BatchNorm layers"):
         freeze(model, layers="nothing.*")
     with pytest.raises(UsageError, match="freeze nothing"):
         freeze(model, norm_eval=False)
@@ -364,3 +364,25 @@ def test_classes_that_others_changed_after_freezing_stay() -> None:
     model[1].reset_running_stats()
     model(x)
     assert not torch.equal(model[1].running_mean, torch.zeros(4))
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("options", [{}, {"layers": ["1"]}, {"requires_grad": False}])
+def test_scripting_a_frozen_model_says_that_the_freeze_is_lost(options):
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
+    freeze(model, **options)
+    with pytest.warns(UserWarning, match="script does not keep a freeze"):
+        scripted = torch.jit.script(model)
+    with pytest.raises(RefusedError, match="script it afterwards, for inference") as caught:
+        freeze(scripted)
+    assert "before torch.jit.script" not in str(caught.value)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+def test_tracing_a_frozen_model_keeps_the_freeze():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
+    freeze(model)
+    traced = torch.jit.trace(model, torch.randn(4, 3, 9, 9)).train()
+    before = traced.state_dict()["1.running_mean"].clone()
+    traced(torch.randn(4, 3, 9, 9) + 3)
+    assert torch.equal(before, traced.state_dict()["1.running_mean"])

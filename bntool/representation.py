@@ -1,0 +1,33 @@
+"""How results of calls show themselves: every field, none longer than a line allows."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+_LONGEST = 60  # characters of one field
+_ITEMS = 4
+
+
+def short_repr(value: Any) -> str:
+    """As dataclasses show themselves, with long fields as a count: a ``__repr__`` for them."""
+    shown = (f"{f.name}={_shorten(getattr(value, f.name))}" for f in dataclasses.fields(value) if f.repr)
+    return f"{type(value).__name__}({', '.join(shown)})"
+
+
+def _shorten(value: object) -> str:
+    if isinstance(value, Mapping | Sequence) and not isinstance(value, str | bytes):
+        if len(value) > _ITEMS:
+            return f"<{len(value)} items>"
+        if isinstance(value, Mapping):
+            return _cut("{" + ", ".join(f"{key!r}: {_shorten(item)}" for key, item in value.items()) + "}")
+        inner = ", ".join(map(_shorten, value))
+        return _cut(f"[{inner}]" if isinstance(value, list) else f"({inner}{',' * (len(value) == 1)})")
+    if dataclasses.is_dataclass(value):
+        return f"<{type(value).__name__}>"
+    return _cut(repr(value))
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= _LONGEST and "\n" not in text else f"{text[: _LONGEST - 3].splitlines()[0]}..."
