@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
+import os
 import sys
 
 
 def run() -> None:
     """Run the command line and exit with its code."""
-    import gc
+    _open_closed_streams()
+    code = 1  # of what nobody foresaw
+    atexit.register(lambda: _leave(code))  # the first to register is the last to be called
 
     from bntool.cli.interrupts import InterruptHandler
 
@@ -16,7 +21,34 @@ def run() -> None:
 
     gc.freeze()
     gc.set_threshold(100_000)  # a short-lived process that builds many small objects and drops few
-    sys.exit(main(sys.argv[1:]))
+    code = main(sys.argv[1:])
+    sys.exit(code)
+
+
+def _open_closed_streams() -> None:
+    """Give what was closed (``>&-``) to nobody: else the next file that is opened gets its number, and the output."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: PTH123, SIM115
+
+
+def _leave(code: int) -> None:
+    """End the process without taking torch apart, which takes seconds.
+
+    Python calls it when threads are joined and all other functions registered with ``atexit`` have run. What the user's
+    code wrote to files that it did not close is flushed, as taking them apart would have done.
+    """
+    if "torch" not in sys.modules:
+        return
+    import io
+
+    for thing in gc.get_objects():
+        if type(thing) in (io.TextIOWrapper, io.BufferedWriter, io.BufferedRandom):
+            try:
+                thing.flush()
+            except (OSError, ValueError):  # a full disk; a file that is closed or only read
+                continue
+    os._exit(code)
 
 
 if __name__ == "__main__":
