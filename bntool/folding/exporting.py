@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import io
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -69,19 +70,15 @@ def export_program(
         VerificationError: the outputs differ, or the program does not run.
     """
     exported = _export(folded, inputs[0])
-    if kind is ProgramKind.ONNX:
-        data = convert_to_onnx(exported)
-        run, runtime = open_in_onnxruntime(data)
-    else:
-        data = _save(exported)
-        run, runtime = _open_in_torch(data), f"torch {torch.__version__}"
+    data = convert_to_onnx(exported) if kind is ProgramKind.ONNX else _save(exported)
     shapes = _shapes(inputs[0])
     compared = [item for item in inputs if _shapes(item) == shapes]
     others = [tree_map(_first, inputs[0]), tree_map(_one_more, inputs[0])]
-    any_batch = all(_runs(run, item) and _runs(partial(run_model, model), item) for item in others)
-    if any_batch:
-        compared += others
-    error = verify_program(model, run, compared, tolerance=tolerance)
+    with open_in_onnxruntime(data) if kind is ProgramKind.ONNX else _open_in_torch(data) as (run, runtime):
+        any_batch = all(_runs(run, item) and _runs(partial(run_model, model), item) for item in others)
+        if any_batch:
+            compared += others
+        error = verify_program(model, run, compared, tolerance=tolerance)
     return Program(kind, data, runtime, any_batch, shapes, error, len(compared))
 
 
@@ -93,7 +90,8 @@ def _save(program: torch.export.ExportedProgram) -> bytes:
     return stream.getvalue()
 
 
-def _open_in_torch(data: bytes) -> Run:
+@contextlib.contextmanager
+def _open_in_torch(data: bytes) -> Iterator[tuple[Run, str]]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         loaded = torch.export.load(io.BytesIO(data)).module()
@@ -102,7 +100,7 @@ def _open_in_torch(data: bytes) -> Run:
         with torch.no_grad():
             return list(find_outputs(call(loaded, inputs)))
 
-    return run
+    yield run, f"torch {torch.__version__}"
 
 
 def _runs(run: Callable[[Any], Any], inputs: Any) -> bool:

@@ -5,13 +5,16 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import logging
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from bntool.errors import MissingExtraError, RefusedError, UserCodeError, VerificationError
+from bntool.folding.onnxruntime_process import OnnxRuntime, RuntimeFailure
 from bntool.modules.calling import tensors_in
 
 _PACKAGES = ("onnx", "onnxscript", "onnxruntime")
@@ -49,29 +52,29 @@ def convert_to_onnx(program: torch.export.ExportedProgram) -> bytes:
     return data
 
 
-def open_in_onnxruntime(data: bytes) -> tuple[Callable[[Any], list[torch.Tensor]], str]:
+@contextlib.contextmanager
+def open_in_onnxruntime(data: bytes) -> Iterator[tuple[Callable[[Any], list[torch.Tensor]], str]]:
     """A function that runs an ONNX file on the CPU, and the name and version of what runs it.
 
     Raises:
         VerificationError: ONNX Runtime cannot run the file.
     """
-    import onnxruntime
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder) / "model.onnx"
+        place.write_bytes(data)
+        try:
+            opened = OnnxRuntime(place, optimised=True)
+        except RuntimeFailure as failure:
+            raise VerificationError(f"ONNX Runtime cannot run the program; nothing was written ({failure})") from None
+        with opened:
+            names = [formal.name for formal in opened.inputs]
 
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3  # errors
-    try:
-        session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
-    except Exception as error:
-        text = " ".join(str(error).split())[:300]
-        raise VerificationError(f"ONNX Runtime cannot run the program; nothing was written ({text})") from error
-    names = [formal.name for formal in session.get_inputs()]
+            def run(inputs: Any) -> list[torch.Tensor]:
+                given = {name: tensor.detach().cpu().numpy() for name, tensor in _name_inputs(names, inputs)}
+                answers = [torch.from_numpy(array) for array in opened.run(given) if array is not None]
+                return [tensor for tensor in answers if tensor.is_floating_point()]
 
-    def run(inputs: Any) -> list[torch.Tensor]:
-        given = {name: tensor.detach().cpu().numpy() for name, tensor in _name_inputs(names, inputs)}
-        answers = [torch.from_numpy(array) for array in session.run(None, given)]
-        return [tensor for tensor in answers if tensor.is_floating_point()]
-
-    return run, f"onnxruntime {onnxruntime.__version__}"
+            yield run, f"onnxruntime {opened.version}"
 
 
 def _name_inputs(names: list[str], inputs: Any) -> Iterator[tuple[str, torch.Tensor]]:

@@ -150,7 +150,8 @@ def _runtime(result: CheckpointFold) -> list[Block]:
     if run.error is None:
         return [line(f"proven by the graph; not run: {run.reason}", Style.MUTED)]
     said = f"run by {run.runtime} on {plural(run.inputs, 'random input')}: outputs agree"
-    return [line(f"proven by the graph, and {said} to {format_number(run.error, 2)} of the largest", Style.GOOD)]
+    noise = "" if run.noise is None else f" (the original's own noise is {format_number(run.noise, 2)})"
+    return [line(f"proven by the graph, and {said} to {format_number(run.error, 2)} of the largest{noise}", Style.GOOD)]
 
 
 def _program(program: Program | None) -> list[Block]:
