@@ -114,7 +114,7 @@ def test_a_listing_imports_neither_writers_nor_other_formats_nor_other_commands(
     assert {"cli.inspection", "checkpoints.torch.legacy" if legacy else "checkpoints.torch.zip"} <= loaded
     others = {
         *("keras", "caffe", "onnx", "tensorflow", "hdf5", "sharded", "safetensors", "distributed", "exported"),
-        ".tar",
+        "torch.tar",
     }
     others |= {
         "writing",

@@ -10,6 +10,7 @@ from typing import Any
 
 from bntool.checkpoints.checkpoint import Checkpoint, Content, Format, GlobalName, LoadingCode, StateDict
 from bntool.checkpoints.containers.json_texts import read_json
+from bntool.checkpoints.containers.pickles.trust import merge_globals
 from bntool.checkpoints.files import SourceFile, open_beside, quote
 from bntool.checkpoints.state_dicts import find_prefix
 from bntool.checkpoints.tensors import Tensor
@@ -140,8 +141,7 @@ def _merge_versions(shards: Mapping[str, Checkpoint]) -> dict[str, int | None] |
 
 
 def _merge_globals(shards: Mapping[str, Checkpoint]) -> tuple[GlobalName, ...]:
-    merged = {name.path: name for shard in shards.values() for name in shard.globals}
-    return tuple(merged.values())
+    return merge_globals(name for shard in shards.values() for name in shard.globals)
 
 
 def record_home(shards: Mapping[str, Checkpoint], shard_of: Mapping[str, str]) -> str:

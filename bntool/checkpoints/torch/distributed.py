@@ -5,13 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from bntool.checkpoints.checkpoint import Checkpoint, Format
+from bntool.checkpoints.checkpoint import Checkpoint, Format, GlobalName, GlobalTrust
 from bntool.checkpoints.containers.pickles.nodes import (
     Construction,
     Dict,
+    ExtensionCode,
     Global,
     Instance,
+    LongBytes,
     Node,
+    PersistentId,
+    Set,
+    Update,
     as_mapping,
     iterate_pairs,
     text_of,
@@ -30,6 +35,7 @@ METADATA = ".metadata"
 MAX_OBJECTS = 10_000  # pickled objects beside the tensors
 MAX_PLACES = 1_000_000
 _MODULE = "torch.distributed.checkpoint.metadata."
+_TENSOR, _BYTES = f"{_MODULE}TensorStorageMetadata", f"{_MODULE}BytesStorageMetadata"
 
 
 class Distributed(Format):
@@ -55,7 +61,7 @@ class Distributed(Format):
         root = pickle.root
         if not isinstance(root, Instance) or root.path != f"{_MODULE}Metadata":
             raise OtherFormatError("this .metadata was not written by torch.distributed.checkpoint")
-        content = as_mapping(root.state)
+        content = _state(root)
         items = _read_items(content.get("storage_data"))
         folder = FolderReader(file.path.parent)
         reader = _LeafReader()
@@ -66,7 +72,7 @@ class Distributed(Format):
             format=self,
             state_dicts=state_dicts,
             entries=as_mapping(tree),
-            globals=list_globals(pickle, *_read_objects(content, items, folder)),
+            globals=(*list_globals(pickle, *_read_objects(content, items, folder)), *_name_unread(content, items)),
         )
 
 
@@ -101,14 +107,41 @@ def _read_items(node: Node) -> dict[tuple[str, tuple[int, ...] | None], Item]:
         if name is None or path is None or type(offset) is not int or type(length) is not int:
             raise CorruptFileError("the places of the tensors are malformed")
         first = index.get("offset")
-        items[name, None if first is None else as_shape(first)] = Item(
-            path, offset, length, is_transformed=bool(place.get("transform_descriptors"))
-        )
+        offsets = as_shape(first)
+        if first is not None and offsets is None:
+            raise CorruptFileError("the places of the tensors are malformed", tensor=name)
+        items[name, offsets] = Item(path, offset, length, is_transformed=_is_true(place.get("transform_descriptors")))
     return items
 
 
+def _is_true(node: Node) -> bool:
+    """Whether Python takes the value for true, as torch does to tell what is transformed.
+
+    Raises:
+        UnsafeFileError: it is an object of which that is not known.
+    """
+    if isinstance(node, Dict):
+        return bool(node.pairs)
+    if isinstance(node, Set):
+        return bool(node.members)
+    if isinstance(node, LongBytes):
+        return node.length > 0
+    if isinstance(node, Instance | Global | PersistentId | ExtensionCode):
+        raise UnsafeFileError("the metadata leaves open which parts of the folder are transformed")
+    return bool(node)
+
+
 def _state(node: Node) -> Mapping[str, Node]:
-    return as_mapping(node.state) if isinstance(node, Instance) else {}
+    """The attributes of one of the objects that the metadata is made of.
+
+    Raises:
+        UnsafeFileError: they are set several times, so that they are not those of the last time only.
+    """
+    if not isinstance(node, Instance):
+        return {}
+    if sum(update is Update.STATE for update, _ in node.updates) > 1:
+        raise UnsafeFileError("the metadata sets the attributes of an object several times")
+    return as_mapping(node.state)
 
 
 def _build_tree(content: Mapping[str, Node], items: _Items, folder: FolderReader, reader: _LeafReader) -> Dict:
@@ -134,7 +167,7 @@ def _build_tree(content: Mapping[str, Node], items: _Items, folder: FolderReader
             raise CorruptFileError("two tensors of the metadata have one name", tensor=name)
         leaves.add((id(place), parts[-1]))
         place.pairs.append((parts[-1], leaf))
-        if isinstance(node, Instance) and node.path == f"{_MODULE}TensorStorageMetadata":
+        if isinstance(node, Instance) and node.path == _TENSOR:
             reader.tensors[id(leaf)] = (leaf, _read_tensor(name, _state(node), items, folder))
     return root
 
@@ -159,14 +192,31 @@ def _read_tensor(name: str, facts: Mapping[str, Node], items: _Items, folder: Fo
     return assemble(name, dtype, shape, pieces)
 
 
-def _read_objects(content: Mapping[str, Node], items: _Items, folder: FolderReader) -> list[Pickle]:
-    """The pickles of what is no tensor: loading the folder unpickles them too."""
-    names = [
-        name
-        for name, node in as_mapping(content.get("state_dict_metadata")).items()
-        if isinstance(node, Instance) and node.path == f"{_MODULE}BytesStorageMetadata" and (name, None) in items
-    ]
+def _name_objects(content: Mapping[str, Node], items: _Items) -> list[str]:
+    """What is no tensor, by name.
+
+    Raises:
+        UnsafeFileError: absurdly many, or an entry of which it is not certain what torch takes it for.
+    """
+    names = []
+    for key, node in iterate_pairs(content.get("state_dict_metadata")):
+        name, path = text_of(key), node.path if isinstance(node, Instance) else ""
+        if name is None or path not in (_TENSOR, _BYTES):
+            raise UnsafeFileError("the metadata describes something that is neither a tensor nor an object")
+        if path == _BYTES and (name, None) in items:
+            names.append(name)
     if len(names) > MAX_OBJECTS:
         raise UnsafeFileError(f"the metadata names more than {MAX_OBJECTS} objects")
-    places = [items[name, None] for name in names]
+    return names
+
+
+def _name_unread(content: Mapping[str, Node], items: _Items) -> list[GlobalName]:
+    """Objects that loading the folder unpickles and that are compressed or otherwise transformed."""
+    names = [name for name in _name_objects(content, items) if items[name, None].is_transformed]
+    return [GlobalName(f"{name} (transformed)", called=True, trust=GlobalTrust.UNKNOWN) for name in names]
+
+
+def _read_objects(content: Mapping[str, Node], items: _Items, folder: FolderReader) -> list[Pickle]:
+    """The pickles of what is no tensor: loading the folder unpickles them too."""
+    places = [items[name, None] for name in _name_objects(content, items)]
     return [folder.read_object(item) for item in places if not item.is_transformed]

@@ -10,12 +10,13 @@ from bntool.checkpoints.checkpoint import Checkpoint, Format, StateDict
 from bntool.checkpoints.containers.pickles.nodes import as_mapping, is_mapping, text_of
 from bntool.checkpoints.containers.pickles.reading import OpcodeBudget, Pickle, read_pickle
 from bntool.checkpoints.containers.pickles.trust import list_globals
+from bntool.checkpoints.containers.tar_headers import TAR_BLOCK, is_tar_header
 from bntool.checkpoints.files import SourceFile, quote
 from bntool.checkpoints.tensors import Storage
 from bntool.checkpoints.torch.arrays import ArrayReader
 from bntool.checkpoints.torch.state_dicts import TorchContent, find_state_dicts, metadata_node, read_records
 from bntool.checkpoints.torch.tensors import StorageReference, read_storage_reference
-from bntool.errors import CorruptFileError
+from bntool.errors import CorruptFileError, UnsafeFileError
 
 _MAGIC = 0x1950A86A20F9469CFC6C
 _HEAD = b"\x8a\x0a" + _MAGIC.to_bytes(10, "little")
@@ -60,6 +61,10 @@ class TorchLegacy(Format):
         return head[:1] == b"\x80" and _HEAD in head[2:32]  # protocols 4 and 5 put a frame before it
 
     def read(self, file: SourceFile) -> Checkpoint:
+        if is_tar_header(file.read(0, min(file.size, TAR_BLOCK))):
+            raise UnsafeFileError(
+                "this file can be read in two ways: as a tar archive, which torch.load tries first, and as pickles"
+            )
         magic = read_pickle(file)
         protocol = read_pickle(file, offset=magic.end)
         system = read_pickle(file, offset=protocol.end)
@@ -77,7 +82,7 @@ class TorchLegacy(Format):
             format=self,
             state_dicts=state_dicts,
             entries=as_mapping(pickle.root) if is_mapping(pickle.root) else {},
-            globals=list_globals(pickle),
+            globals=list_globals(magic, protocol, system, pickle, keys),  # torch.load unpickles all of them
             records=read_records(sources),
             content=LegacyContent(pickle, reader, sources, layout),
         )

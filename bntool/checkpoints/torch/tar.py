@@ -19,14 +19,14 @@ from bntool.checkpoints.containers.pickles.nodes import (
 )
 from bntool.checkpoints.containers.pickles.reading import OpcodeBudget, Pickle, read_pickle
 from bntool.checkpoints.containers.pickles.trust import list_globals
+from bntool.checkpoints.containers.tar_headers import read_tar_headers
 from bntool.checkpoints.dtypes import BY_STORAGE, DType
 from bntool.checkpoints.files import SourceFile, quote
 from bntool.checkpoints.tensors import MAX_DIMENSIONS, Storage, StoredTensor
 from bntool.checkpoints.torch.state_dicts import find_state_dicts
 from bntool.checkpoints.torch.tensors import StorageReference, TensorReader
-from bntool.errors import CorruptFileError, OtherFormatError, UnsafeFileError
+from bntool.errors import CorruptFileError, OtherFormatError
 
-_BLOCK = 512
 _MEMBERS = ("pickle", "tensors", "storages")
 MAX_MEMBERS = 1000
 MAX_TENSORS = 1_000_000  # storages, views and tensors, each
@@ -95,33 +95,12 @@ class _Pickles:
 def _read_members(file: SourceFile) -> dict[str, _Member]:
     """The regular files of the archive, by name."""
     members: dict[str, _Member] = {}
-    position = 0
-    for _ in range(MAX_MEMBERS):
-        header = file.read(position, _BLOCK)
-        if not header.strip(b"\0"):  # two blank blocks end it
-            file.read(position, 2 * _BLOCK)
-            return members
-        blank = header[:148] + b" " * 8 + header[156:]
-        size = _octal(header[124:136])
-        if _octal(header[148:156]) != sum(blank):
-            raise CorruptFileError("a header of the tar archive is damaged")
-        name = header[:100].split(b"\0")[0].decode("latin-1").removeprefix("./")
-        position += _BLOCK
-        if position + size > file.size:
-            raise CorruptFileError("the tar archive is truncated")
-        if header[156:157] in (b"0", b"\0"):
-            if name in members:
-                raise CorruptFileError(f"two members of the tar archive are named {quote(name)}")
-            members[name] = _Member(file, position, size)
-        position += -(-size // _BLOCK) * _BLOCK
-    raise UnsafeFileError(f"the tar archive has more than {MAX_MEMBERS} members")
-
-
-def _octal(digits: bytes) -> int:
-    try:
-        return int(digits.strip(b" \0") or b"0", 8)
-    except ValueError as error:
-        raise CorruptFileError("a header of the tar archive is damaged") from error
+    for header in read_tar_headers(file, limit=MAX_MEMBERS):
+        if header.is_file:
+            if header.name in members:
+                raise CorruptFileError(f"two members of the tar archive are named {quote(header.name)}")
+            members[header.name] = _Member(file, header.offset, header.size)
+    return members
 
 
 def _read_count(member: _Member, position: int, pickles: _Pickles) -> tuple[int, int]:

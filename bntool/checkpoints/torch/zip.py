@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from bntool.checkpoints.checkpoint import Checkpoint, Content, Format
@@ -90,16 +91,33 @@ def read_loose_records(layout: ArchiveLayout) -> dict[str, History]:
 
 
 def find_layout(archive: ZipArchive) -> ArchiveLayout:
-    pickles = [name for name in archive.records if name == "data.pkl" or name.endswith("/data.pkl")]
-    top = [name for name in pickles if name.count("/") <= 1]
+    check_case(archive.records)
+    top = [name for name in archive.records if name.count("/") <= 1 and name.rpartition("/")[2].lower() == "data.pkl"]
     if not top:
         raise OtherFormatError("the archive has no data.pkl")
     if len(top) > 1:
         raise CorruptFileError("the zip archive holds more than one data.pkl")
-    root = top[0].removesuffix("data.pkl")
+    root = top[0][: -len("data.pkl")]
+    if top[0] != f"{root}data.pkl":
+        raise CorruptFileError(f"the pickle of the archive is named {quote(top[0])} instead of data.pkl")
     if f"{root}constants.pkl" in archive.records:
         raise OtherFormatError("this is a TorchScript archive")
     return ArchiveLayout(archive, root, big_endian=is_big_endian(archive, root))
+
+
+def check_case(names: Iterable[str]) -> None:
+    """Refuse records whose names differ by case only: torch looks them up without regard to it, and finds either.
+
+    Raises:
+        UnsafeFileError: there are two.
+    """
+    known: dict[str, str] = {}
+    for name in names:
+        other = known.setdefault(name.lower(), name)
+        if other != name:
+            raise UnsafeFileError(
+                f"records {quote(other)} and {quote(name)} of the archive differ by case only: torch may read either"
+            )
 
 
 def is_big_endian(archive: ZipArchive, root: str) -> bool:

@@ -13,7 +13,7 @@ from bntool.checkpoints.dtypes import BY_NAME
 from bntool.checkpoints.files import SourceFile, quote
 from bntool.checkpoints.state_dicts import find_prefix
 from bntool.checkpoints.tensors import MAX_DIMENSIONS, Storage, StoredTensor, Tensor
-from bntool.checkpoints.torch.zip import ArchiveLayout, is_big_endian, read_loose_records
+from bntool.checkpoints.torch.zip import ArchiveLayout, check_case, is_big_endian, read_loose_records
 from bntool.checkpoints.torch_programs.exported_graph import read_batchnorms
 from bntool.checkpoints.torch_programs.torchscript import RECORD_NAME, find_root
 from bntool.errors import CorruptFileError, OtherFormatError, UnsafeFileError
@@ -43,6 +43,7 @@ class ExportedProgram(Format):
     def read(self, file: SourceFile) -> Checkpoint:
         archive = read_archive(file)
         root = _find_root(archive)
+        check_case(archive.records)
         layout = ArchiveLayout(archive, root, is_big_endian(archive, root), RECORD_NAME)
         start = f"{root}data/weights/"
         names = [n[len(start) : -len(_CONFIG)] for n in archive.records if n.startswith(start) and n.endswith(_CONFIG)]

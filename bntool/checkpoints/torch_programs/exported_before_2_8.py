@@ -15,6 +15,7 @@ from bntool.checkpoints.torch.state_dicts import find_state_dicts
 from bntool.checkpoints.torch.tensors import TensorReader
 from bntool.checkpoints.torch.zip import (
     ArchiveLayout,
+    check_case,
     find_layout,
     read_loose_records,
     read_main_pickle,
@@ -65,6 +66,7 @@ class LegacyExport(Format):
         archive = read_archive(file)
         if _PROGRAM not in archive.records:
             raise OtherFormatError(f"the archive has no {_PROGRAM}")
+        check_case(archive.records)
         outer, budget = ArchiveLayout(archive, "", big_endian=False, record_name=_RECORD_NAME), OpcodeBudget()
         found = [archive.records[name] for name in _STATE_DICT if name in archive.records]
         if len(found) > 1:

@@ -24,6 +24,7 @@ from bntool.checkpoints.torch.tensors import TensorReader
 from bntool.checkpoints.torch.zip import (
     ArchiveContent,
     ArchiveLayout,
+    check_case,
     is_big_endian,
     read_loose_records,
     read_main_pickle,
@@ -51,6 +52,7 @@ class TorchScript(Format):
         root = find_root(archive, "constants.pkl")
         if root is None or f"{root}data.pkl" not in archive.records:
             raise OtherFormatError("the archive has no constants.pkl beside data.pkl")
+        check_case(name for name in archive.records if not name.startswith(f"{root}code/"))
         layout = ArchiveLayout(archive, root, is_big_endian(archive, root), RECORD_NAME)
         pickle = read_main_pickle(layout)
         reader = TensorReader(lambda reference: resolve_storage(layout, reference))

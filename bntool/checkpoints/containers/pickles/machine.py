@@ -25,6 +25,13 @@ MAX_TEXT = 1 << 26  # a longer text or integer is an attack on memory
 MAX_DIGITS = 4300
 MAX_INTEGER = 1024  # bytes of a binary one: Python writes no longer ones as text without being told to
 MAX_GLOBALS = 10_000  # classes and functions by name; the largest export of fastai seen has 49
+MAX_HASHED = 1 << 16  # values of a tuple that is a key, each counted as often as it occurs: Python looks at all
+# builtins, and functions of numpy and torch, that take memory by a number; those of other modules are not known anyway
+ALLOCATORS = frozenset(
+    {"bytes", "bytearray", "list", "tuple", "set", "frozenset", "dict", "deque", "Counter", "OrderedDict",
+     "ndarray", "_reconstruct", "Size"}
+)  # fmt: skip
+_TENSORS = ("Storage", "Tensor")
 _WINDOW = 1 << 16
 
 MARK = object()
@@ -46,6 +53,8 @@ class Machine:
         self.called: dict[Global, None] = {}  # in order of appearance
         self.persistent_ids: list[PersistentId] = []
         self.extensions: list[ExtensionCode] = []
+        self.made_calls: list[Node] = []  # what the pickle calls that it does not name but made
+        self.allocations: list[Instance] = []  # calls that may take memory by a number
         self.dropped = False  # something left the stack without a place in what is built
 
     @property
@@ -152,11 +161,21 @@ class Machine:
         self.stack.append(self.globals[key])
 
     def push_instance(self, constructor: Node, arguments: Node, how: Construction, keywords: Node = None) -> None:
-        if isinstance(constructor, Global):
+        instance = Instance(constructor, arguments, construction=how, keywords=keywords)
+        if not isinstance(constructor, Global):
+            self.made_calls.append(constructor)
+        else:
             self.called[constructor] = None
-        self.stack.append(Instance(constructor, arguments, construction=how, keywords=keywords))
+            name = constructor.name
+            makes_module = how is Construction.REDUCE and constructor.module.startswith("torch.nn.modules.")
+            if name in ALLOCATORS or name.endswith(_TENSORS) or makes_module:
+                self.allocations.append(instance)
+        self.stack.append(instance)
 
     def set_items(self, pairs: list[tuple[Node, Node]]) -> None:
+        for key, _ in pairs:
+            if type(key) is tuple:
+                _check_hash(key)
         target = self.top()
         if isinstance(target, Dict):
             target.pairs.extend(pairs)
@@ -175,6 +194,9 @@ class Machine:
             raise CorruptFileError("the pickle appends to something that is no list")
 
     def add(self, values: list[Node]) -> None:
+        for value in values:
+            if type(value) is tuple:
+                _check_hash(value)
         target = self.top()
         if isinstance(target, Set):
             target.members.extend(values)
@@ -189,3 +211,18 @@ class Machine:
         if not isinstance(target, Instance):
             raise CorruptFileError("the pickle sets the state of something that has none")
         target.updates.append((Update.STATE, state))
+
+
+def _check_hash(key: tuple[Node, ...]) -> None:
+    """Refuse a key whose hash takes forever: a tuple of a tuple that occurs twice, and so on.
+
+    Raises:
+        UnsafeFileError: it is one.
+    """
+    pending, left = [key], MAX_HASHED
+    while pending:
+        inside = pending.pop()
+        left -= len(inside)
+        if left < 0:
+            raise UnsafeFileError("a key of the pickle is a nest of tuples whose hash would take forever")
+        pending += [one for one in inside if type(one) is tuple]

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from bntool.checkpoints.containers.pickles.machine import Machine
-from bntool.checkpoints.containers.pickles.nodes import ExtensionCode, Global, Node, PersistentId
+from bntool.checkpoints.containers.pickles.nodes import ExtensionCode, Global, Instance, Node, PersistentId
 from bntool.checkpoints.containers.pickles.opcodes import ACTIONS, STOP
 from bntool.checkpoints.files import ByteSource, MemorySource
 from bntool.errors import CorruptFileError, UnsafeFileError
@@ -47,6 +47,8 @@ class Pickle:
         referenced: globals that it would only import.
         persistent_ids: in order of appearance.
         extensions: what it names by number.
+        made_calls: what it calls without a name, because it made it.
+        allocations: calls of named classes and functions that may take memory by a number.
         complete: all that it makes is part of ``root``.
     """
 
@@ -58,6 +60,8 @@ class Pickle:
     referenced: list[Global] = field(default_factory=list)
     persistent_ids: list[PersistentId] = field(default_factory=list)
     extensions: list[ExtensionCode] = field(default_factory=list)
+    made_calls: list[Node] = field(default_factory=list)
+    allocations: list[Instance] = field(default_factory=list)
     complete: bool = True
 
 
@@ -130,5 +134,7 @@ def _finish(machine: Machine) -> Pickle:
         referenced=[node for node in machine.globals.values() if node not in machine.called],
         persistent_ids=machine.persistent_ids,
         extensions=machine.extensions,
+        made_calls=machine.made_calls,
+        allocations=machine.allocations,
         complete=not machine.dropped and not machine.stack,
     )

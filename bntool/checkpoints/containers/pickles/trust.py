@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from bntool.checkpoints.checkpoint import GlobalName, GlobalTrust
+from bntool.checkpoints.containers.pickles.dangerous_calls import name_dangers
 from bntool.checkpoints.containers.pickles.lookups import GETATTR, resolve_lookups
 from bntool.checkpoints.containers.pickles.reading import Pickle
 
@@ -53,7 +54,8 @@ _KNOWN = {
 }
 _KNOWN_BUILTINS = {
     "set", "frozenset", "bytearray", "complex", "slice", "range", "object", "dict", "list", "tuple",
-    "int", "float", "str", "bytes", "bool", "long", "unicode",
+    "int", "float", "str", "bytes", "bool", "long", "unicode", "xrange", "zip", "enumerate", "reversed",
+    "NotImplemented", "Ellipsis", "BaseException", "StopIteration", "KeyboardInterrupt", "SystemExit",
 }  # fmt: skip
 _DISTRIBUTED = {
     "Metadata", "MetadataIndex", "StorageMeta", "TensorStorageMetadata", "BytesStorageMetadata", "TensorProperties",
@@ -65,9 +67,9 @@ _SCRIPTED_LISTS = {
     "restore_type_tag",
 }  # fmt: skip
 _BUILTIN_MODULES = ("builtins", "__builtin__")
-_SUSPICIOUS_BUILTINS = {
-    "eval", "exec", "compile", "open", "input", "breakpoint", "getattr", "setattr", "delattr", "__import__", "globals",
-    "locals", "vars", "execfile", "apply", "map", "filter", "memoryview", "type", "super",
+_PLAIN_BUILTINS = {
+    "abs", "ascii", "bin", "chr", "divmod", "format", "hash", "hex", "id", "isinstance", "issubclass", "len", "oct",
+    "ord", "print", "repr", "round",
 }  # fmt: skip
 _SUSPICIOUS_MODULES = {
     "os", "posix", "nt", "posixpath", "sys", "subprocess", "commands", "pty", "shutil", "socket", "socketserver",
@@ -120,7 +122,7 @@ _SUSPICIOUS_NAMES = {
 }
 
 
-def judge_global(path: str) -> GlobalTrust:  # noqa: PLR0911 (the first rule that fits)
+def judge_global(path: str) -> GlobalTrust:  # noqa: C901, PLR0911 (the first rule that fits)
     """What is known of a class or function, by its dotted name.
 
     A call of an unknown function may do anything: only listed names, torch's and numpy's own data types, and torch.nn
@@ -129,8 +131,10 @@ def judge_global(path: str) -> GlobalTrust:  # noqa: PLR0911 (the first rule tha
     module, _, name = path.rpartition(".")
     if path in _SUSPICIOUS_NAMES or not _REACHED_THROUGH_OTHERS.isdisjoint(path.split(".")[1:]):
         return GlobalTrust.SUSPICIOUS
-    if path in _KNOWN or (module in _BUILTIN_MODULES and name in _KNOWN_BUILTINS):
+    if path in _KNOWN:
         return GlobalTrust.KNOWN
+    if module in _BUILTIN_MODULES or module == "exceptions":
+        return _judge_builtin(name)
     first, *inner = module.split(".")
     if first in _SUSPICIOUS_MODULES or any(part.startswith("__") and part.endswith("__") for part in inner):
         return GlobalTrust.SUSPICIOUS
@@ -150,6 +154,12 @@ def judge_global(path: str) -> GlobalTrust:  # noqa: PLR0911 (the first rule tha
     if name[:1].isupper() and (module in _CLASSES or (module.startswith("torch.nn.modules.") and len(inner) == 3)):
         return GlobalTrust.KNOWN
     return GlobalTrust.UNKNOWN
+
+
+def _judge_builtin(name: str) -> GlobalTrust:
+    if name in _KNOWN_BUILTINS or name.endswith(("Error", "Exception", "Warning")):
+        return GlobalTrust.KNOWN
+    return GlobalTrust.UNKNOWN if name in _PLAIN_BUILTINS else GlobalTrust.SUSPICIOUS
 
 
 def _torch_type_names() -> frozenset[str]:
@@ -182,5 +192,16 @@ def list_globals(*pickles: Pickle) -> tuple[GlobalName, ...]:
         for path, called in _name_globals(pickle):
             if called or path not in found:
                 found[path] = GlobalName(path, called=called, trust=judge_global(path))
+        for path in name_dangers(pickle):
+            found[path] = GlobalName(path, called=True, trust=GlobalTrust.SUSPICIOUS)
+    return merge_globals(found.values())
+
+
+def merge_globals(names: Iterable[GlobalName]) -> tuple[GlobalName, ...]:
+    """The globals of several pickles, each once, suspicious ones first, then unknown, then known."""
+    found: dict[str, GlobalName] = {}
+    for name in names:
+        if name.called or name.path not in found:
+            found[name.path] = name
     order = [GlobalTrust.SUSPICIOUS, GlobalTrust.UNKNOWN, GlobalTrust.KNOWN]
     return tuple(sorted(found.values(), key=lambda name: (order.index(name.trust), not name.called, name.path)))

@@ -1,0 +1,61 @@
+"""Calls of a pickle that do harm although all that it names builds data: of what it made itself, or for much memory."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+from operator import itemgetter
+
+from bntool.checkpoints.containers.pickles.lookups import GETATTR
+from bntool.checkpoints.containers.pickles.nodes import ExtensionCode, Instance, Node, text_of
+from bntool.checkpoints.containers.pickles.reading import Pickle
+
+MAX_ALLOCATED = 1 << 28  # elements that calls may make by numbers alone; arrays of numpy are made empty and then filled
+_ITERATING = {"list", "tuple", "set", "frozenset", "dict", "deque", "Counter", "OrderedDict", "Size"}
+_RANGES = ("builtins.range", "builtins.xrange", "__builtin__.range", "__builtin__.xrange")
+_TEXT_DTYPE = re.compile(r"[<>|=]?[SUVa](\d{1,18})")
+
+
+def name_dangers(pickle: Pickle) -> Iterator[str]:
+    """What a pickle does with what it names that no data needs."""
+    for constructor in pickle.made_calls:  # extensions and what getattr finds are judged by name
+        is_named = isinstance(constructor, Instance) and constructor.path
+        if not isinstance(constructor, ExtensionCode) and not (is_named and constructor.path in GETATTR):
+            yield f"{constructor.path}(...)()" if is_named else "a call of what the pickle made"
+    amounts = [(instance.path, _count_allocated(instance)) for instance in pickle.allocations]
+    if sum(amount for _, amount in amounts) > MAX_ALLOCATED:
+        path, amount = max(amounts, key=itemgetter(1))
+        yield f"{path} for {amount} elements"
+
+
+def _count_allocated(instance: Instance) -> int:
+    """About how many elements a call makes beyond those that the pickle holds, by the numbers that it is given."""
+    if instance.constructor.name in _ITERATING:
+        return sum(_count_range(argument) for argument in _as_tuple(instance.arguments))
+    sizes = [_measure(argument) for argument in (*_as_tuple(instance.arguments), instance.keywords)]
+    return math.prod(size for size in sizes if size is not None) if any(size is not None for size in sizes) else 0
+
+
+def _as_tuple(node: Node) -> tuple[Node, ...]:
+    return node if isinstance(node, tuple) else (node,)
+
+
+def _measure(argument: Node) -> int | None:
+    """The elements that a number, a shape or the width of a text dtype stands for; None for anything else."""
+    if type(argument) is int:
+        return abs(argument)
+    if isinstance(argument, tuple | list):
+        return math.prod(abs(one) for one in argument) if all(type(one) is int for one in argument) else None
+    width = _TEXT_DTYPE.fullmatch(text_of(argument) or "")
+    if width is not None:
+        return int(width[1])
+    return _count_range(argument) or None
+
+
+def _count_range(node: Node) -> int:
+    """How many numbers a range holds."""
+    if not isinstance(node, Instance) or node.path not in _RANGES:
+        return 0
+    numbers = [one for one in _as_tuple(node.arguments) if type(one) is int]
+    return len(range(*numbers[:3])) if 0 < len(numbers) <= 3 and numbers[2:] != [0] else 0

@@ -1,0 +1,130 @@
+"""What a file's own loader would run is never called harmless: each file is really loaded, and the code really runs."""
+
+from __future__ import annotations
+
+import contextlib
+import pickle
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from bntool.checkpoints.formats import open_checkpoint
+from bntool.errors import CorruptFileError, UnknownFormatError, UnsafeFileError
+from bntool.inspection.safety import Verdict, judge_safety
+from tests.inspection.attacks import ATTACKS, STATE_DICT, add_member, pickled, tar
+
+
+def judge(path: Path) -> str:
+    """The verdict, or the error by which the file is refused."""
+    try:
+        with open_checkpoint(path) as checkpoint:
+            return judge_safety(checkpoint).verdict.value
+    except (CorruptFileError, UnknownFormatError, UnsafeFileError) as error:
+        return error.code
+
+
+@pytest.mark.parametrize("name", ATTACKS)
+def test_what_runs_code_is_never_harmless(name: str, tmp_path: Path) -> None:
+    build, load = ATTACKS[name]
+    canary = tmp_path / "canary"
+    path = build(tmp_path, canary)
+    verdict = judge(path)
+    assert not canary.exists()
+    with warnings.catch_warnings(), contextlib.suppress(Exception):
+        warnings.simplefilter("ignore")
+        load(path)
+    assert canary.exists(), "the attack does not work, and proves nothing"
+    assert verdict in ("suspicious", "corrupt", "unknown-format", "unsafe")
+
+
+def _memory(*parts: bytes) -> bytes:
+    return b"\x80\x02" + b"".join(parts) + b"."
+
+
+def _nested_key(depth: int) -> bytes:
+    return b"\x80\x02}" + b"K\x01" + b"\x85" + b"2\x86" * depth + b"K\x00s."
+
+
+@pytest.mark.parametrize(
+    "opcodes",
+    [
+        pytest.param(_memory(b"c__builtin__\nbytearray\n\x8a\x06\0\0\0\0\0\x01\x85R"), id="bytearray"),
+        pytest.param(_memory(b"c__builtin__\nbytes\n\x8a\x06\0\0\0\0\0\x01\x85R"), id="bytes"),
+        pytest.param(_memory(b"c__builtin__\nlist\nc__builtin__\nxrange\n\x8a\x06\0\0\0\0\0\x01\x85R\x85R"), id="list"),
+        pytest.param(
+            _memory(b"ccollections\ndeque\nc__builtin__\nxrange\n\x8a\x06\0\0\0\0\0\x01\x85R\x85R"), id="deque"
+        ),
+        pytest.param(
+            _memory(b"cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nJ\0\0\0\x20\x85U\x01d\x87R"), id="array"
+        ),
+        pytest.param(
+            _memory(b"cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\x02\x85U\x0aS999999999\x87R"),
+            id="wide text",
+        ),
+        pytest.param(_memory(b"ctorch\nFloatStorage\nJ\0\0\0\x40\x85R"), id="storage"),
+        pytest.param(_memory(b"ctorch\nFloatTensor\nJ\0\0\x01\0J\0\0\x01\0\x86R"), id="tensor"),
+        pytest.param(_memory(b"ctorch.nn.modules.linear\nLinear\nJ\0\0\x01\0J\0\0\x01\0\x86R"), id="module"),
+        pytest.param(_memory(b"]" + b"c__builtin__\nbytearray\nJ\0\0\0\x08\x85Ra" * 3), id="many that are small"),
+        pytest.param(_nested_key(60), id="a key that takes forever to hash"),
+    ],
+)
+def test_what_only_eats_memory_or_time_is_never_harmless(opcodes: bytes, tmp_path: Path) -> None:
+    assert judge(pickled(lambda _: opcodes)(tmp_path, tmp_path)) in ("suspicious", "unsafe")
+
+
+def _with_times(archive: Any, evil: bytes) -> None:
+    del evil
+    add_member(archive, "notes", b"nothing", mtime=1234567.5)  # an extended header, as torch 0.1 wrote them
+
+
+class Plain:
+    pass
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        range(3),
+        [range(1000), range(10**12)],
+        (slice(1, 2), {1, 2}, frozenset({3}), bytearray(100), b"12", complex(1, 2)),
+        {(1, (2, 3)): 4},
+        NotImplementedError("a"),
+        np.zeros((100, 100)),
+        np.float64(3),
+        np.array(["text"]),
+    ],
+    ids=repr,
+)
+@pytest.mark.parametrize("protocol", [2, 4])
+def test_what_only_looks_like_it_stays_harmless(value: object, protocol: int, tmp_path: Path) -> None:
+    for legacy in (False, True):
+        path = tmp_path / f"{legacy}.pt"
+        torch.save(
+            {**STATE_DICT, "more": value}, path, _use_new_zipfile_serialization=not legacy, pickle_protocol=protocol
+        )
+        assert judge(path) == Verdict.HARMLESS.value
+
+
+def test_a_tar_file_with_times_stays_harmless(tmp_path: Path) -> None:
+    path = tar(_with_times)(tmp_path, tmp_path / "canary")
+    torch.load(path, weights_only=False)
+    assert judge(path) == Verdict.HARMLESS.value
+    with pytest.raises(pickle.UnpicklingError):  # and it is data: nothing in it is a payload
+        pickle.loads(path.read_bytes())
+
+
+def test_every_kind_of_call_is_looked_at(tmp_path: Path) -> None:
+    """A partial that is only kept is data, and one that is called is not."""
+    import functools
+
+    kept = tmp_path / "kept.pt"
+    torch.save({**STATE_DICT, "layer": functools.partial(torch.nn.BatchNorm2d, eps=1e-3)}, kept)
+    assert judge(kept) == Verdict.HARMLESS.value
+    build: Callable[[Path, Path], Path] = ATTACKS["partial called"][0]
+    with open_checkpoint(build(tmp_path, tmp_path / "canary")) as checkpoint:
+        assert "functools.partial(...)()" in judge_safety(checkpoint).suspicious
