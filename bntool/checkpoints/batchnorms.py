@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from bntool.batchnorm import ROLES, STATISTICS, BatchNorm, EpsSource, NormKind, find_class_kind
-from bntool.checkpoints.checkpoint import ModuleInfo, StateDict
+from bntool.checkpoints.checkpoint import ModuleInfo, NotUnderstood, StateDict
 from bntool.checkpoints.tensors import Tensor, count_elements
 
 # leaf names that give a relative of BatchNorm away
@@ -39,6 +40,44 @@ def find_norms(state_dict: StateDict) -> tuple[BatchNorm, ...]:
         if kind is not None:
             norms.append(_make(layer, kind, tensors, module, version))
     return tuple(norms)
+
+
+_PARTS = re.compile(r"[./]")
+_COUNTS = ("mean", "mu", "var", "std")
+_KEPT = "(?:running|moving|pop|population|global|batch|ema|avg)_?"
+_MEANS = re.compile(rf"{_KEPT}(?:mean|mu)(?:_?biased)?|_mean|mean")
+_VARIANCES = re.compile(
+    rf"{_KEPT}(?:var|variance|std|stdev|sigma|inv_?std|inv_?var)(?:_?biased)?|_variance|var|variance"
+)
+_BESIDE = {"weight", "bias", "scale", "offset", "gamma", "beta"}
+_FLAX = "batch_stats"
+
+
+def find_unknown_statistics(state_dict: StateDict) -> Iterator[NotUnderstood]:
+    """Groups of tensors that look like the statistics of a normalisation, and are those of no layer that is known.
+
+    A mean and a variance count, under the names of any framework, unless they are called just that and nothing beside
+    them belongs to a layer: models keep mean and variance of their inputs, too.
+    """
+    known: set[str] | None = None
+    groups: dict[str, set[str]] = {}
+    for name, tensor in state_dict.tensors.items():
+        stripped = state_dict.strip(name)
+        leaf = _PARTS.split(stripped)[-1]
+        may_count = leaf in _BESIDE or any(part in leaf for part in _COUNTS)
+        if may_count and tensor.dtype.is_floating and count_elements(tensor.shape) > 1:
+            groups.setdefault(stripped[: -len(leaf) - 1], set()).add(leaf)
+    for layer, leaves in groups.items():
+        means = {leaf for leaf in leaves if _MEANS.fullmatch(leaf)}
+        variances = {leaf for leaf in leaves if _VARIANCES.fullmatch(leaf)}
+        are_bare = means <= {"mean"} and variances <= {"var", "variance"}
+        if not means or not variances or (are_bare and not leaves & _BESIDE and _FLAX not in _PARTS.split(layer)):
+            continue
+        if known is None:
+            known = {norm.name for norm in find_norms(state_dict)}
+        if layer not in known:
+            names = ", ".join(sorted(means | variances))
+            yield NotUnderstood(layer, f"{names} look like statistics, under names that are not known")
 
 
 def find_batchnorms(state_dict: StateDict) -> tuple[BatchNorm, ...]:

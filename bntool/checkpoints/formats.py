@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import importlib
 import itertools
@@ -11,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from bntool.checkpoints.batchnorms import find_unknown_statistics
 from bntool.checkpoints.checkpoint import Checkpoint, Format
 from bntool.checkpoints.files import SourceFile, quote
 from bntool.errors import BntoolError, OtherFormatError, UnknownFormatError, UnreadableFileError
@@ -145,7 +147,7 @@ def open_file(file: SourceFile) -> Checkpoint:
         head = file.read(0, min(file.size, _HEAD))
         for candidate in FORMATS.of_file(file.path, head):
             with contextlib.suppress(OtherFormatError):  # formats share the signatures of their containers
-                return candidate.read(file)
+                return _look_for_more(candidate.read(file))
         raise UnknownFormatError(_describe_unknown(head))
     except BntoolError as error:
         file.close()
@@ -161,6 +163,16 @@ _CONTAINERS = (
     (b"ustar", 257, "a tar archive", "unpack it first"),
     (_PICKLE, 0, "a pickle that torch.save did not write", "those of numpy arrays are read, too"),
 )
+
+
+def _look_for_more(checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint with what looks like statistics in it and is none that its format knows."""
+    if not checkpoint.format.is_pytorch:  # the others translate all names of theirs
+        return checkpoint
+    found = [one for state_dict in checkpoint.state_dicts for one in find_unknown_statistics(state_dict)]
+    if not found:
+        return checkpoint
+    return dataclasses.replace(checkpoint, not_understood=(*checkpoint.not_understood, *found))
 
 
 def _describe_unknown(head: bytes) -> str:

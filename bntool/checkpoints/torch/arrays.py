@@ -27,6 +27,7 @@ CODES = {
     "f8": "float64", "f4": "float32", "f2": "float16", "i8": "int64", "i4": "int32", "i2": "int16", "i1": "int8",
     "u8": "uint64", "u4": "uint32", "u2": "uint16", "u1": "uint8", "b1": "bool", "c8": "complex64", "c16": "complex128",
 }  # fmt: skip
+_TUPLES = ("builtins.tuple", "__builtin__.tuple")
 _ARRAY_KEY = "array "  # what the keys of the storages of arrays begin with; torch's own are numbers
 
 
@@ -45,6 +46,11 @@ class ArrayReader(TensorReader):
         if node.path in FROM_BUFFER and isinstance(node.arguments, tuple):
             data, dtype, shape, order = node.arguments
             return self._array(node, shape, dtype, data, is_fortran=order == "F")
+        if node.path in _TUPLES and isinstance(node.arguments, tuple) and len(node.arguments) == 1:
+            pair = node.arguments[0]  # (name, array), as Paddle saves a tensor outside of a state dict
+            if isinstance(pair, tuple) and len(pair) == 2 and text_of(pair[0]) is not None:
+                return self.read(pair[1])
+            return None
         return super()._rebuild(node)
 
     def _storage(self, reference: StorageReference) -> Storage:

@@ -238,7 +238,11 @@ class _ChangeCollector:
             if not isinstance(tensor, StoredTensor) or not tensor.is_parameter:
                 raise RefusedError("the file holds no such parameter", tensor=name)
             copy = self.editable(source.tensor_nodes[name])
-            copy.arguments = (copy.arguments[0], bool(step.value), *copy.arguments[2:])
+            if isinstance(copy.state, tuple) and copy.state:  # torch 0.1 to 0.3
+                state = (bool(step.value), *copy.state[1:])
+                copy.updates = [(u, state if u is Update.STATE else payload) for u, payload in copy.updates]
+            else:
+                copy.arguments = (copy.arguments[0], bool(step.value), *copy.arguments[2:])
             return
         state = self.editable(source.module_nodes[step.module].state)
         _set_pairs(state, _with_item(iterate_pairs(state), step.attribute, step.value))

@@ -76,15 +76,16 @@ class TorchLegacy(Format):
         big_endian = as_mapping(system.root).get("little_endian") is False
         layout = LegacyLayout(file, keys, _locate_storages(file, pickle, keys), big_endian)
         reader = ArrayReader(lambda reference: _resolve(layout, reference))
-        state_dicts, sources = find_state_dicts(pickle.root, reader)
+        found = find_state_dicts(pickle.root, reader)
         return Checkpoint(
             file=file,
             format=self,
-            state_dicts=state_dicts,
+            state_dicts=found.state_dicts,
             entries=as_mapping(pickle.root) if is_mapping(pickle.root) else {},
             globals=list_globals(magic, protocol, system, pickle, keys),  # torch.load unpickles all of them
-            records=read_records(sources),
-            content=LegacyContent(pickle, reader, sources, layout),
+            records=read_records(found.sources),
+            not_understood=found.not_understood,
+            content=LegacyContent(pickle, reader, found.sources, layout),
         )
 
     def can_record(self, checkpoint: Checkpoint, state_dict: StateDict) -> bool:

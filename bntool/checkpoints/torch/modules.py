@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from bntool.batchnorm import STATISTICS
 from bntool.checkpoints.checkpoint import ModuleInfo, StateDict
 from bntool.checkpoints.containers.pickles.nodes import (
     Dict,
@@ -22,6 +24,7 @@ from bntool.checkpoints.tensors import Tensor
 from bntool.checkpoints.torch.tensors import TensorReader
 from bntool.errors import UnsafeFileError
 
+_NORM = re.compile(r"[Nn]orm|BN|_bn|\bbn")  # in the name of a class
 MAX_DEPTH = 100  # of nested modules, and of the mappings that are searched for models
 MAX_PATH = 10_000  # characters
 MAX_EFFORT = 1_000_000  # attributes looked at: a module tree with sharing can pretend to be exponentially large
@@ -35,11 +38,13 @@ class StateDictSource:
         node: the mapping or module node.
         tensor_nodes: the node of each tensor, by full name.
         module_nodes: the node of each module, by full path, for pickled modules.
+        not_understood: names of what lies where a tensor should, and is none that is known.
     """
 
     node: Node
     tensor_nodes: dict[str, Node] = field(default_factory=dict)
     module_nodes: dict[str, Instance] = field(default_factory=dict)
+    not_understood: list[str] = field(default_factory=list)
 
 
 def is_module(node: Node) -> bool:
@@ -79,7 +84,7 @@ class ModuleReader:
             source.module_nodes[path] = node
             modules[path] = ModuleInfo(_class_path(node), plain_attributes(state))
             dotted = f"{path}." if path else ""
-            self._read_own_tensors(dotted, state, source, tensors)
+            self._read_own_tensors(dotted, state, source, tensors, class_path=modules[path].class_path)
             below = ancestors | {id(node)}
             table = as_mapping(state.get("_modules"))
             self._spend(len(table))
@@ -89,8 +94,15 @@ class ModuleReader:
         return StateDict(key, prefix, tensors, modules=modules, is_module=True), source
 
     def _read_own_tensors(
-        self, dotted: str, state: Mapping[str, Node], source: StateDictSource, tensors: dict[str, Tensor]
+        self,
+        dotted: str,
+        state: Mapping[str, Node],
+        source: StateDictSource,
+        tensors: dict[str, Tensor],
+        *,
+        class_path: str,
     ) -> None:
+        may_normalise = _NORM.search(class_path) is not None
         hidden = _names_in_set(state.get("_non_persistent_buffers_set"))
         for table in (as_mapping(state.get("_parameters")), as_mapping(state.get("_buffers"))):
             self._spend(len(table))
@@ -99,6 +111,8 @@ class ModuleReader:
                 if tensor is not None and name not in hidden:
                     tensors[dotted + name] = tensor
                     source.tensor_nodes[dotted + name] = value
+                elif tensor is None and value is not None and (may_normalise or name in STATISTICS):
+                    source.not_understood.append(dotted + name)
 
     def _spend(self, items: int) -> None:
         self._effort += items

@@ -1,13 +1,21 @@
-"""Plain pickles of numpy arrays: the model zoo of detectron2, Caffe2 blobs, whatever pickle.dump wrote."""
+"""Plain pickles of numpy arrays: the model zoo of detectron2, Caffe2 blobs, Paddle, whatever pickle.dump wrote."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
-from bntool.checkpoints.checkpoint import Checkpoint, Format, GlobalName, GlobalTrust, LoadingCode, StateDict
-from bntool.checkpoints.containers.pickles.nodes import as_mapping, is_mapping
+from bntool.checkpoints.checkpoint import (
+    Checkpoint,
+    Format,
+    GlobalName,
+    GlobalTrust,
+    LoadingCode,
+    NotUnderstood,
+    StateDict,
+)
+from bntool.checkpoints.containers.pickles.nodes import Node, as_mapping, is_mapping
 from bntool.checkpoints.containers.pickles.reading import read_pickle
 from bntool.checkpoints.containers.pickles.trust import list_globals
 from bntool.checkpoints.files import SourceFile, quote
@@ -25,6 +33,8 @@ _CAFFE2_ENDINGS = {
     "bn_rm": "bn.running_mean",
     "bn_riv": "bn.running_var",
 }
+_PADDLE_STATISTICS = {"_mean": "running_mean", "_variance": "running_var"}
+_PADDLE_PARTS = "UnpackBigParamInfor@@"  # tensors of Paddle cut into parts
 
 
 class NumpyPickle(Format):
@@ -45,7 +55,10 @@ class NumpyPickle(Format):
         pickle = read_pickle(file)
         reader = ArrayReader(_no_storage)
         found = find_state_dicts(pickle.root, reader)
-        state_dicts = tuple(_translate_caffe2(s, found.sources[s.key]) for s in found.state_dicts)
+        state_dicts = tuple(
+            _translate_paddle(_translate_caffe2(s, found.sources[s.key]), found.sources[s.key])
+            for s in found.state_dicts
+        )
         if not reader.array_nodes:
             raise UnknownFormatError(_describe_other_pickle(list_globals(pickle)))
         return Checkpoint(
@@ -54,6 +67,7 @@ class NumpyPickle(Format):
             state_dicts=state_dicts,
             entries=as_mapping(pickle.root) if is_mapping(pickle.root) else {},
             globals=list_globals(pickle),
+            not_understood=(*found.not_understood, *_find_parts(pickle.root)),
             content=TorchContent(pickle, reader, found.sources),
         )
 
@@ -74,7 +88,30 @@ def _describe_other_pickle(globals_: Iterable[GlobalName]) -> str:
 
 def _translate_caffe2(state_dict: StateDict, source: StateDictSource) -> StateDict:
     """BatchNorm under PyTorch's names; other blobs keep theirs."""
-    names = {name: _translate(name) for name in state_dict.tensors}
+    return _rename(state_dict, source, {name: _translate(name) for name in state_dict.tensors})
+
+
+def _translate_paddle(state_dict: StateDict, source: StateDictSource) -> StateDict:
+    """BatchNorm of Paddle under PyTorch's names for its statistics."""
+    names = {name: name for name in state_dict.tensors}
+    for name in state_dict.tensors:
+        layer, _, leaf = name.rpartition(".")
+        if leaf in _PADDLE_STATISTICS and all(_join(layer, one) in names for one in _PADDLE_STATISTICS):
+            names[name] = _join(layer, _PADDLE_STATISTICS[leaf])
+    return _rename(state_dict, source, names)
+
+
+def _find_parts(root: Node) -> Iterator[NotUnderstood]:
+    if _PADDLE_PARTS in as_mapping(root):
+        yield NotUnderstood(_PADDLE_PARTS, "tensors that Paddle cut into parts are not put together")
+
+
+def _join(layer: str, leaf: str) -> str:
+    return f"{layer}.{leaf}" if layer else leaf
+
+
+def _rename(state_dict: StateDict, source: StateDictSource, names: Mapping[str, str]) -> StateDict:
+    """The state dict under other names, where they change and none comes twice."""
     if all(name == new for name, new in names.items()) or len(set(names.values())) < len(names):
         return state_dict
     source.tensor_nodes = {names[name]: node for name, node in source.tensor_nodes.items()}

@@ -44,4 +44,6 @@ def _check_keys(state_dict: StateDict, source: StateDictSource) -> None:
     inside = as_mapping(source.node)
     is_translated = any(name not in inside for name in source.tensor_nodes)
     if is_translated and not state_dict.is_module and list(state_dict.tensors) != list(source.tensor_nodes):
-        raise RefusedError("arrays of a Caffe2 model can change, but not come or go; convert it to torch first")
+        raise RefusedError(
+            "arrays of Caffe2 and Paddle can change, but not come or go; convert the file to torch first"
+        )

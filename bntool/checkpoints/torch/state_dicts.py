@@ -7,7 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, TypeAlias
 
-from bntool.checkpoints.checkpoint import Content, StateDict
+from bntool.batchnorm import STATISTICS
+from bntool.checkpoints.checkpoint import Content, NotUnderstood, StateDict
 from bntool.checkpoints.containers.pickles.nodes import (
     Dict,
     Instance,
@@ -67,6 +68,15 @@ class FoundStateDicts(NamedTuple):
 
     state_dicts: tuple[StateDict, ...]
     sources: dict[str, StateDictSource]
+
+    @property
+    def not_understood(self) -> tuple[NotUnderstood, ...]:
+        """What lies where the tensors of a layer should, and is none that is known."""
+        found = ((key, name) for key, source in self.sources.items() for name in source.not_understood)
+        return tuple(
+            NotUnderstood(f"{key}.{name}" if key else name, "it is no tensor in a form that is known")
+            for key, name in found
+        )
 
 
 def find_state_dicts(root: Node, reader: TensorReader) -> FoundStateDicts:
@@ -204,6 +214,8 @@ def _read_tensors(source: StateDictSource, reader: TensorReader) -> dict[str, St
         if name is not None and tensor is not None:
             tensors[name] = tensor
             source.tensor_nodes[name] = value
+        elif name is not None and isinstance(value, Instance) and name.rpartition(".")[2] in STATISTICS:
+            source.not_understood.append(name)
     return tensors
 
 

@@ -10,7 +10,6 @@ from pathlib import Path
 from bntool.checkpoints.checkpoint import Checkpoint, Format, LoadingCode
 from bntool.checkpoints.containers.pickles.nodes import (
     Global,
-    Instance,
     Node,
     PersistentId,
     as_mapping,
@@ -30,7 +29,6 @@ from bntool.errors import CorruptFileError, OtherFormatError
 _MEMBERS = ("pickle", "tensors", "storages")
 MAX_MEMBERS = 1000
 MAX_TENSORS = 1_000_000  # storages, views and tensors, each
-_PARAMETERS = ("torch.nn.parameter.Parameter", "torch.autograd.variable.Variable")
 
 
 class TorchTar(Format):
@@ -56,13 +54,14 @@ class TorchTar(Format):
         storages = _read_storages(members["storages"], pickles)
         tensors = _read_tensors(members["tensors"], storages, pickles)
         main = pickles.read(members["pickle"], members["pickle"].start)
-        state_dicts, _ = find_state_dicts(main.root, _TarReader(tensors))
+        found = find_state_dicts(main.root, _TarReader(tensors))
         return Checkpoint(
             file=file,
             format=self,
-            state_dicts=state_dicts,
+            state_dicts=found.state_dicts,
             entries=as_mapping(main.root) if is_mapping(main.root) else {},
             globals=list_globals(*pickles.found),
+            not_understood=found.not_understood,
         )
 
 
@@ -190,15 +189,7 @@ class _TarReader(TensorReader):
             if tensor is None:
                 raise CorruptFileError("a tensor is missing from the tar archive")
             return tensor
-        if isinstance(node, Instance) and node.path in _PARAMETERS and _has_arguments(node):
-            inner = self.read(node.arguments[0]) if isinstance(node.arguments[0], PersistentId) else None
-            gradient = node.arguments[1] if len(node.arguments) > 1 else True
-            return inner and dataclasses.replace(inner, is_parameter=True, requires_grad=bool(gradient))
-        return None
-
-
-def _has_arguments(node: Instance) -> bool:
-    return isinstance(node.arguments, tuple) and bool(node.arguments)
+        return super().read(node)
 
 
 def _no_storage(reference: StorageReference) -> Storage:

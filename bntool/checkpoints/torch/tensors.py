@@ -25,6 +25,15 @@ _STORAGELESS = {
     "torch.nn.parameter.UninitializedParameter": "uninitialized",
     "torch.nn.parameter.UninitializedBuffer": "uninitialized",
 }
+# classes that are given a tensor, and the helper of pickle that calls them
+_WRAPPERS = (
+    "torch.nn.parameter.Parameter",
+    "torch.nn.Parameter",
+    "torch.nn.parameter.Buffer",
+    "torch.autograd.variable.Variable",
+    "torch.autograd.Variable",
+)
+_NEW = ("copyreg.__newobj__", "copy_reg.__newobj__")
 _PLAIN_SUBCLASSES = (
     "torch.Tensor",
     "torch._tensor.Tensor",
@@ -151,6 +160,8 @@ class TensorReader:
         path, arguments = node.path, node.arguments
         if path in _STORAGELESS:
             return _storageless(path, arguments)
+        if path in _WRAPPERS or path in _NEW:
+            return self._wrapped(node)
         if not path.startswith(("torch._utils._rebuild_", "torch._tensor._rebuild_")):
             return None
         if not isinstance(arguments, tuple):
@@ -168,6 +179,22 @@ class TensorReader:
         if name == "_rebuild_from_type_v2":
             return self._subclass(arguments)
         return None
+
+    def _wrapped(self, node: Instance) -> StoredTensor | None:
+        """A tensor given to a class: ``Parameter(tensor)``, as whole modules of torch 0.1 to 0.3 have it."""
+        kind, arguments = node.path, node.arguments
+        if kind in _NEW and isinstance(arguments, tuple) and arguments and isinstance(arguments[0], Global):
+            kind, arguments = arguments[0].path, arguments[1:]
+        if kind not in _WRAPPERS or not isinstance(arguments, tuple) or not arguments:
+            return None
+        inner = self.read(arguments[0])
+        if inner is None:
+            return None
+        is_parameter = kind.endswith(".Parameter")
+        state = node.state  # (requires_grad, volatile, hooks) in files of torch 0.1 to 0.3
+        recorded = state[0] if isinstance(state, tuple) and state else is_parameter
+        gradient = arguments[1] if len(arguments) > 1 else recorded
+        return dataclasses.replace(inner, is_parameter=is_parameter, requires_grad=bool(gradient))
 
     def _strided(self, rebuild: str, arguments: tuple[Node, ...]) -> StoredTensor:
         reference = read_storage_reference(arguments[0])

@@ -57,15 +57,16 @@ class TorchZip(Format):
         layout = find_layout(archive)
         pickle = read_main_pickle(layout)
         reader = ArrayReader(lambda reference: resolve_storage(layout, reference))
-        state_dicts, sources = find_state_dicts(pickle.root, reader)
+        found = find_state_dicts(pickle.root, reader)
         return Checkpoint(
             file=file,
             format=self,
-            state_dicts=state_dicts,
+            state_dicts=found.state_dicts,
             entries=as_mapping(pickle.root) if is_mapping(pickle.root) else {},
             globals=list_globals(pickle),
-            records={**read_loose_records(layout), **read_records(sources)},
-            content=ArchiveContent(pickle, reader, sources, layout),
+            records={**read_loose_records(layout), **read_records(found.sources)},
+            not_understood=found.not_understood,
+            content=ArchiveContent(pickle, reader, found.sources, layout),
         )
 
     def verify_checksums(self, checkpoint: Checkpoint) -> int | None:
