@@ -221,7 +221,7 @@ def plan_freeze(  # noqa: PLR0913 each is an option of the command
         layers=tuple(norm.name for norm in chosen) if norm_eval or requires_grad is not None else (),
         stages=stages,
     )
-    concerned = [norm for norm in norms if norm.name in policy.layers or _in_stages(policy, norm.name)]
+    concerned = [norm for norm in norms if norm.name in policy.layer_names or _in_stages(policy, norm.name)]
     steps: list[Step] = []
     assumptions: tuple[str, ...] = ()
     if form is FreezeForm.CONSTANT:
@@ -236,7 +236,8 @@ def plan_freeze(  # noqa: PLR0913 each is an option of the command
     switches, unknown = _switch(checkpoint, source, carrier, concerned, policy)
     steps += switches
     skips += unknown
-    concerned = [norm for norm in concerned if norm.name not in {skip.layer for skip in unknown}]
+    unchanged = {skip.layer for skip in unknown}
+    concerned = [norm for norm in concerned if norm.name not in unchanged]
     frozen_parameters = tuple(_frozen_parameters(source, policy))
     plan = Plan(
         Operation.FREEZE,
@@ -347,7 +348,7 @@ def _flags(state_dict: StateDict, policy: FreezePolicy) -> list[Step]:
     """The flags of a pickled module that differ from what the policy asks for."""
     stages = policy.stages
     in_eval = stages.in_eval if stages is not None else ()
-    held = {*policy.layers} if policy.norm_eval else set()
+    held = policy.layer_names if policy.norm_eval else frozenset()
     steps: list[Step] = []
     for path, module in state_dict.modules.items():
         name = state_dict.strip(path)
@@ -369,7 +370,7 @@ def _wanted_gradient(policy: FreezePolicy, name: str) -> bool | None:
     if policy.stages is not None and is_within(name, policy.stages.without_gradient):
         return False
     owner, _, leaf = name.rpartition(".")
-    return policy.requires_grad if owner in policy.layers and leaf in ("weight", "bias") else None
+    return policy.requires_grad if owner in policy.layer_names and leaf in ("weight", "bias") else None
 
 
 def _frozen_parameters(state_dict: StateDict, policy: FreezePolicy) -> list[str]:

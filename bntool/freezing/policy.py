@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from bntool.errors import CorruptFileError
@@ -28,6 +29,11 @@ class FreezePolicy:
     stages: FrozenStages | None = None
 
     __repr__ = short_repr
+
+    @cached_property
+    def layer_names(self) -> frozenset[str]:
+        """The layers as a set, to look names up in."""
+        return frozenset(self.layers)
 
     def to_record(self) -> dict[str, Any]:
         """The policy as JSON data."""

@@ -271,7 +271,7 @@ def _layer_table(layers: Sequence[LayerInspection]) -> Table:
         Column("scale factor", right=True),
         Column("findings", wide=WIDE),
     ]
-    kinds = [_kind(layer) for layer in layers]
+    same_kind = _common([_kind(layer) for layer in layers]) is not None
     same_count = _common([layer.num_batches_tracked for layer in layers]) is not None
     same_eps = _common([layer.layer.eps for layer in layers]) is not None
     same_factor = _common([_scale_factor(layer) for layer in layers]) is not None
@@ -288,7 +288,7 @@ def _layer_table(layers: Sequence[LayerInspection]) -> Table:
             (
                 Cell(_MARKS[worst] if worst else "", style),
                 Cell(norm.name, style),
-                Cell("" if _common(kinds) is not None else _kind(layer)),
+                Cell("" if same_kind else _kind(layer)),
                 Cell("" if norm.num_features is None else str(norm.num_features)),
                 *(_range_cell(layer.tensors.get(role), digits=2) for role in _VECTORS),
                 *(_range_cell(layer.tensors.get(role), digits=3, mean=True) for role in _VECTORS),
