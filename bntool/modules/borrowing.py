@@ -3,17 +3,28 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import itertools
 import sys
+from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
+from torch.nn.modules import module as all_modules
 from torch.nn.parameter import is_lazy
+from torch.utils.hooks import RemovableHandle
 
+from bntool.errors import RefusedError
 from bntool.modules.finding import is_uninitialized, walk_modules
 from bntool.modules.memory import count_writes
 
-_OF_EVERY_MODULE = frozenset(vars(torch.nn.Module()))
+# what every module has: parameters, buffers, modules, and hooks of all kinds
+_REGISTRIES = frozenset(name for name, value in vars(torch.nn.Module()).items() if isinstance(value, dict | set))
+_GLOBAL_HOOKS = [v for n, v in vars(all_modules).items() if n.startswith("_global_") and isinstance(v, dict)]
+_CONTAINERS = (list, dict, OrderedDict, defaultdict, set, deque)
+_TENSOR_HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")
+_FEW = 1 << 16  # elements of a parameter that are copied
 
 
 class Borrowed:
@@ -29,11 +40,22 @@ class Borrowed:
 
     def add_forward_hook(self, module: torch.nn.Module, hook: Callable[..., Any], **options: Any) -> None:
         """``module.register_forward_hook``, until the model is given back."""
-        self._undo.callback(module.register_forward_hook(hook, **options).remove)
+        self._keep(module.register_forward_hook(hook, **options))
 
     def add_forward_pre_hook(self, module: torch.nn.Module, hook: Callable[..., Any], **options: Any) -> None:
         """``module.register_forward_pre_hook``, until the model is given back."""
-        self._undo.callback(module.register_forward_pre_hook(hook, **options).remove)
+        self._keep(module.register_forward_pre_hook(hook, **options))
+
+    def _keep(self, handle: RemovableHandle) -> None:
+        """A hook is no change that :meth:`reset` undoes."""
+        registries = [reference() for reference in (handle.hooks_dict_ref, *handle.extra_dict_ref)]
+        for registry in registries:
+            known = (c for contents in self._contents for c in contents.containers if c.container is registry)
+            container = next(known, None)
+            if container is not None and registry is not None and handle.id in registry:
+                container.items[handle.id] = registry[handle.id]
+                self._undo.callback(container.items.pop, handle.id)
+        self._undo.callback(handle.remove)
 
     def set_attribute(self, module: torch.nn.Module, name: str, value: Any) -> None:
         """Set a plain attribute such as ``momentum``, or a method, until the model is given back."""
@@ -44,44 +66,67 @@ class Borrowed:
         setattr(module, name, value)
 
     def reset(self) -> None:
-        """Give back now what code of the model left on its modules; elements of buffers stay."""
+        """Give back now what code of the model left on its modules; elements of parameters and buffers stay."""
         with contextlib.ExitStack() as all_of_them:  # also after one that raises
             for contents in self._contents:
                 all_of_them.callback(contents.give_back)
+
+    def find_written(self, copied: Iterable[torch.nn.Parameter]) -> torch.nn.Parameter | None:
+        """A parameter whose elements were written to, of which there is no copy."""
+        known = set(map(id, copied))
+        facts = (facts for contents in self._contents for facts in contents.parameters)
+        return next((f.parameter for f in facts if f.is_lost and id(f.parameter) not in known), None)
 
     def give_back(self) -> None:
         """Undo what was changed through this object, and what code of the model left on its modules."""
         self._undo.close()
         self.reset()
+        for contents in self._contents:
+            for facts in contents.parameters:
+                facts.give_back_elements()
 
 
 @contextlib.contextmanager
 def borrow(model: torch.nn.Module) -> Iterator[Borrowed]:
     """A context in which a model may be run and changed, and after which it is exactly as it was.
 
-    Given back are the plain attributes of each module, ``training`` among them, its modules and parameters (the objects
-    and ``requires_grad``), every buffer (object and elements), hooks and attributes set through the :class:`Borrowed`,
-    and the state of torch's random generators on the CPU and, where CUDA is in use, on its devices. Elements of
-    parameters are copied only below modules with a train() or eval() of their own, which may merge weights: do not
-    change others.
+    Given back are the class and plain attributes of each module, ``training`` among them, and what lists, dicts and
+    sets among these hold; its modules, parameters (the objects, their memory, hooks and ``requires_grad``) and buffers
+    (object and elements); hooks of every kind, those of all modules too; and the state of torch's random generators on
+    the CPU and, where CUDA is in use, on its devices. Elements of parameters are copied where they are few, and below
+    modules with a train() or eval() of their own, which may merge weights: do not change others.
 
     What torch.compile made of the model, or of a part, runs as it was written, so that hooks are code, not traced.
+
+    Raises:
+        RefusedError: code of the model wrote to a parameter of which there is no copy.
     """
-    modules = {id(module): module for _, module in walk_modules(model)}.values()
+    named = list(walk_modules(model))
+    modules = {id(module): module for _, module in named}.values()
     borrowed = Borrowed([_Contents(module) for module in modules if not is_uninitialized(module)])
+    switched = _find_switched(modules)
     with contextlib.ExitStack() as undo:  # everything, also after something that raises
         if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
             undo.callback(torch.cuda.set_rng_state_all, torch.cuda.get_rng_state_all())
         undo.callback(torch.set_rng_state, torch.get_rng_state())
+        for registry in _GLOBAL_HOOKS:
+            undo.callback(_Container(registry).give_back)
         for module in modules:
             for buffer in module._buffers.values():
                 if buffer is not None:
                     undo.callback(_Elements(buffer).give_back)
-        for parameter in _find_switched(modules):
+        for parameter in switched:
             undo.callback(_Elements(parameter).give_back)
         undo.callback(borrowed.give_back)
         undo.enter_context(_running_as_written())
         yield borrowed
+        written = borrowed.find_written(switched)
+    if written is not None:
+        names = (f"{path}.{leaf}" for path, module in named for leaf, p in module._parameters.items() if p is written)
+        raise RefusedError(
+            "the forward writes to this parameter: run the model once before, so that whatever it prepares is there",
+            tensor=next(names),
+        )
 
 
 def _running_as_written() -> contextlib.AbstractContextManager[None]:
@@ -93,33 +138,103 @@ def _running_as_written() -> contextlib.AbstractContextManager[None]:
 
 
 class _Contents:
-    """What one module holds, as objects."""
+    """What one module holds: its class, its registries, its attributes, and what simple containers among these hold."""
 
     def __init__(self, module: torch.nn.Module) -> None:
         self._module = module
+        self._class = type(module)
         self._training = module.training
         self._attributes = _find_attributes(module)
-        self._registered = {kind: dict(getattr(module, kind)) for kind in _find_registries(module)}
+        self._registries = {name: value for name, value in vars(module).items() if name in _REGISTRIES}
+        held = (*self._attributes.values(), *self._registries.values())
+        self.containers = [_Container(value) for value in held if type(value) in _CONTAINERS]
+        self.parameters = [_ParameterFacts(p) for p in module._parameters.values() if _is_plain(p)]
         self._gradients = [(p, p.requires_grad) for p in module._parameters.values() if p is not None]
 
     def give_back(self) -> None:
         module = self._module
+        if type(module) is not self._class:  # parametrizations give a module another
+            module.__class__ = self._class
         if module.training != self._training:
             module.training = self._training
         for name in _find_attributes(module).keys() - self._attributes.keys():
             delattr(module, name)
         vars(module).update(self._attributes)
-        # functional_call swaps tensors while it runs, and is not to leave others behind where it was interrupted
-        for kind, before in self._registered.items():
-            now = getattr(module, kind)
-            for name in now.keys() - before.keys():
-                del now[name]
-            for name, value in before.items():
-                if now.get(name) is not value:
-                    now[name] = value
+        vars(module).update(self._registries)
+        for container in self.containers:
+            container.give_back()
+        for facts in self.parameters:
+            facts.give_back()
         for parameter, requires_grad in self._gradients:
             if parameter.requires_grad != requires_grad:
                 parameter.requires_grad_(requires_grad)
+
+
+class _Container:
+    """The items of one list, dict, set or registry, as objects."""
+
+    def __init__(self, container: Any) -> None:
+        self.container = container
+        self.items = copy.copy(container)
+
+    def give_back(self) -> None:
+        now, before = self.container, self.items
+        if _identify(now) == _identify(before):
+            return
+        now.clear()
+        if isinstance(now, list | deque):
+            now.extend(before)
+        else:
+            now.update(before)
+
+
+def _identify(container: Any) -> list[int]:
+    values = container.values() if isinstance(container, dict) else ()
+    return list(map(id, itertools.chain(container, values)))
+
+
+def _is_plain(parameter: torch.Tensor | None) -> bool:
+    """Whether a parameter is a tensor in memory of its own, not one that stands for what lies elsewhere."""
+    return parameter is not None and not is_lazy(parameter) and type(parameter.data) is torch.Tensor
+
+
+class _ParameterFacts:
+    """What a forward may change about a parameter: its memory, its hooks, and its elements where they are few.
+
+    Few elements are copied, as those of vectors that a first forward sets from its data. Of many it is only noticed
+    that they were written to.
+    """
+
+    def __init__(self, parameter: torch.nn.Parameter) -> None:
+        self.parameter = parameter
+        self._data = parameter.data
+        self._hooks = {name: copy.copy(getattr(parameter, name, None)) for name in _TENSOR_HOOKS}
+        self._elements = _Elements(parameter) if parameter.numel() <= _FEW else None
+        self._writes = count_writes(parameter)
+
+    def give_back(self) -> None:
+        parameter = self.parameter
+        if not _lie_at_one_place(parameter.data, self._data):
+            parameter.data = self._data
+        for name, hooks in self._hooks.items():
+            if getattr(parameter, name, None) != hooks:
+                setattr(parameter, name, hooks)
+
+    def give_back_elements(self) -> None:
+        if self._elements is not None:
+            self._elements.give_back()
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether elements that were not copied were written to."""
+        return self._elements is None and count_writes(self.parameter) != self._writes
+
+
+def _lie_at_one_place(first: torch.Tensor, second: torch.Tensor) -> bool:
+    try:
+        return first.data_ptr() == second.data_ptr() and first.shape == second.shape and first.dtype == second.dtype
+    except RuntimeError:  # sparse
+        return True
 
 
 class _Elements:
@@ -162,15 +277,11 @@ def _find_switched(modules: Iterable[torch.nn.Module]) -> list[torch.nn.Paramete
 
 
 def _find_attributes(module: torch.nn.Module) -> dict[str, Any]:
-    """What is kept on a module beside what is registered: not what torch itself keeps there."""
-    is_torchs = type(module).__module__.partition(".")[0] == "torch"
+    """What is kept on a module beside registries: not what torch keeps on wrappers and compiled modules."""
+    kind = type(module).__module__
+    is_opaque = kind.partition(".")[0] == "torch" and not kind.startswith("torch.nn.modules.")
     return {
         name: value
         for name, value in vars(module).items()
-        if not name.startswith("_") or not (is_torchs or name in _OF_EVERY_MODULE)
+        if name not in _REGISTRIES and name != "training" and not (is_opaque and name.startswith("_"))
     }
-
-
-def _find_registries(module: torch.nn.Module) -> tuple[str, ...]:
-    # what is compiled holds its own
-    return () if isinstance(module, torch.jit.ScriptModule) else ("_parameters", "_buffers", "_modules")
