@@ -38,6 +38,7 @@ class SkipReason(Enum):
     NOT_INITIALISED = "not initialised"
     TRAIN_MODE = "normalises by batch statistics"
     NEVER_REACHED = "never reached"
+    NOT_RECOGNISED = "not recognised"
     FROZEN = "frozen"
     REUSED = "reused"
     SHARED_OUTPUT = "shared output"

@@ -71,13 +71,20 @@ def find_producers(graph: ModelGraph, layer: str, *, scale: Array, removed: Coll
     Raises:
         Blocked: there is nothing, or it is not exact.
     """
-    calls = graph.batchnorms[layer]
+    found = _walk_all_back(graph.observed, layer, scale=scale, removed=removed)
+    absorbers = _gather(graph.observed, found)
+    if graph.observed is not graph:
+        _walk_all_back(graph, layer, scale=scale, removed=removed)
+    return absorbers
+
+
+def _walk_all_back(graph: ModelGraph, layer: str, *, scale: Array, removed: Collection[str]) -> list[Absorption]:
     found: list[Absorption] = []
-    for call in calls:
+    for call in graph.batchnorms[layer]:
         _walk_back(
             graph, call, 0, np.arange(call.channels), found, scale=scale, removed=removed, shift=True, direct=True
         )
-    return _gather(graph, found)
+    return found
 
 
 def find_consumers(
@@ -88,12 +95,22 @@ def find_consumers(
     Raises:
         Blocked: a reader cannot, or there is none.
     """
+    found = _walk_all_forward(graph.observed, layer, scale=scale, shift=shift, removed=removed)
+    if not found:
+        raise Blocked(SkipReason.NOT_ADJACENT, "nothing reads its output")
+    absorbers = _gather(graph.observed, found)
+    if graph.observed is not graph:
+        _walk_all_forward(graph, layer, scale=scale, shift=shift, removed=removed)
+    return absorbers
+
+
+def _walk_all_forward(
+    graph: ModelGraph, layer: str, *, scale: Array, shift: Array, removed: Collection[str]
+) -> list[Absorption]:
     found: list[Absorption] = []
     for call in graph.batchnorms[layer]:
         _walk_forward(graph, call, np.arange(call.channels), found, scale=scale, shift=shift, removed=removed)
-    if not found:
-        raise Blocked(SkipReason.NOT_ADJACENT, "nothing reads its output")
-    return _gather(graph, found)
+    return found
 
 
 def _walk_back(  # noqa: PLR0913 what is carried along
@@ -173,9 +190,9 @@ def _check_alone(graph: ModelGraph, edge: Edge, source: Node, reader: Node) -> N
         mine = mine or set(edge.sources)
         if not mine.isdisjoint(other.sources):
             other_reader = graph.nodes[other.target]
-            raise Blocked(
-                SkipReason.SHARED_OUTPUT, f"the output of {source.describe()} is also read by {other_reader.describe()}"
-            )
+            how = "is also read by" if other_reader.ran else "may also be read by"
+            whom = other_reader.describe() + ("" if other_reader.ran else ", which did not run here")
+            raise Blocked(SkipReason.SHARED_OUTPUT, f"the output of {source.describe()} {how} {whom}")
 
 
 def _walk_forward(
@@ -198,7 +215,8 @@ def _walk_forward(
             raise Blocked(SkipReason.COMPUTED_WEIGHT, f"{reader.describe()} takes it as a weight")
         passes = reader.kind in (NodeKind.MAX_POOL, NodeKind.AVERAGE)
         if not producer and not passes and not (reader.kind is NodeKind.BATCH_NORM and reader.layer in removed):
-            raise Blocked(SkipReason.NOT_ADJACENT, f"{reader.describe()} reads its output")
+            how = "reads its output" if reader.ran else "did not run here and may read its output"
+            raise Blocked(SkipReason.NOT_ADJACENT, f"{reader.describe()} {how}")
         channels = _channels_forward(graph, edge, source, reader, given)
         if producer:
             if reader.padded and np.any(shift[channels[channels >= 0]] != 0):

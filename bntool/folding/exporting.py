@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import io
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,6 +18,7 @@ from bntool.errors import UserCodeError
 from bntool.folding.onnx_export import convert_to_onnx, open_in_onnxruntime
 from bntool.folding.options import ProgramKind
 from bntool.modules.calling import call, tensors_in
+from bntool.modules.copying import copy_model
 from bntool.verification.outputs import find_outputs, run_model, verify_program
 
 
@@ -131,7 +131,7 @@ def _export(model: nn.Module, inputs: Any) -> torch.export.ExportedProgram:
     positional = () if isinstance(inputs, Mapping) else inputs if isinstance(inputs, tuple) else (inputs,)
     keywords = dict(inputs) if isinstance(inputs, Mapping) else {}
     try:
-        model = copy.deepcopy(model).eval()
+        model = copy_model(model).eval()
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
             try:  # leave the size of the batch open

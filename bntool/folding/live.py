@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from torch import nn
 from bntool.checkpoints.application import change_state_dict
 from bntool.checkpoints.checkpoint import StateDict
 from bntool.choices import choose
-from bntool.errors import UserCodeError, VerificationError
+from bntool.errors import RefusedError, UserCodeError, VerificationError
 from bntool.folding.multiply_adds import Cost, count_cost
 from bntool.folding.options import Layout
 from bntool.folding.planning import FoldPlan, plan_fold
@@ -28,7 +27,8 @@ from bntool.models.exported import check_has_layers
 from bntool.modules.application import apply_plan, read_state
 from bntool.modules.borrowing import borrow
 from bntool.modules.calling import call
-from bntool.modules.finding import find_batchnorm_modules, find_wrapper_prefix
+from bntool.modules.copying import copy_model
+from bntool.modules.finding import find_batchnorm_modules, find_name_prefix, walk_modules
 from bntool.representation import short_repr
 from bntool.verification.outputs import TOLERANCE, Agreement, verify
 
@@ -72,7 +72,7 @@ def fold(
 
     Raises:
         UsageError: no usual input runs, and none was given; or there is no such layout.
-        RefusedError: it is a compiled or exported program.
+        RefusedError: it is a compiled or exported program, or reads attributes of a BatchNorm that is folded.
         UserCodeError: the model raised.
         VerificationError: the outputs disagree, or cannot prove anything.
     """
@@ -82,7 +82,7 @@ def fold(
     graph, state = trace(model, inputs), read_state(model)
     plan = plan_fold(state, graph, layers=layers, layout=layout)
     if not plan.steps:
-        return FoldResult(_copy(model), plan, None)
+        return FoldResult(copy_model(model), plan, None)
     proof = prove(model, plan, graph, state, inputs=[inputs], layers=layers, eps=None, tolerance=tolerance)
     return FoldResult(proof.folded, proof.plan, proof.agreement)
 
@@ -134,9 +134,12 @@ def prove(
     change = _change(graph, layers=layers, layout=plan.layout, eps=eps)
 
     def attempt(plan: FoldPlan) -> tuple[nn.Module, Agreement]:
-        folded = _copy(model)
+        folded = copy_model(model)
         apply_plan(folded, plan, state_dict)
-        return folded, verify(model, change, folded, tried, tolerance=tolerance, unit=unit, points=points)
+        try:
+            return folded, verify(model, change, folded, tried, tolerance=tolerance, unit=unit, points=points)
+        except UserCodeError as error:
+            raise _find_asked(error, folded, plan) or error from error
 
     folded, agreement = attempt(plan)
     ranges = measure_ranges(state_dict, change_state_dict(state_dict, plan.steps), plan)
@@ -151,6 +154,23 @@ def prove(
     return Proof(plan, ranges, folded, agreement, cost)
 
 
+def _find_asked(error: UserCodeError, folded: nn.Module, plan: FoldPlan) -> RefusedError | None:
+    """What to say where a forward asks for an attribute of a BatchNorm that is gone."""
+    asked = error.__cause__
+    if not isinstance(asked, AttributeError):
+        return None
+    modules = dict(walk_modules(folded))
+    prefix = find_name_prefix(folded, [f"{fold.layer}." for fold in plan.folds])
+    for fold in plan.folds:
+        if asked.obj is not None and modules.get(prefix + fold.layer) is asked.obj:
+            return RefusedError(
+                f"the forward reads {asked.name} of this BatchNorm, which a fold takes away; the layout same-keys "
+                "(--layout same-keys) leaves it in its place",
+                tensor=fold.layer,
+            )
+    return None
+
+
 def _spacing(state_dict: StateDict) -> float:
     """The relative spacing of numbers in the coarsest dtype that a fold rounds to."""
     names = {tensor.dtype.name for tensor in state_dict.tensors.values() if tensor.dtype.is_floating}
@@ -162,7 +182,7 @@ def add_eps(graph: ModelGraph, model: nn.Module) -> ModelGraph:
     found = {
         name: module.eps for name, module in find_batchnorm_modules(model).items() if isinstance(module.eps, float)
     }
-    prefix = find_wrapper_prefix(model)
+    prefix = find_name_prefix(model, [f"{node.layer}." for node in graph.nodes])
     nodes = (
         dataclasses.replace(node, eps=found.get(prefix + node.layer)) if node.eps is None else node
         for node in graph.nodes
@@ -204,10 +224,3 @@ def _find_one_sample(model: nn.Module, inputs: Any) -> list[Any]:
         call(model, inputs[:1])
         return [inputs[:1]]
     return []
-
-
-def _copy(model: nn.Module) -> nn.Module:
-    try:
-        return copy.deepcopy(model)
-    except Exception as error:
-        raise UserCodeError(f"the model cannot be copied: {' '.join(str(error).split())}") from error

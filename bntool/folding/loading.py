@@ -15,7 +15,7 @@ from bntool.checkpoints.state_dicts import choose_state_dict
 from bntool.errors import UsageError
 from bntool.folding.structure import structure_of
 from bntool.modules.application import change_structure
-from bntool.modules.finding import find_wrapper_prefix, walk_modules
+from bntool.modules.finding import find_name_prefix, walk_modules
 from bntool.modules.loading import load_state
 from bntool.plan import AddTensor, Operation, RemoveModule, Step, Values
 
@@ -85,7 +85,7 @@ def compare_structure(model: torch.nn.Module, state_dict: StateDict) -> tuple[St
     Raises:
         UsageError: no BatchNorm of the model is missing from the state dict.
     """
-    prefix = find_wrapper_prefix(model)
+    prefix = find_name_prefix(model, map(state_dict.strip, state_dict.tensors))
     wanted = {name.removeprefix(prefix) for name in model.state_dict(keep_vars=True)}
     given = {state_dict.strip(name): tensor for name, tensor in state_dict.tensors.items()}
     removed = [

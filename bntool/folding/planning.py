@@ -88,7 +88,7 @@ def plan_fold(
         eps: of BatchNorms whose eps the graph does not know.
 
     Raises:
-        UsageError: eps is neither in the graph nor given, contradicts the graph, or is none.
+        UsageError: a glob selects nothing; eps is neither in the graph nor given, contradicts the graph, or is none.
     """
     check_eps(eps)
     return _Folder(state_dict, graph, layers=layers, layout=layout, eps=eps).plan()
@@ -146,7 +146,9 @@ class _Folder:
                 self.skip(layer, SkipReason.NOT_SELECTED)
                 continue
             if self.graph.branches_at is not None and calls[-1].index > self.graph.branches_at:
-                detail = "the forward looks at values of its data before this layer: other inputs may take another path"
+                place = f" ({self.graph.branches_in})" if self.graph.branches_in else ""
+                detail = f"the forward looks at values of its data before this layer{place}: other inputs may take "
+                detail += "another path"
                 self.skip(layer, SkipReason.DATA_DEPENDENT, detail)
                 continue
             try:
@@ -164,6 +166,8 @@ class _Folder:
             quantised = norm.kind is NormKind.QUANTIZED_BATCH_NORM
             if norm.name in known or not (norm.kind.is_batch_norm or quantised):
                 continue
+            if norm.name in self.graph.other_norms and not quantised:
+                continue
             if not selects(self.layers, norm.name):
                 self.skip(norm.name, SkipReason.NOT_SELECTED)
             elif quantised:
@@ -172,6 +176,9 @@ class _Folder:
                 what = norm.class_path.rpartition(".layers.")[2] or norm.kind.value
                 detail = f"it is a {what}, which the graph of the file does not run as a BatchNorm"
                 self.skip(norm.name, SkipReason.NOT_A_BATCHNORM, detail)
+            elif norm.name in self.graph.ran:
+                detail = "it ran, and what it computes is not seen to be what its tensors would give with its eps"
+                self.skip(norm.name, SkipReason.NOT_RECOGNISED, detail)
             elif self.graph.complete:
                 self.skip(norm.name, SkipReason.NEVER_REACHED, "it did not run in the forward that was observed")
             else:

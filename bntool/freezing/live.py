@@ -20,6 +20,7 @@ from bntool.freezing.policy import FreezePolicy
 from bntool.freezing.stages import find_frozen_stages, is_within
 from bntool.modules.finding import (
     find_batchnorm_modules,
+    find_name_prefix,
     find_wrapper_prefix,
     is_frozen_class,
     is_uninitialized,
@@ -96,7 +97,7 @@ def apply_freeze(model: nn.Module, path: str | os.PathLike[str], *, state_dict: 
     with open_checkpoint(path) as checkpoint:
         policy = _read_policy(checkpoint, state_dict)
     _refuse_scripted(model)
-    prefix = find_wrapper_prefix(model)
+    prefix = find_name_prefix(model, [f"{name}." for name in policy.layers])
     existing = dict(walk_modules(model))
     stages = policy.stages
     wanted = [*policy.layers, *(() if stages is None else (*stages.without_gradient, *stages.in_eval))]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -73,6 +73,7 @@ class Node:
         has_bias_slot: the owner of the weight reads ``self.bias`` too, so that one can be added.
         class_name: of the module that owns the parameters.
         new_bias: a name that is free for a bias, where that of its module's does not go without saying.
+        ran: it was seen to run; else it is a module that did not, and that may read what its relatives read.
     """
 
     index: int
@@ -91,6 +92,7 @@ class Node:
     has_bias_slot: bool = True
     class_name: str = ""
     new_bias: str = ""
+    ran: bool = True
 
     def describe(self) -> str:
         """For people: the operation, and where."""
@@ -136,7 +138,10 @@ class ModelGraph:
         complete: every layer of the model that ran is in it; else only those declared.
         branches_at: the node at which Python first read a value of the data: what comes after it may differ for other
             inputs. None where that never happened.
+        branches_in: where in the code that was, e.g. ``net.py:12``; "" where nothing tells.
         architectures: what was recognised, where the graph is assumed.
+        ran: dotted paths of the modules that were called, where the graph is traced.
+        other_norms: dotted paths of modules with statistics that normalise otherwise, as their classes say.
     """
 
     nodes: tuple[Node, ...]
@@ -147,7 +152,10 @@ class ModelGraph:
     evidence: Evidence = Evidence.TRACED
     complete: bool = True
     branches_at: int | None = None
+    branches_in: str = ""
     architectures: tuple[Architecture, ...] = ()
+    ran: frozenset[str] = frozenset()
+    other_norms: frozenset[str] = frozenset()
 
     @cached_property
     def _incoming(self) -> Mapping[int, tuple[Edge, ...]]:
@@ -156,6 +164,13 @@ class ModelGraph:
     @cached_property
     def _outgoing(self) -> Mapping[int, tuple[Edge, ...]]:
         return _group(self.edges, key="source")
+
+    @cached_property
+    def observed(self) -> ModelGraph:
+        """The same graph without what did not run and only may read something."""
+        if all(node.ran for node in self.nodes):
+            return self
+        return replace(self, edges=tuple(edge for edge in self.edges if self.nodes[edge.target].ran))
 
     def inputs(self, node: Node) -> tuple[Edge, ...]:
         """The edges into a node."""

@@ -60,8 +60,10 @@ def _trace(known: Knowledge) -> ModelGraph | None:
     if known.model is None:
         return None
     from bntool.graphs.traced.tracing import trace
+    from bntool.modules.finding import find_name_prefix
 
-    return trace(known.model, known.inputs)
+    prefix = find_name_prefix(known.model, map(known.state_dict.strip, known.state_dict.tensors))
+    return trace(known.model, known.inputs, prefix=prefix)
 
 
 def read_stored_graph(checkpoint: Checkpoint) -> ModelGraph | None:

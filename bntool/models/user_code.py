@@ -74,6 +74,13 @@ def find_user_line(error: BaseException) -> str:
     return next((f"{file}:{line}" for file, line in reversed(frames) if _is_users(file)), "")
 
 
+def find_calling_line(*, outside: str) -> str:
+    """``file:line`` of the innermost of the frames that called this that is neither bntool's nor in a folder."""
+    frames = ((frame.f_code.co_filename, line) for frame, line in traceback.walk_stack(None))
+    others = (f"{file}:{line}" for file, line in frames if not file.startswith((_PACKAGE, outside, "<")))
+    return next(others, "")
+
+
 def _is_users(filename: str) -> bool:
     return not filename.startswith((_PACKAGE, *_INSTALLED, "<"))
 

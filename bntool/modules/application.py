@@ -12,7 +12,7 @@ from bntool.checkpoints.application import change_state_dict
 from bntool.checkpoints.checkpoint import StateDict
 from bntool.checkpoints.tensors import Tensor
 from bntool.errors import UsageError
-from bntool.modules.finding import find_wrapper_prefix, walk_modules
+from bntool.modules.finding import find_name_prefix, find_wrapper_prefix, walk_modules
 from bntool.modules.loading import LiveTensor, load_state
 from bntool.plan import AddTensor, Plan, RemoveModule, RemoveTensor, SetAttribute, Step
 
@@ -44,7 +44,8 @@ def change_structure(model: nn.Module, steps: Iterable[Step]) -> None:
     Raises:
         UsageError: a step names something that the model does not have.
     """
-    prefix = find_wrapper_prefix(model)
+    steps = tuple(steps)
+    prefix = find_name_prefix(model, map(_find_place, steps))
     modules = {f"{name}.".removeprefix(prefix).removesuffix("."): module for name, module in walk_modules(model)}
     for step in steps:
         if isinstance(step, AddTensor):
@@ -59,6 +60,12 @@ def change_structure(model: nn.Module, steps: Iterable[Step]) -> None:
             parent._modules[leaf] = what_remains(_find(modules, step.module))
         elif isinstance(step, SetAttribute):
             _set_attribute(_find(modules, step.module), step)
+
+
+def _find_place(step: Step) -> str:
+    if isinstance(step, RemoveModule | SetAttribute):
+        return f"{step.module}."
+    return step.name if isinstance(step, AddTensor | RemoveTensor) else ""
 
 
 def what_remains(module: nn.Module) -> nn.Module:

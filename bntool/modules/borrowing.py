@@ -148,7 +148,7 @@ class _Contents:
         self._registries = {name: value for name, value in vars(module).items() if name in _REGISTRIES}
         held = (*self._attributes.values(), *self._registries.values())
         self.containers = [_Container(value) for value in held if type(value) in _CONTAINERS]
-        self.parameters = [_ParameterFacts(p) for p in module._parameters.values() if _is_plain(p)]
+        self.parameters = [_ParameterFacts(p) for p in module._parameters.values() if p is not None and _is_plain(p)]
         self._gradients = [(p, p.requires_grad) for p in module._parameters.values() if p is not None]
 
     def give_back(self) -> None:
@@ -193,9 +193,9 @@ def _identify(container: Any) -> list[int]:
     return list(map(id, itertools.chain(container, values)))
 
 
-def _is_plain(parameter: torch.Tensor | None) -> bool:
+def _is_plain(parameter: torch.Tensor) -> bool:
     """Whether a parameter is a tensor in memory of its own, not one that stands for what lies elsewhere."""
-    return parameter is not None and not is_lazy(parameter) and type(parameter.data) is torch.Tensor
+    return not is_lazy(parameter) and type(parameter.data) is torch.Tensor
 
 
 class _ParameterFacts:

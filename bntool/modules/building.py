@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 
@@ -12,7 +11,7 @@ from bntool.checkpoints.checkpoint import StateDict
 from bntool.errors import UsageError
 from bntool.models.exported import check_has_layers
 from bntool.models.loading import load_model
-from bntool.models.user_code import running_user_code
+from bntool.modules.copying import copy_model
 from bntool.modules.loading import load_state
 
 
@@ -22,12 +21,14 @@ def build_model(
     *,
     arguments: Mapping[str, str] | None = None,
     device: str | torch.device = "cpu",
+    may_lack: Collection[str] = (),
 ) -> torch.nn.Module:
     """Build a model, load a state dict into it and move it to a device.
 
     Args:
         model: a spec as ``--model`` has it, or a live model, of which a copy is taken.
         arguments: of the factory of a spec, see :func:`~bntool.models.loading.load_model`.
+        may_lack: see :func:`~bntool.modules.loading.load_state`.
         device: where it is to run; ``cuda`` is the process's own device in a job of several.
 
     Raises:
@@ -45,9 +46,8 @@ def build_model(
         check_has_layers(live, model)
     else:
         check_has_layers(model, "the model")
-        with running_user_code("copying the model"):
-            live = copy.deepcopy(model)
-    load_state(live, state_dict)
+        live = copy_model(model)
+    load_state(live, state_dict, may_lack=may_lack)
     try:
         return live.to(place)
     except (RuntimeError, AssertionError, NotImplementedError) as error:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -10,7 +10,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.parameter import is_lazy
 from torch.optim.swa_utils import AveragedModel
 
-from bntool.batchnorm import STATISTICS, NormKind, find_class_kind
+from bntool.batchnorm import DEFAULT_EPS, STATISTICS, NormKind, find_class_kind
 from bntool.checkpoints.state_dicts import find_prefix
 
 _WRAPPERS = (torch.nn.DataParallel, torch.nn.parallel.DistributedDataParallel, AveragedModel)
@@ -40,8 +40,9 @@ def find_batchnorm_modules(model: torch.nn.Module) -> dict[str, torch.nn.Module]
     """Every module that normalises as BatchNorm, once, under the first of its names.
 
     BatchNorm1d/2d/3d, SyncBatchNorm and subclasses, lazy ones before their first call (see :func:`is_uninitialized`),
-    those without statistics (``track_running_stats=False``), and FrozenBatchNorm as torchvision, timm and detectron2
-    write it. InstanceNorm, quantised BatchNorm and relatives like BatchRenorm are not.
+    those without statistics (``track_running_stats=False``), FrozenBatchNorm as torchvision, timm and detectron2 write
+    it, and classes of one's own with running_mean and running_var for each channel. InstanceNorm, quantised BatchNorm
+    and relatives like BatchRenorm are not.
     """
     found: dict[str, torch.nn.Module] = {}
     seen: set[int] = set()
@@ -77,9 +78,19 @@ def is_batchnorm(module: torch.nn.Module) -> bool:
     shapes |= {
         tuple(t.shape) for t in (module._parameters.get("weight"), module._buffers.get("weight")) if t is not None
     }
-    if len(shapes) != 1 or len(next(iter(shapes))) != 1:
-        return False
-    return isinstance(module, _BatchNorm) or kind is not None
+    # of whatever class: one of one's own around torch.nn.functional.batch_norm has the same tensors
+    return len(shapes) == 1 and len(next(iter(shapes))) == 1
+
+
+def find_eps(module: torch.nn.Module) -> float:
+    """What a BatchNorm adds to its variance; PyTorch's default where its class keeps it elsewhere."""
+    eps = getattr(module, "eps", None)
+    return float(eps) if isinstance(eps, int | float) else DEFAULT_EPS
+
+
+def has_other_statistics(module: torch.nn.Module) -> bool:
+    """Whether a module keeps statistics as BatchNorm does and its class says that it is none: InstanceNorm and such."""
+    return module._buffers.get("running_mean") is not None and not is_batchnorm(module)
 
 
 def is_frozen_class(module: torch.nn.Module) -> bool:
@@ -102,11 +113,31 @@ def unwrap(model: torch.nn.Module) -> torch.nn.Module:
 
 
 def find_wrapper_prefix(model: torch.nn.Module) -> str:
-    """What wrappers (DataParallel, torch.compile, Lightning's ``model.``) put before all names of a model's state.
+    """What wrappers (DataParallel, DDP, torch.compile, AveragedModel) put before all names of a model.
 
-    Plans name layers without it, as they do for files.
+    Layers of a live model are called as ``named_modules()`` of the model inside calls them.
     """
-    return find_prefix(list(model.state_dict(keep_vars=True)))
+    inner = unwrap(model)
+    path = next(name for name, module in walk_modules(model) if module is inner)
+    return f"{path}." if path else ""
+
+
+def find_name_prefix(model: torch.nn.Module, names: Iterable[str]) -> str:
+    """What a model puts before names of tensors or modules that come from a plan or a file.
+
+    Names of a file go without what all its keys begin with, be it of a wrapper or the one attribute that holds
+    everything (``model.``); those of a plan for the live model only without that of wrappers.
+    """
+    wrapper, whole = find_wrapper_prefix(model), find_prefix(list(model.state_dict(keep_vars=True)))
+    if wrapper == whole:
+        return wrapper
+    paths = {name for name, _ in walk_modules(model)}
+    parents = [name.rpartition(".")[0] for name in names]
+
+    def count(prefix: str) -> int:
+        return sum((prefix + parent).strip(".") in paths for parent in parents)
+
+    return max((wrapper, whole), key=count)
 
 
 def _class_name(module: torch.nn.Module) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -15,7 +15,7 @@ from bntool.checkpoints.dtypes import BY_NAME, DType, NumberKind
 from bntool.checkpoints.state_dicts import UNPREFIXED
 from bntool.checkpoints.tensors import Tensor, read_bytes
 from bntool.errors import RefusedError
-from bntool.modules.finding import find_wrapper_prefix
+from bntool.modules.finding import find_name_prefix
 
 _SHOWN = 4
 # the one buffer that older files lack
@@ -62,17 +62,20 @@ def to_torch(tensor: Tensor) -> torch.Tensor:
     return torch.frombuffer(data, dtype=torch.uint8).view(dtype).reshape(tuple(tensor.shape))
 
 
-def load_state(module: torch.nn.Module, state_dict: StateDict) -> None:
+def load_state(module: torch.nn.Module, state_dict: StateDict, *, may_lack: Collection[str] = ()) -> None:
     """Load all tensors of a state dict into a module: every key must find its place.
 
     Prefixes of wrappers (``module.``, ``_orig_mod.``, ``model.``, ...) on either side are aligned. Files without
     ``num_batches_tracked`` load; those counters stay as they are.
 
+    Args:
+        may_lack: roles such as ``running_mean`` that the file may lack, too; they stay as they are.
+
     Raises:
         RefusedError: keys are missing or unexpected, or shapes differ; the message says which, and guesses why.
     """
     wanted = module.state_dict(keep_vars=True)
-    prefix = find_wrapper_prefix(module)
+    prefix = find_name_prefix(module, map(state_dict.strip, state_dict.tensors))
     own = {name.removeprefix(prefix): name for name in wanted}
     places: dict[str, str] = {}  # the name in the file to the name in the model
     shapes: dict[str, str] = {}
@@ -91,7 +94,8 @@ def load_state(module: torch.nn.Module, state_dict: StateDict) -> None:
         unexpected = [target for target in found if target not in wanted]
     else:
         missing, unexpected = _load(module, state_dict, places, prefix=prefix)
-    missing = [name.removeprefix(prefix) for name in missing if name.rpartition(".")[2] != _COUNTER]
+    optional = (_COUNTER, *may_lack)
+    missing = [name.removeprefix(prefix) for name in missing if name.rpartition(".")[2] not in optional]
     unexpected = [name.removeprefix(prefix) for name in unexpected]
     if missing or unexpected or shapes:
         names = [state_dict.strip(name) for name in state_dict.tensors]

@@ -19,7 +19,7 @@ from bntool.batchnorm import FUSED_ACTIVATION_CLASSES
 from bntool.errors import RefusedError
 from bntool.modules.borrowing import Borrowed
 from bntool.modules.calling import tensors_in
-from bntool.modules.memory import count_writes, share_elements
+from bntool.modules.memory import count_writes, share_elements, storage_key
 
 Observe = Callable[[str, torch.nn.Module, torch.Tensor], None]
 _TORCH = (_BatchNorm.forward, SyncBatchNorm.forward)
@@ -77,10 +77,14 @@ class Activations(TorchFunctionMode):
         layers: by name.
         borrowed: to add hooks through.
         observe: called with name, layer and activations, channels in dimension 1; may change the layer's statistics.
+        called: is given the names of the layers that run.
     """
 
-    def __init__(self, layers: Mapping[str, torch.nn.Module], borrowed: Borrowed, observe: Observe) -> None:
+    def __init__(
+        self, layers: Mapping[str, torch.nn.Module], borrowed: Borrowed, observe: Observe, *, called: set[str]
+    ) -> None:
         super().__init__()
+        self._called = called
         self._layers = layers
         self._observe = observe
         self._refusal: RefusedError | None = None
@@ -116,15 +120,17 @@ class Activations(TorchFunctionMode):
         self, name: str, statistics: torch.Tensor | None, layer: torch.nn.Module, args: Any, kwargs: Any
     ) -> None:
         self._check_own(name, statistics, layer)
+        self._called.add(name)
         values = _find_input(args, kwargs)
         if values is not None:
             with torch._C.DisableTorchFunction(), torch.no_grad():
-                self._observe(name, layer, _put_channels_second(values, layer))
+                self._tell(name, layer, _put_channels_second(values, layer))
 
     def _enter(
         self, name: str, statistics: torch.Tensor | None, layer: torch.nn.Module, args: Any, kwargs: Any
     ) -> None:
         self._check_own(name, statistics, layer)
+        self._called.add(name)
         self._calls.append(_Call(name, layer, _find_input(args, kwargs)))
 
     def _leave(self, layer: torch.nn.Module, _args: Any, _output: Any) -> None:
@@ -169,7 +175,7 @@ class Activations(TorchFunctionMode):
             call.noticed = _Noticed.FUNCTION
         elif uses:
             call.noticed = _Noticed.FUNCTION
-            self._observe(call.name, call.layer, values)
+            self._tell(call.name, call.layer, values)
 
     def _note_read(self, call: _Call, tensors: Sequence[torch.Tensor]) -> None:
         if call.noticed is _Noticed.FUNCTION:
@@ -183,9 +189,19 @@ class Activations(TorchFunctionMode):
             call.noticed = _Noticed.READ
             values = _put_channels_second(given, call.layer)
             call.measured = values, count_writes(values)
-            self._observe(call.name, call.layer, values)
+            self._tell(call.name, call.layer, values)
         elif activations and count_writes(call.measured[0]) != call.measured[1]:
             self._refuse(call.name, "changes what it normalises after it has read its statistics")
+
+    def _tell(self, name: str, layer: torch.nn.Module, values: torch.Tensor) -> None:
+        channels = layer._buffers["running_mean"].numel()  # type: ignore[union-attr]
+        if values.ndim > 1 and values.numel() and values.shape[1] != channels:
+            self._refuse(
+                name,
+                f"normalises {values.shape[1]} channels and keeps statistics of {channels}: a part of the model is "
+                "active, whose statistics would be those of another; make all of it active",
+            )
+        self._observe(name, layer, values)
 
     def _check_own(self, name: str, statistics: torch.Tensor | None, layer: torch.nn.Module) -> None:
         if layer._buffers.get("running_mean") is not statistics:
@@ -196,6 +212,30 @@ class Activations(TorchFunctionMode):
     def _refuse(self, layer: str, reason: str) -> None:
         self._refusal = RefusedError(f"this layer {reason}", tensor=layer)
         raise InterruptedForwardError(layer)
+
+
+class StatisticsReads(TorchFunctionMode):
+    """Notes whose statistics are read while it is active.
+
+    Attributes:
+        layers: names of those.
+    """
+
+    def __init__(self, layers: Mapping[str, torch.nn.Module]) -> None:
+        super().__init__()
+        self.layers: set[str] = set()
+        self._names: dict[int, str] = {}
+        for name, layer in layers.items():
+            variance = layer._buffers["running_var"]
+            assert variance is not None
+            self._names[storage_key(variance)] = name
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(function, "__name__", "") not in _PASSIVE:
+            with torch._C.DisableTorchFunction(), contextlib.suppress(NotImplementedError):
+                keys = map(storage_key, tensors_in((args, kwargs)))
+                self.layers.update(self._names[key] for key in keys if key in self._names)
+        return function(*args, **(kwargs or {}))
 
 
 def _is_direct(layer: torch.nn.Module) -> bool:

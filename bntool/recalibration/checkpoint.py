@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from bntool.batchnorm import STATISTICS
 from bntool.checkpoints.application import apply_plan
 from bntool.checkpoints.checkpoint import Checkpoint, StateDict, check_changeable
 from bntool.checkpoints.formats import open_checkpoint
@@ -26,7 +27,7 @@ from bntool.data.preprocessing import PRESETS, Preprocessing, parse_preprocessin
 from bntool.data.presets import find_model_preset
 from bntool.errors import UsageError
 from bntool.modules.building import build_model
-from bntool.modules.finding import find_wrapper_prefix
+from bntool.modules.finding import find_batchnorm_modules, find_name_prefix
 from bntool.modules.loading import load_state
 from bntool.plan import Operation, Plan, check_plan
 from bntool.progress import OnProgress, Progress, ignore
@@ -41,6 +42,7 @@ from bntool.recalibration.warnings import (
     counts_other_classes,
     warn_of_fewer,
     warn_of_judging,
+    warn_of_lacking,
     warn_of_precision,
 )
 from bntool.representation import short_repr
@@ -63,6 +65,7 @@ class CheckpointRecalibration:
         output: the file that was written; None for none.
         kept: the old statistics were as good: nothing was written for that reason.
         preprocessing: what was done to images and pixels; None for other data.
+        lacking: layers whose statistics the file lacked; before stands for a mean of 0 and a variance of 1 there.
         promoted: names of tensors that are float32 in the output and were not in the input.
         warnings: what the reader should not miss.
     """
@@ -79,6 +82,7 @@ class CheckpointRecalibration:
     kept: bool
     preprocessing: Preprocessing | None = None
     promoted: tuple[str, ...] = ()
+    lacking: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
 
     __repr__ = short_repr
@@ -152,8 +156,10 @@ def recalibrate_checkpoint(  # noqa: PLR0913 as many as the command has options
         check_changeable(source)
         check_output(source, target, force=force)
         chosen = choose_state_dict(source, state_dict)
-        live = build_model(model, chosen, arguments=model_arguments, device=device)
-        _check_selection(live, layers, path, strict=strict)
+        live = build_model(model, chosen, arguments=model_arguments, device=device, may_lack=STATISTICS)
+        prefix = find_name_prefix(live, map(chosen.strip, chosen.tensors))
+        lacking = _reset_what_is_lacking(live, chosen, prefix)
+        _check_selection(live, layers, path, prefix=prefix, strict=strict)
         read = _Reader.of(live, model, preprocess, batch_size=batch_size, workers=workers, on_bad_data=bad_data)
         batches = read(data, samples=samples, seed=seed, share=(ranks.rank, ranks.world))
         held_out = _choose_held_out(read, data, eval_data, samples=samples, seed=seed, needs_labels=keep_if_better)
@@ -172,6 +178,7 @@ def recalibrate_checkpoint(  # noqa: PLR0913 as many as the command has options
             on_progress=report(measuring, batches) if leads else None,
             fit_memory=fit_memory,
             precision=precision,
+            prefix=prefix,
         )
         check_plan(result.plan, path, strict=strict)
         if before is None:
@@ -181,13 +188,14 @@ def recalibrate_checkpoint(  # noqa: PLR0913 as many as the command has options
                 f"--keep-if-better needs labels of the model: there are {len(held_out.classes or ())} class folders, "
                 f"but the model has {before.outputs} outputs"
             )
-        plan = fit_plan(result.plan, chosen, promote=promote)
+        eps = {name.removeprefix(prefix): statistics.eps for name, statistics in result.statistics.items()}
+        plan = fit_plan(result.plan, chosen, eps=eps, promote=promote)
         check_live_statistics(live, result)
         output_changes = measure_output_changes(live, held_out, result)
         plan = _record(source, chosen, plan, result, batches, data=data, seed=seed)
         edited = apply_plan(source, plan)
         # the model is given what will be in the file, so that what is judged is what is written
-        load_state(live, edited.state_dict(chosen.key))
+        load_state(live, edited.state_dict(chosen.key), may_lack=STATISTICS)
         after = judge(on_progress=report("after", held_out))
         kept = keep_if_better and not is_better(before, after)
         if target is not None and not kept:
@@ -206,8 +214,10 @@ def recalibrate_checkpoint(  # noqa: PLR0913 as many as the command has options
             kept=kept,
             preprocessing=batches.preprocessing,
             promoted=list_promoted(plan),
+            lacking=lacking,
             warnings=(
                 *warn_of_fewer(result, asked=samples, there=batches.samples, cut=cut),
+                *warn_of_lacking(lacking, result),
                 *warn_of_precision(live, precision),
                 *warn_of_judging(before, held_out, fair=not keep_if_better or apart, apart=apart),
             ),
@@ -223,13 +233,28 @@ def _seeded(seed: int) -> Iterator[None]:
         yield
 
 
-def _check_selection(live: torch.nn.Module, layers: Sequence[str], path: object, *, strict: bool) -> None:
+def _reset_what_is_lacking(live: torch.nn.Module, state_dict: StateDict, prefix: str) -> tuple[str, ...]:
+    """The layers whose statistics the file lacks, which begin as those of a new layer: a mean of 0, a variance of 1."""
+    lacking = []
+    for name, module in find_batchnorm_modules(live).items():
+        mean, variance = (module._buffers.get(role) for role in STATISTICS)
+        layer = name.removeprefix(prefix)
+        full = state_dict.full_name(f"{layer}.running_mean" if layer else "running_mean")
+        if mean is not None and variance is not None and full not in state_dict.tensors:
+            mean.zero_()
+            variance.fill_(1)
+            lacking.append(layer)
+    return tuple(lacking)
+
+
+def _check_selection(live: torch.nn.Module, layers: Sequence[str], path: object, *, prefix: str, strict: bool) -> None:
     """Refuse what would recalibrate no layer before anything is measured.
 
     Raises:
+        UsageError: a glob selects nothing.
         RefusedError: as :func:`bntool.plan.check_plan`.
     """
-    selected, skips = choose_layers(live, layers, prefix=find_wrapper_prefix(live))
+    selected, skips = choose_layers(live, layers, prefix=prefix)
     if not selected:
         check_plan(Plan(Operation.RECALIBRATE, skips=tuple(skips)), path, strict=strict)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
@@ -11,44 +11,72 @@ from bntool.batchnorm import STATISTICS
 from bntool.checkpoints.checkpoint import StateDict
 from bntool.checkpoints.dtypes import BY_NAME, DType, decode_numbers, encode_numbers
 from bntool.errors import RefusedError
-from bntool.plan import Plan, SetTensor, Step, Values
+from bntool.plan import AddTensor, Plan, SetTensor, Step, Values
 
 _MEAN, _VARIANCE = STATISTICS
+_COUNTER = "num_batches_tracked"
 _PROMOTED = "float32"
-_TOLERANCE = 2.0**-6  # relative error of a variance; bfloat16 rounds by 2^-9, subnormal float16 by more than this
+_TOLERANCE = 2.0**-6  # relative error of variance + eps; bfloat16 rounds by 2^-9, subnormal float16 by more than this
 
 
-def fit_plan(plan: Plan, state_dict: StateDict, *, promote: bool = False) -> Plan:
+def fit_plan(plan: Plan, state_dict: StateDict, *, eps: Mapping[str, float], promote: bool = False) -> Plan:
     """The plan for a state dict of a file.
 
-    Counters that the file lacks are not added, and scalars keep its shape.
+    Statistics that the file lacks are added, with their counters; a counter alone is not, and scalars keep its shape.
 
     Args:
         plan: of a recalibration.
         state_dict: of the file.
+        eps: of each layer.
         promote: give both statistics of a layer the dtype float32 where their own cannot hold the new ones.
 
     Raises:
         RefusedError: a dtype cannot hold new statistics, and they are not to be promoted.
     """
-    losses = {_layer_of(step): (step.name, loss) for step, loss in _find_losses(plan, state_dict)}
+    losses = {_layer_of(step): (step.name, loss) for step, loss in _find_losses(plan, state_dict, eps)}
     if losses and not promote:
         name, loss = next(iter(losses.values()))
         raise RefusedError(f"{loss}; --promote stores such statistics as {_PROMOTED}", tensor=name)
+    missing = set(find_missing(plan, state_dict))
     steps: list[Step] = []
     for step in plan.steps:
         if not isinstance(step, SetTensor) or not isinstance(step.value, Values):
             steps.append(step)
             continue
+        layer, role = _layer_of(step), step.name.rpartition(".")[2]
         tensor = state_dict.tensors.get(state_dict.full_name(step.name))
-        if tensor is None and step.name.endswith("num_batches_tracked"):
+        if tensor is None:
+            if layer in missing:
+                steps.append(_add(step, layer, role, state_dict))
             continue
         value = step.value
-        if tensor is not None and len(value.numbers) == 1:
+        if len(value.numbers) == 1:
             value = dataclasses.replace(value, shape=tuple(tensor.shape))
-        is_promoted = step.name.endswith(STATISTICS) and _layer_of(step) in losses
+        is_promoted = role in STATISTICS and layer in losses
         steps.append(SetTensor(step.name, value, _PROMOTED if is_promoted else None))
     return dataclasses.replace(plan, state_dict=state_dict.key, steps=tuple(steps))
+
+
+def find_missing(plan: Plan, state_dict: StateDict) -> list[str]:
+    """The layers of a plan whose statistics a file lacks."""
+    names = [step.name for step in plan.steps if isinstance(step, SetTensor) and step.name.endswith(_MEAN)]
+    return [name.rpartition(".")[0] for name in names if state_dict.full_name(name) not in state_dict.tensors]
+
+
+def _add(step: SetTensor, layer: str, role: str, state_dict: StateDict) -> AddTensor:
+    """Behind the layer's own tensors, in the order and the dtypes that PyTorch has."""
+    stem = f"{layer}." if layer else ""
+    own = [stem + other for other in ("weight", "bias") if state_dict.full_name(stem + other) in state_dict.tensors]
+    dtype = state_dict.tensor(own[0]).dtype.name if own else _PROMOTED
+    earlier = {_VARIANCE: stem + _MEAN, _COUNTER: stem + _VARIANCE}
+    last = own[-1] if own else state_dict.strip(list(state_dict.tensors)[-1])
+    return AddTensor(
+        step.name,
+        step.value,
+        dtype="int64" if role == _COUNTER else dtype,
+        after=earlier.get(role, last),
+        is_parameter=False,
+    )
 
 
 def list_promoted(plan: Plan) -> tuple[str, ...]:
@@ -56,7 +84,7 @@ def list_promoted(plan: Plan) -> tuple[str, ...]:
     return tuple(step.name for step in plan.steps if isinstance(step, SetTensor) and step.dtype is not None)
 
 
-def check_holds(variance: torch.Tensor, buffer: torch.Tensor | None, *, layer: str) -> None:
+def check_holds(variance: torch.Tensor, buffer: torch.Tensor | None, *, eps: float, layer: str) -> None:
     """Hold new variances against the dtype of a live buffer.
 
     Raises:
@@ -64,19 +92,21 @@ def check_holds(variance: torch.Tensor, buffer: torch.Tensor | None, *, layer: s
     """
     if buffer is None:
         return
-    loss = _describe_loss(variance.tolist(), BY_NAME[str(buffer.dtype).removeprefix("torch.")], role=_VARIANCE)
+    dtype = BY_NAME[str(buffer.dtype).removeprefix("torch.")]
+    loss = _describe_loss(variance.tolist(), dtype, role=_VARIANCE, eps=eps)
     if loss is not None:
         raise RefusedError(f"{loss}; give the model a layer in {_PROMOTED}", tensor=f"{layer}.{_VARIANCE}")
 
 
-def _find_losses(plan: Plan, state_dict: StateDict) -> Iterator[tuple[SetTensor, str]]:
+def _find_losses(plan: Plan, state_dict: StateDict, eps: Mapping[str, float]) -> Iterator[tuple[SetTensor, str]]:
     """Steps whose statistics the dtype in the file cannot hold, and why not."""
     for step in plan.steps:
         if not isinstance(step, SetTensor) or not step.name.endswith(STATISTICS):
             continue
         tensor = state_dict.tensors.get(state_dict.full_name(step.name))
         if tensor is not None and isinstance(step.value, Values):
-            loss = _describe_loss(step.value.numbers, tensor.dtype, role=step.name.rpartition(".")[2])
+            layer, _, role = step.name.rpartition(".")
+            loss = _describe_loss(step.value.numbers, tensor.dtype, role=role, eps=eps[layer])
             if loss is not None:
                 yield step, loss
 
@@ -85,8 +115,11 @@ def _layer_of(step: SetTensor) -> str:
     return step.name.rpartition(".")[0]
 
 
-def _describe_loss(numbers: Sequence[float], dtype: DType, *, role: str) -> str | None:
-    """What a dtype would make of statistics that it cannot hold, in words; None where it can hold them."""
+def _describe_loss(numbers: Sequence[float], dtype: DType, *, role: str, eps: float) -> str | None:
+    """What a dtype would make of statistics that it cannot hold, in words; None where it can hold them.
+
+    A variance counts together with eps: that of a dead channel may well become 0.
+    """
     what = "mean" if role == _MEAN else "variance"
     try:
         rounded = decode_numbers(encode_numbers(numbers, dtype), dtype)
@@ -95,6 +128,6 @@ def _describe_loss(numbers: Sequence[float], dtype: DType, *, role: str) -> str 
     if role == _MEAN:
         return None
     for value, held in zip(numbers, rounded, strict=True):
-        if abs(held - value) > _TOLERANCE * abs(value):
+        if abs(held - value) > _TOLERANCE * (abs(value) + eps):
             return f"{dtype} cannot hold the new variance {value:.3g}: it becomes {held:.3g}"
     return None

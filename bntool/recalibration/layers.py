@@ -39,11 +39,11 @@ def choose_layers(
         UsageError: a glob selects no layer.
         UserCodeError: the model's own train() raised.
     """
+    found = find_batchnorm_modules(model)
+    check_globs(globs, [name.removeprefix(prefix) for name in found])
     frozen = _find_frozen(model)
     chosen: dict[str, torch.nn.Module] = {}
     skips = []
-    found = find_batchnorm_modules(model)
-    check_globs(globs, [name.removeprefix(prefix) for name in found])
     for name, module in found.items():
         shown = name.removeprefix(prefix)
         if not selects(globs, shown):

@@ -10,14 +10,14 @@ from typing import Any
 
 import torch
 
-from bntool.batchnorm import DEFAULT_EPS, STATISTICS
+from bntool.batchnorm import STATISTICS
 from bntool.choices import choose
 from bntool.data.batches import Batches, LeftOut, as_batches, find_placement
 from bntool.data.policies import OnBadData
 from bntool.errors import RefusedError, UsageError
 from bntool.models.user_code import running_user_code
 from bntool.modules.borrowing import borrow, is_switching
-from bntool.modules.finding import find_batchnorm_modules, find_names, find_wrapper_prefix, walk_modules
+from bntool.modules.finding import find_batchnorm_modules, find_eps, find_names, find_wrapper_prefix, walk_modules
 from bntool.plan import Operation, Plan, SetTensor, Skip, SkipReason, Values
 from bntool.recalibration.drift import LayerDrift, measure_drift
 from bntool.recalibration.dtype_limits import check_holds
@@ -31,11 +31,6 @@ from bntool.recalibration.ranks import find_ranks, isolate_forwards
 from bntool.representation import short_repr
 
 _COUNTER = "num_batches_tracked"
-_NO_FIXED_POINT = "no statistics were found that hold for all calls; pooled can do that"
-_REASONS = {
-    SkipReason.NEVER_REACHED: "no batch came through it, or none was seen to be normalised by it",
-    SkipReason.TOO_FEW_SAMPLES: "one value for each channel has no variance",
-}
 
 
 @dataclass(frozen=True)
@@ -45,11 +40,13 @@ class Statistics:
     Attributes:
         mean, variance: float64, shape (channels,); the variance is the unbiased one, as PyTorch stores it.
         calls: for num_batches_tracked.
+        eps: of the layer, which is added to the variance.
     """
 
     mean: torch.Tensor
     variance: torch.Tensor
     calls: int
+    eps: float
 
 
 @dataclass(frozen=True)
@@ -61,11 +58,12 @@ class Recalibration:
         method: how they were computed.
         prior: how many samples the old statistics counted for.
         statistics: the new statistics by layer, named as in the live model.
-        drifts: how far old and new lie apart, in execution order.
+        drifts: how far stored and measured statistics lie apart, in execution order.
         samples, batches: how many were used.
         left_out: samples that were skipped, and why.
         memory: bytes that the method exact was forecast to need; None for the others.
         precision: what the forwards computed in; bfloat16 makes the statistics approximate.
+        prefix: what names of the live model have before those of the plan.
     """
 
     plan: Plan
@@ -78,6 +76,7 @@ class Recalibration:
     left_out: tuple[LeftOut, ...] = ()
     memory: int | None = None
     precision: Precision = Precision.MODEL
+    prefix: str = ""
 
     __repr__ = short_repr
 
@@ -93,6 +92,7 @@ def plan_recalibration(  # noqa: PLR0913 each is an option of the command
     on_progress: OnProgress | None = None,
     fit_memory: bool = False,
     precision: Precision = Precision.MODEL,
+    prefix: str | None = None,
 ) -> Recalibration:
     """Run batches through a model and plan new running statistics for its BatchNorm layers.
 
@@ -111,9 +111,10 @@ def plan_recalibration(  # noqa: PLR0913 each is an option of the command
         fit_memory: let the method exact use fewer samples where not all fit into memory, instead of refusing.
         precision: bfloat16 runs the forwards under autocast: faster where the processor has instructions for it, and
             approximate.
+        prefix: what names of the plan go without; None for that of wrappers.
 
     Raises:
-        UsageError: no batch came, or exact statistics are asked for in bfloat16.
+        UsageError: no batch came, a glob selects nothing, or exact statistics are asked for in bfloat16.
         RefusedError: no layer can be recalibrated, or a batch holds NaN or infinity, or see ``docs/recalibration.md``.
         UserCodeError: the model or the data raised.
     """
@@ -122,7 +123,7 @@ def plan_recalibration(  # noqa: PLR0913 each is an option of the command
     if method is Method.EXACT and precision is not Precision.MODEL:
         raise UsageError(f"exact statistics cannot be computed in {precision.value}, which is approximate")
     given = as_batches(batches)
-    prefix = find_wrapper_prefix(model)
+    prefix = find_wrapper_prefix(model) if prefix is None else prefix
     with borrow(model) as borrowed, torch.no_grad():
         chosen, skips = choose_layers(model, layers, prefix=prefix)
         check_can_be_set(model, chosen)
@@ -131,7 +132,8 @@ def plan_recalibration(  # noqa: PLR0913 each is an option of the command
                 model.eval()
         for _, module in walk_modules(model):
             module.training = False
-        blend = _Blend({name: _copy_statistics(module) for name, module in chosen.items()}, method=method, prior=prior)
+        stored = {name: _copy_statistics(module) for name, module in chosen.items()}
+        blend = _Blend(stored, method=method, prior=prior)
         isolate_forwards(model, borrowed, method=method)
         run = Run(model, borrowed, chosen, on_bad_data=on_bad_data, on_progress=on_progress)
         memory: int | None = None
@@ -142,46 +144,72 @@ def plan_recalibration(  # noqa: PLR0913 each is an option of the command
             with _compute_in(precision, model):
                 measurement = measure_pooled(run, given)
     replace(measurement, left_out=[*given.bad_inputs, *measurement.left_out]).check(given.description)
-    skips += [
-        Skip(name.removeprefix(prefix), SkipReason.REUSED, f"called {calls} times in a forward: {_NO_FIXED_POINT}")
-        for name, calls in reused.items()
-    ]
-    statistics = {}
-    for name in chosen:
-        tally = measurement.tallies.get(name)
-        if tally is not None and tally.pooled.count > 1:
-            statistics[name] = Statistics(*blend(name, tally, measurement.samples), calls=tally.calls)
-        elif name not in reused:
-            reason = SkipReason.NEVER_REACHED if tally is None else SkipReason.TOO_FEW_SAMPLES
-            skips.append(Skip(name.removeprefix(prefix), reason, _REASONS[reason]))
-    ordered = {name: statistics[name] for name in measurement.tallies if name in statistics}
-    drifts = tuple(
+    tallies = {name: tally for name, tally in measurement.tallies.items() if tally.pooled.count > 1 and name in chosen}
+    new = {
+        name: Statistics(*blend(name, tally, measurement.samples), calls=tally.calls, eps=find_eps(chosen[name]))
+        for name, tally in tallies.items()
+    }
+    drifts = (
         measure_drift(
             name.removeprefix(prefix),
-            old=blend.old[name],
-            new=(new.mean, new.variance),
-            tally=measurement.tallies[name],
-            eps=float(getattr(chosen[name], "eps", DEFAULT_EPS)),
+            stored=stored[name],
+            measured=blend.measure(tally),
+            tally=tally,
+            eps=new[name].eps,
         )
-        for name, new in ordered.items()
+        for name, tally in tallies.items()
     )
     return Recalibration(
         plan=Plan(
             operation=Operation.RECALIBRATE,
-            steps=tuple(_make_steps(model, chosen, ordered, prefix=prefix)),
-            skips=tuple(skips),
-            layers=tuple(name.removeprefix(prefix) for name in ordered),
+            steps=tuple(_make_steps(model, chosen, new, prefix=prefix)),
+            skips=(*skips, *_explain_skips(run, measurement, reused, method=method, prefix=prefix)),
+            layers=tuple(name.removeprefix(prefix) for name in new),
         ),
         method=method,
         prior=prior,
-        statistics=ordered,
-        drifts=drifts,
+        statistics=new,
+        drifts=tuple(drifts),
         samples=measurement.samples,
         batches=measurement.batches,
         left_out=(*given.bad_inputs, *measurement.left_out),
         memory=memory,
         precision=precision,
+        prefix=prefix,
     )
+
+
+def _explain_skips(
+    run: Run,
+    measurement: Measurement,
+    reused: Mapping[str, int],
+    *,
+    method: Method,
+    prefix: str,
+) -> Iterator[Skip]:
+    """Why selected layers have no new statistics."""
+    for name, calls in reused.items():
+        detail = f"called {calls} times in a forward: no statistics were found that hold for all calls; pooled can do"
+        yield Skip(name.removeprefix(prefix), SkipReason.REUSED, f"{detail} that")
+    for name in run.layers:
+        tally = measurement.tallies.get(name)
+        if name in reused or (tally is not None and tally.pooled.count > 1):
+            continue
+        layer = name.removeprefix(prefix)
+        if tally is not None:
+            yield Skip(layer, SkipReason.TOO_FEW_SAMPLES, "one value for each channel has no variance")
+        elif name in run.called:
+            yield Skip(
+                layer,
+                SkipReason.NOT_RECOGNISED,
+                "it ran, and was given nothing that it was seen to normalise by its statistics",
+            )
+        elif name in run.read:
+            way = "; pooled lets it run in train mode" if method is Method.EXACT else ""
+            detail = f"in eval mode it does not run: other code of the forward reads its statistics{way}"
+            yield Skip(layer, SkipReason.NOT_RECOGNISED, detail)
+        else:
+            yield Skip(layer, SkipReason.NEVER_REACHED, "no batch came through it")
 
 
 def recalibrate(  # noqa: PLR0913 as plan_recalibration
@@ -215,9 +243,7 @@ def recalibrate(  # noqa: PLR0913 as plan_recalibration
         precision=choose(Precision, precision, option="precision"),
     )
     if not result.statistics:
-        reasons = (
-            ", ".join(sorted({skip.reason.value for skip in result.plan.skips})) or "none of the model's is selected"
-        )
+        reasons = ", ".join(sorted({skip.reason.value for skip in result.plan.skips})) or "the model has none"
         frozen = any(skip.reason is SkipReason.FROZEN for skip in result.plan.skips)
         advice = "; layers=['*'] selects frozen ones, too" if frozen else ""
         raise RefusedError(f"no BatchNorm layer could be recalibrated: {reasons}{advice}")
@@ -234,7 +260,7 @@ def check_live_statistics(model: torch.nn.Module, recalibration: Recalibration) 
     """
     modules = find_batchnorm_modules(model)
     for name, statistics in recalibration.statistics.items():
-        check_holds(statistics.variance, modules[name]._buffers["running_var"], layer=name)
+        check_holds(statistics.variance, modules[name]._buffers["running_var"], eps=statistics.eps, layer=name)
 
 
 def _measure_exact(
@@ -281,11 +307,14 @@ class _Blend:
     method: Method
     prior: float
 
-    def __call__(self, name: str, tally: Tally, samples: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def measure(self, tally: Tally) -> tuple[torch.Tensor, torch.Tensor]:
+        """The statistics of the data alone."""
         if self.method is Method.PAPER:
-            mean, variance = tally.means.mean, tally.variances / tally.calls
-        else:
-            mean, variance = tally.pooled.mean, tally.pooled.unbiased_variance
+            return tally.means.mean, tally.variances / tally.calls
+        return tally.pooled.mean, tally.pooled.unbiased_variance
+
+    def __call__(self, name: str, tally: Tally, samples: int) -> tuple[torch.Tensor, torch.Tensor]:
+        mean, variance = self.measure(tally)
         if not self.prior:
             return mean, variance
         share = self.prior / (self.prior + samples)

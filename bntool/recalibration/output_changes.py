@@ -13,7 +13,7 @@ from bntool.data.batches import Batch, cut_batch, move
 from bntool.models.user_code import running_user_code
 from bntool.modules.borrowing import borrow
 from bntool.modules.calling import tensors_in
-from bntool.modules.finding import find_batchnorm_modules, find_wrapper_prefix, walk_modules
+from bntool.modules.finding import find_batchnorm_modules, walk_modules
 from bntool.recalibration.drift import find_first_parted
 from bntool.recalibration.evaluation import take_first
 from bntool.recalibration.live import Recalibration
@@ -77,7 +77,7 @@ def measure_output_changes(
     if batch is None:
         return None
     batch = cut_batch(batch, _SAMPLES)
-    modules, prefix = find_batchnorm_modules(model), find_wrapper_prefix(model)
+    modules, prefix = find_batchnorm_modules(model), recalibration.prefix
     names = list(recalibration.statistics)
     stored = _run(model, batch, {})
 

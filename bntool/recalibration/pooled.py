@@ -10,13 +10,13 @@ from functools import partial
 
 import torch
 
-from bntool.data.batches import Batch, LeftOut, find_bad_rows
+from bntool.data.batches import Batch, LeftOut, copy_batch, find_bad_rows
 from bntool.data.policies import OnBadData
 from bntool.errors import RefusedError, UsageError, UserCodeError
 from bntool.models.user_code import running_user_code
 from bntool.modules.borrowing import Borrowed
 from bntool.modules.calling import tensors_in
-from bntool.recalibration.activations import Activations
+from bntool.recalibration.activations import Activations, StatisticsReads
 from bntool.recalibration.exact.memory import FreedMemory
 from bntool.recalibration.memory_format import MemoryReads, is_faster_channels_last, is_laid_out_anew
 from bntool.recalibration.moments import HALF, Moments, measure, merge
@@ -52,6 +52,8 @@ class Run:
         layers: the layers to measure, by name.
         on_bad_data: what to do about a batch that holds NaN or infinity.
         on_progress: called with the number of samples done.
+        called: layers that were called, as far as that was looked at.
+        read: layers whose statistics were read by code outside of them, as far as that was looked at.
     """
 
     model: torch.nn.Module
@@ -59,6 +61,8 @@ class Run:
     layers: Mapping[str, torch.nn.Module]
     on_bad_data: OnBadData = OnBadData.STOP
     on_progress: OnProgress | None = None
+    called: set[str] = field(default_factory=set)
+    read: set[str] = field(default_factory=set)
 
 
 @dataclass
@@ -180,7 +184,7 @@ def _run_batches(run: Run, batches: Iterable[Batch]) -> Iterator[Part]:
     channels_last = is_faster_channels_last(run.model)
     is_known = False  # whether the model would notice
     calls: list[tuple[str, Moments]] = []
-    activations = Activations(run.layers, run.borrowed, partial(_normalise_by_own, calls))
+    activations = Activations(run.layers, run.borrowed, partial(_normalise_by_own, calls), called=run.called)
     _prepare_halves(run.layers)
     done, memory = 0, FreedMemory()
     for batch in batches:
@@ -199,10 +203,37 @@ def _run_batches(run: Run, batches: Iterable[Batch]) -> Iterator[Part]:
                 if not layout:
                     raise
             channels_last = False  # perhaps a view() that wants contiguous activations; if not, it raises again
+        if not done and left_out is None:
+            _let_idle_layers_run(run, batch, activations, calls)
         yield Part((), 0, left_out) if left_out else Part(tuple(calls), batch.samples)
         done += batch.samples
         if run.on_progress is not None:
             run.on_progress(done)
+
+
+def _let_idle_layers_run(run: Run, batch: Batch, activations: Activations, calls: list[tuple[str, Moments]]) -> None:
+    """Put layers in train mode that run in it alone, if the batch then comes through them.
+
+    Some models fold a BatchNorm on the fly where they find it in eval mode: its statistics are read, and it never runs.
+    """
+    idle = run.layers.keys() - {name for name, _ in calls} - run.called
+    if not idle:
+        return
+    before = list(calls)
+    with contextlib.suppress(UserCodeError, RefusedError):
+        with StatisticsReads({name: run.layers[name] for name in idle}) as reads:
+            copy_batch(batch).run(run.model)
+        run.read.update(reads.layers)
+        for name in reads.layers:
+            run.layers[name].training = True
+        calls.clear()
+        if reads.layers and _run_checked(run, copy_batch(batch), activations, channels_last=False) is None:
+            found = {name for name, _ in calls}
+            if found >= {name for name, _ in before} and found & reads.layers:
+                return
+    for name in idle:
+        run.layers[name].training = False
+    calls[:] = before
 
 
 def _normalise_by_own(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -11,6 +11,8 @@ from bntool.recalibration.evaluation import Evaluation
 from bntool.recalibration.live import Recalibration
 from bntool.recalibration.memory_format import is_faster_in_bfloat16
 from bntool.recalibration.options import Precision
+
+_NAMED = 4  # layers that a warning names
 
 
 def counts_other_classes(evaluation: Evaluation, batches: Batches) -> bool:
@@ -33,6 +35,18 @@ def warn_of_fewer(result: Recalibration, *, asked: int | None, there: int | None
     used = result.samples + sum(left_out.samples for left_out in result.left_out)
     if cut and there is not None and used < there:
         yield f"only {used:,} of the {there:,} samples fit into memory"
+
+
+def warn_of_lacking(lacking: Sequence[str], result: Recalibration) -> Iterator[str]:
+    """Statistics that the file does not hold: what stood in for them, and which it still does not hold."""
+    if not lacking:
+        return
+    count = f"{len(lacking):,} BatchNorm layer{'s' * (len(lacking) > 1)}"
+    yield f"the file holds no statistics of {count}: before means those of a new layer, a mean of 0 and a variance of 1"
+    left = [layer for layer in lacking if layer not in result.plan.layers]
+    if left:
+        more = f" and {len(left) - _NAMED} more" if len(left) > _NAMED else ""
+        yield f"the output does not hold those of {', '.join(left[:_NAMED])}{more} either"
 
 
 def warn_of_precision(model: torch.nn.Module, precision: Precision) -> Iterator[str]:

@@ -11,12 +11,15 @@ from bntool.reports.loading import show_loading_code
 from bntool.reports.text import format_number, format_size, plural
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from bntool.data.batches import LeftOut
     from bntool.data.preprocessing import Preprocessing
     from bntool.recalibration.checkpoint import CheckpointRecalibration
     from bntool.recalibration.drift import LayerDrift
     from bntool.recalibration.output_changes import OutputChange, OutputChanges
 
+_UNEVEN = 1.05  # the spread of variances over their mean change from which the latter says too little
 _SHOWN = 4  # reasons for leaving samples out that are given
 _RATE = ("top1", "top5")
 
@@ -93,7 +96,11 @@ def show_recalibration(outcome: CheckpointRecalibration) -> list[Block]:
         steps = outcome.preprocessing
         blocks.append(line(f"preprocessing: {steps.describe()} ({steps.origin})", Style.MUTED))
     blocks += [line(), _drift_table(result.drifts, outcome.output_changes)]
-    blocks += [line(), *_diagnosis(result.drifts), *_output_changes(outcome.output_changes)]
+    blocks += [
+        line(),
+        *_diagnosis([d for d in result.drifts if d.layer not in outcome.lacking]),
+        *_output_changes(outcome.output_changes),
+    ]
     blocks += [
         Line((Cell("left alone ", Style.WARNING), Cell(f"{s.layer}: {s.reason.value} ({s.detail})")), indent=2)
         for s in result.plan.skips
@@ -149,18 +156,30 @@ def _format(value: float) -> str:
     return f"{value:,.0f}" if 99.5 <= value < 1e5 else format_number(value, 2)
 
 
-def _diagnosis(drifts: tuple[LayerDrift, ...]) -> list[Block]:
+def _diagnosis(drifts: Sequence[LayerDrift]) -> list[Block]:
+    """Which layer parts from the data first, and which most."""
     from bntool.recalibration.drift import find_first_parted
 
+    if not drifts:
+        return []
     parted = find_first_parted(drifts)
     if parted is None:
         return [line("The stored statistics are those of this data, within sampling error.", Style.GOOD)]
-    if not parted.finite:
-        what = "holds statistics that are not usable (NaN, infinite or negative variance)"
-    else:
-        factor = format_number(parted.variance_ratio)
-        what = f"is off by {_in_sigmas(parted.mean_shift)}, its variance by a factor of {factor}"
-    return [line(f"First layer in execution order to part from the data: {parted.layer} {what}.", Style.NOTICE)]
+    first = f"First layer in execution order to part from the data: {parted.layer} {_describe_drift(parted)}."
+    worst = max(drifts, key=lambda drift: drift.severity)
+    if worst.severity <= parted.severity:
+        return [line(first, Style.NOTICE)]
+    return [line(first, Style.NOTICE), line(f"Furthest from it: {worst.layer} {_describe_drift(worst)}.", Style.NOTICE)]
+
+
+def _describe_drift(drift: LayerDrift) -> str:
+    if not drift.finite:
+        return "holds statistics that are not usable (NaN, infinite or negative variance)"
+    ratio, spread = drift.variance_ratio, drift.variance_spread
+    factor = f"its variance by a factor of {format_number(ratio)}"
+    if spread > _UNEVEN * max(ratio, 1 / ratio):  # some channels up, some down
+        factor = f"its variances by a factor of {format_number(spread)} up and down"
+    return f"is off by {_in_sigmas(drift.mean_shift)}, {factor}"
 
 
 def _output_changes(output_changes: OutputChanges | None) -> list[Block]:

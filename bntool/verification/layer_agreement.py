@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from bntool.modules.finding import find_wrapper_prefix, walk_modules
+from bntool.modules.finding import find_name_prefix, walk_modules
 
 LayerOutputs = Mapping[str, Sequence[torch.Tensor]]
 
@@ -38,9 +38,9 @@ def watch(model: nn.Module, layers: Collection[str]) -> Iterator[dict[str, list[
     """Collect what modules give for the first sample of a batch, call by call, while the model runs.
 
     Args:
-        layers: names of modules, without the prefix of wrappers.
+        layers: names of modules, as a plan has them.
     """
-    prefix = find_wrapper_prefix(model)
+    prefix = find_name_prefix(model, [f"{layer}." for layer in layers])
     wanted = {prefix + layer: layer for layer in layers}
     seen: dict[str, list[torch.Tensor]] = {}
     handles = []

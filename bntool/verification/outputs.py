@@ -7,7 +7,6 @@ and in their own dtype, for the report.
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from torch import nn
 from bntool.errors import UserCodeError, VerificationError
 from bntool.modules.borrowing import borrow
 from bntool.modules.calling import call, leaves_of, map_tensors
+from bntool.modules.copying import copy_model
 from bntool.representation import short_repr
 from bntool.verification.layer_agreement import LayerAgreement, LayerOutputs, compare_layers, relative_error, watch
 
@@ -97,7 +97,7 @@ def verify(
     exact_inputs = [_cast(item, torch.float64) for item in inputs]
     exact_layers = None
     try:
-        reference, reference_layers = _run_watched(_copy(model).double(), exact_inputs, watched)
+        reference, reference_layers = _run_watched(copy_model(model).double(), exact_inputs, watched)
     except UserCodeError:  # it makes tensors of a fixed dtype
         reference = None
     if reference is None:
@@ -108,7 +108,7 @@ def verify(
     else:
         _check_meaning(reference)
         noise = _largest_error(reference, stored)
-        folded = _copy(model).double()
+        folded = copy_model(model).double()
         change(folded)
         found, found_exact = _run_watched(folded, exact_inputs, watched)
         exact, exact_layers = _largest_error(reference, found), (reference_layers, found_exact)
@@ -117,7 +117,7 @@ def verify(
                 f"in float64 the outputs differ by {exact:.3g} of their magnitude; nothing was written",
                 remedy="check that the model, the pairs and the eps that were given are those of the file",
             )
-        rounded = _largest_error(reference, _run(_copy(changed).double(), exact_inputs))
+        rounded = _largest_error(reference, _run(copy_model(changed).double(), exact_inputs))
         bound = max(tolerance, _NOISE * noise) if math.isfinite(noise) else tolerance
         if unit > torch.finfo(torch.float32).eps:
             bound = max(bound, _NOISE * measure_rounding(model, exact_inputs, unit=unit))
@@ -172,7 +172,7 @@ def measure_rounding(model: nn.Module, inputs: Sequence[Any], *, unit: float = t
         inputs: in float64.
         unit: relative size of a unit in the last place.
     """
-    original, moved = _copy(model).double(), _copy(model).double()
+    original, moved = copy_model(model).double(), copy_model(model).double()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in moved.parameters():
@@ -180,13 +180,6 @@ def measure_rounding(model: nn.Module, inputs: Sequence[Any], *, unit: float = t
                 noise = torch.rand(parameter.shape, generator=generator, dtype=torch.float64, device="cpu")
                 parameter.mul_(1 + (2 * noise.to(parameter.device) - 1) * unit)
     return _largest_error(_run(original, inputs), _run(moved, inputs))
-
-
-def _copy(model: nn.Module) -> nn.Module:
-    try:
-        return copy.deepcopy(model)
-    except Exception as error:
-        raise UserCodeError(f"the model cannot be copied to be verified: {' '.join(str(error).split())}") from error
 
 
 def run_model(model: nn.Module, inputs: Any) -> list[torch.Tensor]:
@@ -239,6 +232,11 @@ def _check_meaning(outputs: Sequence[Sequence[torch.Tensor]]) -> None:
         VerificationError: they are such.
     """
     tensors = [tensor for one in outputs for tensor in one if tensor.numel()]
+    if not tensors and any(outputs):
+        raise VerificationError(
+            "the original model's outputs are empty: it finds nothing in these inputs, so nothing can be proven; give "
+            "an input on which it finds something, with --data"
+        )
     if not tensors:
         raise VerificationError("the model gives no floating output that could be compared")
     if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 
 import pytest
@@ -9,7 +10,10 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from bntool import recalibrate
+import bntool
+from bntool import freeze, recalibrate
+from bntool.errors import RefusedError, UsageError
+from bntool.recalibration.live import plan_recalibration
 
 METHODS = pytest.mark.parametrize("method", ["pooled", "exact", "paper"])
 
@@ -121,3 +125,184 @@ def test_a_label_that_the_forward_needs_reaches_it(kind, name):
     assert_stores(model.norm, reference.linear(z))
     normalised = functional.batch_norm(reference.linear(z), model.norm.running_mean, model.norm.running_var)
     assert_stores(model.last, normalised * reference.embedding(y))
+
+
+class Sliced(nn.BatchNorm2d):
+    """As in slimmable and once-for-all networks: a narrower network uses the first channels."""
+
+    def forward(self, x):
+        c = x.shape[1]
+        mean, variance = self.running_mean[:c], self.running_var[:c]
+        return functional.batch_norm(x, mean, variance, self.weight[:c], self.bias[:c], self.training, 0.1, self.eps)
+
+
+@METHODS
+def test_sliced_statistics_are_refused_and_whole_ones_are_not(method):
+    model, x = nn.Sequential(nn.Conv2d(3, 5, 3), Sliced(8)), torch.randn(64, 3, 9, 9)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(RefusedError, match="normalises 5 channels and keeps statistics of 8"):
+        recalibrate(model, list(x.split(16)), method=method)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    whole = nn.Sequential(nn.Conv2d(3, 8, 3), Sliced(8))
+    recalibrate(whole, [x], method=method)
+    assert_stores(whole[1], whole[0](x))
+
+
+class Abn(nn.Module):
+    """A class of one's own around torch's function, whose name says nothing."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.ones(channels)), nn.Parameter(torch.zeros(channels))
+        self.register_buffer("running_mean", torch.zeros(channels))
+        self.register_buffer("running_var", torch.ones(channels))
+
+    def forward(self, x):
+        y = functional.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, self.training)
+        return functional.leaky_relu(y, 0.01)
+
+
+class Normaliser(nn.Module):
+    """Arithmetic of its own, without weight and bias."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.register_buffer("running_mean", torch.zeros(channels))
+        self.register_buffer("running_var", torch.ones(channels))
+
+    def forward(self, x):
+        mean, variance = self.running_mean.view(1, -1, 1, 1), self.running_var.view(1, -1, 1, 1)
+        return (x - mean) / (variance + 1e-5).sqrt()
+
+
+@METHODS
+@pytest.mark.parametrize("kind", [Abn, Normaliser])
+def test_classes_of_ones_own(method, kind):
+    model, x = nn.Sequential(nn.Conv2d(3, 8, 3), kind(8)), torch.randn(64, 3, 9, 9) * 2 + 1
+    recalibrate(model, [x], method=method)
+    assert_stores(model[1], model[0](x))
+
+
+def test_classes_of_ones_own_are_frozen():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), Abn(8))
+    assert freeze(model).layers == ("1",)
+    before = model[1].running_mean.clone()
+    model.train()(torch.randn(4, 3, 9, 9) + 3)
+    assert torch.equal(model[1].running_mean, before)
+
+
+class FusedInEval(nn.Module):
+    """As mmcv's ConvModule: in eval mode the BatchNorm is folded on the fly, and does not run."""
+
+    def __init__(self, inputs, outputs):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(inputs, outputs, 3, bias=False), nn.BatchNorm2d(outputs)
+
+    def forward(self, x):
+        if self.norm.training:
+            return self.norm(self.conv(x)).relu()
+        scale = self.norm.weight * (self.norm.running_var + self.norm.eps).rsqrt()
+        weight = self.conv.weight * scale.view(-1, 1, 1, 1)
+        return functional.conv2d(x, weight, self.norm.bias - self.norm.running_mean * scale).relu()
+
+
+class FusedWithOthers(FusedInEval):
+    """Beside a layer that runs in both modes."""
+
+    def __init__(self, inputs, outputs):
+        super().__init__(inputs, outputs)
+        self.first = nn.BatchNorm2d(inputs)
+
+    def forward(self, x):
+        return super().forward(self.first(x))
+
+
+@pytest.mark.parametrize("kind", [FusedInEval, FusedWithOthers])
+def test_layers_that_run_in_train_mode_only(kind):
+    model, x = nn.Sequential(kind(3, 8), kind(8, 4)), torch.randn(64, 3, 11, 11) * 2 + 1
+    reference = copy.deepcopy(model).train()
+    recalibrate(model, [x])
+    reference(x)
+    for norm, other in zip(model.modules(), reference.modules(), strict=True):
+        if isinstance(norm, nn.BatchNorm2d):
+            torch.testing.assert_close(norm.running_mean, other.running_mean * 10)
+            torch.testing.assert_close(norm.running_var, (other.running_var - 0.9) * 10, atol=1e-4, rtol=1e-4)
+            assert norm.training
+    with pytest.raises(RefusedError, match="not recognised") if kind is FusedInEval else contextlib.nullcontext():
+        result = recalibrate(model, [x], method="exact")
+        assert {skip.reason.name for skip in result.plan.skips} == {"NOT_RECOGNISED"}
+        assert all("reads its statistics" in skip.detail for skip in result.plan.skips)
+
+
+class ByName(nn.Module):
+    """Everything lives in one attribute, as in ultralytics' models."""
+
+    def __init__(self):
+        super().__init__()
+        first, second = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3)
+        self.model = nn.Sequential(
+            nn.Sequential(first, nn.BatchNorm2d(4)), nn.ReLU(), nn.Sequential(second, nn.BatchNorm2d(4))
+        )
+
+    def forward(self, x):
+        return self.model(x)
+
+
+@pytest.mark.parametrize("wrap", [lambda m: m, nn.DataParallel, torch.optim.swa_utils.AveragedModel])
+def test_live_layers_are_called_as_named_modules_calls_them(wrap):
+    model, x = wrap(ByName().eval()), torch.randn(8, 3, 9, 9)
+    assert [fold.layer for fold in bntool.fold(model, x, layers=["model.0.*"]).plan.folds] == ["model.0.1"]
+    assert recalibrate(model, [x], layers=["model.2.*"]).plan.layers == ("model.2.1",)
+    assert freeze(model, layers="model.2.*").layers == ("model.2.1",)
+
+
+@pytest.mark.parametrize(
+    ("glob", "meant"),
+    [("model.0", "model.0.*"), ("0.*", "*.0.*"), ("model.0.bn", "model.0.1"), ("xyz", None), ("2.1", "*.2.1")],
+)
+def test_a_glob_that_selects_nothing(glob, meant):
+    model, x = ByName(), torch.randn(8, 3, 9, 9)
+    calls = [
+        lambda: bntool.fold(model, x, layers=["model.2.*", glob]),
+        lambda: recalibrate(model, [x], layers=["model.2.*", glob]),
+        lambda: freeze(model, layers=["model.2.*", glob]),
+    ]
+    for call in calls:
+        with pytest.raises(UsageError) as error:
+            call()
+        assert f"'{glob}' selects no BatchNorm layer" in str(error.value)
+        assert "there are model.0.1, model.2.1" in str(error.value)
+        assert (f"did you mean '{meant}'" in str(error.value)) is (meant is not None), str(error.value)
+
+
+def test_prior_does_not_change_what_is_said_of_the_data():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
+    x = torch.randn(256, 3, 9, 9) * 2 + 1
+    recalibrate(model, [x])
+    weaker = list((x * 0.7).split(64))
+    alone, blended = (plan_recalibration(model, weaker, prior=prior) for prior in (0.0, 20000.0))
+    assert alone.drifts == blended.drifts
+    assert blended.drifts[0].has_parted
+    assert blended.drifts[0].variance_ratio == pytest.approx(0.49, rel=0.02)
+    share = 20000 / (20000 + 256)
+    expected = share * model[1].running_var.double() + (1 - share) * alone.statistics["1"].variance
+    torch.testing.assert_close(blended.statistics["1"].variance, expected)
+
+
+@pytest.mark.parametrize("value", [1e-79, 1e-40, 1e-12])
+@METHODS
+def test_channels_that_are_dead(method, value):
+    model = nn.Sequential(nn.Conv2d(3, 8, 1, bias=False), nn.BatchNorm2d(8)).double()
+    with torch.no_grad():
+        model[0].weight[2] = value**0.5
+    model[1].float()
+    model[1].running_mean.zero_()
+
+    class Mixed(nn.Sequential):
+        def forward(self, x):
+            return self[1](self[0](x).float())
+
+    mixed, x = Mixed(*model), torch.randn(64, 3, 5, 5, dtype=torch.float64)
+    result = recalibrate(mixed, [x], method=method)
+    assert result.statistics["1"].variance[2] < 4 * value
+    assert mixed[1].running_var[2] <= 4 * value

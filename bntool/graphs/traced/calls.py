@@ -113,6 +113,14 @@ class _Roles:
         else:
             self.computed[role] = tuple(sorted(self.names_of(tensor)))
 
+    def is_computed_constant(self, tensor: Tensor) -> bool:
+        """Whether a tensor is made of parameters, and is none of them in whatever layout."""
+        return (
+            self.labels.get(id(tensor)) is None
+            and bool(self.names_of(tensor))
+            and not any(self.index.find(tensor, transposed=transposed) for transposed in (False, True))
+        )
+
     def details(self, *, anchor: str) -> dict[str, Any]:
         """Fields of the node; ``anchor`` is the role whose owner names the layer."""
         parameter = self.found.get(anchor) or next(iter(self.found.values()), None)
@@ -158,7 +166,7 @@ def _linear(name: str, given: Callable[[str], Any], roles: _Roles) -> CallFacts 
         data, weight = (given("mat1"), given("mat2")) if name == "addmm" else (given("self"), given("mat2"))
         bias = given("self") if name == "addmm" else None
     roles.sort("weight", weight, transposed=name != "linear")
-    if "weight" not in roles.found and name != "linear":
+    if "weight" not in roles.found and name != "linear" and not roles.is_computed_constant(weight):
         return None  # any product of two matrices
     if bias is not None and bias.dim() != 1:
         return None
@@ -177,6 +185,7 @@ class Affine:
         constant: the constant, flat, in float64.
         source: labels of the computed operand.
         result: labels of the result.
+        eps: what the numbers say that it is, where the module does not.
     """
 
     owner: str
@@ -184,6 +193,7 @@ class Affine:
     constant: Tensor
     source: Tensor
     result: Tensor
+    eps: float | None = None
 
     def node_facts(self, index: ParameterIndex) -> dict[str, Any]:
         """Fields of the node of the BatchNorm that the sum completes."""
@@ -194,7 +204,7 @@ class Affine:
             "kind": NodeKind.BATCH_NORM,
             "layer": self.owner,
             "parameters": {role: parameter.name for role, parameter in found.items()},
-            "eps": _eps_of(module),
+            "eps": self.eps if self.eps is not None else _eps_of(module),
             "owner": Owner.PART,
             "class_name": type(module).__name__,
         }
@@ -221,16 +231,41 @@ def describe_affine(
     return Affine(next(iter(owners)), name == "mul", constant, source, out)
 
 
-def is_frozen_batchnorm(product: Affine, total: Affine, index: ParameterIndex) -> bool:
-    """Whether x * constant + constant is what a BatchNorm with the tensors of that module does, by the numbers."""
+def find_frozen_eps(product: Affine, total: Affine, index: ParameterIndex) -> float | None:
+    """The eps with which x * constant + constant is what a BatchNorm with the tensors of that module does.
+
+    It is the module's, or else the one that the numbers give, if that is a round one: an eps may be a local variable
+    of a forward. None where the constants are no such thing.
+    """
     found = _batchnorm_tensors(index, product.owner)
-    eps = _eps_of(next(iter(found.values())).owner) if found is not None else None
-    if found is None or eps is None:
-        return False
+    if found is None:
+        return None
     weight, bias, mean, variance = (index.tensor(found[role]).detach().double().cpu() for role in _ROLES)
+    eps = _eps_of(next(iter(found.values())).owner)
+    if eps is None:
+        eps = _solve_eps(product.constant, weight, variance)
+    if eps is None:
+        return None
     scale = weight / torch.sqrt(variance + eps)
     expected = (scale, bias - mean * scale)
-    return _is_close(product.constant, expected[0]) and _is_close(total.constant, expected[1])
+    agrees = _is_close(product.constant, expected[0]) and _is_close(total.constant, expected[1])
+    return eps if agrees else None
+
+
+def _solve_eps(scale: Tensor, weight: Tensor, variance: Tensor) -> float | None:
+    """From scale = weight / sqrt(variance + eps), in the channel that tells it best; of one significant digit."""
+    if scale.shape != weight.shape:
+        return None
+    estimates = (weight / scale).square() - variance
+    usable = torch.isfinite(estimates) & (weight != 0)
+    if not usable.any():
+        return None
+    best = int(torch.where(usable, variance.abs(), torch.inf).argmin())
+    estimate = float(estimates[best])
+    rounded = float(f"{estimate:.0e}")
+    # rounding of the scale to float32 moves the estimate by some 2^-23 of the sum
+    noise = 2.0**-21 * abs(float(variance[best]) + estimate)
+    return rounded if rounded > 0 and abs(estimate - rounded) <= max(noise, 1e-3 * rounded) else None
 
 
 def _is_close(found: Tensor, wanted: Tensor) -> bool:

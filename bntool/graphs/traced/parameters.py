@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from bntool.graphs.graph import Node, Owner
-from bntool.modules.finding import find_wrapper_prefix, walk_modules
+from bntool.modules.finding import walk_modules
 from bntool.modules.memory import share_elements, storage_key
 
 
@@ -40,19 +40,23 @@ class Parameter:
 class ParameterIndex:
     """All parameters and buffers of a model, found by tensor.
 
-    Modules are walked through their children, because some models override ``modules()``. Names are without the
-    prefix of wrappers, as in plans.
+    Modules are walked through their children, because some models override ``modules()``.
+
+    Args:
+        prefix: what names go without, as in plans.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, prefix: str) -> None:
         slots: dict[int, dict[tuple[int, str], list[str]]] = {}
         owners: dict[int, tuple[nn.Module, str]] = {}
         tensors: dict[int, torch.Tensor] = {}
         self.module_names: dict[int, str] = {}
-        prefix = find_wrapper_prefix(model)
+        self.modules: dict[str, nn.Module] = {}  # each once, by the first of its names
         for full_path, module in walk_modules(model):
             path = f"{full_path}.".removeprefix(prefix).removesuffix(".")
-            self.module_names.setdefault(id(module), path)
+            if id(module) not in self.module_names:
+                self.module_names[id(module)] = path
+                self.modules[path] = module
             for leaf, tensor in (*module._parameters.items(), *module._buffers.items()):
                 if tensor is None or is_lazy(tensor):
                     continue

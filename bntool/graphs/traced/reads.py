@@ -47,6 +47,10 @@ class Reads:
         base = self._bases[position]
         return self._nodes[position] if list(labels) == list(range(base, base + len(labels))) else None
 
+    def of(self, node: int) -> Meeting | None:
+        """What a node reads on its first input."""
+        return self._reads.get((node, 0))
+
     def first(self, node: int) -> Tensor | None:
         """The labels that a node read on its first input."""
         return self._first.get(node)

@@ -11,8 +11,9 @@ keeps) count as read.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,28 +24,36 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 from bntool.graphs.graph import ModelGraph, Node, NodeKind
 from bntool.graphs.traced import operators
-from bntool.graphs.traced.calls import Affine, CallFacts, call_facts, describe_affine, is_frozen_batchnorm, late_bias
+from bntool.graphs.traced.alternatives import find_alternatives
+from bntool.graphs.traced.calls import Affine, CallFacts, call_facts, describe_affine, find_frozen_eps, late_bias
 from bntool.graphs.traced.labels import fresh_labels, meet, replay, varying_axis
 from bntool.graphs.traced.parameters import Parameter, ParameterIndex
 from bntool.graphs.traced.reads import Reads
 from bntool.graphs.traced.tracked_tensors import TrackedTensors
+from bntool.models.user_code import find_calling_line
 from bntool.modules.borrowing import borrow
 from bntool.modules.calling import call, copy_tensors, map_leaves, tensors_in
+from bntool.modules.finding import find_wrapper_prefix, has_other_statistics
+
+_TORCH = str(Path(torch.__file__).parent)
+_INSTANCE_NORMS = (torch.instance_norm, nn.functional.instance_norm)
 
 
-def trace(model: nn.Module, inputs: Any) -> ModelGraph:
+def trace(model: nn.Module, inputs: Any, *, prefix: str | None = None) -> ModelGraph:
     """Run one forward in eval mode and say which operation fed which; the model is given back as it was.
 
     Args:
         model: the live model, with the tensors that it shall be traced with.
         inputs: a tensor, a tuple of positional arguments, or a dict of keyword arguments; not changed.
+        prefix: what names go without; None for that of wrappers.
 
     Raises:
         UserCodeError: the model's forward raised.
     """
+    prefix = find_wrapper_prefix(model) if prefix is None else prefix
     with borrow(model), torch.no_grad():
         model.eval()
-        recorder = _Recorder(ParameterIndex(model))
+        recorder = _Recorder(ParameterIndex(model, prefix))
         copies = copy_tensors(inputs)
         with recorder.observe(copies):
             outputs = call(model, copies)
@@ -56,18 +65,24 @@ def trace(model: nn.Module, inputs: Any) -> ModelGraph:
 _ELEMENT_READS = frozenset((Tensor.numpy, Tensor.tolist, Tensor.__array__, Tensor.__dlpack__))
 
 
-class _ElementReads(TorchFunctionMode):
-    """Notes which tensors are read in Python, with all dispatch modes off."""
+class _PythonCalls(TorchFunctionMode):
+    """Sees what a dispatch mode does not: that elements are read in Python, and which function operations belong to."""
 
-    def __init__(self, note: Callable[[Tensor], None]) -> None:
+    def __init__(self, recorder: _Recorder) -> None:
         super().__init__()
-        self._note = note
+        self._recorder = recorder
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function in _ELEMENT_READS:
             with _disable_current_modes():
-                self._note(args[0])
-        return function(*args, **(kwargs or {}))
+                self._recorder.record_elements_read(args[0])
+        if function not in _INSTANCE_NORMS:
+            return function(*args, **(kwargs or {}))
+        self._recorder.in_instance_norm = True
+        try:
+            return function(*args, **(kwargs or {}))
+        finally:
+            self._recorder.in_instance_norm = False
 
 
 @dataclass
@@ -87,6 +102,9 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.affines: dict[int, Affine] = {}  # products with constants, by node
         self.completed: dict[int, int] = {}  # from a product to the sum that makes it a linear or a frozen BatchNorm
         self.branches_at: int | None = None
+        self.branches_in = ""
+        self.called: set[int] = set()  # modules, by identity
+        self.in_instance_norm = False  # which torch computes by its BatchNorm
         self.stack: list[_ModuleCall] = []
         self.results: dict[int, Tensor] = {}  # labels that a BatchNorm node gave its output
 
@@ -96,7 +114,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.give_fresh_labels(self.add_node(NodeKind.INPUT, "input"), [tensor], axis=1)
         handles = [hooks.register_module_forward_pre_hook(self.enter), hooks.register_module_forward_hook(self.leave)]
         try:
-            with self, _ElementReads(self.record_elements_read):
+            with self, _PythonCalls(self):
                 yield
         finally:
             for handle in handles:
@@ -111,6 +129,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     # modules: where in the model something ran, and whether a module does anything beside its BatchNorm
 
     def enter(self, module: nn.Module, arguments: Any) -> None:
+        self.called.add(id(module))
         first = arguments[0] if arguments else None
         labels = self.known.labels(first)
         self.stack.append(_ModuleCall(module, labels, len(self.nodes)))
@@ -196,6 +215,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.reads.add(node.index, port, meet(labels, axis=None))
         if self.branches_at is None:
             self.branches_at = node.index
+            self.branches_in = find_calling_line(outside=_TORCH)
 
     def record_elements_read(self, tensor: Tensor) -> None:
         """The elements of a tensor leave torch."""
@@ -250,6 +270,8 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         mutated: list[Tensor],
     ) -> None:
         facts = call_facts(function, arguments, keywords, index=self.index, labels=labels, names_of=self.names_of)
+        if facts.kind is NodeKind.BATCH_NORM and self.in_instance_norm:
+            facts = CallFacts(NodeKind.OTHER)
         given = {id(tensor): tensor for tensor in tensors_in((arguments, keywords))}
         targets = outputs[:1] if facts.kind is NodeKind.BATCH_NORM or facts.kind.is_producer else outputs
         others = self.known.sharing(mutated)
@@ -310,7 +332,9 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return
         products = (i for i, a in self.affines.items() if a.result is affine.source and a.owner == affine.owner)
         product = next(products, None)
-        if product is not None and is_frozen_batchnorm(self.affines[product], affine, self.index):
+        eps = None if product is None else find_frozen_eps(self.affines[product], affine, self.index)
+        if product is not None and eps is not None:
+            affine = replace(affine, eps=eps)
             self.completed[product] = node.index
             self.results[node.index] = out
             self.nodes[node.index] = replace(self.nodes[node.index], **affine.node_facts(self.index))
@@ -343,6 +367,30 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.reads.add(node.index, port, meet(labels, axis=None))
 
     def finish(self) -> ModelGraph:
+        self.add_alternatives()
         nodes, edges, uses = self.reads.join(self.nodes, self.completed)
         index = self.index
-        return ModelGraph(nodes, edges, uses=uses, aliases=index.aliases, tied=index.tied, branches_at=self.branches_at)
+        return ModelGraph(
+            nodes,
+            edges,
+            uses=uses,
+            aliases=index.aliases,
+            tied=index.tied,
+            branches_at=self.branches_at,
+            branches_in=self.branches_in,
+            ran=frozenset(path for path, module in index.modules.items() if id(module) in self.called),
+            other_norms=frozenset(path for path, module in index.modules.items() if has_other_statistics(module)),
+        )
+
+    def add_alternatives(self) -> None:
+        """Let what did not run read what its relatives read, in whose place another argument may run it."""
+        products = {total: product for product, total in self.completed.items()}
+        ran = {path for path, module in self.index.modules.items() if id(module) in self.called}
+        for alternative in find_alternatives(self.index.modules, self.nodes, ran, skipped=products.values()):
+            node = self.add_node(
+                NodeKind.OTHER, type(alternative.module).__name__, layer=alternative.path, channels=1, ran=False
+            )
+            for port, relative in enumerate(alternative.relatives):
+                meeting = self.reads.of(products.get(relative.index, relative.index))
+                if meeting is not None:
+                    self.reads.add(node.index, port, meeting)

@@ -16,6 +16,7 @@ from bntool.models.user_code import running_user_code
 from bntool.modules.borrowing import borrow
 from bntool.modules.calling import tensors_in
 from bntool.modules.memory import count_writes
+from bntool.recalibration.activations import StatisticsReads
 from bntool.recalibration.exact.memory import LiveTensors, MemoryForecast, find_available, find_thread_space
 from bntool.recalibration.memory_format import MemoryReads, is_faster_channels_last
 from bntool.recalibration.pooled import Run
@@ -59,8 +60,10 @@ def _run_few(run: Run, batch: Batch, *, channels_last: bool) -> FirstForward:
     with borrow(run.model) as borrowed, NoExchange(), LiveTensors() as memory:
         for layer in run.layers.values():
             borrowed.add_forward_pre_hook(layer, lambda _module, _args: memory.note_waiting())
-        with MemoryReads() as reads, running_user_code(f"running the model on {batch.description}"):
+        statistics = StatisticsReads(run.layers)
+        with MemoryReads() as reads, statistics, running_user_code(f"running the model on {batch.description}"):
             batch.run(run.model, channels_last=channels_last)
+    run.read.update(statistics.layers)
     size = sum(tensor.numel() * tensor.element_size() for tensor in tensors_in(batch.inputs))
     pairs = zip(tensors_in(given.inputs), tensors_in(batch.inputs), strict=True)
     samples = max(batch.samples, 1)

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 
 import torch
 
-from bntool.batchnorm import DEFAULT_EPS
 from bntool.data.batches import Batch, copy_batch, cut_batch
 from bntool.errors import RefusedError, UserCodeError
 from bntool.models.user_code import running_user_code
+from bntool.modules.finding import find_eps
 from bntool.recalibration.moments import Moments, measure
 from bntool.recalibration.pooled import Run
 
@@ -103,8 +103,9 @@ def _find_difference(
 ) -> str | None:
     """The first layer that did not see the same both times."""
     for (name, one), (other, moments) in itertools.zip_longest(together, alone, fillvalue=("", None)):
-        eps = float(getattr(run.layers.get(name), "eps", DEFAULT_EPS))
-        if name != other or one is None or moments is None or not _agree(one, moments, eps=eps):
+        if name != other or one is None or moments is None:
+            return name or other
+        if not _agree(one, moments, eps=find_eps(run.layers[name])):
             return name or other
     return None
 

@@ -8,7 +8,7 @@ from functools import reduce
 
 import torch
 
-from bntool.batchnorm import DEFAULT_EPS
+from bntool.modules.finding import find_eps
 from bntool.recalibration.pooled import Tally
 
 Pair = tuple[torch.Tensor, torch.Tensor]
@@ -115,7 +115,7 @@ class RepeatedCalls:
     def _has_settled(self, name: str) -> bool:
         calls = self._calls[name]
         mean, variance = self._finish(name, calls.together)
-        spread = variance + float(getattr(self._layers[name], "eps", DEFAULT_EPS))
+        spread = variance + find_eps(self._layers[name])
         return all(
             bool(
                 ((m - mean).abs() <= _TOLERANCE * spread.sqrt()).all()

@@ -132,7 +132,7 @@ class _Sweep:
         self._current: PausedForward | None = None
         self._lone_batch = lone_batch
         self._position = 0
-        self._activations = Activations(run.layers, borrowed, self._observe)
+        self._activations = Activations(run.layers, borrowed, self._observe, called=run.called)
         self._calls = RepeatedCalls(lambda name, tally: finish(name, tally, samples), run.layers)
 
     def _observe(self, name: str, _layer: torch.nn.Module, values: torch.Tensor) -> None:

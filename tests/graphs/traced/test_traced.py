@@ -118,7 +118,7 @@ def test_names_are_without_wrappers() -> None:
             return self.module(x)
 
     graph = trace(Wrapper(nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))), torch.randn(1, 3, 4, 4))
-    assert list(graph.batchnorms) == ["1"]
+    assert list(graph.batchnorms) == ["module.1"]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,92 @@
+"""Modules that did not run and may take the place of some that did: several BatchNorms behind one convolution.
+
+Which of them runs may hang on an argument or an attribute (domain-specific BatchNorm, AdvProp). A forward that is
+observed shows one. What it does not show is told by how modules lie together: a BatchNorm that did not run, without a
+convolution or linear of its own beside it that did not run either, may read whatever its nearest relatives read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from bntool.graphs.graph import Node, NodeKind
+from bntool.modules.finding import is_batchnorm
+
+
+@dataclass(frozen=True)
+class Alternative:
+    """A module that did not run.
+
+    Attributes:
+        path, module: which.
+        relatives: calls of those that did, whose inputs it may read.
+    """
+
+    path: str
+    module: nn.Module
+    relatives: tuple[Node, ...]
+
+
+def find_alternatives(
+    modules: Mapping[str, nn.Module], nodes: Sequence[Node], ran: Collection[str], *, skipped: Collection[int]
+) -> Iterator[Alternative]:
+    """The modules that may take the place of others.
+
+    Args:
+        modules: all of the model, by path, in order of definition.
+        nodes: what ran.
+        ran: paths of the modules that were called.
+        skipped: nodes that stand for nothing by themselves.
+    """
+    calls = [node for node in nodes if node.index not in skipped and node.layer in modules]
+    used = {*ran, *(node.layer for node in calls)}
+    idle = {path: module for path, module in modules.items() if path not in used}
+    for path, module in idle.items():
+        features = _count_inputs(module)
+        if features is None:
+            continue
+        normalises = is_batchnorm(module)
+        kinds = (NodeKind.BATCH_NORM,) if normalises else (NodeKind.CONVOLUTION, NodeKind.LINEAR)
+        for scope in _find_scopes(path):
+            near = (node for node in calls if node.kind in kinds and _is_within(node.layer, scope))
+            relatives = tuple(node for node in near if _count_inputs(modules[node.layer]) == features)
+            if relatives:
+                if not normalises or not _have_producers(idle, scope, features):
+                    yield Alternative(path, module, relatives)
+                break
+
+
+def _have_producers(idle: Mapping[str, nn.Module], scope: str, channels: int) -> bool:
+    """Whether there is a producer that did not run for each BatchNorm that did not."""
+    inside = [module for path, module in idle.items() if _is_within(path, scope)]
+    norms = [module for module in inside if is_batchnorm(module) and _count_inputs(module) == channels]
+    return sum(_count_outputs(module) == channels for module in inside) >= len(norms)
+
+
+def _find_scopes(path: str) -> Iterator[str]:
+    """The modules that hold one, from the inmost out; the model itself is ""."""
+    while path:
+        path = path.rpartition(".")[0]
+        yield path
+
+
+def _is_within(path: str, scope: str) -> bool:
+    return not scope or path.startswith(f"{scope}.")
+
+
+def _count_inputs(module: nn.Module) -> int | None:
+    """Channels of what a module reads, where its class tells."""
+    if is_batchnorm(module):
+        tensors = (module._buffers.get("running_mean"), module._parameters.get("weight"))
+        sized = next((tensor.numel() for tensor in tensors if tensor is not None), None)
+        return sized if sized is not None else getattr(module, "num_features", None)
+    found = getattr(module, "in_channels", getattr(module, "in_features", None))
+    return found if isinstance(found, int) else None
+
+
+def _count_outputs(module: nn.Module) -> int | None:
+    found = getattr(module, "out_channels", getattr(module, "out_features", None))
+    return found if isinstance(found, int) and module._parameters.get("weight") is not None else None

@@ -1,0 +1,349 @@
+"""Live models that are folded rightly, or refused with a reason that is true."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+from torch.nn.utils import prune
+
+import bntool
+from bntool.errors import BntoolError
+
+
+def randomise(model):
+    """Uneven statistics and weights, in eval mode and float64."""
+    torch.manual_seed(0)
+    for module in model.modules():
+        if getattr(module, "running_var", None) is not None:
+            module.running_mean.normal_()
+            module.running_var.uniform_(0.5, 2)
+    return model.double().eval()
+
+
+def image(*shape):
+    return torch.randn(*shape or (2, 3, 9, 9), dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+
+def reasons(result):
+    return {skip.layer: (skip.reason.name, skip.detail) for skip in result.plan.skips}
+
+
+def folded(result):
+    return [fold.layer for fold in result.plan.folds]
+
+
+class Chosen(nn.Module):
+    """Several BatchNorms behind one convolution, of which an argument or an attribute chooses one."""
+
+    def __init__(self, norms=None):
+        super().__init__()
+        self.conv, self.clean, self.adversarial = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.BatchNorm2d(8)
+
+    def forward(self, x, clean=True):
+        return (self.clean if clean else self.adversarial)(self.conv(x))
+
+
+class ByDomain(nn.Module):
+    """As domain-specific BatchNorm: a list of them, and the domain as an attribute."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norms, self.domain = nn.Conv2d(3, 8, 3, bias=False), nn.ModuleList(), 0
+        self.norms.extend(nn.BatchNorm2d(8) for _ in range(3))
+
+    def forward(self, x):
+        return self.norms[self.domain](self.conv(x)).relu()
+
+
+class Residual(nn.Module):
+    """Chosen behind a sum."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 8, 3), nn.Conv2d(3, 8, 3)
+        self.norms = nn.ModuleDict({"one": nn.BatchNorm2d(8), "two": nn.BatchNorm2d(8)})
+
+    def forward(self, x, norm="one"):
+        return self.norms[norm](self.a(x) + self.b(x))
+
+
+@pytest.mark.parametrize("layout", ["folded", "same-keys"])
+@pytest.mark.parametrize(("model", "ran"), [(Chosen, "clean"), (ByDomain, "norms.0"), (Residual, "norms.one")], ids=str)
+def test_what_did_not_run_but_may_read_the_same_stops_the_fold(model, ran, layout):
+    net, x = randomise(model()), image()
+    before = copy.deepcopy(net.state_dict())
+    result = bntool.fold(net, x, layout=layout)
+    assert folded(result) == []
+    assert reasons(result)[ran][0] == "SHARED_OUTPUT"
+    assert "may also be read by BatchNorm2d" in reasons(result)[ran][1]
+    assert all(torch.equal(tensor, before[name]) for name, tensor in result.model.state_dict().items())
+
+
+class ForwardChoice(nn.Module):
+    """A BatchNorm that is folded forward, into what one of two readers takes."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.one, self.two = nn.BatchNorm2d(3), nn.Conv2d(3, 4, 1), nn.Conv2d(3, 4, 1)
+
+    def forward(self, x, first=True):
+        x = self.norm(x)
+        return self.one(x) if first else self.two(x)
+
+
+def test_a_reader_that_did_not_run_stops_a_fold_forward():
+    result = bntool.fold(randomise(ForwardChoice()), image())
+    assert folded(result) == []
+    assert "Conv2d (two) did not run here and may read its output" in reasons(result)["norm"][1]
+
+
+class WithAuxiliaryHead(nn.Module):
+    """A head that runs in training only has a convolution of its own: nothing else hangs on the others."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)
+        self.head_conv, self.head_norm = nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8)
+        self.deep = nn.Sequential(nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 1))
+
+    def forward(self, x):
+        y = self.norm(self.conv(x)).relu()
+        return (y, self.head_norm(self.head_conv(y)), self.deep(y)) if self.training else y
+
+
+def test_a_branch_that_did_not_run_with_its_own_convolution_stops_nothing():
+    net, x = randomise(WithAuxiliaryHead()), image()
+    result = bntool.fold(net, x)
+    assert folded(result) == ["norm"]
+    torch.testing.assert_close(result.model(x), net(x), atol=1e-9, rtol=1e-9)
+
+
+class Frozen(nn.Module):
+    """As in DETR: eps is a variable of the forward."""
+
+    def __init__(self, channels, eps=1e-5):
+        super().__init__()
+        for name in ("weight", "bias", "running_mean", "running_var"):
+            self.register_buffer(name, torch.ones(channels))
+        self.weight.uniform_(0.5, 1.5)
+        self.constants = (eps,)
+
+    def forward(self, x):
+        weight, bias, variance, mean = (
+            t.reshape(1, -1, 1, 1) for t in (self.weight, self.bias, self.running_var, self.running_mean)
+        )
+        scale = weight * (variance + self.constants[0]).rsqrt()
+        return x * scale + (bias - mean * scale)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("eps", [1e-5, 1e-3, 2e-5, 1e-6])
+def test_a_frozen_batchnorm_whose_eps_is_a_variable_is_folded(eps, dtype):
+    net, x = randomise(nn.Sequential(nn.Conv2d(3, 8, 3), Frozen(8, eps), nn.ReLU())).to(dtype), image().to(dtype)
+    net[1].running_var[2] = 1e-4
+    result = bntool.fold(net, x)
+    assert folded(result) == ["1"]
+    torch.testing.assert_close(result.model(x), net(x), atol=1e-4, rtol=1e-4)
+
+
+def test_one_whose_eps_cannot_be_told_did_run():
+    result = bntool.fold(randomise(nn.Sequential(nn.Conv2d(3, 8, 3), Frozen(8, 0.0123456))), image())
+    assert folded(result) == []
+    assert reasons(result)["1"][0] == "NOT_RECOGNISED"
+    assert reasons(result)["1"][1].startswith("it ran")
+
+
+@pytest.mark.parametrize(
+    "norm",
+    [nn.InstanceNorm2d(8), nn.InstanceNorm2d(8, affine=True), nn.InstanceNorm2d(8, track_running_stats=True)],
+    ids=["plain", "affine", "tracking"],
+)
+def test_instance_norm_is_not_counted(norm):
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), norm, nn.ReLU(), nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8))
+    result = bntool.fold(randomise(net), image())
+    assert (folded(result), reasons(result)) == (["4"], {})
+
+
+class Masked(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(6, 5)), nn.Parameter(torch.randn(6))
+        self.register_buffer("mask", (torch.rand(6, 5) > 0.3).float())
+        self.norm = nn.BatchNorm1d(6)
+
+    def forward(self, x):
+        return self.norm(functional.linear(x, self.weight * self.mask, self.bias))
+
+
+class Standardised(nn.Linear):
+    def forward(self, x):
+        weight = (self.weight - self.weight.mean(1, keepdim=True)) / self.weight.std(1, keepdim=True)
+        return functional.linear(x, weight)
+
+
+@pytest.mark.parametrize(
+    ("model", "layer"), [(Masked(), "norm"), (nn.Sequential(Standardised(5, 6), nn.BatchNorm1d(6)), "1")]
+)
+def test_a_linear_whose_weight_is_computed(model, layer):
+    result = bntool.fold(randomise(model), image(3, 5))
+    assert reasons(result)[layer][0] == "COMPUTED_WEIGHT"
+
+
+class Looks(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv1d(4, 5, 3, padding=1), nn.BatchNorm1d(5)
+
+    def forward(self, x, mask):
+        if mask.all():
+            mask = None
+        return self.norm(self.conv(x))
+
+
+class ReadsNumber(Looks):
+    def forward(self, x, mask):
+        del mask
+        return self.norm(self.conv(x)) if float(x.sum()) > 1e9 else self.norm(self.conv(x) * 2)
+
+
+class ReadsArray(Looks):
+    def forward(self, x, mask):
+        self.length = int(mask.sum(1).max().numpy())
+        return self.norm(self.conv(x))
+
+
+@pytest.mark.parametrize("kind", [Looks, ReadsNumber, ReadsArray])
+def test_where_a_forward_looks_at_its_data_is_said(kind):
+    mask = torch.arange(7)[None] < torch.tensor([[7], [4]])
+    result = bntool.fold(randomise(kind()), (image(2, 4, 7), mask))
+    reason, detail = reasons(result)["norm"]
+    line = kind.forward.__code__.co_firstlineno
+    assert reason == "DATA_DEPENDENT"
+    assert any(f"test_unusual_models.py:{line + offset}" in detail for offset in (1, 2))
+
+
+def conv_nets(parametrise):
+    net = nn.Sequential(
+        nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 3, bias=False), nn.BatchNorm2d(4)
+    )
+    net = randomise(net)
+    parametrise(net[0])
+    return net
+
+
+@pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated:FutureWarning")
+@pytest.mark.parametrize(
+    "parametrise",
+    [
+        lambda conv: prune.ln_structured(conv, "weight", 0.5, n=2, dim=0),
+        lambda conv: prune.l1_unstructured(conv, "weight", 0.5),
+        nn.utils.weight_norm,
+        nn.utils.spectral_norm,
+        nn.utils.parametrizations.weight_norm,
+    ],
+    ids=["structured", "unstructured", "weight_norm", "spectral_norm", "parametrization"],
+)
+def test_weights_that_are_computed_before_each_forward(parametrise):
+    net, x = conv_nets(parametrise), image()
+    net(x)  # with gradients: what it keeps cannot be copied by torch
+    result = bntool.fold(net, x)
+    assert folded(result) == ["4"]
+    assert reasons(result)["1"][0] == "COMPUTED_WEIGHT"
+    torch.testing.assert_close(result.model(x), net(x), atol=1e-9, rtol=1e-9)
+
+
+class Outputs(dict):
+    """As transformers has them."""
+
+    def __init__(self, logits):
+        super().__init__(logits=logits)
+
+
+class Pair(tuple):
+    __slots__ = ()
+
+    def __new__(cls, first, second):
+        return super().__new__(cls, (first, second))
+
+
+class Boxes(list):
+    def __init__(self, items, kind):
+        super().__init__(items)
+        self.kind = kind
+
+
+class Answer:
+    def __init__(self, logits):
+        self.logits = logits
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [Outputs, lambda y: Pair(y, y + 1), lambda y: Boxes([y], "boxes"), Answer, lambda y: [Outputs(y), {"a": (y,)}]],
+    ids=["dict", "tuple", "list", "object", "nest"],
+)
+def test_outputs_of_classes_of_their_own(wrap):
+    class Net(nn.Sequential):
+        def forward(self, x):
+            return wrap(super().forward(x))
+
+    result = bntool.fold(randomise(Net(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))), image())
+    assert folded(result) == ["1"]
+    assert result.report.outputs >= 1
+
+
+class Detector(nn.Module):
+    def __init__(self, threshold):
+        super().__init__()
+        self.conv, self.norm, self.box, self.threshold = (
+            nn.Conv2d(3, 8, 3),
+            nn.BatchNorm2d(8),
+            nn.Conv2d(8, 4, 1),
+            threshold,
+        )
+
+    def forward(self, x):
+        boxes = self.box(self.norm(self.conv(x)).relu()).flatten(2).transpose(1, 2).reshape(-1, 4)
+        boxes = boxes[boxes.sigmoid().amin(1) > self.threshold]
+        return [{"boxes": boxes, "scores": boxes[:, 0]}]
+
+
+def test_a_detector_that_finds_nothing():
+    with pytest.raises(BntoolError, match="outputs are empty: it finds nothing"):
+        bntool.fold(randomise(Detector(2.0)), image())
+    assert folded(bntool.fold(randomise(Detector(0.0)), image())) == ["norm"]
+
+
+class AsksDtype(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)
+
+    def forward(self, x):
+        return self.norm(self.conv(x).to(self.norm.weight.dtype)).relu()
+
+
+class AsksFeatures(AsksDtype):
+    def forward(self, x):
+        x = self.conv(x)
+        assert x.shape[1] == self.norm.num_features
+        return self.norm(x)
+
+
+class AsksEps(AsksDtype):
+    def forward(self, x):
+        return self.norm(self.conv(x)) + self.norm.eps
+
+
+@pytest.mark.parametrize(("kind", "name"), [(AsksDtype, "weight"), (AsksFeatures, "num_features"), (AsksEps, "eps")])
+def test_a_forward_that_asks_the_batchnorm(kind, name):
+    net, x = randomise(kind()), image()
+    with pytest.raises(BntoolError, match=f"norm: the forward reads {name} of this BatchNorm.*same-keys"):
+        bntool.fold(net, x)
+    result = bntool.fold(net, x, layout="same-keys")
+    assert folded(result) == ["norm"]
+    torch.testing.assert_close(result.model(x), net(x), atol=1e-9, rtol=1e-9)
