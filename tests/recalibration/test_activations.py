@@ -324,7 +324,7 @@ class OfTheSample(nn.BatchNorm2d):
 def test_a_layer_that_uses_no_statistics_is_left_alone(build, method):
     model, batches = nn.Sequential(build(3), nn.BatchNorm2d(3)), make_batches((8, 3, 6, 6))
     result = recalibrate(model, batches, method=method)
-    assert [(skip.layer, skip.reason.value) for skip in result.plan.skips] == [("0", "never reached")]
+    assert [(skip.layer, skip.reason.value) for skip in result.plan.skips] == [("0", "not recognised")]
     assert list(result.statistics) == ["1"]
 
 
@@ -348,10 +348,10 @@ class Bypassed(nn.BatchNorm2d):
 
 
 @METHODS
-def test_a_layer_that_does_nothing_is_never_reached(method):
+def test_a_layer_that_does_nothing_is_left_alone(method):
     model, batches = nn.Sequential(Bypassed(3), nn.BatchNorm2d(3)), make_batches((8, 3, 6, 6))
     result = recalibrate(model, batches, method=method)
-    assert [(skip.layer, skip.reason.value) for skip in result.plan.skips] == [("0", "never reached")]
+    assert [(skip.layer, skip.reason.value) for skip in result.plan.skips] == [("0", "not recognised")]
     assert_stores(model[1], [as_rows(x) for x in batches])
 
 
