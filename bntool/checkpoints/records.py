@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from bntool.checkpoints.containers.json_texts import parse_json
+from bntool.errors import RefusedError
 from bntool.version import __version__
 
 if TYPE_CHECKING:
@@ -45,6 +46,23 @@ def find_recorded_eps(history: Sequence[Mapping[str, Any]]) -> dict[str, float]:
         if eps is not None and isinstance(layers, list):
             found.update({name: eps for name in layers if isinstance(name, str)})
     return {name: eps for name, eps in found.items() if isinstance(eps, float)}
+
+
+def check_not_folded(history: Sequence[Mapping[str, Any]], path: object) -> None:
+    """Refuse a file that a fold took BatchNorms out of: it fits the folded model only.
+
+    Raises:
+        RefusedError: it is one.
+    """
+    for record in history:
+        removed = record.get("removed_modules")
+        if isinstance(removed, list) and removed:
+            raise RefusedError(
+                f"{len(removed):,} BatchNorm{'s were' if len(removed) > 1 else ' was'} folded away when this file was "
+                "written, so it does not fit the model as its code builds it: use the file that was folded, and give "
+                "--export with that fold; bntool.load_folded(model, path) loads this one",
+                path=path,
+            )
 
 
 def parse_record(text: str | None) -> History:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from bntool.checkpoints.caffe.nets import deploy_net
 from bntool.checkpoints.checkpoint import StateDict, check_changeable
 from bntool.checkpoints.formats import open_checkpoint
+from bntool.checkpoints.records import check_not_folded
 from bntool.checkpoints.saving import check_output
 from bntool.checkpoints.state_dicts import choose_state_dict
 from bntool.choices import choose
@@ -110,6 +111,7 @@ def fold_checkpoint(  # noqa: PLR0913 as many as the command has options
             )
         live, inputs = None, ()
         if model is not None:
+            check_not_folded(source.records.get(chosen.key, ()), path)
             on_progress(Progress("loading the model"))
             live, inputs = _load(model, chosen, model_arguments, device=device, data=data, input_shape=input_shape)
         result = fold_state_dict(

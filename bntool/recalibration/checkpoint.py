@@ -16,7 +16,7 @@ from bntool.batchnorm import STATISTICS
 from bntool.checkpoints.application import apply_plan
 from bntool.checkpoints.checkpoint import Checkpoint, StateDict, check_changeable
 from bntool.checkpoints.formats import open_checkpoint
-from bntool.checkpoints.records import make_record
+from bntool.checkpoints.records import check_not_folded, make_record
 from bntool.checkpoints.saving import check_output, save_checkpoint
 from bntool.checkpoints.state_dicts import choose_state_dict
 from bntool.choices import choose
@@ -156,6 +156,7 @@ def recalibrate_checkpoint(  # noqa: PLR0913 as many as the command has options
         check_changeable(source)
         check_output(source, target, force=force)
         chosen = choose_state_dict(source, state_dict)
+        check_not_folded(source.records.get(chosen.key, ()), path)
         live = build_model(model, chosen, arguments=model_arguments, device=device, may_lack=STATISTICS)
         prefix = find_name_prefix(live, map(chosen.strip, chosen.tensors))
         lacking = _reset_what_is_lacking(live, chosen, prefix)

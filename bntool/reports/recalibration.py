@@ -86,7 +86,7 @@ def show_recalibration(outcome: CheckpointRecalibration) -> list[Block]:
     title = f"recalibrate {plural(len(result.drifts), 'BatchNorm layer')}: {result.method.value} statistics of "
     title += f"{plural(result.samples, 'sample')} in {plural(result.batches, 'batch', 'batches')}"
     if result.prior:
-        title += f", the old ones counting for {format_number(result.prior)}"
+        title += f", the old ones counting for {result.prior:,.12g}"
     if result.precision is Precision.BFLOAT16:
         title += ", approximate (forwards in bfloat16)"
     if result.memory is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 from collections import Counter
@@ -32,7 +33,7 @@ from bntool.checkpoints.torch.shared_memory import SharedMemory
 from bntool.checkpoints.torch.state_dicts import TorchContent, metadata_node, shares_metadata
 from bntool.checkpoints.torch.tensors import read_storage_reference
 from bntool.errors import RefusedError
-from bntool.plan import Record, RemoveEntry, SetAttribute, SetVersion
+from bntool.plan import AddTensor, Record, RemoveEntry, SetAttribute, SetVersion
 
 
 @dataclass
@@ -154,8 +155,11 @@ class _ChangeCollector:
                 tensor=next(iter([*added, *removed, *new_nodes])),
             )
         neighbour = next(tensor for tensor in original.values() if tensor is not None)
+        steps = [edit.step for edit in self.checkpoint.edits if edit.state_dict == state_dict.key]
+        buffers = {state_dict.prefix + s.name for s in steps if isinstance(s, AddTensor) and not s.is_parameter}
         for name in added:
-            new_nodes[name] = self.new_tensor(state_dict.tensors[name], like=neighbour)
+            like = dataclasses.replace(neighbour, is_parameter=False) if name in buffers else neighbour
+            new_nodes[name] = self.new_tensor(state_dict.tensors[name], like=like)
         self.change_pairs(source.node, state_dict.tensors, set(removed), new_nodes)
 
     def change_pairs(
