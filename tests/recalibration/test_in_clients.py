@@ -285,7 +285,7 @@ def test_a_text_is_one_glob():
     recalibrate(net, make_batches(), layers="0*")
     assert not torch.equal(net[0].running_mean, torch.zeros(3))
     assert torch.equal(net[1].running_mean, torch.zeros(3))
-    with pytest.raises(UsageError, match="'absent' selects no BatchNorm layer; there are 0, 1"):
+    with pytest.raises(UsageError, match="'absent' selects none of the 2 BatchNorm layers; there are: 0, 1"):
         recalibrate(net, make_batches(), layers="absent")
 
 
