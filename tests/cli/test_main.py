@@ -67,19 +67,19 @@ def test_a_usage_error_under_json_is_a_document_too(capsys: pytest.CaptureFixtur
 
 
 def test_an_interrupt_is_130(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    def interrupt(*_: object) -> None:
+    def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("bntool.checkpoints.formats.open_checkpoint", interrupt)
+    monkeypatch.setattr("bntool.inspection.checkpoint.inspect", interrupt)
     assert main(["inspect", "x.pt"]) == 130
     assert "interrupted" in capsys.readouterr().err
 
 
 def test_an_unexpected_exception_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setattr("bntool.checkpoints.formats.open_checkpoint", fail)
+    monkeypatch.setattr("bntool.inspection.checkpoint.inspect", fail)
     with pytest.raises(ZeroDivisionError):
         main(["inspect", "x.pt"])
 
