@@ -144,8 +144,8 @@ class Product:
             self._wide = np.empty(values.size)
         wide = self._wide[: values.size].reshape(values.shape)
         # three plain passes over what lies in the cache: one call that casts on the way is slower
-        np.copyto(wide, values)
         with np.errstate(over="ignore", under="ignore", invalid="ignore"):
+            np.copyto(wide, values)
             np.multiply(wide, factors, out=wide)
             if self._flush:
                 wide[np.abs(wide) < SMALLEST_NORMAL[self._dtype]] = 0

@@ -212,6 +212,14 @@ class Format(ABC):
         """Bytes of all files that were opened."""
         return checkpoint.file.size
 
+    def check_unchanged(self, checkpoint: Checkpoint) -> None:
+        """Make sure that all files that were opened are as they were then.
+
+        Raises:
+            UnreadableFileError: one was changed.
+        """
+        checkpoint.file.check_unchanged()
+
     def verify_checksums(self, checkpoint: Checkpoint) -> int | None:  # noqa: ARG002 (for those that have some)
         """Hold all bytes against the checksums of the file; how many were checked, None where it has none.
 

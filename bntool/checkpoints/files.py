@@ -10,6 +10,7 @@ import contextlib
 import errno
 import os
 import stat
+import time
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 CHUNK = 1 << 17  # bytes copied at a time; larger blocks are given back to the system and faulted in again each time
 Chunk: TypeAlias = bytes | memoryview
 _LONGEST_NAME = 80  # characters of a name that a sentence shows
+_CHANGED = "the file was changed while it was read; nothing was written: wait until it is complete and try again"
+_TICK = 12_000_000  # nanoseconds: in which a file system may give two changes one time
 _SMALL = 1 << 15  # bytes of a part that is kept in memory
 
 
@@ -76,9 +79,36 @@ class SourceFile:
             if stat.S_ISDIR(status.st_mode):
                 raise UnreadableFileError("this is a folder, not a file; name a file of it", path=path)
             raise UnreadableFileError("this is a pipe or a device, not a regular file; copy it to a file", path=path)
+        if 0 <= time.time_ns() - status.st_mtime_ns < _TICK:  # a change within the same tick could not be seen
+            time.sleep(_TICK / 1e9)
+            status = os.fstat(descriptor)
+        self._status = status
         self.size = status.st_size
         self.mode = stat.S_IMODE(status.st_mode)
         self.identity = (status.st_dev, status.st_ino)
+
+    def check_same(self, before: SourceFile) -> None:
+        """Make sure that the file is as it was when it was opened before.
+
+        Raises:
+            UnreadableFileError: it is another one, or was written to.
+        """
+        if self.identity != before.identity or self._was_changed(before._status):
+            raise UnreadableFileError(_CHANGED, path=self.path)
+
+    def _was_changed(self, before: os.stat_result) -> bool:
+        now = os.fstat(self._descriptor)
+        same = (before.st_size, before.st_mtime_ns) == (now.st_size, now.st_mtime_ns)
+        return not same or (before.st_ctime_ns != now.st_ctime_ns and before.st_nlink == now.st_nlink)
+
+    def check_unchanged(self) -> None:
+        """Make sure that all that was read since the file was opened is of one state of it.
+
+        Raises:
+            UnreadableFileError: it was written to; a file that took its place under its name does not matter.
+        """
+        if self._was_changed(self._status):
+            raise UnreadableFileError(_CHANGED, path=self.path)
 
     def read(self, offset: int, length: int) -> bytes:
         """Exactly ``length`` bytes from ``offset``.
@@ -172,6 +202,9 @@ class FileSlice(SourceFile):
         self.path, self.size, self.mode, self.identity = file.path, length, file.mode, file.identity
         self._kept = file.read(offset, length) if length <= _SMALL else None
 
+    def check_unchanged(self) -> None:
+        self._file.check_unchanged()
+
     def _read_once(self, offset: int, length: int) -> bytes:
         if self._kept is not None:
             return self._kept[offset : offset + length]
@@ -188,8 +221,11 @@ class FileView(SourceFile):
     """What another source holds, read as if it were a file of its own."""
 
     def __init__(self, source: ByteSource, *, like: SourceFile) -> None:
-        self._source = source
+        self._source, self._like = source, like
         self.path, self.size, self.mode, self.identity = like.path, source.size, like.mode, like.identity
+
+    def check_unchanged(self) -> None:
+        self._like.check_unchanged()
 
     def _read_once(self, offset: int, length: int) -> bytes:
         return self._source.read(offset, length)

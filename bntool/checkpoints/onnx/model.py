@@ -55,6 +55,11 @@ class OnnxWithExternalData(Onnx):
 
     single_file = False
 
+    def check_unchanged(self, checkpoint: Checkpoint) -> None:
+        super().check_unchanged(checkpoint)
+        for file in OnnxContent.of(checkpoint).external.files.values():
+            file.check_unchanged()
+
 
 @dataclass(frozen=True, slots=True)
 class Place:

@@ -74,6 +74,11 @@ class Sharded(Format):
         content = Shards.of(checkpoint)
         return checkpoint.file.size + sum(shard.file.size for shard in content.shards.values())
 
+    def check_unchanged(self, checkpoint: Checkpoint) -> None:
+        super().check_unchanged(checkpoint)
+        for shard in Shards.of(checkpoint).shards.values():
+            shard.format.check_unchanged(shard)
+
     def verify_checksums(self, checkpoint: Checkpoint) -> int | None:
         counts = [s.format.verify_checksums(s) for s in Shards.of(checkpoint).shards.values()]
         known = [count for count in counts if count is not None]

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
-from bntool.checkpoints.checkpoint import Checkpoint, Format, GlobalName, GlobalTrust
+from bntool.checkpoints.checkpoint import Checkpoint, Content, Format, GlobalName, GlobalTrust
 from bntool.checkpoints.containers.pickles.nodes import (
     Construction,
     Dict,
@@ -38,6 +39,13 @@ _MODULE = "torch.distributed.checkpoint.metadata."
 _TENSOR, _BYTES = f"{_MODULE}TensorStorageMetadata", f"{_MODULE}BytesStorageMetadata"
 
 
+@dataclass(frozen=True)
+class FolderContent(Content):
+    """The files of the folder."""
+
+    folder: FolderReader
+
+
 class Distributed(Format):
     """See the module."""
 
@@ -56,6 +64,10 @@ class Distributed(Format):
     def recognises(self, path: Path, head: bytes) -> bool:
         return path.name == METADATA and head[:1] == b"\x80"
 
+    def check_unchanged(self, checkpoint: Checkpoint) -> None:
+        super().check_unchanged(checkpoint)
+        FolderContent.of(checkpoint).folder.check_unchanged()
+
     def read(self, file: SourceFile) -> Checkpoint:
         pickle = read_pickle(file)
         root = pickle.root
@@ -73,6 +85,7 @@ class Distributed(Format):
             state_dicts=state_dicts,
             entries=as_mapping(tree),
             globals=(*list_globals(pickle, *_read_objects(content, items, folder)), *_name_unread(content, items)),
+            content=FolderContent(folder),
         )
 
 

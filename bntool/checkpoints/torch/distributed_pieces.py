@@ -43,6 +43,7 @@ class FolderReader:
         self._folder = folder
         self._name = ""
         self._file: SourceFile | None = None
+        self._first: dict[str, SourceFile] = {}  # as each was when it was opened first; closed again
         self._sizes: dict[str, int] = {}
         self._objects = OpcodeBudget()
         self._latest: tuple[Item, tuple[ArchiveLayout, Pickle]] | None = None  # a tensor is read a chunk at a time
@@ -94,9 +95,20 @@ class FolderReader:
             check_inside(self._folder, name, named_by="the metadata")
             self._latest = None
             if self._file is not None:
+                self._file.check_unchanged()
                 self._file.close()
             self._file, self._name = open_beside(self._folder / name, named_by=self._folder / ".metadata"), name
+            self._file.check_same(self._first.setdefault(name, self._file))
         return self._file
+
+    def check_unchanged(self) -> None:
+        """Make sure that all files that were read are as they were then.
+
+        Raises:
+            UnreadableFileError: one was changed.
+        """
+        for name in list(self._first):
+            self._open(name).check_unchanged()
 
 
 class Piece:
