@@ -31,6 +31,9 @@ def find_norms(state_dict: StateDict) -> tuple[BatchNorm, ...]:
     for name, tensor in state_dict.tensors.items():
         layer, _, leaf = state_dict.strip(name).rpartition(".")
         groups.setdefault(layer, {})[leaf] = tensor
+    for path, one in state_dict.modules.items():
+        if one.has_statistics:
+            groups.setdefault(state_dict.strip(path), {})
     quantization_aware = {layer.rpartition(".")[0] for layer in groups if layer.endswith("weight_fake_quant")}
     norms = []
     for layer, tensors in groups.items():
@@ -130,7 +133,7 @@ def _kind_by_class(module: ModuleInfo | None, tensors: Mapping[str, Tensor]) -> 
     if kind is None or not kind.is_batch_norm:
         return kind
     if not all(role in tensors for role in STATISTICS):
-        return NormKind.NORM_WITHOUT_STATISTICS
+        return kind if module.has_statistics else NormKind.NORM_WITHOUT_STATISTICS
     return (_kind_by_tensors("", tensors, None, set()) or kind) if kind is NormKind.BATCH_NORM else kind
 
 

@@ -65,10 +65,12 @@ class ModuleInfo:
     Attributes:
         class_path: dotted name of its class.
         attributes: plain attributes in PyTorch's spelling (eps, momentum, training, kernel_size, ...).
+        has_statistics: it is a BatchNorm that normalises by statistics, also where no tensor of the file holds them.
     """
 
     class_path: str
     attributes: Mapping[str, Any]
+    has_statistics: bool = False
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,9 @@ def plan_constant(layers: Sequence[BatchNorm], *, eps: float | None) -> tuple[li
     steps: list[Step] = []
     skips: list[Skip] = []
     for layer in layers:
+        if "fixed" in layer.attributes:
+            skips.append(Skip(layer.name, SkipReason.COMPUTED_WEIGHT, str(layer.attributes["fixed"])))
+            continue
         own = _eps_of(layer, eps)
         outcome = _fold(layer, own)
         if isinstance(outcome, Skip):

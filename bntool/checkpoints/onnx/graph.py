@@ -5,24 +5,31 @@ Field numbers are those of onnx.proto; nothing here needs the onnx package.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from bntool.checkpoints.containers.protobufs.reading import Field, Message
-from bntool.errors import CorruptFileError
+from bntool.errors import CorruptFileError, UnsafeFileError
 
 # ModelProto
-IR_VERSION, PRODUCER, GRAPH, OPSETS, METADATA = 1, 2, 7, 8, 14
+IR_VERSION, PRODUCER, GRAPH, OPSETS, METADATA, _FUNCTIONS = 1, 2, 7, 8, 14, 25
 # GraphProto
 NODES, INITIALIZERS, GRAPH_INPUTS, GRAPH_OUTPUTS, VALUE_INFO, SPARSE_INITIALIZERS = 1, 5, 11, 12, 13, 15
 # NodeProto
 INPUTS, OUTPUTS, NODE_NAME, OPERATOR, ATTRIBUTES, DOMAIN = 1, 2, 3, 4, 5, 7
 # AttributeProto
-_NAME, FLOAT, INT, TENSOR, SUBGRAPH, FLOATS, INTS, SUBGRAPHS = 1, 2, 3, 5, 6, 7, 8, 11
+_NAME, FLOAT, INT, TENSOR, SUBGRAPH, FLOATS, INTS, SUBGRAPHS, _REFERENCE = 1, 2, 3, 5, 6, 7, 8, 11, 21
+# FunctionProto
+_FORMALS, _RESULTS, _BODY, _DEFAULTS = 4, 5, 7, 11
+_FUNCTION_KEY, _NODE_KEY = (10, 1, 13), (DOMAIN, OPERATOR, 8)  # domain, name, overload
 
 _MOST_COPIES = 100  # one after the other
+MAX_CALLS = 10_000  # of functions of a model, those inside functions counted for each call
+MAX_FUNCTION_DEPTH = 16
 STANDARD_DOMAINS = ("", "ai.onnx")
+_NORMALISATION = re.compile(r"batch_?norm|spatial_?bn", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +79,8 @@ class OnnxGraph:
         constants: the Constant node of those that are not initializers.
         inputs, outputs: names; before IR version 4 every initializer is an input too.
         parent: the graph around it.
+        bindings: of a call of a function: where each formal input comes from, as a graph and a name in it.
+        call: of a call of a function: the node that calls, or that calls the function around it.
     """
 
     message: Message = field(repr=False)
@@ -81,6 +90,13 @@ class OnnxGraph:
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     parent: OnnxGraph | None = field(default=None, repr=False)
+    bindings: Mapping[str, tuple[OnnxGraph, str]] = field(default_factory=dict, repr=False)
+    call: OnnxNode | None = field(default=None, repr=False)
+
+    @cached_property
+    def producers(self) -> Mapping[str, OnnxNode]:
+        """The node that puts out each value."""
+        return {name: node for node in self.nodes for name in node.outputs if name}
 
     @cached_property
     def computed(self) -> frozenset[str]:
@@ -100,16 +116,25 @@ class OnnxGraph:
             name = self._copies[name]
         return name
 
-    def find(self, name: str) -> tuple[OnnxGraph, Message] | None:
-        """The constant of that name that a node of this graph sees, and the graph that holds it."""
+    def place_of(self, name: str) -> tuple[OnnxGraph, str] | None:
+        """Where a value that a node of this graph sees comes from, through copies: a graph, and its name there."""
         graph: OnnxGraph | None = self
         while graph is not None:
+            name = graph.resolve(name)
             if name in graph.initializers:
-                return graph, graph.initializers[name]
-            if name in graph.computed:
-                return None  # hides one of that name further out
-            graph = graph.parent
+                return graph, name
+            if name in graph.bindings:
+                graph, name = graph.bindings[name]
+            elif name in graph.computed:
+                return graph, name  # hides one of that name further out
+            else:
+                graph = graph.parent
         return None
+
+    def find(self, name: str) -> tuple[OnnxGraph, str] | None:
+        """The graph that holds a constant that a node of this graph sees, and its name there; None for others."""
+        place = self.place_of(name)
+        return place if place is not None and place[1] in place[0].initializers else None
 
 
 def read_graphs(model: Message) -> tuple[OnnxGraph, ...]:
@@ -127,10 +152,81 @@ def read_graphs(model: Message) -> tuple[OnnxGraph, ...]:
     return tuple(found)
 
 
-def _read_graph(message: Message, parent: OnnxGraph | None, found: list[OnnxGraph]) -> None:
-    nodes = tuple(_read_node(index, message, one) for index, one in enumerate(message.all(NODES)))
+def read_calls(model: Message, graphs: Sequence[OnnxGraph]) -> tuple[OnnxGraph, ...]:
+    """The bodies of the functions that a model holds, one for each call, with what it is called with.
+
+    Raises:
+        UnsafeFileError: functions that call each other without measure.
+    """
+    functions = _find_normalising(model)
+    calls: list[OnnxGraph] = []
+    waiting: list[tuple[OnnxGraph, OnnxNode, OnnxNode | None, int]]
+    waiting = [(graph, node, None, 0) for graph in graphs for node in graph.nodes] if functions else []
+    while waiting:
+        graph, node, outermost, depth = waiting.pop(0)
+        function = functions.get(_key(node.message, _NODE_KEY))
+        if function is None:
+            continue
+        if depth > MAX_FUNCTION_DEPTH or len(calls) > MAX_CALLS:
+            raise UnsafeFileError("the functions of the model call each other without measure")
+        bodies = _read_call(function, graph, node, outermost or node)
+        calls += bodies
+        waiting += [(body, inner, outermost or node, depth + 1) for body in bodies for inner in body.nodes]
+    return tuple(calls)
+
+
+def is_normalisation(operator: str) -> bool:
+    """Whether an operator, of whatever domain, is named after batch normalisation."""
+    return bool(_NORMALISATION.search(operator))
+
+
+def _key(message: Message, fields: tuple[int, int, int]) -> tuple[str, ...]:
+    domain, *rest = (message.text(number) for number in fields)
+    return ("" if domain in STANDARD_DOMAINS else domain, *rest)
+
+
+def _find_normalising(model: Message) -> dict[tuple[str, ...], Message]:
+    """The functions of a model in which something is normalised, there or in a function that they call."""
+    functions = {_key(message, _FUNCTION_KEY): message for message in model.messages(_FUNCTIONS)}
+    calls = {key: {_key(node, _NODE_KEY) for node in body.messages(_BODY)} for key, body in functions.items()}
+    chosen = {key for key, called in calls.items() if any(is_normalisation(name) for _, name, _ in called)}
+    while more := {key for key, called in calls.items() if key not in chosen and called & chosen}:
+        chosen |= more
+    return {key: functions[key] for key in chosen}
+
+
+def _read_call(function: Message, graph: OnnxGraph, node: OnnxNode, call: OnnxNode) -> list[OnnxGraph]:
+    """The body of a function as one node calls it, and the graphs nested in it."""
+    given = dict(node.attributes)
+    for default in function.messages(_DEFAULTS):
+        given.setdefault(default.text(_NAME), default)
+    formals = function.texts(_FORMALS)
+    bindings = {formal: (graph, actual) for formal, actual in zip(formals, node.inputs, strict=False) if actual}
+    found: list[OnnxGraph] = []
+    _read_graph(function, None, found, bindings=bindings, call=call, given=given)
+    return found
+
+
+def _read_graph(
+    message: Message,
+    parent: OnnxGraph | None,
+    found: list[OnnxGraph],
+    *,
+    bindings: Mapping[str, tuple[OnnxGraph, str]] | None = None,
+    call: OnnxNode | None = None,
+    given: Mapping[str, Message] | None = None,
+) -> None:
+    """Read a graph, or the body of a function with its bindings, and those nested in its nodes.
+
+    Args:
+        given: the attributes that a function is called with.
+    """
+    is_body = bindings is not None
+    nodes = tuple(_read_node(index, message, one) for index, one in enumerate(message.all(_BODY if is_body else NODES)))
+    if given is not None:
+        nodes = tuple(_fill_in(node, given) for node in nodes)
     tensors: dict[str, Message] = {}
-    for initializer in message.messages(INITIALIZERS):
+    for initializer in () if is_body else message.messages(INITIALIZERS):
         name = initializer.text(8)
         if name in tensors:
             raise CorruptFileError("two initializers have this name", tensor=name)
@@ -147,16 +243,27 @@ def _read_graph(message: Message, parent: OnnxGraph | None, found: list[OnnxGrap
         nodes=nodes,
         initializers=tensors,
         constants=constants,
-        inputs=tuple(info.text(1) for info in message.messages(GRAPH_INPUTS)),
-        outputs=tuple(info.text(1) for info in message.messages(GRAPH_OUTPUTS)),
+        inputs=() if is_body else tuple(info.text(1) for info in message.messages(GRAPH_INPUTS)),
+        outputs=message.texts(_RESULTS) if is_body else tuple(i.text(1) for i in message.messages(GRAPH_OUTPUTS)),
         parent=parent,
+        bindings=bindings or {},
+        call=call,
     )
     found.append(graph)
     for node in nodes:
         for attribute in node.attributes.values():
             for number in (SUBGRAPH, SUBGRAPHS):
                 for inner in attribute.messages(number):
-                    _read_graph(inner, graph, found)
+                    _read_graph(inner, graph, found, call=call, given=given)
+
+
+def _fill_in(node: OnnxNode, given: Mapping[str, Message]) -> OnnxNode:
+    """A node of a function with the attributes that it refers to."""
+    attributes = {
+        name: given.get(attribute.text(_REFERENCE)) if attribute.last(_REFERENCE) is not None else attribute
+        for name, attribute in node.attributes.items()
+    }
+    return replace(node, attributes={name: one for name, one in attributes.items() if one is not None})
 
 
 def _read_node(index: int, graph: Message, place: Field) -> OnnxNode:

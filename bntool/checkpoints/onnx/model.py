@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from bntool.batchnorm import DEFAULT_EPS
-from bntool.checkpoints.checkpoint import Checkpoint, Content, Format, Loader, LoadingCode, ModuleInfo, StateDict
+from bntool.batchnorm import DEFAULT_EPS, STATISTICS
+from bntool.checkpoints.checkpoint import (
+    Checkpoint,
+    Content,
+    Format,
+    Loader,
+    LoadingCode,
+    ModuleInfo,
+    NotUnderstood,
+    StateDict,
+)
 from bntool.checkpoints.containers.protobufs.reading import Buffer, Message
 from bntool.checkpoints.containers.protobufs.writing import unused_name
 from bntool.checkpoints.files import SourceFile
+from bntool.checkpoints.onnx.constants import Constants
 from bntool.checkpoints.onnx.graph import (
     METADATA,
     OPSETS,
@@ -18,6 +29,8 @@ from bntool.checkpoints.onnx.graph import (
     STANDARD_DOMAINS,
     OnnxGraph,
     OnnxNode,
+    is_normalisation,
+    read_calls,
     read_graphs,
 )
 from bntool.checkpoints.onnx.tensors import ExternalData, is_external, read_tensor
@@ -68,14 +81,14 @@ class Place:
     Attributes:
         graph: that holds the initializer or Constant node.
         name: of it.
-        message: its TensorProto.
+        message: its TensorProto; None where nodes compute the value from constants.
         reader: the BatchNormalization node that the name in the state dict comes from, with its graph and the position
             of the input; None where the tensor has its own name.
     """
 
     graph: OnnxGraph
     name: str
-    message: Message = field(repr=False)
+    message: Message | None = field(repr=False)
     reader: tuple[OnnxGraph, OnnxNode, int] | None = None
 
 
@@ -86,7 +99,8 @@ class OnnxContent(Content):
     Attributes:
         graphs: the main one first.
         places: where each tensor lies, by its name in the state dict.
-        layers: the graph and node of each BatchNormalization layer, by name.
+        layers: the graph and node of each BatchNormalization layer, by name, but for
+        called: those in functions, by name: the node of a graph that calls them.
         external: the opened files beside the model.
         has_external: whether any tensor lies in such a file.
         opset: version of ONNX's own operators.
@@ -96,6 +110,7 @@ class OnnxContent(Content):
     graphs: tuple[OnnxGraph, ...] = field(repr=False)
     places: Mapping[str, Place]
     layers: Mapping[str, tuple[OnnxGraph, OnnxNode]]
+    called: Mapping[str, OnnxNode]
     external: ExternalData = field(repr=False)
     has_external: bool
     opset: int
@@ -110,7 +125,7 @@ def read_model(file: SourceFile, *, external: ExternalData) -> Checkpoint:
     """
     model = Message(Buffer(file), 0, file.size)
     graphs = read_graphs(model)
-    reading = _Reading(graphs, external)
+    reading = _Reading(graphs, read_calls(model, graphs), external)
     has_external = any(is_external(message) for graph in graphs for message in graph.initializers.values())
     metadata = {entry.text(1): entry.text(2) for entry in model.messages(METADATA)}
     history = parse_record(metadata.get(RECORD_KEY))
@@ -123,10 +138,13 @@ def read_model(file: SourceFile, *, external: ExternalData) -> Checkpoint:
     return Checkpoint(
         file=file,
         format=OnnxWithExternalData() if has_external else Onnx(),
-        state_dicts=(state_dict,) if reading.tensors else (),
+        state_dicts=(state_dict,) if reading.tensors or reading.modules else (),
+        not_understood=tuple(reading.not_understood),
         entries=entries,
         records={"": history} if history and reading.tensors else {},
-        content=OnnxContent(model, graphs, reading.places, reading.layers, external, has_external, opset),
+        content=OnnxContent(
+            model, graphs, reading.places, reading.layers, reading.called, external, has_external, opset
+        ),
     )
 
 
@@ -135,70 +153,150 @@ def _opset(model: Message) -> int:
     return versions[-1] if versions else 1
 
 
-def _name_layer(node: OnnxNode) -> str:
-    """As the module that was exported, where its statistics are named after one; else as the node, or its output."""
-    owners = {name.removesuffix(f".{role}") for name, role in zip(node.inputs[3:], ROLES[2:], strict=True)}
-    named = all(name.endswith(f".{role}") for name, role in zip(node.inputs[3:], ROLES[2:], strict=True))
-    return owners.pop() if named and len(owners) == 1 else node.name or node.outputs[0]
+@dataclass(frozen=True, slots=True)
+class LayerNames:
+    """What the name of a layer depends on: the names of its node, of its output and of its statistics."""
+
+    node: str
+    output: str
+    statistics: tuple[str, ...]
+
+    @property
+    def wanted(self) -> str:
+        """As the module that was exported, where its statistics are named after one; else as the node, or its output.
+
+        A node with the name of the module and ``@2`` is one more that shares the tensors of the module.
+        """
+        owners = set()
+        for name, role in zip(self.statistics, STATISTICS, strict=True):
+            owners.add(name.removesuffix(f".{role}") if name.endswith(f".{role}") else None)
+        owner = owners.pop()
+        if owner is None or owners or re.fullmatch(rf"{re.escape(owner)}@\d+", self.node):
+            return self.node or self.output
+        return owner
+
+
+def name_layers(layers: Iterable[LayerNames], constants: Container[str]) -> list[str]:
+    """A name for each layer, such that no tensor of it has the name of a constant that something else uses."""
+    names: dict[str, None] = {}
+    for layer in layers:
+        name, number = layer.wanted, 1
+        while name in names or any(f"{name}.{role}" in constants for role in ROLES):
+            number += 1
+            name = f"{layer.wanted}@{number}"
+        names[name] = None
+    return list(names)
 
 
 class _Reading:
     """Gives every tensor its name: those of BatchNormalization nodes after the node, all others their own."""
 
-    def __init__(self, graphs: tuple[OnnxGraph, ...], external: ExternalData) -> None:
+    def __init__(self, graphs: tuple[OnnxGraph, ...], calls: tuple[OnnxGraph, ...], external: ExternalData) -> None:
         self.tensors: dict[str, Tensor] = {}
         self.modules: dict[str, ModuleInfo] = {}
         self.places: dict[str, Place] = {}
         self.layers: dict[str, tuple[OnnxGraph, OnnxNode]] = {}
+        self.called: dict[str, OnnxNode] = {}
+        self.not_understood: list[NotUnderstood] = []
         self._external = external
+        self._constants = Constants(external)
         self._read: dict[tuple[int, str], Tensor] = {}
-        for graph in graphs:
-            for node in graph.nodes:
-                if node.operator == "BatchNormalization" and len(node.inputs) == 5 and any(node.outputs[:1]):
-                    self._add_layer(graph, node)
-        used_otherwise = self._names_used_otherwise(graphs)
-        of_layers = {(id(place.graph), place.name) for place in self.places.values()}
-        for graph in graphs:
-            for name, message in graph.initializers.items():
-                if (id(graph), name) in used_otherwise or (id(graph), name) not in of_layers:
-                    self._add(name, Place(graph, name, message))
+        nodes = [(graph, node) for graph in (*graphs, *calls) for node in graph.nodes if self._is_layer(node)]
+        used_otherwise, of_layers = _find_uses_of_constants(graphs, nodes)
+        own = [
+            (graph, name)
+            for graph in graphs
+            for name in graph.initializers
+            if (id(graph), name) in used_otherwise or (id(graph), name) not in of_layers
+        ]
+        names = name_layers([_names_of(graph, node) for graph, node in nodes], {name for _, name in own})
+        for layer, (graph, node) in zip(names, nodes, strict=True):
+            self._add_layer(layer, graph, node)
+        for graph, name in own:
+            self._add(name, Place(graph, name, graph.initializers[name]))
 
-    def _add_layer(self, graph: OnnxGraph, node: OnnxNode) -> None:
-        layer = unused_name(_name_layer(node), self.layers)
-        self.layers[layer] = (graph, node)
+    def _is_layer(self, node: OnnxNode) -> bool:
+        """Whether a node is a BatchNormalization as ONNX defines it; others that are named so are noted."""
+        if node.operator == "BatchNormalization" and len(node.inputs) == 5 and any(node.outputs[:1]):
+            return True
+        if is_normalisation(node.operator):
+            name = node.name or next(iter(node.outputs), "")
+            given = f"{len(node.inputs)} inputs" if node.operator == "BatchNormalization" else "no operator of ONNX"
+            self.not_understood.append(NotUnderstood(name, f"a node of {node.operator}, with {given}"))
+        return False
+
+    def _add_layer(self, layer: str, graph: OnnxGraph, node: OnnxNode) -> None:
+        attributes: dict[str, object] = {
+            "eps": node.number("epsilon", DEFAULT_EPS),
+            "momentum": round(1.0 - node.number("momentum", _KEPT), 12),
+            "training": bool(node.integer("training_mode", 0)),
+        }
+        if graph.call is None:
+            self.layers[layer] = (graph, node)
+        else:
+            self.called[layer] = graph.call
+            attributes["fixed"] = f"it lies in a function, {graph.call.operator}, which other calls may share"
+        unknown = []
         for position, role in enumerate(ROLES, start=1):
-            name = graph.resolve(node.inputs[position])
-            found = graph.find(name)
+            found = graph.find(node.inputs[position])
             if found is not None:
-                holder, message = found
-                self._add(f"{layer}.{role}", Place(holder, name, message, (graph, node, position)))
-        self.modules[layer] = ModuleInfo(
-            "onnx.BatchNormalization",
-            {
-                "eps": node.number("epsilon", DEFAULT_EPS),
-                "momentum": round(1.0 - node.number("momentum", _KEPT), 12),
-                "training": bool(node.integer("training_mode", 0)),
-            },
-        )
+                holder, name = found
+                reader = (graph, node, position)
+                self._add(f"{layer}.{role}", Place(holder, name, holder.initializers[name], reader))
+            elif not self._add_computed(f"{layer}.{role}", graph, node, position):
+                unknown.append(f"{role} is {_describe_source(graph, node.inputs[position])}")
+        if unknown:
+            self.not_understood.append(NotUnderstood(layer, f"its {', its '.join(unknown)}"))
+        self.modules[layer] = ModuleInfo("onnx.BatchNormalization", attributes, has_statistics=True)
 
-    def _names_used_otherwise(self, graphs: tuple[OnnxGraph, ...]) -> set[tuple[int, str]]:
-        """Constants that something else than a BatchNormalization node reads, or that a graph puts out."""
-        used: set[tuple[int, str]] = set()
-        layers = {id(node) for _, node in self.layers.values()}
-        for graph in graphs:
-            names = list(graph.outputs)
-            for node in graph.nodes:
-                names += node.inputs[:1] if id(node) in layers else node.inputs
-            for name in names:
-                found = graph.find(name)
-                if found is not None:
-                    used.add((id(found[0]), name))
-        return used
+    def _add_computed(self, key: str, graph: OnnxGraph, node: OnnxNode, position: int) -> bool:
+        tensor = self._constants.compute(graph, node.inputs[position])
+        if tensor is None:
+            return False
+        name = unused_name(key, self.tensors)
+        self.tensors[name] = tensor
+        self.places[name] = Place(graph, node.inputs[position], None, (graph, node, position))
+        return True
 
     def _add(self, wanted: str, place: Place) -> None:
+        assert place.message is not None
         name = unused_name(wanted, self.tensors)
         key = (id(place.graph), place.name)
         if key not in self._read:
             self._read[key] = read_tensor(place.message, key=place.name, external=self._external)
         self.tensors[name] = self._read[key]
         self.places[name] = place
+
+
+def _names_of(graph: OnnxGraph, node: OnnxNode) -> LayerNames:
+    """In the body of a function all layers are named after the call."""
+    if graph.call is None:
+        return LayerNames(node.name, node.outputs[0], node.inputs[3:])
+    prefix = graph.call.name or graph.call.outputs[0]
+    return LayerNames(f"{prefix}/{node.name or node.outputs[0]}", "", ("", ""))
+
+
+def _find_uses_of_constants(
+    graphs: Sequence[OnnxGraph], layers: Sequence[tuple[OnnxGraph, OnnxNode]]
+) -> tuple[set[tuple[int, str]], set[tuple[int, str]]]:
+    """The constants that something else than a parameter of a layer uses, and those that are such parameters.
+
+    Identity nodes are no use: what reads their copy is.
+    """
+    chosen = {id(node) for _, node in layers}
+    otherwise: set[tuple[int, str]] = set()
+    for graph in graphs:
+        names = list(graph.outputs)
+        for node in graph.nodes:
+            if node.operator != "Identity":
+                names += node.inputs[:1] if id(node) in chosen else node.inputs
+        otherwise.update((id(found[0]), found[1]) for name in names if (found := graph.find(name)) is not None)
+    parameters = ((graph, name) for graph, node in layers for name in node.inputs[1:])
+    of_layers = {(id(found[0]), found[1]) for graph, name in parameters if (found := graph.find(name)) is not None}
+    return otherwise, of_layers
+
+
+def _describe_source(graph: OnnxGraph, name: str) -> str:
+    place = graph.place_of(name)
+    node = place[0].producers.get(place[1]) if place is not None else None
+    return f"computed by {node.operator}" if node is not None else "an input of the model"

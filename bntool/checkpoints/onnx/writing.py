@@ -24,13 +24,14 @@ from bntool.checkpoints.onnx.graph import (
     INPUTS,
     IR_VERSION,
     METADATA,
+    NODE_NAME,
     OUTPUTS,
     TENSOR,
     VALUE_INFO,
     OnnxGraph,
     OnnxNode,
 )
-from bntool.checkpoints.onnx.model import Onnx, OnnxContent, Place, read_model
+from bntool.checkpoints.onnx.model import LayerNames, Onnx, OnnxContent, Place, name_layers, read_model
 from bntool.checkpoints.onnx.tensors import (
     CODES,
     DATA_LOCATION,
@@ -95,6 +96,9 @@ class _Changes:
         self._checkpoint, self._content = checkpoint, content
         self._edits = Edits()
         self._uses = _find_uses(content)
+        self._copies = _find_copies(content)
+        shown = (graph.find(name) for graph in content.graphs for name in graph.outputs)
+        self._shown = {(id(found[0]), found[1]) for found in shown if found is not None}  # constants that are results
         self._inputs: dict[int, tuple[OnnxNode, list[str]]] = {}  # new inputs of nodes, by the position of the node
         self._outputs: dict[int, tuple[OnnxNode, list[str]]] = {}
         self._removed: set[int] = set()  # nodes, by position in the file
@@ -123,8 +127,21 @@ class _Changes:
             for position, (node, names) in lists.items():
                 if position not in self._removed:
                     self._set_names(node, number, names)
+        self._keep_names()
         if any(isinstance(step, Record) for step in steps):
             self._record()
+
+    def _keep_names(self) -> None:
+        """Layers that stay keep their names where these would follow from others that are gone, or from old inputs."""
+        own = {name for name, place in self._content.places.items() if place.reader is None}
+        rest = {n: node for n, (_, node) in self._content.layers.items() if node.field.start not in self._removed}
+        now = [
+            LayerNames(node.name, self._output_names(node)[0], tuple(self._input_names(node)[3:]))
+            for node in rest.values()
+        ]
+        for (layer, node), name in zip(rest.items(), name_layers(now, own), strict=True):
+            if name != layer:
+                self._edits.set_field(node.message, NODE_NAME, *embed(NODE_NAME, layer.encode()))
 
     def _take_out(self, graph: OnnxGraph, node: OnnxNode) -> None:
         """Remove a node: what its data came from now writes what it wrote, or else its readers read its data."""
@@ -188,10 +205,12 @@ class _Changes:
                 continue
             names.sort(key=lambda name: self._content.places[name].reader is not None)
             first = self._content.places[names[0]]
-            if tensors[names[0]] is not source[names[0]]:
+            kept = source[names[0]]  # what the constant holds afterwards
+            if first.message is not None and tensors[names[0]] is not source[names[0]]:
                 self._set_elements(first.message, tensors[names[0]])
-            for name in names[1:]:
-                if tensors[name] is not tensors[names[0]]:
+                kept = tensors[names[0]]
+            for name in names:
+                if tensors[name] is not kept:
                     self._give_own(self._content.places[name], tensors[name])
 
     def _set_elements(self, message: Message, tensor: Tensor) -> None:
@@ -203,7 +222,8 @@ class _Changes:
         self._edits.append(message, *embed(RAW_DATA, tensor))
 
     def _give_own(self, place: Place, tensor: Tensor) -> None:
-        assert place.reader is not None
+        if place.reader is None or place.reader[0].call is not None:
+            raise RefusedError("it lies in a function, which other calls may share", tensor=place.name)
         _, node, position = place.reader
         name = unused_name(place.name, self._names)
         self._names.add(name)
@@ -215,19 +235,27 @@ class _Changes:
         return self._inputs.setdefault(node.field.start, (node, list(node.inputs)))[1]
 
     def _remove_tensors(self, names: set[str]) -> None:
+        """Take out constants that nothing reads any more, with the Identity nodes that copied them."""
         places = {(id(p.graph), p.name): p for name in names if (p := self._content.places[name])}
         for key, place in places.items():
+            if place.message is None:
+                continue  # nodes computed it; the runtime leaves out what nobody reads
             if any(node.field.start not in self._removed for _, node, _ in self._uses.get(key, ())):
                 if place.reader is None or place.reader[1].field.start not in self._removed:
                     raise RefusedError("a node still reads this tensor", tensor=place.name)
-            elif place.name not in place.graph.outputs:
+            elif key not in self._shown:
                 self._remove_constant(place)
+                for graph, node in self._copies.get(key, ()):
+                    self._removed.add(node.field.start)
+                    self._edits.replace(graph.message, node.field)
+                    self._drop_infos(graph, VALUE_INFO, node.outputs[0])
 
     def _remove_constant(self, place: Place) -> None:
         constant = place.graph.constants.get(place.name)
         if constant is not None:
             self._edits.replace(place.graph.message, constant.field)
         else:
+            assert place.message is not None
             assert place.message.parent is not None
             self._edits.replace(place.graph.message, place.message.parent[1])
             self._drop_infos(place.graph, GRAPH_INPUTS, place.name)
@@ -254,6 +282,7 @@ class _Changes:
             node = (*embed(OUTPUTS, name.encode()), *embed(4, b"Constant"), *_attribute("value", message))
             self._edits.insert_after(place.graph.message, constant.field, *embed(1, *node))
         else:
+            assert place.message is not None
             assert place.message.parent is not None
             self._edits.insert_after(place.graph.message, place.message.parent[1], *embed(5, *message))
             self._declare(place.graph, name, tensor)
@@ -284,7 +313,7 @@ class _Changes:
         written: set[tuple[int, str]] = set()
         for name, place in sorted(self._content.places.items(), key=lambda item: item[1].reader is not None):
             key = (id(place.graph), place.name)
-            if name not in tensors or key in written or not is_external(place.message):
+            if name not in tensors or key in written or place.message is None or not is_external(place.message):
                 continue
             written.add(key)
             offset = stream.tell() + -stream.tell() % _ALIGNMENT
@@ -308,15 +337,26 @@ class _Changes:
 
 
 def _find_uses(content: OnnxContent) -> Mapping[tuple[int, str], list[Use]]:
-    """The nodes that read each constant, by the graph that holds it and its name."""
+    """The nodes that read each constant, also through Identity nodes, by the graph that holds it and its name."""
     uses: dict[tuple[int, str], list[Use]] = {}
     for graph in content.graphs:
         for node in graph.nodes:
-            for position, name in enumerate(node.inputs):
+            for position, name in enumerate(node.inputs if node.operator != "Identity" else ()):
                 found = graph.find(name) if name else None
                 if found is not None:
-                    uses.setdefault((id(found[0]), name), []).append((graph, node, position))
+                    uses.setdefault((id(found[0]), found[1]), []).append((graph, node, position))
     return uses
+
+
+def _find_copies(content: OnnxContent) -> Mapping[tuple[int, str], list[tuple[OnnxGraph, OnnxNode]]]:
+    """The Identity nodes that copy each constant."""
+    copies: dict[tuple[int, str], list[tuple[OnnxGraph, OnnxNode]]] = {}
+    for graph in content.graphs:
+        for node in graph.nodes:
+            found = graph.find(node.inputs[0]) if node.operator == "Identity" and node.inputs else None
+            if found is not None:
+                copies.setdefault((id(found[0]), found[1]), []).append((graph, node))
+    return copies
 
 
 def _make_tensor(name: str, tensor: Tensor) -> Content:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from bntool.checkpoints.checkpoint import Checkpoint
+from bntool.checkpoints.checkpoint import Checkpoint, StateDict
 from bntool.checkpoints.containers.protobufs.reading import Message
 from bntool.checkpoints.containers.protobufs.writing import unused_name
 from bntool.checkpoints.onnx.graph import SUBGRAPH, SUBGRAPHS, OnnxGraph, OnnxNode
 from bntool.checkpoints.onnx.model import ROLES, OnnxContent
-from bntool.checkpoints.tensors import Tensor, count_elements
+from bntool.checkpoints.tensors import count_elements
 from bntool.graphs.graph import ModelGraph, NodeKind, check_lengths
 from bntool.graphs.stored.builder import GraphBuilder
 
@@ -29,16 +29,18 @@ def onnx_graph(checkpoint: Checkpoint) -> ModelGraph:
     A Gemm with transB = 0 has its weight as (in, out): as a transposed convolution has, and it is shown as one.
     BatchNormalization nodes in nested graphs (branches, loops) are there, but nothing known feeds them.
     """
-    return _Building(OnnxContent.of(checkpoint), checkpoint.state_dicts[0].tensors).build()
+    return _Building(OnnxContent.of(checkpoint), checkpoint.state_dicts[0]).build()
 
 
 class _Building:
-    def __init__(self, content: OnnxContent, tensors: Mapping[str, Tensor]) -> None:
-        self.content, self.tensors = content, tensors
+    def __init__(self, content: OnnxContent, state_dict: StateDict) -> None:
+        self.content, self.tensors, self.modules = content, state_dict.tensors, state_dict.modules
         self.builder = GraphBuilder()
         self.layers = {id(node): name for name, (_, node) in content.layers.items()}
         self.keys = {(id(p.graph), p.name): key for key, p in content.places.items() if p.reader is None}
-        self.taken = {name for g in content.graphs for name in (*g.inputs, *g.initializers, *g.computed)} | set(tensors)
+        self.taken = {name for g in content.graphs for name in (*g.inputs, *g.initializers, *g.computed)} | set(
+            self.tensors
+        )
         self.nested: dict[int, list[OnnxGraph]] = {}
         for graph in content.graphs[1:]:
             outer = graph
@@ -76,6 +78,15 @@ class _Building:
             for nested in inner.nodes:
                 if id(nested) in self.layers:
                     self.builder.add(NodeKind.BATCH_NORM, nested.operator, inputs=[index], **self._batch_norm(nested))
+        for layer, call in self.content.called.items():
+            if call is node:
+                sources = (f"what {node.operator} is called with",)
+                facts = {
+                    "layer": layer,
+                    "computed": dict.fromkeys(ROLES, sources),
+                    "eps": self.modules[layer].attributes["eps"],
+                }
+                self.builder.add(NodeKind.BATCH_NORM, node.operator, inputs=[index], **facts)
         return index
 
     def _graphs_in(self, attribute: Message) -> list[OnnxGraph]:
@@ -114,7 +125,7 @@ class _Building:
         return {
             "layer": layer,
             "parameters": own,
-            "computed": {role: () for role in ROLES if role not in own},
+            "computed": {role: () for role in ROLES if role not in own},  # by other nodes, from inputs of the model
             "channels": lengths[0] if lengths else 0,
             "eps": node.number("epsilon", 1e-5),
             "training": training,

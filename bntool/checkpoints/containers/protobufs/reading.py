@@ -176,6 +176,13 @@ class Message:
                 _expect(one, Wire.BYTES)
         return tuple(values)
 
+    def floats(self, number: int) -> tuple[float, ...]:
+        """A repeated float, packed or not."""
+        data = b"".join(self.buffer.read(one.value_start, one.length) for one in self.all(number))
+        if len(data) % 4 or any(one.wire not in (Wire.FIXED32, Wire.BYTES) for one in self.all(number)):
+            raise CorruptFileError(f"field {number} holds no floats")
+        return struct.unpack(f"<{len(data) // 4}f", data)
+
 
 def _expect(found: Field, wire: Wire) -> Field:
     if found.wire is not wire:

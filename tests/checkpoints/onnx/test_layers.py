@@ -1,0 +1,354 @@
+"""BatchNormalization nodes of ONNX models, wherever their parameters come from: ONNX Runtime judges."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from numpy.typing import NDArray
+from onnx import TensorProto, helper, numpy_helper
+
+from bntool.checkpoints.batchnorms import find_batchnorms
+from bntool.checkpoints.formats import open_checkpoint
+from bntool.checkpoints.tensors import read_numbers
+from bntool.cli.main import main
+
+RNG = np.random.default_rng(0)
+ROLES = ("weight", "bias", "running_mean", "running_var")
+EPS = 1e-3
+
+
+def tensor(name: str, values: Any, dtype: str = "f4") -> onnx.TensorProto:
+    return numpy_helper.from_array(np.asarray(values).astype(dtype), name)
+
+
+def node(operator: str, inputs: str, outputs: str, **attributes: Any) -> onnx.NodeProto:
+    return helper.make_node(operator, inputs.split(), outputs.split(), **attributes)
+
+
+def norm(data: str, output: str, name: str = "bn", *, parameters: str = "g b m v") -> onnx.NodeProto:
+    return node("BatchNormalization", f"{data} {parameters}", output, name=name, epsilon=EPS)
+
+
+VECTORS = {"g": RNG.uniform(0.5, 2, 4), "b": RNG.normal(size=4), "m": RNG.normal(size=4), "v": RNG.uniform(0.5, 2, 4)}
+BN = [tensor(name, values) for name, values in VECTORS.items()]
+W, W2 = tensor("w", RNG.normal(size=(4, 3, 3, 3))), tensor("w2", RNG.normal(size=(4, 3, 3, 3)))
+X = helper.make_tensor_value_info("x", TensorProto.FLOAT, (1, 3, 8, 8))
+Y = helper.make_tensor_value_info("y", TensorProto.FLOAT, [None] * 4)
+
+
+def save(
+    path: Path,
+    nodes: Sequence[onnx.NodeProto],
+    tensors: Sequence[onnx.TensorProto],
+    *,
+    inputs: Sequence[onnx.ValueInfoProto] = (),
+    functions: Sequence[onnx.FunctionProto] = (),
+) -> Path:
+    graph = helper.make_graph(list(nodes), "g", [X, *inputs], [Y], list(tensors))
+    opsets = [helper.make_opsetid("", 13), *([helper.make_opsetid("mine", 1)] if functions else [])]
+    onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=8, functions=list(functions)), path)
+    return path
+
+
+def run(path: Path) -> NDArray[Any]:
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    x = np.random.default_rng(1).normal(size=(1, 3, 8, 8)).astype("f4")
+    (found,) = session.run(None, {"x": x})
+    return found
+
+
+CONV = node("Conv", "x w", "c")
+FILLED = [node("ConstantOfShape", "s", k, value=tensor("", [2.0])) for k in "gbmv"]
+HALF = [tensor(f"{name}16", values, "f2") for name, values in VECTORS.items()]
+COMPUTED = {  # nodes that give g, b, m and v, and the tensors that they read
+    "filled": (FILLED, [tensor("s", [4], "i8")]),
+    "filled with zeros but for the variance": (
+        [
+            *(node("ConstantOfShape", "s", k) for k in "gbm"),
+            node("ConstantOfShape", "s", "v", value=tensor("", [0.5])),
+        ],
+        [tensor("s", [4], "i8")],
+    ),
+    "cast": ([node("Cast", f"{k}16", k, to=TensorProto.FLOAT) for k in "gbmv"], HALF),
+    "lists of floats": (
+        [helper.make_node("Constant", [], [k], value_floats=values.tolist()) for k, values in VECTORS.items()],
+        [],
+    ),
+    "tensors of Constant nodes": ([helper.make_node("Constant", [], [t.name], value=t) for t in BN], []),
+    "expanded": (
+        [node("Expand", f"{k}1 s", k) for k in "gbmv"],
+        [*(tensor(f"{k}1", [0.7]) for k in "gbmv"), tensor("s", [4], "i8")],
+    ),
+    "reshaped": (
+        [node("Reshape", f"{k}0 s", k) for k in "gbmv"],
+        [*(tensor(f"{k}0", v.reshape(1, 4, 1)) for k, v in VECTORS.items()), tensor("s", [-1], "i8")],
+    ),
+    "squeezed": (
+        [node("Squeeze", f"{k}0 a", k) for k in "gbmv"],
+        [*(tensor(f"{k}0", v.reshape(1, 4)) for k, v in VECTORS.items()), tensor("a", [0], "i8")],
+    ),
+    "arithmetic": (
+        [
+            node("Mul", "g0 two", "g"), node("Sub", "b0 two", "b"), node("Div", "m0 two", "m"),
+            node("Add", "v0 two", "v1"), node("Sqrt", "v1", "v2"), node("Reciprocal", "v2", "v"),
+        ],
+        [*(tensor(f"{k}0", v) for k, v in VECTORS.items()), tensor("two", 2.0)],
+    ),
+    "dequantized": (
+        [node("DequantizeLinear", f"{k}q s z", k) for k in "gbmv"],
+        [*(tensor(f"{k}q", [9, 20, 30, 40], "i1") for k in "gbmv"), tensor("s", 0.1), tensor("z", 3, "i1")],
+    ),
+    "joined": (
+        [node("Concat", f"{k}0 {k}1", k, axis=0) for k in "gbmv"],
+        [tensor(f"{k}{half}", [half + 1, half + 2]) for k in "gbmv" for half in (0, 1)],
+    ),
+    "copied": ([node("Identity", f"{k}0", k) for k in "gbmv"], [tensor(f"{k}0", v) for k, v in VECTORS.items()]),
+    "negated and made positive": (
+        [node("Neg", f"{k}0", f"{k}1") for k in "gbmv"] + [node("Abs", f"{k}1", k) for k in "gbmv"],
+        [tensor(f"{k}0", v) for k, v in VECTORS.items()],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", COMPUTED)
+def test_computed_parameters_are_what_onnx_computes(case: str, tmp_path: Path) -> None:
+    nodes, tensors = COMPUTED[case]
+    path = save(tmp_path / "a.onnx", [*nodes, CONV, norm("c", "y")], [W, *tensors])
+    model = onnx.load(path)
+    with open_checkpoint(path) as checkpoint:
+        assert checkpoint.not_understood == ()
+        (layer,) = find_batchnorms(checkpoint.state_dict(""))
+        found = {role: list(read_numbers(layer.tensors[role])) for role in ROLES}
+    assert layer.eps == pytest.approx(EPS)
+    outputs = [helper.make_tensor_value_info(k, TensorProto.FLOAT, None) for k in "gbmv"]
+    graph = helper.make_graph(nodes, "g", [], outputs, tensors)
+    alone = helper.make_model(graph, opset_imports=model.opset_import, ir_version=8)
+    session = onnxruntime.InferenceSession(alone.SerializeToString(), providers=["CPUExecutionProvider"])
+    expected = session.run(None, {})
+    for role, values in zip(ROLES, expected, strict=True):
+        assert found[role] == values.tolist(), role
+
+
+@pytest.mark.parametrize("case", COMPUTED)
+@pytest.mark.parametrize("command", [["fold"], ["freeze", "--as", "constant"]])
+def test_models_with_computed_parameters_compute_the_same(case: str, command: list[str], tmp_path: Path) -> None:
+    nodes, tensors = COMPUTED[case]
+    source = save(tmp_path / "a.onnx", [*nodes, CONV, norm("c", "y")], [W, *tensors])
+    assert main([*command, str(source), "--dry-run", "--quiet"]) == 0
+    assert main([*command, str(source), "-o", str(tmp_path / "b.onnx"), "--quiet"]) == 0
+    onnx.checker.check_model(onnx.load(tmp_path / "b.onnx"), full_check=True)
+    expected, found = run(source), run(tmp_path / "b.onnx")
+    assert np.abs(expected - found).max() <= 1e-5 * np.abs(expected).max()
+    operators = [one.op_type for one in onnx.load(tmp_path / "b.onnx").graph.node]
+    assert operators.count("BatchNormalization") == (command != ["fold"])
+
+
+def value(name: str) -> onnx.ValueInfoProto:
+    return helper.make_tensor_value_info(name, TensorProto.FLOAT, (4,))
+
+
+UNKNOWN = {
+    "inputs of the model": ([], [], [value(k) for k in "gbmv"]),
+    "an input of the model": ([], BN[:3], [value("v")]),
+    "computed from the data": ([node("ReduceMax", "c", "v", axes=[0, 2, 3], keepdims=0)], BN[:3], []),
+    "computed by what is not known": ([node("Softmax", "v0", "v")], [*BN[:3], tensor("v0", VECTORS["v"])], []),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", UNKNOWN)
+def test_what_cannot_be_computed_is_listed_and_said(
+    case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    nodes, tensors, inputs = UNKNOWN[case]
+    path = save(tmp_path / "a.onnx", [CONV, *nodes, norm("c", "y")], [W, *tensors], inputs=inputs)
+    assert main(["inspect", str(path), "--json"]) == 0
+    (facts,) = json.loads(capsys.readouterr().out)["files"]
+    (layer,) = facts["state_dicts"][0]["layers"]
+    assert (layer["name"], layer["eps"]) == ("bn", pytest.approx(EPS))
+    assert [finding["code"] for finding in facts["findings"]] == ["not-understood"]
+    assert main(["inspect", str(path), "--fail-on", "error"]) == 1
+    assert "no BatchNorm layer was found" not in capsys.readouterr().out
+    for command in (["fold"], ["freeze", "--as", "constant"]):
+        for rest in (["--dry-run"], ["-o", str(tmp_path / "b.onnx")]):
+            assert main([*command, str(path), *rest]) == 4
+    assert not (tmp_path / "b.onnx").exists()
+
+
+OTHERS = {
+    "of another domain": helper.make_node("BatchNormalization", ["c", *"gbmv"], ["y"], name="n", domain="mine"),
+    "of Caffe2": helper.make_node("SpatialBN", ["c", *"gbmv"], ["y"], name="n"),
+    "of training": helper.make_node("BatchNormInternal", ["c", *"gbmv"], ["y"], name="n", domain="com.microsoft"),
+    "with four inputs": helper.make_node("BatchNormalization", ["c", *"gbm"], ["y"], name="n"),
+}
+
+
+@pytest.mark.parametrize("case", OTHERS)
+def test_nodes_that_are_called_so_are_not_passed_over(
+    case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = save(tmp_path / "a.onnx", [CONV, OTHERS[case]], [W, *BN])
+    assert main(["inspect", str(path), "--fail-on", "error"]) == 1
+    out = capsys.readouterr().out
+    assert "'n': a node of" in out
+    assert "no BatchNorm layer was found" not in out
+
+
+def function(name: str, nodes: list[onnx.NodeProto], inputs: str = "x w g b m v", **more: Any) -> onnx.FunctionProto:
+    opsets = [helper.make_opsetid("", 13), helper.make_opsetid("mine", 1)]
+    return helper.make_function("mine", name, inputs.split(), ["y"], nodes, opsets, **more)
+
+
+def call(name: str, inputs: str, output: str, label: str, **attributes: Any) -> onnx.NodeProto:
+    return helper.make_node(name, inputs.split(), [output], name=label, domain="mine", **attributes)
+
+
+BLOCK = function("Block", [CONV, norm("c", "y", "inner")])
+OTHER_EPS = helper.make_node("BatchNormalization", ["c", *"gbmv"], ["y"], name="inner")
+OTHER_EPS.attribute.add(name="epsilon", ref_attr_name="eps", type=onnx.AttributeProto.FLOAT)
+FUNCTIONS: dict[str, Any] = {
+    "once": ([call("Block", "x w g b m v", "y", "one")], [BLOCK], {"one/inner": EPS}),
+    "twice": (
+        [call("Block", "x w g b m v", "p", "one"), call("Block", "x w2 g b m v", "q", "two"), node("Add", "p q", "y")],
+        [BLOCK],
+        {"one/inner": EPS, "two/inner": EPS},
+    ),
+    "within another": (
+        [call("Outer", "x w g b m v", "y", "one")],
+        [function("Outer", [call("Block", "x w g b m v", "y", "nested")]), BLOCK],
+        {"one/inner": EPS},
+    ),
+    "with constants of its own": (
+        [call("Own", "x w", "y", "one")],
+        [function("Own", [*COMPUTED["tensors of Constant nodes"][0], CONV, norm("c", "y", "inner")], "x w")],
+        {"one/inner": EPS},
+    ),
+    "with eps as an argument": (
+        [
+            call("Eps", "x w g b m v", "p", "one", eps=0.25),
+            call("Eps", "x w2 g b m v", "q", "two"),
+            node("Add", "p q", "y"),
+        ],
+        [function("Eps", [CONV, OTHER_EPS], attribute_protos=[helper.make_attribute("eps", 0.5)])],
+        {"one/inner": 0.25, "two/inner": 0.5},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", FUNCTIONS)
+def test_layers_in_functions_are_listed_for_each_call(case: str, tmp_path: Path) -> None:
+    nodes, functions, eps = FUNCTIONS[case]
+    path = save(tmp_path / "a.onnx", nodes, [W, W2, *BN], functions=functions)
+    with open_checkpoint(path) as checkpoint:
+        assert checkpoint.not_understood == ()
+        layers = find_batchnorms(checkpoint.state_dict(""))
+        assert {layer.name: layer.eps for layer in layers} == pytest.approx(eps)
+        for layer in layers:
+            for role, name in zip(ROLES, "gbmv", strict=True):
+                assert list(read_numbers(layer.tensors[role])) == VECTORS[name].astype("f4").tolist()
+    for command in (["fold"], ["freeze", "--as", "constant"]):
+        assert main([*command, str(path), "--dry-run"]) == main([*command, str(path), "-o", str(tmp_path / "b.onnx")])
+    assert not (tmp_path / "b.onnx").exists()
+
+
+def test_functions_that_call_themselves_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    body = [call("Block", "x w g b m v", "d", "again"), norm("d", "y", "inner")]
+    path = save(
+        tmp_path / "a.onnx", [call("Block", "x w g b m v", "y", "one")], [W, *BN], functions=[function("Block", body)]
+    )
+    assert main(["inspect", str(path)]) == 3
+    assert "without measure" in capsys.readouterr().err
+
+
+COPIES = [node("Identity", k, f"{k}2") for k in "gbmv"]
+NAMES = ["bn.weight", "bn.bias", "bn.running_mean", "bn.running_var"]
+OWN = [tensor(name, values) for name, values in zip(NAMES, VECTORS.values(), strict=True)]
+MODULE, COPIED, PLAIN = " ".join(NAMES), "g2 b2 m2 v2", "g b m v"
+
+
+def branch(data: str, name: str, parameters: str, *, weight: str, stays: bool, output: str) -> list[onnx.NodeProto]:
+    """A convolution and a BatchNormalization, which a Relu between them and one behind keep from folding."""
+    if not stays:
+        return [node("Conv", f"{data} {weight}", f"{output}c"), norm(f"{output}c", output, name, parameters=parameters)]
+    return [
+        node("Conv", f"{data} {weight}", f"{output}c"),
+        node("Relu", f"{output}c", f"{output}r"),
+        norm(f"{output}r", f"{output}n", name, parameters=parameters),
+        node("Relu", f"{output}n", output),
+    ]
+
+
+def branches(
+    first: str, second: str, *, stay: str = "", names: tuple[str, str] = ("bn", "bn2")
+) -> list[onnx.NodeProto]:
+    """Two of them, added.
+
+    Args:
+        first, second: names of the parameters of each.
+        stay: which of them, ``1`` or ``2``.
+        names: of their nodes.
+    """
+    left = branch("x", names[0], first, weight="w", stays="1" in stay, output="e")
+    right = branch("x", names[1], second, weight="w2", stays="2" in stay, output="f")
+    copies = COPIES if COPIED in (first, second) else []
+    return [*copies, *left, *right, node("Add", "e f", "y")]
+
+
+def biased(bias: str, parameters: str) -> list[onnx.NodeProto]:
+    return [node("Conv", f"x w {bias}", "c"), norm("c", "y", parameters=parameters)]
+
+
+SHARED: dict[str, Any] = {  # nodes, tensors, and the layers that stay
+    "Identity copies, both fold": (branches(PLAIN, COPIED), BN, []),
+    "Identity copies, the copy stays": (branches(PLAIN, COPIED, stay="2"), BN, ["bn2"]),
+    "Identity copies, the original stays": (branches(PLAIN, COPIED, stay="1"), BN, ["bn"]),
+    "Identity copies, both stay": (branches(PLAIN, COPIED, stay="12"), BN, ["bn", "bn2"]),
+    "the same tensors of a module, one stays": (branches(MODULE, MODULE, stay="2"), OWN, ["bn@2"]),
+    "the same tensors of a module, the first stays": (branches(MODULE, MODULE, stay="1"), OWN, ["bn"]),
+    "the same tensors, both fold": (branches(PLAIN, PLAIN), BN, []),
+    "no names": (branches(PLAIN, PLAIN, stay="2", names=("", "")), BN, ["fn"]),
+    "a bias that is a statistic": (biased("m", PLAIN), BN, []),
+    "a bias that is a copy of a statistic": ([*COPIES, *biased("m2", PLAIN)], BN, []),
+    "a bias that is that of the layer": (biased("bn.bias", MODULE), OWN, []),
+    "a bias that is a statistic of the layer": (biased("bn.running_mean", MODULE), OWN, []),
+    "a bias that is a statistic of a layer that stays": (
+        [biased("m", PLAIN)[0], norm("c", "e"), *branches(PLAIN, PLAIN, stay="2")[2:]],
+        BN,
+        ["bn2"],
+    ),
+    "one vector for all": ([CONV, norm("c", "y", parameters="v v v v")], BN[3:], []),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", SHARED)
+@pytest.mark.parametrize("command", [["fold"], ["fold", "--layout", "same-keys"], ["freeze", "--as", "constant"]])
+def test_shared_tensors_end_as_the_dry_run_says(
+    case: str, command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    nodes, tensors, stay = SHARED[case]
+    source, target = save(tmp_path / "a.onnx", nodes, [W, W2, *tensors]), tmp_path / "b.onnx"
+    promised = main([*command, str(source), "--dry-run", "--json"])
+    dry = json.loads(capsys.readouterr().out)["files"][0] if promised == 0 else {}
+    assert main([*command, str(source), "-o", str(target), "--json"]) == promised
+    if promised != 0:
+        assert promised == 4
+        return
+    done = json.loads(capsys.readouterr().out)["files"][0]
+    assert {key: dry[key] for key in ("folds", "skips", "layers") if key in dry} == {
+        key: done[key] for key in ("folds", "skips", "layers") if key in done
+    }
+    onnx.checker.check_model(onnx.load(target), full_check=True)
+    expected, found = run(source), run(target)
+    assert np.abs(expected - found).max() <= 1e-5 * np.abs(expected).max()
+    with open_checkpoint(target) as checkpoint:
+        left = [layer.name for layer in find_batchnorms(checkpoint.state_dict(""))]
+    if command == ["fold"]:
+        assert set(left) == set(stay) | {skip["layer"] for skip in done["skips"]}
