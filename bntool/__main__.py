@@ -16,12 +16,15 @@ def run() -> None:
 
     from bntool.cli.interrupts import InterruptHandler
 
-    InterruptHandler().install()
-    from bntool.cli.main import main
+    interrupts = InterruptHandler()
+    interrupts.install()
+    from bntool.cli.main import ExitCode, main
 
     gc.freeze()
     gc.set_threshold(100_000)  # a short-lived process that builds many small objects and drops few
     code = main(sys.argv[1:])
+    if code == ExitCode.INTERRUPTED:
+        interrupts.end_process()
     sys.exit(code)
 
 

@@ -124,7 +124,7 @@ class VerificationError(BntoolError):
 
 
 class InterruptedRunError(BntoolError):
-    """The user stopped the run; nothing was written."""
+    """The user or the system stopped the run; the message says what had been written."""
 
     code = "interrupted"
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import errno
 import os
+import re
 import shutil
+import stat
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import IO, TYPE_CHECKING
@@ -19,13 +23,17 @@ if TYPE_CHECKING:
 
 
 _BUFFER = 1 << 20  # bytes written at a time: the kernel takes large pages for them, a third faster than 128 KiB
+_KINDS = {stat.S_IFLNK: "a symbolic link", stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket"}
+_unfinished: dict[Path, int] = {}  # temporary files and folders, with the process that made them
+_written: list[Path] = []
 
 
 class OutputFiles:
     """A transaction of files to write: they appear together when all is well, or not at all.
 
     Each file is written beside its place under a temporary name, flushed to disk, and renamed over its place when
-    the ``with`` block ends without an error. An existing file is replaced only with ``force``.
+    the ``with`` block ends without an error. An existing file is replaced only with ``force``, and only a regular one.
+    Temporary files are locked; those that are not are of a process that was killed, and are removed.
 
     Args:
         force: replace files that exist.
@@ -35,50 +43,54 @@ class OutputFiles:
     def __init__(self, *, force: bool = False, mode: int | None = None) -> None:
         self._force = force
         self._mode = mode
-        self._pending: list[tuple[Path, Path]] = []
-        self._open: list[IO[bytes]] = []
+        self._files: list[_TemporaryFile] = []
 
     def __enter__(self) -> Self:
         return self
 
     def open(self, path: Path) -> IO[bytes]:
         """A new binary file, readable and seekable, that will become ``path``."""
-        import tempfile  # reading needs none of what it imports
-
         self.check(path)
+        _remove_leftovers(path)
+        file = _TemporaryFile(path)
         try:
-            descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:20]}.", suffix=".writing")
+            stream = file.open()
         except OSError as error:
             raise UnwritableFileError(_write_reason(error, path), path=path) from error
-        self._pending.append((Path(temporary), path))
-        stream = os.fdopen(descriptor, "w+b", buffering=_BUFFER)
-        self._open.append(stream)
+        self._files.append(file)
         return stream
 
     def temporary(self, path: Path) -> Path:
         """Where the file that will become ``path`` lies until then."""
-        return next(temporary for temporary, final in self._pending if final == path)
+        return next(file.temporary for file in self._files if file.final == path)
 
     @contextlib.contextmanager
     def preview(self, path: Path) -> Iterator[Path]:
         """Where the file that will become ``path`` can be used until then, with the others beside it by their names."""
-        import tempfile
-
         self.flush()
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name[:20]}.", suffix=".writing") as folder:
-            for temporary, final in self._pending:
-                place = Path(folder) / final.name
-                try:
-                    os.link(temporary, place)
-                except OSError:  # a file system without hard links
-                    shutil.copyfile(temporary, place)
-            yield Path(folder) / path.name
+        folder = _choose_name(path)
+        try:
+            folder.mkdir(mode=0o700)
+            with _locked(folder):
+                for file in self._files:
+                    try:
+                        os.link(file.temporary, folder / file.final.name)
+                    except OSError:  # a file system without hard links
+                        shutil.copyfile(file.temporary, folder / file.final.name)
+                yield folder / path.name
+        finally:
+            _remove(folder)
 
     def check(self, path: Path) -> None:
-        """Refuse early what could not be written at the end."""
+        """Refuse early what could not be written at the end.
+
+        Raises:
+            UnwritableFileError: nothing can be written there, or something is there that is not to be replaced.
+        """
         try:
             os.fsencode(path)
             is_folder, has_parent = path.is_dir(), path.parent.is_dir()
+            kind = stat.S_IFMT(path.lstat().st_mode) if os.path.lexists(path) else None
         except UnicodeEncodeError as error:
             raise UnwritableFileError("no file can have this name", path=path) from error
         except OSError as error:
@@ -89,95 +101,203 @@ class OutputFiles:
             raise UnwritableFileError(f"there is no folder {path.parent}; create it first", path=path)
         if "\0" in str(path):
             raise UnwritableFileError("no file can have this name", path=path)
-        if not self._force and os.path.lexists(path):
+        if kind not in (None, stat.S_IFREG):
+            what = _KINDS.get(kind, "a device")
+            raise UnwritableFileError(
+                f"the output is {what}, which is not replaced, not by --force either; name a file", path=path
+            )
+        if kind is not None and not self._force:
             raise UnwritableFileError("the file exists; use --force to replace it", path=path)
 
     def flush(self) -> None:
         """Bring all that was written to the disk, so that it can be read back and checked."""
-        for stream in self._open:
-            stream.flush()
+        for file in self._files:
+            file.stream.flush()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if error is not None:
-            self._discard()
-            if isinstance(error, OSError):
-                path = self._pending[-1][1] if self._pending else None
-                raise UnwritableFileError(_write_reason(error, path), path=path) from error
-            return
         try:
-            self._commit()
+            if error is None:
+                self._commit()
         except OSError as problem:
-            self._discard()
-            path = self._pending[0][1]
-            raise UnwritableFileError(_write_reason(problem, path), path=path) from problem
-        except BaseException:
-            self._discard()
-            raise
+            raise UnwritableFileError(
+                _write_reason(problem, self._files[0].final), path=self._files[0].final
+            ) from problem
+        finally:
+            for file in self._files:
+                file.discard()
+        if isinstance(error, OSError):
+            path = self._files[-1].final if self._files else None
+            raise UnwritableFileError(_write_reason(error, path), path=path) from error
 
     def _commit(self) -> None:
-        for stream, (temporary, _) in zip(self._open, self._pending, strict=True):
-            stream.flush()
-            os.fsync(stream.fileno())
-            stream.close()
-            temporary.chmod(_default_mode() if self._mode is None else self._mode)
-        appeared: list[Path] = []
-        replaced: list[tuple[Path, Path]] = []
+        for file in self._files:
+            file.finish(_default_mode() if self._mode is None else self._mode)
         try:
-            for temporary, final in self._pending:
-                if self._force and os.path.lexists(final):
-                    if len(self._pending) > 1:
-                        replaced += _keep(final, beside=temporary)
-                    temporary.replace(final)
-                else:
-                    temporary.replace(final) if self._force else _rename_without_replacing(temporary, final)
-                    appeared.append(final)
+            for file in self._files:
+                file.appear(force=self._force, keeps_old=len(self._files) > 1)
         except BaseException:
-            for final in appeared:
-                with contextlib.suppress(OSError):
-                    final.unlink()
-            for kept, final in replaced:
-                with contextlib.suppress(OSError):
-                    kept.replace(final)
+            for file in self._files:
+                file.disappear()
             raise
-        for kept, _ in replaced:
-            with contextlib.suppress(OSError):
-                kept.unlink()
-        for folder in {final.parent for _, final in self._pending}:
+        finally:
+            _written.extend(file.final for file in self._files if file.has_appeared())
+        for folder in {file.final.parent for file in self._files}:
             _sync_folder(folder)
 
-    def _discard(self) -> None:
-        for stream in self._open:
+
+class _TemporaryFile:
+    """A file under a temporary name, locked as long as this process works on it, on its way to its place."""
+
+    stream: IO[bytes]
+
+    def __init__(self, final: Path) -> None:
+        self.final = final
+        self.temporary = _choose_name(final)
+        self._backup: Path | None = None
+        self._replaces = False
+        self._identity = (0, 0)
+        self._held = contextlib.ExitStack()  # locks
+
+    def open(self) -> IO[bytes]:
+        try:
+            # who may read it is decided at the end
+            self.stream = open(self.temporary, "x+b", _BUFFER, opener=partial(os.open, mode=0o600))  # noqa: SIM115
+            self._held.enter_context(_locked(self.temporary))
+            status = os.fstat(self.stream.fileno())
+        except BaseException:
+            self.discard()
+            raise
+        self._identity = (status.st_dev, status.st_ino)
+        return self.stream
+
+    def finish(self, mode: int) -> None:
+        """Bring it to the disk as a whole."""
+        self.stream.flush()
+        os.fsync(self.stream.fileno())
+        self.stream.close()
+        self.temporary.chmod(mode)
+
+    def appear(self, *, force: bool, keeps_old: bool) -> None:
+        """Take its place.
+
+        Args:
+            force: replace a regular file that is there.
+            keeps_old: so that :meth:`disappear` can bring it back.
+        """
+        OutputFiles(force=True).check(self.final)  # once more: time has passed
+        self._replaces = os.path.lexists(self.final)
+        if self._replaces and keeps_old:
+            backup = self.temporary.with_suffix(".replaced")
+            _unfinished[backup] = os.getpid()
+            with contextlib.suppress(OSError):  # a file system without hard links
+                self._held.enter_context(_locked(self.final))
+                os.link(self.final, backup)
+                self._backup = backup
+        if force:
+            self.temporary.replace(self.final)
+            return
+        try:
+            os.link(self.temporary, self.final)
+        except FileExistsError:  # two writers at once: the one that comes second stops
+            raise UnwritableFileError(
+                "the file appeared while it was written; use --force to replace it", path=self.final
+            ) from None
+        except OSError:  # a file system without hard links
+            self.temporary.replace(self.final)
+
+    def has_appeared(self) -> bool:
+        """Whether what lies at its place is this file."""
+        try:
+            status = self.final.lstat()
+        except OSError:
+            return False
+        return (status.st_dev, status.st_ino) == self._identity
+
+    def disappear(self) -> None:
+        """Leave its place to what was there before, where that is known."""
+        if not self.has_appeared():
+            return
+        with contextlib.suppress(OSError):
+            if self._backup is not None:
+                self._backup.replace(self.final)
+            elif not self._replaces:
+                self.final.unlink()
+
+    def discard(self) -> None:
+        """Remove what is left under temporary names."""
+        if hasattr(self, "stream"):
             with contextlib.suppress(OSError):
-                stream.close()
-        for temporary, _ in self._pending:
-            with contextlib.suppress(OSError):
-                temporary.unlink()
+                self.stream.close()
+        _remove(self.temporary)
+        _remove(self.temporary.with_suffix(".replaced"))
+        self._held.close()
 
 
-def _keep(final: Path, *, beside: Path) -> list[tuple[Path, Path]]:
-    """A second name for a file that is about to be replaced, should a later file of the transaction fail."""
-    kept = beside.with_suffix(".replaced")
+def remove_unfinished() -> None:
+    """Remove the temporary files of this process, where it was interrupted between two steps."""
+    for path, process in list(_unfinished.items()):
+        if process == os.getpid():
+            _remove(path)
+
+
+atexit.register(remove_unfinished)
+
+
+def list_written() -> list[Path]:
+    """The files that this process has written so far."""
+    return list(_written)
+
+
+def _choose_name(path: Path) -> Path:
+    """A temporary name beside a path; it is remembered before there is such a file, whatever interrupts us."""
+    temporary = path.with_name(f".{path.name[:20]}.{os.urandom(6).hex()}.writing")
+    _unfinished[temporary] = os.getpid()
+    return temporary
+
+
+def _remove(path: Path) -> None:
+    with contextlib.suppress(OSError):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+    _unfinished.pop(path, None)
+
+
+def _remove_leftovers(path: Path) -> None:
+    """Remove what a killed process left under temporary names of this path: what another works on is locked."""
+    pattern = re.compile(re.escape(f".{path.name[:20]}.") + r"[0-9a-f]{12}\.(?:writing|replaced)")
     try:
-        os.link(final, kept)
-    except OSError:  # there is none, or a file system without hard links
-        return []
-    return [(kept, final)]
-
-
-def _rename_without_replacing(temporary: Path, final: Path) -> None:
-    """Two writers at once: the one that comes second finds the file there and stops."""
-    try:
-        os.link(temporary, final)
-    except FileExistsError:
-        raise UnwritableFileError(
-            "the file appeared while it was written; use --force to replace it", path=final
-        ) from None
-    except OSError:  # a file system without hard links
-        temporary.replace(final)
+        places = [place for place in path.parent.iterdir() if pattern.fullmatch(place.name)]
+    except OSError:  # a folder that can be written to and not listed
         return
-    temporary.unlink()
+    for place in places:
+        with _locked(place) as is_locked:
+            if is_locked:
+                _remove(place)
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[bool]:
+    """Hold a lock on a file or folder; yields whether there is one: not where another process holds it."""
+    try:
+        import fcntl
+
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except (ImportError, OSError):
+        yield False
+        return
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:  # of another process, or a file system without locks
+            yield False
+        else:
+            yield True
+    finally:
+        os.close(descriptor)
 
 
 def _sync_folder(folder: Path) -> None:

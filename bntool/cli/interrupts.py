@@ -1,7 +1,8 @@
-"""Ctrl-C at any moment: while modules are imported it waits until they are whole."""
+"""Ctrl-C and requests to end at any moment: what was begun is cleaned up, and imports are finished first."""
 
 from __future__ import annotations
 
+import os
 import signal
 from types import FrameType
 
@@ -9,23 +10,32 @@ _INTERVAL = 0.05  # seconds between two looks whether the import is done
 
 
 class InterruptHandler:
-    """Raises KeyboardInterrupt, but not in the middle of an import: there it would be swallowed or misunderstood.
+    """Raises KeyboardInterrupt on SIGINT, SIGTERM and SIGHUP, but not in the middle of an import.
 
-    ``import torch`` takes seconds, and an exception in it may end in an ImportError, or in nothing at all. A second
-    Ctrl-C does not wait.
+    There it would be swallowed or misunderstood: ``import torch`` takes seconds, and an exception in it may end in an
+    ImportError, or in nothing at all. A second signal does not wait.
     """
 
     def __init__(self) -> None:
+        self._received: int = signal.SIGINT
         self._is_waiting = False
         self._is_reminder = False
 
     def install(self) -> None:
-        """Handle SIGINT from now on, unless whoever started the process has it ignored."""
+        """Handle the signals from now on, except those that whoever started the process has ignored."""
         if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
             signal.signal(signal.SIGINT, self)
+        ends = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+        ends = [number for number in ends if signal.getsignal(number) is signal.SIG_DFL]
+        for number in ends:
+            signal.signal(number, self)
+        if hasattr(os, "register_at_fork"):  # worker processes have nothing to clean up
+            os.register_at_fork(after_in_child=lambda: [signal.signal(number, signal.SIG_DFL) for number in ends])
 
-    def __call__(self, _number: int, frame: FrameType | None) -> None:
+    def __call__(self, number: int, frame: FrameType | None) -> None:
         is_reminder, self._is_reminder = self._is_reminder, False
+        if not is_reminder:
+            self._received = number
         if not _is_importing(frame) or (self._is_waiting and not is_reminder):
             self._is_waiting = False
             raise KeyboardInterrupt
@@ -37,6 +47,12 @@ class InterruptHandler:
         timer = threading.Timer(_INTERVAL, self._remind)
         timer.daemon = True
         timer.start()
+
+    def end_process(self) -> None:
+        """Where the signal was one that ends processes, let it do so, that whoever sent it sees what it did."""
+        if self._received != signal.SIGINT:
+            signal.signal(self._received, signal.SIG_DFL)
+            os.kill(os.getpid(), self._received)
 
     def _remind(self) -> None:
         import _thread

@@ -12,6 +12,7 @@ import typer
 from typer._click.exceptions import ClickException, UsageError  # since 0.26 typer carries its own click
 
 from bntool import errors
+from bntool.checkpoints.outputs import list_written, remove_unfinished
 from bntool.cli.help import Command, Group
 from bntool.cli.output import is_another_rank, print_report
 from bntool.reports.report import FileReport, Report
@@ -121,6 +122,7 @@ def main(arguments: Sequence[str]) -> int:
     if not arguments:
         main(["--help"])
         return ExitCode.USAGE
+    before = len(list_written())
     try:
         command = typer.main.get_command(build_app(arguments))
         code = command.main(args=list(arguments), prog_name="bntool", standalone_mode=False) or ExitCode.DONE
@@ -132,8 +134,18 @@ def main(arguments: Sequence[str]) -> int:
     except ClickException as error:
         return _fail_usage(error, arguments)
     except (typer.Abort, KeyboardInterrupt):
-        _fail(errors.InterruptedRunError("interrupted; nothing was written"), arguments)
-        return ExitCode.INTERRUPTED
+        return _fail(_clean_up(before), arguments)
+
+
+def _clean_up(before: int) -> errors.InterruptedRunError:
+    """Remove temporary files that an interrupt left; the error says what had been written by then.
+
+    Args:
+        before: how many files the process had written before the command.
+    """
+    remove_unfinished()
+    written = ", ".join(map(str, list_written()[before:]))
+    return errors.InterruptedRunError(f"interrupted; {written or 'nothing'} was written")
 
 
 def _fail(error: errors.BntoolError, arguments: Sequence[str]) -> ExitCode:

@@ -56,7 +56,7 @@ CASES = [
     ("recalibrate absent.pt MODEL DATA --dry-run", 3, "unreadable"),
     ("recalibrate @drifted.pt MODEL DATA -o nowhere/out.pt", 3, "unwritable"),
     ("recalibrate EMPTY MODEL DATA --dry-run", 4, "refused"),
-    ("recalibrate @drifted.pt MODEL DATA --layers none* --dry-run", 4, "refused"),
+    ("recalibrate @drifted.pt MODEL DATA --layers none* --dry-run", 2, "usage"),
     ("recalibrate @digits.safetensors MODEL DATA --samples 32 -o DAMAGED", 5, "verification-failed"),
     ("recalibrate @drifted.pt --model BAD:model DATA --dry-run", 6, "user-code"),
     ("recalibrate @drifted.pt MODEL --data BAD:data --dry-run", 6, "user-code"),
@@ -67,7 +67,7 @@ CASES = [
     ("freeze absent.pt --dry-run", 3, "unreadable"),
     ("freeze @digits.pt -o nowhere/out.pt", 3, "unwritable"),
     ("freeze EMPTY --dry-run", 4, "refused"),
-    ("freeze @digits.pt --layers none* --dry-run", 4, "refused"),
+    ("freeze @digits.pt --layers none* --dry-run", 2, "usage"),
     ("freeze @digits.safetensors -o DAMAGED", 5, "verification-failed"),
     ("fold @digits.pt MODEL --input-shape 1,1,8,8 -o OUT", 0, None),
     ("fold @digits.pt --pair conv1 --dry-run", 2, "usage"),
@@ -76,7 +76,7 @@ CASES = [
     ("fold absent.pt --dry-run", 3, "unreadable"),
     ("fold @digits.pt MODEL --input-shape 1,1,8,8 -o nowhere/out.pt", 3, "unwritable"),
     ("fold EMPTY --dry-run", 4, "refused"),
-    ("fold @digits.pt MODEL --layers none* --input-shape 1,1,8,8 --dry-run", 4, "refused"),
+    ("fold @digits.pt MODEL --layers none* --input-shape 1,1,8,8 --dry-run", 2, "usage"),
     ("fold @digits.pt MODEL --pair layer1.0.conv1=layer1.1.bn2 --input-shape 1,1,8,8 -o OUT", 5, "verification-failed"),
     ("fold @digits.pt --model BAD:model --input-shape 1,1,8,8 --dry-run", 6, "user-code"),
     ("fold @digits.pt --model BAD:failing --input-shape 1,1,8,8 --dry-run", 6, "user-code"),
@@ -164,12 +164,12 @@ def _damage_what_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def damage(self: OutputFiles) -> None:
         flush(self)
-        for stream in self._open:
-            stream.seek(0)
-            data = stream.read()
-            stream.seek(0)
-            stream.write(data.replace(b"bn1.weight", b"bn9.weight"))
-            stream.flush()
+        for file in self._files:
+            file.stream.seek(0)
+            data = file.stream.read()
+            file.stream.seek(0)
+            file.stream.write(data.replace(b"bn1.weight", b"bn9.weight"))
+            file.stream.flush()
 
     monkeypatch.setattr(OutputFiles, "flush", damage)
 

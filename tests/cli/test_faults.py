@@ -80,13 +80,18 @@ def _leftovers(folder: Path) -> list[Path]:
     ],
     ids=[*(name for name in COMMANDS if name != "convert"), "convert", "sharded", "onnx", "caffe"],
 )
-def test_killed_at_every_step_of_appearing(arguments: list[str], files: int, tmp_path: Path) -> None:
-    """Each file is the old one or the new one, whole; several files may then be of both kinds."""
+@pytest.mark.parametrize("sent", ["SIGKILL", "SIGTERM"])
+def test_killed_at_every_step_of_appearing(arguments: list[str], files: int, sent: str, tmp_path: Path) -> None:
+    """Each file is the old one or the new one, whole; several files may be of both kinds after SIGKILL.
+
+    Nothing else is left after SIGTERM, and by the next run after SIGKILL.
+    """
     (tmp_path / "in").mkdir()
     for name in ("onnx_tiny_ext.onnx", "onnx_tiny_ext.data", "caffe_tiny_std.caffemodel", "caffe_tiny_std.prototxt"):
         shutil.copy(INTEROP / name, tmp_path / "in")
     write_sharded(tiny_net().state_dict(), tmp_path / "in")
-    done = programs.run("killed_command", *arguments, cwd=tmp_path)
+    step = 6 if arguments is ONNX else 1  # which starts ONNX Runtime each time
+    done = programs.run("killed_command", sent, step, *arguments, cwd=tmp_path)
     written, moments = map(int, done.stdout.split()[-2:])
     assert written == files
     assert moments > 4 * files  # each is made, brought to the disk, given its mode and its name

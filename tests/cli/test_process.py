@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
+import socket
+import stat
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -57,3 +61,51 @@ def test_a_reader_that_goes_early_changes_no_exit_code(tmp_path: Path, options: 
     command = f"{BNTOOL} inspect {SAMPLES / 'dead_channels.pt'} {options}"
     done = shell(f"({command}; echo $? >&2) | sleep 0", tmp_path)
     assert done.stderr.splitlines() == ["1" if "--fail-on" in options else "0"]
+
+
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_a_signal_while_writing_leaves_nothing(tmp_path: Path, sent: signal.Signals) -> None:
+    source, out = tmp_path / "in.pt", tmp_path / "out"
+    torch.save({"0.weight": torch.zeros(16, 1 << 20), **torch.nn.BatchNorm1d(16).state_dict(prefix="1.")}, source)
+    out.mkdir()
+    command = [sys.executable, "-m", "bntool", "freeze", str(source), "-o", str(out / "o.pt")]
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        # ignored where tests run in the background
+        preexec_fn=lambda: [signal.signal(number, signal.SIG_DFL) for number in (signal.SIGINT, signal.SIGHUP)],  # noqa: PLW1509
+    )
+    while process.poll() is None and not list(out.iterdir()):
+        time.sleep(0.001)
+    process.send_signal(sent)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == (130 if sent == signal.SIGINT else -sent)
+    assert said == "bntool: error: interrupted; nothing was written\n"
+    assert not list(out.iterdir())
+
+
+@pytest.mark.parametrize("options", ["", "--force"])
+@pytest.mark.parametrize("kind", ["fifo", "socket", "device", "link to a device", "link to a file", "link to nothing"])
+def test_only_regular_files_are_replaced(model: Path, kind: str, options: str) -> None:
+    place = model / "out.pt"
+    if kind == "fifo":
+        os.mkfifo(place)
+    elif kind == "socket":
+        with socket.socket(socket.AF_UNIX) as listening:
+            listening.bind(str(place))
+    elif kind == "device":
+        try:
+            os.mknod(place, stat.S_IFCHR | 0o600, os.makedev(1, 3))
+        except PermissionError:
+            pytest.skip("only root makes devices")
+    else:
+        place.symlink_to({"link to a device": "/dev/stdout", "link to a file": "in.pt"}.get(kind, "nowhere"))
+    before = place.lstat()
+    done = shell(f"{BNTOOL} freeze in.pt -o out.pt {options}", model)
+    assert done.returncode == (2 if kind == "link to a file" else 3)  # which is the input here
+    assert "out" in done.stderr
+    assert (place.lstat().st_ino, place.lstat().st_mode) == (before.st_ino, before.st_mode)
+    assert not [path for path in model.iterdir() if path.name[0] == "."]

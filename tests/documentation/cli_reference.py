@@ -20,8 +20,38 @@ _MEANINGS = {
     ExitCode.REFUSED: "refused: nothing could be done safely, or a skip or assumption under `--strict`",
     ExitCode.VERIFICATION: "verification failed; nothing was written",
     ExitCode.USER_CODE: "your model or data code raised",
-    ExitCode.INTERRUPTED: "interrupted; nothing was written",
+    ExitCode.INTERRUPTED: "interrupted by Ctrl-C; the message says whether anything was written",
 }
+
+_STREAMS = """\
+## What is printed where
+
+The result goes to stdout, everything else to stderr. On a terminal it is drawn by rich, in its width; in a pipe or a
+file it is plain aligned text, every line as long as it is. Python and commands that are meant to be pasted are never
+wrapped.
+
+| variable | |
+|---|---|
+| `COLUMNS` | the width, where it is not that of the terminal |
+| `NO_COLOR` | no colours; bold and dim stay |
+| `FORCE_COLOR` | drawn as on a terminal elsewhere too, e.g. in a CI log; 80 columns unless `COLUMNS` says more |
+| `TERM=dumb` | no colours, no styles, nothing that moves |
+
+Long work shows on stderr how far it is and how long it will take: on a terminal as one line that is erased at the
+end, elsewhere as a line every ten seconds. `--quiet` turns it off. What the code of `--model` and `--data` prints
+goes to stderr. A reader that closes the pipe early changes no exit code.
+
+## Files that are written
+
+A file appears whole or not at all: it is written beside its place as `.NAME.*.writing`, read back, brought to the
+disk and renamed. Only a regular file is ever replaced, and only with `--force`; a link, a named pipe or a device is
+not.
+
+Ctrl-C, SIGTERM and SIGHUP remove what was begun; after the latter two the process ends by the signal. What `kill -9`
+or a power cut leaves beside a place (`.NAME.*.writing`, `.NAME.*.replaced`) is removed by the next run that writes
+there: such files are locked as long as a process works on them. Of several files that belong together, such as
+shards, some may then be the old ones and some the new ones.
+"""
 
 
 def help_of(*command: str) -> str:
@@ -42,7 +72,7 @@ def write_reference() -> str:
     parts.append(
         f"## Exit codes\n\n| code | meaning |\n|---|---|\n{rows}\n\nOf several files, the worst code counts.\n"
     )
-    return "\n".join(parts)
+    return "\n".join([*parts, _STREAMS])
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A command of bntool, killed at each call in turn that makes a file, brings it to the disk or names it."""
+"""A command of bntool that gets a signal at each call in turn that makes a file, brings it to the disk or names it."""
 
 import itertools
 import os
@@ -7,7 +7,13 @@ import signal
 import sys
 from pathlib import Path
 
-from bntool.cli.main import main
+from bntool.cli.interrupts import InterruptHandler
+from bntool.cli.main import ExitCode, main
+
+SENT = signal.Signals[sys.argv[1]]
+STEP = int(sys.argv[2])  # 1 for every call
+ARGUMENTS = [*sys.argv[3:], "--force", "--quiet"]
+OUT = Path("out")
 
 
 def run(moment):
@@ -19,44 +25,56 @@ def run(moment):
         def call(*arguments, **keywords):
             left[0] -= 1
             if left[0] == 0:
-                os.kill(os.getpid(), signal.SIGKILL)
+                os.kill(os.getpid(), SENT)
             return original(*arguments, **keywords)
 
         setattr(os, name, call)
 
     child = os.fork()
     if child == 0:
-        for name in ("fsync", "chmod", "link", "unlink", "replace", "fdopen"):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # ignored where tests run in the background
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+        interrupts = InterruptHandler()
+        interrupts.install()
+        for name in ("open", "fsync", "chmod", "link", "unlink", "replace", "mkdir", "rmdir"):
             mortal(name)
-        try:
-            os._exit(main([*sys.argv[1:], "--force", "--quiet"]))
-        except SystemExit as end:
-            os._exit(end.code)
+        code = main(ARGUMENTS)
+        if code == ExitCode.INTERRUPTED:
+            interrupts.end_process()
+        os._exit(code)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 def contents():
-    return {path.name: path.read_bytes() for path in sorted(Path("out").iterdir()) if path.name[0] != "."}
+    return {path.name: path.read_bytes() for path in sorted(OUT.iterdir()) if path.name[0] != "."}
 
 
-main([*sys.argv[1:], "--dry-run", "--quiet"])  # imports what is needed, once for all children
-Path("out").mkdir()
+def hidden():
+    return [path for path in OUT.iterdir() if path.name[0] == "."]
+
+
+main([*sys.argv[3:], "--dry-run", "--quiet"])  # imports what is needed, once for all children
+OUT.mkdir()
 assert run(0) == 0
 new = contents()
 old = {name: b"the old " + name.encode() for name in new}
-for moment in itertools.count(1):
-    for path in Path("out").iterdir():
+for moment in itertools.count(1, STEP):
+    for path in OUT.iterdir():
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     for name, data in old.items():
-        Path("out", name).write_bytes(data)
+        (OUT / name).write_bytes(data)
     code = run(moment)
     found = contents()
     assert found.keys() == new.keys(), found.keys()
     assert all(found[name] in (old[name], new[name]) for name in found), moment
     if code == 0:
         break
-    assert code == -signal.SIGKILL, code
-    assert all(path.suffix in (".writing", ".replaced") for path in Path("out").iterdir() if path.name[0] == ".")
-    assert run(0) == 0  # what a killed run left is in nobody's way
-    assert contents() == new
+    if SENT == signal.SIGKILL:
+        assert all(path.suffix in (".writing", ".replaced") for path in hidden())
+        assert run(0) == 0  # what a killed run left is removed by the next one
+        assert contents() == new
+    else:
+        assert found in (old, new), moment
+    assert code == (ExitCode.INTERRUPTED if SENT == signal.SIGINT else -SENT), code
+    assert not hidden(), (moment, hidden())
 print(len(new), moment)
