@@ -142,6 +142,18 @@ class RemoveTensor:
 
 
 @dataclass(frozen=True, slots=True)
+class RenameTensor:
+    """Give a tensor another name; several that follow each other are done at once, so that names can be exchanged.
+
+    Attributes:
+        name, new_name: whole, with the prefix that all keys may share, unlike those of other steps.
+    """
+
+    name: str
+    new_name: str
+
+
+@dataclass(frozen=True, slots=True)
 class SetAttribute:
     """Set a plain attribute of a module, e.g. ``training``, or ``requires_grad`` of one of its parameters.
 
@@ -192,7 +204,17 @@ class Record:
     payload: Mapping[str, Any]
 
 
-Step: TypeAlias = SetTensor | AddTensor | RemoveTensor | SetAttribute | SetVersion | RemoveModule | RemoveEntry | Record
+Step: TypeAlias = (
+    SetTensor
+    | AddTensor
+    | RemoveTensor
+    | RenameTensor
+    | SetAttribute
+    | SetVersion
+    | RemoveModule
+    | RemoveEntry
+    | Record
+)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,9 @@ from collections.abc import Iterable, Mapping
 
 from bntool.checkpoints.checkpoint import Checkpoint, Edit, StateDict
 from bntool.checkpoints.dtypes import BFLOAT16, BY_NAME, FLOAT16, FLOAT32, FLOAT64, DType
+from bntool.checkpoints.renaming import rename_paths, rename_record, rename_versions
 from bntool.checkpoints.scaled_tensors import ScaledTensor
+from bntool.checkpoints.state_dicts import find_prefix
 from bntool.checkpoints.tensors import LiteralTensor, StoredTensor, Tensor, count_elements
 from bntool.errors import RefusedError, UsageError
 from bntool.plan import (
@@ -18,6 +20,7 @@ from bntool.plan import (
     Record,
     RemoveEntry,
     RemoveTensor,
+    RenameTensor,
     SetAttribute,
     SetTensor,
     SetVersion,
@@ -38,6 +41,9 @@ def apply_plan(checkpoint: Checkpoint, plan: Plan) -> Checkpoint:
     original = checkpoint.state_dict(plan.state_dict)
     records, entries = dict(checkpoint.records), checkpoint.entries
     state_dict = change_state_dict(original, plan.steps)
+    if state_dict.renamed != original.renamed and plan.state_dict in records:
+        places = _find_places(original, state_dict)
+        records[plan.state_dict] = tuple(rename_record(record, places) for record in records[plan.state_dict])
     for step in plan.steps:
         if isinstance(step, Record):
             payload = json.loads(json.dumps(step.payload))  # as it will be read back
@@ -53,11 +59,33 @@ def apply_plan(checkpoint: Checkpoint, plan: Plan) -> Checkpoint:
     )
 
 
+def _find_places(before: StateDict, after: StateDict) -> dict[str, str]:
+    """From names of tensors and modules to what they are now, without the prefixes of wrappers."""
+    in_file = {now: old for old, now in before.renamed.items()}
+    names = {name: after.renamed.get(in_file.get(name, name), name) for name in before.tensors}
+    paths = {"": None}
+    for name in names:
+        path = name.rpartition(".")[0]
+        while path and path not in paths:
+            paths[path] = None
+            path = path.rpartition(".")[0]
+    moved = {old: new for old, new in rename_paths(paths, names, names).items() if new is not None}
+    return {
+        f"{old}.".removeprefix(before.prefix).removesuffix("."): f"{new}.".removeprefix(after.prefix).removesuffix(".")
+        for old, new in {**moved, **names}.items()
+    }
+
+
 def change_state_dict(original: StateDict, steps: Iterable[Step]) -> StateDict:
-    """A state dict after the steps that concern its tensors; see :func:`apply_plan`."""
+    """A state dict after the steps that concern its tensors; see :func:`apply_plan`.
+
+    Tensors are renamed last: all other steps go by the names before.
+    """
+    steps = list(steps)
     tensors = dict(original.tensors)
     followers: dict[str, list[str]] = {}  # what was added right after a tensor, the latest first
     versions = original.versions
+    renames = {step.name: step.new_name for step in steps if isinstance(step, RenameTensor)}
     for step in steps:
         if isinstance(step, SetTensor):
             name = _existing(original, tensors, step.name)
@@ -76,7 +104,36 @@ def change_state_dict(original: StateDict, steps: Iterable[Step]) -> StateDict:
     for name in original.tensors:
         _place(name, followers, order)
     ordered = {name: tensors[name] for name in order if name in tensors}
-    return dataclasses.replace(original, tensors=ordered, versions=versions)
+    changed = dataclasses.replace(original, tensors=ordered, versions=versions)
+    return _rename(changed, renames) if renames else changed
+
+
+def _rename(state_dict: StateDict, renames: Mapping[str, str]) -> StateDict:
+    """The state dict with other names, given all at once; the common prefix and the versions of modules follow.
+
+    Raises:
+        UsageError: a tensor is not there, a name is empty, or two tensors would have the same.
+    """
+    for old, new in renames.items():
+        if old not in state_dict.tensors:
+            raise UsageError("the state dict has no such tensor", tensor=old)
+        if not new or (new in state_dict.tensors and new not in renames):
+            why = "another tensor has that name" if new else "that is no name"
+            raise UsageError(f"it cannot be renamed to {new!r}: {why}", tensor=old)
+    tensors = {renames.get(name, name): tensor for name, tensor in state_dict.tensors.items()}
+    if len(tensors) < len(state_dict.tensors):
+        raise UsageError("two tensors cannot have the same name")
+    versions = state_dict.versions
+    if versions is not None:
+        versions = rename_versions(versions, renames, state_dict.tensors)
+    in_file = {now: old for old, now in state_dict.renamed.items()}
+    return dataclasses.replace(
+        state_dict,
+        tensors=tensors,
+        prefix=find_prefix(list(tensors)),
+        versions=versions,
+        renamed={**state_dict.renamed, **{in_file.get(name, name): new for name, new in renames.items()}},
+    )
 
 
 def _place(name: str, followers: Mapping[str, list[str]], order: dict[str, None]) -> None:

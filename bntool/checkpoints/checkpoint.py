@@ -86,6 +86,7 @@ class StateDict:
         is_module: the tensors belong to a pickled module.
         access: Python that gets it out of what the file loads as, e.g. ``['nets'][0]``; "" for the root.
         holds_arrays: some of its values are numpy arrays where torch has tensors.
+        renamed: from names in the file to those in ``tensors``, where they differ.
         stored: the tensors as the file has them; those of ``tensors`` that are others are to change.
     """
 
@@ -97,6 +98,7 @@ class StateDict:
     is_module: bool = False
     access: str = ""
     holds_arrays: bool = False
+    renamed: Mapping[str, str] = field(default_factory=dict)
     stored: Mapping[str, Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     __repr__ = short_repr

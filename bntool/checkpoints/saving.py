@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from bntool.checkpoints.checkpoint import Checkpoint
+from bntool.checkpoints.checkpoint import Checkpoint, StateDict
 from bntool.checkpoints.files import SourceFile
 from bntool.checkpoints.outputs import OutputFiles, check_output_differs
 from bntool.checkpoints.tensors import LiteralTensor, StoredTensor, read_bytes
@@ -71,22 +72,48 @@ def write_checked(checkpoint: Checkpoint, path: Path, output: OutputFiles) -> No
     checkpoint.format.check_unchanged(checkpoint)
 
 
+def _known(versions: Mapping[str, int | None] | None) -> dict[str, int | None]:
+    """Versions of modules; the root may have an entry for a record alone."""
+    return {path: version for path, version in (versions or {}).items() if path or version is not None}
+
+
+def _find_shared(state_dicts: Iterable[StateDict], kept: Iterable[tuple[str, str]]) -> set[frozenset[tuple[str, str]]]:
+    """Groups of tensors that lie in one storage, of those that were not to change."""
+    wanted = frozenset(kept)
+    users: dict[str, set[tuple[str, str]]] = {}
+    for state_dict in state_dicts:
+        for name, tensor in state_dict.tensors.items():
+            place = (state_dict.key, name)
+            if place in wanted and isinstance(tensor, StoredTensor) and tensor.storage is not None and tensor.numel:
+                users.setdefault(tensor.storage.key, set()).add(place)
+    return {frozenset(group) for group in users.values() if len(group) > 1}
+
+
 def _compare(wanted: Checkpoint, written: Checkpoint, path: Path) -> None:
     left = [state_dict for state_dict in wanted.state_dicts if state_dict.tensors]
     present = [state_dict for state_dict in written.state_dicts if state_dict.tensors]
     if [s.key for s in left] != [s.key for s in present]:
         raise VerificationError("the written file holds other state dicts than it should", path=path)
     for expected, found in zip(left, present, strict=True):
-        ordered = list if wanted.format.keeps_order else sorted
-        if ordered(expected.tensors) != ordered(found.tensors):
-            raise VerificationError("the written file holds other keys than it should", path=path)
-        for name, tensor in expected.tensors.items():
-            other = found.tensors[name]
-            if (tensor.dtype, tuple(tensor.shape)) != (other.dtype, tuple(other.shape)):
-                raise VerificationError("dtype or shape of a written tensor differ", path=path, tensor=name)
-            if isinstance(tensor, LiteralTensor) and read_bytes(other) != tensor.data:
-                raise VerificationError("a written tensor holds other elements than it should", path=path, tensor=name)
-            if isinstance(tensor, StoredTensor) and tensor.is_parameter != getattr(other, "is_parameter", False):
-                raise VerificationError("a parameter was written as a plain tensor", path=path, tensor=name)
+        _compare_state_dict(expected, found, path, keeps_order=wanted.format.keeps_order)
+    kept = {(s.key, name) for s in left for name, tensor in s.tensors.items() if isinstance(tensor, StoredTensor)}
+    if _find_shared(left, kept) != _find_shared(present, kept):
+        raise VerificationError("tensors of the written file share memory otherwise than they should", path=path)
     if dict(wanted.records) != dict(written.records):
         raise VerificationError("the written file does not hold the record that it should", path=path)
+
+
+def _compare_state_dict(expected: StateDict, found: StateDict, path: Path, *, keeps_order: bool) -> None:
+    ordered = list if keeps_order else sorted
+    if ordered(expected.tensors) != ordered(found.tensors):
+        raise VerificationError("the written file holds other keys than it should", path=path)
+    for name, tensor in expected.tensors.items():
+        other = found.tensors[name]
+        if (tensor.dtype, tuple(tensor.shape)) != (other.dtype, tuple(other.shape)):
+            raise VerificationError("dtype or shape of a written tensor differ", path=path, tensor=name)
+        if isinstance(tensor, LiteralTensor) and read_bytes(other) != tensor.data:
+            raise VerificationError("a written tensor holds other elements than it should", path=path, tensor=name)
+        if isinstance(tensor, StoredTensor) and tensor.is_parameter != getattr(other, "is_parameter", False):
+            raise VerificationError("a parameter was written as a plain tensor", path=path, tensor=name)
+    if _known(expected.versions) != _known(found.versions):
+        raise VerificationError("the written file holds other versions of modules than it should", path=path)

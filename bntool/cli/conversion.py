@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Optional
 
 import typer
@@ -14,14 +15,30 @@ from bntool.conversion.options import ConversionTarget, FrozenKind
 def command(
     checkpoint: options.Checkpoint,
     to: Annotated[
-        ConversionTarget,
+        Optional[ConversionTarget],  # noqa: UP045 typer reads it at run time
         typer.Option(
             "--to",
             help="safetensors, torch: another file format. frozen-batchnorm: the keys of FrozenBatchNorm2d. batchnorm: "
             "back, or only adds a missing num_batches_tracked.",
             show_default=False,
         ),
-    ],
+    ] = None,
+    strip_prefix: Annotated[
+        str,
+        typer.Option("--strip-prefix", metavar="P", help="Take P off the names, e.g. module.", show_default=False),
+    ] = "",
+    add_prefix: Annotated[
+        str, typer.Option("--add-prefix", metavar="P", help="Put P before all names.", show_default=False)
+    ] = "",
+    rename: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(
+            "--rename",
+            metavar="OLD=NEW",
+            help="Rename a module with all below it, or a tensor. Repeatable.",
+            show_default=False,
+        ),
+    ] = None,
     output: options.Output = None,
     eps: Annotated[
         Optional[float],  # noqa: UP045 typer reads it at run time
@@ -46,7 +63,7 @@ def command(
     as_json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> int:
-    """Convert between file formats, or between BatchNorm and FrozenBatchNorm2d.
+    """Convert between file formats, or between BatchNorm and FrozenBatchNorm2d, and rename tensors.
 
     What cannot survive is listed before anything is written, and refused with --strict. What the target has no place
     for is recorded where that is possible, so that the way back loses nothing.
@@ -58,6 +75,8 @@ def command(
       bntool convert ckpt.pt --to frozen-batchnorm --eps 1e-5 -o frozen.pt
 
       bntool convert frozen.pt --to batchnorm -o back.pt
+
+      bntool convert ddp.pt --strip-prefix module. --rename backbone=encoder -o plain.pt
     """
     from bntool.cli.output import print_warning
     from bntool.conversion.checkpoint import convert
@@ -70,6 +89,9 @@ def command(
         checkpoint,
         None if dry_run else output,
         to=to,
+        strip_prefix=strip_prefix,
+        add_prefix=add_prefix,
+        renames=_parse_renames(rename or ()),
         eps=eps,
         frozen_kind=kind,
         target_eps=target_eps,
@@ -82,3 +104,15 @@ def command(
     report = FileReport(str(checkpoint), describe_conversion(conversion), show_conversion(conversion))
     print_report(Report("convert", (report,)), as_json=as_json, quiet=quiet)
     return 0
+
+
+def _parse_renames(texts: Sequence[str]) -> dict[str, str]:
+    from bntool.errors import UsageError
+
+    found = {}
+    for text in texts:
+        old, equals, new = text.partition("=")
+        if not (old and equals and new) or old in found:
+            raise UsageError(f"--rename {text!r} is not of the form OLD=NEW, or renames a second time")
+        found[old] = new
+    return found

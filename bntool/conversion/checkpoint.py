@@ -22,9 +22,10 @@ from bntool.checkpoints.tensors import StoredTensor
 from bntool.choices import choose
 from bntool.conversion.frozen_batchnorm import plan_batchnorm, plan_frozen_batchnorm
 from bntool.conversion.options import ConversionTarget, FrozenKind
-from bntool.errors import RefusedError
+from bntool.conversion.renaming import describe_left, plan_renames
+from bntool.errors import RefusedError, UsageError
 from bntool.graphs.architectures.recognition import assume_eps
-from bntool.plan import Operation, Plan, check_plan
+from bntool.plan import Operation, Plan, RenameTensor, check_plan
 from bntool.progress import OnWarning, ignore
 from bntool.representation import short_repr
 
@@ -38,24 +39,26 @@ class Conversion:
     """A conversion that was planned.
 
     Attributes:
-        target: what to.
+        target: what to; None where only names change.
         source: the checkpoint before.
         plan: what changes; its layers are those that change their kind.
         new: what the new file holds, where the format changes; else the plan is applied to the file.
         new_format: its format.
+        renames: the tensors that have other names.
         kept: what the new file remembers though the format has no place for it.
         losses: what cannot survive, one sentence each.
         output: the file that was written; None where nothing was.
         written: what it holds.
     """
 
-    target: ConversionTarget
+    target: ConversionTarget | None
     source: Checkpoint
     plan: Plan
     new: NewFile | None
     new_format: NewFormat | None
     kept: tuple[str, ...]
     losses: tuple[str, ...]
+    renames: tuple[RenameTensor, ...] = ()
     output: str | None = None
     written: Checkpoint | None = None
 
@@ -66,7 +69,10 @@ def convert(  # noqa: PLR0913 as many as the command has options
     path: str | os.PathLike[str],
     output: str | os.PathLike[str] | None = None,
     *,
-    to: ConversionTarget | str,
+    to: ConversionTarget | str | None = None,
+    strip_prefix: str = "",
+    add_prefix: str = "",
+    renames: Mapping[str, str] | None = None,
     eps: float | None = None,
     frozen_kind: FrozenKind | str = FrozenKind.TORCHVISION,
     target_eps: float | None = None,
@@ -79,12 +85,14 @@ def convert(  # noqa: PLR0913 as many as the command has options
     """Convert a checkpoint between file formats or kinds of BatchNorm; what ``bntool convert`` does.
 
     Example:
-        >>> bntool.convert("ckpt.pt", "ckpt.safetensors", to="safetensors")
+        >>> bntool.convert("ckpt.pt", "ckpt.safetensors", to="safetensors", strip_prefix="module.")
 
     Args:
         path: the checkpoint; never written to.
         output: the file to write; None to write none.
-        to, eps, frozen_kind, target_eps, layers, state_dict: see :func:`plan_conversion`.
+        to: what to; None where only names change.
+        strip_prefix, add_prefix, renames: see :func:`~bntool.conversion.renaming.plan_renames`.
+        eps, frozen_kind, target_eps, layers, state_dict: see :func:`plan_conversion`.
         force: replace a file that exists.
         strict: refuse if something would be lost, a layer is skipped or something is assumed.
         on_warning: called with each thing that will be lost, before anything is written.
@@ -95,15 +103,26 @@ def convert(  # noqa: PLR0913 as many as the command has options
     target = None if output is None else Path(output)
     with open_checkpoint(path) as source:
         check_output(source, target, force=force)
-        conversion = plan_conversion(
-            source,
-            choose(ConversionTarget, to, option="to"),
-            state_dict=state_dict,
-            layers=layers,
-            eps=eps,
-            frozen_kind=choose(FrozenKind, frozen_kind, option="frozen_kind"),
-            target_eps=target_eps,
-        )
+        renaming = _rename(source, state_dict, strip_prefix=strip_prefix, add_prefix=add_prefix, renames=renames)
+        renamed = source if renaming is None else apply_plan(source, renaming.plan)
+        if to is not None:
+            conversion = plan_conversion(
+                renamed,
+                choose(ConversionTarget, to, option="to"),
+                state_dict=state_dict,
+                layers=layers,
+                eps=eps,
+                frozen_kind=choose(FrozenKind, frozen_kind, option="frozen_kind"),
+                target_eps=target_eps,
+            )
+        elif renaming is not None:
+            conversion = renaming
+        else:
+            raise UsageError("nothing is to be done: give --to, --strip-prefix, --add-prefix or --rename")
+        if to is not None and renaming is not None:
+            losses = dict.fromkeys((*renaming.losses, *conversion.losses))
+            renames_of = tuple(renaming.plan.steps_of(RenameTensor))
+            conversion = dataclasses.replace(conversion, source=source, losses=tuple(losses), renames=renames_of)
         if conversion.new is None:
             check_plan(conversion.plan, path, strict=strict)
         if strict and conversion.losses:
@@ -115,10 +134,42 @@ def convert(  # noqa: PLR0913 as many as the command has options
             if conversion.new is not None and conversion.new_format is not None:
                 create_file(conversion.new, conversion.new_format, target, source=source, force=force)
             else:
-                save_checkpoint(apply_plan(source, conversion.plan), target, force=force)
+                save_checkpoint(renamed if to is None else apply_plan(renamed, conversion.plan), target, force=force)
             with open_checkpoint(target) as written:
                 pass
     return dataclasses.replace(conversion, output=None if target is None else str(target), written=written)
+
+
+def _rename(
+    checkpoint: Checkpoint,
+    key: str | None,
+    *,
+    strip_prefix: str,
+    add_prefix: str,
+    renames: Mapping[str, str] | None,
+) -> Conversion | None:
+    """New names alone; None where none are asked for.
+
+    Raises:
+        RefusedError: the format is only read, or its names are those of a program.
+    """
+    if not (strip_prefix or add_prefix or renames):
+        return None
+    source = choose_state_dict(checkpoint, key)
+    if checkpoint.format.holds_code or source.is_module or not checkpoint.format.is_pytorch:
+        what = "of pickled modules" if source.is_module else f"in a {checkpoint.format.title} file"
+        raise RefusedError(
+            f"the names {what} are those of its code or graph, which would not find its tensors again; take a state "
+            "dict out first with bntool convert CKPT --to torch, where that is possible",
+            path=checkpoint.path,
+        )
+    steps = plan_renames(source, strip_prefix=strip_prefix, renames=renames, add_prefix=add_prefix)
+    plan = Plan(Operation.CONVERT, state_dict=source.key, steps=steps)
+    if steps and checkpoint.format.can_record(checkpoint, source):
+        options = {"strip_prefix": strip_prefix, "add_prefix": add_prefix, "renames": dict(renames or {})}
+        plan = plan.with_record(make_record(plan, to=None, **{name: value for name, value in options.items() if value}))
+    left = describe_left(checkpoint, source, steps)
+    return Conversion(None, checkpoint, plan, None, None, kept=(), losses=tuple(left), renames=steps)
 
 
 def plan_conversion(

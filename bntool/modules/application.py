@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import nn
@@ -14,7 +14,7 @@ from bntool.checkpoints.tensors import Tensor
 from bntool.errors import UsageError
 from bntool.modules.finding import find_name_prefix, find_wrapper_prefix, walk_modules
 from bntool.modules.loading import LiveTensor, load_state
-from bntool.plan import AddTensor, Plan, RemoveModule, RemoveTensor, SetAttribute, Step
+from bntool.plan import AddTensor, Plan, RemoveModule, RemoveTensor, RenameTensor, SetAttribute, Step
 
 _HOOKS = ("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called")
 _AFTER_NORM = ("drop", "act")  # children of combined modules, in the order in which they run
@@ -47,6 +47,8 @@ def change_structure(model: nn.Module, steps: Iterable[Step]) -> None:
     steps = tuple(steps)
     prefix = find_name_prefix(model, map(_find_place, steps))
     modules = {f"{name}.".removeprefix(prefix).removesuffix("."): module for name, module in walk_modules(model)}
+    steps = list(steps)
+    _rename(model, {step.name: step.new_name for step in steps if isinstance(step, RenameTensor)})
     for step in steps:
         if isinstance(step, AddTensor):
             _add(_find(modules, step.name.rpartition(".")[0]), step)
@@ -113,6 +115,57 @@ def _remove(module: nn.Module, leaf: str) -> None:
     for slot in (module._parameters, module._buffers):
         if leaf in slot:
             slot[leaf] = None
+
+
+def _rename(model: nn.Module, renames: Mapping[str, str]) -> None:
+    """Move tensors, and with all tensors of a module the module itself; the code that calls it is not changed.
+
+    Raises:
+        UsageError: the model has no such tensor, or has one of the new name.
+    """
+    modules = dict(walk_modules(model))
+    targets: dict[str, dict[str, tuple[str, str]]] = {}  # of each owner, by leaf: new owner and leaf
+    for old, new in renames.items():
+        (path, _, leaf), (new_path, _, new_leaf) = old.rpartition("."), new.rpartition(".")
+        owner = modules.get(path)
+        if owner is None or (owner._parameters.get(leaf) is None and owner._buffers.get(leaf) is None):
+            raise UsageError("the model has no such tensor", tensor=old)
+        targets.setdefault(path, {})[leaf] = (new_path, new_leaf)
+    taken: list[tuple[str, nn.Module | torch.Tensor | None]] = []
+    for path, leaves in targets.items():
+        owner = modules[path]
+        slots = (owner._parameters, owner._buffers)
+        own = {name for slot in slots for name, tensor in slot.items() if tensor is not None}
+        places = {new_path for new_path, _ in leaves.values()}
+        if path and own == leaves.keys() and len(places) == 1 and all(leaf == new for leaf, (_, new) in leaves.items()):
+            parent, _, name = path.rpartition(".")
+            del modules[parent]._modules[name]
+            taken.append((places.pop(), owner))
+            continue
+        for leaf, (new_path, new_leaf) in leaves.items():
+            slot = next(slot for slot in slots if slot.get(leaf) is not None)
+            taken.append((f"{new_path}.{new_leaf}".removeprefix("."), slot[leaf]))
+            slot[leaf] = None
+    for name, value in taken:
+        _place(model, name, value)
+
+
+def _place(model: nn.Module, name: str, value: nn.Module | torch.Tensor | None) -> None:
+    """Put a module or a tensor under a name; modules on the way that are not there are made, empty."""
+    path, _, leaf = name.rpartition(".")
+    target = model
+    for part in path.split(".") if path else ():
+        if target._modules.get(part) is None:
+            target.add_module(part, nn.Module())
+        target = target.get_submodule(part)
+    if any(slot.get(leaf) is not None for slot in (target._parameters, target._buffers, target._modules)):
+        raise UsageError(f"nothing can be renamed to {name!r}: something else has that name", tensor=name)
+    if isinstance(value, nn.Module):
+        target.add_module(leaf, value)
+    elif isinstance(value, nn.Parameter):
+        target.register_parameter(leaf, value)
+    else:
+        target.register_buffer(leaf, value)
 
 
 def _set_attribute(module: nn.Module, step: SetAttribute) -> None:

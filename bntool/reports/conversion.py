@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from bntool.conversion.checkpoint import Conversion
-from bntool.plan import Record, SetTensor, describe_step
+from bntool.plan import Record, RenameTensor, describe_step
 from bntool.reports.blocks import Block, Cell, Line, Style, line, verbatim
 from bntool.reports.freezing import describe_skip
 from bntool.reports.loading import show_loading_code
@@ -15,12 +15,13 @@ from bntool.reports.text import plural
 def describe_conversion(conversion: Conversion) -> dict[str, Any]:
     """The facts as JSON data."""
     plan = conversion.plan
+    others = [step for step in plan.steps if not isinstance(step, Record | RenameTensor)]
     return {
         "format": conversion.source.format.name,
-        "to": conversion.target.value,
+        "to": None if conversion.target is None else conversion.target.value,
         "state_dict": plan.state_dict,
         "layers": list(plan.layers),
-        "steps": [describe_step(step) for step in plan.steps if not isinstance(step, Record)],
+        "steps": [describe_step(step) for step in (*conversion.renames, *others)],
         "skips": [describe_skip(skip) for skip in plan.skips],
         "assumptions": list(plan.assumptions),
         "kept": list(conversion.kept),
@@ -32,15 +33,16 @@ def describe_conversion(conversion: Conversion) -> dict[str, Any]:
 def show_conversion(conversion: Conversion) -> list[Block]:
     """The same for people, with the code that loads what was written."""
     plan = conversion.plan
+    text, target = "new names", "" if conversion.target is None else conversion.target.value
     if conversion.new is not None:
-        count = plural(len(conversion.new.tensors), "tensor")
-        text = f"{count} from {conversion.source.format.title} to {conversion.target.value}"
-    else:
-        text = f"{plural(len(plan.layers), 'layer')} to {conversion.target.value}"
+        text = f"{plural(len(conversion.new.tensors), 'tensor')} from {conversion.source.format.title} to {target}"
+    elif target:
+        text = f"{plural(len(plan.layers), 'layer')} to {target}"
     blocks: list[Block] = [line(text, Style.HEADING)]
-    changed = sum(1 for _ in plan.steps_of(SetTensor))
-    if changed:
-        blocks.append(line(f"running_var changes in {plural(changed, 'layer')}", indent=2))
+    renames = conversion.renames
+    if renames:
+        first = f"the first {renames[0].name} to {renames[0].new_name}"
+        blocks.append(line(f"{plural(len(renames), 'tensor')} renamed, {first}", indent=2))
     blocks += [Line((Cell("recorded ", Style.GOOD), Cell(text)), indent=2) for text in conversion.kept]
     blocks += [Line((Cell("lost ", Style.WARNING), Cell(text)), indent=2) for text in conversion.losses]
     blocks += [Line((Cell("assumed ", Style.WARNING), Cell(text)), indent=2) for text in plan.assumptions]

@@ -14,7 +14,7 @@ from bntool.checkpoints.records import RECORD_KEY
 from bntool.checkpoints.safetensors.file import METADATA, Header
 from bntool.checkpoints.tensors import StoredTensor, Tensor, count_elements, named_chunks
 from bntool.errors import RefusedError
-from bntool.plan import Record, RemoveEntry, SetAttribute
+from bntool.plan import Record, RemoveEntry, RenameTensor, SetAttribute
 
 _PAGE = 4096
 
@@ -35,12 +35,14 @@ def write(checkpoint: Checkpoint, path: Path, output: OutputFiles) -> None:
         return
     (state_dict,) = checkpoint.state_dicts
     metadata = dict(content.metadata)
-    recorded = any(isinstance(edit.step, Record) for edit in checkpoint.edits)
+    recorded = (
+        any(isinstance(edit.step, Record | RenameTensor) for edit in checkpoint.edits) and "" in checkpoint.records
+    )
     if recorded:
         metadata[RECORD_KEY] = json.dumps(checkpoint.records[""], separators=(",", ":"))
-    original = state_dict.stored
+    original = {state_dict.renamed.get(name, name): tensor for name, tensor in state_dict.stored.items()}
     order = _data_order(original, state_dict.tensors)
-    if original.keys() == state_dict.tensors.keys() and not recorded:
+    if not state_dict.renamed and original.keys() == state_dict.tensors.keys() and not recorded:
         checkpoint.file.copy_to(stream, offset=0, length=content.data_start)
     else:
         stream.write(make_header(state_dict.tensors, metadata, order, like=content.data_start))

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from bntool.checkpoints.checkpoint import Checkpoint, StateDict
 from bntool.checkpoints.outputs import OutputFiles, check_output_differs
+from bntool.checkpoints.renaming import rename_versions
 from bntool.checkpoints.safetensors.sharded import Shards, record_home
 from bntool.checkpoints.saving import write_checked
 from bntool.checkpoints.tensors import Tensor, count_elements
-from bntool.errors import RefusedError
+from bntool.errors import RefusedError, VerificationError
 from bntool.plan import Record
 
 
@@ -29,7 +30,9 @@ def write(checkpoint: Checkpoint, path: Path, output: OutputFiles) -> None:
             f"FOLDER/{checkpoint.path.name}"
         )
     (state_dict,) = checkpoint.state_dicts
-    shard_of = _assign_shards(state_dict, content.shard_of)
+    renamed = state_dict.renamed
+    known = {renamed.get(name, name): shard for name, shard in content.shard_of.items()}
+    shard_of = _assign_shards(state_dict, known)
     for name, shard in content.shards.items():
         target = path.parent / name
         check_output_differs(shard.file, target)
@@ -41,6 +44,9 @@ def write(checkpoint: Checkpoint, path: Path, output: OutputFiles) -> None:
         total = sum(t.dtype.byte_count(count_elements(t.shape)) for t in state_dict.tensors.values())
         index["metadata"] = {**index["metadata"], "total_size": total}
     output.open(path).write(json.dumps(index, indent=2).encode() + b"\n")
+    output.flush()
+    if json.loads(output.temporary(path).read_bytes())["weight_map"] != shard_of:
+        raise VerificationError("the written index names other shards than it should", path=path)
 
 
 def _assign_shards(state_dict: StateDict, known: Mapping[str, str]) -> dict[str, str]:
@@ -59,15 +65,20 @@ def _edited_shard(shard: Checkpoint, name: str, whole: Checkpoint, shard_of: Map
     tensors = {key: tensor for key, tensor in edited.tensors.items() if shard_of[key] == name}
     keeps_record = name == record_home(Shards.of(whole).shards, shard_of)
     (own,) = shard.state_dicts
+    renamed = {old: new for old, new in edited.renamed.items() if old in own.tensors}
+    order = [renamed.get(old, old) for old in own.tensors]
+    own = dataclasses.replace(own, tensors=_in_own_order(order, tensors), renamed=renamed)
+    if renamed and own.versions is not None:
+        own = dataclasses.replace(own, versions=rename_versions(own.versions, renamed, own.stored))
     return dataclasses.replace(
         shard,
-        state_dicts=(dataclasses.replace(own, tensors=_in_own_order(own.tensors, tensors)),),
+        state_dicts=(own,),
         records=whole.records if keeps_record else shard.records,
         edits=tuple(e for e in whole.edits if not isinstance(e.step, Record) or keeps_record),
     )
 
 
-def _in_own_order(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _in_own_order(own: Sequence[str], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The shard's own key order; new keys after the one that they follow in the whole."""
     ordered: dict[str, Tensor] = {}
     names = list(tensors)

@@ -26,6 +26,7 @@ from bntool.checkpoints.containers.pickles.nodes import (
     walk_nodes,
 )
 from bntool.checkpoints.records import RECORD_KEY
+from bntool.checkpoints.renaming import rename_paths
 from bntool.checkpoints.tensors import StoredTensor, Tensor, contiguous_strides, count_elements
 from bntool.checkpoints.torch.array_writing import can_hold, make_array, replace_data
 from bntool.checkpoints.torch.modules import StateDictSource
@@ -33,7 +34,7 @@ from bntool.checkpoints.torch.shared_memory import SharedMemory
 from bntool.checkpoints.torch.state_dicts import TorchContent, metadata_node, shares_metadata
 from bntool.checkpoints.torch.tensors import read_storage_reference
 from bntool.errors import RefusedError
-from bntool.plan import AddTensor, Record, RemoveEntry, SetAttribute, SetVersion
+from bntool.plan import AddTensor, Record, RemoveEntry, RenameTensor, SetAttribute
 
 
 @dataclass
@@ -92,15 +93,17 @@ class _ChangeCollector:
     def collect(self) -> TorchChanges:
         for state_dict in self.checkpoint.state_dicts:
             self.change_tensors(state_dict)
+            if state_dict.renamed:
+                self.rename_metadata(state_dict)
+            self.set_versions(state_dict)
         for edit in self.checkpoint.edits:
             if isinstance(edit.step, SetAttribute):
                 self.set_attribute(self.checkpoint.state_dict(edit.state_dict), edit.step)
-            elif isinstance(edit.step, SetVersion):
-                self.set_version(self.checkpoint.state_dict(edit.state_dict), edit.step)
             elif isinstance(edit.step, RemoveEntry):
                 self.remove_entry(edit.step.path)
+        noted = {e.state_dict for e in self.checkpoint.edits if isinstance(e.step, Record | RenameTensor)}
         for state_dict in self.checkpoint.state_dicts:
-            if any(isinstance(e.step, Record) for e in self.checkpoint.edits if e.state_dict == state_dict.key):
+            if state_dict.key in noted:
                 self.record(state_dict)
         if self.changes.replacements:
             self.find_dropped_storages()
@@ -125,10 +128,17 @@ class _ChangeCollector:
             self.changes.replacements[id(node)] = replacement
         return replacement
 
+    def current(self, node: Node) -> Node:
+        """The copy that takes the place of a node, where there is one."""
+        return self.changes.replacements.get(id(node), node)
+
     # tensors
 
     def change_tensors(self, state_dict: StateDict) -> None:
-        source = self.sources[state_dict.key]
+        source, renamed = self.sources[state_dict.key], state_dict.renamed
+        if renamed:
+            nodes = {renamed.get(name, name): node for name, node in source.tensor_nodes.items()}
+            source = dataclasses.replace(source, tensor_nodes=nodes)
         original = {name: self.reader.read(node) for name, node in source.tensor_nodes.items()}
         changed = {n: t for n, t in state_dict.tensors.items() if n in original and t is not original[n]}
         added = [name for name in state_dict.tensors if name not in original]
@@ -146,13 +156,13 @@ class _ChangeCollector:
             else:
                 assert stored.storage is not None
                 self.changes.patches.setdefault(stored.storage.key, []).append((stored, tensor))
-        if not (added or removed or new_nodes):
+        if not (added or removed or new_nodes or renamed):
             return
         if state_dict.is_module:
             raise RefusedError(
-                "the file pickles whole modules; tensors in it can change, but not come or go, nor part from others "
-                "that share their memory. Save model.state_dict() and use that, or --layout same-keys",
-                tensor=next(iter([*added, *removed, *new_nodes])),
+                "the file pickles whole modules; tensors in it can change, but not come or go, be renamed, nor part "
+                "from others that share their memory. Save model.state_dict() and use that, or --layout same-keys",
+                tensor=next(iter([*added, *removed, *new_nodes, *renamed])),
             )
         neighbour = next(tensor for tensor in original.values() if tensor is not None)
         steps = [edit.step for edit in self.checkpoint.edits if edit.state_dict == state_dict.key]
@@ -160,23 +170,23 @@ class _ChangeCollector:
         for name in added:
             like = dataclasses.replace(neighbour, is_parameter=False) if name in buffers else neighbour
             new_nodes[name] = self.new_tensor(state_dict.tensors[name], like=like)
-        self.change_pairs(source.node, state_dict.tensors, set(removed), new_nodes)
+        self.change_pairs(source.node, state_dict, set(removed), new_nodes)
 
-    def change_pairs(
-        self, node: Node, tensors: Mapping[str, Tensor], removed: set[str], new_nodes: Mapping[str, Node]
-    ) -> None:
+    def change_pairs(self, node: Node, state_dict: StateDict, removed: set[str], new_nodes: Mapping[str, Node]) -> None:
+        renamed = state_dict.renamed
         followers: dict[str | None, list[str]] = {}
         previous: str | None = None
-        existing = {text_of(key) for key, _ in iterate_pairs(node)}
-        for name in tensors:
+        existing = {_renamed(text_of(key), renamed) for key, _ in iterate_pairs(node)}
+        for name in state_dict.tensors:
             if name in existing:
                 previous = name
             else:
                 followers.setdefault(previous, []).append(name)
         pairs: list[tuple[Node, Node]] = [(name, new_nodes[name]) for name in followers.get(None, ())]
         for key, value in iterate_pairs(node):
-            text = text_of(key)
+            text = _renamed(text_of(key), renamed)
             if text is None or text not in removed:
+                key = text if text_of(key) in renamed else key  # noqa: PLW2901
                 pairs.append((key, new_nodes.get(text, value) if text is not None else value))
             if text is not None:
                 pairs.extend((name, new_nodes[name]) for name in followers.pop(text, ()))
@@ -265,12 +275,36 @@ class _ChangeCollector:
             copy.updates = [(u, state if u is Update.STATE else payload) for u, payload in copy.updates]
         return self.own_metadata.get(state_dict.key, metadata)
 
-    def set_version(self, state_dict: StateDict, step: SetVersion) -> None:
+    def rename_metadata(self, state_dict: StateDict) -> None:
+        """The entries of ``_metadata`` under the new paths of their modules; a record stays with the root."""
         metadata = self.metadata_of(state_dict)
-        entry = as_mapping(metadata).get(step.module) if is_mapping(metadata) else None
-        if is_mapping(entry):
-            copy = self.editable(entry)
-            _set_pairs(copy, _with_item(iterate_pairs(copy), "version", step.version))
+        if not is_mapping(metadata):
+            return
+        before = self.sources[state_dict.key].tensor_nodes
+        entries = as_mapping(metadata)
+        places = rename_paths(entries, state_dict.renamed, before)
+        pairs: list[tuple[Node, Node]] = []
+        for old, new in places.items():
+            if new is None:
+                continue
+            entry = entries[old]
+            if not old and new and is_mapping(entry):
+                entry = _copy(entry)
+                _set_pairs(entry, [(key, value) for key, value in iterate_pairs(entry) if text_of(key) != RECORD_KEY])
+            pairs.append((new, entry))
+        if "" in entries and "" not in places.values():
+            pairs.insert(0, ("", Dict()))
+        _set_pairs(self.editable(metadata), pairs)
+
+    def set_versions(self, state_dict: StateDict) -> None:
+        """The versions of modules that are others than those in ``_metadata``."""
+        found = as_mapping(self.current(metadata_node(self.sources[state_dict.key].node)))
+        for path, version in (state_dict.versions or {}).items():
+            if version is not None and as_mapping(found.get(path)).get("version") != version:
+                entry = as_mapping(self.current(self.metadata_of(state_dict))).get(path)
+                if is_mapping(entry):
+                    copy = self.editable(entry)
+                    _set_pairs(copy, _with_item(iterate_pairs(copy), "version", version))
 
     def remove_entry(self, path: tuple[str, ...]) -> None:
         node = self.root
@@ -284,13 +318,15 @@ class _ChangeCollector:
     def record(self, state_dict: StateDict) -> None:
         records = self.checkpoint.records
         metadata = self.metadata_of(state_dict)
+        if state_dict.key not in records:
+            return
         if not is_mapping(metadata):
             homeless = [key for key, source in self.sources.items() if not is_mapping(metadata_node(source.node))]
             histories = {key: records[key] for key in homeless if key in records}
             self.changes.loose_record = json.dumps(histories, separators=(",", ":"))
             return
         text = json.dumps(records[state_dict.key], separators=(",", ":"))
-        entry = as_mapping(metadata).get("")
+        entry = as_mapping(self.current(metadata)).get("")
         if not is_mapping(entry):
             entry = Dict()
             copy = self.editable(metadata)
@@ -305,6 +341,10 @@ class _ChangeCollector:
             if reference is not None:
                 kept.add(reference.key)
         self.changes.dropped = self.used_keys - kept - self.changes.new_storages.keys()
+
+
+def _renamed(text: str | None, renamed: Mapping[str, str]) -> str | None:
+    return text if text is None else renamed.get(text, text)
 
 
 def _storage_key(tensor: StoredTensor | None) -> str | None:
