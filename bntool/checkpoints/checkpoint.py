@@ -212,6 +212,17 @@ class Format(ABC):
         write: Writer = getattr(importlib.import_module(f"{__package__}.{module}"), function)
         write(checkpoint, path, output)
 
+    def judge(self, path: Path) -> None:  # noqa: B027 (for those with a library that judges)
+        """Open a written file, before it appears, with the library that others will read it with.
+
+        Raises:
+            VerificationError: it refuses the file.
+        """
+
+    def describe_losses(self, checkpoint: Checkpoint) -> Sequence[str]:  # noqa: ARG002 (as above)
+        """What of a file is not written again, whatever changes, in a few words each."""
+        return ()
+
     def size(self, checkpoint: Checkpoint) -> int:
         """Bytes of all files that were opened."""
         return checkpoint.file.size

@@ -102,6 +102,7 @@ def create_file(
             output.flush()
             with _FORMATS[kind].read(SourceFile(output.temporary(target))) as written:
                 _compare(new, written, target)
+            _FORMATS[kind].judge(output.temporary(target))
             source.format.check_unchanged(source)
         except BntoolError as error:
             raise error.about(source.path) from error.__cause__

@@ -69,6 +69,7 @@ def write_checked(checkpoint: Checkpoint, path: Path, output: OutputFiles) -> No
     if checkpoint.format.single_file:
         with checkpoint.format.read(SourceFile(output.temporary(path))) as written:
             _compare(checkpoint, written, path)
+        checkpoint.format.judge(output.temporary(path))
     checkpoint.format.check_unchanged(checkpoint)
 
 

@@ -320,7 +320,7 @@ def _describe_modules(source: StateDict) -> dict[str, dict[str, Any]]:
 
 
 def _format_losses(checkpoint: Checkpoint, source: StateDict, new_format: NewFormat) -> list[str]:
-    losses = []
+    losses = list(checkpoint.format.describe_losses(checkpoint))
     others = [s.key or "(root)" for s in checkpoint.state_dicts if s is not source]
     if others:
         losses.append(f"other state dicts: {_some(others)}")

@@ -102,7 +102,10 @@ def _describe_not_understood(found: Sequence[NotUnderstood]) -> Finding:
 
 def find_in_file(checkpoint: Checkpoint, inspections: Sequence[StateDictInspection]) -> list[Finding]:
     """What concerns the whole file, beside what loading it may do."""
-    findings = []
+    findings = [
+        Finding(FindingCode.HOLES, Severity.NOTICE, "holes", f"it holds {loss}; a file that bntool writes has none")
+        for loss in checkpoint.format.describe_losses(checkpoint)
+    ]
     if checkpoint.not_understood:
         findings.append(_describe_not_understood(checkpoint.not_understood))
     elif not any(inspection.layers for inspection in inspections) and not _is_folded(checkpoint):

@@ -46,6 +46,7 @@ class FindingCode(Enum):
     UNKNOWN_GLOBAL = "unknown-global"
     HOLDS_CODE = "holds-code"
     NOT_UNDERSTOOD = "not-understood"
+    HOLES = "holes"
     NO_BATCH_NORM = "no-batch-norm"
 
 

@@ -483,11 +483,6 @@ BROKEN: dict[str, Case] = {
         CorruptFileError,
         "JSON",
     ),
-    "safetensors_hole.safetensors": (
-        lambda: _safetensors({"a": _entry(shape=[2], offsets=[8, 16])}),
-        CorruptFileError,
-        "hole",
-    ),
     "safetensors_overlap.safetensors": (
         lambda: _safetensors({"a": _entry(), "b": _entry()}),
         CorruptFileError,

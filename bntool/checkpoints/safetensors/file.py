@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from bntool.checkpoints.tensors import (
     count_elements,
     describe_shape,
 )
-from bntool.errors import CorruptFileError
+from bntool.errors import CorruptFileError, VerificationError
 
 MAX_HEADER = 100_000_000  # the limit of the safetensors library itself
 METADATA = "__metadata__"
@@ -31,10 +31,11 @@ METADATA = "__metadata__"
 
 @dataclass(frozen=True)
 class Header(Content):
-    """The metadata, and where the tensors begin."""
+    """The metadata, where the tensors begin, and how many bytes between them belong to none."""
 
     metadata: dict[str, str]
     data_start: int
+    holes: int = 0
 
 
 class Safetensors(Format):
@@ -53,7 +54,7 @@ class Safetensors(Format):
     def read(self, file: SourceFile) -> Checkpoint:
         header, data_start = _read_header(file)
         metadata = _check_metadata(header.pop(METADATA, {}))
-        tensors = _read_tensors(file, header, data_start)
+        tensors, holes = _read_tensors(file, header, data_start)
         history = parse_record(metadata.get(RECORD_KEY))
         state_dict = StateDict(key="", prefix=find_prefix(list(tensors)), tensors=tensors)
         return Checkpoint(
@@ -62,8 +63,28 @@ class Safetensors(Format):
             state_dicts=(state_dict,) if tensors else (),
             entries={name: text for name, text in metadata.items() if name != RECORD_KEY},
             records={"": history} if history else {},
-            content=Header(metadata, data_start),
+            content=Header(metadata, data_start, holes),
         )
+
+    def judge(self, path: Path) -> None:
+        """Open a written file with the library that others will read it with.
+
+        Raises:
+            VerificationError: it refuses the file.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(path, framework="np") as opened:
+                opened.keys()
+        except SafetensorError as error:
+            raise VerificationError(f"the safetensors library refuses the written file: {error}", path=path) from error
+
+    def describe_losses(self, checkpoint: Checkpoint) -> Sequence[str]:
+        holes = Header.of(checkpoint).holes
+        if not holes:
+            return ()
+        return (f"{holes} bytes between the tensors that belong to none, for which the safetensors library refuses it",)
 
 
 def _read_header(file: SourceFile) -> tuple[dict[str, Any], int]:
@@ -84,23 +105,25 @@ def _check_metadata(metadata: Any) -> dict[str, str]:
     return metadata
 
 
-def _read_tensors(file: SourceFile, header: Mapping[str, Any], data_start: int) -> dict[str, Tensor]:
+def _read_tensors(file: SourceFile, header: Mapping[str, Any], data_start: int) -> tuple[dict[str, Tensor], int]:
+    """The tensors, and how many bytes between them belong to none."""
     tensors: dict[str, Tensor] = {}
     runs: list[tuple[int, int, str]] = []
     for name, entry in header.items():
         tensor, begin, end = _read_entry(file, name, entry, data_start)
         tensors[name] = tensor
         runs.append((begin, end, name))
-    position = 0
+    position = holes = 0
     for begin, end, name in sorted(runs):
-        if begin != position:
-            raise CorruptFileError(f"the data has a hole or an overlap at byte {position}", tensor=name)
+        if begin < position:
+            raise CorruptFileError(f"its data overlaps that of another tensor, from byte {begin}", tensor=name)
+        holes += begin - position
         position = end
     described = data_start + position
     if described != file.size:
         what = "the file is truncated" if described > file.size else "other data follow the last tensor"
         raise CorruptFileError(f"the header describes {described} bytes, but the file has {file.size}: {what}")
-    return tensors
+    return tensors, holes
 
 
 def _read_entry(file: SourceFile, name: str, entry: Any, data_start: int) -> tuple[StoredTensor, int, int]:

@@ -42,7 +42,7 @@ def write(checkpoint: Checkpoint, path: Path, output: OutputFiles) -> None:
         metadata[RECORD_KEY] = json.dumps(checkpoint.records[""], separators=(",", ":"))
     original = {state_dict.renamed.get(name, name): tensor for name, tensor in state_dict.stored.items()}
     order = _data_order(original, state_dict.tensors)
-    if not state_dict.renamed and original.keys() == state_dict.tensors.keys() and not recorded:
+    if not state_dict.renamed and not content.holes and original.keys() == state_dict.tensors.keys() and not recorded:
         checkpoint.file.copy_to(stream, offset=0, length=content.data_start)
     else:
         stream.write(make_header(state_dict.tensors, metadata, order, like=content.data_start))
