@@ -73,25 +73,42 @@ def _listed(names: tuple[str, ...]) -> str:
 
 def _warn(loader: Loader, names: str) -> str:
     """Of names that run programs or code."""
-    if loader is Loader.KERAS:
-        return (
-            f"loading this file would run code that it holds or reach files, by {names}: do not load it with "
-            "safe_mode=False, with Keras before 3.12 or with Keras 2 at all, unless you trust where it comes from"
-        )
-    return (
-        f"unpickling this file would use {names}, which can run code or reach files: "
-        "do not load it with torch.load(weights_only=False) unless you trust where it comes from"
-    )
+    return _WARNINGS[loader].format(names=names)
 
 
 def _explain(loader: Loader, names: str) -> str:
     """Of names of which nothing is known."""
-    if loader is Loader.KERAS:
-        return (
-            f"loading this file would import {names}, of which nothing is known: keras.models.load_model runs what "
-            "it finds under these names, or what custom_objects gives it"
-        )
-    return (
-        f"unpickling this file would import {names}, of which nothing is known: "
+    return _EXPLANATIONS[loader].format(names=names)
+
+
+_TRUST = "unless you trust where it comes from"
+_WARNINGS = {
+    Loader.TORCH: (
+        "unpickling this file would use {names}, which can run code or reach files: "
+        f"do not load it with torch.load(weights_only=False) {_TRUST}"
+    ),
+    Loader.KERAS: (
+        "loading this file would run code that it holds or reach files, by {names}: do not load it with "
+        f"safe_mode=False, with Keras before 3.12 or with Keras 2 at all, {_TRUST}"
+    ),
+    Loader.TENSORFLOW: (
+        f"the graph of this SavedModel runs code or writes files, by {{names}}: do not load and call it {_TRUST}"
+    ),
+    Loader.CAFFE: f"the net of this model runs code or writes files, by {{names}}: do not load it in Caffe {_TRUST}",
+    Loader.ONNX_RUNTIME: (
+        f"the graph of this model runs code by {{names}}, where the runtime has them: do not run it there {_TRUST}"
+    ),
+}
+_EXPLANATIONS = {
+    Loader.TORCH: (
+        "unpickling this file would import {names}, of which nothing is known: "
         "torch.load needs weights_only=False for it, and then runs what it finds under these names"
-    )
+    ),
+    Loader.KERAS: (
+        "loading this file would import {names}, of which nothing is known: keras.models.load_model runs what "
+        "it finds under these names, or what custom_objects gives it"
+    ),
+    Loader.TENSORFLOW: "calling this SavedModel would use {names}, which read files, or of which nothing is known",
+    Loader.CAFFE: "this model is run by {names}, of which nothing is known",
+    Loader.ONNX_RUNTIME: "running this model would use {names}, of which nothing is known here",
+}

@@ -31,13 +31,22 @@ class Caffe(Format):
     def read(self, file: SourceFile) -> Checkpoint:
         from bntool.checkpoints.caffe.blobs import NetReading  # a start-up without Caffe files needs none of it
         from bntool.checkpoints.caffe.layers import LAYERS, V1_LAYERS, read_layers
+        from bntool.checkpoints.caffe.trust import judge_layers, judge_net_beside
         from bntool.checkpoints.containers.protobufs.reading import Buffer, Message
 
         net = Message(Buffer(file), 0, file.size)
         if not net.all(LAYERS) and not net.all(V1_LAYERS):
             raise CorruptFileError("no Caffe layer was found: truncated, or not a .caffemodel")
-        reading = NetReading(read_layers(net), net)
+        layers = read_layers(net)
+        reading = NetReading(layers, net)
         state_dict = StateDict("", "", reading.tensors, modules=reading.modules)
         entries = {"name": net.text(1)} if net.last(1) is not None else {}
         content = reading.content()
-        return Checkpoint(file, self, (state_dict,) if reading.tensors else (), entries=entries, content=content)
+        return Checkpoint(
+            file,
+            self,
+            (state_dict,) if reading.tensors else (),
+            entries=entries,
+            globals=tuple(dict.fromkeys((*judge_layers(layers), *judge_net_beside(file)))),
+            content=content,
+        )

@@ -11,6 +11,7 @@ from bntool.checkpoints.caffe.blobs import CaffeContent, momentum_of
 from bntool.checkpoints.caffe.hdf5 import name_blobs
 from bntool.checkpoints.caffe.layers import Layer, Wiring, blobs_of
 from bntool.checkpoints.caffe.prototxt import Prototxt, TextField
+from bntool.checkpoints.caffe.trust import judge_layers
 from bntool.checkpoints.caffe.writing import BIASED, biased_layers, find_renaming, removed_layers
 from bntool.checkpoints.checkpoint import Checkpoint, ModuleInfo
 from bntool.errors import RefusedError, UsageError
@@ -47,8 +48,10 @@ def deploy(checkpoint: Checkpoint, prototxt: Prototxt) -> Checkpoint:
         if own != (scale.name if scale is not None else None):
             raise RefusedError("the .prototxt scales it by another layer than the model", tensor=name)
         modules[name] = ModuleInfo(module.class_path, {**module.attributes, **_attributes(layer)})
+    acting = judge_layers((*prototxt.layers, *prototxt.training))
     return dataclasses.replace(
         checkpoint,
+        globals=tuple(dict.fromkeys((*checkpoint.globals, *acting))),
         state_dicts=(dataclasses.replace(state_dict, modules=modules),),
         content=dataclasses.replace(content, deployed=wiring),
     )

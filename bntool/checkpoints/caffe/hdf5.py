@@ -25,9 +25,11 @@ class CaffeHdf5(Format):
     needs_prototxt = True
 
     def read(self, file: SourceFile) -> Checkpoint:
+        from bntool.checkpoints.caffe.trust import judge_net_beside
+
         tensors = {".".join(key): tensor for key, tensor in read_blobs(file).items()}
         state_dict = StateDict("", "", tensors)
-        return Checkpoint(file, self, (state_dict,) if tensors else ())
+        return Checkpoint(file, self, (state_dict,) if tensors else (), globals=tuple(judge_net_beside(file)))
 
     def describe_origin(self, checkpoint: Checkpoint) -> Sequence[str]:
         return ("blobs only: --prototxt says of which layers",) if checkpoint.content is None else ()

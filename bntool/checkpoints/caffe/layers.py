@@ -31,7 +31,8 @@ _OLD_SHAPE, DATA, SHAPE, DOUBLE_DATA, RAW_TYPE, RAW_DATA = (1, 2, 3, 4), 5, 7, 8
 _RAW_DTYPES = {0: FLOAT64, 1: FLOAT32, 2: FLOAT16}
 
 _V1_TYPES = {
-    3: "Concat", 4: "Convolution", 5: "Data", 6: "Dropout", 8: "Flatten", 14: "InnerProduct", 15: "LRN", 17: "Pooling",
+    3: "Concat", 4: "Convolution", 5: "Data", 6: "Dropout", 8: "Flatten", 9: "HDF5Data", 10: "HDF5Output",
+    14: "InnerProduct", 15: "LRN", 17: "Pooling",
     18: "ReLU", 19: "Sigmoid", 20: "Softmax", 21: "SoftmaxWithLoss", 22: "Split", 23: "TanH", 25: "Eltwise",
     26: "Power", 39: "Deconvolution",
 }  # fmt: skip

@@ -68,7 +68,7 @@ _ACTING = re.compile(
 )
 _CONSTANTS = (
     *("__keras_tensor__", "__tensor__", "__numpy__", "__bytes__", "__ellipsis__", "__slice__", "__tuple__"),
-    *("__typespec__", "TensorShape", "__complex__"),
+    *("__typespec__", "TypeSpec", "TensorShape", "__complex__"),
 )
 
 
@@ -117,6 +117,8 @@ def _judge_object(value: Mapping[str, Any]) -> Iterator[tuple[str, GlobalTrust]]
 def _judge_old(class_name: str, settings: Mapping[str, Any]) -> Iterator[tuple[str, GlobalTrust]]:
     """Keras 1 and 2 write the class alone, and look it up among Keras's own and what the user gives."""
     yield from _judge_layer(class_name, settings)
+    if class_name.startswith(("Custom>", "Keras>")) and _is_part(class_name.partition(">")[2]):
+        return  # as Keras 2 registered its own optimizers
     if ">" in class_name or not (_is_layer(class_name) or class_name in _MODELS or _is_part(class_name)):
         yield class_name, GlobalTrust.UNKNOWN
 

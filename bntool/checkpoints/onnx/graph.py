@@ -6,7 +6,7 @@ Field numbers are those of onnx.proto; nothing here needs the onnx package.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -183,6 +183,14 @@ def is_normalisation(operator: str) -> bool:
 def _key(message: Message, fields: tuple[int, int, int]) -> tuple[str, ...]:
     domain, *rest = (message.text(number) for number in fields)
     return ("" if domain in STANDARD_DOMAINS else domain, *rest)
+
+
+def operators_of_functions(model: Message) -> Iterator[str]:
+    """The operators of all nodes in functions, with the domain in front where it is not ONNX's own."""
+    for function in model.messages(_FUNCTIONS):
+        for node in function.messages(_BODY):
+            domain, name, _ = _key(node, _NODE_KEY)
+            yield f"{domain}.{name}" if domain else name
 
 
 def _find_normalising(model: Message) -> dict[tuple[str, ...], Message]:

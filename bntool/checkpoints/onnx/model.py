@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,6 +12,8 @@ from bntool.checkpoints.checkpoint import (
     Checkpoint,
     Content,
     Format,
+    GlobalName,
+    GlobalTrust,
     Loader,
     LoadingCode,
     ModuleInfo,
@@ -30,6 +32,7 @@ from bntool.checkpoints.onnx.graph import (
     OnnxGraph,
     OnnxNode,
     is_normalisation,
+    operators_of_functions,
     read_calls,
     read_graphs,
 )
@@ -38,6 +41,11 @@ from bntool.checkpoints.records import RECORD_KEY, parse_record
 from bntool.checkpoints.tensors import Tensor
 
 ROLES = ("weight", "bias", "running_mean", "running_var")  # in the order of the node's inputs, after the data
+# of other domains than ONNX's: of ONNX Runtime for training, of its extensions, and a compiled program
+_ACTING = {
+    **dict.fromkeys(("PythonOp", "PythonOpGrad", "PyOp", "PyCustomOp"), GlobalTrust.SUSPICIOUS),
+    **dict.fromkeys(("ATen", "ATenGrad", "EPContext"), GlobalTrust.UNKNOWN),
+}
 _KEPT = 0.9  # the default of BatchNormalization's momentum: the share that is kept
 
 
@@ -139,6 +147,7 @@ def read_model(file: SourceFile, *, external: ExternalData) -> Checkpoint:
         file=file,
         format=OnnxWithExternalData() if has_external else Onnx(),
         state_dicts=(state_dict,) if reading.tensors or reading.modules else (),
+        globals=tuple(_find_acting(model, graphs)),
         not_understood=tuple(reading.not_understood),
         entries=entries,
         records={"": history} if history and reading.tensors else {},
@@ -146,6 +155,16 @@ def read_model(file: SourceFile, *, external: ExternalData) -> Checkpoint:
             model, graphs, reading.places, reading.layers, reading.called, external, has_external, opset
         ),
     )
+
+
+def _find_acting(model: Message, graphs: Iterable[OnnxGraph]) -> Iterator[GlobalName]:
+    """Operators of runtimes that run Python, or a program that the file holds, in graphs and functions; once each."""
+    operators = {node.operator: None for graph in graphs for node in graph.nodes}
+    operators |= dict.fromkeys(operators_of_functions(model))
+    for operator in operators:
+        domain, _, name = operator.rpartition(".")
+        if domain and name in _ACTING:
+            yield GlobalName(operator, called=True, trust=_ACTING[name])
 
 
 def _opset(model: Message) -> int:

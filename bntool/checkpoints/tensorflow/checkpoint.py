@@ -50,6 +50,7 @@ class Tensorflow(Format):
     def read(self, file: SourceFile) -> Checkpoint:
         from bntool.checkpoints.tensorflow.bundle import Bundle  # a start-up without such files needs none of it
         from bntool.checkpoints.tensorflow.names import name_variables
+        from bntool.checkpoints.tensorflow.trust import judge_saved_model
 
         bundle = Bundle(file)
         naming = name_variables(bundle)
@@ -59,7 +60,9 @@ class Tensorflow(Format):
             tensors = {name: bundle.tensors[entry] for name, entry in names.items()}
             if tensors:
                 state_dicts.append(StateDict(key, "", tensors, modules=naming.modules))
-        return Checkpoint(file, self, tuple(state_dicts), entries=naming.entries, content=bundle)
+        is_saved_model = file.path.name == "variables.index"
+        acting = tuple(judge_saved_model(file.path.absolute().parent.parent)) if is_saved_model else ()
+        return Checkpoint(file, self, tuple(state_dicts), entries=naming.entries, globals=acting, content=bundle)
 
     def size(self, checkpoint: Checkpoint) -> int:
         from bntool.checkpoints.tensorflow.bundle import Bundle
