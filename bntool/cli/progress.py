@@ -43,14 +43,16 @@ class _Work:
     def __init__(self) -> None:
         self._progress: Progress | None = None
         self._start = time.monotonic()
-        self._durations: list[float] = []  # of the phases that are over, where they have a number of samples
+        self._durations: list[float] = []  # of the phases that are over and counted samples
+        self._counted: int | None = None  # by the last of them
 
     def update(self, progress: Progress) -> None:
         """Take note of how far the work is."""
         before, now = self._progress, time.monotonic()
         if before is None or progress.phase != before.phase:
-            if before is not None and before.total:
+            if before is not None and before.done:
                 self._durations.append(now - self._start)
+                self._counted = before.done
             self._start = now
         self._progress = progress
 
@@ -59,33 +61,39 @@ class _Work:
         """Seconds since the phase began."""
         return time.monotonic() - self._start
 
-    @property
     def share(self) -> float | None:
-        """How much of all phases is done, 0 to 1; None where they have no number of samples."""
-        progress = self._progress
-        if progress is None or not progress.total:
+        """How much of all phases is done, 0 to 1; None where it is not known how much there is to do."""
+        progress, total = self._progress, self._total()
+        if progress is None or not total:
             return None
         phases = progress.phases or (progress.phase,)
-        return (phases.index(progress.phase) + min(progress.done / progress.total, 1)) / len(phases)
+        return (phases.index(progress.phase) + min(progress.done / total, 1)) / len(phases)
 
     def describe(self) -> str:
         """In words: the phase, its samples, and the time left for this and all phases to come."""
-        progress = self._progress
+        progress, total = self._progress, self._total()
         if progress is None:
             return ""
         parts = [_format_duration(self.elapsed)]
-        if progress.total:
-            parts = [f"{progress.done:,} of {plural(progress.total, 'sample')}", *self._estimate(progress)]
+        if total:
+            parts = [f"{progress.done:,} of {plural(total, 'sample')}", *self._estimate(progress, total)]
         elif progress.done:
             parts = [plural(progress.done, "sample"), *parts]
         return f"{sanitize(progress.phase)}: {', '.join(parts)}"
 
-    def _estimate(self, progress: Progress) -> list[str]:
+    def _total(self) -> int | None:
+        """Samples of the phase: where the data do not say how many they have, as many as the phase before had."""
+        progress = self._progress
+        if progress is None or progress.total or not progress.phases:
+            return progress.total if progress is not None else None
+        return self._counted
+
+    def _estimate(self, progress: Progress, total: int) -> list[str]:
         """The time left, if the phases to come take as long as those so far do."""
-        if not progress.done or not progress.total:
+        if not progress.done:
             return []
         elapsed = self.elapsed
-        whole = max(elapsed * progress.total / progress.done, elapsed)
+        whole = max(elapsed * total / progress.done, elapsed)
         known = [*self._durations, whole]
         phases = progress.phases or (progress.phase,)
         ahead = len(phases) - phases.index(progress.phase) - 1
@@ -100,7 +108,7 @@ class _Work:
         text = self.describe()
         if not text or (self.elapsed < _DELAY and not self._durations):
             return Text()
-        share = self.share
+        share = self.share()
         # what turns shows that the work goes on
         sign = Spinner("dots") if share is None else ProgressBar(total=1, completed=share, width=_BAR)
         row = Table.grid(padding=(0, 1))

@@ -1,0 +1,123 @@
+"""How far long work is: a line every ten seconds in a log, one line that is erased on a terminal."""
+
+from __future__ import annotations
+
+import io
+import os
+import pty
+import re
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from bntool.cli import progress as module
+from bntool.cli.progress import show_progress
+from bntool.progress import Progress
+from tests.places import ROOT
+
+PHASES = ("before", "pooled statistics", "after")
+
+
+def work(*, as_json: bool = False, quiet: bool = False, total: int | None = 100) -> None:
+    with show_progress(as_json=as_json, quiet=quiet) as tell:
+        for phase in PHASES:
+            for done in (0, 50, 100):
+                tell(Progress(phase, done, total, PHASES))
+                time.sleep(0.05)
+
+
+@pytest.mark.parametrize("total", [100, None])
+@pytest.mark.parametrize("as_json", [False, True])
+def test_a_log_says_how_far_the_work_is(monkeypatch, total: int | None, as_json: bool) -> None:
+    monkeypatch.setattr(module, "_LOG_INTERVAL", 0.02)
+    monkeypatch.delenv("FORCE_COLOR", raising=False)
+    log = io.StringIO()
+    monkeypatch.setattr("sys.stderr", log)
+    work(as_json=as_json, total=total)
+    lines = log.getvalue().splitlines()
+    assert all(line.startswith("bntool: ") for line in lines)
+    assert any(re.fullmatch(r"bntool: pooled statistics: 50 of 100 samples, 0 s left", line) for line in lines)
+    assert {line.split(":")[1].strip() for line in lines} == set(PHASES)
+    assert ("of 100" in "".join(line for line in lines if "before" in line)) == (total is not None)
+
+
+def test_short_work_says_nothing(monkeypatch) -> None:
+    log = io.StringIO()
+    monkeypatch.setattr("sys.stderr", log)
+    work()
+    assert log.getvalue() == ""
+
+
+def test_quiet_is_quiet_and_other_ranks_are(monkeypatch) -> None:
+    monkeypatch.setattr(module, "_LOG_INTERVAL", 0.01)
+    log = io.StringIO()
+    monkeypatch.setattr("sys.stderr", log)
+    work(quiet=True)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    work()
+    assert log.getvalue() == ""
+
+
+def test_the_time_left_is_that_of_all_phases(monkeypatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(module.time, "monotonic", lambda: clock[0])
+    state = module._Work()
+    state.update(Progress("before", 0, 100, PHASES))
+    clock[0] = 10
+    state.update(Progress("before", 50, 100, PHASES))
+    assert state.describe() == "before: 50 of 100 samples, 50 s left"  # 10 of this phase, twice 20 of the others
+    assert state.share() == pytest.approx(1 / 6)
+    clock[0] = 20
+    state.update(Progress("before", 100, 100, PHASES))
+    state.update(Progress("pooled statistics", 0, 100, PHASES))
+    clock[0] = 40
+    state.update(Progress("pooled statistics", 25, 100, PHASES))
+    assert state.describe() == "pooled statistics: 25 of 100 samples, 1 min 50 s left"  # 60, and (20 + 80) / 2
+    state.update(Progress("writing"))
+    clock[0] = 3 * 3600 + 40 + 60
+    assert state.describe() == "writing: 3 h 1 min"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="terminals")
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_terminal_is_left_as_if_nothing_had_been_shown(tmp_path: Path, workers: int) -> None:
+    (tmp_path / "slow.py").write_text(
+        "import time, torch\n"
+        "class Slow(torch.nn.Module):\n"
+        "    def __init__(self):\n        super().__init__()\n        self.bn = torch.nn.BatchNorm1d(2)\n"
+        "        print('the user says this')\n"
+        "    def forward(self, x):\n        time.sleep(0.1)\n        return self.bn(x)\n"
+        "class Data(torch.utils.data.Dataset):\n"
+        "    def __len__(self):\n        return 40\n"
+        "    def __getitem__(self, index):\n        print('item', index)\n        return torch.randn(2)\n"
+    )
+    torch.save(torch.nn.ModuleDict({"bn": torch.nn.BatchNorm1d(2)}).state_dict(), tmp_path / "in.pt")
+    options = ["--workers", str(workers), "--batch-size", "4", "--dry-run"]
+    command = ["recalibrate", "in.pt", "--model", "slow.py:Slow", "--data", "slow.py:Data", *options]
+    child, terminal = pty.fork()
+    if child == 0:
+        os.chdir(tmp_path)
+        os.environ.update(TERM="xterm-256color", COLUMNS="100", PYTHONPATH=str(ROOT))
+        os.execv(sys.executable, [sys.executable, "-m", "bntool", *command])
+    shown = b""
+    while True:
+        try:
+            shown += os.read(terminal, 1 << 16)
+        except OSError:
+            break
+    os.close(terminal)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0, shown.decode()
+    text = shown.decode()
+    assert "importing torch" in text
+    assert "pooled statistics: " in text
+    assert "━" in text
+    assert "the user says this" in text
+    assert text.count("item 39") >= 3
+    assert text.rindex("\x1b[?25h") > text.rindex("\x1b[?25l")  # the cursor is back
+    result = text[text.rindex("\x1b[?25h") :]
+    assert "nothing was written" in result
+    assert "samples, " not in result
