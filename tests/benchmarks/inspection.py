@@ -6,6 +6,7 @@ Also a 10 GB safetensors file (sparse), of which only the BatchNorm tensors shou
 from __future__ import annotations
 
 import json
+import os
 import struct
 import tempfile
 import warnings
@@ -19,6 +20,7 @@ from torch import nn
 from tests.benchmarks.measuring import measure, print_table, python
 
 _ROLES = ("weight", "bias", "running_mean", "running_var")
+_FILES = 40
 WIDTHS = ((64, 3), (128, 4), (256, 6), (512, 3))
 
 
@@ -130,6 +132,9 @@ def run(rounds: int = 9) -> None:
         torch.save(state, legacy, _use_new_zipfile_serialization=False)
         save_file(state, safe)
         write_sparse_safetensors(sparse, gigabytes=10)
+        copies = [str(Path(folder) / f"r50_{number}.pt") for number in range(_FILES)]
+        for copy in copies:
+            os.link(zipped, copy)
         others = write_other_layouts(state, Path(folder))
         others["r50.caffemodel"] = write_caffemodel(state, Path(folder) / "r50.caffemodel")
         load = f"import torch; torch.load({str(zipped)!r}, weights_only=True, mmap=True)"
@@ -147,6 +152,8 @@ def run(rounds: int = 9) -> None:
                 f"inspect {name} --json": (python(*inspect, str(path), "--json"), False)
                 for name, path in others.items()
             },
+            f"inspect {_FILES} of r50.pt --json": (python(*inspect, *copies, "--json"), False),
+            f"inspect {_FILES} of r50.pt, piped": (python(*inspect, *copies), False),
             "bntool --help": (python("-m", "bntool", "--help"), False),
         }
         print_table(measure(commands, rounds=rounds), peer=peer)
