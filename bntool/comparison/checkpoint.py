@@ -20,6 +20,7 @@ from bntool.comparison.options import Expectation
 from bntool.errors import BntoolError
 from bntool.graphs.architectures.recognition import assume_eps
 from bntool.modules.opening import Source, open_source
+from bntool.verification.statistics_shift import NO_SHIFT, StatisticsShift, measure_shift
 
 _SHOWN = 6  # layers named in a repr
 _SETTINGS = ("momentum", "training", "affine", "track_running_stats")
@@ -54,8 +55,8 @@ class LayerComparison:
         name: in A's spelling, without prefix.
         changes: by role, for each tensor present on either side.
         settings: what both sides say of the layer beside its tensors and not alike, e.g. eps: A's value and B's.
-        mean_shift: the largest shift of a channel's running_mean, in standard deviations of A.
-        variance_ratio: running_var of B over A in the channel where it moved most.
+        statistics: how far running_mean and running_var moved from A to B, in the unit that recalibrating has; None
+            where that cannot be said.
         scale_change, shift_change: how far scale and shift moved as vectors, relative to their length in A.
         eps_known: the file says eps, or the architecture does that it is recognised as; else PyTorch's default stands
             in, which these numbers are coarse enough for.
@@ -64,8 +65,7 @@ class LayerComparison:
     name: str
     changes: Mapping[str, Change]
     settings: Mapping[str, tuple[object, object]] = field(default_factory=dict)
-    mean_shift: float | None = None
-    variance_ratio: float | None = None
+    statistics: StatisticsShift | None = None
     scale_change: float | None = None
     shift_change: float | None = None
     eps_known: bool = False
@@ -76,10 +76,9 @@ class LayerComparison:
 
     @property
     def severity(self) -> float:
-        """How far the layer moved, to sort by: the largest of its measures, all relative to A."""
-        ratio = self.variance_ratio
-        spread = None if ratio is None else abs(math.log(ratio)) if ratio > 0 else math.inf
-        known = [m for m in (self.mean_shift, spread, self.scale_change, self.shift_change) if m is not None]
+        """How far the layer moved, to sort by: the largest of its measures, of statistics in the worst channel."""
+        worst = None if self.statistics is None else self.statistics.worst
+        known = [measure for measure in (worst, self.scale_change, self.shift_change) if measure is not None]
         if any(math.isnan(measure) for measure in known):
             return math.inf
         return max(known, default=math.inf if self.changed else 0.0)
@@ -272,7 +271,7 @@ def _compare_layer(
     settings = _compare_settings(a, b)
     a, b = _with_eps(a, of=b), _with_eps(b, of=a)
     if a.eps == b.eps and all(change is Change.SAME for change in changes.values()):
-        return LayerComparison(name, changes, settings, 0.0, 1.0, 0.0, 0.0, eps_known=a.eps is not None)
+        return LayerComparison(name, changes, settings, NO_SHIFT, 0.0, 0.0, eps_known=a.eps is not None)
     return dataclasses.replace(_measure(name, changes, a, b), settings=settings)
 
 
@@ -313,21 +312,17 @@ def _measure(name: str, changes: Mapping[str, Change], a: BatchNorm, b: BatchNor
     if len(lengths) != 1 or not all(role in side for side in (before, after) for role in STATISTICS):
         return LayerComparison(name, changes)
     eps_a, eps_b = (DEFAULT_EPS if norm.eps is None else norm.eps for norm in (a, b))
-    spreads = [math.sqrt(max(variance, 0.0) + eps_a) for variance in before["running_var"]]
-    shifts = [
-        abs(new - old) / spread
-        for old, new, spread in zip(before["running_mean"], after["running_mean"], spreads, strict=True)
-    ]
-    ratios = [
-        _ratio(new + eps_b, old + eps_a) for old, new in zip(before["running_var"], after["running_var"], strict=True)
-    ]
     scale_a, shift_a = _scale_and_shift(before, eps_a)
     scale_b, shift_b = _scale_and_shift(after, eps_b)
     return LayerComparison(
         name,
         changes,
-        mean_shift=_largest(shifts),
-        variance_ratio=max(ratios, key=lambda ratio: abs(math.log(ratio)) if ratio > 0 else math.inf, default=1.0),
+        statistics=measure_shift(
+            (before["running_mean"], before["running_var"]),
+            (after["running_mean"], after["running_var"]),
+            old_eps=eps_a,
+            new_eps=eps_b,
+        ),
         scale_change=_relative(scale_a, scale_b),
         shift_change=_relative(shift_a, shift_b),
         eps_known=None not in (a.eps, b.eps),
@@ -353,16 +348,6 @@ def _scale_and_shift(numbers: Mapping[str, Sequence[float]], eps: float) -> tupl
     bias = numbers.get("bias", [0.0] * len(mean))
     scale = [w / math.sqrt(v + eps) if v + eps > 0 else math.nan for w, v in zip(weight, variance, strict=True)]
     return scale, [b - m * s for b, m, s in zip(bias, mean, scale, strict=True)]
-
-
-def _ratio(new: float, old: float) -> float:
-    if old == new:
-        return 1.0
-    return new / old if old else math.inf
-
-
-def _largest(values: Sequence[float]) -> float:
-    return math.nan if any(map(math.isnan, values)) else max(values, default=0.0)
 
 
 def _relative(old: Sequence[float], new: Sequence[float]) -> float:

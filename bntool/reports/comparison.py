@@ -37,14 +37,18 @@ def describe_comparison(comparison: Comparison, *, path_b: str) -> dict[str, Any
     }
 
 
+# the same facts as of a layer that is recalibrated
+_SHIFTS = ("mean_shift", "worst_mean_shift", "variance_ratio", "variance_spread")
+
+
 def _describe_layer(layer: LayerComparison) -> dict[str, Any]:
+    shift = layer.statistics
     return {
         "name": layer.name,
         "changed": layer.changed,
         "tensors": {role: change.value for role, change in layer.changes.items()},
         "settings": {name: list(values) for name, values in layer.settings.items()},
-        "mean_shift": layer.mean_shift,
-        "variance_ratio": layer.variance_ratio,
+        **{name: None if shift is None else getattr(shift, name) for name in _SHIFTS},
         "scale_change": layer.scale_change,
         "shift_change": layer.shift_change,
         "eps_known": layer.eps_known,
@@ -91,7 +95,9 @@ def _table(layers: Sequence[LayerComparison]) -> Table:
         Column("layer", shrinks=True),
         Column("changed"),
         Column("mean", right=True),
+        Column("worst", right=True, wide=100),
         Column("var", right=True),
+        Column("spread", right=True, wide=100),
         Column("scale", right=True),
         Column("shift", right=True),
     )
@@ -103,11 +109,14 @@ _SHORT = {"weight": "w", "bias": "b", "running_mean": "mean", "running_var": "va
 
 
 def _row(layer: LayerComparison) -> tuple[Cell, ...]:
+    shift = layer.statistics
     return (
         Cell(layer.name),
         Cell(_roles(layer), Style.WARNING if layer.changed else Style.MUTED),
-        Cell(_number(layer.mean_shift, "σ")),
-        Cell(_number(layer.variance_ratio, "×")),
+        Cell(_number(shift and shift.mean_shift, "σ")),
+        Cell(_number(shift and shift.worst_mean_shift, "σ")),
+        Cell(_number(shift and shift.variance_ratio, "×")),
+        Cell(_number(shift and shift.variance_spread, "×")),
         Cell(_percent(layer.scale_change)),
         Cell(_percent(layer.shift_change)),
     )

@@ -37,6 +37,14 @@ class StatisticsShift:
         """One number to sort by: shift in sigmas, or log of the variance ratio, whichever is larger."""
         return max(self.mean_shift, math.log(self.variance_spread)) if self.finite else math.inf
 
+    @property
+    def worst(self) -> float:
+        """The same for the channel that moved most."""
+        return max(self.worst_mean_shift, abs(math.log(self.worst_variance_ratio))) if self.finite else math.inf
+
+
+NO_SHIFT = StatisticsShift(0.0, 0.0, 1.0, 1.0, 1.0, finite=True)
+
 
 def measure_shift(old: Statistics, new: Statistics, *, old_eps: float, new_eps: float) -> StatisticsShift:
     """How far statistics of as many channels moved."""

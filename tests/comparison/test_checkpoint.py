@@ -71,9 +71,13 @@ def test_measures_agree_with_torch():
             for state in (before, after)
             for role in ("running_mean", "running_var")
         )
-        assert layer.mean_shift == pytest.approx(((mean_b - mean_a).abs() / (var_a + 1e-5).sqrt()).max().item())
-        ratio = (var_b + 1e-5) / (var_a + 1e-5)
-        assert layer.variance_ratio == pytest.approx(ratio[ratio.log().abs().argmax()].item())
+        shift = (mean_b - mean_a) / (var_b + 1e-5).sqrt()
+        assert layer.statistics.mean_shift == pytest.approx(shift.square().mean().sqrt().item())
+        assert layer.statistics.worst_mean_shift == pytest.approx(shift.abs().max().item())
+        ratio = ((var_b + 1e-5) / (var_a + 1e-5)).log()
+        assert layer.statistics.variance_ratio == pytest.approx(ratio.mean().exp().item())
+        assert layer.statistics.variance_spread == pytest.approx(ratio.square().mean().sqrt().exp().item())
+        assert layer.statistics.worst_variance_ratio == pytest.approx(ratio[ratio.abs().argmax()].exp().item())
         answers = []
         for state in (before, after):
             norm = nn.BatchNorm1d(len(mean_a)).double().eval()

@@ -136,6 +136,19 @@ def test_the_layer_that_is_furthest_off_is_named(net, images, tmp_path, capsys):
     assert "Furthest from it: 4 is off by 1 σ" in said
 
 
+def test_diff_says_the_same_of_the_same_change(net, images, tmp_path):
+    model, path, out = build(), tmp_path / "t.pt", tmp_path / "o.pt"
+    for norm in (model[1], model[4]):
+        norm.running_mean.normal_()
+        norm.running_var.uniform_(0.5, 2)
+    torch.save(model.state_dict(), path)
+    result = recalibrate_checkpoint(path, out, model=net, data=[images])
+    compared = {layer.name: layer.statistics for layer in bntool.diff(path, out).layers}
+    for drift in result.recalibration.drifts:
+        for name in ("mean_shift", "worst_mean_shift", "variance_ratio", "variance_spread"):
+            assert getattr(compared[drift.layer], name) == pytest.approx(getattr(drift, name), rel=1e-5)
+
+
 def test_a_folded_file_is_told_apart(net, images, tmp_path):
     path, folded = tmp_path / "t.pt", tmp_path / "f.pt"
     torch.save(build().state_dict(), path)
