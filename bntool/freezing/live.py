@@ -22,6 +22,7 @@ from bntool.modules.finding import (
     find_batchnorm_modules,
     find_name_prefix,
     find_wrapper_prefix,
+    has_statistics,
     is_frozen_class,
     is_uninitialized,
     unwrap,
@@ -66,12 +67,16 @@ def freeze(
     names = [
         name.removeprefix(prefix)
         for name, module in found.items()
-        if not is_frozen_class(module) and selects(globs, name.removeprefix(prefix))
+        if not is_frozen_class(module)
+        and selects(globs, name.removeprefix(prefix))
+        # one without statistics normalises by each batch in eval mode too: only its weight and bias can be frozen
+        and (requires_grad is not None or is_uninitialized(module) or has_statistics(module))
     ]
     if not norm_eval and requires_grad is None and frozen_stages is None:
         raise UsageError("norm_eval=False and requires_grad=None freeze nothing")
     if not names and frozen_stages is None:
-        what = "no BatchNorm layer is selected" if globs else "the model has no BatchNorm layer that could be frozen"
+        what = "no BatchNorm layer is selected that has statistics, or weight and bias to freeze"
+        what = what if globs else "the model has no BatchNorm layer that could be frozen"
         raise UsageError(what)
     stages = None
     if frozen_stages is not None:

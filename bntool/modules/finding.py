@@ -88,6 +88,11 @@ def find_eps(module: torch.nn.Module) -> float:
     return float(eps) if isinstance(eps, int | float) else DEFAULT_EPS
 
 
+def has_statistics(module: torch.nn.Module) -> bool:
+    """Whether a module keeps running statistics."""
+    return all(module._buffers.get(role) is not None for role in STATISTICS)
+
+
 def has_other_statistics(module: torch.nn.Module) -> bool:
     """Whether a module keeps statistics as BatchNorm does and its class says that it is none: InstanceNorm and such."""
     return module._buffers.get("running_mean") is not None and not is_batchnorm(module)

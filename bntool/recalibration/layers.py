@@ -13,6 +13,7 @@ from bntool.models.user_code import running_user_code
 from bntool.modules.borrowing import borrow
 from bntool.modules.finding import (
     find_batchnorm_modules,
+    has_statistics,
     is_batchnorm,
     is_frozen_class,
     is_uninitialized,
@@ -50,7 +51,7 @@ def choose_layers(
             continue
         if is_uninitialized(module):
             skips.append(Skip(shown, SkipReason.NOT_INITIALISED, "a lazy layer that has not seen a batch"))
-        elif any(module._buffers.get(role) is None for role in STATISTICS):
+        elif not has_statistics(module):
             skips.append(Skip(shown, SkipReason.NO_STATISTICS, "track_running_stats is off"))
         elif id(module) in frozen and not globs:
             skips.append(Skip(shown, SkipReason.FROZEN, f"{frozen[id(module)]}; --layers selects it all the same"))

@@ -386,3 +386,16 @@ def test_tracing_a_frozen_model_keeps_the_freeze():
     before = traced.state_dict()["1.running_mean"].clone()
     traced(torch.randn(4, 3, 9, 9) + 3)
     assert torch.equal(before, traced.state_dict()["1.running_mean"])
+
+
+def test_layers_without_statistics_cannot_be_kept_in_eval_mode():
+    net = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.BatchNorm2d(8), nn.BatchNorm2d(8, track_running_stats=False)
+    )
+    net[1].track_running_stats, net[1].running_mean, net[1].running_var = False, None, None  # as Tent does
+    assert freeze(net).layers == ("2",)
+    unfreeze(net)
+    assert freeze(net, requires_grad=False).layers == ("1", "2", "3")
+    assert not net[3].weight.requires_grad
+    with pytest.raises(UsageError, match="has statistics"):
+        freeze(nn.Sequential(nn.BatchNorm2d(8, track_running_stats=False)), layers="0")
