@@ -133,6 +133,8 @@ def _walk_back(  # noqa: PLR0913 what is carried along
         source = graph.nodes[edge.source]
         if source.kind is NodeKind.INPUT:
             raise Blocked(SkipReason.NO_PRODUCER, "it reads the model's input")
+        if not source.ran:
+            raise Blocked(SkipReason.SHARED_OUTPUT, f"{source.describe()} did not run here and may feed it, too")
         if source.kind is NodeKind.OTHER:
             raise Blocked(SkipReason.NOT_ADJACENT, f"{source.describe()} lies between")
         channels = _channels_back(edge, source, reader, wanted)
@@ -217,6 +219,11 @@ def _walk_forward(
         if not producer and not passes and not (reader.kind is NodeKind.BATCH_NORM and reader.layer in removed):
             how = "reads its output" if reader.ran else "did not run here and may read its output"
             raise Blocked(SkipReason.NOT_ADJACENT, f"{reader.describe()} {how}")
+        others = (graph.nodes[e.source] for e in graph.inputs(reader) if e.port == edge.port)
+        idle = next((node for node in others if not node.ran), None)
+        if idle is not None:
+            what = f"{idle.describe()} did not run here and may feed {reader.describe()}, too"
+            raise Blocked(SkipReason.SHARED_OUTPUT, what)
         channels = _channels_forward(graph, edge, source, reader, given)
         if producer:
             if reader.padded and np.any(shift[channels[channels >= 0]] != 0):

@@ -73,7 +73,7 @@ class Node:
         has_bias_slot: the owner of the weight reads ``self.bias`` too, so that one can be added.
         class_name: of the module that owns the parameters.
         new_bias: a name that is free for a bias, where that of its module's does not go without saying.
-        ran: it was seen to run; else it is a module that did not, and that may read what its relatives read.
+        ran: it was seen to run; else it is a module that did not, and that may read and feed what its relatives do.
     """
 
     index: int
@@ -167,10 +167,11 @@ class ModelGraph:
 
     @cached_property
     def observed(self) -> ModelGraph:
-        """The same graph without what did not run and only may read something."""
+        """The same graph without what did not run and only may read or feed something."""
         if all(node.ran for node in self.nodes):
             return self
-        return replace(self, edges=tuple(edge for edge in self.edges if self.nodes[edge.target].ran))
+        seen = (edge for edge in self.edges if self.nodes[edge.source].ran and self.nodes[edge.target].ran)
+        return replace(self, edges=tuple(seen))
 
     def inputs(self, node: Node) -> tuple[Edge, ...]:
         """The edges into a node."""

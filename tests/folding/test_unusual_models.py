@@ -83,6 +83,80 @@ def test_what_did_not_run_but_may_read_the_same_stops_the_fold(model, ran, layou
     assert all(torch.equal(tensor, before[name]) for name, tensor in result.model.state_dict().items())
 
 
+class TwoConvolutions(nn.Module):
+    """Two convolutions in front of one BatchNorm."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two, self.norm = nn.Conv2d(3, 8, 3), nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)
+
+    def forward(self, x, first=True):
+        return self.norm((self.one if first else self.two)(x)).relu()
+
+
+class TwoLinears(nn.Module):
+    """The same, and the choice is an attribute of a module inside."""
+
+    class Choice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.kinds, self.active = nn.ModuleList([nn.Linear(9, 4), nn.Linear(9, 4)]), 0
+
+        def forward(self, x):
+            return self.kinds[self.active](x)
+
+    def __init__(self):
+        super().__init__()
+        self.choice, self.norm = self.Choice(), nn.BatchNorm2d(3)
+        self.last = nn.BatchNorm1d(4)
+
+    def forward(self, x):
+        return self.last(self.choice(self.norm(x).mean((1, 2))))
+
+
+class NormsInFront(nn.Module):
+    """Two BatchNorms in front of one convolution: folding one forward would scale it for the other, too."""
+
+    def __init__(self):
+        super().__init__()
+        self.norms, self.conv = nn.ModuleList([nn.BatchNorm2d(3), nn.BatchNorm2d(3)]), nn.Conv2d(3, 4, 1)
+
+    def forward(self, x, which=0):
+        return self.conv(self.norms[which](x))
+
+
+@pytest.mark.parametrize("layout", ["folded", "same-keys"])
+@pytest.mark.parametrize(
+    ("model", "ran", "idle"),
+    [(TwoConvolutions, "norm", "two"), (TwoLinears, "last", "choice.kinds.1"), (NormsInFront, "norms.0", "norms.1")],
+)
+def test_what_did_not_run_but_may_feed_the_same_stops_the_fold(model, ran, idle, layout):
+    result = bntool.fold(randomise(model()), image(), layout=layout)
+    assert folded(result) == []
+    if (model, layout) != (NormsInFront, "same-keys"):
+        assert f"({idle}) did not run here and may feed" in reasons(result)[ran][1]
+
+
+class Branches(nn.Module):
+    """Each domain has its own convolution and BatchNorm."""
+
+    def __init__(self):
+        super().__init__()
+        self.one = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
+        self.two = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
+
+    def forward(self, x, first=True):
+        return self.one(x) if first else self.two(x)
+
+
+def test_whole_branches_are_folded():
+    net, x = randomise(Branches()), image()
+    result = bntool.fold(net, x)
+    assert folded(result) == ["one.1"]
+    for first in (True, False):
+        torch.testing.assert_close(result.model(x, first), net(x, first), atol=1e-9, rtol=1e-9)
+
+
 class ForwardChoice(nn.Module):
     """A BatchNorm that is folded forward, into what one of two readers takes."""
 

@@ -2,7 +2,8 @@
 
 Which of them runs may hang on an argument or an attribute (domain-specific BatchNorm, AdvProp). A forward that is
 observed shows one. What it does not show is told by how modules lie together: a BatchNorm that did not run, without a
-convolution or linear of its own beside it that did not run either, may read whatever its nearest relatives read.
+convolution or linear of its own beside it that did not run either, may read what its nearest relatives read, and feed
+what they feed. So may a convolution or linear of the same size without a BatchNorm of its own.
 """
 
 from __future__ import annotations
@@ -23,11 +24,13 @@ class Alternative:
     Attributes:
         path, module: which.
         relatives: calls of those that did, whose inputs it may read.
+        feeds: those of them whose output its own may take the place of.
     """
 
     path: str
     module: nn.Module
     relatives: tuple[Node, ...]
+    feeds: tuple[Node, ...]
 
 
 def find_alternatives(
@@ -54,16 +57,21 @@ def find_alternatives(
             near = (node for node in calls if node.kind in kinds and _is_within(node.layer, scope))
             relatives = tuple(node for node in near if _count_inputs(modules[node.layer]) == features)
             if relatives:
-                if not normalises or not _have_producers(idle, scope, features):
-                    yield Alternative(path, module, relatives)
+                outputs = features if normalises else _count_outputs(module)
+                producers, norms = _count_idle(idle, scope, outputs)
+                if not normalises:
+                    same = (node for node in relatives if _count_outputs(modules[node.layer]) == outputs)
+                    yield Alternative(path, module, relatives, () if norms >= producers else tuple(same))
+                elif norms > producers:
+                    yield Alternative(path, module, relatives, relatives)
                 break
 
 
-def _have_producers(idle: Mapping[str, nn.Module], scope: str, channels: int) -> bool:
-    """Whether there is a producer that did not run for each BatchNorm that did not."""
+def _count_idle(idle: Mapping[str, nn.Module], scope: str, channels: int | None) -> tuple[int, int]:
+    """How many producers of so many channels did not run, and how many BatchNorms."""
     inside = [module for path, module in idle.items() if _is_within(path, scope)]
-    norms = [module for module in inside if is_batchnorm(module) and _count_inputs(module) == channels]
-    return sum(_count_outputs(module) == channels for module in inside) >= len(norms)
+    norms = sum(is_batchnorm(module) and _count_inputs(module) == channels for module in inside)
+    return sum(_count_outputs(module) == channels for module in inside), norms
 
 
 def _find_scopes(path: str) -> Iterator[str]:

@@ -367,8 +367,14 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.reads.add(node.index, port, meet(labels, axis=None))
 
     def finish(self) -> ModelGraph:
-        self.add_alternatives()
+        feeds = dict(self.add_alternatives())
         nodes, edges, uses = self.reads.join(self.nodes, self.completed)
+        edges += tuple(
+            replace(edge, source=alternative)
+            for alternative, relatives in feeds.items()
+            for edge in edges
+            if edge.source in relatives and nodes[edge.target].ran
+        )
         index = self.index
         return ModelGraph(
             nodes,
@@ -382,8 +388,12 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             other_norms=frozenset(path for path, module in index.modules.items() if has_other_statistics(module)),
         )
 
-    def add_alternatives(self) -> None:
-        """Let what did not run read what its relatives read, in whose place another argument may run it."""
+    def add_alternatives(self) -> Iterator[tuple[int, set[int]]]:
+        """Let what did not run read what its relatives read, in whose place another argument may run it.
+
+        Returns:
+            The node of each, and those whose readers it may feed.
+        """
         products = {total: product for product, total in self.completed.items()}
         ran = {path for path, module in self.index.modules.items() if id(module) in self.called}
         for alternative in find_alternatives(self.index.modules, self.nodes, ran, skipped=products.values()):
@@ -394,3 +404,4 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 meeting = self.reads.of(products.get(relative.index, relative.index))
                 if meeting is not None:
                     self.reads.add(node.index, port, meeting)
+            yield node.index, {self.completed.get(fed.index, fed.index) for fed in alternative.feeds}
