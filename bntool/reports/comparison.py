@@ -113,10 +113,10 @@ def _row(layer: LayerComparison) -> tuple[Cell, ...]:
     return (
         Cell(layer.name),
         Cell(_roles(layer), Style.WARNING if layer.changed else Style.MUTED),
-        Cell(_number(shift and shift.mean_shift, "σ")),
-        Cell(_number(shift and shift.worst_mean_shift, "σ")),
-        Cell(_number(shift and shift.variance_ratio, "×")),
-        Cell(_number(shift and shift.variance_spread, "×")),
+        Cell(_number(shift.mean_shift if shift is not None else None, "σ")),
+        Cell(_number(shift.worst_mean_shift if shift is not None else None, "σ")),
+        Cell(_number(shift.variance_ratio if shift is not None else None, "×")),
+        Cell(_number(shift.variance_spread if shift is not None else None, "×")),
         Cell(_percent(layer.scale_change)),
         Cell(_percent(layer.shift_change)),
     )
