@@ -15,7 +15,7 @@ from typing import NamedTuple
 from bntool.checkpoints.batchnorms import find_unknown_statistics
 from bntool.checkpoints.checkpoint import Checkpoint, Format
 from bntool.checkpoints.files import SourceFile, quote
-from bntool.errors import BntoolError, OtherFormatError, UnknownFormatError, UnreadableFileError
+from bntool.errors import BntoolError, OtherFormatError, UnknownFormatError, UnreadableFileError, UnsafeFileError
 
 _JSON = (b"{", b" ", b"\t", b"\n", b"\r", b"\v", b"\f")  # perhaps after white space
 _ZIP, _HDF5, _PICKLE = b"PK\x03\x04", b"\x89HDF\r\n\x1a\n", b"\x80"
@@ -88,6 +88,9 @@ FORMATS = Formats(
 )
 
 _HEAD = 4096
+_ENDINGS_OF_HDF5 = (".h5", ".hdf5")
+_ENDINGS_OF_ZIP = (".keras", ".pt2")
+_END_OF_ZIP = 22 + (1 << 16)  # bytes in which the directory of a zip archive ends
 _OF_FOLDERS = ".distcp"  # ends names of files that say nothing without .metadata
 _PART = ".data-"  # in names of files that say nothing without another, TensorFlow's
 
@@ -145,6 +148,7 @@ def open_file(file: SourceFile) -> Checkpoint:
         if file.path.name.endswith(_OF_FOLDERS):
             raise UnknownFormatError("this is a part of a torch.distributed.checkpoint folder; name the folder")
         head = file.read(0, min(file.size, _HEAD))
+        _check_one_reading(file, head)
         for candidate in FORMATS.of_file(file.path, head):
             with contextlib.suppress(OtherFormatError):  # formats share the signatures of their containers
                 return _look_for_more(candidate.read(file))
@@ -163,6 +167,25 @@ _CONTAINERS = (
     (b"ustar", 257, "a tar archive", "unpack it first"),
     (_PICKLE, 0, "a pickle that torch.save did not write", "those of numpy arrays are read, too"),
 )
+
+
+def _check_one_reading(file: SourceFile, head: bytes) -> None:
+    """Refuse a file whose usual reader, by its name, finds something else in it than its first bytes say.
+
+    Raises:
+        UnsafeFileError: h5py finds an HDF5 file behind other bytes, or a reader of zip archives one that only ends so.
+    """
+    name, behind = file.path.name, ""
+    if name.endswith(_ENDINGS_OF_HDF5) and not head.startswith(_HDF5):
+        offset = 512
+        while offset + len(_HDF5) <= file.size and not behind:  # where the standard has it, too
+            behind = "an HDF5 file" if file.read(offset, len(_HDF5)) == _HDF5 else ""
+            offset *= 2
+    elif name.endswith(_ENDINGS_OF_ZIP) and not head.startswith(_ZIP):
+        tail = min(file.size, _END_OF_ZIP)
+        behind = "a zip archive" if b"PK\5\6" in file.read(file.size - tail, tail) else ""
+    if behind:
+        raise UnsafeFileError(f"this file can be read in two ways: by its first bytes, and as {behind} behind them")
 
 
 def _look_for_more(checkpoint: Checkpoint) -> Checkpoint:

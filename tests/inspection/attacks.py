@@ -213,6 +213,27 @@ def _call_partial(canary: Path) -> bytes:
     return pickle.dumps(functools.partial(os.mkdir, str(canary)), 2)[:-1] + b")R."
 
 
+def exported(record: str) -> Callable[[Path, Path], Path]:
+    """A ``.pt2`` archive with an evil file of torch.save in the place of one that its loader unpickles."""
+
+    def build(folder: Path, canary: Path) -> Path:
+        program = torch.export.export(torch.nn.BatchNorm1d(3).eval(), (torch.ones(2, 3),))
+        torch.export.save(program, folder / "good.pt2")
+        evil = io.BytesIO()
+        torch.save({"x": MakesFolder(canary)}, evil)
+        path = folder / "evil.pt2"
+        with zipfile.ZipFile(folder / "good.pt2") as source, zipfile.ZipFile(path, "w") as archive:
+            for name in source.namelist():
+                archive.writestr(name, evil.getvalue() if record in name else source.read(name))
+        return path
+
+    return build
+
+
+def load_exported(path: Path) -> None:
+    torch.export.load(path)
+
+
 def load_torch(path: Path) -> None:
     if path.suffix == ".json":
         path = path.parent / "legacy.pth"
@@ -240,5 +261,6 @@ ATTACKS: dict[str, tuple[Callable[[Path, Path], Path], Callable[[Path], None]]] 
     "distributed transformed by 0": (distributed(functools.partial(_transform, 0)), load_distributed),
     "distributed transformed by ''": (distributed(functools.partial(_transform, "")), load_distributed),
     "distributed name by call": (distributed(_rename_by_call), load_distributed),
+    "exported example inputs": (exported("/data/sample_inputs/"), load_exported),
     "partial called": (pickled(_call_partial), load_torch),
 }

@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import pickle
 import warnings
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import h5py
 import numpy as np
 import pytest
 import torch
@@ -75,6 +77,40 @@ def _nested_key(depth: int) -> bytes:
 )
 def test_what_only_eats_memory_or_time_is_never_harmless(opcodes: bytes, tmp_path: Path) -> None:
     assert judge(pickled(lambda _: opcodes)(tmp_path, tmp_path)) in ("suspicious", "unsafe")
+
+
+def test_an_archive_of_two_libraries_is_refused(tmp_path: Path) -> None:
+    torch.save(STATE_DICT, tmp_path / "model.keras")
+    with zipfile.ZipFile(tmp_path / "model.keras", "a") as archive:
+        archive.writestr("config.json", "{}")
+        archive.writestr("metadata.json", "{}")
+    assert judge(tmp_path / "model.keras") == "unsafe"
+
+
+@pytest.mark.parametrize("place", [512, 1024, 4096])
+def test_an_hdf5_file_behind_another_one_is_refused(place: int, tmp_path: Path) -> None:
+    """h5py finds it there: the first bytes of a file are the user's by the standard of HDF5."""
+    torch.save(STATE_DICT, tmp_path / "first", _use_new_zipfile_serialization=False)
+    first = (tmp_path / "first").read_bytes()[:place].ljust(place, b"\0")
+    (tmp_path / "model.h5").write_bytes(first)
+    with h5py.File(tmp_path / "inner.h5", "w", userblock_size=place) as file:
+        file["layer"] = [1.0]
+    data = (tmp_path / "inner.h5").read_bytes()
+    (tmp_path / "model.h5").write_bytes(first + data[place:])
+    with h5py.File(tmp_path / "model.h5") as file:
+        assert "layer" in file
+    assert judge(tmp_path / "model.h5") == "unsafe"
+
+
+@pytest.mark.parametrize("ending", [".keras", ".pt2"])
+def test_a_zip_archive_behind_another_file_is_refused(ending: str, tmp_path: Path) -> None:
+    path = tmp_path / f"model{ending}"
+    torch.save(STATE_DICT, path, _use_new_zipfile_serialization=False)
+    assert judge(path) == "harmless"
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr("config.json", "{}")
+    assert zipfile.is_zipfile(path)
+    assert judge(path) == "unsafe"
 
 
 def _with_times(archive: Any, evil: bytes) -> None:

@@ -58,21 +58,10 @@ class TorchLegacy(Format):
     writer = "torch.legacy_writing:write"
 
     def recognises(self, path: Path, head: bytes) -> bool:  # noqa: ARG002 (names say nothing)
-        return head[:1] == b"\x80" and _HEAD in head[2:32]  # protocols 4 and 5 put a frame before it
+        return starts_as_legacy(head)
 
     def read(self, file: SourceFile) -> Checkpoint:
-        if is_tar_header(file.read(0, min(file.size, TAR_BLOCK))):
-            raise UnsafeFileError(
-                "this file can be read in two ways: as a tar archive, which torch.load tries first, and as pickles"
-            )
-        magic = read_pickle(file)
-        protocol = read_pickle(file, offset=magic.end)
-        system = read_pickle(file, offset=protocol.end)
-        if magic.root != _MAGIC or protocol.root != _PROTOCOL:
-            raise CorruptFileError("this is torch's legacy format, but in no version of it that is known")
-        budget = OpcodeBudget()
-        pickle = read_pickle(file, offset=system.end, budget=budget)
-        keys = read_pickle(file, offset=pickle.end, budget=budget)
+        _, _, system, pickle, keys = pickles = read_pickles(file)
         big_endian = as_mapping(system.root).get("little_endian") is False
         layout = LegacyLayout(file, keys, _locate_storages(file, pickle, keys), big_endian)
         reader = ArrayReader(lambda reference: _resolve(layout, reference))
@@ -82,7 +71,7 @@ class TorchLegacy(Format):
             format=self,
             state_dicts=found.state_dicts,
             entries=as_mapping(pickle.root) if is_mapping(pickle.root) else {},
-            globals=list_globals(magic, protocol, system, pickle, keys),  # torch.load unpickles all of them
+            globals=list_globals(*pickles),
             records=read_records(found.sources),
             not_understood=found.not_understood,
             content=LegacyContent(pickle, reader, found.sources, layout),
@@ -90,6 +79,33 @@ class TorchLegacy(Format):
 
     def can_record(self, checkpoint: Checkpoint, state_dict: StateDict) -> bool:
         return is_mapping(metadata_node(LegacyContent.of(checkpoint).sources[state_dict.key].node))
+
+
+def starts_as_legacy(head: bytes) -> bool:
+    """Whether a file that begins so is read as one of this format."""
+    return head[:1] == b"\x80" and _HEAD in head[2:32]  # protocols 4 and 5 put a frame before it
+
+
+def read_pickles(file: SourceFile, *, budget: OpcodeBudget | None = None) -> tuple[Pickle, ...]:
+    """The five pickles of a file, all of which torch.load unpickles: magic, protocol, system, object, storage keys.
+
+    Raises:
+        CorruptFileError: it is of no version that is known.
+        UnsafeFileError: it is a tar archive, too.
+    """
+    if is_tar_header(file.read(0, min(file.size, TAR_BLOCK))):
+        raise UnsafeFileError(
+            "this file can be read in two ways: as a tar archive, which torch.load tries first, and as pickles"
+        )
+    magic = read_pickle(file)
+    protocol = read_pickle(file, offset=magic.end)
+    if magic.root != _MAGIC or protocol.root != _PROTOCOL:
+        raise CorruptFileError("this is torch's legacy format, but in no version of it that is known")
+    budget = budget or OpcodeBudget()
+    found = [magic, protocol]
+    for _ in ("system", "object", "keys"):
+        found.append(read_pickle(file, offset=found[-1].end, budget=budget))
+    return tuple(found)
 
 
 def _locate_storages(file: SourceFile, pickle: Pickle, keys: Pickle) -> dict[str, StoredRun]:

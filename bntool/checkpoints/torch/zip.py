@@ -15,9 +15,10 @@ from bntool.checkpoints.records import History, parse_records
 from bntool.checkpoints.tensors import Storage
 from bntool.checkpoints.torch.arrays import ArrayReader
 from bntool.checkpoints.torch.state_dicts import TorchContent, find_state_dicts, read_records
-from bntool.checkpoints.torch.tensors import StorageReference
+from bntool.checkpoints.torch.tensors import StorageReference, read_storage_reference
 from bntool.errors import CorruptFileError, OtherFormatError, UnsafeFileError
 
+_KERAS = {"config.json", "metadata.json"}  # what Keras looks for
 MAX_PICKLE = 1 << 29
 
 
@@ -56,6 +57,10 @@ class TorchZip(Format):
         archive = read_archive(file)
         layout = find_layout(archive)
         pickle = read_main_pickle(layout)
+        for node in pickle.persistent_ids:  # torch reads those outside of state dicts, too
+            reference = read_storage_reference(node)
+            if reference is not None:
+                resolve_storage(layout, reference)
         reader = ArrayReader(lambda reference: resolve_storage(layout, reference))
         found = find_state_dicts(pickle.root, reader)
         return Checkpoint(
@@ -96,6 +101,8 @@ def find_layout(archive: ZipArchive) -> ArchiveLayout:
     top = [name for name in archive.records if name.count("/") <= 1 and name.rpartition("/")[2].lower() == "data.pkl"]
     if not top:
         raise OtherFormatError("the archive has no data.pkl")
+    if archive.records.keys() >= _KERAS:
+        raise UnsafeFileError("this zip archive can be read in two ways: as one of torch.save, and as one of Keras")
     if len(top) > 1:
         raise CorruptFileError("the zip archive holds more than one data.pkl")
     root = top[0][: -len("data.pkl")]

@@ -6,13 +6,24 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-from bntool.checkpoints.checkpoint import Checkpoint, Format, LoadingCode, ModuleInfo, StateDict
+from bntool.checkpoints.checkpoint import (
+    Checkpoint,
+    Format,
+    GlobalName,
+    GlobalTrust,
+    LoadingCode,
+    ModuleInfo,
+    StateDict,
+)
 from bntool.checkpoints.containers.json_texts import read_json
+from bntool.checkpoints.containers.pickles.reading import OpcodeBudget
+from bntool.checkpoints.containers.pickles.trust import merge_globals
 from bntool.checkpoints.containers.zips.reading import InflatedRecord, ZipArchive, ZipRecord, read_archive
 from bntool.checkpoints.dtypes import BY_NAME
-from bntool.checkpoints.files import SourceFile, quote
+from bntool.checkpoints.files import FileSlice, FileView, SourceFile, quote
 from bntool.checkpoints.state_dicts import find_prefix
 from bntool.checkpoints.tensors import MAX_DIMENSIONS, Storage, StoredTensor, Tensor
+from bntool.checkpoints.torch.nested import list_nested_globals
 from bntool.checkpoints.torch.zip import ArchiveLayout, check_case, is_big_endian, read_loose_records
 from bntool.checkpoints.torch_programs.exported_graph import read_batchnorms
 from bntool.checkpoints.torch_programs.torchscript import RECORD_NAME, find_root
@@ -53,12 +64,35 @@ class ExportedProgram(Format):
             format=self,
             state_dicts=tuple(state_dict for state_dict in state_dicts if state_dict.tensors),
             entries={"models": len(names)},
+            globals=_list_globals(archive, root),
             records=read_loose_records(layout),
             content=layout,
         )
 
     def verify_checksums(self, checkpoint: Checkpoint) -> int | None:
         return ArchiveLayout.of(checkpoint).archive.check_records()
+
+
+def _list_globals(archive: ZipArchive, root: str) -> tuple[GlobalName, ...]:
+    """What loading the programs would import or call: torch unpickles constants, example inputs and some weights."""
+    budget = OpcodeBudget()
+    found: list[GlobalName] = []
+    for name, record in archive.records.items():
+        folder = name.removeprefix(f"{root}data/").partition("/")[0]
+        if not name.startswith(f"{root}data/") or record.size < 4 or name.endswith(".json"):
+            continue
+        if record.is_deflated:
+            file: SourceFile = FileView(InflatedRecord(archive, record), like=archive.file)
+        else:
+            file = FileSlice(archive.file, offset=record.data_offset, length=record.size)
+        head = file.read(0, 4)
+        if head == b"PK\3\4" or (head[0] == 0x80 and head[1] <= 5):
+            try:
+                found += list_nested_globals(file, budget)
+            except (CorruptFileError, OtherFormatError, UnsafeFileError):
+                if folder != "weights":  # whose elements may begin like a pickle
+                    found.append(GlobalName(f"{name} (not understood)", called=True, trust=GlobalTrust.UNKNOWN))
+    return merge_globals(found)
 
 
 def _find_root(archive: ZipArchive) -> str:

@@ -23,7 +23,7 @@ def name_dangers(pickle: Pickle) -> Iterator[str]:
         is_named = isinstance(constructor, Instance) and constructor.path
         if not isinstance(constructor, ExtensionCode) and not (is_named and constructor.path in GETATTR):
             yield f"{constructor.path}(...)()" if is_named else "a call of what the pickle made"
-    amounts = [(instance.path, _count_allocated(instance)) for instance in pickle.allocations]
+    amounts = [(instance.path, _count_allocated(instance)) for instance in pickle.notable_calls]
     if sum(amount for _, amount in amounts) > MAX_ALLOCATED:
         path, amount = max(amounts, key=itemgetter(1))
         yield f"{path} for {amount} elements"

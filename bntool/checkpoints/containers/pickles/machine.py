@@ -32,6 +32,7 @@ ALLOCATORS = frozenset(
      "ndarray", "_reconstruct", "Size"}
 )  # fmt: skip
 _TENSORS = ("Storage", "Tensor")
+_REBUILT = ("torch._utils._rebuild_", "torch._tensor._rebuild_", "torch.nn.parameter.")
 _WINDOW = 1 << 16
 
 MARK = object()
@@ -54,7 +55,7 @@ class Machine:
         self.persistent_ids: list[PersistentId] = []
         self.extensions: list[ExtensionCode] = []
         self.made_calls: list[Node] = []  # what the pickle calls that it does not name but made
-        self.allocations: list[Instance] = []  # calls that may take memory by a number
+        self.notable_calls: list[Instance] = []  # see Pickle
         self.dropped = False  # something left the stack without a place in what is built
 
     @property
@@ -169,7 +170,7 @@ class Machine:
             name = constructor.name
             makes_module = how is Construction.REDUCE and constructor.module.startswith("torch.nn.modules.")
             if name in ALLOCATORS or name.endswith(_TENSORS) or makes_module:
-                self.allocations.append(instance)
+                self.notable_calls.append(instance)
         self.stack.append(instance)
 
     def set_items(self, pairs: list[tuple[Node, Node]]) -> None:
@@ -180,6 +181,8 @@ class Machine:
         if isinstance(target, Dict):
             target.pairs.extend(pairs)
         elif isinstance(target, Instance):
+            if target.path.startswith(_REBUILT):  # CVE-2026-24747: it writes into memory while the file is loaded
+                raise UnsafeFileError("the pickle sets elements of a tensor")
             target.updates.append((Update.ITEMS, pairs))
         else:
             raise CorruptFileError("the pickle sets items of something that has none")

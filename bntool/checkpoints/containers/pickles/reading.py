@@ -48,7 +48,7 @@ class Pickle:
         persistent_ids: in order of appearance.
         extensions: what it names by number.
         made_calls: what it calls without a name, because it made it.
-        allocations: calls of named classes and functions that may take memory by a number.
+        notable_calls: of named classes and functions that may take memory by a number.
         complete: all that it makes is part of ``root``.
     """
 
@@ -61,7 +61,7 @@ class Pickle:
     persistent_ids: list[PersistentId] = field(default_factory=list)
     extensions: list[ExtensionCode] = field(default_factory=list)
     made_calls: list[Node] = field(default_factory=list)
-    allocations: list[Instance] = field(default_factory=list)
+    notable_calls: list[Instance] = field(default_factory=list)
     complete: bool = True
 
 
@@ -135,6 +135,6 @@ def _finish(machine: Machine) -> Pickle:
         persistent_ids=machine.persistent_ids,
         extensions=machine.extensions,
         made_calls=machine.made_calls,
-        allocations=machine.allocations,
+        notable_calls=machine.notable_calls,
         complete=not machine.dropped and not machine.stack,
     )
