@@ -8,6 +8,7 @@ Freezing, folding and recalibrating each produce a :class:`Plan`. It is applied 
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -15,6 +16,8 @@ from typing import Any, TypeAlias
 
 from bntool.errors import RefusedError
 from bntool.representation import short_repr
+
+_SHOWN = 3  # layers that a refusal names
 
 
 class Operation(Enum):
@@ -263,9 +266,8 @@ def check_plan(plan: Plan, path: object, *, strict: bool) -> None:
     """
     skips = [skip for skip in plan.skips if skip.reason is not SkipReason.NOT_SELECTED]  # that was asked for
     if not plan.steps:
-        reasons = ", ".join(sorted({skip.reason.value for skip in skips}))
-        why = f" ({reasons})" if reasons else ": the state dict has no BatchNorm layer, or --layers matches none"
-        raise RefusedError(f"nothing could be done safely{why}; nothing was written", path=path)
+        why = _list_skips(skips) if skips else "the state dict has no BatchNorm layer, or --layers matches none"
+        raise RefusedError(f"nothing could be done safely: {why}; nothing was written", path=path)
     if strict and skips:
         first, count = skips[0], f"{len(skips):,} layer{'s' * (len(skips) > 1)}"
         raise RefusedError(
@@ -273,6 +275,14 @@ def check_plan(plan: Plan, path: object, *, strict: bool) -> None:
         )
     if strict and plan.assumptions:
         raise RefusedError(f"--strict: this would be assumed: {plan.assumptions[0]}", path=path)
+
+
+def _list_skips(skips: Sequence[Skip]) -> str:
+    """The first layers that are left alone with what was seen of each, and how many more there are."""
+    shown = [f"{skip.layer}: {skip.reason.value}{f' ({skip.detail})' * bool(skip.detail)}" for skip in skips[:_SHOWN]]
+    rest = Counter(skip.reason.value for skip in skips[_SHOWN:])
+    more = ", ".join(f"{count:,} more {reason}" for reason, count in rest.items())
+    return ", ".join([*shown, *([more] if more else [])])
 
 
 def describe_step(step: Step) -> dict[str, Any]:

@@ -161,6 +161,17 @@ def open_file(file: SourceFile) -> Checkpoint:
         raise UnreadableFileError("there is not enough memory to read it", path=file.path) from error
 
 
+# known by name, and not read: what they are made from is
+_NOT_READ = (
+    (b"TFL3", 4, "a TensorFlow Lite model"),
+    (b"GGUF", 0, "a GGUF file of llama.cpp"),
+    (b"ftrt", 0, "a TensorRT engine"),
+    (b"<?xml", 0, "an XML file, such as the model of OpenVINO (beside its .bin)"),
+    (b"<net ", 0, "an OpenVINO model"),
+    (b"7767517", 0, "an ncnn model"),
+    (b"\x93NUMPY", 0, "a numpy array"),
+    (b"MATLAB ", 0, "a MATLAB file"),
+)
 _CONTAINERS = (
     (_ZIP, 0, "a zip archive", "unpack it first"),
     (_HDF5, 0, "an HDF5 file", "those of Keras and Caffe are read"),
@@ -199,6 +210,9 @@ def _look_for_more(checkpoint: Checkpoint) -> Checkpoint:
 
 
 def _describe_unknown(head: bytes) -> str:
+    for magic, offset, what in _NOT_READ:
+        if head.startswith(magic, offset):
+            return f"this is {what}, which bntool does not read; give it the checkpoint that this was made from"
     for magic, offset, container, advice in _CONTAINERS:
         if head.startswith(magic, offset):
             return f"this is {container}, but it holds none of the formats that bntool reads; {advice}"

@@ -7,8 +7,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bntool.batchnorm import NormKind
+from bntool.checkpoints.batchnorms import find_norms
 from bntool.checkpoints.caffe.nets import deploy_net
-from bntool.checkpoints.checkpoint import StateDict, check_changeable
+from bntool.checkpoints.checkpoint import Checkpoint, StateDict, check_changeable
+from bntool.checkpoints.files import quote
 from bntool.checkpoints.formats import open_checkpoint
 from bntool.checkpoints.records import check_not_folded
 from bntool.checkpoints.saving import check_output
@@ -96,6 +99,8 @@ def fold_checkpoint(  # noqa: PLR0913 as many as the command has options
     with open_checkpoint(path) as opened:
         check_changeable(opened)
         check_output(opened, None if dry_run else target, force=force)
+        if model is None:
+            _check_has_layers(opened, state_dict)
         kind = None
         if program is not None:
             has_shape = input_shape is not None or data is not None
@@ -135,6 +140,22 @@ def fold_checkpoint(  # noqa: PLR0913 as many as the command has options
             result = save_fold(result, target, net=net, export=program, tolerance=tolerance, force=force)
         result.read_ranges()
     return result
+
+
+def _check_has_layers(checkpoint: Checkpoint, key: str | None) -> None:
+    """Refuse a file in which there is nothing to fold, before anything more is asked for.
+
+    Raises:
+        RefusedError: its state dict has no BatchNorm, or nothing that could be read as one.
+    """
+    chosen = choose_state_dict(checkpoint, key)
+    without_types = checkpoint.format.needs_prototxt and checkpoint.content is None  # the .prototxt says what it holds
+    foldable = (norm.kind.is_batch_norm or norm.kind is NormKind.QUANTIZED_BATCH_NORM for norm in find_norms(chosen))
+    if without_types or any(foldable):
+        return
+    doubts = checkpoint.not_understood
+    more = f"; {quote(doubts[0].name)} may be one, and could not be read: {doubts[0].reason}" if doubts else ""
+    raise RefusedError(f"the state dict has no BatchNorm layer: there is nothing to fold{more}", path=checkpoint.path)
 
 
 def _load(

@@ -25,6 +25,7 @@ from bntool.checkpoints.containers.protobufs.writing import unused_name
 from bntool.checkpoints.files import SourceFile
 from bntool.checkpoints.onnx.constants import Constants
 from bntool.checkpoints.onnx.graph import (
+    GRAPH,
     METADATA,
     OPSETS,
     PRODUCER,
@@ -39,6 +40,7 @@ from bntool.checkpoints.onnx.graph import (
 from bntool.checkpoints.onnx.tensors import ExternalData, is_external, read_tensor
 from bntool.checkpoints.records import RECORD_KEY, parse_record
 from bntool.checkpoints.tensors import Tensor
+from bntool.errors import UnknownFormatError
 
 ROLES = ("weight", "bias", "running_mean", "running_var")  # in the order of the node's inputs, after the data
 # of other domains than ONNX's: of ONNX Runtime for training, of its extensions, and a compiled program
@@ -46,6 +48,8 @@ _ACTING = {
     **dict.fromkeys(("PythonOp", "PythonOpGrad", "PyOp", "PyCustomOp"), GlobalTrust.SUSPICIOUS),
     **dict.fromkeys(("ATen", "ATenGrad", "EPContext"), GlobalTrust.UNKNOWN),
 }
+_CORE_ML = (200, 4000)  # numbers of the fields in which its Model holds one kind of model or another
+_FIELDS = {b"\x0a", b"\x12"}  # how the MetaGraphDef of a SavedModel begins, where ONNX has the name of a program
 _KEPT = 0.9  # the default of BatchNormalization's momentum: the share that is kept
 
 
@@ -132,6 +136,7 @@ def read_model(file: SourceFile, *, external: ExternalData) -> Checkpoint:
         UnreadableFileError: a file with its data is missing.
     """
     model = Message(Buffer(file), 0, file.size)
+    _check_format(model)
     graphs = read_graphs(model)
     reading = _Reading(graphs, read_calls(model, graphs), external)
     has_external = any(is_external(message) for graph in graphs for message in graph.initializers.values())
@@ -155,6 +160,27 @@ def read_model(file: SourceFile, *, external: ExternalData) -> Checkpoint:
             model, graphs, reading.places, reading.layers, reading.called, external, has_external, opset
         ),
     )
+
+
+def _check_format(model: Message) -> None:
+    """Tell models of other formats that begin as ONNX's do by their fields.
+
+    Raises:
+        UnknownFormatError: it is one of Core ML or TensorFlow.
+    """
+    if model.last(GRAPH) is not None:
+        return
+    numbers = {one.number for one in model.fields}
+    if any(_CORE_ML[0] <= number <= _CORE_ML[1] for number in numbers):
+        raise UnknownFormatError(
+            "this is a Core ML model (.mlmodel), which bntool does not read; give it the checkpoint that this was made "
+            "from"
+        )
+    starts = {model.buffer.read(one.value_start, min(one.length, 1)) for one in model.all(PRODUCER)}
+    if numbers <= {1, PRODUCER} and starts & _FIELDS:
+        raise UnknownFormatError(
+            "this is the graph of a TensorFlow SavedModel (saved_model.pb); name the folder that it lies in"
+        )
 
 
 def _find_acting(model: Message, graphs: Iterable[OnnxGraph]) -> Iterator[GlobalName]:

@@ -1,0 +1,66 @@
+"""Formats that are known by name and not read are called by it; nobody is told that such a file is truncated."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from bntool.checkpoints.containers.protobufs.writing import embed, integer_field
+from bntool.checkpoints.formats import open_checkpoint
+from bntool.errors import CorruptFileError, UnknownFormatError
+
+
+def flat(*content: object) -> bytes:
+    return b"".join(piece for piece in content if isinstance(piece, bytes))
+
+
+def core_ml(kind: int) -> bytes:
+    """Model: specificationVersion, description with an input, and one kind of model."""
+    description = flat(*embed(1, *embed(1, b"image")))
+    return integer_field(1, 4) + flat(*embed(2, description)) + flat(*embed(kind, b"\x0a\x00"))
+
+
+def saved_model() -> bytes:
+    """SavedModel: version, MetaGraphDef with meta information and a graph of one node."""
+    meta = flat(*embed(1, *embed(5, b"serve")), *embed(2, *embed(1, *embed(1, b"x"), *embed(2, b"Placeholder"))))
+    return integer_field(1, 1) + flat(*embed(2, meta))
+
+
+OTHERS = {
+    "model.tflite": (b"\x1c\0\0\0TFL3" + bytes(64), "TensorFlow Lite"),
+    "model.gguf": (b"GGUF\x03\0\0\0" + bytes(64), "GGUF"),
+    "model.engine": (b"ftrt" + bytes(64), "TensorRT"),
+    "model.plan": (b"ftrt" + bytes(64), "TensorRT"),
+    "model.xml": (b'<?xml version="1.0"?><net name="m" version="11">', "OpenVINO"),
+    "bare.xml": (b'<net name="m" version="11">', "OpenVINO"),
+    "model.mlmodel": (core_ml(500), "Core ML"),
+    "program.mlmodel": (core_ml(502), "Core ML"),
+    "renamed.onnx": (core_ml(300), "Core ML"),
+    "saved_model.pb": (saved_model(), "name the folder"),
+    "other.pb": (saved_model(), "name the folder"),
+    "model.param": (b"7767517\n3 3\nInput data 0 1 data\n", "ncnn"),
+    "array.npy": (b"\x93NUMPY\x01\0" + bytes(64), "numpy array"),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_formats_are_called_by_name(name: str, tmp_path: Path) -> None:
+    data, word = OTHERS[name]
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(UnknownFormatError, match=word) as caught:
+        open_checkpoint(tmp_path / name)
+    assert "truncated" not in str(caught.value)
+
+
+def test_a_truncated_onnx_file_is_called_so(tmp_path: Path) -> None:
+    (tmp_path / "a.onnx").write_bytes(integer_field(1, 8) + flat(*embed(2, b"pytorch")))
+    with pytest.raises(CorruptFileError, match="holds no graph"):
+        open_checkpoint(tmp_path / "a.onnx")
+
+
+def test_a_numpy_array_really_begins_so(tmp_path: Path) -> None:
+    np.save(tmp_path / "a.npy", np.ones(3))
+    with pytest.raises(UnknownFormatError, match="numpy array"):
+        open_checkpoint(tmp_path / "a.npy")
