@@ -125,6 +125,7 @@ def command(
     from bntool.reports.report import FileReport, Report
 
     options.require_output(output, unless=dry_run or export is not None)
+    options.check_specs(model, data)
     with user_output_to_stderr(), show_progress(as_json=as_json, quiet=quiet) as progress:
         result = fold_checkpoint(
             checkpoint,

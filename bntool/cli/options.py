@@ -107,6 +107,23 @@ Device = Annotated[
 ]
 
 
+def check_specs(model: str | None, *data: str | None) -> None:
+    """Find out what ``--model`` and ``--data`` need and is not there, before torch is imported, which takes seconds.
+
+    Raises:
+        UsageError: a spec cannot be understood, or a file is missing.
+        MissingExtraError: a package is missing.
+    """
+    from bntool.data.requirements import check_data
+    from bntool.models.loading import check_model
+
+    if model is not None:
+        check_model(model)
+    for spec in data:
+        if spec is not None:
+            check_data(spec)
+
+
 def require_output(output: Path | None, *, unless: bool) -> None:
     """Hold the absence of an output against what makes it needless.
 

@@ -136,6 +136,7 @@ def command(
     if model is None or data is None:
         raise UsageError("recalibrate runs the model on data: give --model SPEC and --data SPEC")
     options.require_output(output, unless=dry_run)
+    options.check_specs(model, data, eval_data)
     wanted = _parse_samples(samples)
     arguments = parse_assignments(model_arg or ())
     with user_output_to_stderr(), show_progress(as_json=as_json, quiet=quiet) as progress:

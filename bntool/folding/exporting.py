@@ -63,7 +63,7 @@ def export_program(
         folded: what is exported; given back as it was.
         inputs: each a tensor, a tuple of positional or a dict of keyword arguments; the first is what is traced.
         tolerance: largest error of an output, relative to its largest magnitude.
-        kind: what it is written as; ONNX needs the packages of :func:`~bntool.folding.onnx_export.check_packages`.
+        kind: what it is written as; ONNX needs the packages of :func:`~bntool.folding.outputs.check_packages`.
 
     Raises:
         UserCodeError: torch cannot export the model.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import logging
 import tempfile
 import warnings
@@ -13,22 +12,9 @@ from typing import Any
 
 import torch
 
-from bntool.errors import MissingExtraError, RefusedError, UserCodeError, VerificationError
+from bntool.errors import RefusedError, UserCodeError, VerificationError
 from bntool.folding.onnxruntime_process import OnnxRuntime, RuntimeFailure
 from bntool.modules.calling import tensors_in
-
-_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
-
-
-def check_packages() -> None:
-    """Find out before any work whether ONNX can be written and run.
-
-    Raises:
-        MissingExtraError: a package is missing.
-    """
-    missing = [name for name in _PACKAGES if importlib.util.find_spec(name) is None]
-    if missing:
-        raise MissingExtraError(f"an ONNX file needs {', '.join(missing)}: pip install 'bntool[onnx]'")
 
 
 def convert_to_onnx(program: torch.export.ExportedProgram) -> bytes:

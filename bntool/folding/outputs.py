@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,12 +11,14 @@ from bntool.checkpoints.caffe.nets import write_net
 from bntool.checkpoints.checkpoint import Checkpoint, Loader
 from bntool.checkpoints.outputs import OutputFiles, check_output_differs
 from bntool.checkpoints.saving import write_checkpoint
-from bntool.errors import UsageError
+from bntool.errors import MissingExtraError, UsageError
+from bntool.folding.options import ProgramKind
 
 if TYPE_CHECKING:
     from bntool.checkpoints.caffe.prototxt import Prototxt
-    from bntool.folding.options import ProgramKind
     from bntool.folding.state_dict import CheckpointFold
+
+_PACKAGES = ("onnx", "onnxscript", "onnxruntime")  # that write and run an ONNX file
 
 
 def check_export(
@@ -29,9 +32,6 @@ def check_export(
             or no shape.
         UnwritableFileError: it exists and ``force`` is not given, or its folder is missing.
     """
-    from bntool.folding.onnx_export import check_packages
-    from bntool.folding.options import ProgramKind
-
     kinds = {kind.value: kind for kind in ProgramKind}
     kind = kinds.get(export.suffix.lower())
     if kind is None:
@@ -47,6 +47,17 @@ def check_export(
     if kind is ProgramKind.ONNX:
         check_packages()
     return kind
+
+
+def check_packages() -> None:
+    """Find out before any work whether ONNX can be written and run.
+
+    Raises:
+        MissingExtraError: a package is missing.
+    """
+    missing = [name for name in _PACKAGES if importlib.util.find_spec(name) is None]
+    if missing:
+        raise MissingExtraError(f"an ONNX file needs {', '.join(missing)}: pip install 'bntool[onnx]'")
 
 
 def save_fold(

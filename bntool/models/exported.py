@@ -6,13 +6,14 @@ import warnings
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from bntool.errors import RefusedError, UsageError
 from bntool.models.source import ModelSource
 from bntool.models.user_code import running_user_code
+
+if TYPE_CHECKING:
+    import torch
 
 _SUFFIXES = (".pt2", ".pt", ".pth", ".ts", ".jit", ".torchscript")
 
@@ -23,10 +24,14 @@ class ExportedSource(ModelSource):
     def recognises(self, spec: str) -> bool:
         return spec.lower().endswith(_SUFFIXES)
 
+    def check(self, spec: str) -> None:
+        if not Path(spec).is_file():
+            raise UsageError("there is no such file", path=spec)
+
     def load(self, spec: str, arguments: Mapping[str, Any]) -> torch.nn.Module:
+        import torch
+
         path = Path(spec)
-        if not path.is_file():
-            raise UsageError("there is no such file", path=path)
         if arguments:
             raise UsageError("an exported program takes no --model-arg", path=path)
         with running_user_code(f"loading {path}"):
@@ -49,6 +54,8 @@ def check_has_layers(model: torch.nn.Module, spec: str) -> None:
     Raises:
         RefusedError: it is one.
     """
+    import torch
+
     is_exported = isinstance(model, torch.fx.GraphModule) and not _can_change_mode(model)
     if is_exported or isinstance(model, torch.jit.ScriptModule):
         kind = "an exported" if is_exported else "a TorchScript"

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
-
-import torch
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from bntool.errors import UsageError
 from bntool.models.source import ModelSource
 from bntool.models.user_code import call_factory, import_object, is_factory_spec
+
+if TYPE_CHECKING:
+    import torch
 
 
 class FactorySource(ModelSource):
@@ -18,7 +20,14 @@ class FactorySource(ModelSource):
     def recognises(self, spec: str) -> bool:
         return is_factory_spec(spec)
 
+    def check(self, spec: str) -> None:
+        module = spec.rpartition(":")[0]
+        if module.endswith(".py") and not Path(module).is_file():
+            raise UsageError("there is no such file", path=module)
+
     def load(self, spec: str, arguments: Mapping[str, Any]) -> torch.nn.Module:
+        import torch
+
         found = import_object(spec)
         if isinstance(found, torch.nn.Module):
             if arguments:

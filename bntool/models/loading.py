@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Mapping
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from bntool.errors import UsageError
 from bntool.models.exported import ExportedSource
@@ -15,6 +13,9 @@ from bntool.models.mmdet_models import MmdetSource
 from bntool.models.source import ModelSource
 from bntool.models.timm_models import TimmSource
 from bntool.models.torchvision_models import TorchvisionSource
+
+if TYPE_CHECKING:
+    import torch
 
 # tried in this order: those with a prefix of their own first
 MODEL_SOURCES: tuple[ModelSource, ...] = (
@@ -40,9 +41,21 @@ def load_model(spec: str, *, arguments: Mapping[str, str]) -> torch.nn.Module:
         MissingExtraError: a package that it needs is not installed.
         UserCodeError: the user's code raised.
     """
+    source = check_model(spec)
+    return source.load(spec, {name: parse_value(text) for name, text in arguments.items()})
+
+
+def check_model(spec: str) -> ModelSource:
+    """Find out what kind of spec it is and whether what it needs is there, without importing torch.
+
+    Raises:
+        UsageError: the spec cannot be understood, or a file is missing.
+        MissingExtraError: a package is missing.
+    """
     for source in MODEL_SOURCES:
         if source.recognises(spec):
-            return source.load(spec, {name: parse_value(text) for name, text in arguments.items()})
+            source.check(spec)
+            return source
     forms = "; ".join(source.form for source in MODEL_SOURCES)
     raise UsageError(f"--model {spec!r} cannot be understood; it can be: {forms}{_hint(spec)}")
 

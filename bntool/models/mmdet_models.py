@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from bntool.errors import MissingExtraError, UsageError
-from bntool.models.source import ModelSource
+from bntool.models.source import ModelSource, check_package
 from bntool.models.user_code import running_user_code
+
+if TYPE_CHECKING:
+    import torch
 
 _PREFIX = "mmdet:"
 
@@ -21,11 +22,15 @@ class MmdetSource(ModelSource):
     def recognises(self, spec: str) -> bool:
         return spec.startswith(_PREFIX)
 
-    def load(self, spec: str, arguments: Mapping[str, Any]) -> torch.nn.Module:
-        """See :class:`ModelSource`; ``arguments`` override the config by dotted keys, as ``--cfg-options`` does."""
+    def check(self, spec: str) -> None:
         path = Path(spec.removeprefix(_PREFIX))
         if not path.is_file():
             raise UsageError("there is no such config", path=path)
+        check_package(spec, "mmdet", install="mmdet mmengine mmcv-lite")
+
+    def load(self, spec: str, arguments: Mapping[str, Any]) -> torch.nn.Module:
+        """See :class:`ModelSource`; ``arguments`` override the config by dotted keys, as ``--cfg-options`` does."""
+        path = Path(spec.removeprefix(_PREFIX))
         try:
             from mmdet.registry import MODELS
             from mmdet.utils import register_all_modules

@@ -2,11 +2,28 @@
 
 from __future__ import annotations
 
+import importlib.util
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+from bntool.errors import MissingExtraError
+
+if TYPE_CHECKING:
+    import torch
+
+
+def check_package(spec: str, package: str, *, install: str) -> None:
+    """Find out whether a package is installed that a spec needs.
+
+    Args:
+        install: what to give to ``pip install``.
+
+    Raises:
+        MissingExtraError: it is not.
+    """
+    if importlib.util.find_spec(package) is None:
+        raise MissingExtraError(f"{spec} needs {package}: pip install {install} (No module named {package!r})")
 
 
 class ModelSource(ABC):
@@ -17,6 +34,14 @@ class ModelSource(ABC):
     @abstractmethod
     def recognises(self, spec: str) -> bool:
         """Whether the spec is of this kind."""
+
+    def check(self, spec: str) -> None:  # noqa: B027 most can be found out only by loading
+        """Find out without importing torch, which takes seconds, what the spec needs and is not there.
+
+        Raises:
+            UsageError: a file is missing.
+            MissingExtraError: a package is missing.
+        """
 
     @abstractmethod
     def load(self, spec: str, arguments: Mapping[str, Any]) -> torch.nn.Module:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from bntool.errors import MissingExtraError, UsageError
-from bntool.models.source import ModelSource
+from bntool.models.source import ModelSource, check_package
 from bntool.models.user_code import running_user_code
+
+if TYPE_CHECKING:
+    import torch
 
 _PREFIX = "timm:"
 
@@ -20,6 +21,9 @@ class TimmSource(ModelSource):
 
     def recognises(self, spec: str) -> bool:
         return spec.startswith(_PREFIX)
+
+    def check(self, spec: str) -> None:
+        check_package(spec, "timm", install="timm")
 
     def load(self, spec: str, arguments: Mapping[str, Any]) -> torch.nn.Module:
         try:

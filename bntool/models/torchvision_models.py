@@ -5,13 +5,14 @@ from __future__ import annotations
 import difflib
 import inspect
 from collections.abc import Mapping
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from bntool.errors import MissingExtraError, UsageError
-from bntool.models.source import ModelSource
+from bntool.models.source import ModelSource, check_package
 from bntool.models.user_code import running_user_code
+
+if TYPE_CHECKING:
+    import torch
 
 _PREFIX = "torchvision:"
 _SLOW_INITIALISATION = ("inception_v3", "googlenet")  # they warn unless told whether to initialise
@@ -22,6 +23,9 @@ class TorchvisionSource(ModelSource):
 
     def recognises(self, spec: str) -> bool:
         return spec.startswith(_PREFIX)
+
+    def check(self, spec: str) -> None:
+        check_package(spec, "torchvision", install="torchvision")
 
     def load(self, spec: str, arguments: Mapping[str, Any]) -> torch.nn.Module:
         try:

@@ -109,3 +109,37 @@ def test_only_regular_files_are_replaced(model: Path, kind: str, options: str) -
     assert "out" in done.stderr
     assert (place.lstat().st_ino, place.lstat().st_mode) == (before.st_ino, before.st_mode)
     assert not [path for path in model.iterdir() if path.name[0] == "."]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ("recalibrate in.pt --model net.py:build --data x.npz", "-o OUT"),
+        ("recalibrate in.pt -o o.pt", "--model SPEC"),
+        ("recalibrate in.pt --model timm:resnet18 --data x.npz -o o.pt", "pip install timm"),
+        ("recalibrate in.pt --model what --data x.npz -o o.pt", "cannot be understood"),
+        ("recalibrate in.pt --model none.py:build --data x.npz -o o.pt", "no such file"),
+        ("recalibrate in.pt --model net.py:build --data folder -o o.pt", "bntool[images]"),
+        ("recalibrate in.pt --model net.py:build --data x.npz -o o.pt --model-arg x", "NAME=VALUE"),
+        ("recalibrate in.pt --model net.py:build --data x.npz -o o.pt --samples x", "at least 1"),
+        ("fold in.pt --model net.py:build", "-o OUT"),
+        ("fold in.pt --model mmdet:in.pt -o o.pt", "pip install mmdet"),
+        ("fold in.pt --model net.py:build --export o.onnx --input-shape 1,3,8,8", "bntool[onnx]"),
+        ("fold in.pt --export o.onnx", "give --model"),
+        ("fold in.pt --model net.py:build --export o.pt2", "give --input-shape"),
+        ("fold in.pt --benchmark -o o.pt", "give --model"),
+        ("fold in.pt --model net.py:build --tolerance 0 -o o.pt", "positive"),
+        ("fold in.pt --model net.py:build -o in.pt", "output is the input"),
+        ("fold in.pt --model net.py:build --pair a -o o.pt", "PRODUCER=BATCHNORM"),
+    ],
+)
+def test_what_is_wrong_with_a_command_is_said_before_torch_is_imported(model: Path, arguments: str, says: str) -> None:
+    (model / "folder").mkdir()
+    script = (
+        "import importlib.util, sys; find = importlib.util.find_spec; "
+        "importlib.util.find_spec = lambda name: None if name in ('timm', 'mmdet', 'PIL', 'onnx') else find(name); "
+        "from bntool.cli.main import main; code = main(sys.argv[1:]); assert 'torch' not in sys.modules; sys.exit(code)"
+    )
+    done = shell(f'{sys.executable} -c "{script}" {arguments}', model)
+    assert done.returncode == 2, done.stderr
+    assert says in done.stderr

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from bntool.errors import MissingExtraError, UserCodeError, VerificationError
-from bntool.folding import onnx_export as onnx_programs
+from bntool.folding import outputs
 from bntool.folding.exporting import Program, export_program
 from bntool.folding.options import ProgramKind
 
@@ -92,9 +92,9 @@ def test_another_model_does_not_pass(kind) -> None:
 
 
 def test_missing_packages_are_named(monkeypatch) -> None:
-    monkeypatch.setattr(onnx_programs, "_PACKAGES", ("torch", "no_such_package"))
+    monkeypatch.setattr(outputs, "_PACKAGES", ("torch", "no_such_package"))
     with pytest.raises(MissingExtraError, match=r"needs no_such_package: pip install 'bntool\[onnx\]'"):
-        onnx_programs.check_packages()
+        outputs.check_packages()
 
 
 class Branching(nn.Module):
