@@ -18,7 +18,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[2]
 KEPT = ROOT / ".behaviour"  # what a revision did, so that it runs once
-SHOWN = 20  # runs whose difference is printed
+SHOWN = 20  # runs whose difference is printed; all are in a file of KEPT
 
 
 def observe(tree: Path, inputs: Path) -> dict[str, Any]:
@@ -60,9 +60,9 @@ def command_lines(inputs: Path) -> dict[str, list[str]]:
 
 
 def differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
-    """One text for each run that differs."""
+    """One text for each run that differs; what only terminals show comes last."""
     texts = []
-    for name in dict.fromkeys([*before, *after]):
+    for name in sorted(dict.fromkeys([*before, *after]), key=lambda name: "[terminal" in name):
         old, new = before.get(name), after.get(name)
         if old != new:
             lines = [
@@ -85,8 +85,10 @@ def main() -> int:
         before = observe_revision(base, inputs)
         after = observe(ROOT, inputs)
     texts = differences(before, after)
+    everything = KEPT / "differences.txt"
+    everything.write_text("\n\n".join(texts))
     print(*texts[:SHOWN], sep="\n\n")
-    print(f"\n{len(after)} command lines, {len(texts)} do something else than at {base}")
+    print(f"\n{len(after)} runs, {len(texts)} do something else than at {base}; all in {everything.relative_to(ROOT)}")
     return 1 if texts else 0
 
 

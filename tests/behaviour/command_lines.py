@@ -45,7 +45,7 @@ def list_command_lines(inputs: Path) -> dict[str, list[str]]:
 
 
 def _add_for_file(add, file: str) -> None:
-    suffix = "".join(Path(file).suffixes[-1:])
+    suffix = Path(file).suffix or ".pt"
     add("inspect", file)
     add("inspect", file, "--json", "--all")
     if suffix == ".npz":
