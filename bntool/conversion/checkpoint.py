@@ -168,7 +168,7 @@ def _rename(
     if steps and checkpoint.format.can_record(checkpoint, source):
         options = {"strip_prefix": strip_prefix, "add_prefix": add_prefix, "renames": dict(renames or {})}
         plan = plan.with_record(make_record(plan, to=None, **{name: value for name, value in options.items() if value}))
-    left = describe_left(checkpoint, source, steps)
+    left = describe_left(checkpoint, source, strip_prefix=strip_prefix)
     return Conversion(None, checkpoint, plan, None, None, kept=(), losses=tuple(left), renames=steps)
 
 

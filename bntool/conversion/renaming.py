@@ -20,7 +20,7 @@ def plan_renames(
 
     Args:
         strip_prefix: what all or some names begin with, such as ``module.``; whole parts of names.
-        renames: from the path of a module, or the name of a tensor, to another.
+        renames: from the path of a module, or the name of a tensor, to another; with or without a wrapper's prefix.
         add_prefix: what is put before all names.
 
     Raises:
@@ -34,8 +34,12 @@ def plan_renames(
             raise UsageError(f"--strip-prefix {strip_prefix!r}: no tensor has it{_hint(strip_prefix, names)}")
         names = {old: name.removeprefix(prefix) for old, name in names.items()}
     for part, new in (renames or {}).items():
-        before, after = part.strip("."), new.strip(".")
-        found = [old for old, name in names.items() if name == before or name.startswith(f"{before}.")]
+        found: list[str] = []
+        for lead in ("", state_dict.prefix):  # wrappers' prefixes may be left out, as everywhere
+            before, after = lead + part.strip("."), lead + new.strip(".")
+            found = [old for old, name in names.items() if name == before or name.startswith(f"{before}.")]
+            if found:
+                break
         if not found:
             raise UsageError(f"--rename {part}={new}: no module or tensor is called so{_hint(part, names.values())}")
         for old in found:
@@ -52,12 +56,13 @@ def plan_renames(
     return tuple(RenameTensor(old, name) for old, name in names.items() if old != name)
 
 
-def describe_left(checkpoint: Checkpoint, state_dict: StateDict, steps: Sequence[RenameTensor]) -> list[str]:
+def describe_left(checkpoint: Checkpoint, state_dict: StateDict, *, strip_prefix: str) -> list[str]:
     """What keeps the old names, one sentence each."""
     left = []
-    kept = [name for name in state_dict.tensors if name not in {step.name for step in steps}]
+    prefix = strip_prefix.rstrip(".") + "."
+    kept = [name for name in state_dict.tensors if strip_prefix and not name.startswith(prefix)]
     if kept:
-        left.append(f"the names of {_some(kept)}, which are as they were")
+        left.append(f"the names of {_some(kept)}, which do not begin with {prefix}")
     others = [s.key or "(root)" for s in checkpoint.state_dicts if s is not state_dict]
     if others:
         left.append(f"the names in other state dicts of the file: {_some(others)}")

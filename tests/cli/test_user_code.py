@@ -166,4 +166,4 @@ def test_a_tolerance_that_is_no_number_is_a_usage_error(folder: Path) -> None:
 
 def test_a_glob_that_matches_nothing_does_not_pass_a_gate(folder: Path) -> None:
     save(folder)
-    assert main(["inspect", "net.pt", "--layers", "nothing*", "--fail-on", "warning", "--quiet"]) == 1
+    assert main(["inspect", "net.pt", "--layers", "nothing*", "--fail-on", "warning", "--quiet"]) == 2

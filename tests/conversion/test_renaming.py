@@ -182,7 +182,7 @@ def test_what_keeps_old_names_is_said(tmp_path):
     torch.save({"model": mixed, "ema": ema, "named": named, "optimizer": numbered}, tmp_path / "a.pt")
     losses = bntool.convert(tmp_path / "a.pt", strip_prefix="module.").losses
     assert [loss.partition(" ")[2].partition(":")[0] for loss in losses] == [
-        "names of x.head.weight, x.head.bias, which are as they were",
+        "names of x.head.weight, x.head.bias, which do not begin with module.",
         "names in other state dicts of the file",
         "fit of named",
     ]
