@@ -33,6 +33,18 @@ def make_record(plan: Plan, **details: Any) -> dict[str, Any]:
     }
 
 
+def find_recorded_momentum(history: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """The momentum of each layer, as the last conversion that knew it recorded."""
+    from bntool.plan import Operation
+
+    found: dict[str, Any] = {}
+    for record in history:
+        modules = record.get("modules")
+        if record.get("operation") == Operation.CONVERT.value and isinstance(modules, dict):
+            found.update({name: facts.get("momentum") for name, facts in modules.items() if isinstance(facts, dict)})
+    return {name: momentum for name, momentum in found.items() if isinstance(momentum, float)}
+
+
 def find_recorded_eps(history: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """The eps that the tensors of each layer belong to, as the last conversion or freeze that knew it recorded."""
     from bntool.plan import Operation  # files that bntool did not write need none

@@ -34,16 +34,7 @@ def plan_renames(
             raise UsageError(f"--strip-prefix {strip_prefix!r}: no tensor has it{_hint(strip_prefix, names)}")
         names = {old: name.removeprefix(prefix) for old, name in names.items()}
     for part, new in (renames or {}).items():
-        found: list[str] = []
-        for lead in ("", state_dict.prefix):  # wrappers' prefixes may be left out, as everywhere
-            before, after = lead + part.strip("."), lead + new.strip(".")
-            found = [old for old, name in names.items() if name == before or name.startswith(f"{before}.")]
-            if found:
-                break
-        if not found:
-            raise UsageError(f"--rename {part}={new}: no module or tensor is called so{_hint(part, names.values())}")
-        for old in found:
-            names[old] = f"{after}{names[old].removeprefix(before)}".removeprefix(".")
+        names.update(_rename_part(names, part, new, prefix=state_dict.prefix))
     if add_prefix:
         prefix = add_prefix.rstrip(".") + "."
         names = {old: prefix + name for old, name in names.items()}
@@ -54,6 +45,20 @@ def plan_renames(
             raise RefusedError(f"it cannot be renamed: {why}", tensor=old)
         taken[name] = old
     return tuple(RenameTensor(old, name) for old, name in names.items() if old != name)
+
+
+def _rename_part(names: Mapping[str, str], part: str, new: str, *, prefix: str) -> dict[str, str]:
+    """New names of what is called so, or lies below it; a wrapper's prefix may be left out, as everywhere.
+
+    Raises:
+        UsageError: nothing is.
+    """
+    for lead in dict.fromkeys(("", prefix)):
+        before, after = lead + part.strip("."), lead + new.strip(".")
+        found = [old for old, name in names.items() if name == before or name.startswith(f"{before}.")]
+        if found:
+            return {old: f"{after}{names[old].removeprefix(before)}".removeprefix(".") for old in found}
+    raise UsageError(f"--rename {part}={new}: no module or tensor is called so{_hint(part, names.values())}")
 
 
 def describe_left(checkpoint: Checkpoint, state_dict: StateDict, *, strip_prefix: str) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from bntool.batchnorm import ROLES, BatchNorm, NormKind, check_globs, selects
@@ -99,6 +99,7 @@ def _inspect(
             statistics=statistics,
             chosen=one is chosen,
             recalibrated=_recalibrated_layers(checkpoint, one),
+            momentum=_recorded_momentum(checkpoint, one),
         )
         for one in wanted
     ]
@@ -117,12 +118,16 @@ def _inspect_state_dict(
     statistics: bool,
     chosen: bool,
     recalibrated: frozenset[str],
+    momentum: Mapping[str, float],
 ) -> StateDictInspection:
     norms = find_norms(state_dict)
     architectures = recognise(state_dict)
     norms = give_eps(norms, architectures)
     selected = [norm for norm in norms if norm.kind.is_batch_norm and selects(layers, norm.name)]
-    inspected = tuple(_inspect_layer(norm, recalibrated=norm.name in recalibrated) for norm in selected)
+    inspected = tuple(
+        _inspect_layer(norm, momentum=momentum.get(norm.name), recalibrated=norm.name in recalibrated)
+        for norm in selected
+    )
     others = Counter(norm.kind for norm in norms if not norm.kind.is_batch_norm)
     roles = {name: _role(state_dict, name, tensor) for name, tensor in state_dict.tensors.items()}
     sizes = {name: _count(tensor) for name, tensor in state_dict.tensors.items()}
@@ -175,7 +180,17 @@ def _recalibrated_layers(checkpoint: Checkpoint, state_dict: StateDict) -> froze
     return frozenset(names)
 
 
-def _inspect_layer(layer: BatchNorm, *, recalibrated: bool) -> LayerInspection:
+def _recorded_momentum(checkpoint: Checkpoint, state_dict: StateDict) -> Mapping[str, float]:
+    """The momentum of layers that a state dict cannot hold, as the file records."""
+    history = checkpoint.records.get(state_dict.key, ())
+    if not history:
+        return {}
+    from bntool.checkpoints.records import find_recorded_momentum  # as above
+
+    return find_recorded_momentum(history)
+
+
+def _inspect_layer(layer: BatchNorm, *, momentum: float | None, recalibrated: bool) -> LayerInspection:
     summaries: dict[str, Summary] = {}
     unread: list[str] = []
     for role in ROLES:
@@ -185,7 +200,8 @@ def _inspect_layer(layer: BatchNorm, *, recalibrated: bool) -> LayerInspection:
                 summaries[role] = summary
             else:
                 unread.append(role)
-    findings = find_in_layer(summaries, eps=layer.eps, recalibrated=recalibrated)
+    momentum = momentum if layer.momentum is None else layer.momentum
+    findings = find_in_layer(summaries, eps=layer.eps, momentum=momentum, recalibrated=recalibrated)
     if unread:
         message = (
             f"{', '.join(unread)}: the file holds no plain elements (uninitialised, meta, or too large to be read)"

@@ -19,12 +19,16 @@ HALF_SMALLEST_NORMAL = 2.0**-14
 HALF_LARGEST = 65504.0
 
 
-def find_in_layer(tensors: dict[str, Summary], *, eps: float | None, recalibrated: bool = False) -> list[Finding]:
+def find_in_layer(
+    tensors: dict[str, Summary], *, eps: float | None, momentum: float | None = None, recalibrated: bool = False
+) -> list[Finding]:
     """The findings of one BatchNorm, from its tensors alone.
 
     Args:
         tensors: by role.
         eps: where it is known; else PyTorch's default is used for the scale, which thresholds are coarse enough for.
+        momentum: where it is known, what the counter says is held against what the statistics can be after so few
+            updates.
         recalibrated: the file records that its statistics were recomputed, so that the counter tells nothing.
     """
     findings = _shapes(tensors)
@@ -38,7 +42,7 @@ def find_in_layer(tensors: dict[str, Summary], *, eps: float | None, recalibrate
         findings += initial
         findings += _scale(tensors, variance, DEFAULT_EPS if eps is None else eps)
         findings += _half(mean, variance)
-        findings += _counter(tensors, is_initial=bool(initial), recalibrated=recalibrated)
+        findings += _counter(tensors, is_initial=bool(initial), momentum=momentum, recalibrated=recalibrated)
     return findings
 
 
@@ -58,7 +62,12 @@ def _nonfinite(tensors: dict[str, Summary]) -> list[Finding]:
         return []
     role, count = max(bad.items(), key=lambda item: item[1])
     listed = ", ".join(f"{count} of {len(tensors[role].values)} in {role}" for role, count in bad.items())
-    message = f"NaN or infinite: {listed}. The outputs of these channels are NaN; recalibrate, or take an earlier file"
+    outputs = "The outputs of these channels are NaN"
+    if bad.keys() == {"running_var"} and not any(map(math.isnan, tensors["running_var"].values)):
+        outputs = "These channels are constant, their bias: whatever comes in is divided by infinity"
+        if -math.inf in tensors["running_var"].values:
+            outputs = "The outputs of these channels are NaN or constant"
+    message = f"NaN or infinite: {listed}. {outputs}; recalibrate, or take an earlier file"
     return [Finding(FindingCode.NON_FINITE, Severity.ERROR, f"{count} non-finite in {role}", message, bad)]
 
 
@@ -162,7 +171,9 @@ def _half(mean: Summary, variance: Summary) -> list[Finding]:
     return findings
 
 
-def _counter(tensors: dict[str, Summary], *, is_initial: bool, recalibrated: bool) -> list[Finding]:
+def _counter(
+    tensors: dict[str, Summary], *, is_initial: bool, momentum: float | None, recalibrated: bool
+) -> list[Finding]:
     counter = tensors.get("num_batches_tracked")
     if counter is None:
         return []
@@ -178,7 +189,7 @@ def _counter(tensors: dict[str, Summary], *, is_initial: bool, recalibrated: boo
             "model, an averaged copy); momentum=None would forget them at the first batch"
         )
         return [Finding(FindingCode.COUNTER_ZERO, Severity.NOTICE, "counter 0", message)]
-    if 0 < count < FEW_UPDATES:
+    if 0 < count < FEW_UPDATES and not _contradicts(tensors["running_var"], count, momentum):
         message = (
             f"the statistics rest on {count} batch{'es' if count > 1 else ''} only (num_batches_tracked): recomputed "
             "on other data than the training's, reset, or hardly trained; check them with recalibrate --dry-run"
@@ -193,3 +204,15 @@ def _counter(tensors: dict[str, Summary], *, is_initial: bool, recalibrated: boo
             )
         ]
     return []
+
+
+def _contradicts(variance: Summary, count: int, momentum: float | None) -> bool:
+    """Whether running_var is less than what so few updates leave of its initial 1: no batch has a negative variance.
+
+    After n updates with momentum m at least (1 - m)^n is left (PyTorch: new = (1 - m) * old + m * batch). The counter
+    was then set by other means than these updates, as copies of a model that count anew have it.
+    """
+    if momentum is None or not 0 < momentum < 1 or variance.minimum is None:
+        return False
+    rounding = 1 - 2.0**-7 * count  # of each update, in the narrowest dtype
+    return variance.minimum < (1 - momentum) ** count * rounding

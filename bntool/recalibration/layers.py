@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
-from torch.nn.modules.instancenorm import _InstanceNorm
 
 from bntool.batchnorm import STATISTICS, check_globs, selects
 from bntool.errors import RefusedError
@@ -57,16 +56,6 @@ def choose_layers(
             skips.append(Skip(shown, SkipReason.FROZEN, f"{frozen[id(module)]}; --layers selects it all the same"))
         else:
             chosen[name] = module
-    for name, module in walk_modules(model):
-        shown = name.removeprefix(prefix)
-        if (
-            isinstance(module, _InstanceNorm)
-            and module._buffers.get("running_mean") is not None
-            and selects(globs, shown)
-        ):
-            skips.append(
-                Skip(shown, SkipReason.NOT_A_BATCHNORM, "InstanceNorm: its statistics are of single instances")
-            )
     return chosen, skips
 
 

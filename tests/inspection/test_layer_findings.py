@@ -6,7 +6,9 @@ import math
 from typing import Any
 
 import pytest
+import torch
 
+import bntool
 from bntool.inspection.findings import FindingCode, Severity
 from bntool.inspection.layer_findings import find_in_layer
 from bntool.inspection.results import Summary, summarize
@@ -114,3 +116,66 @@ def test_a_sum_that_overflows_is_not_mistaken_for_infinity() -> None:
     summary = summarize([1.7e308, 1.7e308], dtype="float64", shape=(2,))
     assert summary.nonfinite == 0
     assert summary.maximum == 1.7e308
+
+
+def updated(count, momentum, *, dtype=torch.float32, scale=0.0):
+    """A layer after so many real updates on data that do not vary: what torch leaves of the initial 1."""
+    bn = torch.nn.BatchNorm2d(4, momentum=momentum).to(dtype)
+    for _ in range(count):
+        bn(torch.randn(8, 4, 2, 2).to(dtype) * scale + 3)
+    return bn
+
+
+@pytest.mark.parametrize("momentum", [0.01, 0.03, 0.1, 0.3])
+@pytest.mark.parametrize("count", [1, 2, 7, 21])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+def test_a_counter_that_torch_itself_made_is_believed(count, momentum, dtype):
+    found = bntool.inspect(updated(count, momentum, dtype=dtype)).state_dicts[0].layers[0].findings
+    assert FindingCode.COUNTER_LOW in {finding.code for finding in found}
+
+
+@pytest.mark.parametrize(
+    ("momentum", "count", "variance", "contradicts"),
+    [
+        (0.03, 1, 1.07e-5, True),  # YOLOv5's copies count anew
+        (0.03, 1, 0.95, True),
+        (0.03, 1, 0.975, False),
+        (0.1, 21, 0.05, True),
+        (0.1, 21, 0.12, False),
+        (0.1, 5, 700.0, False),
+        (None, 1, 1.07e-5, False),  # a cumulative average forgets the initial value at once
+        (1.0, 1, 1.07e-5, False),
+    ],
+)
+@pytest.mark.parametrize("form", ["pickled module", "live model", "converted", "state dict"])
+def test_a_counter_that_the_values_contradict_is_not(momentum, count, variance, contradicts, form, tmp_path):
+    bn = torch.nn.BatchNorm2d(4, momentum=momentum)
+    bn.num_batches_tracked.fill_(count)
+    bn.running_mean.fill_(0.5)
+    bn.running_var.fill_(900.0)
+    bn.running_var[2] = variance  # one channel is enough
+    torch.save(bn if form != "state dict" else bn.state_dict(), tmp_path / "bn.pt")
+    source = bn if form == "live model" else tmp_path / "bn.pt"
+    if form == "converted":
+        source = tmp_path / "bn.safetensors"
+        bntool.convert(tmp_path / "bn.pt", source, to="safetensors")
+    codes = {finding.code for finding in bntool.inspect(source).state_dicts[0].layers[0].findings}
+    known = form in ("pickled module", "live model", "converted")
+    assert (FindingCode.COUNTER_LOW in codes) is not (contradicts and known)
+
+
+@pytest.mark.parametrize("infinite", [("running_var",), ("running_var", "weight"), ("running_mean",)])
+def test_what_is_said_of_infinite_values_is_what_torch_computes(infinite):
+    bn = torch.nn.BatchNorm2d(4).eval()
+    with torch.no_grad():
+        bn.bias.normal_()
+        for role in infinite:
+            getattr(bn, role)[2] = torch.inf
+    out = bn(torch.randn(3, 4, 2, 2))[:, 2]
+    (finding,) = [f for f in bntool.inspect(bn).state_dicts[0].layers[0].findings if f.code is FindingCode.NON_FINITE]
+    if infinite == ("running_var",):
+        assert torch.equal(out, bn.bias[2].expand_as(out))
+        assert "These channels are constant, their bias" in finding.message
+    else:
+        assert not torch.isfinite(out).all()
+        assert "constant" not in finding.message

@@ -245,7 +245,6 @@ def test_layers_that_are_left_alone_are_named_with_their_reason():
     assert {skip.layer: skip.reason for skip in result.plan.skips} == {
         "1": SkipReason.FROZEN,
         "5.1": SkipReason.FROZEN,
-        "2": SkipReason.NOT_A_BATCHNORM,
         "3": SkipReason.NO_STATISTICS,
         "4": SkipReason.NOT_INITIALISED,
         "unused": SkipReason.NEVER_REACHED,
