@@ -8,10 +8,25 @@ import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import h5py
+import onnx
 import torch
+from onnx import helper
 
+from tests.checkpoints.archives import rezip
+from tests.checkpoints.keras.configurations import (
+    OLD_CODE,
+    archive,
+    function,
+    hdf5,
+    lambda_layer,
+    layer,
+    torch_pickle,
+)
 from tests.inspection.attacks import ATTACKS, payload, pickled
+from tests.places import INTEROP
 
 
 @dataclass(frozen=True)
@@ -87,6 +102,54 @@ def by_submodule(folder: Path, canary: Path) -> Path:
     return pickled(lambda _: b"\x80\x02" + call + b"}.")(folder, canary)
 
 
+Build = Callable[[Path, Path], Path]
+
+
+def keras_layer(entry: dict[str, Any], *, suffix: str = ".keras") -> Build:
+    """A Keras file with one layer more."""
+    make = archive if suffix == ".keras" else hdf5
+
+    def build(folder: Path, canary: Path) -> Path:
+        del canary
+        return make(folder / f"a{suffix}", lambda config: config["config"]["layers"].append(entry))
+
+    return build
+
+
+def hdf5_external(folder: Path, canary: Path) -> Path:
+    """A ``.keras`` archive whose weights lie in another file of the machine."""
+    (folder / "secret").write_bytes(bytes(16))
+    buffer = io.BytesIO()
+    with h5py.File(buffer, "w") as file:
+        file.create_dataset("layers/dense/vars/0", shape=(4,), dtype="f4", external=[(str(folder / "secret"), 0, 16)])
+    del canary
+    source = INTEROP / "keras_tiny.keras"
+    data = rezip(source, lambda name, old: (name, buffer.getvalue() if name == "model.weights.h5" else old))
+    (folder / "a.keras").write_bytes(data)
+    return folder / "a.keras"
+
+
+def onnx_external(location: str) -> Build:
+    """An ONNX model whose tensor lies outside of its folder, directly or through a link of the folder."""
+
+    def build(folder: Path, canary: Path) -> Path:
+        del canary
+        outside = folder / "outside"
+        outside.mkdir()
+        (outside / "secret").write_bytes(bytes(16))
+        inside = folder / "model"
+        inside.mkdir()
+        (inside / "link").symlink_to(outside)
+        tensor = onnx.TensorProto(name="w", dims=[4], data_type=onnx.TensorProto.FLOAT)
+        tensor.data_location = onnx.TensorProto.EXTERNAL
+        tensor.external_data.add(key="location", value=location)
+        graph = helper.make_graph([], "g", [], [], [tensor])
+        (inside / "a.onnx").write_bytes(helper.make_model(graph).SerializeToString())
+        return inside / "a.onnx"
+
+    return build
+
+
 _TORCH_2025 = ("CVE-2025-32434", "torch 2.5.1")
 _TORCH_2026 = ("CVE-2026-24747", "torch 2.9.1")
 _PICKLESCAN = "picklescan 0.0.30"
@@ -98,4 +161,51 @@ ADVISORIES = [
     Advisory("CVE-2025-10155", _PICKLESCAN, "a pickle named `.bin`", plain_pickle, "unknown-format"),
     Advisory("CVE-2025-10156", _PICKLESCAN, "a record with a wrong checksum", wrong_checksum, "corrupt"),
     Advisory("CVE-2025-10157", _PICKLESCAN, "`asyncio.unix_events`, of a listed module", by_submodule, "suspicious"),
+    Advisory(
+        "CVE-2025-1550",
+        "Keras 3.8.0",
+        "a function of any module in `config.json`",
+        keras_layer(layer("Dense", units=2, activation=function("builtins", "exec"))),
+        "suspicious",
+    ),
+    Advisory(
+        "CVE-2025-8747",
+        "Keras 3.10.0",
+        "`keras.utils.get_file` in a Lambda, which writes files",
+        keras_layer(lambda_layer("keras.utils", "get_file")),
+        "suspicious",
+    ),
+    Advisory(
+        "CVE-2025-9905",
+        "Keras 3.11.2",
+        "a Lambda with code in an `.h5`, whatever `safe_mode` says",
+        keras_layer(layer("Lambda", function=OLD_CODE, function_type="lambda"), suffix=".h5"),
+        "suspicious",
+    ),
+    Advisory(
+        "CVE-2025-9906",
+        "Keras 3.10",
+        "`keras.config.enable_unsafe_deserialization` in a Lambda",
+        keras_layer(lambda_layer("keras.config", "enable_unsafe_deserialization")),
+        "suspicious",
+    ),
+    Advisory(
+        "CVE-2025-49655",
+        "Keras 3.11.2",
+        "a TorchModuleWrapper with a torch pickle",
+        keras_layer(layer("TorchModuleWrapper", content=torch_pickle())),
+        "suspicious",
+    ),
+    Advisory(
+        "CVE-2025-12058",
+        "Keras 3.11.3",
+        "a StringLookup whose words are the name of a file",
+        keras_layer(layer("StringLookup", vocabulary="/etc/passwd")),
+        "suspicious",
+    ),
+    Advisory("CVE-2026-1669", "Keras 3.13.1", "weights in external storage of HDF5", hdf5_external, "unsafe"),
+    Advisory("CVE-2025-51480", "onnx 1.17.0", "external data at `../`", onnx_external("../outside/secret"), "unsafe"),
+    Advisory(
+        "CVE-2026-27489", "onnx 1.20.1", "external data by a linked folder", onnx_external("link/secret"), "unsafe"
+    ),
 ]
