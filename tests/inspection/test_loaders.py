@@ -72,6 +72,25 @@ def _nested_key(depth: int) -> bytes:
         pytest.param(_memory(b"ctorch\nFloatTensor\nJ\0\0\x01\0J\0\0\x01\0\x86R"), id="tensor"),
         pytest.param(_memory(b"ctorch.nn.modules.linear\nLinear\nJ\0\0\x01\0J\0\0\x01\0\x86R"), id="module"),
         pytest.param(_memory(b"]" + b"c__builtin__\nbytearray\nJ\0\0\0\x08\x85Ra" * 3), id="many that are small"),
+        pytest.param(
+            _memory(
+                b"ctorch._utils\n_rebuild_from_type_v2\n(c__builtin__\nbytearray\nctorch\nTensor\nJ\0\0\0\x40\x85}tR"
+            ),
+            id="of a tensor of a class",
+        ),
+        pytest.param(
+            _memory(b"ccopyreg\n_reconstructor\nc__builtin__\nbytes\nc__builtin__\nbytes\nJ\0\0\0\x40\x87R"),
+            id="of an object of an old protocol",
+        ),
+        pytest.param(
+            _memory(
+                b"cargparse\nNamespace\n)R}U\x06appendc__builtin__\nbytearray\nsbJ\0\0\0\x40a",
+            ),
+            id="by a method that is an attribute",
+        ),
+        pytest.param(
+            _memory(b"cnumpy\nndarray\nM\xe8\x03\x85cnumpy\ndtype\nU\x0aS999999999\x85R\x86\x81"), id="wide dtype"
+        ),
         pytest.param(_nested_key(60), id="a key that takes forever to hash"),
     ],
 )

@@ -26,10 +26,12 @@ MAX_DIGITS = 4300
 MAX_INTEGER = 1024  # bytes of a binary one: Python writes no longer ones as text without being told to
 MAX_GLOBALS = 10_000  # classes and functions by name; the largest export of fastai seen has 49
 MAX_HASHED = 1 << 16  # values of a tuple that is a key, each counted as often as it occurs: Python looks at all
+# functions that call what they are given: of rebuilt tensors, and of objects of old protocols
+CALLING = ("_rebuild_from_type_v2", "_rebuild_from_type", "_reconstructor")
 # builtins, and functions of numpy and torch, that take memory by a number; those of other modules are not known anyway
 ALLOCATORS = frozenset(
     {"bytes", "bytearray", "list", "tuple", "set", "frozenset", "dict", "deque", "Counter", "OrderedDict",
-     "ndarray", "_reconstruct", "Size"}
+     "ndarray", "_reconstruct", "Size", *CALLING}
 )  # fmt: skip
 _TENSORS = ("Storage", "Tensor")
 _REBUILT = ("torch._utils._rebuild_", "torch._tensor._rebuild_", "torch.nn.parameter.")
@@ -56,6 +58,7 @@ class Machine:
         self.extensions: list[ExtensionCode] = []
         self.made_calls: list[Node] = []  # what the pickle calls that it does not name but made
         self.notable_calls: list[Instance] = []  # see Pickle
+        self.extended: list[Instance] = []  # instances whose own append, extend or add it calls
         self.dropped = False  # something left the stack without a place in what is built
 
     @property
@@ -192,6 +195,7 @@ class Machine:
         if isinstance(target, list):
             target.extend(values)
         elif isinstance(target, Instance):
+            self.extended.append(target)
             target.updates.append((Update.APPENDS, values))
         else:
             raise CorruptFileError("the pickle appends to something that is no list")
@@ -204,6 +208,7 @@ class Machine:
         if isinstance(target, Set):
             target.members.extend(values)
         elif isinstance(target, Instance):
+            self.extended.append(target)
             target.updates.append((Update.ADDITIONS, values))
         else:
             raise CorruptFileError("the pickle adds to something that is no set")

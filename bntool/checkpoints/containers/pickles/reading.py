@@ -49,6 +49,7 @@ class Pickle:
         extensions: what it names by number.
         made_calls: what it calls without a name, because it made it.
         notable_calls: of named classes and functions that may take memory by a number.
+        extended: instances that values are appended or added to, by methods that they may have got from the pickle.
         complete: all that it makes is part of ``root``.
     """
 
@@ -62,6 +63,7 @@ class Pickle:
     extensions: list[ExtensionCode] = field(default_factory=list)
     made_calls: list[Node] = field(default_factory=list)
     notable_calls: list[Instance] = field(default_factory=list)
+    extended: list[Instance] = field(default_factory=list)
     complete: bool = True
 
 
@@ -136,5 +138,6 @@ def _finish(machine: Machine) -> Pickle:
         extensions=machine.extensions,
         made_calls=machine.made_calls,
         notable_calls=machine.notable_calls,
+        extended=machine.extended,
         complete=not machine.dropped and not machine.stack,
     )
