@@ -7,6 +7,7 @@ import json
 import math
 from collections import OrderedDict, deque
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -73,19 +74,6 @@ def write_sharded_bin(tensors: Tensors, folder: Path) -> Path:
         weight_map.update(dict.fromkeys(part, file))
     (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
     return folder / "pytorch_model.bin.index.json"
-
-
-WRITERS: dict[str, Callable[[Tensors, Path], Path]] = {
-    "torch-zip": write_zip,
-    "torch-legacy": write_legacy,
-    "safetensors": write_safetensors,
-    "sharded": write_sharded,
-    "torch-tar": write_tar,
-    "numpy-pickle": write_numpy_pickle,
-    "distributed": write_distributed,
-    "tensorflow": write_tensorflow,
-}
-TORCH_FORMATS = ("torch-zip", "torch-legacy")
 
 
 # every kind of state dict that all formats can hold
@@ -197,6 +185,41 @@ STATE_DICTS: dict[str, Callable[[], Tensors]] = {
     "nan_payloads": _bits,
     "large": _large,
 }
+
+
+# how each format is written: the one entry that a new format needs here
+
+
+@dataclass(frozen=True)
+class Builder:
+    """How another program writes a format.
+
+    Attributes:
+        write: gives the file to open.
+        cannot_hold: names of :data:`STATE_DICTS` that the format or the program does not take.
+    """
+
+    write: Callable[[Tensors, Path], Path]
+    cannot_hold: frozenset[str] = frozenset()
+
+    def __call__(self, tensors: Tensors, folder: Path) -> Path:
+        return self.write(tensors, folder)
+
+
+_LATE = frozenset(str(dtype).removeprefix("torch.") for dtype in LATE_DTYPES)
+_FLOAT8 = frozenset(name for name in _LATE if "float8" in name)
+_FNUZ = frozenset({"float8_e4m3fnuz", "float8_e5m2fnuz"})
+WRITERS: dict[str, Builder] = {
+    "torch-zip": Builder(write_zip),
+    "torch-legacy": Builder(write_legacy, cannot_hold=_LATE),
+    "safetensors": Builder(write_safetensors, cannot_hold=_FNUZ),
+    "sharded": Builder(write_sharded, cannot_hold=_FNUZ),
+    "torch-tar": Builder(write_tar, cannot_hold=_LATE),
+    "numpy-pickle": Builder(write_numpy_pickle, cannot_hold=_FLOAT8 | {"bfloat16"}),
+    "distributed": Builder(write_distributed),
+    "tensorflow": Builder(write_tensorflow, cannot_hold=frozenset({"odd_names"})),  # where a slash parts names
+}
+TORCH_FORMATS = ("torch-zip", "torch-legacy")
 
 
 # comparing with torch

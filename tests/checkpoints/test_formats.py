@@ -19,7 +19,6 @@ from bntool.errors import UnknownFormatError, UnreadableFileError
 from bntool.plan import AddTensor, Operation, Plan, Record, RemoveTensor, Scaled, SetTensor, Values
 from tests import programs
 from tests.checkpoints.samples import (
-    LATE_DTYPES,
     STATE_DICTS,
     TORCH_FORMATS,
     WRITERS,
@@ -28,30 +27,15 @@ from tests.checkpoints.samples import (
     to_torch,
 )
 
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-# what a format cannot hold in the first place
-IMPOSSIBLE = {
-    ("safetensors", "float8_e4m3fnuz"), ("safetensors", "float8_e5m2fnuz"), ("sharded", "float8_e4m3fnuz"),
-    ("sharded", "float8_e5m2fnuz"),
-    *(("torch-legacy", _name(dtype)) for dtype in LATE_DTYPES),
-    *(("torch-tar", _name(dtype)) for dtype in LATE_DTYPES),
-    ("tensorflow", "odd_names"),  # where a slash parts names
-    *(("numpy-pickle", name) for name in ("bfloat16", *(d for d in map(_name, LATE_DTYPES) if "float8" in d))),
-}  # fmt: skip
 # their tensors belong to layers of a graph, so that they cannot hold just any; see the test file of each
 OF_GRAPHS = {"onnx", "caffe", "caffe-hdf5", "keras", "keras-hdf5"}
 OF_GRAPHS |= {"torchscript", "exported-program", "exported-program-legacy"}
-READ_ONLY = {"distributed", "tensorflow"}
-VALUES_ONLY = {"torch-tar"}
-WITHOUT_RECORD = {"torch-tar", "numpy-pickle"}
 NAMES = [format_.name for format_ in FORMATS if format_.name not in OF_GRAPHS]
-WRITTEN = [name for name in NAMES if name not in READ_ONLY]
-REWRITTEN = [name for name in WRITTEN if name not in VALUES_ONLY | WITHOUT_RECORD]
-CASES = [(name, case) for name in NAMES for case in STATE_DICTS if (name, case) not in IMPOSSIBLE]
+WRITTEN = [format_.name for format_ in FORMATS if format_.name in NAMES and not format_.read_only]
+REWRITTEN = [
+    format_.name for format_ in FORMATS if format_.name in WRITTEN and format_.has_records and not format_.only_values
+]
+CASES = [(name, case) for name, build in WRITERS.items() for case in STATE_DICTS if case not in build.cannot_hold]
 
 
 def test_every_format_has_a_writer_here() -> None:

@@ -11,7 +11,7 @@ from bntool.checkpoints.formats import FORMATS
 from tests.documentation.tables import fill, render_table
 from tests.places import ROOT
 
-# what people know a format by, and what runs its files in the tests
+# what people know a format by, and what runs its files in the tests, where its Format does not say both
 _README_NAMES = {
     "torch-zip": ("torch.save (zip)", "torch"),
     "torchscript": ("TorchScript", "torch.jit"),
@@ -67,7 +67,7 @@ def render_readme() -> str:
     rows = [
         [title, describe_fold(format_), describe_freeze(format_), client]
         for format_ in FORMATS
-        for title, client in [_README_NAMES[format_.name]]
+        for title, client in [_README_NAMES.get(format_.name, (format_.title, format_.loader.value))]
     ]
     modules = ["whole pickled modules, in any file of torch.save", "`--layout same-keys`", "flags and record", "torch"]
     return render_table(["format", "fold", "freeze", "what runs it in the tests"], [*rows, modules])
