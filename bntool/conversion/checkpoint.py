@@ -104,6 +104,8 @@ def convert(  # noqa: PLR0913 as many as the command has options
     with open_checkpoint(path) as source:
         check_output(source, target, force=force)
         renaming = _rename(source, state_dict, strip_prefix=strip_prefix, add_prefix=add_prefix, renames=renames)
+        if layers and to in (None, ConversionTarget.SAFETENSORS, ConversionTarget.TORCH, "safetensors", "torch"):
+            raise UsageError("--layers selects what becomes another kind of BatchNorm; a whole state dict is converted")
         renamed = source if renaming is None else apply_plan(source, renaming.plan)
         if to is not None:
             conversion = plan_conversion(

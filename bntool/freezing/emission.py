@@ -70,6 +70,8 @@ def _mmdet(policy: FreezePolicy, batchnorms: tuple[str, ...]) -> str:
     if policy.requires_grad is not None:
         options.append(f"norm_cfg=dict(type='BN', requires_grad={policy.requires_grad})")
     comment = "# into your config; keep the type of norm_cfg that it has, e.g. 'SyncBN'\n" if len(options) > 1 else ""
+    if not root:
+        comment = f"# if what the file holds is the backbone: no name in it begins with backbone.\n{comment}"
     return f"{comment}model = dict(backbone=dict({', '.join(options)}))\n"
 
 

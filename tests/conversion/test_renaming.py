@@ -245,3 +245,10 @@ def test_what_is_read_back_includes_ties_and_versions(fault, tmp_path, monkeypat
         with pytest.raises(VerificationError, match=message):
             saving.save_checkpoint(checkpoint, tmp_path / "b.pt")
     assert not (tmp_path / "b.pt").exists()
+
+
+@pytest.mark.parametrize("options", [{"to": "torch"}, {"to": "safetensors"}, {"add_prefix": "net"}])
+def test_layers_are_not_ignored_where_they_select_nothing(options, tmp_path):
+    torch.save(network().state_dict(), tmp_path / "a.pt")
+    with pytest.raises(UsageError, match="a whole state dict is converted"):
+        bntool.convert(tmp_path / "a.pt", layers=["body.*"], **options)

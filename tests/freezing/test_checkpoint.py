@@ -237,3 +237,16 @@ def test_stages_are_found_below_a_prefix_and_not_guessed():
         find_frozen_stages([f"{side}.{name}" for side in ("left", "right") for name in names], 1)
     with pytest.raises(UsageError, match="stages are known"):
         find_frozen_stages(["features.0", "features.1"], 1)
+
+
+@pytest.mark.parametrize(("names", "conditional"), [(("1", "4"), True), (("backbone.1", "backbone.4"), False)])
+def test_code_for_mmdet_says_what_it_takes_the_file_for(names, conditional, tmp_path):
+    import bntool
+
+    state = {f"{name}.{key}": t for name in names for key, t in torch.nn.BatchNorm2d(3).state_dict().items()}
+    torch.save(state, tmp_path / "m.pt")
+    code = bntool.freeze_checkpoint(tmp_path / "m.pt", emit="mmdet").code
+    assert ("# if what the file holds is the backbone" in code) is conditional
+    scope = {}
+    exec(code, scope)
+    assert scope["model"] == {"backbone": {"norm_eval": True}}
