@@ -24,6 +24,7 @@ from bntool.verification.statistics_shift import NO_SHIFT, StatisticsShift, meas
 
 _SHOWN = 6  # layers named in a repr
 _SETTINGS = ("momentum", "training", "affine", "track_running_stats")
+_SET_BY_FREEZE = ("training", "requires_grad")
 _SAID = (EpsSource.MODULE, EpsSource.PROTOTXT)  # by the file itself
 _WITHOUT_COUNTER = ("onnx.", "caffe.", "keras.", "tensorflow.")  # whose BatchNorm counts no batches
 
@@ -226,7 +227,7 @@ def find_violations(comparison: Comparison, expectation: Expectation) -> list[st
         bad += [
             f"{name} ({old} and {new})"
             for name, (old, new) in layer.settings.items()
-            if name != "training" or expectation is Expectation.IDENTICAL  # a freeze sets the mode
+            if name not in _SET_BY_FREEZE or expectation is Expectation.IDENTICAL
         ]
         if bad:
             found.append(f"{layer.name}: {', '.join(bad)}")
@@ -283,6 +284,10 @@ def _compare_settings(a: BatchNorm, b: BatchNorm) -> dict[str, tuple[object, obj
 
 def _list_settings(norm: BatchNorm) -> dict[str, object]:
     settings: dict[str, object] = {name: norm.attributes[name] for name in _SETTINGS if name in norm.attributes}
+    affine = [norm.tensors.get(role) for role in ("weight", "bias")]
+    gradients = {t.requires_grad for t in affine if isinstance(t, StoredTensor) and t.is_parameter} - {None}
+    if len(gradients) == 1:
+        settings["requires_grad"] = gradients.pop()
     if norm.eps is not None and norm.eps_source in _SAID:
         settings["eps"] = norm.eps
     if norm.class_path:

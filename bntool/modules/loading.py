@@ -13,7 +13,7 @@ from bntool.checkpoints.as_array import AsArray
 from bntool.checkpoints.checkpoint import StateDict
 from bntool.checkpoints.dtypes import BY_NAME, DType, NumberKind
 from bntool.checkpoints.state_dicts import UNPREFIXED
-from bntool.checkpoints.tensors import Tensor, read_bytes
+from bntool.checkpoints.tensors import Tensor, count_elements
 from bntool.errors import RefusedError
 from bntool.modules.finding import find_name_prefix
 
@@ -54,12 +54,21 @@ def to_torch(tensor: Tensor) -> torch.Tensor:
     if dtype is None or tensor.dtype.kind is NumberKind.OPAQUE:
         raise RefusedError(f"{tensor.dtype} elements cannot be loaded into a model: work on it before it is quantised")
     try:
-        data = bytearray(read_bytes(tensor))
+        data = _read_into(bytearray(tensor.dtype.byte_count(count_elements(tensor.shape))), tensor)
     except ValueError as error:
         raise RefusedError(str(error)) from error
     if not data:
         return torch.empty(tuple(tensor.shape), dtype=dtype, device="cpu")
     return torch.frombuffer(data, dtype=torch.uint8).view(dtype).reshape(tuple(tensor.shape))
+
+
+def _read_into(data: bytearray, tensor: Tensor) -> bytearray:
+    """The elements of a tensor, copied once."""
+    place, position = memoryview(data), 0
+    for chunk in tensor.chunks():
+        place[position : position + len(chunk)] = chunk
+        position += len(chunk)
+    return data
 
 
 def load_state(module: torch.nn.Module, state_dict: StateDict, *, may_lack: Collection[str] = ()) -> None:

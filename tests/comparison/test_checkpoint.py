@@ -271,6 +271,17 @@ def test_everything_that_files_say_of_a_layer_is_compared(tmp_path, changes, set
     assert met(a, b) == met_by
 
 
+def test_requires_grad_is_compared_and_a_frozen_file_is_as_expected(tmp_path):
+    import bntool
+
+    a, b = modules_that_differ(tmp_path)
+    bntool.freeze_checkpoint(a, tmp_path / "f.pt", requires_grad=False)
+    assert compare(a, b).identical
+    (layer,) = compare(a, tmp_path / "f.pt").layers
+    assert dict(layer.settings) == {"training": (True, False), "requires_grad": (True, False)}
+    assert met(a, tmp_path / "f.pt") == {"frozen", "norm-eval", "stats-only"}
+
+
 def test_a_class_that_differs_is_a_change(tmp_path):
     class FrozenBatchNorm2d(nn.BatchNorm2d):
         pass
