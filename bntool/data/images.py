@@ -16,10 +16,9 @@ from bntool.data.batches import Batch, Batches, LeftOut, name_some
 from bntool.data.pixels import read_image
 from bntool.data.policies import OnBadData
 from bntool.data.preprocessing import Preprocessing
-from bntool.data.requirements import check_data
 from bntool.data.source import DataOptions, DataSource
 from bntool.data.workers import LostWorkerError, iterate
-from bntool.errors import CorruptFileError, RefusedError, UnreadableFileError, UsageError
+from bntool.errors import CorruptFileError, MissingExtraError, RefusedError, UnreadableFileError, UsageError
 
 _SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".avif")
 
@@ -31,7 +30,10 @@ class ImageFolderSource(DataSource):
         return Path(spec).is_dir()
 
     def load(self, spec: str, options: DataOptions) -> Batches:
-        check_data(spec)
+        try:
+            import PIL.Image  # noqa: F401
+        except ImportError as error:
+            raise MissingExtraError(f"images need Pillow: pip install 'bntool[images]' ({error})") from error
         preprocessing = options.preprocessing or options.model_preprocessing
         if preprocessing is None:
             raise UsageError(
