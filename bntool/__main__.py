@@ -10,6 +10,7 @@ import sys
 
 def run() -> None:
     """Run the command line and exit with its code."""
+    gc.set_threshold(100_000)  # a short-lived process that builds many small objects and drops few
     _open_closed_streams()
     code = 1  # of what nobody foresaw
     atexit.register(lambda: _leave(code))  # the first to register is the last to be called
@@ -21,7 +22,6 @@ def run() -> None:
     from bntool.cli.main import ExitCode, main
 
     gc.freeze()
-    gc.set_threshold(100_000)  # a short-lived process that builds many small objects and drops few
     code = main(sys.argv[1:])
     if code == ExitCode.INTERRUPTED:
         interrupts.end_process()

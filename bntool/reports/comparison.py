@@ -146,11 +146,7 @@ def _setting(value: object) -> str:
 
 
 def _number(value: float | None, unit: str) -> str:
-    if value is None:
-        return ""
-    # 860, not 8.6e2
-    text = f"{value:.0f}" if 100 <= abs(value) < 1e5 else format_number(value, 2)
-    return f"{text}{unit}"
+    return "" if value is None else format_number(value, 2) + unit
 
 
 def _percent(value: float | None) -> str:

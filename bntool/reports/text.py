@@ -44,6 +44,8 @@ def format_number(value: float, digits: int = 3) -> str:
     if value == 0:
         return "0"
     text = f"{value:.{digits}g}"
+    if "e" in text and 1 <= abs(value) < 1e5:  # 660, not 6.6e2
+        return f"{value:.0f}"
     if "e" in text:
         mantissa, exponent = text.split("e")
         return f"{mantissa}e{int(exponent)}"

@@ -55,6 +55,15 @@ def test_numbers_in_three_digits(value: float, text: str) -> None:
     assert format_number(value) == text
 
 
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(660.4, "660"), (-862.0, "-862"), (99.7, "100"), (99.4, "99"), (12345.0, "12345"), (99999.0, "99999"),
+     (1e5, "1e5"), (123456.0, "1.2e5"), (0.0066, "0.0066"), (6.6, "6.6")],
+)  # fmt: skip
+def test_the_whole_part_is_written_out_where_it_can_be_read(value: float, text: str) -> None:
+    assert format_number(value, 2) == text
+
+
 @given(st.floats(min_value=-1e300, max_value=1e300))
 def test_a_shown_number_is_within_half_a_percent(value: float) -> None:
     assert math.isclose(float(format_number(value)), value, rel_tol=5.1e-3, abs_tol=0.0) or value == 0
