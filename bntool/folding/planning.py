@@ -15,7 +15,7 @@ from bntool.checkpoints.checkpoint import StateDict
 from bntool.folding.absorption import Absorber, Blocked, find_consumers, find_producers, is_parallel_branch
 from bntool.folding.options import Layout
 from bntool.folding.producers import Producer, read_producer
-from bntool.folding.scale_and_shift import Norm, check_eps, choose_eps, read_norm
+from bntool.folding.scale_and_shift import ScaleAndShift, check_eps, choose_eps, read_scale_and_shift
 from bntool.graphs.graph import Evidence, ModelGraph, Node, NodeKind, Owner
 from bntool.plan import Operation, Plan, RemoveModule, RemoveTensor, Skip, SkipReason, Step
 from bntool.representation import short_repr
@@ -29,7 +29,7 @@ class Level(Enum):
 
     DIRECT = "direct"  # into the producer right before it
     THROUGH = "through"  # back through additions, concatenations, splits or pools
-    NORM = "norm"  # into the BatchNorm before it
+    BATCHNORM = "norm"  # into the BatchNorm before it
     FORWARD = "forward"  # into what reads it
 
 
@@ -102,7 +102,7 @@ class _Folder:
     layout: Layout
     eps: float | None
     producers: dict[str, Producer] = field(default_factory=dict)
-    norms: dict[str, Norm] = field(default_factory=dict)
+    transforms: dict[str, ScaleAndShift] = field(default_factory=dict)
     removed: set[str] = field(default_factory=set)
     rewritten: set[str] = field(default_factory=set)  # BatchNorms that stay with other tensors
     done: dict[str, Fold] = field(default_factory=dict)
@@ -152,7 +152,9 @@ class _Folder:
                 self.skip(layer, SkipReason.DATA_DEPENDENT, detail)
                 continue
             try:
-                self.norms[layer] = read_norm(calls, self.graph, self.state_dict, eps=choose_eps(calls[0], self.eps))
+                self.transforms[layer] = read_scale_and_shift(
+                    calls, self.graph, self.state_dict, eps=choose_eps(calls[0], self.eps)
+                )
             except Blocked as blocked:
                 self.skip(layer, blocked.reason, blocked.detail)
             else:
@@ -190,16 +192,16 @@ class _Folder:
             yield from self.graph.names_of(name)
 
     def try_fold(self, layer: str) -> None:
-        norm = self.norms[layer]
+        own = self.transforms[layer]
         try:
-            absorbers = find_producers(self.graph, layer, scale=norm.scale, removed=self.removed)
-            self.fold_back(layer, norm, absorbers)
+            absorbers = find_producers(self.graph, layer, scale=own.scale, removed=self.removed)
+            self.fold_back(layer, own, absorbers)
         except Blocked as back:
             try:
-                if self.layout is Layout.SAME_KEYS or norm.owner is Owner.PART:
+                if self.layout is Layout.SAME_KEYS or own.owner is Owner.PART:
                     raise back  # noqa: TRY201 the inner handler tells the two apart
-                consumers = find_consumers(self.graph, layer, scale=norm.scale, shift=norm.shift, removed=self.removed)
-                self.fold_forward(layer, norm, consumers)
+                consumers = find_consumers(self.graph, layer, scale=own.scale, shift=own.shift, removed=self.removed)
+                self.fold_forward(layer, own, consumers)
             except Blocked as forward:
                 self.explain(layer, back, forward)
                 return
@@ -217,20 +219,20 @@ class _Folder:
         else:
             self.skip(layer, back.reason, detail)
 
-    def fold_back(self, layer: str, norm: Norm, absorbers: Sequence[Absorber]) -> None:
+    def fold_back(self, layer: str, own: ScaleAndShift, absorbers: Sequence[Absorber]) -> None:
         targets = {a.name: self.target(a) for a in absorbers}
         stays = (
             self.layout is Layout.SAME_KEYS
-            or norm.owner is Owner.PART
+            or own.owner is Owner.PART
             or any(not t.can_take_shift for t in targets.values())
         )
-        scale, shift = norm.scale, norm.shift
+        scale, shift = own.scale, own.shift
         if stays:
-            if any(isinstance(target, Norm) for target in targets.values()):
+            if any(isinstance(target, ScaleAndShift) for target in targets.values()):
                 raise Blocked(SkipReason.NOT_ADJACENT, "another BatchNorm lies between")
-            kept = norm.keep_shift()
+            kept = own.keep_shift()
             scale, shift = scale / kept.unit, np.zeros_like(shift)
-        changed: dict[str, Producer | Norm] = {}
+        changed: dict[str, Producer | ScaleAndShift] = {}
         for absorber in absorbers:
             target = targets[absorber.name].absorb(absorber.absorption, scale, shift)
             target.check(self.state_dict)
@@ -238,22 +240,22 @@ class _Folder:
         self.commit(changed)
         if stays:
             kept.check(self.state_dict)
-            self.norms[layer] = kept
+            self.transforms[layer] = kept
             self.rewritten.add(layer)
         else:
             self.remove(layer)
         first = absorbers[0].absorption
         direct = len(absorbers) == 1 and first.direct and np.all(first.channels >= 0)
-        onto_norm = any(isinstance(target, Norm) for target in changed.values())
-        level = Level.NORM if onto_norm else Level.DIRECT if direct else Level.THROUGH
+        onto_batchnorm = any(isinstance(target, ScaleAndShift) for target in changed.values())
+        level = Level.BATCHNORM if onto_batchnorm else Level.DIRECT if direct else Level.THROUGH
         self.done[layer] = Fold(layer, _layers(absorbers), level, stays)
 
-    def fold_forward(self, layer: str, norm: Norm, consumers: Sequence[Absorber]) -> None:
-        changed: dict[str, Producer | Norm] = {}
+    def fold_forward(self, layer: str, own: ScaleAndShift, consumers: Sequence[Absorber]) -> None:
+        changed: dict[str, Producer | ScaleAndShift] = {}
         for consumer in consumers:
             target = self.target(consumer)
             assert isinstance(target, Producer)
-            taken = target.absorb_input(consumer.absorption, norm.scale, norm.shift, self.state_dict)
+            taken = target.absorb_input(consumer.absorption, own.scale, own.shift, self.state_dict)
             if taken.bias is not None and not taken.can_take_shift:
                 raise Blocked(SkipReason.COMPUTED_WEIGHT, f"{target.node.describe()} has no place for a bias")
             taken.check(self.state_dict)
@@ -262,20 +264,20 @@ class _Folder:
         self.remove(layer)
         self.done[layer] = Fold(layer, _layers(consumers), Level.FORWARD, stays=False)
 
-    def target(self, absorber: Absorber) -> Producer | Norm:
+    def target(self, absorber: Absorber) -> Producer | ScaleAndShift:
         """What takes the scale and shift, as it is by now."""
         node = absorber.absorption.node
         if node.kind is not NodeKind.BATCH_NORM:
             return self.producers.get(absorber.name) or read_producer(node, self.state_dict)
-        norm = self.norms.get(absorber.name)
-        if norm is None or not norm.can_absorb or self.layout is Layout.SAME_KEYS:
+        own = self.transforms.get(absorber.name)
+        if own is None or not own.can_absorb or self.layout is Layout.SAME_KEYS:
             raise Blocked(SkipReason.NOT_ADJACENT, f"{node.describe()} lies between")
-        return norm
+        return own
 
-    def commit(self, changed: Mapping[str, Producer | Norm]) -> None:
+    def commit(self, changed: Mapping[str, Producer | ScaleAndShift]) -> None:
         for name, target in changed.items():
-            if isinstance(target, Norm):
-                self.norms[name] = target
+            if isinstance(target, ScaleAndShift):
+                self.transforms[name] = target
                 self.rewritten.add(name)
             else:
                 self.producers[name] = target
@@ -283,23 +285,23 @@ class _Folder:
     def remove(self, layer: str) -> None:
         """The layer is the identity by now, and what it did need not be kept."""
         self.removed.add(layer)
-        self.norms[layer] = self.norms[layer].without_vectors()
+        self.transforms[layer] = self.transforms[layer].without_vectors()
 
     def steps(self) -> Iterator[Step]:
         """Once: what is written down here is not kept twice."""
         for name in sorted(self.producers, key=lambda name: self.producers[name].node.index):
             yield from self.producers.pop(name).steps(self.graph, self.state_dict)
         for layer in self.graph.batchnorms:
-            norm = self.norms.get(layer)
-            if norm is None:
+            own = self.transforms.get(layer)
+            if own is None:
                 continue
             if layer in self.removed:
-                yield from self.removal_steps(norm)
+                yield from self.removal_steps(own)
             elif layer in self.rewritten:
-                yield from norm.steps(self.graph, self.state_dict)
+                yield from own.steps(self.graph, self.state_dict)
 
-    def removal_steps(self, norm: Norm) -> Iterator[Step]:
-        names = [name for parameter in norm.names.values() for name in self.graph.names_of(parameter)]
+    def removal_steps(self, own: ScaleAndShift) -> Iterator[Step]:
+        names = [name for parameter in own.names.values() for name in self.graph.names_of(parameter)]
         modules = dict.fromkeys(name.rpartition(".")[0] for name in names)
         names += [f"{module}.num_batches_tracked" if module else "num_batches_tracked" for module in modules]
         for name in names:
@@ -316,7 +318,11 @@ class _Folder:
             return
         for architecture in self.graph.architectures:
             yield f"the forward is that of {architecture.title}, by names and shapes, which prove nothing"
-            used = {self.norms[f.layer].eps for f in folds if architecture.eps.get(f.layer) == self.norms[f.layer].eps}
+            used = {
+                self.transforms[f.layer].eps
+                for f in folds
+                if architecture.eps.get(f.layer) == self.transforms[f.layer].eps
+            }
             values = sorted(used)
             if self.eps is None and values:
                 yield f"eps is {' and '.join(f'{eps:g}' for eps in values)}, as in {architecture.title}"

@@ -22,7 +22,7 @@ _VECTORS = ("weight", "bias", "running_mean", "running_var")
 
 
 @dataclass(frozen=True)
-class Norm:
+class ScaleAndShift:
     """A BatchNorm in eval mode: y = scale * x + shift per channel, in float64.
 
     Attributes:
@@ -55,15 +55,15 @@ class Norm:
 
     can_take_shift = True
 
-    def keep_shift(self) -> Norm:
+    def keep_shift(self) -> ScaleAndShift:
         """The layer after its scale is gone."""
         return replace(self, scale=np.full_like(self.scale, self.unit))
 
-    def without_vectors(self) -> Norm:
+    def without_vectors(self) -> ScaleAndShift:
         """What is left to know of a layer that is gone."""
         return replace(self, scale=np.zeros(0), shift=np.zeros(0))
 
-    def absorb(self, absorption: Absorption, scale: Array, shift: Array) -> Norm:
+    def absorb(self, absorption: Absorption, scale: Array, shift: Array) -> ScaleAndShift:
         """After taking the scale and shift of a BatchNorm that follows."""
         mine = absorption.channels >= 0
         factors = np.where(mine, scale[absorption.channels], 1.0)
@@ -134,7 +134,9 @@ def choose_eps(node: Node, eps: float | None) -> float:
     return float(node.eps if node.eps is not None else eps)  # type: ignore[arg-type]
 
 
-def read_norm(calls: Sequence[Node], graph: ModelGraph, state_dict: StateDict, *, eps: float) -> Norm:
+def read_scale_and_shift(
+    calls: Sequence[Node], graph: ModelGraph, state_dict: StateDict, *, eps: float
+) -> ScaleAndShift:
     """A BatchNorm as the state dict holds it.
 
     Raises:
@@ -168,7 +170,7 @@ def read_norm(calls: Sequence[Node], graph: ModelGraph, state_dict: StateDict, *
     dtype = state_dict.tensor(node.parameters["running_var"]).dtype
     stored = LiteralTensor.from_numbers([1 - eps], dtype=dtype, shape=(1,))
     (variance,) = read_numbers(stored)
-    return Norm(node, dict(node.parameters), scale, shift, variance, eps)
+    return ScaleAndShift(node, dict(node.parameters), scale, shift, variance, eps)
 
 
 def _check_uses(calls: Sequence[Node], graph: ModelGraph) -> None:

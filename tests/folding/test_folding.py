@@ -450,7 +450,7 @@ DEEPER = {
     shuffled: Level.THROUGH,
     in_place_sum: Level.THROUGH,
     norm_on_norm: Level.DIRECT,
-    norm_on_norm_alone: Level.NORM,
+    norm_on_norm_alone: Level.BATCHNORM,
     forward_into_conv: Level.FORWARD,
     forward_through_pool: Level.FORWARD,
     forward_flattened: Level.FORWARD,
