@@ -1,5 +1,7 @@
 """Mutated files of every format: each is read, or refused with an error of bntool, in bounded time and memory.
 
+Bytes are changed, and fields of the structures that the containers hold.
+
 The suite runs some thousands; ``python -m tests.fuzz 100000`` runs as many as one likes.
 """
 
@@ -28,6 +30,7 @@ from bntool.checkpoints.saving import save_checkpoint
 from bntool.checkpoints.tensors import StoredTensor, read_bytes
 from bntool.errors import BntoolError
 from bntool.plan import Operation, Plan, Record, RemoveTensor
+from tests.structured_mutants import mutate_structure
 
 RECORDED = (  # files of other programs, each with those beside it that it needs
     ("exported/torch_2.7.1.pt2",),
@@ -249,6 +252,10 @@ def time_limit(seconds: int) -> Iterator[None]:
 def choose_mutant(contents: dict[Path, bytes], folder: Path, rng: random.Random) -> tuple[Path, bytes]:
     """One of the files in the folder of a seed, and a damaged copy of it, its checksums made right or not."""
     victim = rng.choice([path for path in contents if path.parent == folder])
+    if rng.random() < 0.4:
+        structured = mutate_structure(contents[victim], rng)
+        if structured is not None:
+            return victim, structured
     mutant = mutate(contents[victim], rng, list(contents.values()))
     if mutant.startswith(b"PK") and rng.random() < 0.8:
         mutant = fix_checksums(mutant)
