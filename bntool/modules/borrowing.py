@@ -24,7 +24,7 @@ _REGISTRIES = frozenset(name for name, value in vars(torch.nn.Module()).items() 
 _GLOBAL_HOOKS = [v for n, v in vars(all_modules).items() if n.startswith("_global_") and isinstance(v, dict)]
 _CONTAINERS = (list, dict, OrderedDict, defaultdict, set, deque)
 _TENSOR_HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")
-_FEW = 1 << 16  # elements of a parameter that are copied
+_FEW = 1 << 13  # elements of a parameter that are copied
 
 
 class Borrowed:
@@ -48,10 +48,10 @@ class Borrowed:
 
     def _keep(self, handle: RemovableHandle) -> None:
         """A hook is no change that :meth:`reset` undoes."""
-        registries = [reference() for reference in (handle.hooks_dict_ref, *handle.extra_dict_ref)]
-        for registry in registries:
-            known = (c for contents in self._contents for c in contents.containers if c.container is registry)
-            container = next(known, None)
+        for reference in (handle.hooks_dict_ref, *handle.extra_dict_ref):
+            registry = reference()
+            found = (contents.find_container(registry) for contents in self._contents)
+            container = next((one for one in found if one is not None), None)
             if container is not None and registry is not None and handle.id in registry:
                 container.items[handle.id] = registry[handle.id]
                 self._undo.callback(container.items.pop, handle.id)
@@ -146,8 +146,9 @@ class _Contents:
         self._training = module.training
         self._attributes = _find_attributes(module)
         self._registries = {name: value for name, value in vars(module).items() if name in _REGISTRIES}
-        held = (*self._attributes.values(), *self._registries.values())
-        self.containers = [_Container(value) for value in held if type(value) in _CONTAINERS]
+        held = [v for v in (*self._attributes.values(), *self._registries.values()) if type(v) in _CONTAINERS]
+        self._empty = [value for value in held if not value]  # most are: they need no copy
+        self._containers = [_Container(value) for value in held if value]
         self.parameters = [_ParameterFacts(p) for p in module._parameters.values() if p is not None and _is_plain(p)]
         self._gradients = [(p, p.requires_grad) for p in module._parameters.values() if p is not None]
 
@@ -161,13 +162,27 @@ class _Contents:
             delattr(module, name)
         vars(module).update(self._attributes)
         vars(module).update(self._registries)
-        for container in self.containers:
+        for container in self._containers:
             container.give_back()
+        for empty in self._empty:
+            if empty:
+                empty.clear()
         for facts in self.parameters:
             facts.give_back()
         for parameter, requires_grad in self._gradients:
             if parameter.requires_grad != requires_grad:
                 parameter.requires_grad_(requires_grad)
+
+    def find_container(self, value: Any) -> _Container | None:
+        """What is known of a list, dict, set or registry of this module."""
+        for position, empty in enumerate(self._empty):
+            if empty is value:
+                del self._empty[position]
+                container = _Container(empty)
+                container.items.clear()
+                self._containers.append(container)
+                return container
+        return next((container for container in self._containers if container.container is value), None)
 
 
 class _Container:
@@ -179,7 +194,7 @@ class _Container:
 
     def give_back(self) -> None:
         now, before = self.container, self.items
-        if _identify(now) == _identify(before):
+        if len(now) == len(before) and _identify(now) == _identify(before):
             return
         now.clear()
         if isinstance(now, list | deque):
@@ -208,7 +223,8 @@ class _ParameterFacts:
     def __init__(self, parameter: torch.nn.Parameter) -> None:
         self.parameter = parameter
         self._data = parameter.data
-        self._hooks = {name: copy.copy(getattr(parameter, name, None)) for name in _TENSOR_HOOKS}
+        hooks = {name: getattr(parameter, name, None) for name in _TENSOR_HOOKS}
+        self._hooks = {name: None if found is None else copy.copy(found) for name, found in hooks.items()}
         self._elements = _Elements(parameter) if parameter.numel() <= _FEW else None
         self._writes = count_writes(parameter)
 
