@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from bntool.batchnorm import NormKind, check_globs, selects
+from bntool.batchnorm import STATISTICS, NormKind, check_globs, selects
 from bntool.checkpoints.batchnorms import find_batchnorms, find_norms
 from bntool.checkpoints.checkpoint import StateDict
 from bntool.folding.absorption import Absorber, Blocked, find_consumers, find_producers, is_parallel_branch
@@ -178,6 +178,9 @@ class _Folder:
                 what = norm.class_path.rpartition(".layers.")[2] or norm.kind.value
                 detail = f"it is a {what}, which the graph of the file does not run as a BatchNorm"
                 self.skip(norm.name, SkipReason.NOT_A_BATCHNORM, detail)
+            elif self.graph.complete and self.is_read(norm.name) and norm.name not in self.graph.ran:
+                detail = "it did not run: other code of the forward reads its tensors"
+                self.skip(norm.name, SkipReason.NOT_RECOGNISED, detail)
             elif norm.name in self.graph.ran:
                 detail = "it ran, and what it computes is not seen to be what its tensors would give with its eps"
                 self.skip(norm.name, SkipReason.NOT_RECOGNISED, detail)
@@ -186,6 +189,10 @@ class _Folder:
             else:
                 tell = "give --model" if self.graph.architectures else "name it with --pair"
                 self.skip(norm.name, SkipReason.NO_PRODUCER, f"nothing says what feeds it; {tell}")
+
+    def is_read(self, layer: str) -> bool:
+        """Whether something in the graph reads the statistics of a layer."""
+        return any(self.graph.uses.get(f"{layer}.{role}" if layer else role) for role in STATISTICS)
 
     def all_names(self, node: Node) -> Iterator[str]:
         for name in node.parameters.values():

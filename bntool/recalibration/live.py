@@ -127,11 +127,7 @@ def plan_recalibration(  # noqa: PLR0913 each is an option of the command
     with borrow(model) as borrowed, torch.no_grad():
         chosen, skips = choose_layers(model, layers, prefix=prefix)
         check_can_be_set(model, chosen)
-        if any(is_switching(module) for _, module in walk_modules(model)):
-            with running_user_code("eval() of the model"):
-                model.eval()
-        for _, module in walk_modules(model):
-            module.training = False
+        _enter_eval_mode(model)
         stored = {name: _copy_statistics(module) for name, module in chosen.items()}
         blend = _Blend(stored, method=method, prior=prior)
         isolate_forwards(model, borrowed, method=method)
@@ -177,6 +173,20 @@ def plan_recalibration(  # noqa: PLR0913 each is an option of the command
         precision=precision,
         prefix=prefix,
     )
+
+
+def _enter_eval_mode(model: torch.nn.Module) -> None:
+    """Every module, whatever its own eval() does; that is asked too, for it may merge weights.
+
+    Raises:
+        UserCodeError: it raised.
+    """
+    modules = [module for _, module in walk_modules(model)]
+    if any(map(is_switching, modules)):
+        with running_user_code("eval() of the model"):
+            model.eval()
+    for module in modules:
+        module.training = False
 
 
 def _explain_skips(

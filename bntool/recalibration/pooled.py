@@ -17,7 +17,7 @@ from bntool.models.user_code import running_user_code
 from bntool.modules.borrowing import Borrowed
 from bntool.modules.calling import tensors_in
 from bntool.recalibration.activations import Activations, StatisticsReads
-from bntool.recalibration.exact.memory import FreedMemory
+from bntool.recalibration.freed_memory import FreedMemory
 from bntool.recalibration.memory_format import MemoryReads, is_faster_channels_last, is_laid_out_anew
 from bntool.recalibration.moments import HALF, Moments, measure, merge
 from bntool.recalibration.ranks import find_ranks

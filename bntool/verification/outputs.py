@@ -221,8 +221,12 @@ def find_outputs(value: Any, depth: int = 3) -> Iterator[torch.Tensor]:
         if isinstance(leaf, torch.Tensor):
             if leaf.is_floating_point():
                 yield leaf.detach().clone()
-        elif depth and hasattr(leaf, "__dict__") and not isinstance(leaf, type | nn.Module):
-            yield from find_outputs(dict(vars(leaf)), depth - 1)
+        elif depth and not isinstance(leaf, type | nn.Module):
+            slots = [
+                name for kind in type(leaf).__mro__ for name in getattr(kind, "__slots__", ()) if hasattr(leaf, name)
+            ]
+            held = {**{name: getattr(leaf, name) for name in slots}, **getattr(leaf, "__dict__", {})}
+            yield from find_outputs(held, depth - 1) if held else ()
 
 
 def _check_meaning(outputs: Sequence[Sequence[torch.Tensor]]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -231,6 +232,29 @@ def test_one_whose_eps_cannot_be_told_did_run():
     assert reasons(result)["1"][1].startswith("it ran")
 
 
+class FoldedOnTheFly(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8)
+
+    def forward(self, x):
+        scale = self.norm.weight * (self.norm.running_var + self.norm.eps).rsqrt()
+        weight = self.conv.weight * scale.view(-1, 1, 1, 1)
+        return functional.conv2d(x, weight, self.norm.bias - self.norm.running_mean * scale)
+
+
+class LogsOnly(FoldedOnTheFly):
+    def forward(self, x):
+        self.seen = self.norm.running_var.mean() * x.mean()
+        return self.conv(x)
+
+
+@pytest.mark.parametrize("kind", [FoldedOnTheFly, LogsOnly])
+def test_one_whose_tensors_are_read_by_others(kind):
+    result = bntool.fold(randomise(kind()), image())
+    assert reasons(result)["norm"] == ("NOT_RECOGNISED", "it did not run: other code of the forward reads its tensors")
+
+
 @pytest.mark.parametrize(
     "norm",
     [nn.InstanceNorm2d(8), nn.InstanceNorm2d(8, affine=True), nn.InstanceNorm2d(8, track_running_stats=True)],
@@ -355,10 +379,22 @@ class Answer:
         self.logits = logits
 
 
+@dataclass(slots=True)
+class Slotted:
+    logits: torch.Tensor
+
+
 @pytest.mark.parametrize(
     "wrap",
-    [Outputs, lambda y: Pair(y, y + 1), lambda y: Boxes([y], "boxes"), Answer, lambda y: [Outputs(y), {"a": (y,)}]],
-    ids=["dict", "tuple", "list", "object", "nest"],
+    [
+        Slotted,
+        Outputs,
+        lambda y: Pair(y, y + 1),
+        lambda y: Boxes([y], "boxes"),
+        Answer,
+        lambda y: [Outputs(y), {"a": (y,)}],
+    ],
+    ids=["slots", "dict", "tuple", "list", "object", "nest"],
 )
 def test_outputs_of_classes_of_their_own(wrap):
     class Net(nn.Sequential):

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
-import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +18,6 @@ from bntool.modules.memory import storage_key
 
 _ARENA, _STACK = 64 << 20, 8 << 20  # glibc's heaps on 64 bits, and Linux's usual stack
 _SPARE = 0.6  # share of memory that tensors can fill: kernels need room, allocators keep what was freed
-_PAUSE = 0.25  # seconds; what is returned has to be asked for again
 
 
 @dataclass(frozen=True)
@@ -91,28 +88,6 @@ class LiveTensors(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _remove(self, key: int) -> None:
         self.live -= self._sizes.pop(key, 0)
         self._references.pop(key, None)
-
-
-class FreedMemory:
-    """Returns to the system, now and then, what malloc keeps of freed memory.
-
-    A batch leaves holes that the next one does not fill: without this the peak grows by a tenth. Where the C library is
-    not glibc nothing is done.
-    """
-
-    def __init__(self) -> None:
-        self._last = -_PAUSE
-        try:
-            self._trim: Callable[[int], int] | None = ctypes.CDLL(None).malloc_trim
-        except (AttributeError, OSError, TypeError):
-            self._trim = None
-
-    def return_unused(self) -> None:
-        """Do so, if it was not done just before."""
-        now = time.monotonic()
-        if self._trim is not None and now - self._last >= _PAUSE:
-            self._trim(0)
-            self._last = now
 
 
 def find_available(device: torch.device | None) -> int | None:
