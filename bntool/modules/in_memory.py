@@ -16,7 +16,7 @@ from bntool.checkpoints.files import SourceFile
 from bntool.checkpoints.state_dicts import find_prefix
 from bntool.checkpoints.tensors import LiteralTensor, StoredTensor, Tensor, contiguous_strides
 from bntool.errors import RefusedError, UsageError
-from bntool.modules.finding import walk_modules
+from bntool.modules.finding import find_wrapper_prefix, walk_modules
 from bntool.modules.loading import LiveTensor
 
 
@@ -54,9 +54,9 @@ def list_in_memory(source: torch.nn.Module | Mapping[str, Any]) -> Checkpoint:
     if isinstance(source, torch.nn.Module):
         modules = {name: _describe(module) for name, module in walk_modules(source)}
         state: Mapping[str, Any] = source.state_dict(keep_vars=True)
-        title = type(source).__name__
+        title, prefix = type(source).__name__, find_wrapper_prefix(source)
     else:
-        state, title = source, "state dict"
+        state, title, prefix = source, "state dict", find_prefix([str(name) for name in source])
     tensors = {name: tensor for name, value in state.items() if (tensor := _as_tensor(value)) is not None}
     if state and not tensors and not modules:
         inner = [key for key, value in state.items() if isinstance(value, Mapping)]
@@ -66,7 +66,7 @@ def list_in_memory(source: torch.nn.Module | Mapping[str, Any]) -> Checkpoint:
     versions = None if metadata is None else {path: facts.get("version") for path, facts in metadata.items()}
     state_dict = StateDict(
         key="",
-        prefix=find_prefix([str(name) for name in tensors]),
+        prefix=prefix,
         tensors={str(name): tensor for name, tensor in tensors.items()},
         modules=modules,
         versions=versions,

@@ -254,6 +254,8 @@ def test_live_layers_are_called_as_named_modules_calls_them(wrap):
     assert [fold.layer for fold in bntool.fold(model, x, layers=["model.0.*"]).plan.folds] == ["model.0.1"]
     assert recalibrate(model, [x], layers=["model.2.*"]).plan.layers == ("model.2.1",)
     assert freeze(model, layers="model.2.*").layers == ("model.2.1",)
+    assert [layer.name for layer in bntool.inspect(model).state_dicts[0].layers] == ["model.0.1", "model.2.1"]
+    assert {layer.name for layer in bntool.diff(model, ByName()).layers} == {"model.0.1", "model.2.1"}
 
 
 @pytest.mark.parametrize(
