@@ -170,3 +170,28 @@ def test_the_repr_of_every_result_fits_on_a_screen(tmp_path):
         text = repr(result)
         assert len(text) < 2000, f"{type(result).__name__}: {len(text)} characters"
         assert type(result).__name__ in text or text.startswith("<")
+
+
+@pytest.mark.parametrize("norm", [nn.InstanceNorm2d, nn.GroupNorm, nn.LayerNorm])
+@pytest.mark.parametrize("verb", ["recalibrate", "freeze", "fold"])
+def test_other_norms_are_not_counted_as_skipped_batchnorms(norm, verb, tmp_path):
+    other = {
+        nn.InstanceNorm2d: lambda: nn.InstanceNorm2d(8, affine=True, track_running_stats=True),
+        nn.GroupNorm: lambda: nn.GroupNorm(2, 8),
+        nn.LayerNorm: lambda: nn.LayerNorm([8, 7, 7]),
+    }[norm]()
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), other, nn.ReLU(), nn.Conv2d(8, 4, 3), nn.BatchNorm2d(4))
+    x = torch.randn(16, 3, 9, 9)
+    for _ in range(30):
+        model(x + torch.randn_like(x))
+    # a pickled module says which is which
+    torch.save(model.eval() if verb == "freeze" else model.eval().state_dict(), tmp_path / "m.pt")
+    path, output = tmp_path / "m.pt", tmp_path / "o.pt"
+    if verb == "recalibrate":
+        result = bntool.recalibrate_checkpoint(path, output, model=model, data=[x], strict=True)
+        plan = result.recalibration.plan
+    elif verb == "freeze":
+        plan = bntool.freeze_checkpoint(path, output, strict=True).freeze.plan
+    else:
+        plan = bntool.fold_checkpoint(path, output, model=model, input_shape=(2, 3, 9, 9), strict=True).plan
+    assert (plan.layers, plan.skips) == (("4",), ())
