@@ -278,7 +278,7 @@ def _run_checked(run: Run, batch: Batch, activations: Activations, *, channels_l
     except TooFewValuesError as error:
         raise RefusedError(
             f"{batch.description} has one value for each channel of this layer, by which nothing can be normalised; "
-            "use a larger batch size, or the method exact",
+            "use a larger --batch-size, or --method exact",
             tensor=error.layer,
         ) from None
     return None

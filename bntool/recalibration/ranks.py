@@ -142,7 +142,7 @@ def isolate_forwards(model: torch.nn.Module, borrowed: Borrowed, *, method: Meth
         elif method is Method.EXACT and any(kind.__name__ in _SHARDING for kind in type(module).__mro__):
             raise RefusedError(
                 "its parameters are sharded: each forward gathers them from the other ranks, which exact statistics "
-                "would interrupt; use the method pooled with equally many batches on each rank",
+                "would interrupt; use --method pooled with equally many batches on each rank",
                 tensor=name or None,
             )
 
@@ -168,6 +168,6 @@ class NoExchange(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if func.namespace in _EXCHANGES and find_ranks().world > 1:
             raise RefusedError(
                 f"a forward of the model exchanges something with the other ranks ({func}), and exact statistics let "
-                "batches wait in the middle of it; use the method pooled with equally many batches on each rank"
+                "batches wait in the middle of it; use --method pooled with equally many batches on each rank"
             )
         return func(*args, **(kwargs or {}))

@@ -151,7 +151,7 @@ def _take(
 
 def _advise(fitting: int, *, cut: bool) -> str:
     if cut or not fitting:
-        return f"about {fitting} samples fit, use a smaller batch size, or the method pooled"
+        return f"about {fitting} samples fit, use a smaller --batch-size, or --method pooled"
     return (
         f"about {fitting} samples fit, use --samples {fitting}, or --samples auto for as many as fit, or the method "
         "pooled"

@@ -84,7 +84,7 @@ class LoneBatch:
             raise RefusedError(
                 f"run by itself {self._batch.description} gives this layer other values than together with the other "
                 "batches: the model keeps something of one batch for another, is random, is bound to its thread, or "
-                "depends on how its input lies in memory; use the method pooled",
+                "depends on how its input lies in memory; use --method pooled",
                 tensor=differing,
             )
 

@@ -60,7 +60,7 @@ class PausedForward:
                 self._thread.start()
             except RuntimeError as error:
                 raise RefusedError(
-                    "the system gives no more threads, one for each batch; use larger batches"
+                    "the system gives no more threads, one for each batch; use --method pooled"
                 ) from error
         self._go.release()
         self._wait_for_return()
@@ -74,7 +74,7 @@ class PausedForward:
             if used - before < _IDLE_SECONDS / 100:
                 raise RefusedError(
                     "the model waits for something that another batch holds, perhaps a lock in its forward; exact "
-                    "statistics need all batches on their way at once, use the method pooled"
+                    "statistics need all batches on their way at once, use --method pooled"
                 )
 
     def pause_at(self, layer: str, moments: Moments) -> None:
@@ -83,8 +83,8 @@ class PausedForward:
             raise AbandonedError
         if threading.current_thread() is not self._thread:
             self._error = RefusedError(
-                "the model calls this layer in a thread of its own, which cannot be stopped on its way; use the method "
-                "pooled",
+                "the model calls this layer in a thread of its own, which cannot be stopped on its way; use "
+                "--method pooled",
                 tensor=layer,
             )
             self._back.release()  # the forward may wait for that thread for ever

@@ -214,8 +214,8 @@ class _Sweep:
             if other.layer != first.layer:
                 raise RefusedError(
                     f"batches take different paths through the model: {first.batch} is at {first.layer or 'the end'}, "
-                    f"{other.batch} at {other.layer or 'the end'}; exact statistics need one path for all, use the "
-                    "method pooled"
+                    f"{other.batch} at {other.layer or 'the end'}; exact statistics need one path for all, use "
+                    "--method pooled"
                 )
         name = first.layer
         assert name is not None

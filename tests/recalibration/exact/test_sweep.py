@@ -348,7 +348,7 @@ class TestMemory:
         assert 10 <= result.samples < 500
         assert result.memory <= 2_000_000
         monkeypatch.setattr("bntool.recalibration.exact.first_forward.find_available", lambda _device: 1000)
-        with pytest.raises(RefusedError, match=r"^10 samples .* about 0 samples fit, use a smaller batch size"):
+        with pytest.raises(RefusedError, match=r"^10 samples .* about 0 samples fit, use a smaller --batch-size"):
             recalibrate(digits, images.split(10), method="exact", fit_memory=True)
 
     def test_an_endless_loader_ends(self, digits, images, monkeypatch):
