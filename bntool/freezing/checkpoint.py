@@ -211,7 +211,7 @@ def plan_freeze(  # noqa: PLR0913 each is an option of the command
         for norm in selected
         if norm.kind is NormKind.FROZEN_BATCH_NORM
     ]
-    chosen = [norm for norm in selected if norm.kind is NormKind.BATCH_NORM]
+    chosen = [norm for norm in selected if norm.kind is not NormKind.FROZEN_BATCH_NORM]
     stages = None
     if frozen_stages is not None:
         stages = find_frozen_stages(_modules(source), frozen_stages)

@@ -208,7 +208,7 @@ def _inspect_layer(layer: BatchNorm, *, momentum: float | None, recalibrated: bo
         )
         findings.append(Finding(FindingCode.NOT_INITIALISED, Severity.WARNING, "no elements", message))
     of_torch = not layer.class_path or layer.class_path.startswith("torch.")  # others have no such counter
-    if of_torch and layer.kind is NormKind.BATCH_NORM and "num_batches_tracked" not in layer.tensors:
+    if of_torch and layer.kind is not NormKind.FROZEN_BATCH_NORM and "num_batches_tracked" not in layer.tensors:
         message = (
             "num_batches_tracked is missing: saved before torch 0.4.1, or by another framework; harmless in eval mode, "
             "but strict loading needs it where the file has module versions"
