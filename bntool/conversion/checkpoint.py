@@ -23,7 +23,7 @@ from bntool.choices import choose
 from bntool.conversion.frozen_batchnorm import plan_batchnorm, plan_frozen_batchnorm
 from bntool.conversion.options import ConversionTarget, FrozenKind
 from bntool.conversion.renaming import describe_left, plan_renames
-from bntool.errors import RefusedError, UsageError
+from bntool.errors import BntoolError, RefusedError, UsageError
 from bntool.graphs.architectures.recognition import assume_eps
 from bntool.plan import Operation, Plan, RenameTensor, check_plan
 from bntool.progress import OnWarning, ignore
@@ -165,7 +165,10 @@ def _rename(
             "dict out first with bntool convert CKPT --to torch, where that is possible",
             path=checkpoint.path,
         )
-    steps = plan_renames(source, strip_prefix=strip_prefix, renames=renames, add_prefix=add_prefix)
+    try:
+        steps = plan_renames(source, strip_prefix=strip_prefix, renames=renames, add_prefix=add_prefix)
+    except BntoolError as error:
+        raise error.about(checkpoint.path) from None
     plan = Plan(Operation.CONVERT, state_dict=source.key, steps=steps)
     if steps and checkpoint.format.can_record(checkpoint, source):
         options = {"strip_prefix": strip_prefix, "add_prefix": add_prefix, "renames": dict(renames or {})}
