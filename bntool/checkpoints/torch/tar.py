@@ -38,7 +38,7 @@ class TorchTar(Format):
     title = "torch (tar, before 0.1.2)"
     only_values = True
     has_records = False
-    writer = "torch.tar_writing:write"
+    writer = "torch.patches:write_over_copy"
     loading = LoadingCode(
         ("import torch", "checkpoint = torch.load({path}, weights_only=False)  # runs code of the file")
     )

@@ -12,10 +12,9 @@ from bntool.checkpoints.checkpoint import Checkpoint
 from bntool.checkpoints.containers.zips.writing import ZipWriter, copy_with_patches, patched_chunks, patches_of_nested
 from bntool.checkpoints.files import Chunk
 from bntool.checkpoints.outputs import OutputFiles
-from bntool.checkpoints.torch.patches import patch_storage
+from bntool.checkpoints.torch.patches import Patches, collect_value_patches, patch_storage
 from bntool.checkpoints.torch.zip import ArchiveLayout
 from bntool.checkpoints.torch_programs.exported_before_2_8 import ExportLayout
-from bntool.checkpoints.value_patches import Patches, collect_value_patches
 from bntool.errors import RefusedError
 from bntool.plan import Record
 
