@@ -28,8 +28,11 @@ from bntool.checkpoints.formats import open_checkpoint
 from bntool.checkpoints.origin import describe_origin
 from bntool.checkpoints.saving import save_checkpoint
 from bntool.checkpoints.tensors import StoredTensor, read_bytes
-from bntool.errors import BntoolError
-from bntool.plan import Operation, Plan, Record, RemoveTensor
+from bntool.errors import BntoolError, RefusedError, UsageError, VerificationError
+from bntool.folding.planning import plan_fold
+from bntool.graphs.sources import read_stored_graph
+from bntool.inspection.safety import judge_safety
+from bntool.plan import Operation, Plan, Record, RemoveTensor, Step
 from tests.structured_mutants import mutate_structure
 
 RECORDED = (  # files of other programs, each with those beside it that it needs
@@ -219,6 +222,7 @@ def fix_table(data: bytes) -> bytes:
 def exercise(checkpoint: Checkpoint, target: Path) -> None:
     """Everything that a user may do with a file that could be opened."""
     describe_origin(checkpoint)
+    judge_safety(checkpoint)
     for state_dict in checkpoint.state_dicts:
         find_norms(state_dict)
         for tensor in state_dict.tensors.values():
@@ -226,13 +230,26 @@ def exercise(checkpoint: Checkpoint, target: Path) -> None:
                 read_bytes(tensor)
     if checkpoint.format.read_only:
         return
+    with contextlib.suppress(RefusedError, UsageError):  # it cannot be folded; the rest can be done
+        fold(checkpoint, target)
     if checkpoint.state_dicts:
         state_dict = checkpoint.state_dicts[-1]
-        steps = [Record({"n": 1})]
-        if not state_dict.is_module:
+        steps: list[Step] = [Record({"n": 1})] if checkpoint.format.can_record(checkpoint, state_dict) else []
+        if not checkpoint.format.graph_reader and not state_dict.is_module and state_dict.tensors:
             steps.append(RemoveTensor(state_dict.strip(next(iter(state_dict.tensors)))))
         checkpoint = apply_plan(checkpoint, Plan(Operation.FOLD, state_dict=state_dict.key, steps=tuple(steps)))
     save_checkpoint(checkpoint, target, force=True)
+
+
+def fold(checkpoint: Checkpoint, target: Path) -> None:
+    """Fold a file that holds its graph, and freeze it where the format is a program."""
+    graph = read_stored_graph(checkpoint)
+    if graph is None or not checkpoint.state_dicts:
+        return
+    state_dict = checkpoint.state_dicts[0]
+    plan = plan_fold(state_dict, graph)
+    if plan.steps:
+        save_checkpoint(apply_plan(checkpoint, plan), target, force=True)
 
 
 @contextlib.contextmanager
@@ -289,6 +306,8 @@ def run(count: int, folder: Path, *, seed: int = 0, report: bool = False) -> Out
             with time_limit(TIME_LIMIT), open_checkpoint(source) as checkpoint:
                 exercise(checkpoint, out / source.name)
             outcome.accepted += 1
+        except VerificationError as error:  # what was written is not what was planned
+            wrong.append(f"gave {error!r}")
         except BntoolError:
             outcome.refused += 1
         except (Exception, TooSlow) as error:

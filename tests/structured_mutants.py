@@ -1,10 +1,11 @@
-"""Damaged copies of files whose containers stay whole: fields of JSON, opcodes of pickles, records of zip archives.
+"""Damaged copies of files whose containers stay whole: JSON, pickles, zip archives, protobufs and HDF5 files.
 
 A changed byte mostly breaks a container, and what lies behind is never reached; here the container is written again.
 """
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import pickletools
@@ -14,28 +15,42 @@ import warnings
 import zipfile
 from typing import Any
 
+import h5py
+import numpy as np
+
 _ODD = (
     *(None, True, False, 0, 1, -1, 2**31, 2**63, 10**30, 0.5, 1e308, "", "x", "\udc80", "../x", "a" * 300),
     *([], {}, [[]], [None], {"": {}}, ["name", 0, 0, {}], {"class_name": "Conv2D", "config": {}}),
 )
 _INSERTED = (b"0", b"1", b"2", b"(", b"t", b")", b"]", b"}", b"N", b"s", b"u", b"a", b"e", b"b", b"R", b"\x81", b"\x85")
 _NUMBERS = (0, 1, 3, 255)
+_WIDE = (0, 1, 2, 127, 128, (1 << 31) - 1, 1 << 32, (1 << 63) - 1, 1 << 63, (1 << 64) - 1)
+_DEEPEST = 12  # messages in messages that are looked into
 
 
 def mutate_structure(data: bytes, rng: random.Random, *, depth: int = 2) -> bytes | None:
     """A damaged copy of what is known by its first bytes; None for another container, or one that is broken."""
     try:
-        if data.startswith(b"PK\3\4") and depth:
-            return _mutate_zip(data, rng, depth=depth)
-        if data.startswith(b"\x80"):
-            return _mutate_pickle(data, rng)
-        if data.lstrip()[:1] in (b"{", b"["):
-            return _dump(_mutate_json(json.loads(data), rng))
-        if data[8:9] == b"{":
-            return _mutate_safetensors(data, rng)
+        return _mutate_known(data, rng, depth=depth)
     except (ValueError, KeyError, IndexError, RecursionError, zipfile.BadZipFile, struct.error, NotImplementedError):
         return None
-    return None
+
+
+def _mutate_known(data: bytes, rng: random.Random, *, depth: int) -> bytes | None:
+    mutant = None
+    if data.startswith(b"PK\3\4") and depth:
+        mutant = _mutate_zip(data, rng, depth=depth)
+    elif data.startswith(b"\x80"):
+        mutant = _mutate_pickle(data, rng)
+    elif data.startswith(b"\x89HDF"):
+        mutant = _mutate_hdf5(data, rng)
+    elif data[:1] in (b"\x08", b"\x0a") and _parse(data):
+        mutant = mutate_protobuf(data, rng)
+    elif data.lstrip()[:1] in (b"{", b"["):
+        mutant = _dump(_mutate_json(json.loads(data), rng))
+    elif data[8:9] == b"{":
+        mutant = _mutate_safetensors(data, rng)
+    return mutant
 
 
 def _dump(value: Any) -> bytes:
@@ -133,7 +148,7 @@ def _mutate_zip(data: bytes, rng: random.Random, *, depth: int) -> bytes:
         elif kind == 4:
             record[1] = record[1][: rng.randrange(len(record[1]) + 1)]
         else:
-            structured = [one for one in records if one[1][:1] in (b"{", b"[", b"\x80", b"P")]
+            structured = [one for one in records if one[1][:1] in (b"{", b"[", b"\x80", b"P", b"\x89")]
             record = rng.choice(structured or records)
             record[1] = mutate_structure(record[1], rng, depth=depth - 1) or record[1][::-1]
     out = io.BytesIO()
@@ -142,3 +157,128 @@ def _mutate_zip(data: bytes, rng: random.Random, *, depth: int) -> bytes:
         for name, content in records:
             archive.writestr(name, content, zipfile.ZIP_DEFLATED if rng.random() < 0.1 else zipfile.ZIP_STORED)
     return out.getvalue()
+
+
+def _mutate_hdf5(data: bytes, rng: random.Random) -> bytes:
+    """An HDF5 file with an object, or an attribute, gone, changed or moved."""
+    buffer = io.BytesIO(data)
+    with h5py.File(buffer, "r+") as file:
+        names: list[str] = []
+        file.visit(names.append)
+        for _ in range(rng.choice((1, 1, 2))):
+            with contextlib.suppress(KeyError, ValueError, TypeError, RuntimeError, OSError):  # what h5py refuses
+                _change_object(file, rng.choice(["/", *names]), names, rng)
+    return buffer.getvalue()
+
+
+def _change_object(file: h5py.File, name: str, names: list[str], rng: random.Random) -> None:
+    one, kind = file[name], rng.randrange(6)
+    if kind == 0:
+        del file[name]
+    elif kind == 1:
+        file.move(name, rng.choice([f"{name}_1", f"{rng.choice(names)}/x", "layers/vars/0", "vars"]))
+    elif kind == 2:
+        shape = rng.choice([(), (0,), (1,), (3,), (4,), (2, 3), (1,) * 9])
+        dtype = rng.choice(["f2", "f4", ">f8", "i1", "u8", "S3", "?", "c8"])
+        del file[name]
+        file.create_dataset(name, data=np.zeros(shape, dtype))
+    elif kind == 3:
+        file.create_group(f"{name}/{rng.choice(['vars', 'layers', '0', 'bn'])}")
+    elif one.attrs and kind == 4:
+        attribute = rng.choice(list(one.attrs))
+        del one.attrs[attribute]
+        if rng.random() < 0.7:
+            one.attrs[attribute] = rng.choice([b"", "x", b"{}", b"[1]", 1.5, [b"a", b"b"], [b"bn1"] * 3, np.zeros(2)])
+    else:
+        for attribute in ("model_config", "training_config"):
+            if attribute in file.attrs:
+                file.attrs[attribute] = _dump(_mutate_json(json.loads(file.attrs[attribute]), rng))
+
+
+def mutate_protobuf(data: bytes, rng: random.Random, *, depth: int = 0) -> bytes:
+    """A message with a field gone, doubled, moved, or of another number, value or length, at any depth."""
+    fields = _parse(data)
+    if not fields:
+        return data + bytes((rng.randrange(256),)) if depth else data
+    place = rng.randrange(len(fields))
+    number, wire, value = fields[place]
+    inner = _parse(value) if wire == 2 and isinstance(value, bytes) else None
+    if inner and depth < _DEEPEST and rng.random() < 0.75:
+        assert isinstance(value, bytes)
+        fields[place] = (number, wire, mutate_protobuf(value, rng, depth=depth + 1))
+        return _join(fields)
+    kind = rng.randrange(6)
+    if kind == 0:
+        del fields[place]
+    elif kind == 1:
+        fields.insert(rng.randrange(len(fields) + 1), fields[place])
+    elif kind == 2:
+        other = rng.randrange(len(fields))
+        fields[place], fields[other] = fields[other], fields[place]
+    elif kind == 3:
+        fields[place] = (rng.choice((1, 2, 3, 4, 5, 7, 8, 9, 10, 11, 13, 14, 15, 25, 100, 500)), wire, value)
+    elif kind == 4:
+        fields[place] = (number, 0, rng.choice(_WIDE))
+    else:
+        text = rng.choice((b"", b"x", b"BatchNormalization", b"Identity", b"\xff", b"bn1", bytes(40)))
+        fields[place] = (number, 2, text)
+    return _join(fields)
+
+
+_Field = tuple[int, int, int | bytes]
+
+
+def _parse(data: bytes) -> list[_Field]:
+    """The fields of a message; none where it is no message."""
+    fields: list[_Field] = []
+    position = 0
+    while position < len(data):
+        tag, position = _read_varint(data, position)
+        number, wire = tag >> 3, tag & 7
+        if position < 0 or not number or wire not in (0, 1, 2, 5):
+            return []
+        if wire == 0:
+            value, position = _read_varint(data, position)
+            fields.append((number, wire, value))
+        else:
+            length = {1: 8, 5: 4}.get(wire, 0)
+            if wire == 2:
+                length, position = _read_varint(data, position)
+            if position < 0 or position + length > len(data):
+                return []
+            fields.append((number, wire, data[position : position + length]))
+            position += length
+        if position < 0:
+            return []
+    return fields
+
+
+def _read_varint(data: bytes, position: int) -> tuple[int, int]:
+    """A number and where it ends; -1 where it has no end."""
+    value = shift = 0
+    for index in range(position, min(position + 10, len(data))):
+        value |= (data[index] & 0x7F) << shift
+        if data[index] < 0x80:
+            return value, index + 1
+        shift += 7
+    return 0, -1
+
+
+def _varint(value: int) -> bytes:
+    value &= (1 << 64) - 1
+    parts = bytearray()
+    while value >= 0x80:
+        parts.append(value & 0x7F | 0x80)
+        value >>= 7
+    return bytes((*parts, value))
+
+
+def _join(fields: list[_Field]) -> bytes:
+    parts = []
+    for number, wire, value in fields:
+        parts.append(_varint(number << 3 | wire))
+        if isinstance(value, int):
+            parts.append(_varint(value))
+        else:
+            parts += [_varint(len(value)) if wire == 2 else b"", value]
+    return b"".join(parts)

@@ -8,6 +8,6 @@ from tests.fuzz import run
 
 
 def test_mutants_are_read_or_refused(tmp_path: Path) -> None:
-    outcome = run(3000, tmp_path, seed=20240501)
+    outcome = run(2000, tmp_path, seed=20240501)
     assert outcome.accepted > 200  # mutants in data; else the checksums hide everything
-    assert outcome.refused > 1000
+    assert outcome.refused > 800

@@ -8,6 +8,7 @@ by, and whatever names another file (external links, external storage, virtual d
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import struct
 from collections.abc import Iterator, Mapping
@@ -284,9 +285,14 @@ class _Listing:
                 name = ""
         dtype = BY_NAME.get(name)
         if dtype is None or dtype.itemsize != size:
-            opaque = DType(f"HDF5 class {number}", 8 * size, NumberKind.OPAQUE)
-            return opaque, f"HDF5 class {number}", False
+            return _make_opaque(number, size), f"HDF5 class {number}", False
         return dtype, None, big_endian
+
+
+@functools.cache
+def _make_opaque(number: int, size: int) -> DType:
+    """The type of elements that are shown and passed through: the same each time, since types are told by identity."""
+    return DType(f"HDF5 class {number}", 8 * size, NumberKind.OPAQUE)
 
 
 class _Decoded:

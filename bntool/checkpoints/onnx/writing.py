@@ -238,10 +238,13 @@ class _Changes:
         """Take out constants that nothing reads any more, with the Identity nodes that copied them."""
         places = {(id(p.graph), p.name): p for name in names if (p := self._content.places[name])}
         for key, place in places.items():
-            if place.message is None:
-                continue  # nodes computed it; the runtime leaves out what nobody reads
-            if any(node.field.start not in self._removed for _, node, _ in self._uses.get(key, ())):
-                if place.reader is None or place.reader[1].field.start not in self._removed:
+            is_read = place.reader is None or place.reader[1].field.start not in self._removed
+            if place.message is None and not is_read:
+                continue  # nodes computed it
+            if place.message is None or any(
+                node.field.start not in self._removed for _, node, _ in self._uses.get(key, ())
+            ):
+                if is_read:
                     raise RefusedError("a node still reads this tensor", tensor=place.name)
             elif key not in self._shown:
                 self._remove_constant(place)

@@ -22,7 +22,8 @@ def read_batchnorms(model: Any) -> dict[str, tuple[str, dict[str, Any]]]:
         operator = str(_dict(node).get("target")).removeprefix("torch.ops.aten.")
         if not operator.startswith(_OPERATORS):
             continue
-        inputs = {_dict(i).get("name"): _dict(_dict(i).get("arg")) for i in _list(node.get("inputs"))}
+        given = map(_dict, _list(node.get("inputs")))
+        inputs = {name: _dict(one.get("arg")) for one in given if isinstance(name := one.get("name"), str)}
         mean = _dict(inputs.get("running_mean", {}).get("as_tensor")).get("name")
         buffer = buffers.get(mean) if isinstance(mean, str) else None
         if buffer is None or not buffer.endswith("running_mean"):

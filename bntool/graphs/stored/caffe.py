@@ -8,8 +8,9 @@ from typing import Any
 
 from bntool.batchnorm import DEFAULT_EPS
 from bntool.checkpoints.caffe.blobs import CaffeContent
-from bntool.checkpoints.caffe.layers import Layer
+from bntool.checkpoints.caffe.layers import Layer, blobs_of
 from bntool.checkpoints.checkpoint import Checkpoint
+from bntool.checkpoints.files import quote
 from bntool.checkpoints.tensors import Tensor, count_elements
 from bntool.errors import RefusedError
 from bntool.graphs.graph import ModelGraph, NodeKind, check_lengths
@@ -27,10 +28,20 @@ def caffe_graph(checkpoint: Checkpoint) -> ModelGraph:
 
     An InnerProduct with ``transpose`` has its weight as (in, out): as a transposed convolution has, and it is shown as
     one.
+
+    Raises:
+        RefusedError: the net is not given, or its layers cannot be told apart.
+        CorruptFileError: vectors of one layer differ in length.
     """
     if checkpoint.content is None:
         raise RefusedError("a .caffemodel.h5 holds blobs only: give the net that it is run by with --prototxt NET")
-    return _Building(CaffeContent.of(checkpoint), checkpoint.state_dicts[0].tensors).build()
+    content = CaffeContent.of(checkpoint)
+    names = Counter(layer.name for layer in content.wiring.layers if blobs_of(layer))
+    for name, count in names.items():
+        if count > 1 or not name:
+            what = f"have the name {quote(name)}" if name else "without a name"
+            raise RefusedError(f"{count} layers with blobs {what}: Caffe gives blobs to layers by name")
+    return _Building(content, checkpoint.state_dicts[0].tensors).build()
 
 
 class _Building:
