@@ -77,7 +77,8 @@ class Batch:
         """What :func:`~bntool.modules.calling.pass_inputs` is to give a model: a tensor, a tuple, a list or a dict.
 
         Of a dict of the data it is what the model's forward has a name for. A single value with tensors goes to its
-        first argument, whatever it is called; labels only to an argument of their name that has no default, or ``y``.
+        first argument, whatever it is called; labels only to an argument of their name that has no default, or ``y``. A
+        forward of one argument that none of several values is called after takes the dict itself.
         """
         if not self.is_record:
             return self.inputs
@@ -93,15 +94,18 @@ class Batch:
             is_needed = parameters[self.label_key].default is inspect.Parameter.empty
             if is_needed or self.label_key == "y":
                 values[self.label_key] = self.labels
-        if len(with_tensors) == 1:
-            key = with_tensors[0]
-            values = {name: value for name, value in values.items() if takes_all or name in named or name == key}
-            if len(values) == 1:
-                return values[key]
-            if key not in named:
-                first = next((name for name in named if name not in values), key)
-                values[first] = values.pop(key)
-        return values
+        if len(with_tensors) != 1:
+            is_whole = len(named) == 1 and not takes_all and named[0] not in values
+            return ({**values, self.label_key: self.labels} if self.label_key else values,) if is_whole else values
+        key = with_tensors[0]
+        values = {name: value for name, value in values.items() if takes_all or name in named or name == key}
+        if key in named:
+            is_first = len(values) == 1 and parameters[key].kind is not inspect.Parameter.KEYWORD_ONLY
+            return values[key] if is_first else values
+        first = next((name for name in named if name not in values), None)
+        if first is None or len(values) == 1:  # beside *args there is no place for others
+            return values if parameters and takes_all and len(parameters) == 1 else values[key]
+        return {first: values.pop(key), **values}
 
 
 @dataclass(frozen=True)

@@ -127,6 +127,48 @@ def test_a_label_that_the_forward_needs_reaches_it(kind, name):
     assert_stores(model.last, normalised * reference.embedding(y))
 
 
+class TakesBatch(Domains):
+    """The one argument is the batch itself."""
+
+    def forward(self, batch):
+        return super().forward(batch["image"], clean=bool(batch["mask"].any()))
+
+
+class TakesAnything(Domains):
+    def forward(self, *inputs, **options):
+        assert not options
+        return super().forward(*inputs)
+
+
+class TakesKeywords(Domains):
+    def forward(self, **options):
+        return super().forward(options["image"])
+
+
+class TakesKeyword(Domains):
+    def forward(self, *, image):
+        return super().forward(image)
+
+
+@pytest.mark.parametrize(
+    ("kind", "others"),
+    [
+        (TakesBatch, {"mask": torch.ones(16, 1), "label": torch.ones(16)}),
+        (TakesAnything, {"path": ["a.png"] * 16}),
+        (TakesKeywords, {}),
+        (TakesKeywords, {"path": ["a.png"] * 16}),
+        (TakesKeyword, {"path": ["a.png"] * 16}),
+        (nn.Sequential, {"path": ["a.png"] * 16, "label": torch.ones(16)}),
+    ],
+)
+def test_forwards_of_any_signature_take_a_dict(kind, others):
+    x = torch.randn(16, 3, 9, 9) + 2
+    model = kind(Domains()) if kind is nn.Sequential else kind()
+    recalibrate(model, [{"image": x, **others}])
+    inner = model[0] if kind is nn.Sequential else model
+    assert_stores(inner.clean, inner.conv(x))
+
+
 class Sliced(nn.BatchNorm2d):
     """As in slimmable and once-for-all networks: a narrower network uses the first channels."""
 
