@@ -62,7 +62,7 @@ def show_comparison(
     path_b: str,
     every: bool = False,
 ) -> list[Block]:
-    """The same for people; layers that did not change are counted only, unless ``every``."""
+    """Lines and tables for people; layers that did not change are counted only, unless ``every``."""
     blocks: list[Block] = [line(f"A {_name(path_a, comparison.a.key)}"), line(f"B {_name(path_b, comparison.b.key)}")]
     for side, path in (("A", comparison.path_a), ("B", comparison.path_b)):
         if path:

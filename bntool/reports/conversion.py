@@ -31,7 +31,7 @@ def describe_conversion(conversion: Conversion) -> dict[str, Any]:
 
 
 def show_conversion(conversion: Conversion) -> list[Block]:
-    """The same for people, with the code that loads what was written."""
+    """Lines and tables for people, with the code that loads what was written."""
     plan = conversion.plan
     text, target = "new names", "" if conversion.target is None else conversion.target.value
     if conversion.new is not None:

@@ -62,7 +62,7 @@ def _describe_program(program: Program | None, path: str | None) -> dict[str, An
 
 
 def show_fold(result: CheckpointFold) -> list[Block]:
-    """The same for people: each fold, each skip, the proof, and how to load what was written."""
+    """Lines and tables for people: each fold, each skip, the proof, and how to load what was written."""
     plan, output, export = result.plan, result.output, result.export
     total = len(plan.folds) + len(plan.skips)
     blocks: list[Block] = [line(f"fold {len(plan.folds)} of {plural(total, 'BatchNorm layer')}", Style.HEADING), line()]

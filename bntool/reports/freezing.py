@@ -52,7 +52,7 @@ def apply_line(output: str) -> str:
 
 
 def show_freeze(result: CheckpointFreeze) -> list[Block]:
-    """The same for people, with the code that loads what was written."""
+    """Lines and tables for people, with the code that loads what was written."""
     freeze, output, emitted = result.freeze, result.output, result.code
     blocks: list[Block] = [*_policy(freeze), *_changes(freeze), *_skips(freeze.plan.skips), *_optimizers(freeze)]
     if emitted is not None:

@@ -81,7 +81,7 @@ def _describe_preprocessing(steps: Preprocessing | None) -> dict[str, str] | Non
 
 
 def show_recalibration(outcome: CheckpointRecalibration) -> list[Block]:
-    """The same for people: the drift of each layer, worst first, then what it does to the outputs."""
+    """Lines and tables for people: the drift of each layer, worst first, then what it does to the outputs."""
     result = outcome.recalibration
     title = f"recalibrate {plural(len(result.drifts), 'BatchNorm layer')}: {result.method.value} statistics of "
     title += f"{plural(result.samples, 'sample')} in {plural(result.batches, 'batch', 'batches')}"
