@@ -309,7 +309,7 @@ def test_an_export_that_cannot_be_written_stops_early(
     fold, tmp_path, monkeypatch, *, options: str, exit_code: int, words: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("bntool.folding.onnx_export._PACKAGES", ("no_such_package",))
+    monkeypatch.setattr("bntool.folding.outputs._PACKAGES", ("no_such_package",))
     code, document, _, out = fold(SAMPLES / "digits.pt", *options.split(), model=None, output="folded.pt2")
     assert code == exit_code
     assert words in document["error"]["message"]
