@@ -52,6 +52,7 @@ _MEANS = re.compile(rf"{_KEPT}(?:mean|mu)(?:_?biased)?|_mean|mean")
 _VARIANCES = re.compile(
     rf"{_KEPT}(?:var|variance|std|stdev|sigma|inv_?std|inv_?var)(?:_?biased)?|_variance|var|variance"
 )
+_KNOWN_STATISTICS = set(STATISTICS)
 _BESIDE = {"weight", "bias", "scale", "offset", "gamma", "beta"}
 _FLAX = "batch_stats"
 
@@ -74,6 +75,8 @@ def find_unknown_statistics(state_dict: StateDict) -> Iterator[NotUnderstood]:
         means = {leaf for leaf in leaves if _MEANS.fullmatch(leaf)}
         variances = {leaf for leaf in leaves if _VARIANCES.fullmatch(leaf)}
         are_bare = means <= {"mean"} and variances <= {"var", "variance"}
+        if leaves >= _KNOWN_STATISTICS:  # most files hold no others; what they belong to is found by their names
+            continue
         if not means or not variances or (are_bare and not leaves & _BESIDE and _FLAX not in _PARTS.split(layer)):
             continue
         if known is None:
