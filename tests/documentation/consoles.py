@@ -34,6 +34,10 @@ def read_consoles(page: Path) -> list[Console]:
     return found
 
 
+# what long work tells every ten seconds, on a machine that is slow
+_PROGRESS = re.compile(r"^bntool: [a-z ]+: (\d|[^\n]*left$)[^\n]*\n", flags=re.MULTILINE)
+
+
 def run_console(console: Console, *, folder: Path, environment: dict[str, str]) -> str:
     """What the command prints, run by a shell in ``folder``."""
     done = subprocess.run(
@@ -46,7 +50,7 @@ def run_console(console: Console, *, folder: Path, environment: dict[str, str]) 
         text=True,
         check=False,
     )
-    return done.stdout
+    return _PROGRESS.sub("", done.stdout)
 
 
 def matches(expected: str, printed: str) -> bool:
