@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
@@ -81,8 +82,36 @@ ROLES = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 STATISTICS = ("running_mean", "running_var")
 
 
+class LayerArrays(ABC):
+    """The tensors of a layer as numpy arrays, each read when it is asked for."""
+
+    @abstractmethod
+    def read(self, role: str) -> Any:
+        """The tensor of that role; None where the layer has none."""
+
+    @property
+    def weight(self) -> Any:
+        """See :meth:`read`."""
+        return self.read("weight")
+
+    @property
+    def bias(self) -> Any:
+        """See :meth:`read`."""
+        return self.read("bias")
+
+    @property
+    def running_mean(self) -> Any:
+        """See :meth:`read`."""
+        return self.read("running_mean")
+
+    @property
+    def running_var(self) -> Any:
+        """See :meth:`read`."""
+        return self.read("running_var")
+
+
 @dataclass(frozen=True, repr=False)
-class BatchNorm:
+class BatchNorm(LayerArrays):
     """One normalisation layer.
 
     Attributes:
@@ -142,26 +171,6 @@ class BatchNorm:
         """
         tensor = self.tensors.get(role)
         return None if tensor is None else tensor.numpy()
-
-    @property
-    def weight(self) -> Any:
-        """See :meth:`read`."""
-        return self.read("weight")
-
-    @property
-    def bias(self) -> Any:
-        """See :meth:`read`."""
-        return self.read("bias")
-
-    @property
-    def running_mean(self) -> Any:
-        """See :meth:`read`."""
-        return self.read("running_mean")
-
-    @property
-    def running_var(self) -> Any:
-        """See :meth:`read`."""
-        return self.read("running_var")
 
     @property
     def num_batches_tracked(self) -> Any:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from bntool.batchnorm import BatchNorm, NormKind
+from bntool.batchnorm import BatchNorm, LayerArrays, NormKind
 from bntool.checkpoints.checkpoint import Checkpoint, StateDict
 from bntool.checkpoints.tensors import Tensor
 from bntool.graphs.architectures.recognition import Architecture
@@ -52,7 +52,7 @@ def _all_finite(values: Sequence[float]) -> bool:
 
 
 @dataclass(frozen=True, repr=False)
-class LayerInspection:
+class LayerInspection(LayerArrays):
     """One BatchNorm with the numbers of its tensors and what is wrong with it."""
 
     layer: BatchNorm
@@ -80,26 +80,6 @@ class LayerInspection:
 
         summary = self.tensors.get(role)
         return None if summary is None else np.array(summary.values, "f8").reshape(summary.shape)
-
-    @property
-    def weight(self) -> Any:
-        """See :meth:`read`."""
-        return self.read("weight")
-
-    @property
-    def bias(self) -> Any:
-        """See :meth:`read`."""
-        return self.read("bias")
-
-    @property
-    def running_mean(self) -> Any:
-        """See :meth:`read`."""
-        return self.read("running_mean")
-
-    @property
-    def running_var(self) -> Any:
-        """See :meth:`read`."""
-        return self.read("running_var")
 
 
 @dataclass(frozen=True)

@@ -25,11 +25,11 @@ def files_of(place: Path) -> list[Path]:
 
 
 def overwrite(path: Path) -> None:
-    """Other bytes in the second half, in place."""
+    """Other bytes in the second half, in place: each with one bit flipped, so that numbers stay near what they were."""
+    data = path.read_bytes()
     with path.open("r+b") as file:
-        size = path.stat().st_size
-        file.seek(size // 2)
-        file.write(os.urandom(size - size // 2))
+        file.seek(len(data) // 2)
+        file.write(bytes(byte ^ 1 for byte in data[len(data) // 2 :]))
 
 
 def overwrite_and_set_back(path: Path) -> None:

@@ -17,6 +17,7 @@ class CaffeHdf5(Format):
 
     name = "caffe-hdf5"
     title = "Caffe (.caffemodel.h5)"
+    is_pytorch = False
     has_records = False  # Caffe's own files have no place for notes, and those of one net should be alike
     writer = "caffe.hdf5_writing:copy_file"
     loader = Loader.CAFFE
