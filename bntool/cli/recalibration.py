@@ -126,6 +126,9 @@ def command(
 
       bntool recalibrate ckpt.pt --model net.py:build --data data.py:loader --dry-run
     """
+    from bntool.checkpoints.checkpoint import check_changeable
+    from bntool.checkpoints.formats import open_checkpoint
+    from bntool.checkpoints.saving import check_output
     from bntool.cli.progress import show_progress
     from bntool.errors import UsageError
     from bntool.models.assignments import parse_assignments
@@ -138,6 +141,9 @@ def command(
     options.require_output(output, unless=dry_run)
     options.check_specs(model, data, eval_data)
     wanted = _parse_samples(samples)
+    with open_checkpoint(checkpoint) as source:  # what is wrong with the files is said before torch is imported
+        check_changeable(source)
+        check_output(source, None if dry_run else output, force=force)
     arguments = parse_assignments(model_arg or ())
     with user_output_to_stderr(), show_progress(as_json=as_json, quiet=quiet) as progress:
         progress(Progress("importing torch"))

@@ -122,6 +122,7 @@ def test_only_regular_files_are_replaced(model: Path, kind: str, options: str) -
         ("recalibrate in.pt --model net.py:build --data folder -o o.pt", "bntool[images]"),
         ("recalibrate in.pt --model net.py:build --data x.npz -o o.pt --model-arg x", "NAME=VALUE"),
         ("recalibrate in.pt --model net.py:build --data x.npz -o o.pt --samples x", "at least 1"),
+        ("recalibrate in.pt --model net.py:build --data in.pt -o in.pt", "output is the input"),
         ("fold in.pt --model net.py:build", "-o OUT"),
         ("fold in.pt --model mmdet:in.pt -o o.pt", "pip install mmdet"),
         ("fold in.pt --model net.py:build --export o.onnx --input-shape 1,3,8,8", "bntool[onnx]"),
