@@ -73,6 +73,17 @@ def legacy(part: str) -> Callable[[Path, Path], Path]:
     return build
 
 
+def legacy_class_outside(folder: Path, canary: Path) -> Path:
+    """What stands where a file of torch before 1.6 puts the class of a module is called, whatever it is."""
+    parts, storages = split_legacy(save_legacy())
+    name = os.fsencode(canary)
+    outside = b"\x80\x02(X\x06\0\0\0modulecposix\nmkdir\nNNtQ"
+    parts[3] = outside + b"X" + len(name).to_bytes(4, "little") + name + b"\x85R0" + parts[3][2:]
+    path = folder / "legacy.pth"
+    path.write_bytes(b"".join(parts) + storages)
+    return path
+
+
 def legacy_shard(folder: Path, canary: Path) -> Path:
     path = legacy("system")(folder, canary)
     names = ", ".join(f'"{name}": "{path.name}"' for name in STATE_DICT)
@@ -246,6 +257,7 @@ def load_distributed(path: Path) -> None:
 
 ATTACKS: dict[str, tuple[Callable[[Path, Path], Path], Callable[[Path], None]]] = {
     **{f"legacy {part}": (legacy(part), load_torch) for part in LEGACY_PARTS},
+    "legacy class outside": (legacy_class_outside, load_torch),
     "legacy shard": (legacy_shard, load_torch),
     "zip by case": (zip_by_case, load_torch),
     "zip in capitals": (zip_in_capitals, load_torch),

@@ -165,6 +165,14 @@ def test_what_only_looks_like_it_stays_harmless(value: object, protocol: int, tm
         assert judge(path) == Verdict.HARMLESS.value
 
 
+def test_a_module_with_its_source_code_stays_harmless(tmp_path: Path) -> None:
+    """Files before 1.6 put the class of each module outside of the pickle, with its source."""
+    net = torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.BatchNorm1d(6))
+    torch.save(net, tmp_path / "net.pth", _use_new_zipfile_serialization=False)
+    assert b"class BatchNorm1d" in (tmp_path / "net.pth").read_bytes()
+    assert judge(tmp_path / "net.pth") == "harmless"
+
+
 def test_a_tar_file_with_times_stays_harmless(tmp_path: Path) -> None:
     path = tar(_with_times)(tmp_path, tmp_path / "canary")
     torch.load(path, weights_only=False)

@@ -16,6 +16,7 @@ from bntool.checkpoints.containers.pickles.nodes import (
     PersistentId,
     Set,
     Update,
+    text_of,
 )
 from bntool.checkpoints.files import ByteSource
 from bntool.errors import CorruptFileError, UnsafeFileError
@@ -166,12 +167,13 @@ class Machine:
 
     def push_instance(self, constructor: Node, arguments: Node, how: Construction, keywords: Node = None) -> None:
         instance = Instance(constructor, arguments, construction=how, keywords=keywords)
-        if not isinstance(constructor, Global):
-            self.made_calls.append(constructor)
+        called = _find_class(constructor)
+        if not isinstance(called, Global):
+            self.made_calls.append(called)
         else:
-            self.called[constructor] = None
-            name = constructor.name
-            makes_module = how is Construction.REDUCE and constructor.module.startswith("torch.nn.modules.")
+            self.called[called] = None
+            name = called.name
+            makes_module = how is Construction.REDUCE and called.module.startswith("torch.nn.modules.")
             if name in ALLOCATORS or name.endswith(_TENSORS) or makes_module:
                 self.notable_calls.append(instance)
         self.stack.append(instance)
@@ -234,3 +236,11 @@ def _check_hash(key: tuple[Node, ...]) -> None:
         if left < 0:
             raise UnsafeFileError("a key of the pickle is a nest of tuples whose hash would take forever")
         pending += [one for one in inside if type(one) is tuple]
+
+
+def _find_class(constructor: Node) -> Node:
+    """What a call calls: files of torch before 1.6 put ("module", class, file name, source code) outside of the pickle
+    for the class of a module, and their loader takes the second of these, whatever it is.
+    """
+    value = constructor.value if isinstance(constructor, PersistentId) else None
+    return value[1] if isinstance(value, tuple) and len(value) > 1 and text_of(value[0]) == "module" else constructor
