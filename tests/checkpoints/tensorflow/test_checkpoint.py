@@ -31,7 +31,7 @@ from tests.checkpoints.tensorflow.bundle_files import (
     varint,
     write_bundle,
 )
-from tests.places import INTEROP
+from tests.places import INTEROP, SAMPLES
 
 RECORDED = INTEROP / "tensorflow"
 VALUES: dict[str, dict[str, dict[str, Any]]] = json.loads((RECORDED / "values.json").read_text())
@@ -114,7 +114,8 @@ def test_the_commands_that_write_refuse_by_name(tmp_path: Path) -> None:
             plan_conversion(checkpoint, ConversionTarget.SAFETENSORS)
         with pytest.raises(RefusedError, match="without the graph"):
             fold_state_dict(checkpoint, checkpoint.state_dict(""), tolerance=1e-5)
-    for command in (["fold"], ["freeze"], ["convert", "--to", "torch"], ["recalibrate", "--model", "x", "--data", "y"]):
+    live = ["--model", f"{SAMPLES / 'digits_net.py'}:build", "--data", str(SAMPLES / "digits_train.npz")]
+    for command in (["fold"], ["freeze"], ["convert", "--to", "torch"], ["recalibrate", *live]):
         assert main([*command, str(RECORDED / "keras2"), "-o", str(tmp_path / "out")]) == 4
     assert not list(tmp_path.iterdir())
 
