@@ -70,8 +70,10 @@ class OutputFiles:
         self.flush()
         folder = _choose_name(path)
         try:
-            folder.mkdir(mode=0o700)
-            with _locked(folder):
+            with contextlib.ExitStack() as held:
+                while not folder.is_dir():
+                    folder.mkdir(mode=0o700)
+                    held.enter_context(_own(folder))
                 for file in self._files:
                     try:
                         os.link(file.temporary, folder / file.final.name)
@@ -162,10 +164,14 @@ class _TemporaryFile:
 
     def open(self) -> IO[bytes]:
         try:
-            # who may read it is decided at the end
-            self.stream = open(self.temporary, "x+b", _BUFFER, opener=partial(os.open, mode=0o600))  # noqa: SIM115
-            self._held.enter_context(_locked(self.temporary))
-            status = os.fstat(self.stream.fileno())
+            while True:
+                # who may read it is decided at the end
+                self.stream = open(self.temporary, "x+b", _BUFFER, opener=partial(os.open, mode=0o600))  # noqa: SIM115
+                self._held.enter_context(_own(self.temporary))
+                status = os.fstat(self.stream.fileno())
+                if status.st_nlink:
+                    break
+                self.stream.close()  # another writer took it for what a killed one left, before it was locked
         except BaseException:
             self.discard()
             raise
@@ -296,6 +302,24 @@ def _locked(path: Path) -> Iterator[bool]:
             yield False
         else:
             yield True
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _own(path: Path) -> Iterator[None]:
+    """Hold the lock on a temporary file or folder of this process, waiting for who looks whether it is a leftover."""
+    try:
+        import fcntl
+
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except (ImportError, OSError):  # gone already
+        yield
+        return
+    try:
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
     finally:
         os.close(descriptor)
 

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import resource
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -280,7 +281,11 @@ def test_file_systems_without_hard_links(tmp_path: Path, monkeypatch: pytest.Mon
     assert sorted(os.listdir(tmp_path)) == ["model.pt", "out.pt"]
 
 
-def test_of_two_writers_the_second_stops(tmp_path: Path) -> None:
+@pytest.mark.parametrize("round_", range(8))
+def test_of_two_writers_the_second_stops(round_: int, tmp_path: Path) -> None:
+    """Neither takes the other's temporary file for one that a killed process left."""
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)  # threads meet in every gap
     source = write_zip(tiny_net().state_dict(), tmp_path)
     results: list[str] = []
     barrier = threading.Barrier(4)
@@ -294,10 +299,13 @@ def test_of_two_writers_the_second_stops(tmp_path: Path) -> None:
             results.append("stopped")
 
     threads = [threading.Thread(target=write) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
     assert sorted(results) == ["done", "stopped", "stopped", "stopped"]
     assert sorted(os.listdir(tmp_path)) == ["model.pt", "out.pt"]
 
