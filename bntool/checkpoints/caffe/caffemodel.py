@@ -10,7 +10,7 @@ from bntool.errors import CorruptFileError
 
 
 class Caffe(Format):
-    """See the module."""
+    """A ``.caffemodel``: one protobuf message."""
 
     name = "caffe"
     title = "Caffe"

@@ -13,7 +13,7 @@ from bntool.errors import OtherFormatError
 
 
 class CaffeHdf5(Format):
-    """See the module."""
+    """A ``.caffemodel.h5``: blobs by the names of their layers."""
 
     name = "caffe-hdf5"
     title = "Caffe (.caffemodel.h5)"

@@ -39,7 +39,7 @@ class Header(Content):
 
 
 class Safetensors(Format):
-    """See the module."""
+    """A file of the safetensors library."""
 
     name = "safetensors"
     title = "safetensors"

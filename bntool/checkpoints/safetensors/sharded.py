@@ -30,7 +30,7 @@ class Shards(Content):
 
 
 class Sharded(Format):
-    """See the module."""
+    """Several files of tensors with an index that says which holds what."""
 
     name = "sharded"
     title = "sharded"

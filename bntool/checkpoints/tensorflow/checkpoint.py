@@ -14,7 +14,7 @@ _BESIDE = re.compile(r"(.+)\.data-\d{5}-of-\d{5}")
 
 
 class Tensorflow(Format):
-    """See the module."""
+    """A checkpoint of TensorFlow or the variables of a SavedModel; it is only read."""
 
     name = "tensorflow"
     title = "TensorFlow"

@@ -47,7 +47,7 @@ class FolderContent(Content):
 
 
 class Distributed(Format):
-    """See the module."""
+    """A folder of torch.distributed.checkpoint; it is only read."""
 
     name = "distributed"
     title = "torch.distributed.checkpoint"

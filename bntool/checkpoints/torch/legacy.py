@@ -51,7 +51,7 @@ class LegacyContent(TorchContent):
 
 
 class TorchLegacy(Format):
-    """See the module."""
+    """A file of torch.save from before torch 1.6: five pickles, then the storages."""
 
     name = "torch-legacy"
     title = "torch (legacy, before 1.6)"

@@ -38,7 +38,7 @@ _PADDLE_PARTS = "UnpackBigParamInfor@@"  # tensors of Paddle cut into parts
 
 
 class NumpyPickle(Format):
-    """See the module."""
+    """A plain pickle of numpy arrays."""
 
     name = "numpy-pickle"
     title = "pickle of numpy arrays"

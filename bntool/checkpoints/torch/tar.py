@@ -32,7 +32,7 @@ MAX_TENSORS = 1_000_000  # storages, views and tensors, each
 
 
 class TorchTar(Format):
-    """See the module."""
+    """A tar file of torch.save from before torch 0.1.2."""
 
     name = "torch-tar"
     title = "torch (tar, before 0.1.2)"

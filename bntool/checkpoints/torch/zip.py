@@ -47,7 +47,7 @@ class ArchiveContent(TorchContent):
 
 
 class TorchZip(Format):
-    """See the module."""
+    """A zip archive of torch.save, as torch writes since 1.6."""
 
     name = "torch-zip"
     title = "torch (zip)"

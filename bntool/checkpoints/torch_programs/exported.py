@@ -42,7 +42,7 @@ _DTYPES = {
 
 
 class ExportedProgram(Format):
-    """See the module."""
+    """An archive of torch.export.save since torch 2.8; only elements of its tensors change."""
 
     name = "exported-program"
     title = "torch.export (.pt2)"

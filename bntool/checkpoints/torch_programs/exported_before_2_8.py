@@ -48,7 +48,7 @@ class ExportLayout(Content):
 
 
 class LegacyExport(Format):
-    """See the module."""
+    """An archive of torch.export.save before torch 2.8; only elements of its tensors change."""
 
     name = "exported-program-legacy"
     title = "torch.export (.pt2, before 2.8)"

@@ -37,7 +37,7 @@ RECORD_NAME = "extra/bntool.json"  # where torch.jit.save puts its _extra_files
 
 
 class TorchScript(Format):
-    """See the module."""
+    """An archive of torch.jit.save; only elements of its tensors change."""
 
     name = "torchscript"
     title = "TorchScript"
