@@ -32,7 +32,7 @@ demo: $(VENV)/installed  ## run the whole story on sample_ckpts
 	$(BIN)/python sample_ckpts/demo.py
 
 test: $(VENV)/installed  ## run all tests
-	@echo "all tests: up to 8 minutes"
+	@echo "all tests: 8 to 13 minutes"
 	$(BIN)/python -m pytest
 
 same: $(VENV)/installed  ## hold all that the commands do against another revision: make same BASE=main~1
