@@ -12,7 +12,7 @@ BASE ?= HEAD
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 export PIP_NO_INPUT = 1
 
-.PHONY: help demo test same check lint types bench fuzz oracles catalogue samples docs wheel clean
+.PHONY: help demo test same check lint types bench fuzz oracles catalogue samples docs wheel release clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):.*##/\1\t/p' $(MAKEFILE_LIST)
@@ -59,8 +59,14 @@ catalogue: $(VENV)/installed  ## write the catalogue of architectures again; nee
 fuzz: $(VENV)/installed  ## mutate files of all formats, 200,000 times
 	$(BIN)/python -m tests.fuzz 200000
 
-wheel: $(VENV)/dev  ## build a wheel, install it in a fresh environment, run it there
-	$(BIN)/python tests/packaging/check_wheel.py
+wheel: $(VENV)/dev  ## build wheel and sdist, run the wheel in fresh environments, with and without dependencies
+	$(BIN)/python -m tests.packaging
+
+release: wheel  ## what a release would publish, in dist/, checked as the index would check it
+	$(PIP) install --constraint constraints.txt --group release
+	rm -rf dist
+	$(BIN)/python -m build --outdir dist
+	$(BIN)/python -m twine check --strict dist/*
 
 samples: $(VENV)/installed  ## train the sample checkpoints again
 	$(PIP) install --constraint constraints.txt --group samples

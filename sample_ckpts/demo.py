@@ -6,6 +6,7 @@ inspect it again, and see that the folded model answers as the recalibrated one 
 
 from __future__ import annotations
 
+import os
 import shlex
 import subprocess
 import sys
@@ -73,6 +74,9 @@ def compare_outputs() -> None:
     print(f"accuracy {accuracy[0]:.2%} and {accuracy[1]:.2%}, largest relative difference of outputs {difference:.1e}")
     if difference > 1e-5 or accuracy[0] != accuracy[1] or accuracy[0] < 0.97:
         raise SystemExit("the demo did not end as it should")
+    tell("To go on by yourself")
+    activate = os.path.relpath(Path(sys.prefix) / "bin" / "activate")
+    print(f"source {shlex.quote(activate)}\nbntool inspect demo_out/folded.pt")
 
 
 if __name__ == "__main__":

@@ -51,6 +51,9 @@ COMMANDS = {
     "convert": "conversion",
 }
 
+# dependencies that a listing does without: docs/install.md has the way without torch
+_PACKAGES = ("torch", "numpy", "rich", "safetensors")
+
 _EPILOG = (
     "Exit codes: 0 done; 1 findings at or above --fail-on, or --expect not met; 2 usage, or a package is missing; "
     "3 file unreadable, unsafe or unwritable; 4 refused; 5 verification failed, nothing written; 6 your model or data "
@@ -133,8 +136,19 @@ def main(arguments: Sequence[str]) -> int:
         return _fail(error, arguments)
     except ClickException as error:
         return _fail_usage(error, arguments)
+    except ModuleNotFoundError as error:
+        if error.name not in _PACKAGES:
+            raise
+        return _fail(_explain_missing(error.name, arguments), arguments)
     except (typer.Abort, KeyboardInterrupt):
         return _fail(_clean_up(before), arguments)
+
+
+def _explain_missing(package: str, arguments: Sequence[str]) -> errors.MissingExtraError:
+    """What to install where bntool was installed without one of its dependencies, as docs/install.md shows."""
+    return errors.MissingExtraError(
+        f"{' '.join(arguments[:1])} needs {package} here, which is not installed: pip install {package}"
+    )
 
 
 def _clean_up(before: int) -> errors.InterruptedRunError:
