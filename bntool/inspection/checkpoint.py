@@ -17,6 +17,7 @@ from bntool.errors import BntoolError
 from bntool.graphs.architectures.recognition import give_eps, recognise
 from bntool.inspection.file_findings import compare_averaged, compare_counters, find_in_file, find_in_state_dict
 from bntool.inspection.findings import Finding, FindingCode, Severity
+from bntool.inspection.judging import judge
 from bntool.inspection.layer_findings import find_in_layer
 from bntool.inspection.results import (
     Inspection,
@@ -107,7 +108,8 @@ def _inspect(
     inspections = compare_averaged(inspections)
     safety = judge_safety(checkpoint)
     findings = (*find_dangers(safety), *find_in_file(checkpoint, inspections))
-    return Inspection(checkpoint, tuple(inspections), findings, safety, checked)
+    verdict = judge(checkpoint, inspections, findings)
+    return Inspection(checkpoint, tuple(inspections), findings, safety, verdict, checked)
 
 
 def _inspect_state_dict(
@@ -206,14 +208,15 @@ def _inspect_layer(layer: BatchNorm, *, momentum: float | None, recalibrated: bo
         message = (
             f"{', '.join(unread)}: the file holds no plain elements (uninitialised, meta, or too large to be read)"
         )
-        findings.append(Finding(FindingCode.NOT_INITIALISED, Severity.WARNING, "no elements", message))
+        advice = "run one forward before saving, and save from the device"
+        findings.append(Finding(FindingCode.NOT_INITIALISED, Severity.WARNING, "no elements", message, advice=advice))
     of_torch = not layer.class_path or layer.class_path.startswith("torch.")  # others have no such counter
     if of_torch and layer.kind is not NormKind.FROZEN_BATCH_NORM and "num_batches_tracked" not in layer.tensors:
         message = (
-            "num_batches_tracked is missing: saved before torch 0.4.1, or by another framework; harmless in eval mode, "
-            "but strict loading needs it where the file has module versions"
+            "num_batches_tracked is missing: saved before torch 0.4.1, or by another framework; harmless in eval mode"
         )
-        findings.append(Finding(FindingCode.COUNTER_MISSING, Severity.NOTICE, "no counter", message))
+        advice = "strict loading needs it where the file has module versions"
+        findings.append(Finding(FindingCode.COUNTER_MISSING, Severity.NOTICE, "no counter", message, advice=advice))
     return LayerInspection(layer, summaries, tuple(findings))
 
 

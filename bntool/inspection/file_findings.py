@@ -32,7 +32,8 @@ def compare_counters(layers: tuple[LayerInspection, ...]) -> tuple[LayerInspecti
                 f"num_batches_tracked is {own} here and {usual} in most layers: "
                 "it was trained apart, reset, or used more often"
             )
-            finding = Finding(FindingCode.COUNTER_DISAGREES, Severity.NOTICE, f"counter {own}", message)
+            advice = "nothing is to be done where that was meant: a new head, frozen layers, layers that are shared"
+            finding = Finding(FindingCode.COUNTER_DISAGREES, Severity.NOTICE, f"counter {own}", message, advice=advice)
             layer = dataclasses.replace(layer, findings=(*layer.findings, finding))  # noqa: PLW2901
         compared.append(layer)
     return tuple(compared)
@@ -74,9 +75,16 @@ def compare_averaged(inspections: list[StateDictInspection]) -> list[StateDictIn
         if is_averaged_copy(inspection.state_dict.key) and stale:
             message = (
                 f"the statistics of {len(stale)} of {len(inspection.layers)} layers of this averaged copy are initial "
-                "while the model's have moved: its buffers were not copied; recalibrate it before use"
+                "while the model's have moved: its buffers were not copied"
             )
-            finding = Finding(FindingCode.EMA_STATISTICS_INITIAL, Severity.ERROR, "EMA statistics initial", message)
+            finding = Finding(
+                FindingCode.EMA_STATISTICS_INITIAL,
+                Severity.ERROR,
+                "EMA statistics initial",
+                message,
+                advice=f"recalibrate it before use, with --state-dict {inspection.state_dict.key}",
+                layers=tuple(layer.name for layer in stale),
+            )
             findings = (*inspection.findings, finding)
             inspection = dataclasses.replace(inspection, findings=findings)  # noqa: PLW2901
         compared.append(inspection)

@@ -56,8 +56,11 @@ class Finding:
 
     Attributes:
         short: a word or two for a table.
-        message: a sentence with the numbers and what to do.
+        message: a sentence with the numbers: what was found, and against what.
         facts: the numbers.
+        advice: a sentence on what to do; "" where the message says it, or nothing is to be done.
+        channels: numbers of the channels that it concerns; empty where it concerns all of them or none.
+        layers: names of the layers that it concerns, of a finding that belongs to a state dict or a file.
     """
 
     code: FindingCode
@@ -65,3 +68,6 @@ class Finding:
     short: str
     message: str
     facts: dict[str, Any] | None = None
+    advice: str = ""
+    channels: tuple[int, ...] = ()
+    layers: tuple[str, ...] = ()

@@ -8,11 +8,12 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from bntool.batchnorm import DEFAULT_EPS
+from bntool.batchnorm import DEFAULT_EPS, STATISTICS
 from bntool.inspection.findings import Finding, FindingCode, Severity
 from bntool.inspection.results import Summary
 
 DEAD_SCALE = 1e-6  # of the largest |scale| of the layer; below it a channel carries nothing that float32 can keep
+DEAD_SHARE = 0.1  # of the channels, from which on it is a warning
 EXPLODING_SCALE = 1e3  # |scale| above this amplifies rounding errors of float32 into visible ones
 FEW_UPDATES = 22  # 0.9 ** 22 = 0.1: with momentum 0.1, a tenth of the initial values is left
 HALF_SMALLEST_NORMAL = 2.0**-14
@@ -53,7 +54,8 @@ def _shapes(tensors: dict[str, Summary]) -> list[Finding]:
         return []
     listed = ", ".join(f"{role} {length}" for role, length in lengths.items())
     message = f"its tensors have different lengths ({listed}): they do not belong together"
-    return [Finding(FindingCode.SHAPE_MISMATCH, Severity.ERROR, "shapes differ", message, dict(lengths))]
+    advice = "take each layer's tensors from one model"
+    return [Finding(FindingCode.SHAPE_MISMATCH, Severity.ERROR, "shapes differ", message, dict(lengths), advice)]
 
 
 def _nonfinite(tensors: dict[str, Summary]) -> list[Finding]:
@@ -67,55 +69,82 @@ def _nonfinite(tensors: dict[str, Summary]) -> list[Finding]:
         outputs = "These channels are constant, their bias: whatever comes in is divided by infinity"
         if -math.inf in tensors["running_var"].values:
             outputs = "The outputs of these channels are NaN or constant"
-    message = f"NaN or infinite: {listed}. {outputs}; recalibrate, or take an earlier file"
-    return [Finding(FindingCode.NON_FINITE, Severity.ERROR, f"{count} non-finite in {role}", message, bad)]
+    message = f"NaN or infinite: {listed}. {outputs}"
+    only_statistics = bad.keys() <= set(STATISTICS)
+    advice = (
+        "recalibrate, or take an earlier file" if only_statistics else "take an earlier file: no data restore these"
+    )
+    channels = {i for role in bad for i, value in enumerate(tensors[role].values) if not math.isfinite(value)}
+    short = f"{count} non-finite in {role}"
+    return [Finding(FindingCode.NON_FINITE, Severity.ERROR, short, message, bad, advice, tuple(sorted(channels)))]
 
 
 def _variance(variance: Summary) -> list[Finding]:
     if variance.minimum is None or variance.minimum > 0:  # nearly always: no need to count
         return []
     count = len(variance.values)
-    negative = sum(value < 0 for value in variance.values)
-    zero = sum(value == 0 for value in variance.values)
+    negative = tuple(i for i, value in enumerate(variance.values) if value < 0)
+    zero = tuple(i for i, value in enumerate(variance.values) if value == 0)
     findings = []
     if negative:
-        message = (
-            f"running_var is negative in {negative} of {count} channels: no average of squares can be; recalibrate"
-        )
-        facts = {"channels": negative}
+        message = f"running_var is negative in {len(negative)} of {count} channels: no average of squares can be"
         findings.append(
-            Finding(FindingCode.NEGATIVE_VARIANCE, Severity.ERROR, f"{negative} negative var", message, facts)
+            Finding(
+                FindingCode.NEGATIVE_VARIANCE,
+                Severity.ERROR,
+                f"{len(negative)} negative var",
+                message,
+                {"channels": len(negative)},
+                "recalibrate; the file was edited, or averaged with weights of both signs",
+                negative,
+            )
         )
     if zero:
         message = (
-            f"running_var is 0 in {zero} of {count} channels: their input was constant (dead channels before this "
+            f"running_var is 0 in {len(zero)} of {count} channels: their input was constant (dead channels before this "
             "layer), or it underflowed in half precision; the scale is weight / sqrt(eps)"
         )
-        facts = {"channels": zero}
-        findings.append(Finding(FindingCode.ZERO_VARIANCE, Severity.WARNING, f"{zero} zero var", message, facts))
+        findings.append(
+            Finding(
+                FindingCode.ZERO_VARIANCE,
+                Severity.WARNING,
+                f"{len(zero)} zero var",
+                message,
+                {"channels": len(zero)},
+                "look at the layer before: whatever new data put into these channels is amplified by 1 / sqrt(eps)",
+                zero,
+            )
+        )
     return findings
 
 
 def _initial(mean: Summary, variance: Summary, counter: Summary | None) -> list[Finding]:
     if 0 not in mean.values or 1 not in variance.values:
         return []
-    initial = sum(m == 0 and v == 1 for m, v in zip(mean.values, variance.values, strict=True))
+    pairs = enumerate(zip(mean.values, variance.values, strict=True))
+    initial = tuple(i for i, (m, v) in pairs if m == 0 and v == 1)
     count = len(mean.values)
-    if not initial or not count:
+    if not initial:
         return []
     tracked = counter.values[0] if counter is not None and len(counter.values) == 1 else None
-    if initial < count:
-        if initial * 2 < count:
+    if len(initial) < count:
+        if len(initial) * 2 < count:
             return []
-        message = f"running_mean is 0 and running_var 1 in {initial} of {count} channels: these look never updated"
-        return [Finding(FindingCode.PARTLY_INITIAL, Severity.WARNING, "partly initial", message, {"channels": initial})]
+        message = f"running_mean is 0 and running_var 1 in {len(initial)} of {count} channels: these look never updated"
+        facts = {"channels": len(initial)}
+        return [
+            Finding(
+                FindingCode.PARTLY_INITIAL, Severity.WARNING, "partly initial", message, facts, _IF_TRAINED, initial
+            )
+        ]
     said = "" if tracked is None else f" (num_batches_tracked is {tracked:g})"
-    message = (
-        f"running_mean is 0 and running_var 1 everywhere{said}: the statistics were never updated, or were reset. If "
-        "the model was trained, it needs recalibration before eval mode is right; folded or fixed layers look so on "
-        "purpose"
-    )
-    return [Finding(FindingCode.NEVER_UPDATED, Severity.WARNING, "never updated", message)]
+    message = f"running_mean is 0 and running_var 1 everywhere{said}: the statistics were never updated, or were reset"
+    return [Finding(FindingCode.NEVER_UPDATED, Severity.WARNING, "never updated", message, advice=_IF_TRAINED)]
+
+
+_IF_TRAINED = (
+    "if the model was trained, recalibrate it before it is used in eval mode; folded or fixed layers look so on purpose"
+)
 
 
 def _scale(tensors: dict[str, Summary], variance: Summary, eps: float) -> list[Finding]:
@@ -125,30 +154,52 @@ def _scale(tensors: dict[str, Summary], variance: Summary, eps: float) -> list[F
     sound = not variance.nonfinite and variance.minimum is not None and variance.minimum + eps > 0
     if sound and (weight is None or not weight.nonfinite):
         scales = [abs(w) / math.sqrt(v + eps) for w, v in pairs]
+        known = scales
     else:
-        scales = [abs(w) / math.sqrt(v + eps) for w, v in pairs if math.isfinite(w) and 0 < v + eps < math.inf]
-    if not scales:
+        scales = [
+            abs(w) / math.sqrt(v + eps) if math.isfinite(w) and 0 < v + eps < math.inf else math.nan for w, v in pairs
+        ]
+        known = [scale for scale in scales if scale == scale]  # noqa: PLR0124 not NaN
+    if not known:
         return []
     findings = []
-    largest, count = max(scales), len(variance.values)
+    largest, count = max(known), len(variance.values)
     threshold = DEAD_SCALE * largest
-    dead = sum(scale <= threshold for scale in scales) if min(scales) <= threshold else 0
-    if dead:
+    if min(known) <= threshold:
+        dead = tuple(i for i, scale in enumerate(scales) if scale <= threshold)
+        share = len(dead) / count
         message = (
-            f"{dead} of {count} channels ({dead / count:.0%}) have a scale of nearly 0: pruned or dead, "
+            f"{len(dead)} of {count} channels ({share:.0%}) have a scale of nearly 0: pruned or dead, "
             "they give a constant whatever comes in"
         )
-        severity = Severity.WARNING if dead * 10 >= count else Severity.NOTICE
-        facts = {"channels": dead, "share": dead / count}
-        findings.append(Finding(FindingCode.DEAD_CHANNELS, severity, f"{dead} dead", message, facts))
+        findings.append(
+            Finding(
+                FindingCode.DEAD_CHANNELS,
+                Severity.WARNING if share >= DEAD_SHARE else Severity.NOTICE,
+                f"{len(dead)} dead",
+                message,
+                {"channels": len(dead), "share": share},
+                "harmless for what the model computes; if nobody pruned them, look at weight decay and learning rate",
+                dead,
+            )
+        )
     if largest > EXPLODING_SCALE:
-        exploding = sum(scale > EXPLODING_SCALE for scale in scales)
+        exploding = tuple(i for i, scale in enumerate(scales) if scale > EXPLODING_SCALE)
         message = (
-            f"{exploding} of {count} channels have |weight / sqrt(running_var + eps)| above {EXPLODING_SCALE:g} "
+            f"{len(exploding)} of {count} channels have |weight / sqrt(running_var + eps)| above {EXPLODING_SCALE:g} "
             f"(largest {largest:.3g}): tiny variance; rounding errors and new data are amplified as much"
         )
-        facts = {"channels": exploding, "largest": largest}
-        findings.append(Finding(FindingCode.EXPLODING_SCALE, Severity.WARNING, f"scale {largest:.1e}", message, facts))
+        findings.append(
+            Finding(
+                FindingCode.EXPLODING_SCALE,
+                Severity.WARNING,
+                f"scale {largest:.1e}",
+                message,
+                {"channels": len(exploding), "largest": largest},
+                "look at what feeds these channels: nearly constant in training, they need not be on new data",
+                exploding,
+            )
+        )
     return findings
 
 
@@ -156,19 +207,30 @@ def _half(mean: Summary, variance: Summary) -> list[Finding]:
     if variance.dtype not in ("float16", "bfloat16") and mean.dtype not in ("float16", "bfloat16"):
         return []
     message = f"statistics are stored in {variance.dtype}: running averages cannot be updated precisely in it"
-    findings = [Finding(FindingCode.HALF_STATISTICS, Severity.NOTICE, variance.dtype, message)]
+    advice = "keep statistics in float32 where training goes on"
+    findings = [Finding(FindingCode.HALF_STATISTICS, Severity.NOTICE, variance.dtype, message, advice=advice)]
     if variance.dtype == "float16":
-        small = sum(0 <= value < HALF_SMALLEST_NORMAL for value in variance.values)
+        small = tuple(i for i, value in enumerate(variance.values) if 0 <= value < HALF_SMALLEST_NORMAL)
         if small:
-            message = f"running_var is below float16's normal range in {small} channels: it lost digits or became 0"
-            findings.append(
-                Finding(FindingCode.UNDERFLOW, Severity.WARNING, "var underflow", message, {"channels": small})
+            message = (
+                f"running_var is below float16's normal range in {len(small)} channels: it lost digits or became 0"
             )
-        large = sum(abs(value) >= HALF_LARGEST for value in (*variance.values, *mean.values))
+            facts = {"channels": len(small)}
+            findings.append(
+                Finding(FindingCode.UNDERFLOW, Severity.WARNING, "var underflow", message, facts, _NOT_IN_HALF, small)
+            )
+        pairs = enumerate(zip(mean.values, variance.values, strict=True))
+        large = tuple(i for i, (m, v) in pairs if abs(m) >= HALF_LARGEST or abs(v) >= HALF_LARGEST)
         if large:
-            message = f"{large} statistics stand at float16's largest value or beyond: they overflowed"
-            findings.append(Finding(FindingCode.OVERFLOW, Severity.ERROR, "overflow", message, {"channels": large}))
+            message = f"statistics of {len(large)} channels stand at float16's largest value or beyond: they overflowed"
+            facts = {"channels": len(large)}
+            findings.append(
+                Finding(FindingCode.OVERFLOW, Severity.ERROR, "overflow", message, facts, _NOT_IN_HALF, large)
+            )
     return findings
+
+
+_NOT_IN_HALF = "store statistics in float32, then recalibrate"
 
 
 def _counter(
@@ -179,20 +241,23 @@ def _counter(
         return []
     if counter.dtype != "int64" or len(counter.values) != 1:
         message = f"num_batches_tracked is {counter.dtype} {list(counter.shape)}; PyTorch has an int64 scalar"
-        return [Finding(FindingCode.COUNTER_DTYPE, Severity.WARNING, f"counter {counter.dtype}", message)]
+        advice = "harmless until training resumes; a cast of the whole state dict to half has done it"
+        short = f"counter {counter.dtype}"
+        return [Finding(FindingCode.COUNTER_DTYPE, Severity.WARNING, short, message, advice=advice)]
     count = int(counter.values[0])
     if is_initial or recalibrated:
         return []
     if count == 0:
         message = (
             "num_batches_tracked is 0 although the statistics have moved: they were set by other means (a converted "
-            "model, an averaged copy); momentum=None would forget them at the first batch"
+            "model, an averaged copy)"
         )
-        return [Finding(FindingCode.COUNTER_ZERO, Severity.NOTICE, "counter 0", message)]
+        advice = "momentum=None would forget them at the first batch of a training that goes on"
+        return [Finding(FindingCode.COUNTER_ZERO, Severity.NOTICE, "counter 0", message, advice=advice)]
     if 0 < count < FEW_UPDATES and not _contradicts(tensors["running_var"], count, momentum):
         message = (
             f"the statistics rest on {count} batch{'es' if count > 1 else ''} only (num_batches_tracked): recomputed "
-            "on other data than the training's, reset, or hardly trained; check them with recalibrate --dry-run"
+            "on other data than the training's, reset, or hardly trained"
         )
         return [
             Finding(
@@ -201,6 +266,7 @@ def _counter(
                 f"{count} update{'s' if count > 1 else ''} only",
                 message,
                 {"updates": count},
+                "recalibrate --dry-run measures how far they are off",
             )
         ]
     return []

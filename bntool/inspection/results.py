@@ -13,6 +13,7 @@ from bntool.checkpoints.tensors import Tensor
 from bntool.graphs.architectures.recognition import Architecture
 from bntool.inspection.findings import Finding, Severity
 from bntool.inspection.safety import Safety
+from bntool.inspection.verdict import Verdict
 
 
 @dataclass(frozen=True)
@@ -143,6 +144,7 @@ class Inspection:
     Attributes:
         findings: those that concern the whole file.
         safety: what loading it may do.
+        verdict: on its BatchNorm layers.
         checksums: how many records were held against their checksum; None where this was not asked for.
     """
 
@@ -150,14 +152,14 @@ class Inspection:
     state_dicts: tuple[StateDictInspection, ...]
     findings: tuple[Finding, ...]
     safety: Safety
+    verdict: Verdict
     checksums: int | None = None
 
     def __repr__(self) -> str:
         inner = "".join(f"\n  {state_dict!r}" for state_dict in self.state_dicts[:_SHOWN])
         more = f"\n  and {len(self.state_dicts) - _SHOWN} more" if len(self.state_dicts) > _SHOWN else ""
-        worst = self.worst()
-        found = "nothing found" if worst is None else f"worst finding: {worst.value}"
-        return f"<Inspection of {self.checkpoint.path}: {found}, {self.safety.verdict.value} to load{inner}{more}>"
+        safety = self.safety.verdict.value
+        return f"<Inspection of {self.checkpoint.path}: {self.verdict.sentence}; {safety} to load{inner}{more}>"
 
     def fails_on(self, severity: Severity) -> bool:
         """Whether there is a finding of this severity or worse, or something that could not be judged."""

@@ -9,7 +9,7 @@ from bntool.checkpoints.checkpoint import Checkpoint, GlobalTrust, Loader
 from bntool.inspection.findings import Finding, FindingCode, Severity
 
 
-class Verdict(Enum):
+class SafetyVerdict(Enum):
     """What loading the file may do; bntool itself never loads it that way."""
 
     HARMLESS = "harmless"  # it holds data only, or names only what is known to build data
@@ -30,7 +30,7 @@ class Safety:
         loader: what would run them.
     """
 
-    verdict: Verdict
+    verdict: SafetyVerdict
     holds_code: bool
     known: tuple[str, ...]
     unknown: tuple[str, ...]
@@ -43,9 +43,9 @@ def judge_safety(checkpoint: Checkpoint) -> Safety:
     by_trust = {trust: tuple(g.path for g in checkpoint.globals if g.trust is trust) for trust in GlobalTrust}
     unknown, suspicious = by_trust[GlobalTrust.UNKNOWN], by_trust[GlobalTrust.SUSPICIOUS]
     holds_code = checkpoint.format.holds_code
-    verdict = Verdict.UNKNOWN if unknown or holds_code else Verdict.HARMLESS
+    verdict = SafetyVerdict.UNKNOWN if unknown or holds_code else SafetyVerdict.HARMLESS
     if suspicious:
-        verdict = Verdict.SUSPICIOUS
+        verdict = SafetyVerdict.SUSPICIOUS
     return Safety(verdict, holds_code, by_trust[GlobalTrust.KNOWN], unknown, suspicious, checkpoint.format.loader)
 
 
@@ -55,7 +55,7 @@ def find_dangers(safety: Safety) -> list[Finding]:
     if safety.suspicious:
         message = _warn(safety.loader, _listed(safety.suspicious))
         facts = {"globals": list(safety.suspicious)}
-        findings.append(Finding(FindingCode.SUSPICIOUS_GLOBAL, Severity.WARNING, "suspicious", message, facts))
+        findings.append(Finding(FindingCode.SUSPICIOUS_GLOBAL, Severity.WARNING, "suspicious global", message, facts))
     if safety.unknown:
         message = _explain(safety.loader, _listed(safety.unknown))
         facts = {"globals": list(safety.unknown)}

@@ -11,7 +11,8 @@ from bntool.checkpoints.checkpoint import GlobalTrust
 from bntool.checkpoints.origin import describe_origin
 from bntool.inspection.findings import Finding, Severity
 from bntool.inspection.results import Inspection, LayerInspection, StateDictInspection, Summary, TensorInspection
-from bntool.inspection.safety import Safety, Verdict
+from bntool.inspection.safety import Safety, SafetyVerdict
+from bntool.inspection.verdict import Health, Verdict
 from bntool.reports.blocks import Block, Cell, Column, Line, Style, Table, line
 from bntool.reports.text import format_number, format_size, plural
 
@@ -19,7 +20,18 @@ NARROW = 76  # columns below which only the statistics are shown
 WIDE = 132  # columns from which on means and findings stand in the table
 _STYLES = {Severity.NOTICE: Style.NOTICE, Severity.WARNING: Style.WARNING, Severity.ERROR: Style.ERROR}
 _MARKS = {Severity.NOTICE: "i", Severity.WARNING: "!", Severity.ERROR: "X"}
-_VERDICTS = {Verdict.HARMLESS: Style.GOOD, Verdict.UNKNOWN: Style.WARNING, Verdict.SUSPICIOUS: Style.ERROR}
+_HEALTH = {
+    Health.HEALTHY: Style.GOOD,
+    Health.SUSPICIOUS: Style.WARNING,
+    Health.SICK: Style.ERROR,
+    Health.NO_BATCH_NORM: Style.NOTICE,
+    Health.NOT_JUDGED: Style.WARNING,
+}
+_VERDICTS = {
+    SafetyVerdict.HARMLESS: Style.GOOD,
+    SafetyVerdict.UNKNOWN: Style.WARNING,
+    SafetyVerdict.SUSPICIOUS: Style.ERROR,
+}
 _VECTORS = ("weight", "bias", *STATISTICS)
 _LISTED = 6  # layers named in a finding that concerns many
 
@@ -31,11 +43,23 @@ def describe_inspection(inspection: Inspection, *, every_tensor: bool) -> dict[s
         "format": checkpoint.format.name,
         "size": checkpoint.format.size(checkpoint),
         "origin": describe_origin(checkpoint),
+        "verdict": _describe_verdict(inspection.verdict),
         "safety": _describe_safety(inspection.safety),
         "globals": [{"name": g.path, "called": g.called, "trust": g.trust.value} for g in checkpoint.globals],
         "checksums_verified": inspection.checksums,
         "state_dicts": [_describe_state_dict(s, inspection, every_tensor=every_tensor) for s in inspection.state_dicts],
         "findings": _describe_findings(inspection.findings),
+    }
+
+
+def _describe_verdict(verdict: Verdict) -> dict[str, Any]:
+    return {
+        "health": verdict.health.value,
+        "sentence": verdict.sentence,
+        "layers": verdict.layers,
+        "suspicious": verdict.suspicious,
+        "sick": verdict.sick,
+        "not_judged": list(verdict.not_judged),
     }
 
 
@@ -121,6 +145,9 @@ def _describe_findings(findings: Iterable[Finding]) -> list[dict[str, Any]]:
             "code": f.code.value,
             "severity": f.severity.value,
             "message": f.message,
+            **({"advice": f.advice} if f.advice else {}),
+            **({"channels": list(f.channels)} if f.channels else {}),
+            **({"layers": list(f.layers)} if f.layers else {}),
             **({"facts": f.facts} if f.facts else {}),
         }
         for f in findings
@@ -131,7 +158,9 @@ def show_inspection(path: str, inspection: Inspection, *, every_tensor: bool) ->
     """The blocks for one file."""
     checkpoint = inspection.checkpoint
     facts = (checkpoint.format.title, format_size(checkpoint.format.size(checkpoint)), describe_origin(checkpoint))
-    yield Line((Cell(path, Style.HEADING), Cell("  " + ", ".join(fact for fact in facts if fact))))
+    verdict = inspection.verdict
+    yield Line((Cell(path, Style.HEADING), Cell(": "), Cell(verdict.sentence, _HEALTH[verdict.health], True)))
+    yield line(", ".join(fact for fact in facts if fact))
     yield from _safety(inspection)
     if inspection.checksums is not None:
         yield line(f"checksums: {plural(inspection.checksums, 'record')} verified", Style.GOOD)
@@ -371,3 +400,5 @@ def _finding_lines(grouped: Sequence[tuple[Finding, list[str]]]) -> Iterable[Blo
         )
         example = f"{names[0]}: " if len(names) > 1 else ""
         yield Line((Cell(example), Cell(finding.message, is_sentence=True)), indent=2)
+        if finding.advice:
+            yield Line((Cell(finding.advice, is_sentence=True),), indent=2)

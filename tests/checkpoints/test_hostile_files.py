@@ -23,7 +23,7 @@ import torch
 
 from bntool.checkpoints.formats import open_checkpoint
 from bntool.errors import BntoolError
-from bntool.inspection.safety import Verdict, judge_safety
+from bntool.inspection.safety import SafetyVerdict, judge_safety
 from tests import programs
 from tests.checkpoints.foreign import save_distributed
 from tests.checkpoints.samples import STATE_DICTS, WRITERS
@@ -191,7 +191,7 @@ def test_no_trick_is_called_harmless(trick: str, tmp_path: Path) -> None:
                 verdict = judge_safety(checkpoint).verdict
         except BntoolError:
             continue
-        assert verdict is not Verdict.HARMLESS, name
+        assert verdict is not SafetyVerdict.HARMLESS, name
         opened += 1
     assert opened >= 3  # the zip, the legacy file and the tar archive hold any pickle
 
@@ -221,7 +221,7 @@ def test_a_plain_lookup_by_getattr_is_one_more_name(data: bytes, listed: list[An
     (tmp_path / "x.pt").write_bytes(_zip(b"\x80\x02}X\x01\x00\x00\x00a" + data[:-1] + b"s."))
     with open_checkpoint(tmp_path / "x.pt") as checkpoint:
         assert [(g.path, g.called) for g in checkpoint.globals if g.trust.value == "unknown"] == listed
-        assert judge_safety(checkpoint).verdict is Verdict.UNKNOWN
+        assert judge_safety(checkpoint).verdict is SafetyVerdict.UNKNOWN
 
 
 def test_a_real_file_with_such_lookups_is_not_suspicious() -> None:
@@ -362,7 +362,7 @@ def test_nothing_of_a_file_runs_and_nothing_outside_is_read(tmp_path: Path) -> N
     done = programs.run("guarded_reading", len(harmless), cwd=tmp_path, input="\n".join(everything))
     lines = done.stdout.splitlines()
     assert len(lines) == len(everything)
-    verdicts = {verdict.value for verdict in Verdict}
+    verdicts = {verdict.value for verdict in SafetyVerdict}
     refused = [line for line in lines[: len(harmless)] if line.rsplit(" ", 1)[1] not in verdicts]
     assert not refused
     assert sum(line.endswith("suspicious") for line in lines) > 4 * len(CALLS) // 2

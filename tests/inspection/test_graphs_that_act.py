@@ -14,11 +14,11 @@ from onnx import TensorProto, helper, numpy_helper
 from bntool.checkpoints.containers.protobufs.writing import Content, embed, integer_field
 from bntool.checkpoints.formats import open_checkpoint
 from bntool.cli.main import main
-from bntool.inspection.safety import Verdict, judge_safety
+from bntool.inspection.safety import SafetyVerdict, judge_safety
 from tests.places import INTEROP
 
 
-def verdict_of(path: Path) -> Verdict:
+def verdict_of(path: Path) -> SafetyVerdict:
     with open_checkpoint(path) as checkpoint:
         return judge_safety(checkpoint).verdict
 
@@ -52,24 +52,24 @@ def saved_model(folder: Path, node: Content, *, in_function: bool = False) -> Pa
 
 
 OPERATIONS = {
-    "WriteFile": Verdict.SUSPICIOUS,
-    "PyFunc": Verdict.SUSPICIOUS,
-    "EagerPyFunc": Verdict.SUSPICIOUS,
-    "WriteScalarSummary": Verdict.SUSPICIOUS,
-    "CreateSummaryFileWriter": Verdict.SUSPICIOUS,
-    "DebugIdentityV3": Verdict.SUSPICIOUS,
-    "DatasetToTFRecord": Verdict.SUSPICIOUS,
-    "SaveDatasetV2": Verdict.SUSPICIOUS,
-    "RpcCall": Verdict.SUSPICIOUS,
-    "ReadFile": Verdict.UNKNOWN,
-    "TFRecordDataset": Verdict.UNKNOWN,
-    "WholeFileReaderV2": Verdict.UNKNOWN,
-    "InitializeTableFromTextFileV2": Verdict.UNKNOWN,
-    "ShardedFilename": Verdict.HARMLESS,
-    "WriteVariableOp": Verdict.HARMLESS,
-    "ReadVariableOp": Verdict.HARMLESS,
-    "StatefulPartitionedCall": Verdict.HARMLESS,
-    "PrintV2": Verdict.HARMLESS,
+    "WriteFile": SafetyVerdict.SUSPICIOUS,
+    "PyFunc": SafetyVerdict.SUSPICIOUS,
+    "EagerPyFunc": SafetyVerdict.SUSPICIOUS,
+    "WriteScalarSummary": SafetyVerdict.SUSPICIOUS,
+    "CreateSummaryFileWriter": SafetyVerdict.SUSPICIOUS,
+    "DebugIdentityV3": SafetyVerdict.SUSPICIOUS,
+    "DatasetToTFRecord": SafetyVerdict.SUSPICIOUS,
+    "SaveDatasetV2": SafetyVerdict.SUSPICIOUS,
+    "RpcCall": SafetyVerdict.SUSPICIOUS,
+    "ReadFile": SafetyVerdict.UNKNOWN,
+    "TFRecordDataset": SafetyVerdict.UNKNOWN,
+    "WholeFileReaderV2": SafetyVerdict.UNKNOWN,
+    "InitializeTableFromTextFileV2": SafetyVerdict.UNKNOWN,
+    "ShardedFilename": SafetyVerdict.HARMLESS,
+    "WriteVariableOp": SafetyVerdict.HARMLESS,
+    "ReadVariableOp": SafetyVerdict.HARMLESS,
+    "StatefulPartitionedCall": SafetyVerdict.HARMLESS,
+    "PrintV2": SafetyVerdict.HARMLESS,
 }
 
 
@@ -82,14 +82,17 @@ def test_operations_of_a_saved_model(name: str, in_function: bool, tmp_path: Pat
 
 
 def test_what_is_printed_into_a_file_is_written(tmp_path: Path) -> None:
-    assert verdict_of(saved_model(tmp_path, operation("PrintV2", output_stream="file:///tmp/x"))) is Verdict.SUSPICIOUS
+    assert (
+        verdict_of(saved_model(tmp_path, operation("PrintV2", output_stream="file:///tmp/x")))
+        is SafetyVerdict.SUSPICIOUS
+    )
 
 
 def test_code_that_keras_2_left_in_a_saved_model(tmp_path: Path) -> None:
     folder = saved_model(tmp_path, operation("Relu"))
     config = {"class_name": "Lambda", "config": {"function": ["4wEAAAA=", None, None], "function_type": "lambda"}}
     (folder / "keras_metadata.pb").write_bytes(flat(embed(1, *embed(5, json.dumps(config).encode()))))
-    assert verdict_of(folder) is Verdict.SUSPICIOUS
+    assert verdict_of(folder) is SafetyVerdict.SUSPICIOUS
 
 
 @pytest.mark.parametrize("damage", ["graph", "text"])
@@ -99,7 +102,7 @@ def test_a_graph_that_cannot_be_read_is_not_harmless(damage: str, tmp_path: Path
         (folder / "saved_model.pb").write_bytes(b"\x12\xff\xff")
     else:
         (folder / "saved_model.pb").rename(folder / "saved_model.pbtxt")
-    assert verdict_of(folder) is Verdict.UNKNOWN
+    assert verdict_of(folder) is SafetyVerdict.UNKNOWN
 
 
 def test_the_recorded_models_are_harmless() -> None:
@@ -108,22 +111,24 @@ def test_the_recorded_models_are_harmless() -> None:
         INTEROP / "tensorflow" / "exported",
         INTEROP / "onnx_tiny.onnx",
     ):
-        assert verdict_of(path) is Verdict.HARMLESS
-    assert {verdict_of(path) for path in INTEROP.glob("*.caffemodel")} == {Verdict.HARMLESS}
+        assert verdict_of(path) is SafetyVerdict.HARMLESS
+    assert {verdict_of(path) for path in INTEROP.glob("*.caffemodel")} == {SafetyVerdict.HARMLESS}
 
 
 PYTHON = (
     'layer { name: "evil" type: "Python" bottom: "data" top: "evil" python_param { module: "os" layer: "system" } }'
 )
 NETS = {
-    PYTHON: Verdict.SUSPICIOUS,
-    PYTHON.replace("layer { name", "layer { include { phase: TRAIN } name", 1): Verdict.SUSPICIOUS,
-    'layer { name: "o" type: "HDF5Output" bottom: "data" hdf5_output_param { file_name: "x" } }': Verdict.SUSPICIOUS,
-    'layers { name: "o" type: HDF5_OUTPUT bottom: "data" }': Verdict.SUSPICIOUS,
-    'layer { name: "d" type: "Data" top: "d" data_param { source: "train_lmdb" } }': Verdict.HARMLESS,
-    'layer { name: "Python" type: "ReLU" bottom: "data" top: "Python" }': Verdict.HARMLESS,
-    '# layer { type: "Python" }': Verdict.HARMLESS,
-    "layer {": Verdict.UNKNOWN,
+    PYTHON: SafetyVerdict.SUSPICIOUS,
+    PYTHON.replace("layer { name", "layer { include { phase: TRAIN } name", 1): SafetyVerdict.SUSPICIOUS,
+    'layer { name: "o" type: "HDF5Output" bottom: "data" hdf5_output_param { file_name: "x" } }': (
+        SafetyVerdict.SUSPICIOUS
+    ),
+    'layers { name: "o" type: HDF5_OUTPUT bottom: "data" }': SafetyVerdict.SUSPICIOUS,
+    'layer { name: "d" type: "Data" top: "d" data_param { source: "train_lmdb" } }': SafetyVerdict.HARMLESS,
+    'layer { name: "Python" type: "ReLU" bottom: "data" top: "Python" }': SafetyVerdict.HARMLESS,
+    '# layer { type: "Python" }': SafetyVerdict.HARMLESS,
+    "layer {": SafetyVerdict.UNKNOWN,
 }
 
 
@@ -131,7 +136,7 @@ NETS = {
 @pytest.mark.parametrize("net", NETS)
 def test_layers_of_the_net_beside_a_model(net: str, suffix: str, tmp_path: Path) -> None:
     shutil.copy(INTEROP / f"caffe_tiny_std{suffix}", tmp_path / f"a{suffix}")
-    assert verdict_of(tmp_path / f"a{suffix}") is Verdict.HARMLESS
+    assert verdict_of(tmp_path / f"a{suffix}") is SafetyVerdict.HARMLESS
     text = (INTEROP / "caffe_tiny_std.prototxt").read_text()
     (tmp_path / "a.prototxt").write_text(f"{text}\n{net}\n")
     assert verdict_of(tmp_path / f"a{suffix}") is NETS[net]
@@ -151,22 +156,22 @@ def test_layers_in_the_model_itself(tmp_path: Path) -> None:
     parameters = flat(embed(130, *embed(1, b"os"), *embed(2, b"system")))
     layer = flat(embed(100, *embed(1, b"evil"), *embed(2, b"Python"), parameters))
     (tmp_path / "a.caffemodel").write_bytes((INTEROP / "caffe_tiny_std.caffemodel").read_bytes() + layer)
-    assert verdict_of(tmp_path / "a.caffemodel") is Verdict.SUSPICIOUS
+    assert verdict_of(tmp_path / "a.caffemodel") is SafetyVerdict.SUSPICIOUS
 
 
 @pytest.mark.parametrize(
     ("domain", "operator", "verdict"),
     [
-        ("com.microsoft", "PythonOp", Verdict.SUSPICIOUS),
-        ("ai.onnx.contrib", "PyOp", Verdict.SUSPICIOUS),
-        ("com.microsoft", "EPContext", Verdict.UNKNOWN),
-        ("com.microsoft", "FusedConv", Verdict.HARMLESS),
-        ("", "Relu", Verdict.HARMLESS),
+        ("com.microsoft", "PythonOp", SafetyVerdict.SUSPICIOUS),
+        ("ai.onnx.contrib", "PyOp", SafetyVerdict.SUSPICIOUS),
+        ("com.microsoft", "EPContext", SafetyVerdict.UNKNOWN),
+        ("com.microsoft", "FusedConv", SafetyVerdict.HARMLESS),
+        ("", "Relu", SafetyVerdict.HARMLESS),
     ],
 )
 @pytest.mark.parametrize("in_function", [False, True])
 def test_operators_that_run_code(
-    domain: str, operator: str, verdict: Verdict, in_function: bool, tmp_path: Path
+    domain: str, operator: str, verdict: SafetyVerdict, in_function: bool, tmp_path: Path
 ) -> None:
     x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, [1]) for name in "xy")
     node = helper.make_node(operator, ["x"], ["y"], domain=domain)

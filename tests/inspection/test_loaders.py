@@ -17,7 +17,7 @@ import torch
 
 from bntool.checkpoints.formats import open_checkpoint
 from bntool.errors import CorruptFileError, UnknownFormatError, UnsafeFileError
-from bntool.inspection.safety import Verdict, judge_safety
+from bntool.inspection.safety import SafetyVerdict, judge_safety
 from tests.inspection.attacks import ATTACKS, STATE_DICT, add_member, pickled, tar
 
 
@@ -162,7 +162,7 @@ def test_what_only_looks_like_it_stays_harmless(value: object, protocol: int, tm
         torch.save(
             {**STATE_DICT, "more": value}, path, _use_new_zipfile_serialization=not legacy, pickle_protocol=protocol
         )
-        assert judge(path) == Verdict.HARMLESS.value
+        assert judge(path) == SafetyVerdict.HARMLESS.value
 
 
 def test_a_module_with_its_source_code_stays_harmless(tmp_path: Path) -> None:
@@ -176,7 +176,7 @@ def test_a_module_with_its_source_code_stays_harmless(tmp_path: Path) -> None:
 def test_a_tar_file_with_times_stays_harmless(tmp_path: Path) -> None:
     path = tar(_with_times)(tmp_path, tmp_path / "canary")
     torch.load(path, weights_only=False)
-    assert judge(path) == Verdict.HARMLESS.value
+    assert judge(path) == SafetyVerdict.HARMLESS.value
     with pytest.raises(pickle.UnpicklingError):  # and it is data: nothing in it is a payload
         pickle.loads(path.read_bytes())
 
@@ -187,7 +187,7 @@ def test_every_kind_of_call_is_looked_at(tmp_path: Path) -> None:
 
     kept = tmp_path / "kept.pt"
     torch.save({**STATE_DICT, "layer": functools.partial(torch.nn.BatchNorm2d, eps=1e-3)}, kept)
-    assert judge(kept) == Verdict.HARMLESS.value
+    assert judge(kept) == SafetyVerdict.HARMLESS.value
     build: Callable[[Path, Path], Path] = ATTACKS["partial called"][0]
     with open_checkpoint(build(tmp_path, tmp_path / "canary")) as checkpoint:
         assert "functools.partial(...)()" in judge_safety(checkpoint).suspicious

@@ -15,7 +15,7 @@ import torch
 
 from bntool.checkpoints.formats import open_checkpoint
 from bntool.cli.main import main
-from bntool.inspection.safety import Verdict, judge_safety
+from bntool.inspection.safety import SafetyVerdict, judge_safety
 from tests.checkpoints.archives import rezip
 
 
@@ -46,18 +46,18 @@ def _make(kind: str, folder: Path) -> Path:
 
 
 CASES = [
-    ("plain", Verdict.HARMLESS, [0, 0, 0]),
-    ("safetensors", Verdict.HARMLESS, [0, 0, 0]),
-    ("numpy", Verdict.HARMLESS, [0, 0, 0]),
-    ("unknown", Verdict.UNKNOWN, [1, 0, 0]),
-    ("script", Verdict.UNKNOWN, [1, 0, 0]),
-    ("suspicious", Verdict.SUSPICIOUS, [1, 1, 0]),
+    ("plain", SafetyVerdict.HARMLESS, [0, 0, 0]),
+    ("safetensors", SafetyVerdict.HARMLESS, [0, 0, 0]),
+    ("numpy", SafetyVerdict.HARMLESS, [0, 0, 0]),
+    ("unknown", SafetyVerdict.UNKNOWN, [1, 0, 0]),
+    ("script", SafetyVerdict.UNKNOWN, [1, 0, 0]),
+    ("suspicious", SafetyVerdict.SUSPICIOUS, [1, 1, 0]),
 ]
 
 
 @pytest.mark.parametrize(("kind", "verdict", "codes"), CASES)
 def test_verdict_and_fail_on(
-    kind: str, verdict: Verdict, codes: list[int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    kind: str, verdict: SafetyVerdict, codes: list[int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = _make(kind, tmp_path)
     with open_checkpoint(path) as checkpoint:
@@ -66,7 +66,7 @@ def test_verdict_and_fail_on(
     (facts,) = json.loads(capsys.readouterr().out)["files"]
     assert facts["safety"]["verdict"] == verdict.value
     found = {finding["code"] for finding in facts["findings"]}
-    assert ("suspicious-global" in found) == (verdict is Verdict.SUSPICIOUS)
+    assert ("suspicious-global" in found) == (verdict is SafetyVerdict.SUSPICIOUS)
     assert bool(found & {"unknown-global", "holds-code"}) == bool(codes[0])
     main(["inspect", str(path)])
     shown = capsys.readouterr().out
@@ -74,7 +74,7 @@ def test_verdict_and_fail_on(
 
 
 @pytest.mark.parametrize(("kind", "verdict", "codes"), CASES)
-def test_gates(kind: str, verdict: Verdict, codes: list[int], tmp_path: Path) -> None:
+def test_gates(kind: str, verdict: SafetyVerdict, codes: list[int], tmp_path: Path) -> None:
     path = _make(kind, tmp_path)
     with open_checkpoint(path) as checkpoint:
         has_layers = any("running_mean" in name for s in checkpoint.state_dicts for name in s.tensors)
@@ -94,7 +94,7 @@ def test_a_scripted_container_is_not_suspicious(tmp_path: Path) -> None:
         torch.jit.script(net).save(path)
     with open_checkpoint(path) as checkpoint:
         assert any("___torch_mangle" in g.path for g in checkpoint.globals)
-        assert judge_safety(checkpoint).verdict is Verdict.UNKNOWN
+        assert judge_safety(checkpoint).verdict is SafetyVerdict.UNKNOWN
 
 
 def test_a_frozen_script_says_why_it_shows_no_tensors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -114,7 +114,7 @@ def test_classes_of_an_archives_own_code_are_no_imports(tmp_path: Path) -> None:
     with open_checkpoint(tmp_path / "a.pt") as checkpoint:
         safety = judge_safety(checkpoint)
         assert any(name.path.startswith("__torch__.") for name in checkpoint.globals)
-    assert (safety.verdict, safety.unknown, safety.holds_code) == (Verdict.UNKNOWN, (), True)
+    assert (safety.verdict, safety.unknown, safety.holds_code) == (SafetyVerdict.UNKNOWN, (), True)
     torch.save({"a": 1}, tmp_path / "b.pt")  # in a plain pickle it is a module that would be imported
     (tmp_path / "b.pt").write_bytes(rezip(tmp_path / "b.pt", _name_own_class))
     with open_checkpoint(tmp_path / "b.pt") as checkpoint:

@@ -26,7 +26,7 @@ from bntool.checkpoints.keras.model import order_layers, parse_config, read_mode
 from bntool.checkpoints.tensors import read_bytes, read_numbers
 from bntool.cli.main import ExitCode, main
 from bntool.errors import CorruptFileError, UnknownFormatError, UnsafeFileError
-from bntool.inspection.safety import Verdict, find_dangers, judge_safety
+from bntool.inspection.safety import SafetyVerdict, find_dangers, judge_safety
 from tests import programs
 
 TINY = {  # in the words of PyTorch, and as Keras keeps it
@@ -279,10 +279,10 @@ def test_a_lambda_with_code_is_not_harmless(interop: Path, tmp_path: Path) -> No
         for name in source.namelist():
             archive.writestr(name, json.dumps(config) if name == "config.json" else source.read(name))
     with open_checkpoint(interop / "keras_tiny.keras") as checkpoint:
-        assert judge_safety(checkpoint).verdict is Verdict.HARMLESS
+        assert judge_safety(checkpoint).verdict is SafetyVerdict.HARMLESS
     with open_checkpoint(target) as checkpoint:
         safety = judge_safety(checkpoint)
-        assert safety.verdict is Verdict.SUSPICIOUS
+        assert safety.verdict is SafetyVerdict.SUSPICIOUS
         assert safety.suspicious == ("keras.layers.Lambda",)
         assert len(find_batchnorms(checkpoint.state_dict(""))) == 5
         assert "safe_mode" in find_dangers(safety)[0].message

@@ -10,7 +10,7 @@ import pytest
 
 from bntool.checkpoints.formats import open_checkpoint
 from bntool.cli.main import main
-from bntool.inspection.safety import Verdict, judge_safety
+from bntool.inspection.safety import SafetyVerdict, judge_safety
 from tests.checkpoints.keras.configurations import (
     ADAM,
     CODE,
@@ -79,27 +79,27 @@ HARMLESS = {
     "a convolution": layer("SeparableConv2D", kernel_initializer=layer("VarianceScaling", module="keras.initializers")),
     "a policy": layer("Dense", dtype={"module": "keras", "class_name": "DTypePolicy", "config": {"name": "float32"}}),
 }  # fmt: skip
-TRAINING: dict[str, tuple[Any, Verdict]] = {
-    "a loss that downloads": ({"loss": function("keras.utils", "get_file")}, Verdict.SUSPICIOUS),
-    "a metric that runs": ({"metrics": [[function("builtins", "eval")]]}, Verdict.SUSPICIOUS),
-    "an optimizer of another package": ({"optimizer": {**ADAM, "module": "evil.optimizers"}}, Verdict.UNKNOWN),
-    "what Keras writes": ({"optimizer": ADAM, "loss": "mse", "metrics": ["accuracy"]}, Verdict.HARMLESS),
+TRAINING: dict[str, tuple[Any, SafetyVerdict]] = {
+    "a loss that downloads": ({"loss": function("keras.utils", "get_file")}, SafetyVerdict.SUSPICIOUS),
+    "a metric that runs": ({"metrics": [[function("builtins", "eval")]]}, SafetyVerdict.SUSPICIOUS),
+    "an optimizer of another package": ({"optimizer": {**ADAM, "module": "evil.optimizers"}}, SafetyVerdict.UNKNOWN),
+    "what Keras writes": ({"optimizer": ADAM, "loss": "mse", "metrics": ["accuracy"]}, SafetyVerdict.HARMLESS),
 }
 
 
-def verdict_of(path: Path) -> Verdict:
+def verdict_of(path: Path) -> SafetyVerdict:
     with open_checkpoint(path) as checkpoint:
         return judge_safety(checkpoint).verdict
 
 
-EXPECTED = {Verdict.SUSPICIOUS: REACHES, Verdict.UNKNOWN: UNKNOWN, Verdict.HARMLESS: HARMLESS}
+EXPECTED = {SafetyVerdict.SUSPICIOUS: REACHES, SafetyVerdict.UNKNOWN: UNKNOWN, SafetyVerdict.HARMLESS: HARMLESS}
 
 
 @pytest.mark.parametrize(
     ("verdict", "what"), [(verdict, what) for verdict, cases in EXPECTED.items() for what in cases]
 )
 @pytest.mark.parametrize("suffix", [".keras", ".h5"])
-def test_what_a_layer_reaches(verdict: Verdict, what: str, suffix: str, tmp_path: Path) -> None:
+def test_what_a_layer_reaches(verdict: SafetyVerdict, what: str, suffix: str, tmp_path: Path) -> None:
     entry = EXPECTED[verdict][what]
     make = archive if suffix == ".keras" else hdf5
     path = make(tmp_path / f"a{suffix}", lambda config: config["config"]["layers"].append(entry))
@@ -123,7 +123,7 @@ def test_the_finding_names_what_would_be_reached(tmp_path: Path, capsys: pytest.
 def test_no_recorded_file_is_called_harmful() -> None:
     paths = [*INTEROP.rglob("*.keras"), *INTEROP.glob("*keras*.h5"), *(INTEROP / "keras_folding").glob("*.h5")]
     assert len(paths) > 40
-    assert {path.name: verdict for path in paths if (verdict := verdict_of(path)) is not Verdict.HARMLESS} == {}
+    assert {path.name: verdict for path in paths if (verdict := verdict_of(path)) is not SafetyVerdict.HARMLESS} == {}
 
 
 def test_a_torch_pickle_is_named_as_keras_writes_it(tmp_path: Path) -> None:
@@ -131,5 +131,5 @@ def test_a_torch_pickle_is_named_as_keras_writes_it(tmp_path: Path) -> None:
     entry = layer("TorchModuleWrapper")
     entry["config"]["module"] = torch_pickle()
     path = archive(tmp_path / "a.keras", lambda c: c["config"]["layers"].append(entry))
-    assert verdict_of(path) is Verdict.SUSPICIOUS
+    assert verdict_of(path) is SafetyVerdict.SUSPICIOUS
     assert zipfile.is_zipfile(path)

@@ -26,7 +26,7 @@ from bntool.checkpoints.formats import open_checkpoint
 from bntool.checkpoints.saving import save_checkpoint
 from bntool.checkpoints.tensors import read_bytes
 from bntool.errors import CorruptFileError, FileError, RefusedError, UnknownFormatError, UnsafeFileError
-from bntool.inspection.safety import Verdict, judge_safety
+from bntool.inspection.safety import SafetyVerdict, judge_safety
 from bntool.plan import Operation, Plan, Record, RemoveTensor, Scaled, SetAttribute, SetTensor, Step, Values
 from tests.checkpoints.archives import rezip
 from tests.places import FIXTURES
@@ -219,7 +219,7 @@ def test_what_loading_would_run_is_named(record: str, tmp_path: Path, monkeypatc
     (tmp_path / "in.pt2").write_bytes(rezip(FOLDER / NEWEST, _replaced(record, data)))
     with open_checkpoint(tmp_path / "in.pt2") as checkpoint:
         safety = judge_safety(checkpoint)
-    assert safety.verdict is Verdict.SUSPICIOUS
+    assert safety.verdict is SafetyVerdict.SUSPICIOUS
     assert any(name.endswith(".system") for name in safety.suspicious)
     assert not (tmp_path / "canary").exists()
 
