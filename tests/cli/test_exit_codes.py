@@ -14,26 +14,12 @@ import torch
 from bntool.checkpoints.outputs import OutputFiles
 from bntool.cli.main import COMMANDS, ExitCode, main
 from tests import programs
-from tests.places import ROOT
+from tests.places import INTEROP, ROOT, SAMPLES
+from tests.programs import copy_user_code
 
-SAMPLES = ROOT / "sample_ckpts"
 SCHEMAS = {path.stem: json.loads(path.read_text()) for path in (ROOT / "docs" / "schema").glob("*.json")}
-CODE = """
-import runpy
-import numpy as np
 
-def model():
-    raise ValueError("\\x1b[31mno weights")
 
-def failing():
-    model = runpy.run_path("SAMPLES/digits_net.py")["build"]()
-    model.bn1.forward = lambda x: {}["nothing"]
-    return model
-
-def data():
-    yield np.zeros((4, 1, 16, 16), np.float32)
-    raise RuntimeError("the disk is gone")
-"""
 # words: @NAME is a sample, OUT a file to write, MODEL and DATA the samples' own, BAD a module whose code raises,
 # EMPTY a checkpoint without state dicts, HDF5 a file that needs h5py; then the exit code and the code of the error
 CASES = [
@@ -105,10 +91,9 @@ IMPOSSIBLE = {
 
 
 def spell_out(case: str, folder: Path) -> list[str]:
-    bad, empty, hdf5 = folder / "bad.py", folder / "empty.pt", folder / "a.h5"
-    bad.write_text(CODE.replace("SAMPLES", str(SAMPLES)))
+    bad, empty, hdf5 = copy_user_code("bad", folder), folder / "empty.pt", folder / "a.h5"
     torch.save({"epoch": 1}, empty)
-    hdf5.write_bytes((ROOT / "tests" / "fixtures" / "interop" / "keras_tiny.h5").read_bytes())
+    hdf5.write_bytes((INTEROP / "keras_tiny.h5").read_bytes())
     words = {
         "MODEL": ["--model", f"{SAMPLES / 'digits_net.py'}:build"],
         "DATA": ["--data", str(SAMPLES / "digits_train.npz")],

@@ -23,6 +23,7 @@ from bntool.folding.loading import load_folded
 from bntool.folding.speed import measure_speed
 from bntool.modules.loading import load_state
 from tests.places import ROOT
+from tests.programs import copy_user_code
 
 SAMPLES = ROOT / "sample_ckpts"
 MODEL = f"{SAMPLES / 'digits_net.py'}:build"
@@ -328,33 +329,16 @@ def test_uneven_and_subnormal_weights_are_warned_of_and_kept(fold, tmp_path) -> 
     assert int((torch.load(out)["conv.weight"] != 0).sum()) == 32
 
 
-TINY = """
-import torch
-from torch import nn
-
-class Tiny(nn.Module):
-    def __init__(self, factor):
-        super().__init__()
-        self.conv, self.bn, self.factor = nn.Conv2d(1, 32, 1, bias=False), nn.BatchNorm2d(32), factor
-
-    def forward(self, x):
-        return self.bn(self.conv(x))[:, 1:] * self.factor * self.factor + x
-
-def build(factor=1.0):
-    return Tiny(factor)
-"""
-
-
 @pytest.mark.parametrize(("factor", "flushed"), [("1.0", 31), ("3e19", 0)])
 def test_subnormal_weights_become_zero_where_that_is_proven_harmless(fold, tmp_path, factor: str, flushed: int) -> None:
-    (tmp_path / "tiny_net.py").write_text(TINY)
+    tiny_net = copy_user_code("tiny_net", tmp_path)
     layer, norm = nn.Conv2d(1, 32, 1, bias=False), nn.BatchNorm2d(32)
     with torch.no_grad():
         layer.weight.fill_(1e-9)
         norm.weight.fill_(1e-30)[0] = 1.0
     torch.save(nn.ModuleDict({"conv": layer, "bn": norm}).state_dict(), tmp_path / "tiny.pt")
     options = ("--input-shape", "2,1,4,4", "--model-arg", f"factor={factor}")
-    code, document, error, out = fold(tmp_path / "tiny.pt", *options, model=f"{tmp_path / 'tiny_net.py'}:build")
+    code, document, error, out = fold(tmp_path / "tiny.pt", *options, model=f"{tiny_net}:build")
     assert code == 0, error
     (weight,) = document["weights"]
     assert (weight["flushed"], weight["subnormal"]) == (flushed, 31 - flushed)

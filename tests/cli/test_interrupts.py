@@ -8,13 +8,7 @@ import time
 import pytest
 
 from bntool.cli.interrupts import InterruptHandler
-
-MODULE = """
-import os, signal
-for _ in range({presses}):
-    os.kill(os.getpid(), signal.SIGINT)
-whole = True
-"""
+from tests.programs import copy_user_code
 
 
 @pytest.fixture(autouse=True)
@@ -36,14 +30,14 @@ def import_and_wait(name):
 
 
 def test_an_import_is_finished_first(tmp_path):
-    (tmp_path / "pressed_once.py").write_text(MODULE.format(presses=1))
+    copy_user_code("pressed_once", tmp_path)
     with pytest.raises(KeyboardInterrupt):
         import_and_wait("pressed_once")
     assert sys.modules["pressed_once"].whole
 
 
 def test_a_second_one_does_not_wait(tmp_path):
-    (tmp_path / "pressed_twice.py").write_text(MODULE.format(presses=2))
+    copy_user_code("pressed_twice", tmp_path)
     with pytest.raises(KeyboardInterrupt):
         importlib.import_module("pressed_twice")
     assert "pressed_twice" not in sys.modules

@@ -17,6 +17,7 @@ from bntool.cli import progress as module
 from bntool.cli.progress import show_progress
 from bntool.progress import Progress
 from tests.places import ROOT
+from tests.programs import copy_user_code
 
 PHASES = ("before", "pooled statistics", "after")
 
@@ -85,19 +86,10 @@ def test_the_time_left_is_that_of_all_phases(monkeypatch) -> None:
 @pytest.mark.skipif(sys.platform == "win32", reason="terminals")
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_terminal_is_left_as_if_nothing_had_been_shown(tmp_path: Path, workers: int) -> None:
-    (tmp_path / "slow.py").write_text(
-        "import time, torch\n"
-        "class Slow(torch.nn.Module):\n"
-        "    def __init__(self):\n        super().__init__()\n        self.bn = torch.nn.BatchNorm1d(2)\n"
-        "        print('the user says this')\n"
-        "    def forward(self, x):\n        time.sleep(0.1)\n        return self.bn(x)\n"
-        "class Data(torch.utils.data.Dataset):\n"
-        "    def __len__(self):\n        return 40\n"
-        "    def __getitem__(self, index):\n        print('item', index)\n        return torch.randn(2)\n"
-    )
+    copy_user_code("slow", tmp_path)
     torch.save(torch.nn.ModuleDict({"bn": torch.nn.BatchNorm1d(2)}).state_dict(), tmp_path / "in.pt")
     options = ["--workers", str(workers), "--batch-size", "4", "--dry-run"]
-    command = ["recalibrate", "in.pt", "--model", "slow.py:Slow", "--data", "slow.py:Data", *options]
+    command = ["recalibrate", "in.pt", "--model", "slow.py:Announced", "--data", "slow.py:Samples", *options]
     child, terminal = pty.fork()
     if child == 0:
         os.chdir(tmp_path)

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from bntool.cli.main import main
 from tests.places import SAMPLES
+from tests.programs import copy_user_code
 
 MODEL = f"{SAMPLES / 'digits_net.py'}:build"
 TRAIN, TEST = str(SAMPLES / "digits_train.npz"), str(SAMPLES / "digits_test.npz")
@@ -188,19 +189,7 @@ def test_a_second_run_writes_the_same_bytes(recalibrate):
 
 @pytest.fixture
 def user_code(tmp_path):
-    path = tmp_path / "user_code_of_recalibrate.py"
-    path.write_text(
-        "import numpy as np, torch\n"
-        f"images = torch.from_numpy(np.load({TRAIN!r})['images'][:40])\n"
-        "def poisoned():\n"
-        "    bad = images[10:20].clone(); bad[3, 0, 0, 0] = float('nan')\n"
-        "    return [images[:10], bad, images[20:]]\n"
-        "def raising():\n    yield images[:10]\n    raise OSError('disk gone')\n"
-        "def interrupted():\n    yield images[:10]\n    raise KeyboardInterrupt\n"
-        "def empty():\n    return []\n"
-        "def half():\n    return [images]\n"
-        "def build(): raise ValueError('no weights here')\n"
-    )
+    path = copy_user_code("faulty_digits", tmp_path)
     yield lambda name: f"{path}:{name}"
     sys.modules.pop(path.stem, None)
 
@@ -384,13 +373,8 @@ def test_statistics_that_half_precision_cannot_hold_are_promoted_on_request(reca
 
 
 def test_a_model_in_half_precision_cannot_take_promoted_statistics(recalibrate, tmp_path):
-    (tmp_path / "half_model.py").write_text(
-        "from torch import nn\n"
-        "def build():\n    return nn.Sequential(nn.BatchNorm2d(1)).half()\n"
-        "def data():\n    import torch\n    yield torch.randn(64, 1, 4, 4) * 1000\n"
-    )
+    source = copy_user_code("half_model", tmp_path)
     torch.save(torch.nn.Sequential(torch.nn.BatchNorm2d(1)).half().state_dict(), tmp_path / "half.pt")
-    source = str(tmp_path / "half_model.py")
     code, _, err, path = recalibrate(tmp_path / "half.pt", "--promote", model=f"{source}:build", data=f"{source}:data")
     assert code == 4
     assert "float16 cannot hold the new variance" in err
@@ -445,14 +429,7 @@ def test_samples_are_a_number_or_auto(recalibrate):
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")
 @pytest.mark.parametrize("method", ["pooled", "exact"])
 def test_ctrl_c_ends_cleanly(tmp_path, method):
-    (tmp_path / "slow.py").write_text(
-        "import time, torch\n"
-        "class Slow(torch.nn.Module):\n"
-        "    def __init__(self):\n        super().__init__()\n        self.bn = torch.nn.BatchNorm1d(2)\n"
-        "    def forward(self, x):\n        print('running', flush=True)\n        time.sleep(0.3)\n"
-        "        return self.bn(x)\n"
-        "def data():\n    return [torch.randn(4, 2)] * 100\n"
-    )
+    copy_user_code("slow", tmp_path)
     torch.save(torch.nn.ModuleDict({"bn": torch.nn.BatchNorm1d(2)}).state_dict(), tmp_path / "in.pt")
     command = [
         sys.executable,
@@ -463,7 +440,7 @@ def test_ctrl_c_ends_cleanly(tmp_path, method):
         "--model",
         "slow.py:Slow",
         "--data",
-        "slow.py:data",
+        "slow.py:batches",
     ]
     process = subprocess.Popen(
         [*command, "-o", "out.pt", "--method", method],
@@ -504,50 +481,10 @@ def test_bad_evaluation_data_stop_the_command_or_are_counted(recalibrate, bad_ev
     assert warning.startswith("60 samples of the evaluation data were left out, first NaN or infinity in row 5 of")
 
 
-FACTORIES = f"""
-import sys
-import numpy as np, torch
-sys.path.insert(0, {str(SAMPLES)!r})
-from digits_net import build
-
-arrays = np.load({TRAIN!r})
-images, labels = torch.from_numpy(arrays["images"][:200]), torch.from_numpy(arrays["labels"][:200])
-
-class Stream(torch.utils.data.IterableDataset):
-    def __iter__(self):
-        return iter(list(zip(images, labels)))
-
-def stream():
-    return Stream()
-
-def batches():
-    return zip(images.split(50), labels.split(50))
-
-used_up = batches()
-the_same = batches()
-
-def again():
-    return the_same
-
-class WithLoss(torch.nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.model = build()
-    def forward(self, x):
-        return {{"loss": None, "logits": self.model(x)}}
-
-def with_loss():
-    return WithLoss()
-"""
-
-
 @pytest.fixture
-def factories(tmp_path):
-    path = tmp_path / "factories.py"
-    path.write_text(FACTORIES)
-    before = list(sys.path)
-    yield str(path)
-    sys.path[:] = before
+def factories(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(SAMPLES)
+    yield copy_user_code("factories", tmp_path)
     for name in ("factories", "digits_net"):
         sys.modules.pop(name, None)
 

@@ -15,52 +15,13 @@ import bntool
 from bntool.cli.main import main
 from bntool.errors import UserCodeError
 from bntool.graphs.traced.tracing import trace
-
-NETS = """
-import os, sys
-import torch
-from torch import nn
-
-class Net(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.conv1, self.bn1 = nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6)
-        self.conv2, self.bn2 = nn.Conv2d(6, 8, 3, bias=False), nn.BatchNorm2d(8)
-        self.fc = nn.Linear(8, 4)
-
-    def between(self, x, z):
-        return z
-
-    def forward(self, x):
-        z = self.conv2(torch.relu(self.bn1(self.conv1(x))))
-        return self.fc(torch.relu(self.bn2(self.between(x, z))).mean((2, 3)))
-
-class Branching(Net):
-    def between(self, x, z):
-        return z + 1 if x.sum() > 1e3 else z
-
-class Exiting(Net):
-    def between(self, x, z):
-        sys.exit(0)
-
-class Printing(Net):
-    def between(self, x, z):
-        print("hello from python")
-        os.write(1, b"hello from below\\n")
-        return z
-
-def build(): return Net()
-def branching(): return Branching()
-def exiting(): return Exiting()
-def printing():
-    print("made")
-    return Printing()
-"""
+from tests.programs import copy_user_code
+from tests.programs.user_code import user_nets
 
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    (tmp_path / "user_nets.py").write_text(NETS.replace("\\\\n", "\\n"))
+    copy_user_code("user_nets", tmp_path)
     monkeypatch.chdir(tmp_path)
     monkeypatch.delitem(sys.modules, "user_nets", raising=False)
     return tmp_path
@@ -68,9 +29,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def save(folder: Path, dtype: torch.dtype = torch.float32) -> nn.Module:
     torch.manual_seed(0)
-    namespace: dict[str, object] = {}
-    exec(NETS.replace("\\\\n", "\\n"), namespace)
-    model: nn.Module = namespace["Net"]()  # type: ignore[operator]
+    model = user_nets.Net()
     for _ in range(30):
         model(torch.randn(8, 3, 9, 9) * 2 + 1)
     torch.save(model.to(dtype).state_dict(), folder / "net.pt")
@@ -86,8 +45,6 @@ def test_what_follows_a_look_at_the_data_is_left_alone(folder: Path, capsys: pyt
     (facts,) = json.loads(capsys.readouterr().out)["files"]
     assert [(skip["layer"], skip["reason"]) for skip in facts["skips"]] == [("bn2", "data dependent")]
     assert main([*FOLD, "--model", "user_nets.py:branching", "--strict"]) == 4
-    import user_nets
-
     original = user_nets.branching()
     original.load_state_dict(torch.load("net.pt", weights_only=True))
     folded = bntool.load_folded(user_nets.branching(), "out.pt")
@@ -119,8 +76,6 @@ def test_an_exit_inside_of_the_model_is_an_error(folder: Path, capsys: pytest.Ca
     assert main([*FOLD, "--model", "user_nets.py:exiting"]) == 6
     assert "SystemExit" in capsys.readouterr().err
     assert not (folder / "out.pt").exists()
-    import user_nets
-
     with pytest.raises(UserCodeError):
         bntool.fold(user_nets.exiting(), torch.randn(2, 3, 9, 9))
 
@@ -142,8 +97,6 @@ def test_what_user_code_prints_is_not_in_the_result(command: str, folder: Path) 
 def test_files_of_other_precision_than_the_model(dtype: torch.dtype, folder: Path) -> None:
     original = save(folder, dtype).double()
     assert main([*FOLD, "--model", "user_nets.py:build", "--quiet"]) == 0
-    import user_nets
-
     stored = torch.load("out.pt", weights_only=True)
     assert {tensor.dtype for tensor in stored.values()} == {dtype}
     folded = bntool.load_folded(user_nets.build(), "out.pt").double().eval()

@@ -1,8 +1,9 @@
-"""Programs that tests run in a process of their own, and how they run them."""
+"""Programs that tests run in a process of their own, and how they run them; ``user_code`` is what users give bntool."""
 
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -43,3 +44,8 @@ def run_ranks(name: str, *arguments: object) -> None:
 def list_loaded(*arguments: object, **options: Any) -> set[str]:
     """The modules that are loaded after ``import MODULE...`` or after a command of bntool."""
     return set(run("loaded_modules", *arguments, **options).stdout.splitlines()[-1].split())
+
+
+def copy_user_code(name: str, folder: Path) -> Path:
+    """Give a folder a module of ``user_code``, as if the user had written it there."""
+    return Path(shutil.copy(Path(__file__).parent / "user_code" / f"{name}.py", folder))

@@ -14,37 +14,18 @@ from bntool.cli.main import main
 from bntool.errors import RefusedError
 from bntool.folding.checkpoint import fold_checkpoint
 from bntool.recalibration.checkpoint import recalibrate_checkpoint
-
-NET = """
-import torch.nn as nn
-
-def build():
-    return nn.Sequential(
-        nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 3), nn.BatchNorm2d(4)
-    )
-
-class Holds(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.model = build()
-
-    def forward(self, x):
-        return self.model(x)
-"""
+from tests.programs import copy_user_code
+from tests.programs.user_code import small_net
 
 
 def build():
     torch.manual_seed(0)
-    space = {}
-    exec(NET, space)
-    return space["build"]()
+    return small_net.build()
 
 
 @pytest.fixture
 def net(tmp_path):
-    path = tmp_path / "net.py"
-    path.write_text(NET)
-    return f"{path}:build"
+    return f"{copy_user_code('small_net', tmp_path)}:build"
 
 
 @pytest.fixture
@@ -178,9 +159,7 @@ def test_a_dead_channel_becomes_what_torch_makes_of_it(net, images, tmp_path, ca
 
 @pytest.mark.parametrize("wrapped", ["", "module."])
 def test_names_of_a_file_are_those_that_inspect_shows(wrapped, images, tmp_path, net):
-    space = {}
-    exec(NET, space)
-    state = {wrapped + name: tensor for name, tensor in space["Holds"]().state_dict().items()}
+    state = {wrapped + name: tensor for name, tensor in small_net.Holds().state_dict().items()}
     path, out = tmp_path / "t.pt", tmp_path / "o.pt"
     torch.save(state, path)
     holds = net.replace(":build", ":Holds")
@@ -190,5 +169,5 @@ def test_names_of_a_file_are_those_that_inspect_shows(wrapped, images, tmp_path,
     assert changed == [f"{wrapped}model.4.{role}" for role in ("running_mean", "running_var", "num_batches_tracked")]
     folds = fold_checkpoint(path, tmp_path / "f.pt", model=holds, input_shape=(2, 3, 9, 9), layers=["1"])
     assert [fold.layer for fold in folds.plan.folds] == ["1"]
-    loaded = bntool.load_folded(space["Holds"](), tmp_path / "f.pt")
+    loaded = bntool.load_folded(small_net.Holds(), tmp_path / "f.pt")
     assert isinstance(loaded.model[1], nn.Identity)

@@ -10,6 +10,7 @@ from torch import nn
 from bntool.data.batches import as_batches
 from bntool.errors import RefusedError, UsageError, UserCodeError
 from bntool.recalibration.evaluation import Evaluation, count_flipped, evaluate, is_better, measure_top, parse_metric
+from tests.programs import copy_user_code
 
 
 def test_top_k_against_sorting_by_hand():
@@ -54,15 +55,12 @@ def test_data_without_labels_has_predictions_only():
 
 
 def test_the_users_metric(tmp_path):
-    (tmp_path / "user_metric.py").write_text(
-        "def error(outputs, labels):\n    return -float((outputs.argmax(1) - labels).abs().sum())\n"
-        "def broken(outputs, labels):\n    raise ValueError('no')\n"
-    )
-    result = evaluate(nn.Identity(), batches(), metric=parse_metric(f"{tmp_path}/user_metric.py:error"))
+    metrics = copy_user_code("user_metrics", tmp_path)
+    result = evaluate(nn.Identity(), batches(), metric=parse_metric(f"{metrics}:error"))
     assert (result.metric, result.value) == ("error", -2.0)
-    with pytest.raises(UserCodeError, match=r"user_metric\.py:4"):
-        evaluate(nn.Identity(), batches(), metric=parse_metric(f"{tmp_path}/user_metric.py:broken"))
-    sys.modules.pop("user_metric")
+    with pytest.raises(UserCodeError, match=r"user_metrics\.py:9"):
+        evaluate(nn.Identity(), batches(), metric=parse_metric(f"{metrics}:broken"))
+    sys.modules.pop("user_metrics")
     with pytest.raises(UsageError, match="top1, top5"):
         parse_metric("accuracy")
 
@@ -139,17 +137,12 @@ def test_what_is_no_classification_is_said_and_not_measured(output, labels):
 
 
 def test_a_metric_of_the_user_is_given_structures_by_batch(tmp_path):
-    (tmp_path / "boxes_metric.py").write_text(
-        "def count(outputs, labels):\n"
-        "    assert len(outputs) == len(labels) == 2\n"
-        "    return sum(len(o['boxes']) for batch in outputs for o in batch)\n"
-        "def nothing(outputs, labels):\n    pass\n"
-    )
+    metrics = copy_user_code("user_metrics", tmp_path)
     data = [(torch.ones(2, 3), [{"boxes": torch.ones(1, 4)}] * 2)] * 2
-    assert evaluate(Returning(BOXES), data, metric=parse_metric(f"{tmp_path}/boxes_metric.py:count")).value == 4
+    assert evaluate(Returning(BOXES), data, metric=parse_metric(f"{metrics}:count")).value == 4
     with pytest.raises(UsageError, match="returned NoneType; one number is needed"):
-        evaluate(Returning(BOXES), data, metric=parse_metric(f"{tmp_path}/boxes_metric.py:nothing"))
-    sys.modules.pop("boxes_metric")
+        evaluate(Returning(BOXES), data, metric=parse_metric(f"{metrics}:nothing"))
+    sys.modules.pop("user_metrics")
 
 
 def test_labels_in_lists_and_columns_and_logits_among_outputs():

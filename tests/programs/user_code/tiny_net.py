@@ -1,0 +1,16 @@
+"""A network whose outputs depend on tiny weights, by a factor."""
+
+from torch import nn
+
+
+class Tiny(nn.Module):
+    def __init__(self, factor):
+        super().__init__()
+        self.conv, self.bn, self.factor = nn.Conv2d(1, 32, 1, bias=False), nn.BatchNorm2d(32), factor
+
+    def forward(self, x):
+        return self.bn(self.conv(x))[:, 1:] * self.factor * self.factor + x
+
+
+def build(factor=1.0):
+    return Tiny(factor)
