@@ -7,12 +7,14 @@ PYTHON ?= python3
 TORCH_INDEX ?=
 VENV := .venv
 BIN := $(VENV)/bin
+# an environment of its own: what makes the site is not beside the tests
+SITE := .venv-site
 TORCH := $(shell sed -n 's/^torch==/torch==/p' constraints.txt)
 BASE ?= HEAD
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 export PIP_NO_INPUT = 1
 
-.PHONY: help demo test same check lint types bench fuzz oracles catalogue samples docs wheel release clean
+.PHONY: help demo test same check lint types bench fuzz oracles catalogue samples docs site wheel release clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):.*##/\1\t/p' $(MAKEFILE_LIST)
@@ -59,6 +61,15 @@ catalogue: $(VENV)/installed  ## write the catalogue of architectures again; nee
 fuzz: $(VENV)/installed  ## mutate files of all formats, 200,000 times
 	$(BIN)/python -m tests.fuzz 200000
 
+site: $(SITE)/installed  ## the documentation as a site, in build/site; broken links end it
+	NO_MKDOCS_2_WARNING=1 $(SITE)/bin/mkdocs build --quiet
+
+$(SITE)/installed: pyproject.toml constraints.txt
+	test -x $(SITE)/bin/python || $(PYTHON) -m venv $(SITE)
+	$(SITE)/bin/python -m pip --disable-pip-version-check --quiet install "pip>=25.1"
+	$(SITE)/bin/python -m pip --disable-pip-version-check --quiet install --constraint constraints.txt --group site
+	touch $@
+
 wheel: $(VENV)/dev  ## build wheel and sdist, run the wheel in fresh environments, with and without dependencies
 	$(BIN)/python -m tests.packaging
 
@@ -79,4 +90,4 @@ docs: $(VENV)/installed  ## write docs/cli.md from --help and the tables of READ
 	$(BIN)/python -m tests.documentation.safety_table
 
 clean:  ## remove what was built
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(SITE) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -137,7 +137,7 @@ def diff(
 ) -> Comparison:
     """Compare a state dict of one checkpoint with one of another, whatever their formats; what ``bntool diff`` does.
 
-    Example:
+    Examples:
         >>> bntool.diff("before.pt", model, expect="norm-eval").violations
         ()
 

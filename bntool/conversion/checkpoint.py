@@ -84,7 +84,7 @@ def convert(  # noqa: PLR0913 as many as the command has options
 ) -> Conversion:
     """Convert a checkpoint between file formats or kinds of BatchNorm; what ``bntool convert`` does.
 
-    Example:
+    Examples:
         >>> bntool.convert("ckpt.pt", "ckpt.safetensors", to="safetensors", strip_prefix="module.")
 
     Args:

@@ -57,7 +57,7 @@ def fold_checkpoint(  # noqa: PLR0913 as many as the command has options
 ) -> CheckpointFold:
     """Absorb the BatchNorm layers of a checkpoint into the layers around them; what ``bntool fold`` does.
 
-    Example:
+    Examples:
         >>> bntool.fold_checkpoint("ckpt.pt", "folded.pt", model="net.py:build")
 
     Args:

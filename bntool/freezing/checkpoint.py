@@ -113,7 +113,7 @@ def freeze_checkpoint(  # noqa: PLR0913 as many as the command has options
 
     A state dict freezes nothing by itself: :func:`bntool.apply_freeze` applies to the model what is recorded here.
 
-    Example:
+    Examples:
         >>> bntool.freeze_checkpoint("ckpt.pt", "frozen.pt", requires_grad=False)
 
     Args:

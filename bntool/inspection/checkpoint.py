@@ -45,7 +45,7 @@ def inspect(
 ) -> Inspection:
     """Look at every state dict of a checkpoint, or at one; what ``bntool inspect`` does.
 
-    Example:
+    Examples:
         >>> bntool.inspect("ckpt.pt").state_dicts[0].layers[0].running_var
 
     Args:

@@ -120,7 +120,7 @@ def recalibrate_checkpoint(  # noqa: PLR0913 as many as the command has options
 
     In a job of several processes each measures its share of the data; the first one judges and writes.
 
-    Example:
+    Examples:
         >>> bntool.recalibrate_checkpoint("ckpt.pt", "out.pt", model="net.py:build", data="images.npz")
 
     Args:

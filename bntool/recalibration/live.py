@@ -236,7 +236,7 @@ def recalibrate(  # noqa: PLR0913 as plan_recalibration
 ) -> Recalibration:
     """Give the BatchNorm layers of a live model the statistics of data; all else is given back as it was.
 
-    Example:
+    Examples:
         >>> bntool.recalibrate(model, loader, method="exact")
 
     Args and errors are those of :func:`plan_recalibration`. If it raises, the statistics are the old ones.
