@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from bntool.cli import options
-from bntool.cli.output import print_report
+from bntool.cli.output import print_report, print_written
 from bntool.inspection.findings import Severity
 
 
@@ -40,6 +40,8 @@ def command(
             show_default=False,
         ),
     ] = None,
+    html: options.Html = None,
+    force: options.ForceHtml = False,
     as_json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> int:
@@ -55,16 +57,21 @@ def command(
 
       bntool inspect *.pt --fail-on error --quiet
 
+      bntool inspect ckpt.pt --html page.html
+
       bntool inspect net.caffemodel --prototxt deploy.prototxt
 
     Findings are marked X (error), ! (warning) and i (notice); docs/findings.md says what each means and what to do.
     """
     from bntool.cli.main import ExitCode, exit_code_of
-    from bntool.errors import BntoolError
+    from bntool.errors import BntoolError, UsageError
     from bntool.inspection.checkpoint import inspect
     from bntool.reports.inspection import describe_inspection, show_inspection
     from bntool.reports.report import FileReport, Report
 
+    options.check_html(html, force=force, inputs=checkpoints)
+    if html is not None and len(checkpoints) > 1:
+        raise UsageError("--html takes one file")
     reports, code, every = [], ExitCode.DONE, all_tensors or stats
     for path in checkpoints:
         try:
@@ -84,7 +91,14 @@ def command(
         facts = describe_inspection(inspection, every_tensor=every) if as_json else {}
         blocks = () if as_json else tuple(show_inspection(str(path), inspection, every_tensor=every))
         reports.append(FileReport(str(path), facts=facts, blocks=blocks))
+        if html is not None:
+            from bntool.reports.page.inspection import make_inspection_page
+            from bntool.reports.page.writing import write_page
+
+            write_page(make_inspection_page(str(path), inspection), html, force=force)
         if fail_on is not None and inspection.fails_on(fail_on):
             code = max(code, ExitCode.FINDINGS)
     print_report(Report("inspect", tuple(reports)), as_json=as_json, quiet=quiet)
+    if html is not None and not (as_json or quiet):
+        print_written(html)
     return code

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -70,6 +71,17 @@ Json = Annotated[
     bool, typer.Option("--json", help="Print the result as JSON (documented in docs/json.md).", rich_help_panel=OUTPUT)
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.", rich_help_panel=OUTPUT)]
+Html = Annotated[
+    Path | None,
+    typer.Option(
+        "--html",
+        metavar="FILE",
+        help="Write the result as a page for a browser, too: one file with pictures that needs no network.",
+        show_default=False,
+        rich_help_panel=OUTPUT,
+    ),
+]
+ForceHtml = Annotated[bool, typer.Option("--force", help="Replace the page if it exists.", rich_help_panel=OUTPUT)]
 ModelSpec = Annotated[
     str | None,
     typer.Option(
@@ -122,6 +134,14 @@ def check_specs(model: str | None, *data: str | None) -> None:
     for spec in data:
         if spec is not None:
             check_data(spec)
+
+
+def check_html(path: Path | None, *, force: bool, inputs: Sequence[Path], outputs: Sequence[Path | None] = ()) -> None:
+    """Find out before any work whether the page can be written; see :func:`~bntool.reports.page.writing.check_page`."""
+    if path is not None:
+        from bntool.reports.page.writing import check_page
+
+        check_page(path, force=force, inputs=inputs, outputs=outputs)
 
 
 def require_output(output: Path | None, *, unless: bool) -> None:

@@ -6,6 +6,7 @@ import contextlib
 import os
 import sys
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from bntool.reports.blocks import Cell, Line, Style
@@ -45,6 +46,11 @@ def print_blocks(blocks: Iterable[Block]) -> None:
         from bntool.reports import plain
 
         _write(sys.stdout, plain.draw(blocks))
+
+
+def print_written(path: Path) -> None:
+    """That a file was written beside what the command is for."""
+    print_blocks([Line((Cell(f"wrote {path}", Style.GOOD),), verbatim=True)])
 
 
 def print_error(error: BntoolError) -> None:

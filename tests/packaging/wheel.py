@@ -31,6 +31,8 @@ def check_contents(wheel: Path, sdist: Path) -> None:
     assert "bntool/py.typed" in names
     assert "bntool/cli/main.py" in names
     assert "bntool/graphs/architectures/catalogue.bin" in names
+    templates = ROOT / "bntool" / "reports" / "page" / "templates"
+    assert {f"bntool/reports/page/templates/{path.name}" for path in templates.iterdir()} <= set(names)
     assert not [n for n in names if n.startswith(("tests/", "sample_ckpts/"))], "tests in the wheel"
     assert any(n.endswith("licenses/LICENSE") for n in names)
     for field in ("Requires-Python: >=3.10", "License-Expression: MIT", "Requires-Dist: torch"):

@@ -1,0 +1,228 @@
+"""The page of what `inspect` found in one file."""
+
+from __future__ import annotations
+
+import math
+import shlex
+from collections.abc import Iterator, Sequence
+
+from bntool.batchnorm import DEFAULT_EPS
+from bntool.checkpoints.origin import describe_origin
+from bntool.inspection.findings import Finding, Severity
+from bntool.inspection.results import Inspection, LayerInspection, StateDictInspection, Summary
+from bntool.inspection.verdict import Health
+from bntool.reports.blocks import Style
+from bntool.reports.page.document import Column, Entry, Item, Page, Picture, Place, Row, Snippet, Table
+from bntool.reports.page.strips import Mark, Scale, draw_channels, scale_sizes
+from bntool.reports.text import format_number, format_size, plural
+
+STYLES = {Severity.NOTICE: Style.NOTICE, Severity.WARNING: Style.WARNING, Severity.ERROR: Style.ERROR}
+HEALTH_STYLES = {
+    Health.HEALTHY: Style.GOOD,
+    Health.SUSPICIOUS: Style.WARNING,
+    Health.SICK: Style.ERROR,
+    Health.NO_BATCH_NORM: Style.PLAIN,
+    Health.NOT_JUDGED: Style.NOTICE,
+}
+_LISTED = 12  # channels, or runs of them, that are named
+
+
+def make_inspection_page(path: str, inspection: Inspection) -> Page:
+    """The page of one file."""
+    anchors = _name_rows(inspection.state_dicts)
+    return Page(
+        command="inspect",
+        subject=path,
+        style=HEALTH_STYLES[inspection.verdict.health],
+        verdict=inspection.verdict.sentence,
+        details=tuple(f"not judged: {what}" for what in inspection.verdict.not_judged),
+        facts=_list_facts(inspection),
+        entries=tuple(_list_findings(inspection, anchors)),
+        tables=tuple(make_layer_table(one, anchors) for one in inspection.state_dicts if one.layers),
+        snippets=(
+            Snippet("The same in a terminal", (shlex.join(["bntool", "inspect", path]),)),
+            Snippet("In Python", ("import bntool", f"inspection = bntool.inspect({path!r})")),
+        ),
+    )
+
+
+Anchors = dict[tuple[str, str], str]  # of the row of a layer: by key of the state dict and name
+
+
+def _name_rows(state_dicts: Sequence[StateDictInspection]) -> Anchors:
+    keys = [(one.state_dict.key, layer.name) for one in state_dicts for layer in one.layers]
+    return {key: f"l{number}" for number, key in enumerate(keys)}
+
+
+def _list_facts(inspection: Inspection) -> dict[str, str]:
+    checkpoint = inspection.checkpoint
+    facts = {
+        "Format": checkpoint.format.title,
+        "Size": format_size(checkpoint.format.size(checkpoint)),
+        "Origin": describe_origin(checkpoint),
+        "Loading it": inspection.safety.verdict.value,
+    }
+    for one in inspection.state_dicts:
+        name = f"State dict {one.state_dict.key!r}" if one.state_dict.key else "State dict"
+        known = [architecture.title + ", in part" * (not architecture.whole) for architecture in one.architectures]
+        counts = [plural(len(one.layers), "BatchNorm layer"), f"{one.parameters:,} parameters"]
+        facts[name] = "; ".join([*counts, *known])
+    if inspection.checksums is not None:
+        facts["Checksums"] = f"{plural(inspection.checksums, 'record')} verified"
+    return {name: text for name, text in facts.items() if text}
+
+
+def _list_findings(inspection: Inspection, anchors: Anchors) -> Iterator[Entry]:
+    """Of the layers, the state dicts and the file; one entry for each code and severity, worst first."""
+    groups: dict[tuple[str, Severity, str], tuple[Finding, list[Place]]] = {}
+    several = len(inspection.state_dicts) > 1
+    for one in inspection.state_dicts:
+        key = one.state_dict.key
+        label = f"{key}: " if several and key else ""
+        for finding in one.findings:
+            places = [Place(label + name, anchors.get((key, name), "")) for name in finding.layers]
+            groups[finding.code.value, finding.severity, f"{key} {len(groups)}"] = (finding, places)
+        for layer in one.layers:
+            for finding in layer.findings:
+                group = groups.setdefault((finding.code.value, finding.severity, ""), (finding, []))
+                more = describe_channels(finding.channels)
+                group[1].append(Place(label + layer.name, anchors[key, layer.name], more))
+    for finding in inspection.findings:
+        groups[finding.code.value, finding.severity, f"file {len(groups)}"] = (finding, [])
+    ordered = sorted(groups.values(), key=lambda group: -group[0].severity.rank)
+    for number, (finding, places) in enumerate(ordered):
+        example = f"{places[0].name}: " if len(places) > 1 and not finding.layers else ""
+        yield Entry(
+            STYLES[finding.severity],
+            finding.code.value,
+            example + finding.message,
+            advice=finding.advice,
+            places=tuple(places),
+            anchor=f"f{number}",
+        )
+
+
+def describe_channels(channels: Sequence[int]) -> str:
+    """For example ``channels 1, 5, 9 to 12``; "" for none."""
+    if not channels:
+        return ""
+    runs: list[list[int]] = []
+    for channel in sorted(channels):
+        if runs and channel == runs[-1][1] + 1:
+            runs[-1][1] = channel
+        else:
+            runs.append([channel, channel])
+    shown = [f"{first}" if first == last else f"{first} to {last}" for first, last in runs[:_LISTED]]
+    more = f" and {len(channels) - sum(b - a + 1 for a, b in runs[:_LISTED])} more" if len(runs) > _LISTED else ""
+    return f"channel{'s' * (len(channels) > 1)} {', '.join(shown)}{more}"
+
+
+def make_layer_table(one: StateDictInspection, anchors: Anchors) -> Table:
+    """The layers of one state dict with a strip of running_var and one of the scale each."""
+    scales = [find_scales(layer) for layer in one.layers]
+    of_variances = scale_sizes(v for layer in one.layers for v in _values(layer.tensors.get("running_var")))
+    of_scales = scale_sizes(value for values in scales for value in values)
+    counters = len({layer.num_batches_tracked for layer in one.layers}) > 1
+    columns = [
+        Column("layer"),
+        Column("channels", "How many channels the layer has", is_number=True, is_minor=True),
+        Column(
+            "running_var by channel", "Variance of each channel; a colour is the same in all layers", scale=of_variances
+        ),
+        Column("min to max", "Smallest and largest running_var", is_number=True),
+        Column(
+            "|scale| by channel",
+            "|weight| / sqrt(running_var + eps): what a channel is multiplied by",
+            scale=of_scales,
+        ),
+        Column("min to max", "Smallest and largest |scale|", is_number=True),
+        Column("running_mean", "Smallest and largest running_mean", is_number=True, is_minor=True),
+        *((Column("batches", "num_batches_tracked", is_number=True, is_minor=True),) if counters else ()),
+        Column("findings", "What was found, worst first"),
+    ]
+    rows = tuple(
+        _make_row(layer, values, (of_variances, of_scales), anchors[one.state_dict.key, layer.name], counters=counters)
+        for layer, values in zip(one.layers, scales, strict=True)
+    )
+    title = f"Layers of {one.state_dict.key}" if one.state_dict.key else "Layers"
+    shared = max((layer.layer.num_features or 0 for layer in one.layers), default=0) > 64
+    note = "A notch above a strip marks the channels that a finding names."
+    if shared:
+        note += " Where channels share a place, it shows the largest above the median above the smallest."
+    return Table(title, "layers", tuple(columns), rows, note)
+
+
+def _make_row(
+    layer: LayerInspection, scales: Sequence[float], axes: tuple[Scale, Scale], anchor: str, *, counters: bool
+) -> Row:
+    worst = max((finding.severity for finding in layer.findings), key=lambda one: one.rank, default=None)
+    style = Style.PLAIN if worst is None else STYLES[worst]
+    marks = [Mark(STYLES[finding.severity], finding.channels) for finding in layer.findings if finding.channels]
+    variances = _values(layer.tensors.get("running_var"))
+    channels = layer.layer.num_features
+    count = layer.num_batches_tracked
+    found = sorted(layer.findings, key=lambda finding: -finding.severity.rank)
+    items = [
+        Item(layer.name),
+        Item("" if channels is None else str(channels), sort=channels),
+        _draw(variances, axes[0], marks, "running_var"),
+        _range(variances),
+        _draw(scales, axes[1], marks, "|scale|"),
+        _range(scales),
+        _range(_values(layer.tensors.get("running_mean"))),
+        *((Item("" if count is None else str(count), sort=-1 if count is None else count),) if counters else ()),
+        Item(", ".join(finding.short for finding in found), style, sort=-1 if worst is None else worst.rank),
+    ]
+    return Row(tuple(items), anchor, style)
+
+
+def find_scales(layer: LayerInspection) -> list[float]:
+    """|weight| / sqrt(running_var + eps) of each channel; NaN where there is none; empty without a variance.
+
+    Where eps is not known PyTorch's default stands in, which pictures are coarse enough for.
+    """
+    variances, weights = _values(layer.tensors.get("running_var")), _values(layer.tensors.get("weight"))
+    eps = DEFAULT_EPS if layer.layer.eps is None else layer.layer.eps
+    if not weights:
+        weights = [1.0] * len(variances)
+    if len(weights) != len(variances):
+        return []
+    return [abs(w) / math.sqrt(v + eps) if v + eps > 0 else math.nan for w, v in zip(weights, variances, strict=True)]
+
+
+def _values(summary: Summary | None) -> Sequence[float]:
+    return () if summary is None else summary.values
+
+
+def _draw(values: Sequence[float], scale: Scale, marks: Sequence[Mark], what: str) -> Item:
+    """A strip, sorted by its largest number."""
+    if not values:
+        return Item(sort=-math.inf)
+    finite = sorted(value for value in values if math.isfinite(value))
+    broken = len(values) - len(finite)
+    text = f"{what} of {plural(len(values), 'channel')}"
+    if finite:
+        numbers = (format_number(number, 2) for number in (finite[0], finite[-1], finite[len(finite) // 2]))
+        text += " from {} to {}, median {}".format(*numbers)
+    if broken:
+        text += f", {broken} not finite"
+    marked = sorted({place for mark in marks for place in mark.places})
+    if marked:
+        text += f"; marked: {describe_channels(marked)}"
+    sort = math.inf if broken else finite[-1]
+    return Item(sort=sort, picture=Picture(draw_channels(values, scale, marks), text, len(values)))
+
+
+def _range(values: Sequence[float]) -> Item:
+    """The smallest and the largest number, sorted by the latter's magnitude."""
+    if not values:
+        return Item("-", sort=-math.inf)
+    finite = [value for value in values if math.isfinite(value)]
+    broken = len(values) - len(finite)
+    text = ""
+    if finite:
+        low, high = (format_number(number, 2) for number in (min(finite), max(finite)))
+        text = low if low == high else f"{low} to {high}"
+    if broken:
+        return Item(f"{text}, {broken} not finite".lstrip(", "), Style.ERROR, sort=math.inf)
+    return Item(text, sort=max(map(abs, finite)))
