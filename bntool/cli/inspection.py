@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from bntool.cli import options
-from bntool.cli.output import print_report, print_written
+from bntool.cli.output import is_drawn, print_report, print_written
 from bntool.inspection.findings import Severity
 
 
@@ -89,7 +90,10 @@ def command(
             code = max(code, exit_code_of(error))
             continue
         facts = describe_inspection(inspection, every_tensor=every) if as_json else {}
-        blocks = () if as_json else tuple(show_inspection(str(path), inspection, every_tensor=every))
+        shown = show_inspection(
+            str(path), inspection, every_layer=all_tensors or not is_drawn(sys.stdout), every_tensor=every
+        )
+        blocks = () if as_json or quiet else tuple(shown)
         reports.append(FileReport(str(path), facts=facts, blocks=blocks))
         if html is not None:
             from bntool.reports.page.inspection import make_inspection_page

@@ -31,7 +31,7 @@ def judge(checkpoint: Checkpoint, inspections: Sequence[StateDictInspection], fi
         inspections: of the state dicts that were looked at.
         findings: those that concern the whole file.
     """
-    worst = [severity for inspection in inspections for severity in _judge_layers(inspection).values()]
+    worst = [severity for inspection in inspections for severity in inspection.find_worst().values()]
     sick, suspicious = worst.count(Severity.ERROR), worst.count(Severity.WARNING)
     of_no_layer = [finding for finding in _list_without_layers(inspections, findings) if finding.severity.rank > 0]
     not_judged = tuple(_list_not_judged(checkpoint, inspections))
@@ -52,17 +52,6 @@ def judge(checkpoint: Checkpoint, inspections: Sequence[StateDictInspection], fi
         more = f" and {len(not_judged) - _LISTED} more" if len(not_judged) > _LISTED else ""
         parts.append(f"not judged: {', '.join(not_judged[:_LISTED])}{more}")
     return Verdict(health, "; ".join(parts) or health.value, len(worst), suspicious, sick, not_judged)
-
-
-def _judge_layers(inspection: StateDictInspection) -> dict[str, Severity]:
-    """The severity of the worst finding of each layer; a notice where it has none."""
-    worst = {layer.name: Severity.NOTICE for layer in inspection.layers}
-    concerning = [(layer.name, finding) for layer in inspection.layers for finding in layer.findings]
-    concerning += [(name, finding) for finding in inspection.findings for name in finding.layers]
-    for name, finding in concerning:
-        if finding.severity.rank > worst.get(name, Severity.NOTICE).rank:
-            worst[name] = finding.severity
-    return worst
 
 
 def _list_without_layers(inspections: Sequence[StateDictInspection], findings: Sequence[Finding]) -> list[Finding]:

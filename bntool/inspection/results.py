@@ -70,6 +70,11 @@ class LayerInspection(LayerArrays):
         return self.layer.name
 
     @property
+    def worst(self) -> Severity | None:
+        """The severity of its worst finding; None without one."""
+        return max((finding.severity for finding in self.findings), key=lambda severity: severity.rank, default=None)
+
+    @property
     def num_batches_tracked(self) -> int | None:
         """None where there is none."""
         counter = self.tensors.get("num_batches_tracked")
@@ -124,6 +129,16 @@ class StateDictInspection:
         sick = [layer.name for layer in self.layers if layer.findings]
         found = f", findings in {len(sick)}: {_list(sick)}" if sick else ""
         return f"<{self.state_dict.key or 'state dict'!r}: {len(self.layers)} BatchNorm layers{found}>"
+
+    def find_worst(self) -> dict[str, Severity | None]:
+        """The severity of the worst finding that concerns each layer, its own or the state dict's; None without one."""
+        worst: dict[str, Severity | None] = {layer.name: layer.worst for layer in self.layers}
+        for finding in self.findings:
+            for name in finding.layers:
+                other = worst.get(name)
+                if name in worst and (other is None or finding.severity.rank > other.rank):
+                    worst[name] = finding.severity
+        return worst
 
     def __getitem__(self, name: str) -> LayerInspection:
         """The layer of that name.

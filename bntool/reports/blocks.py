@@ -21,8 +21,23 @@ class Style(Enum):
     ERROR = "error"
 
 
+class Histogram(NamedTuple):
+    """How many values lie in each slot of an axis; see ``histograms.py``."""
+
+    counts: tuple[int, ...]
+
+
+class Series(NamedTuple):
+    """One height for each of several files, from 0 to 1; None where there is none."""
+
+    heights: tuple[float | None, ...]
+
+
+Picture: TypeAlias = Histogram | Series
+
+
 class Cell(NamedTuple):
-    """A piece of text of one style. Text from a file is sanitised when it is drawn.
+    """A piece of text of one style, or a picture in a table. Text from a file is sanitised when it is drawn.
 
     Attributes:
         is_sentence: may be longer than a name.
@@ -31,6 +46,7 @@ class Cell(NamedTuple):
     text: str
     style: Style = Style.PLAIN
     is_sentence: bool = False
+    picture: Picture | None = None
 
 
 class Line(NamedTuple):
@@ -59,7 +75,8 @@ class Column(NamedTuple):
         right: align to the right.
         wide: shown only where the terminal is at least this many columns wide.
         narrow: shown only where it is narrower than this; 0 for everywhere.
-        shrinks: holds names, which may be broken over lines where the table is too wide.
+        shrinks: holds names, which may be shortened or broken over lines where the table is too wide.
+        pictures: holds pictures, which a terminal shows whose encoding has block characters.
     """
 
     title: str
@@ -67,25 +84,35 @@ class Column(NamedTuple):
     wide: int = 0
     narrow: int = 0
     shrinks: bool = False
+    pictures: bool = False
 
 
 class Table(NamedTuple):
-    """Columns and rows of cells; a row has one cell for each column."""
+    """Columns and rows.
+
+    Attributes:
+        rows: each has one cell for each column; or is a line that stands between such rows.
+        caption: what the pictures show; it stands above them.
+    """
 
     columns: tuple[Column, ...]
-    rows: Sequence[tuple[Cell, ...]] = ()
+    rows: Sequence[tuple[Cell, ...] | Line] = ()
+    caption: str = ""
 
-    def select(self, width: int | None) -> list[int]:
+    def select(self, width: int | None, *, pictures: bool = False) -> list[int]:
         """Numbers of the columns that are shown: those meant for the width that are not empty.
 
         Args:
             width: of the terminal; None for a pipe, which takes any.
+            pictures: whether they can be shown.
         """
+        cells = [row for row in self.rows if not isinstance(row, Line)]
         return [
             index
             for index, column in enumerate(self.columns)
             if (not column.narrow if width is None else column.wide <= width and not 0 < column.narrow <= width)
-            and any(row[index].text for row in self.rows)
+            and (pictures or not column.pictures)
+            and any(row[index].text or row[index].picture is not None for row in cells)
         ]
 
 

@@ -6,21 +6,17 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from bntool.batchnorm import STATISTICS, EpsSource
 from bntool.checkpoints.checkpoint import GlobalTrust
 from bntool.checkpoints.origin import describe_origin
-from bntool.inspection.findings import Finding, Severity
+from bntool.inspection.findings import Finding
 from bntool.inspection.results import Inspection, LayerInspection, StateDictInspection, Summary, TensorInspection
 from bntool.inspection.safety import Safety, SafetyVerdict
 from bntool.inspection.verdict import Health, Verdict
 from bntool.reports.blocks import Block, Cell, Column, Line, Style, Table, line
-from bntool.reports.text import format_number, format_size, plural
+from bntool.reports.layer_table import find_common, find_kind, make_range_cell, show_common, show_findings, show_layers
+from bntool.reports.text import format_size, plural
 
-NARROW = 76  # columns below which only the statistics are shown
-WIDE = 132  # columns from which on means and findings stand in the table
-_STYLES = {Severity.NOTICE: Style.NOTICE, Severity.WARNING: Style.WARNING, Severity.ERROR: Style.ERROR}
-_MARKS = {Severity.NOTICE: "i", Severity.WARNING: "!", Severity.ERROR: "X"}
-_HEALTH = {
+HEALTH_STYLES = {
     Health.HEALTHY: Style.GOOD,
     Health.SUSPICIOUS: Style.WARNING,
     Health.SICK: Style.ERROR,
@@ -32,8 +28,7 @@ _VERDICTS = {
     SafetyVerdict.UNKNOWN: Style.WARNING,
     SafetyVerdict.SUSPICIOUS: Style.ERROR,
 }
-_VECTORS = ("weight", "bias", *STATISTICS)
-_LISTED = 6  # layers named in a finding that concerns many
+_LISTED = 6  # names in a line
 
 
 def describe_inspection(inspection: Inspection, *, every_tensor: bool) -> dict[str, Any]:
@@ -154,22 +149,28 @@ def _describe_findings(findings: Iterable[Finding]) -> list[dict[str, Any]]:
     ]
 
 
-def show_inspection(path: str, inspection: Inspection, *, every_tensor: bool) -> Iterable[Block]:
-    """The blocks for one file."""
+def show_inspection(path: str, inspection: Inspection, *, every_layer: bool, every_tensor: bool) -> Iterable[Block]:
+    """The blocks for one file: the verdict, what needs attention, then the rest.
+
+    Args:
+        every_layer: a row for each BatchNorm layer; else those of a stage share one where there are many.
+        every_tensor: list the tensors, too.
+    """
     checkpoint = inspection.checkpoint
     facts = (checkpoint.format.title, format_size(checkpoint.format.size(checkpoint)), describe_origin(checkpoint))
     verdict = inspection.verdict
-    yield Line((Cell(path, Style.HEADING), Cell(": "), Cell(verdict.sentence, _HEALTH[verdict.health], True)))
+    yield Line((Cell(path, Style.HEADING), Cell(": "), Cell(verdict.sentence, HEALTH_STYLES[verdict.health], True)))
     yield line(", ".join(fact for fact in facts if fact))
     yield from _safety(inspection)
     if inspection.checksums is not None:
         yield line(f"checksums: {plural(inspection.checksums, 'record')} verified", Style.GOOD)
-    for state_dict in inspection.state_dicts:
-        yield line()
-        yield from _state_dict_blocks(state_dict, inspection, every_tensor=every_tensor)
     if inspection.findings:
         yield line()
-        yield from _finding_lines([(finding, []) for finding in inspection.findings])
+        worst_first = sorted(inspection.findings, key=lambda finding: -finding.severity.rank)
+        yield from show_findings((finding, ()) for finding in worst_first)
+    for state_dict in inspection.state_dicts:
+        yield line()
+        yield from _state_dict_blocks(state_dict, inspection, every_layer=every_layer, every_tensor=every_tensor)
 
 
 def _safety(inspection: Inspection) -> Iterable[Block]:
@@ -193,7 +194,7 @@ def _safety(inspection: Inspection) -> Iterable[Block]:
 
 
 def _state_dict_blocks(
-    state_dict: StateDictInspection, inspection: Inspection, *, every_tensor: bool
+    state_dict: StateDictInspection, inspection: Inspection, *, every_layer: bool, every_tensor: bool
 ) -> Iterable[Block]:
     source = state_dict.state_dict
     counts = (
@@ -211,66 +212,20 @@ def _state_dict_blocks(
     )
     channels = sum(layer.layer.num_features or 0 for layer in state_dict.layers)
     others = ", ".join(f"{count} {kind.value}" for kind, count in state_dict.other_norms.items())
-    kind = _common([_kind(layer) for layer in state_dict.layers]) or "BatchNorm"
+    kind = find_common([find_kind(layer) for layer in state_dict.layers]) or "BatchNorm"
     summary = f"{kind}: {plural(len(state_dict.layers), 'layer')}, {plural(channels, 'channel')}"
     yield line(summary + (f"; other norms: {others}" if others else ""))
     for architecture in state_dict.architectures:
         part = "" if architecture.whole else ", in part"
         yield line(f"names and shapes of {architecture.title}{part}", Style.NOTICE)
-    yield from _common_facts(state_dict.layers)
+    yield from show_common(state_dict.layers)
     yield from _records(inspection.checkpoint.records.get(source.key, ()))
+    if state_dict.layers or state_dict.findings:
+        yield line()
+        yield from show_layers(state_dict, every=every_layer)
     if every_tensor:
         yield line()
         yield _tensor_table(state_dict.tensors)
-    elif state_dict.layers:
-        yield line()
-        yield _layer_table(state_dict.layers)
-    whole: list[tuple[Finding, list[str]]] = [(finding, []) for finding in state_dict.findings]
-    grouped = whole + _group(state_dict.layers)
-    if grouped:
-        yield line()
-        yield from _finding_lines(grouped)
-
-
-def _kind(layer: LayerInspection) -> str:
-    """The class where the file holds it: it tells the dimension, which tensors do not."""
-    return layer.layer.class_path.rpartition(".")[2] or layer.layer.kind.value
-
-
-def _common(values: Sequence[Any]) -> Any:
-    """The value that all share, or None."""
-    return values[0] if values and all(value == values[0] for value in values) else None
-
-
-def _common_facts(layers: Sequence[LayerInspection]) -> Iterable[Block]:
-    """What is the same in all layers is said once, not in each row."""
-    if not layers:
-        return
-    said = []
-    tracked = [layer.num_batches_tracked for layer in layers]
-    if _common(tracked) is not None:
-        said.append(f"num_batches_tracked {tracked[0]}")
-    elif all(value is None for value in tracked) and not layers[0].layer.class_path:
-        said.append("num_batches_tracked missing")
-    eps = [layer.layer.eps for layer in layers]
-    if _common(eps) is not None:
-        said.append(f"eps {format_number(eps[0] or 0.0)} ({layers[0].layer.eps_source.value})")
-    elif all(layer.layer.eps_source is EpsSource.UNKNOWN for layer in layers):
-        said.append("eps not in the file")
-    momentum = [layer.layer.momentum for layer in layers]
-    if _common(momentum) is not None:
-        said.append(f"momentum {format_number(momentum[0] or 0.0)}")
-    factors = [_scale_factor(layer) for layer in layers]
-    if _common(factors) is not None:
-        said.append(f"statistics divided by the scale factor {format_number(factors[0] or 0.0, 6)}")
-    if said:
-        yield line("every layer: " + ", ".join(said))
-
-
-def _scale_factor(layer: LayerInspection) -> float | None:
-    """By which Caffe divides the statistics it stores; those shown are divided already."""
-    factor = layer.layer.attributes.get("scale_factor")
-    return factor if isinstance(factor, float) else None
 
 
 def _records(history: Sequence[Any]) -> Iterable[Block]:
@@ -279,70 +234,6 @@ def _records(history: Sequence[Any]) -> Iterable[Block]:
         layers = entry.get("layers")
         count = f", {plural(len(layers), 'layer')}" if isinstance(layers, list) else ""
         yield line(f"recorded: {operation} by bntool {version}{count}", Style.NOTICE)
-
-
-def _worst(findings: Sequence[Finding]) -> Severity | None:
-    return max((finding.severity for finding in findings), key=lambda severity: severity.rank, default=None)
-
-
-def _layer_table(layers: Sequence[LayerInspection]) -> Table:
-    columns = [
-        Column("", narrow=WIDE),
-        Column("layer", shrinks=True),
-        Column("kind"),
-        Column("C", right=True),
-        *(Column(title, right=True, wide=NARROW, narrow=WIDE) for title in ("weight", "bias")),
-        *(Column(title, right=True, narrow=WIDE) for title in ("mean", "var")),
-        *(Column(title, right=True, wide=WIDE) for title in _VECTORS),
-        Column("batches", right=True),
-        Column("eps", right=True),
-        Column("momentum", right=True, wide=WIDE),
-        Column("scale factor", right=True),
-        Column("findings", wide=WIDE),
-    ]
-    same_kind = _common([_kind(layer) for layer in layers]) is not None
-    same_count = _common([layer.num_batches_tracked for layer in layers]) is not None
-    same_eps = _common([layer.layer.eps for layer in layers]) is not None
-    same_factor = _common([_scale_factor(layer) for layer in layers]) is not None
-    same_momentum = _common([layer.layer.momentum for layer in layers]) is not None
-    rows = []
-    for layer in layers:
-        norm, worst = layer.layer, _worst(layer.findings)
-        style = _STYLES[worst] if worst else Style.PLAIN
-        momentum = "" if same_momentum or norm.momentum is None else format_number(norm.momentum)
-        eps = "" if same_eps or norm.eps is None else format_number(norm.eps)
-        factor = _scale_factor(layer)
-        count = "" if same_count or layer.num_batches_tracked is None else str(layer.num_batches_tracked)
-        rows.append(
-            (
-                Cell(_MARKS[worst] if worst else "", style),
-                Cell(norm.name, style),
-                Cell("" if same_kind else _kind(layer)),
-                Cell("" if norm.num_features is None else str(norm.num_features)),
-                *(_range_cell(layer.tensors.get(role), digits=2) for role in _VECTORS),
-                *(_range_cell(layer.tensors.get(role), digits=3, mean=True) for role in _VECTORS),
-                Cell(count),
-                Cell(eps),
-                Cell(momentum),
-                Cell("" if same_factor or factor is None else format_number(factor, 6)),
-                Cell(", ".join(finding.short for finding in layer.findings), style),
-            )
-        )
-    return Table(tuple(columns), rows)
-
-
-def _range_cell(summary: Summary | None, *, digits: int, mean: bool = False) -> Cell:
-    """``min..max``, with the mean in between where there is room for it."""
-    if summary is None:
-        return Cell("-", Style.MUTED)
-    if summary.minimum is None or summary.maximum is None or summary.mean is None:
-        return Cell("nan", Style.ERROR)
-    numbers = [summary.minimum, summary.maximum]
-    low, high = (format_number(number, digits) for number in numbers)
-    text = low if low == high else f"{low}..{high}"
-    if mean and low != high:
-        text += f" ({format_number(summary.mean, 2)})"
-    return Cell(text, Style.ERROR if summary.nonfinite else Style.PLAIN)
 
 
 def _tensor_table(tensors: Sequence[TensorInspection]) -> Table:
@@ -367,38 +258,8 @@ def _tensor_table(tensors: Sequence[TensorInspection]) -> Table:
                 Cell(tensor.tensor.dtype.name + (f" ({wrapper})" if wrapper else "")),
                 Cell("x".join(map(str, tensor.tensor.shape)) or "scalar"),
                 Cell(format_size(getattr(tensor.tensor, "nbytes", 0))),
-                _range_cell(summary, digits=3, mean=True) if summary is not None else Cell(""),
+                make_range_cell(summary, digits=3, mean=True) if summary is not None else Cell(""),
                 Cell(nonfinite, Style.ERROR),
             )
         )
     return Table(columns, rows)
-
-
-def _group(layers: Sequence[LayerInspection]) -> list[tuple[Finding, list[str]]]:
-    """One entry for each code and severity, with the layers that have it, worst first."""
-    grouped: dict[tuple[str, str], tuple[Finding, list[str]]] = {}
-    for layer in layers:
-        for finding in layer.findings:
-            entry = grouped.setdefault((finding.code.value, finding.severity.value), (finding, []))
-            entry[1].append(layer.layer.name)
-    return sorted(grouped.values(), key=lambda entry: -entry[0].severity.rank)
-
-
-def _finding_lines(grouped: Sequence[tuple[Finding, list[str]]]) -> Iterable[Block]:
-    for finding, names in grouped:
-        where = ""
-        if names:
-            listed = ", ".join(names[:_LISTED]) + (f" and {len(names) - _LISTED} more" if len(names) > _LISTED else "")
-            where = f" in {listed}" if len(names) == 1 else f" in {len(names)} layers: {listed}"
-        severity = finding.severity
-        yield Line(
-            (
-                Cell(f"{_MARKS[severity]} {severity.value}", _STYLES[severity]),
-                Cell(f" {finding.code.value}", Style.HEADING),
-                Cell(where),
-            )
-        )
-        example = f"{names[0]}: " if len(names) > 1 else ""
-        yield Line((Cell(example), Cell(finding.message, is_sentence=True)), indent=2)
-        if finding.advice:
-            yield Line((Cell(finding.advice, is_sentence=True),), indent=2)

@@ -27,15 +27,21 @@ def _draw_line(line: Line) -> str:
 
 
 def _draw_table(table: Table) -> list[str]:
+    rows = [row for row in table.rows if not isinstance(row, Line)]
     columns = []
     for index in table.select(None):
         column = table.columns[index]
-        texts = [sanitize(column.title), *(sanitize(row[index].text) for row in table.rows)]
+        texts = [sanitize(column.title), *(sanitize(row[index].text) for row in rows)]
         sizes = [_count_columns(text) for text in texts]
         width = max(sizes)
         padding = [" " * (width - size) for size in sizes]
         columns.append([p + t if column.right else t + p for t, p in zip(texts, padding, strict=True)])
-    return [(" " * _GAP).join(row).rstrip() for row in zip(*columns, strict=True)]
+    drawn = [(" " * _GAP).join(row).rstrip() for row in zip(*columns, strict=True)]
+    if len(rows) == len(table.rows):
+        return drawn
+    header, *others = drawn
+    cells = iter(others)
+    return [header, *(_draw_line(row) if isinstance(row, Line) else next(cells) for row in table.rows)]
 
 
 def _count_columns(text: str) -> int:

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Sequence
 from typing import TextIO
 
+from rich.cells import cell_len
 from rich.console import Console
 from rich.padding import Padding
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from bntool.reports.blocks import Block, Line, Style, Table
-from bntool.reports.text import sanitize
+from bntool.reports.blocks import Block, Cell, Column, Line, Style, Table, line
+from bntool.reports.pictures import BARS, EMPTY, PICTURE_SIZES, draw_picture
+from bntool.reports.text import sanitize, shorten_names
+
+_GAP = 2  # columns between those of a table
+_SHORTEST = 8  # columns below which a name says nothing
 
 STYLES = {
     Style.PLAIN: "",
@@ -45,7 +51,7 @@ def draw(blocks: Iterable[Block], stream: TextIO) -> str:
             if isinstance(block, Line):
                 _print_line(console, block)
             else:
-                console.print(_make_table(block, console.width))
+                _print_table(console, block)
     return capture.get()
 
 
@@ -60,25 +66,93 @@ def draw_help(text: str, stream: TextIO) -> str:
     return capture.get()
 
 
-def _print_line(console: Console, line: Line) -> None:
-    text = Text.assemble(*((text, STYLES[style]) for text, style in line.pieces()))
-    if line.verbatim:
-        console.print(Text(" " * line.indent).append_text(text), soft_wrap=True)
+def _print_line(console: Console, block: Line) -> None:
+    text = Text.assemble(*((text, STYLES[style]) for text, style in block.pieces()))
+    if block.verbatim:
+        console.print(Text(" " * block.indent).append_text(text), soft_wrap=True)
     else:
-        console.print(Padding(text, (0, 0, 0, line.indent), expand=False) if line.indent else text)
+        console.print(Padding(text, (0, 0, 0, block.indent), expand=False) if block.indent else text)
 
 
-def _make_table(table: Table, width: int) -> RichTable:
-    shown = table.select(width)
-    drawn = RichTable(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style=STYLES[Style.HEADING])
-    for index in shown:
-        column = table.columns[index]
+def _print_table(console: Console, table: Table) -> None:
+    """Rows between lines are tables of their own whose columns line up."""
+    pictures = _shows_blocks(console)
+    shown = table.select(console.width, pictures=pictures)
+    columns = [table.columns[index] for index in shown]
+    if table.caption and any(column.pictures for column in columns):
+        _print_line(console, line(table.caption, Style.MUTED))
+    rows = [row for row in table.rows if not isinstance(row, Line)]
+    for size in PICTURE_SIZES:  # the largest pictures for which no name must be shortened
+        texts = [[_draw_cell(row[index], size) for index in shown] for row in rows]
+        widths = _measure(texts, columns)
+        if sum(widths) + _GAP * len(widths) <= console.width + _GAP or not pictures:
+            break
+    _shorten(texts, columns, console.width)
+    widths = _measure(texts, columns)
+    fits = sum(widths) + _GAP * len(widths) <= console.width + _GAP
+    drawn = _make_table(columns, widths if fits else None, header=True)
+    cells = iter(texts)
+    for row in table.rows:
+        if isinstance(row, Line):
+            if drawn.row_count:
+                console.print(drawn)
+                drawn = _make_table(columns, widths if fits else None, header=False)
+            _print_line(console, row)
+        else:
+            drawn.add_row(*next(cells))
+    if drawn.row_count:
+        console.print(drawn)
+
+
+def _make_table(columns: Sequence[Column], widths: Sequence[int] | None, *, header: bool) -> RichTable:
+    drawn = RichTable(
+        box=None, padding=(0, _GAP, 0, 0), pad_edge=False, show_header=header, header_style=STYLES[Style.HEADING]
+    )
+    for at, column in enumerate(columns):
         drawn.add_column(
             Text(sanitize(column.title)),
             justify="right" if column.right else "left",
             no_wrap=not column.shrinks,
             overflow="fold" if column.shrinks else "ellipsis",
+            width=None if widths is None else widths[at],
         )
-    for row in table.rows:
-        drawn.add_row(*(Text(sanitize(row[index].text), STYLES[row[index].style]) for index in shown))
     return drawn
+
+
+def _measure(rows: Sequence[Sequence[Text]], columns: Sequence[Column]) -> list[int]:
+    return [
+        max(cell_len(sanitize(column.title)), *(row[at].cell_len for row in rows)) for at, column in enumerate(columns)
+    ]
+
+
+def _draw_cell(cell: Cell, size: int) -> Text:
+    if cell.picture is None:
+        return Text(sanitize(cell.text), STYLES[cell.style])
+    pieces = re.split(f"({EMPTY}+)", draw_picture(cell.picture, size))
+    return Text.assemble(*((piece, STYLES[Style.MUTED if EMPTY in piece else cell.style]) for piece in pieces))
+
+
+def _shorten(rows: list[list[Text]], columns: Sequence[Column], width: int) -> None:
+    """Shorten the names of a table to what the other columns leave of the width, as long as they stay distinct."""
+    shrinking = [at for at, column in enumerate(columns) if column.shrinks]
+    if not rows or not shrinking:
+        return
+    sizes = _measure(rows, columns)
+    room = width + _GAP - sum(sizes[at] + _GAP for at in range(len(columns)) if at not in shrinking)
+    for count, at in enumerate(sorted(shrinking, key=lambda at: sizes[at])):
+        share = room // (len(shrinking) - count) - _GAP  # what a short column leaves, a long one takes
+        names = [row[at].plain for row in rows]
+        different = list(dict.fromkeys(names))
+        if sizes[at] > share >= _SHORTEST and all(map(str.isascii, names)):
+            short = dict(zip(different, shorten_names(different, share) or different, strict=True))
+            for row in rows:
+                row[at] = Text(short[row[at].plain], row[at].style)
+        room -= min(sizes[at], share) + _GAP
+
+
+def _shows_blocks(console: Console) -> bool:
+    try:
+        f"{BARS}{EMPTY}".encode(console.encoding)
+    except (LookupError, UnicodeEncodeError):
+        return False
+    return True

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
 import unicodedata
+from collections.abc import Sequence
 
 # categories that can move the cursor, hide or reorder text, or have no glyph: controls, formats (bidi marks, zero
 # width), surrogates, private use, unassigned, line and paragraph separators
@@ -33,6 +35,34 @@ def _show(character: str) -> str:
     if code < 0x100:
         return f"\\x{code:02x}"
     return f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
+
+
+def shorten_names(names: Sequence[str], width: int) -> list[str] | None:
+    """Dotted names, or paths, in at most so many characters, none like another; None where that is not possible.
+
+    What all begin with goes first, then the middle of those that are too long still.
+    """
+    if max(map(len, names), default=0) <= width:
+        return list(names)
+    split = [re.split(r"(?<=[./])", name) for name in names]
+    shared = len("".join(split[0][: count_shared([parts[:-1] for parts in split])]))
+    if shared > 1:
+        names = [f"…{name[shared:]}" for name in names]
+    room, different = width - 1, len(set(names))
+    for head in sorted(range(1, room), key=lambda head: abs(head - room // 2)):
+        cut = [n if len(n) <= width else f"{n[:head]}…{n[head - room :]}" for n in names]
+        if len(set(cut)) == different:
+            return cut
+    return None
+
+
+def count_shared(paths: Sequence[Sequence[str]]) -> int:
+    """How many leading parts all paths share."""
+    first, last = min(map(tuple, paths), default=()), max(map(tuple, paths), default=())
+    count = 0
+    while count < min(len(first), len(last)) and first[count] == last[count]:
+        count += 1
+    return count
 
 
 def format_number(value: float, digits: int = 3) -> str:

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from bntool.reports.blocks import Cell, Column, Line, Style, Table, line, verbatim
+from bntool.reports.blocks import Cell, Column, Histogram, Line, Style, Table, line, verbatim
 from bntool.reports.plain import draw
 from tests.reports.blocks import EVIL, TABLE
 
@@ -16,6 +16,12 @@ def test_columns_line_up_and_empty_ones_are_left_out() -> None:
 def test_lines_are_as_long_as_they_are() -> None:
     pieces = Line((Cell("warning ", Style.WARNING), Cell("text " * 30)), indent=2)
     assert draw([line("title", Style.HEADING), pieces]) == f"title\n  warning {('text ' * 30).rstrip()}\n"
+
+
+def test_pipes_get_no_pictures_and_lines_stand_between_rows() -> None:
+    columns = (Column("layer"), Column("", pictures=True))
+    rows = [(Cell("a"), Cell("", picture=Histogram((1, 2)))), line("between", indent=2), (Cell("b"), Cell(""))]
+    assert draw([Table(columns, rows, caption="of pictures")]) == "layer\na\n  between\nb\n"
 
 
 def test_text_from_files_never_reaches_a_log_raw() -> None:

@@ -1,0 +1,264 @@
+"""The table of the BatchNorm layers of a state dict, for people."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+from bntool.batchnorm import EpsSource
+from bntool.inspection.findings import Finding, Severity
+from bntool.inspection.results import LayerInspection, StateDictInspection, Summary
+from bntool.reports.blocks import Block, Cell, Column, Histogram, Line, Style, Table, line
+from bntool.reports.histograms import LogAxis
+from bntool.reports.layers import Distribution, LayerRow, Pictures, arrange_rows, picture_scales, picture_variances
+from bntool.reports.text import format_number, plural
+
+MIDDLE = 100  # columns from which on channels and running_mean are shown
+WIDE = 132  # and means
+WIDEST = 172  # and weight, bias and findings
+SEVERITY_STYLES = {Severity.NOTICE: Style.NOTICE, Severity.WARNING: Style.WARNING, Severity.ERROR: Style.ERROR}
+MARKS = {Severity.NOTICE: "i", Severity.WARNING: "!", Severity.ERROR: "X"}
+_LISTED = 6  # layers named in a finding that concerns many
+_LISTED_CHANNELS = 8
+_AFFINE = ("weight", "bias")
+
+
+def show_layers(state_dict: StateDictInspection, *, every: bool) -> Iterator[Block]:
+    """What needs attention first, each with what was found and what to do; then the rest.
+
+    Args:
+        every: a row for each layer, however many there are.
+    """
+    grouped = group_findings(state_dict)
+    urgent = [entry for entry in grouped if entry[0].severity is not Severity.NOTICE]
+    notices = [entry for entry in grouped if entry[0].severity is Severity.NOTICE]
+    if not state_dict.layers:
+        yield from show_findings(grouped)
+        return
+    rows = arrange_rows(state_dict, every=every)
+    yield _make_table(rows, list(show_findings(urgent)))
+    if notices:
+        yield line()
+        yield from show_findings(notices)
+
+
+def _make_table(rows: Sequence[LayerRow], findings: Sequence[Line]) -> Table:
+    layers = [layer for row in rows for layer in row.layers]
+    columns = (
+        Column("", pictures=True),
+        Column("layer", shrinks=True),
+        Column("layers", right=True),
+        Column("kind"),
+        Column("C", right=True, wide=MIDDLE),
+        Column("", pictures=True),
+        Column("running_var", right=True, narrow=WIDE),
+        Column("running_var", right=True, wide=WIDE),
+        Column("", pictures=True),
+        Column("|scale|", right=True),
+        Column("running_mean", right=True, wide=MIDDLE, narrow=WIDE),
+        Column("running_mean", right=True, wide=WIDE),
+        *(Column(role, right=True, wide=WIDEST) for role in _AFFINE),
+        Column("batches", right=True),
+        Column("eps", right=True),
+        Column("momentum", right=True, wide=WIDE),
+        Column("scale factor", right=True),
+        Column("findings", wide=WIDEST),
+    )
+    said = _list_common(layers)
+    variances, scales = picture_variances(rows), picture_scales(rows)
+    drawn: list[tuple[Cell, ...] | Line] = []
+    sick = sum(row.worst in (Severity.ERROR, Severity.WARNING) for row in rows)
+    for at, row in enumerate(rows):
+        if at == sick and at:
+            drawn += [*findings, line()]
+        drawn.append(_make_row(row, said, variances, scales, at))
+    if sick == len(rows):
+        drawn += findings
+    caption = ", ".join(
+        f"{name} {_describe_axis(pictures.axis)}"
+        for name, pictures in (("running_var", variances), ("|scale|", scales))
+        if pictures.axis is not None
+    )
+    return Table(columns, drawn, caption=f"{caption}, logarithmic" if caption else "")
+
+
+def _make_row(row: LayerRow, said: set[str], variances: Pictures, scales: Pictures, at: int) -> tuple[Cell, ...]:
+    style = SEVERITY_STYLES[row.worst] if row.worst else Style.PLAIN
+    strong = style if row.worst in (Severity.ERROR, Severity.WARNING) else Style.PLAIN
+    return (
+        Cell(MARKS[row.worst] if row.worst else "", style),
+        Cell(row.name or "(in no module)", strong),
+        Cell(f"{len(row.layers):,}" if row.is_stage else ""),
+        Cell("" if "kind" in said else _merge({find_kind(layer) for layer in row.layers})),
+        Cell(_describe_channel_counts(row.layers)),
+        _picture_cell(variances.counts[at], strong),
+        _range_cell(row, "running_var", digits=2),
+        _range_cell(row, "running_var", digits=3, mean=True),
+        _picture_cell(scales.counts[at], strong),
+        _scale_cell(scales.distributions[at]),
+        _range_cell(row, "running_mean", digits=2),
+        _range_cell(row, "running_mean", digits=3, mean=True),
+        *(_range_cell(row, role, digits=3, mean=True) for role in _AFFINE),
+        *(
+            Cell("" if name in said else _merge({_describe_fact(name, layer) for layer in row.layers}))
+            for name in ("batches", "eps", "momentum", "scale factor")
+        ),
+        Cell(_merge_findings(row.layers), style),
+    )
+
+
+def _describe_channel_counts(layers: Iterable[LayerInspection]) -> str:
+    known = {layer.layer.num_features for layer in layers} - {None}
+    counts = [count for count in known if count is not None]
+    return "" if not counts else str(counts[0]) if len(counts) == 1 else f"{min(counts)}..{max(counts)}"
+
+
+def _merge(texts: set[str]) -> str:
+    """What all say; "" where they differ, which a row of several layers has no place for."""
+    return next(iter(texts)) if len(texts) == 1 else "" if texts == {""} else "..."
+
+
+def _merge_findings(layers: Iterable[LayerInspection]) -> str:
+    return ", ".join(dict.fromkeys(finding.short for layer in layers for finding in layer.findings))
+
+
+def _picture_cell(counts: tuple[int, ...] | None, style: Style) -> Cell:
+    return Cell("", style) if counts is None else Cell("", style, picture=Histogram(counts))
+
+
+def _scale_cell(distribution: Distribution) -> Cell:
+    if distribution.minimum is None or distribution.maximum is None:
+        return Cell("-", Style.MUTED)
+    return Cell(_describe_range(distribution.minimum, distribution.maximum, digits=2))
+
+
+def _range_cell(row: LayerRow, role: str, *, digits: int, mean: bool = False) -> Cell:
+    summaries = [layer.tensors[role] for layer in row.layers if role in layer.tensors]
+    if len(summaries) == 1:
+        return make_range_cell(summaries[0], digits=digits, mean=mean)
+    known = [s for s in summaries if s.minimum is not None and s.maximum is not None and s.mean is not None]
+    if not known:
+        return make_range_cell(summaries[0] if summaries else None, digits=digits)
+    low, high = min(s.minimum or 0.0 for s in known), max(s.maximum or 0.0 for s in known)
+    count = sum(len(s.values) for s in known)
+    average = sum((s.mean or 0.0) * (len(s.values) / count) for s in known) if count else 0.0
+    text = _describe_range(low, high, digits=digits) + (f" ({format_number(average, 2)})" * mean * (low != high))
+    return Cell(text, Style.ERROR if any(s.nonfinite for s in summaries) else Style.PLAIN)
+
+
+def make_range_cell(summary: Summary | None, *, digits: int, mean: bool = False) -> Cell:
+    """``min..max``, with the mean in between where there is room for it."""
+    if summary is None:
+        return Cell("-", Style.MUTED)
+    if summary.minimum is None or summary.maximum is None or summary.mean is None:
+        return Cell("nan", Style.ERROR)
+    text = _describe_range(summary.minimum, summary.maximum, digits=digits)
+    if mean and summary.minimum != summary.maximum:
+        text += f" ({format_number(summary.mean, 2)})"
+    return Cell(text, Style.ERROR if summary.nonfinite else Style.PLAIN)
+
+
+def _describe_range(low: float, high: float, *, digits: int) -> str:
+    texts = [format_number(number, digits) for number in (low, high)]
+    return texts[0] if texts[0] == texts[1] else "..".join(texts)
+
+
+def _describe_axis(axis: LogAxis) -> str:
+    low, high = format_number(axis.low, 2), format_number(axis.high, 2)
+    return f"{'below ' * axis.below}{low} to {'beyond ' * axis.above}{high}"
+
+
+def find_kind(layer: LayerInspection) -> str:
+    """The class where the file holds it: it tells the dimension, which tensors do not."""
+    return layer.layer.class_path.rpartition(".")[2] or layer.layer.kind.value
+
+
+def _describe_fact(name: str, layer: LayerInspection) -> str:
+    """What a column says of one layer; "" where nothing tells."""
+    if name == "batches":
+        return "" if layer.num_batches_tracked is None else str(layer.num_batches_tracked)
+    factor = layer.layer.attributes.get("scale_factor")
+    values = {"eps": layer.layer.eps, "momentum": layer.layer.momentum, "scale factor": factor}
+    value = values[name]
+    return format_number(value, 6 if name == "scale factor" else 3) if isinstance(value, float | int) else ""
+
+
+def find_common(values: Sequence[Any]) -> Any:
+    """The value that all share, or None."""
+    return values[0] if values and all(value == values[0] for value in values) else None
+
+
+def _list_common(layers: Sequence[LayerInspection]) -> set[str]:
+    """Which columns say the same in all rows: that stands above the table."""
+    facts = ("batches", "eps", "momentum", "scale factor")
+    said = {name for name in facts if len({_describe_fact(name, layer) for layer in layers}) == 1}
+    return said | ({"kind"} if len({find_kind(layer) for layer in layers}) == 1 else set())
+
+
+def show_common(layers: Sequence[LayerInspection]) -> Iterator[Line]:
+    """What is the same in all layers is said once, not in each row."""
+    if not layers:
+        return
+    said = []
+    tracked = [layer.num_batches_tracked for layer in layers]
+    if find_common(tracked) is not None:
+        said.append(f"num_batches_tracked {tracked[0]}")
+    elif all(value is None for value in tracked) and not layers[0].layer.class_path:
+        said.append("num_batches_tracked missing")
+    eps = [layer.layer.eps for layer in layers]
+    if find_common(eps) is not None:
+        said.append(f"eps {format_number(eps[0] or 0.0)} ({layers[0].layer.eps_source.value})")
+    elif all(layer.layer.eps_source is EpsSource.UNKNOWN for layer in layers):
+        said.append("eps not in the file")
+    momentum = [layer.layer.momentum for layer in layers]
+    if find_common(momentum) is not None:
+        said.append(f"momentum {format_number(momentum[0] or 0.0)}")
+    factor = _describe_fact("scale factor", layers[0])
+    if factor and "scale factor" in _list_common(layers):
+        said.append(f"statistics divided by the scale factor {factor}")
+    if said:
+        yield line("every layer: " + ", ".join(said))
+
+
+GroupedFinding = tuple[Finding, tuple[str, ...]]  # the first of those that share code and severity, and whose they are
+
+
+def group_findings(state_dict: StateDictInspection) -> list[GroupedFinding]:
+    """Those of the state dict, then one entry for each code and severity with the layers that have it, worst first."""
+    grouped: dict[tuple[str, str], tuple[Finding, list[str]]] = {}
+    for layer in state_dict.layers:
+        for finding in layer.findings:
+            entry = grouped.setdefault((finding.code.value, finding.severity.value), (finding, []))
+            entry[1].append(layer.name + _describe_channels(finding.channels))
+    own = [(finding, finding.layers) for finding in state_dict.findings]
+    of_layers = [(finding, tuple(names)) for finding, names in grouped.values()]
+    return sorted([*own, *of_layers], key=lambda entry: -entry[0].severity.rank)
+
+
+def _describe_channels(channels: Sequence[int]) -> str:
+    if not channels:
+        return ""
+    more = f" and {len(channels) - _LISTED_CHANNELS} more" if len(channels) > _LISTED_CHANNELS else ""
+    listed = ", ".join(map(str, channels[:_LISTED_CHANNELS]))
+    return f" (channel{'s' * (len(channels) > 1)} {listed}{more})"
+
+
+def show_findings(grouped: Iterable[GroupedFinding]) -> Iterator[Line]:
+    """What was found, where, and what to do."""
+    for finding, names in grouped:
+        where = ""
+        if names:
+            listed = ", ".join(names[:_LISTED]) + (f" and {len(names) - _LISTED} more" if len(names) > _LISTED else "")
+            where = f" in {listed}" if len(names) == 1 else f" in {plural(len(names), 'layer')}: {listed}"
+        severity = finding.severity
+        yield Line(
+            (
+                Cell(f"{MARKS[severity]} {severity.value}", SEVERITY_STYLES[severity]),
+                Cell(f" {finding.code.value}", Style.HEADING),
+                Cell(where, is_sentence=True),
+            )
+        )
+        example = f"{names[0].partition(' (')[0]}: " if len(names) > 1 and not finding.layers else ""
+        yield Line((Cell(example), Cell(finding.message, is_sentence=True)), indent=2)
+        if finding.advice:
+            yield Line((Cell("to do: ", Style.MUTED), Cell(finding.advice, is_sentence=True)), indent=2)

@@ -1,0 +1,129 @@
+"""The layers of a state dict in the order in which people want to see them, with their distributions, as data."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from bntool.batchnorm import DEFAULT_EPS
+from bntool.inspection.findings import Severity
+from bntool.inspection.results import LayerInspection, StateDictInspection
+from bntool.reports.histograms import LogAxis, count_values, find_axis
+from bntool.reports.stages import FEW, find_stages
+
+
+@dataclass(frozen=True)
+class LayerRow:
+    """A layer, or the layers of a stage that share a row.
+
+    Attributes:
+        name: of the layer, or of the stage; "" for layers that lie in no module.
+        layers: one, or several.
+        worst: the severity of their worst finding; None where they have none.
+    """
+
+    name: str
+    layers: tuple[LayerInspection, ...]
+    worst: Severity | None
+
+    @property
+    def is_stage(self) -> bool:
+        """Whether the row stands for several layers."""
+        return len(self.layers) > 1
+
+
+def arrange_rows(state_dict: StateDictInspection, *, every: bool) -> list[LayerRow]:
+    """Rows for all layers, those with errors first, then those with warnings, else in the order of the file.
+
+    Args:
+        every: a row for each layer; else layers of one stage and one severity share a row where there are many.
+    """
+    worst = state_dict.find_worst()
+    rows = []
+    for severities in ((Severity.ERROR,), (Severity.WARNING,), (Severity.NOTICE, None)):
+        layers = [layer for layer in state_dict.layers if worst[layer.name] in severities]
+        if every or len(layers) <= FEW:
+            rows += [LayerRow(layer.name, (layer,), worst[layer.name]) for layer in layers]
+            continue
+        for stage, positions in find_stages([layer.name for layer in layers]).items():
+            members = tuple(layers[position] for position in positions)
+            name = stage if len(members) > 1 else members[0].name
+            found = Severity.NOTICE if any(worst[layer.name] for layer in members) else None
+            rows.append(LayerRow(name, members, severities[0] if severities[0] is not Severity.NOTICE else found))
+    return rows
+
+
+@dataclass(frozen=True)
+class Distribution:
+    """Numbers of the channels of some layers, sorted; NaN is left out.
+
+    Attributes:
+        minimum, maximum: of the finite ones; None where there are none.
+    """
+
+    values: Sequence[float]
+    minimum: float | None
+    maximum: float | None
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """One quantity of each row on one axis, so that rows can be compared.
+
+    Attributes:
+        axis: None where no row has a positive number.
+        counts: of each row, how many channels lie in each slot.
+        distributions: what was counted.
+    """
+
+    axis: LogAxis | None
+    counts: tuple[tuple[int, ...] | None, ...]
+    distributions: tuple[Distribution, ...]
+
+
+def picture_variances(rows: Sequence[LayerRow]) -> Pictures:
+    """running_var of each row."""
+    return _picture([_join([_list_variances(layer) for layer in row.layers]) for row in rows])
+
+
+def picture_scales(rows: Sequence[LayerRow]) -> Pictures:
+    """The magnitude of the scale, abs(weight) / sqrt(running_var + eps), of each row.
+
+    Where eps is not known, PyTorch's default stands in.
+    """
+    return _picture([_join([list_scales(layer) for layer in row.layers]) for row in rows])
+
+
+def _list_variances(layer: LayerInspection) -> Sequence[float]:
+    variance = layer.tensors.get("running_var")
+    return () if variance is None else variance.values
+
+
+def list_scales(layer: LayerInspection) -> list[float]:
+    """The magnitude of the scale of each channel; NaN where it has none."""
+    variance, weight = layer.tensors.get("running_var"), layer.tensors.get("weight")
+    if variance is None or (weight is not None and len(weight.values) != len(variance.values)):
+        return []
+    eps = DEFAULT_EPS if layer.layer.eps is None else layer.layer.eps
+    values, root = variance.values, math.sqrt
+    weights = [1.0] * len(values) if weight is None else weight.values
+    sound = not variance.nonfinite and variance.minimum is not None and variance.minimum + eps > 0
+    if sound:
+        return [abs(w) / root(v + eps) for w, v in zip(weights, values, strict=True)]
+    return [abs(w) / root(v + eps) if v + eps > 0 else math.nan for w, v in zip(weights, values, strict=True)]
+
+
+def _join(parts: Sequence[Sequence[float]]) -> Distribution:
+    values = sorted(parts[0] if len(parts) == 1 else [value for part in parts for value in part])
+    if values and not math.isfinite(sum(values)):
+        values = sorted(value for value in values if not math.isnan(value))
+    finite = values if not values or math.isfinite(values[0] + values[-1]) else [v for v in values if math.isfinite(v)]
+    return Distribution(values, finite[0] if finite else None, finite[-1] if finite else None)
+
+
+def _picture(distributions: Sequence[Distribution]) -> Pictures:
+    axis = find_axis(one.values for one in distributions)
+    edges = [] if axis is None else axis.edges()
+    counts = [count_values(one.values, edges) if axis is not None and one.values else None for one in distributions]
+    return Pictures(axis, tuple(counts), tuple(distributions))
