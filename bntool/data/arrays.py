@@ -11,11 +11,12 @@ from bntool.data.batches import Batch, Batches
 from bntool.data.numpy_files import open_numpy
 from bntool.data.preprocessing import Preprocessing
 from bntool.data.rows import Rows, choose_arrays
-from bntool.data.source import DataOptions, DataSource
+from bntool.data.source import DataOptions, DataSource, make_fingerprint
 from bntool.data.tensor_files import open_tensors
 from bntool.errors import UsageError
 
 _PIXEL_CHANNELS = (1, 3, 4)
+_LOOKED_AT = 16  # rows that tell one array from another of its shape
 
 
 class ArraySource(DataSource):
@@ -41,19 +42,27 @@ def read_rows(inputs: Rows, labels: Rows | None, spec: str, options: DataOptions
         raise UsageError(f"--preprocess is for uint8 pixels; the array holds {dtype}", path=spec)
 
     def read() -> Iterator[Batch]:
-        for rows in dealt:
+        for position, rows in dealt.batches.items():
             values = inputs.read(rows)
             tensor = values if steps is None else steps.normalize(arrange_pixels(values, spec))
             targets = None if labels is None else labels.read(rows)
             names = [f"row {row} of {spec}" for row in rows]
-            yield Batch(tensor, targets, _describe(rows, spec), len(rows), names)
+            yield Batch(tensor, targets, _describe(rows, spec), len(rows), names, position=position)
+
+    def identify() -> str:
+        some = sorted({inputs.shape[0] * part // _LOOKED_AT for part in range(_LOOKED_AT)})
+        content = inputs.read(some)
+        return make_fingerprint(inputs.shape, content.dtype, content.numpy().tobytes(), dealt.fingerprint)
 
     return Batches(
         read,
         description=spec,
-        samples=sum(map(len, dealt)),
+        samples=dealt.samples,
         has_labels=labels is not None,
         preprocessing=steps,
+        share=options.share,
+        count=dealt.total,
+        identify=identify,
     )
 
 

@@ -11,7 +11,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from bntool.data.policies import LeftOut
 from bntool.data.preprocessing import Preprocessing
+from bntool.data.shares import WHOLE, Share
 from bntool.errors import UsageError
 from bntool.models.user_code import running_user_code
 from bntool.modules.calling import copy_tensors, map_leaves, map_tensors, pass_inputs, tensors_in
@@ -35,6 +37,7 @@ class Batch:
         names: what to call each sample, e.g. its file; empty where the source cannot tell.
         is_record: ``inputs`` is a dict as the data has it, of which a model takes what its forward has a name for.
         label_key: where in that dict the labels were.
+        position: in the list of all batches, of which a share may be read; None where nobody counted.
     """
 
     inputs: Any
@@ -44,6 +47,7 @@ class Batch:
     names: Sequence[str] = field(default=(), repr=False)
     is_record: bool = False
     label_key: str | None = None
+    position: int | None = None
 
     def describe(self, samples: Sequence[int]) -> str:
         """Some of the samples in words, by position; the batch as a whole where all are meant, or have no names."""
@@ -108,21 +112,6 @@ class Batch:
         return {first: values.pop(key), **values}
 
 
-@dataclass(frozen=True)
-class LeftOut:
-    """Samples that were not used.
-
-    Attributes:
-        reason: which, and why, in words.
-        samples: how many.
-        layer: where that was seen, if not in the data itself.
-    """
-
-    reason: str
-    samples: int
-    layer: str | None = None
-
-
 @dataclass
 class Batches:
     """Batches that can be iterated over as often as needed, if their source can.
@@ -135,6 +124,9 @@ class Batches:
         bad_inputs: what could not be read and was skipped; grows while iterating.
         preprocessing: what is done to images and pixels on the way; None where nothing is.
         classes: names of the classes that labels count, where the source knows them.
+        share: which of the list of all batches these are.
+        count: batches in the list of all; None where nothing tells before all are read.
+        identify: a fingerprint of that list, as far as can be told before it is read.
     """
 
     open_: Callable[[], Iterator[Batch]]
@@ -144,32 +136,55 @@ class Batches:
     bad_inputs: list[LeftOut] = field(default_factory=list)
     preprocessing: Preprocessing | None = None
     classes: tuple[str, ...] | None = None
+    share: Share = WHOLE
+    count: int | None = None
+    identify: Callable[[], str] = field(default="".format, repr=False)
 
     def __iter__(self) -> Iterator[Batch]:
         self.bad_inputs.clear()
         return self.open_()
 
 
-def as_batches(batches: Iterable[Any], *, description: str = "the batches given") -> Batches:
+def as_batches(batches: Iterable[Any], *, description: str = "the batches given", share: Share = WHOLE) -> Batches:
     """Take any iterable of batches as :class:`Batches`.
 
     Args:
         batches: :class:`Batches`, or any iterable of what :func:`split_batch` understands.
         description: what to call it in messages.
+        share: which of them are read; of :class:`Batches` those that they are.
     """
     if isinstance(batches, Batches):
         return batches
 
-    def read() -> Iterator[Batch]:
+    def read_all() -> Iterator[Batch]:
         position = 0
         for item in _read_user_data(batches, description):
             with running_user_code(f"reading {description}"):
                 batch = item if isinstance(item, Batch) else split_batch(item, source=description, position=position)
             position += batch.samples
-            if batch.samples:
-                yield batch
+            yield batch
 
-    return Batches(read, description)
+    def read() -> Iterator[Batch]:
+        return (batch for batch in take_share(read_all(), taken) if batch.samples)
+
+    taken = Batches(read, description, share=share)
+    return taken
+
+
+def take_share(items: Iterator[Batch], batches: Batches) -> Iterator[Batch]:
+    """Of the list of all batches, whose length is not known, those of a share; all are read.
+
+    Args:
+        items: all batches.
+        batches: whose share is meant; is told how many there were at the end.
+    """
+    wanted = batches.share.list_positions()
+    position, index = next(wanted), -1
+    for index, batch in enumerate(items):
+        if index == position:
+            yield replace(batch, position=index)
+            position = next(wanted)
+    batches.count = index + 1
 
 
 def _read_user_data(batches: Iterable[Any], description: str) -> Iterator[Any]:

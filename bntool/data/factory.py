@@ -12,9 +12,9 @@ import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
 from bntool.data.arrays import read_rows
-from bntool.data.batches import Batch, Batches, cut_batch, find_label, split_batch, to_tensors
+from bntool.data.batches import Batch, Batches, cut_batch, find_label, split_batch, take_share, to_tensors
 from bntool.data.rows import LiveRows, Rows, choose_arrays
-from bntool.data.source import DataOptions, DataSource
+from bntool.data.source import DataOptions, DataSource, make_fingerprint
 from bntool.data.workers import iterate
 from bntool.errors import UsageError
 from bntool.models.user_code import call_factory, import_object, is_factory_spec, running_user_code
@@ -108,15 +108,22 @@ def _read_dataset(dataset: Any, spec: str, options: DataOptions) -> Batches:
     dealt = options.deal(count)
 
     def read() -> Iterator[Batch]:
-        loader = DataLoader(dataset, batch_sampler=dealt, num_workers=options.workers)
-        remaining = iter(dealt)
+        loader = DataLoader(dataset, batch_sampler=list(dealt.batches.values()), num_workers=options.workers)
         items = _iterate(loader, lambda: f"reading a batch of {spec}")
-        for indices, item in zip(remaining, items, strict=True):
+        for (position, indices), item in zip(dealt.batches.items(), items, strict=True):
             batch = split_batch(item, source=spec, position=indices[0])
             names = [f"sample {index} of {spec}" for index in indices]
-            yield replace(batch, names=names, description=f"the batch of samples {_list_some(indices)} of {spec}")
+            description = f"the batch of samples {_list_some(indices)} of {spec}"
+            yield replace(batch, names=names, description=description, position=position)
 
-    return Batches(read, description=spec, samples=sum(map(len, dealt)))
+    return Batches(
+        read,
+        description=spec,
+        samples=dealt.samples,
+        share=options.share,
+        count=dealt.total,
+        identify=lambda: dealt.fingerprint,
+    )
 
 
 def _list_some(indices: list[int]) -> str:
@@ -126,8 +133,7 @@ def _list_some(indices: list[int]) -> str:
 
 def _read_batches(source: _Source, spec: str, options: DataOptions) -> Batches:
     """Batches that the user's own source makes, in its order."""
-    rank, world = options.share
-    count = _count(source.made, options)
+    samples = _count(source.made, options)
 
     def read_all() -> Iterator[Batch]:
         taken = source.take()
@@ -151,9 +157,16 @@ def _read_batches(source: _Source, spec: str, options: DataOptions) -> Batches:
             )
 
     def read() -> Iterator[Batch]:
-        return itertools.islice(read_all(), rank, None, world)
+        return take_share(read_all(), batches)
 
-    return Batches(read, description=spec, samples=count if world == 1 else None)
+    batches = Batches(
+        read,
+        description=spec,
+        samples=samples if options.share.is_all else None,
+        share=options.share,
+        identify=lambda: make_fingerprint(options.samples, options.batch_size),
+    )
+    return batches
 
 
 def _count(made: Any, options: DataOptions) -> int | None:

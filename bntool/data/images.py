@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +12,11 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from bntool.checkpoints.files import describe_failure
-from bntool.data.batches import Batch, Batches, LeftOut, name_some
+from bntool.data.batches import Batch, Batches, name_some
 from bntool.data.pixels import read_image
-from bntool.data.policies import OnBadData
+from bntool.data.policies import LeftOut, OnBadData
 from bntool.data.preprocessing import Preprocessing
-from bntool.data.source import DataOptions, DataSource
+from bntool.data.source import DataOptions, DataSource, make_fingerprint
 from bntool.data.workers import LostWorkerError, iterate
 from bntool.errors import CorruptFileError, MissingExtraError, RefusedError, UnreadableFileError, UsageError
 
@@ -52,24 +52,32 @@ class ImageFolderSource(DataSource):
         bad_inputs: list[LeftOut] = []
 
         def read() -> Iterator[Batch]:
-            loader = DataLoader(folder, batch_sampler=dealt, num_workers=options.workers, collate_fn=list)
-            for indices, items in zip(dealt, _watch_workers(loader), strict=True):
+            indices_of_each = list(dealt.batches.values())
+            loader = DataLoader(folder, batch_sampler=indices_of_each, num_workers=options.workers, collate_fn=list)
+            for (position, indices), items in zip(dealt.batches.items(), _watch_workers(loader), strict=True):
                 good = [(i, image) for i, image in zip(indices, items, strict=True) if isinstance(image, torch.Tensor)]
                 bad = [text for text in items if isinstance(text, str)]
                 if bad and options.on_bad_data is OnBadData.STOP:
                     raise CorruptFileError(f"{bad[0]}; --on-bad-data skip leaves such images out")
                 bad_inputs.extend(LeftOut(text, 1) for text in bad)
                 if good:
-                    yield _collate(good, found, preprocessing)
+                    yield replace(_collate(good, found, preprocessing), position=position)
+
+        def identify() -> str:
+            places = [(path.relative_to(spec).as_posix(), path.stat().st_size) for path in paths]
+            return make_fingerprint(places, dealt.fingerprint)
 
         return Batches(
             read,
             description=spec,
-            samples=sum(map(len, dealt)),
+            samples=dealt.samples,
             has_labels=found.labels is not None,
             bad_inputs=bad_inputs,
             preprocessing=preprocessing,
             classes=found.classes,
+            share=options.share,
+            count=dealt.total,
+            identify=identify,
         )
 
 

@@ -8,6 +8,7 @@ from bntool.data.factory import FactoryDataSource
 from bntool.data.images import ImageFolderSource
 from bntool.data.policies import OnBadData
 from bntool.data.preprocessing import Preprocessing
+from bntool.data.shares import WHOLE, Share
 from bntool.data.source import DataOptions, DataSource
 from bntool.errors import UsageError
 
@@ -25,7 +26,7 @@ def load_data(  # noqa: PLR0913 (one for each option of the command line)
     preprocessing: Preprocessing | None = None,
     model_preprocessing: Preprocessing | None = None,
     on_bad_data: OnBadData = OnBadData.STOP,
-    share: tuple[int, int] = (0, 1),
+    share: Share = WHOLE,
 ) -> Batches:
     """Open the data that a spec names; it is read when batches are asked for.
 
@@ -39,7 +40,7 @@ def load_data(  # noqa: PLR0913 (one for each option of the command line)
         preprocessing: what to do to images or uint8 pixels.
         model_preprocessing: the same, where ``preprocessing`` is None and the data are images or uint8 pixels.
         on_bad_data: what to do about an image that cannot be read.
-        share: (rank, world), for one of several processes: every world-th batch from the rank-th on.
+        share: which of its batches are read, for one of several processes or shards.
 
     Raises:
         UsageError: the spec or the data cannot be understood.

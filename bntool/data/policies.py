@@ -1,7 +1,8 @@
-"""The choices of reading data, apart from the code that needs torch."""
+"""What to do about data that cannot be used, apart from the code that needs torch."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from enum import Enum
 
 
@@ -10,3 +11,18 @@ class OnBadData(Enum):
 
     STOP = "stop"
     SKIP = "skip"
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """Samples that were not used.
+
+    Attributes:
+        reason: which, and why, in words.
+        samples: how many.
+        layer: where that was seen, if not in the data itself.
+    """
+
+    reason: str
+    samples: int
+    layer: str | None = None

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-import itertools
+import hashlib
 import math
 from abc import ABC, abstractmethod
+from array import array
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from bntool.data.batches import Batches
 from bntool.data.policies import OnBadData
 from bntool.data.preprocessing import Preprocessing
+from bntool.data.shares import WHOLE, Share
 
 
 @dataclass(frozen=True)
@@ -26,7 +30,7 @@ class DataOptions:
         preprocessing: what the user says is to be done to images and pixels.
         model_preprocessing: what the package of the model says, for images and pixels, where the user says nothing.
         on_bad_data: what to do about an image that cannot be read.
-        share: (rank, world): of one list of batches, the same for all ranks, every world-th from the rank-th on.
+        share: which batches of the one list, the same for all shards and ranks, are to be read.
     """
 
     batch_size: int
@@ -36,10 +40,10 @@ class DataOptions:
     preprocessing: Preprocessing | None = None
     model_preprocessing: Preprocessing | None = None
     on_bad_data: OnBadData = OnBadData.STOP
-    share: tuple[int, int] = (0, 1)
+    share: Share = WHOLE
 
-    def deal(self, count: int) -> list[list[int]]:
-        """The indices of each batch out of ``count`` samples; ascending in a batch: files are read in order."""
+    def deal(self, count: int) -> Dealt:
+        """Deal ``count`` samples to batches."""
         if self.seed is None:
             order = list(range(count))
         else:
@@ -49,8 +53,40 @@ class DataOptions:
         # of nearly equal size: a small last batch would be normalised by statistics of few samples
         number = math.ceil(len(order) / self.batch_size)
         edges = [len(order) * index // number for index in range(number + 1)] if number else []
-        rank, world = self.share
-        return [sorted(order[start:end]) for start, end in itertools.pairwise(edges)][rank::world]
+        batches = {
+            position: sorted(order[edges[position] : edges[position + 1]]) for position in self.share.find_run(number)
+        }
+        return Dealt(batches, number, make_fingerprint(count, edges, array("q", order).tobytes()))
+
+
+@dataclass(frozen=True)
+class Dealt:
+    """Samples dealt to batches.
+
+    Attributes:
+        batches: the indices of the samples of each batch of this share, by its position in the list of all batches;
+            ascending in a batch: files are read in order.
+        total: batches of all shares together.
+        fingerprint: of the whole list.
+    """
+
+    batches: Mapping[int, list[int]]
+    total: int
+    fingerprint: str
+
+    @property
+    def samples(self) -> int:
+        """Of this share."""
+        return sum(map(len, self.batches.values()))
+
+
+def make_fingerprint(*facts: Any) -> str:
+    """A text that differs where facts differ; each is bytes, or a value whose ``repr`` says all of it."""
+    digest = hashlib.sha256()
+    for fact in facts:
+        content = fact if isinstance(fact, bytes) else repr(fact).encode("utf-8", "surrogatepass")
+        digest.update(len(content).to_bytes(8, "little") + content)
+    return digest.hexdigest()
 
 
 class DataSource(ABC):

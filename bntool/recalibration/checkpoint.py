@@ -25,6 +25,7 @@ from bntool.data.loading import load_data
 from bntool.data.policies import OnBadData
 from bntool.data.preprocessing import PRESETS, Preprocessing, parse_preprocessing
 from bntool.data.presets import find_model_preset
+from bntool.data.shares import WHOLE, Share
 from bntool.errors import UsageError
 from bntool.modules.building import build_model
 from bntool.modules.finding import find_batchnorm_modules, find_name_prefix
@@ -34,7 +35,8 @@ from bntool.progress import OnProgress, Progress, ignore
 from bntool.recalibration.dtype_limits import fit_plan, list_promoted
 from bntool.recalibration.evaluation import Evaluation, count_flipped, evaluate, is_better, parse_metric
 from bntool.recalibration.layers import choose_layers
-from bntool.recalibration.live import Recalibration, check_live_statistics, plan_recalibration
+from bntool.recalibration.live import check_live_statistics, plan_recalibration
+from bntool.recalibration.new_statistics import Recalibration
 from bntool.recalibration.options import Method, Precision
 from bntool.recalibration.output_changes import OutputChanges, measure_output_changes
 from bntool.recalibration.ranks import join_job
@@ -162,7 +164,7 @@ def recalibrate_checkpoint(  # noqa: PLR0913 as many as the command has options
         lacking = _reset_what_is_lacking(live, chosen, prefix)
         _check_selection(live, layers, path, prefix=prefix, strict=strict)
         read = _Reader.of(live, model, preprocess, batch_size=batch_size, workers=workers, on_bad_data=bad_data)
-        batches = read(data, samples=samples, seed=seed, share=(ranks.rank, ranks.world))
+        batches = read(data, samples=samples, seed=seed, share=Share(rank=ranks.rank, ranks=ranks.world))
         held_out = _choose_held_out(read, data, eval_data, samples=samples, seed=seed, needs_labels=keep_if_better)
         judge = partial(evaluate, live, held_out, metric=parse_metric(metric), on_bad_data=bad_data)
         measuring = f"{method.value} statistics"
@@ -297,7 +299,7 @@ class _Reader:
         *,
         samples: int | None = None,
         seed: int | None = None,
-        share: tuple[int, int] = (0, 1),
+        share: Share = WHOLE,
     ) -> Batches:
         """See :func:`~bntool.data.loading.load_data`; batches that are there are taken as they are.
 

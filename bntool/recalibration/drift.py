@@ -6,9 +6,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
+import numpy as np
 
-from bntool.recalibration.pooled import Tally
+from bntool.recalibration.moments import Array, Tally
 from bntool.verification.statistics_shift import measure_shift
 
 _PARTED_SIGMAS = 0.1
@@ -59,22 +59,22 @@ class LayerDrift:
 def measure_drift(
     layer: str,
     *,
-    stored: tuple[torch.Tensor, torch.Tensor],
-    measured: tuple[torch.Tensor, torch.Tensor],
+    stored: tuple[Array, Array],
+    measured: tuple[Array, Array],
     tally: Tally,
     eps: float,
 ) -> LayerDrift:
-    """Compare statistics; all tensors float64, shape (channels,)."""
+    """Compare statistics; all arrays float64, shape (channels,)."""
     old, new = ((mean.tolist(), variance.tolist()) for mean, variance in (stored, measured))
     shift = measure_shift(old, new, old_eps=eps, new_eps=eps)
     error = None
     if tally.calls > 1:
-        spread = (tally.means.unbiased_variance / tally.calls).sqrt() / (measured[1] + eps).sqrt()
-        error = math.sqrt(float(spread.square().mean()))
+        spread = np.sqrt(tally.means.unbiased_variance / tally.calls) / np.sqrt(measured[1] + eps)
+        error = math.sqrt(float(np.square(spread).mean()))
     return LayerDrift(
         layer=layer,
         channels=len(measured[0]),
-        positions=tally.pooled.count,
+        positions=tally.positions,
         calls=tally.calls,
         mean_shift=shift.mean_shift,
         worst_mean_shift=shift.worst_mean_shift,

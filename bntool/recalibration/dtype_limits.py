@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 
-import torch
-
 from bntool.batchnorm import STATISTICS
 from bntool.checkpoints.checkpoint import StateDict
 from bntool.checkpoints.dtypes import BY_NAME, DType, decode_numbers, encode_numbers
@@ -84,16 +82,13 @@ def list_promoted(plan: Plan) -> tuple[str, ...]:
     return tuple(step.name for step in plan.steps if isinstance(step, SetTensor) and step.dtype is not None)
 
 
-def check_holds(variance: torch.Tensor, buffer: torch.Tensor | None, *, eps: float, layer: str) -> None:
-    """Hold new variances against the dtype of a live buffer.
+def check_holds(variance: Sequence[float], dtype: str, *, eps: float, layer: str) -> None:
+    """Hold new variances against the dtype of a live buffer, by PyTorch's name of it.
 
     Raises:
         RefusedError: it cannot hold them.
     """
-    if buffer is None:
-        return
-    dtype = BY_NAME[str(buffer.dtype).removeprefix("torch.")]
-    loss = _describe_loss(variance.tolist(), dtype, role=_VARIANCE, eps=eps)
+    loss = _describe_loss(variance, BY_NAME[dtype], role=_VARIANCE, eps=eps)
     if loss is not None:
         raise RefusedError(f"{loss}; give the model a layer in {_PROMOTED}", tensor=f"{layer}.{_VARIANCE}")
 

@@ -9,14 +9,15 @@ from typing import Any
 
 import torch
 
-from bntool.data.batches import Batch, Batches, LeftOut, move, split_batch
-from bntool.data.policies import OnBadData
+from bntool.data.batches import Batch, Batches, move, split_batch
+from bntool.data.policies import LeftOut, OnBadData
 from bntool.errors import RefusedError, UsageError
 from bntool.models.user_code import import_object, is_factory_spec, running_user_code
 from bntool.modules.borrowing import borrow
 from bntool.modules.calling import tensors_in
 from bntool.modules.finding import walk_modules
-from bntool.recalibration.pooled import Measurement, accept, describe_bad, has_finite_inputs
+from bntool.recalibration.new_statistics import Measurement
+from bntool.recalibration.pooled import accept, describe_bad, has_finite_inputs
 
 _TOP = {"top1": 1, "top5": 5}
 

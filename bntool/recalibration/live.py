@@ -5,80 +5,33 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
 
 import torch
 
 from bntool.batchnorm import STATISTICS
 from bntool.choices import choose
-from bntool.data.batches import Batches, LeftOut, as_batches, find_placement
+from bntool.data.batches import Batches, as_batches, find_placement
 from bntool.data.policies import OnBadData
 from bntool.errors import RefusedError, UsageError
 from bntool.models.user_code import running_user_code
-from bntool.modules.borrowing import borrow, is_switching
+from bntool.modules.borrowing import Borrowed, borrow, is_switching
 from bntool.modules.finding import find_batchnorm_modules, find_eps, find_names, find_wrapper_prefix, walk_modules
-from bntool.plan import Operation, Plan, SetTensor, Skip, SkipReason, Values
-from bntool.recalibration.drift import LayerDrift, measure_drift
+from bntool.plan import Skip, SkipReason
+from bntool.recalibration.batch_tree import BatchTree
 from bntool.recalibration.dtype_limits import check_holds
 from bntool.recalibration.exact.first_forward import read_what_fits
 from bntool.recalibration.exact.repeated_calls import NotSettledError
 from bntool.recalibration.exact.sweep import measure_exact
 from bntool.recalibration.layers import check_can_be_set, choose_layers
+from bntool.recalibration.moments import Tally
+from bntool.recalibration.new_statistics import Blend, LayerFacts, Measurement, Pair, Paths, Recalibration, conclude
 from bntool.recalibration.options import Method, Precision
-from bntool.recalibration.pooled import Measurement, OnProgress, Run, Tally, measure_pooled, set_statistics
+from bntool.recalibration.pooled import OnProgress, Run, count_channels, measure_pooled, set_statistics
 from bntool.recalibration.ranks import find_ranks, isolate_forwards
-from bntool.representation import short_repr
 
 _COUNTER = "num_batches_tracked"
-
-
-@dataclass(frozen=True)
-class Statistics:
-    """New running statistics of a layer.
-
-    Attributes:
-        mean, variance: float64, shape (channels,); the variance is the unbiased one, as PyTorch stores it.
-        calls: for num_batches_tracked.
-        eps: of the layer, which is added to the variance.
-    """
-
-    mean: torch.Tensor
-    variance: torch.Tensor
-    calls: int
-    eps: float
-
-
-@dataclass(frozen=True)
-class Recalibration:
-    """What recalibrating would change, and how far the stored statistics were off.
-
-    Attributes:
-        plan: the new statistics as steps, and the layers left alone.
-        method: how they were computed.
-        prior: how many samples the old statistics counted for.
-        statistics: the new statistics by layer, named as in the live model.
-        drifts: how far stored and measured statistics lie apart, in execution order.
-        samples, batches: how many were used.
-        left_out: samples that were skipped, and why.
-        memory: bytes that the method exact was forecast to need; None for the others.
-        precision: what the forwards computed in; bfloat16 makes the statistics approximate.
-        prefix: what names of the live model have before those of the plan.
-    """
-
-    plan: Plan
-    method: Method
-    prior: float
-    statistics: Mapping[str, Statistics]
-    drifts: tuple[LayerDrift, ...]
-    samples: int
-    batches: int
-    left_out: tuple[LeftOut, ...] = ()
-    memory: int | None = None
-    precision: Precision = Precision.MODEL
-    prefix: str = ""
-
-    __repr__ = short_repr
 
 
 def plan_recalibration(  # noqa: PLR0913 each is an option of the command
@@ -93,6 +46,7 @@ def plan_recalibration(  # noqa: PLR0913 each is an option of the command
     fit_memory: bool = False,
     precision: Precision = Precision.MODEL,
     prefix: str | None = None,
+    keeper: Keeper | None = None,
 ) -> Recalibration:
     """Run batches through a model and plan new running statistics for its BatchNorm layers.
 
@@ -112,67 +66,168 @@ def plan_recalibration(  # noqa: PLR0913 each is an option of the command
         precision: bfloat16 runs the forwards under autocast: faster where the processor has instructions for it, and
             approximate.
         prefix: what names of the plan go without; None for that of wrappers.
+        keeper: of what the methods pooled and paper measure.
 
     Raises:
         UsageError: no batch came, a glob selects nothing, or exact statistics are asked for in bfloat16.
         RefusedError: no layer can be recalibrated, or a batch holds NaN or infinity, or see ``docs/recalibration.md``.
         UserCodeError: the model or the data raised.
     """
-    if prior < 0 or not math.isfinite(prior):
-        raise UsageError("the prior is a number of samples, at least 0", value=prior)
+    check_prior(prior)
     if method is Method.EXACT and precision is not Precision.MODEL:
         raise UsageError(f"exact statistics cannot be computed in {precision.value}, which is approximate")
     given = as_batches(batches)
     prefix = find_wrapper_prefix(model) if prefix is None else prefix
-    with borrow(model) as borrowed, torch.no_grad():
-        chosen, skips = choose_layers(model, layers, prefix=prefix)
-        check_can_be_set(model, chosen)
-        _enter_eval_mode(model)
-        stored = {name: _copy_statistics(module) for name, module in chosen.items()}
-        blend = _Blend(stored, method=method, prior=prior)
-        isolate_forwards(model, borrowed, method=method)
-        run = Run(model, borrowed, chosen, on_bad_data=on_bad_data, on_progress=on_progress)
+    with _select(model, layers, prefix=prefix, method=method) as selection:
+        blend = Blend(selection.stored, method=method, prior=prior)
+        run = selection.run(on_bad_data=on_bad_data, on_progress=on_progress)
         memory: int | None = None
         reused: dict[str, int] = {}
         if method is Method.EXACT:
             measurement, memory, reused = _measure_exact(run, given, blend, fit_memory=fit_memory)
+            measurement.left_out[:0] = given.bad_inputs
         else:
-            with _compute_in(precision, model):
-                measurement = measure_pooled(run, given)
-    replace(measurement, left_out=[*given.bad_inputs, *measurement.left_out]).check(given.description)
-    tallies = {name: tally for name, tally in measurement.tallies.items() if tally.pooled.count > 1 and name in chosen}
-    new = {
-        name: Statistics(*blend(name, tally, measurement.samples), calls=tally.calls, eps=find_eps(chosen[name]))
-        for name, tally in tallies.items()
-    }
-    drifts = (
-        measure_drift(
-            name.removeprefix(prefix),
-            stored=stored[name],
-            measured=blend.measure(tally),
-            tally=tally,
-            eps=new[name].eps,
-        )
-        for name, tally in tallies.items()
-    )
-    return Recalibration(
-        plan=Plan(
-            operation=Operation.RECALIBRATE,
-            steps=tuple(_make_steps(model, chosen, new, prefix=prefix)),
-            skips=(*skips, *_explain_skips(run, measurement, reused, method=method, prefix=prefix)),
-            layers=tuple(name.removeprefix(prefix) for name in new),
-        ),
-        method=method,
-        prior=prior,
-        statistics=new,
-        drifts=tuple(drifts),
-        samples=measurement.samples,
-        batches=measurement.batches,
-        left_out=(*given.bad_inputs, *measurement.left_out),
+            measurement = Measurement.of(
+                _measure_pooled(run, given, selection, keeper, precision=precision).finish(), selection.channels
+            )
+    measurement.check(given.description)
+    return conclude(
+        measurement,
+        selection.layers,
+        blend,
+        Paths(run.called, run.read, reused),
+        skips=selection.skips,
         memory=memory,
         precision=precision,
         prefix=prefix,
     )
+
+
+def measure_share(  # noqa: PLR0913 as plan_recalibration
+    model: torch.nn.Module,
+    batches: Batches,
+    *,
+    layers: Sequence[str] = (),
+    method: Method = Method.POOLED,
+    on_bad_data: OnBadData = OnBadData.STOP,
+    on_progress: OnProgress | None = None,
+    precision: Precision = Precision.MODEL,
+    prefix: str | None = None,
+    keeper: Keeper,
+) -> BatchTree:
+    """Measure a share of a list of batches, to be merged with others; the keeper is told of what.
+
+    Args and errors are those of :func:`plan_recalibration`.
+    """
+    prefix = find_wrapper_prefix(model) if prefix is None else prefix
+    with _select(model, layers, prefix=prefix, method=method) as selection:
+        run = selection.run(on_bad_data=on_bad_data, on_progress=on_progress)
+        return _measure_pooled(run, batches, selection, keeper, precision=precision)
+
+
+def check_prior(prior: float) -> None:
+    """Hold the weight of old statistics against what it can be.
+
+    Raises:
+        UsageError
+    """
+    if prior < 0 or not math.isfinite(prior):
+        raise UsageError("the prior is a number of samples, at least 0", value=prior)
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The layers of a borrowed model that are to be measured, and what is known of them before.
+
+    Attributes:
+        layers: by their names in the live model.
+        skips: those that are left alone.
+        stored: their statistics, float64.
+        paths: what will be noticed of how they run; its sets grow.
+    """
+
+    model: torch.nn.Module
+    borrowed: Borrowed
+    modules: Mapping[str, torch.nn.Module]
+    layers: Mapping[str, LayerFacts]
+    skips: Sequence[Skip]
+    stored: Mapping[str, Pair]
+    called: set[str] = field(default_factory=set)
+    read: set[str] = field(default_factory=set)
+
+    @property
+    def channels(self) -> dict[str, int]:
+        """Of each layer."""
+        return {name: facts.channels for name, facts in self.layers.items()}
+
+    def run(self, *, on_bad_data: OnBadData, on_progress: OnProgress | None) -> Run:
+        """What measuring works with."""
+        return Run(
+            self.model,
+            self.borrowed,
+            self.modules,
+            on_bad_data=on_bad_data,
+            on_progress=on_progress,
+            called=self.called,
+            read=self.read,
+        )
+
+
+class Keeper(Protocol):
+    """Keeps what is measured, so that it can be gone on with, or merged with other measurements."""
+
+    def begin(self, selection: Selection) -> BatchTree:
+        """The layers are known that are to be measured: what was measured of them before."""
+
+    def after_batch(self, tree: BatchTree, position: int) -> None:
+        """All batches before this position, of this process's share, are measured."""
+
+
+@contextlib.contextmanager
+def _select(model: torch.nn.Module, globs: Sequence[str], *, prefix: str, method: Method) -> Iterator[Selection]:
+    """Borrow a model, and choose the layers to measure."""
+    with borrow(model) as borrowed, torch.no_grad():
+        chosen, skips = choose_layers(model, globs, prefix=prefix)
+        check_can_be_set(model, chosen)
+        _enter_eval_mode(model)
+        stored = {name: _copy_statistics(module) for name, module in chosen.items()}
+        isolate_forwards(model, borrowed, method=method)
+        yield Selection(model, borrowed, chosen, _describe_layers(model, chosen, prefix), skips, stored)
+
+
+def _describe_layers(
+    model: torch.nn.Module, modules: Mapping[str, torch.nn.Module], prefix: str
+) -> dict[str, LayerFacts]:
+    names = find_names(model)
+    channels = count_channels(modules)
+    return {
+        name: LayerFacts(
+            name=name.removeprefix(prefix),
+            names=tuple(f"{path}.".removeprefix(prefix).removesuffix(".") for path in names[module]),
+            channels=width,
+            eps=find_eps(module),
+            dtype=_name_dtype(module),
+            has_counter=module._buffers.get(_COUNTER) is not None,
+        )
+        for (name, module), width in zip(modules.items(), channels, strict=True)
+    }
+
+
+def _name_dtype(module: torch.nn.Module) -> str:
+    return str(module._buffers["running_var"].dtype).removeprefix("torch.")  # type: ignore[union-attr]
+
+
+def _measure_pooled(
+    run: Run, batches: Batches, selection: Selection, keeper: Keeper | None, *, precision: Precision
+) -> BatchTree:
+    tree = BatchTree() if keeper is None else keeper.begin(selection)
+
+    def after_batch(position: int) -> None:
+        if keeper is not None:
+            keeper.after_batch(tree, position)
+
+    with _compute_in(precision, run.model):
+        return measure_pooled(run, batches, tree, after_batch=after_batch)
 
 
 def _enter_eval_mode(model: torch.nn.Module) -> None:
@@ -187,39 +242,6 @@ def _enter_eval_mode(model: torch.nn.Module) -> None:
             model.eval()
     for module in modules:
         module.training = False
-
-
-def _explain_skips(
-    run: Run,
-    measurement: Measurement,
-    reused: Mapping[str, int],
-    *,
-    method: Method,
-    prefix: str,
-) -> Iterator[Skip]:
-    """Why selected layers have no new statistics."""
-    for name, calls in reused.items():
-        detail = f"called {calls} times in a forward: no statistics were found that hold for all calls; pooled can do"
-        yield Skip(name.removeprefix(prefix), SkipReason.REUSED, f"{detail} that")
-    for name in run.layers:
-        tally = measurement.tallies.get(name)
-        if name in reused or (tally is not None and tally.pooled.count > 1):
-            continue
-        layer = name.removeprefix(prefix)
-        if tally is not None:
-            yield Skip(layer, SkipReason.TOO_FEW_SAMPLES, "one value for each channel has no variance")
-        elif name in run.called:
-            yield Skip(
-                layer,
-                SkipReason.NOT_RECOGNISED,
-                "it ran, and was given nothing that it was seen to normalise by its statistics",
-            )
-        elif name in run.read:
-            way = "; pooled lets it run in train mode" if method is Method.EXACT else ""
-            detail = f"in eval mode it does not run: other code of the forward reads its statistics{way}"
-            yield Skip(layer, SkipReason.NOT_RECOGNISED, detail)
-        else:
-            yield Skip(layer, SkipReason.NEVER_REACHED, "no batch came through it")
 
 
 def recalibrate(  # noqa: PLR0913 as plan_recalibration
@@ -270,11 +292,11 @@ def check_live_statistics(model: torch.nn.Module, recalibration: Recalibration) 
     """
     modules = find_batchnorm_modules(model)
     for name, statistics in recalibration.statistics.items():
-        check_holds(statistics.variance, modules[name]._buffers["running_var"], eps=statistics.eps, layer=name)
+        check_holds(statistics.variance.tolist(), _name_dtype(modules[name]), eps=statistics.eps, layer=name)
 
 
 def _measure_exact(
-    run: Run, batches: Batches, blend: _Blend, *, fit_memory: bool
+    run: Run, batches: Batches, blend: Blend, *, fit_memory: bool
 ) -> tuple[Measurement, int | None, dict[str, int]]:
     """What was measured, the memory forecast for that, and layers called more than once that are left alone."""
     read, first_forward = read_what_fits(run, batches, find_ranks(), cut=fit_memory)
@@ -291,7 +313,7 @@ def _measure_exact(
         except NotSettledError as error:
             reused.update(error.calls)
             continue
-        new = {name: tally for name, tally in measurement.tallies.items() if tally.pooled.count < 2}
+        new = {name: tally for name, tally in measurement.tallies.items() if tally.positions < 2}
         few.update(new)
         if not new:
             measurement.tallies.update(few)
@@ -309,31 +331,6 @@ def set_live_statistics(model: torch.nn.Module, recalibration: Recalibration) ->
             counter.fill_(statistics.calls)
 
 
-@dataclass(frozen=True)
-class _Blend:
-    """From what a layer has seen to its new running_mean and running_var."""
-
-    old: Mapping[str, tuple[torch.Tensor, torch.Tensor]]
-    method: Method
-    prior: float
-
-    def measure(self, tally: Tally) -> tuple[torch.Tensor, torch.Tensor]:
-        """The statistics of the data alone."""
-        if self.method is Method.PAPER:
-            return tally.means.mean, tally.variances / tally.calls
-        return tally.pooled.mean, tally.pooled.unbiased_variance
-
-    def __call__(self, name: str, tally: Tally, samples: int) -> tuple[torch.Tensor, torch.Tensor]:
-        mean, variance = self.measure(tally)
-        if not self.prior:
-            return mean, variance
-        share = self.prior / (self.prior + samples)
-        old_mean, old_variance = self.old[name]
-        if not (torch.isfinite(old_mean).all() and torch.isfinite(old_variance).all()):
-            raise RefusedError("the stored statistics are not finite: they cannot serve as a prior", tensor=name)
-        return share * old_mean + (1 - share) * mean, share * old_variance + (1 - share) * variance
-
-
 def _compute_in(precision: Precision, model: torch.nn.Module) -> contextlib.AbstractContextManager[Any]:
     if precision is Precision.MODEL:
         return contextlib.nullcontext()
@@ -341,27 +338,8 @@ def _compute_in(precision: Precision, model: torch.nn.Module) -> contextlib.Abst
     return torch.autocast("cpu" if device is None else device.type, dtype=torch.bfloat16)
 
 
-def _copy_statistics(module: torch.nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
+def _copy_statistics(module: torch.nn.Module) -> Pair:
     mean, variance = (module._buffers[role] for role in STATISTICS)
     assert mean is not None
     assert variance is not None
-    return mean.detach().cpu().double().clone(), variance.detach().cpu().double().clone()
-
-
-def _make_steps(
-    model: torch.nn.Module,
-    modules: Mapping[str, torch.nn.Module],
-    statistics: Mapping[str, Statistics],
-    *,
-    prefix: str,
-) -> Iterator[SetTensor]:
-    names = find_names(model)
-    for first_name, new in statistics.items():
-        module = modules[first_name]
-        for name in names[module]:
-            stem = (name + ".").removeprefix(prefix) if name else ""
-            shape = tuple(new.mean.shape)
-            yield SetTensor(stem + "running_mean", Values(tuple(new.mean.tolist()), shape))
-            yield SetTensor(stem + "running_var", Values(tuple(new.variance.tolist()), shape))
-            if module._buffers.get(_COUNTER) is not None:
-                yield SetTensor(stem + _COUNTER, Values((new.calls,), ()))
+    return mean.detach().cpu().double().clone().numpy(), variance.detach().cpu().double().clone().numpy()

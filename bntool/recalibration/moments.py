@@ -1,4 +1,4 @@
-"""Mean and variance of activations for each channel: measured in pieces, merged in float64."""
+"""Mean and variance for each channel, merged in float64: of one layer, or of the channels of many side by side."""
 
 from __future__ import annotations
 
@@ -6,17 +6,12 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import reduce
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
-import torch
 
-_RUN = 128  # positions that a kernel adds up in float32: to about 5e-7 of a variance
-_PIECE = 1 << 18  # elements measured at a time: still in the processor's cache when the kernel needs them again
-HALF = (torch.float16, torch.bfloat16)
-_SMALL = 1 << 14  # elements for which float64 costs next to nothing
-_ROWS = 1 << 16  # positions widened to float64 at a time
-_LARGE_MEAN = 30.0  # |mean| / std from which float32 sums lose digits of the variance that matter
+Array: TypeAlias = "np.ndarray[Any, Any]"
+Count: TypeAlias = "int | Array"
 
 
 @dataclass(frozen=True)
@@ -24,50 +19,43 @@ class Moments:
     """Of each channel: how many values, their mean, and the sum of squared differences from it.
 
     Attributes:
-        count: values of each channel.
-        mean: float64, shape (channels,), on the CPU.
+        count: values of each channel; int64 of shape (channels,) where channels of several layers stand side by side.
+        mean: float64, shape (channels,).
         squares: float64, shape (channels,): sum of (x - mean)^2.
     """
 
-    count: int
-    mean: torch.Tensor
-    squares: torch.Tensor
+    count: Count
+    mean: Array
+    squares: Array
 
     @property
-    def biased_variance(self) -> torch.Tensor:
+    def biased_variance(self) -> Array:
         """``squares / count``: what BatchNorm normalises a batch by."""
-        return self.squares / max(self.count, 1)
+        return self.squares / np.maximum(self.count, 1)
 
     @property
-    def unbiased_variance(self) -> torch.Tensor:
+    def unbiased_variance(self) -> Array:
         """``squares / (count - 1)``: what PyTorch stores as running_var."""
-        return self.squares / max(self.count - 1, 1)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        # what ranks exchange; torch pickles each tensor as a file of its own, which takes thirteen times as long
-        return _unpack, (self.count, self.mean.numpy(), self.squares.numpy())
+        return self.squares / np.maximum(np.subtract(self.count, 1), 1)
 
     @property
     def is_finite(self) -> bool:
-        return math.isfinite(self.mean.numpy().sum() + self.squares.numpy().sum())
-
-
-def _unpack(count: int, mean: Any, squares: Any) -> Moments:
-    return Moments(count, torch.from_numpy(mean), torch.from_numpy(squares))
+        with np.errstate(over="ignore", invalid="ignore"):
+            return math.isfinite(self.mean.sum() + self.squares.sum())
 
 
 def merge(first: Moments, second: Moments) -> Moments:
-    """Moments of two sets of values together.
+    """Moments of two sets of values together; either may be empty.
 
     With d = mean2 - mean1 and n = n1 + n2: mean = mean1 + d * n2 / n, squares = squares1 + squares2 + d^2 * n1 * n2 / n
     (Chan, Golub and LeVeque 1979, "Updating formulae and a pairwise algorithm for computing sample variances").
     """
     count = first.count + second.count
-    if not first.count or not second.count:
-        return second if second.count else first
-    difference = second.mean - first.mean
-    mean = first.mean + difference * (second.count / count)
-    squares = first.squares + second.squares + difference.square() * (first.count * second.count / count)
+    share = second.count / np.maximum(count, 1)
+    with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is noticed in the result
+        difference = second.mean - first.mean
+        mean = first.mean + difference * share
+        squares = first.squares + second.squares + difference * (difference * (first.count * share))
     return Moments(count, mean, squares)
 
 
@@ -76,84 +64,81 @@ def merge_all(moments: Iterable[Moments]) -> Moments:
     return reduce(merge, moments)
 
 
-def measure(values: torch.Tensor) -> Moments:
-    """Moments of a batch of activations.
+@dataclass(frozen=True)
+class Tally:
+    """What layers have seen so far: one layer, or several side by side.
 
-    float32 (and half precision, widened first) is measured in short runs and merged in float64; channels whose mean is
-    large against their spread are measured again in float64, because float32 cannot hold both. Small batches are
-    measured in float64 throughout.
+    Attributes:
+        pooled: moments of all positions of all batches.
+        means: moments of the batch means, each batch counting once: tells how far the estimate is to be trusted. Their
+            count is the number of batches, or calls, that were measured.
+        variances: float64, shape (channels,): sum of the unbiased variances of the batches.
+    """
+
+    pooled: Moments
+    means: Moments
+    variances: Array
+
+    @classmethod
+    def of(cls, moments: Moments) -> Tally:
+        """After one call."""
+        return cls(moments, Moments(1, moments.mean, np.zeros_like(moments.mean)), moments.unbiased_variance)
+
+    @property
+    def positions(self) -> int:
+        """Values of each channel; of one layer."""
+        return int(self.pooled.count)
+
+    @property
+    def calls(self) -> int:
+        """How many batches, or calls, were measured; of one layer."""
+        return int(self.means.count)
+
+    def and_(self, other: Tally) -> Tally:
+        """Both together."""
+        return Tally(
+            pooled=merge(self.pooled, other.pooled),
+            means=merge(self.means, other.means),
+            variances=self.variances + other.variances,
+        )
+
+
+def put_side_by_side(tallies: Sequence[Tally | None], channels: Sequence[int]) -> Tally:
+    """The tallies of several layers as one.
 
     Args:
-        values: floating, shape (N, C) or (N, C, ...).
+        tallies: of each layer; None for one that has seen nothing.
+        channels: of each layer.
     """
-    channels = values.shape[1]
-    if values.numel() == 0:
-        zeros = torch.zeros(channels, dtype=torch.float64, device="cpu")
-        return Moments(0, zeros, zeros)
-    if values.ndim == 2 or values.dtype == torch.float64 or values.numel() <= _SMALL:
-        return _measure_exactly(values)
-    moments = _measure_fast(values)
-    if not moments.is_finite:
-        return _measure_exactly(values)  # squares of large numbers may not be
-    large = moments.mean.square() > _LARGE_MEAN**2 * moments.biased_variance
-    if large.any():
-        again = _measure_exactly(values[:, large.to(values.device)])
-        moments.mean[large], moments.squares[large] = again.mean, again.squares
-    return moments
+    parts = [_make_empty(width) if tally is None else tally for tally, width in zip(tallies, channels, strict=True)]
+
+    def join(moments: Sequence[Moments]) -> Moments:
+        count = np.repeat(np.array([one.count for one in moments], np.int64), channels)
+        return Moments(count, _concatenate([m.mean for m in moments]), _concatenate([m.squares for m in moments]))
+
+    return Tally(
+        join([part.pooled for part in parts]),
+        join([part.means for part in parts]),
+        _concatenate([part.variances for part in parts]),
+    )
 
 
-def _measure_fast(values: torch.Tensor) -> Moments:
-    channels, rows = values.shape[1], values.movedim(1, -1)
-    dtype = torch.float32 if values.dtype in HALF else values.dtype
-    if values.is_contiguous() or not rows.is_contiguous():
-        # the kernel for this layout sums in double precision, if it is not given halves
-        samples = max(1, _PIECE // values[0].numel()) if values.dtype in HALF else len(values)
-        return merge_all(
-            _measure_runs([piece.to(dtype).contiguous()], length=piece.numel() // channels, channels=channels)
-            for piece in torch.split(values, samples)
-        )
-    # channels last: positions are the rows of a matrix, which the kernel adds up row by row. Seen as a matrix of few
-    # rows with many positions side by side, as many short runs are added up as there are positions in a row
-    rows = rows.reshape(-1, channels)
-    end = len(rows) // _RUN * _RUN
-    step = max(1, _PIECE // (_RUN * channels)) * _RUN
-    pieces = [rows[start : min(start + step, end)].view(_RUN, -1) for start in range(0, end, step)]
-    parts = [_measure_runs(pieces, length=_RUN, channels=channels)] if pieces else []
-    if end < len(rows):
-        parts.append(_measure_runs([rows[end:]], length=len(rows) - end, channels=channels))
-    return merge_all(parts)
+def take_apart(tally: Tally, channels: Sequence[int]) -> list[Tally]:
+    """The reverse of :func:`put_side_by_side`; a layer that has seen nothing has a count of 0."""
+    ends = np.cumsum(channels).tolist()
+    slices = [slice(end - width, end) for end, width in zip(ends, channels, strict=True)]
+
+    def cut(moments: Moments, part: slice) -> Moments:
+        assert not isinstance(moments.count, int)
+        return Moments(int(moments.count[part.start]), moments.mean[part], moments.squares[part])
+
+    return [Tally(cut(tally.pooled, s), cut(tally.means, s), tally.variances[s]) for s in slices]
 
 
-def _measure_runs(pieces: Sequence[torch.Tensor], *, length: int, channels: int) -> Moments:
-    """Moments of runs of equal length, of which each piece has one or more side by side."""
-    means, variances = [], []
-    for piece in pieces:
-        unused: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None)
-        if piece.dtype in HALF:
-            # beside float32 statistics the kernel sums halves in float32, and answers in it
-            unused = tuple(piece.new_zeros((2, piece.shape[1]), dtype=torch.float32))
-        mean, variance = torch.ops.aten.batch_norm_update_stats(piece, *unused, 1.0)
-        means.append(mean)
-        variances.append(variance)
-    # what merge() does, for all runs at once; by numpy, because torch takes longer for what is small
-    mean_of_each, variance_of_each = (torch.cat(c).cpu().numpy().reshape(-1, channels) for c in (means, variances))
-    runs = len(mean_of_each)
-    mean = np.add.reduce(mean_of_each, axis=0, dtype=np.float64) / runs
-    difference = mean_of_each - mean
-    spread = np.add.reduce(variance_of_each, axis=0, dtype=np.float64) + np.einsum("rc,rc->c", difference, difference)
-    return Moments(length * runs, torch.from_numpy(mean), torch.from_numpy(spread * length))
+def _make_empty(channels: int) -> Tally:
+    zeros = np.zeros(channels)
+    return Tally(Moments(0, zeros, zeros), Moments(0, zeros, zeros), zeros)
 
 
-def _measure_exactly(values: torch.Tensor) -> Moments:
-    """In float64, a sample or a run of rows at a time so that little memory is needed."""
-    spatial = values[0, 0].numel()
-    pieces = torch.split(values, max(1, _ROWS // spatial))
-    return merge_all(_measure_in_double(piece) for piece in pieces)
-
-
-def _measure_in_double(piece: torch.Tensor) -> Moments:
-    # some accelerators have no float64
-    wide = piece.double() if piece.device.type in ("cpu", "cuda") else piece.cpu().double()
-    variance, mean = torch.var_mean(wide, dim=[d for d in range(wide.ndim) if d != 1], correction=0)
-    count = piece.numel() // piece.shape[1]
-    return Moments(count, mean.cpu(), variance.cpu() * count)
+def _concatenate(arrays: Sequence[Array]) -> Array:
+    return np.concatenate(arrays) if arrays else np.zeros(0)

@@ -16,7 +16,7 @@ from bntool.modules.calling import tensors_in
 from bntool.modules.finding import find_batchnorm_modules, walk_modules
 from bntool.recalibration.drift import find_first_parted
 from bntool.recalibration.evaluation import take_first
-from bntool.recalibration.live import Recalibration
+from bntool.recalibration.new_statistics import Recalibration
 from bntool.recalibration.pooled import has_finite_inputs, set_statistics
 
 _SAMPLES = 32

@@ -3,26 +3,28 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 
 import torch
 
-from bntool.data.batches import Batch, LeftOut, copy_batch, find_bad_rows
-from bntool.data.policies import OnBadData
-from bntool.errors import RefusedError, UsageError, UserCodeError
+from bntool.data.batches import Batch, Batches, copy_batch, find_bad_rows
+from bntool.data.policies import LeftOut, OnBadData
+from bntool.errors import RefusedError, UserCodeError
 from bntool.models.user_code import running_user_code
 from bntool.modules.borrowing import Borrowed
 from bntool.modules.calling import tensors_in
+from bntool.recalibration.activation_moments import HALF, measure
 from bntool.recalibration.activations import Activations, StatisticsReads
+from bntool.recalibration.batch_tree import BatchTree, Measured, Place
 from bntool.recalibration.freed_memory import FreedMemory
 from bntool.recalibration.memory_format import MemoryReads, is_faster_channels_last, is_laid_out_anew
-from bntool.recalibration.moments import HALF, Moments, measure, merge
-from bntool.recalibration.ranks import find_ranks
+from bntool.recalibration.moments import Array, Moments, Tally, put_side_by_side
+from bntool.recalibration.ranks import Ranks, find_ranks
 
 OnProgress = Callable[[int], None]
+AfterBatch = Callable[[int], None]
 
 
 class NotFiniteError(BaseException):
@@ -65,118 +67,92 @@ class Run:
     read: set[str] = field(default_factory=set)
 
 
-@dataclass
-class Tally:
-    """What one layer has seen so far.
-
-    Attributes:
-        pooled: moments of all positions of all batches.
-        means: moments of the batch means, each batch counting once: tells how far the estimate is to be trusted.
-        variances: sum of the unbiased variances of the batches.
-        calls: how many batches, or calls, were measured.
-    """
-
-    pooled: Moments
-    means: Moments
-    variances: torch.Tensor
-    calls: int
-
-    @classmethod
-    def of(cls, moments: Moments) -> Tally:
-        """After one call."""
-        single = Moments(1, moments.mean, torch.zeros_like(moments.mean))
-        return cls(moments, single, moments.unbiased_variance, 1)
-
-    def and_(self, other: Tally) -> Tally:
-        """Both together."""
-        return Tally(
-            pooled=merge(self.pooled, other.pooled),
-            means=merge(self.means, other.means),
-            variances=self.variances + other.variances,
-            calls=self.calls + other.calls,
-        )
-
-
 @dataclass(frozen=True)
 class Part:
     """What one batch gave.
 
     Attributes:
+        position: of the batch, as the data say it.
         calls: moments of each call of a layer, in order.
         samples: of the batch; 0 where it was left out.
         left_out: why, or None.
     """
 
+    position: int | None
     calls: tuple[tuple[str, Moments], ...]
     samples: int
     left_out: LeftOut | None = None
 
 
-@dataclass
-class Measurement:
-    """What a run of all batches has measured.
-
-    Attributes:
-        tallies: by layer, in the order in which the layers were first called.
-        samples: how many went through.
-        batches: how many.
-        left_out: batches that held NaN or infinity and were skipped.
-    """
-
-    tallies: dict[str, Tally] = field(default_factory=dict)
-    samples: int = 0
-    batches: int = 0
-    left_out: list[LeftOut] = field(default_factory=list)
-
-    def add(self, part: Part) -> None:
-        """Add what one batch gave."""
-        for layer, moments in part.calls:
-            tally = Tally.of(moments)
-            self.tallies[layer] = self.tallies[layer].and_(tally) if layer in self.tallies else tally
-        if part.left_out is not None:
-            self.left_out.append(part.left_out)
-            return
-        self.samples += part.samples
-        self.batches += 1
-
-    def check(self, batches_description: str) -> None:
-        """Refuse an empty measurement.
-
-        Raises:
-            UsageError: there was no batch at all.
-            RefusedError: every batch was left out.
-        """
-        if self.batches:
-            return
-        if self.left_out:
-            count = sum(left_out.samples for left_out in self.left_out)
-            raise RefusedError(f"no sample is left: {count} were left out, first {self.left_out[0].reason}")
-        raise UsageError(f"{batches_description} gave no batch")
-
-
-def measure_pooled(run: Run, batches: Iterable[Batch]) -> Measurement:
+def measure_pooled(
+    run: Run, batches: Batches, tree: BatchTree, *, after_batch: AfterBatch = lambda _position: None
+) -> BatchTree:
     """Run all batches, each normalised by its own statistics in the given layers, and measure what these layers see.
 
     Layers stay in eval mode too: before each call of one its running statistics are set to those of the batch. That
-    normalises as train mode does, and costs less. In a distributed job the batches of all ranks are merged in one fixed
-    order, first those that come first on each rank.
+    normalises as train mode does, and costs less.
+
+    Args:
+        run: the model and its layers.
+        batches: this process's share.
+        tree: what is known of others already; grows.
+        after_batch: called after each batch with the position that follows it.
+
+    Returns:
+        The tree, with what all ranks of a distributed job have measured.
 
     Raises:
         RefusedError: a batch holds NaN or infinity (``OnBadData.STOP``), or one value per channel; or a rank was lost.
         UserCodeError: the model or the data raised.
     """
-    result = Measurement()
     ranks = find_ranks()
-    if ranks.world == 1:  # at once, so that nothing piles up
-        for part in _run_batches(run, batches):
-            result.add(part)
-        return result
-    shares = ranks.share(lambda: list(_run_batches(run, batches)))
-    for parts in itertools.zip_longest(*shares):
-        for part in parts:
-            if part is not None:
-                result.add(part)
-    return result
+
+    def measure_share() -> dict[Place, Measured]:
+        _fill(tree, run, batches, ranks, after_batch)
+        return tree.nodes
+
+    shares = ranks.share(measure_share)
+    if ranks.world == 1:
+        return tree
+    together = BatchTree()
+    for nodes in shares:
+        together.update(nodes)
+    return together
+
+
+def _fill(tree: BatchTree, run: Run, batches: Batches, ranks: Ranks, after_batch: AfterBatch) -> None:
+    """Run this rank's batches, and add what they give at their positions in the list of all."""
+    index_of = {name: index for index, name in enumerate(run.layers)}
+    channels = count_channels(run.layers)
+    # batches of the caller's own, where nobody dealt one list to the ranks: first those that come first on each rank
+    is_dealt = batches.share.ranks == ranks.world
+    unread, following = 0, batches.share.find_run(batches.count).start if batches.count is not None else 0
+    for number, part in enumerate(_run_batches(run, batches)):
+        position = number if part.position is None else part.position
+        if not is_dealt:
+            position = position * ranks.world + ranks.rank
+        by_layer: dict[str, Tally] = {}
+        for name, moments in part.calls:
+            tally = Tally.of(moments)
+            by_layer[name] = by_layer[name].and_(tally) if name in by_layer else tally
+        came_through = part.left_out is None
+        measured = Measured(
+            tally=put_side_by_side([by_layer.get(name) for name in run.layers], channels) if came_through else None,
+            order=tuple(index_of[name] for name in by_layer),
+            samples=part.samples,
+            batches=int(came_through),
+            left_out=(*batches.bad_inputs[unread:], *([] if part.left_out is None else [part.left_out])),
+        )
+        unread, following = len(batches.bad_inputs), position + 1
+        tree.add(position, measured)
+        after_batch(following)
+    if batches.bad_inputs[unread:]:  # nothing could be read of the batches after the last
+        tree.add(following, Measured(left_out=tuple(batches.bad_inputs[unread:])))
+
+
+def count_channels(layers: Mapping[str, torch.nn.Module]) -> list[int]:
+    """Of each of these layers."""
+    return [layer._buffers["running_mean"].numel() for layer in layers.values()]  # type: ignore[union-attr]
 
 
 def _run_batches(run: Run, batches: Iterable[Batch]) -> Iterator[Part]:
@@ -205,7 +181,7 @@ def _run_batches(run: Run, batches: Iterable[Batch]) -> Iterator[Part]:
             channels_last = False  # perhaps a view() that wants contiguous activations; if not, it raises again
         if not done and left_out is None:
             _let_idle_layers_run(run, batch, activations, calls)
-        yield Part((), 0, left_out) if left_out else Part(tuple(calls), batch.samples)
+        yield Part(batch.position, () if left_out else tuple(calls), 0 if left_out else batch.samples, left_out)
         done += batch.samples
         if run.on_progress is not None:
             run.on_progress(done)
@@ -326,11 +302,11 @@ def check_moments(moments: Moments, layer: str, values: torch.Tensor, *, least: 
         raise NotFiniteError(layer, values)
 
 
-def set_statistics(module: torch.nn.Module, *, mean: torch.Tensor, variance: torch.Tensor) -> None:
-    """Set the running statistics of a live module, rounded to its dtype."""
+def set_statistics(module: torch.nn.Module, *, mean: Array, variance: Array) -> None:
+    """Set the running statistics of a live module, float64 of shape (channels,), rounded to its dtype."""
     with torch.no_grad():
-        module._buffers["running_mean"].copy_(mean)  # type: ignore[union-attr]
-        module._buffers["running_var"].copy_(variance)  # type: ignore[union-attr]
+        module._buffers["running_mean"].copy_(torch.from_numpy(mean))  # type: ignore[union-attr]
+        module._buffers["running_var"].copy_(torch.from_numpy(variance))  # type: ignore[union-attr]
 
 
 def _statistics_dtype(module: torch.nn.Module) -> torch.dtype:

@@ -8,8 +8,8 @@ import torch
 
 from bntool.data.batches import Batches
 from bntool.recalibration.evaluation import Evaluation
-from bntool.recalibration.live import Recalibration
 from bntool.recalibration.memory_format import is_faster_in_bfloat16
+from bntool.recalibration.new_statistics import Recalibration
 from bntool.recalibration.options import Precision
 
 _NAMED = 4  # layers that a warning names

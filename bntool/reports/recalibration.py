@@ -13,7 +13,7 @@ from bntool.reports.text import format_number, format_size, plural
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from bntool.data.batches import LeftOut
+    from bntool.data.policies import LeftOut
     from bntool.data.preprocessing import Preprocessing
     from bntool.recalibration.checkpoint import CheckpointRecalibration
     from bntool.recalibration.drift import LayerDrift

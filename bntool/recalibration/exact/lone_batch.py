@@ -7,13 +7,15 @@ import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from bntool.data.batches import Batch, copy_batch, cut_batch
 from bntool.errors import RefusedError, UserCodeError
 from bntool.models.user_code import running_user_code
 from bntool.modules.finding import find_eps
-from bntool.recalibration.moments import Moments, measure
+from bntool.recalibration.activation_moments import measure
+from bntool.recalibration.moments import Moments
 from bntool.recalibration.pooled import Run
 
 _SAMPLES = 2
@@ -114,6 +116,6 @@ def _agree(one: Moments, other: Moments, *, eps: float) -> bool:
     if one.count != other.count:
         return False
     spread = one.biased_variance + eps
-    shift = (one.mean - other.mean).abs() / spread.sqrt()
-    change = (one.biased_variance - other.biased_variance).abs() / spread
+    shift = np.abs(one.mean - other.mean) / np.sqrt(spread)
+    change = np.abs(one.biased_variance - other.biased_variance) / spread
     return bool((shift <= _AGREEMENT).all() and (change <= _AGREEMENT).all())

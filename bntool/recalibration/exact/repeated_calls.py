@@ -6,12 +6,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import reduce
 
+import numpy as np
 import torch
 
 from bntool.modules.finding import find_eps
-from bntool.recalibration.pooled import Tally
+from bntool.recalibration.moments import Tally
+from bntool.recalibration.new_statistics import Pair
 
-Pair = tuple[torch.Tensor, torch.Tensor]
 # final running_mean and running_var of a layer, from its name, what it has seen, and the number of samples
 Finish = Callable[[str, Tally, int], Pair]
 
@@ -118,8 +119,8 @@ class RepeatedCalls:
         spread = variance + find_eps(self._layers[name])
         return all(
             bool(
-                ((m - mean).abs() <= _TOLERANCE * spread.sqrt()).all()
-                and ((v - variance).abs() <= _TOLERANCE * spread).all()
+                (np.abs(m - mean) <= _TOLERANCE * np.sqrt(spread)).all()
+                and (np.abs(v - variance) <= _TOLERANCE * spread).all()
             )
             for m, v in calls.given
         )

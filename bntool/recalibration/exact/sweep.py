@@ -9,21 +9,22 @@ from functools import partial, reduce
 
 import torch
 
-from bntool.data.batches import Batch, LeftOut, copy_batch
+from bntool.data.batches import Batch, copy_batch
+from bntool.data.policies import LeftOut
 from bntool.errors import RefusedError
 from bntool.models.user_code import running_user_code
 from bntool.modules.borrowing import Borrowed, borrow
+from bntool.recalibration.activation_moments import measure
 from bntool.recalibration.activations import Activations
 from bntool.recalibration.exact.first_forward import FirstForward
 from bntool.recalibration.exact.lone_batch import LoneBatch
 from bntool.recalibration.exact.paused_forwards import PausedForward, copy_context
 from bntool.recalibration.exact.repeated_calls import Finish, RepeatedCalls
-from bntool.recalibration.moments import Moments, measure
+from bntool.recalibration.moments import Moments, Tally
+from bntool.recalibration.new_statistics import Measurement
 from bntool.recalibration.pooled import (
-    Measurement,
     NotFiniteError,
     Run,
-    Tally,
     accept,
     check_moments,
     describe_bad,
@@ -50,7 +51,7 @@ def measure_exact(run: Run, batches: Iterable[Batch], finish: Finish, first_forw
     """
     ranks = find_ranks()
     result = Measurement()
-    remaining = dict(enumerate(batches))
+    remaining = {number if batch.position is None else batch.position: batch for number, batch in enumerate(batches)}
     bad = {
         position: accept(describe_bad(batch), run.on_bad_data)
         for position, batch in remaining.items()
@@ -182,7 +183,7 @@ class _Sweep:
                 shares = self._ranks.share(
                     lambda: [self._advance(p, forward, batches[p]) for p, forward in forwards.items()]
                 )
-                # one order whatever the number of ranks: first what comes first on each rank
+                # one order whatever the number of ranks: that of the list of batches
                 placed = sorted((pause.position, rank, pause) for rank, pauses in enumerate(shares) for pause in pauses)
                 bad = {
                     (rank, position): pause.left_out for position, rank, pause in placed if pause.left_out is not None
