@@ -25,7 +25,8 @@ def find_norms(state_dict: StateDict) -> tuple[BatchNorm, ...]:
 
     A layer with running_mean and running_var is a BatchNorm unless something beside them tells otherwise. InstanceNorm
     with affine and statistics has the same tensors and can only be told by its class. A vector ``weight`` and ``bias``
-    without statistics belongs to LayerNorm, GroupNorm or their like.
+    without statistics belongs to LayerNorm, GroupNorm or their like. A BatchNorm of a pickled module that holds no
+    tensor at all is a norm without statistics.
     """
     groups: dict[str, dict[str, Tensor]] = {}
     for name, tensor in state_dict.tensors.items():
@@ -34,6 +35,12 @@ def find_norms(state_dict: StateDict) -> tuple[BatchNorm, ...]:
     for path, one in state_dict.modules.items():
         if one.has_statistics:
             groups.setdefault(state_dict.strip(path), {})
+    if any(map(_holds_nothing, state_dict.modules.values())):
+        places = {state_dict.strip(path): place for place, path in enumerate(state_dict.modules)}
+        for path, one in state_dict.modules.items():
+            if _holds_nothing(one):
+                groups.setdefault(state_dict.strip(path), {})
+        groups = dict(sorted(groups.items(), key=lambda group: places.get(group[0], len(places))))
     quantization_aware = {layer.rpartition(".")[0] for layer in groups if layer.endswith("weight_fake_quant")}
     norms = []
     for layer, tensors in groups.items():
@@ -43,6 +50,14 @@ def find_norms(state_dict: StateDict) -> tuple[BatchNorm, ...]:
         if kind is not None:
             norms.append(_make(layer, kind, tensors, module, version))
     return tuple(norms)
+
+
+def _holds_nothing(module: ModuleInfo) -> bool:
+    """Whether it is a BatchNorm of PyTorch with neither weight nor statistics, as its flags say."""
+    if module.attributes.get("track_running_stats") is not False or module.attributes.get("affine") is not False:
+        return False
+    kind = find_class_kind(module.class_path.rpartition(".")[2])
+    return kind is not None and kind.is_batch_norm
 
 
 _PARTS = re.compile(r"[./]")

@@ -15,10 +15,12 @@ from bntool.checkpoints.state_dicts import choose_state_dict
 from bntool.checkpoints.tensors import StoredTensor, Tensor, read_numbers
 from bntool.errors import BntoolError
 from bntool.graphs.architectures.recognition import give_eps, recognise
-from bntool.inspection.file_findings import compare_averaged, compare_counters, find_in_file, find_in_state_dict
+from bntool.inspection.file_findings import compare_averaged, find_in_file, find_in_state_dict
 from bntool.inspection.findings import Finding, FindingCode, Severity
 from bntool.inspection.judging import judge
+from bntool.inspection.layer_differences import compare_layers
 from bntool.inspection.layer_findings import find_in_layer
+from bntool.inspection.module_findings import find_expected_eps, find_in_module, is_batch_norm_without_statistics
 from bntool.inspection.results import (
     Inspection,
     LayerInspection,
@@ -125,12 +127,20 @@ def _inspect_state_dict(
     norms = find_norms(state_dict)
     architectures = recognise(state_dict)
     norms = give_eps(norms, architectures)
-    selected = [norm for norm in norms if norm.kind.is_batch_norm and selects(layers, norm.name)]
+    own = [norm for norm in norms if norm.kind.is_batch_norm or is_batch_norm_without_statistics(norm)]
+    expected_eps = find_expected_eps(architectures)
     inspected = tuple(
-        _inspect_layer(norm, momentum=momentum.get(norm.name), recalibrated=norm.name in recalibrated)
-        for norm in selected
+        _inspect_layer(
+            norm,
+            momentum=momentum.get(norm.name),
+            recalibrated=norm.name in recalibrated,
+            expected_eps=expected_eps.get(norm.name, ()),
+        )
+        for norm in own
+        if selects(layers, norm.name)
     )
-    others = Counter(norm.kind for norm in norms if not norm.kind.is_batch_norm)
+    names = {norm.name for norm in own}
+    others = Counter(norm.kind for norm in norms if norm.name not in names)
     roles = {name: _role(state_dict, name, tensor) for name, tensor in state_dict.tensors.items()}
     sizes = {name: _count(tensor) for name, tensor in state_dict.tensors.items()}
     tensors = tuple(
@@ -142,12 +152,12 @@ def _inspect_state_dict(
         state_dict=state_dict,
         parameters=sum(size for name, size in sizes.items() if roles[name] == "parameter"),
         buffers=sum(size for name, size in sizes.items() if roles[name] == "buffer"),
-        layers=compare_counters(inspected),
+        layers=compare_layers(inspected, state_dict),
         other_norms=dict(others),
         findings=tuple(find_in_state_dict(norms)),
         tensors=tensors,
         chosen=chosen,
-        names=tuple(norm.name for norm in norms if norm.kind.is_batch_norm),
+        names=tuple(norm.name for norm in own),
         architectures=architectures,
     )
 
@@ -192,7 +202,9 @@ def _recorded_momentum(checkpoint: Checkpoint, state_dict: StateDict) -> Mapping
     return find_recorded_momentum(history)
 
 
-def _inspect_layer(layer: BatchNorm, *, momentum: float | None, recalibrated: bool) -> LayerInspection:
+def _inspect_layer(
+    layer: BatchNorm, *, momentum: float | None, recalibrated: bool, expected_eps: Sequence[float]
+) -> LayerInspection:
     summaries: dict[str, Summary] = {}
     unread: list[str] = []
     for role in ROLES:
@@ -210,8 +222,10 @@ def _inspect_layer(layer: BatchNorm, *, momentum: float | None, recalibrated: bo
         )
         advice = "run one forward before saving, and save from the device"
         findings.append(Finding(FindingCode.NOT_INITIALISED, Severity.WARNING, "no elements", message, advice=advice))
+    findings += find_in_module(layer, expected_eps)
     of_torch = not layer.class_path or layer.class_path.startswith("torch.")  # others have no such counter
-    if of_torch and layer.kind is not NormKind.FROZEN_BATCH_NORM and "num_batches_tracked" not in layer.tensors:
+    has_counter = layer.kind is not NormKind.FROZEN_BATCH_NORM and layer.has_statistics
+    if of_torch and has_counter and "num_batches_tracked" not in layer.tensors:
         message = (
             "num_batches_tracked is missing: saved before torch 0.4.1, or by another framework; harmless in eval mode"
         )

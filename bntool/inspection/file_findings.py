@@ -16,29 +16,6 @@ from bntool.inspection.results import LayerInspection, StateDictInspection
 _LISTED = 3  # names in a sentence
 
 
-def compare_counters(layers: tuple[LayerInspection, ...]) -> tuple[LayerInspection, ...]:
-    """Flag layers whose num_batches_tracked differs from what most layers have."""
-    counts = Counter(n for layer in layers if (n := layer.num_batches_tracked) is not None)
-    if len(counts) <= 1:
-        return layers
-    usual, votes = counts.most_common(1)[0]
-    if votes * 2 <= counts.total():
-        return layers  # no common value to disagree with
-    compared = []
-    for layer in layers:
-        own = layer.num_batches_tracked
-        if own is not None and own != usual:
-            message = (
-                f"num_batches_tracked is {own} here and {usual} in most layers: "
-                "it was trained apart, reset, or used more often"
-            )
-            advice = "nothing is to be done where that was meant: a new head, frozen layers, layers that are shared"
-            finding = Finding(FindingCode.COUNTER_DISAGREES, Severity.NOTICE, f"counter {own}", message, advice=advice)
-            layer = dataclasses.replace(layer, findings=(*layer.findings, finding))  # noqa: PLW2901
-        compared.append(layer)
-    return tuple(compared)
-
-
 def find_in_state_dict(norms: Sequence[BatchNorm]) -> list[Finding]:
     """Norms that are not BatchNorm but could be taken for it."""
     findings = []

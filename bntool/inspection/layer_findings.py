@@ -6,6 +6,8 @@ The thresholds are documented in docs/findings.md and tested on the samples.
 from __future__ import annotations
 
 import math
+from collections.abc import Collection, Sequence
+from itertools import accumulate
 from typing import Any
 
 from bntool.batchnorm import DEFAULT_EPS, STATISTICS
@@ -15,6 +17,11 @@ from bntool.inspection.results import Summary
 DEAD_SCALE = 1e-6  # of the largest |scale| of the layer; below it a channel carries nothing that float32 can keep
 DEAD_SHARE = 0.1  # of the channels, from which on it is a warning
 EXPLODING_SCALE = 1e3  # |scale| above this amplifies rounding errors of float32 into visible ones
+OUTLYING_VARIANCE = 1e3  # times the next smaller running_var of the layer; of trained layers the largest seen is 3.6
+FAR_OUTLYING_VARIANCE = 1e6  # from which on it is an error
+OUTLYING_MEAN = 1e2  # times the next smaller |running_mean|, and the largest sigma, of the rest; of trained layers 7.2
+FAR_OUTLYING_MEAN = 1e4
+LIVE_VARIANCE = 1e-5  # below, a channel is as good as constant and nothing to compare with
 FEW_UPDATES = 22  # 0.9 ** 22 = 0.1: with momentum 0.1, a tenth of the initial values is left
 HALF_SMALLEST_NORMAL = 2.0**-14
 HALF_LARGEST = 65504.0
@@ -39,9 +46,12 @@ def find_in_layer(
     mean, variance = tensors.get("running_mean"), tensors.get("running_var")
     if mean is not None and variance is not None:
         findings += _variance(variance)
+        outlying = _outlying(mean, variance)
+        findings += outlying
         initial = _initial(mean, variance, tensors.get("num_batches_tracked"))
         findings += initial
-        findings += _scale(tensors, variance, DEFAULT_EPS if eps is None else eps)
+        hidden = {i for f in outlying if f.code is FindingCode.OUTLYING_VARIANCE for i in f.channels}
+        findings += _scale(tensors, variance, DEFAULT_EPS if eps is None else eps, hidden=hidden)
         findings += _half(mean, variance)
         findings += _counter(tensors, is_initial=bool(initial), momentum=momentum, recalibrated=recalibrated)
     return findings
@@ -118,6 +128,69 @@ def _variance(variance: Summary) -> list[Finding]:
     return findings
 
 
+def _outlying(mean: Summary, variance: Summary) -> list[Finding]:
+    """Channels whose statistics lie far above those of all others, with nothing in between.
+
+    What data and training give is a continuum, however wide: a gap of orders of magnitude inside of a layer is none.
+    """
+    if mean.minimum is None or mean.maximum is None or variance.minimum is None or variance.maximum is None:
+        return []
+    least = math.sqrt(max(variance.minimum, LIVE_VARIANCE))
+    may_vary = variance.maximum > OUTLYING_VARIANCE * max(variance.minimum, LIVE_VARIANCE)
+    may_lie_far = max(-mean.minimum, mean.maximum) > OUTLYING_MEAN * least
+    if not may_vary and not may_lie_far:  # nearly always
+        return []
+    pairs = zip(mean.values, variance.values, strict=True)
+    live = [(abs(m), v, i) for i, (m, v) in enumerate(pairs) if LIVE_VARIANCE < v < math.inf and m - m == 0]
+    findings = []
+    by_variance = sorted(live, key=lambda channel: channel[1])
+    gap, first = _find_gap([v for _, v, _ in by_variance])
+    if gap >= OUTLYING_VARIANCE:
+        findings.append(_describe_outlying("running_var", gap, [i for _, _, i in by_variance[first:]], variance))
+    by_mean = sorted(live)
+    sigmas = [math.sqrt(v) for v in accumulate((v for _, v, _ in by_mean), max)]
+    gap, first = _find_gap([m for m, _, _ in by_mean], at_least=sigmas)
+    if gap >= OUTLYING_MEAN:
+        findings.append(_describe_outlying("running_mean", gap, [i for _, _, i in by_mean[first:]], mean))
+    return findings
+
+
+def _find_gap(ordered: Sequence[float], *, at_least: Sequence[float] = ()) -> tuple[float, int]:
+    """The largest ratio of neighbours in the upper half of ordered numbers, and the place above the gap.
+
+    Args:
+        at_least: what the lower neighbour counts as, if it is less.
+    """
+    best = (0.0, 0)
+    for place in range((len(ordered) + 1) // 2, len(ordered)):
+        below = ordered[place - 1]
+        best = max(best, (ordered[place] / max(below, at_least[place - 1] if at_least else below), place))
+    return best if len(ordered) > 2 else (0.0, 0)
+
+
+def _describe_outlying(role: str, gap: float, outlying: Sequence[int], summary: Summary) -> Finding:
+    channels = tuple(sorted(outlying))
+    largest = max((summary.values[channel] for channel in channels), key=abs)
+    is_variance = role == "running_var"
+    far = FAR_OUTLYING_VARIANCE if is_variance else FAR_OUTLYING_MEAN
+    count = len(channels)
+    what = f"channel {channels[0]}" if count == 1 else f"{count} of {len(summary.values)} channels"
+    constant = (
+        "what usual data put into it comes out as a constant"
+        if is_variance
+        else "usual data, normalised by it, are shifted as far"
+    )
+    return Finding(
+        FindingCode.OUTLYING_VARIANCE if is_variance else FindingCode.OUTLYING_MEAN,
+        Severity.ERROR if gap >= far else Severity.WARNING,
+        f"{'var' if is_variance else 'mean'} {largest:.1e}",
+        f"{role} of {what} ({largest:.3g}) is {gap:.1g} times that of all others, with nothing in between: {constant}",
+        {"channels": count, "ratio": gap, "largest": largest},
+        "recalibrate, or take an earlier file; if the layer reads raw numbers of several kinds, scale them first",
+        channels,
+    )
+
+
 def _initial(mean: Summary, variance: Summary, counter: Summary | None) -> list[Finding]:
     if 0 not in mean.values or 1 not in variance.values:
         return []
@@ -147,7 +220,12 @@ _IF_TRAINED = (
 )
 
 
-def _scale(tensors: dict[str, Summary], variance: Summary, eps: float) -> list[Finding]:
+def _scale(tensors: dict[str, Summary], variance: Summary, eps: float, *, hidden: Collection[int]) -> list[Finding]:
+    """Channels that carry nothing, or far too much.
+
+    Args:
+        hidden: channels whose scale is small because of a variance that is wrong.
+    """
     weight = tensors.get("weight")
     weights = weight.values if weight is not None else [1.0] * len(variance.values)
     pairs = zip(weights, variance.values, strict=True)
@@ -165,8 +243,10 @@ def _scale(tensors: dict[str, Summary], variance: Summary, eps: float) -> list[F
     findings = []
     largest, count = max(known), len(variance.values)
     threshold = DEAD_SCALE * largest
+    dead: tuple[int, ...] = ()
     if min(known) <= threshold:
-        dead = tuple(i for i, scale in enumerate(scales) if scale <= threshold)
+        dead = tuple(i for i, scale in enumerate(scales) if scale <= threshold and i not in hidden)
+    if dead:
         share = len(dead) / count
         message = (
             f"{len(dead)} of {count} channels ({share:.0%}) have a scale of nearly 0: pruned or dead, "

@@ -36,6 +36,14 @@ class LiveTensor(AsArray):
     def shape(self) -> tuple[int, ...]:
         return tuple(self.live.shape)
 
+    @property
+    def is_parameter(self) -> bool:
+        return isinstance(self.live, torch.nn.Parameter)
+
+    @property
+    def requires_grad(self) -> bool:
+        return self.live.requires_grad
+
     def chunks(self) -> Iterator[bytes]:
         """See :class:`~bntool.checkpoints.tensors.Tensor`."""
         plain = self.live.detach().cpu().contiguous().flatten()

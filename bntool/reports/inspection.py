@@ -9,6 +9,7 @@ from typing import Any
 from bntool.checkpoints.checkpoint import GlobalTrust
 from bntool.checkpoints.origin import describe_origin
 from bntool.inspection.findings import Finding
+from bntool.inspection.module_findings import describe_behaviour
 from bntool.inspection.results import Inspection, LayerInspection, StateDictInspection, Summary, TensorInspection
 from bntool.inspection.safety import Safety, SafetyVerdict
 from bntool.inspection.verdict import Health, Verdict
@@ -100,6 +101,10 @@ def _describe_layer(layer: LayerInspection) -> dict[str, Any]:
         "eps": norm.eps,
         "eps_source": norm.eps_source.value,
         "momentum": norm.momentum,
+        "training": norm.training,
+        "affine": norm.affine,
+        "track_running_stats": norm.track_running_stats,
+        "behaviour": list(describe_behaviour(norm)),
         **({"scale_factor": factor} if isinstance(factor, float) and math.isfinite(factor) else {}),
         "num_batches_tracked": layer.num_batches_tracked,
         "tensors": {role: _describe_summary(summary) for role, summary in layer.tensors.items()},

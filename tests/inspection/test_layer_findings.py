@@ -64,13 +64,25 @@ CASES: list[tuple[dict[str, Any], dict[FindingCode, Severity]]] = [
         {"running_var": [1e-9, 0.5, 0.4, 2.0], "weight": [10.0, 1.0, 1.0, 1.0]},
         {FindingCode.EXPLODING_SCALE: Severity.WARNING},
     ),
+    ({"running_var": [0.8, 1e9, 0.4, 2.0]}, {FindingCode.OUTLYING_VARIANCE: Severity.ERROR}),
+    ({"running_var": [0.8, 2.1e6, 0.4, 2.0]}, {FindingCode.OUTLYING_VARIANCE: Severity.ERROR}),
+    ({"running_var": [0.8, 1.9e6, 0.4, 2.0]}, {FindingCode.OUTLYING_VARIANCE: Severity.WARNING}),
+    ({"running_var": [0.8, 2.1e3, 0.4, 2.0]}, {FindingCode.OUTLYING_VARIANCE: Severity.WARNING}),
+    ({"running_var": [0.8, 1.9e3, 0.4, 2.0]}, {}),
+    ({"running_var": [0.8e5, 1.2e9, 0.4, 2.0]}, {FindingCode.OUTLYING_VARIANCE: Severity.WARNING}),  # two of four
+    ({"running_var": [3e9, 1.2e9, 4e9, 2.0]}, {}),  # three of four: the one is odd
+    ({"running_var": [1e-30, 1e-36, 1e-6, 2.0]}, {}),  # constant inputs, and one channel that lives
+    ({"running_mean": [0.5, -1e9, 0.2, 0.0]}, {FindingCode.OUTLYING_MEAN: Severity.ERROR}),
+    ({"running_mean": [0.5, -150.0, 0.2, 0.0]}, {FindingCode.OUTLYING_MEAN: Severity.WARNING}),
+    ({"running_mean": [0.5, 130.0, 0.2, 0.0]}, {}),  # the largest sigma of the others is 1.41
+    ({"running_mean": [1e7, 1.1e7, 0.9e7, 1.2e7]}, {}),
     ({"dtype": "bfloat16"}, {FindingCode.HALF_STATISTICS: Severity.NOTICE}),
     (
         {"dtype": "float16", "running_var": [1e-5, 0.5, 0.4, 2.0]},
         {FindingCode.HALF_STATISTICS: Severity.NOTICE, FindingCode.UNDERFLOW: Severity.WARNING},
     ),
     (
-        {"dtype": "float16", "running_var": [65504.0, 0.5, 0.4, 2.0]},
+        {"dtype": "float16", "running_var": [65504.0, 65504.0, 65504.0, 2.0]},
         {FindingCode.HALF_STATISTICS: Severity.NOTICE, FindingCode.OVERFLOW: Severity.ERROR},
     ),
     ({"weight": [1.0, 1.0]}, {FindingCode.SHAPE_MISMATCH: Severity.ERROR}),
@@ -80,6 +92,19 @@ CASES: list[tuple[dict[str, Any], dict[FindingCode, Severity]]] = [
 @pytest.mark.parametrize(("changes", "expected"), CASES, ids=[str(i) for i in range(len(CASES))])
 def test_each_defect_is_found_and_nothing_else(changes: dict[str, Any], expected: dict[FindingCode, Severity]) -> None:
     assert codes(layer(**changes)) == expected
+
+
+def test_channels_are_numbered() -> None:
+    (finding,) = find_in_layer(layer(running_var=[1e9, 1.2, 0.4, 3e9]), eps=None)
+    assert finding.channels == (0, 3)
+    assert "2 of 4 channels" in finding.message
+    (finding,) = find_in_layer(layer(running_var=[0.8, 1.2, 1e9, 2.0]), eps=None)
+    assert finding.channels == (2,)
+    assert "channel 2 (1e+09)" in finding.message
+    (finding,) = find_in_layer(layer(weight=[1.0, 0.0, 1.0, 0.0]), eps=None)
+    assert finding.channels == (1, 3)
+    (finding,) = find_in_layer(layer(weight=[0.0, 1.0, math.nan, 1.0], running_var=[0.5] * 4), eps=None)[1:]
+    assert (finding.code, finding.channels) == (FindingCode.DEAD_CHANNELS, (0,))
 
 
 def test_one_dead_channel_among_many_is_only_worth_a_notice() -> None:

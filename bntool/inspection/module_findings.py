@@ -1,0 +1,97 @@
+"""What pickled modules and live models say of their BatchNorm layers beside the tensors: flags, eps, momentum.
+
+What PyTorch does with them: torch.nn.modules.batchnorm, _BatchNorm.forward, torch 2.13.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from bntool.batchnorm import BatchNorm, EpsSource, NormKind, find_class_kind
+from bntool.graphs.architectures.recognition import Architecture
+from bntool.inspection.findings import Finding, FindingCode, Severity
+
+HIGH_MOMENTUM = 0.5  # share of the new batch; from here on it is rather the share kept, as other frameworks count
+_SAID = (EpsSource.MODULE, EpsSource.PROTOTXT)  # by the file itself
+
+
+def is_batch_norm_without_statistics(norm: BatchNorm) -> bool:
+    """Whether it is a BatchNorm, by its class, that has no statistics: track_running_stats=False."""
+    kind = find_class_kind(norm.class_path.rpartition(".")[2])
+    return norm.kind is NormKind.NORM_WITHOUT_STATISTICS and kind is not None and kind.is_batch_norm
+
+
+def describe_behaviour(norm: BatchNorm) -> tuple[str, ...]:
+    """What PyTorch does where the flags of a module are not those that most have, a sentence each."""
+    said = []
+    tracks, has_statistics = norm.track_running_stats, norm.has_statistics
+    if not has_statistics and is_batch_norm_without_statistics(norm):
+        said.append("it has no running statistics and normalises by those of the batch, in eval mode, too")
+    elif tracks is False:
+        said.append(
+            "track_running_stats was switched off: train mode uses the statistics of the batch and does not update the "
+            "running ones, eval mode uses the running ones"
+        )
+    if norm.attributes.get("affine") is False and not norm.affine:
+        said.append("it has no weight and bias: it only normalises")
+    if has_statistics and tracks is not False and "momentum" in norm.attributes:
+        if norm.attributes["momentum"] is None:
+            said.append(
+                "momentum is None: running statistics are the plain average over all batches that num_batches_tracked "
+                "counts"
+            )
+        elif norm.momentum == 0:
+            said.append("momentum is 0: running statistics never move")
+        elif norm.momentum == 1:
+            said.append("momentum is 1: running statistics are those of the last batch")
+    return tuple(said)
+
+
+def find_in_module(norm: BatchNorm, expected_eps: Sequence[float]) -> list[Finding]:
+    """The findings of one layer from its flags.
+
+    Args:
+        expected_eps: values that the layer has in the architectures that the file may be of; empty where none is known.
+    """
+    findings = []
+    if is_batch_norm_without_statistics(norm):
+        message = (
+            "it has no running statistics (track_running_stats=False) and normalises by those of the batch, in eval "
+            "mode, too: the output for one sample depends on the others"
+        )
+        advice = "nothing is to be done where that is meant; it can be neither folded nor frozen"
+        short = "no statistics"
+        findings.append(Finding(FindingCode.BATCH_STATISTICS, Severity.NOTICE, short, message, advice=advice))
+    momentum = norm.momentum
+    if momentum is not None and norm.has_statistics and "momentum" in norm.attributes:
+        if momentum > HIGH_MOMENTUM or momentum < 0:
+            message = (
+                f"momentum is {momentum:g}: PyTorch gives the new batch that share, so that the running statistics are "
+                "those of the last batches"
+            )
+            advice = "other frameworks call the share that is kept momentum"
+            if HIGH_MOMENTUM < momentum < 1:
+                advice += f"; what they call {momentum:g} is {1 - momentum:.3g} here"
+            short, facts = f"momentum {momentum:g}", {"momentum": momentum}
+            findings.append(Finding(FindingCode.MOMENTUM, Severity.WARNING, short, message, facts, advice))
+        elif momentum == 0:
+            message = "momentum is 0: the running statistics never move, whatever mode it is trained in"
+            findings.append(Finding(FindingCode.MOMENTUM, Severity.NOTICE, "momentum 0", message, {"momentum": 0.0}))
+    if norm.eps is not None and norm.eps_source in _SAID and expected_eps and norm.eps not in expected_eps:
+        values = " or ".join(f"{value:g}" for value in expected_eps)
+        message = f"eps is {norm.eps:g}, in the architecture whose names and shapes the tensors have it is {values}"
+        advice = "a converter or a quantisation tool may have reset it: set it back, if the model was trained with that"
+        found: dict[str, object] = {"eps": norm.eps, "expected": list(expected_eps)}
+        findings.append(Finding(FindingCode.EPS, Severity.WARNING, f"eps {norm.eps:g}", message, found, advice))
+    return findings
+
+
+def find_expected_eps(architectures: Sequence[Architecture]) -> Mapping[str, tuple[float, ...]]:
+    """The eps that each layer has in the architectures that a state dict may be of, by layer name."""
+    expected: dict[str, tuple[float, ...]] = {}
+    for architecture in architectures:
+        several = tuple(sorted(architecture.choices))
+        for layer in architecture.layers:
+            values = (architecture.eps[layer],) if layer in architecture.eps else several
+            expected[layer] = values
+    return expected
