@@ -67,6 +67,12 @@ class MissingExtraError(UsageError):
     code = "missing-extra"
 
 
+class ExtensionError(UsageError):
+    """A package that offers bntool a format or graph source cannot be imported."""
+
+    code = "extension"
+
+
 class FileError(BntoolError):
     """A file cannot be read or written as asked."""
 

@@ -25,6 +25,7 @@ FLOORS = (
     ("models",),
     ("checkpoints",),
     ("batchnorm", "plan", "choices", "progress"),
+    ("extensions",),
     ("errors", "version", "representation"),
 )
 FORBIDDEN_NAMES = {"utils", "helpers", "common", "inspect", "json", "manager", "misc"}

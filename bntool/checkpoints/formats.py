@@ -16,6 +16,7 @@ from bntool.checkpoints.batchnorms import find_unknown_statistics
 from bntool.checkpoints.checkpoint import Checkpoint, Format
 from bntool.checkpoints.files import SourceFile, quote
 from bntool.errors import BntoolError, OtherFormatError, UnknownFormatError, UnreadableFileError, UnsafeFileError
+from bntool.extensions import load_extensions
 
 _JSON = (b"{", b" ", b"\t", b"\n", b"\r", b"\v", b"\f")  # perhaps after white space
 _ZIP, _HDF5, _PICKLE = b"PK\x03\x04", b"\x89HDF\r\n\x1a\n", b"\x80"
@@ -107,6 +108,7 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         UnknownFormatError: it is no format that bntool knows.
         CorruptFileError: it contradicts its own format.
         UnsafeFileError: it is built to do harm.
+        ExtensionError: no format of bntool's own takes it, and the package of another one cannot be imported.
     """
     place = _locate(Path(path))
     if os.path.isdir(place):  # noqa: PTH112 (Path.is_dir raises where no file can have the name)
@@ -152,6 +154,11 @@ def open_file(file: SourceFile) -> Checkpoint:
         for candidate in FORMATS.of_file(file.path, head):
             with contextlib.suppress(OtherFormatError):  # formats share the signatures of their containers
                 return _look_for_more(candidate.read(file))
+        for other in load_extensions("bntool.formats"):
+            candidate = other()
+            if candidate.recognises(file.path, head):
+                with contextlib.suppress(OtherFormatError):
+                    return _look_for_more(candidate.read(file))
         raise UnknownFormatError(_describe_unknown(head))
     except BntoolError as error:
         file.close()

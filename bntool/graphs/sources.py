@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping
+import itertools
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from bntool.checkpoints.checkpoint import Checkpoint, StateDict
 from bntool.errors import UsageError
+from bntool.extensions import load_extensions
 from bntool.graphs.declared import declare
 from bntool.graphs.graph import Evidence, ModelGraph
 
@@ -105,8 +107,14 @@ SOURCES: tuple[GraphSource, ...] = (
 
 
 def build_graph(known: Knowledge) -> ModelGraph | None:
-    """The graph of the first source that can give one."""
-    for source in SOURCES:
+    """The graph of the first source that can give one; those of other packages are asked last.
+
+    Raises:
+        UsageError: the file holds its graph, and something else was declared.
+        ExtensionError: a package that offers a source cannot be imported.
+    """
+    sources: Iterator[GraphSource] = itertools.chain(SOURCES, load_extensions("bntool.graph_sources"))
+    for source in sources:
         graph = source.build(known)
         if graph is not None:
             return graph

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from tests.packaging.clone import check_clone
 from tests.packaging.environments import build_distributions
+from tests.packaging.extension import check_extension
 from tests.packaging.wheel import check_wheel
 from tests.packaging.without_torch import check_without_torch
 
@@ -16,5 +17,6 @@ with tempfile.TemporaryDirectory() as name:
     wheel, sdist = build_distributions(folder / "dist")
     print(check_wheel(wheel, sdist, folder), flush=True)
     print(check_without_torch(wheel, folder), flush=True)
+    print(check_extension(wheel, folder), flush=True)
     if "--clone" in sys.argv[1:]:
         print(check_clone(folder), flush=True)
