@@ -33,7 +33,7 @@ def test_a_replica_inside_a_model_waits_for_nobody(tmp_path, method):
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
 def test_exact_refuses_sharded_models_by_name(tmp_path):
-    programs.run("job_of_shards", tmp_path)
+    programs.run_forked("job_of_shards", tmp_path)
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
