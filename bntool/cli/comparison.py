@@ -8,7 +8,7 @@ from typing import Annotated, Optional
 import typer
 
 from bntool.cli import options
-from bntool.cli.output import print_report
+from bntool.cli.output import print_report, print_written
 from bntool.comparison.options import Expectation
 
 
@@ -36,6 +36,8 @@ def command(
         ),
     ] = None,
     layers: options.Layers = None,
+    html: options.Html = None,
+    force: options.ForceHtml = False,
     as_json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> int:
@@ -60,8 +62,15 @@ def command(
     from bntool.reports.comparison import describe_comparison, show_comparison
     from bntool.reports.report import FileReport, Report
 
+    options.check_html(html, force=force, inputs=(a, b))
     comparison = diff(a, b, state_dict=state_dict, state_dict_b=state_dict_b, layers=layers or (), expect=expect)
     facts = describe_comparison(comparison, path_b=str(b))
     blocks = show_comparison(comparison, path_a=str(a), path_b=str(b), every=every)
+    if html is not None:
+        from bntool.reports.page.comparison import make_comparison_page
+        from bntool.reports.page.writing import write_page
+
+        write_page(make_comparison_page(comparison, path_a=str(a), path_b=str(b)), html, force=force)
     print_report(Report("diff", (FileReport(str(a), facts, blocks),)), as_json=as_json, quiet=quiet)
+    print_written(html, as_json=as_json, quiet=quiet)
     return ExitCode.FINDINGS if comparison.violations else ExitCode.DONE

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from bntool.cli import options
-from bntool.cli.output import print_report, user_output_to_stderr
+from bntool.cli.output import print_report, print_written, user_output_to_stderr
 from bntool.folding.options import Layout
 
 
@@ -83,6 +83,7 @@ def command(
     device: options.Device = "cpu",
     layers: options.Layers = None,
     state_dict: options.StateDictKey = None,
+    html: options.Html = None,
     dry_run: options.DryRun = False,
     force: options.Force = False,
     strict: options.Strict = False,
@@ -125,6 +126,7 @@ def command(
     from bntool.reports.report import FileReport, Report
 
     options.require_output(output, unless=dry_run or export is not None)
+    options.check_html(html, force=force, inputs=(checkpoint,), outputs=(output, export))
     options.check_specs(model, data)
     with user_output_to_stderr(), show_progress(as_json=as_json, quiet=quiet) as progress:
         result = fold_checkpoint(
@@ -151,5 +153,11 @@ def command(
             on_progress=progress,
         )
     report = FileReport(str(checkpoint), describe_fold(result), show_fold(result))
+    if html is not None:
+        from bntool.reports.page.folding import make_fold_page
+        from bntool.reports.page.writing import write_page
+
+        write_page(make_fold_page(str(checkpoint), result), html, force=force)
     print_report(Report("fold", (report,)), as_json=as_json, quiet=quiet)
+    print_written(html, as_json=as_json, quiet=quiet)
     return 0

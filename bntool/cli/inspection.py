@@ -103,6 +103,5 @@ def command(
         if fail_on is not None and inspection.fails_on(fail_on):
             code = max(code, ExitCode.FINDINGS)
     print_report(Report("inspect", tuple(reports)), as_json=as_json, quiet=quiet)
-    if html is not None and not (as_json or quiet):
-        print_written(html)
+    print_written(html, as_json=as_json, quiet=quiet)
     return code

@@ -48,9 +48,10 @@ def print_blocks(blocks: Iterable[Block]) -> None:
         _write(sys.stdout, plain.draw(blocks))
 
 
-def print_written(path: Path) -> None:
-    """That a file was written beside what the command is for."""
-    print_blocks([Line((Cell(f"wrote {path}", Style.GOOD),), verbatim=True)])
+def print_written(path: Path | None, *, as_json: bool, quiet: bool) -> None:
+    """That a page was written beside what the command is for; None where none was."""
+    if path is not None and not (as_json or quiet):
+        print_blocks([Line((Cell(f"wrote {path}", Style.GOOD),), verbatim=True)])
 
 
 def print_error(error: BntoolError) -> None:

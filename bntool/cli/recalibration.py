@@ -8,7 +8,7 @@ import typer
 
 from bntool.cli import options
 from bntool.cli.help import JUDGING, MODEL
-from bntool.cli.output import print_report, user_output_to_stderr
+from bntool.cli.output import print_report, print_written, user_output_to_stderr
 from bntool.data.policies import OnBadData
 from bntool.recalibration.options import Method, Precision
 
@@ -106,6 +106,7 @@ def command(
     device: options.Device = "cpu",
     layers: options.Layers = None,
     state_dict: options.StateDictKey = None,
+    html: options.Html = None,
     dry_run: options.DryRun = False,
     force: options.Force = False,
     strict: options.Strict = False,
@@ -139,6 +140,7 @@ def command(
     if model is None or data is None:
         raise UsageError("recalibrate runs the model on data: give --model SPEC and --data SPEC")
     options.require_output(output, unless=dry_run)
+    options.check_html(html, force=force, inputs=(checkpoint,), outputs=(output,))
     options.check_specs(model, data, eval_data)
     wanted = _parse_samples(samples)
     with open_checkpoint(checkpoint) as source:  # what is wrong with the files is said before torch is imported
@@ -178,7 +180,13 @@ def command(
         )
     if result is not None:
         report = FileReport(str(checkpoint), describe_recalibration(result), show_recalibration(result))
+        if html is not None:
+            from bntool.reports.page.recalibration import make_recalibration_page
+            from bntool.reports.page.writing import write_page
+
+            write_page(make_recalibration_page(str(checkpoint), result), html, force=force)
         print_report(Report("recalibrate", (report,)), as_json=as_json, quiet=quiet)
+        print_written(html, as_json=as_json, quiet=quiet)
     return 0
 
 

@@ -59,6 +59,7 @@ class LayerComparison:
         statistics: how far running_mean and running_var moved from A to B, in the unit that recalibrating has; None
             where that cannot be said.
         scale_change, shift_change: how far scale and shift moved as vectors, relative to their length in A.
+        scales: of A and of B by channel, where both have statistics and one of them changed.
         eps_known: the file says eps, or the architecture does that it is recognised as; else PyTorch's default stands
             in, which these numbers are coarse enough for.
     """
@@ -70,6 +71,7 @@ class LayerComparison:
     scale_change: float | None = None
     shift_change: float | None = None
     eps_known: bool = False
+    scales: tuple[Sequence[float], Sequence[float]] | None = field(default=None, repr=False, compare=False)
 
     @property
     def changed(self) -> bool:
@@ -331,6 +333,7 @@ def _measure(name: str, changes: Mapping[str, Change], a: BatchNorm, b: BatchNor
         scale_change=_relative(scale_a, scale_b),
         shift_change=_relative(shift_a, shift_b),
         eps_known=None not in (a.eps, b.eps),
+        scales=(scale_a, scale_b),
     )
 
 

@@ -39,11 +39,17 @@ class ChannelRange:
         largest: of the channel with the largest one.
         evenness: mean over channels of max|w| in relation to ``largest``, 1 where all channels fill the range of the
             tensor: the mean channel precision of Nagel et al. 2019, "Data-Free Quantization", section 4.1.1.
+        magnitudes: max|w| of every output channel.
     """
 
     smallest: float
     largest: float
     evenness: float
+    magnitudes: Sequence[float] = field(default=(), repr=False, compare=False)
+
+    def describe(self) -> dict[str, float]:
+        """As JSON data, without the channels."""
+        return {"smallest": self.smallest, "largest": self.largest, "evenness": self.evenness}
 
 
 @dataclass(frozen=True)
@@ -66,7 +72,7 @@ class WeightRange:
 
     def describe(self) -> dict[str, Any]:
         """As JSON data."""
-        return {**vars(self), "before": vars(self.before), "after": vars(self.after)}
+        return {**vars(self), "before": self.before.describe(), "after": self.after.describe()}
 
     @property
     def is_uneven(self) -> bool:
@@ -228,10 +234,11 @@ def _is_by_output(recipe: Scaled, tensor: Tensor) -> bool:
 
 
 def _describe(largest: Array) -> ChannelRange:
-    used = largest[largest > 0].astype("<f8")
+    magnitudes = largest.astype("<f8")
+    used = magnitudes[magnitudes > 0]
     if not len(used):
-        return ChannelRange(0.0, 0.0, 1.0)
-    return ChannelRange(float(used.min()), float(used.max()), float((used / used.max()).mean()))
+        return ChannelRange(0.0, 0.0, 1.0, magnitudes.tolist())
+    return ChannelRange(float(used.min()), float(used.max()), float((used / used.max()).mean()), magnitudes.tolist())
 
 
 def _read_extremes(tensor: Tensor, recipe: Scaled) -> _Extremes:

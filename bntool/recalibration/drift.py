@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
 from bntool.recalibration.moments import Array, Tally
-from bntool.verification.statistics_shift import measure_shift
+from bntool.verification.statistics_shift import StatisticsShift, measure_shift
 
 _PARTED_SIGMAS = 0.1
 _PARTED_RATIO = 1.25
@@ -29,6 +30,7 @@ class LayerDrift:
             :class:`~bntool.verification.statistics_shift.StatisticsShift`; the measured statistics are the new ones.
         sampling_error: standard error of the new mean in sigmas, root mean square over channels, from the spread of
             batch means; None with fewer than two batches.
+        shift: what this was taken from, channel by channel.
     """
 
     layer: str
@@ -41,6 +43,7 @@ class LayerDrift:
     variance_spread: float
     sampling_error: float | None
     finite: bool
+    shift: StatisticsShift | None = field(default=None, repr=False, compare=False)
 
     @property
     def has_parted(self) -> bool:
@@ -49,6 +52,10 @@ class LayerDrift:
             return True
         least = max(_PARTED_SIGMAS, _ERRORS * (self.sampling_error or 0.0))
         return self.mean_shift > least or self.variance_spread > max(_PARTED_RATIO, 1 + least)
+
+    def describe(self) -> dict[str, Any]:
+        """As JSON data, without the channels."""
+        return {name: value for name, value in vars(self).items() if name != "shift"}
 
     @property
     def severity(self) -> float:
@@ -82,6 +89,7 @@ def measure_drift(
         variance_spread=shift.variance_spread,
         sampling_error=error,
         finite=shift.finite,
+        shift=shift,
     )
 
 

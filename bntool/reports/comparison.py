@@ -112,7 +112,7 @@ def _row(layer: LayerComparison) -> tuple[Cell, ...]:
     shift = layer.statistics
     return (
         Cell(layer.name),
-        Cell(_roles(layer), Style.WARNING if layer.changed else Style.MUTED),
+        Cell(describe_changes(layer), Style.WARNING if layer.changed else Style.MUTED),
         Cell(_number(shift.mean_shift if shift is not None else None, "σ")),
         Cell(_number(shift.worst_mean_shift if shift is not None else None, "σ")),
         Cell(_number(shift.variance_ratio if shift is not None else None, "×")),
@@ -122,7 +122,7 @@ def _row(layer: LayerComparison) -> tuple[Cell, ...]:
     )
 
 
-def _roles(layer: LayerComparison) -> str:
+def describe_changes(layer: LayerComparison) -> str:
     kinds = set(layer.changes.values())
     if len(kinds) == 1 and not layer.settings:
         (kind,) = kinds
@@ -180,15 +180,15 @@ _WORDS = {
 
 def _expectation(expectation: Expectation, violations: Sequence[str]) -> list[Block]:
     if not violations:
-        return [line(f"as expected: {_MEANING[expectation]}", Style.GOOD)]
-    blocks: list[Block] = [line(f"not as expected ({expectation.value}: {_MEANING[expectation]})", Style.ERROR)]
+        return [line(f"as expected: {MEANINGS[expectation]}", Style.GOOD)]
+    blocks: list[Block] = [line(f"not as expected ({expectation.value}: {MEANINGS[expectation]})", Style.ERROR)]
     blocks += [line(violation, indent=2) for violation in violations[:_SHOWN]]
     if len(violations) > _SHOWN:
         blocks.append(line(f"and {len(violations) - _SHOWN} more", indent=2))
     return blocks
 
 
-_MEANING = {
+MEANINGS = {
     Expectation.IDENTICAL: "every tensor is the same in every bit",
     Expectation.FROZEN: "no tensor of a BatchNorm layer changed",
     Expectation.NORM_EVAL: "no statistics of a BatchNorm layer changed",

@@ -44,7 +44,7 @@ def describe_recalibration(outcome: CheckpointRecalibration) -> dict[str, Any]:
         "left_out": [left_out.reason for left_out in result.left_out],
         "left_out_samples": sum(left_out.samples for left_out in result.left_out),
         "layers": [
-            asdict(drift) | {"parted": drift.has_parted, "alone": _describe_change(alone.get(drift.layer))}
+            drift.describe() | {"parted": drift.has_parted, "alone": _describe_change(alone.get(drift.layer))}
             for drift in result.drifts
         ],
         "first_parted": parted.layer if parted is not None else None,
@@ -228,7 +228,7 @@ def _evaluation(outcome: CheckpointRecalibration) -> list[Block]:
         style = (
             Style.GOOD if after.value > before.value else Style.WARNING if after.value < before.value else Style.PLAIN
         )
-        text = f"{before.metric} {_rate(before.metric, before.value)} -> {_rate(after.metric, after.value)}"
+        text = f"{before.metric} {format_rate(before.metric, before.value)} -> {format_rate(after.metric, after.value)}"
         on = f" on {plural(before.samples, 'sample')} of {outcome.evaluated_on}"
         blocks.append(Line((Cell(text, style), Cell(on))))
         if after.value < before.value and outcome.output is not None:
@@ -244,7 +244,7 @@ def _evaluation(outcome: CheckpointRecalibration) -> list[Block]:
     return blocks
 
 
-def _rate(metric: str, value: float) -> str:
+def format_rate(metric: str, value: float) -> str:
     return _percent(value) if metric in _RATE else format_number(value, 5)
 
 

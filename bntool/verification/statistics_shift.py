@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 Statistics = tuple[Sequence[float], Sequence[float]]  # running_mean and running_var, a number for each channel
 
@@ -23,6 +23,8 @@ class StatisticsShift:
         variance_spread: exp of the root mean square of log r; 1 where no channel's variance moved.
         worst_variance_ratio: r of the channel whose abs(log r) is largest.
         finite: all numbers are finite and no variance + eps is negative or 0; else the measures may be NaN or infinite.
+        old, new: the statistics themselves; None where they are the same and were not read.
+        old_eps, new_eps: what is added to their variances.
     """
 
     mean_shift: float
@@ -31,6 +33,28 @@ class StatisticsShift:
     variance_spread: float
     worst_variance_ratio: float
     finite: bool
+    old: Statistics | None = field(default=None, repr=False, compare=False)
+    new: Statistics | None = field(default=None, repr=False, compare=False)
+    old_eps: float = field(default=0.0, repr=False, compare=False)
+    new_eps: float = field(default=0.0, repr=False, compare=False)
+
+    def mean_shifts(self) -> list[float]:
+        """abs(d) of each channel; NaN where it is not defined."""
+        if self.old is None or self.new is None:
+            return []
+        sums = [variance + self.new_eps for variance in self.new[1]]
+        return [
+            abs(a - b) / math.sqrt(s) if s > 0 else math.nan
+            for a, b, s in zip(self.old[0], self.new[0], sums, strict=True)
+        ]
+
+    def variance_ratios(self) -> list[float]:
+        """R of each channel; NaN where it is not defined."""
+        if self.old is None or self.new is None:
+            return []
+        pairs = zip(self.old[1], self.new[1], strict=True)
+        sums = [(before + self.old_eps, after + self.new_eps) for before, after in pairs]
+        return [after / before if before > 0 and after > 0 else math.nan for before, after in sums]
 
     @property
     def severity(self) -> float:
@@ -61,6 +85,10 @@ def measure_shift(old: Statistics, new: Statistics, *, old_eps: float, new_eps: 
             variance_spread=math.nan,
             worst_variance_ratio=math.nan,
             finite=False,
+            old=old,
+            new=new,
+            old_eps=old_eps,
+            new_eps=new_eps,
         )
     shifts = _find_shifts(old_mean, new_mean, after)
     logarithms = [math.log(b / a) for a, b in zip(before, after, strict=True)]
@@ -71,6 +99,10 @@ def measure_shift(old: Statistics, new: Statistics, *, old_eps: float, new_eps: 
         variance_spread=math.exp(_rms(logarithms)),
         worst_variance_ratio=math.exp(max(logarithms, key=abs, default=0.0)),
         finite=True,
+        old=old,
+        new=new,
+        old_eps=old_eps,
+        new_eps=new_eps,
     )
 
 

@@ -90,7 +90,6 @@ class Table:
         title: its heading.
         note: a sentence below it.
         noun: what a row is, in the plural.
-        ticks: labels below the pictures of a series: place and text.
     """
 
     title: str
@@ -155,7 +154,7 @@ class Page:
         command: that it is the result of.
         subject: what it is about, e.g. a path.
         style, verdict: whether all is well, in a few words.
-        details: sentences that go with it.
+        details: sentences that go with it, each of a style.
         facts: by name.
         heading: of the entries.
     """
@@ -164,7 +163,7 @@ class Page:
     subject: str
     style: Style
     verdict: str
-    details: tuple[str, ...] = ()
+    details: tuple[Item, ...] = ()
     facts: Mapping[str, str] = field(default_factory=dict)
     heading: str = "Findings"
     entries: tuple[Entry, ...] = ()

@@ -12,9 +12,10 @@ from bntool.inspection.findings import Finding, Severity
 from bntool.inspection.results import Inspection, LayerInspection, StateDictInspection, Summary
 from bntool.inspection.verdict import Health
 from bntool.reports.blocks import Style
-from bntool.reports.page.document import Column, Entry, Item, Page, Picture, Place, Row, Snippet, Table
-from bntool.reports.page.strips import Mark, Scale, draw_channels, scale_sizes
-from bntool.reports.text import format_number, format_size, plural
+from bntool.reports.page.cells import describe_channels, draw_item, range_item
+from bntool.reports.page.document import Column, Entry, Item, Page, Place, Row, Snippet, Table
+from bntool.reports.page.strips import Mark, Scale, scale_sizes
+from bntool.reports.text import format_size, plural
 
 STYLES = {Severity.NOTICE: Style.NOTICE, Severity.WARNING: Style.WARNING, Severity.ERROR: Style.ERROR}
 HEALTH_STYLES = {
@@ -24,7 +25,6 @@ HEALTH_STYLES = {
     Health.NO_BATCH_NORM: Style.PLAIN,
     Health.NOT_JUDGED: Style.NOTICE,
 }
-_LISTED = 12  # channels, or runs of them, that are named
 
 
 def make_inspection_page(path: str, inspection: Inspection) -> Page:
@@ -35,7 +35,7 @@ def make_inspection_page(path: str, inspection: Inspection) -> Page:
         subject=path,
         style=HEALTH_STYLES[inspection.verdict.health],
         verdict=inspection.verdict.sentence,
-        details=tuple(f"not judged: {what}" for what in inspection.verdict.not_judged),
+        details=tuple(Item(f"not judged: {what}", Style.MUTED) for what in inspection.verdict.not_judged),
         facts=_list_facts(inspection),
         entries=tuple(_list_findings(inspection, anchors)),
         tables=tuple(make_layer_table(one, anchors) for one in inspection.state_dicts if one.layers),
@@ -102,21 +102,6 @@ def _list_findings(inspection: Inspection, anchors: Anchors) -> Iterator[Entry]:
         )
 
 
-def describe_channels(channels: Sequence[int]) -> str:
-    """For example ``channels 1, 5, 9 to 12``; "" for none."""
-    if not channels:
-        return ""
-    runs: list[list[int]] = []
-    for channel in sorted(channels):
-        if runs and channel == runs[-1][1] + 1:
-            runs[-1][1] = channel
-        else:
-            runs.append([channel, channel])
-    shown = [f"{first}" if first == last else f"{first} to {last}" for first, last in runs[:_LISTED]]
-    more = f" and {len(channels) - sum(b - a + 1 for a, b in runs[:_LISTED])} more" if len(runs) > _LISTED else ""
-    return f"channel{'s' * (len(channels) > 1)} {', '.join(shown)}{more}"
-
-
 def make_layer_table(one: StateDictInspection, anchors: Anchors) -> Table:
     """The layers of one state dict with a strip of running_var and one of the scale each."""
     scales = [find_scales(layer) for layer in one.layers]
@@ -165,11 +150,11 @@ def _make_row(
     items = [
         Item(layer.name),
         Item("" if channels is None else str(channels), sort=channels),
-        _draw(variances, axes[0], marks, "running_var"),
-        _range(variances),
-        _draw(scales, axes[1], marks, "|scale|"),
-        _range(scales),
-        _range(_values(layer.tensors.get("running_mean"))),
+        draw_item(variances, axes[0], marks, what="running_var"),
+        range_item(variances),
+        draw_item(scales, axes[1], marks, what="|scale|"),
+        range_item(scales),
+        range_item(_values(layer.tensors.get("running_mean"))),
         *((Item("" if count is None else str(count), sort=-1 if count is None else count),) if counters else ()),
         Item(", ".join(finding.short for finding in found), style, sort=-1 if worst is None else worst.rank),
     ]
@@ -192,37 +177,3 @@ def find_scales(layer: LayerInspection) -> list[float]:
 
 def _values(summary: Summary | None) -> Sequence[float]:
     return () if summary is None else summary.values
-
-
-def _draw(values: Sequence[float], scale: Scale, marks: Sequence[Mark], what: str) -> Item:
-    """A strip, sorted by its largest number."""
-    if not values:
-        return Item(sort=-math.inf)
-    finite = sorted(value for value in values if math.isfinite(value))
-    broken = len(values) - len(finite)
-    text = f"{what} of {plural(len(values), 'channel')}"
-    if finite:
-        numbers = (format_number(number, 2) for number in (finite[0], finite[-1], finite[len(finite) // 2]))
-        text += " from {} to {}, median {}".format(*numbers)
-    if broken:
-        text += f", {broken} not finite"
-    marked = sorted({place for mark in marks for place in mark.places})
-    if marked:
-        text += f"; marked: {describe_channels(marked)}"
-    sort = math.inf if broken else finite[-1]
-    return Item(sort=sort, picture=Picture(draw_channels(values, scale, marks), text, len(values)))
-
-
-def _range(values: Sequence[float]) -> Item:
-    """The smallest and the largest number, sorted by the latter's magnitude."""
-    if not values:
-        return Item("-", sort=-math.inf)
-    finite = [value for value in values if math.isfinite(value)]
-    broken = len(values) - len(finite)
-    text = ""
-    if finite:
-        low, high = (format_number(number, 2) for number in (min(finite), max(finite)))
-        text = low if low == high else f"{low} to {high}"
-    if broken:
-        return Item(f"{text}, {broken} not finite".lstrip(", "), Style.ERROR, sort=math.inf)
-    return Item(text, sort=max(map(abs, finite)))

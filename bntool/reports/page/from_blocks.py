@@ -1,0 +1,73 @@
+"""What a command shows on a terminal, as parts of a page: its lines, what is meant to be pasted, and its tables."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+from bntool.reports import blocks
+from bntool.reports.blocks import Block, Line, Style
+from bntool.reports.page.document import Column, Item, Row, Snippet, Table
+
+_MARKED = (Style.WARNING, Style.ERROR)
+
+
+class Parts(NamedTuple):
+    """Blocks sorted by what they become on a page."""
+
+    lines: tuple[Item, ...]
+    snippets: tuple[Snippet, ...]
+    tables: tuple[blocks.Table, ...]
+
+
+def read_blocks(shown: Iterable[Block]) -> Parts:
+    """Sort blocks; the line before what is to be pasted says what that is."""
+    lines: list[Item] = []
+    snippets: list[Snippet] = []
+    tables: list[blocks.Table] = []
+    title, pasted = "", list[str]()
+    for block in [*shown, blocks.line()]:
+        if isinstance(block, blocks.Table):
+            tables.append(block)
+            continue
+        if block.verbatim and not _is_said(block):
+            if not pasted and lines:
+                title = lines.pop().text.rstrip(":")
+            pasted.append(_join(block))
+            continue
+        if pasted:
+            snippets.append(Snippet(title, tuple(pasted)))
+            pasted = []
+        text = _join(block)
+        if text:
+            lines.append(Item(text, _style(block)))
+    return Parts(tuple(lines), tuple(snippets), tuple(tables))
+
+
+def _is_said(block: Line) -> bool:
+    """Whether it is verbatim only because it holds a path: ``wrote out.pt``."""
+    return all(cell.style is Style.GOOD for cell in block.cells)
+
+
+def _join(block: Line) -> str:
+    return "".join(cell.text for cell in block.cells)
+
+
+def _style(block: Line) -> Style:
+    """The worst of its cells, or what all of them share."""
+    styles = [cell.style for cell in block.cells if cell.text]
+    worst = next((style for style in reversed(_MARKED) if style in styles), None)
+    return worst or (styles[0] if styles and len(set(styles)) == 1 else Style.PLAIN)
+
+
+def make_table(table: blocks.Table, *, title: str, noun: str) -> Table:
+    """A table without pictures, of the columns that hold anything."""
+    shown = table.select(None)
+    columns = tuple(Column(table.columns[index].title, is_number=table.columns[index].right) for index in shown)
+    return Table(title, noun, columns, tuple(_make_row(row, shown) for row in table.rows))
+
+
+def _make_row(row: Sequence[blocks.Cell], shown: Sequence[int]) -> Row:
+    items = tuple(Item(row[index].text, row[index].style) for index in shown)
+    worst = next((style for style in reversed(_MARKED) if any(item.style is style for item in items)), Style.PLAIN)
+    return Row(items, style=worst)

@@ -1,0 +1,85 @@
+"""The page of what `recalibrate` found and did."""
+
+from __future__ import annotations
+
+import shlex
+from typing import TYPE_CHECKING
+
+from bntool.reports.blocks import Style
+from bntool.reports.page.cells import number_item
+from bntool.reports.page.changes import ChangeColumns
+from bntool.reports.page.document import Column, Entry, Item, Page, Place, Row, Snippet, Table
+from bntool.reports.page.from_blocks import read_blocks
+from bntool.reports.recalibration import format_rate, show_recalibration
+from bntool.reports.text import plural
+
+if TYPE_CHECKING:
+    from bntool.recalibration.checkpoint import CheckpointRecalibration
+    from bntool.recalibration.drift import LayerDrift
+    from bntool.recalibration.live import Recalibration
+
+
+def make_recalibration_page(path: str, outcome: CheckpointRecalibration) -> Page:
+    """The page of a file."""
+    result = outcome.recalibration
+    parts = read_blocks(show_recalibration(outcome))
+    before, after = outcome.before, outcome.after
+    verdict, style = _count_parted(result.drifts), _judge(result.drifts)
+    if before.value is not None and after.value is not None:
+        numbers = [format_rate(before.metric, value) for value in (before.value, after.value)]
+        verdict = f"{before.metric} {numbers[0]} → {numbers[1]}; {verdict}"
+        style = Style.WARNING if after.value < before.value else Style.GOOD if after.value > before.value else style
+    inspect = (Snippet("Look at the new file", (shlex.join(["bntool", "inspect", outcome.output or ""]),)),)
+    return Page(
+        command="recalibrate",
+        subject=path,
+        style=style,
+        verdict=verdict,
+        details=parts.lines,
+        heading="Left alone",
+        entries=_list_skips(result),
+        tables=(make_drift_table(result.drifts),) if result.drifts else (),
+        snippets=(*parts.snippets, *(inspect if outcome.output is not None else ())),
+    )
+
+
+def _count_parted(drifts: tuple[LayerDrift, ...]) -> str:
+    parted = sum(drift.has_parted for drift in drifts)
+    if not parted:
+        return "the stored statistics are those of this data"
+    return f"{parted} of {plural(len(drifts), 'layer')} had other statistics than this data"
+
+
+def _judge(drifts: tuple[LayerDrift, ...]) -> Style:
+    return Style.NOTICE if any(drift.has_parted for drift in drifts) else Style.GOOD
+
+
+def _list_skips(result: Recalibration) -> tuple[Entry, ...]:
+    return tuple(
+        Entry(Style.NOTICE, skip.reason.value, skip.detail, places=(Place(skip.layer),)) for skip in result.plan.skips
+    )
+
+
+def make_drift_table(drifts: tuple[LayerDrift, ...]) -> Table:
+    """The layers in order of execution, each with its statistics before and as the data have them."""
+    columns = ChangeColumns([drift.shift for drift in drifts], before="stored", after="data")
+    own = (
+        Column("layer"),
+        *columns.columns(),
+        Column(
+            "error",
+            "Standard error of the measured mean, in standard deviations",
+            is_number=True,
+            is_minor=True,
+        ),
+    )
+    rows = tuple(
+        Row(
+            (Item(drift.layer), *columns.items(drift.shift), number_item(drift.sampling_error, " σ")),
+            f"l{number}",
+            Style.WARNING if drift.has_parted else Style.PLAIN,
+        )
+        for number, drift in enumerate(drifts)
+    )
+    note = "In order of execution: the first layer that is marked is where the model parts from the data."
+    return Table("Layers", "layers", own, rows, note)
