@@ -64,7 +64,8 @@ def make_table(table: blocks.Table, *, title: str, noun: str) -> Table:
     """A table without pictures, of the columns that hold anything."""
     shown = table.select(None)
     columns = tuple(Column(table.columns[index].title, is_number=table.columns[index].right) for index in shown)
-    return Table(title, noun, columns, tuple(_make_row(row, shown) for row in table.rows))
+    rows = (_make_row(row, shown) for row in table.rows if not isinstance(row, Line))
+    return Table(title, noun, columns, tuple(rows))
 
 
 def _make_row(row: Sequence[blocks.Cell], shown: Sequence[int]) -> Row:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import math
 import shlex
 from collections.abc import Iterator, Sequence
 
-from bntool.batchnorm import DEFAULT_EPS
 from bntool.checkpoints.origin import describe_origin
 from bntool.inspection.findings import Finding, Severity
 from bntool.inspection.results import Inspection, LayerInspection, StateDictInspection, Summary
 from bntool.inspection.verdict import Health
 from bntool.reports.blocks import Style
+from bntool.reports.layers import list_scales
 from bntool.reports.page.cells import describe_channels, draw_item, range_item
 from bntool.reports.page.document import Column, Entry, Item, Page, Place, Row, Snippet, Table
 from bntool.reports.page.strips import Mark, Scale, scale_sizes
@@ -104,7 +103,7 @@ def _list_findings(inspection: Inspection, anchors: Anchors) -> Iterator[Entry]:
 
 def make_layer_table(one: StateDictInspection, anchors: Anchors) -> Table:
     """The layers of one state dict with a strip of running_var and one of the scale each."""
-    scales = [find_scales(layer) for layer in one.layers]
+    scales = [list_scales(layer) for layer in one.layers]
     of_variances = scale_sizes(v for layer in one.layers for v in _values(layer.tensors.get("running_var")))
     of_scales = scale_sizes(value for values in scales for value in values)
     counters = len({layer.num_batches_tracked for layer in one.layers}) > 1
@@ -126,7 +125,14 @@ def make_layer_table(one: StateDictInspection, anchors: Anchors) -> Table:
         Column("findings", "What was found, worst first"),
     ]
     rows = tuple(
-        _make_row(layer, values, (of_variances, of_scales), anchors[one.state_dict.key, layer.name], counters=counters)
+        _make_row(
+            layer,
+            [*layer.findings, *(finding for finding in one.findings if layer.name in finding.layers)],
+            values,
+            (of_variances, of_scales),
+            anchors[one.state_dict.key, layer.name],
+            counters=counters,
+        )
         for layer, values in zip(one.layers, scales, strict=True)
     )
     title = f"Layers of {one.state_dict.key}" if one.state_dict.key else "Layers"
@@ -138,15 +144,21 @@ def make_layer_table(one: StateDictInspection, anchors: Anchors) -> Table:
 
 
 def _make_row(
-    layer: LayerInspection, scales: Sequence[float], axes: tuple[Scale, Scale], anchor: str, *, counters: bool
+    layer: LayerInspection,
+    findings: Sequence[Finding],
+    scales: Sequence[float],
+    axes: tuple[Scale, Scale],
+    anchor: str,
+    *,
+    counters: bool,
 ) -> Row:
-    worst = max((finding.severity for finding in layer.findings), key=lambda one: one.rank, default=None)
+    found = sorted(findings, key=lambda finding: -finding.severity.rank)
+    worst = found[0].severity if found else None
     style = Style.PLAIN if worst is None else STYLES[worst]
-    marks = [Mark(STYLES[finding.severity], finding.channels) for finding in layer.findings if finding.channels]
+    marks = [Mark(STYLES[finding.severity], finding.channels) for finding in found if finding.channels]
     variances = _values(layer.tensors.get("running_var"))
     channels = layer.layer.num_features
     count = layer.num_batches_tracked
-    found = sorted(layer.findings, key=lambda finding: -finding.severity.rank)
     items = [
         Item(layer.name),
         Item("" if channels is None else str(channels), sort=channels),
@@ -159,20 +171,6 @@ def _make_row(
         Item(", ".join(finding.short for finding in found), style, sort=-1 if worst is None else worst.rank),
     ]
     return Row(tuple(items), anchor, style)
-
-
-def find_scales(layer: LayerInspection) -> list[float]:
-    """|weight| / sqrt(running_var + eps) of each channel; NaN where there is none; empty without a variance.
-
-    Where eps is not known PyTorch's default stands in, which pictures are coarse enough for.
-    """
-    variances, weights = _values(layer.tensors.get("running_var")), _values(layer.tensors.get("weight"))
-    eps = DEFAULT_EPS if layer.layer.eps is None else layer.layer.eps
-    if not weights:
-        weights = [1.0] * len(variances)
-    if len(weights) != len(variances):
-        return []
-    return [abs(w) / math.sqrt(v + eps) if v + eps > 0 else math.nan for w, v in zip(weights, variances, strict=True)]
 
 
 def _values(summary: Summary | None) -> Sequence[float]:

@@ -16,7 +16,7 @@ from bntool.reports.text import plural
 if TYPE_CHECKING:
     from bntool.recalibration.checkpoint import CheckpointRecalibration
     from bntool.recalibration.drift import LayerDrift
-    from bntool.recalibration.live import Recalibration
+    from bntool.recalibration.new_statistics import Recalibration
 
 
 def make_recalibration_page(path: str, outcome: CheckpointRecalibration) -> Page:
