@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from bntool.freezing.live import frozen as frozen
     from bntool.freezing.live import unfreeze as unfreeze
     from bntool.inspection.checkpoint import inspect as inspect
+    from bntool.inspection.run import inspect_run as inspect_run
     from bntool.plan import Plan as Plan
     from bntool.recalibration.checkpoint import recalibrate_checkpoint as recalibrate_checkpoint
     from bntool.recalibration.live import recalibrate as recalibrate
@@ -56,6 +57,7 @@ _PUBLIC = {
     "freeze_checkpoint": "bntool.freezing.checkpoint",
     "frozen": "bntool.freezing.live",
     "inspect": "bntool.inspection.checkpoint",
+    "inspect_run": "bntool.inspection.run",
     "load_folded": "bntool.folding.loading",
     "open_checkpoint": "bntool.checkpoints.formats",
     "recalibrate": "bntool.recalibration.live",

@@ -53,12 +53,17 @@ def _producer(entries: Any) -> list[str]:  # noqa: PLR0911 (one for each produce
 
 
 def _progress(entries: Any) -> list[str]:
+    return [f"{word} {value}" for word, value in find_progress(entries).items()]
+
+
+def find_progress(entries: Any) -> dict[str, int]:
+    """How far the training was, as the file says: its ``epoch``, and its ``step`` or ``iteration``."""
     meta = as_mapping(entries.get("meta")) if is_mapping(entries.get("meta")) else {}
-    found: list[str] = []
+    found: dict[str, int] = {}
     for key, word in (("epoch", "epoch"), ("global_step", "step"), ("iteration", "iteration"), ("iter", "iteration")):
         value = entries.get(key, meta.get(key))
         if type(value) is int and not (found and word == "iteration"):
-            found.append(f"{word} {value}")
+            found[word] = value
     return found
 
 

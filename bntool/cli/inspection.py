@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from bntool.cli import options
-from bntool.cli.output import is_drawn, print_report, print_written
+from bntool.cli.output import is_drawn, print_blocks, print_report, print_written
 from bntool.inspection.findings import Severity
+
+if TYPE_CHECKING:
+    from bntool.inspection.results import Inspection
+    from bntool.reports.report import FileReport
 
 
 def command(
@@ -65,43 +70,88 @@ def command(
     Findings are marked X (error), ! (warning) and i (notice); docs/findings.md says what each means and what to do.
     """
     from bntool.cli.main import ExitCode, exit_code_of
-    from bntool.errors import BntoolError, UsageError
-    from bntool.inspection.checkpoint import inspect
-    from bntool.reports.inspection import describe_inspection, show_inspection
+    from bntool.errors import UsageError
+    from bntool.inspection.run import inspect_run
     from bntool.reports.report import FileReport, Report
 
     options.check_html(html, force=force, inputs=checkpoints)
     if html is not None and len(checkpoints) > 1:
         raise UsageError("--html takes one file")
-    reports, code, every = [], ExitCode.DONE, all_tensors or stats
-    for path in checkpoints:
-        try:
-            inspection = inspect(
-                path,
-                state_dict=state_dict,
-                layers=layers or (),
-                every_tensor=all_tensors,
-                statistics=stats,
-                verify_checksums=verify_crc,
-                prototxt=prototxt,
-            )
-        except BntoolError as error:
-            reports.append(FileReport(str(path), error=error.about(path)))
-            code = max(code, exit_code_of(error))
-            continue
-        facts = describe_inspection(inspection, every_tensor=every) if as_json else {}
-        shown = show_inspection(
-            str(path), inspection, every_layer=all_tensors or not is_drawn(sys.stdout), every_tensor=every
-        )
-        blocks = () if as_json or quiet else tuple(shown)
-        reports.append(FileReport(str(path), facts=facts, blocks=blocks))
-        if html is not None:
+    shown = _Shown(
+        every_layer=all_tensors or not is_drawn(sys.stdout),
+        every_tensor=all_tensors or stats,
+        as_json=as_json,
+        blocks=not as_json and not quiet and (len(checkpoints) == 1 or all_tensors),
+        at_once=len(checkpoints) > 1,
+        html=html,
+        force=force,
+        fail_on=fail_on,
+    )
+    run = inspect_run(
+        checkpoints,
+        on_file=shown.take,
+        state_dict=state_dict,
+        layers=layers or (),
+        every_tensor=all_tensors,
+        statistics=stats,
+        verify_checksums=verify_crc,
+        prototxt=prototxt,
+    )
+    code = ExitCode.FINDINGS if shown.fails else ExitCode.DONE
+    for file in run.files:
+        if file.error is not None:
+            shown.reports[file.path] = FileReport(file.path, error=file.error)
+            code = max(code, exit_code_of(file.error))
+    files = tuple(shown.reports[str(path)] for path in checkpoints)
+    if len(checkpoints) == 1:
+        report = Report("inspect", files)
+    else:
+        from bntool.reports.run import describe_run, show_run
+
+        report = Report("inspect", files, describe_run(run), () if as_json or quiet else (*show_run(run),))
+    print_report(report, as_json=as_json, quiet=quiet)
+    print_written(html, as_json=as_json, quiet=quiet)
+    return code
+
+
+@dataclass
+class _Shown:
+    """What becomes of each file when it was inspected, before it is forgotten.
+
+    Attributes:
+        blocks: each is shown whole.
+        at_once: and not kept until all are.
+        fails: one fails on ``fail_on``.
+        reports: by path.
+    """
+
+    every_layer: bool
+    every_tensor: bool
+    as_json: bool
+    blocks: bool
+    at_once: bool
+    html: Path | None
+    force: bool
+    fail_on: Severity | None
+    fails: bool = False
+    reports: dict[str, FileReport] = field(default_factory=dict)
+
+    def take(self, path: str, inspection: Inspection) -> None:
+        from bntool.reports.blocks import Block, line
+        from bntool.reports.inspection import describe_inspection, show_inspection
+        from bntool.reports.report import FileReport
+
+        facts = describe_inspection(inspection, every_tensor=self.every_tensor) if self.as_json else {}
+        blocks: list[Block] = []
+        if self.blocks:
+            blocks += show_inspection(path, inspection, every_layer=self.every_layer, every_tensor=self.every_tensor)
+        if self.at_once and blocks:
+            print_blocks([*blocks, line()])
+            blocks = []
+        self.reports[path] = FileReport(path, facts, blocks)
+        if self.html is not None:
             from bntool.reports.page.inspection import make_inspection_page
             from bntool.reports.page.writing import write_page
 
-            write_page(make_inspection_page(str(path), inspection), html, force=force)
-        if fail_on is not None and inspection.fails_on(fail_on):
-            code = max(code, ExitCode.FINDINGS)
-    print_report(Report("inspect", tuple(reports)), as_json=as_json, quiet=quiet)
-    print_written(html, as_json=as_json, quiet=quiet)
-    return code
+            write_page(make_inspection_page(path, inspection), self.html, force=self.force)
+        self.fails = self.fails or (self.fail_on is not None and inspection.fails_on(self.fail_on))

@@ -27,10 +27,11 @@ def print_report(report: Report, *, as_json: bool, quiet: bool = False) -> None:
 
         _write(sys.stdout, to_json(report.to_document()) + "\n")
     elif not quiet:
-        for index, file in enumerate(report.files):
+        shown = [blocks for blocks in (*(file.blocks for file in report.files), report.blocks) if blocks]
+        for index, blocks in enumerate(shown):
             if index:
                 _write(sys.stdout, "\n")
-            print_blocks(file.blocks)
+            print_blocks(blocks)
     for file in report.files:
         if file.error is not None:
             print_error(file.error)

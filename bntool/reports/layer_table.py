@@ -129,7 +129,7 @@ def _picture_cell(counts: tuple[int, ...] | None, style: Style) -> Cell:
 def _scale_cell(distribution: Distribution) -> Cell:
     if distribution.minimum is None or distribution.maximum is None:
         return Cell("-", Style.MUTED)
-    return Cell(_describe_range(distribution.minimum, distribution.maximum, digits=2))
+    return Cell(describe_range(distribution.minimum, distribution.maximum, digits=2))
 
 
 def _range_cell(row: LayerRow, role: str, *, digits: int, mean: bool = False) -> Cell:
@@ -142,7 +142,7 @@ def _range_cell(row: LayerRow, role: str, *, digits: int, mean: bool = False) ->
     low, high = min(s.minimum or 0.0 for s in known), max(s.maximum or 0.0 for s in known)
     count = sum(len(s.values) for s in known)
     average = sum((s.mean or 0.0) * (len(s.values) / count) for s in known) if count else 0.0
-    text = _describe_range(low, high, digits=digits) + (f" ({format_number(average, 2)})" * mean * (low != high))
+    text = describe_range(low, high, digits=digits) + (f" ({format_number(average, 2)})" * mean * (low != high))
     return Cell(text, Style.ERROR if any(s.nonfinite for s in summaries) else Style.PLAIN)
 
 
@@ -152,13 +152,14 @@ def make_range_cell(summary: Summary | None, *, digits: int, mean: bool = False)
         return Cell("-", Style.MUTED)
     if summary.minimum is None or summary.maximum is None or summary.mean is None:
         return Cell("nan", Style.ERROR)
-    text = _describe_range(summary.minimum, summary.maximum, digits=digits)
+    text = describe_range(summary.minimum, summary.maximum, digits=digits)
     if mean and summary.minimum != summary.maximum:
         text += f" ({format_number(summary.mean, 2)})"
     return Cell(text, Style.ERROR if summary.nonfinite else Style.PLAIN)
 
 
-def _describe_range(low: float, high: float, *, digits: int) -> str:
+def describe_range(low: float, high: float, *, digits: int) -> str:
+    """``low..high``, or one number where both look the same."""
     texts = [format_number(number, digits) for number in (low, high)]
     return texts[0] if texts[0] == texts[1] else "..".join(texts)
 
@@ -229,13 +230,19 @@ def group_findings(state_dict: StateDictInspection) -> list[GroupedFinding]:
     for layer in state_dict.layers:
         for finding in layer.findings:
             entry = grouped.setdefault((finding.code.value, finding.severity.value), (finding, []))
-            entry[1].append(layer.name + _describe_channels(finding.channels))
+            entry[1].append(layer.name + describe_channels(finding.channels))
     own = [(finding, finding.layers) for finding in state_dict.findings]
     of_layers = [(finding, tuple(names)) for finding, names in grouped.values()]
     return sorted([*own, *of_layers], key=lambda entry: -entry[0].severity.rank)
 
 
-def _describe_channels(channels: Sequence[int]) -> str:
+def list_names(names: Sequence[str], most: int) -> str:
+    """The first of them, and how many more there are."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def describe_channels(channels: Sequence[int]) -> str:
+    """Their numbers, to stand behind the name of their layer; "" for none."""
     if not channels:
         return ""
     more = f" and {len(channels) - _LISTED_CHANNELS} more" if len(channels) > _LISTED_CHANNELS else ""
@@ -248,7 +255,7 @@ def show_findings(grouped: Iterable[GroupedFinding]) -> Iterator[Line]:
     for finding, names in grouped:
         where = ""
         if names:
-            listed = ", ".join(names[:_LISTED]) + (f" and {len(names) - _LISTED} more" if len(names) > _LISTED else "")
+            listed = list_names(names, _LISTED)
             where = f" in {listed}" if len(names) == 1 else f" in {plural(len(names), 'layer')}: {listed}"
         severity = finding.severity
         yield Line(

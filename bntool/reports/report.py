@@ -40,17 +40,22 @@ class Report:
     Attributes:
         command: its name.
         files: one for each file, in the order given.
+        run: what several files say together, as JSON data; None for one.
+        blocks: the same for people.
     """
 
     command: str
     files: tuple[FileReport, ...]
+    run: Mapping[str, Any] | None = None
+    blocks: Sequence[Block] = ()
 
     def to_document(self) -> dict[str, Any]:
-        """The JSON document: ``{"schema_version", "command", "files": [...]}``."""
+        """The JSON document: ``{"schema_version", "command", "files": [...]}``, and ``"run"`` where there is one."""
         return {
             "schema_version": SCHEMA_VERSION,
             "command": self.command,
             "files": [_file_document(file) for file in self.files],
+            **({} if self.run is None else {"run": self.run}),
         }
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 import unicodedata
 from collections.abc import Sequence
 
@@ -44,8 +43,9 @@ def shorten_names(names: Sequence[str], width: int) -> list[str] | None:
     """
     if max(map(len, names), default=0) <= width:
         return list(names)
-    split = [re.split(r"(?<=[./])", name) for name in names]
-    shared = len("".join(split[0][: count_shared([parts[:-1] for parts in split])]))
+    separator = "/" if any("/" in name for name in names) else "."
+    split = [name.split(separator)[:-1] for name in names]
+    shared = sum(len(part) + 1 for part in split[0][: count_shared(split)]) if len(names) > 1 else 0
     if shared > 1:
         names = [f"…{name[shared:]}" for name in names]
     room, different = width - 1, len(set(names))

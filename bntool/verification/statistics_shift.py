@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -74,13 +75,14 @@ def measure_shift(old: Statistics, new: Statistics, *, old_eps: float, new_eps: 
     """How far statistics of as many channels moved."""
     (old_mean, old_variance), (new_mean, new_variance) = old, new
     before, after = [v + old_eps for v in old_variance], [v + new_eps for v in new_variance]
-    numbers = (*old_mean, *new_mean, *before, *after)
-    if not all(map(math.isfinite, numbers)) or min((*before, *after), default=1.0) <= 0:
-        usable = all(map(math.isfinite, (*old_mean, *new_mean, *after))) and min(after, default=1.0) > 0
+    known = _are_finite(old_mean, new_mean, after)
+    least = min(min(before, default=1.0), min(after, default=1.0))
+    if not known or not _are_finite(before) or least <= 0:
+        usable = known and min(after, default=1.0) > 0
         shifts = _find_shifts(old_mean, new_mean, after) if usable else [math.nan]
         return StatisticsShift(
             mean_shift=_rms(shifts),
-            worst_mean_shift=max(shifts, default=0.0),
+            worst_mean_shift=abs(_find_worst(shifts)),
             variance_ratio=math.nan,
             variance_spread=math.nan,
             worst_variance_ratio=math.nan,
@@ -91,13 +93,13 @@ def measure_shift(old: Statistics, new: Statistics, *, old_eps: float, new_eps: 
             new_eps=new_eps,
         )
     shifts = _find_shifts(old_mean, new_mean, after)
-    logarithms = [math.log(b / a) for a, b in zip(before, after, strict=True)]
+    logarithms = list(map(math.log, map(operator.truediv, after, before)))
     return StatisticsShift(
         mean_shift=_rms(shifts),
-        worst_mean_shift=max(shifts, default=0.0),
+        worst_mean_shift=abs(_find_worst(shifts)),
         variance_ratio=math.exp(math.fsum(logarithms) / max(len(logarithms), 1)),
         variance_spread=math.exp(_rms(logarithms)),
-        worst_variance_ratio=math.exp(max(logarithms, key=abs, default=0.0)),
+        worst_variance_ratio=math.exp(_find_worst(logarithms)),
         finite=True,
         old=old,
         new=new,
@@ -106,8 +108,20 @@ def measure_shift(old: Statistics, new: Statistics, *, old_eps: float, new_eps: 
     )
 
 
+# whole lists at a time: files of many channels are compared one after another
+def _are_finite(*lists: Sequence[float]) -> bool:
+    return all(math.isfinite(sum(values)) or all(map(math.isfinite, values)) for values in lists)
+
+
 def _find_shifts(old: Sequence[float], new: Sequence[float], spread: Sequence[float]) -> list[float]:
-    return [abs(a - b) / math.sqrt(s) for a, b, s in zip(old, new, spread, strict=True)]
+    if not len(old) == len(new) == len(spread):
+        raise ValueError(f"statistics of {len(old)} and {len(new)} channels cannot be compared")
+    return list(map(operator.truediv, map(operator.sub, old, new), map(math.sqrt, spread)))
+
+
+def _find_worst(values: Sequence[float]) -> float:
+    """The one of the largest magnitude."""
+    return max(max(values, default=0.0), min(values, default=0.0), key=abs)
 
 
 def _rms(values: Sequence[float]) -> float:

@@ -59,6 +59,70 @@ def test_several_files_go_on_after_a_bad_one_and_end_with_the_worst_code(
     assert document["files"][1]["error"]["code"] == "unknown-format"
 
 
+def save_run(folder: Path) -> list[Path]:
+    """Twelve epochs, one with NaN; their names are in another order than they were trained in."""
+    paths = []
+    for epoch in range(12):
+        model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8))
+        model[1].running_mean.normal_()
+        model[1].running_var.uniform_(0.5, 2)
+        model[1].num_batches_tracked.fill_(900)
+        if epoch == 5:
+            model[1].running_mean[2] = float("nan")
+        paths.append(folder / f"net_{(epoch + 6) % 12}.pth")
+        torch.save({"epoch": epoch, "model": model.state_dict()}, paths[-1])
+    return paths
+
+
+def test_several_files_are_a_row_each_and_end_with_which_are_sick(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    paths = save_run(tmp_path)
+    assert main(["inspect", *map(str, sorted(paths))]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "12 files by epoch: 1 sick, 11 healthy"
+    assert lines[1].startswith("sick first in net_11.pth (epoch 5): 1 non-finite in running_mean in 1 (channel 2); ")
+    rows = [line.split() for line in lines if line.startswith(str(tmp_path))]
+    assert [row[:2] for row in rows] == [[str(path), str(epoch)] for epoch, path in enumerate(paths)]
+    assert lines[-1] == "12 files: 1 sick (net_11.pth), 11 healthy"
+
+
+def test_several_files_as_json_stay_in_the_order_given(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    paths = save_run(tmp_path)
+    (tmp_path / "bad.pth").write_bytes(b"not a checkpoint")
+    given = sorted([*paths, tmp_path / "bad.pth"])
+    code, document = run_json(capsys, *given)
+    assert code == 3
+    assert [file["file"] for file in document["files"]] == list(map(str, given))
+    run = document["run"]
+    assert run["ordered_by"] == "epoch"
+    assert run["counts"] == {"failed": 1, "sick": 1, "healthy": 11}
+    assert run["broken"] == str(paths[5])
+    assert [row["file"] for row in run["rows"] if row["health"]] == list(map(str, paths))
+    sick = {row["file"]: row["worst"] for row in run["rows"] if row["worst"]}
+    assert sick == {str(paths[5]): {"code": "non-finite", "severity": "error", "layers": ["1"]}}
+    assert run["moved"][0]["layer"] == "1"
+    assert len(run["moved"][0]["changes"]) == 13
+
+
+def test_several_files_are_printed_whole_with_all(capsys: pytest.CaptureFixture[str]) -> None:
+    paths = [str(SAMPLES / name) for name in ("digits.pt", "dead_channels.pt")]
+    each = []
+    for path in paths:
+        main(["inspect", path, "--all"])
+        each.append(capsys.readouterr().out)
+    main(["inspect", *reversed(paths), "--all"])
+    out = capsys.readouterr().out
+    assert out.startswith(f"{each[1]}\n{each[0]}\n2 files by name: ")
+
+
+def test_a_file_that_is_given_twice_is_two_rows(capsys: pytest.CaptureFixture[str]) -> None:
+    path = str(SAMPLES / "digits.pt")
+    _, document = run_json(capsys, path, path)
+    assert [file["file"] for file in document["files"]] == [path, path]
+    assert [row["file"] for row in document["run"]["rows"]] == [path, path]
+
+
 @pytest.mark.parametrize(
     ("name", "level", "code"),
     [

@@ -45,6 +45,7 @@ def shown(arguments: list[str], monkeypatch: pytest.MonkeyPatch, *, columns: int
 
 
 BROKEN = ["inspect", "broken_nan_variance.pt"]
+RUN = ["inspect", "digits.pt", "dead_channels.pt", "drifted.pt", "broken_nan_variance.pt", "digits_module.pt"]
 DIFF = ["diff", "digits.pt", "drifted.pt", "--expect", "norm-eval"]
 FREEZE = ["freeze", "digits.pt", "--emit", "python", "--layers", "layer1.*"]
 # columns: None for a pipe
@@ -60,6 +61,10 @@ CASES: dict[str, tuple[list[str], int | None, dict[str, str]]] = {
     "inspect-drifted-dumb": (["inspect", "drifted.pt"], 120, {"TERM": "dumb"}),
     "inspect-module-all-80": (["inspect", "digits_module.pt", "--all", "--layers", "layer1.0*"], 80, {}),
     "inspect-stats-120": (["inspect", "digits.safetensors", "--stats", "--layers", "neck*"], 120, {"NO_COLOR": "1"}),
+    "inspect-run-80": (RUN, 80, {}),
+    "inspect-run-120-no-color": (RUN, 120, {"NO_COLOR": "1"}),
+    "inspect-run-200": (RUN, 200, {}),
+    "inspect-run-pipe": (RUN, None, {}),
     "diff-80": (DIFF, 80, {}),
     "diff-120-no-color": (DIFF, 120, {"NO_COLOR": "1"}),
     "diff-pipe": (DIFF, None, {}),

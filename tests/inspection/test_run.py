@@ -1,0 +1,129 @@
+"""Several files of one model as a run: their order, what broke where, and what changed between them."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import bntool
+from bntool.inspection.verdict import Health
+
+
+def make_model() -> nn.Sequential:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 4, 3), nn.BatchNorm2d(4))
+    for layer in (model[1], model[3]):
+        layer.running_mean.normal_()
+        layer.running_var.uniform_(0.5, 2)
+        layer.num_batches_tracked.fill_(900)
+    return model
+
+
+def save(model: nn.Module, path: Path, **others: Any) -> Path:
+    torch.save({"state_dict": model.state_dict(), **others} if others else model.state_dict(), path)
+    return path
+
+
+def names(run: Any) -> list[str]:
+    return [Path(file.path).name for file in run.files]
+
+
+def test_files_are_ordered_by_epoch_where_all_say_it(tmp_path: Path) -> None:
+    for name, epoch in (("a", 2), ("b", 0), ("c", 1)):
+        save(make_model(), tmp_path / f"{name}.pt", epoch=epoch, global_step=epoch * 100)
+    run = bntool.inspect_run(tmp_path.glob("*.pt"))
+    assert names(run) == ["b.pt", "c.pt", "a.pt"]
+    assert run.ordered_by == "epoch"
+    assert [file.progress for file in run.files] == [{"epoch": e, "step": e * 100} for e in (0, 1, 2)]
+
+
+def test_files_are_ordered_by_numbers_in_their_names_where_one_does_not_say_it(tmp_path: Path) -> None:
+    for epoch in (1, 2, 9, 10):
+        save(make_model(), tmp_path / f"epoch_{epoch}.pt", **({"epoch": 20 - epoch} if epoch != 9 else {}))
+    run = bntool.inspect_run(tmp_path.glob("*.pt"))
+    assert names(run) == ["epoch_1.pt", "epoch_2.pt", "epoch_9.pt", "epoch_10.pt"]
+    assert run.ordered_by == "name"
+
+
+def test_what_changed_is_measured_against_the_file_before_in_that_order(tmp_path: Path) -> None:
+    model = make_model()
+    for epoch, name in enumerate("cab"):  # the names say another order
+        model[3].running_mean += 3 * epoch * (model[3].running_var + 1e-5).sqrt()
+        save(model, tmp_path / f"{name}.pt", epoch=epoch)
+    run = bntool.inspect_run(sorted(tmp_path.glob("*.pt")))
+    assert names(run) == ["c.pt", "a.pt", "b.pt"]
+    changes = [file.layers["3"].change for file in run.files]
+    assert changes[0] is None
+    assert [change.mean_shift for change in changes[1:]] == pytest.approx([3, 6], rel=1e-4)
+    assert [file.layers["1"].change.mean_shift for file in run.files[1:]] == [0, 0]
+    assert [file.moved_most for file in run.files] == [None, "3", "3"]
+    assert run.list_moved(5) == ["3"]
+
+
+def test_the_first_sick_file_is_named_and_one_that_cannot_be_read_is_a_row(tmp_path: Path) -> None:
+    for epoch in range(6):
+        model = make_model()
+        if epoch >= 4:
+            model[1].running_mean[[2, 5]] = math.nan
+        save(model, tmp_path / f"{epoch}.pt", epoch=epoch)
+    (tmp_path / "2.pt").write_bytes(b"not a checkpoint")
+    run = bntool.inspect_run(tmp_path.glob("*.pt"))
+    assert names(run) == [f"{epoch}.pt" for epoch in range(6)]
+    assert run.ordered_by == "epoch"
+    assert run.find_broken() == 4
+    assert run.count() == {"failed": 1, "sick": 2, "healthy": 3}
+    failed, sick = run.files[2], run.files[4]
+    assert failed.verdict is None
+    assert failed.error is not None
+    assert failed.error.code == "unknown-format"
+    (found,) = sick.findings
+    assert found.layers == ("1",)
+    assert found.finding.channels == (2, 5)
+    assert sick.layers["1"].nonfinite == 2
+    assert run.files[3].moved_most is not None  # against file 1: the one before it could not be read
+
+
+def test_a_run_that_is_suspicious_from_the_first_file_on_did_not_break(tmp_path: Path) -> None:
+    for epoch in range(3):
+        model = make_model()
+        model[1].num_batches_tracked.fill_(3)
+        save(model, tmp_path / f"{epoch}.pt")
+    run = bntool.inspect_run(tmp_path.glob("*.pt"))
+    assert {file.verdict.health for file in run.files} == {Health.SUSPICIOUS}
+    assert run.find_broken() is None
+
+
+def test_the_channel_that_exploded_is_known(tmp_path: Path) -> None:
+    for epoch in range(4):
+        model = make_model()
+        if epoch == 2:
+            model[1].running_var[6] = 1e6
+        save(model, tmp_path / f"{epoch}.pt")
+    run = bntool.inspect_run(tmp_path.glob("*.pt"))
+    state = run.files[2].layers["1"]
+    assert state.largest_channel == 6
+    assert state.largest_variance == 1e6
+    assert state.change.worst_variance_ratio == pytest.approx(1e6 / float(make_model()[1].running_var[6]), rel=1e-4)
+    assert run.list_moved(1) == ["1"]
+
+
+def test_files_of_other_models_are_not_compared(tmp_path: Path) -> None:
+    save(make_model(), tmp_path / "1.pt")
+    save(nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3)), tmp_path / "2.pt")
+    run = bntool.inspect_run(tmp_path.glob("*.pt"))
+    assert run.files[1].layers["1"].change is None
+    assert run.files[1].moved_most is None
+
+
+def test_what_is_kept_of_a_file_is_small(tmp_path: Path) -> None:
+    paths = [save(make_model(), tmp_path / f"{epoch}.pt") for epoch in range(3)]
+    seen = []
+    run = bntool.inspect_run(paths, on_file=lambda path, inspection: seen.append((path, len(inspection.state_dicts))))
+    assert seen == [(str(path), 1) for path in paths]
+    assert not any(hasattr(state, "values") for file in run.files for state in file.layers.values())
+    assert len(repr(run)) < 1000
