@@ -25,7 +25,8 @@ def find_norms(state_dict: StateDict) -> tuple[BatchNorm, ...]:
 
     A layer with running_mean and running_var is a BatchNorm unless something beside them tells otherwise. InstanceNorm
     with affine and statistics has the same tensors and can only be told by its class. A vector ``weight`` and ``bias``
-    without statistics belongs to LayerNorm, GroupNorm or their like. A BatchNorm of a pickled module that holds no
+    without statistics belongs to LayerNorm, GroupNorm or their like where the file has module versions that say so;
+    else it may belong to a BatchNorm whose statistics were not saved. A BatchNorm of a pickled module that holds no
     tensor at all is a norm without statistics.
     """
     groups: dict[str, dict[str, Tensor]] = {}
@@ -166,7 +167,7 @@ def _kind_by_tensors(
     if "running_var" in tensors and "v" in tensors:
         return NormKind.EVO_NORM
     if set(tensors) == {"weight", "bias"} and _is_vector(tensors["weight"]) and _is_vector(tensors["bias"]):
-        return NormKind.NORM_WITHOUT_STATISTICS if version == 2 else NormKind.LAYER_OR_GROUP_NORM
+        return NormKind.LAYER_OR_GROUP_NORM if version == 1 else NormKind.NORM_WITHOUT_STATISTICS
     return None
 
 

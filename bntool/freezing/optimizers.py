@@ -6,13 +6,14 @@ momentum of one parameter to another.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from bntool.batchnorm import STATISTICS
 from bntool.checkpoints.checkpoint import Checkpoint, StateDict
 from bntool.checkpoints.containers.pickles.nodes import Node, as_mapping, is_mapping, iterate_pairs
 from bntool.checkpoints.tensors import StoredTensor
+from bntool.checkpoints.torch.optimizers import find_optimizers
 from bntool.checkpoints.torch.state_dicts import TorchContent
 
 _MOMENTA = ("exp_avg", "momentum_buffer", "exp_avg_sq", "square_avg")
@@ -49,7 +50,7 @@ def find_optimizer_entries(
     parameters = [(state_dict.strip(name), t) for name, t in state_dict.tensors.items() if _is_parameter(name, t)]
     return tuple(
         _relate(path, node, parameters, set(frozen), checkpoint=checkpoint)
-        for path, node in _find_optimizers(checkpoint)
+        for path, node in find_optimizers(checkpoint)
     )
 
 
@@ -57,14 +58,6 @@ def _is_parameter(name: str, tensor: object) -> bool:
     leaf = name.rpartition(".")[2]
     floating = isinstance(tensor, StoredTensor) and tensor.dtype.is_floating
     return floating and leaf not in STATISTICS
-
-
-def _find_optimizers(checkpoint: Checkpoint) -> Iterator[tuple[str, Node]]:
-    for name, value in checkpoint.entries.items():
-        candidates = enumerate(value) if isinstance(value, list) else [("", value)]
-        for index, node in candidates:
-            if is_mapping(node) and {"state", "param_groups"} <= as_mapping(node).keys():
-                yield f"{name}.{index}" if index != "" else name, node
 
 
 def _relate(

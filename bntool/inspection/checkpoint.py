@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -11,15 +12,17 @@ from bntool.batchnorm import ROLES, BatchNorm, NormKind, check_globs, selects
 from bntool.checkpoints.batchnorms import find_norms
 from bntool.checkpoints.checkpoint import Checkpoint, StateDict
 from bntool.checkpoints.dtypes import NumberKind
-from bntool.checkpoints.state_dicts import choose_state_dict
+from bntool.checkpoints.state_dicts import choose_state_dict, is_averaged_copy
 from bntool.checkpoints.tensors import StoredTensor, Tensor, read_numbers
 from bntool.errors import BntoolError
 from bntool.graphs.architectures.recognition import give_eps, recognise
-from bntool.inspection.file_findings import compare_averaged, find_in_file, find_in_state_dict
+from bntool.inspection.copies import compare_copies
+from bntool.inspection.file_findings import find_in_file, find_in_state_dict
 from bntool.inspection.findings import Finding, FindingCode, Severity
 from bntool.inspection.judging import judge
 from bntool.inspection.layer_differences import compare_layers
 from bntool.inspection.layer_findings import find_in_layer
+from bntool.inspection.missing_statistics import find_missing_statistics
 from bntool.inspection.module_findings import find_expected_eps, find_in_module, is_batch_norm_without_statistics
 from bntool.inspection.results import (
     Inspection,
@@ -30,6 +33,7 @@ from bntool.inspection.results import (
     summarize,
 )
 from bntool.inspection.safety import find_dangers, judge_safety
+from bntool.inspection.training_findings import compare_with_steps
 from bntool.modules.opening import Source, open_source
 
 MAX_CHANNELS = 1 << 22  # elements of one tensor read for its statistics unless --stats asks for all
@@ -107,11 +111,43 @@ def _inspect(
         for one in wanted
     ]
     check_globs(layers, list(dict.fromkeys(name for one in inspections for name in one.names)))
-    inspections = compare_averaged(inspections)
+    others = _inspect_others(checkpoint, wanted, layers=layers)
+    inspections = compare_with_steps(checkpoint, inspections)
+    inspections = compare_copies(
+        [*inspections, *others],
+        recalibrated=[_recalibrated_layers(checkpoint, one.state_dict) for one in (*inspections, *others)],
+    )[: len(wanted)]
     safety = judge_safety(checkpoint)
     findings = (*find_dangers(safety), *find_in_file(checkpoint, inspections))
     verdict = judge(checkpoint, inspections, findings)
     return Inspection(checkpoint, tuple(inspections), findings, safety, verdict, checked)
+
+
+def _inspect_others(
+    checkpoint: Checkpoint, wanted: Sequence[StateDict], *, layers: Sequence[str]
+) -> list[StateDictInspection]:
+    """The state dicts that were not asked for, where they tell something of an averaged copy that was.
+
+    One that cannot be read tells nothing.
+    """
+    inspected: list[StateDictInspection] = []
+    if len(wanted) == len(checkpoint.state_dicts) or not any(is_averaged_copy(one.key) for one in wanted):
+        return inspected
+    for state_dict in checkpoint.state_dicts:
+        if state_dict not in wanted:
+            with contextlib.suppress(BntoolError):
+                inspected.append(
+                    _inspect_state_dict(
+                        state_dict,
+                        layers=layers,
+                        every_tensor=False,
+                        statistics=False,
+                        chosen=False,
+                        recalibrated=frozenset(),
+                        momentum={},
+                    )
+                )
+    return inspected
 
 
 def _inspect_state_dict(
@@ -154,7 +190,7 @@ def _inspect_state_dict(
         buffers=sum(size for name, size in sizes.items() if roles[name] == "buffer"),
         layers=compare_layers(inspected, state_dict),
         other_norms=dict(others),
-        findings=tuple(find_in_state_dict(norms)),
+        findings=(*find_in_state_dict(norms), *find_missing_statistics(state_dict, norms)),
         tensors=tensors,
         chosen=chosen,
         names=tuple(norm.name for norm in own),

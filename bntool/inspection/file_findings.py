@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections import Counter
 from collections.abc import Sequence
 
 from bntool.batchnorm import BatchNorm, NormKind
 from bntool.checkpoints.checkpoint import Checkpoint, NotUnderstood
 from bntool.checkpoints.files import quote
-from bntool.checkpoints.state_dicts import is_averaged_copy
 from bntool.inspection.findings import Finding, FindingCode, Severity
-from bntool.inspection.results import LayerInspection, StateDictInspection
+from bntool.inspection.results import StateDictInspection
 
 _LISTED = 3  # names in a sentence
 
@@ -37,39 +35,10 @@ def find_in_state_dict(norms: Sequence[BatchNorm]) -> list[Finding]:
     return findings
 
 
-def compare_averaged(inspections: list[StateDictInspection]) -> list[StateDictInspection]:
-    """Flag averaged copies whose statistics are still initial while the model's have moved."""
-    models = [i for i in inspections if not is_averaged_copy(i.state_dict.key)]
-    moved = {
-        layer.layer.name
-        for inspection in models
-        for layer in inspection.layers
-        if layer.layer.has_statistics and not _is_initial(layer)
-    }
-    compared = []
-    for inspection in inspections:
-        stale = [i for i in inspection.layers if _is_initial(i) and i.layer.name in moved]
-        if is_averaged_copy(inspection.state_dict.key) and stale:
-            message = (
-                f"the statistics of {len(stale)} of {len(inspection.layers)} layers of this averaged copy are initial "
-                "while the model's have moved: its buffers were not copied"
-            )
-            finding = Finding(
-                FindingCode.EMA_STATISTICS_INITIAL,
-                Severity.ERROR,
-                "EMA statistics initial",
-                message,
-                advice=f"recalibrate it before use, with --state-dict {inspection.state_dict.key}",
-                layers=tuple(layer.name for layer in stale),
-            )
-            findings = (*inspection.findings, finding)
-            inspection = dataclasses.replace(inspection, findings=findings)  # noqa: PLW2901
-        compared.append(inspection)
-    return compared
-
-
-def _is_initial(layer: LayerInspection) -> bool:
-    return any(finding.code is FindingCode.NEVER_UPDATED for finding in layer.findings)
+def _has_layers(inspection: StateDictInspection) -> bool:
+    """Whether it has BatchNorm layers, or may have: whose statistics are missing."""
+    missing = any(finding.code is FindingCode.STATISTICS_MISSING for finding in inspection.findings)
+    return bool(inspection.layers) or missing
 
 
 def _is_folded(checkpoint: Checkpoint) -> bool:
@@ -93,7 +62,7 @@ def find_in_file(checkpoint: Checkpoint, inspections: Sequence[StateDictInspecti
     ]
     if checkpoint.not_understood:
         findings.append(_describe_not_understood(checkpoint.not_understood))
-    elif not any(inspection.layers for inspection in inspections) and not _is_folded(checkpoint):
+    elif not any(map(_has_layers, inspections)) and not _is_folded(checkpoint):
         message = "no BatchNorm layer was found" if checkpoint.state_dicts else "no state dict was found"
         if checkpoint.format.why_empty and not checkpoint.state_dicts:
             message += f": {checkpoint.format.why_empty}"

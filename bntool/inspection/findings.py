@@ -36,6 +36,7 @@ class FindingCode(Enum):
     EXPLODING_SCALE = "exploding-scale"
     OUTLYING_VARIANCE = "outlying-variance"
     OUTLYING_MEAN = "outlying-mean"
+    STATISTICS_MISSING = "statistics-missing"
     AFFINE_INITIAL = "affine-initial"
     BATCH_STATISTICS = "batch-statistics"
     LEFT_IN_TRAIN_MODE = "left-in-train-mode"
@@ -46,7 +47,11 @@ class FindingCode(Enum):
     HALF_STATISTICS = "half-statistics"
     UNDERFLOW = "underflow"
     OVERFLOW = "overflow"
+    COUNTER_AGAINST_STEPS = "counter-against-steps"
+    COUNTER_RESET = "counter-reset"
     EMA_STATISTICS_INITIAL = "ema-statistics-initial"
+    EMA_STATISTICS_LAG = "ema-statistics-lag"
+    AVERAGE_NOT_RECOMPUTED = "average-not-recomputed"
     INSTANCE_NORM_LOOKALIKE = "instance-norm-lookalike"
     NOT_BATCH_NORM = "not-batch-norm"
     SHAPE_MISMATCH = "shape-mismatch"
@@ -70,6 +75,7 @@ class Finding:
         advice: a sentence on what to do; "" where the message says it, or nothing is to be done.
         channels: numbers of the channels that it concerns; empty where it concerns all of them or none.
         layers: names of the layers that it concerns, of a finding that belongs to a state dict or a file.
+        leaves_open: what can therefore not be judged, in a few words; "" where the verdict stands.
     """
 
     code: FindingCode
@@ -80,3 +86,4 @@ class Finding:
     advice: str = ""
     channels: tuple[int, ...] = ()
     layers: tuple[str, ...] = ()
+    leaves_open: str = ""

@@ -79,6 +79,7 @@ def _list_not_judged(checkpoint: Checkpoint, inspections: Sequence[StateDictInsp
             for kind, count in inspection.other_norms.items()
             if kind in _RELATIVES
         ]
+        found += [finding.leaves_open for finding in inspection.findings if finding.leaves_open]
     if not checkpoint.state_dicts:
         found.append("no state dict was found")
     return found

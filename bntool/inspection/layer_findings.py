@@ -325,8 +325,10 @@ def _counter(
         short = f"counter {counter.dtype}"
         return [Finding(FindingCode.COUNTER_DTYPE, Severity.WARNING, short, message, advice=advice)]
     count = int(counter.values[0])
-    if is_initial or recalibrated:
-        return []
+    return [] if is_initial or recalibrated else _few_updates(tensors["running_var"], count, momentum)
+
+
+def _few_updates(variance: Summary, count: int, momentum: float | None) -> list[Finding]:
     if count == 0:
         message = (
             "num_batches_tracked is 0 although the statistics have moved: they were set by other means (a converted "
@@ -334,31 +336,31 @@ def _counter(
         )
         advice = "momentum=None would forget them at the first batch of a training that goes on"
         return [Finding(FindingCode.COUNTER_ZERO, Severity.NOTICE, "counter 0", message, advice=advice)]
-    if 0 < count < FEW_UPDATES and not _contradicts(tensors["running_var"], count, momentum):
+    if not 0 < count < FEW_UPDATES:
+        return []
+    updates, facts = f"{count} update{'s' if count > 1 else ''}", {"updates": count}
+    if momentum is not None and _contradicts(variance, count, momentum):
         message = (
-            f"the statistics rest on {count} batch{'es' if count > 1 else ''} only (num_batches_tracked): recomputed "
-            "on other data than the training's, reset, or hardly trained"
+            f"num_batches_tracked is {count}, but running_var of some channels is less than {updates} with momentum "
+            f"{momentum:g} can leave of the initial 1: the counter was reset, and the values are older"
         )
-        return [
-            Finding(
-                FindingCode.COUNTER_LOW,
-                Severity.WARNING,
-                f"{count} update{'s' if count > 1 else ''} only",
-                message,
-                {"updates": count},
-                "recalibrate --dry-run measures how far they are off",
-            )
-        ]
-    return []
+        advice = "nothing is to be done, unless momentum becomes None: the next batches would count for too much"
+        return [Finding(FindingCode.COUNTER_RESET, Severity.NOTICE, "counter reset", message, facts, advice)]
+    message = (
+        f"the statistics rest on {count} batch{'es' if count > 1 else ''} only (num_batches_tracked): recomputed "
+        "on other data than the training's, reset, or hardly trained"
+    )
+    advice = "recalibrate --dry-run measures how far they are off"
+    return [Finding(FindingCode.COUNTER_LOW, Severity.WARNING, f"{updates} only", message, facts, advice)]
 
 
-def _contradicts(variance: Summary, count: int, momentum: float | None) -> bool:
+def _contradicts(variance: Summary, count: int, momentum: float) -> bool:
     """Whether running_var is less than what so few updates leave of its initial 1: no batch has a negative variance.
 
     After n updates with momentum m at least (1 - m)^n is left (PyTorch: new = (1 - m) * old + m * batch). The counter
     was then set by other means than these updates, as copies of a model that count anew have it.
     """
-    if momentum is None or not 0 < momentum < 1 or variance.minimum is None:
+    if not 0 < momentum < 1 or variance.minimum is None:
         return False
     rounding = 1 - 2.0**-7 * count  # of each update, in the narrowest dtype
     return variance.minimum < (1 - momentum) ** count * rounding

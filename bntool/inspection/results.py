@@ -11,7 +11,7 @@ from bntool.batchnorm import BatchNorm, LayerArrays, NormKind
 from bntool.checkpoints.checkpoint import Checkpoint, StateDict
 from bntool.checkpoints.tensors import Tensor
 from bntool.graphs.architectures.recognition import Architecture
-from bntool.inspection.findings import Finding, Severity
+from bntool.inspection.findings import Finding, FindingCode, Severity
 from bntool.inspection.safety import Safety
 from bntool.inspection.verdict import Verdict
 
@@ -131,12 +131,15 @@ class StateDictInspection:
         return f"<{self.state_dict.key or 'state dict'!r}: {len(self.layers)} BatchNorm layers{found}>"
 
     def find_worst(self) -> dict[str, Severity | None]:
-        """The severity of the worst finding that concerns each layer, its own or the state dict's; None without one."""
+        """The severity of the worst finding that concerns each layer, its own or the state dict's; None without one.
+
+        Layers whose statistics are missing are in no list of layers, but in findings.
+        """
         worst: dict[str, Severity | None] = {layer.name: layer.worst for layer in self.layers}
         for finding in self.findings:
             for name in finding.layers:
                 other = worst.get(name)
-                if name in worst and (other is None or finding.severity.rank > other.rank):
+                if other is None or finding.severity.rank > other.rank:
                     worst[name] = finding.severity
         return worst
 
@@ -177,9 +180,12 @@ class Inspection:
         return f"<Inspection of {self.checkpoint.path}: {self.verdict.sentence}; {safety} to load{inner}{more}>"
 
     def fails_on(self, severity: Severity) -> bool:
-        """Whether there is a finding of this severity or worse, or something that could not be judged."""
+        """Whether there is a finding of this severity or worse, or what may be a BatchNorm and could not be judged."""
         worst = self.worst()
-        return bool(self.checkpoint.not_understood) or (worst is not None and worst.rank >= severity.rank)
+        missing = FindingCode.STATISTICS_MISSING
+        unjudged = any(finding.code is missing for state_dict in self.state_dicts for finding in state_dict.findings)
+        unjudged = unjudged or bool(self.checkpoint.not_understood)
+        return unjudged or (worst is not None and worst.rank >= severity.rank)
 
     def worst(self) -> Severity | None:
         """The highest severity of all findings."""

@@ -1,0 +1,323 @@
+"""Copies of one model in one file, held against each other: averaged ones (EMA, SWA) and the model they are made of.
+
+They lie in state dicts of their own, or beside each other in one, as ``net.`` and ``ema.``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import statistics
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from bntool.batchnorm import DEFAULT_EPS, STATISTICS
+from bntool.checkpoints.files import quote
+from bntool.checkpoints.state_dicts import find_prefix, is_averaged_copy
+from bntool.checkpoints.tensors import StoredTensor, read_numbers
+from bntool.errors import BntoolError
+from bntool.inspection.findings import Finding, FindingCode, Severity
+from bntool.inspection.missing_statistics import describe_missing
+from bntool.inspection.results import LayerInspection, StateDictInspection
+from bntool.verification.statistics_shift import StatisticsShift, measure_shift
+
+LARGE_INITIAL_SHARE = 0.1  # of the initial values, in the statistics of an average
+LARGE_LAG = 0.5  # sigmas, or log of the factor of variances, in the layer in the middle
+DIFFERENT_WEIGHTS = 0.01  # relative distance of the weights of BatchNorms, from which on statistics are others, too
+_COUNT = "n_averaged"  # beside the model, in torch.optim.swa_utils.AveragedModel
+_MANY_PARTS = 64  # first parts of names; a state dict of more is no model beside its average
+
+
+@dataclass(frozen=True)
+class _Copy:
+    """One copy of a model.
+
+    Attributes:
+        place: of its state dict among those of the file.
+        title: for people.
+        path: what its names begin with in its state dict, after the prefix of wrappers; "" for nothing.
+        is_average: its name says so.
+        layers: by name without path.
+        parameters: names of all its tensors, without path.
+        averagings: how often it was averaged, as the file counts; None where it does not.
+    """
+
+    place: int
+    title: str
+    path: str
+    is_average: bool
+    layers: Mapping[str, LayerInspection]
+    parameters: frozenset[str]
+    averagings: int | None = None
+
+    @property
+    def words(self) -> str:
+        """For a finding of its state dict."""
+        return repr(self.path) if self.path else "this averaged copy"
+
+
+def compare_copies(
+    inspections: Sequence[StateDictInspection], *, recalibrated: Sequence[Collection[str]]
+) -> list[StateDictInspection]:
+    """The state dicts of a file, with what is found where copies of one model are held against each other.
+
+    Args:
+        recalibrated: of each state dict, the layers whose statistics bntool recomputed, as the file records.
+    """
+    copies = [copy for place, inspection in enumerate(inspections) for copy in _find_copies(place, inspection)]
+    found: list[list[Finding]] = [[] for _ in inspections]
+    for copy in copies:
+        model = _find_model(copy, copies)
+        if all(layer.name in recalibrated[copy.place] for layer in copy.layers.values()) and copy.layers:
+            continue
+        if model is not None:
+            found[copy.place] += _compare(copy, model)
+        elif copy.averagings is not None:
+            found[copy.place] += _judge_average(copy)
+    return [
+        dataclasses.replace(inspection, findings=(*inspection.findings, *more)) if more else inspection
+        for inspection, more in zip(inspections, found, strict=True)
+    ]
+
+
+def _find_copies(place: int, inspection: StateDictInspection) -> Iterator[_Copy]:
+    state_dict = inspection.state_dict
+    names = [state_dict.strip(name) for name in state_dict.tensors]
+    counted = _COUNT in state_dict.tensors or _COUNT in names
+    parts = dict.fromkeys(name.partition(".")[0] for name in names)
+    averages = [part for part in parts if is_averaged_copy(part)] if len(parts) <= _MANY_PARTS else []
+    averages = [part for part in averages if any(name.startswith(f"{part}.") for name in names)]
+    if len(averages) == len(parts) or not averages:
+        title = f"state dict {quote(state_dict.key)}" if state_dict.key else "the state dict"
+        yield _Copy(
+            place,
+            title,
+            "",
+            counted or is_averaged_copy(state_dict.key),
+            {layer.name: layer for layer in inspection.layers},
+            frozenset(names),
+            _read_count(inspection) if counted else None,
+        )
+        return
+    rest = [name for name in names if name.partition(".")[0] not in averages]
+    paths = ["", *(f"{part}." for part in parts if part not in averages)]
+    for path in [*paths, *(f"{part}." for part in averages)]:
+        own = [name for name in (rest if path in paths else names) if name.startswith(path)]
+        inner = [name.removeprefix(path) for name in own]
+        below = path + (find_prefix(inner) if path else "")
+        yield _Copy(
+            place,
+            f"{below!r}" if below else "the model beside it",
+            below,
+            path not in paths,
+            {
+                layer.name.removeprefix(below): layer
+                for layer in inspection.layers
+                if layer.name.startswith(below) and f"{layer.name}.running_var" in own
+            },
+            frozenset(name.removeprefix(below) for name in own if name.startswith(below)),
+        )
+
+
+def _read_count(inspection: StateDictInspection) -> int | None:
+    tensors = inspection.state_dict.tensors
+    tensor = tensors.get(_COUNT) or tensors.get(inspection.state_dict.prefix + _COUNT)
+    try:
+        if tensor is None or (isinstance(tensor, StoredTensor) and tensor.storage is None):
+            return None
+        values = read_numbers(tensor)
+    except (BntoolError, ValueError):  # it tells nothing then
+        return None
+    return int(values[0]) if len(values) == 1 and math.isfinite(values[0]) else None
+
+
+def _find_model(copy: _Copy, copies: Sequence[_Copy]) -> _Copy | None:
+    """The copy that an average is of: the one that is no average and has most of its parameters."""
+    if not copy.is_average:
+        return None
+    others = [other for other in copies if not other.is_average and any(map(_has_statistics, other.layers.values()))]
+    best = max(others, key=lambda other: len(other.parameters & copy.parameters), default=None)
+    enough = best is not None and 2 * len(best.parameters & copy.parameters) >= len(copy.parameters)
+    return best if enough else None
+
+
+def _has_statistics(layer: LayerInspection) -> bool:
+    return all(role in layer.tensors for role in STATISTICS)
+
+
+def _compare(copy: _Copy, model: _Copy) -> Iterator[Finding]:
+    """What is wrong with an average beside its model."""
+    missing = [
+        copy.path + name
+        for name, layer in model.layers.items()
+        if _has_statistics(layer) and name not in copy.layers and f"{name}.weight" in copy.parameters
+    ]
+    if missing:
+        yield describe_missing(missing, model.title)
+    shared = [
+        (layer, model.layers[name])
+        for name, layer in copy.layers.items()
+        if name in model.layers and _has_statistics(layer) and _has_statistics(model.layers[name])
+    ]
+    stale = [layer for layer, other in shared if _is_initial(layer) and not _is_initial(other)]
+    if stale:
+        yield _describe_initial(copy, model, stale, len(shared))
+        return
+    pairs = [pair for pair in shared if _agree_in_shape(*pair) and not any(map(_is_initial, pair))]
+    if not pairs:
+        return
+    if all(_are_equal(layer, other, STATISTICS) for layer, other in pairs):
+        distance = _measure_distance(pairs)
+        if distance > DIFFERENT_WEIGHTS or (distance and (copy.averagings or 0) > 1):
+            yield _describe_copied(copy, model, pairs, distance)
+        return
+    share = _measure_initial_share(pairs)
+    shifts = [_measure_shift(layer, other) for layer, other in pairs]
+    usual = statistics.median(min(shift.severity, 1e6) for shift in shifts)
+    if share > LARGE_INITIAL_SHARE or usual > LARGE_LAG:
+        worst = max(range(len(pairs)), key=lambda place: shifts[place].severity)
+        yield _describe_lag(copy, model, pairs, share, (pairs[worst][0].name, shifts[worst]))
+
+
+def _is_initial(layer: LayerInspection) -> bool:
+    return any(finding.code is FindingCode.NEVER_UPDATED for finding in layer.findings)
+
+
+def _agree_in_shape(layer: LayerInspection, other: LayerInspection) -> bool:
+    lengths = {len(one.tensors[role].values) for one in (layer, other) for role in STATISTICS}
+    return len(lengths) == 1 and 0 not in lengths
+
+
+def _are_equal(layer: LayerInspection, other: LayerInspection, roles: Sequence[str]) -> bool:
+    return all(list(layer.tensors[role].values) == list(other.tensors[role].values) for role in roles)
+
+
+def _measure_distance(pairs: Sequence[tuple[LayerInspection, LayerInspection]]) -> float:
+    """The relative distance of the weights and biases of the BatchNorms."""
+    distances, lengths = [], []
+    for layer, other in pairs:
+        for role in ("weight", "bias"):
+            one, two = layer.tensors.get(role), other.tensors.get(role)
+            if one is not None and two is not None and len(one.values) == len(two.values):
+                distances.append(math.dist(one.values, two.values))
+                lengths.append(math.hypot(*two.values))
+    length = math.hypot(*lengths)
+    return math.hypot(*distances) / length if length else 0.0
+
+
+def _measure_initial_share(pairs: Sequence[tuple[LayerInspection, LayerInspection]]) -> float:
+    """How much of the initial mean 0 and variance 1 is left in an average; 0 where it is not that which differs.
+
+    With a share f, mean is (1 - f) times the model's and variance is (1 - f) times the model's plus f: f is the median
+    of what each channel gives, and both must give it.
+    """
+    by_mean, by_variance = [], []
+    for layer, other in pairs:
+        tensors = (one.tensors[role].values for one in (layer, other) for role in STATISTICS)
+        for mean, variance, model_mean, model_variance in zip(*tensors, strict=True):
+            if not all(map(math.isfinite, (mean, variance, model_mean, model_variance))) or model_variance < 0:
+                continue
+            if abs(model_mean) > 0.1 * math.sqrt(model_variance + DEFAULT_EPS):
+                by_mean.append(1 - mean / model_mean)
+            if abs(1 - model_variance) > 0.3 * max(1.0, model_variance):
+                by_variance.append((variance - model_variance) / (1 - model_variance))
+    if not by_mean or not by_variance:
+        return 0.0
+    shares = statistics.median(by_mean), statistics.median(by_variance)
+    return min(shares) if min(shares) > 0 and max(shares) < 1 else 0.0
+
+
+def _measure_shift(layer: LayerInspection, other: LayerInspection) -> StatisticsShift:
+    old, new = ((one.tensors["running_mean"].values, one.tensors["running_var"].values) for one in (layer, other))
+    old_eps, new_eps = (DEFAULT_EPS if one.layer.eps is None else one.layer.eps for one in (layer, other))
+    return measure_shift(old, new, old_eps=old_eps, new_eps=new_eps)
+
+
+def _describe_initial(copy: _Copy, model: _Copy, stale: Sequence[LayerInspection], count: int) -> Finding:
+    message = (
+        f"the statistics of {len(stale)} of {count} layers of {copy.words} are initial while those of "
+        f"{model.title} have moved: its buffers were not copied"
+    )
+    return Finding(
+        FindingCode.EMA_STATISTICS_INITIAL,
+        Severity.ERROR,
+        "EMA statistics initial",
+        message,
+        advice="recalibrate it before use, or give it the model's buffers",
+        layers=tuple(layer.name for layer in stale),
+    )
+
+
+def _describe_copied(
+    copy: _Copy, model: _Copy, pairs: Sequence[tuple[LayerInspection, LayerInspection]], distance: float
+) -> Finding:
+    times = f" {copy.averagings} times" if copy.averagings else ""
+    message = (
+        f"{copy.words} was averaged{times}, but its statistics are those of {model.title}, bit by bit, while weights "
+        f"and biases of the BatchNorms are {distance:.1%} apart: averaged weights need statistics of their own"
+    )
+    advice = "torch.optim.swa_utils.update_bn(loader, averaged), or bntool recalibrate"
+    return Finding(
+        FindingCode.AVERAGE_NOT_RECOMPUTED,
+        Severity.WARNING,
+        "average not recomputed",
+        message,
+        {"distance": distance},
+        advice,
+        layers=tuple(layer.name for layer, _ in pairs),
+    )
+
+
+def _describe_lag(
+    copy: _Copy,
+    model: _Copy,
+    pairs: Sequence[tuple[LayerInspection, LayerInspection]],
+    share: float,
+    worst: tuple[str, StatisticsShift],
+) -> Finding:
+    name, shift = worst
+    if share > LARGE_INITIAL_SHARE:
+        why = f"about {share:.0%} of them is still the initial 0 and 1: the decay is too slow for so few updates"
+    else:
+        why = "they are an average over times when the model was another"
+    message = (
+        f"the statistics of {copy.words} lag behind those of {model.title}, most in {name}: by {shift.mean_shift:.2g} "
+        f"sigma and a factor of {shift.variance_spread:.2g} in variance; {why}"
+    )
+    return Finding(
+        FindingCode.EMA_STATISTICS_LAG,
+        Severity.WARNING,
+        "EMA statistics lag",
+        message,
+        {"initial_share": share, "mean_shift": shift.mean_shift, "variance_spread": shift.variance_spread},
+        "recalibrate it before use, or use the model's buffers",
+        layers=tuple(layer.name for layer, _ in pairs),
+    )
+
+
+def _judge_average(copy: _Copy) -> Iterator[Finding]:
+    """What the counter tells of an average alone: whether its statistics can have been recomputed after it was made.
+
+    torch.optim.swa_utils.update_bn counts anew, from 0; an average whose buffers are averaged as well has a counter
+    below the number of averagings, too.
+    """
+    counters = [layer.num_batches_tracked for layer in copy.layers.values() if _has_statistics(layer)]
+    known = [counter for counter in counters if counter is not None]
+    averagings = copy.averagings or 0
+    if averagings < 1 or not counters or (known and max(known) < averagings):
+        return
+    count = f"num_batches_tracked is {max(known)}" if known else "num_batches_tracked is missing"
+    message = (
+        f"averaged {averagings} times: averaged weights need statistics of their own. These may be those of the last "
+        f"model instead, and nothing in the file tells: {count}, which is the number of batches of one epoch if they "
+        "were recomputed, and of the whole training if not"
+    )
+    yield Finding(
+        FindingCode.AVERAGE_NOT_RECOMPUTED,
+        Severity.NOTICE,
+        "average",
+        message,
+        {"averagings": averagings},
+        "torch.optim.swa_utils.update_bn(loader, averaged), or bntool recalibrate --dry-run, which measures it",
+        leaves_open="whether the statistics of this average were recomputed",
+    )

@@ -1,0 +1,74 @@
+"""What the number of updates of BatchNorm layers says beside the number of steps of the optimizer."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Sequence
+
+from bntool.checkpoints.checkpoint import Checkpoint
+from bntool.inspection.findings import Finding, FindingCode, Severity
+from bntool.inspection.results import StateDictInspection
+
+FEW_STEPS = 10  # below, a multiple is chance
+SKIPPED = 0.02  # share of the steps that a GradScaler may have skipped
+_MOST_FORWARDS = 64  # for one step; more is rather the training before
+
+
+def compare_with_steps(checkpoint: Checkpoint, inspections: Sequence[StateDictInspection]) -> list[StateDictInspection]:
+    """The state dicts, with what is found where the optimizer of the file counted its steps."""
+    if not any(inspection.layers for inspection in inspections) or not checkpoint.format.is_pytorch:
+        return list(inspections)
+    steps = _read_steps(checkpoint)
+    return [
+        dataclasses.replace(inspection, findings=(*inspection.findings, *_compare(inspection, steps)))
+        if inspection.chosen and steps is not None and steps >= FEW_STEPS
+        else inspection
+        for inspection in inspections
+    ]
+
+
+def _read_steps(checkpoint: Checkpoint) -> int | None:
+    """The steps of the only optimizer of a file that counts them; None where there are several, or none."""
+    if not any(isinstance(name, str) and "opt" in name.lower() for name in checkpoint.entries):
+        return None
+    from bntool.checkpoints.torch.optimizers import find_optimizers, read_steps  # most files have none
+
+    counted = [read_steps(checkpoint, node) for _, node in find_optimizers(checkpoint)]
+    return counted[0] if len(counted) == 1 else None
+
+
+def _compare(inspection: StateDictInspection, steps: int) -> list[Finding]:
+    counts = Counter(n for layer in inspection.layers if (n := layer.num_batches_tracked) is not None)
+    if not counts:
+        return []
+    usual, votes = counts.most_common(1)[0]
+    if votes * 2 <= counts.total():
+        return []
+    layers = tuple(layer.name for layer in inspection.layers if layer.num_batches_tracked == usual)
+    times = round(usual / steps)
+    facts = {"num_batches_tracked": usual, "steps": steps}
+    if 2 <= times <= _MOST_FORWARDS and 0 <= usual - times * steps <= SKIPPED * usual:
+        forwards = "two forwards" if times == 2 else f"{times} forwards"
+        message = (
+            f"num_batches_tracked is {usual}, the optimizer made {steps} steps: {forwards} for each. Gradient "
+            "accumulation does so, and so do gradient checkpointing, which runs a forward twice and updates the "
+            "statistics with the same batch twice, and a forward without no_grad in between"
+        )
+        advice = "with checkpointing, halve momentum's effect: momentum 1 - sqrt(1 - m) gives what m gave"
+        if times != 2:
+            advice = "nothing is to be done where gradients are accumulated"
+        short = f"{times} per step"
+        return [Finding(FindingCode.COUNTER_AGAINST_STEPS, Severity.NOTICE, short, message, facts, advice, (), layers)]
+    if usual < (1 - SKIPPED) * steps and usual > 0:
+        message = (
+            f"num_batches_tracked is {usual}, fewer than the {steps} steps of the optimizer: the statistics did not "
+            "move in all of them (eval mode, frozen), or were reset or recomputed"
+        )
+        advice = "if that was not meant, bntool recalibrate --dry-run measures how far they are off"
+        return [
+            Finding(
+                FindingCode.COUNTER_AGAINST_STEPS, Severity.NOTICE, "few updates", message, facts, advice, (), layers
+            )
+        ]
+    return []

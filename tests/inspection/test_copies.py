@@ -1,0 +1,153 @@
+"""Averaged copies beside their model, made by torch's own averaging."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
+
+import bntool
+from bntool.inspection.findings import Finding, FindingCode, Severity
+from bntool.inspection.verdict import Health
+
+
+def build() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3, bias=False), nn.BatchNorm2d(8)
+    )
+
+
+def batches(count: int) -> list[torch.Tensor]:
+    torch.manual_seed(1)
+    return [torch.randn(16, 3, 7, 7) * 2 + 1 for _ in range(count)]
+
+
+def train(model: nn.Sequential, average: AveragedModel, steps: int, *, every: int = 1) -> None:
+    optimizer = torch.optim.SGD(model.parameters(), 0.05)
+    for step, x in enumerate(batches(steps), start=1):
+        optimizer.zero_grad()
+        (model(x).mean((2, 3)) - x.mean((2, 3)).sum(1, keepdim=True)).square().mean().backward()
+        optimizer.step()
+        if step % every == 0:
+            average.update_parameters(model)
+
+
+def found(source: object, path: Path, **options: object) -> list[Finding]:
+    torch.save(source, path / "c.pt")
+    return [f for s in bntool.inspect(path / "c.pt", **options).state_dicts for f in s.findings]
+
+
+def lay_flat(model: nn.Module, average: nn.Module, prefixes: tuple[str, str]) -> dict[str, torch.Tensor]:
+    return {
+        prefix + name: tensor
+        for prefix, module in zip(prefixes, (model, average), strict=True)
+        for name, tensor in module.state_dict().items()
+    }
+
+
+FLAT = [("net.", "ema."), ("net.", "ema.module."), ("student.", "teacher."), ("", "ema_model.")]
+
+
+@pytest.mark.parametrize("prefixes", FLAT, ids="-".join)
+def test_an_average_without_buffers_in_one_flat_dict(prefixes: tuple[str, str], tmp_path: Path) -> None:
+    model = build()
+    average = copy.deepcopy(model)
+    train(model, AveragedModel(model), 60)
+    (finding,) = found(lay_flat(model, average, prefixes), tmp_path)
+    assert (finding.code, finding.severity) == (FindingCode.EMA_STATISTICS_INITIAL, Severity.ERROR)
+    assert finding.layers == (f"{prefixes[1]}1", f"{prefixes[1]}4")
+
+
+@pytest.mark.parametrize("chosen", [None, "model_ema"])
+def test_the_error_is_the_same_where_the_average_is_chosen(chosen: str | None, tmp_path: Path) -> None:
+    model = build()
+    average = copy.deepcopy(model)
+    train(model, AveragedModel(model), 60)
+    both = {"model": model.state_dict(), "model_ema": average.state_dict()}
+    (finding,) = found(both, tmp_path, state_dict=chosen)
+    assert finding.code is FindingCode.EMA_STATISTICS_INITIAL
+    assert finding.layers == ("1", "4")
+
+
+@pytest.mark.parametrize("prefixes", [None, *FLAT], ids=str)
+def test_buffers_of_one_copy_that_the_other_lacks(prefixes: tuple[str, str] | None, tmp_path: Path) -> None:
+    model = build()
+    train(model, AveragedModel(model), 60)
+    shadow = dict(model.named_parameters())
+    if prefixes is None:
+        source: object = {"model": model.state_dict(), "ema": shadow}
+    else:
+        parts = zip(prefixes, (model.state_dict(), shadow), strict=True)
+        source = {prefix + name: tensor for prefix, part in parts for name, tensor in part.items()}
+    missing = [f for f in found(source, tmp_path) if f.code is FindingCode.STATISTICS_MISSING]
+    prefix = "" if prefixes is None else prefixes[1]
+    assert [f.layers for f in missing if f.severity is Severity.WARNING] == [(f"{prefix}1", f"{prefix}4")]
+
+
+@pytest.mark.parametrize("prefixes", [None, *FLAT], ids=str)
+@pytest.mark.parametrize("decay", [0.9, 0.95])
+def test_an_average_that_follows_its_model_has_no_findings(
+    prefixes: tuple[str, str] | None, decay: float, tmp_path: Path
+) -> None:
+    model = build()
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
+    train(model, average, 150)
+    source = {"model": model.state_dict(), "ema": average.module.state_dict()}
+    assert found(source if prefixes is None else lay_flat(model, average.module, prefixes), tmp_path) == []
+
+
+def test_an_average_that_is_mostly_its_initial_values(tmp_path: Path) -> None:
+    """The statistics of the first model, mean 0 and variance 1, have a share of 0.99 ** 100 = 0.37 in it."""
+    model = build()
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.99), use_buffers=True)
+    average.n_averaged.fill_(1)  # else the first update copies the model
+    train(model, average, 100)
+    (finding,) = found({"model": model.state_dict(), "ema": average.module.state_dict()}, tmp_path)
+    assert (finding.code, finding.severity) == (FindingCode.EMA_STATISTICS_LAG, Severity.WARNING)
+    assert finding.facts is not None
+    assert finding.facts["initial_share"] == pytest.approx(0.99**100, rel=0.25)
+    assert "still the initial 0 and 1" in finding.message
+
+
+def test_an_average_beside_its_model_with_the_statistics_of_that(tmp_path: Path) -> None:
+    model = build()
+    average = AveragedModel(model)
+    train(model, average, 150, every=30)
+    (finding,) = found({"model": model.state_dict(), "swa": average.state_dict()}, tmp_path)
+    assert (finding.code, finding.severity) == (FindingCode.AVERAGE_NOT_RECOMPUTED, Severity.WARNING)
+    assert "averaged 5 times" in finding.message
+    update_bn(batches(40), average)
+    assert found({"model": model.state_dict(), "swa": average.state_dict()}, tmp_path) == []
+
+
+def test_an_average_alone_is_not_judged_where_nothing_tells(tmp_path: Path) -> None:
+    model = build()
+    average = AveragedModel(model)
+    train(model, average, 150, every=30)
+    (finding,) = found(average.state_dict(), tmp_path)
+    assert (finding.code, finding.severity) == (FindingCode.AVERAGE_NOT_RECOMPUTED, Severity.NOTICE)
+    verdict = bntool.inspect(tmp_path / "c.pt").verdict
+    assert verdict.health is Health.NOT_JUDGED
+    assert verdict.sentence == "not judged: whether the statistics of this average were recomputed"
+
+
+def test_an_average_made_at_each_step_whose_statistics_were_recomputed(tmp_path: Path) -> None:
+    model = build()
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9))
+    train(model, average, 150)
+    assert [f.code for f in found(average.state_dict(), tmp_path)] == [FindingCode.AVERAGE_NOT_RECOMPUTED]
+    update_bn(batches(40), average)
+    assert found(average.state_dict(), tmp_path) == []
+
+
+def test_an_average_that_bntool_recalibrated_is_judged(tmp_path: Path) -> None:
+    average = AveragedModel(build())
+    train(build(), average, 150, every=30)
+    torch.save(average.state_dict(), tmp_path / "c.pt")
+    bntool.recalibrate_checkpoint(tmp_path / "c.pt", tmp_path / "r.pt", model=build(), data=batches(40))
+    assert bntool.inspect(tmp_path / "r.pt").verdict.health is Health.HEALTHY
