@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from bntool.representation import draw_html_by
 from bntool.version import __version__
 
 if TYPE_CHECKING:
@@ -68,6 +69,15 @@ _PUBLIC = {
 }
 
 __all__ = ["__version__", *_PUBLIC]  # noqa: PLE0604 the keys are strings
+
+
+def _draw_html(value: Any) -> str | None:
+    """Results lie below what draws them; both meet here."""
+    drawn: str | None = importlib.import_module("bntool.reports.page.notebook").draw(value)
+    return drawn
+
+
+draw_html_by(_draw_html)
 
 
 def __getattr__(name: str) -> Any:

@@ -11,6 +11,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from bntool.errors import UsageError
+from bntool.representation import html_repr
 
 DEFAULT_EPS = 1e-5  # of torch.nn.BatchNorm*; a file that holds only tensors cannot tell whether it was changed
 
@@ -138,6 +139,8 @@ class BatchNorm(LayerArrays):
     class_path: str = ""
     attributes: Mapping[str, Any] = field(default_factory=dict)
     version: int | None = None
+
+    _repr_html_ = html_repr
 
     def __repr__(self) -> str:
         channels = "? channels" if self.num_features is None else f"{self.num_features} channels"

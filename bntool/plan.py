@@ -15,7 +15,7 @@ from enum import Enum
 from typing import Any, TypeAlias
 
 from bntool.errors import RefusedError
-from bntool.representation import short_repr
+from bntool.representation import html_repr, short_repr
 
 _SHOWN = 3  # layers that a refusal names
 
@@ -84,6 +84,8 @@ class Values:
     numbers: Sequence[float]
     shape: tuple[int, ...]
 
+    __repr__ = short_repr
+
 
 @dataclass(frozen=True, slots=True)
 class Scaled:
@@ -103,6 +105,8 @@ class Scaled:
     factor_shape: tuple[int, ...]
     flush: bool = False
 
+    __repr__ = short_repr
+
 
 Recipe: TypeAlias = Values | Scaled
 
@@ -118,6 +122,8 @@ class SetTensor:
     name: str
     value: Recipe
     dtype: str | None = None
+
+    __repr__ = short_repr
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,6 +141,8 @@ class AddTensor:
     dtype: str
     after: str
     is_parameter: bool = True
+
+    __repr__ = short_repr
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,6 +214,8 @@ class Record:
 
     payload: Mapping[str, Any]
 
+    __repr__ = short_repr
+
 
 Step: TypeAlias = (
     SetTensor
@@ -244,6 +254,7 @@ class Plan:
     assumptions: tuple[str, ...] = ()
 
     __repr__ = short_repr
+    _repr_html_ = html_repr
 
     def steps_of(self, kind: type[Any]) -> Iterator[Any]:
         """The steps of one class."""

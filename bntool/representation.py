@@ -1,13 +1,28 @@
-"""How results of calls show themselves: every field, none longer than a line allows."""
+"""How results of calls show themselves: in one line, and in notebooks as HTML.
+
+What draws HTML lies many floors above the results. It is named here when bntool is imported, and imported when a
+notebook shows a result.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 _LONGEST = 60  # characters of one field
 _ITEMS = 4
+_drawers: list[Callable[[Any], str | None]] = []
+
+
+def draw_html_by(drawer: Callable[[Any], str | None]) -> None:
+    """Name what draws results as HTML; it gives None for what it does not know."""
+    _drawers[:] = [drawer]
+
+
+def html_repr(value: Any) -> str | None:
+    """What a notebook shows of a result: a ``_repr_html_`` for its class. None leaves it to ``repr``."""
+    return next((drawer(value) for drawer in _drawers), None)
 
 
 def short_repr(value: Any) -> str:

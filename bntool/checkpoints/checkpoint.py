@@ -14,7 +14,7 @@ from bntool.checkpoints.files import SourceFile, quote
 from bntool.checkpoints.outputs import OutputFiles
 from bntool.checkpoints.tensors import Tensor
 from bntool.errors import RefusedError, UsageError
-from bntool.representation import short_repr
+from bntool.representation import html_repr, short_repr
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -102,6 +102,7 @@ class StateDict:
     stored: Mapping[str, Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     __repr__ = short_repr
+    _repr_html_ = html_repr
 
     def __post_init__(self) -> None:
         if not self.stored:
@@ -259,6 +260,8 @@ class Edit:
     state_dict: str
     step: Step
 
+    __repr__ = short_repr
+
 
 class Content:
     """What a format keeps of a file to write it again; each format has a class of its own for it."""
@@ -301,6 +304,7 @@ class Checkpoint:
     content: Content | None = field(default=None, repr=False, compare=False)
 
     __repr__ = short_repr
+    _repr_html_ = html_repr
 
     @property
     def path(self) -> Path:

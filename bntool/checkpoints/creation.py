@@ -30,6 +30,7 @@ from bntool.checkpoints.tensors import (
 )
 from bntool.checkpoints.torch.zip import TorchZip
 from bntool.errors import BntoolError, RefusedError, VerificationError
+from bntool.representation import short_repr
 
 
 class NewFormat(Enum):
@@ -56,6 +57,8 @@ class NewFile:
     metadata: Mapping[str, str] = field(default_factory=dict)
     history: Sequence[Mapping[str, Any]] = ()
     mode: int | None = None
+
+    __repr__ = short_repr
 
 
 def find_unwritable(tensors: Mapping[str, Tensor], kind: NewFormat) -> dict[str, str]:

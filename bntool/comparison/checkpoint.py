@@ -20,6 +20,7 @@ from bntool.comparison.options import Expectation
 from bntool.errors import BntoolError
 from bntool.graphs.architectures.recognition import assume_eps
 from bntool.modules.opening import Source, open_source
+from bntool.representation import html_repr
 from bntool.verification.statistics_shift import NO_SHIFT, StatisticsShift, measure_shift
 
 _SHOWN = 6  # layers named in a repr
@@ -111,6 +112,8 @@ class Comparison:
     not_compared: tuple[tuple[str, ...], tuple[str, ...]] = ((), ())
     expectation: Expectation | None = None
     violations: tuple[str, ...] = ()
+
+    _repr_html_ = html_repr
 
     def __repr__(self) -> str:
         changed = [layer.name for layer in self.layers if layer.changed]

@@ -27,7 +27,7 @@ from bntool.errors import BntoolError, RefusedError, UsageError
 from bntool.graphs.architectures.recognition import assume_eps
 from bntool.plan import Operation, Plan, RenameTensor, check_plan
 from bntool.progress import OnWarning, ignore
-from bntool.representation import short_repr
+from bntool.representation import html_repr, short_repr
 
 _SHOWN = 4
 # where the file does not keep its own format
@@ -63,6 +63,7 @@ class Conversion:
     written: Checkpoint | None = None
 
     __repr__ = short_repr
+    _repr_html_ = html_repr
 
 
 def convert(  # noqa: PLR0913 as many as the command has options

@@ -29,7 +29,7 @@ from bntool.modules.borrowing import borrow
 from bntool.modules.calling import call
 from bntool.modules.copying import copy_model
 from bntool.modules.finding import find_batchnorm_modules, find_name_prefix, walk_modules
-from bntool.representation import short_repr
+from bntool.representation import html_repr, short_repr
 from bntool.verification.outputs import TOLERANCE, Agreement, verify
 
 _RANDOM_INPUTS = 3
@@ -51,6 +51,7 @@ class FoldResult:
     report: Agreement | None
 
     __repr__ = short_repr
+    _repr_html_ = html_repr
 
 
 def fold(

@@ -29,7 +29,7 @@ from bntool.graphs.graph import Evidence, ModelGraph, NodeKind
 from bntool.graphs.sources import Knowledge, build_graph
 from bntool.plan import RemoveEntry
 from bntool.progress import OnProgress, Progress, ignore
-from bntool.representation import short_repr
+from bntool.representation import html_repr, short_repr
 
 if TYPE_CHECKING:
     from torch import nn
@@ -83,6 +83,7 @@ class CheckpointFold:
     export: str | None = None
 
     __repr__ = short_repr
+    _repr_html_ = html_repr
 
     @cached_property
     def ranges(self) -> tuple[WeightRange, ...]:

@@ -34,7 +34,7 @@ from bntool.freezing.stages import find_frozen_stages, is_within
 from bntool.freezing.trainable_layers import check_whole_layers, find_trainable
 from bntool.graphs.architectures.recognition import assume_eps
 from bntool.plan import Operation, Plan, SetAttribute, Skip, SkipReason, Step, check_plan
-from bntool.representation import short_repr
+from bntool.representation import html_repr, short_repr
 
 
 class Carrier(Enum):
@@ -70,6 +70,7 @@ class FreezePlan:
     optimizers: tuple[OptimizerEntries, ...]
 
     __repr__ = short_repr
+    _repr_html_ = html_repr
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,7 @@ class CheckpointFreeze:
     output: str | None = None
 
     __repr__ = short_repr
+    _repr_html_ = html_repr
 
 
 def freeze_checkpoint(  # noqa: PLR0913 as many as the command has options

@@ -9,7 +9,7 @@ from typing import Any
 
 from bntool.errors import CorruptFileError
 from bntool.freezing.stages import Family, FrozenStages
-from bntool.representation import short_repr
+from bntool.representation import html_repr, short_repr
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,7 @@ class FreezePolicy:
     stages: FrozenStages | None = None
 
     __repr__ = short_repr
+    _repr_html_ = html_repr
 
     @cached_property
     def layer_names(self) -> frozenset[str]:

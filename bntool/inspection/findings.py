@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
+from bntool.representation import short_repr
+
 
 class Severity(Enum):
     """How bad it is: an ERROR makes outputs wrong, a WARNING may, a NOTICE is worth knowing."""
@@ -87,3 +89,5 @@ class Finding:
     channels: tuple[int, ...] = ()
     layers: tuple[str, ...] = ()
     leaves_open: str = ""
+
+    __repr__ = short_repr

@@ -14,6 +14,7 @@ from bntool.graphs.architectures.recognition import Architecture
 from bntool.inspection.findings import Finding, FindingCode, Severity
 from bntool.inspection.safety import Safety
 from bntool.inspection.verdict import Verdict
+from bntool.representation import html_repr
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,8 @@ class LayerInspection(LayerArrays):
     layer: BatchNorm
     tensors: dict[str, Summary]
     findings: tuple[Finding, ...]
+
+    _repr_html_ = html_repr
 
     def __repr__(self) -> str:
         found = f"; {_list([finding.short for finding in self.findings])}" if self.findings else ""
@@ -125,6 +128,8 @@ class StateDictInspection:
     names: tuple[str, ...] = ()
     architectures: tuple[Architecture, ...] = ()
 
+    _repr_html_ = html_repr
+
     def __repr__(self) -> str:
         sick = [layer.name for layer in self.layers if layer.findings]
         found = f", findings in {len(sick)}: {_list(sick)}" if sick else ""
@@ -172,6 +177,8 @@ class Inspection:
     safety: Safety
     verdict: Verdict
     checksums: int | None = None
+
+    _repr_html_ = html_repr
 
     def __repr__(self) -> str:
         inner = "".join(f"\n  {state_dict!r}" for state_dict in self.state_dicts[:_SHOWN])

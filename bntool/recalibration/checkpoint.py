@@ -47,7 +47,7 @@ from bntool.recalibration.warnings import (
     warn_of_lacking,
     warn_of_precision,
 )
-from bntool.representation import short_repr
+from bntool.representation import html_repr, short_repr
 
 _WITHOUT_LABELS = 512  # samples looked at for changed predictions where there is nothing to count as right
 
@@ -88,6 +88,7 @@ class CheckpointRecalibration:
     warnings: tuple[str, ...] = ()
 
     __repr__ = short_repr
+    _repr_html_ = html_repr
 
 
 def recalibrate_checkpoint(  # noqa: PLR0913 as many as the command has options

@@ -14,7 +14,7 @@ from bntool.recalibration.batch_tree import Measured
 from bntool.recalibration.drift import LayerDrift, measure_drift
 from bntool.recalibration.moments import Array, Tally, take_apart
 from bntool.recalibration.options import Method, Precision
-from bntool.representation import short_repr
+from bntool.representation import html_repr, short_repr
 
 Pair = tuple[Array, Array]  # running_mean and running_var
 _COUNTER = "num_batches_tracked"
@@ -79,6 +79,8 @@ class Statistics:
     calls: int
     eps: float
 
+    __repr__ = short_repr
+
 
 @dataclass(frozen=True)
 class Recalibration:
@@ -110,6 +112,7 @@ class Recalibration:
     prefix: str = ""
 
     __repr__ = short_repr
+    _repr_html_ = html_repr
 
 
 @dataclass(frozen=True)

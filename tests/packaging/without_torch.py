@@ -17,6 +17,7 @@ SAMPLES = ROOT / "sample_ckpts"
 RUNS = {
     ("inspect", "samples/digits.pt"): (0, "BatchNorm: 9 layers"),
     ("inspect", "samples/broken_nan_variance.pt", "--fail-on", "error"): (1, "running_var"),
+    ("inspect", "samples/digits.pt", "--html", "page.html"): (2, "--html needs Jinja2"),
     ("diff", "samples/digits.pt", "samples/drifted.pt"): (0, "9 of 9 BatchNorm layers changed"),
     ("freeze", "samples/digits.pt", "-o", "frozen.pt"): (0, "freeze 9 BatchNorm layers"),
     ("diff", "samples/digits.pt", "frozen.pt", "--expect", "frozen"): (0, "0 of 9 BatchNorm layers changed"),

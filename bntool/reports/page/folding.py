@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING
 from bntool.reports.blocks import Style
 from bntool.reports.folding import show_fold
 from bntool.reports.page.cells import draw_item, number_item
-from bntool.reports.page.document import Column, Entry, Item, Page, Place, Row, Snippet, Table
+from bntool.reports.page.document import Column, Item, Page, Row, Snippet, Table
 from bntool.reports.page.from_blocks import read_blocks
+from bntool.reports.page.skips import list_skips
 from bntool.reports.page.strips import scale_sizes
-from bntool.reports.text import plural
+from bntool.reports.text import format_number, plural
 
 if TYPE_CHECKING:
+    from bntool.folding.live import FoldResult
     from bntool.folding.planning import FoldPlan
     from bntool.folding.state_dict import CheckpointFold
     from bntool.folding.weight_ranges import WeightRange
@@ -36,19 +38,27 @@ def make_fold_page(path: str, result: CheckpointFold) -> Page:
         verdict=f"{len(plan.folds)} of {plural(total, 'BatchNorm layer')} folded",
         details=tuple(one for one in parts.lines if one.style is not Style.HEADING),
         heading="Left alone",
-        entries=tuple(list_skips(plan)),
+        entries=list_skips(plan),
         tables=tuple(make_fold_tables(plan, result.agreement, result.ranges)),
         snippets=(*parts.snippets, *(inspect if result.output is not None else ())),
     )
 
 
-def list_skips(plan: FoldPlan) -> Iterator[Entry]:
-    """What is left alone, a place for each layer of a reason."""
-    places: dict[str, list[Place]] = {}
-    for skip in plan.skips:
-        places.setdefault(skip.reason.value, []).append(Place(skip.layer, more=skip.detail))
-    for reason, listed in places.items():
-        yield Entry(Style.NOTICE, reason, plural(len(listed), "layer"), places=tuple(listed))
+def make_live_fold_page(result: FoldResult) -> Page:
+    """The page of a live model."""
+    plan, report = result.plan, result.report
+    total = len(plan.folds) + len(plan.skips)
+    proof = () if report is None else (f"outputs agree to {format_number(report.rounded, 2)} of the largest",)
+    return Page(
+        command="fold",
+        subject=type(result.model).__name__,
+        style=Style.NOTICE if plan.skips else Style.GOOD,
+        verdict=f"{len(plan.folds)} of {plural(total, 'BatchNorm layer')} folded",
+        details=tuple(Item(text, Style.GOOD) for text in proof),
+        heading="Left alone",
+        entries=list_skips(plan),
+        tables=tuple(make_fold_tables(plan, report, ())),
+    )
 
 
 def make_fold_tables(plan: FoldPlan, agreement: Agreement | None, ranges: tuple[WeightRange, ...]) -> Iterator[Table]:

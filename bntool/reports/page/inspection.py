@@ -36,7 +36,7 @@ def make_inspection_page(path: str, inspection: Inspection) -> Page:
         verdict=inspection.verdict.sentence,
         details=tuple(Item(f"not judged: {what}", Style.MUTED) for what in inspection.verdict.not_judged),
         facts=_list_facts(inspection),
-        entries=tuple(_list_findings(inspection, anchors)),
+        entries=tuple(_group_findings(inspection.state_dicts, inspection.findings, anchors)),
         tables=tuple(make_layer_table(one, anchors) for one in inspection.state_dicts if one.layers),
         snippets=(
             Snippet("The same in a terminal", (shlex.join(["bntool", "inspect", path]),)),
@@ -45,6 +45,23 @@ def make_inspection_page(path: str, inspection: Inspection) -> Page:
     )
 
 
+def make_state_dict_page(one: StateDictInspection) -> Page:
+    """The page of one state dict alone."""
+    anchors = _name_rows([one])
+    found = list(_group_findings([one], (), anchors))
+    worst = max((entry.style for entry in found), key=_STYLE_RANKS.index, default=Style.GOOD)
+    sick = sum(severity is not None and severity.rank > 0 for severity in one.find_worst().values())
+    return Page(
+        command="state dict",
+        subject=one.state_dict.key,
+        style=worst,
+        verdict=f"findings in {sick} of {plural(len(one.layers), 'layer')}" if sick else "nothing above a notice",
+        entries=tuple(found),
+        tables=(make_layer_table(one, anchors),) if one.layers else (),
+    )
+
+
+_STYLE_RANKS = (Style.GOOD, *STYLES.values())
 Anchors = dict[tuple[str, str], str]  # of the row of a layer: by key of the state dict and name
 
 
@@ -71,11 +88,13 @@ def _list_facts(inspection: Inspection) -> dict[str, str]:
     return {name: text for name, text in facts.items() if text}
 
 
-def _list_findings(inspection: Inspection, anchors: Anchors) -> Iterator[Entry]:
+def _group_findings(
+    state_dicts: Sequence[StateDictInspection], of_file: Sequence[Finding], anchors: Anchors
+) -> Iterator[Entry]:
     """Of the layers, the state dicts and the file; one entry for each code and severity, worst first."""
     groups: dict[tuple[str, Severity, str], tuple[Finding, list[Place]]] = {}
-    several = len(inspection.state_dicts) > 1
-    for one in inspection.state_dicts:
+    several = len(state_dicts) > 1
+    for one in state_dicts:
         key = one.state_dict.key
         label = f"{key}: " if several and key else ""
         for finding in one.findings:
@@ -86,7 +105,7 @@ def _list_findings(inspection: Inspection, anchors: Anchors) -> Iterator[Entry]:
                 group = groups.setdefault((finding.code.value, finding.severity, ""), (finding, []))
                 more = describe_channels(finding.channels)
                 group[1].append(Place(label + layer.name, anchors[key, layer.name], more))
-    for finding in inspection.findings:
+    for finding in of_file:
         groups[finding.code.value, finding.severity, f"file {len(groups)}"] = (finding, [])
     ordered = sorted(groups.values(), key=lambda group: -group[0].severity.rank)
     for number, (finding, places) in enumerate(ordered):

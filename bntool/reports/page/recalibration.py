@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 from bntool.reports.blocks import Style
 from bntool.reports.page.cells import number_item
 from bntool.reports.page.changes import ChangeColumns
-from bntool.reports.page.document import Column, Entry, Item, Page, Place, Row, Snippet, Table
+from bntool.reports.page.document import Column, Item, Page, Row, Snippet, Table
 from bntool.reports.page.from_blocks import read_blocks
+from bntool.reports.page.skips import list_skips
 from bntool.reports.recalibration import format_rate, show_recalibration
 from bntool.reports.text import plural
 
@@ -37,9 +38,24 @@ def make_recalibration_page(path: str, outcome: CheckpointRecalibration) -> Page
         verdict=verdict,
         details=parts.lines,
         heading="Left alone",
-        entries=_list_skips(result),
+        entries=list_skips(result.plan),
         tables=(make_drift_table(result.drifts),) if result.drifts else (),
         snippets=(*parts.snippets, *(inspect if outcome.output is not None else ())),
+    )
+
+
+def make_live_recalibration_page(result: Recalibration) -> Page:
+    """The page of a live model."""
+    counts = f"{plural(result.samples, 'sample')} in {plural(result.batches, 'batch', 'batches')}"
+    return Page(
+        command="recalibrate",
+        subject="",
+        style=_judge(result.drifts),
+        verdict=_count_parted(result.drifts),
+        facts={"Method": result.method.value, "Data": counts},
+        heading="Left alone",
+        entries=list_skips(result.plan),
+        tables=(make_drift_table(result.drifts),) if result.drifts else (),
     )
 
 
@@ -52,12 +68,6 @@ def _count_parted(drifts: tuple[LayerDrift, ...]) -> str:
 
 def _judge(drifts: tuple[LayerDrift, ...]) -> Style:
     return Style.NOTICE if any(drift.has_parted for drift in drifts) else Style.GOOD
-
-
-def _list_skips(result: Recalibration) -> tuple[Entry, ...]:
-    return tuple(
-        Entry(Style.NOTICE, skip.reason.value, skip.detail, places=(Place(skip.layer),)) for skip in result.plan.skips
-    )
 
 
 def make_drift_table(drifts: tuple[LayerDrift, ...]) -> Table:

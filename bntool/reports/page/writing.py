@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Iterable
 from pathlib import Path
 
 from bntool.checkpoints.outputs import OutputFiles
-from bntool.errors import UsageError
+from bntool.errors import MissingExtraError, UsageError
 from bntool.reports.page.document import Page
 
 
@@ -22,10 +23,13 @@ def check_page(path: Path | None, *, force: bool, inputs: Iterable[Path], output
 
     Raises:
         UsageError: the page would be one of these files.
+        MissingExtraError: Jinja2 is missing.
         UnwritableFileError: it exists and ``force`` is not given, or its folder is missing.
     """
     if path is None:
         return
+    if importlib.util.find_spec("jinja2") is None:
+        raise MissingExtraError("--html needs Jinja2, which torch brings: pip install Jinja2")
     for other in inputs:
         if _is_same(path, other):
             raise UsageError("the page would replace the input; name another file with --html", path=path)
