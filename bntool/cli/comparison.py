@@ -35,6 +35,19 @@ def command(
             show_default="as in A",
         ),
     ] = None,
+    prefix: Annotated[
+        Optional[str],  # noqa: UP045 typer reads it at run time
+        typer.Option(
+            "--prefix",
+            metavar="PREFIX",
+            help="Compare only what lies under it, such as net. where one state dict holds a model and its average.",
+            show_default=False,
+        ),
+    ] = None,
+    prefix_b: Annotated[
+        Optional[str],  # noqa: UP045 typer reads it at run time
+        typer.Option("--prefix-b", metavar="PREFIX", help="The same for B.", show_default="as in A, where B has it"),
+    ] = None,
     layers: options.Layers = None,
     html: options.Html = None,
     force: options.ForceHtml = False,
@@ -56,6 +69,12 @@ def command(
       bntool diff drifted.pt recalibrated.pt --expect stats-only
 
       bntool diff ckpt.pt ckpt.pt --state-dict model --state-dict-b model_ema
+
+      bntool diff ckpt.pt ckpt.pt --prefix net. --prefix-b ema.
+
+      bntool diff frozen.pt fine_tuned.pt --expect frozen
+
+    The last one holds the layers against each other that bntool freeze recorded in frozen.pt.
     """
     from bntool.cli.main import ExitCode
     from bntool.comparison.checkpoint import diff
@@ -63,7 +82,16 @@ def command(
     from bntool.reports.report import FileReport, Report
 
     options.check_html(html, force=force, inputs=(a, b))
-    comparison = diff(a, b, state_dict=state_dict, state_dict_b=state_dict_b, layers=layers or (), expect=expect)
+    comparison = diff(
+        a,
+        b,
+        state_dict=state_dict,
+        state_dict_b=state_dict_b,
+        prefix=prefix,
+        prefix_b=prefix_b,
+        layers=layers or (),
+        expect=expect,
+    )
     facts = describe_comparison(comparison, path_b=str(b))
     blocks = show_comparison(comparison, path_a=str(a), path_b=str(b), every=every)
     if html is not None:

@@ -11,13 +11,14 @@ from enum import Enum
 from bntool.batchnorm import DEFAULT_EPS, ROLES, STATISTICS, BatchNorm, EpsSource, check_globs, selects
 from bntool.checkpoints.batchnorms import find_batchnorms
 from bntool.checkpoints.checkpoint import Checkpoint, StateDict
+from bntool.checkpoints.files import quote
 from bntool.checkpoints.records import find_recorded_eps
 from bntool.checkpoints.state_dicts import choose_state_dict
 from bntool.checkpoints.tensors import StoredTensor, Tensor, equal_streams, read_bytes, read_numbers
 from bntool.choices import choose
 from bntool.comparison.name_alignment import align_names
 from bntool.comparison.options import Expectation
-from bntool.errors import BntoolError
+from bntool.errors import BntoolError, UsageError
 from bntool.graphs.architectures.recognition import assume_eps
 from bntool.modules.opening import Source, open_source
 from bntool.representation import html_repr
@@ -100,6 +101,7 @@ class Comparison:
         not_compared: keys of the other state dicts of A and of B.
         expectation: what they should be to each other; None where that was not asked.
         violations: what contradicts it, one sentence each.
+        recorded: the layers that a freeze recorded in A, where they are those that are compared; empty where not.
     """
 
     a: StateDict
@@ -112,6 +114,7 @@ class Comparison:
     not_compared: tuple[tuple[str, ...], tuple[str, ...]] = ((), ())
     expectation: Expectation | None = None
     violations: tuple[str, ...] = ()
+    recorded: tuple[str, ...] = ()
 
     _repr_html_ = html_repr
 
@@ -130,12 +133,14 @@ class Comparison:
         return not any(layer.changed for layer in self.layers) and all(c is Change.SAME for c in self.others.values())
 
 
-def diff(
+def diff(  # noqa: PLR0913 as many as the command has options
     a: Source,
     b: Source,
     *,
     state_dict: str | None = None,
     state_dict_b: str | None = None,
+    prefix: str | None = None,
+    prefix_b: str | None = None,
     layers: Sequence[str] = (),
     others: bool = True,
     expect: Expectation | str | None = None,
@@ -150,67 +155,128 @@ def diff(
         a, b: each a path, an open checkpoint, a state dict, or a live model.
         state_dict: its key in both files; None for the one chosen by rule in each.
         state_dict_b: its key in B where it is another, e.g. the averaged copy beside the model.
-        layers: globs; only BatchNorm layers whose name matches are compared as such.
+        prefix: only what lies under it is compared, e.g. ``net.`` where one state dict holds a model and its average;
+            in B, too, where that has such names.
+        prefix_b: the same for B where it is another, e.g. ``ema.``.
+        layers: globs; only BatchNorm layers whose name matches are compared as such. Without any, and where frozen or
+            norm-eval is expected, those that a freeze recorded in A, if it did.
         others: compare all other tensors, too: this reads both files whole.
         expect: what they should be to each other; what contradicts it are the violations.
 
     Raises:
-        UsageError: there is no such state dict, or a glob selects no layer.
+        UsageError: there is no such state dict or prefix, or a glob selects no layer.
         FileError: a file or a tensor cannot be read.
     """
+    expectation = None if expect is None else choose(Expectation, expect, option="expect")
     with open_source(a) as one, open_source(b) as two:
-        comparison = _compare_checkpoints(
-            one, two, state_dict=state_dict, state_dict_b=state_dict_b, layers=layers, others=others
+        if state_dict_b is None and state_dict is not None and _has(two, state_dict):
+            state_dict_b = state_dict
+        side_a = _choose_side(one, state_dict, prefix, option="--prefix")
+        side_b = _choose_side(two, state_dict_b, prefix_b, option="--prefix-b")
+        if prefix_b is None and any(name.startswith(side_a.part) for name in _list_names(side_b.state_dict)):
+            side_b = dataclasses.replace(side_b, part=side_a.part)
+        comparison = _compare_sides(
+            side_a,
+            side_b,
+            layers=layers,
+            as_recorded=expectation in (Expectation.FROZEN, Expectation.NORM_EVAL) and not layers,
+            others=others,
         )
-    if expect is None:
+    if expectation is None:
         return comparison
-    expectation = choose(Expectation, expect, option="expect")
     violations = tuple(find_violations(comparison, expectation))
     return dataclasses.replace(comparison, expectation=expectation, violations=violations)
 
 
-def _compare_checkpoints(
-    a: Checkpoint,
-    b: Checkpoint,
-    *,
-    state_dict: str | None,
-    state_dict_b: str | None,
-    layers: Sequence[str],
-    others: bool,
+@dataclass(frozen=True)
+class _Side:
+    """A or B.
+
+    Attributes:
+        part: what names must begin with to be compared, after the prefix of wrappers; "" for all of them.
+    """
+
+    checkpoint: Checkpoint
+    state_dict: StateDict
+    part: str
+
+
+def _compare_sides(
+    side_a: _Side, side_b: _Side, *, layers: Sequence[str], as_recorded: bool, others: bool
 ) -> Comparison:
-    one = choose_state_dict(a, state_dict)
-    if state_dict_b is None and state_dict is not None and _has(b, state_dict):
-        state_dict_b = state_dict
-    two = choose_state_dict(b, state_dict_b)
-    names_a = {one.strip(name): name for name in one.tensors}
-    names_b = {two.strip(name): name for name in two.tensors}
+    (a, one, part_a), (b, two, part_b) = ((s.checkpoint, s.state_dict, s.part) for s in (side_a, side_b))
+    names_a = {name.removeprefix(part_a): full for name, full in _list_names(one).items() if name.startswith(part_a)}
+    names_b = {name.removeprefix(part_b): full for name, full in _list_names(two).items() if name.startswith(part_b)}
     path_a, path_b = align_names(names_a, names_b)
     tensors_a = {_align(name, path_a): one.tensors[full] for name, full in names_a.items()}
     tensors_b = {_align(name, path_b): two.tensors[full] for name, full in names_b.items()}
     found_a, assumed_a = assume_eps(one, _with_recorded_eps(a, one))
     found_b, assumed_b = assume_eps(two, _with_recorded_eps(b, two))
-    norms_a = {_align(norm.name + ".", path_a).removesuffix("."): norm for norm in found_a}
-    norms_b = {_align(norm.name + ".", path_b).removesuffix("."): norm for norm in found_b}
+    norms_a = {_align(norm.name + ".", part_a + path_a).removesuffix("."): norm for norm in _under(part_a, found_a)}
+    norms_b = {_align(norm.name + ".", part_b + path_b).removesuffix("."): norm for norm in _under(part_b, found_b)}
     every = list(dict.fromkeys([*norms_a, *norms_b]))
     check_globs(layers, every)
+    recorded = _find_frozen(a, one) if as_recorded else ()
+    frozen = {_align(f"{name}.", part_a + path_a).removesuffix(".") for name in recorded if name.startswith(part_a)}
+    selected = [name for name in every if (name in frozen if frozen else selects(layers, name))]
     compared = [
         _compare_layer(name, norms_a.get(name), norms_b.get(name), tensors_a, tensors_b)
-        for name in every
-        if selects(layers, name)
+        for name in (*selected, *sorted(frozen.difference(selected)))
     ]
     ordered = sorted(compared, key=lambda layer: -layer.severity)
-    in_layers = {f"{name}.{role}" if name else role for name in every if selects(layers, name) for role in ROLES}
+    in_layers = {f"{name}.{role}" if name else role for name in selected for role in ROLES}
     rest = [name for name in dict.fromkeys([*tensors_a, *tensors_b]) if name not in in_layers]
     return Comparison(
         a=one,
         b=two,
-        path_a=path_a,
-        path_b=path_b,
+        path_a=part_a + path_a,
+        path_b=part_b + path_b,
         layers=tuple(ordered),
         assumptions=tuple(dict.fromkeys((*assumed_a, *assumed_b))),
         others={name: _compare(name, tensors_a.get(name), tensors_b.get(name)) for name in rest} if others else {},
         not_compared=(_other_keys(a, one), _other_keys(b, two)),
+        recorded=tuple(sorted(frozen)),
     )
+
+
+def _list_names(state_dict: StateDict) -> dict[str, str]:
+    """The full names by those without the prefix of wrappers."""
+    return {state_dict.strip(name): name for name in state_dict.tensors}
+
+
+def _choose_side(checkpoint: Checkpoint, key: str | None, prefix: str | None, *, option: str) -> _Side:
+    """What of a checkpoint is compared.
+
+    Raises:
+        UsageError: there is no such state dict, or no name in it begins with the prefix.
+    """
+    state_dict = choose_state_dict(checkpoint, key)
+    if not prefix:
+        return _Side(checkpoint, state_dict, "")
+    dotted = prefix if prefix.endswith(".") else f"{prefix}."
+    names = _list_names(state_dict)
+    for part in (dotted, dotted.removeprefix(state_dict.prefix)):
+        if any(name.startswith(part) for name in names):
+            return _Side(checkpoint, state_dict, part)
+    parts = list(dict.fromkeys(f"{name.partition('.')[0]}." for name in names if "." in name))
+    listed = ", ".join(map(quote, parts[:_SHOWN])) + (f" and {len(parts) - _SHOWN} more" if len(parts) > _SHOWN else "")
+    message = f"{option} {quote(prefix)}: no tensor's name begins with it; there are {listed or 'none with a dot'}"
+    raise UsageError(message, path=checkpoint.path)
+
+
+def _under(part: str, norms: Sequence[BatchNorm]) -> list[BatchNorm]:
+    return [norm for norm in norms if f"{norm.name}.".startswith(part)]
+
+
+def _find_frozen(checkpoint: Checkpoint, state_dict: StateDict) -> tuple[str, ...]:
+    """The BatchNorm layers that the last freeze recorded for a state dict."""
+    frozen: tuple[str, ...] = ()
+    for record in checkpoint.records.get(state_dict.key, ()):
+        policy = record.get("policy")
+        layers = policy.get("layers") if isinstance(policy, Mapping) else None
+        if record.get("operation") == "freeze" and isinstance(layers, list):
+            frozen = tuple(name for name in layers if isinstance(name, str))
+    return frozen
 
 
 def _other_keys(checkpoint: Checkpoint, compared: StateDict) -> tuple[str, ...]:
@@ -234,6 +300,8 @@ def find_violations(comparison: Comparison, expectation: Expectation) -> list[st
             for name, (old, new) in layer.settings.items()
             if name not in _SET_BY_FREEZE or expectation is Expectation.IDENTICAL
         ]
+        if not layer.changes:
+            bad = ["it is in neither file, but was frozen"]
         if bad:
             found.append(f"{layer.name}: {', '.join(bad)}")
     if expectation in (Expectation.IDENTICAL, Expectation.STATS_ONLY):

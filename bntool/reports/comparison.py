@@ -33,7 +33,12 @@ def describe_comparison(comparison: Comparison, *, path_b: str) -> dict[str, Any
         },
         "expectation": None
         if expectation is None
-        else {"name": expectation.value, "met": not violations, "violations": list(violations)},
+        else {
+            "name": expectation.value,
+            "met": not violations,
+            "violations": list(violations),
+            "recorded_layers": list(comparison.recorded),
+        },
     }
 
 
@@ -71,6 +76,10 @@ def show_comparison(
         if keys:
             listed = ", ".join(repr(key) for key in keys[:_SHOWN])
             blocks.append(line(f"not compared of {side}: state dict {listed}", Style.MUTED))
+    if comparison.recorded:
+        count = len(comparison.recorded)
+        layers = "layer, the one" if count == 1 else "layers, those"
+        blocks.append(line(f"compared: {count} {layers} that bntool freeze recorded in A", Style.MUTED))
     changed = [layer for layer in comparison.layers if layer.changed]
     count = len(comparison.layers)
     blocks.append(line(f"{len(changed)} of {plural(count, 'BatchNorm layer')} changed", Style.HEADING))

@@ -49,6 +49,7 @@ def test_json(capsys):
         "name": "frozen",
         "met": False,
         "violations": ["layer2.0.bn1: running_var"],
+        "recorded_layers": [],
     }
     assert facts["others"]["counts"] == {"same": 12}
 

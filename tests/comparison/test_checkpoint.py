@@ -5,6 +5,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+import bntool
 from bntool.checkpoints.formats import open_checkpoint
 from bntool.checkpoints.tensors import equal_streams
 from bntool.comparison.checkpoint import (
@@ -308,3 +309,65 @@ def test_an_eps_that_a_conversion_recorded_is_compared(tmp_path):
     comparison = diff(a.with_suffix(".safetensors"), b.with_suffix(".safetensors"), expect="frozen")
     assert comparison.violations == ("1: eps (1e-05 and 0.001)",)
     assert diff(a, b.with_suffix(".safetensors")).layers[0].settings == {"eps": (1e-5, 1e-3)}
+
+
+@pytest.fixture
+def flat(tmp_path):
+    """A model under net. and its average under ema., in one state dict, as some trainers write them."""
+    torch.manual_seed(0)
+    model = detector()
+    average = torch.optim.swa_utils.AveragedModel(
+        model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.9), use_buffers=True
+    )
+    for _ in range(3):
+        model(torch.randn(4, 3, 32, 32))
+        average.update_parameters(model)
+    parts = {"net.": model, "ema.": average}
+    state = {prefix + name: t for prefix, part in parts.items() for name, t in part.state_dict().items()}
+    save(model.state_dict(), tmp_path / "net.pt")
+    save(average.module.state_dict(), tmp_path / "ema.pt")
+    return save(state, tmp_path / "flat.pt")
+
+
+@pytest.mark.parametrize("prefixes", [("net.", "ema."), ("net", "ema"), ("net.", "ema.module.")])
+def test_a_model_and_its_average_in_one_state_dict(prefixes, flat):
+    together = diff(flat, flat, prefix=prefixes[0], prefix_b=prefixes[1])
+    apart = diff(flat.parent / "net.pt", flat.parent / "ema.pt")
+    assert together.layers == apart.layers
+    assert {name: c for name, c in together.others.items() if name != "n_averaged"} == apart.others
+    assert len(together.layers) > 10
+    assert not together.identical
+    assert diff(flat, flat, prefix="net.").identical
+    assert (together.path_a, together.path_b) == ("net.", "ema.module.")
+
+
+def test_a_part_of_one_file_is_compared_with_the_whole_of_another(flat):
+    assert diff(flat, flat.parent / "net.pt", prefix="net.").identical
+    assert diff(flat.parent / "net.pt", flat, prefix_b="net.").identical
+
+
+def test_a_prefix_that_nothing_begins_with(flat):
+    with pytest.raises(UsageError, match=r"--prefix-b 'average': no tensor's name begins .*'net.', 'ema.'"):
+        diff(flat, flat, prefix="net.", prefix_b="average")
+
+
+def test_frozen_layers_need_not_be_named_again(state, tmp_path):
+    layers = ["backbone.bn1", "backbone.layer1.0.bn1"]
+    before = bntool.freeze_checkpoint(
+        save(state, tmp_path / "a.pt"), tmp_path / "frozen.pt", layers=layers, requires_grad=False
+    ).output
+    others_moved = {
+        name: t + 1 if "running" in name and not name.startswith(tuple(layers)) else t for name, t in state.items()
+    }
+    after = save(others_moved, tmp_path / "b.pt")
+    comparison = diff(before, after, expect="frozen")
+    assert comparison.violations == ()
+    assert comparison.recorded == tuple(layers) == tuple(layer.name for layer in comparison.layers)
+    assert diff(before, after, expect="frozen", layers=["*"]).violations
+    assert diff(tmp_path / "a.pt", after, expect="frozen").violations  # nothing is recorded there: all layers count
+    others_moved["backbone.bn1.running_var"] = state["backbone.bn1.running_var"] * 2
+    save(others_moved, after)
+    assert diff(before, after, expect="frozen").violations == ("backbone.bn1: running_var",)
+    gone = {name: t for name, t in others_moved.items() if not name.startswith("backbone.layer1.0.bn1.")}
+    save(gone, after)
+    assert "backbone.layer1.0.bn1: weight (only in A)" in diff(before, after, expect="norm-eval").violations[0]
