@@ -36,16 +36,16 @@ def _open_closed_streams() -> None:
 
 
 def _leave(code: int) -> None:
-    """End the process without taking torch apart, which takes seconds.
+    """End the process without taking apart what it holds: torch takes seconds, a listing a tenth of its time.
 
     Python calls it when threads are joined and all other functions registered with ``atexit`` have run. What the user's
     code wrote to files that it did not close is flushed, as taking them apart would have done.
     """
-    if "torch" not in sys.modules:
-        return
     import io
 
-    for thing in gc.get_objects():
+    # only commands with torch run code of the user
+    written = gc.get_objects() if "torch" in sys.modules else [sys.stdout, sys.stderr]
+    for thing in written:
         if type(thing) in (io.TextIOWrapper, io.BufferedWriter, io.BufferedRandom):
             try:
                 thing.flush()

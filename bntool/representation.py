@@ -32,6 +32,8 @@ def short_repr(value: Any) -> str:
 
 
 def _shorten(value: object) -> str:
+    if dataclasses.is_dataclass(value) or hasattr(value, "_fields"):  # a named tuple is a value like those
+        return f"<{type(value).__name__}>"
     if isinstance(value, Mapping | Sequence) and not isinstance(value, str | bytes):
         if len(value) > _ITEMS:
             return f"<{len(value)} items>"
@@ -39,8 +41,6 @@ def _shorten(value: object) -> str:
             return _cut("{" + ", ".join(f"{key!r}: {_shorten(item)}" for key, item in value.items()) + "}")
         inner = ", ".join(map(_shorten, value))
         return _cut(f"[{inner}]" if isinstance(value, list) else f"({inner}{',' * (len(value) == 1)})")
-    if dataclasses.is_dataclass(value):
-        return f"<{type(value).__name__}>"
     return _cut(repr(value))
 
 

@@ -61,7 +61,6 @@ def _holds_nothing(module: ModuleInfo) -> bool:
     return kind is not None and kind.is_batch_norm
 
 
-_PARTS = re.compile(r"[./]")
 _COUNTS = ("mean", "mu", "var", "std")
 _KEPT = "(?:running|moving|pop|population|global|batch|ema|avg)_?"
 _MEANS = re.compile(rf"{_KEPT}(?:mean|mu)(?:_?biased)?|_mean|mean")
@@ -83,7 +82,7 @@ def find_unknown_statistics(state_dict: StateDict) -> Iterator[NotUnderstood]:
     groups: dict[str, set[str]] = {}
     for name, tensor in state_dict.tensors.items():
         stripped = state_dict.strip(name)
-        leaf = _PARTS.split(stripped)[-1]
+        leaf = stripped[max(stripped.rfind("."), stripped.rfind("/")) + 1 :]
         may_count = leaf in _BESIDE or any(part in leaf for part in _COUNTS)
         if may_count and tensor.dtype.is_floating and count_elements(tensor.shape) > 1:
             groups.setdefault(stripped[: -len(leaf) - 1], set()).add(leaf)
@@ -93,7 +92,11 @@ def find_unknown_statistics(state_dict: StateDict) -> Iterator[NotUnderstood]:
         are_bare = means <= {"mean"} and variances <= {"var", "variance"}
         if leaves >= _KNOWN_STATISTICS:  # most files hold no others; what they belong to is found by their names
             continue
-        if not means or not variances or (are_bare and not leaves & _BESIDE and _FLAX not in _PARTS.split(layer)):
+        if (
+            not means
+            or not variances
+            or (are_bare and not leaves & _BESIDE and _FLAX not in layer.replace("/", ".").split("."))
+        ):
             continue
         if known is None:
             known = {norm.name for norm in find_norms(state_dict)}

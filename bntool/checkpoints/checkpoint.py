@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 from bntool.checkpoints.files import SourceFile, quote
 from bntool.checkpoints.outputs import OutputFiles
@@ -30,8 +30,7 @@ class GlobalTrust(Enum):
     SUSPICIOUS = "suspicious"  # runs programs, code, or reaches files or the network
 
 
-@dataclass(frozen=True, slots=True)
-class GlobalName:
+class GlobalName(NamedTuple):
     """A class or function named in a file.
 
     Attributes:
@@ -45,8 +44,7 @@ class GlobalName:
     trust: GlobalTrust
 
 
-@dataclass(frozen=True, slots=True)
-class NotUnderstood:
+class NotUnderstood(NamedTuple):
     """What may be a BatchNorm, or a part of one, and could not be read as that: nothing is claimed of it.
 
     Attributes:
@@ -58,8 +56,7 @@ class NotUnderstood:
     reason: str
 
 
-@dataclass(frozen=True, slots=True)
-class ModuleInfo:
+class ModuleInfo(NamedTuple):
     """What a file says of a module beside its tensors: a pickled module, or a layer of a graph format.
 
     Attributes:
@@ -73,7 +70,7 @@ class ModuleInfo:
     has_statistics: bool = False
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class StateDict:
     """One state dict of a file.
 
@@ -141,8 +138,7 @@ class Loader(Enum):
     ONNX_RUNTIME = "onnxruntime"
 
 
-@dataclass(frozen=True, slots=True)
-class LoadingCode:
+class LoadingCode(NamedTuple):
     """Python that loads a file without bntool.
 
     Attributes:
@@ -253,7 +249,7 @@ class Format(ABC):
         return self.has_records
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Edit:
     """A step of a plan and the state dict that it is for."""
 
@@ -277,7 +273,7 @@ class Content:
 _LISTED = 8  # keys that a sentence names
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False, eq=False)
 class Checkpoint:
     """An immutable view of a file.
 

@@ -197,11 +197,11 @@ class StoredTensor(AsArray):
         if len(self.shape) != len(self.strides):
             strides = f"{len(self.strides)} stride" + "s" * (len(self.strides) != 1)
             raise CorruptFileError(f"shape {describe_shape(self.shape)} does not go with {strides}", tensor=name)
-        if any(extent < 0 for extent in self.shape):
+        if min(self.shape, default=0) < 0:
             raise CorruptFileError(f"impossible shape {describe_shape(self.shape)}", tensor=name)
         if count_elements(self.shape) >= 1 << 63:  # torch counts them in 64 bits
             raise CorruptFileError("the number of its elements takes more than 64 bits", tensor=name)
-        if any(stride < 0 for stride in self.strides) or self.storage_offset < 0:
+        if min(self.strides, default=0) < 0 or self.storage_offset < 0:
             raise CorruptFileError("negative stride or storage offset", tensor=name)
         if self.storage is None:
             return

@@ -148,7 +148,8 @@ class _Shown:
         if self.at_once and blocks:
             print_blocks([*blocks, line()])
             blocks = []
-        self.reports[path] = FileReport(path, facts, blocks)
+        report = FileReport(path, facts, blocks)
+        self.reports[path] = report.encode() if self.as_json else report
         if self.html is not None:
             from bntool.reports.page.inspection import make_inspection_page
             from bntool.reports.page.writing import write_page

@@ -23,9 +23,7 @@ _LONGEST_PATH = 4096
 def print_report(report: Report, *, as_json: bool, quiet: bool = False) -> None:
     """Print what a command did: as JSON, or as text that suits where it goes."""
     if as_json:
-        from bntool.reports.report import to_json
-
-        _write(sys.stdout, to_json(report.to_document()) + "\n")
+        _write(sys.stdout, report.to_json() + "\n")
     elif not quiet:
         shown = [blocks for blocks in (*(file.blocks for file in report.files), report.blocks) if blocks]
         for index, blocks in enumerate(shown):

@@ -192,7 +192,7 @@ def _describe_outlying(role: str, gap: float, outlying: Sequence[int], summary: 
 
 
 def _initial(mean: Summary, variance: Summary, counter: Summary | None) -> list[Finding]:
-    if 0 not in mean.values or 1 not in variance.values:
+    if 0.0 not in mean.values or 1.0 not in variance.values:
         return []
     pairs = enumerate(zip(mean.values, variance.values, strict=True))
     initial = tuple(i for i, (m, v) in pairs if m == 0 and v == 1)
@@ -227,6 +227,8 @@ def _scale(tensors: dict[str, Summary], variance: Summary, eps: float, *, hidden
         hidden: channels whose scale is small because of a variance that is wrong.
     """
     weight = tensors.get("weight")
+    if _has_usual_scales(weight, variance, eps):
+        return []
     weights = weight.values if weight is not None else [1.0] * len(variance.values)
     pairs = zip(weights, variance.values, strict=True)
     sound = not variance.nonfinite and variance.minimum is not None and variance.minimum + eps > 0
@@ -281,6 +283,20 @@ def _scale(tensors: dict[str, Summary], variance: Summary, eps: float, *, hidden
             )
         )
     return findings
+
+
+def _has_usual_scales(weight: Summary | None, variance: Summary, eps: float) -> bool:
+    """Whether the extremes alone tell that no scale is nearly 0 and none too large: most layers need no closer look."""
+    if variance.nonfinite or variance.minimum is None or variance.maximum is None or variance.minimum + eps <= 0:
+        return False
+    smallest, largest = 1.0, 1.0
+    if weight is not None:
+        if weight.nonfinite or weight.minimum is None or weight.maximum is None:
+            return False
+        smallest = weight.minimum if weight.minimum > 0 else min(map(abs, weight.values))
+        largest = max(-weight.minimum, weight.maximum)
+    low, high = smallest / math.sqrt(variance.maximum + eps), largest / math.sqrt(variance.minimum + eps)
+    return high <= EXPLODING_SCALE and low > DEAD_SCALE * high
 
 
 def _half(mean: Summary, variance: Summary) -> list[Finding]:

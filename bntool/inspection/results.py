@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 from bntool.batchnorm import BatchNorm, LayerArrays, NormKind
 from bntool.checkpoints.checkpoint import Checkpoint, StateDict
@@ -17,8 +17,7 @@ from bntool.inspection.verdict import Verdict
 from bntool.representation import html_repr
 
 
-@dataclass(frozen=True)
-class Summary:
+class Summary(NamedTuple):
     """Numbers of one tensor.
 
     Attributes:
@@ -33,12 +32,21 @@ class Summary:
     mean: float | None
     maximum: float | None
     nonfinite: int
-    values: Sequence[float] = field(repr=False)
+    values: Sequence[float]
+
+    def __repr__(self) -> str:
+        return f"Summary({self.dtype} {list(self.shape)}: {self.minimum} .. {self.maximum}, mean {self.mean})"
 
 
 def summarize(values: Sequence[float], *, dtype: str, shape: tuple[int, ...]) -> Summary:
     """Minimum, mean (float64) and maximum of the finite elements, and how many are not finite."""
-    finite = values if _all_finite(values) else [value for value in values if math.isfinite(value)]
+    try:
+        total = math.fsum(values)
+    except (OverflowError, ValueError):  # the sum of float64 values near the limit, or of both infinities
+        total = math.nan
+    if values and math.isfinite(total):
+        return Summary(dtype, shape, min(values), total / len(values), max(values), 0, values)
+    finite = [value for value in values if math.isfinite(value)]
     nonfinite = len(values) - len(finite)
     if not finite:
         return Summary(dtype, shape, None, None, None, nonfinite, values)
@@ -49,11 +57,7 @@ def summarize(values: Sequence[float], *, dtype: str, shape: tuple[int, ...]) ->
     return Summary(dtype, shape, min(finite), mean, max(finite), nonfinite, values)
 
 
-def _all_finite(values: Sequence[float]) -> bool:
-    return math.isfinite(sum(values)) or all(map(math.isfinite, values))
-
-
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class LayerInspection(LayerArrays):
     """One BatchNorm with the numbers of its tensors and what is wrong with it."""
 
@@ -91,8 +95,7 @@ class LayerInspection(LayerArrays):
         return None if summary is None else np.array(summary.values, "f8").reshape(summary.shape)
 
 
-@dataclass(frozen=True)
-class TensorInspection:
+class TensorInspection(NamedTuple):
     """One tensor of a state dict: its role, and its numbers where they were asked for.
 
     Attributes:
@@ -105,7 +108,7 @@ class TensorInspection:
     summary: Summary | None
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class StateDictInspection:
     """One state dict: counts, layers and findings.
 
@@ -160,7 +163,7 @@ class StateDictInspection:
         raise KeyError(name)
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class Inspection:
     """What a file holds.
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from enum import Enum
+from typing import NamedTuple
 
 from bntool.checkpoints.checkpoint import Checkpoint, GlobalTrust, Loader
 from bntool.inspection.findings import Finding, FindingCode, Severity
@@ -20,8 +20,7 @@ class SafetyVerdict(Enum):
 _LONGEST = 120  # characters of a name in a finding
 
 
-@dataclass(frozen=True)
-class Safety:
+class Safety(NamedTuple):
     """The verdict on one file.
 
     Attributes:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from enum import Enum
+from typing import NamedTuple
 
 
 class Health(Enum):
@@ -16,8 +16,7 @@ class Health(Enum):
     NOT_JUDGED = "not judged"  # nothing above a notice where it was looked, but that was not everywhere
 
 
-@dataclass(frozen=True)
-class Verdict:
+class Verdict(NamedTuple):
     """The verdict on a file, from all that was found in it and from what was not looked at.
 
     Attributes:

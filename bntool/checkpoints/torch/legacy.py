@@ -126,8 +126,8 @@ def _locate_storages(file: SourceFile, pickle: Pickle, keys: Pickle) -> dict[str
             raise CorruptFileError("the list of storages names one that no tensor uses, or one twice")
         (count,) = struct.unpack("<q", file.read(position, 8))
         nbytes = reference.dtype.byte_count(count)
-        if count < reference.count:
-            raise CorruptFileError(f"storage {quote(key)} has {count} elements, but {reference.count} are needed")
+        if count < reference.elements:
+            raise CorruptFileError(f"storage {quote(key)} has {count} elements, but {reference.elements} are needed")
         if position + 8 + nbytes > file.size:
             raise CorruptFileError(
                 f"storage {quote(key)} of {count} elements does not fit in the file, which is truncated"

@@ -30,7 +30,7 @@ MAX_PATH = 10_000  # characters
 MAX_EFFORT = 1_000_000  # attributes looked at: a module tree with sharing can pretend to be exponentially large
 
 
-@dataclass
+@dataclass(repr=False, eq=False)
 class StateDictSource:
     """Where a state dict lies in the pickle.
 

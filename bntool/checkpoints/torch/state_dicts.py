@@ -32,7 +32,6 @@ MAX_NAME = 1000  # characters; longer keys are data too, and keys of keys of the
 MAX_LIST = 1000  # longer lists are data, not models
 MAX_NUMBERS = 256  # mappings from more numbers are data too: results by image, statistics by class
 
-_CONTAINERS = (list, tuple, Dict, Instance)
 
 # leaf names by which a mapping of tensors is known as a state dict, besides dotted names
 _LEAVES = {
@@ -48,7 +47,7 @@ _LEAVES = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False, eq=False)
 class TorchContent(Content):
     """The pickle of a file, and what was found in it.
 
@@ -180,7 +179,12 @@ def _numbered(nodes: Sequence[Node]) -> list[tuple[_Step, Node]]:
     """The containers in a list by their places; none of a long one."""
     if len(nodes) > MAX_LIST:
         return []
-    return [(_Step(str(i), f"[{i}]"), node) for i, node in enumerate(nodes) if isinstance(node, _CONTAINERS)]
+    return [(_Step(str(i), f"[{i}]"), node) for i, node in enumerate(nodes) if _may_hold(node)]
+
+
+def _may_hold(node: Node) -> bool:
+    """Whether something may lie in a node; an instance that was given nothing, such as a tensor, holds nothing."""
+    return bool(node.updates) if isinstance(node, Instance) else isinstance(node, list | tuple | Dict)
 
 
 def _attribute(step: _Step) -> _Step:
@@ -202,7 +206,7 @@ def _entries(node: Node) -> list[tuple[_Step, Node]]:
     found.pop(None, None)
     if len(found) - len(as_mapping(node)) > MAX_NUMBERS:
         found = {key: value for key, value in found.items() if isinstance(key, str)}
-    containers = [(key, value) for key, value in found.items() if isinstance(value, _CONTAINERS)]
+    containers = [(key, value) for key, value in found.items() if _may_hold(value)]
     return [(_Step(str(key), f"[{key!r}]"), value) for key, value in containers if len(str(key)) <= MAX_NAME]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import NamedTuple
 
 from bntool.checkpoints.containers.pickles.nodes import Construction, Global, Instance, Node, PersistentId, text_of
 from bntool.checkpoints.dtypes import BY_NAME, BY_STORAGE, UINT8, DType
@@ -42,27 +43,26 @@ _PLAIN_SUBCLASSES = (
 )
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class StorageReference:
+class StorageReference(NamedTuple):
     """The persistent id of a storage, taken apart.
 
     Attributes:
         dtype: element type; uint8 for an untyped storage.
         key: names the storage in the file.
         device: where it lived.
-        count: its number of elements.
+        elements: how many it has.
         view: (key, offset, count) of a view into it, in files from before torch 0.4.
     """
 
     dtype: DType
     key: str
     device: str
-    count: int
+    elements: int
     view: tuple[str, int, int] | None = None
 
     @property
     def nbytes(self) -> int:
-        return self.dtype.byte_count(self.count)
+        return self.dtype.byte_count(self.elements)
 
 
 def read_storage_reference(node: Node) -> StorageReference | None:
@@ -109,6 +109,7 @@ class TensorReader:
         self._resolve = resolve
         self.array_nodes: dict[str, Instance] = {}
         self._known: dict[int, StoredTensor | None] = {}
+        self._named: dict[int, tuple[DType, Storage] | None] = {}
         self._depth = 0
         self._storages: dict[tuple[str, DType, tuple[str, int, int] | None], Storage] = {}
 
@@ -132,6 +133,17 @@ class TensorReader:
         except BntoolError as error:
             error.tensor = error.tensor or name
             raise
+
+    def find_storage(self, node: Node) -> tuple[DType, Storage] | None:
+        """The storage that a persistent id names, and the type of its elements; None where it names something else.
+
+        Raises:
+            CorruptFileError: the file has no such storage.
+        """
+        if id(node) not in self._named:
+            reference = read_storage_reference(node)
+            self._named[id(node)] = reference and (reference.dtype, self._storage(reference))
+        return self._named[id(node)]
 
     def mark_parameter(self, node: Node) -> StoredTensor | None:
         """Like :meth:`read`, for a tensor that is a parameter although its node does not say so."""
@@ -197,11 +209,11 @@ class TensorReader:
         return dataclasses.replace(inner, is_parameter=is_parameter, requires_grad=bool(gradient))
 
     def _strided(self, rebuild: str, arguments: tuple[Node, ...]) -> StoredTensor:
-        reference = read_storage_reference(arguments[0])
+        found = self.find_storage(arguments[0])
         offset, shape, strides = arguments[1:4]
-        if reference is None or not _is_count(offset) or not _are_counts(shape) or not _are_counts(strides):
+        if found is None or not _is_count(offset) or not _are_counts(shape) or not _are_counts(strides):
             raise CorruptFileError("a tensor of the pickle is malformed: storage, offset, size or stride")
-        dtype = reference.dtype
+        dtype, storage = found
         metadata: Node = arguments[6] if rebuild == "_rebuild_tensor_v2" and len(arguments) > 6 else None
         if rebuild == "_rebuild_tensor_v3":
             dtype = _dtype_of(arguments[6])
@@ -211,7 +223,7 @@ class TensorReader:
             shape=tuple(shape),
             strides=tuple(strides),
             storage_offset=offset,
-            storage=self._storage(reference),
+            storage=storage,
             requires_grad=bool(arguments[4]) if len(arguments) > 4 else False,
             wrapper="conjugate or negative view" if metadata is not None else None,
         )

@@ -15,14 +15,14 @@ from bntool.checkpoints.records import History, parse_records
 from bntool.checkpoints.tensors import Storage
 from bntool.checkpoints.torch.arrays import ArrayReader
 from bntool.checkpoints.torch.state_dicts import TorchContent, find_state_dicts, read_records
-from bntool.checkpoints.torch.tensors import StorageReference, read_storage_reference
+from bntool.checkpoints.torch.tensors import StorageReference
 from bntool.errors import CorruptFileError, OtherFormatError, UnsafeFileError
 
 _KERAS = {"config.json", "metadata.json"}  # what Keras looks for
 MAX_PICKLE = 1 << 29
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False, eq=False)
 class ArchiveLayout(Content):
     """The archive and the folder in it that holds everything.
 
@@ -39,7 +39,7 @@ class ArchiveLayout(Content):
         return self.archive.records.get(f"{self.root}data/{key}")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False, eq=False)
 class ArchiveContent(TorchContent):
     """What was found in the pickle, and the archive that it lies in."""
 
@@ -57,11 +57,9 @@ class TorchZip(Format):
         archive = read_archive(file)
         layout = find_layout(archive)
         pickle = read_main_pickle(layout)
-        for node in pickle.persistent_ids:  # torch reads those outside of state dicts, too
-            reference = read_storage_reference(node)
-            if reference is not None:
-                resolve_storage(layout, reference)
         reader = ArrayReader(lambda reference: resolve_storage(layout, reference))
+        for node in pickle.persistent_ids:  # torch reads those outside of state dicts, too
+            reader.find_storage(node)
         found = find_state_dicts(pickle.root, reader)
         return Checkpoint(
             file=file,

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 from bntool.checkpoints.checkpoint import (
     Checkpoint,
     Format,
@@ -83,7 +81,7 @@ def _top(name: str) -> str:
 def _judge_own(name: GlobalName) -> GlobalName:
     """Classes under ``__torch__`` are those of the archive's own code: loading them imports nothing."""
     is_own = name.trust is GlobalTrust.UNKNOWN and name.path.startswith("__torch__.")
-    return dataclasses.replace(name, trust=GlobalTrust.KNOWN) if is_own else name
+    return name._replace(trust=GlobalTrust.KNOWN) if is_own else name
 
 
 class _ScriptReader:

@@ -11,18 +11,16 @@ from __future__ import annotations
 import json
 import zlib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 PATH = Path(__file__).with_name("catalogue.bin")
 MAGIC = "bntool-catalogue-1"
 BLOCK = 24  # structures that are compressed together
 
 
-@dataclass(frozen=True)
-class Scope:
+class Scope(NamedTuple):
     """Which tensors of an architecture must be there, in their shapes: all that a BatchNorm depends on.
 
     Attributes:
@@ -36,8 +34,7 @@ class Scope:
     stems: frozenset[str]
 
 
-@dataclass(frozen=True)
-class Entry:
+class Entry(NamedTuple):
     """Architectures with the same tensors, eps and structure.
 
     Attributes:

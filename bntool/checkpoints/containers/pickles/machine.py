@@ -54,7 +54,7 @@ class Machine:
         self.memo: dict[int, Node] = {}
         self.protocol = 0
         self.globals: dict[tuple[str, str], Global] = {}
-        self.called: dict[Global, None] = {}  # in order of appearance
+        self.called: dict[Global, bool] = {}  # in order of appearance; whether by its name a call may take memory
         self.persistent_ids: list[PersistentId] = []
         self.extensions: list[ExtensionCode] = []
         self.made_calls: list[Node] = []  # what the pickle calls that it does not name but made
@@ -94,7 +94,12 @@ class Machine:
         return value
 
     def number(self, layout: struct.Struct) -> int:
-        value: int = layout.unpack(self.take(layout.size))[0]
+        cursor = self.cursor
+        if cursor + layout.size > len(self.window):
+            self.refill(layout.size)
+            cursor = 0
+        self.cursor = cursor + layout.size
+        value: int = layout.unpack_from(self.window, cursor)[0]
         return value
 
     def line(self) -> bytes:
@@ -171,10 +176,10 @@ class Machine:
         if not isinstance(called, Global):
             self.made_calls.append(called)
         else:
-            self.called[called] = None
-            name = called.name
+            if called not in self.called:
+                self.called[called] = called.name in ALLOCATORS or called.name.endswith(_TENSORS)
             makes_module = how is Construction.REDUCE and called.module.startswith("torch.nn.modules.")
-            if name in ALLOCATORS or name.endswith(_TENSORS) or makes_module:
+            if makes_module or self.called[called]:
                 self.notable_calls.append(instance)
         self.stack.append(instance)
 

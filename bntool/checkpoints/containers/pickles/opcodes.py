@@ -109,7 +109,6 @@ _push(b"]", lambda _: [])
 _push(b"}", lambda _: Dict())
 _push(b"\x8f", lambda _: Set())
 _push(b"l", lambda m: m.pop_mark())
-_push(b"t", lambda m: tuple(m.pop_mark()))
 _push(b"d", lambda m: Dict(_pairs(m.pop_mark())))
 _push(b"\x91", lambda m: Set(m.pop_mark(), frozen=True))
 _push(b"\x85", lambda m: (m.pop(),))
@@ -162,6 +161,11 @@ def _proto(m: Machine) -> None:
 @_opcode(b"\x95")
 def _frame(m: Machine) -> None:
     m.take(8)  # frames only help readers that read ahead
+
+
+@_opcode(b"t")
+def _tuple(m: Machine) -> None:
+    m.stack.append(tuple(m.pop_mark()))
 
 
 @_opcode(b"\x86")

@@ -6,9 +6,9 @@ import contextlib
 import gc
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from typing import NamedTuple
 
-from bntool.checkpoints.containers.pickles.machine import Machine
+from bntool.checkpoints.containers.pickles.machine import MARK, Machine
 from bntool.checkpoints.containers.pickles.nodes import ExtensionCode, Global, Instance, Node, PersistentId
 from bntool.checkpoints.containers.pickles.opcodes import ACTIONS, STOP
 from bntool.checkpoints.files import ByteSource, MemorySource
@@ -18,6 +18,8 @@ from bntool.errors import CorruptFileError, UnsafeFileError
 MAX_OPCODES = 10_000_000
 _UNCOUNTED = 1_000_000  # the first opcodes cannot take much memory, and counting takes time
 MAX_OBJECTS = 2_000_000  # made by the opcodes after these: containers, instances, texts, entries of the memo
+_LONG_BINPUT, _BINGET, _BININT1, _MARK = b"rhK("
+_U4 = struct.Struct("<I")
 _OBJECT_OPCODES = frozenset(b"]}ltd\x85\x86\x87\x8f\x91R\x81\x92ioQPpqr\x94CBU\x8c\x8d\x8e\x96STVX\x8a\x8bLI")
 
 
@@ -35,8 +37,7 @@ class OpcodeBudget:
             self.uncounted -= opcodes
 
 
-@dataclass
-class Pickle:
+class Pickle(NamedTuple):
     """One pickle of a file.
 
     Attributes:
@@ -57,14 +58,14 @@ class Pickle:
     protocol: int
     start: int
     end: int
-    called: list[Global] = field(default_factory=list)
-    referenced: list[Global] = field(default_factory=list)
-    persistent_ids: list[PersistentId] = field(default_factory=list)
-    extensions: list[ExtensionCode] = field(default_factory=list)
-    made_calls: list[Node] = field(default_factory=list)
-    notable_calls: list[Instance] = field(default_factory=list)
-    extended: list[Instance] = field(default_factory=list)
-    complete: bool = True
+    called: list[Global]
+    referenced: list[Global]
+    persistent_ids: list[PersistentId]
+    extensions: list[ExtensionCode]
+    made_calls: list[Node]
+    notable_calls: list[Instance]
+    extended: list[Instance]
+    complete: bool
 
 
 def read_pickle(source: ByteSource, *, offset: int = 0, budget: OpcodeBudget | None = None) -> Pickle:
@@ -102,21 +103,36 @@ def read_pickle_bytes(data: bytes, *, budget: OpcodeBudget | None = None) -> Pic
     return read_pickle(MemorySource(data), budget=budget)
 
 
-def _run(machine: Machine, budget: OpcodeBudget) -> Pickle:
+def _run(machine: Machine, budget: OpcodeBudget) -> Pickle:  # noqa: C901
+    stack, memo = machine.stack, machine.memo
     for counted in (False, True):
         allowed = budget.opcodes if counted else min(budget.uncounted, budget.opcodes)
         for number in range(allowed):
             if machine.cursor >= len(machine.window):
                 machine.refill(1)
-            opcode = machine.window[machine.cursor]
-            machine.cursor += 1
-            if opcode == STOP:
+            window, cursor = machine.window, machine.cursor
+            opcode = window[cursor]
+            machine.cursor = cursor + 1
+            # those that a file of torch has most of are written out, where their operand is at hand: calls take longer
+            if opcode == _LONG_BINPUT and cursor + 5 <= len(window):
+                machine.cursor = cursor + 5
+                memo[_U4.unpack_from(window, cursor + 1)[0]] = machine.top()
+            elif opcode == _BINGET and cursor + 2 <= len(window):
+                machine.cursor = cursor + 2
+                stack.append(memo[window[cursor + 1]])
+            elif opcode == _BININT1 and cursor + 2 <= len(window):
+                machine.cursor = cursor + 2
+                stack.append(window[cursor + 1])
+            elif opcode == _MARK:
+                stack.append(MARK)
+            elif opcode == STOP:
                 budget.spend(number + 1, counted=counted)
                 return _finish(machine)
-            action = ACTIONS[opcode]
-            if action is None:
-                raise CorruptFileError(f"byte {machine.position - 1} of the pickle is no opcode (0x{opcode:02x})")
-            action(machine)
+            else:
+                action = ACTIONS[opcode]
+                if action is None:
+                    raise CorruptFileError(f"byte {machine.position - 1} of the pickle is no opcode (0x{opcode:02x})")
+                action(machine)
             if counted and opcode in _OBJECT_OPCODES:
                 budget.objects -= 1
                 if budget.objects < 0:

@@ -10,6 +10,7 @@ import struct
 import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from bntool.checkpoints.files import SourceFile, quote
 from bntool.errors import CorruptFileError, UnsafeFileError
@@ -28,8 +29,7 @@ MAX_RATIO = 200
 MAX_DIRECTORY = 1 << 28
 
 
-@dataclass(frozen=True, slots=True)
-class ZipRecord:
+class ZipRecord(NamedTuple):
     """One member of an archive.
 
     Attributes:
@@ -57,7 +57,7 @@ class ZipRecord:
         return self.method == DEFLATED
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, repr=False, eq=False)
 class ZipArchive:
     """The directory of an archive.
 
@@ -72,7 +72,7 @@ class ZipArchive:
     records: Mapping[str, ZipRecord]
     directory_offset: int
     has_checksums: bool
-    latest: dict[str, bytes] = field(default_factory=dict, repr=False, compare=False)
+    latest: dict[str, bytes] = field(default_factory=dict)
 
     def read(self, record: ZipRecord) -> bytes:
         """The content of a record, inflated within bounds, its CRC checked.
