@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from bntool.plan import Plan as Plan
     from bntool.recalibration.checkpoint import recalibrate_checkpoint as recalibrate_checkpoint
     from bntool.recalibration.live import recalibrate as recalibrate
+    from bntool.recalibration.merging import merge_statistics as merge_statistics
 
 # public name -> module that defines it
 _PUBLIC = {
@@ -60,6 +61,7 @@ _PUBLIC = {
     "inspect": "bntool.inspection.checkpoint",
     "inspect_run": "bntool.inspection.run",
     "load_folded": "bntool.folding.loading",
+    "merge_statistics": "bntool.recalibration.merging",
     "open_checkpoint": "bntool.checkpoints.formats",
     "recalibrate": "bntool.recalibration.live",
     "recalibrate_checkpoint": "bntool.recalibration.checkpoint",

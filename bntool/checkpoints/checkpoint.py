@@ -216,6 +216,10 @@ class Format(ABC):
             VerificationError: it refuses the file.
         """
 
+    def describe_other(self, checkpoint: Checkpoint) -> str:  # noqa: ARG002 (for those that hold no model)
+        """What a file is that is no model, in words; "" for models."""
+        return ""
+
     def describe_losses(self, checkpoint: Checkpoint) -> Sequence[str]:  # noqa: ARG002 (as above)
         """What of a file is not written again, whatever changes, in a few words each."""
         return ()

@@ -8,7 +8,8 @@ from typing import Any
 import typer.core
 
 # groups of the options that several commands share; a command's own come under "Options"
-MODEL, JUDGING, SELECTION, OUTPUT = "Model and data", "Before and after", "What to work on", "Output"
+MODEL, JUDGING, SHARES = "Model and data", "Before and after", "Shares and going on"
+SELECTION, OUTPUT = "What to work on", "Output"
 
 
 class Command(typer.core.TyperCommand):

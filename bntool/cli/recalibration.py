@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from bntool.cli import options
-from bntool.cli.help import JUDGING, MODEL
+from bntool.cli.help import JUDGING, MODEL, SHARES
 from bntool.cli.output import print_report, print_written, user_output_to_stderr
 from bntool.data.policies import OnBadData
 from bntool.recalibration.options import Method, Precision
+
+if TYPE_CHECKING:
+    from bntool.recalibration.partials import Partial
+    from bntool.recalibration.results import CheckpointRecalibration
 
 
 def command(
@@ -104,6 +110,52 @@ def command(
         bool, typer.Option("--promote", help="Store statistics that half precision cannot hold as float32.")
     ] = False,
     device: options.Device = "cpu",
+    shard: Annotated[
+        str | None,
+        typer.Option(
+            "--shard",
+            metavar="K/N",
+            help="Measure the K-th of N shares of the batches only, for --partial.",
+            show_default=False,
+            rich_help_panel=SHARES,
+        ),
+    ] = None,
+    partial: Annotated[
+        Path | None,
+        typer.Option(
+            "--partial",
+            metavar="FILE",
+            help="Write what was measured to this file, a safetensors file, instead of new statistics.",
+            show_default=False,
+            rich_help_panel=SHARES,
+        ),
+    ] = None,
+    from_partials: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--from-partials",
+            metavar="GLOB",
+            help="Merge the partials of all shards, without model and data: the output is that of one run. Repeatable.",
+            show_default=False,
+            rich_help_panel=SHARES,
+        ),
+    ] = None,
+    resume: Annotated[
+        Path | None,
+        typer.Option(
+            "--resume",
+            metavar="FILE",
+            help="Keep what is measured in this file; the same command goes on from it after it was killed.",
+            show_default=False,
+            rich_help_panel=SHARES,
+        ),
+    ] = None,
+    resume_every: Annotated[
+        float,
+        typer.Option(
+            "--resume-every", metavar="SECONDS", help="How often it is written.", min=0, rich_help_panel=SHARES
+        ),
+    ] = 30.0,
     layers: options.Layers = None,
     state_dict: options.StateDictKey = None,
     html: options.Html = None,
@@ -126,6 +178,10 @@ def command(
       bntool recalibrate ckpt.pt --model timm:resnet50 --data photos/ -o out.pt
 
       bntool recalibrate ckpt.pt --model net.py:build --data data.py:loader --dry-run
+
+      bntool recalibrate ckpt.pt --model net.py:build --data photos/ --shard 3/64 --partial part-3.safetensors
+
+      bntool recalibrate ckpt.pt --from-partials 'part-*' -o out.pt
     """
     from bntool.checkpoints.checkpoint import check_changeable
     from bntool.checkpoints.formats import open_checkpoint
@@ -134,18 +190,37 @@ def command(
     from bntool.errors import UsageError
     from bntool.models.assignments import parse_assignments
     from bntool.progress import Progress
-    from bntool.reports.recalibration import describe_recalibration, show_recalibration
-    from bntool.reports.report import FileReport, Report
 
+    if from_partials:
+        _refuse_with_partials(model, data, eval_data, metric, shard, partial, resume)
+        options.require_output(output, unless=dry_run)
+        options.check_html(html, force=force, inputs=(checkpoint,), outputs=(output,))
+        from bntool.recalibration.merging import merge_statistics
+
+        merged = merge_statistics(
+            checkpoint,
+            _expand(from_partials),
+            None if dry_run else output,
+            prior=prior,
+            promote=promote,
+            layers=layers or (),
+            state_dict=state_dict,
+            force=force,
+            strict=strict,
+        )
+        _print(checkpoint, merged, html=html, force=force, as_json=as_json, quiet=quiet)
+        return 0
     if model is None or data is None:
         raise UsageError("recalibrate runs the model on data: give --model SPEC and --data SPEC")
-    options.require_output(output, unless=dry_run)
+    options.require_output(output, unless=dry_run or partial is not None or shard is not None)
+    if (dry_run or html is not None) and partial is not None:
+        raise UsageError("--partial is all that is written: it does not go with --dry-run or --html")
     options.check_html(html, force=force, inputs=(checkpoint,), outputs=(output,))
     options.check_specs(model, data, eval_data)
     wanted = _parse_samples(samples)
     with open_checkpoint(checkpoint) as source:  # what is wrong with the files is said before torch is imported
         check_changeable(source)
-        check_output(source, None if dry_run else output, force=force)
+        check_output(source, None if dry_run else partial or output, force=force)
     arguments = parse_assignments(model_arg or ())
     with user_output_to_stderr(), show_progress(as_json=as_json, quiet=quiet) as progress:
         progress(Progress("importing torch"))
@@ -172,6 +247,10 @@ def command(
             precision=precision,
             promote=promote,
             device=device,
+            shard=shard,
+            partial=partial,
+            resume=resume,
+            resume_every=resume_every,
             layers=layers or (),
             state_dict=state_dict,
             force=force,
@@ -179,15 +258,61 @@ def command(
             on_progress=progress,
         )
     if result is not None:
-        report = FileReport(str(checkpoint), describe_recalibration(result), show_recalibration(result))
+        _print(checkpoint, result, html=html, force=force, as_json=as_json, quiet=quiet)
+    return 0
+
+
+def _print(
+    checkpoint: Path,
+    result: CheckpointRecalibration | Partial,
+    *,
+    html: Path | None,
+    force: bool,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    from bntool.recalibration.partials import Partial
+    from bntool.reports.partials import describe_partial, show_partial
+    from bntool.reports.recalibration import describe_recalibration, show_recalibration
+    from bntool.reports.report import FileReport, Report
+
+    if isinstance(result, Partial):
+        facts, blocks = describe_partial(result), show_partial(result)
+    else:
+        facts, blocks = describe_recalibration(result), show_recalibration(result)
         if html is not None:
             from bntool.reports.page.recalibration import make_recalibration_page
             from bntool.reports.page.writing import write_page
 
             write_page(make_recalibration_page(str(checkpoint), result), html, force=force)
-        print_report(Report("recalibrate", (report,)), as_json=as_json, quiet=quiet)
-        print_written(html, as_json=as_json, quiet=quiet)
-    return 0
+    report = FileReport(str(checkpoint), facts, blocks)
+    print_report(Report("recalibrate", (report,)), as_json=as_json, quiet=quiet)
+    print_written(html, as_json=as_json, quiet=quiet)
+
+
+def _refuse_with_partials(*others: object) -> None:
+    from bntool.errors import UsageError
+
+    if any(other is not None for other in others):
+        raise UsageError(
+            "--from-partials merges what was measured: --model, --data, --eval-data, --metric, --shard, --partial and "
+            "--resume do not go with it"
+        )
+
+
+def _expand(globs: Sequence[str]) -> list[str]:
+    """The files that globs name, each once; names that are no globs as they are."""
+    import glob
+
+    from bntool.errors import UsageError
+
+    found: dict[str, None] = {}
+    for text in globs:
+        files = sorted(glob.glob(text)) if glob.has_magic(text) else [text]  # noqa: PTH207 a path of any kind
+        if not files:
+            raise UsageError(f"--from-partials {text!r}: there is no such file")
+        found.update(dict.fromkeys(files))
+    return list(found)
 
 
 def _parse_samples(text: str | None) -> int | None:

@@ -8,10 +8,11 @@ from pathlib import Path
 import torch
 
 from bntool.data.batches import Batch, Batches
+from bntool.data.fingerprints import make_fingerprint
 from bntool.data.numpy_files import open_numpy
 from bntool.data.preprocessing import Preprocessing
 from bntool.data.rows import Rows, choose_arrays
-from bntool.data.source import DataOptions, DataSource, make_fingerprint
+from bntool.data.source import DataOptions, DataSource
 from bntool.data.tensor_files import open_tensors
 from bntool.errors import UsageError
 

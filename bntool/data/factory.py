@@ -13,8 +13,9 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, default_colla
 
 from bntool.data.arrays import read_rows
 from bntool.data.batches import Batch, Batches, cut_batch, find_label, split_batch, take_share, to_tensors
+from bntool.data.fingerprints import make_fingerprint
 from bntool.data.rows import LiveRows, Rows, choose_arrays
-from bntool.data.source import DataOptions, DataSource, make_fingerprint
+from bntool.data.source import DataOptions, DataSource
 from bntool.data.workers import iterate
 from bntool.errors import UsageError
 from bntool.models.user_code import call_factory, import_object, is_factory_spec, running_user_code

@@ -13,10 +13,11 @@ from torch.utils.data import DataLoader, Dataset
 
 from bntool.checkpoints.files import describe_failure
 from bntool.data.batches import Batch, Batches, name_some
+from bntool.data.fingerprints import make_fingerprint
 from bntool.data.pixels import read_image
 from bntool.data.policies import LeftOut, OnBadData
 from bntool.data.preprocessing import Preprocessing
-from bntool.data.source import DataOptions, DataSource, make_fingerprint
+from bntool.data.source import DataOptions, DataSource
 from bntool.data.workers import LostWorkerError, iterate
 from bntool.errors import CorruptFileError, MissingExtraError, RefusedError, UnreadableFileError, UsageError
 

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from abc import ABC, abstractmethod
 from array import array
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from bntool.data.batches import Batches
+from bntool.data.fingerprints import make_fingerprint
 from bntool.data.policies import OnBadData
 from bntool.data.preprocessing import Preprocessing
 from bntool.data.shares import WHOLE, Share
@@ -78,15 +77,6 @@ class Dealt:
     def samples(self) -> int:
         """Of this share."""
         return sum(map(len, self.batches.values()))
-
-
-def make_fingerprint(*facts: Any) -> str:
-    """A text that differs where facts differ; each is bytes, or a value whose ``repr`` says all of it."""
-    digest = hashlib.sha256()
-    for fact in facts:
-        content = fact if isinstance(fact, bytes) else repr(fact).encode("utf-8", "surrogatepass")
-        digest.update(len(content).to_bytes(8, "little") + content)
-    return digest.hexdigest()
 
 
 class DataSource(ABC):

@@ -60,7 +60,10 @@ def find_in_file(checkpoint: Checkpoint, inspections: Sequence[StateDictInspecti
         Finding(FindingCode.HOLES, Severity.NOTICE, "holes", f"it holds {loss}; a file that bntool writes has none")
         for loss in checkpoint.format.describe_losses(checkpoint)
     ]
-    if checkpoint.not_understood:
+    other = checkpoint.format.describe_other(checkpoint)
+    if other:
+        findings.append(Finding(FindingCode.PARTIAL, Severity.NOTICE, "a partial", other))
+    elif checkpoint.not_understood:
         findings.append(_describe_not_understood(checkpoint.not_understood))
     elif not any(map(_has_layers, inspections)) and not _is_folded(checkpoint):
         message = "no BatchNorm layer was found" if checkpoint.state_dicts else "no state dict was found"

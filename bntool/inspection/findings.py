@@ -64,6 +64,7 @@ class FindingCode(Enum):
     NOT_UNDERSTOOD = "not-understood"
     HOLES = "holes"
     NO_BATCH_NORM = "no-batch-norm"
+    PARTIAL = "partial"
 
 
 @dataclass(frozen=True)

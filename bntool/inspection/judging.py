@@ -81,5 +81,6 @@ def _list_not_judged(checkpoint: Checkpoint, inspections: Sequence[StateDictInsp
         ]
         found += [finding.leaves_open for finding in inspection.findings if finding.leaves_open]
     if not checkpoint.state_dicts:
-        found.append("no state dict was found")
+        is_other = bool(checkpoint.format.describe_other(checkpoint))
+        found.append("a partial, which is no model" if is_other else "no state dict was found")
     return found

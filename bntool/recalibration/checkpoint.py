@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,9 @@ import torch
 
 from bntool.batchnorm import STATISTICS
 from bntool.checkpoints.application import apply_plan
-from bntool.checkpoints.checkpoint import Checkpoint, StateDict, check_changeable
+from bntool.checkpoints.checkpoint import StateDict, check_changeable
 from bntool.checkpoints.formats import open_checkpoint
-from bntool.checkpoints.records import check_not_folded, make_record
+from bntool.checkpoints.records import check_not_folded
 from bntool.checkpoints.saving import check_output, save_checkpoint
 from bntool.checkpoints.state_dicts import choose_state_dict
 from bntool.choices import choose
@@ -25,21 +25,25 @@ from bntool.data.loading import load_data
 from bntool.data.policies import OnBadData
 from bntool.data.preprocessing import PRESETS, Preprocessing, parse_preprocessing
 from bntool.data.presets import find_model_preset
-from bntool.data.shares import WHOLE, Share
-from bntool.errors import UsageError
+from bntool.data.shares import WHOLE, Share, parse_shard
+from bntool.errors import RefusedError, UsageError
 from bntool.modules.building import build_model
 from bntool.modules.finding import find_batchnorm_modules, find_name_prefix
 from bntool.modules.loading import load_state
 from bntool.plan import Operation, Plan, check_plan
 from bntool.progress import OnProgress, Progress, ignore
 from bntool.recalibration.dtype_limits import fit_plan, list_promoted
-from bntool.recalibration.evaluation import Evaluation, count_flipped, evaluate, is_better, parse_metric
+from bntool.recalibration.evaluation import count_flipped, evaluate, is_better, parse_metric
+from bntool.recalibration.fingerprints import fingerprint_model, fingerprint_state_dict
+from bntool.recalibration.keeping import PartialKeeper, check_can_resume, name_kept
 from bntool.recalibration.layers import choose_layers
-from bntool.recalibration.live import check_live_statistics, plan_recalibration
-from bntool.recalibration.new_statistics import Recalibration
+from bntool.recalibration.live import check_live_statistics, measure_share, plan_recalibration
+from bntool.recalibration.memory_format import is_faster_in_bfloat16
 from bntool.recalibration.options import Method, Precision
-from bntool.recalibration.output_changes import OutputChanges, measure_output_changes
-from bntool.recalibration.ranks import join_job
+from bntool.recalibration.output_changes import measure_output_changes
+from bntool.recalibration.partials import Origin, Partial, write_partial
+from bntool.recalibration.ranks import Ranks, join_job
+from bntool.recalibration.results import CheckpointRecalibration, with_record
 from bntool.recalibration.warnings import (
     counts_other_classes,
     warn_of_fewer,
@@ -47,51 +51,11 @@ from bntool.recalibration.warnings import (
     warn_of_lacking,
     warn_of_precision,
 )
-from bntool.representation import html_repr, short_repr
 
 _WITHOUT_LABELS = 512  # samples looked at for changed predictions where there is nothing to count as right
 
 
-@dataclass(frozen=True)
-class CheckpointRecalibration:
-    """What became of a recalibration of a checkpoint file.
-
-    Attributes:
-        checkpoint: with its new statistics.
-        state_dict: the one that was recalibrated, before.
-        recalibration: what was computed.
-        before, after: the model on the evaluation data, with the old and the new statistics.
-        flipped: share of samples predicted as another class; None where outputs are not classes.
-        output_changes: what the new statistics do to the outputs for a few samples; None where none could be run.
-        evaluated_on: which data that was, in words.
-        output: the file that was written; None for none.
-        kept: the old statistics were as good: nothing was written for that reason.
-        preprocessing: what was done to images and pixels; None for other data.
-        lacking: layers whose statistics the file lacked; before stands for a mean of 0 and a variance of 1 there.
-        promoted: names of tensors that are float32 in the output and were not in the input.
-        warnings: what the reader should not miss.
-    """
-
-    checkpoint: Checkpoint
-    state_dict: StateDict
-    recalibration: Recalibration
-    before: Evaluation
-    after: Evaluation
-    flipped: float | None
-    output_changes: OutputChanges | None
-    evaluated_on: str
-    output: str | None
-    kept: bool
-    preprocessing: Preprocessing | None = None
-    promoted: tuple[str, ...] = ()
-    lacking: tuple[str, ...] = ()
-    warnings: tuple[str, ...] = ()
-
-    __repr__ = short_repr
-    _repr_html_ = html_repr
-
-
-def recalibrate_checkpoint(  # noqa: PLR0913 as many as the command has options
+def recalibrate_checkpoint(  # noqa: PLR0913, PLR0915 as many as the command has options
     path: str | os.PathLike[str],
     output: str | os.PathLike[str] | None = None,
     *,
@@ -115,10 +79,14 @@ def recalibrate_checkpoint(  # noqa: PLR0913 as many as the command has options
     device: str = "cpu",
     layers: Sequence[str] = (),
     state_dict: str | None = None,
+    shard: str | None = None,
+    partial: str | os.PathLike[str] | None = None,
+    resume: str | os.PathLike[str] | None = None,
+    resume_every: float = 30.0,
     force: bool = False,
     strict: bool = False,
     on_progress: OnProgress = ignore,
-) -> CheckpointRecalibration | None:
+) -> CheckpointRecalibration | Partial | None:
     """Recompute the running statistics in a checkpoint from data; what ``bntool recalibrate`` does.
 
     In a job of several processes each measures its share of the data; the first one judges and writes.
@@ -142,22 +110,33 @@ def recalibrate_checkpoint(  # noqa: PLR0913 as many as the command has options
         device: where the model runs.
         layers: globs; none for all layers that the model itself does not keep frozen.
         state_dict: its key; None for the one chosen by rule.
+        shard: ``3/64``: measure the third of 64 shares of the batches only, for ``partial``.
+        partial: the file to write what was measured to, for :func:`~bntool.recalibration.merging.merge_statistics`; no
+            model is judged then and no statistics are computed.
+        resume: a file in which what is measured is kept, and from which a call goes on whose process was killed.
+        resume_every: seconds from one writing of it to the next.
         force: replace a file that exists.
         strict: refuse if a layer is skipped.
         on_progress: called with the samples done of each phase.
 
     Returns:
-        What was found and done; None in processes of a job other than the first.
+        What was found and done, or the partial; None in processes of a job other than the first.
 
     Raises:
         UsageError, FileError, RefusedError, UserCodeError: see :mod:`bntool.errors`; nothing is written then.
     """
     method, precision = choose(Method, method, option="method"), choose(Precision, precision, option="precision")
     bad_data = choose(OnBadData, on_bad_data, option="on_bad_data")
-    target = None if output is None else Path(output)
+    target, part = None if output is None else Path(output), None if partial is None else Path(partial)
+    number, shards = parse_shard(shard)
+    is_share = shard is not None or part is not None
+    if is_share:
+        _check_share(method, part, target, judging=(eval_data, metric, keep_if_better), merging=(prior, promote))
+    if resume is not None:
+        check_can_resume(method, every=resume_every)
     with join_job() as ranks, open_checkpoint(path) as source, _seeded(seed):
         check_changeable(source)
-        check_output(source, target, force=force)
+        check_output(source, part if is_share else target, force=force)
         chosen = choose_state_dict(source, state_dict)
         check_not_folded(source.records.get(chosen.key, ()), path)
         live = build_model(model, chosen, arguments=model_arguments, device=device, may_lack=STATISTICS)
@@ -165,28 +144,40 @@ def recalibrate_checkpoint(  # noqa: PLR0913 as many as the command has options
         lacking = _reset_what_is_lacking(live, chosen, prefix)
         _check_selection(live, layers, path, prefix=prefix, strict=strict)
         read = _Reader.of(live, model, preprocess, batch_size=batch_size, workers=workers, on_bad_data=bad_data)
-        batches = read(data, samples=samples, seed=seed, share=Share(rank=ranks.rank, ranks=ranks.world))
-        held_out = _choose_held_out(read, data, eval_data, samples=samples, seed=seed, needs_labels=keep_if_better)
-        judge = partial(evaluate, live, held_out, metric=parse_metric(metric), on_bad_data=bad_data)
-        measuring = f"{method.value} statistics"
-        report = partial(_Samples, on_progress, phases=("before", measuring, "after"))
+        share = _choose_share(Share(number, shards, ranks.rank, ranks.world), data, is_kept=resume is not None)
+        batches = read(data, samples=samples, seed=seed, share=share)
         leads = ranks.rank == 0  # one of several processes judges and writes
+        measuring = f"{method.value} statistics"
+        options: Any = {"layers": layers, "method": method, "on_bad_data": bad_data, "precision": precision}
+        options["prefix"] = prefix
+        keeper: PartialKeeper | None = None
+        if is_share or resume is not None:
+            origin = _describe_origin(
+                chosen, live, batches, **options, data=data, batch_size=batch_size, samples=samples, seed=seed
+            )
+            kept = None if resume is None else name_kept(Path(resume), share)
+            keeper = PartialKeeper(origin, share, kept, every=resume_every, device=device)
+            batches = read(data, samples=samples, seed=seed, share=replace(share, start=keeper.position))
+        if part is not None:
+            assert keeper is not None
+            tell = _Samples(on_progress, measuring, batches, phases=(measuring,)) if leads else None
+            return _measure_partial(live, batches, keeper, part, ranks, force=force, on_progress=tell, **options)
+        held_out = _choose_held_out(read, data, eval_data, samples=samples, seed=seed, needs_labels=keep_if_better)
+        judge = functools.partial(evaluate, live, held_out, metric=parse_metric(metric), on_bad_data=bad_data)
+        report = functools.partial(_Samples, on_progress, phases=("before", measuring, "after"))
         before = judge(on_progress=report("before", held_out)) if leads else None
         result = plan_recalibration(
             live,
             batches,
-            layers=layers,
-            method=method,
+            **options,
             prior=prior,
-            on_bad_data=bad_data,
             on_progress=report(measuring, batches) if leads else None,
             fit_memory=fit_memory,
-            precision=precision,
-            prefix=prefix,
+            keeper=keeper,
         )
         check_plan(result.plan, path, strict=strict)
         if before is None:
-            return None
+            return _end(keeper, ranks, None)
         if keep_if_better and counts_other_classes(before, held_out):
             raise UsageError(
                 f"--keep-if-better needs labels of the model: there are {len(held_out.classes or ())} class folders, "
@@ -196,16 +187,25 @@ def recalibrate_checkpoint(  # noqa: PLR0913 as many as the command has options
         plan = fit_plan(result.plan, chosen, eps=eps, promote=promote)
         check_live_statistics(live, result)
         output_changes = measure_output_changes(live, held_out, result)
-        plan = _record(source, chosen, plan, result, batches, data=data, seed=seed)
+        steps = batches.preprocessing
+        plan = with_record(
+            plan,
+            source,
+            chosen,
+            result,
+            data=_name(data),
+            seed=seed,
+            preprocessing=None if steps is None else steps.describe(),
+        )
         edited = apply_plan(source, plan)
         # the model is given what will be in the file, so that what is judged is what is written
         load_state(live, edited.state_dict(chosen.key), may_lack=STATISTICS)
         after = judge(on_progress=report("after", held_out))
-        kept = keep_if_better and not is_better(before, after)
-        if target is not None and not kept:
+        kept_old = keep_if_better and not is_better(before, after)
+        if target is not None and not kept_old:
             save_checkpoint(edited, target, force=force)
         cut, apart = fit_memory and ranks.world == 1, eval_data is not None
-        return CheckpointRecalibration(
+        found = CheckpointRecalibration(
             checkpoint=edited,
             state_dict=chosen,
             recalibration=result,
@@ -214,18 +214,112 @@ def recalibrate_checkpoint(  # noqa: PLR0913 as many as the command has options
             flipped=count_flipped(before, after),
             output_changes=output_changes,
             evaluated_on=_name(eval_data) if apart else f"{_name(data)} (the calibration data)",
-            output=None if target is None or kept else str(target),
-            kept=kept,
-            preprocessing=batches.preprocessing,
+            output=None if target is None or kept_old else str(target),
+            kept=kept_old,
+            preprocessing=steps,
             promoted=list_promoted(plan),
             lacking=lacking,
             warnings=(
                 *warn_of_fewer(result, asked=samples, there=batches.samples, cut=cut),
                 *warn_of_lacking(lacking, result),
-                *warn_of_precision(live, precision),
+                *warn_of_precision(precision, is_faster=is_faster_in_bfloat16(live)),
                 *warn_of_judging(before, held_out, fair=not keep_if_better or apart, apart=apart),
             ),
         )
+        return _end(keeper, ranks, found)
+
+
+def _end(
+    keeper: PartialKeeper | None, ranks: Ranks, found: CheckpointRecalibration | None
+) -> CheckpointRecalibration | None:
+    """All is done: nothing has to be gone on with."""
+    if keeper is not None:
+        keeper.end(ranks)
+    return found
+
+
+def _measure_partial(
+    live: torch.nn.Module,
+    batches: Batches,
+    keeper: PartialKeeper,
+    path: Path,
+    ranks: Ranks,
+    *,
+    force: bool,
+    **options: Any,
+) -> Partial | None:
+    """Measure a share and write its partial; None in processes other than the first."""
+    tree = measure_share(live, batches, keeper=keeper, **options)
+    measured = replace(keeper.make(tree, batches), path=str(path))
+    if ranks.rank == 0:
+        write_partial(measured, path, force=force)
+    keeper.end(ranks)
+    return measured if ranks.rank == 0 else None
+
+
+def _describe_origin(
+    state_dict: StateDict,
+    live: torch.nn.Module,
+    batches: Batches,
+    *,
+    data: str | Iterable[Any],
+    **options: Any,
+) -> Origin:
+    """What a partial says of what it was measured of."""
+    steps = batches.preprocessing
+    known = {field.name for field in fields(Origin)}
+    return Origin(
+        checkpoint=fingerprint_state_dict(state_dict),
+        model=fingerprint_model(live),
+        data=batches.identify(),
+        state_dict=state_dict.key,
+        data_name=_name(data),
+        preprocessing=None if steps is None else steps.describe(),
+        preprocessing_origin=None if steps is None else steps.origin,
+        **{name: value for name, value in options.items() if name in known} | {"layers": tuple(options["layers"])},
+    )
+
+
+def _choose_share(share: Share, data: str | Iterable[Any], *, is_kept: bool) -> Share:
+    """Each process of the caller's own job gives batches of its own; only specs and shards are one list for all.
+
+    Raises:
+        UsageError: these are to be kept, or to be a shard.
+    """
+    if isinstance(data, str) or share.ranks == 1:
+        return share
+    if share.shards > 1 or is_kept:
+        raise UsageError("processes of a job that share one list of batches need data that a spec names")
+    return WHOLE
+
+
+def _check_share(
+    method: Method,
+    partial: Path | None,
+    output: Path | None,
+    *,
+    judging: tuple[object, ...],
+    merging: tuple[object, ...],
+) -> None:
+    """Hold the options of a share against what it can do.
+
+    Raises:
+        UsageError: the partial has no name, or an option acts elsewhere.
+        RefusedError: the method needs all batches.
+    """
+    if method is Method.EXACT:
+        raise RefusedError(
+            "--method exact needs all batches at each layer, where they wait for the final statistics; a shard has but "
+            "its own, so use torchrun, whose processes wait for each other"
+        )
+    if partial is None:
+        raise UsageError("--shard measures for a partial: name the file with --partial FILE")
+    if output is not None:
+        raise UsageError("--partial writes no checkpoint: give -o where the partials are merged, with --from-partials")
+    if any(judging):
+        raise UsageError("a shard judges nothing: --eval-data, --metric and --keep-if-better do not go with --partial")
+    if any(merging):
+        raise UsageError("--prior and --promote act where the partials are merged, with --from-partials")
 
 
 @contextlib.contextmanager
@@ -312,7 +406,9 @@ class _Reader:
                 raise UsageError(
                     "the data are read several times: give a list or a loader, not an iterator or generator"
                 )
-            return as_batches(data)
+            if isinstance(data, Batches) and share != data.share:
+                raise UsageError("these batches are a share of their own: give a list or a loader")
+            return as_batches(data, share=share)
         return load_data(
             data,
             batch_size=self.batch_size,
@@ -353,27 +449,6 @@ class _Samples:
 
     def __call__(self, samples: int) -> None:
         self._tell(Progress(self._phase, samples, self._total, self._phases))
-
-
-def _record(
-    source: Checkpoint,
-    state_dict: StateDict,
-    plan: Plan,
-    result: Recalibration,
-    batches: Batches,
-    *,
-    data: str | Iterable[Any],
-    seed: int,
-) -> Plan:
-    """The plan, which leaves a note of what the statistics are of where the file has a place for it."""
-    if not source.format.can_record(source, state_dict):
-        return plan
-    facts: dict[str, Any] = {"method": result.method.value, "prior": result.prior, "data": _name(data), "seed": seed}
-    if result.precision is not Precision.MODEL:
-        facts["precision"] = result.precision.value
-    if batches.preprocessing is not None:
-        facts["preprocessing"] = batches.preprocessing.describe()
-    return plan.with_record(make_record(plan, **facts, samples=result.samples, batches=result.batches))
 
 
 def _name(data: str | Iterable[Any] | None) -> str:

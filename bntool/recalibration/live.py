@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
@@ -26,9 +25,18 @@ from bntool.recalibration.exact.repeated_calls import NotSettledError
 from bntool.recalibration.exact.sweep import measure_exact
 from bntool.recalibration.layers import check_can_be_set, choose_layers
 from bntool.recalibration.moments import Tally
-from bntool.recalibration.new_statistics import Blend, LayerFacts, Measurement, Pair, Paths, Recalibration, conclude
+from bntool.recalibration.new_statistics import (
+    Blend,
+    LayerFacts,
+    Measurement,
+    Pair,
+    Paths,
+    Recalibration,
+    check_prior,
+    conclude,
+)
 from bntool.recalibration.options import Method, Precision
-from bntool.recalibration.pooled import OnProgress, Run, count_channels, measure_pooled, set_statistics
+from bntool.recalibration.pooled import Keeper, OnProgress, Run, count_channels, measure_pooled, set_statistics
 from bntool.recalibration.ranks import find_ranks, isolate_forwards
 
 _COUNTER = "num_batches_tracked"
@@ -46,7 +54,7 @@ def plan_recalibration(  # noqa: PLR0913 each is an option of the command
     fit_memory: bool = False,
     precision: Precision = Precision.MODEL,
     prefix: str | None = None,
-    keeper: Keeper | None = None,
+    keeper: SelectionKeeper | None = None,
 ) -> Recalibration:
     """Run batches through a model and plan new running statistics for its BatchNorm layers.
 
@@ -113,7 +121,7 @@ def measure_share(  # noqa: PLR0913 as plan_recalibration
     on_progress: OnProgress | None = None,
     precision: Precision = Precision.MODEL,
     prefix: str | None = None,
-    keeper: Keeper,
+    keeper: SelectionKeeper,
 ) -> BatchTree:
     """Measure a share of a list of batches, to be merged with others; the keeper is told of what.
 
@@ -123,16 +131,6 @@ def measure_share(  # noqa: PLR0913 as plan_recalibration
     with _select(model, layers, prefix=prefix, method=method) as selection:
         run = selection.run(on_bad_data=on_bad_data, on_progress=on_progress)
         return _measure_pooled(run, batches, selection, keeper, precision=precision)
-
-
-def check_prior(prior: float) -> None:
-    """Hold the weight of old statistics against what it can be.
-
-    Raises:
-        UsageError
-    """
-    if prior < 0 or not math.isfinite(prior):
-        raise UsageError("the prior is a number of samples, at least 0", value=prior)
 
 
 @dataclass(frozen=True)
@@ -173,14 +171,11 @@ class Selection:
         )
 
 
-class Keeper(Protocol):
+class SelectionKeeper(Keeper, Protocol):
     """Keeps what is measured, so that it can be gone on with, or merged with other measurements."""
 
     def begin(self, selection: Selection) -> BatchTree:
         """The layers are known that are to be measured: what was measured of them before."""
-
-    def after_batch(self, tree: BatchTree, position: int) -> None:
-        """All batches before this position, of this process's share, are measured."""
 
 
 @contextlib.contextmanager
@@ -218,16 +213,11 @@ def _name_dtype(module: torch.nn.Module) -> str:
 
 
 def _measure_pooled(
-    run: Run, batches: Batches, selection: Selection, keeper: Keeper | None, *, precision: Precision
+    run: Run, batches: Batches, selection: Selection, keeper: SelectionKeeper | None, *, precision: Precision
 ) -> BatchTree:
     tree = BatchTree() if keeper is None else keeper.begin(selection)
-
-    def after_batch(position: int) -> None:
-        if keeper is not None:
-            keeper.after_batch(tree, position)
-
     with _compute_in(precision, run.model):
-        return measure_pooled(run, batches, tree, after_batch=after_batch)
+        return measure_pooled(run, batches, tree, keeper)
 
 
 def _enter_eval_mode(model: torch.nn.Module) -> None:

@@ -94,6 +94,11 @@ class Tally:
         """How many batches, or calls, were measured; of one layer."""
         return int(self.means.count)
 
+    @property
+    def is_finite(self) -> bool:
+        with np.errstate(over="ignore", invalid="ignore"):
+            return self.pooled.is_finite and self.means.is_finite and math.isfinite(self.variances.sum())
+
     def and_(self, other: Tally) -> Tally:
         """Both together."""
         return Tally(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -174,6 +175,16 @@ class Blend:
         if not (np.isfinite(old_mean).all() and np.isfinite(old_variance).all()):
             raise RefusedError("the stored statistics are not finite: they cannot serve as a prior", tensor=name)
         return share * old_mean + (1 - share) * mean, share * old_variance + (1 - share) * variance
+
+
+def check_prior(prior: float) -> None:
+    """Hold the weight of old statistics against what it can be.
+
+    Raises:
+        UsageError
+    """
+    if prior < 0 or not math.isfinite(prior):
+        raise UsageError("the prior is a number of samples, at least 0", value=prior)
 
 
 def conclude(

@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Protocol
 
 import torch
 
@@ -24,7 +25,6 @@ from bntool.recalibration.moments import Array, Moments, Tally, put_side_by_side
 from bntool.recalibration.ranks import Ranks, find_ranks
 
 OnProgress = Callable[[int], None]
-AfterBatch = Callable[[int], None]
 
 
 class NotFiniteError(BaseException):
@@ -84,9 +84,17 @@ class Part:
     left_out: LeftOut | None = None
 
 
-def measure_pooled(
-    run: Run, batches: Batches, tree: BatchTree, *, after_batch: AfterBatch = lambda _position: None
-) -> BatchTree:
+class Keeper(Protocol):
+    """Keeps what is measured while it grows."""
+
+    def after_batch(self, tree: BatchTree, batches: Batches, position: int) -> None:
+        """All batches of this process's share before this position are measured."""
+
+    def after_all(self, tree: BatchTree, batches: Batches) -> None:
+        """All of them are."""
+
+
+def measure_pooled(run: Run, batches: Batches, tree: BatchTree, keeper: Keeper | None = None) -> BatchTree:
     """Run all batches, each normalised by its own statistics in the given layers, and measure what these layers see.
 
     Layers stay in eval mode too: before each call of one its running statistics are set to those of the batch. That
@@ -96,7 +104,7 @@ def measure_pooled(
         run: the model and its layers.
         batches: this process's share.
         tree: what is known of others already; grows.
-        after_batch: called after each batch with the position that follows it.
+        keeper: is told of it.
 
     Returns:
         The tree, with what all ranks of a distributed job have measured.
@@ -108,7 +116,7 @@ def measure_pooled(
     ranks = find_ranks()
 
     def measure_share() -> dict[Place, Measured]:
-        _fill(tree, run, batches, ranks, after_batch)
+        _fill(tree, run, batches, ranks, keeper)
         return tree.nodes
 
     shares = ranks.share(measure_share)
@@ -120,7 +128,7 @@ def measure_pooled(
     return together
 
 
-def _fill(tree: BatchTree, run: Run, batches: Batches, ranks: Ranks, after_batch: AfterBatch) -> None:
+def _fill(tree: BatchTree, run: Run, batches: Batches, ranks: Ranks, keeper: Keeper | None) -> None:
     """Run this rank's batches, and add what they give at their positions in the list of all."""
     index_of = {name: index for index, name in enumerate(run.layers)}
     channels = count_channels(run.layers)
@@ -145,9 +153,12 @@ def _fill(tree: BatchTree, run: Run, batches: Batches, ranks: Ranks, after_batch
         )
         unread, following = len(batches.bad_inputs), position + 1
         tree.add(position, measured)
-        after_batch(following)
+        if keeper is not None:
+            keeper.after_batch(tree, batches, following)
     if batches.bad_inputs[unread:]:  # nothing could be read of the batches after the last
         tree.add(following, Measured(left_out=tuple(batches.bad_inputs[unread:])))
+    if keeper is not None:
+        keeper.after_all(tree, batches)
 
 
 def count_channels(layers: Mapping[str, torch.nn.Module]) -> list[int]:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from bntool.data.batches import Batches
-from bntool.recalibration.evaluation import Evaluation
-from bntool.recalibration.memory_format import is_faster_in_bfloat16
 from bntool.recalibration.new_statistics import Recalibration
 from bntool.recalibration.options import Precision
+
+if TYPE_CHECKING:  # merging partials needs no torch
+    from bntool.data.batches import Batches
+    from bntool.recalibration.evaluation import Evaluation
 
 _NAMED = 4  # layers that a warning names
 
@@ -49,9 +49,9 @@ def warn_of_lacking(lacking: Sequence[str], result: Recalibration) -> Iterator[s
         yield f"the output does not hold those of {', '.join(left[:_NAMED])}{more} either"
 
 
-def warn_of_precision(model: torch.nn.Module, precision: Precision) -> Iterator[str]:
+def warn_of_precision(precision: Precision, *, is_faster: bool) -> Iterator[str]:
     """A precision that gains nothing."""
-    if precision is Precision.BFLOAT16 and not is_faster_in_bfloat16(model):
+    if precision is Precision.BFLOAT16 and not is_faster:
         yield "this processor has no bfloat16 instructions: float32 is faster"
 
 
@@ -76,3 +76,11 @@ def warn_of_judging(before: Evaluation, held_out: Batches, *, fair: bool, apart:
         )
     if not fair:
         yield "better is judged on the calibration data itself; --eval-data gives a fairer judge"
+
+
+def warn_of_platforms(platforms: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """Partials that were not measured by equal processors, threads and versions of torch."""
+    kinds = list(dict.fromkeys(", ".join(f"{name} {value}" for name, value in one.items()) for one in platforms))
+    if len(kinds) > 1:
+        shown = "; ".join(kinds[:_NAMED])
+        yield f"the partials were measured in {len(kinds)} ways, so last bits may differ from one run's: {shown}"

@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 
     from bntool.data.policies import LeftOut
     from bntool.data.preprocessing import Preprocessing
-    from bntool.recalibration.checkpoint import CheckpointRecalibration
     from bntool.recalibration.drift import LayerDrift
     from bntool.recalibration.output_changes import OutputChange, OutputChanges
+    from bntool.recalibration.results import CheckpointRecalibration
 
 _UNEVEN = 1.05  # the spread of variances over their mean change from which the latter says too little
 _SHOWN = 4  # reasons for leaving samples out that are given
@@ -56,19 +56,26 @@ def describe_recalibration(outcome: CheckpointRecalibration) -> dict[str, Any]:
             "finite_before": outcome.output_changes.finite,
             "together": _describe_change(outcome.output_changes.together),
         },
-        "evaluation": {
-            "data": outcome.evaluated_on,
-            "metric": outcome.before.metric if outcome.before.value is not None else None,
-            "samples": outcome.before.samples,
-            "before": outcome.before.value,
-            "after": outcome.after.value,
-            "flipped": outcome.flipped,
-            "finite_before": outcome.before.finite,
-            "finite_after": outcome.after.finite,
-        },
+        "evaluation": _describe_evaluation(outcome),
         "kept": outcome.kept,
         "warnings": list(outcome.warnings),
         "output": outcome.output,
+    }
+
+
+def _describe_evaluation(outcome: CheckpointRecalibration) -> dict[str, Any] | None:
+    before, after = outcome.before, outcome.after
+    if before is None or after is None:
+        return None
+    return {
+        "data": outcome.evaluated_on,
+        "metric": before.metric if before.value is not None else None,
+        "samples": before.samples,
+        "before": before.value,
+        "after": after.value,
+        "flipped": outcome.flipped,
+        "finite_before": before.finite,
+        "finite_after": after.finite,
     }
 
 
@@ -108,7 +115,8 @@ def show_recalibration(outcome: CheckpointRecalibration) -> list[Block]:
     blocks += _promoted(outcome.promoted)
     blocks += _left_out(result.left_out)
     blocks += [line(f"! {warning}", Style.WARNING) for warning in outcome.warnings]
-    return [*blocks, line(), *_evaluation(outcome), *_written(outcome)]
+    evaluation = _evaluation(outcome)
+    return [*blocks, *([line(), *evaluation] if evaluation else []), *_written(outcome)]
 
 
 def _drift_table(drifts: tuple[LayerDrift, ...], output_changes: OutputChanges | None) -> Table:
@@ -223,6 +231,8 @@ def _promoted(names: tuple[str, ...]) -> list[Block]:
 
 def _evaluation(outcome: CheckpointRecalibration) -> list[Block]:
     before, after = outcome.before, outcome.after
+    if before is None or after is None:
+        return []
     blocks: list[Block] = []
     if before.value is not None and after.value is not None:
         style = (

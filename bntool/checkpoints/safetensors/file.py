@@ -13,6 +13,7 @@ from bntool.checkpoints.containers.json_texts import read_json
 from bntool.checkpoints.dtypes import BY_SAFETENSORS
 from bntool.checkpoints.files import SourceFile, quote
 from bntool.checkpoints.records import RECORD_KEY, parse_record
+from bntool.checkpoints.safetensors.partial import PARTIAL_KEY, make_partial
 from bntool.checkpoints.state_dicts import find_prefix
 from bntool.checkpoints.tensors import (
     MAX_DIMENSIONS,
@@ -55,6 +56,8 @@ class Safetensors(Format):
         header, data_start = _read_header(file)
         metadata = _check_metadata(header.pop(METADATA, {}))
         tensors, holes = _read_tensors(file, header, data_start)
+        if PARTIAL_KEY in metadata:
+            return make_partial(file, metadata[PARTIAL_KEY], tensors, self)
         history = parse_record(metadata.get(RECORD_KEY))
         state_dict = StateDict(key="", prefix=find_prefix(list(tensors)), tensors=tensors)
         return Checkpoint(

@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     from bntool.folding.state_dict import CheckpointFold
     from bntool.freezing.checkpoint import CheckpointFreeze, FreezePlan
     from bntool.freezing.policy import FreezePolicy
-    from bntool.recalibration.checkpoint import CheckpointRecalibration
     from bntool.recalibration.new_statistics import Recalibration
+    from bntool.recalibration.results import CheckpointRecalibration
 
 _ROLES = ("weight", "bias", *STATISTICS)
 

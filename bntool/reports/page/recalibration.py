@@ -15,9 +15,9 @@ from bntool.reports.recalibration import format_rate, show_recalibration
 from bntool.reports.text import plural
 
 if TYPE_CHECKING:
-    from bntool.recalibration.checkpoint import CheckpointRecalibration
     from bntool.recalibration.drift import LayerDrift
     from bntool.recalibration.new_statistics import Recalibration
+    from bntool.recalibration.results import CheckpointRecalibration
 
 
 def make_recalibration_page(path: str, outcome: CheckpointRecalibration) -> Page:
@@ -26,7 +26,7 @@ def make_recalibration_page(path: str, outcome: CheckpointRecalibration) -> Page
     parts = read_blocks(show_recalibration(outcome))
     before, after = outcome.before, outcome.after
     verdict, style = _count_parted(result.drifts), _judge(result.drifts)
-    if before.value is not None and after.value is not None:
+    if before is not None and after is not None and before.value is not None and after.value is not None:
         numbers = [format_rate(before.metric, value) for value in (before.value, after.value)]
         verdict = f"{before.metric} {numbers[0]} → {numbers[1]}; {verdict}"
         style = Style.WARNING if after.value < before.value else Style.GOOD if after.value > before.value else style
