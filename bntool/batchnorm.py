@@ -218,9 +218,16 @@ def scale_and_shift(
 
 
 def selects(globs: Sequence[str], name: str) -> bool:
-    """Whether a layer is selected: by any of the globs, or by there being none; a text alone is one glob."""
+    """Whether a layer is selected: by any of the globs, or by there being none; a text alone is one glob.
+
+    A glob that is the name of a layer letter by letter selects it, also where the name holds brackets.
+    """
     globs = (globs,) if isinstance(globs, str) else globs
-    return not globs or any(fnmatchcase(name, glob) for glob in globs)
+    return not globs or any(_matches(name, glob) for glob in globs)
+
+
+def _matches(name: str, glob: str) -> bool:
+    return name == glob or fnmatchcase(name, glob)
 
 
 _SHOWN = 6  # layers that a sentence names
@@ -236,9 +243,9 @@ def check_globs(globs: Sequence[str], names: Sequence[str]) -> None:
         UsageError: a glob selects none of them; the message says what was probably meant, and what there is.
     """
     for glob in (globs,) if isinstance(globs, str) else globs:
-        if names and not any(fnmatchcase(name, glob) for name in names):
+        if names and not any(_matches(name, glob) for name in names):
             meant = _guess(glob, names)
-            hint = f"; {meant!r} would select {sum(fnmatchcase(n, meant) for n in names)} of them" if meant else ""
+            hint = f"; {meant!r} would select {sum(_matches(n, meant) for n in names)} of them" if meant else ""
             listed = ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
             raise UsageError(
                 f"--layers {glob!r} selects none of the {len(names)} BatchNorm layers{hint}; there are: {listed}"
@@ -252,5 +259,5 @@ def _guess(glob: str, names: Sequence[str]) -> str:
     plain = glob.rstrip(".*/").replace("/", ".")
     inner = plain.partition(".")[2]  # without a wrapper's prefix
     candidates = [f"{plain}.*", plain, f"*.{plain}", f"*.{plain}.*", inner, f"{inner}.*", f"*{plain}*"]
-    found = next((c for c in candidates if c.strip(".*") and any(fnmatchcase(name, c) for name in names)), "")
+    found = next((c for c in candidates if c.strip(".*") and any(_matches(name, c) for name in names)), "")
     return found or next(iter(difflib.get_close_matches(plain, names, n=1)), "")

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 from bntool.errors import RefusedError
 from bntool.representation import html_repr, short_repr
@@ -265,6 +265,9 @@ class Plan:
         return dataclasses.replace(self, steps=(*self.steps, Record(payload)))
 
 
+AnyPlan = TypeVar("AnyPlan", bound=Plan)
+
+
 def check_plan(plan: Plan, path: object, *, strict: bool) -> None:
     """Hold a plan against ``strict`` and against emptiness.
 
@@ -277,7 +280,7 @@ def check_plan(plan: Plan, path: object, *, strict: bool) -> None:
     """
     skips = [skip for skip in plan.skips if skip.reason is not SkipReason.NOT_SELECTED]  # that was asked for
     if not plan.steps:
-        why = _list_skips(skips) if skips else "the state dict has no BatchNorm layer, or --layers matches none"
+        why = _list_skips(skips) if skips else "the state dict has no BatchNorm layer"
         raise RefusedError(f"nothing could be done safely: {why}; nothing was written", path=path)
     if strict and skips:
         first, count = skips[0], f"{len(skips):,} layer{'s' * (len(skips) > 1)}"

@@ -1,4 +1,4 @@
-"""How results of calls show themselves: in one line, and in notebooks as HTML.
+"""How results of calls show themselves, in one line and in notebooks as HTML, and numbers in sentences.
 
 What draws HTML lies many floors above the results. It is named here when bntool is imported, and imported when a
 notebook shows a result.
@@ -7,6 +7,7 @@ notebook shows a result.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -23,6 +24,23 @@ def draw_html_by(drawer: Callable[[Any], str | None]) -> None:
 def html_repr(value: Any) -> str | None:
     """What a notebook shows of a result: a ``_repr_html_`` for its class. None leaves it to ``repr``."""
     return next((drawer(value) for drawer in _drawers), None)
+
+
+def format_number(value: float, digits: int = 3) -> str:
+    """A number in a few significant digits, as short as it stays readable."""
+    if math.isnan(value):
+        return "nan"
+    if math.isinf(value):
+        return "inf" if value > 0 else "-inf"
+    if value == 0:
+        return "0"
+    text = f"{value:.{digits}g}"
+    if "e" in text and 1 <= abs(value) < 1e5:  # 660, not 6.6e2
+        return f"{value:.0f}"
+    if "e" in text:
+        mantissa, exponent = text.split("e")
+        return f"{mantissa}e{int(exponent)}"
+    return text
 
 
 def short_repr(value: Any) -> str:

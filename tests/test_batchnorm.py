@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 import bntool
-from bntool.batchnorm import check_globs
+from bntool.batchnorm import check_globs, selects
 from bntool.errors import UsageError
 from tests.places import SAMPLES
 
@@ -75,3 +75,11 @@ def test_tensors_of_a_layer_are_arrays(dtype, tmp_path):
             np.testing.assert_array_equal(array.astype("f8"), tensor.double().numpy())
         assert layer.read("no such role") is None
         assert len(repr(layer)) < 200
+
+
+def test_the_name_of_a_layer_selects_it_letter_by_letter():
+    names = ["blocks[0].bn", "blocks[1].bn", "blocks0.bn"]
+    check_globs(["blocks[0].bn"], names)
+    assert [name for name in names if selects(["blocks[1].bn"], name)] == ["blocks[1].bn"]
+    with pytest.raises(UsageError, match=r"'\*blocks\*'|'blocks"):
+        check_globs(["blocks[7].bn"], names)

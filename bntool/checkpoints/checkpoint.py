@@ -50,10 +50,12 @@ class NotUnderstood(NamedTuple):
     Attributes:
         name: of the layer, node or tensor.
         reason: what was seen, and why that does not suffice.
+        left_out: its tensors are in no state dict.
     """
 
     name: str
     reason: str
+    left_out: bool = False
 
 
 class ModuleInfo(NamedTuple):
@@ -222,6 +224,10 @@ class Format(ABC):
 
     def describe_losses(self, checkpoint: Checkpoint) -> Sequence[str]:  # noqa: ARG002 (as above)
         """What of a file is not written again, whatever changes, in a few words each."""
+        return ()
+
+    def describe_assumptions(self, state_dict: StateDict) -> Sequence[str]:  # noqa: ARG002 (as above)
+        """What is taken for granted of tensors that are to become a state dict of PyTorch, a sentence each."""
         return ()
 
     def size(self, checkpoint: Checkpoint) -> int:

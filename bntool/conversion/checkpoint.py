@@ -14,10 +14,11 @@ from bntool.checkpoints.application import apply_plan
 from bntool.checkpoints.batchnorms import find_batchnorms
 from bntool.checkpoints.checkpoint import Checkpoint, StateDict, check_changeable
 from bntool.checkpoints.creation import NewFile, NewFormat, create_file, find_unwritable
+from bntool.checkpoints.files import quote
 from bntool.checkpoints.formats import open_checkpoint
 from bntool.checkpoints.records import make_record
 from bntool.checkpoints.saving import check_output, save_checkpoint
-from bntool.checkpoints.state_dicts import choose_state_dict
+from bntool.checkpoints.state_dicts import choose_state_dict, find_not_understood, skip_not_understood
 from bntool.checkpoints.tensors import StoredTensor
 from bntool.choices import choose
 from bntool.conversion.frozen_batchnorm import plan_batchnorm, plan_frozen_batchnorm
@@ -246,6 +247,7 @@ def plan_conversion(
         layers=outcome.layers,
         assumptions=(*outcome.assumptions, *assumptions),
     )
+    plan = skip_not_understood(plan, checkpoint, source, layers=layers)
     losses = list(outcome.losses)
     if plan.steps and checkpoint.format.can_record(checkpoint, source):
         plan = plan.with_record(make_record(plan, to=target.value, **outcome.details))
@@ -256,11 +258,23 @@ def plan_conversion(
     return Conversion(target, checkpoint, plan, None, None, kept=outcome.kept, losses=tuple(losses))
 
 
+def _check_understood(checkpoint: Checkpoint, source: StateDict) -> None:
+    """Refuse to leave out what lies where tensors should and is none that is known."""
+    lost = [one for one in find_not_understood(checkpoint, source) if one.left_out]
+    if lost:
+        more = f", and {len(lost) - 1} more" if len(lost) > 1 else ""
+        raise RefusedError(
+            f"{quote(lost[0].name)} could not be read ({lost[0].reason}){more}: the new file would lack it",
+            path=checkpoint.path,
+        )
+
+
 def _plan_format(
     checkpoint: Checkpoint, source: StateDict, target: ConversionTarget, new_format: NewFormat
 ) -> Conversion:
     if not source.tensors:
         raise RefusedError("the state dict holds no tensors; there is nothing to convert", path=checkpoint.path)
+    _check_understood(checkpoint, source)
     unwritable = find_unwritable(source.tensors, new_format)
     if unwritable:
         name, reason = next(iter(unwritable.items()))
@@ -290,7 +304,8 @@ def _plan_format(
     if modules:
         details["modules"] = modules
         kept.append(f"eps, momentum and class of {len(modules)} BatchNorm layers")
-    plan = Plan(Operation.CONVERT, state_dict=source.key)
+    assumptions = tuple(checkpoint.format.describe_assumptions(source))
+    plan = Plan(Operation.CONVERT, state_dict=source.key, assumptions=assumptions)
     record = {**make_record(plan, to=target.value, **details), "state_dict": "", "was": source.key}
     new = NewFile(
         tensors=source.tensors,

@@ -13,6 +13,7 @@ import numpy as np
 
 from bntool.errors import VerificationError
 from bntool.folding.onnxruntime_process import OnnxRuntime, RuntimeFailure
+from bntool.representation import format_number
 
 _INPUTS = 3
 _BATCH = 2
@@ -78,8 +79,9 @@ def compare_in_onnxruntime(original: Path, folded: Path, *, tolerance: float, un
             bound = max(bound, min(_NOISE * (noise or 0.0), _CHAOS))
     if not worst <= bound:
         raise VerificationError(
-            f"onnxruntime puts out something else for the folded model: off by {worst:.2g} of the largest output, "
-            f"{bound:.2g} is allowed; nothing was written"
+            f"onnxruntime puts out something else for the folded model: off by "
+            f"{format_number(worst, 2)} of the largest output, {format_number(bound, 2)} is allowed; nothing "
+            "was written"
         )
     return RuntimeAgreement(f"onnxruntime {before.version}", _INPUTS, worst, noise, "")
 

@@ -17,6 +17,7 @@ from bntool.folding.absorption import Absorption, Array, Blocked
 from bntool.folding.producers import FOLDABLE
 from bntool.graphs.graph import ModelGraph, Node, Owner
 from bntool.plan import SetTensor, SkipReason, Step, Values
+from bntool.representation import format_number
 
 _VECTORS = ("weight", "bias", "running_mean", "running_var")
 
@@ -161,9 +162,9 @@ def read_scale_and_shift(
             raise Blocked(SkipReason.NOT_FINITE, f"{role} holds NaN or infinity")
     lowest = float(numbers["running_var"].min(initial=np.inf))
     if lowest < 0:
-        raise Blocked(SkipReason.NEGATIVE_VARIANCE, f"running_var is as low as {lowest:.3g}")
+        raise Blocked(SkipReason.NEGATIVE_VARIANCE, f"running_var is as low as {format_number(lowest)}")
     if lowest + eps <= 0:
-        raise Blocked(SkipReason.NEGATIVE_VARIANCE, f"running_var + eps is {lowest + eps:.3g}")
+        raise Blocked(SkipReason.NEGATIVE_VARIANCE, f"running_var + eps is {format_number(lowest + eps)}")
     # as in bntool.batchnorm.scale_and_shift, for all channels at once
     scale = numbers.get("weight", np.ones(1)) / np.sqrt(numbers["running_var"] + eps)
     shift = numbers.get("bias", np.zeros(1)) - numbers["running_mean"] * scale

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from bntool.checkpoints.application import apply_plan
 from bntool.checkpoints.checkpoint import Checkpoint, StateDict, check_changeable
 from bntool.checkpoints.records import find_recorded_eps, make_record
+from bntool.checkpoints.state_dicts import skip_not_understood
 from bntool.errors import RefusedError, UsageError
 from bntool.folding.options import Layout
 from bntool.folding.planning import FoldPlan, plan_fold
@@ -155,6 +156,7 @@ def fold_state_dict(  # noqa: PLR0913 as many as the command has options
     )
     graph = _find_graph(known, on_progress)
     plan = plan_fold(state_dict, graph, layers=layers, layout=layout, eps=eps)
+    plan = skip_not_understood(plan, checkpoint, state_dict, layers=layers)
     if not plan.steps:
         nothing = CheckpointFold(checkpoint, state_dict, plan, None, graph.evidence)
         return dataclasses.replace(nothing, architectures=graph.architectures)

@@ -11,6 +11,7 @@ from bntool.folding.options import Layout
 from bntool.folding.planning import FoldPlan
 from bntool.folding.weight_ranges import WeightRange
 from bntool.graphs.graph import Evidence
+from bntool.representation import format_number
 
 
 def warn_of_fold(
@@ -67,7 +68,7 @@ def _warn_of_uneven(ranges: Sequence[WeightRange]) -> Iterator[str]:
         yield (
             f"quantisation: in {len(uneven)} of {len(ranges)} weights the average channel now fills an eighth of the "
             f"tensor's range or less (worst: {worst.name}, {100 * worst.before.evenness:.0f} % before, "
-            f"{100 * worst.after.evenness:.2g} % now); quantise them per channel, not per tensor"
+            f"{format_number(100 * worst.after.evenness, 2)} % now); quantise them per channel, not per tensor"
         )
 
 

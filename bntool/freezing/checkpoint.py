@@ -21,7 +21,7 @@ from bntool.checkpoints.checkpoint import Checkpoint, StateDict, check_changeabl
 from bntool.checkpoints.formats import open_checkpoint
 from bntool.checkpoints.records import make_record
 from bntool.checkpoints.saving import check_output
-from bntool.checkpoints.state_dicts import choose_state_dict
+from bntool.checkpoints.state_dicts import choose_state_dict, skip_not_understood
 from bntool.checkpoints.tensors import StoredTensor
 from bntool.choices import choose
 from bntool.errors import RefusedError, UsageError
@@ -249,6 +249,7 @@ def plan_freeze(  # noqa: PLR0913 each is an option of the command
         layers=tuple(norm.name for norm in concerned),
         assumptions=assumptions,
     )
+    plan = skip_not_understood(plan, checkpoint, source, layers=layers)
     keeps_policy = carrier in (Carrier.RECORD, Carrier.MODULES) and (concerned or frozen_parameters)
     if keeps_policy or (carrier is Carrier.LAYERS and steps):
         own_eps = {"eps": eps} if form is FreezeForm.CONSTANT and eps is not None else {}

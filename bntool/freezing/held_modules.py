@@ -3,22 +3,28 @@
 A held module has a subclass of its own class whose ``train()`` does nothing; this travels with deepcopy, pickling, DDP
 and torch.compile. The model that holds them has one whose ``train()`` holds them again afterwards, which also finds
 modules that were replaced meanwhile, as ``convert_sync_batchnorm`` does.
+
+What ``torch.jit.script`` makes of a module has a ``train()`` of its own. So the classes of held BatchNorms and dropouts
+have a forward that is compiled without a mode; of others whose code asks for the mode, scripting warns.
 """
 
 from __future__ import annotations
 
 import copyreg
+import inspect
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any, cast
 
+import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
 
-from bntool.modules.finding import walk_modules
+from bntool.modules.finding import ORIGINAL, original_class, walk_modules
 
 HOLD = "_bntool_hold"  # on each held module: the mode that was asked for meanwhile
-_ORIGINAL = "_bntool_original"  # on the class of a held module
 FREEZE = "_bntool_freeze"  # on the model: what to give back, and what to hold
 
 
@@ -40,11 +46,14 @@ class _Held(nn.Module):
     def __prepare_scriptable__(self) -> nn.Module:
         """torch.jit.script calls this; what it compiles has a train() of its own."""
         if HOLD in vars(self):
-            warnings.warn(
-                "torch.jit.script does not keep a freeze: train() of what it gives lets the statistics move again; "
-                "train the model as it is written, and script it for inference",
-                stacklevel=2,
-            )
+            asking = (type(module) for _, module in walk_modules(self))
+            for kind in dict.fromkeys(kind.__name__ for kind in asking if _asks_for_mode(kind)):
+                warnings.warn(
+                    f"torch.jit.script does not keep the freeze of {kind}, whose own code asks for the mode: "
+                    "train() of what it gives lets its statistics move again; train the model as it is written, and script it for "
+                    "inference",
+                    stacklevel=2,
+                )
         return self
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -68,8 +77,11 @@ def _held_class(original: Any) -> type[nn.Module]:
         "__module__": original.__module__,
         "__qualname__": original.__qualname__,
         "__doc__": original.__doc__,
-        _ORIGINAL: original,
+        ORIGINAL: original,
     }
+    forward = _make_forward(original)
+    if forward is not None:
+        namespace["forward"] = forward
     if hasattr(original, "reset_running_stats"):
         namespace["reset_running_stats"] = _reset_unless_held
     return type(original.__name__, (_Held, original), namespace)
@@ -81,9 +93,39 @@ def _reset_unless_held(self: Any) -> None:
         cast("Any", original_class(type(self))).reset_running_stats(self)
 
 
-def original_class(kind: type) -> type[nn.Module]:
-    """The class that a frozen module had."""
-    return next((vars(base)[_ORIGINAL] for base in kind.__mro__ if _ORIGINAL in vars(base)), kind)
+def _make_forward(original: Any) -> Callable[..., torch.Tensor] | None:
+    """What torch.jit.script compiles for a class of torch: its forward in eval mode. None for all other classes."""
+    if original.forward in (_BatchNorm.forward, nn.SyncBatchNorm.forward):
+
+        def forward(self: Any, input: torch.Tensor) -> torch.Tensor:  # noqa: A002 (torch's own signature)
+            if not torch.jit.is_scripting():
+                return original.forward(self, input)
+            self._check_input_dim(input)
+            by_batch = self.running_mean is None and self.running_var is None
+            return nn.functional.batch_norm(
+                input, self.running_mean, self.running_var, self.weight, self.bias, by_batch, 0.0, self.eps
+            )
+
+    elif issubclass(original, _DropoutNd) and original.__module__ == _DropoutNd.__module__:
+
+        def forward(self: Any, input: torch.Tensor) -> torch.Tensor:  # noqa: A002
+            if not torch.jit.is_scripting():
+                return original.forward(self, input)
+            return input
+
+    else:
+        return None
+    return forward
+
+
+@cache
+def _asks_for_mode(kind: type) -> bool:
+    """Whether code of a class, other than that of :func:`_make_forward`, reads ``training``."""
+    if ORIGINAL in vars(kind) and "forward" in vars(kind):
+        return False
+    classes = [base for base in kind.__mro__ if issubclass(base, nn.Module) and base not in (nn.Module, _Held)]
+    functions = (value for base in classes for value in vars(base).values() if inspect.isfunction(value))
+    return any("training" in function.__code__.co_names for function in functions)
 
 
 def swap_class(module: nn.Module) -> None:
@@ -103,6 +145,9 @@ def hold(module: nn.Module) -> None:
     vars(module).setdefault(HOLD, {"asked": None})
     for _, inner in walk_modules(module):
         inner.training = False
+        if _make_forward(original_class(type(inner))) is not None:  # for a script, each is held by itself
+            swap_class(inner)
+            vars(inner).setdefault(HOLD, {"asked": None})
 
 
 def hold_all(root: nn.Module, names: Sequence[str]) -> None:
@@ -119,7 +164,7 @@ def release(module: nn.Module) -> None:
     One whose class was changed since, as fully_shard and parametrisations do, keeps that: it is held no longer either.
     """
     vars(module).pop(HOLD, None)
-    if _ORIGINAL in vars(type(module)):
+    if ORIGINAL in vars(type(module)):
         module.__class__ = original_class(type(module))
 
 

@@ -75,9 +75,7 @@ def freeze(
     if not norm_eval and requires_grad is None and frozen_stages is None:
         raise UsageError("norm_eval=False and requires_grad=None freeze nothing")
     if not names and frozen_stages is None:
-        what = "no BatchNorm layer is selected that has statistics, or weight and bias to freeze"
-        what = what if globs else "the model has no BatchNorm layer that could be frozen"
-        raise UsageError(what)
+        raise UsageError(_describe_nothing(found, prefix))
     stages = None
     if frozen_stages is not None:
         stages = find_frozen_stages([name.removeprefix(prefix) for name, _ in walk_modules(model)], frozen_stages)
@@ -173,6 +171,20 @@ def frozen(
             parameter.requires_grad_(requires_grad_before)
 
 
+def _describe_nothing(found: dict[str, nn.Module], prefix: str) -> str:
+    """Why none of the BatchNorms that were found can be frozen."""
+    if not found:
+        return "the model has no BatchNorm layer that could be frozen"
+    named = {name.removeprefix(prefix): module for name, module in found.items()}
+    for name, module in named.items():
+        if not is_frozen_class(module) and not has_statistics(module):
+            return (
+                f"no BatchNorm layer could be frozen: {name} keeps no statistics and normalises by each batch in eval "
+                "mode too; requires_grad=False freezes its weight and bias"
+            )
+    return f"no BatchNorm layer could be frozen: {next(iter(named))} never changes, it is frozen by its class"
+
+
 def _apply(model: nn.Module, policy: FreezePolicy, prefix: str) -> None:
     root = unwrap(model)
     here = prefix.removeprefix(_path_of(model, root))
@@ -220,8 +232,8 @@ def _path_of(model: nn.Module, root: nn.Module) -> str:
 def _refuse_scripted(model: nn.Module) -> None:
     if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
         raise RefusedError(
-            "a scripted model cannot be frozen, and torch.jit.script keeps no freeze: freeze and train the model, and "
-            "script it afterwards, for inference"
+            "a scripted model cannot be frozen, its code is compiled: freeze the model and script it then, which keeps "
+            "the freeze of torch's own layers, and warns of others"
         )
 
 

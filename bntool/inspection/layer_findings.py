@@ -13,6 +13,7 @@ from typing import Any
 from bntool.batchnorm import DEFAULT_EPS, STATISTICS
 from bntool.inspection.findings import Finding, FindingCode, Severity
 from bntool.inspection.results import Summary
+from bntool.representation import format_number
 
 DEAD_SCALE = 1e-6  # of the largest |scale| of the layer; below it a channel carries nothing that float32 can keep
 DEAD_SHARE = 0.1  # of the channels, from which on it is a warning
@@ -269,7 +270,7 @@ def _scale(tensors: dict[str, Summary], variance: Summary, eps: float, *, hidden
         exploding = tuple(i for i, scale in enumerate(scales) if scale > EXPLODING_SCALE)
         message = (
             f"{len(exploding)} of {count} channels have |weight / sqrt(running_var + eps)| above {EXPLODING_SCALE:g} "
-            f"(largest {largest:.3g}): tiny variance; rounding errors and new data are amplified as much"
+            f"(largest {format_number(largest)}): tiny variance; rounding errors and new data are amplified as much"
         )
         findings.append(
             Finding(

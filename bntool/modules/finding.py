@@ -17,6 +17,13 @@ _WRAPPERS = (torch.nn.DataParallel, torch.nn.parallel.DistributedDataParallel, A
 # what gives away a relative that normalises otherwise
 _FOREIGN_TENSORS = ("running_std", "mean_weight", "var_weight", "zero_point", "v", "tau")
 
+ORIGINAL = "_bntool_original"  # on the class of a frozen module: the one that it had
+
+
+def original_class(kind: type) -> type[torch.nn.Module]:
+    """The class that a frozen module had; its own where it is not frozen."""
+    return next((vars(base)[ORIGINAL] for base in kind.__mro__ if ORIGINAL in vars(base)), kind)
+
 
 def walk_modules(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:
     """Every module under every name it has, the model itself as ``""``, in order of definition.

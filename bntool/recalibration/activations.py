@@ -19,6 +19,7 @@ from bntool.batchnorm import FUSED_ACTIVATION_CLASSES
 from bntool.errors import RefusedError
 from bntool.modules.borrowing import Borrowed
 from bntool.modules.calling import tensors_in
+from bntool.modules.finding import original_class
 from bntool.modules.memory import count_writes, share_elements, storage_key
 
 Observe = Callable[[str, torch.nn.Module, torch.Tensor], None]
@@ -239,7 +240,7 @@ class StatisticsReads(TorchFunctionMode):
 
 
 def _is_direct(layer: torch.nn.Module) -> bool:
-    is_torchs = "forward" not in vars(layer) and type(layer).forward in _TORCH
+    is_torchs = "forward" not in vars(layer) and original_class(type(layer)).forward in _TORCH
     return is_torchs or any(name in type(layer).__name__ for name in FUSED_ACTIVATION_CLASSES)
 
 

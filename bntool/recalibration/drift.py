@@ -12,8 +12,8 @@ import numpy as np
 from bntool.recalibration.moments import Array, Tally
 from bntool.verification.statistics_shift import StatisticsShift, measure_shift
 
-_PARTED_SIGMAS = 0.1
-_PARTED_RATIO = 1.25
+PARTED_SIGMAS = 0.1
+PARTED_RATIO = 1.25
 _ERRORS = 4.0  # a drift within so many sampling errors says nothing
 
 
@@ -47,11 +47,20 @@ class LayerDrift:
 
     @property
     def has_parted(self) -> bool:
-        """Whether stored and real statistics differ by more than sampling explains."""
+        """Whether stored and real statistics differ by more than sampling explains, and by enough to matter."""
         if not self.finite:
             return True
-        least = max(_PARTED_SIGMAS, _ERRORS * (self.sampling_error or 0.0))
-        return self.mean_shift > least or self.variance_spread > max(_PARTED_RATIO, 1 + least)
+        least = max(PARTED_SIGMAS, _ERRORS * (self.sampling_error or 0.0))
+        return self.mean_shift > least or self.variance_spread > max(PARTED_RATIO, 1 + least)
+
+    @property
+    def is_sampling(self) -> bool:
+        """Whether sampling explains all of it; unknown, and so not, without a sampling error."""
+        if not self.finite or self.sampling_error is None:
+            return False
+        least = _ERRORS * self.sampling_error
+        # the variance of normal values errs by sqrt(2) of what the mean errs by, relatively
+        return self.mean_shift <= least and self.variance_spread <= 1 + math.sqrt(2) * least
 
     def describe(self) -> dict[str, Any]:
         """As JSON data, without the channels."""

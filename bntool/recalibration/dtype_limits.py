@@ -10,6 +10,7 @@ from bntool.checkpoints.checkpoint import StateDict
 from bntool.checkpoints.dtypes import BY_NAME, DType, decode_numbers, encode_numbers
 from bntool.errors import RefusedError
 from bntool.plan import AddTensor, Plan, SetTensor, Step, Values
+from bntool.representation import format_number
 
 _MEAN, _VARIANCE = STATISTICS
 _COUNTER = "num_batches_tracked"
@@ -119,10 +120,10 @@ def _describe_loss(numbers: Sequence[float], dtype: DType, *, role: str, eps: fl
     try:
         rounded = decode_numbers(encode_numbers(numbers, dtype), dtype)
     except (OverflowError, ValueError):
-        return f"{dtype} cannot hold the new {what} {max(numbers, key=abs):.3g}"
+        return f"{dtype} cannot hold the new {what} {format_number(max(numbers, key=abs))}"
     if role == _MEAN:
         return None
     for value, held in zip(numbers, rounded, strict=True):
         if abs(held - value) > _TOLERANCE * (abs(value) + eps):
-            return f"{dtype} cannot hold the new variance {value:.3g}: it becomes {held:.3g}"
+            return f"{dtype} cannot hold the new variance {format_number(value)}: it becomes {format_number(held)}"
     return None

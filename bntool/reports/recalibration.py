@@ -172,12 +172,30 @@ def _diagnosis(drifts: Sequence[LayerDrift]) -> list[Block]:
         return []
     parted = find_first_parted(drifts)
     if parted is None:
-        return [line("The stored statistics are those of this data, within sampling error.", Style.GOOD)]
+        return [line(_describe_agreement(drifts), Style.GOOD)]
     first = f"First layer in execution order to part from the data: {parted.layer} {_describe_drift(parted)}."
+    if parted.finite and parted.sampling_error is None:
+        first += f" {_ONE_BATCH}"
     worst = max(drifts, key=lambda drift: drift.severity)
     if worst.severity <= parted.severity:
         return [line(first, Style.NOTICE)]
     return [line(first, Style.NOTICE), line(f"Furthest from it: {worst.layer} {_describe_drift(worst)}.", Style.NOTICE)]
+
+
+_ONE_BATCH = "One batch does not tell how much of that is sampling error."
+
+
+def _describe_agreement(drifts: Sequence[LayerDrift]) -> str:
+    """In what sense stored statistics are those of the data, where none of them has parted."""
+    from bntool.recalibration.drift import PARTED_RATIO, PARTED_SIGMAS
+
+    if all(drift.is_sampling for drift in drifts):
+        return "The stored statistics are those of this data, within sampling error."
+    near = f"The stored statistics are those of this data to {PARTED_SIGMAS:g} σ and a factor of {PARTED_RATIO:g}"
+    if any(drift.sampling_error is None for drift in drifts):
+        return f"{near}. {_ONE_BATCH}"
+    beyond = max((drift for drift in drifts if not drift.is_sampling), key=lambda drift: drift.severity)
+    return f"{near}, which is more than sampling error: {beyond.layer} {_describe_drift(beyond)}."
 
 
 def _describe_drift(drift: LayerDrift) -> str:

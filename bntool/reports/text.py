@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import unicodedata
 from collections.abc import Sequence
+
+from bntool.representation import format_number as format_number
 
 # categories that can move the cursor, hide or reorder text, or have no glyph: controls, formats (bidi marks, zero
 # width), surrogates, private use, unassigned, line and paragraph separators
@@ -63,23 +64,6 @@ def count_shared(paths: Sequence[Sequence[str]]) -> int:
     while count < min(len(first), len(last)) and first[count] == last[count]:
         count += 1
     return count
-
-
-def format_number(value: float, digits: int = 3) -> str:
-    """A number in a few significant digits, as short as it stays readable."""
-    if math.isnan(value):
-        return "nan"
-    if math.isinf(value):
-        return "inf" if value > 0 else "-inf"
-    if value == 0:
-        return "0"
-    text = f"{value:.{digits}g}"
-    if "e" in text and 1 <= abs(value) < 1e5:  # 660, not 6.6e2
-        return f"{value:.0f}"
-    if "e" in text:
-        mantissa, exponent = text.split("e")
-        return f"{mantissa}e{int(exponent)}"
-    return text
 
 
 def format_size(size: int) -> str:

@@ -7,11 +7,13 @@ and in their own dtype, for the report.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -19,7 +21,7 @@ from bntool.errors import UserCodeError, VerificationError
 from bntool.modules.borrowing import borrow
 from bntool.modules.calling import call, leaves_of, map_tensors
 from bntool.modules.copying import copy_model
-from bntool.representation import short_repr
+from bntool.representation import format_number, short_repr
 from bntool.verification.layer_agreement import LayerAgreement, LayerOutputs, compare_layers, relative_error, watch
 
 TOLERANCE = 1e-5  # relative to the largest output; for the tensors as they are written
@@ -107,24 +109,29 @@ def verify(
         bound = tolerance
     else:
         _check_meaning(reference)
-        noise = _largest_error(reference, stored)
+        with _said_of_original():
+            noise = _largest_error(reference, stored)
         folded = copy_model(model).double()
         change(folded)
         found, found_exact = _run_watched(folded, exact_inputs, watched)
-        exact, exact_layers = _largest_error(reference, found), (reference_layers, found_exact)
+        with _explained(model, exact_inputs):
+            exact, exact_layers = _largest_error(reference, found), (reference_layers, found_exact)
+        if exact == 0:
+            _check_dependence(model, exact_inputs)
         if not exact <= EXACT and not exact <= min(_NOISE * measure_rounding(model, exact_inputs), _CHAOS):
             raise VerificationError(
-                f"in float64 the outputs differ by {exact:.3g} of their magnitude; nothing was written",
+                f"in float64 the outputs differ by {format_number(exact)} of their magnitude; nothing was written",
                 remedy="check that the model, the pairs and the eps that were given are those of the file",
             )
-        rounded = _largest_error(reference, _run(copy_model(changed).double(), exact_inputs))
+        with _explained(model, exact_inputs, unit=max(unit, torch.finfo(torch.float32).eps)):
+            rounded = _largest_error(reference, _run(copy_model(changed).double(), exact_inputs))
         bound = max(tolerance, _NOISE * noise) if math.isfinite(noise) else tolerance
         if unit > torch.finfo(torch.float32).eps:
             bound = max(bound, _NOISE * measure_rounding(model, exact_inputs, unit=unit))
     if not rounded <= bound:
         raise VerificationError(
-            f"the outputs differ by {rounded:.3g} of their magnitude, more than the tolerance {bound:.3g}; nothing was "
-            "written",
+            f"the outputs differ by {format_number(rounded)} of their magnitude, more than the tolerance "
+            f"{format_number(bound)}; nothing was written",
             remedy="a larger --tolerance would accept it",
         )
     layers = tuple(compare_layers(points, exact_layers, (stored_layers, found_layers)))
@@ -157,8 +164,8 @@ def verify_program(
     error = _largest_error(expected, found)
     if not error <= tolerance:
         raise VerificationError(
-            f"the outputs of the exported program differ by {error:.3g} of their magnitude, more than {tolerance:.3g}; "
-            "nothing was written"
+            f"the outputs of the exported program differ by {format_number(error)} of their magnitude, more than "
+            f"{format_number(tolerance)}; nothing was written"
         )
     return error
 
@@ -219,14 +226,26 @@ def find_outputs(value: Any, depth: int = 3) -> Iterator[torch.Tensor]:
     """Copies of the floating tensors of an output, also in objects that torch does not know."""
     for leaf in leaves_of(value):
         if isinstance(leaf, torch.Tensor):
+            if leaf.is_complex():
+                leaf = torch.view_as_real(leaf.resolve_conj())  # noqa: PLW2901 (what follows is one question)
             if leaf.is_floating_point():
-                yield leaf.detach().clone()
+                yield _as_strided(leaf.detach()).clone()
+        elif isinstance(leaf, np.ndarray | np.floating | float):
+            if np.issubdtype(np.asarray(leaf).dtype, np.floating):
+                yield torch.from_numpy(np.array(leaf))
         elif depth and not isinstance(leaf, type | nn.Module):
             slots = [
                 name for kind in type(leaf).__mro__ for name in getattr(kind, "__slots__", ()) if hasattr(leaf, name)
             ]
             held = {**{name: getattr(leaf, name) for name in slots}, **getattr(leaf, "__dict__", {})}
             yield from find_outputs(held, depth - 1) if held else ()
+
+
+def _as_strided(tensor: torch.Tensor) -> torch.Tensor:
+    """The values of a nested or sparse tensor, which can be compared."""
+    if tensor.is_nested:
+        return torch.nested.to_padded_tensor(tensor, 0.0)
+    return tensor if tensor.layout is torch.strided else tensor.to_dense()
 
 
 def _check_meaning(outputs: Sequence[Sequence[torch.Tensor]]) -> None:
@@ -242,13 +261,16 @@ def _check_meaning(outputs: Sequence[Sequence[torch.Tensor]]) -> None:
             "an input on which it finds something, with --data"
         )
     if not tensors:
-        raise VerificationError("the model gives no floating output that could be compared")
+        raise VerificationError(
+            "the model gives no floating output that could be compared; let the factory of --model give one that does, "
+            "such as the scores instead of the labels"
+        )
     if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors):
         raise VerificationError(
             "the original model's outputs hold NaN or infinity, so nothing can be proven; does `bntool inspect` find "
             "broken statistics? recalibrate first, or give real inputs with --data"
         )
-    if len(outputs) > 1 and all(_same(one, outputs[0]) for one in outputs[1:]):
+    if _are_the_same(outputs):
         raise VerificationError(
             "the original model's outputs are the same for all inputs, so nothing can be proven: give real inputs with "
             "--data"
@@ -257,10 +279,64 @@ def _check_meaning(outputs: Sequence[Sequence[torch.Tensor]]) -> None:
         raise VerificationError("the original model's outputs are all zero, so nothing can be proven: give --data")
 
 
-def _same(first: Sequence[torch.Tensor], second: Sequence[torch.Tensor]) -> bool:
-    return len(first) == len(second) and all(
-        a.shape == b.shape and torch.equal(a, b) for a, b in zip(first, second, strict=True)
-    )
+def _are_the_same(outputs: Sequence[Sequence[torch.Tensor]]) -> bool:
+    """Whether all inputs give the same, as far as their outputs have the same shapes; empty ones say nothing."""
+    kinds: dict[tuple[torch.Size, ...], list[list[torch.Tensor]]] = {}
+    for one in outputs:
+        filled = [tensor for tensor in one if tensor.numel()]
+        kinds.setdefault(tuple(tensor.shape for tensor in filled), []).append(filled)
+    pairs = [(first, other) for first, *others in kinds.values() for other in others]
+    return bool(pairs) and all(torch.equal(a, b) for first, other in pairs for a, b in zip(first, other, strict=True))
+
+
+def _check_dependence(model: nn.Module, inputs: Sequence[Any]) -> None:
+    """Outputs that did not move at all prove something where the parameters reach them.
+
+    Raises:
+        VerificationError: they do not.
+    """
+    try:
+        moved = measure_rounding(model, inputs, unit=1e-2)
+    except _OtherShapesError:
+        return
+    if moved == 0:
+        raise VerificationError(
+            "the outputs that can be compared do not depend on the parameters of the model, so nothing can be proven; "
+            "give inputs with --data on which it puts out something of its own"
+        )
+
+
+class _OtherShapesError(VerificationError):
+    """Outputs of other shapes than before."""
+
+
+@contextlib.contextmanager
+def _said_of_original() -> Iterator[None]:
+    """Say of the original alone that the shapes of its outputs hang on rounding.
+
+    Raises:
+        VerificationError: they do, inside.
+    """
+    try:
+        yield
+    except _OtherShapesError as error:
+        raise VerificationError(
+            "the shapes of the original model's outputs hang on rounding (of a detector, how much it finds), so "
+            "nothing can be proven; give inputs with --data on which it is sure, or fold the part before them"
+        ) from error
+
+
+@contextlib.contextmanager
+def _explained(
+    model: nn.Module, inputs: Sequence[Any], *, unit: float = torch.finfo(torch.float64).eps
+) -> Iterator[None]:
+    """Say of other shapes inside whether the original gives such too, for parameters that are rounded otherwise."""
+    try:
+        yield
+    except _OtherShapesError:
+        with _said_of_original():
+            measure_rounding(model, inputs, unit=unit)
+        raise
 
 
 def _largest_error(expected: Sequence[Sequence[torch.Tensor]], found: Sequence[Sequence[torch.Tensor]]) -> float:
@@ -268,7 +344,7 @@ def _largest_error(expected: Sequence[Sequence[torch.Tensor]], found: Sequence[S
     largest = 0.0
     for wanted, given in zip(expected, found, strict=True):
         if [tuple(t.shape) for t in wanted] != [tuple(t.shape) for t in given]:
-            raise VerificationError("the outputs have other shapes than before; nothing was written")
+            raise _OtherShapesError("the outputs have other shapes than before; nothing was written")
         for a, b in zip(wanted, given, strict=True):
             error = relative_error(a, b)
             largest = max(largest, error) if not math.isnan(error) else math.nan

@@ -457,3 +457,112 @@ def test_a_forward_that_asks_the_batchnorm(kind, name):
     result = bntool.fold(net, x, layout="same-keys")
     assert folded(result) == ["norm"]
     torch.testing.assert_close(result.model(x), net(x), atol=1e-9, rtol=1e-9)
+
+
+class Slimmable(nn.Module):
+    """BatchNorms for several widths of one convolution."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norms, self.width = nn.Conv2d(3, 8, 3), nn.ModuleList([nn.BatchNorm2d(4), nn.BatchNorm2d(8)]), 1
+
+    def forward(self, x):
+        return self.norms[self.width](self.conv(x)[:, : (4, 8)[self.width]])
+
+
+class WithAuxiliary(nn.BatchNorm2d):
+    """A BatchNorm that holds others for other data, as timm's SplitBatchNorm2d."""
+
+    def __init__(self, channels):
+        super().__init__(channels)
+        self.others = nn.ModuleList([nn.BatchNorm2d(channels)])
+
+    def forward(self, x):
+        return self.others[0](x) if self.training else super().forward(x)
+
+
+@pytest.mark.parametrize("layout", ["folded", "same-keys"])
+def test_batchnorms_among_which_one_is_chosen_keep_their_input(layout):
+    net, x = randomise(Slimmable()), image()
+    result = bntool.fold(net, x, layout=layout)
+    assert folded(result) == []
+    assert "(norms.0), which did not run here" in reasons(result)["norms.1"][1]
+    split = nn.Sequential(nn.Conv2d(3, 8, 3), WithAuxiliary(8), nn.ReLU(), nn.Conv2d(8, 8, 3), WithAuxiliary(8))
+    result = bntool.fold(randomise(split), x, layout=layout)
+    assert folded(result) == []
+    assert "(4.others.0), which did not run here" in reasons(result)["4"][1]
+
+
+class Giving(nn.Module):
+    """What comes out of a small net, given back in a form of its own."""
+
+    def __init__(self, give):
+        super().__init__()
+        self.conv, self.norm, self.give = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), give
+
+    def forward(self, x):
+        return self.give(self.norm(self.conv(x)))
+
+
+@pytest.mark.parametrize(
+    "give",
+    [
+        lambda y: y.numpy(),
+        lambda y: float(y.mean()),
+        lambda y: {"numbers": [y.numpy()], "count": 3},
+        lambda y: torch.complex(y, y + 1),
+        lambda y: torch.distributions.Normal(y, y.exp()),
+    ],
+)
+def test_outputs_that_are_no_plain_tensors_are_compared(give):
+    result = bntool.fold(randomise(Giving(give)), image())
+    assert folded(result) == ["norm"]
+    assert 0 < result.report.rounded < 1e-5 or 0 < result.report.exact < 1e-9
+
+
+@pytest.mark.parametrize(
+    ("give", "reason"),
+    [
+        (lambda y: y.argmax(1), "no floating output"),
+        (lambda y: {"boxes": y[:, :0], "scale": torch.ones(3)}, "the same for all inputs"),
+        (lambda y: {"boxes": y[:, :0], "scale": torch.ones(len(y))}, "the same for all inputs"),
+        (lambda y: y * 0, "the same for all inputs|all zero"),
+        (lambda y: y.to_sparse(), "_to_sparse in the forward gives a sparse tensor"),
+        (lambda y: torch.nested.as_nested_tensor(list(y)), "gives a nested tensor"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+def test_outputs_that_prove_nothing_are_refused(give, reason):
+    with pytest.raises(BntoolError, match=reason):
+        bntool.fold(randomise(Giving(give)), image())
+
+
+class PassesItsInputOn(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+
+    def forward(self, x):
+        return {"image": x, "boxes": self.norm(self.conv(x))[:, :0]}
+
+
+class AtTheBrink(nn.Module):
+    """A detector that finds more in float64 than in float32."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+
+    def forward(self, x):
+        y = self.norm(self.conv(x))
+        return y[:, : 2 if y.dtype == torch.float64 else 3]
+
+
+def test_outputs_without_the_parameters_in_them_prove_nothing():
+    with pytest.raises(BntoolError, match="do not depend on the parameters"):
+        bntool.fold(randomise(PassesItsInputOn()), image())
+
+
+def test_outputs_whose_shapes_hang_on_rounding_are_called_so():
+    with pytest.raises(BntoolError, match="of the original model's outputs hang on rounding"):
+        bntool.fold(randomise(AtTheBrink()).float(), image().float())

@@ -366,16 +366,104 @@ def test_classes_that_others_changed_after_freezing_stay() -> None:
     assert not torch.equal(model[1].running_mean, torch.zeros(4))
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
-@pytest.mark.parametrize("options", [{}, {"layers": ["1"]}, {"requires_grad": False}])
-def test_scripting_a_frozen_model_says_that_the_freeze_is_lost(options):
-    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
+class _Block(nn.Module):
+    def __init__(self, norm):
+        super().__init__()
+        self.conv1, self.bn1, self.dropout = nn.Conv2d(6, 6, 3), norm(6), nn.Dropout2d(0.9)
+
+    def forward(self, x):
+        return self.dropout(self.bn1(self.conv1(x)))
+
+
+class _Staged(nn.Module):
+    """A stem and stages that are called as in ResNet, with a dropout in the first."""
+
+    def __init__(self, norm=nn.BatchNorm2d):
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(3, 6, 3), norm(6)
+        self.layer1 = nn.Sequential(_Block(norm))
+        self.layer2 = nn.Sequential(nn.Conv2d(6, 4, 3), norm(4, affine=False))
+
+    def forward(self, x):
+        return self.layer2(self.layer1(torch.relu(self.bn1(self.conv1(x)))))
+
+
+_WHOLE = {"frozen_stages": 1, "norm_eval": True}
+
+
+@pytest.mark.filterwarnings("error", "ignore:`torch.jit:DeprecationWarning", "ignore:The .grad attribute:UserWarning")
+@pytest.mark.parametrize(
+    ("norm", "options", "moving"),
+    [
+        (nn.BatchNorm2d, {}, set()),
+        (nn.BatchNorm2d, {"layers": ["layer1.*"]}, {"bn1", "layer2.1"}),
+        (nn.BatchNorm2d, {"frozen_stages": 1, "norm_eval": False, "requires_grad": False}, {"layer2.1"}),
+        (nn.BatchNorm2d, _WHOLE, set()),
+        (nn.SyncBatchNorm, _WHOLE, set()),
+    ],
+)
+def test_a_script_keeps_the_freeze(tmp_path, norm, options, moving):
+    torch.manual_seed(0)
+    model, x = _Staged(norm).train(), torch.randn(4, 3, 12, 12)
     freeze(model, **options)
-    with pytest.warns(UserWarning, match="script does not keep a freeze"):
+    expected = copy.deepcopy(model).eval()(x)
+    scripted = torch.jit.script(model)
+    torch.jit.save(scripted, tmp_path / "scripted.pt")
+    for kept in (scripted, torch.jit.load(tmp_path / "scripted.pt")):
+        kept.eval()
+        torch.testing.assert_close(kept(x), expected)
+        kept.train()
+        before = {name: tensor.clone() for name, tensor in kept.state_dict().items()}
+        assert before.keys() == model.state_dict().keys()
+        outputs = kept(x)
+        changed = {name for name, tensor in kept.state_dict().items() if not torch.equal(tensor, before[name])}
+        assert {name.rpartition(".")[0] for name in changed} == moving
+        if options is _WHOLE:  # the dropout is frozen too
+            torch.testing.assert_close(outputs, expected)
+        trained = {name for name, parameter in kept.named_parameters() if parameter.requires_grad}
+        assert trained == {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    unfreeze(model)  # scripting has left it as it was
+    assert {type(module) for module in model.modules()} >= {norm, nn.Dropout2d}
+
+
+def test_statistics_of_frozen_stages_outlast_a_reset_of_all():
+    model = _Staged().train()
+    model(torch.randn(8, 3, 12, 12))
+    freeze(model, frozen_stages=1, norm_eval=False, requires_grad=True)
+    before = model.layer1[0].bn1.running_mean.clone()
+    torch.optim.swa_utils.update_bn([torch.randn(8, 3, 12, 12)], model)
+    assert torch.equal(model.layer1[0].bn1.running_mean, before)
+
+
+class _OwnNorm(nn.BatchNorm2d):
+    def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002
+        return nn.functional.batch_norm(
+            input, self.running_mean, self.running_var, self.weight, self.bias, self.training, 0.1, self.eps
+        )
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+def test_scripting_a_layer_that_asks_for_the_mode_says_that_the_freeze_is_lost():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), _OwnNorm(8))
+    freeze(model)
+    with pytest.warns(UserWarning, match="script does not keep the freeze of _OwnNorm"):
         scripted = torch.jit.script(model)
-    with pytest.raises(RefusedError, match="script it afterwards, for inference") as caught:
+    with pytest.raises(RefusedError, match="freeze the model and script it then"):
         freeze(scripted)
-    assert "before torch.jit.script" not in str(caught.value)
+
+
+def test_exported_programs_and_graphs_keep_the_freeze():
+    torch.manual_seed(0)
+    model, x = _Staged().train(), torch.randn(4, 3, 12, 12)
+    model(x)
+    freeze(model, **_WHOLE)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    expected = model(x)
+    exported = torch.export.export(model, (x,)).module()
+    graph = torch.fx.symbolic_trace(model).train()
+    for program in (exported, graph):
+        torch.testing.assert_close(program(x), expected)
+        assert all(torch.equal(program.state_dict()[name], tensor) for name, tensor in before.items())
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
@@ -397,5 +485,5 @@ def test_layers_without_statistics_cannot_be_kept_in_eval_mode():
     unfreeze(net)
     assert freeze(net, requires_grad=False).layers == ("1", "2", "3")
     assert not net[3].weight.requires_grad
-    with pytest.raises(UsageError, match="has statistics"):
+    with pytest.raises(UsageError, match="keeps no statistics and normalises by each batch"):
         freeze(nn.Sequential(nn.BatchNorm2d(8, track_running_stats=False)), layers="0")

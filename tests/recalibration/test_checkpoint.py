@@ -101,6 +101,21 @@ def test_the_verdict_is_about_data_and_stored_statistics(prior, net, images, tmp
     assert "its variance by a factor of 0.49" in said
 
 
+def test_a_shift_beyond_sampling_error_is_not_called_that(net, images, tmp_path, capsys):
+    model = build()
+    state = {**model.state_dict(), **{n: t.float() for n, t in train_statistics(model, images).items()}}
+    torch.save(images.repeat(4, 1, 1, 1), tmp_path / "x.pt")
+    state["4.running_mean"] += 0.09 * state["4.running_var"].sqrt()
+    torch.save(state, tmp_path / "t.pt")
+    command = ["recalibrate", str(tmp_path / "t.pt"), "--model", net, "--data", str(tmp_path / "x.pt"), "--dry-run"]
+    assert main([*command, "--batch-size", str(len(images))]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "to 0.1 σ and a factor of 1.25, which is more than sampling error: 4 is off by 0.09 σ" in said
+    assert main([*command, "--batch-size", str(4 * len(images))]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "One batch does not tell how much of that is sampling error." in said
+
+
 def test_the_layer_that_is_furthest_off_is_named(net, images, tmp_path, capsys):
     model = build()
     state = {**model.state_dict(), **{n: t.float() for n, t in train_statistics(model, images).items()}}

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bntool.reports.text import format_number, format_size, plural, sanitize
+from bntool.reports.text import format_size, plural, sanitize
+from bntool.representation import format_number
 
 HOSTILE = [
     "\x1b[31mred\x1b[0m",

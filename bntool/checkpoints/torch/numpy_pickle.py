@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from bntool.checkpoints.checkpoint import (
@@ -34,6 +34,7 @@ _CAFFE2_ENDINGS = {
     "bn_riv": "bn.running_var",
 }
 _PADDLE_STATISTICS = {"_mean": "running_mean", "_variance": "running_var"}
+_PADDLE_NAMES = "StructuredToParameterName@@"
 _PADDLE_PARTS = "UnpackBigParamInfor@@"  # tensors of Paddle cut into parts
 
 
@@ -55,21 +56,38 @@ class NumpyPickle(Format):
         pickle = read_pickle(file)
         reader = ArrayReader(_no_storage)
         found = find_state_dicts(pickle.root, reader)
-        state_dicts = tuple(
-            _translate_paddle(_translate_caffe2(s, found.sources[s.key]), found.sources[s.key])
-            for s in found.state_dicts
-        )
+        entries: Mapping[str, object] = as_mapping(pickle.root) if is_mapping(pickle.root) else {}
+        state_dicts, is_paddle = [], False
+        for state_dict in found.state_dicts:
+            paddle = _name_paddle(state_dict.tensors)
+            is_paddle |= _PADDLE_NAMES in entries or any(name != new for name, new in paddle.items())
+            names = {name: _translate(new) for name, new in paddle.items()}
+            if state_dict.key == "":
+                entries = {names.get(name, name): value for name, value in entries.items()}
+            state_dicts.append(_rename(state_dict, found.sources[state_dict.key], names))
         if not reader.array_nodes:
             raise UnknownFormatError(_describe_other_pickle(list_globals(pickle)))
         return Checkpoint(
             file=file,
-            format=self,
-            state_dicts=state_dicts,
-            entries=as_mapping(pickle.root) if is_mapping(pickle.root) else {},
+            format=Paddle() if is_paddle else self,
+            state_dicts=tuple(state_dicts),
+            entries=entries,
             globals=list_globals(pickle),
             not_understood=(*found.not_understood, *_find_parts(pickle.root)),
             content=TorchContent(pickle, reader, found.sources),
         )
+
+
+class Paddle(NumpyPickle):
+    """What paddle.save wrote."""
+
+    def describe_assumptions(self, state_dict: StateDict) -> Sequence[str]:
+        matrices = [name for name, tensor in state_dict.tensors.items() if len(tensor.shape) == 2]
+        if not matrices:
+            return ()
+        more = f" and {len(matrices) - 1} more" if len(matrices) > 1 else ""
+        which = f"{matrices[0]}{more} {'are' if more else 'is'} not of a Linear"
+        return (f"{which}, whose weight Paddle keeps as (in, out) and PyTorch as (out, in): it would be transposed",)
 
 
 def _no_storage(reference: StorageReference) -> Storage:
@@ -86,24 +104,19 @@ def _describe_other_pickle(globals_: Iterable[GlobalName]) -> str:
     )
 
 
-def _translate_caffe2(state_dict: StateDict, source: StateDictSource) -> StateDict:
-    """BatchNorm under PyTorch's names; other blobs keep theirs."""
-    return _rename(state_dict, source, {name: _translate(name) for name in state_dict.tensors})
-
-
-def _translate_paddle(state_dict: StateDict, source: StateDictSource) -> StateDict:
-    """BatchNorm of Paddle under PyTorch's names for its statistics."""
-    names = {name: name for name in state_dict.tensors}
-    for name in state_dict.tensors:
+def _name_paddle(names: Iterable[str]) -> dict[str, str]:
+    """PyTorch's names for the statistics of Paddle's BatchNorms."""
+    found = {name: name for name in names}
+    for name in found:
         layer, _, leaf = name.rpartition(".")
-        if leaf in _PADDLE_STATISTICS and all(_join(layer, one) in names for one in _PADDLE_STATISTICS):
-            names[name] = _join(layer, _PADDLE_STATISTICS[leaf])
-    return _rename(state_dict, source, names)
+        if leaf in _PADDLE_STATISTICS and all(_join(layer, one) in found for one in _PADDLE_STATISTICS):
+            found[name] = _join(layer, _PADDLE_STATISTICS[leaf])
+    return found
 
 
 def _find_parts(root: Node) -> Iterator[NotUnderstood]:
     if _PADDLE_PARTS in as_mapping(root):
-        yield NotUnderstood(_PADDLE_PARTS, "tensors that Paddle cut into parts are not put together")
+        yield NotUnderstood(_PADDLE_PARTS, "tensors that Paddle cut into parts are not put together", left_out=True)
 
 
 def _join(layer: str, leaf: str) -> str:
@@ -112,7 +125,7 @@ def _join(layer: str, leaf: str) -> str:
 
 def _rename(state_dict: StateDict, source: StateDictSource, names: Mapping[str, str]) -> StateDict:
     """The state dict under other names, where they change and none comes twice."""
-    if all(name == new for name, new in names.items()) or len(set(names.values())) < len(names):
+    if all(name == new for name, new in names.items()) or len(set(names.values())) < len(names):  # ambiguous
         return state_dict
     source.tensor_nodes = {names[name]: node for name, node in source.tensor_nodes.items()}
     tensors = {names[name]: tensor for name, tensor in state_dict.tensors.items()}
@@ -120,6 +133,7 @@ def _rename(state_dict: StateDict, source: StateDictSource, names: Mapping[str, 
 
 
 def _translate(name: str) -> str:
+    """PyTorch's name for a tensor of Caffe2's BatchNorm; others keep theirs."""
     stem, underscore, ending = name.rpartition("_")
     layer, _, last = stem.rpartition("_")
     new = _CAFFE2_ENDINGS.get(f"{last}_{ending}")

@@ -73,7 +73,7 @@ class FoundStateDicts(NamedTuple):
         """What lies where the tensors of a layer should, and is none that is known."""
         found = ((key, name) for key, source in self.sources.items() for name in source.not_understood)
         return tuple(
-            NotUnderstood(f"{key}.{name}" if key else name, "it is no tensor in a form that is known")
+            NotUnderstood(f"{key}.{name}" if key else name, "it is no tensor in a form that is known", left_out=True)
             for key, name in found
         )
 

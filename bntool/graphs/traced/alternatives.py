@@ -3,7 +3,8 @@
 Which of them runs may hang on an argument or an attribute (domain-specific BatchNorm, AdvProp). A forward that is
 observed shows one. What it does not show is told by how modules lie together: a BatchNorm that did not run, without a
 convolution or linear of its own beside it that did not run either, may read what its nearest relatives read, and feed
-what they feed. So may a convolution or linear of the same size without a BatchNorm of its own.
+what they feed. So may a convolution or linear of the same size without a BatchNorm of its own, and a BatchNorm of
+another size among nothing but BatchNorms (slimmable layers).
 """
 
 from __future__ import annotations
@@ -55,7 +56,8 @@ def find_alternatives(
         kinds = (NodeKind.BATCH_NORM,) if normalises else (NodeKind.CONVOLUTION, NodeKind.LINEAR)
         for scope in _find_scopes(path):
             near = (node for node in calls if node.kind in kinds and _is_within(node.layer, scope))
-            relatives = tuple(node for node in near if _count_inputs(modules[node.layer]) == features)
+            any_size = normalises and _is_switch(modules[scope])
+            relatives = tuple(n for n in near if any_size or _count_inputs(modules[n.layer]) == features)
             if relatives:
                 outputs = features if normalises else _count_outputs(module)
                 producers, norms = _count_idle(idle, scope, outputs)
@@ -65,6 +67,12 @@ def find_alternatives(
                 elif norms > producers:
                     yield Alternative(path, module, relatives, relatives)
                 break
+
+
+def _is_switch(module: nn.Module) -> bool:
+    """Whether a module holds several BatchNorms and nothing else: one of them is chosen, whatever their sizes."""
+    inside = [child for child in module._modules.values() if child is not None]
+    return len(inside) > 1 and all(map(is_batchnorm, inside))
 
 
 def _count_idle(idle: Mapping[str, nn.Module], scope: str, channels: int | None) -> tuple[int, int]:
@@ -82,7 +90,7 @@ def _find_scopes(path: str) -> Iterator[str]:
 
 
 def _is_within(path: str, scope: str) -> bool:
-    return not scope or path.startswith(f"{scope}.")
+    return not scope or path == scope or path.startswith(f"{scope}.")
 
 
 def _count_inputs(module: nn.Module) -> int | None:

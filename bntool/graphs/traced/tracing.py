@@ -11,7 +11,7 @@ keeps) count as read.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from torch.nn.modules import module as hooks
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
+from bntool.errors import RefusedError
 from bntool.graphs.graph import ModelGraph, Node, NodeKind
 from bntool.graphs.traced import operators
 from bntool.graphs.traced.alternatives import find_alternatives
@@ -110,6 +111,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     @contextlib.contextmanager
     def observe(self, inputs: Any) -> Iterator[None]:
+        _check_layouts("an input of the model", tensors_in(inputs))
         for tensor in tensors_in(inputs):
             self.give_fresh_labels(self.add_node(NodeKind.INPUT, "input"), [tensor], axis=1)
         handles = [hooks.register_module_forward_pre_hook(self.enter), hooks.register_module_forward_hook(self.leave)]
@@ -191,6 +193,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def record(self, function: Any, arguments: Any, keywords: Any, result: Any) -> None:
         name, outputs = operators.name_of(function), tensors_in(result)
+        _check_layouts(f"{function.overloadpacket} in the forward", outputs)
         if name in operators.SHAPE_ONLY:
             for tensor in outputs:
                 self.known.set_constant(tensor, frozenset())
@@ -405,3 +408,18 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 if meeting is not None:
                     self.reads.add(node.index, port, meeting)
             yield node.index, {self.completed.get(fed.index, fed.index) for fed in alternative.feeds}
+
+
+def _check_layouts(what: str, tensors: Iterable[Tensor]) -> None:
+    """Refuse what has no elements in memory, one after the other, that could be followed.
+
+    Raises:
+        RefusedError: a tensor is sparse or nested.
+    """
+    for tensor in tensors:
+        if tensor.is_nested or tensor.layout not in (torch.strided, torch._mkldnn):
+            kind = "nested" if tensor.is_nested else "sparse"
+            raise RefusedError(
+                f"{what} gives a {kind} tensor: what feeds what cannot be followed through it; declare the pairs "
+                "instead, or give the part of the model before it"
+            )

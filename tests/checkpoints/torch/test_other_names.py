@@ -176,3 +176,43 @@ def test_a_statistic_that_is_no_tensor_is_said(tmp_path: Path) -> None:
         with open_checkpoint(tmp_path / name) as checkpoint:
             assert len(checkpoint.not_understood) == count
         assert main(["inspect", str(tmp_path / name), "--fail-on", "error"]) == 1
+        assert (
+            main(["convert", str(tmp_path / name), "--to", "safetensors", "-o", str(tmp_path / "o.safetensors")]) == 4
+        )
+        assert not (tmp_path / "o.safetensors").exists()
+
+
+def test_what_is_not_understood_is_among_the_skips(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    names = ["a.weight", "a.bias", "a.running_mean", "a.running_var", "c.weight", "b.gamma", "b.mean", "b.var"]
+    torch.save(
+        {key: torch.ones(3, 3, 1, 1) if key == "c.weight" else torch.ones(3) for key in names}, tmp_path / "m.pt"
+    )
+    path, out = str(tmp_path / "m.pt"), str(tmp_path / "out.pt")
+    for command in (
+        ["freeze"],
+        ["fold", "--pair", "c=a", "--eps", "1e-5"],
+        ["convert", "--to", "frozen-bn", "--eps", "1"],
+    ):
+        run = [command[0], path, "-o", out, "--force", *command[1:]]
+        assert main([*run, "--strict"]) == 4
+        assert "b (not recognised)" in capsys.readouterr().err
+        assert main([*run, "--layers", "a"]) == 0
+        assert "not recognised" not in capsys.readouterr().out
+        assert main(run) == 0
+        assert "not recognised" in capsys.readouterr().out
+    assert main(["convert", path, "--to", "safetensors", "-o", str(tmp_path / "m.safetensors")]) == 0  # nothing is lost
+
+
+def test_a_conversion_from_paddle_loses_no_statistics_and_says_what_it_assumes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    state = {**paddle_state(), "fc.weight": np.ones((4, 4), "f")}
+    (tmp_path / "m.pdparams").write_bytes(pickle.dumps({**state, "StructuredToParameterName@@": {}}))
+    command = ["convert", str(tmp_path / "m.pdparams"), "--to", "torch", "-o", str(tmp_path / "o.pt")]
+    assert main([*command, "--strict"]) == 4
+    assert "Linear" in capsys.readouterr().err
+    assert main(command) == 0
+    shown = "".join(capsys.readouterr())
+    assert "_mean" not in shown
+    assert "_variance" not in shown
+    assert "fc.weight is not of a Linear" in " ".join(shown.split())
