@@ -49,9 +49,9 @@ class _Held(nn.Module):
             asking = (type(module) for _, module in walk_modules(self))
             for kind in dict.fromkeys(kind.__name__ for kind in asking if _asks_for_mode(kind)):
                 warnings.warn(
-                    f"torch.jit.script does not keep the freeze of {kind}, whose own code asks for the mode: "
-                    "train() of what it gives lets its statistics move again; train the model as it is written, and script it for "
-                    "inference",
+                    f"torch.jit.script does not keep the freeze of {kind}, whose own code asks for the mode: train() "
+                    "of what it gives lets its statistics move again; train the model as it is written, and script it "
+                    "for inference",
                     stacklevel=2,
                 )
         return self
