@@ -47,7 +47,7 @@ class _Held(nn.Module):
         """torch.jit.script calls this; what it compiles has a train() of its own."""
         if HOLD in vars(self):
             asking = (type(module) for _, module in walk_modules(self))
-            for kind in dict.fromkeys(kind.__name__ for kind in asking if _asks_for_mode(kind)):
+            for kind in dict.fromkeys(kind.__name__ for kind in asking if _asks_for_mode(cast("Any", kind))):
                 warnings.warn(
                     f"torch.jit.script does not keep the freeze of {kind}, whose own code asks for the mode: train() "
                     "of what it gives lets its statistics move again; train the model as it is written, and script it "
@@ -93,13 +93,13 @@ def _reset_unless_held(self: Any) -> None:
         cast("Any", original_class(type(self))).reset_running_stats(self)
 
 
-def _make_forward(original: Any) -> Callable[..., torch.Tensor] | None:
+def _make_forward(original: Any) -> Callable[..., Any] | None:
     """What torch.jit.script compiles for a class of torch: its forward in eval mode. None for all other classes."""
     if original.forward in (_BatchNorm.forward, nn.SyncBatchNorm.forward):
 
         def forward(self: Any, input: torch.Tensor) -> torch.Tensor:  # noqa: A002 (torch's own signature)
-            if not torch.jit.is_scripting():
-                return original.forward(self, input)
+            if not torch.jit.is_scripting():  # type: ignore[attr-defined]
+                return cast("torch.Tensor", original.forward(self, input))
             self._check_input_dim(input)
             by_batch = self.running_mean is None and self.running_var is None
             return nn.functional.batch_norm(
@@ -109,8 +109,8 @@ def _make_forward(original: Any) -> Callable[..., torch.Tensor] | None:
     elif issubclass(original, _DropoutNd) and original.__module__ == _DropoutNd.__module__:
 
         def forward(self: Any, input: torch.Tensor) -> torch.Tensor:  # noqa: A002
-            if not torch.jit.is_scripting():
-                return original.forward(self, input)
+            if not torch.jit.is_scripting():  # type: ignore[attr-defined]
+                return cast("torch.Tensor", original.forward(self, input))
             return input
 
     else:

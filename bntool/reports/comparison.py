@@ -10,7 +10,8 @@ from bntool.batchnorm import ROLES
 from bntool.comparison.checkpoint import Change, Comparison, LayerComparison
 from bntool.comparison.options import Expectation
 from bntool.reports.blocks import Block, Cell, Column, Style, Table, line
-from bntool.reports.text import format_number, plural
+from bntool.reports.text import plural
+from bntool.representation import format_number
 
 _SHOWN = 10
 

@@ -12,7 +12,8 @@ from bntool.checkpoints.state_dicts import choose_state_dict
 from bntool.plan import RemoveModule
 from bntool.reports.blocks import Block, Cell, Column, Line, Style, Table, line, verbatim
 from bntool.reports.loading import show_loading_code
-from bntool.reports.text import format_number, plural
+from bntool.reports.text import plural
+from bntool.representation import format_number
 
 if TYPE_CHECKING:
     from bntool.folding.exporting import Program

@@ -11,7 +11,8 @@ from bntool.inspection.results import LayerInspection, StateDictInspection, Summ
 from bntool.reports.blocks import Block, Cell, Column, Histogram, Line, Style, Table, line
 from bntool.reports.histograms import LogAxis
 from bntool.reports.layers import Distribution, LayerRow, Pictures, arrange_rows, picture_scales, picture_variances
-from bntool.reports.text import format_number, plural
+from bntool.reports.text import plural
+from bntool.representation import format_number
 
 MIDDLE = 100  # columns from which on channels and running_mean are shown
 WIDE = 132  # and means

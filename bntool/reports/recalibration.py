@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 from bntool.recalibration.options import Precision
 from bntool.reports.blocks import Block, Cell, Column, Line, Style, Table, line, verbatim
 from bntool.reports.loading import show_loading_code
-from bntool.reports.text import format_number, format_size, plural
+from bntool.reports.text import format_size, plural
+from bntool.representation import format_number
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -12,7 +12,8 @@ from bntool.inspection.run import FileSummary, FoundInLayers, LayerState, Run
 from bntool.inspection.verdict import Health
 from bntool.reports.blocks import Block, Cell, Column, Line, Series, Style, Table, line
 from bntool.reports.layer_table import MARKS, SEVERITY_STYLES, describe_channels, describe_range, list_names
-from bntool.reports.text import format_number, plural
+from bntool.reports.text import plural
+from bntool.representation import format_number
 from bntool.verification.statistics_shift import StatisticsShift
 
 MOVED = 6  # layers that are shown as series

@@ -5,8 +5,6 @@ from __future__ import annotations
 import unicodedata
 from collections.abc import Sequence
 
-from bntool.representation import format_number  # noqa: F401 (reports know it from here)
-
 # categories that can move the cursor, hide or reorder text, or have no glyph: controls, formats (bidi marks, zero
 # width), surrogates, private use, unassigned, line and paragraph separators
 _UNSHOWN = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}

@@ -244,7 +244,8 @@ def find_outputs(value: Any, depth: int = 3) -> Iterator[torch.Tensor]:
 def _as_strided(tensor: torch.Tensor) -> torch.Tensor:
     """The values of a nested or sparse tensor, which can be compared."""
     if tensor.is_nested:
-        return torch.nested.to_padded_tensor(tensor, 0.0)
+        padded: torch.Tensor = torch.nested.to_padded_tensor(tensor, 0.0)
+        return padded
     return tensor if tensor.layout is torch.strided else tensor.to_dense()
 
 

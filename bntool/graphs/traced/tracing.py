@@ -417,7 +417,7 @@ def _check_layouts(what: str, tensors: Iterable[Tensor]) -> None:
         RefusedError: a tensor is sparse or nested.
     """
     for tensor in tensors:
-        if tensor.is_nested or tensor.layout not in (torch.strided, torch._mkldnn):
+        if tensor.is_nested or tensor.is_sparse or tensor.is_sparse_csr:
             kind = "nested" if tensor.is_nested else "sparse"
             raise RefusedError(
                 f"{what} gives a {kind} tensor: what feeds what cannot be followed through it; declare the pairs "

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from bntool.reports.blocks import Style
 from bntool.reports.page.document import Item, Picture
 from bntool.reports.page.strips import Mark, Scale, draw_channels
-from bntool.reports.text import format_number, plural
+from bntool.reports.text import plural
+from bntool.representation import format_number
 
 _LISTED = 12  # channels, or runs of them, that are named
 

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from bntool.reports.page.document import Column, Page
 from bntool.reports.page.strips import Kind
-from bntool.reports.text import MAX_SENTENCE, format_number, sanitize
+from bntool.reports.text import MAX_SENTENCE, sanitize
+from bntool.representation import format_number
 from bntool.version import __version__
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from bntool.cli.main import ExitCode, main
-from bntool.reports.text import format_number
+from bntool.representation import format_number
 from tests.places import SAMPLES
 from tests.reports.page.browser import Parsed
 
