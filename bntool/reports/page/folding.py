@@ -14,7 +14,8 @@ from bntool.reports.page.document import Column, Item, Page, Row, Snippet, Table
 from bntool.reports.page.from_blocks import read_blocks
 from bntool.reports.page.skips import list_skips
 from bntool.reports.page.strips import scale_sizes
-from bntool.reports.text import format_number, plural
+from bntool.reports.text import plural
+from bntool.representation import format_number
 
 if TYPE_CHECKING:
     from bntool.folding.live import FoldResult

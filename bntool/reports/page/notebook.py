@@ -20,7 +20,8 @@ from bntool.reports.page.from_blocks import make_table, read_blocks
 from bntool.reports.page.inspection import STYLES, make_inspection_page, make_state_dict_page
 from bntool.reports.page.skips import list_skips
 from bntool.reports.page.strips import Mark, scale_sizes
-from bntool.reports.text import format_number, format_size, plural
+from bntool.reports.text import format_size, plural
+from bntool.representation import format_number
 
 if TYPE_CHECKING:
     from bntool.batchnorm import BatchNorm
