@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
+from bntool.batchnorm import selects
 from bntool.checkpoints.checkpoint import Checkpoint, Edit, StateDict
 from bntool.checkpoints.dtypes import BFLOAT16, BY_NAME, FLOAT16, FLOAT32, FLOAT64, DType
 from bntool.checkpoints.renaming import rename_paths, rename_record, rename_versions
 from bntool.checkpoints.scaled_tensors import ScaledTensor
-from bntool.checkpoints.state_dicts import find_prefix
+from bntool.checkpoints.state_dicts import find_not_understood, find_prefix
 from bntool.checkpoints.tensors import LiteralTensor, StoredTensor, Tensor, count_elements
 from bntool.errors import RefusedError, UsageError
 from bntool.plan import (
     AddTensor,
+    AnyPlan,
     Plan,
     Recipe,
     Record,
@@ -24,6 +26,8 @@ from bntool.plan import (
     SetAttribute,
     SetTensor,
     SetVersion,
+    Skip,
+    SkipReason,
     Step,
     Values,
 )
@@ -185,3 +189,16 @@ def _make(recipe: Recipe, state_dict: StateDict, *, name: str, dtype: DType) -> 
         raise UsageError(f"view {list(recipe.view)} does not fit {list(source.shape)}", tensor=recipe.source)
     shape, factors = recipe.factor_shape, recipe.factors
     return ScaledTensor(source, view=recipe.view, factors=factors, factor_shape=shape, flush=recipe.flush)
+
+
+def skip_not_understood(
+    plan: AnyPlan, checkpoint: Checkpoint, state_dict: StateDict, *, layers: Sequence[str] = ()
+) -> AnyPlan:
+    """The plan with what was not understood among its skips, where the globs select it: nothing is done to it."""
+    known = {*plan.layers, *(skip.layer for skip in plan.skips)}
+    more = tuple(
+        Skip(one.name, SkipReason.NOT_RECOGNISED, one.reason)
+        for one in find_not_understood(checkpoint, state_dict)
+        if one.name not in known and selects(layers, one.name)
+    )
+    return dataclasses.replace(plan, skips=(*plan.skips, *more))

@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Sequence
-
-from bntool.batchnorm import selects
 from bntool.checkpoints.checkpoint import Checkpoint, NotUnderstood, StateDict
 from bntool.checkpoints.tensors import StoredTensor
 from bntool.errors import RefusedError
-from bntool.plan import AnyPlan, Skip, SkipReason
 
 _WELL_KNOWN_KEYS = (
     "",
@@ -60,19 +55,6 @@ def find_not_understood(checkpoint: Checkpoint, state_dict: StateDict) -> list[N
     inside = f"{state_dict.key}."
     alone = len(checkpoint.state_dicts) == 1
     return [one for one in checkpoint.not_understood if alone or one.name.startswith(inside)]
-
-
-def skip_not_understood(
-    plan: AnyPlan, checkpoint: Checkpoint, state_dict: StateDict, *, layers: Sequence[str] = ()
-) -> AnyPlan:
-    """The plan with what was not understood among its skips, where the globs select it: nothing is done to it."""
-    known = {*plan.layers, *(skip.layer for skip in plan.skips)}
-    more = tuple(
-        Skip(one.name, SkipReason.NOT_RECOGNISED, one.reason)
-        for one in find_not_understood(checkpoint, state_dict)
-        if one.name not in known and selects(layers, one.name)
-    )
-    return dataclasses.replace(plan, skips=(*plan.skips, *more))
 
 
 def _count_elements(state_dict: StateDict) -> int:

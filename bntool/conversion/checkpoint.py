@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from bntool.batchnorm import check_globs, selects
-from bntool.checkpoints.application import apply_plan
+from bntool.checkpoints.application import apply_plan, skip_not_understood
 from bntool.checkpoints.batchnorms import find_batchnorms
 from bntool.checkpoints.checkpoint import Checkpoint, StateDict, check_changeable
 from bntool.checkpoints.creation import NewFile, NewFormat, create_file, find_unwritable
@@ -18,7 +18,7 @@ from bntool.checkpoints.files import quote
 from bntool.checkpoints.formats import open_checkpoint
 from bntool.checkpoints.records import make_record
 from bntool.checkpoints.saving import check_output, save_checkpoint
-from bntool.checkpoints.state_dicts import choose_state_dict, find_not_understood, skip_not_understood
+from bntool.checkpoints.state_dicts import choose_state_dict, find_not_understood
 from bntool.checkpoints.tensors import StoredTensor
 from bntool.choices import choose
 from bntool.conversion.frozen_batchnorm import plan_batchnorm, plan_frozen_batchnorm

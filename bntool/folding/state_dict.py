@@ -8,10 +8,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from bntool.checkpoints.application import apply_plan
+from bntool.checkpoints.application import apply_plan, skip_not_understood
 from bntool.checkpoints.checkpoint import Checkpoint, StateDict, check_changeable
 from bntool.checkpoints.records import find_recorded_eps, make_record
-from bntool.checkpoints.state_dicts import skip_not_understood
 from bntool.errors import RefusedError, UsageError
 from bntool.folding.options import Layout
 from bntool.folding.planning import FoldPlan, plan_fold

@@ -14,14 +14,14 @@ from enum import Enum
 from pathlib import Path
 
 from bntool.batchnorm import BatchNorm, NormKind, check_globs, selects
-from bntool.checkpoints.application import apply_plan
+from bntool.checkpoints.application import apply_plan, skip_not_understood
 from bntool.checkpoints.batchnorms import find_batchnorms
 from bntool.checkpoints.caffe.nets import deploy_net, save_with_net
 from bntool.checkpoints.checkpoint import Checkpoint, StateDict, check_changeable
 from bntool.checkpoints.formats import open_checkpoint
 from bntool.checkpoints.records import make_record
 from bntool.checkpoints.saving import check_output
-from bntool.checkpoints.state_dicts import choose_state_dict, skip_not_understood
+from bntool.checkpoints.state_dicts import choose_state_dict
 from bntool.checkpoints.tensors import StoredTensor
 from bntool.choices import choose
 from bntool.errors import RefusedError, UsageError
