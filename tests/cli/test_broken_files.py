@@ -42,8 +42,10 @@ def read(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, s
 
 @pytest.mark.parametrize("name", [name for name, (_, error, _) in BROKEN.items() if error is not None])
 def test_a_broken_file_is_one_sentence_and_exit_code_3(
-    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # reaching the real limit, which takes seconds, is tested where files are read
+    monkeypatch.setattr("bntool.checkpoints.torch.modules.MAX_EFFORT", 10_000)
     make, error, words = BROKEN[name]
     (tmp_path / "in").mkdir()
     (tmp_path / "out").mkdir()

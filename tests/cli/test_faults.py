@@ -7,13 +7,11 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import resource
 import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -47,7 +45,6 @@ CAFFE = [
     "-o",
     "out/folded.caffemodel",
 ]
-TIMES_KILLED = {"freeze": 3, "convert": 3, "fold": 1, "recalibrate": 1}  # the last two import torch
 
 
 def _run(arguments: list[str], **options: object) -> subprocess.CompletedProcess[str]:
@@ -72,13 +69,15 @@ def _leftovers(folder: Path) -> list[Path]:
 @pytest.mark.parametrize(
     ("arguments", "files"),
     [
-        *(([*arguments, "-o", "out/new"], 1) for name, arguments in COMMANDS.items() if name != "convert"),
+        ([*COMMANDS["freeze"], "-o", "out/new"], 1),
+        (["fold", str(SAMPLES / "digits.pt"), "--pair", "conv1=bn1", "--eps", "1e-5", "-o", "out/new"], 1),
+        ([*COMMANDS["recalibrate"], "-o", "out/new"], 1),
         ([*COMMANDS["convert"], "-o", "out/new.safetensors"], 1),
         (SHARDED, 3),
         (ONNX, 2),
         (CAFFE, 2),
     ],
-    ids=[*(name for name in COMMANDS if name != "convert"), "convert", "sharded", "onnx", "caffe"],
+    ids=["freeze", "fold", "recalibrate", "convert", "sharded", "onnx", "caffe"],
 )
 @pytest.mark.parametrize("sent", ["SIGKILL", "SIGTERM"])
 def test_killed_at_every_step_of_appearing(arguments: list[str], files: int, sent: str, tmp_path: Path) -> None:
@@ -91,7 +90,8 @@ def test_killed_at_every_step_of_appearing(arguments: list[str], files: int, sen
         shutil.copy(INTEROP / name, tmp_path / "in")
     write_sharded(tiny_net().state_dict(), tmp_path / "in")
     step = 6 if arguments is ONNX else 1  # which starts ONNX Runtime each time
-    done = programs.run("killed_command", sent, step, *arguments, cwd=tmp_path)
+    run = programs.run_forked if "recalibrate" in arguments else programs.run  # the others import no torch
+    done = run("killed_command", sent, step, *arguments, cwd=tmp_path)
     written, moments = map(int, done.stdout.split()[-2:])
     assert written == files
     assert moments > 4 * files  # each is made, brought to the disk, given its mode and its name
@@ -99,25 +99,13 @@ def test_killed_at_every_step_of_appearing(arguments: list[str], files: int, sen
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_killed_at_a_random_moment(command: str, tmp_path: Path) -> None:
-    suffix = ".safetensors" if command == "convert" else ".pt"
-    reference = tmp_path / f"reference{suffix}"
-    started = time.perf_counter()
-    result = _run([sys.executable, "-m", "bntool", *COMMANDS[command], "-o", str(reference), "--quiet"])
-    duration = time.perf_counter() - started
-    assert result.returncode == 0, result.stderr
-    rng = random.Random(command)
-    for number in range(TIMES_KILLED[command]):
-        target = tmp_path / f"out-{number}{suffix}"
-        process = subprocess.Popen(
-            [sys.executable, "-m", "bntool", *COMMANDS[command], "-o", str(target), "--quiet"],
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-        time.sleep(duration * rng.uniform(0.8, 1.0))
-        process.kill()
-        process.wait()
-        assert not target.exists() or _holds_a_whole_file(target)
-    assert len(_leftovers(tmp_path)) <= TIMES_KILLED[command]
+    name = "out-{}.safetensors" if command == "convert" else "out-{}.pt"
+    run = programs.run_forked if command in ("fold", "recalibrate") else programs.run  # the others import no torch
+    run("command_killed_at_a_moment", 3, name, *COMMANDS[command], cwd=tmp_path)
+    written = [path for path in tmp_path.iterdir() if path.name[0] != "."]
+    assert 2 <= len(written) <= 5
+    assert all(_holds_a_whole_file(path) for path in written)
+    assert len(_leftovers(tmp_path)) <= 3
 
 
 @pytest.mark.parametrize("command", ["freeze", "convert"])
@@ -227,7 +215,8 @@ def test_recalibrate_on_a_full_disk(tmp_path: Path) -> None:
     arguments = [sys.executable, "-m", "bntool", *COMMANDS["recalibrate"], "-o", str(target), "--json"]
     result = _run(arguments, preexec_fn=limit)
     assert result.returncode == 3, result.stderr
-    assert len(result.stderr.splitlines()) == 1
+    said = [line for line in result.stderr.splitlines() if "importing torch" not in line]  # on a slow machine
+    assert len(said) == 1
     assert json.loads(result.stdout)["files"][0]["error"]["code"] == "unwritable"
     assert not target.exists()
     assert _leftovers(tmp_path) == []

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import json
 import os
-import shutil
 import signal
 import socket
 import stat
@@ -15,7 +15,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from bntool.cli.main import main
+from tests import programs
 from tests.places import ROOT, SAMPLES
+from tests.programs import copy_user_code
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="shells and signals")
 BNTOOL = f"{sys.executable} -m bntool"
@@ -28,17 +31,21 @@ def shell(line: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
+def make_model(folder: Path) -> None:
+    copy_user_code("late_model", folder)
+    net = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4))
+    torch.save(net.state_dict(), folder / "in.pt")
+
+
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
-    shutil.copy(ROOT / "tests" / "programs" / "late_model.py", tmp_path / "net.py")
-    net = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4))
-    torch.save(net.state_dict(), tmp_path / "in.pt")
+    make_model(tmp_path)
     return tmp_path
 
 
 @pytest.mark.parametrize(("shape", "code"), [("1,3,8,8", 0), ("1,5,8,8", 6)])
 def test_what_the_users_code_left_is_brought_to_its_end(model: Path, shape: str, code: int) -> None:
-    done = shell(f"{BNTOOL} fold in.pt --model net.py:build --input-shape {shape} --dry-run -q", model)
+    done = shell(f"{BNTOOL} fold in.pt --model late_model.py:build --input-shape {shape} --dry-run -q", model)
     assert done.returncode == code, done.stderr
     assert done.stdout.splitlines() == ["thread", "function for the end"]
     assert (model / "text").read_text() == "not flushed"
@@ -89,7 +96,10 @@ def test_a_signal_while_writing_leaves_nothing(tmp_path: Path, sent: signal.Sign
 
 @pytest.mark.parametrize("options", ["", "--force"])
 @pytest.mark.parametrize("kind", ["fifo", "socket", "device", "link to a device", "link to a file", "link to nothing"])
-def test_only_regular_files_are_replaced(model: Path, kind: str, options: str) -> None:
+def test_only_regular_files_are_replaced(
+    model: Path, kind: str, options: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(model)
     place = model / "out.pt"
     if kind == "fifo":
         os.mkfifo(place)
@@ -102,45 +112,52 @@ def test_only_regular_files_are_replaced(model: Path, kind: str, options: str) -
         except PermissionError:
             pytest.skip("only root makes devices")
     else:
-        place.symlink_to({"link to a device": "/dev/stdout", "link to a file": "in.pt"}.get(kind, "nowhere"))
+        place.symlink_to({"link to a device": "/dev/null", "link to a file": "in.pt"}.get(kind, "nowhere"))
     before = place.lstat()
-    done = shell(f"{BNTOOL} freeze in.pt -o out.pt {options}", model)
-    assert done.returncode == (2 if kind == "link to a file" else 3)  # which is the input here
-    assert "out" in done.stderr
+    code = main(["freeze", "in.pt", "-o", "out.pt", *options.split()])
+    assert code == (2 if kind == "link to a file" else 3)  # which is the input here
+    assert "out" in capsys.readouterr().err
     assert (place.lstat().st_ino, place.lstat().st_mode) == (before.st_ino, before.st_mode)
     assert not [path for path in model.iterdir() if path.name[0] == "."]
 
 
-@pytest.mark.parametrize(
-    ("arguments", "says"),
-    [
-        ("recalibrate in.pt --model net.py:build --data x.npz", "-o OUT"),
-        ("recalibrate in.pt -o o.pt", "--model SPEC"),
-        ("recalibrate in.pt --model timm:resnet18 --data x.npz -o o.pt", "pip install timm"),
-        ("recalibrate in.pt --model what --data x.npz -o o.pt", "cannot be understood"),
-        ("recalibrate in.pt --model none.py:build --data x.npz -o o.pt", "no such file"),
-        ("recalibrate in.pt --model net.py:build --data folder -o o.pt", "bntool[images]"),
-        ("recalibrate in.pt --model net.py:build --data x.npz -o o.pt --model-arg x", "NAME=VALUE"),
-        ("recalibrate in.pt --model net.py:build --data x.npz -o o.pt --samples x", "at least 1"),
-        ("recalibrate in.pt --model net.py:build --data in.pt -o in.pt", "output is the input"),
-        ("fold in.pt --model net.py:build", "-o OUT"),
-        ("fold in.pt --model mmdet:in.pt -o o.pt", "pip install mmdet"),
-        ("fold in.pt --model net.py:build --export o.onnx --input-shape 1,3,8,8", "bntool[onnx]"),
-        ("fold in.pt --export o.onnx", "give --model"),
-        ("fold in.pt --model net.py:build --export o.pt2", "give --input-shape"),
-        ("fold in.pt --benchmark -o o.pt", "give --model"),
-        ("fold in.pt --model net.py:build --tolerance 0 -o o.pt", "positive"),
-        ("fold in.pt --model net.py:build -o in.pt", "output is the input"),
-        ("fold in.pt --model net.py:build --pair a -o o.pt", "PRODUCER=BATCHNORM"),
-    ],
-)
-def test_what_is_wrong_with_a_command_is_said_before_torch_is_imported(model: Path, arguments: str, says: str) -> None:
-    (model / "folder").mkdir()
-    script = (
-        "import importlib.util, sys; find = importlib.util.find_spec; "
-        "importlib.util.find_spec = lambda name: None if name in ('timm', 'mmdet', 'PIL', 'onnx') else find(name); "
-        "from bntool.cli.main import main; code = main(sys.argv[1:]); assert 'torch' not in sys.modules; sys.exit(code)"
-    )
-    done = shell(f'{sys.executable} -c "{script}" {arguments}', model)
-    assert done.returncode == 2, done.stderr
-    assert says in done.stderr
+WRONG = [
+    ("recalibrate in.pt --model late_model.py:build --data x.npz", "-o OUT"),
+    ("recalibrate in.pt -o o.pt", "--model SPEC"),
+    ("recalibrate in.pt --model timm:resnet18 --data x.npz -o o.pt", "pip install timm"),
+    ("recalibrate in.pt --model what --data x.npz -o o.pt", "cannot be understood"),
+    ("recalibrate in.pt --model none.py:build --data x.npz -o o.pt", "no such file"),
+    ("recalibrate in.pt --model late_model.py:build --data folder -o o.pt", "bntool[images]"),
+    ("recalibrate in.pt --model late_model.py:build --data x.npz -o o.pt --model-arg x", "NAME=VALUE"),
+    ("recalibrate in.pt --model late_model.py:build --data x.npz -o o.pt --samples x", "at least 1"),
+    ("recalibrate in.pt --model late_model.py:build --data in.pt -o in.pt", "output is the input"),
+    ("fold in.pt --model late_model.py:build", "-o OUT"),
+    ("fold in.pt --model mmdet:in.pt -o o.pt", "pip install mmdet"),
+    ("fold in.pt --model late_model.py:build --export o.onnx --input-shape 1,3,8,8", "bntool[onnx]"),
+    ("fold in.pt --export o.onnx", "give --model"),
+    ("fold in.pt --model late_model.py:build --export o.pt2", "give --input-shape"),
+    ("fold in.pt --benchmark -o o.pt", "give --model"),
+    ("fold in.pt --model late_model.py:build --tolerance 0 -o o.pt", "positive"),
+    ("fold in.pt --model late_model.py:build -o in.pt", "output is the input"),
+    ("fold in.pt --model late_model.py:build --pair a -o o.pt", "PRODUCER=BATCHNORM"),
+]
+
+
+@pytest.fixture(scope="module")
+def said_of_wrong_commands(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[int, str, bool]]:
+    folder = tmp_path_factory.mktemp("wrong")
+    make_model(folder)
+    (folder / "folder").mkdir()
+    lines = "\n".join(arguments for arguments, _ in WRONG)
+    done = programs.run("commands_without_torch", input=lines, cwd=folder)
+    return [tuple(json.loads(line)) for line in done.stdout.splitlines()]
+
+
+@pytest.mark.parametrize("number", range(len(WRONG)), ids=[arguments for arguments, _ in WRONG])
+def test_what_is_wrong_with_a_command_is_said_before_torch_is_imported(
+    said_of_wrong_commands: list[tuple[int, str, bool]], number: int
+) -> None:
+    code, said, imported = said_of_wrong_commands[number]
+    assert code == 2, said
+    assert WRONG[number][1] in said
+    assert not imported

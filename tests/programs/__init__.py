@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import atexit
-import functools
-import json
+import contextlib
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.places import ROOT
+from tests.programs.forking import ForkedProcess
 
 _FOLDER = Path(__file__).parent
 _SECONDS = 120
@@ -30,8 +30,7 @@ def _check(done: subprocess.CompletedProcess[str], code: int) -> None:
 def run(name: str, *arguments: object, code: int = 0, **options: Any) -> subprocess.CompletedProcess[str]:
     """Run a program of this folder, which must end with ``code``."""
     options = {"env": _environment(), "capture_output": True, "text": True, "timeout": _SECONDS, **options}
-    command = [sys.executable, str(_FOLDER / f"{name}.py"), *map(str, arguments)]
-    done = subprocess.run(command, check=False, **options)
+    done = subprocess.run([sys.executable, *_command(name, *arguments)], check=False, **options)
     _check(done, code)
     return done
 
@@ -41,54 +40,54 @@ def list_loaded(*arguments: object, **options: Any) -> set[str]:
     return set(run("loaded_modules", *arguments, **options).stdout.splitlines()[-1].split())
 
 
-def run_forked(name: str, *arguments: object, code: int = 0) -> subprocess.CompletedProcess[str]:
+def run_forked(name: str, *arguments: object, cwd: Path = ROOT, code: int = 0) -> subprocess.CompletedProcess[str]:
     """Run a program of this folder in a process that has imported torch already, which saves seconds.
 
     Not for programs that are about what is imported or how a process starts.
     """
-    (done,) = _fork([[str(_FOLDER / f"{name}.py"), *map(str, arguments)]])
+    (done,) = _fork([_command(name, *arguments)], cwd)
     _check(done, code)
     return done
 
 
 def run_ranks(name: str, *arguments: object) -> None:
     """Run a program of this folder twice at once, as ``run_forked`` does, with the rank as the last argument."""
-    for done in _fork([[str(_FOLDER / f"{name}.py"), *map(str, arguments), str(rank)] for rank in range(2)]):
+    for done in _fork([_command(name, *arguments, rank) for rank in range(2)]):
         _check(done, 0)
 
 
-def _fork(commands: list[list[str]]) -> list[subprocess.CompletedProcess[str]]:
-    """Run programs at once, each in a fork of ``fork_server``."""
-    server = _start_fork_server()
-    with tempfile.TemporaryDirectory() as folder:
-        request, streams = [], []
-        for number, (program, *arguments) in enumerate(commands):
-            files = [Path(folder, f"{number}.{stream}") for stream in ("output", "errors")]
+def run_bntool_as_ranks(count: int, *arguments: object, cwd: Path) -> list[subprocess.CompletedProcess[str]]:
+    """Run a command of bntool in several processes of one job, which have the environment that torchrun gives."""
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        port = listening.getsockname()[1]  # of none then, as torchrun finds one
+    job = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(count)}
+    environments = [{**job, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
+    return _fork([["-m", "bntool", *map(str, arguments)]] * count, cwd, environments)
+
+
+def _command(name: str, *arguments: object) -> list[str]:
+    return [str(_FOLDER / f"{name}.py"), *map(str, arguments)]
+
+
+def _fork(
+    commands: list[list[str]], folder: Path = ROOT, environments: list[dict[str, str]] | None = None
+) -> list[subprocess.CompletedProcess[str]]:
+    """Run Python programs at once."""
+    with contextlib.ExitStack() as stack:
+        started = []
+        for number, command in enumerate(commands):
+            environment = {**_environment(), **(environments[number] if environments else {})}
+            files = [stack.enter_context(tempfile.TemporaryFile("w+")) for _ in ("stdout", "stderr")]
+            options = {"stdout": files[0], "stderr": files[1], "env": environment, "cwd": folder}
+            started.append((ForkedProcess([sys.executable, *command], **options), files))
+        done = []
+        for command, (process, files) in zip(commands, started, strict=True):
+            code = process.wait()
             for file in files:
-                file.touch()
-            output, errors = map(str, files)
-            launch = {"program": program, "arguments": arguments, "environment": _environment(), "seconds": _SECONDS}
-            request.append({**launch, "input": os.devnull, "output": output, "errors": errors})
-            streams.append(files)
-        assert server.stdin is not None
-        assert server.stdout is not None
-        server.stdin.write(json.dumps(request) + "\n")
-        server.stdin.flush()
-        codes = json.loads(server.stdout.readline())
-        return [
-            subprocess.CompletedProcess(command, code, *(file.read_text() for file in files))
-            for command, code, files in zip(commands, codes, streams, strict=True)
-        ]
-
-
-@functools.cache
-def _start_fork_server() -> subprocess.Popen[str]:
-    command = [sys.executable, str(_FOLDER / "fork_server.py")]
-    server = subprocess.Popen(
-        command, env=_environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT
-    )
-    atexit.register(server.communicate)  # its input ends, so that it does
-    return server
+                file.seek(0)
+            done.append(subprocess.CompletedProcess(command, code, *(file.read() for file in files)))
+        return done
 
 
 def copy_user_code(name: str, folder: Path) -> Path:

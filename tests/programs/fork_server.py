@@ -1,48 +1,61 @@
-"""A process that has imported torch, and forks one that runs a program for each that it is asked for.
+"""A process that has imported what its second argument lists, and forks one for each program that it is asked to run.
 
-Reads a line of JSON a request: a list of programs with their arguments, environment and the files that their streams
-are. Answers with the list of their exit codes. Each ends as a process of its own does.
+It is asked by a socket, whose number is the first argument, in JSON: to start a program, whose three streams come
+along, which is answered by the number of the process; or to wait for a process, which is answered by its exit code. A
+program ends as in a process of its own.
 """
 
+import gc
+import importlib
 import json
 import os
 import runpy
 import signal
+import socket
 import sys
 
-import torch._dynamo  # noqa: F401 which DistributedDataParallel imports when it is made
 
-import bntool
-
-bntool.recalibrate, bntool.freeze  # noqa: B018 imported when they are asked for
-
-
-def become(launch):
+def become(command, folder, environment, streams):
+    for number, stream in enumerate(streams):
+        os.dup2(stream, number)
+        os.close(stream)
     os.environ.clear()
-    os.environ.update(launch["environment"])
-    for stream, name in enumerate(("input", "output", "errors")):
-        file = os.open(launch[name], os.O_RDONLY if stream == 0 else os.O_WRONLY)
-        os.dup2(file, stream)
-        os.close(file)
+    os.environ.update(environment)
+    os.chdir(folder)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background
-    signal.alarm(launch["seconds"])
-    sys.argv = [launch["program"], *launch["arguments"]]
-    sys.path[0] = os.path.dirname(launch["program"])
-    runpy.run_path(launch["program"], run_name="__main__")
+    signal.alarm(120)
+    sys.argv = command
+    if sys.argv[0] == "-m":
+        del sys.argv[0]
+        sys.path[0] = os.getcwd()
+        runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+    else:
+        sys.path[0] = os.path.dirname(sys.argv[0])
+        runpy.run_path(sys.argv[0], run_name="__main__")
 
 
-def serve():
-    for line in sys.stdin:
-        children = []
-        for launch in json.loads(line):
-            child = os.fork()
-            if child == 0:
-                return launch
-            children.append(child)
-        print(json.dumps([os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]), flush=True)
-    return None
+def serve(asked):
+    """Until nobody asks any more; in a fork, what it is to become."""
+    while True:
+        request, streams, *_ = socket.recv_fds(asked, 1 << 20, 3)
+        if not request:
+            return None
+        request = json.loads(request)
+        if "wait" in request:
+            answer = os.waitstatus_to_exitcode(os.waitpid(request["wait"], 0)[1])
+        else:
+            answer = os.fork()
+            if answer == 0:
+                asked.close()
+                return request | {"streams": streams}
+            for stream in streams:
+                os.close(stream)
+        asked.send(json.dumps(answer).encode())
 
 
-launch = serve()
-if launch is not None:
-    become(launch)
+for name in sys.argv[2].split():
+    importlib.import_module(name)
+gc.freeze()  # else each fork copies all that is imported, when it looks for what to collect
+fork = serve(socket.socket(fileno=int(sys.argv[1])))
+if fork is not None:
+    become(**fork)

@@ -1,5 +1,6 @@
 """A command of bntool that gets a signal at each call in turn that makes a file, brings it to the disk or names it."""
 
+import gc
 import itertools
 import os
 import shutil
@@ -53,8 +54,9 @@ def hidden():
     return [path for path in OUT.iterdir() if path.name[0] == "."]
 
 
-main([*sys.argv[3:], "--dry-run", "--quiet"])  # imports what is needed, once for all children
 OUT.mkdir()
+assert main(ARGUMENTS) == 0  # imports what is needed, once for all children
+gc.freeze()  # else each child copies all of that, when it looks for what to collect
 assert run(0) == 0
 new = contents()
 old = {name: b"the old " + name.encode() for name in new}
