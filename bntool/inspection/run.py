@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 from collections import Counter
@@ -235,7 +236,8 @@ def _summarize_layer(layer: LayerInspection, before: Any, now: Any) -> LayerStat
     largest = None if variance is None else variance.maximum
     change = None
     if before is not None and now is not None and len(before[0]) == len(now[0]):
-        change = measure_shift(before[:2], now[:2], old_eps=before[2], new_eps=now[2])
+        shift = measure_shift(before[:2], now[:2], old_eps=before[2], new_eps=now[2])
+        change = dataclasses.replace(shift, old=None, new=None)  # the numbers of channels are not kept
     return LayerState(
         worst=layer.worst,
         smallest_variance=None if variance is None else variance.minimum,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -125,5 +126,14 @@ def test_what_is_kept_of_a_file_is_small(tmp_path: Path) -> None:
     seen = []
     run = bntool.inspect_run(paths, on_file=lambda path, inspection: seen.append((path, len(inspection.state_dicts))))
     assert seen == [(str(path), 1) for path in paths]
-    assert not any(hasattr(state, "values") for file in run.files for state in file.layers.values())
     assert len(repr(run)) < 1000
+    # a number or two for each layer, not one for each channel
+    sizes = [len(pickle.dumps(bntool.inspect_run([save(make(width), tmp_path / "w.pt")] * 3))) for width in (16, 1024)]
+    assert sizes[1] < sizes[0] + 200
+
+
+def make(width: int) -> nn.Module:
+    model = nn.Sequential(nn.Linear(2, width), nn.BatchNorm1d(width))
+    model[1].running_mean.normal_()
+    model[1].num_batches_tracked.fill_(900)
+    return model
