@@ -13,6 +13,7 @@ from bntool.representation import draw_html_by
 from bntool.version import __version__
 
 if TYPE_CHECKING:
+    from bntool.averaging.checkpoint import average_checkpoints as average_checkpoints
     from bntool.batchnorm import BatchNorm as BatchNorm
     from bntool.batchnorm import scale_and_shift as scale_and_shift
     from bntool.checkpoints.application import apply_plan as apply_plan
@@ -48,6 +49,7 @@ _PUBLIC = {
     "Plan": "bntool.plan",
     "StateDict": "bntool.checkpoints.checkpoint",
     "apply_freeze": "bntool.freezing.live",
+    "average_checkpoints": "bntool.averaging.checkpoint",
     "apply_plan": "bntool.checkpoints.application",
     "choose_state_dict": "bntool.checkpoints.state_dicts",
     "convert": "bntool.conversion.checkpoint",

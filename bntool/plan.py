@@ -27,6 +27,7 @@ class Operation(Enum):
     FREEZE = "freeze"
     FOLD = "fold"
     CONVERT = "convert"
+    AVERAGE = "average"
 
 
 class SkipReason(Enum):
@@ -108,7 +109,20 @@ class Scaled:
     __repr__ = short_repr
 
 
-Recipe: TypeAlias = Values | Scaled
+@dataclass(frozen=True, slots=True)
+class Averaged:
+    """The elements of the tensors of one name in several state dicts, each times its weight, summed in float64.
+
+    Elements that are equal in all of them stay as they are; the sum is rounded once to the dtype of the first.
+
+    Attributes:
+        weights: of the state dict that the plan is for, and of each of the others; they sum to 1.
+    """
+
+    weights: tuple[float, ...]
+
+
+Recipe: TypeAlias = Values | Scaled | Averaged
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +151,7 @@ class AddTensor:
     """
 
     name: str
-    value: Recipe
+    value: Values | Scaled
     dtype: str
     after: str
     is_parameter: bool = True
@@ -308,6 +322,8 @@ def describe_step(step: Step) -> dict[str, Any]:
             facts["shape"] = list(value.shape)
         elif isinstance(value, Scaled):
             facts.update(scaled_from=value.source, shape=list(value.view))
+        elif isinstance(value, Averaged):
+            facts["weights"] = list(value.weights)
         else:
             facts[field.name] = list(value) if isinstance(value, tuple) else value
     return facts

@@ -17,7 +17,7 @@ PACKAGE = ROOT / "bntool"
 FLOORS = (
     ("cli",),
     ("reports", "integrations"),
-    ("inspection", "recalibration", "freezing", "folding", "comparison", "conversion"),
+    ("inspection", "recalibration", "freezing", "folding", "comparison", "conversion", "averaging"),
     ("verification",),
     ("graphs",),
     ("data",),

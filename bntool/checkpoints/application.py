@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 
 from bntool.batchnorm import selects
+from bntool.checkpoints.averaged_tensors import AveragedTensor
 from bntool.checkpoints.checkpoint import Checkpoint, Edit, StateDict
 from bntool.checkpoints.dtypes import BFLOAT16, BY_NAME, FLOAT16, FLOAT32, FLOAT64, DType
 from bntool.checkpoints.renaming import rename_paths, rename_record, rename_versions
@@ -17,6 +18,7 @@ from bntool.errors import RefusedError, UsageError
 from bntool.plan import (
     AddTensor,
     AnyPlan,
+    Averaged,
     Plan,
     Recipe,
     Record,
@@ -33,10 +35,14 @@ from bntool.plan import (
 )
 
 
-def apply_plan(checkpoint: Checkpoint, plan: Plan) -> Checkpoint:
+def apply_plan(checkpoint: Checkpoint, plan: Plan, others: Sequence[StateDict] = ()) -> Checkpoint:
     """The checkpoint as it is after the plan; nothing is read or written yet, and the argument stays as it is.
 
     Steps that concern only live modules (:class:`~bntool.plan.RemoveModule`) change nothing here.
+
+    Args:
+        others: the state dicts that :class:`~bntool.plan.Averaged` takes in beside that of the plan; their files stay
+            open until the checkpoint is written.
 
     Raises:
         UsageError: the plan names a tensor that is not there, or adds one that is.
@@ -44,7 +50,7 @@ def apply_plan(checkpoint: Checkpoint, plan: Plan) -> Checkpoint:
     """
     original = checkpoint.state_dict(plan.state_dict)
     records, entries = dict(checkpoint.records), checkpoint.entries
-    state_dict = change_state_dict(original, plan.steps)
+    state_dict = change_state_dict(original, plan.steps, others)
     if state_dict.renamed != original.renamed and plan.state_dict in records:
         places = _find_places(original, state_dict)
         records[plan.state_dict] = tuple(rename_record(record, places) for record in records[plan.state_dict])
@@ -80,7 +86,7 @@ def _find_places(before: StateDict, after: StateDict) -> dict[str, str]:
     }
 
 
-def change_state_dict(original: StateDict, steps: Iterable[Step]) -> StateDict:
+def change_state_dict(original: StateDict, steps: Iterable[Step], others: Sequence[StateDict] = ()) -> StateDict:
     """A state dict after the steps that concern its tensors; see :func:`apply_plan`.
 
     Tensors are renamed last: all other steps go by the names before.
@@ -93,12 +99,12 @@ def change_state_dict(original: StateDict, steps: Iterable[Step]) -> StateDict:
     for step in steps:
         if isinstance(step, SetTensor):
             name = _existing(original, tensors, step.name)
-            tensors[name] = _new_elements(original, tensors[name], step)
+            tensors[name] = _new_elements([original, *others], tensors[name], step)
         elif isinstance(step, AddTensor):
             name, after = original.prefix + step.name, _existing(original, tensors, step.after)
             if name in tensors:
                 raise UsageError("the state dict has this tensor already", tensor=step.name)
-            tensors[name] = _make(step.value, original, name=step.name, dtype=BY_NAME[step.dtype])
+            tensors[name] = _make(step.value, [original, *others], name=step.name, dtype=BY_NAME[step.dtype])
             followers.setdefault(after, []).insert(0, name)
         elif isinstance(step, RemoveTensor):
             del tensors[_existing(original, tensors, step.name)]
@@ -161,17 +167,22 @@ def _existing(original: StateDict, tensors: Mapping[str, Tensor], name: str) -> 
     return full
 
 
-def _new_elements(original: StateDict, old: Tensor, step: SetTensor) -> Tensor:
+def _new_elements(state_dicts: Sequence[StateDict], old: Tensor, step: SetTensor) -> Tensor:
     if isinstance(old, StoredTensor) and old.wrapper:
         raise RefusedError(f"a {old.wrapper} tensor cannot be given new elements", tensor=step.name)
     dtype = old.dtype if step.dtype is None else BY_NAME[step.dtype]
-    new = _make(step.value, original, name=step.name, dtype=dtype)
+    new = _make(step.value, state_dicts, name=step.name, dtype=dtype)
     if tuple(new.shape) != tuple(old.shape):
         raise UsageError(f"shape {list(new.shape)} does not fit {list(old.shape)}", tensor=step.name)
     return new
 
 
-def _make(recipe: Recipe, state_dict: StateDict, *, name: str, dtype: DType) -> Tensor:
+def _make(recipe: Recipe, state_dicts: Sequence[StateDict], *, name: str, dtype: DType) -> Tensor:
+    """The tensor that a recipe stands for.
+
+    Args:
+        state_dicts: that of the plan, and the others that it takes in.
+    """
     if isinstance(recipe, Values):
         try:
             return LiteralTensor.from_numbers(recipe.numbers, dtype=dtype, shape=recipe.shape)
@@ -179,7 +190,9 @@ def _make(recipe: Recipe, state_dict: StateDict, *, name: str, dtype: DType) -> 
             raise RefusedError(f"a new element is too large for {dtype}: {error}", tensor=name) from error
         except ValueError as error:
             raise RefusedError(str(error), tensor=name) from error
-    source = state_dict.tensor(recipe.source)
+    if isinstance(recipe, Averaged):
+        return AveragedTensor(tuple(one.tensor(name) for one in state_dicts), recipe.weights)
+    source = state_dicts[0].tensor(recipe.source)
     if source.dtype is not dtype:
         raise UsageError(f"{source.dtype} elements cannot be scaled into {dtype}", tensor=name)
     wrapper = source.wrapper if isinstance(source, StoredTensor) else None

@@ -105,6 +105,59 @@ def scale_chunks(
         first += count
 
 
+def average_chunks(tensors: Sequence[Tensor], weights: Sequence[float]) -> Iterator[Chunk]:
+    """The weighted mean of tensors, in C order, a piece at a time.
+
+    The arguments are those of :class:`bntool.checkpoints.averaged_tensors.AveragedTensor`.
+
+    Raises:
+        OverflowError: a mean is too large for the dtype of the first.
+    """
+    dtype = tensors[0].dtype
+    streams = [_Stream(tensor) for tensor in tensors]
+    left = math.prod(tensors[0].shape)
+    while left:
+        count = min(left, CHUNK // 8)
+        pieces = [stream.take(count) for stream in streams]
+        first, total, same = pieces[0], pieces[0] * weights[0], np.ones(count, dtype=bool)
+        with np.errstate(invalid="ignore"):  # infinity less infinity is NaN, as it should be
+            for piece, weight in zip(pieces[1:], weights[1:], strict=True):
+                total += piece * weight
+                same &= piece == first
+        wide = np.where(same, first, total)
+        rounded, widened = _round(wide, dtype)
+        _check_range(widened, dtype, wide)
+        yield rounded.view("u1").data
+        left -= count
+
+
+class _Stream:
+    """The elements of a tensor, in C order, as many at a time as are asked for."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._dtype, self._chunks, self._rest = tensor.dtype, iter(tensor.chunks()), memoryview(b"")
+
+    def take(self, count: int) -> Array:
+        """The next elements as float64."""
+        missing, parts = count * self._dtype.itemsize, []
+        while missing:
+            if not len(self._rest):
+                self._rest = memoryview(next(self._chunks))
+            parts.append(self._rest[:missing])
+            self._rest = self._rest[len(parts[-1]) :]
+            missing -= len(parts[-1])
+        return to_float64(parts[0] if len(parts) == 1 else b"".join(parts), self._dtype)
+
+
+def _round(wide: Array, dtype: DType) -> tuple[Array, Array]:
+    """float64 numbers in the nearest elements of a dtype, and the values of these."""
+    if dtype is BFLOAT16:
+        return _round_to_bfloat16(wide)
+    with np.errstate(over="ignore", under="ignore"):
+        rounded = wide.astype(_NUMPY[dtype])
+    return rounded, rounded
+
+
 def _factors_of(first: int, count: int, outer: tuple[int, ...], factors: Array) -> Array:
     """The factors of some rows, which are counted over the dimensions ``outer``."""
     if not outer:
@@ -149,10 +202,7 @@ class Product:
             np.multiply(wide, factors, out=wide)
             if self._flush:
                 wide[np.abs(wide) < SMALLEST_NORMAL[self._dtype]] = 0
-            if self._dtype is BFLOAT16:
-                rounded, widened = _round_to_bfloat16(wide)
-            else:
-                rounded = widened = wide.astype(_NUMPY[self._dtype])
+            rounded, widened = _round(wide, self._dtype)
         if not is_bounded:
             _check_range(widened, self._dtype, values, factors)
         return rounded.reshape(-1).view("u1").data

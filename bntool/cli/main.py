@@ -49,6 +49,7 @@ COMMANDS = {
     "fold": "folding",
     "diff": "comparison",
     "convert": "conversion",
+    "average": "averaging",
 }
 
 # dependencies that a listing does without: docs/install.md has the way without torch

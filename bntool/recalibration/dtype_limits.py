@@ -46,7 +46,7 @@ def fit_plan(plan: Plan, state_dict: StateDict, *, eps: Mapping[str, float], pro
         tensor = state_dict.tensors.get(state_dict.full_name(step.name))
         if tensor is None:
             if layer in missing:
-                steps.append(_add(step, layer, role, state_dict))
+                steps.append(_add(step.name, step.value, layer, role=role, state_dict=state_dict))
             continue
         value = step.value
         if len(value.numbers) == 1:
@@ -62,7 +62,7 @@ def find_missing(plan: Plan, state_dict: StateDict) -> list[str]:
     return [name.rpartition(".")[0] for name in names if state_dict.full_name(name) not in state_dict.tensors]
 
 
-def _add(step: SetTensor, layer: str, role: str, state_dict: StateDict) -> AddTensor:
+def _add(name: str, value: Values, layer: str, *, role: str, state_dict: StateDict) -> AddTensor:
     """Behind the layer's own tensors, in the order and the dtypes that PyTorch has."""
     stem = f"{layer}." if layer else ""
     own = [stem + other for other in ("weight", "bias") if state_dict.full_name(stem + other) in state_dict.tensors]
@@ -70,8 +70,8 @@ def _add(step: SetTensor, layer: str, role: str, state_dict: StateDict) -> AddTe
     earlier = {_VARIANCE: stem + _MEAN, _COUNTER: stem + _VARIANCE}
     last = own[-1] if own else state_dict.strip(list(state_dict.tensors)[-1])
     return AddTensor(
-        step.name,
-        step.value,
+        name,
+        value,
         dtype="int64" if role == _COUNTER else dtype,
         after=earlier.get(role, last),
         is_parameter=False,

@@ -87,11 +87,20 @@ CASES = [
     ("convert EMPTY --to torch --dry-run", 4, "refused"),
     ("convert @digits_training.pt --to safetensors --strict -o OUT", 4, "refused"),
     ("convert @digits.pt --to safetensors -o DAMAGED", 5, "verification-failed"),
+    ("average @digits.pt @drifted.pt -o OUT", 0, None),
+    ("average @digits.pt --dry-run", 2, "usage"),
+    ("average @digits.pt @drifted.pt", 2, "usage"),
+    ("average @digits.pt HDF5 --dry-run", 2, "missing-extra"),
+    ("average @digits.pt absent.pt --dry-run", 3, "unreadable"),
+    ("average @digits.pt @drifted.pt -o nowhere/out.pt", 3, "unwritable"),
+    ("average @digits.pt EMPTY --dry-run", 4, "refused"),
+    ("average @digits.safetensors @drifted.pt -o DAMAGED", 5, "verification-failed"),
 ]
-# those that no run can give: only inspect and diff judge, and these and convert run no model and write no number
+# those that no run can give: only inspect and diff judge, and these, convert and average run no model
 IMPOSSIBLE = {
     ("inspect", 4), ("inspect", 5), ("inspect", 6), ("recalibrate", 1), ("freeze", 1), ("freeze", 6), ("fold", 1),
     ("diff", 5), ("diff", 6), ("convert", 1), ("convert", 6),
+    ("average", 1), ("average", 6),
 }  # fmt: skip
 
 
@@ -177,6 +186,7 @@ INTERRUPTED = {
     "fold": "fold @digits.pt MODEL --input-shape 1,1,8,8 --dry-run",
     "diff": "diff @digits.pt @drifted.pt",
     "convert": "convert @digits.pt --to torch --dry-run",
+    "average": "average @digits.pt @drifted.pt --dry-run",
 }
 
 

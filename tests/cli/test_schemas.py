@@ -40,6 +40,9 @@ CASES = [
     "convert @digits.pt --to frozen-batchnorm --eps 1e-5 --dry-run",
     "convert @digits.pt --to batchnorm --dry-run",
     "convert @digits_training.pt --to torch -o OUT",
+    "average @digits.pt @drifted.pt @digits.safetensors --weights 1,2,3 -o OUT",
+    "average @digits_training.pt @drifted.pt --statistics-from @digits.pt --dry-run",
+    "average @digits.pt absent.pt --dry-run",
     "inspect @digits_module.pt --all",
     "inspect absent.pt",
 ]

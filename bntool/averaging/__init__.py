@@ -1,0 +1,1 @@
+"""The weights of several checkpoints averaged, and running statistics that go with them."""

@@ -1,0 +1,94 @@
+"""What `average` did, for people and as JSON data."""
+
+from __future__ import annotations
+
+import shlex
+from typing import Any
+
+from bntool.averaging.checkpoint import Average
+from bntool.plan import Record, describe_step
+from bntool.reports.blocks import Block, Cell, Column, Style, Table, line, verbatim
+from bntool.reports.loading import show_loading_code
+from bntool.reports.text import plural
+
+_SHOWN = 6
+
+
+def describe_average(average: Average) -> dict[str, Any]:
+    """The facts as JSON data."""
+    plan = average.plan
+    return {
+        "format": average.sources[0].format.name,
+        "sources": [
+            {"file": str(source.path), "weight": weight}
+            for source, weight in zip(average.sources, average.weights, strict=True)
+        ],
+        "state_dict": plan.state_dict,
+        "layers": list(plan.layers),
+        "averaged": average.averaged,
+        "statistics": "pooled" if average.statistics_from is None else "file",
+        "statistics_from": average.statistics_from,
+        "between": {layer.name: layer.between for layer in average.pooled},
+        "kept": list(average.kept),
+        "other_entries": list(average.other_entries),
+        "steps": [describe_step(step) for step in plan.steps if not isinstance(step, Record)],
+        "must_recalibrate": bool(plan.layers),
+        "output": average.output,
+    }
+
+
+def show_average(average: Average) -> list[Block]:
+    """Lines and tables for people, with the code that loads what was written."""
+    plan, first = average.plan, average.sources[0]
+    files = plural(len(average.sources), "file")
+    blocks: list[Block] = [line(f"{plural(average.averaged, 'tensor')} averaged over {files}", Style.HEADING)]
+    if plan.layers:
+        how = "pooled, variance = mean of variances + variance of means"
+        if average.statistics_from is not None:
+            how = f"those of {average.statistics_from}"
+        blocks.append(line(f"running statistics of {plural(len(plan.layers), 'layer')}: {how}", indent=2))
+        blocks += [
+            line("They are those of no model that was run: recalibrate before this model is used.", Style.WARNING),
+            *verbatim([f"    {_recalibrate_command(average)}"]),
+        ]
+    rows = [
+        (Cell(str(source.path)), Cell(f"{weight:.4g}"))
+        for source, weight in zip(average.sources, average.weights, strict=True)
+    ]
+    blocks += [line(), Table((Column("file", shrinks=True), Column("weight", right=True)), rows), *_layers(average)]
+    if average.counters:
+        blocks.append(line(f"num_batches_tracked: the largest of all files, in {plural(average.counters, 'layer')}"))
+    if average.kept:
+        listed = ", ".join(average.kept[:_SHOWN]) + (" ..." if len(average.kept) > _SHOWN else "")
+        blocks.append(line(f"whole numbers that differ are those of {first.path}: {listed}", Style.NOTICE))
+    if average.other_entries:
+        listed = ", ".join(average.other_entries[:_SHOWN])
+        blocks.append(line(f"everything else is that of {first.path}: {listed}", Style.NOTICE))
+    if average.output is None or average.written is None:
+        return [*blocks, line(), line("nothing was written", Style.MUTED)]
+    loading = show_loading_code(average.written, average.written.state_dict(plan.state_dict), average.output)
+    return [
+        *blocks,
+        line(),
+        *verbatim([f"wrote {average.output}"], Style.GOOD),
+        *verbatim(["To load it without bntool:"]),
+        *verbatim([f"    {text}" for text in loading]),
+    ]
+
+
+def _recalibrate_command(average: Average) -> str:
+    out = average.output or "OUT"
+    return f"bntool recalibrate {shlex.quote(out)} --model SPEC --data SPEC -o recalibrated.pt"
+
+
+def _layers(average: Average) -> list[Block]:
+    """The layers in which the files differ most."""
+    apart = sorted((one for one in average.pooled if one.between > 0), key=lambda one: -one.between)[:_SHOWN]
+    if not apart:
+        return []
+    columns = (Column("layer", shrinks=True), Column("variance between the files", right=True))
+    rows = [(Cell(one.name), Cell(f"{one.between:.1%}")) for one in apart]
+    what = (
+        "the layers whose means differ most between the files: their share of the pooled variance, in the worst channel"
+    )
+    return [line(), line(what, Style.MUTED), Table(columns, rows), line()]
