@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -15,6 +16,7 @@ from bntool.inspection.findings import Severity
 
 if TYPE_CHECKING:
     from bntool.inspection.results import Inspection
+    from bntool.inspection.run import Run
     from bntool.reports.report import FileReport
 
 
@@ -70,33 +72,29 @@ def command(
     Findings are marked X (error), ! (warning) and i (notice); docs/findings.md says what each means and what to do.
     """
     from bntool.cli.main import ExitCode, exit_code_of
-    from bntool.errors import UsageError
     from bntool.inspection.run import inspect_run
     from bntool.reports.report import FileReport, Report
 
     options.check_html(html, force=force, inputs=checkpoints)
-    if html is not None and len(checkpoints) > 1:
-        raise UsageError("--html takes one file")
     shown = _Shown(
         every_layer=all_tensors or not is_drawn(sys.stdout),
         every_tensor=all_tensors or stats,
         as_json=as_json,
         blocks=not as_json and not quiet and (len(checkpoints) == 1 or all_tensors),
         at_once=len(checkpoints) > 1,
-        html=html,
+        page=html if len(checkpoints) == 1 else None,
         force=force,
         fail_on=fail_on,
     )
-    run = inspect_run(
-        checkpoints,
-        on_file=shown.take,
-        state_dict=state_dict,
-        layers=layers or (),
-        every_tensor=all_tensors,
-        statistics=stats,
-        verify_checksums=verify_crc,
-        prototxt=prototxt,
-    )
+    settings = {
+        "state_dict": state_dict,
+        "layers": layers or (),
+        "every_tensor": all_tensors,
+        "statistics": stats,
+        "verify_checksums": verify_crc,
+        "prototxt": prototxt,
+    }
+    run = inspect_run(checkpoints, on_file=shown.take, **settings)
     code = ExitCode.FINDINGS if shown.fails else ExitCode.DONE
     for file in run.files:
         if file.error is not None:
@@ -109,8 +107,11 @@ def command(
         from bntool.reports.run import describe_run, show_run
 
         report = Report("inspect", files, describe_run(run), () if as_json or quiet else (*show_run(run),))
+        if html is not None and any(file.error is None for file in run.files):
+            _write_run_page(run, html, settings, force=force)
     print_report(report, as_json=as_json, quiet=quiet)
-    print_written(html, as_json=as_json, quiet=quiet)
+    if any(file.error is None for file in run.files):
+        print_written(html, as_json=as_json, quiet=quiet)
     return code
 
 
@@ -119,6 +120,7 @@ class _Shown:
     """What becomes of each file when it was inspected, before it is forgotten.
 
     Attributes:
+        page: of the only one.
         blocks: each is shown whole.
         at_once: and not kept until all are.
         fails: one fails on ``fail_on``.
@@ -130,7 +132,7 @@ class _Shown:
     as_json: bool
     blocks: bool
     at_once: bool
-    html: Path | None
+    page: Path | None
     force: bool
     fail_on: Severity | None
     fails: bool = False
@@ -150,9 +152,22 @@ class _Shown:
             blocks = []
         report = FileReport(path, facts, blocks)
         self.reports[path] = report.encode() if self.as_json else report
-        if self.html is not None:
+        if self.page is not None:
             from bntool.reports.page.inspection import make_inspection_page
             from bntool.reports.page.writing import write_page
 
-            write_page(make_inspection_page(path, inspection), self.html, force=self.force)
+            write_page(make_inspection_page(path, inspection), self.page, force=self.force)
         self.fails = self.fails or (self.fail_on is not None and inspection.fails_on(self.fail_on))
+
+
+def _write_run_page(run: Run, path: Path, settings: Mapping[str, Any], *, force: bool) -> None:
+    """The page of several files, with one of them whole: the one that broke, or the last."""
+    from bntool.inspection.checkpoint import inspect
+    from bntool.reports.page.run import make_run_page
+    from bntool.reports.page.writing import write_page
+
+    sound = [file for file in run.files if file.error is None]
+    broken = run.find_broken()
+    chosen = run.files[broken] if broken is not None else sound[-1] if sound else None
+    looked_at = None if chosen is None else (chosen, inspect(chosen.path, **settings))
+    write_page(make_run_page(run, looked_at=looked_at), path, force=force)

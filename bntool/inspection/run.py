@@ -18,6 +18,7 @@ from bntool.inspection.checkpoint import inspect
 from bntool.inspection.findings import Finding, FindingCode, Severity
 from bntool.inspection.results import Inspection, LayerInspection
 from bntool.inspection.verdict import Health, Verdict
+from bntool.representation import html_repr
 from bntool.verification.statistics_shift import StatisticsShift, measure_shift
 
 _SHOWN = 6  # files, in a repr
@@ -108,6 +109,8 @@ class Run:
 
     files: tuple[FileSummary, ...]
     ordered_by: str
+
+    _repr_html_ = html_repr
 
     def __repr__(self) -> str:
         inner = "".join(f"\n  {file!r}" for file in self.files[:_SHOWN])

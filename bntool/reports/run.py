@@ -80,23 +80,23 @@ def _describe_change(name: str, state: LayerState) -> dict[str, Any]:
 
 def show_run(run: Run) -> Iterator[Block]:
     """The verdict on all, what needs attention, a row for each file, the layers that moved, and the verdict again."""
-    yield _count_files(run, named=False)
-    yield from _show_break(run)
+    yield count_files(run, named=False)
+    yield from show_break(run)
     attention = list(_show_findings(run))
     if attention:
         yield line()
         yield from attention
     yield line()
-    yield _file_table(run)
+    yield make_file_table(run)
     moved = run.list_moved(MOVED)
     if moved and len(run.files) > 2:
         yield line()
         yield _moved_table(run, moved)
     yield line()
-    yield _count_files(run, named=True)
+    yield count_files(run, named=True)
 
 
-def _count_files(run: Run, *, named: bool) -> Line:
+def count_files(run: Run, *, named: bool) -> Line:
     """How many files there are, and how many of each verdict.
 
     Args:
@@ -110,17 +110,18 @@ def _count_files(run: Run, *, named: bool) -> Line:
         cells += [Cell(", " * bool(index)), Cell(f"{count} {word}", _COUNT_STYLES[word])]
         files = [f for f in run.files if ("failed" if f.verdict is None else f.verdict.health.value) == word]
         if named and word in ("failed", Health.SICK.value, Health.SUSPICIOUS.value):
-            cells.append(Cell(f" ({_list_files(run, files)})", is_sentence=True))
+            cells.append(Cell(f" ({list_files(run, files)})", is_sentence=True))
     return Line(tuple(cells))
 
 
-def _list_files(run: Run, files: Sequence[FileSummary]) -> str:
+def list_files(run: Run, files: Sequence[FileSummary]) -> str:
     """Their names, without the folder where all files of the run lie in one."""
     folders = {Path(file.path).parent for file in run.files}
     return list_names([Path(file.path).name if len(folders) == 1 else file.path for file in files], _LISTED)
 
 
-def _show_break(run: Run) -> Iterator[Line]:
+def show_break(run: Run) -> Iterator[Line]:
+    """In which file something broke, and what; nothing where nothing did."""
     at = run.find_broken()
     if at is None:
         return
@@ -130,7 +131,7 @@ def _show_break(run: Run) -> Iterator[Line]:
     style = HEALTH_STYLES[broken.verdict.health]
     how = "already in the first file," if before is None else "first in"
     cells = [
-        Cell(f"{broken.verdict.health.value} {how} {_list_files(run, [broken])}", style),
+        Cell(f"{broken.verdict.health.value} {how} {list_files(run, [broken])}", style),
         Cell(_describe_progress(broken, " ({})")),
     ]
     worst = broken.findings[0] if broken.findings else None
@@ -138,7 +139,7 @@ def _show_break(run: Run) -> Iterator[Line]:
         where = list_names(worst.layers, _LISTED) + describe_channels(worst.finding.channels) * (len(worst.layers) == 1)
         cells.append(Cell(f": {worst.finding.short}" + (f" in {where}" if where else ""), is_sentence=True))
     if before is not None and before.verdict is not None:
-        cells.append(Cell(f"; {_list_files(run, [before])} was {before.verdict.health.value}", is_sentence=True))
+        cells.append(Cell(f"; {list_files(run, [before])} was {before.verdict.health.value}", is_sentence=True))
     yield Line(tuple(cells))
 
 
@@ -162,17 +163,18 @@ def _show_findings(run: Run) -> Iterator[Line]:
             (
                 Cell(f"{MARKS[finding.severity]} {finding.severity.value}", SEVERITY_STYLES[finding.severity]),
                 Cell(f" {finding.code.value}", Style.HEADING),
-                Cell(f" in {plural(len(files), 'file')}: {_list_files(run, files)}", is_sentence=True),
+                Cell(f" in {plural(len(files), 'file')}: {list_files(run, files)}", is_sentence=True),
             )
         )
-        where = f"{_list_files(run, [file])}, " if len(files) > 1 else ""
+        where = f"{list_files(run, [file])}, " if len(files) > 1 else ""
         where += list_names(found.layers, _LISTED) or "the file"
         yield Line((Cell(f"{where}: ", is_sentence=True), Cell(finding.message, is_sentence=True)), indent=2)
         if finding.advice:
             yield Line((Cell("to do: ", Style.MUTED), Cell(finding.advice, is_sentence=True)), indent=2)
 
 
-def _file_table(run: Run) -> Table:
+def make_file_table(run: Run) -> Table:
+    """A row for each file."""
     words = list(dict.fromkeys(word for file in run.files for word in file.progress))
     columns = (
         Column("", pictures=True),
@@ -275,15 +277,16 @@ def _moved_table(run: Run, names: Sequence[str]) -> Table:
                 Cell("" if peak is None or peak.largest_channel is None else str(peak.largest_channel)),
                 Cell("", picture=Series(tuple(_relate_all(changes)))),
                 Cell(describe_change(state.change) if state is not None else ""),
-                Cell(_name_file(run, run.files[most])),
+                Cell(name_file(run, run.files[most])),
             )
         )
     return Table(columns, rows, caption="file by file: largest running_var, logarithmic; change of the worst channel")
 
 
-def _name_file(run: Run, file: FileSummary) -> str:
-    """A file in few words: by what the run is ordered by."""
-    return Path(file.path).name if run.ordered_by == "name" else f"{run.ordered_by} {file.progress[run.ordered_by]}"
+def name_file(run: Run, file: FileSummary) -> str:
+    """A file in few words: by what the run is ordered by, where it says that."""
+    known = file.progress.get(run.ordered_by)
+    return Path(file.path).name if known is None else f"{run.ordered_by} {known}"
 
 
 def _place_all(values: Sequence[float | None]) -> list[float | None]:

@@ -58,6 +58,7 @@ class Column:
         is_minor: left out where the page is narrow.
         scale: of the pictures in it.
         places: what the pixels of its pictures are, e.g. ``channel``; or names of all of them.
+        ticks: labels below its legend, each with the share of the width where it stands.
     """
 
     title: str
@@ -66,6 +67,7 @@ class Column:
     is_minor: bool = False
     scale: Scale | None = None
     places: str | Sequence[str] = "channel"
+    ticks: tuple[tuple[float, str], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -97,6 +99,10 @@ class Table:
     columns: tuple[Column, ...]
     rows: tuple[Row, ...]
     note: str = ""
+
+    @property
+    def has_pictures(self) -> bool:
+        return any(column.scale is not None for column in self.columns)
 
 
 @dataclass(frozen=True)

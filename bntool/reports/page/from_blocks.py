@@ -63,7 +63,8 @@ def _style(block: Line) -> Style:
 def make_table(table: blocks.Table, *, title: str, noun: str) -> Table:
     """A table without pictures, of the columns that hold anything."""
     shown = table.select(None)
-    columns = tuple(Column(table.columns[index].title, is_number=table.columns[index].right) for index in shown)
+    chosen = [table.columns[index] for index in shown]
+    columns = tuple(Column(one.title, is_number=one.right, is_minor=bool(one.wide)) for one in chosen)
     rows = (_make_row(row, shown) for row in table.rows if not isinstance(row, Line))
     return Table(title, noun, columns, tuple(rows))
 

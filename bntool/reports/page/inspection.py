@@ -28,7 +28,7 @@ HEALTH_STYLES = {
 
 def make_inspection_page(path: str, inspection: Inspection) -> Page:
     """The page of one file."""
-    anchors = _name_rows(inspection.state_dicts)
+    anchors = name_rows(inspection.state_dicts)
     return Page(
         command="inspect",
         subject=path,
@@ -47,7 +47,7 @@ def make_inspection_page(path: str, inspection: Inspection) -> Page:
 
 def make_state_dict_page(one: StateDictInspection) -> Page:
     """The page of one state dict alone."""
-    anchors = _name_rows([one])
+    anchors = name_rows([one])
     found = list(_group_findings([one], (), anchors))
     worst = max((entry.style for entry in found), key=_STYLE_RANKS.index, default=Style.GOOD)
     sick = sum(severity is not None and severity.rank > 0 for severity in one.find_worst().values())
@@ -65,7 +65,8 @@ _STYLE_RANKS = (Style.GOOD, *STYLES.values())
 Anchors = dict[tuple[str, str], str]  # of the row of a layer: by key of the state dict and name
 
 
-def _name_rows(state_dicts: Sequence[StateDictInspection]) -> Anchors:
+def name_rows(state_dicts: Sequence[StateDictInspection]) -> Anchors:
+    """Anchors for the rows of all layers."""
     keys = [(one.state_dict.key, layer.name) for one in state_dicts for layer in one.layers]
     return {key: f"l{number}" for number, key in enumerate(keys)}
 

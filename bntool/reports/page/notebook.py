@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from bntool.folding.state_dict import CheckpointFold
     from bntool.freezing.checkpoint import CheckpointFreeze, FreezePlan
     from bntool.freezing.policy import FreezePolicy
+    from bntool.inspection.run import Run
     from bntool.recalibration.new_statistics import Recalibration
     from bntool.recalibration.results import CheckpointRecalibration
 
@@ -56,6 +57,10 @@ def _make(room: str, function: str, *arguments: Any, **options: Any) -> Page:
 
 def _of_inspection(inspection: Inspection) -> Page:
     return make_inspection_page(str(inspection.checkpoint.path), inspection)
+
+
+def _of_run(run: Run) -> Page:
+    return _make("run", "make_run_page", run)
 
 
 def _of_state_dict_inspection(one: StateDictInspection) -> Page:
@@ -281,6 +286,7 @@ def _of_conversion(conversion: Conversion) -> Page:
 # by the name of the class: to compare classes they would have to be imported, and torch with some of them
 _PAGES: dict[str, Any] = {
     "Inspection": _of_inspection,
+    "Run": _of_run,
     "StateDictInspection": _of_state_dict_inspection,
     "LayerInspection": _of_layer_inspection,
     "BatchNorm": _of_batchnorm,

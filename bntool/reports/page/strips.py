@@ -35,6 +35,8 @@ _HATCHED: _Levels = (_ERROR, _NOTHING, _ERROR)
 BINS = 64  # pixels of a strip over channels; more channels share them
 _OUTSIDE = 0.005  # share of the numbers on either side that the ends of a scale leave to the end colours
 
+_UNUSUAL = 0.05  # share of the numbers on either side that may lie far away
+
 
 class Kind(Enum):
     """What the colours of a scale say."""
@@ -72,12 +74,16 @@ class Scale:
 
 
 def scale_sizes(values: Iterable[float]) -> Scale:
-    """A scale for sizes: it spans nearly all of them, in whole halves of decades; a few far away do not stretch it."""
+    """A scale for sizes: it spans nearly all of them, in whole halves of decades; a few far away do not stretch it.
+
+    It goes at most a decade beyond nine tenths of them.
+    """
     known = sorted(value for value in values if 0 < value < math.inf)
     if not known:
         return Scale(Kind.SIZE, -1.0, 1.0)
-    outside = int(_OUTSIDE * len(known))
-    low, high = math.log10(known[outside]), math.log10(known[-1 - outside])
+    outside, unusual = int(_OUTSIDE * len(known)), int(_UNUSUAL * len(known))
+    low = max(math.log10(known[outside]), math.log10(known[unusual]) - 1)
+    high = min(math.log10(known[-1 - outside]), math.log10(known[-1 - unusual]) + 1)
     low, high = math.floor(2 * low) / 2, math.ceil(2 * high) / 2
     return Scale(Kind.SIZE, low, max(high, low + 1))
 
