@@ -17,7 +17,8 @@ from bntool.reports.page.from_blocks import make_table, read_blocks
 from bntool.reports.page.inspection import HEALTH_STYLES, STYLES, make_layer_table, name_rows
 from bntool.reports.page.strips import Mark, Scale, draw_series, scale_sizes
 from bntool.reports.run import count_files, list_files, make_file_table, name_file, show_break
-from bntool.reports.text import format_number, plural
+from bntool.reports.text import plural
+from bntool.representation import format_number
 
 _NEGLIGIBLE = 1e-4  # of the measure of a change: so small, it is none for a picture
 _LISTED = 40  # files that a command names
