@@ -90,7 +90,7 @@ class Values:
 
 @dataclass(frozen=True, slots=True)
 class Scaled:
-    """The elements of another tensor times factors, in float64, rounded once.
+    """The elements of another tensor times factors, and some of them plus addends, in float64, rounded once.
 
     Attributes:
         source: name of the tensor to scale.
@@ -98,6 +98,8 @@ class Scaled:
         factors: float64 factors.
         factor_shape: shape of the factors, as long as ``view``, 1 in dimensions that are not scaled.
         flush: products that are subnormal numbers of the dtype become zero.
+        places: of the elements that something is added to, in C order, ascending.
+        addends: what is added to the product there.
     """
 
     source: str
@@ -105,6 +107,8 @@ class Scaled:
     factors: Sequence[float]
     factor_shape: tuple[int, ...]
     flush: bool = False
+    places: Sequence[int] = ()
+    addends: Sequence[float] = ()
 
     __repr__ = short_repr
 
@@ -202,9 +206,14 @@ class SetVersion:
 
 @dataclass(frozen=True, slots=True)
 class RemoveModule:
-    """Replace a module by the identity: its work is done elsewhere."""
+    """Replace a module by the identity: its work is done elsewhere.
+
+    Attributes:
+        copies: what it gives is a copy, because something writes into it while others still read what it was given.
+    """
 
     module: str
+    copies: bool = False
 
 
 @dataclass(frozen=True, slots=True)

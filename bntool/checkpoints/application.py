@@ -201,7 +201,15 @@ def _make(recipe: Recipe, state_dicts: Sequence[StateDict], *, name: str, dtype:
     if count_elements(recipe.view) != count_elements(source.shape):
         raise UsageError(f"view {list(recipe.view)} does not fit {list(source.shape)}", tensor=recipe.source)
     shape, factors = recipe.factor_shape, recipe.factors
-    return ScaledTensor(source, view=recipe.view, factors=factors, factor_shape=shape, flush=recipe.flush)
+    return ScaledTensor(
+        source,
+        view=recipe.view,
+        factors=factors,
+        factor_shape=shape,
+        flush=recipe.flush,
+        places=recipe.places,
+        addends=recipe.addends,
+    )
 
 
 def skip_not_understood(

@@ -79,7 +79,14 @@ def whole_rows(chunks: Iterable[Chunk], row: int) -> Iterator[Chunk]:
 
 
 def scale_chunks(
-    tensor: Tensor, factors: Sequence[float], *, view: tuple[int, ...], factor_shape: tuple[int, ...], flush: bool
+    tensor: Tensor,
+    factors: Sequence[float],
+    *,
+    view: tuple[int, ...],
+    factor_shape: tuple[int, ...],
+    flush: bool,
+    places: Sequence[int] = (),
+    addends: Sequence[float] = (),
 ) -> Iterator[Chunk]:
     """The product of a tensor and its factors, in C order, in pieces of about a chunk whatever the shape.
 
@@ -98,10 +105,16 @@ def scale_chunks(
         return
     product = Product(dtype, flush=flush)
     first = 0
+    where, added = np.asarray(places, dtype=int), np.asarray(addends, dtype="<f8")
     for data in whole_rows(tensor.chunks(), row):
         count = len(data) // row
         here = _factors_of(first, count, view[:inner], rows)
-        yield product.round(as_numbers(data, dtype).reshape(count, *view[inner:]), here)
+        extra = None
+        if where.size:
+            start = first * (row // dtype.itemsize)
+            some = slice(*np.searchsorted(where, (start, start + len(data) // dtype.itemsize)))
+            extra = where[some] - start, added[some]
+        yield product.round(as_numbers(data, dtype).reshape(count, *view[inner:]), here, extra=extra)
         first += count
 
 
@@ -182,13 +195,21 @@ class Product:
         self._dtype, self._flush = dtype, flush
         self._wide: Array = np.empty(0)  # used again for each piece: memory that is new costs as much as the product
 
-    def round(self, values: Array, factors: Array, *, is_bounded: bool = False) -> Chunk:
+    def round(
+        self,
+        values: Array,
+        factors: Array,
+        *,
+        is_bounded: bool = False,
+        extra: tuple[Array, Array] | None = None,
+    ) -> Chunk:
         """The products of one piece, little endian in C order.
 
         Args:
             values: as :func:`as_numbers` gives them.
             factors: float64, of a shape that goes with that of ``values``.
             is_bounded: it is known that no product is too large or comes from NaN or infinity.
+            extra: places in the piece, in C order, and what is added to the products there.
 
         Raises:
             OverflowError: a product is too large for the dtype, and what it is the product of is finite.
@@ -200,6 +221,8 @@ class Product:
         with np.errstate(over="ignore", under="ignore", invalid="ignore"):
             np.copyto(wide, values)
             np.multiply(wide, factors, out=wide)
+            if extra is not None:
+                wide.reshape(-1)[extra[0]] += extra[1]
             if self._flush:
                 wide[np.abs(wide) < SMALLEST_NORMAL[self._dtype]] = 0
             rounded, widened = _round(wide, self._dtype)

@@ -6,7 +6,10 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 # what records of bntool say of layers and tensors, by key: lists of names, one name, or mappings from names
-_NAMES = ("layers", "layer", "into", "name", "removed_modules", "modules", "without_gradient", "in_eval", "root")
+_NAMES = (
+    "layers", "layer", "into", "scale_into", "shift_into", "name", "removed_modules", "copying_modules", "modules",
+    "without_gradient", "in_eval", "root",
+)  # fmt: skip
 
 
 def rename_paths(paths: Iterable[str], renames: Mapping[str, str], names: Iterable[str]) -> dict[str, str | None]:

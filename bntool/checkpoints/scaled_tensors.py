@@ -1,4 +1,4 @@
-"""Tensors of a file times factors, computed when they are written."""
+"""Tensors of a file times factors, and plus a few addends, computed when they are written."""
 
 from __future__ import annotations
 
@@ -23,6 +23,8 @@ class ScaledTensor(AsArray):
         factors: float64 factors.
         factor_shape: shape of the factors, of the length of ``view``; 1 where a dimension is not scaled.
         flush: products that are subnormal numbers of the dtype become zero.
+        places: of the elements that something is added to, in C order, ascending.
+        addends: what is added to the product there, before it is rounded.
     """
 
     source: Tensor
@@ -30,6 +32,8 @@ class ScaledTensor(AsArray):
     factors: Sequence[float] = field(repr=False)
     factor_shape: tuple[int, ...]
     flush: bool = False
+    places: Sequence[int] = field(default=(), repr=False)
+    addends: Sequence[float] = field(default=(), repr=False)
 
     @property
     def dtype(self) -> DType:
@@ -43,10 +47,16 @@ class ScaledTensor(AsArray):
         """See :class:`Tensor`.
 
         Raises:
-            OverflowError: a product is too large for the dtype.
+            OverflowError: a result is too large for the dtype.
         """
         from bntool.checkpoints.arrays import scale_chunks  # numpy, which plans do not need
 
         yield from scale_chunks(
-            self.source, self.factors, view=self.view, factor_shape=self.factor_shape, flush=self.flush
+            self.source,
+            self.factors,
+            view=self.view,
+            factor_shape=self.factor_shape,
+            flush=self.flush,
+            places=self.places,
+            addends=self.addends,
         )

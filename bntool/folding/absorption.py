@@ -135,7 +135,7 @@ def _walk_back(  # noqa: PLR0913 what is carried along
             raise Blocked(SkipReason.NO_PRODUCER, "it reads the model's input")
         if not source.ran:
             raise Blocked(SkipReason.SHARED_OUTPUT, f"{source.describe()} did not run here and may feed it, too")
-        if source.kind is NodeKind.OTHER:
+        if not (_is_passed(source) or source.kind.is_producer or source.kind is NodeKind.BATCH_NORM):
             raise Blocked(SkipReason.NOT_ADJACENT, f"{source.describe()} lies between")
         channels = _channels_back(edge, source, reader, wanted)
         _check_alone(graph, edge, source, reader)
@@ -152,9 +152,14 @@ def _walk_back(  # noqa: PLR0913 what is carried along
             _walk_back(graph, source, 1, channels, found, scale=scale, removed=removed, shift=False, direct=False)
 
 
+def _is_passed(node: Node) -> bool:
+    """Whether a scale and shift pass a node as they are."""
+    return node.kind in (NodeKind.ADD, NodeKind.MAX_POOL, NodeKind.AVERAGE) and not node.factors
+
+
 def _rank(node: Node) -> int:
     """Obstacles first: they give the plainest reasons."""
-    return 0 if node.kind in (NodeKind.INPUT, NodeKind.OTHER) else 1
+    return 1 if _is_passed(node) or node.kind.is_producer or node.kind is NodeKind.BATCH_NORM else 0
 
 
 def _channels_back(edge: Edge, source: Node, reader: Node, wanted: Integers) -> Integers:

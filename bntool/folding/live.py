@@ -131,14 +131,16 @@ def prove(
         UserCodeError, VerificationError: as :func:`fold`.
     """
     tried = [*with_random_inputs(inputs), *_find_one_sample(model, inputs[0])]
-    points, unit = find_points(graph, plan.folds), _spacing(state_dict)
+    points, unit = find_points(graph, plan), _spacing(state_dict)
     change = _change(graph, layers=layers, layout=plan.layout, eps=eps)
 
     def attempt(plan: FoldPlan) -> tuple[nn.Module, Agreement]:
         folded = copy_model(model)
         apply_plan(folded, plan, state_dict)
         try:
-            return folded, verify(model, change, folded, tried, tolerance=tolerance, unit=unit, points=points)
+            return folded, verify(
+                model, change, folded, tried, tolerance=tolerance, unit=unit, points=points, transforms=plan.stored
+            )
         except UserCodeError as error:
             raise _find_asked(error, folded, plan) or error from error
 

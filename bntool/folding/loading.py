@@ -96,5 +96,5 @@ def compare_structure(model: torch.nn.Module, state_dict: StateDict) -> tuple[St
     added = [name for name in given if name.endswith(".bias") and name not in wanted]
     return (
         *(AddTensor(n, Values((), tuple(given[n].shape)), dtype=given[n].dtype.name, after="") for n in added),
-        *(RemoveModule(name) for name in removed),
+        *(RemoveModule(name, copies=True) for name in removed),  # keys do not say which ones have to
     )

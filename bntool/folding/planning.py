@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from enum import Enum
-from typing import Any
 
 import numpy as np
 
@@ -13,44 +11,20 @@ from bntool.batchnorm import STATISTICS, NormKind, check_globs, selects
 from bntool.checkpoints.batchnorms import find_batchnorms, find_norms
 from bntool.checkpoints.checkpoint import StateDict
 from bntool.folding.absorption import Absorber, Blocked, find_consumers, find_producers, is_parallel_branch
+from bntool.folding.folds import Fold, Level
 from bntool.folding.options import Layout
-from bntool.folding.producers import Producer, read_producer
+from bntool.folding.producers import Addend, Producer, read_producer
 from bntool.folding.scale_and_shift import ScaleAndShift, check_eps, choose_eps, read_scale_and_shift
+from bntool.folding.transforms.storing_otherwise import StoringOtherwise, can_be_tried
 from bntool.graphs.graph import Evidence, ModelGraph, Node, NodeKind, Owner
 from bntool.plan import Operation, Plan, RemoveModule, RemoveTensor, Skip, SkipReason, Step
 from bntool.representation import short_repr
+from bntool.verification.stored_outputs import StoredOutput
 
+# graphs that hold every reader of every tensor
+_SEEN_WHOLE = (Evidence.TRACED,)
 # a branch beside others reads what they read, whatever that is
 _SHARED_INPUT = (SkipReason.SHARED_OUTPUT, SkipReason.NOT_ADJACENT, SkipReason.NO_PRODUCER)
-
-
-class Level(Enum):
-    """Where the scale and shift of a BatchNorm went."""
-
-    DIRECT = "direct"  # into the producer right before it
-    THROUGH = "through"  # back through additions, concatenations, splits or pools
-    BATCHNORM = "norm"  # into the BatchNorm before it
-    FORWARD = "forward"  # into what reads it
-
-
-@dataclass(frozen=True)
-class Fold:
-    """One BatchNorm, called ``layer``, that is folded.
-
-    Attributes:
-        into: the layers that take its scale and shift.
-        level: how they are reached.
-        stays: it stays as a module and only adds its shift.
-    """
-
-    layer: str
-    into: tuple[str, ...]
-    level: Level
-    stays: bool
-
-    def describe(self) -> dict[str, Any]:
-        """As JSON data."""
-        return {"layer": self.layer, "into": list(self.into), "level": self.level.value, "stays": self.stays}
 
 
 @dataclass(frozen=True)
@@ -60,10 +34,14 @@ class FoldPlan(Plan):
     Attributes:
         folds: in order of execution.
         layout: what becomes of the keys.
+        stored: by layer how its output is stored now, where that is otherwise than before.
+        changed: layers whose output is something else by now: a branch beside them went into them.
     """
 
     folds: tuple[Fold, ...] = ()
     layout: Layout = Layout.FOLDED
+    stored: Mapping[str, StoredOutput] = field(default_factory=dict)
+    changed: frozenset[str] = frozenset()
 
     __repr__ = short_repr
 
@@ -107,6 +85,10 @@ class _Folder:
     rewritten: set[str] = field(default_factory=set)  # BatchNorms that stay with other tensors
     done: dict[str, Fold] = field(default_factory=dict)
     skips: dict[str, Skip] = field(default_factory=dict)
+    addends: dict[str, Addend] = field(default_factory=dict)
+    stored: dict[str, StoredOutput] = field(default_factory=dict)
+    changed: set[str] = field(default_factory=set)
+    copying: set[str] = field(default_factory=set)
 
     def plan(self) -> FoldPlan:
         candidates = list(self.choose())
@@ -117,6 +99,7 @@ class _Folder:
                     self.try_fold(layer)
             if len(self.done) == before:
                 break
+        self.fold_rest([layer for layer in candidates if layer not in self.done])
         order = [layer for layer in self.graph.batchnorms if layer in self.done]
         folds = tuple(self.done[layer] for layer in order)
         return FoldPlan(
@@ -128,6 +111,8 @@ class _Folder:
             assumptions=tuple(self.assume(folds)),
             folds=folds,
             layout=self.layout,
+            stored=self.stored,
+            changed=frozenset(self.changed),
         )
 
     def position(self, layer: str) -> int:
@@ -255,7 +240,9 @@ class _Folder:
         direct = len(absorbers) == 1 and first.direct and np.all(first.channels >= 0)
         onto_batchnorm = any(isinstance(target, ScaleAndShift) for target in changed.values())
         level = Level.BATCHNORM if onto_batchnorm else Level.DIRECT if direct else Level.THROUGH
-        self.done[layer] = Fold(layer, _layers(absorbers), level, stays)
+        takes_shift = [a for a in absorbers if not stays and np.any(a.absorption.takes_shift)]
+        into = _layers(absorbers)
+        self.done[layer] = Fold(layer, into, level, stays, into, _layers(takes_shift))
 
     def fold_forward(self, layer: str, own: ScaleAndShift, consumers: Sequence[Absorber]) -> None:
         changed: dict[str, Producer | ScaleAndShift] = {}
@@ -269,7 +256,35 @@ class _Folder:
             changed[consumer.name] = taken
         self.commit(changed)
         self.remove(layer)
-        self.done[layer] = Fold(layer, _layers(consumers), Level.FORWARD, stays=False)
+        into = _layers(consumers)
+        self.done[layer] = Fold(layer, into, Level.FORWARD, False, into, into)
+
+    def fold_rest(self, layers: Sequence[str]) -> None:
+        """Fold what no single neighbour takes, where it is known who reads what and keys may go."""
+        layers = [layer for layer in layers if can_be_tried(self.transforms[layer])]
+        if not layers or self.layout is Layout.SAME_KEYS or self.graph.evidence not in _SEEN_WHOLE:
+            return
+        storing = StoringOtherwise(
+            self.graph, self.state_dict, self.transforms, self.producers, frozenset(self.removed)
+        )
+        outcome = storing.fold(layers)
+        for target in outcome.targets.values():
+            if isinstance(target, ScaleAndShift):
+                self.transforms[target.node.layer] = target
+                self.rewritten.add(target.node.layer)
+            elif isinstance(target, Addend):
+                self.addends[target.name] = target
+            else:
+                self.producers[target.weight_name] = target
+        for layer, fold in outcome.folds.items():
+            self.remove(layer)
+            self.skips.pop(layer, None)
+            self.done[layer] = fold
+        self.stored, self.changed, self.copying = outcome.stored, outcome.changed, outcome.copying
+        for layer, why in outcome.reasons.items():
+            if layer in self.skips:
+                skip = self.skips[layer]
+                self.skip(layer, skip.reason, f"{skip.detail}; stored otherwise: {why}")
 
     def target(self, absorber: Absorber) -> Producer | ScaleAndShift:
         """What takes the scale and shift, as it is by now."""
@@ -298,6 +313,8 @@ class _Folder:
         """Once: what is written down here is not kept twice."""
         for name in sorted(self.producers, key=lambda name: self.producers[name].node.index):
             yield from self.producers.pop(name).steps(self.graph, self.state_dict)
+        for addend in self.addends.values():
+            yield from addend.steps(self.graph, self.state_dict)
         for layer in self.graph.batchnorms:
             own = self.transforms.get(layer)
             if own is None:
@@ -315,7 +332,7 @@ class _Folder:
             if self.state_dict.full_name(name) in self.state_dict.tensors:
                 yield RemoveTensor(name)
         for module in modules:
-            yield RemoveModule(module)
+            yield RemoveModule(module, copies=own.node.layer in self.copying)
 
     def assume(self, folds: Sequence[Fold]) -> Iterator[str]:
         """What is not proven by a trace."""

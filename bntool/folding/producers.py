@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
+from numpy.typing import NDArray
 
 from bntool.checkpoints.arrays import to_float64, whole_rows
 from bntool.checkpoints.checkpoint import StateDict
@@ -16,6 +17,7 @@ from bntool.checkpoints.dtypes import BFLOAT16, FLOAT16, FLOAT32, FLOAT64, DType
 from bntool.checkpoints.scaled_tensors import ScaledTensor
 from bntool.checkpoints.tensors import LiteralTensor, StoredTensor, Tensor, read_bytes, read_numbers
 from bntool.folding.absorption import Absorption, Array, Blocked
+from bntool.folding.transforms.channel_transforms import Transform
 from bntool.graphs.graph import ModelGraph, Node, NodeKind
 from bntool.plan import AddTensor, Scaled, SetTensor, SkipReason, Step, Values
 
@@ -35,6 +37,7 @@ class Producer:
         inputs: factor of each input channel.
         bias: the new bias; None while there is none.
         had_bias: the file has one.
+        taps: what is added to the middle of the kernel between each channel and itself; None for nothing.
     """
 
     node: Node
@@ -43,6 +46,7 @@ class Producer:
     inputs: Array
     bias: Array | None
     had_bias: bool
+    taps: Array | None = None
 
     @property
     def weight_name(self) -> str:
@@ -79,9 +83,36 @@ class Producer:
             bias = (np.zeros(len(self.outputs)) if bias is None else bias) + self._respond(addends, state_dict)
         return replace(self, inputs=self.inputs * factors, bias=bias)
 
+    def transform(self, read: Transform | None, given: Transform, state_dict: StateDict) -> Producer:
+        """With what it reads and gives stored as a (x + b): W' = a_out W / a_in, b' = a_out (b + b_out - W b_in).
+
+        Args:
+            read: of its first input channels; None where it reads nothing otherwise than before.
+            given: of its output.
+        """
+        size = len(self.outputs)
+        scale, shift = np.ones(len(self.inputs)), np.zeros(len(self.inputs))
+        if read is not None:
+            scale[: len(read.scale)], shift[: len(read.shift)] = read.scale, read.shift
+        bias = self.bias
+        if np.any(given.shift) or np.any(shift):
+            bias = (np.zeros(size) if bias is None else bias) + given.shift
+            if np.any(shift):
+                bias = bias - self._respond(shift, state_dict)
+        if bias is not None:
+            bias = bias * given.scale
+        return replace(self, outputs=self.outputs * given.scale, inputs=self.inputs / scale, bias=bias)
+
+    def add_identity(self, scale: Array, shift: Array) -> Producer:
+        """After taking scale * x + shift of each channel x that it reads, of a branch beside it."""
+        bias = (np.zeros(len(self.outputs)) if self.bias is None else self.bias) + shift
+        return replace(self, taps=scale if self.taps is None else self.taps + scale, bias=bias)
+
     def _respond(self, constant: Array, state_dict: StateDict) -> Array:
         """What the scaled weight answers to an input that is constant over positions."""
         tensor = state_dict.tensor(self.weight_name)
+        if self._is_input_major:
+            return self._respond_across(constant, to_float64(read_bytes(tensor), tensor.dtype))
         groups, outputs, columns = self.node.groups, len(self.outputs), self.shape[1]
         values = (self.inputs * constant).reshape(groups, columns)
         row = math.prod(self.shape[1:]) * tensor.dtype.itemsize
@@ -94,30 +125,54 @@ class Producer:
             first += len(weight)
         return np.concatenate(answers) * self.outputs
 
+    def _respond_across(self, constant: Array, weight: Array) -> Array:
+        values = self.inputs * constant
+        if self.node.kind is NodeKind.MATMUL:  # (..., in, out)
+            answer: Array = values @ weight.reshape(-1, *self.shape[-2:]).sum(axis=0)
+        else:  # (in, out/g, ...)
+            groups = self.node.groups
+            rows = weight.reshape(groups, self.shape[0] // groups, self.shape[1], -1).sum(axis=3)
+            answer = np.einsum("gio,gi->go", rows, values.reshape(groups, -1)).reshape(-1)
+        return answer * self.outputs
+
+    @property
+    def _is_input_major(self) -> bool:
+        return self.node.kind in (NodeKind.CONV_TRANSPOSE, NodeKind.MATMUL)
+
     def _scaled(self) -> Scaled | None:
         """The recipe of the new weight; None where it stays as it is."""
-        if np.all(self.outputs == 1) and np.all(self.inputs == 1):
+        if np.all(self.outputs == 1) and np.all(self.inputs == 1) and self.taps is None:
             return None
         groups, trailing = self.node.groups, self.shape[2:]
         rows, columns = self.shape[0] // groups, self.shape[1]
-        transposed = self.node.kind is NodeKind.CONV_TRANSPOSE  # (in, out/g, ...), else (out, in/g, ...)
-        by_row, by_column = (self.inputs, self.outputs) if transposed else (self.outputs, self.inputs)
+        by_row, by_column = (self.inputs, self.outputs) if self._is_input_major else (self.outputs, self.inputs)
+        if self.node.kind is NodeKind.MATMUL:
+            groups, trailing, columns = 1, (), self.shape[-1]
+            rows = math.prod(self.shape[:-1])
+            by_row = np.tile(self.inputs, rows // len(self.inputs))
         if np.all(by_column == 1):
             factors = by_row.reshape(groups, rows, 1)
         else:
             factors = by_column.reshape(groups, 1, columns)
-            if not (np.all(by_row == 1) and (transposed or groups == 1)):
+            if not (np.all(by_row == 1) and (self._is_input_major or groups == 1)):
                 factors = factors * by_row.reshape(groups, rows, 1)
         view: tuple[int, ...] = (groups, rows, columns)
         extent: tuple[int, ...] = factors.shape
-        if not transposed:
+        if not self._is_input_major:
             view, extent = (groups * rows, columns), (extent[0] * extent[1], extent[2])
         return Scaled(
             source=self.weight_name,
             view=(*view, *trailing),
             factors=array("d", factors.tobytes()),
             factor_shape=(*extent, *(1 for _ in trailing)),
+            places=() if self.taps is None else array("q", self._find_centre().tobytes()),
+            addends=() if self.taps is None else array("d", self.taps.tobytes()),
         )
+
+    def _find_centre(self) -> NDArray[np.int64]:
+        """Of each channel the element in the middle of the kernel that weighs the channel itself."""
+        channel, taps = np.arange(self.shape[0]), math.prod(self.shape[2:])
+        return (channel * self.shape[1] + channel % self.shape[1]) * taps + taps // 2
 
     def check(self, state_dict: StateDict) -> None:
         """Hold the new elements against the range of the dtype.
@@ -128,7 +183,7 @@ class Producer:
         tensor = state_dict.tensor(self.weight_name)
         largest = _largest(self.outputs) * _largest(self.inputs)
         try:
-            if tensor.dtype is FLOAT16 or not largest < _LARGE:
+            if tensor.dtype is FLOAT16 or not largest < _LARGE or not _largest_of(self.taps) < _SMALLEST_LIMIT:
                 recipe = self._scaled()
                 for _ in () if recipe is None else _scale(tensor, recipe).chunks():
                     pass
@@ -168,8 +223,23 @@ def _largest(values: Array) -> float:
     return float(np.abs(values).max(initial=0))
 
 
+def _largest_of(values: Array | None) -> float:
+    return 0.0 if values is None else _largest(values)
+
+
 def _scale(tensor: Tensor, recipe: Scaled) -> ScaledTensor:
-    return ScaledTensor(tensor, recipe.view, recipe.factors, recipe.factor_shape)
+    return ScaledTensor(
+        tensor, recipe.view, recipe.factors, recipe.factor_shape, places=recipe.places, addends=recipe.addends
+    )
+
+
+def count_channels(node: Node, shape: tuple[int, ...]) -> tuple[int, int]:
+    """Output and input channels of a weight of that shape."""
+    if node.kind is NodeKind.MATMUL:
+        return shape[-1], shape[-2]
+    if node.kind is NodeKind.CONV_TRANSPOSE:
+        return shape[1] * node.groups, shape[0]
+    return shape[0], shape[1] * node.groups
 
 
 def read_producer(node: Node, state_dict: StateDict) -> Producer:
@@ -186,9 +256,7 @@ def read_producer(node: Node, state_dict: StateDict) -> Producer:
     if wrapper or weight.dtype not in FOLDABLE:
         raise Blocked(SkipReason.UNSUPPORTED_DTYPE, f"{name} is {wrapper or weight.dtype}")
     shape = tuple(weight.shape)
-    transposed = node.kind is NodeKind.CONV_TRANSPOSE
-    outputs = shape[1] * node.groups if transposed else shape[0]
-    inputs = shape[0] if transposed else shape[1] * node.groups
+    outputs, inputs = count_channels(node, shape)
     bias_name = node.parameters.get("bias")
     bias = None
     if bias_name is not None:
@@ -199,6 +267,61 @@ def read_producer(node: Node, state_dict: StateDict) -> Producer:
             raise Blocked(SkipReason.UNSUPPORTED_DTYPE, f"{bias_name} is {tensor.dtype}")
         bias = to_float64(read_bytes(tensor), tensor.dtype)
     return Producer(node, shape, _ones(outputs), _ones(inputs), bias, bias is not None)
+
+
+@dataclass(frozen=True)
+class Addend:
+    """A parameter that is added to a tensor, one element for each channel.
+
+    Attributes:
+        node: the addition.
+        values: what it is by now.
+    """
+
+    node: Node
+    values: Array
+
+    @property
+    def name(self) -> str:
+        return self.node.parameters["bias"]
+
+    def transform(self, read: Transform, given: Transform) -> Addend:
+        """With what is read and given stored as a (x + b), the a of both equal: c' = a (c + b_out - b_in)."""
+        return replace(self, values=given.scale * (self.values + given.shift - read.shift))
+
+    def check(self, state_dict: StateDict) -> None:
+        """Hold the new elements against the range of the dtype.
+
+        Raises:
+            Blocked: one is too large.
+        """
+        tensor = state_dict.tensor(self.name)
+        try:
+            LiteralTensor.from_numbers(self.values.tolist(), dtype=tensor.dtype, shape=tuple(tensor.shape))
+        except OverflowError as error:
+            raise Blocked(SkipReason.OVERFLOW, f"{self.name}: {error}") from error
+
+    def steps(self, graph: ModelGraph, state_dict: StateDict) -> Iterator[Step]:
+        """The steps that make it so, under every name of the parameter."""
+        shape = tuple(state_dict.tensor(self.name).shape)
+        for name in graph.names_of(self.name):
+            yield SetTensor(name, Values(array("d", self.values.tobytes()), shape))
+
+
+def read_addend(node: Node, state_dict: StateDict) -> Addend:
+    """An addend as the state dict holds it.
+
+    Raises:
+        Blocked: its tensor is missing or cannot be calculated with.
+    """
+    name = node.parameters["bias"]
+    if state_dict.full_name(name) not in state_dict.tensors:
+        raise Blocked(SkipReason.COMPUTED_WEIGHT, f"{name} is not in the state dict")
+    tensor = state_dict.tensor(name)
+    wrapper = tensor.wrapper if isinstance(tensor, StoredTensor) else None
+    if wrapper or tensor.dtype not in FOLDABLE:
+        raise Blocked(SkipReason.UNSUPPORTED_DTYPE, f"{name} is {wrapper or tensor.dtype}")
+    return Addend(node, to_float64(read_bytes(tensor), tensor.dtype))
 
 
 @lru_cache

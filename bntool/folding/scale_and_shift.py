@@ -15,10 +15,12 @@ from bntool.checkpoints.tensors import LiteralTensor, StoredTensor, read_bytes, 
 from bntool.errors import UsageError
 from bntool.folding.absorption import Absorption, Array, Blocked
 from bntool.folding.producers import FOLDABLE
+from bntool.folding.transforms.channel_transforms import Transform
 from bntool.graphs.graph import ModelGraph, Node, Owner
 from bntool.plan import SetTensor, SkipReason, Step, Values
 from bntool.representation import format_number
 
+_SLIGHTLY = 1e-3  # a variance may have become negative by rounding; eps makes it positive, in every framework
 _VECTORS = ("weight", "bias", "running_mean", "running_var")
 
 
@@ -70,6 +72,13 @@ class ScaleAndShift:
         factors = np.where(mine, scale[absorption.channels], 1.0)
         addends = np.where(mine & absorption.takes_shift, shift[absorption.channels], 0.0)
         return replace(self, scale=self.scale * factors, shift=self.shift * factors + addends)
+
+    def transform(self, read: Transform | None, given: Transform) -> ScaleAndShift:
+        """With what it reads and gives stored as a (x + b)."""
+        if read is None:
+            read = Transform(np.ones_like(self.scale), np.zeros_like(self.shift))
+        shift = given.scale * (self.shift + given.shift - self.scale * read.shift)
+        return replace(self, scale=self.scale * given.scale / read.scale, shift=shift)
 
     def _tensors(self) -> dict[str, Array]:
         """New elements: mean 0, variance 1 - eps, and weight and bias do the rest; without a bias the mean does."""
@@ -161,7 +170,7 @@ def read_scale_and_shift(
         if not np.isfinite(vector).all():
             raise Blocked(SkipReason.NOT_FINITE, f"{role} holds NaN or infinity")
     lowest = float(numbers["running_var"].min(initial=np.inf))
-    if lowest < 0:
+    if lowest < -_SLIGHTLY or (lowest < 0 and lowest + eps <= 0):
         raise Blocked(SkipReason.NEGATIVE_VARIANCE, f"running_var is as low as {format_number(lowest)}")
     if lowest + eps <= 0:
         raise Blocked(SkipReason.NEGATIVE_VARIANCE, f"running_var + eps is {format_number(lowest + eps)}")

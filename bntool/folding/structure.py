@@ -13,6 +13,7 @@ def describe_structure(steps: tuple[Step, ...]) -> dict[str, Any]:
     """What steps change besides elements, as JSON data for the record."""
     return {
         "removed_modules": [step.module for step in steps if isinstance(step, RemoveModule)],
+        "copying_modules": [step.module for step in steps if isinstance(step, RemoveModule) and step.copies],
         "added_parameters": [
             {"name": step.name, "shape": list(step.value.shape), "dtype": step.dtype}
             for step in steps
@@ -37,6 +38,7 @@ def structure_of(record: Mapping[str, Any]) -> tuple[Step, ...]:
             )
             for entry in record["added_parameters"]
         ]
-        return (*added, *(RemoveModule(str(name)) for name in record["removed_modules"]))
+        copying = record.get("copying_modules", ())
+        return (*added, *(RemoveModule(str(name), copies=name in copying) for name in record["removed_modules"]))
     except (KeyError, TypeError, ValueError) as error:
         raise UsageError(f"the record of the fold in the file is damaged ({error!r})") from error

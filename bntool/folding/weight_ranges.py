@@ -225,7 +225,9 @@ def _is_transposed(recipe: Scaled, tensor: Tensor) -> bool:
 
 
 def _is_by_output(recipe: Scaled, tensor: Tensor) -> bool:
-    """Whether there is one factor for each output channel."""
+    """Whether there is one factor for each output channel, and nothing is added."""
+    if recipe.places:
+        return False
     extents, outputs = recipe.factor_shape, (0, 2) if _is_transposed(recipe, tensor) else (0,)
     return all(
         extent == (recipe.view[axis] if axis in outputs else 1) or recipe.view[axis] == 1

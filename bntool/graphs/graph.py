@@ -29,10 +29,16 @@ class NodeKind(Enum):
     CONVOLUTION = "convolution"
     CONV_TRANSPOSE = "transposed convolution"
     LINEAR = "linear"
+    MATMUL = "matrix product"  # with a weight (..., in, out), channels last
     BATCH_NORM = "BatchNorm"
-    ADD = "addition"  # of two computed tensors
+    ADD = "addition"  # of two computed tensors, each times its factor
     MAX_POOL = "max-pool"  # the maximum over positions: commutes with a positive scale and any shift
     AVERAGE = "average"  # weights over positions that sum to one: commutes with any scale and shift
+    ACTIVATION = "activation"  # f(a x) = a f(x) for a > 0: ReLU, leaky ReLU, PReLU
+    CHANNELWISE = "linear map of each channel"  # times a constant, zero padding, a fixed filter
+    GATE = "gate"  # product of two computed tensors, the first of which is the data
+    BIAS = "bias"  # addition of a parameter of its own, one element for each channel
+    CONSTANT_SUM = "addition of a constant"
     INPUT = "input"
     OUTPUT = "output"
     OTHER = "other"
@@ -40,7 +46,22 @@ class NodeKind(Enum):
     @property
     def is_producer(self) -> bool:
         """Whether it has a weight that can absorb a scale per output channel."""
-        return self in (NodeKind.CONVOLUTION, NodeKind.CONV_TRANSPOSE, NodeKind.LINEAR)
+        return self in (NodeKind.CONVOLUTION, NodeKind.CONV_TRANSPOSE, NodeKind.LINEAR, NodeKind.MATMUL)
+
+    @property
+    def is_called_by_operator(self) -> bool:
+        """Whether people know it by its operation, like ``relu``, rather than by its kind."""
+        return self in _CALLED_BY_OPERATOR
+
+
+_CALLED_BY_OPERATOR = (
+    NodeKind.ACTIVATION,
+    NodeKind.CHANNELWISE,
+    NodeKind.GATE,
+    NodeKind.BIAS,
+    NodeKind.CONSTANT_SUM,
+    NodeKind.OTHER,
+)
 
 
 class Owner(Enum):
@@ -69,6 +90,9 @@ class Node:
         eps: of a BatchNorm.
         training: a BatchNorm that normalises by batch statistics.
         padded: a convolution that reads zeros beyond the border.
+        centred: a convolution whose outputs lie where its inputs do, with a tap in the middle of its kernel.
+        factors: of the operands of an addition, or of a linear map of each channel; () for an addition whose factors
+            are one, and for a map whose factor is not known.
         owner: what else the module of a BatchNorm does.
         has_bias_slot: the owner of the weight reads ``self.bias`` too, so that one can be added.
         class_name: of the module that owns the parameters.
@@ -88,6 +112,8 @@ class Node:
     eps: float | None = None
     training: bool = False
     padded: bool = False
+    centred: bool = False
+    factors: tuple[float, ...] = ()
     owner: Owner = Owner.WHOLE
     has_bias_slot: bool = True
     class_name: str = ""
@@ -96,7 +122,7 @@ class Node:
 
     def describe(self) -> str:
         """For people: the operation, and where."""
-        name = self.kind.value if self.kind is not NodeKind.OTHER else self.operator.removeprefix("aten.")
+        name = self.operator.removeprefix("aten.") if self.kind.is_called_by_operator else self.kind.value
         if self.kind in (NodeKind.INPUT, NodeKind.OUTPUT):
             return f"the model's {name}"
         return f"{name} ({self.layer})" if self.layer else name

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 
@@ -59,7 +60,7 @@ def change_structure(model: nn.Module, steps: Iterable[Step]) -> None:
         elif isinstance(step, RemoveModule):
             path, _, leaf = step.module.rpartition(".")
             parent = _find(modules, path)
-            parent._modules[leaf] = what_remains(_find(modules, step.module))
+            parent._modules[leaf] = what_remains(_find(modules, step.module), copies=step.copies)
         elif isinstance(step, SetAttribute):
             _set_attribute(_find(modules, step.module), step)
 
@@ -70,15 +71,22 @@ def _find_place(step: Step) -> str:
     return step.name if isinstance(step, AddTensor | RemoveTensor) else ""
 
 
-def what_remains(module: nn.Module) -> nn.Module:
+def what_remains(module: nn.Module, *, copies: bool = False) -> nn.Module:
     """What takes the place of a BatchNorm that is folded: the identity, or the activation of a combined module.
 
     It is given the forward hooks of the BatchNorm: its output is still the same.
+
+    Args:
+        copies: it gives a copy of what it is given, because something writes into that.
     """
     children = OrderedDict(
         (name, child) for name in _AFTER_NORM if isinstance(child := module._modules.get(name), nn.Module)
     )
-    remaining = nn.Sequential(children) if "act" in children else nn.Identity()
+    # no bound cuts anything: a plain module of torch that copies
+    identity = nn.Hardtanh(-math.inf, math.inf) if copies else nn.Identity()
+    if copies and "act" in children:
+        children = OrderedDict([("copy", identity), *children.items()])
+    remaining = nn.Sequential(children) if "act" in children else identity
     if "act" in children:
         remaining.train(module.training)
     for hooks in _HOOKS:  # the very dicts, so that whoever added a hook can remove it

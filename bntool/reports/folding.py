@@ -17,8 +17,8 @@ from bntool.representation import format_number
 
 if TYPE_CHECKING:
     from bntool.folding.exporting import Program
+    from bntool.folding.folds import Fold
     from bntool.folding.multiply_adds import Cost
-    from bntool.folding.planning import Fold
     from bntool.folding.speed import Speed
     from bntool.folding.state_dict import CheckpointFold
     from bntool.verification.layer_agreement import LayerAgreement
@@ -239,14 +239,16 @@ def _written(result: CheckpointFold, output: str) -> list[Block]:
     which = "" if is_default else f", state_dict={edited.key!r}"
     blocks += verbatim([f"model = bntool.load_folded(model, {output!r}{which})"], indent=2)
     blocks.append(line("or without bntool:"))
-    return [*blocks, *verbatim(show_folded_loading(lines), indent=2)]
+    copying = [step.module for step in result.plan.steps if isinstance(step, RemoveModule) and step.copies]
+    return [*blocks, *verbatim(show_folded_loading(lines, copying), indent=2)]
 
 
-def show_folded_loading(lines: list[str]) -> list[str]:
+def show_folded_loading(lines: list[str], copying: Sequence[str] = ()) -> list[str]:
     """Plain torch that turns a model into the folded one and loads it; activations of combined modules are not kept.
 
     Args:
         lines: that load the state dict into ``model``.
+        copying: modules whose place something takes that gives a copy.
     """
     head, _, argument = lines[-1].partition("model.load_state_dict(")
     if head or not argument:
@@ -259,8 +261,20 @@ def show_folded_loading(lines: list[str]) -> list[str]:
         'for key in [k for k in model.state_dict() if k.endswith(".running_mean") and k not in state_dict]:',
         '    path, _, name = key.removesuffix(".running_mean").rpartition(".")',
         "    setattr(model.get_submodule(path), name, torch.nn.Identity())",
+        *_show_copying(copying),
         "for key in [k for k in state_dict if k not in model.state_dict()]:",
         '    path, _, name = key.rpartition(".")',
         "    setattr(model.get_submodule(path), name, torch.nn.Parameter(state_dict[key]))",
         "model.load_state_dict(state_dict)",
+    ]
+
+
+def _show_copying(modules: Sequence[str]) -> list[str]:
+    """Where something writes into what a BatchNorm gave, and its input is still read: a module that copies."""
+    if not modules:
+        return []
+    return [
+        f"for key in {list(modules)!r}:  # something writes into what these give",
+        '    path, _, name = key.rpartition(".")',
+        "    setattr(model.get_submodule(path), name, torch.nn.Hardtanh(-torch.inf, torch.inf))",
     ]

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from bntool.modules.finding import find_name_prefix, walk_modules
+from bntool.verification.stored_outputs import StoredOutput
 
 LayerOutputs = Mapping[str, Sequence[torch.Tensor]]
 
@@ -63,30 +64,46 @@ def compare_layers(
     points: Mapping[str, str],
     exact: tuple[LayerOutputs, LayerOutputs] | None,
     stored: tuple[LayerOutputs, LayerOutputs],
+    transforms: Mapping[str, StoredOutput] | None = None,
 ) -> list[LayerAgreement]:
     """The largest error of each layer.
 
     Args:
-        points: from :func:`find_points`.
+        points: from :func:`~bntool.folding.unchanged_outputs.find_points`.
         exact: what was seen in float64 of the original and of the folded model; None where they do not run in it.
         stored: the same in the dtype of the file.
+        transforms: by module how the folded model stores its output; what it stands for is compared.
     """
+    known = transforms or {}
+
+    def error(outputs: tuple[LayerOutputs, LayerOutputs], at: str) -> float:
+        return _largest_error(outputs[0].get(at, ()), outputs[1].get(at, ()), known.get(at))
+
     return [
-        LayerAgreement(
-            layer,
-            at,
-            exact=math.nan if exact is None else _largest_error(exact[0].get(at, ()), exact[1].get(at, ())),
-            stored=_largest_error(stored[0][at], stored[1].get(at, ())),
-        )
+        LayerAgreement(layer, at, exact=math.nan if exact is None else error(exact, at), stored=error(stored, at))
         for layer, at in points.items()
         if at in stored[0]  # not where its module is never called
     ]
 
 
-def _largest_error(expected: Sequence[torch.Tensor], found: Sequence[torch.Tensor]) -> float:
+def _largest_error(
+    expected: Sequence[torch.Tensor], found: Sequence[torch.Tensor], transform: StoredOutput | None
+) -> float:
     if [tensor.shape for tensor in expected] != [tensor.shape for tensor in found]:
         return math.nan
-    return max((relative_error(a, b) for a, b in zip(expected, found, strict=True)), default=math.nan)
+    meant = found if transform is None else [_undo(tensor, transform) for tensor in found]
+    return max((relative_error(a, b) for a, b in zip(expected, meant, strict=True)), default=math.nan)
+
+
+def _undo(stored: torch.Tensor, transform: StoredOutput) -> torch.Tensor:
+    """What a tensor stands for that is stored as a (x + b)."""
+    shape = [1] * stored.dim()
+    shape[transform.axis] = -1
+    scale, shift = (
+        torch.tensor(values, dtype=torch.float64, device=stored.device).view(shape)
+        for values in (transform.scale, transform.shift)
+    )
+    return stored.double() / scale - shift
 
 
 def relative_error(expected: torch.Tensor, found: torch.Tensor) -> float:

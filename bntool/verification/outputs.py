@@ -23,6 +23,7 @@ from bntool.modules.calling import call, leaves_of, map_tensors
 from bntool.modules.copying import copy_model
 from bntool.representation import format_number, short_repr
 from bntool.verification.layer_agreement import LayerAgreement, LayerOutputs, compare_layers, relative_error, watch
+from bntool.verification.stored_outputs import StoredOutput
 
 TOLERANCE = 1e-5  # relative to the largest output; for the tensors as they are written
 EXACT = 1e-9  # the same, in float64
@@ -69,6 +70,7 @@ def verify(
     tolerance: float = TOLERANCE,
     unit: float = 0.0,
     points: Mapping[str, str] | None = None,
+    transforms: Mapping[str, StoredOutput] | None = None,
 ) -> Agreement:
     """Hold a changed model against the original.
 
@@ -85,7 +87,8 @@ def verify(
         unit: relative spacing of the numbers in which tensors are stored, where that is coarser than the model's own:
             16 times what such a change of every parameter does to the original is allowed too.
         points: for each layer to compare too, the module at which; see
-            :func:`~bntool.verification.layer_agreement.find_points`. Only the outputs of the model decide.
+            :func:`~bntool.folding.unchanged_outputs.find_points`. Only the outputs of the model decide.
+        transforms: by module how the changed model stores its output, where that is otherwise.
 
     Raises:
         VerificationError: they disagree, or the outputs are such that agreeing would prove nothing.
@@ -134,7 +137,7 @@ def verify(
             f"{format_number(bound)}; nothing was written",
             remedy="a larger --tolerance would accept it",
         )
-    layers = tuple(compare_layers(points, exact_layers, (stored_layers, found_layers)))
+    layers = tuple(compare_layers(points, exact_layers, (stored_layers, found_layers), transforms))
     return Agreement(len(inputs), len(stored[0]), exact, rounded, stored_error, noise, bound, layers)
 
 

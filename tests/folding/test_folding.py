@@ -246,7 +246,6 @@ def unused(self, x):
 
 NOT_ALLOWED = {
     shared: {"bn": "SHARED_OUTPUT"},
-    two_norms: {"bn": "SHARED_OUTPUT", "bn2": "SHARED_OUTPUT"},
     returned_too: {"bn": "SHARED_OUTPUT"},
     kept_too: {"bn": "SHARED_OUTPUT"},
     concatenated_too: {"bn": "SHARED_OUTPUT"},
@@ -268,7 +267,6 @@ NOT_ALLOWED = {
     in_train_mode: {"bn": "TRAIN_MODE"},
     weight_computed: {"bn": "COMPUTED_WEIGHT"},
     weight_used_elsewhere: {"bn": "REUSED"},
-    reversed_pyramid: {"bn": "REUSED", "bn2": "REUSED"},
     taken_if_bright: {"bn": "DATA_DEPENDENT"},
     read_as_number: {"bn": "DATA_DEPENDENT"},
     read_as_array: {"bn": "DATA_DEPENDENT"},
@@ -498,16 +496,6 @@ def test_max_pool_needs_positive_scales() -> None:
 def test_zero_padding_in_the_consumer_is_refused() -> None:
     model = randomise(nn.Sequential(nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3, padding=1)).double())
     assert reasons(fold(model, image())[1]) == {"0": "PADDED_CONSUMER"}
-
-
-def test_parallel_branches_have_their_reason() -> None:
-    def repvgg(self, x):
-        x = F.relu(x)
-        return F.relu(self.bn2(self.conv(x)) + self.bn(x))
-
-    modules = {"conv": nn.Conv2d(4, 4, 3, padding=1), "bn": nn.BatchNorm2d(4), "bn2": nn.BatchNorm2d(4)}
-    _, plan = fold(randomise(Functional(repvgg, **modules).double()), image())
-    assert reasons(plan) == {"bn": "PARALLEL_BRANCH"}
 
 
 def test_functional_batchnorm_stays_and_adds_its_shift() -> None:

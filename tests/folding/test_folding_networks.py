@@ -224,20 +224,20 @@ def test_random_networks_are_folded_exactly_or_not_at_all(seed: int, layout: Lay
     folded, plan = fold_network(model, inputs, layout)
     others = torch.randn(3, 4, SIZE, SIZE, dtype=torch.float64, generator=torch.Generator().manual_seed(6))
     assert largest_difference(model, folded, others) < 1e-9
-    points = find_points(trace(model, inputs), plan.folds)
-    assert all(layer.exact < 1e-9 for layer in agreement_inside(model, folded, others, points))
+    points = find_points(trace(model, inputs), plan)
+    assert all(layer.exact < 1e-9 for layer in agreement_inside(model, folded, others, points, plan))
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     seen.update(f.level.value for f in plan.folds)
     seen.update(skip.reason.value for skip in plan.skips)
 
 
-def agreement_inside(model: RandomNetwork, folded: nn.Module, inputs: torch.Tensor, points: dict[str, str]):
+def agreement_inside(model: RandomNetwork, folded: nn.Module, inputs: torch.Tensor, points: dict[str, str], plan):
     found = []
     for each in (model, folded):
         with watch(each, points.values()) as seen, torch.no_grad():
             each(inputs)
         found.append(seen)
-    return compare_layers(points, tuple(found), tuple(found))
+    return compare_layers(points, tuple(found), tuple(found), plan.stored)
 
 
 def fold_network(model: RandomNetwork, inputs: torch.Tensor, layout: Layout):

@@ -58,7 +58,7 @@ def test_outputs_stay_where_they_are_said_to(forward) -> None:
     model = randomise(Functional(forward, **used))
     x = torch.randn(2, 4, 9, 9)
     _, plan = fold(model, x)
-    assert find_points(trace(model, x), plan.folds) == POINTS[forward]
+    assert find_points(trace(model, x), plan) == POINTS[forward]
     layers = bntool.fold(model, x).report.layers
     expected = [] if forward is called_as_function else list(POINTS[forward].items())
     assert [(layer.layer, layer.at) for layer in layers] == expected

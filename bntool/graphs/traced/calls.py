@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,6 +27,7 @@ class CallFacts:
         inputs: its data inputs, by port.
         axis: where their channels lie; None where it has none.
         output_axis: where the channels of its output lie.
+        elementwise: each element of the result comes from those at its place; smaller inputs are broadcast.
         details: fields of :class:`~bntool.graphs.graph.Node`.
     """
 
@@ -33,6 +35,7 @@ class CallFacts:
     inputs: tuple[Tensor, ...] = ()
     axis: int | None = None
     output_axis: int = 1
+    elementwise: bool = False
     details: Mapping[str, Any] = field(default_factory=dict)
 
     def node_facts(self) -> dict[str, Any]:
@@ -69,21 +72,119 @@ def call_facts(
         if found is not None and is_computed(found.inputs[0]):
             return found
     elif producer is not None and is_computed(given("input")):
-        return _convolution(producer, given, roles)
+        return _convolution(name, producer, given, roles)
+    found = _arithmetic(name, given, roles) if name in _ARITHMETIC else None
+    first = given("self") if given("input") is None else given("input")
+    if found is None and is_computed(first) and name not in _ARITHMETIC:
+        found = _passing(function, arguments, keywords, data=first, roles=roles)
+    return CallFacts(NodeKind.OTHER) if found is None else found
+
+
+_ARITHMETIC = ("add", "sub", "mul", "div")
+
+
+def _passing(function: Any, arguments: Any, keywords: Any, *, data: Tensor, roles: _Roles) -> CallFacts | None:
+    """An operation on one computed tensor and nothing else that is computed."""
+    name = operators.name_of(function)
+    its_labels = roles.labels[id(data)]
+    assert its_labels is not None
+    axis = varying_axis(its_labels, default=1)
+    kind = operators.passing_kind(function, arguments, keywords, channel_axis=axis, dim=data.dim())
+    if kind is None:
+        return None
+
+    def given(key: str) -> Any:
+        return operators.argument(function, arguments, keywords, key)
+
+    removed = _removed_before(given, axis, data.dim()) if name in ("amax", "mean", "sum") else 0
+    details = {"factors": (-1.0,)} if name == "neg" else {}
+    return CallFacts(kind, (data,), axis=axis, output_axis=axis - removed, details=details)
+
+
+def _arithmetic(name: str, given: Callable[[str], Any], roles: _Roles) -> CallFacts | None:
+    """A sum, difference, product or quotient of two operands."""
     first, other = given("self"), given("other")
-    first = given("input") if first is None else first
-    if is_computed(first) and (name != "add" or is_computed(other)):
-        its_labels = labels[id(first)]
-        assert its_labels is not None
-        axis = varying_axis(its_labels, default=1)
-        shift = other.dim() - first.dim() if name == "add" else 0  # a shorter operand is broadcast from the right
-        axis += max(shift, 0)
-        kind = operators.passing_kind(function, arguments, keywords, channel_axis=axis, dim=first.dim())
-        if kind is not None:
-            inputs = (first, other) if kind is NodeKind.ADD else (first,)
-            removed = _removed_before(given, axis, first.dim()) if name in ("amax", "mean") else 0
-            return CallFacts(kind, inputs, axis=axis, output_axis=axis - removed)
-    return CallFacts(NodeKind.OTHER)
+    computed = [item for item in (first, other) if isinstance(item, Tensor) and roles.labels.get(id(item)) is not None]
+    if not computed or (name == "div" and given("rounding_mode") is not None):
+        return None
+    if len(computed) == 2:
+        return _combine(name, first, other, given, roles)
+    (data,) = computed
+    constant = other if data is first else first
+    dim = max(data.dim(), constant.dim() if isinstance(constant, Tensor) else 0)
+    axis = _axis_of(data, dim, roles)
+    plain = data is first and (name not in ("add", "sub") or given("alpha") == 1)
+    value = _number(constant, roles)
+    if name in ("mul", "div"):
+        if name == "div" and (data is not first or value == 0):
+            return None
+        factors = () if value is None else (value if name == "mul" else 1 / value,)
+        if not all(map(math.isfinite, factors)):
+            return None
+        details: dict[str, Any] = {"factors": factors}
+        kind = NodeKind.CHANNELWISE
+    elif data is not first and name == "sub":
+        return None
+    else:
+        parameter = roles.index.find(constant) if plain and name == "add" and isinstance(constant, Tensor) else None
+        own = parameter is not None and _lies_along(constant, axis, data=data, dim=dim)
+        kind = NodeKind.BIAS if own else NodeKind.CONSTANT_SUM
+        details = {}
+        if own:
+            assert parameter is not None
+            owner = type(parameter.owner).__name__
+            details = {"parameters": {"bias": parameter.name}, "layer": parameter.module, "class_name": owner}
+    return CallFacts(kind, (data,), axis=axis, output_axis=axis, elementwise=True, details=details)
+
+
+def _combine(name: str, first: Tensor, other: Tensor, given: Callable[[str], Any], roles: _Roles) -> CallFacts | None:
+    """A sum, difference or product of two computed tensors."""
+    if name == "div":
+        return None
+    dim = max(first.dim(), other.dim())
+    details: dict[str, Any] = {}
+    data = first
+    if name == "mul":
+        kind, inputs = NodeKind.GATE, (first, other)
+        if first.numel() < other.numel():
+            data, inputs = other, (other, first)
+        if first is other:
+            return None
+    else:
+        kind, inputs = NodeKind.ADD, (first, other)
+        alpha = given("alpha")
+        factor = float(alpha) if name == "add" else -float(alpha)
+        if not math.isfinite(factor):
+            return None
+        details = {"factors": () if factor == 1 else (1.0, factor)}
+    axis = _axis_of(data, dim, roles)
+    return CallFacts(kind, inputs, axis=axis, output_axis=axis, elementwise=True, details=details)
+
+
+def _axis_of(data: Tensor, dim: int, roles: _Roles) -> int:
+    """Where the channels of an operand lie in a result of so many dimensions; a shorter one is broadcast."""
+    its_labels = roles.labels[id(data)]
+    assert its_labels is not None
+    return varying_axis(its_labels, default=1) + dim - data.dim()
+
+
+def _number(constant: Any, roles: _Roles) -> float | None:
+    """The value of a constant that is one number of the code; None for anything else."""
+    if isinstance(constant, int | float):
+        return float(constant)
+    if not isinstance(constant, Tensor) or constant.numel() != 1 or constant.is_meta or roles.names_of(constant):
+        return None
+    return float(constant) if constant.is_floating_point() or constant.dtype in _INTEGERS else None
+
+
+_INTEGERS = (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8)
+
+
+def _lies_along(constant: Tensor, axis: int, *, data: Tensor, dim: int) -> bool:
+    """Whether a constant has one element for each channel of the result, and varies along nothing else."""
+    shape = (*(1 for _ in range(dim - constant.dim())), *constant.shape)
+    extent = data.shape[axis - (dim - data.dim())] if axis >= dim - data.dim() else 0
+    return bool(shape[axis] == extent == constant.numel())
 
 
 def _removed_before(given: Callable[[str], Any], axis: int, dim: int) -> int:
@@ -150,13 +251,43 @@ def _batch_norm(given: Callable[[str], Any], roles: _Roles) -> CallFacts:
     return CallFacts(NodeKind.BATCH_NORM, (given("input"),), axis=1, details=details)
 
 
-def _convolution(kind: NodeKind, given: Callable[[str], Any], roles: _Roles) -> CallFacts:
+def _convolution(name: str, kind: NodeKind, given: Callable[[str], Any], roles: _Roles) -> CallFacts:
     roles.sort("weight", given("weight"))
-    roles.sort("bias", given("bias"))
+    bias = given("bias")
+    if name == "deform_conv2d" and bias is not None and not roles.names_of(bias) and not bool(bias.any()):
+        bias = None  # torchvision gives zeros where there is none
+    roles.sort("bias", bias)
+    if bias is None and kind is NodeKind.CONVOLUTION and _is_fixed_filter(given, roles):
+        return CallFacts(NodeKind.CHANNELWISE, (given("input"),), axis=1)
     # the shift of an input cannot be taken out where windows reach over the border, as those of a transposed one do
-    padded = any(given("padding")) or kind is NodeKind.CONV_TRANSPOSE
-    details = {**roles.details(anchor="weight"), "groups": int(given("groups")), "padded": padded}
-    return CallFacts(kind, (given("input"),), axis=1, details=details)
+    padded = name == "deform_conv2d" or any(given("padding")) or kind is NodeKind.CONV_TRANSPOSE
+    centred = name != "deform_conv2d" and kind is NodeKind.CONVOLUTION and _is_centred(given)
+    groups = {"groups": int(given("groups")), "padded": padded, "centred": centred}
+    return CallFacts(kind, (given("input"),), axis=1, details={**roles.details(anchor="weight"), **groups})
+
+
+def _is_centred(given: Callable[[str], Any]) -> bool:
+    """Whether the output has the size of the input, and a tap of the kernel meets each position with itself."""
+    sizes = given("weight").shape[2:]
+    dilations, paddings = (_spread(given(key), len(sizes)) for key in ("dilation", "padding"))
+    same = all(
+        size % 2 and 2 * padding == dilation * (size - 1)
+        for size, dilation, padding in zip(sizes, dilations, paddings, strict=True)
+    )
+    return same and all(step == 1 for step in given("stride"))
+
+
+def _spread(values: Sequence[int], count: int) -> list[int]:
+    """As many numbers as there are dimensions: one may stand for all."""
+    return list(values) * count if len(values) == 1 else list(values)
+
+
+def _is_fixed_filter(given: Callable[[str], Any], roles: _Roles) -> bool:
+    """Whether every channel goes through a filter that is no parameter as it is, and through nothing else."""
+    weight = given("weight")
+    depthwise = int(given("groups")) == weight.shape[0] and weight.shape[1] == 1
+    same = weight.shape[0] == given("input").shape[1]
+    return depthwise and same and "weight" in roles.computed and roles.labels.get(id(weight)) is None
 
 
 def _linear(name: str, given: Callable[[str], Any], roles: _Roles) -> CallFacts | None:
@@ -165,14 +296,17 @@ def _linear(name: str, given: Callable[[str], Any], roles: _Roles) -> CallFacts 
     else:
         data, weight = (given("mat1"), given("mat2")) if name == "addmm" else (given("self"), given("mat2"))
         bias = given("self") if name == "addmm" else None
-    roles.sort("weight", weight, transposed=name != "linear")
+    kind = NodeKind.LINEAR
+    if name != "linear" and roles.labels.get(id(weight)) is None and roles.index.find(weight) is not None:
+        kind = NodeKind.MATMUL
+    roles.sort("weight", weight, transposed=name != "linear" and kind is NodeKind.LINEAR)
     if "weight" not in roles.found and name != "linear" and not roles.is_computed_constant(weight):
         return None  # any product of two matrices
     if bias is not None and bias.dim() != 1:
         return None
     roles.sort("bias", bias)
     last = data.dim() - 1
-    return CallFacts(NodeKind.LINEAR, (data,), axis=last, output_axis=last, details=roles.details(anchor="weight"))
+    return CallFacts(kind, (data,), axis=last, output_axis=last, details=roles.details(anchor="weight"))
 
 
 @dataclass(frozen=True)

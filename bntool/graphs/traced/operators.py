@@ -40,7 +40,7 @@ BATCH_NORMS = frozenset(
     )
 )  # fmt: skip
 
-_CONVOLUTIONS = frozenset(("convolution", "_convolution", "convolution_overrideable"))
+_CONVOLUTIONS = frozenset(("convolution", "_convolution", "convolution_overrideable", "deform_conv2d"))
 _MAX_POOLS = frozenset(
     (
         "max_pool1d", "max_pool2d", "max_pool3d", "max_pool2d_with_indices", "max_pool3d_with_indices",
@@ -50,6 +50,9 @@ _MAX_POOLS = frozenset(
 _ADAPTIVE_AVERAGES = frozenset(("_adaptive_avg_pool2d", "_adaptive_avg_pool3d", "adaptive_avg_pool1d"))
 _AVERAGE_POOLS = frozenset(("avg_pool1d", "avg_pool2d", "avg_pool3d"))
 _LINEARS = frozenset(("mm", "addmm", "linear"))
+_ACTIVATIONS = frozenset(("relu", "leaky_relu", "_prelu_kernel", "prelu"))
+_CONSTANT_PADS = frozenset(("constant_pad_nd",))
+_MIRRORED_PADS = tuple(f"{kind}_pad{digit}d" for kind in ("reflection", "replication") for digit in "123")
 
 
 def name_of(function: Any) -> str:
@@ -86,10 +89,10 @@ def producer_kind(function: Any, arguments: Sequence[Any], keywords: Mapping[str
     return NodeKind.LINEAR if name in _LINEARS else None
 
 
-def passing_kind(  # noqa: PLR0911 a list of cases
+def passing_kind(  # noqa: PLR0911, C901 a list of cases
     function: Any, arguments: Sequence[Any], keywords: Mapping[str, Any], *, channel_axis: int, dim: int
 ) -> NodeKind | None:
-    """How a scale and shift per channel pass through an operation on one or two computed tensors; None for not at all.
+    """How a scale and shift per channel pass through an operation on one computed tensor; None for not at all.
 
     Args:
         channel_axis: where the channels of its input lie.
@@ -100,33 +103,38 @@ def passing_kind(  # noqa: PLR0911 a list of cases
     def given(key: str) -> Any:
         return argument(function, arguments, keywords, key)
 
-    if name == "add":
-        return NodeKind.ADD if given("alpha") == 1 else None
-    if channel_axis >= dim - _count_positions(name, dim):
+    if name in _ACTIVATIONS or (name == "clamp_min" and given("min") == 0):
+        return NodeKind.ACTIVATION
+    if name == "neg":
+        return NodeKind.CHANNELWISE
+    if channel_axis >= dim - _count_positions(name, dim, given("pad")):
         return None  # it runs over the channels themselves
     if name in _MAX_POOLS:
         return NodeKind.MAX_POOL
-    if name in ("amax", "mean"):
+    if name in ("amax", "mean", "sum"):
         axes = given("dim")
         axes = list(range(dim)) if axes is None or axes == [] else [axes] if isinstance(axes, int) else list(axes)
-        if name == "mean" and given("dtype") is not None:
+        if channel_axis in [axis % dim for axis in axes] or (name != "amax" and given("dtype") is not None):
             return None
-        inside = channel_axis in [axis % dim for axis in axes]
-        return None if inside else NodeKind.MAX_POOL if name == "amax" else NodeKind.AVERAGE
-    if name in _ADAPTIVE_AVERAGES:
+        return {"amax": NodeKind.MAX_POOL, "mean": NodeKind.AVERAGE, "sum": NodeKind.CHANNELWISE}[name]
+    if name in _ADAPTIVE_AVERAGES or name in _MIRRORED_PADS:
         return NodeKind.AVERAGE
+    if name in _CONSTANT_PADS:
+        return NodeKind.CHANNELWISE if given("value") == 0 else None
     if name in _AVERAGE_POOLS:
         padded = any(given("padding") or ()) and given("count_include_pad")
-        return NodeKind.AVERAGE if not padded and given("divisor_override") is None else None
+        return NodeKind.AVERAGE if not padded and given("divisor_override") is None else NodeKind.CHANNELWISE
     if name.startswith(("upsample_", "_upsample_")):  # interpolation weights sum to one, at borders too
         return NodeKind.AVERAGE
     return None
 
 
-def _count_positions(name: str, dim: int) -> int:
-    """How many trailing axes a pooling or interpolation runs over."""
-    if name in ("amax", "mean"):
+def _count_positions(name: str, dim: int, pad: Sequence[int] | None) -> int:
+    """How many trailing axes a pooling, padding or interpolation runs over."""
+    if name in ("amax", "mean", "sum"):
         return 0  # by their own argument
+    if name in _CONSTANT_PADS:
+        return max((position // 2 + 1 for position, size in enumerate(pad or ()) if size), default=0)
     return next((int(digit) for digit in "123" if f"{digit}d" in name), dim)
 
 

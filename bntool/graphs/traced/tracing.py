@@ -37,6 +37,7 @@ from bntool.modules.calling import call, copy_tensors, map_leaves, tensors_in
 from bntool.modules.finding import find_wrapper_prefix, has_other_statistics
 
 _TORCH = str(Path(torch.__file__).parent)
+_ARITHMETIC = (NodeKind.OTHER, NodeKind.CHANNELWISE, NodeKind.BIAS, NodeKind.CONSTANT_SUM)  # with constants
 _INSTANCE_NORMS = (torch.instance_norm, nn.functional.instance_norm)
 
 
@@ -281,7 +282,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if others and facts.kind is not NodeKind.OTHER:
             facts = replace(facts, kind=NodeKind.OTHER, inputs=(), axis=None)
         node = self.add_node(facts.kind, str(function.overloadpacket), **facts.node_facts())
-        product = self.find_product(function, given, labels) if facts.kind is NodeKind.OTHER and not others else None
+        product = self.find_product(function, given, labels) if facts.kind in _ARITHMETIC and not others else None
         if product is not None:
             linear, bias, axis = product
             self.completed[linear.index] = node.index
@@ -289,13 +290,17 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             node = replace(linear, index=node.index, parameters={**linear.parameters, "bias": bias.name})
             self.nodes[node.index] = node
         self.record_reads(node, facts, given, labels, shape=outputs[0].shape if outputs else None)
+        for port, tensor in enumerate(others, start=len(given)):  # what is not written stays in what they hold
+            seen = self.known.labels(tensor)
+            if seen is not None:
+                self.reads.add(node.index, port, meet(seen, axis=None))
         self.known.forget_storages(mutated)
         out = self.give_fresh_labels(node, [*targets, *mutated, *others], axis=facts.output_axis)
         if out is None:
             return  # a number, not a tensor
         if facts.kind is NodeKind.BATCH_NORM:
             self.results[node.index] = out
-        elif facts.kind is NodeKind.OTHER and not others:
+        elif facts.kind in _ARITHMETIC and not others:
             self.recognise_affine(node, function, given, labels, out)
 
     def record_reads(
@@ -311,7 +316,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for port, tensor in enumerate(facts.inputs):
             found = labels[id(tensor)]
             assert found is not None
-            broadcast = found.expand(shape) if facts.kind is NodeKind.ADD and shape is not None else found
+            broadcast = found.expand(shape) if facts.elementwise and shape is not None else found
             self.reads.add(node.index, port, meet(broadcast, axis=facts.axis), broadcast)
         listed = {id(tensor) for tensor in facts.inputs}
         for port, (identity, tensor) in enumerate(given.items(), start=len(facts.inputs)):

@@ -1,0 +1,49 @@
+"""What a fold is, as a value: where scale and shift of a BatchNorm went."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+
+class Level(Enum):
+    """Where the scale and shift of a BatchNorm went."""
+
+    DIRECT = "direct"  # into the producer right before it
+    THROUGH = "through"  # back through additions, concatenations, splits or pools
+    BATCHNORM = "norm"  # into the BatchNorm before it
+    FORWARD = "forward"  # into what reads it
+    BRANCH = "branch"  # into the convolution beside it that reads the same
+    TRANSFORM = "transform"  # tensors around it are stored as a (x + b), by what lies before and after them
+
+
+@dataclass(frozen=True)
+class Fold:
+    """One BatchNorm, called ``layer``, that is folded.
+
+    Attributes:
+        layer: which.
+        into: the layers that take its scale and shift.
+        level: how they are reached.
+        stays: it stays as a module and only adds its shift.
+        scale_into, shift_into: those of ``into`` that take its scale, and those that take its shift.
+    """
+
+    layer: str
+    into: tuple[str, ...]
+    level: Level
+    stays: bool
+    scale_into: tuple[str, ...] = ()
+    shift_into: tuple[str, ...] = ()
+
+    def describe(self) -> dict[str, Any]:
+        """As JSON data."""
+        return {
+            "layer": self.layer,
+            "into": list(self.into),
+            "level": self.level.value,
+            "stays": self.stays,
+            "scale_into": list(self.scale_into),
+            "shift_into": list(self.shift_into),
+        }

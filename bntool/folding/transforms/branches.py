@@ -1,0 +1,132 @@
+"""Identity branches: a BatchNorm beside a convolution of the same input, both added up, as in RepVGG and MobileOne.
+
+s x + t + conv(x) = x + conv'(x): the tap in the middle of the kernel takes s - 1, the bias takes t. The branch stays,
+as the identity, so that the file fits the unmodified model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from bntool.folding.transforms.channel_transforms import as_indices
+from bntool.graphs.graph import Edge, ModelGraph, Node, NodeKind, Owner
+
+
+@dataclass(frozen=True)
+class IdentityBranch:
+    """A BatchNorm that a convolution beside it can take over.
+
+    Attributes:
+        call: of the BatchNorm.
+        convolution: reads the same, and reaches the same sum.
+        factor: of the BatchNorm in that sum, in relation to the convolution's.
+        passed: BatchNorms between the convolution and the sum, whose outputs change with it.
+    """
+
+    call: Node
+    convolution: Node
+    factor: float
+    passed: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Way:
+    factor: float
+    passed: tuple[str, ...]
+
+
+def find_branch(
+    graph: ModelGraph, layer: str, *, removed: Collection[str], absorbs: Callable[[Node], bool]
+) -> IdentityBranch | None:
+    """The convolution that can take a BatchNorm that lies beside it; None where there is none.
+
+    Args:
+        removed: BatchNorms that are the identity by now.
+        absorbs: whether a convolution is called once, has its tensors to itself and a place for a bias.
+    """
+    calls = graph.batchnorms[layer]
+    if len(calls) != 1 or calls[0].owner is Owner.PART:
+        return None
+    call = calls[0]
+    read = _shape_of_reads(graph, call)
+    if read is None or _is_late(graph, call):
+        return None
+    sums = _find_sums(graph, call, removed)
+    for convolution in _find_siblings(graph, call):
+        fits = convolution.centred and convolution.channels == call.channels and not _is_late(graph, convolution)
+        if not fits or _shape_of_reads(graph, convolution) != read or not absorbs(convolution):
+            continue
+        for index, way in _find_sums(graph, convolution, removed).items():
+            if index in sums:
+                mine = sums[index]
+                return IdentityBranch(call, convolution, mine.factor / way.factor, (*mine.passed, *way.passed))
+    return None
+
+
+def find_siblings(graph: ModelGraph, layer: str) -> Iterator[Node]:
+    """The convolutions that read what a BatchNorm reads."""
+    for call in graph.batchnorms[layer]:
+        yield from _find_siblings(graph, call)
+
+
+def _find_siblings(graph: ModelGraph, call: Node) -> Iterator[Node]:
+    found: dict[int, Node] = {}
+    for edge in graph.inputs(call):
+        for other in graph.outputs(graph.nodes[edge.source]):
+            reader = graph.nodes[other.target]
+            if reader.kind is NodeKind.CONVOLUTION and other.port == 0:
+                found[reader.index] = reader
+    yield from found.values()
+
+
+def _is_late(graph: ModelGraph, node: Node) -> bool:
+    return graph.branches_at is not None and node.index > graph.branches_at
+
+
+def _shape_of_reads(graph: ModelGraph, node: Node) -> object:
+    """Which channels of what a node reads, in a form that can be compared; None where they are not told apart."""
+    edges = [edge for edge in graph.inputs(node) if edge.port == 0]
+    if not edges or any(edge.targets is None for edge in edges):
+        return None
+    pairs = {
+        (edge.source, int(source), int(target))
+        for edge in edges
+        for source, target in zip(as_indices(edge.sources), as_indices(edge.targets or ()), strict=True)
+    }
+    once = len({target for _, _, target in pairs}) == len(pairs) == node.channels
+    return pairs if once else None
+
+
+def _find_sums(graph: ModelGraph, node: Node, removed: Collection[str]) -> dict[int, _Way]:
+    """The additions that a node's output reaches, all of it and by one way, and its factor in each."""
+    sums: dict[int, _Way] = {}
+    way = _Way(1.0, ())
+    while True:
+        edges = graph.outputs(node)
+        if len(edges) != 1 or not _is_whole(edges[0], node):
+            return sums
+        reader = graph.nodes[edges[0].target]
+        if reader.kind is NodeKind.ADD and reader.ran and reader.channels == node.channels:
+            factor = way.factor * (reader.factors[edges[0].port] if reader.factors else 1.0)
+            others = [edge for edge in graph.inputs(reader) if edge.port == edges[0].port]
+            if factor == 0 or len(others) != 1:
+                return sums
+            way = _Way(factor, way.passed)
+            sums[reader.index] = way
+        elif reader.kind is NodeKind.BATCH_NORM and reader.layer in removed and len(graph.inputs(reader)) == 1:
+            way = _Way(way.factor, (*way.passed, reader.layer))
+        else:
+            return sums
+        node = reader
+
+
+def _is_whole(edge: Edge, source: Node) -> bool:
+    if edge.targets is None or len(edge.sources) != source.channels:
+        return False
+    everything = np.arange(source.channels)
+    return bool(
+        np.array_equal(as_indices(edge.sources), everything) and np.array_equal(as_indices(edge.targets), everything)
+    )

@@ -1,0 +1,420 @@
+"""Every channel of every tensor may be stored as a (x + b): which a and b hold together in a graph.
+
+A BatchNorm y = s x + t disappears where a_in = s a_out and b_in = (b_out + t) / s can be added without contradiction to
+what the operations around it let pass (see :mod:`bntool.folding.transforms.operations`). Convolutions and linears take
+what is left on either side: W' = a_out W / a_in, bias' = a_out (bias + b_out - W b_in). So do BatchNorms that stay.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from bntool.folding.transforms.operations import Rule, Shift, find_rule
+from bntool.folding.transforms.unknowns import Array, Contradiction, Integers, Scales, Shifts
+from bntool.graphs.graph import Edge, ModelGraph, Node, NodeKind
+
+
+@dataclass(frozen=True)
+class Transform:
+    """How the channels of a tensor are stored: a (x + b).
+
+    Attributes:
+        scale: a of each channel.
+        shift: b of each channel, in units of the original.
+    """
+
+    scale: Array
+    shift: Array
+
+    @property
+    def is_identity(self) -> bool:
+        return bool(np.all(self.scale == 1) and np.all(self.shift == 0))
+
+
+class Stuck(Exception):  # noqa: N818 an answer, not an error of the program
+    """A BatchNorm does not disappear.
+
+    Attributes:
+        detail: what stands in the way.
+    """
+
+    def __init__(self, detail: str) -> None:
+        super().__init__(detail)
+        self.detail = detail
+
+
+@dataclass
+class ChannelTransforms:
+    """The unknown transforms around some BatchNorms, and the equations between them.
+
+    Attributes:
+        graph: who feeds whom.
+        layers: the BatchNorms that may disappear; those that do are added one by one.
+        removed: BatchNorms that are the identity by now.
+        absorbs: whether a convolution, linear, BatchNorm or bias can take what is left on either side of it.
+        takes_shift: whether it can take a shift, too.
+    """
+
+    graph: ModelGraph
+    layers: Collection[str]
+    removed: Collection[str]
+    absorbs: Callable[[Node], bool]
+    takes_shift: Callable[[Node], bool]
+    bases: dict[int, int] = field(default_factory=dict)  # of the outputs that are unknown, by node
+    calls: dict[tuple[NodeKind, str], list[Node]] = field(default_factory=dict)
+    gone: set[str] = field(default_factory=set)  # the layers that disappear
+    _is_open: bool = True  # more of them may
+    _chosen: tuple[Array, Array] | None = None
+
+    def __post_init__(self) -> None:
+        for node in self.graph.nodes:
+            if self.takes(node):
+                self.calls.setdefault(_weight_of(node), []).append(node)
+        region = self._find_region()
+        size = 0
+        for index in sorted(region):
+            self.bases[index] = size
+            size += self.graph.nodes[index].channels
+        self.scales, self.shifts = Scales(size), Shifts(size)
+        for index in sorted(region):
+            self._add_output(self.graph.nodes[index])
+        for reader in self._find_readers(region):
+            self._add_input(reader)
+        try:
+            self.shifts.simplify()
+        except Contradiction:  # sums that are not seen to hold together but where nothing changes
+            open_rows = self.shifts.sums[self.shifts.is_open]
+            self.shifts.fix(np.unique(open_rows), -1)
+            self.shifts.simplify()
+
+    # what belongs together
+
+    def _is_transparent(self, node: Node) -> bool:
+        if node.kind is not NodeKind.BATCH_NORM:
+            return False
+        return node.layer in self.removed or node.layer in (self.layers if self._is_open else self.gone)
+
+    def takes(self, node: Node) -> bool:
+        """Whether a node absorbs on both sides."""
+        kinds = node.kind.is_producer or node.kind is NodeKind.BATCH_NORM
+        return kinds and not self._is_transparent(node) and self._is_known(node) and self.absorbs(node)
+
+    def _is_known(self, node: Node) -> bool:
+        """Whether what was seen of a node holds for other inputs, too."""
+        return node.ran and (self.graph.branches_at is None or node.index < self.graph.branches_at)
+
+    def _rule(self, node: Node) -> Rule | None:
+        rule = find_rule(node) if self._is_known(node) else None
+        if rule is not None and rule.shift is Shift.FREE and not self.absorbs(node):
+            return Rule(Shift.SAME, unscaled=True)  # its constant stays what it is
+        return rule
+
+    def passes(self, node: Node, port: int) -> bool:
+        """Whether what a node reads there has to do with what it gives."""
+        if self._is_transparent(node):
+            return port == 0
+        rule = self._rule(node)
+        return rule is not None and port in rule.ports
+
+    def _can_be_unknown(self, node: Node) -> bool:
+        return self._is_transparent(node) or self._rule(node) is not None or self.takes(node)
+
+    def _find_region(self) -> set[int]:
+        """The nodes whose outputs may be stored otherwise because of the layers."""
+        pending = [call for layer in self.layers for call in self.graph.batchnorms[layer]]
+        region = {call.index for call in pending}
+        while pending:
+            for node in self._find_related(pending.pop()):
+                if node.index not in region and self._can_be_unknown(node):
+                    region.add(node.index)
+                    pending.append(node)
+        return region
+
+    def _find_related(self, node: Node) -> Iterator[Node]:
+        """The nodes whose outputs have to do with that of a node."""
+        graph = self.graph
+        for edge in graph.outputs(node):
+            reader = graph.nodes[edge.target]
+            if self.passes(reader, edge.port):
+                yield reader
+            for call in self._other_calls(reader):
+                yield from (graph.nodes[other.source] for other in graph.inputs(call))
+        if self.takes(node):
+            yield from self._other_calls(node)
+        else:
+            read = (edge for edge in graph.inputs(node) if self.passes(node, edge.port))
+            yield from (graph.nodes[edge.source] for edge in read)
+
+    def _other_calls(self, node: Node) -> Sequence[Node]:
+        calls = self.calls.get(_weight_of(node), ()) if self.takes(node) else ()
+        return calls if len(calls) > 1 else ()
+
+    def _find_readers(self, region: Collection[int]) -> Iterator[Node]:
+        found = {edge.target for index in region for edge in self.graph.outputs(self.graph.nodes[index])}
+        return (self.graph.nodes[index] for index in sorted(found | set(region)))
+
+    # equations
+
+    def outputs(self, node: Node) -> Integers:
+        """The unknowns of a node's output."""
+        base = self.bases.get(node.index)
+        if base is None:
+            return np.full(node.channels, self.scales.constant)
+        return np.arange(base, base + node.channels)
+
+    def inputs(self, node: Node, port: int) -> Integers | None:
+        """The unknowns of what a node reads on an input, by its channels; None where channels are not told apart.
+
+        Where several tensors meet on one channel they are made equal.
+        """
+        edges = [edge for edge in self.graph.inputs(node) if edge.port == port]
+        if not edges or any(edge.targets is None for edge in edges):
+            return None
+        sources = np.concatenate([self._sources(edge) for edge in edges])
+        targets = np.concatenate([as_indices(edge.targets or ()) for edge in edges])
+        order = np.argsort(targets, kind="stable")
+        targets, sources = targets[order], sources[order]
+        first = np.append(True, targets[1:] != targets[:-1])
+        found = np.full(int(targets[-1]) + 1 if targets.size else 0, self.scales.constant)
+        found[targets[first]] = sources[first]
+        again = ~first & (sources != found[targets])
+        if again.any():
+            for unknowns in (self.scales, self.shifts):
+                unknowns.equate(sources[again], found[targets[again]], node.index)
+        return found
+
+    def _sources(self, edge: Edge) -> Integers:
+        base = self.bases.get(edge.source)
+        channels = as_indices(edge.sources)
+        return np.full(len(channels), self.scales.constant) if base is None else base + channels
+
+    def _add_output(self, node: Node) -> None:
+        if not self.takes(node):
+            return
+        mine = self.outputs(node)
+        if not self.takes_shift(node):
+            self.shifts.fix(mine, node.index)
+        first, *others = self.calls[_weight_of(node)]
+        for other in others if first is node else ():
+            theirs = self.outputs(other)
+            for unknowns in (self.scales, self.shifts):
+                unknowns.equate(theirs, mine, node.index)
+
+    def _add_input(self, node: Node) -> None:
+        ports = {edge.port for edge in self.graph.inputs(node)}
+        if self._is_transparent(node):
+            read = self.inputs(node, 0)
+            if read is None or len(read) != node.channels:
+                self._pin_all(node, (0,))
+            elif node.layer in self.removed:
+                self._join(node, np.ones(node.channels), np.zeros(node.channels))
+        elif self.takes(node):
+            self._add_absorber(node)
+        else:
+            rule = self._rule(node)
+            if rule is None:
+                for port in ports:
+                    self._pin(node, port)
+                return
+            self._add_rule(node, rule)
+            ports -= set(rule.ports)
+        for port in ports - {0}:
+            self._pin(node, port)
+
+    def _pin(self, node: Node, port: int) -> None:
+        """What a node reads there is needed as it is."""
+        for edge in self.graph.inputs(node):
+            if edge.port == port:
+                which = self._sources(edge)
+                self.scales.fix(which, node.index)
+                self.shifts.fix(which, node.index)
+
+    def _pin_all(self, node: Node, ports: Collection[int]) -> None:
+        for port in ports:
+            self._pin(node, port)
+        self.scales.fix(self.outputs(node), node.index)
+        self.shifts.fix(self.outputs(node), node.index)
+
+    def _add_absorber(self, node: Node) -> None:
+        read = self.inputs(node, 0)
+        if read is None or (node.kind is NodeKind.BATCH_NORM and len(read) != node.channels):
+            self._pin(node, 0)
+            return
+        if node.padded or not self.takes_shift(node):
+            self.shifts.fix(read, node.index)
+        calls = self.calls[_weight_of(node)]
+        if len(calls) > 1 and calls[0] is not node:
+            same = self.inputs(calls[0], 0)
+            if same is None or len(same) != len(read):
+                self._pin(node, 0)
+                self._pin(calls[0], 0)
+                return
+            for unknowns in (self.scales, self.shifts):
+                unknowns.equate(read, same, node.index)
+
+    def _add_rule(self, node: Node, rule: Rule) -> None:
+        given = self.outputs(node)
+        read = [self.inputs(node, port) for port in rule.ports]
+        known = [one for one in read if one is not None and len(one) == len(given)]
+        if len(known) < len(read):
+            self._pin_all(node, rule.ports)
+            return
+        for one in known:
+            self.scales.equate(one, given, node.index)
+            if rule.shift is Shift.SAME:
+                self.shifts.equate(one, given, node.index)
+        if rule.positive:
+            self.scales.require_positive(given, node.index)
+        if rule.unscaled:
+            self.scales.fix(given, node.index)
+        if rule.shift is Shift.SUM:
+            factors = node.factors or (1.0, 1.0)
+            self.shifts.add_sums(given, (known[0], known[1]), (factors[0], factors[1]), node.index)
+        elif rule.shift is Shift.SCALED and node.factors and node.factors[0] != 0:
+            size = len(given)
+            factor = np.full(size, node.factors[0])
+            self.shifts.link(given, known[0], factor=factor, offset=np.zeros(size), origin=node.index)
+        elif rule.shift in (Shift.ZERO, Shift.SCALED):
+            self.shifts.fix(given, node.index)
+            self.shifts.fix(known[0], node.index)
+
+    def _join(self, call: Node, scale: Array, shift: Array) -> None:
+        """The equations of a BatchNorm that disappears."""
+        read = self.inputs(call, 0)
+        given = self.outputs(call)
+        if read is None or len(read) != len(given):
+            raise Stuck(f"one channel of what it reads meets several channels of {call.describe()}")
+        origin = call.index
+        self.scales.link(read, given, factor=scale, offset=np.zeros(len(scale)), origin=origin)
+        self.shifts.link(read, given, factor=1 / scale, offset=shift / scale, origin=origin)
+
+    # answers
+
+    def remove(self, layer: str, scale: Array, shift: Array) -> None:
+        """Let a BatchNorm disappear, or leave everything as it was.
+
+        Raises:
+            Stuck: that holds for no transform.
+        """
+        zero = scale == 0
+        if zero.any():
+            raise Stuck(f"its scale is zero in {_count(zero)}")
+        self.scales.begin()
+        self.shifts.begin()
+        try:
+            for call in self.graph.batchnorms[layer]:
+                self._join(call, scale, shift)
+            self.shifts.simplify()
+        except (Contradiction, Stuck) as problem:
+            self.scales.roll_back()
+            self.shifts.roll_back()
+            if isinstance(problem, Stuck):
+                raise
+            raise Stuck(self._explain(problem, layer, scale)) from problem
+        self.scales.commit()
+        self.shifts.commit()
+        self.gone.add(layer)
+
+    def close(self) -> None:
+        """No more BatchNorms disappear: those that did not absorb what is left on either side."""
+        self._is_open = False
+        for layer in self.layers:
+            if layer not in self.gone:
+                calls = self.graph.batchnorms[layer]
+                self.calls[_weight_of(calls[0])] = [call for call in calls if self.takes(call)]
+
+    def keep(self, layer: str, *, absorbs: bool) -> None:
+        """Let a BatchNorm stay.
+
+        Args:
+            absorbs: it takes what is left on either side, the same in each of its calls.
+
+        Raises:
+            Stuck: something that was removed needs it to take something, and it cannot.
+        """
+        first, *others = self.graph.batchnorms[layer]
+        if absorbs and not others:
+            return
+        self.scales.begin()
+        self.shifts.begin()
+        try:
+            for call in others if absorbs else (first, *others):
+                if not absorbs:
+                    self._pin_all(call, (0,))
+                    continue
+                pairs = ((self.outputs(call), self.outputs(first)), (self.inputs(call, 0), self.inputs(first, 0)))
+                for mine, theirs in pairs:
+                    if mine is not None and theirs is not None:
+                        for unknowns in (self.scales, self.shifts):
+                            unknowns.equate(mine, theirs, call.index)
+            self.shifts.simplify()
+        except Contradiction as problem:
+            self.scales.roll_back()
+            self.shifts.roll_back()
+            raise Stuck(self._explain(problem, layer, np.ones(1))) from problem
+        self.scales.commit()
+        self.shifts.commit()
+
+    def _explain(self, problem: Contradiction, layer: str, scale: Array) -> str:
+        own = {call.index for call in self.graph.batchnorms[layer]}
+        nodes = [self.graph.nodes[index] for index in problem.origins if index not in own]
+        found = dict.fromkeys(self._name(node) for node in nodes)
+        names, several = " and ".join(found) or "what lies around it", len(found) > 1
+        if problem.is_sign:
+            negative = scale < 0
+            if negative.any():
+                passes = "pass" if several else "passes"
+                return f"negative scale in {_count(negative)}: {names} {passes} positive ones only"
+            return f"{names} {'need' if several else 'needs'} scales of one sign"
+        channels = problem.channels
+        some = f" in {_count(channels)}" if len(channels) == len(scale) and not channels.all() else ""
+        return f"{names} {'do' if several else 'does'} not let it pass{some}"
+
+    def _name(self, node: Node) -> str:
+        if node.kind.is_producer and node.padded:
+            return f"{node.describe()}, which reads zeros beyond the border,"
+        return node.describe()
+
+    def output(self, node: Node) -> Transform:
+        """How the output of a node is stored."""
+        return self._transform(self.outputs(node))
+
+    def input(self, node: Node) -> Transform | None:
+        """How what a node reads is stored; None where its channels are not told apart, and nothing is changed."""
+        which = self.inputs(node, 0)
+        return None if which is None else self._transform(which)
+
+    def _transform(self, which: Integers) -> Transform:
+        if self._chosen is None:
+            scales, shifts = self.scales.choose(), self.shifts.choose()
+            self._chosen = np.append(scales, 1.0), np.append(shifts, 0.0)
+        return Transform(self._chosen[0][which], self._chosen[1][which])
+
+    def absorbers(self) -> Iterator[Node]:
+        """The first call of everything that has to take something."""
+        for calls in self.calls.values():
+            for node in calls:
+                read = {edge.source for edge in self.graph.inputs(node) if edge.port == 0}
+                if node.index in self.bases or not read.isdisjoint(self.bases):
+                    yield calls[0]
+                    break
+
+
+def _weight_of(node: Node) -> tuple[NodeKind, str]:
+    if node.kind is NodeKind.BATCH_NORM:
+        return node.kind, node.layer
+    return NodeKind.CONVOLUTION, node.parameters.get("weight", "")
+
+
+def as_indices(channels: Sequence[int]) -> Integers:
+    """Channels as an array."""
+    if isinstance(channels, range):  # which numpy would walk through one by one
+        return np.arange(channels.start, channels.stop, channels.step)
+    return np.asarray(channels, dtype=int)
+
+
+def _count(channels: Array | np.ndarray) -> str:
+    return f"{int(np.sum(channels))} of {len(channels)} channels"

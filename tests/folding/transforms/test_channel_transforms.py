@@ -1,0 +1,367 @@
+"""Folds by storing tensors as a (x + b): exact, or refused with what stands in the way and on which channels."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import bntool
+from bntool.folding.folds import Level
+from bntool.folding.options import Layout
+from bntool.folding.transforms import channel_transforms, operations
+from bntool.graphs.graph import NodeKind
+from tests.folding.folding_networks import Functional, fold, largest_difference, randomise, reasons
+
+EXACT = 1e-12
+
+
+def image(channels: int = 4, size: int = 7) -> torch.Tensor:
+    return torch.randn(3, channels, size, size, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+
+def build(forward, **modules: nn.Module) -> nn.Module:
+    """A network of the modules that a forward names; scales of both signs, none of them tiny."""
+    known = {
+        "stem": nn.Conv2d(4, 6, 3, padding=1),
+        "conv": nn.Conv2d(6, 6, 3, padding=1, bias=False),
+        "other": nn.Conv2d(6, 6, 1),
+        "unpadded": nn.Conv2d(6, 5, 3),
+        "strided": nn.Conv2d(6, 6, 3, padding=1, stride=2, bias=False),
+        "transposed": nn.ConvTranspose2d(6, 4, 3, groups=2),
+        "squeeze": nn.Conv2d(6, 2, 1),
+        "excite": nn.Conv2d(2, 6, 1),
+        "head": nn.Linear(6, 3),
+        "prelu": nn.PReLU(6),
+        **{name: nn.BatchNorm2d(6) for name in ("bn", "bn2", "bn3")},
+        **modules,
+    }
+    used = {name: module for name, module in known.items() if name in forward.__code__.co_names}
+    model = randomise(Functional(forward, **used).double())
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            with torch.no_grad():
+                module.weight.copy_(module.weight.sign() * module.weight.abs().clamp(min=0.1))
+    return model
+
+
+def make_positive(model: nn.Module) -> nn.Module:
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.weight.data.abs_()
+    return model
+
+
+# whatever the signs
+
+
+def padded_reader(self, x):
+    x = self.stem(x)
+    return self.conv(self.bn(x)) + x.relu()
+
+
+def padded_reader_alone(self, x):
+    x = self.stem(x)
+    return self.head((x + self.conv(self.bn(x))).mean((2, 3)))
+
+
+def own_bias(self, x):
+    return torch.sigmoid(self.bn(self.stem(x) + self.bias))
+
+
+def low_rank_beside(self, x):
+    return torch.sigmoid(self.bn(self.stem(x) + self.excite(self.squeeze(self.other(self.stem2(x)))) * 4.0))
+
+
+def difference(self, x):
+    x = self.stem(x)
+    return torch.sigmoid(self.bn(torch.sub(self.other(x), self.conv(x), alpha=2)))
+
+
+def counted_average(self, x):
+    return torch.sigmoid(self.bn(F.avg_pool2d(self.stem(x) - self.other(self.stem2(x)), 3, padding=1)))
+
+
+def blurred(self, x):
+    weight = self.filter.expand(6, 1, 3, 3)
+    return torch.sigmoid(self.conv(self.bn(F.conv2d(self.stem(x), weight, padding=1, groups=6))))
+
+
+def two_norms_on_one(self, x):
+    x = self.stem(x)
+    return torch.sigmoid(self.bn(x)) + torch.sigmoid(self.bn2(x))
+
+
+def reflected(self, x):
+    return self.unpadded(F.pad(self.bn(F.relu(self.stem(x))), (1, 1, 1, 1), mode="reflect"))
+
+
+def replicated(self, x):
+    return self.unpadded(F.pad(self.bn(F.relu(self.stem(x))), (1, 1, 1, 1), mode="replicate"))
+
+
+def into_a_transposed(self, x):
+    x = self.stem(x)
+    return self.transposed(self.bn(x)), self.head(x.mean((2, 3)))
+
+
+ANY_SIGN = {
+    padded_reader_alone: 1,
+    own_bias: 1,
+    low_rank_beside: 1,
+    difference: 1,
+    counted_average: 0,
+    blurred: 0,
+    two_norms_on_one: 1,
+    reflected: 1,
+    replicated: 1,
+    into_a_transposed: 1,
+    padded_reader: 0,
+}
+
+
+def extras(forward) -> dict[str, nn.Module]:
+    names = forward.__code__.co_names
+    return {"stem2": nn.Conv2d(4, 6, 3, padding=1)} if "stem2" in names else {}
+
+
+@pytest.mark.parametrize("forward", ANY_SIGN, ids=lambda forward: forward.__name__)
+def test_what_passes_scales_of_any_sign(forward) -> None:
+    model = build(forward, **extras(forward))
+    if "bias" in forward.__code__.co_names:
+        model.bias = nn.Parameter(torch.randn(6, 1, 1, dtype=torch.float64))
+    if "filter" in forward.__code__.co_names:
+        model.register_buffer("filter", torch.rand(1, 1, 3, 3, dtype=torch.float64))
+    folded, plan = fold(model, image())
+    assert len(plan.folds) == ANY_SIGN[forward], plan.skips
+    assert all(fold.into and (fold.scale_into or fold.shift_into) for fold in plan.folds)
+    assert all(skip.detail for skip in plan.skips)
+    assert largest_difference(model, folded, image()) < EXACT
+
+
+# where every scale is positive
+
+
+def residual(self, x):
+    x = self.stem(x)
+    x = x + self.conv(F.relu(self.bn(x)))
+    x = x + self.other(F.relu(self.bn2(x)))
+    return self.head(F.relu(self.bn3(x)).mean((2, 3)))
+
+
+def residual_in_place(self, x):
+    """What takes the place of a BatchNorm hands on its input, which the stream still needs."""
+    x = self.stem(x)
+    x = x + self.conv(F.relu_(self.bn(x)))
+    return self.head(F.leaky_relu_(self.bn2(x)).mean((2, 3)))
+
+
+def gated(self, x):
+    x = self.stem(x)
+    x = x + self.conv(F.relu(self.bn(x)))
+    gate = torch.sigmoid(self.excite(F.relu(self.squeeze(x.mean((2, 3), keepdim=True)))))
+    return self.head((F.relu(self.bn2(x)) * gate).mean((2, 3)))
+
+
+def pooled(self, x):
+    x = self.stem(x)
+    return self.conv(F.max_pool2d(self.prelu(self.bn(x)), 3)).sum(), self.other(x)
+
+
+def padded_stream(self, x):
+    x = self.stem(x)
+    return self.conv(F.relu(self.bn(x))).sum(), self.unpadded(F.pad(x, (1, 1, 0, 0)))
+
+
+def border(self, x):
+    return self.conv(self.bn(torch.sigmoid(self.stem(x))))
+
+
+POSITIVE = {residual: 3, residual_in_place: 2, gated: 2, pooled: 1}
+
+
+@pytest.mark.parametrize("forward", POSITIVE, ids=lambda forward: forward.__name__)
+def test_what_passes_positive_scales(forward) -> None:
+    model = make_positive(build(forward))
+    folded, plan = fold(model, image())
+    assert (len(plan.folds), plan.skips) == (POSITIVE[forward], ())
+    assert {fold.level for fold in plan.folds} == {Level.TRANSFORM}
+    assert largest_difference(model, folded, image()) < EXACT
+    result = bntool.fold(model, image())  # also layer by layer, modulo how outputs are stored
+    assert len(result.report.layers) == POSITIVE[forward]
+    assert all(layer.exact < EXACT for layer in result.report.layers)
+
+
+def test_a_skip_names_the_operation_and_counts_the_channels() -> None:
+    model = make_positive(build(residual))
+    with torch.no_grad():
+        model.bn2.weight[:2] *= -1
+    folded, plan = fold(model, image())
+    assert [fold.layer for fold in plan.folds] == ["bn", "bn3"]
+    (skip,) = plan.skips
+    assert "negative scale in 2 of 6 channels: relu passes positive ones only" in skip.detail
+    assert largest_difference(model, folded, image()) < EXACT
+
+
+def test_each_fold_says_what_took_its_scale_and_its_shift() -> None:
+    _, plan = fold(make_positive(build(residual)), image())
+    first, second, _ = plan.folds
+    assert (first.scale_into, first.shift_into) == (("conv",), ("stem",))
+    assert second.shift_into == ("conv",)
+
+
+def test_a_scale_of_zero_is_refused() -> None:
+    model = make_positive(build(residual))
+    model.bn.weight.data[3] = 0
+    folded, plan = fold(model, image())
+    assert "its scale is zero in 1 of 6 channels" in plan.skips[0].detail
+    assert largest_difference(model, folded, image()) < EXACT
+
+
+@pytest.mark.parametrize(("dtype", "folds"), [(torch.float64, 3), (torch.float32, 2)])
+def test_a_shift_far_beyond_the_spread_is_refused_where_rounding_would_show(dtype: torch.dtype, folds: int) -> None:
+    model = make_positive(build(residual)).to(dtype)
+    with torch.no_grad():
+        model.bn2.weight[1], model.bn2.bias[1] = 1e-5, 1.0
+    folded, plan = fold(model, image().to(dtype))
+    assert len(plan.folds) == folds
+    if dtype is torch.float32:
+        assert "times the spread" in plan.skips[0].detail
+    assert largest_difference(model.double(), folded.double(), image()) < 1e-5
+
+
+def test_same_keys_leaves_what_no_single_neighbour_takes() -> None:
+    _, plan = fold(make_positive(build(residual)), image(), layout=Layout.SAME_KEYS)
+    assert not plan.folds
+
+
+def test_loading_a_file_whose_activations_write_in_place(tmp_path) -> None:
+    model = make_positive(build(residual_in_place))
+    torch.save(model.state_dict(), tmp_path / "net.pt")
+    result = bntool.fold(model, image())
+    assert [step.module for step in result.plan.steps if getattr(step, "copies", False)] == ["bn"]
+    assert largest_difference(model, result.model, image()) < EXACT
+
+
+# branches beside a convolution
+
+
+def repvgg(self, x):
+    x = F.relu(self.stem(x))
+    return F.relu(self.bn2(self.conv(x)) + self.bn3(self.other(x)) + self.bn(x))
+
+
+def turned(self, x):
+    x = F.relu(self.stem(x))
+    return F.relu(self.bn(x) - self.bn2(self.conv(x)))
+
+
+def deeper(self, x):
+    x = F.relu(self.stem(x))
+    return F.relu(x + 0.5 * x + (self.bn(x) + (self.other(x) + self.bn2(self.conv(x)))))
+
+
+def strided_beside(self, x):
+    x = F.relu(self.stem(x))
+    return F.relu(self.strided(x)) + F.relu(self.bn(x))[:, :, ::2, ::2]
+
+
+def sum_of_a_sibling_that_others_read(self, x):
+    x = F.relu(self.stem(x))
+    y = self.conv(x)
+    return F.relu(self.bn(x) + y), y
+
+
+BRANCHES = {repvgg: 3, turned: 2, deeper: 2, strided_beside: 0, sum_of_a_sibling_that_others_read: 0}
+
+
+@pytest.mark.parametrize("groups", [1, 2, 6])
+@pytest.mark.parametrize("forward", BRANCHES, ids=lambda forward: forward.__name__)
+def test_identity_branches(forward, groups: int) -> None:
+    model = build(forward, conv=nn.Conv2d(6, 6, 3, padding=2, dilation=2, groups=groups, bias=False))
+    folded, plan = fold(model, image())
+    assert len(plan.folds) == BRANCHES[forward]
+    assert largest_difference(model, folded, image()) < EXACT
+    for fold_ in plan.folds:
+        if fold_.layer == "bn":
+            assert (fold_.level, fold_.into) == (Level.BRANCH, ("conv" if forward is not deeper else fold_.into[0],))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_a_merged_kernel_is_rounded_once(dtype: torch.dtype) -> None:
+    model = build(repvgg).to(dtype)
+    folded, _ = fold(model, image().to(dtype))
+    exact, _ = fold(model.double(), image())
+    for name, tensor in folded.state_dict().items():
+        assert torch.equal(tensor, exact.state_dict()[name].to(dtype))
+
+
+def test_a_branch_beside_a_convolution_that_is_used_twice() -> None:
+    def forward(self, x):
+        x = F.relu(self.stem(x))
+        return F.relu(self.conv(x) + self.bn(x)) + self.conv(x * x)
+
+    _, plan = fold(build(forward), image())
+    assert reasons(plan) == {"bn": "PARALLEL_BRANCH"}
+
+
+# a rule that lets too much pass is noticed
+
+
+def _loosen(kind: NodeKind, **fields: object):
+    return {**operations.RULES, kind: dataclasses.replace(operations.RULES[kind], **fields)}
+
+
+def max_pooled(self, x):
+    return torch.sigmoid(self.bn(F.max_pool2d(self.stem(x), 3)))
+
+
+def activated(self, x):
+    x = self.stem(x)
+    return torch.sigmoid(self.bn(F.relu(x))), torch.sigmoid(self.bn2(x))
+
+
+def gated_alone(self, x):
+    x = self.stem(x)
+    return torch.sigmoid(self.bn(x * torch.sigmoid(self.other(x))))
+
+
+def constant_added(self, x):
+    return torch.sigmoid(self.bn(self.stem(x) + 1))
+
+
+MUTANTS = {
+    "a sign check dropped": (_loosen(NodeKind.ACTIVATION, positive=False), residual, False),
+    "the sign check of a pool dropped": (_loosen(NodeKind.MAX_POOL, positive=False), max_pooled, False),
+    "an activation that passes shifts": (_loosen(NodeKind.ACTIVATION, shift=operations.Shift.SAME), activated, True),
+    "a padding that passes shifts": (_loosen(NodeKind.CHANNELWISE, shift=operations.Shift.SAME), padded_stream, True),
+    "a gate that passes shifts": (_loosen(NodeKind.GATE, shift=operations.Shift.SAME), gated_alone, True),
+    "a constant that passes scales": (_loosen(NodeKind.CONSTANT_SUM, unscaled=False), constant_added, True),
+}
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_a_loosened_rule_is_noticed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    rules, forward, positive = MUTANTS[name]
+    model = make_positive(build(forward)) if positive else build(forward)
+    folded, _ = fold(model, image())
+    assert largest_difference(model, folded, image()) < EXACT
+    monkeypatch.setattr(operations, "RULES", rules)
+    folded, _ = fold(model, image())
+    assert largest_difference(model, folded, image()) > 1e-6
+
+
+def test_a_border_that_is_overlooked_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build(border)
+    assert reasons(fold(model, image())[1]) == {"bn": "PADDED_CONSUMER"}
+    before = channel_transforms.ChannelTransforms._add_absorber
+
+    def overlook(self, node):
+        before(self, dataclasses.replace(node, padded=False))
+
+    monkeypatch.setattr(channel_transforms.ChannelTransforms, "_add_absorber", overlook)
+    folded, _ = fold(model, image())
+    assert largest_difference(model, folded, image()) > 1e-6
