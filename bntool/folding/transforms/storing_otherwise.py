@@ -191,8 +191,10 @@ class StoringOtherwise:
             far = np.abs(read.shift) > _MOST.get(tensor.dtype, _MOST_IN_HALF) * spread
             if far.any():
                 worst = float((np.abs(read.shift) / spread).max())
-                what = f"its shift is up to {format_number(worst, 2)} times the spread of what it reads in {int(far.sum())} of "
-                what += f"{len(far)} channels, too much for {tensor.dtype} where others read that, too"
+                what = f"its shift is up to {format_number(worst, 2)} times the spread of what it reads, in "
+                what += (
+                    f"{int(far.sum())} of {len(far)} channels too much for {tensor.dtype} where others read that, too"
+                )
                 raise _GivenUp([layer], what)
 
     def _is_alone(self, system: ChannelTransforms, node: Node) -> bool:
