@@ -15,6 +15,9 @@ from bntool.cli.output import is_drawn, print_blocks, print_report, print_writte
 from bntool.inspection.findings import Severity
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from bntool.errors import BntoolError
     from bntool.inspection.results import Inspection
     from bntool.inspection.run import Run
     from bntool.reports.report import FileReport
@@ -72,8 +75,8 @@ def command(
     Findings are marked X (error), ! (warning) and i (notice); docs/findings.md says what each means and what to do.
     """
     from bntool.cli.main import ExitCode, exit_code_of
-    from bntool.inspection.run import inspect_run
-    from bntool.reports.report import FileReport, Report
+    from bntool.errors import BntoolError
+    from bntool.reports.report import Report
 
     options.check_html(html, force=force, inputs=checkpoints)
     shown = _Shown(
@@ -86,7 +89,7 @@ def command(
         force=force,
         fail_on=fail_on,
     )
-    settings = {
+    settings: dict[str, Any] = {
         "state_dict": state_dict,
         "layers": layers or (),
         "every_tensor": all_tensors,
@@ -94,28 +97,35 @@ def command(
         "verify_checksums": verify_crc,
         "prototxt": prototxt,
     }
-    run = inspect_run(checkpoints, on_file=shown.take, **settings)
-    code = ExitCode.FINDINGS if shown.fails else ExitCode.DONE
-    for file in run.files:
-        if file.error is not None:
-            shown.reports[file.path] = FileReport(file.path, error=file.error)
-            code = max(code, exit_code_of(file.error))
-    files = tuple(shown.reports[str(path)] for path in checkpoints)
     if len(checkpoints) == 1:
-        report = Report("inspect", files)
+        from bntool.inspection.checkpoint import inspect
+
+        failed = {}
+        try:
+            inspection = inspect(checkpoints[0], **settings)
+        except BntoolError as error:
+            failed[str(checkpoints[0])] = error.about(checkpoints[0])
+        else:
+            shown.take(str(checkpoints[0]), inspection)
+        report = Report("inspect", shown.list_reports(checkpoints, failed))
     else:
+        from bntool.inspection.run import inspect_run
         from bntool.reports.run import describe_run, show_run
 
+        run = inspect_run(checkpoints, on_file=shown.take, **settings)
+        failed = {file.path: file.error for file in run.files if file.error is not None}
+        files = shown.list_reports(checkpoints, failed)
         report = Report("inspect", files, describe_run(run), () if as_json or quiet else (*show_run(run),))
-        if html is not None and any(file.error is None for file in run.files):
+        if html is not None and len(failed) < len({*checkpoints}):
             _write_run_page(run, html, settings, force=force)
+    code = max([ExitCode.FINDINGS if shown.fails else ExitCode.DONE, *map(exit_code_of, failed.values())])
     print_report(report, as_json=as_json, quiet=quiet)
-    if any(file.error is None for file in run.files):
+    if len(failed) < len({*checkpoints}):
         print_written(html, as_json=as_json, quiet=quiet)
     return code
 
 
-@dataclass
+@dataclass(eq=False, repr=False)
 class _Shown:
     """What becomes of each file when it was inspected, before it is forgotten.
 
@@ -137,6 +147,13 @@ class _Shown:
     fail_on: Severity | None
     fails: bool = False
     reports: dict[str, FileReport] = field(default_factory=dict)
+
+    def list_reports(self, paths: Sequence[Path], failed: Mapping[str, BntoolError]) -> tuple[FileReport, ...]:
+        """One for each path, in order."""
+        from bntool.reports.report import FileReport
+
+        failures = {path: FileReport(path, error=error) for path, error in failed.items()}
+        return tuple((self.reports | failures)[str(path)] for path in paths)
 
     def take(self, path: str, inspection: Inspection) -> None:
         from bntool.reports.blocks import Block, line

@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import statistics
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from bntool.batchnorm import DEFAULT_EPS, STATISTICS
 from bntool.checkpoints.files import quote
@@ -28,8 +27,7 @@ _COUNT = "n_averaged"  # beside the model, in torch.optim.swa_utils.AveragedMode
 _MANY_PARTS = 64  # first parts of names; a state dict of more is no model beside its average
 
 
-@dataclass(frozen=True)
-class _Copy:
+class _Copy(NamedTuple):
     """One copy of a model.
 
     Attributes:
@@ -173,6 +171,8 @@ def _compare(copy: _Copy, model: _Copy) -> Iterator[Finding]:
         return
     share = _measure_initial_share(pairs)
     shifts = [_measure_shift(layer, other) for layer, other in pairs]
+    import statistics  # costs as much as inspecting most files
+
     usual = statistics.median(min(shift.severity, 1e6) for shift in shifts)
     if share > LARGE_INITIAL_SHARE or usual > LARGE_LAG:
         worst = max(range(len(pairs)), key=lambda place: shifts[place].severity)
@@ -223,6 +223,8 @@ def _measure_initial_share(pairs: Sequence[tuple[LayerInspection, LayerInspectio
                 by_variance.append((variance - model_variance) / (1 - model_variance))
     if not by_mean or not by_variance:
         return 0.0
+    import statistics
+
     shares = statistics.median(by_mean), statistics.median(by_variance)
     return min(shares) if min(shares) > 0 and max(shares) < 1 else 0.0
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 import math
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 SLOTS = 48  # of an axis: divides evenly into pictures of 8, 12, 16, 24 and 48 columns
 _REACH = 1e4  # an axis goes so far to either side of what is usual; its first and last slot take what lies beyond
 
 
-@dataclass(frozen=True)
-class LogAxis:
+class LogAxis(NamedTuple):
     """A logarithmic axis of :data:`SLOTS` slots that several histograms share.
 
     Attributes:

@@ -14,7 +14,6 @@ from bntool.inspection.results import Inspection, LayerInspection, StateDictInsp
 from bntool.inspection.safety import Safety, SafetyVerdict
 from bntool.inspection.verdict import Health, Verdict
 from bntool.reports.blocks import Block, Cell, Column, Line, Style, Table, line
-from bntool.reports.layer_table import find_common, find_kind, make_range_cell, show_common, show_findings, show_layers
 from bntool.reports.text import format_size, plural
 
 HEALTH_STYLES = {
@@ -161,6 +160,8 @@ def show_inspection(path: str, inspection: Inspection, *, every_layer: bool, eve
         every_layer: a row for each BatchNorm layer; else those of a stage share one where there are many.
         every_tensor: list the tensors, too.
     """
+    from bntool.reports.layer_table import show_findings  # JSON needs none of it
+
     checkpoint = inspection.checkpoint
     facts = (checkpoint.format.title, format_size(checkpoint.format.size(checkpoint)), describe_origin(checkpoint))
     verdict = inspection.verdict
@@ -201,6 +202,8 @@ def _safety(inspection: Inspection) -> Iterable[Block]:
 def _state_dict_blocks(
     state_dict: StateDictInspection, inspection: Inspection, *, every_layer: bool, every_tensor: bool
 ) -> Iterable[Block]:
+    from bntool.reports.layer_table import find_common, find_kind, show_common, show_layers
+
     source = state_dict.state_dict
     counts = (
         f"{plural(len(source.tensors), 'tensor')}: {state_dict.parameters:,} in parameters, "
@@ -242,6 +245,8 @@ def _records(history: Sequence[Any]) -> Iterable[Block]:
 
 
 def _tensor_table(tensors: Sequence[TensorInspection]) -> Table:
+    from bntool.reports.layer_table import make_range_cell
+
     columns = (
         Column("tensor", shrinks=True),
         Column("role"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from bntool.batchnorm import DEFAULT_EPS
 from bntool.inspection.findings import Severity
@@ -13,8 +13,7 @@ from bntool.reports.histograms import LogAxis, count_values, find_axis
 from bntool.reports.stages import FEW, find_stages
 
 
-@dataclass(frozen=True)
-class LayerRow:
+class LayerRow(NamedTuple):
     """A layer, or the layers of a stage that share a row.
 
     Attributes:
@@ -54,8 +53,7 @@ def arrange_rows(state_dict: StateDictInspection, *, every: bool) -> list[LayerR
     return rows
 
 
-@dataclass(frozen=True)
-class Distribution:
+class Distribution(NamedTuple):
     """Numbers of the channels of some layers, sorted; NaN is left out.
 
     Attributes:
@@ -67,8 +65,7 @@ class Distribution:
     maximum: float | None
 
 
-@dataclass(frozen=True)
-class Pictures:
+class Pictures(NamedTuple):
     """One quantity of each row on one axis, so that rows can be compared.
 
     Attributes:
