@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import subprocess
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from tests.places import FIXTURES, SHARED
+from tests.programs.forking import ONNXRUNTIME, ForkedProcess
 
 
 @pytest.fixture(scope="session")
@@ -21,3 +25,11 @@ def shared() -> Path:
     if not SHARED.is_dir():
         pytest.skip("BNTOOL_SHARED names no folder with real checkpoints, and ../shared does not exist")
     return SHARED
+
+
+@pytest.fixture
+def forked_onnxruntime(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The processes of ONNX Runtime are forked from one that has imported it: for tests that start many of them."""
+    start = partial(ForkedProcess, imported=ONNXRUNTIME)
+    forking = SimpleNamespace(Popen=start, PIPE=subprocess.PIPE, DEVNULL=subprocess.DEVNULL)
+    monkeypatch.setattr("bntool.folding.onnxruntime_process.subprocess", forking)

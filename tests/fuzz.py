@@ -2,7 +2,7 @@
 
 Bytes are changed, and fields of the structures that the containers hold.
 
-The suite runs some thousands; ``python -m tests.fuzz 100000`` runs as many as one likes.
+The suite runs a thousand; ``python -m tests.fuzz 100000`` runs as many as one likes.
 """
 
 from __future__ import annotations

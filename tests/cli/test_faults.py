@@ -89,9 +89,8 @@ def test_killed_at_every_step_of_appearing(arguments: list[str], files: int, sen
     for name in ("onnx_tiny_ext.onnx", "onnx_tiny_ext.data", "caffe_tiny_std.caffemodel", "caffe_tiny_std.prototxt"):
         shutil.copy(INTEROP / name, tmp_path / "in")
     write_sharded(tiny_net().state_dict(), tmp_path / "in")
-    step = 6 if arguments is ONNX else 1  # which starts ONNX Runtime each time
     run = programs.run_forked if "recalibrate" in arguments else programs.run  # the others import no torch
-    done = run("killed_command", sent, step, *arguments, cwd=tmp_path)
+    done = run("killed_command", sent, *arguments, cwd=tmp_path)
     written, moments = map(int, done.stdout.split()[-2:])
     assert written == files
     assert moments > 4 * files  # each is made, brought to the disk, given its mode and its name

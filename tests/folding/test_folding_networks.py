@@ -211,7 +211,7 @@ seen: Counter[str] = Counter()
 
 @settings(
     derandomize=True,
-    max_examples=int(os.environ.get("BNTOOL_NETWORKS", "400")),
+    max_examples=int(os.environ.get("BNTOOL_NETWORKS", "150")),
     deadline=None,
     suppress_health_check=list(HealthCheck),
 )

@@ -16,6 +16,7 @@ from typing import IO, Any
 from tests.places import ROOT
 
 # torch._dynamo is what DistributedDataParallel imports when it is made
+ONNXRUNTIME = ("numpy", "onnxruntime")
 TORCH = ("torch._dynamo", "bntool.recalibration.live", "bntool.freezing.live")
 
 

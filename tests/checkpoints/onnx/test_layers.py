@@ -19,6 +19,7 @@ from bntool.checkpoints.formats import open_checkpoint
 from bntool.checkpoints.tensors import read_numbers
 from bntool.cli.main import main
 
+pytestmark = pytest.mark.usefixtures("forked_onnxruntime")
 RNG = np.random.default_rng(0)
 ROLES = ("weight", "bias", "running_mean", "running_var")
 EPS = 1e-3

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import warnings
 from pathlib import Path
 from typing import Any
@@ -39,10 +38,9 @@ def _sharded() -> dict[str, Any]:
     """The names that FullyShardedDataParallel shows where its hooks do not clean them."""
     from torch.distributed.fsdp import FullyShardedDataParallel
 
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29677")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        torch.distributed.init_process_group("gloo", rank=0, world_size=1)
+        torch.distributed.init_process_group("gloo", rank=0, world_size=1, store=torch.distributed.HashStore())
         try:
             wrapped = FullyShardedDataParallel(tiny_net(), device_id=torch.device("cpu"), use_orig_params=True)
             names = [name for name, _ in nn.Module.named_parameters(wrapped)]
