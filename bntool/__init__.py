@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from bntool.progress import show_by
 from bntool.representation import draw_html_by
 from bntool.version import __version__
 
@@ -81,7 +82,13 @@ def _draw_html(value: Any) -> str | None:
     return drawn
 
 
+def _show_progress(progress: Any) -> None:
+    """Likewise the progress of calls."""
+    importlib.import_module("bntool.reports.notebook_progress").show(progress)
+
+
 draw_html_by(_draw_html)
+show_by(_show_progress)
 
 
 def __getattr__(name: str) -> Any:

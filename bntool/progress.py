@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -26,6 +27,21 @@ class Progress:
 
 OnProgress: TypeAlias = Callable[[Progress], None]
 OnWarning: TypeAlias = Callable[[str], None]
+
+
+_shown_by: list[OnProgress] = []
+
+
+def show_by(shower: OnProgress) -> None:
+    """Name what shows the progress of calls whose caller does not ask for it."""
+    _shown_by[:] = [shower]
+
+
+def tell_notebook(progress: Progress) -> None:
+    """For callers who do not ask: a notebook shows how far the call is, a program nothing."""
+    if "IPython" in sys.modules:
+        for shower in _shown_by:
+            shower(progress)
 
 
 def ignore(_: Progress | str) -> None:

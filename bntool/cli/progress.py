@@ -6,19 +6,17 @@ import contextlib
 import os
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from bntool.cli.output import is_another_rank, print_note
-from bntool.progress import OnProgress, Progress, ignore
-from bntool.reports.text import plural, sanitize
+from bntool.progress import OnProgress, ignore
+from bntool.reports.progress import Work
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
 _LOG_INTERVAL = 10.0  # seconds between two lines of a log
-_DELAY = 0.3  # work that is done sooner shows nothing
 _BAR = 24  # columns
 
 
@@ -32,72 +30,13 @@ def show_progress(*, as_json: bool, quiet: bool) -> Iterator[OnProgress]:
     if quiet or is_another_rank():
         yield ignore
         return
-    work = _Work()
+    work = _DrawnWork()
     with _draw(work) if sys.stderr.isatty() and not as_json else _log(work):
         yield work.update
 
 
-class _Work:
-    """What is being done, since when, and how long the rest will take."""
-
-    def __init__(self) -> None:
-        self._progress: Progress | None = None
-        self._start = time.monotonic()
-        self._durations: list[float] = []  # of the phases that are over and counted samples
-        self._counted: int | None = None  # by the last of them
-
-    def update(self, progress: Progress) -> None:
-        """Take note of how far the work is."""
-        before, now = self._progress, time.monotonic()
-        if before is None or progress.phase != before.phase:
-            if before is not None and before.done:
-                self._durations.append(now - self._start)
-                self._counted = before.done
-            self._start = now
-        self._progress = progress
-
-    @property
-    def elapsed(self) -> float:
-        """Seconds since the phase began."""
-        return time.monotonic() - self._start
-
-    def share(self) -> float | None:
-        """How much of all phases is done, 0 to 1; None where it is not known how much there is to do."""
-        progress, total = self._progress, self._total()
-        if progress is None or not total:
-            return None
-        phases = progress.phases or (progress.phase,)
-        return (phases.index(progress.phase) + min(progress.done / total, 1)) / len(phases)
-
-    def describe(self) -> str:
-        """In words: the phase, its samples, and the time left for this and all phases to come."""
-        progress, total = self._progress, self._total()
-        if progress is None:
-            return ""
-        parts = [_format_duration(self.elapsed)]
-        if total:
-            parts = [f"{progress.done:,} of {plural(total, 'sample')}", *self._estimate(progress, total)]
-        elif progress.done:
-            parts = [plural(progress.done, "sample"), *parts]
-        return f"{sanitize(progress.phase)}: {', '.join(parts)}"
-
-    def _total(self) -> int | None:
-        """Samples of the phase: where the data do not say how many they have, as many as the phase before had."""
-        progress = self._progress
-        if progress is None or progress.total or not progress.phases:
-            return progress.total if progress is not None else None
-        return self._counted
-
-    def _estimate(self, progress: Progress, total: int) -> list[str]:
-        """The time left, if the phases to come take as long as those so far do."""
-        if not progress.done:
-            return []
-        elapsed = self.elapsed
-        whole = max(elapsed * total / progress.done, elapsed)
-        known = [*self._durations, whole]
-        phases = progress.phases or (progress.phase,)
-        ahead = len(phases) - phases.index(progress.phase) - 1
-        return [f"{_format_duration(whole - elapsed + ahead * sum(known) / len(known))} left"]
+class _DrawnWork(Work):
+    """Work as rich draws it."""
 
     def __rich__(self) -> RenderableType:
         from rich.progress_bar import ProgressBar
@@ -106,7 +45,7 @@ class _Work:
         from rich.text import Text
 
         text = self.describe()
-        if not text or (self.elapsed < _DELAY and not self._durations):
+        if not text or self.is_short:
             return Text()
         share = self.share()
         # what turns shows that the work goes on
@@ -117,7 +56,7 @@ class _Work:
 
 
 @contextlib.contextmanager
-def _draw(work: _Work) -> Iterator[None]:
+def _draw(work: _DrawnWork) -> Iterator[None]:
     """One line that follows the work; what the user's code prints appears above it."""
     from rich.live import Live
 
@@ -141,7 +80,7 @@ def _draw(work: _Work) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _log(work: _Work) -> Iterator[None]:
+def _log(work: _DrawnWork) -> Iterator[None]:
     """A line every ten seconds."""
     over = threading.Event()
 
@@ -157,11 +96,3 @@ def _log(work: _Work) -> Iterator[None]:
     finally:
         over.set()
         thread.join()
-
-
-def _format_duration(seconds: float) -> str:
-    minutes, rest = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours} h {minutes} min"
-    return f"{minutes} min {rest} s" if minutes else f"{rest} s"

@@ -22,7 +22,7 @@ from bntool.folding.options import Layout
 from bntool.folding.outputs import check_export, save_fold
 from bntool.folding.state_dict import CheckpointFold, fold_state_dict
 from bntool.plan import check_plan
-from bntool.progress import OnProgress, Progress, ignore
+from bntool.progress import OnProgress, Progress, tell_notebook
 
 if TYPE_CHECKING:
     import torch
@@ -53,7 +53,7 @@ def fold_checkpoint(  # noqa: PLR0913 as many as the command has options
     dry_run: bool = False,
     force: bool = False,
     strict: bool = False,
-    on_progress: OnProgress = ignore,
+    on_progress: OnProgress = tell_notebook,
 ) -> CheckpointFold:
     """Absorb the BatchNorm layers of a checkpoint into the layers around them; what ``bntool fold`` does.
 

@@ -31,7 +31,7 @@ from bntool.modules.building import build_model
 from bntool.modules.finding import find_batchnorm_modules, find_name_prefix
 from bntool.modules.loading import load_state
 from bntool.plan import Operation, Plan, check_plan
-from bntool.progress import OnProgress, Progress, ignore
+from bntool.progress import OnProgress, Progress, tell_notebook
 from bntool.recalibration.dtype_limits import fit_plan, list_promoted
 from bntool.recalibration.evaluation import count_flipped, evaluate, is_better, parse_metric
 from bntool.recalibration.fingerprints import fingerprint_model, fingerprint_state_dict
@@ -85,7 +85,7 @@ def recalibrate_checkpoint(  # noqa: PLR0913, PLR0915 as many as the command has
     resume_every: float = 30.0,
     force: bool = False,
     strict: bool = False,
-    on_progress: OnProgress = ignore,
+    on_progress: OnProgress = tell_notebook,
 ) -> CheckpointRecalibration | Partial | None:
     """Recompute the running statistics in a checkpoint from data; what ``bntool recalibrate`` does.
 

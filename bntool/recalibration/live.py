@@ -18,6 +18,7 @@ from bntool.models.user_code import running_user_code
 from bntool.modules.borrowing import Borrowed, borrow, is_switching
 from bntool.modules.finding import find_batchnorm_modules, find_eps, find_names, find_wrapper_prefix, walk_modules
 from bntool.plan import Skip, SkipReason
+from bntool.progress import Progress, tell_notebook
 from bntool.recalibration.batch_tree import BatchTree
 from bntool.recalibration.dtype_limits import check_holds
 from bntool.recalibration.exact.first_forward import read_what_fits
@@ -253,9 +254,16 @@ def recalibrate(  # noqa: PLR0913 as plan_recalibration
 
     Args and errors are those of :func:`plan_recalibration`. If it raises, the statistics are the old ones.
     """
+    given = as_batches(batches)
+    if on_progress is None:
+        phase = f"{choose(Method, method, option='method').value} statistics"
+
+        def on_progress(samples: int) -> None:
+            tell_notebook(Progress(phase, samples, given.samples))
+
     result = plan_recalibration(
         model,
-        batches,
+        given,
         layers=layers,
         method=choose(Method, method, option="method"),
         prior=prior,

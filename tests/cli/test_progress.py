@@ -63,26 +63,6 @@ def test_quiet_is_quiet_and_other_ranks_are(monkeypatch) -> None:
     assert log.getvalue() == ""
 
 
-def test_the_time_left_is_that_of_all_phases(monkeypatch) -> None:
-    clock = [0.0]
-    monkeypatch.setattr(module.time, "monotonic", lambda: clock[0])
-    state = module._Work()
-    state.update(Progress("before", 0, 100, PHASES))
-    clock[0] = 10
-    state.update(Progress("before", 50, 100, PHASES))
-    assert state.describe() == "before: 50 of 100 samples, 50 s left"  # 10 of this phase, twice 20 of the others
-    assert state.share() == pytest.approx(1 / 6)
-    clock[0] = 20
-    state.update(Progress("before", 100, 100, PHASES))
-    state.update(Progress("pooled statistics", 0, 100, PHASES))
-    clock[0] = 40
-    state.update(Progress("pooled statistics", 25, 100, PHASES))
-    assert state.describe() == "pooled statistics: 25 of 100 samples, 1 min 50 s left"  # 60, and (20 + 80) / 2
-    state.update(Progress("writing"))
-    clock[0] = 3 * 3600 + 40 + 60
-    assert state.describe() == "writing: 3 h 1 min"
-
-
 @pytest.mark.skipif(sys.platform == "win32", reason="terminals")
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_terminal_is_left_as_if_nothing_had_been_shown(tmp_path: Path, workers: int) -> None:

@@ -1,0 +1,87 @@
+"""How far long work is and how long it will take, in words and as a share; each place draws it in its own way."""
+
+from __future__ import annotations
+
+import time
+
+from bntool.progress import Progress
+from bntool.reports.text import plural, sanitize
+
+DELAY = 0.3  # work that is done sooner shows nothing
+
+
+class Work:
+    """What is being done, since when, and how long the rest will take."""
+
+    def __init__(self) -> None:
+        self._progress: Progress | None = None
+        self._start = time.monotonic()
+        self._durations: list[float] = []  # of the phases that are over and counted samples
+        self._counted: int | None = None  # by the last of them
+
+    def update(self, progress: Progress) -> None:
+        """Take note of how far the work is."""
+        before, now = self._progress, time.monotonic()
+        if before is None or progress.phase != before.phase:
+            if before is not None and before.done:
+                self._durations.append(now - self._start)
+                self._counted = before.done
+            self._start = now
+        self._progress = progress
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds since the phase began."""
+        return time.monotonic() - self._start
+
+    def share(self) -> float | None:
+        """How much of all phases is done, 0 to 1; None where it is not known how much there is to do."""
+        progress, total = self._progress, self._total()
+        if progress is None or not total:
+            return None
+        phases = progress.phases or (progress.phase,)
+        return (phases.index(progress.phase) + min(progress.done / total, 1)) / len(phases)
+
+    def describe(self) -> str:
+        """In words: the phase, its samples, and the time left for this and all phases to come."""
+        progress, total = self._progress, self._total()
+        if progress is None:
+            return ""
+        parts = [format_duration(self.elapsed)]
+        if total:
+            parts = [f"{progress.done:,} of {plural(total, 'sample')}", *self._estimate(progress, total)]
+        elif progress.done:
+            parts = [plural(progress.done, "sample"), *parts]
+        return f"{sanitize(progress.phase)}: {', '.join(parts)}"
+
+    def _total(self) -> int | None:
+        """Samples of the phase: where the data do not say how many they have, as many as the phase before had."""
+        progress = self._progress
+        if progress is None or progress.total or not progress.phases:
+            return progress.total if progress is not None else None
+        return self._counted
+
+    def _estimate(self, progress: Progress, total: int) -> list[str]:
+        """The time left, if the phases to come take as long as those so far do."""
+        if not progress.done:
+            return []
+        elapsed = self.elapsed
+        whole = max(elapsed * total / progress.done, elapsed)
+        known = [*self._durations, whole]
+        phases = progress.phases or (progress.phase,)
+        ahead = len(phases) - phases.index(progress.phase) - 1
+        return [f"{format_duration(whole - elapsed + ahead * sum(known) / len(known))} left"]
+
+    @property
+    def is_short(self) -> bool:
+        """Whether it went on for so little time that nothing need be said."""
+        return self.elapsed < DELAY and not self._durations
+
+
+def format_duration(seconds: float) -> str:
+    """For example ``2 min 5 s``."""
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
