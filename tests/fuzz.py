@@ -1,6 +1,7 @@
 """Mutated files of every format: each is read, or refused with an error of bntool, in bounded time and memory.
 
-Bytes are changed, and fields of the structures that the containers hold.
+Bytes are changed, and fields of the structures that the containers hold. What can be opened is then given to one of the
+commands, with its report.
 
 The suite runs a thousand; ``python -m tests.fuzz 100000`` runs as many as one likes.
 """
@@ -8,9 +9,12 @@ The suite runs a thousand; ``python -m tests.fuzz 100000`` runs as many as one l
 from __future__ import annotations
 
 import contextlib
+import functools
+import io
 import os
 import random
 import resource
+import shutil
 import signal
 import sys
 import tempfile
@@ -20,6 +24,10 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import typer
+from typer._click.exceptions import ClickException
 
 from bntool.checkpoints.application import apply_plan
 from bntool.checkpoints.batchnorms import find_norms
@@ -28,6 +36,7 @@ from bntool.checkpoints.formats import open_checkpoint
 from bntool.checkpoints.origin import describe_origin
 from bntool.checkpoints.saving import save_checkpoint
 from bntool.checkpoints.tensors import StoredTensor, read_bytes
+from bntool.cli.main import build_app
 from bntool.errors import BntoolError, RefusedError, UsageError, VerificationError
 from bntool.folding.planning import plan_fold
 from bntool.graphs.sources import read_stored_graph
@@ -52,7 +61,7 @@ RECORDED = (  # files of other programs, each with those beside it that it needs
     ("interop/caffe_tiny_std.caffemodel.h5", "interop/caffe_tiny_std.prototxt"),
 )
 MEMORY_LIMIT = 300  # MiB that a run may take beyond what it had when it began: no mutant may cause a spike
-TIME_LIMIT = 5  # seconds for one file; each has at most some kilobytes
+TIME_LIMIT = 5  # seconds of the processor for one file; each has at most some kilobytes
 _INTERESTING = (0, 1, 2, 3, 0x7F, 0x80, 0xFE, 0xFF, 0x2E, 0x28, 0x52, 0x71, 0x74, 0x86, 0x94, 0x95)
 _WIDE = (0, 1, 0xFF, 0xFFFF, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF, 1 << 62, (1 << 63) - 1, (1 << 64) - 1)
 
@@ -62,6 +71,7 @@ class Outcome:
     """What a run of mutants gave."""
 
     accepted: int = 0
+    commands: int = 0
     refused: int = 0
     slowest: float = 0.0
 
@@ -109,8 +119,6 @@ def make_seeds(folder: Path) -> list[Path]:
 
 def _make_compiled(folder: Path) -> list[Path]:
     """TorchScript and torch.export archives, and what is recorded of two processes and of TensorFlow."""
-    import shutil
-
     from tests.checkpoints.torch_programs.test_compiled_layouts import MAKERS
 
     seeds = []
@@ -241,6 +249,53 @@ def exercise(checkpoint: Checkpoint, target: Path) -> None:
     save_checkpoint(checkpoint, target, force=True)
 
 
+def choose_command(source: Path, original: Path, target: Path, rng: random.Random) -> list[str]:
+    """One of the command lines that a user may give for a file; ``original`` is the same file before its damage."""
+    state = [] if rng.random() < 0.8 else ["--state-dict", rng.choice(("model", "", "state_dict"))]
+    written = ["-o", str(target), "--force"]
+    choices = [
+        ["inspect", str(source), *rng.choice(([], ["--json"], ["--stats"], ["--tensors"]))],
+        ["inspect", str(source), "--fail-on", "warning", "--json"],
+        ["diff", str(original), str(source), *rng.choice(([], ["--json"], ["--expect", "frozen"]))],
+        ["diff", str(source), str(source), *state],
+        [
+            "convert",
+            str(source),
+            "--to",
+            rng.choice(("torch", "safetensors", "frozen-batchnorm", "batchnorm")),
+            *written,
+            *state,
+        ],
+        ["convert", str(source), "--strip-prefix", "model.", "--add-prefix", "net.", *written, *state],
+        [
+            "freeze",
+            str(source),
+            *written,
+            *rng.choice(([], ["--as", "constant", "--eps", "1e-5"], ["--no-requires-grad"])),
+        ],
+        ["freeze", str(source), "--emit", rng.choice(("python", "mmdet", "timm")), *state],
+    ]
+    if source.suffix != ".onnx":  # whose runtime takes a second to start; folds of its graph are planned above
+        choices.append(["fold", str(source), *written, *rng.choice(([], ["--pair", "0=1", "--eps", "1e-5"])), *state])
+    return rng.choice(choices)
+
+
+@functools.cache
+def build_command(name: str) -> Any:
+    """A command; building one costs more than most mutants."""
+    return typer.main.get_command(build_app([name]))
+
+
+def run_command(arguments: list[str]) -> None:
+    """A command with its report, as a user sees it.
+
+    Raises:
+        BntoolError: the command refuses; all other exceptions are findings.
+    """
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        build_command(arguments[0]).main(args=arguments[1:], prog_name="bntool", standalone_mode=False)
+
+
 def fold(checkpoint: Checkpoint, target: Path) -> None:
     """Fold a file that holds its graph, and freeze it where the format is a program."""
     graph = read_stored_graph(checkpoint)
@@ -254,16 +309,21 @@ def fold(checkpoint: Checkpoint, target: Path) -> None:
 
 @contextlib.contextmanager
 def time_limit(seconds: int) -> Iterator[None]:
+    """So many seconds of the processor, since the machine may have more to do; or 60 times as many on the clock."""
+
     def stop(*_: object) -> None:
         raise TooSlow
 
-    previous = signal.signal(signal.SIGALRM, stop)
-    signal.alarm(seconds)
+    previous = {number: signal.signal(number, stop) for number in (signal.SIGPROF, signal.SIGALRM)}
+    signal.setitimer(signal.ITIMER_PROF, seconds)
+    signal.alarm(60 * seconds)
     try:
         yield
     finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
         signal.alarm(0)
-        signal.signal(signal.SIGALRM, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def choose_mutant(contents: dict[Path, bytes], folder: Path, rng: random.Random) -> tuple[Path, bytes]:
@@ -281,7 +341,9 @@ def choose_mutant(contents: dict[Path, bytes], folder: Path, rng: random.Random)
     return victim, mutant
 
 
-def run(count: int, folder: Path, *, seed: int = 0, report: bool = False) -> Outcome:
+def run(  # noqa: C901 (one branch for each finding)
+    count: int, folder: Path, *, seed: int = 0, report: bool = False
+) -> Outcome:
     """Read ``count`` mutants.
 
     Raises:
@@ -291,8 +353,11 @@ def run(count: int, folder: Path, *, seed: int = 0, report: bool = False) -> Out
     rng = random.Random(seed)
     seeds = make_seeds(folder)
     contents = {path: path.read_bytes() for place in {p.parent for p in seeds} for path in place.iterdir()}
-    out = folder / "out"
+    out, kept_whole = folder / "out", folder / "originals"
     out.mkdir()
+    originals = {place: kept_whole / place.name for place in {seed.parent for seed in seeds}}
+    for place, copy in originals.items():
+        shutil.copytree(place, copy)
     outcome = Outcome()
     found: list[str] = []
     before, bound = _peak(), MEMORY_LIMIT
@@ -306,6 +371,11 @@ def run(count: int, folder: Path, *, seed: int = 0, report: bool = False) -> Out
             with time_limit(TIME_LIMIT), open_checkpoint(source) as checkpoint:
                 exercise(checkpoint, out / source.name)
             outcome.accepted += 1
+            original = originals[source.parent] / source.name
+            command = choose_command(source, original, out / source.name, rng)
+            with time_limit(TIME_LIMIT), contextlib.suppress(BntoolError, ClickException, typer.Exit):
+                run_command(command)
+            outcome.commands += 1
         except VerificationError as error:  # what was written is not what was planned
             wrong.append(f"gave {error!r}")
         except BntoolError:
@@ -337,7 +407,7 @@ def _peak() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
 
 
-def main() -> None:
+def fuzz() -> None:
     count = int(sys.argv[1]) if len(sys.argv) > 1 else 100_000
     seed = int(sys.argv[2]) if len(sys.argv) > 2 else 0
     resource.setrlimit(resource.RLIMIT_AS, (6 << 30, 6 << 30))
@@ -347,4 +417,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    fuzz()

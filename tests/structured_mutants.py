@@ -1,4 +1,4 @@
-"""Damaged copies of files whose containers stay whole: JSON, pickles, zip archives, protobufs and HDF5 files.
+"""Damaged copies of files whose containers stay whole: JSON, pickles, zip and tar archives, protobufs, HDF5, prototxt.
 
 A changed byte mostly breaks a container, and what lies behind is never reached; here the container is written again.
 """
@@ -10,9 +10,12 @@ import io
 import json
 import pickletools
 import random
+import re
 import struct
+import tarfile
 import warnings
 import zipfile
+from collections.abc import Sequence
 from typing import Any
 
 import h5py
@@ -21,6 +24,19 @@ import numpy as np
 _ODD = (
     *(None, True, False, 0, 1, -1, 2**31, 2**63, 10**30, 0.5, 1e308, "", "x", "\udc80", "../x", "a" * 300),
     *([], {}, [[]], [None], {"": {}}, ["name", 0, 0, {}], {"class_name": "Conv2D", "config": {}}),
+)
+_WORDS = (  # that mean something in a configuration, a header or a graph
+    *(
+        "BatchNormalization",
+        "Conv2D",
+        "DepthwiseConv2D",
+        "Functional",
+        "Sequential",
+        "TimeDistributed",
+        "Bidirectional",
+    ),
+    *("Lambda", "TorchModuleWrapper", "InputLayer", "Conv", "Gemm", "If", "Loop", "Constant", "BatchNorm", "Scale"),
+    *("F32", "F64", "BF16", "I64", "F8_E4M3", "float32", "float16", "keras.layers", "builtins", "model", "layers"),
 )
 _INSERTED = (b"0", b"1", b"2", b"(", b"t", b")", b"]", b"}", b"N", b"s", b"u", b"a", b"e", b"b", b"R", b"\x81", b"\x85")
 _NUMBERS = (0, 1, 3, 255)
@@ -32,7 +48,16 @@ def mutate_structure(data: bytes, rng: random.Random, *, depth: int = 2) -> byte
     """A damaged copy of what is known by its first bytes; None for another container, or one that is broken."""
     try:
         return _mutate_known(data, rng, depth=depth)
-    except (ValueError, KeyError, IndexError, RecursionError, zipfile.BadZipFile, struct.error, NotImplementedError):
+    except (
+        ValueError,
+        KeyError,
+        IndexError,
+        RecursionError,
+        zipfile.BadZipFile,
+        struct.error,
+        NotImplementedError,
+        tarfile.TarError,
+    ):
         return None
 
 
@@ -46,6 +71,10 @@ def _mutate_known(data: bytes, rng: random.Random, *, depth: int) -> bytes | Non
         mutant = _mutate_hdf5(data, rng)
     elif data[:1] in (b"\x08", b"\x0a") and _parse(data):
         mutant = mutate_protobuf(data, rng)
+    elif data[257:262] == b"ustar":
+        mutant = _mutate_tar(data, rng)
+    elif data[:6] in (b"name: ", b"layer ", b"layers", b"input:"):
+        mutant = _mutate_prototxt(data, rng)
     elif data.lstrip()[:1] in (b"{", b"["):
         mutant = _dump(_mutate_json(json.loads(data), rng))
     elif data[8:9] == b"{":
@@ -60,11 +89,22 @@ def _dump(value: Any) -> bytes:
 def _mutate_json(value: Any, rng: random.Random) -> Any:
     """A copy with one to three places changed: another type, another name, gone, or twice."""
     for _ in range(rng.choice((1, 1, 2, 3))):
-        value = _change_json(value, rng)
+        value = _change_json(value, rng, _pick(value, rng))
     return value
 
 
-def _change_json(value: Any, rng: random.Random) -> Any:
+def _pick(value: Any, rng: random.Random) -> Any:
+    """A word, or something that lies elsewhere in the same document."""
+    if rng.random() < 0.3:
+        return rng.choice(_WORDS)
+    for _ in range(rng.randrange(12)):
+        if not isinstance(value, dict | list) or not value:
+            break
+        value = rng.choice(list(value.values()) if isinstance(value, dict) else value)
+    return value
+
+
+def _change_json(value: Any, rng: random.Random, other: Any) -> Any:
     if isinstance(value, dict) and value and rng.random() < 0.9:
         key = rng.choice(list(value))
         copy, kind = dict(value), rng.randrange(12)
@@ -75,7 +115,7 @@ def _change_json(value: Any, rng: random.Random) -> Any:
         elif kind == 2:
             copy[key] = copy[rng.choice(list(copy))]
         else:
-            copy[key] = _change_json(copy[key], rng)
+            copy[key] = _change_json(copy[key], rng, other)
         return copy
     if isinstance(value, list) and value and rng.random() < 0.9:
         copied, place = list(value), rng.randrange(len(value))
@@ -85,9 +125,9 @@ def _change_json(value: Any, rng: random.Random) -> Any:
         elif kind == 1:
             copied.insert(place, copied[place])
         else:
-            copied[place] = _change_json(copied[place], rng)
+            copied[place] = _change_json(copied[place], rng, other)
         return copied
-    return rng.choice(_ODD)
+    return rng.choice(_ODD) if rng.random() < 0.5 else other
 
 
 def _mutate_safetensors(data: bytes, rng: random.Random) -> bytes:
@@ -96,7 +136,7 @@ def _mutate_safetensors(data: bytes, rng: random.Random) -> bytes:
     return struct.pack("<Q", len(header)) + header + data[8 + length :]
 
 
-def _mutate_pickle(data: bytes, rng: random.Random) -> bytes:
+def _mutate_pickle(data: bytes, rng: random.Random) -> bytes:  # noqa: C901 (one branch for each damage)
     """The first pickles with opcodes gone, twice, exchanged, given other numbers, or new ones between them."""
     stream, starts = io.BytesIO(data), [0]
     for _ in range(5):  # a legacy file has five
@@ -110,7 +150,7 @@ def _mutate_pickle(data: bytes, rng: random.Random) -> bytes:
     pieces = [data[start:end] for start, end in zip(starts, ends, strict=True)]
     for _ in range(rng.choice((1, 1, 2, 4))):
         place = rng.randrange(len(pieces))
-        kind, piece = rng.randrange(6), pieces[place]
+        kind, piece = rng.randrange(9), pieces[place]
         if kind == 0:
             pieces[place] = b""
         elif kind == 1:
@@ -122,9 +162,70 @@ def _mutate_pickle(data: bytes, rng: random.Random) -> bytes:
             pieces[place] = piece[:1] + bytes([rng.choice(_NUMBERS)])
         elif kind == 4 and piece[:1] == b"c":
             pieces[place] = rng.choice([one for one in pieces if one[:1] == b"c"])
+        elif kind == 5 and piece[:1] in (b"X", b"\x8c", b"U", b"V"):  # a text by another
+            pieces[place] = rng.choice([one for one in pieces if one[:1] == piece[:1]])
+        elif kind == 6 and piece[:1] in (b"J", b"M", b"K", b"I", b"L", b"\x8a"):
+            pieces[place] = b"I" + str(rng.choice((*_WIDE, -1, -(1 << 40), 10**40))).encode() + b"\n"
+        elif kind == 7:
+            pieces[place] = piece + b"c" + rng.choice((*_NAMES, *_pickled_names(pieces)))
         else:
             pieces[place] = piece + rng.choice(_INSERTED)
     return b"".join(pieces) + data[starts[-1] :]
+
+
+_NAMES = (b"os\nsystem\n", b"builtins\nrange\n", b"functools\npartial\n", b"torch._utils\n_rebuild_parameter\n")
+
+
+def _pickled_names(pieces: list[bytes]) -> list[bytes]:
+    return [piece[1:] for piece in pieces if piece[:1] == b"c"]
+
+
+def _mutate_tar(data: bytes, rng: random.Random) -> bytes:
+    """An archive with a member renamed, gone, twice, exchanged, of another type, or itself damaged."""
+    with tarfile.open(fileobj=io.BytesIO(data)) as source:
+        members = [(one, (source.extractfile(one) or io.BytesIO()).read()) for one in source.getmembers()]
+    place = rng.randrange(len(members))
+    (member, content), kind = members[place], rng.randrange(7)
+    if kind == 0:
+        member.name = rng.choice(("pickle", "tensors", "storages", f"../{member.name}", member.name.upper()))
+    elif kind == 1:
+        del members[place]
+    elif kind == 2:
+        members.append(members[place])
+    elif kind == 3:
+        members.insert(0, members.pop(place))
+    elif kind == 4:
+        member.type, member.linkname = rng.choice((b"7", b"1", b"2", b"5", b"L", b"x", b"3")), "pickle"
+    elif kind == 5:
+        members[place] = (member, content[: rng.randrange(len(content) + 1)])
+    else:
+        members[place] = (member, _mutate_pickle(content, rng) if content[:1] == b"\x80" else content[::-1])
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w", format=rng.choice((tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT))) as archive:
+        for one, inside in members:
+            one.size = len(inside)
+            archive.addfile(one, io.BytesIO(inside))
+    return out.getvalue()
+
+
+def _mutate_prototxt(data: bytes, rng: random.Random) -> bytes:
+    """A text of Caffe with words gone, twice, exchanged, or others."""
+    words = re.findall(rb'"[^"]*"|[{}:]|[^\s{}:"]+|\s+', data)
+    for _ in range(rng.choice((1, 1, 2, 4))):
+        place, other, kind = rng.randrange(len(words)), rng.randrange(len(words)), rng.randrange(5)
+        if kind == 0:
+            words[place] = b""
+        elif kind == 1:
+            words[place] = words[place] * 2
+        elif kind == 2:
+            words[place], words[other] = words[other], words[place]
+        elif kind == 3:
+            words[place] = words[other]
+        else:
+            words[place] = rng.choice(
+                (b"{", b"}", b"-1", b"1e999", b'"', b"true", b"layer {", b'"BatchNorm"', b'"Python"')
+            )
+    return b"".join(words)
 
 
 def _mutate_zip(data: bytes, rng: random.Random, *, depth: int) -> bytes:
@@ -195,9 +296,15 @@ def _change_object(file: h5py.File, name: str, names: list[str], rng: random.Ran
                 file.attrs[attribute] = _dump(_mutate_json(json.loads(file.attrs[attribute]), rng))
 
 
-def mutate_protobuf(data: bytes, rng: random.Random, *, depth: int = 0) -> bytes:
-    """A message with a field gone, doubled, moved, or of another number, value or length, at any depth."""
+def mutate_protobuf(data: bytes, rng: random.Random, *, depth: int = 0, texts: Sequence[bytes] = ()) -> bytes:
+    """A message with a field gone, doubled, moved, or of another number, value or length, at any depth.
+
+    Args:
+        texts: words that lie elsewhere in the file, such as names of tensors: put in each other's place they make
+            cycles, and two of one name.
+    """
     fields = _parse(data)
+    texts = texts or re.findall(rb"[\w./:]{1,30}", data)[:2000]
     if not fields:
         return data + bytes((rng.randrange(256),)) if depth else data
     place = rng.randrange(len(fields))
@@ -205,7 +312,7 @@ def mutate_protobuf(data: bytes, rng: random.Random, *, depth: int = 0) -> bytes
     inner = _parse(value) if wire == 2 and isinstance(value, bytes) else None
     if inner and depth < _DEEPEST and rng.random() < 0.75:
         assert isinstance(value, bytes)
-        fields[place] = (number, wire, mutate_protobuf(value, rng, depth=depth + 1))
+        fields[place] = (number, wire, mutate_protobuf(value, rng, depth=depth + 1, texts=texts))
         return _join(fields)
     kind = rng.randrange(6)
     if kind == 0:
@@ -221,7 +328,7 @@ def mutate_protobuf(data: bytes, rng: random.Random, *, depth: int = 0) -> bytes
         fields[place] = (number, 0, rng.choice(_WIDE))
     else:
         text = rng.choice((b"", b"x", b"BatchNormalization", b"Identity", b"\xff", b"bn1", bytes(40)))
-        fields[place] = (number, 2, text)
+        fields[place] = (number, 2, rng.choice(texts) if texts and rng.random() < 0.5 else text)
     return _join(fields)
 
 
