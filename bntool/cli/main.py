@@ -159,7 +159,7 @@ def _clean_up(before: int) -> errors.InterruptedRunError:
         before: how many files the process had written before the command.
     """
     remove_unfinished()
-    written = ", ".join(map(str, list_written()[before:]))
+    written = ", ".join(map(str, dict.fromkeys(list_written()[before:])))
     return errors.InterruptedRunError(f"interrupted; {written or 'nothing'} was written")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -33,9 +33,10 @@ from bntool.modules.loading import load_state
 from bntool.plan import Operation, Plan, check_plan
 from bntool.progress import OnProgress, Progress, tell_notebook
 from bntool.recalibration.dtype_limits import fit_plan, list_promoted
-from bntool.recalibration.evaluation import count_flipped, evaluate, is_better, parse_metric
+from bntool.recalibration.evaluation import count_flipped, is_better, parse_metric
 from bntool.recalibration.fingerprints import fingerprint_model, fingerprint_state_dict
 from bntool.recalibration.keeping import PartialKeeper, check_can_resume, name_kept
+from bntool.recalibration.kept_evaluation import Judge
 from bntool.recalibration.layers import choose_layers
 from bntool.recalibration.live import check_live_statistics, measure_share, plan_recalibration
 from bntool.recalibration.memory_format import is_faster_in_bfloat16
@@ -162,10 +163,13 @@ def recalibrate_checkpoint(  # noqa: PLR0913, PLR0915 as many as the command has
             assert keeper is not None
             tell = _Samples(on_progress, measuring, batches, phases=(measuring,)) if leads else None
             return _measure_partial(live, batches, keeper, part, ranks, force=force, on_progress=tell, **options)
-        held_out = _choose_held_out(read, data, eval_data, samples=samples, seed=seed, needs_labels=keep_if_better)
-        judge = functools.partial(evaluate, live, held_out, metric=parse_metric(metric), on_bad_data=bad_data)
+        held_out, reopen = _choose_held_out(
+            read, data, eval_data, samples=samples, seed=seed, needs_labels=keep_if_better
+        )
+        kept = None if resume is None else Path(resume)
+        judge = Judge(live, held_out, reopen, parse_metric(metric), bad_data, kept, every=resume_every)
         report = functools.partial(_Samples, on_progress, phases=("before", measuring, "after"))
-        before = judge(on_progress=report("before", held_out)) if leads else None
+        before = judge.evaluate("before", chosen, on_progress=report("before", held_out)) if leads else None
         result = plan_recalibration(
             live,
             batches,
@@ -200,7 +204,7 @@ def recalibrate_checkpoint(  # noqa: PLR0913, PLR0915 as many as the command has
         edited = apply_plan(source, plan)
         # the model is given what will be in the file, so that what is judged is what is written
         load_state(live, edited.state_dict(chosen.key), may_lack=STATISTICS)
-        after = judge(on_progress=report("after", held_out))
+        after = judge.evaluate("after", edited.state_dict(chosen.key), on_progress=report("after", held_out))
         kept_old = keep_if_better and not is_better(before, after)
         if target is not None and not kept_old:
             save_checkpoint(edited, target, force=force)
@@ -226,6 +230,7 @@ def recalibrate_checkpoint(  # noqa: PLR0913, PLR0915 as many as the command has
                 *warn_of_judging(before, held_out, fair=not keep_if_better or apart, apart=apart),
             ),
         )
+        judge.end()
         return _end(keeper, ranks, found)
 
 
@@ -430,14 +435,17 @@ def _choose_held_out(
     samples: int | None,
     seed: int,
     needs_labels: bool,
-) -> Batches:
-    """What the model is judged on, before and after."""
-    held_out = read(data, samples=samples, seed=seed) if eval_data is None else read(eval_data)
+) -> tuple[Batches, Callable[..., Batches]]:
+    """What the model is judged on, before and after, and what opens a share of it."""
+    spec, limits = (data, {"samples": samples, "seed": seed}) if eval_data is None else (eval_data, {})
+    reopen: Callable[..., Batches] = functools.partial(read, spec, **limits)  # type: ignore[arg-type]
+    held_out = reopen()
     if held_out.has_labels is not False:
-        return held_out
+        return held_out, reopen
     if needs_labels:
         raise UsageError("--keep-if-better needs labels: give --eval-data with labels")
-    return read(data if eval_data is None else eval_data, samples=_WITHOUT_LABELS)
+    reopen = functools.partial(read, spec, samples=_WITHOUT_LABELS)
+    return reopen(), reopen
 
 
 class _Samples:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -164,18 +164,31 @@ def check_labels(outputs: torch.Tensor, labels: torch.Tensor) -> None:
 
 
 @dataclass
-class _Collection:
-    """Outputs and labels of the batches so far."""
+class Collection:
+    """Outputs and labels of the batches so far.
+
+    Attributes:
+        metric: what they are for.
+        outputs, labels: of each batch, or of several in a row together.
+        samples, batches, labelled: how many there were; the last counts batches with labels.
+        finite, note: see :class:`Evaluation`.
+        left_out: batches that held NaN or infinity.
+        position: all batches before it, in the list of all, are collected.
+    """
 
     metric: Metric
     outputs: list[Any] = field(default_factory=list)
     labels: list[Any] = field(default_factory=list)
     samples: int = 0
     batches: int = 0
+    labelled: int = 0
     finite: bool = True
     note: str | None = None
+    left_out: list[LeftOut] = field(default_factory=list)
+    position: int = 0
 
     def add(self, output: Any, batch: Batch) -> None:
+        """Add what the model gives for a batch."""
         output = take_first(move(output, device=torch.device("cpu"), dtype=torch.float32))
         labels = _to_tensor(batch.labels)
         self.finite &= all(bool(torch.isfinite(t).all()) for t in tensors_in(output) if t.is_floating_point())
@@ -186,6 +199,7 @@ class _Collection:
         self.outputs.append(output if is_scores or (labels is not None and self.note is None) else None)
         if labels is not None:
             self.labels.append(labels)
+            self.labelled += 1
         self.samples += batch.samples
         self.batches += 1
 
@@ -197,9 +211,14 @@ class _Collection:
             check_labels(output, labels)
 
     def evaluate(self) -> Evaluation:
-        if self.labels and len(self.labels) < self.batches:
+        """What the model does with all of them.
+
+        Raises:
+            RefusedError: only some batches have labels.
+        """
+        if self.labelled and self.labelled < self.batches:
             raise RefusedError("only some batches of the evaluation data have labels")
-        outputs, labels = _join(self.outputs), _join(self.labels) if self.labels else None
+        outputs, labels = join(self.outputs), join(self.labels) if self.labels else None
         is_scores = isinstance(outputs, torch.Tensor) and outputs.ndim == 2
         has_value = labels is not None and self.note is None
         return Evaluation(
@@ -211,6 +230,7 @@ class _Collection:
             finite=self.finite,
             outputs=outputs.shape[1] if is_scores else None,
             note=self.note,
+            left_out=tuple(self.left_out),
         )
 
 
@@ -231,7 +251,7 @@ def _to_tensor(labels: Any) -> Any:
     return move(labels, device=torch.device("cpu"), dtype=None)
 
 
-def _join(parts: list[Any]) -> Any:
+def join(parts: list[Any]) -> Any:
     """One tensor where that is possible, else the list."""
     tensors = [part for part in parts if isinstance(part, torch.Tensor) and part.ndim]
     if len(tensors) == len(parts) and len({(t.shape[1:], t.dtype) for t in tensors}) == 1:
@@ -246,6 +266,8 @@ def evaluate(
     metric: Metric,
     on_bad_data: OnBadData | None = None,
     on_progress: Callable[[int], None] | None = None,
+    collected: Collection | None = None,
+    after_batch: Callable[[Collection], None] | None = None,
 ) -> Evaluation:
     """Run a model in eval mode over batches; it is given back as it was.
 
@@ -255,32 +277,36 @@ def evaluate(
         metric: what to compute from outputs and labels.
         on_bad_data: what to do about batches whose inputs hold NaN or infinity; None to run them.
         on_progress: called with the number of samples done.
+        collected: of the batches before these, of an earlier call; grows.
+        after_batch: called with what is collected, after each batch.
 
     Raises:
         UsageError: there is no batch, or outputs and labels do not fit the metric.
         RefusedError: only some of the batches have labels, or all were left out, or one is bad (``OnBadData.STOP``).
         UserCodeError: the model or the metric raised.
     """
-    collected = _Collection(metric)
+    collected = Collection(metric) if collected is None else collected
     source = getattr(batches, "description", "the data to evaluate on")
-    left_out: list[LeftOut] = []
     with borrow(model), torch.no_grad():
         for _, module in walk_modules(model):
             module.training = False
         for item in batches:
             batch = item if isinstance(item, Batch) else split_batch(item, source=source, position=collected.samples)
+            collected.position = collected.position + 1 if batch.position is None else batch.position + 1
             if on_bad_data is not None and not has_finite_inputs(batch):
-                left_out.append(accept(describe_bad(batch), on_bad_data))
+                collected.left_out.append(accept(describe_bad(batch), on_bad_data))
                 continue
             with running_user_code(f"running the model on {batch.description}"):
                 output = batch.run(model)
             collected.add(output, batch)
             if on_progress is not None:
                 on_progress(collected.samples)
+            if after_batch is not None:
+                after_batch(collected)
     if not collected.batches:
         unread = batches.bad_inputs if isinstance(batches, Batches) else ()
-        Measurement(left_out=[*unread, *left_out]).check(source)
-    return replace(collected.evaluate(), left_out=tuple(left_out))
+        Measurement(left_out=[*unread, *collected.left_out]).check(source)
+    return collected.evaluate()
 
 
 def count_flipped(before: Evaluation, after: Evaluation) -> float | None:

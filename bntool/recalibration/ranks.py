@@ -113,7 +113,13 @@ def join_job() -> Iterator[Ranks]:
         yield find_ranks()
         return
     try:
-        dist.init_process_group("gloo")
+        from torch.distributed.rendezvous import rendezvous  # not every torch has it
+
+        store, rank, world = next(rendezvous("env://"))
+        # torchrun starts lost processes again with the store that the lost ones had: what they left there is not ours
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        own = dist.PrefixStore(f"attempt {attempt}", store)  # type: ignore[attr-defined]
+        dist.init_process_group("gloo", store=own, rank=rank, world_size=world)
     except (RuntimeError, ValueError) as error:
         raise RefusedError(f"the other processes of the job cannot be reached: {error}") from error
     try:

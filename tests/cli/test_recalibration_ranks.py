@@ -39,18 +39,22 @@ def test_the_same_bytes_for_every_number_of_ranks(tmp_path, alone, ranks):
     assert (tmp_path / "several.pt").read_bytes() == bytes_of_one
 
 
-@pytest.mark.parametrize("alone", ["pooled"], indirect=True)
-def test_torchrun_starts_the_ranks(tmp_path, alone):
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "bntool"]
-    done = subprocess.run(
-        [sys.executable, *command, *map(str, DIGITS), "-o", "several.pt"],
-        cwd=tmp_path,
+def torchrun(*options, arguments, folder):
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *options, "-m", "bntool"]
+    return subprocess.run(
+        [sys.executable, *command, *map(str, arguments)],
+        cwd=folder,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
         timeout=100,
         check=False,
     )
+
+
+@pytest.mark.parametrize("alone", ["pooled"], indirect=True)
+def test_torchrun_starts_the_ranks(tmp_path, alone):
+    done = torchrun(arguments=[*DIGITS, "-o", "several.pt"], folder=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("wrote several.pt") == 1
     assert (tmp_path / "several.pt").read_bytes() == alone[1]
@@ -68,3 +72,29 @@ def test_a_rank_that_fails_ends_the_job_without_a_file(tmp_path, fault, codes, m
     assert [rank.returncode for rank in done] == codes, done
     assert message in done[0].stderr
     assert not (tmp_path / "out.pt").exists()
+
+
+def test_a_job_goes_on_after_one_of_its_ranks_was_killed(tmp_path):
+    """torchrun starts all ranks again; each goes on from what it kept."""
+    (tmp_path / "rank_data.py").write_text(
+        "import os, pathlib, signal, numpy, torch\n"
+        "def data():\n"
+        f"    x = torch.from_numpy(numpy.load({str(SAMPLES / 'digits_train.npz')!r})['images'][:640])\n"
+        "    restarts = int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 1))\n"
+        "    for index, batch in enumerate(x.split(20)):\n"
+        "        if index == 20 and os.environ.get('RANK') == '1':\n"
+        "            if not restarts:\n"
+        "                os.kill(os.getpid(), signal.SIGKILL)\n"
+        "            kept = sorted(path.name for path in pathlib.Path().glob('kept.*'))\n"
+        "            pathlib.Path('seen').write_text(' '.join(kept))\n"
+        "        yield batch\n"
+    )
+    arguments = ["recalibrate", str(SAMPLES / "drifted.pt"), "--model", f"{SAMPLES / 'digits_net.py'}:build"]
+    arguments += ["--data", f"{tmp_path / 'rank_data.py'}:data"]
+    kept = ["--resume", "kept.safetensors", "--resume-every", "0"]
+    done = torchrun("--max-restarts", "1", arguments=[*arguments, *kept, "-o", "several.pt"], folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "kept.1-of-2.safetensors" in (tmp_path / "seen").read_text().split()
+    assert not list(tmp_path.glob("kept*"))
+    assert main([*arguments, "-o", str(tmp_path / "one.pt")]) == 0
+    assert (tmp_path / "several.pt").read_bytes() == (tmp_path / "one.pt").read_bytes()
