@@ -2,6 +2,7 @@
 #
 #   PYTHON=python3.12 make test       another interpreter
 #   TORCH_INDEX=URL make test         another index for torch alone, e.g. one with CPU builds
+#   WORKERS=4 make test               as many processes, each with its share of the files of tests
 
 PYTHON ?= python3
 TORCH_INDEX ?=
@@ -11,6 +12,7 @@ BIN := $(VENV)/bin
 SITE := .venv-site
 TORCH := $(shell sed -n 's/^torch==/torch==/p' constraints.txt)
 BASE ?= HEAD
+WORKERS ?= 2
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 export PIP_NO_INPUT = 1
 
@@ -35,7 +37,7 @@ demo: $(VENV)/installed  ## run the whole story on sample_ckpts
 
 test: $(VENV)/installed  ## run all tests
 	@echo "all tests: 8 to 13 minutes"
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile
 
 same: $(VENV)/installed  ## hold all that the commands do against another revision: make same BASE=main~1
 	$(BIN)/python -m tests.behaviour $(BASE)

@@ -10,7 +10,6 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-import jsonschema
 import pytest
 import torch
 
@@ -22,10 +21,9 @@ from tests.checkpoints.foreign import save_distributed
 from tests.checkpoints.samples import tiny_net, write_sharded, write_zip
 from tests.checkpoints.test_broken_files import BROKEN
 from tests.permissions import ordinary_permissions
-from tests.places import ROOT
+from tests.places import INTEROP, ROOT
+from tests.schemas import read_document
 
-INTEROP = ROOT / "tests" / "fixtures" / "interop"
-SCHEMA = json.loads((ROOT / "docs" / "schema" / "inspect.json").read_text())
 RAW = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 
@@ -58,8 +56,7 @@ def test_a_broken_file_is_one_sentence_and_exit_code_3(
     assert error is BntoolError or sentence.endswith(("again", "first", "anew", "comes from"))
     assert sorted(p.name for p in tmp_path.rglob("*")) == sorted(["in", "out", name])
     code = main(["inspect", str(path), "--json"])  # which does not read the elements of tensors
-    document = json.loads(capsys.readouterr().out)
-    jsonschema.validate(document, SCHEMA)
+    document = read_document(capsys.readouterr().out, "inspect")
     (facts,) = document["files"]
     assert code == (3 if "error" in facts else 0)
     if code:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Any
 
 import jsonschema
 import pytest
@@ -14,11 +13,9 @@ import torch
 from bntool.checkpoints.outputs import OutputFiles
 from bntool.cli.main import COMMANDS, ExitCode, main
 from tests import programs
-from tests.places import INTEROP, ROOT, SAMPLES
+from tests.places import INTEROP, SAMPLES
 from tests.programs import copy_user_code
-
-SCHEMAS = {path.stem: json.loads(path.read_text()) for path in (ROOT / "docs" / "schema").glob("*.json")}
-
+from tests.schemas import SCHEMAS, read_document
 
 # words: @NAME is a sample, OUT a file to write, MODEL and DATA the samples' own, BAD a module whose code raises,
 # EMPTY a checkpoint without state dicts, HDF5 a file that needs h5py; then the exit code and the code of the error
@@ -121,12 +118,6 @@ def spell_out(case: str, folder: Path) -> list[str]:
         spelled = f"{SAMPLES / word[1:]}" if word.startswith("@") else word.replace("BAD", str(bad))
         arguments += words.get(word, [spelled])
     return [*arguments, "--json"]
-
-
-def read_document(text: str, command: str) -> Any:
-    document = json.loads(text, parse_constant=lambda constant: pytest.fail(f"{constant} is not JSON"))
-    jsonschema.validate(document, SCHEMAS[command])
-    return document
 
 
 @pytest.mark.parametrize(("case", "code", "error"), CASES, ids=[case for case, _, _ in CASES])

@@ -2,29 +2,23 @@
 
 from __future__ import annotations
 
-import json
 import re
 import subprocess
 import sys
 from pathlib import Path
 
-import jsonschema
 import pytest
 import torch
 
 from bntool.cli.main import main
 from tests import programs
-from tests.places import ROOT
-
-SAMPLES = ROOT / "sample_ckpts"
-SCHEMA = json.loads((ROOT / "docs" / "schema" / "inspect.json").read_text())
+from tests.places import ROOT, SAMPLES
+from tests.schemas import read_document
 
 
 def run_json(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, dict]:
     code = main(["inspect", "--json", *map(str, arguments)])
-    document = json.loads(capsys.readouterr().out, parse_constant=lambda text: pytest.fail(f"{text} in JSON"))
-    jsonschema.validate(document, SCHEMA)
-    return code, document
+    return code, read_document(capsys.readouterr().out, "inspect")
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,6 @@
 """``bntool recalibrate`` from the outside."""
 
 import json
-import os
 import re
 import signal
 import subprocess
@@ -16,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from bntool.cli.main import main
 from tests.places import SAMPLES
-from tests.programs import copy_user_code
+from tests.programs import copy_user_code, start_bntool
 
 MODEL = f"{SAMPLES / 'digits_net.py'}:build"
 TRAIN, TEST = str(SAMPLES / "digits_train.npz"), str(SAMPLES / "digits_test.npz")
@@ -431,31 +430,14 @@ def test_samples_are_a_number_or_auto(recalibrate):
 def test_ctrl_c_ends_cleanly(tmp_path, method):
     copy_user_code("slow", tmp_path)
     torch.save(torch.nn.ModuleDict({"bn": torch.nn.BatchNorm1d(2)}).state_dict(), tmp_path / "in.pt")
-    command = [
-        sys.executable,
-        "-m",
-        "bntool",
-        "recalibrate",
-        "in.pt",
-        "--model",
-        "slow.py:Slow",
-        "--data",
-        "slow.py:batches",
-    ]
-    process = subprocess.Popen(
-        [*command, "-o", "out.pt", "--method", method],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(SAMPLES.parent)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509 background shells ignore it
-    )
-    process.stderr.readline()  # where everything that user code prints goes
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=30)
-    assert process.returncode == 130
-    assert err.splitlines() == ["bntool: error: interrupted; nothing was written"]
+    arguments = ("in.pt", "--model", "slow.py:Slow", "--data", "slow.py:batches", "-o", "out.pt", "--method", method)
+    process = start_bntool("recalibrate", *arguments, cwd=tmp_path)
+    with process.stdout, process.stderr:
+        process.stderr.readline()  # where everything that user code prints goes
+        process.send_signal(signal.SIGINT)
+        said = process.stderr.read().decode()
+    assert process.wait() == 130
+    assert said.splitlines() == ["bntool: error: interrupted; nothing was written"]
     assert sorted(path.name for path in tmp_path.iterdir() if path.is_file()) == ["in.pt", "slow.py"]
 
 

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
 
 import jsonschema
 import pytest
 
 from bntool.cli.main import main
-from tests.places import ROOT
+from tests.places import SAMPLES
+from tests.schemas import SCHEMAS, read_document
 
-SAMPLES = ROOT / "sample_ckpts"
-SCHEMAS = {path.stem: json.loads(path.read_text()) for path in (ROOT / "docs" / "schema").glob("*.json")}
 MODEL = ["--model", f"{SAMPLES / 'digits_net.py'}:build", "--data", str(SAMPLES / "digits_train.npz")]
 
 # sample files are named by what follows an @; OUT is a file to write
@@ -59,14 +56,9 @@ def test_output_fits_the_schema(case: str, tmp_path: Path, capsys: pytest.Captur
         else:
             arguments.append(str(SAMPLES / word[1:]) if word.startswith("@") else word)
     main([*arguments, "--json"])
-    document = json.loads(capsys.readouterr().out, parse_constant=_refuse)
-    jsonschema.validate(document, SCHEMAS[arguments[0]])
+    document = read_document(capsys.readouterr().out, arguments[0])
     (facts,) = document["files"]
     assert ("error" in facts) == ("absent.pt" in case or "--to batchnorm" in case), facts.get("error")
-
-
-def _refuse(text: str) -> Any:
-    raise AssertionError(f"{text} is not JSON")
 
 
 def test_schemas_are_schemas() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -15,7 +14,7 @@ import bntool
 from bntool.cli.main import main
 from bntool.errors import UserCodeError
 from bntool.graphs.traced.tracing import trace
-from tests.programs import copy_user_code
+from tests.programs import copy_user_code, run_bntool
 from tests.programs.user_code import user_nets
 
 
@@ -85,9 +84,7 @@ def test_what_user_code_prints_is_not_in_the_result(command: str, folder: Path) 
     save(folder)
     torch.save({"images": torch.randn(8, 3, 9, 9)}, folder / "data.pt")
     options = ["--model", "user_nets.py:printing", "--data", "data.pt", "--dry-run", "--json"]
-    done = subprocess.run(
-        [sys.executable, "-m", "bntool", command, "net.pt", *options], capture_output=True, text=True, check=True
-    )
+    done = run_bntool(command, "net.pt", *options, cwd=folder)
     assert json.loads(done.stdout)["command"] == command
     assert "hello from python" in done.stderr
     assert "hello from below" in done.stderr

@@ -56,6 +56,19 @@ def run_ranks(name: str, *arguments: object) -> None:
         _check(done, 0)
 
 
+def run_bntool(*arguments: object, cwd: Path, code: int = 0) -> subprocess.CompletedProcess[str]:
+    """Run a command of bntool as ``run_forked`` runs programs."""
+    (done,) = _fork([["-m", "bntool", *map(str, arguments)]], cwd)
+    _check(done, code)
+    return done
+
+
+def start_bntool(*arguments: object, cwd: Path) -> ForkedProcess:
+    """Start a command of bntool in a process that has imported torch already, with pipes as its output and errors."""
+    command = [sys.executable, "-m", "bntool", *map(str, arguments)]
+    return ForkedProcess(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=_environment(), cwd=cwd)
+
+
 def run_bntool_as_ranks(count: int, *arguments: object, cwd: Path) -> list[subprocess.CompletedProcess[str]]:
     """Run a command of bntool in several processes of one job, which have the environment that torchrun gives."""
     with socket.socket() as listening:

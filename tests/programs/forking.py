@@ -53,9 +53,12 @@ class ForkedProcess:
         assert self.returncode is not None
         return self.returncode
 
-    def kill(self) -> None:
+    def send_signal(self, sent: int) -> None:
         if self.returncode is None:
-            os.kill(self.pid, signal.SIGKILL)
+            os.kill(self.pid, sent)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
 
 
 def _open_stream(stream: Any, *, writing: bool) -> tuple[IO[bytes] | None, int]:
