@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -13,21 +14,17 @@ from tests.places import ROOT
 
 PACKAGE = ROOT / "bntool"
 
-# from the top down: each room may import those in lower lines; those of one line import only what is said beside them
-FLOORS = (
-    ("cli",),
-    ("reports", "integrations"),
-    ("inspection", "recalibration", "freezing", "folding", "comparison", "conversion", "averaging"),
-    ("verification",),
-    ("graphs",),
-    ("data",),
-    ("modules",),
-    ("models",),
-    ("checkpoints",),
-    ("batchnorm", "plan", "choices", "progress"),
-    ("extensions",),
-    ("errors", "version", "representation"),
-)
+
+def read_floors() -> list[list[str]]:
+    """The rooms as docs/architecture.md draws them, from the top down.
+
+    Each may import those in lower lines; those of one line import only what is said beside them.
+    """
+    drawn = re.findall(r"```\n(.*?)```", (ROOT / "docs" / "architecture.md").read_text(), flags=re.DOTALL)[1]
+    return [line.split() for line in drawn.splitlines()]
+
+
+FLOORS = read_floors()
 FORBIDDEN_NAMES = {"utils", "helpers", "common", "inspect", "json", "manager", "misc"}
 
 

@@ -73,7 +73,7 @@ class OutputFiles:
             with contextlib.ExitStack() as held:
                 while not folder.is_dir():
                     folder.mkdir(mode=0o700)
-                    held.enter_context(_own(folder))
+                    held.enter_context(_locked(folder, waits=True))
                 for file in self._files:
                     try:
                         os.link(file.temporary, folder / file.final.name)
@@ -167,7 +167,9 @@ class _TemporaryFile:
             while True:
                 # who may read it is decided at the end
                 self.stream = open(self.temporary, "x+b", _BUFFER, opener=partial(os.open, mode=0o600))  # noqa: SIM115
-                self._held.enter_context(_own(self.temporary))
+                self._held.enter_context(
+                    _locked(self.temporary, waits=True)
+                )  # who looks whether it is a leftover is soon done
                 status = os.fstat(self.stream.fileno())
                 if status.st_nlink:
                     break
@@ -198,7 +200,7 @@ class _TemporaryFile:
             backup = self.temporary.with_suffix(".replaced")
             _unfinished[backup] = os.getpid()
             with contextlib.suppress(OSError):  # a file system without hard links
-                self._held.enter_context(_locked(self.final))
+                self._held.enter_context(_locked(self.final, waits=False))
                 os.link(self.final, backup)
                 self._backup = backup
         if force:
@@ -280,46 +282,31 @@ def _remove_leftovers(path: Path) -> None:
     except OSError:  # a folder that can be written to and not listed
         return
     for place in places:
-        with _locked(place) as is_locked:
+        with _locked(place, waits=False) as is_locked:
             if is_locked:
                 _remove(place)
 
 
 @contextlib.contextmanager
-def _locked(path: Path) -> Iterator[bool]:
-    """Hold a lock on a file or folder; yields whether there is one: not where another process holds it."""
+def _locked(path: Path, *, waits: bool) -> Iterator[bool]:
+    """Hold a lock on a file or folder; yields whether there is one, which there is not on a file system without locks.
+
+    Args:
+        waits: until another process lets it go; else nothing is held where another process has it.
+    """
     try:
         import fcntl
 
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-    except (ImportError, OSError):
+    except (ImportError, OSError):  # Windows; or it is gone already
         yield False
         return
+    is_locked = False
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:  # of another process, or a file system without locks
-            yield False
-        else:
-            yield True
-    finally:
-        os.close(descriptor)
-
-
-@contextlib.contextmanager
-def _own(path: Path) -> Iterator[None]:
-    """Hold the lock on a temporary file or folder of this process, waiting for who looks whether it is a leftover."""
-    try:
-        import fcntl
-
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-    except (ImportError, OSError):  # gone already
-        yield
-        return
-    try:
-        with contextlib.suppress(OSError):  # a file system without locks
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
+        with contextlib.suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if waits else fcntl.LOCK_NB))
+            is_locked = True
+        yield is_locked
     finally:
         os.close(descriptor)
 

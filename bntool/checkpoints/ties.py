@@ -2,18 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Hashable, Mapping
 
 from bntool.checkpoints.checkpoint import StateDict
-from bntool.checkpoints.tensors import StoredTensor
+from bntool.checkpoints.tensors import StoredTensor, Tensor
+
+
+def elements_of(tensor: Tensor | None) -> Hashable:
+    """Equal for tensors that are the same elements of a file in the same order; None for one without any."""
+    if not isinstance(tensor, StoredTensor) or tensor.storage is None or not tensor.numel:
+        return None
+    storage = tensor.storage
+    return id(storage.source), storage.offset, tensor.byte_range, tensor.shape, tensor.strides, tensor.dtype
+
+
+def find_first_names(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """From each name of a tensor that has another one before it to the first of these."""
+    known: dict[Hashable, str] = {}
+    first = {}
+    for name, tensor in tensors.items():
+        elements = elements_of(tensor)
+        if elements is not None and known.setdefault(elements, name) != name:
+            first[name] = known[elements]
+    return first
 
 
 def find_tied(state_dict: StateDict, names: Collection[str]) -> frozenset[str]:
     """Which of the tensors are another tensor of the state dict, too: a module loads both into one parameter."""
-    twins: dict[tuple[object, ...], list[str]] = {}
-    for full, tensor in state_dict.tensors.items():
-        if isinstance(tensor, StoredTensor) and tensor.storage is not None and tensor.numel:
-            memory = id(tensor.storage.source), tensor.storage.offset, tensor.byte_range, tensor.shape, tensor.strides
-            twins.setdefault(memory, []).append(full)
-    tied = {full for together in twins.values() if len(together) > 1 for full in together}
+    first = find_first_names(state_dict.tensors)
+    tied = first.keys() | first.values()
     return frozenset(name for name in names if state_dict.full_name(name) in tied)

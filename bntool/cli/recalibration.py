@@ -218,45 +218,45 @@ def command(
     options.check_html(html, force=force, inputs=(checkpoint,), outputs=(output,))
     options.check_specs(model, data, eval_data)
     wanted = _parse_samples(samples)
+    arguments = parse_assignments(model_arg or ())
     with open_checkpoint(checkpoint) as source:  # what is wrong with the files is said before torch is imported
         check_changeable(source)
         check_output(source, None if dry_run else partial or output, force=force)
-    arguments = parse_assignments(model_arg or ())
-    with user_output_to_stderr(), show_progress(as_json=as_json, quiet=quiet) as progress:
-        progress(Progress("importing torch"))
-        from bntool.recalibration.checkpoint import recalibrate_checkpoint
+        with user_output_to_stderr(), show_progress(as_json=as_json, quiet=quiet) as progress:
+            progress(Progress("importing torch"))
+            from bntool.recalibration.checkpoint import recalibrate_checkpoint
 
-        result = recalibrate_checkpoint(
-            checkpoint,
-            None if dry_run else output,
-            model=model,
-            data=data,
-            model_arguments=arguments,
-            method=method,
-            samples=wanted,
-            fit_memory=samples == "auto",
-            batch_size=batch_size,
-            seed=seed,
-            workers=workers,
-            preprocess=preprocess,
-            prior=prior,
-            eval_data=eval_data,
-            metric=metric,
-            keep_if_better=keep_if_better,
-            on_bad_data=on_bad_data,
-            precision=precision,
-            promote=promote,
-            device=device,
-            shard=shard,
-            partial=partial,
-            resume=resume,
-            resume_every=resume_every,
-            layers=layers or (),
-            state_dict=state_dict,
-            force=force,
-            strict=strict,
-            on_progress=progress,
-        )
+            result = recalibrate_checkpoint(
+                source,
+                None if dry_run else output,
+                model=model,
+                data=data,
+                model_arguments=arguments,
+                method=method,
+                samples=wanted,
+                fit_memory=samples == "auto",
+                batch_size=batch_size,
+                seed=seed,
+                workers=workers,
+                preprocess=preprocess,
+                prior=prior,
+                eval_data=eval_data,
+                metric=metric,
+                keep_if_better=keep_if_better,
+                on_bad_data=on_bad_data,
+                precision=precision,
+                promote=promote,
+                device=device,
+                shard=shard,
+                partial=partial,
+                resume=resume,
+                resume_every=resume_every,
+                layers=layers or (),
+                state_dict=state_dict,
+                force=force,
+                strict=strict,
+                on_progress=progress,
+            )
     if result is not None:
         _print(checkpoint, result, html=html, force=force, as_json=as_json, quiet=quiet)
     return 0

@@ -20,6 +20,7 @@ from bntool.checkpoints.records import make_record
 from bntool.checkpoints.saving import check_output, save_checkpoint
 from bntool.checkpoints.state_dicts import choose_state_dict, find_not_understood
 from bntool.checkpoints.tensors import StoredTensor
+from bntool.checkpoints.ties import find_first_names
 from bntool.choices import choose
 from bntool.conversion.frozen_batchnorm import plan_batchnorm, plan_frozen_batchnorm
 from bntool.conversion.options import ConversionTarget, FrozenKind
@@ -371,15 +372,7 @@ def _format_losses(checkpoint: Checkpoint, source: StateDict, new_format: NewFor
 
 def _safetensors_losses(stored: Mapping[str, StoredTensor]) -> list[str]:
     losses = []
-    seen: dict[tuple[object, ...], str] = {}
-    tied = []
-    for name, tensor in stored.items():
-        if tensor.storage is None or not tensor.numel:
-            continue
-        place = (id(tensor.storage.source), tensor.storage.offset, tensor.byte_range, tensor.strides)
-        if place in seen:
-            tied.append(f"{name} = {seen[place]}")
-        seen.setdefault(place, name)
+    tied = [f"{name} = {first}" for name, first in find_first_names(stored).items()]
     if tied:
         losses.append(f"ties, as the tensors become copies: {_some(tied)}")
     strided = [name for name, tensor in stored.items() if not tensor.is_contiguous]

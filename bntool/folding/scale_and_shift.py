@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from bntool.batchnorm import STATISTICS
+from bntool.batchnorm import STATISTICS, VECTORS
 from bntool.checkpoints.arrays import to_float64
 from bntool.checkpoints.checkpoint import StateDict
 from bntool.checkpoints.tensors import LiteralTensor, StoredTensor, read_bytes, read_numbers
@@ -21,7 +21,6 @@ from bntool.plan import SetTensor, SkipReason, Step, Values
 from bntool.representation import format_number
 
 _SLIGHTLY = 1e-3  # a variance may have become negative by rounding; eps makes it positive, in every framework
-_VECTORS = ("weight", "bias", "running_mean", "running_var")
 
 
 @dataclass(frozen=True)
@@ -164,7 +163,7 @@ def read_scale_and_shift(
         origin = f" from {', '.join(sources)}" if sources else ""
         raise Blocked(SkipReason.COMPUTED_WEIGHT, f"its {role} is computed{origin}")
     _check_uses(calls, graph)
-    values = {role: _read(name, state_dict) for role, name in node.parameters.items() if role in _VECTORS}
+    values = {role: _read(name, state_dict) for role, name in node.parameters.items() if role in VECTORS}
     numbers = {role: numbers for role, numbers in values.items() if numbers is not None}
     for role, vector in numbers.items():
         if not np.isfinite(vector).all():

@@ -5,13 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from bntool.batchnorm import BatchNorm, scale_and_shift
+from bntool.batchnorm import VECTORS, BatchNorm, scale_and_shift
 from bntool.checkpoints.dtypes import decode_numbers, encode_numbers
 from bntool.checkpoints.tensors import StoredTensor, Tensor, read_numbers
 from bntool.errors import RefusedError, UsageError
 from bntool.plan import SetTensor, Skip, SkipReason, Step, Values
-
-_NEEDED = ("weight", "bias", "running_mean", "running_var")
 
 
 def plan_constant(layers: Sequence[BatchNorm], *, eps: float | None) -> tuple[list[Step], list[Skip]]:
@@ -58,10 +56,10 @@ def _eps_of(layer: BatchNorm, option: float | None) -> float:
 
 
 def _fold(layer: BatchNorm, eps: float) -> list[Step] | Skip:
-    absent = [role for role in _NEEDED if role not in layer.tensors]
+    absent = [role for role in VECTORS if role not in layer.tensors]
     if absent:
         return Skip(layer.name, SkipReason.NOT_AFFINE, f"it has no {' and no '.join(absent)} to hold the result")
-    tensors: dict[str, Tensor] = {role: layer.tensors[role] for role in _NEEDED}
+    tensors: dict[str, Tensor] = {role: layer.tensors[role] for role in VECTORS}
     if any(isinstance(t, StoredTensor) and (t.storage is None or t.wrapper) for t in tensors.values()):
         return Skip(layer.name, SkipReason.NOT_INITIALISED, "the file holds no plain elements for it")
     numbers = {role: read_numbers(tensor) for role, tensor in tensors.items()}

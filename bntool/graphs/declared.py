@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 
-from bntool.batchnorm import BatchNorm
+from bntool.batchnorm import VECTORS, BatchNorm
 from bntool.checkpoints.batchnorms import find_norms
 from bntool.checkpoints.checkpoint import StateDict
 from bntool.checkpoints.files import SourceFile
@@ -15,7 +15,6 @@ from bntool.errors import RefusedError, UsageError
 from bntool.graphs.graph import Edge, Evidence, ModelGraph, Node, NodeKind, check_lengths
 
 _NORM_WORD = re.compile(r"(?:batch_?norm|norm|bn)", re.IGNORECASE)
-_VECTORS = ("weight", "bias", "running_mean", "running_var")
 
 
 def parse_pairs(texts: Sequence[str]) -> dict[str, str]:
@@ -144,7 +143,7 @@ def _producer(index: int, state_dict: StateDict, layer: str, norm: BatchNorm) ->
 
 
 def _batchnorm(index: int, norm: BatchNorm) -> Node:
-    names = {role: f"{norm.name}.{role}" if norm.name else role for role in _VECTORS if role in norm.tensors}
+    names = {role: f"{norm.name}.{role}" if norm.name else role for role in VECTORS if role in norm.tensors}
     return Node(
         index,
         NodeKind.BATCH_NORM,

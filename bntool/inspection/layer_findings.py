@@ -10,7 +10,7 @@ from collections.abc import Collection, Sequence
 from itertools import accumulate
 from typing import Any
 
-from bntool.batchnorm import DEFAULT_EPS, STATISTICS
+from bntool.batchnorm import DEFAULT_EPS, STATISTICS, VECTORS
 from bntool.inspection.findings import Finding, FindingCode, Severity
 from bntool.inspection.results import Summary
 from bntool.representation import format_number
@@ -59,7 +59,7 @@ def find_in_layer(
 
 
 def _shapes(tensors: dict[str, Summary]) -> list[Finding]:
-    vectors = {role: tensors[role] for role in ("weight", "bias", "running_mean", "running_var") if role in tensors}
+    vectors = {role: tensors[role] for role in VECTORS if role in tensors}
     lengths: dict[str, Any] = {role: len(summary.values) for role, summary in vectors.items()}
     if len(set(lengths.values())) <= 1:
         return []

@@ -14,8 +14,7 @@ import torch
 
 from bntool.batchnorm import STATISTICS
 from bntool.checkpoints.application import apply_plan
-from bntool.checkpoints.checkpoint import StateDict, check_changeable
-from bntool.checkpoints.formats import open_checkpoint
+from bntool.checkpoints.checkpoint import Checkpoint, StateDict, check_changeable
 from bntool.checkpoints.records import check_not_folded
 from bntool.checkpoints.saving import check_output, save_checkpoint
 from bntool.checkpoints.state_dicts import choose_state_dict
@@ -30,6 +29,7 @@ from bntool.errors import RefusedError, UsageError
 from bntool.modules.building import build_model
 from bntool.modules.finding import find_batchnorm_modules, find_name_prefix
 from bntool.modules.loading import load_state
+from bntool.modules.opening import open_source
 from bntool.plan import Operation, Plan, check_plan
 from bntool.progress import OnProgress, Progress, tell_notebook
 from bntool.recalibration.dtype_limits import fit_plan, list_promoted
@@ -57,7 +57,7 @@ _WITHOUT_LABELS = 512  # samples looked at for changed predictions where there i
 
 
 def recalibrate_checkpoint(  # noqa: PLR0913, PLR0915 as many as the command has options
-    path: str | os.PathLike[str],
+    path: str | os.PathLike[str] | Checkpoint,
     output: str | os.PathLike[str] | None = None,
     *,
     model: str | torch.nn.Module,
@@ -96,7 +96,7 @@ def recalibrate_checkpoint(  # noqa: PLR0913, PLR0915 as many as the command has
         >>> bntool.recalibrate_checkpoint("ckpt.pt", "out.pt", model="net.py:build", data="images.npz")
 
     Args:
-        path: the checkpoint; never written to.
+        path: the checkpoint, or one that is open already; never written to.
         output: the file to write; None to write none.
         model: the live model of the checkpoint, which is copied, or a spec as ``--model`` has it.
         data: batches that can be read several times, or a spec as ``--data`` has it.
@@ -135,15 +135,15 @@ def recalibrate_checkpoint(  # noqa: PLR0913, PLR0915 as many as the command has
         _check_share(method, part, target, judging=(eval_data, metric, keep_if_better), merging=(prior, promote))
     if resume is not None:
         check_can_resume(method, every=resume_every)
-    with join_job() as ranks, open_checkpoint(path) as source, _seeded(seed):
+    with join_job() as ranks, open_source(path) as source, _seeded(seed):
         check_changeable(source)
         check_output(source, part if is_share else target, force=force)
         chosen = choose_state_dict(source, state_dict)
-        check_not_folded(source.records.get(chosen.key, ()), path)
+        check_not_folded(source.records.get(chosen.key, ()), source.path)
         live = build_model(model, chosen, arguments=model_arguments, device=device, may_lack=STATISTICS)
         prefix = find_name_prefix(live, map(chosen.strip, chosen.tensors))
         lacking = _reset_what_is_lacking(live, chosen, prefix)
-        _check_selection(live, layers, path, prefix=prefix, strict=strict)
+        _check_selection(live, layers, source.path, prefix=prefix, strict=strict)
         read = _Reader.of(live, model, preprocess, batch_size=batch_size, workers=workers, on_bad_data=bad_data)
         share = _choose_share(Share(number, shards, ranks.rank, ranks.world), data, is_kept=resume is not None)
         batches = read(data, samples=samples, seed=seed, share=share)
@@ -179,7 +179,7 @@ def recalibrate_checkpoint(  # noqa: PLR0913, PLR0915 as many as the command has
             fit_memory=fit_memory,
             keeper=keeper,
         )
-        check_plan(result.plan, path, strict=strict)
+        check_plan(result.plan, source.path, strict=strict)
         if before is None:
             return _end(keeper, ranks, None)
         if keep_if_better and counts_other_classes(before, held_out):

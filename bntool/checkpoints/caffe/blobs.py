@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from bntool.batchnorm import DEFAULT_EPS
+from bntool.batchnorm import DEFAULT_EPS, STATISTICS, VECTORS
 from bntool.checkpoints.as_array import AsArray
 from bntool.checkpoints.caffe.layers import (
     Layer,
@@ -40,7 +40,6 @@ _ROLES: Mapping[str, tuple[str, ...]] = {
     "PReLU": ("weight",),
     "Bias": ("bias",),
 }
-STATISTICS = ("running_mean", "running_var")
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,7 +147,7 @@ class NetReading:
         if layer.type == "BatchNorm" and len(blobs) in (3, 5):
             attributes = self._read_batchnorm(layer, blobs)
         else:
-            roles = ("weight", "bias", *STATISTICS) if layer.type == "BN" else _ROLES.get(layer.type, ())
+            roles = VECTORS if layer.type == "BN" else _ROLES.get(layer.type, ())
             for position, blob in enumerate(blobs):
                 role = roles[position] if len(blobs) <= len(roles) else f"blobs.{position}"
                 self._add(f"{name}.{role}", blob, Blob(layer, position))

@@ -7,7 +7,7 @@ from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from bntool.batchnorm import DEFAULT_EPS, STATISTICS
+from bntool.batchnorm import DEFAULT_EPS, STATISTICS, VECTORS
 from bntool.checkpoints.checkpoint import (
     Checkpoint,
     Content,
@@ -42,7 +42,6 @@ from bntool.checkpoints.records import RECORD_KEY, parse_record
 from bntool.checkpoints.tensors import Tensor
 from bntool.errors import UnknownFormatError
 
-ROLES = ("weight", "bias", "running_mean", "running_var")  # in the order of the node's inputs, after the data
 # of other domains than ONNX's: of ONNX Runtime for training, of its extensions, and a compiled program
 _ACTING = {
     **dict.fromkeys(("PythonOp", "PythonOpGrad", "PyOp", "PyCustomOp"), GlobalTrust.SUSPICIOUS),
@@ -226,7 +225,7 @@ def name_layers(layers: Iterable[LayerNames], constants: Container[str]) -> list
     names: dict[str, None] = {}
     for layer in layers:
         name, number = layer.wanted, 1
-        while name in names or any(f"{name}.{role}" in constants for role in ROLES):
+        while name in names or any(f"{name}.{role}" in constants for role in VECTORS):
             number += 1
             name = f"{layer.wanted}@{number}"
         names[name] = None
@@ -282,7 +281,7 @@ class _Reading:
             self.called[layer] = graph.call
             attributes["fixed"] = f"it lies in a function, {graph.call.operator}, which other calls may share"
         unknown = []
-        for position, role in enumerate(ROLES, start=1):
+        for position, role in enumerate(VECTORS, start=1):
             found = graph.find(node.inputs[position])
             if found is not None:
                 holder, name = found

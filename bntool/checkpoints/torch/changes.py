@@ -28,6 +28,7 @@ from bntool.checkpoints.containers.pickles.nodes import (
 from bntool.checkpoints.records import RECORD_KEY
 from bntool.checkpoints.renaming import rename_paths
 from bntool.checkpoints.tensors import StoredTensor, Tensor, contiguous_strides, count_elements
+from bntool.checkpoints.ties import elements_of
 from bntool.checkpoints.torch.array_writing import can_hold, make_array, replace_data
 from bntool.checkpoints.torch.modules import StateDictSource
 from bntool.checkpoints.torch.shared_memory import SharedMemory
@@ -207,7 +208,7 @@ class _ChangeCollector:
         twins: Counter[int] = Counter()
         for other, tensor in changed.items():
             node = source.tensor_nodes[other]
-            if tensor == changed[name] and _layout(self.reader.read(node)) == _layout(stored):
+            if tensor == changed[name] and elements_of(self.reader.read(node)) == elements_of(stored):
                 twins[id(node)] += 1
         return stored.overlaps_itself or self.users.has_other_user(stored, twins)
 
@@ -349,12 +350,6 @@ def _renamed(text: str | None, renamed: Mapping[str, str]) -> str | None:
 
 def _storage_key(tensor: StoredTensor | None) -> str | None:
     return tensor.storage.key if tensor is not None and tensor.storage is not None else None
-
-
-def _layout(tensor: StoredTensor | None) -> tuple[Any, ...]:
-    """Equal for tensors that view the same elements in the same order."""
-    assert tensor is not None
-    return _storage_key(tensor), tensor.byte_range, tensor.shape, tensor.strides, tensor.dtype
 
 
 def _first_fresh_key(used: set[str]) -> int:

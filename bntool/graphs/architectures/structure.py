@@ -27,6 +27,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from bntool.batchnorm import VECTORS
 from bntool.checkpoints.batchnorms import find_norms
 from bntool.checkpoints.checkpoint import StateDict
 from bntool.checkpoints.ties import find_tied
@@ -51,7 +52,6 @@ KINDS = {
     "x": NodeKind.OTHER,
 }
 OWNERS = {"b": Owner.WHOLE, "B": Owner.WITH_ACTIVATION, "p": Owner.PART}
-ROLES = ("weight", "bias", "running_mean", "running_var")
 _HEAD = re.compile(r"([a-zA-Z+])(~?)(g|\d*)(?:=(\d+))?(!?)(?::(.*))?")
 _SEGMENT = re.compile(r"(\d+)(?:\[([^]>]*)(?:>([^]]*))?\])?(\*?)")
 
@@ -198,7 +198,7 @@ class _Reader:
 
     def describe_layer(self, kind: NodeKind, layer: str, groups: str) -> dict[str, Any]:
         unusual = self.unusual.get("layers", {}).get(str(len(self.nodes) - self.first), {})
-        parameters = {role: f"{layer}.{role}".removeprefix(".") for role in ROLES}
+        parameters = {role: f"{layer}.{role}".removeprefix(".") for role in VECTORS}
         parameters = {role: name for role, name in parameters.items() if name in self.shapes}
         if "parameters" in unusual:
             parameters = {role: self.root + name for role, name in unusual["parameters"].items()}

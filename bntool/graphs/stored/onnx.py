@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from bntool.batchnorm import VECTORS
 from bntool.checkpoints.checkpoint import Checkpoint, StateDict
 from bntool.checkpoints.containers.protobufs.reading import Message
 from bntool.checkpoints.containers.protobufs.writing import unused_name
 from bntool.checkpoints.onnx.graph import SUBGRAPH, SUBGRAPHS, OnnxGraph, OnnxNode
-from bntool.checkpoints.onnx.model import ROLES, OnnxContent
+from bntool.checkpoints.onnx.model import OnnxContent
 from bntool.checkpoints.tensors import count_elements
 from bntool.graphs.graph import ModelGraph, NodeKind, check_lengths
 from bntool.graphs.stored.builder import GraphBuilder
@@ -83,7 +84,7 @@ class _Building:
                 sources = (f"what {node.operator} is called with",)
                 facts = {
                     "layer": layer,
-                    "computed": dict.fromkeys(ROLES, sources),
+                    "computed": dict.fromkeys(VECTORS, sources),
                     "eps": self.modules[layer].attributes["eps"],
                 }
                 self.builder.add(NodeKind.BATCH_NORM, node.operator, inputs=[index], **facts)
@@ -114,7 +115,7 @@ class _Building:
 
     def _batch_norm(self, node: OnnxNode) -> dict[str, Any]:
         layer = self.layers[id(node)]
-        found = {role: f"{layer}.{role}" for role in ROLES if f"{layer}.{role}" in self.content.places}
+        found = {role: f"{layer}.{role}" for role in VECTORS if f"{layer}.{role}" in self.content.places}
         own = {r: k for r, k in found.items() if (reader := self.content.places[k].reader) and reader[1] is node}
         if self.content.opset < _FIRST_WITHOUT_IS_TEST:
             training = not node.integer("is_test", 0)
@@ -125,7 +126,7 @@ class _Building:
         return {
             "layer": layer,
             "parameters": own,
-            "computed": {role: () for role in ROLES if role not in own},  # by other nodes, from inputs of the model
+            "computed": {role: () for role in VECTORS if role not in own},  # by other nodes, from inputs of the model
             "channels": lengths[0] if lengths else 0,
             "eps": node.number("epsilon", 1e-5),
             "training": training,

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bntool.batchnorm import VECTORS
 from bntool.graphs.graph import NodeKind, Owner
 from bntool.graphs.traced import operators
 from bntool.graphs.traced.labels import varying_axis
 from bntool.graphs.traced.parameters import Parameter, ParameterIndex
 
-_ROLES = ("weight", "bias", "running_mean", "running_var")
 _CLOSE = 1e-4  # relative; a frozen BatchNorm computes its scale in the dtype of its buffers
 
 
@@ -240,7 +240,7 @@ class _Roles:
 
 
 def _batch_norm(given: Callable[[str], Any], roles: _Roles) -> CallFacts:
-    for role in _ROLES:
+    for role in VECTORS:
         roles.sort(role, given(role))
     training = given("training")
     if training is None:
@@ -374,7 +374,7 @@ def find_frozen_eps(product: Affine, total: Affine, index: ParameterIndex) -> fl
     found = _batchnorm_tensors(index, product.owner)
     if found is None:
         return None
-    weight, bias, mean, variance = (index.tensor(found[role]).detach().double().cpu() for role in _ROLES)
+    weight, bias, mean, variance = (index.tensor(found[role]).detach().double().cpu() for role in VECTORS)
     eps = _eps_of(next(iter(found.values())).owner)
     if eps is None:
         eps = _solve_eps(product.constant, weight, variance)
@@ -409,7 +409,7 @@ def _is_close(found: Tensor, wanted: Tensor) -> bool:
 
 
 def _batchnorm_tensors(index: ParameterIndex, path: str) -> dict[str, Parameter] | None:
-    names = {role: f"{path}.{role}" if path else role for role in _ROLES}
+    names = {role: f"{path}.{role}" if path else role for role in VECTORS}
     if not all(name in index.by_name for name in names.values()):
         return None
     return {role: index.by_name[name] for role, name in names.items()}
