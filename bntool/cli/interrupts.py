@@ -55,10 +55,18 @@ class InterruptHandler:
             os.kill(os.getpid(), self._received)
 
     def _remind(self) -> None:
-        import _thread
+        """Send the signal once more: a real one, which a system call that blocks is cut short by."""
+        import threading
 
-        if self._is_waiting:
-            self._is_reminder = True
+        if not self._is_waiting:
+            return
+        self._is_reminder = True
+        main = threading.main_thread().ident
+        if hasattr(signal, "pthread_kill") and main is not None:
+            signal.pthread_kill(main, self._received)
+        else:  # Windows
+            import _thread
+
             _thread.interrupt_main()
 
 
