@@ -3,30 +3,46 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TypeAlias
+from collections.abc import Callable, Iterator, Mapping
+from typing import NamedTuple, TypeAlias, TypeVar
 
 
-@dataclass(frozen=True, slots=True)
-class Progress:
+class Progress(NamedTuple):
     """How far a call is.
 
     Attributes:
         phase: what it does now, in words.
-        done: samples of this phase that are done; 0 when it begins.
+        done: units of this phase that are done; 0 when it begins.
         total: of them; None where it is not known, or the phase counts none.
         phases: all phases that the call will have, in order.
+        unit: what is counted; ``byte`` is shown in larger ones.
     """
 
     phase: str
     done: int = 0
     total: int | None = None
     phases: tuple[str, ...] = ()
+    unit: str = "sample"
 
 
 OnProgress: TypeAlias = Callable[[Progress], None]
 OnWarning: TypeAlias = Callable[[str], None]
+
+
+Item = TypeVar("Item")
+
+
+def count(sizes: Mapping[Item, int], phase: str, on_progress: OnProgress) -> Iterator[Item]:
+    """What is read one after another, with a call of ``on_progress`` before each.
+
+    Args:
+        sizes: the bytes of each.
+    """
+    done, total = 0, sum(sizes.values())
+    for item, size in sizes.items():
+        on_progress(Progress(phase, done, total, unit="byte"))
+        yield item
+        done += size
 
 
 _shown_by: list[OnProgress] = []

@@ -77,21 +77,24 @@ def command(
     The last one holds the layers against each other that bntool freeze recorded in frozen.pt.
     """
     from bntool.cli.main import ExitCode
+    from bntool.cli.progress import show_reading
     from bntool.comparison.checkpoint import diff
     from bntool.reports.comparison import describe_comparison, show_comparison
     from bntool.reports.report import FileReport, Report
 
     options.check_html(html, force=force, inputs=(a, b))
-    comparison = diff(
-        a,
-        b,
-        state_dict=state_dict,
-        state_dict_b=state_dict_b,
-        prefix=prefix,
-        prefix_b=prefix_b,
-        layers=layers or (),
-        expect=expect,
-    )
+    with show_reading((a, b), as_json=as_json, quiet=quiet) as progress:
+        comparison = diff(
+            a,
+            b,
+            state_dict=state_dict,
+            state_dict_b=state_dict_b,
+            prefix=prefix,
+            prefix_b=prefix_b,
+            layers=layers or (),
+            expect=expect,
+            on_progress=progress,
+        )
     facts = describe_comparison(comparison, path_b=str(b))
     blocks = show_comparison(comparison, path_a=str(a), path_b=str(b), every=every)
     if html is not None:

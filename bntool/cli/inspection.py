@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ import typer
 from bntool.cli import options
 from bntool.cli.output import is_drawn, print_blocks, print_report, print_written
 from bntool.inspection.findings import Severity
+from bntool.progress import OnProgress, ignore
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -97,12 +99,16 @@ def command(
         "verify_checksums": verify_crc,
         "prototxt": prototxt,
     }
+    # only these read files whole; what is printed meanwhile is progress enough
+    slow = checkpoints if (stats or verify_crc) and not (shown.at_once and shown.blocks) else []
+    reading = _show_reading(slow, as_json=as_json, quiet=quiet)
     if len(checkpoints) == 1:
         from bntool.inspection.checkpoint import inspect
 
         failed = {}
         try:
-            inspection = inspect(checkpoints[0], **settings)
+            with reading as progress:
+                inspection = inspect(checkpoints[0], on_progress=progress, **settings)
         except BntoolError as error:
             failed[str(checkpoints[0])] = error.about(checkpoints[0])
         else:
@@ -112,7 +118,8 @@ def command(
         from bntool.inspection.run import inspect_run
         from bntool.reports.run import describe_run, show_run
 
-        run = inspect_run(checkpoints, on_file=shown.take, **settings)
+        with reading as progress:
+            run = inspect_run(checkpoints, on_file=shown.take, on_progress=progress, **settings)
         failed = {file.path: file.error for file in run.files if file.error is not None}
         files = shown.list_reports(checkpoints, failed)
         report = Report("inspect", files, describe_run(run), () if as_json or quiet else (*show_run(run),))
@@ -123,6 +130,16 @@ def command(
     if len(failed) < len({*checkpoints}):
         print_written(html, as_json=as_json, quiet=quiet)
     return code
+
+
+def _show_reading(
+    paths: Sequence[Path], *, as_json: bool, quiet: bool
+) -> contextlib.AbstractContextManager[OnProgress]:
+    if not paths:
+        return contextlib.nullcontext(ignore)
+    from bntool.cli.progress import show_reading
+
+    return show_reading(paths, as_json=as_json, quiet=quiet)
 
 
 @dataclass(eq=False, repr=False)

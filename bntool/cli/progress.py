@@ -6,7 +6,8 @@ import contextlib
 import os
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bntool.cli.output import is_another_rank, print_note
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 _LOG_INTERVAL = 10.0  # seconds between two lines of a log
 _BAR = 24  # columns
+_LARGE = 1 << 28  # bytes of a file that take longer than a moment to read
 
 
 @contextlib.contextmanager
@@ -33,6 +35,23 @@ def show_progress(*, as_json: bool, quiet: bool) -> Iterator[OnProgress]:
     work = _DrawnWork()
     with _draw(work) if sys.stderr.isatty() and not as_json else _log(work):
         yield work.update
+
+
+@contextlib.contextmanager
+def show_reading(paths: Sequence[Path], *, as_json: bool, quiet: bool) -> Iterator[OnProgress]:
+    """The same for work that reads files whole: nothing where they are small enough to be read at once."""
+    if any(map(_is_large, paths)):
+        with show_progress(as_json=as_json, quiet=quiet) as progress:
+            yield progress
+    else:
+        yield ignore
+
+
+def _is_large(path: Path) -> bool:
+    try:
+        return path.is_dir() or path.name.endswith(".index.json") or path.stat().st_size >= _LARGE
+    except (OSError, ValueError):  # whatever opens it says so
+        return False
 
 
 class _DrawnWork(Work):

@@ -14,13 +14,14 @@ from bntool.checkpoints.checkpoint import Checkpoint, StateDict
 from bntool.checkpoints.files import quote
 from bntool.checkpoints.records import find_recorded_eps
 from bntool.checkpoints.state_dicts import choose_state_dict
-from bntool.checkpoints.tensors import StoredTensor, Tensor, equal_streams, read_bytes, read_numbers
+from bntool.checkpoints.tensors import StoredTensor, Tensor, count_elements, equal_streams, read_bytes, read_numbers
 from bntool.choices import choose
 from bntool.comparison.name_alignment import align_names
 from bntool.comparison.options import Expectation
 from bntool.errors import BntoolError, UsageError
 from bntool.graphs.architectures.recognition import assume_eps
 from bntool.modules.opening import Source, open_source
+from bntool.progress import OnProgress, count, ignore
 from bntool.representation import html_repr
 from bntool.verification.statistics_shift import NO_SHIFT, StatisticsShift, measure_shift
 
@@ -144,6 +145,7 @@ def diff(  # noqa: PLR0913 as many as the command has options
     layers: Sequence[str] = (),
     others: bool = True,
     expect: Expectation | str | None = None,
+    on_progress: OnProgress = ignore,
 ) -> Comparison:
     """Compare a state dict of one checkpoint with one of another, whatever their formats; what ``bntool diff`` does.
 
@@ -162,6 +164,7 @@ def diff(  # noqa: PLR0913 as many as the command has options
             norm-eval is expected, those that a freeze recorded in A, if it did.
         others: compare all other tensors, too: this reads both files whole.
         expect: what they should be to each other; what contradicts it are the violations.
+        on_progress: called with how many of all other tensors were compared.
 
     Raises:
         UsageError: there is no such state dict or prefix, or a glob selects no layer.
@@ -181,6 +184,7 @@ def diff(  # noqa: PLR0913 as many as the command has options
             layers=layers,
             as_recorded=expectation in (Expectation.FROZEN, Expectation.NORM_EVAL) and not layers,
             others=others,
+            on_progress=on_progress,
         )
     if expectation is None:
         return comparison
@@ -202,7 +206,13 @@ class _Side:
 
 
 def _compare_sides(
-    side_a: _Side, side_b: _Side, *, layers: Sequence[str], as_recorded: bool, others: bool
+    side_a: _Side,
+    side_b: _Side,
+    *,
+    layers: Sequence[str],
+    as_recorded: bool,
+    others: bool,
+    on_progress: OnProgress,
 ) -> Comparison:
     (a, one, part_a), (b, two, part_b) = ((s.checkpoint, s.state_dict, s.part) for s in (side_a, side_b))
     names_a = {name.removeprefix(part_a): full for name, full in _list_names(one).items() if name.startswith(part_a)}
@@ -225,7 +235,8 @@ def _compare_sides(
     ]
     ordered = sorted(compared, key=lambda layer: -layer.severity)
     in_layers = {f"{name}.{role}" if name else role for name in selected for role in ROLES}
-    rest = [name for name in dict.fromkeys([*tensors_a, *tensors_b]) if name not in in_layers]
+    rest = [name for name in dict.fromkeys([*tensors_a, *tensors_b]) if name not in in_layers] if others else []
+    sizes = {name: sum(_size(side[name]) for side in (tensors_a, tensors_b) if name in side) for name in rest}
     return Comparison(
         a=one,
         b=two,
@@ -233,10 +244,17 @@ def _compare_sides(
         path_b=part_b + path_b,
         layers=tuple(ordered),
         assumptions=tuple(dict.fromkeys((*assumed_a, *assumed_b))),
-        others={name: _compare(name, tensors_a.get(name), tensors_b.get(name)) for name in rest} if others else {},
+        others={
+            name: _compare(name, tensors_a.get(name), tensors_b.get(name))
+            for name in count(sizes, "comparing tensors", on_progress)
+        },
         not_compared=(_other_keys(a, one), _other_keys(b, two)),
         recorded=tuple(sorted(frozen)),
     )
+
+
+def _size(tensor: Tensor) -> int:
+    return tensor.dtype.byte_count(count_elements(tensor.shape))
 
 
 def _list_names(state_dict: StateDict) -> dict[str, str]:

@@ -35,6 +35,7 @@ from bntool.inspection.results import (
 from bntool.inspection.safety import find_dangers, judge_safety
 from bntool.inspection.training_findings import compare_with_steps
 from bntool.modules.opening import Source, open_source
+from bntool.progress import OnProgress, Progress, count, ignore
 
 MAX_CHANNELS = 1 << 22  # elements of one tensor read for its statistics unless --stats asks for all
 
@@ -48,6 +49,7 @@ def inspect(
     statistics: bool = False,
     verify_checksums: bool = False,
     prototxt: str | os.PathLike[str] | None = None,
+    on_progress: OnProgress = ignore,
 ) -> Inspection:
     """Look at every state dict of a checkpoint, or at one; what ``bntool inspect`` does.
 
@@ -62,6 +64,7 @@ def inspect(
         statistics: and the numbers of each of them.
         verify_checksums: hold all bytes of the file against its checksums.
         prototxt: the net that a ``.caffemodel`` is run by; its eps wins.
+        on_progress: called with how many tensors were read for ``statistics``, and while checksums are computed.
 
     Raises:
         UsageError: there is no such state dict, or a glob selects no layer.
@@ -80,6 +83,7 @@ def inspect(
             every_tensor=every_tensor,
             statistics=statistics,
             verify_checksums=verify_checksums,
+            on_progress=on_progress,
         )
 
 
@@ -91,7 +95,10 @@ def _inspect(
     every_tensor: bool,
     statistics: bool,
     verify_checksums: bool,
+    on_progress: OnProgress,
 ) -> Inspection:
+    if verify_checksums:
+        on_progress(Progress("computing checksums"))
     checked = checkpoint.format.verify_checksums(checkpoint) if verify_checksums else None
     if state_dict is not None:
         wanted: tuple[StateDict, ...] = (checkpoint.state_dict(state_dict),)
@@ -107,6 +114,7 @@ def _inspect(
             chosen=one is chosen,
             recalibrated=_recalibrated_layers(checkpoint, one),
             momentum=_recorded_momentum(checkpoint, one),
+            on_progress=on_progress,
         )
         for one in wanted
     ]
@@ -159,6 +167,7 @@ def _inspect_state_dict(
     chosen: bool,
     recalibrated: frozenset[str],
     momentum: Mapping[str, float],
+    on_progress: OnProgress = ignore,
 ) -> StateDictInspection:
     norms = find_norms(state_dict)
     architectures = recognise(state_dict)
@@ -179,10 +188,16 @@ def _inspect_state_dict(
     others = Counter(norm.kind for norm in norms if norm.name not in names)
     roles = {name: _role(state_dict, name, tensor) for name, tensor in state_dict.tensors.items()}
     sizes = {name: _count(tensor) for name, tensor in state_dict.tensors.items()}
-    tensors = tuple(
-        TensorInspection(state_dict.strip(name), roles[name], tensor, _summarize(name, tensor) if statistics else None)
+    shown = {
+        name: tensor.dtype.byte_count(sizes[name]) if statistics else 0
         for name, tensor in state_dict.tensors.items()
         if every_tensor and selects(layers, state_dict.strip(name).rpartition(".")[0])
+    }
+    phase = f"reading the tensors of {state_dict.key}" if state_dict.key else "reading the tensors"
+    tensors = tuple(
+        TensorInspection(state_dict.strip(name), roles[name], tensor, _summarize(name, tensor) if statistics else None)
+        for name in count(shown, phase, on_progress)
+        for tensor in (state_dict.tensors[name],)
     )
     return StateDictInspection(
         state_dict=state_dict,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 
 from bntool.progress import Progress
-from bntool.reports.text import plural, sanitize
+from bntool.reports.text import format_size, plural, sanitize
 
 DELAY = 0.3  # work that is done sooner shows nothing
 
@@ -43,15 +43,16 @@ class Work:
         return (phases.index(progress.phase) + min(progress.done / total, 1)) / len(phases)
 
     def describe(self) -> str:
-        """In words: the phase, its samples, and the time left for this and all phases to come."""
+        """In words: the phase, how much of it is done, and the time left for this and all phases to come."""
         progress, total = self._progress, self._total()
         if progress is None:
             return ""
         parts = [format_duration(self.elapsed)]
         if total:
-            parts = [f"{progress.done:,} of {plural(total, 'sample')}", *self._estimate(progress, total)]
+            done = format_size(progress.done) if progress.unit == "byte" else f"{progress.done:,}"
+            parts = [f"{done} of {_count(total, progress.unit)}", *self._estimate(progress, total)]
         elif progress.done:
-            parts = [plural(progress.done, "sample"), *parts]
+            parts = [_count(progress.done, progress.unit), *parts]
         return f"{sanitize(progress.phase)}: {', '.join(parts)}"
 
     def _total(self) -> int | None:
@@ -76,6 +77,10 @@ class Work:
     def is_short(self) -> bool:
         """Whether it went on for so little time that nothing need be said."""
         return self.elapsed < DELAY and not self._durations
+
+
+def _count(number: int, unit: str) -> str:
+    return format_size(number) if unit == "byte" else plural(number, unit)
 
 
 def format_duration(seconds: float) -> str:

@@ -26,6 +26,11 @@ def handled(monkeypatch, tmp_path):
         sys.modules.pop(name, None)
 
 
+def import_and_read(name, pipe):
+    importlib.import_module(name)
+    os.read(pipe, 1)
+
+
 def test_an_import_is_finished_first_and_what_blocks_after_it_is_cut_short(tmp_path):
     copy_user_code("pressed_once", tmp_path)
     empty, end = os.pipe()
@@ -33,8 +38,7 @@ def test_an_import_is_finished_first_and_what_blocks_after_it_is_cut_short(tmp_p
     given_up.start()
     try:
         with pytest.raises(KeyboardInterrupt):
-            importlib.import_module("pressed_once")
-            os.read(empty, 1)
+            import_and_read("pressed_once", empty)
         assert sys.modules["pressed_once"].whole
         assert not select.select([empty], [], [], 0)[0]
         assert given_up.is_alive()

@@ -14,9 +14,10 @@ import pytest
 import torch
 
 from bntool.cli import progress as module
+from bntool.cli.main import main
 from bntool.cli.progress import show_progress
 from bntool.progress import Progress
-from tests.places import ROOT
+from tests.places import ROOT, SAMPLES
 from tests.programs import copy_user_code
 
 PHASES = ("before", "pooled statistics", "after")
@@ -93,3 +94,26 @@ def test_a_terminal_is_left_as_if_nothing_had_been_shown(tmp_path: Path, workers
     result = text[text.rindex("\x1b[?25h") :]
     assert "nothing was written" in result
     assert "samples, " not in result
+
+
+@pytest.mark.parametrize(
+    ("arguments", "lines"),
+    [
+        (["inspect", "{}", "--verify-crc"], {"computing checksums"}),
+        (["inspect", "{}", "--stats"], {"reading the tensors"}),
+        (["diff", "{}", "{}"], {"comparing tensors"}),
+        (["inspect", "{}"], set()),
+    ],
+)
+def test_what_reads_large_files_whole_says_how_far_it_is(
+    monkeypatch, tmp_path: Path, arguments: list[str], lines: set[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    for size, said in ((1, lines), (1 << 40, set())):
+        monkeypatch.setattr(module, "_LARGE", size)
+        seen: list[Progress] = []
+        monkeypatch.setattr(module._DrawnWork, "update", lambda self, progress, seen=seen: seen.append(progress))
+        assert main([word.format(SAMPLES / "digits.pt") for word in arguments]) == 0
+        assert {progress.phase for progress in seen} == said
+        counts = [progress.done for progress in seen if progress.total]
+        assert counts == sorted(counts)
+        assert all(progress.unit == "byte" and progress.done < progress.total for progress in seen if progress.total)
