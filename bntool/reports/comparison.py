@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from bntool.batchnorm import ROLES
 from bntool.comparison.checkpoint import Change, Comparison, LayerComparison
 from bntool.comparison.options import Expectation
 from bntool.reports.blocks import Block, Cell, Column, Style, Table, line
+from bntool.reports.channel_pictures import draw_shifts
 from bntool.reports.text import plural
 from bntool.representation import format_number
 
@@ -69,7 +70,29 @@ def show_comparison(
     every: bool = False,
 ) -> list[Block]:
     """Lines and tables for people; layers that did not change are counted only, unless ``every``."""
-    blocks: list[Block] = [line(f"A {_name(path_a, comparison.a.key)}"), line(f"B {_name(path_b, comparison.b.key)}")]
+    changed = [layer for layer in comparison.layers if layer.changed]
+    count, others = len(comparison.layers), comparison.others
+    blocks: list[Block] = [line(f"{len(changed)} of {plural(count, 'BatchNorm layer')} changed", Style.HEADING)]
+    if others:
+        same = sum(change is Change.SAME for change in others.values())
+        blocks.append(line(f"{plural(len(others), 'other tensor')}: {same} the same in every bit", Style.HEADING))
+    if comparison.expectation is not None:
+        blocks += _expectation(comparison.expectation, comparison.violations)
+    blocks += [line(f"A {_name(path_a, comparison.a.key)}"), line(f"B {_name(path_b, comparison.b.key)}")]
+    blocks += _selection(comparison)
+    shown = comparison.layers if every else changed
+    if shown:
+        blocks += [line(), _table(shown)]
+        if not all(layer.eps_known for layer in shown):
+            blocks.append(line("eps is not in the files; 1e-5 stands in for it here", Style.MUTED))
+        blocks += [line(f"assumed: {text}", Style.MUTED) for text in comparison.assumptions]
+    differing = _others(others)
+    return [*blocks, line(), line("other tensors", Style.HEADING), *differing] if differing else blocks
+
+
+def _selection(comparison: Comparison) -> list[Block]:
+    """What was held against what, and what was not."""
+    blocks: list[Block] = []
     for side, path in (("A", comparison.path_a), ("B", comparison.path_b)):
         if path:
             blocks.append(line(f"names of {side} are compared without {path!r}", Style.MUTED))
@@ -81,18 +104,6 @@ def show_comparison(
         count = len(comparison.recorded)
         layers = "layer, the one" if count == 1 else "layers, those"
         blocks.append(line(f"compared: {count} {layers} that bntool freeze recorded in A", Style.MUTED))
-    changed = [layer for layer in comparison.layers if layer.changed]
-    count = len(comparison.layers)
-    blocks.append(line(f"{len(changed)} of {plural(count, 'BatchNorm layer')} changed", Style.HEADING))
-    shown = comparison.layers if every else changed
-    if shown:
-        blocks.append(_table(shown))
-        if not all(layer.eps_known for layer in shown):
-            blocks.append(line("eps is not in the files; 1e-5 stands in for it here", Style.MUTED))
-        blocks += [line(f"assumed: {text}", Style.MUTED) for text in comparison.assumptions]
-    blocks += _others(comparison)
-    if comparison.expectation is not None:
-        blocks += _expectation(comparison.expectation, comparison.violations)
     return blocks
 
 
@@ -101,30 +112,36 @@ def _name(path: str, key: str) -> str:
 
 
 def _table(layers: Sequence[LayerComparison]) -> Table:
+    statistics = [layer.statistics for layer in layers]
     columns = (
         Column("layer", shrinks=True),
         Column("changed"),
+        Column("", pictures=True),
         Column("mean", right=True),
         Column("worst", right=True, wide=100),
+        Column("", pictures=True),
         Column("var", right=True),
         Column("spread", right=True, wide=100),
         Column("scale", right=True),
         Column("shift", right=True),
     )
-    return Table(columns, [_row(layer) for layer in layers])
+    means, ratios, caption = draw_shifts([None if s is None or s.old is None else s for s in statistics])
+    return Table(columns, [_row(*one) for one in zip(layers, means, ratios, strict=True)], caption)
 
 
 # short names so that a row fits 80 columns
 _SHORT = {"weight": "w", "bias": "b", "running_mean": "mean", "running_var": "var", "num_batches_tracked": "n"}
 
 
-def _row(layer: LayerComparison) -> tuple[Cell, ...]:
+def _row(layer: LayerComparison, means: Cell, ratios: Cell) -> tuple[Cell, ...]:
     shift = layer.statistics
     return (
         Cell(layer.name),
         Cell(describe_changes(layer), Style.WARNING if layer.changed else Style.MUTED),
+        means,
         Cell(_number(shift.mean_shift if shift is not None else None, "σ")),
         Cell(_number(shift.worst_mean_shift if shift is not None else None, "σ")),
+        ratios,
         Cell(_number(shift.variance_ratio if shift is not None else None, "×")),
         Cell(_number(shift.variance_spread if shift is not None else None, "×")),
         Cell(_percent(layer.scale_change)),
@@ -163,13 +180,9 @@ def _percent(value: float | None) -> str:
     return _number(None if value is None else 100 * value, "%")
 
 
-def _others(comparison: Comparison) -> list[Block]:
-    others = comparison.others
-    if not others:
-        return []
-    counts = Counter(others.values())
-    same = counts.pop(Change.SAME, 0)
-    blocks: list[Block] = [line(f"{plural(len(others), 'other tensor')}: {same} the same in every bit", Style.HEADING)]
+def _others(others: Mapping[str, Change]) -> list[Block]:
+    """Which are not the same, by how they differ."""
+    blocks: list[Block] = []
     for change in Change:
         names = [name for name, found in others.items() if found is change]
         if names and change is not Change.SAME:

@@ -43,21 +43,20 @@ def show_conversion(conversion: Conversion) -> list[Block]:
     if renames:
         first = f"the first {renames[0].name} to {renames[0].new_name}"
         blocks.append(line(f"{plural(len(renames), 'tensor')} renamed, {first}", indent=2))
-    blocks += [Line((Cell("recorded ", Style.GOOD), Cell(text)), indent=2) for text in conversion.kept]
+    written = conversion.written
+    if written is None:
+        blocks.append(line("nothing was written", Style.MUTED))
+    else:
+        blocks += verbatim([f"wrote {conversion.output}"], Style.GOOD)
     blocks += [Line((Cell("lost ", Style.WARNING), Cell(text)), indent=2) for text in conversion.losses]
     blocks += [Line((Cell("assumed ", Style.WARNING), Cell(text)), indent=2) for text in plan.assumptions]
     blocks += [
         Line((Cell("left alone ", Style.WARNING), Cell(f"{s.layer}: {s.reason.value} ({s.detail})")), indent=2)
         for s in plan.skips
     ]
-    written = conversion.written
+    blocks += [Line((Cell("recorded ", Style.GOOD), Cell(text)), indent=2) for text in conversion.kept]
     if written is None:
-        return [*blocks, line("nothing was written", Style.MUTED)]
+        return blocks
     state_dict = written.state_dict("" if conversion.new is not None else plan.state_dict)
     loading = show_loading_code(written, state_dict, conversion.output or "")
-    blocks += [
-        line(),
-        *verbatim([f"wrote {conversion.output}"], Style.GOOD),
-        line("To load it without bntool:", Style.MUTED),
-    ]
-    return [*blocks, *verbatim(loading, Style.MUTED, indent=4)]
+    return [*blocks, line(), line("To load it without bntool:", Style.MUTED), *verbatim(loading, Style.MUTED, indent=4)]

@@ -11,17 +11,17 @@ from typing import TYPE_CHECKING, Any
 from bntool.checkpoints.state_dicts import choose_state_dict
 from bntool.plan import RemoveModule
 from bntool.reports.blocks import Block, Cell, Column, Line, Style, Table, line, verbatim
+from bntool.reports.channel_pictures import draw_sizes
 from bntool.reports.loading import show_loading_code
 from bntool.reports.text import plural
 from bntool.representation import format_number
 
 if TYPE_CHECKING:
     from bntool.folding.exporting import Program
-    from bntool.folding.folds import Fold
     from bntool.folding.multiply_adds import Cost
     from bntool.folding.speed import Speed
     from bntool.folding.state_dict import CheckpointFold
-    from bntool.verification.layer_agreement import LayerAgreement
+    from bntool.plan import Skip
 
 
 def describe_fold(result: CheckpointFold) -> dict[str, Any]:
@@ -63,37 +63,44 @@ def _describe_program(program: Program | None, path: str | None) -> dict[str, An
 
 
 def show_fold(result: CheckpointFold) -> list[Block]:
-    """Lines and tables for people: each fold, each skip, the proof, and how to load what was written."""
+    """Lines and tables for people: the result and its proof, what needs attention, each fold, and how to load it."""
     plan, output, export = result.plan, result.output, result.export
     total = len(plan.folds) + len(plan.skips)
-    blocks: list[Block] = [line(f"fold {len(plan.folds)} of {plural(total, 'BatchNorm layer')}", Style.HEADING), line()]
-    if plan.folds:
-        blocks += [_fold_table(plan.folds, () if result.agreement is None else result.agreement.layers), line()]
-    if plan.skips:
-        counts = Counter(skip.reason.value for skip in plan.skips)
-        listed = ", ".join(f"{count} {reason}" for reason, count in counts.items())
-        blocks.append(line(f"left alone: {listed} (docs/skip-reasons.md)", Style.WARNING))
-        blocks += [
-            Line((Cell(f"{s.layer}: {s.reason.value}"), Cell(f" ({s.detail})" * bool(s.detail), Style.MUTED)), indent=2)
-            for s in plan.skips
-        ]
-        blocks.append(line())
-    blocks += [line(f"assumed: {text}", Style.WARNING) for text in plan.assumptions]
-    blocks += _proof(result)
-    blocks += _runtime(result)
-    blocks += _program(result.program)
-    blocks += _weights(result)
-    blocks += _speed(result.cost, result.speed)
-    blocks += [line(f"dropped {name}: optimizer state that no longer fits", Style.NOTICE) for name in result.dropped]
-    blocks += [line(f"! {warning}", Style.WARNING) for warning in result.warnings]
-    if output is None and export is None:
-        return [*blocks, line("dry run: nothing was written", Style.MUTED)]
+    blocks: list[Block] = [line(f"fold {len(plan.folds)} of {plural(total, 'BatchNorm layer')}", Style.HEADING)]
+    proof = _proof(result)
+    blocks += [*proof[:1], *_runtime(result), *_program(result.program), *_say_written(output, export)]
+    attention: list[Block] = [line(f"! {warning}", Style.WARNING) for warning in result.warnings]
+    attention += [line(f"assumed: {text}", Style.WARNING) for text in plan.assumptions]
+    attention += _skips(plan.skips)
+    details = [*proof[1:], *_weights(result), *_speed(result.cost, result.speed)]
+    details += [line(f"dropped {name}: optimizer state that no longer fits", Style.NOTICE) for name in result.dropped]
+    table = [_fold_table(result)] if plan.folds else []
+    for part in (attention, table, details):
+        blocks += [line(), *part] if part else []
     if output is not None:
-        blocks += _written(result, output)
+        blocks += _show_loading(result, output)
     if export is not None and result.program is not None:
-        blocks += [line(), *verbatim([f"wrote {export}"], Style.GOOD), line("run it:")]
-        blocks += verbatim(_running_code(result.program, export), indent=2)
+        blocks += [line(), line("run it:"), *verbatim(_running_code(result.program, export), indent=2)]
     return blocks
+
+
+def _say_written(*paths: str | None) -> list[Line]:
+    written = [f"wrote {path}" for path in paths if path is not None]
+    return verbatim(written, Style.GOOD) if written else [line("dry run: nothing was written", Style.MUTED)]
+
+
+def _skips(skips: Sequence[Skip]) -> list[Block]:
+    if not skips:
+        return []
+    counts = Counter(skip.reason.value for skip in skips)
+    listed = ", ".join(f"{count} {reason}" for reason, count in counts.items())
+    return [
+        line(f"left alone: {listed} (docs/skip-reasons.md)", Style.WARNING),
+        *(
+            Line((Cell(f"{s.layer}: {s.reason.value}"), Cell(f" ({s.detail})" * bool(s.detail), Style.MUTED)), indent=2)
+            for s in skips
+        ),
+    ]
 
 
 def _running_code(program: Program, path: str) -> list[str]:
@@ -102,25 +109,39 @@ def _running_code(program: Program, path: str) -> list[str]:
     return ["import torch", f"model = torch.export.load({path!r}).module()  # runs code of the file"]
 
 
-def _fold_table(folds: tuple[Fold, ...], agreements: Sequence[LayerAgreement]) -> Table:
-    """Each fold, and how well its output agrees in float64 and in the file's dtype where that can be compared."""
-    known = {agreement.layer: agreement for agreement in agreements}
+def _fold_table(result: CheckpointFold) -> Table:
+    """Each fold, the channels of the weight that takes it, and how well its output agrees where that was compared.
+
+    That is in float64, and in the file's dtype.
+    """
+    folds = result.plan.folds
+    known = {} if result.agreement is None else {agreement.layer: agreement for agreement in result.agreement.layers}
     columns = (
         Column("into", shrinks=True),
+        Column("", pictures=True),
+        Column("", pictures=True),
         Column("BatchNorm", shrinks=True),
         Column("how"),
         *((Column("float64", right=True, wide=80), Column("as stored", right=True, wide=80)) if known else ()),
     )
+    ranges = {weight.name.rpartition(".")[0]: weight for weight in reversed(result.ranges)}
+    taken = [next((ranges[name] for name in fold.into if name in ranges), None) for fold in folds]
+    drawn, caption = draw_sizes(
+        (side.magnitudes for weight in taken if weight is not None for side in (weight.before, weight.after)),
+        name="max|w| by output channel, before and after:",
+    )
+    pictures = iter(drawn)
     rows = []
-    for fold in folds:
+    for fold, weight in zip(folds, taken, strict=True):
         how = fold.level.value + (", keeps its shift" if fold.stays else "")
-        row = [Cell(", ".join(fold.into)), Cell(fold.layer), Cell(how, Style.MUTED)]
+        before_after = (Cell(""), Cell("")) if weight is None else (next(pictures), next(pictures))
+        row = [Cell(", ".join(fold.into)), *before_after, Cell(fold.layer), Cell(how, Style.MUTED)]
         if known:
             agreement = known.get(fold.layer)
             errors = (math.nan, math.nan) if agreement is None else (agreement.exact, agreement.stored)
             row += [Cell("-" if math.isnan(error) else format_number(error, 2), Style.MUTED) for error in errors]
         rows.append(tuple(row))
-    return Table(columns, rows)
+    return Table(columns, rows, caption)
 
 
 def _proof(result: CheckpointFold) -> list[Block]:
@@ -224,23 +245,25 @@ def _percent(share: float) -> str:
     return f"{percent:.0f} %" if percent >= 10 else f"{format_number(percent, 2)} %"
 
 
-def _written(result: CheckpointFold, output: str) -> list[Block]:
+def _show_loading(result: CheckpointFold, output: str) -> list[Block]:
     assert result.checkpoint is not None
     edited = result.checkpoint.state_dict(result.state_dict.key)
     lines = show_loading_code(result.checkpoint, edited, output)
-    blocks: list[Block] = [line(), *verbatim([f"wrote {output}"], Style.GOOD)]
     if result.checkpoint.format.graph_reader:
-        return [*blocks, line("run it:"), *verbatim(lines, indent=2)]
+        return [line(), line("run it:"), *verbatim(lines, indent=2)]
     if not any(isinstance(step, RemoveModule) for step in result.plan.steps):
-        blocks.append(line("its keys are those of the original; load it into the unmodified model:"))
-        return [*blocks, *verbatim(lines, indent=2)]
-    blocks.append(line("load it into the unmodified model, which becomes the folded one:"))
+        same = line("its keys are those of the original; load it into the unmodified model:")
+        return [line(), same, *verbatim(lines, indent=2)]
     is_default = choose_state_dict(result.checkpoint) is edited
     which = "" if is_default else f", state_dict={edited.key!r}"
-    blocks += verbatim([f"model = bntool.load_folded(model, {output!r}{which})"], indent=2)
-    blocks.append(line("or without bntool:"))
     copying = [step.module for step in result.plan.steps if isinstance(step, RemoveModule) and step.copies]
-    return [*blocks, *verbatim(show_folded_loading(lines, copying), indent=2)]
+    return [
+        line(),
+        line("load it into the unmodified model, which becomes the folded one:"),
+        *verbatim([f"model = bntool.load_folded(model, {output!r}{which})"], indent=2),
+        line("or without bntool:"),
+        *verbatim(show_folded_loading(lines, copying), indent=2),
+    ]
 
 
 def show_folded_loading(lines: list[str], copying: Sequence[str] = ()) -> list[str]:

@@ -52,15 +52,21 @@ def apply_line(output: str) -> str:
 
 
 def show_freeze(result: CheckpointFreeze) -> list[Block]:
-    """Lines and tables for people, with the code that loads what was written."""
+    """Lines for people: the result, what needs attention, which layers, and the code that loads what was written."""
     freeze, output, emitted = result.freeze, result.output, result.code
-    blocks: list[Block] = [*_policy(freeze), *_changes(freeze), *_skips(freeze.plan.skips), *_optimizers(freeze)]
+    blocks: list[Block] = [*_policy(freeze), *_changes(freeze)]
+    blocks += (
+        [line("nothing was written", Style.MUTED)] if output is None else verbatim([f"wrote {output}"], Style.GOOD)
+    )
+    assumed = [Line((Cell("assumed ", Style.WARNING), Cell(text)), indent=2) for text in freeze.plan.assumptions]
+    for part in ([*assumed, *_skips(freeze.plan.skips)], [*_list_layers(freeze), *_optimizers(freeze)]):
+        blocks += [line(), *part] if part else []
     if emitted is not None:
         blocks += [line(), *verbatim(emitted.rstrip("\n").split("\n"))]
-    if output is None:
-        return [*blocks, line("nothing was written", Style.MUTED)]
-    loading = show_loading_code(result.checkpoint, result.checkpoint.state_dict(freeze.plan.state_dict), output)
-    blocks += [line(), *verbatim([f"wrote {output}"], Style.GOOD), *_how_to_load(freeze, output, loading)]
+    if output is not None:
+        state_dict = result.checkpoint.state_dict(freeze.plan.state_dict)
+        loading = show_loading_code(result.checkpoint, state_dict, output)
+        blocks += [line(), *_how_to_load(freeze, output, loading)]
     return blocks
 
 
@@ -73,9 +79,13 @@ def _policy(freeze: FreezePlan) -> list[Block]:
         blocks.append(line(f"running_mean, running_var, num_batches_tracked: {statistics}", indent=2))
         affine = {None: "train, as the model has it", True: "train", False: "stay (requires_grad=False)"}
         blocks.append(line(f"weight, bias: {affine[policy.requires_grad]}", indent=2))
-        blocks.append(line(f"layers: {_some(policy.layers)}", Style.MUTED, indent=2))
-    blocks += _stages(policy)
     return blocks
+
+
+def _list_layers(freeze: FreezePlan) -> list[Block]:
+    policy = freeze.policy
+    shown = policy.layers and freeze.carrier is not Carrier.CONSTANTS
+    return [*([line(f"layers: {_some(policy.layers)}", Style.MUTED, indent=2)] if shown else []), *_stages(policy)]
 
 
 def _stages(policy: FreezePolicy) -> list[Block]:
@@ -103,7 +113,6 @@ def _changes(freeze: FreezePlan) -> list[Block]:
                 indent=2,
             )
         )
-    blocks += [Line((Cell("assumed ", Style.WARNING), Cell(text)), indent=2) for text in plan.assumptions]
     flags = list(plan.steps_of(SetAttribute))
     modes = sum(step.attribute == "training" for step in flags)
     if freeze.carrier is Carrier.MODULES:

@@ -79,3 +79,12 @@ def merge_slots(counts: Sequence[int], slots: int) -> list[int]:
     """The same histogram with fewer slots, a divisor of :data:`SLOTS`."""
     width = len(counts) // slots
     return [sum(counts[start : start + width]) for start in range(0, len(counts), width)]
+
+
+def find_axis_of_ratios(groups: Iterable[Sequence[float]]) -> LogAxis | None:
+    """The same for ratios, each sorted: what did not change lies in the middle of the axis."""
+    axis = find_axis(groups)
+    if axis is None:
+        return None
+    reach = max(axis.high, 1 / axis.low, 1.1)
+    return LogAxis(1 / reach, reach, axis.below, axis.above)

@@ -9,7 +9,7 @@ from bntool.batchnorm import EpsSource
 from bntool.inspection.findings import Finding, Severity
 from bntool.inspection.results import LayerInspection, StateDictInspection, Summary
 from bntool.reports.blocks import Block, Cell, Column, Histogram, Line, Style, Table, line
-from bntool.reports.histograms import LogAxis
+from bntool.reports.channel_pictures import describe_axis
 from bntool.reports.layers import Distribution, LayerRow, Pictures, arrange_rows, picture_scales, picture_variances
 from bntool.reports.text import plural
 from bntool.representation import format_number
@@ -76,7 +76,7 @@ def _make_table(rows: Sequence[LayerRow], findings: Sequence[Line]) -> Table:
     if sick == len(rows):
         drawn += findings
     caption = ", ".join(
-        f"{name} {_describe_axis(pictures.axis)}"
+        f"{name} {describe_axis(pictures.axis)}"
         for name, pictures in (("running_var", variances), ("|scale|", scales))
         if pictures.axis is not None
     )
@@ -163,11 +163,6 @@ def describe_range(low: float, high: float, *, digits: int) -> str:
     """``low..high``, or one number where both look the same."""
     texts = [format_number(number, digits) for number in (low, high)]
     return texts[0] if texts[0] == texts[1] else "..".join(texts)
-
-
-def _describe_axis(axis: LogAxis) -> str:
-    low, high = format_number(axis.low, 2), format_number(axis.high, 2)
-    return f"{'below ' * axis.below}{low} to {'beyond ' * axis.above}{high}"
 
 
 def find_kind(layer: LayerInspection) -> str:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from bntool.recalibration.options import Precision
 from bntool.reports.blocks import Block, Cell, Column, Line, Style, Table, line, verbatim
+from bntool.reports.channel_pictures import draw_shifts
 from bntool.reports.loading import show_loading_code
 from bntool.reports.text import format_size, plural
 from bntool.representation import format_number
@@ -89,7 +90,7 @@ def _describe_preprocessing(steps: Preprocessing | None) -> dict[str, str] | Non
 
 
 def show_recalibration(outcome: CheckpointRecalibration) -> list[Block]:
-    """Lines and tables for people: the drift of each layer, worst first, then what it does to the outputs."""
+    """Lines and tables for people: the result, what needs attention, then the drift of each layer, worst first."""
     result = outcome.recalibration
     title = f"recalibrate {plural(len(result.drifts), 'BatchNorm layer')}: {result.method.value} statistics of "
     title += f"{plural(result.samples, 'sample')} in {plural(result.batches, 'batch', 'batches')}"
@@ -99,52 +100,57 @@ def show_recalibration(outcome: CheckpointRecalibration) -> list[Block]:
         title += ", approximate (forwards in bfloat16)"
     if result.memory is not None:
         title += f", about {format_size(result.memory)} of memory"
-    blocks: list[Block] = [line(title, Style.HEADING)]
+    evaluation = _evaluation(outcome)
+    attention = [
+        *(
+            Line((Cell("left alone ", Style.WARNING), Cell(f"{s.layer}: {s.reason.value} ({s.detail})")), indent=2)
+            for s in result.plan.skips
+        ),
+        *_promoted(outcome.promoted),
+        *_left_out(result.left_out),
+        *(line(f"! {warning}", Style.WARNING) for warning in outcome.warnings),
+    ]
+    blocks: list[Block] = [line(title, Style.HEADING), *evaluation[:1], _say_written(outcome), line()]
+    blocks += evaluation[1:]
+    blocks += _diagnosis([d for d in result.drifts if d.layer not in outcome.lacking])
+    blocks += [*_output_changes(outcome.output_changes), *attention, line()]
     if outcome.preprocessing is not None:
         steps = outcome.preprocessing
         blocks.append(line(f"preprocessing: {steps.describe()} ({steps.origin})", Style.MUTED))
-    blocks += [line(), _drift_table(result.drifts, outcome.output_changes)]
-    blocks += [
-        line(),
-        *_diagnosis([d for d in result.drifts if d.layer not in outcome.lacking]),
-        *_output_changes(outcome.output_changes),
-    ]
-    blocks += [
-        Line((Cell("left alone ", Style.WARNING), Cell(f"{s.layer}: {s.reason.value} ({s.detail})")), indent=2)
-        for s in result.plan.skips
-    ]
-    blocks += _promoted(outcome.promoted)
-    blocks += _left_out(result.left_out)
-    blocks += [line(f"! {warning}", Style.WARNING) for warning in outcome.warnings]
-    evaluation = _evaluation(outcome)
-    return [*blocks, *([line(), *evaluation] if evaluation else []), *_written(outcome)]
+    return [*blocks, _drift_table(result.drifts, outcome.output_changes), *_show_loading(outcome)]
 
 
 def _drift_table(drifts: tuple[LayerDrift, ...], output_changes: OutputChanges | None) -> Table:
     columns = (
         Column("layer", shrinks=True),
-        Column("order", right=True),
+        Column("order", right=True, wide=100),
+        Column("", pictures=True),
         Column("mean shift", right=True),
         Column("worst", right=True, wide=100),
+        Column("", pictures=True),
         Column("variance", right=True),
         Column("spread", right=True, wide=100),
-        Column("error", right=True),
+        Column("error", right=True, wide=100),
         Column("outputs", right=True),
         Column("channels", right=True, wide=100),
         Column("positions", right=True, wide=100),
     )
     alone = output_changes.alone if output_changes is not None else {}
     order = {drift.layer: index for index, drift in enumerate(drifts, start=1)}
+    worst_first = sorted(drifts, key=lambda drift: -drift.severity)
+    means, ratios, caption = draw_shifts([drift.shift for drift in worst_first])
     rows = []
-    for drift in sorted(drifts, key=lambda drift: -drift.severity):
+    for at, drift in enumerate(worst_first):
         style = Style.WARNING if drift.has_parted else Style.PLAIN
         error = drift.sampling_error
         rows.append(
             (
                 Cell(drift.layer),
                 Cell(str(order[drift.layer]), Style.MUTED),
+                means[at],
                 Cell(_in_sigmas(drift.mean_shift), style),
                 Cell(_in_sigmas(drift.worst_mean_shift), style),
+                ratios[at],
                 Cell("x " + format_number(drift.variance_ratio), style),
                 Cell("x " + format_number(drift.variance_spread), style),
                 Cell("" if error is None else f"± {format_number(error, 2)} σ", Style.MUTED),
@@ -153,7 +159,7 @@ def _drift_table(drifts: tuple[LayerDrift, ...], output_changes: OutputChanges |
                 Cell(f"{drift.positions:,}"),
             )
         )
-    return Table(columns, rows)
+    return Table(columns, rows, caption)
 
 
 def _in_sigmas(value: float) -> str:
@@ -281,11 +287,17 @@ def _percent(share: float) -> str:
     return f"{100 * share:.2f} %"
 
 
-def _written(outcome: CheckpointRecalibration) -> list[Block]:
+def _say_written(outcome: CheckpointRecalibration) -> Line:
     if outcome.kept:
-        return [line("kept the old statistics, because the new ones are not better; nothing was written", Style.NOTICE)]
+        return line("kept the old statistics, because the new ones are not better; nothing was written", Style.NOTICE)
     if outcome.output is None:
-        return [line("nothing was written", Style.MUTED)]
-    blocks: list[Block] = [line(), *verbatim([f"wrote {outcome.output}"], Style.GOOD), line("Load it without bntool:")]
+        return line("nothing was written", Style.MUTED)
+    (written,) = verbatim([f"wrote {outcome.output}"], Style.GOOD)
+    return written
+
+
+def _show_loading(outcome: CheckpointRecalibration) -> list[Block]:
+    if outcome.kept or outcome.output is None:
+        return []
     loading = show_loading_code(outcome.checkpoint, outcome.state_dict, outcome.output)
-    return [*blocks, *verbatim(loading, indent=2)]
+    return [line(), line("Load it without bntool:"), *verbatim(loading, indent=2)]

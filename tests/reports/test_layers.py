@@ -27,6 +27,8 @@ def make_network(*, depth: int = 7) -> nn.Module:
     model.add_module("bn1", nn.BatchNorm2d(8))
     for layer in model.modules():
         if isinstance(layer, nn.BatchNorm2d):
+            layer.weight.data.uniform_(0.5, 1.5)
+            layer.bias.data.normal_()
             layer.running_mean.normal_()
             layer.running_var.uniform_(0.5, 2)
             layer.num_batches_tracked.fill_(900)
