@@ -71,4 +71,6 @@ def number_item(value: float | None, unit: str = "", *, style: Style = Style.PLA
     """A number in two digits with its unit; nothing for None."""
     if value is None:
         return Item(sort=-math.inf)
-    return Item(format_number(value, 2) + unit, style, sort=math.inf if math.isnan(value) else value)
+    if math.isnan(value):
+        return Item("not finite", Style.ERROR, sort=math.inf)
+    return Item(format_number(value, 2) + unit, style, sort=value)

@@ -101,6 +101,12 @@ class Table:
     note: str = ""
 
     @property
+    def shown(self) -> list[int]:
+        """Numbers of the columns in which anything stands."""
+        filled = {at for row in self.rows for at, item in enumerate(row.items) if item.text or item.picture is not None}
+        return [at for at in range(len(self.columns)) if at in filled]
+
+    @property
     def has_pictures(self) -> bool:
         return any(column.scale is not None for column in self.columns)
 

@@ -11,7 +11,7 @@ from bntool.reports.blocks import Style
 from bntool.reports.folding import show_fold
 from bntool.reports.page.cells import draw_item, number_item
 from bntool.reports.page.document import Column, Item, Page, Row, Snippet, Table
-from bntool.reports.page.from_blocks import read_blocks
+from bntool.reports.page.from_blocks import leave_out_skips, read_blocks
 from bntool.reports.page.skips import list_skips
 from bntool.reports.page.strips import scale_sizes
 from bntool.reports.text import plural
@@ -37,7 +37,7 @@ def make_fold_page(path: str, result: CheckpointFold) -> Page:
         subject=path,
         style=style,
         verdict=f"{len(plan.folds)} of {plural(total, 'BatchNorm layer')} folded",
-        details=tuple(one for one in parts.lines if one.style is not Style.HEADING),
+        details=tuple(one for one in leave_out_skips(parts.lines, plan) if one.style is not Style.HEADING),
         heading="Left alone",
         entries=list_skips(plan),
         tables=tuple(make_fold_tables(plan, result.agreement, result.ranges)),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
+from bntool.plan import Plan
 from bntool.reports import blocks
 from bntool.reports.blocks import Block, Line, Style
 from bntool.reports.page.document import Column, Item, Row, Snippet, Table
@@ -38,10 +39,16 @@ def read_blocks(shown: Iterable[Block]) -> Parts:
         if pasted:
             snippets.append(Snippet(title, tuple(pasted)))
             pasted = []
-        text = _join(block)
+        text = _join(block).removeprefix("! ")
         if text:
             lines.append(Item(text, _style(block)))
     return Parts(tuple(lines), tuple(snippets), tuple(tables))
+
+
+def leave_out_skips(lines: Sequence[Item], plan: Plan) -> tuple[Item, ...]:
+    """Without lines on what is left alone, which a page shows apart."""
+    starts = ("left alone", *(f"{skip.layer}: " for skip in plan.skips))
+    return tuple(line for line in lines if not line.text.startswith(starts))
 
 
 def _is_said(block: Line) -> bool:

@@ -9,7 +9,7 @@ from bntool.reports.blocks import Style
 from bntool.reports.page.cells import number_item
 from bntool.reports.page.changes import ChangeColumns
 from bntool.reports.page.document import Column, Item, Page, Row, Snippet, Table
-from bntool.reports.page.from_blocks import read_blocks
+from bntool.reports.page.from_blocks import leave_out_skips, read_blocks
 from bntool.reports.page.skips import list_skips
 from bntool.reports.recalibration import format_rate, show_recalibration
 from bntool.reports.text import plural
@@ -36,7 +36,7 @@ def make_recalibration_page(path: str, outcome: CheckpointRecalibration) -> Page
         subject=path,
         style=style,
         verdict=verdict,
-        details=parts.lines,
+        details=leave_out_skips(parts.lines, outcome.recalibration.plan),
         heading="Left alone",
         entries=list_skips(result.plan),
         tables=(make_drift_table(result.drifts),) if result.drifts else (),

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
 import pytest
+import torch
 
 from bntool.cli.main import main
 from tests.places import SAMPLES
@@ -46,3 +48,48 @@ def test_what_was_slipped_into_a_page_does_not_run(page: Path, tmp_path: Path) -
     assert len([line for line in opened.console if "Content Security Policy" in line]) >= 2
     assert "<title>owned" not in opened.document
     assert all(list_rows(opened).values())  # what is the page's own runs as ever, and without a filter shows all
+
+
+ACTIONS = """
+addEventListener("load", () => {
+  const row = [...document.querySelectorAll("tbody tr")].find((one) => one.textContent.includes("layer2.0.bn1"));
+  const point = (image, share) => {
+    const box = image.getBoundingClientRect();
+    const place = { clientX: box.left + share * box.width, clientY: box.top + 12, bubbles: true };
+    image.dispatchEvent(new PointerEvent("pointermove", place));
+    return document.getElementById("tip").textContent;
+  };
+  const strip = row.querySelector("img");
+  const said = [point(strip, 5.5 / 32), point(strip, 6.5 / 32)];
+  const heading = [...document.querySelectorAll("thead th")][1];
+  const order = () => [...document.querySelectorAll("tbody tr")].map((one) => one.cells[1].textContent).join();
+  heading.querySelector("button").click();
+  const orders = [order(), heading.getAttribute("aria-sort")];
+  heading.querySelector("button").click();
+  orders.push(order(), heading.getAttribute("aria-sort"));
+  document.querySelector("input[type=checkbox]").click();
+  const shown = [...document.querySelectorAll("tbody tr")].filter((one) => !one.hidden).length;
+  const result = document.createElement("pre");
+  result.id = "result";
+  result.textContent = JSON.stringify({ said, orders, shown });
+  document.body.append(result);
+});
+"""
+
+
+def test_rows_are_sorted_and_strips_say_what_is_pointed_at(page: Path, tmp_path: Path) -> None:
+    text = re.sub(r"<meta http-equiv[^>]*>", "", page.read_text())  # so that a second script can act
+    (tmp_path / "acted.html").write_text(text.replace("</body>", f"<script>{ACTIONS}</script></body>"))
+    opened = open_page(tmp_path / "acted.html")
+    assert opened.console == []
+    found = json.loads(re.search(r'<pre id="result">(.*?)</pre>', opened.document, flags=re.DOTALL)[1])
+    values = torch.load(BROKEN, weights_only=True)["layer2.0.bn1.running_var"]
+    broken, sound = found["said"]
+    assert broken == "channel 5: not finite"
+    low, high = map(float, re.fullmatch(r"channel 6: (.*) to (.*)", sound).groups())
+    assert low * 0.94 < values[6] < high * 1.06  # the ends have two digits
+    falling, direction, rising, other = found["orders"]
+    assert (direction, other) == ("descending", "ascending")
+    assert falling == "32,32,32,32,12,12,12,12,12"
+    assert rising == "12,12,12,12,12,32,32,32,32"
+    assert found["shown"] == 1

@@ -124,7 +124,7 @@
       place = first >= last ? `${names[0]} ${first}` : `${names[0]}s ${first} to ${last}`;
     }
     if (!place) return "";
-    if (levels.some((level) => level < 0)) return `${place}: ${levels.every((level) => level < 0) ? "none" : "not finite"}`;
+    if (levels.some((level) => level < 0)) return `${place}: ${colour(data, x, 3).endsWith(",0") ? "none" : "not finite"}`;
     const low = Number(heading.dataset.low), high = Number(heading.dataset.high);
     const edge = (level) => 10 ** (low + ((high - low) * level) / palette.length);
     const below = Math.min(...levels), above = Math.max(...levels) + 1;
