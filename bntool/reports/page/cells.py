@@ -53,18 +53,14 @@ def draw_item(values: Sequence[float], scale: Scale, marks: Sequence[Mark] = (),
 
 
 def range_item(values: Sequence[float]) -> Item:
-    """The smallest and the largest number, sorted by the latter's magnitude."""
+    """The smallest and the largest number, sorted by the latter's magnitude; or how many are not finite."""
     if not values:
         return Item("-", sort=-math.inf)
-    finite = [value for value in values if math.isfinite(value)]
-    broken = len(values) - len(finite)
-    text = ""
-    if finite:
-        low, high = (format_number(number, 2) for number in (min(finite), max(finite)))
-        text = low if low == high else f"{low} to {high}"
+    broken = sum(not math.isfinite(value) for value in values)
     if broken:
-        return Item(f"{text}, {broken} not finite".lstrip(", "), Style.ERROR, sort=math.inf)
-    return Item(text, sort=max(map(abs, finite)))
+        return Item(f"{broken} not finite", Style.ERROR, sort=math.inf)
+    low, high = (format_number(number, 2) for number in (min(values), max(values)))
+    return Item(low if low == high else f"{low} to {high}", sort=max(map(abs, values)))
 
 
 def number_item(value: float | None, unit: str = "", *, style: Style = Style.PLAIN) -> Item:

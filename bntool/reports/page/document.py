@@ -58,6 +58,7 @@ class Column:
         is_minor: left out where the page is narrow.
         scale: of the pictures in it.
         places: what the pixels of its pictures are, e.g. ``channel``; or names of all of them.
+        gap: the place before which its pictures leave a pixel free; 0 for none.
         ticks: labels below its legend, each with the share of the width where it stands.
     """
 
@@ -67,6 +68,7 @@ class Column:
     is_minor: bool = False
     scale: Scale | None = None
     places: str | Sequence[str] = "channel"
+    gap: int = 0
     ticks: tuple[tuple[float, str], ...] = ()
 
 

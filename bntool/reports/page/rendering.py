@@ -78,7 +78,7 @@ def _read(name: str) -> str:
     assert environment.loader is not None
     text, _, _ = environment.loader.get_source(environment, name)
     if name == "page.css":
-        text += _read("parts.css")
+        text = f"{_read('parts.css')}\n{text}"
     return text.strip()
 
 

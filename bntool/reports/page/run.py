@@ -15,7 +15,7 @@ from bntool.reports.page.cells import describe_channels
 from bntool.reports.page.document import Column, Entry, Item, Page, Picture, Place, Row, Snippet, Table
 from bntool.reports.page.from_blocks import make_table, read_blocks
 from bntool.reports.page.inspection import HEALTH_STYLES, STYLES, make_layer_table, name_rows
-from bntool.reports.page.strips import Mark, Scale, draw_series, scale_sizes
+from bntool.reports.page.strips import Mark, Scale, count_pixels, draw_series, scale_sizes
 from bntool.reports.run import count_files, list_files, make_file_table, name_file, show_break
 from bntool.reports.text import plural
 from bntool.representation import format_number
@@ -127,17 +127,17 @@ def _make_map(run: Run, anchors: dict[str, str], broken: int | None) -> Table:
     moves = scale_sizes(v for row in changes.values() for v in row if v is not None and v > _NEGLIGIBLE)
     names = [name_file(run, file) for file in run.files]
     gap = broken or 0
-    places = [*names[:gap], "", *names[gap:]] if gap else names
-    ticks = _choose_ticks([_shorten(name, run.ordered_by) for name in places], gap)
+    ticks = _choose_ticks([_shorten(name, run.ordered_by) for name in names], gap)
     columns = (
         Column("layer"),
-        Column("largest running_var", "by file", scale=sizes, places=places, ticks=ticks),
+        Column("largest running_var", "by file", scale=sizes, places=names, gap=gap, ticks=ticks),
         Column("min to max", "Smallest and largest of these", is_number=True),
         Column(
             "change",
             "Against the file before, of the channel that moved most: in standard deviations, or as log of the ratio",
             scale=moves,
-            places=places,
+            places=names,
+            gap=gap,
             ticks=ticks,
         ),
         Column("first found", "The first file in which the layer has a warning or an error"),
@@ -209,15 +209,17 @@ def _shorten(name: str, ordered_by: str) -> str:
     return name if len(name) <= _LONGEST else f"{name[:_LONGEST]}…"
 
 
-def _choose_ticks(places: list[str], gap: int) -> tuple[tuple[float, str], ...]:
+def _choose_ticks(names: list[str], gap: int) -> tuple[tuple[float, str], ...]:
     """The first, the one after the gap, and the last, where they do not meet."""
-    last = len(places) - 1
-    chosen = {0: places[0], last: places[last]}
+    last = len(names) - 1
+    chosen = {0: names[0], last: names[last]}
     if gap:
-        at = gap + 1
-        chosen = {place: text for place, text in chosen.items() if abs(place - at) > _APART * len(places)}
-        chosen[at] = f"▾{places[at]}"
-    return tuple(((place + 0.5) / len(places), text) for place, text in sorted(chosen.items()))
+        chosen = {place: text for place, text in chosen.items() if abs(place - gap) > _APART * len(names)}
+        chosen[gap] = f"▾{names[gap]}"
+    wide = count_pixels(len(names))
+    width = len(names) * wide + bool(gap)
+    pixels = {place: place * wide + (gap > 0 and place >= gap) + wide / 2 for place in sorted(chosen)}
+    return tuple((pixel / width, chosen[place]) for place, pixel in pixels.items())
 
 
 _APART = 0.25  # of the width, between two labels

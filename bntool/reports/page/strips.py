@@ -126,21 +126,29 @@ def draw_channels(values: Sequence[float], scale: Scale, marks: Sequence[Mark] =
 
 
 def draw_series(values: Sequence[float | None], scale: Scale, marks: Sequence[Mark] = (), gap: int = 0) -> bytes:
-    """A strip over a series, a pixel for each; None leaves its place empty.
+    """A strip over a series; None leaves its place empty.
 
     Args:
         gap: the place before which one pixel is left free, in every strip of a table: a line through all of them; 0 for
             none.
     """
+    wide = count_pixels(len(values))
     places = [
         _EMPTY if value is None else (scale.level(value),) * 3 if 0 <= value < math.inf else _HATCHED
         for value in values
     ]
     marked = _place(marks, range(len(values) + 1))
+    pixels = [level for level in places for _ in range(wide)]
+    notches = {place * wide + more: colour for place, colour in marked.items() for more in range(wide)}
     if gap:
-        places.insert(gap, _EMPTY)
-        marked = {place + (place >= gap): colour for place, colour in marked.items()}
-    return _draw(places, marked, scale)
+        pixels.insert(gap * wide, _EMPTY)
+        notches = {pixel + (pixel >= gap * wide): colour for pixel, colour in notches.items()}
+    return _draw(pixels, notches, scale)
+
+
+def count_pixels(count: int) -> int:
+    """How many pixels each of a series has, so that a gap of one is no wider than a line."""
+    return max(1, 2 * BINS // count)
 
 
 def _find_levels(value: float, scale: Scale) -> _Levels:

@@ -82,12 +82,16 @@ def test_what_is_no_size_is_hatched_also_among_others(value: float) -> None:
         assert rows[3][0][3] == rows[5][0][3] == 255
 
 
-def test_a_series_has_a_place_for_each_and_a_gap_before_the_break() -> None:
+def test_a_series_has_places_of_one_width_and_a_gap_before_the_break() -> None:
     legend = colours(AXIS)
     rows = read(draw_series([1.0, None, 1.0, 900.0], AXIS, [Mark(Style.ERROR, [3])], gap=3))
-    assert [pixel[3] > 0 for pixel in rows[3]] == [True, False, True, False, True]
-    assert rows[3][4] == legend[-1]
-    assert [pixel[3] > 0 for pixel in rows[0]] == [False, False, False, False, True]
+    wide = (len(rows[0]) - 1) // 4
+    assert len(rows[0]) == 4 * wide + 1
+    shown = [pixel[3] > 0 for pixel in rows[3]]
+    assert shown == [True] * wide + [False] * wide + [True] * wide + [False] + [True] * wide
+    assert set(rows[3][-wide:]) == {legend[-1]}
+    assert [pixel[3] > 0 for pixel in rows[0]] == [False] * (3 * wide + 1) + [True] * wide
+    assert len(read(draw_series([1.0] * 300, AXIS))[0]) == 300
 
 
 def test_a_few_far_away_do_not_stretch_a_scale() -> None:

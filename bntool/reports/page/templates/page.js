@@ -75,6 +75,13 @@
     }
   });
 
+  // Chromium draws no buttons in the heading that it repeats on each printed page
+  const buttons = all("th button");
+  addEventListener("beforeprint", () => buttons.forEach((one) => one.replaceWith(one.textContent)));
+  addEventListener("afterprint", () => {
+    buttons.forEach((one, index) => all("thead th > span:first-child")[index].replaceChildren(one));
+  });
+
   for (const figure of all(".copy")) {
     const button = make("button", { type: "button", textContent: "Copy" });
     button.addEventListener("click", async () => {
@@ -118,7 +125,8 @@
     const names = heading.dataset.places.split("\n");
     let place;
     if (names.length > 1) {
-      place = names[x] || "";
+      const gap = Number(heading.dataset.gap || 0), wide = Math.floor(data.width / names.length);
+      place = gap && x === gap * wide ? "" : names[Math.floor((x - (gap && x > gap * wide)) / wide)];
     } else {
       const first = Math.floor((x * count) / data.width), last = Math.floor(((x + 1) * count) / data.width) - 1;
       place = first >= last ? `${names[0]} ${first}` : `${names[0]}s ${first} to ${last}`;
