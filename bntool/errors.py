@@ -139,3 +139,7 @@ class UserCodeError(BntoolError):
     """The user's model or data code raised; the original exception is ``__cause__``."""
 
     code = "user-code"
+
+
+class LossWarning(UserWarning):
+    """Something that the input holds and a written file does not, because no file should: see the message."""

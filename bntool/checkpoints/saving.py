@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from bntool.checkpoints.checkpoint import Checkpoint, StateDict
 from bntool.checkpoints.files import SourceFile
 from bntool.checkpoints.outputs import OutputFiles, check_output_differs
 from bntool.checkpoints.tensors import LiteralTensor, StoredTensor, read_bytes
-from bntool.errors import BntoolError, RefusedError, VerificationError
+from bntool.errors import BntoolError, LossWarning, RefusedError, VerificationError
 
 
 def check_output(checkpoint: Checkpoint, output: Path | None, *, force: bool) -> None:
@@ -32,7 +33,8 @@ def check_output(checkpoint: Checkpoint, output: Path | None, *, force: bool) ->
 def save_checkpoint(checkpoint: Checkpoint, path: str | os.PathLike[str], *, force: bool = False) -> None:
     """Write a checkpoint with its edits; the file appears whole or not at all.
 
-    What was written is opened again and held against the checkpoint before it takes its place.
+    What was written is opened again and held against the checkpoint before it takes its place. What no file should
+    hold is left out, with a :class:`~bntool.errors.LossWarning`: bytes of a .safetensors file that belong to no tensor.
 
     Args:
         checkpoint: the source with its edits.
@@ -60,6 +62,8 @@ def write_checkpoint(checkpoint: Checkpoint, path: Path, output: OutputFiles) ->
         raise error.about(checkpoint.path) from error.__cause__
     except OverflowError as error:
         raise RefusedError(f"a new element is too large for its tensor: {error}", path=checkpoint.path) from error
+    for loss in checkpoint.format.describe_losses(checkpoint):
+        warnings.warn(f"{checkpoint.path} holds {loss}; {path} is written without", LossWarning, stacklevel=3)
 
 
 def write_checked(checkpoint: Checkpoint, path: Path, output: OutputFiles) -> None:

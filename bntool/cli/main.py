@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 from enum import IntEnum
-from typing import Annotated
+from typing import Annotated, TextIO
 
 import typer
 from typer._click.exceptions import ClickException, UsageError  # since 0.26 typer carries its own click
@@ -14,7 +15,7 @@ from typer._click.exceptions import ClickException, UsageError  # since 0.26 typ
 from bntool import errors
 from bntool.checkpoints.outputs import list_written, remove_unfinished
 from bntool.cli.help import Command, Group
-from bntool.cli.output import is_another_rank, print_report
+from bntool.cli.output import is_another_rank, print_report, print_warning
 from bntool.reports.report import FileReport, Report
 from bntool.version import __version__
 
@@ -129,7 +130,8 @@ def main(arguments: Sequence[str]) -> int:
     before = len(list_written())
     try:
         command = typer.main.get_command(build_app(arguments))
-        code = command.main(args=list(arguments), prog_name="bntool", standalone_mode=False) or ExitCode.DONE
+        with _losses_in_a_line(quiet=not {"-q", "--quiet"}.isdisjoint(arguments)):
+            code = command.main(args=list(arguments), prog_name="bntool", standalone_mode=False) or ExitCode.DONE
         if code == ExitCode.INTERRUPTED:  # typer turns the exception into a code
             raise KeyboardInterrupt
         return int(code)
@@ -143,6 +145,30 @@ def main(arguments: Sequence[str]) -> int:
         return _fail(_explain_missing(error.name, arguments), arguments)
     except (typer.Abort, KeyboardInterrupt):
         return _fail(_clean_up(before), arguments)
+
+
+@contextlib.contextmanager
+def _losses_in_a_line(*, quiet: bool) -> Iterator[None]:
+    """What a written file does not keep is one line on stderr; warnings of others are shown as ever."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", errors.LossWarning)
+        show = warnings.showwarning
+
+        def show_line(
+            message: Warning | str,
+            category: type[Warning],
+            filename: str,
+            lineno: int,
+            file: TextIO | None = None,
+            line: str | None = None,
+        ) -> None:
+            if not issubclass(category, errors.LossWarning):
+                show(message, category, filename, lineno, file, line)
+            elif not quiet:
+                print_warning(str(message))
+
+        warnings.showwarning = show_line
+        yield
 
 
 def _explain_missing(package: str, arguments: Sequence[str]) -> errors.MissingExtraError:

@@ -1,5 +1,6 @@
 """Files that bntool writes are opened by the safetensors library before they appear."""
 
+import contextlib
 import json
 import struct
 
@@ -11,7 +12,8 @@ from safetensors.torch import load_file, save_file
 import bntool
 from bntool.checkpoints import creation
 from bntool.checkpoints.safetensors import file_writing
-from bntool.errors import CorruptFileError, VerificationError
+from bntool.cli.main import main
+from bntool.errors import CorruptFileError, LossWarning, VerificationError
 from bntool.inspection.findings import FindingCode
 
 STATE = {
@@ -45,11 +47,13 @@ def test_holes_are_left_out_and_said(gaps, verb, tmp_path):
     (finding,) = [f for f in bntool.inspect(path).findings if f.code is FindingCode.HOLES]
     assert f"it holds {sum(gaps)} bytes between the tensors" in finding.message
     if verb == "freeze":
-        bntool.freeze_checkpoint(path, output)
+        with pytest.warns(LossWarning, match=rf"a\.safetensors holds {sum(gaps)} bytes between"):
+            bntool.freeze_checkpoint(path, output)
         prefix = ""
     else:
         options = {"to": "safetensors"} if verb == "convert" else {"add_prefix": "net"}
-        losses = bntool.convert(path, output, **options).losses
+        with pytest.warns(LossWarning) if verb == "rename" else contextlib.nullcontext():
+            losses = bntool.convert(path, output, **options).losses
         assert any(loss.startswith(f"{sum(gaps)} bytes between") for loss in losses) or verb == "rename"
         prefix = "net." if verb == "rename" else ""
     loaded = load_file(output)
@@ -61,9 +65,18 @@ def test_holes_are_left_out_and_said(gaps, verb, tmp_path):
 
 def test_a_file_without_any_change_is_written_without_holes(tmp_path):
     path = write_with_gaps(tmp_path / "a.safetensors", 0, 4, 0, 0)
-    with bntool.open_checkpoint(path) as checkpoint:
+    with bntool.open_checkpoint(path) as checkpoint, pytest.warns(LossWarning):
         bntool.save_checkpoint(checkpoint, tmp_path / "b.safetensors")
     assert torch.equal(load_file(tmp_path / "b.safetensors")["bn.bias"], STATE["bn.bias"])
+
+
+@pytest.mark.parametrize("quiet", [[], ["--quiet"]])
+def test_a_command_says_it_in_one_line(quiet, tmp_path, capsys):
+    path, output = write_with_gaps(tmp_path / "a.safetensors", 0, 4, 0, 0), tmp_path / "b.safetensors"
+    for _ in range(2):
+        assert main(["freeze", str(path), "-o", str(output), "--force", *quiet]) == 0
+        said = capsys.readouterr().err.splitlines()
+        assert [line.partition(" holds 4 bytes")[0] for line in said] == [] if quiet else [f"bntool: warning: {path}"]
 
 
 def test_data_that_overlap_are_an_error(tmp_path):
