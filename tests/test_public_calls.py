@@ -144,23 +144,24 @@ def test_lazy_and_meta_tensors_of_a_model_are_listed():
 
 def test_the_repr_of_every_result_fits_on_a_screen(tmp_path):
     torch.manual_seed(0)
-    blocks = [nn.Sequential(nn.Conv1d(16, 16, 1), nn.BatchNorm1d(16)) for _ in range(150)]
+    blocks = [nn.Sequential(nn.Conv1d(16, 16, 1), nn.BatchNorm1d(16)) for _ in range(60)]
     model = nn.Sequential(*blocks).eval()
     torch.save(model.state_dict(), tmp_path / "deep.pt")
     path, x = tmp_path / "deep.pt", torch.randn(4, 16, 3)
+    inspection, frozen, folded = bntool.inspect(path), bntool.freeze_checkpoint(path), bntool.fold(model, x)
     results = [
-        bntool.inspect(path),
-        bntool.inspect(path).state_dicts[0],
-        bntool.inspect(path).state_dicts[0].layers[0],
+        inspection,
+        inspection.state_dicts[0],
+        inspection.state_dicts[0].layers[0],
         bntool.diff(path, model),
-        bntool.freeze_checkpoint(path),
-        bntool.freeze_checkpoint(path).freeze,
+        frozen,
+        frozen.freeze,
         bntool.fold_checkpoint(path, model=model, input_shape=(2, 16, 3)),
         bntool.recalibrate_checkpoint(path, model=model, data=[x]),
         bntool.convert(path, to="safetensors"),
-        bntool.fold(model, x),
-        bntool.fold(model, x).plan,
-        bntool.fold(model, x).report,
+        folded,
+        folded.plan,
+        folded.report,
         bntool.recalibrate(model, [x]),
         bntool.freeze(model),
         bntool.open_checkpoint(path),
