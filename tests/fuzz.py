@@ -84,8 +84,8 @@ def make_seeds(folder: Path) -> list[Path]:
     """Small valid files of every format and of several contents."""
     import torch
 
-    from tests.checkpoints.foreign import as_arrays
-    from tests.checkpoints.samples import TORCH_FORMATS, WRITERS, tiny_net, write_sharded_bin
+    from tests.checkpoints.foreign import as_arrays, write_sharded_bin
+    from tests.checkpoints.samples import TORCH_FORMATS, WRITERS, tiny_net
 
     states = {
         "plain": tiny_net().state_dict(),
@@ -119,7 +119,7 @@ def make_seeds(folder: Path) -> list[Path]:
 
 def _make_compiled(folder: Path) -> list[Path]:
     """TorchScript and torch.export archives, and what is recorded of two processes and of TensorFlow."""
-    from tests.checkpoints.torch_programs.test_compiled_layouts import MAKERS
+    from tests.checkpoints.torch_programs.compiled_net import MAKERS
 
     seeds = []
     for name, (make, _) in MAKERS.items():

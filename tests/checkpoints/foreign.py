@@ -1,17 +1,21 @@
-"""Writing files of layouts that torch reads but no longer writes, or that other tools write."""
+"""Writing files of every format as the programs do that own it, those that torch reads but no longer writes too."""
 
 from __future__ import annotations
 
 import io
+import json
+import math
 import pickle
 import struct
 import tarfile
 import warnings
+import zipfile
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
 import torch.distributed.checkpoint as distributed_checkpoint
 from numpy.typing import NDArray
@@ -19,6 +23,70 @@ from numpy.typing import NDArray
 from tests.checkpoints.tensorflow.bundle_files import DTYPES, write_bundle
 
 Tensors = Mapping[str, torch.Tensor]
+
+
+def bits(tensor: torch.Tensor) -> bytes:
+    """The elements in C order, NaN payloads and all."""
+    plain = torch.empty(tensor.numel(), dtype=tensor.dtype)
+    plain.copy_(tensor.detach().flatten())
+    return plain.view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
+
+
+def write_zip(tensors: Tensors, folder: Path) -> Path:
+    torch.save(tensors, folder / "model.pt")
+    return folder / "model.pt"
+
+
+def write_legacy(tensors: Tensors, folder: Path) -> Path:
+    torch.save(tensors, folder / "model.pth", _use_new_zipfile_serialization=False)
+    return folder / "model.pth"
+
+
+def write_safetensors(tensors: Tensors, folder: Path) -> Path:
+    plain = {name: tensor.detach().resolve_conj().clone().contiguous() for name, tensor in tensors.items()}
+    safetensors.torch.save_file(plain, folder / "model.safetensors", metadata={"format": "pt", "note": "größe"})
+    return folder / "model.safetensors"
+
+
+def write_sharded(tensors: Tensors, folder: Path) -> Path:
+    names = list(tensors)
+    half = math.ceil(len(names) / 2)
+    weight_map = {}
+    for number, part in enumerate([names[:half], names[half:]], start=1):
+        if part:
+            file = f"model-{number:05}-of-00002.safetensors"
+            plain = {name: tensors[name].detach().clone().contiguous() for name in part}
+            safetensors.torch.save_file(plain, folder / file, metadata={"format": "pt"})
+            weight_map.update(dict.fromkeys(part, file))
+    total = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+    return folder / "model.safetensors.index.json"
+
+
+def write_sharded_bin(tensors: Tensors, folder: Path) -> Path:
+    names = list(tensors)
+    weight_map = {}
+    for number, part in enumerate([names[::2], names[1::2]], start=1):
+        file = f"pytorch_model-{number:05}-of-00002.bin"
+        torch.save({name: tensors[name] for name in part}, folder / file)
+        weight_map.update(dict.fromkeys(part, file))
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    return folder / "pytorch_model.bin.index.json"
+
+
+def rezip(
+    path: Path, change: Callable[[str, bytes], tuple[str, bytes] | None] = lambda n, d: (n, d), *, deflate: bool = False
+) -> bytes:
+    """The archive written again by Python's zipfile, with records renamed, changed or left out."""
+    buffer = io.BytesIO()
+    method = zipfile.ZIP_DEFLATED if deflate else zipfile.ZIP_STORED
+    with zipfile.ZipFile(path) as source, zipfile.ZipFile(buffer, "w", method) as target:
+        for info in source.infolist():
+            changed = change(info.filename, source.read(info))
+            if changed is not None:
+                target.writestr(changed[0], changed[1])
+    return buffer.getvalue()
 
 
 def save_tar(root: Any, path: Path) -> None:
@@ -103,8 +171,6 @@ def write_distributed(tensors: Tensors, folder: Path) -> Path:
 
 def write_tensorflow(tensors: Tensors, folder: Path) -> Path:
     """A checkpoint by names, as TensorFlow 1 saves it."""
-    from tests.checkpoints.samples import bits
-
     values = {}
     for name, tensor in tensors.items():
         plain = tensor.detach().resolve_conj()

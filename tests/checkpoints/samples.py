@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 import io
-import json
-import math
 from collections import OrderedDict, deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 from torch import nn
 
 from bntool.checkpoints.checkpoint import Checkpoint
 from bntool.checkpoints.tensors import Tensor, read_bytes
-from tests.checkpoints.foreign import write_distributed, write_numpy_pickle, write_tar, write_tensorflow
-
-Tensors = Mapping[str, torch.Tensor]
+from tests.checkpoints.foreign import (
+    Tensors,
+    bits,
+    write_distributed,
+    write_legacy,
+    write_numpy_pickle,
+    write_safetensors,
+    write_sharded,
+    write_tar,
+    write_tensorflow,
+    write_zip,
+)
 
 
 def tiny_net() -> nn.Sequential:
@@ -28,52 +34,6 @@ def tiny_net() -> nn.Sequential:
     with torch.no_grad():
         net(torch.randn(4, 3, 6, 6))
     return net
-
-
-# every format
-
-
-def write_zip(tensors: Tensors, folder: Path) -> Path:
-    torch.save(tensors, folder / "model.pt")
-    return folder / "model.pt"
-
-
-def write_legacy(tensors: Tensors, folder: Path) -> Path:
-    torch.save(tensors, folder / "model.pth", _use_new_zipfile_serialization=False)
-    return folder / "model.pth"
-
-
-def write_safetensors(tensors: Tensors, folder: Path) -> Path:
-    plain = {name: tensor.detach().resolve_conj().clone().contiguous() for name, tensor in tensors.items()}
-    safetensors.torch.save_file(plain, folder / "model.safetensors", metadata={"format": "pt", "note": "größe"})
-    return folder / "model.safetensors"
-
-
-def write_sharded(tensors: Tensors, folder: Path) -> Path:
-    names = list(tensors)
-    half = math.ceil(len(names) / 2)
-    weight_map = {}
-    for number, part in enumerate([names[:half], names[half:]], start=1):
-        if part:
-            file = f"model-{number:05}-of-00002.safetensors"
-            plain = {name: tensors[name].detach().clone().contiguous() for name in part}
-            safetensors.torch.save_file(plain, folder / file, metadata={"format": "pt"})
-            weight_map.update(dict.fromkeys(part, file))
-    total = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
-    return folder / "model.safetensors.index.json"
-
-
-def write_sharded_bin(tensors: Tensors, folder: Path) -> Path:
-    names = list(tensors)
-    weight_map = {}
-    for number, part in enumerate([names[::2], names[1::2]], start=1):
-        file = f"pytorch_model-{number:05}-of-00002.bin"
-        torch.save({name: tensors[name] for name in part}, folder / file)
-        weight_map.update(dict.fromkeys(part, file))
-    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    return folder / "pytorch_model.bin.index.json"
 
 
 # every kind of state dict that all formats can hold
@@ -237,13 +197,6 @@ def to_torch(tensor: Tensor) -> torch.Tensor:
     if not data:
         return torch.empty(tensor.shape, dtype=torch_dtype(tensor))
     return torch.frombuffer(data, dtype=torch_dtype(tensor)).reshape(tensor.shape)
-
-
-def bits(tensor: torch.Tensor) -> bytes:
-    """The elements in C order, NaN payloads and all."""
-    plain = torch.empty(tensor.numel(), dtype=tensor.dtype)
-    plain.copy_(tensor.detach().flatten())
-    return plain.view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
 
 
 def assert_holds(checkpoint: Checkpoint, expected: Tensors, key: str = "") -> None:

@@ -24,7 +24,8 @@ from bntool.checkpoints.saving import save_checkpoint
 from bntool.errors import BntoolError, CorruptFileError, UnreadableFileError, UnwritableFileError, UsageError
 from bntool.plan import Operation, Plan, SetTensor, Values
 from tests import programs
-from tests.checkpoints.samples import tiny_net, write_safetensors, write_sharded, write_zip
+from tests.checkpoints.foreign import write_safetensors, write_sharded, write_zip
+from tests.checkpoints.samples import tiny_net
 from tests.permissions import ordinary_permissions
 
 # reading

@@ -27,7 +27,7 @@ from bntool.inspection.safety import SafetyVerdict, judge_safety
 from tests import programs
 from tests.checkpoints.foreign import save_distributed
 from tests.checkpoints.samples import STATE_DICTS, WRITERS
-from tests.checkpoints.torch_programs.test_compiled_layouts import export, script
+from tests.checkpoints.torch_programs.compiled_net import export, script
 from tests.places import FIXTURES
 
 

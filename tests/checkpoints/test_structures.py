@@ -18,7 +18,7 @@ from bntool.checkpoints.saving import save_checkpoint
 from bntool.cli.main import main
 from bntool.errors import RefusedError
 from bntool.graphs.sources import read_stored_graph
-from tests.checkpoints.archives import rezip
+from tests.checkpoints.foreign import rezip
 from tests.checkpoints.keras.configurations import archive
 from tests.places import FIXTURES, INTEROP
 from tests.structured_mutants import mutate_protobuf, mutate_structure

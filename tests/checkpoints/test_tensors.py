@@ -22,7 +22,8 @@ from bntool.checkpoints.scaled_tensors import ScaledTensor
 from bntool.checkpoints.tensors import LiteralTensor, Storage, StoredTensor, describe_shape, read_bytes, read_numbers
 from bntool.errors import RefusedError, UnsafeFileError, UsageError
 from bntool.plan import Operation, Plan, Scaled, SetTensor
-from tests.checkpoints.samples import bits, to_torch
+from tests.checkpoints.foreign import bits
+from tests.checkpoints.samples import to_torch
 
 
 def _stored(tensor: torch.Tensor, *, big_endian: bool = False) -> StoredTensor:

@@ -16,10 +16,9 @@ import torch
 from bntool.checkpoints.files import SourceFile
 from bntool.cli.main import main
 from bntool.errors import BntoolError
-from tests.checkpoints.archives import rezip
-from tests.checkpoints.foreign import save_distributed
-from tests.checkpoints.samples import tiny_net, write_sharded, write_zip
-from tests.checkpoints.test_broken_files import BROKEN
+from tests.checkpoints.broken_files import BROKEN
+from tests.checkpoints.foreign import rezip, save_distributed, write_sharded, write_zip
+from tests.checkpoints.samples import tiny_net
 from tests.permissions import ordinary_permissions
 from tests.places import INTEROP, ROOT
 from tests.schemas import read_document

@@ -20,7 +20,8 @@ import pytest
 from bntool.checkpoints.formats import open_checkpoint
 from bntool.cli.main import main
 from tests import programs
-from tests.checkpoints.samples import tiny_net, write_sharded
+from tests.checkpoints.foreign import write_sharded
+from tests.checkpoints.samples import tiny_net
 from tests.permissions import ordinary_permissions
 from tests.places import INTEROP, SAMPLES
 

@@ -8,26 +8,23 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from onnx import TensorProto, helper, numpy_helper
+from onnx import helper
 
 from bntool.cli.main import main
+from tests.checkpoints.onnx.onnx_models import node, save_model, tensor, value
 from tests.places import INTEROP
 
 
 def chain(path: Path, names: list[str], *, between: str = "Relu") -> Path:
     """A convolution and then BatchNormalizations, each behind an operator that keeps it from folding."""
     rng = np.random.default_rng(0)
-    tensors = [numpy_helper.from_array(rng.normal(size=(4, 3, 3, 3)).astype("f4"), "w")]
-    tensors += [numpy_helper.from_array(rng.uniform(0.5, 2, 4).astype("f4"), name) for name in "gbmv"]
-    nodes, last = [helper.make_node("Conv", ["x", "w"], ["c"])], "c"
+    tensors = [tensor("w", rng.normal(size=(4, 3, 3, 3))), *(tensor(name, rng.uniform(0.5, 2, 4)) for name in "gbmv")]
+    nodes, last = [node("Conv", "x w", "c")], "c"
     for number, name in enumerate(names):
-        nodes.append(helper.make_node(between, [last], [f"r{number}"]))
+        nodes.append(node(between, last, f"r{number}"))
         last = f"n{number}" if number < len(names) - 1 else "y"
-        nodes.append(helper.make_node("BatchNormalization", [f"r{number}", *"gbmv"], [last], name=name))
-    x = helper.make_tensor_value_info("x", TensorProto.FLOAT, (1, 3, 8, 8))
-    graph = helper.make_graph(nodes, "g", [x], [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)], tensors)
-    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8), path)
-    return path
+        nodes.append(node("BatchNormalization", f"r{number} g b m v", last, name=name))
+    return save_model(path, nodes, tensors, inputs=[value("x", (1, 3, 8, 8))], outputs=[value("y", None)])
 
 
 @pytest.mark.parametrize("operator", ["Relu", "Sigmoid"])

@@ -15,24 +15,15 @@ from bntool.cli.main import main
 from bntool.errors import VerificationError
 from bntool.folding.onnxruntime_process import OnnxRuntime, RuntimeFailure
 from bntool.folding.runtime_agreement import compare_in_onnxruntime
+from tests.checkpoints.onnx.onnx_models import node, save_model, tensor, value
 
 SHAPE = (2, 3, 16, 16)
 
 
-def tensor(name: str, values: Any, dtype: str = "f4") -> onnx.TensorProto:
-    return numpy_helper.from_array(np.asarray(values).astype(dtype), name)
-
-
 def write(path: Path, nodes: list[onnx.NodeProto], tensors: list[onnx.TensorProto], *, opset: int = 13) -> Path:
     kind = tensors[0].data_type
-    x = helper.make_tensor_value_info("x", kind, SHAPE)
-    graph = helper.make_graph(nodes, "g", [x], [helper.make_tensor_value_info("y", kind, None)], tensors)
-    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=8), path)
-    return path
-
-
-def node(operator: str, inputs: str, outputs: str, **attributes: Any) -> onnx.NodeProto:
-    return helper.make_node(operator, inputs.split(), outputs.split(), **attributes)
+    ends = {"inputs": [value("x", SHAPE, kind)], "outputs": [value("y", None, kind)]}
+    return save_model(path, nodes, tensors, **ends, opset=opset)
 
 
 def far_means(path: Path, last: str = "Identity", *, bias: float = 0.0, dtype: str = "f4", scale: float = 3e3) -> Path:
@@ -49,7 +40,7 @@ def far_means(path: Path, last: str = "Identity", *, bias: float = 0.0, dtype: s
         node("Conv", "n w2 b2", "o"),
         node(last, "o", "y"),
     ]
-    return write(path, nodes, [tensor(name, value, dtype) for name, value in values.items()])
+    return write(path, nodes, [tensor(name, numbers, dtype) for name, numbers in values.items()])
 
 
 @pytest.mark.parametrize(
@@ -93,7 +84,7 @@ def crashing(path: Path) -> Path:
         node("Conv", "x w", "c"),
         helper.make_node("BatchNormalization", ["c", *"gbmv"], ["y", "", "", "", ""], name="bn"),
     ]
-    return write(path, nodes, [tensor(name, value) for name, value in values.items()], opset=9)
+    return write(path, nodes, [tensor(name, numbers) for name, numbers in values.items()], opset=9)
 
 
 def test_a_model_that_crashes_the_runtime_is_a_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -132,12 +123,9 @@ def test_the_process_answers_and_says_what_fails(tmp_path: Path) -> None:
 
 def test_outputs_that_are_no_numbers_are_passed_over(tmp_path: Path) -> None:
     words = helper.make_tensor("words", TensorProto.STRING, [2], [b"a", b"b"])
-    x = helper.make_tensor_value_info("x", TensorProto.FLOAT, (2, 3))
-    shown = [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)]
-    shown += [helper.make_tensor_value_info("z", TensorProto.STRING, None)]
     nodes = [node("Relu", "x", "y"), node("Identity", "words", "z")]
-    model = helper.make_model(helper.make_graph(nodes, "g", [x], shown, [words]), ir_version=8)
-    onnx.save(model, tmp_path / "a.onnx")
+    outputs = [value("y", None), value("z", None, TensorProto.STRING)]
+    save_model(tmp_path / "a.onnx", nodes, [words], inputs=[value("x", (2, 3))], outputs=outputs)
     with OnnxRuntime(tmp_path / "a.onnx") as runtime:
         found = runtime.run({"x": np.ones((2, 3), "f4")})
     assert found[0].shape == (2, 3)

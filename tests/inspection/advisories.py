@@ -15,7 +15,7 @@ import onnx
 import torch
 from onnx import helper
 
-from tests.checkpoints.archives import rezip
+from tests.checkpoints.foreign import rezip
 from tests.checkpoints.keras.configurations import (
     OLD_CODE,
     archive,

@@ -16,7 +16,7 @@ import torch
 from bntool.checkpoints.formats import open_checkpoint
 from bntool.cli.main import main
 from bntool.inspection.safety import SafetyVerdict, judge_safety
-from tests.checkpoints.archives import rezip
+from tests.checkpoints.foreign import rezip
 
 
 class Runs:

@@ -12,7 +12,7 @@ from typing import Any
 import h5py
 import torch
 
-from tests.checkpoints.archives import rezip
+from tests.checkpoints.foreign import rezip
 from tests.places import INTEROP
 
 

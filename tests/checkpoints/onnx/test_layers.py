@@ -12,25 +12,18 @@ import onnx
 import onnxruntime
 import pytest
 from numpy.typing import NDArray
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto, helper
 
 from bntool.checkpoints.batchnorms import find_batchnorms
 from bntool.checkpoints.formats import open_checkpoint
 from bntool.checkpoints.tensors import read_numbers
 from bntool.cli.main import main
+from tests.checkpoints.onnx.onnx_models import node, save_model, tensor, value
 
 pytestmark = pytest.mark.usefixtures("forked_onnxruntime")
 RNG = np.random.default_rng(0)
 ROLES = ("weight", "bias", "running_mean", "running_var")
 EPS = 1e-3
-
-
-def tensor(name: str, values: Any, dtype: str = "f4") -> onnx.TensorProto:
-    return numpy_helper.from_array(np.asarray(values).astype(dtype), name)
-
-
-def node(operator: str, inputs: str, outputs: str, **attributes: Any) -> onnx.NodeProto:
-    return helper.make_node(operator, inputs.split(), outputs.split(), **attributes)
 
 
 def norm(data: str, output: str, name: str = "bn", *, parameters: str = "g b m v") -> onnx.NodeProto:
@@ -40,8 +33,7 @@ def norm(data: str, output: str, name: str = "bn", *, parameters: str = "g b m v
 VECTORS = {"g": RNG.uniform(0.5, 2, 4), "b": RNG.normal(size=4), "m": RNG.normal(size=4), "v": RNG.uniform(0.5, 2, 4)}
 BN = [tensor(name, values) for name, values in VECTORS.items()]
 W, W2 = tensor("w", RNG.normal(size=(4, 3, 3, 3))), tensor("w2", RNG.normal(size=(4, 3, 3, 3)))
-X = helper.make_tensor_value_info("x", TensorProto.FLOAT, (1, 3, 8, 8))
-Y = helper.make_tensor_value_info("y", TensorProto.FLOAT, [None] * 4)
+X, Y = value("x", (1, 3, 8, 8)), value("y", [None] * 4)
 
 
 def save(
@@ -52,10 +44,7 @@ def save(
     inputs: Sequence[onnx.ValueInfoProto] = (),
     functions: Sequence[onnx.FunctionProto] = (),
 ) -> Path:
-    graph = helper.make_graph(list(nodes), "g", [X, *inputs], [Y], list(tensors))
-    opsets = [helper.make_opsetid("", 13), *([helper.make_opsetid("mine", 1)] if functions else [])]
-    onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=8, functions=list(functions)), path)
-    return path
+    return save_model(path, nodes, tensors, inputs=[X, *inputs], outputs=[Y], functions=functions)
 
 
 def run(path: Path) -> NDArray[Any]:
@@ -130,7 +119,7 @@ def test_computed_parameters_are_what_onnx_computes(case: str, tmp_path: Path) -
         (layer,) = find_batchnorms(checkpoint.state_dict(""))
         found = {role: list(read_numbers(layer.tensors[role])) for role in ROLES}
     assert layer.eps == pytest.approx(EPS)
-    outputs = [helper.make_tensor_value_info(k, TensorProto.FLOAT, None) for k in "gbmv"]
+    outputs = [value(k, None) for k in "gbmv"]
     graph = helper.make_graph(nodes, "g", [], outputs, tensors)
     alone = helper.make_model(graph, opset_imports=model.opset_import, ir_version=8)
     session = onnxruntime.InferenceSession(alone.SerializeToString(), providers=["CPUExecutionProvider"])
@@ -153,13 +142,9 @@ def test_models_with_computed_parameters_compute_the_same(case: str, command: li
     assert operators.count("BatchNormalization") == (command != ["fold"])
 
 
-def value(name: str) -> onnx.ValueInfoProto:
-    return helper.make_tensor_value_info(name, TensorProto.FLOAT, (4,))
-
-
 UNKNOWN = {
-    "inputs of the model": ([], [], [value(k) for k in "gbmv"]),
-    "an input of the model": ([], BN[:3], [value("v")]),
+    "inputs of the model": ([], [], [value(k, (4,)) for k in "gbmv"]),
+    "an input of the model": ([], BN[:3], [value("v", (4,))]),
     "computed from the data": ([node("ReduceMax", "c", "v", axes=[0, 2, 3], keepdims=0)], BN[:3], []),
     "computed by what is not known": ([node("Softmax", "v0", "v")], [*BN[:3], tensor("v0", VECTORS["v"])], []),
 }  # fmt: skip

@@ -17,7 +17,8 @@ from bntool.checkpoints.formats import open_checkpoint
 from bntool.checkpoints.saving import save_checkpoint
 from bntool.errors import BntoolError, RefusedError
 from bntool.plan import AddTensor, Operation, Plan, Record, RemoveEntry, RemoveTensor, SetAttribute, SetTensor, Values
-from tests.checkpoints.samples import STATE_DICTS, assert_holds, tiny_net, write_safetensors
+from tests.checkpoints.foreign import write_safetensors
+from tests.checkpoints.samples import STATE_DICTS, assert_holds, tiny_net
 
 
 def _plan(*steps: Any) -> Plan:

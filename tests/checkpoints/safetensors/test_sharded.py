@@ -16,7 +16,8 @@ from bntool.checkpoints.formats import open_checkpoint
 from bntool.checkpoints.saving import save_checkpoint
 from bntool.errors import RefusedError, UnwritableFileError
 from bntool.plan import AddTensor, Operation, Plan, Record, RemoveTensor, Scaled, SetTensor, Values
-from tests.checkpoints.samples import assert_holds, tiny_net, write_sharded, write_sharded_bin
+from tests.checkpoints.foreign import write_sharded, write_sharded_bin
+from tests.checkpoints.samples import assert_holds, tiny_net
 
 WRITERS = [write_sharded, write_sharded_bin]
 STEPS = (

@@ -12,8 +12,8 @@ from bntool.checkpoints.formats import open_checkpoint
 from bntool.checkpoints.saving import save_checkpoint
 from bntool.checkpoints.tensors import read_bytes
 from bntool.errors import CorruptFileError, FileError, RefusedError, UnreadableFileError, UnsafeFileError
-from tests.checkpoints.foreign import save_distributed
-from tests.checkpoints.samples import assert_holds, bits, tiny_net
+from tests.checkpoints.foreign import bits, save_distributed
+from tests.checkpoints.samples import assert_holds, tiny_net
 from tests.places import FIXTURES
 
 RECORDED = FIXTURES / "layouts" / "distributed"

@@ -321,7 +321,7 @@ def test_big_endian_files(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def _rezip(path: Path, changes: dict[str, bytes]) -> bytes:
-    from tests.checkpoints.archives import rezip
+    from tests.checkpoints.foreign import rezip
 
     return rezip(path, lambda name, data: (name, changes.get(name.rpartition("/")[2], data)))
 

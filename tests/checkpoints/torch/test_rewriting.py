@@ -35,7 +35,7 @@ from bntool.plan import (
     Step,
     Values,
 )
-from tests.checkpoints.archives import rezip
+from tests.checkpoints.foreign import rezip
 from tests.checkpoints.samples import assert_same, tiny_net
 from tests.checkpoints.torch.test_reading import Inert, Net, Sequence
 

@@ -28,7 +28,7 @@ from bntool.checkpoints.tensors import read_bytes
 from bntool.errors import CorruptFileError, FileError, RefusedError, UnknownFormatError, UnsafeFileError
 from bntool.inspection.safety import SafetyVerdict, judge_safety
 from bntool.plan import Operation, Plan, Record, RemoveTensor, Scaled, SetAttribute, SetTensor, Step, Values
-from tests.checkpoints.archives import rezip
+from tests.checkpoints.foreign import rezip
 from tests.places import FIXTURES
 
 FOLDER = FIXTURES / "exported"

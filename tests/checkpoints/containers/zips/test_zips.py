@@ -22,8 +22,8 @@ from bntool.checkpoints.containers.zips.writing import ZipWriter, copy_with_patc
 from bntool.checkpoints.files import CHUNK, SourceFile
 from bntool.checkpoints.formats import open_checkpoint
 from bntool.errors import CorruptFileError, UnsafeFileError
-from tests.checkpoints.archives import rezip
-from tests.checkpoints.samples import tiny_net, write_zip
+from tests.checkpoints.foreign import rezip, write_zip
+from tests.checkpoints.samples import tiny_net
 
 
 @pytest.mark.parametrize("deflate", [True, False])
