@@ -30,7 +30,7 @@ def command(
     state_dict: options.StateDictKey = None,
     layers: options.Layers = None,
     all_tensors: Annotated[
-        bool, typer.Option("--all", help="List every layer with its parameters and buffers, not only BatchNorm.")
+        bool, typer.Option("--all", help="List every BatchNorm layer, then every tensor; of several files each.")
     ] = False,
     stats: Annotated[
         bool, typer.Option("--stats", help="List every tensor, with its minimum, mean and maximum.")
@@ -60,6 +60,7 @@ def command(
 ) -> int:
     """Show what the BatchNorm layers of a checkpoint hold, and what is wrong with them.
 
+    Several files are taken as a run: a row each, in the order of their epochs, and in which of them something broke.
     Nothing in the file is executed, whatever it is; torch is not needed for it either.
 
     Examples:
@@ -67,6 +68,8 @@ def command(
       bntool inspect ckpt.pt
 
       bntool inspect ckpt.pt --layers 'backbone.layer3.*' --json
+
+      bntool inspect run/epoch_*.pt
 
       bntool inspect *.pt --fail-on error --quiet
 

@@ -48,6 +48,8 @@ BROKEN = ["inspect", "broken_nan_variance.pt"]
 RUN = ["inspect", "digits.pt", "dead_channels.pt", "drifted.pt", "broken_nan_variance.pt", "digits_module.pt"]
 DIFF = ["diff", "digits.pt", "drifted.pt", "--expect", "norm-eval"]
 FREEZE = ["freeze", "digits.pt", "--emit", "python", "--layers", "layer1.*"]
+FOLD = ["fold", "digits.pt", "--pair", "conv1=bn1", "--pair", "layer1.0.conv1=layer1.0.bn1", "--eps", "1e-5"]
+RECALIBRATE = ["recalibrate", "drifted.pt", "--model", "digits_net.py:build", "--data", "digits_train.npz"]
 # columns: None for a pipe
 CASES: dict[str, tuple[list[str], int | None, dict[str, str]]] = {
     "inspect-broken-80": (BROKEN, 80, {}),
@@ -68,6 +70,13 @@ CASES: dict[str, tuple[list[str], int | None, dict[str, str]]] = {
     "diff-80": (DIFF, 80, {}),
     "diff-120-no-color": (DIFF, 120, {"NO_COLOR": "1"}),
     "diff-pipe": (DIFF, None, {}),
+    "diff-200": (DIFF, 200, {}),
+    "fold-80": ([*FOLD, "--dry-run"], 80, {}),
+    "fold-120-no-color": ([*FOLD, "--dry-run"], 120, {"NO_COLOR": "1"}),
+    "fold-pipe": ([*FOLD, "--dry-run"], None, {}),
+    "recalibrate-80": ([*RECALIBRATE, "--samples", "64", "--dry-run"], 80, {}),
+    "recalibrate-120-no-color": ([*RECALIBRATE, "--samples", "64", "--dry-run"], 120, {"NO_COLOR": "1"}),
+    "freeze-120": (["freeze", "digits_training.pt", "--dry-run"], 120, {}),
     "freeze-emit-80": (FREEZE, 80, {}),
     "freeze-emit-pipe": (FREEZE, None, {}),
     "convert-80": (["convert", "digits_training.pt", "--to", "safetensors", "--dry-run"], 80, {}),
