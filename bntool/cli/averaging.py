@@ -36,6 +36,7 @@ def command(
     state_dict: options.StateDictKey = None,
     dry_run: options.DryRun = False,
     force: options.Force = False,
+    report_as: options.ReportAs = None,
     as_json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> int:
@@ -55,6 +56,7 @@ def command(
     from bntool.reports.averaging import describe_average, show_average
     from bntool.reports.report import FileReport, Report
 
+    form = options.choose_form(report_as, as_json=as_json)
     options.require_output(output, unless=dry_run)
     average = average_checkpoints(
         checkpoints,
@@ -65,7 +67,7 @@ def command(
         force=force,
     )
     report = FileReport(str(checkpoints[0]), describe_average(average), show_average(average))
-    print_report(Report("average", (report,)), as_json=as_json, quiet=quiet)
+    print_report(Report("average", (report,)), form=form, quiet=quiet)
     return 0
 
 

@@ -51,6 +51,7 @@ def command(
     layers: options.Layers = None,
     html: options.Html = None,
     force: options.ForceHtml = False,
+    report_as: options.ReportAs = None,
     as_json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> int:
@@ -80,10 +81,12 @@ def command(
     from bntool.cli.progress import show_reading
     from bntool.comparison.checkpoint import diff
     from bntool.reports.comparison import describe_comparison, show_comparison
+    from bntool.reports.forms.problems import list_problems
     from bntool.reports.report import FileReport, Report
 
+    form = options.choose_form(report_as, as_json=as_json, judges=True)
     options.check_html(html, force=force, inputs=(a, b))
-    with show_reading((a, b), as_json=as_json, quiet=quiet) as progress:
+    with show_reading((a, b), as_json=form is not None, quiet=quiet) as progress:
         comparison = diff(
             a,
             b,
@@ -102,6 +105,7 @@ def command(
         from bntool.reports.page.writing import write_page
 
         write_page(make_comparison_page(comparison, path_a=str(a), path_b=str(b)), html, force=force)
-    print_report(Report("diff", (FileReport(str(a), facts, blocks),)), as_json=as_json, quiet=quiet)
-    print_written(html, as_json=as_json, quiet=quiet)
+    report = Report("diff", (FileReport(str(a), facts, blocks),))
+    print_report(report, form=form, quiet=quiet, failing=list_problems(report))
+    print_written(html, form=form, quiet=quiet)
     return ExitCode.FINDINGS if comparison.violations else ExitCode.DONE

@@ -60,6 +60,7 @@ def command(
     dry_run: options.DryRun = False,
     force: options.Force = False,
     strict: options.Strict = False,
+    report_as: options.ReportAs = None,
     as_json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> int:
@@ -84,6 +85,7 @@ def command(
     from bntool.reports.conversion import describe_conversion, show_conversion
     from bntool.reports.report import FileReport, Report
 
+    form = options.choose_form(report_as, as_json=as_json)
     options.require_output(output, unless=dry_run)
     conversion = convert(
         checkpoint,
@@ -99,10 +101,10 @@ def command(
         state_dict=state_dict,
         force=force,
         strict=strict,
-        on_warning=ignore if as_json or quiet else print_warning,
+        on_warning=ignore if form is not None or quiet else print_warning,
     )
     report = FileReport(str(checkpoint), describe_conversion(conversion), show_conversion(conversion))
-    print_report(Report("convert", (report,)), as_json=as_json, quiet=quiet)
+    print_report(Report("convert", (report,)), form=form, quiet=quiet)
     return 0
 
 

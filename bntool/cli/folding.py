@@ -87,6 +87,7 @@ def command(
     dry_run: options.DryRun = False,
     force: options.Force = False,
     strict: options.Strict = False,
+    report_as: options.ReportAs = None,
     as_json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> int:
@@ -125,10 +126,11 @@ def command(
     from bntool.reports.folding import describe_fold, show_fold
     from bntool.reports.report import FileReport, Report
 
+    form = options.choose_form(report_as, as_json=as_json)
     options.require_output(output, unless=dry_run or export is not None)
     options.check_html(html, force=force, inputs=(checkpoint,), outputs=(output, export))
     options.check_specs(model, data)
-    with user_output_to_stderr(), show_progress(as_json=as_json, quiet=quiet) as progress:
+    with user_output_to_stderr(), show_progress(as_json=form is not None, quiet=quiet) as progress:
         result = fold_checkpoint(
             checkpoint,
             output,
@@ -158,6 +160,6 @@ def command(
         from bntool.reports.page.writing import write_page
 
         write_page(make_fold_page(str(checkpoint), result), html, force=force)
-    print_report(Report("fold", (report,)), as_json=as_json, quiet=quiet)
-    print_written(html, as_json=as_json, quiet=quiet)
+    print_report(Report("fold", (report,)), form=form, quiet=quiet)
+    print_written(html, form=form, quiet=quiet)
     return 0

@@ -63,6 +63,7 @@ def command(
     dry_run: options.DryRun = False,
     force: options.Force = False,
     strict: options.Strict = False,
+    report_as: options.ReportAs = None,
     as_json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> int:
@@ -89,6 +90,7 @@ def command(
     from bntool.reports.freezing import describe_freeze, show_freeze
     from bntool.reports.report import FileReport, Report
 
+    report_form = options.choose_form(report_as, as_json=as_json)
     options.require_output(output, unless=dry_run or emit is not None)
     result = freeze_checkpoint(
         checkpoint,
@@ -106,5 +108,5 @@ def command(
         strict=strict,
     )
     report = FileReport(str(checkpoint), describe_freeze(result), show_freeze(result))
-    print_report(Report("freeze", (report,)), as_json=as_json, quiet=quiet)
+    print_report(Report("freeze", (report,)), form=report_form, quiet=quiet)
     return 0

@@ -15,6 +15,7 @@ from bntool.cli import options
 from bntool.cli.output import is_drawn, print_blocks, print_report, print_written
 from bntool.inspection.findings import Severity
 from bntool.progress import OnProgress, ignore
+from bntool.reports.forms.form import ReportForm
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from bntool.errors import BntoolError
     from bntool.inspection.results import Inspection
     from bntool.inspection.run import Run
+    from bntool.reports.forms.problems import Problem
     from bntool.reports.report import FileReport
 
 
@@ -55,6 +57,7 @@ def command(
     ] = None,
     html: options.Html = None,
     force: options.ForceHtml = False,
+    report_as: options.ReportAs = None,
     as_json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> int:
@@ -83,13 +86,14 @@ def command(
     from bntool.errors import BntoolError
     from bntool.reports.report import Report
 
+    form = options.choose_form(report_as, as_json=as_json, judges=True)
     options.check_html(html, force=force, inputs=checkpoints)
     shown = _Shown(
         every_layer=all_tensors or not is_drawn(sys.stdout),
         every_tensor=all_tensors or stats,
-        as_json=as_json,
-        blocks=not as_json and not quiet and (len(checkpoints) == 1 or all_tensors),
-        at_once=len(checkpoints) > 1,
+        form=form,
+        blocks=(form.takes_blocks if form else not quiet) and (len(checkpoints) == 1 or all_tensors),
+        at_once=form is None and len(checkpoints) > 1,
         page=html if len(checkpoints) == 1 else None,
         force=force,
         fail_on=fail_on,
@@ -104,7 +108,7 @@ def command(
     }
     # only these read files whole; what is printed meanwhile is progress enough
     slow = checkpoints if (stats or verify_crc) and not (shown.at_once and shown.blocks) else []
-    reading = _show_reading(slow, as_json=as_json, quiet=quiet)
+    reading = _show_reading(slow, as_json=form is not None, quiet=quiet)
     if len(checkpoints) == 1:
         from bntool.inspection.checkpoint import inspect
 
@@ -125,13 +129,15 @@ def command(
             run = inspect_run(checkpoints, on_file=shown.take, on_progress=progress, **settings)
         failed = {file.path: file.error for file in run.files if file.error is not None}
         files = shown.list_reports(checkpoints, failed)
-        report = Report("inspect", files, describe_run(run), () if as_json or quiet else (*show_run(run),))
+        wanted = form.takes_blocks if form else not quiet
+        report = Report("inspect", files, describe_run(run), (*show_run(run),) if wanted else ())
         if html is not None and len(failed) < len({*checkpoints}):
             _write_run_page(run, html, settings, force=force)
     code = max([ExitCode.FINDINGS if shown.fails else ExitCode.DONE, *map(exit_code_of, failed.values())])
-    print_report(report, as_json=as_json, quiet=quiet)
+    gate = fail_on or Severity.ERROR
+    print_report(report._replace(fail_on=gate.value), form=form, quiet=quiet, failing=shown.failing)
     if len(failed) < len({*checkpoints}):
-        print_written(html, as_json=as_json, quiet=quiet)
+        print_written(html, form=form, quiet=quiet)
     return code
 
 
@@ -153,19 +159,20 @@ class _Shown:
         page: of the only one.
         blocks: each is shown whole.
         at_once: and not kept until all are.
-        fails: one fails on ``fail_on``.
+        failing: what fails on ``fail_on``.
         reports: by path.
     """
 
     every_layer: bool
     every_tensor: bool
-    as_json: bool
+    form: ReportForm | None
     blocks: bool
     at_once: bool
     page: Path | None
     force: bool
     fail_on: Severity | None
     fails: bool = False
+    failing: list[Problem] = field(default_factory=list)
     reports: dict[str, FileReport] = field(default_factory=dict)
 
     def list_reports(self, paths: Sequence[Path], failed: Mapping[str, BntoolError]) -> tuple[FileReport, ...]:
@@ -177,10 +184,13 @@ class _Shown:
 
     def take(self, path: str, inspection: Inspection) -> None:
         from bntool.reports.blocks import Block, line
+        from bntool.reports.forms.problems import list_problems_of
         from bntool.reports.inspection import describe_inspection, show_inspection
         from bntool.reports.report import FileReport
 
-        facts = describe_inspection(inspection, every_tensor=self.every_tensor) if self.as_json else {}
+        fails = self.fail_on is not None and inspection.fails_on(self.fail_on)
+        takes_facts = fails or (self.form is not None and not self.form.takes_blocks)
+        facts = describe_inspection(inspection, every_tensor=self.every_tensor) if takes_facts else {}
         blocks: list[Block] = []
         if self.blocks:
             blocks += show_inspection(path, inspection, every_layer=self.every_layer, every_tensor=self.every_tensor)
@@ -188,13 +198,15 @@ class _Shown:
             print_blocks([*blocks, line()])
             blocks = []
         report = FileReport(path, facts, blocks)
-        self.reports[path] = report.encode() if self.as_json else report
+        if self.fail_on is not None and fails:
+            self.failing += [one for one in list_problems_of(report) if one.reaches(self.fail_on.value)]
+        self.reports[path] = report.encode() if self.form is ReportForm.JSON else report
         if self.page is not None:
             from bntool.reports.page.inspection import make_inspection_page
             from bntool.reports.page.writing import write_page
 
             write_page(make_inspection_page(path, inspection), self.page, force=self.force)
-        self.fails = self.fails or (self.fail_on is not None and inspection.fails_on(self.fail_on))
+        self.fails = self.fails or fails
 
 
 def _write_run_page(run: Run, path: Path, settings: Mapping[str, Any], *, force: bool) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import itertools
 import warnings
 from collections.abc import Iterator, Sequence
 from enum import IntEnum
@@ -16,6 +17,7 @@ from bntool import errors
 from bntool.checkpoints.outputs import list_written, remove_unfinished
 from bntool.cli.help import Command, Group
 from bntool.cli.output import is_another_rank, print_report, print_warning
+from bntool.reports.forms.form import ReportForm
 from bntool.reports.report import FileReport, Report
 from bntool.version import __version__
 
@@ -196,8 +198,17 @@ def _fail(error: errors.BntoolError, arguments: Sequence[str]) -> ExitCode:
     if checkpoint and isinstance(error, errors.RefusedError | errors.VerificationError):
         error.about(checkpoint)
     report = Report(command, (FileReport(error.path or checkpoint, error=error),))
-    print_report(report, as_json="--json" in arguments and not (command == "recalibrate" and is_another_rank()))
+    form = None if command == "recalibrate" and is_another_rank() else _find_form(arguments)
+    print_report(report, form=form)
     return exit_code_of(error)
+
+
+def _find_form(arguments: Sequence[str]) -> ReportForm | None:
+    """The form that the arguments ask for, also where something is wrong with them; None for text."""
+    given = [one.partition("=")[2] for one in arguments if one.startswith("--report=")]
+    given += [after for one, after in itertools.pairwise(arguments) if one == "--report"]
+    given += ["json"] * ("--json" in arguments)
+    return next((form for form in ReportForm if form.value in given), None)
 
 
 def _find_checkpoint(arguments: Sequence[str]) -> str:

@@ -10,6 +10,7 @@ import typer
 
 from bntool.cli.help import MODEL, OUTPUT, SELECTION
 from bntool.errors import UsageError
+from bntool.reports.forms.form import ReportForm
 
 Checkpoint = Annotated[
     Path, typer.Argument(metavar="CKPT", help="Checkpoint file; it is never written to.", show_default=False)
@@ -67,10 +68,19 @@ Strict = Annotated[
         "--strict", help="Refuse (exit 4) if any layer is skipped or anything is assumed.", rich_help_panel=OUTPUT
     ),
 ]
-Json = Annotated[
-    bool, typer.Option("--json", help="Print the result as JSON (documented in docs/json.md).", rich_help_panel=OUTPUT)
+Json = Annotated[bool, typer.Option("--json", help="The same as --report json.", rich_help_panel=OUTPUT)]
+ReportAs = Annotated[
+    ReportForm | None,
+    typer.Option(
+        "--report",
+        help="Print the result in a form for programs; the last three list what is wrong, and are of inspect and diff.",
+        show_default="text for people",
+        rich_help_panel=OUTPUT,
+    ),
 ]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.", rich_help_panel=OUTPUT)]
+Quiet = Annotated[
+    bool, typer.Option("--quiet", "-q", help="Print errors only, and why a gate failed.", rich_help_panel=OUTPUT)
+]
 Html = Annotated[
     Path | None,
     typer.Option(
@@ -134,6 +144,24 @@ def check_specs(model: str | None, *data: str | None) -> None:
     for spec in data:
         if spec is not None:
             check_data(spec)
+
+
+def choose_form(given: ReportForm | None, *, as_json: bool, judges: bool = False) -> ReportForm | None:
+    """The form that a report is printed in; None for text for people.
+
+    Args:
+        given: by ``--report``.
+        as_json: ``--json`` was given.
+        judges: the command has findings or expectations to list.
+
+    Raises:
+        UsageError: the two contradict each other, or the form lists problems and the command has none.
+    """
+    if as_json and given not in (None, ReportForm.JSON):
+        raise UsageError(f"--json is --report json: it does not go with --report {given.value}")
+    if given is not None and given.lists_problems and not judges:
+        raise UsageError(f"--report {given.value} lists what is wrong with files: it is of inspect and diff")
+    return ReportForm.JSON if as_json else given
 
 
 def check_html(path: Path | None, *, force: bool, inputs: Sequence[Path], outputs: Sequence[Path | None] = ()) -> None:

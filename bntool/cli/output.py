@@ -5,25 +5,35 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from bntool.reports.blocks import Cell, Line, Style
+from bntool.reports.forms.form import ReportForm, draw
 from bntool.reports.text import MAX_SENTENCE, sanitize
 
 if TYPE_CHECKING:
     from bntool.errors import BntoolError
     from bntool.reports.blocks import Block
+    from bntool.reports.forms.problems import Problem
     from bntool.reports.report import Report
 
 _LONGEST_PATH = 4096
 
 
-def print_report(report: Report, *, as_json: bool, quiet: bool = False) -> None:
-    """Print what a command did: as JSON, or as text that suits where it goes."""
-    if as_json:
-        _write(sys.stdout, report.to_json() + "\n")
+def print_report(
+    report: Report, *, form: ReportForm | None, quiet: bool = False, failing: Sequence[Problem] = ()
+) -> None:
+    """Print what a command did: in a form for programs, or as text that suits where it goes.
+
+    Args:
+        form: None for text.
+        quiet: no text.
+        failing: why the command ends with an exit code of 1; said on stderr where no text says it.
+    """
+    if form is not None:
+        _write(sys.stdout, draw(report, form))
     elif not quiet:
         shown = [blocks for blocks in (*(file.blocks for file in report.files), report.blocks) if blocks]
         for index, blocks in enumerate(shown):
@@ -33,6 +43,10 @@ def print_report(report: Report, *, as_json: bool, quiet: bool = False) -> None:
     for file in report.files:
         if file.error is not None:
             print_error(file.error)
+    if quiet or (form is not None and not form.lists_problems and not form.takes_blocks):
+        for problem in failing:
+            place = sanitize(problem.file, limit=_LONGEST_PATH)
+            _note(f"bntool: {problem.severity}: {place}: {sanitize(problem.sentence, limit=MAX_SENTENCE)}", Style.ERROR)
 
 
 def print_blocks(blocks: Iterable[Block]) -> None:
@@ -47,9 +61,9 @@ def print_blocks(blocks: Iterable[Block]) -> None:
         _write(sys.stdout, plain.draw(blocks))
 
 
-def print_written(path: Path | None, *, as_json: bool, quiet: bool) -> None:
+def print_written(path: Path | None, *, form: ReportForm | None, quiet: bool) -> None:
     """That a page was written beside what the command is for; None where none was."""
-    if path is not None and not (as_json or quiet):
+    if path is not None and form is None and not quiet:
         print_blocks([Line((Cell(f"wrote {path}", Style.GOOD),), verbatim=True)])
 
 

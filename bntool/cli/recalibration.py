@@ -17,6 +17,7 @@ from bntool.recalibration.options import Method, Precision
 if TYPE_CHECKING:
     from bntool.recalibration.partials import Partial
     from bntool.recalibration.results import CheckpointRecalibration
+    from bntool.reports.forms.form import ReportForm
 
 
 def command(
@@ -162,6 +163,7 @@ def command(
     dry_run: options.DryRun = False,
     force: options.Force = False,
     strict: options.Strict = False,
+    report_as: options.ReportAs = None,
     as_json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> int:
@@ -191,6 +193,7 @@ def command(
     from bntool.models.assignments import parse_assignments
     from bntool.progress import Progress
 
+    form = options.choose_form(report_as, as_json=as_json)
     if from_partials:
         _refuse_with_partials(model, data, eval_data, metric, shard, partial, resume)
         options.require_output(output, unless=dry_run)
@@ -208,7 +211,7 @@ def command(
             force=force,
             strict=strict,
         )
-        _print(checkpoint, merged, html=html, force=force, as_json=as_json, quiet=quiet)
+        _print(checkpoint, merged, html=html, force=force, form=form, quiet=quiet)
         return 0
     if model is None or data is None:
         raise UsageError("recalibrate runs the model on data: give --model SPEC and --data SPEC")
@@ -222,7 +225,7 @@ def command(
     with open_checkpoint(checkpoint) as source:  # what is wrong with the files is said before torch is imported
         check_changeable(source)
         check_output(source, None if dry_run else partial or output, force=force)
-        with user_output_to_stderr(), show_progress(as_json=as_json, quiet=quiet) as progress:
+        with user_output_to_stderr(), show_progress(as_json=form is not None, quiet=quiet) as progress:
             progress(Progress("importing torch"))
             from bntool.recalibration.checkpoint import recalibrate_checkpoint
 
@@ -258,7 +261,7 @@ def command(
                 on_progress=progress,
             )
     if result is not None:
-        _print(checkpoint, result, html=html, force=force, as_json=as_json, quiet=quiet)
+        _print(checkpoint, result, html=html, force=force, form=form, quiet=quiet)
     return 0
 
 
@@ -268,7 +271,7 @@ def _print(
     *,
     html: Path | None,
     force: bool,
-    as_json: bool,
+    form: ReportForm | None,
     quiet: bool,
 ) -> None:
     from bntool.recalibration.partials import Partial
@@ -286,8 +289,8 @@ def _print(
 
             write_page(make_recalibration_page(str(checkpoint), result), html, force=force)
     report = FileReport(str(checkpoint), facts, blocks)
-    print_report(Report("recalibrate", (report,)), as_json=as_json, quiet=quiet)
-    print_written(html, as_json=as_json, quiet=quiet)
+    print_report(Report("recalibrate", (report,)), form=form, quiet=quiet)
+    print_written(html, form=form, quiet=quiet)
 
 
 def _refuse_with_partials(*others: object) -> None:

@@ -47,12 +47,14 @@ class Report(NamedTuple):
         files: one for each file, in the order given.
         run: what several files say together, as JSON data; None for one.
         blocks: the same for people.
+        fail_on: the least severity of findings that fail a gate.
     """
 
     command: str
     files: tuple[FileReport, ...]
     run: Mapping[str, Any] | None = None
     blocks: Sequence[Block] = ()
+    fail_on: str = "error"
 
     def to_json(self) -> str:
         """The JSON document: ``{"schema_version", "command", "files": [...]}``, and ``"run"`` where there is one.

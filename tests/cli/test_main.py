@@ -71,7 +71,7 @@ def test_an_interrupt_is_130(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("bntool.inspection.run.inspect", interrupt)
+    monkeypatch.setattr("bntool.inspection.checkpoint.inspect", interrupt)
     assert main(["inspect", "x.pt"]) == 130
     assert "interrupted" in capsys.readouterr().err
 
@@ -80,7 +80,7 @@ def test_an_unexpected_exception_keeps_its_traceback(monkeypatch: pytest.MonkeyP
     def fail(*_: object, **__: object) -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setattr("bntool.inspection.run.inspect", fail)
+    monkeypatch.setattr("bntool.inspection.checkpoint.inspect", fail)
     with pytest.raises(ZeroDivisionError):
         main(["inspect", "x.pt"])
 

@@ -1,0 +1,50 @@
+"""The forms of a report for programs; each is drawn by a module of its own, imported when it is asked for."""
+
+from __future__ import annotations
+
+import importlib
+from enum import Enum
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from bntool.reports.report import Report
+
+
+class ReportForm(Enum):
+    """What ``--report`` takes. Those of problems are of commands that judge: inspect and diff."""
+
+    JSON = "json"
+    MARKDOWN = "markdown"
+    CSV = "csv"
+    GITHUB = "github"
+    SARIF = "sarif"
+    JUNIT = "junit"
+
+    @property
+    def lists_problems(self) -> bool:
+        """Whether it shows findings and expectations that are not met, and nothing else."""
+        return self in (ReportForm.GITHUB, ReportForm.SARIF, ReportForm.JUNIT)
+
+    @property
+    def takes_blocks(self) -> bool:
+        """Whether it shows what people are shown, else the data of ``--json``."""
+        return self is ReportForm.MARKDOWN
+
+
+_DRAWN_BY = {
+    ReportForm.MARKDOWN: "markdown",
+    ReportForm.CSV: "separated_values",
+    ReportForm.GITHUB: "annotations",
+    ReportForm.SARIF: "sarif",
+    ReportForm.JUNIT: "junit",
+}
+
+
+def draw(report: Report, form: ReportForm) -> str:
+    """A report in a form, with a newline at its end; "" where the form has nothing to show."""
+    if form is ReportForm.JSON:
+        return report.to_json() + "\n"
+    drawn_by: Callable[[Report], str] = importlib.import_module(f"{__package__}.{_DRAWN_BY[form]}").draw
+    return drawn_by(report)

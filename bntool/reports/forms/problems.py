@@ -1,0 +1,94 @@
+"""What inspect and diff hold against a file, one by one, read from the data of the JSON document."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+from bntool.reports.report import FileReport, Report, describe_error
+from bntool.reports.text import sanitize
+
+_SEVERITIES = ("notice", "warning", "error")
+_UNJUDGED = ("statistics-missing", "not-understood")
+EXPECTATION = "expectation"  # the code of what diff --expect finds changed
+
+
+class Problem(NamedTuple):
+    """A finding, a part of an expectation that is not met, or a file that could not be read.
+
+    Attributes:
+        file: as it was given.
+        code: of the finding or error.
+        severity: ``notice``, ``warning`` or ``error``.
+        message: a sentence, and what to do where that is known.
+        layer: its name, with the key of its state dict where the file has several; "" for the file as a whole.
+        channels: that it concerns; empty for all or none.
+        is_failure: the file could not be looked at at all.
+    """
+
+    file: str
+    code: str
+    severity: str
+    message: str
+    layer: str = ""
+    channels: tuple[int, ...] = ()
+    is_failure: bool = False
+
+    @property
+    def place(self) -> str:
+        """Layer and channels in a few words; "" for the file."""
+        if not self.channels:
+            return self.layer
+        shown = ", ".join(map(str, self.channels[:8])) + (", ..." if len(self.channels) > 8 else "")
+        return f"{self.layer}, channel{'s' * (len(self.channels) > 1)} {shown}".lstrip(", ")
+
+    def reaches(self, severity: str) -> bool:
+        """Whether a gate that fails on this severity fails by it: what could not be judged does at any."""
+        return self.code in _UNJUDGED or _SEVERITIES.index(self.severity) >= _SEVERITIES.index(severity)
+
+    @property
+    def sentence(self) -> str:
+        """All of it but the file."""
+        return f"{f'{self.place}: ' if self.place else ''}{self.code}: {self.message}"
+
+
+def list_problems(report: Report) -> list[Problem]:
+    """All problems of all files, in the order of the files."""
+    return [problem for file in report.files for problem in list_problems_of(file)]
+
+
+def list_problems_of(file: FileReport) -> Iterator[Problem]:
+    """The problems of one file: those of the file first, then those of its state dicts and layers."""
+    if file.error is not None:
+        error = describe_error(file.error)
+        message = ". ".join(filter(None, (error["message"], error.get("remedy"))))
+        yield Problem(
+            file.path, error["code"], "error", _safe(message), _safe(error.get("tensor", "")), is_failure=True
+        )
+    for finding in file.facts.get("findings", ()):
+        yield _read(file.path, finding, "")
+    state_dicts = file.facts.get("state_dicts", ())
+    for state_dict in state_dicts:
+        if not isinstance(state_dict, Mapping):  # diff names the keys alone
+            continue
+        where = f"{state_dict['key']}: " if len(state_dicts) > 1 and state_dict["key"] else ""
+        for finding in state_dict["findings"]:
+            yield _read(file.path, finding, ", ".join(f"{where}{name}" for name in finding.get("layers", ())[:3]))
+        for layer in state_dict["layers"]:
+            for finding in layer["findings"]:
+                yield _read(file.path, finding, where + layer["name"])
+    expected = file.facts.get("expectation") or {}
+    for violation in expected.get("violations", ()):
+        layer, colon, what = violation.partition(": ")
+        message = f"{what if colon else violation} changed, against --expect {expected['name']}"
+        yield Problem(file.facts["other_file"], EXPECTATION, "error", _safe(message), _safe(layer if colon else ""))
+
+
+def _read(path: str, finding: Mapping[str, Any], layer: str) -> Problem:
+    message = ". ".join(filter(None, (finding["message"].rstrip("."), finding.get("advice"))))
+    channels = tuple(finding.get("channels", ()))
+    return Problem(path, finding["code"], finding["severity"], _safe(message), _safe(layer), channels)
+
+
+def _safe(text: str) -> str:
+    return sanitize(text, limit=2000)
