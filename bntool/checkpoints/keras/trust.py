@@ -161,7 +161,7 @@ def _judge_name_of_keras(parts: Sequence[str], name: str) -> GlobalTrust:
         return GlobalTrust.KNOWN  # what fields of layers say is judged apart
     if area == "layers" and name[:1].isupper():
         return GlobalTrust.UNKNOWN
-    if area in _AREAS and name not in _TAKES_ANYTHING:
+    if area in _AREAS and name not in _TAKES_ANYTHING and not name.startswith("set_"):  # which sets it for all models
         return GlobalTrust.KNOWN
     if area == "backend" and "optimizers" in parts and _is_part(name):
         return GlobalTrust.KNOWN

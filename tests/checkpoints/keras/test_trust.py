@@ -27,6 +27,8 @@ from tests.places import INTEROP
 REACHES = {  # what a layer more, or a field of the configuration, makes of a harmless file
     "a torch pickle": layer("TorchModuleWrapper", content=torch_pickle()),
     "safe mode switched off": lambda_layer("keras.config", "enable_unsafe_deserialization"),
+    "the dtype of all models set": lambda_layer("keras.mixed_precision", "set_dtype_policy"),
+    "the same by its inner name": lambda_layer("keras.src.dtype_policies.dtype_policy", "set_dtype_policy"),
     "a download": lambda_layer("keras.utils", "get_file"),
     "a download of tf_keras": lambda_layer("tf_keras.utils", "get_file"),
     "a download under tensorflow": lambda_layer("tensorflow.keras.utils", "get_file"),
