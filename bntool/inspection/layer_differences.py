@@ -109,12 +109,19 @@ def _is_as_created(layer: LayerInspection) -> bool:
     return weight.minimum == weight.maximum == 1 and bias.minimum == bias.maximum == 0 and not weight.nonfinite
 
 
+def _in_training_mode() -> Finding:
+    """Of a node of a graph: a program has one mode."""
+    message = "its node is in training mode: it normalises by the batch whenever the program runs"
+    advice = "export the model again after model.eval(), unless the program is to be trained"
+    return Finding(FindingCode.BATCH_STATISTICS, Severity.WARNING, "training mode", message, advice=advice)
+
+
 def _compare_modes(layers: Sequence[LayerInspection], state_dict: StateDict) -> _Found:
     """Layers of a module whose mode is not the one of the whole model."""
     root = state_dict.modules.get(state_dict.prefix.rstrip(".")) or state_dict.modules.get("")
     training = None if root is None else root.attributes.get("training")
     if not isinstance(training, bool):
-        return {}
+        return {layer.name: _in_training_mode() for layer in layers if layer.layer.training is True}
     odd = [layer for layer in layers if layer.layer.training is (not training)]
     if training and len(odd) == len(layers):
         return {}  # norm_eval: statistics are kept while the rest trains

@@ -273,7 +273,11 @@ def recalibrate(  # noqa: PLR0913 as plan_recalibration
         precision=choose(Precision, precision, option="precision"),
     )
     if not result.statistics:
-        reasons = ", ".join(sorted({skip.reason.value for skip in result.plan.skips})) or "the model has none"
+        firsts = {skip.reason: skip for skip in reversed(result.plan.skips)}
+        reasons = "; ".join(
+            f"{skip.layer}: {skip.reason.value}{f' ({skip.detail})' * bool(skip.detail)}" for skip in firsts.values()
+        )
+        reasons = reasons or "the model has none"
         frozen = any(skip.reason is SkipReason.FROZEN for skip in result.plan.skips)
         advice = "; layers=['*'] selects frozen ones, too" if frozen else ""
         raise RefusedError(f"no BatchNorm layer could be recalibrated: {reasons}{advice}")

@@ -216,7 +216,7 @@ class Frozen(nn.Module):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("eps", [1e-5, 1e-3, 2e-5, 1e-6])
+@pytest.mark.parametrize("eps", [1e-5, 1e-3, 2e-5, 1e-6, 0.0])
 def test_a_frozen_batchnorm_whose_eps_is_a_variable_is_folded(eps, dtype):
     net, x = randomise(nn.Sequential(nn.Conv2d(3, 8, 3), Frozen(8, eps), nn.ReLU())).to(dtype), image().to(dtype)
     net[1].running_var[2] = 1e-4

@@ -399,6 +399,8 @@ def _solve_eps(scale: Tensor, weight: Tensor, variance: Tensor) -> float | None:
     rounded = float(f"{estimate:.0e}")
     # rounding of the scale to float32 moves the estimate by some 2^-23 of the sum
     noise = 2.0**-21 * abs(float(variance[best]) + estimate)
+    if abs(estimate) <= noise:
+        return 0.0  # as FrozenBatchNorm2d was written first, in maskrcnn-benchmark
     return rounded if rounded > 0 and abs(estimate - rounded) <= max(noise, 1e-3 * rounded) else None
 
 

@@ -338,3 +338,22 @@ def test_shared_tensors_end_as_the_dry_run_says(
         left = [layer.name for layer in find_batchnorms(checkpoint.state_dict(""))]
     if command == ["fold"]:
         assert set(left) == set(stay) | {skip["layer"] for skip in done["skips"]}
+
+
+@pytest.mark.parametrize("training", [0, 1])
+def test_a_node_in_training_mode_is_not_called_healthy(
+    training: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    outputs = ["y", "mean", "variance"] if training else ["y"]
+    inputs = ["x", "g", "b", "m", "v"]
+    bn = helper.make_node("BatchNormalization", inputs, outputs, name="bn", training_mode=training)
+    rng = np.random.default_rng(0)
+    constants = [tensor(name, rng.uniform(0.5, 2, 4)) for name in "gbmv"]
+    given = [helper.make_tensor_value_info("x", TensorProto.FLOAT, [2, 4, 3, 3])]
+    taken = [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)]
+    graph = helper.make_graph([bn], "graph", given, taken, constants)
+    path = tmp_path / "model.onnx"
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 15)], ir_version=8), path)
+    assert main(["inspect", str(path), "--fail-on", "warning", "--json"]) == training
+    found = json.loads(capsys.readouterr().out)["files"][0]["state_dicts"][0]["layers"][0]["findings"]
+    assert [one["code"] for one in found if one["severity"] == "warning"] == ["batch-statistics"] * training
