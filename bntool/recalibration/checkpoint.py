@@ -44,7 +44,7 @@ from bntool.recalibration.options import Method, Precision
 from bntool.recalibration.output_changes import measure_output_changes
 from bntool.recalibration.partials import Origin, Partial, write_partial
 from bntool.recalibration.ranks import Ranks, join_job
-from bntool.recalibration.results import CheckpointRecalibration, with_record
+from bntool.recalibration.results import CheckpointRecalibration, PreprocessingSteps, with_record
 from bntool.recalibration.warnings import (
     counts_other_classes,
     warn_of_fewer,
@@ -220,7 +220,7 @@ def recalibrate_checkpoint(  # noqa: PLR0913, PLR0915 as many as the command has
             evaluated_on=_name(eval_data) if apart else f"{_name(data)} (the calibration data)",
             output=None if target is None or kept_old else str(target),
             kept=kept_old,
-            preprocessing=steps,
+            preprocessing=None if steps is None else PreprocessingSteps(steps.describe(), steps.origin),
             promoted=list_promoted(plan),
             lacking=lacking,
             warnings=(

@@ -22,9 +22,9 @@ from bntool.plan import check_plan
 from bntool.recalibration.dtype_limits import check_holds, fit_plan, list_promoted
 from bntool.recalibration.fingerprints import fingerprint_state_dict
 from bntool.recalibration.moments import Array
-from bntool.recalibration.new_statistics import Blend, LayerFacts, Measurement, Pair, Paths, check_prior, conclude
-from bntool.recalibration.partials import check_fit, merge_nodes, read_partial
-from bntool.recalibration.results import CheckpointRecalibration, with_record
+from bntool.recalibration.new_statistics import Blend, LayerFacts, Measurement, Pair, check_prior, conclude
+from bntool.recalibration.partials import Origin, merge_partials
+from bntool.recalibration.results import CheckpointRecalibration, PreprocessingSteps, with_record
 from bntool.recalibration.warnings import warn_of_fewer, warn_of_lacking, warn_of_platforms
 
 
@@ -66,29 +66,32 @@ def merge_statistics(  # noqa: PLR0913 as many as the command has options
     """
     check_prior(prior)
     target = None if output is None else Path(output)
-    read = [read_partial(Path(partial)) for partial in partials]
-    if not read:
+    paths = [Path(partial) for partial in partials]
+    if not paths:
         raise UsageError("there is no partial to merge")
     with open_checkpoint(path) as source:
         check_changeable(source)
         check_output(source, target, force=force)
-        origin = read[0].origin
-        is_there = any(one.key == origin.state_dict for one in source.state_dicts)
-        chosen = choose_state_dict(source, origin.state_dict if state_dict is None and is_there else state_dict)
+
+        def choose(origin: Origin) -> StateDict:
+            is_there = any(one.key == origin.state_dict for one in source.state_dicts)
+            return choose_state_dict(source, origin.state_dict if state_dict is None and is_there else state_dict)
+
+        merged = merge_partials(paths, checkpoint=lambda origin: fingerprint_state_dict(choose(origin)), path=path)
+        first, origin = merged.first, merged.first.origin
+        chosen = choose(origin)
         check_not_folded(source.records.get(chosen.key, ()), path)
-        check_fit(read, checkpoint=fingerprint_state_dict(chosen), path=path)
-        measurement = Measurement.of(merge_nodes(read), read[0].channels)
+        measurement = Measurement.of(merged.measured, first.channels)
         measurement.check(origin.data_name)
-        names = [*(facts.name for facts in read[0].layers.values()), *(skip.layer for skip in read[0].skips)]
-        check_globs(layers, names)
-        wanted = {name: facts for name, facts in read[0].layers.items() if selects(layers, facts.name)}
+        check_globs(layers, [*(f.name for f in first.layers.values()), *(skip.layer for skip in first.skips)])
+        wanted = {name: facts for name, facts in first.layers.items() if selects(layers, facts.name)}
         lacking = tuple(facts.name for facts in wanted.values() if not _is_held(chosen, facts))
         result = conclude(
             measurement,
             wanted,
             Blend(_read_stored(chosen, wanted), method=origin.method, prior=prior),
-            Paths({name for one in read for name in one.called}, {name for one in read for name in one.read}),
-            skips=[skip for skip in read[0].skips if selects(layers, skip.layer)],
+            merged.paths,
+            skips=[skip for skip in first.skips if selects(layers, skip.layer)],
             precision=origin.precision,
         )
         check_plan(result.plan, path, strict=strict)
@@ -119,12 +122,15 @@ def merge_statistics(  # noqa: PLR0913 as many as the command has options
             evaluated_on=None,
             output=None if target is None else str(target),
             kept=False,
+            preprocessing=None
+            if origin.preprocessing is None
+            else PreprocessingSteps(origin.preprocessing, origin.preprocessing_origin or ""),
             promoted=list_promoted(plan),
             lacking=lacking,
             warnings=(
                 *warn_of_fewer(result, asked=origin.samples, there=None, cut=False),
                 *warn_of_lacking(lacking, result),
-                *warn_of_platforms([one.platform for one in read]),
+                *warn_of_platforms(merged.platforms),
             ),
         )
 

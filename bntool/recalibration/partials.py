@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterator, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,14 +20,14 @@ from bntool.checkpoints.outputs import OutputFiles
 from bntool.checkpoints.safetensors.file import Safetensors
 from bntool.checkpoints.safetensors.file_writing import make_header
 from bntool.checkpoints.safetensors.partial import PARTIAL_KEY, PARTIAL_VERSION, PartialContent
-from bntool.checkpoints.tensors import LiteralTensor, Tensor, read_bytes
+from bntool.checkpoints.tensors import LiteralTensor, StoredTensor, Tensor, read_bytes
 from bntool.data.policies import LeftOut, OnBadData
 from bntool.data.shares import Share
 from bntool.errors import BntoolError, CorruptFileError, RefusedError, UnknownFormatError, UnsafeFileError
 from bntool.plan import Skip, SkipReason
 from bntool.recalibration.batch_tree import BatchTree, Measured, Place, find_runs
 from bntool.recalibration.moments import Array, Moments, Tally
-from bntool.recalibration.new_statistics import LayerFacts
+from bntool.recalibration.new_statistics import LayerFacts, Paths
 from bntool.recalibration.options import Method, Precision
 from bntool.representation import short_repr
 from bntool.version import __version__
@@ -36,6 +37,7 @@ _BY_LAYER = ("order", "positions", "calls")  # int64, shape (nodes, layers)
 _BY_CHANNEL = ("mean", "squares", "batch_mean", "batch_squares", "variances")  # float64, shape (nodes, channels)
 _LARGEST = 1 << 53  # counts up to here are exact in float64
 _MOST_BYTES = 1 << 32
+_FINITE = sys.float_info.max
 _MOST_LEVELS = 53
 _LISTED = 8  # runs of missing shards
 
@@ -124,6 +126,23 @@ class Partial:
     def channels(self) -> dict[str, int]:
         """Of each layer."""
         return {name: facts.channels for name, facts in self.layers.items()}
+
+
+@dataclass(frozen=True)
+class MergedPartials:
+    """All partials together.
+
+    Attributes:
+        first: one of them, for what they have in common; without numbers.
+        measured: what all batches gave.
+        platforms: how each was measured.
+        paths: how layers ran.
+    """
+
+    first: Partial
+    measured: Measured
+    platforms: Sequence[Mapping[str, Any]]
+    paths: Paths
 
 
 def write_partial(partial: Partial, path: Path, *, force: bool) -> None:
@@ -345,15 +364,22 @@ def _read_arrays(
         tensor = tensors.get(name)
         if tensor is None or tuple(tensor.shape) != shape or tensor.dtype is not dtype:
             raise CorruptFileError(f"it should hold {dtype} of shape {list(shape)}", tensor=name)
-        array = np.frombuffer(read_bytes(tensor), "<f8" if dtype is FLOAT64 else "<i8").reshape(shape)
-        if dtype is FLOAT64:
-            good = bool(np.isfinite(array).all()) and (name.endswith("mean") or not (array < 0).any())
-        else:
-            least, end = (-1, layers) if name == "order" else (0, _LARGEST)
-            good = not ((array < least) | (array >= end)).any()
-        if not good:
+        array = np.frombuffer(_read_at_once(tensor), "<f8" if dtype is FLOAT64 else "<i8").reshape(shape)
+        least, most = {
+            FLOAT64: (-_FINITE if name.endswith("mean") else 0.0, _FINITE),
+            INT64: (-1, layers - 1) if name == "order" else (0, _LARGEST),
+        }[dtype]
+        # NaN is neither
+        if array.size and not (array.min() >= least and array.max() <= most):
             raise CorruptFileError("it holds NaN, infinity, or a number that nothing can have", tensor=name)
         yield name, array
+
+
+def _read_at_once(tensor: Tensor) -> bytes:
+    """All elements, which a partial has without gaps."""
+    if not isinstance(tensor, StoredTensor) or tensor.storage is None:
+        return read_bytes(tensor)
+    return tensor.storage.source.read(tensor.storage.offset, tensor.storage.nbytes)
 
 
 def _check_places(partial: Partial) -> None:
@@ -372,26 +398,51 @@ def _check_places(partial: Partial) -> None:
         raise CorruptFileError("it is complete, and does not say of how many batches")
 
 
-def check_fit(partials: Sequence[Partial], *, checkpoint: str, path: object) -> None:
-    """Hold partials against the checkpoint and against each other: together they must be all batches, each once.
+def merge_partials(paths: Sequence[Path], *, checkpoint: Callable[[Origin], str], path: object) -> MergedPartials:
+    """Read partials and merge what they hold; together they must be all batches, each once.
+
+    One after the other is read and merged, so that no more than one is in memory.
 
     Args:
-        checkpoint: the fingerprint of the state dict to be given new statistics.
+        paths: of the files, in any order.
+        checkpoint: the fingerprint of the state dict that is to be given new statistics.
         path: of its file.
 
     Raises:
-        RefusedError: they do not fit; the message says which, by number.
+        FileError: a file cannot be read.
+        RefusedError: they do not fit; the message says which, by number. Or their sums are not finite.
     """
-    first = partials[0]
-    for partial in partials:
+    tree = BatchTree()
+    facts: list[Partial] = []
+    fingerprint = ""
+    for place in paths:
+        partial = read_partial(place)
         name = _name(partial)
-        if partial.origin.checkpoint != checkpoint:
+        fingerprint = fingerprint or checkpoint(partial.origin)
+        if partial.origin.checkpoint != fingerprint:
             raise RefusedError(f"{name} was measured with another checkpoint than {path}", path=partial.path)
         if not partial.is_complete:
             raise RefusedError(f"{name} is not complete; the command that wrote it goes on with it", path=partial.path)
-        difference = _compare(first, partial)
+        difference = _compare(facts[0], partial) if facts else None
         if difference is not None:
-            raise RefusedError(f"{name} has {difference}, as {first.path} has not", path=partial.path)
+            raise RefusedError(f"{name} has {difference}, which {facts[0].path} has not", path=partial.path)
+        tree.update(partial.nodes)
+        facts.append(replace(partial, nodes=dict.fromkeys(partial.nodes, Measured())))
+    _check_together(facts)
+    measured = tree.finish()
+    if measured.tally is not None and not measured.tally.is_finite:
+        raise RefusedError("merged, the moments of these partials are not finite: one of them is damaged")
+    return MergedPartials(
+        facts[0],
+        measured,
+        [one.platform for one in facts],
+        Paths({n for one in facts for n in one.called}, {n for one in facts for n in one.read}),
+    )
+
+
+def _check_together(partials: Sequence[Partial]) -> None:
+    """Hold shards against each other, by number and by position."""
+    first = partials[0]
     seen: dict[int, Partial] = {}
     for partial in partials:
         other = seen.setdefault(partial.share.shard, partial)
@@ -455,18 +506,3 @@ def _list_shards(runs: Sequence[range]) -> str:
     shown += [f"{len(runs) - _LISTED} other runs"] if len(runs) > _LISTED else []
     listed = " and ".join([", ".join(shown[:-1]), shown[-1]] if len(shown) > 1 else shown)
     return f"shard {listed} is" if listed.replace(",", "").isdecimal() else f"shards {listed} are"
-
-
-def merge_nodes(partials: Sequence[Partial]) -> Measured:
-    """What all partials together gave.
-
-    Raises:
-        RefusedError: their numbers are so large that their sums are not finite.
-    """
-    tree = BatchTree()
-    for partial in partials:
-        tree.update(partial.nodes)
-    measured = tree.finish()
-    if measured.tally is not None and not measured.tally.is_finite:
-        raise RefusedError("merged, the moments of these partials are not finite: one of them is damaged")
-    return measured

@@ -13,9 +13,21 @@ from bntool.recalibration.options import Precision
 from bntool.representation import html_repr, short_repr
 
 if TYPE_CHECKING:  # merging partials needs no torch
-    from bntool.data.preprocessing import Preprocessing
     from bntool.recalibration.evaluation import Evaluation
     from bntool.recalibration.output_changes import OutputChanges
+
+
+@dataclass(frozen=True)
+class PreprocessingSteps:
+    """What was done to images or pixels, in words.
+
+    Attributes:
+        steps: as ``--preprocess`` takes them.
+        origin: who says that they are to be done.
+    """
+
+    steps: str
+    origin: str
 
 
 @dataclass(frozen=True)
@@ -49,7 +61,7 @@ class CheckpointRecalibration:
     evaluated_on: str | None
     output: str | None
     kept: bool
-    preprocessing: Preprocessing | None = None
+    preprocessing: PreprocessingSteps | None = None
     promoted: tuple[str, ...] = ()
     lacking: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()

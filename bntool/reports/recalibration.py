@@ -16,10 +16,9 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from bntool.data.policies import LeftOut
-    from bntool.data.preprocessing import Preprocessing
     from bntool.recalibration.drift import LayerDrift
     from bntool.recalibration.output_changes import OutputChange, OutputChanges
-    from bntool.recalibration.results import CheckpointRecalibration
+    from bntool.recalibration.results import CheckpointRecalibration, PreprocessingSteps
 
 _UNEVEN = 1.05  # the spread of variances over their mean change from which the latter says too little
 _SHOWN = 4  # reasons for leaving samples out that are given
@@ -85,8 +84,8 @@ def _describe_change(change: OutputChange | None) -> dict[str, Any] | None:
     return None if change is None else asdict(change)
 
 
-def _describe_preprocessing(steps: Preprocessing | None) -> dict[str, str] | None:
-    return None if steps is None else {"steps": steps.describe(), "origin": steps.origin}
+def _describe_preprocessing(steps: PreprocessingSteps | None) -> dict[str, str] | None:
+    return None if steps is None else {"steps": steps.steps, "origin": steps.origin}
 
 
 def show_recalibration(outcome: CheckpointRecalibration) -> list[Block]:
@@ -116,7 +115,7 @@ def show_recalibration(outcome: CheckpointRecalibration) -> list[Block]:
     blocks += [*_output_changes(outcome.output_changes), *attention, line()]
     if outcome.preprocessing is not None:
         steps = outcome.preprocessing
-        blocks.append(line(f"preprocessing: {steps.describe()} ({steps.origin})", Style.MUTED))
+        blocks.append(line(f"preprocessing: {steps.steps} ({steps.origin})", Style.MUTED))
     return [*blocks, _drift_table(result.drifts, outcome.output_changes), *_show_loading(outcome)]
 
 

@@ -157,7 +157,7 @@ MISFITS = {
     "missing": (lambda _file, parts: parts.pop(1), "^shard 2 is missing, of 3$"),
     "two missing": (lambda _file, parts: parts.__delitem__(slice(1, 3)), "^shards 2 to 3 are missing, of 3$"),
     "twice": (misfit_twice, "shard 3/3 is there twice: the other is"),
-    "of another count": (lambda f, parts: measure(f, "2/4", parts[1], force=True), "shard 2/4 has 4 shards, as"),
+    "of another count": (lambda f, parts: measure(f, "2/4", parts[1], force=True), "shard 2/4 has 4 shards, which"),
     "of another method": (
         lambda f, parts: measure(f, "2/3", parts[1], method="paper", force=True),
         "has the method paper",
