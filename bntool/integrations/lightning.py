@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Sequence
 from typing import Any
 
 try:
@@ -11,44 +9,22 @@ try:
 except ImportError:  # the package under its older name
     from pytorch_lightning.callbacks import Callback  # type: ignore[no-redef, import-not-found, unused-ignore]
 
-from bntool.freezing.live import apply_freeze, freeze, unfreeze
+from bntool.freezing.live import unfreeze
+from bntool.integrations.freezing import FreezingHook
 
 
-class FreezeBatchNorm(Callback):  # type: ignore[misc, unused-ignore]
+class FreezeBatchNorm(FreezingHook, Callback):  # type: ignore[misc, unused-ignore]
     """Freezes the BatchNorm layers of the module while it is fitted, and gives it back as it was.
 
     It freezes before the optimizers are configured and before the strategy wraps the module.
 
-    Args:
-        checkpoint: a file with a recorded policy, see :func:`bntool.freezing.live.apply_freeze`; the other
-            arguments are not looked at then.
-        norm_eval, requires_grad, layers, frozen_stages: see :func:`bntool.freezing.live.freeze`.
+    Args: see :class:`~bntool.integrations.freezing.FreezingHook`.
     """
-
-    def __init__(
-        self,
-        checkpoint: str | os.PathLike[str] | None = None,
-        *,
-        norm_eval: bool = True,
-        requires_grad: bool | None = None,
-        layers: str | Sequence[str] | None = None,
-        frozen_stages: int | None = None,
-    ) -> None:
-        self._checkpoint = checkpoint
-        self._options: dict[str, Any] = {
-            "norm_eval": norm_eval,
-            "requires_grad": requires_grad,
-            "layers": layers,
-            "frozen_stages": frozen_stages,
-        }
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:  # noqa: ARG002 (Lightning's own signature)
         """Freeze."""
         if stage == "fit":
-            if self._checkpoint is not None:
-                apply_freeze(pl_module, self._checkpoint)
-            else:
-                freeze(pl_module, **self._options)
+            self.freeze(pl_module)
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:  # noqa: ARG002
         """Give the module back."""
