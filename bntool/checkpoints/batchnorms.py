@@ -111,7 +111,7 @@ def find_batchnorms(state_dict: StateDict) -> tuple[BatchNorm, ...]:
 
 
 def _as_float(value: object) -> float | None:
-    """A number of a file; None for what is none, or is beyond all that a layer can have."""
+    """A value of a file as a float; None where it is no number, or larger than any layer can have."""
     fits = isinstance(value, int | float) and -1e300 < value < 1e300
     return float(value) if fits else None  # type: ignore[arg-type]
 

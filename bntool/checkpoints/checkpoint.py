@@ -235,7 +235,7 @@ class Format(ABC):
         return checkpoint.file.size
 
     def check_unchanged(self, checkpoint: Checkpoint) -> None:
-        """Make sure that all files that were opened are as they were then.
+        """Make sure that no file of the checkpoint was changed since it was opened.
 
         Raises:
             UnreadableFileError: one was changed.

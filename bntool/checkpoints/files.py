@@ -1,7 +1,7 @@
 """Reading files by position.
 
 Files are read with ``pread`` rather than mapped: a mapped file that another process shortens ends the reader with
-SIGBUS, a short ``pread`` is an error that can be named. What is not read costs nothing either way.
+SIGBUS, a short ``pread`` is an error that can be named. Bytes that nobody asks for are not read in either case.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ class SourceFile:
         return not same or (before.st_ctime_ns != now.st_ctime_ns and before.st_nlink == now.st_nlink)
 
     def check_unchanged(self) -> None:
-        """Make sure that all that was read since the file was opened is of one state of it.
+        """Make sure that the file was not written to since it was opened: what was read belongs together.
 
         Raises:
             UnreadableFileError: it was written to; a file that took its place under its name does not matter.

@@ -52,11 +52,11 @@ class Formats:
         return (_load(known.place) for known in self._known)
 
     def of_folders(self) -> Iterator[Format]:
-        """Those of which a path may name a folder or several files."""
+        """The formats whose checkpoints may be a folder or several files."""
         return (_load(known.place) for known in self._known if known.has_folders)
 
     def of_file(self, path: Path, head: bytes) -> Iterator[Format]:
-        """Those that a file is of or may be of, by its name and first bytes."""
+        """The formats that a file may have, judged by its name and first bytes."""
         possible = (_load(known.place) for known in self._known if known.may_hold(path, head))
         return (format_ for format_ in possible if format_.recognises(path, head))
 
@@ -133,7 +133,7 @@ _NAMES_OF_CHECKPOINTS = (
 
 
 def _describe_folder(folder: Path) -> str:
-    """That it is none of those that are read as a whole, and which file of it may be meant."""
+    """The message for a folder that is no checkpoint; it names a file in it that may be one."""
     with contextlib.suppress(OSError), os.scandir(folder) as found:
         names = sorted(entry.name for entry in itertools.islice(found, 1000))
         likely = [name for endings in _NAMES_OF_CHECKPOINTS for name in names if name.endswith(endings)]
@@ -207,7 +207,7 @@ def _check_one_reading(file: SourceFile, head: bytes) -> None:
 
 
 def _look_for_more(checkpoint: Checkpoint) -> Checkpoint:
-    """The checkpoint with what looks like statistics in it and is none that its format knows."""
+    """The checkpoint, with a note of tensors that look like statistics of a layer that its format does not know."""
     if not checkpoint.format.is_pytorch:  # the others translate all names of theirs
         return checkpoint
     found = [one for state_dict in checkpoint.state_dicts for one in find_unknown_statistics(state_dict)]

@@ -188,7 +188,7 @@ class _TemporaryFile:
         self.temporary.chmod(mode)
 
     def appear(self, *, force: bool, keeps_old: bool) -> None:
-        """Take its place.
+        """Give the file its final name.
 
         Args:
             force: replace a regular file that is there.
@@ -224,7 +224,7 @@ class _TemporaryFile:
         return (status.st_dev, status.st_ino) == self._identity
 
     def disappear(self) -> None:
-        """Leave its place to what was there before, where that is known."""
+        """Put back the file that had the final name before, where a copy of it was kept."""
         if not self.has_appeared():
             return
         with contextlib.suppress(OSError):
@@ -275,7 +275,7 @@ def _remove(path: Path) -> None:
 
 
 def _remove_leftovers(path: Path) -> None:
-    """Remove what a killed process left under temporary names of this path: what another works on is locked."""
+    """Remove temporary files of this path that a killed process left; those of running processes are locked."""
     pattern = re.compile(re.escape(f".{path.name[:20]}.") + r"[0-9a-f]{12}\.(?:writing|replaced)")
     try:
         places = [place for place in path.parent.iterdir() if pattern.fullmatch(place.name)]

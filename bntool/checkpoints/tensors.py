@@ -46,7 +46,7 @@ def read_bytes(tensor: Tensor) -> bytes:
 
 
 def named_chunks(name: str, tensor: Tensor) -> Iterator[Chunk]:
-    """The chunks of a tensor, whose name an error gets that has none."""
+    """The chunks of a tensor; an error that names no tensor gets this name."""
     try:
         yield from tensor.chunks()
     except BntoolError as error:
@@ -64,7 +64,7 @@ def read_numbers(tensor: Tensor) -> Sequence[float]:
 
 
 def describe_shape(shape: Sequence[int]) -> str:
-    """As PyTorch writes it, cut where a hostile file has many dimensions."""
+    """A shape as PyTorch prints it; of a hostile file's the first eight dimensions."""
     return f"[{', '.join(map(str, shape[:8]))}{', ...' if len(shape) > 8 else ''}]"
 
 
@@ -184,7 +184,7 @@ class StoredTensor(AsArray):
 
     @property
     def place(self) -> tuple[int, int]:
-        """The same in the source of the storage, where views of one storage can begin at different bytes."""
+        """Like :attr:`byte_range`, counted from the start of what the storage lies in."""
         assert self.storage is not None
         return self.storage.offset + self.byte_range[0], self.storage.offset + self.byte_range[1]
 

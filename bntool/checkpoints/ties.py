@@ -9,7 +9,7 @@ from bntool.checkpoints.tensors import StoredTensor, Tensor
 
 
 def elements_of(tensor: Tensor | None) -> Hashable:
-    """Equal for tensors that are the same elements of a file in the same order; None for one without any."""
+    """A key that is equal for tensors made of the same elements of a file in the same order; None without elements."""
     if not isinstance(tensor, StoredTensor) or tensor.storage is None or not tensor.numel:
         return None
     storage = tensor.storage
@@ -17,7 +17,7 @@ def elements_of(tensor: Tensor | None) -> Hashable:
 
 
 def find_first_names(tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """From each name of a tensor that has another one before it to the first of these."""
+    """For each further name of a tensor, its first name."""
     known: dict[Hashable, str] = {}
     first = {}
     for name, tensor in tensors.items():

@@ -222,15 +222,15 @@ def _compare_sides(
     tensors_b = {_align(name, path_b): two.tensors[full] for name, full in names_b.items()}
     found_a, assumed_a = assume_eps(one, _with_recorded_eps(a, one))
     found_b, assumed_b = assume_eps(two, _with_recorded_eps(b, two))
-    norms_a = {_align(norm.name + ".", part_a + path_a).removesuffix("."): norm for norm in _under(part_a, found_a)}
-    norms_b = {_align(norm.name + ".", part_b + path_b).removesuffix("."): norm for norm in _under(part_b, found_b)}
-    every = list(dict.fromkeys([*norms_a, *norms_b]))
+    layers_a = {_align(layer.name + ".", part_a + path_a).removesuffix("."): layer for layer in _under(part_a, found_a)}
+    layers_b = {_align(layer.name + ".", part_b + path_b).removesuffix("."): layer for layer in _under(part_b, found_b)}
+    every = list(dict.fromkeys([*layers_a, *layers_b]))
     check_globs(layers, every)
     recorded = _find_frozen(a, one) if as_recorded else ()
     frozen = {_align(f"{name}.", part_a + path_a).removesuffix(".") for name in recorded if name.startswith(part_a)}
     selected = [name for name in every if (name in frozen if frozen else selects(layers, name))]
     compared = [
-        _compare_layer(name, norms_a.get(name), norms_b.get(name), tensors_a, tensors_b)
+        _compare_layer(name, layers_a.get(name), layers_b.get(name), tensors_a, tensors_b)
         for name in (*selected, *sorted(frozen.difference(selected)))
     ]
     ordered = sorted(compared, key=lambda layer: -layer.severity)
@@ -282,8 +282,8 @@ def _choose_side(checkpoint: Checkpoint, key: str | None, prefix: str | None, *,
     raise UsageError(message, path=checkpoint.path)
 
 
-def _under(part: str, norms: Sequence[BatchNorm]) -> list[BatchNorm]:
-    return [norm for norm in norms if f"{norm.name}.".startswith(part)]
+def _under(part: str, batchnorms: Sequence[BatchNorm]) -> list[BatchNorm]:
+    return [layer for layer in batchnorms if f"{layer.name}.".startswith(part)]
 
 
 def _find_frozen(checkpoint: Checkpoint, state_dict: StateDict) -> tuple[str, ...]:
@@ -358,7 +358,7 @@ def _compare_layer(
             changes[role] = _compare(full, tensors_a.get(full), tensors_b.get(full))
     if a is None or b is None:
         return LayerComparison(name, changes)
-    if any(norm.class_path.startswith(_WITHOUT_COUNTER) for norm in (a, b)):
+    if any(layer.class_path.startswith(_WITHOUT_COUNTER) for layer in (a, b)):
         changes.pop("num_batches_tracked", None)
     settings = _compare_settings(a, b)
     a, b = _with_eps(a, of=b), _with_eps(b, of=a)
@@ -373,16 +373,16 @@ def _compare_settings(a: BatchNorm, b: BatchNorm) -> dict[str, tuple[object, obj
     return {name: (value, two[name]) for name, value in one.items() if name in two and two[name] != value}
 
 
-def _list_settings(norm: BatchNorm) -> dict[str, object]:
-    settings: dict[str, object] = {name: norm.attributes[name] for name in _SETTINGS if name in norm.attributes}
-    affine = [norm.tensors.get(role) for role in ("weight", "bias")]
+def _list_settings(layer: BatchNorm) -> dict[str, object]:
+    settings: dict[str, object] = {name: layer.attributes[name] for name in _SETTINGS if name in layer.attributes}
+    affine = [layer.tensors.get(role) for role in ("weight", "bias")]
     gradients = {t.requires_grad for t in affine if isinstance(t, StoredTensor) and t.is_parameter} - {None}
     if len(gradients) == 1:
         settings["requires_grad"] = gradients.pop()
-    if norm.eps is not None and norm.eps_source in _SAID:
-        settings["eps"] = norm.eps
-    if norm.class_path:
-        settings["kind"] = norm.kind.value
+    if layer.eps is not None and layer.eps_source in _SAID:
+        settings["eps"] = layer.eps
+    if layer.class_path:
+        settings["kind"] = layer.kind.value
     return settings
 
 
@@ -390,16 +390,16 @@ def _with_recorded_eps(checkpoint: Checkpoint, state_dict: StateDict) -> tuple[B
     """The layers, with the eps that a conversion or a freeze recorded where the file has no other place for it."""
     recorded = find_recorded_eps(checkpoint.records.get(state_dict.key, ()))
     return tuple(
-        dataclasses.replace(norm, eps=recorded[norm.name], eps_source=EpsSource.MODULE)
-        if norm.eps is None and norm.name in recorded
-        else norm
-        for norm in find_batchnorms(state_dict)
+        dataclasses.replace(layer, eps=recorded[layer.name], eps_source=EpsSource.MODULE)
+        if layer.eps is None and layer.name in recorded
+        else layer
+        for layer in find_batchnorms(state_dict)
     )
 
 
-def _with_eps(norm: BatchNorm, *, of: BatchNorm) -> BatchNorm:
+def _with_eps(layer: BatchNorm, *, of: BatchNorm) -> BatchNorm:
     """What one file says holds for the other too, if that has no place for it."""
-    return norm if norm.eps is not None else dataclasses.replace(norm, eps=of.eps)
+    return layer if layer.eps is not None else dataclasses.replace(layer, eps=of.eps)
 
 
 def _measure(name: str, changes: Mapping[str, Change], a: BatchNorm, b: BatchNorm) -> LayerComparison:
@@ -407,7 +407,7 @@ def _measure(name: str, changes: Mapping[str, Change], a: BatchNorm, b: BatchNor
     lengths = {len(values) for values in (*before.values(), *after.values())}
     if len(lengths) != 1 or not all(role in side for side in (before, after) for role in STATISTICS):
         return LayerComparison(name, changes)
-    eps_a, eps_b = (DEFAULT_EPS if norm.eps is None else norm.eps for norm in (a, b))
+    eps_a, eps_b = (DEFAULT_EPS if layer.eps is None else layer.eps for layer in (a, b))
     scale_a, shift_a = _scale_and_shift(before, eps_a)
     scale_b, shift_b = _scale_and_shift(after, eps_b)
     return LayerComparison(
@@ -426,10 +426,10 @@ def _measure(name: str, changes: Mapping[str, Change], a: BatchNorm, b: BatchNor
     )
 
 
-def _numbers(norm: BatchNorm) -> dict[str, Sequence[float]]:
+def _numbers(layer: BatchNorm) -> dict[str, Sequence[float]]:
     found: dict[str, Sequence[float]] = {}
     for role in ("weight", "bias", *STATISTICS):
-        tensor = norm.tensors.get(role)
+        tensor = layer.tensors.get(role)
         if tensor is not None and _is_plain(tensor):
             try:
                 found[role] = read_numbers(tensor)

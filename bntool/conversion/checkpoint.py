@@ -229,17 +229,17 @@ def plan_conversion(
             path=checkpoint.path,
         )
     found = find_batchnorms(source)
-    check_globs(layers, [norm.name for norm in found])
-    norms = [norm for norm in found if selects(layers, norm.name)]
+    check_globs(layers, [layer.name for layer in found])
+    batchnorms = [layer for layer in found if selects(layers, layer.name)]
     history = checkpoint.records.get(source.key, ())
     assumptions: tuple[str, ...] = ()
     if target is ConversionTarget.FROZEN_BATCHNORM:
         if eps is None and not history:  # what a record says is better known
-            known, assumptions = assume_eps(source, norms)
-            norms = list(known)
-        outcome = plan_frozen_batchnorm(norms, eps=eps, kind=frozen_kind, target_eps=target_eps, history=history)
+            known, assumptions = assume_eps(source, batchnorms)
+            batchnorms = list(known)
+        outcome = plan_frozen_batchnorm(batchnorms, eps=eps, kind=frozen_kind, target_eps=target_eps, history=history)
     else:
-        outcome = plan_batchnorm(norms, history=history)
+        outcome = plan_batchnorm(batchnorms, history=history)
     plan = Plan(
         Operation.CONVERT,
         state_dict=source.key,
@@ -336,8 +336,8 @@ def _describe_modules(source: StateDict) -> dict[str, dict[str, Any]]:
     if not source.modules:
         return {}
     return {
-        norm.name: {"eps": norm.eps, "momentum": norm.momentum, "class": norm.class_path}
-        for norm in find_batchnorms(source)
+        layer.name: {"eps": layer.eps, "momentum": layer.momentum, "class": layer.class_path}
+        for layer in find_batchnorms(source)
     }
 
 

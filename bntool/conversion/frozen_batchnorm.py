@@ -40,7 +40,7 @@ class KindChange:
 
 
 def plan_frozen_batchnorm(
-    norms: Sequence[BatchNorm],
+    batchnorms: Sequence[BatchNorm],
     *,
     eps: float | None,
     kind: FrozenKind,
@@ -65,28 +65,28 @@ def plan_frozen_batchnorm(
     layers: dict[str, dict[str, Any]] = {}
     recorded = _recorded_modules(history)
     absorbed = 0
-    for norm in norms:
-        absent = [role for role in ("weight", "bias") if role not in norm.tensors]
-        if norm.kind is NormKind.FROZEN_BATCH_NORM:
-            skips.append(Skip(norm.name, SkipReason.FROZEN, "it is a FrozenBatchNorm already"))
+    for layer in batchnorms:
+        absent = [role for role in ("weight", "bias") if role not in layer.tensors]
+        if layer.kind is NormKind.FROZEN_BATCH_NORM:
+            skips.append(Skip(layer.name, SkipReason.FROZEN, "it is a FrozenBatchNorm already"))
             continue
         if absent:
-            skips.append(Skip(norm.name, SkipReason.NOT_AFFINE, f"it has no {' and no '.join(absent)}"))
+            skips.append(Skip(layer.name, SkipReason.NOT_AFFINE, f"it has no {' and no '.join(absent)}"))
             continue
-        module = recorded.get(norm.name, {})
-        own = _eps_of(norm, module, eps)
-        facts: dict[str, Any] = {**module, "eps": own, "version": norm.version}
-        if _COUNTER in norm.tensors:
-            facts[_COUNTER] = int(read_numbers(norm.tensors[_COUNTER])[0])
-            facts["shape"] = list(norm.tensors[_COUNTER].shape)
-            steps.append(RemoveTensor(_name(norm, _COUNTER)))
-        steps.append(SetVersion(norm.name, kind.version))
+        module = recorded.get(layer.name, {})
+        own = _eps_of(layer, module, eps)
+        facts: dict[str, Any] = {**module, "eps": own, "version": layer.version}
+        if _COUNTER in layer.tensors:
+            facts[_COUNTER] = int(read_numbers(layer.tensors[_COUNTER])[0])
+            facts["shape"] = list(layer.tensors[_COUNTER].shape)
+            steps.append(RemoveTensor(_name(layer, _COUNTER)))
+        steps.append(SetVersion(layer.name, kind.version))
         if not math.isclose(own, wanted, rel_tol=1e-9):
-            new = _absorb(norm, own - wanted)
-            facts["running_var"] = base64.b64encode(read_bytes(norm.tensors["running_var"])).decode()
-            steps.append(SetTensor(_name(norm, "running_var"), Values(new, tuple(norm.tensors["running_var"].shape))))
+            new = _absorb(layer, own - wanted)
+            facts["running_var"] = base64.b64encode(read_bytes(layer.tensors["running_var"])).decode()
+            steps.append(SetTensor(_name(layer, "running_var"), Values(new, tuple(layer.tensors["running_var"].shape))))
             absorbed += 1
-        layers[norm.name] = facts
+        layers[layer.name] = facts
     losses = []
     if absorbed:
         losses.append(
@@ -103,7 +103,7 @@ def plan_frozen_batchnorm(
     )
 
 
-def plan_batchnorm(norms: Sequence[BatchNorm], *, history: Sequence[Mapping[str, Any]]) -> KindChange:
+def plan_batchnorm(batchnorms: Sequence[BatchNorm], *, history: Sequence[Mapping[str, Any]]) -> KindChange:
     """Steps that make each layer a full BatchNorm again: num_batches_tracked, and what a record says it was.
 
     Without a record num_batches_tracked becomes 0, which is taken for granted and said so: only momentum=None uses it.
@@ -112,37 +112,37 @@ def plan_batchnorm(norms: Sequence[BatchNorm], *, history: Sequence[Mapping[str,
     steps: list[Step] = []
     layers: list[str] = []
     unknown: list[str] = []
-    for norm in norms:
-        module = recorded.get(norm.name, {})
+    for layer in batchnorms:
+        module = recorded.get(layer.name, {})
         own: list[Step] = []
-        was_frozen = _last_kind(history, norm.name) == "frozen-batchnorm"
-        if was_frozen and _COUNTER not in module and _COUNTER not in norm.tensors:
+        was_frozen = _last_kind(history, layer.name) == "frozen-batchnorm"
+        if was_frozen and _COUNTER not in module and _COUNTER not in layer.tensors:
             version = module.get("version")  # it never had the counter
-            own.append(SetVersion(norm.name, version if type(version) is int else 1))
-        elif _COUNTER not in norm.tensors:
+            own.append(SetVersion(layer.name, version if type(version) is int else 1))
+        elif _COUNTER not in layer.tensors:
             count = module.get(_COUNTER)
             if type(count) is not int:
                 count = 0
-                unknown.append(norm.name)
+                unknown.append(layer.name)
             shape = (1,) if module.get("shape") == [1] else ()
             own.append(
                 AddTensor(
-                    _name(norm, _COUNTER),
+                    _name(layer, _COUNTER),
                     Values((count,), shape),
                     dtype="int64",
-                    after=_name(norm, "running_var"),
+                    after=_name(layer, "running_var"),
                     is_parameter=False,
                 )
             )
-            own.append(SetVersion(norm.name, _BATCHNORM_VERSION))
-        restored = _restore(norm, module, history) if was_frozen else None
+            own.append(SetVersion(layer.name, _BATCHNORM_VERSION))
+        restored = _restore(layer, module, history) if was_frozen else None
         if restored is not None:
             own.append(
-                SetTensor(_name(norm, "running_var"), Values(restored, tuple(norm.tensors["running_var"].shape)))
+                SetTensor(_name(layer, "running_var"), Values(restored, tuple(layer.tensors["running_var"].shape)))
             )
         if own:
             steps += own
-            layers.append(norm.name)
+            layers.append(layer.name)
     assumptions: tuple[str, ...] = ()
     if unknown:
         assumptions = (f"{_COUNTER} is 0 (layers: {len(unknown)}, e.g. {unknown[0]}): no record says what it was",)
@@ -151,8 +151,8 @@ def plan_batchnorm(norms: Sequence[BatchNorm], *, history: Sequence[Mapping[str,
     return KindChange(steps=tuple(steps), layers=tuple(layers), assumptions=assumptions, details=details)
 
 
-def _name(norm: BatchNorm, role: str) -> str:
-    return f"{norm.name}.{role}" if norm.name else role
+def _name(layer: BatchNorm, role: str) -> str:
+    return f"{layer.name}.{role}" if layer.name else role
 
 
 def _recorded_modules(history: Sequence[Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
@@ -174,42 +174,42 @@ def _last_kind(history: Sequence[Mapping[str, Any]], name: str) -> str | None:
     return None
 
 
-def _eps_of(norm: BatchNorm, module: Mapping[str, Any], option: float | None) -> float:
-    known = norm.eps if norm.eps is not None else module.get("eps")
+def _eps_of(layer: BatchNorm, module: Mapping[str, Any], option: float | None) -> float:
+    known = layer.eps if layer.eps is not None else module.get("eps")
     if isinstance(known, float):
         if option is not None and not math.isclose(option, known, rel_tol=1e-9):
-            raise UsageError(f"--eps {option:g} contradicts the file, which says {known:g}", tensor=norm.name)
+            raise UsageError(f"--eps {option:g} contradicts the file, which says {known:g}", tensor=layer.name)
         return known
     if option is None:
         raise RefusedError(
             "eps is not in this file, and FrozenBatchNorm2d must have the same; give the model's with --eps "
             "(PyTorch's default is 1e-5, but many models use 1e-3)",
-            tensor=norm.name,
+            tensor=layer.name,
         )
     return option
 
 
-def _absorb(norm: BatchNorm, difference: float) -> tuple[float, ...]:
-    tensor = norm.tensors["running_var"]
+def _absorb(layer: BatchNorm, difference: float) -> tuple[float, ...]:
+    tensor = layer.tensors["running_var"]
     values = tuple(value + difference for value in read_numbers(tensor))
     if min(values, default=0.0) < 0:
         raise RefusedError(
             "running_var is too small to take up the difference between the two eps; build the target's layers with "
             "the eps of the model and say so with --target-eps",
-            tensor=_name(norm, "running_var"),
+            tensor=_name(layer, "running_var"),
         )
     return values
 
 
 def _restore(
-    norm: BatchNorm, module: Mapping[str, Any], history: Sequence[Mapping[str, Any]]
+    layer: BatchNorm, module: Mapping[str, Any], history: Sequence[Mapping[str, Any]]
 ) -> tuple[float, ...] | None:
     """The running_var that was there before the difference of eps was taken up; None where nothing was.
 
     The recorded elements are taken if the tensor is still what they were turned into; else the difference is taken off.
     """
     targets = [record.get("target_eps") for record in history if record.get("frozen")]
-    tensor = norm.tensors["running_var"]
+    tensor = layer.tensors["running_var"]
     text, eps = module.get("running_var"), module.get("eps")
     if not isinstance(text, str) or not targets or not isinstance(targets[-1], float) or not isinstance(eps, float):
         return None

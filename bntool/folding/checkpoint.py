@@ -150,7 +150,7 @@ def _check_has_layers(checkpoint: Checkpoint, key: str | None) -> None:
     """
     chosen = choose_state_dict(checkpoint, key)
     without_types = checkpoint.format.needs_prototxt and checkpoint.content is None  # the .prototxt says what it holds
-    foldable = (norm.kind.is_batch_norm or norm.kind is NormKind.QUANTIZED_BATCH_NORM for norm in find_norms(chosen))
+    foldable = (layer.kind.is_batch_norm or layer.kind is NormKind.QUANTIZED_BATCH_NORM for layer in find_norms(chosen))
     if without_types or any(foldable):
         return
     doubts = checkpoint.not_understood

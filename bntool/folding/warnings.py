@@ -1,4 +1,4 @@
-"""What a user should know about a fold that is right all the same."""
+"""Warnings about a fold whose result is valid."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def warn_of_fold(
     *,
     evidence: Evidence | None,
 ) -> Iterator[str]:
-    """One sentence for each thing.
+    """The warnings about a fold, one sentence each.
 
     Args:
         checkpoint: before the fold.

@@ -205,25 +205,25 @@ def plan_freeze(  # noqa: PLR0913 each is an option of the command
     source = choose_state_dict(checkpoint, state_dict)
     if source.is_module:
         carrier = Carrier.MODULES
-    norms = find_batchnorms(source)
-    check_globs(layers, [norm.name for norm in norms])
-    selected = [norm for norm in norms if selects(layers, norm.name)]
+    batchnorms = find_batchnorms(source)
+    check_globs(layers, [layer.name for layer in batchnorms])
+    selected = [layer for layer in batchnorms if selects(layers, layer.name)]
     skips = [
-        Skip(norm.name, SkipReason.FROZEN, "a FrozenBatchNorm has nothing that could move")
-        for norm in selected
-        if norm.kind is NormKind.FROZEN_BATCH_NORM
+        Skip(layer.name, SkipReason.FROZEN, "a FrozenBatchNorm has nothing that could move")
+        for layer in selected
+        if layer.kind is NormKind.FROZEN_BATCH_NORM
     ]
-    chosen = [norm for norm in selected if norm.kind is not NormKind.FROZEN_BATCH_NORM]
+    chosen = [layer for layer in selected if layer.kind is not NormKind.FROZEN_BATCH_NORM]
     stages = None
     if frozen_stages is not None:
         stages = find_frozen_stages(_modules(source), frozen_stages)
     policy = FreezePolicy(
         norm_eval=norm_eval,
         requires_grad=requires_grad,
-        layers=tuple(norm.name for norm in chosen) if norm_eval or requires_grad is not None else (),
+        layers=tuple(layer.name for layer in chosen) if norm_eval or requires_grad is not None else (),
         stages=stages,
     )
-    concerned = [norm for norm in norms if norm.name in policy.layer_names or _in_stages(policy, norm.name)]
+    concerned = [layer for layer in batchnorms if layer.name in policy.layer_names or _in_stages(policy, layer.name)]
     steps: list[Step] = []
     assumptions: tuple[str, ...] = ()
     if form is FreezeForm.CONSTANT:
@@ -234,19 +234,19 @@ def plan_freeze(  # noqa: PLR0913 each is an option of the command
         steps += constant_steps
         skips += constant_skips
         unchanged = {skip.layer for skip in constant_skips}
-        concerned = [norm for norm in concerned if norm.name not in unchanged]
+        concerned = [layer for layer in concerned if layer.name not in unchanged]
     switches, unknown = _switch(checkpoint, source, carrier, concerned, policy)
     steps += switches
     skips += unknown
     unchanged = {skip.layer for skip in unknown}
-    concerned = [norm for norm in concerned if norm.name not in unchanged]
+    concerned = [layer for layer in concerned if layer.name not in unchanged]
     frozen_parameters = tuple(_frozen_parameters(source, policy))
     plan = Plan(
         Operation.FREEZE,
         state_dict=source.key,
         steps=tuple(steps),
         skips=tuple(skips),
-        layers=tuple(norm.name for norm in concerned),
+        layers=tuple(layer.name for layer in concerned),
         assumptions=assumptions,
     )
     plan = skip_not_understood(plan, checkpoint, source, layers=layers)
@@ -260,7 +260,7 @@ def plan_freeze(  # noqa: PLR0913 each is an option of the command
         plan=plan,
         policy=policy,
         form=form,
-        batchnorms=tuple(norm.name for norm in norms),
+        batchnorms=tuple(layer.name for layer in batchnorms),
         frozen_parameters=frozen_parameters,
         carrier=carrier,
         optimizers=find_optimizer_entries(checkpoint, source, frozen_parameters),
@@ -311,16 +311,16 @@ def _switch_net(layers: Sequence[BatchNorm], policy: FreezePolicy) -> tuple[list
         raise UsageError("--frozen-stages knows backbones of PyTorch; name the layers of a Caffe net with --layers")
     steps: list[Step] = []
     skips: list[Skip] = []
-    for norm in layers:
-        if norm.class_path != "caffe.BatchNorm":
-            kind = norm.class_path.rpartition(".")[2]
-            skips.append(Skip(norm.name, SkipReason.NOT_A_BATCHNORM, f"type {kind} is of a fork of Caffe"))
+    for layer in layers:
+        if layer.class_path != "caffe.BatchNorm":
+            kind = layer.class_path.rpartition(".")[2]
+            skips.append(Skip(layer.name, SkipReason.NOT_A_BATCHNORM, f"type {kind} is of a fork of Caffe"))
             continue
         if policy.norm_eval:
-            steps.append(SetAttribute(norm.name, "training", value=False))
+            steps.append(SetAttribute(layer.name, "training", value=False))
         if policy.requires_grad is False:
-            roles = (role for role in ("weight", "bias") if role in norm.tensors)
-            steps += (SetAttribute(norm.name, f"{role}.requires_grad", value=False) for role in roles)
+            roles = (role for role in ("weight", "bias") if role in layer.tensors)
+            steps += (SetAttribute(layer.name, f"{role}.requires_grad", value=False) for role in roles)
     return steps, skips
 
 

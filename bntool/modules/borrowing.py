@@ -72,7 +72,7 @@ class Borrowed:
                 all_of_them.callback(contents.give_back)
 
     def find_written(self, copied: Iterable[torch.nn.Parameter]) -> torch.nn.Parameter | None:
-        """A parameter whose elements were written to, of which there is no copy."""
+        """A parameter whose elements were changed and cannot be given back, because they were not copied; or None."""
         known = set(map(id, copied))
         facts = (facts for contents in self._contents for facts in contents.parameters)
         return next((f.parameter for f in facts if f.is_lost and id(f.parameter) not in known), None)

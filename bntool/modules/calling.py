@@ -16,7 +16,7 @@ from bntool.models.user_code import describe_exception
 
 
 def leaves_of(item: Any) -> Iterator[Any]:
-    """What nested lists, tuples, sets and mappings of any class hold, and what torch's pytrees know."""
+    """All values in nested lists, tuples, sets and mappings of any class, and in what torch's pytrees know."""
     if isinstance(item, Tensor):
         yield item
     elif isinstance(item, list | tuple | deque | AbstractSet):
@@ -37,7 +37,7 @@ def tensors_in(item: Any) -> list[Tensor]:
 
 
 def map_leaves(function: Callable[[Any], Any], item: Any) -> Any:
-    """The same nest, of the same classes, with what a function makes of each of :func:`leaves_of`."""
+    """A copy of a nest, of the same classes, with a function applied to each of its :func:`leaves_of`."""
     if isinstance(item, tuple):
         return _make_tuple(item, [map_leaves(function, inner) for inner in item])
     if type(item) is list:
@@ -59,7 +59,7 @@ def map_leaves(function: Callable[[Any], Any], item: Any) -> Any:
 
 
 def map_tensors(function: Callable[[Tensor], Any], item: Any) -> Any:
-    """The same nest, of the same classes, with another tensor in the place of each."""
+    """A copy of a nest, of the same classes, with a function applied to each of its tensors."""
     return map_leaves(lambda leaf: function(leaf) if isinstance(leaf, Tensor) else leaf, item)
 
 
@@ -76,7 +76,7 @@ def _make_tuple(like: tuple[Any, ...], items: list[Any]) -> Any:
 
 
 def copy_tensors(item: Any) -> Any:
-    """The same nest with tensors of its own."""
+    """A copy of a nest, with copies of its tensors."""
     return map_tensors(Tensor.clone, item)
 
 
@@ -88,7 +88,7 @@ def pass_inputs(model: nn.Module, inputs: Any) -> Any:
 
 
 def call(model: nn.Module, inputs: Any) -> Any:
-    """What :func:`pass_inputs` gives, where what the model raises is the user's to know.
+    """Like :func:`pass_inputs`; an exception of the model becomes an error that names the shapes of its inputs.
 
     Raises:
         UserCodeError: the model's forward raised.

@@ -1,4 +1,4 @@
-"""Copies of live models, also of those that hold what they computed."""
+"""Copies of live models, also of those that keep tensors they computed in a forward."""
 
 from __future__ import annotations
 

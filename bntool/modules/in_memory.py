@@ -21,7 +21,7 @@ from bntool.modules.loading import LiveTensor
 
 
 class InMemory(Format):
-    """What is in no file: it is looked at, and changed by the calls for live models."""
+    """The format of models and state dicts in memory: they are only read; calls for live models change them."""
 
     name = "in-memory"
     title = "in memory"
@@ -77,7 +77,7 @@ def list_in_memory(source: torch.nn.Module | Mapping[str, Any]) -> Checkpoint:
 
 
 def _as_tensor(value: Any) -> Tensor | None:
-    """None for what is no tensor of a dtype that has a name here."""
+    """A value of a state dict as a tensor; None for what is no tensor, or has a dtype that bntool does not know."""
     if isinstance(value, torch.Tensor):
         name = str(value.dtype).removeprefix("torch.")
         if is_lazy(value) or value.is_meta or value.layout is not torch.strided:  # no plain elements

@@ -216,7 +216,7 @@ class Activations(TorchFunctionMode):
 
 
 class StatisticsReads(TorchFunctionMode):
-    """Notes whose statistics are read while it is active.
+    """Notes which layers' statistics are read by code outside of them while it is active.
 
     Attributes:
         layers: names of those.

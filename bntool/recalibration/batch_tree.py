@@ -30,7 +30,7 @@ class Measured:
     left_out: tuple[LeftOut, ...] = ()
 
     def and_(self, later: Measured) -> Measured:
-        """Both together; the other's batches come later in the list."""
+        """The two merged; the batches of the other come later in the list."""
         if self.tally is None or later.tally is None:
             tally = later.tally if self.tally is None else self.tally
         else:

@@ -55,7 +55,7 @@ class LayerDrift:
 
     @property
     def is_sampling(self) -> bool:
-        """Whether sampling explains all of it; unknown, and so not, without a sampling error."""
+        """Whether the sampling error explains the whole difference; False where no sampling error is known."""
         if not self.finite or self.sampling_error is None:
             return False
         least = _ERRORS * self.sampling_error

@@ -1,4 +1,4 @@
-"""What tells whether two runs had the same state dict and the same model before them."""
+"""Fingerprints that tell whether two runs measured the same state dict with the same model."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
 
 
 def fingerprint_state_dict(state_dict: StateDict) -> str:
-    """Of all names, dtypes, shapes and elements, whatever the format of the file; each byte is read."""
+    """A hash of all names, dtypes, shapes and elements, equal for every format of the file; each byte is read."""
     digest = Fingerprint()
     for name, tensor in state_dict.tensors.items():
         digest.add(state_dict.strip(name), tensor.dtype.name, tuple(tensor.shape))

@@ -24,7 +24,7 @@ class FreedMemory:
             self._trim = None
 
     def return_unused(self) -> None:
-        """Do so, if it was not done just before."""
+        """Return freed memory to the system, unless that was done a moment ago."""
         now = time.monotonic()
         if self._trim is not None and now - self._last >= _PAUSE:
             self._trim(0)

@@ -124,7 +124,7 @@ def measure_share(  # noqa: PLR0913 as plan_recalibration
     prefix: str | None = None,
     keeper: SelectionKeeper,
 ) -> BatchTree:
-    """Measure a share of a list of batches, to be merged with others; the keeper is told of what.
+    """Measure a share of a list of batches, to be merged with the others.
 
     Args and errors are those of :func:`plan_recalibration`.
     """
@@ -139,10 +139,13 @@ class Selection:
     """The layers of a borrowed model that are to be measured, and what is known of them before.
 
     Attributes:
-        layers: by their names in the live model.
-        skips: those that are left alone.
-        stored: their statistics, float64.
-        paths: what will be noticed of how they run; its sets grow.
+        model: that they belong to, in eval mode.
+        borrowed: to add hooks through.
+        modules: the layers, by their names in the live model.
+        layers: facts about each of them.
+        skips: layers that are left alone.
+        stored: the statistics of each before, float64.
+        called, read: see :class:`~bntool.recalibration.pooled.Run`; they are filled while it runs.
     """
 
     model: torch.nn.Module
@@ -156,11 +159,11 @@ class Selection:
 
     @property
     def channels(self) -> dict[str, int]:
-        """Of each layer."""
+        """The number of channels of each layer."""
         return {name: facts.channels for name, facts in self.layers.items()}
 
     def run(self, *, on_bad_data: OnBadData, on_progress: OnProgress | None) -> Run:
-        """What measuring works with."""
+        """The measurement of this selection."""
         return Run(
             self.model,
             self.borrowed,
@@ -176,7 +179,7 @@ class SelectionKeeper(Keeper, Protocol):
     """Keeps what is measured, so that it can be gone on with, or merged with other measurements."""
 
     def begin(self, selection: Selection) -> BatchTree:
-        """The layers are known that are to be measured: what was measured of them before."""
+        """Called when the layers to measure are known; gives what was measured of them before."""
 
 
 @contextlib.contextmanager

@@ -46,7 +46,7 @@ class TooFewValuesError(BaseException):
 
 @dataclass(frozen=True)
 class Run:
-    """What measuring works with.
+    """One measurement: the model, its layers, and how bad batches are treated.
 
     Attributes:
         model: borrowed, and in eval mode throughout.
@@ -91,7 +91,7 @@ class Keeper(Protocol):
         """All batches of this process's share before this position are measured."""
 
     def after_all(self, tree: BatchTree, batches: Batches) -> None:
-        """All of them are."""
+        """All batches of this process's share are measured."""
 
 
 def measure_pooled(run: Run, batches: Batches, tree: BatchTree, keeper: Keeper | None = None) -> BatchTree:
@@ -162,7 +162,7 @@ def _fill(tree: BatchTree, run: Run, batches: Batches, ranks: Ranks, keeper: Kee
 
 
 def count_channels(layers: Mapping[str, torch.nn.Module]) -> list[int]:
-    """Of each of these layers."""
+    """The number of channels of each layer."""
     return [layer._buffers["running_mean"].numel() for layer in layers.values()]  # type: ignore[union-attr]
 
 
@@ -284,7 +284,7 @@ def describe_bad(batch: Batch, error: NotFiniteError | None = None) -> LeftOut:
 
 
 def accept(left_out: LeftOut, on_bad_data: OnBadData) -> LeftOut:
-    """What is left out, unless that is a reason to stop.
+    """Give back the facts about a batch that is left out, unless the caller asked to stop at one.
 
     Raises:
         RefusedError: ``OnBadData.STOP``.

@@ -1,4 +1,4 @@
-"""What became of a recalibration of a checkpoint file, and the note of it that the file gets."""
+"""The result of recalibrating a checkpoint file, and the record of it that goes into the file."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def with_record(
     seed: int,
     preprocessing: str | None,
 ) -> Plan:
-    """The plan, which leaves a note of what the statistics are of where the file has a place for it.
+    """The plan with a record of how the statistics were computed, where the file has a place for one.
 
     Args:
         data: the calibration data in words.

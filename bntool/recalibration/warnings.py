@@ -1,4 +1,4 @@
-"""What a user should know about a recalibration that is right all the same."""
+"""Warnings about a recalibration whose result is valid."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def counts_other_classes(evaluation: Evaluation, batches: Batches) -> bool:
 
 
 def warn_of_fewer(result: Recalibration, *, asked: int | None, there: int | None, cut: bool) -> Iterator[str]:
-    """Samples that were asked for and not used.
+    """Warn where fewer samples were used than were asked for.
 
     Args:
         result: what was used.
@@ -38,7 +38,7 @@ def warn_of_fewer(result: Recalibration, *, asked: int | None, there: int | None
 
 
 def warn_of_lacking(lacking: Sequence[str], result: Recalibration) -> Iterator[str]:
-    """Statistics that the file does not hold: what stood in for them, and which it still does not hold."""
+    """Warn of statistics that the file does not hold: what stood in for them, and which it still lacks."""
     if not lacking:
         return
     count = f"{len(lacking):,} BatchNorm layer{'s' * (len(lacking) > 1)}"
@@ -50,13 +50,13 @@ def warn_of_lacking(lacking: Sequence[str], result: Recalibration) -> Iterator[s
 
 
 def warn_of_precision(precision: Precision, *, is_faster: bool) -> Iterator[str]:
-    """A precision that gains nothing."""
+    """Warn where the lower precision is no faster on this processor."""
     if precision is Precision.BFLOAT16 and not is_faster:
         yield "this processor has no bfloat16 instructions: float32 is faster"
 
 
 def warn_of_judging(before: Evaluation, held_out: Batches, *, fair: bool, apart: bool) -> Iterator[str]:
-    """What was measured otherwise than one may think.
+    """Warn where accuracy was not measured as one may assume: on what data, with what labels.
 
     Args:
         before: the model with its old statistics.
@@ -79,7 +79,7 @@ def warn_of_judging(before: Evaluation, held_out: Batches, *, fair: bool, apart:
 
 
 def warn_of_platforms(platforms: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    """Partials that were not measured by equal processors, threads and versions of torch."""
+    """Warn of partials that were measured by different processors, numbers of threads or versions of torch."""
     kinds = list(dict.fromkeys(", ".join(f"{name} {value}" for name, value in one.items()) for one in platforms))
     if len(kinds) > 1:
         shown = "; ".join(kinds[:_NAMED])

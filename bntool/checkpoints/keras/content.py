@@ -84,7 +84,7 @@ def make_checkpoint(
     history: History,
     training: Any = None,
 ) -> Checkpoint:
-    """The file as every command sees it.
+    """The checkpoint of a Keras file, under PyTorch's names.
 
     Args:
         training: the JSON of how the model is trained, where that lies beside its configuration.

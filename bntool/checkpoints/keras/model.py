@@ -81,7 +81,7 @@ class KerasModel:
 
     @property
     def is_connected(self) -> bool:
-        """Whether it computes what its layers compute: a subclass may have a forward of its own."""
+        """Whether its layers say all that it computes; a subclass may have a forward of its own."""
         return self.kind in _MODELS
 
     def walk(self) -> Iterator[KerasLayer]:

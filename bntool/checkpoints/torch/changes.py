@@ -130,7 +130,7 @@ class _ChangeCollector:
         return replacement
 
     def current(self, node: Node) -> Node:
-        """The copy that takes the place of a node, where there is one."""
+        """The copy that replaces a node; the node itself where it does not change."""
         return self.changes.replacements.get(id(node), node)
 
     # tensors

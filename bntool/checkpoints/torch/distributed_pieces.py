@@ -50,7 +50,7 @@ class FolderReader:
         self._pickles: dict[bytes, Pickle] = {}  # of tensors: those of one shape and dtype are the same
 
     def check(self, item: Item) -> None:
-        """Whether the bytes can be there at all.
+        """Refuse a run of bytes that lies outside of its file, or in no file of the folder.
 
         Raises:
             UnsafeFileError, CorruptFileError, UnreadableFileError
@@ -102,7 +102,7 @@ class FolderReader:
         return self._file
 
     def check_unchanged(self) -> None:
-        """Make sure that all files that were read are as they were then.
+        """Make sure that no file was changed since it was read.
 
         Raises:
             UnreadableFileError: one was changed.

@@ -154,7 +154,7 @@ class TensorReader:
         return self._known[id(node)]
 
     def is_array(self, tensor: StoredTensor) -> bool:
-        """Whether it is one of numpy's, among tensors of torch."""
+        """Whether a tensor was read from a numpy array, which may lie among tensors of torch."""
         return tensor.storage is not None and tensor.storage.key in self.array_nodes
 
     def _read(self, node: Instance) -> StoredTensor | None:

@@ -1,4 +1,4 @@
-"""One batch that runs by itself, too, as a witness that batches on their way together saw what they see alone."""
+"""A check of exact statistics: one batch also runs alone, and each layer must see then what it saw in the sweep."""
 
 from __future__ import annotations
 

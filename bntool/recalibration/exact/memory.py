@@ -1,4 +1,4 @@
-"""How much memory a pass that keeps all batches on their way will need, and how much there is."""
+"""How much memory a sweep needs that keeps the activations of all batches, and how much there is."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class LiveTensors(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return False
 
     def note_waiting(self) -> None:
-        """Say that at this point a batch would wait."""
+        """Take note of the memory in use at a layer where a batch would wait for the others."""
         self.waiting = max(self.waiting, self.live)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

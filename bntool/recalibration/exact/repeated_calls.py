@@ -46,7 +46,7 @@ class _Calls:
 
 
 class RepeatedCalls:
-    """What layers see, call by call, over as many sweeps as it takes.
+    """Moments of each call of each layer, in sweeps that repeat until one pair of statistics holds for all calls.
 
     A layer that is called once has final statistics as soon as all batches have reached it. The first call of one that
     is called again has to go on before the others are known: it is given the moments of the calls so far together with

@@ -95,7 +95,15 @@ class BadBatchesError(Exception):
 
 @dataclass(frozen=True)
 class Pause:
-    """Where a batch is: at a layer, with what it gives it; at its end; or left out for what it gives a layer."""
+    """Where the forward of a batch stopped.
+
+    Attributes:
+        position: of the batch in the list.
+        batch: what it is called in messages.
+        layer: where it waits; None at the end of the forward.
+        moments: of the values that the layer is given; None where it does not wait at one.
+        left_out: why the batch is left out: the layer was given NaN or infinity.
+    """
 
     position: int
     batch: str
