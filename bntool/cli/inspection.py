@@ -193,7 +193,13 @@ class _Shown:
         facts = describe_inspection(inspection, every_tensor=self.every_tensor) if takes_facts else {}
         blocks: list[Block] = []
         if self.blocks:
-            blocks += show_inspection(path, inspection, every_layer=self.every_layer, every_tensor=self.every_tensor)
+            blocks += show_inspection(
+                path,
+                inspection,
+                every_layer=self.every_layer,
+                every_tensor=self.every_tensor,
+                pictures=is_drawn(sys.stdout),
+            )
         if self.at_once and blocks:
             print_blocks([*blocks, line()])
             blocks = []

@@ -153,7 +153,9 @@ def _describe_findings(findings: Iterable[Finding]) -> list[dict[str, Any]]:
     ]
 
 
-def show_inspection(path: str, inspection: Inspection, *, every_layer: bool, every_tensor: bool) -> Iterable[Block]:
+def show_inspection(
+    path: str, inspection: Inspection, *, every_layer: bool, every_tensor: bool, pictures: bool
+) -> Iterable[Block]:
     """The blocks for one file: the verdict, what needs attention, then the rest.
 
     Args:
@@ -176,7 +178,9 @@ def show_inspection(path: str, inspection: Inspection, *, every_layer: bool, eve
         yield from show_findings((finding, ()) for finding in worst_first)
     for state_dict in inspection.state_dicts:
         yield line()
-        yield from _state_dict_blocks(state_dict, inspection, every_layer=every_layer, every_tensor=every_tensor)
+        yield from _state_dict_blocks(
+            state_dict, inspection, every_layer=every_layer, every_tensor=every_tensor, pictures=pictures
+        )
 
 
 def _safety(inspection: Inspection) -> Iterable[Block]:
@@ -200,7 +204,7 @@ def _safety(inspection: Inspection) -> Iterable[Block]:
 
 
 def _state_dict_blocks(
-    state_dict: StateDictInspection, inspection: Inspection, *, every_layer: bool, every_tensor: bool
+    state_dict: StateDictInspection, inspection: Inspection, *, every_layer: bool, every_tensor: bool, pictures: bool
 ) -> Iterable[Block]:
     from bntool.reports.layer_table import find_common, find_kind, show_common, show_layers
 
@@ -230,7 +234,7 @@ def _state_dict_blocks(
     yield from _records(inspection.checkpoint.records.get(source.key, ()))
     if state_dict.layers or state_dict.findings:
         yield line()
-        yield from show_layers(state_dict, every=every_layer)
+        yield from show_layers(state_dict, every=every_layer, pictures=pictures)
     if every_tensor:
         yield line()
         yield _tensor_table(state_dict.tensors)

@@ -10,7 +10,15 @@ from bntool.inspection.findings import Finding, Severity
 from bntool.inspection.results import LayerInspection, StateDictInspection, Summary
 from bntool.reports.blocks import Block, Cell, Column, Histogram, Line, Style, Table, line
 from bntool.reports.channel_pictures import describe_axis
-from bntool.reports.layers import Distribution, LayerRow, Pictures, arrange_rows, picture_scales, picture_variances
+from bntool.reports.layers import (
+    LayerRow,
+    Pictures,
+    Range,
+    arrange_rows,
+    find_scale_ranges,
+    picture_scales,
+    picture_variances,
+)
 from bntool.reports.text import plural
 from bntool.representation import format_number
 
@@ -24,11 +32,12 @@ _LISTED_CHANNELS = 8
 _AFFINE = ("weight", "bias")
 
 
-def show_layers(state_dict: StateDictInspection, *, every: bool) -> Iterator[Block]:
+def show_layers(state_dict: StateDictInspection, *, every: bool, pictures: bool) -> Iterator[Block]:
     """What needs attention first, each with what was found and what to do; then the rest.
 
     Args:
         every: a row for each layer, however many there are.
+        pictures: count channels for histograms.
     """
     grouped = group_findings(state_dict)
     urgent = [entry for entry in grouped if entry[0].severity is not Severity.NOTICE]
@@ -37,13 +46,13 @@ def show_layers(state_dict: StateDictInspection, *, every: bool) -> Iterator[Blo
         yield from show_findings(grouped)
         return
     rows = arrange_rows(state_dict, every=every)
-    yield _make_table(rows, list(show_findings(urgent)))
+    yield _make_table(rows, list(show_findings(urgent)), pictures=pictures)
     if notices:
         yield line()
         yield from show_findings(notices)
 
 
-def _make_table(rows: Sequence[LayerRow], findings: Sequence[Line]) -> Table:
+def _make_table(rows: Sequence[LayerRow], findings: Sequence[Line], *, pictures: bool) -> Table:
     layers = [layer for row in rows for layer in row.layers]
     columns = (
         Column("", pictures=True),
@@ -66,37 +75,60 @@ def _make_table(rows: Sequence[LayerRow], findings: Sequence[Line]) -> Table:
         Column("findings", wide=WIDEST),
     )
     said = _list_common(layers)
-    variances, scales = picture_variances(rows), picture_scales(rows)
+    if pictures:
+        counted = picture_variances(rows), picture_scales(rows)
+        ranges = [(one.minimum, one.maximum) for one in counted[1].distributions]
+        variances, scales, caption = _draw_channels(rows, *counted)
+    else:
+        ranges = find_scale_ranges(rows)
+        variances = scales = [Cell("")] * len(rows)
+        caption = ""
     drawn: list[tuple[Cell, ...] | Line] = []
     sick = sum(row.worst in (Severity.ERROR, Severity.WARNING) for row in rows)
     for at, row in enumerate(rows):
         if at == sick and at:
             drawn += [*findings, line()]
-        drawn.append(_make_row(row, said, variances, scales, at))
+        drawn.append(_make_row(row, said, variances[at], scales[at], ranges[at]))
     if sick == len(rows):
         drawn += findings
-    caption = ", ".join(
+    return Table(columns, drawn, caption)
+
+
+def _draw_channels(
+    rows: Sequence[LayerRow], variances: Pictures, scales: Pictures
+) -> tuple[list[Cell], list[Cell], str]:
+    """Pictures of running_var and of the scale of each row, and a caption for both."""
+    said = [
         f"{name} {describe_axis(pictures.axis)}"
         for name, pictures in (("running_var", variances), ("|scale|", scales))
         if pictures.axis is not None
-    )
-    return Table(columns, drawn, caption=f"{caption}, logarithmic" if caption else "")
+    ]
+    styles = [_find_style(row) for row in rows]
+    drawn = [
+        [_picture_cell(counts, style) for counts, style in zip(pictures.counts, styles, strict=True)]
+        for pictures in (variances, scales)
+    ]
+    return drawn[0], drawn[1], f"{', '.join(said)}, logarithmic" if said else ""
 
 
-def _make_row(row: LayerRow, said: set[str], variances: Pictures, scales: Pictures, at: int) -> tuple[Cell, ...]:
+def _find_style(row: LayerRow) -> Style:
+    return SEVERITY_STYLES[row.worst] if row.worst in (Severity.ERROR, Severity.WARNING) else Style.PLAIN
+
+
+def _make_row(row: LayerRow, said: set[str], variances: Cell, scales: Cell, scale: Range) -> tuple[Cell, ...]:
     style = SEVERITY_STYLES[row.worst] if row.worst else Style.PLAIN
-    strong = style if row.worst in (Severity.ERROR, Severity.WARNING) else Style.PLAIN
+    strong = _find_style(row)
     return (
         Cell(MARKS[row.worst] if row.worst else "", style),
         Cell(row.name or "(in no module)", strong),
         Cell(f"{len(row.layers):,}" if row.is_stage else ""),
         Cell("" if "kind" in said else _merge({find_kind(layer) for layer in row.layers})),
         Cell(_describe_channel_counts(row.layers)),
-        _picture_cell(variances.counts[at], strong),
+        variances,
         _range_cell(row, "running_var", digits=2),
         _range_cell(row, "running_var", digits=3, mean=True),
-        _picture_cell(scales.counts[at], strong),
-        _scale_cell(scales.distributions[at]),
+        scales,
+        _scale_cell(*scale),
         _range_cell(row, "running_mean", digits=2),
         _range_cell(row, "running_mean", digits=3, mean=True),
         *(_range_cell(row, role, digits=3, mean=True) for role in _AFFINE),
@@ -127,10 +159,8 @@ def _picture_cell(counts: tuple[int, ...] | None, style: Style) -> Cell:
     return Cell("", style) if counts is None else Cell("", style, picture=Histogram(counts))
 
 
-def _scale_cell(distribution: Distribution) -> Cell:
-    if distribution.minimum is None or distribution.maximum is None:
-        return Cell("-", Style.MUTED)
-    return Cell(describe_range(distribution.minimum, distribution.maximum, digits=2))
+def _scale_cell(low: float | None, high: float | None) -> Cell:
+    return Cell("-", Style.MUTED) if low is None or high is None else Cell(describe_range(low, high, digits=2))
 
 
 def _range_cell(row: LayerRow, role: str, *, digits: int, mean: bool = False) -> Cell:

@@ -65,6 +65,9 @@ class Distribution(NamedTuple):
     maximum: float | None
 
 
+Range = tuple[float | None, float | None]
+
+
 class Pictures(NamedTuple):
     """One quantity of each row on one axis, so that rows can be compared.
 
@@ -90,6 +93,16 @@ def picture_scales(rows: Sequence[LayerRow]) -> Pictures:
     Where eps is not known, PyTorch's default stands in.
     """
     return _picture([_join([list_scales(layer) for layer in row.layers]) for row in rows])
+
+
+def find_scale_ranges(rows: Sequence[LayerRow]) -> list[Range]:
+    """The smallest and the largest finite magnitude of the scale of each row: counting channels takes longer."""
+    return [_find_range([list_scales(layer) for layer in row.layers]) for row in rows]
+
+
+def _find_range(parts: Sequence[Sequence[float]]) -> Range:
+    known = [part if math.isfinite(sum(part)) else [v for v in part if math.isfinite(v)] for part in parts]
+    return min((min(part) for part in known if part), default=None), max((max(p) for p in known if p), default=None)
 
 
 def _list_variances(layer: LayerInspection) -> Sequence[float]:

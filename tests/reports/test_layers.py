@@ -97,7 +97,7 @@ def test_scales_are_what_eval_mode_multiplies_by(model: nn.Module) -> None:
 def test_a_screen_shows_the_verdict_first_then_what_is_wrong(model: nn.Module, width: int) -> None:
     damage(model)
     inspection = bntool.inspect(model.state_dict())
-    blocks = list(show_inspection("model.pt", inspection, every_layer=False, every_tensor=False))
+    blocks = list(show_inspection("model.pt", inspection, every_layer=False, every_tensor=False, pictures=True))
     text = visible(show(blocks, width))
     assert text.splitlines()[0].rstrip() == "model.pt: 1 layer sick, 1 suspicious"
     order = ["X  layer3.2.bn1", "!  layer2.4.bn2", "X error non-finite in layer3.2.bn1 (channel 5)", "to do:"]
@@ -111,7 +111,9 @@ def test_a_screen_shows_the_verdict_first_then_what_is_wrong(model: nn.Module, w
 def test_a_pipe_gives_each_layer_a_line(model: nn.Module) -> None:
     damage(model)
     inspection = bntool.inspect(model.state_dict())
-    lines = draw_plain(show_inspection("model.pt", inspection, every_layer=True, every_tensor=False)).splitlines()
+    lines = draw_plain(
+        show_inspection("model.pt", inspection, every_layer=True, every_tensor=False, pictures=False)
+    ).splitlines()
     names = [line.split()[0] for line in lines if re.match(r"(layer\d\.\d\.bn\d|bn1) ", line)]
     assert sorted(names) == sorted(layer.name for layer in inspection.state_dicts[0].layers)
 
@@ -125,6 +127,8 @@ def test_names_that_differ_in_the_middle_differ_on_a_terminal_of_80_columns() ->
     for count, value in enumerate(tensors.values()):
         value.copy_(torch.rand(4) * 3) if value.ndim else value.fill_(count)
     inspection = bntool.inspect(tensors)
-    text = visible(show(list(show_inspection("n.pt", inspection, every_layer=False, every_tensor=False)), 80))
+    text = visible(
+        show(list(show_inspection("n.pt", inspection, every_layer=False, every_tensor=False, pictures=True)), 80)
+    )
     shown = [line.split()[1] for line in text.splitlines() if "downsample" in line and line[:3] in ("!  ", "   ")]
     assert len(shown) == len(set(shown)) == 4
