@@ -16,7 +16,7 @@ WORKERS ?= 2
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 export PIP_NO_INPUT = 1
 
-.PHONY: help demo test same check lint types bench fuzz oracles catalogue samples docs site wheel release clean
+.PHONY: help demo test same check lint types bench fuzz oracles corpus catalogue samples docs site wheel release clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):.*##/\1\t/p' $(MAKEFILE_LIST)
@@ -56,6 +56,10 @@ bench: $(VENV)/installed  ## measure against peers in the same run; asserts noth
 
 oracles: $(VENV)/installed  ## re-derive the recorded answers of foreign frameworks
 	$(BIN)/python -m tests.oracles
+
+corpus: $(VENV)/installed  ## make mistakes of training on five networks, and say which of them inspect names
+	$(BIN)/python -m tests.corpus --record
+	$(BIN)/python -m tests.documentation.corpus_table
 
 catalogue: $(VENV)/installed  ## write the catalogue of architectures again; needs timm and torchvision there
 	$(BIN)/python -m catalogue.build --keep .catalogue

@@ -184,12 +184,17 @@ def _kind_with_statistics(
         return NormKind.FUSED_CONV_BATCH_NORM
     if len(mean.shape) > 1 and count_elements(mean.shape) != max(mean.shape):
         return NormKind.HETERO_BATCH_NORM
-    if weight is not None and count_elements(weight.shape) != count_elements(mean.shape):
+    if weight is not None and _are_repeated(count_elements(mean.shape), count_elements(weight.shape)):
         return NormKind.GHOST_BATCH_NORM
     # torch before 0.4.1 had no num_batches_tracked either, but no versions: those count as BatchNorm
     if "num_batches_tracked" not in tensors and weight is not None and version in (1, 3):
         return NormKind.FROZEN_BATCH_NORM
     return NormKind.BATCH_NORM
+
+
+def _are_repeated(statistics: int, channels: int) -> bool:
+    """Whether there are statistics for several parts of a batch, each of as many channels as the weight has."""
+    return channels > 0 and statistics > channels and statistics % channels == 0
 
 
 def _is_vector(tensor: Tensor) -> bool:

@@ -18,6 +18,8 @@ _WELL_KNOWN_KEYS = (
     "params",
     "weights",
 )
+_MANY_PARTS = 64  # first parts of names; a state dict of more is no model beside its average
+COUNT_OF_AVERAGES = "n_averaged"  # beside the model, in torch.optim.swa_utils.AveragedModel
 _AVERAGED = ("ema", "shadow", "teacher", "averaged", "swa")
 
 
@@ -25,6 +27,19 @@ def is_averaged_copy(key: str) -> bool:
     """Whether the key of a state dict names an averaged copy (EMA, SWA) of the model."""
     parts = key.lower().replace("-", "_").replace(".", "_").split("_")
     return any(part in _AVERAGED for part in parts)
+
+
+def find_averaged_parts(state_dict: StateDict) -> list[str]:
+    """First parts of names that are those of an averaged copy beside the model: ``ema`` of ``ema.conv1.weight``."""
+    parts = dict.fromkeys(state_dict.strip(name).partition(".")[0] for name in state_dict.tensors if "." in name)
+    return [part for part in parts if is_averaged_copy(part)] if len(parts) <= _MANY_PARTS else []
+
+
+def may_hold_average(state_dict: StateDict) -> bool:
+    """Whether it is an averaged copy, or one lies in it beside the model."""
+    if is_averaged_copy(state_dict.key) or f"{state_dict.prefix}{COUNT_OF_AVERAGES}" in state_dict.tensors:
+        return True
+    return COUNT_OF_AVERAGES in state_dict.tensors or bool(find_averaged_parts(state_dict))
 
 
 def choose_state_dict(checkpoint: Checkpoint, key: str | None = None) -> StateDict:
@@ -63,7 +78,7 @@ def _count_elements(state_dict: StateDict) -> int:
 
 _WRAPPERS = ("module.", "_orig_mod.", "_fsdp_wrapped_module.", "_forward_module.", "model.")
 MAX_PREFIX = 200  # characters; a hostile name repeats a wrapper a million times
-UNPREFIXED = ("n_averaged", "steps")  # counters that AveragedModel and mmengine's averaging put beside the model
+UNPREFIXED = (COUNT_OF_AVERAGES, "steps")  # counters that AveragedModel and mmengine's averaging put beside the model
 
 
 def find_prefix(names: list[str]) -> str:

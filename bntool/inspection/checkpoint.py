@@ -12,11 +12,10 @@ from bntool.batchnorm import ROLES, BatchNorm, NormKind, check_globs, selects
 from bntool.checkpoints.batchnorms import find_norms
 from bntool.checkpoints.checkpoint import Checkpoint, StateDict
 from bntool.checkpoints.dtypes import NumberKind
-from bntool.checkpoints.state_dicts import choose_state_dict, is_averaged_copy
+from bntool.checkpoints.state_dicts import choose_state_dict, may_hold_average
 from bntool.checkpoints.tensors import StoredTensor, Tensor, read_numbers
 from bntool.errors import BntoolError
 from bntool.graphs.architectures.recognition import give_eps, recognise
-from bntool.inspection.copies import compare_copies
 from bntool.inspection.file_findings import find_in_file, find_in_state_dict
 from bntool.inspection.findings import Finding, FindingCode, Severity
 from bntool.inspection.judging import judge
@@ -33,7 +32,6 @@ from bntool.inspection.results import (
     summarize,
 )
 from bntool.inspection.safety import find_dangers, judge_safety
-from bntool.inspection.training_findings import compare_with_steps
 from bntool.modules.opening import Source, open_source
 from bntool.progress import OnProgress, Progress, count, ignore
 
@@ -119,30 +117,37 @@ def _inspect(
         for one in wanted
     ]
     check_globs(layers, list(dict.fromkeys(name for one in inspections for name in one.names)))
-    others = _inspect_others(checkpoint, wanted, layers=layers)
-    inspections = compare_with_steps(checkpoint, inspections)
-    inspections = compare_copies(
-        [*inspections, *others],
-        recalibrated=[_recalibrated_layers(checkpoint, one.state_dict) for one in (*inspections, *others)],
-    )[: len(wanted)]
+    if any(isinstance(name, str) and "opt" in name.lower() for name in checkpoint.entries):
+        from bntool.inspection.training_findings import compare_with_steps  # most files hold no optimizer
+
+        inspections = compare_with_steps(checkpoint, inspections)
+    if any(map(may_hold_average, wanted)) or (len(wanted) > 1 and any(map(_lacks_statistics, inspections))):
+        from bntool.inspection.copies import compare_copies  # nor an average
+
+        several = [*inspections, *_inspect_others(checkpoint, wanted, layers=layers)]
+        recalibrated = [_recalibrated_layers(checkpoint, one.state_dict) for one in several]
+        inspections = compare_copies(several, recalibrated=recalibrated)[: len(wanted)]
     safety = judge_safety(checkpoint)
     findings = (*find_dangers(safety), *find_in_file(checkpoint, inspections))
     verdict = judge(checkpoint, inspections, findings)
     return Inspection(checkpoint, tuple(inspections), findings, safety, verdict, checked)
 
 
+def _lacks_statistics(inspection: StateDictInspection) -> bool:
+    return any(finding.code is FindingCode.STATISTICS_MISSING for finding in inspection.findings)
+
+
 def _inspect_others(
     checkpoint: Checkpoint, wanted: Sequence[StateDict], *, layers: Sequence[str]
 ) -> list[StateDictInspection]:
-    """The state dicts that were not asked for, where they tell something of an averaged copy that was.
+    """The state dicts that were not asked for, and tell something of an averaged copy that was.
 
     One that cannot be read tells nothing.
     """
     inspected: list[StateDictInspection] = []
-    if len(wanted) == len(checkpoint.state_dicts) or not any(is_averaged_copy(one.key) for one in wanted):
-        return inspected
+    keys = {state_dict.key for state_dict in wanted}
     for state_dict in checkpoint.state_dicts:
-        if state_dict not in wanted:
+        if state_dict.key not in keys:
             with contextlib.suppress(BntoolError):
                 inspected.append(
                     _inspect_state_dict(

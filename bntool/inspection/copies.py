@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from bntool.batchnorm import DEFAULT_EPS, STATISTICS
 from bntool.checkpoints.files import quote
-from bntool.checkpoints.state_dicts import find_prefix, is_averaged_copy
+from bntool.checkpoints.state_dicts import COUNT_OF_AVERAGES, find_averaged_parts, find_prefix, is_averaged_copy
 from bntool.checkpoints.tensors import StoredTensor, read_numbers
 from bntool.errors import BntoolError
 from bntool.inspection.findings import Finding, FindingCode, Severity
@@ -21,10 +21,9 @@ from bntool.inspection.results import LayerInspection, StateDictInspection
 from bntool.verification.statistics_shift import StatisticsShift, measure_shift
 
 LARGE_INITIAL_SHARE = 0.1  # of the initial values, in the statistics of an average
+EXPLAINED = 0.6  # what is left of the difference, where it is the initial values that make it
 LARGE_LAG = 0.5  # sigmas, or log of the factor of variances, in the layer in the middle
-DIFFERENT_WEIGHTS = 0.01  # relative distance of the weights of BatchNorms, from which on statistics are others, too
-_COUNT = "n_averaged"  # beside the model, in torch.optim.swa_utils.AveragedModel
-_MANY_PARTS = 64  # first parts of names; a state dict of more is no model beside its average
+DIFFERENT_WEIGHTS = 0.01  # relative distance of the weights of BatchNorms, from which on statistics differ, too
 
 
 class _Copy(NamedTuple):
@@ -73,18 +72,25 @@ def compare_copies(
         elif copy.averagings is not None:
             found[copy.place] += _judge_average(copy)
     return [
-        dataclasses.replace(inspection, findings=(*inspection.findings, *more)) if more else inspection
+        dataclasses.replace(inspection, findings=(*_without_known(inspection.findings, more), *more))
+        if more
+        else inspection
         for inspection, more in zip(inspections, found, strict=True)
     ]
+
+
+def _without_known(findings: Sequence[Finding], known: Sequence[Finding]) -> list[Finding]:
+    """Those that guess what another copy of the model tells for certain are left out."""
+    missing = {name for finding in known if finding.code is FindingCode.STATISTICS_MISSING for name in finding.layers}
+    return [f for f in findings if f.code is not FindingCode.STATISTICS_MISSING or not missing.issuperset(f.layers)]
 
 
 def _find_copies(place: int, inspection: StateDictInspection) -> Iterator[_Copy]:
     state_dict = inspection.state_dict
     names = [state_dict.strip(name) for name in state_dict.tensors]
-    counted = _COUNT in state_dict.tensors or _COUNT in names
+    counted = COUNT_OF_AVERAGES in state_dict.tensors or COUNT_OF_AVERAGES in names
     parts = dict.fromkeys(name.partition(".")[0] for name in names)
-    averages = [part for part in parts if is_averaged_copy(part)] if len(parts) <= _MANY_PARTS else []
-    averages = [part for part in averages if any(name.startswith(f"{part}.") for name in names)]
+    averages = find_averaged_parts(state_dict)
     if len(averages) == len(parts) or not averages:
         title = f"state dict {quote(state_dict.key)}" if state_dict.key else "the state dict"
         yield _Copy(
@@ -119,7 +125,7 @@ def _find_copies(place: int, inspection: StateDictInspection) -> Iterator[_Copy]
 
 def _read_count(inspection: StateDictInspection) -> int | None:
     tensors = inspection.state_dict.tensors
-    tensor = tensors.get(_COUNT) or tensors.get(inspection.state_dict.prefix + _COUNT)
+    tensor = tensors.get(COUNT_OF_AVERAGES) or tensors.get(inspection.state_dict.prefix + COUNT_OF_AVERAGES)
     try:
         if tensor is None or (isinstance(tensor, StoredTensor) and tensor.storage is None):
             return None
@@ -130,8 +136,11 @@ def _read_count(inspection: StateDictInspection) -> int | None:
 
 
 def _find_model(copy: _Copy, copies: Sequence[_Copy]) -> _Copy | None:
-    """The copy that an average is of: the one that is no average and has most of its parameters."""
-    if not copy.is_average:
+    """The copy that an average is of: the one that is no average and has most of its parameters.
+
+    One that is no average is held against another only where it has no statistics at all.
+    """
+    if not copy.is_average and any(map(_has_statistics, copy.layers.values())):
         return None
     others = [other for other in copies if not other.is_average and any(map(_has_statistics, other.layers.values()))]
     best = max(others, key=lambda other: len(other.parameters & copy.parameters), default=None)
@@ -169,12 +178,14 @@ def _compare(copy: _Copy, model: _Copy) -> Iterator[Finding]:
         if distance > DIFFERENT_WEIGHTS or (distance and (copy.averagings or 0) > 1):
             yield _describe_copied(copy, model, pairs, distance)
         return
+    measured = [(pair, _measure_shift(*pair)) for pair in pairs]
+    pairs, shifts = [pair for pair, s in measured if s.finite], [s for _, s in measured if s.finite]
+    if not pairs:
+        return
     share = _measure_initial_share(pairs)
-    shifts = [_measure_shift(layer, other) for layer, other in pairs]
-    import statistics  # costs as much as inspecting most files
-
-    usual = statistics.median(min(shift.severity, 1e6) for shift in shifts)
-    if share > LARGE_INITIAL_SHARE or usual > LARGE_LAG:
+    usual = _median(shift.severity for shift in shifts)
+    apart = usual > LARGE_LAG and _measure_distance(pairs) < DIFFERENT_WEIGHTS
+    if share > LARGE_INITIAL_SHARE or apart:
         worst = max(range(len(pairs)), key=lambda place: shifts[place].severity)
         yield _describe_lag(copy, model, pairs, share, (pairs[worst][0].name, shifts[worst]))
 
@@ -209,7 +220,7 @@ def _measure_initial_share(pairs: Sequence[tuple[LayerInspection, LayerInspectio
     """How much of the initial mean 0 and variance 1 is left in an average; 0 where it is not that which differs.
 
     With a share f, mean is (1 - f) times the model's and variance is (1 - f) times the model's plus f: f is the median
-    of what each channel gives, and both must give it.
+    of what each channel gives, of means and of variances, whichever is less. It must explain most of the difference.
     """
     by_mean, by_variance = [], []
     for layer, other in pairs:
@@ -223,10 +234,28 @@ def _measure_initial_share(pairs: Sequence[tuple[LayerInspection, LayerInspectio
                 by_variance.append((variance - model_variance) / (1 - model_variance))
     if not by_mean or not by_variance:
         return 0.0
-    import statistics
+    share = min(_median(by_mean), _median(by_variance))
+    if not 0 < share < 1:
+        return 0.0
+    return share if _measure_rest(pairs, share) < EXPLAINED * _measure_rest(pairs, 0.0) else 0.0
 
-    shares = statistics.median(by_mean), statistics.median(by_variance)
-    return min(shares) if min(shares) > 0 and max(shares) < 1 else 0.0
+
+def _measure_rest(pairs: Sequence[tuple[LayerInspection, LayerInspection]], share: float) -> float:
+    """How far an average is from its model with a share of initial values: the median over layers, in sigmas."""
+    rests = []
+    for layer, other in pairs:
+        eps = DEFAULT_EPS if other.layer.eps is None else other.layer.eps
+        own = (layer.tensors["running_mean"].values, layer.tensors["running_var"].values)
+        mean = [(1 - share) * value for value in other.tensors["running_mean"].values]
+        variance = [(1 - share) * value + share for value in other.tensors["running_var"].values]
+        rests.append(measure_shift(own, (mean, variance), old_eps=eps, new_eps=eps).severity)
+    return _median(rests)
+
+
+def _median(values: Iterable[float]) -> float:
+    """The one in the middle, the upper of two (the module statistics costs its import)."""
+    ordered = sorted(values)
+    return ordered[len(ordered) // 2]
 
 
 def _measure_shift(layer: LayerInspection, other: LayerInspection) -> StatisticsShift:
@@ -281,7 +310,7 @@ def _describe_lag(
     if share > LARGE_INITIAL_SHARE:
         why = f"about {share:.0%} of them is still the initial 0 and 1: the decay is too slow for so few updates"
     else:
-        why = "they are an average over times when the model was another"
+        why = "weights and biases of the BatchNorms are the same within 1 %"
     message = (
         f"the statistics of {copy.words} lag behind those of {model.title}, most in {name}: by {shift.mean_shift:.2g} "
         f"sigma and a factor of {shift.variance_spread:.2g} in variance; {why}"

@@ -60,16 +60,17 @@ def _compare_counters(layers: Sequence[LayerInspection]) -> _Found:
     counts = Counter(n for layer in layers if (n := layer.num_batches_tracked) is not None)
     if len(counts) <= 1:
         return {}
-    usual, votes = counts.most_common(1)[0]
-    if votes * 2 <= counts.total():
+    usual, votes = max(counts.items(), key=lambda item: (item[1], item[0]))
+    if votes * 2 < counts.total():
         return {}  # no common value to disagree with
+    share = "most" if votes * 2 > counts.total() else "half of the"
     found = {}
     for layer in layers:
         own = layer.num_batches_tracked
         if own is not None and own != usual:
             message = (
-                f"num_batches_tracked is {own} here and {usual} in most layers: "
-                "it was trained apart, frozen for a time, reset, or used more often"
+                f"num_batches_tracked is {own} here and {usual} in {share} layers: it was trained apart, frozen for a "
+                "time, reset, or used more often"
             )
             advice = "nothing is to be done where that was meant: a new head, frozen layers, layers that are shared"
             facts = {"counter": own, "usual": usual}

@@ -13,6 +13,7 @@ from bntool.inspection.findings import Finding, FindingCode, Severity
 
 _NAMED = re.compile(r"(?:^|[._\d])(?:bn|batch_?norm)", re.IGNORECASE)  # in the name of a layer
 _COUNTER = "num_batches_tracked"
+_HALVES = (*STATISTICS, _COUNTER)
 _CONVOLUTION = 3  # dimensions of a weight from which on it is one
 _LISTED = 3
 
@@ -84,6 +85,8 @@ def _make(severity: Severity, message: str, layers: Sequence[str]) -> Finding:
 
 def _find_halves(state_dict: StateDict) -> Iterator[str]:
     for name, tensor in state_dict.tensors.items():
+        if not name.endswith(_HALVES):
+            continue
         layer, _, leaf = name.rpartition(".")
         dotted = f"{layer}." if layer else ""
         if leaf == _COUNTER:

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from bntool.checkpoints.checkpoint import Checkpoint
+from bntool.checkpoints.torch.optimizers import find_optimizers, read_steps
 from bntool.inspection.findings import Finding, FindingCode, Severity
 from bntool.inspection.results import StateDictInspection
 
@@ -30,10 +31,6 @@ def compare_with_steps(checkpoint: Checkpoint, inspections: Sequence[StateDictIn
 
 def _read_steps(checkpoint: Checkpoint) -> int | None:
     """The steps of the only optimizer of a file that counts them; None where there are several, or none."""
-    if not any(isinstance(name, str) and "opt" in name.lower() for name in checkpoint.entries):
-        return None
-    from bntool.checkpoints.torch.optimizers import find_optimizers, read_steps  # most files have none
-
     counted = [read_steps(checkpoint, node) for _, node in find_optimizers(checkpoint)]
     return counted[0] if len(counted) == 1 else None
 

@@ -206,7 +206,7 @@ def _safety(inspection: Inspection) -> Iterable[Block]:
 def _state_dict_blocks(
     state_dict: StateDictInspection, inspection: Inspection, *, every_layer: bool, every_tensor: bool, pictures: bool
 ) -> Iterable[Block]:
-    from bntool.reports.layer_table import find_common, find_kind, show_common, show_layers
+    from bntool.reports.layer_table import find_common, find_kind, show_behaviour, show_common, show_layers
 
     source = state_dict.state_dict
     counts = (
@@ -231,6 +231,7 @@ def _state_dict_blocks(
         part = "" if architecture.whole else ", in part"
         yield line(f"names and shapes of {architecture.title}{part}", Style.NOTICE)
     yield from show_common(state_dict.layers)
+    yield from show_behaviour(state_dict.layers)
     yield from _records(inspection.checkpoint.records.get(source.key, ()))
     if state_dict.layers or state_dict.findings:
         yield line()

@@ -7,6 +7,7 @@ from typing import Any
 
 from bntool.batchnorm import EpsSource
 from bntool.inspection.findings import Finding, Severity
+from bntool.inspection.module_findings import describe_behaviour
 from bntool.inspection.results import LayerInspection, StateDictInspection, Summary
 from bntool.reports.blocks import Block, Cell, Column, Histogram, Line, Style, Table, line
 from bntool.reports.channel_pictures import describe_axis
@@ -243,8 +244,22 @@ def show_common(layers: Sequence[LayerInspection]) -> Iterator[Line]:
     factor = _describe_fact("scale factor", layers[0])
     if factor and "scale factor" in _list_common(layers):
         said.append(f"statistics divided by the scale factor {factor}")
+    modes = [layer.layer.training for layer in layers]
+    if find_common(modes) is not None:
+        said.append("train mode" if modes[0] else "eval mode")
     if said:
         yield line("every layer: " + ", ".join(said))
+
+
+def show_behaviour(layers: Sequence[LayerInspection]) -> Iterator[Line]:
+    """What PyTorch does with layers whose flags are not those that most have."""
+    behaving: dict[str, list[str]] = {}
+    for layer in layers:
+        for sentence in describe_behaviour(layer.layer):
+            behaving.setdefault(sentence, []).append(layer.name)
+    for sentence, names in behaving.items():
+        where = "every layer" if len(names) == len(layers) > 1 else list_names(names, _LISTED)
+        yield Line((Cell(f"{where}: "), Cell(sentence, is_sentence=True)))
 
 
 GroupedFinding = tuple[Finding, tuple[str, ...]]  # the first of those that share code and severity, and whose they are

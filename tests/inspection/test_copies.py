@@ -84,9 +84,20 @@ def test_buffers_of_one_copy_that_the_other_lacks(prefixes: tuple[str, str] | No
     else:
         parts = zip(prefixes, (model.state_dict(), shadow), strict=True)
         source = {prefix + name: tensor for prefix, part in parts for name, tensor in part.items()}
-    missing = [f for f in found(source, tmp_path) if f.code is FindingCode.STATISTICS_MISSING]
+    (missing,) = found(source, tmp_path)
     prefix = "" if prefixes is None else prefixes[1]
-    assert [f.layers for f in missing if f.severity is Severity.WARNING] == [(f"{prefix}1", f"{prefix}4")]
+    assert (missing.code, missing.severity) == (FindingCode.STATISTICS_MISSING, Severity.WARNING)
+    assert missing.layers == (f"{prefix}1", f"{prefix}4")
+
+
+@pytest.mark.parametrize("key", ["best", "ema"])
+def test_buffers_that_another_state_dict_has(key: str, tmp_path: Path) -> None:
+    model = build()
+    train(model, AveragedModel(model), 60)
+    parameters = {name: tensor.detach() for name, tensor in model.named_parameters()}
+    (missing,) = found({"model": model.state_dict(), key: parameters}, tmp_path)
+    assert missing.layers == ("1", "4")
+    assert "those of state dict 'model' have" in missing.message
 
 
 @pytest.mark.parametrize("prefixes", [None, *FLAT], ids=str)
