@@ -15,25 +15,15 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from tests.oracles.mmdet_freezing import stand_in_for_compiled_operators
+from tests.programs import copy_user_code
 
 REQUIREMENTS = [
     "torch==2.13.0", "mmdet==3.3.0", "mmcv-lite==2.1.0", "mmengine==0.10.7", "setuptools", "typer>=0.26,<0.29"
 ]  # fmt: skip
 
-SAMPLES = """
-import torch
-from mmdet.structures import DetDataSample
-
-def batches():
-    generator = torch.Generator().manual_seed(0)
-    facts = {"img_shape": (64, 64), "ori_shape": (64, 64), "scale_factor": (1.0, 1.0)}
-    for _ in range(2):
-        images = torch.randn(1, 3, 64, 64, generator=generator)
-        yield ({"inputs": images, "data_samples": [DetDataSample(metainfo=facts)]},)
-"""
 MODELS = {
     "retinanet/retinanet_r50_fpn_1x_coco.py": ("--input-shape", "1,3,64,64"),
-    "faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py": ("--data", "samples.py:batches"),
+    "faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py": ("--data", "mmdet_samples.py:batches"),
 }
 
 
@@ -102,7 +92,7 @@ def main() -> int:
     for config, inputs in MODELS.items():
         with tempfile.TemporaryDirectory() as folder:
             os.chdir(folder)
-            Path("samples.py").write_text(SAMPLES)
+            copy_user_code("mmdet_samples", Path())
             spec, bare = f"mmdet:{configs / config}", {"model.backbone.init_cfg": "None"}
             torch.save({"meta": {}, "state_dict": load_model(spec, arguments=bare).state_dict()}, "epoch_1.pth")
             model = ("--model", spec, "--model-arg", "model.backbone.init_cfg=None")
@@ -112,7 +102,7 @@ def main() -> int:
             assert folded["verification"]["exact"] < 1e-12
             left = load_folded(load_model(spec, arguments=bare), "folded.pth")
             assert not [name for name in left.state_dict() if name.endswith("running_mean")]
-            trained = ("--model-arg", "model.backbone.norm_eval=False", "--data", "samples.py:batches")
+            trained = ("--model-arg", "model.backbone.norm_eval=False", "--data", "mmdet_samples.py:batches")
             again = run("recalibrate", "epoch_1.pth", "-o", "again.pth", *model, *trained, "--method", "pooled")
             frozen = run("freeze", "epoch_1.pth", "-o", "frozen.pth", "--frozen-stages", "1")
             print(
