@@ -17,7 +17,6 @@ from typing import Any
 
 import safetensors.torch
 import torch
-import torch.distributed.checkpoint as distributed_checkpoint
 from numpy.typing import NDArray
 
 from tests.checkpoints.tensorflow.bundle_files import DTYPES, write_bundle
@@ -159,6 +158,8 @@ def write_numpy_pickle(tensors: Tensors, folder: Path) -> Path:
 
 def save_distributed(root: Any, folder: Path) -> None:
     """A folder of torch.distributed.checkpoint, saved by this process alone."""
+    import torch.distributed.checkpoint as distributed_checkpoint  # a second, and of few tests
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that no process group is there
         distributed_checkpoint.save(root, checkpoint_id=folder)
