@@ -232,6 +232,7 @@ def _describe_unknown(head: bytes) -> str:
         b"\x08": "a protobuf message, but not an ONNX model",
     }
     guess = next((what for magic, what in signatures.items() if head.startswith(magic)), None)
-    return "the format is not known" + (
-        f"; this looks like {guess}" if guess else ": docs/formats.md has those that are"
-    )
+    if guess:
+        return f"the format is not known; this looks like {guess}"
+    known = "checkpoints of torch, safetensors, ONNX, Keras, Caffe and TensorFlow, and pickles of numpy arrays, are"
+    return f"the format is not known: {known}"

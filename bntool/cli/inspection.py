@@ -80,7 +80,7 @@ def command(
 
       bntool inspect net.caffemodel --prototxt deploy.prototxt
 
-    Findings are marked X (error), ! (warning) and i (notice); docs/findings.md says what each means and what to do.
+    Findings are marked X (error), ! (warning) and i (notice); bntool explain CODE says what each means and what to do.
     """
     from bntool.cli.main import ExitCode, exit_code_of
     from bntool.errors import BntoolError

@@ -53,6 +53,7 @@ COMMANDS = {
     "diff": "comparison",
     "convert": "conversion",
     "average": "averaging",
+    "explain": "explanation",
 }
 
 # dependencies that a listing does without: docs/install.md has the way without torch

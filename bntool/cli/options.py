@@ -24,7 +24,7 @@ StateDictKey = Annotated[
         "--state-dict",
         metavar="KEY",
         help="The state dict to work on, where the file holds several, e.g. model_ema.",
-        show_default="chosen by rule, see docs/formats.md",
+        show_default="chosen by rule",
         rich_help_panel=SELECTION,
     ),
 ]

@@ -95,7 +95,7 @@ def _skips(skips: Sequence[Skip]) -> list[Block]:
     counts = Counter(skip.reason.value for skip in skips)
     listed = ", ".join(f"{count} {reason}" for reason, count in counts.items())
     return [
-        line(f"left alone: {listed} (docs/skip-reasons.md)", Style.WARNING),
+        line(f"left alone: {listed} (bntool explain REASON)", Style.WARNING),
         *(
             Line((Cell(f"{s.layer}: {s.reason.value}"), Cell(f" ({s.detail})" * bool(s.detail), Style.MUTED)), indent=2)
             for s in skips

@@ -84,6 +84,8 @@ CASES = [
     ("convert EMPTY --to torch --dry-run", 4, "refused"),
     ("convert @digits_training.pt --to safetensors --strict -o OUT", 4, "refused"),
     ("convert @digits.pt --to safetensors -o DAMAGED", 5, "verification-failed"),
+    ("explain 4", 0, None),
+    ("explain nonsense", 2, "usage"),
     ("average @digits.pt @drifted.pt -o OUT", 0, None),
     ("average @digits.pt --dry-run", 2, "usage"),
     ("average @digits.pt @drifted.pt", 2, "usage"),
@@ -97,7 +99,7 @@ CASES = [
 IMPOSSIBLE = {
     ("inspect", 4), ("inspect", 5), ("inspect", 6), ("recalibrate", 1), ("freeze", 1), ("freeze", 6), ("fold", 1),
     ("diff", 5), ("diff", 6), ("convert", 1), ("convert", 6),
-    ("average", 1), ("average", 6),
+    ("average", 1), ("average", 6), ("explain", 1), ("explain", 3), ("explain", 4), ("explain", 5), ("explain", 6),
 }  # fmt: skip
 
 

@@ -21,6 +21,7 @@ RUNS = {
     ("diff", "samples/digits.pt", "samples/drifted.pt"): (0, "9 of 9 BatchNorm layers changed"),
     ("freeze", "samples/digits.pt", "-o", "frozen.pt"): (0, "freeze 9 BatchNorm layers"),
     ("diff", "samples/digits.pt", "frozen.pt", "--expect", "frozen"): (0, "0 of 9 BatchNorm layers changed"),
+    ("explain", "non-finite"): (0, "what to do"),
     ("convert", "samples/digits.pt", "--to", "safetensors", "-o", "digits.safetensors"): (0, "wrote"),
     ("fold", "architectures/torchvision_mobilenet_v2.safetensors", "-o", "folded.safetensors"): (0, "fold 52 of 52"),
     ("fold", "samples/digits.pt", "--pair", "conv1=bn1", "--eps", "1e-5", "-o", "pair.pt"): (0, "fold 1 of 9"),
