@@ -100,6 +100,7 @@ IMPOSSIBLE = {
     ("inspect", 4), ("inspect", 5), ("inspect", 6), ("recalibrate", 1), ("freeze", 1), ("freeze", 6), ("fold", 1),
     ("diff", 5), ("diff", 6), ("convert", 1), ("convert", 6),
     ("average", 1), ("average", 6), ("explain", 1), ("explain", 3), ("explain", 4), ("explain", 5), ("explain", 6),
+    ("explain", 130),  # it opens no file
 }  # fmt: skip
 
 
@@ -173,7 +174,9 @@ def test_no_exit_code_is_left_out() -> None:
 
 
 INTERRUPTED = {
-    name: next(case for case, code, _ in CASES if code == 0 and case.split()[0] == name) for name in COMMANDS
+    name: next(case for case, code, _ in CASES if code == 0 and case.split()[0] == name)
+    for name in COMMANDS
+    if (name, 130) not in IMPOSSIBLE
 }
 
 
