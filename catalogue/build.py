@@ -12,9 +12,10 @@ from __future__ import annotations
 import argparse
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
+from typing import NamedTuple
 
 from bntool.graphs.architectures.catalogue import PATH, Catalogue, Scope, fingerprint_scope
 from catalogue.checking import check_recognition, fold_alike
@@ -25,31 +26,67 @@ from catalogue.writing import pack
 _TWO_EPS = ("fasterrcnn_resnet50_fpn", "maskrcnn_resnet50_fpn", "keypointrcnn_resnet50_fpn", "retinanet_resnet50_fpn")
 
 
-def build(observations: Iterable[Observation]) -> bytes:
-    """The catalogue of these architectures; those without a structure are left out."""
-    structures: dict[str, int] = {}
-    scopes: dict[Scope, int] = {}
-    eps: dict[tuple[tuple[int, float], ...], int] = {}
-    entries: dict[tuple[int, int, int, int, int], list[str]] = {}
-    alike: dict[tuple[int, int], list[str]] = {}  # structures of architectures with the same tensors
+class Row(NamedTuple):
+    """One architecture as the catalogue holds it."""
+
+    name: str
+    scope: Scope
+    inside: int
+    rest: int
+    eps: tuple[tuple[int, float], ...]
+    structure: str
+
+
+def build(observations: Iterable[Observation], earlier: Catalogue | None = None) -> bytes:
+    """The catalogue of these architectures; those without a structure are left out.
+
+    Args:
+        earlier: one whose entries stay where an architecture was not observed. Architectures with the same tensors stay
+            or go together.
+    """
+    rows = list(_read_rows(observations))
+    if earlier is not None:
+        kept = [
+            Row(name, entry.scope, entry.fingerprint, entry.rest, entry.eps, earlier.structure(entry.structure))
+            for entry in earlier.entries
+            for name in entry.names
+        ]
+        observed = {row.name for row in rows}
+        stays = {(row.scope, row.inside) for row in kept if row.name not in observed}
+        rows = [row for row in rows if (row.scope, row.inside) not in stays]
+        rows += [row for row in kept if row.name not in {row.name for row in rows}]
+    return _pack(sorted(rows, key=lambda row: (row.name.rpartition(":")[2], row.name)))
+
+
+def _read_rows(observations: Iterable[Observation]) -> Iterator[Row]:
+    alike: dict[tuple[Scope, int], list[str]] = {}  # structures of architectures with the same tensors
     for seen in sorted(observations, key=lambda seen: (seen.name.rpartition(":")[2], seen.name)):
         if not seen.structure or seen.scope is None:
             continue
         inside, rest = fingerprint_scope(seen.scope, seen.shapes)
-        scope = scopes.setdefault(seen.scope, len(scopes))
-        twins = alike.setdefault((scope, inside), [])
+        twins = alike.setdefault((seen.scope, inside), [])
         same = (text for text in twins if fold_alike(seen.structure, text, shapes=seen.shapes, eps=seen.eps))
         text = next(same, seen.structure)
         if text == seen.structure and text not in twins:
             twins.append(text)
-        structure = structures.setdefault(text, len(structures))
         layers = sorted(find_layers(seen.scope, seen.shapes))
         runs = [_run([seen.eps[layer] for layer in layers])]
         if seen.name.rpartition(":")[2] in _TWO_EPS:
             runs.append(((len(layers), 0.0),))
         for run in runs:
-            key = (scope, inside, rest, eps.setdefault(run, len(eps)), structure)
-            entries.setdefault(key, []).append(seen.name)
+            yield Row(seen.name, seen.scope, inside, rest, run, text)
+
+
+def _pack(rows: Iterable[Row]) -> bytes:
+    structures: dict[str, int] = {}
+    scopes: dict[Scope, int] = {}
+    eps: dict[tuple[tuple[int, float], ...], int] = {}
+    entries: dict[tuple[int, int, int, int, int], list[str]] = {}
+    for row in rows:
+        scope = scopes.setdefault(row.scope, len(scopes))
+        structure = structures.setdefault(row.structure, len(structures))
+        key = (scope, row.inside, row.rest, eps.setdefault(row.eps, len(eps)), structure)
+        entries.setdefault(key, []).append(row.name)
     index = {
         "versions": {package: metadata.version(package).partition("+")[0] for package in ("torchvision", "timm")},
         "scopes": [[list(s.children), sorted(s.left_out), sorted(s.stems)] for s in scopes],
@@ -105,13 +142,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--keep", type=Path, help="folder for observations, so that a stopped run can go on")
     parser.add_argument("--names", nargs="*", default=(), help="only architectures whose name contains one of these")
+    parser.add_argument("--onto", action="store_true", help="keep the entries of architectures that are not observed")
     parser.add_argument("--output", type=Path, default=PATH)
     options = parser.parse_args(arguments)
     warnings.simplefilter("ignore")
     if options.keep is not None:
         options.keep.mkdir(parents=True, exist_ok=True)
     seen = list(observe_all(options.names, keep=options.keep))
-    data = build(seen)
+    data = build(seen, Catalogue(options.output) if options.onto else None)
     options.output.write_bytes(data)
     catalogue = Catalogue(options.output)
     totals, problems = count(seen, catalogue)

@@ -8,6 +8,8 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from bntool.folding.absorption import Blocked, find_producers
+from bntool.folding.transforms.branches import find_siblings
+from bntool.folding.transforms.channel_transforms import ChannelTransforms, find_weight
 from bntool.graphs.graph import Edge, ModelGraph, Node, NodeKind
 from catalogue.writing import format_runs
 
@@ -20,15 +22,19 @@ def reduce_graph(graph: ModelGraph) -> ModelGraph:
 
     A BatchNorm that its producer can always take directly needs that edge alone. For every other one, what is walked
     is kept: back to what could take it, forward to what could, everybody who reads what lies on the way, and the
-    branches beside it.
+    branches beside it; and everything that may be stored otherwise because of it, with all that reads it.
     """
     edges: dict[int, Edge] = {}
     nodes = {node.index for calls in graph.batchnorms.values() for node in calls}
+    others: list[str] = []
     for layer, calls in graph.batchnorms.items():
         walked = _direct(graph, layer)
         if walked is None:
+            others.append(layer)
             walked = [edge for call in calls for edge in _walk(graph, call)]
         edges.update((id(edge), edge) for edge in walked)
+    edges.update((id(edge), edge) for edge in _find_transformed(graph, others))
+    graph = _forget_centres(graph, others)
     nodes |= {index for edge in edges.values() for index in (edge.source, edge.target)}
     uses = {}
     for name in _names(graph, nodes):
@@ -92,6 +98,34 @@ def _direct(graph: ModelGraph, layer: str) -> list[Edge] | None:
     return edges if alone and plain and all(graph.nodes[e.source].kind.is_producer for e in edges) else None
 
 
+def _find_transformed(graph: ModelGraph, layers: Sequence[str]) -> Iterator[Edge]:
+    """The edges around what may be stored otherwise because of these BatchNorms, all others being the identity."""
+    if not layers:
+        return
+    gone = graph.batchnorms.keys() - set(layers)
+    system = ChannelTransforms(graph, frozenset(layers), gone, lambda _: True, lambda _: True)
+    for index in system.bases:
+        node = graph.nodes[index]
+        yield from graph.outputs(node)
+        if not node.kind.is_producer:
+            yield from graph.inputs(node)
+        readers = [graph.nodes[edge.target] for edge in graph.outputs(node)]
+        for reader in (node, *readers):
+            calls = system.calls.get(find_weight(reader), ()) if system.takes(reader) else (reader,)
+            for call in calls if reader is not node or len(calls) > 1 else ():
+                yield from graph.inputs(call)
+
+
+def _forget_centres(graph: ModelGraph, layers: Sequence[str]) -> ModelGraph:
+    """Whether a convolution could take a branch beside it matters only where there is one."""
+    beside = {node.index for layer in layers for node in find_siblings(graph, layer)}
+    nodes = tuple(
+        dataclasses.replace(node, centred=False) if node.centred and node.index not in beside else node
+        for node in graph.nodes
+    )
+    return dataclasses.replace(graph, nodes=nodes)
+
+
 def _walk(graph: ModelGraph, call: Node) -> Iterator[Edge]:
     yield from _walk_back(graph, call, set())
     yield from _walk_forward(graph, call, set())
@@ -99,7 +133,7 @@ def _walk(graph: ModelGraph, call: Node) -> Iterator[Edge]:
         for other in graph.outputs(graph.nodes[edge.source]):
             reader = graph.nodes[other.target]
             if reader.kind is NodeKind.CONVOLUTION:
-                yield other
+                yield from graph.inputs(reader)
                 yield from _walk_to_sums(graph, reader, set())
     yield from _walk_to_sums(graph, call, set())
 
@@ -139,6 +173,7 @@ def _walk_to_sums(graph: ModelGraph, source: Node, seen: set[int]) -> Iterator[E
     seen.add(source.index)
     for edge in graph.outputs(source):
         reader = graph.nodes[edge.target]
-        if reader.kind in (NodeKind.ADD, NodeKind.BATCH_NORM):
-            yield edge
+        yield edge
+        if reader.kind in (NodeKind.ADD, NodeKind.BATCH_NORM, NodeKind.CHANNELWISE):
+            yield from (other for other in graph.inputs(reader) if other.port == edge.port)
             yield from _walk_to_sums(graph, reader, seen)

@@ -26,7 +26,8 @@ def write_structure(graph: ModelGraph, shapes: Shapes) -> str:
             head += f"={node.channels}"
         if node.index == graph.branches_at:
             head += "!"
-        if node.kind is NodeKind.OTHER:
+        in_place = node.kind is NodeKind.ADD and node.operator.endswith("_")
+        if node.kind.is_called_by_operator or in_place:
             head += ":" + node.operator.removeprefix("aten.")
         ports = _ports(graph, node)
         if node.kind is NodeKind.BATCH_NORM and ports == ["1"]:
@@ -34,8 +35,7 @@ def write_structure(graph: ModelGraph, shapes: Shapes) -> str:
         lines.append(" ".join([head, _layer(node.layer, before), *ports]))
         before = node.layer or before
     unusual = {key: value for key, value in _unusual(graph, shapes).items() if value}
-    if unusual:
-        lines.append(json.dumps(unusual, separators=(",", ":")))
+    lines.append(json.dumps({**unusual, "readers": 1}, separators=(",", ":")))
     return "\n".join(lines)
 
 
@@ -46,6 +46,10 @@ def _unusual(graph: ModelGraph, shapes: Shapes) -> dict[str, Any]:
     for node in graph.nodes:
         for name in node.parameters.values():
             uses.setdefault(name, set()).add(node.index)
+        if node.factors:
+            layers.setdefault(str(node.index), {})["factors"] = list(node.factors)
+        if node.kind is NodeKind.BIAS:
+            layers.setdefault(str(node.index), {})["parameters"] = dict(node.parameters)
         if node.kind is not NodeKind.BATCH_NORM and not node.kind.is_producer:
             continue
         names = {role: f"{node.layer}.{role}" if node.layer else role for role in ROLES}
@@ -86,6 +90,8 @@ def _head(node: Node, shapes: Shapes) -> str:
         letter = "C"
     if not node.has_bias_slot and "bias" not in node.parameters:
         letter += "~"
+    if node.centred:
+        letter += "^"
     if node.groups != 1:
         shape = shapes.get(node.parameters.get("weight", ""), (1, 1))
         letter += "g" if node.groups == shape[0] // shape[1] else str(node.groups)

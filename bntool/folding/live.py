@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ from bntool.folding.options import Layout
 from bntool.folding.planning import FoldPlan, plan_fold
 from bntool.folding.unchanged_outputs import find_points
 from bntool.folding.weight_ranges import WeightRange, count_flushed, flush_subnormals, measure_ranges
+from bntool.graphs.declared import declare, parse_pairs
 from bntool.graphs.graph import ModelGraph
 from bntool.graphs.traced.inputs import find_input
 from bntool.graphs.traced.tracing import trace
@@ -60,6 +61,8 @@ def fold(
     *,
     layers: Sequence[str] = (),
     layout: Layout | str = Layout.FOLDED,
+    pairs: Mapping[str, str] | Sequence[str] = (),
+    eps: float | None = None,
     tolerance: float = TOLERANCE,
 ) -> FoldResult:
     """A copy of a model with every BatchNorm folded whose fold is exact, its outputs held against the original's.
@@ -69,10 +72,13 @@ def fold(
         example_inputs: a tensor, a tuple of positional or a dict of keyword arguments; guessed if not given.
         layers: globs of BatchNorms to fold; none for all.
         layout: what becomes of the keys.
+        pairs: what feeds which BatchNorm, declared instead of traced: ``["conv1=bn1"]`` as ``--pair`` takes it, or a
+            mapping from the BatchNorm to its producer. The outputs are compared all the same.
+        eps: of BatchNorms whose eps nothing tells.
         tolerance: see :func:`~bntool.verification.outputs.verify`.
 
     Raises:
-        UsageError: no usual input runs, and none was given; or there is no such layout.
+        UsageError: no usual input runs, and none was given; or there is no such layout; or a pair or eps is none.
         RefusedError: it is a compiled or exported program, or reads attributes of a BatchNorm that is folded.
         UserCodeError: the model raised.
         VerificationError: the outputs disagree, or cannot prove anything.
@@ -80,11 +86,16 @@ def fold(
     layout = choose(Layout, layout, option="layout")
     check_has_layers(model, "the model")
     inputs = find_input(model) if example_inputs is None else example_inputs
-    graph, state = trace(model, inputs), read_state(model)
-    plan = plan_fold(state, graph, layers=layers, layout=layout)
+    state = read_state(model)
+    if pairs:
+        declared = dict(pairs) if isinstance(pairs, Mapping) else parse_pairs(pairs)
+        graph = add_eps(declare(state, declared), model)
+    else:
+        graph = trace(model, inputs)
+    plan = plan_fold(state, graph, layers=layers, layout=layout, eps=eps)
     if not plan.steps:
         return FoldResult(copy_model(model), plan, None)
-    proof = prove(model, plan, graph, state, inputs=[inputs], layers=layers, eps=None, tolerance=tolerance)
+    proof = prove(model, plan, graph, state, inputs=[inputs], layers=layers, eps=eps, tolerance=tolerance)
     return FoldResult(proof.folded, proof.plan, proof.agreement)
 
 

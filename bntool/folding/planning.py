@@ -21,8 +21,7 @@ from bntool.plan import Operation, Plan, RemoveModule, RemoveTensor, Skip, SkipR
 from bntool.representation import short_repr
 from bntool.verification.stored_outputs import StoredOutput
 
-# graphs that hold every reader of every tensor
-_SEEN_WHOLE = (Evidence.TRACED,)
+_NOT_YET = (Evidence.STORED,)  # readers of graphs in files say of few operations what they are
 # a branch beside others reads what they read, whatever that is
 _SHARED_INPUT = (SkipReason.SHARED_OUTPUT, SkipReason.NOT_ADJACENT, SkipReason.NO_PRODUCER)
 
@@ -36,12 +35,14 @@ class FoldPlan(Plan):
         layout: what becomes of the keys.
         stored: by layer how its output is stored now, where that is otherwise than before.
         changed: layers whose output is something else by now: a branch beside them went into them.
+        below_zero: folded layers with a running_var that is negative, as rounding can make it, and positive with eps.
     """
 
     folds: tuple[Fold, ...] = ()
     layout: Layout = Layout.FOLDED
     stored: Mapping[str, StoredOutput] = field(default_factory=dict)
     changed: frozenset[str] = frozenset()
+    below_zero: tuple[str, ...] = ()
 
     __repr__ = short_repr
 
@@ -113,6 +114,7 @@ class _Folder:
             layout=self.layout,
             stored=self.stored,
             changed=frozenset(self.changed),
+            below_zero=tuple(layer for layer in order if self.transforms[layer].is_below_zero),
         )
 
     def position(self, layer: str) -> int:
@@ -262,7 +264,8 @@ class _Folder:
     def fold_rest(self, layers: Sequence[str]) -> None:
         """Fold what no single neighbour takes, where it is known who reads what and keys may go."""
         layers = [layer for layer in layers if can_be_tried(self.transforms[layer])]
-        if not layers or self.layout is Layout.SAME_KEYS or self.graph.evidence not in _SEEN_WHOLE:
+        known = self.graph.readers_known and self.graph.evidence not in _NOT_YET
+        if not layers or self.layout is Layout.SAME_KEYS or not known:
             return
         storing = StoringOtherwise(
             self.graph, self.state_dict, self.transforms, self.producers, frozenset(self.removed)

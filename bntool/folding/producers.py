@@ -146,8 +146,8 @@ class Producer:
         groups, trailing = self.node.groups, self.shape[2:]
         rows, columns = self.shape[0] // groups, self.shape[1]
         by_row, by_column = (self.inputs, self.outputs) if self._is_input_major else (self.outputs, self.inputs)
-        if self.node.kind is NodeKind.MATMUL:
-            groups, trailing, columns = 1, (), self.shape[-1]
+        if self.node.kind is NodeKind.MATMUL:  # as of a transposed convolution, whatever lies before (in, out)
+            groups, trailing, columns = 1, (1,) * (len(self.shape) - 2), self.shape[-1]
             rows = math.prod(self.shape[:-1])
             by_row = np.tile(self.inputs, rows // len(self.inputs))
         if np.all(by_column == 1):

@@ -33,6 +33,7 @@ class ScaleAndShift:
         scale, shift: what it does by now.
         variance: what running_var becomes if the layer stays: the value nearest to 1 - eps in its dtype.
         eps: of the layer.
+        is_below_zero: some of its running_var is negative, and positive with eps.
     """
 
     node: Node
@@ -41,6 +42,7 @@ class ScaleAndShift:
     shift: Array
     variance: float
     eps: float
+    is_below_zero: bool = False
 
     @property
     def owner(self) -> Owner:
@@ -179,7 +181,7 @@ def read_scale_and_shift(
     dtype = state_dict.tensor(node.parameters["running_var"]).dtype
     stored = LiteralTensor.from_numbers([1 - eps], dtype=dtype, shape=(1,))
     (variance,) = read_numbers(stored)
-    return ScaleAndShift(node, dict(node.parameters), scale, shift, variance, eps)
+    return ScaleAndShift(node, dict(node.parameters), scale, shift, variance, eps, is_below_zero=lowest < 0)
 
 
 def _check_uses(calls: Sequence[Node], graph: ModelGraph) -> None:

@@ -44,6 +44,12 @@ def warn_of_fold(
             )
     if plan.layout is Layout.SAME_KEYS and find_optimizers(checkpoint):
         yield "the optimizer state was kept, but belongs to the weights before folding"
+    if plan.below_zero:
+        first, count = plan.below_zero[0], len(plan.below_zero)
+        yield (
+            f"running_var is negative in {count:,} folded layer{'s' * (count > 1)} (the first is {first}); "
+            "with eps it is positive, and it was folded as every framework computes it"
+        )
     yield from _warn_of_uneven(ranges)
     yield from _warn_of_subnormal(ranges)
 

@@ -83,7 +83,8 @@ def _likely_names(batchnorm: str) -> Iterator[str]:
 def declare(state_dict: StateDict, pairs: Mapping[str, str]) -> ModelGraph:
     """The graph that holds nothing but the pairs; each is held against shapes.
 
-    A weight of three or more dimensions counts as a convolution's, unless the file says what the module is.
+    A weight of three or more dimensions counts as a convolution's, unless the file says what the module is. Its output
+    channels are on the first axis, or on the last one where only that fits.
 
     Args:
         pairs: from the BatchNorm to what feeds it.
@@ -114,7 +115,15 @@ def declare(state_dict: StateDict, pairs: Mapping[str, str]) -> ModelGraph:
             check_lengths(node.layer, [node.channels, *(count_elements(vector.shape) for vector in vectors)])
             uses.update({name: frozenset((node.index,)) for name in node.parameters.values()})
     tied = find_tied(state_dict, uses)
-    return ModelGraph(tuple(nodes), tuple(edges), uses=uses, tied=tied, evidence=Evidence.DECLARED, complete=False)
+    return ModelGraph(
+        tuple(nodes),
+        tuple(edges),
+        uses=uses,
+        tied=tied,
+        evidence=Evidence.DECLARED,
+        complete=False,
+        readers_known=False,
+    )
 
 
 def _producer(index: int, state_dict: StateDict, layer: str, norm: BatchNorm) -> Node:
@@ -130,13 +139,15 @@ def _producer(index: int, state_dict: StateDict, layer: str, norm: BatchNorm) ->
     if len(shape) < 2:
         raise RefusedError(f"a weight of shape {list(shape)} belongs to no convolution or linear", tensor=layer)
     channels = shape[1] * groups if transposed else shape[0]
+    kind = NodeKind.CONV_TRANSPOSE if transposed else NodeKind.LINEAR if len(shape) == 2 else NodeKind.CONVOLUTION
+    if module is None and channels != norm.num_features == shape[-1]:  # (..., in, out), as spconv 1 and matmul have it
+        kind, channels = NodeKind.MATMUL, shape[-1]
     if channels != norm.num_features:
         raise RefusedError(
             f"its weight {list(shape)} gives {channels} channels, {norm.name} has {norm.num_features}: "
             "they cannot be a pair (a transposed convolution needs --model)",
             tensor=layer,
         )
-    kind = NodeKind.CONV_TRANSPOSE if transposed else NodeKind.LINEAR if len(shape) == 2 else NodeKind.CONVOLUTION
     return Node(
         index, kind, layer, layer=layer, parameters=present, channels=channels, groups=groups, class_name=class_name
     )

@@ -162,6 +162,8 @@ class ModelGraph:
         tied: names of parameters that belong to several modules.
         evidence: how the graph is known.
         complete: every layer of the model that ran is in it; else only those declared.
+        readers_known: it holds everything that reads what lies around its BatchNorms, and how; else only what decides
+            whether their neighbours can take them.
         branches_at: the node at which Python first read a value of the data: what comes after it may differ for other
             inputs. None where that never happened.
         branches_in: where in the code that was, e.g. ``net.py:12``; "" where nothing tells.
@@ -177,6 +179,7 @@ class ModelGraph:
     tied: frozenset[str] = frozenset()
     evidence: Evidence = Evidence.TRACED
     complete: bool = True
+    readers_known: bool = True
     branches_at: int | None = None
     branches_in: str = ""
     architectures: tuple[Architecture, ...] = ()

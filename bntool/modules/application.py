@@ -50,6 +50,7 @@ def change_structure(model: nn.Module, steps: Iterable[Step]) -> None:
     modules = {f"{name}.".removeprefix(prefix).removesuffix("."): module for name, module in walk_modules(model)}
     steps = list(steps)
     _rename(model, {step.name: step.new_name for step in steps if isinstance(step, RenameTensor)})
+    means = {step.module: _find_mean(modules, step.module) for step in steps if isinstance(step, RemoveModule)}
     for step in steps:
         if isinstance(step, AddTensor):
             _add(_find(modules, step.name.rpartition(".")[0]), step)
@@ -60,7 +61,9 @@ def change_structure(model: nn.Module, steps: Iterable[Step]) -> None:
         elif isinstance(step, RemoveModule):
             path, _, leaf = step.module.rpartition(".")
             parent = _find(modules, path)
-            parent._modules[leaf] = what_remains(_find(modules, step.module), copies=step.copies)
+            module = _find(modules, step.module)
+            parent._modules[leaf] = remaining = what_remains(module, copies=step.copies)
+            _add_neutral_tensors(remaining, means[step.module], getattr(module, "eps", None))
         elif isinstance(step, SetAttribute):
             _set_attribute(_find(modules, step.module), step)
 
@@ -92,6 +95,24 @@ def what_remains(module: nn.Module, *, copies: bool = False) -> nn.Module:
     for hooks in _HOOKS:  # the very dicts, so that whoever added a hook can remove it
         setattr(remaining, hooks, getattr(module, hooks))
     return remaining
+
+
+def _find_mean(modules: dict[str, nn.Module], path: str) -> torch.Tensor | None:
+    return modules[path]._buffers.get("running_mean") if path in modules else None
+
+
+def _add_neutral_tensors(remaining: nn.Module, mean: torch.Tensor | None, eps: object) -> None:
+    """What code that folds by itself afterwards (``fuse()`` of a library) asks of a BatchNorm: that of the identity.
+
+    They are in no state dict.
+    """
+    if mean is None or not isinstance(eps, int | float):
+        return
+    one = torch.ones_like(mean, requires_grad=False)
+    neutral = {"weight": one, "bias": 0 * one, "running_mean": 0 * one, "running_var": one - eps}
+    for name, tensor in neutral.items():
+        remaining.register_buffer(name, tensor, persistent=False)
+    vars(remaining)["eps"] = float(eps)
 
 
 def _find(modules: dict[str, nn.Module], path: str) -> nn.Module:

@@ -70,6 +70,8 @@ def find_names(model: torch.nn.Module) -> dict[torch.nn.Module, tuple[str, ...]]
 
 def is_batchnorm(module: torch.nn.Module) -> bool:
     """Whether a module normalises as BatchNorm does, by its class and its tensors."""
+    if "running_mean" in module._non_persistent_buffers_set:  # what took the place of one that was folded
+        return False
     kind = find_class_kind(_class_name(module))
     # what is compiled has no hooks, and nothing of it can be replaced
     if isinstance(module, torch.jit.ScriptModule | _InstanceNorm) or (kind is not None and not kind.is_batch_norm):
@@ -102,7 +104,8 @@ def has_statistics(module: torch.nn.Module) -> bool:
 
 def has_other_statistics(module: torch.nn.Module) -> bool:
     """Whether a module keeps statistics as BatchNorm does and its class says that it is none: InstanceNorm and such."""
-    return module._buffers.get("running_mean") is not None and not is_batchnorm(module)
+    kept = "running_mean" not in module._non_persistent_buffers_set
+    return module._buffers.get("running_mean") is not None and kept and not is_batchnorm(module)
 
 
 def is_frozen_class(module: torch.nn.Module) -> bool:

@@ -112,10 +112,12 @@ def _find_sums(graph: ModelGraph, node: Node, removed: Collection[str]) -> dict[
         if reader.kind is NodeKind.ADD and reader.ran and reader.channels == node.channels:
             factor = way.factor * (reader.factors[edges[0].port] if reader.factors else 1.0)
             others = [edge for edge in graph.inputs(reader) if edge.port == edges[0].port]
-            if factor == 0 or len(others) != 1:
+            if not factor or len(others) != 1:
                 return sums
             way = _Way(factor, way.passed)
             sums[reader.index] = way
+        elif reader.kind is NodeKind.CHANNELWISE and reader.factors and reader.channels == node.channels:
+            way = _Way(way.factor * reader.factors[0], way.passed)
         elif reader.kind is NodeKind.BATCH_NORM and reader.layer in removed and len(graph.inputs(reader)) == 1:
             way = _Way(way.factor, (*way.passed, reader.layer))
         else:

@@ -72,7 +72,7 @@ class ChannelTransforms:
     def __post_init__(self) -> None:
         for node in self.graph.nodes:
             if self.takes(node):
-                self.calls.setdefault(_weight_of(node), []).append(node)
+                self.calls.setdefault(find_weight(node), []).append(node)
         region = self._find_region()
         size = 0
         for index in sorted(region):
@@ -149,7 +149,7 @@ class ChannelTransforms:
             yield from (graph.nodes[edge.source] for edge in read)
 
     def _other_calls(self, node: Node) -> Sequence[Node]:
-        calls = self.calls.get(_weight_of(node), ()) if self.takes(node) else ()
+        calls = self.calls.get(find_weight(node), ()) if self.takes(node) else ()
         return calls if len(calls) > 1 else ()
 
     def _find_readers(self, region: Collection[int]) -> Iterator[Node]:
@@ -197,7 +197,7 @@ class ChannelTransforms:
         mine = self.outputs(node)
         if not self.takes_shift(node):
             self.shifts.fix(mine, node.index)
-        first, *others = self.calls[_weight_of(node)]
+        first, *others = self.calls[find_weight(node)]
         for other in others if first is node else ():
             theirs = self.outputs(other)
             for unknowns in (self.scales, self.shifts):
@@ -245,7 +245,7 @@ class ChannelTransforms:
             return
         if node.padded or not self.takes_shift(node):
             self.shifts.fix(read, node.index)
-        calls = self.calls[_weight_of(node)]
+        calls = self.calls[find_weight(node)]
         if len(calls) > 1 and calls[0] is not node:
             same = self.inputs(calls[0], 0)
             if same is None or len(same) != len(read):
@@ -324,7 +324,7 @@ class ChannelTransforms:
         for layer in self.layers:
             if layer not in self.gone:
                 calls = self.graph.batchnorms[layer]
-                self.calls[_weight_of(calls[0])] = [call for call in calls if self.takes(call)]
+                self.calls[find_weight(calls[0])] = [call for call in calls if self.takes(call)]
 
     def keep(self, layer: str, *, absorbs: bool) -> None:
         """Let a BatchNorm stay.
@@ -403,7 +403,8 @@ class ChannelTransforms:
                     break
 
 
-def _weight_of(node: Node) -> tuple[NodeKind, str]:
+def find_weight(node: Node) -> tuple[NodeKind, str]:
+    """What the calls of one weight or BatchNorm have in common."""
     if node.kind is NodeKind.BATCH_NORM:
         return node.kind, node.layer
     return NodeKind.CONVOLUTION, node.parameters.get("weight", "")

@@ -8,14 +8,15 @@ reads. Channels are not written where the tensors' shapes say them.
                       in front stands for a part of the name in the line before: this is layer1.0.bn1
     Cg ..conv2        a digit gives its groups, g: as many as make its weight square
     + .0 5 1          an addition (m: max-pool, a: average) of the fifth line before and the line before
+    r:relu_ act 1     an activation (s: linear map of each channel, g: gate, h: bias, k: addition of a constant)
     b norm 4,1        reads several as one, one after the other (concatenated)
     c conv 2[16-32]   reads some channels; ``[16-32>0-16]`` says as which, ``*`` that every one meets every one
     x:relu_ act 1     anything else; an input ``-`` is one that does not matter
     i -               the model's input (o: its output); ``-`` is the model itself
-    {...}             last: whatever is unusual, as JSON
+    {...}             last: whatever is unusual, as JSON; "readers": all that channel transforms need to know is here
 
-Behind the kind: ``~`` (no place for a bias; a BatchNorm: normalises by batch statistics), ``=N`` (channels), ``!``
-(here the forward looks at its data).
+Behind the kind: ``~`` (no place for a bias; a BatchNorm: normalises by batch statistics), ``^`` (a convolution whose
+outputs lie where its inputs do), ``=N`` (channels), ``!`` (here the forward looks at its data).
 """
 
 from __future__ import annotations
@@ -47,17 +48,23 @@ KINDS = {
     "+": NodeKind.ADD,
     "m": NodeKind.MAX_POOL,
     "a": NodeKind.AVERAGE,
+    "r": NodeKind.ACTIVATION,
+    "s": NodeKind.CHANNELWISE,
+    "g": NodeKind.GATE,
+    "h": NodeKind.BIAS,
+    "k": NodeKind.CONSTANT_SUM,
+    "w": NodeKind.MATMUL,
     "i": NodeKind.INPUT,
     "o": NodeKind.OUTPUT,
     "x": NodeKind.OTHER,
 }
 OWNERS = {"b": Owner.WHOLE, "B": Owner.WITH_ACTIVATION, "p": Owner.PART}
-_HEAD = re.compile(r"([a-zA-Z+])(~?)(g|\d*)(?:=(\d+))?(!?)(?::(.*))?")
+_HEAD = re.compile(r"([a-zA-Z+])(~?)(\^?)(g|\d*)(?:=(\d+))?(!?)(?::(.*))?")
 _SEGMENT = re.compile(r"(\d+)(?:\[([^]>]*)(?:>([^]]*))?\])?(\*?)")
 
 _LISTED = 3
 # what a module around may have a look at; nobody looks between a convolution and its BatchNorm
-_READABLE = (NodeKind.BATCH_NORM, NodeKind.ADD, NodeKind.MAX_POOL, NodeKind.AVERAGE)
+_UNREAD = (NodeKind.INPUT, NodeKind.OUTPUT, NodeKind.OTHER)
 
 
 def assume(
@@ -143,11 +150,13 @@ class _Reader:
     aliases: dict[str, tuple[str, ...]] = field(default_factory=dict)
     tied: set[str] = field(default_factory=set)
     branches_at: int | None = None
+    readers_known: bool = True
 
     def read_structure(self, text: str, *, root: str, eps: Mapping[str, float | None]) -> None:
         *lines, last = text.split("\n")
         self.root, self.eps, self.first, self.before = root, eps, len(self.nodes), []
         self.unusual = json.loads(last) if last.startswith("{") else {}
+        self.readers_known = self.readers_known and bool(self.unusual.get("readers"))
         for line in lines if self.unusual else (*lines, last):
             self.read(line)
         for node in self.nodes[self.first :]:
@@ -162,7 +171,15 @@ class _Reader:
     def surround(self) -> None:
         """Let one more node read what the last structure computes."""
         index = len(self.nodes)
-        readable = [node for node in self.nodes[self.first :] if node.kind in _READABLE]
+        readers: dict[int, set[NodeKind]] = {}
+        for edge in self.edges:
+            readers.setdefault(edge.source, set()).add(self.nodes[edge.target].kind)
+        hidden = {source for source, kinds in readers.items() if kinds == {NodeKind.BATCH_NORM}}
+        readable = [
+            node
+            for node in self.nodes[self.first :]
+            if node.kind not in _UNREAD and not (node.kind.is_producer and node.index in hidden)
+        ]
         self.nodes.append(Node(index, NodeKind.OTHER, "whatever surrounds it", channels=1))
         for port, node in enumerate(readable):
             self.edges.append(Edge(node.index, index, port, range(node.channels), None, Evidence.ASSUMED))
@@ -171,7 +188,7 @@ class _Reader:
         first, layer, *ports = line.split(" ")
         match = _HEAD.fullmatch(first)
         assert match is not None, line
-        letter, mark, groups, channels, branches, operator = match.groups()
+        letter, mark, centred, groups, channels, branches, operator = match.groups()
         kind, layer, index = KINDS[letter], self.read_layer(layer), len(self.nodes)
         if branches:
             self.branches_at = index
@@ -186,7 +203,12 @@ class _Reader:
             facts |= {"eps": self.eps.get(layer), "owner": OWNERS[letter], "training": bool(mark)}
         elif kind.is_producer:
             takes_bias = not mark and "bias" not in facts["parameters"]
-            facts |= {"padded": letter in "Ct", "has_bias_slot": takes_bias}
+            facts |= {"padded": letter in "Ct", "centred": bool(centred), "has_bias_slot": takes_bias}
+        unusual = self.unusual.get("layers", {}).get(str(index - self.first), {})
+        if kind is NodeKind.BIAS:
+            facts["parameters"] = {role: self.root + name for role, name in unusual["parameters"].items()}
+        if "factors" in unusual:
+            facts["factors"] = tuple(unusual["factors"])
         self.nodes.append(Node(index, kind, f"aten.{operator or kind.value}", layer, **facts))
 
     def read_layer(self, text: str) -> str:
@@ -211,7 +233,10 @@ class _Reader:
         if kind.is_producer:
             number = shape[0] // shape[1] if groups == "g" else int(groups or 1)
             facts["groups"] = number
-            facts["channels"] = shape[1] * number if kind is NodeKind.CONV_TRANSPOSE else shape[0]
+            last = kind is NodeKind.MATMUL
+            facts["channels"] = (
+                shape[-1] if last else shape[1] * number if kind is NodeKind.CONV_TRANSPOSE else shape[0]
+            )
         else:
             facts["channels"] = shape[0]
         return facts
@@ -240,6 +265,7 @@ class _Reader:
             aliases=self.aliases,
             tied=frozenset(self.tied),
             evidence=Evidence.ASSUMED,
+            readers_known=self.readers_known,
             branches_at=self.branches_at,
         )
 

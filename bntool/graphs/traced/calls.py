@@ -125,6 +125,8 @@ def _arithmetic(name: str, given: Callable[[str], Any], roles: _Roles) -> CallFa
         kind = NodeKind.CHANNELWISE
     elif data is not first and name == "sub":
         return None
+    elif value == 0:
+        kind, details = NodeKind.CHANNELWISE, {"factors": (1.0,)}
     else:
         parameter = roles.index.find(constant) if plain and name == "add" and isinstance(constant, Tensor) else None
         own = parameter is not None and _lies_along(constant, axis, data=data, dim=dim)

@@ -1,0 +1,149 @@
+"""Models as users have them: layers of their own, declared pairs, and other code that runs afterwards."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import bntool
+from bntool.errors import UsageError
+from bntool.folding.options import Layout
+from bntool.folding.planning import plan_fold
+from bntool.graphs.declared import declare
+from bntool.modules.application import apply_plan, read_state
+from bntool.modules.finding import find_batchnorm_modules
+from tests.folding.folding_networks import Functional, fold, largest_difference, randomise
+
+EXACT = 1e-12
+
+
+def image(*shape: int) -> torch.Tensor:
+    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+
+class Product(nn.Module):
+    """A 1x1 convolution of sparse voxels: a matrix product with a weight (in, out)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.bn = nn.Parameter(torch.randn(5, 6)), nn.BatchNorm1d(6)
+
+    def forward(self, x):
+        return self.bn(torch.mm(x, self.weight)).relu()
+
+
+@pytest.mark.parametrize("layout", Layout)
+def test_a_matrix_product_with_a_parameter(layout: Layout) -> None:
+    model = randomise(Product().double())
+    folded, plan = fold(model, image(7, 5), layout=layout)
+    (one,) = plan.folds
+    assert one.stays  # its module has no place for a bias
+    assert not plan.skips
+    assert largest_difference(model, folded, image(7, 5)) < EXACT
+
+
+def test_forward_into_a_matrix_product() -> None:
+    model = randomise(Functional(lambda self, x: self.product(self.bn(x)), bn=nn.BatchNorm1d(5), product=Product()))
+    folded, plan = fold(model.double(), image(7, 5))
+    assert {one.layer for one in plan.folds} == {"product.bn"}  # no place for a shift of its input
+    assert largest_difference(model, folded, image(7, 5)) < EXACT
+
+
+def test_a_deformable_convolution() -> None:
+    torchvision = pytest.importorskip("torchvision")
+
+    class Deformable(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.offsets = nn.Conv2d(3, 18, 3, padding=1)
+            self.conv = torchvision.ops.DeformConv2d(3, 8, 3, padding=1, bias=False)
+            self.bn = nn.BatchNorm2d(8)
+
+        def forward(self, x):
+            return self.bn(self.conv(x, self.offsets(x)))
+
+    model = randomise(Deformable().double())
+    folded, plan = fold(model, image(2, 3, 7, 7))
+    assert len(plan.folds) == 1
+    assert largest_difference(model, folded, image(2, 3, 7, 7)) < EXACT
+
+
+def test_a_variance_that_rounding_made_negative_is_folded_with_a_warning() -> None:
+    model = randomise(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).double())
+    with torch.no_grad():
+        model[1].running_var[0], model[1].weight[0] = -9.9998997e-06, 1e-6
+    result = bntool.fold(model, image(2, 3, 6, 6))
+    assert result.plan.below_zero == ("1",)
+    assert largest_difference(model, result.model, image(2, 3, 6, 6)) < 1e-9
+    model[1].running_var[0] = -1.1e-5
+    assert [skip.reason.value for skip in bntool.fold(model, image(2, 3, 6, 6)).plan.skips] == ["negative variance"]
+
+
+class Looks(nn.Module):
+    """Its forward looks at its data, so that a trace proves nothing after that."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn = nn.Conv1d(4, 6, 1), nn.BatchNorm1d(6)
+
+    def forward(self, x, mask):
+        return self.bn(self.conv(x if bool(mask.any()) else -x))
+
+
+@pytest.mark.parametrize("pairs", [["conv=bn"], {"bn": "conv"}])
+def test_declared_pairs_in_the_library(pairs) -> None:
+    model, inputs = randomise(Looks().double()), (image(1, 4, 7), torch.tensor([True]))
+    assert not bntool.fold(model, inputs).plan.folds
+    result = bntool.fold(model, inputs, pairs=pairs)
+    assert [one.layer for one in result.plan.folds] == ["bn"]
+    assert largest_difference(model, result.model, inputs) < EXACT
+    with pytest.raises(UsageError, match="eps"):
+        bntool.fold(model, inputs, pairs=pairs, eps=1e-3)
+
+
+def test_a_declared_weight_with_channels_last() -> None:
+    model = nn.ModuleDict({"conv": nn.Module(), "bn": nn.BatchNorm1d(16)}).double()
+    model["conv"].weight = nn.Parameter(image(3, 3, 3, 8, 16))
+    randomise(model)
+    before = model["conv"].weight.clone()
+    state = read_state(model)
+    plan = plan_fold(state, declare(state, {"bn": "conv"}), eps=1e-5)
+    norm = model["bn"]
+    scale = norm.weight / torch.sqrt(norm.running_var + norm.eps)
+    apply_plan(model, plan)
+    torch.testing.assert_close(model["conv"].weight, before * scale, rtol=1e-13, atol=0)
+    assert model["conv"].bias.shape == (16,)
+
+
+class Block(nn.Module):
+    def __init__(self, channels: int, out: int) -> None:
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(channels, out, 3, bias=False), nn.BatchNorm2d(out)
+
+    def forward(self, x):
+        return F.silu(self.bn(self.conv(x)))
+
+
+def fuse(block: Block) -> None:
+    """As ultralytics and YOLOX do it."""
+    conv, norm = block.conv, block.bn
+    scale = norm.weight / torch.sqrt(norm.running_var + norm.eps)
+    bias = torch.zeros(conv.out_channels).to(scale) if conv.bias is None else conv.bias
+    with torch.no_grad():
+        conv.weight.mul_(scale.view(-1, 1, 1, 1))
+        conv.bias = nn.Parameter(scale * bias + norm.bias - norm.running_mean * scale)
+    block.bn = nn.Identity()
+
+
+@pytest.mark.parametrize("layout", Layout)
+def test_code_that_fuses_by_itself_afterwards_computes_the_same(layout: Layout) -> None:
+    model = randomise(nn.Sequential(Block(3, 8), Block(8, 4)).double())
+    folded = bntool.fold(model, image(2, 3, 8, 8), layout=layout).model
+    if layout is Layout.FOLDED:
+        assert not find_batchnorm_modules(folded)
+        assert not [key for key in folded.state_dict() if ".bn." in key]
+    for block in folded:
+        fuse(block)
+    assert largest_difference(model, folded, image(2, 3, 8, 8)) < EXACT
