@@ -7,8 +7,9 @@ import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from bntool.batchnorm import VECTORS
 from bntool.graphs.architectures.catalogue import BLOCK, MAGIC
-from bntool.graphs.architectures.structure import KINDS, OWNERS, ROLES
+from bntool.graphs.architectures.structure import KINDS, OWNERS
 from bntool.graphs.graph import Edge, ModelGraph, Node, NodeKind
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -52,7 +53,7 @@ def _unusual(graph: ModelGraph, shapes: Shapes) -> dict[str, Any]:
             layers.setdefault(str(node.index), {})["parameters"] = dict(node.parameters)
         if node.kind is not NodeKind.BATCH_NORM and not node.kind.is_producer:
             continue
-        names = {role: f"{node.layer}.{role}" if node.layer else role for role in ROLES}
+        names = {role: f"{node.layer}.{role}" if node.layer else role for role in VECTORS}
         if dict(node.parameters) != {role: name for role, name in names.items() if name in shapes}:
             layers.setdefault(str(node.index), {})["parameters"] = dict(node.parameters)
         if node.computed:
