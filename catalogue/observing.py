@@ -135,7 +135,8 @@ def _find_given(graph: ModelGraph) -> set[int]:
     given: set[int] = set()
     for node in graph.nodes:
         sources = [edge.source for edge in graph.inputs(node)]
-        plain = node.kind is NodeKind.OTHER and node.index not in reading and sources
+        absorbs = node.kind.is_producer or node.kind is NodeKind.BATCH_NORM
+        plain = not absorbs and node.index not in reading and sources
         if node.kind is NodeKind.INPUT or (plain and given.issuperset(sources)):
             given.add(node.index)
     return given

@@ -15,6 +15,7 @@ from bntool.folding.folds import Fold, Level
 from bntool.folding.options import Layout
 from bntool.folding.producers import Addend, Producer, read_producer
 from bntool.folding.scale_and_shift import ScaleAndShift, check_eps, choose_eps, read_scale_and_shift
+from bntool.folding.transforms.aliasing import has_to_copy
 from bntool.folding.transforms.storing_otherwise import StoringOtherwise, can_be_tried
 from bntool.graphs.graph import Evidence, ModelGraph, Node, NodeKind, Owner
 from bntool.plan import Operation, Plan, RemoveModule, RemoveTensor, Skip, SkipReason, Step
@@ -89,7 +90,6 @@ class _Folder:
     addends: dict[str, Addend] = field(default_factory=dict)
     stored: dict[str, StoredOutput] = field(default_factory=dict)
     changed: set[str] = field(default_factory=set)
-    copying: set[str] = field(default_factory=set)
 
     def plan(self) -> FoldPlan:
         candidates = list(self.choose())
@@ -283,7 +283,7 @@ class _Folder:
             self.remove(layer)
             self.skips.pop(layer, None)
             self.done[layer] = fold
-        self.stored, self.changed, self.copying = outcome.stored, outcome.changed, outcome.copying
+        self.stored, self.changed = outcome.stored, outcome.changed
         for layer, why in outcome.reasons.items():
             if layer in self.skips:
                 skip = self.skips[layer]
@@ -334,8 +334,9 @@ class _Folder:
         for name in names:
             if self.state_dict.full_name(name) in self.state_dict.tensors:
                 yield RemoveTensor(name)
+        copies = has_to_copy(self.graph, own.node.layer, gone=self.removed)
         for module in modules:
-            yield RemoveModule(module, copies=own.node.layer in self.copying)
+            yield RemoveModule(module, copies=copies)
 
     def assume(self, folds: Sequence[Fold]) -> Iterator[str]:
         """What is not proven by a trace."""

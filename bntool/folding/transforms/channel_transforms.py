@@ -99,7 +99,7 @@ class ChannelTransforms:
 
     def takes(self, node: Node) -> bool:
         """Whether a node absorbs on both sides."""
-        kinds = node.kind.is_producer or node.kind is NodeKind.BATCH_NORM
+        kinds = (node.kind.is_producer and "weight" in node.parameters) or node.kind is NodeKind.BATCH_NORM
         return kinds and not self._is_transparent(node) and self._is_known(node) and self.absorbs(node)
 
     def _is_known(self, node: Node) -> bool:

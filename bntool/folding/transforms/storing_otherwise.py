@@ -19,6 +19,7 @@ from bntool.folding.absorption import Blocked
 from bntool.folding.folds import Fold, Level
 from bntool.folding.producers import Addend, Producer, read_addend, read_producer
 from bntool.folding.scale_and_shift import ScaleAndShift
+from bntool.folding.transforms.aliasing import is_private
 from bntool.folding.transforms.branches import IdentityBranch, find_branch
 from bntool.folding.transforms.channel_transforms import ChannelTransforms, Stuck, Transform, as_indices
 from bntool.folding.transforms.operations import Shift, find_rule
@@ -44,7 +45,6 @@ class Outcome:
         targets: what took something, by the name of its weight, of the BatchNorm or of the addend.
         stored: by layer how its output is stored now, where that is otherwise than before.
         changed: layers whose output is something else by now: a branch beside them went into them.
-        copying: those of the folded layers whose place something takes that gives a copy.
         reasons: for each BatchNorm that is left what stands in the way.
     """
 
@@ -52,7 +52,6 @@ class Outcome:
     targets: dict[str, Target] = field(default_factory=dict)
     stored: dict[str, StoredOutput] = field(default_factory=dict)
     changed: set[str] = field(default_factory=set)
-    copying: set[str] = field(default_factory=set)
     reasons: dict[str, str] = field(default_factory=dict)
 
 
@@ -199,7 +198,7 @@ class StoringOtherwise:
 
     def _is_alone(self, system: ChannelTransforms, node: Node) -> bool:
         """Whether what a node reads is made for it alone, by what is called once: only it notices the rounding."""
-        if not self._is_private(node):
+        if not is_private(self.graph, node):
             return False
         for edge in self.graph.inputs(node):
             source = self.graph.nodes[edge.source]
@@ -209,12 +208,6 @@ class StoringOtherwise:
             ):
                 return False
         return True
-
-    def _is_private(self, node: Node) -> bool:
-        """Whether nothing else reads what a node reads."""
-        nodes = [self.graph.nodes[edge.source] for edge in self.graph.inputs(node)]
-        readers = {edge.target for source in nodes for edge in self.graph.outputs(source)}
-        return readers == {node.index} and not any(source.kind is NodeKind.INPUT for source in nodes)
 
     # what becomes of the tensors
 
@@ -231,34 +224,12 @@ class StoringOtherwise:
             self._merge(branch, system, outcome)
             name = branch.convolution.layer or _name_of(branch.convolution)
             outcome.folds[layer] = Fold(layer, (name,), Level.BRANCH, False, (name,), (name,))
-        outcome.copying.update(layer for layer in outcome.folds if self._has_to_copy(layer, outcome))
         for target in outcome.targets.values():
             try:
                 target.check(self.state_dict)
             except Blocked as blocked:
                 name = target.node.layer or _name_of(target.node)
                 raise _GivenUp(self._find_layers(outcome, name), f"it would not fit: {blocked.detail}") from blocked
-
-    def _has_to_copy(self, layer: str, outcome: Outcome) -> bool:
-        """Whether something writes into the output of a BatchNorm while others read its input.
-
-        The identity hands on what it is given: both would be changed.
-        """
-        calls = self.graph.batchnorms[layer]
-        if all(self._is_private(call) for call in calls):
-            return False
-        pending, seen = list(calls), {call.index for call in calls}
-        while pending:
-            node = pending.pop()
-            for edge in self.graph.outputs(node):
-                reader = self.graph.nodes[edge.target]
-                if reader.operator.endswith("_") and (edge.port == 0 or reader.kind is NodeKind.OTHER):
-                    return True
-                gone = reader.layer in self.removed or reader.layer in outcome.folds
-                if reader.kind is NodeKind.BATCH_NORM and gone and reader.index not in seen:
-                    seen.add(reader.index)
-                    pending.append(reader)
-        return False
 
     def _find_layers(self, outcome: Outcome, name: str) -> Sequence[str]:
         """Whose fold is given up because something else does not take it."""

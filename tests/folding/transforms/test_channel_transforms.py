@@ -238,6 +238,18 @@ def test_same_keys_leaves_what_no_single_neighbour_takes() -> None:
     assert not plan.folds
 
 
+def test_an_input_that_is_written_to_later_is_copied() -> None:
+    def forward(self, x):
+        x = torch.sigmoid(self.stem(x))
+        y = self.bn(x)
+        return F.relu_(x).sum() + self.unpadded(y)
+
+    model = build(forward)
+    folded, plan = fold(model, image())
+    assert [step.module for step in plan.steps if getattr(step, "copies", False)] == ["bn"]
+    assert largest_difference(model, folded, image()) < EXACT
+
+
 def test_loading_a_file_whose_activations_write_in_place(tmp_path) -> None:
     model = make_positive(build(residual_in_place))
     torch.save(model.state_dict(), tmp_path / "net.pt")
