@@ -20,7 +20,7 @@ from bntool.cli.main import main
 from bntool.recalibration.partials import read_partial
 from tests.places import SAMPLES
 
-_KILLS_OF_A_RUN = 4
+_KILLS_OF_A_RUN = 12
 
 
 def _start(arguments: list[str], folder: Path) -> int:
@@ -56,7 +56,7 @@ def run(kills: int, samples: int, seed: int) -> None:
             for _ in range(min(draw.randint(1, _KILLS_OF_A_RUN), kills - done)):
                 every = draw.choice(["0", "0.05"])
                 child = _start([*arguments, "-o", "out.pt", "--resume", "kept", "--resume-every", every], folder)
-                time.sleep(draw.uniform(0, 1.2 * duration))
+                time.sleep(draw.uniform(0, duration * draw.choice([0.3, 1.2])))
                 os.kill(child, signal.SIGKILL)
                 if _wait(child) == 0:  # it was done before
                     break
