@@ -1,7 +1,8 @@
 """The whole story on the sample checkpoints, as ``make demo`` runs it.
 
 Inspect a checkpoint whose statistics come from another domain, recalibrate it on the right data, freeze it, fold it,
-inspect it again, and see that the folded model answers as the recalibrated one does.
+inspect it again, and see that the folded model answers as the recalibrated one does. Then train on for some epochs with
+a damaged batch in one of them, and find that epoch, in a table and as a page for a browser.
 """
 
 from __future__ import annotations
@@ -36,6 +37,8 @@ STORY = (
     ("What does the folded file hold?", ("inspect", "demo_out/folded.pt")),
     ("And what changed on the way?", ("diff", "sample_ckpts/drifted.pt", "demo_out/recalibrated.pt")),
 )
+EPOCHS, BROKEN_EPOCH = 8, 5
+PAGE = "demo_out/epochs.html"
 
 
 def tell(sentence: str) -> None:
@@ -46,9 +49,48 @@ def main() -> None:
     OUT.mkdir(exist_ok=True)
     for sentence, arguments in STORY:
         tell(sentence)
-        print("$ bntool " + shlex.join(arguments), flush=True)
-        subprocess.run([sys.executable, "-m", "bntool", *arguments], check=True, cwd=HERE.parent)
+        run(arguments)
     compare_outputs()
+    tell(f"{EPOCHS} more epochs of training, of which one read a damaged batch. The loss looked well again. Which one?")
+    paths = train_epochs()
+    run(("inspect", *(str(path.relative_to(HERE.parent)) for path in paths), "--html", PAGE, "--force"))
+    tell(f"{PAGE} shows it in a browser: layers by epochs, and the epoch that broke channel by channel")
+    tell("To go on by yourself")
+    activate = os.path.relpath(Path(sys.prefix) / "bin" / "activate")
+    print(f"source {shlex.quote(activate)}\nbntool inspect demo_out/folded.pt")
+
+
+def run(arguments: tuple[str, ...]) -> None:
+    print("$ bntool " + shlex.join(arguments), flush=True)
+    subprocess.run([sys.executable, "-m", "bntool", *arguments], check=True, cwd=HERE.parent)
+
+
+def train_epochs() -> list[Path]:
+    """Train the recalibrated network on and save each epoch; one batch of one epoch is damaged."""
+    import numpy as np
+    import torch
+    from digits_net import build
+
+    torch.manual_seed(0)
+    train = np.load(HERE / "digits_train.npz")
+    images, labels = torch.from_numpy(train["images"]), torch.from_numpy(train["labels"])
+    model = build().train()
+    model.load_state_dict(torch.load(OUT / "recalibrated.pt", weights_only=True))
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
+    paths = []
+    for epoch in range(EPOCHS):
+        for number, index in enumerate(torch.randperm(len(labels)).split(64)):
+            batch = images[index]
+            if epoch == BROKEN_EPOCH and number == 20:
+                batch = batch.where(batch < 1, torch.nan)
+            loss = torch.nn.functional.cross_entropy(model(batch), labels[index])
+            if loss.isfinite():  # as with mixed precision; the statistics have moved by then
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+        paths.append(OUT / f"epoch_{epoch}.pt")
+        torch.save({"epoch": epoch, "model": model.state_dict(), "optimizer": optimizer.state_dict()}, paths[-1])
+    return paths
 
 
 def compare_outputs() -> None:
@@ -74,9 +116,6 @@ def compare_outputs() -> None:
     print(f"accuracy {accuracy[0]:.2%} and {accuracy[1]:.2%}, largest relative difference of outputs {difference:.1e}")
     if difference > 1e-5 or accuracy[0] != accuracy[1] or accuracy[0] < 0.97:
         raise SystemExit("the demo did not end as it should")
-    tell("To go on by yourself")
-    activate = os.path.relpath(Path(sys.prefix) / "bin" / "activate")
-    print(f"source {shlex.quote(activate)}\nbntool inspect demo_out/folded.pt")
 
 
 if __name__ == "__main__":
