@@ -21,7 +21,6 @@ from tests.places import INTEROP, SAMPLES
 
 _MODEL = ["--model", str(SAMPLES / "digits_net.py") + ":build"]
 _CAFFE = str(INTEROP / "caffe_tiny_std.caffemodel")
-_BIG = 40  # MB: being written takes a moment, in which it can be killed
 LIGHT = {  # without torch
     "freeze.pt": ["freeze", "big.pt"],
     "freeze.safetensors": ["freeze", "big.safetensors"],
@@ -61,11 +60,12 @@ class Try:
     left: list[str]
 
 
-def make_inputs(folder: Path) -> None:
+def make_inputs(folder: Path, megabytes: int) -> None:
+    """Files that take a moment to be written, in which that can be killed."""
     import safetensors.torch
     import torch
 
-    state = {"conv.weight": torch.randn(16, 3, 3, 3), "other": torch.randn(_BIG * 250_000)}
+    state = {"conv.weight": torch.randn(16, 3, 3, 3), "other": torch.randn(megabytes * 250_000)}
     state |= {f"bn.{name}": tensor for name, tensor in torch.nn.BatchNorm2d(16).state_dict().items()}
     torch.save(state, folder / "big.pt")
     safetensors.torch.save_file(state, folder / "big.safetensors")
@@ -129,14 +129,22 @@ class Target:
         return result
 
 
-def run(count: int, folder: Path, commands: dict[str, list[str]], *, seed: int = 0) -> Counter[str]:
+def run(
+    count: int,
+    folder: Path,
+    commands: dict[str, list[str]],
+    *,
+    megabytes: int = 40,
+    seed: int = 0,
+    report: bool = False,
+) -> Counter[str]:
     """Kill commands ``count`` times; how often each ended how.
 
     Raises:
         AssertionError: a file is neither the old nor the new one, or something is left.
     """
     rng = random.Random(seed)
-    make_inputs(folder)
+    make_inputs(folder, megabytes)
     targets = [Target(folder, name, arguments) for name, arguments in commands.items()]
     outcomes: Counter[str] = Counter()
     for number in range(count):
@@ -144,13 +152,15 @@ def run(count: int, folder: Path, commands: dict[str, list[str]], *, seed: int =
         result = targets[number % len(targets)].kill(sent, rng)
         state = "ended before" if result.code == 0 else "killed"
         outcomes[f"{sent.name} {state}: {result.found}{', temporary file' * bool(result.left)}"] += 1
+        if report and number % 20 == 19:
+            print(f"{number + 1}: {dict(outcomes)}", flush=True)
     return outcomes
 
 
 def main() -> None:
     count = int(sys.argv[1]) if len(sys.argv) > 1 else 200
     with tempfile.TemporaryDirectory(prefix="bntool-kills-") as folder:
-        for outcome, times in sorted(run(count, Path(folder), {**LIGHT, **HEAVY}).items()):
+        for outcome, times in sorted(run(count, Path(folder), {**LIGHT, **HEAVY}, report=True).items()):
             print(f"{times:5} {outcome}")
 
 

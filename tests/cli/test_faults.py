@@ -19,11 +19,12 @@ import pytest
 
 from bntool.checkpoints.formats import open_checkpoint
 from bntool.cli.main import main
-from tests import programs
+from tests import programs, random_kills
 from tests.checkpoints.foreign import write_sharded
 from tests.checkpoints.samples import tiny_net
 from tests.permissions import ordinary_permissions
 from tests.places import INTEROP, SAMPLES
+from tests.random_kills import LIGHT
 
 SOURCE = SAMPLES / "digits_training.pt"
 MODEL = ["--model", f"{SAMPLES / 'digits_net.py'}:build"]
@@ -97,15 +98,9 @@ def test_killed_at_every_step_of_appearing(arguments: list[str], files: int, sen
     assert moments > 4 * files  # each is made, brought to the disk, given its mode and its name
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_killed_at_a_random_moment(command: str, tmp_path: Path) -> None:
-    name = "out-{}.safetensors" if command == "convert" else "out-{}.pt"
-    run = programs.run_forked if command in ("fold", "recalibrate") else programs.run  # the others import no torch
-    run("command_killed_at_a_moment", 3, name, *COMMANDS[command], cwd=tmp_path)
-    written = [path for path in tmp_path.iterdir() if path.name[0] != "."]
-    assert 2 <= len(written) <= 5
-    assert all(_holds_a_whole_file(path) for path in written)
-    assert len(_leftovers(tmp_path)) <= 3
+def test_killed_at_random_moments(tmp_path: Path) -> None:
+    commands = {name: LIGHT[name] for name in ("freeze.pt", "convert.safetensors", "fold.pt")}
+    assert random_kills.run(6, tmp_path, commands, megabytes=8).total() == 6
 
 
 @pytest.mark.parametrize("command", ["freeze", "convert"])
