@@ -10,7 +10,7 @@ from typing import Any
 from bntool.checkpoints.checkpoint import Checkpoint, Content, Format, StateDict
 from bntool.checkpoints.containers.hdf5 import Hdf5Contents
 from bntool.checkpoints.containers.zips.reading import ZipArchive
-from bntool.checkpoints.files import SourceFile
+from bntool.checkpoints.files import SourceFile, quote
 from bntool.checkpoints.keras.model import KerasLayer, KerasModel, read_model
 from bntool.checkpoints.keras.trust import judge_configuration
 from bntool.checkpoints.keras.weights import (
@@ -24,6 +24,7 @@ from bntool.checkpoints.keras.weights import (
     number_layers,
 )
 from bntool.checkpoints.records import History
+from bntool.errors import CorruptFileError
 
 OPTIMIZERS = ("optimizer", "optimizer_weights")
 _CONTAINERS = ("layers", "_layer_checkpoint_dependencies")  # the latter in tf_keras 2.12
@@ -184,7 +185,7 @@ def _find_named(hdf5: Hdf5Contents, model: KerasModel | None, root: str) -> Iter
         for weight in hdf5.texts(group, "weight_names") or ():
             path = f"{group}/{weight}"
             if path not in hdf5.datasets:
-                continue
+                raise CorruptFileError(f"the file names {quote(weight)} of layer {quote(name)}, and does not hold it")
             scope, _, variable = weight.rpartition("/")
             variable = variable.removesuffix(":0")
             if not scope:  # Keras 1 joins the names by an underscore

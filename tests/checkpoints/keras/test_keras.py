@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -28,6 +29,7 @@ from bntool.cli.main import ExitCode, main
 from bntool.errors import CorruptFileError, UnknownFormatError, UnsafeFileError
 from bntool.inspection.safety import SafetyVerdict, find_dangers, judge_safety
 from tests import programs
+from tests.places import INTEROP
 
 TINY = {  # in the words of PyTorch, and as Keras keeps it
     "conv1.weight": ("conv1/kernel", (4, 3, 3, 3)),
@@ -487,3 +489,12 @@ def test_vectors_of_an_unknown_layer_are_not_passed_over(interop: Path, tmp_path
     with open_checkpoint(path) as checkpoint:
         assert len(checkpoint.not_understood) == 1
         assert len(find_batchnorms(checkpoint.state_dict(""))) == 4
+
+
+def test_a_weight_that_is_named_and_not_there_is_said(tmp_path):
+    path = tmp_path / "model.h5"
+    shutil.copy(INTEROP / "keras_tiny.h5", path)
+    with h5py.File(path, "r+") as file:
+        del file["model_weights/deconv/deconv/bias"]
+    with pytest.raises(CorruptFileError, match="names 'deconv/bias' of layer 'deconv', and does not hold it"):
+        open_checkpoint(path)
