@@ -130,8 +130,8 @@ def convert(  # noqa: PLR0913 as many as the command has options
             conversion = dataclasses.replace(conversion, source=source, losses=tuple(losses), renames=renames_of)
         if conversion.new is None:
             check_plan(conversion.plan, path, strict=strict)
-        if strict and conversion.losses:
-            raise RefusedError(f"--strict: this would be lost: {conversion.losses[0]}", path=path)
+        if strict:
+            _check_certain(conversion, path)
         for loss in conversion.losses:
             on_warning(f"this will be lost: {loss}")
         written = None
@@ -257,6 +257,14 @@ def plan_conversion(
     if plan.steps and target is ConversionTarget.FROZEN_BATCHNORM:
         losses += _optimizer_losses(checkpoint)
     return Conversion(target, checkpoint, plan, None, None, kept=outcome.kept, losses=tuple(losses))
+
+
+def _check_certain(conversion: Conversion, path: object) -> None:
+    """Under --strict nothing is lost, and nothing taken for granted."""
+    if conversion.losses:
+        raise RefusedError(f"--strict: this would be lost: {conversion.losses[0]}", path=path)
+    if conversion.plan.assumptions:
+        raise RefusedError(f"--strict: this would be assumed: {conversion.plan.assumptions[0]}", path=path)
 
 
 def _check_understood(checkpoint: Checkpoint, source: StateDict) -> None:
