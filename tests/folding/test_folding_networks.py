@@ -87,6 +87,7 @@ class RandomNetwork(nn.Module):
             "residual",
             "residual",
             "branch",
+            "averaged",
         ]
         kind = chance.choice(kinds)
         if kind == "conv":
@@ -104,7 +105,7 @@ class RandomNetwork(nn.Module):
         elif kind == "own bias":
             self.made.append(("bias", OwnBias(channels), -1, -1))
             self.step(("module", source, len(self.made) - 1), channels)
-        elif kind in ("residual", "branch"):
+        elif kind in ("residual", "branch", "averaged"):
             self.block(chance, kind, source)
         elif kind in ("add", "add_", "cat", "difference"):
             others = [i for i, c in enumerate(self.channels) if kind == "cat" or c == channels]
@@ -116,7 +117,7 @@ class RandomNetwork(nn.Module):
             self.step((kind, source), channels)
 
     def block(self, chance: random.Random, kind: str, source: int) -> None:
-        """x + conv(relu(bn(x))), or bn(x) + conv(x)."""
+        """x + conv(relu(bn(x))), or bn(x) + conv(x), or bn(average(conv(x)))."""
         channels = self.channels[source]
         groups = chance.choice([g for g in (1, 2, 4) if channels % g == 0])
         convolution = nn.Conv2d(channels, channels, 3, padding=1, groups=groups, bias=chance.random() < 0.5)
@@ -171,6 +172,9 @@ class RandomNetwork(nn.Module):
                 return batchnorm(linear(x.mean((2, 3))))
             tokens = linear(x.flatten(2).transpose(1, 2))
             return batchnorm(tokens.transpose(1, 2))
+        if kind == "averaged":
+            norm, convolution = self.made[more[0]][1], self.made[more[0] + 1][1]
+            return norm(self.run("mean", convolution(x), values, ()))
         if kind == "residual":
             norm, convolution = self.made[more[0]][1], self.made[more[0] + 1][1]
             return x + convolution(self.run(more[1], norm(x), values, ()))
