@@ -78,6 +78,12 @@ class _PythonCalls(TorchFunctionMode):
         if function in _ELEMENT_READS:
             with _disable_current_modes():
                 self._recorder.record_elements_read(args[0])
+        wrapped = _find_wrapped(function, args, kwargs or {})
+        if wrapped is not None:
+            with _disable_current_modes():
+                result = function(*args, **(kwargs or {}))
+                self._recorder.record_circular_padding(wrapped, result)
+                return result
         if function not in _INSTANCE_NORMS:
             return function(*args, **(kwargs or {}))
         self._recorder.in_instance_norm = True
@@ -85,6 +91,13 @@ class _PythonCalls(TorchFunctionMode):
             return function(*args, **(kwargs or {}))
         finally:
             self._recorder.in_instance_norm = False
+
+
+def _find_wrapped(function: Any, arguments: Any, keywords: Any) -> Tensor | None:
+    """What a call pads by what lies on its other side: torch writes that piece by piece into new memory."""
+    mode = arguments[2] if len(arguments) > 2 else keywords.get("mode")
+    data = arguments[0] if arguments else keywords.get("input")
+    return data if function is nn.functional.pad and mode == "circular" and isinstance(data, Tensor) else None
 
 
 @dataclass
@@ -220,6 +233,18 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if self.branches_at is None:
             self.branches_at = node.index
             self.branches_in = find_calling_line(outside=_TORCH)
+
+    def record_circular_padding(self, data: Tensor, result: Tensor) -> None:
+        """Padding by what lies on the other side: every element is one of its channel."""
+        labels = self.labels_of(data)
+        if labels is None:
+            self.known.set_constant(result, self.names_of(data))
+            return
+        axis = varying_axis(labels, default=1)
+        same = result.shape[axis] == data.shape[axis]
+        node = self.add_node(NodeKind.AVERAGE if same else NodeKind.OTHER, "aten.pad")
+        self.reads.add(node.index, 0, meet(labels, axis=axis if same else None), labels)
+        self.give_fresh_labels(node, [result], axis=axis)
 
     def record_elements_read(self, tensor: Tensor) -> None:
         """The elements of a tensor leave torch."""

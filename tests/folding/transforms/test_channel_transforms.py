@@ -35,6 +35,7 @@ def build(forward, **modules: nn.Module) -> nn.Module:
         "squeeze": nn.Conv2d(6, 2, 1),
         "excite": nn.Conv2d(2, 6, 1),
         "head": nn.Linear(6, 3),
+        "around": nn.Conv2d(6, 4, 3, padding=1, padding_mode="circular"),
         "prelu": nn.PReLU(6),
         **{name: nn.BatchNorm2d(6) for name in ("bn", "bn2", "bn3")},
         **modules,
@@ -103,6 +104,14 @@ def replicated(self, x):
     return self.unpadded(F.pad(self.bn(F.relu(self.stem(x))), (1, 1, 1, 1), mode="replicate"))
 
 
+def circular(self, x):
+    return self.unpadded(F.pad(self.bn(F.relu(self.stem(x))), (1, 1, 1, 1), mode="circular"))
+
+
+def circular_module(self, x):
+    return self.around(self.bn(F.relu(self.stem(x))))
+
+
 def into_a_transposed(self, x):
     x = self.stem(x)
     return self.transposed(self.bn(x)), self.head(x.mean((2, 3)))
@@ -118,6 +127,8 @@ ANY_SIGN = {
     two_norms_on_one: 1,
     reflected: 1,
     replicated: 1,
+    circular: 1,
+    circular_module: 1,
     into_a_transposed: 1,
     padded_reader: 0,
 }
