@@ -127,6 +127,7 @@ def command(
 
         with reading as progress:
             run = inspect_run(checkpoints, on_file=shown.take, on_progress=progress, **settings)
+        shown.take_run(run)
         failed = {file.path: file.error for file in run.files if file.error is not None}
         files = shown.list_reports(checkpoints, failed)
         wanted = form.takes_blocks if form else not quiet
@@ -181,6 +182,15 @@ class _Shown:
 
         failures = {path: FileReport(path, error=error) for path, error in failed.items()}
         return tuple((self.reports | failures)[str(path)] for path in paths)
+
+    def take_run(self, run: Run) -> None:
+        """What only the files together show fails a gate, too."""
+        from bntool.reports.forms.problems import list_problems_of_run
+
+        if self.fail_on is not None and self.fail_on is not Severity.ERROR:
+            found = list_problems_of_run(run)
+            self.failing += found
+            self.fails = self.fails or bool(found)
 
     def take(self, path: str, inspection: Inspection) -> None:
         from bntool.reports.blocks import Block, line

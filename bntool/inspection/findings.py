@@ -51,6 +51,7 @@ class FindingCode(Enum):
     OVERFLOW = "overflow"
     COUNTER_AGAINST_STEPS = "counter-against-steps"
     COUNTER_RESET = "counter-reset"
+    STATISTICS_JUMPED = "statistics-jumped"
     EMA_STATISTICS_INITIAL = "ema-statistics-initial"
     EMA_STATISTICS_LAG = "ema-statistics-lag"
     AVERAGE_NOT_RECOMPUTED = "average-not-recomputed"

@@ -21,6 +21,7 @@ from bntool.inspection.verdict import Health, Verdict
 from bntool.representation import html_repr
 from bntool.verification.statistics_shift import StatisticsShift, measure_shift
 
+JUMP = 1e4  # times that running_var grows from one file to the next, over all channels; raw pixels give some 1e3
 _SHOWN = 6  # files, in a repr
 _RANKS = {Health.SUSPICIOUS: 1, Health.SICK: 2}
 _NUMBER = re.compile(r"(\d+)", re.ASCII)
@@ -191,7 +192,8 @@ def _order(files: Sequence[FileSummary]) -> tuple[list[FileSummary], str]:
 
 
 def _follow(paths: Sequence[str], on_file: OnFile | None, options: Mapping[str, Any]) -> list[FileSummary]:
-    summaries, before = [], Statistics()
+    summaries: list[FileSummary] = []
+    before, states = Statistics(), dict[str, LayerState]()
     for path in paths:
         try:
             inspection = inspect(Path(path), **options)
@@ -200,8 +202,8 @@ def _follow(paths: Sequence[str], on_file: OnFile | None, options: Mapping[str, 
             continue
         layers = next((s.layers for s in inspection.state_dicts if s.chosen), ())
         statistics = {layer.name: found for layer in layers if (found := _read_statistics(layer)) is not None}
-        summaries.append(_summarize(path, inspection, layers, before, statistics))
-        before = statistics or before
+        summaries.append(_summarize(path, inspection, layers, before, statistics, states))
+        before, states = statistics or before, dict(summaries[-1].layers) or states
         if on_file is not None:
             on_file(path, inspection)
     return summaries
@@ -220,17 +222,56 @@ def _summarize(
     layers: Sequence[LayerInspection],
     before: Statistics,
     statistics: Statistics,
+    before_states: Mapping[str, LayerState],
 ) -> FileSummary:
     states = {
         layer.name: _summarize_layer(layer, before.get(layer.name), statistics.get(layer.name)) for layer in layers
     }
+    jumped = {name: state.change for name, state in states.items() if _has_jumped(state, before_states.get(name))}
+    findings, verdict = _list_findings(inspection), inspection.verdict
+    if jumped:
+        findings.append(_describe_jump(jumped))
+        findings.sort(key=lambda entry: -entry.finding.severity.rank)
+        verdict = _judge_again(verdict, states, jumped)
     return FileSummary(
         path=path,
         progress=find_progress(inspection.checkpoint.entries),
-        verdict=inspection.verdict,
-        findings=tuple(_list_findings(inspection)),
+        verdict=verdict,
+        findings=tuple(findings),
         layers=states,
     )
+
+
+def _has_jumped(state: LayerState, before: LayerState | None) -> bool:
+    """Whether the variances of a whole layer exploded; the first statistics after the initial ones are no jump."""
+    change = state.change
+    was_initial = before is not None and before.largest_variance == before.smallest_variance == 1
+    return change is not None and change.finite and change.variance_ratio >= JUMP and not was_initial
+
+
+def _describe_jump(jumped: Mapping[str, StatisticsShift | None]) -> FoundInLayers:
+    ratios = {name: change.variance_ratio for name, change in jumped.items() if change is not None}
+    worst = max(ratios, key=lambda name: ratios[name])
+    finding = Finding(
+        FindingCode.STATISTICS_JUMPED,
+        Severity.WARNING,
+        f"var x {ratios[worst]:.1e}",
+        f"running_var of {worst} is {ratios[worst]:.1e} times what it was in the file before, over all its channels",
+        {"layer": worst, "ratio": ratios[worst]},
+        advice="take the file before, and look at the data and the learning rate between the two",
+        layers=tuple(ratios),
+    )
+    return FoundInLayers(finding, tuple(ratios))
+
+
+def _judge_again(verdict: Verdict, states: Mapping[str, LayerState], jumped: Mapping[str, object]) -> Verdict:
+    """The verdict on a file with what is known from the file before."""
+    if verdict.health is Health.SICK:
+        return verdict
+    more = sum(1 for name in jumped if states[name].worst is not Severity.WARNING)
+    count = verdict.suspicious + more
+    sentence = f"{count} layer{'s' * (count > 1)} suspicious"
+    return verdict._replace(health=Health.SUSPICIOUS, sentence=sentence, suspicious=count)
 
 
 def _summarize_layer(layer: LayerInspection, before: Any, now: Any) -> LayerState:

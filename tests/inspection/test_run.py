@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 import bntool
+from bntool.cli.main import main
 from bntool.inspection.verdict import Health
 
 
@@ -137,3 +138,33 @@ def make(width: int) -> nn.Module:
     model[1].running_mean.normal_()
     model[1].num_batches_tracked.fill_(900)
     return model
+
+
+def test_a_layer_whose_variances_explode_all_at_once_is_where_a_run_broke(tmp_path: Path, capsys: Any) -> None:
+    """Beside each other the channels look sound: only the file before tells."""
+    model = make_model()
+    for epoch in range(5):
+        if epoch == 3:
+            model[3].running_var *= 1e6
+        save(model, tmp_path / f"{epoch}.pt", epoch=epoch)
+    run = bntool.inspect_run(tmp_path.glob("*.pt"))
+    assert run.find_broken() == 3
+    assert [file.verdict.health for file in run.files] == [*[Health.HEALTHY] * 3, Health.SUSPICIOUS, Health.HEALTHY]
+    (found,) = run.files[3].findings
+    assert (found.finding.code.value, found.layers) == ("statistics-jumped", ("3",))
+    assert found.finding.facts["ratio"] == pytest.approx(1e6, rel=1e-3)
+    paths = [str(path) for path in sorted(tmp_path.glob("*.pt"))]
+    assert main(["inspect", *paths, "--fail-on", "warning", "--quiet"]) == 1
+    assert "3.pt: statistics-jumped" in capsys.readouterr().err
+    assert main(["inspect", *paths, "--fail-on", "error", "--quiet"]) == 0
+
+
+def test_the_first_statistics_after_the_initial_ones_are_no_jump(tmp_path: Path) -> None:
+    model = make_model()
+    model[1].reset_running_stats()
+    save(model, tmp_path / "0.pt")
+    model[1].running_var.fill_(3e5)
+    model[1].num_batches_tracked.fill_(100)
+    save(model, tmp_path / "1.pt")
+    run = bntool.inspect_run(tmp_path.glob("*.pt"))
+    assert "statistics-jumped" not in [found.finding.code.value for file in run.files for found in file.findings]

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from bntool.inspection.findings import FindingCode
 from bntool.reports.report import FileReport, Report, describe_error
 from bntool.reports.text import sanitize
+
+if TYPE_CHECKING:
+    from bntool.inspection.run import Run
 
 _SEVERITIES = ("notice", "warning", "error")
 _UNJUDGED = ("statistics-missing", "not-understood")
@@ -82,6 +86,16 @@ def list_problems_of(file: FileReport) -> Iterator[Problem]:
         layer, colon, what = violation.partition(": ")
         message = f"{what if colon else violation} changed, against --expect {expected['name']}"
         yield Problem(file.facts["other_file"], EXPECTATION, "error", _safe(message), _safe(layer if colon else ""))
+
+
+def list_problems_of_run(run: Run) -> list[Problem]:
+    """What is wrong with files beside those before them."""
+    return [
+        Problem(file.path, found.finding.code.value, found.finding.severity.value, _safe(found.finding.message))
+        for file in run.files
+        for found in file.findings
+        if found.finding.code is FindingCode.STATISTICS_JUMPED
+    ]
 
 
 def _read(path: str, finding: Mapping[str, Any], layer: str) -> Problem:
