@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
 from typing import Any
 
 from bntool.errors import ExtensionError
 
 
-def load_extensions(group: str) -> Iterator[Any]:
+@functools.cache
+def load_extensions(group: str) -> tuple[Any, ...]:
     """The objects behind the entry points of a group, in the order of their names.
 
     Looking for them takes longer than listing a checkpoint: ask only where bntool itself does not know.
@@ -21,9 +22,11 @@ def load_extensions(group: str) -> Iterator[Any]:
     """
     from importlib import metadata
 
+    found = []
     for entry_point in sorted(metadata.entry_points(group=group), key=lambda one: one.name):
         try:
-            yield entry_point.load()
+            found.append(entry_point.load())
         except Exception as error:
             package = entry_point.dist.name if entry_point.dist is not None else entry_point.value
             raise ExtensionError(f"{group} {entry_point.name} of {package} cannot be imported: {error}") from error
+    return tuple(found)

@@ -17,6 +17,7 @@ def command(
     ] = None,
     report_as: options.ReportAs = None,
     as_json: options.Json = False,
+    quiet: options.Quiet = False,
 ) -> int:
     """Say what a finding, a skip reason or an exit code means, and what to do.
 
@@ -43,5 +44,5 @@ def command(
     found = list_explanations() if code is None else explain(code)
     blocks = show_codes(found) if code is None else show_explanations(found)
     report = FileReport(found[0].page, describe_explanations(found), blocks)
-    print_report(Report("explain", (report,)), form=form)
+    print_report(Report("explain", (report,)), form=form, quiet=quiet)
     return 0

@@ -73,8 +73,10 @@ ReportAs = Annotated[
     ReportForm | None,
     typer.Option(
         "--report",
-        help="Print the result in a form for programs; the last three list what is wrong, and are of inspect and diff.",
-        show_default="text for people",
+        metavar="FORM",
+        help="Print the result as json, markdown or csv; inspect and diff also list what is wrong as github, sarif or "
+        "junit.",
+        show_default=False,
         rich_help_panel=OUTPUT,
     ),
 ]

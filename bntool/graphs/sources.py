@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import importlib
-import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -113,9 +112,9 @@ def build_graph(known: Knowledge) -> ModelGraph | None:
         UsageError: the file holds its graph, and something else was declared.
         ExtensionError: a package that offers a source cannot be imported.
     """
-    sources: Iterator[GraphSource] = itertools.chain(SOURCES, load_extensions("bntool.graph_sources"))
-    for source in sources:
-        graph = source.build(known)
-        if graph is not None:
-            return graph
-    return None
+    graphs = (source.build(known) for source in SOURCES)
+    found = next((graph for graph in graphs if graph is not None), None)
+    if found is not None:
+        return found
+    others: Sequence[GraphSource] = load_extensions("bntool.graph_sources")
+    return next((graph for source in others if (graph := source.build(known)) is not None), None)

@@ -209,7 +209,7 @@ def _self_containing_tensor() -> bytes:
 
 
 def _subclass_in_subclass() -> bytes:
-    function = b"ctorch.make_tensor\n_rebuild_from_type_v2\n"
+    function = b"ctorch._tensor\n_rebuild_from_type_v2\n"
     call = function + (b"(" + function + b"ctorch\nTensor\n") * 30_000 + b")" + b"}t" * 30_000 + b"R"
     return _ROOT + call + b"s."
 

@@ -531,7 +531,7 @@ def test_one_of_several_processes_answers_in_json(capsys, monkeypatch):
 
 @pytest.mark.parametrize("has_it", [True, False])
 def test_a_processor_without_bfloat16_is_named(recalibrate, monkeypatch, has_it):
-    monkeypatch.setattr("bntool.recalibration.warnings.is_faster_in_bfloat16", lambda _model: has_it)
+    monkeypatch.setattr("bntool.recalibration.checkpoint.is_faster_in_bfloat16", lambda _model: has_it)
     code, out, _, _ = recalibrate("drifted.pt", "--precision", "bfloat16", "--eval-data", TEST)
     assert code == 0
     assert ("this processor has no bfloat16 instructions" in out) is not has_it

@@ -16,9 +16,11 @@ import traceback
 from bntool.checkpoints.formats import FORMATS, open_checkpoint
 from bntool.checkpoints.saving import save_checkpoint
 from bntool.errors import BntoolError
+from bntool.extensions import load_extensions
 from bntool.inspection.safety import judge_safety
 
 list(FORMATS)  # bntool's own modules, imported when a file may be of theirs
+load_extensions("bntool.formats")  # and those of other installed packages
 
 
 def go(path, target):

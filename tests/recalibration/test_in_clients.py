@@ -737,5 +737,5 @@ def test_a_model_in_eval_mode_in_a_fresh_wrapper(wrap):
     recalibrate(wrapped, batches)
     assert_stores(wrapped.module[0], batches)
     assert not wrapped.module.training
-    with pytest.raises(RefusedError, match=r"frozen; layers=\['\*'\] selects frozen ones, too"):
+    with pytest.raises(RefusedError, match=r"0\.0: frozen .*layers=\['\*'\] selects frozen ones, too"):
         recalibrate(nn.Sequential(nn.Sequential(nn.BatchNorm2d(3)).eval(), nn.Softmax(1)), batches)

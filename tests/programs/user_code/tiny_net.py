@@ -9,7 +9,8 @@ class Tiny(nn.Module):
         self.conv, self.bn, self.factor = nn.Conv2d(1, 32, 1, bias=False), nn.BatchNorm2d(32), factor
 
     def forward(self, x):
-        return self.bn(self.conv(x))[:, 1:] * self.factor * self.factor + x
+        y = self.bn(self.conv(x))
+        return y[:, 1:] * self.factor * self.factor + x, y[:, :1] * 1e9
 
 
 def build(factor=1.0):
