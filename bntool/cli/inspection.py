@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from bntool.errors import BntoolError
+    from bntool.inspection.configuration import Configuration
     from bntool.inspection.results import Inspection
     from bntool.inspection.run import Run
     from bntool.reports.forms.problems import Problem
@@ -55,6 +56,16 @@ def command(
             show_default=False,
         ),
     ] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            "--config",
+            metavar="FILE",
+            help="Findings that are meant to be so, and what --fail-on is else.",
+            show_default="bntool.toml or pyproject.toml, here or above",
+        ),
+    ] = None,
+    no_config: Annotated[bool, typer.Option("--no-config", help="Take no such file.")] = False,
     html: options.Html = None,
     force: options.ForceHtml = False,
     report_as: options.ReportAs = None,
@@ -88,6 +99,9 @@ def command(
 
     form = options.choose_form(report_as, as_json=as_json, judges=True)
     options.check_html(html, force=force, inputs=checkpoints)
+    configuration = _configure(config, no_config=no_config)
+    if configuration is not None:
+        fail_on = fail_on or configuration.fail_on
     shown = _Shown(
         every_layer=all_tensors or not is_drawn(sys.stdout),
         every_tensor=all_tensors or stats,
@@ -105,6 +119,7 @@ def command(
         "statistics": stats,
         "verify_checksums": verify_crc,
         "prototxt": prototxt,
+        "configuration": configuration,
     }
     # only these read files whole; what is printed meanwhile is progress enough
     slow = checkpoints if (stats or verify_crc) and not (shown.at_once and shown.blocks) else []
@@ -123,6 +138,7 @@ def command(
         report = Report("inspect", shown.list_reports(checkpoints, failed))
     else:
         from bntool.inspection.run import inspect_run
+        from bntool.reports.blocks import Style, line
         from bntool.reports.run import describe_run, show_run
 
         with reading as progress:
@@ -131,7 +147,8 @@ def command(
         failed = {file.path: file.error for file in run.files if file.error is not None}
         files = shown.list_reports(checkpoints, failed)
         wanted = form.takes_blocks if form else not quiet
-        report = Report("inspect", files, describe_run(run), (*show_run(run),) if wanted else ())
+        used = [] if configuration is None else [line(f"configuration: {configuration.path}", Style.MUTED)]
+        report = Report("inspect", files, describe_run(run), (*show_run(run), *used) if wanted else ())
         if html is not None and len(failed) < len({*checkpoints}):
             _write_run_page(run, html, settings, force=force)
     code = max([ExitCode.FINDINGS if shown.fails else ExitCode.DONE, *map(exit_code_of, failed.values())])
@@ -140,6 +157,25 @@ def command(
     if len(failed) < len({*checkpoints}):
         print_written(html, form=form, quiet=quiet)
     return code
+
+
+def _configure(given: Path | None, *, no_config: bool) -> Configuration | None:
+    """The configuration that is given or found; its modules are imported only where a file may be one."""
+    if given is not None and no_config:
+        from bntool.errors import UsageError
+
+        raise UsageError("--config and --no-config exclude each other")
+    if no_config:
+        return None
+    if given is None:
+        from bntool.cli.configuration import find_file
+
+        given = find_file(Path.cwd())
+    if given is None:
+        return None
+    from bntool.inspection.configuration import read_configuration
+
+    return read_configuration(given)
 
 
 def _show_reading(

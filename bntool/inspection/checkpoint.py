@@ -7,6 +7,7 @@ import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from bntool.batchnorm import ROLES, BatchNorm, NormKind, check_globs, selects
 from bntool.checkpoints.batchnorms import find_norms
@@ -17,7 +18,7 @@ from bntool.checkpoints.tensors import StoredTensor, Tensor, read_numbers
 from bntool.errors import BntoolError
 from bntool.graphs.architectures.recognition import give_eps, recognise
 from bntool.inspection.file_findings import find_in_file, find_in_state_dict
-from bntool.inspection.findings import Finding, FindingCode, Severity
+from bntool.inspection.findings import Finding, FindingCode, IgnoredFinding, Severity
 from bntool.inspection.judging import judge
 from bntool.inspection.layer_differences import compare_layers
 from bntool.inspection.layer_findings import find_in_layer
@@ -35,10 +36,13 @@ from bntool.inspection.safety import find_dangers, judge_safety
 from bntool.modules.opening import Source, open_source
 from bntool.progress import OnProgress, Progress, count, ignore
 
+if TYPE_CHECKING:
+    from bntool.inspection.configuration import Configuration
+
 MAX_CHANNELS = 1 << 22  # elements of one tensor read for its statistics unless --stats asks for all
 
 
-def inspect(
+def inspect(  # noqa: PLR0913 as many as the command has options
     source: Source,
     *,
     state_dict: str | None = None,
@@ -47,6 +51,7 @@ def inspect(
     statistics: bool = False,
     verify_checksums: bool = False,
     prototxt: str | os.PathLike[str] | None = None,
+    configuration: Configuration | None = None,
     on_progress: OnProgress = ignore,
 ) -> Inspection:
     """Look at every state dict of a checkpoint, or at one; what ``bntool inspect`` does.
@@ -62,6 +67,7 @@ def inspect(
         statistics: and the numbers of each of them.
         verify_checksums: hold all bytes of the file against its checksums.
         prototxt: the net that a ``.caffemodel`` is run by; its eps wins.
+        configuration: findings that it takes are not judged; see :mod:`bntool.inspection.configuration`.
         on_progress: called with how many tensors were read for ``statistics``, and while checksums are computed.
 
     Raises:
@@ -81,6 +87,7 @@ def inspect(
             every_tensor=every_tensor,
             statistics=statistics,
             verify_checksums=verify_checksums,
+            configuration=configuration,
             on_progress=on_progress,
         )
 
@@ -93,6 +100,7 @@ def _inspect(
     every_tensor: bool,
     statistics: bool,
     verify_checksums: bool,
+    configuration: Configuration | None,
     on_progress: OnProgress,
 ) -> Inspection:
     if verify_checksums:
@@ -129,8 +137,15 @@ def _inspect(
         inspections = compare_copies(several, recalibrated=recalibrated)[: len(wanted)]
     safety = judge_safety(checkpoint)
     findings = (*find_dangers(safety), *find_in_file(checkpoint, inspections))
+    ignored: tuple[IgnoredFinding, ...] = ()
+    if configuration is not None:
+        inspections, findings, ignored = configuration.ignore(checkpoint.path, inspections, findings)
     verdict = judge(checkpoint, inspections, findings)
-    return Inspection(checkpoint, tuple(inspections), findings, safety, verdict, checked)
+    used = None if configuration is None else configuration.path
+    if ignored:
+        count = f"{len(ignored)} finding{'s' * (len(ignored) > 1)} ignored"
+        verdict = verdict._replace(sentence=f"{verdict.sentence}, {count}")
+    return Inspection(checkpoint, tuple(inspections), findings, safety, verdict, checked, used, ignored)
 
 
 def _lacks_statistics(inspection: StateDictInspection) -> bool:

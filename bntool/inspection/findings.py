@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any
+from typing import Any, NamedTuple
 
 from bntool.representation import short_repr
 
@@ -93,3 +93,17 @@ class Finding:
     leaves_open: str = ""
 
     __repr__ = short_repr
+
+
+class IgnoredFinding(NamedTuple):
+    """A finding that a configuration takes for meant.
+
+    Attributes:
+        layer: that it is of; "" for a state dict or the file.
+        finding: what was found.
+        reason: that the configuration gives.
+    """
+
+    layer: str
+    finding: Finding
+    reason: str

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from bntool.batchnorm import BatchNorm, LayerArrays, NormKind
 from bntool.checkpoints.checkpoint import Checkpoint, StateDict
 from bntool.checkpoints.tensors import Tensor
 from bntool.graphs.architectures.recognition import Architecture
-from bntool.inspection.findings import Finding, FindingCode, Severity
+from bntool.inspection.findings import Finding, FindingCode, IgnoredFinding, Severity
 from bntool.inspection.safety import Safety
 from bntool.inspection.verdict import Verdict
 from bntool.representation import html_repr
@@ -172,6 +173,8 @@ class Inspection:
         safety: what loading it may do.
         verdict: on its BatchNorm layers.
         checksums: how many records were held against their checksum; None where this was not asked for.
+        configuration: the file that says what is meant to be so; None without one.
+        ignored: findings that it takes for meant; the verdict does not count them.
     """
 
     checkpoint: Checkpoint
@@ -180,6 +183,8 @@ class Inspection:
     safety: Safety
     verdict: Verdict
     checksums: int | None = None
+    configuration: Path | None = None
+    ignored: tuple[IgnoredFinding, ...] = ()
 
     _repr_html_ = html_repr
 

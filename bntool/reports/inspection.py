@@ -44,7 +44,19 @@ def describe_inspection(inspection: Inspection, *, every_tensor: bool) -> dict[s
         "checksums_verified": inspection.checksums,
         "state_dicts": [_describe_state_dict(s, inspection, every_tensor=every_tensor) for s in inspection.state_dicts],
         "findings": _describe_findings(inspection.findings),
+        **_describe_configuration(inspection),
     }
+
+
+def _describe_configuration(inspection: Inspection) -> dict[str, Any]:
+    """The file that says what is meant to be so, and what it takes for meant; nothing without such a file."""
+    if inspection.configuration is None:
+        return {}
+    ignored = [
+        {"layer": one.layer, "code": one.finding.code.value, "message": one.finding.message, "reason": one.reason}
+        for one in inspection.ignored
+    ]
+    return {"configuration": str(inspection.configuration), "ignored": ignored}
 
 
 def _describe_verdict(verdict: Verdict) -> dict[str, Any]:
@@ -172,6 +184,7 @@ def show_inspection(
     yield from _safety(inspection)
     if inspection.checksums is not None:
         yield line(f"checksums: {plural(inspection.checksums, 'record')} verified", Style.GOOD)
+    yield from _show_ignored(inspection)
     if inspection.findings:
         yield line()
         worst_first = sorted(inspection.findings, key=lambda finding: -finding.severity.rank)
@@ -181,6 +194,22 @@ def show_inspection(
         yield from _state_dict_blocks(
             state_dict, inspection, every_layer=every_layer, every_tensor=every_tensor, pictures=pictures
         )
+
+
+def _show_ignored(inspection: Inspection) -> Iterable[Block]:
+    """What a configuration takes for meant, by code and reason."""
+    if inspection.configuration is None:
+        return
+    from bntool.reports.layer_table import list_names
+
+    yield line(f"configuration: {inspection.configuration}", Style.MUTED)
+    grouped: dict[tuple[str, str], list[str]] = {}
+    for one in inspection.ignored:
+        places = [one.layer] if one.layer else list(one.finding.layers)
+        grouped.setdefault((one.finding.code.value, one.reason), []).extend(places)
+    for (code, reason), places in grouped.items():
+        where = f" in {list_names(places, _LISTED)}" if places else ""
+        yield Line((Cell("ignored ", Style.MUTED), Cell(f"{code}{where}: {reason}", is_sentence=True)), indent=2)
 
 
 def _safety(inspection: Inspection) -> Iterable[Block]:
