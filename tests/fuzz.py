@@ -37,7 +37,7 @@ from bntool.checkpoints.origin import describe_origin
 from bntool.checkpoints.saving import save_checkpoint
 from bntool.checkpoints.tensors import StoredTensor, read_bytes
 from bntool.cli.main import build_app
-from bntool.errors import BntoolError, RefusedError, UsageError, VerificationError
+from bntool.errors import BntoolError, LossWarning, RefusedError, UsageError, VerificationError
 from bntool.folding.planning import plan_fold
 from bntool.graphs.sources import read_stored_graph
 from bntool.inspection.safety import judge_safety
@@ -350,6 +350,7 @@ def run(  # noqa: C901 (one branch for each finding)
         AssertionError: some gave an exception that is not bntool's, took too long or too much memory, or left a
             temporary file; they are kept in ``folder``.
     """
+    warnings.filterwarnings("ignore", category=LossWarning)  # it says what a writer leaves out
     rng = random.Random(seed)
     seeds = make_seeds(folder)
     contents = {path: path.read_bytes() for place in {p.parent for p in seeds} for path in place.iterdir()}

@@ -30,9 +30,9 @@ def as_numbers(data: Chunk, dtype: DType) -> Array:
 
 def to_float64(data: Chunk, dtype: DType) -> Array:
     """Elements as float64, exactly."""
-    if dtype is BFLOAT16:
-        return (np.frombuffer(data, "<u2").astype("<u4") << 16).view("<f4").astype("<f8")
-    return np.frombuffer(data, _NUMPY[dtype]).astype("<f8")
+    numbers = (np.frombuffer(data, "<u2").astype("<u4") << 16).view("<f4") if dtype is BFLOAT16 else None
+    with np.errstate(invalid="ignore"):  # numpy warns of NaNs that are called signalling; they are NaNs like others
+        return (np.frombuffer(data, _NUMPY[dtype]) if numbers is None else numbers).astype("<f8")
 
 
 def _check_range(rounded: Array, dtype: DType, *sources: Array) -> None:
@@ -164,9 +164,9 @@ class _Stream:
 
 def _round(wide: Array, dtype: DType) -> tuple[Array, Array]:
     """float64 numbers in the nearest elements of a dtype, and the values of these."""
-    if dtype is BFLOAT16:
-        return _round_to_bfloat16(wide)
-    with np.errstate(over="ignore", under="ignore"):
+    with np.errstate(over="ignore", under="ignore", invalid="ignore"):
+        if dtype is BFLOAT16:
+            return _round_to_bfloat16(wide)
         rounded = wide.astype(_NUMPY[dtype])
     return rounded, rounded
 

@@ -243,3 +243,21 @@ def test_the_command_says_that_statistics_must_be_recalibrated(
         main(["average", str(SAMPLES / "digits.pt"), str(SAMPLES / "drifted.pt"), "-o", str(out), "--weights", "a"])
         == 2
     )
+
+
+def test_nans_of_every_kind_stay_nans_and_nobody_warns(tmp_path: Path) -> None:
+    """Those called signalling, too, of which numpy warns when it casts them."""
+    for number in range(2):
+        bits = torch.full((8,), 0x7F800001 + number, dtype=torch.int32)
+        half = torch.full((8,), 0x7C01 + number, dtype=torch.int16)
+        state_dict = {
+            "a": bits.view(torch.float32),
+            "b": half.view(torch.float16),
+            "c": torch.full((8,), float(number)),
+        }
+        torch.save(state_dict, tmp_path / f"{number}.pt")
+    bntool.average_checkpoints([tmp_path / "0.pt", tmp_path / "1.pt"], tmp_path / "out.pt")
+    written = load(tmp_path / "out.pt")
+    assert written["a"].isnan().all()
+    assert written["b"].isnan().all()
+    assert torch.equal(written["c"], torch.full((8,), 0.5))

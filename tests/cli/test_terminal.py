@@ -32,7 +32,7 @@ class Terminal(io.StringIO):
 def shown(arguments: list[str], monkeypatch: pytest.MonkeyPatch, *, columns: int | None, **environment: str) -> str:
     stream: io.StringIO = io.StringIO() if columns is None else Terminal()
     monkeypatch.setattr("sys.stdout", stream)
-    for name in ("NO_COLOR", "FORCE_COLOR", "COLORTERM", "COLUMNS"):
+    for name in ("NO_COLOR", "FORCE_COLOR", "COLORTERM", "COLUMNS", "LINES"):
         monkeypatch.delenv(name, raising=False)
     if columns is not None:
         environment = {"COLUMNS": str(columns), **environment}
