@@ -341,7 +341,7 @@ def choose_mutant(contents: dict[Path, bytes], folder: Path, rng: random.Random)
     return victim, mutant
 
 
-def run(  # noqa: C901 (one branch for each finding)
+def run(  # noqa: C901, PLR0915 (one branch for each finding)
     count: int, folder: Path, *, seed: int = 0, report: bool = False
 ) -> Outcome:
     """Read ``count`` mutants.

@@ -132,8 +132,8 @@ def average_chunks(tensors: Sequence[Tensor], weights: Sequence[float]) -> Itera
     while left:
         count = min(left, CHUNK // 8)
         pieces = [stream.take(count) for stream in streams]
-        first, total, same = pieces[0], pieces[0] * weights[0], np.ones(count, dtype=bool)
         with np.errstate(invalid="ignore"):  # infinity less infinity is NaN, as it should be
+            first, total, same = pieces[0], pieces[0] * weights[0], np.ones(count, dtype=bool)
             for piece, weight in zip(pieces[1:], weights[1:], strict=True):
                 total += piece * weight
                 same &= piece == first
