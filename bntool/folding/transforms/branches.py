@@ -66,12 +66,6 @@ def find_branch(
     return None
 
 
-def find_siblings(graph: ModelGraph, layer: str) -> Iterator[Node]:
-    """The convolutions that read what a BatchNorm reads."""
-    for call in graph.batchnorms[layer]:
-        yield from _find_siblings(graph, call)
-
-
 def _find_siblings(graph: ModelGraph, call: Node) -> Iterator[Node]:
     found: dict[int, Node] = {}
     for edge in graph.inputs(call):

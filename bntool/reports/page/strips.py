@@ -151,13 +151,6 @@ def count_pixels(count: int) -> int:
     return max(1, 2 * BINS // count)
 
 
-def _find_levels(value: float, scale: Scale) -> _Levels:
-    if not 0 <= value < math.inf:
-        return _HATCHED
-    level = scale.level(value)
-    return level, level, level
-
-
 def _place(marks: Sequence[Mark], edges: Sequence[int]) -> dict[int, int]:
     """The colour of the notch of each marked pixel; an error wins."""
     marked: dict[int, int] = {}
