@@ -76,17 +76,9 @@ def _print_line(console: Console, block: Line) -> None:
 
 def _print_table(console: Console, table: Table) -> None:
     """Rows between lines are tables of their own whose columns line up."""
-    pictures = _shows_blocks(console)
-    shown = table.select(console.width, pictures=pictures)
-    columns = [table.columns[index] for index in shown]
+    columns, texts = _draw_cells(console, table)
     if table.caption and any(column.pictures for column in columns):
         _print_line(console, line(table.caption, Style.MUTED))
-    rows = [row for row in table.rows if not isinstance(row, Line)]
-    for size in PICTURE_SIZES:  # the largest pictures for which no name must be shortened
-        texts = [[_draw_cell(row[index], size) for index in shown] for row in rows]
-        widths = _measure(texts, columns)
-        if sum(widths) + _GAP * len(widths) <= console.width + _GAP or not pictures:
-            break
     _shorten(texts, columns, console.width)
     widths = _measure(texts, columns)
     fits = sum(widths) + _GAP * len(widths) <= console.width + _GAP
@@ -102,6 +94,32 @@ def _print_table(console: Console, table: Table) -> None:
             drawn.add_row(*next(cells))
     if drawn.row_count:
         console.print(drawn)
+
+
+def _draw_cells(console: Console, table: Table) -> tuple[list[Column], list[list[Text]]]:
+    """The columns that are shown and the cells of all rows, with the largest pictures that leave names whole.
+
+    The smallest pictures stay as long as names can be shortened to something that says more than nothing.
+    """
+    rows = [row for row in table.rows if not isinstance(row, Line)]
+    for size in (*PICTURE_SIZES, 0) if _shows_blocks(console) else (0,):
+        shown = table.select(console.width, pictures=size > 0)
+        columns = [table.columns[index] for index in shown]
+        texts = [[_draw_cell(row[index], size) for index in shown] for row in rows]
+        shortest = _SHORTEST if size == PICTURE_SIZES[-1] else None
+        if not rows or _leaves_names(texts, columns, console.width, shortest=shortest):
+            break
+    return columns, texts
+
+
+def _leaves_names(rows: list[list[Text]], columns: Sequence[Column], width: int, *, shortest: int | None) -> bool:
+    """Whether the other columns leave room for the names of a table: whole, or shortened to ``shortest`` columns."""
+    sizes = _measure(rows, columns)
+    needed = [
+        size if shortest is None or not column.shrinks else min(size, shortest)
+        for size, column in zip(sizes, columns, strict=True)
+    ]
+    return sum(needed) + _GAP * len(needed) <= width + _GAP
 
 
 def _make_table(columns: Sequence[Column], widths: Sequence[int] | None, *, header: bool) -> RichTable:

@@ -59,6 +59,7 @@ CASES: dict[str, tuple[list[str], int | None, dict[str, str]]] = {
     "inspect-training-pipe": (["inspect", "digits_training.pt"], None, {}),
     "inspect-dead-80-no-color": (["inspect", "dead_channels.pt"], 80, {"NO_COLOR": "1"}),
     "inspect-drifted-60": (["inspect", "drifted.pt"], 60, {"NO_COLOR": "1"}),
+    "inspect-drifted-48": (["inspect", "drifted.pt"], 48, {"NO_COLOR": "1"}),
     "inspect-drifted-dumb": (["inspect", "drifted.pt"], 120, {"TERM": "dumb"}),
     "inspect-module-all-80": (["inspect", "digits_module.pt", "--all", "--layers", "layer1.0*"], 80, {}),
     "inspect-stats-120": (["inspect", "digits.safetensors", "--stats", "--layers", "neck*"], 120, {"NO_COLOR": "1"}),
