@@ -42,6 +42,10 @@ def show_average(average: Average) -> list[Block]:
     plan, first = average.plan, average.sources[0]
     files = plural(len(average.sources), "file")
     blocks: list[Block] = [line(f"{plural(average.averaged, 'tensor')} averaged over {files}", Style.HEADING)]
+    if average.output is None:
+        blocks.append(line("nothing was written", Style.MUTED))
+    else:
+        blocks += verbatim([f"wrote {average.output}"], Style.GOOD)
     if plan.layers:
         how = "pooled, variance = mean of variances + variance of means"
         if average.statistics_from is not None:
@@ -65,12 +69,11 @@ def show_average(average: Average) -> list[Block]:
         listed = ", ".join(average.other_entries[:_SHOWN])
         blocks.append(line(f"everything else is that of {first.path}: {listed}", Style.NOTICE))
     if average.output is None or average.written is None:
-        return [*blocks, line(), line("nothing was written", Style.MUTED)]
+        return blocks
     loading = show_loading_code(average.written, average.written.state_dict(plan.state_dict), average.output)
     return [
         *blocks,
         line(),
-        *verbatim([f"wrote {average.output}"], Style.GOOD),
         *verbatim(["To load it without bntool:"]),
         *verbatim([f"    {text}" for text in loading]),
     ]
