@@ -55,7 +55,7 @@ def mutate_structure(data: bytes, rng: random.Random, *, depth: int = 2) -> byte
         RecursionError,
         zipfile.BadZipFile,
         struct.error,
-        NotImplementedError,
+        NotImplementedError,  # zipfile, of a compression that it does not know
         tarfile.TarError,
     ):
         return None

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from bntool.inspection.results import Inspection
     from bntool.inspection.run import Run
     from bntool.reports.forms.problems import Problem
-    from bntool.reports.report import FileReport
+    from bntool.reports.report import FileReport, Report
 
 
 def command(
@@ -143,12 +143,12 @@ def command(
 
         with reading as progress:
             run = inspect_run(checkpoints, on_file=shown.take, on_progress=progress, **settings)
-        shown.take_run(run)
         failed = {file.path: file.error for file in run.files if file.error is not None}
         files = shown.list_reports(checkpoints, failed)
         wanted = form.takes_blocks if form else not quiet
         used = [] if configuration is None else [line(f"configuration: {configuration.path}", Style.MUTED)]
         report = Report("inspect", files, describe_run(run), (*show_run(run), *used) if wanted else ())
+        shown.take_run(report)
         if html is not None and len(failed) < len({*checkpoints}):
             _write_run_page(run, html, settings, force=force)
     code = max([ExitCode.FINDINGS if shown.fails else ExitCode.DONE, *map(exit_code_of, failed.values())])
@@ -219,12 +219,12 @@ class _Shown:
         failures = {path: FileReport(path, error=error) for path, error in failed.items()}
         return tuple((self.reports | failures)[str(path)] for path in paths)
 
-    def take_run(self, run: Run) -> None:
+    def take_run(self, report: Report) -> None:
         """What only the files together show fails a gate, too."""
-        from bntool.reports.forms.problems import list_problems_of_run
+        from bntool.reports.forms.problems import list_jumps
 
-        if self.fail_on is not None and self.fail_on is not Severity.ERROR:
-            found = list_problems_of_run(run)
+        if self.fail_on is not None:
+            found = [one for one in list_jumps(report) if one.reaches(self.fail_on.value)]
             self.failing += found
             self.fails = self.fails or bool(found)
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from bntool.inspection.findings import Severity
+from bntool.inspection.findings import FindingCode, Severity
 from bntool.inspection.run import FileSummary, FoundInLayers, LayerState, Run
 from bntool.inspection.verdict import Health
 from bntool.reports.blocks import Block, Cell, Column, Line, Series, Style, Table, line
@@ -38,6 +38,12 @@ def describe_run(run: Run) -> dict[str, Any]:
         "counts": run.count(),
         "broken": None if broken is None else run.files[broken].path,
         "rows": [_describe_row(file) for file in run.files],
+        "jumps": [
+            {"file": file.path, "layers": list(found.layers), "message": found.finding.message}
+            for file in run.files
+            for found in file.findings
+            if found.finding.code is FindingCode.STATISTICS_JUMPED
+        ],
         "moved": [
             {"layer": name, "changes": [_how_far(file.layers.get(name)) for file in run.files]}
             for name in run.list_moved(MOVED)

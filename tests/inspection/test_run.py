@@ -155,8 +155,12 @@ def test_a_layer_whose_variances_explode_all_at_once_is_where_a_run_broke(tmp_pa
     assert found.finding.facts["ratio"] == pytest.approx(1e6, rel=1e-3)
     paths = [str(path) for path in sorted(tmp_path.glob("*.pt"))]
     assert main(["inspect", *paths, "--fail-on", "warning", "--quiet"]) == 1
-    assert "3.pt: statistics-jumped" in capsys.readouterr().err
+    assert "3.pt: 3: statistics-jumped" in capsys.readouterr().err
     assert main(["inspect", *paths, "--fail-on", "error", "--quiet"]) == 0
+    capsys.readouterr()
+    for form in ("github", "sarif", "junit", "json"):  # whatever is printed says why
+        assert main(["inspect", *paths, "--fail-on", "warning", "--report", form]) == 1
+        assert "statistics-jumped" in "".join(capsys.readouterr())
 
 
 def test_the_first_statistics_after_the_initial_ones_are_no_jump(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable
 from xml.etree import ElementTree as ET
 
-from bntool.reports.forms.problems import Problem, list_problems_of
+from bntool.reports.forms.problems import Problem, list_jumps, list_problems_of
 from bntool.reports.report import FileReport, Report
 
 _NOT_IN_XML = re.compile("[^\t\n -\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
@@ -16,18 +16,20 @@ _THE_FILE = "(file)"
 def draw(report: Report) -> str:
     """XML: what fails the gate is a failure, an unreadable file an error; the rest is printed with passing cases."""
     root = ET.Element("testsuites", name=f"bntool {report.command}")
+    jumps = list_jumps(report)
     for file in report.files:
-        _add_suite(root, file, report.fail_on)
+        problems = [*list_problems_of(file), *(one for one in jumps if one.file == file.path)]
+        _add_suite(root, file, problems, fail_on=report.fail_on)
     for attribute in ("tests", "failures", "errors"):
         root.set(attribute, str(sum(int(suite.get(attribute, "0")) for suite in root)))
     ET.indent(root)
     return f'<?xml version="1.0" encoding="utf-8"?>\n{ET.tostring(root, encoding="unicode")}\n'
 
 
-def _add_suite(root: ET.Element, file: FileReport, fail_on: str) -> None:
+def _add_suite(root: ET.Element, file: FileReport, found: Iterable[Problem], *, fail_on: str) -> None:
     suite = ET.SubElement(root, "testsuite", name=_clean(file.path))
     cases: dict[str, list[Problem]] = {_THE_FILE: [], **{name: [] for name in _list_layers(file)}}
-    for problem in list_problems_of(file):
+    for problem in found:
         cases.setdefault(problem.layer or _THE_FILE, []).append(problem)
     failures = errors = 0
     for name, problems in cases.items():

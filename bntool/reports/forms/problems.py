@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from bntool.inspection.findings import FindingCode
 from bntool.reports.report import FileReport, Report, describe_error
 from bntool.reports.text import sanitize
-
-if TYPE_CHECKING:
-    from bntool.inspection.run import Run
 
 _SEVERITIES = ("notice", "warning", "error")
 _UNJUDGED = ("statistics-missing", "not-understood")
@@ -57,8 +54,8 @@ class Problem(NamedTuple):
 
 
 def list_problems(report: Report) -> list[Problem]:
-    """All problems of all files, in the order of the files."""
-    return [problem for file in report.files for problem in list_problems_of(file)]
+    """All problems of all files, in the order of the files, then those that only the files together show."""
+    return [*(problem for file in report.files for problem in list_problems_of(file)), *list_jumps(report)]
 
 
 def list_problems_of(file: FileReport) -> Iterator[Problem]:
@@ -88,13 +85,13 @@ def list_problems_of(file: FileReport) -> Iterator[Problem]:
         yield Problem(file.facts["other_file"], EXPECTATION, "error", _safe(message), _safe(layer if colon else ""))
 
 
-def list_problems_of_run(run: Run) -> list[Problem]:
-    """What is wrong with files beside those before them."""
+def list_jumps(report: Report) -> list[Problem]:
+    """What is wrong with files beside those before them, as the data of a run say it."""
+    jumps = (report.run or {}).get("jumps", ())
     return [
-        Problem(file.path, found.finding.code.value, found.finding.severity.value, _safe(found.finding.message))
-        for file in run.files
-        for found in file.findings
-        if found.finding.code is FindingCode.STATISTICS_JUMPED
+        Problem(one["file"], FindingCode.STATISTICS_JUMPED.value, "warning", _safe(one["message"]), _safe(layer))
+        for one in jumps
+        for layer in one["layers"]
     ]
 
 
