@@ -14,9 +14,10 @@ _LISTS = {
     "inspect": ("layers",),
     "diff": ("layers",),
     "recalibrate": ("layers", "skips"),
-    "freeze": ("steps", "skips"),
+    "freeze": ("layers", "steps", "skips"),
     "fold": ("folds", "skips"),
-    "convert": ("steps", "skips"),
+    "convert": ("layers", "steps", "skips", "kept", "losses"),
+    "explain": ("explanations",),
     "average": ("sources", "steps"),
 }
 _FORMULA = ("=", "+", "-", "@", "\t", "\r")  # what a spreadsheet would run
@@ -40,13 +41,8 @@ def _list_rows(command: str, file: FileReport) -> Iterator[dict[str, Any]]:
     for place, facts in _find_places(file.facts):
         for name in lists:
             found = facts.get(name) or ()
-            items = found.items() if isinstance(found, Mapping) else enumerate(found)
-            for key, item in items:
-                row = (
-                    item
-                    if isinstance(item, Mapping)
-                    else {"name": key if isinstance(key, str) else item, "value": item}
-                )
+            for item in found:
+                row = item if isinstance(item, Mapping) else {"name": item}
                 kind = {"list": name} if len(lists) > 1 else {}
                 yield {"file": file.path, **place, **kind, **_flatten(row)}
 

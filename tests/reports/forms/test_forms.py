@@ -160,3 +160,23 @@ def test_forms_of_problems_are_of_commands_that_judge(capsys: pytest.CaptureFixt
         assert main(["diff", LOW, LOW, "--report", form.value]) == 0
     assert main(["inspect", LOW, "--json", "--report", "csv"]) == 2
     assert "does not go with" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("command", "column", "value"),
+    [
+        ("explain 4", "code", "4"),
+        ("freeze digits.pt --dry-run", "name", "bn1"),
+        ("convert digits_module.pt --to torch --dry-run", "list", "kept"),
+        ("convert digits.pt --add-prefix net --dry-run", "new_name", "net.bn1.weight"),
+        ("fold digits.pt --pair conv1=bn1 --eps 1e-5 --dry-run", "into", "conv1"),
+        ("average digits.pt drifted.pt --dry-run", "weight", "0.5"),
+        ("diff digits.pt drifted.pt", "name", "neck_bn"),
+    ],
+)
+def test_csv_of_every_command_has_its_rows(
+    command: str, column: str, value: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(SAMPLES)
+    rows = list(csv.DictReader(io.StringIO(run(capsys, *command.split(), "--report", "csv", code=0))))
+    assert value in {row[column] for row in rows}
