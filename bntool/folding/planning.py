@@ -26,6 +26,8 @@ _NOT_YET = (Evidence.STORED,)  # readers of graphs in files say of few operation
 # a branch beside others reads what they read, whatever that is
 _SHARED_INPUT = (SkipReason.SHARED_OUTPUT, SkipReason.NOT_ADJACENT, SkipReason.NO_PRODUCER)
 
+_SHOWN = 3  # modules that an assumption names
+
 
 @dataclass(frozen=True)
 class FoldPlan(Plan):
@@ -340,9 +342,11 @@ class _Folder:
 
     def assume(self, folds: Sequence[Fold]) -> Iterator[str]:
         """What is not proven by a trace."""
-        if self.graph.evidence in (Evidence.TRACED, Evidence.STORED):
-            return
-        if not folds:
+        unseen = self.find_unseen(folds) if self.graph.evidence is Evidence.TRACED else []
+        if unseen:
+            shown = ", ".join(unseen[:_SHOWN]) + (f" and {len(unseen) - _SHOWN:,} more" if unseen[_SHOWN:] else "")
+            yield f"{shown}, not run in the forward that was observed, reads nothing that a fold changed"
+        if self.graph.evidence in (Evidence.TRACED, Evidence.STORED) or not folds:
             return
         for architecture in self.graph.architectures:
             yield f"the forward is that of {architecture.title}, by names and shapes, which prove nothing"
@@ -358,6 +362,23 @@ class _Folder:
             yield f"{fold.layer} reads {', '.join(fold.into)} and nothing else does ({self.graph.evidence.value})"
         if self.eps is not None:
             yield f"eps is {self.eps:g} (option)"
+
+    def find_unseen(self, folds: Sequence[Fold]) -> list[str]:
+        """Modules that did not run and whose weight could read a tensor that a fold changed, by its channels.
+
+        BatchNorms are none of them: those stop the fold.
+        """
+        channels = {self.transforms[fold.layer].node.channels for fold in folds}
+        used = {name for one in self.graph.uses for name in (one, *self.graph.aliases.get(one, ()))}
+        unseen: dict[str, None] = {}
+        for full, tensor in self.state_dict.tensors.items():
+            owner, _, leaf = self.state_dict.strip(full).rpartition(".")
+            shape = tuple(tensor.shape)
+            is_weight = leaf == "weight" and len(shape) > 1 and self.state_dict.strip(full) not in used
+            # a convolution reads its second dimension, a transposed or depthwise one its first
+            if is_weight and owner not in self.graph.ran and channels.intersection(shape[:2]):
+                unseen[owner] = None
+        return list(unseen)
 
 
 def _layers(absorbers: Sequence[Absorber]) -> tuple[str, ...]:

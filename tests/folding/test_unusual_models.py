@@ -568,3 +568,27 @@ def test_outputs_without_the_parameters_in_them_prove_nothing():
 def test_outputs_whose_shapes_hang_on_rounding_are_called_so():
     with pytest.raises(BntoolError, match="of the original model's outputs hang on rounding"):
         bntool.fold(randomise(AtTheBrink()).float(), image().float())
+
+
+class RawHead(nn.Module):
+    """Another path, which a flag chooses, reads the convolution before its BatchNorm."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn, self.out = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 4, 1)
+        self.head, self.other = nn.Conv2d(8, 4, 1), nn.Conv2d(5, 6, 1)
+
+    def forward(self, x, raw=False):
+        y = self.conv(x)
+        return self.head(y) if raw else self.out(self.bn(y).relu())
+
+
+def test_a_module_that_did_not_run_and_may_read_what_a_fold_changed_is_named():
+    model, x = randomise(RawHead()), image()
+    result = bntool.fold(model, x)
+    torch.testing.assert_close(result.model(x), model(x), rtol=1e-10, atol=1e-10)
+    assert (result.model(x, raw=True) - model(x, raw=True)).abs().max() > 0.1  # which no trace of the other path tells
+    (assumed,) = result.plan.assumptions
+    assert assumed.startswith("head, not run")  # not other, which reads five channels
+    del model.head
+    assert bntool.fold(model, x).plan.assumptions == ()
