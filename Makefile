@@ -26,6 +26,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	$(PIP) install "pip>=25.1"
 	$(PIP) install $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $(TORCH)
 	$(PIP) install --constraint constraints.txt --editable . --group test
+	$(BIN)/python -m compileall -q bntool  # pip compiles what it copies, not what is installed in place
 	touch $@
 
 $(VENV)/dev: $(VENV)/installed

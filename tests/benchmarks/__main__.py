@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import compileall
 import importlib
 import pkgutil
 import sys
@@ -11,6 +12,8 @@ _PLUMBING = {"measuring", "launching", "__main__"}
 
 
 def main(wanted: list[str]) -> None:
+    # as an installation is, and the peers are: a listing takes half as long again where its source is compiled each time
+    compileall.compile_dir(Path(__file__).parents[2] / "bntool", quiet=1)
     names = [m.name for m in pkgutil.iter_modules([str(Path(__file__).parent)]) if m.name not in _PLUMBING]
     for name in names:
         if not wanted or name in wanted:
