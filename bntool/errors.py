@@ -123,6 +123,12 @@ class RefusedError(BntoolError):
     code = "refused"
 
 
+class NoNumbersError(RefusedError, ValueError):
+    """A tensor whose elements cannot be read as numbers: uninitialised, meta, sparse, quantised, complex, opaque."""
+
+    code = "no-numbers"
+
+
 class VerificationError(BntoolError):
     """What was computed does not agree with what it replaces; nothing was written."""
 

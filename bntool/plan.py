@@ -291,6 +291,16 @@ class Plan:
 AnyPlan = TypeVar("AnyPlan", bound=Plan)
 
 
+def assume(plan: AnyPlan, *assumptions: str) -> AnyPlan:
+    """The same plan with more that is taken for granted, also in the note that it leaves in the file."""
+    together = (*plan.assumptions, *assumptions)
+    steps = (
+        Record({**step.payload, "assumptions": list(together)}) if isinstance(step, Record) else step
+        for step in plan.steps
+    )
+    return dataclasses.replace(plan, steps=tuple(steps), assumptions=together)
+
+
 def check_plan(plan: Plan, path: object, *, strict: bool) -> None:
     """Hold a plan against ``strict`` and against emptiness.
 

@@ -55,6 +55,7 @@ def mutate_structure(data: bytes, rng: random.Random, *, depth: int = 2) -> byte
         RecursionError,
         zipfile.BadZipFile,
         struct.error,
+        OSError,  # h5py, of a file that was cut before
         NotImplementedError,  # zipfile, of a compression that it does not know
         tarfile.TarError,
     ):

@@ -14,16 +14,24 @@ from bntool.batchnorm import BatchNorm
 from bntool.checkpoints.application import apply_plan
 from bntool.checkpoints.batchnorms import find_norms
 from bntool.checkpoints.checkpoint import Checkpoint, StateDict, check_changeable
-from bntool.checkpoints.dtypes import BFLOAT16, FLOAT16, FLOAT32, FLOAT64
+from bntool.checkpoints.dtypes import BFLOAT16, FLOAT16, FLOAT32, FLOAT64, NumberKind
 from bntool.checkpoints.files import quote
 from bntool.checkpoints.formats import open_checkpoint
 from bntool.checkpoints.outputs import OutputFiles
 from bntool.checkpoints.records import make_record
 from bntool.checkpoints.saving import check_output, write_checkpoint
 from bntool.checkpoints.state_dicts import choose_state_dict
-from bntool.checkpoints.tensors import StoredTensor, Tensor, describe_shape, equal_streams, read_numbers
+from bntool.checkpoints.tensors import (
+    StoredTensor,
+    Tensor,
+    describe_shape,
+    equal_streams,
+    has_elements,
+    read_number,
+    read_numbers,
+)
 from bntool.checkpoints.ties import find_tied
-from bntool.errors import BntoolError, RefusedError, UsageError
+from bntool.errors import BntoolError, CorruptFileError, RefusedError, UsageError
 from bntool.plan import Averaged, Operation, Plan, SetTensor, Values
 from bntool.representation import short_repr
 
@@ -200,7 +208,7 @@ def _plan_average(
             if step is not None:
                 steps.append(step)
             elif not all(_are_equal(tensors[0], tensor) for tensor in tensors[1:]):
-                _check_whole_numbers(tensors[0], name, sources[0])
+                _check_whole_numbers(tensors, name, sources)
                 kept.append(name)
     plan = Plan(Operation.AVERAGE, state_dict=first.key, steps=tuple(steps), layers=tuple(layers))
     if sources[0].format.can_record(sources[0], first):
@@ -225,7 +233,7 @@ def _plan_tensor(
 ) -> SetTensor | None:
     """What becomes of a tensor; None where it is that of the first file."""
     if is_counter:
-        largest = max(read_numbers(tensor)[0] for tensor in tensors)
+        largest = max(read_number(tensor, name=name) for tensor in tensors)
         return SetTensor(name, Values([largest], tuple(tensors[0].shape)))
     return SetTensor(name, Averaged(weights)) if all(map(_can_be_averaged, tensors)) else None
 
@@ -290,13 +298,20 @@ def _plan_statistics(
     for path, state_dict in places:
         try:
             tensors = [state_dict.tensor(name) for name in names]
-            mean, variance = (np.asarray(read_numbers(tensor), dtype="<f8") for tensor in tensors)
+            mean, variance = (
+                np.asarray(read_numbers(tensor, name=name), dtype="<f8")
+                for name, tensor in zip(names, tensors, strict=True)
+            )
         except UsageError:
             raise RefusedError(f"it has no statistics of {quote(layer.name)}", path=path) from None
         except BntoolError as error:
             raise error.about(path) from None
         if [tuple(tensor.shape) for tensor in tensors] != [tuple(chosen[0].tensor(name).shape) for name in names]:
             raise RefusedError(f"the statistics of {quote(layer.name)} are of another shape", path=path)
+        if mean.shape != variance.shape:
+            raise CorruptFileError(
+                f"it has {mean.size} means and {variance.size} variances", path=path, tensor=layer.name
+            )
         if not (np.isfinite(mean).all() and np.isfinite(variance).all() and (variance >= 0).all()):
             raise RefusedError(
                 "its statistics are not finite, or a variance is negative: the average would be, too",
@@ -310,28 +325,29 @@ def _plan_statistics(
     return [SetTensor(name, value) for name, value in zip(names, values, strict=True)], pooled.between
 
 
-def _check_whole_numbers(tensor: Tensor, name: str, checkpoint: Checkpoint) -> None:
+def _check_whole_numbers(tensors: Sequence[Tensor], name: str, checkpoints: Sequence[Checkpoint]) -> None:
     """Refuse a tensor that differs between the files and is neither averaged nor taken from the first.
 
     Raises:
         RefusedError: it is one.
     """
-    if tensor.dtype.is_floating or _wrapper(tensor):
-        what = _wrapper(tensor) or str(tensor.dtype)
-        raise RefusedError(f"{what} tensors are not averaged, and the files differ", path=checkpoint.path, tensor=name)
-
-
-def _wrapper(tensor: Tensor) -> str | None:
-    return tensor.wrapper if isinstance(tensor, StoredTensor) else None
+    for tensor, checkpoint in zip(tensors, checkpoints, strict=True):
+        is_whole = tensor.dtype.kind in (NumberKind.INTEGER, NumberKind.BOOL) and has_elements(tensor)
+        if not is_whole and not _can_be_averaged(tensor):
+            what = (isinstance(tensor, StoredTensor) and tensor.wrapper) or f"{tensor.dtype}"
+            message = f"{what} tensors are not averaged, and the files differ"
+            raise RefusedError(message, path=checkpoint.path, tensor=name)
+    kinds = dict.fromkeys(str(tensor.dtype) for tensor in tensors)
+    if any(tensor.dtype.is_floating for tensor in tensors):
+        raise RefusedError(f"it is {' and '.join(kinds)} in the files", path=checkpoints[0].path, tensor=name)
 
 
 def _can_be_averaged(tensor: Tensor) -> bool:
-    has_bytes = not isinstance(tensor, StoredTensor) or tensor.storage is not None
-    return tensor.dtype in _AVERAGED and has_bytes and not _wrapper(tensor)
+    return tensor.dtype in _AVERAGED and has_elements(tensor)
 
 
 def _are_equal(a: Tensor, b: Tensor) -> bool:
-    if isinstance(a, StoredTensor) and isinstance(b, StoredTensor) and (a.wrapper or a.storage is None):
+    if not has_elements(a) or not has_elements(b):
         return False
     return a.dtype is b.dtype and equal_streams(a.chunks(), b.chunks())
 

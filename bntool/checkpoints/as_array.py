@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from bntool.checkpoints.dtypes import NumberKind, decode_numbers
+from bntool.errors import NoNumbersError
 
 
 class AsArray:
@@ -16,7 +17,7 @@ class AsArray:
         """The elements as an array of numpy, read now; bfloat16 and smaller floats come as float32, exactly.
 
         Raises:
-            ValueError: there are no plain elements to read, or numpy has no such dtype.
+            NoNumbersError: there are no plain elements to read, or numpy has no such dtype.
         """
         import numpy as np  # listing a file needs none
 
@@ -26,7 +27,7 @@ class AsArray:
         elif name.startswith("float8"):
             values = np.array(decode_numbers(data, self.dtype), "f4")
         elif self.dtype.kind is NumberKind.OPAQUE or name == "complex32":
-            raise ValueError(f"numpy has no {name}")
+            raise NoNumbersError(f"numpy has no {name}")
         else:
             values = np.frombuffer(data, np.dtype(name).newbyteorder("<"))
         return values.reshape(self.shape)

@@ -26,6 +26,7 @@ from bntool.checkpoints.tensors import (
     contiguous_strides,
     count_elements,
     equal_streams,
+    has_elements,
     named_chunks,
 )
 from bntool.checkpoints.torch.zip import TorchZip
@@ -65,8 +66,8 @@ def find_unwritable(tensors: Mapping[str, Tensor], kind: NewFormat) -> dict[str,
     """The tensors that a format cannot hold, with the reason."""
     found = {}
     for name, tensor in tensors.items():
-        if isinstance(tensor, StoredTensor) and (tensor.storage is None or tensor.wrapper):
-            found[name] = f"it is {tensor.wrapper or 'without elements'}"
+        if not has_elements(tensor):
+            found[name] = f"it is {getattr(tensor, 'wrapper', None) or 'without elements'}"
         elif kind is NewFormat.SAFETENSORS and tensor.dtype.safetensors is None:
             found[name] = f"safetensors has no {tensor.dtype}"
     return found

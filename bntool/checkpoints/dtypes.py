@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from enum import Enum
 from functools import lru_cache
 
+from bntool.errors import NoNumbersError
+
 
 class NumberKind(Enum):
     FLOAT = "float"
@@ -159,7 +161,7 @@ def decode_numbers(data: bytes, dtype: DType, *, big_endian: bool = False) -> Se
         big_endian: the byte order of ``data``.
 
     Raises:
-        ValueError: ``dtype`` is complex or opaque: its elements are not single numbers.
+        NoNumbersError: ``dtype`` is complex or opaque: its elements are not single numbers.
     """
     count = len(data) // dtype.itemsize
     order = ">" if big_endian else "<"
@@ -174,7 +176,7 @@ def decode_numbers(data: bytes, dtype: DType, *, big_endian: bool = False) -> Se
     if dtype.is_floating:
         table = _float8_table(dtype.name)
         return tuple(table[code] for code in data)
-    raise ValueError(f"{dtype} elements are not single numbers")
+    raise NoNumbersError(f"{dtype} elements are not single numbers")
 
 
 def _round_to_bfloat16(value: float) -> int:

@@ -11,7 +11,7 @@ from typing import Any, Literal, Protocol, cast
 from bntool.checkpoints.as_array import AsArray
 from bntool.checkpoints.dtypes import DType, decode_numbers, encode_numbers
 from bntool.checkpoints.files import CHUNK, ByteSource, Chunk
-from bntool.errors import BntoolError, CorruptFileError, UnsafeFileError
+from bntool.errors import BntoolError, CorruptFileError, NoNumbersError, UnsafeFileError
 
 MAX_DIMENSIONS = 64  # what torch computes with
 MAX_EXPANSION = 1 << 23  # elements a stride-0 tensor may expand to beyond what its storage holds
@@ -54,13 +54,38 @@ def named_chunks(name: str, tensor: Tensor) -> Iterator[Chunk]:
         raise
 
 
-def read_numbers(tensor: Tensor) -> Sequence[float]:
+def has_elements(tensor: Tensor) -> bool:
+    """Whether the file holds plain elements for it: it is not uninitialised, on meta, sparse or quantised."""
+    return not isinstance(tensor, StoredTensor) or (tensor.storage is not None and tensor.wrapper is None)
+
+
+def read_numbers(tensor: Tensor, *, name: str | None = None) -> Sequence[float]:
     """All elements of a tensor in C order as Python numbers, exactly.
 
+    Args:
+        name: what an error calls it.
+
     Raises:
-        ValueError: elements of this dtype are not single numbers.
+        NoNumbersError: it has no plain elements, or those of its dtype are not single numbers.
     """
-    return decode_numbers(read_bytes(tensor), tensor.dtype)
+    try:
+        return decode_numbers(read_bytes(tensor), tensor.dtype)
+    except BntoolError as error:
+        error.tensor = error.tensor or name
+        raise
+
+
+def read_number(tensor: Tensor, *, name: str) -> float:
+    """The one element of a tensor, as a counter is.
+
+    Raises:
+        CorruptFileError: it has none, or several.
+    """
+    if count_elements(tensor.shape) != 1:
+        raise CorruptFileError(
+            f"it has the shape {describe_shape(tensor.shape)}, and is to hold one number", tensor=name
+        )
+    return read_numbers(tensor, name=name)[0]
 
 
 def describe_shape(shape: Sequence[int]) -> str:
@@ -214,7 +239,7 @@ class StoredTensor(AsArray):
     def chunks(self) -> Iterator[bytes]:
         storage = self.storage
         if storage is None or self.wrapper is not None:
-            raise ValueError("this tensor has no plain elements to read")
+            raise NoNumbersError(f"the file holds no plain elements for it ({self.wrapper or 'uninitialised or meta'})")
         start, end = self.byte_range
         if self.is_contiguous:
             unit = (

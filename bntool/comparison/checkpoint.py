@@ -14,7 +14,15 @@ from bntool.checkpoints.checkpoint import Checkpoint, StateDict
 from bntool.checkpoints.files import quote
 from bntool.checkpoints.records import find_recorded_eps
 from bntool.checkpoints.state_dicts import choose_state_dict
-from bntool.checkpoints.tensors import StoredTensor, Tensor, count_elements, equal_streams, read_bytes, read_numbers
+from bntool.checkpoints.tensors import (
+    StoredTensor,
+    Tensor,
+    count_elements,
+    equal_streams,
+    has_elements,
+    read_bytes,
+    read_numbers,
+)
 from bntool.choices import choose
 from bntool.comparison.name_alignment import align_names
 from bntool.comparison.options import Expectation
@@ -430,7 +438,7 @@ def _numbers(layer: BatchNorm) -> dict[str, Sequence[float]]:
     found: dict[str, Sequence[float]] = {}
     for role in ("weight", "bias", *STATISTICS):
         tensor = layer.tensors.get(role)
-        if tensor is not None and _is_plain(tensor):
+        if tensor is not None and has_elements(tensor):
             try:
                 found[role] = read_numbers(tensor)
             except ValueError:
@@ -456,16 +464,12 @@ def _relative(old: Sequence[float], new: Sequence[float]) -> float:
     return distance / length if length else math.inf
 
 
-def _is_plain(tensor: Tensor) -> bool:
-    return not isinstance(tensor, StoredTensor) or (tensor.storage is not None and tensor.wrapper is None)
-
-
 def _compare(name: str, a: Tensor | None, b: Tensor | None) -> Change:
     if a is None or b is None:
         return Change.ONLY_B if a is None else Change.ONLY_A
     if tuple(a.shape) != tuple(b.shape):
         return Change.SHAPE
-    if not _is_plain(a) or not _is_plain(b):
+    if not has_elements(a) or not has_elements(b):
         return Change.UNKNOWN
     try:
         if a.dtype != b.dtype:

@@ -11,7 +11,7 @@ from typing import Any
 
 from bntool.batchnorm import BatchNorm, NormKind
 from bntool.checkpoints.dtypes import decode_numbers, encode_numbers
-from bntool.checkpoints.tensors import StoredTensor, read_bytes, read_numbers
+from bntool.checkpoints.tensors import has_elements, read_bytes, read_number, read_numbers
 from bntool.conversion.options import FrozenKind
 from bntool.errors import RefusedError, UsageError
 from bntool.plan import AddTensor, Operation, RemoveTensor, SetTensor, SetVersion, Skip, SkipReason, Step, Values
@@ -77,7 +77,7 @@ def plan_frozen_batchnorm(
         own = _eps_of(layer, module, eps)
         facts: dict[str, Any] = {**module, "eps": own, "version": layer.version}
         if _COUNTER in layer.tensors:
-            facts[_COUNTER] = int(read_numbers(layer.tensors[_COUNTER])[0])
+            facts[_COUNTER] = int(read_number(layer.tensors[_COUNTER], name=_name(layer, _COUNTER)))
             facts["shape"] = list(layer.tensors[_COUNTER].shape)
             steps.append(RemoveTensor(_name(layer, _COUNTER)))
         steps.append(SetVersion(layer.name, kind.version))
@@ -191,7 +191,7 @@ def _eps_of(layer: BatchNorm, module: Mapping[str, Any], option: float | None) -
 
 def _absorb(layer: BatchNorm, difference: float) -> tuple[float, ...]:
     tensor = layer.tensors["running_var"]
-    values = tuple(value + difference for value in read_numbers(tensor))
+    values = tuple(value + difference for value in read_numbers(tensor, name=_name(layer, "running_var")))
     if min(values, default=0.0) < 0:
         raise RefusedError(
             "running_var is too small to take up the difference between the two eps; build the target's layers with "
@@ -213,7 +213,7 @@ def _restore(
     text, eps = module.get("running_var"), module.get("eps")
     if not isinstance(text, str) or not targets or not isinstance(targets[-1], float) or not isinstance(eps, float):
         return None
-    if isinstance(tensor, StoredTensor) and (tensor.storage is None or tensor.wrapper):
+    if not has_elements(tensor):
         return None
     difference = eps - targets[-1]
     try:

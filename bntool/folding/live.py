@@ -17,6 +17,7 @@ from bntool.choices import choose
 from bntool.errors import RefusedError, UserCodeError, VerificationError
 from bntool.folding.multiply_adds import Cost, count_cost
 from bntool.folding.options import Layout
+from bntool.folding.other_arguments import find_unlike_arguments
 from bntool.folding.planning import FoldPlan, plan_fold
 from bntool.folding.unchanged_outputs import find_points
 from bntool.folding.weight_ranges import WeightRange, count_flushed, flush_subnormals, measure_ranges
@@ -30,6 +31,7 @@ from bntool.modules.borrowing import borrow
 from bntool.modules.calling import call
 from bntool.modules.copying import copy_model
 from bntool.modules.finding import find_batchnorm_modules, find_name_prefix, walk_modules
+from bntool.plan import assume
 from bntool.representation import html_repr, short_repr
 from bntool.verification.outputs import TOLERANCE, Agreement, verify
 
@@ -163,6 +165,8 @@ def prove(
             other, without = attempt(flushed)
             if without.rounded <= _AS_WELL * agreement.rounded:
                 plan, ranges, folded, agreement = flushed, count_flushed(ranges), other, without
+    unlike = find_unlike_arguments(model, folded, inputs[0], tolerance=max(tolerance, agreement.tolerance))
+    plan = assume(plan, *unlike) if unlike else plan
     gone = [fold.layer for fold in plan.folds if not fold.stays]
     cost = count_cost(model, inputs[0], graph, gone=gone) if graph.complete else None
     return Proof(plan, ranges, folded, agreement, cost)

@@ -15,7 +15,7 @@ from bntool.checkpoints.arrays import to_float64, whole_rows
 from bntool.checkpoints.checkpoint import StateDict
 from bntool.checkpoints.dtypes import BFLOAT16, FLOAT16, FLOAT32, FLOAT64, DType
 from bntool.checkpoints.scaled_tensors import ScaledTensor
-from bntool.checkpoints.tensors import LiteralTensor, StoredTensor, Tensor, read_bytes, read_numbers
+from bntool.checkpoints.tensors import LiteralTensor, StoredTensor, Tensor, has_elements, read_bytes, read_numbers
 from bntool.folding.absorption import Absorption, Array, Blocked
 from bntool.folding.transforms.channel_transforms import Transform
 from bntool.graphs.graph import ModelGraph, Node, NodeKind
@@ -242,30 +242,47 @@ def count_channels(node: Node, shape: tuple[int, ...]) -> tuple[int, int]:
     return shape[0], shape[1] * node.groups
 
 
+def find_parameter(name: str, state_dict: StateDict, *, absent: SkipReason = SkipReason.COMPUTED_WEIGHT) -> Tensor:
+    """A tensor that can be calculated with.
+
+    Args:
+        absent: the reason where the state dict does not hold it.
+
+    Raises:
+        Blocked: it is missing, has no elements, or they are no plain floating-point numbers.
+    """
+    if state_dict.full_name(name) not in state_dict.tensors:
+        raise Blocked(absent, f"{name} is not in the state dict")
+    tensor = state_dict.tensor(name)
+    wrapper = tensor.wrapper if isinstance(tensor, StoredTensor) else None
+    if wrapper or tensor.dtype not in FOLDABLE:
+        raise Blocked(SkipReason.UNSUPPORTED_DTYPE, f"{name} is {wrapper or tensor.dtype}")
+    if not has_elements(tensor):
+        raise Blocked(SkipReason.NOT_INITIALISED, f"the file holds no elements for {name}")
+    return tensor
+
+
+def read_parameter(name: str, state_dict: StateDict, *, absent: SkipReason = SkipReason.COMPUTED_WEIGHT) -> Array:
+    """The elements of such a tensor in float64, in C order.
+
+    Raises:
+        Blocked: as above.
+    """
+    tensor = find_parameter(name, state_dict, absent=absent)
+    return to_float64(read_bytes(tensor), tensor.dtype)
+
+
 def read_producer(node: Node, state_dict: StateDict) -> Producer:
     """A producer as the state dict holds it.
 
     Raises:
         Blocked: its tensors are missing or cannot be calculated with.
     """
-    name = node.parameters["weight"]
-    if state_dict.full_name(name) not in state_dict.tensors:
-        raise Blocked(SkipReason.COMPUTED_WEIGHT, f"{name} is not in the state dict")
-    weight = state_dict.tensor(name)
-    wrapper = weight.wrapper if isinstance(weight, StoredTensor) else None
-    if wrapper or weight.dtype not in FOLDABLE:
-        raise Blocked(SkipReason.UNSUPPORTED_DTYPE, f"{name} is {wrapper or weight.dtype}")
+    weight = find_parameter(node.parameters["weight"], state_dict)
     shape = tuple(weight.shape)
     outputs, inputs = count_channels(node, shape)
     bias_name = node.parameters.get("bias")
-    bias = None
-    if bias_name is not None:
-        if state_dict.full_name(bias_name) not in state_dict.tensors:
-            raise Blocked(SkipReason.COMPUTED_WEIGHT, f"{bias_name} is not in the state dict")
-        tensor = state_dict.tensor(bias_name)
-        if tensor.dtype not in FOLDABLE:
-            raise Blocked(SkipReason.UNSUPPORTED_DTYPE, f"{bias_name} is {tensor.dtype}")
-        bias = to_float64(read_bytes(tensor), tensor.dtype)
+    bias = None if bias_name is None else read_parameter(bias_name, state_dict)
     return Producer(node, shape, _ones(outputs), _ones(inputs), bias, bias is not None)
 
 
@@ -314,14 +331,7 @@ def read_addend(node: Node, state_dict: StateDict) -> Addend:
     Raises:
         Blocked: its tensor is missing or cannot be calculated with.
     """
-    name = node.parameters["bias"]
-    if state_dict.full_name(name) not in state_dict.tensors:
-        raise Blocked(SkipReason.COMPUTED_WEIGHT, f"{name} is not in the state dict")
-    tensor = state_dict.tensor(name)
-    wrapper = tensor.wrapper if isinstance(tensor, StoredTensor) else None
-    if wrapper or tensor.dtype not in FOLDABLE:
-        raise Blocked(SkipReason.UNSUPPORTED_DTYPE, f"{name} is {wrapper or tensor.dtype}")
-    return Addend(node, to_float64(read_bytes(tensor), tensor.dtype))
+    return Addend(node, read_parameter(node.parameters["bias"], state_dict))
 
 
 @lru_cache

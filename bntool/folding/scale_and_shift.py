@@ -9,12 +9,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from bntool.batchnorm import STATISTICS, VECTORS
-from bntool.checkpoints.arrays import to_float64
 from bntool.checkpoints.checkpoint import StateDict
-from bntool.checkpoints.tensors import LiteralTensor, StoredTensor, read_bytes, read_numbers
+from bntool.checkpoints.tensors import LiteralTensor, read_numbers
 from bntool.errors import UsageError
 from bntool.folding.absorption import Absorption, Array, Blocked
-from bntool.folding.producers import FOLDABLE
+from bntool.folding.producers import read_parameter
 from bntool.folding.transforms.channel_transforms import Transform
 from bntool.graphs.graph import ModelGraph, Node, Owner
 from bntool.plan import SetTensor, SkipReason, Step, Values
@@ -165,7 +164,7 @@ def read_scale_and_shift(
         origin = f" from {', '.join(sources)}" if sources else ""
         raise Blocked(SkipReason.COMPUTED_WEIGHT, f"its {role} is computed{origin}")
     _check_uses(calls, graph)
-    values = {role: _read(name, state_dict) for role, name in node.parameters.items() if role in VECTORS}
+    values = {role: read_parameter(name, state_dict) for role, name in node.parameters.items() if role in VECTORS}
     numbers = {role: numbers for role, numbers in values.items() if numbers is not None}
     for role, vector in numbers.items():
         if not np.isfinite(vector).all():
@@ -195,13 +194,3 @@ def _check_uses(calls: Sequence[Node], graph: ModelGraph) -> None:
     shown = {tuple(sorted(call.parameters.items())) for call in calls}
     if len(shown) > 1:
         raise Blocked(SkipReason.REUSED, "its calls take different parameters")
-
-
-def _read(name: str, state_dict: StateDict) -> Array:
-    if state_dict.full_name(name) not in state_dict.tensors:
-        raise Blocked(SkipReason.NO_STATISTICS, f"{name} is not in the state dict")
-    tensor = state_dict.tensor(name)
-    wrapper = tensor.wrapper if isinstance(tensor, StoredTensor) else None
-    if wrapper or tensor.dtype not in FOLDABLE:
-        raise Blocked(SkipReason.UNSUPPORTED_DTYPE, f"{name} is {wrapper or tensor.dtype}")
-    return to_float64(read_bytes(tensor), tensor.dtype)

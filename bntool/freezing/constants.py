@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 from bntool.batchnorm import VECTORS, BatchNorm, scale_and_shift
 from bntool.checkpoints.dtypes import decode_numbers, encode_numbers
-from bntool.checkpoints.tensors import StoredTensor, Tensor, read_numbers
-from bntool.errors import RefusedError, UsageError
+from bntool.checkpoints.tensors import Tensor, has_elements, read_numbers
+from bntool.errors import CorruptFileError, RefusedError, UsageError
 from bntool.plan import SetTensor, Skip, SkipReason, Step, Values
 
 
@@ -60,9 +60,12 @@ def _fold(layer: BatchNorm, eps: float) -> list[Step] | Skip:
     if absent:
         return Skip(layer.name, SkipReason.NOT_AFFINE, f"it has no {' and no '.join(absent)} to hold the result")
     tensors: dict[str, Tensor] = {role: layer.tensors[role] for role in VECTORS}
-    if any(isinstance(t, StoredTensor) and (t.storage is None or t.wrapper) for t in tensors.values()):
+    if not all(map(has_elements, tensors.values())):
         return Skip(layer.name, SkipReason.NOT_INITIALISED, "the file holds no plain elements for it")
-    numbers = {role: read_numbers(tensor) for role, tensor in tensors.items()}
+    numbers = {role: read_numbers(tensor, name=f"{layer.name}.{role}") for role, tensor in tensors.items()}
+    sizes = sorted({len(values) for values in numbers.values()})
+    if len(sizes) > 1:
+        raise CorruptFileError(f"its vectors have {' and '.join(map(str, sizes))} elements", tensor=layer.name)
     if not all(math.isfinite(value) for values in numbers.values() for value in values):
         return Skip(layer.name, SkipReason.NOT_FINITE, "")
     if min(numbers["running_var"], default=0.0) < 0:

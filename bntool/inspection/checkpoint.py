@@ -14,7 +14,7 @@ from bntool.checkpoints.batchnorms import find_norms
 from bntool.checkpoints.checkpoint import Checkpoint, StateDict
 from bntool.checkpoints.dtypes import NumberKind
 from bntool.checkpoints.state_dicts import choose_state_dict, may_hold_average
-from bntool.checkpoints.tensors import StoredTensor, Tensor, read_numbers
+from bntool.checkpoints.tensors import StoredTensor, Tensor, has_elements, read_numbers
 from bntool.errors import BntoolError
 from bntool.graphs.architectures.recognition import give_eps, recognise
 from bntool.inspection.file_findings import find_in_file, find_in_state_dict
@@ -307,13 +307,9 @@ def _inspect_layer(
 
 def _summarize(name: str, tensor: Tensor) -> Summary | None:
     """The numbers of a tensor; None where it has no plain elements."""
-    if isinstance(tensor, StoredTensor) and (tensor.storage is None or tensor.wrapper):
+    if not has_elements(tensor):
         return None
     if tensor.dtype.kind in (NumberKind.OPAQUE, NumberKind.COMPLEX) or _count(tensor) > MAX_CHANNELS:
         return None
-    try:
-        values = read_numbers(tensor)
-    except BntoolError as error:
-        error.tensor = error.tensor or name
-        raise
+    values = read_numbers(tensor, name=name)
     return summarize(values, dtype=tensor.dtype.name, shape=tuple(tensor.shape))

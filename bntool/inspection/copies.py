@@ -13,7 +13,7 @@ from typing import NamedTuple
 from bntool.batchnorm import DEFAULT_EPS, STATISTICS
 from bntool.checkpoints.files import quote
 from bntool.checkpoints.state_dicts import COUNT_OF_AVERAGES, find_averaged_parts, find_prefix, is_averaged_copy
-from bntool.checkpoints.tensors import StoredTensor, read_numbers
+from bntool.checkpoints.tensors import read_numbers
 from bntool.errors import BntoolError
 from bntool.inspection.findings import Finding, FindingCode, Severity
 from bntool.inspection.missing_statistics import describe_missing
@@ -127,7 +127,7 @@ def _read_count(inspection: StateDictInspection) -> int | None:
     tensors = inspection.state_dict.tensors
     tensor = tensors.get(COUNT_OF_AVERAGES) or tensors.get(inspection.state_dict.prefix + COUNT_OF_AVERAGES)
     try:
-        if tensor is None or (isinstance(tensor, StoredTensor) and tensor.storage is None):
+        if tensor is None:
             return None
         values = read_numbers(tensor)
     except (BntoolError, ValueError):  # it tells nothing then

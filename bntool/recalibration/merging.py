@@ -156,5 +156,5 @@ def _read_stored(state_dict: StateDict, layers: Mapping[str, LayerFacts]) -> dic
 
 
 def _read(state_dict: StateDict, name: str, dtype: DType) -> Array:
-    numbers = read_numbers(state_dict.tensor(name))
+    numbers = read_numbers(state_dict.tensor(name), name=name)
     return np.array(decode_numbers(encode_numbers(numbers, dtype), dtype))

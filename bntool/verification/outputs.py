@@ -141,6 +141,28 @@ def verify(
     return Agreement(len(inputs), len(stored[0]), exact, rounded, stored_error, noise, bound, layers)
 
 
+def measure_difference(model: nn.Module, changed: nn.Module, inputs: Any) -> float:
+    """The largest error of a changed model on one input, relative to the largest magnitude of each output.
+
+    In float64, where the original runs in it; both are given back as they were.
+
+    Raises:
+        UserCodeError: the original raised.
+        VerificationError: the outputs have other shapes, or only the changed model raised.
+    """
+    pair, item = (copy_model(model).double(), copy_model(changed).double()), _cast(inputs, torch.float64)
+    try:
+        wanted = run_model(pair[0], item)
+    except UserCodeError:  # it makes tensors of a fixed dtype
+        pair, item = (model, changed), inputs
+        wanted = run_model(model, item)
+    try:
+        found = run_model(pair[1], item)
+    except UserCodeError as error:
+        raise VerificationError(f"only the changed model raised: {error}") from error
+    return _largest_error([wanted], [found])
+
+
 def verify_program(
     model: nn.Module, run: Callable[[Any], list[torch.Tensor]], inputs: Sequence[Any], *, tolerance: float
 ) -> float:

@@ -12,7 +12,7 @@ _PLUMBING = {"measuring", "launching", "__main__"}
 
 
 def main(wanted: list[str]) -> None:
-    # as an installation is, and the peers are: a listing takes half as long again where its source is compiled each time
+    # as an installation is, and the peers are: else a listing takes half as long again
     compileall.compile_dir(Path(__file__).parents[2] / "bntool", quiet=1)
     names = [m.name for m in pkgutil.iter_modules([str(Path(__file__).parent)]) if m.name not in _PLUMBING]
     for name in names:

@@ -588,7 +588,36 @@ def test_a_module_that_did_not_run_and_may_read_what_a_fold_changed_is_named():
     result = bntool.fold(model, x)
     torch.testing.assert_close(result.model(x), model(x), rtol=1e-10, atol=1e-10)
     assert (result.model(x, raw=True) - model(x, raw=True)).abs().max() > 0.1  # which no trace of the other path tells
-    (assumed,) = result.plan.assumptions
+    assumed, measured = result.plan.assumptions
+    assert measured.startswith("raw=True is not given")
     assert assumed.startswith("head, not run")  # not other, which reads five channels
     del model.head
     assert bntool.fold(model, x).plan.assumptions == ()
+
+
+class Switched(nn.Module):
+    """A convolution whose BatchNorm another argument goes round; other switches change nothing that a fold does."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn, self.out = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 4, 1)
+
+    def forward(self, x, normalise=True, *, raw: bool | None = None, both=False, broken=False, scale=2.0):
+        if broken:
+            raise ValueError("not for this model")
+        y = self.conv(x)
+        if raw:
+            return y
+        y = self.out(self.bn(y) if normalise else y)
+        return (y, y * scale) if both else y
+
+
+def test_a_switch_that_goes_round_a_batchnorm_is_named():
+    model, x = randomise(Switched()), image()
+    result = bntool.fold(model, x)
+    for off in ({"normalise": False}, {"raw": True}):
+        assert (result.model(x, **off) - model(x, **off)).abs().max() > 0.1
+    torch.testing.assert_close(result.model(x, both=True), model(x, both=True), rtol=1e-10, atol=1e-10)
+    assert [text.partition(" is not given")[0] for text in result.plan.assumptions] == ["normalise=False", "raw=True"]
+    given = {"x": x, "normalise": True, "raw": False}  # by the caller, who knows
+    assert bntool.fold(model, given).plan.assumptions == ()
