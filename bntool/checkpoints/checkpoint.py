@@ -144,7 +144,8 @@ class LoadingCode(NamedTuple):
     """Python that loads a file without bntool.
 
     Attributes:
-        lines: in which ``{path}`` stands for the quoted path of the file, and ``{net}`` for that of the ``.prototxt``.
+        lines: in which ``{path}`` stands for the quoted path of the file, and ``{description}`` for that of the file
+            that describes the model.
         state_dict: an expression for the state dict, where it is still to be loaded into a model; "" where not.
     """
 
@@ -165,6 +166,8 @@ class Format(ABC):
     trains_whole_layers: bool = False  # its files say which layers train; with one that does not all of it stays
     is_for_inference: bool = False  # its files are programs in which nothing trains
     needs_prototxt: bool = False  # its files are run and trained by a .prototxt beside them
+    takes_keras_config: bool = False  # its files may be of weights alone, whose layers a configuration says
+    described_by: str = ""  # ends the name of the file beside it that says what the model is
     holds_code: bool = False  # files of this format carry programs, not only data
     read_only: str = ""  # why its files are only read, and what to do instead
     only_values: bool = False  # elements of its tensors can change, but no keys come or go

@@ -253,6 +253,13 @@ def open_beside(path: Path, *, named_by: Path) -> SourceFile:
         raise UnreadableFileError(needed, path=path) from error.__cause__
 
 
+def place_beside(weights: Path, *, ending: str) -> Path:
+    """Where a file stands that belongs to one of weights: ``net.prototxt`` beside ``net.caffemodel.h5``."""
+    name = weights.name.removesuffix(".h5").removesuffix(".hdf5")
+    stem = name.removesuffix(".caffemodel").removesuffix(".weights")
+    return weights.with_name(f"{stem if stem != weights.name else weights.stem}{ending}")
+
+
 def quote(text: str) -> str:
     """A name from a file within a sentence: in quotes, and not longer than a line."""
     return repr(text if len(text) <= _LONGEST_NAME else f"{text[: _LONGEST_NAME - 3]}...")

@@ -56,6 +56,15 @@ def command(
             show_default=False,
         ),
     ] = None,
+    keras_config: Annotated[
+        Path | None,
+        typer.Option(
+            "--keras-config",
+            metavar="FILE",
+            help="The JSON of the Keras model that weights alone (.h5) belong to, or its .keras or .h5 file.",
+            show_default=False,
+        ),
+    ] = None,
     config: Annotated[
         Path | None,
         typer.Option(
@@ -119,6 +128,7 @@ def command(
         "statistics": stats,
         "verify_checksums": verify_crc,
         "prototxt": prototxt,
+        "keras_config": keras_config,
         "configuration": configuration,
     }
     # only these read files whole; what is printed meanwhile is progress enough

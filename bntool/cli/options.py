@@ -47,6 +47,16 @@ Prototxt = Annotated[
         show_default=False,
     ),
 ]
+KerasConfig = Annotated[
+    Path | None,
+    typer.Option(
+        "--keras-config",
+        metavar="FILE",
+        help="The JSON of the Keras model that weights alone (.h5) belong to, or its .keras or .h5 file; the changed "
+        "JSON is written beside OUT.",
+        show_default=False,
+    ),
+]
 Output = Annotated[
     Path | None,
     typer.Option(

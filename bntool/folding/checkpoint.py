@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from bntool.batchnorm import NormKind
 from bntool.checkpoints.batchnorms import find_norms
-from bntool.checkpoints.caffe.nets import deploy_net
 from bntool.checkpoints.checkpoint import Checkpoint, StateDict, check_changeable
+from bntool.checkpoints.descriptions import describe_model
 from bntool.checkpoints.files import quote
 from bntool.checkpoints.formats import open_checkpoint
 from bntool.checkpoints.records import check_not_folded
@@ -47,6 +47,7 @@ def fold_checkpoint(  # noqa: PLR0913 as many as the command has options
     export: str | os.PathLike[str] | None = None,
     benchmark: bool = False,
     prototxt: str | os.PathLike[str] | None = None,
+    keras_config: str | os.PathLike[str] | None = None,
     device: str = "cpu",
     layers: Sequence[str] = (),
     state_dict: str | None = None,
@@ -77,6 +78,7 @@ def fold_checkpoint(  # noqa: PLR0913 as many as the command has options
         export: a file to write the folded model to as a program, ``.pt2`` or ``.onnx``.
         benchmark: measure how much faster the folded model is.
         prototxt: the net that a ``.caffemodel`` is run by.
+        keras_config: the JSON of the Keras model that weights alone belong to, or a ``.keras`` or ``.h5`` file of it.
         device: where the model runs.
         layers: globs of BatchNorms to fold; none for all.
         state_dict: its key; None for the one chosen by rule.
@@ -105,8 +107,13 @@ def fold_checkpoint(  # noqa: PLR0913 as many as the command has options
         if program is not None:
             has_shape = input_shape is not None or data is not None
             kind = check_export(opened, program, target, has_model=model is not None, has_shape=has_shape, force=force)
-        net_path = None if prototxt is None else Path(prototxt)
-        source, net = deploy_net(opened, net_path, None if dry_run else target, force=force)
+        source, description = describe_model(
+            opened,
+            prototxt=None if prototxt is None else Path(prototxt),
+            keras_config=None if keras_config is None else Path(keras_config),
+            output=None if dry_run else target,
+            force=force,
+        )
         chosen = choose_state_dict(source, state_dict)
         if chosen.is_module and layout is Layout.FOLDED and writes:
             raise RefusedError(
@@ -137,7 +144,9 @@ def fold_checkpoint(  # noqa: PLR0913 as many as the command has options
         check_plan(result.plan, path, strict=strict)
         if not dry_run:
             on_progress(Progress("writing"))
-            result = save_fold(result, target, net=net, export=program, tolerance=tolerance, force=force)
+            result = save_fold(
+                result, target, description=description, export=program, tolerance=tolerance, force=force
+            )
         result.read_ranges()
     return result
 

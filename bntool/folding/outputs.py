@@ -7,15 +7,14 @@ import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bntool.checkpoints.caffe.nets import write_net
 from bntool.checkpoints.checkpoint import Checkpoint, Loader
+from bntool.checkpoints.descriptions import ModelDescription, write_description
 from bntool.checkpoints.outputs import OutputFiles, check_output_differs
 from bntool.checkpoints.saving import write_checkpoint
 from bntool.errors import MissingExtraError, UsageError
 from bntool.folding.options import ProgramKind
 
 if TYPE_CHECKING:
-    from bntool.checkpoints.caffe.prototxt import Prototxt
     from bntool.folding.state_dict import CheckpointFold
 
 _PACKAGES = ("onnx", "onnxscript", "onnxruntime")  # that write and run an ONNX file
@@ -64,7 +63,7 @@ def save_fold(
     fold: CheckpointFold,
     output: Path | None,
     *,
-    net: Prototxt | None,
+    description: ModelDescription | None,
     export: Path | None,
     tolerance: float,
     force: bool,
@@ -74,7 +73,7 @@ def save_fold(
     Args:
         fold: made and proven.
         output: the checkpoint; None for none.
-        net: the ``.prototxt`` that ran the input, if one did.
+        description: what the input is run by, where that was given beside it.
         export: the program; None for none.
         tolerance: of outputs, where the format has a runtime that runs both files.
         force: replace what exists.
@@ -90,7 +89,7 @@ def save_fold(
     with OutputFiles(force=force, mode=fold.checkpoint.file.mode) as files:
         if output is not None:
             write_checkpoint(fold.checkpoint, output, files)
-            write_net(fold.checkpoint, net, output, files)
+            write_description(fold.checkpoint, description, output, files)
             fold = _run(fold, output, files, tolerance=tolerance)
             fold = dataclasses.replace(fold, output=str(output))
         if export is not None and fold.program is not None:

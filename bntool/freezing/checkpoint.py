@@ -16,8 +16,8 @@ from pathlib import Path
 from bntool.batchnorm import BatchNorm, NormKind, check_globs, selects
 from bntool.checkpoints.application import apply_plan, skip_not_understood
 from bntool.checkpoints.batchnorms import find_batchnorms
-from bntool.checkpoints.caffe.nets import deploy_net, save_with_net
 from bntool.checkpoints.checkpoint import Checkpoint, StateDict, check_changeable
+from bntool.checkpoints.descriptions import describe_model, save_with_description
 from bntool.checkpoints.formats import open_checkpoint
 from bntool.checkpoints.records import make_record
 from bntool.checkpoints.saving import check_output
@@ -107,6 +107,7 @@ def freeze_checkpoint(  # noqa: PLR0913 as many as the command has options
     eps: float | None = None,
     emit: EmitTarget | str | None = None,
     prototxt: str | os.PathLike[str] | None = None,
+    keras_config: str | os.PathLike[str] | None = None,
     state_dict: str | None = None,
     force: bool = False,
     strict: bool = False,
@@ -124,6 +125,7 @@ def freeze_checkpoint(  # noqa: PLR0913 as many as the command has options
         norm_eval, requires_grad, layers, frozen_stages, form, eps: see :func:`plan_freeze`.
         emit: write code or configuration that freezes the same layers there.
         prototxt: the net that a ``.caffemodel`` is run by.
+        keras_config: the JSON of the Keras model that weights alone belong to, or a ``.keras`` or ``.h5`` file of it.
         state_dict: its key; None for the one chosen by rule.
         force: replace a file that exists.
         strict: refuse if a layer is skipped or something is assumed.
@@ -139,7 +141,13 @@ def freeze_checkpoint(  # noqa: PLR0913 as many as the command has options
             raise RefusedError(f"--emit writes code for PyTorch models, not for {opened.format.title}", path=path)
         check_changeable(opened)
         check_output(opened, target, force=force)
-        source, net = deploy_net(opened, None if prototxt is None else Path(prototxt), target, force=force)
+        source, description = describe_model(
+            opened,
+            prototxt=None if prototxt is None else Path(prototxt),
+            keras_config=None if keras_config is None else Path(keras_config),
+            output=target,
+            force=force,
+        )
         freeze = plan_freeze(
             source,
             state_dict=state_dict,
@@ -155,7 +163,7 @@ def freeze_checkpoint(  # noqa: PLR0913 as many as the command has options
         code = None if emit is None else emit_freeze(freeze.policy, emit, batchnorms=freeze.batchnorms)
         edited = apply_plan(source, freeze.plan)
         if target is not None:
-            save_with_net(edited, target, net, force=force)
+            save_with_description(edited, target, description, force=force)
     return CheckpointFreeze(source, edited, freeze, code, None if target is None else str(target))
 
 

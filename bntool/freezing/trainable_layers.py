@@ -44,8 +44,8 @@ def find_trainable(
         module = state_dict.modules.get(layer.name)
         if module is None or "trainable" not in module.attributes:
             raise RefusedError(
-                "the file holds weights only, nothing in it says which layers train: save the whole model in Keras, or "
-                "set layer.trainable = False there",
+                "the file holds weights only, nothing in it says which layers train: give the configuration of the "
+                "model with --keras-config FILE, or set layer.trainable = False in Keras",
                 path=checkpoint.path,
             )
         if module.attributes["trainable"]:

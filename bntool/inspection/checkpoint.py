@@ -51,6 +51,7 @@ def inspect(  # noqa: PLR0913 as many as the command has options
     statistics: bool = False,
     verify_checksums: bool = False,
     prototxt: str | os.PathLike[str] | None = None,
+    keras_config: str | os.PathLike[str] | None = None,
     configuration: Configuration | None = None,
     on_progress: OnProgress = ignore,
 ) -> Inspection:
@@ -67,6 +68,7 @@ def inspect(  # noqa: PLR0913 as many as the command has options
         statistics: and the numbers of each of them.
         verify_checksums: hold all bytes of the file against its checksums.
         prototxt: the net that a ``.caffemodel`` is run by; its eps wins.
+        keras_config: the JSON of the Keras model that weights alone belong to, or a ``.keras`` or ``.h5`` file of it.
         configuration: findings that it takes are not judged; see :mod:`bntool.inspection.configuration`.
         on_progress: called with how many tensors were read for ``statistics``, and while checksums are computed.
 
@@ -76,10 +78,16 @@ def inspect(  # noqa: PLR0913 as many as the command has options
         CorruptFileError: a tensor that must be read cannot be, or a checksum differs.
     """
     with open_source(source) as checkpoint:
-        if prototxt is not None:
-            from bntool.checkpoints.caffe.nets import deploy_net
+        if prototxt is not None or keras_config is not None:
+            from bntool.checkpoints.descriptions import describe_model
 
-            checkpoint, _ = deploy_net(checkpoint, Path(prototxt), None, force=False)  # noqa: PLW2901
+            checkpoint, _ = describe_model(  # noqa: PLW2901
+                checkpoint,
+                prototxt=None if prototxt is None else Path(prototxt),
+                keras_config=None if keras_config is None else Path(keras_config),
+                output=None,
+                force=False,
+            )
         return _inspect(
             checkpoint,
             state_dict=state_dict,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from bntool.checkpoints.checkpoint import Checkpoint, Format, GlobalName, GlobalTrust, StateDict
+from bntool.checkpoints.files import place_beside
 
 # beside what is torch's own: the default list of torch._weights_only_unpickler
 _ALLOWED = ("collections.OrderedDict", "collections.Counter", "_codecs.encode", "builtins.set", "builtins.bytearray")
@@ -35,11 +36,8 @@ def show_loading_code(checkpoint: Checkpoint, state_dict: StateDict, output: str
 
 
 def _fill_in(line: str, format_: Format, output: str) -> str:
-    if not format_.needs_prototxt:
-        return line.format(path=repr(output))
-    from bntool.checkpoints.caffe.prototxt import place_beside
-
-    return line.format(path=repr(output), net=repr(str(place_beside(Path(output)))))
+    description = place_beside(Path(output), ending=format_.described_by)
+    return line.format(path=repr(output), description=repr(str(description)))
 
 
 def _loads_weights_only(name: GlobalName) -> bool:

@@ -19,15 +19,18 @@ from typing import Any
 
 os.environ["KERAS_BACKEND"] = "torch"
 
+import h5py
 import keras
 import numpy as np
 from keras import Model, Sequential, applications, layers
+from keras.src.legacy.saving import legacy_h5_format
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from bntool.checkpoints.application import apply_plan
 from bntool.checkpoints.formats import open_checkpoint
 from bntool.checkpoints.saving import save_checkpoint
+from bntool.folding.checkpoint import fold_checkpoint
 from bntool.freezing.checkpoint import plan_freeze
 from tests.graphs.stored.folding import fold_file
 
@@ -300,6 +303,36 @@ def freeze() -> None:
         print(f"{name}: {len(norms)} frozen BatchNorms stayed in training")
 
 
+def weights_alone() -> None:
+    """Weights without their model fold by its configuration, under names of another session too."""
+    for name in ("nested", "sequential", "uneven_branches", "kernels_2d"):
+        source = RECORDED / f"{name}.keras"
+        model = keras.models.load_model(source, compile=False)
+        inputs = inputs_of(model, 3)
+        expected = compute(source, inputs)
+        keras.utils.clear_session()
+        with tempfile.TemporaryDirectory() as place:
+            folder = Path(place)
+            model.save_weights(folder / "numbered.weights.h5")
+            with h5py.File(folder / "named.h5", "w") as file:
+                legacy_h5_format.save_weights_to_hdf5_group(file, model)
+            text = model.to_json()
+            for layer in model.layers:
+                text = text.replace(f'"{layer.name}"', f'"{layer.name}_7"')
+            (folder / "other.json").write_text(text)
+            for weights, config in (("numbered.weights.h5", source), ("named.h5", folder / "other.json")):
+                target = folder / f"folded_{weights}"
+                fold = fold_checkpoint(folder / weights, target, keras_config=config)
+                described = folder / f"{target.name.removesuffix('.h5').removesuffix('.weights')}.json"
+                folded = keras.models.model_from_json(described.read_text())
+                folded.load_weights(target)
+                found = [np.asarray(one) for one in keras.tree.flatten(folded.predict(inputs, verbose=0))]
+                error = compare(expected, found)
+                print(f"{name} {weights}: {len(fold.plan.layers)} folded, relative error {error:.1e}")
+                assert error <= TOLERANCE, name
+                assert fold.plan.layers, name
+
+
 def zoo(names: list[str]) -> None:
     target = RECORDED / "applications.json"
     facts: dict[str, Any] = json.loads(target.read_text()) if target.exists() else {}
@@ -328,4 +361,5 @@ if __name__ == "__main__":
     else:
         check()
         freeze()
+        weights_alone()
         zoo([])

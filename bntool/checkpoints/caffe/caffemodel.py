@@ -18,9 +18,10 @@ class Caffe(Format):
     writer = "caffe.writing:write_net"
     is_pytorch = False
     loader = Loader.CAFFE
-    loading = LoadingCode(("import cv2  # OpenCV before 5", "net = cv2.dnn.readNetFromCaffe({net}, {path})"))
+    loading = LoadingCode(("import cv2  # OpenCV before 5", "net = cv2.dnn.readNetFromCaffe({description}, {path})"))
     graph_reader = "bntool.graphs.stored.caffe:caffe_graph"
     needs_prototxt = True
+    described_by = ".prototxt"
 
     def recognises(self, path: Path, head: bytes) -> bool:
         if path.suffix == ".caffemodel":

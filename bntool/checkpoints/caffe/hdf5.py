@@ -21,9 +21,10 @@ class CaffeHdf5(Format):
     has_records = False  # Caffe's own files have no place for notes, and those of one net should be alike
     writer = "caffe.hdf5_writing:copy_file"
     loader = Loader.CAFFE
-    loading = LoadingCode(("import caffe", "net = caffe.Net({net}, {path}, caffe.TEST)"))
+    loading = LoadingCode(("import caffe", "net = caffe.Net({description}, {path}, caffe.TEST)"))
     graph_reader = "bntool.graphs.stored.caffe:caffe_graph"
     needs_prototxt = True
+    described_by = ".prototxt"
 
     def read(self, file: SourceFile) -> Checkpoint:
         from bntool.checkpoints.caffe.trust import judge_net_beside

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from bntool.checkpoints.caffe.layers import PARAMETERS, Layer, Number
 from bntool.checkpoints.files import SourceFile, quote
@@ -79,11 +78,6 @@ class Prototxt:
             parts += [self.text[position:start], new]
             position = end
         return "".join([*parts, self.text[position:]])
-
-
-def place_beside(model: Path) -> Path:
-    """Where the ``.prototxt`` of a ``.caffemodel`` or ``.caffemodel.h5`` is written."""
-    return model.with_name(model.name.removesuffix(".h5")).with_suffix(".prototxt")
 
 
 def read_prototxt(file: SourceFile) -> Prototxt:

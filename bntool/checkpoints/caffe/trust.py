@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 from bntool.checkpoints.caffe.layers import Layer
-from bntool.checkpoints.caffe.prototxt import TextField, place_beside, read_prototxt
+from bntool.checkpoints.caffe.prototxt import TextField, read_prototxt
 from bntool.checkpoints.checkpoint import GlobalName, GlobalTrust
 from bntool.checkpoints.containers.protobufs.reading import Message
-from bntool.checkpoints.files import SourceFile
+from bntool.checkpoints.files import SourceFile, place_beside
 from bntool.errors import BntoolError
 
 _PYTHON_PARAMETER = 130  # of LayerParameter: module, then class
@@ -48,7 +48,7 @@ def judge_net_beside(file: SourceFile) -> Iterator[GlobalName]:
 
     One that cannot be read counts as unknown.
     """
-    place = place_beside(file.path)
+    place = place_beside(file.path, ending=".prototxt")
     if not place.is_file():
         return
     try:

@@ -80,6 +80,7 @@ class KerasHdf5(_Keras):
     name = "keras-hdf5"
     title = "Keras (.h5)"
     writer = "keras.writing:write_hdf5"
+    takes_keras_config = True
 
     def read(self, file: SourceFile) -> Checkpoint:
         from bntool.checkpoints.containers.hdf5 import read_hdf5  # a start-up without Keras files needs none of it

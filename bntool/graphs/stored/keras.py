@@ -32,8 +32,8 @@ def keras_graph(checkpoint: Checkpoint) -> ModelGraph:
     content = KerasContent.of(checkpoint)
     if content.model is None:
         raise RefusedError(
-            "the file holds weights only, neither the graph of the model nor eps: save the whole model in Keras with "
-            "model.save('model.keras')"
+            "the file holds weights only, neither the graph of the model nor eps: give the configuration of the model "
+            "(what model.to_json() says, or a .keras or .h5 file of it) with --keras-config FILE"
             if content.config is None
             else "the layers of this model are connected by Python code of its own, which is not in the file"
         )

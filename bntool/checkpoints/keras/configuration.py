@@ -1,0 +1,301 @@
+"""Weights of Keras that lie alone in a file, together with the configuration of the model that they belong to."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from bntool.checkpoints.checkpoint import Checkpoint, LoadingCode
+from bntool.checkpoints.containers.hdf5 import MAGIC, Hdf5Contents, read_hdf5
+from bntool.checkpoints.containers.zips.reading import LOCAL_MAGIC, read_archive
+from bntool.checkpoints.files import SourceFile, quote
+from bntool.checkpoints.keras.content import KerasContent, WeightsLayout, make_checkpoint, read_content
+from bntool.checkpoints.keras.files import CONFIG, MODEL_CONFIG, KerasHdf5
+from bntool.checkpoints.keras.model import MAX_CONFIG, KerasLayer, KerasModel, find_references, parse_config, read_model
+from bntool.checkpoints.keras.weights import BATCH_NORMS, DEPTHWISE, KERNELS, SEPARABLE, TRANSPOSED, expected_variables
+from bntool.checkpoints.keras.weights_writing import rewrite_weights
+from bntool.checkpoints.keras.writing import change_model
+from bntool.checkpoints.outputs import OutputFiles
+from bntool.checkpoints.records import RECORD_KEY
+from bntool.checkpoints.saving import write_checked
+from bntool.checkpoints.tensors import Tensor, describe_shape
+from bntool.errors import CorruptFileError, RefusedError, UnsafeFileError, UsageError
+from bntool.plan import Record
+
+# layers that have no weights, so that the order of those that have some can be told from the configuration
+_WITHOUT_WEIGHTS = """
+InputLayer Activation ReLU LeakyReLU ELU Softmax ThresholdedReLU Dropout SpatialDropout1D SpatialDropout2D
+SpatialDropout3D GaussianDropout GaussianNoise AlphaDropout ActivityRegularization Add Subtract Multiply Average Maximum
+Minimum Concatenate Dot Flatten Reshape Permute RepeatVector Masking Identity Rescaling Resizing CenterCrop
+ZeroPadding1D ZeroPadding2D ZeroPadding3D Cropping1D Cropping2D Cropping3D UpSampling1D UpSampling2D UpSampling3D
+MaxPooling1D MaxPooling2D MaxPooling3D AveragePooling1D AveragePooling2D AveragePooling3D GlobalMaxPooling1D
+GlobalMaxPooling2D GlobalMaxPooling3D GlobalAveragePooling1D GlobalAveragePooling2D GlobalAveragePooling3D TFOpLambda
+SlicingOpLambda
+"""
+_WITH_WEIGHTS = """
+Embedding LSTM GRU SimpleRNN CuDNNLSTM CuDNNGRU ConvLSTM1D ConvLSTM2D ConvLSTM3D Bidirectional MultiHeadAttention PReLU
+EinsumDense LocallyConnected1D LocallyConnected2D
+"""
+
+
+def read_configuration(file: SourceFile) -> Any:
+    """The configuration in a JSON file, as ``model.to_json()`` gives it, or in a whole ``.keras`` or ``.h5`` model.
+
+    Raises:
+        UsageError: a file of weights alone was given.
+        CorruptFileError, UnsafeFileError: it cannot be read.
+    """
+    head = file.read(0, min(file.size, len(MAGIC)))
+    if head.startswith(LOCAL_MAGIC):
+        archive = read_archive(file)
+        if CONFIG not in archive.records:
+            raise UsageError(f"this archive has no {CONFIG}: it is no Keras model")
+        return parse_config(archive.read(archive.records[CONFIG]))
+    if head == MAGIC:
+        text = read_hdf5(file).text("", MODEL_CONFIG)
+        if text is None:
+            raise UsageError("this file holds weights alone, too: give the JSON of the model, or the whole model")
+        return parse_config(text)
+    if file.size > MAX_CONFIG:
+        raise UnsafeFileError(f"the configuration of the model has {file.size} bytes")
+    config = parse_config(file.read(0, file.size))
+    return parse_config(config) if isinstance(config, str) else config  # a JSON text that was written as JSON
+
+
+def configure(checkpoint: Checkpoint, config: Any) -> Checkpoint:
+    """The weights of a file as layers of a model.
+
+    Args:
+        checkpoint: a file of weights alone.
+        config: the JSON of the model.
+
+    Raises:
+        UsageError: the file has a configuration of its own, or this one describes another model.
+        RefusedError: the configuration does not say how the layers are connected.
+    """
+    content = KerasContent.of(checkpoint)
+    if content.config is not None:
+        raise UsageError("this file holds its configuration: leave out --keras-config", path=checkpoint.path)
+    return _configure(checkpoint, config)
+
+
+def _configure(checkpoint: Checkpoint, config: Any) -> Checkpoint:
+    hdf5 = KerasContent.of(checkpoint).hdf5
+    model = read_model(config)
+    if model is None or not model.is_connected:
+        raise RefusedError(
+            "this configuration does not say how the layers are connected: Python code of the model's own does that"
+        )
+    if str(config.get("keras_version", "")).startswith("1.") or any("nb_filter" in one.config for one in model.walk()):
+        raise RefusedError("this configuration is of Keras 1: load the model in Keras 2 and save it from there")
+    if KerasContent.of(checkpoint).layout is WeightsLayout.NAMED:
+        names = _match_names(hdf5, model, KerasContent.of(checkpoint).root)
+        if names:
+            config = _rename(config, names)
+    content = read_content(config, hdf5)
+    assert content.model is not None
+    _check_fit(content, content.model)
+    return dataclasses.replace(
+        make_checkpoint(
+            checkpoint.file,
+            ConfiguredWeights(),
+            content,
+            entries=checkpoint.entries,
+            history=checkpoint.records.get("", ()),
+        ),
+    )
+
+
+class ConfiguredWeights(KerasHdf5):
+    """Weights alone with a given configuration; it reads back what it writes by itself."""
+
+    writer = "keras.configuration:write_weights"
+    single_file = False
+    described_by = ".json"
+    loading = LoadingCode(
+        (
+            "import keras",
+            "model = keras.models.model_from_json(open({description}).read())",
+            "model.load_weights({path})",
+        )
+    )
+
+
+def edit_configuration(checkpoint: Checkpoint) -> str:
+    """The JSON of an edited model, as :func:`keras.models.model_from_json` takes it.
+
+    Raises:
+        RefusedError: the layers cannot be counted anew.
+    """
+    return json.dumps(change_model(checkpoint).config)
+
+
+def write_weights(checkpoint: Checkpoint, path: Path, output: OutputFiles) -> None:
+    """Write the file, and hold it against the checkpoint as the edited configuration reads it.
+
+    Raises:
+        RefusedError: the layout cannot hold an edit.
+    """
+    write_checked(dataclasses.replace(checkpoint, format=_Checked(checkpoint)), path, output)
+
+
+class _Checked(KerasHdf5):
+    """Reads back by the configuration that will stand beside the new file."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._new = change_model(checkpoint)
+
+    def read(self, file: SourceFile) -> Checkpoint:
+        return _configure(KerasHdf5().read(file), self._new.config)
+
+    def write(self, checkpoint: Checkpoint, path: Path, output: OutputFiles) -> None:
+        stream = output.open(path)
+        checkpoint.file.copy_to(stream, offset=0, length=checkpoint.file.size)
+        if not checkpoint.edits:
+            return
+        texts: dict[str, str] = {}
+        if any(isinstance(edit.step, Record) for edit in checkpoint.edits):
+            texts[RECORD_KEY] = json.dumps(list(checkpoint.records[""]))
+        new = self._new
+        rewrite_weights(stream, checkpoint, new.model, removed=new.removed, frozen=new.frozen, texts=texts)
+
+
+# names of layers
+
+
+def _match_names(hdf5: Hdf5Contents, model: KerasModel, root: str) -> dict[str, str]:
+    """From the name of a layer in the configuration to that in the file, where they differ.
+
+    Keras goes by the order of the layers that have weights, whatever their names.
+
+    Raises:
+        UsageError: it is the configuration of another model, or the order cannot be told.
+    """
+    listed = hdf5.texts(root, "layer_names") or ()
+    weighted = [name for name in listed if hdf5.texts(f"{root}/{name}" if root else name, "weight_names")]
+    known = {layer.name for layer in model.layers}
+    unclear = [layer for layer in model.layers if _may_have_weights(layer) is None]
+    if known.issuperset(weighted):
+        places = {layer.name: place for place, layer in enumerate(model.layers)}
+        if sorted(weighted, key=places.__getitem__) != weighted:  # Keras can be told to go by names
+            raise UsageError("the layers of the weights have another order than in the configuration, and its names")
+        if unclear:
+            return {}
+    if unclear:
+        raise UsageError(
+            f"whether layer {quote(unclear[0].name)} of the class {unclear[0].kind} has weights is not known, and the "
+            "names of layers are others than in the file: give the configuration that was saved with the weights"
+        )
+    layers = [layer.name for layer in model.layers if _may_have_weights(layer)]
+    if len(layers) != len(weighted):
+        raise UsageError(
+            f"the configuration has {len(layers)} layers with weights, and the file those of {len(weighted)}: it "
+            "describes another model"
+        )
+    pairs = dict(zip(layers, weighted, strict=True))
+    return pairs if any(name != new for name, new in pairs.items()) else {}
+
+
+def _may_have_weights(layer: KerasLayer) -> bool | None:
+    """Whether a layer has weights; None for classes of which nothing is known here."""
+    if layer.model is not None:
+        parts = [_may_have_weights(one) for one in layer.model.layers]
+        return True if True in parts else None if None in parts else False
+    if layer.kind in BATCH_NORMS or layer.kind in KERNELS:
+        return expected_variables(layer) != ()
+    inside = layer.config.get("layer")
+    kind = str(inside.get("class_name")) if layer.kind == "TimeDistributed" and isinstance(inside, dict) else layer.kind
+    if kind in KERNELS or kind in _WITH_WEIGHTS.split():
+        return True
+    return False if kind in _WITHOUT_WEIGHTS.split() or not layer.is_layer else None
+
+
+def _rename(config: Any, names: Mapping[str, str]) -> Any:
+    """The configuration with other names of its layers.
+
+    Raises:
+        UsageError: two layers would have one name.
+    """
+    config = copy.deepcopy(config)
+    model = read_model(config)
+    assert model is not None
+    new = [names.get(layer.name, layer.name) for layer in model.layers]
+    if len(set(new)) != len(new):
+        raise UsageError("under the names in the file two layers of the configuration would have one name")
+    known = frozenset(layer.name for layer in model.layers)
+    places = [model.entry.get("input_layers"), model.entry.get("output_layers")]
+    places += [layer.entry.get("inbound_nodes") for layer in model.layers]
+    found = [reference for place in places for reference in find_references(place, known)]
+    for reference in found:
+        reference[0] = names.get(reference[0], reference[0])
+    for layer in model.layers:
+        if layer.name in names:
+            if "name" in layer.entry:
+                layer.entry["name"] = names[layer.name]
+            if isinstance(layer.entry.get("config"), dict):
+                layer.entry["config"]["name"] = names[layer.name]
+    return config
+
+
+# whether weights are those of a model
+
+
+def _check_fit(content: KerasContent, model: KerasModel) -> None:
+    """Hold number and shapes of variables against the configuration.
+
+    Raises:
+        UsageError: it describes another model.
+    """
+    names = content.names
+    owners = {layer.path: owner for owner, layer in names.layers.items()}
+    own: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in names.tensors.items():
+        owner, _, role = name.rpartition(".")
+        own.setdefault(owner, {})[role] = tensor
+    paths = tuple(f"{layer.path}." for layer in model.walk())
+    for owner in own:
+        if owner not in names.layers and not owner.startswith(paths):
+            raise _another_model(f"it has no layer {quote(owner)}, of which the file holds weights")
+    for layer in model.walk():
+        expected = expected_variables(layer)
+        if expected is None:
+            continue
+        tensors = own.get(owners.get(layer.path, ""), {})
+        if len(tensors) != len(expected):
+            raise _another_model(
+                f"layer {quote(layer.path)} has {len(expected)} variables there, and {len(tensors)} in the file"
+            )
+        _check_shapes(layer, tensors)
+
+
+def _check_shapes(layer: KerasLayer, tensors: Mapping[str, Tensor]) -> None:
+    if layer.kind in BATCH_NORMS:
+        if len({tuple(tensor.shape) for tensor in tensors.values()}) > 1:
+            raise CorruptFileError("vectors of one layer differ in length", tensor=layer.path)
+        return
+    weight, space = tensors.get("weight"), KERNELS[layer.kind]
+    if weight is None:
+        raise _another_model(f"the file holds no kernel of layer {quote(layer.path)}")
+    wanted = layer.config.get("filters" if space else "units")
+    found = weight.shape[1 if layer.kind in TRANSPOSED else 0] if len(weight.shape) > 1 else None
+    if layer.kind not in DEPTHWISE and isinstance(wanted, int) and found != wanted:
+        raise _another_model(f"layer {quote(layer.path)} makes {wanted} channels there, and {found} in the file")
+    window = layer.config.get("kernel_size")
+    kernel = tensors.get("depthwise_weight", weight) if layer.kind in SEPARABLE else weight
+    if isinstance(window, list | tuple) and list(kernel.shape[2:]) != list(window):
+        raise _another_model(
+            f"layer {quote(layer.path)} has the kernel size {describe_shape(_whole(window))} there, and "
+            f"{describe_shape(kernel.shape[2:])} in the file"
+        )
+
+
+def _whole(window: Sequence[Any]) -> list[int]:
+    return [extent if isinstance(extent, int) else 0 for extent in window]
+
+
+def _another_model(fact: str) -> UsageError:
+    return UsageError(f"the configuration describes another model: {fact}")

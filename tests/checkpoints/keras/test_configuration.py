@@ -1,0 +1,182 @@
+"""Weights of Keras alone with the configuration of their model, held against the whole model."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import pytest
+
+import bntool
+from bntool.checkpoints.descriptions import describe_model
+from bntool.checkpoints.formats import open_checkpoint
+from bntool.checkpoints.tensors import read_bytes
+from bntool.cli.main import ExitCode, main
+from bntool.errors import BntoolError, RefusedError, UsageError
+from tests.places import INTEROP
+
+PAIRS = [  # weights alone, and the whole model of the same weights
+    ("keras_tiny.weights.h5", "keras_tiny.keras"),
+    ("keras_nested_models.weights.h5", "keras_nested_models.keras"),
+    ("tfkeras2_tiny_w.weights.h5", "tfkeras2_tiny.keras"),
+    ("tfkeras2_tiny_legacyw.h5", "tfkeras2_tiny.h5"),
+]
+
+
+def configuration_of(model: Path) -> Any:
+    if model.suffix == ".keras":
+        return json.loads(zipfile.ZipFile(model).read("config.json"))
+    with h5py.File(model) as file:
+        return json.loads(file.attrs["model_config"])
+
+
+def elements(path: Path, config: Path | None = None) -> dict[str, bytes]:
+    with open_checkpoint(path) as opened:
+        checkpoint, _ = describe_model(opened, prototxt=None, keras_config=config, output=None, force=False)
+        return {name: read_bytes(tensor) for name, tensor in checkpoint.state_dict("").tensors.items()}
+
+
+@pytest.mark.parametrize(("weights", "model"), PAIRS)
+def test_weights_with_a_configuration_are_the_whole_model(weights: str, model: str, tmp_path: Path) -> None:
+    assert elements(INTEROP / weights, INTEROP / model) == elements(INTEROP / model)
+    found, whole = (
+        bntool.inspect(INTEROP / weights, keras_config=INTEROP / model).state_dicts[0].layers,
+        bntool.inspect(INTEROP / model).state_dicts[0].layers,
+    )
+    assert [(one.layer.name, one.layer.eps, one.layer.momentum) for one in found] == [
+        (one.layer.name, one.layer.eps, one.layer.momentum) for one in whole
+    ]
+    suffix = ".weights.h5" if weights.endswith(".weights.h5") else ".h5"
+    target, folded = tmp_path / f"folded{suffix}", tmp_path / f"whole{Path(model).suffix}"
+    bntool.fold_checkpoint(INTEROP / weights, target, keras_config=INTEROP / model)
+    bntool.fold_checkpoint(INTEROP / model, folded)
+    assert json.loads((tmp_path / "folded.json").read_text()) == configuration_of(folded)
+    assert elements(target, tmp_path / "folded.json") == elements(folded)
+
+
+def named_otherwise(folder: Path) -> Path:
+    """The configuration as another session would have counted its layers."""
+    text = json.dumps(configuration_of(INTEROP / "tfkeras2_tiny.h5"))
+    path = folder / "model.json"
+    path.write_text(text.replace('"conv1"', '"conv2d_7"').replace('"bn1"', '"conv1"'))
+    return path
+
+
+def test_layers_of_other_names_go_by_their_order_as_in_keras(tmp_path: Path) -> None:
+    config = named_otherwise(tmp_path)
+    weights = INTEROP / "tfkeras2_tiny_legacyw.h5"
+    assert elements(weights, config) == elements(INTEROP / "tfkeras2_tiny.h5")
+    bntool.fold_checkpoint(weights, tmp_path / "folded.h5", keras_config=config)
+    bntool.fold_checkpoint(INTEROP / "tfkeras2_tiny.h5", tmp_path / "whole.h5")
+    assert elements(tmp_path / "folded.h5", tmp_path / "folded.json") == elements(tmp_path / "whole.h5")
+    with h5py.File(tmp_path / "folded.h5") as file:
+        assert list(file.attrs["layer_names"]) == [b"input_1", b"conv1", b"re_lu"]
+
+
+def test_a_text_that_was_written_as_json_once_more_is_read(tmp_path: Path) -> None:
+    (tmp_path / "model.json").write_text(json.dumps(json.dumps(configuration_of(INTEROP / "tfkeras2_tiny.h5"))))
+    assert elements(INTEROP / "tfkeras2_tiny_legacyw.h5", tmp_path / "model.json")
+
+
+def test_freezing_writes_the_configuration(tmp_path: Path) -> None:
+    bntool.freeze_checkpoint(
+        INTEROP / "keras_tiny.weights.h5", tmp_path / "o.weights.h5", keras_config=INTEROP / "keras_tiny.keras"
+    )
+    layers = json.loads((tmp_path / "o.json").read_text())["config"]["layers"]
+    assert {one["class_name"] for one in layers if one["config"].get("trainable") is False} == {"BatchNormalization"}
+    assert elements(tmp_path / "o.weights.h5") == elements(INTEROP / "keras_tiny.weights.h5")
+
+
+def change(config: Any, kind: str) -> None:
+    layers = {one["config"]["name"]: one for one in config["config"]["layers"]}
+    if kind == "filters":
+        layers["conv1"]["config"]["filters"] = 5
+    elif kind == "kernel_size":
+        layers["conv1"]["config"]["kernel_size"] = [1, 1]
+    elif kind == "scale":
+        layers["bn1"]["config"]["scale"] = False
+    elif kind == "own class":
+        layers["bn1"].update(class_name="Mine", registered_name="x>Mine", module=None)
+    elif kind == "own model":
+        config.update(class_name="Mine", registered_name="x>Mine", module=None)
+    elif kind == "Keras 1":
+        config["keras_version"] = "1.2.2"
+
+
+@pytest.mark.parametrize(
+    ("kind", "error", "words"),
+    [
+        ("filters", UsageError, "makes 5 channels there, and 4 in the file"),
+        ("kernel_size", UsageError, r"kernel size \[1, 1\] there"),
+        ("scale", UsageError, "3 variables there, and 4"),
+        ("own model", RefusedError, "Python code of the model's own"),
+        ("Keras 1", RefusedError, "of Keras 1"),
+    ],
+)
+def test_the_configuration_of_another_model_is_refused(
+    kind: str, error: type[BntoolError], words: str, tmp_path: Path
+) -> None:
+    config = configuration_of(INTEROP / "keras_tiny.keras")
+    change(config, kind)
+    (tmp_path / "model.json").write_text(json.dumps(config))
+    with pytest.raises(error, match=words) as caught:
+        elements(INTEROP / "keras_tiny.weights.h5", tmp_path / "model.json")
+    assert caught.value.path == str(tmp_path / "model.json")
+
+
+@pytest.mark.parametrize(
+    ("weights", "model"),
+    [("keras_tiny.weights.h5", "keras_nested_models.h5"), ("tfkeras2_tiny_legacyw.h5", "keras_tiny.h5")],
+)
+def test_a_model_of_other_layers_is_refused(weights: str, model: str) -> None:
+    with pytest.raises(UsageError, match="describes another model"):
+        elements(INTEROP / weights, INTEROP / model)
+
+
+def test_names_in_another_order_are_refused(tmp_path: Path) -> None:
+    """Keras loads by order, or by names where it is told to: both would be another model."""
+    shutil.copy(INTEROP / "tfkeras2_tiny_legacyw.h5", tmp_path / "w.h5")
+    with h5py.File(tmp_path / "w.h5", "r+") as file:
+        file.attrs["layer_names"] = np.asarray([b"input_1", b"bn1", b"conv1", b"re_lu"])
+    with pytest.raises(UsageError, match="another order"):
+        elements(tmp_path / "w.h5", INTEROP / "tfkeras2_tiny.h5")
+
+
+def test_classes_that_are_not_known_need_the_names_of_the_file(tmp_path: Path) -> None:
+    text = named_otherwise(tmp_path).read_text()
+    (tmp_path / "model.json").write_text(text.replace('"ReLU"', '"Mine"'))
+    with pytest.raises(UsageError, match="class Mine has weights is not known"):
+        elements(INTEROP / "tfkeras2_tiny_legacyw.h5", tmp_path / "model.json")
+
+
+def test_what_runs_code_in_the_configuration_is_named(tmp_path: Path) -> None:
+    config = configuration_of(INTEROP / "keras_tiny.keras")
+    config["config"]["layers"][1]["config"]["kernel_initializer"] = {
+        "module": "keras.utils", "class_name": "get_file", "config": {}, "registered_name": None,
+    }  # fmt: skip
+    (tmp_path / "model.json").write_text(json.dumps(config))
+    found = bntool.inspect(INTEROP / "keras_tiny.weights.h5", keras_config=tmp_path / "model.json")
+    assert found.safety.suspicious == ("keras.utils.get_file",)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["keras_tiny.weights.h5", "keras_tiny.weights.h5"], ExitCode.USAGE, "weights alone, too"),
+        (["keras_tiny.h5", "keras_tiny.keras"], ExitCode.USAGE, "holds its configuration"),
+        (["onnx_tiny.onnx", "keras_tiny.keras"], ExitCode.USAGE, "goes with an .h5 file"),
+        (["keras_tiny.weights.h5", "onnx_tiny.onnx"], ExitCode.FILE, "not valid JSON"),
+    ],
+)
+def test_what_is_no_configuration_of_weights_is_said(
+    arguments: list[str], code: ExitCode, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    weights, config = (str(INTEROP / name) for name in arguments)
+    assert main(["fold", weights, "--keras-config", config, "-o", str(tmp_path / "o.h5")]) == code
+    assert words in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
