@@ -190,12 +190,14 @@ def _mismatch(source: Node, reader: Node) -> Blocked:
 
 def _check_alone(graph: ModelGraph, edge: Edge, source: Node, reader: Node) -> None:
     """Nothing else may read these channels."""
-    mine: set[int] = set()
+    mine = None
     for other in graph.outputs(source):
         if (other.target, other.port) == (reader.index, edge.port):
             continue
-        mine = mine or set(edge.sources)
-        if not mine.isdisjoint(other.sources):
+        if mine is None:
+            mine = np.zeros(source.channels, bool)
+            mine[_indices(edge.sources)] = True
+        if mine[_indices(other.sources)].any():
             other_reader = graph.nodes[other.target]
             how = "is also read by" if other_reader.ran else "may also be read by"
             whom = other_reader.describe() + ("" if other_reader.ran else ", which did not run here")
@@ -247,15 +249,14 @@ def _channels_forward(graph: ModelGraph, edge: Edge, source: Node, reader: Node,
     siblings = [other for other in graph.inputs(reader) if other.port == edge.port]
     if any(other.targets is None for other in siblings):
         raise _mismatch(source, reader)
-    extent = 1 + max(max(other.targets or (0,)) for other in siblings)
+    extent = 1 + max(int(_indices(other.targets or (0,)).max()) for other in siblings)
     channels = np.full(extent, -1)
     sources, targets = _indices(edge.sources), _indices(edge.targets or ())
     channels[targets] = given[sources]
     if not np.array_equal(channels[targets], given[sources]):
         raise _mismatch(source, reader)
-    mine = {int(target) for target in targets if channels[target] >= 0}
     for other in siblings:
-        if other is not edge and not mine.isdisjoint(other.targets or ()):
+        if other is not edge and np.any(channels[_indices(other.targets or ())] >= 0):
             raise _mismatch(source, reader)
     return channels
 
@@ -321,7 +322,7 @@ def is_parallel_branch(graph: ModelGraph, layer: str) -> bool:
     """
     for call in graph.batchnorms[layer]:
         sums = _reach_sums(graph, call, {})
-        for edge in graph.inputs(call):
+        for edge in graph.inputs(call) if sums else ():
             siblings = [graph.nodes[other.target] for other in graph.outputs(graph.nodes[edge.source])]
             if any(node.kind is NodeKind.CONVOLUTION and sums & _reach_sums(graph, node, {}) for node in siblings):
                 return True

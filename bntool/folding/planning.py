@@ -89,6 +89,9 @@ class _Folder:
     rewritten: set[str] = field(default_factory=set)  # BatchNorms that stay with other tensors
     done: dict[str, Fold] = field(default_factory=dict)
     skips: dict[str, Skip] = field(default_factory=dict)
+    # of a layer that no neighbour takes: what is in the way backwards, forwards, and to storing tensors otherwise
+    obstacles: dict[str, tuple[Blocked, Blocked]] = field(default_factory=dict)
+    stuck: Mapping[str, str] = field(default_factory=dict)
     addends: dict[str, Addend] = field(default_factory=dict)
     stored: dict[str, StoredOutput] = field(default_factory=dict)
     changed: set[str] = field(default_factory=set)
@@ -102,7 +105,9 @@ class _Folder:
                     self.try_fold(layer)
             if len(self.done) == before:
                 break
-        self.fold_rest([layer for layer in candidates if layer not in self.done])
+        self.fold_rest()
+        for layer in self.obstacles:
+            self.explain(layer)
         order = [layer for layer in self.graph.batchnorms if layer in self.done]
         folds = tuple(self.done[layer] for layer in order)
         return FoldPlan(
@@ -199,15 +204,18 @@ class _Folder:
                 consumers = find_consumers(self.graph, layer, scale=own.scale, shift=own.shift, removed=self.removed)
                 self.fold_forward(layer, own, consumers)
             except Blocked as forward:
-                self.explain(layer, back, forward)
+                self.obstacles[layer] = back, forward
                 return
-        self.skips.pop(layer, None)
+        self.obstacles.pop(layer, None)
 
-    def explain(self, layer: str, back: Blocked, forward: Blocked) -> None:
+    def explain(self, layer: str) -> None:
         """The reason is what is in the way backwards, unless only a change of modules would help forwards."""
+        back, forward = self.obstacles[layer]
         detail = back.detail
         if forward is not back:
             detail += f"; forward: {forward.detail}"
+        if layer in self.stuck:
+            detail += f"; stored otherwise: {self.stuck[layer]}"
         if forward.reason is SkipReason.PADDED_CONSUMER:
             self.skip(layer, forward.reason, detail)
         elif back.reason in _SHARED_INPUT and is_parallel_branch(self.graph, layer):
@@ -263,8 +271,9 @@ class _Folder:
         into = _layers(consumers)
         self.done[layer] = Fold(layer, into, Level.FORWARD, False, into, into)
 
-    def fold_rest(self, layers: Sequence[str]) -> None:
+    def fold_rest(self) -> None:
         """Fold what no single neighbour takes, where it is known who reads what and keys may go."""
+        layers = [layer for layer in self.transforms if layer in self.obstacles]
         layers = [layer for layer in layers if can_be_tried(self.transforms[layer])]
         known = self.graph.readers_known and self.graph.evidence not in _NOT_YET
         if not layers or self.layout is Layout.SAME_KEYS or not known:
@@ -283,13 +292,9 @@ class _Folder:
                 self.producers[target.weight_name] = target
         for layer, fold in outcome.folds.items():
             self.remove(layer)
-            self.skips.pop(layer, None)
+            self.obstacles.pop(layer)
             self.done[layer] = fold
-        self.stored, self.changed = outcome.stored, outcome.changed
-        for layer, why in outcome.reasons.items():
-            if layer in self.skips:
-                skip = self.skips[layer]
-                self.skip(layer, skip.reason, f"{skip.detail}; stored otherwise: {why}")
+        self.stored, self.changed, self.stuck = outcome.stored, outcome.changed, outcome.reasons
 
     def target(self, absorber: Absorber) -> Producer | ScaleAndShift:
         """What takes the scale and shift, as it is by now."""

@@ -120,8 +120,12 @@ class Producer:
         first = 0
         for data in whole_rows(tensor.chunks(), row):
             weight = to_float64(data, tensor.dtype).reshape(len(data) // row, columns, -1)
-            group = np.arange(first, first + len(weight)) // (outputs // groups)
-            answers.append(np.einsum("oi,oi->o", weight.sum(axis=2), values[group]))
+            sums = weight[:, :, 0] if weight.shape[2] == 1 else weight.sum(axis=2)
+            if groups == 1:  # without a copy of the values for each row
+                mine = np.broadcast_to(values, sums.shape)
+            else:
+                mine = values[np.arange(first, first + len(weight)) // (outputs // groups)]
+            answers.append(np.einsum("oi,oi->o", sums, mine))
             first += len(weight)
         return np.concatenate(answers) * self.outputs
 
@@ -150,20 +154,22 @@ class Producer:
             groups, trailing, columns = 1, (1,) * (len(self.shape) - 2), self.shape[-1]
             rows = math.prod(self.shape[:-1])
             by_row = np.tile(self.inputs, rows // len(self.inputs))
+        one: Array = by_column.reshape(groups, 1, columns)
+        other: Array = by_row.reshape(groups, rows, 1)
+        extent: tuple[int, ...] = (groups, rows, columns)
         if np.all(by_column == 1):
-            factors = by_row.reshape(groups, rows, 1)
-        else:
-            factors = by_column.reshape(groups, 1, columns)
-            if not (np.all(by_row == 1) and (self._is_input_major or groups == 1)):
-                factors = factors * by_row.reshape(groups, rows, 1)
+            one, extent = np.ones(1), (groups, rows, 1)
+        elif np.all(by_row == 1) and (self._is_input_major or groups == 1):
+            other, extent = np.ones(1), (groups, 1, columns)
+        factors = array("d", bytes(8)) * math.prod(extent)
+        np.multiply(one, other, out=np.frombuffer(factors).reshape(extent))
         view: tuple[int, ...] = (groups, rows, columns)
-        extent: tuple[int, ...] = factors.shape
         if not self._is_input_major:
             view, extent = (groups * rows, columns), (extent[0] * extent[1], extent[2])
         return Scaled(
             source=self.weight_name,
             view=(*view, *trailing),
-            factors=array("d", factors.tobytes()),
+            factors=factors,
             factor_shape=(*extent, *(1 for _ in trailing)),
             places=() if self.taps is None else array("q", self._find_centre().tobytes()),
             addends=() if self.taps is None else array("d", self.taps.tobytes()),

@@ -224,6 +224,15 @@ class ModelGraph:
         return (name, *self.aliases.get(name, ()))
 
 
+def shorten(channels: Sequence[int]) -> Sequence[int]:
+    """Channels as a range where they follow one another: it takes no memory and is compared at once."""
+    if len(channels) and channels[-1] - channels[0] == len(channels) - 1:
+        run = range(channels[0], channels[-1] + 1)
+        if all(map(int.__eq__, channels, run)):
+            return run
+    return channels
+
+
 def _group(edges: Sequence[Edge], *, key: str) -> Mapping[int, tuple[Edge, ...]]:
     groups: dict[int, list[Edge]] = {}
     for edge in edges:

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from bntool.folding.transforms.channel_transforms import as_indices
-from bntool.graphs.graph import Edge, ModelGraph, Node, NodeKind, Owner
+from bntool.folding.transforms.channel_transforms import as_indices, is_whole
+from bntool.graphs.graph import ModelGraph, Node, NodeKind, Owner
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,9 @@ def find_branch(
     if read is None or _is_late(graph, call):
         return None
     sums = _find_sums(graph, call, removed)
-    for convolution in _find_siblings(graph, call):
+    if not sums:
+        return None
+    for convolution in find_siblings(graph, call):
         fits = convolution.centred and convolution.channels == call.channels and not _is_late(graph, convolution)
         if not fits or _shape_of_reads(graph, convolution) != read or not absorbs(convolution):
             continue
@@ -66,7 +68,7 @@ def find_branch(
     return None
 
 
-def _find_siblings(graph: ModelGraph, call: Node) -> Iterator[Node]:
+def find_siblings(graph: ModelGraph, call: Node) -> Iterator[Node]:
     found: dict[int, Node] = {}
     for edge in graph.inputs(call):
         for other in graph.outputs(graph.nodes[edge.source]):
@@ -85,13 +87,13 @@ def _shape_of_reads(graph: ModelGraph, node: Node) -> object:
     edges = [edge for edge in graph.inputs(node) if edge.port == 0]
     if not edges or any(edge.targets is None for edge in edges):
         return None
-    pairs = {
-        (edge.source, int(source), int(target))
-        for edge in edges
-        for source, target in zip(as_indices(edge.sources), as_indices(edge.targets or ()), strict=True)
-    }
-    once = len({target for _, _, target in pairs}) == len(pairs) == node.channels
-    return pairs if once else None
+    sources = np.concatenate([as_indices(edge.sources) for edge in edges])
+    targets = np.concatenate([as_indices(edge.targets or ()) for edge in edges])
+    nodes = np.repeat([edge.source for edge in edges], [len(edge.sources) for edge in edges])
+    if not np.array_equal(np.sort(targets), np.arange(node.channels)):
+        return None
+    order = np.argsort(targets)
+    return nodes[order].tobytes(), sources[order].tobytes()
 
 
 def _find_sums(graph: ModelGraph, node: Node, removed: Collection[str]) -> dict[int, _Way]:
@@ -100,7 +102,7 @@ def _find_sums(graph: ModelGraph, node: Node, removed: Collection[str]) -> dict[
     way = _Way(1.0, ())
     while True:
         edges = graph.outputs(node)
-        if len(edges) != 1 or not _is_whole(edges[0], node):
+        if len(edges) != 1 or not is_whole(edges[0], node):
             return sums
         reader = graph.nodes[edges[0].target]
         if reader.kind is NodeKind.ADD and reader.ran and reader.channels == node.channels:
@@ -117,12 +119,3 @@ def _find_sums(graph: ModelGraph, node: Node, removed: Collection[str]) -> dict[
         else:
             return sums
         node = reader
-
-
-def _is_whole(edge: Edge, source: Node) -> bool:
-    if edge.targets is None or len(edge.sources) != source.channels:
-        return False
-    everything = np.arange(source.channels)
-    return bool(
-        np.array_equal(as_indices(edge.sources), everything) and np.array_equal(as_indices(edge.targets), everything)
-    )

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 
@@ -29,9 +31,29 @@ class Transform:
     scale: Array
     shift: Array
 
+    @cached_property
+    def has_scale(self) -> bool:
+        return bool(np.any(self.scale != 1))
+
+    @cached_property
+    def has_shift(self) -> bool:
+        return bool(np.any(self.shift != 0))
+
     @property
     def is_identity(self) -> bool:
-        return bool(np.all(self.scale == 1) and np.all(self.shift == 0))
+        return not self.has_scale and not self.has_shift
+
+
+class Channels(NamedTuple):
+    """The unknowns of some channels.
+
+    Attributes:
+        scales: numbers of what they are multiplied by.
+        shifts: numbers of what is added to them.
+    """
+
+    scales: Integers
+    shifts: Integers
 
 
 class Stuck(Exception):  # noqa: N818 an answer, not an error of the program
@@ -63,32 +85,96 @@ class ChannelTransforms:
     removed: Collection[str]
     absorbs: Callable[[Node], bool]
     takes_shift: Callable[[Node], bool]
-    bases: dict[int, int] = field(default_factory=dict)  # of the outputs that are unknown, by node
+    bases: dict[int, tuple[int, int]] = field(default_factory=dict)  # first scale and shift of unknown outputs, by node
     calls: dict[tuple[NodeKind, str], list[Node]] = field(default_factory=dict)
     gone: set[str] = field(default_factory=set)  # the layers that disappear
     _is_open: bool = True  # more of them may
     _chosen: tuple[Array, Array] | None = None
+    _takes: dict[int, bool] = field(default_factory=dict)
+    _inputs: dict[tuple[int, int], Channels | None] = field(default_factory=dict)
+    _stored: dict[tuple[int, bool], Transform] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for node in self.graph.nodes:
             if self.takes(node):
                 self.calls.setdefault(find_weight(node), []).append(node)
-        region = self._find_region()
-        size = 0
-        for index in sorted(region):
-            self.bases[index] = size
-            size += self.graph.nodes[index].channels
-        self.scales, self.shifts = Scales(size), Shifts(size)
-        for index in sorted(region):
+        region = sorted(self._find_region())
+        scale_bases, scale_weights = self._number(region, self._hands_on_scales)
+        shift_bases, shift_weights = self._number(region, self._hands_on_shifts)
+        self.bases = {index: (scale_bases[index], shift_bases[index]) for index in region}
+        self.scales, self.shifts = Scales(len(scale_weights)), Shifts(len(shift_weights))
+        self.scales.weights, self.shifts.weights = scale_weights, shift_weights
+        for index in region:
             self._add_output(self.graph.nodes[index])
         for reader in self._find_readers(region):
             self._add_input(reader)
         try:
             self.shifts.simplify()
         except Contradiction:  # sums that are not seen to hold together but where nothing changes
-            open_rows = self.shifts.sums[self.shifts.is_open]
-            self.shifts.fix(np.unique(open_rows), -1)
+            self.shifts.fix_open()
             self.shifts.simplify()
+
+    # unknowns
+
+    def _number(
+        self, region: Sequence[int], hands_on: Callable[[Node], tuple[int, ...]]
+    ) -> tuple[dict[int, int], Integers]:
+        """The first unknown of each node, and for how many channels each unknown stands.
+
+        Nodes that hand on what they read, channel for channel, share its unknowns.
+
+        Args:
+            hands_on: the inputs of a node whose unknowns are those of its output.
+        """
+        leader = {index: index for index in region}
+
+        def find(index: int) -> int:
+            while leader[index] != index:
+                index = leader[index]
+            return index
+
+        for index in region:
+            node = self.graph.nodes[index]
+            for port in hands_on(node):
+                source = self._find_whole(node, port)
+                if source in leader:
+                    first, second = sorted((find(index), find(source)))
+                    leader[second] = first
+        bases: dict[int, int] = {}
+        lengths: list[int] = []
+        shared: list[int] = []
+        position: dict[int, int] = {}
+        size = 0
+        for index in region:
+            first = find(index)
+            if first == index:
+                bases[index], position[index] = size, len(lengths)
+                lengths.append(self.graph.nodes[index].channels)
+                shared.append(0)
+                size += lengths[-1]
+            bases[index] = bases[first]
+            shared[position[first]] += 1
+        return bases, np.repeat(np.array(shared, int), lengths)
+
+    def _find_whole(self, node: Node, port: int) -> int:
+        """The node whose output another reads on an input, all of it, as it is and alone; -1 where there is none."""
+        edges = [edge for edge in self.graph.inputs(node) if edge.port == port]
+        if len(edges) != 1:
+            return -1
+        source = self.graph.nodes[edges[0].source]
+        return source.index if source.channels == node.channels and is_whole(edges[0], source) else -1
+
+    def _hands_on_scales(self, node: Node) -> tuple[int, ...]:
+        if self._is_transparent(node):
+            return (0,) if node.layer in self.removed else ()
+        rule = None if self.takes(node) else self._rule(node)
+        return () if rule is None else rule.ports
+
+    def _hands_on_shifts(self, node: Node) -> tuple[int, ...]:
+        if self._is_transparent(node):
+            return (0,) if node.layer in self.removed else ()
+        rule = None if self.takes(node) else self._rule(node)
+        return rule.ports if rule is not None and rule.shift in (Shift.SAME, Shift.ZERO) else ()
 
     # what belongs together
 
@@ -99,6 +185,12 @@ class ChannelTransforms:
 
     def takes(self, node: Node) -> bool:
         """Whether a node absorbs on both sides."""
+        known = self._takes.get(node.index)
+        if known is None:
+            known = self._takes[node.index] = self._can_take(node)
+        return known
+
+    def _can_take(self, node: Node) -> bool:
         kinds = (node.kind.is_producer and "weight" in node.parameters) or node.kind is NodeKind.BATCH_NORM
         return kinds and not self._is_transparent(node) and self._is_known(node) and self.absorbs(node)
 
@@ -158,59 +250,75 @@ class ChannelTransforms:
 
     # equations
 
-    def outputs(self, node: Node) -> Integers:
+    def outputs(self, node: Node) -> Channels:
         """The unknowns of a node's output."""
-        base = self.bases.get(node.index)
-        if base is None:
-            return np.full(node.channels, self.scales.constant)
-        return np.arange(base, base + node.channels)
+        return self._outputs(node.index, np.arange(node.channels))
 
-    def inputs(self, node: Node, port: int) -> Integers | None:
+    def _outputs(self, index: int, channels: Integers) -> Channels:
+        bases = self.bases.get(index)
+        if bases is None:
+            size = len(channels)
+            return Channels(np.full(size, self.scales.constant), np.full(size, self.shifts.constant))
+        return Channels(bases[0] + channels, bases[1] + channels)
+
+    def inputs(self, node: Node, port: int) -> Channels | None:
         """The unknowns of what a node reads on an input, by its channels; None where channels are not told apart.
 
         Where several tensors meet on one channel they are made equal.
         """
+        key = node.index, port
+        if key not in self._inputs:
+            self._inputs[key] = self._join_sources(node, port)
+        return self._inputs[key]
+
+    def _join_sources(self, node: Node, port: int) -> Channels | None:
         edges = [edge for edge in self.graph.inputs(node) if edge.port == port]
         if not edges or any(edge.targets is None for edge in edges):
             return None
-        sources = np.concatenate([self._sources(edge) for edge in edges])
+        if len(edges) == 1 and is_whole(edges[0], self.graph.nodes[edges[0].source]):
+            return self.outputs(self.graph.nodes[edges[0].source])
+        parts = [self._outputs(edge.source, as_indices(edge.sources)) for edge in edges]
         targets = np.concatenate([as_indices(edge.targets or ()) for edge in edges])
         order = np.argsort(targets, kind="stable")
-        targets, sources = targets[order], sources[order]
+        targets = targets[order]
         first = np.append(True, targets[1:] != targets[:-1])
-        found = np.full(int(targets[-1]) + 1 if targets.size else 0, self.scales.constant)
-        found[targets[first]] = sources[first]
-        again = ~first & (sources != found[targets])
-        if again.any():
-            for unknowns in (self.scales, self.shifts):
-                unknowns.equate(sources[again], found[targets[again]], node.index)
-        return found
+        found = []
+        for unknowns, which in ((self.scales, 0), (self.shifts, 1)):
+            sources = np.concatenate([part[which] for part in parts])[order]
+            joined = np.full(int(targets[-1]) + 1 if targets.size else 0, unknowns.constant)
+            joined[targets[first]] = sources[first]
+            again = ~first & (sources != joined[targets])
+            if again.any():
+                unknowns.equate(sources[again], joined[targets[again]], node.index)
+            found.append(joined)
+        return Channels(found[0], found[1])
 
-    def _sources(self, edge: Edge) -> Integers:
-        base = self.bases.get(edge.source)
-        channels = as_indices(edge.sources)
-        return np.full(len(channels), self.scales.constant) if base is None else base + channels
+    def _equate(self, one: Channels, other: Channels, origin: int) -> None:
+        self.scales.equate(one.scales, other.scales, origin)
+        self.shifts.equate(one.shifts, other.shifts, origin)
+
+    def _fix(self, which: Channels, origin: int) -> None:
+        self.scales.fix(which.scales, origin)
+        self.shifts.fix(which.shifts, origin)
 
     def _add_output(self, node: Node) -> None:
         if not self.takes(node):
             return
         mine = self.outputs(node)
         if not self.takes_shift(node):
-            self.shifts.fix(mine, node.index)
+            self.shifts.fix(mine.shifts, node.index)
         first, *others = self.calls[find_weight(node)]
         for other in others if first is node else ():
-            theirs = self.outputs(other)
-            for unknowns in (self.scales, self.shifts):
-                unknowns.equate(theirs, mine, node.index)
+            self._equate(self.outputs(other), mine, node.index)
 
     def _add_input(self, node: Node) -> None:
         ports = {edge.port for edge in self.graph.inputs(node)}
         if self._is_transparent(node):
             read = self.inputs(node, 0)
-            if read is None or len(read) != node.channels:
+            if read is None or len(read.scales) != node.channels:
                 self._pin_all(node, (0,))
             elif node.layer in self.removed:
-                self._join(node, np.ones(node.channels), np.zeros(node.channels))
+                self._equate(read, self.outputs(node), node.index)
         elif self.takes(node):
             self._add_absorber(node)
         else:
@@ -227,69 +335,66 @@ class ChannelTransforms:
     def _pin(self, node: Node, port: int) -> None:
         """What a node reads there is needed as it is."""
         for edge in self.graph.inputs(node):
-            if edge.port == port:
-                which = self._sources(edge)
-                self.scales.fix(which, node.index)
-                self.shifts.fix(which, node.index)
+            if edge.port == port and edge.source in self.bases:
+                self._fix(self._outputs(edge.source, as_indices(edge.sources)), node.index)
 
     def _pin_all(self, node: Node, ports: Collection[int]) -> None:
         for port in ports:
             self._pin(node, port)
-        self.scales.fix(self.outputs(node), node.index)
-        self.shifts.fix(self.outputs(node), node.index)
+        self._fix(self.outputs(node), node.index)
 
     def _add_absorber(self, node: Node) -> None:
         read = self.inputs(node, 0)
-        if read is None or (node.kind is NodeKind.BATCH_NORM and len(read) != node.channels):
+        if read is None or (node.kind is NodeKind.BATCH_NORM and len(read.scales) != node.channels):
             self._pin(node, 0)
             return
         if node.padded or not self.takes_shift(node):
-            self.shifts.fix(read, node.index)
+            self.shifts.fix(read.shifts, node.index)
         calls = self.calls[find_weight(node)]
         if len(calls) > 1 and calls[0] is not node:
             same = self.inputs(calls[0], 0)
-            if same is None or len(same) != len(read):
+            if same is None or len(same.scales) != len(read.scales):
                 self._pin(node, 0)
                 self._pin(calls[0], 0)
                 return
-            for unknowns in (self.scales, self.shifts):
-                unknowns.equate(read, same, node.index)
+            self._equate(read, same, node.index)
 
     def _add_rule(self, node: Node, rule: Rule) -> None:
         given = self.outputs(node)
         read = [self.inputs(node, port) for port in rule.ports]
-        known = [one for one in read if one is not None and len(one) == len(given)]
+        known = [one for one in read if one is not None and len(one.scales) == len(given.scales)]
         if len(known) < len(read):
             self._pin_all(node, rule.ports)
             return
         for one in known:
-            self.scales.equate(one, given, node.index)
+            self.scales.equate(one.scales, given.scales, node.index)
             if rule.shift is Shift.SAME:
-                self.shifts.equate(one, given, node.index)
+                self.shifts.equate(one.shifts, given.shifts, node.index)
         if rule.positive:
-            self.scales.require_positive(given, node.index)
+            self.scales.require_positive(given.scales, node.index)
         if rule.unscaled:
-            self.scales.fix(given, node.index)
+            self.scales.fix(given.scales, node.index)
         if rule.shift is Shift.SUM:
             factors = node.factors or (1.0, 1.0)
-            self.shifts.add_sums(given, (known[0], known[1]), (factors[0], factors[1]), node.index)
+            parts = known[0].shifts, known[1].shifts
+            self.shifts.add_sums(given.shifts, parts, (factors[0], factors[1]), node.index)
         elif rule.shift is Shift.SCALED and node.factors and node.factors[0] != 0:
-            size = len(given)
+            size = len(given.shifts)
             factor = np.full(size, node.factors[0])
-            self.shifts.link(given, known[0], factor=factor, offset=np.zeros(size), origin=node.index)
+            self.shifts.link(given.shifts, known[0].shifts, factor=factor, offset=np.zeros(size), origin=node.index)
         elif rule.shift in (Shift.ZERO, Shift.SCALED):
-            self.shifts.fix(given, node.index)
-            self.shifts.fix(known[0], node.index)
+            self.shifts.fix(given.shifts, node.index)
+            self.shifts.fix(known[0].shifts, node.index)
 
     def _join(self, call: Node, scale: Array, shift: Array) -> None:
         """The equations of a BatchNorm that disappears."""
         read = self.inputs(call, 0)
         given = self.outputs(call)
-        if read is None or len(read) != len(given):
+        if read is None or len(read.scales) != len(given.scales):
             raise Stuck(f"one channel of what it reads meets several channels of {call.describe()}")
         origin = call.index
-        self.scales.link(read, given, factor=scale, offset=np.zeros(len(scale)), origin=origin)
-        self.shifts.link(read, given, factor=1 / scale, offset=shift / scale, origin=origin)
+        self.scales.link(read.scales, given.scales, factor=scale, offset=np.zeros(len(scale)), origin=origin)
+        self.shifts.link(read.shifts, given.shifts, factor=1 / scale, offset=shift / scale, origin=origin)
 
     # answers
 
@@ -321,6 +426,7 @@ class ChannelTransforms:
     def close(self) -> None:
         """No more BatchNorms disappear: those that did not absorb what is left on either side."""
         self._is_open = False
+        self._takes.clear()
         for layer in self.layers:
             if layer not in self.gone:
                 calls = self.graph.batchnorms[layer]
@@ -348,8 +454,7 @@ class ChannelTransforms:
                 pairs = ((self.outputs(call), self.outputs(first)), (self.inputs(call, 0), self.inputs(first, 0)))
                 for mine, theirs in pairs:
                     if mine is not None and theirs is not None:
-                        for unknowns in (self.scales, self.shifts):
-                            unknowns.equate(mine, theirs, call.index)
+                        self._equate(mine, theirs, call.index)
             self.shifts.simplify()
         except Contradiction as problem:
             self.scales.roll_back()
@@ -360,7 +465,7 @@ class ChannelTransforms:
 
     def _explain(self, problem: Contradiction, layer: str, scale: Array) -> str:
         own = {call.index for call in self.graph.batchnorms[layer]}
-        nodes = [self.graph.nodes[index] for index in problem.origins if index not in own]
+        nodes = [self.graph.nodes[index] for index in sorted(problem.origins) if index >= 0 and index not in own]
         found = dict.fromkeys(self._name(node) for node in nodes)
         names, several = " and ".join(found) or "what lies around it", len(found) > 1
         if problem.is_sign:
@@ -380,18 +485,27 @@ class ChannelTransforms:
 
     def output(self, node: Node) -> Transform:
         """How the output of a node is stored."""
-        return self._transform(self.outputs(node))
+        key = node.index, True
+        if key not in self._stored:
+            self._stored[key] = self._transform(self.outputs(node))
+        return self._stored[key]
 
     def input(self, node: Node) -> Transform | None:
         """How what a node reads is stored; None where its channels are not told apart, and nothing is changed."""
-        which = self.inputs(node, 0)
-        return None if which is None else self._transform(which)
+        key = node.index, False
+        if key not in self._stored:
+            which = self.inputs(node, 0)
+            if which is None:
+                return None
+            whole = self._find_whole(node, 0)
+            self._stored[key] = self._transform(which) if whole < 0 else self.output(self.graph.nodes[whole])
+        return self._stored[key]
 
-    def _transform(self, which: Integers) -> Transform:
+    def _transform(self, which: Channels) -> Transform:
         if self._chosen is None:
             scales, shifts = self.scales.choose(), self.shifts.choose()
             self._chosen = np.append(scales, 1.0), np.append(shifts, 0.0)
-        return Transform(self._chosen[0][which], self._chosen[1][which])
+        return Transform(self._chosen[0][which.scales], self._chosen[1][which.shifts])
 
     def absorbers(self) -> Iterator[Node]:
         """The first call of everything that has to take something."""
@@ -408,6 +522,17 @@ def find_weight(node: Node) -> tuple[NodeKind, str]:
     if node.kind is NodeKind.BATCH_NORM:
         return node.kind, node.layer
     return NodeKind.CONVOLUTION, node.parameters.get("weight", "")
+
+
+def is_whole(edge: Edge, source: Node) -> bool:
+    """Whether an edge hands on all channels of a node, as they are."""
+    if edge.targets is None or len(edge.sources) != source.channels:
+        return False
+    everything = range(source.channels)
+    return all(
+        channels == everything if isinstance(channels, range) else tuple(channels) == tuple(everything)
+        for channels in (edge.sources, edge.targets)
+    )
 
 
 def as_indices(channels: Sequence[int]) -> Integers:

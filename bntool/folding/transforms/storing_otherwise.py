@@ -21,7 +21,7 @@ from bntool.folding.producers import Addend, Producer, read_addend, read_produce
 from bntool.folding.scale_and_shift import ScaleAndShift
 from bntool.folding.transforms.aliasing import is_private
 from bntool.folding.transforms.branches import IdentityBranch, find_branch
-from bntool.folding.transforms.channel_transforms import ChannelTransforms, Stuck, Transform, as_indices
+from bntool.folding.transforms.channel_transforms import ChannelTransforms, Stuck, Transform, as_indices, is_whole
 from bntool.folding.transforms.operations import Shift, find_rule
 from bntool.graphs.graph import ModelGraph, Node, NodeKind, Owner
 from bntool.representation import format_number
@@ -326,8 +326,10 @@ class _Takers:
             if self.system.takes(reader):
                 read = self.system.input(reader) if edge.port == 0 and edge.targets is not None else None
                 if read is not None:
-                    mine = as_indices(edge.targets or ())
-                    self._note(reader, Transform(read.scale[mine], read.shift[mine]), self.after)
+                    if not is_whole(edge, node):
+                        mine = as_indices(edge.targets or ())
+                        read = Transform(read.scale[mine], read.shift[mine])
+                    self._note(reader, read, self.after)
             elif self.system.passes(reader, edge.port):
                 self.look_ahead(reader)
 
@@ -362,9 +364,9 @@ class _Takers:
 
     def _note(self, node: Node, stored: Transform, where: dict[str, None]) -> None:
         name = node.layer or _name_of(node)
-        if np.any(stored.scale != 1):
+        if stored.has_scale:
             self.scale[name] = where[name] = None
-        if np.any(stored.shift != 0):
+        if stored.has_shift:
             self.shift[name] = where[name] = None
 
 

@@ -58,10 +58,12 @@ class Unknowns:
     Attributes:
         size: how many there are without the constant, whose index this is.
         value: of the constant.
+        weights: how many channels each of them stands for.
     """
 
     size: int
     value: float
+    weights: Integers = field(init=False)
     _log: list[tuple[NDArray[Any], Integers, NDArray[Any]]] | None = None
     parent: Integers = field(init=False)
     factor: Array = field(init=False)
@@ -72,6 +74,7 @@ class Unknowns:
         self.parent = np.arange(self.size + 1)
         self.factor, self.offset = np.ones(self.size + 1), np.zeros(self.size + 1)
         self.origin = np.full(self.size + 1, _NOBODY)
+        self.weights = np.ones(self.size, int)
 
     @property
     def constant(self) -> int:
@@ -100,23 +103,23 @@ class Unknowns:
     def find(self, which: Integers) -> tuple[Integers, Array, Array]:
         """Root, factor and offset of each."""
         root, factor, offset = self.parent[which], self.factor[which], self.offset[which]
+        above = self.parent[root]
+        if np.array_equal(above, root):
+            return root, factor, offset
         origin = self.origin[which]
-        moved = False
         while True:
-            above = self.parent[root]
-            if np.array_equal(above, root):
-                break
-            moved = True
             tied = (above == self.constant) & (root != self.constant)
             origin = np.where(tied, self.origin[root], origin)
             offset = factor * self.offset[root] + offset
             factor = factor * self.factor[root]
             root = above
-        if moved:
-            self.write(self.parent, which, root)
-            self.write(self.factor, which, factor)
-            self.write(self.offset, which, offset)
-            self.write(self.origin, which, origin)
+            above = self.parent[root]
+            if np.array_equal(above, root):
+                break
+        self.write(self.parent, which, root)
+        self.write(self.factor, which, factor)
+        self.write(self.offset, which, offset)
+        self.write(self.origin, which, origin)
         return root, factor, offset
 
     def find_origins(self, which: Integers) -> Integers:
@@ -133,52 +136,74 @@ class Unknowns:
         Raises:
             Contradiction: that cannot hold.
         """
+        rows: Integers | slice = slice(None)  # those that do not hold by construction yet
         while True:
-            roots, factors, offsets = self.find(left)
-            others, other_factors, other_offsets = self.find(right)
-            slope, rest = factor * other_factors, factor * other_offsets + offset - offsets
+            mine, theirs, ratio, difference = left[rows], right[rows], factor[rows], offset[rows]
+            roots, factors, offsets = self.find(mine)
+            others, other_factors, other_offsets = self.find(theirs)
+            slope, rest = ratio * other_factors, ratio * other_offsets + difference - offsets
             apart = np.flatnonzero(roots != others)
             if not apart.size:
-                size = np.abs(offsets) + np.abs(factor * other_offsets) + np.abs(offset)
+                size = np.abs(offsets) + np.abs(ratio * other_offsets) + np.abs(difference)
                 one = _OneUnknown(roots, factors, factors - slope, rest, size)
-                if not self._settle(left, right, one, origin):
-                    return
-                continue
-            low, first = np.unique(np.minimum(roots, others)[apart], return_index=True)
-            chosen = apart[first]
-            forward = roots[chosen] < others[chosen]  # the left one's root gets the right one's above it
-            own, other = factors[chosen], slope[chosen]
-            # the class that is tied says by whom, unless this equation is what ties it
-            tied = np.where(forward, self.origin[right[chosen]], self.origin[left[chosen]])
-            known = (right[chosen] == self.constant) | (left[chosen] == self.constant) | (tied == _NOBODY)
-            self.write(self.origin, low, np.where(known, origin, tied))
-            self.write(self.parent, low, np.maximum(roots, others)[chosen])
-            self.write(self.factor, low, np.where(forward, other / own, own / other))
-            self.write(self.offset, low, np.where(forward, rest[chosen] / own, -rest[chosen] / other))
-            self.check_linked(low, left, origin)
+                held = self._settle(one, np.arange(len(left))[rows], (left, right), origin)
+            else:
+                lower = np.minimum(roots, others)[apart]
+                chosen = apart
+                if np.any(lower[1:] <= lower[:-1]):  # one after the other where several have one root
+                    lower, first = np.unique(lower, return_index=True)
+                    chosen = apart[first]
+                forward = roots[chosen] < others[chosen]  # the left one's root gets the right one's above it
+                own, other = factors[chosen], slope[chosen]
+                # the class that is tied says by whom, unless this equation is what ties it
+                tied = np.where(forward, self.origin[theirs[chosen]], self.origin[mine[chosen]])
+                known = (theirs[chosen] == self.constant) | (mine[chosen] == self.constant) | (tied == _NOBODY)
+                self.write(self.origin, lower, np.where(known, origin, tied))
+                self.attach(lower, np.maximum(roots, others)[chosen])
+                self.write(self.factor, lower, np.where(forward, other / own, own / other))
+                self.write(self.offset, lower, np.where(forward, rest[chosen] / own, -rest[chosen] / other))
+                self.check_linked(lower, left, origin)
+                held = chosen
+            if len(held) == len(mine):
+                return
+            open_rows = np.ones(len(mine), bool)
+            open_rows[held] = False
+            rows = np.arange(len(left))[rows][open_rows]
 
-    def _settle(self, left: Integers, right: Integers, equations: _OneUnknown, origin: int) -> bool:
-        """Equations in one unknown each, the root that both sides have; whether one of them was new."""
+    def attach(self, roots: Integers, above: Integers | int) -> None:
+        """Let roots of classes lie below others."""
+        self.write(self.parent, roots, above)
+
+    def _settle(
+        self, equations: _OneUnknown, rows: Integers, sides: tuple[Integers, Integers], origin: int
+    ) -> Integers:
+        """Equations in one unknown each, the root that both sides have; which of them are known to hold now."""
         roots, factors, slope, rest = equations.roots, equations.factors, equations.slope, equations.rest
         flat = np.abs(slope) <= _CLOSE * np.abs(factors)
         known = roots == self.constant
         size = equations.size + np.where(known, np.abs(factors * self.value), 0.0)
         missed = np.where(known, slope * self.value - rest, np.where(flat, rest, 0.0))
         wrong = np.abs(missed) > _CLOSE * size
-        wrong |= ~known & ~flat & ~self.can_be(np.where(flat, 0.0, rest / np.where(flat, 1.0, slope)))
+        free = ~known & ~flat
+        if free.any():
+            wrong |= free & ~self.can_be(np.where(flat, 0.0, rest / np.where(flat, 1.0, slope)))
         if wrong.any():
-            at = int(np.flatnonzero(wrong)[0])
-            raise Contradiction(wrong, self._origins_of(left[at], right[at], origin))
-        new = np.flatnonzero(~known & ~flat)
+            at = rows[np.flatnonzero(wrong)[0]]
+            channels = np.zeros(len(sides[0]), bool)
+            channels[rows[wrong]] = True
+            raise Contradiction(channels, self._origins_of(sides[0][at], sides[1][at], origin))
+        new = np.flatnonzero(free)
         if not new.size:
-            return False
+            return np.arange(len(roots))
         low, first = np.unique(roots[new], return_index=True)
         chosen = new[first]
         self.write(self.origin, low, origin)
-        self.write(self.parent, low, self.constant)
+        self.attach(low, self.constant)
         self.write(self.factor, low, 1.0)
         self.write(self.offset, low, rest[chosen] / slope[chosen] - self.value)
-        return True
+        held = ~free
+        held[chosen] = True
+        return np.flatnonzero(held)
 
     def _origins_of(self, left: np.int64, right: np.int64, origin: int) -> tuple[int, ...]:
         found = self.find_origins(np.array([left, right]))
@@ -198,6 +223,9 @@ class Unknowns:
         Raises:
             Contradiction: that cannot hold.
         """
+        roots, factors, offsets = self.find(which)
+        if np.all(roots == self.constant) and np.all(factors * self.value + offsets == self.value):
+            return
         ones = np.ones(len(which))
         self.link(which, np.full(len(which), self.constant), factor=ones, offset=np.zeros(len(which)), origin=origin)
 
@@ -207,6 +235,8 @@ class Unknowns:
         Raises:
             Contradiction: that cannot hold.
         """
+        if np.array_equal(left, right):
+            return
         self.link(left, right, factor=np.ones(len(left)), offset=np.zeros(len(left)), origin=origin)
 
 
@@ -242,6 +272,8 @@ class Scales(Unknowns):
 
     def check_linked(self, low: Integers, left: Integers, origin: int) -> None:
         flagged = low[self.signs[0][low] | self.signs[1][low]]
+        if not flagged.size:
+            return
         roots, factors, _ = self.find(flagged)
         for sign in (0, 1):
             mine = self.signs[sign][flagged]
@@ -271,11 +303,11 @@ class Scales(Unknowns):
         if free.any():
             sizes = np.abs(factors[free])
             order = np.lexsort((sizes, roots[free]))
-            ordered, their = sizes[order], roots[free][order]
+            ordered, their, weights = sizes[order], roots[free][order], self.weights[free][order]
             new = np.ones(len(order), bool)
             new[1:] = (their[1:] != their[:-1]) | (ordered[1:] > ordered[:-1] * (1 + _CLOSE))
             starts = np.flatnonzero(new)
-            lengths = np.diff(np.append(starts, len(order)))
+            lengths = np.add.reduceat(weights, starts)
             best = np.lexsort((-lengths, their[starts]))
             heads = best[np.append(True, np.diff(their[starts][best]) != 0)]
             common = np.ones(self.size + 1)
@@ -286,6 +318,25 @@ class Scales(Unknowns):
 
 
 @dataclass
+class _Sums:
+    """Sums that a node asks for: of three unknowns, each times a factor, zero is left, for each channel.
+
+    Attributes:
+        unknowns: a row for each channel, a column for each of the three.
+        factors: of the columns.
+        origin: the node.
+        is_open: which of them hold by no other equation yet.
+        roots: of the open ones when they were looked at last; None before that.
+    """
+
+    unknowns: Integers
+    factors: Array
+    origin: int
+    is_open: Mask
+    roots: Integers | None = None
+
+
+@dataclass
 class Shifts(Unknowns):
     """What is added to channels, in units of the original, and sums of two of them that are a third.
 
@@ -293,25 +344,41 @@ class Shifts(Unknowns):
     """
 
     value: float = 0.0
-    sums: Integers = field(init=False)  # three columns: a = f b + g c
-    factors: Array = field(init=False)  # 1, -f, -g
-    owners: Integers = field(init=False)
-    is_open: Mask = field(init=False)
+    sums: list[_Sums] = field(default_factory=list)
+    _changed: Mask = field(init=False)  # roots that are none any more since the sums were looked at
+    _before: list[Integers | None] = field(default_factory=list)  # the roots of the sums when something was tried
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.sums, self.factors = np.zeros((0, 3), int), np.zeros((0, 3))
-        self.owners, self.is_open = np.zeros(0, int), np.zeros(0, bool)
+        self._changed = np.zeros(self.size + 1, bool)
+
+    def begin(self) -> None:
+        super().begin()
+        self._before = [sums.roots for sums in self.sums]
+
+    def roll_back(self) -> None:
+        super().roll_back()
+        for sums, roots in zip(self.sums, self._before, strict=True):
+            sums.roots = roots
+        self._changed[:] = False
+
+    def attach(self, roots: Integers, above: Integers | int) -> None:
+        super().attach(roots, above)
+        self._changed[roots] = True
 
     def add_sums(
         self, total: Integers, parts: tuple[Integers, Integers], factors: tuple[float, float], origin: int
     ) -> None:
         """Add total = f * one + g * other; :meth:`simplify` makes use of them."""
-        self.sums = np.concatenate([self.sums, np.stack([total, *parts], axis=1)])
-        row = np.array([[1.0, -factors[0], -factors[1]]])
-        self.factors = np.concatenate([self.factors, np.repeat(row, len(total), axis=0)])
-        self.owners = np.concatenate([self.owners, np.full(len(total), origin)])
-        self.is_open = np.concatenate([self.is_open, np.ones(len(total), bool)])
+        unknowns = np.stack([total, *parts], axis=1)
+        row = np.array([1.0, -factors[0], -factors[1]])
+        self.sums.append(_Sums(unknowns, row, origin, np.ones(len(total), bool)))
+
+    def fix_open(self) -> None:
+        """Nothing changes where sums are open."""
+        for sums in self.sums:
+            if sums.is_open.any():
+                self.fix(np.unique(sums.unknowns[sums.is_open]), _NOBODY)
 
     def simplify(self) -> None:
         """Use the sums in which at most two unknowns are left, until none is.
@@ -319,87 +386,95 @@ class Shifts(Unknowns):
         Raises:
             Contradiction: one cannot hold, or it is not seen that all can hold together.
         """
-        while True:
-            rows = np.flatnonzero(self.is_open)
-            if not rows.size:
-                return
-            roots, slopes, rest, size = self._read(rows)
-            count = (slopes != 0).sum(axis=1)
-            done = rows[count < 3]
-            if not done.size:
-                if self._peel(roots) is None:
-                    raise Contradiction(np.ones(1, bool), ())
-                return
-            self.write(self.is_open, done, False)
-            none = count == 0
-            wrong = none & (np.abs(rest) > _CLOSE * size)
-            if wrong.any():
-                raise Contradiction(np.ones(1, bool), (int(self.owners[rows[wrong][0]]),))
-            for owner in np.unique(self.owners[rows[(count == 1) | (count == 2)]]):
-                mine = (self.owners[rows] == owner) & (count > 0) & (count < 3)
-                self._use(roots[mine], slopes[mine], rest[mine], int(owner))
+        touched, moved = True, False
+        while touched:
+            touched = False
+            changed = np.flatnonzero(self._changed)
+            for sums in self.sums:
+                if sums.roots is None or (sums.roots.size and self._changed[sums.roots].any()):
+                    touched = True
+                    moved = self._use(sums) or moved
+            self._changed[changed] = False
+        if moved:  # with fewer sums there still is an order in which they can be solved
+            roots = [sums.roots for sums in self.sums if sums.roots is not None]
+            if self._peel(np.concatenate(roots)) is None:
+                raise Contradiction(np.ones(1, bool), ())
 
-    def _read(self, rows: Integers) -> tuple[Integers, Array, Array, Array]:
-        """Sums as slopes times roots = rest, each root once."""
-        found, factors, offsets = self.find(self.sums[rows].ravel())
-        roots = found.reshape(-1, 3)
-        slopes = self.factors[rows] * factors.reshape(-1, 3)
-        terms = self.factors[rows] * offsets.reshape(-1, 3)
-        largest = np.abs(slopes).max(axis=1, keepdims=True)
-        for one, two in ((0, 1), (0, 2), (1, 2)):
-            same = roots[:, one] == roots[:, two]
-            slopes[:, one] += np.where(same, slopes[:, two], 0.0)
-            slopes[same, two] = 0.0
-        slopes[(roots == self.constant) | (np.abs(slopes) <= _CLOSE * largest)] = 0.0
-        return roots, slopes, -terms.sum(axis=1), np.abs(terms).sum(axis=1)
-
-    def _use(self, roots: Integers, slopes: Array, rest: Array, origin: int) -> None:
+    def _use(self, sums: _Sums) -> bool:
+        """Look at sums, and make equations of those that have at most two unknowns by now; whether others are left."""
+        rows = np.flatnonzero(sums.is_open)
+        roots, slopes, rest, size = self._read(sums, rows)
+        count = (slopes != 0).sum(axis=1)
+        sums.roots = roots[count == 3]
+        if len(sums.roots) == len(rows):
+            return True
+        self.write(sums.is_open, rows[count < 3], False)
+        wrong = (count == 0) & (np.abs(rest) > _CLOSE * size)
+        if wrong.any():
+            raise Contradiction(np.ones(1, bool), (sums.origin,))
+        mine = (count == 1) | (count == 2)
+        if not mine.any():
+            return bool(len(sums.roots))
+        roots, slopes, rest = roots[mine], slopes[mine], rest[mine]
         order = np.argsort(slopes == 0, axis=1, kind="stable")  # those that are left come first
         roots, slopes = np.take_along_axis(roots, order, axis=1), np.take_along_axis(slopes, order, axis=1)
         two = slopes[:, 1] != 0
         right = np.where(two, roots[:, 1], self.constant)
         factor = np.where(two, -slopes[:, 1] / slopes[:, 0], 1.0)
-        self.link(roots[:, 0], right, factor=factor, offset=rest / slopes[:, 0], origin=origin)
+        self.link(roots[:, 0], right, factor=factor, offset=rest / slopes[:, 0], origin=sums.origin)
+        return bool(len(sums.roots))
 
-    def _peel(self, roots: Integers) -> list[tuple[Integers, Integers]] | None:
+    def _read(self, sums: _Sums, rows: Integers) -> tuple[Integers, Array, Array, Array]:
+        """Sums as slopes times roots = rest, each root once."""
+        found, factors, offsets = self.find(sums.unknowns[rows].ravel())
+        roots = found.reshape(-1, 3)
+        slopes = sums.factors * factors.reshape(-1, 3)
+        terms = sums.factors * offsets.reshape(-1, 3)
+        largest = np.abs(slopes).max(axis=1, keepdims=True)
+        for one, two in ((0, 1), (0, 2), (1, 2)):
+            same = roots[:, one] == roots[:, two]
+            if same.any():
+                slopes[:, one] += np.where(same, slopes[:, two], 0.0)
+                slopes[same, two] = 0.0
+        slopes[(roots == self.constant) | (np.abs(slopes) <= _CLOSE * largest)] = 0.0
+        return roots, slopes, -terms.sum(axis=1), np.abs(terms).sum(axis=1)
+
+    def _peel(self, roots: Integers, sizes: Array | None = None) -> list[tuple[Integers, Integers]] | None:
         """Rows that are solved by an unknown of their own, the first ones last; None where there is no such order.
 
         Args:
             roots: of sums with three unknowns each.
+            sizes: how many depend on each unknown; the smallest is taken.
         """
         left = np.arange(len(roots))
         order: list[tuple[Integers, Integers]] = []
         while left.size:
-            _, places, counts = np.unique(roots[left].ravel(), return_inverse=True, return_counts=True)
-            once = counts[places.reshape(-1)].reshape(len(left), 3) == 1
+            mine = roots[left]
+            once = np.bincount(mine.ravel(), minlength=self.size + 1)[mine] == 1
             solved = once.any(axis=1)
             if not solved.any():
                 return None
-            sizes = np.where(once, self._class_sizes(roots[left]), np.inf)
-            order.append((left[solved], sizes[solved].argmin(axis=1)))
+            cost = np.where(once, 0.0 if sizes is None else sizes[mine], np.inf)
+            order.append((left[solved], cost[solved].argmin(axis=1)))
             left = left[~solved]
         return order
 
-    def _class_sizes(self, roots: Integers) -> Array:
-        return self._counts[roots] if self._counts is not None else np.zeros(roots.shape)
-
-    _counts: Array | None = None
-
     def choose(self) -> Array:
         """Every shift: what is free becomes zero, and sums are held by the unknown that fewest others depend on."""
-        self._counts = np.bincount(self.find(np.arange(self.size))[0], minlength=self.size + 1).astype(float)
+        which = np.arange(self.size)
+        found, factors, offsets = self.find(which)
         values = np.zeros(self.size + 1)
-        rows = np.flatnonzero(self.is_open)
-        if rows.size:
-            roots, slopes, rest, _ = self._read(rows)
-            order = self._peel(roots)
+        still_open = [(sums, np.flatnonzero(sums.is_open)) for sums in self.sums]
+        read = [self._read(sums, rows) for sums, rows in still_open if rows.size]
+        if read:
+            roots, slopes, rest = (np.concatenate([one[part] for one in read]) for part in range(3))
+            sizes: Array = np.bincount(found, weights=self.weights, minlength=self.size + 1).astype(float)
+            order = self._peel(roots, sizes)
             assert order is not None
             for solved, column in reversed(order):
                 others = slopes[solved] * values[roots[solved]]
                 here = np.arange(len(solved)), column
                 others[here] = 0.0
                 values[roots[solved][here]] = (rest[solved] - others.sum(axis=1)) / slopes[solved][here]
-        which = np.arange(self.size)
-        found, factors, offsets = self.find(which)
         values[self.constant] = self.value
         return factors * values[found] + offsets

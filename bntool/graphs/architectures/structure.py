@@ -35,7 +35,7 @@ from bntool.checkpoints.ties import find_tied
 from bntool.errors import RefusedError
 from bntool.graphs.architectures.catalogue import Catalogue, load_catalogue
 from bntool.graphs.architectures.recognition import Architecture
-from bntool.graphs.graph import Edge, Evidence, ModelGraph, Node, NodeKind, Owner
+from bntool.graphs.graph import Edge, Evidence, ModelGraph, Node, NodeKind, Owner, shorten
 
 KINDS = {
     "c": NodeKind.CONVOLUTION,
@@ -282,4 +282,4 @@ def parse_runs(text: str) -> Sequence[int]:
             numbers.extend([int(number)] * int(count))
         else:
             numbers.append(int(run))
-    return tuple(numbers)
+    return shorten(tuple(numbers))

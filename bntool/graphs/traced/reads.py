@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from bntool.graphs.graph import Edge, Node, NodeKind
+from bntool.graphs.graph import Edge, Node, NodeKind, shorten
 from bntool.graphs.traced.labels import Meeting
 
 
@@ -98,6 +98,6 @@ class Reads:
                 source=self._nodes[position],
                 target=node,
                 port=port,
-                sources=tuple(source for source, _ in pairs),
-                targets=None if meeting.channels is None else tuple(target for _, target in pairs),
+                sources=shorten(tuple(source for source, _ in pairs)),
+                targets=None if meeting.channels is None else shorten(tuple(target for _, target in pairs)),
             )
