@@ -266,7 +266,7 @@ def _size(tensor: Tensor) -> int:
 
 
 def _list_names(state_dict: StateDict) -> dict[str, str]:
-    """The full names by those without the prefix of wrappers."""
+    """Map each name without the prefix of wrappers to the full name."""
     return {state_dict.strip(name): name for name in state_dict.tensors}
 
 
@@ -376,7 +376,7 @@ def _compare_layer(
 
 
 def _compare_settings(a: BatchNorm, b: BatchNorm) -> dict[str, tuple[object, object]]:
-    """What both files say of a layer, and not alike; what one of them leaves open is no difference."""
+    """Settings of a layer that both files state and that differ; what only one file states is not compared."""
     one, two = _list_settings(a), _list_settings(b)
     return {name: (value, two[name]) for name, value in one.items() if name in two and two[name] != value}
 
@@ -406,7 +406,7 @@ def _with_recorded_eps(checkpoint: Checkpoint, state_dict: StateDict) -> tuple[B
 
 
 def _with_eps(layer: BatchNorm, *, of: BatchNorm) -> BatchNorm:
-    """What one file says holds for the other too, if that has no place for it."""
+    """Give a layer the eps that the other file states, if its own file has no place for eps."""
     return layer if layer.eps is not None else dataclasses.replace(layer, eps=of.eps)
 
 
@@ -447,7 +447,7 @@ def _numbers(layer: BatchNorm) -> dict[str, Sequence[float]]:
 
 
 def _scale_and_shift(numbers: Mapping[str, Sequence[float]], eps: float) -> tuple[list[float], list[float]]:
-    """As in :func:`bntool.batchnorm.scale_and_shift`, with NaN where a channel has none instead of an error."""
+    """Like :func:`bntool.batchnorm.scale_and_shift`, but NaN for a channel that has none, instead of an error."""
     mean, variance = numbers["running_mean"], numbers["running_var"]
     weight = numbers.get("weight", [1.0] * len(mean))
     bias = numbers.get("bias", [0.0] * len(mean))
@@ -456,7 +456,7 @@ def _scale_and_shift(numbers: Mapping[str, Sequence[float]], eps: float) -> tupl
 
 
 def _relative(old: Sequence[float], new: Sequence[float]) -> float:
-    """The length of the difference over the length of the old vector."""
+    """The length of the difference divided by the length of the old vector."""
     if list(old) == list(new):
         return 0.0
     length = math.hypot(*old)

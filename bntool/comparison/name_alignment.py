@@ -1,4 +1,4 @@
-"""Bringing the names of two state dicts together where one model is a part of the other."""
+"""Matching the names of two state dicts when one model is a part of the other."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Collection
 
 
 def align_names(a: Collection[str], b: Collection[str]) -> tuple[str, str]:
-    """What each side puts before the names of the other, e.g. ``backbone.``; "" on at least one side.
+    """Find what each side puts before the names of the other, e.g. ``backbone.``; at least one of the two is "".
 
     A path is taken only where it brings more names together than no path does, and at least half of the smaller side.
     Names below another path are then left to the side that has them.
@@ -24,7 +24,7 @@ def align_names(a: Collection[str], b: Collection[str]) -> tuple[str, str]:
 
 
 def _most_frequent_path(inner: set[str], outer: set[str]) -> tuple[str, int]:
-    """The path before names of ``outer`` whose rest is in ``inner`` most often."""
+    """The path that most often stands in ``outer`` before a name of ``inner``."""
     found: Counter[str] = Counter()
     for name in outer:
         parts = name.split(".")

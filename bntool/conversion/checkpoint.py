@@ -153,7 +153,7 @@ def _rename(
     add_prefix: str,
     renames: Mapping[str, str] | None,
 ) -> Conversion | None:
-    """New names alone; None where none are asked for.
+    """Plan new names without changing anything else; None if no new names are asked for.
 
     Raises:
         RefusedError: the format is only read, or its names are those of a program.
@@ -260,7 +260,7 @@ def plan_conversion(
 
 
 def _check_certain(conversion: Conversion, path: object) -> None:
-    """Under --strict nothing is lost, and nothing taken for granted."""
+    """With --strict, refuse to lose anything or to assume anything."""
     if conversion.losses:
         raise RefusedError(f"--strict: this would be lost: {conversion.losses[0]}", path=path)
     if conversion.plan.assumptions:
@@ -268,7 +268,7 @@ def _check_certain(conversion: Conversion, path: object) -> None:
 
 
 def _check_understood(checkpoint: Checkpoint, source: StateDict) -> None:
-    """Refuse to leave out what lies where tensors should and is none that is known."""
+    """Refuse to leave out an entry that stands among tensors and that bntool cannot read."""
     lost = [one for one in find_not_understood(checkpoint, source) if one.left_out]
     if lost:
         more = f", and {len(lost) - 1} more" if len(lost) > 1 else ""
@@ -328,7 +328,7 @@ def _plan_format(
 
 
 def _texts(checkpoint: Checkpoint) -> dict[str, str]:
-    """The header texts of a safetensors file."""
+    """The texts in the header of a safetensors file."""
     if not checkpoint.format.entries_are_texts:
         return {}
     return {name: text for name, text in checkpoint.entries.items() if isinstance(text, str)}
@@ -340,7 +340,7 @@ def _last_conversion(checkpoint: Checkpoint, source: StateDict) -> Mapping[str, 
 
 
 def _describe_modules(source: StateDict) -> dict[str, dict[str, Any]]:
-    """What a pickled module or a graph says of its BatchNorm layers and a state dict cannot."""
+    """Facts of BatchNorm layers that a pickled module or a graph states and a state dict cannot hold."""
     if not source.modules:
         return {}
     return {

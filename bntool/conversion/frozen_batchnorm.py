@@ -22,7 +22,7 @@ _BATCHNORM_VERSION = 2  # with num_batches_tracked
 
 @dataclass(frozen=True)
 class KindChange:
-    """What turns layers of one kind into another.
+    """The steps that turn layers of one kind into another.
 
     Attributes:
         details: for the record.
@@ -156,7 +156,7 @@ def _name(layer: BatchNorm, role: str) -> str:
 
 
 def _recorded_modules(history: Sequence[Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
-    """What conversions on the way here recorded of each layer; the last one counts."""
+    """What earlier conversions recorded of each layer; the latest record counts."""
     found: dict[str, Mapping[str, Any]] = {}
     for record in history:
         modules = record.get("modules")
@@ -166,7 +166,7 @@ def _recorded_modules(history: Sequence[Mapping[str, Any]]) -> dict[str, Mapping
 
 
 def _last_kind(history: Sequence[Mapping[str, Any]], name: str) -> str | None:
-    """What the last conversion between the kinds made of a layer."""
+    """The kind that the last conversion gave a layer."""
     for record in reversed(history):
         layers = record.get("layers")
         if record.get("operation") == Operation.CONVERT.value and isinstance(layers, list) and name in layers:

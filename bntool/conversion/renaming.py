@@ -16,7 +16,7 @@ _SHOWN = 3
 def plan_renames(
     state_dict: StateDict, *, strip_prefix: str = "", renames: Mapping[str, str] | None = None, add_prefix: str = ""
 ) -> tuple[RenameTensor, ...]:
-    """A step for each tensor whose name changes; the prefix goes first, and the new one comes last.
+    """Plan a step for each tensor whose name changes; prefixes are taken off first and added last.
 
     Args:
         strip_prefix: what all or some names begin with, such as ``module.``; whole parts of names.
@@ -62,7 +62,7 @@ def _rename_part(names: Mapping[str, str], part: str, new: str, *, prefix: str) 
 
 
 def describe_left(checkpoint: Checkpoint, state_dict: StateDict, *, strip_prefix: str) -> list[str]:
-    """What keeps the old names, one sentence each."""
+    """Say what keeps its old names, in one sentence each."""
     left = []
     prefix = strip_prefix.rstrip(".") + "."
     kept = [name for name in state_dict.tensors if strip_prefix and not name.startswith(prefix)]

@@ -50,7 +50,7 @@ class Batch:
     position: int | None = None
 
     def describe(self, samples: Sequence[int]) -> str:
-        """Some of the samples in words, by position; the batch as a whole where all are meant, or have no names."""
+        """Name some of the samples by position; the whole batch if all are meant, or if samples have no names."""
         if not 0 < len(samples) < self.samples or len(self.names) <= max(samples):
             return self.description
         return name_some([self.names[index] for index in samples])
@@ -172,7 +172,7 @@ def as_batches(batches: Iterable[Any], *, description: str = "the batches given"
 
 
 def take_share(items: Iterator[Batch], batches: Batches) -> Iterator[Batch]:
-    """Of the list of all batches, whose length is not known, those of a share; all are read.
+    """Yield the batches of one share from a list whose length is not known; all batches are read.
 
     Args:
         items: all batches.
@@ -200,7 +200,7 @@ def _read_user_data(batches: Iterable[Any], description: str) -> Iterator[Any]:
 
 
 def split_batch(item: Any, *, source: str, position: int) -> Batch:
-    """Tell inputs and labels of a batch apart.
+    """Separate the inputs of a batch from its labels.
 
     - a tensor: the input;
     - a tuple or list: its first element is the input (a tensor; a tuple, dict or list as in :class:`Batch`), the second
@@ -263,13 +263,13 @@ def describe_range(source: str, start: int, count: int) -> str:
 
 
 def name_some(names: Sequence[str]) -> str:
-    """The first few of them, and how many more there are."""
+    """Name the first few of them, and count the rest."""
     more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
     return ", ".join(names[:_NAMED]) + more
 
 
 def find_bad_rows(values: torch.Tensor) -> list[int]:
-    """Along the first dimension, where a tensor holds NaN or infinity."""
+    """Positions along the first dimension at which a tensor holds NaN or infinity."""
     finite = torch.isfinite(values).reshape(values.shape[0], -1).all(dim=1)
     return [index for index, good in enumerate(finite.tolist()) if not good]
 
@@ -280,7 +280,7 @@ def move(value: Any, *, device: torch.device | None, dtype: torch.dtype | None) 
 
 
 def find_placement(model: torch.nn.Module) -> tuple[torch.device | None, torch.dtype | None]:
-    """Where a model computes, and in which dtype; None where it has no floating tensors.
+    """The device and floating dtype of a model; None for a model without floating tensors.
 
     Those of its first weight of two dimensions or more: scalars and norms are often kept in another dtype.
     """

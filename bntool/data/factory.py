@@ -49,7 +49,7 @@ def _make(found: Any, spec: str) -> Any:
 
 
 class _Source:
-    """What a factory made; an iterator is used up by a pass, so the factory is asked for another."""
+    """The result of a user's factory; when an iterator is used up, the factory is called again."""
 
     def __init__(self, found: Any, made: Any, spec: str) -> None:
         self._found, self._spec = found, spec
@@ -171,7 +171,7 @@ def _read_batches(source: _Source, spec: str, options: DataOptions) -> Batches:
 
 
 def _count(made: Any, options: DataOptions) -> int | None:
-    """How many samples there will be, at most; None where nothing tells."""
+    """The largest number of samples that can come; None if nothing tells."""
     if isinstance(made, DataLoader) and made.batch_size and not isinstance(made.dataset, IterableDataset):
         with running_user_code("len() of the data loader"):
             count = min(len(made) * made.batch_size, len(made.dataset))  # type: ignore[arg-type]

@@ -144,7 +144,7 @@ class _Images(Dataset[Any]):
 
 
 def _explain(error: Exception) -> str:
-    """Why, without the path that Pillow and the system add."""
+    """The reason why an image cannot be read, without the path that Pillow and the system add."""
     from PIL import UnidentifiedImageError
 
     if isinstance(error, UnidentifiedImageError):

@@ -70,7 +70,7 @@ def convert(image: Image, channels: int) -> Image:
 
 
 def _fit_shorter_side(size: tuple[int, int], wanted: Size) -> tuple[int, int]:
-    """(width, height) after resizing."""
+    """The width and height after resizing the shorter side."""
     if isinstance(wanted, tuple):
         return wanted[1], wanted[0]
     width, height = size
@@ -85,5 +85,5 @@ def _cut_middle(image: Image, crop: Size) -> Image:
 
 
 def _find_edge(length: int, wanted: int) -> int:
-    """Where the middle begins; before 0 where there is not as much, the larger half of what is missing behind."""
+    """Where a centred crop begins; negative if the image is smaller than the crop."""
     return round((length - wanted) / 2) if length >= wanted else -((wanted - length) // 2)

@@ -55,7 +55,7 @@ class Preprocessing:
     origin: str = field(default="--preprocess", compare=False)
 
     def normalize(self, pixels: torch.Tensor) -> torch.Tensor:
-        """(pixels / 255 - mean) / std.
+        """Compute (pixels / 255 - mean) / std.
 
         Args:
             pixels: uint8, shape (N, C, H, W).
@@ -75,11 +75,11 @@ class Preprocessing:
         return pixels.to(torch.float32).div_(255).sub_(mean).div_(std)
 
     def without_geometry(self) -> Preprocessing:
-        """The same for pixels that have their size already."""
+        """The same preprocessing for pixels that already have their size."""
         return replace(self, resize=None, crop=None)
 
     def describe(self) -> str:
-        """The steps as ``--preprocess`` takes them; what is as always is not mentioned."""
+        """Write the steps as ``--preprocess`` takes them, without those that have their default."""
         parts = [f"{name}={_show_size(size)}" for name, size in (("resize", self.resize), ("crop", self.crop)) if size]
         if self.resize and self.interpolation is not Interpolation.BILINEAR:
             parts.append(f"interpolation={self.interpolation.value}")

@@ -75,7 +75,7 @@ class Dealt:
 
     @property
     def samples(self) -> int:
-        """Of this share."""
+        """The samples of this share."""
         return sum(map(len, self.batches.values()))
 
 

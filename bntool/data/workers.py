@@ -14,7 +14,7 @@ _LOST = "a process that reads the data was lost (killed, out of memory, or ended
 
 
 class LostWorkerError(RuntimeError):
-    """A worker process of a DataLoader is gone."""
+    """A worker process of a DataLoader ended unexpectedly."""
 
 
 def iterate(source: Iterable[Any]) -> Iterator[Any]:
@@ -41,7 +41,7 @@ def iterate(source: Iterable[Any]) -> Iterator[Any]:
 
 @contextlib.contextmanager
 def _keep_child_handler() -> Iterator[None]:
-    """Leave the handler of SIGCHLD as it is.
+    """Keep the handler of SIGCHLD that was installed before.
 
     torch installs one that raises wherever the program happens to be when a worker dies. Without it the loader itself
     notices, within seconds.

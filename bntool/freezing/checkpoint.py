@@ -38,7 +38,7 @@ from bntool.representation import html_repr, short_repr
 
 
 class Carrier(Enum):
-    """What keeps the layers from changing, once the file is written."""
+    """Where a written file says that its layers are frozen."""
 
     RECORD = "record"  # nothing yet: the policy that is recorded, once it is applied to the live model
     MODULES = "modules"  # flags of pickled modules, and the record
@@ -49,7 +49,7 @@ class Carrier(Enum):
 
 @dataclass(frozen=True)
 class FreezePlan:
-    """A plan and what it means.
+    """A plan, and what it means for the layers.
 
     Attributes:
         plan: ends with the record of the policy, where the file has a place for it.
@@ -314,7 +314,7 @@ def _switch(
 
 
 def _switch_net(layers: Sequence[BatchNorm], policy: FreezePolicy) -> tuple[list[Step], list[Skip]]:
-    """The policy in words of a net: they become use_global_stats, lr_mult and decay_mult."""
+    """Write the policy into a Caffe net, as use_global_stats, lr_mult and decay_mult."""
     if policy.stages is not None:
         raise UsageError("--frozen-stages knows backbones of PyTorch; name the layers of a Caffe net with --layers")
     steps: list[Step] = []
@@ -377,7 +377,7 @@ def _flags(state_dict: StateDict, policy: FreezePolicy) -> list[Step]:
 
 
 def _wanted_gradient(policy: FreezePolicy, name: str) -> bool | None:
-    """What the policy says about the gradient of a parameter, None for nothing."""
+    """The requires_grad that the policy asks for, for one parameter; None if it asks for none."""
     if policy.stages is not None and is_within(name, policy.stages.without_gradient):
         return False
     owner, _, leaf = name.rpartition(".")

@@ -1,4 +1,4 @@
-"""Modules that stay in eval mode whatever is asked of them.
+"""Modules that stay in eval mode even when ``train()`` is called.
 
 A held module has a subclass of its own class whose ``train()`` does nothing; this travels with deepcopy, pickling, DDP
 and torch.compile. The model that holds them has one whose ``train()`` holds them again afterwards, which also finds
@@ -29,7 +29,7 @@ FREEZE = "_bntool_freeze"  # on the model: what to give back, and what to hold
 
 
 class _Held(nn.Module):
-    """Mixed into the class of frozen modules and of the model that holds them."""
+    """Mixed into the classes of frozen modules, and of the model that contains them."""
 
     def train(self, mode: bool = True) -> Any:  # noqa: FBT001, FBT002 (torch's own signature)
         hold = vars(self).get(HOLD)

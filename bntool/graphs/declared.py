@@ -18,7 +18,7 @@ _NORM_WORD = re.compile(r"(?:batch_?norm|norm|bn)", re.IGNORECASE)
 
 
 def parse_pairs(texts: Sequence[str]) -> dict[str, str]:
-    """``["conv1=bn1"]``, or lines of such, as a mapping from the BatchNorm to its producer.
+    """Read ``["conv1=bn1"]``, or lines of such pairs, as a mapping from each BatchNorm to its producer.
 
     Raises:
         UsageError: a pair is malformed, or a name occurs twice.
@@ -55,7 +55,7 @@ def _read_text(path: str) -> str:
 
 
 def suggest_pairs(state_dict: StateDict) -> dict[str, str]:
-    """Pairs that names and channels make likely, from the BatchNorm to its producer: for a person to read only."""
+    """Suggest pairs by names and channels, from each BatchNorm to its producer, for a person to read."""
     pairs: dict[str, str] = {}
     for norm in find_norms(state_dict):
         if not norm.kind.is_batch_norm:
@@ -70,7 +70,7 @@ def suggest_pairs(state_dict: StateDict) -> dict[str, str]:
 
 
 def _likely_names(batchnorm: str) -> Iterator[str]:
-    """``block.bn1`` follows ``block.conv1``, ``neck_bn`` follows ``neck``, ``stem.1`` follows ``stem.0``."""
+    """Names that usually precede a BatchNorm of this name: ``block.conv1`` before ``block.bn1``."""
     path, dot, leaf = batchnorm.rpartition(".")
     if leaf.isdigit():
         yield f"{path}{dot}{int(leaf) - 1}"
@@ -81,7 +81,7 @@ def _likely_names(batchnorm: str) -> Iterator[str]:
 
 
 def declare(state_dict: StateDict, pairs: Mapping[str, str]) -> ModelGraph:
-    """The graph that holds nothing but the pairs; each is held against shapes.
+    """Build a graph that holds nothing but the pairs; each pair is checked against the shapes of its tensors.
 
     A weight of three or more dimensions counts as a convolution's, unless the file says what the module is. Its output
     channels are on the first axis, or on the last one where only that fits.

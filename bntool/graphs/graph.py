@@ -24,7 +24,7 @@ class Evidence(Enum):
 
 
 class NodeKind(Enum):
-    """What a node computes, as far as moving a scale and a shift through it is concerned."""
+    """What a node computes, as far as it matters for moving a scale and a shift through it."""
 
     CONVOLUTION = "convolution"
     CONV_TRANSPOSE = "transposed convolution"
@@ -50,7 +50,7 @@ class NodeKind(Enum):
 
     @property
     def is_called_by_operator(self) -> bool:
-        """Whether people know it by its operation, like ``relu``, rather than by its kind."""
+        """Whether messages call it by its operation, such as ``relu``, instead of by its kind."""
         return self in _CALLED_BY_OPERATOR
 
 
@@ -196,7 +196,7 @@ class ModelGraph:
 
     @cached_property
     def observed(self) -> ModelGraph:
-        """The same graph without what did not run and only may read or feed something."""
+        """The same graph without modules that did not run."""
         if all(node.ran for node in self.nodes):
             return self
         seen = (edge for edge in self.edges if self.nodes[edge.source].ran and self.nodes[edge.target].ran)
@@ -207,7 +207,7 @@ class ModelGraph:
         return self._incoming.get(node.index, ())
 
     def outputs(self, node: Node) -> tuple[Edge, ...]:
-        """The edges out of a node: everything that reads what it computed."""
+        """The edges out of a node, one for each node that reads what it computed."""
         return self._outgoing.get(node.index, ())
 
     @cached_property
@@ -220,7 +220,7 @@ class ModelGraph:
         return {layer: tuple(nodes) for layer, nodes in calls.items()}
 
     def names_of(self, name: str) -> tuple[str, ...]:
-        """A parameter's or buffer's name and its further names."""
+        """All names of a parameter or buffer, when several modules share it."""
         return (name, *self.aliases.get(name, ()))
 
 
@@ -241,7 +241,7 @@ def _group(edges: Sequence[Edge], *, key: str) -> Mapping[int, tuple[Edge, ...]]
 
 
 def check_lengths(layer: str, lengths: Iterable[int]) -> None:
-    """Hold the vectors of a layer against each other.
+    """Check that all vectors of a layer have the same length.
 
     Raises:
         CorruptFileError: they differ in length.

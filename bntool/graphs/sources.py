@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Knowledge:
-    """What is there to build a graph from.
+    """All that a graph can be built from: a state dict, a live model, pairs, a file, an architecture.
 
     Attributes:
         state_dict: the tensors.
@@ -68,7 +68,7 @@ def _trace(known: Knowledge) -> ModelGraph | None:
 
 
 def read_stored_graph(checkpoint: Checkpoint) -> ModelGraph | None:
-    """The graph of a file that holds one; None for formats of tensors only.
+    """Read the graph that a file holds; None for formats that hold only tensors.
 
     Raises:
         RefusedError: the file is of a format that can hold one, and does not.
@@ -106,7 +106,7 @@ SOURCES: tuple[GraphSource, ...] = (
 
 
 def build_graph(known: Knowledge) -> ModelGraph | None:
-    """The graph of the first source that can give one; those of other packages are asked last.
+    """Build the graph from the first source that can give one; sources of other packages are asked last.
 
     Raises:
         UsageError: the file holds its graph, and something else was declared.

@@ -22,7 +22,7 @@ def is_batch_norm_without_statistics(norm: BatchNorm) -> bool:
 
 
 def describe_behaviour(norm: BatchNorm) -> tuple[str, ...]:
-    """What PyTorch does where the flags of a module are not those that most have, a sentence each."""
+    """What PyTorch does with a module whose flags are unusual, in one sentence each."""
     said = []
     tracks, has_statistics = norm.track_running_stats, norm.has_statistics
     if not has_statistics and is_batch_norm_without_statistics(norm):

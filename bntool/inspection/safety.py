@@ -38,7 +38,7 @@ class Safety(NamedTuple):
 
 
 def judge_safety(checkpoint: Checkpoint) -> Safety:
-    """The worst of what its pickles name and of what its format carries."""
+    """Judge a file by the worst thing that its pickles name or that its format carries."""
     by_trust = {trust: tuple(g.path for g in checkpoint.globals if g.trust is trust) for trust in GlobalTrust}
     unknown, suspicious = by_trust[GlobalTrust.UNKNOWN], by_trust[GlobalTrust.SUSPICIOUS]
     holds_code = checkpoint.format.holds_code
@@ -71,12 +71,12 @@ def _listed(names: tuple[str, ...]) -> str:
 
 
 def _warn(loader: Loader, names: str) -> str:
-    """Of names that run programs or code."""
+    """Finding for names that run programs or code."""
     return _WARNINGS[loader].format(names=names)
 
 
 def _explain(loader: Loader, names: str) -> str:
-    """Of names of which nothing is known."""
+    """Finding for names of which nothing is known."""
     return _EXPLANATIONS[loader].format(names=names)
 
 

@@ -75,7 +75,7 @@ def _find_place(step: Step) -> str:
 
 
 def what_remains(module: nn.Module, *, copies: bool = False) -> nn.Module:
-    """What takes the place of a BatchNorm that is folded: the identity, or the activation of a combined module.
+    """The module that takes the place of a folded BatchNorm: the identity, or the activation of a combined module.
 
     It is given the forward hooks of the BatchNorm: its output is still the same.
 
@@ -140,7 +140,7 @@ def _add(module: nn.Module, step: AddTensor) -> None:
 
 
 def _remove(module: nn.Module, leaf: str) -> None:
-    """The tensor is gone, its name stays: the module's code reads None."""
+    """Remove a tensor but keep its name, so that the module's code reads None."""
     for slot in (module._parameters, module._buffers):
         if leaf in slot:
             slot[leaf] = None

@@ -138,7 +138,7 @@ def _running_as_written() -> contextlib.AbstractContextManager[None]:
 
 
 class _Contents:
-    """What one module holds: its class, its registries, its attributes, and what simple containers among these hold."""
+    """All that one module holds: its class, registries and attributes, and the contents of simple containers."""
 
     def __init__(self, module: torch.nn.Module) -> None:
         self._module = module
@@ -174,7 +174,7 @@ class _Contents:
                 parameter.requires_grad_(requires_grad)
 
     def find_container(self, value: Any) -> _Container | None:
-        """What is known of a list, dict, set or registry of this module."""
+        """The saved contents of a list, dict, set or registry of this module."""
         for position, empty in enumerate(self._empty):
             if empty is value:
                 del self._empty[position]
@@ -209,7 +209,7 @@ def _identify(container: Any) -> list[int]:
 
 
 def _is_plain(parameter: torch.Tensor) -> bool:
-    """Whether a parameter is a tensor in memory of its own, not one that stands for what lies elsewhere."""
+    """Whether a parameter is a tensor with memory of its own."""
     return not is_lazy(parameter) and type(parameter.data) is torch.Tensor
 
 
@@ -254,7 +254,7 @@ def _lie_at_one_place(first: torch.Tensor, second: torch.Tensor) -> bool:
 
 
 class _Elements:
-    """The elements of one tensor, where it has any."""
+    """A copy of the elements of one tensor, if it has any."""
 
     def __init__(self, tensor: torch.Tensor) -> None:
         self._tensor = tensor
@@ -274,13 +274,13 @@ class _Elements:
 
 
 def is_switching(module: torch.nn.Module) -> bool:
-    """Whether the class of a module does something of its own when its mode changes."""
+    """Whether the class of a module does more than set a flag when its mode changes."""
     kind = type(module)
     return kind.train is not torch.nn.Module.train or kind.eval is not torch.nn.Module.eval
 
 
 def _find_switched(modules: Iterable[torch.nn.Module]) -> list[torch.nn.Parameter]:
-    """The parameters that a change of modes may change: those below modules that do something of their own then."""
+    """The parameters that a change of mode may change."""
     found = {
         id(parameter): parameter
         for module in modules

@@ -64,7 +64,7 @@ def map_tensors(function: Callable[[Tensor], Any], item: Any) -> Any:
 
 
 def _make_tuple(like: tuple[Any, ...], items: list[Any]) -> Any:
-    """A tuple of the class of another one; constructors of subclasses take who knows what, so none is called."""
+    """Make a tuple of the same class as another one, without calling a constructor whose arguments are unknown."""
     kind = type(like)
     try:
         made = tuple.__new__(kind, items)

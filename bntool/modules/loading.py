@@ -1,4 +1,4 @@
-"""Tensors of a file into a live module."""
+"""Loading tensors of a file into a live module."""
 
 from __future__ import annotations
 
@@ -178,7 +178,7 @@ def _explain(missing: Sequence[str], unexpected: Sequence[str], shapes: Sequence
 
 
 def _is_of_the_head(text: str) -> bool:
-    """Whether shapes differ in the first dimension only, as those of a last layer for other classes do."""
+    """Whether shapes differ only in their first dimension, like those of a last layer for another number of classes."""
     file, model = (part.partition("[")[2].partition("]")[0].split(", ") for part in text.split(" in the file, "))
     return len(file) == len(model) <= 2 and file[1:] == model[1:]
 

@@ -36,7 +36,7 @@ class LayerAgreement:
 
 @contextlib.contextmanager
 def watch(model: nn.Module, layers: Collection[str]) -> Iterator[dict[str, list[torch.Tensor]]]:
-    """Collect what modules give for the first sample of a batch, call by call, while the model runs.
+    """Collect what modules compute for the first sample of a batch, call by call, while the model runs.
 
     Args:
         layers: names of modules, as a plan has them.
@@ -96,7 +96,7 @@ def _largest_error(
 
 
 def _undo(stored: torch.Tensor, transform: StoredOutput) -> torch.Tensor:
-    """What a tensor stands for that is stored as a (x + b)."""
+    """The output x of a layer, from a (x + b) as it is stored."""
     shape = [1] * stored.dim()
     shape[transform.axis] = -1
     scale, shift = (

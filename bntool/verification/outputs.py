@@ -72,7 +72,7 @@ def verify(
     points: Mapping[str, str] | None = None,
     transforms: Mapping[str, StoredOutput] | None = None,
 ) -> Agreement:
-    """Hold a changed model against the original.
+    """Check that a changed model computes what the original does.
 
     In float64 they agree to 1e-9 of the largest magnitude of each output, or to 16 times what the model makes of
     rounding there, or the change is wrong.
@@ -166,7 +166,7 @@ def measure_difference(model: nn.Module, changed: nn.Module, inputs: Any) -> flo
 def verify_program(
     model: nn.Module, run: Callable[[Any], list[torch.Tensor]], inputs: Sequence[Any], *, tolerance: float
 ) -> float:
-    """Hold a program, which has one mode and one dtype, against the original model.
+    """Check an exported program, which has one mode and one dtype, against the original model.
 
     Args:
         model: the original; given back as it was.
@@ -275,7 +275,7 @@ def _as_strided(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _check_meaning(outputs: Sequence[Sequence[torch.Tensor]]) -> None:
-    """Outputs that are nothing, not finite or the same for all inputs prove nothing.
+    """Refuse outputs that prove nothing: none, not finite, or the same for all inputs.
 
     Raises:
         VerificationError: they are such.
@@ -306,7 +306,7 @@ def _check_meaning(outputs: Sequence[Sequence[torch.Tensor]]) -> None:
 
 
 def _are_the_same(outputs: Sequence[Sequence[torch.Tensor]]) -> bool:
-    """Whether all inputs give the same, as far as their outputs have the same shapes; empty ones say nothing."""
+    """Whether all inputs give equal outputs, as far as their shapes agree; empty outputs are left out."""
     kinds: dict[tuple[torch.Size, ...], list[list[torch.Tensor]]] = {}
     for one in outputs:
         filled = [tensor for tensor in one if tensor.numel()]
@@ -316,7 +316,7 @@ def _are_the_same(outputs: Sequence[Sequence[torch.Tensor]]) -> bool:
 
 
 def _check_dependence(model: nn.Module, inputs: Sequence[Any]) -> None:
-    """Outputs that did not move at all prove something where the parameters reach them.
+    """Refuse outputs that do not depend on the parameters: that they agree proves nothing.
 
     Raises:
         VerificationError: they do not.
@@ -333,12 +333,12 @@ def _check_dependence(model: nn.Module, inputs: Sequence[Any]) -> None:
 
 
 class _OtherShapesError(VerificationError):
-    """Outputs of other shapes than before."""
+    """The outputs of the two models have different shapes."""
 
 
 @contextlib.contextmanager
 def _said_of_original() -> Iterator[None]:
-    """Say of the original alone that the shapes of its outputs hang on rounding.
+    """Say, if shapes differ inside the block, that those of the original depend on rounding.
 
     Raises:
         VerificationError: they do, inside.
@@ -356,7 +356,7 @@ def _said_of_original() -> Iterator[None]:
 def _explained(
     model: nn.Module, inputs: Sequence[Any], *, unit: float = torch.finfo(torch.float64).eps
 ) -> Iterator[None]:
-    """Say of other shapes inside whether the original gives such too, for parameters that are rounded otherwise."""
+    """If shapes differ inside the block, find out whether rounding the original's parameters changes its own."""
     try:
         yield
     except _OtherShapesError:

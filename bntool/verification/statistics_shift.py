@@ -1,4 +1,4 @@
-"""How far running statistics moved, in one unit for every command: sigmas of the new ones, and factors of variance."""
+"""How far running statistics moved, in one unit for all commands: standard deviations, and factors of the variance."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Statistics = tuple[Sequence[float], Sequence[float]]  # running_mean and running
 
 @dataclass(frozen=True)
 class StatisticsShift:
-    """Old against new statistics of one layer.
+    """Old statistics of one layer compared with new ones.
 
     With d = (old_mean - new_mean) / sqrt(new_var + new_eps) and r = (new_var + new_eps) / (old_var + old_eps) of each
     channel:
@@ -72,7 +72,7 @@ NO_SHIFT = StatisticsShift(0.0, 0.0, 1.0, 1.0, 1.0, finite=True)
 
 
 def measure_shift(old: Statistics, new: Statistics, *, old_eps: float, new_eps: float) -> StatisticsShift:
-    """How far statistics of as many channels moved."""
+    """Compare old and new statistics of a layer channel by channel."""
     (old_mean, old_variance), (new_mean, new_variance) = old, new
     before, after = [v + old_eps for v in old_variance], [v + new_eps for v in new_variance]
     known = _are_finite(old_mean, new_mean, after)
@@ -120,7 +120,7 @@ def _find_shifts(old: Sequence[float], new: Sequence[float], spread: Sequence[fl
 
 
 def _find_worst(values: Sequence[float]) -> float:
-    """The one of the largest magnitude."""
+    """The value of the largest magnitude."""
     return max(max(values, default=0.0), min(values, default=0.0), key=abs)
 
 

@@ -70,20 +70,20 @@ def find_alternatives(
 
 
 def _is_switch(module: nn.Module) -> bool:
-    """Whether a module holds several BatchNorms and nothing else: one of them is chosen, whatever their sizes."""
+    """Whether a module holds several BatchNorms and nothing else, so that its forward chooses one of them."""
     inside = [child for child in module._modules.values() if child is not None]
     return len(inside) > 1 and all(map(is_batchnorm, inside))
 
 
 def _count_idle(idle: Mapping[str, nn.Module], scope: str, channels: int | None) -> tuple[int, int]:
-    """How many producers of so many channels did not run, and how many BatchNorms."""
+    """Count the producers with this many output channels that did not run, and the BatchNorms that did not run."""
     inside = [module for path, module in idle.items() if _is_within(path, scope)]
     norms = sum(is_batchnorm(module) and _count_inputs(module) == channels for module in inside)
     return sum(_count_outputs(module) == channels for module in inside), norms
 
 
 def _find_scopes(path: str) -> Iterator[str]:
-    """The modules that hold one, from the inmost out; the model itself is ""."""
+    """The modules that contain a module, from the innermost to the model itself, whose name is ""."""
     while path:
         path = path.rpartition(".")[0]
         yield path
@@ -94,7 +94,7 @@ def _is_within(path: str, scope: str) -> bool:
 
 
 def _count_inputs(module: nn.Module) -> int | None:
-    """Channels of what a module reads, where its class tells."""
+    """How many channels a module reads, if its class tells."""
     if is_batchnorm(module):
         tensors = (module._buffers.get("running_mean"), module._parameters.get("weight"))
         sized = next((tensor.numel() for tensor in tensors if tensor is not None), None)

@@ -1,4 +1,4 @@
-"""Reading one call of an operation: is it a convolution, a linear, a BatchNorm, and which parameters does it take?"""
+"""Reading one call of an operation: what it is, and which parameters it takes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _CLOSE = 1e-4  # relative; a frozen BatchNorm computes its scale in the dtype of
 
 @dataclass(frozen=True)
 class CallFacts:
-    """What a call is.
+    """What is known of one call of an operation.
 
     Attributes:
         inputs: its data inputs, by port.
@@ -49,7 +49,7 @@ Labels = Mapping[int, Tensor | None]
 def call_facts(
     function: Any, arguments: Any, keywords: Any, *, index: ParameterIndex, labels: Labels, names_of: NamesOf
 ) -> CallFacts:
-    """What a call is; ``OTHER`` for everything that no scale and shift can pass.
+    """Find out what a call is; ``OTHER`` if no scale and shift can pass through it.
 
     Args:
         labels: of each tensor that the call was given, by identity; None for constants.
@@ -84,7 +84,7 @@ _ARITHMETIC = ("add", "sub", "mul", "div")
 
 
 def _passing(function: Any, arguments: Any, keywords: Any, *, data: Tensor, roles: _Roles) -> CallFacts | None:
-    """An operation on one computed tensor and nothing else that is computed."""
+    """Facts of an operation on a single computed tensor."""
     name = operators.name_of(function)
     its_labels = roles.labels[id(data)]
     assert its_labels is not None
@@ -102,7 +102,7 @@ def _passing(function: Any, arguments: Any, keywords: Any, *, data: Tensor, role
 
 
 def _arithmetic(name: str, given: Callable[[str], Any], roles: _Roles) -> CallFacts | None:
-    """A sum, difference, product or quotient of two operands."""
+    """Facts of a sum, difference, product or quotient of two operands."""
     first, other = given("self"), given("other")
     computed = [item for item in (first, other) if isinstance(item, Tensor) and roles.labels.get(id(item)) is not None]
     if not computed or (name == "div" and given("rounding_mode") is not None):
@@ -140,7 +140,7 @@ def _arithmetic(name: str, given: Callable[[str], Any], roles: _Roles) -> CallFa
 
 
 def _combine(name: str, first: Tensor, other: Tensor, given: Callable[[str], Any], roles: _Roles) -> CallFacts | None:
-    """A sum, difference or product of two computed tensors."""
+    """Facts of a sum, difference or product of two computed tensors."""
     if name == "div":
         return None
     dim = max(first.dim(), other.dim())
@@ -164,14 +164,14 @@ def _combine(name: str, first: Tensor, other: Tensor, given: Callable[[str], Any
 
 
 def _axis_of(data: Tensor, dim: int, roles: _Roles) -> int:
-    """Where the channels of an operand lie in a result of so many dimensions; a shorter one is broadcast."""
+    """The axis at which an operand's channels lie in a result of so many dimensions, after broadcasting."""
     its_labels = roles.labels[id(data)]
     assert its_labels is not None
     return varying_axis(its_labels, default=1) + dim - data.dim()
 
 
 def _number(constant: Any, roles: _Roles) -> float | None:
-    """The value of a constant that is one number of the code; None for anything else."""
+    """The value of a constant that is one number written in the code; None for anything else."""
     if isinstance(constant, int | float):
         return float(constant)
     if not isinstance(constant, Tensor) or constant.numel() != 1 or constant.is_meta or roles.names_of(constant):
@@ -183,14 +183,14 @@ _INTEGERS = (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8)
 
 
 def _lies_along(constant: Tensor, axis: int, *, data: Tensor, dim: int) -> bool:
-    """Whether a constant has one element for each channel of the result, and varies along nothing else."""
+    """Whether a constant has one element per channel of the result and is the same along all other axes."""
     shape = (*(1 for _ in range(dim - constant.dim())), *constant.shape)
     extent = data.shape[axis - (dim - data.dim())] if axis >= dim - data.dim() else 0
     return bool(shape[axis] == extent == constant.numel())
 
 
 def _removed_before(given: Callable[[str], Any], axis: int, dim: int) -> int:
-    """How many axes in front of the channels a reduction takes away."""
+    """How many axes in front of the channel axis a reduction removes."""
     if given("keepdim"):
         return 0
     axes = given("dim")
@@ -199,7 +199,7 @@ def _removed_before(given: Callable[[str], Any], axis: int, dim: int) -> int:
 
 
 class _Roles:
-    """Sorts the tensors of a call into parameters taken as they are, and computed ones."""
+    """Sorts the tensors of a call into parameters that are used unchanged, and tensors that were computed."""
 
     def __init__(self, *, index: ParameterIndex, labels: Labels, names_of: NamesOf) -> None:
         self.index, self.labels, self.names_of = index, labels, names_of
@@ -217,7 +217,7 @@ class _Roles:
             self.computed[role] = tuple(sorted(self.names_of(tensor)))
 
     def is_computed_constant(self, tensor: Tensor) -> bool:
-        """Whether a tensor is made of parameters, and is none of them in whatever layout."""
+        """Whether a tensor was computed from parameters and is not simply one of them in another layout."""
         return (
             self.labels.get(id(tensor)) is None
             and bool(self.names_of(tensor))
@@ -269,7 +269,7 @@ def _convolution(name: str, kind: NodeKind, given: Callable[[str], Any], roles: 
 
 
 def _is_centred(given: Callable[[str], Any]) -> bool:
-    """Whether the output has the size of the input, and a tap of the kernel meets each position with itself."""
+    """Whether the output has the input's size, so that the middle tap of the kernel meets each position itself."""
     sizes = given("weight").shape[2:]
     dilations, paddings = (_spread(given(key), len(sizes)) for key in ("dilation", "padding"))
     same = all(
@@ -280,12 +280,12 @@ def _is_centred(given: Callable[[str], Any]) -> bool:
 
 
 def _spread(values: Sequence[int], count: int) -> list[int]:
-    """As many numbers as there are dimensions: one may stand for all."""
+    """Repeat a single number for every dimension."""
     return list(values) * count if len(values) == 1 else list(values)
 
 
 def _is_fixed_filter(given: Callable[[str], Any], roles: _Roles) -> bool:
-    """Whether every channel goes through a filter that is no parameter as it is, and through nothing else."""
+    """Whether every channel is filtered by a constant that is not a parameter, separately from all other channels."""
     weight = given("weight")
     depthwise = int(given("groups")) == weight.shape[0] and weight.shape[1] == 1
     same = weight.shape[0] == given("input").shape[1]
@@ -313,7 +313,7 @@ def _linear(name: str, given: Callable[[str], Any], roles: _Roles) -> CallFacts 
 
 @dataclass(frozen=True)
 class Affine:
-    """A product or a sum with a constant that comes from one module's BatchNorm tensors.
+    """A product with, or a sum with, a constant that was computed from one module's BatchNorm tensors.
 
     Attributes:
         owner: dotted path of the module.
@@ -349,7 +349,7 @@ class Affine:
 def describe_affine(
     function: Any, given: Mapping[int, Tensor], labels: Labels, *, names_of: NamesOf, index: ParameterIndex, out: Tensor
 ) -> Affine | None:
-    """The product or sum with a constant that a call is, if the constant comes from one BatchNorm's tensors."""
+    """Describe a call that multiplies by, or adds, a constant of one BatchNorm's tensors; None for others."""
     name = operators.name_of(function)
     if name not in ("mul", "add") or len(given) != 2:
         return None
@@ -368,7 +368,7 @@ def describe_affine(
 
 
 def find_frozen_eps(product: Affine, total: Affine, index: ParameterIndex) -> float | None:
-    """The eps with which x * constant + constant is what a BatchNorm with the tensors of that module does.
+    """Find the eps with which ``x * scale + shift`` equals BatchNorm with the tensors of this module.
 
     It is the module's, or else the one that the numbers give, if that is a round one: an eps may be a local variable
     of a forward. None where the constants are no such thing.
@@ -389,7 +389,7 @@ def find_frozen_eps(product: Affine, total: Affine, index: ParameterIndex) -> fl
 
 
 def _solve_eps(scale: Tensor, weight: Tensor, variance: Tensor) -> float | None:
-    """From scale = weight / sqrt(variance + eps), in the channel that tells it best; of one significant digit."""
+    """Solve scale = weight / sqrt(variance + eps) for eps in the most sensitive channel, to one significant digit."""
     if scale.shape != weight.shape:
         return None
     estimates = (weight / scale).square() - variance
@@ -427,7 +427,7 @@ def _eps_of(module: torch.nn.Module) -> float | None:
 def late_bias(
     function: Any, given: Mapping[int, Tensor], labels: Labels, *, index: ParameterIndex
 ) -> tuple[Tensor, Parameter] | None:
-    """The labels and the bias where a call adds a bias to a product of matrices; linear does so on a strided input."""
+    """Labels and bias of a call that adds a bias to a matrix product, which linear does on strided inputs."""
     constants = [tensor for identity, tensor in given.items() if labels[identity] is None]
     computed = [labels[identity] for identity in given if labels[identity] is not None]
     if operators.name_of(function) != "add" or len(constants) != 1 or len(computed) != 1:

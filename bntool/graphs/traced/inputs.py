@@ -22,7 +22,7 @@ _TRIES = 40
 
 
 def parse_shape(text: str) -> tuple[int, ...]:
-    """``1,3,224,224`` as a shape.
+    """Read ``1,3,224,224`` as a shape.
 
     Raises:
         UsageError: it is none.
@@ -48,7 +48,7 @@ def make_input(model: nn.Module, shape: Sequence[int], *, seed: int = 0) -> torc
 
 
 def find_input(model: nn.Module) -> torch.Tensor:
-    """An input that the model runs on, guessed from its first layers; the model is given back as it was.
+    """Guess an input that the model runs on, from its first layers; the model is given back as it was.
 
     Raises:
         UsageError: none of the usual shapes runs.
@@ -76,7 +76,7 @@ def find_input(model: nn.Module) -> torch.Tensor:
 
 
 def guess_shapes(model: nn.Module) -> Iterator[tuple[int, ...]]:
-    """Shapes that the model may take, likely ones first."""
+    """List shapes that the model may take, the likely ones first."""
     configuration = getattr(model, "default_cfg", None)
     if isinstance(configuration, dict) and configuration.get("input_size"):  # timm's models know theirs
         yield (_BATCH, *configuration["input_size"])

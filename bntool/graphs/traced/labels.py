@@ -1,4 +1,4 @@
-"""Following channels through operations that only move elements.
+"""Labels of channels, followed through operations that only move elements.
 
 Each element of each traced tensor carries a label: a number that names the node that computed it and its channel there.
 An operation that moves elements (view, permute, split, cat, ...) is replayed on the labels themselves, with its real
@@ -20,7 +20,7 @@ _MOST_PAIRS = 1 << 14  # beyond, everything is said to meet everything
 
 @dataclass(frozen=True)
 class Meeting:
-    """Which labels a reader sees, and on which of its channels.
+    """Which labels a reader sees, and on which of its own channels.
 
     Attributes:
         labels: each pair once.
@@ -41,7 +41,7 @@ def fresh_labels(shape: Sequence[int], *, axis: int, base: int) -> Tensor:
 
 
 def varying_axis(labels: Tensor, *, default: int) -> int:
-    """The axis along which labels vary; ``default`` where it is not the only one."""
+    """The axis along which labels vary; ``default`` if they vary along several or none."""
     compact = _compact(labels)
     axes = [axis for axis, extent in enumerate(compact.shape) if extent > 1]
     if len(axes) == 1:
@@ -50,7 +50,7 @@ def varying_axis(labels: Tensor, *, default: int) -> int:
 
 
 def meet(labels: Tensor, *, axis: int | None) -> Meeting:
-    """What a reader sees whose channels lie along ``axis``; None for a reader without channels."""
+    """Find what a reader sees whose channels lie along ``axis``; None if it has no channels."""
     compact = _compact(labels)
     if axis is None or labels.dim() <= axis:
         return Meeting(tuple(torch.unique(compact).tolist()), None)
@@ -71,7 +71,7 @@ def meet(labels: Tensor, *, axis: int | None) -> Meeting:
 
 
 def replay(function: Any, arguments: Sequence[Any], keywords: dict[str, Any]) -> list[Tensor] | None:
-    """An operation that moves elements, on labels; None where it cannot be replayed."""
+    """Apply an operation that moves elements to labels; None if that is not possible."""
     name = function.overloadpacket.__name__
     try:
         if name in ("view", "_unsafe_view", "_reshape_alias", "view_copy"):
@@ -111,7 +111,7 @@ def _varies_only_along(labels: Tensor, axis: int) -> bool:
 
 
 def _compact(labels: Tensor) -> Tensor:
-    """The labels with every axis along which they do not vary cut down to one element."""
+    """Shorten every axis along which labels do not vary to one element."""
     for axis in range(labels.dim()):
         if labels.shape[axis] <= 1:
             continue

@@ -63,7 +63,7 @@ def name_of(function: Any) -> str:
 
 
 def argument(function: Any, arguments: Sequence[Any], keywords: Mapping[str, Any], name: str) -> Any:
-    """An argument by its name in the schema, or its default; None where there is none of that name."""
+    """An argument by its name in the schema, or its default; None if the schema has no such argument."""
     for position, formal in enumerate(function._schema.arguments):
         if formal.name == name:
             if name in keywords:
@@ -75,7 +75,7 @@ def argument(function: Any, arguments: Sequence[Any], keywords: Mapping[str, Any
 
 
 def producer_kind(function: Any, arguments: Sequence[Any], keywords: Mapping[str, Any]) -> NodeKind | None:
-    """Convolution, transposed convolution or linear; None for anything else.
+    """The kind of a convolution, transposed convolution or linear; None for other operations.
 
     A matrix product is only one of these where the caller finds its second matrix to be a transposed parameter.
     """
@@ -92,7 +92,7 @@ def producer_kind(function: Any, arguments: Sequence[Any], keywords: Mapping[str
 def passing_kind(  # noqa: PLR0911, C901 a list of cases
     function: Any, arguments: Sequence[Any], keywords: Mapping[str, Any], *, channel_axis: int, dim: int
 ) -> NodeKind | None:
-    """How a scale and shift per channel pass through an operation on one computed tensor; None for not at all.
+    """How a scale and shift per channel pass through an operation on one computed tensor; None if they do not pass.
 
     Args:
         channel_axis: where the channels of its input lie.
@@ -130,7 +130,7 @@ def passing_kind(  # noqa: PLR0911, C901 a list of cases
 
 
 def _count_positions(name: str, dim: int, pad: Sequence[int] | None) -> int:
-    """How many trailing axes a pooling, padding or interpolation runs over."""
+    """How many trailing axes a pooling, padding or interpolation works on."""
     if name in ("amax", "mean", "sum"):
         return 0  # by their own argument
     if name in _CONSTANT_PADS:
@@ -139,7 +139,7 @@ def _count_positions(name: str, dim: int, pad: Sequence[int] | None) -> int:
 
 
 def written_arguments(function: Any, arguments: Sequence[Any], keywords: Mapping[str, Any]) -> list[Any]:
-    """The arguments that an operation writes into, by its schema."""
+    """The arguments that an operation writes to, according to its schema."""
     written = []
     for position, formal in enumerate(function._schema.arguments):
         if formal.alias_info is not None and formal.alias_info.is_write:

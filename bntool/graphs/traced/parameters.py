@@ -1,4 +1,4 @@
-"""Recognising a model's parameters and buffers in the tensors that operations are given."""
+"""Recognising the parameters and buffers of a model among the tensors that operations are given."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ class ParameterIndex:
         self.by_name[parameter.name] = self._by_identity[id(tensor)] = tied
 
     def find(self, tensor: torch.Tensor, *, transposed: bool = False) -> Parameter | None:
-        """The parameter that a tensor is, itself or as a view of all of it (``transposed``: with its axes reversed)."""
+        """Find the parameter that a tensor is a view of (``transposed``: with reversed axes)."""
         known = self._by_identity.get(id(tensor))
         if known is not None:
             return None if transposed and tensor.dim() > 1 else known
@@ -99,7 +99,7 @@ class ParameterIndex:
         return None
 
     def touching(self, tensor: torch.Tensor) -> frozenset[str]:
-        """Names of the parameters whose elements a tensor shows."""
+        """Names of all parameters that share elements with a tensor."""
         return frozenset(
             parameter.name
             for parameter, candidate in self._by_storage.get(storage_key(tensor), ())
@@ -124,7 +124,7 @@ class ParameterIndex:
         reads_input: bool,
         whole: bool,
     ) -> Owner:
-        """What a module does beside its own BatchNorm, by what ran inside of it.
+        """Find out from the calls inside a module whether it does more than its own BatchNorm.
 
         Args:
             path: its dotted path.

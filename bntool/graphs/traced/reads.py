@@ -1,4 +1,4 @@
-"""Who read which labels, joined into edges when the forward is over."""
+"""Which node read which labels; joined into edges when the forward has ended."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Reads:
         self._uses: dict[str, set[int]] = {}
 
     def allocate(self, node: int, channels: int) -> int:
-        """The first of as many new labels for the output of a node."""
+        """Reserve labels for the channels of a node's output; returns the first."""
         base = self._next
         self._bases.append(base)
         self._nodes.append(node)
@@ -32,7 +32,7 @@ class Reads:
         return base
 
     def add(self, node: int, port: int, meeting: Meeting, labels: Tensor | None = None) -> None:
-        """A node reads labels on one of its inputs."""
+        """Note that a node reads labels on one of its inputs."""
         self._reads[(node, port)] = meeting
         if port == 0 and labels is not None:
             self._first[node] = labels
@@ -40,7 +40,7 @@ class Reads:
     replace = add
 
     def node_of(self, labels: Sequence[int]) -> int | None:
-        """The node that computed all of these, each of its first channels once and in order."""
+        """The node that computed exactly these labels, as its first channels in order."""
         if not labels:
             return None
         position = bisect_right(self._bases, labels[0]) - 1
@@ -56,14 +56,14 @@ class Reads:
         return self._first.get(node)
 
     def use(self, node: int, names: Iterable[str]) -> None:
-        """A node reads parameters."""
+        """Note that a node reads parameters."""
         for name in names:
             self._uses.setdefault(name, set()).add(node)
 
     def join(
         self, nodes: list[Node], completed: Mapping[int, int]
     ) -> tuple[tuple[Node, ...], tuple[Edge, ...], dict[str, frozenset[int]]]:
-        """Nodes, edges and uses of parameters.
+        """Build the nodes, the edges and the uses of parameters.
 
         Args:
             nodes: in order of execution.

@@ -1,4 +1,4 @@
-"""Who feeds whom, seen in one real forward of the live model: proof for that forward.
+"""Who feeds whom, observed in one real forward of the live model; it is proof for that forward only.
 
 A dispatch mode sees every operation below modules, functional calls and operators alike. Parameters are recognised by
 identity or as views of all their elements; what is computed from parameters alone stays constant and is remembered by
@@ -42,7 +42,7 @@ _INSTANCE_NORMS = (torch.instance_norm, nn.functional.instance_norm)
 
 
 def trace(model: nn.Module, inputs: Any, *, prefix: str | None = None) -> ModelGraph:
-    """Run one forward in eval mode and say which operation fed which; the model is given back as it was.
+    """Run one forward in eval mode and record which operation fed which; the model is given back as it was.
 
     Args:
         model: the live model, with the tensors that it shall be traced with.
@@ -68,7 +68,7 @@ _ELEMENT_READS = frozenset((Tensor.numpy, Tensor.tolist, Tensor.__array__, Tenso
 
 
 class _PythonCalls(TorchFunctionMode):
-    """Sees what a dispatch mode does not: that elements are read in Python, and which function operations belong to."""
+    """Notices what a dispatch mode cannot see: elements read by Python, and the function that operations belong to."""
 
     def __init__(self, recorder: _Recorder) -> None:
         super().__init__()
@@ -94,7 +94,7 @@ class _PythonCalls(TorchFunctionMode):
 
 
 def _find_wrapped(function: Any, arguments: Any, keywords: Any) -> Tensor | None:
-    """What a call pads by what lies on its other side: torch writes that piece by piece into new memory."""
+    """Find the tensor that a call pads circularly; torch writes such padding piece by piece into new memory."""
     mode = arguments[2] if len(arguments) > 2 else keywords.get("mode")
     data = arguments[0] if arguments else keywords.get("input")
     return data if function is nn.functional.pad and mode == "circular" and isinstance(data, Tensor) else None
@@ -183,11 +183,11 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return self.give_fresh_labels(node, [tensor], axis=1)
 
     def names_of(self, tensor: Tensor) -> frozenset[str]:
-        """The parameters that a constant shows or was computed from."""
+        """Names of the parameters that a constant shows or was computed from."""
         return (self.known.origin(tensor) or frozenset()) | self.index.touching(tensor)
 
     def give_fresh_labels(self, node: Node, tensors: Sequence[Tensor], *, axis: int) -> Tensor | None:
-        """Label tensors as the output of a node."""
+        """Give the output of a node labels of its own."""
         axes = [min(axis, max(tensor.dim() - 1, 0)) for tensor in tensors]
         channels = max((t.shape[a] if t.dim() else 1 for t, a in zip(tensors, axes, strict=True)), default=1)
         base = self.reads.allocate(node.index, channels)
@@ -223,7 +223,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.record_node(function, arguments, keywords, outputs, labels, mutated)
 
     def record_branch(self) -> None:
-        """Python has seen a value of the data: another input may take another path from here on.
+        """Note that Python has looked at a value that depends on the data, so another input may take another path.
 
         That path may read whatever is still alive, and all that follows here is proven for this input only.
         """
@@ -235,7 +235,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.branches_in = find_calling_line(outside=_TORCH)
 
     def record_circular_padding(self, data: Tensor, result: Tensor) -> None:
-        """Padding by what lies on the other side: every element is one of its channel."""
+        """Record circular padding: every new element belongs to a channel that is already there."""
         labels = self.labels_of(data)
         if labels is None:
             self.known.set_constant(result, self.names_of(data))
@@ -247,12 +247,12 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.give_fresh_labels(node, [result], axis=axis)
 
     def record_elements_read(self, tensor: Tensor) -> None:
-        """The elements of a tensor leave torch."""
+        """Note that elements of a tensor leave torch."""
         if self.labels_of(tensor) is not None:
             self.record_branch()
 
     def record_constant(self, function: Any, given: list[Tensor], outputs: list[Tensor], mutated: list[Tensor]) -> None:
-        """Nothing here depends on the input."""
+        """Record a call that does not depend on the input."""
         names = frozenset().union(*map(self.names_of, given))
         changed = frozenset().union(*map(self.index.touching, mutated))
         if mutated and (names or changed):  # a parameter is written, or to where its tracks end
@@ -263,7 +263,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def record_movement(
         self, function: Any, arguments: Any, keywords: Any, outputs: list[Tensor], labels: dict[int, Tensor | None]
     ) -> bool:
-        """Replay an operation that only moves elements; whether it was one."""
+        """Replay an operation that only moves elements; returns whether it was one."""
         name = operators.name_of(function)
         if name not in operators.MOVEMENTS or not all(tensor.is_floating_point() for tensor in outputs):
             return False
@@ -283,7 +283,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return True
 
     def label_constant(self, tensor: Tensor) -> Tensor:
-        """Labels for a constant that is put beside computed elements."""
+        """Give labels to a constant that is concatenated with computed elements."""
         node = self.add_node(NodeKind.OTHER, "constant")
         self.reads.use(node.index, self.names_of(tensor))
         base = self.reads.allocate(node.index, 1)
@@ -337,7 +337,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         *,
         shape: torch.Size | None,
     ) -> None:
-        """What a node reads: its data inputs channel by channel, all other tensors as a whole."""
+        """Record what a node reads: data inputs channel by channel, all other tensors as a whole."""
         for port, tensor in enumerate(facts.inputs):
             found = labels[id(tensor)]
             assert found is not None
@@ -354,7 +354,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def recognise_affine(
         self, node: Node, function: Any, given: dict[int, Tensor], labels: dict[int, Tensor | None], out: Tensor
     ) -> None:
-        """A product with, then a sum with constants of one module: perhaps a FrozenBatchNorm that computes itself."""
+        """Recognise a product and a following sum with constants of one module, which may be a FrozenBatchNorm."""
         affine = describe_affine(function, given, labels, names_of=self.names_of, index=self.index, out=out)
         if affine is None:
             return
@@ -375,7 +375,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def find_product(
         self, function: Any, given: dict[int, Tensor], labels: dict[int, Tensor | None]
     ) -> tuple[Node, Parameter, int] | None:
-        """The linear whose product and bias a call adds, the bias, and the axis of its channels."""
+        """Find the linear to whose product a call adds a bias, with the bias and the axis of its channels."""
         found = late_bias(function, given, labels, index=self.index)
         if found is None:
             return None
@@ -394,7 +394,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     # the end
 
     def close(self, outputs: Any, inputs: Any) -> None:
-        """Whatever outlives the forward is read by somebody: the caller, a hook, a module that keeps it."""
+        """Mark all that outlives the forward as read by somebody: the caller, a hook, or a module that keeps it."""
         node = self.add_node(NodeKind.OUTPUT, "output", layer="")
         for port, labels in enumerate(self.known.outliving(outputs, inputs)):
             self.reads.add(node.index, port, meet(labels, axis=None))
@@ -422,7 +422,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         )
 
     def add_alternatives(self) -> Iterator[tuple[int, set[int]]]:
-        """Let what did not run read what its relatives read, in whose place another argument may run it.
+        """Add edges to modules that did not run but may take the place of others that did.
 
         Returns:
             The node of each, and those whose readers it may feed.
@@ -441,7 +441,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def _check_layouts(what: str, tensors: Iterable[Tensor]) -> None:
-    """Refuse what has no elements in memory, one after the other, that could be followed.
+    """Refuse tensors whose elements do not lie in memory one after the other, since labels cannot follow them.
 
     Raises:
         RefusedError: a tensor is sparse or nested.

@@ -1,4 +1,4 @@
-"""What is known of each tensor of a forward: its labels, or what it was computed from; and who shares its memory."""
+"""What is known of each tensor of a forward: its labels, or the parameters behind it, and who shares its memory."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def _by_tensor() -> Any:
 
 @dataclass
 class _Storage:
-    """A storage that was seen: ``reference`` keeps its number from being given to another."""
+    """A storage that was seen; ``reference`` keeps it alive, so that its number is not reused."""
 
     reference: Any
     tensors: Any = field(default_factory=_by_tensor)
@@ -29,7 +29,7 @@ class _Storage:
 
 
 class TrackedTensors:
-    """Labels of computed tensors and origins of constants, held weakly: tracing keeps no tensor alive."""
+    """Labels of computed tensors and origins of constants, by weak references: tracing keeps no tensor alive."""
 
     def __init__(self) -> None:
         self._labels = _by_tensor()
@@ -47,12 +47,12 @@ class TrackedTensors:
         return found
 
     def hidden_labels(self, tensor: Tensor) -> Sequence[Tensor]:
-        """What an unknown tensor may show, because its storage is known."""
+        """Labels that an unknown tensor may show because its storage is known."""
         storage = self._storages.get(storage_key(tensor))
         return () if storage is None else storage.labels
 
     def set_labels(self, tensor: Tensor, labels: Tensor) -> None:
-        """The tensor is computed."""
+        """Note that a tensor was computed, and its labels."""
         self._labels[tensor] = labels
         self._constants.pop(tensor, None)
         storage = self._storage_of(tensor)
@@ -60,7 +60,7 @@ class TrackedTensors:
             storage.labels.append(labels)
 
     def set_constant(self, tensor: Tensor, names: frozenset[str]) -> None:
-        """The tensor depends on these parameters alone."""
+        """Note that a tensor depends on these parameters alone."""
         self._constants[tensor] = names
         self._storage_of(tensor)  # a later write into a view of it has to be seen here too
 
@@ -74,7 +74,7 @@ class TrackedTensors:
         return storage
 
     def sharing(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Other living tensors that see what is written into these."""
+        """Other living tensors that share memory with these."""
         own = {id(tensor) for tensor in tensors}
         found: dict[int, Tensor] = {}
         for tensor in tensors:
@@ -84,12 +84,12 @@ class TrackedTensors:
         return [other for identity, other in found.items() if identity not in own]
 
     def forget_storages(self, tensors: Sequence[Tensor]) -> None:
-        """What was in these storages is gone: they were written to."""
+        """Forget what was in these storages, after they were written to."""
         for tensor in tensors:
             self._storages.pop(storage_key(tensor), None)
 
     def outliving(self, outputs: Any, inputs: Any) -> Iterator[Tensor]:
-        """Labels in storages that are in the outputs, or that something keeps alive."""
+        """Labels in storages that belong to the outputs, or that something else keeps alive."""
         kept = {storage_key(tensor) for tensor in tensors_in(outputs)}
         expected = kept | {storage_key(tensor) for tensor in tensors_in(inputs)}
         alive = {key for key, s in self._storages.items() if s.labels and not s.reference.expired()}
