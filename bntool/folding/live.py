@@ -18,6 +18,7 @@ from bntool.errors import RefusedError, UserCodeError, VerificationError
 from bntool.folding.multiply_adds import Cost, count_cost
 from bntool.folding.options import Layout
 from bntool.folding.other_arguments import find_unlike_arguments
+from bntool.folding.own_fusing import find_unlike_fusing
 from bntool.folding.planning import FoldPlan, plan_fold
 from bntool.folding.unchanged_outputs import find_points
 from bntool.folding.weight_ranges import WeightRange, count_flushed, flush_subnormals, measure_ranges
@@ -165,7 +166,11 @@ def prove(
             other, without = attempt(flushed)
             if without.rounded <= _AS_WELL * agreement.rounded:
                 plan, ranges, folded, agreement = flushed, count_flushed(ranges), other, without
-    unlike = find_unlike_arguments(model, folded, inputs[0], tolerance=max(tolerance, agreement.tolerance))
+    bound = max(tolerance, agreement.tolerance)
+    unlike = (
+        *find_unlike_arguments(model, folded, inputs[0], tolerance=bound),
+        *find_unlike_fusing(model, folded, inputs[0], tolerance=bound),
+    )
     plan = assume(plan, *unlike) if unlike else plan
     gone = [fold.layer for fold in plan.folds if not fold.stays]
     cost = count_cost(model, inputs[0], graph, gone=gone) if graph.complete else None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -147,3 +149,46 @@ def test_code_that_fuses_by_itself_afterwards_computes_the_same(layout: Layout) 
     for block in folded:
         fuse(block)
     assert largest_difference(model, folded, image(2, 3, 8, 8)) < EXACT
+
+
+class FusingBlock(Block):
+    """With a method of its own that fuses, as a library calls it on each part of a model."""
+
+    def fuse(self) -> nn.Module:
+        fuse(self)
+        return self
+
+
+class ForgetfulBlock(Block):
+    """As LeViT's authors and timm do it: a bias that the convolution has already is left out."""
+
+    def fuse(self) -> nn.Module:
+        scale = self.bn.weight / torch.sqrt(self.bn.running_var + self.bn.eps)
+        fused = nn.Conv2d(self.conv.in_channels, self.conv.out_channels, 3)
+        fused.weight.data = self.conv.weight * scale.view(-1, 1, 1, 1)
+        fused.bias.data = self.bn.bias - self.bn.running_mean * scale
+        return nn.Sequential(fused, nn.SiLU())
+
+
+class AskingBlock(Block):
+    """It asks for the class of its BatchNorm."""
+
+    def switch_to_deploy(self) -> None:
+        assert isinstance(self.bn, nn.BatchNorm2d), "no BatchNorm"
+        fuse(self)
+
+
+@pytest.mark.parametrize(
+    ("block", "layout", "said"),
+    [
+        (FusingBlock, Layout.FOLDED, ""),
+        (ForgetfulBlock, Layout.FOLDED, r"^ForgetfulBlock.fuse\(\) .* computes something else \(off by .*same-keys$"),
+        (ForgetfulBlock, Layout.SAME_KEYS, ""),
+        (AskingBlock, Layout.FOLDED, r"^AskingBlock.switch_to_deploy\(\) .* raises then \(.*no BatchNorm.*same-keys$"),
+        (AskingBlock, Layout.SAME_KEYS, ""),
+    ],
+)
+def test_own_fusing_that_is_wrong_after_a_fold_is_named(block: type[Block], layout: Layout, said: str) -> None:
+    model = randomise(nn.Sequential(block(3, 8), block(8, 4)).double())
+    assumed = bntool.fold(model, image(2, 3, 8, 8), layout=layout).plan.assumptions
+    assert [bool(re.match(said, text)) for text in assumed] == [True] * bool(said)
