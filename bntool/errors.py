@@ -85,6 +85,12 @@ class UnreadableFileError(FileError):
     code = "unreadable"
 
 
+class UnreachableFileError(UnreadableFileError):
+    """A server does not give the file: absent, not allowed, too slow, or not as it says."""
+
+    code = "unreachable"
+
+
 class UnknownFormatError(FileError):
     """The file is none of the formats that bntool reads."""
 

@@ -10,6 +10,7 @@ from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
+from bntool.checkpoints.addresses import Location
 from bntool.checkpoints.files import SourceFile, quote
 from bntool.checkpoints.outputs import OutputFiles
 from bntool.checkpoints.tensors import Tensor
@@ -185,7 +186,7 @@ class Format(ABC):
         """
         return None
 
-    def recognises(self, path: Path, head: bytes) -> bool:  # noqa: ARG002 (for those that it says more about)
+    def recognises(self, path: Location, head: bytes) -> bool:  # noqa: ARG002 (for those that it says more about)
         """Whether a file that FORMATS finds possible is of this format, or may be, as far as the bytes tell.
 
         Args:
@@ -316,8 +317,13 @@ class Checkpoint:
     _repr_html_ = html_repr
 
     @property
-    def path(self) -> Path:
+    def path(self) -> Location:
         return self.file.path
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What is worth saying of how the file was found and read, a sentence each."""
+        return self.file.notes
 
     def state_dict(self, key: str) -> StateDict:
         """The state dict of that key.

@@ -16,9 +16,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Protocol, TypeAlias
 
+from bntool.checkpoints.addresses import Location
 from bntool.errors import CorruptFileError, UnreadableFileError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from typing_extensions import Self
 
 CHUNK = 1 << 17  # bytes copied at a time; larger blocks are given back to the system and faulted in again each time
@@ -52,14 +55,69 @@ class MemorySource:
         return bytes(self._data[offset : offset + length])
 
 
+class Folder:
+    """The folder that a file lies in, for formats that need others of its files."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def open(self, name: str, *, named_by: Location) -> SourceFile:
+        """Open a file that another one needs; where it is missing, the error says for what.
+
+        Args:
+            name: with ``/`` between folders.
+
+        Raises:
+            UnreadableFileError
+        """
+        try:
+            return SourceFile(self._path / name)
+        except UnreadableFileError as error:
+            if not isinstance(error.__cause__, FileNotFoundError):
+                raise
+            raise describe_missing(self._path / name, named_by) from error.__cause__
+
+    def find(self, name: str) -> SourceFile | None:
+        """Open a file if there is one of that name; ``..`` is the folder above, as the path is written."""
+        place = Path(os.path.normpath(self._path.absolute() / name))
+        return SourceFile(place) if place.is_file() else None
+
+    def contains(self, name: str) -> bool:
+        """Whether a name leads to a file in this folder, and not by a link out of it.
+
+        The cache of huggingface_hub keeps all files in ``blobs``, to which those in ``snapshots/REVISION`` are links.
+
+        Raises:
+            OSError, ValueError: no file can have this name.
+        """
+        root, place = (Path(os.path.realpath(path)) for path in (self._path, self._path / name))
+        is_snapshot = root.parent.name == "snapshots"
+        return root in place.parents or (is_snapshot and place.parent == root.parent.parent / "blobs")
+
+
+def describe_missing(place: Location, named_by: Location) -> UnreadableFileError:
+    """The error of a file that is not there, and that another one needs."""
+    needed = f"there is no such file, which {named_by.name} needs; put it there or keep the files together"
+    return UnreadableFileError(needed, path=place)
+
+
 class SourceFile:
     """A regular file opened for reading by position.
+
+    Attributes:
+        path: where it lies: a path, or an address.
+        size: in bytes.
+        mode: its permission bits.
+        identity: equal for two names of one file.
+        notes: what is worth saying of how it was found and read, a sentence each.
 
     Raises:
         UnreadableFileError: absent, not a regular file, or no permission.
         CorruptFileError: from :meth:`read`, where the file ends before the bytes asked for.
     """
 
+    path: Location
+    notes: tuple[str, ...] = ()
     _last: tuple[tuple[int, int], bytes] = ((0, 0), b"")  # offset and length of the last piece that was read, and it
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -71,6 +129,11 @@ class SourceFile:
             raise UnreadableFileError(describe_failure(error), path=path) from error
         except ValueError as error:  # a NUL byte or half of a surrogate pair in the name
             raise UnreadableFileError("no file can have this name", path=path) from error
+        self._take(descriptor, self.path)
+
+    def _take(self, descriptor: int, path: Location) -> None:
+        """Be the file that was opened."""
+        self.path = path
         self._close = weakref.finalize(self, os.close, descriptor)
         self._descriptor = descriptor
         status = os.fstat(descriptor)
@@ -86,6 +149,14 @@ class SourceFile:
         self.size = status.st_size
         self.mode = stat.S_IMODE(status.st_mode)
         self.identity = (status.st_dev, status.st_ino)
+
+    @property
+    def folder(self) -> Folder:
+        """What lies beside it."""
+        return Folder(Path(self.path).parent)
+
+    def announce(self, ranges: Sequence[tuple[int, int]]) -> None:
+        """Say which ranges will be read, as offset and length: where each takes its time, they are fetched together."""
 
     def check_same(self, before: SourceFile) -> None:
         """Make sure that the file is as it was when it was opened before.
@@ -202,6 +273,13 @@ class FileSlice(SourceFile):
         self.path, self.size, self.mode, self.identity = file.path, length, file.mode, file.identity
         self._kept = file.read(offset, length) if length <= _SMALL else None
 
+    @property
+    def folder(self) -> Folder:
+        return self._file.folder
+
+    def announce(self, ranges: Sequence[tuple[int, int]]) -> None:
+        self._file.announce([(self._offset + offset, length) for offset, length in ranges])
+
     def check_unchanged(self) -> None:
         self._file.check_unchanged()
 
@@ -224,6 +302,10 @@ class FileView(SourceFile):
         self._source, self._like = source, like
         self.path, self.size, self.mode, self.identity = like.path, source.size, like.mode, like.identity
 
+    @property
+    def folder(self) -> Folder:
+        return self._like.folder
+
     def check_unchanged(self) -> None:
         self._like.check_unchanged()
 
@@ -238,26 +320,15 @@ class FileView(SourceFile):
         """Does nothing."""
 
 
-def open_beside(path: Path, *, named_by: Path) -> SourceFile:
-    """Open a file that another one needs; where it is missing, the error says for what.
-
-    Raises:
-        UnreadableFileError
-    """
-    try:
-        return SourceFile(path)
-    except UnreadableFileError as error:
-        if not isinstance(error.__cause__, FileNotFoundError):
-            raise
-        needed = f"there is no such file, which {named_by.name} needs; put it there or keep the files together"
-        raise UnreadableFileError(needed, path=path) from error.__cause__
-
-
 def place_beside(weights: Path, *, ending: str) -> Path:
     """Where a file stands that belongs to one of weights: ``net.prototxt`` beside ``net.caffemodel.h5``."""
-    name = weights.name.removesuffix(".h5").removesuffix(".hdf5")
-    stem = name.removesuffix(".caffemodel").removesuffix(".weights")
-    return weights.with_name(f"{stem if stem != weights.name else weights.stem}{ending}")
+    return weights.with_name(name_beside(weights.name, ending=ending))
+
+
+def name_beside(weights: str, *, ending: str) -> str:
+    """The name of a file that belongs to one of weights of that name."""
+    stem = weights.removesuffix(".h5").removesuffix(".hdf5").removesuffix(".caffemodel").removesuffix(".weights")
+    return f"{stem if stem != weights else Path(weights).stem}{ending}"
 
 
 def quote(text: str) -> str:

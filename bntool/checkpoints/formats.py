@@ -12,9 +12,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from bntool.checkpoints.addresses import Address, Location, as_location
 from bntool.checkpoints.batchnorms import find_unknown_statistics
 from bntool.checkpoints.checkpoint import Checkpoint, Format
 from bntool.checkpoints.files import SourceFile, quote
+from bntool.checkpoints.hub_files import CONFIG, choose_file, describe_choice
 from bntool.errors import BntoolError, OtherFormatError, UnknownFormatError, UnreadableFileError, UnsafeFileError
 from bntool.extensions import load_extensions
 
@@ -38,7 +40,7 @@ class _Known(NamedTuple):
     endings: tuple[str, ...] = ()
     has_folders: bool = False
 
-    def may_hold(self, path: Path, head: bytes) -> bool:
+    def may_hold(self, path: Location, head: bytes) -> bool:
         return head.startswith(self.starts, self.offset) or path.name.endswith(self.endings)
 
 
@@ -55,7 +57,7 @@ class Formats:
         """The formats whose checkpoints may be a folder or several files."""
         return (_load(known.place) for known in self._known if known.has_folders)
 
-    def of_file(self, path: Path, head: bytes) -> Iterator[Format]:
+    def of_file(self, path: Location, head: bytes) -> Iterator[Format]:
         """The formats that a file may have, judged by its name and first bytes."""
         possible = (_load(known.place) for known in self._known if known.may_hold(path, head))
         return (format_ for format_ in possible if format_.recognises(path, head))
@@ -101,7 +103,8 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
 
     Args:
         path: a file of any of :data:`FORMATS`, the ``.index.json`` of a sharded checkpoint, a folder of
-            torch.distributed.checkpoint, or a SavedModel, a folder of checkpoints or the prefix of one of TensorFlow.
+            torch.distributed.checkpoint, a SavedModel, a folder of checkpoints or the prefix of one of TensorFlow,
+            the folder of a hub repository, or an address: ``https://...`` or ``hf://OWNER/NAME[@REVISION][/PATH]``.
 
     Raises:
         UnreadableFileError: the system does not give the file.
@@ -110,7 +113,14 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         UnsafeFileError: it is built to do harm.
         ExtensionError: no format of bntool's own takes it, and the package of another one cannot be imported.
     """
-    place = _locate(Path(path))
+    location = as_location(path)
+    if isinstance(location, Address):
+        from bntool.checkpoints.remote.opening import open_address  # files that lie here need no network
+
+        return open_file(open_address(location))
+    place = _locate(location)
+    if os.path.isdir(place) and (place / CONFIG).is_file():  # noqa: PTH112 (as below)
+        return _open_hub_folder(place)
     if os.path.isdir(place):  # noqa: PTH112 (Path.is_dir raises where no file can have the name)
         raise UnreadableFileError(_describe_folder(place), path=place)
     return open_file(SourceFile(place))
@@ -124,6 +134,17 @@ def _locate(path: Path) -> Path:
         return next((found for one in FORMATS.of_folders() if (found := one.locate(path)) is not None), path)
     except (OSError, ValueError):  # no name that a file can have; opening it says so
         return path
+
+
+def _open_hub_folder(folder: Path) -> Checkpoint:
+    """The weights in the folder of a hub repository."""
+    names = [path.name for path in folder.iterdir()]
+    chosen = choose_file(names)
+    if chosen is None:
+        raise UnreadableFileError(f"this is a folder, and {describe_choice(names)}", path=folder)
+    file = SourceFile(folder / chosen.name)
+    file.notes = (chosen.reason,)
+    return open_file(file)
 
 
 _NAMES_OF_CHECKPOINTS = (

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, cast
 
 from bntool.checkpoints.as_array import AsArray
 from bntool.checkpoints.dtypes import DType, decode_numbers, encode_numbers
-from bntool.checkpoints.files import CHUNK, ByteSource, Chunk
+from bntool.checkpoints.files import CHUNK, ByteSource, Chunk, SourceFile
 from bntool.errors import BntoolError, CorruptFileError, NoNumbersError, UnsafeFileError
 
 MAX_DIMENSIONS = 64  # what torch computes with
@@ -57,6 +57,18 @@ def named_chunks(name: str, tensor: Tensor) -> Iterator[Chunk]:
 def has_elements(tensor: Tensor) -> bool:
     """Whether the file holds plain elements for it: it is not uninitialised, on meta, sparse or quantised."""
     return not isinstance(tensor, StoredTensor) or (tensor.storage is not None and tensor.wrapper is None)
+
+
+def announce(tensors: Iterable[Tensor]) -> None:
+    """Say that these tensors will be read soon; a file that is far away fetches them together."""
+    wanted: dict[SourceFile, list[tuple[int, int]]] = {}
+    for tensor in tensors:
+        source = tensor.storage.source if isinstance(tensor, StoredTensor) and tensor.storage is not None else None
+        if isinstance(source, SourceFile) and isinstance(tensor, StoredTensor):
+            start, end = tensor.place
+            wanted.setdefault(source, []).append((start, end - start))
+    for source, ranges in wanted.items():
+        source.announce(ranges)
 
 
 def read_numbers(tensor: Tensor, *, name: str | None = None) -> Sequence[float]:

@@ -8,7 +8,7 @@ from typing import Annotated, Optional
 import typer
 
 from bntool.cli import options
-from bntool.cli.output import print_report
+from bntool.cli.output import print_notes, print_report
 from bntool.errors import UsageError
 
 
@@ -68,6 +68,7 @@ def command(
     )
     report = FileReport(str(checkpoints[0]), describe_average(average), show_average(average))
     print_report(Report("average", (report,)), form=form, quiet=quiet)
+    print_notes(*average.sources, quiet=quiet)
     return 0
 
 

@@ -2,19 +2,32 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Optional
 
 import typer
 
+from bntool.checkpoints.addresses import as_location
 from bntool.cli import options
 from bntool.cli.output import print_report, print_written
 from bntool.comparison.options import Expectation
 
 
 def command(
-    a: Annotated[Path, typer.Argument(metavar="A", help="The checkpoint from before.", show_default=False)],
-    b: Annotated[Path, typer.Argument(metavar="B", help="The checkpoint from after; any format.", show_default=False)],
+    a: Annotated[
+        options.Location,
+        typer.Argument(
+            metavar="A",
+            help="The checkpoint from before, also an address as of inspect.",
+            parser=as_location,
+            show_default=False,
+        ),
+    ],
+    b: Annotated[
+        options.Location,
+        typer.Argument(
+            metavar="B", help="The checkpoint from after; any format.", parser=as_location, show_default=False
+        ),
+    ],
     expect: Annotated[
         Optional[Expectation],  # noqa: UP045 typer reads it at run time
         typer.Option(

@@ -8,7 +8,7 @@ from typing import Annotated, Optional
 import typer
 
 from bntool.cli import options
-from bntool.cli.output import print_report
+from bntool.cli.output import print_notes, print_report
 from bntool.conversion.options import ConversionTarget, FrozenKind
 
 
@@ -105,6 +105,7 @@ def command(
     )
     report = FileReport(str(checkpoint), describe_conversion(conversion), show_conversion(conversion))
     print_report(Report("convert", (report,)), form=form, quiet=quiet)
+    print_notes(conversion.source, quiet=quiet)
     return 0
 
 

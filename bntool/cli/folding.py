@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from bntool.cli import options
-from bntool.cli.output import print_report, print_written, user_output_to_stderr
+from bntool.cli.output import print_notes, print_report, print_written, user_output_to_stderr
 from bntool.folding.options import Layout
 
 
@@ -163,5 +163,6 @@ def command(
 
         write_page(make_fold_page(str(checkpoint), result), html, force=force)
     print_report(Report("fold", (report,)), form=form, quiet=quiet)
+    print_notes(result.source, quiet=quiet)
     print_written(html, form=form, quiet=quiet)
     return 0

@@ -7,7 +7,7 @@ from typing import Annotated, Optional
 import typer
 
 from bntool.cli import options
-from bntool.cli.output import print_report
+from bntool.cli.output import print_notes, print_report
 from bntool.freezing.options import EmitTarget, FreezeForm
 
 
@@ -111,4 +111,5 @@ def command(
     )
     report = FileReport(str(checkpoint), describe_freeze(result), show_freeze(result))
     print_report(Report("freeze", (report,)), form=report_form, quiet=quiet)
+    print_notes(result.source, quiet=quiet)
     return 0

@@ -160,7 +160,7 @@ def command(
         report = Report("inspect", files, describe_run(run), (*show_run(run), *used) if wanted else ())
         shown.take_run(report)
         if html is not None and len(failed) < len({*checkpoints}):
-            _write_run_page(run, html, settings, force=force)
+            _write_run_page(run, checkpoints, html, settings, force=force)
     code = max([ExitCode.FINDINGS if shown.fails else ExitCode.DONE, *map(exit_code_of, failed.values())])
     gate = fail_on or Severity.ERROR
     print_report(report._replace(fail_on=gate.value), form=form, quiet=quiet, failing=shown.failing)
@@ -189,7 +189,7 @@ def _configure(given: Path | None, *, no_config: bool) -> Configuration | None:
 
 
 def _show_reading(
-    paths: Sequence[Path], *, as_json: bool, quiet: bool
+    paths: Sequence[options.Location], *, as_json: bool, quiet: bool
 ) -> contextlib.AbstractContextManager[OnProgress]:
     if not paths:
         return contextlib.nullcontext(ignore)
@@ -222,7 +222,9 @@ class _Shown:
     failing: list[Problem] = field(default_factory=list)
     reports: dict[str, FileReport] = field(default_factory=dict)
 
-    def list_reports(self, paths: Sequence[Path], failed: Mapping[str, BntoolError]) -> tuple[FileReport, ...]:
+    def list_reports(
+        self, paths: Sequence[options.Location], failed: Mapping[str, BntoolError]
+    ) -> tuple[FileReport, ...]:
         """One for each path, in order."""
         from bntool.reports.report import FileReport
 
@@ -271,14 +273,17 @@ class _Shown:
         self.fails = self.fails or fails
 
 
-def _write_run_page(run: Run, path: Path, settings: Mapping[str, Any], *, force: bool) -> None:
+def _write_run_page(
+    run: Run, checkpoints: Sequence[options.Location], path: Path, settings: Mapping[str, Any], *, force: bool
+) -> None:
     """The page of several files, with one of them whole: the one that broke, or the last."""
     from bntool.inspection.checkpoint import inspect
     from bntool.reports.page.run import make_run_page
     from bntool.reports.page.writing import write_page
 
+    named = {str(location): location for location in checkpoints}
     sound = [file for file in run.files if file.error is None]
     broken = run.find_broken()
     chosen = run.files[broken] if broken is not None else sound[-1] if sound else None
-    looked_at = None if chosen is None else (chosen, inspect(chosen.path, **settings))
+    looked_at = None if chosen is None else (chosen, inspect(named[chosen.path], **settings))
     write_page(make_run_page(run, looked_at=looked_at), path, force=force)

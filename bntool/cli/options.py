@@ -2,21 +2,39 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, TypeAlias
 
 import typer
 
+from bntool.checkpoints.addresses import as_location
 from bntool.cli.help import MODEL, OUTPUT, SELECTION
 from bntool.errors import UsageError
 from bntool.reports.forms.form import ReportForm
 
+if TYPE_CHECKING:
+    Location: TypeAlias = os.PathLike[str]  # a path, or an address
+else:
+    Location = os.PathLike  # typer takes classes only
 Checkpoint = Annotated[
-    Path, typer.Argument(metavar="CKPT", help="Checkpoint file; it is never written to.", show_default=False)
+    Location,
+    typer.Argument(
+        metavar="CKPT",
+        help="Checkpoint file, https:// or hf://OWNER/NAME; it is never written to.",
+        parser=as_location,
+        show_default=False,
+    ),
 ]
 Checkpoints = Annotated[
-    list[Path], typer.Argument(metavar="CKPT...", help="Checkpoint files, or folders that are one.", show_default=False)
+    list[Location],
+    typer.Argument(
+        metavar="CKPT...",
+        help="Checkpoint files, folders that are one, https:// or hf://OWNER/NAME.",
+        parser=as_location,
+        show_default=False,
+    ),
 ]
 StateDictKey = Annotated[
     str | None,
@@ -176,7 +194,9 @@ def choose_form(given: ReportForm | None, *, as_json: bool, judges: bool = False
     return ReportForm.JSON if as_json else given
 
 
-def check_html(path: Path | None, *, force: bool, inputs: Sequence[Path], outputs: Sequence[Path | None] = ()) -> None:
+def check_html(
+    path: Path | None, *, force: bool, inputs: Sequence[Location], outputs: Sequence[Path | None] = ()
+) -> None:
     """Find out before any work whether the page can be written; see :func:`~bntool.reports.page.writing.check_page`."""
     if path is not None:
         from bntool.reports.page.writing import check_page

@@ -14,6 +14,7 @@ from bntool.reports.forms.form import ReportForm, draw
 from bntool.reports.text import MAX_SENTENCE, sanitize
 
 if TYPE_CHECKING:
+    from bntool.checkpoints.checkpoint import Checkpoint
     from bntool.errors import BntoolError
     from bntool.reports.blocks import Block
     from bntool.reports.forms.problems import Problem
@@ -78,6 +79,13 @@ def print_error(error: BntoolError) -> None:
 def print_warning(message: str) -> None:
     """One sentence that the user should not miss, to stderr."""
     _note(f"bntool: warning: {sanitize(message, limit=MAX_SENTENCE)}", Style.WARNING)
+
+
+def print_notes(*checkpoints: Checkpoint, quiet: bool) -> None:
+    """How files elsewhere were found and read, to stderr, where the report does not say it."""
+    for checkpoint in checkpoints:
+        for note in () if quiet else checkpoint.notes:
+            print_note(f"{checkpoint.path}: {note}")
 
 
 def print_note(message: str) -> None:

@@ -38,7 +38,7 @@ def show_progress(*, as_json: bool, quiet: bool) -> Iterator[OnProgress]:
 
 
 @contextlib.contextmanager
-def show_reading(paths: Sequence[Path], *, as_json: bool, quiet: bool) -> Iterator[OnProgress]:
+def show_reading(paths: Sequence[os.PathLike[str]], *, as_json: bool, quiet: bool) -> Iterator[OnProgress]:
     """The same for work that reads files whole: nothing where they are small enough to be read at once."""
     if any(map(_is_large, paths)):
         with show_progress(as_json=as_json, quiet=quiet) as progress:
@@ -47,7 +47,10 @@ def show_reading(paths: Sequence[Path], *, as_json: bool, quiet: bool) -> Iterat
         yield ignore
 
 
-def _is_large(path: Path) -> bool:
+def _is_large(location: os.PathLike[str]) -> bool:
+    if not isinstance(location, Path):  # an address
+        return True
+    path = location
     try:
         return path.is_dir() or path.name.endswith(".index.json") or path.stat().st_size >= _LARGE
     except (OSError, ValueError):  # whatever opens it says so

@@ -10,7 +10,7 @@ import typer
 
 from bntool.cli import options
 from bntool.cli.help import JUDGING, MODEL, SHARES
-from bntool.cli.output import print_report, print_written, user_output_to_stderr
+from bntool.cli.output import print_notes, print_report, print_written, user_output_to_stderr
 from bntool.data.policies import OnBadData
 from bntool.recalibration.options import Method, Precision
 
@@ -266,7 +266,7 @@ def command(
 
 
 def _print(
-    checkpoint: Path,
+    checkpoint: options.Location,
     result: CheckpointRecalibration | Partial,
     *,
     html: Path | None,
@@ -290,6 +290,8 @@ def _print(
             write_page(make_recalibration_page(str(checkpoint), result), html, force=force)
     report = FileReport(str(checkpoint), facts, blocks)
     print_report(Report("recalibrate", (report,)), form=form, quiet=quiet)
+    if not isinstance(result, Partial):
+        print_notes(result.checkpoint, quiet=quiet)
     print_written(html, form=form, quiet=quiet)
 
 

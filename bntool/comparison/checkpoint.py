@@ -111,6 +111,7 @@ class Comparison:
         expectation: what they should be to each other; None where that was not asked.
         violations: what contradicts it, one sentence each.
         recorded: the layers that a freeze recorded in A, where they are those that are compared; empty where not.
+        notes: what is worth saying of how the files of A and of B were found and read.
     """
 
     a: StateDict
@@ -124,6 +125,7 @@ class Comparison:
     expectation: Expectation | None = None
     violations: tuple[str, ...] = ()
     recorded: tuple[str, ...] = ()
+    notes: tuple[tuple[str, ...], tuple[str, ...]] = ((), ())
 
     _repr_html_ = html_repr
 
@@ -194,6 +196,7 @@ def diff(  # noqa: PLR0913 as many as the command has options
             others=others,
             on_progress=on_progress,
         )
+        comparison = dataclasses.replace(comparison, notes=(one.notes, two.notes))
     if expectation is None:
         return comparison
     violations = tuple(find_violations(comparison, expectation))

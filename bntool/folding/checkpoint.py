@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bntool.batchnorm import NormKind
+from bntool.checkpoints.addresses import Address
 from bntool.checkpoints.batchnorms import find_norms
-from bntool.checkpoints.checkpoint import Checkpoint, StateDict, check_changeable
+from bntool.checkpoints.checkpoint import Checkpoint, Loader, StateDict, check_changeable
 from bntool.checkpoints.descriptions import describe_model
 from bntool.checkpoints.files import quote
 from bntool.checkpoints.formats import open_checkpoint
@@ -101,6 +102,8 @@ def fold_checkpoint(  # noqa: PLR0913 as many as the command has options
     with open_checkpoint(path) as opened:
         check_changeable(opened)
         check_output(opened, None if dry_run else target, force=force)
+        if target is not None and not dry_run:
+            _check_can_run(opened)
         if model is None:
             _check_has_layers(opened, state_dict)
         kind = None
@@ -149,6 +152,19 @@ def fold_checkpoint(  # noqa: PLR0913 as many as the command has options
             )
         result.read_ranges()
     return result
+
+
+def _check_can_run(checkpoint: Checkpoint) -> None:
+    """Refuse a file elsewhere whose fold is run beside it.
+
+    Raises:
+        RefusedError
+    """
+    if checkpoint.format.loader is Loader.ONNX_RUNTIME and isinstance(checkpoint.path, Address):
+        message = (
+            "the fold is run beside its original by ONNX Runtime, which reads no address: download the model first"
+        )
+        raise RefusedError(message, path=checkpoint.path)
 
 
 def _check_has_layers(checkpoint: Checkpoint, key: str | None) -> None:

@@ -107,6 +107,7 @@ def _run(fold: CheckpointFold, output: Path, files: OutputFiles, *, tolerance: f
     from bntool.folding.runtime_agreement import compare_in_onnxruntime
 
     spacing = max((t.dtype.spacing for s in checkpoint.state_dicts for t in s.tensors.values()), default=0.0)
+    assert isinstance(checkpoint.path, Path)
     with files.preview(output) as preview:
         agreement = compare_in_onnxruntime(checkpoint.path, preview, tolerance=tolerance, unit=spacing)
     return dataclasses.replace(fold, runtime=agreement)

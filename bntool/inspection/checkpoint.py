@@ -14,7 +14,7 @@ from bntool.checkpoints.batchnorms import find_norms
 from bntool.checkpoints.checkpoint import Checkpoint, StateDict
 from bntool.checkpoints.dtypes import NumberKind
 from bntool.checkpoints.state_dicts import choose_state_dict, may_hold_average
-from bntool.checkpoints.tensors import StoredTensor, Tensor, has_elements, read_numbers
+from bntool.checkpoints.tensors import StoredTensor, Tensor, announce, has_elements, read_numbers
 from bntool.errors import BntoolError
 from bntool.graphs.architectures.recognition import give_eps, recognise
 from bntool.inspection.file_findings import find_in_file, find_in_state_dict
@@ -202,6 +202,9 @@ def _inspect_state_dict(
     norms = give_eps(norms, architectures)
     own = [norm for norm in norms if norm.kind.is_batch_norm or is_batch_norm_without_statistics(norm)]
     expected_eps = find_expected_eps(architectures)
+    announce(
+        t for norm in own if selects(layers, norm.name) for t in norm.tensors.values() if _count(t) <= MAX_CHANNELS
+    )
     inspected = tuple(
         _inspect_layer(
             norm,

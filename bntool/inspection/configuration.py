@@ -10,6 +10,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from bntool.checkpoints.addresses import Location
 from bntool.errors import UsageError
 from bntool.inspection.findings import Finding, FindingCode, IgnoredFinding, Severity
 from bntool.inspection.results import StateDictInspection
@@ -57,7 +58,7 @@ class Configuration:
     rules: tuple[IgnoreRule, ...] = ()
 
     def ignore(
-        self, path: Path, inspections: Sequence[StateDictInspection], findings: Sequence[Finding]
+        self, path: Location, inspections: Sequence[StateDictInspection], findings: Sequence[Finding]
     ) -> tuple[list[StateDictInspection], tuple[Finding, ...], tuple[IgnoredFinding, ...]]:
         """Take out the findings of a file that are meant to be so.
 
@@ -66,7 +67,8 @@ class Configuration:
         Returns:
             The state dicts and the findings of the file without them, and what was taken out.
         """
-        rules = [rule for rule in self.rules if not rule.files or _matches(rule.files, path.as_posix(), path.name)]
+        written = path.as_posix() if isinstance(path, Path) else str(path)
+        rules = [rule for rule in self.rules if not rule.files or _matches(rule.files, written, path.name)]
         ignored: list[IgnoredFinding] = []
 
         def keep(found: Sequence[Finding], layer: str = "") -> tuple[Finding, ...]:

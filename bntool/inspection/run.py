@@ -8,10 +8,10 @@ import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from bntool.batchnorm import DEFAULT_EPS
+from bntool.checkpoints.addresses import Location, as_location
 from bntool.checkpoints.origin import find_progress
 from bntool.errors import BntoolError
 from bntool.inspection.checkpoint import inspect
@@ -166,11 +166,12 @@ def inspect_run(paths: Sequence[str | os.PathLike[str]], *, on_file: OnFile | No
         on_file: is called with each path and what was found there, in the order of names.
         options: of :func:`bntool.inspect`. A file that cannot be inspected has the error in its summary.
     """
-    named = sorted((os.fspath(path) for path in paths), key=_split_numbers)
-    files = _follow(named, on_file, options)
+    named = {str(location): location for location in map(as_location, paths)}
+    by_name = sorted(named, key=_split_numbers)
+    files = _follow([named[path] for path in by_name], on_file, options)
     ordered, ordered_by = _order(files)
-    if [file.path for file in ordered] != named:  # names do not say the order: what changed is measured again
-        ordered = _follow([file.path for file in ordered], None, options)
+    if [file.path for file in ordered] != by_name:  # names do not say the order: what changed is measured again
+        ordered = _follow([named[file.path] for file in ordered], None, options)
     return Run(tuple(ordered), ordered_by)
 
 
@@ -191,12 +192,13 @@ def _order(files: Sequence[FileSummary]) -> tuple[list[FileSummary], str]:
     return list(files), "name"
 
 
-def _follow(paths: Sequence[str], on_file: OnFile | None, options: Mapping[str, Any]) -> list[FileSummary]:
+def _follow(locations: Sequence[Location], on_file: OnFile | None, options: Mapping[str, Any]) -> list[FileSummary]:
     summaries: list[FileSummary] = []
     before, states = Statistics(), dict[str, LayerState]()
-    for path in paths:
+    for location in locations:
+        path = str(location)
         try:
-            inspection = inspect(Path(path), **options)
+            inspection = inspect(location, **options)
         except BntoolError as error:
             summaries.append(FileSummary(path, error=error.about(path).with_traceback(None)))
             continue

@@ -27,6 +27,7 @@ def describe_comparison(comparison: Comparison, *, path_b: str) -> dict[str, Any
         "not_compared": [list(keys) for keys in comparison.not_compared],
         "prefixes": [comparison.a.prefix + comparison.path_a, comparison.b.prefix + comparison.path_b],
         "identical": comparison.identical,
+        **({"notes": [list(notes) for notes in comparison.notes]} if any(comparison.notes) else {}),
         "layers": [_describe_layer(layer) for layer in comparison.layers],
         "assumptions": list(comparison.assumptions),
         "others": {
@@ -78,7 +79,12 @@ def show_comparison(
         blocks.append(line(f"{plural(len(others), 'other tensor')}: {same} the same in every bit", Style.HEADING))
     if comparison.expectation is not None:
         blocks += _expectation(comparison.expectation, comparison.violations)
-    blocks += [line(f"A {_name(path_a, comparison.a.key)}"), line(f"B {_name(path_b, comparison.b.key)}")]
+    for side, path, key, notes in (
+        ("A", path_a, comparison.a.key, comparison.notes[0]),
+        ("B", path_b, comparison.b.key, comparison.notes[1]),
+    ):
+        blocks.append(line(f"{side} {_name(path, key)}"))
+        blocks += [line(note, Style.MUTED, indent=2) for note in notes]
     blocks += _selection(comparison)
     shown = comparison.layers if every else changed
     if shown:

@@ -45,6 +45,7 @@ def describe_inspection(inspection: Inspection, *, every_tensor: bool) -> dict[s
         "state_dicts": [_describe_state_dict(s, inspection, every_tensor=every_tensor) for s in inspection.state_dicts],
         "findings": _describe_findings(inspection.findings),
         **_describe_configuration(inspection),
+        **({"notes": list(checkpoint.notes)} if checkpoint.notes else {}),
     }
 
 
@@ -181,6 +182,8 @@ def show_inspection(
     verdict = inspection.verdict
     yield Line((Cell(path, Style.HEADING), Cell(": "), Cell(verdict.sentence, HEALTH_STYLES[verdict.health], True)))
     yield line(", ".join(fact for fact in facts if fact))
+    for note in checkpoint.notes:
+        yield Line((Cell(note, Style.MUTED, is_sentence=True),))
     yield from _safety(inspection)
     if inspection.checksums is not None:
         yield line(f"checksums: {plural(inspection.checksums, 'record')} verified", Style.GOOD)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
+from bntool.checkpoints.addresses import Location
 from bntool.checkpoints.checkpoint import Checkpoint, Format, Loader, LoadingCode, StateDict
 from bntool.checkpoints.files import SourceFile
 from bntool.errors import CorruptFileError
@@ -23,7 +22,7 @@ class Caffe(Format):
     needs_prototxt = True
     described_by = ".prototxt"
 
-    def recognises(self, path: Path, head: bytes) -> bool:
+    def recognises(self, path: Location, head: bytes) -> bool:
         if path.suffix == ".caffemodel":
             return True
         after_name = head[2 + head[1] :] if len(head) > 1 and head[0] == 0x0A and head[1] < 0x80 else b""

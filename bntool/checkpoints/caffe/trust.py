@@ -8,7 +8,7 @@ from bntool.checkpoints.caffe.layers import Layer
 from bntool.checkpoints.caffe.prototxt import TextField, read_prototxt
 from bntool.checkpoints.checkpoint import GlobalName, GlobalTrust
 from bntool.checkpoints.containers.protobufs.reading import Message
-from bntool.checkpoints.files import SourceFile, place_beside
+from bntool.checkpoints.files import SourceFile, name_beside
 from bntool.errors import BntoolError
 
 _PYTHON_PARAMETER = 130  # of LayerParameter: module, then class
@@ -48,13 +48,14 @@ def judge_net_beside(file: SourceFile) -> Iterator[GlobalName]:
 
     One that cannot be read counts as unknown.
     """
-    place = place_beside(file.path, ending=".prototxt")
-    if not place.is_file():
-        return
+    name = name_beside(file.path.name, ending=".prototxt")
     try:
-        with SourceFile(place) as beside:
+        found = file.folder.find(name)
+        if found is None:
+            return
+        with found as beside:
             net = read_prototxt(beside)
     except BntoolError as error:
-        yield GlobalName(f"{place.name} ({error.message})", called=True, trust=GlobalTrust.UNKNOWN)
+        yield GlobalName(f"{name} ({error.message})", called=True, trust=GlobalTrust.UNKNOWN)
         return
     yield from judge_layers((*net.layers, *net.training))

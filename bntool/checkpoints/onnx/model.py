@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from bntool.batchnorm import DEFAULT_EPS, STATISTICS, VECTORS
+from bntool.checkpoints.addresses import Location
 from bntool.checkpoints.checkpoint import (
     Checkpoint,
     Content,
@@ -64,7 +64,7 @@ class Onnx(Format):
     graph_reader = "bntool.graphs.stored.onnx:onnx_graph"
     is_for_inference = True
 
-    def recognises(self, path: Path, head: bytes) -> bool:
+    def recognises(self, path: Location, head: bytes) -> bool:
         # ModelProto.ir_version, then one of its other fields
         return path.suffix == ".onnx" or (
             head[:1] == b"\x08" and head[2:3] in b"\x12\x1a\x22\x28\x32\x3a\x42" and len(head) > 2

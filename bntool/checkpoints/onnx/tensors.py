@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
 from bntool.checkpoints.containers.protobufs.reading import Message, Wire
 from bntool.checkpoints.containers.protobufs.tensors import VarintTensor, read_fixed
 from bntool.checkpoints.dtypes import BY_NAME, DType, NumberKind
-from bntool.checkpoints.files import ByteSource, SourceFile, open_beside, quote
+from bntool.checkpoints.files import ByteSource, SourceFile, quote
 from bntool.checkpoints.tensors import (
     MAX_DIMENSIONS,
     Storage,
@@ -53,8 +52,7 @@ class ExternalData:
     """
 
     def __init__(self, model: SourceFile, *, replaced: Mapping[str, Path] | None = None) -> None:
-        self._model = model.path
-        self.folder = model.path.parent
+        self._model = model
         self.files: dict[str, SourceFile] = {}
         self._replaced = replaced or {}
 
@@ -66,22 +64,23 @@ class ExternalData:
             UnreadableFileError: there is no such file.
         """
         if location not in self.files:
-            place = self._replaced.get(location) or self._resolve(location)
-            self.files[location] = open_beside(place, named_by=self._model)
+            if location in self._replaced:
+                self.files[location] = SourceFile(self._replaced[location])
+            else:
+                self._check_inside(location)
+                self.files[location] = self._model.folder.open(location, named_by=self._model.path)
         return self.files[location]
 
-    def _resolve(self, location: str) -> Path:
+    def _check_inside(self, location: str) -> None:
         parts = location.replace("\\", "/").split("/")
         if not location or "\0" in location or ".." in parts or parts[0] == "" or ":" in parts[0]:
             raise UnsafeFileError(f"the model names {quote(location)}, which is no file of its folder")
-        root = os.path.realpath(self.folder)
         try:
-            real = os.path.realpath(self.folder / location)
+            leads_outside = not self._model.folder.contains(location)
         except (OSError, ValueError) as error:
             raise CorruptFileError(f"the model names {quote(location)}, which no file can be called") from error
-        if os.path.commonpath([root, real]) != root:
+        if leads_outside:
             raise UnsafeFileError(f"the model names {quote(location)}, a link that leads out of its folder")
-        return self.folder / location
 
 
 def read_tensor(message: Message, *, key: str, external: ExternalData) -> Tensor:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bntool.checkpoints.addresses import Location
 from bntool.checkpoints.checkpoint import Checkpoint, Content, Format, LoadingCode, StateDict
 from bntool.checkpoints.containers.json_texts import read_json
 from bntool.checkpoints.dtypes import BY_SAFETENSORS
@@ -48,7 +49,7 @@ class Safetensors(Format):
     loading = LoadingCode(("from safetensors.torch import load_file",), state_dict="load_file({path})")
     entries_are_texts = True
 
-    def recognises(self, path: Path, head: bytes) -> bool:
+    def recognises(self, path: Location, head: bytes) -> bool:
         looks_right = head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= MAX_HEADER
         return looks_right or path.suffix == ".safetensors"
 

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+from bntool.checkpoints.addresses import Location
 from bntool.checkpoints.checkpoint import Checkpoint, Content, Format, GlobalName, LoadingCode, StateDict
 from bntool.checkpoints.containers.json_texts import read_json
 from bntool.checkpoints.containers.pickles.trust import merge_globals
-from bntool.checkpoints.files import SourceFile, open_beside, quote
+from bntool.checkpoints.files import Folder, SourceFile, quote
 from bntool.checkpoints.state_dicts import find_prefix
 from bntool.checkpoints.tensors import Tensor
 from bntool.errors import CorruptFileError, UnknownFormatError, UnsafeFileError
@@ -40,13 +39,13 @@ class Sharded(Format):
         ("from accelerate import load_checkpoint_in_model", "load_checkpoint_in_model(model, {path})")
     )
 
-    def recognises(self, path: Path, head: bytes) -> bool:
+    def recognises(self, path: Location, head: bytes) -> bool:
         return path.name.endswith(".index.json") or (head.lstrip()[:1] == b"{" and b'"weight_map"' in head)
 
     def read(self, file: SourceFile) -> Checkpoint:
         index = _read_index(file)
         weight_map: dict[str, str] = index["weight_map"]
-        shards = {name: _open_shard(file.path, name) for name in dict.fromkeys(weight_map.values())}
+        shards = {name: _open_shard(file, name) for name in dict.fromkeys(weight_map.values())}
         tensors: dict[str, Tensor] = {}
         for name, shard_name in weight_map.items():
             found = shards[shard_name].state_dicts
@@ -108,7 +107,7 @@ def _read_index(file: SourceFile) -> dict[str, Any]:
     return dict(index)
 
 
-def check_inside(folder: Path, name: str, *, named_by: str = "the index") -> None:
+def check_inside(folder: Folder, name: str, *, named_by: str = "the index") -> None:
     """Refuse a file name of an index that leads anywhere else than into the folder of the index.
 
     Raises:
@@ -118,21 +117,21 @@ def check_inside(folder: Path, name: str, *, named_by: str = "the index") -> Non
     if "/" in name or name in ("", ".", "..") or "\\" in name or ":" in name or "\0" in name:
         raise UnsafeFileError(f"{named_by} names {quote(name)}, which is no file of its folder")
     try:
-        leads_outside = Path(os.path.realpath(folder / name)).parent != Path(os.path.realpath(folder))
+        leads_outside = not folder.contains(name)
     except ValueError as error:  # no name that the file system can have
         raise CorruptFileError(f"{named_by} names {quote(name)}, which no file can be called") from error
     if leads_outside:
         raise UnsafeFileError(f"{named_by} names {quote(name)}, a link that leads out of its folder")
 
 
-def _open_shard(index: Path, name: str) -> Checkpoint:
+def _open_shard(index: SourceFile, name: str) -> Checkpoint:
     """Open a shard beside the index, and nowhere else."""
     from bntool.checkpoints.formats import open_file
 
-    check_inside(index.parent, name)
+    check_inside(index.folder, name)
     if name.endswith(".index.json"):
         raise UnsafeFileError(f"the index names {quote(name)}, another index")
-    shard = open_file(open_beside(index.with_name(name), named_by=index))
+    shard = open_file(index.folder.open(name, named_by=index.path))
     if isinstance(shard.format, Sharded) or len(shard.state_dicts) != 1 or shard.state_dicts[0].key:
         raise CorruptFileError("a shard must hold one bare state dict", path=shard.path)
     return shard

@@ -9,7 +9,7 @@ from bntool.checkpoints.containers.crc32c import crc32c, unmask
 from bntool.checkpoints.containers.leveldb_table import read_table, read_varint
 from bntool.checkpoints.containers.protobufs.reading import Buffer, Message, Wire
 from bntool.checkpoints.dtypes import BY_NAME, DType
-from bntool.checkpoints.files import CHUNK, MemorySource, SourceFile, open_beside
+from bntool.checkpoints.files import CHUNK, MemorySource, SourceFile
 from bntool.checkpoints.tensors import (
     MAX_DIMENSIONS,
     Storage,
@@ -81,7 +81,7 @@ class Bundle(Content):
         self._big_endian = header.integer(2) == 1
         if not 1 <= self._count <= MAX_SHARDS:
             raise UnsafeFileError(f"the index names {self._count} shards")
-        self.path = file.path
+        self.path, self.folder = file.path, file.folder
         self._shards: dict[int, SourceFile] = {}
         self.entries: dict[str, Entry] = {}
         self.tensors: dict[str, StoredTensor] = {}
@@ -139,8 +139,8 @@ class Bundle(Content):
     def _shard(self, number: int) -> SourceFile:
         if number not in self._shards:
             prefix = self.path.name.removesuffix(".index")
-            path = self.path.with_name(f"{prefix}.data-{number:05}-of-{self._count:05}")
-            self._shards[number] = open_beside(path, named_by=self.path)
+            name = f"{prefix}.data-{number:05}-of-{self._count:05}"
+            self._shards[number] = self.folder.open(name, named_by=self.path)
         return self._shards[number]
 
     @property

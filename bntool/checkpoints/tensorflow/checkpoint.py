@@ -6,6 +6,7 @@ import os
 import re
 from pathlib import Path
 
+from bntool.checkpoints.addresses import Location
 from bntool.checkpoints.checkpoint import Checkpoint, Format, Loader, StateDict
 from bntool.checkpoints.files import SourceFile
 
@@ -40,7 +41,7 @@ class Tensorflow(Format):
             return None
         return next((candidate for candidate in candidates if candidate.is_file()), None)
 
-    def recognises(self, path: Path, head: bytes) -> bool:
+    def recognises(self, path: Location, head: bytes) -> bool:
         if path.name.endswith(".index"):
             return True
         # the first entry of the first block: an empty key, and as its value the header or what came before that
@@ -61,7 +62,7 @@ class Tensorflow(Format):
             if tensors:
                 state_dicts.append(StateDict(key, "", tensors, modules=naming.modules))
         is_saved_model = file.path.name == "variables.index"
-        acting = tuple(judge_saved_model(file.path.absolute().parent.parent)) if is_saved_model else ()
+        acting = tuple(judge_saved_model(file.folder)) if is_saved_model else ()
         return Checkpoint(file, self, tuple(state_dicts), entries=naming.entries, globals=acting, content=bundle)
 
     def size(self, checkpoint: Checkpoint) -> int:

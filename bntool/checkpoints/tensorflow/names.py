@@ -16,7 +16,7 @@ from bntool.checkpoints.containers.json_texts import read_json
 from bntool.checkpoints.containers.protobufs.reading import Buffer, Message
 from bntool.checkpoints.containers.protobufs.writing import unused_name
 from bntool.checkpoints.dtypes import INT64
-from bntool.checkpoints.files import MemorySource, SourceFile
+from bntool.checkpoints.files import MemorySource
 from bntool.checkpoints.tensorflow.bundle import Bundle
 from bntool.checkpoints.tensors import read_numbers
 from bntool.errors import CorruptFileError, UnsafeFileError
@@ -208,13 +208,13 @@ def _read_configs(
     objects: _Objects, names: Mapping[str, str], bundle: Bundle
 ) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """What Keras 2 left beside the variables of a SavedModel: eps and momentum of BatchNorm layers."""
-    place = bundle.path.parent.parent / _METADATA
-    if not place.is_file():
+    found = bundle.folder.find(f"../{_METADATA}")
+    if found is None:
         return
     layers = {key: name.replace("/", ".").rpartition(".")[0] for name, key in names.items()}
-    with SourceFile(place) as file:
+    with found as file:
         if file.size > _MAX_METADATA:
-            raise UnsafeFileError(f"it has {file.size} bytes", path=place)
+            raise UnsafeFileError(f"it has {file.size} bytes", path=file.path)
         text = file.read(0, file.size)
     try:
         for saved in Message(Buffer(MemorySource(text)), 0, len(text)).messages(1):
@@ -224,7 +224,7 @@ def _read_configs(
             if key is not None:
                 yield layers[key], config
     except (CorruptFileError, UnsafeFileError) as error:
-        raise error.about(place) from None
+        raise error.about(found.path) from None
 
 
 def _parse_config(text: str) -> dict[str, Any]:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from pathlib import Path
 
 from bntool.checkpoints.checkpoint import GlobalName, GlobalTrust
 from bntool.checkpoints.containers.json_texts import parse_json
 from bntool.checkpoints.containers.protobufs.reading import Buffer, Message
-from bntool.checkpoints.files import SourceFile
+from bntool.checkpoints.files import Folder
 from bntool.checkpoints.keras.trust import judge_configuration
 from bntool.errors import BntoolError
 
@@ -28,17 +27,23 @@ _READING = re.compile(
 )
 
 
-def judge_saved_model(folder: Path) -> Iterator[GlobalName]:
-    """What the files of a SavedModel name that acts, once each; what cannot be read counts as unknown."""
+def judge_saved_model(variables: Folder) -> Iterator[GlobalName]:
+    """What the files of a SavedModel name that acts, once each; what cannot be read counts as unknown.
+
+    Args:
+        variables: the folder in it that holds the variables.
+    """
     found: dict[str, GlobalTrust] = {}
-    if (folder / f"{GRAPH}txt").is_file():
+    as_text = variables.find(f"../{GRAPH}txt")
+    if as_text is not None:
+        as_text.close()
         found[f"{GRAPH}txt (a graph as text, which is not read)"] = GlobalTrust.UNKNOWN
     for name, judge in ((GRAPH, _judge_graph), (KERAS_METADATA, _judge_metadata)):
-        place = folder / name
-        if not place.is_file():
-            continue
         try:
-            with SourceFile(place) as file:
+            opened = variables.find(f"../{name}")
+            if opened is None:
+                continue
+            with opened as file:
                 found.update(judge(Message(Buffer(file), 0, file.size)))
         except BntoolError as error:
             found[f"{name} ({error.message})"] = GlobalTrust.UNKNOWN

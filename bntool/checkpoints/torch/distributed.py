@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from bntool.checkpoints.addresses import Location
 from bntool.checkpoints.checkpoint import Checkpoint, Content, Format, GlobalName, GlobalTrust
 from bntool.checkpoints.containers.pickles.nodes import (
     Construction,
@@ -61,7 +62,7 @@ class Distributed(Format):
         inside = path / METADATA
         return inside if inside.is_file() else None
 
-    def recognises(self, path: Path, head: bytes) -> bool:
+    def recognises(self, path: Location, head: bytes) -> bool:
         return path.name == METADATA and head[:1] == b"\x80"
 
     def check_unchanged(self, checkpoint: Checkpoint) -> None:
@@ -75,7 +76,7 @@ class Distributed(Format):
             raise OtherFormatError("this .metadata was not written by torch.distributed.checkpoint")
         content = _state(root)
         items = _read_items(content.get("storage_data"))
-        folder = FolderReader(file.path.parent)
+        folder = FolderReader(file)
         reader = _LeafReader()
         tree = _build_tree(content, items, folder, reader)
         state_dicts, _ = find_state_dicts(tree, reader)

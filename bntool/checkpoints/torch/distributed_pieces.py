@@ -5,12 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from bntool.checkpoints.containers.pickles.reading import OpcodeBudget, Pickle, read_pickle_bytes
 from bntool.checkpoints.containers.zips.reading import read_archive
 from bntool.checkpoints.dtypes import DType
-from bntool.checkpoints.files import FileSlice, SourceFile, open_beside, quote
+from bntool.checkpoints.files import FileSlice, SourceFile, quote
 from bntool.checkpoints.safetensors.sharded import check_inside
 from bntool.checkpoints.tensors import Storage, StoredTensor, contiguous_strides, count_elements, read_bytes
 from bntool.checkpoints.torch.tensors import TensorReader
@@ -39,8 +38,8 @@ class Item:
 class FolderReader:
     """Opens the files of a folder when they are needed, one at a time: there is one for each process that saved."""
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self, metadata: SourceFile) -> None:
+        self._metadata = metadata
         self._name = ""
         self._file: SourceFile | None = None
         self._first: dict[str, SourceFile] = {}  # as each was when it was opened first; closed again
@@ -92,12 +91,12 @@ class FolderReader:
 
     def _open(self, name: str) -> SourceFile:
         if self._file is None or self._name != name:
-            check_inside(self._folder, name, named_by="the metadata")
+            check_inside(self._metadata.folder, name, named_by="the metadata")
             self._latest = None
             if self._file is not None:
                 self._file.check_unchanged()
                 self._file.close()
-            self._file, self._name = open_beside(self._folder / name, named_by=self._folder / ".metadata"), name
+            self._file, self._name = self._metadata.folder.open(name, named_by=self._metadata.path), name
             self._file.check_same(self._first.setdefault(name, self._file))
         return self._file
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import struct
 from dataclasses import dataclass
-from pathlib import Path
 
+from bntool.checkpoints.addresses import Location
 from bntool.checkpoints.checkpoint import Checkpoint, Format, StateDict
 from bntool.checkpoints.containers.pickles.nodes import as_mapping, is_mapping, text_of
 from bntool.checkpoints.containers.pickles.reading import OpcodeBudget, Pickle, read_pickle
@@ -57,7 +57,7 @@ class TorchLegacy(Format):
     title = "torch (legacy, before 1.6)"
     writer = "torch.legacy_writing:write"
 
-    def recognises(self, path: Path, head: bytes) -> bool:  # noqa: ARG002 (names say nothing)
+    def recognises(self, path: Location, head: bytes) -> bool:  # noqa: ARG002 (names say nothing)
         return starts_as_legacy(head)
 
     def read(self, file: SourceFile) -> Checkpoint:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 
+from bntool.checkpoints.addresses import Location
 from bntool.checkpoints.checkpoint import (
     Checkpoint,
     Format,
@@ -49,7 +49,7 @@ class NumpyPickle(Format):
         ("import pickle", "arrays = pickle.load(open({path}, 'rb'), encoding='latin1')  # runs code of the file")
     )
 
-    def recognises(self, path: Path, head: bytes) -> bool:
+    def recognises(self, path: Location, head: bytes) -> bool:
         return (head[:1] == b"\x80" and head[1:2] <= b"\x05") or path.suffix in (".pkl", ".pickle")
 
     def read(self, file: SourceFile) -> Checkpoint:

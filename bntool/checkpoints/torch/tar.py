@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import struct
 from dataclasses import dataclass
-from pathlib import Path
 
+from bntool.checkpoints.addresses import Location
 from bntool.checkpoints.checkpoint import Checkpoint, Format, LoadingCode
 from bntool.checkpoints.containers.pickles.nodes import (
     Global,
@@ -43,7 +43,7 @@ class TorchTar(Format):
         ("import torch", "checkpoint = torch.load({path}, weights_only=False)  # runs code of the file")
     )
 
-    def recognises(self, path: Path, head: bytes) -> bool:  # noqa: ARG002 (names say nothing)
+    def recognises(self, path: Location, head: bytes) -> bool:  # noqa: ARG002 (names say nothing)
         return head[257:262] == b"ustar" and head[:1] != b"\0"
 
     def read(self, file: SourceFile) -> Checkpoint:

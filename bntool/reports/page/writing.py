@@ -12,7 +12,9 @@ from bntool.errors import MissingExtraError, UsageError
 from bntool.reports.page.document import Page
 
 
-def check_page(path: Path | None, *, force: bool, inputs: Iterable[Path], outputs: Iterable[Path | None] = ()) -> None:
+def check_page(
+    path: Path | None, *, force: bool, inputs: Iterable[os.PathLike[str]], outputs: Iterable[Path | None] = ()
+) -> None:
     """Find out before any work whether a page can be written.
 
     Args:
@@ -39,7 +41,7 @@ def check_page(path: Path | None, *, force: bool, inputs: Iterable[Path], output
     OutputFiles(force=force).check(path)
 
 
-def _is_same(one: Path, other: Path) -> bool:
+def _is_same(one: Path, other: os.PathLike[str]) -> bool:
     try:
         return os.path.realpath(one) == os.path.realpath(other) or one.samefile(other)
     except (OSError, ValueError):  # one of them is not there, or no file can have that name

@@ -163,10 +163,14 @@ def read_archive(file: SourceFile) -> ZipArchive:
     if size > MAX_DIRECTORY:
         raise UnsafeFileError(f"the zip directory has {size} bytes")
     directory = file.read(offset, size)
-    records: dict[str, ZipRecord] = {}
+    entries: list[_Entry] = []
     position = 0
     for _ in range(count):
-        record, position = _read_entry(file, directory, position, offset)
+        entry, position = _read_entry(directory, position, offset)
+        entries.append(entry)
+    file.announce([(entry.record.header_offset, LOCAL_HEADER.size + len(entry.raw_name)) for entry in entries])
+    records: dict[str, ZipRecord] = {}
+    for record in (_with_local_header(file, entry) for entry in entries):
         if record.name in records:
             raise CorruptFileError(f"two records of the zip archive are named {quote(record.name)}")
         records[record.name] = record
@@ -206,7 +210,14 @@ def _has_locator(file: SourceFile, end_offset: int) -> bool:
     return start >= 0 and file.read(start, 4) == b"PK\x06\x07"
 
 
-def _read_entry(file: SourceFile, directory: bytes, position: int, base: int) -> tuple[ZipRecord, int]:
+class _Entry(NamedTuple):
+    """A record as the directory has it: where its data begins is not known before its local header is read."""
+
+    record: ZipRecord
+    raw_name: bytes
+
+
+def _read_entry(directory: bytes, position: int, base: int) -> tuple[_Entry, int]:
     if position + CENTRAL_ENTRY.size > len(directory):
         raise CorruptFileError("the zip directory is truncated")
     fields = CENTRAL_ENTRY.unpack_from(directory, position)
@@ -228,11 +239,10 @@ def _read_entry(file: SourceFile, directory: bytes, position: int, base: int) ->
         raise CorruptFileError(f"zip compression method {method} is not known", remedy="unpack it and zip it anew")
     if method == STORED and size != stored:
         raise CorruptFileError("a stored record has two different sizes")
-    data_offset = _check_local_header(file, header_offset, raw_name, (method, crc, stored, size))
     record = ZipRecord(
         name=_decode(raw_name),
         header_offset=header_offset,
-        data_offset=data_offset,
+        data_offset=-1,
         stored_size=stored,
         size=size,
         crc=crc,
@@ -240,7 +250,13 @@ def _read_entry(file: SourceFile, directory: bytes, position: int, base: int) ->
         flags=flags,
         central_offset=base + position,
     )
-    return record, end
+    return _Entry(record, raw_name), end
+
+
+def _with_local_header(file: SourceFile, entry: _Entry) -> ZipRecord:
+    record = entry.record
+    facts = record.method, record.crc, record.stored_size, record.size
+    return record._replace(data_offset=_check_local_header(file, record.header_offset, entry.raw_name, facts))
 
 
 def _decode(raw: bytes) -> str:

@@ -1,0 +1,62 @@
+"""Which file of a hub repository holds the weights: told by the names that libraries look for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from bntool.checkpoints.files import quote
+
+CONFIG = "config.json"
+# in the order in which transformers, timm and diffusers look for them
+_KNOWN = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "diffusion_pytorch_model.safetensors",
+    "diffusion_pytorch_model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+    "diffusion_pytorch_model.bin",
+)
+_ENDINGS = (".safetensors", ".pt", ".pth", ".pt2", ".ckpt", ".bin", ".keras", ".h5", ".onnx", ".caffemodel", ".tar")
+_OF_TRAINING = ("training_args.bin", "optimizer.bin", "optimizer.pt", "scheduler.pt", "scaler.pt", "rng_state.pth")
+_LISTED = 6
+
+
+class ChosenFile(NamedTuple):
+    """The file that stands for a repository.
+
+    Attributes:
+        name: its name.
+        reason: which one it is and why, a sentence.
+    """
+
+    name: str
+    reason: str
+
+
+def choose_file(names: Sequence[str]) -> ChosenFile | None:
+    """The weights among the names of the files at the top of a repository; None where none, or several, may be them."""
+    found = [name for name in _KNOWN if name in names]
+    if found:
+        name, *others = found
+        before = f", which libraries load before {' and '.join(map(quote, others))}" if others else ""
+        return ChosenFile(name, f"{quote(name)} of it is read{before or ', the weights by the name of it'}")
+    likely = list_likely(names)
+    return (
+        ChosenFile(likely[0], f"{quote(likely[0])} of it is read, the only weights in it") if len(likely) == 1 else None
+    )
+
+
+def list_likely(names: Sequence[str]) -> list[str]:
+    """Those that are named like checkpoints."""
+    return sorted(name for name in names if name.endswith(_ENDINGS) and "/" not in name and name not in _OF_TRAINING)
+
+
+def describe_choice(names: Sequence[str]) -> str:
+    """What to say where none was chosen."""
+    likely = list_likely(names)
+    if not likely:
+        return "it holds nothing that is named like a checkpoint"
+    more = f" and {len(likely) - _LISTED} more" if len(likely) > _LISTED else ""
+    return f"it holds several checkpoints: {', '.join(map(quote, likely[:_LISTED]))}{more}; name one of them"

@@ -1,0 +1,1 @@
+"""Files on other machines, read by position like those that lie here; imported when an address is given."""

@@ -1,0 +1,168 @@
+"""Files on a server are read as those that lie here, by a small part of their bytes."""
+
+from __future__ import annotations
+
+import io
+import re
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from torch import nn
+
+import bntool
+from bntool.checkpoints.formats import open_checkpoint
+from bntool.cli.main import main
+from bntool.errors import UnreachableFileError
+from bntool.reports.inspection import describe_inspection
+from tests.checkpoints.samples import WRITERS, assert_holds, tiny_net
+from tests.places import ROOT, SAMPLES
+from tests.programs import list_loaded
+from tests.programs.file_server import FileServer, Handler
+from tests.schemas import read_document
+
+
+def serve_folder(server: FileServer, folder: Path) -> None:
+    server.files |= {f"/{path.relative_to(folder)}": path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_every_format_is_read_from_a_server(name: str, server: FileServer, tmp_path: Path) -> None:
+    tensors = tiny_net().state_dict()
+    (tmp_path / "files").mkdir()
+    with open_checkpoint(WRITERS[name](tensors, tmp_path / "files")) as here:
+        path = here.path.relative_to(tmp_path / "files")
+    serve_folder(server, tmp_path / "files")
+    with open_checkpoint(f"{server.url}/{path}") as checkpoint:
+        assert checkpoint.format.name == name
+        assert_holds(checkpoint, tensors)
+
+
+def make_large(kind: str) -> bytes:
+    """100 MB, with 24 BatchNorms."""
+    tensors = {}
+    for number in range(24):
+        tensors[f"conv{number}.weight"] = torch.zeros(1024, 1024)
+        layer = nn.BatchNorm2d(512)
+        tensors |= {f"bn{number}.{name}": tensor for name, tensor in layer.state_dict().items()}
+    if kind == ".safetensors":
+        return safetensors.torch.save(tensors)
+    stream = io.BytesIO()
+    torch.save(tensors, stream)
+    return stream.getvalue()
+
+
+@pytest.mark.parametrize("kind", [".pt", ".safetensors"])
+def test_a_listing_reads_less_than_a_hundredth_and_then_a_byte(kind: str, server: FileServer, tmp_path: Path) -> None:
+    data = make_large(kind)
+    server.files["/net" + kind] = data
+    (tmp_path / f"net{kind}").write_bytes(data)
+    wanted = describe_inspection(bntool.inspect(tmp_path / f"net{kind}"), every_tensor=False)
+    found = describe_inspection(bntool.inspect(f"{server.url}/net{kind}"), every_tensor=False)
+    first = server.sent
+    assert len(data) > 100_000_000
+    assert first < len(data) / 100
+    assert found.pop("notes") == [f"{first:,} of {len(data):,} bytes were read from {server.url[7:]}"]
+    assert found == wanted
+    again = describe_inspection(bntool.inspect(f"{server.url}/net{kind}"), every_tensor=False)
+    assert server.sent == first + 1
+    again.pop("notes")
+    assert again == wanted
+
+
+def test_what_the_cache_holds_of_another_version_is_not_taken(server: FileServer) -> None:
+    server.files["/net.pt"] = (SAMPLES / "digits.pt").read_bytes()
+    before = bntool.inspect(f"{server.url}/net.pt")
+    server.files["/net.pt"] = (SAMPLES / "drifted.pt").read_bytes()
+    server.behave = lambda handler, data: handler.answer_range(data, etag='"two"') is None
+    after = bntool.inspect(f"{server.url}/net.pt")
+    assert after.state_dicts[0].layers[0].running_var.tolist() != before.state_dicts[0].layers[0].running_var.tolist()
+
+
+def test_what_is_damaged_in_the_cache_is_read_again(server: FileServer, cache: Path) -> None:
+    server.files["/net.pt"] = (SAMPLES / "digits.pt").read_bytes()
+    bntool.inspect(f"{server.url}/net.pt")
+    (kept,) = cache.iterdir()
+    assert kept.stat().st_mode & 0o77 == 0
+    for damaged in (kept.read_bytes()[:-10], b"", b"[]\n", b'{"ranges": [[-5, 2]], "size": 1, "tag": ""}\nxx'):
+        kept.write_bytes(damaged)
+        assert bntool.inspect(f"{server.url}/net.pt").verdict.sentence == "healthy"
+
+
+def test_without_a_folder_for_it_nothing_is_kept(server: FileServer, cache: Path, monkeypatch) -> None:
+    server.files["/net.pt"] = (SAMPLES / "digits.pt").read_bytes()
+    for place in ("", str(SAMPLES / "digits.pt")):
+        monkeypatch.setenv("BNTOOL_CACHE", place)
+        assert bntool.inspect(f"{server.url}/net.pt").verdict.sentence == "healthy"
+    assert not cache.exists()
+
+
+def test_commands_that_write_take_an_address(server: FileServer, tmp_path: Path) -> None:
+    server.files["/digits.pt"] = (SAMPLES / "digits.pt").read_bytes()
+    for command in (["freeze"], ["convert", "--to", "safetensors"], ["fold", "--pair", "conv1=bn1", "--eps", "1e-5"]):
+        name, *options = command
+        here, there = tmp_path / f"here-{name}", tmp_path / f"there-{name}"
+        assert main([name, str(SAMPLES / "digits.pt"), *options, "-o", str(here), "--quiet"]) == 0
+        assert main([name, f"{server.url}/digits.pt", *options, "-o", str(there), "--quiet"]) == 0
+        assert bntool.diff(here, there, expect="identical").identical
+
+
+def test_a_remote_file_that_changes_before_the_output_appears_is_not_taken(
+    server: FileServer, tmp_path: Path, capsys
+) -> None:
+    data = server.files["/digits.pt"] = (SAMPLES / "digits.pt").read_bytes()
+
+    def behave(handler: Handler, _: bytes) -> bool:
+        last = handler.headers["Range"] == "bytes=0-0"  # the question at the end
+        handler.answer_range(data, etag='"two"' if last else '"one"')
+        return True
+
+    server.behave = behave
+    assert main(["freeze", f"{server.url}/digits.pt", "-o", str(tmp_path / "out.pt")]) == 3
+    assert "was changed on the server" in capsys.readouterr().err
+    assert not (tmp_path / "out.pt").exists()
+
+
+def test_diff_and_a_run_take_addresses(server: FileServer, capsys) -> None:
+    for name in ("digits", "drifted"):
+        server.files[f"/{name}.pt"] = (SAMPLES / f"{name}.pt").read_bytes()
+    assert main(["diff", f"{server.url}/digits.pt", str(SAMPLES / "digits.pt"), "--json"]) == 0
+    compared = capsys.readouterr().out
+    assert read_document(compared, "diff")["files"][0]["notes"][1] == []
+    assert main(["diff", f"{server.url}/digits.pt", str(SAMPLES / "digits.pt"), "--expect", "identical"]) == 0
+    assert "bytes were read from" in capsys.readouterr().out
+    assert main(["inspect", f"{server.url}/digits.pt?key=secret", f"{server.url}/drifted.pt", "--json"]) == 0
+    printed = capsys.readouterr().out
+    assert "secret" not in printed
+    assert [file["file"] for file in read_document(printed, "inspect")["files"]] == [
+        f"{server.url}/digits.pt",
+        f"{server.url}/drifted.pt",
+    ]
+
+
+def test_a_server_without_ranges_gives_all_of_a_small_file_and_that_is_said(server: FileServer) -> None:
+    server.files["/net.pt"] = (SAMPLES / "digits.pt").read_bytes()
+    server.behave = lambda handler, data: handler.answer(200, data) is None
+    inspection = bntool.inspect(f"{server.url}/net.pt")
+    size = len(server.files["/net.pt"])
+    assert inspection.verdict.sentence == "healthy"
+    assert inspection.checkpoint.notes == (f"the server gives no parts of files: all {size:,} bytes were fetched",)
+    assert server.sent == size
+
+
+def test_a_server_without_ranges_is_not_asked_for_large_files(server: FileServer, monkeypatch) -> None:
+    monkeypatch.setattr("bntool.checkpoints.remote.transfers.MAX_WHOLE", 90_000)
+    server.files["/net.pt"] = (SAMPLES / "digits.pt").read_bytes()
+    for headers in ({}, {"Transfer-Encoding": "identity"}):
+        server.behave = lambda handler, data, h=headers: handler.answer(200, data, h) is None
+        with pytest.raises(UnreachableFileError, match="as a whole only"):
+            bntool.inspect(f"{server.url}/net.pt")
+
+
+def test_files_that_lie_here_import_nothing_of_the_network() -> None:
+    loaded = list_loaded("inspect", SAMPLES / "digits.pt", "--quiet")
+    assert not [name for name in loaded if name.startswith("bntool.checkpoints.remote")]
+    talking = re.compile(r"^\s*(?:import|from) (?:http|urllib\.request|socket|ssl)\b", re.MULTILINE)
+    modules = [path for path in (ROOT / "bntool").rglob("*.py") if talking.search(path.read_text())]
+    assert {path.parent.name for path in modules} == {"remote"}
