@@ -166,12 +166,12 @@ def inspect_run(paths: Sequence[str | os.PathLike[str]], *, on_file: OnFile | No
         on_file: is called with each path and what was found there, in the order of names.
         options: of :func:`bntool.inspect`. A file that cannot be inspected has the error in its summary.
     """
-    named = {str(location): location for location in map(as_location, paths)}
-    by_name = sorted(named, key=_split_numbers)
-    files = _follow([named[path] for path in by_name], on_file, options)
+    named = sorted(map(as_location, paths), key=lambda location: _split_numbers(str(location)))
+    files = _follow(named, on_file, options)
     ordered, ordered_by = _order(files)
-    if [file.path for file in ordered] != by_name:  # names do not say the order: what changed is measured again
-        ordered = _follow([named[file.path] for file in ordered], None, options)
+    if ordered != files:  # names do not say the order: what changed is measured again
+        places = {id(file): location for file, location in zip(files, named, strict=True)}
+        ordered = _follow([places[id(file)] for file in ordered], None, options)
     return Run(tuple(ordered), ordered_by)
 
 
