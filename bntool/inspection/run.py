@@ -194,7 +194,7 @@ def _order(files: Sequence[FileSummary]) -> tuple[list[FileSummary], str]:
 
 def _follow(locations: Sequence[Location], on_file: OnFile | None, options: Mapping[str, Any]) -> list[FileSummary]:
     summaries: list[FileSummary] = []
-    before, states = Statistics(), dict[str, LayerState]()
+    follower = Follower()
     for location in locations:
         path = str(location)
         try:
@@ -202,13 +202,29 @@ def _follow(locations: Sequence[Location], on_file: OnFile | None, options: Mapp
         except BntoolError as error:
             summaries.append(FileSummary(path, error=error.about(path).with_traceback(None)))
             continue
-        layers = next((s.layers for s in inspection.state_dicts if s.chosen), ())
-        statistics = {layer.name: found for layer in layers if (found := _read_statistics(layer)) is not None}
-        summaries.append(_summarize(path, inspection, layers, before, statistics, states))
-        before, states = statistics or before, dict(summaries[-1].layers) or states
+        summaries.append(follower.summarize(path, inspection))
         if on_file is not None:
             on_file(path, inspection)
     return summaries
+
+
+class Follower:
+    """Summarizes inspections of one model one after another: each beside the one before."""
+
+    def __init__(self) -> None:
+        self._before, self._states = Statistics(), dict[str, LayerState]()
+
+    def summarize(self, name: str, inspection: Inspection) -> FileSummary:
+        """What is kept of an inspection, with what changed since the last one.
+
+        Args:
+            name: of the file, or of the moment.
+        """
+        layers = next((s.layers for s in inspection.state_dicts if s.chosen), ())
+        statistics = {layer.name: found for layer in layers if (found := _read_statistics(layer)) is not None}
+        summary = _summarize(name, inspection, layers, self._before, statistics, self._states)
+        self._before, self._states = statistics or self._before, dict(summary.layers) or self._states
+        return summary
 
 
 def _read_statistics(layer: LayerInspection) -> tuple[Sequence[float], Sequence[float], float] | None:
