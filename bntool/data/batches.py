@@ -17,10 +17,11 @@ from bntool.data.shares import WHOLE, Share
 from bntool.errors import UsageError
 from bntool.models.user_code import running_user_code
 from bntool.modules.calling import copy_tensors, map_leaves, map_tensors, pass_inputs, tensors_in
-from bntool.modules.finding import unwrap
+from bntool.modules.finding import unwrap, walk_modules
 
 _LABEL_KEYS = ("labels", "label", "y", "targets", "target")
 _UNNAMED = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+_HANDS_ON = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 _NAMED = 3  # samples that a message names
 
 
@@ -82,14 +83,16 @@ class Batch:
 
         Of a dict of the data it is what the model's forward has a name for. A single value with tensors goes to its
         first argument, whatever it is called; labels only to an argument of their name that has no default, or ``y``. A
-        forward of one argument that none of several values is called after takes the dict itself.
+        forward of one argument that none of several values is called after takes the dict itself. One of ``*args`` and
+        ``**kwargs`` alone hands on what it is given: the forward of the first module inside that has a name for any of
+        the values counts.
+
+        Raises:
+            UsageError: the first argument is given by position only, and others have names.
         """
         if not self.is_record:
             return self.inputs
-        try:
-            parameters = dict(inspect.signature(unwrap(model).forward).parameters)
-        except ValueError:  # of a compiled model
-            parameters = {}
+        parameters = _find_parameters(model, self.inputs)
         takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
         named = [name for name, parameter in parameters.items() if parameter.kind not in _UNNAMED]
         values = dict(self.inputs)
@@ -106,10 +109,35 @@ class Batch:
         if key in named:
             is_first = len(values) == 1 and parameters[key].kind is not inspect.Parameter.KEYWORD_ONLY
             return values[key] if is_first else values
+        positional = [name for name, parameter in parameters.items() if parameter.kind is parameter.POSITIONAL_ONLY]
+        if positional and len(values) > 1:
+            raise UsageError(
+                f"the model's forward takes {positional[0]} by position only, so that a dict cannot hold it beside other "
+                f"arguments ({self.description}): give tuples ((x, y), label)"
+            )
         first = next((name for name in named if name not in values), None)
         if first is None or len(values) == 1:  # beside *args there is no place for others
             return values if parameters and takes_all and len(parameters) == 1 else values[key]
         return {first: values.pop(key), **values}
+
+
+def _find_parameters(model: torch.nn.Module, names: Iterable[str]) -> dict[str, inspect.Parameter]:
+    """What a model's forward takes; of one that hands everything on, what a module inside takes that knows the names."""
+    own = _read_parameters(unwrap(model))
+    if [parameter.kind for parameter in own.values()] != list(_HANDS_ON):
+        return own
+    for _, module in walk_modules(model):
+        inner = _read_parameters(module)
+        if not inner.keys().isdisjoint(names):
+            return inner
+    return own
+
+
+def _read_parameters(module: torch.nn.Module) -> dict[str, inspect.Parameter]:
+    try:
+        return dict(inspect.signature(module.forward).parameters)
+    except ValueError:  # of a compiled model
+        return {}
 
 
 @dataclass

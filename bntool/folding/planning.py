@@ -369,21 +369,12 @@ class _Folder:
             yield f"eps is {self.eps:g} (option)"
 
     def find_unseen(self, folds: Sequence[Fold]) -> list[str]:
-        """Modules that did not run and whose weight could read a tensor that a fold changed, by its channels.
+        """Modules that did not run and could read a tensor that a fold changed, by its channels.
 
         BatchNorms are none of them: those stop the fold.
         """
         channels = {self.transforms[fold.layer].node.channels for fold in folds}
-        used = {name for one in self.graph.uses for name in (one, *self.graph.aliases.get(one, ()))}
-        unseen: dict[str, None] = {}
-        for full, tensor in self.state_dict.tensors.items():
-            owner, _, leaf = self.state_dict.strip(full).rpartition(".")
-            shape = tuple(tensor.shape)
-            is_weight = leaf == "weight" and len(shape) > 1 and self.state_dict.strip(full) not in used
-            # a convolution reads its second dimension, a transposed or depthwise one its first
-            if is_weight and owner not in self.graph.ran and channels.intersection(shape[:2]):
-                unseen[owner] = None
-        return list(unseen)
+        return [path for path, sizes in self.graph.idle.items() if channels & sizes]
 
 
 def _layers(absorbers: Sequence[Absorber]) -> tuple[str, ...]:

@@ -595,6 +595,54 @@ def test_a_module_that_did_not_run_and_may_read_what_a_fold_changed_is_named():
     assert bntool.fold(model, x).plan.assumptions == ()
 
 
+class Scale(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.factor = nn.Parameter(torch.rand(1, 8, 1, 1) + 0.5)
+
+    def forward(self, x):
+        return x * self.factor
+
+
+class OtherNorm(nn.Module):
+    """Another normalisation takes the place of the BatchNorm, as an attribute says."""
+
+    def __init__(self, other):
+        super().__init__()
+        self.conv, self.bn, self.other, self.use_bn = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), other, True
+
+    def forward(self, x):
+        y = self.conv(x)
+        return self.bn(y) if self.use_bn else self.other(y)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        nn.GroupNorm(2, 8),
+        nn.GroupNorm(2, 8, affine=False),
+        nn.InstanceNorm2d(8, track_running_stats=True),
+        nn.LayerNorm([8, 7, 7]),
+        nn.PReLU(8),
+        nn.Conv2d(8, 8, 1),
+        Scale(),
+    ],
+    ids=repr,
+)
+def test_a_module_in_the_place_of_a_batchnorm_is_named(other):
+    model, x = randomise(OtherNorm(other)), image()
+    result = bntool.fold(model, x)
+    torch.testing.assert_close(result.model(x), model(x), rtol=1e-10, atol=1e-10)
+    assert result.plan.assumptions == (
+        "other, not run in the forward that was observed, reads nothing that a fold changed",
+    )
+
+
+def test_a_module_that_reads_other_channels_is_not_named():
+    model, x = randomise(OtherNorm(nn.GroupNorm(2, 6))), image()
+    assert bntool.fold(model, x).plan.assumptions == ()
+
+
 class Switched(nn.Module):
     """A convolution whose BatchNorm another argument goes round; other switches change nothing that a fold does."""
 

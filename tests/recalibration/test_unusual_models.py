@@ -91,6 +91,38 @@ def test_arguments_without_tensors_reach_the_forward(method, key):
         assert_stores(model.adversarial, model.conv(x) * 2)
 
 
+class HandsOn(nn.Module):
+    """As wrappers do that know nothing of the model inside."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, *args, **kwargs):
+        return self.inner(*args, **kwargs)
+
+
+@pytest.mark.parametrize("key", ["x", "image"])
+def test_arguments_without_tensors_reach_the_model_in_a_wrapper(key):
+    model, x = Domains(), torch.randn(32, 3, 9, 9) * 3 + 1
+    wrapped = nn.DataParallel(HandsOn(HandsOn(model)))
+    recalibrate(wrapped, [{key: part, "clean": False, "path": ["a.png"] * len(part)} for part in x.split(8)])
+    assert (model.clean.num_batches_tracked, model.adversarial.num_batches_tracked) == (0, 4)
+    assert_stores(model.adversarial, model.conv(x))
+
+
+def test_an_argument_by_position_only_is_not_lost():
+    class ByPosition(Domains):
+        def forward(self, image, /, clean=True):
+            return super().forward(image, clean=clean)
+
+    with pytest.raises(UsageError, match="takes image by position only"):
+        recalibrate(ByPosition(), [{"image": torch.randn(8, 3, 9, 9), "clean": False}])
+    model, x = ByPosition(), torch.randn(8, 3, 9, 9)
+    recalibrate(model, [{"image": x, "path": ["a.png"] * 8}])
+    assert_stores(model.clean, model.conv(x))
+
+
 class Generator(nn.Module):
     def __init__(self):
         super().__init__()

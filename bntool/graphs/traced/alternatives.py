@@ -13,6 +13,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from bntool.graphs.graph import Node, NodeKind
 from bntool.modules.finding import is_batchnorm
@@ -67,6 +68,35 @@ def find_alternatives(
                 elif norms > producers:
                     yield Alternative(path, module, relatives, relatives)
                 break
+
+
+def find_idle(
+    modules: Mapping[str, nn.Module], ran: Collection[str], used: Collection[str]
+) -> dict[str, frozenset[int]]:
+    """Modules that did not run, with the numbers of channels that they may read; BatchNorms aside.
+
+    Args:
+        modules: all of the model, by path.
+        ran: paths of the modules that were called.
+        used: names of parameters and buffers that were read, whoever called whom.
+    """
+    idle = {}
+    for path, module in modules.items():
+        if path in ran or is_batchnorm(module) or any(f"{path}.{name}" in used for name in module._parameters):
+            continue
+        channels = frozenset(_list_channels(module))
+        if channels:
+            idle[path] = channels
+    return idle
+
+
+def _list_channels(module: nn.Module) -> Iterator[int]:
+    """Channels that a module may read: what it says of itself, else the sizes of its parameters."""
+    told = [getattr(module, name, None) for name in ("in_channels", "in_features", "num_channels", "num_features")]
+    if any(isinstance(number, int) for number in told):
+        return (number for number in told if isinstance(number, int))
+    shapes = {name: tuple(p.shape) for name, p in module._parameters.items() if p is not None and not is_lazy(p)}
+    return (size for name, shape in shapes.items() for size in shape if name != "bias" or len(shapes) == 1)
 
 
 def _is_switch(module: nn.Module) -> bool:

@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from bntool.errors import RefusedError
 from bntool.graphs.graph import ModelGraph, Node, NodeKind
 from bntool.graphs.traced import operators
-from bntool.graphs.traced.alternatives import find_alternatives
+from bntool.graphs.traced.alternatives import find_alternatives, find_idle
 from bntool.graphs.traced.calls import Affine, CallFacts, call_facts, describe_affine, find_frozen_eps, late_bias
 from bntool.graphs.traced.labels import fresh_labels, meet, replay, varying_axis
 from bntool.graphs.traced.parameters import Parameter, ParameterIndex
@@ -409,6 +409,8 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if edge.source in relatives and nodes[edge.target].ran
         )
         index = self.index
+        ran = frozenset(path for path, module in index.modules.items() if id(module) in self.called)
+        used = {name for one in uses for name in (one, *index.aliases.get(one, ()))}
         return ModelGraph(
             nodes,
             edges,
@@ -417,7 +419,8 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             tied=index.tied,
             branches_at=self.branches_at,
             branches_in=self.branches_in,
-            ran=frozenset(path for path, module in index.modules.items() if id(module) in self.called),
+            ran=ran,
+            idle=find_idle(index.modules, ran, used),
             other_norms=frozenset(path for path, module in index.modules.items() if has_other_statistics(module)),
         )
 
