@@ -158,20 +158,21 @@ def prove(
         except UserCodeError as error:
             raise _find_asked(error, folded, plan) or error from error
 
-    folded, agreement = attempt(plan)
-    ranges = measure_ranges(state_dict, change_state_dict(state_dict, plan.steps), plan)
-    flushed = flush_subnormals(plan, ranges)
-    if flushed is not plan:
-        with contextlib.suppress(VerificationError):
-            other, without = attempt(flushed)
-            if without.rounded <= _AS_WELL * agreement.rounded:
-                plan, ranges, folded, agreement = flushed, count_flushed(ranges), other, without
-    bound = max(tolerance, agreement.tolerance)
-    unlike = (
-        *find_unlike_arguments(model, folded, inputs[0], tolerance=bound),
-        *find_unlike_fusing(model, folded, inputs[0], tolerance=bound),
-    )
-    plan = assume(plan, *unlike) if unlike else plan
+    with borrow(model):  # hooks of a copy may write to what the original keeps
+        folded, agreement = attempt(plan)
+        ranges = measure_ranges(state_dict, change_state_dict(state_dict, plan.steps), plan)
+        flushed = flush_subnormals(plan, ranges)
+        if flushed is not plan:
+            with contextlib.suppress(VerificationError):
+                other, without = attempt(flushed)
+                if without.rounded <= _AS_WELL * agreement.rounded:
+                    plan, ranges, folded, agreement = flushed, count_flushed(ranges), other, without
+        bound = max(tolerance, agreement.tolerance)
+        unlike = (
+            *find_unlike_arguments(model, folded, inputs[0], tolerance=bound),
+            *find_unlike_fusing(model, folded, inputs[0], tolerance=bound),
+        )
+        plan = assume(plan, *unlike) if unlike else plan
     gone = [fold.layer for fold in plan.folds if not fold.stays]
     cost = count_cost(model, inputs[0], graph, gone=gone) if graph.complete else None
     return Proof(plan, ranges, folded, agreement, cost)

@@ -22,9 +22,9 @@ from bntool.modules.finding import (
     find_batchnorm_modules,
     find_name_prefix,
     find_wrapper_prefix,
-    has_statistics,
     is_frozen_class,
     is_uninitialized,
+    normalises_by_statistics,
     unwrap,
     walk_modules,
 )
@@ -70,7 +70,7 @@ def freeze(
         if not is_frozen_class(module)
         and selects(globs, name.removeprefix(prefix))
         # one without statistics normalises by each batch in eval mode too: only its weight and bias can be frozen
-        and (requires_grad is not None or is_uninitialized(module) or has_statistics(module))
+        and (requires_grad is not None or is_uninitialized(module) or normalises_by_statistics(module))
     ]
     if not norm_eval and requires_grad is None and frozen_stages is None:
         raise UsageError("norm_eval=False and requires_grad=None freeze nothing")
@@ -177,7 +177,7 @@ def _describe_nothing(found: dict[str, nn.Module], prefix: str) -> str:
         return "the model has no BatchNorm layer that could be frozen"
     named = {name.removeprefix(prefix): module for name, module in found.items()}
     for name, module in named.items():
-        if not is_frozen_class(module) and not has_statistics(module):
+        if not is_frozen_class(module) and not normalises_by_statistics(module):
             return (
                 f"no BatchNorm layer could be frozen: {name} keeps no statistics and normalises by each batch in eval "
                 "mode too; requires_grad=False freezes its weight and bias"

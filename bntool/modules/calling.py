@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils._pytree import SUPPORTED_NODES, tree_leaves, tree_map
 
-from bntool.errors import UserCodeError
+from bntool.errors import BntoolError, UserCodeError
 from bntool.models.user_code import describe_exception
 
 
@@ -95,6 +95,8 @@ def call(model: nn.Module, inputs: Any) -> Any:
     """
     try:
         return pass_inputs(model, inputs)
+    except BntoolError:  # of ours, that watches the call
+        raise
     except (Exception, SystemExit) as error:
         shapes = [list(tensor.shape) for tensor in tensors_in(inputs)]
         said = describe_exception(error)

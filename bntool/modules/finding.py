@@ -102,6 +102,11 @@ def has_statistics(module: torch.nn.Module) -> bool:
     return all(module._buffers.get(role) is not None for role in STATISTICS)
 
 
+def normalises_by_statistics(module: torch.nn.Module) -> bool:
+    """Whether a module has running statistics in eval mode, be they kept or computed (by a parametrization)."""
+    return all(getattr(module, role, None) is not None for role in STATISTICS)
+
+
 def has_other_statistics(module: torch.nn.Module) -> bool:
     """Whether a module keeps statistics as BatchNorm does and its class says that it is none: InstanceNorm and such."""
     kept = "running_mean" not in module._non_persistent_buffers_set

@@ -16,6 +16,7 @@ from bntool.modules.finding import (
     is_batchnorm,
     is_frozen_class,
     is_uninitialized,
+    normalises_by_statistics,
     unwrap,
     walk_modules,
 )
@@ -50,6 +51,8 @@ def choose_layers(
             continue
         if is_uninitialized(module):
             skips.append(Skip(shown, SkipReason.NOT_INITIALISED, "a lazy layer that has not seen a batch"))
+        elif not has_statistics(module) and normalises_by_statistics(module):
+            skips.append(Skip(shown, SkipReason.COMPUTED_WEIGHT, "its statistics are computed by a parametrization"))
         elif not has_statistics(module):
             skips.append(Skip(shown, SkipReason.NO_STATISTICS, "track_running_stats is off"))
         elif id(module) in frozen and not globs:
@@ -63,7 +66,7 @@ def _find_frozen(model: torch.nn.Module) -> dict[int, str]:
     """Why a layer counts as frozen, by id of its module."""
     layers = find_batchnorm_modules(model).values()
     frozen = {id(layer): "its class never updates statistics" for layer in layers if is_frozen_class(layer)}
-    was_training = unwrap(model).training
+    was_training = _unwrap(model).training
     with borrow(model):
         if was_training:
             frozen |= {id(layer): "it is in eval mode while the model trains" for layer in layers if not layer.training}
@@ -72,6 +75,18 @@ def _find_frozen(model: torch.nn.Module) -> dict[int, str]:
             model.train()
         kept = {id(layer): "the model's train() keeps it in eval mode" for layer in layers if not layer.training}
     return {**kept, **frozen}
+
+
+def _unwrap(model: torch.nn.Module) -> torch.nn.Module:
+    """The model inside of wrappers of any class: whatever has one module, and no tensor beside it.
+
+    That a whole model is in eval mode inside of a wrapper that is not, as timm's ModelEmaV3 has it, freezes no layer.
+    """
+    inner = unwrap(model)
+    children = [child for child in inner._modules.values() if child is not None]
+    if len(children) != 1 or inner._parameters or inner._buffers or is_batchnorm(children[0]):
+        return inner
+    return _unwrap(children[0])
 
 
 def check_can_be_set(model: torch.nn.Module, layers: Mapping[str, torch.nn.Module]) -> None:

@@ -12,7 +12,7 @@ from torch.nn import functional
 from torch.nn.utils import prune
 
 import bntool
-from bntool.errors import BntoolError
+from bntool.errors import BntoolError, RefusedError
 
 
 def randomise(model):
@@ -669,3 +669,27 @@ def test_a_switch_that_goes_round_a_batchnorm_is_named():
     assert [text.partition(" is not given")[0] for text in result.plan.assumptions] == ["normalise=False", "raw=True"]
     given = {"x": x, "normalise": True, "raw": False}  # by the caller, who knows
     assert bntool.fold(model, given).plan.assumptions == ()
+
+
+def test_hooks_that_know_the_original_do_not_change_it():
+    model, kept = randomise(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 4, 1))), []
+    model.kept = kept
+    model[2].register_forward_hook(lambda _module, _inputs, output: model.kept.append(output))
+    assert folded(bntool.fold(model, image())) == ["1"]
+    assert model.kept is kept
+    assert kept == []
+
+
+class Nested(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear, self.bn = nn.Linear(5, 8), nn.BatchNorm1d(8)
+
+    def forward(self, x):
+        parts = torch.nested.nested_tensor([x[:1], x[1:]])
+        return self.bn(self.linear(parts.to_padded_tensor(0.0).flatten(0, 1)))
+
+
+def test_what_cannot_be_followed_is_no_fault_of_the_model():
+    with pytest.raises(RefusedError, match="^aten.* in the forward gives a nested tensor"):
+        bntool.fold(randomise(Nested()), image(3, 5))

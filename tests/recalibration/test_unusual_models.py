@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional
+from torch.nn.utils import parametrize
 
 import bntool
 from bntool import freeze, recalibrate
@@ -383,3 +384,38 @@ def test_channels_that_are_dead(method, value):
     result = recalibrate(mixed, [x], method=method)
     assert result.statistics["1"].variance[2] < 4 * value
     assert mixed[1].running_var[2] <= 4 * value
+
+
+class Positive(nn.Module):
+    def forward(self, variance):
+        return variance.abs() + 0.1
+
+
+def test_statistics_that_are_computed_are_not_called_absent():
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.BatchNorm2d(4))
+    parametrize.register_parametrization(model[1], "running_var", Positive())
+    skips = plan_recalibration(model, [torch.randn(8, 3, 5, 5)], method="pooled").plan.skips
+    assert [(skip.layer, skip.reason.value) for skip in skips] == [("1", "computed weight")]
+    before = model[1].running_mean.clone()
+    assert freeze(model).layers == ("1", "2")
+    model.train()(torch.randn(8, 3, 5, 5))
+    assert torch.equal(model[1].running_mean, before)
+
+
+@METHODS
+def test_a_layer_that_runs_under_vmap_is_refused(method):
+    class Mapped(nn.Sequential):
+        def forward(self, x):
+            return torch.vmap(super().forward)(x.unsqueeze(1))
+
+    with pytest.raises(RefusedError, match="runs inside of torch.func"):
+        recalibrate(Mapped(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)), [torch.randn(8, 3, 5, 5)], method=method)
+
+
+def test_a_whole_model_in_eval_mode_in_a_wrapper_is_not_frozen():
+    model, x = HandsOn(nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)).eval()), torch.randn(8, 3, 5, 5)
+    assert model.training
+    recalibrate(model, [x])
+    assert_stores(model.inner[1], model.inner[0](x))
+    assert model.training
+    assert not model.inner[1].training
