@@ -112,7 +112,7 @@ class Batch:
         positional = [name for name, parameter in parameters.items() if parameter.kind is parameter.POSITIONAL_ONLY]
         if positional and len(values) > 1:
             raise UsageError(
-                f"the model's forward takes {positional[0]} by position only, so that a dict cannot hold it beside other "
+                f"the model's forward takes {positional[0]} by position only, which a dict cannot hold beside other "
                 f"arguments ({self.description}): give tuples ((x, y), label)"
             )
         first = next((name for name in named if name not in values), None)
@@ -122,7 +122,7 @@ class Batch:
 
 
 def _find_parameters(model: torch.nn.Module, names: Iterable[str]) -> dict[str, inspect.Parameter]:
-    """What a model's forward takes; of one that hands everything on, what a module inside takes that knows the names."""
+    """What a forward takes; of one that hands everything on, what the first module inside takes that knows a name."""
     own = _read_parameters(unwrap(model))
     if [parameter.kind for parameter in own.values()] != list(_HANDS_ON):
         return own

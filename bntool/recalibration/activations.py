@@ -196,7 +196,7 @@ class Activations(TorchFunctionMode):
 
     def _tell(self, name: str, layer: torch.nn.Module, values: torch.Tensor) -> None:
         if torch._C._functorch.is_functorch_wrapped_tensor(values):
-            self._refuse(name, "runs inside of torch.func or torch.vmap, which show none of the values that it is given")
+            self._refuse(name, "runs inside of torch.func or vmap, which show none of the values that it is given")
         channels = layer._buffers["running_mean"].numel()  # type: ignore[union-attr]
         if values.ndim > 1 and values.numel() and values.shape[1] != channels:
             self._refuse(

@@ -691,5 +691,5 @@ class Nested(nn.Module):
 
 
 def test_what_cannot_be_followed_is_no_fault_of_the_model():
-    with pytest.raises(RefusedError, match="^aten.* in the forward gives a nested tensor"):
+    with pytest.raises(RefusedError, match=r"^aten.* in the forward gives a nested tensor"):
         bntool.fold(randomise(Nested()), image(3, 5))
