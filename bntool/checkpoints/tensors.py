@@ -42,6 +42,11 @@ def count_elements(shape: Sequence[int]) -> int:
 
 def read_bytes(tensor: Tensor) -> bytes:
     """All elements of a tensor in C order, little endian."""
+    if isinstance(tensor, StoredTensor) and tensor.storage is not None and tensor.strides in ((1,), ()):
+        storage = tensor.storage  # a plain vector, as most that are asked for
+        if tensor.wrapper is None and not storage.big_endian and len(tensor.shape) == len(tensor.strides):
+            start = storage.offset + tensor.storage_offset * tensor.dtype.itemsize
+            return bytes(storage.source.read(start, tensor.nbytes))
     return b"".join(tensor.chunks())
 
 

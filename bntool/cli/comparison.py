@@ -7,7 +7,7 @@ from typing import Annotated, Optional
 import typer
 
 from bntool.checkpoints.addresses import as_location
-from bntool.cli import options
+from bntool.cli import completion, options
 from bntool.cli.output import print_report, print_written
 from bntool.comparison.options import Expectation
 
@@ -46,6 +46,7 @@ def command(
             metavar="KEY",
             help="Which state dict of B, where its key is another one.",
             show_default="as in A",
+            autocompletion=completion.complete_state_dict_b,
         ),
     ] = None,
     prefix: Annotated[

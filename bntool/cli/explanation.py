@@ -6,14 +6,19 @@ from typing import Annotated, Optional
 
 import typer
 
-from bntool.cli import options
+from bntool.cli import completion, options
 from bntool.cli.output import print_report
 
 
 def command(
     code: Annotated[
         Optional[str],  # noqa: UP045 typer reads it at run time
-        typer.Argument(metavar="[CODE]", help="A finding, skip reason or exit code.", show_default="list all"),
+        typer.Argument(
+            metavar="[CODE]",
+            help="A finding, skip reason or exit code.",
+            show_default="list all",
+            autocompletion=completion.complete_code,
+        ),
     ] = None,
     report_as: options.ReportAs = None,
     as_json: options.Json = False,

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from bntool.cli import options
+from bntool.cli import completion, options
 from bntool.cli.output import print_notes, print_report, print_written, user_output_to_stderr
 from bntool.folding.options import Layout
 
@@ -40,6 +40,7 @@ def command(
             help="The architecture whose forward and eps are assumed where neither --model nor --pair is given: "
             "torchvision:NAME or timm:NAME.",
             show_default="recognised by names and shapes",
+            autocompletion=completion.complete_architecture,
         ),
     ] = None,
     eps: Annotated[

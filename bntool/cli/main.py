@@ -15,6 +15,7 @@ from typer._click.exceptions import ClickException, UsageError  # since 0.26 typ
 
 from bntool import errors
 from bntool.checkpoints.outputs import list_written, remove_unfinished
+from bntool.cli.completion import prepare_bash, read_typed_words
 from bntool.cli.help import Command, Group
 from bntool.cli.output import is_another_rank, print_report, print_warning
 from bntool.reports.forms.form import ReportForm
@@ -127,17 +128,13 @@ def main(arguments: Sequence[str]) -> int:
     Returns:
         The exit code.
     """
-    if not arguments:
+    typed = read_typed_words()
+    if not arguments and typed is None:
         main(["--help"])
         return ExitCode.USAGE
     before = len(list_written())
     try:
-        command = typer.main.get_command(build_app(arguments))
-        with _losses_in_a_line(quiet=not {"-q", "--quiet"}.isdisjoint(arguments)):
-            code = command.main(args=list(arguments), prog_name="bntool", standalone_mode=False) or ExitCode.DONE
-        if code == ExitCode.INTERRUPTED:  # typer turns the exception into a code
-            raise KeyboardInterrupt
-        return int(code)
+        return _run(arguments, typed)
     except errors.BntoolError as error:
         return _fail(error, arguments)
     except ClickException as error:
@@ -148,6 +145,25 @@ def main(arguments: Sequence[str]) -> int:
         return _fail(_explain_missing(error.name, arguments), arguments)
     except (typer.Abort, KeyboardInterrupt):
         return _fail(_clean_up(before), arguments)
+
+
+def _run(arguments: Sequence[str], typed: Sequence[str] | None) -> int:
+    """What the arguments ask for.
+
+    Args:
+        typed: words that a shell asks to go on with; None where none asks.
+    """
+    command = typer.main.get_command(build_app(arguments if typed is None else typed))
+    if typed is not None:
+        prepare_bash()
+    with _losses_in_a_line(quiet=not {"-q", "--quiet"}.isdisjoint(arguments)):
+        try:
+            code = command.main(args=list(arguments), prog_name="bntool", standalone_mode=False)
+        except SystemExit as end:  # how typer ends what it does for shells
+            code = end.code
+    if code == ExitCode.INTERRUPTED:  # typer turns the exception into a code
+        raise KeyboardInterrupt
+    return int(code or ExitCode.DONE)
 
 
 @contextlib.contextmanager

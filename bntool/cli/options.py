@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, TypeAlias
 import typer
 
 from bntool.checkpoints.addresses import as_location
+from bntool.cli import completion
 from bntool.cli.help import MODEL, OUTPUT, SELECTION
 from bntool.errors import UsageError
 from bntool.reports.forms.form import ReportForm
@@ -44,6 +45,7 @@ StateDictKey = Annotated[
         help="The state dict to work on, where the file holds several, e.g. model_ema.",
         show_default="chosen by rule",
         rich_help_panel=SELECTION,
+        autocompletion=completion.complete_state_dict,
     ),
 ]
 Layers = Annotated[
@@ -54,6 +56,7 @@ Layers = Annotated[
         help="Only layers whose name matches, e.g. 'backbone.layer3.*'. Repeatable.",
         show_default=False,
         rich_help_panel=SELECTION,
+        autocompletion=completion.complete_layers,
     ),
 ]
 Prototxt = Annotated[
@@ -131,6 +134,7 @@ ModelSpec = Annotated[
         "mmdet:CONFIG.py. This runs your code.",
         show_default=False,
         rich_help_panel=MODEL,
+        autocompletion=completion.complete_model,
     ),
 ]
 ModelArguments = Annotated[

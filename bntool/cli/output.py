@@ -34,7 +34,8 @@ def print_report(
         failing: why the command ends with an exit code of 1; said on stderr where no text says it.
     """
     if form is not None:
-        _write(sys.stdout, draw(report, form))
+        for piece in draw(report, form):
+            _write(sys.stdout, piece)
     elif not quiet:
         shown = [blocks for blocks in (*(file.blocks for file in report.files), report.blocks) if blocks]
         for index, blocks in enumerate(shown):

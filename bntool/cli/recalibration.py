@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from bntool.cli import options
+from bntool.cli import completion, options
 from bntool.cli.help import JUDGING, MODEL, SHARES
 from bntool.cli.output import print_notes, print_report, print_written, user_output_to_stderr
 from bntool.data.policies import OnBadData
@@ -62,6 +62,7 @@ def command(
             "steps: resize=40,crop=32,mean=0.5,std=0.2; or a preset and changes: imagenet,resize=232.",
             show_default="what torchvision: or timm: say of the model",
             rich_help_panel=MODEL,
+            autocompletion=completion.complete_preprocessing,
         ),
     ] = None,
     prior: Annotated[

@@ -6,10 +6,12 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from enum import Enum
-
-import torch
+from typing import TYPE_CHECKING
 
 from bntool.errors import UsageError
+
+if TYPE_CHECKING:
+    import torch
 
 Size = int | tuple[int, int]
 
@@ -70,6 +72,8 @@ class Preprocessing:
         for name, values in (("mean", self.mean), ("std", self.std)):
             if len(values) not in (1, channels):
                 raise UsageError(f"{name} has {len(values)} values but the images have {channels} channels")
+        import torch  # a shell that completes --preprocess needs none
+
         mean = torch.tensor(self.mean, dtype=torch.float32, device="cpu").reshape(1, -1, 1, 1)
         std = torch.tensor(self.std, dtype=torch.float32, device="cpu").reshape(1, -1, 1, 1)
         return pixels.to(torch.float32).div_(255).sub_(mean).div_(std)
@@ -99,6 +103,7 @@ def _show_size(size: Size) -> str:
 
 
 _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+STEPS = ("resize", "crop", "interpolation", "mean", "std", "channels", "orientation")
 PRESETS = {
     "imagenet": Preprocessing(resize=256, crop=224, mean=_IMAGENET_MEAN, std=_IMAGENET_STD),
     "inception": Preprocessing(resize=342, crop=299, mean=(0.5,), std=(0.5,)),
@@ -181,9 +186,7 @@ def _set(preprocessing: Preprocessing, name: str, value: str) -> Preprocessing: 
         return replace(preprocessing, channels=int(value))
     if name == "orientation":
         return replace(preprocessing, orientation=Orientation(value))
-    raise UsageError(
-        f"--preprocess knows no {name!r}; it can set resize, crop, interpolation, mean, std, channels and orientation"
-    )
+    raise UsageError(f"--preprocess knows no {name!r}; it can set {', '.join(STEPS[:-1])} and {STEPS[-1]}")
 
 
 def _read_size(text: str) -> Size | None:

@@ -19,7 +19,7 @@ from bntool.errors import BntoolError
 from bntool.graphs.architectures.recognition import give_eps, recognise
 from bntool.inspection.file_findings import find_in_file, find_in_state_dict
 from bntool.inspection.findings import Finding, FindingCode, IgnoredFinding, Severity
-from bntool.inspection.judging import judge
+from bntool.inspection.judging import add_configured, judge
 from bntool.inspection.layer_differences import compare_layers
 from bntool.inspection.layer_findings import find_in_layer
 from bntool.inspection.missing_statistics import find_missing_statistics
@@ -30,9 +30,9 @@ from bntool.inspection.results import (
     StateDictInspection,
     Summary,
     TensorInspection,
-    summarize,
 )
 from bntool.inspection.safety import find_dangers, judge_safety
+from bntool.inspection.thresholds import ThresholdRule, Thresholds, ThresholdsOf, combine
 from bntool.modules.opening import Source, open_source
 from bntool.progress import OnProgress, Progress, count, ignore
 
@@ -69,7 +69,8 @@ def inspect(  # noqa: PLR0913 as many as the command has options
         verify_checksums: hold all bytes of the file against its checksums.
         prototxt: the net that a ``.caffemodel`` is run by; its eps wins.
         keras_config: the JSON of the Keras model that weights alone belong to, or a ``.keras`` or ``.h5`` file of it.
-        configuration: findings that it takes are not judged; see :mod:`bntool.inspection.configuration`.
+        configuration: what it ignores is not judged, and its thresholds count; see
+            :func:`bntool.inspection.configuration.read_configuration`.
         on_progress: called with how many tensors were read for ``statistics``, and while checksums are computed.
 
     Raises:
@@ -119,15 +120,19 @@ def _inspect(
     else:
         wanted = checkpoint.state_dicts
     chosen = choose_state_dict(checkpoint, state_dict) if wanted else None
+    rules: tuple[ThresholdRule, ...] = ()
+    if configuration is not None:
+        rules = configuration.find_thresholds(checkpoint.path)
+    thresholds_of = combine(rules)
     inspections = [
         _inspect_state_dict(
+            checkpoint,
             one,
             layers=layers,
             every_tensor=every_tensor or statistics,
             statistics=statistics,
             chosen=one is chosen,
-            recalibrated=_recalibrated_layers(checkpoint, one),
-            momentum=_recorded_momentum(checkpoint, one),
+            thresholds_of=thresholds_of,
             on_progress=on_progress,
         )
         for one in wanted
@@ -136,24 +141,22 @@ def _inspect(
     if any(isinstance(name, str) and "opt" in name.lower() for name in checkpoint.entries):
         from bntool.inspection.training_findings import compare_with_steps  # most files hold no optimizer
 
-        inspections = compare_with_steps(checkpoint, inspections)
+        inspections = compare_with_steps(checkpoint, inspections, thresholds_of(""))
     if any(map(may_hold_average, wanted)) or (len(wanted) > 1 and any(map(_lacks_statistics, inspections))):
         from bntool.inspection.copies import compare_copies  # nor an average
 
-        several = [*inspections, *_inspect_others(checkpoint, wanted, layers=layers)]
+        several = [*inspections, *_inspect_others(checkpoint, wanted, layers=layers, thresholds_of=thresholds_of)]
         recalibrated = [_recalibrated_layers(checkpoint, one.state_dict) for one in several]
-        inspections = compare_copies(several, recalibrated=recalibrated)[: len(wanted)]
+        compared = compare_copies(several, recalibrated=recalibrated, thresholds=thresholds_of(""))
+        inspections = compared[: len(wanted)]
     safety = judge_safety(checkpoint)
     findings = (*find_dangers(safety), *find_in_file(checkpoint, inspections))
     ignored: tuple[IgnoredFinding, ...] = ()
     if configuration is not None:
         inspections, findings, ignored = configuration.ignore(checkpoint.path, inspections, findings)
-    verdict = judge(checkpoint, inspections, findings)
+    verdict = add_configured(judge(checkpoint, inspections, findings), ignored=len(ignored), thresholds=len(rules))
     used = None if configuration is None else configuration.path
-    if ignored:
-        count = f"{len(ignored)} finding{'s' * (len(ignored) > 1)} ignored"
-        verdict = verdict._replace(sentence=f"{verdict.sentence}, {count}")
-    return Inspection(checkpoint, tuple(inspections), findings, safety, verdict, checked, used, ignored)
+    return Inspection(checkpoint, tuple(inspections), findings, safety, verdict, checked, used, ignored, rules)
 
 
 def _lacks_statistics(inspection: StateDictInspection) -> bool:
@@ -161,7 +164,7 @@ def _lacks_statistics(inspection: StateDictInspection) -> bool:
 
 
 def _inspect_others(
-    checkpoint: Checkpoint, wanted: Sequence[StateDict], *, layers: Sequence[str]
+    checkpoint: Checkpoint, wanted: Sequence[StateDict], *, layers: Sequence[str], thresholds_of: ThresholdsOf
 ) -> list[StateDictInspection]:
     """The state dicts that were not asked for, and tell something of an averaged copy that was.
 
@@ -174,29 +177,30 @@ def _inspect_others(
             with contextlib.suppress(BntoolError):
                 inspected.append(
                     _inspect_state_dict(
+                        checkpoint,
                         state_dict,
                         layers=layers,
                         every_tensor=False,
                         statistics=False,
                         chosen=False,
-                        recalibrated=frozenset(),
-                        momentum={},
+                        thresholds_of=thresholds_of,
                     )
                 )
     return inspected
 
 
 def _inspect_state_dict(
+    checkpoint: Checkpoint,
     state_dict: StateDict,
     *,
     layers: Sequence[str],
     every_tensor: bool,
     statistics: bool,
     chosen: bool,
-    recalibrated: frozenset[str],
-    momentum: Mapping[str, float],
+    thresholds_of: ThresholdsOf,
     on_progress: OnProgress = ignore,
 ) -> StateDictInspection:
+    recalibrated, momentum = _recalibrated_layers(checkpoint, state_dict), _recorded_momentum(checkpoint, state_dict)
     norms = find_norms(state_dict)
     architectures = recognise(state_dict)
     norms = give_eps(norms, architectures)
@@ -211,6 +215,7 @@ def _inspect_state_dict(
             momentum=momentum.get(norm.name),
             recalibrated=norm.name in recalibrated,
             expected_eps=expected_eps.get(norm.name, ()),
+            thresholds=thresholds_of(norm.name),
         )
         for norm in own
         if selects(layers, norm.name)
@@ -234,7 +239,7 @@ def _inspect_state_dict(
         state_dict=state_dict,
         parameters=sum(size for name, size in sizes.items() if roles[name] == "parameter"),
         buffers=sum(size for name, size in sizes.items() if roles[name] == "buffer"),
-        layers=compare_layers(inspected, state_dict),
+        layers=compare_layers(inspected, state_dict, thresholds_of),
         other_norms=dict(others),
         findings=(*find_in_state_dict(norms), *find_missing_statistics(state_dict, norms)),
         tensors=tensors,
@@ -285,7 +290,12 @@ def _recorded_momentum(checkpoint: Checkpoint, state_dict: StateDict) -> Mapping
 
 
 def _inspect_layer(
-    layer: BatchNorm, *, momentum: float | None, recalibrated: bool, expected_eps: Sequence[float]
+    layer: BatchNorm,
+    *,
+    momentum: float | None,
+    recalibrated: bool,
+    expected_eps: Sequence[float],
+    thresholds: Thresholds,
 ) -> LayerInspection:
     summaries: dict[str, Summary] = {}
     unread: list[str] = []
@@ -297,14 +307,16 @@ def _inspect_layer(
             else:
                 unread.append(role)
     momentum = momentum if layer.momentum is None else layer.momentum
-    findings = find_in_layer(summaries, eps=layer.eps, momentum=momentum, recalibrated=recalibrated)
+    findings = find_in_layer(
+        summaries, eps=layer.eps, momentum=momentum, recalibrated=recalibrated, thresholds=thresholds
+    )
     if unread:
         message = (
             f"{', '.join(unread)}: the file holds no plain elements (uninitialised, meta, or too large to be read)"
         )
         advice = "run one forward before saving, and save from the device"
         findings.append(Finding(FindingCode.NOT_INITIALISED, Severity.WARNING, "no elements", message, advice=advice))
-    findings += find_in_module(layer, expected_eps)
+    findings += find_in_module(layer, expected_eps, thresholds)
     of_torch = not layer.class_path or layer.class_path.startswith("torch.")  # others have no such counter
     has_counter = layer.kind is not NormKind.FROZEN_BATCH_NORM and layer.has_statistics
     if of_torch and has_counter and "num_batches_tracked" not in layer.tensors:
@@ -323,4 +335,4 @@ def _summarize(name: str, tensor: Tensor) -> Summary | None:
     if tensor.dtype.kind in (NumberKind.OPAQUE, NumberKind.COMPLEX) or _count(tensor) > MAX_CHANNELS:
         return None
     values = read_numbers(tensor, name=name)
-    return summarize(values, dtype=tensor.dtype.name, shape=tuple(tensor.shape))
+    return Summary(values, dtype=tensor.dtype.name, shape=tuple(tensor.shape))

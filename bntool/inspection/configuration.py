@@ -1,12 +1,12 @@
-"""What a project says of its files: the severity that fails a gate, and findings that are meant to be so."""
+"""What a project says of its files: what fails a gate, which findings are meant to be so, and thresholds of its own."""
 
 from __future__ import annotations
 
 import difflib
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +14,7 @@ from bntool.checkpoints.addresses import Location
 from bntool.errors import UsageError
 from bntool.inspection.findings import Finding, FindingCode, IgnoredFinding, Severity
 from bntool.inspection.results import StateDictInspection
+from bntool.inspection.thresholds import OF_FILES, ThresholdRule, Thresholds, matches
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -39,7 +40,7 @@ class IgnoreRule(NamedTuple):
 
     def takes(self, finding: Finding, layer: str) -> bool:
         names = [layer] if layer else list(finding.layers)
-        wanted = not self.layers or (bool(names) and all(_matches(self.layers, name) for name in names))
+        wanted = not self.layers or (bool(names) and all(matches(self.layers, name) for name in names))
         return finding.code in self.findings and wanted
 
 
@@ -51,11 +52,23 @@ class Configuration:
         path: of the file.
         fail_on: the severity that fails, where the command line says none.
         rules: in the order of the file; the first that takes a finding gives the reason.
+        thresholds: in the order of the file; the last that fits counts.
     """
 
     path: Path
     fail_on: Severity | None = None
     rules: tuple[IgnoreRule, ...] = ()
+    thresholds: tuple[ThresholdRule, ...] = ()
+
+    def find_thresholds(self, path: Location) -> tuple[ThresholdRule, ...]:
+        """Those that it sets for a file."""
+        return tuple(rule for rule in self.thresholds if _fits(rule, path))
+
+    def ignores_jump(self, path: Location, layer: str) -> bool:
+        """Whether it is meant to be so that the variances of a layer exploded against the file before."""
+        code = FindingCode.STATISTICS_JUMPED
+        found = [rule for rule in self.rules if code in rule.findings and _fits(rule, path)]
+        return any(not rule.layers or matches(rule.layers, layer) for rule in found)
 
     def ignore(
         self, path: Location, inspections: Sequence[StateDictInspection], findings: Sequence[Finding]
@@ -67,8 +80,7 @@ class Configuration:
         Returns:
             The state dicts and the findings of the file without them, and what was taken out.
         """
-        written = path.as_posix() if isinstance(path, Path) else str(path)
-        rules = [rule for rule in self.rules if not rule.files or _matches(rule.files, written, path.name)]
+        rules = [rule for rule in self.rules if _fits(rule, path)]
         ignored: list[IgnoredFinding] = []
 
         def keep(found: Sequence[Finding], layer: str = "") -> tuple[Finding, ...]:
@@ -94,8 +106,9 @@ class Configuration:
         return left, keep(findings), tuple(ignored)
 
 
-def _matches(globs: Sequence[str], *names: str) -> bool:
-    return any(fnmatchcase(name, glob) for name in names for glob in globs)
+def _fits(rule: IgnoreRule | ThresholdRule, path: Location) -> bool:
+    written = path.as_posix() if isinstance(path, Path) else str(path)
+    return not rule.files or matches(rule.files, written, path.name)
 
 
 def read_configuration(path: Path) -> Configuration:
@@ -110,13 +123,14 @@ def read_configuration(path: Path) -> Configuration:
         raise UsageError(f"this configuration cannot be read: {error}", path=path) from error
     table = document.get("tool", {}).get("bntool", {}) if path.name == _SHARED_FILE else document
     try:
-        _check_keys(table, ("fail-on", "ignore"), "")
+        _check_keys(table, ("fail-on", "ignore", "threshold"), "")
         rules = tuple(map(_read_rule, table.get("ignore", [])))
-        return Configuration(path, _read_severity(table.get("fail-on")), rules)
+        thresholds = tuple(map(_read_threshold, table.get("threshold", [])))
+        return Configuration(path, _read_severity(table.get("fail-on")), rules, thresholds)
     except UsageError as error:
         raise error.about(path) from None
     except (AttributeError, TypeError) as error:
-        what = "fail-on, and [[ignore]] with findings, layers, files and reason"
+        what = "fail-on, [[ignore]] with findings, and [[threshold]] with name and value; layers, files, reason"
         raise UsageError(f"this configuration is not built as it should be: {what}", path=path) from error
 
 
@@ -129,9 +143,7 @@ def _read_severity(value: Any) -> Severity | None:
 
 def _read_rule(table: Mapping[str, Any]) -> IgnoreRule:
     _check_keys(table, ("findings", "layers", "files", "reason"), " of [[ignore]]")
-    reason, codes = table.get("reason"), _read_texts(table, "findings")
-    if not isinstance(reason, str) or not reason.strip():
-        raise UsageError('each [[ignore]] says why: reason = "..."')
+    reason, codes = _read_reason(table, "[[ignore]]"), _read_texts(table, "findings")
     if not codes:
         raise UsageError('each [[ignore]] says which findings: findings = ["..."]')
     known = {code.value: code for code in FindingCode if code is not FindingCode.NOT_UNDERSTOOD}
@@ -139,7 +151,30 @@ def _read_rule(table: Mapping[str, Any]) -> IgnoreRule:
         if code not in known:
             raise UsageError(_suggest(code, list(known), "no finding that can be ignored"))
     found = tuple(known[code] for code in codes)
-    return IgnoreRule(found, _read_texts(table, "layers"), _read_texts(table, "files"), reason.strip())
+    return IgnoreRule(found, _read_texts(table, "layers"), _read_texts(table, "files"), reason)
+
+
+def _read_threshold(table: Mapping[str, Any]) -> ThresholdRule:
+    _check_keys(table, ("name", "value", "layers", "files", "reason"), " of [[threshold]]")
+    reason, name, value = _read_reason(table, "[[threshold]]"), table.get("name"), table.get("value")
+    known = {field.replace("_", "-"): field for field in Thresholds._fields}
+    if not isinstance(name, str):
+        raise UsageError(f'each [[threshold]] says which: name = "..." of {", ".join(known)}')
+    if name not in known:
+        raise UsageError(_suggest(name, list(known), "no threshold"))
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise UsageError(f"value = {value!r} of {name} is no positive number")
+    layers = _read_texts(table, "layers")
+    if layers and known[name] in OF_FILES:
+        raise UsageError(f"{name} is of a file, not of its layers: leave layers out")
+    return ThresholdRule(known[name], value, layers, _read_texts(table, "files"), reason)
+
+
+def _read_reason(table: Mapping[str, Any], kind: str) -> str:
+    reason = table.get("reason")
+    if not isinstance(reason, str) or not reason.strip():
+        raise UsageError(f'each {kind} says why: reason = "..."')
+    return reason.strip()
 
 
 def _read_texts(table: Mapping[str, Any], key: str) -> tuple[str, ...]:
@@ -157,4 +192,5 @@ def _check_keys(table: Mapping[str, Any], known: Sequence[str], where: str) -> N
 
 def _suggest(word: str, known: Sequence[str], what: str) -> str:
     near = difflib.get_close_matches(word, known, n=1)
-    return f"{word!r} is {what}{f'; did you mean {near[0]!r}?' if near else ''}"
+    hint = f"; did you mean {near[0]!r}?" if near else "."
+    return f"{word!r} is {what}{hint} There are: {', '.join(known)}"

@@ -18,12 +18,10 @@ from bntool.errors import BntoolError
 from bntool.inspection.findings import Finding, FindingCode, Severity
 from bntool.inspection.missing_statistics import describe_missing
 from bntool.inspection.results import LayerInspection, StateDictInspection
+from bntool.inspection.thresholds import Thresholds
 from bntool.verification.statistics_shift import StatisticsShift, measure_shift
 
-LARGE_INITIAL_SHARE = 0.1  # of the initial values, in the statistics of an average
-EXPLAINED = 0.6  # what is left of the difference, where it is the initial values that make it
-LARGE_LAG = 0.5  # sigmas, or log of the factor of variances, in the layer in the middle
-DIFFERENT_WEIGHTS = 0.01  # relative distance of the weights of BatchNorms, from which on statistics differ, too
+_EXPLAINED = 0.6  # what is left of the difference, where it is the initial values that make it
 
 
 class _Copy(NamedTuple):
@@ -54,7 +52,7 @@ class _Copy(NamedTuple):
 
 
 def compare_copies(
-    inspections: Sequence[StateDictInspection], *, recalibrated: Sequence[Collection[str]]
+    inspections: Sequence[StateDictInspection], *, recalibrated: Sequence[Collection[str]], thresholds: Thresholds
 ) -> list[StateDictInspection]:
     """The state dicts of a file, with what is found where copies of one model are held against each other.
 
@@ -68,7 +66,7 @@ def compare_copies(
         if all(layer.name in recalibrated[copy.place] for layer in copy.layers.values()) and copy.layers:
             continue
         if model is not None:
-            found[copy.place] += _compare(copy, model)
+            found[copy.place] += _compare(copy, model, thresholds)
         elif copy.averagings is not None:
             found[copy.place] += _judge_average(copy)
     return [
@@ -152,7 +150,7 @@ def _has_statistics(layer: LayerInspection) -> bool:
     return all(role in layer.tensors for role in STATISTICS)
 
 
-def _compare(copy: _Copy, model: _Copy) -> Iterator[Finding]:
+def _compare(copy: _Copy, model: _Copy, thresholds: Thresholds) -> Iterator[Finding]:
     """What is wrong with an average beside its model."""
     missing = [
         copy.path + name
@@ -175,7 +173,7 @@ def _compare(copy: _Copy, model: _Copy) -> Iterator[Finding]:
         return
     if all(_are_equal(layer, other, STATISTICS) for layer, other in pairs):
         distance = _measure_distance(pairs)
-        if distance > DIFFERENT_WEIGHTS or (distance and (copy.averagings or 0) > 1):
+        if distance > thresholds.average_weight_distance or (distance and (copy.averagings or 0) > 1):
             yield _describe_copied(copy, model, pairs, distance)
         return
     measured = [(pair, _measure_shift(*pair)) for pair in pairs]
@@ -184,10 +182,12 @@ def _compare(copy: _Copy, model: _Copy) -> Iterator[Finding]:
         return
     share = _measure_initial_share(pairs)
     usual = _median(shift.severity for shift in shifts)
-    apart = usual > LARGE_LAG and _measure_distance(pairs) < DIFFERENT_WEIGHTS
-    if share > LARGE_INITIAL_SHARE or apart:
+    apart = usual > thresholds.average_lag and _measure_distance(pairs) < thresholds.average_weight_distance
+    is_initial = share > thresholds.average_initial_share
+    if is_initial or apart:
         worst = max(range(len(pairs)), key=lambda place: shifts[place].severity)
-        yield _describe_lag(copy, model, pairs, share, (pairs[worst][0].name, shifts[worst]))
+        why = _IS_INITIAL.format(share) if is_initial else _IS_APART.format(100 * thresholds.average_weight_distance)
+        yield _describe_lag(copy, model, pairs, share, (pairs[worst][0].name, shifts[worst]), why)
 
 
 def _is_initial(layer: LayerInspection) -> bool:
@@ -237,7 +237,7 @@ def _measure_initial_share(pairs: Sequence[tuple[LayerInspection, LayerInspectio
     share = min(_median(by_mean), _median(by_variance))
     if not 0 < share < 1:
         return 0.0
-    return share if _measure_rest(pairs, share) < EXPLAINED * _measure_rest(pairs, 0.0) else 0.0
+    return share if _measure_rest(pairs, share) < _EXPLAINED * _measure_rest(pairs, 0.0) else 0.0
 
 
 def _measure_rest(pairs: Sequence[tuple[LayerInspection, LayerInspection]], share: float) -> float:
@@ -299,18 +299,19 @@ def _describe_copied(
     )
 
 
+_IS_INITIAL = "about {:.0%} of them is still the initial 0 and 1: the decay is too slow for so few updates"
+_IS_APART = "weights and biases of the BatchNorms are the same within {:g} %"
+
+
 def _describe_lag(
     copy: _Copy,
     model: _Copy,
     pairs: Sequence[tuple[LayerInspection, LayerInspection]],
     share: float,
     worst: tuple[str, StatisticsShift],
+    why: str,
 ) -> Finding:
     name, shift = worst
-    if share > LARGE_INITIAL_SHARE:
-        why = f"about {share:.0%} of them is still the initial 0 and 1: the decay is too slow for so few updates"
-    else:
-        why = "weights and biases of the BatchNorms are the same within 1 %"
     message = (
         f"the statistics of {copy.words} lag behind those of {model.title}, most in {name}: by {shift.mean_shift:.2g} "
         f"sigma and a factor of {shift.variance_spread:.2g} in variance; {why}"

@@ -54,6 +54,19 @@ def judge(checkpoint: Checkpoint, inspections: Sequence[StateDictInspection], fi
     return Verdict(health, "; ".join(parts) or health.value, len(worst), suspicious, sick, not_judged)
 
 
+def add_configured(verdict: Verdict, *, ignored: int, thresholds: int) -> Verdict:
+    """The verdict, saying that a configuration had a part in it.
+
+    Args:
+        ignored: findings that it takes for meant.
+        thresholds: that it sets for this file.
+    """
+    parts = [verdict.sentence]
+    parts += [f"{ignored} finding{'s' * (ignored > 1)} ignored"] if ignored else []
+    parts += [f"{thresholds} threshold{'s' * (thresholds > 1)} set"] if thresholds else []
+    return verdict._replace(sentence=", ".join(parts))
+
+
 def _list_without_layers(inspections: Sequence[StateDictInspection], findings: Sequence[Finding]) -> list[Finding]:
     of_file = [finding for finding in findings if finding.code is not FindingCode.NOT_UNDERSTOOD]  # told as not judged
     of_state_dicts = [finding for inspection in inspections for finding in inspection.findings if not finding.layers]

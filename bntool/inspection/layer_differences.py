@@ -10,16 +10,18 @@ from bntool.checkpoints.checkpoint import StateDict
 from bntool.checkpoints.tensors import Tensor
 from bntool.inspection.findings import Finding, FindingCode, Severity
 from bntool.inspection.results import LayerInspection
+from bntool.inspection.thresholds import ThresholdsOf
 
-MANY_UPDATES = 100  # after which a parameter that is exactly as it was created did not train
 _Found = dict[str, Finding]  # by the name of the layer
 
 
-def compare_layers(layers: Sequence[LayerInspection], state_dict: StateDict) -> tuple[LayerInspection, ...]:
+def compare_layers(
+    layers: Sequence[LayerInspection], state_dict: StateDict, thresholds_of: ThresholdsOf
+) -> tuple[LayerInspection, ...]:
     """The layers, with what only the others tell of each."""
     found = [
         _compare_counters(layers),
-        _compare_affine(layers),
+        _compare_affine(layers, thresholds_of),
         _compare_modes(layers, state_dict),
         _compare_gradients(layers, state_dict),
     ]
@@ -80,7 +82,7 @@ def _compare_counters(layers: Sequence[LayerInspection]) -> _Found:
     return found
 
 
-def _compare_affine(layers: Sequence[LayerInspection]) -> _Found:
+def _compare_affine(layers: Sequence[LayerInspection], thresholds_of: ThresholdsOf) -> _Found:
     """Layers whose weight and bias are exactly as they were created, after many updates of their statistics."""
     trained = [layer for layer in layers if "weight" in layer.tensors and "bias" in layer.tensors]
     initial = [layer for layer in trained if _is_as_created(layer)]
@@ -89,8 +91,8 @@ def _compare_affine(layers: Sequence[LayerInspection]) -> _Found:
     are_all = len(initial) == len(trained)
     found = {}
     for layer in initial:
-        count = layer.num_batches_tracked or 0
-        if count < MANY_UPDATES or any(f.code is FindingCode.NEVER_UPDATED for f in layer.findings):
+        count, many = layer.num_batches_tracked or 0, thresholds_of(layer.name).many_updates
+        if count < many or any(f.code is FindingCode.NEVER_UPDATED for f in layer.findings):
             continue
         others = "in every layer" if are_all else f"while those of {len(trained) - len(initial)} other layers moved"
         message = (
@@ -107,7 +109,7 @@ def _compare_affine(layers: Sequence[LayerInspection]) -> _Found:
 
 def _is_as_created(layer: LayerInspection) -> bool:
     weight, bias = layer.tensors["weight"], layer.tensors["bias"]
-    return weight.minimum == weight.maximum == 1 and bias.minimum == bias.maximum == 0 and not weight.nonfinite
+    return weight.minimum == weight.maximum == 1 and not weight.nonfinite and bias.minimum == bias.maximum == 0
 
 
 def _in_training_mode() -> Finding:

@@ -1,6 +1,6 @@
 """What is wrong with one BatchNorm layer, from the numbers of its tensors.
 
-The thresholds are documented in docs/findings.md and tested on the samples.
+The thresholds are those of :mod:`bntool.inspection.thresholds`.
 """
 
 from __future__ import annotations
@@ -13,23 +13,20 @@ from typing import Any
 from bntool.batchnorm import DEFAULT_EPS, STATISTICS, VECTORS
 from bntool.inspection.findings import Finding, FindingCode, Severity
 from bntool.inspection.results import Summary
+from bntool.inspection.thresholds import DEFAULTS, Thresholds
 from bntool.representation import format_number
 
-DEAD_SCALE = 1e-6  # of the largest |scale| of the layer; below it a channel carries nothing that float32 can keep
-DEAD_SHARE = 0.1  # of the channels, from which on it is a warning
-EXPLODING_SCALE = 1e3  # |scale| above this amplifies rounding errors of float32 into visible ones
-OUTLYING_VARIANCE = 1e3  # times the next smaller running_var of the layer; of trained layers the largest seen is 3.6
-FAR_OUTLYING_VARIANCE = 1e6  # from which on it is an error
-OUTLYING_MEAN = 1e2  # times the next smaller |running_mean|, and the largest sigma, of the rest; of trained layers 7.2
-FAR_OUTLYING_MEAN = 1e4
-LIVE_VARIANCE = 1e-5  # below, a channel is as good as constant and nothing to compare with
-FEW_UPDATES = 22  # 0.9 ** 22 = 0.1: with momentum 0.1, a tenth of the initial values is left
 HALF_SMALLEST_NORMAL = 2.0**-14
 HALF_LARGEST = 65504.0
 
 
 def find_in_layer(
-    tensors: dict[str, Summary], *, eps: float | None, momentum: float | None = None, recalibrated: bool = False
+    tensors: dict[str, Summary],
+    *,
+    eps: float | None,
+    momentum: float | None = None,
+    recalibrated: bool = False,
+    thresholds: Thresholds = DEFAULTS,
 ) -> list[Finding]:
     """The findings of one BatchNorm, from its tensors alone.
 
@@ -47,14 +44,16 @@ def find_in_layer(
     mean, variance = tensors.get("running_mean"), tensors.get("running_var")
     if mean is not None and variance is not None:
         findings += _variance(variance)
-        outlying = _outlying(mean, variance)
+        outlying = _outlying(mean, variance, thresholds)
         findings += outlying
-        initial = _initial(mean, variance, tensors.get("num_batches_tracked"))
+        initial = _initial(mean, variance, tensors.get("num_batches_tracked"), thresholds)
         findings += initial
         hidden = {i for f in outlying if f.code is FindingCode.OUTLYING_VARIANCE for i in f.channels}
-        findings += _scale(tensors, variance, DEFAULT_EPS if eps is None else eps, hidden=hidden)
+        eps = DEFAULT_EPS if eps is None else eps
+        findings += _scale(tensors, variance, eps, hidden=hidden, thresholds=thresholds)
         findings += _half(mean, variance)
-        findings += _counter(tensors, is_initial=bool(initial), momentum=momentum, recalibrated=recalibrated)
+        tells_nothing = bool(initial) or recalibrated
+        findings += _counter(tensors, tells_nothing=tells_nothing, momentum=momentum, few=thresholds.few_updates)
     return findings
 
 
@@ -129,30 +128,33 @@ def _variance(variance: Summary) -> list[Finding]:
     return findings
 
 
-def _outlying(mean: Summary, variance: Summary) -> list[Finding]:
+def _outlying(mean: Summary, variance: Summary, thresholds: Thresholds) -> list[Finding]:
     """Channels whose statistics lie far above those of all others, with nothing in between.
 
     What data and training give is a continuum, however wide: a gap of orders of magnitude inside of a layer is none.
     """
     if mean.minimum is None or mean.maximum is None or variance.minimum is None or variance.maximum is None:
         return []
-    least = math.sqrt(max(variance.minimum, LIVE_VARIANCE))
-    may_vary = variance.maximum > OUTLYING_VARIANCE * max(variance.minimum, LIVE_VARIANCE)
-    may_lie_far = max(-mean.minimum, mean.maximum) > OUTLYING_MEAN * least
+    least = max(variance.minimum, thresholds.constant_variance)
+    may_vary = variance.maximum > thresholds.outlying_variance * least
+    may_lie_far = max(-mean.minimum, mean.maximum) > thresholds.outlying_mean * math.sqrt(least)
     if not may_vary and not may_lie_far:  # nearly always
         return []
     pairs = zip(mean.values, variance.values, strict=True)
-    live = [(abs(m), v, i) for i, (m, v) in enumerate(pairs) if LIVE_VARIANCE < v < math.inf and m - m == 0]
+    constant = thresholds.constant_variance
+    live = [(abs(m), v, i) for i, (m, v) in enumerate(pairs) if constant < v < math.inf and m - m == 0]
     findings = []
     by_variance = sorted(live, key=lambda channel: channel[1])
     gap, first = _find_gap([v for _, v, _ in by_variance])
-    if gap >= OUTLYING_VARIANCE:
-        findings.append(_describe_outlying("running_var", gap, [i for _, _, i in by_variance[first:]], variance))
+    if gap >= thresholds.outlying_variance:
+        channels, far = [i for _, _, i in by_variance[first:]], gap >= thresholds.outlying_variance_error
+        findings.append(_describe_outlying("running_var", gap, channels, variance, far=far))
     by_mean = sorted(live)
     sigmas = [math.sqrt(v) for v in accumulate((v for _, v, _ in by_mean), max)]
     gap, first = _find_gap([m for m, _, _ in by_mean], at_least=sigmas)
-    if gap >= OUTLYING_MEAN:
-        findings.append(_describe_outlying("running_mean", gap, [i for _, _, i in by_mean[first:]], mean))
+    if gap >= thresholds.outlying_mean:
+        channels, far = [i for _, _, i in by_mean[first:]], gap >= thresholds.outlying_mean_error
+        findings.append(_describe_outlying("running_mean", gap, channels, mean, far=far))
     return findings
 
 
@@ -169,11 +171,10 @@ def _find_gap(ordered: Sequence[float], *, at_least: Sequence[float] = ()) -> tu
     return best if len(ordered) > 2 else (0.0, 0)
 
 
-def _describe_outlying(role: str, gap: float, outlying: Sequence[int], summary: Summary) -> Finding:
+def _describe_outlying(role: str, gap: float, outlying: Sequence[int], summary: Summary, *, far: bool) -> Finding:
     channels = tuple(sorted(outlying))
     largest = max((summary.values[channel] for channel in channels), key=abs)
     is_variance = role == "running_var"
-    far = FAR_OUTLYING_VARIANCE if is_variance else FAR_OUTLYING_MEAN
     count = len(channels)
     what = f"channel {channels[0]}" if count == 1 else f"{count} of {len(summary.values)} channels"
     constant = (
@@ -183,7 +184,7 @@ def _describe_outlying(role: str, gap: float, outlying: Sequence[int], summary: 
     )
     return Finding(
         FindingCode.OUTLYING_VARIANCE if is_variance else FindingCode.OUTLYING_MEAN,
-        Severity.ERROR if gap >= far else Severity.WARNING,
+        Severity.ERROR if far else Severity.WARNING,
         f"{'var' if is_variance else 'mean'} {largest:.1e}",
         f"{role} of {what} ({largest:.3g}) is {gap:.1g} times that of all others, with nothing in between: {constant}",
         {"channels": count, "ratio": gap, "largest": largest},
@@ -192,7 +193,7 @@ def _describe_outlying(role: str, gap: float, outlying: Sequence[int], summary: 
     )
 
 
-def _initial(mean: Summary, variance: Summary, counter: Summary | None) -> list[Finding]:
+def _initial(mean: Summary, variance: Summary, counter: Summary | None, thresholds: Thresholds) -> list[Finding]:
     if 0.0 not in mean.values or 1.0 not in variance.values:
         return []
     pairs = enumerate(zip(mean.values, variance.values, strict=True))
@@ -202,7 +203,7 @@ def _initial(mean: Summary, variance: Summary, counter: Summary | None) -> list[
         return []
     tracked = counter.values[0] if counter is not None and len(counter.values) == 1 else None
     if len(initial) < count:
-        if len(initial) * 2 < count:
+        if len(initial) < thresholds.initial_share * count:
             return []
         message = f"running_mean is 0 and running_var 1 in {len(initial)} of {count} channels: these look never updated"
         facts = {"channels": len(initial)}
@@ -221,14 +222,16 @@ _IF_TRAINED = (
 )
 
 
-def _scale(tensors: dict[str, Summary], variance: Summary, eps: float, *, hidden: Collection[int]) -> list[Finding]:
+def _scale(
+    tensors: dict[str, Summary], variance: Summary, eps: float, *, hidden: Collection[int], thresholds: Thresholds
+) -> list[Finding]:
     """Channels that carry nothing, or far too much.
 
     Args:
         hidden: channels whose scale is small because of a variance that is wrong.
     """
     weight = tensors.get("weight")
-    if _has_usual_scales(weight, variance, eps):
+    if _has_usual_scales(weight, variance, eps, thresholds):
         return []
     weights = weight.values if weight is not None else [1.0] * len(variance.values)
     pairs = zip(weights, variance.values, strict=True)
@@ -245,7 +248,7 @@ def _scale(tensors: dict[str, Summary], variance: Summary, eps: float, *, hidden
         return []
     findings = []
     largest, count = max(known), len(variance.values)
-    threshold = DEAD_SCALE * largest
+    threshold = thresholds.dead_scale * largest
     dead: tuple[int, ...] = ()
     if min(known) <= threshold:
         dead = tuple(i for i, scale in enumerate(scales) if scale <= threshold and i not in hidden)
@@ -258,7 +261,7 @@ def _scale(tensors: dict[str, Summary], variance: Summary, eps: float, *, hidden
         findings.append(
             Finding(
                 FindingCode.DEAD_CHANNELS,
-                Severity.WARNING if share >= DEAD_SHARE else Severity.NOTICE,
+                Severity.WARNING if share >= thresholds.dead_share else Severity.NOTICE,
                 f"{len(dead)} dead",
                 message,
                 {"channels": len(dead), "share": share},
@@ -266,11 +269,12 @@ def _scale(tensors: dict[str, Summary], variance: Summary, eps: float, *, hidden
                 dead,
             )
         )
-    if largest > EXPLODING_SCALE:
-        exploding = tuple(i for i, scale in enumerate(scales) if scale > EXPLODING_SCALE)
+    if largest > thresholds.exploding_scale:
+        exploding = tuple(i for i, scale in enumerate(scales) if scale > thresholds.exploding_scale)
         message = (
-            f"{len(exploding)} of {count} channels have |weight / sqrt(running_var + eps)| above {EXPLODING_SCALE:g} "
-            f"(largest {format_number(largest)}): tiny variance; rounding errors and new data are amplified as much"
+            f"{len(exploding)} of {count} channels have |weight / sqrt(running_var + eps)| above "
+            f"{thresholds.exploding_scale:g} (largest {format_number(largest)}): tiny variance; rounding errors and "
+            "new data are amplified as much"
         )
         findings.append(
             Finding(
@@ -286,7 +290,7 @@ def _scale(tensors: dict[str, Summary], variance: Summary, eps: float, *, hidden
     return findings
 
 
-def _has_usual_scales(weight: Summary | None, variance: Summary, eps: float) -> bool:
+def _has_usual_scales(weight: Summary | None, variance: Summary, eps: float, thresholds: Thresholds) -> bool:
     """Whether the extremes alone tell that no scale is nearly 0 and none too large: most layers need no closer look."""
     if variance.nonfinite or variance.minimum is None or variance.maximum is None or variance.minimum + eps <= 0:
         return False
@@ -297,7 +301,7 @@ def _has_usual_scales(weight: Summary | None, variance: Summary, eps: float) -> 
         smallest = weight.minimum if weight.minimum > 0 else min(map(abs, weight.values))
         largest = max(-weight.minimum, weight.maximum)
     low, high = smallest / math.sqrt(variance.maximum + eps), largest / math.sqrt(variance.minimum + eps)
-    return high <= EXPLODING_SCALE and low > DEAD_SCALE * high
+    return high <= thresholds.exploding_scale and low > thresholds.dead_scale * high
 
 
 def _half(mean: Summary, variance: Summary) -> list[Finding]:
@@ -330,9 +334,7 @@ def _half(mean: Summary, variance: Summary) -> list[Finding]:
 _NOT_IN_HALF = "store statistics in float32, then recalibrate"
 
 
-def _counter(
-    tensors: dict[str, Summary], *, is_initial: bool, momentum: float | None, recalibrated: bool
-) -> list[Finding]:
+def _counter(tensors: dict[str, Summary], *, tells_nothing: bool, momentum: float | None, few: float) -> list[Finding]:
     counter = tensors.get("num_batches_tracked")
     if counter is None:
         return []
@@ -342,10 +344,10 @@ def _counter(
         short = f"counter {counter.dtype}"
         return [Finding(FindingCode.COUNTER_DTYPE, Severity.WARNING, short, message, advice=advice)]
     count = int(counter.values[0])
-    return [] if is_initial or recalibrated else _few_updates(tensors["running_var"], count, momentum)
+    return [] if tells_nothing else _few_updates(tensors["running_var"], count, momentum, few)
 
 
-def _few_updates(variance: Summary, count: int, momentum: float | None) -> list[Finding]:
+def _few_updates(variance: Summary, count: int, momentum: float | None, few: float) -> list[Finding]:
     if count == 0:
         message = (
             "num_batches_tracked is 0 although the statistics have moved: they were set by other means (a converted "
@@ -353,7 +355,7 @@ def _few_updates(variance: Summary, count: int, momentum: float | None) -> list[
         )
         advice = "momentum=None would forget them at the first batch of a training that goes on"
         return [Finding(FindingCode.COUNTER_ZERO, Severity.NOTICE, "counter 0", message, advice=advice)]
-    if not 0 < count < FEW_UPDATES:
+    if not 0 < count < few:
         return []
     updates, facts = f"{count} update{'s' if count > 1 else ''}", {"updates": count}
     if momentum is not None and _contradicts(variance, count, momentum):

@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 from bntool.batchnorm import BatchNorm, EpsSource, NormKind, find_class_kind
 from bntool.graphs.architectures.recognition import Architecture
 from bntool.inspection.findings import Finding, FindingCode, Severity
+from bntool.inspection.thresholds import DEFAULTS, Thresholds
 
-HIGH_MOMENTUM = 0.5  # share of the new batch; from here on it is rather the share kept, as other frameworks count
 _SAID = (EpsSource.MODULE, EpsSource.PROTOTXT)  # by the file itself
 
 
@@ -47,7 +47,7 @@ def describe_behaviour(norm: BatchNorm) -> tuple[str, ...]:
     return tuple(said)
 
 
-def find_in_module(norm: BatchNorm, expected_eps: Sequence[float]) -> list[Finding]:
+def find_in_module(norm: BatchNorm, expected_eps: Sequence[float], thresholds: Thresholds = DEFAULTS) -> list[Finding]:
     """The findings of one layer from its flags.
 
     Args:
@@ -64,13 +64,13 @@ def find_in_module(norm: BatchNorm, expected_eps: Sequence[float]) -> list[Findi
         findings.append(Finding(FindingCode.BATCH_STATISTICS, Severity.NOTICE, short, message, advice=advice))
     momentum = norm.momentum
     if momentum is not None and norm.has_statistics and "momentum" in norm.attributes:
-        if momentum > HIGH_MOMENTUM or momentum < 0:
+        if momentum > thresholds.high_momentum or momentum < 0:
             message = (
                 f"momentum is {momentum:g}: PyTorch gives the new batch that share, so that the running statistics are "
                 "those of the last batches"
             )
             advice = "other frameworks call the share that is kept momentum"
-            if HIGH_MOMENTUM < momentum < 1:
+            if thresholds.high_momentum < momentum < 1:
                 advice += f"; what they call {momentum:g} is {1 - momentum:.3g} here"
             short, facts = f"momentum {momentum:g}", {"momentum": momentum}
             findings.append(Finding(FindingCode.MOMENTUM, Severity.WARNING, short, message, facts, advice))

@@ -14,48 +14,62 @@ from bntool.checkpoints.tensors import Tensor
 from bntool.graphs.architectures.recognition import Architecture
 from bntool.inspection.findings import Finding, FindingCode, IgnoredFinding, Severity
 from bntool.inspection.safety import Safety
+from bntool.inspection.thresholds import ThresholdRule
 from bntool.inspection.verdict import Verdict
 from bntool.representation import html_repr
 
 
-class Summary(NamedTuple):
-    """Numbers of one tensor.
+class Summary:
+    """Numbers of one tensor, each worked out when it is first asked for: of many files most are never.
+
+    Args:
+        dtype: its name.
+        shape: of the tensor.
+        values: all elements, exactly.
 
     Attributes:
-        minimum, mean, maximum: over the finite elements; None where there are none.
         nonfinite: how many elements are NaN or infinite.
-        values: all elements, exactly.
     """
 
-    dtype: str
-    shape: tuple[int, ...]
-    minimum: float | None
-    mean: float | None
-    maximum: float | None
-    nonfinite: int
-    values: Sequence[float]
+    __slots__ = ("_ends", "_finite", "dtype", "nonfinite", "shape", "values")
+
+    def __init__(self, values: Sequence[float], *, dtype: str, shape: tuple[int, ...]) -> None:
+        self.dtype = dtype
+        self.shape = shape
+        self.values = values
+        self.nonfinite = 0
+        self._finite = values
+        self._ends: tuple[float, float] | None = None
+        if not math.isfinite(sum(values)):  # or it is the sum that overflows
+            self._finite = [value for value in values if math.isfinite(value)]
+            self.nonfinite = len(values) - len(self._finite)
 
     def __repr__(self) -> str:
         return f"Summary({self.dtype} {list(self.shape)}: {self.minimum} .. {self.maximum}, mean {self.mean})"
 
+    @property
+    def minimum(self) -> float | None:
+        """Of the finite elements; None where there are none."""
+        return self._find_ends()[0] if self._finite else None
 
-def summarize(values: Sequence[float], *, dtype: str, shape: tuple[int, ...]) -> Summary:
-    """Minimum, mean (float64) and maximum of the finite elements, and how many are not finite."""
-    try:
-        total = math.fsum(values)
-    except (OverflowError, ValueError):  # the sum of float64 values near the limit, or of both infinities
-        total = math.nan
-    if values and math.isfinite(total):
-        return Summary(dtype, shape, min(values), total / len(values), max(values), 0, values)
-    finite = [value for value in values if math.isfinite(value)]
-    nonfinite = len(values) - len(finite)
-    if not finite:
-        return Summary(dtype, shape, None, None, None, nonfinite, values)
-    try:
-        mean = math.fsum(finite) / len(finite)
-    except OverflowError:  # the sum of float64 values near the limit
-        mean = math.fsum(value / len(finite) for value in finite)
-    return Summary(dtype, shape, min(finite), mean, max(finite), nonfinite, values)
+    @property
+    def maximum(self) -> float | None:
+        """Of the finite elements; None where there are none."""
+        return self._find_ends()[1] if self._finite else None
+
+    @property
+    def mean(self) -> float | None:
+        """Of the finite elements, in float64; None where there are none."""
+        count = len(self._finite)
+        try:
+            return math.fsum(self._finite) / count if count else None
+        except OverflowError:  # the sum of float64 values near the limit
+            return math.fsum(value / count for value in self._finite)
+
+    def _find_ends(self) -> tuple[float, float]:
+        if self._ends is None:
+            self._ends = (min(self._finite), max(self._finite))
+        return self._ends
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -175,6 +189,7 @@ class Inspection:
         checksums: how many records were held against their checksum; None where this was not asked for.
         configuration: the file that says what is meant to be so; None without one.
         ignored: findings that it takes for meant; the verdict does not count them.
+        thresholds: that it sets for this file.
     """
 
     checkpoint: Checkpoint
@@ -185,6 +200,7 @@ class Inspection:
     checksums: int | None = None
     configuration: Path | None = None
     ignored: tuple[IgnoredFinding, ...] = ()
+    thresholds: tuple[ThresholdRule, ...] = ()
 
     _repr_html_ = html_repr
 

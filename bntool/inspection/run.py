@@ -8,7 +8,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from bntool.batchnorm import DEFAULT_EPS
 from bntool.checkpoints.addresses import Location, as_location
@@ -16,12 +16,16 @@ from bntool.checkpoints.origin import find_progress
 from bntool.errors import BntoolError
 from bntool.inspection.checkpoint import inspect
 from bntool.inspection.findings import Finding, FindingCode, Severity
+from bntool.inspection.judging import add_configured
 from bntool.inspection.results import Inspection, LayerInspection
+from bntool.inspection.thresholds import combine
 from bntool.inspection.verdict import Health, Verdict
 from bntool.representation import html_repr
-from bntool.verification.statistics_shift import StatisticsShift, measure_shift
+from bntool.verification.statistics_shift import StatisticsShift, WorstShift, measure_shift, measure_worst_shift
 
-JUMP = 1e4  # times that running_var grows from one file to the next, over all channels; raw pixels give some 1e3
+if TYPE_CHECKING:
+    from bntool.inspection.configuration import Configuration
+
 _SHOWN = 6  # files, in a repr
 _RANKS = {Health.SUSPICIOUS: 1, Health.SICK: 2}
 _NUMBER = re.compile(r"(\d+)", re.ASCII)
@@ -46,12 +50,12 @@ class LayerState:
     largest_channel: int | None
     largest_mean: float | None
     nonfinite: int
-    change: StatisticsShift | None = None
+    change: WorstShift | None = None
 
     @property
     def moved(self) -> float | None:
         """How far the channel moved that moved most: in sigmas, or the log of its ratio of variances."""
-        return None if self.change is None else self.change.worst
+        return None if self.change is None else self.change.severity
 
 
 @dataclass(frozen=True)
@@ -78,6 +82,8 @@ class FileSummary:
         error: why it could not be; None where it was.
         findings: above a notice, worst first.
         layers: those of the state dict that commands take unless told otherwise, by name.
+        moved_most: the layer whose statistics changed most against the file before; None where none can be compared.
+        change: how far they changed.
     """
 
     path: str
@@ -86,16 +92,12 @@ class FileSummary:
     error: BntoolError | None = None
     findings: tuple[FoundInLayers, ...] = ()
     layers: Mapping[str, LayerState] = field(default_factory=dict)
+    moved_most: str | None = None
+    change: StatisticsShift | None = None
 
     def __repr__(self) -> str:
         said = self.verdict.sentence if self.verdict is not None else f"{self.error}"
         return f"<{self.path}: {said}>"
-
-    @property
-    def moved_most(self) -> str | None:
-        """The layer whose statistics changed most against the file before; None where none can be compared."""
-        changes = {name: state.moved for name, state in self.layers.items() if state.moved is not None}
-        return max(changes, key=lambda name: changes[name], default=None)
 
 
 @dataclass(frozen=True, repr=False)
@@ -148,7 +150,33 @@ class Run:
 
 
 OnFile = Callable[[str, Inspection], None]
-Statistics = dict[str, tuple[Sequence[float], Sequence[float], float]]  # running_mean, running_var, eps by layer
+
+
+class _Statistics(NamedTuple):
+    """Those of one layer in one file.
+
+    Attributes:
+        sums: of variance and eps.
+        usable: all are finite, and the sums positive.
+    """
+
+    mean: Sequence[float]
+    variance: Sequence[float]
+    eps: float
+    sums: Sequence[float]
+    usable: bool
+
+    def measure_worst_shift(self, before: _Statistics) -> WorstShift:
+        old, new = (before.mean, before.sums), (self.mean, self.sums)
+        return measure_worst_shift(old, new, usable=before.usable and self.usable)
+
+    def measure_shift(self, before: _Statistics) -> StatisticsShift:
+        old, new = (before.mean, before.variance), (self.mean, self.variance)
+        shift = measure_shift(old, new, old_eps=before.eps, new_eps=self.eps)
+        return dataclasses.replace(shift, old=None, new=None)  # the numbers of channels are not kept
+
+
+_ByLayer = dict[str, _Statistics]
 
 
 def inspect_run(paths: Sequence[str | os.PathLike[str]], *, on_file: OnFile | None = None, **options: Any) -> Run:
@@ -194,7 +222,7 @@ def _order(files: Sequence[FileSummary]) -> tuple[list[FileSummary], str]:
 
 def _follow(locations: Sequence[Location], on_file: OnFile | None, options: Mapping[str, Any]) -> list[FileSummary]:
     summaries: list[FileSummary] = []
-    follower = Follower()
+    follower = Follower(options.get("configuration"))
     for location in locations:
         path = str(location)
         try:
@@ -209,10 +237,15 @@ def _follow(locations: Sequence[Location], on_file: OnFile | None, options: Mapp
 
 
 class Follower:
-    """Summarizes inspections of one model one after another: each beside the one before."""
+    """Summarizes inspections of one model one after another: each beside the one before.
 
-    def __init__(self) -> None:
-        self._before, self._states = Statistics(), dict[str, LayerState]()
+    Args:
+        configuration: the thresholds and what is meant to be so between files, too.
+    """
+
+    def __init__(self, configuration: Configuration | None = None) -> None:
+        self._configuration = configuration
+        self._before, self._states = _ByLayer(), dict[str, LayerState]()
 
     def summarize(self, name: str, inspection: Inspection) -> FileSummary:
         """What is kept of an inspection, with what changed since the last one.
@@ -222,53 +255,91 @@ class Follower:
         """
         layers = next((s.layers for s in inspection.state_dicts if s.chosen), ())
         statistics = {layer.name: found for layer in layers if (found := _read_statistics(layer)) is not None}
-        summary = _summarize(name, inspection, layers, self._before, statistics, self._states)
+        summary = _summarize(name, inspection, layers, self._before, statistics)
+        summary = _add_jumps(summary, inspection, (self._before, statistics), self._states, self._configuration)
         self._before, self._states = statistics or self._before, dict(summary.layers) or self._states
         return summary
 
 
-def _read_statistics(layer: LayerInspection) -> tuple[Sequence[float], Sequence[float], float] | None:
+def _read_statistics(layer: LayerInspection) -> _Statistics | None:
     mean, variance = layer.tensors.get("running_mean"), layer.tensors.get("running_var")
     if mean is None or variance is None or len(mean.values) != len(variance.values):
         return None
-    return mean.values, variance.values, DEFAULT_EPS if layer.layer.eps is None else layer.layer.eps
+    eps = DEFAULT_EPS if layer.layer.eps is None else layer.layer.eps
+    finite = not mean.nonfinite and not variance.nonfinite
+    usable = finite and variance.minimum is not None and variance.minimum + eps > 0
+    return _Statistics(mean.values, variance.values, eps, [value + eps for value in variance.values], usable)
 
 
 def _summarize(
-    path: str,
-    inspection: Inspection,
-    layers: Sequence[LayerInspection],
-    before: Statistics,
-    statistics: Statistics,
-    before_states: Mapping[str, LayerState],
+    path: str, inspection: Inspection, layers: Sequence[LayerInspection], before: _ByLayer, statistics: _ByLayer
 ) -> FileSummary:
     states = {
         layer.name: _summarize_layer(layer, before.get(layer.name), statistics.get(layer.name)) for layer in layers
     }
-    jumped = {name: state.change for name, state in states.items() if _has_jumped(state, before_states.get(name))}
-    findings, verdict = _list_findings(inspection), inspection.verdict
-    if jumped:
-        findings.append(_describe_jump(jumped))
-        findings.sort(key=lambda entry: -entry.finding.severity.rank)
-        verdict = _judge_again(verdict, states, jumped)
+    moved = {name: state.moved for name, state in states.items() if state.moved is not None}
+    most = max(moved, key=lambda name: moved[name], default=None)
     return FileSummary(
         path=path,
         progress=find_progress(inspection.checkpoint.entries),
-        verdict=verdict,
-        findings=tuple(findings),
+        verdict=inspection.verdict,
+        findings=tuple(_list_findings(inspection)),
         layers=states,
+        moved_most=most,
+        change=None if most is None else statistics[most].measure_shift(before[most]),
     )
 
 
-def _has_jumped(state: LayerState, before: LayerState | None) -> bool:
-    """Whether the variances of a whole layer exploded; the first statistics after the initial ones are no jump."""
+def _add_jumps(
+    summary: FileSummary,
+    inspection: Inspection,
+    statistics: tuple[_ByLayer, _ByLayer],
+    before_states: Mapping[str, LayerState],
+    configuration: Configuration | None,
+) -> FileSummary:
+    """The summary, with layers whose variances exploded against the file before.
+
+    Args:
+        statistics: of the file before, and of this one.
+        before_states: of the file before.
+    """
+    before, now = statistics
+    thresholds_of = combine(inspection.thresholds)
+    jumped: dict[str, float] = {}
+    for name, state in summary.layers.items():
+        threshold = thresholds_of(name).variance_jump
+        if _may_have_jumped(state, before_states.get(name), threshold):
+            ratio = now[name].measure_shift(before[name]).variance_ratio
+            if ratio >= threshold:
+                jumped[name] = ratio
+    if not jumped:
+        return summary
+    path, verdict, findings = inspection.checkpoint.path, inspection.verdict, list(summary.findings)
+    meant = [name for name in jumped if configuration is not None and configuration.ignores_jump(path, name)]
+    left = {name: ratio for name, ratio in jumped.items() if name not in meant}
+    if left:
+        findings.append(_describe_jump(left))
+        findings.sort(key=lambda entry: -entry.finding.severity.rank)
+        verdict = _judge_again(inspection, summary.layers, left)
+    if meant:
+        count = f"{len(meant)} jump{'s' * (len(meant) > 1)} ignored"
+        verdict = verdict._replace(sentence=f"{verdict.sentence}, {count}")
+    return dataclasses.replace(summary, verdict=verdict, findings=tuple(findings))
+
+
+def _may_have_jumped(state: LayerState, before: LayerState | None, threshold: float) -> bool:
+    """Whether the variances of a whole layer can have exploded, as the worst channel says.
+
+    The first statistics after the initial ones are no jump.
+    """
     change = state.change
     was_initial = before is not None and before.largest_variance == before.smallest_variance == 1
-    return change is not None and change.finite and change.variance_ratio >= JUMP and not was_initial
+    if change is None or not change.finite or was_initial:
+        return False
+    return max(change.worst_variance_ratio, 1 / change.worst_variance_ratio) >= threshold
 
 
-def _describe_jump(jumped: Mapping[str, StatisticsShift | None]) -> FoundInLayers:
-    ratios = {name: change.variance_ratio for name, change in jumped.items() if change is not None}
+def _describe_jump(ratios: Mapping[str, float]) -> FoundInLayers:
     worst = max(ratios, key=lambda name: ratios[name])
     finding = Finding(
         FindingCode.STATISTICS_JUMPED,
@@ -282,24 +353,25 @@ def _describe_jump(jumped: Mapping[str, StatisticsShift | None]) -> FoundInLayer
     return FoundInLayers(finding, tuple(ratios))
 
 
-def _judge_again(verdict: Verdict, states: Mapping[str, LayerState], jumped: Mapping[str, object]) -> Verdict:
+def _judge_again(inspection: Inspection, states: Mapping[str, LayerState], jumped: Mapping[str, object]) -> Verdict:
     """The verdict on a file with what is known from the file before."""
+    verdict = inspection.verdict
     if verdict.health is Health.SICK:
         return verdict
     more = sum(1 for name in jumped if states[name].worst is not Severity.WARNING)
     count = verdict.suspicious + more
     sentence = f"{count} layer{'s' * (count > 1)} suspicious"
-    return verdict._replace(health=Health.SUSPICIOUS, sentence=sentence, suspicious=count)
+    verdict = verdict._replace(health=Health.SUSPICIOUS, sentence=sentence, suspicious=count)
+    return add_configured(verdict, ignored=len(inspection.ignored), thresholds=len(inspection.thresholds))
 
 
-def _summarize_layer(layer: LayerInspection, before: Any, now: Any) -> LayerState:
+def _summarize_layer(layer: LayerInspection, before: _Statistics | None, now: _Statistics | None) -> LayerState:
     mean, variance = layer.tensors.get("running_mean"), layer.tensors.get("running_var")
     ends = () if mean is None or mean.minimum is None or mean.maximum is None else (-mean.minimum, mean.maximum)
     largest = None if variance is None else variance.maximum
     change = None
-    if before is not None and now is not None and len(before[0]) == len(now[0]):
-        shift = measure_shift(before[:2], now[:2], old_eps=before[2], new_eps=now[2])
-        change = dataclasses.replace(shift, old=None, new=None)  # the numbers of channels are not kept
+    if before is not None and now is not None and len(before.mean) == len(now.mean):
+        change = now.measure_worst_shift(before)
     return LayerState(
         worst=layer.worst,
         smallest_variance=None if variance is None else variance.minimum,

@@ -10,19 +10,20 @@ from bntool.checkpoints.checkpoint import Checkpoint
 from bntool.checkpoints.torch.optimizers import find_optimizers, read_steps
 from bntool.inspection.findings import Finding, FindingCode, Severity
 from bntool.inspection.results import StateDictInspection
+from bntool.inspection.thresholds import Thresholds
 
 FEW_STEPS = 10  # below, a multiple is chance
-SKIPPED = 0.02  # share of the steps that a GradScaler may have skipped
-_MOST_FORWARDS = 64  # for one step; more is rather the training before
 
 
-def compare_with_steps(checkpoint: Checkpoint, inspections: Sequence[StateDictInspection]) -> list[StateDictInspection]:
+def compare_with_steps(
+    checkpoint: Checkpoint, inspections: Sequence[StateDictInspection], thresholds: Thresholds
+) -> list[StateDictInspection]:
     """The state dicts, with what is found where the optimizer of the file counted its steps."""
     if not any(inspection.layers for inspection in inspections) or not checkpoint.format.is_pytorch:
         return list(inspections)
     steps = _read_steps(checkpoint)
     return [
-        dataclasses.replace(inspection, findings=(*inspection.findings, *_compare(inspection, steps)))
+        dataclasses.replace(inspection, findings=(*inspection.findings, *_compare(inspection, steps, thresholds)))
         if inspection.chosen and steps is not None and steps >= FEW_STEPS
         else inspection
         for inspection in inspections
@@ -35,7 +36,7 @@ def _read_steps(checkpoint: Checkpoint) -> int | None:
     return counted[0] if len(counted) == 1 else None
 
 
-def _compare(inspection: StateDictInspection, steps: int) -> list[Finding]:
+def _compare(inspection: StateDictInspection, steps: int, thresholds: Thresholds) -> list[Finding]:
     counts = Counter(n for layer in inspection.layers if (n := layer.num_batches_tracked) is not None)
     if not counts:
         return []
@@ -45,7 +46,7 @@ def _compare(inspection: StateDictInspection, steps: int) -> list[Finding]:
     layers = tuple(layer.name for layer in inspection.layers if layer.num_batches_tracked == usual)
     times = round(usual / steps)
     facts = {"num_batches_tracked": usual, "steps": steps}
-    if 2 <= times <= _MOST_FORWARDS and 0 <= usual - times * steps <= SKIPPED * usual:
+    if 2 <= times <= thresholds.forwards_per_step and 0 <= usual - times * steps <= thresholds.steps_left_out * usual:
         forwards = "two forwards" if times == 2 else f"{times} forwards"
         message = (
             f"num_batches_tracked is {usual}, the optimizer made {steps} steps: {forwards} for each. Gradient "
@@ -57,7 +58,7 @@ def _compare(inspection: StateDictInspection, steps: int) -> list[Finding]:
             advice = "nothing is to be done where gradients are accumulated"
         short = f"{times} per step"
         return [Finding(FindingCode.COUNTER_AGAINST_STEPS, Severity.NOTICE, short, message, facts, advice, (), layers)]
-    if usual < (1 - SKIPPED) * steps and usual > 0:
+    if usual < (1 - thresholds.steps_left_out) * steps and usual > 0:
         message = (
             f"num_batches_tracked is {usual}, fewer than the {steps} steps of the optimizer: the statistics did not "
             "move in all of them (eval mode, frozen), or were reset or recomputed"

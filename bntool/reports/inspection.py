@@ -57,7 +57,17 @@ def _describe_configuration(inspection: Inspection) -> dict[str, Any]:
         {"layer": one.layer, "code": one.finding.code.value, "message": one.finding.message, "reason": one.reason}
         for one in inspection.ignored
     ]
-    return {"configuration": str(inspection.configuration), "ignored": ignored}
+    thresholds = [
+        {
+            "name": rule.name,
+            "value": rule.value,
+            "default": rule.default,
+            "layers": list(rule.layers),
+            "reason": rule.reason,
+        }
+        for rule in inspection.thresholds
+    ]
+    return {"configuration": str(inspection.configuration), "ignored": ignored, "thresholds": thresholds}
 
 
 def _describe_verdict(verdict: Verdict) -> dict[str, Any]:
@@ -187,7 +197,7 @@ def show_inspection(
     yield from _safety(inspection)
     if inspection.checksums is not None:
         yield line(f"checksums: {plural(inspection.checksums, 'record')} verified", Style.GOOD)
-    yield from _show_ignored(inspection)
+    yield from _show_configuration(inspection)
     if inspection.findings:
         yield line()
         worst_first = sorted(inspection.findings, key=lambda finding: -finding.severity.rank)
@@ -199,8 +209,8 @@ def show_inspection(
         )
 
 
-def _show_ignored(inspection: Inspection) -> Iterable[Block]:
-    """What a configuration takes for meant, by code and reason."""
+def _show_configuration(inspection: Inspection) -> Iterable[Block]:
+    """What a configuration takes for meant, by code and reason, and the thresholds that it sets."""
     if inspection.configuration is None:
         return
     from bntool.reports.layer_table import list_names
@@ -213,6 +223,10 @@ def _show_ignored(inspection: Inspection) -> Iterable[Block]:
     for (code, reason), places in grouped.items():
         where = f" in {list_names(places, _LISTED)}" if places else ""
         yield Line((Cell("ignored ", Style.MUTED), Cell(f"{code}{where}: {reason}", is_sentence=True)), indent=2)
+    for rule in inspection.thresholds:
+        where = f" for {list_names(rule.layers, _LISTED)}" if rule.layers else ""
+        said = f"{rule.name} {rule.value:g}{where} (usually {rule.default:g}): {rule.reason}"
+        yield Line((Cell("threshold ", Style.MUTED), Cell(said, is_sentence=True)), indent=2)
 
 
 def _safety(inspection: Inspection) -> Iterable[Block]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from json.encoder import encode_basestring_ascii as _quote
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from bntool.reports.blocks import Block
 
 SCHEMA_VERSION = 1
+_NEWLINE = "\n"
 
 
 class FileReport(NamedTuple):
@@ -61,14 +62,17 @@ class Report(NamedTuple):
 
         Numbers that JSON does not have become null.
         """
-        entries = {
-            "schema_version": str(SCHEMA_VERSION),
-            "command": _quote(self.command),
-            "files": _bracket("[", [file.encoded or _encode_file(file) for file in self.files], "]", line="\n  "),
-        }
+        return "".join(self.iterate_json())
+
+    def iterate_json(self) -> Iterator[str]:
+        """The same in pieces, one for each file: of many files the whole would take several times its memory."""
+        yield f'{{\n  "schema_version": {SCHEMA_VERSION},\n  "command": {_quote(self.command)},\n  "files": ['
+        for index, file in enumerate(self.files):
+            yield f"{',' if index else ''}\n    {file.encoded or _encode_file(file)}"
+        yield "\n  ]" if self.files else "]"
         if self.run is not None:
-            entries["run"] = _encode(self.run, "\n  ")
-        return _bracket("{", [f"{_quote(key)}: {text}" for key, text in entries.items()], "}", line="\n")
+            yield f',\n  "run": {_encode(self.run, _NEWLINE + "  ")}'
+        yield "\n}"
 
 
 def _encode_file(file: FileReport) -> str:
@@ -97,16 +101,20 @@ def _encode(value: Any, line: str) -> str:
     Raises:
         TypeError: it has something that is no JSON data.
     """
+    kind = type(value)
+    if kind is str:
+        return _quote(value)
+    if kind is int:
+        return repr(value)
     if isinstance(value, float):
         return float.__repr__(value) if math.isfinite(value) else "null"
-    if isinstance(value, str):
-        return _quote(value)
-    if isinstance(value, Mapping):
-        items = [f"{_quote(key)}: {_encode(item, line + '  ')}" for key, item in value.items()]
+    inner = line + "  "
+    if kind is dict or isinstance(value, Mapping):
+        items = [f"{_quote(key)}: {_encode(item, inner)}" for key, item in value.items()]
         return _bracket("{", items, "}", line=line)
     if isinstance(value, list | tuple):
-        return _bracket("[", [_encode(item, line + "  ") for item in value], "]", line=line)
-    return repr(value) if type(value) is int else json.dumps(value)
+        return _bracket("[", [_encode(item, inner) for item in value], "]", line=line)
+    return _quote(value) if isinstance(value, str) else json.dumps(value)
 
 
 def _bracket(opening: str, items: Sequence[str], closing: str, *, line: str) -> str:

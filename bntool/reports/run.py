@@ -14,7 +14,7 @@ from bntool.reports.blocks import Block, Cell, Column, Line, Series, Style, Tabl
 from bntool.reports.layer_table import MARKS, SEVERITY_STYLES, describe_channels, describe_range, list_names
 from bntool.reports.text import plural
 from bntool.representation import format_number
-from bntool.verification.statistics_shift import StatisticsShift
+from bntool.verification.statistics_shift import StatisticsShift, WorstShift
 
 MOVED = 6  # layers that are shown as series
 _LISTED = 4  # files named in a line
@@ -68,12 +68,11 @@ def _describe_row(file: FileSummary) -> dict[str, Any]:
         "running_var": list(_find_extremes(file)),
         "largest_mean": max((s.largest_mean for s in file.layers.values() if s.largest_mean is not None), default=None),
         "nonfinite": sum(state.nonfinite for state in file.layers.values()),
-        "change": None if moved is None else _describe_change(moved, file.layers[moved]),
+        "change": None if moved is None else _describe_change(moved, file.change),
     }
 
 
-def _describe_change(name: str, state: LayerState) -> dict[str, Any]:
-    change = state.change
+def _describe_change(name: str, change: StatisticsShift | None) -> dict[str, Any]:
     assert change is not None
     return {
         "layer": name,
@@ -241,7 +240,7 @@ def _find_extremes(file: FileSummary) -> tuple[float | None, float | None]:
     )
 
 
-def describe_change(change: StatisticsShift | None) -> str:
+def describe_change(change: WorstShift | None) -> str:
     """How far the channel moved that moved most, by the measure that says more."""
     if change is None:
         return ""

@@ -6,6 +6,7 @@ import math
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 Statistics = tuple[Sequence[float], Sequence[float]]  # running_mean and running_var, a number for each channel
 
@@ -65,6 +66,19 @@ class StatisticsShift:
     @property
     def worst(self) -> float:
         """The same for the channel that moved most."""
+        return WorstShift(self.worst_mean_shift, self.worst_variance_ratio, self.finite).severity
+
+
+class WorstShift(NamedTuple):
+    """Of a :class:`StatisticsShift`, what its channels that moved most say: measured in half of the time."""
+
+    worst_mean_shift: float
+    worst_variance_ratio: float
+    finite: bool
+
+    @property
+    def severity(self) -> float:
+        """One number to sort by: shift in sigmas, or log of the variance ratio, whichever is larger."""
         return max(self.worst_mean_shift, abs(math.log(self.worst_variance_ratio))) if self.finite else math.inf
 
 
@@ -106,6 +120,28 @@ def measure_shift(old: Statistics, new: Statistics, *, old_eps: float, new_eps: 
         old_eps=old_eps,
         new_eps=new_eps,
     )
+
+
+def measure_worst_shift(old: Statistics, new: Statistics, *, usable: bool = False) -> WorstShift:
+    """The same of the channels that moved most, where eps is in the variances already.
+
+    Args:
+        usable: all numbers are known to be finite, and the variances to be positive.
+    """
+    (old_mean, before), (new_mean, after) = old, new
+    if not usable:
+        least = min(min(before, default=1.0), min(after, default=1.0))
+        usable = _are_finite(old_mean, new_mean, before, after) and least > 0
+    largest = math.inf
+    if usable:
+        shifts = list(map(operator.sub, old_mean, new_mean))
+        largest = max(map(operator.truediv, map(operator.mul, shifts, shifts), after), default=0.0)
+    if not usable or not math.isfinite(largest):  # which measure the numbers allow is decided there
+        shift = measure_shift(old, new, old_eps=0.0, new_eps=0.0)
+        return WorstShift(shift.worst_mean_shift, shift.worst_variance_ratio, shift.finite)
+    ratios = list(map(operator.truediv, after, before))
+    ends = (max(ratios, default=1.0), min(ratios, default=1.0))
+    return WorstShift(math.sqrt(largest), max(ends, key=lambda ratio: abs(math.log(ratio))), finite=True)
 
 
 # whole lists at a time: files of many channels are compared one after another

@@ -11,7 +11,7 @@ import torch
 import bntool
 from bntool.inspection.findings import FindingCode, Severity
 from bntool.inspection.layer_findings import find_in_layer
-from bntool.inspection.results import Summary, summarize
+from bntool.inspection.results import Summary
 
 
 def layer(*, dtype: str = "float32", counter: Any = 1000, **changes: list[float]) -> dict[str, Summary]:
@@ -23,9 +23,9 @@ def layer(*, dtype: str = "float32", counter: Any = 1000, **changes: list[float]
         "running_var": [0.8, 1.2, 0.4, 2.0],
         **changes,
     }
-    found = {role: summarize(values, dtype=dtype, shape=(len(values),)) for role, values in tensors.items()}
+    found = {role: Summary(values, dtype=dtype, shape=(len(values),)) for role, values in tensors.items()}
     if counter is not None:
-        found["num_batches_tracked"] = summarize([counter], dtype="int64", shape=())
+        found["num_batches_tracked"] = Summary([counter], dtype="int64", shape=())
     return found
 
 
@@ -117,7 +117,7 @@ def test_recorded_recalibration_explains_a_low_counter() -> None:
 
 
 def test_a_counter_of_odd_dtype() -> None:
-    tensors = {**layer(), "num_batches_tracked": summarize([5.0], dtype="float32", shape=())}
+    tensors = {**layer(), "num_batches_tracked": Summary([5.0], dtype="float32", shape=())}
     assert codes(tensors) == {FindingCode.COUNTER_DTYPE: Severity.WARNING}
 
 
@@ -130,15 +130,15 @@ def test_messages_are_sentences_with_the_numbers() -> None:
 
 
 def test_summaries_count_what_is_not_finite_and_leave_it_out() -> None:
-    summary = summarize([1.0, math.nan, 3.0, math.inf, -math.inf], dtype="float32", shape=(5,))
+    summary = Summary([1.0, math.nan, 3.0, math.inf, -math.inf], dtype="float32", shape=(5,))
     assert (summary.minimum, summary.mean, summary.maximum, summary.nonfinite) == (1.0, 2.0, 3.0, 3)
-    nothing = summarize([math.nan], dtype="float32", shape=(1,))
+    nothing = Summary([math.nan], dtype="float32", shape=(1,))
     assert (nothing.minimum, nothing.mean, nothing.maximum, nothing.nonfinite) == (None, None, None, 1)
-    assert summarize([], dtype="float32", shape=(0,)).nonfinite == 0
+    assert Summary([], dtype="float32", shape=(0,)).nonfinite == 0
 
 
 def test_a_sum_that_overflows_is_not_mistaken_for_infinity() -> None:
-    summary = summarize([1.7e308, 1.7e308], dtype="float64", shape=(2,))
+    summary = Summary([1.7e308, 1.7e308], dtype="float64", shape=(2,))
     assert summary.nonfinite == 0
     assert summary.maximum == 1.7e308
 

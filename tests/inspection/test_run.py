@@ -61,8 +61,9 @@ def test_what_changed_is_measured_against_the_file_before_in_that_order(tmp_path
     assert names(run) == ["c.pt", "a.pt", "b.pt"]
     changes = [file.layers["3"].change for file in run.files]
     assert changes[0] is None
-    assert [change.mean_shift for change in changes[1:]] == pytest.approx([3, 6], rel=1e-4)
-    assert [file.layers["1"].change.mean_shift for file in run.files[1:]] == [0, 0]
+    assert [change.worst_mean_shift for change in changes[1:]] == pytest.approx([3, 6], rel=1e-4)
+    assert [file.layers["1"].change.worst_mean_shift for file in run.files[1:]] == [0, 0]
+    assert [file.change.mean_shift for file in run.files[1:]] == pytest.approx([3, 6], rel=1e-4)
     assert [file.moved_most for file in run.files] == [None, "3", "3"]
     assert run.list_moved(5) == ["3"]
 

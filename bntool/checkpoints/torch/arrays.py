@@ -35,7 +35,8 @@ class ArrayReader(TensorReader):
     """Turns the nodes of numpy arrays into tensors too; their elements stay where they are."""
 
     def _rebuild(self, node: Instance) -> StoredTensor | None:
-        if node.path in RECONSTRUCT:
+        path = node.path
+        if path in RECONSTRUCT:
             state = node.state
             if not _is_class_of_numpy(node.arguments[0]):
                 return None  # classes of others have states of their own
@@ -43,10 +44,10 @@ class ArrayReader(TensorReader):
                 raise CorruptFileError("a numpy array of the pickle is malformed")
             _, shape, dtype, is_fortran, data = state
             return self._array(node, shape, dtype, data, is_fortran=bool(is_fortran))
-        if node.path in FROM_BUFFER and isinstance(node.arguments, tuple):
+        if path in FROM_BUFFER and isinstance(node.arguments, tuple):
             data, dtype, shape, order = node.arguments
             return self._array(node, shape, dtype, data, is_fortran=order == "F")
-        if node.path in _TUPLES and isinstance(node.arguments, tuple) and len(node.arguments) == 1:
+        if path in _TUPLES and isinstance(node.arguments, tuple) and len(node.arguments) == 1:
             pair = node.arguments[0]  # (name, array), as Paddle saves a tensor outside of a state dict
             if isinstance(pair, tuple) and len(pair) == 2 and text_of(pair[0]) is not None:
                 return self.read(pair[1])

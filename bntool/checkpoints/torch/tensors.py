@@ -27,14 +27,16 @@ _STORAGELESS = {
     "torch.nn.parameter.UninitializedBuffer": "uninitialized",
 }
 # classes that are given a tensor, and the helper of pickle that calls them
-_WRAPPERS = (
-    "torch.nn.parameter.Parameter",
-    "torch.nn.Parameter",
-    "torch.nn.parameter.Buffer",
-    "torch.autograd.variable.Variable",
-    "torch.autograd.Variable",
+_WRAPPERS = frozenset(
+    {
+        "torch.nn.parameter.Parameter",
+        "torch.nn.Parameter",
+        "torch.nn.parameter.Buffer",
+        "torch.autograd.variable.Variable",
+        "torch.autograd.Variable",
+    }
 )
-_NEW = ("copyreg.__newobj__", "copy_reg.__newobj__")
+_NEW = frozenset({"copyreg.__newobj__", "copy_reg.__newobj__"})
 _PLAIN_SUBCLASSES = (
     "torch.Tensor",
     "torch._tensor.Tensor",

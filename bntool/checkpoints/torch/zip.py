@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -20,6 +21,7 @@ from bntool.errors import CorruptFileError, OtherFormatError, UnsafeFileError
 
 _KERAS = {"config.json", "metadata.json"}  # what Keras looks for
 MAX_PICKLE = 1 << 29
+_SMALL_PICKLE = 1 << 20  # nodes of larger ones are not kept
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -85,7 +87,15 @@ def read_main_pickle(layout: ArchiveLayout, *, budget: OpcodeBudget | None = Non
     record = layout.archive.records[f"{layout.root}data.pkl"]
     if record.size > MAX_PICKLE:
         raise UnsafeFileError(f"the pickle has {record.size} bytes, above the limit of {MAX_PICKLE}")
-    return read_pickle_bytes(layout.archive.read(record), budget=budget)
+    data = layout.archive.read(record)
+    if budget is None and record.size <= _SMALL_PICKLE:
+        return _read_again(data)
+    return read_pickle_bytes(data, budget=budget)
+
+
+_read_again = functools.lru_cache(maxsize=1)(
+    read_pickle_bytes
+)  # state dicts of one model differ in their storages only
 
 
 def read_loose_records(layout: ArchiveLayout) -> dict[str, History]:

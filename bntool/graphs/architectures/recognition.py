@@ -7,6 +7,7 @@ Nothing is imported that listing a file does not need.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -82,14 +83,22 @@ def recognise_in(catalogue: Catalogue, state_dict: StateDict, *, name: str | Non
         for full, tensor in state_dict.tensors.items()
         if not full.endswith(_COUNTER)
     }
+    if name is None:
+        return _recognise_again(catalogue, tuple(shapes.items()))
     found = tuple(_recognise(catalogue, shapes, name))
-    if name is not None and not found:
+    if not found:
         others = _recognise(catalogue, shapes, None)
         seen = ", ".join(other.title for other in others)
         raise RefusedError(
             f"names and shapes of the tensors are not those of {name}" + (f"; they are those of {seen}" if seen else "")
         )
     return found
+
+
+@functools.lru_cache(maxsize=2)
+def _recognise_again(catalogue: Catalogue, shapes: tuple[tuple[str, tuple[int, ...]], ...]) -> tuple[Architecture, ...]:
+    """The files of a run have the same names and shapes."""
+    return tuple(_recognise(catalogue, dict(shapes), None))
 
 
 def find_name(name: str) -> str:

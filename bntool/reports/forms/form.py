@@ -7,7 +7,7 @@ from enum import Enum
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from bntool.reports.report import Report
 
@@ -42,9 +42,11 @@ _DRAWN_BY = {
 }
 
 
-def draw(report: Report, form: ReportForm) -> str:
-    """A report in a form, with a newline at its end; "" where the form has nothing to show."""
+def draw(report: Report, form: ReportForm) -> Iterator[str]:
+    """A report in a form, piece by piece, with a newline at its end; "" where the form has nothing to show."""
     if form is ReportForm.JSON:
-        return report.to_json() + "\n"
+        yield from report.iterate_json()
+        yield "\n"
+        return
     drawn_by: Callable[[Report], str] = importlib.import_module(f"{__package__}.{_DRAWN_BY[form]}").draw
-    return drawn_by(report)
+    yield drawn_by(report)

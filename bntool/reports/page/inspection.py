@@ -34,7 +34,7 @@ def make_inspection_page(path: str, inspection: Inspection) -> Page:
         subject=path,
         style=HEALTH_STYLES[inspection.verdict.health],
         verdict=inspection.verdict.sentence,
-        details=tuple(Item(f"not judged: {what}", Style.MUTED) for what in inspection.verdict.not_judged),
+        details=tuple(_list_details(inspection)),
         facts=_list_facts(inspection),
         entries=tuple(_group_findings(inspection.state_dicts, inspection.findings, anchors)),
         tables=tuple(make_layer_table(one, anchors) for one in inspection.state_dicts if one.layers),
@@ -43,6 +43,19 @@ def make_inspection_page(path: str, inspection: Inspection) -> Page:
             Snippet("In Python", ("import bntool", f"inspection = bntool.inspect({path!r})")),
         ),
     )
+
+
+def _list_details(inspection: Inspection) -> Iterator[Item]:
+    """What was not judged, and what a configuration had a part in."""
+    for what in inspection.verdict.not_judged:
+        yield Item(f"not judged: {what}", Style.MUTED)
+    for one in inspection.ignored:
+        where = f" in {one.layer}" if one.layer else ""
+        yield Item(f"ignored by {inspection.configuration}: {one.finding.code.value}{where}: {one.reason}", Style.MUTED)
+    for rule in inspection.thresholds:
+        where = f" for {', '.join(rule.layers)}" if rule.layers else ""
+        said = f"{rule.name} {rule.value:g}{where} (usually {rule.default:g}): {rule.reason}"
+        yield Item(f"threshold of {inspection.configuration}: {said}", Style.MUTED)
 
 
 def make_state_dict_page(one: StateDictInspection) -> Page:

@@ -54,7 +54,8 @@ class Machine:
         self.memo: dict[int, Node] = {}
         self.protocol = 0
         self.globals: dict[tuple[str, str], Global] = {}
-        self.called: dict[Global, bool] = {}  # in order of appearance; whether by its name a call may take memory
+        # in order of appearance; whether by its name a call may take memory, and whether it makes a module
+        self.called: dict[Global, tuple[bool, bool]] = {}
         self.persistent_ids: list[PersistentId] = []
         self.extensions: list[ExtensionCode] = []
         self.made_calls: list[Node] = []  # what the pickle calls that it does not name but made
@@ -172,16 +173,17 @@ class Machine:
 
     def push_instance(self, constructor: Node, arguments: Node, how: Construction, keywords: Node = None) -> None:
         instance = Instance(constructor, arguments, construction=how, keywords=keywords)
-        called = _find_class(constructor)
+        self.stack.append(instance)
+        called = constructor if type(constructor) is Global else _find_class(constructor)
         if not isinstance(called, Global):
             self.made_calls.append(called)
-        else:
-            if called not in self.called:
-                self.called[called] = called.name in ALLOCATORS or called.name.endswith(_TENSORS)
-            makes_module = how is Construction.REDUCE and called.module.startswith("torch.nn.modules.")
-            if makes_module or self.called[called]:
-                self.notable_calls.append(instance)
-        self.stack.append(instance)
+            return
+        if called not in self.called:
+            takes_memory = called.name in ALLOCATORS or called.name.endswith(_TENSORS)
+            self.called[called] = (takes_memory, called.module.startswith("torch.nn.modules."))
+        takes_memory, makes_module = self.called[called]
+        if takes_memory or (makes_module and how is Construction.REDUCE):
+            self.notable_calls.append(instance)
 
     def set_items(self, pairs: list[tuple[Node, Node]]) -> None:
         for key, _ in pairs:

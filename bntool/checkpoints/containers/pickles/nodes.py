@@ -36,15 +36,12 @@ class Update(Enum):
 class Global:
     """A class or function by name."""
 
-    __slots__ = ("module", "name")
+    __slots__ = ("module", "name", "path")
 
     def __init__(self, module: str, name: str) -> None:
         self.module = module
         self.name = name
-
-    @property
-    def path(self) -> str:
-        return f"{self.module}.{self.name}"
+        self.path = f"{module}.{name}"
 
     def __repr__(self) -> str:
         return f"Global({self.path})"

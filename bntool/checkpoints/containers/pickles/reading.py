@@ -9,7 +9,14 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from bntool.checkpoints.containers.pickles.machine import MARK, Machine
-from bntool.checkpoints.containers.pickles.nodes import ExtensionCode, Global, Instance, Node, PersistentId
+from bntool.checkpoints.containers.pickles.nodes import (
+    Construction,
+    ExtensionCode,
+    Global,
+    Instance,
+    Node,
+    PersistentId,
+)
 from bntool.checkpoints.containers.pickles.opcodes import ACTIONS, STOP
 from bntool.checkpoints.files import ByteSource, MemorySource
 from bntool.errors import CorruptFileError, UnsafeFileError
@@ -18,7 +25,9 @@ from bntool.errors import CorruptFileError, UnsafeFileError
 MAX_OPCODES = 10_000_000
 _UNCOUNTED = 1_000_000  # the first opcodes cannot take much memory, and counting takes time
 MAX_OBJECTS = 2_000_000  # made by the opcodes after these: containers, instances, texts, entries of the memo
-_LONG_BINPUT, _BINGET, _BININT1, _MARK = b"rhK("
+_LONG_BINPUT, _BINGET, _BININT1, _MARK, _TUPLE, _BININT2 = b"rhK(tM"
+_EMPTY_TUPLE, _TUPLE1, _NEWFALSE, _BINPUT, _BINUNICODE, _REDUCE = b")\x85\x89qXR"
+_LONGEST_OPERAND = 4  # of these
 _U4 = struct.Struct("<I")
 _OBJECT_OPCODES = frozenset(b"]}ltd\x85\x86\x87\x8f\x91R\x81\x92ioQPpqr\x94CBU\x8c\x8d\x8e\x96STVX\x8a\x8bLI")
 
@@ -103,42 +112,116 @@ def read_pickle_bytes(data: bytes, *, budget: OpcodeBudget | None = None) -> Pic
     return read_pickle(MemorySource(data), budget=budget)
 
 
-def _run(machine: Machine, budget: OpcodeBudget) -> Pickle:  # noqa: C901
-    stack, memo = machine.stack, machine.memo
-    for counted in (False, True):
+def _run(machine: Machine, budget: OpcodeBudget) -> Pickle:
+    for run, counted in ((_run_fast, False), (_run_counting, True)):
         allowed = budget.opcodes if counted else min(budget.uncounted, budget.opcodes)
-        for number in range(allowed):
-            if machine.cursor >= len(machine.window):
-                machine.refill(1)
-            window, cursor = machine.window, machine.cursor
-            opcode = window[cursor]
-            machine.cursor = cursor + 1
-            # those that a file of torch has most of are written out, where their operand is at hand: calls take longer
-            if opcode == _LONG_BINPUT and cursor + 5 <= len(window):
-                machine.cursor = cursor + 5
-                memo[_U4.unpack_from(window, cursor + 1)[0]] = machine.top()
-            elif opcode == _BINGET and cursor + 2 <= len(window):
-                machine.cursor = cursor + 2
-                stack.append(memo[window[cursor + 1]])
-            elif opcode == _BININT1 and cursor + 2 <= len(window):
-                machine.cursor = cursor + 2
-                stack.append(window[cursor + 1])
-            elif opcode == _MARK:
-                stack.append(MARK)
-            elif opcode == STOP:
-                budget.spend(number + 1, counted=counted)
-                return _finish(machine)
-            else:
-                action = ACTIONS[opcode]
-                if action is None:
-                    raise CorruptFileError(f"byte {machine.position - 1} of the pickle is no opcode (0x{opcode:02x})")
-                action(machine)
-            if counted and opcode in _OBJECT_OPCODES:
-                budget.objects -= 1
-                if budget.objects < 0:
-                    raise UnsafeFileError(f"the pickle makes more than {MAX_OBJECTS} objects")
-        budget.spend(allowed, counted=counted)
+        used = run(machine, allowed, budget)
+        budget.spend(allowed if used is None else used, counted=counted)
+        if used is not None:
+            return _finish(machine)
     raise UnsafeFileError(f"the pickle has more than {MAX_OPCODES} opcodes")
+
+
+def _run_fast(machine: Machine, allowed: int, _: OpcodeBudget) -> int | None:  # noqa: C901, PLR0912, PLR0915
+    """Carry out opcodes up to STOP; how many these were, None where that are more than allowed.
+
+    Those that a file of torch has most of are written out: a call takes longer than what they do.
+    """
+    stack, memo, top = machine.stack, machine.memo, machine.top
+    push = stack.append
+    number = 0
+    while number < allowed:
+        if machine.cursor >= len(machine.window):
+            machine.refill(1)
+        window, cursor = machine.window, machine.cursor
+        # as far as this, operands of a fixed length are at hand; what is written out moves no further than its own
+        safe = min(len(window) - _LONGEST_OPERAND, cursor + allowed - number)
+        while cursor < safe:
+            opcode = window[cursor]
+            cursor += 1
+            number += 1
+            if opcode == _LONG_BINPUT:
+                if (value := stack[-1]) is MARK:
+                    value = top()  # says what is wrong
+                memo[_U4.unpack_from(window, cursor)[0]] = value
+                cursor += 4
+            elif opcode == _BINGET:
+                push(memo[window[cursor]])
+                cursor += 1
+            elif opcode == _BININT1:
+                push(window[cursor])
+                cursor += 1
+            elif opcode == _MARK:
+                push(MARK)
+            elif opcode == _BINUNICODE and (end := cursor + 4 + _U4.unpack_from(window, cursor)[0]) <= len(window):
+                push(window[cursor + 4 : end].decode("utf-8", "surrogatepass"))
+                cursor = end
+            elif opcode == _TUPLE:
+                push(tuple(machine.pop_mark()))
+            elif opcode == _REDUCE:
+                arguments = machine.pop()
+                machine.push_instance(machine.pop(), arguments, Construction.REDUCE)
+            elif opcode == _BININT2:
+                push(window[cursor] | window[cursor + 1] << 8)
+                cursor += 2
+            elif opcode == _EMPTY_TUPLE:
+                push(())
+            elif opcode == _TUPLE1:
+                stack[-1] = (top(),)
+            elif opcode == _NEWFALSE:
+                push(False)
+            elif opcode == _BINPUT:
+                memo[window[cursor]] = top()
+                cursor += 1
+            elif opcode == STOP:
+                machine.cursor = cursor
+                return number
+            else:
+                machine.cursor = cursor
+                _act(machine, opcode)
+                if machine.window is not window:
+                    break
+                cursor = machine.cursor
+        else:
+            machine.cursor = cursor
+            if number < allowed and _step(machine):
+                return number + 1
+            number += 1
+    return None
+
+
+def _run_counting(machine: Machine, allowed: int, budget: OpcodeBudget) -> int | None:
+    """The same one by one, counting what takes memory.
+
+    Raises:
+        UnsafeFileError: that is more than the budget allows.
+    """
+    for number in range(allowed):
+        if machine.cursor >= len(machine.window):
+            machine.refill(1)
+        makes_object = machine.window[machine.cursor] in _OBJECT_OPCODES
+        if _step(machine):
+            return number + 1
+        if makes_object:
+            budget.objects -= 1
+            if budget.objects < 0:
+                raise UnsafeFileError(f"the pickle makes more than {MAX_OBJECTS} objects")
+    return None
+
+
+def _step(machine: Machine) -> bool:
+    """Carry out the next opcode; whether it was STOP."""
+    opcode = machine.byte()
+    if opcode != STOP:
+        _act(machine, opcode)
+    return opcode == STOP
+
+
+def _act(machine: Machine, opcode: int) -> None:
+    action = ACTIONS[opcode]
+    if action is None:
+        raise CorruptFileError(f"byte {machine.position - 1} of the pickle is no opcode (0x{opcode:02x})")
+    action(machine)
 
 
 def _finish(machine: Machine) -> Pickle:
