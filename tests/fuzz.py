@@ -53,6 +53,8 @@ RECORDED = (  # files of other programs, each with those beside it that it needs
     ("interop/keras_bn_trainable_false.keras",),
     ("interop/tfkeras2_tiny.h5",),
     ("interop/tfkeras2_tiny_w.weights.h5",),
+    ("interop/flax/train_state.msgpack",),
+    ("interop/flax/chunked.msgpack",),
     ("interop/onnx_tiny.onnx",),
     ("interop/onnx_tiny_ext.onnx", "interop/onnx_tiny_ext.data"),
     ("interop/caffe_tiny_std.caffemodel", "interop/caffe_tiny_std.prototxt"),

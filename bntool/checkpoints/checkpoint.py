@@ -139,6 +139,8 @@ class Loader(Enum):
     TENSORFLOW = "tensorflow"
     CAFFE = "caffe"
     ONNX_RUNTIME = "onnxruntime"
+    NUMPY = "numpy"
+    JAX = "jax"
 
 
 class LoadingCode(NamedTuple):

@@ -114,6 +114,10 @@ DTYPES: tuple[DType, ...] = (
 )
 
 BY_NAME: dict[str, DType] = {dtype.name: dtype for dtype in DTYPES}
+NUMPY_CODES = {
+    "f8": "float64", "f4": "float32", "f2": "float16", "i8": "int64", "i4": "int32", "i2": "int16", "i1": "int8",
+    "u8": "uint64", "u4": "uint32", "u2": "uint16", "u1": "uint8", "b1": "bool", "c8": "complex64", "c16": "complex128",
+}  # fmt: skip
 BY_SAFETENSORS: dict[str, DType] = {d.safetensors: d for d in DTYPES if d.safetensors}
 BY_STORAGE: dict[str, DType] = {d.storage: d for d in DTYPES if d.storage}
 

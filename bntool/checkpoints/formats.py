@@ -77,6 +77,7 @@ FORMATS = Formats(
     _Known("keras.files.KerasArchive", (_ZIP,)),
     _Known("torch_programs.exported.ExportedProgram", (_ZIP,)),
     _Known("torch_programs.exported_before_2_8.LegacyExport", (_ZIP,)),
+    _Known("numpy.archive.NumpyArchive", (_ZIP,)),
     _Known("torch.legacy.TorchLegacy", (_PICKLE,)),
     _Known("torch.tar.TorchTar", (b"ustar",), offset=257),
     _Known("torch.distributed.Distributed", endings=(".metadata",), has_folders=True),
@@ -85,6 +86,7 @@ FORMATS = Formats(
     _Known("safetensors.sharded.Sharded", _JSON, endings=(".index.json",)),
     _Known("safetensors.file.Safetensors", (b"{",), offset=8, endings=(".safetensors",)),
     _Known("torch.numpy_pickle.NumpyPickle", (_PICKLE,), endings=(".pkl", ".pickle")),
+    _Known("flax.file.Flax", tuple(bytes((code,)) for code in (*range(0x81, 0x90), 0xDE, 0xDF)), endings=(".msgpack",)),
     _Known("tensorflow.checkpoint.Tensorflow", (b"\0\0",), endings=(".index",), has_folders=True),
     _Known("onnx.model.Onnx", (b"\x08",), endings=(".onnx",)),
     _Known("caffe.caffemodel.Caffe", (b"\x0a",), endings=(".caffemodel",)),
@@ -255,5 +257,5 @@ def _describe_unknown(head: bytes) -> str:
     guess = next((what for magic, what in signatures.items() if head.startswith(magic)), None)
     if guess:
         return f"the format is not known; this looks like {guess}"
-    known = "checkpoints of torch, safetensors, ONNX, Keras, Caffe and TensorFlow, and pickles of numpy arrays, are"
+    known = "checkpoints of torch, safetensors, ONNX, Keras, Caffe, TensorFlow and Flax, and numpy arrays, are"
     return f"the format is not known: {known}"

@@ -97,6 +97,11 @@ _WARNINGS = {
     Loader.ONNX_RUNTIME: (
         f"the graph of this model runs code by {{names}}, where the runtime has them: do not run it there {_TRUST}"
     ),
+    Loader.JAX: f"loading this file would run code, by {{names}}: do not load it {_TRUST}",
+    Loader.NUMPY: (
+        "unpickling objects of this archive would use {names}, which can run code or reach files: numpy.load refuses "
+        f"them, do not tell it allow_pickle=True {_TRUST}"
+    ),
 }
 _EXPLANATIONS = {
     Loader.TORCH: (
@@ -110,4 +115,9 @@ _EXPLANATIONS = {
     Loader.TENSORFLOW: "calling this SavedModel would use {names}, which read files, or of which nothing is known",
     Loader.CAFFE: "this model is run by {names}, of which nothing is known",
     Loader.ONNX_RUNTIME: "running this model would use {names}, of which nothing is known here",
+    Loader.JAX: "loading this file would import {names}, of which nothing is known",
+    Loader.NUMPY: (
+        "unpickling objects of this archive would import {names}, of which nothing is known: numpy.load refuses them "
+        "unless it is told allow_pickle=True"
+    ),
 }

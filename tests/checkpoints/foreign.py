@@ -19,6 +19,7 @@ import safetensors.torch
 import torch
 from numpy.typing import NDArray
 
+from tests.checkpoints.flax.msgpack_files import nest, pack_variables
 from tests.checkpoints.tensorflow.bundle_files import DTYPES, write_bundle
 
 Tensors = Mapping[str, torch.Tensor]
@@ -168,6 +169,22 @@ def save_distributed(root: Any, folder: Path) -> None:
 def write_distributed(tensors: Tensors, folder: Path) -> Path:
     save_distributed(dict(tensors), folder)
     return folder / ".metadata"
+
+
+def write_npz(tensors: Tensors, folder: Path) -> Path:
+    import numpy as np
+
+    np.savez(folder / "model.npz", **as_arrays(tensors))
+    return folder / "model.npz"
+
+
+def write_flax(tensors: Tensors, folder: Path) -> Path:
+    arrays = {}
+    for name, tensor in tensors.items():
+        plain = tensor.detach().resolve_conj()
+        arrays[name] = (str(plain.dtype).removeprefix("torch."), tuple(plain.shape), bits(plain))
+    (folder / "model.msgpack").write_bytes(pack_variables(nest(arrays)))
+    return folder / "model.msgpack"
 
 
 def write_tensorflow(tensors: Tensors, folder: Path) -> Path:

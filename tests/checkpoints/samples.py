@@ -18,7 +18,9 @@ from tests.checkpoints.foreign import (
     Tensors,
     bits,
     write_distributed,
+    write_flax,
     write_legacy,
+    write_npz,
     write_numpy_pickle,
     write_safetensors,
     write_sharded,
@@ -176,6 +178,8 @@ WRITERS: dict[str, Builder] = {
     "sharded": Builder(write_sharded, cannot_hold=_FNUZ),
     "torch-tar": Builder(write_tar, cannot_hold=_LATE),
     "numpy-pickle": Builder(write_numpy_pickle, cannot_hold=_FLOAT8 | {"bfloat16"}),
+    "flax": Builder(write_flax),
+    "npz": Builder(write_npz, cannot_hold=_FLOAT8 | {"bfloat16"}),
     "distributed": Builder(write_distributed),
     "tensorflow": Builder(write_tensorflow, cannot_hold=frozenset({"odd_names"})),  # where a slash parts names
 }

@@ -26,6 +26,8 @@ _README_NAMES = {
     "sharded": ("sharded safetensors or `.bin`", "safetensors, torch"),
     "safetensors": ("safetensors", "safetensors, torch"),
     "numpy-pickle": ("pickles of numpy arrays (detectron2, Caffe2)", "pickle, numpy"),
+    "npz": ("`.npz` of arrays under PyTorch's names", "numpy, torch"),
+    "flax": ("Flax `.msgpack`", "Flax"),
     "tensorflow": ("TensorFlow checkpoints, SavedModel variables", "TensorFlow"),
     "onnx": ("ONNX, opset 9 to 24, external data", "onnxruntime, onnxslim, onnxsim, onnx.checker"),
     "caffe": ("Caffe `.caffemodel` with `.prototxt`", "OpenCV 4, torch"),

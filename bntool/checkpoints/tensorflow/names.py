@@ -17,6 +17,7 @@ from bntool.checkpoints.containers.protobufs.reading import Buffer, Message
 from bntool.checkpoints.containers.protobufs.writing import unused_name
 from bntool.checkpoints.dtypes import INT64
 from bntool.checkpoints.files import MemorySource
+from bntool.checkpoints.other_names import TENSORFLOW_CLASS, TENSORFLOW_ROLES
 from bntool.checkpoints.tensorflow.bundle import Bundle
 from bntool.checkpoints.tensors import read_numbers
 from bntool.errors import CorruptFileError, UnsafeFileError
@@ -30,18 +31,6 @@ _OPTIMIZER_SCALARS = ("beta1_power", "beta2_power")
 # of objects: how an optimizer is held, and what it has that no layer has
 _OPTIMIZER_EDGES = ("optimizer", "_optimizer")
 _OPTIMIZER_PARTS = {"learning_rate", "_learning_rate"}
-# last parts of names that Keras, tf.layers and slim give
-_ROLES = {
-    "gamma": "weight",
-    "beta": "bias",
-    "moving_mean": "running_mean",
-    "moving_variance": "running_var",
-    "kernel": "weight",
-    "_kernel": "weight",
-    "weights": "weight",
-    "embeddings": "weight",
-    "biases": "bias",
-}
 
 
 @dataclass(frozen=True)
@@ -90,7 +79,7 @@ def name_variables(bundle: Bundle) -> Naming:
             entries[counter] = int(read_numbers(bundle.tensors[key])[0])
     variables = _translate(names)
     modules = {
-        layer: ModuleInfo("tensorflow.BatchNormalization", configs.get(layer, {}))
+        layer: ModuleInfo(TENSORFLOW_CLASS, configs.get(layer, {}))
         for layer, role in (name.rpartition(".")[::2] for name in variables)
         if role == "running_var" and f"{layer}.running_mean" in variables
     }
@@ -101,7 +90,7 @@ def _translate(names: Mapping[str, str]) -> dict[str, str]:
     translated: dict[str, str] = {}
     for name, key in names.items():
         layer, _, role = name.replace("/", ".").rpartition(".")
-        role = _ROLES.get(role, role)
+        role = TENSORFLOW_ROLES.get(role, role)
         translated[unused_name(f"{layer}.{role}" if layer else role, translated)] = key
     return translated
 

@@ -11,11 +11,11 @@ from bntool.checkpoints.containers.pickles.nodes import (
     Node,
     Update,
 )
-from bntool.checkpoints.dtypes import DType, NumberKind
+from bntool.checkpoints.dtypes import NUMPY_CODES, DType, NumberKind
 from bntool.checkpoints.tensors import StoredTensor, Tensor, read_bytes
-from bntool.checkpoints.torch.arrays import CODES, FROM_BUFFER
+from bntool.checkpoints.torch.arrays import FROM_BUFFER
 
-_CODE_OF = {name: code for code, name in CODES.items()}
+_CODE_OF = {name: code for code, name in NUMPY_CODES.items()}
 
 
 def replace_data(node: Instance, stored: StoredTensor, new: Tensor) -> Instance:

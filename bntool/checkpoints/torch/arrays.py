@@ -9,7 +9,7 @@ from bntool.checkpoints.containers.pickles.nodes import (
     Node,
     text_of,
 )
-from bntool.checkpoints.dtypes import BY_NAME, DType
+from bntool.checkpoints.dtypes import BY_NAME, NUMPY_CODES, DType
 from bntool.checkpoints.files import ByteSource, MemorySource, quote
 from bntool.checkpoints.tensors import (
     MAX_DIMENSIONS,
@@ -23,10 +23,6 @@ from bntool.errors import CorruptFileError
 
 RECONSTRUCT = ("numpy.core.multiarray._reconstruct", "numpy._core.multiarray._reconstruct")
 FROM_BUFFER = ("numpy.core.numeric._frombuffer", "numpy._core.numeric._frombuffer")
-CODES = {
-    "f8": "float64", "f4": "float32", "f2": "float16", "i8": "int64", "i4": "int32", "i2": "int16", "i1": "int8",
-    "u8": "uint64", "u4": "uint32", "u2": "uint16", "u1": "uint8", "b1": "bool", "c8": "complex64", "c16": "complex128",
-}  # fmt: skip
 _TUPLES = ("builtins.tuple", "__builtin__.tuple")
 _ARRAY_KEY = "array "  # what the keys of the storages of arrays begin with; torch's own are numbers
 
@@ -91,7 +87,7 @@ def _read_dtype(node: Node) -> tuple[DType, bool] | None:
     if not isinstance(node, Instance) or node.path != "numpy.dtype" or not isinstance(node.arguments, tuple):
         return None
     code = text_of(node.arguments[0]) if node.arguments else None
-    name = CODES.get(code or "")
+    name = NUMPY_CODES.get(code or "")
     if name is None:
         return None
     state = node.state

@@ -27,6 +27,7 @@ DESCRIPTOR_FLAG, UTF8_FLAG, ENCRYPTED_FLAG = 0x8, 0x800, 0x1
 MAX_INFLATED = 1 << 28  # a deflated record larger than this is taken for a bomb
 MAX_RATIO = 200
 MAX_DIRECTORY = 1 << 28
+_PIECE = 512  # bytes of a deflated record that are looked at for its start
 
 
 class ZipRecord(NamedTuple):
@@ -87,6 +88,24 @@ class ZipArchive:
         if self.has_checksums and zlib.crc32(data) != record.crc:
             raise CorruptFileError(f"checksum of record {quote(record.name)} differs: the file is damaged")
         return data
+
+    def read_start(self, record: ZipRecord, length: int) -> bytes:
+        """The first bytes of a deflated record, held against no checksum.
+
+        Raises:
+            CorruptFileError: it does not inflate, or not to so many bytes.
+        """
+        inflater, content, position = zlib.decompressobj(-15), b"", 0
+        try:
+            while len(content) < length and position < record.stored_size:
+                piece = self.file.read(record.data_offset + position, min(_PIECE, record.stored_size - position))
+                content += inflater.decompress(inflater.unconsumed_tail + piece, length - len(content))
+                position += len(piece)
+        except zlib.error as error:
+            raise CorruptFileError(f"record {quote(record.name)} does not inflate") from error
+        if len(content) < length:
+            raise CorruptFileError(f"record {quote(record.name)} inflates to another size than it claims")
+        return content
 
     def check_record(self, record: ZipRecord) -> None:
         """Hold the bytes of a record against its checksum.

@@ -1,0 +1,1 @@
+"""Files that Flax writes with ``flax.serialization``."""

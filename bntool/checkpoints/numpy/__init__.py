@@ -1,0 +1,1 @@
+"""Archives of arrays that ``numpy.savez`` writes."""
