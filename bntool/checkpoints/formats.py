@@ -152,6 +152,7 @@ def _open_hub_folder(folder: Path) -> Checkpoint:
 _NAMES_OF_CHECKPOINTS = (
     (".index.json",),
     (".safetensors", ".pt", ".pth", ".pt2", ".ckpt", ".bin", ".pkl", ".keras", ".h5", ".onnx", ".caffemodel"),
+    (".npz", ".msgpack"),
 )
 
 

@@ -17,6 +17,8 @@ _KNOWN = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
     "diffusion_pytorch_model.bin",
+    "tf_model.h5",
+    "flax_model.msgpack",
 )
 _ENDINGS = (".safetensors", ".pt", ".pth", ".pt2", ".ckpt", ".bin", ".keras", ".h5", ".onnx", ".caffemodel", ".tar")
 _OF_TRAINING = ("training_args.bin", "optimizer.bin", "optimizer.pt", "scheduler.pt", "scaler.pt", "rng_state.pth")

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
+from bntool.checkpoints.addresses import Location
 from bntool.checkpoints.checkpoint import Checkpoint, Format, Loader, LoadingCode, StateDict
 from bntool.checkpoints.containers.msgpack import MAX_DEPTH, Bytes, Extension, read_msgpack
 from bntool.checkpoints.dtypes import BY_NAME
@@ -36,7 +36,7 @@ class Flax(Format):
         "it; change the model in Flax, or load it into one of PyTorch (from_flax=True in transformers) and fold that"
     )
 
-    def recognises(self, path: Path, head: bytes) -> bool:
+    def recognises(self, path: Location, head: bytes) -> bool:
         """A map whose first key is a text."""
         start = {0xDE: 3, 0xDF: 5}.get(head[0], 1)
         is_map = 0x81 <= head[0] <= 0x8F or head[0] in (0xDE, 0xDF)
