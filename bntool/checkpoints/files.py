@@ -10,6 +10,7 @@ import contextlib
 import errno
 import os
 import stat
+import threading
 import time
 import weakref
 from collections.abc import Iterator
@@ -30,6 +31,7 @@ _LONGEST_NAME = 80  # characters of a name that a sentence shows
 _CHANGED = "the file was changed while it was read; nothing was written: wait until it is complete and try again"
 _TICK = 12_000_000  # nanoseconds: in which a file system may give two changes one time
 _SMALL = 1 << 15  # bytes of a part that is kept in memory
+_POSITION, _LONGEST_READ = threading.Lock(), 1 << 30
 
 
 class ByteSource(Protocol):
@@ -218,8 +220,9 @@ class SourceFile:
     def _read_once(self, offset: int, length: int) -> bytes:
         if hasattr(os, "pread"):
             return os.pread(self._descriptor, length, offset)
-        os.lseek(self._descriptor, offset, os.SEEK_SET)  # Windows has no pread
-        return os.read(self._descriptor, length)
+        with _POSITION:  # Windows has no pread, and one position for all threads
+            os.lseek(self._descriptor, offset, os.SEEK_SET)
+            return os.read(self._descriptor, min(length, _LONGEST_READ))
 
     def chunks(self, offset: int, length: int) -> Iterator[bytes]:
         """The bytes from ``offset`` on, a chunk at a time."""

@@ -137,7 +137,10 @@ class OutputFiles:
         for file in self._files:
             file.finish(_default_mode() if self._mode is None else self._mode)
         try:
-            for file in self._files:
+            for number, file in enumerate(self._files):
+                if any(other.is_at(file.final) for other in self._files[:number]):
+                    message = "another output has this name on this file system, which takes some names for one"
+                    raise UnwritableFileError(message, path=file.final)
                 file.appear(force=self._force, keeps_old=len(self._files) > 1)
         except BaseException:
             for file in self._files:
@@ -217,8 +220,12 @@ class _TemporaryFile:
 
     def has_appeared(self) -> bool:
         """Whether what lies at its place is this file."""
+        return self.is_at(self.final)
+
+    def is_at(self, place: Path) -> bool:
+        """Whether what lies at a place is this file."""
         try:
-            status = self.final.lstat()
+            status = place.lstat()
         except OSError:
             return False
         return (status.st_dev, status.st_ino) == self._identity

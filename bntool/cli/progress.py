@@ -96,7 +96,8 @@ def _draw(work: _DrawnWork) -> Iterator[None]:
         if sys.stderr is not err:
             sys.stdout, sys.stderr = out, err
 
-    os.register_at_fork(after_in_child=restore)
+    if hasattr(os, "register_at_fork"):  # Windows starts processes anew
+        os.register_at_fork(after_in_child=restore)
     with Live(work, console=console, transient=True, refresh_per_second=8):
         yield
 

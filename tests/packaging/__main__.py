@@ -6,6 +6,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+from tests.packaging.action import check_action
 from tests.packaging.clone import check_clone
 from tests.packaging.environments import build_distributions
 from tests.packaging.extension import check_extension
@@ -18,5 +19,6 @@ with tempfile.TemporaryDirectory() as name:
     print(check_wheel(wheel, sdist, folder), flush=True)
     print(check_without_torch(wheel, folder), flush=True)
     print(check_extension(wheel, folder), flush=True)
+    print(check_action(folder), flush=True)
     if "--clone" in sys.argv[1:]:
         print(check_clone(folder), flush=True)
