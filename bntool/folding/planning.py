@@ -11,6 +11,7 @@ from bntool.batchnorm import STATISTICS, NormKind, check_globs, selects
 from bntool.checkpoints.batchnorms import find_batchnorms, find_norms
 from bntool.checkpoints.checkpoint import StateDict
 from bntool.folding.absorption import Absorber, Blocked, find_consumers, find_producers, is_parallel_branch
+from bntool.folding.derived_tensors import add_derived, with_derived
 from bntool.folding.folds import Fold, Level
 from bntool.folding.options import Layout
 from bntool.folding.producers import Addend, Producer, read_producer
@@ -22,7 +23,6 @@ from bntool.plan import Operation, Plan, RemoveModule, RemoveTensor, Skip, SkipR
 from bntool.representation import short_repr
 from bntool.verification.stored_outputs import StoredOutput
 
-_NOT_YET = (Evidence.STORED,)  # readers of graphs in files say of few operations what they are
 # a branch beside others reads what they read, whatever that is
 _SHARED_INPUT = (SkipReason.SHARED_OUTPUT, SkipReason.NOT_ADJACENT, SkipReason.NO_PRODUCER)
 
@@ -73,7 +73,7 @@ def plan_fold(
         UsageError: a glob selects nothing; eps is neither in the graph nor given, contradicts the graph, or is none.
     """
     check_eps(eps)
-    return _Folder(state_dict, graph, layers=layers, layout=layout, eps=eps).plan()
+    return _Folder(with_derived(state_dict, graph), graph, layers=layers, layout=layout, eps=eps).plan()
 
 
 @dataclass
@@ -113,7 +113,7 @@ class _Folder:
         return FoldPlan(
             operation=Operation.FOLD,
             state_dict=self.state_dict.key,
-            steps=tuple(self.steps()),
+            steps=tuple(add_derived(self.steps(), self.graph, self.state_dict)),
             skips=tuple(self.skips[layer] for layer in sorted(self.skips, key=self.position)),
             layers=tuple(order),
             assumptions=tuple(self.assume(folds)),
@@ -275,8 +275,7 @@ class _Folder:
         """Fold what no single neighbour takes, where it is known who reads what and keys may go."""
         layers = [layer for layer in self.transforms if layer in self.obstacles]
         layers = [layer for layer in layers if can_be_tried(self.transforms[layer])]
-        known = self.graph.readers_known and self.graph.evidence not in _NOT_YET
-        if not layers or self.layout is Layout.SAME_KEYS or not known:
+        if not layers or self.layout is Layout.SAME_KEYS or not self.graph.readers_known:
             return
         storing = StoringOtherwise(
             self.graph, self.state_dict, self.transforms, self.producers, frozenset(self.removed)

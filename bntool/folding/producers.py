@@ -35,7 +35,7 @@ class Producer:
         shape: of the weight.
         outputs: factor of each output channel.
         inputs: factor of each input channel.
-        bias: the new bias; None while there is none.
+        bias: the new bias, as it is added; None while there is none.
         had_bias: the file has one.
         taps: what is added to the middle of the kernel between each channel and itself; None for nothing.
     """
@@ -111,6 +111,8 @@ class Producer:
     def _respond(self, constant: Array, state_dict: StateDict) -> Array:
         """What the scaled weight answers to an input that is constant over positions."""
         tensor = state_dict.tensor(self.weight_name)
+        if self.node.factors:
+            constant = constant * self.node.factors[0]
         if self._is_input_major:
             return self._respond_across(constant, to_float64(read_bytes(tensor), tensor.dtype))
         groups, outputs, columns = self.node.groups, len(self.outputs), self.shape[1]
@@ -193,12 +195,15 @@ class Producer:
                 recipe = self._scaled()
                 for _ in () if recipe is None else _scale(tensor, recipe).chunks():
                     pass
-            if self.bias is not None and not _largest(self.bias) < _SMALLEST_LIMIT:
-                LiteralTensor.from_numbers(
-                    self.bias.tolist(), dtype=self._bias_dtype(state_dict), shape=self.bias.shape
-                )
+            stored = self._stored_bias()
+            if stored is not None and not _largest(stored) < _SMALLEST_LIMIT:
+                LiteralTensor.from_numbers(stored.tolist(), dtype=self._bias_dtype(state_dict), shape=stored.shape)
         except OverflowError as error:
             raise Blocked(SkipReason.OVERFLOW, f"{self.node.layer}: {error}") from error
+
+    def _stored_bias(self) -> Array | None:
+        """The new bias as the file holds it: a Gemm of ONNX adds it times a factor."""
+        return self.bias / self.node.factors[1] if self.bias is not None and self.node.factors else self.bias
 
     def _bias_dtype(self, state_dict: StateDict) -> DType:
         return state_dict.tensor(self.bias_name if self.had_bias else self.weight_name).dtype
@@ -210,11 +215,13 @@ class Producer:
         if recipe is not None:
             for name in weight_names:
                 yield SetTensor(name, recipe)
-        if self.bias is None:
+        bias = self._stored_bias()
+        if bias is None:
             return
-        values = Values(array("d", self.bias.tobytes()), self.bias.shape)
+        values = Values(array("d", bias.tobytes()), bias.shape)
         if self.had_bias:
             old = state_dict.tensor(self.bias_name)
+            values = Values(values.numbers, tuple(old.shape))
             if list(read_numbers(old)) == list(values.numbers):
                 return
             for name in graph.names_of(self.bias_name):
@@ -289,6 +296,8 @@ def read_producer(node: Node, state_dict: StateDict) -> Producer:
     outputs, inputs = count_channels(node, shape)
     bias_name = node.parameters.get("bias")
     bias = None if bias_name is None else read_parameter(bias_name, state_dict)
+    if bias is not None and node.factors:
+        bias = bias * node.factors[1]
     return Producer(node, shape, _ones(outputs), _ones(inputs), bias, bias is not None)
 
 
@@ -309,8 +318,12 @@ class Addend:
         return self.node.parameters["bias"]
 
     def transform(self, read: Transform, given: Transform) -> Addend:
-        """With what is read and given stored as a (x + b), the a of both equal: c' = a (c + b_out - b_in)."""
-        return replace(self, values=given.scale * (self.values + given.shift - read.shift))
+        """With what is read and given stored as a (x + b), the a of both equal: c' = a (c + (b_out - b_in) / f).
+
+        f is the factor that it is added with: -1 where it is subtracted.
+        """
+        factor = self.node.factors[0] if self.node.factors else 1.0
+        return replace(self, values=given.scale * (self.values + (given.shift - read.shift) / factor))
 
     def check(self, state_dict: StateDict) -> None:
         """Hold the new elements against the range of the dtype.

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from bntool.errors import CorruptFileError
 
 if TYPE_CHECKING:
+    from bntool.checkpoints.tensors import Tensor
     from bntool.graphs.architectures.recognition import Architecture
 
 
@@ -91,8 +92,9 @@ class Node:
         training: a BatchNorm that normalises by batch statistics.
         padded: a convolution that reads zeros beyond the border.
         centred: a convolution whose outputs lie where its inputs do, with a tap in the middle of its kernel.
-        factors: of the operands of an addition, or of a linear map of each channel; () for an addition whose factors
-            are one, and for a map whose factor is not known.
+        factors: of the operands of an addition; of the parameter that is added; of the product and the bias of a
+            linear; or of a linear map of each channel, one for all or one for each. () where they are one, and for a
+            map whose factor is not known.
         owner: what else the module of a BatchNorm does.
         has_bias_slot: the owner of the weight reads ``self.bias`` too, so that one can be added.
         class_name: of the module that owns the parameters.
@@ -151,6 +153,21 @@ class Edge:
 
 
 @dataclass(frozen=True)
+class DerivedTensor:
+    """A tensor that one node reads, and that is not in the file by itself: it comes into it when it changes.
+
+    Attributes:
+        tensor: its elements.
+        after: the tensor of the file that it follows then.
+        is_copy: it is equal to that, which others read too; else it is computed.
+    """
+
+    tensor: Tensor
+    after: str
+    is_copy: bool
+
+
+@dataclass(frozen=True)
 class ModelGraph:
     """Nodes in order of execution, and the edges between them.
 
@@ -172,6 +189,8 @@ class ModelGraph:
         idle: what did not run and has or takes channels, BatchNorms aside: dotted paths, and how many, where the graph
             is traced.
         other_norms: dotted paths of modules with statistics that normalise otherwise, as their classes say.
+        derived: tensors that nodes read and that the file does not hold by themselves, by name.
+        needed_for: for tensors of the file that nothing else is made of, the derived ones that are made of them.
     """
 
     nodes: tuple[Node, ...]
@@ -188,6 +207,8 @@ class ModelGraph:
     ran: frozenset[str] = frozenset()
     idle: Mapping[str, frozenset[int]] = field(default_factory=dict)
     other_norms: frozenset[str] = frozenset()
+    derived: Mapping[str, DerivedTensor] = field(default_factory=dict)
+    needed_for: Mapping[str, frozenset[str]] = field(default_factory=dict)
 
     @cached_property
     def _incoming(self) -> Mapping[int, tuple[Edge, ...]]:

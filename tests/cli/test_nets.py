@@ -18,17 +18,15 @@ FOLDER = INTEROP
 def test_an_onnx_model_needs_no_model_and_no_pairs(tmp_path, capsys):
     target = tmp_path / "folded.onnx"
     source = FOLDER / "onnx_folding" / "left_alone.onnx"
-    assert main(["fold", str(source), "-o", str(target)]) == 4
+    assert main(["fold", str(source), "-o", str(target), "--strict"]) == 4
+    assert main(["fold", str(source), "-o", str(target), "--layers", "bn_relu"]) == 4
     assert not target.exists()
     capsys.readouterr()
     source = FOLDER / "onnx_folding" / "nested_graphs.onnx"
     assert main(["fold", str(source), "-o", str(target), "--json"]) == 0
     (facts,) = json.loads(capsys.readouterr().out)["files"]
-    assert [fold["layer"] for fold in facts["folds"]] == ["y"]
-    assert {skip["layer"]: skip["reason"] for skip in facts["skips"]} == {
-        "bn_captured": "shared output",
-        "then_out": "not adjacent",
-    }
+    assert [fold["layer"] for fold in facts["folds"]] == ["bn_captured", "then_out", "y"]
+    assert facts["skips"] == []
     assert facts["assumptions"] == facts["warnings"] == []
     assert main(["inspect", str(target), "--json"]) == 0
     (facts,) = json.loads(capsys.readouterr().out)["files"]

@@ -204,7 +204,7 @@ class NetReading:
 def momentum_of(layer: Layer) -> float:
     """Share of the new batch in the running average; Caffe's fraction is what is kept."""
     fraction = layer.parameters.get("batch_norm_param.moving_average_fraction", _FRACTION)
-    return round(1.0 - float(fraction), 12)
+    return round(1.0 - float(fraction), 12)  # type: ignore[arg-type]  # only some parameters are lists
 
 
 def _in_pytorch_shape(tensor: Tensor, name: str, layer_type: str) -> Tensor:

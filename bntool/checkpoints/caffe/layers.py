@@ -37,7 +37,7 @@ _V1_TYPES = {
     26: "Power", 39: "Deconvolution",
 }  # fmt: skip
 
-Number = bool | int | float | str
+Number = bool | int | float | str | tuple[float, ...]
 
 # of LayerParameter: the messages of parameters by field number, with their fields
 PARAMETERS: Mapping[str, tuple[int, Mapping[str, int]]] = {
@@ -48,10 +48,26 @@ PARAMETERS: Mapping[str, tuple[int, Mapping[str, int]]] = {
     "inner_product_param": (117, {"num_output": 1, "bias_term": 2, "axis": 5, "transpose": 6}),
     "batch_norm_param": (139, {"use_global_stats": 1, "moving_average_fraction": 2, "eps": 3}),
     "scale_param": (142, {"axis": 1, "num_axes": 2, "bias_term": 4}),
+    "bias_param": (141, {"axis": 1, "num_axes": 2}),
+    "concat_param": (104, {"concat_dim": 1, "axis": 2}),
+    "eltwise_param": (110, {"operation": 1, "coeff": 2}),
+    "flatten_param": (135, {"axis": 1, "end_axis": 2}),
+    "pooling_param": (121, {"pool": 1, "pad": 4, "pad_h": 9, "pad_w": 10, "global_pooling": 12}),
+    "power_param": (122, {"power": 1, "scale": 2, "shift": 3}),
+    "shuffle_channel_param": (0, {"group": 1}),  # of forks, each with a number of its own
+    "slice_param": (126, {"slice_dim": 1, "slice_point": 2, "axis": 3}),
 }
-V1_PARAMETERS = {"convolution_param": 10, "inner_product_param": 17}
-_FLOATS = ("moving_average_fraction", "eps")
-_BOOLEANS = ("bias_term", "use_global_stats", "transpose")
+V1_PARAMETERS = {
+    "convolution_param": 10, "inner_product_param": 17, "concat_param": 9, "eltwise_param": 24, "pooling_param": 19,
+    "power_param": 21, "slice_param": 31,
+}  # fmt: skip
+_FLOATS = ("moving_average_fraction", "eps", "power", "scale", "shift")
+_BOOLEANS = ("bias_term", "use_global_stats", "transpose", "global_pooling")
+WORDS: Mapping[str, tuple[str, ...]] = {  # what numbers stand for
+    "operation": ("PROD", "SUM", "MAX"),
+    "pool": ("MAX", "AVE", "STOCHASTIC"),
+}
+LISTS = ("coeff", "slice_point")
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,6 +197,11 @@ def _read_parameters(
                 found[f"{name}.{key}"] = message.float32(inner, 0.0)
             elif key == "pad":  # one for each dimension of space
                 found[f"{name}.{key}"] = max(message.integers(inner))
+            elif key in LISTS:
+                found[f"{name}.{key}"] = message.floats(inner) if key == "coeff" else message.integers(inner)
+            elif key in WORDS:
+                code = message.integer(inner)
+                found[f"{name}.{key}"] = WORDS[key][code] if 0 <= code < len(WORDS[key]) else str(code)
             else:
                 value = message.integer(inner)
                 found[f"{name}.{key}"] = bool(value) if key in _BOOLEANS else value

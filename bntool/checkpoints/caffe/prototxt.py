@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-from bntool.checkpoints.caffe.layers import PARAMETERS, Layer, Number
+from bntool.checkpoints.caffe.layers import LISTS, PARAMETERS, WORDS, Layer, Number
 from bntool.checkpoints.files import SourceFile, quote
 from bntool.errors import CorruptFileError, UnsafeFileError
 
@@ -196,9 +196,12 @@ def _as_layer(index: int, text: TextField) -> Layer:
         for message in text.all(name):
             for key in fields:
                 values = message.values(key)
-                if values:
+                if values and key in WORDS:
+                    parameters[f"{name}.{key}"] = _as_word(values[-1], WORDS[key])
+                elif values:
                     found = [_as_number(value) for value in values]
-                    parameters[f"{name}.{key}"] = max(found) if key == "pad" else found[-1]
+                    one = max(found) if key == "pad" else found[-1]
+                    parameters[f"{name}.{key}"] = tuple(found) if key in LISTS else one
     return Layer(
         index=index,
         name="".join(text.values("name")[-1:]),
@@ -209,6 +212,11 @@ def _as_layer(index: int, text: TextField) -> Layer:
         shared=tuple(name for spec in text.all("param") for name in spec.values("name")),
         source=text,
     )
+
+
+def _as_word(text: str, words: Sequence[str]) -> str:
+    """The word of an enumeration, also where its number is written."""
+    return words[int(text)] if text.isdecimal() and int(text) < len(words) else text
 
 
 def _as_number(text: str) -> float | bool:

@@ -144,7 +144,9 @@ def _find_numbered(hdf5: Hdf5Contents, model: KerasModel | None, root: str) -> I
         content = KerasContent(None, model, hdf5, WeightsLayout.NUMBERED, root, WeightNames({}, {}, {}, {}))
         layers = {layer.path: layer for layer in model.walk()}
         groups = group_of_layers(content, model, orders_in_file(model))
-        by_group = {group: layers[path] for path, group in groups.items()}
+        by_group = {
+            f"{group}/layer" if layers[path].is_distributed else group: layers[path] for path, group in groups.items()
+        }
     order = {group: position for position, group in enumerate(by_group)}
     for group in sorted(variables, key=lambda name: (order.get(name, len(order)), name)):
         paths = sorted(variables[group], key=lambda path: int(path.rpartition("/")[2]))

@@ -36,6 +36,8 @@ class KerasLayer:
         calls: for each call what it reads, in order; of a Sequential model nothing.
         trains: for each call whether it is told to compute as in training, whatever the model does.
         model: the layers inside, where the layer is a model itself.
+        is_distributed: it lies in a TimeDistributed, which calls it for each element of the second axis; ``kind`` and
+            ``config`` are those of the layer inside.
         entry: the JSON object that all this was read from.
     """
 
@@ -49,6 +51,12 @@ class KerasLayer:
     trains: tuple[bool, ...]
     model: KerasModel | None
     entry: Any = field(repr=False, compare=False)
+    is_distributed: bool = False
+
+    @property
+    def own_config(self) -> Any:
+        """The JSON object of what the constructor takes, that of the layer inside a TimeDistributed."""
+        return self.entry["config"]["layer"]["config"] if self.is_distributed else self.entry["config"]
 
     @property
     def is_layer(self) -> bool:
@@ -173,18 +181,30 @@ def _read_layer(entry: Any, name: str, path: str, known: frozenset[str], depth: 
     nodes = _nodes_of(entry)
     config = entry.get("config")
     module = entry.get("module")
+    inside = _find_inside(entry, config)
     return KerasLayer(
         name=name,
         path=full,
         class_name=str(entry.get("class_name", "")),
         module=module if isinstance(module, str) else "",
-        kind=_find_kind(entry),
-        config=config if isinstance(config, dict) else {},
+        kind=_find_kind(entry if inside is None else inside),
+        config=inside["config"] if inside is not None else config if isinstance(config, dict) else {},
         calls=tuple(tuple(_reference(found) for found in find_references(node, known)) for node in nodes),
         trains=tuple(_is_told_to_train(node) for node in nodes),
         model=_read_model(entry, full, depth + 1),
         entry=entry,
+        is_distributed=inside is not None,
     )
+
+
+def _find_inside(entry: Any, config: Any) -> Any:
+    """The layer that a TimeDistributed calls; None where it is a model, or this is another layer."""
+    if _find_kind(entry) != "TimeDistributed" or not isinstance(config, dict):
+        return None
+    inside = config.get("layer")
+    if not isinstance(inside, dict) or not isinstance(inside.get("config"), dict):
+        return None
+    return None if "layers" in inside["config"] else inside
 
 
 def _nodes_of(entry: Any) -> list[Any]:

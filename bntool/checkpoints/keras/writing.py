@@ -145,7 +145,7 @@ def change_model(checkpoint: Checkpoint) -> NewModel:
     assert model is not None
     for layer in model.walk():
         if layer.path in biased:
-            layer.entry["config"]["use_bias"] = True
+            layer.own_config["use_bias"] = True
         if layer.path in frozen:
             layer.entry["config"]["trainable"] = False
     if removed:

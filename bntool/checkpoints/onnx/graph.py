@@ -6,7 +6,7 @@ Field numbers are those of onnx.proto; nothing here needs the onnx package.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -135,6 +135,21 @@ class OnnxGraph:
         """The graph that holds a constant that a node of this graph sees, and its name there; None for others."""
         place = self.place_of(name)
         return place if place is not None and place[1] in place[0].initializers else None
+
+
+def find_uses(graphs: Iterable[OnnxGraph]) -> Mapping[tuple[int, str], list[tuple[OnnxGraph, OnnxNode, int]]]:
+    """The nodes that read each constant, also through Identity nodes, by the graph that holds it and its name.
+
+    Each with its graph, and the position of the input.
+    """
+    uses: dict[tuple[int, str], list[tuple[OnnxGraph, OnnxNode, int]]] = {}
+    for graph in graphs:
+        for node in graph.nodes:
+            for position, name in enumerate(node.inputs if node.operator != "Identity" else ()):
+                found = graph.find(name) if name else None
+                if found is not None:
+                    uses.setdefault((id(found[0]), found[1]), []).append((graph, node, position))
+    return uses
 
 
 def read_graphs(model: Message) -> tuple[OnnxGraph, ...]:

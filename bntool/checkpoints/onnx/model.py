@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from bntool.batchnorm import DEFAULT_EPS, STATISTICS, VECTORS
 from bntool.checkpoints.addresses import Location
@@ -49,6 +50,12 @@ _ACTING = {
 }
 _CORE_ML = (200, 4000)  # numbers of the fields in which its Model holds one kind of model or another
 _FIELDS = {b"\x0a", b"\x12"}  # how the MetaGraphDef of a SavedModel begins, where ONNX has the name of a program
+# what inputs of nodes are, in PyTorch's words, where these may be constants
+_OWN = {
+    **dict.fromkeys(("Conv", "ConvTranspose", "Gemm"), ("", "weight", "bias")),
+    "MatMul": ("weight", "weight"),
+    **dict.fromkeys(("Add", "Sub"), ("bias", "bias")),
+}
 _KEPT = 0.9  # the default of BatchNormalization's momentum: the share that is kept
 
 
@@ -125,6 +132,25 @@ class OnnxContent(Content):
     external: ExternalData = field(repr=False)
     has_external: bool
     opset: int
+
+    @cached_property
+    def own_inputs(self) -> Mapping[tuple[int, int], tuple[str, OnnxGraph, OnnxNode]]:
+        """Inputs of nodes that can be given a tensor of their own, by where the node lies and the position.
+
+        Each with the name of that tensor, and the graph and node.
+        """
+        taken = {name for graph in self.graphs for name in (*graph.inputs, *graph.initializers, *graph.computed)}
+        taken |= self.places.keys()
+        found: dict[tuple[int, int], tuple[str, OnnxGraph, OnnxNode]] = {}
+        for graph in self.graphs:
+            for node in graph.nodes:
+                roles = _OWN.get(node.operator, ())
+                for position, role in enumerate(roles[: len(node.inputs)]):
+                    if role and node.inputs[position]:
+                        name = unused_name(f"{node.name or node.outputs[0]}.{role}", taken)
+                        taken.add(name)
+                        found[node.field.start, position] = (name, graph, node)
+        return found
 
 
 def read_model(file: SourceFile, *, external: ExternalData) -> Checkpoint:

@@ -25,11 +25,14 @@ from bntool.checkpoints.onnx.graph import (
     IR_VERSION,
     METADATA,
     NODE_NAME,
+    NODES,
+    OPERATOR,
     OUTPUTS,
     TENSOR,
     VALUE_INFO,
     OnnxGraph,
     OnnxNode,
+    find_uses,
 )
 from bntool.checkpoints.onnx.model import LayerNames, Onnx, OnnxContent, Place, name_layers, read_model
 from bntool.checkpoints.onnx.tensors import (
@@ -49,7 +52,7 @@ from bntool.errors import RefusedError
 from bntool.plan import AddTensor, Record, RemoveEntry, RemoveModule, SetAttribute
 
 _ALIGNMENT = 4096  # of external data, so that it can be mapped
-_BIASED = ("Conv", "ConvTranspose", "Gemm")
+_BIASED = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 
 Use: TypeAlias = tuple[OnnxGraph, OnnxNode, int]
 
@@ -95,14 +98,18 @@ class _Changes:
     def __init__(self, checkpoint: Checkpoint, content: OnnxContent) -> None:
         self._checkpoint, self._content = checkpoint, content
         self._edits = Edits()
-        self._uses = _find_uses(content)
+        self._uses = find_uses(content.graphs)
         self._copies = _find_copies(content)
         shown = (graph.find(name) for graph in content.graphs for name in graph.outputs)
         self._shown = {(id(found[0]), found[1]) for found in shown if found is not None}  # constants that are results
         self._inputs: dict[int, tuple[OnnxNode, list[str]]] = {}  # new inputs of nodes, by the position of the node
         self._outputs: dict[int, tuple[OnnxNode, list[str]]] = {}
         self._removed: set[int] = set()  # nodes, by position in the file
+        self._copied: set[str] = set()  # what Identity nodes read that take the place of others
         self._names = {name for graph in content.graphs for name in (*graph.initializers, *graph.computed)}
+        self._places = dict(content.places)
+        self._own = {name: (g, n, place[1]) for place, (name, g, n) in content.own_inputs.items()}
+        self._replaced: list[tuple[OnnxGraph, str]] = []  # what nodes read before they were given a constant instead
         if checkpoint.edits:
             self._plan()
 
@@ -119,10 +126,12 @@ class _Changes:
                 self._take_out(graph, node)
         (state_dict,) = self._checkpoint.state_dicts
         self._set_tensors(state_dict.tensors, state_dict.stored)
-        self._remove_tensors(state_dict.stored.keys() - state_dict.tensors.keys())
         after = {step.name: step.after for step in steps if isinstance(step, AddTensor)}
-        for name in state_dict.tensors.keys() - state_dict.stored.keys():
-            self._add_bias(name, after[name], state_dict.tensors[name])
+        for name in state_dict.tensors:
+            if name in after and name not in state_dict.stored:
+                self._add_tensor(name, after[name], state_dict.tensors[name])
+        self._remove_unread_nodes()
+        self._remove_tensors(state_dict.stored.keys() - state_dict.tensors.keys())
         for number, lists in ((INPUTS, self._inputs), (OUTPUTS, self._outputs)):
             for position, (node, names) in lists.items():
                 if position not in self._removed:
@@ -144,22 +153,31 @@ class _Changes:
                 self._edits.set_field(node.message, NODE_NAME, *embed(NODE_NAME, layer.encode()))
 
     def _take_out(self, graph: OnnxGraph, node: OnnxNode) -> None:
-        """Remove a node: what its data came from now writes what it wrote, or else its readers read its data."""
+        """Remove a node: what its data came from now writes what it wrote, or else its readers read its data.
+
+        Where both are needed under their names, an Identity node takes its place.
+        """
         if any(node.outputs[1:]):
             raise RefusedError("it puts out statistics too", tensor=node.name)
         data, result = self._input_names(node)[0], node.outputs[0]
         self._removed.add(node.field.start)
-        self._edits.replace(graph.message, node.field)
         producer = next((n for n in graph.nodes if data in self._output_names(n)), None)
         readers = [n for g in self._content.graphs for n in g.nodes if data in self._input_names(n)]
         shown = {name for g in self._content.graphs for name in g.outputs}
-        if producer is not None and data not in shown and not readers:
+        is_needed = producer is None or data in shown or data in self._copied or bool(readers)
+        if is_needed and result in shown:
+            names = (*embed(INPUTS, data.encode()), *embed(OUTPUTS, result.encode()))
+            label = embed(NODE_NAME, node.name.encode()) if node.name else ()
+            self._copied.add(data)
+            copy = (*names, *label, *embed(OPERATOR, b"Identity"))
+            self._edits.replace(graph.message, node.field, *embed(NODES, *copy))
+            return
+        self._edits.replace(graph.message, node.field)
+        if producer is not None and not is_needed:
             names = self._outputs.setdefault(producer.field.start, (producer, list(producer.outputs)))[1]
             names[names.index(data)] = result
             self._drop_infos(graph, VALUE_INFO, data)
             return
-        if result in shown:
-            raise RefusedError("its input and its output are both results of the model", tensor=node.name)
         for inner in self._content.graphs:
             for reader in inner.nodes:
                 if result in self._input_names(reader):
@@ -241,9 +259,10 @@ class _Changes:
             is_read = place.reader is None or place.reader[1].field.start not in self._removed
             if place.message is None and not is_read:
                 continue  # nodes computed it
-            if place.message is None or any(
-                node.field.start not in self._removed for _, node, _ in self._uses.get(key, ())
-            ):
+            left = [use for use in self._uses.get(key, ()) if self._reads_as_before(*use)]
+            if left and place.reader is None and all(self._is_parameter(*use) for use in left):
+                continue  # it has the names of layers alone
+            if place.message is None or left:
                 if is_read:
                     raise RefusedError("a node still reads this tensor", tensor=place.name)
             elif key not in self._shown:
@@ -252,6 +271,13 @@ class _Changes:
                     self._removed.add(node.field.start)
                     self._edits.replace(graph.message, node.field)
                     self._drop_infos(graph, VALUE_INFO, node.outputs[0])
+
+    def _is_parameter(self, _: OnnxGraph, node: OnnxNode, position: int) -> bool:
+        return position > 0 and any(node is layer for _, layer in self._content.layers.values())
+
+    def _reads_as_before(self, _: OnnxGraph, node: OnnxNode, position: int) -> bool:
+        names = self._input_names(node)
+        return position < len(names) and names[position] == node.inputs[position]
 
     def _remove_constant(self, place: Place) -> None:
         constant = place.graph.constants.get(place.name)
@@ -264,33 +290,92 @@ class _Changes:
             self._drop_infos(place.graph, GRAPH_INPUTS, place.name)
         self._drop_infos(place.graph, VALUE_INFO, place.name)
 
-    def _add_bias(self, wanted: str, after: str, tensor: Tensor) -> None:
-        """A bias for the nodes whose weight is the tensor that it follows."""
-        place = self._content.places.get(after)
-        uses = self._uses.get((id(place.graph), place.name), ()) if place is not None else ()
-        fitting = [
-            node
-            for _, node, position in uses
-            if position == 1 and node.operator in _BIASED and not any(node.inputs[2:])
-        ]
-        if place is None or place.reader is not None or len(fitting) != len(uses) or not uses:
-            raise RefusedError("the model has no place for this tensor", tensor=wanted)
-        name = unused_name(wanted, self._names)
-        if name != wanted:
-            raise RefusedError("the model uses this name for something else", tensor=wanted)
+    def _add_tensor(self, wanted: str, after: str, tensor: Tensor) -> None:
+        """A new tensor for one input of one node, or a bias for those whose weight is the tensor that it follows."""
+        own = self._own.get(wanted)
+        if own is not None:
+            graph, node, position = own
+            self._insert(wanted, self._places[after], tensor)
+            self._places[wanted] = self._places[after]
+            self._new_inputs(node)[position] = wanted
+            self._replaced.append((graph, node.inputs[position]))
+            return
+        fitting = self._find_unbiased(after)
+        if not fitting or wanted in self._names:
+            what = (
+                "the model uses this name for something else" if fitting else "the model has no place for this tensor"
+            )
+            raise RefusedError(what, tensor=wanted)
+        self._insert(wanted, self._places[after], tensor)
+        for graph, node in fitting:
+            if node.operator == "MatMul":
+                self._add_after(graph, node, wanted)
+            else:
+                self._new_inputs(node)[2:] = [wanted]
+
+    def _find_unbiased(self, weight: str) -> list[tuple[OnnxGraph, OnnxNode]]:
+        """The nodes with this weight, where all of them can have a bias."""
+        own = self._own.get(weight)
+        if own is not None:
+            uses = [own]
+        else:
+            place = self._places.get(weight)
+            uses = self._uses.get((id(place.graph), place.name), []) if place is not None and not place.reader else []
+        for _, node, position in uses:
+            if position != 1 or node.operator not in _BIASED or any(node.inputs[2:]):
+                return []
+        return [(graph, node) for graph, node, _ in uses]
+
+    def _insert(self, name: str, place: Place, tensor: Tensor) -> None:
+        """A constant behind another one."""
         self._names.add(name)
         message = _make_tensor(name, tensor)
         constant = place.graph.constants.get(place.name)
         if constant is not None:
-            node = (*embed(OUTPUTS, name.encode()), *embed(4, b"Constant"), *_attribute("value", message))
+            node = (*embed(OUTPUTS, name.encode()), *embed(OPERATOR, b"Constant"), *_attribute("value", message))
             self._edits.insert_after(place.graph.message, constant.field, *embed(1, *node))
         else:
             assert place.message is not None
             assert place.message.parent is not None
             self._edits.insert_after(place.graph.message, place.message.parent[1], *embed(5, *message))
             self._declare(place.graph, name, tensor)
-        for reader in fitting:
-            self._new_inputs(reader)[2:] = [name]
+
+    def _add_after(self, graph: OnnxGraph, node: OnnxNode, bias: str) -> None:
+        """An addition behind a product, which has no place for a bias."""
+        outputs = self._outputs.setdefault(node.field.start, (node, list(node.outputs)))[1]
+        result = outputs[0]
+        outputs[0] = unused_name(f"{result}/product", self._names)
+        self._names.add(outputs[0])
+        names = [*embed(INPUTS, outputs[0].encode()), *embed(INPUTS, bias.encode()), *embed(OUTPUTS, result.encode())]
+        label = unused_name(f"{node.name or result}/bias", self._names)
+        added = (*names, *embed(NODE_NAME, label.encode()), *embed(OPERATOR, b"Add"))
+        self._edits.insert_after(graph.message, node.field, *embed(NODES, *added))
+
+    def _remove_unread_nodes(self) -> None:
+        """Nodes that computed from constants what another constant has taken the place of."""
+        waiting = list(self._replaced)
+        while waiting:
+            graph, name = waiting.pop()
+            found = _find_producer(graph, name)
+            if found is None or found[1].field.start in self._removed:
+                continue
+            holder, node = found
+            if any(self._is_read(holder, one) for one in self._output_names(node)):
+                continue
+            self._removed.add(node.field.start)
+            self._edits.replace(holder.message, node.field)
+            for one in node.outputs:
+                self._drop_infos(holder, VALUE_INFO, one)
+            waiting += [(holder, one) for one in node.inputs if one]
+
+    def _is_read(self, graph: OnnxGraph, name: str) -> bool:
+        """Whether a node that is left reads a value, or it is a result."""
+        if name in graph.outputs:
+            return True
+        inside = [one for one in self._content.graphs if one is graph or _is_within(one, graph)]
+        if any(name in one.outputs for one in inside):
+            return True
+        return any(name in self._input_names(node) for one in inside for node in one.nodes)
 
     def _declare(self, graph: OnnxGraph, name: str, tensor: Tensor) -> None:
         """Before IR version 4 every initializer is an input of the graph too."""
@@ -339,16 +424,24 @@ class _Changes:
             self._edits.append(message, *embed(EXTERNAL_DATA, *embed(1, key.encode()), *embed(2, value.encode())))
 
 
-def _find_uses(content: OnnxContent) -> Mapping[tuple[int, str], list[Use]]:
-    """The nodes that read each constant, also through Identity nodes, by the graph that holds it and its name."""
-    uses: dict[tuple[int, str], list[Use]] = {}
-    for graph in content.graphs:
-        for node in graph.nodes:
-            for position, name in enumerate(node.inputs if node.operator != "Identity" else ()):
-                found = graph.find(name) if name else None
-                if found is not None:
-                    uses.setdefault((id(found[0]), found[1]), []).append((graph, node, position))
-    return uses
+def _find_producer(graph: OnnxGraph, name: str) -> tuple[OnnxGraph, OnnxNode] | None:
+    """The node that puts out a value that a node of a graph sees; None for constants and inputs."""
+    here: OnnxGraph | None = graph
+    while here is not None:
+        if name in here.initializers or name in here.inputs:
+            return None
+        if name in here.producers:
+            return here, here.producers[name]
+        here = here.parent
+    return None
+
+
+def _is_within(graph: OnnxGraph, other: OnnxGraph) -> bool:
+    while graph.parent is not None:
+        graph = graph.parent
+        if graph is other:
+            return True
+    return False
 
 
 def _find_copies(content: OnnxContent) -> Mapping[tuple[int, str], list[tuple[OnnxGraph, OnnxNode]]]:

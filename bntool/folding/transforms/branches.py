@@ -112,7 +112,7 @@ def _find_sums(graph: ModelGraph, node: Node, removed: Collection[str]) -> dict[
                 return sums
             way = _Way(factor, way.passed)
             sums[reader.index] = way
-        elif reader.kind is NodeKind.CHANNELWISE and reader.factors and reader.channels == node.channels:
+        elif reader.kind is NodeKind.CHANNELWISE and len(reader.factors) == 1 and reader.channels == node.channels:
             way = _Way(way.factor * reader.factors[0], way.passed)
         elif reader.kind is NodeKind.BATCH_NORM and reader.layer in removed and len(graph.inputs(reader)) == 1:
             way = _Way(way.factor, (*way.passed, reader.layer))

@@ -378,9 +378,9 @@ class ChannelTransforms:
             factors = node.factors or (1.0, 1.0)
             parts = known[0].shifts, known[1].shifts
             self.shifts.add_sums(given.shifts, parts, (factors[0], factors[1]), node.index)
-        elif rule.shift is Shift.SCALED and node.factors and node.factors[0] != 0:
+        elif rule.shift is Shift.SCALED and node.factors and all(node.factors):
             size = len(given.shifts)
-            factor = np.full(size, node.factors[0])
+            factor = np.broadcast_to(np.asarray(node.factors), size).copy()
             self.shifts.link(given.shifts, known[0].shifts, factor=factor, offset=np.zeros(size), origin=node.index)
         elif rule.shift in (Shift.ZERO, Shift.SCALED):
             self.shifts.fix(given.shifts, node.index)

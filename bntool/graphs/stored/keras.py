@@ -2,23 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import dataclasses
+import re
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from bntool.batchnorm import STATISTICS
+from bntool.checkpoints.arrays import to_float64
 from bntool.checkpoints.checkpoint import Checkpoint
 from bntool.checkpoints.keras.content import KerasContent
 from bntool.checkpoints.keras.model import KerasLayer, KerasModel, Reference, calls_in_order, order_layers
 from bntool.checkpoints.keras.weights import BATCH_NORMS, CONVOLUTIONS, DEPTHWISE, KERNELS, SEPARABLE, TRANSPOSED
-from bntool.checkpoints.tensors import Tensor, count_elements
+from bntool.checkpoints.tensors import Tensor, count_elements, read_bytes
 from bntool.errors import CorruptFileError, RefusedError, UnsafeFileError
 from bntool.graphs.graph import ModelGraph, NodeKind, Owner, check_lengths
-from bntool.graphs.stored.builder import GraphBuilder
+from bntool.graphs.stored.builder import FLOATS, GraphBuilder
+from bntool.graphs.stored.values import (
+    Extent,
+    Shape,
+    Value,
+    concatenate,
+    fill_in,
+    read_along,
+    reshape,
+    size_of,
+    transpose,
+)
 
 MAX_CALLS = 200_000  # of layers, each call of a nested model counted anew
 _LAST = -1
-_SAME_RANK = ("Activation", "ReLU", "LeakyReLU", "PReLU", "ELU", "Softmax", "Dropout", "Dense", "Add", "Multiply",
-              "Rescaling", *BATCH_NORMS)  # fmt: skip
+_CONV_AVERAGES = ("nearest", "bilinear")
+_DROPOUTS = ("Dropout", "SpatialDropout1D", "SpatialDropout2D", "SpatialDropout3D", "GaussianDropout", "GaussianNoise",
+             "AlphaDropout")  # fmt: skip
+_KEEPS_SHAPE = ("ELU", "Softmax", "Rescaling", "Activation", "ReLU", "LeakyReLU", "LayerNormalization",
+                "UnitNormalization", "GroupNormalization")  # fmt: skip
+_ACTIVATIONS = ("relu", "leaky_relu")  # f(a x) = a f(x) for a > 0
 
 
 def keras_graph(checkpoint: Checkpoint) -> ModelGraph:
@@ -54,7 +74,6 @@ class _Building:
         for key in tensors:
             owner, _, role = key.rpartition(".")
             self.own.setdefault(owner, {})[role] = key
-        self.ranks: dict[int, int] = {}  # dimensions of what a node computes, where that is known
         self.calls = 0
 
     def build(self) -> ModelGraph:
@@ -62,11 +81,11 @@ class _Building:
         self.builder.add(NodeKind.OUTPUT, "output", inputs=outputs)
         return self.builder.finish()
 
-    def _add_model(self, model: KerasModel, inputs: Sequence[int], *, training: bool) -> list[int]:
-        """Add the calls of a model's layers; the nodes of its outputs.
+    def _add_model(self, model: KerasModel, inputs: Sequence[Value], *, training: bool) -> list[Value]:
+        """Add the calls of a model's layers; what its outputs hold.
 
         Args:
-            inputs: nodes of what a nested model is called with.
+            inputs: what a nested model is called with.
             training: it is told to compute as in training.
         """
         if model.is_sequential:
@@ -74,7 +93,7 @@ class _Building:
         calls = calls_in_order(model)
         if calls is None:
             raise CorruptFileError("the layers of the model read each other in a circle")
-        values: dict[Reference, int] = {}
+        values: dict[Reference, Value] = {}
         values.update(zip(model.inputs, inputs, strict=False))
         layers = {layer.name: layer for layer in model.layers}
         in_order = self._is_numbered_as_expected(model)
@@ -86,8 +105,8 @@ class _Building:
             sources = [values[reference] for reference in read if reference in values]
             told = training or (layer.trains[call] if layer.trains else False)
             stays = not in_order or (model is self.model and len(model.outputs) > 1 and name in _names(model.outputs))
-            for number, node in enumerate(self._add_layer(layer, sources, training=told, stays=stays)):
-                values[name, call, number] = node
+            for number, value in enumerate(self._add_layer(layer, sources, training=told, stays=stays)):
+                values[name, call, number] = value
             for _, _, number in (r for r in self._readers(model) if r[:2] == (name, call)):
                 values.setdefault((name, call, number), values[name, call, 0])
         return [values[reference] for reference in model.outputs if reference in values]
@@ -97,29 +116,30 @@ class _Building:
             r for r in model.outputs if r[2]
         ]
 
-    def _add_sequence(self, model: KerasModel, inputs: Sequence[int], *, training: bool) -> list[int]:
-        nodes = list(inputs)
+    def _add_sequence(self, model: KerasModel, inputs: Sequence[Value], *, training: bool) -> list[Value]:
+        values = list(inputs)
         for position, layer in enumerate(model.layers):
-            if layer.kind == "InputLayer" and nodes:
+            if layer.kind == "InputLayer" and values:
                 continue
-            first = not nodes and layer.kind != "InputLayer"
+            first = not values and layer.kind != "InputLayer"
             if first:  # formerly the first layer carried the shape of the input
-                shape = layer.config.get("batch_input_shape")
-                nodes = [self._add_input(shape)]
-            nodes = self._add_layer(layer, nodes, training=training, stays=first and position == 0)
-        return nodes
+                values = [self._add_input(layer.config.get("batch_input_shape"))]
+            values = self._add_layer(layer, values, training=training, stays=first and position == 0)
+        return values
 
     def _is_numbered_as_expected(self, model: KerasModel) -> bool:
         """Whether the file numbers its layers as we would: only then numbers can be given anew."""
         return order_layers(model) == tuple(layer.name for layer in model.layers)
 
-    def _add_input(self, shape: object) -> int:
-        node = self.builder.add(NodeKind.INPUT, "input")
-        if isinstance(shape, list):
-            self.ranks[node] = len(shape)
-        return node
+    def _add_input(self, shape: object) -> Value:
+        index = self.builder.add(NodeKind.INPUT, "input")
+        if not isinstance(shape, list):
+            return Value((index,))
+        return Value((index,), tuple(Extent(one) if isinstance(one, int) else self.builder.unknown() for one in shape))
 
-    def _add_layer(self, layer: KerasLayer, sources: Sequence[int], *, training: bool, stays: bool) -> list[int]:
+    def _add_layer(  # noqa: PLR0911 a list of cases
+        self, layer: KerasLayer, sources: Sequence[Value], *, training: bool, stays: bool
+    ) -> list[Value]:
         self.calls += 1
         if self.calls > MAX_CALLS:
             raise UnsafeFileError(f"the models of the file call more than {MAX_CALLS} layers")
@@ -129,143 +149,325 @@ class _Building:
             return self._add_model(layer.model, sources, training=training) or [self._add_other(layer, sources)]
         if layer.kind == "InputLayer":
             return [self._add_input(layer.config.get("batch_shape", layer.config.get("batch_input_shape")))]
-        own = self.own.get(self.owners.get(layer.path, ""), {})
-        plain = len(sources) == 1
-        if plain and layer.kind in BATCH_NORMS and own.keys() >= set(STATISTICS):
+        own = self._own(layer)
+        if len(sources) == 1 and layer.kind in BATCH_NORMS and own.keys() >= set(STATISTICS):
             return [self._add_batch_norm(layer, own, sources[0], training=training, stays=stays)]
-        if plain and layer.kind in KERNELS and "weight" in own and not layer.config.get("lora_rank"):
+        if len(sources) == 1 and layer.kind in KERNELS and "weight" in own and not layer.config.get("lora_rank"):
             return [self._add_producer(layer, own, sources[0])]
-        return [self._add_other(layer, sources)]
+        operation = _LAYERS.get(layer.kind) if layer.is_layer else None
+        several = len(sources) > 1 and layer.kind not in _JOINING
+        if operation is None or not sources or several or (own and layer.kind != "PReLU"):
+            return [self._add_other(layer, sources)]
+        if layer.kind in _DROPOUTS and training:
+            return [self._pass(NodeKind.OTHER, layer, sources[0])]
+        if layer.is_distributed and layer.kind not in _EACH_ELEMENT:
+            return [self._add_other(layer, sources)]
+        return [operation(self, layer, sources)]
 
-    def _add_unconnected(self, layer: KerasLayer, model: KerasModel, sources: Sequence[int]) -> int:
+    def _own(self, layer: KerasLayer) -> Mapping[str, str]:
+        return self.own.get(self.owners.get(layer.path, ""), {})
+
+    def _add_unconnected(self, layer: KerasLayer, model: KerasModel, sources: Sequence[Value]) -> Value:
         """A nested model whose own code, which is not in the file, calls its layers: it lies around each of them."""
-        inside = {one.path: self.own.get(self.owners.get(one.path, ""), {}) for one in model.walk()}
+        inside = {one.path: self._own(one) for one in model.walk()}
         norms = [one for one in model.walk() if one.kind in BATCH_NORMS and inside[one.path].keys() >= set(STATISTICS)]
         reads = [key for path, own in inside.items() if path not in {one.path for one in norms} for key in own.values()]
         kind = f"the own code of {model.kind}"
         node = self.builder.add(NodeKind.OTHER, kind, inputs=sources, reads=reads, layer=layer.path, class_name=kind)
         for one in norms:
-            self._add_batch_norm(one, inside[one.path], node, training=False, stays=True)
-        return node
+            self._add_batch_norm(one, inside[one.path], Value((node,)), training=False, stays=True)
+        return Value((node,))
 
-    def _add_other(self, layer: KerasLayer, sources: Sequence[int]) -> int:
-        own = self.own.get(self.owners.get(layer.path, ""), {})
-        node = self.builder.add(
-            NodeKind.OTHER, layer.kind, inputs=sources, reads=own.values(), layer=layer.path,
-            class_name=layer.kind,
-        )  # fmt: skip
-        rank = self.ranks.get(sources[0]) if sources and layer.kind in _SAME_RANK else None
-        if layer.kind == "Flatten" or (layer.kind.startswith("Global") and not layer.config.get("keepdims")):
-            rank = 2
-        if rank is not None:
-            self.ranks[node] = rank
-        return node
+    def _facts(self, layer: KerasLayer) -> dict[str, Any]:
+        return {"layer": layer.path, "class_name": layer.kind}
+
+    def _add_other(self, layer: KerasLayer, sources: Sequence[Value]) -> Value:
+        reads = self._own(layer).values()
+        if len(sources) == 1 and layer.kind in _KEEPS_SHAPE:
+            return self._pass(NodeKind.OTHER, layer, sources[0])
+        node = self.builder.add(NodeKind.OTHER, layer.kind, inputs=sources, reads=reads, **self._facts(layer))
+        return Value((node,))
+
+    def _pass(
+        self, kind: NodeKind, layer: KerasLayer, value: Value, *, shape: Shape | None = None, **facts: Any
+    ) -> Value:
+        """A layer that gives each channel anew."""
+        facts = {**self._facts(layer), **facts}
+        return self.builder.add_elementwise(
+            kind, layer.kind, value, shape=shape, reads=self._own(layer).values(), **facts
+        )
 
     def _add_batch_norm(
-        self, layer: KerasLayer, own: Mapping[str, str], source: int, *, training: bool, stays: bool
-    ) -> int:
+        self, layer: KerasLayer, own: Mapping[str, str], value: Value, *, training: bool, stays: bool
+    ) -> Value:
         lengths = [count_elements(self.tensors[key].shape) for key in own.values()]
         check_lengths(layer.path, lengths)
-        axis, rank = layer.config.get("axis", _LAST), self._rank_of_input(layer, source)
+        count = lengths[0]
+        axis, rank = layer.config.get("axis", _LAST), self._rank_of(layer, value)
         axis = axis[0] if isinstance(axis, list) and len(axis) == 1 else axis
+        place = _normalise(axis, rank, first=int(layer.is_distributed))
+        if value.shape is None and rank is not None:
+            value = dataclasses.replace(value, shape=self.builder.unknowns(rank))
         eps = layer.config.get("epsilon", 1e-3)
         node = self.builder.add(
             NodeKind.BATCH_NORM,
             layer.kind,
-            inputs=[source],
-            layer=layer.path,
-            class_name=layer.kind,
+            inputs=[self.builder.channels_of(value, place, count)],
             parameters=own,
-            channels=lengths[0],
+            channels=count,
             eps=float(eps) if isinstance(eps, int | float) else None,
             training=training or bool(layer.config.get("mode")),  # of Keras 1: not 0 are statistics of the batch
             owner=Owner.PART if stays else Owner.WHOLE,
-            axis=_normalise(axis, rank),
+            **self._facts(layer),
         )
-        if rank is not None:
-            self.ranks[node] = rank
-        return node
+        shape = value.shape
+        if shape is not None and -len(shape) <= place < len(shape):
+            place %= len(shape)
+            shape = (*shape[:place], Extent(count), *shape[place + 1 :])
+        return self.builder.give(node, shape, place)
 
-    def _rank_of_input(self, layer: KerasLayer, source: int) -> int | None:
-        if source in self.ranks:
-            return self.ranks[source]
+    def _rank_of(self, layer: KerasLayer, value: Value) -> int | None:
+        if value.shape is not None:
+            return len(value.shape)
         build = layer.entry.get("build_config")
         shape = build.get("input_shape") if isinstance(build, dict) else None
         return len(shape) if isinstance(shape, list) else None
 
-    def _add_producer(self, layer: KerasLayer, own: Mapping[str, str], source: int) -> int:
+    def _add_producer(self, layer: KerasLayer, own: Mapping[str, str], value: Value) -> Value:
         shape = self.tensors[own["weight"]].shape
         space = KERNELS[layer.kind]
+        rank = space + 2 + layer.is_distributed if space else self._rank_of(layer, value)
         if len(shape) != max(space + 2, 2):
-            return self._add_other(layer, [source])
-        rank = space + 2 if space else self._rank_of_input(layer, source)
+            return self._add_other(layer, [value])
         first = space and layer.config.get("data_format") == "channels_first"
-        facts: dict[str, Any] = {
-            "layer": layer.path,
-            "class_name": layer.kind,
-            "axis": _normalise(1 if first else _LAST, rank),
-            "padded": layer.config.get("padding", "valid") != "valid",
-        }
-        weight = {role: own[role] for role in ("weight", "bias") if role in own}
+        axis = -(space + 1) if first else _LAST
+        padded = layer.config.get("padding", "valid") != "valid"
         if layer.kind in SEPARABLE:  # two convolutions, one after the other
-            source = self._add_depthwise(layer, own, source, facts)
-            facts["padded"] = False
+            value, padded = self._add_first_half(layer, own, value, axis, padded=padded), False
+        groups, multiplier = self._groups(layer), 1
+        transposed = layer.kind in TRANSPOSED
+        kind = NodeKind.CONV_TRANSPOSE if transposed else NodeKind.CONVOLUTION if space else NodeKind.LINEAR
         if layer.kind in DEPTHWISE:
-            node = self._add_depthwise(layer, own, source, facts)
+            channels, multiplier = shape[0], self._multiplier(layer, shape[0])
+            groups = inputs = channels // multiplier
         else:
-            groups = self._groups(layer) if layer.kind in CONVOLUTIONS else 1
-            transposed = layer.kind in TRANSPOSED
-            kind = NodeKind.CONV_TRANSPOSE if transposed else NodeKind.CONVOLUTION if space else NodeKind.LINEAR
             channels, inputs = (shape[1], shape[0]) if transposed else (shape[0], shape[1] * groups)
-            node = self.builder.add(
-                kind, layer.kind, inputs=[source], parameters=weight, channels=channels, groups=groups,
-                input_channels=inputs, **facts,
-            )  # fmt: skip
+        weight = {role: own[role] for role in ("weight", "bias") if role in own}
+        node = self.builder.add(
+            kind,
+            layer.kind,
+            inputs=[self.builder.channels_of(value, axis, inputs)],
+            parameters=weight,
+            channels=channels,
+            groups=groups,
+            padded=padded,
+            **self._facts(layer),
+        )
         if "bias" in own:
-            check_lengths(layer.path, [self._channels(layer, shape), count_elements(self.tensors[own["bias"]].shape)])
-        if rank is not None:
-            self.ranks[node] = rank
-        return self._add_activation(layer, node, rank)
+            check_lengths(layer.path, [channels, count_elements(self.tensors[own["bias"]].shape)])
+        result = self.builder.give(node, self._shape_after(value, rank, axis, channels, moves=bool(space)), axis)
+        return self._add_activation(layer, result)
 
-    def _channels(self, layer: KerasLayer, shape: Sequence[int]) -> int:
-        return shape[1] if layer.kind in TRANSPOSED else shape[0]
+    def _shape_after(self, value: Value, rank: int | None, axis: int, channels: int, *, moves: bool) -> Shape | None:
+        """Of what a convolution or Dense gives: its positions are others, or the same."""
+        if rank is None:
+            return None
+        shape = list(self.builder.unknowns(rank))
+        if value.shape is not None and len(value.shape) == rank:
+            shape = [value.shape[0], *shape[1:]] if moves else list(value.shape)
+        shape[axis] = Extent(channels)
+        return tuple(shape)
 
     def _groups(self, layer: KerasLayer) -> int:
-        groups = layer.config.get("groups", 1)
+        groups = layer.config.get("groups", 1) if layer.kind in CONVOLUTIONS else 1
         return groups if isinstance(groups, int) and groups > 0 else 1
 
-    def _add_depthwise(self, layer: KerasLayer, own: Mapping[str, str], source: int, facts: Mapping[str, Any]) -> int:
-        """One convolution for each input channel: of a DepthwiseConv, or the first half of a SeparableConv."""
-        half = layer.kind in SEPARABLE
-        key = own.get("depthwise_weight") if half else own["weight"]
-        if key is None:
-            return self._add_other(layer, [source])
-        channels = self.tensors[key].shape[0]
+    def _multiplier(self, layer: KerasLayer, channels: int) -> int:
         multiplier = layer.config.get("depth_multiplier", 1)
-        groups = channels // multiplier if isinstance(multiplier, int) and multiplier > 0 else channels
-        parameters = {"weight": key} if half else {role: own[role] for role in ("weight", "bias") if role in own}
-        return self.builder.add(
-            NodeKind.CONVOLUTION, layer.kind, inputs=[source], parameters=parameters, channels=channels,
-            groups=groups, input_channels=groups, has_bias_slot=not half, **facts,
-        )  # fmt: skip
+        return multiplier if isinstance(multiplier, int) and 0 < multiplier <= channels else 1
 
-    def _add_activation(self, layer: KerasLayer, node: int, rank: int | None) -> int:
+    def _add_first_half(
+        self, layer: KerasLayer, own: Mapping[str, str], value: Value, axis: int, *, padded: bool
+    ) -> Value:
+        """Of a SeparableConv: a fixed filter of each channel, without a bias."""
+        key = own.get("depthwise_weight")
+        tensor = self.tensors[key] if key is not None else None
+        if key is None or tensor is None or tensor.dtype not in FLOATS:
+            return self._add_other(layer, [value])
+        channels = tensor.shape[0]
+        multiplier = self._multiplier(layer, channels)
+        taps = to_float64(read_bytes(tensor), tensor.dtype).reshape(channels, -1).sum(axis=1)
+        factors = () if padded or not np.isfinite(taps).all() else tuple(taps.tolist())
+        read = read_along(value, axis, channels // multiplier)
+        rows = None if read is None else np.repeat(read, multiplier, axis=0)
+        node = self.builder.add(
+            NodeKind.CHANNELWISE,
+            layer.kind,
+            inputs=[(value, rows)],
+            reads=[key],
+            channels=channels,
+            factors=factors,
+            **self._facts(layer),
+        )
+        rank = KERNELS[layer.kind] + 2 + layer.is_distributed
+        return self.builder.give(node, self._shape_after(value, rank, axis, channels, moves=True), axis)
+
+    def _add_activation(self, layer: KerasLayer, value: Value) -> Value:
         """What a convolution or Dense applies to its result itself."""
         activation = layer.config.get("activation")
         if activation in (None, "linear"):
-            return node
+            return value
         name = activation if isinstance(activation, str) else "activation"
-        after = self.builder.add(NodeKind.OTHER, name, inputs=[node], layer=layer.path, class_name=layer.kind)
-        if rank is not None:
-            self.ranks[after] = rank
-        return after
+        kind = NodeKind.ACTIVATION if name in _ACTIVATIONS else NodeKind.OTHER
+        return self.builder.add_elementwise(kind, name, value, **self._facts(layer))
+
+    # layers without weights
+
+    def same(self, _: KerasLayer, sources: Sequence[Value]) -> Value:
+        """What it reads."""
+        return sources[0]
+
+    def activation(self, layer: KerasLayer, sources: Sequence[Value]) -> Value:
+        """Activation, by the name of the function."""
+        name = layer.config.get("activation")
+        if name == "linear":
+            return sources[0]
+        return self._pass(NodeKind.ACTIVATION if name in _ACTIVATIONS else NodeKind.OTHER, layer, sources[0])
+
+    def relu(self, layer: KerasLayer, sources: Sequence[Value]) -> Value:
+        """ReLU without a limit."""
+        plain = layer.config.get("max_value") is None and not layer.config.get("threshold")
+        return self._pass(NodeKind.ACTIVATION if plain else NodeKind.OTHER, layer, sources[0])
+
+    def leaky(self, layer: KerasLayer, sources: Sequence[Value]) -> Value:
+        """LeakyReLU and PReLU."""
+        return self._pass(NodeKind.ACTIVATION, layer, sources[0])
+
+    def pool(self, layer: KerasLayer, sources: Sequence[Value]) -> Value:
+        """Padding does not count in Keras's averages."""
+        value, kind = sources[0], NodeKind.MAX_POOL if "Max" in layer.kind else NodeKind.AVERAGE
+        space = int(re.sub(r"\D", "", layer.kind) or 0)
+        axis = _find_axis(layer, space)
+        if value.shape is None or len(value.shape) != space + 2 or not _lies_along(value, axis):
+            return self._add_other(layer, sources)
+        whole = layer.kind.startswith("Global")
+        shape = [Extent(1) if whole else self.builder.unknown() for _ in value.shape]
+        shape[0], shape[axis] = value.shape[0], value.shape[axis]
+        given = self._pass(kind, layer, value, shape=tuple(shape))
+        return given if not whole or layer.config.get("keepdims") else reshape(given, (shape[0], shape[axis]))
+
+    def upsample(self, layer: KerasLayer, sources: Sequence[Value]) -> Value:
+        """Interpolation whose weights sum to one."""
+        return self._move(NodeKind.AVERAGE if layer.config.get("interpolation", "nearest") in _CONV_AVERAGES
+                          else NodeKind.OTHER, layer, sources)  # fmt: skip
+
+    def pad(self, layer: KerasLayer, sources: Sequence[Value]) -> Value:
+        """Padding with zeros."""
+        return self._move(NodeKind.CHANNELWISE, layer, sources)
+
+    def crop(self, layer: KerasLayer, sources: Sequence[Value]) -> Value:
+        """Fewer positions."""
+        return self._move(NodeKind.AVERAGE, layer, sources)
+
+    def _move(self, kind: NodeKind, layer: KerasLayer, sources: Sequence[Value]) -> Value:
+        value, space = sources[0], int(layer.kind[-2])
+        axis = _find_axis(layer, space)
+        if value.shape is None or len(value.shape) != space + 2 or not _lies_along(value, axis):
+            return self._add_other(layer, sources)
+        shape = list(self.builder.unknowns(len(value.shape)))
+        shape[0], shape[axis] = value.shape[0], value.shape[axis]
+        return self._pass(kind, layer, value, shape=tuple(shape))
+
+    def join(self, layer: KerasLayer, sources: Sequence[Value]) -> Value:
+        """Add, Subtract, Average and Multiply."""
+        ranks = {value.rank for value in sources}
+        if len(sources) < 2 or len(ranks) > 1 or (layer.kind in ("Multiply", "Subtract") and len(sources) != 2):
+            return self._add_other(layer, sources)
+        total, facts = sources[0], self._facts(layer)
+        if layer.kind == "Multiply":
+            return self.builder.add_joint(NodeKind.GATE, layer.kind, total, sources[1], **facts)
+        if layer.kind == "Subtract":
+            return self.builder.add_joint(NodeKind.ADD, layer.kind, total, sources[1], factors=(1.0, -1.0), **facts)
+        for value in sources[1:]:
+            total = self.builder.add_joint(NodeKind.ADD, layer.kind, total, value, **facts)
+        if layer.kind == "Average":
+            total = self._pass(NodeKind.CHANNELWISE, layer, total, factors=(1 / len(sources),))
+        return total
+
+    def concatenate(self, layer: KerasLayer, sources: Sequence[Value]) -> Value:
+        """Along the last axis, where nothing else is said."""
+        axis = layer.config.get("axis", _LAST)
+        return concatenate(sources, axis) if isinstance(axis, int) else self._add_other(layer, sources)
+
+    def flatten(self, layer: KerasLayer, sources: Sequence[Value]) -> Value:
+        """All axes but the first become one, channels last."""
+        value = sources[0]
+        if value.shape is None or not value.shape:
+            return self._add_other(layer, sources)
+        if layer.config.get("data_format") == "channels_first" and len(value.shape) > 1:
+            value = transpose(value, (0, *range(2, len(value.shape)), 1))
+        shape = value.shape or ()
+        return reshape(value, (shape[0], size_of(shape[1:])))
+
+    def reshape(self, layer: KerasLayer, sources: Sequence[Value]) -> Value:
+        """Each sample in another shape."""
+        value, wanted = sources[0], layer.config.get("target_shape")
+        if value.shape is None or not isinstance(wanted, list) or not all(isinstance(one, int) for one in wanted):
+            return self._add_other(layer, sources)
+        rest = fill_in(
+            [None if one == -1 else Extent(one) for one in wanted], size_of(value.shape[1:]), self.builder.unknown
+        )
+        return reshape(value, (value.shape[0], *rest))
+
+    def permute(self, layer: KerasLayer, sources: Sequence[Value]) -> Value:
+        """The axes of each sample in another order."""
+        order = layer.config.get("dims")
+        if not isinstance(order, list) or not all(isinstance(one, int) for one in order):
+            return self._add_other(layer, sources)
+        return transpose(sources[0], (0, *order))
 
 
-def _normalise(axis: object, rank: int | None) -> int:
-    """The axis counted from the end, where that can be told; positive numbers are axes of an unknown rank."""
+def _find_axis(layer: KerasLayer, space: int) -> int:
+    return -(space + 1) if layer.config.get("data_format") == "channels_first" else _LAST
+
+
+def _lies_along(value: Value, axis: int) -> bool:
+    """Whether channels lie along no other axis than this and that of the samples."""
+    rank = len(value.shape or ())
+    return value.spread is None and all(one in (0, axis % rank) for one in value.axes)
+
+
+def _normalise(axis: object, rank: int | None, *, first: int) -> int:
+    """The axis counted from the end, where that can be told; positive numbers are axes of an unknown rank.
+
+    Args:
+        first: axes before those that it is counted among.
+    """
     if not isinstance(axis, int):
         return 1 << 30  # several axes, or none: never the axis of a producer
-    return axis - rank if rank is not None and axis >= 0 else axis
+    return axis + first - rank if rank is not None and axis >= 0 else axis
+
+
+_POOLS = tuple(f"{kind}{digit}D" for kind in ("MaxPooling", "AveragePooling", "GlobalMaxPooling",
+                                              "GlobalAveragePooling") for digit in "123")  # fmt: skip
+_JOINING = ("Add", "Subtract", "Average", "Multiply", "Concatenate")
+_EACH_ELEMENT = (*_DROPOUTS, "Activation", "ReLU", "LeakyReLU", "ActivityRegularization")
+_LAYERS: Mapping[str, Callable[[_Building, KerasLayer, Sequence[Value]], Value]] = {
+    **dict.fromkeys((*_DROPOUTS, "ActivityRegularization", "Identity"), _Building.same),
+    **dict.fromkeys(_POOLS, _Building.pool),
+    **dict.fromkeys((f"UpSampling{digit}D" for digit in "123"), _Building.upsample),
+    **dict.fromkeys((f"ZeroPadding{digit}D" for digit in "123"), _Building.pad),
+    **dict.fromkeys((f"Cropping{digit}D" for digit in "123"), _Building.crop),
+    **dict.fromkeys(_JOINING[:4], _Building.join),
+    "Activation": _Building.activation,
+    "ReLU": _Building.relu,
+    "LeakyReLU": _Building.leaky,
+    "PReLU": _Building.leaky,
+    "Concatenate": _Building.concatenate,
+    "Flatten": _Building.flatten,
+    "Reshape": _Building.reshape,
+    "Permute": _Building.permute,
+}
 
 
 def _names(references: Sequence[Reference]) -> set[str]:
