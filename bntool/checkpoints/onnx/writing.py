@@ -166,10 +166,10 @@ class _Changes:
         shown = {name for g in self._content.graphs for name in g.outputs}
         is_needed = producer is None or data in shown or data in self._copied or bool(readers)
         if is_needed and result in shown:
-            names = (*embed(INPUTS, data.encode()), *embed(OUTPUTS, result.encode()))
+            ends = (*embed(INPUTS, data.encode()), *embed(OUTPUTS, result.encode()))
             label = embed(NODE_NAME, node.name.encode()) if node.name else ()
             self._copied.add(data)
-            copy = (*names, *label, *embed(OPERATOR, b"Identity"))
+            copy = (*ends, *label, *embed(OPERATOR, b"Identity"))
             self._edits.replace(graph.message, node.field, *embed(NODES, *copy))
             return
         self._edits.replace(graph.message, node.field)
