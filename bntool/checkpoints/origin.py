@@ -43,6 +43,8 @@ def _producer(entries: Any) -> list[str]:  # noqa: PLR0911 (one for each produce
         return ["mmcv"]
     if "matching_heuristics" in keys or "__author__" in keys:
         return ["detectron2 model zoo"]
+    if "opt" in keys and "hypers" in as_mapping(entries["opt"]):
+        return ["fastai"]
     if {"arch", "state_dict", "args"} <= keys and "version" in keys:
         return ["timm"]
     if "train_args" in keys and "ema" in keys:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from bntool.checkpoints.addresses import Location
@@ -14,7 +15,13 @@ from bntool.checkpoints.containers.tar_headers import TAR_BLOCK, is_tar_header
 from bntool.checkpoints.files import SourceFile, quote
 from bntool.checkpoints.tensors import Storage
 from bntool.checkpoints.torch.arrays import ArrayReader
-from bntool.checkpoints.torch.state_dicts import TorchContent, find_state_dicts, metadata_node, read_records
+from bntool.checkpoints.torch.state_dicts import (
+    TorchContent,
+    describe_root,
+    find_state_dicts,
+    metadata_node,
+    read_records,
+)
 from bntool.checkpoints.torch.tensors import StorageReference, read_storage_reference
 from bntool.errors import CorruptFileError, UnsafeFileError
 
@@ -59,6 +66,9 @@ class TorchLegacy(Format):
 
     def recognises(self, path: Location, head: bytes) -> bool:  # noqa: ARG002 (names say nothing)
         return starts_as_legacy(head)
+
+    def describe_origin(self, checkpoint: Checkpoint) -> Sequence[str]:
+        return describe_root(checkpoint)
 
     def read(self, file: SourceFile) -> Checkpoint:
         _, _, system, pickle, keys = pickles = read_pickles(file)

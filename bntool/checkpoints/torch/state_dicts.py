@@ -7,8 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, TypeAlias
 
-from bntool.batchnorm import STATISTICS
-from bntool.checkpoints.checkpoint import Content, NotUnderstood, StateDict
+from bntool.batchnorm import STATISTICS, find_class_kind
+from bntool.checkpoints.checkpoint import Checkpoint, Content, NotUnderstood, StateDict
 from bntool.checkpoints.containers.pickles.nodes import (
     Dict,
     Instance,
@@ -118,8 +118,16 @@ def find_state_dicts(root: Node, reader: TensorReader) -> FoundStateDicts:
             (found if looks_right else weak).append((state_dict, source))
         if len(found) > MAX_STATE_DICTS:
             raise UnsafeFileError(f"the file holds more than {MAX_STATE_DICTS} state dicts")
+    if any(state_dict.tensors for state_dict, _ in found):
+        found = [one for one in found if not _is_function(one[0])]
     floating = [one for one in weak if any(tensor.dtype.is_floating for tensor in one[0].stored.values())]
     return _with_unique_keys(found or floating)
+
+
+def _is_function(state_dict: StateDict) -> bool:
+    """Whether it is a module without tensors and normalisation, such as a loss beside the model."""
+    classes = (module.class_path.rpartition(".")[2] for module in state_dict.modules.values())
+    return not state_dict.tensors and not any(map(find_class_kind, classes))
 
 
 _Found: TypeAlias = tuple[StateDict, StateDictSource]
@@ -236,6 +244,13 @@ def shares_metadata(metadata: Node, other: Node) -> bool:
         return False
     entries = {id(entry) for entry in as_mapping(metadata).values() if is_mapping(entry)}
     return metadata is other or any(id(entry) in entries for entry in as_mapping(other).values())
+
+
+def describe_root(checkpoint: Checkpoint) -> tuple[str, ...]:
+    """The library whose object a pickle is as a whole, where a model is a part of that."""
+    root = TorchContent.of(checkpoint).pickle.root
+    is_learner = isinstance(root, Instance) and root.path.startswith("fastai.") and root.path.endswith("Learner")
+    return ("fastai Learner",) if is_learner else ()
 
 
 def _versions(metadata: Node) -> dict[str, int | None] | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from bntool.checkpoints.checkpoint import Checkpoint, Content, Format
@@ -15,7 +15,7 @@ from bntool.checkpoints.files import SourceFile, quote
 from bntool.checkpoints.records import History, parse_records
 from bntool.checkpoints.tensors import Storage
 from bntool.checkpoints.torch.arrays import ArrayReader
-from bntool.checkpoints.torch.state_dicts import TorchContent, find_state_dicts, read_records
+from bntool.checkpoints.torch.state_dicts import TorchContent, describe_root, find_state_dicts, read_records
 from bntool.checkpoints.torch.tensors import StorageReference
 from bntool.errors import CorruptFileError, OtherFormatError, UnsafeFileError
 
@@ -54,6 +54,9 @@ class TorchZip(Format):
     name = "torch-zip"
     title = "torch (zip)"
     writer = "torch.zip_writing:write"
+
+    def describe_origin(self, checkpoint: Checkpoint) -> Sequence[str]:
+        return describe_root(checkpoint)
 
     def read(self, file: SourceFile) -> Checkpoint:
         archive = read_archive(file)

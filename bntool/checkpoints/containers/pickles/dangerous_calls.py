@@ -21,7 +21,7 @@ from bntool.checkpoints.containers.pickles.nodes import (
 from bntool.checkpoints.containers.pickles.reading import Pickle
 
 MAX_ALLOCATED = 1 << 28  # elements that calls may make by numbers alone; arrays of numpy are made empty and then filled
-_ITERATING = {"list", "tuple", "set", "frozenset", "dict", "deque", "Counter", "OrderedDict", "Size"}
+_ITERATING = {"list", "tuple", "set", "frozenset", "dict", "deque", "Counter", "OrderedDict", "Size", "L"}
 _RANGES = ("builtins.range", "builtins.xrange", "__builtin__.range", "__builtin__.xrange")
 _METHODS = {"append", "extend", "add"}
 _TEXT_DTYPE = re.compile(r"[<>|=]?[SUVa](\d{1,18})")

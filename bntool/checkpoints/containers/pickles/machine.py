@@ -32,7 +32,7 @@ CALLING = ("_rebuild_from_type_v2", "_rebuild_from_type", "_reconstructor")
 # builtins, and functions of numpy and torch, that take memory by a number; those of other modules are not known anyway
 ALLOCATORS = frozenset(
     {"bytes", "bytearray", "list", "tuple", "set", "frozenset", "dict", "deque", "Counter", "OrderedDict",
-     "ndarray", "_reconstruct", "Size", *CALLING}
+     "ndarray", "_reconstruct", "Size", "L", *CALLING}
 )  # fmt: skip
 _TENSORS = ("Storage", "Tensor")
 _REBUILT = ("torch._utils._rebuild_", "torch._tensor._rebuild_", "torch.nn.parameter.")

@@ -24,6 +24,7 @@ _KNOWN = {
     "pathlib.PurePosixPath",
     "pathlib.Path",
     "pathlib._local.PosixPath",
+    "fastcore.foundation.L",  # a list
     "functools.partial",  # what it holds is listed beside it
     "bntool.freezing.held_modules.rebuild_held",
     "copyreg._reconstructor",
