@@ -1,4 +1,4 @@
-"""Console blocks of a page: commands with what they print."""
+"""Commands of a page with what they print: a block of ``sh``, which can be pasted, and after it one of ``text``."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Console:
-    """One command of a ```console block.
+    """Commands and their output.
 
     Attributes:
-        command: what stands after ``$``.
+        command: as a shell takes it, perhaps several lines.
         output: what the page says it prints, stdout and stderr together; ``...`` stands for anything.
     """
 
@@ -21,16 +21,24 @@ class Console:
     output: str
 
 
+_LINES = r"((?:(?!```).*\n)*)"
+_PAIR = re.compile(rf"^```sh\n{_LINES}```\n\n?```text\n{_LINES}```", re.MULTILINE)
+_BLOCK = re.compile(r"^ *```(\w*)[^\n]*\n(.*?)^ *```", re.MULTILINE | re.DOTALL)
+
+
 def read_consoles(page: Path) -> list[Console]:
-    """All commands of the page, in order."""
+    """All commands of the page whose output it shows, in order."""
+    return [Console(command, output) for command, output in _PAIR.findall(page.read_text())]
+
+
+def find_prompts(page: Path) -> list[str]:
+    """Lines of commands that cannot be pasted: they begin with a prompt, or stand in a block with their output."""
     found = []
-    for block in re.findall(r"^```console\n(.*?)^```", page.read_text(), flags=re.MULTILINE | re.DOTALL):
-        for part in re.split(r"^\$ ", block, flags=re.MULTILINE)[1:]:
-            command, _, output = part.partition("\n")
-            while command.endswith("\\"):
-                rest, _, output = output.partition("\n")
-                command = command[:-1] + rest.removeprefix(">").strip()
-            found.append(Console(command, output))
+    for language, block in _BLOCK.findall(page.read_text()):
+        if language in ("console", "shell-session"):
+            found.append(f"a block of {language}")
+        if language in ("sh", "bash", "shell"):
+            found += [line for line in block.splitlines() if re.match(r"\s*[$>%] ", line)]
     return found
 
 
