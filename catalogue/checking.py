@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -39,16 +40,19 @@ class Verdict:
 
 
 def compare(graph: ModelGraph, text: str, shapes: Shapes, eps: Mapping[str, float]) -> Verdict:
-    """Hold a structure against the traced graph that it was made from."""
-    state_dict = draw_state_dict(shapes)
-    traced = plan_fold(state_dict, graph)
-    stored = plan_fold(state_dict, read_structure(text, shapes, eps=eps))
-    differences = decisions(traced) ^ decisions(stored)
-    problem = ""
-    if differences:
-        problem = f"{len(differences)} decisions differ: {sorted(map(str, differences))[:2]}"
-    elif traced.steps != stored.steps:
-        problem = "the same decisions with other numbers"
+    """Hold a structure against the traced graph that it was made from, with scales of both signs and of one."""
+    structure = read_structure(text, shapes, eps=eps)
+    for positive in (True, False):
+        state_dict = draw_state_dict(shapes, positive=positive)
+        traced, stored = plan_fold(state_dict, graph), plan_fold(state_dict, structure)
+        differences = decisions(traced) ^ decisions(stored)
+        problem = ""
+        if differences:
+            problem = f"{len(differences)} decisions differ: {sorted(map(str, differences))[:2]}"
+        elif traced.steps != stored.steps:
+            problem = "the same decisions with other numbers"
+        if problem:
+            break
     details = {(skip.layer, skip.detail) for skip in traced.skips} - {
         (skip.layer, skip.detail) for skip in stored.skips
     }
@@ -59,8 +63,8 @@ def fold_alike(one: str, other: str, *, shapes: Shapes, eps: Mapping[str, float]
     """Whether two structures plan the same for an architecture, alone and as a part of something else."""
     if one == other:
         return True
-    state_dict = draw_state_dict(shapes)
-    for whole in (True, False):
+    for whole, positive in itertools.product((True, False), repeat=2):
+        state_dict = draw_state_dict(shapes, positive=positive)
         architecture = Architecture("", ("",), whole, eps, tuple(eps))
         plans = []
         for structure in (one, other):

@@ -118,7 +118,8 @@ def _find_transformed(graph: ModelGraph, layers: Sequence[str]) -> Iterator[Edge
 
 def _forget_centres(graph: ModelGraph, layers: Sequence[str]) -> ModelGraph:
     """Whether a convolution could take a branch beside it matters only where there is one."""
-    beside = {node.index for layer in layers for node in find_siblings(graph, layer)}
+    calls = (call for layer in layers for call in graph.batchnorms[layer])
+    beside = {node.index for call in calls for node in find_siblings(graph, call)}
     nodes = tuple(
         dataclasses.replace(node, centred=False) if node.centred and node.index not in beside else node
         for node in graph.nodes
