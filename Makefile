@@ -13,10 +13,12 @@ SITE := .venv-site
 TORCH := $(shell sed -n 's/^torch==/torch==/p' constraints.txt)
 BASE ?= HEAD
 WORKERS ?= 2
+# options of the zoo, e.g. ZOO="--minutes 60 --largest 200000000"
+ZOO ?=
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 export PIP_NO_INPUT = 1
 
-.PHONY: help demo test same check lint types bench fuzz oracles corpus catalogue samples docs site wheel release clean
+.PHONY: help demo test same check lint types bench fuzz oracles zoo corpus catalogue samples docs site wheel release clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):.*##/\1\t/p' $(MAKEFILE_LIST)
@@ -57,6 +59,12 @@ bench: $(VENV)/installed  ## measure against peers in the same run; asserts noth
 
 oracles: $(VENV)/installed  ## re-derive the recorded answers of foreign frameworks
 	$(BIN)/python -m tests.oracles
+
+zoo: $(VENV)/installed  ## fold all of torchvision and timm, with scales of both signs and of one; goes on where it stopped
+	mkdir -p .zoo
+	$(BIN)/python -m tests.benchmarks.fold_zoo --negative 0.3 --results .zoo/mixed.jsonl $(ZOO)
+	$(BIN)/python -m tests.benchmarks.fold_zoo --negative 0 --results .zoo/positive.jsonl $(ZOO)
+	$(BIN)/python -m tests.benchmarks.fold_zoo --families .zoo/mixed.jsonl .zoo/positive.jsonl --summary .zoo/families.json
 
 corpus: $(VENV)/installed  ## make mistakes of training on five networks, and say which of them inspect names
 	$(BIN)/python -m tests.corpus --record

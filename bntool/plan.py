@@ -126,7 +126,28 @@ class Averaged:
     weights: tuple[float, ...]
 
 
-Recipe: TypeAlias = Values | Scaled | Averaged
+@dataclass(frozen=True, slots=True)
+class Merged:
+    """The sum of kernels of convolutions, each times factors, and of a few addends, in float64, rounded once.
+
+    Smaller kernels lie in the middle of the first one, which has the shape of the sum.
+
+    Attributes:
+        sources: names of the weights.
+        factors: of each of them one float64 factor for every output channel.
+        places: of the elements that something is added to, in C order, ascending.
+        addends: what is added there.
+    """
+
+    sources: tuple[str, ...]
+    factors: tuple[Sequence[float], ...]
+    places: Sequence[int] = ()
+    addends: Sequence[float] = ()
+
+    __repr__ = short_repr
+
+
+Recipe: TypeAlias = Values | Scaled | Averaged | Merged
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,12 +6,15 @@ import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from bntool.errors import BntoolError
+from bntool.checkpoints.checkpoint import StateDict
+from bntool.errors import BntoolError, RefusedError
+from bntool.folding.deploy.planning import plan_deploy
 from bntool.folding.planning import FoldPlan, plan_fold
 from bntool.graphs.architectures.catalogue import Catalogue
 from bntool.graphs.architectures.recognition import Architecture, recognise_in
 from bntool.graphs.architectures.structure import assume, read_structure
 from bntool.graphs.graph import ModelGraph
+from bntool.plan import Step
 from tests.graphs.architectures.drawn_tensors import draw_state_dict
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -51,12 +54,22 @@ def compare(graph: ModelGraph, text: str, shapes: Shapes, eps: Mapping[str, floa
             problem = f"{len(differences)} decisions differ: {sorted(map(str, differences))[:2]}"
         elif traced.steps != stored.steps:
             problem = "the same decisions with other numbers"
+        elif _deploy(state_dict, graph) != _deploy(state_dict, structure):
+            problem = "another deploy form"
         if problem:
             break
     details = {(skip.layer, skip.detail) for skip in traced.skips} - {
         (skip.layer, skip.detail) for skip in stored.skips
     }
     return Verdict(len(traced.folds), len(traced.skips), len(details), problem)
+
+
+def _deploy(state_dict: StateDict, graph: ModelGraph) -> tuple[Step, ...]:
+    """The steps to the deploy form; none where there is none."""
+    try:
+        return plan_deploy(state_dict, graph).steps
+    except RefusedError:
+        return ()
 
 
 def fold_alike(one: str, other: str, *, shapes: Shapes, eps: Mapping[str, float]) -> bool:
@@ -66,11 +79,14 @@ def fold_alike(one: str, other: str, *, shapes: Shapes, eps: Mapping[str, float]
     for whole, positive in itertools.product((True, False), repeat=2):
         state_dict = draw_state_dict(shapes, positive=positive)
         architecture = Architecture("", ("",), whole, eps, tuple(eps))
-        plans = []
+        plans, deployed = [], []
         for structure in (one, other):
             graph = assume(state_dict, (architecture,), catalogue=_OneStructure(structure))
             plans.append(plan_fold(state_dict, graph))
+            deployed.append(_deploy(state_dict, graph))
         if decisions(plans[0]) != decisions(plans[1]) or plans[0].steps != plans[1].steps:
+            return False
+        if deployed[0] != deployed[1]:
             return False
     return True
 

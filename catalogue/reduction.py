@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 import numpy as np
 
 from bntool.folding.absorption import Blocked, find_producers
+from bntool.folding.deploy.forms import find_blocks
+from bntool.folding.deploy.merging import find_inside
 from bntool.folding.transforms.branches import find_siblings
 from bntool.folding.transforms.channel_transforms import ChannelTransforms, find_weight
 from bntool.graphs.graph import Edge, ModelGraph, Node, NodeKind
@@ -34,7 +36,9 @@ def reduce_graph(graph: ModelGraph) -> ModelGraph:
             walked = [edge for call in calls for edge in _walk(graph, call)]
         edges.update((id(edge), edge) for edge in walked)
     edges.update((id(edge), edge) for edge in _find_transformed(graph, others))
-    graph = _forget_centres(graph, others)
+    blocks = _find_blocks(graph)
+    edges.update((id(edge), edge) for node in blocks for edge in (*graph.inputs(node), *graph.outputs(node)))
+    graph = _forget_centres(graph, others, {node.index for node in blocks})
     nodes |= {index for edge in edges.values() for index in (edge.source, edge.target)}
     uses = {}
     for name in _names(graph, nodes):
@@ -116,12 +120,24 @@ def _find_transformed(graph: ModelGraph, layers: Sequence[str]) -> Iterator[Edge
                 yield from graph.inputs(call)
 
 
-def _forget_centres(graph: ModelGraph, layers: Sequence[str]) -> ModelGraph:
-    """Whether a convolution could take a branch beside it matters only where there is one."""
+def _find_blocks(graph: ModelGraph) -> Sequence[Node]:
+    """What the deploy form of a network merges."""
+    names = [name for node in graph.nodes for name in node.parameters.values()]
+    return [node for block in find_blocks(names) for node in find_inside(graph, block.holds, block.module).values()]
+
+
+def _forget_centres(graph: ModelGraph, layers: Sequence[str], merged: Collection[int]) -> ModelGraph:
+    """How a convolution lies on what it reads matters only beside a branch that it could take, or be merged with."""
     calls = (call for layer in layers for call in graph.batchnorms[layer])
     beside = {node.index for call in calls for node in find_siblings(graph, call)}
     nodes = tuple(
-        dataclasses.replace(node, centred=False) if node.centred and node.index not in beside else node
+        dataclasses.replace(
+            node,
+            centred=node.centred and node.index in {*beside, *merged},
+            strides=node.strides if node.index in merged else (),
+        )
+        if node.strides or node.centred
+        else node
         for node in graph.nodes
     )
     return dataclasses.replace(graph, nodes=nodes)

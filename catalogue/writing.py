@@ -91,7 +91,9 @@ def _head(node: Node, shapes: Shapes) -> str:
         letter = "C"
     if not node.has_bias_slot and "bias" not in node.parameters:
         letter += "~"
-    if node.centred:
+    if len(set(node.strides)) == 1 and node.strides[0] < 10:
+        letter += f"/{node.strides[0]}"
+    elif node.centred:
         letter += "^"
     if node.groups != 1:
         shape = shapes.get(node.parameters.get("weight", ""), (1, 1))

@@ -10,6 +10,7 @@ from bntool.batchnorm import selects
 from bntool.checkpoints.averaged_tensors import AveragedTensor
 from bntool.checkpoints.checkpoint import Checkpoint, Edit, StateDict
 from bntool.checkpoints.dtypes import BFLOAT16, BY_NAME, FLOAT16, FLOAT32, FLOAT64, DType
+from bntool.checkpoints.merged_tensors import MergedTensor
 from bntool.checkpoints.renaming import rename_paths, rename_record, rename_versions
 from bntool.checkpoints.scaled_tensors import ScaledTensor
 from bntool.checkpoints.state_dicts import find_not_understood, find_prefix
@@ -19,6 +20,7 @@ from bntool.plan import (
     AddTensor,
     AnyPlan,
     Averaged,
+    Merged,
     Plan,
     Recipe,
     Record,
@@ -192,6 +194,13 @@ def _make(recipe: Recipe, state_dicts: Sequence[StateDict], *, name: str, dtype:
             raise RefusedError(str(error), tensor=name) from error
     if isinstance(recipe, Averaged):
         return AveragedTensor(tuple(one.tensor(name) for one in state_dicts), recipe.weights)
+    if isinstance(recipe, Merged):
+        return MergedTensor(
+            tuple(state_dicts[0].tensor(source) for source in recipe.sources),
+            recipe.factors,
+            places=recipe.places,
+            addends=recipe.addends,
+        )
     source = state_dicts[0].tensor(recipe.source)
     if source.dtype is not dtype:
         raise UsageError(f"{source.dtype} elements cannot be scaled into {dtype}", tensor=name)

@@ -144,6 +144,44 @@ def average_chunks(tensors: Sequence[Tensor], weights: Sequence[float]) -> Itera
         left -= count
 
 
+def merge_chunks(
+    tensors: Sequence[Tensor],
+    factors: Sequence[Sequence[float]],
+    *,
+    places: Sequence[int],
+    addends: Sequence[float],
+) -> Iterator[Chunk]:
+    """The sum of kernels times factors, in C order, some output channels at a time.
+
+    The arguments are those of :class:`bntool.checkpoints.merged_tensors.MergedTensor`.
+
+    Raises:
+        OverflowError: a sum is too large for the dtype of the first.
+    """
+    shape, dtype = tensors[0].shape, tensors[0].dtype
+    row = math.prod(shape[1:])
+    if not row:
+        return
+    streams = [_Stream(tensor) for tensor in tensors]
+    where, added = np.asarray(places, dtype=int), np.asarray(addends, dtype="<f8")
+    together = max(1, CHUNK // (8 * row))
+    for first in range(0, shape[0], together):
+        count = min(together, shape[0] - first)
+        total = np.zeros((count, *shape[1:]))
+        for stream, tensor, several in zip(streams, tensors, factors, strict=True):
+            piece = stream.take(count * math.prod(tensor.shape[1:])).reshape(count, *tensor.shape[1:])
+            middle = [slice(None), slice(None)]
+            for most, size in zip(shape[2:], tensor.shape[2:], strict=True):
+                middle.append(slice((most - size) // 2, (most - size) // 2 + size))
+            here = np.asarray(several[first : first + count], dtype="<f8").reshape(count, *(1 for _ in shape[1:]))
+            total[tuple(middle)] += piece * here
+        some = slice(*np.searchsorted(where, (first * row, (first + count) * row)))
+        total.reshape(-1)[where[some] - first * row] += added[some]
+        rounded, widened = _round(total, dtype)
+        _check_range(widened, dtype, total)
+        yield rounded.reshape(-1).view("u1").data
+
+
 class _Stream:
     """The elements of a tensor, in C order, as many at a time as are asked for."""
 

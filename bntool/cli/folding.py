@@ -56,7 +56,8 @@ def command(
         typer.Option(
             "--layout",
             help="folded: BatchNorms are gone, producers have biases. same-keys: BatchNorms stay and only add their "
-            "shift; loads into unmodified code.",
+            "shift; loads into unmodified code. deploy: parallel branches are one convolution; loads into the deploy "
+            "model of RepVGG or MobileOne.",
         ),
     ] = Layout.FOLDED,
     tolerance: Annotated[

@@ -118,7 +118,7 @@ def fold_checkpoint(  # noqa: PLR0913 as many as the command has options
             force=force,
         )
         chosen = choose_state_dict(source, state_dict)
-        if chosen.is_module and layout is Layout.FOLDED and writes:
+        if chosen.is_module and layout is not Layout.SAME_KEYS and writes:
             raise RefusedError(
                 "the file pickles whole modules, whose code still calls its BatchNorms: use --layout same-keys, or "
                 "save model.state_dict() and fold that",

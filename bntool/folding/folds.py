@@ -15,6 +15,7 @@ class Level(Enum):
     BATCHNORM = "norm"  # into the BatchNorm before it
     FORWARD = "forward"  # into what reads it
     BRANCH = "branch"  # into the convolution beside it that reads the same
+    MERGED = "merged"  # into the one convolution that takes the place of parallel branches
     TRANSFORM = "transform"  # tensors around it are stored as a (x + b), by what lies before and after them
 
 

@@ -15,11 +15,12 @@ from bntool.checkpoints.application import change_state_dict
 from bntool.checkpoints.checkpoint import StateDict
 from bntool.choices import choose
 from bntool.errors import RefusedError, UserCodeError, VerificationError
+from bntool.folding.layouts import apply_fold, plan_layout
 from bntool.folding.multiply_adds import Cost, count_cost
 from bntool.folding.options import Layout
 from bntool.folding.other_arguments import find_unlike_arguments
 from bntool.folding.own_fusing import find_unlike_fusing
-from bntool.folding.planning import FoldPlan, plan_fold
+from bntool.folding.planning import FoldPlan
 from bntool.folding.unchanged_outputs import find_points
 from bntool.folding.weight_ranges import WeightRange, count_flushed, flush_subnormals, measure_ranges
 from bntool.graphs.declared import declare, parse_pairs
@@ -27,7 +28,7 @@ from bntool.graphs.graph import ModelGraph
 from bntool.graphs.traced.inputs import find_input
 from bntool.graphs.traced.tracing import trace
 from bntool.models.exported import check_has_layers
-from bntool.modules.application import apply_plan, read_state
+from bntool.modules.application import read_state
 from bntool.modules.borrowing import borrow
 from bntool.modules.calling import call
 from bntool.modules.copying import copy_model
@@ -95,7 +96,7 @@ def fold(
         graph = add_eps(declare(state, declared), model)
     else:
         graph = trace(model, inputs)
-    plan = plan_fold(state, graph, layers=layers, layout=layout, eps=eps)
+    plan = plan_layout(state, graph, layers=layers, layout=layout, eps=eps)
     if not plan.steps:
         return FoldResult(copy_model(model), plan, None)
     proof = prove(model, plan, graph, state, inputs=[inputs], layers=layers, eps=eps, tolerance=tolerance)
@@ -150,7 +151,7 @@ def prove(
 
     def attempt(plan: FoldPlan) -> tuple[nn.Module, Agreement]:
         folded = copy_model(model)
-        apply_plan(folded, plan, state_dict)
+        apply_fold(folded, plan, state_dict)
         try:
             return folded, verify(
                 model, change, folded, tried, tolerance=tolerance, unit=unit, points=points, transforms=plan.stored
@@ -168,10 +169,9 @@ def prove(
                 if without.rounded <= _AS_WELL * agreement.rounded:
                     plan, ranges, folded, agreement = flushed, count_flushed(ranges), other, without
         bound = max(tolerance, agreement.tolerance)
-        unlike = (
-            *find_unlike_arguments(model, folded, inputs[0], tolerance=bound),
-            *find_unlike_fusing(model, folded, inputs[0], tolerance=bound),
-        )
+        unlike = find_unlike_arguments(model, folded, inputs[0], tolerance=bound)
+        if plan.layout is not Layout.DEPLOY:  # which its own code has fused
+            unlike = (*unlike, *find_unlike_fusing(model, folded, inputs[0], tolerance=bound))
         plan = assume(plan, *unlike) if unlike else plan
     gone = [fold.layer for fold in plan.folds if not fold.stays]
     cost = count_cost(model, inputs[0], graph, gone=gone) if graph.complete else None
@@ -218,7 +218,8 @@ def _change(graph: ModelGraph, *, layers: Sequence[str], layout: Layout, eps: fl
     """The same fold, for any copy of the model."""
 
     def change(model: nn.Module) -> None:
-        apply_plan(model, plan_fold(read_state(model), graph, layers=layers, layout=layout, eps=eps))
+        state = read_state(model)
+        apply_fold(model, plan_layout(state, graph, layers=layers, layout=layout, eps=eps), state)
 
     return change
 

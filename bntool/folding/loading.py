@@ -13,6 +13,8 @@ from bntool.checkpoints.checkpoint import Checkpoint, StateDict
 from bntool.checkpoints.formats import open_checkpoint
 from bntool.checkpoints.state_dicts import choose_state_dict
 from bntool.errors import UsageError
+from bntool.folding.deploy.live import take_deploy_form
+from bntool.folding.options import Layout
 from bntool.folding.structure import structure_of
 from bntool.modules.application import change_structure
 from bntool.modules.finding import find_name_prefix, walk_modules
@@ -45,7 +47,10 @@ def load_folded(model: Model, path: str | os.PathLike[str], *, state_dict: str |
         chosen = choose_state_dict(checkpoint, state_dict)
         if checkpoint.format.can_record(checkpoint, chosen):
             for record in _find_records(checkpoint, chosen):
-                change_structure(model, structure_of(record))
+                if record.get("layout") == Layout.DEPLOY.value:
+                    take_deploy_form(model)
+                else:
+                    change_structure(model, structure_of(record))
         else:
             change_structure(model, compare_structure(model, chosen))
         load_state(model, chosen)

@@ -9,6 +9,7 @@ class Layout(Enum):
     """What a folded state dict looks like."""
 
     FOLDED = "folded"  # the BatchNorms are gone, their producers have biases
+    DEPLOY = "deploy"  # parallel branches are one convolution, as the model's own code has it for inference
     SAME_KEYS = "same-keys"  # producers take the scales; BatchNorms stay and only add their shifts
 
 

@@ -116,7 +116,7 @@ class _Folder:
             steps=tuple(add_derived(self.steps(), self.graph, self.state_dict)),
             skips=tuple(self.skips[layer] for layer in sorted(self.skips, key=self.position)),
             layers=tuple(order),
-            assumptions=tuple(self.assume(folds)),
+            assumptions=(*self.name_unseen(folds), *assume_fold(self.graph, folds, self.transforms, eps=self.eps)),
             folds=folds,
             layout=self.layout,
             stored=self.stored,
@@ -344,28 +344,12 @@ class _Folder:
         for module in modules:
             yield RemoveModule(module, copies=copies)
 
-    def assume(self, folds: Sequence[Fold]) -> Iterator[str]:
-        """What is not proven by a trace."""
+    def name_unseen(self, folds: Sequence[Fold]) -> Iterator[str]:
+        """What did not run, as far as it matters."""
         unseen = self.find_unseen(folds) if self.graph.evidence is Evidence.TRACED else []
         if unseen:
             shown = ", ".join(unseen[:_SHOWN]) + (f" and {len(unseen) - _SHOWN:,} more" if unseen[_SHOWN:] else "")
             yield f"{shown}, not run in the forward that was observed, reads nothing that a fold changed"
-        if self.graph.evidence in (Evidence.TRACED, Evidence.STORED) or not folds:
-            return
-        for architecture in self.graph.architectures:
-            yield f"the forward is that of {architecture.title}, by names and shapes, which prove nothing"
-            used = {
-                self.transforms[f.layer].eps
-                for f in folds
-                if architecture.eps.get(f.layer) == self.transforms[f.layer].eps
-            }
-            values = sorted(used)
-            if self.eps is None and values:
-                yield f"eps is {' and '.join(f'{eps:g}' for eps in values)}, as in {architecture.title}"
-        for fold in folds if not self.graph.architectures else ():
-            yield f"{fold.layer} reads {', '.join(fold.into)} and nothing else does ({self.graph.evidence.value})"
-        if self.eps is not None:
-            yield f"eps is {self.eps:g} (option)"
 
     def find_unseen(self, folds: Sequence[Fold]) -> list[str]:
         """Modules that did not run and could read a tensor that a fold changed, by its channels.
@@ -374,6 +358,29 @@ class _Folder:
         """
         channels = {self.transforms[fold.layer].node.channels for fold in folds}
         return [path for path, sizes in self.graph.idle.items() if channels & sizes]
+
+
+def assume_fold(
+    graph: ModelGraph, folds: Sequence[Fold], read: Mapping[str, ScaleAndShift], *, eps: float | None
+) -> Iterator[str]:
+    """What is not proven by a trace.
+
+    Args:
+        read: the BatchNorms.
+        eps: that was given.
+    """
+    if graph.evidence in (Evidence.TRACED, Evidence.STORED) or not folds:
+        return
+    for architecture in graph.architectures:
+        yield f"the forward is that of {architecture.title}, by names and shapes, which prove nothing"
+        used = {read[f.layer].eps for f in folds if architecture.eps.get(f.layer) == read[f.layer].eps}
+        values = sorted(used)
+        if eps is None and values:
+            yield f"eps is {' and '.join(f'{eps:g}' for eps in values)}, as in {architecture.title}"
+    for fold in folds if not graph.architectures else ():
+        yield f"{fold.layer} reads {', '.join(fold.into)} and nothing else does ({graph.evidence.value})"
+    if eps is not None:
+        yield f"eps is {eps:g} (option)"
 
 
 def _layers(absorbers: Sequence[Absorber]) -> tuple[str, ...]:

@@ -12,8 +12,9 @@ from bntool.checkpoints.application import apply_plan, skip_not_understood
 from bntool.checkpoints.checkpoint import Checkpoint, StateDict, check_changeable
 from bntool.checkpoints.records import find_recorded_eps, make_record
 from bntool.errors import RefusedError, UsageError
+from bntool.folding.layouts import plan_layout
 from bntool.folding.options import Layout
-from bntool.folding.planning import FoldPlan, plan_fold
+from bntool.folding.planning import FoldPlan
 from bntool.folding.structure import describe_structure
 from bntool.folding.warnings import find_optimizers, warn_of_fold
 from bntool.folding.weight_ranges import (
@@ -154,12 +155,12 @@ def fold_state_dict(  # noqa: PLR0913 as many as the command has options
         state_dict, model=model, inputs=first, pairs=pairs, checkpoint=checkpoint, architecture=architecture, eps=eps
     )
     graph = _find_graph(known, on_progress)
-    plan = plan_fold(state_dict, graph, layers=layers, layout=layout, eps=eps)
+    plan = plan_layout(state_dict, graph, layers=layers, layout=layout, eps=eps)
     plan = skip_not_understood(plan, checkpoint, state_dict, layers=layers)
     if not plan.steps:
         nothing = CheckpointFold(checkpoint, state_dict, plan, None, graph.evidence)
         return dataclasses.replace(nothing, architectures=graph.architectures)
-    dropped = find_optimizers(checkpoint) if layout is Layout.FOLDED else ()
+    dropped = () if layout is Layout.SAME_KEYS else find_optimizers(checkpoint)
     plan = dataclasses.replace(plan, steps=(*plan.steps, *(RemoveEntry((name,)) for name in dropped)))
     if checkpoint.format.can_record(checkpoint, state_dict):
         folds = [f.describe() for f in plan.folds]

@@ -92,6 +92,8 @@ class Node:
         training: a BatchNorm that normalises by batch statistics.
         padded: a convolution that reads zeros beyond the border.
         centred: a convolution whose outputs lie where its inputs do, with a tap in the middle of its kernel.
+        strides: of a convolution without dilation whose kernel has a middle, which meets the first position: two of
+            them with the same strides can be one. () for every other.
         factors: of the operands of an addition; of the parameter that is added; of the product and the bias of a
             linear; or of a linear map of each channel, one for all or one for each. () where they are one, and for a
             map whose factor is not known.
@@ -115,6 +117,7 @@ class Node:
     training: bool = False
     padded: bool = False
     centred: bool = False
+    strides: tuple[int, ...] = ()
     factors: tuple[float, ...] = ()
     owner: Owner = Owner.WHOLE
     has_bias_slot: bool = True

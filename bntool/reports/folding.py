@@ -9,6 +9,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from bntool.checkpoints.state_dicts import choose_state_dict
+from bntool.folding.options import Layout
 from bntool.plan import RemoveModule
 from bntool.reports.blocks import Block, Cell, Column, Line, Style, Table, line, verbatim
 from bntool.reports.channel_pictures import draw_sizes
@@ -251,6 +252,15 @@ def _show_loading(result: CheckpointFold, output: str) -> list[Block]:
     lines = show_loading_code(result.checkpoint, edited, output)
     if result.checkpoint.format.graph_reader:
         return [line(), line("run it:"), *verbatim(lines, indent=2)]
+    if result.plan.layout is Layout.DEPLOY:
+        into = "load it into the deploy model, which its own code makes (timm: timm.utils.reparameterize_model):"
+        return [
+            line(),
+            line(into),
+            *verbatim(lines, indent=2),
+            line("or into the unmodified model, which takes that form:"),
+            *verbatim([f"model = bntool.load_folded(model, {output!r})"], indent=2),
+        ]
     if not any(isinstance(step, RemoveModule) for step in result.plan.steps):
         same = line("its keys are those of the original; load it into the unmodified model:")
         return [line(), same, *verbatim(lines, indent=2)]

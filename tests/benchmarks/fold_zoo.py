@@ -4,6 +4,7 @@
     python -m tests.benchmarks.fold_zoo --names torchvision:resnet18 densenet* --verbose
     python -m tests.benchmarks.fold_zoo --results zoo.jsonl --minutes 30     (again and again: goes on where it stopped)
     python -m tests.benchmarks.fold_zoo --results zoo.jsonl --summary tests/fixtures/interop/fold_zoo.json
+    python -m tests.benchmarks.fold_zoo --families mixed.jsonl positive.jsonl --summary families.json
     python -m tests.benchmarks.fold_zoo --results large.jsonl --onto tests/fixtures/interop/fold_zoo.json --summary ...
 
 Needs timm and torchvision beside what the tests need. torch.fx and, where it is installed, mmcv fold the same models
@@ -40,6 +41,7 @@ from bntool.modules.finding import find_batchnorm_modules
 from bntool.verification.outputs import measure_rounding
 from tests.benchmarks.zoo_models import (
     Factory,
+    find_family,
     find_zoo_input,
     list_architectures,
     order_architectures,
@@ -56,8 +58,12 @@ class GaveUp(BaseException):
     """Not an Exception: models catch those."""
 
 
-def judge(make: Factory, *, seed: int, largest: int) -> dict[str, Any]:
-    """Fold one architecture with every tool; what each folded, and whether outputs stayed."""
+def judge(make: Factory, *, seed: int, largest: int, negative: float) -> dict[str, Any]:
+    """Fold one architecture with every tool; what each folded, and whether outputs stayed.
+
+    Args:
+        negative: share of the scales that are.
+    """
     torch.manual_seed(seed)
     try:
         with torch.device("meta"):
@@ -70,7 +76,7 @@ def judge(make: Factory, *, seed: int, largest: int) -> dict[str, Any]:
     if parameters > largest:
         return {"status": "too large", "parameters": parameters}
     model = make().double().eval()
-    randomise(model, seed)
+    randomise(model, seed, negative=negative)
     inputs = find_zoo_input(model)
     judgement = Judgement(model, inputs)
     for _ in range(3):
@@ -228,6 +234,31 @@ def summarise(results: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     }
 
 
+def count_families(runs: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> dict[str, dict[str, Any]]:
+    """By family its architectures and BatchNorms, and of each run what was folded and how many models are wrong.
+
+    Args:
+        runs: results by the name of the run; what is not judged in all of them is left out.
+    """
+    names = set.intersection(
+        *({name for name, result in results.items() if result["status"] == "judged"} for results in runs.values())
+    )
+    families: dict[str, dict[str, Any]] = {}
+    for name in sorted(names, key=lambda name: (find_family(name), name)):
+        facts = families.setdefault(find_family(name), {"architectures": [], "batchnorms": 0, "runs": {}})
+        facts["architectures"].append(name)
+        facts["batchnorms"] += next(iter(runs.values()))[name]["total"]
+        for run, results in runs.items():
+            counts = facts["runs"].setdefault(run, {})
+            for tool in ("bntool", "torch.fx", "mmcv"):
+                if tool in results[name]:
+                    found = counts.setdefault(tool, {"folded": 0, "wrong": 0, "fails": 0})
+                    found["folded"] += results[name][tool].get("folded", 0)
+                    for verdict in ("wrong", "fails"):
+                        found[verdict] += results[name][tool]["verdict"] == verdict
+    return families
+
+
 def add_summary(earlier: Mapping[str, Any], results: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """The totals of an earlier run with those of models that it did not judge."""
     new = summarise(results)
@@ -289,7 +320,7 @@ def _run_models(names: Iterable[str], options: argparse.Namespace, results: dict
         signal.setitimer(signal.ITIMER_PROF, PATIENCE)
         started = time.process_time()
         try:
-            result = judge(models[name], seed=options.seed, largest=options.largest)
+            result = judge(models[name], seed=options.seed, largest=options.largest, negative=options.negative)
         except (Exception, GaveUp) as error:
             result = {"status": "failed", "why": f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"}
         finally:
@@ -318,14 +349,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--names", nargs="*", help="only these; with * at the end all that contain the rest")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--largest", type=int, default=LARGEST, help="parameters of the largest model to judge")
+    parser.add_argument("--negative", type=float, default=0.2, help="share of the scales that are negative")
     parser.add_argument("--verbose", action="store_true", help="print every skip")
     parser.add_argument("--results", type=Path, help="append each result to this file, and leave out what is in it")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="start no model later than this")
     parser.add_argument("--summary", type=Path, help="write the totals to this file; judge nothing")
+    parser.add_argument("--families", type=Path, nargs="+", help="put these files of results together by family")
     parser.add_argument("--onto", type=Path, help="add the totals of this file, whose run left out what is judged here")
     options = parser.parse_args(arguments)
     warnings.simplefilter("ignore")
     signal.signal(signal.SIGPROF, _give_up)
+    if options.families is not None:
+        text = json.dumps(count_families({path.stem: _read_results(path) for path in options.families}), indent=2)
+        print(text)
+        if options.summary is not None:
+            options.summary.write_text(text + "\n")
+        return
     results = _read_results(options.results)
     if options.summary is None:
         _run_models(_choose(options), options, results)

@@ -80,15 +80,27 @@ def order_architectures(names: Iterable[str], *, seed: int) -> list[str]:
     return first + others
 
 
-def randomise(model: nn.Module, seed: int) -> None:
-    """Statistics, scales and shifts of every BatchNorm: of both signs, some tiny, none harmless."""
+def find_family(name: str) -> str:
+    """The source file of a timm architecture, or the first word of a torchvision one."""
+    from timm.models import _registry
+
+    package, _, plain = name.partition(":")
+    return _registry._model_to_module.get(plain, plain) if package == "timm" else re.split(r"[\d_]", plain)[0]
+
+
+def randomise(model: nn.Module, seed: int, *, negative: float = 0.2) -> None:
+    """Statistics, scales and shifts of every BatchNorm: of both signs, some tiny, none harmless.
+
+    Args:
+        negative: share of the scales that are.
+    """
     generator = torch.Generator().manual_seed(seed)
     for module in find_batchnorm_modules(model).values():
         tensors = {**module._parameters, **module._buffers}
         if tensors.get("running_var") is None:
             continue
         size = tensors["running_var"].shape
-        sign = torch.where(torch.rand(size, generator=generator) < 0.2, -1.0, 1.0)
+        sign = torch.where(torch.rand(size, generator=generator) < negative, -1.0, 1.0)
         weight = (0.5 + torch.rand(size, generator=generator)) * sign
         weight[torch.rand(size, generator=generator) < 0.05] = 1e-6
         with torch.no_grad():

@@ -16,7 +16,8 @@ reads. Channels are not written where the tensors' shapes say them.
     {...}             last: whatever is unusual, as JSON; "readers": all that channel transforms need to know is here
 
 Behind the kind: ``~`` (no place for a bias; a BatchNorm: normalises by batch statistics), ``^`` (a convolution whose
-outputs lie where its inputs do), ``=N`` (channels), ``!`` (here the forward looks at its data).
+outputs lie where its inputs do), ``/`` and a digit (the stride of a convolution that can be merged with others; ``/1``
+says what ``^`` does, too), ``=N`` (channels), ``!`` (here the forward looks at its data).
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ KINDS = {
     "x": NodeKind.OTHER,
 }
 OWNERS = {"b": Owner.WHOLE, "B": Owner.WITH_ACTIVATION, "p": Owner.PART}
-_HEAD = re.compile(r"([a-zA-Z+])(~?)(\^?)(g|\d*)(?:=(\d+))?(!?)(?::(.*))?")
+_HEAD = re.compile(r"([a-zA-Z+])(~?)(\^?)(?:/(\d))?(g|\d*)(?:=(\d+))?(!?)(?::(.*))?")
 _SEGMENT = re.compile(r"(\d+)(?:\[([^]>]*)(?:>([^]]*))?\])?(\*?)")
 
 _LISTED = 3
@@ -188,7 +189,7 @@ class _Reader:
         first, layer, *ports = line.split(" ")
         match = _HEAD.fullmatch(first)
         assert match is not None, line
-        letter, mark, centred, groups, channels, branches, operator = match.groups()
+        letter, mark, centred, stride, groups, channels, branches, operator = match.groups()
         kind, layer, index = KINDS[letter], self.read_layer(layer), len(self.nodes)
         if branches:
             self.branches_at = index
@@ -203,13 +204,19 @@ class _Reader:
             facts |= {"eps": self.eps.get(layer), "owner": OWNERS[letter], "training": bool(mark)}
         elif kind.is_producer:
             takes_bias = not mark and "bias" not in facts["parameters"]
-            facts |= {"padded": letter in "Ct", "centred": bool(centred), "has_bias_slot": takes_bias}
+            facts |= {"padded": letter in "Ct", "has_bias_slot": takes_bias}
+            facts |= {"centred": bool(centred) or stride == "1", "strides": self.spread(stride, facts["parameters"])}
         unusual = self.unusual.get("layers", {}).get(str(index - self.first), {})
         if kind is NodeKind.BIAS:
             facts["parameters"] = {role: self.root + name for role, name in unusual["parameters"].items()}
         if "factors" in unusual:
             facts["factors"] = tuple(unusual["factors"])
         self.nodes.append(Node(index, kind, f"aten.{operator or kind.value}", layer, **facts))
+
+    def spread(self, stride: str | None, parameters: Mapping[str, str]) -> tuple[int, ...]:
+        """A stride along each axis of a kernel."""
+        shape = self.shapes.get(parameters.get("weight", ""), ())
+        return () if stride is None else (int(stride),) * len(shape[2:])
 
     def read_layer(self, text: str) -> str:
         if text == "-":

@@ -263,20 +263,33 @@ def _convolution(name: str, kind: NodeKind, given: Callable[[str], Any], roles: 
         return CallFacts(NodeKind.CHANNELWISE, (given("input"),), axis=1)
     # the shift of an input cannot be taken out where windows reach over the border, as those of a transposed one do
     padded = name == "deform_conv2d" or any(given("padding")) or kind is NodeKind.CONV_TRANSPOSE
-    centred = name != "deform_conv2d" and kind is NodeKind.CONVOLUTION and _is_centred(given)
-    groups = {"groups": int(given("groups")), "padded": padded, "centred": centred}
+    plain = name != "deform_conv2d" and kind is NodeKind.CONVOLUTION
+    strides = _find_strides(given) if plain and _has_middle(given) else ()
+    centred = bool(strides) and all(step == 1 for step in strides)
+    if any(size > 1 and dilation > 1 for size, dilation in _spread_dilations(given)):
+        strides = ()
+    groups = {"groups": int(given("groups")), "padded": padded, "centred": centred, "strides": strides}
     return CallFacts(kind, (given("input"),), axis=1, details={**roles.details(anchor="weight"), **groups})
 
 
-def _is_centred(given: Callable[[str], Any]) -> bool:
-    """Whether the output has the input's size, so that the middle tap of the kernel meets each position itself."""
+def _has_middle(given: Callable[[str], Any]) -> bool:
+    """Whether a tap in the middle of the kernel meets the first position, and every one where the stride is one."""
     sizes = given("weight").shape[2:]
-    dilations, paddings = (_spread(given(key), len(sizes)) for key in ("dilation", "padding"))
-    same = all(
+    paddings = _spread(given("padding"), len(sizes))
+    return all(
         size % 2 and 2 * padding == dilation * (size - 1)
-        for size, dilation, padding in zip(sizes, dilations, paddings, strict=True)
+        for (size, dilation), padding in zip(_spread_dilations(given), paddings, strict=True)
     )
-    return same and all(step == 1 for step in given("stride"))
+
+
+def _spread_dilations(given: Callable[[str], Any]) -> list[tuple[int, int]]:
+    """Extent of the kernel and dilation, of each axis."""
+    sizes = given("weight").shape[2:]
+    return list(zip(sizes, _spread(given("dilation"), len(sizes)), strict=True))
+
+
+def _find_strides(given: Callable[[str], Any]) -> tuple[int, ...]:
+    return tuple(int(step) for step in _spread(given("stride"), len(given("weight").shape) - 2))
 
 
 def _spread(values: Sequence[int], count: int) -> list[int]:

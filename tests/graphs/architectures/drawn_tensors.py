@@ -30,9 +30,7 @@ class DrawnTensor:
         yield numbers.astype("<f4").tobytes()
 
 
-def draw_state_dict(
-    shapes: Mapping[str, tuple[int, ...]], *, root: str = "", positive: bool = False
-) -> StateDict:
+def draw_state_dict(shapes: Mapping[str, tuple[int, ...]], *, root: str = "", positive: bool = False) -> StateDict:
     """A state dict of these names and shapes; ``root`` is put before all names.
 
     Args:

@@ -1,0 +1,52 @@
+"""A fold in each layout: what is planned, and how a live model takes it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from bntool.checkpoints.application import change_state_dict
+from bntool.checkpoints.checkpoint import StateDict
+from bntool.errors import UsageError
+from bntool.folding.deploy.planning import plan_deploy
+from bntool.folding.options import Layout
+from bntool.folding.planning import FoldPlan, plan_fold
+from bntool.graphs.graph import ModelGraph
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+def plan_layout(
+    state_dict: StateDict, graph: ModelGraph, *, layers: Sequence[str], layout: Layout, eps: float | None
+) -> FoldPlan:
+    """Plan the fold of a state dict in a layout; see :func:`~bntool.folding.planning.plan_fold`.
+
+    Raises:
+        UsageError: as there; or layers are chosen, and the layout takes all of them.
+        RefusedError: the layout is the deploy form, and the model has none that is known.
+    """
+    if layout is not Layout.DEPLOY:
+        return plan_fold(state_dict, graph, layers=layers, layout=layout, eps=eps)
+    if layers:
+        raise UsageError("the layout deploy takes all layers: a file with some of them would fit no model")
+    return plan_deploy(state_dict, graph, eps=eps)
+
+
+def apply_fold(model: nn.Module, plan: FoldPlan, state_dict: StateDict) -> None:
+    """Let a live model become the folded one, in place.
+
+    Args:
+        state_dict: of the model, before the fold.
+
+    Raises:
+        UserCodeError, RefusedError: see :func:`~bntool.folding.deploy.live.load_deploy_form`.
+    """
+    if plan.layout is Layout.DEPLOY:
+        from bntool.folding.deploy.live import load_deploy_form
+
+        load_deploy_form(model, change_state_dict(state_dict, plan.steps))
+    else:
+        from bntool.modules.application import apply_plan
+
+        apply_plan(model, plan, state_dict)
