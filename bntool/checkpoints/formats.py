@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import functools
 import importlib
-import itertools
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import NamedTuple
 from bntool.checkpoints.addresses import Address, Location, as_location
 from bntool.checkpoints.batchnorms import find_unknown_statistics
 from bntool.checkpoints.checkpoint import Checkpoint, Format
-from bntool.checkpoints.files import SourceFile, quote
+from bntool.checkpoints.files import SourceFile
 from bntool.checkpoints.hub_files import CONFIG, choose_file, describe_choice
 from bntool.errors import BntoolError, OtherFormatError, UnknownFormatError, UnreadableFileError, UnsafeFileError
 from bntool.extensions import load_extensions
@@ -124,7 +123,9 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     if os.path.isdir(place) and (place / CONFIG).is_file():  # noqa: PTH112 (as below)
         return _open_hub_folder(place)
     if os.path.isdir(place):  # noqa: PTH112 (Path.is_dir raises where no file can have the name)
-        raise UnreadableFileError(_describe_folder(place), path=place)
+        from bntool.checkpoints.unread_formats import describe_folder  # what can be read needs no words for the rest
+
+        raise UnreadableFileError(describe_folder(place), path=place)
     return open_file(SourceFile(place))
 
 
@@ -149,23 +150,6 @@ def _open_hub_folder(folder: Path) -> Checkpoint:
     return open_file(file)
 
 
-_NAMES_OF_CHECKPOINTS = (
-    (".index.json",),
-    (".safetensors", ".pt", ".pth", ".pt2", ".ckpt", ".bin", ".pkl", ".keras", ".h5", ".onnx", ".caffemodel"),
-    (".npz", ".msgpack"),
-)
-
-
-def _describe_folder(folder: Path) -> str:
-    """The message for a folder that is no checkpoint; it names a file in it that may be one."""
-    with contextlib.suppress(OSError), os.scandir(folder) as found:
-        names = sorted(entry.name for entry in itertools.islice(found, 1000))
-        likely = [name for endings in _NAMES_OF_CHECKPOINTS for name in names if name.endswith(endings)]
-        if likely:
-            return f"this is a folder, not a file; name a file of it, such as {quote(likely[0])}"
-    return "this is a folder, not a file, and holds nothing that is named like a checkpoint; name a file"
-
-
 def open_file(file: SourceFile) -> Checkpoint:
     """Like :func:`open_checkpoint`, for a file that is open already; closes it if it cannot be read."""
     try:
@@ -183,32 +167,15 @@ def open_file(file: SourceFile) -> Checkpoint:
             if candidate.recognises(file.path, head):
                 with contextlib.suppress(OtherFormatError):
                     return _look_for_more(candidate.read(file))
-        raise UnknownFormatError(_describe_unknown(head))
+        from bntool.checkpoints.unread_formats import describe_unknown  # as above
+
+        raise UnknownFormatError(describe_unknown(file.path, head))
     except BntoolError as error:
         file.close()
         raise error.about(file.path) from error.__cause__
     except MemoryError as error:
         file.close()
         raise UnreadableFileError("there is not enough memory to read it", path=file.path) from error
-
-
-# known by name, and not read: what they are made from is
-_NOT_READ = (
-    (b"TFL3", 4, "a TensorFlow Lite model"),
-    (b"GGUF", 0, "a GGUF file of llama.cpp"),
-    (b"ftrt", 0, "a TensorRT engine"),
-    (b"<?xml", 0, "an XML file, such as the model of OpenVINO (beside its .bin)"),
-    (b"<net ", 0, "an OpenVINO model"),
-    (b"7767517", 0, "an ncnn model"),
-    (b"\x93NUMPY", 0, "a numpy array"),
-    (b"MATLAB ", 0, "a MATLAB file"),
-)
-_CONTAINERS = (
-    (_ZIP, 0, "a zip archive", "unpack it first"),
-    (_HDF5, 0, "an HDF5 file", "those of Keras and Caffe are read"),
-    (b"ustar", 257, "a tar archive", "unpack it first"),
-    (_PICKLE, 0, "a pickle that torch.save did not write", "those of numpy arrays are read, too"),
-)
 
 
 def _check_one_reading(file: SourceFile, head: bytes) -> None:
@@ -238,25 +205,3 @@ def _look_for_more(checkpoint: Checkpoint) -> Checkpoint:
     if not found:
         return checkpoint
     return dataclasses.replace(checkpoint, not_understood=(*checkpoint.not_understood, *found))
-
-
-def _describe_unknown(head: bytes) -> str:
-    for magic, offset, what in _NOT_READ:
-        if head.startswith(magic, offset):
-            return f"this is {what}, which bntool does not read; give it the checkpoint that this was made from"
-    for magic, offset, container, advice in _CONTAINERS:
-        if head.startswith(magic, offset):
-            return f"this is {container}, but it holds none of the formats that bntool reads; {advice}"
-    signatures = {
-        b"\x1f\x8b": "a gzip archive; unpack it first",
-        b"<!DOCTYPE": "a web page, not a checkpoint: the download went wrong",
-        b"<html": "a web page, not a checkpoint: the download went wrong",
-        b"version https://git-lfs": "a Git LFS pointer: fetch the file itself with git lfs pull",
-        b"model_checkpoint_path": "TensorFlow's note of its latest checkpoint; name the .index file of that",
-        b"\x08": "a protobuf message, but not an ONNX model",
-    }
-    guess = next((what for magic, what in signatures.items() if head.startswith(magic)), None)
-    if guess:
-        return f"the format is not known; this looks like {guess}"
-    known = "checkpoints of torch, safetensors, ONNX, Keras, Caffe, TensorFlow and Flax, and numpy arrays, are"
-    return f"the format is not known: {known}"

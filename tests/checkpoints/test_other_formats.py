@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 
 from bntool.checkpoints.containers.protobufs.writing import embed, integer_field
 from bntool.checkpoints.formats import open_checkpoint
-from bntool.errors import CorruptFileError, UnknownFormatError
+from bntool.errors import CorruptFileError, UnknownFormatError, UnreadableFileError
 
 
 def flat(*content: object) -> bytes:
@@ -42,6 +43,13 @@ OTHERS = {
     "other.pb": (saved_model(), "name the folder"),
     "model.param": (b"7767517\n3 3\nInput data 0 1 data\n", "ncnn"),
     "array.npy": (b"\x93NUMPY\x01\0" + bytes(64), "numpy array"),
+    "model.param.bin": (struct.pack("<IIII", 7767517, 3, 3, 16) + bytes(64), "ncnn"),
+    "yolo.engine": (struct.pack("<I", 30) + b'{"task": "detect", "batch": 1}ftrt' + bytes(64), "TensorRT"),
+    "net.t7": (struct.pack("<iii3si13s", 4, 1, 3, b"V 1", 13, b"nn.Sequential") + bytes(64), "Torch7.* torchfile"),
+    "renamed.net": (struct.pack("<iii3si13s", 4, 1, 3, b"V 1", 13, b"nn.Sequential") + bytes(64), "Torch7"),
+    "ascii.net": (b"4\n1\n3\nV 1\n13\nnn.Sequential\n", "Torch7"),
+    "table.t7": (struct.pack("<iii", 3, 1, 2) + bytes(64), "Torch7"),
+    "frozen.pb": (flat(*embed(1, *embed(1, b"input"), *embed(2, b"Placeholder"))), "frozen graph .* tf2onnx"),
 }
 
 
@@ -64,3 +72,31 @@ def test_a_numpy_array_really_begins_so(tmp_path: Path) -> None:
     np.save(tmp_path / "a.npy", np.ones(3))
     with pytest.raises(UnknownFormatError, match="numpy array"):
         open_checkpoint(tmp_path / "a.npy")
+
+
+@pytest.mark.parametrize(("beside", "word"), [("m.xml", "OpenVINO"), ("m.param", "ncnn")])
+def test_weights_without_a_signature_are_named_by_what_stands_beside_them(
+    beside: str, word: str, tmp_path: Path
+) -> None:
+    (tmp_path / "m.bin").write_bytes(np.linspace(0.1, 1, 50, dtype="f4").tobytes())
+    (tmp_path / beside).touch()
+    with pytest.raises(UnknownFormatError, match=f"the weights of an {word} model .{beside} beside it"):
+        open_checkpoint(tmp_path / "m.bin")
+
+
+@pytest.mark.parametrize(
+    ("held", "words"),
+    [
+        (["Manifest.json", "Data/x"], "Core ML package"),
+        (["coremldata.bin", "model.mil"], "compiled Core ML"),
+        (["saved_model.pb", "assets/x"], "SavedModel without variables.* tf2onnx"),
+        (["_CHECKPOINT_METADATA", "_METADATA", "manifest.ocdbt"], "Orbax checkpoint.*to_bytes"),
+        (["manifest.ocdbt", "d/x"], "Orbax checkpoint"),
+    ],
+)
+def test_folders_of_other_formats_are_called_by_name(held: list[str], words: str, tmp_path: Path) -> None:
+    for name in held:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    with pytest.raises(UnreadableFileError, match=words):
+        open_checkpoint(tmp_path)
