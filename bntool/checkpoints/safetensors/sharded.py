@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,6 +82,14 @@ class Sharded(Format):
         counts = [s.format.verify_checksums(s) for s in Shards.of(checkpoint).shards.values()]
         known = [count for count in counts if count is not None]
         return sum(known) if known else None
+
+    def describe_losses(self, checkpoint: Checkpoint) -> Sequence[str]:
+        shards = Shards.of(checkpoint).shards
+        return tuple(
+            f"{loss} (in {quote(name)})"
+            for name, shard in shards.items()
+            for loss in shard.format.describe_losses(shard)
+        )
 
     def can_record(self, checkpoint: Checkpoint, state_dict: StateDict) -> bool:  # noqa: ARG002 (there is one)
         content = Shards.of(checkpoint)

@@ -70,6 +70,19 @@ def test_a_file_without_any_change_is_written_without_holes(tmp_path):
     assert torch.equal(load_file(tmp_path / "b.safetensors")["bn.bias"], STATE["bn.bias"])
 
 
+def test_holes_in_a_shard_are_said_too(tmp_path):
+    write_with_gaps(tmp_path / "a.safetensors", 0, 4, 0, 0)
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": dict.fromkeys(STATE, "a.safetensors")}))
+    (finding,) = [f for f in bntool.inspect(index).findings if f.code is FindingCode.HOLES]
+    assert "4 bytes between the tensors" in finding.message
+    assert "a.safetensors" in finding.message
+    (tmp_path / "out").mkdir()
+    with pytest.warns(LossWarning, match=r"4 bytes between the tensors .* \(in 'a\.safetensors'\)"):
+        bntool.freeze_checkpoint(index, tmp_path / "out" / index.name)
+    assert load_file(tmp_path / "out" / "a.safetensors").keys() == STATE.keys()
+
+
 @pytest.mark.parametrize("quiet", [[], ["--quiet"]])
 def test_a_command_says_it_in_one_line(quiet, tmp_path, capsys):
     path, output = write_with_gaps(tmp_path / "a.safetensors", 0, 4, 0, 0), tmp_path / "b.safetensors"
