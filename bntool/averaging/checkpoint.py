@@ -11,6 +11,7 @@ from pathlib import Path
 
 from bntool.averaging.statistics import pool_statistics
 from bntool.batchnorm import BatchNorm
+from bntool.checkpoints.addresses import as_location
 from bntool.checkpoints.application import apply_plan
 from bntool.checkpoints.batchnorms import find_norms
 from bntool.checkpoints.checkpoint import Checkpoint, StateDict, check_changeable
@@ -213,7 +214,7 @@ def _plan_average(
     plan = Plan(Operation.AVERAGE, state_dict=first.key, steps=tuple(steps), layers=tuple(layers))
     if sources[0].format.can_record(sources[0], first):
         details = {"files": [one.path.name for one in sources], "weights": list(weights)}
-        origin = "pooled" if statistics_from is None else Path(statistics_from).name
+        origin = "pooled" if statistics_from is None else as_location(statistics_from).name
         plan = plan.with_record(make_record(plan, statistics=origin, **details))
     return Average(
         sources=tuple(sources),
@@ -293,7 +294,7 @@ def _plan_statistics(
     if statistics is None:
         places = [(one.path, state_dict) for one, state_dict in zip(sources, chosen, strict=True)]
     else:
-        places, weights = [(Path(statistics_path or ""), statistics)], (1.0,)
+        places, weights = [(as_location(statistics_path or ""), statistics)], (1.0,)
     read = []
     for path, state_dict in places:
         try:

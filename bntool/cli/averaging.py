@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Optional
 
 import typer
 
+from bntool.checkpoints.addresses import as_location
 from bntool.cli import options
 from bntool.cli.output import print_notes, print_report
 from bntool.errors import UsageError
@@ -25,10 +25,11 @@ def command(
         ),
     ] = None,
     statistics_from: Annotated[
-        Optional[Path],  # noqa: UP045
+        Optional[options.Location],  # noqa: UP045
         typer.Option(
             "--statistics-from",
             metavar="FILE",
+            parser=as_location,
             help="Take the running statistics from this file.",
             show_default="pooled over all files",
         ),

@@ -84,7 +84,7 @@ class RangedFile(_RemoteSource):
         Raises:
             UnreachableFileError: it has another version now.
         """
-        self._transfers.fetch(0, 1, self._version)
+        self._transfers.check_unchanged(self._version)
 
     def check_same(self, before: SourceFile) -> None:
         if self.identity != before.identity:

@@ -79,14 +79,32 @@ class Transfers:
         """
 
         def read(answer: Answer) -> bytes:
-            if answer.status == 200:
-                raise UnreachableFileError("the server gives no parts of the file any more", path=self.address)
-            found = self._read_version(answer)
-            if found != version:
-                raise UnreachableFileError(_CHANGED, path=self.address)
-            return self._read_range(answer, start, length)
+            self._check_version(answer, version)
+            data = self._read_range(answer, start, length)
+            with self._lock:
+                self.received += length
+            return data
 
         return self._try(start, length, read)
+
+    def check_unchanged(self, version: Version) -> None:
+        """Ask once more whether the file has this version.
+
+        Raises:
+            UnreachableFileError: it has another one, or the server does not give it any more.
+        """
+
+        def read(answer: Answer) -> None:
+            self._check_version(answer, version)
+            self._read_range(answer, 0, 1)
+
+        self._try(0, 1, read)
+
+    def _check_version(self, answer: Answer, version: Version) -> None:
+        if answer.status == 200:
+            raise UnreachableFileError("the server gives no parts of the file any more", path=self.address)
+        if self._read_version(answer) != version:
+            raise UnreachableFileError(_CHANGED, path=self.address)
 
     def begin(self, length: int) -> tuple[Version, bytes, IO[bytes] | None]:
         """The first bytes of the file, and its version; or all of it as a temporary file, from a server without ranges.
@@ -100,6 +118,7 @@ class Transfers:
             if answer.status == 200:
                 return version, b"", self._read_whole(answer, version.size)
             data = self._read_range(answer, 0, min(length, version.size))
+            self.received += len(data)
             self.url = answer.url
             return version, data, None
 
@@ -190,8 +209,6 @@ class Transfers:
                 raise BrokenAnswerError("the answer is cut off")
             parts.append(part)
             left -= len(part)
-        with self._lock:
-            self.received += length
         return b"".join(parts)
 
     def _read_whole(self, answer: Answer, size: int) -> IO[bytes]:

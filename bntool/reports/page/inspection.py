@@ -49,6 +49,8 @@ def _list_details(inspection: Inspection) -> Iterator[Item]:
     """What was not judged, and what a configuration had a part in."""
     for what in inspection.verdict.not_judged:
         yield Item(f"not judged: {what}", Style.MUTED)
+    for note in inspection.checkpoint.notes:
+        yield Item(note, Style.MUTED)
     for one in inspection.ignored:
         where = f" in {one.layer}" if one.layer else ""
         yield Item(f"ignored by {inspection.configuration}: {one.finding.code.value}{where}: {one.reason}", Style.MUTED)

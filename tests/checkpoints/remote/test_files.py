@@ -6,6 +6,7 @@ import io
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -106,6 +107,43 @@ def test_commands_that_write_take_an_address(server: FileServer, tmp_path: Path)
         assert main([name, str(SAMPLES / "digits.pt"), *options, "-o", str(here), "--quiet"]) == 0
         assert main([name, f"{server.url}/digits.pt", *options, "-o", str(there), "--quiet"]) == 0
         assert bntool.diff(here, there, expect="identical").identical
+
+
+def test_files_to_average_and_statistics_are_taken_from_addresses(server: FileServer, tmp_path: Path, capsys) -> None:
+    for name in ("digits", "drifted"):
+        server.files[f"/{name}.pt"] = (SAMPLES / f"{name}.pt").read_bytes()
+    for place in (server.url, str(SAMPLES)):
+        files = [f"{place}/digits.pt", f"{place}/drifted.pt", "--statistics-from", f"{place}/digits.pt"]
+        assert main(["average", *files, "-o", str(tmp_path / f"{len(place)}.pt")]) == 0
+    one, two = tmp_path.glob("*.pt")
+    assert bntool.diff(one, two, expect="identical").identical
+    assert capsys.readouterr().err.count("bytes were read from") == 2
+
+
+def test_a_fold_that_is_run_beside_its_original_needs_it_here(server: FileServer, tmp_path: Path, capsys) -> None:
+    server.files["/net.onnx"] = write_onnx()
+    assert main(["inspect", f"{server.url}/net.onnx"]) == 0
+    assert main(["fold", f"{server.url}/net.onnx", "--dry-run"]) == 0
+    assert main(["fold", f"{server.url}/net.onnx", "-o", str(tmp_path / "folded.onnx")]) == 4
+    assert "download the model first" in capsys.readouterr().err
+
+
+def write_onnx() -> bytes:
+    import onnx
+    from onnx import helper, numpy_helper
+
+    layer = {"scale": 1.0, "bias": 0.0, "mean": 0.5, "var": 2.0}
+    tensors = [numpy_helper.from_array(np.full(3, value, np.float32), name) for name, value in layer.items()]
+    tensors.append(numpy_helper.from_array(np.ones((3, 2, 1, 1), np.float32), "weight"))
+    nodes = [
+        helper.make_node("Conv", ["x", "weight"], ["y"]),
+        helper.make_node("BatchNormalization", ["y", *layer], ["z"], name="bn"),
+    ]
+    ends = [helper.make_tensor_value_info(name, 1, [1, c, 4, 4]) for name, c in (("x", 2), ("z", 3))]
+    graph = helper.make_graph(nodes, "net", ends[:1], ends[1:], tensors)
+    model: bytes = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)]).SerializeToString()
+    onnx.checker.check_model(model)
+    return model
 
 
 def test_a_remote_file_that_changes_before_the_output_appears_is_not_taken(
