@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import http.server
+import socket
+import socketserver
+import ssl
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
+
+from tests.places import FIXTURES
 
 
 @dataclass
@@ -86,21 +91,67 @@ class _Server(http.server.ThreadingHTTPServer):
         """What a test breaks on purpose is no news."""
 
 
+TLS = FIXTURES / "tls" / "server.pem"  # key and certificate, of localhost and public.test
+
+
 @contextlib.contextmanager
-def serve_files(files: dict[str, bytes] | None = None) -> Iterator[FileServer]:
-    """A server that runs in threads until the end of the context."""
+def serve_files(files: dict[str, bytes] | None = None, *, tls: bool = False) -> Iterator[FileServer]:
+    """A server that runs in threads until the end of the context; with TLS by the certificate of the fixtures."""
     state = FileServer(files=files or {})
     handler = type("_Handler", (Handler,), {"files": state, "timeout": 20})
     server = _Server(("127.0.0.1", 0), handler)
     server.daemon_threads = True
     server.block_on_close = False
-    state.url = f"http://127.0.0.1:{server.server_address[1]}"
+    if tls:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(TLS)
+        server.socket = context.wrap_socket(server.socket, server_side=True, do_handshake_on_connect=False)
+    state.url = f"http{'s' * tls}://127.0.0.1:{server.server_address[1]}"
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
     thread.start()
     try:
         yield state
     finally:
         state.over.set()
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+@contextlib.contextmanager
+def serve_proxy(target: str) -> Iterator[tuple[str, list[bytes]]]:
+    """A proxy that leads to one server, whatever host is asked for: its address, and what it was asked."""
+    asked: list[bytes] = []
+    place = ("127.0.0.1", int(target.rpartition(":")[2]))
+
+    class Proxy(socketserver.StreamRequestHandler):
+        def handle(self) -> None:
+            head = b""
+            while not head.endswith(b"\r\n\r\n"):
+                head += self.rfile.readline()
+            asked.append(head)
+            self.connection.sendall(b"HTTP/1.1 200 Connection established\r\n\r\n")
+            with socket.create_connection(place) as onward:
+                there = threading.Thread(target=pump, args=(self.connection, onward), daemon=True)
+                there.start()
+                pump(onward, self.connection)
+                there.join(5)
+
+    def pump(source: socket.socket, sink: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(1 << 16):
+                sink.sendall(data)
+        with contextlib.suppress(OSError):
+            sink.shutdown(socket.SHUT_WR)
+
+    server = socketserver.ThreadingTCPServer(("127.0.0.1", 0), Proxy)
+    server.daemon_threads = True
+    server.block_on_close = False
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_address[1]}", asked
+    finally:
         server.shutdown()
         server.server_close()
         thread.join()

@@ -177,6 +177,12 @@ class _Target:
     def place(self) -> tuple[str, str, int]:
         return self.scheme, self.host, self.port
 
+    @property
+    def netloc(self) -> str:
+        """Host and port as the server is called: a signed address holds for no other spelling."""
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return host if self.port == _PORTS[self.scheme] else f"{host}:{self.port}"
+
 
 def split(url: str, address: Address) -> _Target:
     """The parts of a URL.
@@ -225,7 +231,7 @@ def _resolve(target: _Target, address: Address) -> list[str]:
 
 
 def _check_ips(target: _Target, ips: list[str], address: Address, *, came_from_public: bool) -> bool:
-    """Whether a host is public, where it may be asked.
+    """Whether a host is public, also in part, where it may be asked; one that a proxy looks up counts as public.
 
     Raises:
         UsageError: it would be asked in plain text.
@@ -234,12 +240,11 @@ def _check_ips(target: _Target, ips: list[str], address: Address, *, came_from_p
     known = [_unmap(ipaddress.ip_address(ip)) for ip in ips]
     if target.scheme == "http" and not all(ip.is_loopback for ip in known):
         raise UsageError("plain http is read from this machine only; use https", path=address)
-    is_public = all(ip.is_global for ip in known)
-    if came_from_public and not is_public:
+    if came_from_public and not all(ip.is_global for ip in known):
         raise UnreachableFileError(
             f"the server redirects to {target.host}, which is on a private network; that is not followed", path=address
         )
-    return is_public
+    return not known or any(ip.is_global for ip in known)
 
 
 def _unmap(ip: ipaddress.IPv4Address | ipaddress.IPv6Address) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
@@ -252,6 +257,8 @@ class _Connection(http.client.HTTPConnection):
 
     def __init__(self, target: _Target, ips: list[str]) -> None:
         super().__init__(target.host, target.port, timeout=_CONNECT)
+        if target.proxy:
+            self.set_tunnel(target.host, target.port)
         self._target = target
         self._ips = ips
         self.last: http.client.HTTPResponse | None = None
@@ -272,7 +279,6 @@ class _Connection(http.client.HTTPConnection):
             raise problem or OSError("no address")
         self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if target.proxy:
-            self.set_tunnel(target.host, target.port)
             self._tunnel()  # type: ignore[attr-defined]
         if target.scheme == "https":
             context = ssl.create_default_context()
@@ -307,13 +313,13 @@ class _Connection(http.client.HTTPConnection):
 def _send(connection: _Connection, target: _Target, headers: Mapping[str, str]) -> http.client.HTTPResponse:
     is_kept = connection.sock is not None
     try:
-        connection.request("GET", target.path, headers=dict(headers))
+        connection.request("GET", target.path, headers={"host": target.netloc, **headers})
         connection.last = connection.getresponse()
     except (http.client.RemoteDisconnected, ConnectionError):
         if not is_kept:
             raise
         connection.end()  # the server has ended what was kept: that is no fault of it
-        connection.request("GET", target.path, headers=dict(headers))
+        connection.request("GET", target.path, headers={"host": target.netloc, **headers})
         connection.last = connection.getresponse()
     return connection.last
 

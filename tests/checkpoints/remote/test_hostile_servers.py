@@ -14,7 +14,7 @@ from bntool.checkpoints.remote.transfers import Transfers
 from bntool.cli.main import main
 from bntool.errors import UnreachableFileError, UsageError
 from tests.places import SAMPLES
-from tests.programs.file_server import FileServer, Handler, serve_files
+from tests.programs.file_server import TLS, FileServer, Handler, serve_files, serve_proxy
 
 DIGITS = (SAMPLES / "digits.pt").read_bytes()
 
@@ -266,6 +266,35 @@ def test_an_address_that_stops_working_is_asked_for_anew(server: FileServer) -> 
         del other.files["/1"]
         assert transfers.fetch(100, 100, version) == DIGITS[100:200]
         transfers.close()
+
+
+def test_certificates_are_held_against_names(monkeypatch, capsys) -> None:
+    monkeypatch.delenv("https_proxy", raising=False)
+    monkeypatch.delenv("HTTPS_PROXY", raising=False)
+    with serve_files({"/net.pt": DIGITS}, tls=True) as secure:
+        assert main(["inspect", f"{secure.url}/net.pt"]) == 3
+        assert "the certificate of the server is not valid" in capsys.readouterr().err
+        monkeypatch.setenv("SSL_CERT_FILE", str(TLS))
+        assert main(["inspect", f"{secure.url}/net.pt", "--quiet"]) == 0
+        secure.behave = redirects_forever
+        assert main(["inspect", f"{secure.url}/net.pt"]) == 3
+        monkeypatch.setattr(http, "_resolve", lambda *_: ["127.0.0.1"])
+        assert main(["inspect", f"{secure.url.replace('127.0.0.1', 'other.test')}/net.pt"]) == 3
+        assert "other.test" in capsys.readouterr().err
+
+
+def test_a_proxy_leads_to_a_server_and_reads_nothing(monkeypatch) -> None:
+    with serve_files({"/net.pt": DIGITS}, tls=True) as secure, serve_proxy(secure.url) as (proxy, asked):
+        monkeypatch.setenv("https_proxy", proxy)
+        monkeypatch.setenv("no_proxy", "")
+        monkeypatch.setenv("SSL_CERT_FILE", str(TLS))
+        address = Address("https://public.test/net.pt")
+        transfers = Transfers(address, address.text, {"Authorization": "secret"})
+        assert transfers.begin(100)[1] == DIGITS[:100]
+        transfers.close()
+        assert asked[0].startswith(b"CONNECT public.test:443 ")
+        assert b"secret" not in b"".join(asked)
+        assert secure.asked[0][1]["host"] == "public.test"
 
 
 def test_a_host_behind_a_proxy_is_named_to_it(monkeypatch) -> None:
