@@ -157,6 +157,8 @@ def open_file(file: SourceFile) -> Checkpoint:
             raise UnreadableFileError("the file is empty")
         if file.path.name.endswith(_OF_FOLDERS):
             raise UnknownFormatError("this is a part of a torch.distributed.checkpoint folder; name the folder")
+        if isinstance(file.path, Address) and _PART in file.path.name:
+            raise UnknownFormatError("this is a part of a TensorFlow checkpoint; name its .index file")
         head = file.read(0, min(file.size, _HEAD))
         _check_one_reading(file, head)
         for candidate in FORMATS.of_file(file.path, head):

@@ -17,6 +17,7 @@ from bntool.checkpoints.state_dicts import choose_state_dict
 from bntool.checkpoints.tensors import (
     StoredTensor,
     Tensor,
+    announce,
     count_elements,
     equal_streams,
     has_elements,
@@ -240,6 +241,8 @@ def _compare_sides(
     recorded = _find_frozen(a, one) if as_recorded else ()
     frozen = {_align(f"{name}.", part_a + path_a).removesuffix(".") for name in recorded if name.startswith(part_a)}
     selected = [name for name in every if (name in frozen if frozen else selects(layers, name))]
+    for found in (layers_a, layers_b):
+        announce(tensor for name in selected if name in found for tensor in found[name].tensors.values())
     compared = [
         _compare_layer(name, layers_a.get(name), layers_b.get(name), tensors_a, tensors_b)
         for name in (*selected, *sorted(frozen.difference(selected)))

@@ -127,6 +127,7 @@ def _locate_storages(file: SourceFile, pickle: Pickle, keys: Pickle) -> dict[str
     }
     if not isinstance(keys.root, list):
         raise CorruptFileError("the list of storages is malformed")
+    _announce_counts(file, [references.get(text_of(node) or "") for node in keys.root], keys.end)
     runs: dict[str, StoredRun] = {}
     position = keys.end
     for node in keys.root:
@@ -145,6 +146,17 @@ def _locate_storages(file: SourceFile, pickle: Pickle, keys: Pickle) -> dict[str
         runs[key] = StoredRun(key, count, position + 8, nbytes)
         position += 8 + nbytes
     return runs
+
+
+def _announce_counts(file: SourceFile, references: Sequence[StorageReference | None], start: int) -> None:
+    """Say where the element counts of storages will be, if each has as many as its tensors say."""
+    places, position = [], start
+    for reference in references:
+        if reference is None:
+            break
+        places.append((position, 8))
+        position += 8 + reference.dtype.byte_count(reference.elements)
+    file.announce(places)
 
 
 def _resolve(layout: LegacyLayout, reference: StorageReference) -> Storage:

@@ -18,14 +18,16 @@ from bntool.cli.main import main
 from bntool.errors import UnreachableFileError
 from bntool.reports.inspection import describe_inspection
 from tests.checkpoints.samples import WRITERS, assert_holds, tiny_net
-from tests.places import ROOT, SAMPLES
+from tests.places import INTEROP, ROOT, SAMPLES
 from tests.programs import list_loaded
 from tests.programs.file_server import FileServer, Handler
 from tests.schemas import read_document
 
 
-def serve_folder(server: FileServer, folder: Path) -> None:
-    server.files |= {f"/{path.relative_to(folder)}": path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+def serve_folder(server: FileServer, folder: Path, pattern: str = "**/*") -> None:
+    server.files |= {
+        f"/{path.relative_to(folder)}": path.read_bytes() for path in folder.glob(pattern) if path.is_file()
+    }
 
 
 @pytest.mark.parametrize("name", WRITERS)
@@ -38,6 +40,28 @@ def test_every_format_is_read_from_a_server(name: str, server: FileServer, tmp_p
     with open_checkpoint(f"{server.url}/{path}") as checkpoint:
         assert checkpoint.format.name == name
         assert_holds(checkpoint, tensors)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "keras_bf16.keras",
+        "caffe_tiny_std.caffemodel",  # which has a .prototxt beside it
+        "caffe_tiny_std.caffemodel.h5",
+        "onnx_tiny_ext.onnx",  # whose tensors are in another file
+        "tensorflow/saved_model/variables/variables.index",  # whose graph is in the folder above
+        "exported.pt",
+    ],
+)
+def test_real_files_are_what_they_are_here(name: str, server: FileServer) -> None:
+    serve_folder(server, INTEROP, "tensorflow/saved_model/**/*" if "/" in name else f"{name.partition('.')[0]}*")
+    here, there = (
+        describe_inspection(bntool.inspect(place), every_tensor=True)
+        for place in (INTEROP / name, f"{server.url}/{name}")
+    )
+    there.pop("notes")
+    assert here == there
+    assert here["state_dicts"]
 
 
 def make_large(kind: str) -> bytes:
