@@ -1,12 +1,13 @@
 """Keras models folded by bntool, judged by Keras 3 on its torch backend.
 
 Recorded in tests/fixtures/interop/keras_folding. Without an argument it holds the recorded files against Keras, and
-folds models of keras.applications anew (--zoo does only that). With --record it makes models, folds them, and writes
+folds models of keras.applications anew (--zoo does only that). With --record (and names of some) it makes models, folds them, and writes
 both after Keras has agreed.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import logging
 import os
@@ -37,7 +38,8 @@ from tests.graphs.stored.folding import fold_file
 logging.getLogger("absl").setLevel(logging.ERROR)  # that .h5 is considered legacy
 warnings.filterwarnings("ignore")
 
-REQUIREMENTS = ["torch==2.13.0", "keras==3.15.1", "h5py", "numpy"]
+# spliceai without what it asks for: it is there for its files
+REQUIREMENTS = ["torch==2.13.0", "keras==3.15.1", "h5py", "numpy", "spliceai==1.3.1"]
 RECORDED = Path(__file__).parents[1] / "fixtures" / "interop" / "keras_folding"
 TOLERANCE = 1e-5  # of the largest output
 ZOO = {
@@ -52,6 +54,7 @@ ZOO = {
     "EfficientNetV2B0": (32, ""),
     "InceptionResNetV2": (75, ""),
 }
+IN_BOTH = ("nested", "sequential", "uneven_branches", "time_distributed")
 MODELS: dict[str, Callable[[], Any]] = {}
 
 
@@ -199,6 +202,102 @@ def renorm() -> Any:
     return Model(inputs, bn(layers.Conv2D(4, 3, name="c1")(x), "n1", renorm=True))
 
 
+@case
+def layers_between() -> Any:
+    """What passes a scale and a shift, or gives them as they are; a BatchNorm behind each."""
+    x = inputs = layers.Input((8, 8, 3))
+    x = bn(layers.Dropout(0.3)(layers.Conv2D(4, 3, name="c1", use_bias=False)(x)), "behind_dropout")
+    x = layers.Activation("relu")(x)
+    x = bn(layers.Activation("linear")(layers.Conv2D(4, 1, name="c2")(x)), "behind_linear")
+    x = layers.LeakyReLU()(x)
+    x = bn(layers.SpatialDropout2D(0.2)(layers.AveragePooling2D(2, padding="same")(layers.Conv2D(4, 1, name="c3")(x))),
+           "behind_average")  # fmt: skip
+    x = layers.ReLU()(x)
+    a, b = layers.Conv2D(2, 1, name="c4")(x), layers.Conv2D(2, 1, name="c5", use_bias=False)(x)
+    x = bn(layers.Concatenate()([a, b]), "behind_concatenation")
+    x = layers.Activation("tanh")(x)
+    a, b, c = (layers.Conv2D(4, 1, name=name)(x) for name in ("c6", "c7", "c8"))
+    x = bn(layers.Average()([a, b, c]), "behind_an_average_of_three")
+    x = layers.Activation("sigmoid")(x)
+    a, b = layers.Conv2D(4, 1, name="c9")(x), layers.Conv2D(4, 1, name="c10")(x)
+    x = bn(layers.Subtract()([a, b]), "behind_a_difference")
+    x = layers.Activation("sigmoid")(x)
+    x = bn(layers.UpSampling2D(2, interpolation="bilinear")(layers.Conv2D(4, 1, name="c11")(x)), "behind_interpolation")
+    x = layers.Activation("sigmoid")(x)
+    x = bn(layers.Permute((2, 1, 3))(layers.Conv2D(4, 1, name="c12")(x)), "behind_permutation")
+    x = layers.Activation("sigmoid")(x)
+    x = bn(layers.Cropping2D(1)(layers.Conv2D(4, 1, name="c13")(x)), "behind_cropping")
+    return Model(inputs, layers.Activation("sigmoid")(x))
+
+
+@case
+def readers() -> Any:
+    """BatchNorms that what reads them takes: behind Flatten, pools and by the second half of a SeparableConv."""
+    x = inputs = layers.Input((8, 8, 3))
+    x = layers.Activation("tanh")(x)
+    x = bn(x, "before_separable")
+    x = layers.SeparableConv2D(4, 3, depth_multiplier=2, activation="sigmoid", name="s1")(x)
+    y = bn(x, "before_flatten")
+    y = layers.Dense(5, name="d1")(layers.Dropout(0.5)(layers.Flatten()(y)))
+    z = bn(layers.Activation("sigmoid")(x), "before_global_average")
+    z = layers.Dense(5, name="d2", use_bias=False)(layers.GlobalAveragePooling2D()(z))
+    w = bn(layers.Activation("tanh")(x), "before_padding")  # zeros are no shift
+    w = layers.Flatten()(layers.Conv2D(2, 1, name="c")(layers.ZeroPadding2D(1)(w)))
+    return Model(inputs, layers.Concatenate()([y, z, w]))
+
+
+@case
+def channels_first_readers() -> Any:
+    x = inputs = layers.Input((3, 6, 6))
+    x = layers.Activation("tanh")(x)
+    x = bn(x, "before_separable", axis=1)
+    x = layers.SeparableConv2D(4, 3, data_format="channels_first", activation="sigmoid", name="s1")(x)
+    x = layers.AveragePooling2D(2, data_format="channels_first")(x)
+    x = bn(x, "before_flatten", axis=1)
+    return Model(inputs, layers.Dense(5, name="d1")(layers.Flatten(data_format="channels_first")(x)))
+
+
+@case
+def time_distributed() -> Any:
+    """The layers inside are called for each element of a sequence."""
+    x = inputs = layers.Input((4, 8, 8, 3))
+    x = layers.TimeDistributed(layers.Conv2D(4, 3, use_bias=False), name="c1")(x)
+    x = layers.TimeDistributed(layers.BatchNormalization(), name="n1")(x)
+    x = layers.TimeDistributed(layers.Activation("relu"), name="a1")(x)
+    x = layers.TimeDistributed(layers.Conv2D(4, 1), name="c2")(x)
+    x = bn(x, "n2")
+    x = layers.TimeDistributed(layers.Flatten(), name="f")(x)
+    x = layers.TimeDistributed(layers.Dense(6, use_bias=False), name="d")(x)
+    x = layers.TimeDistributed(layers.Dropout(0.2), name="o")(x)
+    x = layers.TimeDistributed(layers.BatchNormalization(), name="n3")(x)
+    return Model(inputs, x)
+
+
+@case
+def residual_stream() -> Any:
+    """A pre-activation network whose scales are positive, as in SpliceAI."""
+    x = inputs = layers.Input((30, 4))
+    x = layers.Conv1D(4, 1, name="stem")(x)
+    skip = layers.Conv1D(4, 1, name="skip")(x)
+    for number in range(2):
+        y = bn(x, f"positive{number}a")
+        y = layers.Conv1D(4, 3, padding="same", name=f"c{number}a")(layers.Activation("relu")(y))
+        y = bn(y, f"positive{number}b")
+        y = layers.Conv1D(4, 3, padding="same", dilation_rate=2, name=f"c{number}b")(layers.Activation("relu")(y))
+        x = layers.Add()([x, y])
+    skip = layers.Add()([skip, layers.Conv1D(4, 1, name="last")(x)])
+    return Model(inputs, layers.Conv1D(3, 1, activation="softmax", name="out")(layers.Cropping1D(5)(skip)))
+
+
+@case
+def dropout_that_is_on() -> Any:
+    """Told to drop in any case, it is no identity; outputs are random, so that nothing may be compared but the plan."""
+    x = inputs = layers.Input((8, 8, 3))
+    x = layers.Conv2D(4, 3, name="c")(x)
+    x = layers.Dropout(0.0)(x, training=True)
+    return Model(inputs, layers.Activation("sigmoid")(bn(x, "n")))
+
+
 def randomise(model: Any, seed: int) -> None:
     """Weights as after training: statistics that matter, scales of both signs."""
     random = np.random.default_rng(seed)
@@ -207,7 +306,7 @@ def randomise(model: Any, seed: int) -> None:
             for variable in layer.variables:
                 positive = variable.name in ("moving_variance", "moving_stddev", "renorm_stddev")
                 values = random.uniform(0.5, 1.5, variable.shape)
-                if variable.name == "gamma":
+                if variable.name == "gamma" and not layer.name.startswith("positive"):
                     values *= random.choice([-1.0, 1.0], variable.shape, p=[0.1, 0.9])
                 variable.assign(
                     values if positive or variable.name == "gamma" else random.normal(0, 0.3, variable.shape)
@@ -247,19 +346,23 @@ def judge(name: str, model: Any, folder: Path, suffix: str, layout: str) -> dict
     }
 
 
-def record() -> None:
-    facts: dict[str, Any] = {}
+def record(names: list[str]) -> None:
+    """Record the models of these names, or all."""
+    index = RECORDED / "index.json"
+    facts: dict[str, Any] = json.loads(index.read_text()) if names else {}
     RECORDED.mkdir(parents=True, exist_ok=True)
     for old in RECORDED.glob("*.*"):
-        if old.name != "applications.json":
+        if old.name.partition(".")[0] in names or (not names and old.name != "applications.json"):
             old.unlink()
     for seed, (name, build) in enumerate(MODELS.items()):
+        if names and name not in names:
+            continue
         keras.utils.clear_session()
         model = build()
         randomise(model, seed)
-        for suffix in (".keras", ".h5") if name in ("nested", "sequential", "uneven_branches") else (".keras",):
+        for suffix in (".keras", ".h5") if name in IN_BOTH else (".keras",):
             facts[f"{name}.folded{suffix}"] = judge(name, model, RECORDED, suffix, "folded")
-    (RECORDED / "index.json").write_text(json.dumps(facts, indent=1) + "\n")
+    index.write_text(json.dumps(facts, indent=1) + "\n")
 
 
 def check() -> None:
@@ -333,6 +436,24 @@ def weights_alone() -> None:
                 assert fold.plan.layers, name
 
 
+def splice() -> None:
+    """SpliceAI's five networks with their real weights, from the package that ships them (models for research only)."""
+    spec = importlib.util.find_spec("spliceai")  # its own code needs more than its files
+    (place,) = spec.submodule_search_locations
+    for path in sorted((Path(place) / "models").glob("*.h5")):
+        with tempfile.TemporaryDirectory() as folder:
+            target = Path(folder) / path.name
+            plan = fold_file(path, target)
+            sequence = np.random.default_rng(0).integers(0, 4, (1, 10_200))
+            before, after = (
+                np.log(one[0]) for one in (compute(p, [np.eye(4, dtype="f4")[sequence]]) for p in (path, target))
+            )
+        error = float(np.abs(before - after).max() / np.abs(before).max())
+        print(f"{path.name}: {len(plan.folds)} of {len(plan.folds) + len(plan.skips)} folded, error {error:.1e}")
+        assert (len(plan.folds), len(plan.skips)) == (32, 0)
+        assert error <= TOLERANCE
+
+
 def zoo(names: list[str]) -> None:
     target = RECORDED / "applications.json"
     facts: dict[str, Any] = json.loads(target.read_text()) if target.exists() else {}
@@ -355,11 +476,12 @@ def zoo(names: list[str]) -> None:
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--record"]:
-        record()
+        record(sys.argv[2:])
     elif sys.argv[1:2] == ["--zoo"]:
         zoo(sys.argv[2:])
     else:
         check()
         freeze()
+        splice()
         weights_alone()
         zoo([])

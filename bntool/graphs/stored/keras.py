@@ -160,7 +160,7 @@ class _Building:
             return [self._add_other(layer, sources)]
         if layer.kind in _DROPOUTS and training:
             return [self._pass(NodeKind.OTHER, layer, sources[0])]
-        if layer.is_distributed and layer.kind not in _EACH_ELEMENT:
+        if layer.is_distributed and layer.kind not in _DISTRIBUTED:
             return [self._add_other(layer, sources)]
         return [operation(self, layer, sources)]
 
@@ -348,13 +348,14 @@ class _Building:
         value, kind = sources[0], NodeKind.MAX_POOL if "Max" in layer.kind else NodeKind.AVERAGE
         space = int(re.sub(r"\D", "", layer.kind) or 0)
         axis = _find_axis(layer, space)
-        if value.shape is None or len(value.shape) != space + 2 or not _lies_along(value, axis):
+        first = 1 + layer.is_distributed
+        if value.shape is None or len(value.shape) != space + 1 + first or not _lies_along(value, axis, first):
             return self._add_other(layer, sources)
         whole = layer.kind.startswith("Global")
         shape = [Extent(1) if whole else self.builder.unknown() for _ in value.shape]
-        shape[0], shape[axis] = value.shape[0], value.shape[axis]
+        shape[:first], shape[axis] = value.shape[:first], value.shape[axis]
         given = self._pass(kind, layer, value, shape=tuple(shape))
-        return given if not whole or layer.config.get("keepdims") else reshape(given, (shape[0], shape[axis]))
+        return given if not whole or layer.config.get("keepdims") else reshape(given, (*shape[:first], shape[axis]))
 
     def upsample(self, layer: KerasLayer, sources: Sequence[Value]) -> Value:
         """Interpolation whose weights sum to one."""
@@ -372,10 +373,11 @@ class _Building:
     def _move(self, kind: NodeKind, layer: KerasLayer, sources: Sequence[Value]) -> Value:
         value, space = sources[0], int(layer.kind[-2])
         axis = _find_axis(layer, space)
-        if value.shape is None or len(value.shape) != space + 2 or not _lies_along(value, axis):
+        first = 1 + layer.is_distributed
+        if value.shape is None or len(value.shape) != space + 1 + first or not _lies_along(value, axis, first):
             return self._add_other(layer, sources)
         shape = list(self.builder.unknowns(len(value.shape)))
-        shape[0], shape[axis] = value.shape[0], value.shape[axis]
+        shape[:first], shape[axis] = value.shape[:first], value.shape[axis]
         return self._pass(kind, layer, value, shape=tuple(shape))
 
     def join(self, layer: KerasLayer, sources: Sequence[Value]) -> Value:
@@ -401,13 +403,13 @@ class _Building:
 
     def flatten(self, layer: KerasLayer, sources: Sequence[Value]) -> Value:
         """All axes but the first become one, channels last."""
-        value = sources[0]
-        if value.shape is None or not value.shape:
+        value, first = sources[0], 1 + layer.is_distributed
+        if value.shape is None or len(value.shape) < first:
             return self._add_other(layer, sources)
-        if layer.config.get("data_format") == "channels_first" and len(value.shape) > 1:
-            value = transpose(value, (0, *range(2, len(value.shape)), 1))
+        if layer.config.get("data_format") == "channels_first" and len(value.shape) > first:
+            value = transpose(value, (*range(first), *range(first + 1, len(value.shape)), first))
         shape = value.shape or ()
-        return reshape(value, (shape[0], size_of(shape[1:])))
+        return reshape(value, (*shape[:first], size_of(shape[first:])))
 
     def reshape(self, layer: KerasLayer, sources: Sequence[Value]) -> Value:
         """Each sample in another shape."""
@@ -431,10 +433,10 @@ def _find_axis(layer: KerasLayer, space: int) -> int:
     return -(space + 1) if layer.config.get("data_format") == "channels_first" else _LAST
 
 
-def _lies_along(value: Value, axis: int) -> bool:
-    """Whether channels lie along no other axis than this and that of the samples."""
+def _lies_along(value: Value, axis: int, first: int) -> bool:
+    """Whether channels lie along no other axis than this and the first ones."""
     rank = len(value.shape or ())
-    return value.spread is None and all(one in (0, axis % rank) for one in value.axes)
+    return value.spread is None and all(one < first or one == axis % rank for one in value.axes)
 
 
 def _normalise(axis: object, rank: int | None, *, first: int) -> int:
@@ -451,7 +453,8 @@ def _normalise(axis: object, rank: int | None, *, first: int) -> int:
 _POOLS = tuple(f"{kind}{digit}D" for kind in ("MaxPooling", "AveragePooling", "GlobalMaxPooling",
                                               "GlobalAveragePooling") for digit in "123")  # fmt: skip
 _JOINING = ("Add", "Subtract", "Average", "Multiply", "Concatenate")
-_EACH_ELEMENT = (*_DROPOUTS, "Activation", "ReLU", "LeakyReLU", "ActivityRegularization")
+_MOVED = tuple(f"{kind}{digit}D" for kind in ("UpSampling", "ZeroPadding", "Cropping") for digit in "123")
+_DISTRIBUTED = (*_DROPOUTS, *_POOLS, *_MOVED, "Activation", "ReLU", "LeakyReLU", "ActivityRegularization", "Flatten")
 _LAYERS: Mapping[str, Callable[[_Building, KerasLayer, Sequence[Value]], Value]] = {
     **dict.fromkeys((*_DROPOUTS, "ActivityRegularization", "Identity"), _Building.same),
     **dict.fromkeys(_POOLS, _Building.pool),
