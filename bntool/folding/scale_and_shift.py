@@ -10,12 +10,13 @@ import numpy as np
 
 from bntool.batchnorm import STATISTICS, VECTORS
 from bntool.checkpoints.checkpoint import StateDict
+from bntool.checkpoints.dtypes import FLOAT32
 from bntool.checkpoints.tensors import LiteralTensor, read_numbers
 from bntool.errors import UsageError
 from bntool.folding.absorption import Absorption, Array, Blocked
 from bntool.folding.producers import read_parameter
 from bntool.folding.transforms.channel_transforms import Transform
-from bntool.graphs.graph import ModelGraph, Node, Owner
+from bntool.graphs.graph import Evidence, ModelGraph, Node, Owner
 from bntool.plan import SetTensor, SkipReason, Step, Values
 from bntool.representation import format_number
 
@@ -169,18 +170,34 @@ def read_scale_and_shift(
     for role, vector in numbers.items():
         if not np.isfinite(vector).all():
             raise Blocked(SkipReason.NOT_FINITE, f"{role} holds NaN or infinity")
-    lowest = float(numbers["running_var"].min(initial=np.inf))
-    if lowest < -_SLIGHTLY or (lowest < 0 and lowest + eps <= 0):
-        raise Blocked(SkipReason.NEGATIVE_VARIANCE, f"running_var is as low as {format_number(lowest)}")
-    if lowest + eps <= 0:
-        raise Blocked(SkipReason.NEGATIVE_VARIANCE, f"running_var + eps is {format_number(lowest + eps)}")
-    # as in bntool.batchnorm.scale_and_shift, for all channels at once
-    scale = numbers.get("weight", np.ones(1)) / np.sqrt(numbers["running_var"] + eps)
-    shift = numbers.get("bias", np.zeros(1)) - numbers["running_mean"] * scale
     dtype = state_dict.tensor(node.parameters["running_var"]).dtype
+    lowest = float(numbers["running_var"].min(initial=np.inf))
+    added = _check_variance(lowest, eps, rounds=dtype is FLOAT32 and graph.evidence is Evidence.STORED)
+    # as in bntool.batchnorm.scale_and_shift, for all channels at once
+    scale = numbers.get("weight", np.ones(1)) / np.sqrt(numbers["running_var"] + added)
+    shift = numbers.get("bias", np.zeros(1)) - numbers["running_mean"] * scale
     stored = LiteralTensor.from_numbers([1 - eps], dtype=dtype, shape=(1,))
     (variance,) = read_numbers(stored)
     return ScaleAndShift(node, dict(node.parameters), scale, shift, variance, eps, is_below_zero=lowest < 0)
+
+
+def _check_variance(lowest: float, eps: float, *, rounds: bool) -> float:
+    """What is added to the variances.
+
+    Args:
+        lowest: of them.
+        rounds: a runtime of float32 adds it.
+
+    Raises:
+        Blocked: one is negative, or zero, with it.
+    """
+    if lowest < -_SLIGHTLY or (lowest < 0 and lowest + eps <= 0):
+        raise Blocked(SkipReason.NEGATIVE_VARIANCE, f"running_var is as low as {format_number(lowest)}")
+    # where it cancels a variance, its rounding is what is left
+    added = float(np.float32(eps)) if lowest < 0 and rounds else eps
+    if lowest + added <= 0:
+        raise Blocked(SkipReason.NEGATIVE_VARIANCE, f"running_var + eps is {format_number(lowest + added)}")
+    return added
 
 
 def _check_uses(calls: Sequence[Node], graph: ModelGraph) -> None:

@@ -87,14 +87,75 @@ scale0 Scale bn0 scale0 3 scale_param{bias_term:true}
 conv1 Convolution scale0 conv1 4,3,3,3 convolution_param{num_output:4 kernel_size:3 bias_term:false}
 relu1 ReLU conv1 conv1
 """,
+    "layers_between": """
+conv1 Convolution data conv1 4,3,1,1 convolution_param{num_output:4 kernel_size:1 bias_term:false}
+drop1 Dropout conv1 conv1
+bn1 BatchNorm conv1 conv1 4
+scale1 Scale conv1 conv1 4 scale_param{bias_term:true}
+relu1 ReLU conv1 relu1
+conv2 Convolution relu1 conv2 4,4,1,1 convolution_param{num_output:4 kernel_size:1 bias_term:false}
+times2 Scale conv2 times2 4 scale_param{bias_term:true}
+bn2 BatchNorm times2 bn2 4
+scale2 Scale bn2 scale2 4 scale_param{bias_term:true}
+sig2 Sigmoid scale2 sig2
+conv3 Convolution sig2 conv3 2,4,1,1 convolution_param{num_output:2 kernel_size:1}
+conv4 Convolution sig2 conv4 2,4,1,1 convolution_param{num_output:2 kernel_size:1 bias_term:false}
+joined Concat conv3,conv4 joined
+bn3 BatchNorm joined bn3 4
+scale3 Scale bn3 scale3 4 scale_param{bias_term:true}
+sig3 Sigmoid scale3 sig3
+conv5 Convolution sig3 conv5 4,4,1,1 convolution_param{num_output:4 kernel_size:1}
+conv6 Convolution sig3 conv6 4,4,1,1 convolution_param{num_output:4 kernel_size:1}
+sum5 Eltwise conv5,conv6 sum5 - eltwise_param{operation:SUM coeff:0.5 coeff:-2}
+pool5 Pooling sum5 pool5 - pooling_param{pool:AVE kernel_size:2 stride:1}
+bn5 BatchNorm pool5 bn5 4
+scale5 Scale bn5 scale5 4 scale_param{bias_term:true}
+sig5 Sigmoid scale5 sig5
+conv7 Convolution sig5 conv7 4,4,1,1 convolution_param{num_output:4 kernel_size:1}
+part Slice conv7 p1,p2 - slice_param{slice_point:1}
+bn7 BatchNorm p1 bn7 1
+scale7 Scale bn7 scale7 1 scale_param{bias_term:true}
+bn8 BatchNorm p2 bn8 3
+scale8 Scale bn8 scale8 3 scale_param{bias_term:true}
+again Concat scale7,scale8 again
+power Power again power - power_param{scale:-0.5}
+bn9 BatchNorm power bn9 4
+scale9 Scale bn9 scale9 4 scale_param{bias_term:true}
+""",
+    "variance_below_zero": """
+conv1 Convolution data conv1 4,3,3,3 convolution_param{num_output:4 kernel_size:3 pad:1 bias_term:false}
+below BatchNorm conv1 conv1 4
+scale1 Scale conv1 conv1 4 scale_param{bias_term:true}
+relu1 ReLU conv1 conv1
+""",
+    "stays_between": """
+conv1 Convolution data conv1 4,3,1,1 convolution_param{num_output:4 kernel_size:1 bias_term:false}
+pool1 Pooling conv1 pool1 - pooling_param{pool:AVE kernel_size:3 stride:1 pad:1}
+bn1 BatchNorm pool1 bn1 4
+scale1 Scale bn1 scale1 4 scale_param{bias_term:true}
+sig1 Sigmoid scale1 sig1
+conv2 Convolution sig1 conv2 4,4,1,1 convolution_param{num_output:4 kernel_size:1}
+most Eltwise conv2,sig1 most - eltwise_param{operation:MAX}
+bn2 BatchNorm most bn2 4
+scale2 Scale bn2 scale2 4 scale_param{bias_term:true}
+sig2 Sigmoid scale2 sig2
+conv3 Convolution sig2 conv3 4,4,1,1 convolution_param{num_output:4 kernel_size:1}
+product Eltwise conv3,sig2 product - eltwise_param{operation:PROD}
+bn3 BatchNorm product bn3 4
+scale3 Scale bn3 scale3 4 scale_param{bias_term:true}
+sig3 Sigmoid scale3 sig3
+""",
 }
+# whose position is the seed of the weights
+ORDER = ["deconvolution_and_inner_product", "flattened", "forward", "in_place", "left_alone", "new_tops", "split",
+         "layers_between", "stays_between", "variance_below_zero"]  # fmt: skip
 HEAD = 'name: "net"\ninput: "data"\ninput_shape { dim: 2 dim: 3 dim: 5 dim: 5 }\n# made for tests\n'
 _LINE = re.compile(r"(\S+) (\S+) (\S+) (\S+)(?: (\S+))?(?: (.+))?")
 
 
 def make(name: str, folder: Path) -> Path:
     """Write a net with random weights as ``.prototxt`` and ``.caffemodel``."""
-    random = np.random.default_rng(sorted(NETS).index(name))
+    random = np.random.default_rng(ORDER.index(name))
     text, model = HEAD, b"".join(embed(1, b"net"))
     for line in NETS[name].strip().splitlines():
         layer, kind, bottoms, tops, shape, parameters = _LINE.fullmatch(line).groups()
@@ -106,7 +167,12 @@ def make(name: str, folder: Path) -> Path:
         pieces = [*embed(1, layer.encode()), *embed(2, kind.encode())]
         pieces += [p for b in bottoms.split(",") for p in embed(3, b.encode())]
         pieces += [p for t in tops.split(",") for p in embed(4, t.encode())]
-        for blob in _blobs(kind, shape, parameters or "", random):
+        blobs = _blobs(kind, shape, parameters or "", random)
+        if (
+            layer == "below"
+        ):  # as in the MobileNet that is widely used: rounding made it negative, eps makes it positive
+            blobs[1][1], blobs[2][0] = -9.9998997e-06, 1.0
+        for blob in blobs:
             pieces += embed(7, *embed(7, packed_integers(1, blob.shape)), *embed(5, blob.astype("<f4").tobytes()))
         pieces += _parameters(kind, parameters or "")
         model += b"".join(embed(100, *pieces))

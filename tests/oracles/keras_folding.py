@@ -1,8 +1,8 @@
 """Keras models folded by bntool, judged by Keras 3 on its torch backend.
 
 Recorded in tests/fixtures/interop/keras_folding. Without an argument it holds the recorded files against Keras, and
-folds models of keras.applications anew (--zoo does only that). With --record (and names of some) it makes models, folds them, and writes
-both after Keras has agreed.
+folds models of keras.applications anew (--zoo does only that). With --record, and names of some or none, it makes
+models, folds them, and writes both after Keras has agreed.
 """
 
 from __future__ import annotations

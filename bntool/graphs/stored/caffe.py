@@ -130,9 +130,8 @@ class _Building:
 
     def _pass(self, kind: NodeKind, layer: Layer, value: Value, *, shape: Shape | None = None, **facts: Any) -> Value:
         """A layer that gives each channel anew."""
-        reads = [key for key in self._reads(layer) if key not in facts.get("parameters", {}).values()]
         facts = {**self._facts(layer), **facts}
-        return self.builder.add_elementwise(kind, layer.type, value, shape=shape, reads=reads, **facts)
+        return self.builder.add_elementwise(kind, layer.type, value, shape=shape, reads=self._reads(layer), **facts)
 
     # layers with blobs
 
@@ -223,14 +222,17 @@ class _Building:
         plain = all(self.tensors[key].dtype in FLOATS for key in own.values())
         if place != (1, 1) or not own or not fits or not plain or value.spread is not None:
             return self._add_other(layer, [value])[0]
+        facts = self._facts(layer)
         if "weight" in own:
             tensor = self.tensors[own["weight"]]
             factors = tuple(to_float64(read_bytes(tensor), tensor.dtype).tolist())
-            value = self._pass(
-                NodeKind.CHANNELWISE, layer, value, factors=factors if np.isfinite(factors).all() else ()
+            factors = factors if np.isfinite(factors).all() else ()
+            value = self.builder.add_elementwise(
+                NodeKind.CHANNELWISE, layer.type, value, reads=[own["weight"]], factors=factors, **facts
             )
         if "bias" in own:
-            value = self._pass(NodeKind.BIAS, layer, value, parameters={"bias": own["bias"]})
+            parameters = {"bias": own["bias"]}
+            value = self.builder.add_elementwise(NodeKind.BIAS, layer.type, value, parameters=parameters, **facts)
         return value
 
     # layers without blobs
