@@ -50,6 +50,7 @@ PARAMETERS: Mapping[str, tuple[int, Mapping[str, int]]] = {
     "scale_param": (142, {"axis": 1, "num_axes": 2, "bias_term": 4}),
     "bias_param": (141, {"axis": 1, "num_axes": 2}),
     "concat_param": (104, {"concat_dim": 1, "axis": 2}),
+    "dropout_param": (108, {"dropout_ratio": 1}),
     "eltwise_param": (110, {"operation": 1, "coeff": 2}),
     "flatten_param": (135, {"axis": 1, "end_axis": 2}),
     "pooling_param": (121, {"pool": 1, "pad": 4, "pad_h": 9, "pad_w": 10, "global_pooling": 12}),
@@ -59,15 +60,17 @@ PARAMETERS: Mapping[str, tuple[int, Mapping[str, int]]] = {
 }
 V1_PARAMETERS = {
     "convolution_param": 10, "inner_product_param": 17, "concat_param": 9, "eltwise_param": 24, "pooling_param": 19,
-    "power_param": 21, "slice_param": 31,
+    "power_param": 21, "slice_param": 31, "dropout_param": 12,
 }  # fmt: skip
-_FLOATS = ("moving_average_fraction", "eps", "power", "scale", "shift")
+_FLOATS = ("moving_average_fraction", "eps", "power", "scale", "shift", "dropout_ratio")
 _BOOLEANS = ("bias_term", "use_global_stats", "transpose", "global_pooling")
 WORDS: Mapping[str, tuple[str, ...]] = {  # what numbers stand for
     "operation": ("PROD", "SUM", "MAX"),
     "pool": ("MAX", "AVE", "STOCHASTIC"),
 }
 LISTS = ("coeff", "slice_point")
+UNKNOWN = "unknown"  # a parameter that stands for all that are not listed above, of messages where any may matter
+WHOLE = ("dropout_param", "eltwise_param")
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,6 +193,8 @@ def _read_parameters(
     layer: Message, name: str, number: int, fields: Mapping[str, int], found: dict[str, Number]
 ) -> None:
     for message in layer.messages(number):  # parts of a singular message are merged, the last value of each field wins
+        if name in WHOLE and any(one.number not in fields.values() for one in message.fields):
+            found[f"{name}.{UNKNOWN}"] = True
         for key, inner in fields.items():
             if message.last(inner) is None:
                 continue

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-from bntool.checkpoints.caffe.layers import LISTS, PARAMETERS, WORDS, Layer, Number
+from bntool.checkpoints.caffe.layers import LISTS, PARAMETERS, UNKNOWN, WHOLE, WORDS, Layer, Number
 from bntool.checkpoints.files import SourceFile, quote
 from bntool.errors import CorruptFileError, UnsafeFileError
 
@@ -194,6 +194,8 @@ def _as_layer(index: int, text: TextField) -> Layer:
     parameters: dict[str, Number] = {}
     for name, (_, fields) in PARAMETERS.items():
         for message in text.all(name):
+            if name in WHOLE and any(one.name not in fields for one in message.fields):
+                parameters[f"{name}.{UNKNOWN}"] = True
             for key in fields:
                 values = message.values(key)
                 if values and key in WORDS:

@@ -13,7 +13,7 @@ import numpy as np
 from bntool.batchnorm import DEFAULT_EPS
 from bntool.checkpoints.arrays import to_float64
 from bntool.checkpoints.caffe.blobs import CaffeContent
-from bntool.checkpoints.caffe.layers import Layer, blobs_of
+from bntool.checkpoints.caffe.layers import UNKNOWN, Layer, blobs_of
 from bntool.checkpoints.caffe.writing import find_renaming
 from bntool.checkpoints.checkpoint import Checkpoint
 from bntool.checkpoints.files import quote
@@ -238,7 +238,9 @@ class _Building:
     # layers without blobs
 
     def same(self, layer: Layer, sources: Sequence[Value]) -> list[Value]:
-        """What it reads."""
+        """What it reads; a Dropout of a fork may scale, or drop when it is tested, too."""
+        if f"dropout_param.{UNKNOWN}" in layer.parameters:
+            return self.other(layer, sources)
         return [sources[0] for _ in layer.tops]
 
     def other(self, layer: Layer, sources: Sequence[Value]) -> list[Value]:
@@ -258,7 +260,8 @@ class _Building:
         facts = self._facts(layer)
         if operation == "PROD" and len(sources) == 2:
             return [self.builder.add_joint(NodeKind.GATE, layer.type, sources[0], sources[1], **facts)]
-        if operation != "SUM" or not isinstance(coefficients, tuple) or len(coefficients) != len(sources):
+        known = f"eltwise_param.{UNKNOWN}" not in layer.parameters
+        if operation != "SUM" or not known or not isinstance(coefficients, tuple) or len(coefficients) != len(sources):
             return self._add_other(layer, sources)
         total, factor = sources[0], float(coefficients[0])
         for value, other in zip(sources[1:], coefficients[1:], strict=True):

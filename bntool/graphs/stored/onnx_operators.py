@@ -421,7 +421,10 @@ def _scale(call: Call, position: int, value: Value, *, inverse: bool) -> list[Va
     numbers = by_channel(constant, value)
     if numbers is None:
         return call.pass_on(NodeKind.CHANNELWISE, value=value, shape=shape)
-    numbers = 1 / numbers if inverse else numbers
+    with np.errstate(over="ignore"):
+        numbers = 1 / numbers if inverse else numbers
+    if not np.isfinite(numbers).all():
+        return call.pass_on(NodeKind.CHANNELWISE, value=value, shape=shape)
     factors = tuple(numbers.tolist()) if np.any(numbers != numbers[:1]) else (float(numbers[0]),)
     return call.pass_on(NodeKind.CHANNELWISE, value=value, shape=shape, factors=factors)
 

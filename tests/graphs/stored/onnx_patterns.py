@@ -864,8 +864,8 @@ def quantised_by_a_computed_scale() -> Pattern:
     return one
 
 
-def run(path: Path) -> list[np.ndarray]:
-    """What onnxruntime computes without optimisations, on random inputs."""
+def run(path: Path, *, next_to: bool = False) -> list[np.ndarray]:
+    """What onnxruntime computes without optimisations, on random inputs, or on the floats next to them."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -875,8 +875,9 @@ def run(path: Path) -> list[np.ndarray]:
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     random = np.random.default_rng(7)
     kinds = {"tensor(float)": "f4", "tensor(double)": "f8"}
-    feed = {
-        one.name: random.normal(size=[e if isinstance(e, int) else 6 for e in one.shape]).astype(kinds[one.type])
-        for one in session.get_inputs()
-    }
+    feed = {}
+    for one in session.get_inputs():
+        drawn = random.normal(size=[extent if isinstance(extent, int) else 6 for extent in one.shape])
+        values = drawn.astype(kinds[one.type])
+        feed[one.name] = np.nextafter(values, np.ones_like(values) * 9) if next_to else values
     return list(session.run(None, feed))
