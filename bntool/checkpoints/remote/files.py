@@ -116,8 +116,9 @@ class RangedFile(_RemoteSource):
                 for (start, _), future in zip(wanted, futures, strict=True):
                     self._ranges.add(start, future.result())
                     self._transfers.check_pace(began)
-            except BaseException:
-                pool.shutdown(cancel_futures=True)
+            except BaseException:  # also where the user interrupts it: nobody waits for the rest
+                pool.shutdown(wait=False, cancel_futures=True)
+                self._transfers.give_up()
                 raise
 
     def _read_once(self, offset: int, length: int) -> bytes:

@@ -86,7 +86,9 @@ class HttpClient:
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
         self._idle: dict[tuple[str, str, int], list[_Connection]] = {}
+        self._busy: set[_Connection] = set()
         self._lock = threading.Lock()
+        self._is_given_up = False
 
     @contextlib.contextmanager
     def ask(
@@ -136,18 +138,29 @@ class HttpClient:
 
     def _connect(self, target: _Target, ips: list[str]) -> _Connection:
         with self._lock:
+            if self._is_given_up:
+                raise UnreachableFileError("the server is not asked any more")
             kept = self._idle.get(target.place, [])
-            if kept:
-                return kept.pop()
-        return _Connection(target, ips)
+            connection = kept.pop() if kept else _Connection(target, ips)
+            self._busy.add(connection)
+        return connection
 
     def _give_back(self, target: _Target, connection: _Connection, *, usable: bool) -> None:
         response = connection.last
+        with self._lock:
+            self._busy.discard(connection)
         if usable and response is not None and response.isclosed() and connection.sock is not None:
             with self._lock:
                 self._idle.setdefault(target.place, []).append(connection)
         else:
             connection.end()
+
+    def give_up(self) -> None:
+        """End what other threads wait for, and ask nothing any more."""
+        with self._lock:
+            self._is_given_up = True
+            for connection in self._busy:
+                connection.cut()
 
     def close(self) -> None:
         """Close all connections."""

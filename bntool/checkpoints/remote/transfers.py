@@ -239,6 +239,10 @@ class Transfers:
         self.received = file.tell()
         return file
 
+    def give_up(self) -> None:
+        """End all questions that other threads ask."""
+        self._client.give_up()
+
     def close(self) -> None:
         """Close all connections."""
         self._client.close()

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import time
 from collections.abc import Callable
 
 import pytest
+import torch
 
 from bntool.checkpoints.addresses import Address
 from bntool.checkpoints.remote import http
@@ -173,6 +175,30 @@ def test_one_that_fails_once_is_asked_again(server: FileServer) -> None:
 
     server.behave = behave
     assert main(["inspect", f"{server.url}/net.pt", "--quiet"]) == 0
+
+
+def test_one_range_that_fails_ends_those_that_are_on_their_way(server: FileServer, capsys) -> None:
+    """Headers of records are fetched together; nobody waits for the slow ones when one is refused."""
+    data = server.files["/net.pt"] = make_archive()
+
+    def behave(handler: Handler, _: bytes) -> bool:
+        start, _end = handler.read_range(len(data))
+        if 0 < start < len(data) // 2:
+            handler.answer(403, b"")
+            return True
+        return 0 < start < len(data) - 70_000 and silent(handler, data)
+
+    server.behave = behave
+    began = time.monotonic()
+    assert main(["inspect", f"{server.url}/net.pt"]) == 3
+    assert "those who may have it" in capsys.readouterr().err
+    assert time.monotonic() - began < 9
+
+
+def make_archive() -> bytes:
+    stream = io.BytesIO()
+    torch.save([torch.zeros(30_000) for _ in range(6)], stream)
+    return stream.getvalue()
 
 
 def test_one_that_is_slow_in_all_is_given_up(server: FileServer, monkeypatch, capsys) -> None:
