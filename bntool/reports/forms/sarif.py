@@ -55,7 +55,8 @@ def draw(report: Report) -> str:
 def _locate(problem: Problem) -> dict[str, Any]:
     path = Path(problem.file)
     uri = path.as_uri() if path.is_absolute() else quote(path.as_posix())
-    location: dict[str, Any] = {"physicalLocation": {"artifactLocation": {"uri": uri}}}
+    # code scanning of GitHub asks for a line, which a checkpoint does not have
+    location: dict[str, Any] = {"physicalLocation": {"artifactLocation": {"uri": uri}, "region": {"startLine": 1}}}
     if problem.layer:
         location["logicalLocations"] = [{"fullyQualifiedName": problem.layer, "kind": "module"}]
     return location

@@ -64,6 +64,7 @@ def test_sarif_has_what_the_standard_requires(capsys: pytest.CaptureFixture[str]
         assert rules[result["ruleIndex"]] == result["ruleId"]
         uri = result["locations"][0]["physicalLocation"]["artifactLocation"]["uri"]
         assert re.fullmatch(r"[A-Za-z0-9\-._~:/?#@!$&'()*+,;=%]+", uri)  # RFC 3986
+        assert result["locations"][0]["physicalLocation"]["region"] == {"startLine": 1}
     layers = {
         one["logicalLocations"][0]["fullyQualifiedName"]
         for r in one["results"]
