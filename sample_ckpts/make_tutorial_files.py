@@ -1,6 +1,6 @@
 """Write what the tutorial works on into the folder ``tutorial``: ``python sample_ckpts/make_tutorial_files.py``.
 
-- ``lightning.ckpt``: a checkpoint as Lightning lays it out, with an EMA of the model whose statistics were never copied.
+- ``lightning.ckpt``: a checkpoint as Lightning lays it out, with an EMA whose statistics were never copied.
 - ``swa.pt``: weights averaged by torch.optim.swa_utils; update_bn was forgotten.
 - ``finetuned.pt``: trained on with the statistics kept.
 - ``flat.pt``: a model and its EMA in one dict, as ``net.`` and ``ema.``.
