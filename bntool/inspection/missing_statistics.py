@@ -12,8 +12,13 @@ from bntool.graphs.architectures.recognition import recognise
 from bntool.inspection.findings import Finding, FindingCode, Severity
 
 _NAMED = re.compile(r"(?:^|[._\d])(?:bn|batch_?norm)", re.IGNORECASE)  # in the name of a layer
+_OF_OTHERS = re.compile(r"(?:^|[._\d])(?:gn|ln|(?:group|layer|rms)_?norm)(?:[._\d]|$)", re.IGNORECASE)
 _COUNTER = "num_batches_tracked"
 _HALVES = (*STATISTICS, _COUNTER)
+_WAY_OUT = (
+    "an [[ignore]] of statistics-missing in bntool.toml says so to a gate, and a file of the whole module "
+    "(torch.save(model)) says it by itself"
+)
 _CONVOLUTION = 3  # dimensions of a weight from which on it is one
 _LISTED = 3
 
@@ -23,7 +28,7 @@ def find_missing_statistics(state_dict: StateDict, norms: Sequence[BatchNorm]) -
 
     What a LayerNorm has, weight and bias, a BatchNorm has, too, where only the parameters were saved. It is taken for
     one where its name says so or where its architecture is recognised; it may be one where a convolution of as many
-    channels stands before most of such layers.
+    channels stands before most of such layers, unless their names say that they are GroupNorms or LayerNorms.
 
     Args:
         norms: all normalisation layers of the state dict.
@@ -33,7 +38,8 @@ def find_missing_statistics(state_dict: StateDict, norms: Sequence[BatchNorm]) -
     if halves:
         message = f"a part of the statistics of {_list(halves)} is missing: a BatchNorm has {' and '.join(STATISTICS)}"
         findings.append(_make(Severity.WARNING, message, halves))
-    doubtful = [norm for norm in norms if norm.kind is NormKind.NORM_WITHOUT_STATISTICS and not norm.class_path]
+    without = [norm for norm in norms if norm.kind is NormKind.NORM_WITHOUT_STATISTICS and not norm.class_path]
+    doubtful = [norm for norm in without if not _OF_OTHERS.search(norm.name)]
     if not doubtful:
         return findings
     behind = set(_find_behind_convolutions(state_dict, doubtful))
@@ -57,7 +63,8 @@ def find_missing_statistics(state_dict: StateDict, norms: Sequence[BatchNorm]) -
         )
         left_open = f"{count} layer{'s' * (count > 1)} that may be a BatchNorm without its statistics"
         finding = _make(Severity.NOTICE, message, sorted(behind))
-        findings.append(dataclasses.replace(finding, leaves_open=left_open))
+        advice = f"{finding.advice}. If they are GroupNorms or LayerNorms, {_WAY_OUT}"
+        findings.append(dataclasses.replace(finding, leaves_open=left_open, advice=advice))
     return findings
 
 

@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import bntool
+from bntool.inspection.configuration import read_configuration
 from bntool.inspection.findings import FindingCode, Severity
 from bntool.inspection.verdict import Health
 from tests.benchmarks.inspection import resnet50_state
@@ -85,6 +86,32 @@ def test_module_versions_tell_a_group_norm(tmp_path: Path) -> None:
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.GroupNorm(2, 8))
     assert bntool.inspect(save(model, tmp_path, "state_dict")).verdict.health is Health.NO_BATCH_NORM
     assert bntool.inspect(save(model, tmp_path, "safetensors")).verdict.health is Health.NOT_JUDGED
+
+
+@pytest.mark.parametrize(
+    "name", ["gn1", "layers.3.gn", "ln_1", "stem_ln", "group_norm", "LayerNorm", "block.norm.groupnorm2"]
+)
+def test_names_tell_a_group_norm(name: str, tmp_path: Path) -> None:
+    tensors = {"conv.weight": torch.randn(8, 3, 3, 3), f"{name}.weight": torch.ones(8), f"{name}.bias": torch.zeros(8)}
+    torch.save(tensors, tmp_path / "p.pt")
+    inspection = bntool.inspect(tmp_path / "p.pt")
+    assert inspection.verdict.health is Health.NO_BATCH_NORM
+    assert not inspection.fails_on(Severity.WARNING)
+
+
+@pytest.mark.parametrize("name", ["norm1", "aligned", "sign", "0", "bgn"])
+def test_other_names_leave_it_open_and_the_way_out_is_said(name: str, tmp_path: Path) -> None:
+    tensors = {"conv.weight": torch.randn(8, 3, 3, 3), f"{name}.weight": torch.ones(8), f"{name}.bias": torch.zeros(8)}
+    torch.save(tensors, tmp_path / "p.pt")
+    inspection = bntool.inspect(tmp_path / "p.pt")
+    assert inspection.verdict.health is Health.NOT_JUDGED
+    (finding,) = inspection.state_dicts[0].findings
+    assert "[[ignore]] of statistics-missing in bntool.toml" in finding.advice
+    ignore = "[[ignore]]\nfindings = ['statistics-missing']\nreason = 'GroupNorms'\n"
+    (tmp_path / "bntool.toml").write_text(ignore)
+    configuration = read_configuration(tmp_path / "bntool.toml")
+    told = bntool.inspect(tmp_path / "p.pt", configuration=configuration)
+    assert not told.fails_on(Severity.WARNING)
 
 
 @pytest.mark.parametrize("kept", ["running_mean", "running_var", "num_batches_tracked"])
