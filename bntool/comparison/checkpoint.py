@@ -38,6 +38,7 @@ _SHOWN = 6  # layers named in a repr
 _SETTINGS = ("momentum", "training", "affine", "track_running_stats")
 _SET_BY_FREEZE = ("training", "requires_grad")
 _SAID = (EpsSource.MODULE, EpsSource.PROTOTXT)  # by the file itself
+_PROGRAMS = ("onnx.",)
 _WITHOUT_COUNTER = ("onnx.", "caffe.", "keras.", "tensorflow.")  # whose BatchNorm counts no batches
 
 
@@ -389,10 +390,14 @@ def _compare_settings(a: BatchNorm, b: BatchNorm) -> dict[str, tuple[object, obj
 
 def _list_settings(layer: BatchNorm) -> dict[str, object]:
     settings: dict[str, object] = {name: layer.attributes[name] for name in _SETTINGS if name in layer.attributes}
-    affine = [layer.tensors.get(role) for role in ("weight", "bias")]
-    gradients = {t.requires_grad for t in affine if isinstance(t, StoredTensor) and t.is_parameter} - {None}
-    if len(gradients) == 1:
-        settings["requires_grad"] = gradients.pop()
+    if layer.class_path.startswith(_PROGRAMS) and "training" in settings:
+        settings["training_mode"] = settings.pop("training")  # no switch of train(): it is part of what a node computes
+    affine = {role: layer.tensors.get(role) for role in ("weight", "bias")}
+    gradients = {r: t.requires_grad for r, t in affine.items() if isinstance(t, StoredTensor) and t.is_parameter}
+    told = {value for value in gradients.values() if value is not None}
+    if told:
+        only = ", ".join(role for role, value in gradients.items() if value)
+        settings["requires_grad"] = told.pop() if len(told) == 1 else f"{only} only"
     if layer.eps is not None and layer.eps_source in _SAID:
         settings["eps"] = layer.eps
     if layer.class_path:

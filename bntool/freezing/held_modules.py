@@ -141,10 +141,13 @@ def can_carry(module: nn.Module) -> bool:
 
 def hold(module: nn.Module) -> None:
     """Keep a module and all below it in eval mode."""
-    swap_class(module)
-    vars(module).setdefault(HOLD, {"asked": None})
+    if not isinstance(module, torch.jit.ScriptModule):
+        swap_class(module)
+        vars(module).setdefault(HOLD, {"asked": None})
     for _, inner in walk_modules(module):
         inner.training = False
+        if isinstance(inner, torch.jit.ScriptModule):  # compiled since, with the forward of a held one
+            continue
         if _make_forward(original_class(type(inner))) is not None:  # for a script, each is held by itself
             swap_class(inner)
             vars(inner).setdefault(HOLD, {"asked": None})

@@ -272,6 +272,15 @@ def test_everything_that_files_say_of_a_layer_is_compared(tmp_path, changes, set
     assert met(a, b) == met_by
 
 
+def test_requires_grad_of_one_parameter_is_compared(tmp_path):
+    model = torch.nn.Sequential(torch.nn.BatchNorm2d(4))
+    torch.save(model, tmp_path / "a.pt")
+    model[0].weight.requires_grad_(False)
+    torch.save(model, tmp_path / "b.pt")
+    (layer,) = compare(tmp_path / "a.pt", tmp_path / "b.pt").layers
+    assert dict(layer.settings) == {"requires_grad": (True, "bias only")}
+
+
 def test_requires_grad_is_compared_and_a_frozen_file_is_as_expected(tmp_path):
     import bntool
 

@@ -443,6 +443,17 @@ class _OwnNorm(nn.BatchNorm2d):
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+def test_a_part_that_is_scripted_later_stays_frozen():
+    model = nn.Sequential(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)), nn.BatchNorm2d(4))
+    freeze(model)
+    model[0] = torch.jit.script(model[0])
+    before = snapshot(model)
+    model.train()(torch.randn(4, 3, 9, 9))
+    assert not changed(model, before)
+    assert model[0].training
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 def test_scripting_a_layer_that_asks_for_the_mode_says_that_the_freeze_is_lost():
     model = nn.Sequential(nn.Conv2d(3, 8, 3), _OwnNorm(8))
     freeze(model)

@@ -29,6 +29,7 @@ _MOST_COPIES = 100  # one after the other
 MAX_CALLS = 10_000  # of functions of a model, those inside functions counted for each call
 MAX_FUNCTION_DEPTH = 16
 STANDARD_DOMAINS = ("", "ai.onnx")
+_FIRST_WITHOUT_IS_TEST = 7
 _NORMALISATION = re.compile(r"batch_?norm|spatial_?bn", re.IGNORECASE)
 
 
@@ -188,6 +189,18 @@ def read_calls(model: Message, graphs: Sequence[OnnxGraph]) -> tuple[OnnxGraph, 
         calls += bodies
         waiting += [(body, inner, outermost or node, depth + 1) for body in bodies for inner in body.nodes]
     return tuple(calls)
+
+
+def normalises_by_batch(node: OnnxNode, opset: int) -> bool:
+    """Whether a BatchNormalization is in training mode.
+
+    Args:
+        opset: its version of ONNX's own operators: the mode was an attribute before 7, then the number of outputs, and
+            is an attribute again since 14.
+    """
+    if opset < _FIRST_WITHOUT_IS_TEST:
+        return not node.integer("is_test", 0)
+    return bool(node.integer("training_mode", 0)) or any(node.outputs[1:])
 
 
 def is_normalisation(operator: str) -> bool:

@@ -34,6 +34,7 @@ from bntool.checkpoints.onnx.graph import (
     OnnxGraph,
     OnnxNode,
     is_normalisation,
+    normalises_by_batch,
     operators_of_functions,
     read_calls,
     read_graphs,
@@ -163,14 +164,14 @@ def read_model(file: SourceFile, *, external: ExternalData) -> Checkpoint:
     model = Message(Buffer(file), 0, file.size)
     _check_format(model)
     graphs = read_graphs(model)
-    reading = _Reading(graphs, read_calls(model, graphs), external)
+    opset = _opset(model)
+    reading = _Reading(graphs, read_calls(model, graphs), external, opset)
     has_external = any(is_external(message) for graph in graphs for message in graph.initializers.values())
     metadata = {entry.text(1): entry.text(2) for entry in model.messages(METADATA)}
     history = parse_record(metadata.get(RECORD_KEY))
     entries: dict[str, object] = {name: text for name, text in metadata.items() if name != RECORD_KEY}
     if model.last(PRODUCER) is not None:
         entries["producer_name"] = model.text(PRODUCER)
-    opset = _opset(model)
     entries["opset"] = opset
     state_dict = StateDict("", "", reading.tensors, modules=reading.modules)
     return Checkpoint(
@@ -261,7 +262,10 @@ def name_layers(layers: Iterable[LayerNames], constants: Container[str]) -> list
 class _Reading:
     """Gives every tensor its name: those of BatchNormalization nodes after the node, all others their own."""
 
-    def __init__(self, graphs: tuple[OnnxGraph, ...], calls: tuple[OnnxGraph, ...], external: ExternalData) -> None:
+    def __init__(
+        self, graphs: tuple[OnnxGraph, ...], calls: tuple[OnnxGraph, ...], external: ExternalData, opset: int
+    ) -> None:
+        self._opset = opset
         self.tensors: dict[str, Tensor] = {}
         self.modules: dict[str, ModuleInfo] = {}
         self.places: dict[str, Place] = {}
@@ -299,7 +303,7 @@ class _Reading:
         attributes: dict[str, object] = {
             "eps": node.number("epsilon", DEFAULT_EPS),
             "momentum": round(1.0 - node.number("momentum", _KEPT), 12),
-            "training": bool(node.integer("training_mode", 0)),
+            "training": normalises_by_batch(node, self._opset),
         }
         if graph.call is None:
             self.layers[layer] = (graph, node)

@@ -11,7 +11,7 @@ from bntool.batchnorm import VECTORS
 from bntool.checkpoints.checkpoint import Checkpoint, StateDict
 from bntool.checkpoints.containers.protobufs.reading import Message
 from bntool.checkpoints.containers.protobufs.writing import unused_name
-from bntool.checkpoints.onnx.graph import GRAPH_INPUTS, SUBGRAPH, SUBGRAPHS, OnnxGraph, OnnxNode
+from bntool.checkpoints.onnx.graph import GRAPH_INPUTS, SUBGRAPH, SUBGRAPHS, OnnxGraph, OnnxNode, normalises_by_batch
 from bntool.checkpoints.onnx.model import OnnxContent
 from bntool.checkpoints.onnx.tensors import DTYPES
 from bntool.checkpoints.tensors import count_elements
@@ -29,7 +29,6 @@ _KINDS = {
     "Gemm": NodeKind.LINEAR,
     "MatMul": NodeKind.MATMUL,
 }
-_FIRST_WITHOUT_IS_TEST = 7  # the opset from which BatchNormalization no longer has two modes by an attribute
 _SHAPE_FREE = ("Shape", "Size", "ConstantOfShape", "EyeLike")  # they look at the shape of what they are given alone
 
 
@@ -249,10 +248,6 @@ class _Building:
         layer = self.layers[id(node)]
         found = {role: f"{layer}.{role}" for role in VECTORS if f"{layer}.{role}" in self.content.places}
         own = {r: k for r, k in found.items() if (reader := self.content.places[k].reader) and reader[1] is node}
-        if self.content.opset < _FIRST_WITHOUT_IS_TEST:
-            training = not node.integer("is_test", 0)
-        else:
-            training = bool(node.integer("training_mode", 0)) or any(node.outputs[1:])
         lengths = [count_elements(self.tensors[key].shape) for key in own.values()]
         check_lengths(layer, lengths)
         return {
@@ -261,7 +256,7 @@ class _Building:
             "computed": {role: () for role in VECTORS if role not in own},  # by other nodes, from inputs of the model
             "channels": lengths[0] if lengths else 1,
             "eps": node.number("epsilon", 1e-5),
-            "training": training,
+            "training": normalises_by_batch(node, self.content.opset),
             "class_name": "BatchNormalization",
         }
 

@@ -340,20 +340,46 @@ def test_shared_tensors_end_as_the_dry_run_says(
         assert set(left) == set(stay) | {skip["layer"] for skip in done["skips"]}
 
 
-@pytest.mark.parametrize("training", [0, 1])
+@pytest.mark.parametrize(
+    ("opset", "mode", "more", "training"),
+    [
+        (15, {"training_mode": 0}, [], 0),
+        (15, {"training_mode": 1}, ["mean", "variance"], 1),
+        (9, {}, [], 0),
+        (9, {}, ["mean", "variance", "saved_mean", "saved_variance"], 1),
+        (6, {"is_test": 1}, [], 0),
+        (6, {}, [], 1),
+    ],
+)
 def test_a_node_in_training_mode_is_not_called_healthy(
-    training: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    opset: int,
+    mode: dict[str, int],
+    more: list[str],
+    training: int,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    outputs = ["y", "mean", "variance"] if training else ["y"]
-    inputs = ["x", "g", "b", "m", "v"]
-    bn = helper.make_node("BatchNormalization", inputs, outputs, name="bn", training_mode=training)
+    bn = helper.make_node("BatchNormalization", ["x", "g", "b", "m", "v"], ["y", *more], name="bn", **mode)
     rng = np.random.default_rng(0)
     constants = [tensor(name, rng.uniform(0.5, 2, 4)) for name in "gbmv"]
     given = [helper.make_tensor_value_info("x", TensorProto.FLOAT, [2, 4, 3, 3])]
     taken = [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)]
     graph = helper.make_graph([bn], "graph", given, taken, constants)
     path = tmp_path / "model.onnx"
-    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 15)], ir_version=8), path)
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=8), path)
     assert main(["inspect", str(path), "--fail-on", "warning", "--json"]) == training
     found = json.loads(capsys.readouterr().out)["files"][0]["state_dicts"][0]["layers"][0]["findings"]
     assert [one["code"] for one in found if one["severity"] == "warning"] == ["batch-statistics"] * training
+
+
+def test_a_node_that_goes_into_training_mode_is_not_frozen(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    constants = [tensor(name, np.full(4, 0.5)) for name in "gbmv"]
+    given = [helper.make_tensor_value_info("x", TensorProto.FLOAT, [2, 4, 3, 3])]
+    taken = [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)]
+    for name, training in (("a", 0), ("b", 1)):
+        bn = helper.make_node("BatchNormalization", ["x", *"gbmv"], ["y"], name="bn", training_mode=training)
+        graph = helper.make_graph([bn], "graph", given, taken, constants)
+        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 15)], ir_version=8)
+        onnx.save(model, tmp_path / f"{name}.onnx")
+    assert main(["diff", str(tmp_path / "a.onnx"), str(tmp_path / "b.onnx"), "--expect", "frozen"]) == 1
+    assert "bn: training_mode (False and True)" in capsys.readouterr().out
