@@ -61,12 +61,19 @@ def _holds_nothing(module: ModuleInfo) -> bool:
     return kind is not None and kind.is_batch_norm
 
 
-_COUNTS = ("mean", "mu", "var", "std")
-_KEPT = "(?:running|moving|pop|population|global|batch|ema|avg)_?"
-_MEANS = re.compile(rf"{_KEPT}(?:mean|mu)(?:_?biased)?|_mean|mean")
-_VARIANCES = re.compile(
-    rf"{_KEPT}(?:var|variance|std|stdev|sigma|inv_?std|inv_?var)(?:_?biased)?|_variance|var|variance"
+# leaves of names, whatever their case: PyTorch, Keras, Paddle, Flax, Chainer, Torch7 (runningMean), Darknet
+# (rolling_mean), neon (gmean), CNTK (aggregateMean), Caffe2 (rm, riv), Lasagne (mean, inv_std)
+_COUNTS = ("mean", "mu", "var", "std", "sigma", "rm")
+_KEPT = (
+    "(?:running|run|rolling|moving|mov|pop|population|global|g|batch|bn|ema|avg|average|averaged|aggregate|accumulated|"
+    "tracked|stored|est|estimated)"
 )
+_MEAN, _VARIANCE = "(?:mean|mu)", "(?:var|variance|std|stdev|sigma|inv_?std|inv_?var)"
+_MEANS = re.compile(rf"{_KEPT}_?{_MEAN}(?:_?biased)?|{_MEAN}_{_KEPT}|_?mean|rm")
+_VARIANCES = re.compile(
+    rf"{_KEPT}_?{_VARIANCE}(?:_?biased)?|{_VARIANCE}_{_KEPT}|_?variance|var|inv_?std|inv_?var|rv|riv"
+)
+_BARE = {"mean", "var", "variance"}
 _KNOWN_STATISTICS = set(STATISTICS)
 _BESIDE = {"weight", "bias", "scale", "offset", "gamma", "beta"}
 _FLAX = "batch_stats"
@@ -83,13 +90,14 @@ def find_unknown_statistics(state_dict: StateDict) -> Iterator[NotUnderstood]:
     for name, tensor in state_dict.tensors.items():
         stripped = state_dict.strip(name)
         leaf = stripped[max(stripped.rfind("."), stripped.rfind("/")) + 1 :]
-        may_count = leaf in _BESIDE or any(part in leaf for part in _COUNTS)
+        lower = leaf.lower()
+        may_count = lower in _BESIDE or any(part in lower for part in _COUNTS) or lower in ("rv", "riv")
         if may_count and tensor.dtype.is_floating and count_elements(tensor.shape) > 1:
             groups.setdefault(stripped[: -len(leaf) - 1], set()).add(leaf)
     for layer, leaves in groups.items():
-        means = {leaf for leaf in leaves if _MEANS.fullmatch(leaf)}
-        variances = {leaf for leaf in leaves if _VARIANCES.fullmatch(leaf)}
-        are_bare = means <= {"mean"} and variances <= {"var", "variance"}
+        means = {leaf for leaf in leaves if _MEANS.fullmatch(leaf.lower())}
+        variances = {leaf for leaf in leaves if _VARIANCES.fullmatch(leaf.lower())}
+        are_bare = means <= _BARE and variances <= _BARE
         if leaves >= _KNOWN_STATISTICS:  # most files hold no others; what they belong to is found by their names
             continue
         if (

@@ -30,7 +30,8 @@ MAX_CALLS = 10_000  # of functions of a model, those inside functions counted fo
 MAX_FUNCTION_DEPTH = 16
 STANDARD_DOMAINS = ("", "ai.onnx")
 _FIRST_WITHOUT_IS_TEST = 7
-_NORMALISATION = re.compile(r"batch_?norm|spatial_?bn", re.IGNORECASE)
+_SHOWN = 40  # characters of a text of a model
+_NORMALISATION = re.compile(r"batch_?norm|spatial_?bn|(?:sync|frozen|inplace)_?a?bn", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,6 +202,18 @@ def normalises_by_batch(node: OnnxNode, opset: int) -> bool:
     if opset < _FIRST_WITHOUT_IS_TEST:
         return not node.integer("is_test", 0)
     return bool(node.integer("training_mode", 0)) or any(node.outputs[1:])
+
+
+def find_normalisation(node: OnnxNode) -> str:
+    """What says that a node normalises as BatchNorm does: its operator, or a text among the attributes of one that is
+    not ONNX's own, as those have it that stand for an operator of PyTorch or for Python; "" where nothing does.
+    """
+    if is_normalisation(node.operator):
+        return node.operator
+    if "." not in node.operator:
+        return ""
+    texts = (node.text(name) for name in node.attributes)
+    return next((f"{node.operator} ({text[:_SHOWN]})" for text in texts if is_normalisation(text)), "")
 
 
 def is_normalisation(operator: str) -> bool:

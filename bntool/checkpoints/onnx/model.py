@@ -33,7 +33,7 @@ from bntool.checkpoints.onnx.graph import (
     STANDARD_DOMAINS,
     OnnxGraph,
     OnnxNode,
-    is_normalisation,
+    find_normalisation,
     normalises_by_batch,
     operators_of_functions,
     read_calls,
@@ -291,12 +291,15 @@ class _Reading:
 
     def _is_layer(self, node: OnnxNode) -> bool:
         """Whether a node is a BatchNormalization as ONNX defines it; others that are named so are noted."""
-        if node.operator == "BatchNormalization" and len(node.inputs) == 5 and any(node.outputs[:1]):
+        is_standard, by_position = node.operator == "BatchNormalization", not node.integer("spatial", 1)
+        if is_standard and len(node.inputs) == 5 and any(node.outputs[:1]) and not by_position:
             return True
-        if is_normalisation(node.operator):
+        found = find_normalisation(node)
+        if found:
             name = node.name or next(iter(node.outputs), "")
-            given = f"{len(node.inputs)} inputs" if node.operator == "BatchNormalization" else "no operator of ONNX"
-            self.not_understood.append(NotUnderstood(name, f"a node of {node.operator}, with {given}"))
+            given = f"{len(node.inputs)} inputs" if is_standard else "no operator of ONNX"
+            given = "statistics of each position (spatial=0)" if is_standard and by_position else given
+            self.not_understood.append(NotUnderstood(name, f"a node of {found}, with {given}"))
         return False
 
     def _add_layer(self, layer: str, graph: OnnxGraph, node: OnnxNode) -> None:

@@ -79,7 +79,7 @@ class Distributed(Format):
         folder = FolderReader(file)
         reader = _LeafReader()
         tree = _build_tree(content, items, folder, reader)
-        state_dicts, _ = find_state_dicts(tree, reader)
+        state_dicts = find_state_dicts(tree, reader).state_dicts
         return Checkpoint(
             file=file,
             format=self,

@@ -67,11 +67,13 @@ class FoundStateDicts(NamedTuple):
 
     state_dicts: tuple[StateDict, ...]
     sources: dict[str, StateDictSource]
+    others: tuple[tuple[str, StateDictSource], ...] = ()  # mappings without a tensor that could be read
 
     @property
     def not_understood(self) -> tuple[NotUnderstood, ...]:
         """What lies where the tensors of a layer should, and is none that is known."""
-        found = ((key, name) for key, source in self.sources.items() for name in source.not_understood)
+        places = (*self.sources.items(), *self.others)
+        found = ((key, name) for key, source in places for name in source.not_understood)
         return tuple(
             NotUnderstood(f"{key}.{name}" if key else name, "it is no tensor in a form that is known", left_out=True)
             for key, name in found
@@ -91,6 +93,7 @@ def find_state_dicts(root: Node, reader: TensorReader) -> FoundStateDicts:
     """
     found: list[_Found] = []
     weak: list[_Found] = []
+    others: list[_Other] = []
     modules = ModuleReader(reader)
     versions: dict[int, dict[str, int | None] | None] = {}  # several state dicts can share one _metadata
     for path, node in _walk(root):
@@ -102,6 +105,8 @@ def find_state_dicts(root: Node, reader: TensorReader) -> FoundStateDicts:
             source = StateDictSource(node)
             tensors = _read_tensors(source, reader)
             if not tensors:
+                if source.not_understood:
+                    others.append((key, source))
                 continue
             metadata = metadata_node(node)
             if id(metadata) not in versions:
@@ -121,7 +126,7 @@ def find_state_dicts(root: Node, reader: TensorReader) -> FoundStateDicts:
     if any(state_dict.tensors for state_dict, _ in found):
         found = [one for one in found if not _is_function(one[0])]
     floating = [one for one in weak if any(tensor.dtype.is_floating for tensor in one[0].stored.values())]
-    return _with_unique_keys(found or floating)
+    return _with_unique_keys(found or floating)._replace(others=tuple(others))
 
 
 def _is_function(state_dict: StateDict) -> bool:
@@ -131,6 +136,7 @@ def _is_function(state_dict: StateDict) -> bool:
 
 
 _Found: TypeAlias = tuple[StateDict, StateDictSource]
+_Other: TypeAlias = tuple[str, StateDictSource]
 
 
 def _with_unique_keys(found: list[_Found]) -> FoundStateDicts:
@@ -226,9 +232,21 @@ def _read_tensors(source: StateDictSource, reader: TensorReader) -> dict[str, St
         if name is not None and tensor is not None:
             tensors[name] = tensor
             source.tensor_nodes[name] = value
-        elif name is not None and isinstance(value, Instance) and name.rpartition(".")[2] in STATISTICS:
-            source.not_understood.append(name)
+            continue
+        shown = _show_bytes(key) if name is None else name
+        is_known = shown is not None and shown.rpartition(".")[2] in STATISTICS
+        if shown is not None and is_known and isinstance(value, Instance | list | tuple):
+            source.not_understood.append(shown)
     return tensors
+
+
+def _show_bytes(key: Node) -> str | None:
+    """A key of bytes as text: protocol 2, which has no bytes, writes a call that encodes a text."""
+    if isinstance(key, bytes):
+        return key.decode("latin-1")
+    if isinstance(key, Instance) and key.path == "_codecs.encode" and isinstance(key.arguments, tuple):
+        return text_of(key.arguments[0]) if key.arguments else None
+    return None
 
 
 def metadata_node(node: Node) -> Node:

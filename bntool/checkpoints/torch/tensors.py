@@ -9,7 +9,7 @@ from typing import NamedTuple
 from bntool.checkpoints.containers.pickles.nodes import Construction, Global, Instance, Node, PersistentId, text_of
 from bntool.checkpoints.dtypes import BY_NAME, BY_STORAGE, UINT8, DType
 from bntool.checkpoints.tensors import MAX_DIMENSIONS, Storage, StoredTensor, contiguous_strides
-from bntool.errors import BntoolError, CorruptFileError
+from bntool.errors import BntoolError, CorruptFileError, UnknownFormatError
 
 MAX_NESTING = 20  # of tensors in subclasses in parameters; two or three are seen
 
@@ -36,6 +36,7 @@ _WRAPPERS = frozenset(
         "torch.autograd.Variable",
     }
 )
+_BY_PICKLE = "torch.storage._load_from_bytes"
 _NEW = frozenset({"copyreg.__newobj__", "copy_reg.__newobj__"})
 _PLAIN_SUBCLASSES = (
     "torch.Tensor",
@@ -213,6 +214,11 @@ class TensorReader:
     def _strided(self, rebuild: str, arguments: tuple[Node, ...]) -> StoredTensor:
         found = self.find_storage(arguments[0])
         offset, shape, strides = arguments[1:4]
+        if found is None and isinstance(arguments[0], Instance) and arguments[0].path == _BY_PICKLE:
+            raise UnknownFormatError(
+                "its tensors were written by pickle, which puts a file of torch into each, and not by torch.save; "
+                "where you trust it, load it and give its state dict to torch.save"
+            )
         if found is None or not _is_count(offset) or not _are_counts(shape) or not _are_counts(strides):
             raise CorruptFileError("a tensor of the pickle is malformed: storage, offset, size or stride")
         dtype, storage = found

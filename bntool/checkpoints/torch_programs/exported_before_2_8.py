@@ -76,7 +76,7 @@ class LegacyExport(Format):
         state_dicts: tuple[StateDict, ...] = ()
         if inner is not None and pickle is not None:
             reader = TensorReader(lambda reference: resolve_storage(inner, reference))
-            state_dicts, _ = find_state_dicts(pickle.root, reader)
+            state_dicts = find_state_dicts(pickle.root, reader).state_dicts
         layers = read_batchnorms(read_json_record(archive, archive.records[_PROGRAM], allow_nan=True))
         modules = {layer: ModuleInfo(class_path, facts) for layer, (class_path, facts) in layers.items()}
         return Checkpoint(

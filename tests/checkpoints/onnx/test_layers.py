@@ -383,3 +383,37 @@ def test_a_node_that_goes_into_training_mode_is_not_frozen(tmp_path: Path, capsy
         onnx.save(model, tmp_path / f"{name}.onnx")
     assert main(["diff", str(tmp_path / "a.onnx"), str(tmp_path / "b.onnx"), "--expect", "frozen"]) == 1
     assert "bn: training_mode (False and True)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("node", "opset", "reason"),
+    [
+        (
+            helper.make_node("BatchNormalization", ["x", "g", "b", "m", "v"], ["y"], name="bn", spatial=0),
+            8,
+            "a node of BatchNormalization, with statistics of each position (spatial=0)",
+        ),
+        (
+            helper.make_node("ATen", ["x", "g"], ["y"], name="bn", domain="org.pytorch.aten", operator="batch_norm"),
+            13,
+            "a node of org.pytorch.aten.ATen (batch_norm), with no operator of ONNX",
+        ),
+        (
+            helper.make_node("PythonOp", ["x"], ["y"], name="bn", domain="com.microsoft", func_name="InPlaceABN"),
+            13,
+            "a node of com.microsoft.PythonOp (InPlaceABN), with no operator of ONNX",
+        ),
+    ],
+)
+def test_a_normalisation_that_is_none_of_channels_or_of_onnx_is_said(
+    node: onnx.NodeProto, opset: int, reason: str, tmp_path: Path
+) -> None:
+    constants = [tensor(name, np.full((4, 3, 3), 0.5)) for name in "gbmv"]
+    given = [helper.make_tensor_value_info("x", TensorProto.FLOAT, [2, 4, 3, 3])]
+    taken = [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)]
+    graph = helper.make_graph([node], "graph", given, taken, constants)
+    path = tmp_path / "model.onnx"
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=8), path)
+    with open_checkpoint(path) as checkpoint:
+        assert [(one.name, one.reason) for one in checkpoint.not_understood] == [("bn", reason)]
+    assert main(["inspect", str(path), "--fail-on", "error"]) == 1

@@ -19,6 +19,7 @@ from bntool.checkpoints.formats import open_checkpoint
 from bntool.checkpoints.saving import save_checkpoint
 from bntool.checkpoints.tensors import StoredTensor
 from bntool.cli.main import main
+from bntool.errors import UnknownFormatError
 from bntool.plan import Operation, Plan, SetTensor, Values
 from tests.checkpoints.samples import assert_holds, to_torch
 
@@ -122,6 +123,13 @@ UNKNOWN: dict[str, list[str]] = {
     "bare": ["bn.weight", "bn.bias", "bn.mean", "bn.var"],
     "standard deviations": ["bn.weight", "bn.running_mean", "bn.running_inv_std"],
     "population": ["bn.scale", "bn.pop_mean", "bn.pop_var"],
+    "torch7": ["bn.weight", "bn.runningMean", "bn.runningVar"],
+    "darknet": ["bn.scales", "bn.rolling_mean", "bn.rolling_variance"],
+    "neon": ["bn.gamma", "bn.gmean", "bn.gvar"],
+    "cntk": ["bn.scale", "bn.aggregateMean", "bn.aggregateVariance"],
+    "lasagne": ["bn.gamma", "bn.beta", "bn.mean", "bn.inv_std"],
+    "caffe2": ["bn.s", "bn.b", "bn.rm", "bn.riv"],
+    "behind": ["bn.weight", "bn.mean_ema", "bn.var_ema"],
     "paddle in torch": ["bn.weight", "bn._mean", "bn._variance"],
 }
 
@@ -154,6 +162,8 @@ def test_statistics_under_names_that_are_not_known_are_said(
         ["input.mean", "input.var", "fc.weight"],
         ["head.mean.weight", "head.var.weight"],
         ["0.weight", "0.bias", "0.running_mean", "0.running_var"],
+        ["scaler.scale", "scaler.mean", "scaler.std"],
+        ["head.mu", "head.sigma", "head.weight"],
         ["renorm.weight", "renorm.running_mean", "renorm.running_std"],
     ],
 )
@@ -216,3 +226,27 @@ def test_a_conversion_from_paddle_loses_no_statistics_and_says_what_it_assumes(
     assert "_mean" not in shown
     assert "_variance" not in shown
     assert "fc.weight is not of a Linear" in " ".join(shown.split())
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "protocol"),
+    [
+        (b"bn.running_mean", torch.ones(4), 2),
+        (b"bn.running_mean", torch.ones(4), 5),
+        ("bn.running_mean", [1.0, 2.0], 2),
+        ("bn.running_mean", (1.0, 2.0), 2),
+    ],
+)
+def test_statistics_in_no_form_of_tensors_are_said(key: object, value: object, protocol: int, tmp_path: Path) -> None:
+    path = tmp_path / "model.pt"
+    torch.save({"net": {key: value}}, path, pickle_protocol=protocol)
+    with open_checkpoint(path) as checkpoint:
+        assert [one.name for one in checkpoint.not_understood] == ["net.bn.running_mean"]
+    assert main(["inspect", str(path), "--fail-on", "error"]) == 1
+
+
+def test_tensors_that_pickle_wrote_are_not_called_damaged(tmp_path: Path) -> None:
+    path = tmp_path / "model.pkl"
+    path.write_bytes(pickle.dumps(torch.nn.BatchNorm2d(4).state_dict()))
+    with pytest.raises(UnknownFormatError, match=r"written by pickle, .* not by torch\.save"):
+        open_checkpoint(path)
