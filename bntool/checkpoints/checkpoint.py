@@ -141,6 +141,7 @@ class Loader(Enum):
     ONNX_RUNTIME = "onnxruntime"
     NUMPY = "numpy"
     JAX = "jax"
+    MXNET = "mxnet"
 
 
 class LoadingCode(NamedTuple):

@@ -53,11 +53,12 @@ def _is_of_another(name: str) -> bool:
     return bool(slash and "." not in last) or name.endswith(":0") or name.rpartition(".")[2] in _NOT_PYTORCH
 
 
-def translate(paths: Mapping[str, Sequence[str]]) -> Translation:
+def translate(paths: Mapping[str, Sequence[str]], *, kind: str = "") -> Translation:
     """PyTorch's names for variables.
 
     Args:
         paths: the parts of each name, by the name.
+        kind: the class of layers with statistics; "" for that of Flax or TensorFlow, as the names tell.
     """
     is_flax = any(STATISTICS in path for path in paths.values())
     split: dict[str, tuple[str, str]] = {}
@@ -78,7 +79,7 @@ def translate(paths: Mapping[str, Sequence[str]]) -> Translation:
         role = roles[layer].get(leaf) or others.get(leaf, leaf.replace("/", "."))
         names[name] = unused_name(f"{layer}.{role}" if layer else role, taken)
         taken.add(names[name])
-    kind = FLAX_CLASS if is_flax else TENSORFLOW_CLASS
+    kind = kind or (FLAX_CLASS if is_flax else TENSORFLOW_CLASS)
     return Translation(names, {layer: ModuleInfo(kind, {}) for layer, found in roles.items() if found})
 
 

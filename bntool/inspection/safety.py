@@ -72,15 +72,17 @@ def _listed(names: tuple[str, ...]) -> str:
 
 def _warn(loader: Loader, names: str) -> str:
     """Finding for names that run programs or code."""
-    return _WARNINGS[loader].format(names=names)
+    return _WARNINGS.get(loader, _WARNING).format(names=names)
 
 
 def _explain(loader: Loader, names: str) -> str:
     """Finding for names of which nothing is known."""
-    return _EXPLANATIONS[loader].format(names=names)
+    return _EXPLANATIONS.get(loader, _EXPLANATION).format(names=names)
 
 
 _TRUST = "unless you trust where it comes from"
+_WARNING = f"loading this file would run code, by {{names}}: do not load it {_TRUST}"
+_EXPLANATION = "loading this file would import {names}, of which nothing is known"
 _WARNINGS = {
     Loader.TORCH: (
         "unpickling this file would use {names}, which can run code or reach files: "
@@ -97,7 +99,6 @@ _WARNINGS = {
     Loader.ONNX_RUNTIME: (
         f"the graph of this model runs code by {{names}}, where the runtime has them: do not run it there {_TRUST}"
     ),
-    Loader.JAX: f"loading this file would run code, by {{names}}: do not load it {_TRUST}",
     Loader.NUMPY: (
         "unpickling objects of this archive would use {names}, which can run code or reach files: numpy.load refuses "
         f"them, do not tell it allow_pickle=True {_TRUST}"
@@ -115,7 +116,6 @@ _EXPLANATIONS = {
     Loader.TENSORFLOW: "calling this SavedModel would use {names}, which read files, or of which nothing is known",
     Loader.CAFFE: "this model is run by {names}, of which nothing is known",
     Loader.ONNX_RUNTIME: "running this model would use {names}, of which nothing is known here",
-    Loader.JAX: "loading this file would import {names}, of which nothing is known",
     Loader.NUMPY: (
         "unpickling objects of this archive would import {names}, of which nothing is known: numpy.load refuses them "
         "unless it is told allow_pickle=True"

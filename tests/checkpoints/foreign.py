@@ -20,6 +20,7 @@ import torch
 from numpy.typing import NDArray
 
 from tests.checkpoints.flax.msgpack_files import nest, pack_variables
+from tests.checkpoints.mxnet.dtypes import MXNET_DTYPES
 from tests.checkpoints.tensorflow.bundle_files import DTYPES, write_bundle
 
 Tensors = Mapping[str, torch.Tensor]
@@ -176,6 +177,49 @@ def write_npz(tensors: Tensors, folder: Path) -> Path:
 
     np.savez(folder / "model.npz", **as_arrays(tensors))
     return folder / "model.npz"
+
+
+def write_torchserve(tensors: Tensors, folder: Path) -> Path:
+    """Stored, so that its tensors can be read by position; torch-model-archiver deflates."""
+    weights = io.BytesIO()
+    torch.save(tensors, weights)
+    manifest = {"model": {"modelName": "m", "serializedFile": "m.pt", "handler": "image_classifier"}}
+    with zipfile.ZipFile(folder / "m.mar", "w") as archive:
+        archive.writestr("m.pt", weights.getvalue())
+        archive.writestr("MAR-INF/MANIFEST.json", json.dumps(manifest))
+    return folder / "m.mar"
+
+
+def write_nemo(tensors: Tensors, folder: Path) -> Path:
+    """As save_to does (nemo/core/connectors/save_restore_connector.py)."""
+    weights = io.BytesIO()
+    torch.save(tensors, weights)
+    with tarfile.open(folder / "m.nemo", "w:") as archive:
+        for name, data in (("model_config.yaml", b"target: nemo.Model\n"), ("model_weights.ckpt", weights.getvalue())):
+            info = tarfile.TarInfo(f"./{name}")
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+        end = archive.offset + 2 * tarfile.BLOCKSIZE
+    with (folder / "m.nemo").open("r+b") as stream:
+        stream.truncate(end)  # without what fills up a record of a tape
+    return folder / "m.nemo"
+
+
+def write_mxnet(tensors: Tensors, folder: Path) -> Path:
+    """As mxnet.npx.save does; tests/oracles/mxnet_files.py lets MXNet read one."""
+    codes = {name: code for code, name in MXNET_DTYPES.items()}
+    data = struct.pack("<QQQ", 0x112, 0, len(tensors))
+    for tensor in tensors.values():
+        plain = tensor.detach().resolve_conj()
+        code = codes[str(plain.dtype).removeprefix("torch.")]
+        data += struct.pack(f"<Iii{plain.dim()}qiii", 0xF993FACA, 0, plain.dim(), *plain.shape, 1, 0, code) + bits(
+            plain
+        )
+    data += struct.pack("<Q", len(tensors))
+    for name in tensors:
+        data += struct.pack("<Q", len(name.encode())) + name.encode()
+    (folder / "model.params").write_bytes(data)
+    return folder / "model.params"
 
 
 def write_flax(tensors: Tensors, folder: Path) -> Path:

@@ -1,0 +1,1 @@
+"""Archives that hold a checkpoint beside what runs it: TorchServe's and NeMo's."""
