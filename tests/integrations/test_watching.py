@@ -12,6 +12,7 @@ import bntool
 from bntool.errors import UsageError
 from bntool.integrations.freezing import FreezingHook
 from bntool.integrations.watching import WatchingHook
+from tests import programs
 
 
 def make_net() -> nn.Sequential:
@@ -83,6 +84,12 @@ def test_a_run_that_is_not_to_be_stopped_is_not() -> None:
     assert watch.last.is_sick
     assert watch.last.metrics["batchnorm/sick"] == 1
     assert watch.last.metrics["batchnorm/4/nonfinite"] == 8
+
+
+def test_a_sick_layer_on_one_rank_stops_all(tmp_path) -> None:
+    programs.run_ranks("job_watched", tmp_path)
+    said = [(tmp_path / f"{rank}.txt").read_text() for rank in range(2)]
+    assert said == ["10 suspicious True", "10 sick True"]
 
 
 def test_looking_changes_nothing() -> None:
