@@ -219,6 +219,18 @@ def split(url: str, address: Address) -> _Target:
     return _Target(parts.scheme, host, port or _PORTS[parts.scheme], path, proxy)
 
 
+def check_url(url: str, address: Address) -> None:
+    """Refuse a URL that would not be asked: before another library asks it.
+
+    Raises:
+        UsageError: it is none of HTTP, or plain text would leave this machine.
+        UnreachableFileError: its host is not known.
+    """
+    target = split(url, address)
+    if target.scheme == "http":
+        _check_ips(target, _resolve(target, address), address, came_from_public=False)
+
+
 def _find_proxy(scheme: str, host: str) -> tuple[str, int] | None:
     """The proxy that the system names for public hosts; what is spoken plainly goes to this machine directly."""
     if scheme != "https" or urllib.request.proxy_bypass(host):

@@ -13,7 +13,7 @@ from bntool.checkpoints.addresses import Address, Location
 from bntool.checkpoints.files import Folder, SourceFile, describe_missing
 from bntool.checkpoints.hub_files import choose_file, describe_choice
 from bntool.checkpoints.remote.files import CachedFile, open_transfers
-from bntool.checkpoints.remote.http import Limits, MissingFileError, split
+from bntool.checkpoints.remote.http import Limits, MissingFileError, check_url
 from bntool.checkpoints.remote.transfers import Transfers
 from bntool.errors import MissingExtraError, UnreachableFileError, UsageError
 
@@ -79,7 +79,7 @@ def open_hub(address: Address, *, limits: Limits) -> SourceFile:
     """
     wanted = parse_address(address)
     hub = _import_hub()
-    split(hub.hf_hub_url(wanted.repository, "config.json"), address)  # the endpoint may be anything
+    check_url(hub.hf_hub_url(wanted.repository, "config.json"), address)  # the endpoint may be anything
     try:
         info = _ask(lambda: hub.HfApi().model_info(wanted.repository, revision=wanted.revision), hub, wanted, limits)
     except _OfflineError:

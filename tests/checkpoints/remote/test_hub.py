@@ -203,6 +203,15 @@ def test_offline_the_cache_of_the_hub_is_read(hub: Hub, tmp_path: Path, monkeypa
     assert main(["inspect", "hf://o/n/pytorch_model.bin", "--quiet"]) == 0
 
 
+def test_a_token_leaves_this_machine_by_https_only(hub: Hub, monkeypatch, capsys) -> None:
+    from bntool.checkpoints.remote import http
+
+    monkeypatch.setattr(http, "_resolve", lambda *_: ["93.184.216.34"])
+    assert main(["inspect", "hf://o/n"]) == 2
+    assert "plain http is read from this machine only" in capsys.readouterr().err
+    assert not hub.server.asked
+
+
 def test_a_hub_that_does_not_answer_is_one_sentence(hub: Hub, monkeypatch) -> None:
     from bntool.checkpoints.remote.http import Limits
 
