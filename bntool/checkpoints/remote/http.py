@@ -105,11 +105,11 @@ class HttpClient:
         asked |= {"accept-encoding": "identity", "range": f"bytes={start}-{start + length - 1}"}
         asked.setdefault("user-agent", f"bntool/{__version__}")
         seconds = self._limits.answer + length / self._limits.rate
-        is_public = False
-        for _ in range(MAX_REDIRECTS + 1):
-            target = split(url, address)
+        target, is_public = split(url, address), False
+        for hop in range(MAX_REDIRECTS + 1):
             ips = _resolve(target, address)
-            is_public = _check_ips(target, ips, address, came_from_public=is_public)
+            with _blame_redirect(address) if hop else contextlib.nullcontext():
+                is_public = _check_ips(target, ips, address, came_from_public=is_public)
             connection = self._connect(target, ips)
             is_done = False
             try:
@@ -125,15 +125,17 @@ class HttpClient:
                     is_done = True
             finally:
                 self._give_back(target, connection, usable=is_done)
-            following = urllib.parse.urljoin(url, location)
-            if split(following, address).scheme != target.scheme:
+            with _blame_redirect(address):
+                url = urllib.parse.urljoin(url, location)
+                following = split(url, address)
+            if following.scheme != target.scheme:
                 raise UnreachableFileError(
                     "the server redirects to another kind of address, which is not followed", path=address
                 )
-            if split(following, address).place != target.place:
+            if following.place != target.place:
                 asked.pop("authorization", None)
                 asked.pop("cookie", None)
-            url = following
+            target = following
         raise UnreachableFileError(f"the server redirects more than {MAX_REDIRECTS} times", path=address)
 
     def _connect(self, target: _Target, ips: list[str]) -> _Connection:
@@ -169,6 +171,16 @@ class HttpClient:
                 for connection in kept:
                     connection.end()
             self._idle.clear()
+
+
+@contextlib.contextmanager
+def _blame_redirect(address: Address) -> Iterator[None]:
+    """What is wrong with where a server redirects to is no fault of the user's."""
+    try:
+        yield
+    except (UsageError, ValueError) as error:
+        message = "the server redirects to what is no address of a file, or would be read in plain text"
+        raise UnreachableFileError(message, path=address) from error
 
 
 @dataclass(frozen=True)
