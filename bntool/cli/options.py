@@ -152,7 +152,9 @@ DataSpec = Annotated[
     typer.Option(
         "--data",
         metavar="SPEC",
-        help="Input data: a folder of images, .npy, .npz, .pt or .safetensors, or FILE.py:factory (runs your code).",
+        help="Input data: a folder of images or a .txt list of them; .npy, .npz, .pt or .safetensors; tar archives as "
+        "'shards-{0000..0099}.tar'; hf://datasets/OWNER/NAME:SPLIT, a saved dataset or .parquet; or FILE.py:factory "
+        "(runs your code).",
         show_default=False,
         rich_help_panel=MODEL,
     ),
@@ -170,7 +172,7 @@ def check_specs(model: str | None, *data: str | None) -> None:
         UsageError: a spec cannot be understood, or a file is missing.
         MissingExtraError: a package is missing.
     """
-    from bntool.data.requirements import check_data
+    from bntool.data.specs import check_data
     from bntool.models.loading import check_model
 
     if model is not None:

@@ -51,8 +51,16 @@ def command(
         int, typer.Option("--seed", help="Order of the samples, and which of them are used.", rich_help_panel=MODEL)
     ] = 0,
     workers: Annotated[
-        int, typer.Option("--workers", help="Processes that read data.", min=0, rich_help_panel=MODEL)
-    ] = 0,
+        int | None,
+        typer.Option(
+            "--workers",
+            metavar="N",
+            help="Processes that read data beside this one; results do not depend on it.",
+            show_default="one for each core where images are decoded, else none",
+            min=0,
+            rich_help_panel=MODEL,
+        ),
+    ] = None,
     preprocess: Annotated[
         str | None,
         typer.Option(
@@ -63,6 +71,26 @@ def command(
             show_default="what torchvision: or timm: say of the model",
             rich_help_panel=MODEL,
             autocompletion=completion.complete_preprocessing,
+        ),
+    ] = None,
+    inputs: Annotated[
+        str | None,
+        typer.Option(
+            "--inputs",
+            metavar="NAME",
+            help="The column, array or file of a sample that holds the input, as jpg or pixels.",
+            show_default="found",
+            rich_help_panel=MODEL,
+        ),
+    ] = None,
+    labels: Annotated[
+        str | None,
+        typer.Option(
+            "--labels",
+            metavar="NAME",
+            help="The one that holds the label; none: there are none, and subfolders are no classes.",
+            show_default="found",
+            rich_help_panel=MODEL,
         ),
     ] = None,
     prior: Annotated[
@@ -243,6 +271,8 @@ def command(
                 seed=seed,
                 workers=workers,
                 preprocess=preprocess,
+                inputs=inputs,
+                labels=labels,
                 prior=prior,
                 eval_data=eval_data,
                 metric=metric,

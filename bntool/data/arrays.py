@@ -10,13 +10,13 @@ import torch
 from bntool.data.batches import Batch, Batches
 from bntool.data.fingerprints import make_fingerprint
 from bntool.data.numpy_files import open_numpy
+from bntool.data.pixels import arrange_pixels
 from bntool.data.preprocessing import Preprocessing
 from bntool.data.rows import Rows, choose_arrays
 from bntool.data.source import DataOptions, DataSource
 from bntool.data.tensor_files import open_tensors
 from bntool.errors import UsageError
 
-_PIXEL_CHANNELS = (1, 3, 4)
 _LOOKED_AT = 16  # rows that tell one array from another of its shape
 
 
@@ -29,7 +29,7 @@ class ArraySource(DataSource):
     def load(self, spec: str, options: DataOptions) -> Batches:
         path = Path(spec)
         arrays = open_numpy(path) if path.suffix.lower() in (".npy", ".npz") else open_tensors(path)
-        inputs, labels = choose_arrays(arrays, path)
+        inputs, labels = choose_arrays(arrays, path, options.columns)
         return read_rows(inputs, labels, spec, options)
 
 
@@ -37,7 +37,7 @@ def read_rows(inputs: Rows, labels: Rows | None, spec: str, options: DataOptions
     """Batches of the rows of arrays."""
     dealt = options.deal(inputs.shape[0])
     is_pixels = inputs.read([0]).dtype is torch.uint8
-    steps = _choose_preprocessing(options, spec) if is_pixels else None
+    steps = choose_pixel_steps(options, spec) if is_pixels else None
     if options.preprocessing is not None and not is_pixels:
         dtype = inputs.read([0]).dtype
         raise UsageError(f"--preprocess is for uint8 pixels; the array holds {dtype}", path=spec)
@@ -53,7 +53,9 @@ def read_rows(inputs: Rows, labels: Rows | None, spec: str, options: DataOptions
     def identify() -> str:
         some = sorted({inputs.shape[0] * part // _LOOKED_AT for part in range(_LOOKED_AT)})
         content = inputs.read(some)
-        return make_fingerprint(inputs.shape, content.dtype, content.numpy().tobytes(), dealt.fingerprint)
+        return make_fingerprint(
+            inputs.shape, content.dtype, content.numpy().tobytes(), options.columns, dealt.fingerprint
+        )
 
     return Batches(
         read,
@@ -67,8 +69,12 @@ def read_rows(inputs: Rows, labels: Rows | None, spec: str, options: DataOptions
     )
 
 
-def _choose_preprocessing(options: DataOptions, spec: str) -> Preprocessing:
-    """For pixels, which have their size: that of the user without resize and crop, or the rest of the model's."""
+def choose_pixel_steps(options: DataOptions, spec: str) -> Preprocessing:
+    """For pixels, which have their size: that of the user without resize and crop, or the rest of the model's.
+
+    Raises:
+        UsageError: there are none, or they would change the size.
+    """
     steps = options.preprocessing
     if steps is None and options.model_preprocessing is not None:
         return options.model_preprocessing.without_geometry()
@@ -82,23 +88,6 @@ def _choose_preprocessing(options: DataOptions, spec: str) -> Preprocessing:
             path=spec,
         )
     return steps
-
-
-def arrange_pixels(pixels: torch.Tensor, spec: str) -> torch.Tensor:
-    """Pixels as (N, C, H, W), from (N, H, W, C), (N, C, H, W) or, grey, (N, H, W).
-
-    Raises:
-        UsageError: they are none of these.
-    """
-    if pixels.ndim == 3:
-        return pixels.unsqueeze(1)
-    if pixels.ndim == 4 and pixels.shape[1] in _PIXEL_CHANNELS:
-        return pixels
-    if pixels.ndim == 4 and pixels.shape[3] in _PIXEL_CHANNELS:
-        return pixels.permute(0, 3, 1, 2).contiguous()
-    raise UsageError(
-        f"uint8 pixels of shape {list(pixels.shape)}; (N, H, W, C), (N, C, H, W) or (N, H, W) is needed", path=spec
-    )
 
 
 def _describe(rows: Sequence[int], spec: str) -> str:

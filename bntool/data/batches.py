@@ -6,7 +6,7 @@ import inspect
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -23,6 +23,8 @@ _LABEL_KEYS = ("labels", "label", "y", "targets", "target")
 _UNNAMED = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 _HANDS_ON = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 _NAMED = 3  # samples that a message names
+
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -206,11 +208,16 @@ def take_share(items: Iterator[Batch], batches: Batches) -> Iterator[Batch]:
         items: all batches.
         batches: whose share is meant; is told how many there were at the end.
     """
+    return (replace(batch, position=position) for position, batch in find_share(items, batches))
+
+
+def find_share(items: Iterator[Item], batches: Batches) -> Iterator[tuple[int, Item]]:
+    """The same for what is to become batches, with the position of each."""
     wanted = batches.share.list_positions()
     position, index = next(wanted), -1
-    for index, batch in enumerate(items):
+    for index, item in enumerate(items):
         if index == position:
-            yield replace(batch, position=index)
+            yield index, item
             position = next(wanted)
     batches.count = index + 1
 

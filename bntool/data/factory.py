@@ -32,7 +32,8 @@ class FactoryDataSource(DataSource):
         made = _make(found, spec)
         arrays = _name_arrays(made)
         if arrays:
-            return read_rows(*choose_arrays(arrays, spec), spec, options)
+            return read_rows(*choose_arrays(arrays, spec, options.columns), spec, options)
+        options.columns.refuse_names(spec, what="this data names its own")
         if options.preprocessing is not None:
             raise UsageError(f"--preprocess is for images and pixels; {spec} prepares its data itself")
         if _gives_samples(made, spec):
@@ -109,7 +110,7 @@ def _read_dataset(dataset: Any, spec: str, options: DataOptions) -> Batches:
     dealt = options.deal(count)
 
     def read() -> Iterator[Batch]:
-        loader = DataLoader(dataset, batch_sampler=list(dealt.batches.values()), num_workers=options.workers)
+        loader = DataLoader(dataset, batch_sampler=list(dealt.batches.values()), num_workers=options.workers or 0)
         items = _iterate(loader, lambda: f"reading a batch of {spec}")
         for (position, indices), item in zip(dealt.batches.items(), items, strict=True):
             batch = split_batch(item, source=spec, position=indices[0])
@@ -140,7 +141,7 @@ def _read_batches(source: _Source, spec: str, options: DataOptions) -> Batches:
         taken = source.take()
         if isinstance(taken, IterableDataset):
             # each of several workers would read all of it
-            taken = DataLoader(taken, batch_size=options.batch_size, num_workers=min(options.workers, 1))
+            taken = DataLoader(taken, batch_size=options.batch_size, num_workers=min(options.workers or 0, 1))
         position = 0
         items = _collate_samples(_iterate(taken, lambda: f"reading what follows sample {position} of {spec}"), options)
         for item in items:

@@ -1,27 +1,26 @@
-"""A folder of images; subfolders are classes."""
+"""Images in files: a folder of them, whose subfolders are classes, or a list of their paths."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch.utils.data import DataLoader, Dataset
 
 from bntool.checkpoints.files import describe_failure
-from bntool.data.batches import Batch, Batches, name_some
+from bntool.data.batches import Batch, Batches
 from bntool.data.fingerprints import make_fingerprint
 from bntool.data.pixels import read_image
-from bntool.data.policies import LeftOut, OnBadData
+from bntool.data.policies import LeftOut
 from bntool.data.preprocessing import Preprocessing
+from bntool.data.samples import Decoding, Sample, explain
 from bntool.data.source import DataOptions, DataSource
-from bntool.data.workers import LostWorkerError, iterate
-from bntool.errors import CorruptFileError, MissingExtraError, RefusedError, UnreadableFileError, UsageError
+from bntool.data.specs import IMAGE_SUFFIXES, is_image_list
+from bntool.errors import MissingExtraError, UnreadableFileError, UsageError
 
-_SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".avif")
+# a path, which may hold blanks, and what may follow it: the index of a class
+_LINE = re.compile(rf"(.+(?:{'|'.join(map(re.escape, IMAGE_SUFFIXES))}))(?:[\s,;]+(\d+))?", re.IGNORECASE)
 
 
 class ImageFolderSource(DataSource):
@@ -31,65 +30,96 @@ class ImageFolderSource(DataSource):
         return Path(spec).is_dir()
 
     def load(self, spec: str, options: DataOptions) -> Batches:
-        try:
-            import PIL.Image  # noqa: F401
-        except ImportError as error:
-            raise MissingExtraError(f"images need Pillow: pip install 'bntool[images]' ({error})") from error
-        preprocessing = options.preprocessing or options.model_preprocessing
-        if preprocessing is None:
-            raise UsageError(
-                "say what the model expects, e.g. --preprocess imagenet, or resize=40,crop=32,mean=0.5,std=0.5",
-                path=spec,
-            )
+        options.columns.refuse_names(spec, what="of images in a folder the subfolders are the labels")
+        steps = choose_image_steps(options, spec)
         try:
             found = find_images(Path(spec))
         except OSError as error:
             raise UnreadableFileError(describe_failure(error), path=spec) from error
         if not found.paths:
-            raise UsageError(f"there is no image in this folder (looked for {' '.join(_SUFFIXES)})", path=spec)
-        paths = found.paths
-        folder = _Images(paths, preprocessing)
-        dealt = options.deal(len(paths))
-        bad_inputs: list[LeftOut] = []
+            raise UsageError(f"there is no image in this folder (looked for {' '.join(IMAGE_SUFFIXES)})", path=spec)
+        return _read_files(found, spec, steps, options, root=Path(spec))
 
-        def read() -> Iterator[Batch]:
-            indices_of_each = list(dealt.batches.values())
-            loader = DataLoader(folder, batch_sampler=indices_of_each, num_workers=options.workers, collate_fn=list)
-            for (position, indices), items in zip(dealt.batches.items(), _watch_workers(loader), strict=True):
-                good = [(i, image) for i, image in zip(indices, items, strict=True) if isinstance(image, torch.Tensor)]
-                bad = [text for text in items if isinstance(text, str)]
-                if bad and options.on_bad_data is OnBadData.STOP:
-                    raise CorruptFileError(f"{bad[0]}; --on-bad-data skip leaves such images out")
-                bad_inputs.extend(LeftOut(text, 1) for text in bad)
-                if good:
-                    yield replace(_collate(good, found, preprocessing), position=position)
 
-        def identify() -> str:
-            places = [(path.relative_to(spec).as_posix(), path.stat().st_size) for path in paths]
-            return make_fingerprint(places, dealt.fingerprint)
+class ImageListSource(DataSource):
+    form = "a .txt file of the paths of images"
 
-        return Batches(
-            read,
-            description=spec,
-            samples=dealt.samples,
-            has_labels=found.labels is not None,
-            bad_inputs=bad_inputs,
-            preprocessing=preprocessing,
-            classes=found.classes,
-            share=options.share,
-            count=dealt.total,
-            identify=identify,
+    def recognises(self, spec: str) -> bool:
+        return is_image_list(spec)
+
+    def load(self, spec: str, options: DataOptions) -> Batches:
+        options.columns.refuse_names(spec, what="in a list of images they are what follows the paths")
+        steps = choose_image_steps(options, spec)
+        return _read_files(read_list(Path(spec)), spec, steps, options, root=Path(spec).parent)
+
+
+def choose_image_steps(options: DataOptions, spec: str) -> Preprocessing:
+    """What is to be done to images, if they can be read.
+
+    Raises:
+        MissingExtraError: Pillow is missing.
+        UsageError: nobody says what is to be done to them.
+    """
+    try:
+        import PIL.Image  # noqa: F401
+    except ImportError as error:
+        raise MissingExtraError(f"images need Pillow: pip install 'bntool[images]' ({error})") from error
+    steps = options.preprocessing or options.model_preprocessing
+    if steps is None:
+        raise UsageError(
+            "say what the model expects, e.g. --preprocess imagenet, or resize=40,crop=32,mean=0.5,std=0.5", path=spec
         )
+    return steps
+
+
+def _read_files(found: ImageFiles, spec: str, steps: Preprocessing, options: DataOptions, *, root: Path) -> Batches:
+    """Batches of images, dealt by bntool."""
+    if options.columns.without_labels:
+        found = replace(found, labels=None, classes=None)
+    dealt = options.deal(len(found.paths))
+    bad_inputs: list[LeftOut] = []
+    decoding = Decoding(_ImageReader(found, steps), steps, are_images=True, spec=spec)
+
+    def read() -> Iterator[Batch]:
+        # a single batch leaves nothing to do meanwhile
+        workers = options.decoding_workers if len(dealt.batches) > 1 else options.workers or 0
+        return decoding.run(
+            dealt.batches.items(), workers=workers, on_bad_data=options.on_bad_data, bad_inputs=bad_inputs
+        )
+
+    def identify() -> str:
+        places = [(os.path.relpath(path, root).replace(os.sep, "/"), _find_size(path)) for path in found.paths]
+        return make_fingerprint(places, found.labels is None, dealt.fingerprint)
+
+    return Batches(
+        read,
+        description=spec,
+        samples=dealt.samples,
+        has_labels=found.labels is not None,
+        bad_inputs=bad_inputs,
+        preprocessing=steps,
+        classes=found.classes,
+        share=options.share,
+        count=dealt.total,
+        identify=identify,
+    )
+
+
+def _find_size(path: Path) -> int | None:
+    try:
+        return path.stat().st_size
+    except OSError:  # of a list: it is said when it is read
+        return None
 
 
 @dataclass(frozen=True)
-class ImageFolder:
-    """The images of a folder.
+class ImageFiles:
+    """Images in files.
 
     Attributes:
         paths: in a fixed order.
-        labels: the index of the class of each; None where the folder does not tell.
-        classes: their names, in the order of their indices.
+        labels: the index of the class of each; None where nothing tells.
+        classes: their names, in the order of their indices; None where nothing tells.
     """
 
     paths: tuple[Path, ...]
@@ -97,7 +127,7 @@ class ImageFolder:
     classes: tuple[str, ...] | None = None
 
 
-def find_images(folder: Path) -> ImageFolder:
+def find_images(folder: Path) -> ImageFiles:
     """List the images of a folder and of the folders in it.
 
     Subfolders in sorted order are the classes, as torchvision's ``ImageFolder`` has it; images below a subfolder are of
@@ -108,12 +138,44 @@ def find_images(folder: Path) -> ImageFolder:
     below = [sorted(_images_below(child)) for child in classes]
     beside = [child for child in children if _is_image(child)]
     if beside or not any(below):
-        return ImageFolder(tuple(sorted([*beside, *(path for paths in below for path in paths)])))
-    return ImageFolder(
+        return ImageFiles(tuple(sorted([*beside, *(path for paths in below for path in paths)])))
+    return ImageFiles(
         paths=tuple(path for paths in below for path in paths),
         labels=tuple(index for index, paths in enumerate(below) for _ in paths),
         classes=tuple(child.name for child in classes),
     )
+
+
+def read_list(path: Path) -> ImageFiles:
+    """Read a list of images: a path on each line, from the folder of the list on, and perhaps the index of its class.
+
+    Lines that are empty or begin with ``#`` are passed over.
+
+    Raises:
+        UnreadableFileError: the system does not give the file.
+        UsageError: a line is no path of an image, or only some have an index.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except OSError as error:
+        raise UnreadableFileError(describe_failure(error), path=path) from error
+    except UnicodeDecodeError as error:
+        raise UsageError("a list of the paths of images is text in UTF-8", path=path) from error
+    found: list[tuple[Path, str | None]] = []
+    for number, line in enumerate(map(str.strip, lines), start=1):
+        if not line or line.startswith("#"):
+            continue
+        match = _LINE.fullmatch(line)
+        if match is None:
+            shown = f"{line[:60]}..." if len(line) > 60 else line
+            raise UsageError(f"line {number} is no path of an image ({' '.join(IMAGE_SUFFIXES)}): {shown!r}", path=path)
+        found.append((path.parent / match[1], match[2]))
+    if not found:
+        raise UsageError("there is no path of an image in this list", path=path)
+    labels = [int(label) for _, label in found if label is not None]
+    if labels and len(labels) < len(found):
+        raise UsageError(f"{len(labels)} of {len(found)} images have a class: all of them, or none, must", path=path)
+    return ImageFiles(tuple(image for image, _ in found), tuple(labels) or None)
 
 
 def _images_below(folder: Path) -> Iterator[Path]:
@@ -123,60 +185,20 @@ def _images_below(folder: Path) -> Iterator[Path]:
 
 
 def _is_image(path: Path) -> bool:
-    return path.suffix.lower() in _SUFFIXES and path.is_file()
+    return path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()
 
 
-class _Images(Dataset[Any]):
-    """Pixels of each image, uint8 (C, H, W); a sentence where an image cannot be read."""
+class _ImageReader:
+    """Decodes an image by its index."""
 
-    def __init__(self, paths: Sequence[Path], preprocessing: Preprocessing) -> None:
-        self.paths = paths
-        self.preprocessing = preprocessing
+    def __init__(self, files: ImageFiles, preprocessing: Preprocessing) -> None:
+        self._files = files
+        self._preprocessing = preprocessing
 
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, index: int) -> torch.Tensor | str:
+    def __call__(self, index: int) -> Sample | str:
+        path, labels = self._files.paths[index], self._files.labels
         try:
-            return read_image(self.paths[index], self.preprocessing)
+            pixels = read_image(path, self._preprocessing).numpy()
         except Exception as error:  # noqa: BLE001 (Pillow raises anything on bad files)
-            return f"{self.paths[index]} cannot be read: {_explain(error)}"
-
-
-def _explain(error: Exception) -> str:
-    """The reason why an image cannot be read, without the path that Pillow and the system add."""
-    from PIL import UnidentifiedImageError
-
-    if isinstance(error, UnidentifiedImageError):
-        return "it is empty or no image that Pillow knows"
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    return " ".join(str(error).split()) or type(error).__name__
-
-
-def _watch_workers(loader: DataLoader[Any]) -> Iterator[Any]:
-    """The items of a loader.
-
-    Raises:
-        RefusedError: a worker was lost.
-    """
-    try:
-        yield from iterate(loader)
-    except LostWorkerError as error:
-        raise RefusedError(" ".join(str(error).split())) from error
-
-
-def _collate(good: Sequence[tuple[int, torch.Tensor]], folder: ImageFolder, preprocessing: Preprocessing) -> Batch:
-    names = [str(folder.paths[index]) for index, _ in good]
-    sizes = {tuple(image.shape[1:]) for _, image in good}
-    if len(sizes) > 1:
-        other = next(index for index, (_, image) in enumerate(good) if image.shape != good[0][1].shape)
-        (_, height, width), (_, other_height, other_width) = good[0][1].shape, good[other][1].shape
-        raise UsageError(
-            f"the images differ in size: this one is {width}x{height}, {names[other]} {other_width}x{other_height}; "
-            "give --preprocess with resize and crop",
-            path=names[0],
-        )
-    inputs = preprocessing.normalize(torch.stack([image for _, image in good]))
-    targets = None if folder.labels is None else torch.tensor([folder.labels[index] for index, _ in good], device="cpu")
-    return Batch(inputs, targets, "the batch of " + name_some(names), len(good), names)
+            return f"{path} cannot be read: {explain(error)}"
+        return Sample(str(path), pixels, None if labels is None else labels[index])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import io
 import struct
 import zipfile
 from collections.abc import Mapping
@@ -43,6 +45,30 @@ def open_numpy(path: Path) -> Mapping[str, Rows]:
         what = "Python objects, which are not read: that would run code" if array.dtype.hasobject else f"{array.dtype}"
         raise UsageError(f"the array {key!r} holds {what}; plain numbers are needed", path=path)
     return arrays
+
+
+def read_array(content: bytes) -> Array:
+    """The array of a .npy file that is in memory.
+
+    Raises:
+        ValueError: it is none, is cut off, or holds something else than plain numbers.
+    """
+    length = 2 if content[6:7] == b"\1" else 4  # bytes of the number that says how long the header is
+    start = 8 + length + int.from_bytes(content[8 : 8 + length], "little")
+    # of many small arrays parsing the header would take longer than all else
+    shape, fortran_order, dtype = _parse_header(content[:start])
+    if not _holds_numbers(dtype):
+        raise ValueError(f"it holds {dtype}; plain numbers are needed")
+    array: Array = np.ndarray(shape, dtype, content, start, order="F" if fortran_order else "C")
+    return array
+
+
+@functools.lru_cache(maxsize=256)
+def _parse_header(header: bytes) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
+    try:
+        return _read_header(io.BytesIO(header))
+    except _BROKEN as error:
+        raise ValueError(f"numpy cannot read it: {' '.join(str(error).split())}") from error
 
 
 def _holds_numbers(dtype: np.dtype[Any]) -> bool:

@@ -1,24 +1,26 @@
-"""The pixels of an image file, resized and cropped as torchvision and timm do it."""
+"""The pixels of an image file, resized and cropped as torchvision and timm do it, and of arrays."""
 
 from __future__ import annotations
 
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 import torch
 
 from bntool.data.preprocessing import Orientation, Preprocessing, Size
+from bntool.errors import UsageError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 _DEEP = ("I;16", "I;16B", "I;16L", "I;16N")
 _MAX_16_BITS = 0xFFFF
+_PIXEL_CHANNELS = (1, 3, 4)
 
 
-def read_image(path: Path, preprocessing: Preprocessing) -> torch.Tensor:
+def read_image(file: Path | BinaryIO, preprocessing: Preprocessing) -> torch.Tensor:
     """Pixels of an image in RGB or grey, resized and cropped.
 
     Palettes, CMYK and grey become RGB as Pillow has it, an alpha channel is dropped, 16 bits of grey become their upper
@@ -35,7 +37,7 @@ def read_image(path: Path, preprocessing: Preprocessing) -> torch.Tensor:
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of Pillow, on large images and odd metadata
-        with Image.open(path) as opened:
+        with Image.open(file) as opened:
             opened.load()
             upright = preprocessing.orientation is Orientation.UPRIGHT
             image = convert(ImageOps.exif_transpose(opened) if upright else opened, preprocessing.channels)
@@ -87,3 +89,20 @@ def _cut_middle(image: Image, crop: Size) -> Image:
 def _find_edge(length: int, wanted: int) -> int:
     """Where a centred crop begins; negative if the image is smaller than the crop."""
     return round((length - wanted) / 2) if length >= wanted else -((wanted - length) // 2)
+
+
+def arrange_pixels(pixels: torch.Tensor, spec: str) -> torch.Tensor:
+    """Pixels as (N, C, H, W), from (N, H, W, C), (N, C, H, W) or, grey, (N, H, W).
+
+    Raises:
+        UsageError: they are none of these.
+    """
+    if pixels.ndim == 3:
+        return pixels.unsqueeze(1)
+    if pixels.ndim == 4 and pixels.shape[1] in _PIXEL_CHANNELS:
+        return pixels
+    if pixels.ndim == 4 and pixels.shape[3] in _PIXEL_CHANNELS:
+        return pixels.permute(0, 3, 1, 2).contiguous()
+    raise UsageError(
+        f"uint8 pixels of shape {list(pixels.shape)}; (N, H, W, C), (N, C, H, W) or (N, H, W) is needed", path=spec
+    )

@@ -11,11 +11,10 @@ import torch
 
 from bntool.checkpoints.checkpoint import Checkpoint
 from bntool.checkpoints.tensors import LiteralTensor, StoredTensor, count_elements
+from bntool.data.columns import FOUND, INPUT_KEYS, LABEL_KEYS, Columns
 from bntool.errors import UsageError
 from bntool.modules.loading import to_torch
 
-_INPUT_KEYS = ("images", "image", "inputs", "input", "x", "data", "pixel_values", "features", "arr_0")
-LABEL_KEYS = ("labels", "label", "y", "targets", "target", "classes")
 _SHOWN = 8
 # torch calculates with no unsigned numbers of more than a byte: they are widened
 _WIDENED = {"u2": np.int32, "u4": np.int64, "u8": np.int64}
@@ -40,9 +39,7 @@ class ArrayRows:
         self.shape: tuple[int, ...] = array.shape
 
     def read(self, rows: Sequence[int]) -> torch.Tensor:
-        part = self._array[np.asarray(rows)]
-        dtype = _WIDENED.get(part.dtype.str[1:], part.dtype.newbyteorder("="))
-        return torch.from_numpy(np.ascontiguousarray(part, dtype=dtype))
+        return to_calculable(self._array[np.asarray(rows)])
 
 
 class LiveRows:
@@ -116,18 +113,29 @@ def _runs(rows: Sequence[int]) -> Iterator[tuple[int, int]]:
     yield first, count
 
 
-def choose_arrays(arrays: Mapping[str, Rows], path: object) -> tuple[Rows, Rows | None]:
+def to_calculable(array: np.ndarray[Any, Any]) -> torch.Tensor:
+    """The elements of a new array as a tensor, in a dtype that torch calculates with."""
+    dtype = _WIDENED.get(array.dtype.str[1:], array.dtype.newbyteorder("="))
+    return torch.from_numpy(np.ascontiguousarray(array, dtype=dtype))
+
+
+def choose_arrays(arrays: Mapping[str, Rows], path: object, columns: Columns = FOUND) -> tuple[Rows, Rows | None]:
     """The inputs and the labels among named arrays.
 
-    Inputs are under ``images``, ``x``, ``data`` and the like, or the only array that can be; labels under ``labels``,
-    ``y``, ``targets`` and the like.
+    Where the user does not name them, inputs are under ``images``, ``x``, ``data`` and the like, or the only array that
+    can be; labels under ``labels``, ``y``, ``targets`` and the like.
 
     Raises:
         UsageError: no array can be the inputs, or which is not told, or there are not as many labels.
     """
-    label_key = next((key for key in LABEL_KEYS if key in arrays), None)
+    for name in columns.named:
+        if name not in arrays:
+            raise UsageError(f"there is no array {name!r}, but {', '.join(list(arrays)[:_SHOWN])}", path=path)
+    label_key = columns.labels or next((key for key in LABEL_KEYS if key in arrays and key != columns.inputs), None)
+    if columns.inputs is not None:
+        arrays = {key: rows for key, rows in arrays.items() if key in (columns.inputs, label_key)}
     candidates = {key: rows for key, rows in arrays.items() if key != label_key and len(rows.shape) > 1}
-    key = next((key for key in _INPUT_KEYS if key in candidates), None)
+    key = next((key for key in INPUT_KEYS if key in candidates), None)
     if key is None and len(candidates) == 1:
         key = next(iter(candidates))
     if key is None:
@@ -138,11 +146,12 @@ def choose_arrays(arrays: Mapping[str, Rows], path: object) -> tuple[Rows, Rows 
             )
         more = f" and {len(arrays) - _SHOWN} more" if len(arrays) > _SHOWN else ""
         raise UsageError(
-            f"which array holds the inputs? The data has {held}{more}; name it {_INPUT_KEYS[0]!r} "
-            f"(and the labels {LABEL_KEYS[0]!r})",
+            f"which array holds the inputs? The data has {held}{more}; name it with --inputs (and the labels with "
+            "--labels)",
             path=path,
         )
-    inputs, labels = candidates[key], arrays[label_key] if label_key is not None else None
+    inputs = candidates[key]
+    labels = None if label_key is None or columns.without_labels else arrays[label_key]
     if 0 in inputs.shape:
         raise UsageError(f"the array of inputs is empty: its shape is {list(inputs.shape)}", path=path)
     if labels is not None and labels.shape[:1] != inputs.shape[:1]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from abc import ABC, abstractmethod
 from array import array
 from collections.abc import Mapping
@@ -11,10 +12,13 @@ from dataclasses import dataclass
 import torch
 
 from bntool.data.batches import Batches
+from bntool.data.columns import FOUND, Columns
 from bntool.data.fingerprints import make_fingerprint
 from bntool.data.policies import OnBadData
 from bntool.data.preprocessing import Preprocessing
 from bntool.data.shares import WHOLE, Share
+
+_WORKERS = 8  # processes at most that nobody asked for
 
 
 @dataclass(frozen=True)
@@ -25,21 +29,31 @@ class DataOptions:
         batch_size: at most so many samples in a batch, where bntool makes the batches.
         samples: at most so many; None for all.
         seed: shuffle by it, before the first ``samples`` are taken; None for the order of the source.
-        workers: processes that read beside this one.
+        workers: processes that read beside this one; None for as many as the kind of data is worth.
         preprocessing: what the user says is to be done to images and pixels.
         model_preprocessing: what the package of the model says, for images and pixels, where the user says nothing.
         on_bad_data: what to do about an image that cannot be read.
+        columns: which of the data are inputs and labels.
         share: which batches of the one list, the same for all shards and ranks, are to be read.
     """
 
     batch_size: int
     samples: int | None = None
     seed: int | None = None
-    workers: int = 0
+    workers: int | None = None
     preprocessing: Preprocessing | None = None
     model_preprocessing: Preprocessing | None = None
     on_bad_data: OnBadData = OnBadData.STOP
+    columns: Columns = FOUND
     share: Share = WHOLE
+
+    @property
+    def decoding_workers(self) -> int:
+        """Processes for data that take time to decode: if nothing is said, one for each core of this process's part."""
+        if self.workers is not None:
+            return self.workers
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        return min(max(cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")), 1), _WORKERS)
 
     def deal(self, count: int) -> Dealt:
         """Deal ``count`` samples to batches."""

@@ -13,7 +13,8 @@ from bntool.checkpoints.containers.pickles.nodes import Instance, Node, as_mappi
 from bntool.checkpoints.formats import open_checkpoint
 from bntool.checkpoints.tensors import StoredTensor
 from bntool.checkpoints.torch.state_dicts import TorchContent
-from bntool.data.rows import LABEL_KEYS, LiveRows, Rows, StackedRows, StoredRows
+from bntool.data.columns import LABEL_KEYS
+from bntool.data.rows import LiveRows, Rows, StackedRows, StoredRows
 from bntool.errors import UsageError
 from bntool.modules.loading import to_torch
 

@@ -203,7 +203,7 @@ def _load(
     live = build_model(model, state_dict, arguments=arguments, device=device)
     if data is not None:
         place, dtype = find_placement(live)
-        batches = load_data(data, batch_size=_BATCH_SIZE) if isinstance(data, str) else as_batches(data)
+        batches = load_data(data, batch_size=_BATCH_SIZE, workers=0) if isinstance(data, str) else as_batches(data)
         return live, tuple(
             move(batch.inputs_for(live), device=place, dtype=dtype) for batch in islice(batches, _BATCHES)
         )

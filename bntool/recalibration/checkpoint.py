@@ -20,6 +20,7 @@ from bntool.checkpoints.saving import check_output, save_checkpoint
 from bntool.checkpoints.state_dicts import choose_state_dict
 from bntool.choices import choose
 from bntool.data.batches import Batches, as_batches
+from bntool.data.columns import Columns
 from bntool.data.loading import load_data
 from bntool.data.policies import OnBadData
 from bntool.data.preprocessing import PRESETS, Preprocessing, parse_preprocessing
@@ -68,8 +69,10 @@ def recalibrate_checkpoint(  # noqa: PLR0913, PLR0915 as many as the command has
     fit_memory: bool = False,
     batch_size: int = 64,
     seed: int = 0,
-    workers: int = 0,
+    workers: int | None = None,
     preprocess: str | None = None,
+    inputs: str | None = None,
+    labels: str | None = None,
     prior: float = 0.0,
     eval_data: str | Iterable[Any] | None = None,
     metric: str | None = None,
@@ -103,6 +106,8 @@ def recalibrate_checkpoint(  # noqa: PLR0913, PLR0915 as many as the command has
         model_arguments: of the factory of a spec.
         method, prior, precision, fit_memory: see :func:`~bntool.recalibration.live.plan_recalibration`.
         samples, batch_size, seed, workers, preprocess: for a spec, see :func:`~bntool.data.loading.load_data`.
+        inputs, labels: the columns of a spec's data that hold them, where the names do not tell; ``none`` as labels: there
+            are none.
         eval_data: labelled data to measure before and after on; None for ``data``.
         metric: ``top1``, ``top5`` or ``FILE.py:function``; None for top1 where there are class labels.
         keep_if_better: write only if the metric is better than before.
@@ -144,7 +149,8 @@ def recalibrate_checkpoint(  # noqa: PLR0913, PLR0915 as many as the command has
         prefix = find_name_prefix(live, map(chosen.strip, chosen.tensors))
         lacking = _reset_what_is_lacking(live, chosen, prefix)
         _check_selection(live, layers, source.path, prefix=prefix, strict=strict)
-        read = _Reader.of(live, model, preprocess, batch_size=batch_size, workers=workers, on_bad_data=bad_data)
+        limits: Any = {"batch_size": batch_size, "workers": workers, "on_bad_data": bad_data}
+        read = _Reader.of(live, model, preprocess, columns=Columns(inputs, labels), **limits)
         share = _choose_share(Share(number, shards, ranks.rank, ranks.world), data, is_kept=resume is not None)
         batches = read(data, samples=samples, seed=seed, share=share)
         leads = ranks.rank == 0  # one of several processes judges and writes
@@ -161,7 +167,7 @@ def recalibrate_checkpoint(  # noqa: PLR0913, PLR0915 as many as the command has
             batches = read(data, samples=samples, seed=seed, share=replace(share, start=keeper.position))
         if part is not None:
             assert keeper is not None
-            tell = _Samples(on_progress, measuring, batches, phases=(measuring,)) if leads else None
+            tell = _Samples(on_progress, measuring, batches.samples, phases=(measuring,)) if leads else None
             return _measure_partial(live, batches, keeper, part, ranks, force=force, on_progress=tell, **options)
         held_out, reopen = _choose_held_out(
             read, data, eval_data, samples=samples, seed=seed, needs_labels=keep_if_better
@@ -169,13 +175,16 @@ def recalibrate_checkpoint(  # noqa: PLR0913, PLR0915 as many as the command has
         kept = None if resume is None else Path(resume)
         judge = Judge(live, held_out, reopen, parse_metric(metric), bad_data, kept, every=resume_every)
         report = functools.partial(_Samples, on_progress, phases=("before", measuring, "after"))
-        before = judge.evaluate("before", chosen, on_progress=report("before", held_out)) if leads else None
+        before = judge.evaluate("before", chosen, on_progress=report("before", held_out.samples)) if leads else None
+        # of data that do not say how many they are, the first pass tells the others
+        counted = None if before is None else before.samples
+        is_whole = eval_data is None and held_out.has_labels is not False
         result = plan_recalibration(
             live,
             batches,
             **options,
             prior=prior,
-            on_progress=report(measuring, batches) if leads else None,
+            on_progress=report(measuring, batches.samples or (counted if is_whole else None)) if leads else None,
             fit_memory=fit_memory,
             keeper=keeper,
         )
@@ -204,7 +213,9 @@ def recalibrate_checkpoint(  # noqa: PLR0913, PLR0915 as many as the command has
         edited = apply_plan(source, plan)
         # the model is given what will be in the file, so that what is judged is what is written
         load_state(live, edited.state_dict(chosen.key), may_lack=STATISTICS)
-        after = judge.evaluate("after", edited.state_dict(chosen.key), on_progress=report("after", held_out))
+        after = judge.evaluate(
+            "after", edited.state_dict(chosen.key), on_progress=report("after", held_out.samples or counted)
+        )
         kept_old = keep_if_better and not is_better(before, after)
         if target is not None and not kept_old:
             save_checkpoint(edited, target, force=force)
@@ -371,7 +382,8 @@ class _Reader:
     """
 
     batch_size: int
-    workers: int
+    workers: int | None
+    columns: Columns
     steps: Preprocessing | None
     suggested: Preprocessing | None
     on_bad_data: OnBadData
@@ -384,14 +396,15 @@ class _Reader:
         preprocess: str | None,
         *,
         batch_size: int,
-        workers: int,
+        workers: int | None,
+        columns: Columns,
         on_bad_data: OnBadData,
     ) -> _Reader:
         """With the preprocessing that was asked for, or that of the model."""
         suggested = find_model_preset(model if isinstance(model, str) else "", live)
         presets = PRESETS if suggested is None else {**PRESETS, "model": suggested}
         steps = parse_preprocessing(preprocess, presets=presets) if preprocess else None
-        return cls(batch_size, workers, steps, suggested, on_bad_data)
+        return cls(batch_size, workers, columns, steps, suggested, on_bad_data)
 
     def __call__(
         self,
@@ -423,6 +436,7 @@ class _Reader:
             preprocessing=self.steps,
             model_preprocessing=self.suggested,
             on_bad_data=self.on_bad_data,
+            columns=self.columns,
             share=share,
         )
 
@@ -451,8 +465,8 @@ def _choose_held_out(
 class _Samples:
     """Called with the samples done of one phase; tells who asked for the progress of the whole."""
 
-    def __init__(self, tell: OnProgress, phase: str, batches: Batches, *, phases: tuple[str, ...]) -> None:
-        self._tell, self._phase, self._total, self._phases = tell, phase, batches.samples, phases
+    def __init__(self, tell: OnProgress, phase: str, total: int | None, *, phases: tuple[str, ...]) -> None:
+        self._tell, self._phase, self._total, self._phases = tell, phase, total, phases
         self(0)
 
     def __call__(self, samples: int) -> None:

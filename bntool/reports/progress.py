@@ -17,7 +17,6 @@ class Work:
         self._progress: Progress | None = None
         self._start = time.monotonic()
         self._durations: list[float] = []  # of the phases that are over and counted samples
-        self._counted: int | None = None  # by the last of them
 
     def update(self, progress: Progress) -> None:
         """Take note of how far the work is."""
@@ -25,7 +24,6 @@ class Work:
         if before is None or progress.phase != before.phase:
             if before is not None and before.done:
                 self._durations.append(now - self._start)
-                self._counted = before.done
             self._start = now
         self._progress = progress
 
@@ -36,31 +34,24 @@ class Work:
 
     def share(self) -> float | None:
         """How much of all phases is done, 0 to 1; None where it is not known how much there is to do."""
-        progress, total = self._progress, self._total()
-        if progress is None or not total:
+        progress = self._progress
+        if progress is None or not progress.total:
             return None
         phases = progress.phases or (progress.phase,)
-        return (phases.index(progress.phase) + min(progress.done / total, 1)) / len(phases)
+        return (phases.index(progress.phase) + min(progress.done / progress.total, 1)) / len(phases)
 
     def describe(self) -> str:
         """In words: the phase, how much of it is done, and the time left for this and all phases to come."""
-        progress, total = self._progress, self._total()
+        progress = self._progress
         if progress is None:
             return ""
-        parts = [format_duration(self.elapsed)]
+        parts, total = [format_duration(self.elapsed)], progress.total
         if total:
             done = format_size(progress.done) if progress.unit == "byte" else f"{progress.done:,}"
             parts = [f"{done} of {_count(total, progress.unit)}", *self._estimate(progress, total)]
         elif progress.done:
             parts = [_count(progress.done, progress.unit), *parts]
         return f"{sanitize(progress.phase)}: {', '.join(parts)}"
-
-    def _total(self) -> int | None:
-        """Samples of the phase: where the data do not say how many they have, as many as the phase before had."""
-        progress = self._progress
-        if progress is None or progress.total or not progress.phases:
-            return progress.total if progress is not None else None
-        return self._counted
 
     def _estimate(self, progress: Progress, total: int) -> list[str]:
         """The time left, if the phases to come take as long as those so far do."""
