@@ -159,18 +159,16 @@ class _Choice:
         for name in columns.named:
             if name not in features:
                 raise UsageError(f"the dataset has no column {name!r}, but {', '.join(features)}", path=spec)
-        label = columns.labels or next(
-            (name for name in _order(features, LABEL_KEYS) if _is_label(name, features[name])), None
-        )
-        label = None if columns.without_labels else label
-        name = columns.inputs or _find_input({n: f for n, f in features.items() if n != label})
-        if name is None:
+        found = (name for name in _order(features, LABEL_KEYS) if _is_label(name, features[name]))
+        label = None if columns.without_labels else columns.labels or next(found, None)
+        input_ = columns.inputs or _find_input({n: f for n, f in features.items() if n != label})
+        if input_ is None:
             raise UsageError(
                 f"which column holds the inputs, as images or arrays? The dataset has {', '.join(features)}; name it "
                 "with --inputs (and the labels with --labels), or give FILE.py:factory",
                 path=spec,
             )
-        return cls(name, label, is_image=_kind(features[name]) == "Image")
+        return cls(input_, label, is_image=_kind(features[input_]) == "Image")
 
 
 def _find_input(features: Mapping[str, Any]) -> str | None:

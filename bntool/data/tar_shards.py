@@ -158,7 +158,9 @@ def _open(shard: str) -> Iterator[BinaryIO]:
             from webdataset.gopen import gopen
 
             stream = stack.enter_context(gopen(shard))
-        yield stack.enter_context(gzip.GzipFile(fileobj=stream)) if shard.lower().endswith("gz") else stream
+        if shard.lower().endswith("gz"):
+            stream = stack.enter_context(gzip.GzipFile(fileobj=stream))
+        yield stream
 
 
 class _Stored(NamedTuple):

@@ -106,8 +106,7 @@ def recalibrate_checkpoint(  # noqa: PLR0913, PLR0915 as many as the command has
         model_arguments: of the factory of a spec.
         method, prior, precision, fit_memory: see :func:`~bntool.recalibration.live.plan_recalibration`.
         samples, batch_size, seed, workers, preprocess: for a spec, see :func:`~bntool.data.loading.load_data`.
-        inputs, labels: the columns of a spec's data that hold them, where the names do not tell; ``none`` as labels: there
-            are none.
+        inputs, labels: the columns of a spec's data that hold them, where names do not tell; ``none`` for no labels.
         eval_data: labelled data to measure before and after on; None for ``data``.
         metric: ``top1``, ``top5`` or ``FILE.py:function``; None for top1 where there are class labels.
         keep_if_better: write only if the metric is better than before.

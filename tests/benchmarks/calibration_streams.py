@@ -1,8 +1,8 @@
 """Streams of tar archives beside the same images in an .npz: throughput of ``recalibrate``, memory, and decoding.
 
-ResNet-20 and the 4,000 images of the shared folder, repeated; ``.npy`` in tar archives, or PNG. Each way is a process of
-its own with one thread of torch, and what counts is the CPU time of it and its workers. Reading alone is measured as well: what decoding takes is the difference between PNG and
-``.npy``. Needs webdataset.
+ResNet-20 and the 4,000 images of the shared folder, repeated; ``.npy`` in tar archives, or PNG. Each way is a process
+of its own with one thread of torch, and what counts is the CPU time of it and its workers. Reading alone is measured as
+well: what decoding takes is the difference between PNG and ``.npy``. Needs webdataset.
 """
 
 from __future__ import annotations
@@ -98,10 +98,7 @@ def _run_alone(what: str, kind: str, copies: int, folder: Path) -> Iterator[floa
     )
     model = load_resnet20()
     start = time.process_time()
-    if what == "read":
-        samples = sum(batch.samples for batch in data)
-    else:
-        samples = recalibrate(model, data).samples
+    samples = sum(batch.samples for batch in data) if what == "read" else recalibrate(model, data).samples
     workers = resource.getrusage(resource.RUSAGE_CHILDREN)
     yield samples / (time.process_time() - start + workers.ru_utime + workers.ru_stime)
     yield resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / _MEGABYTE
