@@ -10,7 +10,7 @@ import typer
 
 from bntool.cli import completion, options
 from bntool.cli.help import JUDGING, MODEL, SHARES
-from bntool.cli.output import print_notes, print_report, print_written, user_output_to_stderr
+from bntool.cli.output import print_note, print_notes, print_report, print_written, user_output_to_stderr
 from bntool.data.policies import OnBadData
 from bntool.recalibration.options import Method, Precision
 
@@ -41,6 +41,16 @@ def command(
             metavar="N",
             help="Use so many samples; auto: as many as fit into memory, for --method exact.",
             show_default="all",
+            rich_help_panel=MODEL,
+        ),
+    ] = None,
+    memory: Annotated[
+        str | None,
+        typer.Option(
+            "--memory",
+            metavar="SIZE",
+            help="Memory for activations with --method exact, e.g. 2GB: what does not fit waits in a file.",
+            show_default="all there is, and no file",
             rich_help_panel=MODEL,
         ),
     ] = None,
@@ -220,7 +230,7 @@ def command(
     from bntool.cli.progress import show_progress
     from bntool.errors import UsageError
     from bntool.models.assignments import parse_assignments
-    from bntool.progress import Progress
+    from bntool.progress import Progress, ignore
 
     form = options.choose_form(report_as, as_json=as_json)
     if from_partials:
@@ -267,6 +277,7 @@ def command(
                 method=method,
                 samples=wanted,
                 fit_memory=samples == "auto",
+                memory=memory,
                 batch_size=batch_size,
                 seed=seed,
                 workers=workers,
@@ -290,6 +301,7 @@ def command(
                 force=force,
                 strict=strict,
                 on_progress=progress,
+                on_forecast=ignore if quiet else print_note,
             )
     if result is not None:
         _print(checkpoint, result, html=html, force=force, form=form, quiet=quiet)

@@ -32,7 +32,7 @@ from bntool.modules.finding import find_batchnorm_modules, find_name_prefix
 from bntool.modules.loading import load_state
 from bntool.modules.opening import open_source
 from bntool.plan import Operation, Plan, check_plan
-from bntool.progress import OnProgress, Progress, tell_notebook
+from bntool.progress import OnProgress, OnWarning, Progress, ignore, tell_notebook
 from bntool.recalibration.dtype_limits import fit_plan, list_promoted
 from bntool.recalibration.evaluation import count_flipped, is_better, parse_metric
 from bntool.recalibration.fingerprints import fingerprint_model, fingerprint_state_dict
@@ -41,7 +41,7 @@ from bntool.recalibration.kept_evaluation import Judge
 from bntool.recalibration.layers import choose_layers
 from bntool.recalibration.live import check_live_statistics, measure_share, plan_recalibration
 from bntool.recalibration.memory_format import is_faster_in_bfloat16
-from bntool.recalibration.options import Method, Precision
+from bntool.recalibration.options import Method, Precision, check_memory
 from bntool.recalibration.output_changes import measure_output_changes
 from bntool.recalibration.partials import Origin, Partial, write_partial
 from bntool.recalibration.ranks import Ranks, join_job
@@ -67,6 +67,7 @@ def recalibrate_checkpoint(  # noqa: PLR0913, PLR0915 as many as the command has
     method: Method | str = Method.POOLED,
     samples: int | None = None,
     fit_memory: bool = False,
+    memory: int | str | None = None,
     batch_size: int = 64,
     seed: int = 0,
     workers: int | None = None,
@@ -90,6 +91,7 @@ def recalibrate_checkpoint(  # noqa: PLR0913, PLR0915 as many as the command has
     force: bool = False,
     strict: bool = False,
     on_progress: OnProgress = tell_notebook,
+    on_forecast: OnWarning = ignore,
 ) -> CheckpointRecalibration | Partial | None:
     """Recompute the running statistics in a checkpoint from data; what ``bntool recalibrate`` does.
 
@@ -104,7 +106,7 @@ def recalibrate_checkpoint(  # noqa: PLR0913, PLR0915 as many as the command has
         model: the live model of the checkpoint, which is copied, or a spec as ``--model`` has it.
         data: batches that can be read several times, or a spec as ``--data`` has it.
         model_arguments: of the factory of a spec.
-        method, prior, precision, fit_memory: see :func:`~bntool.recalibration.live.plan_recalibration`.
+        method, prior, precision, fit_memory, memory: see :func:`~bntool.recalibration.live.plan_recalibration`.
         samples, batch_size, seed, workers, preprocess: for a spec, see :func:`~bntool.data.loading.load_data`.
         inputs, labels: the columns of a spec's data that hold them, where names do not tell; ``none`` for no labels.
         eval_data: labelled data to measure before and after on; None for ``data``.
@@ -123,6 +125,7 @@ def recalibrate_checkpoint(  # noqa: PLR0913, PLR0915 as many as the command has
         force: replace a file that exists.
         strict: refuse if a layer is skipped.
         on_progress: called with the samples done of each phase.
+        on_forecast: called with a sentence about what ``memory`` means for the method exact.
 
     Returns:
         What was found and done, or the partial; None in processes of a job other than the first.
@@ -131,6 +134,7 @@ def recalibrate_checkpoint(  # noqa: PLR0913, PLR0915 as many as the command has
         UsageError, FileError, RefusedError, UserCodeError: see :mod:`bntool.errors`; nothing is written then.
     """
     method, precision = choose(Method, method, option="method"), choose(Precision, precision, option="precision")
+    memory = check_memory(memory, method=method, fit_memory=fit_memory)
     bad_data = choose(OnBadData, on_bad_data, option="on_bad_data")
     target, part = None if output is None else Path(output), None if partial is None else Path(partial)
     number, shards = parse_shard(shard)
@@ -185,6 +189,8 @@ def recalibrate_checkpoint(  # noqa: PLR0913, PLR0915 as many as the command has
             prior=prior,
             on_progress=report(measuring, batches.samples or (counted if is_whole else None)) if leads else None,
             fit_memory=fit_memory,
+            memory=memory,
+            on_forecast=on_forecast if leads else ignore,
             keeper=keeper,
         )
         check_plan(result.plan, source.path, strict=strict)

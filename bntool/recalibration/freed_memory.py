@@ -14,10 +14,14 @@ class FreedMemory:
 
     A batch leaves holes that the next one does not fill: without this the peak grows by a tenth. Where the C library is
     not glibc nothing is done.
+
+    Args:
+        pause: seconds from one time to the next.
     """
 
-    def __init__(self) -> None:
-        self._last = -_PAUSE
+    def __init__(self, *, pause: float = _PAUSE) -> None:
+        self._pause = pause
+        self._last = -pause
         try:
             self._trim: Callable[[int], int] | None = ctypes.CDLL(None).malloc_trim
         except (AttributeError, OSError, TypeError):
@@ -26,6 +30,6 @@ class FreedMemory:
     def return_unused(self) -> None:
         """Return freed memory to the system, unless that was done a moment ago."""
         now = time.monotonic()
-        if self._trim is not None and now - self._last >= _PAUSE:
+        if self._trim is not None and now - self._last >= self._pause:
             self._trim(0)
             self._last = now

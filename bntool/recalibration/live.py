@@ -18,10 +18,10 @@ from bntool.models.user_code import running_user_code
 from bntool.modules.borrowing import Borrowed, borrow, is_switching
 from bntool.modules.finding import find_batchnorm_modules, find_eps, find_names, find_wrapper_prefix, walk_modules
 from bntool.plan import Skip, SkipReason
-from bntool.progress import Progress, tell_notebook
+from bntool.progress import OnWarning, Progress, ignore, tell_notebook
 from bntool.recalibration.batch_tree import BatchTree
 from bntool.recalibration.dtype_limits import check_holds
-from bntool.recalibration.exact.first_forward import read_what_fits
+from bntool.recalibration.exact.reading import reading_batches
 from bntool.recalibration.exact.repeated_calls import NotSettledError
 from bntool.recalibration.exact.sweep import measure_exact
 from bntool.recalibration.layers import check_can_be_set, choose_layers
@@ -36,7 +36,7 @@ from bntool.recalibration.new_statistics import (
     check_prior,
     conclude,
 )
-from bntool.recalibration.options import Method, Precision
+from bntool.recalibration.options import Method, Precision, check_memory
 from bntool.recalibration.pooled import Keeper, OnProgress, Run, count_channels, measure_pooled, set_statistics
 from bntool.recalibration.ranks import find_ranks, isolate_forwards
 
@@ -53,6 +53,8 @@ def plan_recalibration(  # noqa: PLR0913 each is an option of the command
     on_bad_data: OnBadData = OnBadData.STOP,
     on_progress: OnProgress | None = None,
     fit_memory: bool = False,
+    memory: int | str | None = None,
+    on_forecast: OnWarning = ignore,
     precision: Precision = Precision.MODEL,
     prefix: str | None = None,
     keeper: SelectionKeeper | None = None,
@@ -72,6 +74,9 @@ def plan_recalibration(  # noqa: PLR0913 each is an option of the command
         on_bad_data: what to do about a batch that holds NaN or infinity.
         on_progress: called with the number of samples done.
         fit_memory: let the method exact use fewer samples where not all fit into memory, instead of refusing.
+        memory: what activations may take in memory with the method exact, in bytes or as ``2GB``; what does not fit is
+            set aside in a file. None for what there is, and no file.
+        on_forecast: called, where ``memory`` is given, with a sentence about the time and memory that it will take.
         precision: bfloat16 runs the forwards under autocast: faster where the processor has instructions for it, and
             approximate.
         prefix: what names of the plan go without; None for that of wrappers.
@@ -85,15 +90,18 @@ def plan_recalibration(  # noqa: PLR0913 each is an option of the command
     check_prior(prior)
     if method is Method.EXACT and precision is not Precision.MODEL:
         raise UsageError(f"exact statistics cannot be computed in {precision.value}, which is approximate")
+    memory = check_memory(memory, method=method, fit_memory=fit_memory)
     given = as_batches(batches)
     prefix = find_wrapper_prefix(model) if prefix is None else prefix
     with _select(model, layers, prefix=prefix, method=method) as selection:
         blend = Blend(selection.stored, method=method, prior=prior)
         run = selection.run(on_bad_data=on_bad_data, on_progress=on_progress)
-        memory: int | None = None
+        needed: int | None = None
         reused: dict[str, int] = {}
         if method is Method.EXACT:
-            measurement, memory, reused = _measure_exact(run, given, blend, fit_memory=fit_memory)
+            measurement, needed, reused = _measure_exact(
+                run, given, blend, fit_memory=fit_memory, memory=memory, on_forecast=on_forecast
+            )
             measurement.left_out[:0] = given.bad_inputs
         else:
             measurement = Measurement.of(
@@ -106,7 +114,7 @@ def plan_recalibration(  # noqa: PLR0913 each is an option of the command
         blend,
         Paths(run.called, run.read, reused),
         skips=selection.skips,
-        memory=memory,
+        memory=needed,
         precision=precision,
         prefix=prefix,
     )
@@ -248,6 +256,8 @@ def recalibrate(  # noqa: PLR0913 as plan_recalibration
     on_bad_data: OnBadData | str = OnBadData.STOP,
     on_progress: OnProgress | None = None,
     fit_memory: bool = False,
+    memory: int | str | None = None,
+    on_forecast: OnWarning = ignore,
     precision: Precision | str = Precision.MODEL,
 ) -> Recalibration:
     """Give the BatchNorm layers of a live model the statistics of data; all else is given back as it was.
@@ -273,6 +283,8 @@ def recalibrate(  # noqa: PLR0913 as plan_recalibration
         on_bad_data=choose(OnBadData, on_bad_data, option="on_bad_data"),
         on_progress=on_progress,
         fit_memory=fit_memory,
+        memory=memory,
+        on_forecast=on_forecast,
         precision=choose(Precision, precision, option="precision"),
     )
     if not result.statistics:
@@ -301,28 +313,29 @@ def check_live_statistics(model: torch.nn.Module, recalibration: Recalibration) 
 
 
 def _measure_exact(
-    run: Run, batches: Batches, blend: Blend, *, fit_memory: bool
+    run: Run, batches: Batches, blend: Blend, *, fit_memory: bool, memory: int | None, on_forecast: OnWarning
 ) -> tuple[Measurement, int | None, dict[str, int]]:
     """What was measured, the memory forecast for that, and layers called more than once that are left alone."""
-    read, first_forward = read_what_fits(run, batches, find_ranks(), cut=fit_memory)
-    reused: dict[str, int] = {}
-    few: dict[str, Tally] = {}  # one value for each channel: they keep their statistics, and what follows sees those
-    if first_forward is None:
-        return Measurement(), None, reused
-    memory = first_forward.forecast.need(sum(b.samples for b in read), max((b.samples for b in read), default=0))
-    while True:
-        left_alone = reused.keys() | few.keys()
-        others = replace(run, layers={name: layer for name, layer in run.layers.items() if name not in left_alone})
-        try:
-            measurement = measure_exact(others, read, blend, first_forward)
-        except NotSettledError as error:
-            reused.update(error.calls)
-            continue
-        new = {name: tally for name, tally in measurement.tallies.items() if tally.positions < 2}
-        few.update(new)
-        if not new:
-            measurement.tallies.update(few)
-            return measurement, memory, reused
+    limits: Any = {"cut": fit_memory, "memory": memory, "on_forecast": on_forecast}
+    with reading_batches(run, batches, find_ranks(), **limits) as read:
+        reused: dict[str, int] = {}
+        few: dict[str, Tally] = {}  # one value for each channel: they keep their statistics; what follows sees those
+        if read.shown is None:
+            return Measurement(), None, reused
+        needed = read.shown.forecast.need(read.samples, read.largest)
+        while True:
+            left_alone = reused.keys() | few.keys()
+            others = replace(run, layers={name: layer for name, layer in run.layers.items() if name not in left_alone})
+            try:
+                measurement = measure_exact(others, read.batches, blend, read.shown)
+            except NotSettledError as error:
+                reused.update(error.calls)
+                continue
+            new = {name: tally for name, tally in measurement.tallies.items() if tally.positions < 2}
+            few.update(new)
+            if not new:
+                measurement.tallies.update(few)
+                return measurement, needed if memory is None else min(needed, memory), reused
 
 
 def set_live_statistics(model: torch.nn.Module, recalibration: Recalibration) -> None:

@@ -11,8 +11,8 @@ from torch.overrides import TorchFunctionMode
 from bntool.data.batches import Batch, find_placement
 
 _READING = frozenset((
-    "as_strided", "as_strided_", "data_ptr", "is_contiguous", "numpy", "resize_", "storage", "stride",
-    "untyped_storage",
+    "__array__", "__dlpack__", "as_strided", "as_strided_", "data_ptr", "is_contiguous", "numpy", "resize_", "storage",
+    "stride", "untyped_storage",
 ))  # fmt: skip
 # whose kernels take any layout; of others one cannot know
 _TORCHS = ("aten", "prim", "prims", "profiler", "torchvision")

@@ -15,6 +15,7 @@ from bntool.errors import RefusedError, UserCodeError
 from bntool.models.user_code import running_user_code
 from bntool.modules.finding import find_eps
 from bntool.recalibration.activation_moments import measure
+from bntool.recalibration.exact.set_aside import KeptBatch
 from bntool.recalibration.moments import Moments
 from bntool.recalibration.pooled import Run
 
@@ -42,10 +43,11 @@ class LoneBatch:
         batches: of this rank, by position. A small one is chosen, but not the last, which sees what it left itself.
     """
 
-    def __init__(self, batches: Mapping[int, Batch]) -> None:
+    def __init__(self, batches: Mapping[int, KeptBatch]) -> None:
         positions = list(batches)[:-1] or list(batches)
-        self.position = min(positions, key=lambda position: batches[position].samples)
-        self._batch = copy_batch(batches[self.position])
+        self.position = min(positions, key=lambda position: batches[position].batch.samples)
+        with batches[self.position].in_memory() as batch:
+            self._batch = copy_batch(batch)
         self._seen: list[_LayerInput] = []
         self.is_alone = False
 

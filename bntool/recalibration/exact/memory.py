@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import weakref
 from collections.abc import Iterator
@@ -25,14 +26,23 @@ class MemoryForecast:
     """Memory of a forward, from a first forward with few samples.
 
     Attributes:
-        waiting: bytes for each sample that are alive while its batch waits at the layer where most are.
+        waits: bytes for each sample that are alive while its batch waits, at each layer.
         running: bytes for each sample at the peak of a forward.
         thread: bytes of address space for each batch, see :func:`find_thread_space`.
+        seconds: for each sample.
+        kept: bytes that libraries keep for the thread of each batch, as far as that was measured.
     """
 
-    waiting: float
+    waits: tuple[float, ...]
     running: float
     thread: int = 0
+    seconds: float = 0.0
+    kept: int = 0
+
+    @property
+    def waiting(self) -> float:
+        """Bytes for each sample at the layer where most are."""
+        return max(self.waits, default=0.0)
 
     def need(self, samples: int, batch_size: int) -> int:
         """Bytes for so many samples on their way, of which one batch runs."""
@@ -41,6 +51,11 @@ class MemoryForecast:
     def fit(self, available: int, batch_size: int) -> int:
         """How many samples fit into so many bytes."""
         return max(0, int((available * _SPARE - self.running * batch_size) / max(self._keep(batch_size), 1.0)))
+
+    def allow(self, memory: int, batch_size: int, samples: int) -> int:
+        """How many bytes of so much memory batches may hold that wait; below 0: not even the one that runs fits."""
+        threads = self.kept * math.ceil(samples / max(batch_size, 1))
+        return int((memory - threads) * _SPARE - self.running * batch_size)
 
     def _keep(self, batch_size: int) -> float:
         """Bytes for each sample while its batch waits."""
@@ -56,7 +71,7 @@ class LiveTensors(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self.live = 0
         self.peak = 0
-        self.waiting = 0
+        self.waits: list[int] = []
         self._sizes: dict[int, int] = {}
         self._references: dict[int, weakref.ref[Any]] = {}
 
@@ -67,7 +82,7 @@ class LiveTensors(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def note_waiting(self) -> None:
         """Take note of the memory in use at a layer where a batch would wait for the others."""
-        self.waiting = max(self.waiting, self.live)
+        self.waits.append(self.live)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -100,6 +115,15 @@ def find_available(device: torch.device | None) -> int | None:
     limit = min(_read_limits(), default=None)
     # the ranks of a job on this machine share it
     return limit if limit is None else limit // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def find_resident() -> int:
+    """Bytes of memory that this process has in use; 0 where the system does not say."""
+    with contextlib.suppress(ImportError, OSError, ValueError, IndexError):  # Linux says
+        import resource
+
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    return 0
 
 
 def find_thread_space() -> int:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial, reduce
+from typing import Any
 
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
-from bntool.data.batches import Batch, copy_batch
+from bntool.data.batches import copy_batch
 from bntool.data.policies import LeftOut
 from bntool.errors import RefusedError
 from bntool.models.user_code import running_user_code
@@ -20,6 +22,8 @@ from bntool.recalibration.exact.first_forward import FirstForward
 from bntool.recalibration.exact.lone_batch import LoneBatch
 from bntool.recalibration.exact.paused_forwards import PausedForward, copy_context
 from bntool.recalibration.exact.repeated_calls import Finish, RepeatedCalls
+from bntool.recalibration.exact.set_aside import KeptBatch
+from bntool.recalibration.freed_memory import FreedMemory
 from bntool.recalibration.moments import Moments, Tally
 from bntool.recalibration.new_statistics import Measurement
 from bntool.recalibration.pooled import (
@@ -33,8 +37,10 @@ from bntool.recalibration.pooled import (
 )
 from bntool.recalibration.ranks import Ranks, find_ranks
 
+_PAUSE = 0.05  # seconds: each forward has a thread, and malloc keeps for each thread what it frees
 
-def measure_exact(run: Run, batches: Iterable[Batch], finish: Finish, first_forward: FirstForward) -> Measurement:
+
+def measure_exact(run: Run, batches: Iterable[KeptBatch], finish: Finish, first_forward: FirstForward) -> Measurement:
     """Measure in each layer what it sees when all layers before it have their final statistics.
 
     All batches wait at a layer; their moments are pooled, its final statistics are set, and all go on. So after it the
@@ -51,15 +57,17 @@ def measure_exact(run: Run, batches: Iterable[Batch], finish: Finish, first_forw
     """
     ranks = find_ranks()
     result = Measurement()
-    remaining = {number if batch.position is None else batch.position: batch for number, batch in enumerate(batches)}
-    bad = {
-        position: accept(describe_bad(batch), run.on_bad_data)
-        for position, batch in remaining.items()
-        if not has_finite_inputs(batch)
+    remaining = {
+        number if kept.batch.position is None else kept.batch.position: kept for number, kept in enumerate(batches)
     }
+    bad: dict[int, LeftOut] = {}
+    for position, kept in remaining.items():
+        with kept.in_memory() as batch:
+            if not has_finite_inputs(batch):
+                bad[position] = accept(describe_bad(batch), run.on_bad_data)
     for left_out in ranks.share(lambda: list(bad.values())):
         result.left_out += left_out
-    good = {position: batch for position, batch in remaining.items() if position not in bad}
+    good = {position: kept for position, kept in remaining.items() if position not in bad}
     while True:
         counts = ranks.share(partial(_count, good.values()))
         result.batches, result.samples = (sum(column) for column in zip(*counts, strict=True))
@@ -76,13 +84,13 @@ def measure_exact(run: Run, batches: Iterable[Batch], finish: Finish, first_forw
         except BadBatchesError as error:
             # what these batches gave to earlier layers is in their statistics: begin again without them
             result.left_out += [accept(left_out, run.on_bad_data) for left_out in error.bad.values()]
-            good = {position: batch for position, batch in good.items() if (ranks.rank, position) not in error.bad}
+            good = {position: kept for position, kept in good.items() if (ranks.rank, position) not in error.bad}
         else:
             return result
 
 
-def _count(batches: Collection[Batch]) -> tuple[int, int]:
-    return len(batches), sum(batch.samples for batch in batches)
+def _count(batches: Collection[KeptBatch]) -> tuple[int, int]:
+    return len(batches), sum(kept.batch.samples for kept in batches)
 
 
 class BadBatchesError(Exception):
@@ -141,12 +149,15 @@ class _Sweep:
         self._current: PausedForward | None = None
         self._lone_batch = lone_batch
         self._position = 0
+        self._memory = FreedMemory(pause=_PAUSE)
+        self._guard: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
         self._activations = Activations(run.layers, borrowed, self._observe, called=run.called)
         self._calls = RepeatedCalls(lambda name, tally: finish(name, tally, samples), run.layers)
 
     def _observe(self, name: str, _layer: torch.nn.Module, values: torch.Tensor) -> None:
         """Let the batch that runs wait at a layer."""
-        moments = measure(values)
+        with _disable_current_modes():
+            moments = measure(values)
         if moments.count:
             check_moments(moments, name, values, least=1)
         lone_batch = self._lone_batch
@@ -157,7 +168,7 @@ class _Sweep:
         assert self._current is not None
         self._current.pause_at(name, moments)
 
-    def repeat(self, batches: Mapping[int, Batch]) -> dict[str, Tally]:
+    def repeat(self, batches: Mapping[int, KeptBatch]) -> dict[str, Tally]:
         """Sweep until all statistics are those of what is seen; what each layer saw, in execution order.
 
         Args:
@@ -178,14 +189,21 @@ class _Sweep:
         Raises:
             RefusedError: it gave layers other values when all were on their way together.
         """
-        lone_batch, watching = self._lone_batch, self._activations.watching
+        lone_batch = self._lone_batch
+
+        @contextlib.contextmanager
+        def watching() -> Iterator[None]:
+            with self._guard(), self._activations.watching():
+                yield
+
         self._ranks.share(lambda: lone_batch.check(self._run, watching) if lone_batch is not None else None)
 
-    def _run_once(self, batches: Mapping[int, Batch]) -> None:
+    def _run_once(self, batches: Mapping[int, KeptBatch]) -> None:
         if self._lone_batch is not None:
             self._lone_batch.begin()
         context = copy_context(self._run.model)
-        forwards = {position: PausedForward(self._make_run(batch, context)) for position, batch in batches.items()}
+        self._guard = next((kept.watching for kept in batches.values()), contextlib.nullcontext)
+        forwards = {position: PausedForward(self._make_run(kept, context)) for position, kept in batches.items()}
         try:
             while True:
                 shares = self._ranks.share(
@@ -208,10 +226,13 @@ class _Sweep:
             for forward in forwards.values():  # one may wait for what another lets go
                 forward.join()
 
-    def _advance(self, position: int, forward: PausedForward, batch: Batch) -> Pause:
-        self._current, self._position = forward, position
+    def _advance(self, position: int, forward: PausedForward, kept: KeptBatch) -> Pause:
+        self._current, self._position, batch = forward, position, kept.batch
         try:
+            kept.bring_back()
             forward.advance()
+            kept.wait()
+            self._memory.return_unused()
         except NotFiniteError as error:
             return Pause(position, batch.description, error.layer, None, describe_bad(batch, error))
         layer, moments = forward.reached or (None, None)
@@ -236,11 +257,14 @@ class _Sweep:
             self._run.on_progress(self._samples * self._calls.layers_seen // len(self._run.layers))
 
     def _make_run(
-        self, batch: Batch, context: Callable[[], contextlib.AbstractContextManager[None]]
+        self, kept: KeptBatch, context: Callable[[], contextlib.AbstractContextManager[None]]
     ) -> Callable[[], None]:
+        batch = kept.batch
+
         def run() -> None:
             with (
                 context(),
+                kept.watching(),
                 self._activations.watching(),
                 running_user_code(f"running the model on {batch.description}"),
             ):

@@ -1,0 +1,214 @@
+"""Reading all batches for a sweep: as many as fit into memory, or all, of which a part is set aside."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import itertools
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from bntool.data.batches import Batch, Batches, find_placement
+from bntool.errors import RefusedError
+from bntool.progress import OnWarning
+from bntool.recalibration.exact.first_forward import FirstForward, measure_thread, run_first_forward
+from bntool.recalibration.exact.memory import MemoryForecast, find_available
+from bntool.recalibration.exact.set_aside import (
+    KeptBatch,
+    MovableBatch,
+    SetAside,
+    choose_folder,
+    find_free,
+    measure_rate,
+    sum_aside,
+)
+from bntool.recalibration.pooled import Run
+from bntool.recalibration.ranks import Ranks
+
+
+@dataclass(frozen=True)
+class Reading:
+    """The batches that this rank read.
+
+    Attributes:
+        batches: all of them.
+        shown: what the first forward showed; None where no rank has a batch.
+    """
+
+    batches: Sequence[KeptBatch] = ()
+    shown: FirstForward | None = None
+
+    @property
+    def samples(self) -> int:
+        """Of all batches."""
+        return sum(kept.batch.samples for kept in self.batches)
+
+    @property
+    def largest(self) -> int:
+        """Samples of the largest batch."""
+        return max((kept.batch.samples for kept in self.batches), default=0)
+
+
+@contextlib.contextmanager
+def reading_batches(
+    run: Run, batches: Batches, ranks: Ranks, *, cut: bool, memory: int | None, on_forecast: OnWarning
+) -> Iterator[Reading]:
+    """Read this rank's batches: as many as fit into memory, or all, of which a part is set aside.
+
+    Args:
+        run: the model and its layers.
+        batches: to read.
+        ranks: the first of them that has a batch tries the model out for all.
+        cut: where not all fit, stop at as many as do.
+        memory: bytes that activations may take; None for what there is.
+        on_forecast: told what time and memory it will take, where ``memory`` is given.
+
+    Raises:
+        RefusedError: not all fit and ``cut`` is not given, or not even one batch fits.
+        UserCodeError: the model or the data raised.
+    """
+    iterator = iter(batches)
+    first: list[Batch] = []
+
+    def begin() -> bool:
+        first.extend(itertools.islice(iterator, 1))
+        return bool(first)
+
+    have_some = ranks.share(begin)
+    if not any(have_some):
+        yield Reading()
+        return
+    leader = have_some.index(True)
+    shown = ranks.share(lambda: run_first_forward(run, first[0]) if ranks.rank == leader else None)[leader]
+    assert shown is not None
+    read: list[KeptBatch] = []
+    if memory is None:
+        available = find_available(find_placement(run.model)[0])
+        fitting = _take(first, iterator, batches.samples, shown.forecast, available, cut=cut)
+        ranks.share(lambda: read.extend(map(KeptBatch, fitting)))
+        yield Reading(read, shown)
+        return
+    largest = max((batch.samples for batch in first), default=0)
+    # what the rank that tries the model out finds holds for all: so all refuse, or none
+    measure = functools.partial(_measure_thread, run, first[0], shown) if ranks.rank == leader else lambda: None
+    shown = ranks.share(measure)[leader]
+    assert shown is not None
+    aside = SetAside(shown.forecast.allow(memory, largest, largest), choose_folder())
+    try:
+        ranks.share(lambda: read.extend(_move(first, iterator, aside)))
+        reading = Reading(read, shown)
+        aside.allowed = ranks.share(lambda: _allow(reading, memory))[ranks.rank]
+        on_forecast(ranks.share(lambda: _describe_forecast(run, reading, memory))[ranks.rank])
+        yield reading
+    finally:
+        aside.close()
+
+
+def _measure_thread(run: Run, batch: Batch, shown: FirstForward) -> FirstForward:
+    """With what is kept for each thread.
+
+    Raises:
+        RefusedError: the model could notice that its activations are not there meanwhile.
+    """
+    if shown.reads_memory:
+        raise RefusedError(
+            "the model asks where elements lie in memory (data_ptr, numpy, a kernel of its own), so activations cannot "
+            "be set aside; leave out --memory"
+        )
+    return replace(shown, forecast=replace(shown.forecast, kept=measure_thread(run, batch, shown)))
+
+
+def _allow(reading: Reading, memory: int) -> int:
+    """Bytes that batches may hold while they wait.
+
+    Raises:
+        RefusedError: not even one fits.
+    """
+    assert reading.shown is not None
+    forecast, largest = reading.shown.forecast, reading.largest
+    allowed = forecast.allow(memory, largest, reading.samples)
+    if allowed < 0:
+        raise RefusedError(
+            f"a batch of {largest} samples on its way takes about {_size(forecast.need(0, largest))}, and "
+            f"{len(reading.batches)} threads, one for each batch, {_size(forecast.kept * len(reading.batches))}: give "
+            "more --memory, or another --batch-size"
+        )
+    return allowed
+
+
+def _move(first: Sequence[Batch], others: Iterator[Batch], aside: SetAside) -> Iterator[KeptBatch]:
+    for batch in itertools.chain(first, others):
+        kept = MovableBatch(aside, batch)
+        kept.wait()
+        yield kept
+
+
+def _describe_forecast(run: Run, reading: Reading, memory: int) -> str:
+    """What it will take, in words.
+
+    Raises:
+        RefusedError: the disk has not as much room.
+    """
+    assert reading.shown is not None
+    forecast, samples, folder = reading.shown.forecast, reading.samples, choose_folder()
+    moved, at_once = sum_aside(forecast.waits, samples, forecast.allow(memory, reading.largest, samples))
+    seconds, needed = forecast.seconds * samples, forecast.need(samples, reading.largest)
+    device, _ = find_placement(run.model)
+    where = ""
+    if moved and device is not None and device.type != "cpu":
+        where = f"; up to {_size(at_once)} set aside in the memory of the host, {_size(moved)} in all"
+    elif moved:
+        if at_once > find_free(folder):
+            raise RefusedError(
+                f"up to {_size(at_once)} of activations would be set aside in {folder}, which has "
+                f"{_size(find_free(folder))} free; give more --memory, or another folder by TMPDIR"
+            )
+        seconds += 2 * moved / measure_rate(folder, at_once)  # written and read
+        where = f"; up to {_size(at_once)} set aside in {folder}, {_size(moved)} in all"
+    sizes = f"about {seconds:.0f} s and {_size(min(needed, memory))} of memory"
+    return f"exact statistics of {samples:,} samples: {sizes}{where}"
+
+
+def _take(
+    first: Sequence[Batch],
+    others: Iterator[Batch],
+    announced: int | None,
+    forecast: MemoryForecast,
+    available: int | None,
+    *,
+    cut: bool,
+) -> Iterator[Batch]:
+    """The batches, as long as they fit into the memory that is available."""
+    largest = max((batch.samples for batch in first), default=0)
+    fitting = forecast.fit(available, largest) if available is not None else sys.maxsize
+    total = announced or 0
+    samples = 0
+    for batch in itertools.chain(first, others):
+        total = max(total, samples + batch.samples)
+        needed = total
+        if cut:
+            needed = 0 if samples else batch.samples  # one batch at least
+        if needed > fitting:
+            assert available is not None
+            raise RefusedError(
+                f"{needed} samples on their way would need about {_size(forecast.need(needed, largest))}, "
+                f"{_size(available)} are free: " + _advise(fitting, cut=cut)
+            )
+        if samples + batch.samples > fitting:
+            break
+        yield batch
+        samples += batch.samples
+
+
+def _advise(fitting: int, *, cut: bool) -> str:
+    if cut or not fitting:
+        return f"about {fitting} samples fit, use a smaller --batch-size, or --method pooled"
+    return (
+        f"about {fitting} samples fit, use --samples {fitting}, or --samples auto for as many as fit, or the method "
+        "pooled"
+    )
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"

@@ -1,0 +1,220 @@
+"""Exact statistics with a part of the activations in a file: the same bits, whatever the memory."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import os
+import weakref
+
+import pytest
+import torch
+from torch import nn
+
+from bntool.errors import RefusedError, UsageError
+from bntool.recalibration.exact import reading
+from bntool.recalibration.exact.memory import find_resident
+from bntool.recalibration.exact.set_aside import HeldStorages, MovableBatch, SetAside, _Regions
+from bntool.recalibration.live import recalibrate
+from bntool.data.batches import split_batch
+from bntool.recalibration.options import parse_size
+
+
+class Residual(nn.Module):
+    def __init__(self, width=16, depth=3):
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem = nn.Conv2d(3, width, 3, padding=1)
+        self.convs = nn.ModuleList(nn.Conv2d(width, width, 3, padding=1) for _ in range(depth))
+        self.norms = nn.ModuleList(nn.BatchNorm2d(width) for _ in range(depth))
+
+    def forward(self, x):
+        x = self.stem(x)
+        for conv, norm in zip(self.convs, self.norms, strict=True):
+            x = x + torch.relu(norm(conv(x)))
+        return x
+
+
+def make_batches(count=6, size=4, pixels=48):
+    return list(torch.randn(count * size, 3, pixels, pixels, generator=torch.Generator().manual_seed(1)).split(size))
+
+
+def statistics_of(model):
+    return {name: value.clone() for name, value in model.state_dict().items() if "running" in name or "num" in name}
+
+
+def same(one, other):
+    return one.keys() == other.keys() and all(torch.equal(value, other[name]) for name, value in one.items())
+
+
+@pytest.fixture
+def moved(monkeypatch):
+    """How many bytes were set aside."""
+    sizes = []
+    put = SetAside.put
+    monkeypatch.setattr(
+        SetAside, "put", lambda self, s, **options: (sizes.append(s.nbytes()), put(self, s, **options))[1]
+    )
+    return sizes
+
+
+@pytest.mark.parametrize("share", [0.9, 0.5, 0.0])
+def test_statistics_are_the_same_bits(share, moved, monkeypatch):
+    wanted = Residual()
+    recalibrate(wanted, make_batches(), method="exact")
+    model, said = Residual(), []
+    whole = 6 * 4 * (3 + 2 * 16) * 48 * 48 * 4
+    monkeypatch.setattr(reading.MemoryForecast, "allow", lambda self, *_: int(share * whole))
+    result = recalibrate(model, make_batches(), method="exact", memory="1GB", on_forecast=said.append)
+    assert same(statistics_of(model), statistics_of(wanted))
+    assert sum(moved) > (1 - share) * whole
+    (sentence,) = said
+    assert sentence.startswith("exact statistics of 24 samples: about")
+    assert "set aside in" in sentence
+    assert result.samples == 24
+
+
+def test_what_fits_is_not_moved(moved):
+    said = []
+    recalibrate(Residual(), make_batches(), method="exact", memory="8GB", on_forecast=said.append)
+    assert not moved
+    assert "set aside" not in said[0]
+
+
+def test_memory_is_given_back(tmp_path):
+    aside = SetAside(0, tmp_path)
+    batch = MovableBatch(aside, split_batch(torch.ones(64, 3, 256, 256), source="x", position=0))
+    full = find_resident()
+    batch.wait()
+    assert full - find_resident() > 45e6  # of 50.3 MB
+    with batch.in_memory() as there:
+        assert bool((there.inputs == 1).all())
+    aside.close()
+    assert not os.listdir(tmp_path)
+
+
+class Cached(Residual):
+    """Keeps of the first batch what all others use, on itself and where nobody finds it."""
+
+    kept: list = []
+
+    def forward(self, x):
+        if not hasattr(self, "grid"):
+            self.grid = torch.linspace(-1, 1, x.shape[-1] ** 2).reshape(1, 1, *x.shape[-2:]) * x.new_ones(1, 8, 1, 1)
+        if not self.kept:
+            self.kept.append(
+                torch.linspace(0, 2, x.shape[-1] ** 2).reshape(1, 1, *x.shape[-2:]) * x.new_ones(1, 8, 1, 1)
+            )
+        return super().forward(x + self.grid.mean(1, keepdim=True) + self.kept[0].mean(1, keepdim=True))
+
+
+def test_what_batches_share_is_brought_back_when_it_is_touched(monkeypatch, moved):
+    results = []
+    for memory in (None, "1GB"):
+        Cached.kept.clear()
+        if memory is not None:
+            monkeypatch.setattr(reading.MemoryForecast, "allow", lambda self, *_: 0)
+        model = Cached()
+        with torch.no_grad():
+            model.eval()(make_batches()[0][:1])
+        Cached.kept.clear()  # so that a batch of the sweep makes it
+        recalibrate(model, make_batches(), method="exact", memory=memory)
+        results.append(statistics_of(model))
+        assert torch.equal(Cached.kept[0][0, 0].flatten(), torch.linspace(0, 2, 48 * 48))
+    assert moved
+    assert same(*results)
+
+
+def test_batches_that_are_bad_are_left_out(monkeypatch):
+    batches = make_batches()
+    batches[2][1, 0, 0, 0] = float("nan")
+    wanted = Residual()
+    recalibrate(wanted, batches, method="exact", on_bad_data="skip")
+    monkeypatch.setattr(reading.MemoryForecast, "allow", lambda self, *_: 0)
+    model = Residual()
+    result = recalibrate(model, batches, method="exact", on_bad_data="skip", memory="1GB")
+    assert len(result.left_out) == 1
+    assert same(statistics_of(model), statistics_of(wanted))
+
+
+def test_an_error_of_the_model_leaves_the_batches_as_they_were(monkeypatch):
+    class Failing(Residual):
+        def forward(self, x):
+            out = super().forward(x)
+            if x[0, 0, 0, 0] == last:
+                raise ValueError("no")
+            return out
+
+    batches = make_batches()
+    last, before = batches[-1][0, 0, 0, 0].clone(), [batch.clone() for batch in batches]
+    monkeypatch.setattr(reading.MemoryForecast, "allow", lambda self, *_: 0)
+    model = Failing()
+    old = statistics_of(model)
+    with contextlib.suppress(Exception):
+        recalibrate(model, batches, method="exact", memory="1GB")
+    assert same(statistics_of(model), old)
+    assert all(map(torch.equal, batches, before))
+
+
+def test_what_cannot_be_kept_within_is_refused(monkeypatch):
+    with pytest.raises(RefusedError, match="a batch of 4 samples on its way takes about .* give more --memory"):
+        recalibrate(Residual(), make_batches(), method="exact", memory=10_000)
+    with pytest.raises(UsageError, match="--memory is for --method exact; pooled needs"):
+        recalibrate(Residual(), make_batches(), memory="1GB")
+    with pytest.raises(UsageError, match="give one of them"):
+        recalibrate(Residual(), make_batches(), method="exact", memory="1GB", fit_memory=True)
+    monkeypatch.setattr(reading, "find_free", lambda _folder: 1000)
+    monkeypatch.setattr(reading.MemoryForecast, "allow", lambda self, *_: 0)
+    with pytest.raises(RefusedError, match="would be set aside in .* which has 0.0 MB free"):
+        recalibrate(Residual(), make_batches(), method="exact", memory="1GB")
+
+
+def test_a_model_that_looks_where_its_activations_lie_is_refused():
+    class Looking(Residual):
+        def forward(self, x):
+            return super().forward(x) + float(x.numpy().max())
+
+    with pytest.raises(RefusedError, match="where elements lie in memory .* leave out --memory"):
+        recalibrate(Looking(), make_batches(), method="exact", memory="1GB")
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("2GB", 2 * 10**9), ("1.5 GiB", 3 << 29), ("500mb", 5 * 10**8), ("4096", 4096), ("7 kB", 7000)]
+)
+def test_sizes_are_read(text, size):
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "GB", "-1GB", "2XB", "1e9", "2 G B"])
+def test_other_text_is_no_size(text):
+    with pytest.raises(UsageError, match="give an amount, e.g. 2GB"):
+        parse_size(text)
+
+
+def test_parts_of_the_file_are_used_again():
+    regions = _Regions()
+    starts = [regions.take(size) for size in (10, 20, 30, 40)]
+    assert starts == [0, 10, 30, 60]
+    regions.release(10, 20)
+    regions.release(30, 30)
+    assert regions.take(50) == 10  # both together
+    regions.release(0, 10)
+    assert regions.take(4) == 0
+    assert regions.take(6) == 4
+    assert regions.take(1) == 100
+
+
+def test_what_nobody_needs_frees_its_part(tmp_path):
+    aside, watched = SetAside(0, tmp_path), []
+    held = HeldStorages(aside)
+    with held:
+        made = torch.ones(100_000) * 2
+    (storage,) = held.storages
+    aside.put(storage, is_ours=False)
+    watched.append(weakref.ref(storage))
+    del storage, made
+    gc.collect()
+    assert watched[0]() is None
+    assert not aside._places
+    assert aside._regions.take(1000) == 0
+    aside.close()
