@@ -317,6 +317,8 @@ def _print(
     form: ReportForm | None,
     quiet: bool,
 ) -> None:
+    if quiet and form is None and html is None:
+        return  # what nobody sees takes as long to draw
     from bntool.recalibration.partials import Partial
     from bntool.reports.partials import describe_partial, show_partial
     from bntool.reports.recalibration import describe_recalibration, show_recalibration

@@ -15,6 +15,7 @@ from bntool.representation import format_number
 _MEAN, _VARIANCE = STATISTICS
 _COUNTER = "num_batches_tracked"
 _PROMOTED = "float32"
+_WIDE, _LEAST, _MOST = ("float32", "float64"), 1e-30, 1e30  # dtypes that hold every number between to 1e-7
 _TOLERANCE = 2.0**-6  # relative error of variance + eps; bfloat16 rounds by 2^-9, subnormal float16 by more than this
 
 
@@ -116,6 +117,8 @@ def _describe_loss(numbers: Sequence[float], dtype: DType, *, role: str, eps: fl
 
     A variance counts together with eps: that of a dead channel may well become 0.
     """
+    if dtype.name in _WIDE and numbers and _LEAST < min(numbers) and max(numbers) < _MOST:
+        return None
     what = "mean" if role == _MEAN else "variance"
     try:
         rounded = decode_numbers(encode_numbers(numbers, dtype), dtype)

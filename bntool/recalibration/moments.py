@@ -54,9 +54,14 @@ def merge(first: Moments, second: Moments) -> Moments:
     share = second.count / np.maximum(count, 1)
     with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is noticed in the result
         difference = second.mean - first.mean
-        mean = first.mean + difference * share
-        squares = first.squares + second.squares + difference * (difference * (first.count * share))
-    return Moments(count, mean, squares)
+        mean = difference * share
+        mean += first.mean
+        # in place: new memory costs more than the arithmetic
+        share = first.count * share
+        share *= difference
+        difference *= share
+        difference += first.squares + second.squares
+    return Moments(count, mean, difference)
 
 
 def merge_all(moments: Iterable[Moments]) -> Moments:

@@ -402,7 +402,7 @@ def test_more_samples_than_there_are(recalibrate):
 
 
 def test_samples_auto_takes_as_many_as_fit_and_says_how_many_those_are(recalibrate, monkeypatch):
-    monkeypatch.setattr("bntool.recalibration.exact.first_forward.find_available", lambda _device: 5_000_000)
+    monkeypatch.setattr("bntool.recalibration.exact.reading.find_available", lambda _device: 5_000_000)
     code, out, err, path = recalibrate("drifted.pt", "--method", "exact")
     assert code == 4
     assert not path.exists()

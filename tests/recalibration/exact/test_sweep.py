@@ -334,7 +334,7 @@ class TestMemory:
     """What does not fit is refused before the sweep, with the number of samples that would."""
 
     def test_refused_with_the_number(self, digits, images, monkeypatch):
-        monkeypatch.setattr("bntool.recalibration.exact.first_forward.find_available", lambda _device: 2_000_000)
+        monkeypatch.setattr("bntool.recalibration.exact.reading.find_available", lambda _device: 2_000_000)
         before = statistics_of(digits)
         with pytest.raises(
             RefusedError, match=r"\d+ samples .* 2\.0 MB are free: about \d+ samples fit, use --samples \d+"
@@ -343,16 +343,16 @@ class TestMemory:
         assert torch.equal(statistics_of(digits), before)
 
     def test_as_many_as_fit_on_request(self, digits, images, monkeypatch):
-        monkeypatch.setattr("bntool.recalibration.exact.first_forward.find_available", lambda _device: 2_000_000)
+        monkeypatch.setattr("bntool.recalibration.exact.reading.find_available", lambda _device: 2_000_000)
         result = recalibrate(digits, images.split(10), method="exact", fit_memory=True)
         assert 10 <= result.samples < 500
         assert result.memory <= 2_000_000
-        monkeypatch.setattr("bntool.recalibration.exact.first_forward.find_available", lambda _device: 1000)
+        monkeypatch.setattr("bntool.recalibration.exact.reading.find_available", lambda _device: 1000)
         with pytest.raises(RefusedError, match=r"^10 samples .* about 0 samples fit, use a smaller --batch-size"):
             recalibrate(digits, images.split(10), method="exact", fit_memory=True)
 
     def test_an_endless_loader_ends(self, digits, images, monkeypatch):
-        monkeypatch.setattr("bntool.recalibration.exact.first_forward.find_available", lambda _device: 2_000_000)
+        monkeypatch.setattr("bntool.recalibration.exact.reading.find_available", lambda _device: 2_000_000)
 
         def endless():
             while True:
