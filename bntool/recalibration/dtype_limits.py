@@ -117,7 +117,7 @@ def _describe_loss(numbers: Sequence[float], dtype: DType, *, role: str, eps: fl
 
     A variance counts together with eps: that of a dead channel may well become 0.
     """
-    if dtype.name in _WIDE and numbers and _LEAST < min(numbers) and max(numbers) < _MOST:
+    if dtype.name in _WIDE and numbers and min(numbers) > _LEAST and max(numbers) < _MOST:
         return None
     what = "mean" if role == _MEAN else "variance"
     try:

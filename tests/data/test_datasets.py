@@ -1,4 +1,4 @@
-"""Datasets of the library ``datasets``, where that is installed; ``python -m tests.oracles datasets_library`` has it."""
+"""Datasets of the library ``datasets``, where it is installed: ``python -m tests.oracles datasets_library`` has it."""
 
 from __future__ import annotations
 

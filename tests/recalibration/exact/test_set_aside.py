@@ -6,17 +6,18 @@ import contextlib
 import gc
 import os
 import weakref
+from typing import ClassVar
 
 import pytest
 import torch
 from torch import nn
 
+from bntool.data.batches import split_batch
 from bntool.errors import RefusedError, UsageError
 from bntool.recalibration.exact import reading
 from bntool.recalibration.exact.memory import find_resident
 from bntool.recalibration.exact.set_aside import HeldStorages, MovableBatch, SetAside, _Regions
 from bntool.recalibration.live import recalibrate
-from bntool.data.batches import split_batch
 from bntool.recalibration.options import parse_size
 
 
@@ -96,7 +97,7 @@ def test_memory_is_given_back(tmp_path):
 class Cached(Residual):
     """Keeps of the first batch what all others use, on itself and where nobody finds it."""
 
-    kept: list = []
+    kept: ClassVar[list] = []
 
     def forward(self, x):
         if not hasattr(self, "grid"):
@@ -157,7 +158,7 @@ def test_an_error_of_the_model_leaves_the_batches_as_they_were(monkeypatch):
 
 
 def test_what_cannot_be_kept_within_is_refused(monkeypatch):
-    with pytest.raises(RefusedError, match="a batch of 4 samples on its way takes about .* give more --memory"):
+    with pytest.raises(RefusedError, match=r"a batch of 4 samples on its way takes about .* give more --memory"):
         recalibrate(Residual(), make_batches(), method="exact", memory=10_000)
     with pytest.raises(UsageError, match="--memory is for --method exact; pooled needs"):
         recalibrate(Residual(), make_batches(), memory="1GB")
@@ -165,7 +166,7 @@ def test_what_cannot_be_kept_within_is_refused(monkeypatch):
         recalibrate(Residual(), make_batches(), method="exact", memory="1GB", fit_memory=True)
     monkeypatch.setattr(reading, "find_free", lambda _folder: 1000)
     monkeypatch.setattr(reading.MemoryForecast, "allow", lambda self, *_: 0)
-    with pytest.raises(RefusedError, match="would be set aside in .* which has 0.0 MB free"):
+    with pytest.raises(RefusedError, match=r"would be set aside in .* which has 0\.0 MB free"):
         recalibrate(Residual(), make_batches(), method="exact", memory="1GB")
 
 
@@ -174,7 +175,7 @@ def test_a_model_that_looks_where_its_activations_lie_is_refused():
         def forward(self, x):
             return super().forward(x) + float(x.numpy().max())
 
-    with pytest.raises(RefusedError, match="where elements lie in memory .* leave out --memory"):
+    with pytest.raises(RefusedError, match=r"where elements lie in memory .* leave out --memory"):
         recalibrate(Looking(), make_batches(), method="exact", memory="1GB")
 
 
@@ -187,7 +188,7 @@ def test_sizes_are_read(text, size):
 
 @pytest.mark.parametrize("text", ["", "GB", "-1GB", "2XB", "1e9", "2 G B"])
 def test_other_text_is_no_size(text):
-    with pytest.raises(UsageError, match="give an amount, e.g. 2GB"):
+    with pytest.raises(UsageError, match=r"give an amount, e\.g\. 2GB"):
         parse_size(text)
 
 
