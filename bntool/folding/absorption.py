@@ -137,6 +137,8 @@ def _walk_back(  # noqa: PLR0913 what is carried along
             raise Blocked(SkipReason.SHARED_OUTPUT, f"{source.describe()} did not run here and may feed it, too")
         if not (_is_passed(source) or source.kind.is_producer or source.kind is NodeKind.BATCH_NORM):
             raise Blocked(SkipReason.NOT_ADJACENT, f"{source.describe()} lies between")
+        if source.kind.is_producer and not source.parameters:
+            name_of(source)  # that its weight is computed says more than what its channels meet
         channels = _channels_back(edge, source, reader, wanted)
         _check_alone(graph, edge, source, reader)
         if source.kind.is_producer or (source.kind is NodeKind.BATCH_NORM and source.layer not in removed):

@@ -466,7 +466,10 @@ class ChannelTransforms:
     def _explain(self, problem: Contradiction, layer: str, scale: Array) -> str:
         own = {call.index for call in self.graph.batchnorms[layer]}
         nodes = [self.graph.nodes[index] for index in sorted(problem.origins) if index >= 0 and index not in own]
+        if problem.is_sign:
+            nodes = [node for node in nodes if (rule := self._rule(node)) and rule.positive] or nodes
         found = dict.fromkeys(self._name(node) for node in nodes)
+        found = found or dict.fromkeys(map(self._name, self._find_other_readers(layer)))
         names, several = " and ".join(found) or "what lies around it", len(found) > 1
         if problem.is_sign:
             negative = scale < 0
@@ -477,6 +480,16 @@ class ChannelTransforms:
         channels = problem.channels
         some = f" in {_count(channels)}" if len(channels) == len(scale) and not channels.all() else ""
         return f"{names} {'do' if several else 'does'} not let it pass{some}"
+
+    def _find_other_readers(self, layer: str) -> Iterator[Node]:
+        """What else reads what a BatchNorm reads."""
+        calls = self.graph.batchnorms[layer]
+        sources = {edge.source for call in calls for edge in self.graph.inputs(call)}
+        own = {call.index for call in calls}
+        for source in sorted(sources):
+            for edge in self.graph.outputs(self.graph.nodes[source]):
+                if edge.target not in own:
+                    yield self.graph.nodes[edge.target]
 
     def _name(self, node: Node) -> str:
         if node.kind.is_producer and node.padded:

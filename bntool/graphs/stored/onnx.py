@@ -29,6 +29,7 @@ _KINDS = {
     "Gemm": NodeKind.LINEAR,
     "MatMul": NodeKind.MATMUL,
 }
+_FUNCTION = "a function, is called with (onnx.inliner.inline_local_functions makes the same model without functions)"
 _SHAPE_FREE = ("Shape", "Size", "ConstantOfShape", "EyeLike")  # they look at the shape of what they are given alone
 
 
@@ -221,7 +222,7 @@ class _Building:
     def _add_called(self, layer: str, node: OnnxNode, given: Sequence[Value]) -> None:
         facts = {
             "layer": layer,
-            "computed": dict.fromkeys(VECTORS, (f"what {node.operator} is called with",)),
+            "computed": dict.fromkeys(VECTORS, (f"what {node.operator}, {_FUNCTION}",)),
             "eps": self.modules[layer].attributes["eps"],
         }
         self.builder.add(NodeKind.BATCH_NORM, node.operator, inputs=given[:1], **facts)
@@ -288,7 +289,10 @@ class _Building:
 
     def _add_unknown(self, graph: OnnxGraph, node: OnnxNode, values: Sequence[Value | None]) -> list[Value]:
         """A convolution or matrix product with a weight that is no constant, or of which nothing is known."""
-        facts: dict[str, Any] = {"layer": node.name or node.outputs[0], "computed": {"weight": ()}}
+        place = graph.place_of(node.inputs[1])
+        source = place[0].producers.get(place[1]) if place is not None else None
+        origin = (f"what {source.operator} puts out",) if source is not None else ()
+        facts: dict[str, Any] = {"layer": node.name or node.outputs[0], "computed": {"weight": origin}}
         reads = self.constants.keys_of(graph, node.inputs)
         index = self.builder.add(_KINDS[node.operator], node.operator, inputs=values, reads=reads, **facts)
         return [Value((index,), None)]

@@ -479,6 +479,158 @@ def _body(output: str, read: str, inside: Pattern) -> onnx.GraphProto:
 
 
 @exact
+def body_of_a_scan() -> Pattern:
+    one = Pattern(shape=(5, 3, 8, 8))
+    inside = Pattern()
+    inside.add("Unsqueeze", f"part {inside.give('first', [0], 'i8')}", "image")
+    inside.conv("image", "c")
+    inside.norm("c", "b", positive=False)
+    inside.add("Squeeze", "b first", "given")
+    body = helper.make_graph(inside.nodes, "body", [value("part", None)], [value("given", None)], inside.tensors)
+    one.add("Scan", "x", "y", body=body, num_scan_inputs=1)
+    return one
+
+
+@exact
+def norm_behind_a_branch_that_only_hands_on() -> Pattern:
+    """In nested graphs names of outer values are read as they are."""
+    one = Pattern()
+    one.give("cond", True, "?")
+    inner = {}
+    for name, read in (("then_branch", "x"), ("else_branch", "x")):
+        inside = Pattern()
+        inside.give("deeper", False, "?")
+        deep = {b: _body(f"{name}{b}", read, Pattern()) for b in ("then_branch", "else_branch")}
+        inside.add("If", "deeper", f"{name}y", **deep)
+        results = [value(f"{name}y", None)]
+        inner[name] = helper.make_graph(inside.nodes, name, [], results, inside.tensors)
+    one.add("If", "cond", "y", **inner)
+    return one
+
+
+@exact
+def weight_in_unsigned_integers() -> Pattern:
+    one = Pattern()
+    one.give("wq", one.random.integers(0, 255, (4, 3, 3, 3)), "u1")
+    one.give("s", 0.013)
+    one.give("z", 117, "u1")
+    one.add("DequantizeLinear", "wq s z", "w")
+    one.add("Conv", "x w", "c")
+    one.norm("c", "y", positive=False)
+    return one
+
+
+@exact
+def transposed_convolution_and_a_bias() -> Pattern:
+    one = Pattern()
+    one.put("w", 3, 2, 2, 2)
+    one.put("k", 2, 1, 1)
+    one.add("ConvTranspose", "x w", "c", strides=[2, 2])
+    one.add("Add", "c k", "a")
+    one.norm("a", "y", 2, positive=False)
+    return one
+
+
+@exact
+def one_dimension_without_an_axis() -> Pattern:
+    """Squeeze and Unsqueeze between: a 1x1 image becomes a row."""
+    one = Pattern(shape=(2, 3, 1, 1))
+    one.conv("x", "c")
+    one.give("places", [2, 3], "i8")
+    one.add("Squeeze", "c places", "s")
+    one.norm("s", "n", positive=False)
+    one.add("Unsqueeze", "n places", "y")
+    return one
+
+
+@exact
+def flattened_before_the_norm() -> Pattern:
+    one = Pattern(shape=("n", 3, 8, 8))
+    one.add("GlobalAveragePool", one.conv("x", "c"), "p")
+    one.add("Flatten", "p", "f")
+    one.norm("f", "y", positive=False)
+    return one
+
+
+@exact
+def resized_to_a_size() -> Pattern:
+    one = Pattern()
+    one.conv("x", "c")
+    one.give("size", [2, 4, 13, 11], "i8")
+    one.add("Resize", "c   size".replace("   ", " none none "), "a", mode="linear")
+    one.nodes[-1].input[1] = one.nodes[-1].input[2] = ""
+    one.norm("a", "y", positive=False)
+    return one
+
+
+@exact
+def padded_by_its_border() -> Pattern:
+    one = Pattern()
+    one.conv("x", "c")
+    one.give("pads", [0, 0, 1, 2, 0, 0, 2, 1], "i8")
+    one.add("Pad", "c pads", "a", mode="edge")
+    one.norm("a", "b", positive=False)
+    one.add("Pad", "b pads", "d", mode="reflect")
+    one.conv("d", "y", taken=4, size=3)
+    return one
+
+
+@exact
+def before_reflection_and_a_convolution() -> Pattern:
+    one = Pattern(shape=(2, 4, 8, 8))
+    one.add("Sigmoid", "x", "s")
+    one.norm("s", "b", positive=False)
+    one.give("pads", [0, 0, 1, 1, 0, 0, 1, 1], "i8")
+    one.add("Pad", "b pads", "p", mode="reflect")
+    one.conv("p", "y", taken=4, size=3)
+    return one
+
+
+@exact
+def before_a_product_with_a_matrix() -> Pattern:
+    one = Pattern(shape=(2, 4, 6))
+    one.add("Tanh", "x", "t")
+    one.norm("t", "b", positive=False)
+    one.add("Transpose", "b", "r", perm=[0, 2, 1])
+    one.put("w", 4, 5)
+    one.add("MatMul", "r w", "y")
+    return one
+
+
+@exact
+def sequences_and_volumes() -> Pattern:
+    one = Pattern(shape=(2, 3, 9))
+    one.put("w", 4, 3, 3)
+    one.add("Conv", "x w", "c")
+    one.add("Mul", f"c {one.put('k', 4, 1)}", "d")
+    one.norm("d", "y", positive=False)
+    return one
+
+
+@exact
+def groups_of_a_convolution() -> Pattern:
+    one = Pattern(shape=(2, 4, 8, 8))
+    one.add("Sigmoid", "x", "s")
+    one.norm("s", "b", positive=False)
+    one.put("w", 4, 1, 3, 3)
+    one.add("Conv", "b w", "c", group=4)
+    one.norm("c", "y", positive=False)
+    return one
+
+
+@exact
+def unrolled_batch_norm_beside_a_real_one() -> Pattern:
+    """A subtraction, a division and an addition of constants by channel, as decomposed layers are exported."""
+    one = Pattern()
+    one.conv("x", "c")
+    for operator, name in (("Sub", "m1"), ("Div", "s1"), ("Mul", "g1"), ("Add", "b1")):
+        one.put(name, 1, 4, 1, 1, low=0.5)
+        one.add(operator, f"{one.nodes[-1].output[0]} {name}", f"{name}y")
+    one.norm("b1y", "y", positive=False)
+    return one
+
+
+@exact
 def branches_of_if() -> Pattern:
     one = Pattern()
     one.give("cond", True, "?")
@@ -794,6 +946,21 @@ def activations_in_integers() -> Pattern:
     one.add("QuantizeLinear", "c s z", "q")
     one.add("DequantizeLinear", "q s z", "d")
     one.norm("d", "stays")
+    one.add("Sigmoid", "stays", "y")
+    return one
+
+
+@refused
+def weight_in_integers_for_training() -> Pattern:
+    """A weight that is rounded to integers when it runs; what rounds it is named."""
+    one = Pattern()
+    one.put("w", 4, 3, 1, 1)
+    one.give("s", 0.02)
+    one.give("z", 0, "i1")
+    one.add("QuantizeLinear", "w s z", "q")
+    one.add("DequantizeLinear", "q s z", "d")
+    one.add("Conv", "x d", "c")
+    one.norm("c", "stays")
     one.add("Sigmoid", "stays", "y")
     return one
 
