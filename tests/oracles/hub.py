@@ -11,8 +11,16 @@ from pathlib import Path
 import pytest
 
 REQUIREMENTS = [
-    *("torch==2.13.0", "huggingface_hub==2.4.0", "pytest>=8", "numpy", "safetensors", "typer<0.29", "rich", "Jinja2"),
-    *("h5py", "isal"),
+    "torch==2.13.0",
+    "huggingface_hub==2.4.0",
+    "pytest>=8",
+    "numpy",
+    "safetensors",
+    "typer<0.29",
+    "rich",
+    "Jinja2",
+    "h5py",
+    "isal",
 ]
 ROOT = Path(__file__).parents[2]
 

@@ -13,17 +13,19 @@ import tempfile
 from pathlib import Path
 
 REQUIREMENTS = [
-    *("torch==2.13.0", "torchvision==0.28.0", "lightning==2.6.6", "mmengine==0.10.7", "ultralytics==8.4.190"),
-    *(
-        "transformers==5.24.0",
-        "accelerate==1.15.0",
-        "Pillow",
-        "pytest>=8",
-        "safetensors",
-        "typer<0.29",
-        "rich",
-        "Jinja2",
-    ),
+    "torch==2.13.0",
+    "torchvision==0.28.0",
+    "lightning==2.6.6",
+    "mmengine==0.10.7",
+    "ultralytics==8.4.190",
+    "transformers==5.24.0",
+    "accelerate==1.15.0",
+    "Pillow",
+    "pytest>=8",
+    "safetensors",
+    "typer<0.29",
+    "rich",
+    "Jinja2",
     "isal",
 ]
 FRAMEWORKS = ("lightning", "mmengine", "ultralytics", "transformers")
