@@ -21,7 +21,12 @@ def read_requirements(script: Path) -> list[str]:
     """The packages that a script asks for, read without running it."""
     for node in ast.parse(script.read_text()).body:
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "REQUIREMENTS":
-            return list(ast.literal_eval(node.value))
+            assert isinstance(node.value, ast.List)
+            found: list[str] = []
+            for element in node.value.elts:  # strings, and tuples of them behind a star
+                is_starred = isinstance(element, ast.Starred)
+                found += ast.literal_eval(element.value) if is_starred else [ast.literal_eval(element)]
+            return found
     raise SystemExit(f"{script.name} names no REQUIREMENTS")
 
 
