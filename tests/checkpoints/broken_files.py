@@ -587,7 +587,12 @@ BROKEN: dict[str, Case] = {
     "safetensors_lone_surrogate.safetensors": (
         lambda: make_safetensors(b'{"\\ud800":' + json.dumps(make_entry()).encode() + b"}"),
         CorruptFileError,
-        "JSON",
+        "half of a surrogate pair",
+    ),
+    "safetensors_lone_surrogate_in_metadata.safetensors": (
+        lambda: make_safetensors(b'{"__metadata__":{"a":"x\\udc80"},"b":' + json.dumps(make_entry()).encode() + b"}"),
+        CorruptFileError,
+        "half of a surrogate pair",
     ),
     "safetensors_record_is_nonsense.safetensors": (
         lambda: make_safetensors({"__metadata__": {"bntool": "[[["}, "a": make_entry()}),
@@ -612,7 +617,7 @@ BROKEN: dict[str, Case] = {
     "index_names_surrogate.index.json": (
         lambda: make_index({"a": "\ud800"}),
         CorruptFileError,
-        "no file can be called",
+        "half of a surrogate pair",
     ),
     "index_names_itself.index.json": (
         lambda: make_index({"a": "index_names_itself.index.json"}),

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 from bntool.errors import CorruptFileError
+
+_HALF_ESCAPED = re.compile(r"\\u[dD][89a-fA-F]")  # perhaps without the other half, which makes it no text
 
 
 def read_json(data: bytes | str, *, what: str, allow_nan: bool = False) -> Any:
@@ -35,21 +38,27 @@ def parse_json(data: bytes | str, *, allow_nan: bool = False) -> Any:
         ValueError: it is not; the message says why in words for people.
     """
     try:
-        text = data if isinstance(data, str) else data.decode("utf-8")
-        return json.loads(text, object_pairs_hook=_unique, parse_constant=None if allow_nan else _reject_constant)
+        if isinstance(data, str):
+            text = data
+            text.encode()
+        else:
+            text = data.decode("utf-8")
+        value = json.loads(text, object_pairs_hook=_unique, parse_constant=None if allow_nan else _reject_constant)
+        if _HALF_ESCAPED.search(text):
+            json.dumps(value, ensure_ascii=False).encode()
     except UnicodeDecodeError as error:
         raise ValueError(f"byte {error.start} is no UTF-8") from error
-    except UnicodeEncodeError as error:  # an escaped half of a surrogate pair is no text
-        raise ValueError("a key is no text") from error
+    except UnicodeEncodeError as error:
+        raise ValueError("a string holds half of a surrogate pair, which is no text") from error
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
+    return value
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
         raise ValueError("a key occurs twice")
-    "".join(found).encode()
     return found
 
 
