@@ -162,8 +162,10 @@ class _Changes:
         data, result = self._input_names(node)[0], node.outputs[0]
         self._removed.add(node.field.start)
         producer = next((n for n in graph.nodes if data in self._output_names(n)), None)
-        readers = [n for g in self._content.graphs for n in g.nodes if data in self._input_names(n)]
-        shown = {name for g in self._content.graphs for name in g.outputs}
+        inside = [g for g in self._content.graphs if g is graph or _is_within(g, graph)]  # who sees the result
+        around = [*inside, *(g for g in self._content.graphs if _is_within(graph, g))]  # who may hold the data
+        readers = [n for g in around for n in g.nodes if data in self._input_names(n)]
+        shown = {name for g in around for name in g.outputs}
         is_needed = producer is None or data in shown or data in self._copied or bool(readers)
         if is_needed and result in shown:
             ends = (*embed(INPUTS, data.encode()), *embed(OUTPUTS, result.encode()))
@@ -178,7 +180,7 @@ class _Changes:
             names[names.index(data)] = result
             self._drop_infos(graph, VALUE_INFO, data)
             return
-        for inner in self._content.graphs:
+        for inner in inside:
             for reader in inner.nodes:
                 if result in self._input_names(reader):
                     names = self._new_inputs(reader)

@@ -640,6 +640,45 @@ def branches_of_if() -> Pattern:
 
 
 @exact
+def branches_with_the_same_names() -> Pattern:
+    """Graphs that do not see each other may use a name each for itself."""
+    one = Pattern()
+    one.give("cond", True, "?")
+    branches = {}
+    for name, operator in (("then_branch", "Sigmoid"), ("else_branch", "Tanh")):
+        inside = Pattern()
+        inside.conv("x", "c")
+        if operator == "Sigmoid":
+            inside.norm("c", "b", positive=False)
+        else:
+            inside.add("Neg", "c", "b")
+        inside.add(operator, "b", "r")
+        inside.add("Add", "b r", "s")
+        branches[name] = helper.make_graph(inside.nodes, name, [], [value("s", None)], inside.tensors)
+    one.add("If", "cond", "y", **branches)
+    return one
+
+
+@exact
+def branches_with_the_same_names_the_other_way() -> Pattern:
+    """The BatchNormalization reads a convolution outside, so that its readers are given that."""
+    one = Pattern()
+    one.conv("x", "c")
+    one.give("cond", False, "?")
+    branches = {}
+    for name in ("then_branch", "else_branch"):
+        inside = Pattern()
+        if name == "then_branch":
+            inside.norm("c", "b", positive=False)
+        else:
+            inside.add("Neg", "x", "b")
+        inside.add("Sigmoid", "b", "s")
+        branches[name] = helper.make_graph(inside.nodes, name, [], [value("s", None)], inside.tensors)
+    one.add("If", "cond", "y", **branches)
+    return one
+
+
+@exact
 def body_of_a_loop() -> Pattern:
     one = Pattern(shape=(2, 4, 8, 8))
     one.give("three", 3, "i8")
