@@ -385,7 +385,7 @@ def check() -> None:
 
 def freeze() -> None:
     """A frozen file gives the same outputs, and training moves everything but its BatchNorms."""
-    for name in ("nested.keras", "nested.h5", "sequential.h5"):
+    for name in ("nested.keras", "nested.h5", "sequential.h5", "time_distributed.keras", "time_distributed.h5"):
         with tempfile.TemporaryDirectory() as folder, open_checkpoint(RECORDED / name) as checkpoint:
             target = Path(folder) / name
             save_checkpoint(apply_plan(checkpoint, plan_freeze(checkpoint).plan), target)

@@ -147,7 +147,7 @@ def change_model(checkpoint: Checkpoint) -> NewModel:
         if layer.path in biased:
             layer.own_config["use_bias"] = True
         if layer.path in frozen:
-            layer.entry["config"]["trainable"] = False
+            layer.own_config["trainable"] = False
     if removed:
         _take_out(model, "", frozenset(removed))
     return NewModel(config, read_model(config), frozenset(removed), frozenset(frozen))
