@@ -135,12 +135,14 @@ class Merged:
     Attributes:
         sources: names of the weights.
         factors: of each of them one float64 factor for every output channel.
+        inputs: of each of them one for every input channel, or none.
         places: of the elements that something is added to, in C order, ascending.
         addends: what is added there.
     """
 
     sources: tuple[str, ...]
     factors: tuple[Sequence[float], ...]
+    inputs: tuple[Sequence[float], ...]
     places: Sequence[int] = ()
     addends: Sequence[float] = ()
 

@@ -65,7 +65,9 @@ def _read_rows(observations: Iterable[Observation]) -> Iterator[Row]:
             continue
         inside, rest = fingerprint_scope(seen.scope, seen.shapes)
         twins = alike.setdefault((seen.scope, inside), [])
-        same = (text for text in twins if fold_alike(seen.structure, text, shapes=seen.shapes, eps=seen.eps))
+        same = (
+            text for text in twins if fold_alike(seen.structure, text, shapes=seen.shapes, eps=seen.eps, name=seen.name)
+        )
         text = next(same, seen.structure)
         if text == seen.structure and text not in twins:
             twins.append(text)

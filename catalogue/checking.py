@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from bntool.folding.planning import FoldPlan, plan_fold
 from bntool.graphs.architectures.catalogue import Catalogue
 from bntool.graphs.architectures.recognition import Architecture, recognise_in
 from bntool.graphs.architectures.structure import assume, read_structure
-from bntool.graphs.graph import ModelGraph
+from bntool.graphs.graph import Evidence, ModelGraph
 from bntool.plan import Step
 from tests.graphs.architectures.drawn_tensors import draw_state_dict
 
@@ -42,9 +43,10 @@ class Verdict:
     problem: str
 
 
-def compare(graph: ModelGraph, text: str, shapes: Shapes, eps: Mapping[str, float]) -> Verdict:
+def compare(graph: ModelGraph, text: str, shapes: Shapes, eps: Mapping[str, float], *, name: str) -> Verdict:
     """Hold a structure against the traced graph that it was made from, with scales of both signs and of one."""
     structure = read_structure(text, shapes, eps=eps)
+    known = Architecture("", (name,), True, eps, tuple(eps))
     for positive in (True, False):
         state_dict = draw_state_dict(shapes, positive=positive)
         traced, stored = plan_fold(state_dict, graph), plan_fold(state_dict, structure)
@@ -54,7 +56,7 @@ def compare(graph: ModelGraph, text: str, shapes: Shapes, eps: Mapping[str, floa
             problem = f"{len(differences)} decisions differ: {sorted(map(str, differences))[:2]}"
         elif traced.steps != stored.steps:
             problem = "the same decisions with other numbers"
-        elif _deploy(state_dict, graph) != _deploy(state_dict, structure):
+        elif _deploy(state_dict, graph, known) != _deploy(state_dict, structure, known):
             problem = "another deploy form"
         if problem:
             break
@@ -64,26 +66,27 @@ def compare(graph: ModelGraph, text: str, shapes: Shapes, eps: Mapping[str, floa
     return Verdict(len(traced.folds), len(traced.skips), len(details), problem)
 
 
-def _deploy(state_dict: StateDict, graph: ModelGraph) -> tuple[Step, ...]:
-    """The steps to the deploy form; none where there is none."""
+def _deploy(state_dict: StateDict, graph: ModelGraph, known: Architecture) -> tuple[Step, ...]:
+    """The steps to the deploy form of an architecture; none where there is none."""
+    graph = dataclasses.replace(graph, evidence=Evidence.ASSUMED, architectures=(known,))
     try:
         return plan_deploy(state_dict, graph).steps
     except RefusedError:
         return ()
 
 
-def fold_alike(one: str, other: str, *, shapes: Shapes, eps: Mapping[str, float]) -> bool:
+def fold_alike(one: str, other: str, *, shapes: Shapes, eps: Mapping[str, float], name: str = "") -> bool:
     """Whether two structures plan the same for an architecture, alone and as a part of something else."""
     if one == other:
         return True
     for whole, positive in itertools.product((True, False), repeat=2):
         state_dict = draw_state_dict(shapes, positive=positive)
-        architecture = Architecture("", ("",), whole, eps, tuple(eps))
+        architecture = Architecture("", (name,), whole, eps, tuple(eps))
         plans, deployed = [], []
         for structure in (one, other):
             graph = assume(state_dict, (architecture,), catalogue=_OneStructure(structure))
             plans.append(plan_fold(state_dict, graph))
-            deployed.append(_deploy(state_dict, graph))
+            deployed.append(_deploy(state_dict, graph, architecture))
         if decisions(plans[0]) != decisions(plans[1]) or plans[0].steps != plans[1].steps:
             return False
         if deployed[0] != deployed[1]:

@@ -104,8 +104,8 @@ def trace_model(make: Callable[[], nn.Module], model: nn.Module) -> tuple[ModelG
 
 def describe(name: str, graph: ModelGraph, shapes: dict[str, tuple[int, ...]], eps: dict[str, float]) -> Observation:
     """What the catalogue will hold of an architecture, and whether that decides as its trace does."""
-    structure = write_structure(reduce_graph(graph), shapes)
-    verdict = compare(graph, structure, shapes, eps)
+    structure = write_structure(reduce_graph(graph, name), shapes)
+    verdict = compare(graph, structure, shapes, eps, name=name)
     return Observation(name, shapes, eps, structure, find_scope(graph, shapes), verdict)
 
 

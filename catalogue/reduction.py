@@ -19,12 +19,16 @@ _MOST_RUNS = 64  # of channels; an edge that takes more to write says that every
 _PASSING = (NodeKind.ADD, NodeKind.MAX_POOL, NodeKind.AVERAGE, NodeKind.BATCH_NORM)
 
 
-def reduce_graph(graph: ModelGraph) -> ModelGraph:
+def reduce_graph(graph: ModelGraph, architecture: str = "") -> ModelGraph:
     """The nodes and edges that deciding needs, numbered anew in order of execution.
 
     A BatchNorm that its producer can always take directly needs that edge alone. For every other one, what is walked
     is kept: back to what could take it, forward to what could, everybody who reads what lies on the way, and the
-    branches beside it; and everything that may be stored otherwise because of it, with all that reads it.
+    branches beside it; and everything that may be stored otherwise because of it, with all that reads it. All is kept
+    of blocks that a deploy form merges.
+
+    Args:
+        architecture: its name.
     """
     edges: dict[int, Edge] = {}
     nodes = {node.index for calls in graph.batchnorms.values() for node in calls}
@@ -36,7 +40,7 @@ def reduce_graph(graph: ModelGraph) -> ModelGraph:
             walked = [edge for call in calls for edge in _walk(graph, call)]
         edges.update((id(edge), edge) for edge in walked)
     edges.update((id(edge), edge) for edge in _find_transformed(graph, others))
-    blocks = _find_blocks(graph)
+    blocks = _find_blocks(graph, (architecture,))
     edges.update((id(edge), edge) for node in blocks for edge in (*graph.inputs(node), *graph.outputs(node)))
     graph = _forget_centres(graph, others, {node.index for node in blocks})
     nodes |= {index for edge in edges.values() for index in (edge.source, edge.target)}
@@ -120,10 +124,14 @@ def _find_transformed(graph: ModelGraph, layers: Sequence[str]) -> Iterator[Edge
                 yield from graph.inputs(call)
 
 
-def _find_blocks(graph: ModelGraph) -> Sequence[Node]:
+def _find_blocks(graph: ModelGraph, architectures: Collection[str]) -> Sequence[Node]:
     """What the deploy form of a network merges."""
     names = [name for node in graph.nodes for name in node.parameters.values()]
-    return [node for block in find_blocks(names) for node in find_inside(graph, block.holds, block.module).values()]
+    return [
+        node
+        for block in find_blocks(names, architectures)
+        for node in find_inside(graph, block.holds, block.module).values()
+    ]
 
 
 def _forget_centres(graph: ModelGraph, layers: Sequence[str], merged: Collection[int]) -> ModelGraph:

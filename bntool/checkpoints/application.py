@@ -198,6 +198,7 @@ def _make(recipe: Recipe, state_dicts: Sequence[StateDict], *, name: str, dtype:
         return MergedTensor(
             tuple(state_dicts[0].tensor(source) for source in recipe.sources),
             recipe.factors,
+            recipe.inputs,
             places=recipe.places,
             addends=recipe.addends,
         )

@@ -147,6 +147,7 @@ def average_chunks(tensors: Sequence[Tensor], weights: Sequence[float]) -> Itera
 def merge_chunks(
     tensors: Sequence[Tensor],
     factors: Sequence[Sequence[float]],
+    inputs: Sequence[Sequence[float]],
     *,
     places: Sequence[int],
     addends: Sequence[float],
@@ -168,13 +169,16 @@ def merge_chunks(
     for first in range(0, shape[0], together):
         count = min(together, shape[0] - first)
         total = np.zeros((count, *shape[1:]))
-        for stream, tensor, several in zip(streams, tensors, factors, strict=True):
+        for stream, tensor, several, across in zip(streams, tensors, factors, inputs, strict=True):
             piece = stream.take(count * math.prod(tensor.shape[1:])).reshape(count, *tensor.shape[1:])
             middle = [slice(None), slice(None)]
             for most, size in zip(shape[2:], tensor.shape[2:], strict=True):
                 middle.append(slice((most - size) // 2, (most - size) // 2 + size))
             here = np.asarray(several[first : first + count], dtype="<f8").reshape(count, *(1 for _ in shape[1:]))
-            total[tuple(middle)] += piece * here
+            product = piece * here
+            if len(across):
+                product *= np.asarray(across, dtype="<f8").reshape(1, -1, *(1 for _ in shape[2:]))
+            total[tuple(middle)] += product
         some = slice(*np.searchsorted(where, (first * row, (first + count) * row)))
         total.reshape(-1)[where[some] - first * row] += added[some]
         rounded, widened = _round(total, dtype)

@@ -13,17 +13,19 @@ from bntool.checkpoints.tensors import Tensor
 
 @dataclass(frozen=True, slots=True)
 class MergedTensor(AsArray):
-    """Kernels times factors, one for each output channel, summed in float64 and rounded once to the dtype of the first.
+    """Kernels times factors of output and input channels, summed in float64 and rounded once to the dtype of the first.
 
     Attributes:
         sources: of the shape of the first, or with smaller kernels, which lie in the middle.
         factors: of each source, as many as it has rows.
+        inputs: of each source, as many as its second dimension has, or none.
         places: of the elements that something is added to, in C order, ascending.
         addends: what is added to the sum there, before it is rounded.
     """
 
     sources: tuple[Tensor, ...] = field(repr=False)
     factors: tuple[Sequence[float], ...] = field(repr=False)
+    inputs: tuple[Sequence[float], ...] = field(repr=False)
     places: Sequence[int] = field(default=(), repr=False)
     addends: Sequence[float] = field(default=(), repr=False)
 
@@ -43,4 +45,4 @@ class MergedTensor(AsArray):
         """
         from bntool.checkpoints.arrays import merge_chunks  # numpy, which plans do not need
 
-        yield from merge_chunks(self.sources, self.factors, places=self.places, addends=self.addends)
+        yield from merge_chunks(self.sources, self.factors, self.inputs, places=self.places, addends=self.addends)

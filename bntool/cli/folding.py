@@ -57,7 +57,7 @@ def command(
             "--layout",
             help="folded: BatchNorms are gone, producers have biases. same-keys: BatchNorms stay and only add their "
             "shift; loads into unmodified code. deploy: parallel branches are one convolution; loads into the deploy "
-            "model of RepVGG or MobileOne.",
+            "model of RepVGG, MobileOne, RepViT and others.",
         ),
     ] = Layout.FOLDED,
     tolerance: Annotated[

@@ -19,7 +19,7 @@ from bntool.checkpoints.dtypes import BFLOAT16, FLOAT16, FLOAT32, FLOAT64, DType
 from bntool.checkpoints.files import CHUNK, Chunk
 from bntool.checkpoints.scaled_tensors import ScaledTensor
 from bntool.checkpoints.tensors import Tensor, count_elements, read_bytes
-from bntool.plan import Plan, Scaled, SetTensor
+from bntool.plan import Plan, RenameTensor, Scaled, SetTensor
 
 # float16 is not among them: its subnormals are ordinary small weights, and CPUs calculate them in float32
 _SLOW = (FLOAT64, FLOAT32, BFLOAT16)
@@ -148,8 +148,9 @@ def measure_on_the_way(state_dict: StateDict, plan: Plan) -> StateDict:
         plan: what scaled its weights.
     """
     tensors = dict(state_dict.tensors)
+    names = {step.name: step.new_name for step in plan.steps_of(RenameTensor)}
     for step in plan.steps_of(SetTensor):
-        name = state_dict.full_name(step.name)
+        name = names.get(state_dict.prefix + step.name, state_dict.full_name(step.name))
         scaled = tensors.get(name)
         if isinstance(step.value, Scaled) and isinstance(scaled, ScaledTensor) and _is_by_row(step.value, scaled):
             tensors[name] = MeasuredProduct(scaled)
@@ -159,10 +160,11 @@ def measure_on_the_way(state_dict: StateDict, plan: Plan) -> StateDict:
 def measure_ranges(before: StateDict, after: StateDict, plan: Plan) -> tuple[WeightRange, ...]:
     """The channels of every weight that a plan scales, aliases once; weights are read a few channels at a time."""
     seen: dict[str, WeightRange] = {}
+    names = {before.strip(step.name): step.new_name for step in plan.steps_of(RenameTensor)}
     for step in plan.steps_of(SetTensor):
         recipe = step.value
         if isinstance(recipe, Scaled) and recipe.source not in seen:
-            old, new = before.tensor(recipe.source), after.tensor(step.name)
+            old, new = before.tensor(recipe.source), after.tensors[names.get(step.name, after.full_name(step.name))]
             seen[recipe.source] = _measure(step.name, old, new, recipe)
     return tuple(seen.values())
 

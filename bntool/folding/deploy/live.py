@@ -20,15 +20,20 @@ def take_deploy_form(model: nn.Module) -> None:
         RefusedError: no module has a deploy form.
     """
     dtype = next((tensor.dtype for tensor in model.parameters() if tensor.is_floating_point()), None)
+    default = torch.get_default_dtype()
     try:
+        if dtype is torch.float64:  # of what the code makes anew
+            torch.set_default_dtype(dtype)
         with torch.no_grad():
             found = _take(model)
     except Exception as error:
         raise UserCodeError(f"the model raised {error!r} when it was to take its deploy form") from error
+    finally:
+        torch.set_default_dtype(default)
     if not found:
         raise RefusedError(f"no module of the model has a deploy form: none has fuse(), {'() or '.join(_METHODS)}()")
     if dtype is not None:
-        model.to(dtype)  # what the code makes anew is of torch's default dtype
+        model.to(dtype)
 
 
 def _take(module: nn.Module) -> bool:

@@ -1,5 +1,7 @@
 """One convolution for branches that read one tensor and are summed up: convolutions, BatchNorms, and the tensor itself.
 
+The same for linears, also with a BatchNorm before.
+
 The sum of convolutions of one stride is the convolution with the sum of their kernels, smaller ones in the middle of
 the largest; the identity is a kernel with one in the middle (Ding et al. 2021, *RepVGG*, section 3.3).
 """
@@ -30,12 +32,14 @@ class Sum:
     """What branches make of the tensor that they all read.
 
     Attributes:
-        kernels: factor of each output channel, by convolution; the largest kernel first.
+        kernels: convolutions and linears, the largest kernel first, with the factors of their output channels.
+        inputs: of each of them the factors of its input channels; None for ones.
         identity: factor of each channel of the tensor itself.
         bias: what is added to each channel.
     """
 
     kernels: tuple[tuple[Node, Array], ...]
+    inputs: tuple[Array | None, ...]
     identity: Array
     bias: Array
 
@@ -91,6 +95,7 @@ class _Merging:
     state_dict: StateDict
     read_batchnorm: ReadBatchNorm
     parts: dict[int, _Part] = field(default_factory=dict)
+    inputs: dict[int, Array] = field(default_factory=dict)
 
     def merge(self) -> Sum:
         end = self._find_end()
@@ -103,7 +108,8 @@ class _Merging:
         kernels = [(self.graph.nodes[index], factor) for index, factor in part.factors.items() if index != _ITSELF]
         ordered = sorted(kernels, key=lambda kernel: -math.prod(self._shape(kernel[0])[2:]))
         channels = end.channels
-        result = Sum(tuple(ordered), part.factors.get(_ITSELF, np.zeros(channels)), part.bias)
+        inputs = tuple(self.inputs.get(node.index) for node, _ in ordered)
+        result = Sum(tuple(ordered), inputs, part.factors.get(_ITSELF, np.zeros(channels)), part.bias)
         self._check_kernels(result, source)
         return result
 
@@ -141,10 +147,8 @@ class _Merging:
         return part
 
     def _walk_inside(self, node: Node, source: Node) -> _Part:
-        if node.kind is NodeKind.CONVOLUTION:
-            if self._read(node, 0, convolves=True).index != source.index:
-                raise Blocked(SkipReason.NOT_ADJACENT, f"{node.describe()} reads another branch")
-            return _Part({node.index: np.ones(node.channels)}, self._read_bias(node))
+        if node.kind in (NodeKind.CONVOLUTION, NodeKind.LINEAR):
+            return self._start(node, source)
         before = self._walk(self._read(node, 0), source)
         if node.kind is NodeKind.BATCH_NORM:
             own = self.read_batchnorm(node)
@@ -157,6 +161,19 @@ class _Merging:
         if node.kind is NodeKind.CHANNELWISE and node.factors:
             return before.times(np.array(node.factors))  # one for all channels, or one for each
         raise Blocked(SkipReason.NOT_ADJACENT, f"{node.describe()} lies between")
+
+    def _start(self, node: Node, source: Node) -> _Part:
+        """A convolution or linear that reads the tensor; a linear also by way of a BatchNorm."""
+        bias, read = self._read_bias(node), self._read(node, 0, convolves=True)
+        if node.kind is NodeKind.LINEAR and read.kind is NodeKind.BATCH_NORM and read.index in self.inside:
+            own = self.read_batchnorm(read)
+            self.parts[read.index] = _Part({}, own.shift)
+            self.inputs[node.index] = own.scale
+            bias = bias + self._read_weight(node) @ own.shift
+            read = self._read(read, 0)
+        if read.index != source.index:
+            raise Blocked(SkipReason.NOT_ADJACENT, f"{node.describe()} reads another branch")
+        return _Part({node.index: np.ones(node.channels)}, bias)
 
     def _read(self, node: Node, port: int, *, convolves: bool = False) -> Node:
         """What a node reads on an input: all of one tensor."""
@@ -174,6 +191,10 @@ class _Merging:
 
     def _shape(self, node: Node) -> tuple[int, ...]:
         return tuple(self.state_dict.tensor(node.parameters["weight"]).shape)
+
+    def _read_weight(self, node: Node) -> Array:
+        tensor = self.state_dict.tensor(node.parameters["weight"])
+        return to_float64(read_bytes(tensor), tensor.dtype).reshape(tensor.shape)
 
     def _read_bias(self, node: Node) -> Array:
         self._check_own(node)
@@ -206,17 +227,17 @@ class _Merging:
         most, dtype = self._shape(first), self.state_dict.tensor(first.parameters["weight"]).dtype
         for node, _ in result.kernels:
             shape = self._shape(node)
-            alike = (node.strides, node.groups, len(shape), shape[:2]) == (
+            alike = node.kind is first.kind and (node.strides, node.groups, len(shape), shape[:2]) == (
                 first.strides, first.groups, len(most), most[:2],
             )  # fmt: skip
             fits = alike and all(size <= extent for size, extent in zip(shape[2:], most[2:], strict=True))
-            if not node.strides or not fits:
+            if not fits or (node.kind is NodeKind.CONVOLUTION and not node.strides):
                 what = f"{node.describe()} and {first.describe()}"
                 raise Blocked(SkipReason.AXIS_MISMATCH, f"{what} lie differently on what they read")
             if self.state_dict.tensor(node.parameters["weight"]).dtype is not dtype:
                 raise Blocked(SkipReason.UNSUPPORTED_DTYPE, f"{node.describe()} is of another dtype")
         strided = any(step != 1 for step in first.strides)
-        if np.any(result.identity) and (strided or first.channels != source.channels):
+        if np.any(result.identity) and (first.kind is NodeKind.LINEAR or strided or first.channels != source.channels):
             raise Blocked(SkipReason.AXIS_MISMATCH, f"{first.describe()} lies differently on what it reads")
 
 

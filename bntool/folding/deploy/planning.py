@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -12,13 +12,13 @@ from bntool.checkpoints.checkpoint import StateDict
 from bntool.checkpoints.tensors import LiteralTensor
 from bntool.errors import RefusedError
 from bntool.folding.absorption import Blocked
-from bntool.folding.deploy.forms import Block, find_blocks
+from bntool.folding.deploy.forms import Block, find_blocks, find_pairs
 from bntool.folding.deploy.merging import Sum, find_inside, merge_branches
 from bntool.folding.folds import Fold, Level
 from bntool.folding.options import Layout
-from bntool.folding.planning import FoldPlan, assume_fold
+from bntool.folding.planning import FoldPlan, assume_fold, plan_fold
 from bntool.folding.scale_and_shift import ScaleAndShift, check_eps, choose_eps, read_scale_and_shift
-from bntool.graphs.graph import ModelGraph, Node, NodeKind
+from bntool.graphs.graph import Evidence, ModelGraph, Node, NodeKind
 from bntool.plan import AddTensor, Merged, Operation, RemoveTensor, RenameTensor, SetTensor, Step, Values
 
 _COUNTER = "num_batches_tracked"
@@ -40,14 +40,18 @@ def plan_deploy(state_dict: StateDict, graph: ModelGraph, *, eps: float | None =
         UsageError: eps is neither in the graph nor given.
     """
     check_eps(eps)
-    names = [state_dict.strip(name) for name in state_dict.tensors]
-    blocks = list(find_blocks(names))
-    if not blocks:
+    if graph.evidence not in (Evidence.TRACED, Evidence.ASSUMED):
+        raise RefusedError("what becomes one convolution is seen in a forward: give --model, or a known architecture")
+    names = [state_dict.strip(name) for name in state_dict.tensors if not name.endswith(_COUNTER)]
+    known = None if graph.evidence is Evidence.TRACED else [n for one in graph.architectures for n in one.names]
+    blocks = find_blocks(names, known)
+    pairs = find_pairs(names, known, blocks)
+    if not blocks and not pairs:
         raise RefusedError(
             "the tensors have the names of no code whose deploy form is known: RepVGG and MobileOne, of timm and of "
-            "their authors"
+            "their authors, and timm's RepViT, LeViT, TinyViT, EfficientViT-M and SHViT"
         )
-    return _Deploying(state_dict, graph, eps, blocks).plan()
+    return _Deploying(state_dict, graph, eps, blocks, pairs).plan()
 
 
 @dataclass
@@ -56,6 +60,7 @@ class _Deploying:
     graph: ModelGraph
     eps: float | None
     blocks: list[Block]
+    pairs: dict[str, str]
     read: dict[str, ScaleAndShift] = field(default_factory=dict)
     folds: dict[str, Fold] = field(default_factory=dict)
 
@@ -67,9 +72,9 @@ class _Deploying:
             except Blocked as blocked:
                 detail = f"its branches cannot become {block.merged}: {blocked.detail}"
                 raise RefusedError(detail, tensor=block.module) from blocked
-        left = [layer for layer in self.graph.batchnorms if layer not in self.folds]
-        if left:
-            raise RefusedError(f"{len(left)} BatchNorms lie in no block whose deploy form is known", tensor=left[0])
+        rest = self.fold_pairs()
+        steps += () if rest is None else rest.steps
+        steps += self.rename_pairs(steps)
         order = [layer for layer in self.graph.batchnorms if layer in self.folds]
         folds = tuple(self.folds[layer] for layer in order)
         renames = [step for step in steps if isinstance(step, RenameTensor)]
@@ -78,11 +83,53 @@ class _Deploying:
             state_dict=self.state_dict.key,
             steps=(*(step for step in steps if not isinstance(step, RenameTensor)), *renames),
             layers=tuple(order),
-            assumptions=tuple(assume_fold(self.graph, folds, self.read, eps=self.eps)),
+            assumptions=(
+                tuple(assume_fold(self.graph, folds, self.read, eps=self.eps)) if rest is None else rest.assumptions
+            ),
             folds=folds,
             layout=Layout.DEPLOY,
-            below_zero=tuple(layer for layer in order if self.read[layer].is_below_zero),
+            below_zero=(
+                *(layer for layer in order if layer in self.read and self.read[layer].is_below_zero),
+                *(() if rest is None else rest.below_zero),
+            ),
         )
+
+    def fold_pairs(self) -> FoldPlan | None:
+        """The BatchNorms beside one convolution or linear, which takes them; None where there is none.
+
+        Raises:
+            RefusedError: some lie elsewhere, or are not taken by what stands beside them.
+        """
+        left = [layer for layer in self.graph.batchnorms if layer not in self.folds]
+        if not left:
+            return None
+        beside = {module: producer for producer, module in self.pairs.items()}
+        elsewhere = [layer for layer in left if layer.rpartition(".")[0] not in beside]
+        if elsewhere:
+            what = f"{len(elsewhere)} BatchNorms lie in no block whose deploy form is known"
+            raise RefusedError(what, tensor=elsewhere[0])
+        plan = plan_fold(self.state_dict, self.graph, layers=left, eps=self.eps)
+        skips = [skip for skip in plan.skips if skip.layer in left]
+        if skips:
+            raise RefusedError(f"it is not folded: {skips[0].reason.value} ({skips[0].detail})", tensor=skips[0].layer)
+        for fold in plan.folds:
+            if fold.stays or fold.into != (beside[fold.layer.rpartition(".")[0]],):
+                raise RefusedError(f"it is folded into {', '.join(fold.into)}, not beside it", tensor=fold.layer)
+            self.folds[fold.layer] = fold
+        return plan
+
+    def rename_pairs(self, steps: Sequence[Step]) -> Iterator[Step]:
+        """What stood beside a BatchNorm takes its parent's place; called when all tensors are there."""
+        added = [step.name for step in steps if isinstance(step, AddTensor)]
+        for name in (*map(self.state_dict.strip, self.state_dict.tensors), *added):
+            path, _, leaf = name.rpartition(".")
+            if path in self.pairs:
+                prefix = self.state_dict.prefix if name in added else self.find_prefix(name)
+                yield RenameTensor(prefix + name, f"{prefix}{self.pairs[path]}.{leaf}")
+
+    def find_prefix(self, name: str) -> str:
+        """What stands before the name of a tensor in the file."""
+        return self.state_dict.full_name(name).removesuffix(name)
 
     def merge(self, block: Block) -> Iterator[Step]:
         inside = find_inside(self.graph, block.holds, block.module)
@@ -108,6 +155,7 @@ class _Deploying:
         recipe = Merged(
             tuple(node.parameters["weight"] for node, _ in merged.kernels),
             tuple(array("d", factors.tobytes()) for _, factors in merged.kernels),
+            tuple(array("d", () if factors is None else factors.tobytes()) for factors in merged.inputs),
             places=array("q", places.astype("<i8").tobytes()),
             addends=array("d", addends.tobytes()),
         )
@@ -122,5 +170,5 @@ class _Deploying:
             name = self.state_dict.strip(full)
             if block.holds(name) and name != weight:
                 yield RemoveTensor(name)
-        prefix = self.state_dict.full_name(weight).removesuffix(weight)
+        prefix = self.find_prefix(weight)
         yield RenameTensor(prefix + weight, f"{prefix}{block.merged}.weight")

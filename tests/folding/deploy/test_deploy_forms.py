@@ -236,3 +236,99 @@ def test_the_catalogue_knows_the_branches_of_a_bare_file() -> None:
     changed = change_state_dict(state_dict, plan.steps)
     assert sum(name.endswith(".weight") for name in changed.tensors) == 23  # a convolution for each block, and the head
     assert changed.tensors["stages.0.1.reparam_conv.weight"].shape == (48, 48, 3, 3)
+
+
+class Pair(nn.Sequential):
+    """A convolution and its BatchNorm, or a BatchNorm and its linear, with a form that takes its place."""
+
+    def __init__(self, **modules: nn.Module) -> None:
+        super().__init__()
+        for name, module in modules.items():
+            self.add_module(name, module)
+
+    def fuse(self) -> nn.Module:
+        """As a linear map: its answers to zero and to impulses."""
+        first, second = self
+        if isinstance(second, nn.Linear):
+            zero = self(torch.zeros(1, second.in_features))
+            merged = nn.Linear(second.in_features, second.out_features)
+            merged.weight.data = (self(torch.eye(second.in_features)) - zero).T.contiguous()
+            merged.bias.data = zero[0]
+            return merged
+        weight, bias = merge_in_torch(nn.ModuleDict({"conv": first, "bn": second}), first.kernel_size[0], first.groups)
+        options = {"stride": first.stride, "padding": first.padding, "groups": first.groups}
+        merged = nn.Conv2d(first.in_channels, first.out_channels, first.kernel_size, **options)
+        merged.weight.data, merged.bias.data = weight, bias
+        return merged
+
+
+class Depthwise(nn.Module):
+    """As the token mixers of RepViT: two kernels and the tensor itself, then a BatchNorm."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = Pair(
+            c=nn.Conv2d(channels, channels, 3, 1, 1, groups=channels, bias=False), bn=nn.BatchNorm2d(channels)
+        )
+        self.conv1 = nn.Conv2d(channels, channels, 1, groups=channels)
+        self.bn = nn.BatchNorm2d(channels)
+
+    def forward(self, x):
+        return self.bn(self.conv(x) + self.conv1(x) + x)
+
+    def fuse(self) -> nn.Module:
+        merged, small = self.conv.fuse(), nn.functional.pad(self.conv1.weight.data, [1, 1, 1, 1])
+        merged.weight.data += small
+        merged.weight.data[:, :, 1, 1] += 1
+        merged.bias.data += self.conv1.bias.data
+        zero = torch.zeros(1, self.bn.num_features, 1, 1)
+        scale = (self.bn(zero + 1) - self.bn(zero)).flatten()
+        merged.bias.data = self.bn(merged.bias.data.reshape(1, -1, 1, 1)).flatten()
+        merged.weight.data *= scale[:, None, None, None]
+        return merged
+
+
+class TwoHeads(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = Pair(bn=nn.BatchNorm1d(8), l=nn.Linear(8, 3))
+        self.head_dist = Pair(bn=nn.BatchNorm1d(8), l=nn.Linear(8, 3))
+
+    def forward(self, x):
+        return (self.head(x) + self.head_dist(x)) / 2
+
+    def fuse(self) -> nn.Module:
+        one, other = self.head.fuse(), self.head_dist.fuse()
+        one.weight.data = (one.weight.data + other.weight.data) / 2
+        one.bias.data = (one.bias.data + other.bias.data) / 2
+        return one
+
+
+class Fused(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = Pair(c=nn.Conv2d(3, 8, 3, 2, 1, bias=False), bn=nn.BatchNorm2d(8))
+        self.mixer = Depthwise(8)
+        self.last = Pair(c=nn.Conv2d(8, 8, 1, bias=False), bn=nn.BatchNorm2d(8))
+        self.classify = TwoHeads()
+
+    def forward(self, x):
+        x = torch.relu(self.mixer(torch.relu(self.stem(x))))
+        return self.classify(torch.relu(self.last(x)).mean((2, 3)))
+
+
+def test_pairs_sums_of_kernels_and_two_heads_take_the_place_of_their_modules() -> None:
+    """As in timm's RepViT, LeViT, TinyViT, EfficientViT-M and SHViT."""
+    model = randomise(Fused())
+    result = bntool.fold(model, image(), layout="deploy")
+    assert len(result.plan.folds) == 6
+    assert result.report is not None
+    assert result.report.exact < 1e-13
+    names = ["stem", "mixer", "last", "classify"]
+    assert list(result.model.state_dict()) == [f"{name}.{leaf}" for name in names for leaf in ("weight", "bias")]
+    expected = copy.deepcopy(model)
+    with torch.no_grad():
+        for name in names:
+            setattr(expected, name, getattr(expected, name).fuse())
+    for name, tensor in expected.state_dict().items():
+        torch.testing.assert_close(result.model.state_dict()[name], tensor, rtol=1e-4, atol=1e-5)
