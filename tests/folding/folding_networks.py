@@ -13,6 +13,8 @@ from bntool.graphs.traced.tracing import trace
 from bntool.modules.application import apply_plan, read_state
 from bntool.modules.finding import find_batchnorm_modules
 
+LAYOUTS = (Layout.FOLDED, Layout.SAME_KEYS)  # that every network can have
+
 
 def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
     """Weights of both signs and some tiny, statistics far from the initial ones; the model in eval mode."""

@@ -13,7 +13,7 @@ from bntool.folding.options import Layout
 from bntool.folding.planning import Level, plan_fold
 from bntool.graphs.declared import declare
 from bntool.modules.application import read_state
-from tests.folding.folding_networks import Functional, fold, largest_difference, randomise, reasons
+from tests.folding.folding_networks import LAYOUTS, Functional, fold, largest_difference, randomise, reasons
 
 EXACT = 1e-12
 
@@ -43,7 +43,7 @@ PRODUCERS = {
 }
 
 
-@pytest.mark.parametrize("layout", Layout)
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", PRODUCERS)
 def test_every_producer_is_folded_exactly(name: str, layout: Layout) -> None:
     producer, batchnorm, shape = PRODUCERS[name]
@@ -65,7 +65,7 @@ def test_batchnorm_without_bias() -> None:
     batchnorm = nn.BatchNorm2d(6)
     batchnorm.bias = None
     model = randomise(nn.Sequential(nn.Conv2d(4, 6, 3), batchnorm).double())
-    for layout in Layout:
+    for layout in LAYOUTS:
         folded, plan = fold(model, image(), layout=layout)
         assert len(plan.folds) == 1
         assert largest_difference(model, folded, image()) < EXACT
@@ -542,7 +542,7 @@ def test_frozen_batchnorm_that_computes_by_itself() -> None:
             return x * scale + (b - rm * scale)
 
     model = randomise(nn.Sequential(nn.Conv2d(4, 4, 3), FrozenBatchNorm2d(4, eps=1e-3), nn.ReLU()).double())
-    for layout in Layout:
+    for layout in LAYOUTS:
         folded, plan = fold(model, image(), layout=layout)
         assert len(plan.folds) == 1
         assert not plan.skips

@@ -16,7 +16,7 @@ from bntool.folding.options import Layout
 from bntool.folding.unchanged_outputs import find_points
 from bntool.graphs.traced.tracing import trace
 from bntool.verification.layer_agreement import compare_layers, watch
-from tests.folding.folding_networks import fold, largest_difference, randomise
+from tests.folding.folding_networks import LAYOUTS, fold, largest_difference, randomise
 
 SIZE, LAYERS = 6, 14
 
@@ -246,7 +246,7 @@ class RandomChain(nn.Module):
 
 
 @settings(derandomize=True, max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
-@given(st.integers(0, 2**32), st.sampled_from(list(Layout)))
+@given(st.integers(0, 2**32), st.sampled_from(LAYOUTS))
 def test_chains_of_other_dimensions(seed: int, layout: Layout) -> None:
     model = RandomChain(random.Random(seed))
     dimensions = model.dimensions
@@ -269,7 +269,7 @@ seen: Counter[str] = Counter()
     deadline=None,
     suppress_health_check=list(HealthCheck),
 )
-@given(st.integers(0, 2**32), st.sampled_from(list(Layout)))
+@given(st.integers(0, 2**32), st.sampled_from(LAYOUTS))
 def test_random_networks_are_folded_exactly_or_not_at_all(seed: int, layout: Layout) -> None:
     network = RandomNetwork(random.Random(seed))
     model = draw_values(network, seed)

@@ -16,7 +16,7 @@ from bntool.folding.planning import plan_fold
 from bntool.graphs.declared import declare
 from bntool.modules.application import apply_plan, read_state
 from bntool.modules.finding import find_batchnorm_modules
-from tests.folding.folding_networks import Functional, fold, largest_difference, randomise
+from tests.folding.folding_networks import LAYOUTS, Functional, fold, largest_difference, randomise
 
 EXACT = 1e-12
 
@@ -36,7 +36,7 @@ class Product(nn.Module):
         return self.bn(torch.mm(x, self.weight)).relu()
 
 
-@pytest.mark.parametrize("layout", Layout)
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_matrix_product_with_a_parameter(layout: Layout) -> None:
     model = randomise(Product().double())
     folded, plan = fold(model, image(7, 5), layout=layout)
@@ -139,7 +139,7 @@ def fuse(block: Block) -> None:
     block.bn = nn.Identity()
 
 
-@pytest.mark.parametrize("layout", Layout)
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_code_that_fuses_by_itself_afterwards_computes_the_same(layout: Layout) -> None:
     model = randomise(nn.Sequential(Block(3, 8), Block(8, 4)).double())
     folded = bntool.fold(model, image(2, 3, 8, 8), layout=layout).model

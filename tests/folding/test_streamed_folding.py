@@ -18,6 +18,7 @@ from bntool.checkpoints.state_dicts import choose_state_dict
 from bntool.folding.options import Layout
 from bntool.folding.state_dict import fold_state_dict
 from tests.benchmarks.measuring import python, run_command
+from tests.folding.folding_networks import LAYOUTS
 
 PAIRS = {"0": "1", "2": "3", "5": "6"}  # producer: BatchNorm
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -75,7 +76,7 @@ def assert_same_bits(found: dict[str, torch.Tensor], wanted: dict[str, torch.Ten
         assert torch.equal(a, b), name
 
 
-@pytest.mark.parametrize("layout", list(Layout))
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_file_folds_to_the_bits_of_the_live_model(tmp_path: Path, dtype: torch.dtype, layout: Layout) -> None:
     model = network(dtype)
@@ -134,7 +135,7 @@ def backwards(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return dict(reversed(in_one_storage(dict(reversed(state.items()))).items()))
 
 
-@pytest.mark.parametrize("layout", list(Layout))
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
 @pytest.mark.parametrize("store", [channels_last, transposed, with_gaps, in_one_storage, backwards])
 def test_how_tensors_lie_in_storages_does_not_matter(
