@@ -55,6 +55,8 @@ RECORDED = (  # files of other programs, each with those beside it that it needs
     ("interop/tfkeras2_tiny_w.weights.h5",),
     ("interop/flax/train_state.msgpack",),
     ("interop/flax/chunked.msgpack",),
+    ("interop/mxnet/gluon.params",),
+    ("interop/mindspore/training.ckpt",),
     ("interop/onnx_tiny.onnx",),
     ("interop/onnx_tiny_ext.onnx", "interop/onnx_tiny_ext.data"),
     ("interop/caffe_tiny_std.caffemodel", "interop/caffe_tiny_std.prototxt"),

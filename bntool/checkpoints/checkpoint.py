@@ -142,6 +142,7 @@ class Loader(Enum):
     NUMPY = "numpy"
     JAX = "jax"
     MXNET = "mxnet"
+    MINDSPORE = "mindspore"
 
 
 class LoadingCode(NamedTuple):

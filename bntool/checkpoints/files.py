@@ -13,7 +13,7 @@ import stat
 import threading
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Protocol, TypeAlias
 
@@ -21,8 +21,6 @@ from bntool.checkpoints.addresses import Location
 from bntool.errors import CorruptFileError, UnreadableFileError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from typing_extensions import Self
 
 CHUNK = 1 << 17  # bytes copied at a time; larger blocks are given back to the system and faulted in again each time
@@ -101,6 +99,24 @@ def describe_missing(place: Location, named_by: Location) -> UnreadableFileError
     """The error of a file that is not there, and that another one needs."""
     needed = f"there is no such file, which {named_by.name} needs; put it there or keep the files together"
     return UnreadableFileError(needed, path=place)
+
+
+class JoinedSource:
+    """Ranges of a source, each by its offset and length, one after the other."""
+
+    def __init__(self, source: ByteSource, places: Sequence[tuple[int, int]]) -> None:
+        self._source = source
+        self._places = places
+        self.size = sum(length for _, length in places)
+
+    def read(self, offset: int, length: int) -> bytes:
+        parts, start = [], 0
+        for place, size in self._places:
+            first, end = max(offset, start), min(offset + length, start + size)
+            if first < end:
+                parts.append(self._source.read(place + first - start, end - first))
+            start += size
+        return b"".join(parts)
 
 
 class SourceFile:

@@ -91,6 +91,7 @@ FORMATS = Formats(
     _Known("mxnet.params.Mxnet", (b"\x12\x01\0\0\0\0\0\0",)),
     _Known("tensorflow.checkpoint.Tensorflow", (b"\0\0",), endings=(".index",), has_folders=True),
     _Known("onnx.model.Onnx", (b"\x08",), endings=(".onnx",)),
+    _Known("mindspore.checkpoint.Mindspore", (b"\x0a",)),
     _Known("caffe.caffemodel.Caffe", (b"\x0a",), endings=(".caffemodel",)),
 )
 

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from tests.checkpoints.flax.msgpack_files import nest, pack_variables
 from tests.checkpoints.mxnet.dtypes import MXNET_DTYPES
-from tests.checkpoints.tensorflow.bundle_files import DTYPES, write_bundle
+from tests.checkpoints.tensorflow.bundle_files import DTYPES, field, varint, write_bundle
 
 Tensors = Mapping[str, torch.Tensor]
 
@@ -220,6 +220,20 @@ def write_mxnet(tensors: Tensors, folder: Path) -> Path:
         data += struct.pack("<Q", len(name.encode())) + name.encode()
     (folder / "model.params").write_bytes(data)
     return folder / "model.params"
+
+
+def write_mindspore(tensors: Tensors, folder: Path) -> Path:
+    """As mindspore.save_checkpoint does; tests/oracles/mindspore_files.py lets MindSpore read one."""
+    data = b""
+    for name, tensor in tensors.items():
+        plain = tensor.detach().resolve_conj()
+        kind = str(plain.dtype).removeprefix("torch.")
+        kind = {"bool": "Bool", "bfloat16": "BFloat16"}.get(kind, kind.capitalize().replace("Uint", "UInt"))
+        dims = b"".join(b"\x08" + varint(extent) for extent in plain.shape)
+        value = field(1, name.encode()) + field(2, dims + field(2, kind.encode()) + field(3, bits(plain)))
+        data += field(1, value)
+    (folder / "model.ckpt").write_bytes(data)
+    return folder / "model.ckpt"
 
 
 def write_flax(tensors: Tensors, folder: Path) -> Path:

@@ -28,6 +28,7 @@ _README_NAMES = {
     "numpy-pickle": ("pickles of numpy arrays (detectron2, Caffe2)", "pickle, numpy"),
     "npz": ("`.npz` of arrays under PyTorch's names", "numpy, torch"),
     "mxnet": ("MXNet `.params`", "MXNet"),
+    "mindspore": ("MindSpore `.ckpt`", "MindSpore"),
     "torchserve": ("TorchServe `.mar`, with what is in it", "torch-model-archiver, torch"),
     "nemo": ("NeMo `.nemo`", "torch"),
     "flax": ("Flax `.msgpack`", "Flax"),

@@ -9,7 +9,7 @@ from bntool.checkpoints.addresses import Location
 from bntool.checkpoints.checkpoint import Checkpoint, Format, Loader, LoadingCode, StateDict
 from bntool.checkpoints.containers.msgpack import MAX_DEPTH, Bytes, Extension, read_msgpack
 from bntool.checkpoints.dtypes import BY_NAME
-from bntool.checkpoints.files import ByteSource, SourceFile
+from bntool.checkpoints.files import ByteSource, JoinedSource, SourceFile
 from bntool.checkpoints.other_names import PARAMETERS, STATISTICS, translate
 from bntool.checkpoints.tensors import MAX_DIMENSIONS, Storage, StoredTensor, contiguous_strides
 from bntool.errors import BntoolError, CorruptFileError, OtherFormatError, UnsafeFileError
@@ -167,7 +167,7 @@ class _Arrays:
         if len(found) != len(chunks) or len({piece.dtype for piece in found}) > 1:
             raise CorruptFileError("an array of Flax in chunks is malformed")
         places = [(piece.storage.offset, piece.storage.nbytes) for piece in found if piece.storage is not None]
-        source = _Joined(self._file, places)
+        source = JoinedSource(self._file, places)
         return _make_tensor(name, shape, found[0].dtype.name, Storage(source, 0, source.size, key=name))
 
 
@@ -189,21 +189,3 @@ def _make_tensor(name: str, shape: Sequence[Any], kind: str, storage: Storage) -
         raise CorruptFileError(f"an array of Flax of {tensor.nbytes} bytes has {storage.nbytes} in the file")
     tensor.check_bounds(name)
     return tensor
-
-
-class _Joined:
-    """Ranges of a source, one after the other."""
-
-    def __init__(self, source: ByteSource, places: Sequence[tuple[int, int]]) -> None:
-        self._source = source
-        self._places = places
-        self.size = sum(length for _, length in places)
-
-    def read(self, offset: int, length: int) -> bytes:
-        parts, start = [], 0
-        for place, size in self._places:
-            first, end = max(offset, start), min(offset + length, start + size)
-            if first < end:
-                parts.append(self._source.read(place + first - start, end - first))
-            start += size
-        return b"".join(parts)
