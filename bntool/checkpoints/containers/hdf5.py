@@ -13,11 +13,12 @@ import io
 import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from bntool.checkpoints.containers.limits import limited_memory
 from bntool.checkpoints.dtypes import BFLOAT16, BY_NAME, DType, NumberKind
-from bntool.checkpoints.files import ByteSource
+from bntool.checkpoints.files import ByteSource, quote
 from bntool.checkpoints.tensors import MAX_DIMENSIONS, Storage, StoredTensor, contiguous_strides, count_elements
 from bntool.errors import BntoolError, CorruptFileError, MissingExtraError, UnsafeFileError
 
@@ -176,7 +177,19 @@ class _Listing:
 
     def contents(self) -> Hdf5Contents:
         self._list(self.file["/"], "", 0)
+        self._check_overlaps()
         return Hdf5Contents(self.groups, self.datasets, self.file)
+
+    def _check_overlaps(self) -> None:
+        """Refuse datasets that lie over each other: who writes to one changes the other."""
+        places = sorted(
+            (tensor.storage.offset, tensor.storage.offset + tensor.storage.nbytes, path)
+            for path, tensor in self.datasets.items()
+            if tensor.storage is not None and tensor.storage.nbytes and tensor.storage.source is self.source
+        )
+        for (_, end, one), (start, _, other) in pairwise(places):
+            if start < end:
+                raise CorruptFileError(f"its elements lie where those of {quote(one)} are", tensor=other)
 
     def _list(self, group: h5py.Group, path: str, depth: int) -> None:
         self._visit(group, path, depth)
@@ -255,6 +268,8 @@ class _Listing:
         if wrapper:
             return tensor
         if layout == h5py.h5d.CONTIGUOUS and (nbytes == 0 or dataset.id.get_storage_size()):
+            if nbytes and (kept := dataset.id.get_storage_size()) != nbytes:
+                raise CorruptFileError(f"{kept} bytes are kept for elements of {nbytes}", tensor=path)
             offset = dataset.id.get_offset() if nbytes else 0
             if offset is None or offset + nbytes > self.source.size:
                 raise CorruptFileError("the elements lie beyond the end of the file: it is truncated", tensor=path)

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import shutil
+import struct
 import subprocess
 import sys
 import zipfile
@@ -253,6 +254,27 @@ def test_elements_beyond_the_end_are_refused(interop: Path, tmp_path: Path) -> N
     (tmp_path / "a.h5").write_bytes(data[: len(data) // 2])
     with pytest.raises(CorruptFileError, match="damaged"):
         open_checkpoint(tmp_path / "a.h5")
+
+
+@pytest.mark.parametrize(
+    ("offset", "nbytes", "words"),
+    [
+        (0, 1 << 20, "bytes are kept for elements of"),
+        (-12, 0, "its elements lie where those of .* are"),
+    ],
+)
+def test_datasets_that_lie_over_each_other_are_refused(
+    offset: int, nbytes: int, words: str, interop: Path, tmp_path: Path
+) -> None:
+    data = (interop / "keras_tiny.h5").read_bytes()
+    with h5py.File(interop / "keras_tiny.h5") as file:
+        place = file["model_weights/dw/dw/bias"].id
+        found = struct.pack("<QQ", place.get_offset(), place.get_storage_size())
+        changed = struct.pack("<QQ", place.get_offset() + offset, place.get_storage_size() + nbytes)
+    assert data.count(found) == 1
+    (tmp_path / "overlapping.h5").write_bytes(data.replace(found, changed))
+    with pytest.raises(CorruptFileError, match=words), open_checkpoint(tmp_path / "overlapping.h5"):
+        pass
 
 
 def test_a_heap_that_never_ends_is_refused(interop: Path, tmp_path: Path) -> None:
