@@ -102,6 +102,40 @@ def test_the_terminal_shows_what_it_showed(name: str, monkeypatch: pytest.Monkey
         assert max(map(len, re.sub(r"\x1b\[[0-9;]*m", "", text).splitlines())) <= columns
 
 
+def write_deep_network(path: Path) -> None:
+    """Sixty layers in four stages, two of them sick; the same numbers on every machine."""
+    tensors: dict[str, torch.Tensor] = {}
+    for number in range(60):
+        channels = 16 << number // 15
+        waves = torch.arange(channels, dtype=torch.float64).mul(0.7 + number).sin()
+        name = f"layer{1 + number // 15}.{number % 15}.bn1"
+        tensors[f"{name.removesuffix('bn1')}conv1.weight"] = torch.ones(channels, 1, 1, 1)
+        tensors[f"{name}.weight"] = (1 + 0.2 * waves).float()
+        tensors[f"{name}.bias"] = (0.1 * waves).float()
+        tensors[f"{name}.running_mean"] = waves.float()
+        tensors[f"{name}.running_var"] = (10 ** (waves - number / 60)).float()
+        tensors[f"{name}.num_batches_tracked"] = torch.tensor(9000)
+    tensors["layer3.4.bn1.running_var"][7] = float("nan")
+    tensors["layer4.11.bn1.running_var"][3] = 1e9
+    torch.save(tensors, path)
+
+
+@pytest.mark.parametrize(("columns", "colour"), [(80, True), (120, True), (120, False), (200, True)])
+def test_layers_of_a_stage_share_a_row(
+    columns: int, colour: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_deep_network(tmp_path / "deep.pt")
+    monkeypatch.setattr("tests.cli.test_terminal.SAMPLES", tmp_path)
+    text = shown(["inspect", "deep.pt"], monkeypatch, columns=columns, **({} if colour else {"NO_COLOR": "1"}))
+    path = SNAPSHOTS / f"inspect-grouped-{columns}{'' if colour else '-no-color'}.txt"
+    if os.environ.get("UPDATE_SNAPSHOTS"):
+        path.write_text(text)
+    assert text == path.read_text()
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", text)
+    assert plain.count("layer1") == 1  # sixty layers are some rows
+    assert max(map(len, plain.splitlines())) <= columns
+
+
 def test_python_to_paste_is_never_broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "a folder with a very long name and several spaces in it so that lines must break somewhere"
     folder.mkdir()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from bntool.cli.main import ExitCode, main
 from bntool.reports.page.inspection import describe_channels, make_inspection_page
 from bntool.reports.page.rendering import render_page
 from tests import programs
-from tests.places import SAMPLES
+from tests.places import ROOT, SAMPLES
 from tests.reports.page.browser import Parsed
 
 BROKEN = SAMPLES / "broken_nan_variance.pt"
@@ -150,6 +151,17 @@ def test_the_command_writes_it_like_any_other_output(tmp_path: Path, capsys: pyt
     assert main([*arguments[:-1], str(tmp_path / "fifo"), "--force"]) == ExitCode.FILE
     assert main([*arguments[:-1], str(BROKEN), "--force"]) == ExitCode.USAGE
     assert {path.name for path in tmp_path.iterdir()} == {"page.html", "fifo"}
+
+
+def test_the_whole_page_is_what_it_was(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(SAMPLES)
+    assert main(["inspect", "broken_nan_variance.pt", "--html", str(tmp_path / "page.html"), "--quiet"]) == 0
+    page, snapshot = (tmp_path / "page.html").read_text(), ROOT / "tests" / "snapshots" / "inspect-broken.html"
+    if os.environ.get("UPDATE_SNAPSHOTS"):
+        snapshot.write_text(page)
+    assert page == snapshot.read_text()
 
 
 def test_jinja_is_imported_only_when_a_page_is_written(tmp_path: Path) -> None:
