@@ -12,8 +12,8 @@ import sys
 from pathlib import Path
 
 REQUIREMENTS = [
-    "torch==2.13.0", "keras==3.15.1", "tensorflow-cpu==2.21.0", "onnx==1.23.2", "opencv-python-headless==4.14.0.94",
-    "numpy",
+    "torch==2.13.0", "keras==3.15.1", "tensorflow-cpu==2.21.0", "tf_keras==2.21.0", "onnx==1.23.2",
+    "opencv-python-headless==4.14.0.94", "numpy",
 ]  # fmt: skip
 ROOT = Path(__file__).parents[2]
 RECORDED = ROOT / "tests" / "fixtures" / "interop" / "batchnorm_page.json"
@@ -24,6 +24,7 @@ sys.path.insert(0, str(ROOT))
 def main() -> int:
     """Run the blocks; record them, or hold them against the record."""
     os.environ["KERAS_BACKEND"] = "torch"
+    os.environ["TF_USE_LEGACY_KERAS"] = "1"  # tf.compat.v1.layers are made of it
     from tests.documentation.batchnorm_page import read_blocks
 
     printed = []
