@@ -17,13 +17,16 @@ from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
 
-from bntool.graphs.architectures.catalogue import PATH, Catalogue, Scope, fingerprint_scope
+from bntool.graphs.architectures.catalogue import PATH, Catalogue, Runs, Scope, fingerprint_scope
 from catalogue.checking import check_recognition, fold_alike
 from catalogue.observing import Observation, observe_all
 from catalogue.writing import pack
 
 # their weights COCO_V1 are used with eps 0 (torchvision's overwrite_eps), other weights with 1e-5
 _TWO_EPS = ("fasterrcnn_resnet50_fpn", "maskrcnn_resnet50_fpn", "keypointrcnn_resnet50_fpn", "retinanet_resnet50_fpn")
+
+
+_USUAL_MOMENTUM = 0.1  # of torch.nn.BatchNorm*
 
 
 class Row(NamedTuple):
@@ -33,8 +36,9 @@ class Row(NamedTuple):
     scope: Scope
     inside: int
     rest: int
-    eps: tuple[tuple[int, float], ...]
+    eps: Runs
     structure: str
+    momentum: Runs | None
 
 
 def build(observations: Iterable[Observation], earlier: Catalogue | None = None) -> bytes:
@@ -47,7 +51,15 @@ def build(observations: Iterable[Observation], earlier: Catalogue | None = None)
     rows = list(_read_rows(observations))
     if earlier is not None:
         kept = [
-            Row(name, entry.scope, entry.fingerprint, entry.rest, entry.eps, earlier.structure(entry.structure))
+            Row(
+                name,
+                entry.scope,
+                entry.fingerprint,
+                entry.rest,
+                entry.eps,
+                earlier.structure(entry.structure),
+                earlier.momentum(name),
+            )
             for entry in earlier.entries
             for name in entry.names
         ]
@@ -75,14 +87,16 @@ def _read_rows(observations: Iterable[Observation]) -> Iterator[Row]:
         runs = [_run([seen.eps[layer] for layer in layers])]
         if seen.name.rpartition(":")[2] in _TWO_EPS:
             runs.append(((len(layers), 0.0),))
+        momentum = _run([seen.momentum.get(layer, _USUAL_MOMENTUM) for layer in layers])
+        unusual = None if momentum == ((len(layers), _USUAL_MOMENTUM),) else momentum
         for run in runs:
-            yield Row(seen.name, seen.scope, inside, rest, run, text)
+            yield Row(seen.name, seen.scope, inside, rest, run, text, unusual)
 
 
-def _pack(rows: Iterable[Row]) -> bytes:
+def _pack(rows: Sequence[Row]) -> bytes:
     structures: dict[str, int] = {}
     scopes: dict[Scope, int] = {}
-    eps: dict[tuple[tuple[int, float], ...], int] = {}
+    eps: dict[Runs, int] = {}
     entries: dict[tuple[int, int, int, int, int], list[str]] = {}
     for row in rows:
         scope = scopes.setdefault(row.scope, len(scopes))
@@ -93,6 +107,7 @@ def _pack(rows: Iterable[Row]) -> bytes:
         "versions": {package: metadata.version(package).partition("+")[0] for package in ("torchvision", "timm")},
         "scopes": [[list(s.children), sorted(s.left_out), sorted(s.stems)] for s in scopes],
         "eps": [list(map(list, runs)) for runs in eps],
+        "momentum": {row.name: list(map(list, row.momentum)) for row in rows if row.momentum is not None},
         "entries": [[sorted(names, key=_usual_first), *key] for key, names in entries.items()],
     }
     return pack(index, list(structures))
@@ -107,7 +122,7 @@ def find_layers(scope: Scope, shapes: Mapping[str, tuple[int, ...]]) -> list[str
     ]
 
 
-def _run(values: Sequence[float]) -> tuple[tuple[int, float], ...]:
+def _run(values: Sequence[float]) -> Runs:
     runs: list[tuple[int, float]] = []
     for value in values:
         if runs and runs[-1][1] == value:

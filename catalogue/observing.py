@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -39,6 +39,7 @@ class Observation:
         scope: the tensors that its BatchNorms depend on.
         verdict: whether the structure decides as the trace did.
         problem: why there is no structure.
+        momentum: by layer; without those that are the plain average over all batches.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Observation:
     scope: Scope | None = None
     verdict: Verdict | None = None
     problem: str = ""
+    momentum: dict[str, float] = field(default_factory=dict)
 
 
 def observe_all(patterns: Sequence[str] = (), *, keep: Path | None = None) -> Iterator[Observation]:
@@ -74,12 +76,15 @@ def observe_all(patterns: Sequence[str] = (), *, keep: Path | None = None) -> It
 def observe(name: str, make: Callable[[], nn.Module]) -> Observation:
     """Build it, and trace it where it has BatchNorm."""
     model = build_on_meta(make)
-    eps = {layer: float(module.eps) for layer, module in find_batchnorm_modules(model).items()}
+    modules = find_batchnorm_modules(model)
+    eps = {layer: float(module.eps) for layer, module in modules.items()}
+    momentum = {layer: float(module.momentum) for layer, module in modules.items() if module.momentum is not None}
     shapes = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items() if not key.endswith(_COUNTER)}
     if not eps:
         return Observation(name, shapes, eps)
     graph, problem = trace_model(make, model)
-    return Observation(name, shapes, eps, problem=problem) if graph is None else describe(name, graph, shapes, eps)
+    seen = Observation(name, shapes, eps, problem=problem) if graph is None else describe(name, graph, shapes, eps)
+    return replace(seen, momentum=momentum)
 
 
 def build_on_meta(make: Callable[[], nn.Module]) -> nn.Module:

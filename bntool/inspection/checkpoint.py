@@ -23,7 +23,12 @@ from bntool.inspection.judging import add_configured, judge
 from bntool.inspection.layer_differences import compare_layers
 from bntool.inspection.layer_findings import find_in_layer
 from bntool.inspection.missing_statistics import find_missing_statistics
-from bntool.inspection.module_findings import find_expected_eps, find_in_module, is_batch_norm_without_statistics
+from bntool.inspection.module_findings import (
+    Expected,
+    find_expected,
+    find_in_module,
+    is_batch_norm_without_statistics,
+)
 from bntool.inspection.results import (
     Inspection,
     LayerInspection,
@@ -205,7 +210,7 @@ def _inspect_state_dict(
     architectures = recognise(state_dict)
     norms = give_eps(norms, architectures)
     own = [norm for norm in norms if norm.kind.is_batch_norm or is_batch_norm_without_statistics(norm)]
-    expected_eps = find_expected_eps(architectures)
+    expected = find_expected(architectures, own)
     announce(
         t for norm in own if selects(layers, norm.name) for t in norm.tensors.values() if _count(t) <= MAX_CHANNELS
     )
@@ -214,7 +219,7 @@ def _inspect_state_dict(
             norm,
             momentum=momentum.get(norm.name),
             recalibrated=norm.name in recalibrated,
-            expected_eps=expected_eps.get(norm.name, ()),
+            expected=expected.get(norm.name, Expected()),
             thresholds=thresholds_of(norm.name),
         )
         for norm in own
@@ -294,7 +299,7 @@ def _inspect_layer(
     *,
     momentum: float | None,
     recalibrated: bool,
-    expected_eps: Sequence[float],
+    expected: Expected,
     thresholds: Thresholds,
 ) -> LayerInspection:
     summaries: dict[str, Summary] = {}
@@ -316,7 +321,7 @@ def _inspect_layer(
         )
         advice = "run one forward before saving, and save from the device"
         findings.append(Finding(FindingCode.NOT_INITIALISED, Severity.WARNING, "no elements", message, advice=advice))
-    findings += find_in_module(layer, expected_eps, thresholds)
+    findings += find_in_module(layer, expected, thresholds)
     of_torch = not layer.class_path or layer.class_path.startswith("torch.")  # others have no such counter
     has_counter = layer.kind is not NormKind.FROZEN_BATCH_NORM and layer.has_statistics
     if of_torch and has_counter and "num_batches_tracked" not in layer.tensors:

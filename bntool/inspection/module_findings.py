@@ -5,10 +5,12 @@ What PyTorch does with them: torch.nn.modules.batchnorm, _BatchNorm.forward, tor
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 from bntool.batchnorm import BatchNorm, EpsSource, NormKind, find_class_kind
-from bntool.graphs.architectures.recognition import Architecture
+from bntool.graphs.architectures.recognition import Architecture, find_momentum
 from bntool.inspection.findings import Finding, FindingCode, Severity
 from bntool.inspection.thresholds import DEFAULTS, Thresholds
 
@@ -47,11 +49,18 @@ def describe_behaviour(norm: BatchNorm) -> tuple[str, ...]:
     return tuple(said)
 
 
-def find_in_module(norm: BatchNorm, expected_eps: Sequence[float], thresholds: Thresholds = DEFAULTS) -> list[Finding]:
+class Expected(NamedTuple):
+    """What a layer has in the architectures that a state dict may be of; empty where none is known."""
+
+    eps: tuple[float, ...] = ()
+    momentum: tuple[float, ...] = ()
+
+
+def find_in_module(norm: BatchNorm, expected: Expected, thresholds: Thresholds = DEFAULTS) -> list[Finding]:
     """The findings of one layer from its flags.
 
     Args:
-        expected_eps: values that the layer has in the architectures that the file may be of; empty where none is known.
+        expected: what the layer has in the architectures that the file may be of.
     """
     findings = []
     if is_batch_norm_without_statistics(norm):
@@ -77,21 +86,39 @@ def find_in_module(norm: BatchNorm, expected_eps: Sequence[float], thresholds: T
         elif momentum == 0:
             message = "momentum is 0: the running statistics never move, whatever mode it is trained in"
             findings.append(Finding(FindingCode.MOMENTUM, Severity.NOTICE, "momentum 0", message, {"momentum": 0.0}))
-    if norm.eps is not None and norm.eps_source in _SAID and expected_eps and norm.eps not in expected_eps:
-        values = " or ".join(f"{value:g}" for value in expected_eps)
+        elif expected.momentum and not any(math.isclose(momentum, value, rel_tol=1e-6) for value in expected.momentum):
+            findings.append(_describe_other_momentum(momentum, expected.momentum))
+    if norm.eps is not None and norm.eps_source in _SAID and expected.eps and norm.eps not in expected.eps:
+        values = " or ".join(f"{value:g}" for value in expected.eps)
         message = f"eps is {norm.eps:g}, in the architecture whose names and shapes the tensors have it is {values}"
         advice = "a converter or a quantisation tool may have reset it: set it back, if the model was trained with that"
-        found: dict[str, object] = {"eps": norm.eps, "expected": list(expected_eps)}
+        found: dict[str, object] = {"eps": norm.eps, "expected": list(expected.eps)}
         findings.append(Finding(FindingCode.EPS, Severity.WARNING, f"eps {norm.eps:g}", message, found, advice))
     return findings
 
 
-def find_expected_eps(architectures: Sequence[Architecture]) -> Mapping[str, tuple[float, ...]]:
-    """The eps that each layer has in the architectures that a state dict may be of, by layer name."""
-    expected: dict[str, tuple[float, ...]] = {}
+def _describe_other_momentum(momentum: float, expected: Sequence[float]) -> Finding:
+    values = " or ".join(f"{value:.3g}" for value in expected)
+    message = f"momentum is {momentum:g}, in the architecture whose names and shapes the tensors have it is {values}"
+    advice = (
+        "nothing is to be done where that was meant; where training goes on, the statistics follow it at another pace"
+    )
+    facts: dict[str, object] = {"momentum": momentum, "expected": list(expected)}
+    return Finding(FindingCode.MOMENTUM, Severity.NOTICE, f"momentum {momentum:g}", message, facts, advice)
+
+
+def find_expected(architectures: Sequence[Architecture], norms: Sequence[BatchNorm]) -> Mapping[str, Expected]:
+    """What each layer has in the architectures that a state dict may be of, by layer name.
+
+    Args:
+        norms: its layers; momentum is looked up only where one says its own.
+    """
+    expected: dict[str, Expected] = {}
+    has_momentum = any(norm.momentum is not None for norm in norms)
     for architecture in architectures:
         several = tuple(sorted(architecture.choices))
+        momentum = find_momentum(architecture) if has_momentum else {}
         for layer in architecture.layers:
-            values = (architecture.eps[layer],) if layer in architecture.eps else several
-            expected[layer] = values
+            eps = (architecture.eps[layer],) if layer in architecture.eps else several
+            expected[layer] = Expected(eps, momentum.get(layer, ()))
     return expected

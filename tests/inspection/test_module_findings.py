@@ -10,9 +10,11 @@ import torch
 from torch import nn
 
 import bntool
+from bntool.graphs.architectures.catalogue import load_catalogue
 from bntool.inspection.findings import FindingCode, Severity
 from bntool.inspection.module_findings import describe_behaviour
 from bntool.inspection.results import StateDictInspection
+from tests.benchmarks.inspection import resnet50_state
 
 
 def inspected(model: nn.Module, path: Path, *, live: bool = False) -> StateDictInspection:
@@ -152,3 +154,54 @@ def test_columns_of_a_table_have_scales_of_their_own(tmp_path: Path) -> None:
     assert codes(inspected(model, tmp_path)) == {"0": {FindingCode.OUTLYING_VARIANCE: Severity.WARNING}}
     model[2].load_state_dict(model[0].state_dict())
     assert codes(inspected(model, tmp_path))["2"] == {FindingCode.OUTLYING_VARIANCE: Severity.ERROR}
+
+
+def build_resnet50(**options: float) -> nn.Module:
+    """Modules of the names and shapes of torchvision's resnet50; kernels are one number, repeated."""
+    root, state = nn.Module(), resnet50_state()
+    for key in [key for key in state if key.endswith(".weight")]:
+        *path, leaf = key.removesuffix(".weight").split(".")
+        parent = root
+        for part in path:
+            if not hasattr(parent, part):
+                parent.add_module(part, nn.Module())
+            parent = parent.get_submodule(part)
+        module: nn.Module = nn.Module()
+        if f"{key.removesuffix('weight')}running_var" in state:
+            module = nn.BatchNorm2d(len(state[key]), **options)
+            module.load_state_dict({k: state[key.removesuffix("weight") + k] for k in module.state_dict()})
+        else:
+            module.weight = nn.Parameter(torch.zeros(1).expand(state[key].shape))
+            if leaf == "fc":
+                module.bias = nn.Parameter(torch.zeros(1000))
+        parent.add_module(leaf, module)
+    return root.train()
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, set()),
+        ({"eps": 1e-3}, {(FindingCode.EPS, Severity.WARNING)}),
+        ({"momentum": 0.01}, {(FindingCode.MOMENTUM, Severity.NOTICE)}),
+        ({"momentum": 0.9}, {(FindingCode.MOMENTUM, Severity.WARNING)}),  # which needs no architecture
+    ],
+)
+def test_eps_and_momentum_are_held_against_the_architecture(
+    options: dict[str, float], expected: set[tuple[FindingCode, Severity]], tmp_path: Path
+) -> None:
+    state_dict = inspected(build_resnet50(**options), tmp_path)
+    assert "torchvision:resnet50" in state_dict.architectures[0].names
+    assert state_dict.architectures[0].whole
+    found = {(f.code, f.severity) for layer in state_dict.layers for f in layer.findings}
+    assert {one for one in found if one[0] in (FindingCode.EPS, FindingCode.MOMENTUM)} == expected
+    if options.get("momentum") == 0.01:
+        (message,) = {f.message for f in state_dict.layers[0].findings if f.code is FindingCode.MOMENTUM}
+        assert message.endswith("names and shapes the tensors have it is 0.1")
+
+
+def test_the_catalogue_knows_momentum_that_is_not_usual() -> None:
+    catalogue = load_catalogue()  # torchvision 0.28: models/mnasnet.py, models/mobilenetv3.py
+    assert catalogue.momentum("torchvision:mnasnet1_0") == ((52, pytest.approx(3e-4)),)
+    assert catalogue.momentum("torchvision:mobilenet_v3_small") == ((34, 0.01),)
+    assert catalogue.momentum("torchvision:resnet50") is None

@@ -15,8 +15,9 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
+Runs = tuple[tuple[int, float], ...]  # how many have which value, one after another
 PATH = Path(__file__).with_name("catalogue.bin")
-MAGIC = "bntool-catalogue-1"
+MAGIC = "bntool-catalogue-2"
 BLOCK = 24  # structures that are compressed together
 
 
@@ -50,7 +51,7 @@ class Entry(NamedTuple):
     scope: Scope
     fingerprint: int
     rest: int
-    eps: tuple[tuple[int, float], ...]
+    eps: Runs
     structure: int
 
 
@@ -88,6 +89,11 @@ class Catalogue:
     def versions(self) -> Mapping[str, str]:
         """The libraries that the architectures are from."""
         return dict(self._index["versions"])
+
+    def momentum(self, name: str) -> Runs | None:
+        """Of the BatchNorms of an architecture, over their sorted names, in runs; None where all have PyTorch's 0.1."""
+        runs = self._index["momentum"].get(name)
+        return None if runs is None else tuple((count, value) for count, value in runs)
 
     @cached_property
     def entries(self) -> tuple[Entry, ...]:

@@ -18,6 +18,7 @@ from bntool.errors import RefusedError, UsageError
 from bntool.graphs.architectures.catalogue import Catalogue, Entry, Scope, fingerprint_scope, load_catalogue
 
 _COUNTER = "num_batches_tracked"
+_USUAL_MOMENTUM = 0.1  # of torch.nn.BatchNorm*
 _DEEPEST = 8  # parts of a prefix that are tried
 _MOST_TENSORS = 1 << 17  # beyond, a file is not compared with anything
 _LISTED = 3
@@ -150,6 +151,19 @@ def give_eps(norms: Sequence[BatchNorm], architectures: Sequence[Architecture]) 
         else norm
         for norm in norms
     )
+
+
+def find_momentum(architecture: Architecture) -> Mapping[str, tuple[float, ...]]:
+    """The momentum that each layer of an architecture is made with, by layer name; several where its names differ."""
+    found: dict[str, set[float]] = {layer: set() for layer in architecture.layers}
+    for name in architecture.names:
+        runs = load_catalogue().momentum(name)
+        values = [_USUAL_MOMENTUM] * len(architecture.layers) if runs is None else list(_expand(runs))
+        if len(values) != len(architecture.layers):  # others of its names have other layers
+            return {}
+        for layer, value in zip(architecture.layers, values, strict=True):
+            found[layer].add(value)
+    return {layer: tuple(sorted(values)) for layer, values in found.items()}
 
 
 def _has_statistics(state_dict: StateDict) -> bool:
