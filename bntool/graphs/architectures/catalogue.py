@@ -91,7 +91,10 @@ class Catalogue:
         return dict(self._index["versions"])
 
     def momentum(self, name: str) -> Runs | None:
-        """Of the BatchNorms of an architecture, over their sorted names, in runs; None where all have PyTorch's 0.1."""
+        """Of the BatchNorms of an architecture, over their sorted names, in runs.
+
+        None where all have PyTorch's 0.1; no runs where it was not looked at.
+        """
         runs = self._index["momentum"].get(name)
         return None if runs is None else tuple((count, value) for count, value in runs)
 
