@@ -9,6 +9,7 @@ import contextlib
 import encodings.latin_1
 import encodings.raw_unicode_escape
 import encodings.utf_16  # noqa: F401
+import importlib
 import os
 import sys
 import traceback
@@ -20,6 +21,8 @@ from bntool.extensions import load_extensions
 from bntool.inspection.safety import judge_safety
 
 list(FORMATS)  # bntool's own modules, imported when a file may be of theirs
+for name in ("hub_files", "unread_formats"):  # or when one is a folder, or of none
+    importlib.import_module(f"bntool.checkpoints.{name}")
 load_extensions("bntool.formats")  # and those of other installed packages
 
 
