@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from bntool.checkpoints.checkpoint import Checkpoint, Format, Loader, LoadingCode
+from bntool.checkpoints.checkpoint import Checkpoint, Format, Loader, LoadingCode, StateDict
 from bntool.checkpoints.containers.pickles.nodes import text_of
 from bntool.checkpoints.containers.zips.reading import InflatedRecord, read_archive
 from bntool.checkpoints.files import FileSlice, SourceFile
@@ -95,12 +95,24 @@ class KerasHdf5(_Keras):
             raise OtherFormatError("it holds neither layers nor their names")
         content = read_content(parse_config(text) if text is not None else None, hdf5)
         entries: dict[str, Any] = {name: value for name in _SHOWN if (value := hdf5.text("", name)) is not None}
+        backend = hdf5.text("", "backend") or hdf5.text("model_weights", "backend")
         history, training = parse_record(hdf5.text("", RECORD_KEY)), hdf5.text("", TRAINING_CONFIG)
         return make_checkpoint(
             file,
-            self,
+            TheanoHdf5() if backend == "theano" else self,
             content,
             entries=entries,
             history=history,
             training=parse_config(training) if training is not None else None,
         )
+
+
+class TheanoHdf5(KerasHdf5):
+    """One that was saved on Theano, which turns kernels when it convolves (``_need_convert_kernel`` of Keras 2)."""
+
+    def describe_assumptions(self, state_dict: StateDict) -> Sequence[str]:
+        kernels = [name for name, tensor in state_dict.tensors.items() if len(tensor.shape) > 2]
+        if not kernels:
+            return ()
+        more = f" and {len(kernels) - 1} more" if len(kernels) > 1 else ""
+        return (f"{kernels[0]}{more} lie as Theano keeps kernels, by half a turn from PyTorch's: they are not turned",)

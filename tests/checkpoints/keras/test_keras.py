@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 
+import bntool
 from bntool.batchnorm import NormKind
 from bntool.checkpoints.batchnorms import find_batchnorms, find_norms
 from bntool.checkpoints.containers.hdf5 import read_hdf5
@@ -520,3 +521,13 @@ def test_a_weight_that_is_named_and_not_there_is_said(tmp_path):
         del file["model_weights/deconv/deconv/bias"]
     with pytest.raises(CorruptFileError, match="names 'deconv/bias' of layer 'deconv', and does not hold it"):
         open_checkpoint(path)
+
+
+@pytest.mark.parametrize("backend", ["theano", "tensorflow"])
+def test_kernels_of_theano_are_said_to_be_turned(backend: str, interop: Path, tmp_path: Path) -> None:
+    """Keras 2 turns them when it loads such a file on another backend."""
+    shutil.copy(interop / "tfkeras2_tiny_legacyw.h5", tmp_path / "w.h5")
+    with h5py.File(tmp_path / "w.h5", "r+") as file:
+        file.attrs["backend"] = backend
+    found = bntool.convert(tmp_path / "w.h5", tmp_path / "w.pt", to="torch").plan.assumptions
+    assert bool([one for one in found if "Theano" in one]) is (backend == "theano")
