@@ -34,8 +34,7 @@ _KEEPS_SHAPE = ("Sigmoid", "TanH", "ELU", "Softmax", "Exp", "Log", "LRN", "BNLL"
 def caffe_graph(checkpoint: Checkpoint) -> ModelGraph:
     """The layers of the net, BatchNorm and the Scale paired with it as one node.
 
-    An InnerProduct with ``transpose`` has its weight as (in, out): as a transposed convolution has, and it is shown as
-    one.
+    An InnerProduct with ``transpose`` has its weight as (in, out), and is shown as a matrix product.
 
     Raises:
         RefusedError: the net is not given, or its layers cannot be told apart.
@@ -194,7 +193,7 @@ class _Building:
         if len(shape) != 2 or layer.parameters.get("inner_product_param.axis", 1) != 1:
             return self._add_other(layer, [value])[0]
         transposed = bool(layer.parameters.get("inner_product_param.transpose"))
-        kind = NodeKind.CONV_TRANSPOSE if transposed else NodeKind.LINEAR
+        kind = NodeKind.MATMUL if transposed else NodeKind.LINEAR
         channels, inputs = (shape[1], shape[0]) if transposed else (shape[0], shape[1])
         self._check_bias(layer, own, channels)
         flat = _flatten(value, self.builder)

@@ -36,7 +36,7 @@ _SHAPE_FREE = ("Shape", "Size", "ConstantOfShape", "EyeLike")  # they look at th
 def onnx_graph(checkpoint: Checkpoint) -> ModelGraph:
     """The nodes of the main graph and of those nested in it, and who reads what.
 
-    A Gemm with transB = 0 has its weight as (in, out): as a transposed convolution has, and it is shown as one.
+    A Gemm with transB = 0 has its weight as (in, out), as a MatMul has, and it is shown as one.
     BatchNormalization nodes in functions are there, but nothing known feeds them.
     """
     return _Building(OnnxContent.of(checkpoint), checkpoint.state_dicts[0]).build()
@@ -313,7 +313,7 @@ class _Building:
             more["factors"] = factors
         if node.integer("transB", 0):
             return {**by_row, **more}
-        return {"kind": NodeKind.CONV_TRANSPOSE, "channels": second, "input_channels": first, **more}
+        return {"kind": NodeKind.MATMUL, "channels": second, "input_channels": first, **more}
 
     def _kernel(self, node: OnnxNode, shape: tuple[int, ...]) -> dict[str, Any]:
         """What is known of a convolution."""
