@@ -8,8 +8,9 @@ from collections.abc import Iterator
 from operator import itemgetter
 
 from bntool.checkpoints.containers.pickles.lookups import GETATTR
-from bntool.checkpoints.containers.pickles.machine import ALLOCATORS, CALLING
+from bntool.checkpoints.containers.pickles.machine import ALLOCATORS, CALLING, DTYPE
 from bntool.checkpoints.containers.pickles.nodes import (
+    Dict,
     ExtensionCode,
     Global,
     Instance,
@@ -21,6 +22,11 @@ from bntool.checkpoints.containers.pickles.nodes import (
 from bntool.checkpoints.containers.pickles.reading import Pickle
 
 MAX_ALLOCATED = 1 << 28  # elements that calls may make by numbers alone; arrays of numpy are made empty and then filled
+_FLAGS = 7  # in the state of a numpy.dtype; its lowest bit: there are references to objects
+_PARTS = (2, 4)  # of that state: what a subarray is of, and the fields
+_DEPTH = 32
+_OBJECTS = {"object", "ObjectDType", "StringDType"}
+_OBJECT_TEXT = re.compile(r"[<>|=]?(?:O[48]?|object_?0?)")
 _ITERATING = {"list", "tuple", "set", "frozenset", "dict", "deque", "Counter", "OrderedDict", "Size", "L"}
 _RANGES = ("builtins.range", "builtins.xrange", "__builtin__.range", "__builtin__.xrange")
 _METHODS = {"append", "extend", "add"}
@@ -36,14 +42,66 @@ def name_dangers(pickle: Pickle) -> Iterator[str]:
     for instance in pickle.extended:
         if not _METHODS.isdisjoint(_attributes(instance)):
             yield f"{instance.path or 'something made'} with a method of its own"
+    for instance in pickle.notable_calls:
+        if _lies_about_objects(instance):
+            yield f"{DTYPE} of objects that says it holds none"
+        elif _is_array_over_memory(instance):
+            yield "numpy.ndarray(...) over memory of the pickle's own"
     amounts = [(instance.path, _count_allocated(instance)) for instance in pickle.notable_calls]
     if sum(amount for _, amount in amounts) > MAX_ALLOCATED:
         path, amount = max(amounts, key=itemgetter(1))
         yield f"{path} for {amount} elements"
 
 
+def _lies_about_objects(instance: Instance) -> bool:
+    """Whether a type of arrays holds objects and no flag says so: numpy then takes bytes of the file for pointers."""
+    if instance.path != DTYPE:
+        return False
+    for state in _states(instance):
+        flags = state[_FLAGS] if _has(state, _FLAGS) else 0
+        if not (type(flags) is int and flags & 1) and _holds_objects(instance, depth=0):
+            return True
+    return False
+
+
+def _has(state: Node, index: int) -> bool:
+    return isinstance(state, tuple) and len(state) > index
+
+
+def _states(instance: Instance) -> list[Node]:
+    return [payload for update, payload in instance.updates if update is Update.STATE]
+
+
+def _holds_objects(node: Node, *, depth: int) -> bool:
+    if depth > _DEPTH:
+        return True
+    if isinstance(node, Global):
+        return node.name in _OBJECTS
+    if isinstance(node, Instance):  # of a state only what it is made of: fields have names, too
+        parts = [state[index] for state in _states(node) for index in _PARTS if _has(state, index)]
+        is_one = node.path.rpartition(".")[2] in _OBJECTS
+        return is_one or _holds_objects((node.arguments, *parts), depth=depth + 1)
+    if isinstance(node, tuple | list):
+        return any(_holds_objects(one, depth=depth + 1) for one in node)
+    if isinstance(node, Dict):
+        return any(_holds_objects(value, depth=depth + 1) for _, value in node.pairs)
+    return bool(_OBJECT_TEXT.fullmatch(text_of(node) or ""))
+
+
+def _is_array_over_memory(instance: Instance) -> bool:
+    """Whether numpy.ndarray is called with more than a shape and a type, as no array is pickled."""
+    arguments = _as_tuple(instance.arguments)
+    if instance.constructor.name in CALLING:
+        is_array = any(isinstance(one, Global) and one.path == "numpy.ndarray" for one in arguments[:1])
+        arguments = _as_tuple(arguments[2]) if is_array and len(arguments) > 2 else ()
+        return len(arguments) > 2
+    return instance.path == "numpy.ndarray" and (len(arguments) > 2 or instance.keywords is not None)
+
+
 def _count_allocated(instance: Instance) -> int:
     """About how many elements a call makes beyond those that the pickle holds, by the numbers that it is given."""
+    if instance.path == DTYPE:
+        return 0
     name, arguments = instance.constructor.name, _as_tuple(instance.arguments)
     if name in CALLING:  # (function, class, arguments, state), or (class, base, what it is made of)
         called = arguments[1 if name == "_reconstructor" else 0] if len(arguments) > 2 else None
@@ -59,7 +117,7 @@ def _count_allocated(instance: Instance) -> int:
 
 def _attributes(instance: Instance) -> Iterator[str]:
     """The names of what a pickle gives an object beside what its class has."""
-    states = [payload for update, payload in instance.updates if update is Update.STATE]
+    states = _states(instance)
     for node in (instance.keywords, *states, *(part for state in states if isinstance(state, tuple) for part in state)):
         yield from as_mapping(node)
 

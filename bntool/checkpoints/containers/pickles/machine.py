@@ -34,6 +34,7 @@ ALLOCATORS = frozenset(
     {"bytes", "bytearray", "list", "tuple", "set", "frozenset", "dict", "deque", "Counter", "OrderedDict",
      "ndarray", "_reconstruct", "Size", "L", *CALLING}
 )  # fmt: skip
+DTYPE = "numpy.dtype"  # whose state says what arrays hold in their bytes
 _TENSORS = ("Storage", "Tensor")
 _REBUILT = ("torch._utils._rebuild_", "torch._tensor._rebuild_", "torch.nn.parameter.")
 _WINDOW = 1 << 16
@@ -179,7 +180,7 @@ class Machine:
             self.made_calls.append(called)
             return
         if called not in self.called:
-            takes_memory = called.name in ALLOCATORS or called.name.endswith(_TENSORS)
+            takes_memory = called.name in ALLOCATORS or called.name.endswith(_TENSORS) or called.path == DTYPE
             self.called[called] = (takes_memory, called.module.startswith("torch.nn.modules."))
         takes_memory, makes_module = self.called[called]
         if takes_memory or (makes_module and how is Construction.REDUCE):

@@ -58,7 +58,7 @@ class Pickle(NamedTuple):
         persistent_ids: in order of appearance.
         extensions: what it names by number.
         made_calls: what it calls without a name, because it made it.
-        notable_calls: of named classes and functions that may take memory by a number.
+        notable_calls: of named classes and functions that may take memory by a number, and types of arrays.
         extended: instances that values are appended or added to, by methods that they may have got from the pickle.
         complete: all that it makes is part of ``root``.
     """
