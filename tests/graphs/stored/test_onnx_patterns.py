@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 
+from bntool.cli.main import main
 from bntool.folding.planning import FoldPlan
 from tests.graphs.stored.folding import fold_file
 from tests.graphs.stored.onnx_patterns import EXACT, REFUSED, run
@@ -66,3 +68,23 @@ def test_what_has_none_is_left_alone_with_a_reason(name: str, tmp_path: Path) ->
 def test_same_keys_is_exact_too(name: str, tmp_path: Path) -> None:
     _, error = fold(name, tmp_path, "same-keys")
     assert error <= 1e-5
+
+
+@pytest.mark.parametrize("name", ["one_weight_with_two_norms", "weight_in_half_precision", "branches_of_if"])
+def test_tensors_of_one_node_go_beside_external_data(name: str, tmp_path: Path) -> None:
+    model = onnx.load(EXACT[name]().save(tmp_path / "whole.onnx"))
+    onnx.save(model, tmp_path / "a.onnx", save_as_external_data=True, location="a.bin", size_threshold=0)
+    assert fold_file(tmp_path / "a.onnx", tmp_path / "b.onnx").skips == ()
+    pairs = zip(run(tmp_path / "a.onnx"), run(tmp_path / "b.onnx"), strict=True)
+    assert max(float(np.abs(a - b).max() / np.abs(a).max()) for a, b in pairs) <= 1e-5
+
+
+def test_layers_that_share_a_weight_can_be_folded_one_after_the_other(tmp_path: Path) -> None:
+    """The first gets a copy of the weight, which the second then has for itself."""
+    source = EXACT["one_weight_with_two_norms"]().save(tmp_path / "a.onnx")
+    assert main(["fold", str(source), "--layers", "e_bn", "-o", str(tmp_path / "b.onnx")]) == 0
+    assert main(["fold", str(tmp_path / "b.onnx"), "--layers", "f_bn", "-o", str(tmp_path / "c.onnx"), "--strict"]) == 0
+    names = {one.name for one in onnx.load(tmp_path / "c.onnx").graph.initializer}
+    assert names == {"w", "cb", "c_Conv.weight", "c_Conv.bias"}
+    pairs = zip(run(source), run(tmp_path / "c.onnx"), strict=True)
+    assert max(float(np.abs(a - b).max() / np.abs(a).max()) for a, b in pairs) <= 1e-5
