@@ -28,4 +28,6 @@ ROOT = Path(__file__).parents[2]
 if __name__ == "__main__":
     import huggingface_hub  # noqa: F401  without it the tests would be skipped
 
-    sys.exit(pytest.main([str(ROOT / "tests" / "checkpoints" / "remote"), "-q", "-p", "no:cacheprovider"]))
+    sys.exit(
+        pytest.main([str(ROOT / "tests" / "checkpoints" / "remote" / "test_hub.py"), "-q", "-p", "no:cacheprovider"])
+    )
