@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -185,6 +186,10 @@ def _how_to_load(freeze: FreezePlan, output: str, loading: Sequence[str]) -> lis
             line("After loading it into the model, and before the optimizer is made and DDP wraps it:"),
             *verbatim(["import bntool", apply_line(output)], indent=4),
         ]
+        if freeze.policy.norm_eval:
+            expected = "frozen" if freeze.policy.requires_grad is False else "norm-eval"
+            command = shlex.join(["bntool", "diff", output, "TRAINED", "--expect", expected])
+            blocks += [line("After training, this proves that it held:"), *verbatim([command], indent=4)]
     blocks.append(
         line("Without bntool: --emit python prints the same in plain torch. It loads as before:", Style.MUTED)
     )
