@@ -18,7 +18,7 @@ ZOO ?=
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 export PIP_NO_INPUT = 1
 
-.PHONY: help demo test same check lint types bench fuzz oracles zoo corpus catalogue samples docs site wheel release clean
+.PHONY: help demo test same check lint types bench gpu fuzz oracles zoo corpus catalogue samples docs site wheel release clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):.*##/\1\t/p' $(MAKEFILE_LIST)
@@ -56,6 +56,9 @@ types: $(VENV)/dev  ## mypy, strict
 
 bench: $(VENV)/installed  ## measure against peers in the same run; asserts nothing about time
 	$(BIN)/python -m tests.benchmarks
+
+gpu: $(VENV)/installed  ## measure on a GPU, in under five minutes
+	$(BIN)/python -m tests.benchmarks on_device
 
 oracles: $(VENV)/installed  ## re-derive the recorded answers of foreign frameworks
 	$(BIN)/python -m tests.oracles

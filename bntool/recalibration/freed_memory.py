@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import time
 from collections.abc import Callable
 
+_ARENA_MAX = -8  # of mallopt
 _PAUSE = 0.25  # seconds; what is returned has to be asked for again
+
+
+def share_arena() -> None:
+    """Let threads that begin from now on take memory from one arena of malloc, if the C library is glibc.
+
+    With one for each, what lives on between freed pieces keeps 20 MB of a ResNet-50 in each of them.
+    """
+    with contextlib.suppress(AttributeError, OSError, TypeError):
+        ctypes.CDLL(None).mallopt(_ARENA_MAX, 1)
 
 
 class FreedMemory:

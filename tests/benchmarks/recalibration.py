@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import update_bn
 
-from bntool.recalibration import moments
+from bntool.recalibration import activation_moments
 from bntool.recalibration import pooled as passes
 from bntool.recalibration.live import recalibrate
 from tests.benchmarks.calibration_batches import SHARED, load_images, load_resnet20
@@ -73,7 +73,7 @@ def run() -> None:
             recompute(models[name], batches)
             times[name].append(time.process_time() - start)
     exact = _compute_in_float64(model, batches)
-    with mock.patch.object(passes, "measure", moments._measure_exactly):
+    with mock.patch.object(passes, "measure", activation_moments._measure_exactly):
         floor = copy.deepcopy(model)
         recalibrate(floor, batches)
     print(f"{'':24}{'CPU best':>10}{'median':>10}{'images/s':>10}{'ratio best':>12}{'median':>8}{'variance error':>16}")

@@ -39,8 +39,8 @@ def test_the_same_bytes_for_every_number_of_ranks(tmp_path, alone, ranks):
     assert (tmp_path / "several.pt").read_bytes() == bytes_of_one
 
 
-def torchrun(*options, arguments, folder):
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *options, "-m", "bntool"]
+def torchrun(*options, arguments, folder, ranks=2):
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), *options, "-m", "bntool"]
     return subprocess.run(
         [sys.executable, *command, *map(str, arguments)],
         cwd=folder,
@@ -54,7 +54,7 @@ def torchrun(*options, arguments, folder):
 
 @pytest.mark.parametrize("alone", ["pooled"], indirect=True)
 def test_torchrun_starts_the_ranks(tmp_path, alone):
-    done = torchrun(arguments=[*DIGITS, "-o", "several.pt"], folder=tmp_path)
+    done = torchrun(arguments=[*DIGITS, "-o", "several.pt"], folder=tmp_path, ranks=4)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("wrote several.pt") == 1
     assert (tmp_path / "several.pt").read_bytes() == alone[1]

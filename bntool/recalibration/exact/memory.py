@@ -20,6 +20,8 @@ from bntool.modules.memory import storage_key
 _ARENA, _STACK = 64 << 20, 8 << 20  # glibc's heaps on 64 bits, and Linux's usual stack
 _SPARE = 0.6  # share of memory that tensors can fill: kernels need room, allocators keep what was freed
 
+_FILLED = 0.8  # the same where what is freed goes back to the system all the time
+
 
 @dataclass(frozen=True)
 class MemoryForecast:
@@ -55,7 +57,7 @@ class MemoryForecast:
     def allow(self, memory: int, batch_size: int, samples: int) -> int:
         """How many bytes of so much memory batches may hold that wait; below 0: not even the one that runs fits."""
         threads = self.kept * math.ceil(samples / max(batch_size, 1))
-        return int((memory - threads) * _SPARE - self.running * batch_size)
+        return int((memory - threads) * _FILLED - self.running * batch_size)
 
     def _keep(self, batch_size: int) -> float:
         """Bytes for each sample while its batch waits."""

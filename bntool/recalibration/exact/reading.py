@@ -23,6 +23,7 @@ from bntool.recalibration.exact.set_aside import (
     measure_rate,
     sum_aside,
 )
+from bntool.recalibration.freed_memory import share_arena
 from bntool.recalibration.pooled import Run
 from bntool.recalibration.ranks import Ranks
 
@@ -90,6 +91,7 @@ def reading_batches(
         yield Reading(read, shown)
         return
     largest = max((batch.samples for batch in first), default=0)
+    share_arena()
     # what the rank that tries the model out finds holds for all: so all refuse, or none
     measure = functools.partial(_measure_thread, run, first[0], shown) if ranks.rank == leader else lambda: None
     shown = ranks.share(measure)[leader]
