@@ -1,8 +1,8 @@
 """``recalibrate`` and fold verification on a GPU, against update_bn and fvcore, with memory: under five minutes.
 
-``make gpu`` runs it. Where torch sees no GPU it goes the same way on the CPU with small images, once: that shows that it
-runs, and measures nothing of use. Wall time of interleaved rounds, the device synchronised before and after; memory is
-the most that torch allocated beyond what the model and the batches take (of a CPU nothing is known).
+``make gpu`` runs it. Where torch sees no GPU it goes the same way on the CPU with small images, once: that shows that
+it runs, and measures nothing of use. Wall time of interleaved rounds, the device synchronised before and after; memory
+is the most that torch allocated beyond what the model and the batches take (of a CPU nothing is known).
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Size:
     rounds: int
 
 
-LARGE, SMALL = Size(8, 64, 224, "1GB", 3), Size(2, 2, 32, "300MB", 1)
+LARGE, SMALL = Size(8, 64, 224, "1GB", 3), Size(2, 4, 64, "300MB", 1)
 Way = Callable[[nn.Module, list[torch.Tensor]], object]
 
 

@@ -64,10 +64,8 @@ def _run_few(run: Run, batch: Batch, *, channels_last: bool) -> FirstForward:
         for layer in run.layers.values():
             borrowed.add_forward_pre_hook(layer, lambda _module, _args: memory.note_waiting())
         statistics = StatisticsReads(run.layers)
-        start = time.perf_counter()
         with MemoryReads() as reads, statistics, running_user_code(f"running the model on {batch.description}"):
             batch.run(run.model, channels_last=channels_last)
-    seconds = time.perf_counter() - start
     run.read.update(statistics.layers)
     size = sum(tensor.numel() * tensor.element_size() for tensor in tensors_in(batch.inputs))
     pairs = zip(tensors_in(given.inputs), tensors_in(batch.inputs), strict=True)
@@ -78,25 +76,28 @@ def _run_few(run: Run, batch: Batch, *, channels_last: bool) -> FirstForward:
             waits=tuple((live + size) / samples for live in memory.waits or [0]),
             running=memory.peak / samples,
             thread=find_thread_space(),
-            seconds=seconds / samples,
         ),
         writes_to_inputs=any(_is_changed(after, before) for before, after in pairs),
         reads_memory=reads.happened,
     )
 
 
-def measure_thread(run: Run, batch: Batch, shown: FirstForward) -> int:
-    """Bytes that stay in use after a forward of a few samples in a thread of its own, as long as that thread lives.
+def run_in_thread(run: Run, batch: Batch, shown: FirstForward) -> tuple[float, int]:
+    """Run a batch in a thread of its own, as the sweep will: seconds, and bytes that are kept for such a thread.
 
-    The libraries below torch keep something for each thread. 0 where the system does not say how much is in use.
+    The libraries below torch keep something for each thread as long as it lives. 0 bytes where the system does not say
+    how much is in use.
     """
-    begun, over = threading.Event(), threading.Event()
-    context, few = copy_context(run.model), copy_batch(cut_batch(batch, _SAMPLES))
+    ended, over = threading.Event(), threading.Event()
+    context, copied = copy_context(run.model), copy_batch(batch)
+    seconds: list[float] = []
 
     def forward() -> None:
-        with contextlib.suppress(Exception), context():  # what it raises it raised before, or will again
-            few.run(run.model, channels_last=shown.channels_last)
-        begun.set()
+        start = time.perf_counter()
+        with contextlib.suppress(Exception), context():  # what it raises the sweep will raise again
+            copied.run(run.model, channels_last=shown.channels_last)
+        seconds.append(time.perf_counter() - start)
+        ended.set()
         over.wait()
 
     memory = FreedMemory(pause=0)
@@ -105,12 +106,12 @@ def measure_thread(run: Run, batch: Batch, shown: FirstForward) -> int:
     thread = threading.Thread(target=forward, daemon=True)
     with borrow(run.model):
         thread.start()
-        begun.wait()
+        ended.wait()
     memory.return_unused()
     kept = find_resident() - before
     over.set()
     thread.join()
-    return max(kept, 0)
+    return seconds[0], max(kept, 0)
 
 
 def _is_changed(after: torch.Tensor, before: torch.Tensor) -> bool:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from bntool.data.batches import Batch, Batches, find_placement
 from bntool.errors import RefusedError
 from bntool.progress import OnWarning
-from bntool.recalibration.exact.first_forward import FirstForward, measure_thread, run_first_forward
+from bntool.recalibration.exact.first_forward import FirstForward, run_first_forward, run_in_thread
 from bntool.recalibration.exact.memory import MemoryForecast, find_available
 from bntool.recalibration.exact.set_aside import (
     KeptBatch,
@@ -108,7 +108,7 @@ def reading_batches(
 
 
 def _measure_thread(run: Run, batch: Batch, shown: FirstForward) -> FirstForward:
-    """With what is kept for each thread.
+    """With the time of a sample, and what is kept for each thread.
 
     Raises:
         RefusedError: the model could notice that its activations are not there meanwhile.
@@ -118,7 +118,8 @@ def _measure_thread(run: Run, batch: Batch, shown: FirstForward) -> FirstForward
             "the model asks where elements lie in memory (data_ptr, numpy, a kernel of its own), so activations cannot "
             "be set aside; leave out --memory"
         )
-    return replace(shown, forecast=replace(shown.forecast, kept=measure_thread(run, batch, shown)))
+    seconds, kept = run_in_thread(run, batch, shown)
+    return replace(shown, forecast=replace(shown.forecast, seconds=seconds / max(batch.samples, 1), kept=kept))
 
 
 def _allow(reading: Reading, memory: int) -> int:
