@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 
 _ARENA_MAX = -8  # of mallopt
-_PAUSE = 0.25  # seconds; what is returned has to be asked for again
+_PAUSE = 0.25  # seconds of CPU time; what is returned has to be asked for again
 
 
 def share_arena() -> None:
@@ -27,7 +27,7 @@ class FreedMemory:
     not glibc nothing is done.
 
     Args:
-        pause: seconds from one time to the next.
+        pause: seconds of CPU time from one time to the next.
     """
 
     def __init__(self, *, pause: float = _PAUSE) -> None:
@@ -40,7 +40,7 @@ class FreedMemory:
 
     def return_unused(self) -> None:
         """Return freed memory to the system, unless that was done a moment ago."""
-        now = time.monotonic()
+        now = time.process_time()
         if self._trim is not None and now - self._last >= self._pause:
             self._trim(0)
             self._last = now

@@ -111,8 +111,10 @@ def _measure_thread(run: Run, batch: Batch, shown: FirstForward) -> FirstForward
     """With the time of a sample, and what is kept for each thread.
 
     Raises:
-        RefusedError: the model could notice that its activations are not there meanwhile.
+        RefusedError: the system cannot do it, or the model could notice that its activations are not there meanwhile.
     """
+    if sys.platform != "linux":
+        raise RefusedError("memory can be given back while activations wait on Linux only; leave out --memory")
     if shown.reads_memory:
         raise RefusedError(
             "the model asks where elements lie in memory (data_ptr, numpy, a kernel of its own), so activations cannot "

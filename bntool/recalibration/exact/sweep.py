@@ -37,7 +37,7 @@ from bntool.recalibration.pooled import (
 )
 from bntool.recalibration.ranks import Ranks, find_ranks
 
-_PAUSE = 0.05  # seconds: each forward has a thread, and malloc keeps for each thread what it frees
+_PAUSE = 0.05  # seconds of CPU time: each forward has a thread, and malloc keeps for each thread what it frees
 
 
 def measure_exact(run: Run, batches: Iterable[KeptBatch], finish: Finish, first_forward: FirstForward) -> Measurement:
