@@ -68,7 +68,7 @@ _ACTING = re.compile(
 )
 _CONSTANTS = (
     *("__keras_tensor__", "__tensor__", "__numpy__", "__bytes__", "__ellipsis__", "__slice__", "__tuple__"),
-    *("__typespec__", "TypeSpec", "TensorShape", "__complex__"),
+    *("TypeSpec", "TensorShape", "__complex__"),
 )
 
 
@@ -99,7 +99,9 @@ def _judge_object(value: Mapping[str, Any]) -> Iterator[tuple[str, GlobalTrust]]
     if not isinstance(class_name, str) or class_name in _CONSTANTS:
         return
     settings = config if isinstance(config, dict) else {}
-    if class_name == "__lambda__":
+    if class_name == "__typespec__":  # Keras imports the module, and calls _deserialize of the class
+        yield from _judge_type_spec(value)
+    elif class_name == "__lambda__":
         yield "keras.layers.Lambda", GlobalTrust.SUSPICIOUS
     elif isinstance(registered, str) and registered not in ("", class_name, config):
         yield registered, GlobalTrust.UNKNOWN
@@ -112,6 +114,13 @@ def _judge_object(value: Mapping[str, Any]) -> Iterator[tuple[str, GlobalTrust]]
     else:
         yield from _judge_name(module, class_name)
         yield from _judge_layer(class_name, settings)
+
+
+def _judge_type_spec(value: Mapping[str, Any]) -> Iterator[tuple[str, GlobalTrust]]:
+    module, name = value.get("module"), value.get("spec_name")
+    is_known = isinstance(module, str) and module.split(".")[0] == "tensorflow" and str(name).endswith("Spec")
+    if not is_known:
+        yield from _judge_name(str(module), str(name))
 
 
 def _judge_old(class_name: str, settings: Mapping[str, Any]) -> Iterator[tuple[str, GlobalTrust]]:

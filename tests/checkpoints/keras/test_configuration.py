@@ -13,8 +13,10 @@ import numpy as np
 import pytest
 
 import bntool
+from bntool.checkpoints.checkpoint import GlobalTrust
 from bntool.checkpoints.descriptions import describe_model
 from bntool.checkpoints.formats import open_checkpoint
+from bntool.checkpoints.keras.trust import judge_configuration
 from bntool.checkpoints.tensors import read_bytes
 from bntool.cli.main import ExitCode, main
 from bntool.errors import BntoolError, RefusedError, UsageError
@@ -180,3 +182,17 @@ def test_what_is_no_configuration_of_weights_is_said(
     assert main(["fold", weights, "--keras-config", config, "-o", str(tmp_path / "o.h5")]) == code
     assert words in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "trust"),
+    [
+        ("os", "system", GlobalTrust.UNKNOWN),
+        ("builtins", "eval", GlobalTrust.SUSPICIOUS),
+        ("tensorflow.python.framework.tensor", "TensorSpec", None),
+    ],
+)
+def test_the_class_of_a_type_spec_is_looked_at(module: str, name: str, trust: GlobalTrust | None) -> None:
+    """Keras imports its module, and calls a method of the class."""
+    spec = {"class_name": "__typespec__", "spec_name": name, "module": module, "config": [], "registered_name": None}
+    assert [one.trust for one in judge_configuration({"units": spec})] == ([] if trust is None else [trust])
