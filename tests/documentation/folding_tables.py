@@ -59,11 +59,32 @@ def _levels(levels: dict[str, int], total: int) -> Iterator[list[str]]:
         yield [title, f"{count:,}", _percent(together, total)]
 
 
+def render_families() -> str:
+    """How much is folded of each family of a sample, with scales of both signs and of one."""
+    families: dict[str, dict[str, Any]] = json.loads((RECORDED / "fold_zoo_families.json").read_text())
+    rows, totals = [], [0, 0, 0, 0, 0]
+    for family, facts in families.items():
+        mixed, positive = facts["runs"]["mixed"], facts["runs"]["positive"]
+        fx, ours = mixed["torch.fx"], (mixed["bntool"], positive["bntool"])
+        counts = [
+            facts["batchnorms"],
+            *(one["folded"] for one in ours),
+            sum(one["wrong"] for one in ours),
+            fx["folded"],
+        ]
+        totals = [total + count for total, count in zip(totals, counts, strict=True)]
+        names = ", ".join(name.partition(":")[2] for name in facts["architectures"])
+        rows.append([family, names, *map(str, counts)])
+    rows.append(["all of these", "", *map(str, totals)])
+    head = ["family", "architectures", "BNs", "30 % negative", "positive", "wrong", "torch.fx (30 %)"]
+    return render_table(head, rows)
+
+
 def _percent(part: int, whole: int) -> str:
     return f"{100 * part / whole:.2f} %"
 
 
-TABLES = {"folding-tools": render_tools, "fold-zoo": render_zoo}
+TABLES = {"folding-tools": render_tools, "fold-zoo": render_zoo, "fold-zoo-families": render_families}
 
 
 if __name__ == "__main__":
