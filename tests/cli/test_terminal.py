@@ -147,7 +147,8 @@ def test_python_to_paste_is_never_broken(tmp_path: Path, monkeypatch: pytest.Mon
         ["convert", str(path), "--to", "torch", "-o", str(out), "--force"],
     ):
         text = re.sub(r"\x1b\[[0-9;]*m", "", shown(command, monkeypatch, columns=80))
-        code = [line for line in text.splitlines() if repr(str(out)) in line]
+        lines = [line for line in text.splitlines() if repr(str(out)) in line]
+        code = [line for line in lines if not line.strip().startswith("bntool ")]  # those are for a shell
         assert code, text
         for line in code:
             compile(line.strip(), "pasted", "exec")
