@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from bntool.checkpoints.checkpoint import GlobalName, GlobalTrust
+from bntool.checkpoints.containers.pickles.trust import judge_global
 
 # layers of Keras 1 to 3 that compute, and neither run code, nor read or write files
 _LAYERS = """
@@ -156,6 +157,8 @@ def _judge_name(module: str, name: str) -> Iterator[tuple[str, GlobalTrust]]:
         trust = _judge_name_of_tensorflow(".".join((*parts, name)))
     elif package == "builtins":  # Keras looks functions up there too
         trust = GlobalTrust.SUSPICIOUS if hasattr(builtins, name) else GlobalTrust.KNOWN
+    elif judge_global(f"{module}.{name}") is GlobalTrust.SUSPICIOUS:  # os.system, which a pickle may name, too
+        trust = GlobalTrust.SUSPICIOUS
     else:
         trust = GlobalTrust.UNKNOWN
     if trust is not GlobalTrust.KNOWN:

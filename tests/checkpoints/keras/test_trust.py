@@ -57,11 +57,13 @@ REACHES = {  # what a layer more, or a field of the configuration, makes of a ha
     "words from a file": layer("StringLookup", vocabulary="/etc/passwd"),
     "words of a text from a file": layer("TextVectorization", vocabulary="http://example.org/words"),
     "an activation that runs": layer("Dense", units=2, activation=function("builtins", "exec")),
+    "a class that runs programs": layer("system", module="os"),
+    "a function that removes files": lambda_layer("shutil", "rmtree"),
     "a download within a wrapper": layer("TimeDistributed", layer=lambda_layer("keras.utils", "get_file")),
 }  # fmt: skip
 UNKNOWN = {
-    "a class of another package": layer("system", module="os"),
-    "a function of another package": lambda_layer("shutil", "rmtree"),
+    "a class of another package": layer("Attention", module="mine.layers"),
+    "a function of another package": lambda_layer("mine.ops", "swish"),
     "a registered class": {**layer("Conv2D", module=None), "registered_name": "mine>Conv2D"},
     "a registered class that calls itself Keras's": {**layer("Conv2D"), "registered_name": "mine>Conv2D"},
     "a class of Keras that is not known": layer("LayerOfTomorrow"),
