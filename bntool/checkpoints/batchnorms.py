@@ -87,19 +87,21 @@ def find_unknown_statistics(state_dict: StateDict) -> Iterator[NotUnderstood]:
     """
     known: set[str] | None = None
     groups: dict[str, set[str]] = {}
+    counting: dict[str, bool] = {}  # the same few leaves in every layer
     for name, tensor in state_dict.tensors.items():
         stripped = state_dict.strip(name)
         leaf = stripped[max(stripped.rfind("."), stripped.rfind("/")) + 1 :]
-        lower = leaf.lower()
-        may_count = lower in _BESIDE or any(part in lower for part in _COUNTS) or lower in ("rv", "riv")
+        may_count = counting.get(leaf)
+        if may_count is None:
+            may_count = counting[leaf] = _may_count(leaf.lower())
         if may_count and tensor.dtype.is_floating and count_elements(tensor.shape) > 1:
             groups.setdefault(stripped[: -len(leaf) - 1], set()).add(leaf)
     for layer, leaves in groups.items():
+        if leaves >= _KNOWN_STATISTICS:  # most files hold no others; what they belong to is found by their names
+            continue
         means = {leaf for leaf in leaves if _MEANS.fullmatch(leaf.lower())}
         variances = {leaf for leaf in leaves if _VARIANCES.fullmatch(leaf.lower())}
         are_bare = means <= _BARE and variances <= _BARE
-        if leaves >= _KNOWN_STATISTICS:  # most files hold no others; what they belong to is found by their names
-            continue
         if (
             not means
             or not variances
@@ -111,6 +113,11 @@ def find_unknown_statistics(state_dict: StateDict) -> Iterator[NotUnderstood]:
         if layer not in known:
             names = ", ".join(sorted(means | variances))
             yield NotUnderstood(layer, f"{names} look like statistics, under names that are not known")
+
+
+def _may_count(leaf: str) -> bool:
+    """Whether a leaf in small letters may name a statistic, or what stands beside one."""
+    return leaf in _BESIDE or leaf in ("rv", "riv") or any(part in leaf for part in _COUNTS)
 
 
 def find_batchnorms(state_dict: StateDict) -> tuple[BatchNorm, ...]:

@@ -7,7 +7,7 @@ import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 from bntool.errors import NoNumbersError
 
@@ -40,7 +40,7 @@ class DType:
     storage: str | None = None
     struct_code: str | None = None
 
-    @property
+    @cached_property
     def itemsize(self) -> int:
         """Bytes of one element; 1 for types smaller than a byte."""
         return max(1, self.bits // 8)
@@ -50,7 +50,7 @@ class DType:
         """Bytes that the byte order concerns: each part of a complex number by itself."""
         return self.itemsize // 2 if self.kind is NumberKind.COMPLEX else self.itemsize
 
-    @property
+    @cached_property
     def is_floating(self) -> bool:
         return self.kind is NumberKind.FLOAT
 

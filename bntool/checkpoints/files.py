@@ -128,6 +128,7 @@ class SourceFile:
         mode: its permission bits.
         identity: equal for two names of one file.
         notes: what is worth saying of how it was found and read, a sentence each.
+        is_far: each reading takes its time, so that it is worth to announce what will be read.
 
     Raises:
         UnreadableFileError: absent, not a regular file, or no permission.
@@ -136,6 +137,7 @@ class SourceFile:
 
     path: Location
     notes: tuple[str, ...] = ()
+    is_far: bool = False
     _last: tuple[tuple[int, int], bytes] = ((0, 0), b"")  # offset and length of the last piece that was read, and it
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -290,6 +292,7 @@ class FileSlice(SourceFile):
         self._file = file
         self._offset = offset
         self.path, self.size, self.mode, self.identity = file.path, length, file.mode, file.identity
+        self.is_far = file.is_far
         self._kept = file.read(offset, length) if length <= _SMALL else None
 
     @property

@@ -69,7 +69,7 @@ def announce(tensors: Iterable[Tensor]) -> None:
     wanted: dict[SourceFile, list[tuple[int, int]]] = {}
     for tensor in tensors:
         source = tensor.storage.source if isinstance(tensor, StoredTensor) and tensor.storage is not None else None
-        if isinstance(source, SourceFile) and isinstance(tensor, StoredTensor):
+        if isinstance(source, SourceFile) and source.is_far and isinstance(tensor, StoredTensor):
             start, end = tensor.place
             wanted.setdefault(source, []).append((start, end - start))
     for source, ranges in wanted.items():
@@ -222,13 +222,14 @@ class StoredTensor(AsArray):
             if extent == 0:
                 return start, start
             last += (extent - 1) * stride
-        return start, start + max(self.dtype.byte_count(last + 1), 1)
+        return start, start + (self.dtype.byte_count(last + 1) or 1)
 
     @property
     def place(self) -> tuple[int, int]:
         """Like :attr:`byte_range`, counted from the start of what the storage lies in."""
         assert self.storage is not None
-        return self.storage.offset + self.byte_range[0], self.storage.offset + self.byte_range[1]
+        start, end = self.byte_range
+        return self.storage.offset + start, self.storage.offset + end
 
     def check_bounds(self, name: str) -> None:
         """Hold shape, strides and offset against the storage, in Python's unbounded integers.
@@ -236,14 +237,15 @@ class StoredTensor(AsArray):
         Raises:
             CorruptFileError: the tensor would reach outside of its storage.
         """
-        if len(self.shape) != len(self.strides):
-            strides = f"{len(self.strides)} stride" + "s" * (len(self.strides) != 1)
-            raise CorruptFileError(f"shape {describe_shape(self.shape)} does not go with {strides}", tensor=name)
-        if min(self.shape, default=0) < 0:
+        shape, strides = self.shape, self.strides
+        if len(shape) != len(strides):
+            count = f"{len(strides)} stride" + "s" * (len(strides) != 1)
+            raise CorruptFileError(f"shape {describe_shape(shape)} does not go with {count}", tensor=name)
+        if shape and min(shape) < 0:
             raise CorruptFileError(f"impossible shape {describe_shape(self.shape)}", tensor=name)
-        if count_elements(self.shape) >= 1 << 63:  # torch counts them in 64 bits
+        if math.prod(shape) >= 1 << 63:  # torch counts them in 64 bits
             raise CorruptFileError("the number of its elements takes more than 64 bits", tensor=name)
-        if min(self.strides, default=0) < 0 or self.storage_offset < 0:
+        if (strides and min(strides) < 0) or self.storage_offset < 0:
             raise CorruptFileError("negative stride or storage offset", tensor=name)
         if self.storage is None:
             return

@@ -20,7 +20,7 @@ from bntool.representation import html_repr
 
 
 class Summary:
-    """Numbers of one tensor, each worked out when it is first asked for: of many files most are never.
+    """Numbers of one tensor.
 
     Args:
         dtype: its name.
@@ -29,9 +29,10 @@ class Summary:
 
     Attributes:
         nonfinite: how many elements are NaN or infinite.
+        minimum, maximum: of the finite elements; None where there are none.
     """
 
-    __slots__ = ("_ends", "_finite", "dtype", "nonfinite", "shape", "values")
+    __slots__ = ("_finite", "dtype", "maximum", "minimum", "nonfinite", "shape", "values")
 
     def __init__(self, values: Sequence[float], *, dtype: str, shape: tuple[int, ...]) -> None:
         self.dtype = dtype
@@ -39,23 +40,14 @@ class Summary:
         self.values = values
         self.nonfinite = 0
         self._finite = values
-        self._ends: tuple[float, float] | None = None
         if not math.isfinite(sum(values)):  # or it is the sum that overflows
             self._finite = [value for value in values if math.isfinite(value)]
             self.nonfinite = len(values) - len(self._finite)
+        self.minimum: float | None = min(self._finite, default=None)
+        self.maximum: float | None = max(self._finite, default=None)
 
     def __repr__(self) -> str:
         return f"Summary({self.dtype} {list(self.shape)}: {self.minimum} .. {self.maximum}, mean {self.mean})"
-
-    @property
-    def minimum(self) -> float | None:
-        """Of the finite elements; None where there are none."""
-        return self._find_ends()[0] if self._finite else None
-
-    @property
-    def maximum(self) -> float | None:
-        """Of the finite elements; None where there are none."""
-        return self._find_ends()[1] if self._finite else None
 
     @property
     def mean(self) -> float | None:
@@ -65,11 +57,6 @@ class Summary:
             return math.fsum(self._finite) / count if count else None
         except OverflowError:  # the sum of float64 values near the limit
             return math.fsum(value / count for value in self._finite)
-
-    def _find_ends(self) -> tuple[float, float]:
-        if self._ends is None:
-            self._ends = (min(self._finite), max(self._finite))
-        return self._ends
 
 
 @dataclass(frozen=True, repr=False, eq=False)

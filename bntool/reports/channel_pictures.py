@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING
 
 from bntool.reports.blocks import Cell, Histogram, Style
 from bntool.reports.histograms import LogAxis, count_values, find_axis, find_axis_of_ratios
 from bntool.representation import format_number
-from bntool.verification.statistics_shift import StatisticsShift
+
+if TYPE_CHECKING:
+    from bntool.verification.statistics_shift import StatisticsShift
 
 
 def draw_sizes(rows: Iterable[Sequence[float]], *, name: str) -> tuple[list[Cell], str]:

@@ -10,7 +10,6 @@ from bntool.inspection.findings import Finding, Severity
 from bntool.inspection.module_findings import describe_behaviour
 from bntool.inspection.results import LayerInspection, StateDictInspection, Summary
 from bntool.reports.blocks import Block, Cell, Column, Histogram, Line, Style, Table, line
-from bntool.reports.channel_pictures import describe_axis
 from bntool.reports.layers import (
     LayerRow,
     Pictures,
@@ -99,6 +98,8 @@ def _draw_channels(
     rows: Sequence[LayerRow], variances: Pictures, scales: Pictures
 ) -> tuple[list[Cell], list[Cell], str]:
     """Pictures of running_var and of the scale of each row, and a caption for both."""
+    from bntool.reports.channel_pictures import describe_axis  # a pipe takes no pictures
+
     said = [
         f"{name} {describe_axis(pictures.axis)}"
         for name, pictures in (("running_var", variances), ("|scale|", scales))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from json.encoder import encode_basestring_ascii as _quote
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -101,20 +101,36 @@ def _encode(value: Any, line: str) -> str:
     Raises:
         TypeError: it has something that is no JSON data.
     """
-    kind = type(value)
-    if kind is str:
-        return _quote(value)
-    if kind is int:
-        return repr(value)
-    if isinstance(value, float):
-        return float.__repr__(value) if math.isfinite(value) else "null"
+    encode = _ENCODERS.get(type(value))
+    if encode is not None:
+        return encode(value)
     inner = line + "  "
-    if kind is dict or isinstance(value, Mapping):
-        items = [f"{_quote(key)}: {_encode(item, inner)}" for key, item in value.items()]
+    if type(value) is dict or isinstance(value, Mapping):
+        items = [
+            f"{_quote(key)}: {encode(item) if (encode := _ENCODERS.get(type(item))) else _encode(item, inner)}"
+            for key, item in value.items()
+        ]
         return _bracket("{", items, "}", line=line)
     if isinstance(value, list | tuple):
-        return _bracket("[", [_encode(item, inner) for item in value], "]", line=line)
+        texts = [encode(item) if (encode := _ENCODERS.get(type(item))) else _encode(item, inner) for item in value]
+        return _bracket("[", texts, "]", line=line)
+    if isinstance(value, float):
+        return _encode_float(value)
     return _quote(value) if isinstance(value, str) else json.dumps(value)
+
+
+def _encode_float(value: float) -> str:
+    return float.__repr__(value) if math.isfinite(value) else "null"
+
+
+# of what has no items, by its class: nearly all of a document
+_ENCODERS: dict[type, Callable[[Any], str]] = {
+    str: _quote,
+    int: repr,
+    float: _encode_float,
+    bool: lambda value: "true" if value else "false",
+    type(None): lambda _: "null",
+}
 
 
 def _bracket(opening: str, items: Sequence[str], closing: str, *, line: str) -> str:

@@ -45,6 +45,7 @@ class RangedFile(_RemoteSource):
     """A file of a server that gives parts of it; what was read is kept, here and in the cache."""
 
     mode = 0o644
+    is_far = True
 
     def __init__(self, transfers: Transfers, version: Version, folder: Folder) -> None:
         if version.size == 0:

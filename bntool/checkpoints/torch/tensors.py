@@ -36,6 +36,7 @@ _WRAPPERS = frozenset(
         "torch.autograd.Variable",
     }
 )
+_PLAIN = "torch._utils._rebuild_tensor_v2"
 _BY_PICKLE = "torch.storage._load_from_bytes"
 _NEW = frozenset({"copyreg.__newobj__", "copy_reg.__newobj__"})
 _PLAIN_SUBCLASSES = (
@@ -74,7 +75,14 @@ def read_storage_reference(node: Node) -> StorageReference | None:
     Raises:
         CorruptFileError: it is meant to name a storage but does not.
     """
-    value = node.value if isinstance(node, PersistentId) else None
+    if not isinstance(node, PersistentId):
+        return None
+    if not isinstance(node.reference, StorageReference):
+        node.reference = _read_storage_reference(node.value)
+    return node.reference
+
+
+def _read_storage_reference(value: Node) -> StorageReference | None:
     if not isinstance(value, tuple) or not value or text_of(value[0]) != "storage":
         return None
     if len(value) not in (5, 6) or not isinstance(value[1], Global):
@@ -124,10 +132,12 @@ class TensorReader:
         """
         if not isinstance(node, Instance):
             return None
-        if id(node) not in self._known:
-            self._known[id(node)] = None  # a hostile file can nest a tensor in itself
-            self._known[id(node)] = self._read(node)
-        return self._known[id(node)]
+        place = id(node)
+        if place in self._known:
+            return self._known[place]
+        self._known[place] = None  # a hostile file can nest a tensor in itself
+        tensor = self._known[place] = self._read(node)
+        return tensor
 
     def read_named(self, name: str, node: Node) -> StoredTensor | None:
         """Like :meth:`read`; errors name the tensor."""
@@ -143,10 +153,12 @@ class TensorReader:
         Raises:
             CorruptFileError: the file has no such storage.
         """
-        if id(node) not in self._named:
-            reference = read_storage_reference(node)
-            self._named[id(node)] = reference and (reference.dtype, self._storage(reference))
-        return self._named[id(node)]
+        place = id(node)
+        if place in self._named:
+            return self._named[place]
+        reference = read_storage_reference(node)
+        found = self._named[place] = reference and (reference.dtype, self._storage(reference))
+        return found
 
     def mark_parameter(self, node: Node) -> StoredTensor | None:
         """Like :meth:`read`, for a tensor that is a parameter although its node does not say so."""
@@ -158,7 +170,7 @@ class TensorReader:
 
     def is_array(self, tensor: StoredTensor) -> bool:
         """Whether a tensor was read from a numpy array, which may lie among tensors of torch."""
-        return tensor.storage is not None and tensor.storage.key in self.array_nodes
+        return bool(self.array_nodes) and tensor.storage is not None and tensor.storage.key in self.array_nodes
 
     def _read(self, node: Instance) -> StoredTensor | None:
         self._depth += 1
@@ -173,6 +185,8 @@ class TensorReader:
 
     def _rebuild(self, node: Instance) -> StoredTensor | None:  # noqa: PLR0911 (one for each function)
         path, arguments = node.path, node.arguments
+        if path == _PLAIN and isinstance(arguments, tuple):  # nearly all
+            return self._strided("_rebuild_tensor_v2", arguments)
         if path in _STORAGELESS:
             return _storageless(path, arguments)
         if path in _WRAPPERS or path in _NEW:
@@ -248,9 +262,10 @@ class TensorReader:
 
     def _storage(self, reference: StorageReference) -> Storage:
         key = (reference.key, reference.dtype, reference.view)
-        if key not in self._storages:
-            self._storages[key] = self._resolve(reference)
-        return self._storages[key]
+        storage = self._storages.get(key)
+        if storage is None:
+            storage = self._storages[key] = self._resolve(reference)
+        return storage
 
     def _subclass(self, arguments: tuple[Node, ...]) -> StoredTensor | None:
         function, kind, inner_arguments = arguments[:3]
@@ -263,7 +278,12 @@ class TensorReader:
 
 
 def _are_counts(values: Node) -> bool:
-    return isinstance(values, tuple | list) and len(values) <= MAX_DIMENSIONS and all(map(_is_count, values))
+    if not isinstance(values, tuple | list) or len(values) > MAX_DIMENSIONS:
+        return False
+    for value in values:  # many thousands of short ones: a call for each number would take longer than all else
+        if type(value) is not int or not 0 <= value < 1 << 63:
+            return False
+    return True
 
 
 def as_shape(node: Node) -> tuple[int, ...] | None:

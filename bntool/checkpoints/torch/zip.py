@@ -6,7 +6,7 @@ import functools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from bntool.checkpoints.checkpoint import Checkpoint, Content, Format
+from bntool.checkpoints.checkpoint import Checkpoint, Content, Format, GlobalName
 from bntool.checkpoints.containers.pickles.nodes import as_mapping, is_mapping
 from bntool.checkpoints.containers.pickles.reading import OpcodeBudget, Pickle, read_pickle_bytes
 from bntool.checkpoints.containers.pickles.trust import list_globals
@@ -61,7 +61,7 @@ class TorchZip(Format):
     def read(self, file: SourceFile) -> Checkpoint:
         archive = read_archive(file)
         layout = find_layout(archive)
-        pickle = read_main_pickle(layout)
+        pickle, named = _read_main_pickle(layout)
         reader = ArrayReader(lambda reference: resolve_storage(layout, reference))
         for node in pickle.persistent_ids:  # torch reads those outside of state dicts, too
             reader.find_storage(node)
@@ -71,7 +71,7 @@ class TorchZip(Format):
             format=self,
             state_dicts=found.state_dicts,
             entries=as_mapping(pickle.root) if is_mapping(pickle.root) else {},
-            globals=list_globals(pickle),
+            globals=named,
             records={**read_loose_records(layout), **read_records(found.sources)},
             not_understood=found.not_understood,
             content=ArchiveContent(pickle, reader, found.sources, layout),
@@ -87,18 +87,28 @@ def read_main_pickle(layout: ArchiveLayout, *, budget: OpcodeBudget | None = Non
     Args:
         budget: of the file, where it has several pickles.
     """
+    return read_pickle_bytes(_read_main_record(layout), budget=budget)
+
+
+def _read_main_record(layout: ArchiveLayout) -> bytes:
     record = layout.archive.records[f"{layout.root}data.pkl"]
     if record.size > MAX_PICKLE:
         raise UnsafeFileError(f"the pickle has {record.size} bytes, above the limit of {MAX_PICKLE}")
-    data = layout.archive.read(record)
-    if budget is None and record.size <= _SMALL_PICKLE:
-        return _read_again(data)
-    return read_pickle_bytes(data, budget=budget)
+    return layout.archive.read(record)
 
 
-_read_again = functools.lru_cache(maxsize=1)(
-    read_pickle_bytes
-)  # state dicts of one model differ in their storages only
+def _read_main_pickle(layout: ArchiveLayout) -> tuple[Pickle, tuple[GlobalName, ...]]:
+    """The pickle and what it names: state dicts of one model differ in their storages only."""
+    data = _read_main_record(layout)
+    return _read_again(data) if len(data) <= _SMALL_PICKLE else _read_with_globals(data)
+
+
+def _read_with_globals(data: bytes) -> tuple[Pickle, tuple[GlobalName, ...]]:
+    pickle = read_pickle_bytes(data)
+    return pickle, list_globals(pickle)
+
+
+_read_again = functools.lru_cache(maxsize=1)(_read_with_globals)
 
 
 def read_loose_records(layout: ArchiveLayout) -> dict[str, History]:
@@ -152,14 +162,13 @@ def resolve_storage(layout: ArchiveLayout, reference: StorageReference) -> Stora
     record = layout.storage_record(reference.key)
     if record is None:
         raise CorruptFileError(f"the storage {quote(reference.key)} is missing from the archive")
-    if record.size < reference.nbytes:
-        raise CorruptFileError(
-            f"storage {quote(reference.key)} has {record.size} bytes, but {reference.nbytes} are announced"
-        )
+    nbytes = reference.nbytes
+    if record.size < nbytes:
+        raise CorruptFileError(f"storage {quote(reference.key)} has {record.size} bytes, but {nbytes} are announced")
     return Storage(
         source=InflatedRecord(layout.archive, record) if record.is_deflated else layout.archive.file,
         offset=0 if record.is_deflated else record.data_offset,
-        nbytes=reference.nbytes,
+        nbytes=nbytes,
         key=reference.key,
         big_endian=layout.big_endian,
         device=reference.device,

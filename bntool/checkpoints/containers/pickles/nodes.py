@@ -48,12 +48,17 @@ class Global:
 
 
 class PersistentId:
-    """A reference to something outside of the pickle; for torch, a storage."""
+    """A reference to something outside of the pickle; for torch, a storage.
 
-    __slots__ = ("value",)
+    Attributes:
+        reference: what torch's reader made of ``value``, kept for the next file that has this pickle.
+    """
+
+    __slots__ = ("reference", "value")
 
     def __init__(self, value: Node) -> None:
         self.value = value
+        self.reference: tuple[object, ...] | None = None
 
 
 class ExtensionCode:

@@ -187,9 +187,10 @@ def read_archive(file: SourceFile) -> ZipArchive:
     for _ in range(count):
         entry, position = _read_entry(directory, position, offset)
         entries.append(entry)
-    file.announce([(entry.record.header_offset, LOCAL_HEADER.size + len(entry.raw_name)) for entry in entries])
+    file.announce([(entry.header_offset, LOCAL_HEADER.size + len(entry.raw_name)) for entry in entries])
     records: dict[str, ZipRecord] = {}
-    for record in (_with_local_header(file, entry) for entry in entries):
+    for entry in entries:
+        record = _make_record(file, entry)
         if record.name in records:
             raise CorruptFileError(f"two records of the zip archive are named {quote(record.name)}")
         records[record.name] = record
@@ -232,8 +233,14 @@ def _has_locator(file: SourceFile, end_offset: int) -> bool:
 class _Entry(NamedTuple):
     """A record as the directory has it: where its data begins is not known before its local header is read."""
 
-    record: ZipRecord
     raw_name: bytes
+    header_offset: int
+    stored_size: int
+    size: int
+    crc: int
+    method: int
+    flags: int
+    central_offset: int
 
 
 def _read_entry(directory: bytes, position: int, base: int) -> tuple[_Entry, int]:
@@ -258,24 +265,15 @@ def _read_entry(directory: bytes, position: int, base: int) -> tuple[_Entry, int
         raise CorruptFileError(f"zip compression method {method} is not known", remedy="unpack it and zip it anew")
     if method == STORED and size != stored:
         raise CorruptFileError("a stored record has two different sizes")
-    record = ZipRecord(
-        name=_decode(raw_name),
-        header_offset=header_offset,
-        data_offset=-1,
-        stored_size=stored,
-        size=size,
-        crc=crc,
-        method=method,
-        flags=flags,
-        central_offset=base + position,
-    )
-    return _Entry(record, raw_name), end
+    return _Entry(raw_name, header_offset, stored, size, crc, method, flags, base + position), end
 
 
-def _with_local_header(file: SourceFile, entry: _Entry) -> ZipRecord:
-    record = entry.record
-    facts = record.method, record.crc, record.stored_size, record.size
-    return record._replace(data_offset=_check_local_header(file, record.header_offset, entry.raw_name, facts))
+def _make_record(file: SourceFile, entry: _Entry) -> ZipRecord:
+    """The record of an entry of the directory, once its local header agrees with it."""
+    raw_name, header_offset, stored, size, crc, method, flags, central_offset = entry
+    data_offset = _check_local_header(file, header_offset, raw_name, (method, crc, stored, size))
+    name = _decode(raw_name)
+    return ZipRecord(name, header_offset, data_offset, stored, size, crc, method, flags, central_offset)
 
 
 def _decode(raw: bytes) -> str:
@@ -287,6 +285,8 @@ def _decode(raw: bytes) -> str:
 
 def _zip64_values(extra: bytes, size: int, stored: int, offset: int) -> tuple[int, int, int]:
     """Replace the values that do not fit in 32 bits by those of the zip64 extra field."""
+    if MASK32 not in (size, stored, offset):
+        return size, stored, offset
     values = [size, stored, offset]
     position = 0
     while position + 4 <= len(extra):
