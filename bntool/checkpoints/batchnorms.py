@@ -69,10 +69,9 @@ _KEPT = (
     "tracked|stored|est|estimated)"
 )
 _MEAN, _VARIANCE = "(?:mean|mu)", "(?:var|variance|std|stdev|sigma|inv_?std|inv_?var)"
-_MEANS = re.compile(rf"{_KEPT}_?{_MEAN}(?:_?biased)?|{_MEAN}_{_KEPT}|_?mean|rm")
-_VARIANCES = re.compile(
-    rf"{_KEPT}_?{_VARIANCE}(?:_?biased)?|{_VARIANCE}_{_KEPT}|_?variance|var|inv_?std|inv_?var|rv|riv"
-)
+# compiled where a file has such names: most have those of PyTorch alone
+_MEANS = rf"{_KEPT}_?{_MEAN}(?:_?biased)?|{_MEAN}_{_KEPT}|_?mean|rm"
+_VARIANCES = rf"{_KEPT}_?{_VARIANCE}(?:_?biased)?|{_VARIANCE}_{_KEPT}|_?variance|var|inv_?std|inv_?var|rv|riv"
 _BARE = {"mean", "var", "variance"}
 _KNOWN_STATISTICS = set(STATISTICS)
 _BESIDE = {"weight", "bias", "scale", "offset", "gamma", "beta"}
@@ -99,8 +98,8 @@ def find_unknown_statistics(state_dict: StateDict) -> Iterator[NotUnderstood]:
     for layer, leaves in groups.items():
         if leaves >= _KNOWN_STATISTICS:  # most files hold no others; what they belong to is found by their names
             continue
-        means = {leaf for leaf in leaves if _MEANS.fullmatch(leaf.lower())}
-        variances = {leaf for leaf in leaves if _VARIANCES.fullmatch(leaf.lower())}
+        means = {leaf for leaf in leaves if re.fullmatch(_MEANS, leaf.lower())}
+        variances = {leaf for leaf in leaves if re.fullmatch(_VARIANCES, leaf.lower())}
         are_bare = means <= _BARE and variances <= _BARE
         if (
             not means

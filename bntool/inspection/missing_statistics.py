@@ -11,8 +11,8 @@ from bntool.checkpoints.checkpoint import StateDict
 from bntool.graphs.architectures.recognition import recognise
 from bntool.inspection.findings import Finding, FindingCode, Severity
 
-_NAMED = re.compile(r"(?:^|[._\d])(?:bn|batch_?norm)", re.IGNORECASE)  # in the name of a layer
-_OF_OTHERS = re.compile(r"(?:^|[._\d])(?:gn|ln|(?:group|layer|rms)_?norm)(?:[._\d]|$)", re.IGNORECASE)
+_NAMED = r"(?i)(?:^|[._\d])(?:bn|batch_?norm)"  # in the name of a layer
+_OF_OTHERS = r"(?i)(?:^|[._\d])(?:gn|ln|(?:group|layer|rms)_?norm)(?:[._\d]|$)"
 _COUNTER = "num_batches_tracked"
 _HALVES = (*STATISTICS, _COUNTER)
 _WAY_OUT = (
@@ -39,11 +39,11 @@ def find_missing_statistics(state_dict: StateDict, norms: Sequence[BatchNorm]) -
         message = f"a part of the statistics of {_list(halves)} is missing: a BatchNorm has {' and '.join(STATISTICS)}"
         findings.append(_make(Severity.WARNING, message, halves))
     without = [norm for norm in norms if norm.kind is NormKind.NORM_WITHOUT_STATISTICS and not norm.class_path]
-    doubtful = [norm for norm in without if not _OF_OTHERS.search(norm.name)]
+    doubtful = [norm for norm in without if not re.search(_OF_OTHERS, norm.name)]
     if not doubtful:
         return findings
     behind = set(_find_behind_convolutions(state_dict, doubtful))
-    named = [norm.name for norm in doubtful if _NAMED.search(norm.name)]
+    named = [norm.name for norm in doubtful if re.search(_NAMED, norm.name)]
     likely = [norm.name for norm in doubtful if named and (norm.name in behind or norm.name in named)]
     if not likely and 2 * len(behind) < len(doubtful):
         return findings

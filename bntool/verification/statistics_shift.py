@@ -129,6 +129,8 @@ def measure_worst_shift(old: Statistics, new: Statistics, *, usable: bool = Fals
         usable: all numbers are known to be finite, and the variances to be positive.
     """
     (old_mean, before), (new_mean, after) = old, new
+    if usable and before == after and old_mean == new_mean:  # those of a frozen layer; else the first number tells
+        return WorstShift(0.0, 1.0, finite=True)
     if not usable:
         least = min(min(before, default=1.0), min(after, default=1.0))
         usable = _are_finite(old_mean, new_mean, before, after) and least > 0

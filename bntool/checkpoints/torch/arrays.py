@@ -32,8 +32,6 @@ class ArrayReader(TensorReader):
 
     def _rebuild(self, node: Instance) -> StoredTensor | None:
         path = node.path
-        if path.startswith("torch."):  # nearly all
-            return super()._rebuild(node)
         if path in RECONSTRUCT:
             state = node.state
             if not _is_class_of_numpy(node.arguments[0]):

@@ -177,6 +177,8 @@ class TensorReader:
         try:
             if self._depth > MAX_NESTING:
                 raise CorruptFileError("a tensor of the pickle is nested in itself, or too deeply")
+            if node.path == _PLAIN and isinstance(node.arguments, tuple):  # nearly all
+                return self._strided("_rebuild_tensor_v2", node.arguments)
             return self._rebuild(node)
         except (IndexError, TypeError, ValueError) as error:
             raise CorruptFileError("a tensor of the pickle is malformed") from error
@@ -185,8 +187,6 @@ class TensorReader:
 
     def _rebuild(self, node: Instance) -> StoredTensor | None:  # noqa: PLR0911 (one for each function)
         path, arguments = node.path, node.arguments
-        if path == _PLAIN and isinstance(arguments, tuple):  # nearly all
-            return self._strided("_rebuild_tensor_v2", arguments)
         if path in _STORAGELESS:
             return _storageless(path, arguments)
         if path in _WRAPPERS or path in _NEW:
@@ -280,7 +280,7 @@ class TensorReader:
 def _are_counts(values: Node) -> bool:
     if not isinstance(values, tuple | list) or len(values) > MAX_DIMENSIONS:
         return False
-    for value in values:  # many thousands of short ones: a call for each number would take longer than all else
+    for value in values:  # noqa: SIM110 (many thousands of short ones, for which a generator takes twice as long)
         if type(value) is not int or not 0 <= value < 1 << 63:
             return False
     return True

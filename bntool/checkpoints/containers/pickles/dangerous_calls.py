@@ -26,11 +26,11 @@ _FLAGS = 7  # in the state of a numpy.dtype; its lowest bit: there are reference
 _PARTS = (2, 4)  # of that state: what a subarray is of, and the fields
 _DEPTH = 32
 _OBJECTS = {"object", "ObjectDType", "StringDType"}
-_OBJECT_TEXT = re.compile(r"[<>|=]?(?:O[48]?|object_?0?)")
+_OBJECT_TEXT = r"[<>|=]?(?:O[48]?|object_?0?)"  # compiled where there is such a text
 _ITERATING = {"list", "tuple", "set", "frozenset", "dict", "deque", "Counter", "OrderedDict", "Size", "L"}
 _RANGES = ("builtins.range", "builtins.xrange", "__builtin__.range", "__builtin__.xrange")
 _METHODS = {"append", "extend", "add"}
-_TEXT_DTYPE = re.compile(r"[<>|=]?[SUVa](\d{1,18})")
+_TEXT_DTYPE = r"[<>|=]?[SUVa](\d{1,18})"
 
 
 def name_dangers(pickle: Pickle) -> Iterator[str]:
@@ -85,7 +85,8 @@ def _holds_objects(node: Node, *, depth: int) -> bool:
         return any(_holds_objects(one, depth=depth + 1) for one in node)
     if isinstance(node, Dict):
         return any(_holds_objects(value, depth=depth + 1) for _, value in node.pairs)
-    return bool(_OBJECT_TEXT.fullmatch(text_of(node) or ""))
+    text = text_of(node)
+    return bool(text and re.fullmatch(_OBJECT_TEXT, text))
 
 
 def _is_array_over_memory(instance: Instance) -> bool:
@@ -135,7 +136,8 @@ def _measure(argument: Node) -> int | None:
     if isinstance(argument, Instance) and argument.path == "numpy.dtype":
         argument = _as_tuple(argument.arguments)[:1]
         argument = argument[0] if argument else None
-    width = _TEXT_DTYPE.fullmatch(text_of(argument) or "")
+    text = text_of(argument)
+    width = re.fullmatch(_TEXT_DTYPE, text) if text else None
     if width is not None:
         return int(width[1])
     return _count_range(argument) or None
