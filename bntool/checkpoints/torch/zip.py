@@ -61,7 +61,7 @@ class TorchZip(Format):
     def read(self, file: SourceFile) -> Checkpoint:
         archive = read_archive(file)
         layout = find_layout(archive)
-        pickle, named = _read_main_pickle(layout)
+        pickle, named = read_pickle_with_globals(layout)
         reader = ArrayReader(lambda reference: resolve_storage(layout, reference))
         for node in pickle.persistent_ids:  # torch reads those outside of state dicts, too
             reader.find_storage(node)
@@ -81,11 +81,11 @@ class TorchZip(Format):
         return ArchiveContent.of(checkpoint).layout.archive.check_records()
 
 
-def read_main_pickle(layout: ArchiveLayout, *, budget: OpcodeBudget | None = None) -> Pickle:
+def read_main_pickle(layout: ArchiveLayout, *, budget: OpcodeBudget) -> Pickle:
     """The pickle that names the storages.
 
     Args:
-        budget: of the file, where it has several pickles.
+        budget: of the file, which has several pickles.
     """
     return read_pickle_bytes(_read_main_record(layout), budget=budget)
 
@@ -97,7 +97,7 @@ def _read_main_record(layout: ArchiveLayout) -> bytes:
     return layout.archive.read(record)
 
 
-def _read_main_pickle(layout: ArchiveLayout) -> tuple[Pickle, tuple[GlobalName, ...]]:
+def read_pickle_with_globals(layout: ArchiveLayout) -> tuple[Pickle, tuple[GlobalName, ...]]:
     """The pickle and what it names: state dicts of one model differ in their storages only."""
     data = _read_main_record(layout)
     return _read_again(data) if len(data) <= _SMALL_PICKLE else _read_with_globals(data)

@@ -12,7 +12,6 @@ from bntool.checkpoints.checkpoint import (
     StateDict,
 )
 from bntool.checkpoints.containers.pickles.nodes import Dict, Instance, Node, as_mapping
-from bntool.checkpoints.containers.pickles.trust import list_globals
 from bntool.checkpoints.containers.zips.reading import ZipArchive, read_archive
 from bntool.checkpoints.files import SourceFile
 from bntool.checkpoints.state_dicts import find_prefix
@@ -25,7 +24,7 @@ from bntool.checkpoints.torch.zip import (
     check_case,
     is_big_endian,
     read_loose_records,
-    read_main_pickle,
+    read_pickle_with_globals,
     resolve_storage,
 )
 from bntool.checkpoints.torch_programs.torchscript_code import ClassText, CodeReader
@@ -52,14 +51,14 @@ class TorchScript(Format):
             raise OtherFormatError("the archive has no constants.pkl beside data.pkl")
         check_case(name for name in archive.records if not name.startswith(f"{root}code/"))
         layout = ArchiveLayout(archive, root, is_big_endian(archive, root), RECORD_NAME)
-        pickle = read_main_pickle(layout)
+        pickle, named = read_pickle_with_globals(layout)
         reader = TensorReader(lambda reference: resolve_storage(layout, reference))
         state_dict, source = _ScriptReader(reader, CodeReader(archive, root)).read(pickle.root)
         return Checkpoint(
             file=file,
             format=self,
             state_dicts=(state_dict,) if state_dict.tensors else (),
-            globals=tuple(map(_judge_own, list_globals(pickle))),
+            globals=tuple(map(_judge_own, named)),
             records=read_loose_records(layout),
             content=ArchiveContent(pickle, reader, {state_dict.key: source}, layout),
         )
