@@ -187,7 +187,7 @@ def test_what_is_no_configuration_of_weights_is_said(
 @pytest.mark.parametrize(
     ("module", "name", "trust"),
     [
-        ("os", "system", GlobalTrust.UNKNOWN),
+        ("os", "system", GlobalTrust.SUSPICIOUS),
         ("builtins", "eval", GlobalTrust.SUSPICIOUS),
         ("tensorflow.python.framework.tensor", "TensorSpec", None),
     ],
