@@ -11,23 +11,45 @@ from bntool.checkpoints.checkpoint import Checkpoint, StateDict
 from bntool.checkpoints.files import SourceFile
 from bntool.checkpoints.outputs import OutputFiles, check_output_differs
 from bntool.checkpoints.tensors import LiteralTensor, StoredTensor, read_bytes
-from bntool.errors import BntoolError, LossWarning, RefusedError, VerificationError
+from bntool.errors import BntoolError, LossWarning, RefusedError, UsageError, VerificationError
 
 
-def check_output(checkpoint: Checkpoint, output: Path | None, *, force: bool) -> None:
+_ENDINGS_OF_TORCH = (".pt", ".pth", ".ckpt")
+
+
+def find_misnamed(written: str, output: Path) -> str | None:
+    """The format that the name of an output says, ``safetensors`` or ``torch``, if what is written is another one.
+
+    Those who open a file by its name take a wrong reader then: safetensors cannot read what torch.save wrote.
+
+    Args:
+        written: the name of its format.
+    """
+    if written != "safetensors" and output.suffix == ".safetensors":
+        return "safetensors"
+    return "torch" if written == "safetensors" and output.suffix in _ENDINGS_OF_TORCH else None
+
+
+def check_output(checkpoint: Checkpoint, output: Path | None, *, force: bool, written: str | None = None) -> None:
     """Find out before any work whether the output can be written.
 
     Args:
         output: None for none.
         force: replace a file that exists.
+        written: the name of the format that it will have; None for that of the checkpoint.
 
     Raises:
-        UsageError: the output is the input.
+        UsageError: the output is the input, or has the name of another format than its own.
         UnwritableFileError: it exists and ``force`` is not given, or its folder is missing.
     """
     if output is not None:
         check_output_differs(checkpoint.file, output)
         OutputFiles(force=force).check(output)
+        named = find_misnamed(written or checkpoint.format.name, output)
+        if named is not None:
+            what = f"would be {written}" if written else f"would be {checkpoint.format.title} as {checkpoint.path} is"
+            way = "" if written else f", and bntool convert --to {named} what was written"
+            raise UsageError(f"its name says {named}, but it {what}: give it another ending{way}", path=output)
 
 
 def save_checkpoint(checkpoint: Checkpoint, path: str | os.PathLike[str], *, force: bool = False) -> None:

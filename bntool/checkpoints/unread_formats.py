@@ -6,7 +6,8 @@ import contextlib
 import itertools
 import os
 import re
-from collections.abc import Iterator
+import shlex
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from bntool.checkpoints.addresses import Location
@@ -101,6 +102,7 @@ _NAMES_OF_CHECKPOINTS = (
     (".safetensors", ".pt", ".pth", ".pt2", ".ckpt", ".bin", ".pkl", ".keras", ".h5", ".onnx", ".caffemodel"),
     (".npz", ".msgpack"),
 )
+_ENDINGS_OF_RUNS = (".pt", ".pth", ".ckpt", ".safetensors")
 # what a folder holds that is one model of a format that is not read, what that is, and what to do
 _FOLDERS = (
     (("Manifest.json", "Data"), "a Core ML package (.mlpackage)", _SOURCE),
@@ -114,6 +116,13 @@ _FOLDERS = (
 )  # fmt: skip
 
 
+def _name_all(folder: Path, names: Sequence[str]) -> str:
+    """How to look at all checkpoints of a folder, as those of a run, if it holds several of one ending."""
+    ending = Path(names[0]).suffix
+    several = ending in _ENDINGS_OF_RUNS and sum(name.endswith(ending) for name in names) > 1
+    return f", or bntool inspect {shlex.quote(str(folder))}/*{ending} to look at all" if several else ""
+
+
 def describe_folder(folder: Path) -> str:
     """The message for a folder that is no checkpoint; it names a file in it that may be one."""
     with contextlib.suppress(OSError), os.scandir(folder) as found:
@@ -123,5 +132,5 @@ def describe_folder(folder: Path) -> str:
                 return _name(what, advice)
         likely = [name for endings in _NAMES_OF_CHECKPOINTS for name in names if name.endswith(endings)]
         if likely:
-            return f"this is a folder, not a file; name a file of it, such as {quote(likely[0])}"
+            return f"this is a folder, not a file; name a file of it, such as {quote(likely[0])}{_name_all(folder, likely)}"
     return "this is a folder, not a file, and holds nothing that is named like a checkpoint; name a file"

@@ -66,12 +66,13 @@ def command(
 ) -> int:
     """Convert between file formats, or between BatchNorm and FrozenBatchNorm2d, and rename tensors.
 
-    What cannot survive is listed before anything is written, and refused with --strict. What the target has no place
-    for is recorded where that is possible, so that the way back loses nothing.
+    What cannot survive is listed, by --dry-run before anything is written, and refused with --strict. What the target
+    has no place for is recorded where that is possible, so that the way back loses nothing. Without --to the format
+    is the one that the name of OUT says, .safetensors or .pt.
 
     Examples:
 
-      bntool convert ckpt.pt --to safetensors -o ckpt.safetensors
+      bntool convert ckpt.pt -o ckpt.safetensors
 
       bntool convert ckpt.pt --to frozen-batchnorm --eps 1e-5 -o frozen.pt
 
@@ -79,9 +80,7 @@ def command(
 
       bntool convert ddp.pt --strip-prefix module. --rename backbone=encoder -o plain.pt
     """
-    from bntool.cli.output import print_warning
     from bntool.conversion.checkpoint import convert
-    from bntool.progress import ignore
     from bntool.reports.conversion import describe_conversion, show_conversion
     from bntool.reports.report import FileReport, Report
 
@@ -101,7 +100,6 @@ def command(
         state_dict=state_dict,
         force=force,
         strict=strict,
-        on_warning=ignore if form is not None or quiet else print_warning,
     )
     report = FileReport(str(checkpoint), describe_conversion(conversion), show_conversion(conversion))
     print_report(Report("convert", (report,)), form=form, quiet=quiet)

@@ -17,7 +17,7 @@ from bntool.checkpoints.creation import NewFile, NewFormat, create_file, find_un
 from bntool.checkpoints.files import quote
 from bntool.checkpoints.formats import open_checkpoint
 from bntool.checkpoints.records import make_record
-from bntool.checkpoints.saving import check_output, save_checkpoint
+from bntool.checkpoints.saving import check_output, find_misnamed, save_checkpoint
 from bntool.checkpoints.state_dicts import choose_state_dict, find_not_understood
 from bntool.checkpoints.tensors import StoredTensor
 from bntool.checkpoints.ties import find_first_names
@@ -34,6 +34,7 @@ from bntool.representation import html_repr, short_repr
 _SHOWN = 4
 # where the file does not keep its own format
 _NEW_FORMATS = {ConversionTarget.SAFETENSORS: NewFormat.SAFETENSORS, ConversionTarget.TORCH: NewFormat.TORCH}
+_TARGETS_BY_NAME = {target.value: target for target in _NEW_FORMATS}
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ def convert(  # noqa: PLR0913 as many as the command has options
     Args:
         path: the checkpoint; never written to.
         output: the file to write; None to write none.
-        to: what to; None where only names change.
+        to: what to; None for the format that the name of the output says, or where only names change.
         strip_prefix, add_prefix, renames: see :func:`~bntool.conversion.renaming.plan_renames`.
         eps, frozen_kind, target_eps, layers, state_dict: see :func:`plan_conversion`.
         force: replace a file that exists.
@@ -105,15 +106,23 @@ def convert(  # noqa: PLR0913 as many as the command has options
     """
     target = None if output is None else Path(output)
     with open_checkpoint(path) as source:
-        check_output(source, target, force=force)
-        renaming = _rename(source, state_dict, strip_prefix=strip_prefix, add_prefix=add_prefix, renames=renames)
-        if layers and to in (None, ConversionTarget.SAFETENSORS, ConversionTarget.TORCH, "safetensors", "torch"):
+        goal = _find_format(source, target) if to is None else choose(ConversionTarget, to, option="to")
+        check_output(source, target, force=force, written=goal.value if goal in _NEW_FORMATS else None)
+        renaming = _rename(
+            source,
+            state_dict,
+            strip_prefix=strip_prefix,
+            add_prefix=add_prefix,
+            renames=renames,
+            rest_stays=goal not in _NEW_FORMATS,
+        )
+        if layers and (goal is None or goal in _NEW_FORMATS):
             raise UsageError("--layers selects what becomes another kind of BatchNorm; a whole state dict is converted")
         renamed = source if renaming is None else apply_plan(source, renaming.plan)
-        if to is not None:
+        if goal is not None:
             conversion = plan_conversion(
                 renamed,
-                choose(ConversionTarget, to, option="to"),
+                goal,
                 state_dict=state_dict,
                 layers=layers,
                 eps=eps,
@@ -123,8 +132,11 @@ def convert(  # noqa: PLR0913 as many as the command has options
         elif renaming is not None:
             conversion = renaming
         else:
-            raise UsageError("nothing is to be done: give --to, --strip-prefix, --add-prefix or --rename")
-        if to is not None and renaming is not None:
+            raise UsageError(
+                "nothing is to be done: give --to, --strip-prefix, --add-prefix or --rename, or an output whose name "
+                "says another format, .safetensors or .pt"
+            )
+        if goal is not None and renaming is not None:
             losses = dict.fromkeys((*renaming.losses, *conversion.losses))
             renames_of = tuple(renaming.plan.steps_of(RenameTensor))
             conversion = dataclasses.replace(conversion, source=source, losses=tuple(losses), renames=renames_of)
@@ -139,10 +151,15 @@ def convert(  # noqa: PLR0913 as many as the command has options
             if conversion.new is not None and conversion.new_format is not None:
                 create_file(conversion.new, conversion.new_format, target, source=source, force=force)
             else:
-                save_checkpoint(renamed if to is None else apply_plan(renamed, conversion.plan), target, force=force)
+                save_checkpoint(renamed if goal is None else apply_plan(renamed, conversion.plan), target, force=force)
             with open_checkpoint(target) as written:
                 pass
     return dataclasses.replace(conversion, output=None if target is None else str(target), written=written)
+
+
+def _find_format(source: Checkpoint, output: Path | None) -> ConversionTarget | None:
+    """The format that the name of the output says, where it is another one than the source's."""
+    return None if output is None else _TARGETS_BY_NAME.get(find_misnamed(source.format.name, output) or "")
 
 
 def _rename(
@@ -152,8 +169,12 @@ def _rename(
     strip_prefix: str,
     add_prefix: str,
     renames: Mapping[str, str] | None,
+    rest_stays: bool,
 ) -> Conversion | None:
     """Plan new names without changing anything else; None if no new names are asked for.
+
+    Args:
+        rest_stays: what else the file holds is written, too.
 
     Raises:
         RefusedError: the format is only read, or its names are those of a program.
@@ -176,7 +197,7 @@ def _rename(
     if steps and checkpoint.format.can_record(checkpoint, source):
         options = {"strip_prefix": strip_prefix, "add_prefix": add_prefix, "renames": dict(renames or {})}
         plan = plan.with_record(make_record(plan, to=None, **{name: value for name, value in options.items() if value}))
-    left = describe_left(checkpoint, source, strip_prefix=strip_prefix)
+    left = describe_left(checkpoint, source, strip_prefix=strip_prefix, rest_stays=rest_stays)
     return Conversion(None, checkpoint, plan, None, None, kept=(), losses=tuple(left), renames=steps)
 
 
@@ -307,7 +328,8 @@ def _plan_format(
             kept.append(f"versions of {len(versions)} modules, as recorded on the way here")
         if metadata:
             details["metadata"] = metadata
-            kept.append(f"{len(metadata)} texts of the safetensors header, for the way back")
+            texts = "1 text" if len(metadata) == 1 else f"{len(metadata)} texts"
+            kept.append(f"{texts} of the safetensors header, for the way back")
         metadata = {}
     modules = _describe_modules(source)
     if modules:

@@ -61,16 +61,24 @@ def _rename_part(names: Mapping[str, str], part: str, new: str, *, prefix: str) 
     raise UsageError(f"--rename {part}={new}: no module or tensor is called so{_hint(part, names.values())}")
 
 
-def describe_left(checkpoint: Checkpoint, state_dict: StateDict, *, strip_prefix: str) -> list[str]:
-    """Say what keeps its old names, in one sentence each."""
+def describe_left(
+    checkpoint: Checkpoint, state_dict: StateDict, *, strip_prefix: str, rest_stays: bool = True
+) -> list[str]:
+    """Say what keeps its old names, in one sentence each.
+
+    Args:
+        rest_stays: what else the file holds is written, too; else only the tensors of the state dict are.
+    """
     left = []
     prefix = strip_prefix.rstrip(".") + "."
     kept = [name for name in state_dict.tensors if strip_prefix and not name.startswith(prefix)]
     if kept:
-        left.append(f"the names of {_some(kept)}, which do not begin with {prefix}")
+        left.append(f"one naming for all tensors: {_some(kept)} do not begin with {prefix} and keep their names")
+    if not rest_stays:
+        return left
     others = [s.key or "(root)" for s in checkpoint.state_dicts if s is not state_dict]
     if others:
-        left.append(f"the names in other state dicts of the file: {_some(others)}")
+        left.append(f"one naming for the whole file: {_some(others)} {'keep' if others[1:] else 'keeps'} the old names")
     naming = [name for name, value in checkpoint.entries.items() if _names_parameters(value)]
     if naming:
         left.append(f"the fit of {_some(naming)}: it names parameters as they were called before")

@@ -3,6 +3,8 @@
 import json
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from bntool.cli.main import main
 from tests.places import SAMPLES
@@ -29,11 +31,13 @@ def test_exit_codes(name, arguments, code, tmp_path, capsys):
     assert target.exists() == (code == 0)
 
 
-def test_losses_come_before_anything_is_written(tmp_path, capsys):
+def test_losses_are_said_once(tmp_path, capsys):
     arguments = ["convert", str(SAMPLES / "digits_training.pt"), "--to", "safetensors"]
     assert main([*arguments, "--dry-run"]) == 0
     printed = capsys.readouterr()
-    assert "this will be lost: other state dicts: ema_state_dict" in printed.err
+    assert printed.err == ""
+    assert printed.out.count("ema_state_dict") == 1
+    assert "lost other state dicts: ema_state_dict" in printed.out
     assert "nothing was written" in printed.out
     assert main([*arguments, "-o", str(tmp_path / "out.safetensors"), "--json"]) == 0
     printed = capsys.readouterr()
@@ -41,3 +45,30 @@ def test_losses_come_before_anything_is_written(tmp_path, capsys):
     (facts,) = json.loads(printed.out)["files"]
     assert len(facts["losses"]) == 2
     assert facts["to"] == "safetensors"
+
+
+@pytest.mark.parametrize("arguments", [[], ["--strip-prefix", "module."]])
+def test_the_name_of_the_output_says_the_format(arguments, tmp_path, capsys):
+    source, there, back = SAMPLES / "digits_training.pt", tmp_path / "a.safetensors", tmp_path / "a.pth"
+    assert main(["convert", str(source), "-o", str(there), *arguments]) == 0
+    assert main(["convert", str(there), "-o", str(back)]) == 0
+    capsys.readouterr()
+    loaded = load_file(there)
+    assert ("bn1.running_var" in loaded) == bool(arguments)
+    state = torch.load(back, weights_only=True)
+    assert state.keys() == loaded.keys()
+    assert all(torch.equal(state[name], tensor) for name, tensor in loaded.items())
+
+
+def test_no_command_names_a_file_as_another_format(tmp_path, capsys):
+    safetensors = tmp_path / "a.safetensors"
+    assert main(["convert", str(SAMPLES / "digits.pt"), "-o", str(safetensors)]) == 0
+    for arguments in (
+        ["freeze", SAMPLES / "digits.pt", "-o", tmp_path / "b.safetensors"],
+        ["average", SAMPLES / "digits.pt", safetensors, "-o", tmp_path / "b.safetensors"],
+        ["average", safetensors, SAMPLES / "digits.pt", "-o", tmp_path / "b.pt"],
+        ["convert", SAMPLES / "digits.pt", "--to", "safetensors", "-o", tmp_path / "b.pt"],
+    ):
+        assert main([str(argument) for argument in arguments]) == 2
+        assert f"{arguments[-1]}: its name says " in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == [safetensors]
