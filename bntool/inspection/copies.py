@@ -184,10 +184,22 @@ def _compare(copy: _Copy, model: _Copy, thresholds: Thresholds) -> Iterator[Find
     usual = _median(shift.severity for shift in shifts)
     apart = usual > thresholds.average_lag and _measure_distance(pairs) < thresholds.average_weight_distance
     is_initial = share > thresholds.average_initial_share
+    worst = max(range(len(pairs)), key=lambda place: shifts[place].severity)
     if is_initial or apart:
-        worst = max(range(len(pairs)), key=lambda place: shifts[place].severity)
         why = _IS_INITIAL.format(share) if is_initial else _IS_APART.format(100 * thresholds.average_weight_distance)
         yield _describe_lag(copy, model, pairs, share, (pairs[worst][0].name, shifts[worst]), why)
+        return
+    if copy.averagings is not None:
+        return  # torch's AveragedModel, whose statistics update_bn recomputes and counts anew
+    own, usual = (_find_counter(layers) for layers in zip(*pairs, strict=True))
+    if own is not None and usual is not None and own < thresholds.average_counter_share * usual:
+        yield _describe_counters(copy, model, pairs, (own, usual), (pairs[worst][0].name, shifts[worst]))
+
+
+def _find_counter(layers: Sequence[LayerInspection]) -> int | None:
+    """The num_batches_tracked that all layers have; None where they differ."""
+    counters = {layer.num_batches_tracked for layer in layers}
+    return counters.pop() if len(counters) == 1 else None
 
 
 def _is_initial(layer: LayerInspection) -> bool:
@@ -323,6 +335,32 @@ def _describe_lag(
         message,
         {"initial_share": share, "mean_shift": shift.mean_shift, "variance_spread": shift.variance_spread},
         "recalibrate it before use, or use the model's buffers",
+        layers=tuple(layer.name for layer, _ in pairs),
+    )
+
+
+def _describe_counters(
+    copy: _Copy,
+    model: _Copy,
+    pairs: Sequence[tuple[LayerInspection, LayerInspection]],
+    counters: tuple[int, int],
+    worst: tuple[str, StatisticsShift],
+) -> Finding:
+    own, usual = counters
+    name, shift = worst
+    message = (
+        f"num_batches_tracked of {copy.words} is {own}, that of {model.title} {usual}: its buffers were copied when "
+        "the model was there, or averaged together with this counter, or its statistics were recomputed. They are nowhere "
+        f"farther from the model's than in {name}: {shift.mean_shift:.2g} sigma and a factor of "
+        f"{shift.variance_spread:.2g} in variance"
+    )
+    return Finding(
+        FindingCode.COUNTER_DISAGREES,
+        Severity.NOTICE,
+        f"counter {own}",
+        message,
+        {"counter": own, "usual": usual, "mean_shift": shift.mean_shift, "variance_spread": shift.variance_spread},
+        "bntool recalibrate --dry-run measures how far they are off; bntool diff shows the two side by side",
         layers=tuple(layer.name for layer, _ in pairs),
     )
 

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from bntool.checkpoints.checkpoint import StateDict
+from bntool.checkpoints.state_dicts import find_averaged_parts
 from bntool.checkpoints.tensors import Tensor
 from bntool.inspection.findings import Finding, FindingCode, Severity
 from bntool.inspection.results import LayerInspection
@@ -20,7 +21,7 @@ def compare_layers(
 ) -> tuple[LayerInspection, ...]:
     """The layers, with what only the others tell of each."""
     found = [
-        _compare_counters(layers),
+        *(_compare_counters(copy) for copy in _part_copies(layers, state_dict)),
         _compare_affine(layers, thresholds_of),
         _compare_modes(layers, state_dict),
         _compare_gradients(layers, state_dict),
@@ -55,6 +56,16 @@ def _soften_at_input(layer: LayerInspection, state_dict: StateDict) -> LayerInsp
         for finding in layer.findings
     )
     return dataclasses.replace(layer, findings=findings)
+
+
+def _part_copies(layers: Sequence[LayerInspection], state_dict: StateDict) -> list[list[LayerInspection]]:
+    """The layers of each averaged copy that lies beside the model (``ema.``), and those of the model."""
+    averages = find_averaged_parts(state_dict)
+    copies: dict[str, list[LayerInspection]] = {}
+    for layer in layers:
+        part = layer.name.partition(".")[0]
+        copies.setdefault(part if part in averages else "", []).append(layer)
+    return list(copies.values())
 
 
 def _compare_counters(layers: Sequence[LayerInspection]) -> _Found:

@@ -30,6 +30,7 @@ class Thresholds(NamedTuple):
         average_initial_share: of the initial values, in the statistics of an average.
         average_lag: of an average, in sigmas or the log of the factor of variances, in the layer in the middle.
         average_weight_distance: relative distance of the weights of BatchNorms, from which on statistics differ, too.
+        average_counter_share: of the model's num_batches_tracked; an average that has fewer was given its buffers once.
         steps_left_out: share of the optimizer's steps that a GradScaler may have skipped.
         forwards_per_step: more updates for a step of the optimizer are rather those of a training before.
     """
@@ -50,6 +51,7 @@ class Thresholds(NamedTuple):
     average_initial_share: float = 0.1
     average_lag: float = 0.5
     average_weight_distance: float = 0.01
+    average_counter_share: float = 0.5
     steps_left_out: float = 0.02
     forwards_per_step: float = 64
 

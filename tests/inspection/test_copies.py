@@ -112,6 +112,30 @@ def test_an_average_that_follows_its_model_has_no_findings(
     assert found(source if prefixes is None else lay_flat(model, average.module, prefixes), tmp_path) == []
 
 
+@pytest.mark.parametrize("prefixes", [None, *FLAT], ids=str)
+def test_an_average_whose_buffers_were_copied_long_before(prefixes: tuple[str, str] | None, tmp_path: Path) -> None:
+    model = build()
+    train(model, AveragedModel(model), 40)
+    early = copy.deepcopy(model)
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9))
+    train(model, average, 60)
+    average.module.load_state_dict(dict(early.named_buffers()), strict=False)
+    source = {"model": model.state_dict(), "ema": average.module.state_dict()}
+    path = tmp_path / "c.pt"
+    torch.save(source if prefixes is None else lay_flat(model, average.module, prefixes), path)
+    inspection = bntool.inspect(path)
+    (finding,) = [f for s in inspection.state_dicts for f in s.findings]
+    assert not any(layer.findings for s in inspection.state_dicts for layer in s.layers)
+    assert (finding.code, finding.severity) == (FindingCode.COUNTER_DISAGREES, Severity.NOTICE)
+    assert finding.facts is not None
+    assert (finding.facts["counter"], finding.facts["usual"]) == (40, 100)
+    shifts = [
+        ((old.running_mean - new.running_mean).square() / (new.running_var + new.eps)).mean().sqrt().item()
+        for old, new in ((early[at], model[at]) for at in (1, 4))
+    ]
+    assert finding.facts["mean_shift"] in [pytest.approx(shift, rel=0.2) for shift in shifts]
+
+
 def test_an_average_that_is_mostly_its_initial_values(tmp_path: Path) -> None:
     """The statistics of the first model, mean 0 and variance 1, have a share of 0.99 ** 100 = 0.37 in it."""
     model = build()
