@@ -22,7 +22,7 @@ def make_comparison_page(comparison: Comparison, *, path_a: str, path_b: str) ->
     style, verdict = _judge(comparison)
     said = {*comparison.violations}
     parts = read_blocks(show_comparison(comparison, path_a=path_a, path_b=path_b))
-    command = shlex.join(["bntool", "diff", path_a, path_b])
+    command = shlex.join(["bntool", "diff", path_a, path_b, *_list_options(comparison, one_file=path_a == path_b)])
     return Page(
         command="diff",
         subject=f"{path_a} and {path_b}",
@@ -34,6 +34,19 @@ def make_comparison_page(comparison: Comparison, *, path_a: str, path_b: str) ->
         tables=tuple(_make_tables(comparison, anchors)),
         snippets=(Snippet("The same in a terminal", (command,)), *parts.snippets),
     )
+
+
+def _list_options(comparison: Comparison, *, one_file: bool) -> list[str]:
+    """The options that compare the same again; prefixes are found anew where the files are two."""
+    options = ["--state-dict", comparison.a.key] if comparison.not_compared[0] and comparison.a.key else []
+    if comparison.not_compared[1] and comparison.b.key not in {"", comparison.a.key}:
+        options += ["--state-dict-b", comparison.b.key]
+    if one_file and comparison.path_a != comparison.path_b:
+        prefixes = (("--prefix", comparison.path_a), ("--prefix-b", comparison.path_b))
+        options += [text for name, prefix in prefixes if prefix for text in (name, prefix)]
+    if comparison.expectation is not None:
+        options += ["--expect", comparison.expectation.value]
+    return options
 
 
 def _judge(comparison: Comparison) -> tuple[Style, str]:

@@ -140,7 +140,7 @@ def _make_map(run: Run, anchors: dict[str, str], broken: int | None) -> Table:
             gap=gap,
             ticks=ticks,
         ),
-        Column("first found", "The first file in which the layer has a warning or an error"),
+        Column("first found", "The first file in which the layer has the worst that was found in it"),
     )
     rows = tuple(
         _make_row(name, states[name], (variances[name], sizes), (changes[name], moves), names, anchors[name], gap)
@@ -169,7 +169,7 @@ def _make_row(  # noqa: PLR0917 what a row is made of
         if state is not None and state.worst in places:
             places[state.worst].append(at)
     marks = [Mark(STYLES[severity], found) for severity, found in places.items()]
-    first = min((at for found in places.values() for at in found), default=None)
+    first = next((found[0] for found in (places[Severity.ERROR], places[Severity.WARNING]) if found), None)
     style = Style.ERROR if places[Severity.ERROR] else Style.WARNING if places[Severity.WARNING] else Style.PLAIN
     known = [value for value in variances[0] if value is not None and math.isfinite(value)]
     ends = f"{format_number(min(known), 2)} to {format_number(max(known), 2)}" if known else "-"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 import pytest
@@ -49,6 +50,13 @@ def test_a_comparison_shows_each_channel_before_and_after(tmp_path: Path) -> Non
     assert len(strips) == 4 * 9
     assert "not as expected: 9 of 9 BatchNorm layers changed, 0 of 12 other tensors" in page.text
     assert {"#l0", "#l8"} <= {one["href"] for one in page.all("a")}
+
+
+def test_the_command_to_copy_compares_the_same_again(tmp_path: Path) -> None:
+    training, target = str(SAMPLES / "digits_training.pt"), tmp_path / "page.html"
+    arguments = ["diff", training, training, "--state-dict", "state_dict", "--state-dict-b", "ema_state_dict"]
+    assert main([*arguments, "--html", str(target), "-q"]) == ExitCode.DONE
+    assert shlex.join(["bntool", *arguments]) in target.read_text()
 
 
 def test_what_differs_beside_the_layers_is_listed(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import re
 from pathlib import Path
 
 import pytest
@@ -58,6 +59,21 @@ def test_the_file_that_broke_is_the_verdict(page: Parsed) -> None:
     assert f"sick first in epoch_{BROKEN_AT}.pt" in page.text
     assert f"since epoch {BROKEN_AT}, channel 3" in " ".join(page.text.split())
     assert f"epoch_{BROKEN_AT - 1}.pt was healthy" in page.text
+
+
+def test_a_layer_is_dated_by_the_worst_that_was_found_in_it(tmp_path: Path) -> None:
+    """Few updates at first, which is a warning, and much later an error."""
+    state, paths = nn.Sequential(nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8)).state_dict(), []
+    state["1.running_mean"].normal_()
+    for epoch, (count, first) in enumerate(((5, 0.1), (500, 0.1), (900, torch.nan), (990, 0.1))):
+        state["1.num_batches_tracked"].fill_(count)
+        state["1.running_mean"][0] = first
+        paths.append(tmp_path / f"epoch_{epoch}.pt")
+        torch.save({"epoch": epoch, "model": state}, paths[-1])
+    assert main(["inspect", *map(str, paths), "--html", str(tmp_path / "page.html"), "-q"]) == 0
+    text = (tmp_path / "page.html").read_text()
+    row = text.partition('<tr id="r0"')[2].partition("</tr>")[0]
+    assert re.findall(r'class="error">(epoch \d)<', row) == ["epoch 2"]
 
 
 def test_the_heat_map_has_a_place_for_each_file_and_shows_the_break(page: Parsed) -> None:
