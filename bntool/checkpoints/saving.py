@@ -13,7 +13,6 @@ from bntool.checkpoints.outputs import OutputFiles, check_output_differs
 from bntool.checkpoints.tensors import LiteralTensor, StoredTensor, read_bytes
 from bntool.errors import BntoolError, LossWarning, RefusedError, UsageError, VerificationError
 
-
 _ENDINGS_OF_TORCH = (".pt", ".pth", ".ckpt")
 
 

@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils._pytree import tree_map
 
 from bntool.errors import UserCodeError
-from bntool.folding.onnx_export import convert_to_onnx, open_in_onnxruntime
+from bntool.folding.onnx_export import convert_to_onnx, open_in_onnxruntime, silence
 from bntool.folding.options import ProgramKind
 from bntool.modules.calling import call, tensors_in
 from bntool.modules.copying import copy_model
@@ -132,8 +132,7 @@ def _export(model: nn.Module, inputs: Any) -> torch.export.ExportedProgram:
     keywords = dict(inputs) if isinstance(inputs, Mapping) else {}
     try:
         model = copy_model(model).eval()
-        with warnings.catch_warnings(), torch.no_grad():
-            warnings.simplefilter("ignore")
+        with silence(), torch.no_grad():
             try:  # leave the size of the batch open
                 axes = tree_map(_open_batch, keywords or positional)
                 return torch.export.export(model, positional, keywords, dynamic_shapes=axes, strict=False)

@@ -25,7 +25,7 @@ def convert_to_onnx(program: torch.export.ExportedProgram) -> bytes:
         RefusedError: it is larger than the 2 GB that one ONNX file can hold.
     """
     try:
-        with _silence():
+        with silence():
             converted = torch.onnx.export(program, dynamo=True, verbose=False)
         assert converted is not None
     except Exception as error:
@@ -70,8 +70,8 @@ def _name_inputs(names: list[str], inputs: Any) -> Iterator[tuple[str, torch.Ten
 
 
 @contextlib.contextmanager
-def _silence() -> Iterator[None]:
-    """What torch.onnx says about itself, and about packages that are not needed."""
+def silence() -> Iterator[None]:
+    """Keep back what torch.export and torch.onnx say about themselves, and about packages that are not needed."""
     disabled = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import shlex
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from bntool.batchnorm import ROLES
+from bntool.checkpoints.state_dicts import find_averaged_parts
 from bntool.comparison.checkpoint import Change, Comparison, LayerComparison
 from bntool.comparison.options import Expectation
 from bntool.reports.blocks import Block, Cell, Column, Style, Table, line
@@ -86,6 +88,8 @@ def show_comparison(
         blocks.append(line(f"{side} {_name(path, key)}"))
         blocks += [line(note, Style.MUTED, indent=2) for note in notes]
     blocks += _selection(comparison)
+    if (path_a, comparison.a.key, comparison.path_a) == (path_b, comparison.b.key, comparison.path_b):
+        blocks.append(line(_advise_on_one_file(comparison), Style.WARNING))
     shown = comparison.layers if every else changed
     if shown:
         blocks += [line(), _table(shown)]
@@ -111,6 +115,17 @@ def _selection(comparison: Comparison) -> list[Block]:
         layers = "layer, the one" if count == 1 else "layers, those"
         blocks.append(line(f"compared: {count} {layers} that bntool freeze recorded in A", Style.MUTED))
     return blocks
+
+
+def _advise_on_one_file(comparison: Comparison) -> str:
+    """Say how two copies of a model in one file are compared, where a state dict was held against itself."""
+    said = "A and B are one state dict of one file"
+    others, averages = comparison.not_compared[1], find_averaged_parts(comparison.b)
+    if others:
+        return f"{said}; --state-dict-b {shlex.quote(others[0])} compares another one of the file with it"
+    if averages:
+        return f"{said}; --prefix and --prefix-b {shlex.quote(averages[0] + '.')} compare the copies that lie in it"
+    return said
 
 
 def _name(path: str, key: str) -> str:

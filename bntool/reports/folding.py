@@ -182,6 +182,8 @@ def _program(program: Program | None) -> list[Block]:
         return []
     shapes = ", ".join(str(list(shape)) for shape in program.shapes)
     batch = ", batches of any size" if program.any_batch else " only"
+    if not program.any_batch and any(shape[:1] == (1,) for shape in program.shapes):
+        batch += " (--input-shape with 2 or more first leaves the size of batches open)"
     text = (
         f"the exported program, run by {program.runtime}, agrees to {format_number(program.error, 2)} on "
         f"{plural(program.inputs, 'input')}"

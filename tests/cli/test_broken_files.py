@@ -158,6 +158,10 @@ def test_a_folder_names_a_file_that_may_be_meant(tmp_path: Path, capsys: pytest.
     code, sentence = read(capsys, "inspect", tmp_path)
     assert code == 3
     assert sentence.endswith(f"name a file of it, such as '{index.name}'")
+    (run := tmp_path / "my run").mkdir()
+    for name in ("epoch_1.pt", "epoch_2.pt", "log.txt"):
+        (run / name).write_bytes(b"")
+    assert f"such as 'epoch_1.pt', or bntool inspect '{run}'/*.pt to look at all" in read(capsys, "inspect", run)[1]
 
 
 def test_a_part_of_a_distributed_checkpoint_names_the_folder(

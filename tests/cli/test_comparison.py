@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 
 from bntool.cli.main import main
 from tests.places import SAMPLES
@@ -60,3 +61,21 @@ def test_layers_that_did_not_change_are_listed_with_all(capsys):
     assert "neck_bn" not in capsys.readouterr().out
     main([*arguments, "--all"])
     assert "neck_bn" in capsys.readouterr().out
+
+
+def test_a_state_dict_against_itself_names_the_other_copy(tmp_path, capsys):
+    def lines(*arguments):
+        assert main(["diff", *map(str, arguments)]) == 0
+        return [line for line in capsys.readouterr().out.splitlines() if line.startswith("A and B are one")]
+
+    training = SAMPLES / "digits_training.pt"
+    (line,) = lines(training, training)
+    assert "--state-dict-b ema_state_dict" in line
+    assert lines(training, training, "--state-dict-b", "ema_state_dict") == []
+    state = torch.load(SAMPLES / "digits.pt", weights_only=True)
+    flat = tmp_path / "flat.pt"
+    torch.save({prefix + name: tensor for prefix in ("net.", "ema.") for name, tensor in state.items()}, flat)
+    (line,) = lines(flat, flat)
+    assert "--prefix-b ema." in line
+    assert lines(flat, flat, "--prefix", "net.", "--prefix-b", "ema.") == []
+    assert lines(flat, SAMPLES / "digits.pt", "--prefix", "net.") == []
