@@ -132,6 +132,6 @@ def describe_folder(folder: Path) -> str:
                 return _name(what, advice)
         likely = [name for endings in _NAMES_OF_CHECKPOINTS for name in names if name.endswith(endings)]
         if likely:
-            found = quote(likely[0])
-            return f"this is a folder, not a file; name a file of it, such as {found}{_name_all(folder, likely)}"
+            named = f"such as {quote(likely[0])}{_name_all(folder, likely)}"
+            return f"this is a folder, not a file; name a file of it, {named}"
     return "this is a folder, not a file, and holds nothing that is named like a checkpoint; name a file"

@@ -350,8 +350,8 @@ def _describe_counters(
     name, shift = worst
     message = (
         f"num_batches_tracked of {copy.words} is {own}, that of {model.title} {usual}: its buffers were copied when "
-        "the model was there, or averaged together with this counter, or its statistics were recomputed. They are nowhere "
-        f"farther from the model's than in {name}: {shift.mean_shift:.2g} sigma and a factor of "
+        "the model was there, or averaged together with this counter, or its statistics were recomputed. They are "
+        f"nowhere farther from the model's than in {name}: {shift.mean_shift:.2g} sigma and a factor of "
         f"{shift.variance_spread:.2g} in variance"
     )
     return Finding(
