@@ -191,9 +191,9 @@ def _compare(copy: _Copy, model: _Copy, thresholds: Thresholds) -> Iterator[Find
         return
     if copy.averagings is not None:
         return  # torch's AveragedModel, whose statistics update_bn recomputes and counts anew
-    own, usual = (_find_counter(layers) for layers in zip(*pairs, strict=True))
-    if own is not None and usual is not None and own < thresholds.average_counter_share * usual:
-        yield _describe_counters(copy, model, pairs, (own, usual), (pairs[worst][0].name, shifts[worst]))
+    own, others = (_find_counter(layers) for layers in zip(*pairs, strict=True))
+    if own is not None and others is not None and own < thresholds.average_counter_share * others:
+        yield _describe_counters(copy, model, pairs, (own, others), (pairs[worst][0].name, shifts[worst]))
 
 
 def _find_counter(layers: Sequence[LayerInspection]) -> int | None:
