@@ -35,12 +35,15 @@ class FirstForward:
         forecast: memory of each sample.
         writes_to_inputs: whether it changes what it is given, so that a batch can be run but once.
         reads_memory: whether its code asks where elements lie.
+        is_seen: whether all that it computes with was seen to be made: not where it has threads of its own, or holds
+            tensors that are neither parameters nor buffers.
     """
 
     channels_last: bool
     forecast: MemoryForecast
     writes_to_inputs: bool
     reads_memory: bool
+    is_seen: bool
 
 
 def run_first_forward(run: Run, batch: Batch) -> FirstForward:
@@ -60,7 +63,8 @@ def run_first_forward(run: Run, batch: Batch) -> FirstForward:
 
 def _run_few(run: Run, batch: Batch, *, channels_last: bool) -> FirstForward:
     given, batch = batch, copy_batch(batch)  # the model may write to what it is given
-    with borrow(run.model) as borrowed, NoExchange(), LiveTensors() as memory:
+    known = [*run.model.parameters(), *run.model.buffers(), *tensors_in(batch.inputs)]
+    with borrow(run.model) as borrowed, NoExchange(), LiveTensors(known) as memory:
         for layer in run.layers.values():
             borrowed.add_forward_pre_hook(layer, lambda _module, _args: memory.note_waiting())
         statistics = StatisticsReads(run.layers)
@@ -79,6 +83,7 @@ def _run_few(run: Run, batch: Batch, *, channels_last: bool) -> FirstForward:
         ),
         writes_to_inputs=any(_is_changed(after, before) for before, after in pairs),
         reads_memory=reads.happened,
+        is_seen=not memory.has_unknown,
     )
 
 

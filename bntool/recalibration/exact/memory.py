@@ -6,7 +6,7 @@ import contextlib
 import math
 import os
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,12 +65,24 @@ class MemoryForecast:
 
 
 class LiveTensors(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts the bytes of tensors that were made while it is active and are still alive."""
+    """Counts the bytes of tensors that were made while it is active and are still alive.
+
+    Args:
+        known: tensors that were there before.
+
+    Attributes:
+        live, peak: bytes.
+        waits: bytes at each layer.
+        has_unknown: whether an operation was given a tensor that is not known and that none before it made, in this
+            thread.
+    """
 
     supports_higher_order_operators = True
 
-    def __init__(self) -> None:
+    def __init__(self, known: Iterable[torch.Tensor] = ()) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self.has_unknown = False
+        self._known = set(_find_keys(known))
         self.live = 0
         self.peak = 0
         self.waits: list[int] = []
@@ -87,6 +99,9 @@ class LiveTensors(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.waits.append(self.live)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not torch.ops.aten.lift_fresh.default:  # a tensor of the numbers that a model names
+            given = _find_keys(tensors_in((args, kwargs)))
+            self.has_unknown |= any(key not in self._known and key not in self._sizes for key in given)
         result = func(*args, **(kwargs or {}))
         for tensor in tensors_in(result):
             self._add(tensor)
@@ -105,6 +120,12 @@ class LiveTensors(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _remove(self, key: int) -> None:
         self.live -= self._sizes.pop(key, 0)
         self._references.pop(key, None)
+
+
+def _find_keys(tensors: Iterable[torch.Tensor]) -> Iterator[int]:
+    for tensor in tensors:
+        with contextlib.suppress(NotImplementedError):  # sparse tensors have no storage
+            yield storage_key(tensor)
 
 
 def find_available(device: torch.device | None) -> int | None:

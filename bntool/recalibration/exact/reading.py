@@ -98,7 +98,7 @@ def reading_batches(
     assert shown is not None
     aside = SetAside(shown.forecast.allow(memory, largest, largest), choose_folder())
     try:
-        ranks.share(lambda: read.extend(_move(first, iterator, aside)))
+        ranks.share(lambda: read.extend(_move(first, iterator, aside, as_a_whole=not shown.is_seen)))
         reading = Reading(read, shown)
         aside.allowed = ranks.share(lambda: _allow(reading, memory))[ranks.rank]
         on_forecast(ranks.share(lambda: _describe_forecast(run, reading, memory))[ranks.rank])
@@ -142,9 +142,9 @@ def _allow(reading: Reading, memory: int) -> int:
     return allowed
 
 
-def _move(first: Sequence[Batch], others: Iterator[Batch], aside: SetAside) -> Iterator[KeptBatch]:
+def _move(first: Sequence[Batch], others: Iterator[Batch], aside: SetAside, *, as_a_whole: bool) -> Iterator[KeptBatch]:
     for batch in itertools.chain(first, others):
-        kept = MovableBatch(aside, batch)
+        kept = MovableBatch(aside, batch, as_a_whole=as_a_whole)
         kept.wait()
         yield kept
 
@@ -162,7 +162,7 @@ def _describe_forecast(run: Run, reading: Reading, memory: int) -> str:
     device, _ = find_placement(run.model)
     where = ""
     if moved and device is not None and device.type != "cpu":
-        where = f"; up to {_size(at_once)} set aside in the memory of the host, {_size(moved)} in all"
+        where = f"; up to {_size(at_once)} set aside in the memory of the host, at most {_size(moved)} in all"
     elif moved:
         if at_once > find_free(folder):
             raise RefusedError(
@@ -170,7 +170,7 @@ def _describe_forecast(run: Run, reading: Reading, memory: int) -> str:
                 f"{_size(find_free(folder))} free; give more --memory, or another folder by TMPDIR"
             )
         seconds += 2 * moved / measure_rate(folder, at_once)  # written and read
-        where = f"; up to {_size(at_once)} set aside in {folder}, {_size(moved)} in all"
+        where = f"; up to {_size(at_once)} set aside in {folder}, at most {_size(moved)} in all"
     sizes = f"about {seconds:.0f} s and {_size(min(needed, memory))} of memory"
     return f"exact statistics of {samples:,} samples: {sizes}{where}"
 

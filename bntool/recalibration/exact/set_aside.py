@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bntool.data.batches import Batch, copy_batch
@@ -30,14 +31,16 @@ from bntool.recalibration.exact.memory import find_available
 _IN_MEMORY = ("tmpfs", "ramfs")  # file systems that would save nothing
 _PROBE = 16 << 20  # bytes
 _LEAST = 1 << 16  # bytes of a storage that are worth it
+_UNSEEN = frozenset(("__reduce_ex__", "__repr__", "as_tensor", "asarray", "tensor", "tolist"))
 _DONTNEED = 4  # MADV_DONTNEED of Linux
 
 
 class SetAside:
     """What batches hold while they wait: as much as is allowed in memory, the rest in a file.
 
-    A storage that is set aside keeps its address and has no memory behind it. It is brought back when its batch goes
-    on, or as soon as any operation of torch's touches it: a model may keep something of one batch for another.
+    A storage that is set aside keeps its address and has no memory behind it. It is brought back as soon as any
+    operation of torch's touches it, in the forward of its batch or of another one: what waits for a later layer, as the
+    shortcut of a residual block, stays where it is until then.
 
     Args:
         allowed: bytes that all waiting batches may hold together.
@@ -85,6 +88,10 @@ class SetAside:
             except OSError as error:
                 raise self._fail(error) from error
             self._places[key] = place
+
+    def holds(self, storage: torch.UntypedStorage) -> bool:
+        """Whether a storage is aside."""
+        return storage._cdata in self._places
 
     def bring_back(self, key: int) -> None:
         """Bring a storage back, if it is aside."""
@@ -228,8 +235,14 @@ class KeptBatch:
         """What the forward runs in."""
         return contextlib.nullcontext()
 
+    def go_on(self) -> None:
+        """The batch goes on."""
+
     def bring_back(self) -> None:
-        """The batch goes on: all that it holds is needed."""
+        """All that the batch holds is needed."""
+
+    def touch(self, tensor: torch.Tensor) -> None:
+        """A tensor, of whatever batch, is about to be read where :meth:`watching` does not see it."""
 
     def wait(self) -> None:
         """The batch waits."""
@@ -243,26 +256,41 @@ class KeptBatch:
 
 
 class MovableBatch(KeptBatch):
-    """A batch whose inputs, and what its forward made and still holds, are set aside while it waits if need be."""
+    """A batch whose inputs, and what its forward made and still holds, are set aside while it waits if need be.
 
-    def __init__(self, aside: SetAside, batch: Batch) -> None:
+    Args:
+        as_a_whole: bring all of it back before it goes on, because not all that touches it can be seen.
+    """
+
+    def __init__(self, aside: SetAside, batch: Batch, *, as_a_whole: bool = False) -> None:
         super().__init__(copy_batch(batch))  # memory that came from numpy cannot be given back
         self._aside = aside
+        self._as_a_whole = as_a_whole
         self._held = HeldStorages(aside)
         self._counted = 0
         for tensor in tensors_in(self.batch.inputs):
             self._held.add(tensor)
         self._inputs = set(self._held.keys)
 
-    def watching(self) -> contextlib.AbstractContextManager[Any]:
-        return self._held
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[None]:
+        with self._held, _UnseenReads(self.touch):
+            yield
+
+    def go_on(self) -> None:
+        if self._as_a_whole:
+            self.bring_back()
+
+    def touch(self, tensor: torch.Tensor) -> None:
+        with contextlib.suppress(NotImplementedError):  # sparse tensors have no storage
+            self._aside.bring_back(storage_key(tensor))
 
     def bring_back(self) -> None:
         for key in self._held.keys:
             self._aside.bring_back(key)
 
     def wait(self) -> None:
-        storages = self._held.storages
+        storages = [storage for storage in self._held.storages if not self._aside.holds(storage)]
         size = sum(storage.nbytes() for storage in storages)
         self._aside.held += size - self._counted
         self._counted = size
@@ -271,6 +299,20 @@ class MovableBatch(KeptBatch):
                 self._aside.put(storage, is_ours=storage._cdata in self._inputs)
             self._aside.held -= size
             self._counted = 0
+
+
+class _UnseenReads(TorchFunctionMode):
+    """Tells of tensors that are given to functions of torch's that read elements without any operation."""
+
+    def __init__(self, touch: Callable[[torch.Tensor], None]) -> None:
+        super().__init__()
+        self._touch = touch
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(function, "__name__", "") in _UNSEEN:
+            for tensor in tensors_in((args, kwargs)):
+                self._touch(tensor)
+        return function(*args, **(kwargs or {}))
 
 
 class HeldStorages(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -358,7 +400,7 @@ def measure_rate(folder: Path, size: int) -> float:
 
 
 def sum_aside(waiting: Sequence[float], samples: int, allowed: int) -> tuple[int, int]:
-    """Bytes that will be set aside in all, and at once.
+    """Bytes that will be set aside in all, and at once, if everything that a batch holds is needed at each layer.
 
     Args:
         waiting: bytes that a sample holds at each layer.

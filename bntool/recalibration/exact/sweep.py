@@ -6,7 +6,6 @@ import contextlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial, reduce
-from typing import Any
 
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
@@ -150,12 +149,14 @@ class _Sweep:
         self._lone_batch = lone_batch
         self._position = 0
         self._memory = FreedMemory(pause=_PAUSE)
-        self._guard: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
+        self._kept: KeptBatch | None = None  # any of this rank's
         self._activations = Activations(run.layers, borrowed, self._observe, called=run.called)
         self._calls = RepeatedCalls(lambda name, tally: finish(name, tally, samples), run.layers)
 
     def _observe(self, name: str, _layer: torch.nn.Module, values: torch.Tensor) -> None:
         """Let the batch that runs wait at a layer."""
+        if self._kept is not None:
+            self._kept.touch(values)
         with _disable_current_modes():
             moments = measure(values)
         if moments.count:
@@ -193,7 +194,8 @@ class _Sweep:
 
         @contextlib.contextmanager
         def watching() -> Iterator[None]:
-            with self._guard(), self._activations.watching():
+            guard = contextlib.nullcontext() if self._kept is None else self._kept.watching()
+            with guard, self._activations.watching():
                 yield
 
         self._ranks.share(lambda: lone_batch.check(self._run, watching) if lone_batch is not None else None)
@@ -202,7 +204,7 @@ class _Sweep:
         if self._lone_batch is not None:
             self._lone_batch.begin()
         context = copy_context(self._run.model)
-        self._guard = next((kept.watching for kept in batches.values()), contextlib.nullcontext)
+        self._kept = next(iter(batches.values()), None)
         forwards = {position: PausedForward(self._make_run(kept, context)) for position, kept in batches.items()}
         try:
             while True:
@@ -229,12 +231,13 @@ class _Sweep:
     def _advance(self, position: int, forward: PausedForward, kept: KeptBatch) -> Pause:
         self._current, self._position, batch = forward, position, kept.batch
         try:
-            kept.bring_back()
+            kept.go_on()
             forward.advance()
             kept.wait()
             self._memory.return_unused()
         except NotFiniteError as error:
-            return Pause(position, batch.description, error.layer, None, describe_bad(batch, error))
+            with kept.in_memory():
+                return Pause(position, batch.description, error.layer, None, describe_bad(batch, error))
         layer, moments = forward.reached or (None, None)
         return Pause(position, batch.description, layer, moments)
 

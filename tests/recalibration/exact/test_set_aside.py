@@ -6,6 +6,7 @@ import contextlib
 import gc
 import os
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from typing import ClassVar
 
 import pytest
@@ -124,6 +125,61 @@ def test_what_batches_share_is_brought_back_when_it_is_touched(monkeypatch, move
         assert torch.equal(Cached.kept[0][0, 0].flatten(), torch.linspace(0, 2, 48 * 48))
     assert moved
     assert same(*results)
+
+
+class Shortcut(Residual):
+    """What the stem gives waits for all layers."""
+
+    def forward(self, x):
+        stem = self.stem(x)
+        x = stem
+        for conv, norm in zip(self.convs, self.norms, strict=True):
+            x = torch.relu(norm(conv(x)))[..., 1:]
+        return stem.sum() + x.sum()
+
+
+class InLayer(Residual):
+    """A layer is given what has waited."""
+
+    def forward(self, x):
+        stem = self.stem(x)
+        return self.norms[0](self.convs[0](stem)) + self.norms[1](stem)
+
+
+class ReadAsNumbers(Residual):
+    """No operation reads what has waited."""
+
+    def forward(self, x):
+        stem = self.stem(x)
+        x = self.norms[0](self.convs[0](stem))
+        return self.norms[1](self.convs[1](x) + sum(stem.tolist()[0][0][0]))
+
+
+class InThread(Residual):
+    """Reads what has waited in a thread of its own."""
+
+    def forward(self, x):
+        stem = self.stem(x)
+        x = self.norms[0](self.convs[0](stem))
+        with ThreadPoolExecutor(1) as threads:
+            return self.norms[1](x + threads.submit(torch.neg, stem).result())
+
+
+def test_what_waits_for_a_later_layer_is_set_aside_once(monkeypatch, moved):
+    monkeypatch.setattr(reading.MemoryForecast, "allow", lambda self, *_: 0)
+    recalibrate(Shortcut(), make_batches(), method="exact", memory="1GB")
+    # the stem's output, what the first layer is given, and what the second convolution is
+    assert moved.count(4 * 16 * 48 * 48 * 4) == 3 * 6
+
+
+@pytest.mark.parametrize("kind", [InLayer, ReadAsNumbers, InThread])
+def test_what_has_waited_is_there_however_it_is_read(kind, monkeypatch, moved):
+    wanted, model = kind(), kind()
+    recalibrate(wanted, make_batches(), method="exact")
+    monkeypatch.setattr(reading.MemoryForecast, "allow", lambda self, *_: 0)
+    recalibrate(model, make_batches(), method="exact", memory="1GB")
+    assert moved
+    assert same(statistics_of(model), statistics_of(wanted))
 
 
 def test_batches_that_are_bad_are_left_out(monkeypatch):
