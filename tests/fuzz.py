@@ -247,7 +247,7 @@ def exercise(checkpoint: Checkpoint, target: Path) -> None:
     if checkpoint.state_dicts:
         state_dict = checkpoint.state_dicts[-1]
         steps: list[Step] = [Record({"n": 1})] if checkpoint.format.can_record(checkpoint, state_dict) else []
-        if not checkpoint.format.graph_reader and not state_dict.is_module and state_dict.tensors:
+        if not checkpoint.format.graph_reader and not state_dict.is_module and len(state_dict.tensors) > 1:
             steps.append(RemoveTensor(state_dict.strip(next(iter(state_dict.tensors)))))
         checkpoint = apply_plan(checkpoint, Plan(Operation.FOLD, state_dict=state_dict.key, steps=tuple(steps)))
     save_checkpoint(checkpoint, target, force=True)

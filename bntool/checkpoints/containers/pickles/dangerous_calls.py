@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from operator import itemgetter
 
 from bntool.checkpoints.containers.pickles.lookups import GETATTR
-from bntool.checkpoints.containers.pickles.machine import ALLOCATORS, CALLING, DTYPE
+from bntool.checkpoints.containers.pickles.machine import ALLOCATORS, CALLING, DTYPE, find_class
 from bntool.checkpoints.containers.pickles.nodes import (
     Dict,
     ExtensionCode,
@@ -47,7 +47,7 @@ def name_dangers(pickle: Pickle) -> Iterator[str]:
             yield f"{DTYPE} of objects that says it holds none"
         elif _is_array_over_memory(instance):
             yield "numpy.ndarray(...) over memory of the pickle's own"
-    amounts = [(instance.path, _count_allocated(instance)) for instance in pickle.notable_calls]
+    amounts = [(_find_called(instance)[0], _count_allocated(instance)) for instance in pickle.notable_calls]
     if sum(amount for _, amount in amounts) > MAX_ALLOCATED:
         path, amount = max(amounts, key=itemgetter(1))
         yield f"{path} for {amount} elements"
@@ -55,7 +55,7 @@ def name_dangers(pickle: Pickle) -> Iterator[str]:
 
 def _lies_about_objects(instance: Instance) -> bool:
     """Whether a type of arrays holds objects and no flag says so: numpy then takes bytes of the file for pointers."""
-    if instance.path != DTYPE:
+    if _find_called(instance)[0] != DTYPE:
         return False
     for state in _states(instance):
         flags = state[_FLAGS] if _has(state, _FLAGS) else 0
@@ -92,18 +92,20 @@ def _holds_objects(node: Node, *, depth: int) -> bool:
 def _is_array_over_memory(instance: Instance) -> bool:
     """Whether numpy.ndarray is called with more than a shape and a type, as no array is pickled."""
     arguments = _as_tuple(instance.arguments)
-    if instance.constructor.name in CALLING:
+    path, name = _find_called(instance)
+    if name in CALLING:
         is_array = any(isinstance(one, Global) and one.path == "numpy.ndarray" for one in arguments[:1])
         arguments = _as_tuple(arguments[2]) if is_array and len(arguments) > 2 else ()
         return len(arguments) > 2
-    return instance.path == "numpy.ndarray" and (len(arguments) > 2 or instance.keywords is not None)
+    return path == "numpy.ndarray" and (len(arguments) > 2 or instance.keywords is not None)
 
 
 def _count_allocated(instance: Instance) -> int:
     """About how many elements a call makes beyond those that the pickle holds, by the numbers that it is given."""
-    if instance.path == DTYPE:
+    path, name = _find_called(instance)
+    if path == DTYPE:
         return 0
-    name, arguments = instance.constructor.name, _as_tuple(instance.arguments)
+    arguments = _as_tuple(instance.arguments)
     if name in CALLING:  # (function, class, arguments, state), or (class, base, what it is made of)
         called = arguments[1 if name == "_reconstructor" else 0] if len(arguments) > 2 else None
         name = called.name if isinstance(called, Global) else ""
@@ -114,6 +116,12 @@ def _count_allocated(instance: Instance) -> int:
         return sum(_count_range(argument) for argument in arguments)
     sizes = [_measure(argument) for argument in (*arguments, instance.keywords)]
     return math.prod(size for size in sizes if size is not None) if any(size is not None for size in sizes) else 0
+
+
+def _find_called(instance: Instance) -> tuple[str, str]:
+    """The path of what a call calls, and its last name; "" where that is no global."""
+    called = find_class(instance.constructor)
+    return (called.path, called.name) if isinstance(called, Global) else ("", "")
 
 
 def _attributes(instance: Instance) -> Iterator[str]:

@@ -175,7 +175,7 @@ class Machine:
     def push_instance(self, constructor: Node, arguments: Node, how: Construction, keywords: Node = None) -> None:
         instance = Instance(constructor, arguments, construction=how, keywords=keywords)
         self.stack.append(instance)
-        called = constructor if type(constructor) is Global else _find_class(constructor)
+        called = constructor if type(constructor) is Global else find_class(constructor)
         if not isinstance(called, Global):
             self.made_calls.append(called)
             return
@@ -246,7 +246,7 @@ def _check_hash(key: tuple[Node, ...]) -> None:
         pending += [one for one in inside if type(one) is tuple]
 
 
-def _find_class(constructor: Node) -> Node:
+def find_class(constructor: Node) -> Node:
     """What a call calls: files of torch before 1.6 put ("module", class, file name, source code) outside of the pickle
     for the class of a module, and their loader takes the second of these, whatever it is.
     """

@@ -543,3 +543,19 @@ def test_garbage_collection_goes_on_after_a_pickle_was_read_or_was_not() -> None
         assert not gc.isenabled()
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize(
+    ("called", "arguments", "danger"),
+    [
+        (b"c__builtin__\nset\n", b")", None),
+        (b"c__builtin__\nbytearray\n", b"\x8a\x05\x00\x00\x00\x00\x10\x85", "bytearray for 68719476736 elements"),
+        (b"cnumpy\nndarray\n", b"K\x01\x85N\x8c\x01x\x87", "numpy.ndarray(...) over memory"),
+    ],
+)
+def test_a_class_given_by_a_persistent_id_is_looked_at(called: bytes, arguments: bytes, danger: str | None) -> None:
+    """Files of torch before 1.6 give the classes of modules in this way, and their loader calls whatever it is."""
+    given = b"(\x8c\x06module" + called + b"\x8c\x01f\x8c\x01stQ"
+    found = [g.path for g in list_globals(read_pickle_bytes(b"\x80\x04" + given + arguments + b"\x81."))]
+    assert len(found) == 1 + bool(danger)
+    assert danger is None or any(danger in path for path in found)
