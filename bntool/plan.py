@@ -240,6 +240,16 @@ class RemoveModule:
 
 
 @dataclass(frozen=True, slots=True)
+class ChangePadding:
+    """Let a convolution of a live model pad with values of its own, one for each channel, instead of with zeros.
+
+    No file can say so, and the unmodified code of a model does not do it. The values are a buffer of the module.
+    """
+
+    module: str
+
+
+@dataclass(frozen=True, slots=True)
 class RemoveEntry:
     """Remove an entry beside the state dicts, e.g. optimizer state that no longer fits.
 
@@ -271,6 +281,7 @@ Step: TypeAlias = (
     | SetAttribute
     | SetVersion
     | RemoveModule
+    | ChangePadding
     | RemoveEntry
     | Record
 )

@@ -12,6 +12,7 @@ from bntool.checkpoints.files import SourceFile
 from bntool.checkpoints.outputs import OutputFiles, check_output_differs
 from bntool.checkpoints.tensors import LiteralTensor, StoredTensor, read_bytes
 from bntool.errors import BntoolError, LossWarning, RefusedError, UsageError, VerificationError
+from bntool.plan import ChangePadding
 
 _ENDINGS_OF_TORCH = (".pt", ".pth", ".ckpt")
 
@@ -77,6 +78,11 @@ def write_checkpoint(checkpoint: Checkpoint, path: Path, output: OutputFiles) ->
     """Like :func:`save_checkpoint`, as one of the files of a transaction: it appears with the others."""
     check_output_differs(checkpoint.file, path)
     output.check(path)
+    if any(isinstance(edit.step, ChangePadding) for edit in checkpoint.edits):
+        what = (
+            "its convolutions pad with other values than zeros, which no checkpoint can say: export the model instead"
+        )
+        raise RefusedError(what, path=path)
     try:
         write_checked(checkpoint, path, output)
     except BntoolError as error:

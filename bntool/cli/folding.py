@@ -60,6 +60,14 @@ def command(
             "model of RepVGG, MobileOne, RepViT and others.",
         ),
     ] = Layout.FOLDED,
+    change_padding: Annotated[
+        bool,
+        typer.Option(
+            "--change-padding",
+            help="Let convolutions pad with other values than zeros where that lets BatchNorms fold (XCiT, ConvMixer). "
+            "The model then no longer fits its code: with --model and --export alone, not with -o.",
+        ),
+    ] = False,
     tolerance: Annotated[
         float, typer.Option("--tolerance", help="Largest difference of outputs, relative to the largest output.")
     ] = 1e-5,
@@ -145,6 +153,7 @@ def command(
             architecture=arch,
             eps=eps,
             layout=layout,
+            change_padding=change_padding,
             tolerance=tolerance,
             export=export,
             benchmark=benchmark,

@@ -44,6 +44,7 @@ def fold_checkpoint(  # noqa: PLR0913 as many as the command has options
     architecture: str | None = None,
     eps: float | None = None,
     layout: Layout | str = Layout.FOLDED,
+    change_padding: bool = False,
     tolerance: float = TOLERANCE,
     export: str | os.PathLike[str] | None = None,
     benchmark: bool = False,
@@ -75,6 +76,8 @@ def fold_checkpoint(  # noqa: PLR0913 as many as the command has options
             one that is recognised by names and shapes.
         eps: of layers that the file, the model or the architecture does not say it of.
         layout: what becomes of the keys.
+        change_padding: convolutions of the exported program may pad with other values than zeros, where that lets
+            BatchNorms fold; needs ``model`` and no ``output``: no checkpoint of such a model fits its code.
         tolerance: largest difference of outputs, relative to the largest output.
         export: a file to write the folded model to as a program, ``.pt2`` or ``.onnx``.
         benchmark: measure how much faster the folded model is.
@@ -97,6 +100,8 @@ def fold_checkpoint(  # noqa: PLR0913 as many as the command has options
         raise UsageError(f"--tolerance {tolerance} is no positive number")
     if benchmark and model is None:
         raise UsageError("--benchmark runs the model: give --model")
+    if change_padding:
+        _check_padding(output, has_model=model is not None, has_pairs=bool(pairs), writes=export is not None or dry_run)
     target, program = (None if file is None else Path(file) for file in (output, export))
     writes = target is not None or program is None  # a state dict, not only a program
     with open_checkpoint(path) as opened:
@@ -139,6 +144,7 @@ def fold_checkpoint(  # noqa: PLR0913 as many as the command has options
             layers=layers,
             layout=layout,
             eps=eps,
+            change_padding=change_padding,
             tolerance=tolerance,
             export=kind,
             benchmark=benchmark,
@@ -152,6 +158,25 @@ def fold_checkpoint(  # noqa: PLR0913 as many as the command has options
             )
         result.read_ranges()
     return result
+
+
+def _check_padding(output: object, *, has_model: bool, has_pairs: bool, writes: bool) -> None:
+    """Find out before any work whether what pads otherwise can go somewhere.
+
+    Raises:
+        UsageError: there is no model, or pairs are declared, or nothing is to be exported.
+        RefusedError: a checkpoint is to be written.
+    """
+    if not has_model or has_pairs:
+        raise UsageError("--change-padding changes modules of the traced model: give --model, without --pair")
+    if output is not None:
+        raise RefusedError(
+            "--change-padding makes a model that does not fit into the unmodified code, and a checkpoint cannot say "
+            "what a convolution pads with: leave out -o and write the program alone, with --export FILE",
+            path=Path(str(output)),
+        )
+    if not writes:
+        raise UsageError("--change-padding writes no checkpoint: give --export FILE")
 
 
 def _check_can_run(checkpoint: Checkpoint) -> None:

@@ -14,7 +14,7 @@ from torch import nn
 from bntool.checkpoints.application import change_state_dict
 from bntool.checkpoints.checkpoint import StateDict
 from bntool.choices import choose
-from bntool.errors import RefusedError, UserCodeError, VerificationError
+from bntool.errors import RefusedError, UsageError, UserCodeError, VerificationError
 from bntool.folding.layouts import apply_fold, plan_layout
 from bntool.folding.multiply_adds import Cost, count_cost
 from bntool.folding.options import Layout
@@ -67,6 +67,7 @@ def fold(
     layout: Layout | str = Layout.FOLDED,
     pairs: Mapping[str, str] | Sequence[str] = (),
     eps: float | None = None,
+    change_padding: bool = False,
     tolerance: float = TOLERANCE,
 ) -> FoldResult:
     """A copy of a model with every BatchNorm folded whose fold is exact, its outputs held against the original's.
@@ -79,15 +80,21 @@ def fold(
         pairs: what feeds which BatchNorm, declared instead of traced: ``["conv1=bn1"]`` as ``--pair`` takes it, or a
             mapping from the BatchNorm to its producer. The outputs are compared all the same.
         eps: of BatchNorms whose eps nothing tells.
+        change_padding: convolutions may pad with other values than zeros where that lets BatchNorms fold. Their modules
+            become bntool's (``plan.padding`` names them), with the values in a buffer: the state dict of such a copy
+            does not fit into the unmodified code.
         tolerance: see :func:`~bntool.verification.outputs.verify`.
 
     Raises:
-        UsageError: no usual input runs, and none was given; or there is no such layout; or a pair or eps is none.
+        UsageError: no usual input runs, and none was given; or there is no such layout; or a pair or eps is none; or
+            the padding may change, and the pairs or the layout do not let it.
         RefusedError: it is a compiled or exported program, or reads attributes of a BatchNorm that is folded.
         UserCodeError: the model raised.
         VerificationError: the outputs disagree, or cannot prove anything.
     """
     layout = choose(Layout, layout, option="layout")
+    if change_padding and pairs:
+        raise UsageError("pairs do not say what pads with zeros: change_padding needs the model traced")
     check_has_layers(model, "the model")
     inputs = find_input(model) if example_inputs is None else example_inputs
     state = read_state(model)
@@ -96,7 +103,7 @@ def fold(
         graph = add_eps(declare(state, declared), model)
     else:
         graph = trace(model, inputs)
-    plan = plan_layout(state, graph, layers=layers, layout=layout, eps=eps)
+    plan = plan_layout(state, graph, layers=layers, layout=layout, eps=eps, change_padding=change_padding)
     if not plan.steps:
         return FoldResult(copy_model(model), plan, None)
     proof = prove(model, plan, graph, state, inputs=[inputs], layers=layers, eps=eps, tolerance=tolerance)
@@ -147,7 +154,7 @@ def prove(
     """
     tried = [*with_random_inputs(inputs), *_find_one_sample(model, inputs[0])]
     points, unit = find_points(graph, plan), _spacing(state_dict)
-    change = _change(graph, layers=layers, layout=plan.layout, eps=eps)
+    change = _change(graph, plan, layers=layers, eps=eps)
 
     def attempt(plan: FoldPlan) -> tuple[nn.Module, Agreement]:
         folded = copy_model(model)
@@ -214,12 +221,13 @@ def add_eps(graph: ModelGraph, model: nn.Module) -> ModelGraph:
     return dataclasses.replace(graph, nodes=tuple(nodes))
 
 
-def _change(graph: ModelGraph, *, layers: Sequence[str], layout: Layout, eps: float | None) -> Any:
+def _change(graph: ModelGraph, plan: FoldPlan, *, layers: Sequence[str], eps: float | None) -> Any:
     """The same fold, for any copy of the model."""
 
     def change(model: nn.Module) -> None:
         state = read_state(model)
-        apply_fold(model, plan_layout(state, graph, layers=layers, layout=layout, eps=eps), state)
+        same = plan_layout(state, graph, layers=layers, layout=plan.layout, eps=eps, change_padding=plan.change_padding)
+        apply_fold(model, same, state)
 
     return change
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -17,7 +18,8 @@ from bntool.folding.options import Layout
 from bntool.folding.producers import Addend, Producer, read_producer
 from bntool.folding.scale_and_shift import ScaleAndShift, check_eps, choose_eps, read_scale_and_shift
 from bntool.folding.transforms.aliasing import has_to_copy
-from bntool.folding.transforms.storing_otherwise import StoringOtherwise, can_be_tried
+from bntool.folding.transforms.padding_values import PaddingValues
+from bntool.folding.transforms.storing_otherwise import Outcome, StoringOtherwise, can_be_tried
 from bntool.graphs.graph import Evidence, ModelGraph, Node, NodeKind, Owner
 from bntool.plan import Operation, Plan, RemoveModule, RemoveTensor, Skip, SkipReason, Step
 from bntool.representation import short_repr
@@ -38,6 +40,8 @@ class FoldPlan(Plan):
         layout: what becomes of the keys.
         stored: by layer how its output is stored now, where that is otherwise than before.
         changed: layers whose output is something else by now: a branch beside them went into them.
+        change_padding: convolutions could pad with other values than zeros.
+        padding: those that do; such a model does not fit into its unmodified code.
         below_zero: folded layers with a running_var that is negative, as rounding can make it, and positive with eps.
     """
 
@@ -45,6 +49,8 @@ class FoldPlan(Plan):
     layout: Layout = Layout.FOLDED
     stored: Mapping[str, StoredOutput] = field(default_factory=dict)
     changed: frozenset[str] = frozenset()
+    change_padding: bool = False
+    padding: tuple[str, ...] = ()
     below_zero: tuple[str, ...] = ()
 
     __repr__ = short_repr
@@ -57,6 +63,7 @@ def plan_fold(
     layers: Sequence[str] = (),
     layout: Layout = Layout.FOLDED,
     eps: float | None = None,
+    change_padding: bool = False,
 ) -> FoldPlan:
     """Plan to fold every BatchNorm whose fold is exact; every other one is skipped with its reason.
 
@@ -68,12 +75,14 @@ def plan_fold(
         layers: globs of BatchNorms to fold; none for all.
         layout: what becomes of the keys.
         eps: of BatchNorms whose eps the graph does not know.
+        change_padding: convolutions of a traced model may pad with other values than zeros, which no file can say.
 
     Raises:
         UsageError: a glob selects nothing; eps is neither in the graph nor given, contradicts the graph, or is none.
     """
     check_eps(eps)
-    return _Folder(with_derived(state_dict, graph), graph, layers=layers, layout=layout, eps=eps).plan()
+    derived = with_derived(state_dict, graph)
+    return _Folder(derived, graph, layers=layers, layout=layout, eps=eps, change_padding=change_padding).plan()
 
 
 @dataclass
@@ -83,6 +92,7 @@ class _Folder:
     layers: Sequence[str]
     layout: Layout
     eps: float | None
+    change_padding: bool
     producers: dict[str, Producer] = field(default_factory=dict)
     transforms: dict[str, ScaleAndShift] = field(default_factory=dict)
     removed: set[str] = field(default_factory=set)
@@ -93,6 +103,7 @@ class _Folder:
     obstacles: dict[str, tuple[Blocked, Blocked]] = field(default_factory=dict)
     stuck: Mapping[str, str] = field(default_factory=dict)
     addends: dict[str, Addend] = field(default_factory=dict)
+    paddings: Mapping[str, PaddingValues] = field(default_factory=dict)
     stored: dict[str, StoredOutput] = field(default_factory=dict)
     changed: set[str] = field(default_factory=set)
 
@@ -121,6 +132,8 @@ class _Folder:
             layout=self.layout,
             stored=self.stored,
             changed=frozenset(self.changed),
+            change_padding=self.change_padding,
+            padding=tuple(padding.node.layer for padding in self.paddings.values()),
             below_zero=tuple(layer for layer in order if self.transforms[layer].is_below_zero),
         )
 
@@ -277,10 +290,7 @@ class _Folder:
         layers = [layer for layer in layers if can_be_tried(self.transforms[layer])]
         if not layers or self.layout is Layout.SAME_KEYS or not self.graph.readers_known:
             return
-        storing = StoringOtherwise(
-            self.graph, self.state_dict, self.transforms, self.producers, frozenset(self.removed)
-        )
-        outcome = storing.fold(layers)
+        outcome = self.store_otherwise(layers)
         for target in outcome.targets.values():
             if isinstance(target, ScaleAndShift):
                 self.transforms[target.node.layer] = target
@@ -294,6 +304,16 @@ class _Folder:
             self.obstacles.pop(layer)
             self.done[layer] = fold
         self.stored, self.changed, self.stuck = outcome.stored, outcome.changed, outcome.reasons
+        self.paddings = outcome.paddings
+
+    def store_otherwise(self, layers: Sequence[str]) -> Outcome:
+        """What folds without another padding, and with one more of them, if that is allowed and gains something."""
+        around = StoringOtherwise(self.graph, self.state_dict, self.transforms, self.producers, frozenset(self.removed))
+        outcome = around.fold(layers)
+        if not self.change_padding or len(outcome.folds) == len(layers):
+            return outcome
+        wider = dataclasses.replace(around, first=frozenset(outcome.folds), change_padding=True).fold(layers)
+        return wider if outcome.folds.keys() < wider.folds.keys() else outcome
 
     def target(self, absorber: Absorber) -> Producer | ScaleAndShift:
         """What takes the scale and shift, as it is by now."""
@@ -324,6 +344,8 @@ class _Folder:
             yield from self.producers.pop(name).steps(self.graph, self.state_dict)
         for addend in self.addends.values():
             yield from addend.steps(self.graph, self.state_dict)
+        for padding in self.paddings.values():
+            yield from padding.steps(self.graph, self.state_dict)
         for layer in self.graph.batchnorms:
             own = self.transforms.get(layer)
             if own is None:

@@ -44,6 +44,13 @@ def warn_of_fold(
             )
     if plan.layout is Layout.SAME_KEYS and find_optimizers(checkpoint):
         yield "the optimizer state was kept, but belongs to the weights before folding"
+    if plan.padding:
+        count = len(plan.padding)
+        which = "1 convolution pads" if count == 1 else f"{count:,} convolutions pad"
+        yield (
+            f"{which} with other values than zeros (the first is {plan.padding[0]}): "
+            "the folded model does not fit into the unmodified code"
+        )
     if plan.below_zero:
         first, count = plan.below_zero[0], len(plan.below_zero)
         yield (

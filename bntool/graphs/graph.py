@@ -91,6 +91,7 @@ class Node:
         eps: of a BatchNorm.
         training: a BatchNorm that normalises by batch statistics.
         padded: a convolution that reads zeros beyond the border.
+        pads_itself: the module of the convolution adds these zeros, and could add other values.
         centred: a convolution whose outputs lie where its inputs do, with a tap in the middle of its kernel.
         strides: of a convolution without dilation whose kernel has a middle, which meets the first position: two of
             them with the same strides can be one. () for every other.
@@ -116,6 +117,7 @@ class Node:
     eps: float | None = None
     training: bool = False
     padded: bool = False
+    pads_itself: bool = False
     centred: bool = False
     strides: tuple[int, ...] = ()
     factors: tuple[float, ...] = ()

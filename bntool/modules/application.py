@@ -15,7 +15,8 @@ from bntool.checkpoints.tensors import Tensor
 from bntool.errors import UsageError
 from bntool.modules.finding import find_name_prefix, find_wrapper_prefix, walk_modules
 from bntool.modules.loading import LiveTensor, load_state
-from bntool.plan import AddTensor, Plan, RemoveModule, RemoveTensor, RenameTensor, SetAttribute, Step
+from bntool.modules.padding import change_padding
+from bntool.plan import AddTensor, ChangePadding, Plan, RemoveModule, RemoveTensor, RenameTensor, SetAttribute, Step
 
 _HOOKS = ("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called")
 _AFTER_NORM = ("drop", "act")  # children of combined modules, in the order in which they run
@@ -64,12 +65,14 @@ def change_structure(model: nn.Module, steps: Iterable[Step]) -> None:
             module = _find(modules, step.module)
             parent._modules[leaf] = remaining = what_remains(module, copies=step.copies)
             _add_neutral_tensors(remaining, means[step.module], getattr(module, "eps", None))
+        elif isinstance(step, ChangePadding):
+            change_padding(_find(modules, step.module))
         elif isinstance(step, SetAttribute):
             _set_attribute(_find(modules, step.module), step)
 
 
 def _find_place(step: Step) -> str:
-    if isinstance(step, RemoveModule | SetAttribute):
+    if isinstance(step, RemoveModule | ChangePadding | SetAttribute):
         return f"{step.module}."
     return step.name if isinstance(step, AddTensor | RemoveTensor) else ""
 

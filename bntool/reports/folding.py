@@ -32,6 +32,7 @@ def describe_fold(result: CheckpointFold) -> dict[str, Any]:
         "operation": "fold",
         "state_dict": plan.state_dict,
         "layout": plan.layout.value,
+        "padding": list(plan.padding),
         "folds": [fold.describe() for fold in plan.folds],
         "skips": [{"layer": s.layer, "reason": s.reason.value, "detail": s.detail} for s in plan.skips],
         "architectures": [architecture.describe() for architecture in result.architectures],

@@ -78,6 +78,7 @@ class ChannelTransforms:
         removed: BatchNorms that are the identity by now.
         absorbs: whether a convolution, linear, BatchNorm or bias can take what is left on either side of it.
         takes_shift: whether it can take a shift, too.
+        changes_padding: whether a convolution that pads with zeros can pad with other values; None for none.
     """
 
     graph: ModelGraph
@@ -85,6 +86,7 @@ class ChannelTransforms:
     removed: Collection[str]
     absorbs: Callable[[Node], bool]
     takes_shift: Callable[[Node], bool]
+    changes_padding: Callable[[Node], bool] | None = None
     bases: dict[int, tuple[int, int]] = field(default_factory=dict)  # first scale and shift of unknown outputs, by node
     calls: dict[tuple[NodeKind, str], list[Node]] = field(default_factory=dict)
     gone: set[str] = field(default_factory=set)  # the layers that disappear
@@ -348,7 +350,7 @@ class ChannelTransforms:
         if read is None or (node.kind is NodeKind.BATCH_NORM and len(read.scales) != node.channels):
             self._pin(node, 0)
             return
-        if node.padded or not self.takes_shift(node):
+        if self._needs_zeros(node) or not self.takes_shift(node):
             self.shifts.fix(read.shifts, node.index)
         calls = self.calls[find_weight(node)]
         if len(calls) > 1 and calls[0] is not node:
@@ -358,6 +360,9 @@ class ChannelTransforms:
                 self._pin(calls[0], 0)
                 return
             self._equate(read, same, node.index)
+
+    def _needs_zeros(self, node: Node) -> bool:
+        return node.padded and (self.changes_padding is None or not self.changes_padding(node))
 
     def _add_rule(self, node: Node, rule: Rule) -> None:
         given = self.outputs(node)
@@ -462,6 +467,24 @@ class ChannelTransforms:
             raise Stuck(self._explain(problem, layer, np.ones(1))) from problem
         self.scales.commit()
         self.shifts.commit()
+
+    def keep_paddings(self) -> None:
+        """Let each padding that could change, and need not, stay what it is: called when all is decided."""
+        for node in [call for calls in self.calls.values() for call in calls]:
+            read = self.inputs(node, 0) if node.padded and not self._needs_zeros(node) else None
+            if read is None:
+                continue
+            self.scales.begin()
+            self.shifts.begin()
+            try:
+                self.shifts.fix(read.shifts, node.index)
+                self.shifts.simplify()
+            except Contradiction:
+                self.scales.roll_back()
+                self.shifts.roll_back()
+            else:
+                self.scales.commit()
+                self.shifts.commit()
 
     def _explain(self, problem: Contradiction, layer: str, scale: Array) -> str:
         own = {call.index for call in self.graph.batchnorms[layer]}

@@ -23,6 +23,7 @@ from bntool.folding.transforms.aliasing import is_private
 from bntool.folding.transforms.branches import IdentityBranch, find_branch
 from bntool.folding.transforms.channel_transforms import ChannelTransforms, Stuck, Transform, as_indices, is_whole
 from bntool.folding.transforms.operations import Shift, find_rule
+from bntool.folding.transforms.padding_values import PaddingValues
 from bntool.graphs.graph import ModelGraph, Node, NodeKind, Owner
 from bntool.representation import format_number
 from bntool.verification.stored_outputs import StoredOutput
@@ -46,6 +47,7 @@ class Outcome:
         stored: by layer how its output is stored now, where that is otherwise than before.
         changed: layers whose output is something else by now: a branch beside them went into them.
         reasons: for each BatchNorm that is left what stands in the way.
+        paddings: by the names of weights what convolutions pad with instead of zeros.
     """
 
     folds: dict[str, Fold] = field(default_factory=dict)
@@ -53,6 +55,7 @@ class Outcome:
     stored: dict[str, StoredOutput] = field(default_factory=dict)
     changed: set[str] = field(default_factory=set)
     reasons: dict[str, str] = field(default_factory=dict)
+    paddings: dict[str, PaddingValues] = field(default_factory=dict)
 
 
 class _GivenUp(Exception):  # noqa: N818 an answer, not an error of the program
@@ -72,6 +75,8 @@ class StoringOtherwise:
         transforms: every BatchNorm that may be changed, as it is by now.
         producers: convolutions and linears that have taken something.
         removed: BatchNorms that are the identity by now.
+        first: BatchNorms that are tried before others: they fold without another padding.
+        change_padding: convolutions that pad with zeros by themselves may pad with other values.
     """
 
     graph: ModelGraph
@@ -79,9 +84,11 @@ class StoringOtherwise:
     transforms: Mapping[str, ScaleAndShift]
     producers: Mapping[str, Producer]
     removed: frozenset[str]
-    _known: dict[str, Target | None] = field(default_factory=dict)
-    _calls: dict[str, set[int]] = field(default_factory=dict)
-    _branches: dict[str, IdentityBranch] = field(default_factory=dict)
+    first: frozenset[str] = frozenset()
+    change_padding: bool = False
+    _known: dict[str, Target | None] = field(default_factory=dict, init=False)
+    _calls: dict[str, set[int]] = field(default_factory=dict, init=False)
+    _branches: dict[str, IdentityBranch] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
         for node in self.graph.nodes:
@@ -154,8 +161,11 @@ class StoringOtherwise:
     def _solve(self, layers: Sequence[str], outcome: Outcome) -> ChannelTransforms | None:
         if not layers:
             return None
-        system = ChannelTransforms(self.graph, frozenset(layers), self.removed, self._absorbs, self._takes_shift)
-        for layer in sorted(layers, key=self._can_stay):  # those that could not stay as they please go first
+        changes = self._changes_padding if self.change_padding else None
+        system = ChannelTransforms(
+            self.graph, frozenset(layers), self.removed, self._absorbs, self._takes_shift, changes
+        )
+        for layer in sorted(layers, key=self._order):
             own = self.transforms[layer]
             try:
                 system.remove(layer, own.scale, own.shift)
@@ -171,9 +181,19 @@ class StoringOtherwise:
         if not outcome.folds:
             return None
         system.close()
+        if self.change_padding:
+            system.keep_paddings()
         for layer in outcome.folds:
             self._check_noise(system, layer)
         return system
+
+    def _changes_padding(self, node: Node) -> bool:
+        """Whether the module that pads is called as a module, and pads nothing else."""
+        return node.pads_itself and node.layer in self.graph.ran
+
+    def _order(self, layer: str) -> tuple[bool, bool]:
+        """What folds anyway goes first, then those that could not stay as they please."""
+        return layer not in self.first, self._can_stay(layer)
 
     def _can_stay(self, layer: str) -> bool:
         return self.transforms[layer].can_absorb and len(self.graph.batchnorms[layer]) == 1
@@ -224,7 +244,7 @@ class StoringOtherwise:
             self._merge(branch, system, outcome)
             name = branch.convolution.layer or _name_of(branch.convolution)
             outcome.folds[layer] = Fold(layer, (name,), Level.BRANCH, False, (name,), (name,))
-        for target in outcome.targets.values():
+        for target in (*outcome.targets.values(), *outcome.paddings.values()):
             try:
                 target.check(self.state_dict)
             except Blocked as blocked:
@@ -237,6 +257,7 @@ class StoringOtherwise:
         return own or [next(reversed(outcome.folds))]
 
     def _transform_absorbers(self, system: ChannelTransforms, outcome: Outcome) -> None:
+        changes = self.change_padding
         for node in system.absorbers():
             if node.kind is NodeKind.BATCH_NORM and node.layer in self._branches:
                 continue
@@ -246,6 +267,10 @@ class StoringOtherwise:
                 continue
             if isinstance(target, Producer):
                 outcome.targets[_name_of(node)] = target.transform(read, given, self.state_dict)
+                if (
+                    changes and self._changes_padding(node) and read is not None and read.has_shift
+                ):  # zero is stored as this
+                    outcome.paddings[_name_of(node)] = PaddingValues(node, read.scale * read.shift)
             elif isinstance(target, ScaleAndShift):
                 outcome.targets[_BATCHNORM + node.layer] = target.transform(read, given)
 

@@ -8,13 +8,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bntool.batchnorm import VECTORS
 from bntool.graphs.graph import NodeKind, Owner
 from bntool.graphs.traced import operators
 from bntool.graphs.traced.labels import varying_axis
 from bntool.graphs.traced.parameters import Parameter, ParameterIndex
+from bntool.modules.padding import find_amounts
 
 _CLOSE = 1e-4  # relative; a frozen BatchNorm computes its scale in the dtype of its buffers
 
@@ -269,7 +270,20 @@ def _convolution(name: str, kind: NodeKind, given: Callable[[str], Any], roles: 
     if any(size > 1 and dilation > 1 for size, dilation in _spread_dilations(given)):
         strides = ()
     groups = {"groups": int(given("groups")), "padded": padded, "centred": centred, "strides": strides}
+    groups["pads_itself"] = plain and padded and _pads_itself(given, roles)
     return CallFacts(kind, (given("input"),), axis=1, details={**roles.details(anchor="weight"), **groups})
+
+
+def _pads_itself(given: Callable[[str], Any], roles: _Roles) -> bool:
+    """Whether a plain module of torch runs a convolution, with the padding that it has itself."""
+    weight = roles.found.get("weight")
+    module = None if weight is None else weight.owner
+    if type(module) not in (nn.Conv1d, nn.Conv2d, nn.Conv3d) or "forward" in vars(module):
+        return False
+    assert isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
+    amounts = find_amounts(module)
+    wanted = [size for size in _spread(given("padding"), len(module.kernel_size)) for _ in range(2)]
+    return module.padding_mode == "zeros" and list(reversed(amounts)) == wanted
 
 
 def _has_middle(given: Callable[[str], Any]) -> bool:
