@@ -64,7 +64,7 @@ def command(
         bool,
         typer.Option(
             "--change-padding",
-            help="Let convolutions pad with other values than zeros where that lets BatchNorms fold (XCiT, ConvMixer). "
+            help="Let convolutions pad with other values than zeros where that lets BatchNorms fold (XCiT). "
             "The model then no longer fits its code: with --model and --export alone, not with -o.",
         ),
     ] = False,
@@ -138,7 +138,7 @@ def command(
     from bntool.reports.report import FileReport, Report
 
     form = options.choose_form(report_as, as_json=as_json)
-    options.require_output(output, unless=dry_run or export is not None)
+    options.require_output(output, unless=dry_run or export is not None or change_padding)
     options.check_html(html, force=force, inputs=(checkpoint,), outputs=(output, export))
     options.check_specs(model, data)
     with user_output_to_stderr(), show_progress(as_json=form is not None, quiet=quiet) as progress:
