@@ -124,13 +124,13 @@ def average_checkpoints(
         sources = [opened.enter_context(open_checkpoint(path)) for path in paths]
         check_changeable(sources[0])
         for one in sources:
-            check_output(one, target, force=force, written=sources[0].format.name)
+            check_output(one, target, force=force, keeps_format=one is sources[0])
         _check_format(sources[0])
         chosen = [choose_state_dict(one, state_dict) for one in sources]
         other = None
         if statistics_from is not None:
             given = opened.enter_context(open_checkpoint(statistics_from))
-            check_output(given, target, force=force, written=sources[0].format.name)
+            check_output(given, target, force=force, keeps_format=False)
             other = choose_state_dict(given, state_dict)
         planned = _plan_average(sources, chosen, shares, statistics_from=statistics_from, statistics=other)
         if target is None:

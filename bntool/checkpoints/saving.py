@@ -30,13 +30,14 @@ def find_misnamed(written: str, output: Path) -> str | None:
     return "torch" if written == "safetensors" and output.suffix in _ENDINGS_OF_TORCH else None
 
 
-def check_output(checkpoint: Checkpoint, output: Path | None, *, force: bool, written: str | None = None) -> None:
+def check_output(checkpoint: Checkpoint, output: Path | None, *, force: bool, keeps_format: bool = True) -> None:
     """Find out before any work whether the output can be written.
 
     Args:
         output: None for none.
         force: replace a file that exists.
-        written: the name of the format that it will have; None for that of the checkpoint.
+        keeps_format: what is written has the format of the checkpoint; its name must not say another, unless the
+            checkpoint's own ends so.
 
     Raises:
         UsageError: the output is the input, or has the name of another format than its own.
@@ -45,11 +46,13 @@ def check_output(checkpoint: Checkpoint, output: Path | None, *, force: bool, wr
     if output is not None:
         check_output_differs(checkpoint.file, output)
         OutputFiles(force=force).check(output)
-        named = find_misnamed(written or checkpoint.format.name, output)
-        if named is not None:
-            what = f"would be {written}" if written else f"would be {checkpoint.format.title} as {checkpoint.path} is"
-            way = "" if written else f", and bntool convert --to {named} what was written"
-            raise UsageError(f"its name says {named}, but it {what}: give it another ending{way}", path=output)
+        named = find_misnamed(checkpoint.format.name, output) if keeps_format else None
+        if named is not None and not str(checkpoint.path).endswith(output.suffix):
+            raise UsageError(
+                f"its name says {named}, but it would be {checkpoint.format.title} as {checkpoint.path} is: give it "
+                f"another ending, and bntool convert --to {named} what was written",
+                path=output,
+            )
 
 
 def save_checkpoint(checkpoint: Checkpoint, path: str | os.PathLike[str], *, force: bool = False) -> None:

@@ -263,9 +263,7 @@ def command(
     arguments = parse_assignments(model_arg or ())
     with open_checkpoint(checkpoint) as source:  # what is wrong with the files is said before torch is imported
         check_changeable(source)
-        check_output(
-            source, None if dry_run else partial or output, force=force, written="safetensors" if partial else None
-        )
+        check_output(source, None if dry_run else partial or output, force=force, keeps_format=partial is None)
         with user_output_to_stderr(), show_progress(as_json=form is not None, quiet=quiet) as progress:
             progress(Progress("importing torch"))
             from bntool.recalibration.checkpoint import recalibrate_checkpoint

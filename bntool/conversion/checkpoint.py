@@ -107,7 +107,7 @@ def convert(  # noqa: PLR0913 as many as the command has options
     target = None if output is None else Path(output)
     with open_checkpoint(path) as source:
         goal = _find_format(source, target) if to is None else choose(ConversionTarget, to, option="to")
-        check_output(source, target, force=force, written=goal.value if goal in _NEW_FORMATS else None)
+        check_output(source, target, force=force, keeps_format=goal not in _NEW_FORMATS)
         renaming = _rename(
             source,
             state_dict,
@@ -159,7 +159,9 @@ def convert(  # noqa: PLR0913 as many as the command has options
 
 def _find_format(source: Checkpoint, output: Path | None) -> ConversionTarget | None:
     """The format that the name of the output says, where it is another one than the source's."""
-    return None if output is None else _TARGETS_BY_NAME.get(find_misnamed(source.format.name, output) or "")
+    if output is None or str(source.path).endswith(output.suffix or "/"):
+        return None
+    return _TARGETS_BY_NAME.get(find_misnamed(source.format.name, output) or "")
 
 
 def _rename(

@@ -145,7 +145,7 @@ def recalibrate_checkpoint(  # noqa: PLR0913, PLR0915 as many as the command has
         check_can_resume(method, every=resume_every)
     with join_job() as ranks, open_source(path) as source, _seeded(seed):
         check_changeable(source)
-        check_output(source, part if is_share else target, force=force, written="safetensors" if is_share else None)
+        check_output(source, part if is_share else target, force=force, keeps_format=not is_share)
         chosen = choose_state_dict(source, state_dict)
         check_not_folded(source.records.get(chosen.key, ()), source.path)
         live = build_model(model, chosen, arguments=model_arguments, device=device, may_lack=STATISTICS)

@@ -67,7 +67,6 @@ def test_no_command_names_a_file_as_another_format(tmp_path, capsys):
         ["freeze", SAMPLES / "digits.pt", "-o", tmp_path / "b.safetensors"],
         ["average", SAMPLES / "digits.pt", safetensors, "-o", tmp_path / "b.safetensors"],
         ["average", safetensors, SAMPLES / "digits.pt", "-o", tmp_path / "b.pt"],
-        ["convert", SAMPLES / "digits.pt", "--to", "safetensors", "-o", tmp_path / "b.pt"],
     ):
         assert main([str(argument) for argument in arguments]) == 2
         assert f"{arguments[-1]}: its name says " in capsys.readouterr().err
