@@ -5,6 +5,7 @@ along, which is answered by the number of the process; or to wait for a process,
 program ends as in a process of its own.
 """
 
+import faulthandler
 import gc
 import importlib
 import json
@@ -24,6 +25,7 @@ def become(command, folder, environment, streams):
     os.chdir(folder)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background
     signal.alarm(120)
+    faulthandler.dump_traceback_later(110)  # says where it waits
     sys.argv = command
     if sys.argv[0] == "-m":
         del sys.argv[0]

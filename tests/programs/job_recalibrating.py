@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from bntool.recalibration.live import recalibrate
+from tests.programs.leaving import leave_job
 from tests.recalibration.calibration_network import Network, make_batches
 
 
@@ -23,8 +24,7 @@ def main() -> None:
     assert result.batches == count
     assert model.require_forward_param_sync  # as it was: the next forward of the job is its first
     torch.save(model.module.state_dict(), folder / f"rank{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+    leave_job()
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 from bntool.errors import RefusedError
 from bntool.freezing.live import freeze
 from tests.fixtures.models.mmdet_resnet import detector
+from tests.programs.leaving import leave_job
 
 # DDP takes SyncBatchNorm on a GPU only; on a CPU a frozen one trains in a process group, because it asks nobody
 CASES = ("norm_eval", "both", "converted, norm_eval", "converted, both", "norm_eval, then converted")
@@ -68,8 +69,7 @@ def main() -> None:
         (folder / "refused.json").write_text(json.dumps({"message": message, "synchronises": synchronises}))
     policy = freeze(DistributedDataParallel(detector()))  # modes alone may change under DDP
     assert "backbone.bn1" in policy.layers
-    dist.barrier()
-    dist.destroy_process_group()
+    leave_job()
 
 
 if __name__ == "__main__":

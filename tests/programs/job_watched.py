@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from bntool.integrations.watching import WatchingHook
+from tests.programs.leaving import leave_job
 
 
 def main() -> None:
@@ -27,7 +28,7 @@ def main() -> None:
             break
     verdict = watch.last.summary.verdict
     (folder / f"{rank}.txt").write_text(f"{step} {verdict.health.value} {watch.last.is_sick}")
-    dist.destroy_process_group()
+    leave_job()
 
 
 if __name__ == "__main__":
