@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+
 import torch
 
 
@@ -12,6 +14,16 @@ def storage_key(tensor: torch.Tensor) -> int:
         NotImplementedError: it has none, as sparse tensors.
     """
     return int(tensor.untyped_storage()._cdata)
+
+
+def storage_keys(tensors: Iterable[torch.Tensor]) -> Iterator[int]:
+    """The storages of tensors, without those that have none: sparse tensors."""
+    for tensor in tensors:
+        try:
+            key = storage_key(tensor)
+        except NotImplementedError:
+            continue
+        yield key
 
 
 def share_elements(first: torch.Tensor, second: torch.Tensor) -> bool:

@@ -20,7 +20,7 @@ from bntool.errors import RefusedError
 from bntool.modules.borrowing import Borrowed
 from bntool.modules.calling import tensors_in
 from bntool.modules.finding import original_class
-from bntool.modules.memory import count_writes, share_elements, storage_key
+from bntool.modules.memory import count_writes, share_elements, storage_key, storage_keys
 
 Observe = Callable[[str, torch.nn.Module, torch.Tensor], None]
 _TORCH = (_BatchNorm.forward, SyncBatchNorm.forward)
@@ -235,8 +235,8 @@ class StatisticsReads(TorchFunctionMode):
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if getattr(function, "__name__", "") not in _PASSIVE:
-            with torch._C.DisableTorchFunction(), contextlib.suppress(NotImplementedError):
-                keys = map(storage_key, tensors_in((args, kwargs)))
+            with torch._C.DisableTorchFunction():
+                keys = storage_keys(tensors_in((args, kwargs)))
                 self.layers.update(self._names[key] for key in keys if key in self._names)
         return function(*args, **(kwargs or {}))
 

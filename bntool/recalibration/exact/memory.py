@@ -15,7 +15,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bntool.modules.calling import tensors_in
-from bntool.modules.memory import storage_key
+from bntool.modules.memory import storage_keys
 
 _ARENA, _STACK = 64 << 20, 8 << 20  # glibc's heaps on 64 bits, and Linux's usual stack
 _SPARE = 0.6  # share of memory that tensors can fill: kernels need room, allocators keep what was freed
@@ -82,7 +82,7 @@ class LiveTensors(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self, known: Iterable[torch.Tensor] = ()) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.has_unknown = False
-        self._known = set(_find_keys(known))
+        self._known = set(storage_keys(known))
         self.live = 0
         self.peak = 0
         self.waits: list[int] = []
@@ -100,7 +100,7 @@ class LiveTensors(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is not torch.ops.aten.lift_fresh.default:  # a tensor of the numbers that a model names
-            given = _find_keys(tensors_in((args, kwargs)))
+            given = storage_keys(tensors_in((args, kwargs)))
             self.has_unknown |= any(key not in self._known and key not in self._sizes for key in given)
         result = func(*args, **(kwargs or {}))
         for tensor in tensors_in(result):
@@ -108,24 +108,18 @@ class LiveTensors(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return result
 
     def _add(self, tensor: torch.Tensor) -> None:
-        with contextlib.suppress(NotImplementedError):  # sparse tensors have no storage
-            storage, key = tensor.untyped_storage(), storage_key(tensor)
-            if key in self._sizes:
-                return
-            self._sizes[key] = storage.nbytes()
-            self._references[key] = weakref.ref(storage, lambda _gone: self._remove(key))
-            self.live += storage.nbytes()
-            self.peak = max(self.peak, self.live)
+        key = next(storage_keys([tensor]), None)
+        if key is None or key in self._sizes:
+            return
+        storage = tensor.untyped_storage()
+        self._sizes[key] = storage.nbytes()
+        self._references[key] = weakref.ref(storage, lambda _gone: self._remove(key))
+        self.live += storage.nbytes()
+        self.peak = max(self.peak, self.live)
 
     def _remove(self, key: int) -> None:
         self.live -= self._sizes.pop(key, 0)
         self._references.pop(key, None)
-
-
-def _find_keys(tensors: Iterable[torch.Tensor]) -> Iterator[int]:
-    for tensor in tensors:
-        with contextlib.suppress(NotImplementedError):  # sparse tensors have no storage
-            yield storage_key(tensor)
 
 
 def find_available(device: torch.device | None) -> int | None:

@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from bntool.data.batches import Batch, copy_batch
 from bntool.errors import RefusedError
 from bntool.modules.calling import tensors_in
-from bntool.modules.memory import storage_key
+from bntool.modules.memory import storage_key, storage_keys
 from bntool.recalibration.exact.memory import find_available
 
 _IN_MEMORY = ("tmpfs", "ramfs")  # file systems that would save nothing
@@ -282,8 +282,8 @@ class MovableBatch(KeptBatch):
             self.bring_back()
 
     def touch(self, tensor: torch.Tensor) -> None:
-        with contextlib.suppress(NotImplementedError):  # sparse tensors have no storage
-            self._aside.bring_back(storage_key(tensor))
+        for key in storage_keys([tensor]):
+            self._aside.bring_back(key)
 
     def bring_back(self) -> None:
         for key in self._held.keys:
@@ -341,16 +341,13 @@ class HeldStorages(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return [storage for reference in list(self._storages.values()) if (storage := reference()) is not None]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = set()
-        for tensor in tensors_in((args, kwargs)):
-            with contextlib.suppress(NotImplementedError):  # sparse tensors have no storage
-                given.add(storage_key(tensor))
+        given = set(storage_keys(tensors_in((args, kwargs))))
         for key in given:
             self._aside.bring_back(key)
         result = func(*args, **(kwargs or {}))
         for tensor in tensors_in(result):
-            with contextlib.suppress(NotImplementedError):
-                if storage_key(tensor) not in given:  # else a view, of a weight perhaps
+            for key in storage_keys([tensor]):
+                if key not in given:  # else a view, of a weight perhaps
                     self.add(tensor)
         return result
 
