@@ -172,6 +172,7 @@ class Format(ABC):
     is_for_inference: bool = False  # its files are programs in which nothing trains
     needs_prototxt: bool = False  # its files are run and trained by a .prototxt beside them
     takes_keras_config: bool = False  # its files may be of weights alone, whose layers a configuration says
+    application: str = ""  # the public model whose configuration is assumed, by names and shapes
     described_by: str = ""  # ends the name of the file beside it that says what the model is
     holds_code: bool = False  # files of this format carry programs, not only data
     read_only: str = ""  # why its files are only read, and what to do instead

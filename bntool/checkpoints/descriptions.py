@@ -24,7 +24,8 @@ def describe_model(
 
     Args:
         prototxt: the net of a Caffe model; None where none is given.
-        keras_config: the configuration of a Keras model, or a whole model of the same layers.
+        keras_config: the configuration of a Keras model, or a whole model of the same layers; None for that of a model
+            of keras.applications, where the weights are recognised as such a model's.
         output: the file of weights to write, beside which a changed description will stand; None in a dry run.
         force: replace a description that stands there.
 
@@ -38,6 +39,8 @@ def describe_model(
     if keras_config is not None and not checkpoint.format.takes_keras_config:
         raise UsageError("--keras-config goes with an .h5 file of Keras weights", path=checkpoint.path)
     given = prototxt if prototxt is not None else keras_config
+    if given is None and checkpoint.format.takes_keras_config:
+        return _recognise(checkpoint, output=output, force=force)
     if given is None:
         if checkpoint.format.needs_prototxt and output is not None:
             raise RefusedError(
@@ -70,6 +73,20 @@ def _configure(checkpoint: Checkpoint, file: SourceFile) -> tuple[Checkpoint, Mo
     from bntool.checkpoints.keras.configuration import configure, edit_configuration, read_configuration
 
     return configure(checkpoint, read_configuration(file)), edit_configuration
+
+
+def _recognise(
+    checkpoint: Checkpoint, *, output: Path | None, force: bool
+) -> tuple[Checkpoint, ModelDescription | None]:
+    """Weights alone of a model of keras.applications as its configuration runs them; all others as they are."""
+    from bntool.checkpoints.keras.configuration import configure_recognised, edit_configuration
+
+    recognised = configure_recognised(checkpoint, writes=output is not None)
+    if recognised is None:
+        return checkpoint, None
+    if output is not None:
+        OutputFiles(force=force).check(place_beside(output, ending=recognised.format.described_by))
+    return recognised, edit_configuration
 
 
 def write_description(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -85,6 +86,11 @@ def _read(known: Knowledge) -> ModelGraph | None:
     graph = read_stored_graph(known.checkpoint) if known.checkpoint is not None else None
     if graph is not None and (known.pairs or known.model is not None or known.architecture is not None):
         raise UsageError("this file holds its graph: leave out --pair, --model and --arch")
+    if graph is not None and known.checkpoint is not None and known.checkpoint.format.application:
+        from bntool.graphs.architectures.recognition import describe_application
+
+        architecture = describe_application(known.checkpoint.format.application, known.state_dict)
+        return dataclasses.replace(graph, evidence=Evidence.ASSUMED, architectures=(architecture,))
     return graph
 
 

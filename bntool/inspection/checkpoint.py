@@ -16,7 +16,7 @@ from bntool.checkpoints.dtypes import NumberKind
 from bntool.checkpoints.state_dicts import choose_state_dict, may_hold_average
 from bntool.checkpoints.tensors import StoredTensor, Tensor, announce, has_elements, read_numbers
 from bntool.errors import BntoolError
-from bntool.graphs.architectures.recognition import give_eps, recognise
+from bntool.graphs.architectures.recognition import describe_application, give_eps, recognise
 from bntool.inspection.file_findings import find_in_file, find_in_state_dict
 from bntool.inspection.findings import Finding, FindingCode, IgnoredFinding, Severity
 from bntool.inspection.judging import add_configured, judge
@@ -84,7 +84,7 @@ def inspect(  # noqa: PLR0913 as many as the command has options
         CorruptFileError: a tensor that must be read cannot be, or a checksum differs.
     """
     with open_source(source) as checkpoint:
-        if prototxt is not None or keras_config is not None:
+        if prototxt is not None or keras_config is not None or checkpoint.format.takes_keras_config:
             from bntool.checkpoints.descriptions import describe_model
 
             checkpoint, _ = describe_model(  # noqa: PLW2901
@@ -209,8 +209,11 @@ def _inspect_state_dict(
     norms = find_norms(state_dict)
     architectures = recognise(state_dict)
     norms = give_eps(norms, architectures)
+    application = checkpoint.format.application
     own = [norm for norm in norms if norm.kind.is_batch_norm or is_batch_norm_without_statistics(norm)]
     expected = find_expected(architectures, own)
+    if application:
+        architectures = (describe_application(application, state_dict),)
     announce(
         t for norm in own if selects(layers, norm.name) for t in norm.tensors.values() if _count(t) <= MAX_CHANNELS
     )

@@ -436,6 +436,24 @@ def weights_alone() -> None:
                 assert fold.plan.layers, name
 
 
+def recognise_applications() -> None:
+    """Weights alone of keras.applications, without a word of the model they are of."""
+    for name in ZOO:
+        model = getattr(applications, name)(weights=None)
+        shown = np.random.default_rng(0).uniform(-1, 1, (1, *model.input_shape[1:])).astype(np.float32)
+        with tempfile.TemporaryDirectory() as folder:
+            weights = Path(folder) / "given.weights.h5"
+            model.save_weights(weights)
+            if name.startswith("EfficientNetB"):
+                continue  # published weights are run with a layer more: refused
+            fold = fold_checkpoint(weights, Path(folder) / "folded.weights.h5")
+            folded = keras.models.model_from_json((Path(folder) / "folded.json").read_text())
+            folded.load_weights(Path(folder) / "folded.weights.h5")
+            error = compare([model.predict(shown, verbose=0)], [folded.predict(shown, verbose=0)])
+        print(f"{name} recognised: {len(fold.plan.layers)} folded, relative error {error:.1e}")
+        assert error <= TOLERANCE, name
+
+
 def splice() -> None:
     """SpliceAI's five networks with their real weights, from the package that ships them (models for research only)."""
     spec = importlib.util.find_spec("spliceai")  # its own code needs more than its files
@@ -484,4 +502,5 @@ if __name__ == "__main__":
         freeze()
         splice()
         weights_alone()
+        recognise_applications()
         zoo([])

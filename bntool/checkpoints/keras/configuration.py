@@ -13,6 +13,7 @@ from bntool.checkpoints.checkpoint import Checkpoint, LoadingCode
 from bntool.checkpoints.containers.hdf5 import MAGIC, Hdf5Contents, read_hdf5
 from bntool.checkpoints.containers.zips.reading import LOCAL_MAGIC, read_archive
 from bntool.checkpoints.files import SourceFile, quote
+from bntool.checkpoints.keras.applications import recognise_application
 from bntool.checkpoints.keras.content import KerasContent, WeightsLayout, make_checkpoint, read_content
 from bntool.checkpoints.keras.files import CONFIG, MODEL_CONFIG, KerasHdf5
 from bntool.checkpoints.keras.model import MAX_CONFIG, KerasLayer, KerasModel, find_references, parse_config, read_model
@@ -34,7 +35,7 @@ Minimum Concatenate Dot Flatten Reshape Permute RepeatVector Masking Identity Re
 ZeroPadding1D ZeroPadding2D ZeroPadding3D Cropping1D Cropping2D Cropping3D UpSampling1D UpSampling2D UpSampling3D
 MaxPooling1D MaxPooling2D MaxPooling3D AveragePooling1D AveragePooling2D AveragePooling3D GlobalMaxPooling1D
 GlobalMaxPooling2D GlobalMaxPooling3D GlobalAveragePooling1D GlobalAveragePooling2D GlobalAveragePooling3D TFOpLambda
-SlicingOpLambda
+SlicingOpLambda CustomScaleLayer
 """
 _WITH_WEIGHTS = """
 Embedding LSTM GRU SimpleRNN CuDNNLSTM CuDNNGRU ConvLSTM1D ConvLSTM2D ConvLSTM3D Bidirectional MultiHeadAttention PReLU
@@ -110,6 +111,28 @@ def _configure(checkpoint: Checkpoint, config: Any) -> Checkpoint:
     )
 
 
+def configure_recognised(checkpoint: Checkpoint, *, writes: bool) -> Checkpoint | None:
+    """Weights alone of a model of keras.applications as layers of that model; None where they are of no such model.
+
+    Raises:
+        RefusedError: something is to be written, and published weights are run otherwise than those of one's own.
+    """
+    content = KerasContent.of(checkpoint)
+    application = recognise_application(content) if content.config is None else None
+    if application is None:
+        return None
+    if writes and application.is_ambiguous:
+        raise RefusedError(
+            f"names and shapes fit {application.name}, whose input is rescaled once more where the weights are the "
+            "published ones: give the configuration of the model (what model.to_json() says) with --keras-config FILE"
+        )
+    try:
+        configured = _configure(checkpoint, application.config)
+    except UsageError:  # layers in another order: not that model, or not as Keras saves it
+        return None
+    return dataclasses.replace(configured, format=RecognisedWeights(application.name))
+
+
 class ConfiguredWeights(KerasHdf5):
     """Weights alone with a given configuration; it reads back what it writes by itself."""
 
@@ -123,6 +146,13 @@ class ConfiguredWeights(KerasHdf5):
             "model.load_weights({path})",
         )
     )
+
+
+class RecognisedWeights(ConfiguredWeights):
+    """Weights alone whose configuration is that of a model of keras.applications, by names and shapes."""
+
+    def __init__(self, application: str) -> None:
+        self.application = application
 
 
 def edit_configuration(checkpoint: Checkpoint) -> str:
@@ -207,6 +237,8 @@ def _may_have_weights(layer: KerasLayer) -> bool | None:
         return True if True in parts else None if None in parts else False
     if layer.kind in BATCH_NORMS or layer.kind in KERNELS:
         return expected_variables(layer) != ()
+    if layer.kind == "Normalization":
+        return layer.config.get("mean") is None  # else it is told what it adapts to
     inside = layer.config.get("layer")
     kind = str(inside.get("class_name")) if layer.kind == "TimeDistributed" and isinstance(inside, dict) else layer.kind
     if kind in KERNELS or kind in _WITH_WEIGHTS.split():

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from bntool.batchnorm import BatchNorm, EpsSource
+from bntool.checkpoints.batchnorms import find_norms
 from bntool.checkpoints.checkpoint import StateDict
 from bntool.errors import RefusedError, UsageError
 from bntool.graphs.architectures.catalogue import Catalogue, Entry, Scope, fingerprint_scope, load_catalogue
@@ -125,6 +126,13 @@ def find_name(name: str) -> str:
         close = [full for full in known if full.partition(":")[2] in parts]
     hint = f"; close to it: {', '.join(sorted(close)[:_LISTED])}" if close else ""
     raise UsageError(f"the catalogue has no architecture {name!r} with BatchNorm{hint}")
+
+
+def describe_application(name: str, state_dict: StateDict) -> Architecture:
+    """The architecture of a file whose format assumed the configuration of a public model."""
+    norms = [norm for norm in find_norms(state_dict) if norm.kind.is_batch_norm]
+    eps = {norm.name: norm.eps for norm in norms if norm.eps is not None}
+    return Architecture(root="", names=(name,), whole=True, eps=eps, layers=tuple(norm.name for norm in norms))
 
 
 def assume_eps(state_dict: StateDict, norms: Sequence[BatchNorm]) -> tuple[tuple[BatchNorm, ...], tuple[str, ...]]:

@@ -1,0 +1,95 @@
+"""Weights alone of models of keras.applications, held against the configuration that Keras itself gives."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import shutil
+from pathlib import Path
+
+import h5py
+import pytest
+
+import bntool
+from bntool.checkpoints.descriptions import describe_model
+from bntool.checkpoints.formats import open_checkpoint
+from bntool.checkpoints.tensors import read_bytes
+from bntool.cli.main import ExitCode, main
+from bntool.graphs.graph import Evidence
+from tests.places import INTEROP
+
+RECORDED = INTEROP / "keras_applications"  # made by Keras 3.15; the HDF5 files were compressed afterwards
+KINDS = ["mobilenet.h5", "mobilenet.weights.h5"]
+
+
+def unpack(name: str, folder: Path) -> Path:
+    path = folder / name
+    path.write_bytes(gzip.decompress((RECORDED / f"{name}.gz").read_bytes()))
+    return path
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_is_what_the_configuration_of_keras_makes_of_it(name: str, tmp_path: Path) -> None:
+    weights, config = unpack(name, tmp_path), unpack("mobilenet.json", tmp_path)
+    found, said = (
+        bntool.inspect(weights).state_dicts[0],
+        bntool.inspect(weights, keras_config=config).state_dicts[0],
+    )
+    assert [one.title for one in found.architectures] == ["keras:MobileNet"]
+    assert [one.title for one in said.architectures] == []
+    assert len(found.layers) == 27
+    assert [(one.layer.name, one.layer.eps, one.layer.momentum, one.layer.affine) for one in found.layers] == [
+        (one.layer.name, one.layer.eps, one.layer.momentum, one.layer.affine) for one in said.layers
+    ]
+    suffix = name.removeprefix("mobilenet")
+    mine, theirs = tmp_path / f"mine{suffix}", tmp_path / f"theirs{suffix}"
+    fold = bntool.fold_checkpoint(weights, mine)
+    bntool.fold_checkpoint(weights, theirs, keras_config=config)
+    assert len(fold.plan.layers) == 27
+    assert fold.evidence is Evidence.ASSUMED
+    assert "keras:MobileNet" in fold.plan.assumptions[0]
+    assert elements(mine, tmp_path / "mine.json") == elements(theirs, tmp_path / "theirs.json")
+
+
+def elements(path: Path, config: Path) -> dict[str, bytes]:
+    with open_checkpoint(path) as opened:
+        checkpoint, _ = describe_model(opened, prototxt=None, keras_config=config, output=None, force=False)
+        return {name: read_bytes(tensor) for name, tensor in checkpoint.state_dict("").tensors.items()}
+
+
+def test_what_is_assumed_is_refused_under_strict(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    weights = unpack(KINDS[0], tmp_path)
+    assert main(["fold", str(weights), "--strict", "--output", str(tmp_path / "folded.h5")]) == ExitCode.REFUSED
+    assert "keras:MobileNet" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == [KINDS[0]]
+
+
+@pytest.mark.parametrize("change", ["shape", "name", "missing"])
+def test_other_weights_are_not_taken_for_it(change: str, tmp_path: Path) -> None:
+    path = unpack(KINDS[0], tmp_path)
+    with h5py.File(path, "a") as file:
+        names = [text.decode() if isinstance(text, bytes) else text for text in file.attrs["layer_names"]]
+        if change == "name":
+            file.move("conv_dw_1", "other")
+            names[names.index("conv_dw_1")] = "other"
+        elif change == "missing":
+            del file["conv_pw_13_bn"]
+            names.remove("conv_pw_13_bn")
+        else:
+            group = file["conv_pw_13"]
+            (weight,) = group.attrs["weight_names"]
+            kernel = group[weight][()]
+            del group[weight]
+            group.create_dataset(weight, data=kernel[..., :-1])
+        file.attrs["layer_names"] = [name.encode() for name in names]
+    assert bntool.inspect(path).state_dicts[0].architectures == ()
+    assert main(["fold", str(path), "--output", str(tmp_path / "folded.h5")]) == ExitCode.REFUSED
+
+
+def test_a_description_that_stands_there_is_not_replaced(tmp_path: Path) -> None:
+    weights = unpack(KINDS[0], tmp_path)
+    shutil.copy(weights, tmp_path / "kept.h5")
+    (tmp_path / "folded.json").write_text(json.dumps("mine"))
+    assert main(["fold", str(weights), "--output", str(tmp_path / "folded.h5")]) == ExitCode.FILE
+    assert json.loads((tmp_path / "folded.json").read_text()) == "mine"
+    assert not (tmp_path / "folded.h5").exists()
