@@ -68,6 +68,13 @@ def command(
             "The model then no longer fits its code: with --model and --export alone, not with -o.",
         ),
     ] = False,
+    direct_only: Annotated[
+        bool,
+        typer.Option(
+            "--direct-only",
+            help="Fold only into the convolution or linear right before a BatchNorm; no other weight changes.",
+        ),
+    ] = False,
     tolerance: Annotated[
         float, typer.Option("--tolerance", help="Largest difference of outputs, relative to the largest output.")
     ] = 1e-5,
@@ -154,6 +161,7 @@ def command(
             eps=eps,
             layout=layout,
             change_padding=change_padding,
+            direct_only=direct_only,
             tolerance=tolerance,
             export=export,
             benchmark=benchmark,

@@ -45,6 +45,7 @@ def fold_checkpoint(  # noqa: PLR0913 as many as the command has options
     eps: float | None = None,
     layout: Layout | str = Layout.FOLDED,
     change_padding: bool = False,
+    direct_only: bool = False,
     tolerance: float = TOLERANCE,
     export: str | os.PathLike[str] | None = None,
     benchmark: bool = False,
@@ -78,6 +79,7 @@ def fold_checkpoint(  # noqa: PLR0913 as many as the command has options
         layout: what becomes of the keys.
         change_padding: convolutions of the exported program may pad with other values than zeros, where that lets
             BatchNorms fold; needs ``model`` and no ``output``: no checkpoint of such a model fits its code.
+        direct_only: nothing but the convolution or linear right before a BatchNorm takes it.
         tolerance: largest difference of outputs, relative to the largest output.
         export: a file to write the folded model to as a program, ``.pt2`` or ``.onnx``.
         benchmark: measure how much faster the folded model is.
@@ -145,6 +147,7 @@ def fold_checkpoint(  # noqa: PLR0913 as many as the command has options
             layout=layout,
             eps=eps,
             change_padding=change_padding,
+            direct_only=direct_only,
             tolerance=tolerance,
             export=kind,
             benchmark=benchmark,

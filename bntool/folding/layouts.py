@@ -25,18 +25,30 @@ def plan_layout(
     layout: Layout,
     eps: float | None,
     change_padding: bool = False,
+    direct_only: bool = False,
 ) -> FoldPlan:
     """Plan the fold of a state dict in a layout; see :func:`~bntool.folding.planning.plan_fold`.
 
     Raises:
         UsageError: as there; or layers are chosen, and the layout takes all of them; or the padding may change, and
-            the layout fits the code of the model as it is.
+            the layout fits the code of the model as it is; or only direct folds are asked for, and one of both.
         RefusedError: the layout is the deploy form, and the model has none that is known.
     """
+    if direct_only and (change_padding or layout is Layout.DEPLOY):
+        other = "another padding" if change_padding else f"the layout {layout.value}"
+        raise UsageError(f"only direct folds are asked for, and {other} changes other layers")
     if change_padding and layout is not Layout.FOLDED:
         raise UsageError(f"the layout {layout.value} fits code that pads with zeros: no padding can change")
     if layout is not Layout.DEPLOY:
-        return plan_fold(state_dict, graph, layers=layers, layout=layout, eps=eps, change_padding=change_padding)
+        return plan_fold(
+            state_dict,
+            graph,
+            layers=layers,
+            layout=layout,
+            eps=eps,
+            change_padding=change_padding,
+            direct_only=direct_only,
+        )
     if layers:
         raise UsageError("the layout deploy takes all layers: a file with some of them would fit no model")
     return plan_deploy(state_dict, graph, eps=eps)

@@ -59,7 +59,7 @@ class FoldResult:
     _repr_html_ = html_repr
 
 
-def fold(
+def fold(  # noqa: PLR0913 as many as the command has options
     model: nn.Module,
     example_inputs: Any = None,
     *,
@@ -68,6 +68,7 @@ def fold(
     pairs: Mapping[str, str] | Sequence[str] = (),
     eps: float | None = None,
     change_padding: bool = False,
+    direct_only: bool = False,
     tolerance: float = TOLERANCE,
 ) -> FoldResult:
     """A copy of a model with every BatchNorm folded whose fold is exact, its outputs held against the original's.
@@ -83,6 +84,8 @@ def fold(
         change_padding: convolutions may pad with other values than zeros where that lets BatchNorms fold. Their modules
             become bntool's (``plan.padding`` names them), with the values in a buffer: the state dict of such a copy
             does not fit into the unmodified code.
+        direct_only: nothing but the convolution or linear right before a BatchNorm takes it, which leaves all other
+            weights in their ranges.
         tolerance: see :func:`~bntool.verification.outputs.verify`.
 
     Raises:
@@ -103,7 +106,15 @@ def fold(
         graph = add_eps(declare(state, declared), model)
     else:
         graph = trace(model, inputs)
-    plan = plan_layout(state, graph, layers=layers, layout=layout, eps=eps, change_padding=change_padding)
+    plan = plan_layout(
+        state,
+        graph,
+        layers=layers,
+        layout=layout,
+        eps=eps,
+        change_padding=change_padding,
+        direct_only=direct_only,
+    )
     if not plan.steps:
         return FoldResult(copy_model(model), plan, None)
     proof = prove(model, plan, graph, state, inputs=[inputs], layers=layers, eps=eps, tolerance=tolerance)
@@ -226,7 +237,15 @@ def _change(graph: ModelGraph, plan: FoldPlan, *, layers: Sequence[str], eps: fl
 
     def change(model: nn.Module) -> None:
         state = read_state(model)
-        same = plan_layout(state, graph, layers=layers, layout=plan.layout, eps=eps, change_padding=plan.change_padding)
+        same = plan_layout(
+            state,
+            graph,
+            layers=layers,
+            layout=plan.layout,
+            eps=eps,
+            change_padding=plan.change_padding,
+            direct_only=plan.direct_only,
+        )
         apply_fold(model, same, state)
 
     return change

@@ -41,6 +41,7 @@ class FoldPlan(Plan):
         stored: by layer how its output is stored now, where that is otherwise than before.
         changed: layers whose output is something else by now: a branch beside them went into them.
         change_padding: convolutions could pad with other values than zeros.
+        direct_only: nothing but the layer right before a BatchNorm could take it.
         padding: those that do; such a model does not fit into its unmodified code.
         below_zero: folded layers with a running_var that is negative, as rounding can make it, and positive with eps.
     """
@@ -50,6 +51,7 @@ class FoldPlan(Plan):
     stored: Mapping[str, StoredOutput] = field(default_factory=dict)
     changed: frozenset[str] = frozenset()
     change_padding: bool = False
+    direct_only: bool = False
     padding: tuple[str, ...] = ()
     below_zero: tuple[str, ...] = ()
 
@@ -64,6 +66,7 @@ def plan_fold(
     layout: Layout = Layout.FOLDED,
     eps: float | None = None,
     change_padding: bool = False,
+    direct_only: bool = False,
 ) -> FoldPlan:
     """Plan to fold every BatchNorm whose fold is exact; every other one is skipped with its reason.
 
@@ -76,13 +79,22 @@ def plan_fold(
         layout: what becomes of the keys.
         eps: of BatchNorms whose eps the graph does not know.
         change_padding: convolutions of a traced model may pad with other values than zeros, which no file can say.
+        direct_only: nothing but the convolution or linear right before a BatchNorm takes it: no other weight changes.
 
     Raises:
         UsageError: a glob selects nothing; eps is neither in the graph nor given, contradicts the graph, or is none.
     """
     check_eps(eps)
     derived = with_derived(state_dict, graph)
-    return _Folder(derived, graph, layers=layers, layout=layout, eps=eps, change_padding=change_padding).plan()
+    return _Folder(
+        derived,
+        graph,
+        layers=layers,
+        layout=layout,
+        eps=eps,
+        change_padding=change_padding,
+        direct_only=direct_only,
+    ).plan()
 
 
 @dataclass
@@ -93,6 +105,7 @@ class _Folder:
     layout: Layout
     eps: float | None
     change_padding: bool
+    direct_only: bool
     producers: dict[str, Producer] = field(default_factory=dict)
     transforms: dict[str, ScaleAndShift] = field(default_factory=dict)
     removed: set[str] = field(default_factory=set)
@@ -133,6 +146,7 @@ class _Folder:
             stored=self.stored,
             changed=frozenset(self.changed),
             change_padding=self.change_padding,
+            direct_only=self.direct_only,
             padding=tuple(padding.node.layer for padding in self.paddings.values()),
             below_zero=tuple(layer for layer in order if self.transforms[layer].is_below_zero),
         )
@@ -212,7 +226,7 @@ class _Folder:
             self.fold_back(layer, own, absorbers)
         except Blocked as back:
             try:
-                if self.layout is Layout.SAME_KEYS or own.owner is Owner.PART:
+                if self.direct_only or self.layout is Layout.SAME_KEYS or own.owner is Owner.PART:
                     raise back  # noqa: TRY201 the inner handler tells the two apart
                 consumers = find_consumers(self.graph, layer, scale=own.scale, shift=own.shift, removed=self.removed)
                 self.fold_forward(layer, own, consumers)
@@ -249,6 +263,13 @@ class _Folder:
                 raise Blocked(SkipReason.NOT_ADJACENT, "another BatchNorm lies between")
             kept = own.keep_shift()
             scale, shift = scale / kept.unit, np.zeros_like(shift)
+        first = absorbers[0].absorption
+        direct = len(absorbers) == 1 and first.direct and np.all(first.channels >= 0)
+        onto_batchnorm = any(isinstance(target, ScaleAndShift) for target in targets.values())
+        level = Level.BATCHNORM if onto_batchnorm else Level.DIRECT if direct else Level.THROUGH
+        if self.direct_only and level is not Level.DIRECT:
+            what = f"{' and '.join(_layers(absorbers))} could take it, and only direct folds are asked for"
+            raise Blocked(SkipReason.NOT_SELECTED, what)
         changed: dict[str, Producer | ScaleAndShift] = {}
         for absorber in absorbers:
             target = targets[absorber.name].absorb(absorber.absorption, scale, shift)
@@ -261,10 +282,6 @@ class _Folder:
             self.rewritten.add(layer)
         else:
             self.remove(layer)
-        first = absorbers[0].absorption
-        direct = len(absorbers) == 1 and first.direct and np.all(first.channels >= 0)
-        onto_batchnorm = any(isinstance(target, ScaleAndShift) for target in changed.values())
-        level = Level.BATCHNORM if onto_batchnorm else Level.DIRECT if direct else Level.THROUGH
         takes_shift = [a for a in absorbers if not stays and np.any(a.absorption.takes_shift)]
         into = _layers(absorbers)
         self.done[layer] = Fold(layer, into, level, stays, into, _layers(takes_shift))
@@ -288,7 +305,7 @@ class _Folder:
         """Fold what no single neighbour takes, where it is known who reads what and keys may go."""
         layers = [layer for layer in self.transforms if layer in self.obstacles]
         layers = [layer for layer in layers if can_be_tried(self.transforms[layer])]
-        if not layers or self.layout is Layout.SAME_KEYS or not self.graph.readers_known:
+        if not layers or self.direct_only or self.layout is Layout.SAME_KEYS or not self.graph.readers_known:
             return
         outcome = self.store_otherwise(layers)
         for target in outcome.targets.values():

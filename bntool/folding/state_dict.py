@@ -120,6 +120,7 @@ def fold_state_dict(  # noqa: PLR0913 as many as the command has options
     layout: Layout = Layout.FOLDED,
     eps: float | None = None,
     change_padding: bool = False,
+    direct_only: bool = False,
     tolerance: float,
     export: ProgramKind | None = None,
     benchmark: bool = False,
@@ -133,7 +134,7 @@ def fold_state_dict(  # noqa: PLR0913 as many as the command has options
         pairs: from the BatchNorm to its producer, declared instead of traced.
         architecture: whose forward is assumed where neither model nor pairs are given, e.g. ``timm:resnet50``; None
             for the one that names and shapes of the tensors are recognised as.
-        layers, layout, eps, change_padding: see :func:`~bntool.folding.planning.plan_fold`.
+        layers, layout, eps, change_padding, direct_only: see :func:`~bntool.folding.planning.plan_fold`.
         tolerance: see :func:`~bntool.verification.outputs.verify`.
         export: export the folded model too, as this; needs ``model``.
         benchmark: measure how much faster the folded model is; needs ``model``.
@@ -156,7 +157,15 @@ def fold_state_dict(  # noqa: PLR0913 as many as the command has options
         state_dict, model=model, inputs=first, pairs=pairs, checkpoint=checkpoint, architecture=architecture, eps=eps
     )
     graph = _find_graph(known, on_progress)
-    plan = plan_layout(state_dict, graph, layers=layers, layout=layout, eps=eps, change_padding=change_padding)
+    plan = plan_layout(
+        state_dict,
+        graph,
+        layers=layers,
+        layout=layout,
+        eps=eps,
+        change_padding=change_padding,
+        direct_only=direct_only,
+    )
     plan = skip_not_understood(plan, checkpoint, state_dict, layers=layers)
     if not plan.steps:
         nothing = CheckpointFold(checkpoint, state_dict, plan, None, graph.evidence)

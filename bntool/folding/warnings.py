@@ -7,6 +7,7 @@ from typing import Any
 
 from bntool.checkpoints.checkpoint import Checkpoint, StateDict
 from bntool.checkpoints.containers.pickles.nodes import as_mapping, is_mapping
+from bntool.folding.folds import Level
 from bntool.folding.options import Layout
 from bntool.folding.planning import FoldPlan
 from bntool.folding.weight_ranges import WeightRange
@@ -57,7 +58,7 @@ def warn_of_fold(
             f"running_var is negative in {count:,} folded layer{'s' * (count > 1)} (the first is {first}); "
             "with eps it is positive, and it was folded as every framework computes it"
         )
-    yield from _warn_of_uneven(ranges)
+    yield from _warn_of_uneven(ranges, spread=any(fold.level is not Level.DIRECT for fold in plan.folds))
     yield from _warn_of_subnormal(ranges)
 
 
@@ -74,7 +75,7 @@ def _is_optimizer(node: Any) -> bool:
     return is_mapping(node) and {"state", "param_groups"} <= as_mapping(node).keys()
 
 
-def _warn_of_uneven(ranges: Sequence[WeightRange]) -> Iterator[str]:
+def _warn_of_uneven(ranges: Sequence[WeightRange], *, spread: bool) -> Iterator[str]:
     uneven = [r for r in ranges if r.is_uneven]
     if uneven:
         worst = min(uneven, key=lambda r: r.after.evenness)
@@ -82,6 +83,7 @@ def _warn_of_uneven(ranges: Sequence[WeightRange]) -> Iterator[str]:
             f"quantisation: in {len(uneven)} of {len(ranges)} weights the average channel now fills an eighth of the "
             f"tensor's range or less (worst: {worst.name}, {100 * worst.before.evenness:.0f} % before, "
             f"{format_number(100 * worst.after.evenness, 2)} % now); quantise them per channel, not per tensor"
+            f"{', or see what --direct-only leaves' if spread else ''}"
         )
 
 

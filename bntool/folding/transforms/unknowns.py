@@ -17,6 +17,7 @@ Mask = NDArray[np.bool_]
 
 _CLOSE = 1e-10  # relative; values that follow from each other in two ways differ by their rounding
 _NOBODY = -1
+_MOST = 8.0  # three of the bits of a quantisation of a whole tensor
 
 
 class Contradiction(Exception):  # noqa: N818 an answer, not an error of the program
@@ -294,7 +295,9 @@ class Scales(Unknowns):
     def choose(self) -> Array:
         """Every scale: of a class that is free the value that most of it has becomes one.
 
-        So what must not change at all stays in most places as it is.
+        So what must not change at all stays in most places as it is. Where something else then changed by more
+        than a factor of ``_MOST``, the smallest and the largest are equally far from one instead: the worst factor is
+        the least that there is.
         """
         which = np.arange(self.size)
         roots, factors, offsets = self.find(which)
@@ -312,6 +315,10 @@ class Scales(Unknowns):
             heads = best[np.append(True, np.diff(their[starts][best]) != 0)]
             common = np.ones(self.size + 1)
             common[their[starts][heads]] = ordered[starts][heads]
+            first = np.flatnonzero(np.append(True, their[1:] != their[:-1]))
+            low, high, roots_of = ordered[first], np.append(ordered[first[1:] - 1], ordered[-1]), their[first]
+            far = (high > _MOST * common[roots_of]) | (low * _MOST < common[roots_of])
+            common[roots_of[far]] = np.sqrt(low[far]) * np.sqrt(high[far])
             negative = np.where(self.signs[1][roots[free]], -1.0, 1.0)
             values[free] = negative * factors[free] / common[roots[free]]
         return values

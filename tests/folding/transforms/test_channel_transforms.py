@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 import bntool
+from bntool.errors import UsageError
 from bntool.folding.folds import Level
 from bntool.folding.options import Layout
 from bntool.folding.transforms import channel_transforms, operations
+from bntool.folding.transforms.unknowns import Scales
 from bntool.graphs.graph import NodeKind
 from tests.folding.folding_networks import Functional, fold, largest_difference, randomise, reasons
 
@@ -218,10 +221,44 @@ def test_a_skip_names_the_operation_and_counts_the_channels() -> None:
 
 
 def test_each_fold_says_what_took_its_scale_and_its_shift() -> None:
-    _, plan = fold(make_positive(build(residual)), image())
+    model = make_positive(build(residual))
+    with torch.no_grad():
+        for bn, scale in ((model.bn, 2.0), (model.bn2, 1.0), (model.bn3, 1.0)):  # near to each other
+            bn.weight.copy_((bn.running_var + bn.eps).sqrt() * scale)
+    _, plan = fold(model, image())
     first, second, _ = plan.folds
     assert (first.scale_into, first.shift_into) == (("conv",), ("stem",))
     assert second.shift_into == ("conv",)
+
+
+@pytest.mark.parametrize(("factors", "expected"), [((900, 1, 1), (30, 1 / 30, 1 / 30)), ((5, 1, 1), (5, 1, 1))])
+def test_scales_far_from_one_are_spread_over_both_sides(factors, expected) -> None:
+    """The first unknown is so many times the two others, of which none is known."""
+    scales = Scales(3)
+    for other in (1, 2):
+        ratio = np.array([factors[0] / factors[other]])
+        scales.link(np.array([0]), np.array([other]), factor=ratio, offset=np.zeros(1), origin=0)
+    assert scales.choose() == pytest.approx(expected)
+
+
+def test_direct_folds_alone_change_no_other_weight() -> None:
+    model = make_positive(build(residual))
+    _, plan = fold(model, image(), direct_only=True)
+    assert {fold.level for fold in plan.folds} <= {Level.DIRECT}
+    assert len(plan.folds) < 3
+
+    def both(self, x):
+        x = self.stem(x)
+        return torch.sigmoid(self.bn(self.other(x) + self.conv(x)))
+
+    model = build(both)
+    assert len(fold(model, image())[1].folds) == 1
+    _, plan = fold(model, image(), direct_only=True)
+    (skip,) = plan.skips
+    assert skip.detail == "other and conv could take it, and only direct folds are asked for"
+    assert not plan.steps
+    with pytest.raises(UsageError, match="another padding changes other layers"):
+        bntool.fold(model, image(), direct_only=True, change_padding=True)
 
 
 def test_a_scale_of_zero_is_refused() -> None:
