@@ -28,7 +28,7 @@ RECORD = FIXTURES / "corpus.json"
 ALARMS = (Health.SICK, Health.SUSPICIOUS)
 # what no threshold decides, and small fixtures have: nobody trained them for longer than two batches
 _FACTS = {"never-updated", "counter-low", "negative-variance", "zero-variance"}
-_BROKEN = ("broken_", "dead_channels", "drifted")
+_BROKEN = ("broken_", "dead_channels", "drifted", "variance_below_zero")
 _SUFFIXES = (".pt", ".pth", ".th", ".safetensors", ".onnx", ".h5", ".hdf5", ".keras", ".caffemodel", ".index", ".ckpt")
 
 
