@@ -53,7 +53,11 @@ def list_real_files() -> Iterator[Path]:
         path for path in sorted(SAMPLES.iterdir()) if path.suffix in _SUFFIXES and not path.name.startswith(_BROKEN)
     )
     for folder in (SHARED / "weights", SHARED / "fixtures" / "interop", INTEROP):
-        yield from (path for path in sorted(folder.rglob("*")) if path.suffix in _SUFFIXES and path.is_file())
+        yield from (
+            path
+            for path in sorted(folder.rglob("*"))
+            if path.suffix in _SUFFIXES and path.is_file() and not path.name.startswith(_BROKEN)
+        )
 
 
 def try_network(network: Network, folder: Path, *, only: str = "") -> dict[str, Any]:
