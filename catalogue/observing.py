@@ -6,6 +6,7 @@ import pickle
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -77,8 +78,13 @@ def observe(name: str, make: Callable[[], nn.Module]) -> Observation:
     """Build it, and trace it where it has BatchNorm."""
     model = build_on_meta(make)
     modules = find_batchnorm_modules(model)
-    eps = {layer: float(module.eps) for layer, module in modules.items()}
-    momentum = {layer: float(module.momentum) for layer, module in modules.items() if module.momentum is not None}
+    values: dict[str, dict[str, float | None]] = {
+        name: {layer: getattr(module, name) for layer, module in modules.items()} for name in ("eps", "momentum")
+    }
+    eps, momentum = (
+        {layer: float(value) for layer, value in values[name].items() if value is not None}
+        for name in ("eps", "momentum")
+    )
     shapes = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items() if not key.endswith(_COUNTER)}
     if not eps:
         return Observation(name, shapes, eps)
@@ -101,8 +107,9 @@ def trace_model(make: Callable[[], nn.Module], model: nn.Module) -> tuple[ModelG
     graph, problem = _trace(model, [*guess_shapes(model)])
     if graph is None and sum(parameter.numel() for parameter in model.parameters()) < _LARGEST:
         model = make().eval()
-        if hasattr(model, "transform"):  # detectors scale images up, which only costs time
-            model.transform.min_size = (_ON_CPU[-1],)
+        transform: Any = getattr(model, "transform", None)
+        if transform is not None:  # detectors scale images up, which only costs time
+            transform.min_size = (_ON_CPU[-1],)
         graph, problem = _trace(model, [_ON_CPU, *guess_shapes(model)])
     return graph, problem
 

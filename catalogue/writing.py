@@ -61,7 +61,9 @@ def _unusual(graph: ModelGraph, shapes: Shapes) -> dict[str, Any]:
             layers.setdefault(str(node.index), {})["computed"] = computed
     return {
         "layers": layers,
-        "uses": {name: sorted(users) for name, users in graph.uses.items() if users != uses.get(name)},
+        "uses": {
+            name: sorted(users) for name, users in graph.uses.items() if name not in uses or set(users) != uses[name]
+        },
         "tied": sorted(graph.tied),
         "aliases": {name: list(others) for name, others in graph.aliases.items()},
     }

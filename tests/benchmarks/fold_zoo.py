@@ -252,10 +252,12 @@ def count_families(runs: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> dict[
             counts = facts["runs"].setdefault(run, {})
             for tool in ("bntool", "torch.fx", "mmcv"):
                 if tool in results[name]:
-                    found = counts.setdefault(tool, {"folded": 0, "wrong": 0, "fails": 0})
-                    found["folded"] += results[name][tool].get("folded", 0)
+                    facts_of_tool = results[name][tool]
+                    found = counts.setdefault(tool, {"folded": 0, "folded_right": 0, "wrong": 0, "fails": 0})
+                    found["folded"] += facts_of_tool.get("folded", 0)
+                    found["folded_right"] += facts_of_tool.get("folded", 0) * (facts_of_tool["verdict"] == "ok")
                     for verdict in ("wrong", "fails"):
-                        found[verdict] += results[name][tool]["verdict"] == verdict
+                        found[verdict] += facts_of_tool["verdict"] == verdict
     return families
 
 

@@ -60,23 +60,28 @@ def _levels(levels: dict[str, int], total: int) -> Iterator[list[str]]:
 
 
 def render_families() -> str:
-    """How much is folded of each family of a sample, with scales of both signs and of one."""
+    """How much is folded of each family that was run, with scales of both signs and of one."""
     families: dict[str, dict[str, Any]] = json.loads((RECORDED / "fold_zoo_families.json").read_text())
-    rows, totals = [], [0, 0, 0, 0, 0]
+    rows, totals = [], [0] * 7
     for family, facts in families.items():
         mixed, positive = facts["runs"]["mixed"], facts["runs"]["positive"]
-        fx, ours = mixed["torch.fx"], (mixed["bntool"], positive["bntool"])
         counts = [
+            len(facts["architectures"]),
             facts["batchnorms"],
-            *(one["folded"] for one in ours),
-            sum(one["wrong"] for one in ours),
-            fx["folded"],
+            mixed["bntool"]["folded"],
+            positive["bntool"]["folded"],
+            sum(run["bntool"][verdict] for run in (mixed, positive) for verdict in ("wrong", "fails")),
+            mixed["torch.fx"]["folded_right"],
+            mixed["mmcv"]["folded_right"],
         ]
         totals = [total + count for total, count in zip(totals, counts, strict=True)]
-        names = ", ".join(name.partition(":")[2] for name in facts["architectures"])
-        rows.append([family, names, *map(str, counts)])
-    rows.append(["all of these", "", *map(str, totals)])
-    head = ["family", "architectures", "BNs", "30 % negative", "positive", "wrong", "torch.fx (30 %)"]
+        rows.append([family, *map(str, counts)])
+    _, batchnorms, *_ = totals
+    shares = [
+        str(totals[4]) if at == 4 else f"{totals[at]:,} ({_percent(totals[at], batchnorms)})" for at in range(2, 7)
+    ]
+    rows.append(["all of these", str(totals[0]), f"{batchnorms:,}", *shares])
+    head = ["family", "architectures", "BNs", "30 % negative", "positive", "wrong or failing", "torch.fx", "mmcv"]
     return render_table(head, rows)
 
 
