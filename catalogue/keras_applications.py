@@ -25,7 +25,8 @@ _RESCALED_WHEN_PUBLISHED = tuple(f"EfficientNetB{digit}" for digit in range(8))
 def build() -> bytes:
     import keras
 
-    blocks, entries = [], []
+    blocks: list[tuple[str, bytes]] = []
+    entries: list[list[Any]] = []
     for name in sorted(name for name in dir(keras.applications) if name[0].isupper()):
         if not name.startswith(_WITHOUT_BATCH_NORM):
             model = getattr(keras.applications, name)(weights=None)
