@@ -29,7 +29,7 @@ from tests.checkpoints.samples import (
 
 # their tensors belong to layers of a graph, so that they cannot hold just any; see the test file of each
 OF_GRAPHS = {"onnx", "caffe", "caffe-hdf5", "keras", "keras-hdf5"}
-OF_GRAPHS |= {"torchscript", "exported-program", "exported-program-legacy"}
+OF_GRAPHS |= {"darknet", "torchscript", "exported-program", "exported-program-legacy"}
 NAMES = [format_.name for format_ in FORMATS if format_.name not in OF_GRAPHS]
 WRITTEN = [format_.name for format_ in FORMATS if format_.name in NAMES and not format_.read_only]
 REWRITTEN = [

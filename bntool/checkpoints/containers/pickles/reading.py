@@ -19,12 +19,13 @@ from bntool.checkpoints.containers.pickles.nodes import (
 )
 from bntool.checkpoints.containers.pickles.opcodes import ACTIONS, STOP
 from bntool.checkpoints.files import ByteSource, MemorySource
-from bntool.errors import CorruptFileError, UnsafeFileError
+from bntool.errors import CorruptFileError, UnknownFormatError, UnsafeFileError
 
 # far above any checkpoint seen: a resnet152 takes 60 thousand opcodes, a sampler's list of all of ImageNet a million
 MAX_OPCODES = 10_000_000
 _UNCOUNTED = 1_000_000  # the first opcodes cannot take much memory, and counting takes time
 MAX_OBJECTS = 2_000_000  # made by the opcodes after these: containers, instances, texts, entries of the memo
+_JOBLIB = ("joblib.numpy_pickle", "NumpyArrayWrapper")
 _LONG_BINPUT, _BINGET, _BININT1, _MARK, _TUPLE, _BININT2 = b"rhK(tM"
 _EMPTY_TUPLE, _TUPLE1, _NEWFALSE, _BINPUT, _BINUNICODE, _REDUCE = b")\x85\x89qXR"
 _LONGEST_OPERAND = 4  # of these
@@ -85,14 +86,28 @@ def read_pickle(source: ByteSource, *, offset: int = 0, budget: OpcodeBudget | N
 
     Raises:
         CorruptFileError: truncated, an unknown opcode, or a stack that does not work out.
+        UnknownFormatError: joblib wrote the elements of arrays between the opcodes.
         UnsafeFileError: more opcodes or longer texts than any checkpoint needs.
     """
     machine = Machine(source, offset)
     try:
         with _no_garbage_collection():
             return _run(machine, budget or OpcodeBudget())
+    except CorruptFileError as error:
+        _check_joblib(machine, error)
+        raise
     except (IndexError, KeyError, ValueError, TypeError, AttributeError, struct.error) as error:
+        _check_joblib(machine, error)
         raise CorruptFileError(f"the pickle is malformed near byte {machine.position}") from error
+
+
+def _check_joblib(machine: Machine, error: Exception) -> None:
+    """Name what is no pickle as the others are, where it only seems to be damaged."""
+    if _JOBLIB in machine.globals:
+        raise UnknownFormatError(
+            "this is a file of joblib, which writes elements of arrays between the opcodes of a pickle, and is not read; "
+            "load it by joblib, and save its arrays with numpy.savez or torch.save"
+        ) from error
 
 
 @contextlib.contextmanager
