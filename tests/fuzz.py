@@ -27,7 +27,6 @@ from pathlib import Path
 from typing import Any
 
 import typer
-from typer._click.exceptions import ClickException
 
 from bntool.checkpoints.application import apply_plan
 from bntool.checkpoints.batchnorms import find_norms
@@ -258,7 +257,7 @@ def choose_command(source: Path, original: Path, target: Path, rng: random.Rando
     state = [] if rng.random() < 0.8 else ["--state-dict", rng.choice(("model", "", "state_dict"))]
     written = ["-o", str(target), "--force"]
     choices = [
-        ["inspect", str(source), *rng.choice(([], ["--json"], ["--stats"], ["--tensors"]))],
+        ["inspect", str(source), *rng.choice(([], ["--json"], ["--stats"], ["--all"]))],
         ["inspect", str(source), "--fail-on", "warning", "--json"],
         ["diff", str(original), str(source), *rng.choice(([], ["--json"], ["--expect", "frozen"]))],
         ["diff", str(source), str(source), *state],
@@ -297,7 +296,7 @@ def run_command(arguments: list[str]) -> None:
         BntoolError: the command refuses; all other exceptions are findings.
     """
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        build_command(arguments[0]).main(args=arguments[1:], prog_name="bntool", standalone_mode=False)
+        build_command(arguments[0]).main(args=arguments, prog_name="bntool", standalone_mode=False)
 
 
 def fold(checkpoint: Checkpoint, target: Path) -> None:
@@ -378,7 +377,7 @@ def run(  # noqa: C901, PLR0915 (one branch for each finding)
             outcome.accepted += 1
             original = originals[source.parent] / source.name
             command = choose_command(source, original, out / source.name, rng)
-            with time_limit(TIME_LIMIT), contextlib.suppress(BntoolError, ClickException, typer.Exit):
+            with time_limit(TIME_LIMIT), contextlib.suppress(BntoolError, typer.Exit):
                 run_command(command)
             outcome.commands += 1
         except VerificationError as error:  # what was written is not what was planned

@@ -93,7 +93,7 @@ FORMATS = Formats(
     _Known("onnx.model.Onnx", (b"\x08",), endings=(".onnx",)),
     _Known("mindspore.checkpoint.Mindspore", (b"\x0a",)),
     _Known("caffe.caffemodel.Caffe", (b"\x0a",), endings=(".caffemodel",)),
-    _Known("darknet.Darknet", endings=(".weights",)),
+    _Known("darknet.weights.Darknet", endings=(".weights",)),
 )
 
 _HEAD = 4096

@@ -123,6 +123,11 @@ def spell_out(case: str, folder: Path) -> list[str]:
     return [*arguments, "--json"]
 
 
+def _list_files(folder: Path) -> list[Path]:
+    """What lies in a folder but for what Python keeps of a user's module."""
+    return sorted(path for path in folder.iterdir() if path.name != "__pycache__")
+
+
 @pytest.mark.parametrize(("case", "code", "error"), CASES, ids=[case for case, _, _ in CASES])
 def test_the_document_fits_the_schema(
     case: str,
@@ -138,7 +143,7 @@ def test_the_document_fits_the_schema(
     if "DAMAGED" in case:
         _damage_what_is_written(monkeypatch)
     arguments = spell_out(case, tmp_path)
-    before = sorted(tmp_path.iterdir())
+    before = _list_files(tmp_path)
     assert main(arguments) == code
     captured = capfd.readouterr()
     document = read_document(captured.out, arguments[0])
@@ -148,7 +153,7 @@ def test_the_document_fits_the_schema(
     assert "\x1b" not in captured.err
     assert len(captured.err.splitlines()) >= len(errors)
     if code not in (0, 1):
-        assert sorted(tmp_path.iterdir()) == before
+        assert _list_files(tmp_path) == before
 
 
 def _damage_what_is_written(monkeypatch: pytest.MonkeyPatch) -> None:

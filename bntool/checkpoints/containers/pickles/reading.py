@@ -105,8 +105,8 @@ def _check_joblib(machine: Machine, error: Exception) -> None:
     """Name what is no pickle as the others are, where it only seems to be damaged."""
     if _JOBLIB in machine.globals:
         raise UnknownFormatError(
-            "this is a file of joblib, which writes elements of arrays between the opcodes of a pickle, and is not read; "
-            "load it by joblib, and save its arrays with numpy.savez or torch.save"
+            "this is a file of joblib, which writes elements of arrays between the opcodes of a pickle, and is not "
+            "read; load it by joblib, and save its arrays with numpy.savez or torch.save"
         ) from error
 
 

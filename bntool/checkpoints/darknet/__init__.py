@@ -1,0 +1,1 @@
+"""Weights of Darknet, whose layers a ``.cfg`` beside them says."""
