@@ -1,1 +1,1 @@
-"""Weights of Darknet, whose layers a ``.cfg`` beside them says."""
+"""Weights of Darknet, which the ``.cfg`` beside them names."""
