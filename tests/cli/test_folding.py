@@ -490,3 +490,12 @@ def test_real_resnet20_as_onnx(shared, cifar, tmp_path, capsys) -> None:
     session = onnxruntime.InferenceSession(program)
     (name,) = [formal.name for formal in session.get_inputs()]
     assert torch.equal(top1(lambda x: torch.from_numpy(session.run(None, {name: x.numpy()})[0]), images), answers)
+
+
+def test_direct_only_leaves_what_an_addition_would_take(capsys: pytest.CaptureFixture[str]) -> None:
+    file = str(ROOT / "tests" / "fixtures" / "interop" / "keras_folding" / "residual_stream.keras")
+    assert main(["fold", file, "--dry-run"]) == 0
+    assert "fold 4 of 4 BatchNorm layers" in capsys.readouterr().out
+    assert main(["fold", file, "--dry-run", "--direct-only"]) == 0
+    assert "fold 2 of 4 BatchNorm layers" in capsys.readouterr().out
+    assert main(["fold", file, "--dry-run", "--direct-only", "--strict"]) == 4
