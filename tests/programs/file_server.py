@@ -71,9 +71,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         for key, value in {"Content-Length": str(len(body)), **(headers or {})}.items():
             self.send_header(key, value)
         self.end_headers()
-        self.wfile.write(body)
-        with self.files.lock:
+        with self.files.lock:  # before a reader can have it and ask
             self.files.sent += len(body)
+        self.wfile.write(body)
 
     def drip(self, data: bytes) -> None:
         """Bytes one by one, until the test is over."""
