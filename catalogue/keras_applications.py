@@ -65,7 +65,7 @@ def _shorten(keras: Any, config: Any) -> Any:
         {
             "class_name": one["class_name"],
             **({} if known else {"module": one["module"], "registered_name": one["registered_name"]}),
-            "config": dict(_needed(getattr(keras.layers, one["class_name"], None), one["config"])),
+            "config": dict(_needed(keras, getattr(keras.layers, one["class_name"], None), one["config"])),
             "name": one["name"],
             "inbound_nodes": [_shorten_call(node) if known else node for node in one["inbound_nodes"]],
         }
@@ -76,8 +76,10 @@ def _shorten(keras: Any, config: Any) -> Any:
     return {"module": config["module"], "class_name": "Functional", "config": kept}
 
 
-def _needed(kind: Any, config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+def _needed(keras: Any, kind: Any, config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     defaults = {} if kind is None else {k: p.default for k, p in inspect.signature(kind.__init__).parameters.items()}
+    if kind is not None and kind.from_config.__func__ is not keras.layers.Layer.from_config.__func__:
+        defaults = {}  # it reads its configuration by itself, and may want all of it (Rescaling: offset)
     for key, value in config.items():
         default = defaults.get(key, inspect.Parameter.empty)
         plain = tuple(value) if isinstance(value, list) else value

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gzip
+import itertools
 import json
 import shutil
+import zlib
 from pathlib import Path
 
 import h5py
@@ -13,6 +15,7 @@ import pytest
 import bntool
 from bntool.checkpoints.descriptions import describe_model
 from bntool.checkpoints.formats import open_checkpoint
+from bntool.checkpoints.keras.applications import _read_index
 from bntool.checkpoints.tensors import read_bytes
 from bntool.cli.main import ExitCode, main
 from bntool.graphs.graph import Evidence
@@ -93,3 +96,15 @@ def test_a_description_that_stands_there_is_not_replaced(tmp_path: Path) -> None
     assert main(["fold", str(weights), "--output", str(tmp_path / "folded.h5")]) == ExitCode.FILE
     assert json.loads((tmp_path / "folded.json").read_text()) == "mine"
     assert not (tmp_path / "folded.h5").exists()
+
+
+def test_layers_that_read_their_configuration_by_themselves_have_it_whole() -> None:
+    """``Rescaling.from_config`` of Keras 3.15 does not load without the offset, also where it is the default."""
+    index, data = _read_index()
+    ends = list(itertools.accumulate(index["sizes"]))
+    configs = [
+        json.loads(zlib.decompress(data[end - size : end])) for end, size in zip(ends, index["sizes"], strict=True)
+    ]
+    layers = [one for config in configs for one in config["config"]["layers"] if one["class_name"] == "Rescaling"]
+    assert layers
+    assert all({"scale", "offset"} <= one["config"].keys() for one in layers)
