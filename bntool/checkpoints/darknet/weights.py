@@ -38,7 +38,7 @@ class Darknet(Format):
     loading = LoadingCode(("import cv2", "network = cv2.dnn.readNet({path}, CFG)"))
     read_only = (
         "a .weights of Darknet is run by its .cfg, and some versions add eps to the standard deviation, others to the "
-        "variance: bntool inspects and compares it; convert it to PyTorch or ONNX and fold that"
+        "variance: bntool inspects and compares it; another program has to make a file of PyTorch or ONNX of it first"
     )
 
     def recognises(self, path: Location, head: bytes) -> bool:
@@ -57,12 +57,12 @@ class Darknet(Format):
             sections = _read_sections(cfg.read(0, cfg.size).decode("utf-8", "replace"))
         major, minor, _ = _HEADER.unpack(file.read(0, _HEADER.size))
         wide = major * 10 + minor >= 2 and major < 1000 and minor < 1000
-        network = _Network(file, position=_HEADER.size + (8 if wide else 4))
+        network = _Network(file, position=_HEADER.size + (8 if wide else 4), is_transposed=major > 1000 or minor > 1000)
         network.read(sections)
         if network.position != file.size:
             raise CorruptFileError(
                 f"{quote(beside)} describes weights that end at byte {network.position}, and the file has {file.size} "
-                "bytes: it is of another network, or the file is cut short"
+                "bytes: it is of another network, has options that are not known here, or the file is damaged"
             )
         state_dict = StateDict("", "", network.tensors, modules=network.modules)
         return Checkpoint(file, self, (state_dict,) if network.tensors else ())
@@ -118,8 +118,15 @@ Shape = tuple[int, int, int]  # channels, height, width of what a layer gives
 
 @dataclass
 class _Network:
+    """The layers so far, and where the weights of the next begin.
+
+    Attributes:
+        is_transposed: kernels of linear layers are kept by inputs, as old files say by their version.
+    """
+
     file: SourceFile
     position: int
+    is_transposed: bool
     tensors: dict[str, StoredTensor] = field(default_factory=dict)
     modules: dict[str, ModuleInfo] = field(default_factory=dict)
     given: list[Shape] = field(default_factory=list)
@@ -135,7 +142,7 @@ class _Network:
             "maxpool": self._maxpool,
             "avgpool": lambda _, __, read: (read[0], 1, 1),
             "route": self._route,
-            "shortcut": lambda _, __, read: read,
+            "shortcut": self._shortcut,
             "upsample": self._upsample,
             "reorg": self._reorg,
             **dict.fromkeys(_WITHOUT_WEIGHTS, lambda _, __, read: read),
@@ -149,7 +156,7 @@ class _Network:
             shape = layers[section.kind](number, section, shape)
             self.given.append(shape)
 
-    def _take(self, name: str, *shape: int) -> None:
+    def _take(self, name: str, *shape: int, is_transposed: bool = False) -> None:
         if min(shape) < 1:
             raise CorruptFileError(f"the .cfg gives {name} the shape {shape}")
         nbytes = 4 * math.prod(shape)
@@ -159,7 +166,8 @@ class _Network:
                 f"{self.file.size}"
             )
         storage = Storage(self.file, self.position, nbytes, key=str(self.position))
-        self.tensors[name] = StoredTensor(_FLOAT32, shape, contiguous_strides(shape), 0, storage)
+        strides = contiguous_strides(shape[::-1])[::-1] if is_transposed else contiguous_strides(shape)
+        self.tensors[name] = StoredTensor(_FLOAT32, shape, strides, 0, storage)
         self.position += nbytes
 
     def _take_statistics(self, norm: str, channels: int) -> None:
@@ -167,7 +175,22 @@ class _Network:
             self._take(f"{norm}.{role}", channels)
         self.modules[norm] = _BATCH_NORM
 
+    def _shortcut(self, number: int, section: _Section, read: Shape) -> Shape:
+        self._refuse(number, section, "weights_type")
+        return read
+
+    def _refuse(self, number: int, section: _Section, *options: str) -> None:
+        """Options by which the weights are kept otherwise."""
+        for option in options:
+            if section.options.get(option, "0") not in ("0", "none"):
+                raise CorruptFileError(
+                    f"layer {number} of the .cfg has {option}={quote(section.options[option])}, whose weights are not "
+                    "known here",
+                    remedy="convert the file with a program that knows them",
+                )
+
     def _convolutional(self, number: int, section: _Section, read: Shape) -> Shape:
+        self._refuse(number, section, "flipped", "antialiasing")
         channels, height, width = read
         filters, groups = section.number("filters", 1), section.number("groups", 1)
         size, stride = section.number("size", 1), section.number("stride", 1)
@@ -186,7 +209,7 @@ class _Network:
     def _connected(self, number: int, section: _Section, read: Shape) -> Shape:
         outputs, has_norm = section.number("output", 1), bool(section.number("batch_normalize", 0))
         self._take(f"{number}.bn.bias" if has_norm else f"{number}.linear.bias", outputs)
-        self._take(f"{number}.linear.weight", outputs, math.prod(read))
+        self._take(f"{number}.linear.weight", outputs, math.prod(read), is_transposed=self.is_transposed)
         if has_norm:
             self._take_statistics(f"{number}.bn", outputs)
         return outputs, 1, 1

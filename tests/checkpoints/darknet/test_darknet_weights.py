@@ -69,6 +69,17 @@ def test_the_header_is_as_long_as_darknet_has_it(version: tuple[int, int], width
     assert len(bntool.inspect(path).state_dicts[0].layers) == 2
 
 
+@pytest.mark.parametrize(("major", "expected"), [(0, [[0, 1, 2], [3, 4, 5]]), (1001, [[0, 2, 4], [1, 3, 5]])])
+def test_linear_layers_are_kept_by_outputs_or_by_inputs(major: int, expected: list, tmp_path: Path) -> None:
+    """As ``load_connected_weights`` reads them, which transposes those of versions above 1000."""
+    (tmp_path / "a.cfg").write_text("[net]\nheight=1\nwidth=1\nchannels=3\n[connected]\noutput=2\n")
+    header = struct.pack("<iii", major, 2, 0) + bytes(4 if major else 8)
+    (tmp_path / "a.weights").write_bytes(header + np.array([9, 9, *range(6)], "<f4").tobytes())
+    with open_checkpoint(tmp_path / "a.weights") as checkpoint:
+        tensor = checkpoint.state_dict("").tensors["0.linear.weight"]
+        assert to_float64(read_bytes(tensor), tensor.dtype).reshape(tensor.shape).tolist() == expected
+
+
 @pytest.mark.parametrize(
     ("changes", "error", "said"),
     [
@@ -81,6 +92,12 @@ def test_the_header_is_as_long_as_darknet_has_it(version: tuple[int, int], width
         ({"cfg": ("[maxpool]", "[lstm]")}, CorruptFileError, "lstm"),
         ({"cfg": ("layers=-1,-2", "layers=9")}, CorruptFileError, "come before"),
         ({"cfg": ("groups=2", "groups=0")}, CorruptFileError, "groups"),
+        ({"cfg": ("groups=2", "groups=2\nflipped=1")}, CorruptFileError, "flipped"),
+        (
+            {"cfg": ("[maxpool]", "[shortcut]\nweights_type=per_channel\n[maxpool]")},
+            CorruptFileError,
+            "per_channel",
+        ),
         ({"cfg": ("[net]", "[yolo]")}, CorruptFileError, "begin with"),
     ],
 )
@@ -94,4 +111,4 @@ def test_without_a_cfg_it_is_said_what_to_do(tmp_path: Path, capsys: pytest.Capt
     with pytest.raises(UnknownFormatError, match=r"other\.cfg"):
         bntool.inspect(tmp_path / "other.weights")
     assert main(["fold", str(RECORDED / "tiny.weights"), "-o", str(tmp_path / "a.weights")]) == ExitCode.REFUSED
-    assert "convert it to PyTorch or ONNX" in capsys.readouterr().err
+    assert "another program has to make a file of PyTorch or ONNX" in capsys.readouterr().err
