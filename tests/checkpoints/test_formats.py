@@ -26,6 +26,7 @@ from tests.checkpoints.samples import (
     tiny_net,
     to_torch,
 )
+from tests.places import INTEROP
 
 # their tensors belong to layers of a graph, so that they cannot hold just any; see the test file of each
 OF_GRAPHS = {"onnx", "caffe", "caffe-hdf5", "keras", "keras-hdf5"}
@@ -241,3 +242,9 @@ def test_an_empty_file_is_unreadable(tmp_path: Path) -> None:
 def test_to_torch_is_what_it_says(tmp_path: Path) -> None:
     with open_checkpoint(WRITERS["torch-zip"]({"a.weight": torch.arange(6.0).reshape(2, 3)}, tmp_path)) as checkpoint:
         assert torch.equal(to_torch(checkpoint.state_dict("").tensors["a.weight"]), torch.arange(6.0).reshape(2, 3))
+
+
+def test_a_pickle_of_joblib_is_called_that() -> None:
+    """Made by joblib 1.6 of a dict with an array of 40 numbers."""
+    with pytest.raises(UnknownFormatError, match="a file of joblib"):
+        open_checkpoint(INTEROP / "joblib" / "arrays.joblib")
