@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import TypeAlias
 
-_ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://", re.ASCII)  # a drive of Windows has one letter
+_ADDRESS = r"(?a)[A-Za-z][A-Za-z0-9+.-]+://"  # a drive of Windows has one letter
 
 
 class Address:
@@ -58,4 +58,4 @@ def as_location(place: str | os.PathLike[str]) -> Location:
     if isinstance(place, Address):
         return place
     text = os.fspath(place)
-    return Address(text) if _ADDRESS.match(text) else Path(place)
+    return Address(text) if "://" in text and re.match(_ADDRESS, text) else Path(place)

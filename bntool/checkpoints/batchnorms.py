@@ -96,7 +96,8 @@ def find_unknown_statistics(state_dict: StateDict) -> Iterator[NotUnderstood]:
         if may_count and tensor.dtype.is_floating and count_elements(tensor.shape) > 1:
             groups.setdefault(stripped[: -len(leaf) - 1], set()).add(leaf)
     for layer, leaves in groups.items():
-        if leaves >= _KNOWN_STATISTICS:  # most files hold no others; what they belong to is found by their names
+        # most layers hold PyTorch's, which are found by their names, or none, for which nothing has to be compiled
+        if leaves >= _KNOWN_STATISTICS or leaves <= _BESIDE:
             continue
         means = {leaf for leaf in leaves if re.fullmatch(_MEANS, leaf.lower())}
         variances = {leaf for leaf in leaves if re.fullmatch(_VARIANCES, leaf.lower())}

@@ -68,7 +68,7 @@ class FindingCode(Enum):
     PARTIAL = "partial"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Finding:
     """Something worth knowing about a layer or a file.
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from bntool.errors import CorruptFileError
 
-_HALF_ESCAPED = re.compile(r"\\u[dD][89a-fA-F]")  # perhaps without the other half, which makes it no text
+_HALF_ESCAPED = r"\\u[dD][89a-fA-F]"  # perhaps without the other half, which makes it no text
 
 
 def read_json(data: bytes | str, *, what: str, allow_nan: bool = False) -> Any:
@@ -44,7 +44,7 @@ def parse_json(data: bytes | str, *, allow_nan: bool = False) -> Any:
         else:
             text = data.decode("utf-8")
         value = json.loads(text, object_pairs_hook=_unique, parse_constant=None if allow_nan else _reject_constant)
-        if _HALF_ESCAPED.search(text):
+        if re.search(_HALF_ESCAPED, text):
             json.dumps(value, ensure_ascii=False).encode()
     except UnicodeDecodeError as error:
         raise ValueError(f"byte {error.start} is no UTF-8") from error

@@ -24,7 +24,7 @@ from bntool.checkpoints.tensors import Tensor
 from bntool.checkpoints.torch.tensors import TensorReader
 from bntool.errors import UnsafeFileError
 
-_NORM = re.compile(r"[Nn]orm|BN|_bn|\bbn")  # in the name of a class
+_NORM = r"[Nn]orm|BN|_bn|\bbn"  # in the name of a class
 MAX_DEPTH = 100  # of nested modules, and of the mappings that are searched for models
 MAX_PATH = 10_000  # characters
 MAX_EFFORT = 1_000_000  # attributes looked at: a module tree with sharing can pretend to be exponentially large
@@ -102,7 +102,7 @@ class ModuleReader:
         *,
         class_path: str,
     ) -> None:
-        may_normalise = _NORM.search(class_path) is not None
+        may_normalise = re.search(_NORM, class_path) is not None
         hidden = _names_in_set(state.get("_non_persistent_buffers_set"))
         for table in (as_mapping(state.get("_parameters")), as_mapping(state.get("_buffers"))):
             self._spend(len(table))

@@ -60,7 +60,7 @@ def _text_integer(line: bytes) -> int | bool:
     return int(line.rstrip(b"L"))
 
 
-_ESCAPE = re.compile(rb"\\(x[0-9a-fA-F]{2}|[0-7]{1,3}|.|\Z)", re.DOTALL)
+_ESCAPE = rb"(?s)\\(x[0-9a-fA-F]{2}|[0-7]{1,3}|.|\Z)"
 _ESCAPED = {b"n": b"\n", b"r": b"\r", b"t": b"\t", b"a": b"\a", b"b": b"\b", b"f": b"\f", b"v": b"\v"}
 
 
@@ -68,7 +68,7 @@ def _python2_string(line: bytes) -> ByteString:
     """What Python 2 wrote as ``repr``: quoted, with backslash escapes."""
     if len(line) < 2 or line[:1] not in b"'\"" or line[-1:] != line[:1]:
         raise CorruptFileError("a string of the pickle is not quoted")
-    return ByteString(_ESCAPE.sub(_unescape, line[1:-1]))
+    return ByteString(re.sub(_ESCAPE, _unescape, line[1:-1]))
 
 
 def _unescape(match: re.Match[bytes]) -> bytes:
