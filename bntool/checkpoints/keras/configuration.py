@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +16,15 @@ from bntool.checkpoints.files import SourceFile, quote
 from bntool.checkpoints.keras.applications import recognise_application
 from bntool.checkpoints.keras.content import KerasContent, WeightsLayout, make_checkpoint, read_content
 from bntool.checkpoints.keras.files import CONFIG, MODEL_CONFIG, KerasHdf5
+from bntool.checkpoints.keras.fit import find_misfit
 from bntool.checkpoints.keras.model import MAX_CONFIG, KerasLayer, KerasModel, find_references, parse_config, read_model
-from bntool.checkpoints.keras.weights import BATCH_NORMS, DEPTHWISE, KERNELS, SEPARABLE, TRANSPOSED, expected_variables
+from bntool.checkpoints.keras.weights import BATCH_NORMS, KERNELS, expected_variables
 from bntool.checkpoints.keras.weights_writing import rewrite_weights
 from bntool.checkpoints.keras.writing import change_model
 from bntool.checkpoints.outputs import OutputFiles
 from bntool.checkpoints.records import RECORD_KEY
 from bntool.checkpoints.saving import write_checked
-from bntool.checkpoints.tensors import Tensor, describe_shape
-from bntool.errors import CorruptFileError, RefusedError, UnsafeFileError, UsageError
+from bntool.errors import RefusedError, UnsafeFileError, UsageError
 from bntool.plan import Record
 
 # layers that have no weights, so that the order of those that have some can be told from the configuration
@@ -99,7 +99,9 @@ def _configure(checkpoint: Checkpoint, config: Any) -> Checkpoint:
             config = _rename(config, names)
     content = read_content(config, hdf5)
     assert content.model is not None
-    _check_fit(content, content.model)
+    fact = find_misfit(content, content.model)
+    if fact:
+        raise UsageError(f"the configuration describes another model: {fact}")
     return dataclasses.replace(
         make_checkpoint(
             checkpoint.file,
@@ -271,63 +273,3 @@ def _rename(config: Any, names: Mapping[str, str]) -> Any:
             if isinstance(layer.entry.get("config"), dict):
                 layer.entry["config"]["name"] = names[layer.name]
     return config
-
-
-# whether weights are those of a model
-
-
-def _check_fit(content: KerasContent, model: KerasModel) -> None:
-    """Hold number and shapes of variables against the configuration.
-
-    Raises:
-        UsageError: it describes another model.
-    """
-    names = content.names
-    owners = {layer.path: owner for owner, layer in names.layers.items()}
-    own: dict[str, dict[str, Tensor]] = {}
-    for name, tensor in names.tensors.items():
-        owner, _, role = name.rpartition(".")
-        own.setdefault(owner, {})[role] = tensor
-    paths = tuple(f"{layer.path}." for layer in model.walk())
-    for owner in own:
-        if owner not in names.layers and not owner.startswith(paths):
-            raise _another_model(f"it has no layer {quote(owner)}, of which the file holds weights")
-    for layer in model.walk():
-        expected = expected_variables(layer)
-        if expected is None:
-            continue
-        tensors = own.get(owners.get(layer.path, ""), {})
-        if len(tensors) != len(expected):
-            raise _another_model(
-                f"layer {quote(layer.path)} has {len(expected)} variables there, and {len(tensors)} in the file"
-            )
-        _check_shapes(layer, tensors)
-
-
-def _check_shapes(layer: KerasLayer, tensors: Mapping[str, Tensor]) -> None:
-    if layer.kind in BATCH_NORMS:
-        if len({tuple(tensor.shape) for tensor in tensors.values()}) > 1:
-            raise CorruptFileError("vectors of one layer differ in length", tensor=layer.path)
-        return
-    weight, space = tensors.get("weight"), KERNELS[layer.kind]
-    if weight is None:
-        raise _another_model(f"the file holds no kernel of layer {quote(layer.path)}")
-    wanted = layer.config.get("filters" if space else "units")
-    found = weight.shape[1 if layer.kind in TRANSPOSED else 0] if len(weight.shape) > 1 else None
-    if layer.kind not in DEPTHWISE and isinstance(wanted, int) and found != wanted:
-        raise _another_model(f"layer {quote(layer.path)} makes {wanted} channels there, and {found} in the file")
-    window = layer.config.get("kernel_size")
-    kernel = tensors.get("depthwise_weight", weight) if layer.kind in SEPARABLE else weight
-    if isinstance(window, list | tuple) and list(kernel.shape[2:]) != list(window):
-        raise _another_model(
-            f"layer {quote(layer.path)} has the kernel size {describe_shape(_whole(window))} there, and "
-            f"{describe_shape(kernel.shape[2:])} in the file"
-        )
-
-
-def _whole(window: Sequence[Any]) -> list[int]:
-    return [extent if isinstance(extent, int) else 0 for extent in window]
-
-
-def _another_model(fact: str) -> UsageError:
-    return UsageError(f"the configuration describes another model: {fact}")

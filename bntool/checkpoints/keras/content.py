@@ -12,6 +12,7 @@ from bntool.checkpoints.containers.hdf5 import Hdf5Contents
 from bntool.checkpoints.containers.zips.reading import ZipArchive
 from bntool.checkpoints.files import SourceFile, quote
 from bntool.checkpoints.keras.model import KerasLayer, KerasModel, read_model
+from bntool.checkpoints.keras.numbering import CONTAINERS, group_of_layers, holds_any, orders_in_file
 from bntool.checkpoints.keras.trust import judge_configuration
 from bntool.checkpoints.keras.weights import (
     Variables,
@@ -21,13 +22,11 @@ from bntool.checkpoints.keras.weights import (
     guess_variables,
     has_statistics,
     name_variables,
-    number_layers,
 )
 from bntool.checkpoints.records import History
 from bntool.errors import CorruptFileError
 
 OPTIMIZERS = ("optimizer", "optimizer_weights")
-_CONTAINERS = ("layers", "_layer_checkpoint_dependencies")  # the latter in tf_keras 2.12
 
 
 class WeightsLayout(Enum):
@@ -48,6 +47,7 @@ class KerasContent(Content):
         layout: how they are kept.
         root: the group of all weights, "" for the file itself; of numbered ones the container of layers.
         names: of the tensors.
+        groups: the layers of the configuration by the group of their numbered weights.
         archive: that holds all of it; None where the file is HDF5.
     """
 
@@ -57,6 +57,7 @@ class KerasContent(Content):
     layout: WeightsLayout
     root: str
     names: WeightNames = field(repr=False)
+    groups: Mapping[str, KerasLayer] = field(default_factory=dict, repr=False)
     archive: ZipArchive | None = field(default=None, repr=False)
 
 
@@ -70,10 +71,12 @@ def read_content(config: Any, hdf5: Hdf5Contents, *, archive: ZipArchive | None 
     named = "model_weights" if "model_weights" in hdf5.groups else ""
     if hdf5.texts(named, "layer_names") is not None:
         found = list(_find_named(hdf5, model, named))
-        return KerasContent(config, model, hdf5, WeightsLayout.NAMED, named, name_variables(found, hdf5), archive)
-    root = next((name for name in _CONTAINERS if name in hdf5.groups), _CONTAINERS[0])
-    names = name_variables(list(_find_numbered(hdf5, model, root)), hdf5)
-    return KerasContent(config, model, hdf5, WeightsLayout.NUMBERED, root, names, archive)
+        names = name_variables(found, hdf5)
+        return KerasContent(config, model, hdf5, WeightsLayout.NAMED, named, names, archive=archive)
+    root = next((name for name in CONTAINERS if name in hdf5.groups), CONTAINERS[0])
+    groups = _groups_of_layers(hdf5, model, root) if model is not None else {}
+    names = name_variables(list(_find_numbered(hdf5, groups)), hdf5)
+    return KerasContent(config, model, hdf5, WeightsLayout.NUMBERED, root, names, groups, archive)
 
 
 def make_checkpoint(
@@ -109,44 +112,18 @@ def make_checkpoint(
     )
 
 
-def group_of_layers(content: KerasContent, model: KerasModel, order: Mapping[str, tuple[str, ...]]) -> dict[str, str]:
-    """The group of every layer of a model with numbered weights, by the path of the layer.
-
-    Args:
-        order: how Keras counts the layers of each model, by the path of the model.
-    """
-    groups: dict[str, str] = {}
-
-    def number(one: KerasModel, path: str, inside: str) -> None:
-        for layer, group in number_layers(one, order[path], inside):
-            groups[layer.path] = group
-            if layer.model is not None:
-                number(layer.model, layer.path, f"{group}/layers")
-
-    number(model, "", content.root)
-    return groups
+def _groups_of_layers(hdf5: Hdf5Contents, model: KerasModel, root: str) -> dict[str, KerasLayer]:
+    layers = {layer.path: layer for layer in model.walk()}
+    groups = group_of_layers(model, order=orders_in_file(model), root=root, has_weights=holds_any(hdf5.datasets))
+    return {f"{group}/layer" if layers[path].is_distributed else group: layers[path] for path, group in groups.items()}
 
 
-def orders_in_file(model: KerasModel) -> dict[str, tuple[str, ...]]:
-    """The order of the layers as the file lists them, by the path of the model."""
-    nested = {layer.path: layer.model for layer in model.walk() if layer.model is not None}
-    return {path: tuple(layer.name for layer in one.layers) for path, one in {"": model, **nested}.items()}
-
-
-def _find_numbered(hdf5: Hdf5Contents, model: KerasModel | None, root: str) -> Iterator[Variables]:
+def _find_numbered(hdf5: Hdf5Contents, by_group: Mapping[str, KerasLayer]) -> Iterator[Variables]:
     variables: dict[str, list[str]] = {}
     for path in hdf5.datasets:
         group, _, number = path.rpartition("/")
         if not path.startswith(tuple(f"{name}/" for name in OPTIMIZERS)) and number.isdecimal():
             variables.setdefault(group.removesuffix("vars").rstrip("/"), []).append(path)
-    by_group: dict[str, KerasLayer] = {}
-    if model is not None:
-        content = KerasContent(None, model, hdf5, WeightsLayout.NUMBERED, root, WeightNames({}, {}, {}, {}))
-        layers = {layer.path: layer for layer in model.walk()}
-        groups = group_of_layers(content, model, orders_in_file(model))
-        by_group = {
-            f"{group}/layer" if layers[path].is_distributed else group: layers[path] for path, group in groups.items()
-        }
     order = {group: position for position, group in enumerate(by_group)}
     for group in sorted(variables, key=lambda name: (order.get(name, len(order)), name)):
         paths = sorted(variables[group], key=lambda path: int(path.rpartition("/")[2]))
@@ -165,7 +142,7 @@ def _name_group(hdf5: Hdf5Contents, group: str, by_group: Mapping[str, KerasLaye
     pieces = group.split("/")
     for end in range(1, len(pieces) + 1):
         here = "/".join(pieces[:end])
-        if pieces[end - 1] in _CONTAINERS:
+        if pieces[end - 1] in CONTAINERS:
             continue
         if here in by_group:
             parts = [by_group[here].path]

@@ -6,10 +6,12 @@ An archive holds configuration, metadata and weights in a zip. An HDF5 file is a
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from bntool.checkpoints.checkpoint import Checkpoint, Format, Loader, LoadingCode, StateDict
+from bntool.checkpoints.checkpoint import Checkpoint, Format, GlobalTrust, Loader, LoadingCode, StateDict
 from bntool.checkpoints.containers.pickles.nodes import text_of
 from bntool.checkpoints.containers.zips.reading import InflatedRecord, read_archive
 from bntool.checkpoints.files import FileSlice, SourceFile
@@ -51,6 +53,7 @@ class KerasArchive(_Keras):
             raise CorruptFileError(f"the archive has no {WEIGHTS}: weights as .npz are not read")
         from bntool.checkpoints.containers.hdf5 import read_hdf5  # a start-up without Keras files needs none of it
         from bntool.checkpoints.keras.content import make_checkpoint, read_content
+        from bntool.checkpoints.keras.fit import describe_misfit
         from bntool.checkpoints.keras.model import parse_config
 
         config = parse_config(archive.read(archive.records[CONFIG]))
@@ -64,7 +67,10 @@ class KerasArchive(_Keras):
             source = FileSlice(file, offset=record.data_offset, length=record.size)
         content = read_content(config, read_hdf5(source), archive=archive)
         entries: dict[str, Any] = {name: value for name, value in metadata.items() if name != RECORD_KEY}
-        return make_checkpoint(file, self, content, entries=entries, history=as_history(metadata.get(RECORD_KEY)))
+        history = as_history(metadata.get(RECORD_KEY))
+        return _hold_against(
+            describe_misfit(content), make_checkpoint(file, self, content, entries=entries, history=history)
+        )
 
     def verify_checksums(self, checkpoint: Checkpoint) -> int | None:
         from bntool.checkpoints.keras.content import KerasContent
@@ -85,6 +91,7 @@ class KerasHdf5(_Keras):
     def read(self, file: SourceFile) -> Checkpoint:
         from bntool.checkpoints.containers.hdf5 import read_hdf5  # a start-up without Keras files needs none of it
         from bntool.checkpoints.keras.content import make_checkpoint, read_content
+        from bntool.checkpoints.keras.fit import describe_misfit
         from bntool.checkpoints.keras.model import parse_config
 
         hdf5 = read_hdf5(file)
@@ -97,7 +104,7 @@ class KerasHdf5(_Keras):
         entries: dict[str, Any] = {name: value for name in _SHOWN if (value := hdf5.text("", name)) is not None}
         backend = hdf5.text("", "backend") or hdf5.text("model_weights", "backend")
         history, training = parse_record(hdf5.text("", RECORD_KEY)), hdf5.text("", TRAINING_CONFIG)
-        return make_checkpoint(
+        checkpoint = make_checkpoint(
             file,
             TheanoHdf5() if backend == "theano" else self,
             content,
@@ -105,6 +112,7 @@ class KerasHdf5(_Keras):
             history=history,
             training=parse_config(training) if training is not None else None,
         )
+        return _hold_against(describe_misfit(content), checkpoint)
 
 
 class TheanoHdf5(KerasHdf5):
@@ -116,3 +124,18 @@ class TheanoHdf5(KerasHdf5):
             return ()
         more = f" and {len(kernels) - 1} more" if len(kernels) > 1 else ""
         return (f"{kernels[0]}{more} lie as Theano keeps kernels, by half a turn from PyTorch's: they are not turned",)
+
+
+def _hold_against(misfit: str, checkpoint: Checkpoint) -> Checkpoint:
+    """Refuse weights that are not those of the configuration; what runs code when it is loaded is shown nevertheless.
+
+    Raises:
+        CorruptFileError: weights and configuration do not belong together.
+    """
+    if not misfit:
+        return checkpoint
+    if all(name.trust is GlobalTrust.KNOWN for name in checkpoint.globals):
+        raise CorruptFileError(misfit)
+    format_ = copy.copy(checkpoint.format)
+    format_.read_only = misfit
+    return dataclasses.replace(checkpoint, format=format_)

@@ -59,6 +59,12 @@ class KerasLayer:
         return self.entry["config"]["layer"]["config"] if self.is_distributed else self.entry["config"]
 
     @property
+    def shared_number(self) -> int | None:
+        """What Keras 3 gives a layer that is in several models, the same in each; other layers may have one, too."""
+        number = self.entry.get("shared_object_id")
+        return number if isinstance(number, int) else None
+
+    @property
     def is_layer(self) -> bool:
         """Whether it can have weights: functions of ``keras.ops`` take part in a graph, but are no layers."""
         return not self.module.startswith(("keras.src.ops", "keras.ops"))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +16,7 @@ from bntool.batchnorm import STATISTICS
 from bntool.checkpoints.checkpoint import ModuleInfo, NotUnderstood
 from bntool.checkpoints.containers.hdf5 import Hdf5Contents
 from bntool.checkpoints.containers.protobufs.writing import unused_name
-from bntool.checkpoints.keras.model import KerasLayer, KerasModel
+from bntool.checkpoints.keras.model import KerasLayer
 from bntool.checkpoints.tensors import StoredTensor, Tensor
 
 BATCH_NORMS = ("BatchNormalization", "SyncBatchNormalization", "BatchNormalizationV1", "BatchNormalizationV2")
@@ -88,28 +88,6 @@ def to_snake_case(name: str) -> str:
 _CLASSES = {to_snake_case(name): name for name in (*BATCH_NORMS, *KERNELS)}
 
 
-def number_layers(model: KerasModel, order: Sequence[str], inside: str) -> Iterator[tuple[KerasLayer, str]]:
-    """The layers of a model, without those of nested models, and the group of each.
-
-    Args:
-        order: names of the layers, as Keras counts.
-        inside: the group around them, e.g. ``layers``.
-    """
-    by_name = {layer.name: layer for layer in model.layers}
-    counts: dict[str, int] = {}
-    for position, name in enumerate(order):
-        layer = by_name[name]
-        if not layer.is_layer or (model.is_sequential and position == 0 and layer.kind == "InputLayer"):
-            continue
-        group = to_snake_case(layer.class_name)
-        if group in counts:
-            counts[group] += 1
-            group = f"{group}_{counts[group]}"
-        else:
-            counts[group] = 0
-        yield layer, f"{inside}/{group}"
-
-
 def expected_variables(layer: KerasLayer) -> tuple[str, ...] | None:
     """The variables of a layer in the order in which Keras numbers them; None for classes that are not known."""
     config, name = layer.config, layer.kind
@@ -119,7 +97,7 @@ def expected_variables(layer: KerasLayer) -> tuple[str, ...] | None:
     if name not in KERNELS:
         return None
     kernels = ("depthwise_kernel", "pointwise_kernel") if name in SEPARABLE else ("kernel",)
-    return (*kernels, "bias") if config.get("use_bias", True) else kernels
+    return (*kernels, "bias") if config.get("use_bias", config.get("bias", True)) else kernels  # the latter in Keras 1
 
 
 def guess_variables(class_name: str, count: int) -> tuple[str, ...] | None:

@@ -8,8 +8,9 @@ from typing import IO, Any
 from bntool.checkpoints.checkpoint import Checkpoint
 from bntool.checkpoints.containers.hdf5 import import_h5py, named_errors
 from bntool.checkpoints.dtypes import BFLOAT16
-from bntool.checkpoints.keras.content import KerasContent, WeightsLayout, group_of_layers, orders_in_file
+from bntool.checkpoints.keras.content import KerasContent, WeightsLayout
 from bntool.checkpoints.keras.model import KerasModel
+from bntool.checkpoints.keras.numbering import group_of_layers, holds_any, orders_in_file
 from bntool.checkpoints.tensors import StoredTensor, Tensor, read_bytes
 from bntool.errors import RefusedError
 from bntool.plan import RemoveEntry
@@ -114,8 +115,13 @@ class _Rewriting:
 
     def _renumber(self, model: KerasModel, removed: frozenset[str]) -> None:
         assert self.content.model is not None
-        before = group_of_layers(self.content, self.content.model, orders_in_file(self.content.model))
-        after = group_of_layers(self.content, model, orders_in_file(model))
+        old, root = self.content.model, self.content.root
+        held = holds_any(self.content.hdf5.datasets)
+        before = group_of_layers(old, order=orders_in_file(old), root=root, has_weights=held)
+        weighted = {path for path, group in before.items() if held(path, group)}
+        after = group_of_layers(
+            model, order=orders_in_file(model), root=root, has_weights=lambda path, _: path in weighted
+        )
         for path in sorted(removed):  # the same file each time
             if before[path] in self.file:
                 del self.file[before[path]]

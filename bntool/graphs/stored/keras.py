@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -74,6 +75,8 @@ class _Building:
         for key in tensors:
             owner, _, role = key.rpartition(".")
             self.own.setdefault(owner, {})[role] = key
+        numbers = Counter(layer.shared_number for layer in model.walk())
+        self.shared = {layer.path for layer in model.walk() if layer.shared_number and numbers[layer.shared_number] > 1}
         self.calls = 0
 
     def build(self) -> ModelGraph:
@@ -143,13 +146,13 @@ class _Building:
         self.calls += 1
         if self.calls > MAX_CALLS:
             raise UnsafeFileError(f"the models of the file call more than {MAX_CALLS} layers")
-        if layer.model is not None and not layer.model.is_connected:
-            return [self._add_unconnected(layer, layer.model, sources)]
         if layer.model is not None:
-            return self._add_model(layer.model, sources, training=training) or [self._add_other(layer, sources)]
+            return self._add_nested(layer, layer.model, sources, training=training)
         if layer.kind == "InputLayer":
             return [self._add_input(layer.config.get("batch_shape", layer.config.get("batch_input_shape")))]
         own = self._own(layer)
+        if layer.path in self.shared:
+            return [self._add_shared(layer, own, sources)]
         if len(sources) == 1 and layer.kind in BATCH_NORMS and own.keys() >= set(STATISTICS):
             return [self._add_batch_norm(layer, own, sources[0], training=training, stays=stays)]
         if len(sources) == 1 and layer.kind in KERNELS and "weight" in own and not layer.config.get("lora_rank"):
@@ -177,6 +180,21 @@ class _Building:
         for one in norms:
             self._add_batch_norm(one, inside[one.path], Value((node,)), training=False, stays=True)
         return Value((node,))
+
+    def _add_shared(self, layer: KerasLayer, own: Mapping[str, str], sources: Sequence[Value]) -> Value:
+        """A layer that another model of the file has, too: what is right for one of them may be wrong for the other."""
+        if layer.kind not in BATCH_NORMS or not own.keys() >= set(STATISTICS):
+            return self._add_other(layer, sources)
+        kind = "a layer that is in several models"
+        node = self.builder.add(NodeKind.OTHER, kind, inputs=sources, layer=layer.path, class_name=kind)
+        return self._add_batch_norm(layer, own, Value((node,)), training=False, stays=True)
+
+    def _add_nested(
+        self, layer: KerasLayer, model: KerasModel, sources: Sequence[Value], *, training: bool
+    ) -> list[Value]:
+        if not model.is_connected:
+            return [self._add_unconnected(layer, model, sources)]
+        return self._add_model(model, sources, training=training) or [self._add_other(layer, sources)]
 
     def _facts(self, layer: KerasLayer) -> dict[str, Any]:
         return {"layer": layer.path, "class_name": layer.kind}

@@ -30,6 +30,7 @@ from bntool.checkpoints.tensors import read_bytes, read_numbers
 from bntool.cli.main import ExitCode, main
 from bntool.errors import CorruptFileError, UnknownFormatError, UnsafeFileError
 from bntool.inspection.safety import SafetyVerdict, find_dangers, judge_safety
+from bntool.plan import RemoveModule
 from tests import programs
 from tests.places import INTEROP
 
@@ -352,6 +353,36 @@ def test_layers_are_counted_as_keras_counts_them(interop: Path) -> None:
                 assert order_layers(one) == tuple(layer.name for layer in one.layers), path.name
 
 
+def test_keras_2_12_counts_layers_with_weights_twice(interop: Path, tmp_path: Path) -> None:
+    """The second convolution is ``conv2d_2``: a file that Keras 2.12 wrote, in which b0 to ib2 follow c0 to ic2."""
+    path = interop / "keras_2.12_nested_models.keras"
+    groups = {"c1": "conv2d_2", "b1": "batch_normalization_2", "seq.ib2": "sequential/{}/batch_normalization_2"}
+    container = "_layer_checkpoint_dependencies"
+    with h5py.File(weights_of(path)) as file, open_checkpoint(path) as checkpoint:
+        for name, group in groups.items():
+            place = f"{container}/{group.format(container)}/vars/0"
+            assert checkpoint.content.names.places[f"{name}.weight"] == place
+            assert place in file
+    folded = tmp_path / "folded.keras"
+    fold = bntool.fold_checkpoint(path, folded)
+    assert {s.module for s in fold.plan.steps if isinstance(s, RemoveModule)} == {"b0", "b1", "seq.ib", "seq.ib2"}
+    with h5py.File(weights_of(folded)) as file:
+        assert {"conv2d", "conv2d_2", "dense", "dense_2"} <= set(file[container])
+        assert not [name for name in file[container] if "batch" in name]
+        before, after = _weights(path, "c1", "b1"), np.asarray(file[container]["conv2d_2"]["vars"]["0"])
+    scale = before["b1.weight"].astype("f8") / np.sqrt(before["b1.running_var"].astype("f8") + 1e-3)
+    assert np.allclose(after, before["c1.weight"].transpose(2, 3, 1, 0) * scale, rtol=1e-6)
+
+
+def _weights(path: Path, *layers: str) -> dict[str, Any]:
+    with open_checkpoint(path) as checkpoint:
+        return {
+            name: np.asarray(read_numbers(tensor)).reshape(tensor.shape)
+            for name, tensor in checkpoint.state_dict("").tensors.items()
+            if name.split(".")[0] in layers
+        }
+
+
 def nest(called: list[Any], outputs: list[Any], *, inner: str = "Functional") -> Any:
     """A model that calls another one twice, in the words of the file that Keras writes."""
     inside = {"name": "inner", "layers": [{"class_name": "InputLayer", "name": "i", "config": {"name": "i"}}]}
@@ -531,3 +562,143 @@ def test_kernels_of_theano_are_said_to_be_turned(backend: str, interop: Path, tm
         file.attrs["backend"] = backend
     found = bntool.convert(tmp_path / "w.h5", tmp_path / "w.pt", to="torch").plan.assumptions
     assert bool([one for one in found if "Theano" in one]) is (backend == "theano")
+
+
+# weights that are not those of the configuration
+
+
+def _edit_weights(path: Path, target: Path, change: Any) -> Path:
+    data = io.BytesIO(weights_of(path).getvalue() if path.suffix == ".keras" else path.read_bytes())
+    with h5py.File(data, "r+") as file:
+        change(file)
+    if path.suffix != ".keras":
+        target.write_bytes(data.getvalue())
+        return target
+    with zipfile.ZipFile(path) as old, zipfile.ZipFile(target, "w") as new:
+        for name in old.namelist():
+            new.writestr(name, data.getvalue() if name == "model.weights.h5" else old.read(name))
+    return target
+
+
+def _edit_config(path: Path, target: Path, change: Any) -> Path:
+    with zipfile.ZipFile(path) as old, zipfile.ZipFile(target, "w") as new:
+        for name in old.namelist():
+            data = old.read(name)
+            if name == "config.json":
+                config = json.loads(data)
+                change(config)
+                data = json.dumps(config).encode()
+            new.writestr(name, data)
+    return target
+
+
+def _quantize(config: Any) -> None:
+    (dense,) = [one for one in config["config"]["layers"] if one["class_name"] == "Dense"]
+    dense["config"]["dtype"] = {"class_name": "QuantizedDTypePolicy", "config": {"mode": "int8"}}
+
+
+def _share_convolutions(config: Any) -> None:
+    nested = [one for one in config["config"]["layers"] if "layers" in one["config"]]
+    for layer in [one for model in nested for one in model["config"]["layers"]]:
+        if layer["class_name"] == "Conv2D":
+            layer["shared_object_id"] = 7
+
+
+def _drop_name(file: Any) -> None:
+    group = file["model_weights"]
+    group.attrs["layer_names"] = [name for name in group.attrs["layer_names"] if name not in (b"bn1", "bn1")]
+
+
+def _rename(file: Any) -> None:
+    group = file["model_weights"]
+    group.move("bn1", "bn9")
+    group.attrs["layer_names"] = ["bn9" if name in (b"bn1", "bn1") else name for name in group.attrs["layer_names"]]
+
+
+MOVED: dict[str, tuple[str, Any, str]] = {  # a file, what becomes of its weights, and what is said of that
+    "a group under another class": (
+        "keras_tiny.keras", lambda f: f.move("layers/conv2d", "layers/dense_9"),
+        "layer 'conv1' has 1 variables there, and 0 in the file, which holds 'layers/dense_9/vars/0' of no layer"),
+    "a group within another": (
+        "keras_tiny.keras", lambda f: f.move("layers/conv2d/vars", "layers/batch_normalization_3/vars/conv2d"),
+        "layer 'conv1' has 1 variables there, and 0 in the file"),
+    "a copy beside the variables": (
+        "keras_tiny.keras", lambda f: f.copy("layers/batch_normalization/vars", "layers/batch_normalization/more"),
+        "'layers/batch_normalization/more/0', which belongs to no layer there"),
+    "a copy of a layer": (
+        "keras_tiny.keras", lambda f: f.copy("layers/conv2d", "layers/conv2d_7"),
+        "'layers/conv2d_7/vars/0', which belongs to no layer there"),
+    "a copy of a nested layer": (
+        "keras_nested_models.keras",
+        lambda f: f.copy("layers/sequential/layers/conv2d", "layers/sequential/layers/conv2d_5"),
+        "which belongs to no layer there"),
+    "a nested model elsewhere": (
+        "keras_nested_models.keras", lambda f: f.move("layers/sequential/layers", "layers/input_layer/layers"),
+        "0 in the file"),
+    "a statistic that is gone": (
+        "keras_tiny.keras", lambda f: f.__delitem__("layers/batch_normalization/vars/3"), "3 in the file"),
+    "a variable under a gap": (
+        "keras_tiny.keras", lambda f: f.move("layers/batch_normalization/vars/3", "layers/batch_normalization/vars/5"),
+        "'layers/batch_normalization/vars/5', which belongs to no layer there"),
+    "two kernels exchanged": (
+        "keras_tiny.keras", lambda f: (f.move("layers/conv2d", "x"), f.move("layers/dense", "layers/conv2d"),
+                                       f.move("x", "layers/dense")),
+        "there, and"),
+    "a layer that is not listed": ("keras_tiny.h5", _drop_name, "layer 'bn1' has 4 variables there, and 0 in the file"),
+    "a layer under another name": ("keras_tiny.h5", _rename, "which holds 'bn9' of no layer"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", MOVED)
+def test_weights_of_another_model_are_refused_by_reading(
+    what: str, interop: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name, change, fact = MOVED[what]
+    path = _edit_weights(interop / name, tmp_path / name, change)
+    target = tmp_path / f"out{path.suffix}"
+    for command in (
+        ["inspect", str(path)],
+        ["fold", str(path), "--dry-run"],
+        ["fold", str(path), "-o", str(target)],
+        ["freeze", str(path), "-o", str(target)],
+        ["convert", str(path), "--to", "safetensors", "-o", str(target)],
+    ):
+        assert main(command) == ExitCode.FILE, command
+        error = capsys.readouterr().err
+        assert "the weights of this file are not those of its configuration" in error
+        assert fact in error
+    assert not target.exists()
+
+
+def test_what_a_model_has_beside_its_layers_is_no_fault(interop: Path, tmp_path: Path) -> None:
+    """Keras writes a layer that is an attribute of a model beside the container, and does not read it."""
+    path = _edit_weights(
+        interop / "keras_tiny.keras", tmp_path / "a.keras", lambda f: f.copy("layers/conv2d", "my_attribute")
+    )
+    with open_checkpoint(path) as checkpoint:
+        assert "my_attribute/vars/0" in checkpoint.content.names.places.values()
+
+
+def test_scales_of_quantized_layers_are_no_fault(interop: Path, tmp_path: Path) -> None:
+    """Keras keeps the scales of an int8 kernel after its variables."""
+    path = _edit_weights(
+        interop / "keras_tiny.keras",
+        tmp_path / "a.keras",
+        lambda f: f["layers/dense/vars"].create_dataset("2", data=np.ones(7, "f4")),
+    )
+    with pytest.raises(CorruptFileError, match="no layer"), open_checkpoint(path):
+        pass
+    with open_checkpoint(_edit_config(path, tmp_path / "b.keras", _quantize)) as checkpoint:
+        assert not [layer for layer in checkpoint.not_understood if layer.name == "fc"]
+
+
+def test_a_layer_that_two_models_share_is_not_folded(interop: Path, tmp_path: Path) -> None:
+    """Keras 3 writes the same number for it in both, and its weights once: what it is given differs."""
+    whole = interop / "keras_nested_models.keras"
+    path = _edit_weights(whole, tmp_path / "a.keras", lambda f: f.__delitem__("layers/functional/layers/conv2d"))
+    with pytest.raises(CorruptFileError, match=r"'fun\.c' has 2 variables there, and 0"), open_checkpoint(path):
+        pass
+    shared = _edit_config(path, tmp_path / "b.keras", _share_convolutions)
+    plan = bntool.fold_checkpoint(shared, None, dry_run=True).plan
+    skipped = {skip.layer for skip in plan.skips}
+    assert skipped >= {"blk.b", "fun.b"}, plan

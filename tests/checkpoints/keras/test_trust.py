@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from bntool.checkpoints.formats import open_checkpoint
-from bntool.cli.main import main
+from bntool.cli.main import ExitCode, main
 from bntool.inspection.safety import SafetyVerdict, judge_safety
 from tests.checkpoints.keras.configurations import (
     ADAM,
@@ -71,17 +71,17 @@ UNKNOWN = {
     "a class of keras_hub": layer("Backbone", module="keras_hub.models"),
     "an operation of tensorflow that is not known": lambda_layer("tensorflow.distribute", "get_strategy"),
 }
-HARMLESS = {
+HARMLESS = {  # of classes whose weights, which are not in the file, are not held against the configuration
     "functions of Keras": lambda_layer("keras.ops", "relu"),
-    "an activation": layer("Dense", units=2, activation=function("builtins", "relu")),
-    "an activation of keras": layer("Dense", units=2, activation=function("keras.activations", "relu")),
+    "an activation": layer("LSTM", units=2, activation=function("builtins", "relu")),
+    "an activation of keras": layer("LSTM", units=2, activation=function("keras.activations", "relu")),
     "an operation of Keras 2": layer("TFOpLambda", function="math.add"),
     "another one": layer("TFOpLambda", function="reshape"),
     "words in the file": layer("StringLookup", vocabulary=["a", "b"]),
     "a range": layer("Rescaling", scale=2, offset="io.write_file"),
-    "a name that only sounds like it": {**layer("Dense", units=2), "name": "keras.utils.get_file"},
-    "a convolution": layer("SeparableConv2D", kernel_initializer=layer("VarianceScaling", module="keras.initializers")),
-    "a policy": layer("Dense", dtype={"module": "keras", "class_name": "DTypePolicy", "config": {"name": "float32"}}),
+    "a name that only sounds like it": {**layer("LSTM", units=2), "name": "keras.utils.get_file"},
+    "an initializer": layer("GRU", kernel_initializer=layer("VarianceScaling", module="keras.initializers")),
+    "a policy": layer("LSTM", dtype={"module": "keras", "class_name": "DTypePolicy", "config": {"name": "float32"}}),
 }  # fmt: skip
 TRAINING: dict[str, tuple[Any, SafetyVerdict]] = {
     "a loss that downloads": ({"loss": function("keras.utils", "get_file")}, SafetyVerdict.SUSPICIOUS),
@@ -116,6 +116,17 @@ def test_what_training_reaches(what: str, tmp_path: Path) -> None:
     assert verdict_of(archive(tmp_path / "a.keras", lambda c: c.update(compile_config=config))) is verdict
     path = hdf5(tmp_path / "a.h5", lambda c: c.update(config), attribute="training_config")
     assert verdict_of(path) is verdict
+
+
+def test_code_is_named_where_weights_do_not_fit_and_nothing_is_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = archive(tmp_path / "a.keras", lambda c: c["config"]["layers"].append(REACHES["an activation that runs"]))
+    assert main(["inspect", str(path)]) == 0
+    assert "builtins.exec" in capsys.readouterr().out
+    assert main(["freeze", str(path), "-o", str(tmp_path / "out.keras")]) == ExitCode.REFUSED
+    assert "2 variables there, and 0 in the file" in capsys.readouterr().err
+    assert not (tmp_path / "out.keras").exists()
 
 
 def test_the_finding_names_what_would_be_reached(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -218,6 +218,8 @@ def test_a_convolution_with_a_forward_of_its_own_is_no_producer(case: str, tmp_p
     config = config_of(FOLDER / "keras_tiny.keras")
     next(one for one in config["config"]["layers"] if one["name"] == "conv1").update(OWN_CLASSES[case])
     _rewrite_config(config, tmp_path / "a.keras")
+    if case == "of another name":
+        _move_weights(tmp_path / "a.keras", "layers/conv2d", "layers/my_conv2d")
     plan = fold_file(tmp_path / "a.keras", tmp_path / "b.keras")
     (skip,) = (skip for skip in plan.skips if skip.layer == "bn1")
     assert skip.reason.value == "not adjacent"
@@ -287,6 +289,8 @@ def test_only_layers_of_keras_itself_are_folded(change: str, tmp_path: Path) -> 
     else:
         layer["class_name"] = "MyConv2D"
     _rewrite_config(config, tmp_path / "a.keras")
+    if change == "renamed":
+        _move_weights(tmp_path / "a.keras", "layers/conv2d", "layers/my_conv2d")
     skips = _skips(tmp_path / "a.keras", tmp_path / "b.keras")
     assert skips["bn1"] == "not adjacent"
 
@@ -311,6 +315,19 @@ def test_a_graph_in_a_circle_is_refused(tmp_path: Path) -> None:
     model = read_model(config)
     assert model is not None
     assert order_layers(model) is None
+
+
+def _move_weights(path: Path, old: str, new: str) -> None:
+    """As Keras names the group of a layer after its class."""
+    with zipfile.ZipFile(path) as archive:
+        records = {name: archive.read(name) for name in archive.namelist()}
+    weights = io.BytesIO(records["model.weights.h5"])
+    with h5py.File(weights, "r+") as file:
+        file.move(old, new)
+    records["model.weights.h5"] = weights.getvalue()
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, data in records.items():
+            archive.writestr(name, data)
 
 
 def _rewrite_config(config: Any, target: Path, *, source: Path = FOLDER / "keras_tiny.keras") -> None:
