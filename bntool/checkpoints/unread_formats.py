@@ -48,6 +48,7 @@ _CONTAINERS = (
     (b"ustar", 257, "a tar archive", "unpack it first"),
     (b"\x80", 0, "a pickle that torch.save did not write", "those of numpy arrays are read, too"),
 )
+_READ = "torch, safetensors, ONNX, Keras, TensorFlow, Caffe, Flax, MXNet, MindSpore, Darknet, Paddle, arrays of numpy"
 _SIGNATURES = {
     b"\x1f\x8b": "a gzip archive; unpack it first",
     b"<!DOCTYPE": "a web page, not a checkpoint: the download went wrong",
@@ -69,8 +70,7 @@ def describe_unknown(path: Location, head: bytes) -> str:
     guess = next((what for magic, what in _SIGNATURES.items() if head.startswith(magic)), None)
     if guess:
         return f"the format is not known; this looks like {guess}"
-    known = "checkpoints of torch, safetensors, ONNX, Keras, Caffe, TensorFlow and Flax, and numpy arrays, are"
-    return f"the format is not known: {known}"
+    return f"the format is not known; these are read: {_READ}"
 
 
 def _find_names(path: Location, head: bytes) -> Iterator[tuple[str, str]]:

@@ -270,8 +270,8 @@ def _moved_table(run: Run, names: Sequence[str]) -> Table:
         states = [file.layers.get(name) for file in run.files]
         variances = [None if state is None or state.nonfinite else state.largest_variance for state in states]
         changes = [_how_far(state) for state in states]
-        most = max(range(len(changes)), key=lambda at: -1.0 if changes[at] is None else changes[at] or 0.0)
-        state = states[most]
+        first = _find_first_large(changes)
+        state = states[first]
         known = [value for value in variances if value is not None]
         peak = max((s for s in states if s is not None), key=lambda s: s.largest_variance or 0.0, default=None)
         rows.append(
@@ -282,10 +282,16 @@ def _moved_table(run: Run, names: Sequence[str]) -> Table:
                 Cell("" if peak is None or peak.largest_channel is None else str(peak.largest_channel)),
                 Cell("", picture=Series(tuple(_relate_all(changes)))),
                 Cell(describe_change(state.change) if state is not None else ""),
-                Cell(name_file(run, run.files[most])),
+                Cell(name_file(run, run.files[first])),
             )
         )
     return Table(columns, rows, caption="file by file: largest running_var, logarithmic; change of the worst channel")
+
+
+def _find_first_large(changes: Sequence[float | None]) -> int:
+    """Where a layer first changed at least half as much as it ever did: a break rather than what came back after it."""
+    sizes = [change or 0.0 for change in changes]
+    return next(at for at, size in enumerate(sizes) if size >= max(sizes) / 2)
 
 
 def name_file(run: Run, file: FileSummary) -> str:

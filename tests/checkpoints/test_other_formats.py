@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from bntool.checkpoints.containers.protobufs.writing import embed, integer_field
-from bntool.checkpoints.formats import open_checkpoint
+from bntool.checkpoints.formats import FORMATS, open_checkpoint
 from bntool.errors import CorruptFileError, UnknownFormatError, UnreadableFileError
 
 
@@ -60,6 +60,15 @@ def test_other_formats_are_called_by_name(name: str, tmp_path: Path) -> None:
     with pytest.raises(UnknownFormatError, match=word) as caught:
         open_checkpoint(tmp_path / name)
     assert "truncated" not in str(caught.value)
+
+
+def test_what_is_not_known_is_told_what_is(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("Copyright (c) 2018\n")
+    with pytest.raises(UnknownFormatError) as caught:
+        open_checkpoint(tmp_path / "notes.txt")
+    families = {type(one).__module__.split(".")[2] for one in FORMATS} - {"torch_programs", "packages"}
+    assert len(families) > 8
+    assert [family for family in families if family not in str(caught.value).lower()] == []
 
 
 def test_a_truncated_onnx_file_is_called_so(tmp_path: Path) -> None:

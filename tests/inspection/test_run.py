@@ -173,3 +173,15 @@ def test_the_first_statistics_after_the_initial_ones_are_no_jump(tmp_path: Path)
     save(model, tmp_path / "1.pt")
     run = bntool.inspect_run(tmp_path.glob("*.pt"))
     assert "statistics-jumped" not in [found.finding.code.value for file in run.files for found in file.findings]
+
+
+def test_a_layer_that_came_back_is_shown_where_it_broke(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Coming back is the larger step where the break took two."""
+    for epoch, factor in enumerate((1.0, 1.0, 1e6, 1e8, 1.0)):
+        model = make_model()
+        model[3].running_var[2] *= factor
+        save(model, tmp_path / f"epoch_{epoch}.pt", epoch=epoch)
+    main(["inspect", *map(str, sorted(tmp_path.glob("*.pt")))])
+    moved = capsys.readouterr().out.partition("moved most  ")[2].splitlines()
+    assert moved[1].split()[0] == "3"
+    assert moved[1].endswith("x 1.00e6  epoch 2") or moved[1].endswith("x 1e6  epoch 2")
