@@ -48,6 +48,13 @@ def find_trainable(
                 "model with --keras-config FILE, or set layer.trainable = False in Keras",
                 path=checkpoint.path,
             )
+        if module.attributes.get("moves_untrained"):
+            raise RefusedError(
+                "Keras 1 moves the statistics of a BatchNorm also where it is told not to train: nothing in its files "
+                "keeps them; load the model in Keras 2 and save it from there",
+                path=checkpoint.path,
+                tensor=layer.name,
+            )
         if module.attributes["trainable"]:
             yield SetAttribute(layer.name, "trainable", value=False)
         else:

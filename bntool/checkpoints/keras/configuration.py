@@ -35,7 +35,7 @@ Minimum Concatenate Dot Flatten Reshape Permute RepeatVector Masking Identity Re
 ZeroPadding1D ZeroPadding2D ZeroPadding3D Cropping1D Cropping2D Cropping3D UpSampling1D UpSampling2D UpSampling3D
 MaxPooling1D MaxPooling2D MaxPooling3D AveragePooling1D AveragePooling2D AveragePooling3D GlobalMaxPooling1D
 GlobalMaxPooling2D GlobalMaxPooling3D GlobalAveragePooling1D GlobalAveragePooling2D GlobalAveragePooling3D TFOpLambda
-SlicingOpLambda CustomScaleLayer
+SlicingOpLambda CustomScaleLayer Merge
 """
 _WITH_WEIGHTS = """
 Embedding LSTM GRU SimpleRNN CuDNNLSTM CuDNNGRU ConvLSTM1D ConvLSTM2D ConvLSTM3D Bidirectional MultiHeadAttention PReLU
@@ -91,8 +91,6 @@ def _configure(checkpoint: Checkpoint, config: Any) -> Checkpoint:
         raise RefusedError(
             "this configuration does not say how the layers are connected: Python code of the model's own does that"
         )
-    if str(config.get("keras_version", "")).startswith("1.") or any("nb_filter" in one.config for one in model.walk()):
-        raise RefusedError("this configuration is of Keras 1: load the model in Keras 2 and save it from there")
     if KerasContent.of(checkpoint).layout is WeightsLayout.NAMED:
         names = _match_names(hdf5, model, KerasContent.of(checkpoint).root)
         if names:

@@ -11,6 +11,7 @@ from bntool.checkpoints.checkpoint import Checkpoint, Content, Format, StateDict
 from bntool.checkpoints.containers.hdf5 import Hdf5Contents
 from bntool.checkpoints.containers.zips.reading import ZipArchive
 from bntool.checkpoints.files import SourceFile, quote
+from bntool.checkpoints.keras.keras_1 import parse_version, unnumbered
 from bntool.checkpoints.keras.model import KerasLayer, KerasModel, read_model
 from bntool.checkpoints.keras.numbering import CONTAINERS, group_of_layers, holds_any, orders_in_file
 from bntool.checkpoints.keras.trust import judge_configuration
@@ -71,12 +72,18 @@ def read_content(config: Any, hdf5: Hdf5Contents, *, archive: ZipArchive | None 
     named = "model_weights" if "model_weights" in hdf5.groups else ""
     if hdf5.texts(named, "layer_names") is not None:
         found = list(_find_named(hdf5, model, named))
-        names = name_variables(found, hdf5)
+        names = name_variables(found, hdf5, version=find_version(config, hdf5))
         return KerasContent(config, model, hdf5, WeightsLayout.NAMED, named, names, archive=archive)
     root = next((name for name in CONTAINERS if name in hdf5.groups), CONTAINERS[0])
     groups = _groups_of_layers(hdf5, model, root) if model is not None else {}
     names = name_variables(list(_find_numbered(hdf5, groups)), hdf5)
     return KerasContent(config, model, hdf5, WeightsLayout.NUMBERED, root, names, groups, archive)
+
+
+def find_version(config: Any, hdf5: Hdf5Contents) -> tuple[int, ...] | None:
+    """The version of Keras 1 that a file or configuration says it is of; None for others, and where nothing is said."""
+    said = [hdf5.text("", "keras_version"), config.get("keras_version") if isinstance(config, dict) else None]
+    return next((found for one in said if (found := parse_version(one)) is not None), None)
 
 
 def make_checkpoint(
@@ -168,7 +175,8 @@ def _find_named(hdf5: Hdf5Contents, model: KerasModel | None, root: str) -> Iter
             scope, _, variable = weight.rpartition("/")
             variable = variable.removesuffix(":0")
             if not scope:  # Keras 1 joins the names by an underscore
-                scope, variable = _split_name(variable, inside or (name,))
+                scope, variable = _split_name(variable, inside or _names_of(name, layer))
+                variable = unnumbered(variable)
             candidates = inside.get(scope.rpartition("/")[2], [])
             owner = candidates[0] if len(candidates) == 1 else None if inside else layer
             place = owner.path if owner is not None else f"{name}.{scope.replace('/', '.')}" if inside else name
@@ -179,6 +187,12 @@ def _find_named(hdf5: Hdf5Contents, model: KerasModel | None, root: str) -> Iter
             if not class_name and has_statistics(found):
                 class_name = "BatchNormalization"
             yield Variables(place, class_name, owner, found)
+
+
+def _names_of(name: str, layer: KerasLayer | None) -> tuple[str, ...]:
+    """The name of a layer, and of the one inside a TimeDistributed."""
+    inside = layer.own_config.get("name") if layer is not None and layer.is_distributed else None
+    return (name, inside) if isinstance(inside, str) else (name,)
 
 
 def _split_name(weight: str, layers: Iterable[str]) -> tuple[str, str]:

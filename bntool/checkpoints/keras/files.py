@@ -106,7 +106,7 @@ class KerasHdf5(_Keras):
         history, training = parse_record(hdf5.text("", RECORD_KEY)), hdf5.text("", TRAINING_CONFIG)
         checkpoint = make_checkpoint(
             file,
-            TheanoHdf5() if backend == "theano" else self,
+            TheanoHdf5() if backend == "theano" else Keras1Hdf5() if content.names.is_keras_1 else self,
             content,
             entries=entries,
             history=history,
@@ -119,11 +119,32 @@ class TheanoHdf5(KerasHdf5):
     """One that was saved on Theano, which turns kernels when it convolves (``_need_convert_kernel`` of Keras 2)."""
 
     def describe_assumptions(self, state_dict: StateDict) -> Sequence[str]:
-        kernels = [name for name, tensor in state_dict.tensors.items() if len(tensor.shape) > 2]
-        if not kernels:
-            return ()
-        more = f" and {len(kernels) - 1} more" if len(kernels) > 1 else ""
-        return (f"{kernels[0]}{more} lie as Theano keeps kernels, by half a turn from PyTorch's: they are not turned",)
+        kernels = _list_kernels(state_dict)
+        return (f"{kernels} lie as Theano keeps kernels, by half a turn from PyTorch's: they are not turned",) * bool(
+            kernels
+        )
+
+
+class Keras1Hdf5(KerasHdf5):
+    """One of Keras 1, which notes neither the backend nor, beside weights alone, its version."""
+
+    def describe_assumptions(self, state_dict: StateDict) -> Sequence[str]:
+        kernels = _list_kernels(state_dict)
+        return (
+            f"{kernels} lie as Keras 1 left them, which does not note the backend: those of Theano are by half a turn "
+            "from PyTorch's, and are not turned",
+        ) * bool(kernels)
+
+    def describe_origin(self, checkpoint: Checkpoint) -> Sequence[str]:
+        version = text_of(checkpoint.entries.get("keras_version"))
+        if version is not None:
+            return super().describe_origin(checkpoint)
+        return "Keras 1", "running_std read as the variance that it is since 1.0.7"
+
+
+def _list_kernels(state_dict: StateDict) -> str:
+    kernels = [name for name, tensor in state_dict.tensors.items() if len(tensor.shape) > 2]
+    return f"{kernels[0]} and {len(kernels) - 1} more" if len(kernels) > 1 else "".join(kernels)
 
 
 def _hold_against(misfit: str, checkpoint: Checkpoint) -> Checkpoint:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
 from bntool.checkpoints.containers.json_texts import read_json
+from bntool.checkpoints.keras.keras_1 import translate_layer
 from bntool.errors import CorruptFileError, UnsafeFileError
 
 MAX_CONFIG = 1 << 28
@@ -38,6 +39,7 @@ class KerasLayer:
         model: the layers inside, where the layer is a model itself.
         is_distributed: it lies in a TimeDistributed, which calls it for each element of the second axis; ``kind`` and
             ``config`` are those of the layer inside.
+        is_keras_1: it is written as Keras 1 does; ``kind`` and ``config`` are in the words of Keras 2.
         entry: the JSON object that all this was read from.
     """
 
@@ -52,6 +54,7 @@ class KerasLayer:
     model: KerasModel | None
     entry: Any = field(repr=False, compare=False)
     is_distributed: bool = False
+    is_keras_1: bool = False
 
     @property
     def own_config(self) -> Any:
@@ -188,18 +191,22 @@ def _read_layer(entry: Any, name: str, path: str, known: frozenset[str], depth: 
     config = entry.get("config")
     module = entry.get("module")
     inside = _find_inside(entry, config)
+    kind = _find_kind(entry if inside is None else inside)
+    own = inside["config"] if inside is not None else config if isinstance(config, dict) else {}
+    translated = translate_layer(kind, own)
     return KerasLayer(
         name=name,
         path=full,
         class_name=str(entry.get("class_name", "")),
         module=module if isinstance(module, str) else "",
-        kind=_find_kind(entry if inside is None else inside),
-        config=inside["config"] if inside is not None else config if isinstance(config, dict) else {},
+        kind=translated[0] if translated else kind,
+        config=translated[1] if translated else own,
         calls=tuple(tuple(_reference(found) for found in find_references(node, known)) for node in nodes),
         trains=tuple(_is_told_to_train(node) for node in nodes),
         model=_read_model(entry, full, depth + 1),
         entry=entry,
         is_distributed=inside is not None,
+        is_keras_1=translated is not None,
     )
 
 

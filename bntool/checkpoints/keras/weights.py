@@ -16,6 +16,7 @@ from bntool.batchnorm import STATISTICS
 from bntool.checkpoints.checkpoint import ModuleInfo, NotUnderstood
 from bntool.checkpoints.containers.hdf5 import Hdf5Contents
 from bntool.checkpoints.containers.protobufs.writing import unused_name
+from bntool.checkpoints.keras import keras_1
 from bntool.checkpoints.keras.model import KerasLayer
 from bntool.checkpoints.tensors import StoredTensor, Tensor
 
@@ -35,10 +36,11 @@ _NORM_NAMES = {
     "moving_mean": "running_mean",
     "moving_variance": "running_var",
     "running_mean": "running_mean",
-    "running_std": "running_var",  # of Keras 1, which keeps a variance under this name
+    "running_std": "running_var",  # of Keras 1, which keeps a variance under this name since 1.0.7
 }
 _STATISTIC = re.compile(r"(moving|running)_?(mean|avg|average|var|variance|std)", re.IGNORECASE)
 _MAYBE_NORM = re.compile(r"batch_?norm|(?<![a-z])bn(?![a-z])", re.IGNORECASE)
+_OF_OLD_KERAS = "running_std is no variance in files of Keras before 1.0.7, but a standard deviation"
 _FEWEST_VECTORS = 3  # of one length, that a layer of an unknown class must have to be taken for a BatchNorm
 
 
@@ -69,6 +71,7 @@ class WeightNames:
         places: the dataset of each tensor.
         layers: the layer of the configuration by its name in the state dict.
         not_understood: layers that may be BatchNorms, of classes or with variables that are not known.
+        is_keras_1: names or classes are those of Keras 1.
     """
 
     tensors: Mapping[str, Tensor]
@@ -76,6 +79,7 @@ class WeightNames:
     places: Mapping[str, str]
     layers: Mapping[str, KerasLayer] = field(repr=False)
     not_understood: tuple[NotUnderstood, ...] = ()
+    is_keras_1: bool = False
 
 
 def to_snake_case(name: str) -> str:
@@ -117,8 +121,15 @@ def guess_class(group: str) -> str:
     return _CLASSES.get(re.sub(r"_[0-9]+$", "", group), "")
 
 
-def name_variables(found: Sequence[Variables], contents: Hdf5Contents) -> WeightNames:
-    """Give every variable its name."""
+def name_variables(
+    found: Sequence[Variables], contents: Hdf5Contents, *, version: tuple[int, ...] | None = None
+) -> WeightNames:
+    """Give every variable its name.
+
+    Args:
+        version: of Keras 1, where it is known that the file is of that.
+    """
+    keeps_variance = version is None or version >= keras_1.VARIANCE_SINCE
     tensors: dict[str, Tensor] = {}
     places: dict[str, str] = {}
     modules: dict[str, ModuleInfo] = {}
@@ -128,11 +139,13 @@ def name_variables(found: Sequence[Variables], contents: Hdf5Contents) -> Weight
     for one in found:
         owner = unused_name(one.owner, taken)
         taken.add(owner)
-        reason = _explain_doubt(one, contents)
+        reason = _explain_doubt(one, contents) if keeps_variance or "running_std" not in one.names else _OF_OLD_KERAS
         if reason:
             not_understood.append(NotUnderstood(owner, reason))
         for variable, dataset in one.names.items():
             role, tensor = _translate(one, variable, contents.datasets[dataset])
+            if variable == "running_std" and not keeps_variance:
+                role = variable
             name = unused_name(f"{owner}.{role}", tensors)
             tensors[name], places[name] = tensor, dataset
         if one.layer is not None:
@@ -141,7 +154,10 @@ def name_variables(found: Sequence[Variables], contents: Hdf5Contents) -> Weight
             own = one.layer is None or one.class_name == one.layer.class_name
             class_path = f"keras.layers.{one.class_name}" if own else one.class_name
             modules[owner] = ModuleInfo(class_path, _attributes(one.layer))
-    return WeightNames(tensors, modules, places, layers, tuple(not_understood))
+    is_keras_1 = any(one.layer.is_keras_1 for one in found if one.layer is not None) or any(
+        variable in ("W", "running_std") for one in found for variable in one.names
+    )
+    return WeightNames(tensors, modules, places, layers, tuple(not_understood), is_keras_1)
 
 
 def has_statistics(variables: Collection[str]) -> bool:
@@ -180,6 +196,10 @@ def _translate(one: Variables, variable: str, tensor: StoredTensor) -> tuple[str
     if class_name in BATCH_NORMS or has_statistics(one.names):
         return _NORM_NAMES.get(variable, variable), tensor
     space = KERNELS.get(class_name)
+    if space is not None and space and (variable == "W" or (one.layer is not None and one.layer.is_keras_1)):
+        return _translate_keras_1(one, variable, tensor)
+    if space is not None:
+        variable = keras_1.NAMES.get(variable, variable)
     if space is None or not variable.endswith("kernel") or tensor.wrapper or len(tensor.shape) != space + 2:
         return variable, tensor
     if variable == "depthwise_kernel" and class_name in SEPARABLE:
@@ -188,12 +208,42 @@ def _translate(one: Variables, variable: str, tensor: StoredTensor) -> tuple[str
     return "weight", view(tensor)
 
 
-def _view_kernel(tensor: StoredTensor) -> StoredTensor:
-    """(..., in, out) as (out, in, ...); of a transposed convolution (..., out, in) as (in, out, ...)."""
-    order = (len(tensor.shape) - 1, len(tensor.shape) - 2, *range(len(tensor.shape) - 2))
+def _translate_keras_1(one: Variables, variable: str, tensor: StoredTensor) -> tuple[str, StoredTensor]:
+    """Kernels as ``dim_ordering`` lays them out; what is laid out otherwise keeps its name in the file."""
+    config = one.layer.config if one.layer is not None else {}
+    if variable == "b":
+        return "bias", tensor
+    is_first = config.get("data_format") == "channels_first"
+    space = KERNELS[one.class_name]
+    order: Sequence[int] | None = None
+    if variable == "W" and one.class_name in CONVOLUTIONS and space == 1 and len(tensor.shape) == 4:
+        filters, (length, *_) = config.get("filters"), config.get("kernel_size") or [None]
+        if tensor.shape[:2] == (length, 1) and tensor.shape[3] == filters:
+            order = (3, 2, 0)
+        elif tensor.shape[0] == filters and tensor.shape[2:] == (length, 1):  # before 1.1
+            order = (0, 1, 2)
+    elif len(tensor.shape) == space + 2:
+        near, far = range(space), range(2, space + 2)
+        if variable == "W" and one.class_name in TRANSPOSED:
+            order = (1, 0, *far) if is_first else (space, space + 1, *near)
+        elif variable in ("W", "pointwise_kernel"):
+            order = (0, 1, *far) if is_first else (space + 1, space, *near)
+        elif variable == "depthwise_kernel" and not is_first:
+            return "depthwise_weight", _view_depthwise(tensor)
+        elif variable == "depthwise_kernel" and tensor.shape[0] == 1:
+            return "depthwise_weight", _permute(tensor, (1, 0, *far))
+    return ("weight", _permute(tensor, order)) if order is not None and not tensor.wrapper else (variable, tensor)
+
+
+def _permute(tensor: StoredTensor, order: Sequence[int]) -> StoredTensor:
     return dataclasses.replace(
         tensor, shape=tuple(tensor.shape[i] for i in order), strides=tuple(tensor.strides[i] for i in order)
     )
+
+
+def _view_kernel(tensor: StoredTensor) -> StoredTensor:
+    """(..., in, out) as (out, in, ...); of a transposed convolution (..., out, in) as (in, out, ...)."""
+    return _permute(tensor, (len(tensor.shape) - 1, len(tensor.shape) - 2, *range(len(tensor.shape) - 2)))
 
 
 def _view_depthwise(tensor: StoredTensor) -> StoredTensor:
@@ -215,6 +265,8 @@ def _attributes(layer: KerasLayer | None) -> dict[str, Any]:
         if _is_number(kept):
             found["momentum"] = round(1.0 - kept, 12)
         found.update(axis=config.get("axis", -1), affine=(config.get("scale", True), config.get("center", True)))
+        if layer.is_keras_1:
+            found["moves_untrained"] = True
     return found
 
 

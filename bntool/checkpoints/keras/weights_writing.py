@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import IO, Any
 
@@ -103,7 +104,7 @@ class _Rewriting:
         if self.content.layout is WeightsLayout.NUMBERED:
             path = f"{group}/{int(leaf) + 1}"
         else:
-            path = f"{group}/bias{':0' if leaf.endswith(':0') else ''}"
+            path = f"{group}/{_name_bias(leaf)}"
             self._insert_name(beside, path)
         old = self.file[beside]
         values = np.frombuffer(read_bytes(tensor), dtype=old.dtype.newbyteorder("<"))
@@ -196,6 +197,8 @@ class _Rewriting:
             self._write_names(group, "weight_names", names)
         root = self.file[self.content.root or "/"]
         listed = set(self._read_names(root, "layer_names"))
+        if unknown := sorted(listed - {layer.name for layer in old.layers}):
+            raise RefusedError("the file lists this layer, and the configuration has it not", tensor=unknown[0])
         self._write_names(root, "layer_names", [layer.name for layer in model.layers if layer.name in listed])
 
     def _check_nested_order(self, model: KerasModel) -> None:
@@ -234,6 +237,13 @@ class _Rewriting:
             at = rest.index(own["running_mean"][start:])
             if "." in path and rest[at:at] + affine != names:
                 self._write_names(group, "weight_names", [*rest[:at], *affine, *rest[at:]])
+
+
+def _name_bias(kernel: str) -> str:
+    """As Keras names the bias beside a kernel; Keras 1 joins the name of the layer to it."""
+    name, end = kernel.removesuffix(":0"), ":0" if kernel.endswith(":0") else ""
+    number = re.fullmatch(r"(.+_)(?:W|pointwise_kernel)(_\d+)?", name)
+    return f"{number[1]}b{number[2] or ''}{end}" if number else f"bias{end}"
 
 
 def _text(one: Any) -> str:

@@ -145,7 +145,7 @@ def change_model(checkpoint: Checkpoint) -> NewModel:
     assert model is not None
     for layer in model.walk():
         if layer.path in biased:
-            layer.own_config["use_bias"] = True
+            layer.own_config["bias" if layer.is_keras_1 else "use_bias"] = True
         if layer.path in frozen:
             layer.own_config["trainable"] = False
     if removed:

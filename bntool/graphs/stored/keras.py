@@ -13,7 +13,8 @@ import numpy as np
 from bntool.batchnorm import STATISTICS
 from bntool.checkpoints.arrays import to_float64
 from bntool.checkpoints.checkpoint import Checkpoint
-from bntool.checkpoints.keras.content import KerasContent
+from bntool.checkpoints.keras.content import KerasContent, find_version
+from bntool.checkpoints.keras.keras_1 import EPS_BELOW_ROOT_SINCE
 from bntool.checkpoints.keras.model import KerasLayer, KerasModel, Reference, calls_in_order, order_layers
 from bntool.checkpoints.keras.weights import BATCH_NORMS, CONVOLUTIONS, DEPTHWISE, KERNELS, SEPARABLE, TRANSPOSED
 from bntool.checkpoints.tensors import Tensor, count_elements, read_bytes
@@ -63,7 +64,24 @@ def keras_graph(checkpoint: Checkpoint) -> ModelGraph:
             f"the model is a {content.model.kind}, which is no class of Keras: its own code, which is not in the file, "
             "may do more than its layers; fold the model inside it, saved as a keras.Model"
         )
+    if any(layer.is_keras_1 and layer.kind in BATCH_NORMS for layer in content.model.walk()):
+        _check_version(find_version(content.config, content.hdf5))
     return _Building(content, content.model, checkpoint.state_dicts[0].tensors).build()
+
+
+def _check_version(version: tuple[int, ...] | None) -> None:
+    """Raises RefusedError for versions of Keras 1 that normalise otherwise."""
+    if version is None:
+        raise RefusedError(
+            "the model is of Keras 1, and nothing says of which version: before 1.0.8 BatchNorms computed otherwise; "
+            'add "keras_version": "1.2.2" (or what it is) beside class_name in the JSON of the model'
+        )
+    if version < EPS_BELOW_ROOT_SINCE:
+        said = ".".join(map(str, version))
+        raise RefusedError(
+            f"the model is of Keras {said}: before 1.0.8 BatchNorms divided otherwise, by running_std + eps or "
+            "sqrt(running_std) + eps"
+        )
 
 
 class _Building:

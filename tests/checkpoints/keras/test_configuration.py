@@ -106,8 +106,6 @@ def change(config: Any, kind: str) -> None:
         layers["bn1"].update(class_name="Mine", registered_name="x>Mine", module=None)
     elif kind == "own model":
         config.update(class_name="Mine", registered_name="x>Mine", module=None)
-    elif kind == "Keras 1":
-        config["keras_version"] = "1.2.2"
 
 
 @pytest.mark.parametrize(
@@ -117,7 +115,6 @@ def change(config: Any, kind: str) -> None:
         ("kernel_size", UsageError, r"kernel size \[1, 1\] there"),
         ("scale", UsageError, "3 variables there, and 4"),
         ("own model", RefusedError, "Python code of the model's own"),
-        ("Keras 1", RefusedError, "of Keras 1"),
     ],
 )
 def test_the_configuration_of_another_model_is_refused(

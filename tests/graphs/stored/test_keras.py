@@ -269,15 +269,6 @@ def test_a_model_inside_with_a_forward_of_its_own_is_left_alone(tmp_path: Path) 
     assert not [fold for fold in plan.folds if fold.layer.startswith(f"{inner['name']}.")]
 
 
-@pytest.mark.parametrize("mode", [0, 1, 2])
-def test_keras_1_normalises_by_the_batch_in_other_modes(mode: int, tmp_path: Path) -> None:
-    config = config_of(FOLDER / "keras_tiny.keras")
-    next(one for one in config["config"]["layers"] if one["name"] == "bn1")["config"]["mode"] = mode
-    _rewrite_config(config, tmp_path / "a.keras")
-    skips = _skips(tmp_path / "a.keras", tmp_path / "b.keras")
-    assert skips.get("bn1") == (None if mode == 0 else "normalises by batch statistics")
-
-
 @pytest.mark.parametrize("change", ["subclass", "renamed", "lora"])
 def test_only_layers_of_keras_itself_are_folded(change: str, tmp_path: Path) -> None:
     config = config_of(FOLDER / "keras_tiny.keras")

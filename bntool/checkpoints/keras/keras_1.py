@@ -1,0 +1,71 @@
+"""Layers of Keras 1 in the words of Keras 2.
+
+Keras 1 has other names for classes and options. Its kernels lie as the option ``dim_ordering`` says, (out, in, ...) or
+(..., in, out), those of one dimension with one dimension more; names of weights are joined to that of the layer by an
+underscore. Where Keras 1 computes otherwise than Keras 2 under the same name, a layer gets a name that no class has.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+VARIANCE_SINCE = (1, 0, 7)  # before, running_std is a standard deviation
+EPS_BELOW_ROOT_SINCE = (1, 0, 8)  # before, Theano's BatchNorm divides by sqrt(variance) + eps
+NAMES = {"W": "kernel", "b": "bias"}  # of weights
+# Keras numbers the weights of a model that a session makes a second time
+_NUMBERED = re.compile(r"(W|b|gamma|beta|running_mean|running_std|depthwise_kernel|pointwise_kernel)_\d+")
+_CONVOLUTIONS = {
+    "Convolution1D": "Conv1D",
+    "AtrousConvolution1D": "Conv1D",
+    "Convolution2D": "Conv2D",
+    "AtrousConvolution2D": "Conv2D",
+    "Deconvolution2D": "Conv2DTranspose",
+    "SeparableConvolution2D": "SeparableConv2D",
+    "Convolution3D": "Conv3D",
+}
+_EXTENTS = (("filter_length",), ("nb_row", "nb_col"), ("kernel_dim1", "kernel_dim2", "kernel_dim3"))
+_MERGES = {"sum": "Add", "mul": "Multiply", "ave": "Average", "max": "Maximum", "concat": "Concatenate"}
+_ORDERS = {"th": "channels_first", "tf": "channels_last"}
+
+
+def translate_layer(kind: str, config: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]] | None:
+    """Class and options of a layer as Keras 2 has them; None where nothing tells that it is of Keras 1."""
+    common = {"data_format": _ORDERS.get(str(config.get("dim_ordering")), "channels_last")}
+    if "border_mode" in config:
+        common["padding"] = config["border_mode"]
+    if kind in _CONVOLUTIONS and "nb_filter" in config:
+        window = next(([config[key] for key in keys] for keys in _EXTENTS if config.keys() >= set(keys)), None)
+        found = {"filters": config["nb_filter"], "kernel_size": window, "use_bias": config.get("bias", True)}
+        if kind == "Deconvolution2D":  # the shape of its output is told: it may reach beyond what the kernel does
+            common["padding"] = "same"
+        return _CONVOLUTIONS[kind], {**config, **common, **found}
+    if kind == "Dense" and "output_dim" in config:
+        return kind, {**config, "units": config["output_dim"], "use_bias": config.get("bias", True)}
+    if kind == "BatchNormalization" and "mode" in config:
+        return kind, config
+    if kind == "Merge" and "mode" in config:
+        mode = config["mode"]
+        if not isinstance(mode, str) or mode not in _MERGES or config.get("mode_type", "raw") != "raw":
+            return "Merge of its own", config
+        return _MERGES[mode], {**config, "axis": config.get("concat_axis", -1)}
+    if "Pooling" in kind and config.keys() & {"border_mode", "dim_ordering"}:
+        padded = config.get("border_mode", "valid") != "valid"  # what Theano pads with counts
+        return f"{kind} with padding" if padded else kind, {**config, **common}
+    if "dim_ordering" in config:
+        return kind, {**config, **common}
+    return None
+
+
+def unnumbered(variable: str) -> str:
+    """The name of a weight without the number that Keras 1 gives to those of a second model."""
+    found = _NUMBERED.fullmatch(variable)
+    return found[1] if found else variable
+
+
+def parse_version(text: object) -> tuple[int, ...] | None:
+    """The numbers of a version of Keras 1; None for other versions, and where there is none."""
+    parts = re.match(r"(\d+)\.(\d+)(?:\.(\d+))?", text) if isinstance(text, str) else None
+    found = tuple(int(part or 0) for part in parts.groups()) if parts else ()
+    return found if found[:1] in ((0,), (1,)) else None
