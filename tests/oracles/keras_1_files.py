@@ -1,4 +1,6 @@
-"""Files of Keras 1 on both of its backends, folded by bntool and run by Keras 1; recorded in tests/fixtures/interop/keras_1.
+"""Files of Keras 1 on both of its backends, folded by bntool and run by Keras 1.
+
+They are recorded in tests/fixtures/interop/keras_1.
 
 Without an argument it folds the recorded files anew and holds what comes out, and what was recorded, against Keras 1;
 with --record it makes them. Keras 1 has one backend for a process, so that a process is started for each.

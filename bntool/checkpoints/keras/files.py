@@ -120,9 +120,8 @@ class TheanoHdf5(KerasHdf5):
 
     def describe_assumptions(self, state_dict: StateDict) -> Sequence[str]:
         kernels = _list_kernels(state_dict)
-        return (f"{kernels} lie as Theano keeps kernels, by half a turn from PyTorch's: they are not turned",) * bool(
-            kernels
-        )
+        said = f"{kernels} lie as Theano keeps kernels, by half a turn from PyTorch's: they are not turned"
+        return (said,) if kernels else ()
 
 
 class Keras1Hdf5(KerasHdf5):
@@ -130,10 +129,11 @@ class Keras1Hdf5(KerasHdf5):
 
     def describe_assumptions(self, state_dict: StateDict) -> Sequence[str]:
         kernels = _list_kernels(state_dict)
-        return (
+        said = (
             f"{kernels} lie as Keras 1 left them, which does not note the backend: those of Theano are by half a turn "
-            "from PyTorch's, and are not turned",
-        ) * bool(kernels)
+            "from PyTorch's, and are not turned"
+        )
+        return (said,) if kernels else ()
 
     def describe_origin(self, checkpoint: Checkpoint) -> Sequence[str]:
         version = text_of(checkpoint.entries.get("keras_version"))

@@ -30,7 +30,9 @@ _MERGES = {"sum": "Add", "mul": "Multiply", "ave": "Average", "max": "Maximum", 
 _ORDERS = {"th": "channels_first", "tf": "channels_last"}
 
 
-def translate_layer(kind: str, config: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]] | None:
+def translate_layer(  # noqa: PLR0911 a list of cases
+    kind: str, config: Mapping[str, Any]
+) -> tuple[str, Mapping[str, Any]] | None:
     """Class and options of a layer as Keras 2 has them; None where nothing tells that it is of Keras 1."""
     common = {"data_format": _ORDERS.get(str(config.get("dim_ordering")), "channels_last")}
     if "border_mode" in config:
