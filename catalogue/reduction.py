@@ -42,7 +42,7 @@ def reduce_graph(graph: ModelGraph, architecture: str = "") -> ModelGraph:
     edges.update((id(edge), edge) for edge in _find_transformed(graph, others))
     blocks = _find_blocks(graph, (architecture,))
     edges.update((id(edge), edge) for node in blocks for edge in (*graph.inputs(node), *graph.outputs(node)))
-    graph = _forget_centres(graph, others, {node.index for node in blocks})
+    graph = _forget_what_is_not_merged(graph, others, {node.index for node in blocks})
     nodes |= {index for edge in edges.values() for index in (edge.source, edge.target)}
     uses = {}
     for name in _names(graph, nodes):
@@ -134,8 +134,11 @@ def _find_blocks(graph: ModelGraph, architectures: Collection[str]) -> Sequence[
     ]
 
 
-def _forget_centres(graph: ModelGraph, layers: Sequence[str], merged: Collection[int]) -> ModelGraph:
-    """How a convolution lies on what it reads matters only beside a branch that it could take, or be merged with."""
+def _forget_what_is_not_merged(graph: ModelGraph, layers: Sequence[str], merged: Collection[int]) -> ModelGraph:
+    """How a convolution lies on what it reads matters only beside a branch that it could take, or be merged with.
+
+    A parameter that channels are multiplied by matters only in what is merged.
+    """
     calls = (call for layer in layers for call in graph.batchnorms[layer])
     beside = {node.index for call in calls for node in find_siblings(graph, call)}
     nodes = tuple(
@@ -143,9 +146,8 @@ def _forget_centres(graph: ModelGraph, layers: Sequence[str], merged: Collection
             node,
             centred=node.centred and node.index in {*beside, *merged},
             strides=node.strides if node.index in merged else (),
+            parameters={} if node.kind is NodeKind.CHANNELWISE and node.index not in merged else node.parameters,
         )
-        if node.strides or node.centred
-        else node
         for node in graph.nodes
     )
     return dataclasses.replace(graph, nodes=nodes)

@@ -49,7 +49,7 @@ def _unusual(graph: ModelGraph, shapes: Shapes) -> dict[str, Any]:
             uses.setdefault(name, set()).add(node.index)
         if node.factors:
             layers.setdefault(str(node.index), {})["factors"] = list(node.factors)
-        if node.kind is NodeKind.BIAS:
+        if node.kind in (NodeKind.BIAS, NodeKind.CHANNELWISE) and node.parameters:
             layers.setdefault(str(node.index), {})["parameters"] = dict(node.parameters)
         if node.kind is not NodeKind.BATCH_NORM and not node.kind.is_producer:
             continue

@@ -26,10 +26,15 @@ def plan_layout(
     eps: float | None,
     change_padding: bool = False,
     direct_only: bool = False,
+    model: nn.Module | None = None,
 ) -> FoldPlan:
     """Plan the fold of a state dict in a layout; see :func:`~bntool.folding.planning.plan_fold`.
 
+    Args:
+        model: the live model, where there is one: its own code says what its deploy form is.
+
     Raises:
+        UserCodeError: its code raised.
         UsageError: as there; or layers are chosen, and the layout takes all of them; or the padding may change, and
             the layout fits the code of the model as it is; or only direct folds are asked for, and one of both.
         RefusedError: the layout is the deploy form, and the model has none that is known.
@@ -51,7 +56,11 @@ def plan_layout(
         )
     if layers:
         raise UsageError("the layout deploy takes all layers: a file with some of them would fit no model")
-    return plan_deploy(state_dict, graph, eps=eps)
+    if model is None:
+        return plan_deploy(state_dict, graph, eps=eps)
+    from bntool.folding.deploy.live import find_deployed_names
+
+    return plan_deploy(state_dict, graph, eps=eps, deployed=find_deployed_names(model, graph.batchnorms))
 
 
 def apply_fold(model: nn.Module, plan: FoldPlan, state_dict: StateDict) -> None:

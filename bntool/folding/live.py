@@ -35,9 +35,13 @@ from bntool.modules.copying import copy_model
 from bntool.modules.finding import find_batchnorm_modules, find_name_prefix, walk_modules
 from bntool.plan import assume
 from bntool.representation import html_repr, short_repr
-from bntool.verification.outputs import TOLERANCE, Agreement, verify
+from bntool.verification.outputs import CHECK_WHAT_WAS_GIVEN, TOLERANCE, Agreement, verify
 
 _RANDOM_INPUTS = 3
+_MORE_MERGED = (
+    "the model's own code may merge more in its deploy form than parallel branches, e.g. a gate: fold with another "
+    "layout"
+)
 _AS_WELL = 1.01  # times the error with subnormal weights, without them
 
 
@@ -114,6 +118,7 @@ def fold(  # noqa: PLR0913 as many as the command has options
         eps=eps,
         change_padding=change_padding,
         direct_only=direct_only,
+        model=model,
     )
     if not plan.steps:
         return FoldResult(copy_model(model), plan, None)
@@ -172,10 +177,21 @@ def prove(
         apply_fold(folded, plan, state_dict)
         try:
             return folded, verify(
-                model, change, folded, tried, tolerance=tolerance, unit=unit, points=points, transforms=plan.stored
+                model,
+                change,
+                folded,
+                tried,
+                tolerance=tolerance,
+                unit=unit,
+                points=points,
+                transforms=plan.stored,
             )
         except UserCodeError as error:
             raise _find_asked(error, folded, plan) or error from error
+        except VerificationError as error:
+            if plan.layout is Layout.DEPLOY and error.remedy == CHECK_WHAT_WAS_GIVEN:
+                raise VerificationError(error.message, remedy=_MORE_MERGED) from error
+            raise
 
     with borrow(model):  # hooks of a copy may write to what the original keeps
         folded, agreement = attempt(plan)
@@ -236,7 +252,8 @@ def _change(graph: ModelGraph, plan: FoldPlan, *, layers: Sequence[str], eps: fl
     """The same fold, for any copy of the model."""
 
     def change(model: nn.Module) -> None:
-        state = read_state(model)
+        # of a copy: code that makes the deploy form of a model may scale weights where they are
+        state = read_state(copy_model(model) if plan.layout is Layout.DEPLOY else model)
         same = plan_layout(
             state,
             graph,
@@ -245,6 +262,7 @@ def _change(graph: ModelGraph, plan: FoldPlan, *, layers: Sequence[str], eps: fl
             eps=eps,
             change_padding=plan.change_padding,
             direct_only=plan.direct_only,
+            model=model,
         )
         apply_fold(model, same, state)
 

@@ -165,6 +165,7 @@ def fold_state_dict(  # noqa: PLR0913 as many as the command has options
         eps=eps,
         change_padding=change_padding,
         direct_only=direct_only,
+        model=model,
     )
     plan = skip_not_understood(plan, checkpoint, state_dict, layers=layers)
     if not plan.steps:

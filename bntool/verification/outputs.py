@@ -26,6 +26,7 @@ from bntool.verification.layer_agreement import LayerAgreement, LayerOutputs, co
 from bntool.verification.stored_outputs import StoredOutput
 
 TOLERANCE = 1e-5  # relative to the largest output; for the tensors as they are written
+CHECK_WHAT_WAS_GIVEN = "check that the model, the pairs and the eps that were given are those of the file"
 EXACT = 1e-9  # the same, in float64
 _NOISE = 16  # times what the original model itself loses to its dtype
 _CHAOS = 1e-2  # however much a model amplifies rounding, an error beyond is wrong
@@ -124,7 +125,7 @@ def verify(
         if not exact <= EXACT and not exact <= min(_NOISE * measure_rounding(model, exact_inputs), _CHAOS):
             raise VerificationError(
                 f"in float64 the outputs differ by {format_number(exact)} of their magnitude; nothing was written",
-                remedy="check that the model, the pairs and the eps that were given are those of the file",
+                remedy=CHECK_WHAT_WAS_GIVEN,
             )
         with _explained(model, exact_inputs, unit=max(unit, torch.finfo(torch.float32).eps)):
             rounded = _largest_error(reference, _run(copy_model(changed).double(), exact_inputs))

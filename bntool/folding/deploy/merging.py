@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 import numpy as np
 
@@ -86,6 +87,8 @@ class _Part:
 
 
 _ITSELF = -1
+# for each node that is read its index, channels of it, and the channels of the input that these are
+_Read: TypeAlias = tuple[tuple[int, tuple[int, ...], tuple[int, ...]], ...]
 
 
 @dataclass
@@ -94,13 +97,14 @@ class _Merging:
     inside: frozenset[int]
     state_dict: StateDict
     read_batchnorm: ReadBatchNorm
+    source: _Read = ()
     parts: dict[int, _Part] = field(default_factory=dict)
     inputs: dict[int, Array] = field(default_factory=dict)
 
     def merge(self) -> Sum:
         end = self._find_end()
-        source = self._find_source()
-        part = self._walk(end, source)
+        self.source = self._find_source()
+        part = self._walk(end)
         used = self.parts.keys() | {end.index}
         if used != self.inside:
             unused = self.graph.nodes[min(self.inside - used)]
@@ -110,7 +114,7 @@ class _Merging:
         channels = end.channels
         inputs = tuple(self.inputs.get(node.index) for node, _ in ordered)
         result = Sum(tuple(ordered), inputs, part.factors.get(_ITSELF, np.zeros(channels)), part.bias)
-        self._check_kernels(result, source)
+        self._check_kernels(result)
         return result
 
     def _find_end(self) -> Node:
@@ -130,62 +134,102 @@ class _Merging:
             raise Blocked(SkipReason.SHARED_OUTPUT, f"{ends[0].describe()} is read inside and outside of its branches")
         return ends[0]
 
-    def _find_source(self) -> Node:
-        edges = [edge for index in self.inside for edge in self.graph.inputs(self.graph.nodes[index])]
-        sources = {edge.source for edge in edges} - self.inside
-        if len(sources) != 1:
-            names = ", ".join(self.graph.nodes[index].describe() for index in sorted(sources))
-            raise Blocked(SkipReason.NO_PRODUCER, f"its branches read {names or 'nothing that is known'}")
-        return self.graph.nodes[sources.pop()]
+    def _find_source(self) -> _Read:
+        """What all branches read that is none of them: channels of one tensor, or of several that are one by then."""
+        found: dict[_Read, Node] = {}
+        names: dict[int, None] = {}
+        for index in sorted(self.inside):
+            node = self.graph.nodes[index]
+            for port in {edge.port for edge in self.graph.inputs(node)}:
+                read = self._read_port(node, port)
+                outside = [source for source, _, _ in read if source not in self.inside]
+                if outside:
+                    found.setdefault(read, node)
+                    names.update(dict.fromkeys(outside))
+        if not found:
+            raise Blocked(SkipReason.NO_PRODUCER, "its branches read nothing that is known")
+        read = next(iter(found))
+        if len(found) != 1:
+            what = ", ".join(self.graph.nodes[index].describe() for index in names)
+            raise Blocked(SkipReason.NO_PRODUCER, f"its branches read different channels of {what}")
+        channels = [channel for _, _, targets in read for channel in targets]
+        if channels != list(range(len(channels))):
+            raise Blocked(SkipReason.AXIS_MISMATCH, f"{found[read].describe()} reads channels in another order")
+        return read
 
-    def _walk(self, node: Node, source: Node) -> _Part:
-        if node.index == source.index:
-            return _Part({_ITSELF: np.ones(node.channels)}, np.zeros(node.channels))
+    def _read_port(self, node: Node, port: int) -> _Read:
+        edges = (edge for edge in self.graph.inputs(node) if edge.port == port)
+        read = [(edge.source, tuple(edge.sources), tuple(edge.targets or ())) for edge in edges]
+        return tuple(sorted(read, key=lambda one: one[2]))
+
+    def _walk(self, node: Node) -> _Part:
         if node.index in self.parts:
             raise Blocked(SkipReason.SHARED_OUTPUT, f"{node.describe()} is read twice")
-        self.parts[node.index] = part = self._walk_inside(node, source)
+        self.parts[node.index] = part = self._walk_inside(node)
         return part
 
-    def _walk_inside(self, node: Node, source: Node) -> _Part:
+    def _walk_inside(self, node: Node) -> _Part:
         if node.kind in (NodeKind.CONVOLUTION, NodeKind.LINEAR):
-            return self._start(node, source)
-        before = self._walk(self._read(node, 0), source)
+            return self._start(node)
+        before = self._walk_back(node, 0)
         if node.kind is NodeKind.BATCH_NORM:
             own = self.read_batchnorm(node)
             scaled = before.times(own.scale)
             return _Part(scaled.factors, scaled.bias + own.shift)
         if node.kind is NodeKind.ADD:
             factors = node.factors or (1.0, 1.0)
-            other = self._walk(self._read(node, 1), source)
+            other = self._walk_back(node, 1)
             return before.times(factors[0]).plus(other.times(factors[1]))
         if node.kind is NodeKind.CHANNELWISE and node.factors:
             return before.times(np.array(node.factors))  # one for all channels, or one for each
+        if node.kind is NodeKind.CHANNELWISE and "factor" in node.parameters:
+            self._check_own(node)
+            return before.times(self._read_vector(node.parameters["factor"]))
         raise Blocked(SkipReason.NOT_ADJACENT, f"{node.describe()} lies between")
 
-    def _start(self, node: Node, source: Node) -> _Part:
+    def _walk_back(self, node: Node, port: int) -> _Part:
+        """What a node reads on an input."""
+        read = self._read(node, port)
+        if read is not None:
+            return self._walk(read)
+        return _Part({_ITSELF: np.ones(node.channels)}, np.zeros(node.channels))
+
+    def _start(self, node: Node) -> _Part:
         """A convolution or linear that reads the tensor; a linear also by way of a BatchNorm."""
-        bias, read = self._read_bias(node), self._read(node, 0, convolves=True)
-        if node.kind is NodeKind.LINEAR and read.kind is NodeKind.BATCH_NORM and read.index in self.inside:
+        bias, read = self._read_bias(node), self._read(node, 0)
+        if node.kind is NodeKind.LINEAR and read is not None and read.kind is NodeKind.BATCH_NORM:
             own = self.read_batchnorm(read)
             self.parts[read.index] = _Part({}, own.shift)
             self.inputs[node.index] = own.scale
             bias = bias + self._read_weight(node) @ own.shift
             read = self._read(read, 0)
-        if read.index != source.index:
+        if read is not None:
             raise Blocked(SkipReason.NOT_ADJACENT, f"{node.describe()} reads another branch")
         return _Part({node.index: np.ones(node.channels)}, bias)
 
-    def _read(self, node: Node, port: int, *, convolves: bool = False) -> Node:
-        """What a node reads on an input: all of one tensor."""
-        edges = [edge for edge in self.graph.inputs(node) if edge.port == port]
+    def _read(self, node: Node, port: int) -> Node | None:
+        """The branch that a node reads on an input, all of it; None for the tensor that all branches read."""
         ports = {edge.port for edge in self.graph.inputs(node)}
         expected = {0, 1} if node.kind is NodeKind.ADD else {0}
-        if len(edges) != 1 or ports != expected:
+        read = self._read_port(node, port)
+        if ports != expected:
             raise Blocked(SkipReason.NOT_ADJACENT, f"{node.describe()} reads more than one tensor")
-        source = self.graph.nodes[edges[0].source]
-        if not is_whole(edges[0], source) or not (convolves or source.channels == node.channels):
+        convolves = node.kind in (NodeKind.CONVOLUTION, NodeKind.LINEAR)
+        if read == self.source:
+            if not convolves and node.channels != self.source_channels:
+                raise Blocked(SkipReason.AXIS_MISMATCH, f"{node.describe()} reads its input in another way")
+            return None
+        if len(read) != 1:
+            raise Blocked(SkipReason.NOT_ADJACENT, f"{node.describe()} reads more than one tensor")
+        (edge,) = (edge for edge in self.graph.inputs(node) if edge.port == port)
+        source = self.graph.nodes[edge.source]
+        if not is_whole(edge, source) or not (convolves or source.channels == node.channels):
             raise Blocked(SkipReason.AXIS_MISMATCH, f"{node.describe()} reads other channels of {source.describe()}")
         return source
+
+    @property
+    def source_channels(self) -> int:
+        return sum(len(channels) for _, channels, _ in self.source)
 
     # tensors
 
@@ -198,15 +242,18 @@ class _Merging:
 
     def _read_bias(self, node: Node) -> Array:
         self._check_own(node)
+        if "weight" not in node.parameters:
+            raise Blocked(SkipReason.COMPUTED_WEIGHT, f"the weight of {node.describe()} is computed")
         name = node.parameters.get("bias")
-        if name is None:
-            return np.zeros(node.channels)
+        return np.zeros(node.channels) if name is None else self._read_vector(name)
+
+    def _read_vector(self, name: str) -> Array:
         tensor = self.state_dict.tensor(name)
-        return to_float64(read_bytes(tensor), tensor.dtype)
+        return to_float64(read_bytes(tensor), tensor.dtype).reshape(-1)
 
     def _check_own(self, node: Node) -> None:
-        """Nothing else uses the parameters of a convolution, and they can be calculated with."""
-        if "weight" not in node.parameters or node.computed:
+        """Nothing else uses the parameters of a convolution or product, and they can be calculated with."""
+        if node.computed:
             raise Blocked(SkipReason.COMPUTED_WEIGHT, f"the weight of {node.describe()} is computed")
         for name in node.parameters.values():
             shared = name in self.graph.tied or len(self.graph.names_of(name)) > 1
@@ -219,7 +266,7 @@ class _Merging:
             if wrapper or tensor.dtype not in FOLDABLE:
                 raise Blocked(SkipReason.UNSUPPORTED_DTYPE, f"{name} is {wrapper or tensor.dtype}")
 
-    def _check_kernels(self, result: Sum, source: Node) -> None:
+    def _check_kernels(self, result: Sum) -> None:
         """All kernels have one grid, and fit into the largest one."""
         if not result.kernels:
             raise Blocked(SkipReason.NO_PRODUCER, "none of its branches is a convolution")
@@ -237,16 +284,17 @@ class _Merging:
             if self.state_dict.tensor(node.parameters["weight"]).dtype is not dtype:
                 raise Blocked(SkipReason.UNSUPPORTED_DTYPE, f"{node.describe()} is of another dtype")
         strided = any(step != 1 for step in first.strides)
-        if np.any(result.identity) and (first.kind is NodeKind.LINEAR or strided or first.channels != source.channels):
+        elsewhere = first.kind is NodeKind.LINEAR or strided or first.channels != self.source_channels
+        if np.any(result.identity) and elsewhere:
             raise Blocked(SkipReason.AXIS_MISMATCH, f"{first.describe()} lies differently on what it reads")
 
 
 def find_inside(graph: ModelGraph, holds: Callable[[str], bool], module: str) -> Mapping[int, Node]:
-    """The nodes of a block: those with parameters in its branches, and what is summed up in the block itself."""
+    """The nodes of a block: those with parameters in its branches, and what the block itself sums up of them."""
     found: dict[int, Node] = {}
     for node in graph.nodes:
         own = [name for name in node.parameters.values() if holds(name)]
-        sums = node.layer == module and node.kind in (NodeKind.ADD, NodeKind.CHANNELWISE)
-        if own or sums:
+        sums = node.kind in (NodeKind.ADD, NodeKind.CHANNELWISE) and (node.layer == module or holds(node.layer))
+        if own or (sums and any(edge.source in found for edge in graph.inputs(node))):
             found[node.index] = node
     return found

@@ -3,40 +3,58 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
+from bntool.batchnorm import VECTORS
+from bntool.checkpoints.application import change_state_dict
 from bntool.checkpoints.checkpoint import StateDict
 from bntool.checkpoints.tensors import LiteralTensor
 from bntool.errors import RefusedError
 from bntool.folding.absorption import Blocked
-from bntool.folding.deploy.forms import Block, find_blocks, find_pairs
+from bntool.folding.deploy.forms import Block, find_blocks, find_pairs, keeps_batchnorms
 from bntool.folding.deploy.merging import Sum, find_inside, merge_branches
 from bntool.folding.folds import Fold, Level
 from bntool.folding.options import Layout
 from bntool.folding.planning import FoldPlan, assume_fold, plan_fold
 from bntool.folding.scale_and_shift import ScaleAndShift, check_eps, choose_eps, read_scale_and_shift
 from bntool.graphs.graph import Evidence, ModelGraph, Node, NodeKind
-from bntool.plan import AddTensor, Merged, Operation, RemoveTensor, RenameTensor, SetTensor, Step, Values
+from bntool.plan import (
+    AddTensor,
+    Merged,
+    Operation,
+    RemoveTensor,
+    RenameTensor,
+    SetTensor,
+    Skip,
+    SkipReason,
+    Step,
+    Values,
+)
 
 _COUNTER = "num_batches_tracked"
+_SHOWN = 2  # names that a refusal lists
 
 
-def plan_deploy(state_dict: StateDict, graph: ModelGraph, *, eps: float | None = None) -> FoldPlan:
+def plan_deploy(
+    state_dict: StateDict, graph: ModelGraph, *, eps: float | None = None, deployed: Collection[str] | None = None
+) -> FoldPlan:
     """Plan the deploy form: every block of parallel branches becomes the one convolution of its code.
 
-    It is all or nothing: what is left as it was would not fit the deploy model.
+    BatchNorms beside them fold, or stay where the deploy model has them too. It is all or nothing: what is left as it
+    was would not fit the deploy model.
 
     Args:
         state_dict: what to fold.
         graph: who feeds whom; its names are those of the state dict without prefix.
         eps: of BatchNorms whose eps the graph does not know.
+        deployed: names of the tensors of the deploy model, where the model's own code has made it.
 
     Raises:
         RefusedError: no known code has blocks of these names, a block is not what its names say, or BatchNorms are left
-            of which the form is not known.
+            of which the form is not known; or what comes out is not what the deploy model has.
         UsageError: eps is neither in the graph nor given.
     """
     check_eps(eps)
@@ -44,14 +62,39 @@ def plan_deploy(state_dict: StateDict, graph: ModelGraph, *, eps: float | None =
         raise RefusedError("what becomes one convolution is seen in a forward: give --model, or a known architecture")
     names = [state_dict.strip(name) for name in state_dict.tensors if not name.endswith(_COUNTER)]
     known = None if graph.evidence is Evidence.TRACED else [n for one in graph.architectures for n in one.names]
-    blocks = find_blocks(names, known)
-    pairs = find_pairs(names, known, blocks)
-    if not blocks and not pairs:
+    blocks = find_blocks(names, known, deployed=deployed)
+    pairs = find_pairs(names, known, blocks, deployed=deployed)
+    if not blocks and not pairs and deployed is None:
         raise RefusedError(
             "the tensors have the names of no code whose deploy form is known: RepVGG and MobileOne, of timm and of "
-            "their authors, and timm's RepViT, LeViT, TinyViT, EfficientViT-M and SHViT"
+            "their authors, and timm's FastViT, RepGhost, GhostNetV3, PP-LCNetV2, RepViT, LeViT, TinyViT, "
+            "EfficientViT-M, SHViT and iFormer; with --model the model's own code makes it"
         )
-    return _Deploying(state_dict, graph, eps, blocks, pairs).plan()
+    stay: Collection[str] = ()
+    if deployed is not None:
+        stay = {layer for layer in graph.batchnorms if any(f"{layer}.{role}" in deployed for role in VECTORS)}
+    elif keeps_batchnorms(known or ()):
+        stay = {layer for layer in graph.batchnorms if not any(block.holds(layer) for block in blocks)}
+    plan = _Deploying(state_dict, graph, eps, blocks, pairs, stay, deployed).plan()
+    if deployed is not None:
+        _check_names(state_dict, plan, deployed)
+    return plan
+
+
+def _check_names(state_dict: StateDict, plan: FoldPlan, deployed: Collection[str]) -> None:
+    """Hold what comes out against what the deploy model has.
+
+    Raises:
+        RefusedError: they differ.
+    """
+    changed = change_state_dict(state_dict, plan.steps)
+    names = {state_dict.strip(name) for name in changed.tensors if not name.endswith(_COUNTER)}
+    wanted = {name for name in deployed if not name.endswith(_COUNTER)}
+    ours, theirs = sorted(names - wanted), sorted(wanted - names)
+    if ours or theirs:
+        listed = [f"{len(theirs)} that are not made ({', '.join(theirs[:_SHOWN])})"] * bool(theirs)
+        listed += [f"not {len(ours)} that stay ({', '.join(ours[:_SHOWN])})"] * bool(ours)
+        raise RefusedError(f"the deploy model that the model's own code makes has tensors {' and '.join(listed)}")
 
 
 @dataclass
@@ -61,6 +104,8 @@ class _Deploying:
     eps: float | None
     blocks: list[Block]
     pairs: dict[str, str]
+    stay: Collection[str]
+    deployed: Collection[str] | None
     read: dict[str, ScaleAndShift] = field(default_factory=dict)
     folds: dict[str, Fold] = field(default_factory=dict)
 
@@ -83,6 +128,11 @@ class _Deploying:
             state_dict=self.state_dict.key,
             steps=(*(step for step in steps if not isinstance(step, RenameTensor)), *renames),
             layers=tuple(order),
+            skips=tuple(
+                Skip(layer, SkipReason.NOT_SELECTED, "the deploy form of the model's own code keeps it")
+                for layer in self.graph.batchnorms
+                if layer not in self.folds
+            ),
             assumptions=(
                 tuple(assume_fold(self.graph, folds, self.read, eps=self.eps)) if rest is None else rest.assumptions
             ),
@@ -95,17 +145,17 @@ class _Deploying:
         )
 
     def fold_pairs(self) -> FoldPlan | None:
-        """The BatchNorms beside one convolution or linear, which takes them; None where there is none.
+        """The BatchNorms that do not stay, into what stands around them; None where there is none.
 
         Raises:
-            RefusedError: some lie elsewhere, or are not taken by what stands beside them.
+            RefusedError: nothing tells what becomes of some, or they are not taken by what stands beside them.
         """
-        left = [layer for layer in self.graph.batchnorms if layer not in self.folds]
+        left = [layer for layer in self.graph.batchnorms if layer not in self.folds and layer not in self.stay]
         if not left:
             return None
         beside = {module: producer for producer, module in self.pairs.items()}
         elsewhere = [layer for layer in left if layer.rpartition(".")[0] not in beside]
-        if elsewhere:
+        if elsewhere and self.deployed is None:
             what = f"{len(elsewhere)} BatchNorms lie in no block whose deploy form is known"
             raise RefusedError(what, tensor=elsewhere[0])
         plan = plan_fold(self.state_dict, self.graph, layers=left, eps=self.eps)
@@ -113,7 +163,8 @@ class _Deploying:
         if skips:
             raise RefusedError(f"it is not folded: {skips[0].reason.value} ({skips[0].detail})", tensor=skips[0].layer)
         for fold in plan.folds:
-            if fold.stays or fold.into != (beside[fold.layer.rpartition(".")[0]],):
+            place = beside.get(fold.layer.rpartition(".")[0])
+            if fold.stays or (place is not None and fold.into != (place,)):
                 raise RefusedError(f"it is folded into {', '.join(fold.into)}, not beside it", tensor=fold.layer)
             self.folds[fold.layer] = fold
         return plan

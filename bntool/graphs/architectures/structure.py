@@ -207,7 +207,7 @@ class _Reader:
             facts |= {"padded": letter in "Ct", "has_bias_slot": takes_bias}
             facts |= {"centred": bool(centred) or stride == "1", "strides": self.spread(stride, facts["parameters"])}
         unusual = self.unusual.get("layers", {}).get(str(index - self.first), {})
-        if kind is NodeKind.BIAS:
+        if not kind.is_producer and kind is not NodeKind.BATCH_NORM and "parameters" in unusual:
             facts["parameters"] = {role: self.root + name for role, name in unusual["parameters"].items()}
         if "factors" in unusual:
             facts["factors"] = tuple(unusual["factors"])

@@ -123,18 +123,20 @@ def _arithmetic(name: str, given: Callable[[str], Any], roles: _Roles) -> CallFa
         if not all(map(math.isfinite, factors)):
             return None
         details: dict[str, Any] = {"factors": factors}
+        if name == "mul" and value is None:
+            parameter = _find_along(constant, axis, data=data, dim=dim, roles=roles)
+            details["parameters"] = {} if parameter is None else {"factor": parameter.name}
         kind = NodeKind.CHANNELWISE
     elif data is not first and name == "sub":
         return None
     elif value == 0:
         kind, details = NodeKind.CHANNELWISE, {"factors": (1.0,)}
     else:
-        parameter = roles.index.find(constant) if plain and name == "add" and isinstance(constant, Tensor) else None
-        own = parameter is not None and _lies_along(constant, axis, data=data, dim=dim)
-        kind = NodeKind.BIAS if own else NodeKind.CONSTANT_SUM
+        own = plain and name == "add"
+        parameter = _find_along(constant, axis, data=data, dim=dim, roles=roles) if own else None
+        kind = NodeKind.CONSTANT_SUM if parameter is None else NodeKind.BIAS
         details = {}
-        if own:
-            assert parameter is not None
+        if parameter is not None:
             owner = type(parameter.owner).__name__
             details = {"parameters": {"bias": parameter.name}, "layer": parameter.module, "class_name": owner}
     return CallFacts(kind, (data,), axis=axis, output_axis=axis, elementwise=True, details=details)
@@ -183,11 +185,14 @@ def _number(constant: Any, roles: _Roles) -> float | None:
 _INTEGERS = (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8)
 
 
-def _lies_along(constant: Tensor, axis: int, *, data: Tensor, dim: int) -> bool:
-    """Whether a constant has one element per channel of the result and is the same along all other axes."""
+def _find_along(constant: Any, axis: int, *, data: Tensor, dim: int, roles: _Roles) -> Parameter | None:
+    """The parameter that a constant is, with one element per channel of the result and the same along other axes."""
+    parameter = roles.index.find(constant) if isinstance(constant, Tensor) else None
+    if parameter is None:
+        return None
     shape = (*(1 for _ in range(dim - constant.dim())), *constant.shape)
     extent = data.shape[axis - (dim - data.dim())] if axis >= dim - data.dim() else 0
-    return bool(shape[axis] == extent == constant.numel())
+    return parameter if shape[axis] == extent == constant.numel() else None
 
 
 def _removed_before(given: Callable[[str], Any], axis: int, dim: int) -> int:

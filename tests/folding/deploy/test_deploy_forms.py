@@ -15,6 +15,7 @@ from bntool.folding.deploy.planning import plan_deploy
 from bntool.folding.folds import Level
 from bntool.graphs.architectures.recognition import recognise
 from bntool.graphs.architectures.structure import assume
+from bntool.plan import SkipReason
 from tests.folding.folding_networks import randomise
 from tests.graphs.architectures.drawn_tensors import draw_state_dict
 
@@ -169,7 +170,7 @@ class OtherOrder(Block):
     ("block", "why"),
     [
         (ReadTwice, "is read outside of them"),
-        (OtherPadding, "reads another branch"),
+        (OtherPadding, "read different channels of"),
         (OtherDilation, "lie differently on what they read"),
         (OtherOrder, "reads another branch"),
     ],
@@ -192,15 +193,18 @@ def test_factors_of_branches_count() -> None:
         assert not torch.allclose(forgetful(image()), model(image()), rtol=0.1)
 
 
-def test_batchnorms_outside_of_blocks_are_not_left_behind() -> None:
+def test_batchnorms_outside_of_blocks_stay_as_in_the_deploy_model() -> None:
     model = randomise(Network(Block(3, 8), nn.BatchNorm2d(8)))
-    with pytest.raises(RefusedError, match="no block whose deploy form is known"):
-        bntool.fold(model, image(), layout="deploy")
+    result = bntool.fold(model, image(), layout="deploy")
+    assert [(skip.layer, skip.reason) for skip in result.plan.skips] == [("stages.1", SkipReason.NOT_SELECTED)]
+    state = result.model.state_dict()
+    for name, tensor in model.stages[1].state_dict().items():
+        assert torch.equal(state[f"stages.1.{name}"], tensor)
 
 
 def test_other_networks_have_no_deploy_form() -> None:
     model = randomise(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)))
-    with pytest.raises(RefusedError, match="no code whose deploy form is known"):
+    with pytest.raises(RefusedError, match="no module of the model has a deploy form"):
         bntool.fold(model, image(), layout="deploy")
     with pytest.raises(UsageError, match="takes all layers"):
         bntool.fold(make_network(), image(), layout="deploy", layers=["stages.0.*"])
