@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -15,6 +16,7 @@ from bntool.reports.blocks import Block, Cell, Column, Style, Table, line
 from bntool.reports.channel_pictures import draw_shifts
 from bntool.reports.text import plural
 from bntool.representation import format_number
+from bntool.verification.statistics_shift import NO_SHIFT
 
 _SHOWN = 10
 
@@ -48,7 +50,7 @@ def describe_comparison(comparison: Comparison, *, path_b: str) -> dict[str, Any
 
 
 # the same facts as of a layer that is recalibrated
-_SHIFTS = ("mean_shift", "worst_mean_shift", "variance_ratio", "variance_spread")
+_SHIFTS = ("mean_shift", "worst_mean_shift", "variance_ratio", "variance_spread", "worst_variance_ratio")
 
 
 def _describe_layer(layer: LayerComparison) -> dict[str, Any]:
@@ -59,6 +61,7 @@ def _describe_layer(layer: LayerComparison) -> dict[str, Any]:
         "tensors": {role: change.value for role, change in layer.changes.items()},
         "settings": {name: list(values) for name, values in layer.settings.items()},
         **{name: None if shift is None else getattr(shift, name) for name in _SHIFTS},
+        "worst_channel": None if shift is None else shift.find_worst_channel(),
         "scale_change": layer.scale_change,
         "shift_change": layer.shift_change,
         "eps_known": layer.eps_known,
@@ -81,6 +84,7 @@ def show_comparison(
         blocks.append(line(f"{plural(len(others), 'other tensor')}: {same} the same in every bit", Style.HEADING))
     if comparison.expectation is not None:
         blocks += _expectation(comparison.expectation, comparison.violations)
+    blocks += _moved_most(changed)
     for side, path, key, notes in (
         ("A", path_a, comparison.a.key, comparison.notes[0]),
         ("B", path_b, comparison.b.key, comparison.notes[1]),
@@ -98,6 +102,22 @@ def show_comparison(
         blocks += [line(f"assumed: {text}", Style.MUTED) for text in comparison.assumptions]
     differing = _others(others)
     return [*blocks, line(), line("other tensors", Style.HEADING), *differing] if differing else blocks
+
+
+def _moved_most(layers: Sequence[LayerComparison]) -> list[Block]:
+    """The channel whose statistics moved most: the measures of its layer may hide it among the others."""
+    known = [(layer.name, layer.statistics) for layer in layers if layer.statistics is not None]
+    name, shift = max(known, key=lambda one: one[1].worst, default=("", NO_SHIFT))
+    channel = shift.find_worst_channel()
+    if not shift.finite:
+        text = "statistics that are NaN, infinite or negative in A or B"
+    elif channel is None:
+        return []
+    elif shift.worst_mean_shift >= abs(math.log(shift.worst_variance_ratio)):
+        text = f"running_mean of channel {channel} by {_number(shift.worst_mean_shift, ' σ')}"
+    else:
+        text = f"running_var of channel {channel} by a factor of {_number(shift.worst_variance_ratio, '')}"
+    return [line(f"moved most: {name}, {text}")]
 
 
 def _selection(comparison: Comparison) -> list[Block]:

@@ -58,6 +58,14 @@ class StatisticsShift:
         sums = [(before + self.old_eps, after + self.new_eps) for before, after in pairs]
         return [after / before if before > 0 and after > 0 else math.nan for before, after in sums]
 
+    def find_worst_channel(self) -> int | None:
+        """The channel that moved most; None where none did, or the numbers allow no measure."""
+        if not self.finite:
+            return None
+        sizes = list(map(max, self.mean_shifts(), map(abs, map(math.log, self.variance_ratios()))))
+        largest = max(sizes, default=0.0)
+        return sizes.index(largest) if largest else None
+
     @property
     def severity(self) -> float:
         """One number to sort by: shift in sigmas, or log of the variance ratio, whichever is larger."""

@@ -8,6 +8,7 @@ from torch import nn
 import bntool
 from bntool.checkpoints.formats import open_checkpoint
 from bntool.checkpoints.tensors import equal_streams
+from bntool.cli.main import main
 from bntool.comparison.checkpoint import (
     Change,
     Expectation,
@@ -79,6 +80,8 @@ def test_measures_agree_with_torch():
         assert layer.statistics.variance_ratio == pytest.approx(ratio.mean().exp().item())
         assert layer.statistics.variance_spread == pytest.approx(ratio.square().mean().sqrt().exp().item())
         assert layer.statistics.worst_variance_ratio == pytest.approx(ratio[ratio.abs().argmax()].exp().item())
+        far = torch.maximum(shift.abs(), ratio.abs())
+        assert layer.statistics.find_worst_channel() == far.argmax().item()
         answers = []
         for state in (before, after):
             norm = nn.BatchNorm1d(len(mean_a)).double().eval()
@@ -380,3 +383,16 @@ def test_frozen_layers_need_not_be_named_again(state, tmp_path):
     gone = {name: t for name, t in others_moved.items() if not name.startswith("backbone.layer1.0.bn1.")}
     save(gone, after)
     assert "backbone.layer1.0.bn1: weight (only in A)" in diff(before, after, expect="norm-eval").violations[0]
+
+
+def test_one_channel_among_many_is_named(tmp_path, capsys):
+    """The measures of its layer say little of it: x 1e6 in one of 64 channels is a factor of 1.2 on average."""
+    before = torch.load(SAMPLES / "digits.pt")
+    layer = "layer2.0.bn2"
+    for factor, what in ((1e6, "running_var of channel 5 by a factor of 1e6"), (float("nan"), "NaN, infinite")):
+        after = {name: tensor.clone() for name, tensor in before.items()}
+        after[f"{layer}.running_var"][5] *= factor
+        main(["diff", str(SAMPLES / "digits.pt"), str(save(after, tmp_path / "after.pt"))])
+        moved = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("moved most"))
+        assert layer in moved
+        assert what in moved
