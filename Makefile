@@ -79,7 +79,7 @@ catalogue: $(VENV)/installed  ## write the catalogue of architectures again; nee
 fuzz: $(VENV)/installed  ## mutate files of all formats, 200,000 times
 	$(BIN)/python -m tests.fuzz 200000
 
-site: $(SITE)/installed  ## the documentation as a site, in build/site; broken links end it
+site: $(SITE)/installed  ## the documentation as a site, in build/site; its search needs a server: python -m http.server -d build/site
 	NO_MKDOCS_2_WARNING=1 $(SITE)/bin/mkdocs build --quiet
 
 $(SITE)/installed: pyproject.toml constraints.txt

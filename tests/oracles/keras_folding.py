@@ -7,6 +7,7 @@ models, folds them, and writes both after Keras has agreed.
 
 from __future__ import annotations
 
+import gzip
 import importlib.util
 import json
 import logging
@@ -17,6 +18,7 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 os.environ["KERAS_BACKEND"] = "torch"
 
@@ -439,8 +441,6 @@ def weights_alone() -> None:
 def recognise_applications() -> None:
     """Weights alone of keras.applications, without a word of the model they are of."""
     for name in ZOO:
-        if name.startswith("EfficientNetB"):
-            continue  # published weights are run with a layer more: refused
         model = getattr(applications, name)(weights=None)
         shape = [extent or 224 for extent in model.input_shape[1:]]  # some take any size
         shown = np.random.default_rng(0).uniform(-1, 1, (1, *shape)).astype(np.float32)
@@ -453,6 +453,60 @@ def recognise_applications() -> None:
             error = compare([model.predict(shown, verbose=0)], [folded.predict(shown, verbose=0)])
         print(f"{name} recognised: {len(fold.plan.layers)} folded, relative error {error:.1e}")
         assert error <= TOLERANCE, name
+
+
+def published() -> None:
+    """EfficientNet with published weights has a Rescaling more, which the numbers of its Normalization tell.
+
+    No file of the server is needed: Keras loads one that is made here, by the way that it loads the published one.
+    """
+    source = keras.src.applications.efficientnet
+    for name in ("EfficientNetB0",):
+        keras.utils.clear_session()
+        with tempfile.TemporaryDirectory() as place:
+            folder = Path(place)
+            model = getattr(applications, name)(weights=None)
+            randomise(model, 5)
+            normalization = model.get_layer("normalization")
+            mean, deviation = np.asarray([0.485, 0.456, 0.406], "f4"), np.asarray(source.IMAGENET_STDDEV_RGB, "f4")
+            normalization.set_weights([mean, deviation, normalization.get_weights()[2]])
+            with h5py.File(folder / "published.h5", "w") as file:
+                legacy_h5_format.save_weights_to_hdf5_group(file, model)
+            with mock.patch.object(source.file_utils, "get_file", return_value=str(folder / "published.h5")):
+                published = getattr(applications, name)(weights="imagenet")
+            shown = np.random.default_rng(0).uniform(0, 255, (1, *published.input_shape[1:])).astype(np.float32)
+            expected = [published.predict(shown, verbose=0)]
+            for kind in ("h5", "weights.h5"):
+                weights = folder / f"given.{kind}"
+                if kind == "h5":
+                    weights = folder / "published.h5"
+                else:
+                    published.save_weights(weights)
+                fold = fold_checkpoint(weights, folder / f"folded.{kind}", force=True)
+                folded = keras.models.model_from_json((folder / "folded.json").read_text())
+                folded.load_weights(folder / f"folded.{kind}")
+                error = compare(expected, [folded.predict(shown, verbose=0)])
+                print(
+                    f"{name} published, {kind}: {len(fold.plan.layers)} folded, relative error {error:.1e}", flush=True
+                )
+                assert error <= TOLERANCE, name
+                (folder / "folded.json").unlink()
+        if sys.argv[1:2] == ["--record-published"] and name == "EfficientNetB0":
+            record_published(published)
+
+
+def record_published(model: Any) -> None:
+    """Weights that compress well, and the configuration that Keras gives to the model of published ones."""
+    for layer in model.layers:
+        if not isinstance(layer, layers.Normalization):
+            layer.set_weights([np.full_like(one, 0.5 + one.ndim / 8) for one in layer.get_weights()])
+    with tempfile.TemporaryDirectory() as place:
+        with h5py.File(Path(place) / "published.h5", "w") as file:
+            legacy_h5_format.save_weights_to_hdf5_group(file, model)
+        target = RECORDED.parent / "keras_applications"
+        data = (Path(place) / "published.h5").read_bytes()
+        (target / "efficientnet_b0.h5.gz").write_bytes(gzip.compress(data, mtime=0))
+        (target / "efficientnet_b0.json.gz").write_bytes(gzip.compress(model.to_json().encode(), mtime=0))
 
 
 def splice() -> None:
@@ -496,6 +550,8 @@ def zoo(names: list[str]) -> None:
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--record"]:
         record(sys.argv[2:])
+    elif sys.argv[1:2] in (["--published"], ["--record-published"]):
+        published()
     elif sys.argv[1:2] == ["--zoo"]:
         zoo(sys.argv[2:])
     else:
@@ -504,4 +560,5 @@ if __name__ == "__main__":
         splice()
         weights_alone()
         recognise_applications()
+        published()
         zoo([])

@@ -137,7 +137,8 @@ class Keras1Hdf5(KerasHdf5):
 
     def describe_origin(self, checkpoint: Checkpoint) -> Sequence[str]:
         version = text_of(checkpoint.entries.get("keras_version"))
-        if version is not None:
+        keeps_variances = any(name.endswith(".running_var") for one in checkpoint.state_dicts for name in one.tensors)
+        if version is not None or not keeps_variances:
             return super().describe_origin(checkpoint)
         return "Keras 1", "running_std read as the variance that it is since 1.0.7"
 

@@ -197,9 +197,13 @@ class _Rewriting:
             self._write_names(group, "weight_names", names)
         root = self.file[self.content.root or "/"]
         listed = set(self._read_names(root, "layer_names"))
-        if unknown := sorted(listed - {layer.name for layer in old.layers}):
+        if unknown := [name for name in sorted(listed - {one.name for one in old.layers}) if self._has_weights(name)]:
             raise RefusedError("the file lists this layer, and the configuration has it not", tensor=unknown[0])
         self._write_names(root, "layer_names", [layer.name for layer in model.layers if layer.name in listed])
+
+    def _has_weights(self, layer: str) -> bool:
+        root = f"{self.content.root}/" if self.content.root else ""
+        return bool(self.content.hdf5.texts(root + layer, "weight_names"))
 
     def _check_nested_order(self, model: KerasModel) -> None:
         """Weights of nested models are loaded by their order.

@@ -60,6 +60,55 @@ def elements(path: Path, config: Path) -> dict[str, bytes]:
         return {name: read_bytes(tensor) for name, tensor in checkpoint.state_dict("").tensors.items()}
 
 
+PUBLISHED = "efficientnet_b0.h5"  # written by the function in keras_folding.py that Keras runs on published weights
+
+
+def test_published_weights_are_run_with_a_rescaling_more(tmp_path: Path) -> None:
+    """The configuration is the one that Keras makes where it loads them; weights and layers are the same."""
+    weights, config = unpack(PUBLISHED, tmp_path), unpack("efficientnet_b0.json", tmp_path)
+    mine, theirs = tmp_path / "mine.h5", tmp_path / "theirs.h5"
+    fold = bntool.fold_checkpoint(weights, mine)
+    bntool.fold_checkpoint(weights, theirs, keras_config=config)
+    assert len(fold.plan.layers) == 49
+    assert fold.evidence is Evidence.ASSUMED
+    assert elements(mine, tmp_path / "mine.json") == elements(theirs, tmp_path / "theirs.json")
+    found, wanted = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("mine", "theirs"))
+    shown = [
+        [
+            (one["config"]["scale"], one["config"]["offset"])
+            for one in text["config"]["layers"]
+            if one["class_name"] == "Rescaling"
+        ]
+        for text in (found, wanted)
+    ]
+    assert shown[0] == shown[1]
+    assert len(shown[0]) == 2
+
+
+def set_normalization(path: Path, mean: float, variance: float) -> None:
+    with h5py.File(path, "r+") as file:
+        group = file[next(name for name in file if name.startswith("normalization"))]
+        for name, value in (("mean", mean), ("variance", variance)):
+            place = next(one for one in group.attrs["weight_names"] if name in one)
+            group[place][...] = value
+
+
+def test_weights_of_a_new_model_have_no_rescaling_more(tmp_path: Path) -> None:
+    weights = unpack(PUBLISHED, tmp_path)
+    set_normalization(weights, 0.0, 1.0)
+    bntool.fold_checkpoint(weights, tmp_path / "mine.h5")
+    layers = json.loads((tmp_path / "mine.json").read_text())["config"]["layers"]
+    assert [one["name"] for one in layers if one["class_name"] == "Rescaling"] == ["rescaling"]
+
+
+def test_another_normalization_may_be_of_either(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    weights = unpack(PUBLISHED, tmp_path)
+    set_normalization(weights, 0.5, 0.25)
+    assert [one.title for one in bntool.inspect(weights).state_dicts[0].architectures] == ["keras:EfficientNetB0"]
+    assert main(["fold", str(weights), "-o", str(tmp_path / "mine.h5")]) == ExitCode.REFUSED
+    assert "rescaled once more" in " ".join(capsys.readouterr().err.split())
+
+
 def test_what_is_assumed_is_refused_under_strict(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     weights = unpack(KINDS[0], tmp_path)
     assert main(["fold", str(weights), "--strict", "--output", str(tmp_path / "folded.h5")]) == ExitCode.REFUSED

@@ -185,7 +185,8 @@ def test_layers_that_only_the_file_lists_are_not_lost(tmp_path: Path) -> None:
     shutil.copy(SEQUENTIAL, tmp_path / "a.h5")
     with h5py.File(tmp_path / "a.h5", "r+") as file:
         group = file["model_weights"]
-        group.create_group("branch").attrs["weight_names"] = []
+        group.create_group("branch").attrs["weight_names"] = [b"branch_W"]
+        group["branch"]["branch_W"] = group["c1/c1_W"][()]
         group.attrs["layer_names"] = [b"branch", *map(bytes, group.attrs["layer_names"])]
     with pytest.raises(RefusedError, match="the configuration has it not"):
         bntool.fold_checkpoint(tmp_path / "a.h5", tmp_path / "b.h5")
