@@ -136,6 +136,7 @@ def _walk_back(  # noqa: PLR0913 what is carried along
         if not source.ran:
             raise Blocked(SkipReason.SHARED_OUTPUT, f"{source.describe()} did not run here and may feed it, too")
         if not (_is_passed(source) or source.kind.is_producer or source.kind is NodeKind.BATCH_NORM):
+            _check_computed_behind(graph, source)
             raise Blocked(SkipReason.NOT_ADJACENT, f"{source.describe()} lies between")
         if source.kind.is_producer and not source.parameters:
             name_of(source)  # that its weight is computed says more than what its channels meet
@@ -152,6 +153,18 @@ def _walk_back(  # noqa: PLR0913 what is carried along
         )
         if source.kind is NodeKind.ADD:
             _walk_back(graph, source, 1, channels, found, scale=scale, removed=removed, shift=False, direct=False)
+
+
+def _check_computed_behind(graph: ModelGraph, node: Node) -> None:
+    """What is in the way of a bias that is added by itself is that the weight before it is computed.
+
+    Raises:
+        Blocked: it is.
+    """
+    edges = graph.inputs(node) if node.kind is NodeKind.BIAS else ()
+    for source in (graph.nodes[edge.source] for edge in edges):
+        if source.kind.is_producer and not source.parameters:
+            name_of(source)
 
 
 def _is_passed(node: Node) -> bool:

@@ -693,3 +693,121 @@ class Nested(nn.Module):
 def test_what_cannot_be_followed_is_no_fault_of_the_model():
     with pytest.raises(RefusedError, match=r"^aten.* in the forward gives a nested tensor"):
         bntool.fold(randomise(Nested()), image(3, 5))
+
+
+class WithOwnBias(nn.Module):
+    """A producer, a parameter that is added to what it gives, and a BatchNorm."""
+
+    def __init__(self, producer, add, *shape):
+        super().__init__()
+        norms = {nn.Linear: nn.BatchNorm1d, nn.ConvTranspose3d: nn.BatchNorm3d}
+        self.producer, self.offset = producer, nn.Parameter(torch.randn(shape))
+        self.norm, self.add = norms.get(type(producer), nn.BatchNorm2d)(6), add
+
+    def forward(self, x):
+        return self.norm(self.add(self.producer(x), self.offset)).relu()
+
+
+@pytest.mark.parametrize(
+    ("model", "shape"),
+    [
+        (WithOwnBias(nn.Conv2d(3, 6, 3), lambda y, b: b + y, 6, 1, 1), (2, 3, 9, 9)),
+        (WithOwnBias(nn.Conv2d(3, 6, 3, groups=3), lambda y, b: y - b, 1, 6, 1, 1), (2, 3, 9, 9)),
+        (WithOwnBias(nn.Conv2d(3, 6, 3), lambda y, b: y + b.view(1, -1, 1, 1), 6), (2, 3, 9, 9)),
+        (WithOwnBias(nn.ConvTranspose3d(3, 6, 3), lambda y, b: y.sub_(b[:, None, None, None]), 6), (2, 3, 4, 4, 4)),
+        (WithOwnBias(nn.Linear(5, 6), lambda y, b: y - b.squeeze(), 1, 6), (4, 5)),
+    ],
+)
+def test_a_bias_that_is_added_by_itself(model, shape):
+    x = image(*shape)
+    result = bntool.fold(randomise(model), x)
+    assert folded(result) == ["norm"]
+    torch.testing.assert_close(result.model(x), model(x), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        WithOwnBias(nn.Linear(5, 6), lambda y, b: torch.add(y, b, alpha=2), 6),
+        WithOwnBias(nn.Linear(5, 6), lambda y, b: torch.add(b, y, alpha=2), 6),
+        WithOwnBias(nn.Linear(5, 6), lambda y, b: y + b + b, 6),
+        WithOwnBias(nn.Linear(5, 6), lambda y, b: y + b.tanh(), 6),
+    ],
+)
+def test_one_that_is_added_otherwise_stays(model):
+    assert folded(bntool.fold(randomise(model), image(4, 5))) == []
+
+
+class Product(nn.Module):
+    """A BatchNorm of a product with a parameter."""
+
+    def __init__(self, multiply, *shape):
+        super().__init__()
+        self.weight, self.norm, self.multiply = nn.Parameter(torch.randn(shape)), nn.BatchNorm1d(6), multiply
+
+    def forward(self, x):
+        return self.norm(self.multiply(x, self.weight)).relu()
+
+
+@pytest.mark.parametrize("layout", ["folded", "same-keys"])
+@pytest.mark.parametrize(
+    "model",
+    [
+        Product(lambda x, w: torch.einsum("ni,io->no", x, w), 5, 6),
+        Product(lambda x, w: torch.einsum("ni,oi->no", x, w), 6, 5),
+        Product(lambda x, w: torch.bmm(x[None], w[None])[0], 5, 6),
+        Product(lambda x, w: torch.mm(x, w.view(5, 6)), 1, 1, 5, 6),  # a convolution of one voxel of spconv
+        Product(lambda x, w: functional.linear(x, w.squeeze()), 6, 5, 1, 1),
+        Product(lambda x, w: functional.conv1d(x[:, :, None], w[:, :, None])[:, :, 0], 6, 5),
+        Product(lambda x, w: x[:, :1] @ w.t(), 6, 1),
+    ],
+)
+def test_products_with_a_view_of_a_parameter(model, layout):
+    x = image(4, 5)
+    result = bntool.fold(randomise(model), x, layout=layout)
+    assert folded(result) == ["norm"]
+    torch.testing.assert_close(result.model(x), model(x), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        Product(lambda x, w: x @ (w * w.sign()) + w[0], 5, 6),
+        Product(lambda x, w: torch.einsum("ni,oi->no", x, w.abs()), 6, 5),
+    ],
+)
+def test_products_with_what_is_computed(model):
+    result = bntool.fold(randomise(model), image(4, 5))
+    assert folded(result) == []
+
+
+def test_a_masked_product_with_its_own_bias_is_a_computed_weight():
+    class MaskedProduct(Masked):
+        def forward(self, x):
+            return self.norm(x @ (self.weight * self.mask).t() + self.bias)
+
+    assert reasons(bntool.fold(randomise(MaskedProduct()), image(4, 5)))["norm"][0] == "COMPUTED_WEIGHT"
+
+
+class LeavesTheBiasOut(nn.Module):
+    """Takes the weight of a convolution, and gives its bias or not."""
+
+    def __init__(self, with_bias):
+        super().__init__()
+        self.first, self.before = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
+        self.conv, self.norm, self.with_bias = nn.Conv2d(3, 6, 3, bias=False), nn.BatchNorm2d(6), with_bias
+
+    def forward(self, x):
+        x = self.before(self.first(x)).sigmoid()
+        bias = (self.conv.bias,) if self.with_bias else ()
+        return self.norm(functional.conv2d(x, self.conv.weight, *bias)).relu()
+
+
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_a_bias_that_the_forward_would_not_read_is_not_added(with_bias):
+    model, x = randomise(LeavesTheBiasOut(with_bias)), image()
+    original = nn.Module.__getattr__
+    result = bntool.fold(model, x)
+    assert nn.Module.__getattr__ is original
+    assert [fold.stays for fold in result.plan.folds] == [False, not with_bias]
+    torch.testing.assert_close(result.model(x), model(x), rtol=1e-9, atol=1e-9)

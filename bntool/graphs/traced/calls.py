@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from bntool.batchnorm import VECTORS
 from bntool.graphs.graph import NodeKind, Owner
 from bntool.graphs.traced import operators
 from bntool.graphs.traced.labels import varying_axis
-from bntool.graphs.traced.parameters import Parameter, ParameterIndex
+from bntool.graphs.traced.parameters import Ones, Parameter, ParameterIndex
 from bntool.modules.padding import find_amounts
 
 _CLOSE = 1e-4  # relative; a frozen BatchNorm computes its scale in the dtype of its buffers
@@ -114,7 +114,6 @@ def _arithmetic(name: str, given: Callable[[str], Any], roles: _Roles) -> CallFa
     constant = other if data is first else first
     dim = max(data.dim(), constant.dim() if isinstance(constant, Tensor) else 0)
     axis = _axis_of(data, dim, roles)
-    plain = data is first and (name not in ("add", "sub") or given("alpha") == 1)
     value = _number(constant, roles)
     if name in ("mul", "div"):
         if name == "div" and (data is not first or value == 0):
@@ -127,18 +126,18 @@ def _arithmetic(name: str, given: Callable[[str], Any], roles: _Roles) -> CallFa
             parameter = _find_along(constant, axis, data=data, dim=dim, roles=roles)
             details["parameters"] = {} if parameter is None else {"factor": parameter.name}
         kind = NodeKind.CHANNELWISE
-    elif data is not first and name == "sub":
+    elif data is not first and (name == "sub" or given("alpha") != 1):
         return None
     elif value == 0:
         kind, details = NodeKind.CHANNELWISE, {"factors": (1.0,)}
     else:
-        own = plain and name == "add"
-        parameter = _find_along(constant, axis, data=data, dim=dim, roles=roles) if own else None
+        parameter = _find_along(constant, axis, data=data, dim=dim, roles=roles) if given("alpha") == 1 else None
         kind = NodeKind.CONSTANT_SUM if parameter is None else NodeKind.BIAS
         details = {}
         if parameter is not None:
             owner = type(parameter.owner).__name__
             details = {"parameters": {"bias": parameter.name}, "layer": parameter.module, "class_name": owner}
+            details["factors"] = (-1.0,) if name == "sub" else ()
     return CallFacts(kind, (data,), axis=axis, output_axis=axis, elementwise=True, details=details)
 
 
@@ -187,7 +186,7 @@ _INTEGERS = (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8)
 
 def _find_along(constant: Any, axis: int, *, data: Tensor, dim: int, roles: _Roles) -> Parameter | None:
     """The parameter that a constant is, with one element per channel of the result and the same along other axes."""
-    parameter = roles.index.find(constant) if isinstance(constant, Tensor) else None
+    parameter = roles.index.find(constant, ones=Ones.ANYWHERE) if isinstance(constant, Tensor) else None
     if parameter is None:
         return None
     shape = (*(1 for _ in range(dim - constant.dim())), *constant.shape)
@@ -204,19 +203,23 @@ def _removed_before(given: Callable[[str], Any], axis: int, dim: int) -> int:
     return sum(1 for other in axes if other % dim < axis)
 
 
+@dataclass(frozen=True)
 class _Roles:
     """Sorts the tensors of a call into parameters that are used unchanged, and tensors that were computed."""
 
-    def __init__(self, *, index: ParameterIndex, labels: Labels, names_of: NamesOf) -> None:
-        self.index, self.labels, self.names_of = index, labels, names_of
-        self.found: dict[str, Parameter] = {}
-        self.computed: dict[str, tuple[str, ...]] = {}
+    index: ParameterIndex
+    labels: Labels
+    names_of: NamesOf
+    found: dict[str, Parameter] = field(default_factory=dict)
+    computed: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
-    def sort(self, role: str, tensor: Tensor | None, *, transposed: bool = False) -> None:
+    def sort(
+        self, role: str, tensor: Tensor | None, *, transposed: bool = False, ones: Ones = Ones.AS_THEY_ARE
+    ) -> None:
         if tensor is None:
             return
         known = self.labels.get(id(tensor)) is None
-        parameter = self.index.find(tensor, transposed=transposed) if known else None
+        parameter = self.index.find(tensor, transposed=transposed, ones=ones) if known else None
         if parameter is not None:
             self.found[role] = parameter
         else:
@@ -227,7 +230,11 @@ class _Roles:
         return (
             self.labels.get(id(tensor)) is None
             and bool(self.names_of(tensor))
-            and not any(self.index.find(tensor, transposed=transposed) for transposed in (False, True))
+            and not any(
+                self.index.find(tensor, transposed=transposed, ones=ones)
+                for transposed in (False, True)
+                for ones in (Ones.IN_FRONT, Ones.BEHIND)
+            )
         )
 
     def details(self, *, anchor: str) -> dict[str, Any]:
@@ -242,8 +249,7 @@ class _Roles:
         }
         if parameter is not None:
             details.update(layer=parameter.module, class_name=type(parameter.owner).__name__)
-            slot = parameter.owner._parameters.get("bias", parameter)  # anything but None: there is none
-            details["has_bias_slot"] = slot is None and parameter.role == "weight"
+            details["has_bias_slot"] = self.index.has_bias_slot(parameter)
         return details
 
 
@@ -260,7 +266,7 @@ def _batch_norm(given: Callable[[str], Any], roles: _Roles) -> CallFacts:
 
 
 def _convolution(name: str, kind: NodeKind, given: Callable[[str], Any], roles: _Roles) -> CallFacts:
-    roles.sort("weight", given("weight"))
+    roles.sort("weight", given("weight"), ones=Ones.BEHIND)
     bias = given("bias")
     if name == "deform_conv2d" and bias is not None and not roles.names_of(bias) and not bool(bias.any()):
         bias = None  # torchvision gives zeros where there is none
@@ -330,10 +336,18 @@ def _linear(name: str, given: Callable[[str], Any], roles: _Roles) -> CallFacts 
     else:
         data, weight = (given("mat1"), given("mat2")) if name == "addmm" else (given("self"), given("mat2"))
         bias = given("self") if name == "addmm" else None
+    if name == "bmm":  # a batch of one, as torch.einsum makes it
+        if weight.shape[0] != 1 or roles.labels.get(id(weight)) is not None:
+            return None
+        names, weight = roles.names_of(weight), weight[0]
+        roles = replace(roles, names_of=lambda _tensor: names)
     kind = NodeKind.LINEAR
-    if name != "linear" and roles.labels.get(id(weight)) is None and roles.index.find(weight) is not None:
+    is_constant = roles.labels.get(id(weight)) is None
+    if name != "linear" and is_constant and roles.index.find(weight, ones=Ones.IN_FRONT) is not None:
         kind = NodeKind.MATMUL
-    roles.sort("weight", weight, transposed=name != "linear" and kind is NodeKind.LINEAR)
+    transposed = name != "linear" and kind is NodeKind.LINEAR
+    ones = Ones.IN_FRONT if kind is NodeKind.MATMUL else Ones.BEHIND
+    roles.sort("weight", weight, transposed=transposed, ones=ones)
     if "weight" not in roles.found and name != "linear" and not roles.is_computed_constant(weight):
         return None  # any product of two matrices
     if bias is not None and bias.dim() != 1:

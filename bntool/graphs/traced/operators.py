@@ -49,7 +49,7 @@ _MAX_POOLS = frozenset(
 )  # fmt: skip
 _ADAPTIVE_AVERAGES = frozenset(("_adaptive_avg_pool2d", "_adaptive_avg_pool3d", "adaptive_avg_pool1d"))
 _AVERAGE_POOLS = frozenset(("avg_pool1d", "avg_pool2d", "avg_pool3d"))
-_LINEARS = frozenset(("mm", "addmm", "linear"))
+_LINEARS = frozenset(("mm", "addmm", "bmm", "linear"))
 _ACTIVATIONS = frozenset(("relu", "leaky_relu", "_prelu_kernel", "prelu"))
 _CONSTANT_PADS = frozenset(("constant_pad_nd",))
 _MIRRORED_PADS = tuple(f"{kind}_pad{digit}d" for kind in ("reflection", "replication") for digit in "123")

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,6 +15,26 @@ from torch.nn.parameter import is_lazy
 from bntool.graphs.graph import Node, Owner
 from bntool.modules.finding import walk_modules
 from bntool.modules.memory import share_elements, storage_key
+
+
+class Ones(Enum):
+    """Axes of length one that a view of a parameter may have or lack beside those that the parameter has."""
+
+    AS_THEY_ARE = "as they are"
+    IN_FRONT = "in front"  # of two, as a batch of one matrix has
+    BEHIND = "behind"  # two, as the weight of a convolution of one pixel has
+    ANYWHERE = "anywhere"
+
+
+def _axes_of(tensor: torch.Tensor, ones: Ones) -> list[tuple[int, int]]:
+    """Length and stride of the axes of a tensor, without those that do not matter."""
+    axes = list(zip(tensor.shape, tensor.stride(), strict=True))
+    if ones is Ones.ANYWHERE:
+        return [axis for axis in axes if axis[0] != 1]
+    end = {Ones.IN_FRONT: 0, Ones.BEHIND: -1}.get(ones)
+    while end is not None and len(axes) > 2 and axes[end][0] == 1:
+        del axes[end]
+    return axes
 
 
 @dataclass(frozen=True)
@@ -44,12 +67,16 @@ class ParameterIndex:
 
     Args:
         prefix: what names go without, as in plans.
+
+    Attributes:
+        asked_for_bias: modules whose attribute ``bias`` was read meanwhile, by identity; empty before a forward.
     """
 
     def __init__(self, model: nn.Module, prefix: str) -> None:
         slots: dict[int, dict[tuple[int, str], list[str]]] = {}
         owners: dict[int, tuple[nn.Module, str]] = {}
         tensors: dict[int, torch.Tensor] = {}
+        self.asked_for_bias: set[int] = set()
         self.module_names: dict[int, str] = {}
         self.modules: dict[str, nn.Module] = {}  # each once, by the first of its names
         for full_path, module in walk_modules(model):
@@ -84,19 +111,47 @@ class ParameterIndex:
         tied = Parameter(parameter.name, parameter.module, parameter.owner, aliases=parameter.aliases, tied=True)
         self.by_name[parameter.name] = self._by_identity[id(tensor)] = tied
 
-    def find(self, tensor: torch.Tensor, *, transposed: bool = False) -> Parameter | None:
-        """Find the parameter that a tensor is a view of (``transposed``: with reversed axes)."""
+    def find(
+        self, tensor: torch.Tensor, *, transposed: bool = False, ones: Ones = Ones.AS_THEY_ARE
+    ) -> Parameter | None:
+        """Find the parameter that a tensor is a view of (``transposed``: with reversed axes).
+
+        Args:
+            ones: which axes of length one either may have that the other lacks.
+        """
         known = self._by_identity.get(id(tensor))
         if known is not None:
             return None if transposed and tensor.dim() > 1 else known
+        wanted = _axes_of(tensor, ones)
         for parameter, candidate in self._by_storage.get(storage_key(tensor), ()):
-            shape, strides = tuple(candidate.shape), candidate.stride()
-            if transposed:
-                shape, strides = shape[::-1], strides[::-1]
+            axes = _axes_of(candidate, ones)
             same_place = candidate.storage_offset() == tensor.storage_offset() and candidate.dtype == tensor.dtype
-            if same_place and tuple(tensor.shape) == shape and tensor.stride() == strides:
+            if same_place and wanted == (axes[::-1] if transposed else axes):
                 return self.by_name[parameter.name]
         return None
+
+    def has_bias_slot(self, parameter: Parameter) -> bool:
+        """Whether a weight's module has no bias, and code that would use one: the forward asked for it."""
+        owner = parameter.owner
+        empty = "bias" in owner._parameters and owner._parameters["bias"] is None
+        asked = id(owner) in self.asked_for_bias or isinstance(owner, torch.jit.ScriptModule)
+        return empty and asked and parameter.role == "weight"
+
+    @contextlib.contextmanager
+    def noticing_biases(self) -> Iterator[None]:
+        """A context in which it is noted which modules are asked for their bias."""
+        original = nn.Module.__getattr__
+
+        def notice(module: nn.Module, name: str) -> Any:
+            if name == "bias":
+                self.asked_for_bias.add(id(module))
+            return original(module, name)
+
+        nn.Module.__getattr__ = notice  # type: ignore[method-assign]
+        try:
+            yield
+        finally:
+            nn.Module.__getattr__ = original  # type: ignore[method-assign]
 
     def touching(self, tensor: torch.Tensor) -> frozenset[str]:
         """Names of all parameters that share elements with a tensor."""

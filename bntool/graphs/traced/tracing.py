@@ -130,7 +130,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.give_fresh_labels(self.add_node(NodeKind.INPUT, "input"), [tensor], axis=1)
         handles = [hooks.register_module_forward_pre_hook(self.enter), hooks.register_module_forward_hook(self.leave)]
         try:
-            with self, _PythonCalls(self):
+            with self.index.noticing_biases(), self, _PythonCalls(self):
                 yield
         finally:
             for handle in handles:
