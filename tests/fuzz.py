@@ -3,7 +3,7 @@
 Bytes are changed, and fields of the structures that the containers hold. What can be opened is then given to one of the
 commands, with its report.
 
-The suite runs a thousand; ``python -m tests.fuzz 100000`` runs as many as one likes.
+The suite runs five hundred; ``python -m tests.fuzz 100000`` runs as many as one likes.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import re
 from pathlib import Path
 
@@ -33,6 +34,12 @@ def modules() -> list[Path]:
     return sorted(path for path in PACKAGE.rglob("*.py") if path.parent != PACKAGE or path.stem in rooms)
 
 
+@functools.cache
+def read_nodes(path: Path) -> list[ast.AST]:
+    """All nodes of the syntax tree of a module; the first is the module."""
+    return list(ast.walk(ast.parse(path.read_text())))
+
+
 def name_module(path: Path) -> str:
     return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
 
@@ -42,7 +49,7 @@ def read_imports(paths: list[Path]) -> dict[str, set[str]]:
     names = {name_module(path): path for path in paths}
     imports: dict[str, set[str]] = {name: set() for name in names}
     for name, path in names.items():
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in read_nodes(path):
             found = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             if isinstance(node, ast.ImportFrom) and node.module:
                 inner = [f"{node.module}.{alias.name}" for alias in node.names]
@@ -83,7 +90,9 @@ def test_no_modules_import_each_other() -> None:
 def test_modules_have_names_and_say_what_they_hold() -> None:
     for path in modules():
         assert path.stem not in FORBIDDEN_NAMES, path
-        assert ast.get_docstring(ast.parse(path.read_text())), f"{path} does not say what it holds"
+        module = read_nodes(path)[0]
+        assert isinstance(module, ast.Module)
+        assert ast.get_docstring(module), f"{path} does not say what it holds"
 
 
 def test_rooms_can_be_looked_over() -> None:
@@ -94,7 +103,7 @@ def test_rooms_can_be_looked_over() -> None:
 def test_only_the_command_line_prints() -> None:
     for path in modules():
         if path.relative_to(PACKAGE).parts[0] != "cli":
-            calls = [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Call)]
+            calls = [n for n in read_nodes(path) if isinstance(n, ast.Call)]
             assert not [n for n in calls if isinstance(n.func, ast.Name) and n.func.id == "print"], path
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import itertools
 import warnings
@@ -11,6 +12,7 @@ from enum import IntEnum
 from typing import Annotated, TextIO
 
 import typer
+from typer._click.core import Command as ClickCommand
 from typer._click.exceptions import ClickException, UsageError  # since 0.26 typer carries its own click
 
 from bntool import errors
@@ -93,6 +95,12 @@ def build_app(arguments: Sequence[str] = ()) -> typer.Typer:
     return app
 
 
+@functools.cache
+def _build_command(first: str) -> ClickCommand:
+    """What runs arguments that begin with ``first``; built once, for programs that call :func:`main` several times."""
+    return typer.main.get_command(build_app([first]))
+
+
 def _root(
     version: Annotated[
         bool,
@@ -153,7 +161,7 @@ def _run(arguments: Sequence[str], typed: Sequence[str] | None) -> int:
     Args:
         typed: words that a shell asks to go on with; None where none asks.
     """
-    command = typer.main.get_command(build_app(arguments if typed is None else typed))
+    command = _build_command(next(iter(arguments if typed is None else typed), ""))
     if typed is not None:
         prepare_bash()
     with _losses_in_a_line(quiet=not {"-q", "--quiet"}.isdisjoint(arguments)):
@@ -232,7 +240,7 @@ def _find_checkpoint(arguments: Sequence[str]) -> str:
     """The one checkpoint that the arguments name, "" where they name none or several."""
     place = next((index for index, argument in enumerate(arguments) if not argument.startswith("-")), len(arguments))
     with contextlib.suppress(Exception):  # what is wrong with the arguments is said elsewhere
-        command = typer.main.get_command(build_app()).commands[arguments[place]]  # type: ignore[attr-defined]
+        command = _build_command(arguments[place]).commands[arguments[place]]  # type: ignore[attr-defined]
         given = command.make_context("", list(arguments[place + 1 :]), resilient_parsing=True).params
         several: list[object] = given.get("checkpoints") or []
         return str(given.get("checkpoint") or (several[0] if len(several) == 1 else ""))

@@ -362,7 +362,7 @@ BROKEN: dict[str, Case] = {
     "pickle_of_many_objects.pt": (
         lambda: make_archive(b"\x80\x02(" + b"]" * 3_100_000 + b"t."),
         UnsafeFileError,
-        "more than 2000000 objects",
+        r"makes more than \d+ objects",
     ),
     "pickle_of_many_globals.pt": (
         lambda: make_archive(b"\x80\x02(" + b"".join(b"ca\n%d\n" % i for i in range(10_001)) + b"t."),

@@ -41,7 +41,8 @@ def read(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, s
 def test_a_broken_file_is_one_sentence_and_exit_code_3(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # reaching the real limit, which takes seconds, is tested where files are read
+    # reaching the real limits, which takes seconds, is tested where files are read
+    monkeypatch.setattr("bntool.checkpoints.containers.pickles.reading.MAX_OBJECTS", 300_000)
     monkeypatch.setattr("bntool.checkpoints.torch.modules.MAX_EFFORT", 10_000)
     make, error, words = BROKEN[name]
     (tmp_path / "in").mkdir()

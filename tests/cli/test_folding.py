@@ -466,7 +466,7 @@ def top1(model, images: torch.Tensor) -> torch.Tensor:
 
 def test_real_resnet20_is_folded_whole(fold, shared, cifar, tmp_path) -> None:
     images, answers = cifar
-    program = tmp_path / "folded.pt2"
+    program = tmp_path / "folded.onnx"
     options = ("--export", str(program), "--input-shape", "2,3,32,32")
     code, document, error, out = fold(
         shared / "weights" / "resnet20-12fca82f.th", *options, model=f"{RESNET}:build", output="folded.th"
@@ -476,17 +476,6 @@ def test_real_resnet20_is_folded_whole(fold, shared, cifar, tmp_path) -> None:
     assert not document["skips"]
     assert document["export"]["any_batch"]
     assert torch.equal(top1(load_folded(build(RESNET), out).eval(), images), answers)
-    assert torch.equal(top1(torch.export.load(program).module(), images), answers)
-
-
-def test_real_resnet20_as_onnx(shared, cifar, tmp_path, capsys) -> None:
-    images, answers = cifar
-    arguments = ["fold", str(shared / "weights" / "resnet20-12fca82f.th"), "--model", f"{RESNET}:build"]
-    program = tmp_path / "folded.onnx"
-    assert main([*arguments, "--export", str(program), "--input-shape", "2,3,32,32", "--json"]) == 0
-    (document,) = json.loads(capsys.readouterr().out)["files"]
-    assert len(document["folds"]) == 19
-    assert document["export"]["any_batch"]
     session = onnxruntime.InferenceSession(program)
     (name,) = [formal.name for formal in session.get_inputs()]
     assert torch.equal(top1(lambda x: torch.from_numpy(session.run(None, {name: x.numpy()})[0]), images), answers)

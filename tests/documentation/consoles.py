@@ -46,12 +46,13 @@ def find_prompts(page: Path) -> list[str]:
 _PROGRESS = re.compile(r"^bntool: [a-z ]+: (\d|[^\n]*left$)[^\n]*\n", flags=re.MULTILINE)
 
 
-def run_console(console: Console, *, folder: Path, environment: dict[str, str]) -> str:
+def run_console(console: Console, *, folder: Path, environment: dict[str, str], inherited: tuple[int, ...] = ()) -> str:
     """What the command prints, run by a shell in ``folder``."""
     done = subprocess.run(
         ["bash", "-c", console.command],
         cwd=folder,
         env=environment,
+        pass_fds=inherited,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         stdin=subprocess.DEVNULL,

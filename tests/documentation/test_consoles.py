@@ -11,6 +11,7 @@ import pytest
 
 from tests.documentation.consoles import find_prompts, matches, read_consoles, run_console
 from tests.places import ROOT
+from tests.programs import write_bntool
 
 PAGES = [page for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))) if read_consoles(page)]
 
@@ -18,10 +19,13 @@ PAGES = [page for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.m
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_console_blocks_print_what_the_page_says(page: Path, tmp_path: Path) -> None:
     shutil.copytree(ROOT / "sample_ckpts", tmp_path / "sample_ckpts", ignore=shutil.ignore_patterns("__pycache__"))
-    binaries = str(Path(sys.executable).parent)
-    environment = {**os.environ, "PATH": binaries + os.pathsep + os.environ["PATH"], "PYTHONWARNINGS": "ignore"}
+    binaries = Path(sys.executable).parent
+    (tmp_path / "bin").mkdir()
+    server = write_bntool(tmp_path / "bin", binaries / "bntool")
+    path = os.pathsep.join([str(tmp_path / "bin"), str(binaries), os.environ["PATH"]])
+    environment = {**os.environ, "PATH": path, "PYTHONWARNINGS": "ignore"}
     for console in read_consoles(page):
-        printed = run_console(console, folder=tmp_path, environment=environment)
+        printed = run_console(console, folder=tmp_path, environment=environment, inherited=(server,))
         assert matches(console.output, printed), (
             f"$ {console.command}\n{printed}\n--- but {page.name} says\n{console.output}"
         )

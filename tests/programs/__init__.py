@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.places import ROOT
-from tests.programs.forking import ForkedProcess
+from tests.programs.forking import TORCH, ForkedProcess, start_server
 
 _FOLDER = Path(__file__).parent
 _SECONDS = 120
@@ -101,6 +101,24 @@ def _fork(
                 file.seek(0)
             done.append(subprocess.CompletedProcess(command, code, *(file.read() for file in files)))
         return done
+
+
+def write_bntool(folder: Path, real: Path) -> int:
+    """Write a ``bntool`` for shells: commands that run a model are forked, as in ``run_bntool``, the others are real.
+
+    Args:
+        folder: where it is written.
+        real: the installed one.
+
+    Returns:
+        the file descriptor that the shell has to inherit.
+    """
+    server = start_server(TORCH).fileno()
+    forked = f'exec "{sys.executable}" -I -S "{_FOLDER / "forked_bntool.py"}" {server} "$@"'
+    script = folder / "bntool"
+    script.write_text(f'#!/bin/sh\ncase $1 in\nrecalibrate|fold) {forked};;\n*) exec "{real}" "$@";;\nesac\n')
+    script.chmod(0o755)
+    return server
 
 
 def copy_user_code(name: str, folder: Path) -> Path:

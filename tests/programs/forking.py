@@ -39,7 +39,7 @@ class ForkedProcess:
         self.stdout, output = _open_stream(stdout, writing=False)
         self.stderr, errors = _open_stream(stderr, writing=False)
         request = {"command": command[1:], "folder": str(cwd), "environment": env}
-        self._server = _start_server(imported)
+        self._server = start_server(imported)
         socket.send_fds(self._server, [json.dumps(request).encode()], [input_, output, errors])
         self.pid = json.loads(self._server.recv(1 << 10))
         for stream in (input_, output, errors):
@@ -72,7 +72,8 @@ def _open_stream(stream: Any, *, writing: bool) -> tuple[IO[bytes] | None, int]:
 
 
 @functools.cache
-def _start_server(imported: tuple[str, ...]) -> socket.socket:
+def start_server(imported: tuple[str, ...]) -> socket.socket:
+    """A process of ``fork_server``, kept until this one ends."""
     ours, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     program = Path(__file__).with_name("fork_server.py")
     server = subprocess.Popen(

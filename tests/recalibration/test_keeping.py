@@ -141,5 +141,5 @@ def test_inspect_says_that_what_is_kept_is_not_complete(file, tmp_path, capsys):
 
 @pytest.mark.skipif(sys.platform == "win32", reason="this system has no fork")
 def test_killed_runs_end_with_the_same_bytes():
-    done = programs.run("killed_runs", 2, 300)
+    done = programs.run_forked("killed_runs", 2, 300)
     assert "2 kills" in done.stdout

@@ -86,7 +86,7 @@ def test_a_trained_network_has_one_answer_whatever_the_batches():
     images, labels = load_images("cifar10_train_4000.npz", contrast=0.25)
     images, by_class = images[:80], images[:80][labels[:80].argsort(stable=True)]
     shuffled = images[torch.randperm(80, generator=torch.Generator().manual_seed(0))]
-    ways = [images], images.split(1), images.split(7), shuffled.split(7), images.split(64), by_class.split(64)
+    ways = [images], images.split(1), shuffled.split(7), by_class.split(64)
     answers = []
     for batches in ways:
         model = load_resnet20()
