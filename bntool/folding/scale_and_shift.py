@@ -211,3 +211,7 @@ def _check_uses(calls: Sequence[Node], graph: ModelGraph) -> None:
     shown = {tuple(sorted(call.parameters.items())) for call in calls}
     if len(shown) > 1:
         raise Blocked(SkipReason.REUSED, "its calls take different parameters")
+    eps = sorted({call.eps for call in calls if call.eps is not None})
+    if len(eps) > 1:
+        values = " and ".join(f"{value:g}" for value in eps)
+        raise Blocked(SkipReason.REUSED, f"its calls normalise with different eps: {values}")

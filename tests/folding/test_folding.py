@@ -609,3 +609,21 @@ def test_same_keys_holds_folds_into_producers_only() -> None:
         assert not plan.folds
         assert set(reasons(plan).values()) == {"NOT_ADJACENT"}
         assert largest_difference(model, folded, image()) == 0
+
+
+@pytest.mark.parametrize("is_first", [True, False])
+def test_calls_with_different_eps_are_left_alone(is_first: bool) -> None:
+    """One set of tensors, normalised with the module's own eps and with another one."""
+
+    def normalised_twice(self, x):
+        norm = self.bn
+        for functional in (is_first, not is_first):
+            x = self.conv(x)
+            vectors = (norm.running_mean, norm.running_var, norm.weight, norm.bias)
+            x = F.batch_norm(x, *vectors, eps=1e-3) if functional else norm(x)
+        return x
+
+    model = randomise(Functional(normalised_twice, conv=nn.Conv2d(4, 4, 1), bn=nn.BatchNorm2d(4)).double())
+    folded, plan = fold(model, image())
+    assert [skip.detail for skip in plan.skips] == ["its calls normalise with different eps: 1e-05 and 0.001"]
+    assert largest_difference(model, folded, image()) == 0
