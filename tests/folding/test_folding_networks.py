@@ -44,7 +44,8 @@ class RandomNetwork(nn.Module):
             self.add_step(chance)
         if chance.random() < 0.5:
             self.head(chance)
-        self.returned = chance.sample(range(len(self.channels)), chance.choice([0, 0, 1, 2]))
+        count = min(len(self.channels), chance.choice([0, 0, 1, 2]))
+        self.returned = chance.sample(range(len(self.channels)), count)
         self.returned.append(len(self.channels) - 1)
         order = chance.sample(range(len(self.made)), len(self.made))
         for position in order:  # names and order of registration say nothing about who feeds whom
