@@ -51,11 +51,9 @@ def find_branch(
     if len(calls) != 1 or calls[0].owner is Owner.PART:
         return None
     call = calls[0]
-    read = _shape_of_reads(graph, call)
-    if read is None or _is_late(graph, call):
-        return None
     sums = _find_sums(graph, call, removed)
-    if not sums:
+    read = _shape_of_reads(graph, call) if sums and not _is_late(graph, call) else None
+    if read is None:
         return None
     for convolution in find_siblings(graph, call):
         fits = convolution.centred and convolution.channels == call.channels and not _is_late(graph, convolution)

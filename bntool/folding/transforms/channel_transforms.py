@@ -382,7 +382,12 @@ class ChannelTransforms:
         if rule.shift is Shift.SUM:
             factors = node.factors or (1.0, 1.0)
             parts = known[0].shifts, known[1].shifts
-            self.shifts.add_sums(given.shifts, parts, (factors[0], factors[1]), node.index)
+            own = next((port for port in rule.ports if factors[port] and self._is_made_for(node, port)), None)
+            if own is None:
+                self.shifts.add_sums(given.shifts, parts, (factors[0], factors[1]), node.index)
+            else:
+                other = 1 - own
+                self.shifts.hold_sums(given.shifts, (parts[own], parts[other]), (factors[own], factors[other]))
         elif rule.shift is Shift.SCALED and node.factors and all(node.factors):
             size = len(given.shifts)
             factor = np.broadcast_to(np.asarray(node.factors), size).copy()
@@ -390,6 +395,16 @@ class ChannelTransforms:
         elif rule.shift in (Shift.ZERO, Shift.SCALED):
             self.shifts.fix(given.shifts, node.index)
             self.shifts.fix(known[0].shifts, node.index)
+
+    def _is_made_for(self, reader: Node, port: int) -> bool:
+        """Whether what a node reads is given to it alone, with any shift: nothing else asks for one."""
+        index = self._find_whole(reader, port)
+        while index in self.bases and len(self.graph.outputs(self.graph.nodes[index])) == 1:
+            node = self.graph.nodes[index]
+            if node.layer not in self.removed or node.kind is not NodeKind.BATCH_NORM:
+                return self.takes(node) and self.takes_shift(node) and len(self.calls[find_weight(node)]) == 1
+            index = self._find_whole(node, 0)
+        return False
 
     def _join(self, call: Node, scale: Array, shift: Array) -> None:
         """The equations of a BatchNorm that disappears."""

@@ -215,6 +215,10 @@ class Unknowns:
         finite: Mask = np.isfinite(values)
         return finite
 
+    def may_be_constant(self, roots: Integers) -> bool:
+        """Whether nothing that is known of classes is against it."""
+        return True
+
     def check_linked(self, low: Integers, left: Integers, origin: int) -> None:
         """Hold what is known of classes that became one against each other."""
 
@@ -225,8 +229,16 @@ class Unknowns:
             Contradiction: that cannot hold.
         """
         roots, factors, offsets = self.find(which)
-        if np.all(roots == self.constant) and np.all(factors * self.value + offsets == self.value):
-            return
+        free = roots != self.constant
+        if np.all(np.where(free, (factors == 1) & (offsets == 0), factors * self.value + offsets == self.value)):
+            roots = roots[free]
+            if self.may_be_constant(roots):
+                if roots.size:
+                    self.write(self.origin, roots, origin)
+                    self.attach(roots, self.constant)
+                    self.write(self.factor, roots, 1.0)
+                    self.write(self.offset, roots, 0.0)
+                return
         ones = np.ones(len(which))
         self.link(which, np.full(len(which), self.constant), factor=ones, offset=np.zeros(len(which)), origin=origin)
 
@@ -258,6 +270,9 @@ class Scales(Unknowns):
     def can_be(self, values: Array) -> Mask:
         usable: Mask = np.isfinite(values) & (values != 0)
         return usable
+
+    def may_be_constant(self, roots: Integers) -> bool:
+        return not self.signs[1][roots].any()
 
     def require_positive(self, which: Integers, origin: int) -> None:
         """Add that each is positive.
@@ -303,6 +318,11 @@ class Scales(Unknowns):
         roots, factors, offsets = self.find(which)
         values = factors * self.value + offsets  # where the root is the constant
         free = roots != self.constant
+        uneven = np.zeros(self.size + 1, bool)  # the roots of classes in which not all are stored alike
+        uneven[roots[free & (np.abs(factors) != 1)]] = True
+        even = free & ~uneven[roots]
+        values[even] = np.where(self.signs[1][roots[even]], -factors[even], factors[even])
+        free &= ~even
         if free.any():
             sizes = np.abs(factors[free])
             order = np.lexsort((sizes, roots[free]))
@@ -352,6 +372,7 @@ class Shifts(Unknowns):
 
     value: float = 0.0
     sums: list[_Sums] = field(default_factory=list)
+    _held: list[tuple[Integers, tuple[Integers, Integers], tuple[float, float]]] = field(default_factory=list)
     _changed: Mask = field(init=False)  # roots that are none any more since the sums were looked at
     _before: list[Integers | None] = field(default_factory=list)  # the roots of the sums when something was tried
 
@@ -380,6 +401,10 @@ class Shifts(Unknowns):
         unknowns = np.stack([total, *parts], axis=1)
         row = np.array([1.0, -factors[0], -factors[1]])
         self.sums.append(_Sums(unknowns, row, origin, np.ones(len(total), bool)))
+
+    def hold_sums(self, total: Integers, parts: tuple[Integers, Integers], factors: tuple[float, float]) -> None:
+        """Add total = f * one + g * other, where ``one`` occurs in nothing else: it is what the others leave."""
+        self._held.append((total, parts, factors))
 
     def fix_open(self) -> None:
         """Nothing changes where sums are open."""
@@ -484,4 +509,7 @@ class Shifts(Unknowns):
                 others[here] = 0.0
                 values[roots[solved][here]] = (rest[solved] - others.sum(axis=1)) / slopes[solved][here]
         values[self.constant] = self.value
-        return factors * values[found] + offsets
+        chosen = np.append(factors * values[found] + offsets, self.value)
+        for total, (own, other), (factor, weight) in self._held:
+            chosen[own] = (chosen[total] - weight * chosen[other]) / factor
+        return chosen[:-1]
