@@ -280,7 +280,10 @@ def test_random_networks_are_folded_exactly_or_not_at_all(seed: int, layout: Lay
     others = torch.randn(3, 4, SIZE, SIZE, dtype=torch.float64, generator=torch.Generator().manual_seed(6))
     assert largest_difference(model, folded, others) < 1e-9
     points = find_points(trace(model, inputs), plan)
-    assert all(layer.exact < 1e-9 for layer in agreement_inside(model, folded, others, points, plan))
+    for layer in agreement_inside(model, folded, others, points, plan):
+        transform = plan.stored.get(layer.at)
+        shift = 0 if transform is None else max(map(abs, transform.shift))
+        assert layer.exact < 1e-9 + shift * 2**-51  # to take a shift away again costs its last digit
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     seen.update(f.level.value for f in plan.folds)
     seen.update(["another padding"] * len(plan.padding))

@@ -14,15 +14,15 @@ from bntool.checkpoints.containers.protobufs.reading import Field, Message
 from bntool.errors import CorruptFileError, UnsafeFileError
 
 # ModelProto
-IR_VERSION, PRODUCER, GRAPH, OPSETS, METADATA, _FUNCTIONS = 1, 2, 7, 8, 14, 25
+IR_VERSION, PRODUCER, GRAPH, OPSETS, METADATA, FUNCTIONS = 1, 2, 7, 8, 14, 25
 # GraphProto
 NODES, INITIALIZERS, GRAPH_INPUTS, GRAPH_OUTPUTS, VALUE_INFO, SPARSE_INITIALIZERS = 1, 5, 11, 12, 13, 15
 # NodeProto
 INPUTS, OUTPUTS, NODE_NAME, OPERATOR, ATTRIBUTES, DOMAIN = 1, 2, 3, 4, 5, 7
 # AttributeProto
-_NAME, FLOAT, INT, TENSOR, SUBGRAPH, FLOATS, INTS, SUBGRAPHS, _REFERENCE = 1, 2, 3, 5, 6, 7, 8, 11, 21
+NAME, FLOAT, INT, TENSOR, SUBGRAPH, FLOATS, INTS, SUBGRAPHS, REFERENCE = 1, 2, 3, 5, 6, 7, 8, 11, 21
 # FunctionProto
-_FORMALS, _RESULTS, _BODY, _DEFAULTS = 4, 5, 7, 11
+FORMALS, RESULTS, BODY, FUNCTION_OPSETS, DEFAULTS = 4, 5, 7, 9, 11
 _FUNCTION_KEY, _NODE_KEY = (10, 1, 13), (DOMAIN, OPERATOR, 8)  # domain, name, overload
 
 _MOST_COPIES = 100  # one after the other
@@ -175,13 +175,13 @@ def read_calls(model: Message, graphs: Sequence[OnnxGraph]) -> tuple[OnnxGraph, 
     Raises:
         UnsafeFileError: functions that call each other without measure.
     """
-    functions = _find_normalising(model)
+    functions = find_normalising(model)
     calls: list[OnnxGraph] = []
     waiting: list[tuple[OnnxGraph, OnnxNode, OnnxNode | None, int]]
     waiting = [(graph, node, None, 0) for graph in graphs for node in graph.nodes] if functions else []
     while waiting:
         graph, node, outermost, depth = waiting.pop(0)
-        function = functions.get(_key(node.message, _NODE_KEY))
+        function = functions.get(key_of_call(node.message))
         if function is None:
             continue
         if depth > MAX_FUNCTION_DEPTH or len(calls) > MAX_CALLS:
@@ -226,18 +226,33 @@ def _key(message: Message, fields: tuple[int, int, int]) -> tuple[str, ...]:
     return ("" if domain in STANDARD_DOMAINS else domain, *rest)
 
 
+def key_of_call(node: Message) -> tuple[str, ...]:
+    """What a node calls: domain, name and overload; a function of the model, or an operator."""
+    return _key(node, _NODE_KEY)
+
+
 def operators_of_functions(model: Message) -> Iterator[str]:
     """The operators of all nodes in functions, with the domain in front where it is not ONNX's own."""
-    for function in model.messages(_FUNCTIONS):
-        for node in function.messages(_BODY):
-            domain, name, _ = _key(node, _NODE_KEY)
+    for function in model.messages(FUNCTIONS):
+        for node in _nodes_below(function, BODY):
+            domain, name, _ = key_of_call(node)
             yield f"{domain}.{name}" if domain else name
 
 
-def _find_normalising(model: Message) -> dict[tuple[str, ...], Message]:
+def _nodes_below(message: Message, number: int = NODES) -> Iterator[Message]:
+    """The nodes of a graph or function, and of the graphs nested in them."""
+    for node in message.messages(number):
+        yield node
+        for attribute in node.messages(ATTRIBUTES):
+            for field_number in (SUBGRAPH, SUBGRAPHS):
+                for inner in attribute.messages(field_number):
+                    yield from _nodes_below(inner)
+
+
+def find_normalising(model: Message) -> dict[tuple[str, ...], Message]:
     """The functions of a model in which something is normalised, there or in a function that they call."""
-    functions = {_key(message, _FUNCTION_KEY): message for message in model.messages(_FUNCTIONS)}
-    calls = {key: {_key(node, _NODE_KEY) for node in body.messages(_BODY)} for key, body in functions.items()}
+    functions = {_key(message, _FUNCTION_KEY): message for message in model.messages(FUNCTIONS)}
+    calls = {key: {key_of_call(node) for node in _nodes_below(body, BODY)} for key, body in functions.items()}
     chosen = {key for key, called in calls.items() if any(is_normalisation(name) for _, name, _ in called)}
     while more := {key for key, called in calls.items() if key not in chosen and called & chosen}:
         chosen |= more
@@ -247,9 +262,9 @@ def _find_normalising(model: Message) -> dict[tuple[str, ...], Message]:
 def _read_call(function: Message, graph: OnnxGraph, node: OnnxNode, call: OnnxNode) -> list[OnnxGraph]:
     """The body of a function as one node calls it, and the graphs nested in it."""
     given = dict(node.attributes)
-    for default in function.messages(_DEFAULTS):
-        given.setdefault(default.text(_NAME), default)
-    formals = function.texts(_FORMALS)
+    for default in function.messages(DEFAULTS):
+        given.setdefault(default.text(NAME), default)
+    formals = function.texts(FORMALS)
     bindings = {formal: (graph, actual) for formal, actual in zip(formals, node.inputs, strict=False) if actual}
     found: list[OnnxGraph] = []
     _read_graph(function, None, found, bindings=bindings, call=call, given=given)
@@ -271,7 +286,7 @@ def _read_graph(
         given: the attributes that a function is called with.
     """
     is_body = bindings is not None
-    nodes = tuple(_read_node(index, message, one) for index, one in enumerate(message.all(_BODY if is_body else NODES)))
+    nodes = tuple(_read_node(index, message, one) for index, one in enumerate(message.all(BODY if is_body else NODES)))
     if given is not None:
         nodes = tuple(_fill_in(node, given) for node in nodes)
     tensors: dict[str, Message] = {}
@@ -293,7 +308,7 @@ def _read_graph(
         initializers=tensors,
         constants=constants,
         inputs=() if is_body else tuple(info.text(1) for info in message.messages(GRAPH_INPUTS)),
-        outputs=message.texts(_RESULTS) if is_body else tuple(i.text(1) for i in message.messages(GRAPH_OUTPUTS)),
+        outputs=message.texts(RESULTS) if is_body else tuple(i.text(1) for i in message.messages(GRAPH_OUTPUTS)),
         parent=parent,
         bindings=bindings or {},
         call=call,
@@ -309,7 +324,7 @@ def _read_graph(
 def _fill_in(node: OnnxNode, given: Mapping[str, Message]) -> OnnxNode:
     """A node of a function with the attributes that it refers to."""
     attributes = {
-        name: given.get(attribute.text(_REFERENCE)) if attribute.last(_REFERENCE) is not None else attribute
+        name: given.get(attribute.text(REFERENCE)) if attribute.last(REFERENCE) is not None else attribute
         for name, attribute in node.attributes.items()
     }
     return replace(node, attributes={name: one for name, one in attributes.items() if one is not None})
@@ -324,7 +339,7 @@ def _read_node(index: int, graph: Message, place: Field) -> OnnxNode:
         operator=operator if domain in STANDARD_DOMAINS else f"{domain}.{operator}",
         inputs=message.texts(INPUTS),
         outputs=message.texts(OUTPUTS),
-        attributes={attribute.text(_NAME): attribute for attribute in message.messages(ATTRIBUTES)},
+        attributes={attribute.text(NAME): attribute for attribute in message.messages(ATTRIBUTES)},
         message=message,
         field=place,
     )

@@ -39,6 +39,7 @@ from bntool.checkpoints.onnx.graph import (
     read_calls,
     read_graphs,
 )
+from bntool.checkpoints.onnx.inlining import inline_functions
 from bntool.checkpoints.onnx.tensors import ExternalData, is_external, read_tensor
 from bntool.checkpoints.records import RECORD_KEY, parse_record
 from bntool.checkpoints.tensors import Tensor
@@ -116,10 +117,11 @@ class OnnxContent(Content):
     """A model as it was read.
 
     Attributes:
+        model: with functions that normalise written out where they are called.
         graphs: the main one first.
         places: where each tensor lies, by its name in the state dict.
         layers: the graph and node of each BatchNormalization layer, by name, but for
-        called: those in functions, by name: the node of a graph that calls them.
+        called: those in functions that are not written out, by name: the node of a graph that calls them.
         external: the opened files beside the model.
         has_external: whether any tensor lies in such a file.
         opset: version of ONNX's own operators.
@@ -164,6 +166,10 @@ def read_model(file: SourceFile, *, external: ExternalData) -> Checkpoint:
     model = Message(Buffer(file), 0, file.size)
     _check_format(model)
     graphs = read_graphs(model)
+    acting = tuple(_find_acting(model, graphs))
+    inlined = inline_functions(model, graphs)
+    if inlined is not None:
+        model, graphs = inlined, read_graphs(inlined)
     opset = _opset(model)
     reading = _Reading(graphs, read_calls(model, graphs), external, opset)
     has_external = any(is_external(message) for graph in graphs for message in graph.initializers.values())
@@ -178,7 +184,7 @@ def read_model(file: SourceFile, *, external: ExternalData) -> Checkpoint:
         file=file,
         format=OnnxWithExternalData() if has_external else Onnx(),
         state_dicts=(state_dict,) if reading.tensors or reading.modules else (),
-        globals=tuple(_find_acting(model, graphs)),
+        globals=acting,
         not_understood=tuple(reading.not_understood),
         entries=entries,
         records={"": history} if history and reading.tensors else {},
@@ -312,7 +318,9 @@ class _Reading:
             self.layers[layer] = (graph, node)
         else:
             self.called[layer] = graph.call
-            attributes["fixed"] = f"it lies in a function, {graph.call.operator}, which other calls may share"
+            attributes["fixed"] = (
+                f"it lies in a function, {graph.call.operator}, for another version of ONNX's operators than the model"
+            )
         unknown = []
         for position, role in enumerate(VECTORS, start=1):
             found = graph.find(node.inputs[position])

@@ -114,7 +114,8 @@ class _Changes:
             self._plan()
 
     def write(self, stream: IO[bytes]) -> None:
-        write_content(self._edits.render(self._content.model), self._checkpoint.file, stream)
+        model = self._content.model
+        write_content(self._edits.render(model), model.buffer.source, stream)
 
     def _plan(self) -> None:
         steps = [edit.step for edit in self._checkpoint.edits]

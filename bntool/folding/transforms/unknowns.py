@@ -217,7 +217,7 @@ class Unknowns:
 
     def may_be_constant(self, roots: Integers) -> bool:
         """Whether nothing that is known of classes is against it."""
-        return True
+        return bool(np.all(roots != self.constant))
 
     def check_linked(self, low: Integers, left: Integers, origin: int) -> None:
         """Hold what is known of classes that became one against each other."""

@@ -29,7 +29,7 @@ _KINDS = {
     "Gemm": NodeKind.LINEAR,
     "MatMul": NodeKind.MATMUL,
 }
-_FUNCTION = "a function, is called with (onnx.inliner.inline_local_functions makes the same model without functions)"
+_FUNCTION = "a function for another version of ONNX's operators than the model, is called with"
 _SHAPE_FREE = ("Shape", "Size", "ConstantOfShape", "EyeLike")  # they look at the shape of what they are given alone
 
 
@@ -37,7 +37,7 @@ def onnx_graph(checkpoint: Checkpoint) -> ModelGraph:
     """The nodes of the main graph and of those nested in it, and who reads what.
 
     A Gemm with transB = 0 has its weight as (in, out), as a MatMul has, and it is shown as one.
-    BatchNormalization nodes in functions are there, but nothing known feeds them.
+    BatchNormalization nodes in functions that could not be written out are there, but nothing known feeds them.
     """
     return _Building(OnnxContent.of(checkpoint), checkpoint.state_dicts[0]).build()
 

@@ -240,9 +240,27 @@ def test_layers_in_functions_are_listed_for_each_call(case: str, tmp_path: Path)
         for layer in layers:
             for role, name in zip(ROLES, "gbmv", strict=True):
                 assert list(read_numbers(layer.tensors[role])) == VECTORS[name].astype("f4").tolist()
+    assert main(["fold", str(path), "-o", str(tmp_path / "b.onnx"), "--strict"]) == 0
+    assert main(["freeze", "--as", "constant", str(path), "-o", str(tmp_path / "c.onnx")]) == 0
+    for written in ("b.onnx", "c.onnx"):
+        model = onnx.load(tmp_path / written)
+        onnx.checker.check_model(model)
+        assert not model.functions
+        np.testing.assert_allclose(run(tmp_path / written), run(path), rtol=1e-4, atol=1e-5)
+
+
+def test_functions_for_another_version_of_the_operators_stay(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Their nodes may mean something else in the model."""
+    block = function("Block", [CONV, norm("c", "y", "inner")])
+    block.opset_import[0].version = 14
+    path = save(tmp_path / "a.onnx", [call("Block", "x w g b m v", "y", "one")], [W, *BN], functions=[block])
     for command in (["fold"], ["freeze", "--as", "constant"]):
         assert main([*command, str(path), "--dry-run"]) == main([*command, str(path), "-o", str(tmp_path / "b.onnx")])
     assert not (tmp_path / "b.onnx").exists()
+    err = capsys.readouterr().err
+    assert "mine.Block, a function for another version of ONNX's operators than the model, is called with" in err
 
 
 def test_functions_that_call_themselves_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

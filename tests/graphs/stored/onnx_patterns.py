@@ -30,6 +30,7 @@ class Pattern:
     dtype: str = "f4"
     nodes: list[onnx.NodeProto] = field(default_factory=list)
     tensors: list[onnx.TensorProto] = field(default_factory=list)
+    functions: list[onnx.FunctionProto] = field(default_factory=list)
     random: np.random.Generator = field(default_factory=lambda: np.random.default_rng(3))
 
     def put(self, name: str, *shape: int, low: float | None = None, high: float = 2.0, dtype: str = "") -> str:
@@ -64,13 +65,26 @@ class Pattern:
             parameters = " ".join(names)
         return self.add("BatchNormalization", f"{read} {parameters}", output, name=f"{output}_bn", epsilon=1e-3)
 
+    def define(self, name: str, inputs: str, outputs: str, inside: Pattern, **more: Any) -> None:
+        """A function of these nodes; the constants of a pattern become nodes of it."""
+        held = [helper.make_node("Constant", [], [one.name], value=one) for one in inside.tensors]
+        opsets = [helper.make_opsetid("", self.opset), helper.make_opsetid("mine", 1)]
+        nodes = [*held, *inside.nodes]
+        made = helper.make_function("mine", name, inputs.split(), outputs.split(), nodes, opsets, **more)
+        self.functions.append(made)
+
+    def call(self, name: str, inputs: str, outputs: str, **attributes: Any) -> None:
+        self.add(name, inputs, outputs, domain="mine", **attributes)
+
     def save(self, path: Path) -> Path:
         """Write it."""
         code = helper.np_dtype_to_tensor_dtype(np.dtype(self.dtype))
         results = [value(name, None, code) for name in self.outputs]
         graph = helper.make_graph(self.nodes, "g", [value("x", self.shape, code)], results, self.tensors)
         opsets = [helper.make_opsetid("", self.opset)]
-        onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=8), path)
+        opsets += [helper.make_opsetid("mine", 1)] if self.functions else []
+        model = helper.make_model(graph, opset_imports=opsets, ir_version=8, functions=self.functions)
+        onnx.save(model, path)
         return path
 
 
@@ -692,6 +706,139 @@ def body_of_a_loop() -> Pattern:
     results = [value("still", (), TensorProto.BOOL), value("next", None)]
     body = helper.make_graph(inside.nodes, "body", inputs, results, inside.tensors)
     one.add("Loop", "three go x", "y", body=body)
+    return one
+
+
+def _define_block(one: Pattern) -> None:
+    """Convolution, BatchNormalization and an activation, called ``Block``."""
+    inside = Pattern()
+    inside.add("Conv", "x w", "c")
+    inside.norm("c", "n", parameters="g b m v")
+    inside.add("Relu", "n", "y")
+    one.define("Block", "x w g b m v", "y", inside)
+
+
+def _call_block(one: Pattern, read: str, output: str, taken: int = 3, function: str = "Block") -> None:
+    names = [one.put(f"{output}.w", 4, taken, 1, 1), one.put(f"{output}.g", 4), one.put(f"{output}.b", 4)]
+    names += [one.put(f"{output}.m", 4), one.put(f"{output}.v", 4, low=0.5)]
+    one.call(function, " ".join((read, *names)), output)
+
+
+@exact
+def function_called_twice() -> Pattern:
+    one = Pattern()
+    _define_block(one)
+    _call_block(one, "x", "first")
+    _call_block(one, "first", "y", taken=4)
+    return one
+
+
+@exact
+def function_called_twice_with_one_weight() -> Pattern:
+    one = Pattern(outputs=("y", "z"))
+    _define_block(one)
+    _call_block(one, "x", "y")
+    one.add("Neg", "x", "minus")
+    one.call("Block", "minus y.w y.g y.b y.m y.v", "z")
+    return one
+
+
+@exact
+def function_within_a_function() -> Pattern:
+    one = Pattern()
+    _define_block(one)
+    inside = Pattern()
+    inside.call("Block", "x w g b m v", "c")
+    inside.conv("c", "d", taken=4)
+    inside.norm("d", "e", positive=False)
+    inside.add("Tanh", "e", "y")
+    one.define("Outer", "x w g b m v", "y", inside)
+    _call_block(one, "x", "p", function="Outer")
+    _call_block(one, "p", "y", taken=4, function="Outer")
+    return one
+
+
+@exact
+def function_called_in_a_branch() -> Pattern:
+    one = Pattern()
+    _define_block(one)
+    one.give("cond", True, "?")
+    then, other = Pattern(), Pattern()
+    _call_block(then, "x", "p")
+    _call_block(other, "x", "q")
+    graphs = (
+        helper.make_graph(a.nodes, "g", [], [value(a.nodes[-1].output[0], None)], a.tensors) for a in (then, other)
+    )
+    one.add("If", "cond", "y", **dict(zip(("then_branch", "else_branch"), graphs, strict=True)))
+    return one
+
+
+@exact
+def function_with_a_branch_inside() -> Pattern:
+    """The nested graphs read what the function is given, and what lies around them in it."""
+    one = Pattern()
+    inside = Pattern()
+    inside.add("Conv", "x w", "c")
+    then = Pattern()
+    then.norm("c", "n", positive=False)
+    then.add("Sigmoid", "n", "s")
+    then.add("Add", "s n", "r")
+    graphs = {"then_branch": helper.make_graph(then.nodes, "then", [], [value("r", None)], then.tensors)}
+    graphs["else_branch"] = helper.make_graph([node("Neg", "x", "d", name="d")], "e", [], [value("d", None)])
+    inside.add("If", "cond", "y", **graphs)
+    one.define("Chosen", "x w cond", "y", inside)
+    one.give("yes", True, "?")
+    one.call("Chosen", f"x {one.put('w1', 4, 3, 1, 1)} yes", "p")
+    one.call("Chosen", f"p {one.put('w2', 4, 4, 1, 1)} yes", "y")
+    return one
+
+
+@exact
+def function_with_an_argument_for_eps() -> Pattern:
+    one = Pattern()
+    inside = Pattern()
+    inside.add("Conv", "x w", "c")
+    inside.add("BatchNormalization", "c g b m v", "y")
+    inside.nodes[-1].attribute.add(name="epsilon", ref_attr_name="eps", type=onnx.AttributeProto.FLOAT)
+    one.define("Eps", "x w g b m v", "y", inside, attribute_protos=[helper.make_attribute("eps", 0.5)])
+    _call_block(one, "x", "p", function="Eps")
+    _call_block(one, "p", "y", taken=4, function="Eps")
+    one.nodes[-1].attribute.append(helper.make_attribute("eps", 0.25))
+    return one
+
+
+@exact
+def functions_that_are_residual_blocks() -> Pattern:
+    """Scales go through Relu and additions from one call into another."""
+    one = Pattern()
+    inside = Pattern()
+    inside.add("BatchNormalization", "x g b m v", "n", name="n")
+    inside.add("Relu", "n", "r")
+    inside.add("Conv", "r w", "c")
+    inside.add("Add", "x c", "y")
+    one.define("Residual", "x w g b m v", "y", inside)
+    one.conv("x", "stem")
+    for read, output in (("stem", "p"), ("p", "q")):
+        names = [one.put(f"{output}.w", 4, 4, 1, 1), one.put(f"{output}.g", 4, low=0.5), one.put(f"{output}.b", 4)]
+        names += [one.put(f"{output}.m", 4), one.put(f"{output}.v", 4, low=0.5)]
+        one.call("Residual", " ".join((read, *names)), output)
+    one.conv("q", "y", taken=4)
+    return one
+
+
+@exact
+def function_whose_results_are_not_all_read() -> Pattern:
+    one = Pattern(outputs=("y", "z"))
+    inside = Pattern()
+    inside.add("Conv", "x w", "c")
+    inside.norm("c", "n", parameters="g b m v")
+    inside.add("Relu", "n", "r")
+    inside.add("Neg", "x", "s")
+    one.define("Several", "x w g b m v", "r s", inside)
+    _call_block(one, "x", "p", function="Several")
+    one.nodes[-1].output.append("unread")
+    _call_block(one, "p", "y", taken=4, function="Several")
+    one.nodes[-1].output.append("z")
     return one
 
 
