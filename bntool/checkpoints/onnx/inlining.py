@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from bntool.checkpoints.containers.protobufs.reading import Buffer, Field, Message
-from bntool.checkpoints.containers.protobufs.writing import Content, Edits, embed, size_of, unused_name
+from bntool.checkpoints.containers.protobufs.writing import Content, Edits, Piece, embed, size_of, unused_name
 from bntool.checkpoints.files import ByteSource
 from bntool.checkpoints.onnx.graph import (
     ATTRIBUTES,
@@ -208,7 +208,7 @@ class _Inlining:
 
     def _rewrite(self, node: Message, scope: _Scope) -> Content:
         """A node with the names and attributes that hold where it is written out."""
-        pieces: list[bytes | Field] = []
+        pieces: list[Piece] = []
         for one in node.fields:
             if one.number in (INPUTS, OUTPUTS):
                 pieces += _text(one.number, self._name(node.text_of(one), scope))
@@ -228,7 +228,7 @@ class _Inlining:
         """The value of an attribute; None of one that refers to an argument that is not given."""
         if attribute.last(REFERENCE) is not None:
             return scope.given.get(attribute.text(REFERENCE))
-        pieces: list[bytes | Field] = []
+        pieces: list[Piece] = []
         for one in attribute.fields:
             if one.number in (SUBGRAPH, SUBGRAPHS):
                 pieces += embed(one.number, *self._graph(attribute.message_of(one), scope))
@@ -238,7 +238,7 @@ class _Inlining:
 
     def _graph(self, graph: Message, scope: _Scope) -> Content:
         """A nested graph; what it says of values between nodes is left out."""
-        pieces: list[bytes | Field] = []
+        pieces: list[Piece] = []
         for one in graph.fields:
             if one.number == NODES:
                 for node in self.expand(graph.message_of(one), scope):
@@ -254,7 +254,7 @@ class _Inlining:
         return tuple(pieces)
 
     def _sparse(self, message: Message, scope: _Scope) -> Content:
-        pieces: list[bytes | Field] = []
+        pieces: list[Piece] = []
         for one in message.fields:
             if one.number == _SPARSE_VALUES:
                 pieces += embed(one.number, *self._renamed(message.message_of(one), _TENSOR_NAME, scope))
@@ -264,7 +264,7 @@ class _Inlining:
 
     def _renamed(self, message: Message, number: int, scope: _Scope) -> Content:
         """A message that is called as it is where it is written out."""
-        pieces: list[bytes | Field] = []
+        pieces: list[Piece] = []
         for one in message.fields:
             pieces += _text(number, self._name(message.text_of(one), scope)) if one.number == number else (one,)
         return tuple(pieces)

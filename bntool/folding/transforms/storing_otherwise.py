@@ -299,10 +299,10 @@ class StoringOtherwise:
         outcome.changed |= {branch.call.layer, branch.convolution.layer, *branch.passed}
 
     def _find_stored(self, system: ChannelTransforms, outcome: Outcome) -> Iterator[tuple[str, StoredOutput]]:
+        changed = {self.graph.nodes[index].layer for index in system.bases} - {""}
         by_layer: dict[str, list[tuple[Node, Transform]]] = {}
-        for index in system.bases:
-            node = self.graph.nodes[index]
-            if node.layer and (node.kind.is_producer or node.kind is NodeKind.BATCH_NORM):
+        for node in self.graph.nodes:  # all calls of each, also those that nothing changes
+            if node.layer in changed and (node.kind.is_producer or node.kind is NodeKind.BATCH_NORM):
                 by_layer.setdefault(node.layer, []).append((node, system.output(node)))
         for layer, found in by_layer.items():
             node, first = found[0]
