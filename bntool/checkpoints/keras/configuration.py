@@ -17,6 +17,7 @@ from bntool.checkpoints.keras.applications import recognise_application
 from bntool.checkpoints.keras.content import KerasContent, WeightsLayout, make_checkpoint, read_content
 from bntool.checkpoints.keras.files import CONFIG, MODEL_CONFIG, KerasHdf5
 from bntool.checkpoints.keras.fit import find_misfit
+from bntool.checkpoints.keras.keras_1 import has_unnamed_models, name_models
 from bntool.checkpoints.keras.model import MAX_CONFIG, KerasLayer, KerasModel, find_references, parse_config, read_model
 from bntool.checkpoints.keras.weights import BATCH_NORMS, KERNELS, expected_variables
 from bntool.checkpoints.keras.weights_writing import rewrite_weights
@@ -85,14 +86,18 @@ def configure(checkpoint: Checkpoint, config: Any) -> Checkpoint:
 
 
 def _configure(checkpoint: Checkpoint, config: Any) -> Checkpoint:
-    hdf5 = KerasContent.of(checkpoint).hdf5
+    content = KerasContent.of(checkpoint)
+    hdf5 = content.hdf5
+    config = name_models(config, hdf5.texts(content.root, "layer_names") or ())
+    if has_unnamed_models(config):
+        raise RefusedError("models inside of this one have no names in it, so that layers and weights are not matched")
     model = read_model(config)
     if model is None or not model.is_connected:
         raise RefusedError(
             "this configuration does not say how the layers are connected: Python code of the model's own does that"
         )
-    if KerasContent.of(checkpoint).layout is WeightsLayout.NAMED:
-        names = _match_names(hdf5, model, KerasContent.of(checkpoint).root)
+    if content.layout is WeightsLayout.NAMED:
+        names = _match_names(hdf5, model, content.root)
         if names:
             config = _rename(config, names)
     content = read_content(config, hdf5)

@@ -11,7 +11,7 @@ from bntool.checkpoints.checkpoint import Checkpoint, Content, Format, StateDict
 from bntool.checkpoints.containers.hdf5 import Hdf5Contents
 from bntool.checkpoints.containers.zips.reading import ZipArchive
 from bntool.checkpoints.files import SourceFile, quote
-from bntool.checkpoints.keras.keras_1 import parse_version, unnumbered
+from bntool.checkpoints.keras.keras_1 import has_unnamed_models, name_models, parse_version, unnumbered
 from bntool.checkpoints.keras.model import KerasLayer, KerasModel, read_model
 from bntool.checkpoints.keras.numbering import CONTAINERS, group_of_layers, holds_any, orders_in_file
 from bntool.checkpoints.keras.trust import judge_configuration
@@ -68,8 +68,9 @@ def read_content(config: Any, hdf5: Hdf5Contents, *, archive: ZipArchive | None 
     Raises:
         CorruptFileError, UnsafeFileError
     """
-    model = read_model(config) if config is not None else None
     named = "model_weights" if "model_weights" in hdf5.groups else ""
+    config = name_models(config, hdf5.texts(named, "layer_names") or ())
+    model = read_model(config) if config is not None and not has_unnamed_models(config) else None
     if hdf5.texts(named, "layer_names") is not None:
         found = list(_find_named(hdf5, model, named))
         names = name_variables(found, hdf5, version=find_version(config, hdf5))

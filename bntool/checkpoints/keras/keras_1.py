@@ -8,7 +8,7 @@ underscore. Where Keras 1 computes otherwise than Keras 2 under the same name, a
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 VARIANCE_SINCE = (1, 0, 7)  # before, running_std is a standard deviation
@@ -27,6 +27,7 @@ _CONVOLUTIONS = {
 }
 _EXTENTS = (("filter_length",), ("nb_row", "nb_col"), ("kernel_dim1", "kernel_dim2", "kernel_dim3"))
 _MERGES = {"sum": "Add", "mul": "Multiply", "ave": "Average", "max": "Maximum", "concat": "Concatenate"}
+_MAX_NESTING = 32
 _ORDERS = {"th": "channels_first", "tf": "channels_last"}
 
 
@@ -58,6 +59,36 @@ def translate_layer(  # noqa: PLR0911 a list of cases
     if "dim_ordering" in config:
         return kind, {**config, **common}
     return None
+
+
+def name_models(config: Any, names: Sequence[str]) -> Any:
+    """The configuration of a Sequential model in which models that are layers have the names that the file lists.
+
+    Keras 1 writes a Sequential model as a list of its layers, without its own name.
+    """
+    layers = config.get("config") if isinstance(config, dict) else None
+    if not isinstance(layers, list) or len(layers) != len(names) or not has_unnamed_models(config):
+        return config
+    named = [
+        {**layer, "name": name} if isinstance(layer, dict) and isinstance(layer.get("config"), list) else layer
+        for layer, name in zip(layers, names, strict=True)
+    ]
+    return {**config, "config": named}
+
+
+def has_unnamed_models(config: Any, depth: int = 0) -> bool:
+    """Whether models of which no name is known are layers of this one, as those are that a first Merge joins."""
+    inside = config.get("config") if isinstance(config, dict) and depth < _MAX_NESTING else None
+    layers = inside.get("layers") if isinstance(inside, dict) else inside
+    if not isinstance(layers, list):
+        return False
+    return any(
+        (isinstance(one.get("config"), list) and not one.get("name"))
+        or (one.get("class_name") == "Merge" and "layers" in (one.get("config") or ()))
+        or has_unnamed_models(one, depth + 1)
+        for one in layers
+        if isinstance(one, dict)
+    )
 
 
 def unnumbered(variable: str) -> str:

@@ -14,7 +14,7 @@ from bntool.batchnorm import STATISTICS
 from bntool.checkpoints.arrays import to_float64
 from bntool.checkpoints.checkpoint import Checkpoint
 from bntool.checkpoints.keras.content import KerasContent, find_version
-from bntool.checkpoints.keras.keras_1 import EPS_BELOW_ROOT_SINCE
+from bntool.checkpoints.keras.keras_1 import EPS_BELOW_ROOT_SINCE, has_unnamed_models
 from bntool.checkpoints.keras.model import KerasLayer, KerasModel, Reference, calls_in_order, order_layers
 from bntool.checkpoints.keras.weights import BATCH_NORMS, CONVOLUTIONS, DEPTHWISE, KERNELS, SEPARABLE, TRANSPOSED
 from bntool.checkpoints.tensors import Tensor, count_elements, read_bytes
@@ -57,6 +57,8 @@ def keras_graph(checkpoint: Checkpoint) -> ModelGraph:
             "the file holds weights only, neither the graph of the model nor eps: give the configuration of the model "
             "(what model.to_json() says, or a .keras or .h5 file of it) with --keras-config FILE"
             if content.config is None
+            else "models inside of this one have no names in it, so that layers and weights are not matched"
+            if has_unnamed_models(content.config)
             else "the layers of this model are connected by Python code of its own, which is not in the file"
         )
     if not content.model.is_connected:

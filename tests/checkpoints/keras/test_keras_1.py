@@ -180,16 +180,13 @@ def test_conversion_says_that_the_backend_is_not_known(tmp_path: Path, capsys: p
     assert "does not note the backend" in " ".join(capsys.readouterr().out.split())
 
 
-def test_layers_that_only_the_file_lists_are_not_lost(tmp_path: Path) -> None:
-    """A Merge that begins a Sequential model has its branches in the file, and not among its layers."""
-    shutil.copy(SEQUENTIAL, tmp_path / "a.h5")
-    with h5py.File(tmp_path / "a.h5", "r+") as file:
-        group = file["model_weights"]
-        group.create_group("branch").attrs["weight_names"] = [b"branch_W"]
-        group["branch"]["branch_W"] = group["c1/c1_W"][()]
-        group.attrs["layer_names"] = [b"branch", *map(bytes, group.attrs["layer_names"])]
-    with pytest.raises(RefusedError, match="the configuration has it not"):
-        bntool.fold_checkpoint(tmp_path / "a.h5", tmp_path / "b.h5")
+def test_models_that_a_first_merge_joins_are_listed_only(tmp_path: Path) -> None:
+    """Their layers lie in the file under their own names, and the models have none in the configuration."""
+    path = RECORDED / "merged.h5"
+    (found,) = bntool.inspect(path).state_dicts
+    assert [one.layer.name for one in found.layers] == ["left_norm", "right_norm", "norm"]
+    with pytest.raises(RefusedError, match="have no names in it"):
+        bntool.fold_checkpoint(path, tmp_path / "b.h5")
 
 
 def change_layer(path: Path, name: str, **options: Any) -> None:
