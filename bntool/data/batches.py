@@ -192,10 +192,11 @@ def as_batches(batches: Iterable[Any], *, description: str = "the batches given"
             with running_user_code(f"reading {description}"):
                 batch = item if isinstance(item, Batch) else split_batch(item, source=description, position=position)
             position += batch.samples
-            yield batch
+            if batch.samples:
+                yield batch
 
     def read() -> Iterator[Batch]:
-        return (batch for batch in take_share(read_all(), taken) if batch.samples)
+        return take_share(read_all(), taken)
 
     taken = Batches(read, description, share=share)
     return taken

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -47,6 +48,18 @@ class Share:
             shard, rank = number % self.shards, number // self.shards % self.ranks
             if (shard, rank) == (self.shard, self.rank):
                 yield from range(max(first, self.start), first + size)
+
+    def count_before(self, position: int, total: int | None) -> int:
+        """How many batches of this share come before a position.
+
+        Args:
+            position: in the list of all.
+            total: its length; None where that was not known when batches were dealt.
+        """
+        if total is not None:
+            run = self.find_run(total)
+            return len(range(run.start, min(run.stop, position)))
+        return sum(1 for _ in itertools.takewhile(lambda own: own < position, self.list_positions()))
 
 
 WHOLE = Share()

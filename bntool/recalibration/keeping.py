@@ -12,7 +12,7 @@ import torch
 
 from bntool.data.batches import Batches
 from bntool.data.shares import Share
-from bntool.errors import RefusedError, UsageError
+from bntool.errors import CorruptFileError, RefusedError, UsageError
 from bntool.recalibration.batch_tree import BatchTree
 from bntool.recalibration.live import Selection
 from bntool.recalibration.options import Method
@@ -125,6 +125,12 @@ def _read_earlier(path: Path, origin: Origin, share: Share) -> Partial | None:
         other = f"shard {its.shard + 1}/{its.shards}, rank {its.rank} of {its.ranks}"
     if other is not None:
         raise RefusedError(f"it was kept by another run, which has {other}; remove it, or name another file", path=path)
+    if not earlier.has_all_before:
+        raise CorruptFileError(
+            f"it goes on after batch {earlier.position:,}, and does not hold all before",
+            path=path,
+            remedy="remove it to begin anew",
+        )
     return earlier
 
 

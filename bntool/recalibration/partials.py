@@ -40,6 +40,7 @@ _MOST_BYTES = 1 << 32
 _FINITE = sys.float_info.max
 _MOST_LEVELS = 53
 _LISTED = 8  # runs of missing shards
+_LONGEST = 200  # characters of what a platform is called
 
 
 @dataclass(frozen=True)
@@ -121,6 +122,16 @@ class Partial:
         """What was not used, and why."""
         places = sorted(self.nodes, key=lambda place: place[1] << place[0])
         return tuple(left_out for place in places for left_out in self.nodes[place].left_out)
+
+    @property
+    def has_all_before(self) -> bool:
+        """Whether all batches of the share before the position are there, but for those of which nothing was read."""
+        held = sum(map(len, find_runs(self.nodes)))
+        left_out = sum(one.samples for one in self.left_out)
+        # of data whose length is told at their end the batches were dealt without it
+        totals = {self.count, None} if self.is_complete else {self.count}
+        expected = [self.share.count_before(self.position, total) for total in totals]
+        return any(held - min(left_out, 1) <= count <= held + left_out for count in expected)
 
     @property
     def channels(self) -> dict[str, int]:
@@ -246,7 +257,7 @@ def _read(checkpoint: Checkpoint) -> Partial:
     if not isinstance(checkpoint.content, PartialContent):
         raise UnknownFormatError("this is no partial of bntool recalibrate")
     facts, tensors = checkpoint.content.facts, checkpoint.content.tensors
-    if facts.get("version") != PARTIAL_VERSION:
+    if facts.get("version") != PARTIAL_VERSION or type(facts["version"]) is not int:
         raise UnknownFormatError(
             f"a partial of version {quote(str(facts.get('version')))}; this bntool reads version {PARTIAL_VERSION}"
         )
@@ -262,7 +273,7 @@ def _read(checkpoint: Checkpoint) -> Partial:
         layers=tuple(map(_text, options["layers"])),
         batch_size=_number(options["batch_size"]),
         samples=None if options["samples"] is None else _number(options["samples"]),
-        seed=int(options["seed"]),
+        seed=_seed(options["seed"]),
         on_bad_data=OnBadData(options["on_bad_data"]),
         preprocessing=None if data["preprocessing"] is None else _text(data["preprocessing"]),
         preprocessing_origin=None if data["preprocessing"] is None else _text(data["preprocessing_origin"]),
@@ -284,7 +295,7 @@ def _read(checkpoint: Checkpoint) -> Partial:
         skips=tuple(Skip(_text(layer), SkipReason(why), _text(detail)) for layer, why, detail in facts["skips"]),
         called=tuple(map(_text, facts["called"])),
         read=tuple(map(_text, facts["read"])),
-        platform={_text(name): value for name, value in facts["platform"].items()},
+        platform={_text(name): _plain(value) for name, value in facts["platform"].items()},
         nodes=_read_nodes(tensors, [one.channels for one in layers.values()], facts["left_out"]),
     )
     _check_places(partial)
@@ -294,6 +305,8 @@ def _read(checkpoint: Checkpoint) -> Partial:
 def _read_layer(facts: Mapping[str, Any]) -> LayerFacts:
     if facts["dtype"] not in BY_NAME or type(facts["has_counter"]) is not bool or not facts["names"]:
         raise ValueError("no such layer")
+    if type(facts["eps"]) not in (int, float) or not 0 <= facts["eps"] <= _FINITE:
+        raise ValueError("no such eps")
     return LayerFacts(
         name=_text(facts["name"]),
         names=tuple(map(_text, facts["names"])),
@@ -316,6 +329,18 @@ def _number(value: Any) -> int:
     return value
 
 
+def _seed(value: Any) -> int:
+    if type(value) is not int or not -1 << 63 <= value < 1 << 64:
+        raise ValueError(f"no seed: {value!r:.40}")
+    return value
+
+
+def _plain(value: Any) -> str | int:
+    if type(value) is not int and (not isinstance(value, str) or len(value) > _LONGEST):
+        raise ValueError("nothing that a platform is called")
+    return value
+
+
 def _read_nodes(
     tensors: Mapping[str, Tensor], channels: Sequence[int], left_out: Sequence[Any]
 ) -> dict[Place, Measured]:
@@ -326,6 +351,9 @@ def _read_nodes(
         order = tuple(layer for layer in arrays["order"][row].tolist() if layer != -1)
         if level > _MOST_LEVELS or len(set(order)) < len(order) or (level, index) in nodes:
             raise CorruptFileError("its nodes are not those of a tree")
+        if batches > 1 << level:
+            raise CorruptFileError(f"a node of level {level} claims to hold {batches:,} batches")
+        _check_counts(arrays["positions"][row], arrays["calls"][row], order)
         pooled, means = (np.repeat(arrays[name][row], channels) for name in _BY_LAYER[1:])
         mean, squares, batch_mean, batch_squares, variances = (arrays[name][row] for name in _BY_CHANNEL)
         nodes[level, index] = Measured(
@@ -341,6 +369,16 @@ def _read_nodes(
             ),
         )
     return nodes
+
+
+def _check_counts(positions: Array, calls: Array, order: Sequence[int]) -> None:
+    """Hold the counts of a node's layers against each other.
+
+    Raises:
+        CorruptFileError: a layer saw values and was not called, or the other way round.
+    """
+    if set(np.flatnonzero(calls).tolist()) != set(order) or (positions < calls).any() or positions[calls == 0].any():
+        raise CorruptFileError("a node counts values of layers that were not called, or calls without values")
 
 
 def _read_arrays(
@@ -396,6 +434,10 @@ def _check_places(partial: Partial) -> None:
         raise CorruptFileError(f"it holds batches up to {runs[-1].stop} of {total}")
     if partial.is_complete and total is None:
         raise CorruptFileError("it is complete, and does not say of how many batches")
+    if total is not None and partial.position > total:
+        raise CorruptFileError(f"it goes on after {partial.position:,} of {total:,} batches")
+    if not partial.is_complete and runs and runs[-1].stop != partial.position:
+        raise CorruptFileError(f"it goes on after batch {partial.position:,}, and holds those up to {runs[-1].stop:,}")
 
 
 def merge_partials(paths: Sequence[Path], *, checkpoint: Callable[[Origin], str], path: object) -> MergedPartials:
@@ -414,7 +456,7 @@ def merge_partials(paths: Sequence[Path], *, checkpoint: Callable[[Origin], str]
     """
     tree = BatchTree()
     facts: list[Partial] = []
-    fingerprint = ""
+    fingerprint, values = "", 0
     for place in paths:
         partial = read_partial(place)
         name = _name(partial)
@@ -426,8 +468,11 @@ def merge_partials(paths: Sequence[Path], *, checkpoint: Callable[[Origin], str]
         difference = _compare(facts[0], partial) if facts else None
         if difference is not None:
             raise RefusedError(f"{name} has {difference}, which {facts[0].path} has not", path=partial.path)
+        values += sum(int(np.max(one.tally.pooled.count, initial=0)) for one in partial.nodes.values() if one.tally)
+        if values > _LARGEST:
+            raise RefusedError(f"up to {name} there are more values than can be counted", path=partial.path)
         tree.update(partial.nodes)
-        facts.append(replace(partial, nodes=dict.fromkeys(partial.nodes, Measured())))
+        facts.append(replace(partial, nodes={place: replace(one, tally=None) for place, one in partial.nodes.items()}))
     _check_together(facts)
     measured = tree.finish()
     if measured.tally is not None and not measured.tally.is_finite:
@@ -459,6 +504,22 @@ def _check_together(partials: Sequence[Partial]) -> None:
             raise RefusedError(
                 f"{_name(one)} and {_name(other)} both hold batch {other_index << other_level:,}", path=other.path
             )
+    _check_all_there(first.count or 0, find_runs(place for place, _ in places), partials)
+
+
+def _check_all_there(total: int, runs: Sequence[range], partials: Sequence[Partial]) -> None:
+    """Hold the batches that partials have against the list of all.
+
+    Batches of which nothing could be read leave gaps, and the samples that were left out for it are counted.
+
+    Raises:
+        RefusedError: more are missing than samples were left out.
+    """
+    edges = [range(0), *runs, range(total, total)]
+    gaps = [range(one.stop, other.start) for one, other in itertools.pairwise(edges) if one.stop < other.start]
+    left_out = sum(one.samples for partial in partials for one in partial.left_out)
+    if sum(map(len, gaps)) > left_out:
+        raise RefusedError(f"none of these partials holds batch {gaps[0].start:,} of {total:,}: one is damaged")
 
 
 def find_difference(one: Origin, other: Origin) -> str | None:

@@ -1,4 +1,4 @@
-"""What the library ``datasets`` saved, read back through ``--data``: its tests, with the library installed."""
+"""What the library ``datasets`` saved, or reads from an endpoint of the hub: its tests, with the library installed."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
+TESTS = ["tests/data/test_datasets.py", "tests/data/test_datasets_on_hub.py"]
 REQUIREMENTS = [
     "torch==2.13.0", "numpy", "Pillow", "datasets>=4", "webdataset>=0.2.100", "pytest>=8", "typer>=0.26,<0.29",
     "rich>=13.9", "Jinja2>=3.1", "safetensors>=0.4",
@@ -14,7 +15,7 @@ REQUIREMENTS = [
 
 
 def main() -> int:
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/data/test_datasets.py"]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *TESTS]
     done = subprocess.run(command, cwd=ROOT, check=False, capture_output=True, text=True)
     print(done.stdout)
     return 1 if done.returncode or "skipped" in done.stdout else 0

@@ -55,6 +55,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             else:
                 self.answer_range(data)
 
+    do_HEAD = do_GET
+
     def answer_range(self, data: bytes, *, size: int | None = None, etag: str = '"one"') -> None:
         """The range that was asked for."""
         start, end = self.read_range(len(data))
@@ -73,7 +75,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.end_headers()
         with self.files.lock:  # before a reader can have it and ask
             self.files.sent += len(body)
-        self.wfile.write(body)
+        if self.command != "HEAD":
+            self.wfile.write(body)
 
     def drip(self, data: bytes) -> None:
         """Bytes one by one, until the test is over."""

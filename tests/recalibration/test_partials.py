@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import random
-import struct
 
 import numpy as np
 import pytest
@@ -15,7 +13,7 @@ from torch import nn
 
 import bntool
 from bntool.cli.main import main
-from bntool.errors import FileError, RefusedError, UsageError
+from bntool.errors import RefusedError, UsageError
 from bntool.recalibration.checkpoint import recalibrate_checkpoint
 from tests import programs
 from tests.programs import copy_user_code
@@ -188,76 +186,6 @@ def test_what_does_not_fit_is_refused_by_number(misfit, file, tmp_path):
     with pytest.raises(RefusedError, match=message):
         bntool.merge_statistics(file, paths, tmp_path / "out.pt")
     assert not (tmp_path / "out.pt").exists()
-
-
-def rewrite(path, *, facts=None, tensors=None):
-    """The partial with other facts or numbers."""
-    data = path.read_bytes()
-    (length,) = struct.unpack("<Q", data[:8])
-    header, body = json.loads(data[8 : 8 + length]), bytearray(data[8 + length :])
-    if facts is not None:
-        held = json.loads(header["__metadata__"]["bntool_partial"])
-        facts(held)
-        header["__metadata__"]["bntool_partial"] = json.dumps(held)
-    for name, (place, value) in (tensors or {}).items():
-        start = header[name]["data_offsets"][0] + 8 * place
-        struct.pack_into("<d" if header[name]["dtype"] == "F64" else "<q", body, start, value)
-    text = json.dumps(header).encode()
-    path.write_bytes(struct.pack("<Q", len(text)) + text + body)
-
-
-HOSTILE = {
-    "truncated": lambda path: path.write_bytes(path.read_bytes()[:-100]),
-    "empty": lambda path: path.write_bytes(b""),
-    "no partial": lambda path: path.write_bytes(struct.pack("<Q", 2) + b"{}"),
-    "of a later version": lambda path: rewrite(path, facts=lambda facts: facts.update(version=2)),
-    "NaN": lambda path: rewrite(path, tensors={"mean": (3, float("nan"))}),
-    "infinite": lambda path: rewrite(path, tensors={"variances": (3, float("inf"))}),
-    "negative squares": lambda path: rewrite(path, tensors={"squares": (3, -1.0)}),
-    "negative count": lambda path: rewrite(path, tensors={"positions": (0, -1)}),
-    "huge count": lambda path: rewrite(path, tensors={"positions": (0, 1 << 62)}),
-    "huge numbers": lambda path: rewrite(path, tensors={"mean": (3, 1e300), "squares": (3, 1e308)}),
-    "huge level": lambda path: rewrite(path, tensors={"level": (0, 1 << 40)}),
-    "a node twice": lambda path: rewrite(path, tensors={"level": (0, 6), "index": (0, 0)}),
-    "a layer that is not there": lambda path: rewrite(path, tensors={"order": (0, 7)}),
-    "many channels": lambda path: rewrite(path, facts=lambda f: f["layers"][0].update(channels=1 << 50)),
-    "other channels": lambda path: rewrite(path, facts=lambda f: f["layers"][0].update(channels=3)),
-    "many shards": lambda path: rewrite(path, facts=lambda facts: facts.update(shard=[2, 1 << 52])),
-    "a shard beyond": lambda path: rewrite(path, facts=lambda facts: facts.update(shard=[4, 3])),
-    "no facts": lambda path: rewrite(path, facts=lambda facts: facts.clear()),
-    "facts of other kinds": lambda path: rewrite(path, facts=lambda facts: facts.update(layers={"a": 1}, left_out=7)),
-    "no options": lambda path: rewrite(path, facts=lambda facts: facts.update(options=None)),
-    "not complete": lambda path: rewrite(path, facts=lambda facts: facts.update(complete=False)),
-    "batches of another shard": lambda path: rewrite(path, tensors={"index": (0, 0)}),
-}
-
-
-@pytest.mark.parametrize("fault", HOSTILE)
-def test_a_hostile_partial_is_one_sentence(fault, file, tmp_path, capsys):
-    paths = measure_all(file, 2, tmp_path / "parts", data=batches()[:9])
-    HOSTILE[fault](paths[1])
-    globs = str(tmp_path / "parts" / "part-*")
-    code = main(["recalibrate", str(file), "--from-partials", globs, "-o", str(tmp_path / "out.pt")])
-    captured = capsys.readouterr()
-    assert code in (3, 4), captured.err
-    assert captured.err.count("\n") == 1
-    assert "part-2.safetensors" in captured.err or fault == "huge numbers"
-    assert not (tmp_path / "out.pt").exists()
-
-
-def test_any_damaged_partial_is_an_error_or_harmless(file, tmp_path):
-    paths = measure_all(file, 2, tmp_path / "parts", data=batches()[:9])
-    data, draw = paths[1].read_bytes(), random.Random(5)
-    for _ in range(40):
-        damaged = bytearray(data)
-        for _ in range(draw.choice([1, 1, 4])):
-            damaged[draw.randrange(min(len(data), draw.choice([2500, len(data)])))] = draw.randrange(256)
-        paths[1].write_bytes(damaged)
-        with contextlib.suppress(FileError, RefusedError):
-            merged = bntool.merge_statistics(file, paths)
-            for statistics in merged.recalibration.statistics.values():
-                assert np.isfinite(statistics.mean).all()
-                assert (statistics.variance >= 0).all()
 
 
 def test_the_file_is_what_the_documentation_says(file, tmp_path):

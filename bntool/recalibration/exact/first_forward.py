@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import threading
-import time
 from dataclasses import dataclass
 
 import torch
@@ -16,9 +14,7 @@ from bntool.modules.borrowing import borrow
 from bntool.modules.calling import tensors_in
 from bntool.modules.memory import count_writes
 from bntool.recalibration.activations import StatisticsReads
-from bntool.recalibration.exact.memory import LiveTensors, MemoryForecast, find_resident, find_thread_space
-from bntool.recalibration.exact.paused_forwards import copy_context
-from bntool.recalibration.freed_memory import FreedMemory
+from bntool.recalibration.exact.memory import LiveTensors, MemoryForecast, find_thread_space
 from bntool.recalibration.memory_format import MemoryReads, is_faster_channels_last
 from bntool.recalibration.pooled import Run
 from bntool.recalibration.ranks import NoExchange
@@ -85,38 +81,6 @@ def _run_few(run: Run, batch: Batch, *, channels_last: bool) -> FirstForward:
         reads_memory=reads.happened,
         is_seen=not memory.has_unknown,
     )
-
-
-def run_in_thread(run: Run, batch: Batch, shown: FirstForward) -> tuple[float, int]:
-    """Run a batch in a thread of its own, as the sweep will: seconds, and bytes that are kept for such a thread.
-
-    The libraries below torch keep something for each thread as long as it lives. 0 bytes where the system does not say
-    how much is in use.
-    """
-    ended, over = threading.Event(), threading.Event()
-    context, copied = copy_context(run.model), copy_batch(batch)
-    seconds: list[float] = []
-
-    def forward() -> None:
-        start = time.perf_counter()
-        with contextlib.suppress(Exception), context():  # what it raises the sweep will raise again
-            copied.run(run.model, channels_last=shown.channels_last)
-        seconds.append(time.perf_counter() - start)
-        ended.set()
-        over.wait()
-
-    memory = FreedMemory(pause=0)
-    memory.return_unused()
-    before = find_resident()
-    thread = threading.Thread(target=forward, daemon=True)
-    with borrow(run.model):
-        thread.start()
-        ended.wait()
-    memory.return_unused()
-    kept = find_resident() - before
-    over.set()
-    thread.join()
-    return seconds[0], max(kept, 0)
 
 
 def _is_changed(after: torch.Tensor, before: torch.Tensor) -> bool:

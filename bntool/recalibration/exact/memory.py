@@ -31,15 +31,19 @@ class MemoryForecast:
         waits: bytes for each sample that are alive while its batch waits, at each layer.
         running: bytes for each sample at the peak of a forward.
         thread: bytes of address space for each batch, see :func:`find_thread_space`.
-        seconds: for each sample.
         kept: bytes that libraries keep for the thread of each batch, as far as that was measured.
+        seconds: for each sample, without moving anything.
+        moving: seconds for each sample, where it is set aside at each layer.
+        moved: bytes of each sample that are then set aside, at all layers together.
     """
 
     waits: tuple[float, ...]
     running: float
     thread: int = 0
-    seconds: float = 0.0
     kept: int = 0
+    seconds: float = 0.0
+    moving: float = 0.0
+    moved: float = 0.0
 
     @property
     def waiting(self) -> float:

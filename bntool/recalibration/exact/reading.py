@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from bntool.data.batches import Batch, Batches, find_placement
 from bntool.errors import RefusedError
 from bntool.progress import OnWarning
-from bntool.recalibration.exact.first_forward import FirstForward, run_first_forward, run_in_thread
+from bntool.recalibration.exact.first_forward import FirstForward, run_first_forward
 from bntool.recalibration.exact.memory import MemoryForecast, find_available
 from bntool.recalibration.exact.set_aside import (
     KeptBatch,
@@ -20,10 +20,11 @@ from bntool.recalibration.exact.set_aside import (
     SetAside,
     choose_folder,
     find_free,
-    measure_rate,
-    sum_aside,
+    find_share_aside,
+    measure_disk,
 )
-from bntool.recalibration.freed_memory import share_arena
+from bntool.recalibration.exact.trial_batch import run_trial
+from bntool.recalibration.freed_memory import returning_large_pieces
 from bntool.recalibration.pooled import Run
 from bntool.recalibration.ranks import Ranks
 
@@ -90,25 +91,23 @@ def reading_batches(
         ranks.share(lambda: read.extend(map(KeptBatch, fitting)))
         yield Reading(read, shown)
         return
+    _check_can_move(shown)
     largest = max((batch.samples for batch in first), default=0)
-    share_arena()
-    # what the rank that tries the model out finds holds for all: so all refuse, or none
-    measure = functools.partial(_measure_thread, run, first[0], shown) if ranks.rank == leader else lambda: None
-    shown = ranks.share(measure)[leader]
-    assert shown is not None
-    aside = SetAside(shown.forecast.allow(memory, largest, largest), choose_folder())
-    try:
+    with (
+        returning_large_pieces(),
+        contextlib.closing(SetAside(shown.forecast.allow(memory, largest, largest), choose_folder())) as aside,
+    ):
         ranks.share(lambda: read.extend(_move(first, iterator, aside, as_a_whole=not shown.is_seen)))
-        reading = Reading(read, shown)
+        # what the rank that tries the model out finds holds for all: so all refuse, or none
+        trial = functools.partial(_try_out, run, Reading(read, shown), memory)
+        reading = Reading(read, ranks.share(trial if ranks.rank == leader else lambda: None)[leader])
         aside.allowed = ranks.share(lambda: _allow(reading, memory))[ranks.rank]
         on_forecast(ranks.share(lambda: _describe_forecast(run, reading, memory))[ranks.rank])
         yield reading
-    finally:
-        aside.close()
 
 
-def _measure_thread(run: Run, batch: Batch, shown: FirstForward) -> FirstForward:
-    """With the time of a sample, and what is kept for each thread.
+def _check_can_move(shown: FirstForward) -> None:
+    """Refuse where activations cannot be moved.
 
     Raises:
         RefusedError: the system cannot do it, or the model could notice that its activations are not there meanwhile.
@@ -120,8 +119,17 @@ def _measure_thread(run: Run, batch: Batch, shown: FirstForward) -> FirstForward
             "the model asks where elements lie in memory (data_ptr, numpy, a kernel of its own), so activations cannot "
             "be set aside; leave out --memory"
         )
-    seconds, kept = run_in_thread(run, batch, shown)
-    return replace(shown, forecast=replace(shown.forecast, seconds=seconds / max(batch.samples, 1), kept=kept))
+
+
+def _try_out(run: Run, reading: Reading, memory: int) -> FirstForward:
+    """With what the first batch took on the way that all will go."""
+    shown = reading.shown
+    assert shown is not None
+    forecast, samples = shown.forecast, reading.samples
+    share, _ = find_share_aside(forecast.waits, samples, forecast.allow(memory, reading.largest, samples))
+    with contextlib.closing(SetAside(-1, choose_folder())) as aside, reading.batches[0].in_memory() as batch:
+        kept = MovableBatch(aside, batch, as_a_whole=not shown.is_seen) if share else KeptBatch(batch)
+        return replace(shown, forecast=run_trial(run, kept, shown, aside))
 
 
 def _allow(reading: Reading, memory: int) -> int:
@@ -157,21 +165,23 @@ def _describe_forecast(run: Run, reading: Reading, memory: int) -> str:
     """
     assert reading.shown is not None
     forecast, samples, folder = reading.shown.forecast, reading.samples, choose_folder()
-    moved, at_once = sum_aside(forecast.waits, samples, forecast.allow(memory, reading.largest, samples))
-    seconds, needed = forecast.seconds * samples, forecast.need(samples, reading.largest)
+    share, at_once = find_share_aside(forecast.waits, samples, forecast.allow(memory, reading.largest, samples))
+    seconds, moving = forecast.seconds * samples, forecast.moving * share * samples
+    moved, needed = int(forecast.moved * share * samples), forecast.need(samples, reading.largest)
     device, _ = find_placement(run.model)
     where = ""
-    if moved and device is not None and device.type != "cpu":
-        where = f"; up to {_size(at_once)} set aside in the memory of the host, at most {_size(moved)} in all"
-    elif moved:
+    if at_once and device is not None and device.type != "cpu":
+        where = f"; up to {_size(at_once)} set aside in the memory of the host, about {_size(moved)} in all"
+    elif at_once:
         if at_once > find_free(folder):
             raise RefusedError(
                 f"up to {_size(at_once)} of activations would be set aside in {folder}, which has "
                 f"{_size(find_free(folder))} free; give more --memory, or another folder by TMPDIR"
             )
-        seconds += 2 * moved / measure_rate(folder, at_once)  # written and read
-        where = f"; up to {_size(at_once)} set aside in {folder}, at most {_size(moved)} in all"
-    sizes = f"about {seconds:.0f} s and {_size(min(needed, memory))} of memory"
+        if at_once > (find_available(None) or 0) // 4:  # the system cannot keep it: it is written and read
+            moving = max(moving, 2 * moved / measure_disk(folder))
+        where = f"; up to {_size(at_once)} set aside in {folder}, about {_size(moved)} in all"
+    sizes = f"about {seconds + moving:.0f} s and {_size(min(needed, memory))} of memory"
     return f"exact statistics of {samples:,} samples: {sizes}{where}"
 
 

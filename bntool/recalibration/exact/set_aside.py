@@ -26,7 +26,6 @@ from bntool.data.batches import Batch, copy_batch
 from bntool.errors import RefusedError
 from bntool.modules.calling import tensors_in
 from bntool.modules.memory import storage_key, storage_keys
-from bntool.recalibration.exact.memory import find_available
 
 _IN_MEMORY = ("tmpfs", "ramfs")  # file systems that would save nothing
 _PROBE = 16 << 20  # bytes
@@ -48,11 +47,14 @@ class SetAside:
 
     Attributes:
         held: bytes that batches hold in memory, as far as they have been asked.
+        moved: bytes that were set aside so far.
+        seconds: that setting aside and bringing back took.
     """
 
     def __init__(self, allowed: int, folder: Path) -> None:
         self.allowed = allowed
-        self.held = 0
+        self.held = self.moved = 0
+        self.seconds = 0.0
         self._places: dict[int, _Place] = {}
         self._regions = _Regions()
         self._folder = folder
@@ -83,10 +85,9 @@ class SetAside:
             place.is_ours = is_ours
             # of a storage that nobody needs any more the place is free again, in whichever thread that turns out
             place.storage = weakref.ref(storage, lambda _gone: self._forget(key, place))
-            try:
+            with self._moving():
                 place.put(storage, self._file)
-            except OSError as error:
-                raise self._fail(error) from error
+            self.moved += storage.nbytes()
             self._places[key] = place
 
     def holds(self, storage: torch.UntypedStorage) -> bool:
@@ -102,10 +103,18 @@ class SetAside:
             storage = None if place is None else place.storage()
             if place is None or storage is None:
                 return
-            try:
+            with self._moving():
                 place.take(storage, self._file)
-            except OSError as error:
-                raise self._fail(error) from error
+
+    @contextlib.contextmanager
+    def _moving(self) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        except OSError as error:
+            raise self._fail(error) from error
+        finally:
+            self.seconds += time.perf_counter() - start
 
     def _forget(self, key: int, place: _Place) -> None:
         if self._places.get(key) is place:
@@ -379,8 +388,8 @@ def find_free(folder: Path) -> int:
     return shutil.disk_usage(folder).free
 
 
-def measure_rate(folder: Path, size: int) -> float:
-    """Bytes that a new file of a folder takes in a second: all the way to the disk, if the system cannot keep so many.
+def measure_disk(folder: Path) -> float:
+    """Bytes that the disk below a folder takes in a second.
 
     Raises:
         RefusedError: it takes none.
@@ -389,15 +398,14 @@ def measure_rate(folder: Path, size: int) -> float:
         with tempfile.TemporaryFile(dir=folder, buffering=0) as file:
             start = time.perf_counter()
             file.write(bytes(_PROBE))
-            if size > (find_available(None) or 0) // 4:
-                os.fsync(file.fileno())
+            os.fsync(file.fileno())
             return _PROBE / max(time.perf_counter() - start, 1e-6)
     except OSError as error:
         raise RefusedError(f"activations cannot be kept in {folder}: {error.strerror or error}") from error
 
 
-def sum_aside(waiting: Sequence[float], samples: int, allowed: int) -> tuple[int, int]:
-    """Bytes that will be set aside in all, and at once, if everything that a batch holds is needed at each layer.
+def find_share_aside(waiting: Sequence[float], samples: int, allowed: int) -> tuple[float, int]:
+    """The share of what batches hold that will be aside, over all layers, and bytes at the layer where most are.
 
     Args:
         waiting: bytes that a sample holds at each layer.
@@ -405,4 +413,4 @@ def sum_aside(waiting: Sequence[float], samples: int, allowed: int) -> tuple[int
         allowed: bytes that they may hold in memory.
     """
     over = [max(0, int(size * samples) - allowed) for size in waiting]
-    return sum(over), max(over, default=0)
+    return sum(over) / max(sum(waiting) * samples, 1.0), max(over, default=0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
+import re
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 from typing import ClassVar
@@ -169,7 +170,23 @@ def test_what_waits_for_a_later_layer_is_set_aside_once(monkeypatch, moved):
     monkeypatch.setattr(reading.MemoryForecast, "allow", lambda self, *_: 0)
     recalibrate(Shortcut(), make_batches(), method="exact", memory="1GB")
     # the stem's output, what the first layer is given, and what the second convolution is
-    assert moved.count(4 * 16 * 48 * 48 * 4) == 3 * 6
+    assert moved.count(4 * 16 * 48 * 48 * 4) == 3 * (6 + 1)  # the first batch is tried out before
+
+
+@pytest.mark.parametrize("share", [0.9, 0.5, 0.1])
+@pytest.mark.parametrize("kind", [Residual, Shortcut])
+def test_the_forecast_says_how_much_is_set_aside(share, kind, moved, monkeypatch):
+    """Of what is only read again when something touches it."""
+    whole, said, tried = 12 * 4 * 2 * 16 * 48 * 48 * 4, [], []
+    monkeypatch.setattr(reading.MemoryForecast, "allow", lambda self, *_: int(share * whole))
+
+    def forecast(sentence):
+        said.append(sentence)
+        tried.append(len(moved))
+
+    recalibrate(kind(), make_batches(12), method="exact", memory="1GB", on_forecast=forecast)
+    (found,) = re.findall(r"about ([\d.]+) MB in all", said[0])
+    assert sum(moved[tried[0] :]) / 1e6 == pytest.approx(float(found), rel=0.3)
 
 
 @pytest.mark.parametrize("kind", [InLayer, ReadAsNumbers, InThread])
