@@ -18,9 +18,9 @@ from bntool.errors import RefusedError, UsageError, UserCodeError, VerificationE
 from bntool.folding.layouts import apply_fold, plan_layout
 from bntool.folding.multiply_adds import Cost, count_cost
 from bntool.folding.options import Layout
-from bntool.folding.other_arguments import find_unlike_arguments
 from bntool.folding.own_fusing import find_unlike_fusing
 from bntool.folding.planning import FoldPlan
+from bntool.folding.switches import find_unlike_arguments, find_unlike_attributes
 from bntool.folding.unchanged_outputs import find_points
 from bntool.folding.weight_ranges import WeightRange, count_flushed, flush_subnormals, measure_ranges
 from bntool.graphs.declared import declare, parse_pairs
@@ -203,7 +203,11 @@ def prove(
                 if without.rounded <= _AS_WELL * agreement.rounded:
                     plan, ranges, folded, agreement = flushed, count_flushed(ranges), other, without
         bound = max(tolerance, agreement.tolerance)
-        unlike = find_unlike_arguments(model, folded, inputs[0], tolerance=bound)
+        names = [fold.layer for fold in plan.folds]
+        unlike = (
+            *find_unlike_arguments(model, folded, inputs[0], tolerance=bound),
+            *find_unlike_attributes(model, folded, inputs[0], layers=names, tolerance=bound),
+        )
         if plan.layout is not Layout.DEPLOY:  # which its own code has fused
             unlike = (*unlike, *find_unlike_fusing(model, folded, inputs[0], tolerance=bound))
         plan = assume(plan, *unlike) if unlike else plan

@@ -633,9 +633,10 @@ def test_a_module_in_the_place_of_a_batchnorm_is_named(other):
     model, x = randomise(OtherNorm(other)), image()
     result = bntool.fold(model, x)
     torch.testing.assert_close(result.model(x), model(x), rtol=1e-10, atol=1e-10)
-    assert result.plan.assumptions == (
+    assert [text.partition(": with")[0] for text in result.plan.assumptions] == [
         "other, not run in the forward that was observed, reads nothing that a fold changed",
-    )
+        "use_bn is True",
+    ]
 
 
 def test_a_module_that_reads_other_channels_is_not_named():
@@ -669,6 +670,44 @@ def test_a_switch_that_goes_round_a_batchnorm_is_named():
     assert [text.partition(" is not given")[0] for text in result.plan.assumptions] == ["normalise=False", "raw=True"]
     given = {"x": x, "normalise": True, "raw": False}  # by the caller, who knows
     assert bntool.fold(model, given).plan.assumptions == ()
+
+
+def test_what_a_recorder_cannot_follow_is_not_called_the_models_fault(monkeypatch: pytest.MonkeyPatch):
+    def fail(*_, **__):
+        raise IndexError("ours")
+
+    monkeypatch.setattr("bntool.graphs.traced.tracing._Recorder.record_node", fail)
+    with pytest.raises(RefusedError, match=r"cannot be followed \(IndexError: ours.*--pair"):
+        bntool.fold(randomise(Switched()), image())
+
+
+class UnevenNorm(nn.Module):
+    """As e3nn's: vectors have a factor and a variance, and no mean and no bias."""
+
+    def __init__(self):
+        super().__init__()
+        self.eps = 1e-5
+        self.weight, self.bias = nn.Parameter(torch.ones(6)), nn.Parameter(torch.zeros(4))
+        self.register_buffer("running_mean", torch.zeros(4))
+        self.register_buffer("running_var", torch.ones(6))
+
+    def forward(self, x):
+        scalars, rest = x[:, :4] - self.running_mean, x[:, 4:]
+        scale = self.weight / (self.running_var + self.eps).sqrt()
+        return torch.cat([scalars * scale[:4] + self.bias, rest * scale[4:]], 1)
+
+
+class UnevenProduct(UnevenNorm):
+    def forward(self, x):
+        y = x * (self.weight / (self.running_var + self.eps).sqrt())
+        return torch.cat([y[:, :4] + self.bias, y[:, 4:]], 1)
+
+
+@pytest.mark.parametrize("kind", [UnevenNorm, UnevenProduct])
+def test_a_norm_with_vectors_of_several_lengths_is_no_batchnorm(kind):
+    model = nn.Sequential(nn.Linear(5, 6), nn.BatchNorm1d(6), kind()).eval()
+    result = bntool.fold(randomise(model), torch.randn(4, 5, dtype=torch.float64))
+    assert folded(result) == ["1"]
 
 
 def test_hooks_that_know_the_original_do_not_change_it():

@@ -462,6 +462,8 @@ def _batchnorm_tensors(index: ParameterIndex, path: str) -> dict[str, Parameter]
     names = {role: f"{path}.{role}" if path else role for role in VECTORS}
     if not all(name in index.by_name for name in names.values()):
         return None
+    if len({tuple(index.tensor(index.by_name[name]).shape) for name in names.values()}) > 1:
+        return None  # of another normalisation, e.g. one whose means are those of scalars alone
     return {role: index.by_name[name] for role, name in names.items()}
 
 

@@ -22,7 +22,7 @@ from torch.nn.modules import module as hooks
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from bntool.errors import RefusedError
+from bntool.errors import BntoolError, RefusedError
 from bntool.graphs.graph import ModelGraph, Node, NodeKind
 from bntool.graphs.traced import operators
 from bntool.graphs.traced.alternatives import find_alternatives, find_idle
@@ -31,7 +31,7 @@ from bntool.graphs.traced.labels import fresh_labels, meet, replay, varying_axis
 from bntool.graphs.traced.parameters import Parameter, ParameterIndex
 from bntool.graphs.traced.reads import Reads
 from bntool.graphs.traced.tracked_tensors import TrackedTensors
-from bntool.models.user_code import find_calling_line
+from bntool.models.user_code import describe_exception, find_calling_line
 from bntool.modules.borrowing import borrow
 from bntool.modules.calling import call, copy_tensors, map_leaves, tensors_in
 from bntool.modules.finding import find_wrapper_prefix, has_other_statistics
@@ -139,7 +139,15 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         keywords = kwargs or {}
         result = func(*args, **keywords)
-        self.record(func, args, keywords, result)
+        try:
+            self.record(func, args, keywords, result)
+        except BntoolError:
+            raise
+        except Exception as error:  # else it would be called the model's
+            raise RefusedError(
+                f"{func} in the forward is used in a way that cannot be followed ({describe_exception(error)}): "
+                "declare what is adjacent with --pair"
+            ) from error
         return result
 
     # modules: where in the model something ran, and whether a module does anything beside its BatchNorm
