@@ -22,6 +22,8 @@ from bntool.modules.finding import unwrap, walk_modules
 _LABEL_KEYS = ("labels", "label", "y", "targets", "target")
 _UNNAMED = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 _HANDS_ON = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+_LABEL_NOT_PASSED = "of a batch (a, b) b is the label, which no model gets: ((a, b),) passes both as arguments"
+_NO_SUCH_NAMES = "a dict passes what the forward has names for: give ((a, b),) to pass a and b by position"
 _NAMED = 3  # samples that a message names
 
 Item = TypeVar("Item")
@@ -78,7 +80,12 @@ class Batch:
         inputs = move(self.inputs_for(model), device=device, dtype=dtype)
         if channels_last and isinstance(inputs, torch.Tensor) and inputs.ndim == 4:
             inputs = inputs.contiguous(memory_format=torch.channels_last)
-        return pass_inputs(model, inputs)
+        try:
+            return pass_inputs(model, inputs)
+        except TypeError as error:
+            if "missing" in str(error) and (self.is_record or self.labels is not None):
+                error.args = (f"{error}; {_NO_SUCH_NAMES if self.is_record else _LABEL_NOT_PASSED}",)
+            raise
 
     def inputs_for(self, model: torch.nn.Module) -> Any:
         """What :func:`~bntool.modules.calling.pass_inputs` is to give a model: a tensor, a tuple, a list or a dict.

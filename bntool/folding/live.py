@@ -24,7 +24,7 @@ from bntool.folding.switches import find_unlike_arguments, find_unlike_attribute
 from bntool.folding.unchanged_outputs import find_points
 from bntool.folding.weight_ranges import WeightRange, count_flushed, flush_subnormals, measure_ranges
 from bntool.graphs.declared import declare, parse_pairs
-from bntool.graphs.graph import ModelGraph
+from bntool.graphs.graph import Evidence, ModelGraph
 from bntool.graphs.traced.inputs import find_input
 from bntool.graphs.traced.tracing import trace
 from bntool.models.exported import check_has_layers
@@ -32,12 +32,16 @@ from bntool.modules.application import read_state
 from bntool.modules.borrowing import borrow
 from bntool.modules.calling import call
 from bntool.modules.copying import copy_model
-from bntool.modules.finding import find_batchnorm_modules, find_name_prefix, walk_modules
+from bntool.modules.finding import describe_producers, find_batchnorm_modules, find_name_prefix, walk_modules
 from bntool.plan import assume
 from bntool.representation import html_repr, short_repr
 from bntool.verification.outputs import CHECK_WHAT_WAS_GIVEN, TOLERANCE, Agreement, verify
 
 _RANDOM_INPUTS = 3
+_CLASS_ASKED = (
+    "the forward may look at the class of a BatchNorm, which a fold takes away: the layout same-keys "
+    "(--layout same-keys) leaves it in its place"
+)
 _MORE_MERGED = (
     "the model's own code may merge more in its deploy form than parallel branches, e.g. a gate: fold with another "
     "layout"
@@ -107,7 +111,7 @@ def fold(  # noqa: PLR0913 as many as the command has options
     state = read_state(model)
     if pairs:
         declared = dict(pairs) if isinstance(pairs, Mapping) else parse_pairs(pairs)
-        graph = add_eps(declare(state, declared), model)
+        graph = add_eps(declare(state, declared, modules=describe_producers(model, declared.values())), model)
     else:
         graph = trace(model, inputs)
     plan = plan_layout(
@@ -187,10 +191,14 @@ def prove(
                 transforms=plan.stored,
             )
         except UserCodeError as error:
-            raise _find_asked(error, folded, plan) or error from error
+            missed = _find_asked(error, folded, plan) or _find_missed(error, model, folded, tried[0], plan)
+            raise missed or error from error
         except VerificationError as error:
             if plan.layout is Layout.DEPLOY and error.remedy == CHECK_WHAT_WAS_GIVEN:
                 raise VerificationError(error.message, remedy=_MORE_MERGED) from error
+            traced = graph.evidence is Evidence.TRACED and plan.layout is Layout.FOLDED
+            if traced and error.remedy == CHECK_WHAT_WAS_GIVEN:
+                raise VerificationError(error.message, remedy=_CLASS_ASKED) from error
             raise
 
     with borrow(model):  # hooks of a copy may write to what the original keeps
@@ -231,6 +239,28 @@ def _find_asked(error: UserCodeError, folded: nn.Module, plan: FoldPlan) -> Refu
                 tensor=fold.layer,
             )
     return None
+
+
+def _find_missed(
+    error: UserCodeError, model: nn.Module, folded: nn.Module, inputs: Any, plan: FoldPlan
+) -> RefusedError | None:
+    """What to say where a forward runs as it was, and not after the fold: it looks for what is gone."""
+    if plan.layout is not Layout.FOLDED or not _runs(model, inputs) or _runs(folded, inputs):
+        return None
+    return RefusedError(
+        f"the forward does not run without the BatchNorms that a fold takes away ({error}); the layout same-keys "
+        "(--layout same-keys) leaves them in their places"
+    )
+
+
+def _runs(model: nn.Module, inputs: Any) -> bool:
+    with borrow(model), torch.no_grad():
+        model.eval()
+        try:
+            call(model, inputs)
+        except UserCodeError:
+            return False
+    return True
 
 
 def _spacing(state_dict: StateDict) -> float:

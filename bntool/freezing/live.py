@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from bntool.batchnorm import check_globs, selects
+from bntool.batchnorm import STATISTICS, check_globs, selects
 from bntool.checkpoints.checkpoint import Checkpoint
 from bntool.checkpoints.formats import open_checkpoint
 from bntool.checkpoints.state_dicts import choose_state_dict
@@ -19,9 +19,11 @@ from bntool.freezing.held_modules import FREEZE, HOLD, asked_mode, can_carry, ho
 from bntool.freezing.policy import FreezePolicy
 from bntool.freezing.stages import find_frozen_stages, is_within
 from bntool.modules.finding import (
+    describe_unread_statistics,
     find_batchnorm_modules,
     find_name_prefix,
     find_wrapper_prefix,
+    is_batchnorm,
     is_frozen_class,
     is_uninitialized,
     normalises_by_statistics,
@@ -75,7 +77,7 @@ def freeze(
     if not norm_eval and requires_grad is None and frozen_stages is None:
         raise UsageError("norm_eval=False and requires_grad=None freeze nothing")
     if not names and frozen_stages is None:
-        raise UsageError(_describe_nothing(found, prefix))
+        raise UsageError(_describe_nothing(model, found, prefix))
     stages = None
     if frozen_stages is not None:
         stages = find_frozen_stages([name.removeprefix(prefix) for name, _ in walk_modules(model)], frozen_stages)
@@ -171,10 +173,11 @@ def frozen(
             parameter.requires_grad_(requires_grad_before)
 
 
-def _describe_nothing(found: dict[str, nn.Module], prefix: str) -> str:
+def _describe_nothing(model: nn.Module, found: dict[str, nn.Module], prefix: str) -> str:
     """Why none of the BatchNorms that were found can be frozen."""
     if not found:
-        return "the model has no BatchNorm layer that could be frozen"
+        unread = describe_unread_statistics(model)
+        return f"the model has no BatchNorm layer that could be frozen{': ' * bool(unread)}{unread}"
     named = {name.removeprefix(prefix): module for name, module in found.items()}
     for name, module in named.items():
         if not is_frozen_class(module) and not normalises_by_statistics(module):
@@ -205,6 +208,7 @@ def _apply(model: nn.Module, policy: FreezePolicy, prefix: str) -> None:
             if parameter is not None and wanted is not None:
                 changes[full] = wanted
     _check(model, modules, layers=layers, changes=changes)
+    _check_shared(modules, held)
 
     notes = vars(root).setdefault(FREEZE, {"held": [], "modes": {}, "gradients": {}, "asked": None})
     for name, module in modules.items():
@@ -250,6 +254,27 @@ def _check(
         raise RefusedError(
             "DDP waits for gradients of all parameters that had them when it was made; freeze first, then wrap"
         )
+
+
+def _check_shared(modules: dict[str, nn.Module], held: Sequence[str]) -> None:
+    """Refuse to hold statistics that a layer which is not held goes on changing.
+
+    Raises:
+        RefusedError
+    """
+    statistics = {
+        name: [tensor for role in STATISTICS if (tensor := module._buffers.get(role)) is not None]
+        for name, module in modules.items()
+        if is_batchnorm(module) and not is_frozen_class(module)
+    }
+    names = {id(module): name for name, module in modules.items() if is_within(name, held)}
+    kept = {id(tensor): name for name in names.values() for tensor in statistics.get(name, ())}
+    for name, tensors in statistics.items():
+        shared = next((kept[id(tensor)] for tensor in tensors if id(tensor) in kept), None)
+        if shared is not None and id(modules[name]) not in names:
+            raise RefusedError(
+                f"its statistics are those of {name}, too, which would go on changing them: freeze both", tensor=shared
+            )
 
 
 def _parameter(modules: dict[str, nn.Module], full: str) -> nn.Parameter | None:

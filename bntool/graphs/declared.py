@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from bntool.batchnorm import VECTORS, BatchNorm
 from bntool.checkpoints.batchnorms import find_norms
-from bntool.checkpoints.checkpoint import StateDict
+from bntool.checkpoints.checkpoint import ModuleInfo, StateDict
 from bntool.checkpoints.files import SourceFile
 from bntool.checkpoints.tensors import count_elements
 from bntool.checkpoints.ties import find_tied
@@ -80,7 +80,9 @@ def _likely_names(batchnorm: str) -> Iterator[str]:
             yield from (f"{path}{dot}{name}" for name in (other, other.strip("_")) if name)
 
 
-def declare(state_dict: StateDict, pairs: Mapping[str, str]) -> ModelGraph:
+def declare(
+    state_dict: StateDict, pairs: Mapping[str, str], *, modules: Mapping[str, ModuleInfo] | None = None
+) -> ModelGraph:
     """Build a graph that holds nothing but the pairs; each pair is checked against the shapes of its tensors.
 
     A weight of three or more dimensions counts as a convolution's, unless the file says what the module is. Its output
@@ -88,6 +90,7 @@ def declare(state_dict: StateDict, pairs: Mapping[str, str]) -> ModelGraph:
 
     Args:
         pairs: from the BatchNorm to what feeds it.
+        modules: what a live model tells of what feeds them, by name; else the file tells it, or nothing does.
 
     Raises:
         UsageError: a layer is not in the state dict.
@@ -103,7 +106,8 @@ def declare(state_dict: StateDict, pairs: Mapping[str, str]) -> ModelGraph:
         if norm is None or not norm.kind.is_batch_norm:
             what = f"; it is a {norm.kind.value}" if norm is not None else ""
             raise UsageError(f"the state dict has no BatchNorm of that name{what}", tensor=batchnorm)
-        source = _producer(len(nodes), state_dict, producer, norm)
+        told = (modules or {}).get(producer) or state_dict.modules.get(state_dict.prefix + producer)
+        source = _producer(len(nodes), state_dict, producer, norm, told)
         target = _batchnorm(len(nodes) + 1, norm)
         nodes += [source, target]
         channels = range(source.channels)
@@ -126,13 +130,12 @@ def declare(state_dict: StateDict, pairs: Mapping[str, str]) -> ModelGraph:
     )
 
 
-def _producer(index: int, state_dict: StateDict, layer: str, norm: BatchNorm) -> Node:
+def _producer(index: int, state_dict: StateDict, layer: str, norm: BatchNorm, module: ModuleInfo | None) -> Node:
     names = {role: f"{layer}.{role}" for role in ("weight", "bias")}
     present = {role: name for role, name in names.items() if state_dict.full_name(name) in state_dict.tensors}
     if "weight" not in present:
         raise UsageError("the state dict has no layer of that name with a weight", tensor=layer)
     shape = tuple(state_dict.tensor(present["weight"]).shape)
-    module = state_dict.modules.get(state_dict.prefix + layer)
     class_name = module.class_path.rpartition(".")[2] if module is not None else ""
     transposed = "ConvTranspose" in class_name
     groups = module.attributes.get("groups", 1) if module is not None else 1
@@ -143,9 +146,10 @@ def _producer(index: int, state_dict: StateDict, layer: str, norm: BatchNorm) ->
     if module is None and channels != norm.num_features == shape[-1]:  # (..., in, out), as spconv 1 and matmul have it
         kind, channels = NodeKind.MATMUL, shape[-1]
     if channels != norm.num_features:
+        advice = " (a transposed convolution needs --model)" if module is None else ""
         raise RefusedError(
             f"its weight {list(shape)} gives {channels} channels, {norm.name} has {norm.num_features}: "
-            "they cannot be a pair (a transposed convolution needs --model)",
+            f"they cannot be a pair{advice}",
             tensor=layer,
         )
     return Node(

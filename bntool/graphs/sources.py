@@ -55,7 +55,13 @@ class GraphSource:
 
 
 def _declare(known: Knowledge) -> ModelGraph | None:
-    return declare(known.state_dict, known.pairs) if known.pairs else None
+    if not known.pairs:
+        return None
+    if known.model is None:
+        return declare(known.state_dict, known.pairs)
+    from bntool.modules.finding import describe_producers
+
+    return declare(known.state_dict, known.pairs, modules=describe_producers(known.model, known.pairs.values()))
 
 
 def _trace(known: Knowledge) -> ModelGraph | None:

@@ -6,11 +6,13 @@ from collections.abc import Iterable, Iterator
 
 import torch
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.parameter import is_lazy
 from torch.optim.swa_utils import AveragedModel
 
 from bntool.batchnorm import DEFAULT_EPS, STATISTICS, NormKind, find_class_kind
+from bntool.checkpoints.checkpoint import ModuleInfo
 from bntool.checkpoints.state_dicts import find_prefix
 
 _WRAPPERS = (torch.nn.DataParallel, torch.nn.parallel.DistributedDataParallel, AveragedModel)
@@ -113,6 +115,33 @@ def has_other_statistics(module: torch.nn.Module) -> bool:
     return module._buffers.get("running_mean") is not None and kept and not is_batchnorm(module)
 
 
+def find_unread_statistics(model: torch.nn.Module) -> dict[str, tuple[str, str]]:
+    """Modules that seem to keep a mean and a variance of each channel under other names than BatchNorm, and the names.
+
+    Classes of one's own may call them as another framework does: nothing tells which is which for sure.
+    """
+    found = {}
+    for name, module in walk_modules(model):
+        vectors = {key: tensor for key, tensor in module._buffers.items() if tensor is not None and tensor.ndim == 1}
+        means = [key for key in vectors if "mean" in key.lower()]
+        variances = [key for key in vectors if "var" in key.lower()]
+        one = len(means) == len(variances) == 1 and means != variances
+        if one and means != ["running_mean"] and vectors[means[0]].shape == vectors[variances[0]].shape:
+            found[name] = (means[0], variances[0])
+    return found
+
+
+def describe_unread_statistics(model: torch.nn.Module) -> str:
+    """Which modules these are, in a clause for a message; "" where there are none."""
+    modules = dict(walk_modules(model))
+    said = [
+        f"{type(modules[path]).__name__} ({path or 'the model itself'}) has {mean} and {variance}"
+        for path, (mean, variance) in find_unread_statistics(model).items()
+    ]
+    more = f" and {len(said) - 1:,} more" if len(said) > 1 else ""
+    return f"{said[0]}{more}, and only running_mean and running_var are known as statistics" if said else ""
+
+
 def is_frozen_class(module: torch.nn.Module) -> bool:
     """Whether a module is a FrozenBatchNorm: its class never updates statistics."""
     return not isinstance(module, _BatchNorm) and find_class_kind(_class_name(module)) is NormKind.FROZEN_BATCH_NORM
@@ -158,6 +187,26 @@ def find_name_prefix(model: torch.nn.Module, names: Iterable[str]) -> str:
         return sum((prefix + parent).strip(".") in paths for parent in parents)
 
     return max((wrapper, whole), key=count)
+
+
+def describe_producers(model: torch.nn.Module, names: Iterable[str]) -> dict[str, ModuleInfo]:
+    """What a model tells of its convolutions and linears: which are transposed, and their groups.
+
+    Args:
+        names: of some of its modules, without prefix; those of other classes are left out.
+    """
+    names = list(names)
+    prefix = find_name_prefix(model, [f"{name}." for name in names])
+    modules = dict(walk_modules(model))
+    found = {}
+    for name in names:
+        module = modules.get(prefix + name)
+        if isinstance(module, _ConvNd):
+            class_name = "ConvTranspose" if isinstance(module, _ConvTransposeNd) else "Conv"
+            found[name] = ModuleInfo(class_name, {"groups": module.groups})
+        elif isinstance(module, torch.nn.Linear):
+            found[name] = ModuleInfo("Linear", {})
+    return found
 
 
 def _class_name(module: torch.nn.Module) -> str:

@@ -16,7 +16,14 @@ from bntool.data.policies import OnBadData
 from bntool.errors import RefusedError, UsageError
 from bntool.models.user_code import running_user_code
 from bntool.modules.borrowing import Borrowed, borrow, is_switching
-from bntool.modules.finding import find_batchnorm_modules, find_eps, find_names, find_wrapper_prefix, walk_modules
+from bntool.modules.finding import (
+    describe_unread_statistics,
+    find_batchnorm_modules,
+    find_eps,
+    find_names,
+    find_wrapper_prefix,
+    walk_modules,
+)
 from bntool.plan import Skip, SkipReason
 from bntool.progress import OnWarning, Progress, ignore, tell_notebook
 from bntool.recalibration.batch_tree import BatchTree
@@ -292,7 +299,7 @@ def recalibrate(  # noqa: PLR0913 as plan_recalibration
         reasons = "; ".join(
             f"{skip.layer}: {skip.reason.value}{f' ({skip.detail})' * bool(skip.detail)}" for skip in firsts.values()
         )
-        reasons = reasons or "the model has none"
+        reasons = reasons or describe_unread_statistics(model) or "the model has none"
         frozen = any(skip.reason is SkipReason.FROZEN for skip in result.plan.skips)
         advice = "; layers=['*'] selects frozen ones, too" if frozen else ""
         raise RefusedError(f"no BatchNorm layer could be recalibrated: {reasons}{advice}")

@@ -105,6 +105,18 @@ def test_declared_pairs_in_the_library(pairs) -> None:
         bntool.fold(model, inputs, pairs=pairs, eps=1e-3)
 
 
+@pytest.mark.parametrize(
+    "producer",
+    [nn.ConvTranspose2d(3, 6, 3), nn.ConvTranspose2d(6, 6, 3), nn.ConvTranspose2d(6, 6, 2, groups=3)],
+    ids=str,
+)
+def test_a_declared_transposed_convolution_in_the_library(producer) -> None:
+    model, inputs = randomise(nn.Sequential(producer, nn.BatchNorm2d(6)).double()), image(2, producer.in_channels, 5, 5)
+    result = bntool.fold(model, inputs, pairs=["0=1"])
+    assert [one.layer for one in result.plan.folds] == ["1"]
+    assert largest_difference(model, result.model, inputs) < EXACT
+
+
 def test_a_declared_weight_with_channels_last() -> None:
     model = nn.ModuleDict({"conv": nn.Module(), "bn": nn.BatchNorm1d(16)}).double()
     model["conv"].weight = nn.Parameter(image(3, 3, 3, 8, 16))

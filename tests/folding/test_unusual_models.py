@@ -461,6 +461,36 @@ def test_a_forward_that_asks_the_batchnorm(kind):
         torch.testing.assert_close(result.model(x), net(x), atol=1e-9, rtol=1e-9)
 
 
+class AsksParameters(AsksDtype):
+    def forward(self, x):
+        return self.norm(self.conv(x).to(next(self.norm.parameters()).dtype)).relu()
+
+
+class AsksClass(AsksDtype):
+    def forward(self, x):
+        x = self.conv(x)
+        return self.norm(x) if isinstance(self.norm, nn.BatchNorm2d) else x * 100
+
+
+@pytest.mark.parametrize("kind", [AsksParameters, AsksClass])
+def test_a_forward_that_looks_for_the_batchnorm(kind):
+    net, x = randomise(kind()), image()
+    with pytest.raises(BntoolError, match=r"(which|that) a fold takes away.*same-keys"):
+        bntool.fold(net, x)
+    result = bntool.fold(net, x, layout="same-keys")
+    torch.testing.assert_close(result.model(x), net(x), atol=1e-9, rtol=1e-9)
+
+
+class CallsCond(AsksDtype):
+    def forward(self, x):
+        return torch.cond(x.sum() > 0, lambda y: self.norm(self.conv(y)), self.conv, (x,))
+
+
+def test_an_operator_that_runs_functions_is_named():
+    with pytest.raises(RefusedError, match="the forward calls cond, which runs functions of its own"):
+        bntool.fold(randomise(CallsCond()), image())
+
+
 class Slimmable(nn.Module):
     """BatchNorms for several widths of one convolution."""
 

@@ -498,3 +498,31 @@ def test_layers_without_statistics_cannot_be_kept_in_eval_mode():
     assert not net[3].weight.requires_grad
     with pytest.raises(UsageError, match="keeps no statistics and normalises by each batch"):
         freeze(nn.Sequential(nn.BatchNorm2d(8, track_running_stats=False)), layers="0")
+
+
+class OtherNames(nn.Module):
+    """A BatchNorm that calls its statistics as another framework does."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("moving_mean", torch.zeros(8))
+        self.register_buffer("moving_variance", torch.ones(8))
+
+    def forward(self, x):
+        return nn.functional.batch_norm(x, self.moving_mean, self.moving_variance, training=self.training)
+
+
+def test_statistics_under_other_names_are_named():
+    with pytest.raises(UsageError, match=r"OtherNames \(1\) has moving_mean and moving_variance"):
+        freeze(nn.Sequential(nn.Conv2d(3, 8, 3), OtherNames()))
+
+
+def test_statistics_that_another_layer_changes_are_not_frozen():
+    net = nn.Sequential(nn.BatchNorm2d(8), nn.BatchNorm2d(8), nn.BatchNorm2d(8))
+    net[2].running_var = net[0].running_var
+    with pytest.raises(RefusedError, match="its statistics are those of 2, too"):
+        freeze(net, layers="0")
+    freeze(net, layers=["0", "2"])
+    before = net[0].running_var.clone()
+    net.train()(torch.randn(4, 8, 3, 3) * 3)
+    assert torch.equal(net[2].running_var, before)

@@ -14,7 +14,7 @@ from torch.nn.utils import parametrize
 
 import bntool
 from bntool import freeze, recalibrate
-from bntool.errors import RefusedError, UsageError
+from bntool.errors import RefusedError, UsageError, UserCodeError
 from bntool.recalibration.live import plan_recalibration
 
 METHODS = pytest.mark.parametrize("method", ["pooled", "exact", "paper"])
@@ -419,3 +419,34 @@ def test_a_whole_model_in_eval_mode_in_a_wrapper_is_not_frozen():
     assert_stores(model.inner[1], model.inner[0](x))
     assert model.training
     assert not model.inner[1].training
+
+
+def test_a_second_argument_that_was_taken_for_the_label_is_said():
+    z, y = torch.randn(8, 6), torch.randint(5, (8,))
+    for batch, said in (
+        ((z, y), r"b is the label, which no model gets: \(\(a, b\),\)"),
+        ({"z": z, "y": y}, "by position"),
+    ):
+        kind = TakesAll if isinstance(batch, dict) else NeedsLabels
+        with pytest.raises(UserCodeError, match=said):
+            recalibrate(kind(), [batch])
+    recalibrate(TakesAll(), [((z, y),)])
+
+
+class TakesAll(Generator):
+    def forward(self, *inputs):
+        return super().forward(*inputs)
+
+
+def test_statistics_under_other_names_are_named():
+    class OtherNames(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("moving_mean", torch.zeros(3))
+            self.register_buffer("moving_var", torch.ones(3))
+
+        def forward(self, x):
+            return functional.batch_norm(x, self.moving_mean, self.moving_var, training=self.training)
+
+    with pytest.raises(RefusedError, match=r"OtherNames \(0\) has moving_mean and moving_var"):
+        recalibrate(nn.Sequential(OtherNames()), [torch.randn(4, 3, 5, 5)])

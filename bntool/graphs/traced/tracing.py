@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._ops import HigherOrderOperator
 from torch.nn.modules import module as hooks
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
@@ -108,6 +109,8 @@ class _ModuleCall:
 
 
 class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    supports_higher_order_operators = True  # they are refused by name, instead of by torch
+
     def __init__(self, index: ParameterIndex) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.index = index
@@ -138,6 +141,11 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         keywords = kwargs or {}
+        if isinstance(func, HigherOrderOperator):
+            raise RefusedError(
+                f"the forward calls {func}, which runs functions of its own: what feeds what cannot be followed "
+                "through it; declare the pairs instead"
+            )
         result = func(*args, **keywords)
         try:
             self.record(func, args, keywords, result)
