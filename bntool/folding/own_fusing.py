@@ -17,7 +17,7 @@ from bntool.modules.copying import copy_model
 from bntool.representation import format_number
 from bntool.verification.outputs import measure_difference
 
-_INSTEAD = "call it before, or fold with the layout same-keys"
+_INSTEAD = "call it before, or fold with the layout same-keys, or deploy where that form is known"
 
 
 def find_unlike_fusing(model: nn.Module, folded: nn.Module, inputs: Any, *, tolerance: float) -> tuple[str, ...]:

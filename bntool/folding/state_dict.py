@@ -12,6 +12,7 @@ from bntool.checkpoints.application import apply_plan, skip_not_understood
 from bntool.checkpoints.checkpoint import Checkpoint, StateDict, check_changeable
 from bntool.checkpoints.records import find_recorded_eps, make_record
 from bntool.errors import RefusedError, UsageError
+from bntool.folding.deploy.named_blocks import assume_blocks
 from bntool.folding.layouts import plan_layout
 from bntool.folding.options import Layout
 from bntool.folding.planning import FoldPlan
@@ -156,7 +157,7 @@ def fold_state_dict(  # noqa: PLR0913 as many as the command has options
     known = Knowledge(
         state_dict, model=model, inputs=first, pairs=pairs, checkpoint=checkpoint, architecture=architecture, eps=eps
     )
-    graph = _find_graph(known, on_progress)
+    graph = _find_graph(known, on_progress, layout=layout)
     plan = plan_layout(
         state_dict,
         graph,
@@ -222,7 +223,7 @@ def fold_state_dict(  # noqa: PLR0913 as many as the command has options
     )
 
 
-def _find_graph(known: Knowledge, on_progress: OnProgress) -> ModelGraph:
+def _find_graph(known: Knowledge, on_progress: OnProgress, *, layout: Layout) -> ModelGraph:
     """Who feeds whom, with every eps that is known.
 
     Raises:
@@ -231,6 +232,8 @@ def _find_graph(known: Knowledge, on_progress: OnProgress) -> ModelGraph:
     if known.model is not None:
         on_progress(Progress("tracing the model"))
     graph = build_graph(known)
+    if graph is None and layout is Layout.DEPLOY:
+        graph = assume_blocks(known.state_dict)
     if graph is None:
         raise RefusedError(
             "the tensors are those of no known architecture, and a state dict does not say what feeds what: give the "

@@ -139,7 +139,6 @@ def check(name: str) -> Iterator[str]:
 
 
 def measure(name: str) -> None:
-    torch.set_num_threads(1)
     model, image = make_model(name), torch.randn(1, 3, 224, 224)
     form = bntool.fold(model, image, layout="deploy").model
     folded = bntool.fold(model, image).model
@@ -156,6 +155,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("names", nargs="*")
     options = parser.parse_args(arguments)
     warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
     failed = 0
     for name in options.names or [*FORMS, *LIVE_ONLY, *YOLO]:
         if options.speed:

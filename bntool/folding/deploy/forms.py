@@ -29,9 +29,11 @@ class DeployForm:
     needs: int = 1
 
 
+# DingXiaoH/RepVGG, YOLOv6, YOLOv7: the one whose tensors tell all that is needed
+NAMED = DeployForm(("rbr_dense", "rbr_1x1", "rbr_identity"), "rbr_reparam")
 FORMS = (
     DeployForm(("conv_kxk", "conv_1x1", "conv_scale", "identity"), "reparam_conv"),  # timm: RepVGG, MobileOne
-    DeployForm(("rbr_dense", "rbr_1x1", "rbr_identity"), "rbr_reparam"),  # DingXiaoH/RepVGG, YOLOv6, YOLOv7
+    NAMED,
     DeployForm(("rbr_conv", "rbr_scale", "rbr_skip"), "reparam_conv"),  # apple/ml-mobileone
     # timm: FastViT
     DeployForm(("mixer", "norm", "layer_scale"), "reparam_conv", below=("conv_kxk", "conv_scale", "identity")),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 
+import torch
 from torch import nn
 
 # of ultralytics and LeViT, which may give another module; of timm's MobileOne, FastViT and others; of RepVGG's authors
@@ -23,6 +24,7 @@ def find_method(module: nn.Module) -> str | None:
     return None
 
 
+@torch.no_grad()
 def fuse(model: nn.Module) -> nn.Module:
     """Let a model fuse itself with all its parts, or else each of them, in place.
 

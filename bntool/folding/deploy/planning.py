@@ -10,11 +10,12 @@ import numpy as np
 
 from bntool.batchnorm import VECTORS
 from bntool.checkpoints.application import change_state_dict
+from bntool.checkpoints.batchnorms import find_norms
 from bntool.checkpoints.checkpoint import StateDict
 from bntool.checkpoints.tensors import LiteralTensor
 from bntool.errors import RefusedError
 from bntool.folding.absorption import Blocked
-from bntool.folding.deploy.forms import Block, find_blocks, find_pairs, keeps_batchnorms
+from bntool.folding.deploy.forms import NAMED, Block, find_blocks, find_pairs, keeps_batchnorms
 from bntool.folding.deploy.merging import Sum, find_inside, merge_branches
 from bntool.folding.folds import Fold, Level
 from bntool.folding.options import Layout
@@ -64,11 +65,13 @@ def plan_deploy(
     known = None if graph.evidence is Evidence.TRACED else [n for one in graph.architectures for n in one.names]
     blocks = find_blocks(names, known, deployed=deployed)
     pairs = find_pairs(names, known, blocks, deployed=deployed)
+    if known is not None and not known:  # the graph is of these blocks alone
+        blocks, pairs = [block for block in blocks if block.form is NAMED], {}
     if not blocks and not pairs and deployed is None:
         raise RefusedError(
             "the tensors have the names of no code whose deploy form is known: RepVGG and MobileOne, of timm and of "
-            "their authors, and timm's FastViT, RepGhost, GhostNetV3, PP-LCNetV2, RepViT, LeViT, TinyViT, "
-            "EfficientViT-M, SHViT and iFormer; with --model the model's own code makes it"
+            "their authors, YOLOv6, YOLOv7, and timm's FastViT, RepGhost, GhostNetV3, PP-LCNetV2, RepViT, LeViT, "
+            "TinyViT, EfficientViT-M, SHViT and iFormer; with --model the model's own code makes it"
         )
     stay: Collection[str] = ()
     if deployed is not None:
@@ -129,13 +132,11 @@ class _Deploying:
             steps=(*(step for step in steps if not isinstance(step, RenameTensor)), *renames),
             layers=tuple(order),
             skips=tuple(
-                Skip(layer, SkipReason.NOT_SELECTED, "the deploy form of the model's own code keeps it")
-                for layer in self.graph.batchnorms
+                Skip(layer, SkipReason.NOT_SELECTED, "it lies in no block, and stays in the deploy form")
+                for layer in self.find_layers()
                 if layer not in self.folds
             ),
-            assumptions=(
-                tuple(assume_fold(self.graph, folds, self.read, eps=self.eps)) if rest is None else rest.assumptions
-            ),
+            assumptions=self.assume(folds) if rest is None else rest.assumptions,
             folds=folds,
             layout=Layout.DEPLOY,
             below_zero=(
@@ -143,6 +144,21 @@ class _Deploying:
                 *(() if rest is None else rest.below_zero),
             ),
         )
+
+    def find_layers(self) -> Sequence[str]:
+        """All BatchNorms: where only blocks are known, those of the file."""
+        if self.graph.evidence is Evidence.TRACED or self.graph.architectures:
+            return list(self.graph.batchnorms)
+        return [norm.name for norm in find_norms(self.state_dict) if norm.kind.is_batch_norm]
+
+    def assume(self, folds: Sequence[Fold]) -> tuple[str, ...]:
+        if self.graph.evidence is Evidence.TRACED or self.graph.architectures:
+            return tuple(assume_fold(self.graph, folds, self.read, eps=self.eps))
+        first, count = self.blocks[0].module or "the model", len(self.blocks)
+        which = f"{first} is a block" if count == 1 else f"{first} and {count - 1} more are blocks"
+        summed = f"which sum up {', '.join(NAMED.branches)}, by names and shapes, which prove nothing"
+        given = [f"eps is {self.eps:g} (option)"] * (self.eps is not None)
+        return (f"{which} of RepVGG, {summed}", *given)
 
     def fold_pairs(self) -> FoldPlan | None:
         """The BatchNorms that do not stay, into what stands around them; None where there is none.

@@ -127,6 +127,34 @@ def test_a_file_fits_the_deploy_model_and_loads_by_its_record(tmp_path) -> None:
         torch.testing.assert_close(loaded.eval()(image()), expected, rtol=1e-4, atol=1e-5)
 
 
+def test_blocks_of_a_bare_file_are_assumed_by_their_names(tmp_path) -> None:
+    """RepVGG's, as YOLOv6 and YOLOv7 have them beside other layers; no architecture is recognised."""
+    network = Network(Block(3, 8, stride=2), Block(8, 8), Block(8, 8, groups=2), nn.BatchNorm2d(8))
+    model, path, output = randomise(network), tmp_path / "net.pt", tmp_path / "deploy.pt"
+    torch.save(model.state_dict(), path)
+    with pytest.raises(UsageError, match="eps is not known"):
+        bntool.fold_checkpoint(path, output, layout="deploy")
+    with pytest.raises(RefusedError, match=r"this would be assumed: stages\.0 and 2 more are blocks of RepVGG"):
+        bntool.fold_checkpoint(path, output, layout="deploy", eps=1e-5, strict=True)
+    result = bntool.fold_checkpoint(path, output, layout="deploy", eps=1e-5)
+    assert len(result.plan.folds) == 8
+    assert [skip.layer for skip in result.plan.skips] == ["stages.3"]
+    deploy = copy.deepcopy(model)
+    for block in deploy.stages[:3]:
+        block.switch_to_deploy()
+        nn.init.zeros_(block.rbr_reparam.weight)
+    deploy.load_state_dict(torch.load(output, weights_only=True))
+    with torch.no_grad():
+        torch.testing.assert_close(deploy(image()), model(image()), rtol=1e-4, atol=1e-5)
+
+
+def test_other_shapes_under_these_names_are_no_such_block(tmp_path) -> None:
+    model = randomise(Network(Block(3, 8), OtherDilation(8, 8)))  # a second kernel of more than one tap
+    torch.save(model.state_dict(), tmp_path / "net.pt")
+    with pytest.raises(RefusedError, match="no known architecture"):
+        bntool.fold_checkpoint(tmp_path / "net.pt", tmp_path / "deploy.pt", layout="deploy", eps=1e-5)
+
+
 class ReadTwice(Block):
     def forward(self, x):
         return super().forward(x) if hasattr(self, "rbr_reparam") else self.read(x)
