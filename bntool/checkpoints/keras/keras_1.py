@@ -84,7 +84,7 @@ def has_unnamed_models(config: Any, depth: int = 0) -> bool:
         return False
     return any(
         (isinstance(one.get("config"), list) and not one.get("name"))
-        or (one.get("class_name") == "Merge" and "layers" in (one.get("config") or ()))
+        or (one.get("class_name") == "Merge" and isinstance(one.get("config"), dict) and "layers" in one["config"])
         or has_unnamed_models(one, depth + 1)
         for one in layers
         if isinstance(one, dict)

@@ -12,7 +12,7 @@ import pytest
 
 import bntool
 from bntool.checkpoints.formats import open_checkpoint
-from bntool.checkpoints.keras.keras_1 import parse_version
+from bntool.checkpoints.keras.keras_1 import has_unnamed_models, parse_version
 from bntool.checkpoints.tensors import read_bytes
 from bntool.cli.main import ExitCode, main
 from bntool.errors import RefusedError, UsageError
@@ -195,6 +195,12 @@ def change_layer(path: Path, name: str, **options: Any) -> None:
         layers = config["config"]["layers"] if isinstance(config["config"], dict) else config["config"]
         next(one for one in layers if one["config"]["name"] == name)["config"].update(options)
         file.attrs["model_config"] = json.dumps(config).encode()
+
+
+@pytest.mark.parametrize("config", [1, None, "x", [], [1], {"layers": 1}])
+def test_a_merge_without_options_is_no_crash(config: Any) -> None:
+    layer = {"class_name": "Merge", "config": config}
+    assert has_unnamed_models({"class_name": "Sequential", "config": [layer]}) is (isinstance(config, list | dict))
 
 
 @pytest.mark.parametrize("options", [{"mode": "dot"}, {"mode_type": "lambda"}, {"mode": "cos"}])
