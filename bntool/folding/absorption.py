@@ -199,7 +199,7 @@ def _indices(channels: Sequence[int]) -> Integers:
 def _mismatch(source: Node, reader: Node) -> Blocked:
     return Blocked(
         SkipReason.AXIS_MISMATCH,
-        f"one channel of {source.describe()} meets several channels of {reader.describe()}: they lie on different axes",
+        f"one channel of {source.describe()} meets several channels of {reader.describe()}",
     )
 
 

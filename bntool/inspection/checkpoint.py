@@ -13,7 +13,7 @@ from bntool.batchnorm import ROLES, BatchNorm, NormKind, check_globs, selects
 from bntool.checkpoints.batchnorms import find_norms
 from bntool.checkpoints.checkpoint import Checkpoint, StateDict
 from bntool.checkpoints.dtypes import NumberKind
-from bntool.checkpoints.state_dicts import choose_state_dict, may_hold_average
+from bntool.checkpoints.state_dicts import choose_state_dict, find_not_understood, may_hold_average
 from bntool.checkpoints.tensors import StoredTensor, Tensor, announce, has_elements, read_numbers
 from bntool.errors import BntoolError
 from bntool.graphs.architectures.recognition import describe_application, give_eps, recognise
@@ -249,12 +249,20 @@ def _inspect_state_dict(
         buffers=sum(size for name, size in sizes.items() if roles[name] == "buffer"),
         layers=compare_layers(inspected, state_dict, thresholds_of),
         other_norms=dict(others),
-        findings=(*find_in_state_dict(norms), *find_missing_statistics(state_dict, norms)),
+        findings=(
+            *find_in_state_dict(norms),
+            *find_missing_statistics(state_dict, norms, not_understood=_names_not_understood(checkpoint, state_dict)),
+        ),
         tensors=tensors,
         chosen=chosen,
         names=tuple(norm.name for norm in own),
         architectures=architectures,
     )
+
+
+def _names_not_understood(checkpoint: Checkpoint, state_dict: StateDict) -> frozenset[str]:
+    found = find_not_understood(checkpoint, state_dict)
+    return frozenset(one.name.removeprefix(f"{state_dict.key}.") for one in found)
 
 
 def _role(state_dict: StateDict, name: str, tensor: Tensor) -> str:

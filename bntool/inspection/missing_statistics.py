@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 from bntool.batchnorm import STATISTICS, BatchNorm, NormKind
 from bntool.checkpoints.checkpoint import StateDict
@@ -23,7 +23,9 @@ _CONVOLUTION = 3  # dimensions of a weight from which on it is one
 _LISTED = 3
 
 
-def find_missing_statistics(state_dict: StateDict, norms: Sequence[BatchNorm]) -> list[Finding]:
+def find_missing_statistics(
+    state_dict: StateDict, norms: Sequence[BatchNorm], *, not_understood: Collection[str] = ()
+) -> list[Finding]:
     """BatchNorms without running_mean or running_var, and norms that may be BatchNorms without both.
 
     What a LayerNorm has, weight and bias, a BatchNorm has, too, where only the parameters were saved. It is taken for
@@ -32,9 +34,10 @@ def find_missing_statistics(state_dict: StateDict, norms: Sequence[BatchNorm]) -
 
     Args:
         norms: all normalisation layers of the state dict.
+        not_understood: layers of which something could not be read: what is not known of them may be there.
     """
     findings = []
-    halves = list(_find_halves(state_dict))
+    halves = [name for name in _find_halves(state_dict) if name not in not_understood]
     if halves:
         message = f"a part of the statistics of {_list(halves)} is missing: a BatchNorm has {' and '.join(STATISTICS)}"
         findings.append(_make(Severity.WARNING, message, halves))

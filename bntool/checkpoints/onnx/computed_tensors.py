@@ -6,6 +6,7 @@ result is rounded to its dtype, as a runtime that computes step by step does.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -121,7 +122,7 @@ class ComputedTensors:
         if message is not None:
             return self._read(message, own, as_float=False)
         node = holder.producers.get(own)
-        if node is None or node.outputs[0] != own:
+        if node is None or (node.outputs[0] != own and node.operator != "Split"):
             raise NotConstantError
         if node.operator == "Cast" and node.inputs:  # from bfloat16, which numpy does not know
             values = self._source(holder, node.inputs[0], depth)
@@ -135,7 +136,8 @@ class ComputedTensors:
         if tensor is not None:
             given.append(self._read(tensor, own, as_float=False))
         with np.errstate(all="ignore"):
-            result = np.asarray(operation(node, given))
+            parts = operation(node, given)
+            result = parts[list(node.outputs).index(own)] if isinstance(parts, list) else np.asarray(parts)
         if result.size > _MOST_ELEMENTS:
             raise NotConstantError
         return result
@@ -247,15 +249,107 @@ def _gather(node: OnnxNode, given: Sequence[Array]) -> Array:
     return np.take(given[0], given[1], axis=node.integer("axis", 0))
 
 
+def _slice(node: OnnxNode, given: Sequence[Array]) -> Array:
+    """By inputs, or by attributes before opset 10."""
+    if "starts" in node.attributes:
+        limits = [list(node.integers(name)) for name in ("starts", "ends", "axes") if name in node.attributes]
+    elif "" in node.inputs:
+        raise NotConstantError
+    else:
+        limits = [[int(one) for one in part.reshape(-1)] for part in given[1:]]
+    starts, ends = limits[:2]
+    axes = limits[2] if len(limits) > 2 else list(range(len(starts)))
+    steps = limits[3] if len(limits) > 3 else [1] * len(starts)
+    result = given[0]
+    for start, end, axis, step in zip(starts, ends, axes, steps, strict=True):
+        stop = None if step < 0 and end < -result.shape[axis] else end
+        places: list[slice] = [slice(None)] * result.ndim
+        places[axis] = slice(start, stop, step)
+        result = result[tuple(places)]
+    return result
+
+
+def _split(node: OnnxNode, given: Sequence[Array]) -> list[Array]:
+    """Into parts of given sizes, or as many of one size as there are outputs, the last one perhaps smaller."""
+    axis, count = node.integer("axis", 0), len(node.outputs)
+    sizes = [int(one) for one in given[1].reshape(-1)] if len(given) > 1 else list(node.integers("split"))
+    size = -(-given[0].shape[axis] // count)
+    ends = np.cumsum(sizes)[:-1] if sizes else np.arange(1, count) * size
+    parts = np.split(given[0], ends, axis=axis)
+    if len(parts) != count:
+        raise NotConstantError
+    return parts
+
+
+def _flatten(node: OnnxNode, given: Sequence[Array]) -> Array:
+    axis = node.integer("axis", 1)
+    return given[0].reshape(count_elements(given[0].shape[: axis if axis >= 0 else given[0].ndim + axis]), -1)
+
+
+def _tile(_: OnnxNode, given: Sequence[Array]) -> Array:
+    repeats = [int(one) for one in given[1].reshape(-1)]
+    if count_elements(repeats) * given[0].size > _MOST_ELEMENTS:
+        raise NotConstantError
+    return np.tile(given[0], repeats)
+
+
+def _where(_: OnnxNode, given: Sequence[Array]) -> Array:
+    if given[1].dtype != given[2].dtype:
+        raise NotConstantError
+    return np.where(*given)
+
+
+def _clip(node: OnnxNode, given: Sequence[Array]) -> Array:
+    limits = dict(zip([position for position, name in enumerate(node.inputs) if name], given, strict=True))
+    low, high = (limits.get(position) for position in (1, 2))
+    if "min" in node.attributes:
+        low = np.asarray(node.number("min", 0.0), "f4")
+    if "max" in node.attributes:
+        high = np.asarray(node.number("max", 0.0), "f4")
+    result = given[0] if low is None else np.maximum(given[0], low)
+    return np.asarray(result if high is None else np.minimum(result, high), given[0].dtype)
+
+
+def _reduce(function: Callable[..., Array]) -> Callable[[OnnxNode, Sequence[Array]], Array]:
+    def apply(node: OnnxNode, given: Sequence[Array]) -> Array:
+        axes = _axes(node, given)
+        if given[0].dtype.kind != "f" or (not axes and node.integer("noop_with_empty_axes", 0)):
+            raise NotConstantError
+        kept = bool(node.integer("keepdims", 1))
+        return np.asarray(function(given[0], axis=tuple(axes) if axes else None, keepdims=kept), given[0].dtype)
+
+    return apply
+
+
+def _of_all(function: Callable[..., Array]) -> Callable[[OnnxNode, Sequence[Array]], Array]:
+    """Joins as many as there are, element by element."""
+    return _elementwise(lambda *given: functools.reduce(function, given))
+
+
+def _of_floats(function: Callable[..., Array]) -> Callable[[OnnxNode, Sequence[Array]], Array]:
+    def apply(node: OnnxNode, given: Sequence[Array]) -> Array:
+        if any(one.dtype.kind != "f" for one in given):
+            raise NotConstantError
+        return _elementwise(function)(node, given)
+
+    return apply
+
+
 def _dequantize(node: OnnxNode, given: Sequence[Array]) -> Array:
-    """(x - zero point) * scale; one scale, or one for each place along an axis."""
+    """(x - zero point) * scale; one scale, or one for each place along an axis, or for each block of them."""
     values, scale = given[0], given[1]
-    if values.dtype.kind not in "iu" or "block_size" in node.attributes or "output_dtype" in node.attributes:
+    if values.dtype.kind not in "iu" or "output_dtype" in node.attributes:
         raise NotConstantError
-    zero = given[2] if len(given) > 2 else np.zeros_like(scale, dtype=values.dtype)
-    if scale.ndim > 1 or zero.shape != scale.shape or scale.dtype != np.float32:
+    zero, block = (
+        given[2] if len(given) > 2 else np.zeros_like(scale, dtype=values.dtype),
+        node.integer("block_size", 0),
+    )
+    if zero.shape != scale.shape or scale.dtype != np.float32 or (scale.ndim > 1) != bool(block):
         raise NotConstantError
-    if scale.ndim == 1 and scale.size > 1:
+    if block:
+        axis = node.integer("axis", 1)
+        scale, zero = (np.repeat(one, block, axis).take(range(values.shape[axis]), axis) for one in (scale, zero))
+    elif scale.ndim == 1 and scale.size > 1:
         shape = [1] * values.ndim
         shape[node.integer("axis", 1)] = scale.size
         scale, zero = scale.reshape(shape), zero.reshape(shape)
@@ -280,7 +374,7 @@ def _divide(_: OnnxNode, given: Sequence[Array]) -> Array:
     return np.asarray(given[0] / given[1])
 
 
-_OPERATIONS: Mapping[str, Callable[[OnnxNode, Sequence[Array]], Array]] = {
+_OPERATIONS: Mapping[str, Callable[[OnnxNode, Sequence[Array]], Array | list[Array]]] = {
     "Constant": _constant,
     "ConstantOfShape": _fill,
     "Identity": lambda _, given: given[0],
@@ -291,7 +385,28 @@ _OPERATIONS: Mapping[str, Callable[[OnnxNode, Sequence[Array]], Array]] = {
     "Transpose": _transpose,
     "Concat": _concatenate,
     "Gather": _gather,
+    "Slice": _slice,
+    "Split": _split,
+    "Flatten": _flatten,
+    "Tile": _tile,
+    "Where": _where,
+    "Clip": _clip,
     "DequantizeLinear": _dequantize,
+    "ReduceSum": _reduce(np.sum),
+    "ReduceMean": _reduce(np.mean),
+    "ReduceMax": _reduce(np.max),
+    "ReduceMin": _reduce(np.min),
+    "ReduceL1": _reduce(lambda x, **places: np.abs(x).sum(**places)),
+    "ReduceL2": _reduce(lambda x, **places: np.sqrt(np.square(x).sum(**places))),
+    "ReduceSumSquare": _reduce(lambda x, **places: np.square(x).sum(**places)),
+    "Sum": _of_all(np.add),
+    "Max": _of_all(np.maximum),
+    "Min": _of_all(np.minimum),
+    "MatMul": _of_floats(np.matmul),
+    "Pow": _of_floats(np.power),
+    "Exp": _of_floats(np.exp),
+    "Reciprocal": _of_floats(lambda x: 1 / x),
+    "Abs": _elementwise(np.abs),
     "Add": _elementwise(np.add),
     "Sub": _elementwise(np.subtract),
     "Mul": _elementwise(np.multiply),

@@ -10,7 +10,7 @@ import itertools
 import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from bntool.checkpoints.containers.protobufs.reading import Message
 from bntool.checkpoints.dtypes import BY_NAME, DType, decode_numbers, encode_numbers
@@ -71,7 +71,9 @@ class Constants:
         if message is not None:
             return self._read(message, name)
         node = graph.producers.get(name)
-        if node is None or node.operator not in _OPERATIONS or node.outputs[0] != name:
+        if node is None or (node.operator not in _OPERATIONS and node.operator != "Split"):
+            raise NotConstantError
+        if node.outputs[0] != name and node.operator != "Split":
             raise NotConstantError
         given = [self._compute(graph, one, depth + 1) for one in node.inputs if one]
         values = [one for one in given if one is not None]
@@ -81,7 +83,10 @@ class Constants:
         filling = attribute.message(TENSOR) if attribute is not None else None
         if filling is not None:
             values.append(self._read(filling, name))
-        result = _OPERATIONS[node.operator](node, values)
+        if node.operator == "Split":
+            result = _split(node, values, list(node.outputs).index(name))
+        else:
+            result = _OPERATIONS[node.operator](node, values)
         _check_size(result.shape)
         if len(result.numbers) != count_elements(result.shape):
             raise NotConstantError
@@ -170,6 +175,70 @@ def _concatenate(node: OnnxNode, values: Sequence[_Value]) -> _Value:
     return _Value(values[0].dtype, (len(numbers),), numbers)
 
 
+def _take(value: _Value, axis: int, places: Sequence[int]) -> _Value:
+    """Some places along an axis."""
+    axis %= len(value.shape)
+    before, extent, after = value.shape[:axis], value.shape[axis], value.shape[axis + 1 :]
+    if any(not -extent <= place < extent for place in places):
+        raise NotConstantError
+    step = count_elements(after)
+    starts = [(row * extent + place % extent) * step for row in range(count_elements(before)) for place in places]
+    numbers = list(itertools.chain.from_iterable(value.numbers[start : start + step] for start in starts))
+    return _Value(value.dtype, (*before, len(places), *after), numbers)
+
+
+def _gather(node: OnnxNode, values: Sequence[_Value]) -> _Value:
+    axis = node.integer("axis", 0) % len(values[0].shape)
+    found = _take(values[0], axis, [int(one) for one in values[1].numbers])
+    return replace(found, shape=(*found.shape[:axis], *values[1].shape, *found.shape[axis + 1 :]))
+
+
+def _slice(node: OnnxNode, values: Sequence[_Value]) -> _Value:
+    """By inputs, or by attributes before opset 10."""
+    if "starts" in node.attributes:
+        limits = [list(node.integers(name)) for name in ("starts", "ends", "axes") if name in node.attributes]
+    elif "" in node.inputs:
+        raise NotConstantError
+    else:
+        limits = [[int(one) for one in value.numbers] for value in values[1:]]
+    starts, ends = limits[:2]
+    axes = limits[2] if len(limits) > 2 else list(range(len(starts)))
+    steps = limits[3] if len(limits) > 3 else [1] * len(starts)
+    result = values[0]
+    for start, end, axis, step in zip(starts, ends, axes, steps, strict=True):
+        extent = result.shape[axis]
+        stop = None if step < 0 and end < -extent else end
+        result = _take(result, axis, range(extent)[start:stop:step])
+    return result
+
+
+def _split(node: OnnxNode, values: Sequence[_Value], part: int) -> _Value:
+    """One part, of given sizes or of as many as there are outputs, the last one perhaps smaller."""
+    axis = node.integer("axis", 0)
+    extent = values[0].shape[axis]
+    sizes = [int(one) for one in values[1].numbers] if len(values) > 1 else list(node.integers("split"))
+    size = -(-extent // len(node.outputs))
+    start = sum(sizes[:part]) if sizes else part * size
+    return _take(values[0], axis, range(extent)[start : start + (sizes[part] if sizes else size)])
+
+
+def _where(_: OnnxNode, values: Sequence[_Value]) -> _Value:
+    if values[1].dtype is not values[2].dtype:
+        raise NotConstantError
+    shape = _joint_shape(values)
+    columns = [_broadcast(one, shape) for one in values]
+    return _Value(values[1].dtype, shape, [a if take else b for take, a, b in zip(*columns, strict=True)])
+
+
+def _clip(node: OnnxNode, values: Sequence[_Value]) -> _Value:
+    limits = dict(zip([position for position, name in enumerate(node.inputs) if name], values, strict=True))
+    low, high = (limits[position].numbers[0] if position in limits else None for position in (1, 2))
+    low = node.number("min", 0.0) if "min" in node.attributes else low
+    high = node.number("max", 0.0) if "max" in node.attributes else high
+    numbers = [x if low is None or x >= low else low for x in values[0].numbers]
+    return replace(values[0], numbers=[x if high is None or x <= high else high for x in numbers])
+
+
 def _dequantize(_: OnnxNode, values: Sequence[_Value]) -> _Value:
     """(x - zero point) * scale, of one scale or one for each element."""
     shape = values[0].shape
@@ -228,7 +297,15 @@ _OPERATIONS: Mapping[str, Callable[[OnnxNode, Sequence[_Value]], _Value]] = {
     "Unsqueeze": _unsqueeze,
     "Expand": _expand,
     "Concat": _concatenate,
+    "Gather": _gather,
+    "Slice": _slice,
+    "Where": _where,
+    "Clip": _clip,
     "DequantizeLinear": _dequantize,
+    "Max": _elementwise(max),
+    "Min": _elementwise(min),
+    "Pow": _elementwise(math.pow),
+    "Exp": _elementwise(math.exp),
     "Add": _elementwise(operator.add),
     "Sub": _elementwise(operator.sub),
     "Mul": _elementwise(operator.mul),

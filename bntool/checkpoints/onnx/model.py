@@ -57,6 +57,7 @@ _OWN = {
     **dict.fromkeys(("Conv", "ConvTranspose", "Gemm"), ("", "weight", "bias")),
     "MatMul": ("weight", "weight"),
     **dict.fromkeys(("Add", "Sub"), ("bias", "bias")),
+    "Sum": ("bias",) * 8,
 }
 _KEPT = 0.9  # the default of BatchNormalization's momentum: the share that is kept
 

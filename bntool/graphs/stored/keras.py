@@ -13,6 +13,7 @@ import numpy as np
 from bntool.batchnorm import STATISTICS
 from bntool.checkpoints.arrays import to_float64
 from bntool.checkpoints.checkpoint import Checkpoint
+from bntool.checkpoints.containers.pickles.nodes import text_of
 from bntool.checkpoints.keras.content import KerasContent, find_version
 from bntool.checkpoints.keras.keras_1 import EPS_BELOW_ROOT_SINCE, has_unnamed_models
 from bntool.checkpoints.keras.model import KerasLayer, KerasModel, Reference, calls_in_order, order_layers
@@ -35,6 +36,7 @@ from bntool.graphs.stored.values import (
 
 MAX_CALLS = 200_000  # of layers, each call of a nested model counted anew
 _LAST = -1
+_FROZEN_SINCE = (2, 4)  # the first version that was TensorFlow's alone; (2, 2) may be of TensorFlow 1
 _CONV_AVERAGES = ("nearest", "bilinear")
 _DROPOUTS = ("Dropout", "SpatialDropout1D", "SpatialDropout2D", "SpatialDropout3D", "GaussianDropout", "GaussianNoise",
              "AlphaDropout")  # fmt: skip
@@ -68,7 +70,8 @@ def keras_graph(checkpoint: Checkpoint) -> ModelGraph:
         )
     if any(layer.is_keras_1 and layer.kind in BATCH_NORMS for layer in content.model.walk()):
         _check_version(find_version(content.config, content.hdf5))
-    return _Building(content, content.model, checkpoint.state_dicts[0].tensors).build()
+    version = text_of(checkpoint.entries.get("keras_version")) or ""
+    return _Building(content, content.model, checkpoint.state_dicts[0].tensors, version=version).build()
 
 
 def _check_version(version: tuple[int, ...] | None) -> None:
@@ -87,8 +90,11 @@ def _check_version(version: tuple[int, ...] | None) -> None:
 
 
 class _Building:
-    def __init__(self, content: KerasContent, model: KerasModel, tensors: Mapping[str, Tensor]) -> None:
+    def __init__(
+        self, content: KerasContent, model: KerasModel, tensors: Mapping[str, Tensor], *, version: str
+    ) -> None:
         self.content, self.model, self.tensors = content, model, tensors
+        self.version = tuple(int(one) for one in re.findall(r"\d+", version)[:2])
         self.builder = GraphBuilder()
         self.owners = {layer.path: owner for owner, layer in content.names.layers.items()}
         self.own: dict[str, dict[str, str]] = {}
@@ -254,7 +260,7 @@ class _Building:
             parameters=own,
             channels=count,
             eps=float(eps) if isinstance(eps, int | float) else None,
-            training=training or bool(layer.config.get("mode")),  # of Keras 1: not 0 are statistics of the batch
+            training=self._uses_batch(layer, training=training),
             owner=Owner.PART if stays else Owner.WHOLE,
             **self._facts(layer),
         )
@@ -263,6 +269,15 @@ class _Building:
             place %= len(shape)
             shape = (*shape[:place], Extent(count), *shape[place + 1 :])
         return self.builder.give(node, shape, place)
+
+    def _uses_batch(self, layer: KerasLayer, *, training: bool) -> bool:
+        """Whether it normalises by the batch when the model predicts.
+
+        A layer that is not trainable never does since TensorFlow 2 and in Keras 3, also where it is called with
+        training=True; the modes of Keras 1 that are not 0 do.
+        """
+        is_frozen = layer.config.get("trainable") is False and self.version >= _FROZEN_SINCE
+        return (training and not is_frozen) or bool(layer.config.get("mode"))
 
     def _rank_of(self, layer: KerasLayer, value: Value) -> int | None:
         if value.shape is not None:
@@ -303,18 +318,52 @@ class _Building:
         )
         if "bias" in own:
             check_lengths(layer.path, [channels, count_elements(self.tensors[own["bias"]].shape)])
-        result = self.builder.give(node, self._shape_after(value, rank, axis, channels, moves=bool(space)), axis)
+        moves, kernel = bool(space) and layer.kind not in SEPARABLE, shape[2:] if space and not transposed else ()
+        after = self._shape_after(layer, value, rank, axis, channels, moves=moves, kernel=kernel if moves else ())
+        result = self.builder.give(node, after, axis)
         return self._add_activation(layer, result)
 
-    def _shape_after(self, value: Value, rank: int | None, axis: int, channels: int, *, moves: bool) -> Shape | None:
-        """Of what a convolution or Dense gives: its positions are others, or the same."""
+    def _shape_after(
+        self,
+        layer: KerasLayer,
+        value: Value,
+        rank: int | None,
+        axis: int,
+        channels: int,
+        *,
+        moves: bool,
+        kernel: Sequence[int] = (),
+    ) -> Shape | None:
+        """Of what a convolution or Dense gives: its positions are others, or the same.
+
+        Args:
+            kernel: its extents, where they tell how many positions there are.
+        """
         if rank is None:
             return None
         shape = list(self.builder.unknowns(rank))
         if value.shape is not None and len(value.shape) == rank:
             shape = [value.shape[0], *shape[1:]] if moves else list(value.shape)
+            if kernel:
+                first = rank - len(kernel) - (axis == _LAST)
+                extents = value.shape[first : first + len(kernel)]
+                shape[first : first + len(kernel)] = self._slide(layer, kernel, extents)
         shape[axis] = Extent(channels)
         return tuple(shape)
+
+    def _slide(self, layer: KerasLayer, window: Sequence[int], extents: Shape) -> Shape:
+        """Positions of a window that slides over some axes."""
+        count, padding = len(window), layer.config.get("padding", "valid")
+        strides = _per_axis(layer.config.get("strides"), count) or tuple(window)  # a pool's own
+        dilations = _per_axis(layer.config.get("dilation_rate", 1), count)
+        if dilations is None or padding not in ("valid", "same", "causal") or len(extents) != count:
+            return self.builder.unknowns(len(extents))
+        found = []
+        for extent, size, stride, dilation in zip(extents, window, strides, dilations, strict=True):
+            reach = dilation * (size - 1) + 1 if padding == "valid" else 1
+            number = (extent.number - reach) // stride + 1
+            found.append(Extent(number) if extent.is_known and number > 0 else self.builder.unknown())
+        return tuple(found)
 
     def _groups(self, layer: KerasLayer) -> int:
         groups = layer.config.get("groups", 1) if layer.kind in CONVOLUTIONS else 1
@@ -348,7 +397,8 @@ class _Building:
             **self._facts(layer),
         )
         rank = KERNELS[layer.kind] + 2 + layer.is_distributed
-        return self.builder.give(node, self._shape_after(value, rank, axis, channels, moves=True), axis)
+        after = self._shape_after(layer, value, rank, axis, channels, moves=True, kernel=tensor.shape[2:])
+        return self.builder.give(node, after, axis)
 
     def _add_activation(self, layer: KerasLayer, value: Value) -> Value:
         """What a convolution or Dense applies to its result itself."""
@@ -391,6 +441,10 @@ class _Building:
             return self._add_other(layer, sources)
         whole = layer.kind.startswith("Global")
         shape = [Extent(1) if whole else self.builder.unknown() for _ in value.shape]
+        window = _per_axis(layer.config.get("pool_size"), space)
+        if window is not None and not whole:
+            start = first + (axis != _LAST)
+            shape[start : start + space] = self._slide(layer, window, value.shape[start : start + space])
         shape[:first], shape[axis] = value.shape[:first], value.shape[axis]
         given = self._pass(kind, layer, value, shape=tuple(shape))
         return given if not whole or layer.config.get("keepdims") else reshape(given, (*shape[:first], shape[axis]))
@@ -465,6 +519,13 @@ class _Building:
         if not isinstance(order, list) or not all(isinstance(one, int) for one in order):
             return self._add_other(layer, sources)
         return transpose(sources[0], (0, *order))
+
+
+def _per_axis(value: object, count: int) -> tuple[int, ...] | None:
+    """A number for each axis, or one for all of them; None where it is something else."""
+    numbers = list(value) if isinstance(value, list | tuple) else [value] * count
+    found = tuple(one for one in numbers if isinstance(one, int) and one > 0)
+    return found if len(found) == len(numbers) == count else None
 
 
 def _find_axis(layer: KerasLayer, space: int) -> int:

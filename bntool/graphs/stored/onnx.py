@@ -357,11 +357,13 @@ class _Building:
             facts["new_bias"] = unused_name(f"{stem}bias", self.taken)
             self.taken.add(facts["new_bias"])
             return
+        if not facts.get("has_bias_slot", True):
+            return  # it is multiplied by zero
         key, count = keys["bias"], facts["channels"]
         shape = tuple(self.constants.tensor(key).shape) if key is not None else ()
         if key is not None and count_elements(shape) == 1 != count:
             key, shape = self.constants.derive(graph, node, 2, (count,)), (count,)
-        if key is not None and count_elements(shape) == count == shape[-1] and facts.get("has_bias_slot", True):
+        if key is not None and count_elements(shape) == count == shape[-1]:
             facts["parameters"]["bias"] = key
         else:
             facts["computed"] = {"bias": ()}

@@ -92,10 +92,12 @@ class OnnxConstants:
         is_copy = tensor is not None and (shape is None or tuple(tensor.shape) == shape)
         if not is_copy:
             tensor = self.computed.tensor(graph, name, shape)
-        after = key or self._find_source(graph, name)
-        if tensor is None or after is None:
+        if tensor is None:
             return None
-        own = self._content.own_inputs[node.field.start, position][0]
+        after = key or self._find_source(graph, name) or self._find_visible(graph)
+        own = self._content.own_inputs.get((node.field.start, position), ("",))[0]
+        if after is None or not own:
+            return None
         self.derived[own] = DerivedTensor(tensor, after, is_copy=is_copy)
         return own
 
@@ -110,6 +112,14 @@ class OnnxConstants:
         names = node.inputs if node is not None else ()
         found = (self._find_source(place[0], one, steps - 1) for one in names if one)
         return next((key for key in found if key is not None), None)
+
+    def _find_visible(self, graph: OnnxGraph) -> str | None:
+        """Any tensor of the file that nodes of a graph can read, for what is computed from none."""
+        for key, place in self._content.places.items():
+            found = graph.find(place.name) if place.reader is None else None
+            if found is not None and found[0] is place.graph and found[1] == place.name:
+                return key
+        return None
 
     def _shares_batch_norm(self, graph: OnnxGraph, node: OnnxNode, inputs: Mapping[str, int]) -> bool:
         """Whether all nodes with this weight are the same layer, with the same BatchNormalization behind each."""

@@ -435,12 +435,45 @@ def _negate(call: Call) -> list[Value]:
 
 def _sum(call: Call) -> list[Value]:
     values = [value for value in call.values if value is not None]
-    if len(values) < len(call.values) or not values:
+    constants = [position for position, value in enumerate(call.values) if value is None]
+    if not values or any(call.constant(position) is None for position in constants):
         return call.other()
     total = values[0]
     for value in values[1:]:
         total = call.builder.add_joint(NodeKind.ADD, call.node.operator, total, value)
+    for position in constants:
+        (total,) = _add_constant(call, position, total, 1.0)
     return [total]
+
+
+def _mean(call: Call) -> list[Value]:
+    if any(value is None for value in call.values):
+        return call.other()
+    return call.pass_on(NodeKind.CHANNELWISE, value=_sum(call)[0], factors=(1 / len(call.values),))
+
+
+def _expand(call: Call) -> list[Value]:
+    wanted, data = call.constant(1), call.data
+    shape = None if wanted is None else broadcast(data, Value((), known(*[int(one) for one in wanted.reshape(-1)])))
+    return _repeat(call, shape)
+
+
+def _tile(call: Call) -> list[Value]:
+    repeats, shape = call.constant(1), call.data.shape
+    if repeats is None or shape is None or len(shape) != repeats.size:
+        return call.other()
+    times = [int(one) for one in repeats.reshape(-1)]
+    return _repeat(call, tuple(size_of((one, Extent(time))) for one, time in zip(shape, times, strict=True)))
+
+
+def _repeat(call: Call, shape: Shape | None) -> list[Value]:
+    """Each position is a copy of another one, and no axis of channels grows."""
+    data = call.data
+    if shape is None or data.shape is None or len(shape) != len(data.shape) or data.spread is not None:
+        return call.other()
+    if any(shape[axis] != data.shape[axis] for axis in data.axes):
+        return call.other()
+    return call.pass_on(NodeKind.AVERAGE, shape=shape)
 
 
 def _pool(kind: NodeKind) -> Callable[[Call], list[Value]]:
@@ -583,7 +616,7 @@ _KEEPS_SHAPE = (
     "LpNormalization",
 )  # fmt: skip
 
-JOINING = ("Add", "Sub", "Mul", "Div", "Sum", "Concat")  # those that may read several tensors of the data
+JOINING = ("Add", "Sub", "Mul", "Div", "Sum", "Mean", "Concat")  # those that may read several tensors of the data
 OPERATORS: Mapping[str, Callable[[Call], list[Value]]] = {
     **dict.fromkeys(_KEEPS_SHAPE, _any_shape),
     "Identity": _same,
@@ -611,6 +644,9 @@ OPERATORS: Mapping[str, Callable[[Call], list[Value]]] = {
     "Div": _divide,
     "Neg": _negate,
     "Sum": _sum,
+    "Mean": _mean,
+    "Expand": _expand,
+    "Tile": _tile,
     "MaxPool": _pool(NodeKind.MAX_POOL),
     "AveragePool": _pool(NodeKind.AVERAGE),
     "GlobalMaxPool": _global_pool(NodeKind.MAX_POOL),

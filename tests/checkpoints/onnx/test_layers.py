@@ -59,6 +59,7 @@ def run(path: Path) -> NDArray[Any]:
 CONV = node("Conv", "x w", "c")
 FILLED = [node("ConstantOfShape", "s", k, value=tensor("", [2.0])) for k in "gbmv"]
 HALF = [tensor(f"{name}16", values, "f2") for name, values in VECTORS.items()]
+ALL = np.stack(list(VECTORS.values()))
 COMPUTED = {  # nodes that give g, b, m and v, and the tensors that they read
     "filled": (FILLED, [tensor("s", [4], "i8")]),
     "filled with zeros but for the variance": (
@@ -100,6 +101,26 @@ COMPUTED = {  # nodes that give g, b, m and v, and the tensors that they read
     "joined": (
         [node("Concat", f"{k}0 {k}1", k, axis=0) for k in "gbmv"],
         [tensor(f"{k}{half}", [half + 1, half + 2]) for k in "gbmv" for half in (0, 1)],
+    ),
+    "gathered": (
+        [node("Gather", f"all {k}i", k, axis=0) for k in "gbmv"],
+        [tensor("all", ALL), *(tensor(f"{k}i", i - 4, "i8") for i, k in enumerate("gbmv"))],
+    ),
+    "split and turned round": (
+        [node("Split", "all sizes", "p q", axis=0), node("Split", "p", "g1 b1", axis=0)]
+        + [node("Split", "q", "m1 v1", axis=-2)]
+        + [node("Slice", f"{k}1 last start axis step", f"{k}2") for k in "gbmv"]
+        + [node("Reshape", f"{k}2 four", k) for k in "gbmv"],
+        [tensor("all", ALL), tensor("sizes", [2, 2], "i8"), tensor("four", [4], "i8")]
+        + [tensor(name, [one], "i8") for name, one in {"last": -1, "start": -9, "axis": 1, "step": -1}.items()],
+    ),
+    "within limits": (
+        [
+            node("Max", "g0 low", "g"), node("Clip", "b0 low high", "b"), node("Min", "m0 high low", "m"),
+            node("Where", "those v0 high", "v1"), node("Pow", "v1 two", "v"),
+        ],
+        [*(tensor(f"{k}0", v) for k, v in VECTORS.items()), tensor("those", [1, 0, 0, 1], "?")]
+        + [tensor(name, one) for name, one in {"low": 0.25, "high": 0.75, "two": 2.0}.items()],
     ),
     "copied": ([node("Identity", f"{k}0", k) for k in "gbmv"], [tensor(f"{k}0", v) for k, v in VECTORS.items()]),
     "negated and made positive": (
@@ -161,6 +182,7 @@ def test_what_cannot_be_computed_is_listed_and_said(
     (layer,) = facts["state_dicts"][0]["layers"]
     assert (layer["name"], layer["eps"]) == ("bn", pytest.approx(EPS))
     assert [finding["code"] for finding in facts["findings"]] == ["not-understood"]
+    assert (facts["verdict"]["suspicious"], facts["state_dicts"][0]["findings"]) == (0, [])  # nothing is missing
     assert main(["inspect", str(path), "--fail-on", "error"]) == 1
     assert "no BatchNorm layer was found" not in capsys.readouterr().out
     for command in (["fold"], ["freeze", "--as", "constant"]):

@@ -117,6 +117,8 @@ def _between(name: str, operator: str, inputs: str = "c", **attributes: Any) -> 
         one.put("v4", 4, 1, 1)
         one.put("s", low=0.5)
         one.give("two", 2)
+        one.give("rows", [1, 1, 3, 1], "i8")
+        one.give("batch", [2, 4, 1, 1], "i8")
         one.add(operator, inputs, "a", **attributes)
         one.norm("a", "y", positive=False)
         return one
@@ -144,6 +146,10 @@ for _name, _operator, _inputs, _attributes in (
     ("upsampled", "Upsample", "c", {"scales": [1.0, 1.0, 2.0, 2.0], "opset": 7}),
     ("padded_by_reflection", "Pad", "c", {"pads": [0, 0, 1, 1, 0, 0, 1, 1], "mode": "reflect", "opset": 9}),
     ("sum_of_one", "Sum", "c", {}),
+    ("sum_with_constants", "Sum", "v4 c s", {}),
+    ("mean_of_one", "Mean", "c", {}),
+    ("repeated_along_rows", "Tile", "c rows", {}),
+    ("repeated_along_the_batch", "Expand", "c batch", {}),
 ):
     _between(_name, _operator, _inputs, **_attributes)
 
@@ -388,6 +394,74 @@ def weight_through_identity() -> Pattern:
     one.add("Identity", "w", "wi")
     one.add("Conv", "x wi", "c")
     one.norm("c", "y", positive=False)
+    return one
+
+
+def _weight(name: str, *steps: tuple[str, str, str], opset: int = 13, **attributes: Any) -> None:
+    """Nodes that compute the weight of a convolution from constants; attributes are those of the first one."""
+
+    def build() -> Pattern:
+        one = Pattern(shape=(2, 6, 8, 8), opset=opset)
+        one.put("w0", 4, 6, 1, 1)
+        one.put("w9", 9, 6, 1, 1)
+        one.put("length", 4, 1, 1, 1)
+        one.put("left", 4, 2)
+        one.put("right", 2, 6)
+        one.give("from", [1], "i8")
+        one.give("to", [5], "i8")
+        one.give("first", [0], "i8")
+        one.give("sizes", [2, 4, 3], "i8")
+        one.give("shape", [4, 6, 1, 1], "i8")
+        one.give("half", 0.5)
+        one.give("wq", one.random.integers(-127, 127, (4, 6, 1, 1)), "i1")
+        one.put("scales", 4, 2, 1, 1, low=0.01, high=0.02)
+        one.give("zeros", one.random.integers(-9, 9, (4, 2, 1, 1)), "i1")
+        for number, (operator, inputs, outputs) in enumerate(steps):
+            one.add(operator, inputs, outputs, **(attributes if not number else {}))
+            one.nodes[-1].input[:] = [name.strip("_") for name in inputs.split()]
+        one.add("Conv", "x w", "c")
+        one.norm("c", "y", positive=False)
+        return one
+
+    EXACT[f"weight_{name}"] = build
+
+
+_weight("of_a_given_length", ("ReduceL2", "w0", "n"), ("Div", "w0 n", "d"), ("Mul", "d length", "w"), axes=[1, 2, 3])
+_weight("sliced", ("Slice", "w9 from to first", "w"))
+_weight("split", ("Split", "w9 sizes", "a w b"), axis=0)
+_weight("of_two_matrices", ("MatMul", "left right", "p"), ("Reshape", "p shape", "w"))
+_weight("within_limits", ("Clip", "w0 _ half", "w"))
+_weight("in_blocks_of_integers", ("DequantizeLinear", "wq scales zeros", "w"), opset=21, axis=1, block_size=3)
+
+
+@exact
+def bias_of_a_list_of_numbers() -> Pattern:
+    """It comes from no tensor of the file."""
+    one = Pattern()
+    one.put("w", 4, 3, 1, 1)
+    one.nodes.append(helper.make_node("Constant", [], ["bias"], value_floats=[1.0, -2.0, 3.0, 0.5]))
+    one.add("Conv", "x w bias", "c")
+    one.norm("c", "y", positive=False)
+    return one
+
+
+@exact
+def constant_of_two_sums() -> Pattern:
+    one = Pattern()
+    one.put("k", 4, 1, 1)
+    for read, output in (("x", "c"), ("cn", "d")):
+        one.conv(read, output, taken=3 if read == "x" else 4)
+        one.add("Sum", f"k {output}", f"{output}s")
+        one.norm(f"{output}s", f"{output}n", positive=False)
+    one.add("Add", "cn dn", "y")
+    return one
+
+
+@exact
+def mean_of_two() -> Pattern:
+    one = Pattern()
+    one.add("Mean", f"{one.conv('x', 'c')} {one.conv('x', 'd')}", "a")
+    one.norm("a", "y", positive=False)
     return one
 
 

@@ -269,6 +269,45 @@ def test_a_model_inside_with_a_forward_of_its_own_is_left_alone(tmp_path: Path) 
     assert not [fold for fold in plan.folds if fold.layer.startswith(f"{inner['name']}.")]
 
 
+@pytest.mark.parametrize(("version", "trainable", "uses_batch"), [
+    ("3.15.1", True, True), ("3.15.1", False, False), ("2.11.0", False, False), ("2.2.4-tf", False, True),
+])  # fmt: skip
+def test_a_frozen_layer_that_is_told_to_train(version: str, trainable: bool, uses_batch: bool, tmp_path: Path) -> None:
+    """Keras 3 and TensorFlow 2 normalise it by its statistics: `if training and self.trainable`."""
+    config = config_of(FOLDER / "keras_tiny.keras")
+    layer = next(one for one in config["config"]["layers"] if one["name"] == "bn1")
+    layer["config"]["trainable"] = trainable
+    layer["inbound_nodes"][0]["kwargs"]["training"] = True
+    _rewrite_config(config, tmp_path / "a.keras", version=version)
+    skips = _skips(tmp_path / "a.keras", tmp_path / "b.keras")
+    assert skips.get("bn1") == ("normalises by batch statistics" if uses_batch else None)
+
+
+@pytest.mark.parametrize(("wanted", "is_folded"), [([196, 4], True), ([-1, 4], True), ([4, 196], False)])
+def test_positions_are_counted_where_they_become_one_axis(wanted: list[int], is_folded: bool, tmp_path: Path) -> None:
+    """A convolution without padding leaves 14 rows of 16, and 14 columns: the channels stay on the last axis."""
+    layers = [
+        {"class_name": "Conv2D", "config": {"name": "c", "strides": 1, "kernel_size": [3, 3]}},
+        {"class_name": "Reshape", "config": {"name": "r", "target_shape": wanted}},
+        {"class_name": "BatchNormalization", "config": {"name": "n", "epsilon": 1e-3}},
+    ]
+    layers[0]["config"]["batch_input_shape"] = [None, 16, 16, 3]
+    count, random_numbers = wanted[1], np.random.default_rng(1)
+    weights = {"c": {"kernel": (3, 3, 3, 4), "bias": (4,)}}
+    weights["n"] = dict.fromkeys(("gamma", "beta", "moving_mean", "moving_variance"), (count,))
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        file.attrs["model_config"] = json.dumps({"class_name": "Sequential", "config": {"name": "s", "layers": layers}})
+        file.attrs["keras_version"], group = "2.11.0", file.create_group("model_weights")
+        group.attrs["layer_names"] = [b"c", b"r", b"n"]
+        for layer in "crn":
+            names = [f"{layer}/{leaf}:0" for leaf in weights.get(layer, {})]
+            group.create_group(layer).attrs["weight_names"] = [name.encode() for name in names]
+            for name, shape in zip(names, weights.get(layer, {}).values(), strict=True):
+                group[layer][name] = random_numbers.uniform(0.5, 2, shape).astype("f4")
+    skips = _skips(tmp_path / "a.h5", tmp_path / "b.h5")
+    assert skips == ({} if is_folded else {"n": "axis mismatch"})
+
+
 @pytest.mark.parametrize("change", ["subclass", "renamed", "lora"])
 def test_only_layers_of_keras_itself_are_folded(change: str, tmp_path: Path) -> None:
     config = config_of(FOLDER / "keras_tiny.keras")
@@ -321,11 +360,17 @@ def _move_weights(path: Path, old: str, new: str) -> None:
             archive.writestr(name, data)
 
 
-def _rewrite_config(config: Any, target: Path, *, source: Path = FOLDER / "keras_tiny.keras") -> None:
+def _rewrite_config(
+    config: Any, target: Path, *, source: Path = FOLDER / "keras_tiny.keras", version: str = ""
+) -> None:
     original = zipfile.ZipFile(source)
+    metadata = json.loads(original.read("metadata.json"))
+    if version:
+        metadata["keras_version"] = version
+    new = {"config.json": json.dumps(config), "metadata.json": json.dumps(metadata)}
     with zipfile.ZipFile(target, "w") as archive:
         for name in original.namelist():
-            archive.writestr(name, json.dumps(config) if name == "config.json" else original.read(name))
+            archive.writestr(name, new.get(name, original.read(name)))
 
 
 def _skips(source: Path, target: Path) -> Mapping[str, str]:

@@ -29,7 +29,7 @@ WORDS = {  # what stands in the way
     "convolution_read_in_a_branch": "is also read by Sigmoid",
     "shift_into_zero_padding": "convolution (y_Conv), which reads zeros beyond the border, does not let it pass",
     "negative_scales_before_activations": "negative scale in 2 of 4 channels",
-    "other_axis": "they lie on different axes",
+    "other_axis": "meets several channels",
     "activations_in_integers": "DequantizeLinear lies between",
     "weight_in_integers_for_training": "weight of convolution (c_Conv) is computed from what DequantizeLinear puts out",
     "scale_of_zero_in_a_stream": "its scale is zero in 1 of 4 channels",
