@@ -62,6 +62,17 @@ def find_batchnorm_modules(model: torch.nn.Module) -> dict[str, torch.nn.Module]
     return found
 
 
+def find_scripted(model: torch.nn.Module) -> list[str]:
+    """BatchNorms inside of parts that are TorchScript programs: nothing of them can be watched or replaced."""
+    return [
+        name
+        for name, module in walk_modules(model)
+        if isinstance(module, torch.jit.ScriptModule)
+        and (kind := find_class_kind(_class_name(module))) is not None
+        and kind.is_batch_norm
+    ]
+
+
 def find_names(model: torch.nn.Module) -> dict[torch.nn.Module, tuple[str, ...]]:
     """All names under which a model holds each of its modules."""
     names: dict[torch.nn.Module, tuple[str, ...]] = {}

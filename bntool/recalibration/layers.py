@@ -12,6 +12,7 @@ from bntool.models.user_code import running_user_code
 from bntool.modules.borrowing import borrow
 from bntool.modules.finding import (
     find_batchnorm_modules,
+    find_scripted,
     has_statistics,
     is_batchnorm,
     is_frozen_class,
@@ -59,6 +60,11 @@ def choose_layers(
             skips.append(Skip(shown, SkipReason.FROZEN, f"{frozen[id(module)]}; --layers selects it all the same"))
         else:
             chosen[name] = module
+    skips += [
+        Skip(name.removeprefix(prefix), SkipReason.NOT_RECOGNISED, "it is part of a TorchScript program")
+        for name in find_scripted(model)
+        if selects(globs, name.removeprefix(prefix))
+    ]
     return chosen, skips
 
 

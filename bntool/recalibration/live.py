@@ -14,6 +14,7 @@ from bntool.choices import choose
 from bntool.data.batches import Batches, as_batches, find_placement
 from bntool.data.policies import OnBadData
 from bntool.errors import RefusedError, UsageError
+from bntool.models.exported import check_has_layers
 from bntool.models.user_code import running_user_code
 from bntool.modules.borrowing import Borrowed, borrow, is_switching
 from bntool.modules.finding import (
@@ -99,6 +100,7 @@ def plan_recalibration(  # noqa: PLR0913 each is an option of the command
         raise UsageError(f"exact statistics cannot be computed in {precision.value}, which is approximate")
     memory = check_memory(memory, method=method, fit_memory=fit_memory)
     given = as_batches(batches)
+    check_has_layers(model, "the model")
     prefix = find_wrapper_prefix(model) if prefix is None else prefix
     with _select(model, layers, prefix=prefix, method=method) as selection:
         blend = Blend(selection.stored, method=method, prior=prior)

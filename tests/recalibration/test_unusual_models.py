@@ -450,3 +450,19 @@ def test_statistics_under_other_names_are_named():
 
     with pytest.raises(RefusedError, match=r"OtherNames \(0\) has moving_mean and moving_var"):
         recalibrate(nn.Sequential(OtherNames()), [torch.randn(4, 3, 5, 5)])
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is:DeprecationWarning")
+def test_programs_are_refused_and_parts_that_are_one_are_named():
+    block, x = nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6)).eval(), torch.randn(8, 3, 5, 5)
+    program = torch.jit.script(block)
+    with pytest.raises(RefusedError, match="is a TorchScript program, whose layers cannot be watched"):
+        recalibrate(program, [x])
+    with pytest.raises(RefusedError, match="is an exported program, whose layers cannot be watched"):
+        recalibrate(torch.export.export(block, (x,)).module(), [x])
+    model = nn.Sequential(program, nn.Conv2d(6, 4, 1), nn.BatchNorm2d(4))
+    result = recalibrate(model, [x])
+    assert_stores(model[2], model[1](program(x)))
+    assert [(skip.layer, skip.detail) for skip in result.plan.skips] == [("0.1", "it is part of a TorchScript program")]
+    with pytest.raises(RefusedError, match="0: this part of the model is a TorchScript program"):
+        bntool.fold(model, x)

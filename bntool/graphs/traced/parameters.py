@@ -134,8 +134,7 @@ class ParameterIndex:
         """Whether a weight's module has no bias, and code that would use one: the forward asked for it."""
         owner = parameter.owner
         empty = "bias" in owner._parameters and owner._parameters["bias"] is None
-        asked = id(owner) in self.asked_for_bias or isinstance(owner, torch.jit.ScriptModule)
-        return empty and asked and parameter.role == "weight"
+        return empty and id(owner) in self.asked_for_bias and parameter.role == "weight"
 
     @contextlib.contextmanager
     def noticing_biases(self) -> Iterator[None]:

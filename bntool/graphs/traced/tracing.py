@@ -35,7 +35,7 @@ from bntool.graphs.traced.tracked_tensors import TrackedTensors
 from bntool.models.user_code import describe_exception, find_calling_line
 from bntool.modules.borrowing import borrow
 from bntool.modules.calling import call, copy_tensors, map_leaves, tensors_in
-from bntool.modules.finding import find_wrapper_prefix, has_other_statistics
+from bntool.modules.finding import find_wrapper_prefix, has_other_statistics, walk_modules
 
 _TORCH = str(Path(torch.__file__).parent)
 _ARITHMETIC = (NodeKind.OTHER, NodeKind.CHANNELWISE, NodeKind.BIAS, NodeKind.CONSTANT_SUM)  # with constants
@@ -52,7 +52,15 @@ def trace(model: nn.Module, inputs: Any, *, prefix: str | None = None) -> ModelG
 
     Raises:
         UserCodeError: the model's forward raised.
+        RefusedError: a part of the model is a TorchScript program, or the forward does what cannot be followed.
     """
+    for path, module in walk_modules(model):
+        if isinstance(module, torch.jit.ScriptModule):
+            raise RefusedError(
+                "this part of the model is a TorchScript program, in which what feeds what cannot be followed; give "
+                "its code instead, or declare the pairs",
+                tensor=path,
+            )
     prefix = find_wrapper_prefix(model) if prefix is None else prefix
     with borrow(model), torch.no_grad():
         model.eval()
