@@ -45,7 +45,7 @@ def run() -> None:
 
 def _measure(way: str, **environment: str) -> float:
     with mock.patch.dict(os.environ, environment):
-        _, megabytes = run_command(python("-m", "tests.benchmarks.calibration_memory", way))
+        _, megabytes, _ = run_command(python("-m", "tests.benchmarks.calibration_memory", way))
     return megabytes
 
 

@@ -26,14 +26,14 @@ def run() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         small, rounds = _write_resnet152(folder), int(os.environ.get("ROUNDS", "7"))
-        print(f"{'':34}{'cp':>8}{'bntool':>9}{'start-up':>10}{'best':>8}{'median':>8}{'resident':>10}")
+        print(f"{'':34}{'cp':>8}{'bntool':>9}{'start-up':>10}{'best':>8}{'median':>8}{'by clock':>10}{'resident':>10}")
         for kind in ("safetensors", "pt"):
             _compare(folder, f"resnet152.{kind}", small, rounds=rounds)
         gigabytes = int(os.environ.get("GIGABYTES", "2"))
         _write_large(folder / f"{gigabytes}gb.safetensors", gigabytes=gigabytes)
         pairs = "\n".join(f"conv{layer}=bn{layer}" for layer in range(gigabytes * 113))
         (folder / f"{gigabytes}gb.txt").write_text(pairs)
-        _compare(folder, f"{gigabytes}gb.safetensors", small, rounds=3)
+        _compare(folder, f"{gigabytes}gb.safetensors", small, rounds=min(rounds, 3))
 
 
 def _compare(folder: Path, name: str, small: dict[str, str], *, rounds: int) -> None:
@@ -54,8 +54,9 @@ def _compare(folder: Path, name: str, small: dict[str, str], *, rounds: int) -> 
 
 def _print_row(title: str, peer: Measurement, whole: Measurement, start: Measurement) -> None:
     best, median = (whole.best - start.best) / peer.best, (whole.median - start.median) / peer.median
+    wall = (whole.wall - start.wall) / peer.wall
     cells = f"{peer.best * 1000:>5.0f} ms{whole.best * 1000:>6.0f} ms{start.best * 1000:>7.0f} ms"
-    print(f"{title:34}{cells}{best:>7.2f}x{median:>7.2f}x{whole.megabytes:>7.0f} MB")
+    print(f"{title:34}{cells}{best:>7.2f}x{median:>7.2f}x{wall:>9.2f}x{whole.megabytes:>7.0f} MB")
 
 
 def _write_resnet152(folder: Path) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Run one command and print its CPU seconds and peak resident kilobytes.
+"""Run one command and print its exit code, CPU seconds, peak resident kilobytes and seconds by the clock.
 
 A process of its own, and a small one: a child's peak memory counts from that of the process that started it.
 """
@@ -9,9 +9,11 @@ import contextlib
 import os
 import pty
 import sys
+import time
 
 
 def main(terminal: str, *command: str) -> None:
+    start = time.monotonic()
     if terminal == "terminal":
         child, descriptor = pty.fork()
         if child == 0:
@@ -25,7 +27,7 @@ def main(terminal: str, *command: str) -> None:
         nowhere = [(os.POSIX_SPAWN_OPEN, 1, os.devnull, os.O_WRONLY, 0)]
         child = os.posix_spawnp(command[0], command, os.environ, file_actions=nowhere)
     _, status, usage = os.wait4(child, 0)
-    print(os.waitstatus_to_exitcode(status), usage.ru_utime + usage.ru_stime, usage.ru_maxrss)
+    print(os.waitstatus_to_exitcode(status), usage.ru_utime + usage.ru_stime, usage.ru_maxrss, time.monotonic() - start)
 
 
 main(*sys.argv[1:])

@@ -12,15 +12,20 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Measurement:
-    """One command: CPU seconds (user + system) of the best and the median round, and resident memory at its peak."""
+    """One command: CPU seconds (user + system) of the best and the median round, and resident memory at its peak.
+
+    Attributes:
+        wall: seconds by the clock, of the median round.
+    """
 
     best: float
     median: float
     megabytes: float
+    wall: float
 
 
-def run_command(command: Sequence[str], *, terminal: bool = False) -> tuple[float, float]:
-    """Run a command to its end; CPU seconds and peak resident megabytes of that process.
+def run_command(command: Sequence[str], *, terminal: bool = False) -> tuple[float, float, float]:
+    """Run a command to its end; CPU seconds, peak resident megabytes and seconds by the clock of that process.
 
     Args:
         terminal: give it a terminal of 120 columns to write to, else /dev/null.
@@ -29,22 +34,27 @@ def run_command(command: Sequence[str], *, terminal: bool = False) -> tuple[floa
     how = "terminal" if terminal else "pipe"
     arguments = [sys.executable, "-S", "-E", str(launcher), how, *command]
     done = subprocess.run(arguments, check=True, capture_output=True, text=True)
-    code, seconds, kilobytes = done.stdout.split()
+    code, seconds, kilobytes, wall = done.stdout.split()
     if code != "0":
         raise RuntimeError(f"{command} failed: {done.stderr}")
-    return float(seconds), int(kilobytes) / 1024
+    return float(seconds), int(kilobytes) / 1024, float(wall)
 
 
 def measure(commands: Mapping[str, tuple[Sequence[str], bool]], *, rounds: int) -> dict[str, Measurement]:
     """Measure commands in turn, ``rounds`` times; each is (command line, whether it gets a terminal)."""
     seconds: dict[str, list[float]] = {name: [] for name in commands}
+    walls: dict[str, list[float]] = {name: [] for name in commands}
     megabytes: dict[str, float] = dict.fromkeys(commands, 0.0)
     for _ in range(rounds):
         for name, (command, terminal) in commands.items():
-            cpu, memory = run_command(command, terminal=terminal)
+            cpu, memory, wall = run_command(command, terminal=terminal)
             seconds[name].append(cpu)
+            walls[name].append(wall)
             megabytes[name] = max(megabytes[name], memory)
-    return {name: Measurement(min(times), statistics.median(times), megabytes[name]) for name, times in seconds.items()}
+    return {
+        name: Measurement(min(times), statistics.median(times), megabytes[name], statistics.median(walls[name]))
+        for name, times in seconds.items()
+    }
 
 
 def print_table(measurements: Mapping[str, Measurement], *, peer: str) -> None:

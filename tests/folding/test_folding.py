@@ -627,3 +627,17 @@ def test_calls_with_different_eps_are_left_alone(is_first: bool) -> None:
     folded, plan = fold(model, image())
     assert [skip.detail for skip in plan.skips] == ["its calls normalise with different eps: 1e-05 and 0.001"]
     assert largest_difference(model, folded, image()) == 0
+
+
+@pytest.mark.parametrize("returned", [lambda weight: weight, torch.sum], ids=["the weight", "its sum"])
+def test_a_weight_that_is_an_output_is_left_alone(returned) -> None:
+    """Also by what is computed from it without the input."""
+
+    def with_weight(self, x):
+        return self.bn(self.conv(x)), returned(self.conv.weight)
+
+    model = randomise(Functional(with_weight, conv=nn.Conv2d(4, 4, 1), bn=nn.BatchNorm2d(4)).double())
+    _, plan = fold(model, image())
+    (skip,) = plan.skips
+    assert skip.reason.name == "REUSED"
+    assert "the weight of convolution (conv) is also used elsewhere: the model's output" in skip.detail

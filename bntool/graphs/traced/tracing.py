@@ -422,6 +422,9 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         node = self.add_node(NodeKind.OUTPUT, "output", layer="")
         for port, labels in enumerate(self.known.outliving(outputs, inputs)):
             self.reads.add(node.index, port, meet(labels, axis=None))
+        for tensor in tensors_in(outputs):  # a parameter, or what is computed from parameters alone
+            if self.labels_of(tensor) is None:
+                self.reads.use(node.index, self.names_of(tensor))
 
     def finish(self) -> ModelGraph:
         feeds = dict(self.add_alternatives())

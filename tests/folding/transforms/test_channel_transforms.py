@@ -14,8 +14,11 @@ import bntool
 from bntool.errors import UsageError
 from bntool.folding.folds import Level
 from bntool.folding.options import Layout
+from bntool.folding.producers import read_producer
 from bntool.folding.transforms import channel_transforms, operations
-from bntool.folding.transforms.unknowns import Scales
+from bntool.folding.transforms.channel_transforms import ChannelTransforms
+from bntool.folding.transforms.storing_otherwise import StoringOtherwise
+from bntool.folding.transforms.unknowns import Scales, Shifts
 from bntool.graphs.graph import NodeKind
 from tests.folding.folding_networks import Functional, fold, largest_difference, randomise, reasons
 
@@ -399,6 +402,7 @@ MUTANTS = {
     "an activation that passes shifts": (_loosen(NodeKind.ACTIVATION, shift=operations.Shift.SAME), activated, True),
     "a padding that passes shifts": (_loosen(NodeKind.CHANNELWISE, shift=operations.Shift.SAME), padded_stream, True),
     "a gate that passes shifts": (_loosen(NodeKind.GATE, shift=operations.Shift.SAME), gated_alone, True),
+    "a sum that passes shifts as they are": (_loosen(NodeKind.ADD, shift=operations.Shift.SAME), difference, True),
     "a constant that passes scales": (_loosen(NodeKind.CONSTANT_SUM, unscaled=False), constant_added, True),
 }
 
@@ -424,6 +428,77 @@ def test_a_border_that_is_overlooked_is_noticed(monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(channel_transforms.ChannelTransforms, "_add_absorber", overlook)
     folded, _ = fold(model, image())
+    assert largest_difference(model, folded, image()) > 1e-6
+
+
+def read_elsewhere(self, x):
+    x = self.stem(x)
+    return torch.sigmoid(x), torch.sigmoid(self.bn(F.max_pool2d(x, 3, stride=1)))
+
+
+def sum_of_what_others_read(self, x):
+    x = torch.sigmoid(self.stem(x))
+    y, z = self.other(x), self.conv(x)
+    return torch.sigmoid(self.bn(y - z)), torch.sigmoid(self.bn2(y)), torch.sigmoid(self.bn3(z))
+
+
+def without_a_place_for_a_bias(self, x):
+    x = F.conv2d(x, self.kernel)
+    return torch.sigmoid(self.bn(x)), torch.sigmoid(self.bn2(x))
+
+
+def weight_read_elsewhere(self, x):
+    return torch.sigmoid(self.bn(self.other(self.stem(x)))) + self.other.weight.sum()
+
+
+def called_on_two_tensors(self, x):
+    x = self.stem(x)
+    return torch.sigmoid(self.bn(self.other(x)) + self.bn2(self.other(x))), torch.sigmoid(self.other(self.bn3(x)))
+
+
+def ignore(*_: object, **__: object) -> None:
+    """In place of an equation."""
+
+
+def always(*_: object) -> bool:
+    return True
+
+
+def absorb_anyway(self, node):
+    if node.kind is NodeKind.BATCH_NORM or node.kind is NodeKind.BIAS:
+        return REAL_READ(self, node)
+    return self.producers.get(node.parameters.get("weight", "")) or read_producer(node, self.state_dict)
+
+
+REAL_READ = StoringOtherwise._read
+GUARDS = {
+    "scales of one": (Scales, "fix", ignore, constant_added),
+    "shifts of zero": (Shifts, "fix", ignore, border),
+    "positive scales": (Scales, "require_positive", ignore, max_pooled),
+    "sums of shifts": (Shifts, "add_sums", ignore, sum_of_what_others_read),
+    "sums that a layer holds": (Shifts, "hold_sums", ignore, padded_reader_alone),
+    "a layer that is read by the sum alone": (ChannelTransforms, "_is_made_for", always, padded_reader_alone),
+    "what is needed as it is": (ChannelTransforms, "_pin", ignore, read_elsewhere),
+    "a place for a bias": (StoringOtherwise, "_takes_shift", always, without_a_place_for_a_bias),
+    "a weight that nothing else uses": (StoringOtherwise, "_read", absorb_anyway, weight_read_elsewhere),
+    "calls of one weight": (ChannelTransforms, "_equate", ignore, called_on_two_tensors),
+}
+
+
+@pytest.mark.parametrize("name", GUARDS)
+def test_a_guard_that_is_dropped_is_noticed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    owner, guard, mutant, forward = GUARDS[name]
+    more = {}
+    if "kernel" in forward.__code__.co_names:
+        more["kernel"] = nn.Parameter(torch.ones(6, 4, 3, 3))
+    model = make_positive(build(forward, **more)) if name != "positive scales" else build(forward, **more)
+    folded, _ = fold(model, image())
+    assert largest_difference(model, folded, image()) < EXACT
+    monkeypatch.setattr(owner, guard, mutant)
+    try:
+        folded, _ = fold(model, image())
+    except AssertionError:
+        return
     assert largest_difference(model, folded, image()) > 1e-6
 
 
