@@ -29,6 +29,7 @@ class DeployForm:
     needs: int = 1
 
 
+_YOLO = ("yolo",)  # none of the catalogue: these names are common, and only the model's own code tells
 # DingXiaoH/RepVGG, YOLOv6, YOLOv7: the one whose tensors tell all that is needed
 NAMED = DeployForm(("rbr_dense", "rbr_1x1", "rbr_identity"), "rbr_reparam")
 FORMS = (
@@ -46,8 +47,8 @@ FORMS = (
     DeployForm(("dw_rpr_conv", "dw_rpr_scale", "dw_rpr_skip"), "conv_dw"),
     DeployForm(("dw_conv_list",), "dw_conv"),
     # ultralytics: RepConv; RepVGGDW
-    DeployForm(("conv1", "conv2", "bn"), "conv", below=("conv", "bn"), needs=2),
-    DeployForm(("conv1", "conv"), "conv", below=("conv", "bn"), needs=2),
+    DeployForm(("conv1", "conv2", "bn"), "conv", architectures=_YOLO, below=("conv", "bn"), needs=2),
+    DeployForm(("conv1", "conv"), "conv", architectures=_YOLO, below=("conv", "bn"), needs=2),
     # timm: SHViT; iFormer; RepViT
     DeployForm(("m",), architectures=("shvit",), below=("c", "bn")),
     DeployForm(("cpe",), architectures=("iformer",)),

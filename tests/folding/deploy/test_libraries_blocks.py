@@ -14,6 +14,7 @@ from torch import nn
 
 import bntool
 from bntool.errors import RefusedError, VerificationError
+from bntool.folding.deploy.forms import find_blocks
 from tests.folding.folding_networks import randomise
 
 _CHANNELS = 6
@@ -340,6 +341,14 @@ def test_the_method_of_the_whole_model_folds_what_has_no_branches_too() -> None:
     result = fold_to_deploy(randomise(Yolo()))
     assert list_modules(result.model) == {"model.0.conv", "model.1.conv", "model.2.conv"}
     assert len(result.plan.folds) == 5
+
+
+def test_common_names_make_no_block_of_a_bare_file() -> None:
+    """TinyViT's stem: one convolution after the other."""
+    children = [f"patch_embed.{child}.{leaf}" for child in ("conv1", "conv2") for leaf in ("conv.weight", "bn.weight")]
+    assert not find_blocks(children, ["timm:tiny_vit_5m_224"])
+    assert not find_blocks(children, deployed=["patch_embed.conv1.weight", "patch_embed.conv2.weight"])
+    assert find_blocks(children, deployed=["patch_embed.conv.weight"])
 
 
 class ScalesInPlace(nn.Module):
