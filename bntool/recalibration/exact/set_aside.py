@@ -85,9 +85,9 @@ class SetAside:
             place.is_ours = is_ours
             # of a storage that nobody needs any more the place is free again, in whichever thread that turns out
             place.storage = weakref.ref(storage, lambda _gone: self._forget(key, place))
+            self.moved += storage.nbytes()
             with self._moving():
                 place.put(storage, self._file)
-            self.moved += storage.nbytes()
             self._places[key] = place
 
     def holds(self, storage: torch.UntypedStorage) -> bool:
