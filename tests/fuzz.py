@@ -391,7 +391,7 @@ def run(  # noqa: C901, PLR0915 (one branch for each finding)
         finally:
             victim.write_bytes(contents[victim])
         outcome.slowest = max(outcome.slowest, time.perf_counter() - started)
-        for left in [path for path in out.iterdir() if path.name.startswith(".")]:
+        for left in [path for path in out.iterdir() if path.name.startswith(".") and path.name != source.name]:
             wrong.append("left a temporary file")
             left.unlink()
         if (grown := _peak() - before) > bound:
