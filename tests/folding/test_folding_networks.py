@@ -8,7 +8,7 @@ from collections import Counter
 
 import torch
 import torch.nn.functional as F
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -270,6 +270,8 @@ seen: Counter[str] = Counter()
     deadline=None,
     suppress_health_check=list(HealthCheck),
 )
+@example(1123033, Layout.FOLDED)  # one layer, called with two eps
+@example(743623041, Layout.FOLDED)  # one layer, of whose calls one stores its output otherwise
 @given(st.integers(0, 2**32), st.sampled_from(LAYOUTS))
 def test_random_networks_are_folded_exactly_or_not_at_all(seed: int, layout: Layout) -> None:
     network = RandomNetwork(random.Random(seed))

@@ -500,19 +500,3 @@ def test_a_guard_that_is_dropped_is_noticed(name: str, monkeypatch: pytest.Monke
     except AssertionError:
         return
     assert largest_difference(model, folded, image()) > 1e-6
-
-
-def test_a_layer_that_one_call_stores_otherwise_is_not_compared() -> None:
-    """The second call of ``bn2`` gives what it gave, the first is stored otherwise: one layer, two transforms."""
-
-    def normalise(norm: nn.BatchNorm2d, x: torch.Tensor) -> torch.Tensor:
-        return F.batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias)
-
-    def called_twice(self, x):
-        first = self.bn2(normalise(self.bn, torch.sigmoid(self.stem(x))))
-        pooled = self.bn3(F.max_pool2d(first, 3, stride=1))
-        return torch.sigmoid(self.bn2(normalise(self.bn4, pooled)))
-
-    result = bntool.fold(make_positive(build(called_twice, bn4=nn.BatchNorm2d(6))), image())
-    assert {fold.layer for fold in result.plan.folds} >= {"bn2", "bn3"}
-    assert all(layer.exact < EXACT for layer in result.report.layers)
