@@ -140,7 +140,11 @@ class _Folder:
             steps=tuple(add_derived(self.steps(), self.graph, self.state_dict)),
             skips=tuple(self.skips[layer] for layer in sorted(self.skips, key=self.position)),
             layers=tuple(order),
-            assumptions=(*self.name_unseen(folds), *assume_fold(self.graph, folds, self.transforms, eps=self.eps)),
+            assumptions=(
+                *self.name_unseen(folds),
+                *assume_fold(self.graph, folds, self.transforms, eps=self.eps),
+                *self.name_axes(),
+            ),
             folds=folds,
             layout=self.layout,
             stored=self.stored,
@@ -382,6 +386,15 @@ class _Folder:
         copies = has_to_copy(self.graph, own.node.layer, gone=self.removed)
         for module in modules:
             yield RemoveModule(module, copies=copies)
+
+    def name_axes(self) -> Iterator[str]:
+        """Declared weights of three or more dimensions that could have their output channels first or last."""
+        declared = self.graph.nodes if self.graph.evidence is Evidence.DECLARED else ()
+        for node in declared:
+            if node.kind is NodeKind.CONVOLUTION and not node.class_name:
+                shape = tuple(self.state_dict.tensor(node.parameters["weight"]).shape)
+                if len(shape) > 2 and shape[0] == shape[-1]:
+                    yield f"{node.layer} has its output channels first: its weight is {list(shape)}"
 
     def name_unseen(self, folds: Sequence[Fold]) -> Iterator[str]:
         """What did not run, as far as it matters."""

@@ -131,6 +131,15 @@ def test_a_declared_weight_with_channels_last() -> None:
     assert model["conv"].bias.shape == (16,)
 
 
+@pytest.mark.parametrize(("shape", "said"), [((16, 3, 3, 3, 16), True), ((16, 3, 3, 3, 3), False)])
+def test_which_axis_holds_the_channels_is_assumed_where_both_ends_fit(shape, said) -> None:
+    model = nn.ModuleDict({"conv": nn.Module(), "bn": nn.BatchNorm1d(16)}).double()
+    model["conv"].weight = nn.Parameter(image(*shape))
+    state = read_state(randomise(model))
+    plan = plan_fold(state, declare(state, {"bn": "conv"}), eps=1e-5)
+    assert ("conv has its output channels first: its weight is [16, 3, 3, 3, 16]" in plan.assumptions) is said
+
+
 class Block(nn.Module):
     def __init__(self, channels: int, out: int) -> None:
         super().__init__()
