@@ -11,7 +11,7 @@ from bntool.batchnorm import NormKind
 from bntool.checkpoints.addresses import Address
 from bntool.checkpoints.batchnorms import find_norms
 from bntool.checkpoints.checkpoint import Checkpoint, Loader, StateDict, check_changeable
-from bntool.checkpoints.descriptions import describe_model
+from bntool.checkpoints.descriptions import ModelDescription, describe_model
 from bntool.checkpoints.files import quote
 from bntool.checkpoints.formats import open_checkpoint
 from bntool.checkpoints.records import check_not_folded
@@ -111,14 +111,15 @@ def fold_checkpoint(  # noqa: PLR0913 as many as the command has options
         check_output(opened, None if dry_run else target, force=force)
         if target is not None and not dry_run:
             _check_can_run(opened)
-        if model is None:
+        if model is None and keras_config is None:
             _check_has_layers(opened, state_dict)
         kind = None
         if program is not None:
             has_shape = input_shape is not None or data is not None
             kind = check_export(opened, program, target, has_model=model is not None, has_shape=has_shape, force=force)
-        source, description = describe_model(
+        source, description = _describe(
             opened,
+            state_dict,
             prototxt=None if prototxt is None else Path(prototxt),
             keras_config=None if keras_config is None else Path(keras_config),
             output=None if dry_run else target,
@@ -193,6 +194,28 @@ def _check_can_run(checkpoint: Checkpoint) -> None:
             "the fold is run beside its original by ONNX Runtime, which reads no address: download the model first"
         )
         raise RefusedError(message, path=checkpoint.path)
+
+
+def _describe(
+    opened: Checkpoint,
+    key: str | None,
+    *,
+    prototxt: Path | None,
+    keras_config: Path | None,
+    output: Path | None,
+    force: bool,
+) -> tuple[Checkpoint, ModelDescription | None]:
+    """The checkpoint with what is given beside it; a configuration says which of its layers are BatchNorms.
+
+    Raises:
+        RefusedError: there is none.
+    """
+    source, description = describe_model(
+        opened, prototxt=prototxt, keras_config=keras_config, output=output, force=force
+    )
+    if keras_config is not None:
+        _check_has_layers(source, key)
+    return source, description
 
 
 def _check_has_layers(checkpoint: Checkpoint, key: str | None) -> None:

@@ -95,7 +95,7 @@ def _no_storage(reference: StorageReference) -> Storage:
 
 
 def _describe_other_pickle(globals_: Iterable[GlobalName]) -> str:
-    what = "this is a pickle that torch.save did not write, and it holds no numpy arrays"
+    what = "this is a pickle that torch.save did not write, and no numpy array has a name in it"
     suspicious = [name.path for name in globals_ if name.trust is GlobalTrust.SUSPICIOUS]
     return what + (
         f"; it names {quote(suspicious[0])}, which can run code or reach files: do not unpickle it"

@@ -43,6 +43,34 @@ def elements(path: Path, config: Path | None = None) -> dict[str, bytes]:
         return {name: read_bytes(tensor) for name, tensor in checkpoint.state_dict("").tensors.items()}
 
 
+def test_the_configuration_says_what_lies_in_a_wrapper(tmp_path: Path) -> None:
+    """Variables of layers in a TimeDistributed have no names in Keras 3's weights: alone they tell no BatchNorm."""
+    inside = [("Conv2D", "c", {"kernel_size": [3, 3]}), ("BatchNormalization", "n", {"epsilon": 0.25})]
+    layers = [
+        {"class_name": "TimeDistributed", "config": {"name": f"t{i}", "layer": {"class_name": kind, "config": config}}}
+        for i, (kind, name, more) in enumerate(inside)
+        if (config := {"name": name, **more})
+    ]
+    layers[0]["config"]["batch_input_shape"] = [None, 2, 8, 8, 3]
+    model = {"class_name": "Sequential", "config": {"name": "s", "layers": layers}}
+    (tmp_path / "model.json").write_text(json.dumps(model))
+    arrays = [[np.ones((3, 3, 3, 4), "f4"), np.zeros(4, "f4")], [np.full(4, one, "f4") for one in (3, 1, 2, 0.75)]]
+    with h5py.File(tmp_path / "a.weights.h5", "w") as file:
+        for i, group in enumerate(("time_distributed", "time_distributed_1")):
+            file.create_group(f"layers/{group}/vars").attrs["name"] = f"t{i}"
+            variables = file.create_group(f"layers/{group}/layer/vars")
+            variables.attrs["name"] = inside[i][1]
+            for number, values in enumerate(arrays[i]):
+                variables[str(number)] = values
+    target = tmp_path / "b.weights.h5"
+    bntool.fold_checkpoint(tmp_path / "a.weights.h5", target, keras_config=tmp_path / "model.json")
+    with h5py.File(target) as file:
+        found = file["layers/time_distributed/layer/vars"]
+        np.testing.assert_allclose(found["0"][...], 3.0)  # gamma / sqrt(variance + eps) = 3 / sqrt(0.75 + 0.25)
+        np.testing.assert_allclose(found["1"][...], 1 - 2 * 3.0)
+        assert "time_distributed_1" not in file["layers"]
+
+
 @pytest.mark.parametrize(("weights", "model"), PAIRS)
 def test_weights_with_a_configuration_are_the_whole_model(weights: str, model: str, tmp_path: Path) -> None:
     assert elements(INTEROP / weights, INTEROP / model) == elements(INTEROP / model)
