@@ -19,7 +19,7 @@ from bntool import errors
 from bntool.checkpoints.outputs import list_written, remove_unfinished
 from bntool.cli.completion import prepare_bash, read_typed_words
 from bntool.cli.help import Command, Group
-from bntool.cli.output import is_another_rank, print_report, print_warning
+from bntool.cli.output import flush_stdout, is_another_rank, print_report, print_warning
 from bntool.reports.forms.form import ReportForm
 from bntool.reports.report import FileReport, Report
 from bntool.version import __version__
@@ -169,6 +169,9 @@ def _run(arguments: Sequence[str], typed: Sequence[str] | None) -> int:
             code = command.main(args=list(arguments), prog_name="bntool", standalone_mode=False)
         except SystemExit as end:  # how typer ends what it does for shells
             code = end.code
+        except OSError:  # from help and versions, which click prints by itself
+            flush_stdout()
+            raise
     if code == ExitCode.INTERRUPTED:  # typer turns the exception into a code
         raise KeyboardInterrupt
     return int(code or ExitCode.DONE)

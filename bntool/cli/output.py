@@ -113,6 +113,15 @@ def _note(text: str, style: Style) -> None:
         _write(sys.stderr, text + "\n")
 
 
+def flush_stdout() -> None:
+    """Let out what was printed.
+
+    Raises:
+        UnwritableFileError: stdout cannot take it.
+    """
+    _write(sys.stdout, "")
+
+
 def _write(stream: TextIO, text: str) -> None:
     encoding = stream.encoding or "utf-8"
     try:

@@ -505,7 +505,7 @@ def test_the_meta_device_computes_nothing(recalibrate):
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no device that is always full here")
-@pytest.mark.parametrize("form", [[], ["--json"]])
+@pytest.mark.parametrize("form", [[], ["--json"], ["--help"]])
 def test_a_result_that_cannot_be_printed(form):
     command = [sys.executable, "-m", "bntool", "inspect", str(SAMPLES / "drifted.pt"), *form]
     with open("/dev/full", "w") as full:
