@@ -72,6 +72,33 @@ def test_a_deformable_convolution() -> None:
     assert largest_difference(model, folded, image(2, 3, 7, 7)) < EXACT
 
 
+def test_an_operator_with_the_schema_of_a_deformable_convolution() -> None:
+    """As torchvision registers it, here without offsets: runs where torchvision is not installed."""
+    sizes = ", ".join(f"int {name}_{axis}" for name in ("stride", "pad", "dilation") for axis in "hw")
+    library = torch.library.Library("bntool_tests", "FRAGMENT")
+    library.define(
+        "deform_conv2d(Tensor input, Tensor weight, Tensor offset, Tensor mask, Tensor bias, "
+        f"{sizes}, int groups, int offset_groups, bool use_mask) -> Tensor"
+    )
+    library.impl("deform_conv2d", lambda x, weight, _offset, _mask, bias, *_: F.conv2d(x, weight, bias), "CPU")
+
+    class Deformable(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight, self.bias = nn.Parameter(torch.randn(8, 3, 3, 3)), nn.Parameter(torch.randn(8))
+            self.bn = nn.BatchNorm2d(8)
+
+        def forward(self, x):
+            none = x.new_zeros(0)
+            sizes = (1, 1, 0, 0, 1, 1, 1, 1, False)
+            return self.bn(torch.ops.bntool_tests.deform_conv2d(x, self.weight, none, none, self.bias, *sizes))
+
+    model = randomise(Deformable().double())
+    folded, plan = fold(model, image(2, 3, 7, 7))
+    assert [one.layer for one in plan.folds] == ["bn"]
+    assert largest_difference(model, folded, image(2, 3, 7, 7)) < EXACT
+
+
 def test_a_variance_that_rounding_made_negative_is_folded_with_a_warning() -> None:
     model = randomise(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).double())
     with torch.no_grad():

@@ -278,7 +278,7 @@ def _convolution(name: str, kind: NodeKind, given: Callable[[str], Any], roles: 
     plain = name != "deform_conv2d" and kind is NodeKind.CONVOLUTION
     strides = _find_strides(given) if plain and _has_middle(given) else ()
     centred = bool(strides) and all(step == 1 for step in strides)
-    if any(size > 1 and dilation > 1 for size, dilation in _spread_dilations(given)):
+    if strides and any(size > 1 and dilation > 1 for size, dilation in _spread_dilations(given)):
         strides = ()
     groups = {"groups": int(given("groups")), "padded": padded, "centred": centred, "strides": strides}
     groups["pads_itself"] = plain and padded and _pads_itself(given, roles)
