@@ -10,6 +10,9 @@ from bntool.checkpoints.files import place_beside
 # beside what is torch's own: the default list of torch._weights_only_unpickler
 _ALLOWED = ("collections.OrderedDict", "collections.Counter", "_codecs.encode", "builtins.set", "builtins.bytearray")
 
+# what Lightning puts before all names, and a usual name of a model's own only part: the model at hand tells
+_AMBIGUOUS = "model."
+
 
 def show_loading_code(checkpoint: Checkpoint, state_dict: StateDict, output: str) -> list[str]:
     """Lines that load a state dict of a written file into ``model``.
@@ -51,8 +54,14 @@ def _load(where: str, prefix: str, *, holds_arrays: bool = False) -> list[str]:
     value = "torch.as_tensor(t)" if holds_arrays else "t"
     if not prefix:
         return [f"state_dict = {{n: {value} for n, t in {where}.items()}}", "model.load_state_dict(state_dict)"]
+    if prefix.endswith(_AMBIGUOUS):
+        shorter = prefix.removesuffix(_AMBIGUOUS)
+        choice = f"max({shorter!r}, {prefix!r}, key=lambda p: sum(p + n in tensors for n in model.state_dict()))"
+        lines, where = [f"tensors = {where}", f"prefix = {choice}"], "tensors"
+    else:
+        lines = [f"prefix = {prefix!r}"]
     return [
-        f"prefix = {prefix!r}",
+        *lines,
         f"state_dict = {{n.removeprefix(prefix): {value} for n, t in {where}.items() if n.startswith(prefix)}}",
         "model.load_state_dict(state_dict)",
     ]

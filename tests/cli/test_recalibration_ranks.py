@@ -28,7 +28,7 @@ def alone(request, tmp_path_factory):
     return request.param, path.read_bytes()
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("ranks", [2, 3, 4])
 def test_the_same_bytes_for_every_number_of_ranks(tmp_path, alone, ranks):
     method, bytes_of_one = alone
     done = run_bntool_as_ranks(ranks, *DIGITS, "--method", method, "-o", "several.pt", cwd=tmp_path)

@@ -61,3 +61,28 @@ def test_the_lines_load_the_last_state_dict(name: str, tmp_path: Path) -> None:
     found = scope["model"].state_dict()
     assert found.keys() == two.keys()
     assert all(torch.equal(found[key], two[key]) for key in two)
+
+
+class Whole(torch.nn.Module):
+    """Has all that it has under the name that Lightning gives a network."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = tiny_net()
+
+
+@pytest.mark.parametrize("make", [tiny_net, Whole])
+@pytest.mark.parametrize("wrapper", ["", "module.", "model.", "module.model."])
+@pytest.mark.parametrize("arrays", [False, True])
+def test_what_all_names_begin_with_may_be_the_models_own(make: Any, wrapper: str, arrays: bool, tmp_path: Path) -> None:
+    state = make().state_dict()
+    state = {name: tensor + 1 for name, tensor in state.items()}
+    named = {wrapper + name: tensor for name, tensor in state.items()}
+    path = tmp_path / "model.pt"
+    torch.save({"net": as_arrays(named) if arrays else named}, path)
+    with open_checkpoint(path) as checkpoint:
+        lines = show_loading_code(checkpoint, checkpoint.state_dicts[-1], str(path))
+    scope: dict[str, Any] = {"model": make()}
+    exec("\n".join(lines), scope)
+    found = scope["model"].state_dict()
+    assert all(torch.equal(found[key], state[key]) for key in found)
