@@ -118,6 +118,8 @@ def average_checkpoints(
         RefusedError: the files do not hold the same tensors, or statistics that are not finite or negative.
         FileError, VerificationError: see :mod:`bntool.errors`; nothing is written then.
     """
+    if isinstance(paths, str | os.PathLike):
+        raise UsageError("several files are averaged: give a list of them")
     shares = _normalise(weights, len(paths))
     target = None if output is None else Path(output)
     with contextlib.ExitStack() as opened:

@@ -189,9 +189,14 @@ def as_batches(batches: Iterable[Any], *, description: str = "the batches given"
         batches: :class:`Batches`, or any iterable of what :func:`split_batch` understands.
         description: what to call it in messages.
         share: which of them are read; of :class:`Batches` those that they are.
+
+    Raises:
+        UsageError: it is a tensor or an array.
     """
     if isinstance(batches, Batches):
         return batches
+    if isinstance(batches, torch.Tensor | np.ndarray):
+        raise UsageError("one tensor does not say where its batches end: give [tensor] where it is one, or a loader")
 
     def read_all() -> Iterator[Batch]:
         position = 0

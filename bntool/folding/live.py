@@ -32,7 +32,13 @@ from bntool.modules.application import read_state
 from bntool.modules.borrowing import borrow
 from bntool.modules.calling import call
 from bntool.modules.copying import copy_model
-from bntool.modules.finding import describe_producers, find_batchnorm_modules, find_name_prefix, walk_modules
+from bntool.modules.finding import (
+    check_is_model,
+    describe_producers,
+    find_batchnorm_modules,
+    find_name_prefix,
+    walk_modules,
+)
 from bntool.plan import assume
 from bntool.representation import html_repr, short_repr
 from bntool.verification.outputs import CHECK_WHAT_WAS_GIVEN, TOLERANCE, Agreement, verify
@@ -106,6 +112,7 @@ def fold(  # noqa: PLR0913 as many as the command has options
     layout = choose(Layout, layout, option="layout")
     if change_padding and pairs:
         raise UsageError("pairs do not say what pads with zeros: change_padding needs the model traced")
+    check_is_model(model, for_files="fold_checkpoint")
     check_has_layers(model, "the model")
     inputs = find_input(model) if example_inputs is None else example_inputs
     state = read_state(model)

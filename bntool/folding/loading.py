@@ -17,7 +17,7 @@ from bntool.folding.deploy.live import take_deploy_form
 from bntool.folding.options import Layout
 from bntool.folding.structure import structure_of
 from bntool.modules.application import change_structure
-from bntool.modules.finding import find_name_prefix, walk_modules
+from bntool.modules.finding import check_is_model, find_name_prefix, walk_modules
 from bntool.modules.loading import load_state
 from bntool.plan import AddTensor, Operation, RemoveModule, Step, Values
 
@@ -43,6 +43,7 @@ def load_folded(model: Model, path: str | os.PathLike[str], *, state_dict: str |
         FileError: the file cannot be read.
         RefusedError: the keys do not fit the model.
     """
+    check_is_model(model, for_files="open_checkpoint")
     with open_checkpoint(path) as checkpoint, _undone_on_error(model):
         chosen = choose_state_dict(checkpoint, state_dict)
         if checkpoint.format.can_record(checkpoint, chosen):

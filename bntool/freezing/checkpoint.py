@@ -19,7 +19,7 @@ from bntool.checkpoints.batchnorms import find_batchnorms
 from bntool.checkpoints.checkpoint import Checkpoint, StateDict, check_changeable
 from bntool.checkpoints.descriptions import describe_model, save_with_description
 from bntool.checkpoints.formats import open_checkpoint
-from bntool.checkpoints.records import make_record
+from bntool.checkpoints.records import check_not_folded, make_record
 from bntool.checkpoints.saving import check_output
 from bntool.checkpoints.state_dicts import choose_state_dict
 from bntool.checkpoints.tensors import StoredTensor
@@ -159,6 +159,8 @@ def freeze_checkpoint(  # noqa: PLR0913 as many as the command has options
             eps=eps,
             for_file=emit is None or (target is not None and not opened.format.trains_whole_layers),
         )
+        if not freeze.plan.steps and not freeze.plan.skips:
+            check_not_folded(source.records.get(freeze.plan.state_dict, ()), path)
         check_plan(freeze.plan, path, strict=strict)
         code = None if emit is None else emit_freeze(freeze.policy, emit, batchnorms=freeze.batchnorms)
         edited = apply_plan(source, freeze.plan)

@@ -19,6 +19,7 @@ from bntool.freezing.held_modules import FREEZE, HOLD, asked_mode, can_carry, ho
 from bntool.freezing.policy import FreezePolicy
 from bntool.freezing.stages import find_frozen_stages, is_within
 from bntool.modules.finding import (
+    check_is_model,
     describe_unread_statistics,
     find_batchnorm_modules,
     find_name_prefix,
@@ -61,6 +62,7 @@ def freeze(
         RefusedError: a layer is lazy and has seen no batch, the model is scripted, or gradients would be switched off
             under DDP; the model is as it was.
     """
+    check_is_model(model, for_files="freeze_checkpoint")
     _refuse_scripted(model)
     prefix = find_wrapper_prefix(model)
     globs = [layers] if isinstance(layers, str) else list(layers or ())
@@ -99,6 +101,7 @@ def apply_freeze(model: nn.Module, path: str | os.PathLike[str], *, state_dict: 
         FileError: the file cannot be read.
         RefusedError: as for :func:`freeze`.
     """
+    check_is_model(model, for_files="freeze_checkpoint")
     with open_checkpoint(path) as checkpoint:
         policy = _read_policy(checkpoint, state_dict)
     _refuse_scripted(model)
@@ -149,6 +152,7 @@ def frozen(
 
     Modes and requires_grad are those of before, whatever is called inside. Contexts and freezes nest.
     """
+    check_is_model(model, for_files="freeze_checkpoint")
     modules = [module for _, module in walk_modules(model)]
     before = [
         (module, type(module), {key: _copy(vars(module)[key]) for key in (HOLD, FREEZE) if key in vars(module)})

@@ -14,6 +14,7 @@ from torch.optim.swa_utils import AveragedModel
 from bntool.batchnorm import DEFAULT_EPS, STATISTICS, NormKind, find_class_kind
 from bntool.checkpoints.checkpoint import ModuleInfo
 from bntool.checkpoints.state_dicts import find_prefix
+from bntool.errors import UsageError
 
 _WRAPPERS = (torch.nn.DataParallel, torch.nn.parallel.DistributedDataParallel, AveragedModel)
 # what gives away a relative that normalises otherwise
@@ -25,6 +26,21 @@ ORIGINAL = "_bntool_original"  # on the class of a frozen module: the one that i
 def original_class(kind: type) -> type[torch.nn.Module]:
     """The class that a frozen module had; its own where it is not frozen."""
     return next((vars(base)[ORIGINAL] for base in kind.__mro__ if ORIGINAL in vars(base)), kind)
+
+
+def check_is_model(model: object, *, for_files: str) -> None:
+    """Hold what a caller gave as a live model against what one is.
+
+    Args:
+        for_files: the function that does the same to a file.
+
+    Raises:
+        UsageError: it is something else, as a path or a state dict.
+    """
+    if not isinstance(model, torch.nn.Module):
+        kind = model.__name__ if isinstance(model, type) else type(model).__name__
+        given = f"the class {kind}" if isinstance(model, type) else f"an object of the type {kind}"
+        raise UsageError(f"a live model is needed, not {given}; for a file there is bntool.{for_files}")
 
 
 def walk_modules(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:

@@ -44,17 +44,22 @@ class _NoFile(SourceFile):
         """Does nothing."""
 
 
-def list_in_memory(source: torch.nn.Module | Mapping[str, Any]) -> Checkpoint:
+def list_in_memory(source: object) -> Checkpoint:
     """List a live model, or a state dict of torch or numpy tensors; nothing is copied but numpy arrays.
 
     Raises:
-        UsageError: it is a mapping that holds no tensors itself.
+        UsageError: it is neither, or a mapping that holds no tensors itself.
     """
     modules: dict[str, ModuleInfo] = {}
     if isinstance(source, torch.nn.Module):
         modules = {name: _describe(module) for name, module in walk_modules(source)}
         state: Mapping[str, Any] = source.state_dict(keep_vars=True)
         title, prefix = type(source).__name__, find_wrapper_prefix(source)
+    elif not isinstance(source, Mapping):
+        kind = type(source).__name__
+        raise UsageError(
+            f"a path, an open checkpoint, a state dict or a live model is read, not an object of the type {kind}"
+        )
     else:
         state, title, prefix = source, "state dict", find_prefix([str(name) for name in source])
     tensors = {name: tensor for name, value in state.items() if (tensor := _as_tensor(value)) is not None}

@@ -18,6 +18,7 @@ from bntool.models.exported import check_has_layers
 from bntool.models.user_code import running_user_code
 from bntool.modules.borrowing import Borrowed, borrow, is_switching
 from bntool.modules.finding import (
+    check_is_model,
     describe_unread_statistics,
     find_batchnorm_modules,
     find_eps,
@@ -276,6 +277,7 @@ def recalibrate(  # noqa: PLR0913 as plan_recalibration
 
     Args and errors are those of :func:`plan_recalibration`. If it raises, the statistics are the old ones.
     """
+    check_is_model(model, for_files="recalibrate_checkpoint")
     given = as_batches(batches)
     if on_progress is None:
         phase = f"{choose(Method, method, option='method').value} statistics"
