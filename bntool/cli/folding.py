@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from bntool.cli import completion, options
-from bntool.cli.output import print_notes, print_report, print_written, user_output_to_stderr
+from bntool.cli.output import is_drawn, print_notes, print_report, print_written, user_output_to_stderr
 from bntool.folding.options import Layout
 
 
@@ -175,7 +176,8 @@ def command(
             strict=strict,
             on_progress=progress,
         )
-    report = FileReport(str(checkpoint), describe_fold(result), show_fold(result))
+    pictures = form is None and not quiet and is_drawn(sys.stdout)
+    report = FileReport(str(checkpoint), describe_fold(result), show_fold(result, pictures=pictures))
     if html is not None:
         from bntool.reports.page.folding import make_fold_page
         from bntool.reports.page.writing import write_page
