@@ -28,6 +28,7 @@ from bntool.modules.finding import (
     is_frozen_class,
     is_uninitialized,
     normalises_by_statistics,
+    skip_unread_statistics,
     unwrap,
     walk_modules,
 )
@@ -83,7 +84,13 @@ def freeze(
     stages = None
     if frozen_stages is not None:
         stages = find_frozen_stages([name.removeprefix(prefix) for name, _ in walk_modules(model)], frozen_stages)
-    policy = FreezePolicy(norm_eval=norm_eval, requires_grad=requires_grad, layers=tuple(names), stages=stages)
+    policy = FreezePolicy(
+        norm_eval=norm_eval,
+        requires_grad=requires_grad,
+        layers=tuple(names),
+        stages=stages,
+        skips=tuple(skip_unread_statistics(model, globs, prefix=prefix)),
+    )
     _apply(model, policy, prefix)
     return policy
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 from bntool.errors import CorruptFileError
 from bntool.freezing.stages import Family, FrozenStages
+from bntool.plan import Skip
 from bntool.representation import html_repr, short_repr
 
 
@@ -21,12 +22,15 @@ class FreezePolicy:
         requires_grad: whether weight and bias of the layers get gradients; None leaves them as they are.
         layers: the BatchNorm layers that the two switches are for.
         stages: what is frozen as a whole beside them.
+        skips: what was left alone and may be a BatchNorm, where the policy is that of a live model; no part of what it
+            means.
     """
 
     norm_eval: bool = True
     requires_grad: bool | None = None
     layers: tuple[str, ...] = ()
     stages: FrozenStages | None = None
+    skips: tuple[Skip, ...] = field(default=(), compare=False)
 
     __repr__ = short_repr
     _repr_html_ = html_repr

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -11,14 +11,17 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.parameter import is_lazy
 from torch.optim.swa_utils import AveragedModel
 
-from bntool.batchnorm import DEFAULT_EPS, STATISTICS, NormKind, find_class_kind
+from bntool.batchnorm import DEFAULT_EPS, STATISTICS, NormKind, find_class_kind, selects
 from bntool.checkpoints.checkpoint import ModuleInfo
 from bntool.checkpoints.state_dicts import find_prefix
 from bntool.errors import UsageError
+from bntool.plan import Skip, SkipReason
 
 _WRAPPERS = (torch.nn.DataParallel, torch.nn.parallel.DistributedDataParallel, AveragedModel)
 # what gives away a relative that normalises otherwise
 _FOREIGN_TENSORS = ("running_std", "mean_weight", "var_weight", "zero_point", "v", "tau")
+
+_ONLY_THESE = "and only running_mean and running_var are known as statistics"
 
 ORIGINAL = "_bntool_original"  # on the class of a frozen module: the one that it had
 
@@ -166,7 +169,26 @@ def describe_unread_statistics(model: torch.nn.Module) -> str:
         for path, (mean, variance) in find_unread_statistics(model).items()
     ]
     more = f" and {len(said) - 1:,} more" if len(said) > 1 else ""
-    return f"{said[0]}{more}, and only running_mean and running_var are known as statistics" if said else ""
+    return f"{said[0]}{more}, {_ONLY_THESE}" if said else ""
+
+
+def skip_unread_statistics(model: torch.nn.Module, globs: Sequence[str], *, prefix: str) -> list[Skip]:
+    """A skip for each of these modules, of those that globs select.
+
+    Args:
+        globs: on names without the prefix; none for all.
+        prefix: what wrappers put before all names.
+    """
+    modules = dict(walk_modules(model))
+    return [
+        Skip(
+            path.removeprefix(prefix),
+            SkipReason.NOT_RECOGNISED,
+            f"{type(modules[path]).__name__} has {mean} and {variance}, {_ONLY_THESE}",
+        )
+        for path, (mean, variance) in find_unread_statistics(model).items()
+        if selects(globs, path.removeprefix(prefix)) and mean.lower() != "mean"  # those may be constants of the data
+    ]
 
 
 def is_frozen_class(module: torch.nn.Module) -> bool:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Collection, Mapping, Sequence
+from functools import partial
 
 import torch
 
 from bntool.batchnorm import STATISTICS, check_globs, selects
-from bntool.errors import RefusedError
+from bntool.data.batches import Batch, copy_batch
+from bntool.errors import BntoolError, RefusedError
 from bntool.models.user_code import running_user_code
 from bntool.modules.borrowing import borrow
 from bntool.modules.finding import (
@@ -18,10 +21,12 @@ from bntool.modules.finding import (
     is_frozen_class,
     is_uninitialized,
     normalises_by_statistics,
+    skip_unread_statistics,
     unwrap,
     walk_modules,
 )
 from bntool.plan import Skip, SkipReason
+from bntool.recalibration.ranks import find_ranks
 
 
 def choose_layers(
@@ -65,7 +70,7 @@ def choose_layers(
         for name in find_scripted(model)
         if selects(globs, name.removeprefix(prefix))
     ]
-    return chosen, skips
+    return chosen, [*skips, *skip_unread_statistics(model, globs, prefix=prefix)]
 
 
 def _find_frozen(model: torch.nn.Module) -> dict[int, str]:
@@ -81,6 +86,34 @@ def _find_frozen(model: torch.nn.Module) -> dict[int, str]:
             model.train()
         kept = {id(layer): "the model's train() keeps it in eval mode" for layer in layers if not layer.training}
     return {**kept, **frozen}
+
+
+def find_layers_of_train_mode(
+    model: torch.nn.Module, names: Collection[str], batches: Sequence[Batch]
+) -> frozenset[str]:
+    """Which layers a batch comes through where the whole model is in train mode, by its own ``train()``.
+
+    Args:
+        model: is as it was afterwards.
+        names: the layers to look for, by their names in the live model.
+        batches: the first is run; without one nothing is found, nor where the model raises.
+    """
+    found: set[str] = set()
+    # in a job of several processes a forward in train mode may wait for the others
+    if not batches or find_ranks().world > 1:
+        return frozenset()
+    with contextlib.suppress(BntoolError), borrow(model) as borrowed, torch.no_grad():
+        for name, module in walk_modules(model):
+            if name in names:
+                borrowed.add_forward_pre_hook(module, partial(_note, found, name))
+        with running_user_code("running the model in train mode"):
+            model.train()
+            copy_batch(batches[0]).run(model)
+    return frozenset(found)
+
+
+def _note(found: set[str], name: str, _module: torch.nn.Module, _args: object) -> None:
+    found.add(name)
 
 
 def _unwrap(model: torch.nn.Module) -> torch.nn.Module:

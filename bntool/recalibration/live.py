@@ -11,7 +11,7 @@ import torch
 
 from bntool.batchnorm import STATISTICS
 from bntool.choices import choose
-from bntool.data.batches import Batches, as_batches, find_placement
+from bntool.data.batches import Batch, Batches, as_batches, find_placement
 from bntool.data.policies import OnBadData
 from bntool.errors import RefusedError, UsageError
 from bntool.models.exported import check_has_layers
@@ -33,7 +33,7 @@ from bntool.recalibration.dtype_limits import check_holds
 from bntool.recalibration.exact.reading import reading_batches
 from bntool.recalibration.exact.repeated_calls import NotSettledError
 from bntool.recalibration.exact.sweep import measure_exact
-from bntool.recalibration.layers import check_can_be_set, choose_layers
+from bntool.recalibration.layers import check_can_be_set, choose_layers, find_layers_of_train_mode
 from bntool.recalibration.moments import Tally
 from bntool.recalibration.new_statistics import (
     Blend,
@@ -118,11 +118,13 @@ def plan_recalibration(  # noqa: PLR0913 each is an option of the command
                 _measure_pooled(run, given, selection, keeper, precision=precision).finish(), selection.channels
             )
     measurement.check(given.description)
+    idle = selection.layers.keys() - measurement.tallies.keys() - run.called - run.read - reused.keys()
+    only_in_train = find_layers_of_train_mode(model, idle, selection.shown) if idle else ()
     return conclude(
         measurement,
         selection.layers,
         blend,
-        Paths(run.called, run.read, reused),
+        Paths(run.called, run.read, reused, only_in_train),
         skips=selection.skips,
         memory=needed,
         precision=precision,
@@ -163,7 +165,7 @@ class Selection:
         layers: facts about each of them.
         skips: layers that are left alone.
         stored: the statistics of each before, float64.
-        called, read: see :class:`~bntool.recalibration.pooled.Run`; they are filled while it runs.
+        called, read, shown: see :class:`~bntool.recalibration.pooled.Run`; they are filled while it runs.
     """
 
     model: torch.nn.Module
@@ -174,6 +176,7 @@ class Selection:
     stored: Mapping[str, Pair]
     called: set[str] = field(default_factory=set)
     read: set[str] = field(default_factory=set)
+    shown: list[Batch] = field(default_factory=list)
 
     @property
     def channels(self) -> dict[str, int]:
@@ -190,6 +193,7 @@ class Selection:
             on_progress=on_progress,
             called=self.called,
             read=self.read,
+            shown=self.shown,
         )
 
 

@@ -145,11 +145,13 @@ class Paths:
         called: those that were called.
         read: those whose statistics were read by code outside of them.
         reused: those that one forward calls more than once, how often, where no statistics hold for all calls.
+        only_in_train: those that run in train mode alone, as far as that was tried.
     """
 
     called: Collection[str] = ()
     read: Collection[str] = ()
     reused: Mapping[str, int] = field(default_factory=dict)
+    only_in_train: Collection[str] = ()
 
 
 @dataclass(frozen=True)
@@ -266,6 +268,12 @@ def _explain_skips(
             way = "; pooled lets it run in train mode" if method is Method.EXACT else ""
             detail = f"in eval mode it does not run: other code of the forward reads its statistics{way}"
             yield Skip(facts.name, SkipReason.NOT_RECOGNISED, detail)
+        elif name in paths.only_in_train:
+            detail = (
+                "no batch came through it in eval mode, in which statistics are measured; in train mode one does: code "
+                "of the model goes another way there, such as auxiliary heads, or train() and eval() that merge weights"
+            )
+            yield Skip(facts.name, SkipReason.NEVER_REACHED, detail)
         else:
             yield Skip(facts.name, SkipReason.NEVER_REACHED, "no batch came through it")
 

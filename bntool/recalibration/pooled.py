@@ -56,6 +56,7 @@ class Run:
         on_progress: called with the number of samples done.
         called: layers that were called, as far as that was looked at.
         read: layers whose statistics were read by code outside of them, as far as that was looked at.
+        shown: a batch to try other ways of running the model with, a copy; none where no layer may need that.
     """
 
     model: torch.nn.Module
@@ -65,6 +66,7 @@ class Run:
     on_progress: OnProgress | None = None
     called: set[str] = field(default_factory=set)
     read: set[str] = field(default_factory=set)
+    shown: list[Batch] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -206,6 +208,7 @@ def _let_idle_layers_run(run: Run, batch: Batch, activations: Activations, calls
     idle = run.layers.keys() - {name for name, _ in calls} - run.called
     if not idle:
         return
+    run.shown.append(copy_batch(batch))
     before = list(calls)
     with contextlib.suppress(UserCodeError, RefusedError):
         with StatisticsReads({name: run.layers[name] for name in idle}) as reads:

@@ -14,6 +14,7 @@ from bntool.checkpoints.batchnorms import find_batchnorms
 from bntool.checkpoints.formats import open_checkpoint
 from bntool.errors import RefusedError, UsageError
 from bntool.freezing.live import freeze, frozen, unfreeze
+from bntool.plan import SkipReason
 from tests.fixtures.models.mmdet_resnet import detector, resnet50
 from tests.places import FIXTURES
 
@@ -515,6 +516,20 @@ class OtherNames(nn.Module):
 def test_statistics_under_other_names_are_named():
     with pytest.raises(UsageError, match=r"OtherNames \(1\) has moving_mean and moving_variance"):
         freeze(nn.Sequential(nn.Conv2d(3, 8, 3), OtherNames()))
+
+
+def test_statistics_under_other_names_beside_batchnorms_are_named():
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), OtherNames(), nn.BatchNorm2d(8))
+    policy = freeze(net)
+    assert policy.layers == ("1", "3")
+    (skip,) = policy.skips
+    assert (skip.layer, skip.reason) == ("2", SkipReason.NOT_RECOGNISED)
+    assert skip.detail.startswith("OtherNames has moving_mean and moving_variance, and only running_mean")
+    assert "OtherNames has moving_mean" in policy._repr_html_()
+    assert freeze(net, layers="1").skips == ()
+    before = net[2].moving_mean.clone()
+    net.train()(torch.randn(4, 3, 5, 5))
+    assert not torch.equal(net[2].moving_mean, before)
 
 
 def test_statistics_that_another_layer_changes_are_not_frozen():

@@ -448,7 +448,7 @@ def test_statistics_under_other_names_are_named():
         def forward(self, x):
             return functional.batch_norm(x, self.moving_mean, self.moving_var, training=self.training)
 
-    with pytest.raises(RefusedError, match=r"OtherNames \(0\) has moving_mean and moving_var"):
+    with pytest.raises(RefusedError, match=r"0: not recognised \(OtherNames has moving_mean and moving_var"):
         recalibrate(nn.Sequential(OtherNames()), [torch.randn(4, 3, 5, 5)])
 
 
@@ -466,3 +466,72 @@ def test_programs_are_refused_and_parts_that_are_one_are_named():
     assert [(skip.layer, skip.detail) for skip in result.plan.skips] == [("0.1", "it is part of a TorchScript program")]
     with pytest.raises(RefusedError, match="0: this part of the model is a TorchScript program"):
         bntool.fold(model, x)
+
+
+class MergesInEval(nn.Module):
+    """As deploy forms that merge the BatchNorm into a weight of their own when the mode changes, and keep that."""
+
+    def __init__(self, merge):
+        super().__init__()
+        self.conv, self.bn, self.weight, self.merge = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), None, merge
+
+    def train(self, mode=True):
+        super().train(mode)
+        self.weight = self.merged() if self.merge and not mode else None
+        return self
+
+    def merged(self):
+        scale = self.bn.weight / torch.sqrt(self.bn.running_var + self.bn.eps)
+        return (self.conv.weight * scale[:, None, None, None]).detach()
+
+    def forward(self, x):
+        return self.bn(self.conv(x)) if self.weight is None else functional.conv2d(x, self.weight)
+
+
+class Auxiliary(nn.Module):
+    """A head that runs in train mode alone, beside a BatchNorm that never runs."""
+
+    def __init__(self):
+        super().__init__()
+        self.bn, self.head, self.unused = nn.BatchNorm2d(3), nn.BatchNorm2d(3), nn.BatchNorm2d(3)
+
+    def forward(self, x):
+        x = self.bn(x)
+        return (x, self.head(x)) if self.training else x
+
+
+@METHODS
+def test_layers_that_only_train_mode_runs_are_said_to_be(method):
+    x = torch.randn(8, 3, 5, 5)
+    model = nn.Sequential(MergesInEval(True), nn.BatchNorm2d(4))
+    before = copy.deepcopy(model.state_dict())
+    (skip,) = recalibrate(model, [x], method=method).plan.skips
+    assert (skip.layer, skip.reason.value) == ("0.bn", "never reached")
+    assert "in eval mode, in which statistics are measured; in train mode one does" in skip.detail
+    assert model.training
+    assert model[0].weight is None
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items() if key.startswith("0."))
+    assert not recalibrate(nn.Sequential(MergesInEval(False), nn.BatchNorm2d(4)), [x], method=method).plan.skips
+
+    head, unused = recalibrate(Auxiliary(), [x], method=method).plan.skips
+    assert (head.layer, unused.layer) == ("head", "unused")
+    assert "in train mode one does" in head.detail
+    assert unused.detail == "no batch came through it"
+
+
+def test_statistics_under_other_names_beside_batchnorms_are_named():
+    class Moving(nn.Module):
+        def __init__(self, mean="moving_mean", var="moving_var"):
+            super().__init__()
+            self.register_buffer(mean, torch.zeros(3))
+            self.register_buffer(var, torch.ones(3))
+
+        def forward(self, x):
+            mean, var = self._buffers.values()
+            return functional.batch_norm(x, mean, var)
+
+    # what is called mean and var alone may be that of the data, which no training changes
+    model = nn.Sequential(Moving("mean", "var"), nn.BatchNorm2d(3), Moving())
+    (skip,) = recalibrate(model, [torch.randn(4, 3, 5, 5)]).plan.skips
+    assert (skip.layer, skip.reason.value) == ("2", "not recognised")
+    assert skip.detail.startswith("Moving has moving_mean and moving_var, and only running_mean")

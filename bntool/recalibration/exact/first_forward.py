@@ -50,6 +50,7 @@ def run_first_forward(run: Run, batch: Batch) -> FirstForward:
         UserCodeError: the model raised.
     """
     few = cut_batch(batch, _SAMPLES)
+    run.shown.append(copy_batch(few))
     for part, channels_last in ((few, True), (few, False), (batch, True)):
         if not channels_last or is_faster_channels_last(run.model):
             with contextlib.suppress(UserCodeError):  # it is to raise with the whole batch as it is, too

@@ -266,6 +266,8 @@ def _of_freeze_policy(policy: FreezePolicy) -> Page:
         "Statistics stay (norm_eval)": words[policy.norm_eval],
         "weight and bias train": words[policy.requires_grad],
     }
+    if policy.skips:
+        facts["left alone"] = "; ".join(f"{skip.layer}: {skip.detail}" for skip in policy.skips)
     rows = tuple(Row((Item(name),)) for name in policy.layers)
     return Page(
         command="freeze",
