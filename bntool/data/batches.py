@@ -5,7 +5,8 @@ from __future__ import annotations
 import inspect
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, is_dataclass, replace
+from dataclasses import fields as fields_of
 from typing import Any, TypeVar
 
 import numpy as np
@@ -43,6 +44,8 @@ class Batch:
         is_record: ``inputs`` is a dict as the data has it, of which a model takes what its forward has a name for.
         label_key: where in that dict the labels were.
         position: in the list of all batches, of which a share may be read; None where nobody counted.
+        fields: of a named tuple that the batch or its inputs came as, all values; they are arguments where the forward
+            has all of their names, see :meth:`fit`.
     """
 
     inputs: Any
@@ -53,6 +56,7 @@ class Batch:
     is_record: bool = False
     label_key: str | None = None
     position: int | None = None
+    fields: Mapping[str, Any] | None = field(default=None, repr=False)
 
     def describe(self, samples: Sequence[int]) -> str:
         """Name some of the samples by position; the whole batch if all are meant, or if samples have no names."""
@@ -77,28 +81,55 @@ class Batch:
             channels_last: lay an input of four dimensions out so; values do not depend on it, speed does.
         """
         device, dtype = find_placement(model)
-        inputs = move(self.inputs_for(model), device=device, dtype=dtype)
+        batch = self.fit(model)
+        inputs = move(batch.inputs_for(model), device=device, dtype=dtype)
         if channels_last and isinstance(inputs, torch.Tensor) and inputs.ndim == 4:
             inputs = inputs.contiguous(memory_format=torch.channels_last)
         try:
             return pass_inputs(model, inputs)
         except TypeError as error:
-            if "missing" in str(error) and (self.is_record or self.labels is not None):
-                error.args = (f"{error}; {_NO_SUCH_NAMES if self.is_record else _LABEL_NOT_PASSED}",)
+            unfit = "missing" in str(error) or (batch.is_record and "unexpected keyword" in str(error))
+            if unfit and (batch.is_record or batch.labels is not None):
+                error.args = (f"{error}; {_NO_SUCH_NAMES if batch.is_record else _LABEL_NOT_PASSED}",)
             raise
+
+    def fit(self, model: torch.nn.Module) -> Batch:
+        """The batch as a model takes it: a named tuple whose names are all arguments of the forward, as a dict.
+
+        Another named tuple is a tuple like any.
+        """
+        if self.fields is None:
+            return self
+        parameters = _find_parameters(model, self.fields)
+        named = {name for name, parameter in parameters.items() if parameter.kind not in _UNNAMED}
+        if not named.issuperset(self.fields):
+            return replace(self, fields=None)
+        if isinstance(self.inputs, tuple):  # the labels lie beside it
+            return replace(self, inputs=dict(self.fields), fields=None)
+        key = _find_label_key(self.fields)
+        return replace(
+            self,
+            inputs={name: value for name, value in self.fields.items() if name != key},
+            labels=None if key is None else self.fields[key],
+            is_record=True,
+            label_key=key,
+            fields=None,
+        )
 
     def inputs_for(self, model: torch.nn.Module) -> Any:
         """What :func:`~bntool.modules.calling.pass_inputs` is to give a model: a tensor, a tuple, a list or a dict.
 
         Of a dict of the data it is what the model's forward has a name for. A single value with tensors goes to its
-        first argument, whatever it is called; labels only to an argument of their name that has no default, or ``y``. A
-        forward of one argument that none of several values is called after takes the dict itself. One of ``*args`` and
-        ``**kwargs`` alone hands on what it is given: the forward of the first module inside that has a name for any of
-        the values counts.
+        first argument, whatever it is called; of several, those without tensors go where they have a name. Labels go
+        only to an argument of their name that has no default, or ``y``. A forward of one argument that none of several
+        values is called after takes the dict itself. One of ``*args`` and ``**kwargs`` alone hands on what it is given:
+        the forward of the first module inside that has a name for any of the values counts.
 
         Raises:
             UsageError: the first argument is given by position only, and others have names.
         """
+        if self.fields is not None:
+            return self.fit(model).inputs_for(model)
         if not self.is_record:
             return self.inputs
         parameters = _find_parameters(model, self.inputs)
@@ -111,6 +142,8 @@ class Batch:
             if is_needed or self.label_key == "y":
                 values[self.label_key] = self.labels
         if len(with_tensors) != 1:
+            if not takes_all and named:  # paths, identities and such
+                values = {name: value for name, value in values.items() if name in named or name in with_tensors}
             is_whole = len(named) == 1 and not takes_all and named[0] not in values
             return ({**values, self.label_key: self.labels} if self.label_key else values,) if is_whole else values
         key = with_tensors[0]
@@ -254,23 +287,25 @@ def split_batch(item: Any, *, source: str, position: int) -> Batch:
     - a tuple or list: its first element is the input (a tensor; a tuple, dict or list as in :class:`Batch`), the second
       the labels, as data loaders and ``torch.optim.swa_utils.update_bn`` have it;
     - a dict: labels are under ``labels``, ``label``, ``y``, ``targets`` or ``target``; what remains are arguments of
-      the model, see :meth:`Batch.inputs_for`.
+      the model, see :meth:`Batch.inputs_for`; an object of a dataclass is a dict of its fields;
+    - a named tuple, all of whose names are arguments of the model's forward, is such a dict, another one a tuple.
 
     Arrays of numpy and whatever converts to them (TensorFlow, JAX) are as good as tensors.
 
     Raises:
         UsageError: it is none of these, or holds no tensor.
     """
-    item = to_tensors(item)
-    inputs, labels, label_key = item, find_label(item), None
+    given, item = item, to_tensors(_open_dataclass(item))
+    inputs, labels, label_key, fields = item, find_label(item), None, None
     if isinstance(item, tuple | list) and item:
-        inputs = item[0]
+        inputs = to_tensors(_open_dataclass(item[0]))
+        fields = _find_fields(item) or _find_fields(inputs)
     elif isinstance(item, Mapping):
         label_key = _find_label_key(item)
         inputs = {name: value for name, value in item.items() if name != label_key}
     tensors = tensors_in(inputs)
     if not tensors:
-        held = item[0] if isinstance(item, tuple | list) and item else item
+        held = given[0] if isinstance(given, tuple | list) and given else given
         raise UsageError(
             f"a batch of {source} holds no tensor but {type(held).__name__}: give tensors, tuples or dicts of them"
         )
@@ -278,7 +313,20 @@ def split_batch(item: Any, *, source: str, position: int) -> Batch:
     count = len(inputs) if isinstance(inputs, list) else (first.shape[0] if first.ndim else 1)
     names = [f"sample {index} of {source}" for index in range(position, position + count)]
     description, is_record = describe_range(source, position, count), isinstance(item, Mapping)
-    return Batch(inputs, labels, description, count, names, is_record=is_record, label_key=label_key)
+    return Batch(inputs, labels, description, count, names, is_record=is_record, label_key=label_key, fields=fields)
+
+
+def _open_dataclass(item: Any) -> Any:
+    """The fields of an object of a dataclass as a dict; anything else as it is."""
+    if not is_dataclass(item) or isinstance(item, type | tuple | list | Mapping | torch.Tensor):
+        return item
+    return {one.name: getattr(item, one.name) for one in fields_of(item)}
+
+
+def _find_fields(item: Any) -> Mapping[str, Any] | None:
+    """The values of a named tuple by their names; None of anything else."""
+    names = getattr(item, "_fields", None)
+    return dict(zip(names, item, strict=True)) if isinstance(item, tuple) and names else None
 
 
 def find_label(item: Any) -> Any:
@@ -341,20 +389,20 @@ def find_placement(model: torch.nn.Module) -> tuple[torch.device | None, torch.d
 
 def copy_batch(batch: Batch) -> Batch:
     """The batch with tensors of its own."""
-    return replace(batch, inputs=copy_tensors(batch.inputs))
+    return replace(batch, inputs=copy_tensors(batch.inputs), fields=copy_tensors(batch.fields))
 
 
 def cut_batch(batch: Batch, samples: int) -> Batch:
     """The first samples of a batch; the whole batch where its tensors do not share their first dimension."""
-    tensors = tensors_in((batch.inputs, batch.labels))
+    tensors = tensors_in((batch.inputs, batch.labels, batch.fields))
     if (
         batch.samples <= samples
         or isinstance(batch.inputs, list)
         or any(t.layout is not torch.strided or t.ndim == 0 or t.shape[0] != batch.samples for t in tensors)
     ):
         return batch
-    inputs, labels = _first(batch.inputs, samples), _first(batch.labels, samples)
-    return replace(batch, inputs=inputs, labels=labels, samples=samples, names=batch.names[:samples])
+    inputs, labels, fields = (_first(one, samples) for one in (batch.inputs, batch.labels, batch.fields))
+    return replace(batch, inputs=inputs, labels=labels, fields=fields, samples=samples, names=batch.names[:samples])
 
 
 def _first(value: Any, samples: int) -> Any:

@@ -292,6 +292,7 @@ def evaluate(
             module.training = False
         for item in batches:
             batch = item if isinstance(item, Batch) else split_batch(item, source=source, position=collected.samples)
+            batch = batch.fit(model)
             collected.position = collected.position + 1 if batch.position is None else batch.position + 1
             if on_bad_data is not None and not has_finite_inputs(batch):
                 collected.left_out.append(accept(describe_bad(batch), on_bad_data))

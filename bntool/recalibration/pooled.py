@@ -176,7 +176,7 @@ def _run_batches(run: Run, batches: Iterable[Batch]) -> Iterator[Part]:
     activations = Activations(run.layers, run.borrowed, partial(_normalise_by_own, calls), called=run.called)
     _prepare_halves(run.layers)
     done, memory = 0, FreedMemory()
-    for batch in batches:
+    for batch in (batch.fit(run.model) for batch in batches):
         memory.return_unused()
         # what is laid out anew is a copy: if the model writes to it, the batch can still be run
         for layout in (True, False) if channels_last and is_laid_out_anew(batch, run.model) else (False,):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -535,3 +537,66 @@ def test_statistics_under_other_names_beside_batchnorms_are_named():
     (skip,) = recalibrate(model, [torch.randn(4, 3, 5, 5)]).plan.skips
     assert (skip.layer, skip.reason.value) == ("2", "not recognised")
     assert skip.detail.startswith("Moving has moving_mean and moving_var, and only running_mean")
+
+
+class TwoInputs(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.of_image, self.of_mask = nn.BatchNorm2d(3), nn.BatchNorm2d(3)
+
+    def forward(self, image, mask=None):
+        return self.of_image(image) if mask is None else self.of_image(image) + self.of_mask(mask)
+
+
+class Fields(NamedTuple):
+    mask: torch.Tensor
+    image: torch.Tensor
+
+
+class Labelled(NamedTuple):
+    image: torch.Tensor
+    mask: torch.Tensor
+    labels: torch.Tensor
+
+
+@dataclass
+class Scan:
+    mask: torch.Tensor
+    image: torch.Tensor
+    path: str = "scan.png"
+
+
+@dataclass
+class Pair:
+    left: torch.Tensor
+    right: torch.Tensor
+
+
+@METHODS
+@pytest.mark.parametrize("kind", [Fields, Scan, lambda **both: (Fields(**both), torch.zeros(8)),
+                                  lambda **both: (Scan(**both).__dict__ | {"path": "x"})])  # fmt: skip
+def test_values_with_names_of_arguments_go_where_they_belong(kind, method):
+    image, mask = torch.randn(8, 3, 5, 5) * 2 + 1, torch.randn(8, 3, 5, 5) - 4
+    model = TwoInputs()
+    batches = [kind(image=i, mask=m) for i, m in zip(image.split(4), mask.split(4), strict=True)]
+    assert not recalibrate(model, batches, method=method).plan.skips
+    if method != "paper":
+        assert_stores(model.of_image, image)
+        assert_stores(model.of_mask, mask)
+    assert torch.allclose(model.of_mask.running_mean, mask.mean((0, 2, 3)), atol=1e-5)
+
+
+def test_a_named_tuple_with_another_name_is_a_tuple():
+    image, mask = torch.randn(8, 3, 5, 5) * 2 + 1, torch.full((8, 3, 5, 5), torch.nan)
+    model = TwoInputs()
+    (skip,) = recalibrate(model, [Labelled(image, mask, torch.zeros(8))]).plan.skips
+    assert skip.layer == "of_mask"
+    assert_stores(model.of_image, image)
+
+
+def test_values_whose_names_do_not_fit_are_refused_with_a_way_out():
+    x = torch.randn(8, 3, 5, 5)
+    with pytest.raises(UserCodeError, match=r"unexpected keyword argument 'left'; a dict passes .* give \(\(a, b\),\)"):
+        recalibrate(TwoInputs(), [Pair(x, x)])
+    with pytest.raises(UsageError, match="holds no tensor but Pair: give tensors, tuples or dicts of them"):
+        recalibrate(TwoInputs(), [Pair("a", "b")])

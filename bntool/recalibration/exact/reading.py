@@ -70,7 +70,7 @@ def reading_batches(
         RefusedError: not all fit and ``cut`` is not given, or not even one batch fits.
         UserCodeError: the model or the data raised.
     """
-    iterator = iter(batches)
+    iterator = (batch.fit(run.model) for batch in batches)
     first: list[Batch] = []
 
     def begin() -> bool:
