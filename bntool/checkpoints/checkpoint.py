@@ -200,6 +200,15 @@ class Format(ABC):
         """
         return True
 
+    def describe_loading(self, checkpoint: Checkpoint, path: str) -> LoadingCode | None:  # noqa: ARG002 (for some)
+        """How a file is loaded; see ``loading``.
+
+        Args:
+            checkpoint: what it holds.
+            path: the file, whose name some loaders go by.
+        """
+        return self.loading
+
     @abstractmethod
     def read(self, file: SourceFile) -> Checkpoint:
         """List what the file holds, reading no tensor.

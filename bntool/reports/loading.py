@@ -22,7 +22,7 @@ def show_loading_code(checkpoint: Checkpoint, state_dict: StateDict, output: str
         state_dict: the one that was worked on.
         output: the file.
     """
-    code = checkpoint.format.loading
+    code = checkpoint.format.describe_loading(checkpoint, output)
     if code is not None:
         lines = [_fill_in(line, checkpoint.format, output) for line in code.lines]
         if not code.state_dict:

@@ -35,6 +35,7 @@ from bntool.checkpoints.formats import open_checkpoint
 from bntool.checkpoints.saving import save_checkpoint
 from bntool.folding.checkpoint import fold_checkpoint
 from bntool.freezing.checkpoint import plan_freeze
+from bntool.reports.loading import show_loading_code
 from tests.graphs.stored.folding import fold_file
 
 logging.getLogger("absl").setLevel(logging.ERROR)  # that .h5 is considered legacy
@@ -425,15 +426,22 @@ def weights_alone() -> None:
             for layer in model.layers:
                 text = text.replace(f'"{layer.name}"', f'"{layer.name}_7"')
             (folder / "other.json").write_text(text)
-            for weights, config in (("numbered.weights.h5", source), ("named.h5", folder / "other.json")):
+            model.save(folder / "model.h5")
+            for weights, config in (
+                ("numbered.weights.h5", source),
+                ("named.h5", folder / "other.json"),
+                ("named.h5", folder / "model.h5"),
+            ):
                 target = folder / f"folded_{weights}"
-                fold = fold_checkpoint(folder / weights, target, keras_config=config)
-                described = folder / f"{target.name.removesuffix('.h5').removesuffix('.weights')}.json"
-                folded = keras.models.model_from_json(described.read_text())
-                folded.load_weights(target)
+                fold = fold_checkpoint(folder / weights, target, keras_config=config, force=True)
+                assert fold.checkpoint is not None
+                printed: dict[str, Any] = {}
+                lines = show_loading_code(fold.checkpoint, fold.checkpoint.state_dict(""), str(target))
+                exec("\n".join(lines), printed)
+                folded = printed["model"]
                 found = [np.asarray(one) for one in keras.tree.flatten(folded.predict(inputs, verbose=0))]
                 error = compare(expected, found)
-                print(f"{name} {weights}: {len(fold.plan.layers)} folded, relative error {error:.1e}")
+                print(f"{name} {weights} {config.name}: {len(fold.plan.layers)} folded, relative error {error:.1e}")
                 assert error <= TOLERANCE, name
                 assert fold.plan.layers, name
 

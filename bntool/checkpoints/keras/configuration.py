@@ -5,11 +5,11 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bntool.checkpoints.checkpoint import Checkpoint, LoadingCode
+from bntool.checkpoints.checkpoint import Checkpoint
 from bntool.checkpoints.containers.hdf5 import MAGIC, Hdf5Contents, read_hdf5
 from bntool.checkpoints.containers.zips.reading import LOCAL_MAGIC, read_archive
 from bntool.checkpoints.files import SourceFile, quote
@@ -144,24 +144,30 @@ class ConfiguredWeights(KerasHdf5):
     writer = "keras.configuration:write_weights"
     single_file = False
     described_by = ".json"
-    loading = LoadingCode(
-        (
-            "import keras",
-            "model = keras.models.model_from_json(open({description}).read())",
-            "model.load_weights({path})",
-        )
-    )
+    _import = "import keras"
+
+    def _make_model(self, content: KerasContent) -> Sequence[str]:
+        config = content.config
+        name = config.get("class_name") if isinstance(config, dict) else None
+        name = {"Functional": "Model", "Model": "Model", "Sequential": "Sequential"}.get(str(name))
+        if name is None or content.names.is_keras_1:
+            return self._import, "model = keras.models.model_from_json(open({description}).read())"
+        # model_from_json of Keras 3 knows no configuration of a whole .h5 model, and none of Keras 2
+        make = f"model = keras.models.{name}.from_config(json.load(open({{description}}))['config'])"
+        return "import json", self._import, make
 
 
 class RecognisedWeights(ConfiguredWeights):
     """Weights alone whose configuration is that of a model of keras.applications, by names and shapes."""
+
+    _import = "import keras  # Keras 3"
 
     def __init__(self, application: str) -> None:
         self.application = application
 
 
 def edit_configuration(checkpoint: Checkpoint) -> str:
-    """The JSON of an edited model, as :func:`keras.models.model_from_json` takes it.
+    """The JSON of an edited model, in the form in which its configuration was given.
 
     Raises:
         RefusedError: the layers cannot be counted anew.

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from bntool.checkpoints.checkpoint import Checkpoint, Format, GlobalTrust, Loader, LoadingCode, StateDict
 from bntool.checkpoints.containers.pickles.nodes import text_of
@@ -18,8 +18,12 @@ from bntool.checkpoints.files import FileSlice, SourceFile
 from bntool.checkpoints.records import RECORD_KEY, as_history, parse_record
 from bntool.errors import CorruptFileError, OtherFormatError
 
+if TYPE_CHECKING:
+    from bntool.checkpoints.keras.content import KerasContent
+
 CONFIG, METADATA, WEIGHTS = "config.json", "metadata.json", "model.weights.h5"  # records of an archive
 MODEL_CONFIG, TRAINING_CONFIG = "model_config", "training_config"  # attributes of an HDF5 file
+NUMBERED_WEIGHTS = ".weights.h5"  # ends the names of files that Keras 2.12 and later read as numbered weights
 _SHOWN = ("keras_version", "backend")
 
 
@@ -87,6 +91,24 @@ class KerasHdf5(_Keras):
     title = "Keras (.h5)"
     writer = "keras.writing:write_hdf5"
     takes_keras_config = True
+
+    def describe_loading(self, checkpoint: Checkpoint, path: str) -> LoadingCode | None:
+        from bntool.checkpoints.keras.content import KerasContent, WeightsLayout
+
+        content = KerasContent.of(checkpoint)
+        if self.single_file and content.config is not None:
+            return self.loading
+        is_numbered, ends_so = content.layout is WeightsLayout.NUMBERED, path.endswith(NUMBERED_WEIGHTS)
+        comment = ""
+        if is_numbered and not ends_so:
+            comment = f"  # under a name that ends with {NUMBERED_WEIGHTS}: others are read otherwise"
+        elif ends_so and not is_numbered:
+            comment = f"  # Keras 2.12 and later: under a name that does not end with {NUMBERED_WEIGHTS}"
+        return LoadingCode((*self._make_model(content), "model.load_weights({path})" + comment))
+
+    def _make_model(self, content: KerasContent) -> Sequence[str]:  # noqa: ARG002 (for those that have one)
+        """Lines that make the model which weights alone are loaded into; none where it is the caller's."""
+        return ()
 
     def read(self, file: SourceFile) -> Checkpoint:
         from bntool.checkpoints.containers.hdf5 import read_hdf5  # a start-up without Keras files needs none of it

@@ -20,6 +20,7 @@ from bntool.checkpoints.keras.trust import judge_configuration
 from bntool.checkpoints.tensors import read_bytes
 from bntool.cli.main import ExitCode, main
 from bntool.errors import BntoolError, RefusedError, UsageError
+from bntool.reports.loading import show_loading_code
 from tests.places import INTEROP
 
 PAIRS = [  # weights alone, and the whole model of the same weights
@@ -87,6 +88,48 @@ def test_weights_with_a_configuration_are_the_whole_model(weights: str, model: s
     bntool.fold_checkpoint(INTEROP / model, folded)
     assert json.loads((tmp_path / "folded.json").read_text()) == configuration_of(folded)
     assert elements(target, tmp_path / "folded.json") == elements(folded)
+
+
+ALONE = "tfkeras2_tiny_legacyw.h5"
+
+
+@pytest.mark.parametrize(
+    ("weights", "model", "target", "lines"),
+    [  # each was run in Keras 3.15 and in tf_keras 2.21, which refuse other lines; see tests/oracles/keras_folding.py
+        (ALONE, "tfkeras2_tiny.h5", "b.h5", ["import json", "import keras", "model = MADE", "LOAD"]),
+        (
+            ALONE,
+            "tfkeras2_tiny.h5",
+            "b.weights.h5",
+            [
+                *("import json", "import keras", "model = MADE"),
+                "LOAD  # Keras 2.12 and later: under a name that does not end with .weights.h5",
+            ],
+        ),
+        (
+            "keras_tiny.weights.h5",
+            "keras_tiny.keras",
+            "b.h5",
+            [
+                *("import json", "import keras", "model = MADE"),
+                "LOAD  # under a name that ends with .weights.h5: others are read otherwise",
+            ],
+        ),
+    ],
+)
+def test_the_printed_lines_load_it(weights: str, model: str, target: str, lines: list[str], tmp_path: Path) -> None:
+    path = tmp_path / target
+    fold = bntool.fold_checkpoint(INTEROP / weights, path, keras_config=INTEROP / model)
+    assert fold.checkpoint is not None
+    made = f"keras.models.Model.from_config(json.load(open({str(tmp_path / 'b.json')!r}))['config'])"
+    expected = [line.replace("MADE", made).replace("LOAD", f"model.load_weights({str(path)!r})") for line in lines]
+    assert show_loading_code(fold.checkpoint, fold.checkpoint.state_dict(""), str(path)) == expected
+
+
+def test_weights_that_stay_alone_are_loaded_into_the_users_own_model() -> None:
+    with open_checkpoint(INTEROP / ALONE) as checkpoint:
+        found = show_loading_code(checkpoint, checkpoint.state_dict(""), "a.h5")
+    assert found == ["model.load_weights('a.h5')"]
 
 
 def named_otherwise(folder: Path) -> Path:
