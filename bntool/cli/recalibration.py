@@ -253,6 +253,7 @@ def command(
         _print(checkpoint, merged, html=html, force=force, form=form, quiet=quiet)
         return 0
     if model is None or data is None:
+        _check_has_layers(checkpoint)
         raise UsageError("recalibrate runs the model on data: give --model SPEC and --data SPEC")
     options.require_output(output, unless=dry_run or partial is not None or shard is not None)
     if (dry_run or html is not None) and partial is not None:
@@ -306,6 +307,19 @@ def command(
     if result is not None:
         _print(checkpoint, result, html=html, force=force, form=form, quiet=quiet)
     return 0
+
+
+def _check_has_layers(checkpoint: options.Location) -> None:
+    """Refuse a file without any BatchNorm before a model and data are asked for.
+
+    Where some may be there without their statistics, the model is to tell.
+    """
+    from bntool.errors import RefusedError
+    from bntool.inspection.checkpoint import inspect
+    from bntool.inspection.verdict import Health
+
+    if inspect(checkpoint).verdict.health is Health.NO_BATCH_NORM:
+        raise RefusedError("the file has no BatchNorm layer: there is nothing to recalibrate", path=checkpoint)
 
 
 def _print(

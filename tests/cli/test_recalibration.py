@@ -548,3 +548,20 @@ def test_what_a_processor_has_is_what_the_system_lists():
         assert not is_faster_in_bfloat16(torch.nn.Linear(1, 1))
     else:
         pytest.skip("a processor between the two")
+
+
+NORM = {"a.weight": (4, 3, 3, 3), "b.weight": (4,), "b.bias": (4,), "b.running_mean": (4,), "b.running_var": (4,)}
+
+
+@pytest.mark.parametrize(
+    ("kept", "code", "words"),
+    [
+        (["a.weight"], 4, "the file has no BatchNorm layer: there is nothing to recalibrate"),
+        (["a.weight", "b.weight", "b.bias"], 2, "give --model SPEC and --data SPEC"),  # statistics may be missing
+        (list(NORM), 2, "give --model SPEC and --data SPEC"),
+    ],
+)
+def test_a_model_is_asked_for_only_where_there_may_be_something_to_do(kept, code, words, tmp_path, capsys):
+    save_file({name: torch.ones(NORM[name]) for name in kept}, tmp_path / "a.safetensors")
+    assert main(["recalibrate", str(tmp_path / "a.safetensors"), "-o", str(tmp_path / "b.safetensors")]) == code
+    assert words in capsys.readouterr().err
