@@ -118,12 +118,14 @@ def _find_copies(place: int, inspection: StateDictInspection) -> Iterator[_Copy]
                 if layer.name.startswith(below) and f"{layer.name}.running_var" in own
             },
             frozenset(name.removeprefix(below) for name in own if name.startswith(below)),
+            _read_count(inspection, path),
         )
 
 
-def _read_count(inspection: StateDictInspection) -> int | None:
-    tensors = inspection.state_dict.tensors
-    tensor = tensors.get(COUNT_OF_AVERAGES) or tensors.get(inspection.state_dict.prefix + COUNT_OF_AVERAGES)
+def _read_count(inspection: StateDictInspection, path: str = "") -> int | None:
+    """How often a copy was averaged, whose names begin with this path; None where nothing counts that."""
+    tensors, name = inspection.state_dict.tensors, path + COUNT_OF_AVERAGES
+    tensor = tensors.get(name) or tensors.get(inspection.state_dict.prefix + name)
     try:
         if tensor is None:
             return None
@@ -172,9 +174,7 @@ def _compare(copy: _Copy, model: _Copy, thresholds: Thresholds) -> Iterator[Find
     if not pairs:
         return
     if all(_are_equal(layer, other, STATISTICS) for layer, other in pairs):
-        distance = _measure_distance(pairs)
-        if distance > thresholds.average_weight_distance or (distance and (copy.averagings or 0) > 1):
-            yield _describe_copied(copy, model, pairs, distance)
+        yield from _judge_equal(copy, model, pairs, thresholds)
         return
     measured = [(pair, _measure_shift(*pair)) for pair in pairs]
     pairs, shifts = [pair for pair, s in measured if s.finite], [s for _, s in measured if s.finite]
@@ -194,6 +194,17 @@ def _compare(copy: _Copy, model: _Copy, thresholds: Thresholds) -> Iterator[Find
     own, others = (_find_counter(layers) for layers in zip(*pairs, strict=True))
     if own is not None and others is not None and own < thresholds.average_counter_share * others:
         yield _describe_counters(copy, model, pairs, (own, others), (pairs[worst][0].name, shifts[worst]))
+
+
+def _judge_equal(
+    copy: _Copy, model: _Copy, pairs: Sequence[tuple[LayerInspection, LayerInspection]], thresholds: Thresholds
+) -> Iterator[Finding]:
+    """What it means that an average has the statistics of its model, bit by bit."""
+    distance, averagings = _measure_distance(pairs), copy.averagings or 0
+    if distance > thresholds.average_weight_distance or (distance and averagings > 1):
+        yield _describe_copied(copy, model, pairs, distance)
+    elif averagings > 1:
+        yield _describe_equal(copy, model, averagings)
 
 
 def _find_counter(layers: Sequence[LayerInspection]) -> int | None:
@@ -313,6 +324,24 @@ def _describe_copied(
 
 _IS_INITIAL = "about {:.0%} of them is still the initial 0 and 1: the decay is too slow for so few updates"
 _IS_APART = "weights and biases of the BatchNorms are the same within {:g} %"
+
+
+def _describe_equal(copy: _Copy, model: _Copy, averagings: int) -> Finding:
+    """Of an average whose BatchNorms are those of the model: only other weights tell more."""
+    message = (
+        f"{copy.words} was averaged {averagings} times, but its BatchNorms are those of {model.title}, bit by bit: if "
+        "other weights differ, its statistics are not those of these weights"
+    )
+    return Finding(
+        FindingCode.AVERAGE_NOT_RECOMPUTED,
+        Severity.NOTICE,
+        "average",
+        message,
+        {"averagings": averagings},
+        "torch.optim.swa_utils.update_bn(loader, averaged), or bntool recalibrate; bntool diff shows whether weights "
+        "differ",
+        leaves_open="whether the statistics of this average were recomputed",
+    )
 
 
 def _describe_lag(

@@ -74,19 +74,39 @@ def _nonfinite(tensors: dict[str, Summary]) -> list[Finding]:
         return []
     role, count = max(bad.items(), key=lambda item: item[1])
     listed = ", ".join(f"{count} of {len(tensors[role].values)} in {role}" for role, count in bad.items())
-    outputs = "The outputs of these channels are NaN"
-    if bad.keys() == {"running_var"} and not any(map(math.isnan, tensors["running_var"].values)):
-        outputs = "These channels are constant, their bias: whatever comes in is divided by infinity"
-        if -math.inf in tensors["running_var"].values:
-            outputs = "The outputs of these channels are NaN or constant"
-    message = f"NaN or infinite: {listed}. {outputs}"
+    channels = {
+        i
+        for role in bad.keys() & set(VECTORS)
+        for i, value in enumerate(tensors[role].values)
+        if not math.isfinite(value)
+    }
+    message = f"NaN or infinite: {listed}. {_describe_outputs(tensors, channels)}"
     only_statistics = bad.keys() <= set(STATISTICS)
     advice = (
         "recalibrate, or take an earlier file" if only_statistics else "take an earlier file: no data restore these"
     )
-    channels = {i for role in bad for i, value in enumerate(tensors[role].values) if not math.isfinite(value)}
     short = f"{count} non-finite in {role}"
     return [Finding(FindingCode.NON_FINITE, Severity.ERROR, short, message, bad, advice, tuple(sorted(channels)))]
+
+
+def _describe_outputs(tensors: dict[str, Summary], channels: Collection[int]) -> str:
+    """What these channels put out for usual inputs."""
+    found = set()
+    for channel in channels:
+        weight, bias, mean, variance = (
+            tensors[role].values[channel] if role in tensors else usual for role, usual in _USUAL.items()
+        )
+        root = math.sqrt(variance + DEFAULT_EPS) if variance >= 0 else math.nan
+        scale = weight / root
+        for usual in (-math.pi, math.pi):
+            output = usual * scale + (bias - mean * scale)  # as PyTorch computes it
+            found.add("NaN" if math.isnan(output) else "infinite" if math.isinf(output) else "constant")
+    if found == {"constant"}:
+        return "These channels are constant, their bias: whatever comes in is divided by infinity"
+    return f"The outputs of these channels are {' or '.join(sorted(found))}"
+
+
+_USUAL = {"weight": 1.0, "bias": 0.0, "running_mean": 0.0, "running_var": 1.0}
 
 
 def _variance(variance: Summary) -> list[Finding]:
@@ -132,6 +152,7 @@ def _outlying(mean: Summary, variance: Summary, thresholds: Thresholds) -> list[
     """Channels whose statistics lie far above those of all others, with nothing in between.
 
     What data and training give is a continuum, however wide: a gap of orders of magnitude inside of a layer is none.
+    Of two channels only, the gap must be one that is an error.
     """
     if mean.minimum is None or mean.maximum is None or variance.minimum is None or variance.maximum is None:
         return []
@@ -146,13 +167,13 @@ def _outlying(mean: Summary, variance: Summary, thresholds: Thresholds) -> list[
     findings = []
     by_variance = sorted(live, key=lambda channel: channel[1])
     gap, first = _find_gap([v for _, v, _ in by_variance])
-    if gap >= thresholds.outlying_variance:
+    if gap >= (thresholds.outlying_variance if len(live) > 2 else thresholds.outlying_variance_error):
         channels, far = [i for _, _, i in by_variance[first:]], gap >= thresholds.outlying_variance_error
         findings.append(_describe_outlying("running_var", gap, channels, variance, far=far))
     by_mean = sorted(live)
     sigmas = [math.sqrt(v) for v in accumulate((v for _, v, _ in by_mean), max)]
     gap, first = _find_gap([m for m, _, _ in by_mean], at_least=sigmas)
-    if gap >= thresholds.outlying_mean:
+    if gap >= (thresholds.outlying_mean if len(live) > 2 else thresholds.outlying_mean_error):
         channels, far = [i for _, _, i in by_mean[first:]], gap >= thresholds.outlying_mean_error
         findings.append(_describe_outlying("running_mean", gap, channels, mean, far=far))
     return findings
@@ -168,7 +189,7 @@ def _find_gap(ordered: Sequence[float], *, at_least: Sequence[float] = ()) -> tu
     for place in range((len(ordered) + 1) // 2, len(ordered)):
         below = ordered[place - 1]
         best = max(best, (ordered[place] / max(below, at_least[place - 1] if at_least else below), place))
-    return best if len(ordered) > 2 else (0.0, 0)
+    return best
 
 
 def _describe_outlying(role: str, gap: float, outlying: Sequence[int], summary: Summary, *, far: bool) -> Finding:
@@ -248,7 +269,8 @@ def _scale(
         return []
     findings = []
     largest, count = max(known), len(variance.values)
-    threshold = thresholds.dead_scale * largest
+    # beside a channel that explodes, sound ones are small, and no constants
+    threshold = thresholds.dead_scale * min(largest, thresholds.exploding_scale)
     dead: tuple[int, ...] = ()
     if min(known) <= threshold:
         dead = tuple(i for i, scale in enumerate(scales) if scale <= threshold and i not in hidden)
@@ -271,11 +293,16 @@ def _scale(
         )
     if largest > thresholds.exploding_scale:
         exploding = tuple(i for i, scale in enumerate(scales) if scale > thresholds.exploding_scale)
+        large = {weights[i] ** 2 > scales[i] for i in exploding}  # it adds more to the scale than the variance does
+        causes = ["tiny variance"] * (False in large) + [_LARGE_WEIGHT] * (True in large)
         message = (
             f"{len(exploding)} of {count} channels have |weight / sqrt(running_var + eps)| above "
-            f"{thresholds.exploding_scale:g} (largest {format_number(largest)}): tiny variance; rounding errors and "
-            "new data are amplified as much"
+            f"{thresholds.exploding_scale:g} (largest {format_number(largest)}): {' and '.join(causes)}; rounding "
+            "errors and new data are amplified as much"
         )
+        advice = "look at what feeds these channels: nearly constant in training, they need not be on new data"
+        if causes == [_LARGE_WEIGHT]:
+            advice = "take an earlier file, or look at the learning rate: no data restore a weight"
         findings.append(
             Finding(
                 FindingCode.EXPLODING_SCALE,
@@ -283,11 +310,14 @@ def _scale(
                 f"scale {largest:.1e}",
                 message,
                 {"channels": len(exploding), "largest": largest},
-                "look at what feeds these channels: nearly constant in training, they need not be on new data",
+                advice,
                 exploding,
             )
         )
     return findings
+
+
+_LARGE_WEIGHT = "large weight"
 
 
 def _has_usual_scales(weight: Summary | None, variance: Summary, eps: float, thresholds: Thresholds) -> bool:

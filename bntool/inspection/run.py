@@ -60,7 +60,7 @@ class LayerState:
 
 @dataclass(frozen=True)
 class FoundInLayers:
-    """A finding above a notice, and all layers of a file that have one of its code and severity.
+    """A finding above a notice, and all layers of a file that have one of its code, severity and advice.
 
     Attributes:
         finding: that of the first of them, or of the file.
@@ -384,12 +384,12 @@ def _summarize_layer(layer: LayerInspection, before: _Statistics | None, now: _S
 
 
 def _list_findings(inspection: Inspection) -> list[FoundInLayers]:
-    grouped: dict[tuple[FindingCode, Severity], tuple[Finding, list[str]]] = {}
+    grouped: dict[tuple[FindingCode, Severity, str], tuple[Finding, list[str]]] = {}
     own = [*inspection.findings, *(f for s in inspection.state_dicts for f in s.findings)]
     found = [(finding, finding.layers) for finding in own]
     found += [(f, (layer.name,)) for s in inspection.state_dicts for layer in s.layers for f in layer.findings]
     for finding, names in found:
         if finding.severity is not Severity.NOTICE:
-            grouped.setdefault((finding.code, finding.severity), (finding, []))[1].extend(names)
+            grouped.setdefault((finding.code, finding.severity, finding.advice), (finding, []))[1].extend(names)
     entries = [FoundInLayers(finding, tuple(dict.fromkeys(names))) for finding, names in grouped.values()]
     return sorted(entries, key=lambda entry: -entry.finding.severity.rank)

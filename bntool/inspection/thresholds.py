@@ -11,7 +11,8 @@ class Thresholds(NamedTuple):
     """The thresholds of findings, each documented in docs/thresholds.md and tested on the samples.
 
     Attributes:
-        dead_scale: of the largest abs(scale) of the layer; below it a channel carries nothing that float32 can keep.
+        dead_scale: of the largest abs(scale) of the layer, which counts as exploding_scale at most; below it a channel
+            carries nothing that float32 can keep.
         dead_share: of the channels, from which on dead ones are a warning.
         exploding_scale: abs(scale) above this amplifies rounding errors of float32 into visible ones.
         outlying_variance: times the next smaller running_var of the layer; of trained layers the largest seen is 3.6.

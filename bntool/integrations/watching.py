@@ -36,9 +36,14 @@ class Look(NamedTuple):
         """The verdict, and the errors where there are some, in a sentence."""
         verdict = self.summary.verdict
         errors = [found for found in self.summary.findings if found.finding.severity is Severity.ERROR]
-        listed = "; ".join(f"{', '.join(one.layers[:_LISTED])}: {one.finding.message}" for one in errors[:_LISTED])
+        listed = "; ".join(f"{_list_names(one.layers)}: {one.finding.message}" for one in errors[:_LISTED])
+        listed += f"; and {len(errors) - _LISTED} more" if len(errors) > _LISTED else ""
         said = "" if verdict is None else verdict.sentence
         return f"BatchNorm after {self.step} steps: {said}" + (f": {listed}" if listed else "")
+
+
+def _list_names(names: Sequence[str]) -> str:
+    return ", ".join(names[:_LISTED]) + (f" and {len(names) - _LISTED} more" if len(names) > _LISTED else "")
 
 
 class WatchingHook:

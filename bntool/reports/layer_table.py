@@ -263,15 +263,17 @@ def show_behaviour(layers: Sequence[LayerInspection]) -> Iterator[Line]:
         yield Line((Cell(f"{where}: "), Cell(sentence, is_sentence=True)))
 
 
-GroupedFinding = tuple[Finding, tuple[str, ...]]  # the first of those that share code and severity, and whose they are
+GroupedFinding = tuple[
+    Finding, tuple[str, ...]
+]  # the first of those that share code, severity and advice, and whose they are
 
 
 def group_findings(state_dict: StateDictInspection) -> list[GroupedFinding]:
-    """Those of the state dict, then one entry for each code and severity with the layers that have it, worst first."""
-    grouped: dict[tuple[str, str], tuple[Finding, list[str]]] = {}
+    """Those of the state dict, then one entry for each code, severity and advice with its layers, worst first."""
+    grouped: dict[tuple[str, str, str], tuple[Finding, list[str]]] = {}
     for layer in state_dict.layers:
         for finding in layer.findings:
-            entry = grouped.setdefault((finding.code.value, finding.severity.value), (finding, []))
+            entry = grouped.setdefault((finding.code.value, finding.severity.value, finding.advice), (finding, []))
             entry[1].append(layer.name + describe_channels(finding.channels))
     own = [(finding, finding.layers) for finding in state_dict.findings]
     of_layers = [(finding, tuple(names)) for finding, names in grouped.values()]

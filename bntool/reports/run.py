@@ -141,11 +141,16 @@ def show_break(run: Run) -> Iterator[Line]:
     ]
     worst = broken.findings[0] if broken.findings else None
     if worst is not None:
-        where = list_names(worst.layers, _LISTED) + describe_channels(worst.finding.channels) * (len(worst.layers) == 1)
+        where = _place(worst)
         cells.append(Cell(f": {worst.finding.short}" + (f" in {where}" if where else ""), is_sentence=True))
     if before is not None and before.verdict is not None:
         cells.append(Cell(f"; {list_files(run, [before])} was {before.verdict.health.value}", is_sentence=True))
     yield Line(tuple(cells))
+
+
+def _place(found: FoundInLayers) -> str:
+    """The layers, and the channels of the only one."""
+    return list_names(found.layers, _LISTED) + describe_channels(found.finding.channels) * (len(found.layers) == 1)
 
 
 def _describe_progress(file: FileSummary, form: str) -> str:
@@ -154,11 +159,11 @@ def _describe_progress(file: FileSummary, form: str) -> str:
 
 
 def _show_findings(run: Run) -> Iterator[Line]:
-    """Each code and severity once, with the files that have it and the first of them as the example."""
-    grouped: dict[tuple[str, str], list[tuple[FileSummary, FoundInLayers]]] = {}
+    """Each code, severity and advice once, with the files that have it and the first of them as the example."""
+    grouped: dict[tuple[str, str, str], list[tuple[FileSummary, FoundInLayers]]] = {}
     for file in run.files:
         for found in file.findings:
-            key = (found.finding.code.value, found.finding.severity.value)
+            key = (found.finding.code.value, found.finding.severity.value, found.finding.advice)
             grouped.setdefault(key, []).append((file, found))
     for entries in sorted(grouped.values(), key=lambda entries: -entries[0][1].finding.severity.rank):
         file, found = entries[0]
@@ -172,7 +177,7 @@ def _show_findings(run: Run) -> Iterator[Line]:
             )
         )
         where = f"{list_files(run, [file])}, " if len(files) > 1 else ""
-        where += list_names(found.layers, _LISTED) or "the file"
+        where += _place(found) or "the file"
         yield Line((Cell(f"{where}: ", is_sentence=True), Cell(finding.message, is_sentence=True)), indent=2)
         if finding.advice:
             yield Line((Cell("to do: ", Style.MUTED), Cell(finding.advice, is_sentence=True)), indent=2)

@@ -186,3 +186,23 @@ def test_an_average_that_bntool_recalibrated_is_judged(tmp_path: Path) -> None:
     torch.save(average.state_dict(), tmp_path / "c.pt")
     bntool.recalibrate_checkpoint(tmp_path / "c.pt", tmp_path / "r.pt", model=build(), data=batches(40))
     assert bntool.inspect(tmp_path / "r.pt").verdict.health is Health.HEALTHY
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_an_average_whose_norms_are_those_of_the_model_is_not_called_healthy(flat: bool, tmp_path: Path) -> None:
+    model = build()
+    average = AveragedModel(model)
+    for x in batches(40):
+        model(x)
+        with torch.no_grad():
+            model[3].weight += 0.01 * torch.randn_like(model[3].weight)
+        average.update_parameters(model)
+    source = (
+        lay_flat(model, average, ("model.", "swa."))
+        if flat
+        else {"model": model.state_dict(), "swa": average.state_dict()}
+    )
+    (finding,) = found(source, tmp_path)
+    assert (finding.code, finding.severity) == (FindingCode.AVERAGE_NOT_RECOMPUTED, Severity.NOTICE)
+    assert "averaged 40 times" in finding.message
+    assert bntool.inspect(tmp_path / "c.pt").verdict.health is Health.NOT_JUDGED

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import bntool
 from bntool.inspection.findings import FindingCode, Severity
@@ -204,3 +205,41 @@ def test_what_is_said_of_infinite_values_is_what_torch_computes(infinite):
     else:
         assert not torch.isfinite(out).all()
         assert "constant" not in finding.message
+
+
+def test_channels_beside_one_that_explodes_are_not_called_dead() -> None:
+    (finding,) = find_in_layer(layer(weight=[1.0, 1e7, 0.5, 0.8]), eps=1e-5)
+    assert (finding.code, finding.channels) == (FindingCode.EXPLODING_SCALE, (1,))
+    assert "large weight" in finding.message
+    assert "tiny variance" not in finding.message
+    assert "no data restore" in finding.advice
+
+
+def test_of_two_channels_only_a_gap_that_no_data_make_is_told() -> None:
+    two = {"weight": [1.0, 0.9], "bias": [0.1, 0.2], "running_mean": [0.1, 0.3]}
+    assert codes(layer(**two, running_var=[0.8, 1e9])) == {FindingCode.OUTLYING_VARIANCE: Severity.ERROR}
+    assert codes(layer(**two, running_var=[0.8, 1e4])) == {}
+    two = two | {"running_mean": [0.1, -1e6]}
+    assert codes(layer(**two, running_var=[0.8, 1.2])) == {FindingCode.OUTLYING_MEAN: Severity.ERROR}
+
+
+@pytest.mark.parametrize(
+    ("role", "value", "said"),
+    [
+        ("running_mean", math.inf, "are infinite"),
+        ("running_mean", math.nan, "are NaN"),
+        ("bias", math.inf, "are infinite"),
+        ("weight", math.inf, "are NaN or infinite"),
+        ("running_var", -math.inf, "are NaN"),
+    ],
+)
+def test_what_comes_out_of_channels_that_are_not_finite_is_what_torch_gives(role: str, value: float, said: str) -> None:
+    tensors = {key: [0.5, 0.5, 0.5, 0.5] for key in ("weight", "bias", "running_mean", "running_var")}
+    tensors[role] = [0.5, value, 0.5, 0.5]
+    (finding,) = [f for f in find_in_layer(layer(**tensors), eps=1e-5) if f.code is FindingCode.NON_FINITE]
+    assert finding.message.endswith(said)
+    given = {key: torch.tensor(values) for key, values in tensors.items()}
+    out = F.batch_norm(torch.linspace(-2, 2, 28).reshape(7, 4), **given)[:, 1]
+    assert not torch.isfinite(out).any()
+    assert bool(torch.isnan(out).any()) == ("NaN" in said)
+    assert bool(torch.isinf(out).any()) == ("infinite" in said)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from bntool.inspection.findings import FindingCode
@@ -10,6 +10,7 @@ from bntool.reports.report import FileReport, Report, describe_error
 from bntool.reports.text import sanitize
 
 _SEVERITIES = ("notice", "warning", "error")
+_LISTED = 3  # layers of one problem that are named
 _UNJUDGED = ("statistics-missing", "not-understood")
 EXPECTATION = "expectation"  # the code of what diff --expect finds changed
 
@@ -40,7 +41,8 @@ class Problem(NamedTuple):
         """Layer and channels in a few words; "" for the file."""
         if not self.channels:
             return self.layer
-        shown = ", ".join(map(str, self.channels[:8])) + (", ..." if len(self.channels) > 8 else "")
+        shown = ", ".join(map(str, self.channels[:8]))
+        shown += f" and {len(self.channels) - 8} more" if len(self.channels) > 8 else ""
         return f"{self.layer}, channel{'s' * (len(self.channels) > 1)} {shown}".lstrip(", ")
 
     def reaches(self, severity: str) -> bool:
@@ -74,7 +76,7 @@ def list_problems_of(file: FileReport) -> Iterator[Problem]:
             continue
         where = f"{state_dict['key']}: " if len(state_dicts) > 1 and state_dict["key"] else ""
         for finding in state_dict["findings"]:
-            yield _read(file.path, finding, ", ".join(f"{where}{name}" for name in finding.get("layers", ())[:3]))
+            yield _read(file.path, finding, _list_layers(where, finding.get("layers", ())))
         for layer in state_dict["layers"]:
             for finding in layer["findings"]:
                 yield _read(file.path, finding, where + layer["name"])
@@ -83,6 +85,11 @@ def list_problems_of(file: FileReport) -> Iterator[Problem]:
         layer, colon, what = violation.partition(": ")
         message = f"{what if colon else violation} changed, against --expect {expected['name']}"
         yield Problem(file.facts["other_file"], EXPECTATION, "error", _safe(message), _safe(layer if colon else ""))
+
+
+def _list_layers(where: str, names: Sequence[str]) -> str:
+    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+    return ", ".join(f"{where}{name}" for name in names[:_LISTED]) + more
 
 
 def list_jumps(report: Report) -> list[Problem]:

@@ -107,7 +107,7 @@ def _list_facts(inspection: Inspection) -> dict[str, str]:
 def _group_findings(
     state_dicts: Sequence[StateDictInspection], of_file: Sequence[Finding], anchors: Anchors
 ) -> Iterator[Entry]:
-    """Of the layers, the state dicts and the file; one entry for each code and severity, worst first."""
+    """Of the layers, the state dicts and the file; one entry for each code, severity and advice, worst first."""
     groups: dict[tuple[str, Severity, str], tuple[Finding, list[Place]]] = {}
     several = len(state_dicts) > 1
     for one in state_dicts:
@@ -118,7 +118,7 @@ def _group_findings(
             groups[finding.code.value, finding.severity, f"{key} {len(groups)}"] = (finding, places)
         for layer in one.layers:
             for finding in layer.findings:
-                group = groups.setdefault((finding.code.value, finding.severity, ""), (finding, []))
+                group = groups.setdefault((finding.code.value, finding.severity, finding.advice), (finding, []))
                 more = describe_channels(finding.channels)
                 group[1].append(Place(label + layer.name, anchors[key, layer.name], more))
     for finding in of_file:
