@@ -90,7 +90,8 @@ class Node:
         groups: of a convolution.
         eps: of a BatchNorm.
         training: a BatchNorm that normalises by batch statistics.
-        padded: a convolution that reads zeros beyond the border.
+        padded: a convolution that reads zeros beyond the border, or a transposed one that has output positions which
+            not all of its taps meet.
         pads_itself: the module of the convolution adds these zeros, and could add other values.
         centred: a convolution whose outputs lie where its inputs do, with a tap in the middle of its kernel.
         strides: of a convolution without dilation whose kernel has a middle, which meets the first position: two of

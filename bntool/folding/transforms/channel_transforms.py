@@ -530,6 +530,8 @@ class ChannelTransforms:
                     yield self.graph.nodes[edge.target]
 
     def _name(self, node: Node) -> str:
+        if node.kind is NodeKind.CONV_TRANSPOSE and node.padded:
+            return f"{node.describe()}, not all of whose taps meet every position,"
         if node.kind.is_producer and node.padded:
             return f"{node.describe()}, which reads zeros beyond the border,"
         return node.describe()

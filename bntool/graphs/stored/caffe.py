@@ -181,7 +181,7 @@ class _Building:
             channels=channels,
             parameters=own,
             groups=groups,
-            padded=_is_padded(layer, "convolution_param") or kind is NodeKind.CONV_TRANSPOSE,
+            padded=_reads_borders(layer, kind, shape),
             **self._facts(layer),
         )
         batch = value.shape[0] if value.shape else self.builder.unknown()
@@ -341,6 +341,16 @@ def _flatten(value: Value, builder: GraphBuilder) -> Value:
         lies = Spread.RUNS if value.labels is not None else None
         return dataclasses.replace(value, shape=builder.unknowns(2), spread=lies)
     return value.without_labels() if not shape else reshape(value, (shape[0], size_of(shape[1:])))
+
+
+def _reads_borders(layer: Layer, kind: NodeKind, shape: tuple[int, ...]) -> bool:
+    """Whether positions of the output meet a part of the kernel only."""
+    if kind is not NodeKind.CONV_TRANSPOSE:
+        return _is_padded(layer, "convolution_param")
+    keys = (f"convolution_param.{key}" for key in ("stride", "stride_h", "stride_w"))
+    return any(extent != 1 for extent in shape[2:]) or any(
+        layer.parameters.get(key, 1) not in (1, (1,)) for key in keys
+    )
 
 
 def _is_padded(layer: Layer, message: str) -> bool:

@@ -33,6 +33,7 @@ from bntool.graphs.stored.values import (
     size_of,
     transpose,
 )
+from bntool.graphs.transposed_convolutions import Axis, meets_all_taps
 
 MAX_CALLS = 200_000  # of layers, each call of a nested model counted anew
 _LAST = -1
@@ -299,6 +300,11 @@ class _Building:
             value, padded = self._add_first_half(layer, own, value, axis, padded=padded), False
         groups, multiplier = self._groups(layer), 1
         transposed = layer.kind in TRANSPOSED
+        if transposed:
+            strides = _per_axis(layer.config.get("strides"), space)
+            one = strides is not None and layer.config.get("output_padding") is None
+            axes = zip(shape[2:], strides or (), strict=False)
+            padded = not one or not meets_all_taps(Axis(size, stride=stride) for size, stride in axes)
         kind = NodeKind.CONV_TRANSPOSE if transposed else NodeKind.CONVOLUTION if space else NodeKind.LINEAR
         if layer.kind in DEPTHWISE:
             channels, multiplier = shape[0], self._multiplier(layer, shape[0])

@@ -20,6 +20,7 @@ from bntool.graphs.stored.builder import GraphBuilder
 from bntool.graphs.stored.onnx_constants import OnnxConstants
 from bntool.graphs.stored.onnx_operators import JOINING, OPERATORS, Call, Extents, slide
 from bntool.graphs.stored.values import Extent, Shape, Value
+from bntool.graphs.transposed_convolutions import Axis, meets_all_taps
 
 Array = NDArray[Any]
 
@@ -323,7 +324,12 @@ class _Building:
         padded = any(node.integers("pads")) or node.text("auto_pad", "NOTSET") not in ("NOTSET", "VALID")
         facts: dict[str, Any] = {"kind": kind, "groups": groups, "axis": 1}
         if kind is NodeKind.CONV_TRANSPOSE:
-            return {**facts, "channels": shape[1] * groups, "input_channels": shape[0], "padded": True}
+            return {
+                **facts,
+                "channels": shape[1] * groups,
+                "input_channels": shape[0],
+                "padded": not _meets_all_taps(node, shape),
+            }
         return {
             **facts,
             "channels": shape[0],
@@ -384,6 +390,20 @@ class _Building:
             facts["factors"] = (factor,)
         kind = NodeKind.BIAS if key is not None else NodeKind.CONSTANT_SUM
         return self.builder.add_elementwise(kind, node.operator, value, **facts)
+
+
+def _meets_all_taps(node: OnnxNode, shape: tuple[int, ...]) -> bool:
+    """Whether each output position of a transposed convolution meets all taps, as far as its attributes say."""
+    count = len(shape) - 2
+    strides, dilations, more = (
+        node.integers(name) or (default,) * count
+        for name, default in (("strides", 1), ("dilations", 1), ("output_padding", 0))
+    )
+    pads = node.integers("pads") or (0,) * (2 * count)
+    plain = node.text("auto_pad", "NOTSET") == "NOTSET" and not node.integers("output_shape")
+    if not plain or len(pads) != 2 * count or not len(strides) == len(dilations) == len(more) == count:
+        return False
+    return meets_all_taps(map(Axis, shape[2:], strides, dilations, pads[:count], pads[count:], more))
 
 
 def _is_centred(node: OnnxNode, shape: tuple[int, ...]) -> bool:

@@ -601,6 +601,8 @@ def _pad(call: Call) -> list[Value]:
     if changed & set(data.axes):
         return call.other()
     shape = tuple(call.builder.unknown() if axis in changed else one for axis, one in enumerate(data.shape))
+    if node.text("mode", "constant") == "constant" and max(pads, default=0) <= 0:  # a crop
+        return call.pass_on(NodeKind.AVERAGE, shape=shape)
     if node.text("mode", "constant") in ("reflect", "edge", "wrap"):
         negative = min(pads, default=0) < 0
         return call.pass_on(NodeKind.AVERAGE, shape=shape) if not negative else call.other()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -15,6 +15,7 @@ from bntool.graphs.graph import NodeKind, Owner
 from bntool.graphs.traced import operators
 from bntool.graphs.traced.labels import varying_axis
 from bntool.graphs.traced.parameters import Ones, Parameter, ParameterIndex
+from bntool.graphs.transposed_convolutions import Axis, meets_all_taps
 from bntool.modules.padding import find_amounts
 
 _CLOSE = 1e-4  # relative; a frozen BatchNorm computes its scale in the dtype of its buffers
@@ -273,8 +274,10 @@ def _convolution(name: str, kind: NodeKind, given: Callable[[str], Any], roles: 
     roles.sort("bias", bias)
     if bias is None and kind is NodeKind.CONVOLUTION and _is_fixed_filter(given, roles):
         return CallFacts(NodeKind.CHANNELWISE, (given("input"),), axis=1)
-    # the shift of an input cannot be taken out where windows reach over the border, as those of a transposed one do
-    padded = name == "deform_conv2d" or any(given("padding")) or kind is NodeKind.CONV_TRANSPOSE
+    # the shift of an input cannot be taken out where windows reach over the border
+    padded = name == "deform_conv2d" or any(given("padding"))
+    if kind is NodeKind.CONV_TRANSPOSE:
+        padded = not meets_all_taps(_read_axes(given))
     plain = name != "deform_conv2d" and kind is NodeKind.CONVOLUTION
     strides = _find_strides(given) if plain and _has_middle(given) else ()
     centred = bool(strides) and all(step == 1 for step in strides)
@@ -283,6 +286,14 @@ def _convolution(name: str, kind: NodeKind, given: Callable[[str], Any], roles: 
     groups = {"groups": int(given("groups")), "padded": padded, "centred": centred, "strides": strides}
     groups["pads_itself"] = plain and padded and _pads_itself(given, roles)
     return CallFacts(kind, (given("input"),), axis=1, details={**roles.details(anchor="weight"), **groups})
+
+
+def _read_axes(given: Callable[[str], Any]) -> Iterator[Axis]:
+    """The axes of a transposed convolution."""
+    spreads = _spread_dilations(given)
+    amounts = (_spread(given(name), len(spreads)) for name in ("stride", "padding", "output_padding"))
+    for (size, dilation), stride, padding, more in zip(spreads, *amounts, strict=True):
+        yield Axis(size, stride=stride, dilation=dilation, before=padding, after=padding, more=more)
 
 
 def _pads_itself(given: Callable[[str], Any], roles: _Roles) -> bool:

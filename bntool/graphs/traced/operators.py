@@ -74,6 +74,14 @@ def argument(function: Any, arguments: Sequence[Any], keywords: Mapping[str, Any
     return None
 
 
+def is_movement(function: Any, arguments: Sequence[Any], keywords: Mapping[str, Any]) -> bool:
+    """Whether every element of the result is one of an argument; padding by negative amounts alone is a crop."""
+    name = name_of(function)
+    if name in _CONSTANT_PADS:
+        return all(isinstance(size, int) and size <= 0 for size in argument(function, arguments, keywords, "pad") or ())
+    return name in MOVEMENTS
+
+
 def producer_kind(function: Any, arguments: Sequence[Any], keywords: Mapping[str, Any]) -> NodeKind | None:
     """The kind of a convolution, transposed convolution or linear; None for other operations.
 

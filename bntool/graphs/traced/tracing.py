@@ -288,10 +288,10 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self, function: Any, arguments: Any, keywords: Any, outputs: list[Tensor], labels: dict[int, Tensor | None]
     ) -> bool:
         """Replay an operation that only moves elements; returns whether it was one."""
-        name = operators.name_of(function)
-        if name not in operators.MOVEMENTS or not all(tensor.is_floating_point() for tensor in outputs):
+        is_movement = operators.is_movement(function, arguments, keywords)
+        if not is_movement or not all(tensor.is_floating_point() for tensor in outputs):
             return False
-        joins = name in ("cat", "stack")
+        joins = operators.name_of(function) in ("cat", "stack")
 
         def substitute(item: Any) -> Any:
             if not isinstance(item, Tensor):

@@ -123,7 +123,32 @@ def into_a_transposed(self, x):
     return self.transposed(self.bn(x)), self.head(x.mean((2, 3)))
 
 
+def cropped(self, x):
+    x = F.pad(self.stem(x), (-1, 0, -2, -1), value=3.0)
+    return self.bn(x).sigmoid()
+
+
+def cropped_after(self, x):
+    x = self.stem(x).sigmoid()
+    return self.unpadded(F.pad(self.bn(x), (0, -1, 0, 0)))
+
+
+def cropped_channels(self, x):
+    x = self.stem(x).sigmoid()
+    x = F.pad(self.bn(x), (0, 0, 0, 0, -1, -3))
+    return self.excite(x)
+
+
+def cropped_and_padded(self, x):
+    x = self.stem(x).sigmoid()
+    return self.unpadded(F.pad(self.bn(x), (-1, 1, 0, 0)))
+
+
 ANY_SIGN = {
+    cropped: 1,
+    cropped_after: 1,
+    cropped_channels: 1,
+    cropped_and_padded: 0,
     padded_reader_alone: 1,
     own_bias: 1,
     low_rank_beside: 1,
@@ -500,3 +525,44 @@ def test_a_guard_that_is_dropped_is_noticed(name: str, monkeypatch: pytest.Monke
     except AssertionError:
         return
     assert largest_difference(model, folded, image()) > 1e-6
+
+
+TRANSPOSED = {  # kernel, stride, padding, output padding, dilation, groups: whether a shift becomes a shift
+    (1, 1, 0, 0, 1, 1): True,
+    (1, 1, 1, 0, 1, 2): True,
+    (1, 1, 1, 1, 2, 1): True,
+    (3, 1, 2, 0, 1, 2): True,
+    (2, 1, 3, 0, 3, 1): True,
+    (1, 1, 0, 1, 2, 1): False,
+    (3, 1, 1, 0, 1, 1): False,
+    (3, 1, 4, 1, 2, 1): False,
+    (1, 2, 0, 0, 1, 1): False,
+    (2, 2, 0, 0, 1, 1): False,
+    (2, 2, 0, 1, 1, 2): False,
+    (3, 3, 0, 0, 1, 1): False,
+    (3, 2, 4, 0, 1, 1): False,
+}
+
+
+@pytest.mark.parametrize("case", TRANSPOSED)
+def test_a_shift_passes_a_transposed_convolution_where_all_taps_meet_all_positions(case: tuple[int, ...]) -> None:
+    kernel, stride, padding, more, dilation, groups = case
+    layer = nn.ConvTranspose2d(6, 4, kernel, stride, padding, more, groups, dilation=dilation)
+
+    def forward(self, x):
+        return self.up(self.bn(self.stem(x).sigmoid()))
+
+    model, x = build(forward, up=layer), image()
+    with torch.no_grad():  # by torch itself: what a constant becomes
+        ones = F.conv_transpose2d(
+            torch.ones(1, 6, 7, 7, dtype=x.dtype), model.up.weight, None, stride, padding, more, groups, dilation
+        )
+    is_constant = bool((ones - ones[..., :1, :1]).abs().max() < EXACT)
+    assert is_constant is TRANSPOSED[case]
+    folded, plan = fold(model, x)
+    assert largest_difference(model, folded, x) < EXACT
+    assert len(plan.folds) == is_constant
+    if not is_constant:
+        assert (
+            "transposed convolution (up), not all of whose taps meet every position, does not" in plan.skips[0].detail
+        )

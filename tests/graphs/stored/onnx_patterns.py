@@ -620,6 +620,35 @@ def transposed_convolution_and_a_bias() -> Pattern:
 
 
 @exact
+def shift_into_a_transposed_convolution_of_one_tap() -> Pattern:
+    one = Pattern(shape=(2, 4, 8, 8))
+    one.add("Sigmoid", "x", "s")
+    one.norm("s", "n", positive=False)
+    one.put("w", 4, 3, 1, 1)
+    one.add("ConvTranspose", "n w", "y")
+    return one
+
+
+@exact
+def shift_into_a_transposed_convolution_without_its_border() -> Pattern:
+    one = Pattern(shape=(2, 4, 8, 8))
+    one.add("Sigmoid", "x", "s")
+    one.norm("s", "n", positive=False)
+    one.put("w", 4, 3, 3, 2)
+    one.add("ConvTranspose", "n w", "y", pads=[4, 1, 5, 2], dilations=[2, 1])
+    return one
+
+
+@exact
+def cropped() -> Pattern:
+    one = Pattern(opset=9)
+    one.conv("x", "c")
+    one.add("Pad", "c", "p", pads=[0, 0, -1, 0, 0, 0, -2, 0])
+    one.norm("p", "y", positive=False)
+    return one
+
+
+@exact
 def one_dimension_without_an_axis() -> Pattern:
     """Squeeze and Unsqueeze between: a 1x1 image becomes a row."""
     one = Pattern(shape=(2, 3, 1, 1))
@@ -1054,6 +1083,7 @@ for _name, _operator, _inputs, _attributes in (
     ("behind_an_average_with_padding", "AveragePool", "c",
      {"kernel_shape": [3, 3], "pads": [1] * 4, "count_include_pad": 1}),
     ("behind_padding_with_zeros", "Pad", "c", {"pads": [0, 0, 1, 1, 0, 0, 1, 1], "opset": 9}),
+    ("behind_padding_with_zeros_and_a_crop", "Pad", "c", {"pads": [0, 0, -1, 0, 0, 0, 1, 0], "opset": 9}),
     ("behind_padding_with_ones", "Pad", "c", {"pads": [0, 0, 1, 1, 0, 0, 1, 1], "value": 1.0, "opset": 9}),
     ("behind_a_factor_by_place", "Mul", "c places", {}),
     ("behind_a_sum_by_place", "Add", "c places", {}),
@@ -1133,6 +1163,24 @@ def shift_into_a_transposed_convolution() -> Pattern:
     one.put("w", 4, 3, 3, 3)
     one.add("ConvTranspose", "stays w", "y", pads=[1] * 4)
     return one
+
+
+for _name, _options in (
+    ("whose_taps_take_turns", {"strides": [3, 3]}),
+    ("that_adds_a_position", {"pads": [2] * 4, "output_padding": [1, 0], "strides": [2, 1]}),
+    ("of_a_given_size", {"output_shape": [8, 8], "pads": [2] * 4}),
+    ("with_padding_of_its_own", {"auto_pad": "SAME_UPPER"}),
+):
+
+    def _shift_into(options: dict[str, Any] = _options) -> Pattern:
+        one = Pattern(shape=(2, 4, 8, 8))
+        one.add("Sigmoid", "x", "s")
+        one.norm("s", "stays")
+        one.put("w", 4, 3, 3, 3)
+        one.add("ConvTranspose", "stays w", "y", **options)
+        return one
+
+    REFUSED[f"shift_into_a_transposed_convolution_{_name}"] = _shift_into
 
 
 @refused

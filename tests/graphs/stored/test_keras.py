@@ -308,6 +308,56 @@ def test_positions_are_counted_where_they_become_one_axis(wanted: list[int], is_
     assert skips == ({} if is_folded else {"n": "axis mismatch"})
 
 
+@pytest.mark.parametrize(("kernel", "stride", "padding", "is_folded"), [
+    (1, 1, "valid", True), (1, 1, "same", True), (1, 2, "valid", False), (3, 1, "valid", False), (2, 2, "valid", False),
+    (3, 1, "same", False),
+])  # fmt: skip
+def test_a_shift_into_a_transposed_convolution(
+    kernel: int, stride: int, padding: str, is_folded: bool, tmp_path: Path
+) -> None:
+    """Not where the border, or every other position, meets some of the taps only, without padding too."""
+    shared = {"kernel_size": [kernel, kernel], "strides": [stride, stride], "padding": padding}
+    layers = [
+        {"class_name": "Conv2D", "config": {"name": "c", "kernel_size": [1, 1], "activation": "sigmoid"}},
+        {"class_name": "BatchNormalization", "config": {"name": "n", "epsilon": 1e-3}},
+        {"class_name": "Conv2DTranspose", "config": {"name": "t", "filters": 4, **shared}},
+    ]
+    layers[0]["config"]["batch_input_shape"] = [None, 6, 6, 3]
+    random_numbers = np.random.default_rng(1)
+    weights = {
+        "c": {"kernel": (1, 1, 3, 3), "bias": (3,)},
+        "n": dict.fromkeys(("gamma", "beta", "moving_mean", "moving_variance"), (3,)),
+        "t": {"kernel": (kernel, kernel, 4, 3), "bias": (4,)},
+    }
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        file.attrs["model_config"] = json.dumps({"class_name": "Sequential", "config": {"name": "s", "layers": layers}})
+        file.attrs["keras_version"], group = "2.11.0", file.create_group("model_weights")
+        group.attrs["layer_names"] = [b"c", b"n", b"t"]
+        for layer, shapes in weights.items():
+            group.create_group(layer).attrs["weight_names"] = [f"{layer}/{leaf}:0".encode() for leaf in shapes]
+            for leaf, shape in shapes.items():
+                group[layer][f"{layer}/{leaf}:0"] = random_numbers.uniform(0.5, 2, shape).astype("f4")
+    plan = fold_file(tmp_path / "a.h5", tmp_path / "b.h5")
+    assert [fold.layer for fold in plan.folds] == ["n"] * is_folded
+    if not is_folded:
+        assert "transposed convolution (t), not all of whose taps meet every position, does not" in plan.skips[0].detail
+        return
+
+    def read(path: Path) -> dict[str, torch.Tensor]:
+        with open_checkpoint(path) as checkpoint:
+            held = checkpoint.state_dict("").tensors
+            return {k: torch.tensor(list(read_numbers(v))).double().reshape(v.shape) for k, v in held.items()}
+
+    before, after = read(tmp_path / "a.h5"), read(tmp_path / "b.h5")
+    x = torch.randn(2, 3, 6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    norm = [before[f"n.{name}"] for name in ("running_mean", "running_var", "weight", "bias")]
+    expected = functional.conv_transpose2d(
+        functional.batch_norm(x, *norm, eps=1e-3), before["t.weight"], before["t.bias"]
+    )
+    found = functional.conv_transpose2d(x, after["t.weight"], after["t.bias"])
+    assert (found - expected).abs().max() / expected.abs().max() < 1e-6
+
+
 @pytest.mark.parametrize("change", ["subclass", "renamed", "lora"])
 def test_only_layers_of_keras_itself_are_folded(change: str, tmp_path: Path) -> None:
     config = config_of(FOLDER / "keras_tiny.keras")

@@ -28,6 +28,8 @@ WORDS = {  # what stands in the way
     "convolution_read_by_a_sigmoid": "is also read by Sigmoid",
     "convolution_read_in_a_branch": "is also read by Sigmoid",
     "shift_into_zero_padding": "convolution (y_Conv), which reads zeros beyond the border, does not let it pass",
+    "shift_into_a_transposed_convolution_whose_taps_take_turns": "transposed convolution (y_ConvTranspose), not all of "
+    "whose taps meet every position, does not let it pass",
     "negative_scales_before_activations": "negative scale in 2 of 4 channels",
     "other_axis": "meets several channels",
     "activations_in_integers": "DequantizeLinear lies between",
