@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 
 _BATCHES, _SIZE, _ROUNDS, _SHARDS = 12, 8, 3, 64
+_SINGLE = "one-batch"  # a partial
 _WAYS = {"one": ["1/1"], "two": ["1/2", "2/2"], "kept": ["1/1 kept"]}
 
 
@@ -81,7 +82,7 @@ def _run_task(folder: Path, task: str) -> None:
     generator = torch.Generator().manual_seed(0)
     batches = [torch.randn(_SIZE, 3, 128, 128, generator=generator) for _ in range(_BATCHES)]
     part = folder / f"part-{shard.replace('/', '-of-')}"
-    recalibrate_checkpoint(path, model=model, data=batches[:1], partial=part, force=True)
+    recalibrate_checkpoint(path, model=model, data=batches[:1], partial=folder / _SINGLE, force=True)
     spent: list[float] = []
     original, start = keeping.write_partial, 0.0
 
@@ -107,7 +108,7 @@ def _make_partials(folder: Path) -> None:
     from bntool.recalibration.batch_tree import BatchTree
     from bntool.recalibration.partials import read_partial, write_partial
 
-    partial = read_partial(folder / "part-1-of-1")
+    partial = read_partial(folder / _SINGLE)
     one, total = BatchTree(dict(partial.nodes)).finish(), 100 * _SHARDS
     for shard in range(_SHARDS):
         share, tree = Share(shard, _SHARDS), BatchTree()
