@@ -14,7 +14,9 @@ from bntool.verification.statistics_shift import StatisticsShift, measure_shift
 
 PARTED_SIGMAS = 0.1
 PARTED_RATIO = 1.25
+PARTED_CHANNEL = 10.0  # times as far, one channel alone tells: many others would hide it in an average
 _ERRORS = 4.0  # a drift within so many sampling errors says nothing
+_ERRORS_OF_CHANNEL = 2.5  # times as many, of the channel that moved most
 
 
 @dataclass(frozen=True)
@@ -47,11 +49,17 @@ class LayerDrift:
 
     @property
     def has_parted(self) -> bool:
-        """Whether stored and real statistics differ by more than sampling explains, and by enough to matter."""
+        """Whether stored and real statistics differ by more than sampling explains, and by enough to matter.
+
+        Over all channels, or in one channel so much that no average may hide it.
+        """
         if not self.finite:
             return True
         least = max(PARTED_SIGMAS, _ERRORS * (self.sampling_error or 0.0))
-        return self.mean_shift > least or self.variance_spread > max(PARTED_RATIO, 1 + least)
+        ratio = max(PARTED_RATIO, 1 + least)
+        if self.mean_shift > least or self.variance_spread > ratio:
+            return True
+        return self.worst_mean_shift > PARTED_CHANNEL * least or self._worst_factor > ratio**PARTED_CHANNEL
 
     @property
     def is_sampling(self) -> bool:
@@ -60,7 +68,16 @@ class LayerDrift:
             return False
         least = _ERRORS * self.sampling_error
         # the variance of normal values errs by sqrt(2) of what the mean errs by, relatively
-        return self.mean_shift <= least and self.variance_spread <= 1 + math.sqrt(2) * least
+        ratio = 1 + math.sqrt(2) * least
+        if self.mean_shift > least or self.variance_spread > ratio:
+            return False
+        return self.worst_mean_shift <= _ERRORS_OF_CHANNEL * least and self._worst_factor <= ratio**_ERRORS_OF_CHANNEL
+
+    @property
+    def _worst_factor(self) -> float:
+        """By how much the variance of the channel that moved most grew or shrank, at least 1."""
+        ratio = 1.0 if self.shift is None else self.shift.worst_variance_ratio
+        return max(ratio, 1 / ratio)
 
     def describe(self) -> dict[str, Any]:
         """As JSON data, without the channels."""

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from enum import Enum
 from typing import NamedTuple, TypeAlias
 
-from bntool.reports.text import MAX_NAME, MAX_SENTENCE, sanitize
+from bntool.reports.text import MAX_SENTENCE, sanitize
 
 
 class Style(Enum):
@@ -37,15 +37,10 @@ Picture: TypeAlias = Histogram | Series
 
 
 class Cell(NamedTuple):
-    """A piece of text of one style, or a picture in a table. Text from a file is sanitised when it is drawn.
-
-    Attributes:
-        is_sentence: may be longer than a name.
-    """
+    """A piece of text of one style, or a picture in a table. Text from a file is sanitised when it is drawn."""
 
     text: str
     style: Style = Style.PLAIN
-    is_sentence: bool = False
     picture: Picture | None = None
 
 
@@ -63,8 +58,8 @@ class Line(NamedTuple):
 
     def pieces(self) -> list[tuple[str, Style]]:
         """Its text, safe to print, with the style of each piece."""
-        limits = [None if self.verbatim else MAX_SENTENCE if cell.is_sentence else MAX_NAME for cell in self.cells]
-        return [(sanitize(cell.text, limit=limit), cell.style) for cell, limit in zip(self.cells, limits, strict=True)]
+        limit = None if self.verbatim else MAX_SENTENCE
+        return [(sanitize(cell.text, limit=limit), cell.style) for cell in self.cells]
 
 
 class Column(NamedTuple):

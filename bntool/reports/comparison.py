@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import shlex
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -14,11 +13,14 @@ from bntool.comparison.checkpoint import Change, Comparison, LayerComparison
 from bntool.comparison.options import Expectation
 from bntool.reports.blocks import Block, Cell, Column, Style, Table, line
 from bntool.reports.channel_pictures import draw_shifts
+from bntool.reports.layer_table import list_names
 from bntool.reports.text import plural
+from bntool.reports.worst_channels import describe_unusable_channels, describe_worst_channel
 from bntool.representation import format_number
 from bntool.verification.statistics_shift import NO_SHIFT
 
 _SHOWN = 10
+_NAMED = 3  # layers in a sentence
 
 
 def describe_comparison(comparison: Comparison, *, path_b: str) -> dict[str, Any]:
@@ -107,17 +109,18 @@ def show_comparison(
 def _moved_most(layers: Sequence[LayerComparison]) -> list[Block]:
     """The channel whose statistics moved most: the measures of its layer may hide it among the others."""
     known = [(layer.name, layer.statistics) for layer in layers if layer.statistics is not None]
-    name, shift = max(known, key=lambda one: one[1].worst, default=("", NO_SHIFT))
-    channel = shift.find_worst_channel()
-    if not shift.finite:
-        text = "statistics that are NaN, infinite or negative in A or B"
-    elif channel is None:
-        return []
-    elif shift.worst_mean_shift >= abs(math.log(shift.worst_variance_ratio)):
-        text = f"running_mean of channel {channel} by {_number(shift.worst_mean_shift, ' σ')}"
-    else:
-        text = f"running_var of channel {channel} by a factor of {_number(shift.worst_variance_ratio, '')}"
-    return [line(f"moved most: {name}, {text}")]
+    unusable = [f"{name}{describe_unusable_channels(shift)}" for name, shift in known if not shift.finite]
+    blocks: list[Block] = []
+    if unusable:
+        named = list_names(unusable, _NAMED)
+        text = f"moved most: {named}, statistics that are NaN, infinite or negative in A or B"
+        blocks.append(line(text, Style.WARNING))
+    finite = [one for one in known if one[1].finite]
+    name, shift = max(finite, key=lambda one: one[1].worst, default=("", NO_SHIFT))
+    if worst := describe_worst_channel(shift):
+        others = " of the others" * bool(unusable)
+        blocks.append(line(f"moved most{others}: {name}, {worst}"))
+    return blocks
 
 
 def _selection(comparison: Comparison) -> list[Block]:
@@ -158,11 +161,12 @@ def _table(layers: Sequence[LayerComparison]) -> Table:
         Column("layer", shrinks=True),
         Column("changed"),
         Column("", pictures=True),
-        Column("mean", right=True),
-        Column("worst", right=True, wide=100),
+        Column("mean", right=True, wide=100),
+        Column("worst mean", right=True),
         Column("", pictures=True),
-        Column("var", right=True),
-        Column("spread", right=True, wide=100),
+        Column("var", right=True, wide=100),
+        Column("spread", right=True, wide=120),
+        Column("worst var", right=True),
         Column("scale", right=True),
         Column("shift", right=True),
     )
@@ -185,6 +189,7 @@ def _row(layer: LayerComparison, means: Cell, ratios: Cell) -> tuple[Cell, ...]:
         ratios,
         Cell(_number(shift.variance_ratio if shift is not None else None, "×")),
         Cell(_number(shift.variance_spread if shift is not None else None, "×")),
+        Cell(_number(shift.worst_variance_ratio if shift is not None else None, "×")),
         Cell(_percent(layer.scale_change)),
         Cell(_percent(layer.shift_change)),
     )

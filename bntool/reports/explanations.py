@@ -88,7 +88,7 @@ def show_explanations(found: list[Explanation]) -> list[Block]:
         blocks.append(Line((Cell(one.code, Style.HEADING), Cell(f"  {one.kind}", Style.MUTED))))
         for title, value in one.facts.items():
             if value:
-                blocks.append(Line((Cell(f"{title}: ", Style.MUTED), Cell(value, is_sentence=True)), indent=2))
+                blocks.append(Line((Cell(f"{title}: ", Style.MUTED), Cell(value)), indent=2))
     return blocks
 
 
@@ -97,5 +97,5 @@ def show_codes(found: list[Explanation]) -> list[Block]:
     blocks: list[Block] = []
     for kind in _PAGES.values():
         codes = [one.code for one in found if one.kind == kind]
-        blocks += [line(f"{kind}s", Style.HEADING), Line((Cell(", ".join(codes), is_sentence=True),), indent=2)]
+        blocks += [line(f"{kind}s", Style.HEADING), Line((Cell(", ".join(codes)),), indent=2)]
     return blocks

@@ -190,10 +190,10 @@ def show_inspection(
     checkpoint = inspection.checkpoint
     facts = (checkpoint.format.title, format_size(checkpoint.format.size(checkpoint)), describe_origin(checkpoint))
     verdict = inspection.verdict
-    yield Line((Cell(path, Style.HEADING), Cell(": "), Cell(verdict.sentence, HEALTH_STYLES[verdict.health], True)))
+    yield Line((Cell(path, Style.HEADING), Cell(": "), Cell(verdict.sentence, HEALTH_STYLES[verdict.health])))
     yield line(", ".join(fact for fact in facts if fact))
     for note in checkpoint.notes:
-        yield Line((Cell(note, Style.MUTED, is_sentence=True),))
+        yield Line((Cell(note, Style.MUTED),))
     yield from _safety(inspection)
     if inspection.checksums is not None:
         yield line(f"checksums: {plural(inspection.checksums, 'record')} verified", Style.GOOD)
@@ -222,11 +222,11 @@ def _show_configuration(inspection: Inspection) -> Iterable[Block]:
         grouped.setdefault((one.finding.code.value, one.reason), []).extend(places)
     for (code, reason), places in grouped.items():
         where = f" in {list_names(places, _LISTED)}" if places else ""
-        yield Line((Cell("ignored ", Style.MUTED), Cell(f"{code}{where}: {reason}", is_sentence=True)), indent=2)
+        yield Line((Cell("ignored ", Style.MUTED), Cell(f"{code}{where}: {reason}")), indent=2)
     for rule in inspection.thresholds:
         where = f" for {list_names(rule.layers, _LISTED)}" if rule.layers else ""
         said = f"{rule.name} {rule.value:g}{where} (usually {rule.default:g}): {rule.reason}"
-        yield Line((Cell("threshold ", Style.MUTED), Cell(said, is_sentence=True)), indent=2)
+        yield Line((Cell("threshold ", Style.MUTED), Cell(said)), indent=2)
 
 
 def _safety(inspection: Inspection) -> Iterable[Block]:

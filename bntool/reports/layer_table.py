@@ -260,7 +260,7 @@ def show_behaviour(layers: Sequence[LayerInspection]) -> Iterator[Line]:
             behaving.setdefault(sentence, []).append(layer.name)
     for sentence, names in behaving.items():
         where = "every layer" if len(names) == len(layers) > 1 else list_names(names, _LISTED)
-        yield Line((Cell(f"{where}: "), Cell(sentence, is_sentence=True)))
+        yield Line((Cell(f"{where}: "), Cell(sentence)))
 
 
 GroupedFinding = tuple[
@@ -306,10 +306,10 @@ def show_findings(grouped: Iterable[GroupedFinding]) -> Iterator[Line]:
             (
                 Cell(f"{MARKS[severity]} {severity.value}", SEVERITY_STYLES[severity]),
                 Cell(f" {finding.code.value}", Style.HEADING),
-                Cell(where, is_sentence=True),
+                Cell(where),
             )
         )
         example = f"{names[0].partition(' (')[0]}: " if len(names) > 1 and not finding.layers else ""
-        yield Line((Cell(example), Cell(finding.message, is_sentence=True)), indent=2)
+        yield Line((Cell(example), Cell(finding.message)), indent=2)
         if finding.advice:
-            yield Line((Cell("to do: ", Style.MUTED), Cell(finding.advice, is_sentence=True)), indent=2)
+            yield Line((Cell("to do: ", Style.MUTED), Cell(finding.advice)), indent=2)

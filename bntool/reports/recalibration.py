@@ -10,7 +10,14 @@ from bntool.reports.blocks import Block, Cell, Column, Line, Style, Table, line,
 from bntool.reports.channel_pictures import draw_shifts
 from bntool.reports.loading import show_loading_code
 from bntool.reports.text import format_size, plural
+from bntool.reports.worst_channels import (
+    describe_unusable_channels,
+    describe_worst_channel,
+    find_lone_mean,
+    find_lone_variance,
+)
 from bntool.representation import format_number
+from bntool.verification.statistics_shift import NO_SHIFT
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -21,6 +28,7 @@ if TYPE_CHECKING:
     from bntool.recalibration.results import CheckpointRecalibration, PreprocessingSteps
 
 _UNEVEN = 1.05  # the spread of variances over their mean change from which the latter says too little
+_FAR = 2.0  # times as far off as the layer that is furthest off, a channel of another is named, too
 _SHOWN = 4  # reasons for leaving samples out that are given
 _RATE = ("top1", "top5")
 
@@ -124,15 +132,16 @@ def _drift_table(drifts: tuple[LayerDrift, ...], output_changes: OutputChanges |
         Column("layer", shrinks=True),
         Column("order", right=True, wide=100),
         Column("", pictures=True),
-        Column("mean shift", right=True),
-        Column("worst", right=True, wide=100),
+        Column("mean shift", right=True, wide=100),
+        Column("worst mean", right=True),
         Column("", pictures=True),
-        Column("variance", right=True),
-        Column("spread", right=True, wide=100),
+        Column("variance", right=True, wide=100),
+        Column("spread", right=True, wide=120),
+        Column("worst var", right=True),
         Column("error", right=True, wide=100),
         Column("outputs", right=True),
-        Column("channels", right=True, wide=100),
-        Column("positions", right=True, wide=100),
+        Column("channels", right=True, wide=140),
+        Column("positions", right=True, wide=140),
     )
     alone = output_changes.alone if output_changes is not None else {}
     order = {drift.layer: index for index, drift in enumerate(drifts, start=1)}
@@ -152,6 +161,7 @@ def _drift_table(drifts: tuple[LayerDrift, ...], output_changes: OutputChanges |
                 ratios[at],
                 Cell("x " + format_number(drift.variance_ratio), style),
                 Cell("x " + format_number(drift.variance_spread), style),
+                Cell("" if drift.shift is None else f"x {format_number(drift.shift.worst_variance_ratio)}", style),
                 Cell("" if error is None else f"± {format_number(error, 2)} σ", Style.MUTED),
                 Cell("" if drift.layer not in alone else _in_percent(alone[drift.layer])),
                 Cell(f"{drift.channels:,}"),
@@ -183,9 +193,14 @@ def _diagnosis(drifts: Sequence[LayerDrift]) -> list[Block]:
     if parted.finite and parted.sampling_error is None:
         first += f" {_ONE_BATCH}"
     worst = max(drifts, key=lambda drift: drift.severity)
-    if worst.severity <= parted.severity:
-        return [line(first, Style.NOTICE)]
-    return [line(first, Style.NOTICE), line(f"Furthest from it: {worst.layer} {_describe_drift(worst)}.", Style.NOTICE)]
+    said = [first]
+    if worst.severity > parted.severity:
+        said.append(f"Furthest from it: {worst.layer} {_describe_drift(worst)}.")
+    known = [(drift.layer, drift.shift) for drift in drifts if drift.shift is not None and drift.shift.finite]
+    layer, shift = max(known, key=lambda one: one[1].worst, default=("", NO_SHIFT))
+    if layer not in ("", parted.layer, worst.layer) and shift.worst > _FAR * worst.severity:
+        said.append(f"The channel that is furthest off is one of {layer}: {describe_worst_channel(shift)}.")
+    return [line(text, Style.NOTICE) for text in said]
 
 
 _ONE_BATCH = "One batch does not tell how much of that is sampling error."
@@ -197,21 +212,43 @@ def _describe_agreement(drifts: Sequence[LayerDrift]) -> str:
 
     if all(drift.is_sampling for drift in drifts):
         return "The stored statistics are those of this data, within sampling error."
-    near = f"The stored statistics are those of this data to {PARTED_SIGMAS:g} σ and a factor of {PARTED_RATIO:g}"
+    near = "The stored statistics are, over the channels of each layer, those of this data "
+    near += f"to {PARTED_SIGMAS:g} σ and a factor of {PARTED_RATIO:g}"
     if any(drift.sampling_error is None for drift in drifts):
-        return f"{near}. {_ONE_BATCH}"
+        return f"{near}{_describe_worst(drifts)}. {_ONE_BATCH}"
     beyond = max((drift for drift in drifts if not drift.is_sampling), key=lambda drift: drift.severity)
     return f"{near}, which is more than sampling error: {beyond.layer} {_describe_drift(beyond)}."
 
 
+def _describe_worst(drifts: Sequence[LayerDrift]) -> str:
+    """How far the channel is off that is furthest off."""
+    known = [(drift.layer, drift.shift) for drift in drifts if drift.shift is not None]
+    layer, shift = max(known, key=lambda one: one[1].worst, default=("", NO_SHIFT))
+    worst = describe_worst_channel(shift)
+    return f", furthest off in {layer}, {worst}" if worst else ""
+
+
 def _describe_drift(drift: LayerDrift) -> str:
     if not drift.finite:
-        return "holds statistics that are not usable (NaN, infinite or negative variance)"
+        where = "" if drift.shift is None else describe_unusable_channels(drift.shift)
+        return f"holds statistics that are not usable (NaN, infinite or negative variance){where}"
     ratio, spread = drift.variance_ratio, drift.variance_spread
+    far = _in_sigmas(drift.mean_shift)
     factor = f"its variance by a factor of {format_number(ratio)}"
-    if spread > _UNEVEN * max(ratio, 1 / ratio):  # some channels up, some down
-        factor = f"its variances by a factor of {format_number(spread)} up and down"
-    return f"is off by {_in_sigmas(drift.mean_shift)}, {factor}"
+    if drift.shift is None:
+        return f"is off by {far}, {factor}"
+    lone = find_lone_mean(drift.shift)
+    if lone is not None:
+        far += f" ({_in_sigmas(drift.worst_mean_shift)} in channel {lone})"
+    ratios = drift.shift.variance_ratios()
+    if spread > _UNEVEN * max(ratio, 1 / ratio):  # one number says too little
+        lone = find_lone_variance(drift.shift)
+        ends = [
+            format_number(end) + (f" (channel {lone})" if lone is not None and end == ratios[lone] else "")
+            for end in (min(ratios), max(ratios))
+        ]
+        factor = f"its variances by factors of {' to '.join(ends)}"
+    return f"is off by {far}, {factor}"
 
 
 def _output_changes(output_changes: OutputChanges | None) -> list[Block]:

@@ -115,7 +115,7 @@ def count_files(run: Run, *, named: bool) -> Line:
         cells += [Cell(", " * bool(index)), Cell(f"{count} {word}", _COUNT_STYLES[word])]
         files = [f for f in run.files if ("failed" if f.verdict is None else f.verdict.health.value) == word]
         if named and word in ("failed", Health.SICK.value, Health.SUSPICIOUS.value):
-            cells.append(Cell(f" ({list_files(run, files)})", is_sentence=True))
+            cells.append(Cell(f" ({list_files(run, files)})"))
     return Line(tuple(cells))
 
 
@@ -142,9 +142,9 @@ def show_break(run: Run) -> Iterator[Line]:
     worst = broken.findings[0] if broken.findings else None
     if worst is not None:
         where = _place(worst)
-        cells.append(Cell(f": {worst.finding.short}" + (f" in {where}" if where else ""), is_sentence=True))
+        cells.append(Cell(f": {worst.finding.short}" + (f" in {where}" if where else "")))
     if before is not None and before.verdict is not None:
-        cells.append(Cell(f"; {list_files(run, [before])} was {before.verdict.health.value}", is_sentence=True))
+        cells.append(Cell(f"; {list_files(run, [before])} was {before.verdict.health.value}"))
     yield Line(tuple(cells))
 
 
@@ -173,14 +173,14 @@ def _show_findings(run: Run) -> Iterator[Line]:
             (
                 Cell(f"{MARKS[finding.severity]} {finding.severity.value}", SEVERITY_STYLES[finding.severity]),
                 Cell(f" {finding.code.value}", Style.HEADING),
-                Cell(f" in {plural(len(files), 'file')}: {list_files(run, files)}", is_sentence=True),
+                Cell(f" in {plural(len(files), 'file')}: {list_files(run, files)}"),
             )
         )
         where = f"{list_files(run, [file])}, " if len(files) > 1 else ""
         where += _place(found) or "the file"
-        yield Line((Cell(f"{where}: ", is_sentence=True), Cell(finding.message, is_sentence=True)), indent=2)
+        yield Line((Cell(f"{where}: "), Cell(finding.message)), indent=2)
         if finding.advice:
-            yield Line((Cell("to do: ", Style.MUTED), Cell(finding.advice, is_sentence=True)), indent=2)
+            yield Line((Cell("to do: ", Style.MUTED), Cell(finding.advice)), indent=2)
 
 
 def make_file_table(run: Run) -> Table:

@@ -18,12 +18,13 @@ def sanitize(text: str, *, limit: int | None = MAX_NAME) -> str:
     Text from a file is data: it never reaches the terminal raw.
 
     Args:
-        limit: characters of the text; what is longer is cut. None for all of them.
+        limit: characters of the text; what is longer loses its middle, as the ends of names tell them apart, and
+            those of sentences say what to do. None for all of them.
     """
-    shown = text[:limit]
-    if not (shown.isascii() and shown.isprintable()):
-        shown = "".join(map(_show, shown))
-    return shown if limit is None or len(text) <= limit else shown + "…"
+    if limit is not None and len(text) > limit:
+        half = limit // 2
+        return f"{sanitize(text[:half], limit=None)}…{sanitize(text[half - limit :], limit=None)}"
+    return text if text.isascii() and text.isprintable() else "".join(map(_show, text))
 
 
 def _show(character: str) -> str:

@@ -66,6 +66,11 @@ class StatisticsShift:
         largest = max(sizes, default=0.0)
         return sizes.index(largest) if largest else None
 
+    def list_unusable_channels(self) -> list[int]:
+        """Those whose old or new statistics are not finite, or whose variance + eps is negative or 0."""
+        pairs = enumerate(zip(self.mean_shifts(), self.variance_ratios(), strict=True))
+        return [at for at, (shift, ratio) in pairs if not (math.isfinite(shift) and 0 < ratio < math.inf)]
+
     @property
     def severity(self) -> float:
         """One number to sort by: shift in sigmas, or log of the variance ratio, whichever is larger."""

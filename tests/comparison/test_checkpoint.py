@@ -396,3 +396,8 @@ def test_one_channel_among_many_is_named(tmp_path, capsys):
         moved = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("moved most"))
         assert layer in moved
         assert what in moved
+    assert f"{layer} (channel 5)" in moved
+    after["bn1.running_mean"][3] += 1000
+    main(["diff", str(SAMPLES / "digits.pt"), str(save(after, tmp_path / "after.pt"))])
+    others = next(text for text in capsys.readouterr().out.splitlines() if text.startswith("moved most of the others"))
+    assert "bn1, running_mean of channel 3" in others

@@ -128,7 +128,7 @@ def test_the_layer_that_is_furthest_off_is_named(net, images, tmp_path, capsys):
     options = ["--model", net, "--data", str(tmp_path / "x.pt"), "--method", "exact", "--dry-run"]
     assert main(["recalibrate", str(tmp_path / "t.pt"), *options]) == 0
     said = capsys.readouterr().out
-    assert "1 is off by 0.01 σ, its variances by a factor of 1.35 up and down" in said
+    assert "1 is off by 0.01 σ, its variances by factors of 0.741 to 1.35" in said
     assert "Furthest from it: 4 is off by 1 σ" in said
 
 

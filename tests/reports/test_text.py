@@ -45,6 +45,10 @@ def test_ordinary_names_are_left_alone() -> None:
 
 def test_long_names_are_cut() -> None:
     assert len(sanitize("x" * 10_000)) < 400
+    one, two = (sanitize("block." * 100 + end) for end in ("1.bn", "2.bn"))
+    assert one != two
+    assert one.startswith("block.block.")
+    assert one.endswith("block.1.bn")
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 from bntool.reports.blocks import Block, Cell, Line, Style, Table
 from bntool.reports.report import Report
-from bntool.reports.text import MAX_NAME, MAX_SENTENCE, sanitize
+from bntool.reports.text import sanitize
 
 _SPECIAL = re.compile(r"([\\`*_{}\[\]<>#|~$&!])")
 
@@ -76,7 +76,7 @@ def _row(cells: list[str]) -> str:
 
 
 def _draw_cell(cell: Cell) -> str:
-    return _mark(_escape(sanitize(cell.text, limit=MAX_SENTENCE if cell.is_sentence else MAX_NAME)), cell.style)
+    return _mark(_escape(sanitize(cell.text)), cell.style)
 
 
 def _escape(text: str) -> str:

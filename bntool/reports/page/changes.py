@@ -34,22 +34,22 @@ class ChangeColumns:
             Column(f"running_var, {self._before}", "by channel", scale=self._sizes),
             Column(f"running_var, {self._after}", "by channel; the same colours", scale=self._sizes),
             Column("variance ratio", factor, scale=self._ratios),
-            Column("mean", "geometric mean of the variance ratio", is_number=True),
+            Column("worst ratio", "the one that is furthest from 1", is_number=True),
             Column("mean shift", distance, scale=self._distances),
-            Column("worst", "the largest of these distances", is_number=True),
+            Column("worst shift", "the largest of these distances", is_number=True),
         )
 
     def items(self, shift: StatisticsShift | None) -> tuple[Item, ...]:
         """The cells of a layer."""
         if shift is None or shift.old is None or shift.new is None:
-            ratio, worst = (None, None) if shift is None else (shift.variance_ratio, shift.worst_mean_shift)
+            ratio, worst = (None, None) if shift is None else (shift.worst_variance_ratio, shift.worst_mean_shift)
             none = draw_item((), self._sizes, what="")
             return (none, none, none, number_item(ratio, " ×"), none, number_item(worst, " σ"))
         return (
             draw_item(shift.old[1], self._sizes, what=f"running_var, {self._before},"),
             draw_item(shift.new[1], self._sizes, what=f"running_var, {self._after},"),
             draw_item(shift.variance_ratios(), self._ratios, what="variance ratio"),
-            number_item(shift.variance_ratio, " ×"),
+            number_item(shift.worst_variance_ratio, " ×"),
             draw_item(shift.mean_shifts(), self._distances, what="mean shift in standard deviations"),
             number_item(shift.worst_mean_shift, " σ"),
         )
