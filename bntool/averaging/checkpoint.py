@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from bntool.averaging.statistics import pool_statistics
+from bntool.averaging.statistics import PooledStatistics, pool_statistics
 from bntool.batchnorm import BatchNorm
 from bntool.checkpoints.addresses import as_location
 from bntool.checkpoints.application import apply_plan
@@ -48,10 +48,16 @@ class PooledLayer:
     Attributes:
         name: of the layer.
         between: the largest share of a channel's variance that comes from means that differ, 0 to 1.
+        between_channel: whose that is.
+        ratio: the largest factor between the files' variances + eps of a channel.
+        ratio_channel: whose that is.
     """
 
     name: str
     between: float
+    between_channel: int
+    ratio: float
+    ratio_channel: int
 
 
 @dataclass(frozen=True)
@@ -194,14 +200,14 @@ def _plan_average(
     steps: list[SetTensor] = []
     layers, pooled, of_statistics = [], [], set()
     for layer in _find_layers_with_statistics(first):
-        steps_of_layer, between = _plan_statistics(
+        steps_of_layer, statistics_of_layer = _plan_statistics(
             layer, sources, chosen, weights, statistics=statistics, statistics_path=statistics_from
         )
         steps += steps_of_layer
         layers.append(layer.name)
         of_statistics |= {step.name for step in steps_of_layer}
         if statistics is None:
-            pooled.append(PooledLayer(layer.name, between))
+            pooled.append(_summarize(layer.name, statistics_of_layer))
     counters = {f"{layer.name}.{_COUNTER}".lstrip(".") for layer in find_norms(first) if _COUNTER in layer.tensors}
     kept = []
     for name in names:
@@ -284,8 +290,8 @@ def _plan_statistics(
     *,
     statistics: StateDict | None,
     statistics_path: str | os.PathLike[str] | None,
-) -> tuple[list[SetTensor], float]:
-    """Steps that set the statistics of a layer, and the share of its variance that lies between the files.
+) -> tuple[list[SetTensor], PooledStatistics]:
+    """Steps that set the statistics of a layer, and what they were pooled to.
 
     Raises:
         RefusedError: a file has none, or such as no data have.
@@ -325,7 +331,15 @@ def _plan_statistics(
     pooled = pool_statistics([mean for mean, _ in read], [variance for _, variance in read], weights)
     shape = tuple(chosen[0].tensor(names[0]).shape)
     values = [Values(pooled.mean.tolist(), shape), Values(pooled.variance.tolist(), shape)]
-    return [SetTensor(name, value) for name, value in zip(names, values, strict=True)], pooled.between
+    return [SetTensor(name, value) for name, value in zip(names, values, strict=True)], pooled
+
+
+def _summarize(name: str, pooled: PooledStatistics) -> PooledLayer:
+    """How far the files differ in the worst channels of a layer."""
+    if not len(pooled.between):
+        return PooledLayer(name, 0.0, 0, 1.0, 0)
+    between, ratio = int(pooled.between.argmax()), int(pooled.ratio.argmax())
+    return PooledLayer(name, float(pooled.between[between]), between, float(pooled.ratio[ratio]), ratio)
 
 
 def _check_whole_numbers(tensors: Sequence[Tensor], name: str, checkpoints: Sequence[Checkpoint]) -> None:

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from bntool.batchnorm import DEFAULT_EPS
+
 Array = NDArray[np.float64]
 
 
@@ -17,12 +19,14 @@ class PooledStatistics:
 
     Attributes:
         mean, variance: float64, of shape (channels,).
-        between: the largest share of a channel's variance that comes from means that differ, 0 to 1.
+        between: of each channel, the share of its variance that comes from means that differ, 0 to 1.
+        ratio: of each channel, the largest of the variances + eps over the smallest.
     """
 
     mean: Array
     variance: Array
-    between: float
+    between: Array
+    ratio: Array
 
 
 def pool_statistics(means: Sequence[Array], variances: Sequence[Array], weights: Sequence[float]) -> PooledStatistics:
@@ -42,4 +46,5 @@ def pool_statistics(means: Sequence[Array], variances: Sequence[Array], weights:
     between = np.asarray(sum(weight * (one - mean) ** 2 for one, weight in zip(means, weights, strict=True)))
     variance = within + between
     share = np.divide(between, variance, out=np.zeros_like(between), where=variance > 0)
-    return PooledStatistics(mean, variance, float(share.max(initial=0.0)))
+    ratio = (np.max(variances, axis=0) + DEFAULT_EPS) / (np.min(variances, axis=0) + DEFAULT_EPS)
+    return PooledStatistics(mean, variance, share, ratio)

@@ -79,10 +79,12 @@ def _warn_of_uneven(ranges: Sequence[WeightRange], *, spread: bool) -> Iterator[
     uneven = [r for r in ranges if r.is_uneven]
     if uneven:
         worst = min(uneven, key=lambda r: r.after.evenness)
+        largest = max(range(len(worst.after.magnitudes)), key=worst.after.magnitudes.__getitem__, default=0)
         yield (
             f"quantisation: in {len(uneven)} of {len(ranges)} weights the average channel now fills an eighth of the "
             f"tensor's range or less (worst: {worst.name}, {100 * worst.before.evenness:.0f} % before, "
-            f"{format_number(100 * worst.after.evenness, 2)} % now); quantise them per channel, not per tensor"
+            f"{format_number(100 * worst.after.evenness, 2)} % now, channel {largest} being the largest); quantise "
+            "them per channel, not per tensor"
             f"{', or see what --direct-only leaves' if spread else ''}"
         )
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 from typing import Any
 
-from bntool.averaging.checkpoint import Average
+from bntool.averaging.checkpoint import Average, PooledLayer
 from bntool.plan import Record, describe_step
 from bntool.reports.blocks import Block, Cell, Column, Style, Table, line, verbatim
 from bntool.reports.loading import show_loading_code
 from bntool.reports.text import plural
+from bntool.representation import format_number
 
 _SHOWN = 6
 
@@ -29,6 +31,14 @@ def describe_average(average: Average) -> dict[str, Any]:
         "statistics": "pooled" if average.statistics_from is None else "file",
         "statistics_from": average.statistics_from,
         "between": {layer.name: layer.between for layer in average.pooled},
+        "worst_channels": {
+            layer.name: {
+                "between": layer.between_channel,
+                "variance_ratio": layer.ratio,
+                "variance_ratio_channel": layer.ratio_channel,
+            }
+            for layer in average.pooled
+        },
         "kept": list(average.kept),
         "other_entries": list(average.other_entries),
         "steps": [describe_step(step) for step in plan.steps if not isinstance(step, Record)],
@@ -86,12 +96,33 @@ def _recalibrate_command(average: Average) -> str:
 
 def _layers(average: Average) -> list[Block]:
     """The layers in which the files differ most."""
-    apart = sorted((one for one in average.pooled if one.between > 0), key=lambda one: -one.between)[:_SHOWN]
+    apart = sorted((one for one in average.pooled if one.between > 0 or one.ratio > 1), key=_how_far, reverse=True)
     if not apart:
         return []
-    columns = (Column("layer", shrinks=True), Column("variance between the files", right=True))
-    rows = [(Cell(one.name), Cell(f"{one.between:.1%}")) for one in apart]
+    columns = (
+        Column("layer", shrinks=True),
+        Column("between the files", right=True),
+        Column("channel", right=True),
+        Column("variances apart", right=True),
+        Column("channel", right=True),
+    )
+    rows = [
+        (
+            Cell(one.name),
+            Cell(f"{one.between:.1%}"),
+            Cell(str(one.between_channel) if one.between > 0 else ""),
+            Cell(f"x {format_number(one.ratio)}"),
+            Cell(str(one.ratio_channel) if one.ratio > 1 else ""),
+        )
+        for one in apart[:_SHOWN]
+    ]
     what = (
-        "the layers whose means differ most between the files: their share of the pooled variance, in the worst channel"
+        "the layers in which the files differ most, in their worst channels: the share of the pooled variance that "
+        "comes from means that differ, and the factor between the variances"
     )
     return [line(), line(what, Style.MUTED), Table(columns, rows), line()]
+
+
+def _how_far(layer: PooledLayer) -> float:
+    """The larger of how far means lie apart, in standard deviations, and the log of the factor between variances."""
+    return max(math.sqrt(layer.between / max(1 - layer.between, 1e-300)), math.log(layer.ratio))

@@ -161,8 +161,8 @@ def _shorten(rows: list[list[Text]], columns: Sequence[Column], width: int) -> N
         share = room // (len(shrinking) - count) - _GAP  # what a short column leaves, a long one takes
         names = [row[at].plain for row in rows]
         different = list(dict.fromkeys(names))
-        if sizes[at] > share >= _SHORTEST and all(map(str.isascii, names)):
-            short = dict(zip(different, shorten_names(different, share) or different, strict=True))
+        if sizes[at] > share >= _SHORTEST:
+            short = dict(zip(different, shorten_names(different, share, measure=cell_len) or different, strict=True))
             for row in rows:
                 row[at] = Text(short[row[at].plain], row[at].style)
         room -= min(sizes[at], share) + _GAP

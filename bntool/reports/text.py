@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 # categories that can move the cursor, hide or reorder text, or have no glyph: controls, formats (bidi marks, zero
 # width), surrogates, private use, unassigned, line and paragraph separators
@@ -36,12 +36,15 @@ def _show(character: str) -> str:
     return f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
 
 
-def shorten_names(names: Sequence[str], width: int) -> list[str] | None:
-    """Dotted names, or paths, in at most so many characters, none like another; None where that is not possible.
+def shorten_names(names: Sequence[str], width: int, *, measure: Callable[[str], int] = len) -> list[str] | None:
+    """Dotted names, or paths, in at most so many columns, none like another; None where that is not possible.
 
     What all begin with goes first, then the middle of those that are too long still.
+
+    Args:
+        measure: how many columns a text takes.
     """
-    if max(map(len, names), default=0) <= width:
+    if max(map(measure, names), default=0) <= width:
         return list(names)
     separator = "/" if any("/" in name for name in names) else "."
     split = [name.split(separator)[:-1] for name in names]
@@ -50,10 +53,20 @@ def shorten_names(names: Sequence[str], width: int) -> list[str] | None:
         names = [f"…{name[shared:]}" for name in names]
     room, different = width - 1, len(set(names))
     for head in sorted(range(1, room), key=lambda head: abs(head - room // 2)):
-        cut = [n if len(n) <= width else f"{n[:head]}…{n[head - room :]}" for n in names]
+        cut = [n if measure(n) <= width else _leave_out_middle(n, head, room - head, measure) for n in names]
         if len(set(cut)) == different:
             return cut
     return None
+
+
+def _leave_out_middle(name: str, head: int, tail: int, measure: Callable[[str], int]) -> str:
+    """The first and the last characters of a name, in at most so many columns each."""
+    start, end = name[:head], name[len(name) - tail :]
+    while measure(start) > head:
+        start = start[:-1]
+    while measure(end) > tail:
+        end = end[1:]
+    return f"{start}…{end}"
 
 
 def count_shared(paths: Sequence[Sequence[str]]) -> int:

@@ -261,3 +261,17 @@ def test_nans_of_every_kind_stay_nans_and_nobody_warns(tmp_path: Path) -> None:
     assert written["a"].isnan().all()
     assert written["b"].isnan().all()
     assert torch.equal(written["c"], torch.full((8,), 0.5))
+
+
+def test_one_channel_that_differs_among_many_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.manual_seed(0)
+    layers = [nn.Sequential(nn.Conv2d(3, 64, 3), nn.BatchNorm2d(64), nn.BatchNorm2d(64)) for _ in range(2)]
+    for one in layers:
+        one[0].load_state_dict(layers[0][0].state_dict())
+    layers[1][1].running_var[7] *= 1e6
+    layers[1][2].running_mean[9] += 1000
+    paths = save(layers, tmp_path)
+    assert main(["average", *map(str, paths), "-o", str(tmp_path / "out.pt")]) == 0
+    said = [" ".join(text.split()) for text in capsys.readouterr().out.splitlines()]
+    assert "2 100.0% 9 x 1" in said
+    assert "1 0.0% x 1e6 7" in said

@@ -6,8 +6,9 @@ import unicodedata
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.cells import cell_len
 
-from bntool.reports.text import format_size, plural, sanitize
+from bntool.reports.text import format_size, plural, sanitize, shorten_names
 from bntool.representation import format_number
 
 HOSTILE = [
@@ -49,6 +50,15 @@ def test_long_names_are_cut() -> None:
     assert one != two
     assert one.startswith("block.block.")
     assert one.endswith("block.1.bn")
+
+
+def test_wide_names_are_shortened_by_columns() -> None:
+    names = [f"{'編碼器' * 12}.層.{end}" for end in (1, 4, 10)]
+    short = shorten_names(["模型.x", *names], 30, measure=cell_len)
+    assert short is not None
+    assert len(set(short)) == 4
+    assert max(map(cell_len, short)) <= 30
+    assert [name.rpartition(".")[2] for name in short[1:]] == ["1", "4", "10"]
 
 
 @pytest.mark.parametrize(

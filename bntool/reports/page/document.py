@@ -86,6 +86,9 @@ class Row:
     style: Style = Style.PLAIN
 
 
+_URGENT = {Style.ERROR: 0, Style.WARNING: 1}
+
+
 @dataclass(frozen=True)
 class Table:
     """A table of rows that can be filtered and sorted.
@@ -107,6 +110,13 @@ class Table:
         """Numbers of the columns in which anything stands."""
         filled = {at for row in self.rows for at, item in enumerate(row.items) if item.text or item.picture is not None}
         return [at for at in range(len(self.columns)) if at in filled]
+
+    def choose_rows(self, most: int) -> list[Row]:
+        """So many rows in their order: those with errors and warnings before others; 0 for all."""
+        if not most or len(self.rows) <= most:
+            return list(self.rows)
+        worst_first = sorted(range(len(self.rows)), key=lambda at: _URGENT.get(self.rows[at].style, len(_URGENT)))
+        return [self.rows[at] for at in sorted(worst_first[:most])]
 
     @property
     def has_pictures(self) -> bool:

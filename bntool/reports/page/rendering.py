@@ -41,7 +41,7 @@ def render_page(page: Page) -> str:
 
 
 def render_part(page: Page) -> str:
-    """The same for a cell of a notebook: without a script, with names of its own, and of long tables the beginning."""
+    """The same for a cell of a notebook: without a script, with names of its own, and of long tables what is wrong."""
     return (
         _make_environment()
         .get_template("notebook.html")

@@ -134,7 +134,7 @@ def test_finite_and_broken_channels_are_told_apart(results: dict[str, Any]) -> N
     assert "50 not finite" in html
 
 
-def test_of_a_long_table_a_notebook_shows_the_beginning(results: dict[str, Any]) -> None:
+def test_of_a_long_table_a_notebook_shows_so_many_rows(results: dict[str, Any]) -> None:
     _, html = results["state dict"]
     assert html.count("<tr") == 1 + 40
     assert f"and {12 * 7 - 40} more" in html
@@ -145,3 +145,20 @@ def test_a_result_is_drawn_by_what_the_command_draws(results: dict[str, Any], tm
     assert main(["inspect", str(broken), "--html", str(page), "-q"]) == 0
     strips = [one["src"] for one in Parsed(page.read_text()).all("img")]
     assert [one["src"] for one in Parsed(bntool.inspect(broken)._repr_html_()).all("img")] == strips
+
+
+def test_a_sick_layer_far_down_is_among_the_rows_that_are_shown(tmp_path: Any) -> None:
+    state_dict = {
+        f"blocks.{number}.bn.{name}": tensor.clone()
+        for number in range(60)
+        for name, tensor in nn.BatchNorm2d(4).state_dict().items()
+    }
+    for name, tensor in state_dict.items():
+        if name.endswith("running_mean"):
+            tensor.uniform_(0.5, 2)
+    state_dict["blocks.55.bn.running_mean"][2] = torch.nan
+    torch.save(state_dict, tmp_path / "c.pt")
+    html = bntool.inspect(tmp_path / "c.pt")._repr_html_()
+    (anchor,) = set(re.findall(r'href="#([^"]+)"[^>]*>[^<]*(?:<bdi>)?blocks\.55\.bn', html))
+    assert f'id="{anchor}"' in html
+    assert "and 20 more" in html
