@@ -125,6 +125,8 @@ NETS = {
         SafetyVerdict.SUSPICIOUS
     ),
     'layers { name: "o" type: HDF5_OUTPUT bottom: "data" }': SafetyVerdict.SUSPICIOUS,
+    'layers { bottom: "data" layer { name: "o" type: "hdf5_output" } }': SafetyVerdict.SUSPICIOUS,
+    'layers { bottom: "data" layer { name: "hdf5_output" type: "relu" } }': SafetyVerdict.HARMLESS,
     'layer { name: "d" type: "Data" top: "d" data_param { source: "train_lmdb" } }': SafetyVerdict.HARMLESS,
     'layer { name: "Python" type: "ReLU" bottom: "data" top: "Python" }': SafetyVerdict.HARMLESS,
     '# layer { type: "Python" }': SafetyVerdict.HARMLESS,

@@ -37,13 +37,34 @@ _V1_TYPES = {
     26: "Power", 39: "Deconvolution",
 }  # fmt: skip
 
+# of V0LayerParameter, by the names that a net of that format has for them
+V0_TYPES = {
+    "concat": "Concat", "conv": "Convolution", "data": "Data", "dropout": "Dropout", "flatten": "Flatten",
+    "hdf5_data": "HDF5Data", "hdf5_output": "HDF5Output", "innerproduct": "InnerProduct", "lrn": "LRN",
+    "pool": "Pooling", "relu": "ReLU", "sigmoid": "Sigmoid", "softmax": "Softmax", "softmax_loss": "SoftmaxWithLoss",
+    "split": "Split", "tanh": "TanH",
+}  # fmt: skip
+_V0_LAYER = 1  # of V1LayerParameter
+_BLOBS = {LAYERS: 7, V1_LAYERS: 6, _V0_LAYER: 50}  # by the field that the message of a layer is
+
 Number = bool | int | float | str | tuple[float, ...]
 
 # of LayerParameter: the messages of parameters by field number, with their fields
 PARAMETERS: Mapping[str, tuple[int, Mapping[str, int]]] = {
     "convolution_param": (
         106,
-        {"num_output": 1, "bias_term": 2, "pad": 3, "group": 5, "pad_h": 9, "pad_w": 10, "axis": 16},
+        {
+            "num_output": 1,
+            "bias_term": 2,
+            "pad": 3,
+            "group": 5,
+            "stride": 6,
+            "pad_h": 9,
+            "pad_w": 10,
+            "stride_h": 13,
+            "stride_w": 14,
+            "axis": 16,
+        },
     ),
     "inner_product_param": (117, {"num_output": 1, "bias_term": 2, "axis": 5, "transpose": 6}),
     "batch_norm_param": (139, {"use_global_stats": 1, "moving_average_fraction": 2, "eps": 3}),
@@ -69,6 +90,7 @@ WORDS: Mapping[str, tuple[str, ...]] = {  # what numbers stand for
     "pool": ("MAX", "AVE", "STOCHASTIC"),
 }
 LISTS = ("coeff", "slice_point")
+LARGEST = ("pad", "stride")  # of several numbers, one for each dimension of space
 UNKNOWN = "unknown"  # a parameter that stands for all that are not listed above, of messages where any may matter
 WHOLE = ("dropout_param", "eltwise_param")
 
@@ -143,12 +165,14 @@ class Wiring:
 
 
 def read_layers(net: Message) -> tuple[Layer, ...]:
-    """The layers of a NetParameter, of the present format or of the one before (``V1LayerParameter``).
+    """The layers of a NetParameter, of the present format or of one before (``V1LayerParameter``, and in it V0's).
 
     Raises:
         CorruptFileError, UnsafeFileError
     """
     found = net.all(LAYERS)
+    if found and net.all(V1_LAYERS):
+        raise CorruptFileError("it has layers of two versions of the format, layer and layers, which Caffe refuses")
     read = _read_layer if found else _read_v1_layer
     found = found or net.all(V1_LAYERS)
     if len(found) > MAX_LAYERS:
@@ -173,6 +197,19 @@ def _read_layer(index: int, message: Message) -> Layer:
 
 
 def _read_v1_layer(index: int, message: Message) -> Layer:
+    before = message.message(_V0_LAYER)
+    if before is not None:
+        kind = before.text(2)
+        return Layer(
+            index=index,
+            name=before.text(1),
+            type=V0_TYPES.get(kind, f"V0 type {kind}"),
+            bottoms=message.texts(2),
+            tops=message.texts(3),
+            parameters={},
+            shared=(),
+            source=before,
+        )
     parameters: dict[str, Number] = {}
     for name, number in V1_PARAMETERS.items():
         _read_parameters(message, name, number, PARAMETERS[name][1], parameters)
@@ -200,7 +237,7 @@ def _read_parameters(
                 continue
             if key in _FLOATS:
                 found[f"{name}.{key}"] = message.float32(inner, 0.0)
-            elif key == "pad":  # one for each dimension of space
+            elif key in LARGEST:  # one for each dimension of space
                 found[f"{name}.{key}"] = max(message.integers(inner))
             elif key in LISTS:
                 found[f"{name}.{key}"] = message.floats(inner) if key == "coeff" else message.integers(inner)
@@ -225,9 +262,9 @@ def messages_of(layer: Layer) -> tuple[Message, ...]:
 
 
 def blobs_number(message: Message) -> int:
-    """The field number of the blobs of a layer: V1LayerParameter has another one."""
+    """The field number of the blobs of a layer: each version of the format has another one."""
     assert message.parent is not None
-    return 7 if message.parent[1].number == LAYERS else 6
+    return _BLOBS[message.parent[1].number]
 
 
 def read_blob(blob: Message | StoredTensor, *, key: str) -> Tensor:

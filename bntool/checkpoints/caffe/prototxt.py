@@ -6,7 +6,17 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-from bntool.checkpoints.caffe.layers import LISTS, PARAMETERS, UNKNOWN, WHOLE, WORDS, Layer, Number
+from bntool.checkpoints.caffe.layers import (
+    LARGEST,
+    LISTS,
+    PARAMETERS,
+    UNKNOWN,
+    V0_TYPES,
+    WHOLE,
+    WORDS,
+    Layer,
+    Number,
+)
 from bntool.checkpoints.files import SourceFile, quote
 from bntool.errors import CorruptFileError, UnsafeFileError
 
@@ -202,12 +212,14 @@ def _as_layer(index: int, text: TextField) -> Layer:
                     parameters[f"{name}.{key}"] = _as_word(values[-1], WORDS[key])
                 elif values:
                     found = [_as_number(value) for value in values]
-                    one = max(found) if key == "pad" else found[-1]
+                    one = max(found) if key in LARGEST else found[-1]
                     parameters[f"{name}.{key}"] = tuple(found) if key in LISTS else one
+    before = text.last("layer")  # of the first version of the format
+    name, kind = ("".join((before or text).values(key)[-1:]) for key in ("name", "type"))
     return Layer(
         index=index,
-        name="".join(text.values("name")[-1:]),
-        type="".join(text.values("type")[-1:]),
+        name=name,
+        type=kind if before is None else V0_TYPES.get(kind, f"V0 type {kind}"),
         bottoms=text.values("bottom"),
         tops=text.values("top"),
         parameters=parameters,

@@ -347,10 +347,8 @@ def _reads_borders(layer: Layer, kind: NodeKind, shape: tuple[int, ...]) -> bool
     """Whether positions of the output meet a part of the kernel only."""
     if kind is not NodeKind.CONV_TRANSPOSE:
         return _is_padded(layer, "convolution_param")
-    keys = (f"convolution_param.{key}" for key in ("stride", "stride_h", "stride_w"))
-    return any(extent != 1 for extent in shape[2:]) or any(
-        layer.parameters.get(key, 1) not in (1, (1,)) for key in keys
-    )
+    strides = (layer.parameters.get(f"convolution_param.{key}", 1) for key in ("stride", "stride_h", "stride_w"))
+    return any(extent != 1 for extent in shape[2:]) or any(stride != 1 for stride in strides)
 
 
 def _is_padded(layer: Layer, message: str) -> bool:

@@ -74,6 +74,55 @@ def test_the_format_before_this_one_is_read(interop: Path) -> None:
         assert state_dict.modules["conv1"].class_path == "caffe.Convolution"
 
 
+def _blob(values: list[float], shape: tuple[int, int, int, int]) -> tuple[bytes, ...]:
+    """A BlobProto as all versions wrote it before blobs had any number of dimensions."""
+    data = np.asarray(values, "<f4").tobytes()
+    return (*(integer_field(number + 1, extent) for number, extent in enumerate(shape)), *embed(5, data))
+
+
+def _v0(name: bytes, kind: bytes, *blobs: tuple[bytes, ...]) -> tuple[bytes, ...]:
+    parts = (*embed(1, name), *embed(2, kind), *(part for blob in blobs for part in embed(50, *blob)))
+    return embed(2, *embed(1, *parts))
+
+
+def test_the_first_version_of_the_format_is_read(tmp_path: Path) -> None:
+    """V0LayerParameter: name = 1, type = 2 in words of its own, blobs = 50 (caffe.proto)."""
+    layers = (
+        *_v0(b"conv1", b"conv", _blob([1, 2, 3, 4], (2, 2, 1, 1)), _blob([5, 6], (1, 1, 1, 2))),
+        *_v0(b"relu1", b"relu"),
+        *_v0(b"fc", b"innerproduct", _blob([7, 8, 9], (1, 1, 1, 3))),
+    )
+    (tmp_path / "a.caffemodel").write_bytes(b"".join([*embed(1, b"net"), *layers]))
+    with open_checkpoint(tmp_path / "a.caffemodel") as checkpoint:
+        state_dict = checkpoint.state_dict("")
+        values = {name: list(read_numbers(tensor)) for name, tensor in state_dict.tensors.items()}
+        assert values == {"conv1.weight": [1, 2, 3, 4], "conv1.bias": [5, 6], "fc.weight": [7, 8, 9]}
+        assert state_dict.tensors["conv1.weight"].shape == (2, 2, 1, 1)
+        assert state_dict.modules["fc"].class_path == "caffe.InnerProduct"
+        plan = Plan(Operation.FOLD, steps=(SetTensor("conv1.bias", Values((0.5, 0.25), (2,))),))
+        save_checkpoint(apply_plan(checkpoint, plan), tmp_path / "b.caffemodel")
+    old, new = (np.asarray(numbers, "<f4").tobytes() for numbers in ([5, 6], [0.5, 0.25]))
+    assert (tmp_path / "b.caffemodel").read_bytes() == (tmp_path / "a.caffemodel").read_bytes().replace(old, new)
+
+
+@pytest.mark.parametrize("layer", [
+    _v0(b"out", b"hdf5_output"), embed(2, *embed(4, b"out"), integer_field(5, 10)),
+    embed(100, *embed(1, b"out"), *embed(2, b"HDF5Output")),
+], ids=["V0", "V1", "present"])  # fmt: skip
+def test_layers_that_write_are_seen_in_every_version(layer: tuple[bytes, ...], tmp_path: Path) -> None:
+    (tmp_path / "a.caffemodel").write_bytes(b"".join([*embed(1, b"net"), *layer]))
+    with open_checkpoint(tmp_path / "a.caffemodel") as checkpoint:
+        assert [one.path for one in checkpoint.globals] == ["caffe.HDF5Output"]
+
+
+def test_layers_of_two_versions_in_one_file_are_refused(tmp_path: Path) -> None:
+    """As Caffe does: it would be loaded without one half of them."""
+    present = embed(100, *embed(1, b"a"), *embed(2, b"ReLU"))
+    (tmp_path / "a.caffemodel").write_bytes(b"".join([*embed(1, b"net"), *present, *_v0(b"b", b"relu")]))
+    with pytest.raises(CorruptFileError, match="layers of two versions of the format"):
+        open_checkpoint(tmp_path / "a.caffemodel")
+
+
 def test_plain_blobs_are_not_read_before_they_are_wanted(interop: Path) -> None:
     with open_checkpoint(interop / "caffe_tiny_std.caffemodel") as checkpoint:
         weight = checkpoint.state_dict("").tensors["conv1.weight"]

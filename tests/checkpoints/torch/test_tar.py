@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import pickle
+import tarfile
 import warnings
 from collections import OrderedDict
 from pathlib import Path
@@ -57,6 +59,29 @@ def test_what_has_no_place_is_refused(step: Step, tmp_path: Path) -> None:
     assert not (tmp_path / "new.pth").exists()
 
 
+@pytest.mark.parametrize("order", [
+    ("pickle", "tensors", "storages"), ("tensors", "README", "storages", "pickle"),
+    ("folder", "storages", "pickle", "tensors", "folder/pickle"),
+])  # fmt: skip
+def test_members_in_any_order_and_among_others(order: tuple[str, ...], tmp_path: Path) -> None:
+    save_tar(OrderedDict(tiny_net().state_dict()), tmp_path / "plain.pth")
+    with tarfile.open(tmp_path / "plain.pth") as plain, tarfile.open(tmp_path / "old.pth", "w") as archive:
+        for name in order:
+            member = tarfile.TarInfo(name)
+            content = plain.extractfile(name).read() if name in plain.getnames() else b"something else"
+            member.type = tarfile.DIRTYPE if name == "folder" else tarfile.REGTYPE
+            member.size = 0 if name == "folder" else len(content)
+            archive.addfile(member, io.BytesIO(content))
+    with open_checkpoint(tmp_path / "old.pth") as checkpoint:
+        assert_holds(checkpoint, _load(tmp_path / "old.pth"))
+        (count,) = checkpoint.state_dict("").tensors["1.bias"].shape
+        steps = (SetTensor("1.bias", Values(tuple(map(float, range(count))), (count,))),)
+        save_checkpoint(apply_plan(checkpoint, Plan(Operation.FOLD, steps=steps)), tmp_path / "new.pth")
+    before, after = _load(tmp_path / "old.pth"), _load(tmp_path / "new.pth")
+    assert after.pop("1.bias").tolist() == list(range(count))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in after.items())
+
+
 def test_a_tensor_that_shares_bytes_with_another_is_refused(tmp_path: Path) -> None:
     save_tar(OrderedDict(STATE_DICTS["views"]()), tmp_path / "old.pth")
     step = SetTensor("b.weight", Values(tuple(range(6)), (2, 3)))
@@ -83,8 +108,6 @@ def test_a_damaged_file_is_an_error_of_ours(damage: Any, error: type[BntoolError
 
 
 def test_another_tar_archive_is_named(tmp_path: Path) -> None:
-    import tarfile
-
     (tmp_path / "weights.bin").write_bytes(bytes(100))
     with tarfile.open(tmp_path / "model.nemo", "w") as archive:
         archive.add(tmp_path / "weights.bin", "weights.bin")
