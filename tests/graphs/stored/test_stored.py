@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from bntool.batchnorm import NormKind
 from bntool.checkpoints.batchnorms import find_norms
-from bntool.checkpoints.containers.protobufs.writing import embed, packed_integers
+from bntool.checkpoints.containers.protobufs.writing import embed, integer_field, packed_integers
 from bntool.checkpoints.formats import open_checkpoint
 from bntool.checkpoints.tensors import read_numbers
 from bntool.errors import BntoolError, UsageError
@@ -167,6 +167,55 @@ def test_the_batchnorm_of_segnet_is_a_scale_and_a_shift(tmp_path: Path) -> None:
         assert norm.kind is NormKind.NORM_WITHOUT_STATISTICS
         assert list(read_numbers(norm.tensors["bias"])) == [3.0] * 4
     assert not fold_file(tmp_path / "net.caffemodel", tmp_path / "out.caffemodel").folds
+
+
+@pytest.mark.parametrize(("kernel", "options", "is_folded"), [
+    (1, "", True), (1, "pad: 1", True), (1, "stride: 2", False), (1, "stride_h: 1 stride_w: 2", False), (2, "", False),
+    (3, "pad: 1", False), (2, "stride: 2", False),
+])  # fmt: skip
+@pytest.mark.parametrize("beside", [True, False])
+def test_a_shift_into_a_deconvolution(kernel: int, options: str, is_folded: bool, beside: bool, tmp_path: Path) -> None:
+    """By the options of the net beside it, or of the model itself; torch computes both sides."""
+    rng = np.random.default_rng(0)
+    numbers = {"pad": 3, "stride": 6, "stride_h": 13, "stride_w": 14}
+    words = options.replace(":", "").split()
+    chosen = {key: int(value) for key, value in zip(words[::2], words[1::2], strict=True)}
+    blobs = {
+        "bn": [rng.normal(size=3), rng.uniform(1, 2, size=3), np.ones(1)],
+        "up": [rng.normal(size=(3, 4, kernel, kernel)), rng.normal(size=4)],
+    }
+    of_up = [integer_field(1, 4), integer_field(4, kernel), *(integer_field(numbers[k], v) for k, v in chosen.items())]
+    more = {"bn": (), "up": embed(106, *of_up)}
+    names = {"bn": ("BatchNorm", "data", "bn"), "up": ("Deconvolution", "bn", "up")}
+    model, text = b"", 'input: "data"\n'
+    for name, (kind, bottom, top) in names.items():
+        pieces = [
+            *embed(1, name.encode()),
+            *embed(2, kind.encode()),
+            *embed(3, bottom.encode()),
+            *embed(4, top.encode()),
+        ]
+        for array in blobs[name]:
+            pieces += embed(7, *embed(7, packed_integers(1, array.shape)), *embed(5, array.astype("<f4").tobytes()))
+        model += b"".join(embed(100, *pieces, *more[name]))
+        parameters = f"convolution_param {{ num_output: 4 kernel_size: {kernel} {options} }}" if name == "up" else ""
+        text += f'layer {{ name: "{name}" type: "{kind}" bottom: "{bottom}" top: "{top}" {parameters} }}\n'
+    (tmp_path / "net.caffemodel").write_bytes(model)
+    if beside:
+        (tmp_path / "net.prototxt").write_text(text)
+    plan = fold_file(tmp_path / "net.caffemodel", tmp_path / "out.caffemodel")
+    assert plan.layers == (("bn",) if is_folded else ())
+    if not is_folded:
+        assert "not all of whose taps meet every position" in plan.skips[0].detail
+        return
+    before, after = tensors_of(tmp_path / "net.caffemodel"), tensors_of(tmp_path / "out.caffemodel")
+    x = torch.randn(2, 3, 4, 4, dtype=torch.float64)
+    expected = functional.batch_norm(x, before["bn.running_mean"], before["bn.running_var"], eps=1e-5)
+    old, new = (
+        functional.conv_transpose2d(data, state["up.weight"], state["up.bias"], padding=chosen.get("pad", 0))
+        for data, state in ((expected, before), (x, after))
+    )
+    assert (new - old).abs().max() < 1e-5 * old.abs().max()
 
 
 def make_net(path: Path, blobs: Mapping[str, list[np.ndarray]]) -> None:
