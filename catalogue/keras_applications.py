@@ -15,7 +15,7 @@ import zlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from bntool.checkpoints.keras.applications import MAGIC, PATH, fingerprint
+from bntool.checkpoints.keras.applications import HEADS, MAGIC, PATH, fingerprint
 
 _WITHOUT_BATCH_NORM = ("VGG", "ConvNeXt")
 # published weights of these are run with a Rescaling more than models with weights of one's own
@@ -27,6 +27,7 @@ def build() -> bytes:
 
     blocks: list[tuple[str, bytes]] = []
     entries: list[list[Any]] = []
+    inputs: list[int | None] = []
     for name in sorted(name for name in dir(keras.applications) if name[0].isupper()):
         if not name.startswith(_WITHOUT_BATCH_NORM):
             model = getattr(keras.applications, name)(weights=None)
@@ -39,6 +40,8 @@ def build() -> bytes:
                 for by_class in (False, True):
                     keys = ((_snake(keras, kind) if by_class else own, shapes) for own, kind, shapes in weighted)
                     entries.append([fingerprint(keys), len(blocks), cut])
+            dense = [one.kernel.shape[0] for one in model.layers if type(one).__name__ == "Dense" and one.name in HEADS]
+            inputs.append(int(dense[0]) if len(dense) == 1 else None)
             blocks.append((name, zlib.compress(json.dumps(config, separators=(",", ":")).encode(), 9)))
             print(name, len(blocks[-1][1]), flush=True)
             keras.backend.clear_session()
@@ -46,6 +49,7 @@ def build() -> bytes:
         "names": [name for name, _ in blocks],
         "sizes": [len(block) for _, block in blocks],
         "entries": entries,
+        "classifier_inputs": inputs,
         "rescaled": [name for name, _ in blocks if name in _RESCALED_WHEN_PUBLISHED],
         "version": keras.__version__,
     }

@@ -21,7 +21,10 @@ _README_NAMES = {
     "torch-legacy": ("torch.save before 1.6 (legacy)", "torch"),
     "torch-tar": ("torch.save before 0.1.2 (tar)", "torch"),
     "distributed": ("torch.distributed.checkpoint folders", "torch.distributed"),
-    "keras-hdf5": ("Keras `.h5`; weights alone with `--keras-config`", "Keras 3, tf_keras"),
+    "keras-hdf5": (
+        "Keras `.h5` (1 to 3; frozen from 2 on); weights alone with `--keras-config`, or of keras.applications",
+        "Keras 3, tf_keras, Keras 1.2",
+    ),
     "caffe-hdf5": ("Caffe `.caffemodel.h5` with `.prototxt`", "h5py"),
     "sharded": ("sharded safetensors or `.bin`", "safetensors, torch"),
     "safetensors": ("safetensors", "safetensors, torch"),

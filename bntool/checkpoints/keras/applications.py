@@ -11,12 +11,12 @@ import json
 import math
 import re
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bntool.checkpoints.keras.content import KerasContent
+from bntool.checkpoints.keras.content import KerasContent, WeightsLayout
 from bntool.checkpoints.keras.model import find_references
 from bntool.checkpoints.tensors import read_numbers
 
@@ -27,8 +27,10 @@ _COUNTED = re.compile(r"(conv2d|batch_normalization|dense|separable_conv2d|depth
 _NORMALIZATION = re.compile(r"(^|\.)normalization(_\d+)?\.[^.]+$")
 _MEAN, _DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, as keras.applications has them
 _CLOSE = 1e-6
-_HEADS = ("predictions", "dense", "probs", "fc1000")  # linear layers that classify, of any number of classes
-_DENSE = 2  # dimensions of the kernel of a Dense
+HEADS = ("predictions", "dense", "probs", "fc1000")  # linear layers that classify, of any number of classes
+_DENSE, _CONVOLUTION = 2, 4  # dimensions of the kernel of a Dense, of a Conv2D
+_RGB, _IMAGENET = 3, 1000  # channels and classes of the published models
+_NAMED_BEFORE = re.compile(r"bn[2-5][a-z]\d*_branch\d[a-c]?")
 
 
 class Application(NamedTuple):
@@ -37,13 +39,12 @@ class Application(NamedTuple):
     Attributes:
         name: as Keras calls it, after ``keras:``.
         config: the JSON of the model, with as many classes as the file has.
-        is_ambiguous: published weights are run with a Rescaling that models with other weights do not have, and these
-            may be either.
+        doubt: what the model may have otherwise than the configuration; "" where nothing tells that it may.
     """
 
     name: str
     config: Any
-    is_ambiguous: bool
+    doubt: str = ""
 
 
 def fingerprint(layers: Iterable[tuple[str, Sequence[tuple[int, ...]]]]) -> str:
@@ -54,10 +55,8 @@ def fingerprint(layers: Iterable[tuple[str, Sequence[tuple[int, ...]]]]) -> str:
     """
     lines, heads = [], 0
     for name, shapes in layers:
-        key = name.lower().replace("/", "_").replace(".", "_")
-        counted = _COUNTED.fullmatch(key)
-        key = counted[1] if counted else key
-        if key in _HEADS and max(map(len, shapes)) == _DENSE:
+        key = _find_key(name)
+        if key in HEADS and max(map(len, shapes)) == _DENSE:
             heads += 1
         else:
             lines.append(f"{key} {sorted(shapes)}")
@@ -65,37 +64,120 @@ def fingerprint(layers: Iterable[tuple[str, Sequence[tuple[int, ...]]]]) -> str:
     return f"{zlib.crc32(text) << 32 | zlib.crc32(text[::-1]):016x}"
 
 
+def _find_key(name: str) -> str:
+    key = name.lower().replace("/", "_").replace(".", "_")
+    counted = _COUNTED.fullmatch(key)
+    return counted[1] if counted else key
+
+
 def recognise_application(content: KerasContent) -> Application | None:
     """The model of keras.applications that weights alone are of; None where they are of no such model, or more."""
-    layers: dict[str, list[str]] = {}
-    for name, place in content.names.places.items():
-        layers.setdefault(name.rpartition(".")[0], []).append(place)
     if not any(name.endswith(".running_var") for name in content.names.tensors):
         return None
-    shapes = {
-        owner: [tuple(content.hdf5.datasets[place].shape) for place in places] for owner, places in layers.items()
-    }
-    index, data = _read_index()
-    found = fingerprint(shapes.items())
-    entry = next((entry for entry in index["entries"] if entry[0] == found), None)
+    shapes = _list_shapes(content)
+    channels, entry = _RGB, _find_entry(shapes)
+    if entry is None:
+        channels, shapes_of_rgb = _give_rgb(shapes)
+        entry = _find_entry(shapes_of_rgb)
     if entry is None:
         return None
+    index, data = _read_index()
     _, number, end = entry
     start = sum(index["sizes"][:number])
     config = json.loads(zlib.decompress(data[start : start + index["sizes"][number]]))
+    if channels != _RGB and not _set_channels(config["config"], channels):
+        return None
+    title, doubt = f"keras:{index['names'][number]}", ""
     if end is not None:
         _cut(config["config"], end)
     else:
+        doubt = _doubt_classifier(content, shapes, config["config"], index["classifier_inputs"][number])
         _set_classes(
             config["config"], [kernel[1] for own in shapes.values() for kernel in own if len(kernel) == _DENSE]
         )
-    name = index["names"][number]
-    if name not in index["rescaled"]:
-        return Application(f"keras:{name}", config, is_ambiguous=False)
+    if index["names"][number] not in index["rescaled"]:
+        return Application(title, config, doubt)
     divisors = _find_divisors(content)
     if divisors:
         _rescale(config["config"], divisors)
-    return Application(f"keras:{name}", config, divisors is None)
+    elif divisors is None:
+        doubt = "its input is rescaled once more where the weights are the published ones"
+    return Application(title, config, doubt)
+
+
+def describe_relatives(content: KerasContent) -> str:
+    """What weights alone look like that are of no known model as it stands, in words; "" where of nothing known."""
+    shapes = _list_shapes(content)
+    if any(_NAMED_BEFORE.fullmatch(name) for name in shapes):
+        return "names like bn2a_branch2a occur with different eps, 1e-3 in older keras.applications"
+    backbone = {name: own for name, own in shapes.items() if max(map(len, own)) != _DENSE}
+    entry = _find_entry(backbone) if len(backbone) < len(shapes) else None
+    if entry is None:
+        return ""
+    index, _ = _read_index()
+    name = index["names"][entry[1]]
+    return f"these are the layers of keras:{name} with others behind, of which the file does not say how they follow"
+
+
+def _list_shapes(content: KerasContent) -> dict[str, list[tuple[int, ...]]]:
+    """Shapes of the variables of each layer, in the order of the file."""
+    shapes: dict[str, list[tuple[int, ...]]] = {}
+    for name, place in content.names.places.items():
+        shapes.setdefault(name.rpartition(".")[0], []).append(tuple(content.hdf5.datasets[place].shape))
+    return shapes
+
+
+def _find_entry(shapes: Mapping[str, Sequence[tuple[int, ...]]]) -> tuple[str, int, str | None] | None:
+    """Fingerprint, number of the model, and the layer that it ends with where it has no classifier."""
+    found = fingerprint(shapes.items())
+    return next((tuple(entry) for entry in _read_index()[0]["entries"] if entry[0] == found), None)
+
+
+def _give_rgb(shapes: Mapping[str, Sequence[tuple[int, ...]]]) -> tuple[int, dict[str, list[tuple[int, ...]]]]:
+    """How many channels the first convolution reads, and the shapes if it read three."""
+    kernels = [(name, one) for name, own in shapes.items() for one in own if len(one) == _CONVOLUTION]
+    if not kernels:
+        return _RGB, {}
+    first, (*window, channels, filters) = kernels[0]
+    changed = (*window, _RGB, filters)
+    return channels, {
+        name: [changed if name == first and one == kernels[0][1] else one for one in own]
+        for name, own in shapes.items()
+    }
+
+
+def _set_channels(model: Any, channels: int) -> bool:
+    """Let the model read other images than those of three channels; False where it is another model then.
+
+    Those that normalise their input do so otherwise where it has not three channels.
+    """
+    layers = model["layers"]
+    if any(layer["class_name"] in ("Rescaling", "Normalization") for layer in layers):
+        return False
+    shape = next(layer["config"]["batch_shape"] for layer in layers if layer["class_name"] == "InputLayer")
+    shape[-1] = channels
+    return True
+
+
+def _doubt_classifier(
+    content: KerasContent, shapes: Mapping[str, Sequence[tuple[int, ...]]], model: Any, inputs: int | None
+) -> str:
+    """Why a classifier may not be the one of the application; "" where its name and shape are that one's.
+
+    Args:
+        inputs: how many channels the application's own reads; None where it has no Dense.
+    """
+    own = next((layer["name"] for layer in reversed(model["layers"]) if layer["class_name"] == "Dense"), None)
+    kernels = ((name, one) for name, found in shapes.items() for one in found if len(one) == _DENSE)
+    found = next(((name, one) for name, one in kernels if _find_key(name) in HEADS), None)
+    if own is None or found is None or inputs is None:
+        return ""
+    name, (reads, classes) = found
+    if reads == inputs and classes > 1:
+        is_counted = content.layout is WeightsLayout.NUMBERED and _COUNTED.fullmatch(name) is not None
+        if name == own or (is_counted and classes == _IMAGENET):
+            return ""
+    return "the layers behind the last convolution may be your own (the file says neither pooling nor activation)"
 
 
 def _find_divisors(content: KerasContent) -> tuple[float, ...] | None:

@@ -120,16 +120,16 @@ def configure_recognised(checkpoint: Checkpoint, *, writes: bool) -> Checkpoint 
     """Weights alone of a model of keras.applications as layers of that model; None where they are of no such model.
 
     Raises:
-        RefusedError: something is to be written, and published weights are run otherwise than those of one's own.
+        RefusedError: something is to be written, and the model may have layers otherwise than the configuration.
     """
     content = KerasContent.of(checkpoint)
     application = recognise_application(content) if content.config is None else None
     if application is None:
         return None
-    if writes and application.is_ambiguous:
+    if writes and application.doubt:
         raise RefusedError(
-            f"names and shapes fit {application.name}, whose input is rescaled once more where the weights are the "
-            "published ones: give the configuration of the model (what model.to_json() says) with --keras-config FILE"
+            f"names and shapes fit {application.name}, but {application.doubt}: give the configuration of the model "
+            "(what model.to_json() says) with --keras-config FILE"
         )
     try:
         configured = _configure(checkpoint, application.config)

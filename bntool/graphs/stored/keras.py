@@ -14,6 +14,7 @@ from bntool.batchnorm import STATISTICS
 from bntool.checkpoints.arrays import to_float64
 from bntool.checkpoints.checkpoint import Checkpoint
 from bntool.checkpoints.containers.pickles.nodes import text_of
+from bntool.checkpoints.keras.applications import describe_relatives
 from bntool.checkpoints.keras.content import KerasContent, find_version
 from bntool.checkpoints.keras.keras_1 import EPS_BELOW_ROOT_SINCE, has_unnamed_models
 from bntool.checkpoints.keras.model import KerasLayer, KerasModel, Reference, calls_in_order, order_layers
@@ -57,8 +58,9 @@ def keras_graph(checkpoint: Checkpoint) -> ModelGraph:
     content = KerasContent.of(checkpoint)
     if content.model is None:
         raise RefusedError(
-            "the file holds weights only, neither the graph of the model nor eps: give the configuration of the model "
-            "(what model.to_json() says, or a .keras or .h5 file of it) with --keras-config FILE"
+            f"the file holds weights only, neither the graph of the model nor eps{_describe_relatives(content)}: give "
+            "the configuration of the model (what model.to_json() says, or a .keras or .h5 file of it) with "
+            "--keras-config FILE"
             if content.config is None
             else "models inside of this one have no names in it, so that layers and weights are not matched"
             if has_unnamed_models(content.config)
@@ -73,6 +75,11 @@ def keras_graph(checkpoint: Checkpoint) -> ModelGraph:
         _check_version(find_version(content.config, content.hdf5))
     version = text_of(checkpoint.entries.get("keras_version")) or ""
     return _Building(content, content.model, checkpoint.state_dicts[0].tensors, version=version).build()
+
+
+def _describe_relatives(content: KerasContent) -> str:
+    found = describe_relatives(content)
+    return f" ({found})" if found else ""
 
 
 def _check_version(version: tuple[int, ...] | None) -> None:

@@ -10,6 +10,7 @@ import zlib
 from pathlib import Path
 
 import h5py
+import numpy as np
 import pytest
 
 import bntool
@@ -157,3 +158,84 @@ def test_layers_that_read_their_configuration_by_themselves_have_it_whole() -> N
     layers = [one for config in configs for one in config["config"]["layers"] if one["class_name"] == "Rescaling"]
     assert layers
     assert all({"scale", "offset"} <= one["config"].keys() for one in layers)
+
+
+def reshape(path: Path, layer: str, shape: tuple[int, ...], *, new_name: str | None = None) -> None:
+    """Give the first weight of a layer another shape, and a bias as many elements; and the layer another name."""
+    with h5py.File(path, "r+") as file:
+        group = file[layer]
+        for number, name in enumerate(group.attrs["weight_names"]):
+            del group[name]
+            group[name] = np.full(shape if number == 0 else shape[-1:], 0.5, "f4")
+        if new_name is not None:
+            file.move(layer, new_name)
+            names = [one.decode() if isinstance(one, bytes) else one for one in file.attrs["layer_names"]]
+            file.attrs["layer_names"] = [new_name.encode() if one == layer else one.encode() for one in names]
+
+
+@pytest.mark.parametrize(
+    ("shape", "name"),
+    [((1280, 10), "dense_1"), ((7 * 7 * 1280, 10), "predictions"), ((1280, 1), "predictions")],
+    ids=["own name", "flattened", "softmax of one class"],
+)
+def test_a_classifier_that_may_be_ones_own_is_not_described(
+    shape: tuple[int, ...], name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What is written beside the weights would say that it reads an average, and ends with a softmax."""
+    weights = unpack(PUBLISHED, tmp_path)
+    reshape(weights, "predictions", shape, new_name=name if name != "predictions" else None)
+    assert [one.title for one in bntool.inspect(weights).state_dicts[0].architectures] == ["keras:EfficientNetB0"]
+    assert main(["fold", str(weights), "-o", str(tmp_path / "mine.h5")]) == ExitCode.REFUSED
+    assert "the file says neither pooling nor activation" in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "mine.h5").exists()
+
+
+def test_another_number_of_classes_is_the_same_model(tmp_path: Path) -> None:
+    weights = unpack(PUBLISHED, tmp_path)
+    reshape(weights, "predictions", (1280, 7))
+    bntool.fold_checkpoint(weights, tmp_path / "mine.h5")
+    assert json.loads((tmp_path / "mine.json").read_text())["config"]["layers"][-1]["config"]["units"] == 7
+
+
+def test_images_of_other_channels_are_read(tmp_path: Path) -> None:
+    """Held against the configuration that Keras gives, with the shape of its input changed as Keras would."""
+    weights, config = unpack(KINDS[0], tmp_path), unpack("mobilenet.json", tmp_path)
+    reshape(weights, "conv1", (3, 3, 1, 32))
+    given = json.loads(config.read_text())
+    given["config"]["layers"][0]["config"]["batch_shape"][-1] = 1
+    config.write_text(json.dumps(given))
+    bntool.fold_checkpoint(weights, tmp_path / "mine.h5")
+    bntool.fold_checkpoint(weights, tmp_path / "theirs.h5", keras_config=config)
+    assert elements(tmp_path / "mine.h5", tmp_path / "mine.json") == elements(
+        tmp_path / "theirs.h5", tmp_path / "theirs.json"
+    )
+    layers = json.loads((tmp_path / "mine.json").read_text())["config"]["layers"]
+    assert layers[0]["config"]["batch_shape"][-1] == 1
+
+
+def test_the_model_that_own_layers_stand_behind_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    weights = unpack(PUBLISHED, tmp_path)
+    with h5py.File(weights, "r+") as file:
+        file.copy(file["predictions"], file, "more")
+        names = [one.decode() if isinstance(one, bytes) else one for one in file.attrs["layer_names"]]
+        file.attrs["layer_names"] = [one.encode() for one in (*names, "more")]
+    assert main(["fold", str(weights), "-o", str(tmp_path / "mine.h5")]) == ExitCode.REFUSED
+    said = " ".join(capsys.readouterr().err.split())
+    assert "these are the layers of keras:EfficientNetB0 with others behind" in said
+    assert "--keras-config" in said
+
+
+def test_names_that_occur_with_different_eps_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        file.attrs["layer_names"] = [b"res2a_branch2a", b"bn2a_branch2a"]
+        kinds = (("res2a_branch2a", {"kernel": (1, 1, 3, 4), "bias": (4,)}),)
+        norm = dict.fromkeys(("gamma", "beta", "moving_mean", "moving_variance"), (4,))
+        for name, variables in (*kinds, ("bn2a_branch2a", norm)):
+            group = file.create_group(name)
+            group.attrs["weight_names"] = [f"{name}/{one}:0".encode() for one in variables]
+            for one, shape in variables.items():
+                group[f"{name}/{one}:0"] = np.ones(shape, "f4")
+    assert main(["fold", str(tmp_path / "a.h5"), "-o", str(tmp_path / "b.h5")]) == ExitCode.REFUSED
+    said = " ".join(capsys.readouterr().err.split())
+    assert "names like bn2a_branch2a occur with different eps, 1e-3 in older keras.applications" in said
+    assert "--keras-config" in said
