@@ -379,7 +379,8 @@ class _Folder:
     def removal_steps(self, own: ScaleAndShift) -> Iterator[Step]:
         names = [name for parameter in own.names.values() for name in self.graph.names_of(parameter)]
         modules = dict.fromkeys(name.rpartition(".")[0] for name in names)
-        names += [f"{module}.num_batches_tracked" if module else "num_batches_tracked" for module in modules]
+        others = ("num_batches_tracked", "eps")  # the latter where a class of one's own keeps it in a buffer
+        names += [f"{module}.{leaf}" if module else leaf for module in modules for leaf in others]
         for name in names:
             if self.state_dict.full_name(name) in self.state_dict.tensors:
                 yield RemoveTensor(name)

@@ -125,8 +125,17 @@ def is_batchnorm(module: torch.nn.Module) -> bool:
 
 def find_eps(module: torch.nn.Module) -> float:
     """What a BatchNorm adds to its variance; PyTorch's default where its class keeps it elsewhere."""
+    eps = read_eps(module)
+    return DEFAULT_EPS if eps is None else eps
+
+
+def read_eps(module: torch.nn.Module) -> float | None:
+    """The attribute ``eps`` of a module, a number or a tensor of one element; None where there is no such thing."""
     eps = getattr(module, "eps", None)
-    return float(eps) if isinstance(eps, int | float) else DEFAULT_EPS
+    if isinstance(eps, torch.Tensor) and eps.numel() == 1 and not eps.is_meta:
+        # 1e-3 in float32 is meant to be 1e-3
+        return float(f"{float(eps):.6g}") if eps.dtype is torch.float32 else float(eps)
+    return float(eps) if isinstance(eps, int | float) else None
 
 
 def has_statistics(module: torch.nn.Module) -> bool:

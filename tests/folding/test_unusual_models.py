@@ -225,6 +225,25 @@ def test_a_frozen_batchnorm_whose_eps_is_a_variable_is_folded(eps, dtype):
     torch.testing.assert_close(result.model(x), net(x), atol=1e-4, rtol=1e-4)
 
 
+class FrozenWithBuffer(Frozen):
+    """As above, with an eps that is saved."""
+
+    def __init__(self, channels, eps):
+        super().__init__(channels)
+        self.register_buffer("eps", torch.tensor(eps))
+        self.constants = (self.eps,)
+
+
+@pytest.mark.parametrize("layout", ["folded", "same-keys"])
+@pytest.mark.parametrize("eps", [1e-3, 0.0123456])
+def test_an_eps_in_a_buffer_is_read_and_goes_with_its_layer(eps, layout):
+    net, x = randomise(nn.Sequential(nn.Conv2d(3, 8, 3), FrozenWithBuffer(8, eps), nn.ReLU())), image()
+    result = bntool.fold(net, x, layout=layout)
+    assert folded(result) == ["1"]
+    assert ("1.eps" in result.model.state_dict()) is (layout == "same-keys")
+    torch.testing.assert_close(result.model(x), net(x), atol=1e-4, rtol=1e-4)
+
+
 def test_one_whose_eps_cannot_be_told_did_run():
     result = bntool.fold(randomise(nn.Sequential(nn.Conv2d(3, 8, 3), Frozen(8, 0.0123456))), image())
     assert folded(result) == []

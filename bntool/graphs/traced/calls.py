@@ -16,6 +16,7 @@ from bntool.graphs.traced import operators
 from bntool.graphs.traced.labels import varying_axis
 from bntool.graphs.traced.parameters import Ones, Parameter, ParameterIndex
 from bntool.graphs.transposed_convolutions import Axis, meets_all_taps
+from bntool.modules.finding import read_eps
 from bntool.modules.padding import find_amounts
 
 _CLOSE = 1e-4  # relative; a frozen BatchNorm computes its scale in the dtype of its buffers
@@ -397,7 +398,7 @@ class Affine:
             "kind": NodeKind.BATCH_NORM,
             "layer": self.owner,
             "parameters": {role: parameter.name for role, parameter in found.items()},
-            "eps": self.eps if self.eps is not None else _eps_of(module),
+            "eps": self.eps if self.eps is not None else read_eps(module),
             "owner": Owner.PART,
             "class_name": type(module).__name__,
         }
@@ -434,7 +435,7 @@ def find_frozen_eps(product: Affine, total: Affine, index: ParameterIndex) -> fl
     if found is None:
         return None
     weight, bias, mean, variance = (index.tensor(found[role]).detach().double().cpu() for role in VECTORS)
-    eps = _eps_of(next(iter(found.values())).owner)
+    eps = read_eps(next(iter(found.values())).owner)
     if eps is None:
         eps = _solve_eps(product.constant, weight, variance)
     if eps is None:
@@ -476,11 +477,6 @@ def _batchnorm_tensors(index: ParameterIndex, path: str) -> dict[str, Parameter]
     if len({tuple(index.tensor(index.by_name[name]).shape) for name in names.values()}) > 1:
         return None  # of another normalisation, e.g. one whose means are those of scalars alone
     return {role: index.by_name[name] for role, name in names.items()}
-
-
-def _eps_of(module: torch.nn.Module) -> float | None:
-    eps = getattr(module, "eps", None)
-    return float(eps) if isinstance(eps, int | float) else None
 
 
 def late_bias(
