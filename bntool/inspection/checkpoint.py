@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from bntool.inspection.configuration import Configuration
 
 MAX_CHANNELS = 1 << 22  # elements of one tensor read for its statistics unless --stats asks for all
+_COUNTS = ("global_step", "iteration", "iter", "meta")  # entries that say how many steps were made
 
 
 def inspect(  # noqa: PLR0913 as many as the command has options
@@ -143,8 +144,8 @@ def _inspect(
         for one in wanted
     ]
     check_globs(layers, list(dict.fromkeys(name for one in inspections for name in one.names)))
-    if any(isinstance(name, str) and "opt" in name.lower() for name in checkpoint.entries):
-        from bntool.inspection.training_findings import compare_with_steps  # most files hold no optimizer
+    if any(isinstance(name, str) and ("opt" in name.lower() or name in _COUNTS) for name in checkpoint.entries):
+        from bntool.inspection.training_findings import compare_with_steps  # most files count no steps
 
         inspections = compare_with_steps(checkpoint, inspections, thresholds_of(""))
     if any(map(may_hold_average, wanted)) or (len(wanted) > 1 and any(map(_lacks_statistics, inspections))):

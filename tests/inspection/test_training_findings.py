@@ -32,7 +32,8 @@ def train(
     state = optimizer.state_dict()
     if changes.get("in_list"):
         state = [state]
-    torch.save({"state_dict": net.state_dict(), changes.get("key", "optimizer"): state}, path / "c.pt")
+    said = changes.get("said", {})
+    torch.save({"state_dict": net.state_dict(), changes.get("key", "optimizer"): state, **said}, path / "c.pt")
     return list(bntool.inspect(path / "c.pt").state_dicts[0].findings)
 
 
@@ -73,3 +74,18 @@ def test_advice_for_checkpointing_gives_the_statistics_of_one_forward(tmp_path: 
         once(x), twice(x), twice(x)
     torch.testing.assert_close(once.running_var, twice.running_var)
     torch.testing.assert_close(once.running_mean, twice.running_mean)
+
+
+@pytest.mark.parametrize("said", [{"global_step": 30, "epoch": 1}, {"iteration": 30}, {"meta": {"iter": 30}}])
+def test_steps_that_only_the_file_counts(said: dict[str, Any], tmp_path: Path) -> None:
+    (finding,) = train(tmp_path, optimizer=lambda p: torch.optim.SGD(p, 0.01), checkpointing=True, said=said)
+    assert finding.facts == {"num_batches_tracked": 60, "steps": 30}
+    assert "30: two forwards for each" in finding.message
+    assert train(tmp_path, optimizer=lambda p: torch.optim.SGD(p, 0.01), said=said) == []
+    file = torch.load(tmp_path / "c.pt")
+    file["state_dict"]["1.num_batches_tracked"] *= 2
+    del file["optimizer"]
+    torch.save(file, tmp_path / "c.pt")
+    assert [one.code for one in bntool.inspect(tmp_path / "c.pt").state_dicts[0].findings] == [finding.code]
+    halved = {key: {"iter": 60} if key == "meta" else 60 for key in said}
+    assert train(tmp_path, optimizer=lambda p: torch.optim.SGD(p, 0.01), said=halved) == []
