@@ -117,8 +117,9 @@ def _changes(freeze: FreezePlan) -> list[Block]:
     flags = list(plan.steps_of(SetAttribute))
     modes = sum(step.attribute == "training" for step in flags)
     if freeze.carrier is Carrier.MODULES:
-        text = f"in the pickled modules: training=False {modes} times, requires_grad {len(flags) - modes} times"
-        blocks.append(line(text, indent=2))
+        changed = (("training=False", modes), ("requires_grad", len(flags) - modes))
+        said = ", ".join(f"{name} {plural(count, 'time')}" for name, count in changed if count)
+        blocks.append(line(f"in the pickled modules: {said}", indent=2))
     elif freeze.carrier is Carrier.LAYERS:
         blocks.append(line(f"in the configuration of {plural(len(flags), 'layer')}: trainable false", indent=2))
     elif freeze.carrier is Carrier.NET:

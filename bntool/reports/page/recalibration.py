@@ -17,6 +17,7 @@ from bntool.reports.text import plural
 if TYPE_CHECKING:
     from bntool.recalibration.drift import LayerDrift
     from bntool.recalibration.new_statistics import Recalibration
+    from bntool.recalibration.output_changes import OutputChange, OutputChanges
     from bntool.recalibration.results import CheckpointRecalibration
 
 
@@ -39,7 +40,7 @@ def make_recalibration_page(path: str, outcome: CheckpointRecalibration) -> Page
         details=leave_out_skips(parts.lines, outcome.recalibration.plan),
         heading="Left alone",
         entries=list_skips(result.plan),
-        tables=(make_drift_table(result.drifts),) if result.drifts else (),
+        tables=(make_drift_table(result.drifts, outcome.output_changes),) if result.drifts else (),
         snippets=(*parts.snippets, *(inspect if outcome.output is not None else ())),
     )
 
@@ -70,8 +71,18 @@ def _judge(drifts: tuple[LayerDrift, ...]) -> Style:
     return Style.NOTICE if any(drift.has_parted for drift in drifts) else Style.GOOD
 
 
-def make_drift_table(drifts: tuple[LayerDrift, ...]) -> Table:
-    """The layers in order of execution, each with its statistics before and as the data have them."""
+def _find_percent(change: OutputChange | None) -> float | None:
+    """How far outputs change relative to their norm; None where that was not measured, or is not defined."""
+    return None if change is None or change.relative is None else 100 * change.relative
+
+
+def make_drift_table(drifts: tuple[LayerDrift, ...], output_changes: OutputChanges | None = None) -> Table:
+    """The layers in order of execution, each with its statistics before and as the data have them.
+
+    Args:
+        output_changes: what the new statistics of single layers do to the outputs.
+    """
+    alone = output_changes.alone if output_changes is not None else {}
     columns = ChangeColumns([drift.shift for drift in drifts], before="stored", after="data")
     own = (
         Column("layer"),
@@ -82,10 +93,16 @@ def make_drift_table(drifts: tuple[LayerDrift, ...]) -> Table:
             is_number=True,
             is_minor=True,
         ),
+        Column("outputs", "How far the new statistics of this layer alone change the outputs", is_number=True),
     )
     rows = tuple(
         Row(
-            (Item(drift.layer), *columns.items(drift.shift), number_item(drift.sampling_error, " σ")),
+            (
+                Item(drift.layer),
+                *columns.items(drift.shift),
+                number_item(drift.sampling_error, " σ"),
+                number_item(_find_percent(alone.get(drift.layer)), " %"),
+            ),
             f"l{number}",
             Style.WARNING if drift.has_parted else Style.PLAIN,
         )

@@ -84,6 +84,8 @@ def test_a_recalibration_shows_the_stored_and_the_new_statistics(tmp_path: Path)
         f"running_var, data, of 12 channels {describe(new)}",
     ]
     assert "top1" in page.text
+    assert "the column outputs shows" in page.text
+    assert "outputs</span>" in target.read_text()
     assert f"torch.load({str(tmp_path / 'o.pt')!r}" in page.text
 
 
