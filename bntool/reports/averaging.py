@@ -7,6 +7,7 @@ import shlex
 from typing import Any
 
 from bntool.averaging.checkpoint import Average, PooledLayer
+from bntool.checkpoints.checkpoint import Loader
 from bntool.plan import Record, describe_step
 from bntool.reports.blocks import Block, Cell, Column, Style, Table, line, verbatim
 from bntool.reports.loading import show_loading_code
@@ -61,10 +62,7 @@ def show_average(average: Average) -> list[Block]:
         if average.statistics_from is not None:
             how = f"those of {average.statistics_from}"
         blocks.append(line(f"running statistics of {plural(len(plan.layers), 'layer')}: {how}", indent=2))
-        blocks += [
-            line("They are those of no model that was run: recalibrate before this model is used.", Style.WARNING),
-            *verbatim([f"    {_recalibrate_command(average)}"]),
-        ]
+        blocks += _advise(average)
     rows = [
         (Cell(str(source.path)), Cell(f"{weight:.4g}"))
         for source, weight in zip(average.sources, average.weights, strict=True)
@@ -89,9 +87,17 @@ def show_average(average: Average) -> list[Block]:
     ]
 
 
-def _recalibrate_command(average: Average) -> str:
-    out = average.output or "OUT"
-    return f"bntool recalibrate {shlex.quote(out)} --model SPEC --data SPEC -o recalibrated.pt"
+def _advise(average: Average) -> list[Block]:
+    """How the statistics become those of the averaged model."""
+    said, loader = "They are those of no model that was run", average.sources[0].format.loader
+    if loader is not Loader.TORCH:
+        how = f"let {loader.value} run batches in training mode, with the weights kept"
+        return [line(f"{said}: {how}, before this model is used.", Style.WARNING)]
+    command = f"bntool recalibrate {shlex.quote(average.output or 'OUT')} --model SPEC --data SPEC -o recalibrated.pt"
+    return [
+        line(f"{said}: recalibrate before this model is used.", Style.WARNING),
+        *verbatim([f"    {command}"]),
+    ]
 
 
 def _layers(average: Average) -> list[Block]:

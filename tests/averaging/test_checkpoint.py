@@ -15,7 +15,7 @@ from torch.optim.swa_utils import AveragedModel
 import bntool
 from bntool.cli.main import main
 from bntool.errors import RefusedError, UnreadableFileError, UsageError
-from tests.places import SAMPLES
+from tests.places import INTEROP, SAMPLES
 
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
@@ -219,9 +219,8 @@ def test_a_file_that_changes_meanwhile_is_noticed(
 
 
 def test_graphs_are_no_state_dicts(tmp_path: Path) -> None:
-    from tests.places import FIXTURES
 
-    model = next((FIXTURES / "interop").glob("*.onnx"))
+    model = next(INTEROP.glob("*.onnx"))
     with pytest.raises(RefusedError, match="no state dicts"):
         bntool.average_checkpoints([model, model])
 
@@ -275,3 +274,16 @@ def test_one_channel_that_differs_among_many_is_named(tmp_path: Path, capsys: py
     said = [" ".join(text.split()) for text in capsys.readouterr().out.splitlines()]
     assert "2 100.0% 9 x 1" in said
     assert "1 0.0% x 1e6 7" in said
+
+
+def test_what_to_do_about_the_statistics_is_what_can_be_done(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """bntool recalibrate runs models of PyTorch."""
+    for ending, words in ((".keras", "let keras run batches in training mode"), (".pt", "bntool recalibrate")):
+        source = SAMPLES / "digits.pt" if ending == ".pt" else INTEROP / "keras_2.12_nested_models.keras"
+        out = tmp_path / f"average{ending}"
+        assert main(["average", str(source), str(source), "-o", str(out)]) == 0
+        printed = capsys.readouterr().out
+        assert words in printed
+        assert ("bntool recalibrate" in printed) == (ending == ".pt")
