@@ -244,6 +244,75 @@ def test_an_eps_in_a_buffer_is_read_and_goes_with_its_layer(eps, layout):
     torch.testing.assert_close(result.model(x), net(x), atol=1e-4, rtol=1e-4)
 
 
+def by_mean_first(x, m, v, w, b, eps):
+    return (x - m) / torch.sqrt(v + eps) * w + b
+
+
+def by_scale_first(x, m, v, w, b, eps):
+    return w * ((x - m) * torch.rsqrt(v + eps)) + b
+
+
+def by_one_factor(x, m, v, w, b, eps):
+    return (x - m) * (w / (v + eps).sqrt()) + b
+
+
+def by_addcmul(x, m, v, w, b, eps):
+    return torch.addcmul(b, x - m, w * torch.rsqrt(v + eps))
+
+
+def by_addcmul_last(x, m, v, w, b, eps):
+    return torch.addcmul(b, w, (x - m) / (v + eps) ** 0.5)
+
+
+def reads_between(x, m, v, w, b, eps):
+    centred = x - m
+    return centred / torch.sqrt(v + eps) * w + b + centred.relu()
+
+
+def reads_later(x, m, v, w, b, eps):
+    scaled = (x - m) / torch.sqrt(v + eps)
+    return scaled * w + b + scaled.relu()
+
+
+def wrong_order(x, m, v, w, b, eps):
+    return (m - x) / torch.sqrt(v + eps) * w + b
+
+
+def variance_alone(x, m, v, w, b, eps):
+    return (x - m) / (v + eps) * w + b
+
+
+def twice_the_bias(x, m, v, w, b, eps):
+    return torch.add((x - m) / torch.sqrt(v + eps) * w, b, alpha=2)
+
+
+def weighted(x, m, v, w, b, eps):
+    return torch.addcmul(b, x - m, w * torch.rsqrt(v + eps), value=0.5)
+
+
+class Written(Frozen):
+    def __init__(self, rule):
+        super().__init__(8)
+        self.rule, self.eps = rule, 1e-5
+
+    def forward(self, x):
+        own = (self.running_mean, self.running_var, self.weight, self.bias)
+        return self.rule(x, *(tensor.view(1, -1, 1, 1) for tensor in own), self.eps)
+
+
+@pytest.mark.parametrize(("rule", "folds"), [
+    *((rule, True) for rule in (by_mean_first, by_scale_first, by_one_factor, by_addcmul, by_addcmul_last)),
+    *((rule, False) for rule in (reads_between, reads_later, wrong_order, variance_alone, twice_the_bias, weighted)),
+])  # fmt: skip
+def test_batch_normalisation_written_by_hand(rule, folds):
+    net = randomise(nn.Sequential(nn.Conv2d(3, 8, 3), Written(rule), nn.Conv2d(8, 4, 3))).double()
+    x = image().double()
+    result = bntool.fold(net, x)
+    assert folded(result) == ["1"] * folds
+    assert reasons(result).get("1", ("",))[0] == ("" if folds else "NOT_RECOGNISED")
+    torch.testing.assert_close(result.model(x), net(x), atol=1e-9, rtol=1e-9)
+
+
 def test_one_whose_eps_cannot_be_told_did_run():
     result = bntool.fold(randomise(nn.Sequential(nn.Conv2d(3, 8, 3), Frozen(8, 0.0123456))), image())
     assert folded(result) == []

@@ -371,23 +371,31 @@ def _linear(name: str, given: Callable[[str], Any], roles: _Roles) -> CallFacts 
 
 @dataclass(frozen=True)
 class Affine:
-    """A product with, or a sum with, a constant that was computed from one module's BatchNorm tensors.
+    """Products and sums, one after the other, with constants that were computed from one module's BatchNorm tensors.
 
     Attributes:
         owner: dotted path of the module.
-        is_product: else a sum.
-        constant: the constant, flat, in float64.
-        source: labels of the computed operand.
+        scale, shift: what they come to, x * scale + shift, flat, in float64.
+        source: labels of the computed operand of the last of them.
         result: labels of the result.
+        nodes: that compute it, in order.
         eps: what the numbers say that it is, where the module does not.
     """
 
     owner: str
-    is_product: bool
-    constant: Tensor
+    scale: Tensor
+    shift: Tensor
     source: Tensor
     result: Tensor
+    nodes: tuple[int, ...]
     eps: float | None = None
+
+    def after(self, other: Affine) -> Affine | None:
+        """This one of what another gives; None where channels do not agree."""
+        if len({part.numel() for part in (self.scale, self.shift, other.scale, other.shift)} - {1}) > 1:
+            return None
+        shift = other.shift * self.scale + self.shift
+        return replace(self, scale=other.scale * self.scale, shift=shift, nodes=(*other.nodes, *self.nodes))
 
     def node_facts(self, index: ParameterIndex) -> dict[str, Any]:
         """Fields of the node of the BatchNorm that the sum completes."""
@@ -405,44 +413,66 @@ class Affine:
 
 
 def describe_affine(
-    function: Any, given: Mapping[int, Tensor], labels: Labels, *, names_of: NamesOf, index: ParameterIndex, out: Tensor
+    function: Any,
+    given: Callable[[str], Any],
+    labels: Labels,
+    *,
+    node: int,
+    names_of: NamesOf,
+    index: ParameterIndex,
+    out: Tensor,
 ) -> Affine | None:
-    """Describe a call that multiplies by, or adds, a constant of one BatchNorm's tensors; None for others."""
+    """Describe a call that multiplies by, or adds, constants of one BatchNorm's tensors; None for others.
+
+    Args:
+        given: its arguments, by name.
+        node: its index.
+    """
     name = operators.name_of(function)
-    if name not in ("mul", "add") or len(given) != 2:
+    roles = ("self", "tensor1", "tensor2") if name == "addcmul" else ("self", "other")
+    operands = [given(role) for role in roles]
+    if name not in ("mul", "add", "sub", "div", "addcmul") or not all(isinstance(one, Tensor) for one in operands):
         return None
-    computed = [i for i in given if labels[i] is not None]
-    constants = [given[i] for i in given if labels[i] is None]
-    if len(computed) != 1:
+    computed = [place for place, one in enumerate(operands) if labels.get(id(one)) is not None]
+    factor = given({"add": "alpha", "sub": "alpha", "addcmul": "value"}.get(name, ""))
+    if len(computed) != 1 or factor not in (None, 1) or (name == "div" and given("rounding_mode") is not None):
         return None
-    names = names_of(constants[0])
-    owners = {index.by_name[n].module for n in names}
-    if len(owners) != 1 or _batchnorm_tensors(index, next(iter(owners))) is None:
+    (place,) = computed
+    constants = [one for one in operands if one is not operands[place]]
+    owners = {index.by_name[n].module for one in constants for n in names_of(one)}
+    backwards = place == (0 if name == "addcmul" else 1) and name in ("sub", "div", "addcmul")
+    if backwards or len(owners) != 1 or _batchnorm_tensors(index, next(iter(owners))) is None:
         return None
-    source = labels[computed[0]]
+    source = labels[id(operands[place])]
     assert source is not None
-    constant = constants[0].detach().double().flatten().cpu()
-    return Affine(next(iter(owners)), name == "mul", constant, source, out)
+    values = [one.detach().double().flatten().cpu() for one in constants]
+    one, zero = values[0].new_ones(1), values[0].new_zeros(1)
+    if name == "addcmul":
+        scale, shift = values[1], values[0]
+    elif name in ("mul", "div"):
+        scale, shift = values[0] if name == "mul" else 1 / values[0], zero
+    else:
+        scale, shift = one, values[0] if name == "add" else -values[0]
+    return Affine(next(iter(owners)), scale, shift, source, out, (node,))
 
 
-def find_frozen_eps(product: Affine, total: Affine, index: ParameterIndex) -> float | None:
+def find_frozen_eps(affine: Affine, index: ParameterIndex) -> float | None:
     """Find the eps with which ``x * scale + shift`` equals BatchNorm with the tensors of this module.
 
     It is the module's, or else the one that the numbers give, if that is a round one: an eps may be a local variable
     of a forward. None where the constants are no such thing.
     """
-    found = _batchnorm_tensors(index, product.owner)
+    found = _batchnorm_tensors(index, affine.owner)
     if found is None:
         return None
     weight, bias, mean, variance = (index.tensor(found[role]).detach().double().cpu() for role in VECTORS)
     eps = read_eps(next(iter(found.values())).owner)
     if eps is None:
-        eps = _solve_eps(product.constant, weight, variance)
+        eps = _solve_eps(affine.scale, weight, variance)
     if eps is None:
         return None
     scale = weight / torch.sqrt(variance + eps)
-    expected = (scale, bias - mean * scale)
-    agrees = _is_close(product.constant, expected[0]) and _is_close(total.constant, expected[1])
+    agrees = _is_close(affine.scale, scale) and _is_close(affine.shift, bias - mean * scale)
     return eps if agrees else None
 
 

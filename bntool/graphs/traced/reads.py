@@ -71,9 +71,10 @@ class Reads:
                 itself; where nothing else reads the product, the two become one node.
         """
         edges = [edge for (node, port), meeting in self._reads.items() for edge in self._edges(node, port, meeting)]
+        broken = set()
         for product, total in completed.items():
             readers = {edge.target for edge in edges if edge.source == product}
-            if readers == {total}:
+            if readers == {total} and product not in broken:
                 edges = [
                     replace(edge, target=total) if edge.target == product else edge
                     for edge in edges
@@ -84,6 +85,7 @@ class Reads:
                         users.discard(product)
                         users.add(total)
             else:
+                broken.add(total)
                 nodes[total] = replace(nodes[total], kind=NodeKind.OTHER)
         return tuple(nodes), tuple(edges), {name: frozenset(users) for name, users in self._uses.items()}
 

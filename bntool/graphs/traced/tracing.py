@@ -11,6 +11,7 @@ keeps) count as read.
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -187,8 +188,15 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 last = self.results.get(node.index)
                 whole = last is not None and self.known.labels(output) is last
                 reads_input = self.reads.first(inside[0].index) is entered.labels
-                owner = self.index.judge_owner(module, path, node, inside, reads_input=reads_input, whole=whole)
+                parts = self.find_parts(node.index)
+                apart = [other for other in inside if other.index not in parts]
+                owner = self.index.judge_owner(module, path, node, apart, reads_input=reads_input, whole=whole)
                 self.nodes[node.index] = replace(node, owner=owner)
+
+    def find_parts(self, total: int) -> set[int]:
+        """The nodes that one completes."""
+        parts = {number for number, following in self.completed.items() if following == total}
+        return parts.union(*map(self.find_parts, parts))
 
     # tensors
 
@@ -349,8 +357,8 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return  # a number, not a tensor
         if facts.kind is NodeKind.BATCH_NORM:
             self.results[node.index] = out
-        elif facts.kind in _ARITHMETIC and not others:
-            self.recognise_affine(node, function, given, labels, out)
+        elif (facts.kind in _ARITHMETIC or operators.name_of(function) == "addcmul") and not others:
+            self.recognise_affine(self.nodes[node.index], function, arguments, keywords, labels, out)
 
     def record_reads(
         self,
@@ -376,25 +384,40 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self.reads.add(node.index, port, meet(found, axis=None))
 
     def recognise_affine(
-        self, node: Node, function: Any, given: dict[int, Tensor], labels: dict[int, Tensor | None], out: Tensor
+        self, node: Node, function: Any, arguments: Any, keywords: Any, labels: dict[int, Tensor | None], out: Tensor
     ) -> None:
-        """Recognise a product and a following sum with constants of one module, which may be a FrozenBatchNorm."""
-        affine = describe_affine(function, given, labels, names_of=self.names_of, index=self.index, out=out)
+        """Recognise products and sums with constants of one module, which may be a FrozenBatchNorm."""
+
+        def given(name: str) -> Any:
+            return operators.argument(function, arguments, keywords, name)
+
+        affine = describe_affine(
+            function, given, labels, node=node.index, names_of=self.names_of, index=self.index, out=out
+        )
         if affine is None:
             return
-        if affine.is_product:
-            self.affines[node.index] = affine
-            axis = varying_axis(affine.source, default=1)
-            self.reads.replace(node.index, 0, meet(affine.source, axis=axis), affine.source)
+        same = (a for a in self.affines.values() if a.result is affine.source and a.owner == affine.owner)
+        before = next(same, None)
+        if before is None:
+            if node.kind is not NodeKind.OTHER:
+                self.affines[node.index] = affine
+                axis = varying_axis(affine.source, default=1)
+                self.reads.replace(node.index, 0, meet(affine.source, axis=axis), affine.source)
             return
-        products = (i for i, a in self.affines.items() if a.result is affine.source and a.owner == affine.owner)
-        product = next(products, None)
-        eps = None if product is None else find_frozen_eps(self.affines[product], affine, self.index)
-        if product is not None and eps is not None:
-            affine = replace(affine, eps=eps)
-            self.completed[product] = node.index
+        whole = affine.after(before)
+        if whole is None:
+            return
+        eps = find_frozen_eps(whole, self.index)
+        if eps is None:
+            self.affines[node.index] = whole
+        elif node.kind is not NodeKind.OTHER or varying_axis(affine.source, default=1) == 1:
+            for number, following in itertools.pairwise(whole.nodes):
+                self.completed[number] = following
+                if self.nodes[number].kind is not NodeKind.CHANNELWISE:
+                    self.nodes[number] = replace(self.nodes[number], kind=NodeKind.OTHER, parameters={}, factors=())
             self.results[node.index] = out
-            self.nodes[node.index] = replace(self.nodes[node.index], **affine.node_facts(self.index))
+            facts = replace(whole, eps=eps).node_facts(self.index)
+            self.nodes[node.index] = replace(self.nodes[node.index], factors=(), **facts)
 
     def find_product(
         self, function: Any, given: dict[int, Tensor], labels: dict[int, Tensor | None]
