@@ -313,6 +313,22 @@ def test_batch_normalisation_written_by_hand(rule, folds):
     torch.testing.assert_close(result.model(x), net(x), atol=1e-9, rtol=1e-9)
 
 
+@pytest.mark.parametrize("rule", [by_mean_first, by_addcmul])
+def test_one_along_another_axis_of_the_same_length_is_left_alone(rule):
+    class AlongColumns(Written):
+        def forward(self, x):
+            return super().forward(x.movedim(-1, 1)).movedim(1, -1)
+
+    class Broadcast(Written):
+        def forward(self, x):
+            own = (self.running_mean, self.running_var, self.weight, self.bias)
+            return self.rule(x, *own, self.eps)
+
+    for kind in (AlongColumns, Broadcast):
+        net = randomise(nn.Sequential(nn.Conv2d(3, 8, 3), kind(rule))).double()
+        assert folded(bntool.fold(net, torch.randn(2, 3, 9, 10, dtype=torch.float64))) == []
+
+
 def test_one_whose_eps_cannot_be_told_did_run():
     result = bntool.fold(randomise(nn.Sequential(nn.Conv2d(3, 8, 3), Frozen(8, 0.0123456))), image())
     assert folded(result) == []

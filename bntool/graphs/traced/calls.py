@@ -445,6 +445,8 @@ def describe_affine(
         return None
     source = labels[id(operands[place])]
     assert source is not None
+    if not all(_lies_along(one, varying_axis(source, default=1) - source.dim()) for one in constants):
+        return None
     values = [one.detach().double().flatten().cpu() for one in constants]
     one, zero = values[0].new_ones(1), values[0].new_zeros(1)
     if name == "addcmul":
@@ -454,6 +456,11 @@ def describe_affine(
     else:
         scale, shift = one, values[0] if name == "add" else -values[0]
     return Affine(next(iter(owners)), scale, shift, source, out, (node,))
+
+
+def _lies_along(constant: Tensor, axis: int) -> bool:
+    """Whether a constant varies along one axis alone, counted from the last."""
+    return constant.numel() == 1 or (constant.dim() >= -axis and constant.shape[axis] == constant.numel())
 
 
 def find_frozen_eps(affine: Affine, index: ParameterIndex) -> float | None:
