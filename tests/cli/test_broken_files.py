@@ -192,7 +192,9 @@ def test_a_long_path_or_name_does_not_cost_a_sentence_its_end(
     code, sentence = read(capsys, "inspect", folder / "a.safetensors")
     assert code == 3
     assert sentence.startswith(str(folder))
-    assert sentence.endswith("z…: unknown dtype 'F99'; fetch or copy the file again")
+    assert "z…z" in sentence  # a name loses its middle
+    assert len(sentence) < 1000
+    assert sentence.endswith("z: unknown dtype 'F99'; fetch or copy the file again")
 
 
 @pytest.mark.parametrize("target", ["safetensors", "torch"])
