@@ -23,7 +23,7 @@ from bntool.checkpoints.checkpoint import (
 )
 from bntool.checkpoints.containers.protobufs.reading import Buffer, Message
 from bntool.checkpoints.containers.protobufs.writing import unused_name
-from bntool.checkpoints.files import SourceFile
+from bntool.checkpoints.files import SourceFile, quote
 from bntool.checkpoints.onnx.constants import Constants
 from bntool.checkpoints.onnx.graph import (
     GRAPH,
@@ -34,6 +34,7 @@ from bntool.checkpoints.onnx.graph import (
     OnnxGraph,
     OnnxNode,
     find_normalisation,
+    find_normalising,
     normalises_by_batch,
     operators_of_functions,
     read_calls,
@@ -59,6 +60,7 @@ _OWN = {
     **dict.fromkeys(("Add", "Sub"), ("bias", "bias")),
     "Sum": ("bias",) * 8,
 }
+_LISTED = 4  # functions that a sentence names
 _KEPT = 0.9  # the default of BatchNormalization's momentum: the share that is kept
 
 
@@ -170,6 +172,7 @@ def read_model(file: SourceFile, *, external: ExternalData) -> Checkpoint:
     acting = tuple(_find_acting(model, graphs))
     inlined = inline_functions(model, graphs)
     if inlined is not None:
+        file.notes = (*file.notes, _describe_inlining([name for _, name, _ in find_normalising(model)]))
         model, graphs = inlined, read_graphs(inlined)
     opset = _opset(model)
     reading = _Reading(graphs, read_calls(model, graphs), external, opset)
@@ -193,6 +196,14 @@ def read_model(file: SourceFile, *, external: ExternalData) -> Checkpoint:
             model, graphs, reading.places, reading.layers, reading.called, external, has_external, opset
         ),
     )
+
+
+def _describe_inlining(functions: Sequence[str]) -> str:
+    """What a file that is written again lacks."""
+    more = len(functions) - _LISTED
+    listed = ", ".join(map(quote, functions[:_LISTED])) + (f" and {more} more" if more > 0 else "")
+    calls = "calls of the function" if len(functions) == 1 else "calls of the functions"
+    return f"{calls} {listed} are read as the nodes inside: a file that is written has these instead"
 
 
 def _check_format(model: Message) -> None:

@@ -90,3 +90,16 @@ def test_layers_that_share_a_weight_can_be_folded_one_after_the_other(tmp_path: 
     assert names == {"w", "cb", "c_Conv.weight", "c_Conv.bias"}
     pairs = zip(run(source), run(tmp_path / "c.onnx"), strict=True)
     assert max(float(np.abs(a - b).max() / np.abs(a).max()) for a, b in pairs) <= 1e-5
+
+
+def test_that_functions_are_written_out_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source, output = tmp_path / "model.onnx", tmp_path / "folded.onnx"
+    EXACT["function_called_twice"]().save(source)
+    said = "calls of the function 'Block' are read as the nodes inside: a file that is written has these instead"
+    assert main(["inspect", str(source)]) == 0
+    assert said in capsys.readouterr().out
+    assert main(["fold", str(source), "-o", str(output)]) == 0
+    assert said in capsys.readouterr().err
+    assert not onnx.load(output).functions
+    assert main(["inspect", str(output)]) == 0
+    assert "calls of the function" not in capsys.readouterr().out
