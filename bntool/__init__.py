@@ -77,13 +77,13 @@ __all__ = ["__version__", *_PUBLIC]  # noqa: PLE0604 the keys are strings
 
 
 def _draw_html(value: Any) -> str | None:
-    """Results lie below what draws them; both meet here."""
+    """Draw a result as HTML. Results lie below what draws them; both meet here."""
     drawn: str | None = importlib.import_module("bntool.reports.page.notebook").draw(value)
     return drawn
 
 
 def _show_progress(progress: Any) -> None:
-    """Likewise the progress of calls."""
+    """Show how far a call is in a notebook; called for every step."""
     importlib.import_module("bntool.reports.notebook_progress").show(progress)
 
 

@@ -61,7 +61,7 @@ FUSED_ACTIVATION_CLASSES = ("InplaceAbn", "InPlaceABN")  # their normalisation i
 
 
 def find_class_kind(name: str) -> NormKind | None:
-    """What a class normalises as, by its name without modules; None for a class that is not known."""
+    """Return the kind of normalisation of a class, by its name without modules; None for a class that is not known."""
     if name == "BN":  # of forks of Caffe
         return NormKind.BATCH_NORM
     return next((kind for part, kind in _CLASS_KINDS if part in name), None)
@@ -89,7 +89,7 @@ class LayerArrays(ABC):
 
     @abstractmethod
     def read(self, role: str) -> Any:
-        """The tensor of that role; None where the layer has none."""
+        """Return the tensor of that role; None where the layer has none."""
 
     @property
     def weight(self) -> Any:
@@ -167,7 +167,7 @@ class BatchNorm(LayerArrays):
         return value if isinstance(value, bool) else None
 
     def read(self, role: str) -> Any:
-        """A tensor as a numpy array, read now; None where it has none. bfloat16 comes as float32, exactly.
+        """Return a tensor as a numpy array, read now; None where it has none. bfloat16 comes as float32, exactly.
 
         Raises:
             ValueError: the file holds no plain elements for it.
@@ -194,7 +194,7 @@ def scale_and_shift(
     weight: Sequence[float] | None = None,
     bias: Sequence[float] | None = None,
 ) -> tuple[list[float], list[float]]:
-    """What a BatchNorm does to each channel in eval mode: y = scale * x + shift, in float64.
+    """Compute what a BatchNorm does to each channel in eval mode: y = scale * x + shift, in float64.
 
     scale = weight / sqrt(running_var + eps), shift = bias - running_mean * scale (Ioffe and Szegedy 2015, algorithm 2,
     steps 10 and 11). Without ``weight`` it counts as ones, without ``bias`` as zeros.
@@ -219,7 +219,7 @@ def scale_and_shift(
 
 
 def selects(globs: Sequence[str], name: str) -> bool:
-    """Whether a layer is selected: by any of the globs, or by there being none; a text alone is one glob.
+    """Return whether a layer is selected: by any of the globs, or by there being none; a text alone is one glob.
 
     A glob that is the name of a layer letter by letter selects it, also where the name holds brackets.
     """
@@ -235,7 +235,7 @@ _SHOWN = 6  # layers that a sentence names
 
 
 def check_globs(globs: Sequence[str], names: Sequence[str]) -> None:
-    """Hold each glob against the layers there are; without layers there is nothing to say.
+    """Check that each glob selects a layer; where there are no layers nothing is checked.
 
     Args:
         names: of all layers that could be selected.
@@ -254,7 +254,7 @@ def check_globs(globs: Sequence[str], names: Sequence[str]) -> None:
 
 
 def _guess(glob: str, names: Sequence[str]) -> str:
-    """A glob that selects something and is near the one given; "" where none is."""
+    """Find a glob that selects something and is near the one given; "" where none is."""
     import difflib
 
     plain = glob.rstrip(".*/").replace("/", ".")

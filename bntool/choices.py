@@ -11,7 +11,7 @@ Choice = TypeVar("Choice", bound=Enum)
 
 
 def choose(kind: type[Choice], value: Choice | str, *, option: str) -> Choice:
-    """The member that is meant.
+    """Return the member that is meant.
 
     Args:
         option: what to call it in the error.

@@ -10,7 +10,7 @@ from bntool.errors import ExtensionError
 
 @functools.cache
 def load_extensions(group: str) -> tuple[Any, ...]:
-    """The objects behind the entry points of a group, in the order of their names.
+    """Return the objects behind the entry points of a group, in the order of their names.
 
     Looking for them takes longer than listing a checkpoint: ask only where bntool itself does not know.
 

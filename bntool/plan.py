@@ -314,11 +314,11 @@ class Plan:
     _repr_html_ = html_repr
 
     def steps_of(self, kind: type[Any]) -> Iterator[Any]:
-        """The steps of one class."""
+        """Yield the steps of one class."""
         return (step for step in self.steps if isinstance(step, kind))
 
     def with_record(self, payload: Mapping[str, Any]) -> Plan:
-        """The same plan, which also leaves a note in the file."""
+        """Return the plan which also leaves a note in the file."""
         return dataclasses.replace(self, steps=(*self.steps, Record(payload)))
 
 
@@ -326,7 +326,7 @@ AnyPlan = TypeVar("AnyPlan", bound=Plan)
 
 
 def assume(plan: AnyPlan, *assumptions: str) -> AnyPlan:
-    """The same plan with more that is taken for granted, also in the note that it leaves in the file."""
+    """Return the plan with more that is assumed, also in the note that it leaves in the file."""
     together = (*plan.assumptions, *assumptions)
     steps = (
         Record({**step.payload, "assumptions": list(together)}) if isinstance(step, Record) else step
@@ -336,7 +336,7 @@ def assume(plan: AnyPlan, *assumptions: str) -> AnyPlan:
 
 
 def check_plan(plan: Plan, path: object, *, strict: bool) -> None:
-    """Hold a plan against ``strict`` and against emptiness.
+    """Check that a plan changes something, and skips nothing under ``strict``.
 
     Args:
         path: of the file that it is for.
@@ -359,7 +359,7 @@ def check_plan(plan: Plan, path: object, *, strict: bool) -> None:
 
 
 def _list_skips(skips: Sequence[Skip]) -> str:
-    """The first layers that are left alone with what was seen of each, and how many more there are."""
+    """Return the first layers that are left alone with what was seen of each, and how many more there are."""
     shown = [f"{skip.layer}: {skip.reason.value}{f' ({skip.detail})' * bool(skip.detail)}" for skip in skips[:_SHOWN]]
     rest = Counter(skip.reason.value for skip in skips[_SHOWN:])
     more = ", ".join(f"{count:,} more {reason}" for reason, count in rest.items())
@@ -367,7 +367,7 @@ def _list_skips(skips: Sequence[Skip]) -> str:
 
 
 def describe_step(step: Step) -> dict[str, Any]:
-    """One step as JSON data, without the numbers."""
+    """Describe one step as JSON data, without the numbers."""
     facts: dict[str, Any] = {"step": type(step).__name__}
     for field in dataclasses.fields(step):
         value = getattr(step, field.name)

@@ -33,7 +33,7 @@ Item = TypeVar("Item")
 
 
 def count(sizes: Mapping[Item, int], phase: str, on_progress: OnProgress) -> Iterator[Item]:
-    """What is read one after another, with a call of ``on_progress`` before each.
+    """Yield what is read, one after another, and call ``on_progress`` before each.
 
     Args:
         sizes: the bytes of each.
@@ -54,11 +54,11 @@ def show_by(shower: OnProgress) -> None:
 
 
 def tell_notebook(progress: Progress) -> None:
-    """For callers who do not ask: a notebook shows how far the call is, a program nothing."""
+    """Show the progress of a call whose caller does not ask for it, in a notebook only."""
     if "IPython" in sys.modules:
         for shower in _shown_by:
             shower(progress)
 
 
 def ignore(_: Progress | str) -> None:
-    """For callers who do not ask."""
+    """Ignore the progress or warning."""

@@ -22,12 +22,12 @@ def draw_html_by(drawer: Callable[[Any], str | None]) -> None:
 
 
 def html_repr(value: Any) -> str | None:
-    """What a notebook shows of a result: a ``_repr_html_`` for its class. None leaves it to ``repr``."""
+    """Return what a notebook shows of a result, as a ``_repr_html_``; None leaves it to ``repr``."""
     return next((drawer(value) for drawer in _drawers), None)
 
 
 def format_number(value: float, digits: int = 3) -> str:
-    """A number in a few significant digits, as short as it stays readable."""
+    """Format a number in a few significant digits, as short as it stays readable."""
     if math.isnan(value):
         return "nan"
     if math.isinf(value):
@@ -44,7 +44,7 @@ def format_number(value: float, digits: int = 3) -> str:
 
 
 def short_repr(value: Any) -> str:
-    """As dataclasses show themselves, with long fields as a count: a ``__repr__`` for them."""
+    """Return the ``repr`` that dataclasses have, with long fields as a count; for use as ``__repr__``."""
     shown = (f"{f.name}={_shorten(getattr(value, f.name))}" for f in dataclasses.fields(value) if f.repr)
     return f"{type(value).__name__}({', '.join(shown)})"
 

@@ -154,7 +154,7 @@ def average_checkpoints(
 
 
 def _normalise(weights: Sequence[float] | None, count: int) -> tuple[float, ...]:
-    """Weights that sum to 1.
+    """Scale weights so that they sum to 1.
 
     Raises:
         UsageError: they are not one for each of at least two files, or not positive numbers.
@@ -240,7 +240,7 @@ def _plan_average(
 def _plan_tensor(
     name: str, tensors: Sequence[Tensor], weights: tuple[float, ...], *, is_counter: bool
 ) -> SetTensor | None:
-    """What becomes of a tensor; None where it is that of the first file."""
+    """Plan one tensor of the average; None where it stays that of the first file."""
     if is_counter:
         largest = max(read_number(tensor, name=name) for tensor in tensors)
         return SetTensor(name, Values([largest], tuple(tensors[0].shape)))
@@ -278,7 +278,7 @@ def _check_same(a: Checkpoint, first: StateDict, b: Checkpoint, other: StateDict
 
 
 def _find_layers_with_statistics(state_dict: StateDict) -> list[BatchNorm]:
-    """All normalisation layers that keep a mean and a variance, BatchNorm or not."""
+    """Return all normalisation layers that keep a mean and a variance, BatchNorm or not."""
     return [one for one in find_norms(state_dict) if {"running_mean", "running_var"} <= set(one.tensors)]
 
 
@@ -291,7 +291,7 @@ def _plan_statistics(
     statistics: StateDict | None,
     statistics_path: str | os.PathLike[str] | None,
 ) -> tuple[list[SetTensor], PooledStatistics]:
-    """Steps that set the statistics of a layer, and what they were pooled to.
+    """Return steps that set the statistics of a layer, and what they were pooled to.
 
     Raises:
         RefusedError: a file has none, or such as no data have.
@@ -335,7 +335,7 @@ def _plan_statistics(
 
 
 def _summarize(name: str, pooled: PooledStatistics) -> PooledLayer:
-    """How far the files differ in the worst channels of a layer."""
+    """Measure how far the files differ in the worst channels of a layer."""
     if not len(pooled.between):
         return PooledLayer(name, 0.0, 0, 1.0, 0)
     between, ratio = int(pooled.between.argmax()), int(pooled.ratio.argmax())
@@ -370,6 +370,6 @@ def _are_equal(a: Tensor, b: Tensor) -> bool:
 
 
 def _list_other_entries(checkpoint: Checkpoint, chosen: StateDict) -> tuple[str, ...]:
-    """Keys of the root of the file beside the state dict that was averaged."""
+    """Return keys of the root of the file beside the state dict that was averaged."""
     own = chosen.key.partition(".")[0]
     return tuple(str(key) for key in checkpoint.entries if str(key) != own) if chosen.key else ()

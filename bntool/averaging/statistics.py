@@ -30,7 +30,7 @@ class PooledStatistics:
 
 
 def pool_statistics(means: Sequence[Array], variances: Sequence[Array], weights: Sequence[float]) -> PooledStatistics:
-    """Mean and variance of values that are drawn from several populations, by the law of total variance.
+    """Compute the mean and variance of values that are drawn from several populations, by the law of total variance.
 
     With w the weights: mean = sum w m, variance = sum w v + sum w (m - mean)^2. An average of the variances alone
     leaves out the second sum.

@@ -54,7 +54,7 @@ Location: TypeAlias = Path | Address
 
 
 def as_location(place: str | os.PathLike[str]) -> Location:
-    """A path, or an address where it is written as one."""
+    """Take a text as a path, or as an address where it is written as one."""
     if isinstance(place, Address):
         return place
     text = os.fspath(place)

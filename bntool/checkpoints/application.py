@@ -38,7 +38,7 @@ from bntool.plan import (
 
 
 def apply_plan(checkpoint: Checkpoint, plan: Plan, others: Sequence[StateDict] = ()) -> Checkpoint:
-    """The checkpoint as it is after the plan; nothing is read or written yet, and the argument stays as it is.
+    """Return the checkpoint as it is after the plan; nothing is read or written yet, and the argument stays as it is.
 
     Steps that concern only live modules (:class:`~bntool.plan.RemoveModule`) change nothing here.
 
@@ -72,7 +72,7 @@ def apply_plan(checkpoint: Checkpoint, plan: Plan, others: Sequence[StateDict] =
 
 
 def _find_places(before: StateDict, after: StateDict) -> dict[str, str]:
-    """From names of tensors and modules to what they are now, without the prefixes of wrappers."""
+    """Map the names of tensors and modules before to those after, without the prefixes of wrappers."""
     in_file = {now: old for old, now in before.renamed.items()}
     names = {name: after.renamed.get(in_file.get(name, name), name) for name in before.tensors}
     paths = {"": None}
@@ -89,7 +89,7 @@ def _find_places(before: StateDict, after: StateDict) -> dict[str, str]:
 
 
 def change_state_dict(original: StateDict, steps: Iterable[Step], others: Sequence[StateDict] = ()) -> StateDict:
-    """A state dict after the steps that concern its tensors; see :func:`apply_plan`.
+    """Return a state dict after the steps that concern its tensors; see :func:`apply_plan`.
 
     Tensors are renamed last: all other steps go by the names before.
     """
@@ -121,7 +121,7 @@ def change_state_dict(original: StateDict, steps: Iterable[Step], others: Sequen
 
 
 def _rename(state_dict: StateDict, renames: Mapping[str, str]) -> StateDict:
-    """The state dict with other names, given all at once; the common prefix and the versions of modules follow.
+    """Rename the tensors of a state dict, all at once; the common prefix and the versions of modules follow.
 
     Raises:
         UsageError: a tensor is not there, a name is empty, or two tensors would have the same.
@@ -155,14 +155,14 @@ def _place(name: str, followers: Mapping[str, list[str]], order: dict[str, None]
 
 
 def _in_file(step: Step, state_dict: StateDict) -> Step:
-    """Module names of steps as the file spells them."""
+    """Return a step with its module names as the file spells them."""
     if not isinstance(step, SetAttribute | SetVersion):
         return step
     return dataclasses.replace(step, module=(state_dict.prefix + step.module).removesuffix("."))
 
 
 def _existing(original: StateDict, tensors: Mapping[str, Tensor], name: str) -> str:
-    """The name in the file of a tensor that is there by now."""
+    """Return the name in the file of a tensor that is there by now."""
     full = name if original.prefix and name in tensors else original.prefix + name
     if full not in tensors:
         raise UsageError("the state dict has no such tensor", tensor=name)
@@ -180,7 +180,7 @@ def _new_elements(state_dicts: Sequence[StateDict], old: Tensor, step: SetTensor
 
 
 def _make(recipe: Recipe, state_dicts: Sequence[StateDict], *, name: str, dtype: DType) -> Tensor:
-    """The tensor that a recipe stands for.
+    """Make the tensor that a recipe stands for.
 
     Args:
         state_dicts: that of the plan, and the others that it takes in.
@@ -225,7 +225,9 @@ def _make(recipe: Recipe, state_dicts: Sequence[StateDict], *, name: str, dtype:
 def skip_not_understood(
     plan: AnyPlan, checkpoint: Checkpoint, state_dict: StateDict, *, layers: Sequence[str] = ()
 ) -> AnyPlan:
-    """The plan with what was not understood among its skips, where the globs select it: nothing is done to it."""
+    """Return the plan with what was not understood among its skips, where the globs select it: nothing is done to
+    it.
+    """
     known = {*plan.layers, *(skip.layer for skip in plan.skips)}
     more = tuple(
         Skip(one.name, SkipReason.NOT_RECOGNISED, one.reason)

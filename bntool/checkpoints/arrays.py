@@ -24,12 +24,12 @@ Array = NDArray[Any]
 
 
 def as_numbers(data: Chunk, dtype: DType) -> Array:
-    """Elements as they are where numpy knows their dtype, else as float64, exactly."""
+    """Convert elements to numbers: as they are where numpy knows their dtype, else as float64, exactly."""
     return to_float64(data, dtype) if dtype is BFLOAT16 else np.frombuffer(data, _NUMPY[dtype])
 
 
 def to_float64(data: Chunk, dtype: DType) -> Array:
-    """Elements as float64, exactly."""
+    """Convert elements to float64, exactly."""
     numbers = (np.frombuffer(data, "<u2").astype("<u4") << 16).view("<f4") if dtype is BFLOAT16 else None
     with np.errstate(invalid="ignore"):  # numpy warns of NaNs that are called signalling; they are NaNs like others
         return (np.frombuffer(data, _NUMPY[dtype]) if numbers is None else numbers).astype("<f8")
@@ -45,7 +45,7 @@ def _check_range(rounded: Array, dtype: DType, *sources: Array) -> None:
 
 
 def _round_to_bfloat16(values: Array) -> tuple[Array, Array]:
-    """Bits of the nearest bfloat16, and their values.
+    """Round to bfloat16; return the bits of the nearest numbers, and their values.
 
     Going through float32 would round twice; the float32 is therefore rounded to odd first (Boldo and Melquiond 2008),
     after which rounding again to fewer bits gives the same as rounding once.
@@ -62,7 +62,7 @@ def _round_to_bfloat16(values: Array) -> tuple[Array, Array]:
 
 
 def whole_rows(chunks: Iterable[Chunk], row: int) -> Iterator[Chunk]:
-    """The same bytes, cut into pieces that hold whole rows of ``row`` bytes; nearly nothing is copied."""
+    """Cut bytes into pieces that hold whole rows of ``row`` bytes; nearly nothing is copied."""
     pending = b""
     for chunk in chunks:
         rest = memoryview(chunk)
@@ -88,7 +88,7 @@ def scale_chunks(
     places: Sequence[int] = (),
     addends: Sequence[float] = (),
 ) -> Iterator[Chunk]:
-    """The product of a tensor and its factors, in C order, in pieces of about a chunk whatever the shape.
+    """Yield the product of a tensor and its factors, in C order, in pieces of about a chunk whatever the shape.
 
     The arguments are those of :class:`bntool.checkpoints.scaled_tensors.ScaledTensor`.
 
@@ -119,7 +119,7 @@ def scale_chunks(
 
 
 def average_chunks(tensors: Sequence[Tensor], weights: Sequence[float]) -> Iterator[Chunk]:
-    """The weighted mean of tensors, in C order, a piece at a time.
+    """Yield the weighted mean of tensors, in C order, a piece at a time.
 
     The arguments are those of :class:`bntool.checkpoints.averaged_tensors.AveragedTensor`.
 
@@ -152,7 +152,7 @@ def merge_chunks(
     places: Sequence[int],
     addends: Sequence[float],
 ) -> Iterator[Chunk]:
-    """The sum of kernels times factors, in C order, some output channels at a time.
+    """Sum up kernels times factors, in C order, some output channels at a time.
 
     The arguments are those of :class:`bntool.checkpoints.merged_tensors.MergedTensor`.
 
@@ -193,7 +193,7 @@ class _Stream:
         self._dtype, self._chunks, self._rest = tensor.dtype, iter(tensor.chunks()), memoryview(b"")
 
     def take(self, count: int) -> Array:
-        """The next elements as float64."""
+        """Return the next elements as float64."""
         missing, parts = count * self._dtype.itemsize, []
         while missing:
             if not len(self._rest):
@@ -205,7 +205,7 @@ class _Stream:
 
 
 def _round(wide: Array, dtype: DType) -> tuple[Array, Array]:
-    """float64 numbers in the nearest elements of a dtype, and the values of these."""
+    """Round float64 numbers to the nearest elements of a dtype; return the elements and their values."""
     with np.errstate(over="ignore", under="ignore", invalid="ignore"):
         if dtype is BFLOAT16:
             return _round_to_bfloat16(wide)
@@ -214,7 +214,7 @@ def _round(wide: Array, dtype: DType) -> tuple[Array, Array]:
 
 
 def _factors_of(first: int, count: int, outer: tuple[int, ...], factors: Array) -> Array:
-    """The factors of some rows, which are counted over the dimensions ``outer``."""
+    """Return the factors of some rows, which are counted over the dimensions ``outer``."""
     if not outer:
         return factors[np.newaxis]
     if len(outer) == 1:
@@ -245,7 +245,7 @@ class Product:
         is_bounded: bool = False,
         extra: tuple[Array, Array] | None = None,
     ) -> Chunk:
-        """The products of one piece, little endian in C order.
+        """Return the products of one piece, little endian in C order.
 
         Args:
             values: as :func:`as_numbers` gives them.
@@ -274,7 +274,8 @@ class Product:
 
 
 def place_in_span(stored: StoredTensor, new: Tensor) -> tuple[int, bytes]:
-    """Lay the elements of ``new`` out as the strided view ``stored`` lies in its storage.
+    """Arrange the elements of ``new`` as the strided view ``stored`` lies in its storage; return where that begins, and
+    the bytes.
 
     Returns:
         The first byte within the storage, and the bytes from there; bytes between the elements stay as they were.

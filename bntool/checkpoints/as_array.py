@@ -14,7 +14,7 @@ class AsArray:
     __slots__ = ()
 
     def numpy(self: Any) -> Any:
-        """The elements as an array of numpy, read now; bfloat16 and smaller floats come as float32, exactly.
+        """Return the elements as an array of numpy, read now; bfloat16 and smaller floats come as float32, exactly.
 
         Raises:
             NoNumbersError: there are no plain elements to read, or numpy has no such dtype.

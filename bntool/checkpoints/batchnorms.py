@@ -21,7 +21,7 @@ _TELLTALES = {
 
 
 def find_norms(state_dict: StateDict) -> tuple[BatchNorm, ...]:
-    """Every normalisation layer of a state dict, in its order, BatchNorm or not.
+    """Return every normalisation layer of a state dict, in its order, BatchNorm or not.
 
     A layer with running_mean and running_var is a BatchNorm unless something beside them tells otherwise. InstanceNorm
     with affine and statistics has the same tensors and can only be told by its class. A vector ``weight`` and ``bias``
@@ -54,7 +54,7 @@ def find_norms(state_dict: StateDict) -> tuple[BatchNorm, ...]:
 
 
 def _holds_nothing(module: ModuleInfo) -> bool:
-    """Whether it is a BatchNorm of PyTorch with neither weight nor statistics, as its flags say."""
+    """Return whether it is a BatchNorm of PyTorch with neither weight nor statistics, as its flags say."""
     if module.attributes.get("track_running_stats") is not False or module.attributes.get("affine") is not False:
         return False
     kind = find_class_kind(module.class_path.rpartition(".")[2])
@@ -79,7 +79,8 @@ _FLAX = "batch_stats"
 
 
 def find_unknown_statistics(state_dict: StateDict) -> Iterator[NotUnderstood]:
-    """Groups of tensors that look like the statistics of a normalisation, and are those of no layer that is known.
+    """Yield groups of tensors that look like the statistics of a normalisation, and are those of no layer that is
+    known.
 
     A mean and a variance count, under the names of any framework, unless they are called just that and nothing beside
     them belongs to a layer: models keep mean and variance of their inputs, too.
@@ -116,17 +117,19 @@ def find_unknown_statistics(state_dict: StateDict) -> Iterator[NotUnderstood]:
 
 
 def _may_count(leaf: str) -> bool:
-    """Whether a leaf in small letters may name a statistic, or what stands beside one."""
+    """Return whether a leaf in small letters may name a statistic, or what stands beside one."""
     return leaf in _BESIDE or leaf in ("rv", "riv") or any(part in leaf for part in _COUNTS)
 
 
 def find_batchnorms(state_dict: StateDict) -> tuple[BatchNorm, ...]:
-    """The layers that normalise by stored statistics: BatchNorm of any dimension, SyncBatchNorm, FrozenBatchNorm."""
+    """Return the layers that normalise by stored statistics: BatchNorm of any dimension, SyncBatchNorm,
+    FrozenBatchNorm.
+    """
     return tuple(norm for norm in find_norms(state_dict) if norm.kind.is_batch_norm)
 
 
 def _as_float(value: object) -> float | None:
-    """A value of a file as a float; None where it is no number, or larger than any layer can have."""
+    """Convert a value of a file to a float; None where it is no number, or larger than any layer can have."""
     fits = isinstance(value, int | float) and -1e300 < value < 1e300
     return float(value) if fits else None  # type: ignore[arg-type]
 
@@ -152,7 +155,7 @@ def _make(
 
 
 def _eps_source(attributes: Mapping[str, Any]) -> EpsSource:
-    """The module, unless the reader says otherwise; a pickled module may say anything."""
+    """Return the module, unless the reader says otherwise; a pickled module may say anything."""
     return EpsSource.PROTOTXT if attributes.get("eps_source") == EpsSource.PROTOTXT.value else EpsSource.MODULE
 
 
@@ -163,7 +166,7 @@ def _version(state_dict: StateDict, layer: str) -> int | None:
 
 
 def _kind_by_class(module: ModuleInfo | None, tensors: Mapping[str, Tensor]) -> NormKind | None:
-    """Trust a class name only where the tensors do not contradict it."""
+    """Return the kind that a class name tells, where the tensors do not contradict it."""
     if module is None:
         return None
     kind = find_class_kind(module.class_path.rpartition(".")[2])
@@ -208,7 +211,7 @@ def _kind_with_statistics(
 
 
 def _are_repeated(statistics: int, channels: int) -> bool:
-    """Whether there are statistics for several parts of a batch, each of as many channels as the weight has."""
+    """Return whether there are statistics for several parts of a batch, each of as many channels as the weight has."""
     return channels > 0 and statistics > channels and statistics % channels == 0
 
 

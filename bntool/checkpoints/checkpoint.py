@@ -109,15 +109,15 @@ class StateDict:
             object.__setattr__(self, "stored", self.tensors)
 
     def strip(self, name: str) -> str:
-        """The name without the wrappers' prefix."""
+        """Return the name without the wrappers' prefix."""
         return name.removeprefix(self.prefix)
 
     def full_name(self, name: str) -> str:
-        """The name in the file of a tensor or module of the unwrapped model."""
+        """Return the name in the file of a tensor or module of the unwrapped model."""
         return name if self.prefix and name in self.tensors else self.prefix + name
 
     def tensor(self, name: str) -> Tensor:
-        """A tensor by its name without prefix.
+        """Return a tensor by its name without prefix.
 
         Raises:
             UsageError: there is none.
@@ -184,7 +184,7 @@ class Format(ABC):
     why_empty: str = ""  # why a file may show no state dict
 
     def locate(self, path: Path) -> Path | None:  # noqa: ARG002 (for those of several files)
-        """The file to read first, where a path names a folder or several files of this format.
+        """Return the file to read first, where a path names a folder or several files of this format.
 
         Raises:
             OSError, ValueError: no file can have this name.
@@ -192,7 +192,7 @@ class Format(ABC):
         return None
 
     def recognises(self, path: Location, head: bytes) -> bool:  # noqa: ARG002 (for those that it says more about)
-        """Whether a file that FORMATS finds possible is of this format, or may be, as far as the bytes tell.
+        """Return whether a file that FORMATS finds possible is of this format, or may be, as far as the bytes tell.
 
         Args:
             path: the file.
@@ -201,7 +201,7 @@ class Format(ABC):
         return True
 
     def describe_loading(self, checkpoint: Checkpoint, path: str) -> LoadingCode | None:  # noqa: ARG002 (for some)
-        """How a file is loaded; see ``loading``.
+        """Return the Python that loads a file; see ``loading``.
 
         Args:
             checkpoint: what it holds.
@@ -237,19 +237,19 @@ class Format(ABC):
         """
 
     def describe_other(self, checkpoint: Checkpoint) -> str:  # noqa: ARG002 (for those that hold no model)
-        """What a file is that is no model, in words; "" for models."""
+        """Describe a file that is no model, in words; "" for models."""
         return ""
 
     def describe_losses(self, checkpoint: Checkpoint) -> Sequence[str]:  # noqa: ARG002 (as above)
-        """What of a file is not written again, whatever changes, in a few words each."""
+        """List what of a file is lost when it is written again, whatever changes, in a few words each."""
         return ()
 
     def describe_assumptions(self, state_dict: StateDict) -> Sequence[str]:  # noqa: ARG002 (as above)
-        """What is taken for granted of tensors that are to become a state dict of PyTorch, a sentence each."""
+        """List what is assumed of tensors that are to become a state dict of PyTorch, one sentence each."""
         return ()
 
     def size(self, checkpoint: Checkpoint) -> int:
-        """Bytes of all files that were opened."""
+        """Count the bytes of all files that were opened."""
         return checkpoint.file.size
 
     def check_unchanged(self, checkpoint: Checkpoint) -> None:
@@ -261,7 +261,7 @@ class Format(ABC):
         checkpoint.file.check_unchanged()
 
     def verify_checksums(self, checkpoint: Checkpoint) -> int | None:  # noqa: ARG002 (for those that have some)
-        """Hold all bytes against the checksums of the file; how many were checked, None where it has none.
+        """Compare all bytes with the checksums of the file; return how many were checked, None where it has none.
 
         Raises:
             CorruptFileError: one differs.
@@ -269,11 +269,11 @@ class Format(ABC):
         return None
 
     def describe_origin(self, checkpoint: Checkpoint) -> Sequence[str]:  # noqa: ARG002 (for those that know it)
-        """What wrote the file, and what kind of file it is, in a few words each."""
+        """Describe what wrote the file, and what kind of file it is, in a few words each."""
         return ()
 
     def can_record(self, checkpoint: Checkpoint, state_dict: StateDict) -> bool:  # noqa: ARG002 (as above)
-        """Whether this file has a place for what bntool did to the state dict."""
+        """Return whether this file has a place for what bntool did to the state dict."""
         return self.has_records
 
 
@@ -292,7 +292,7 @@ class Content:
 
     @classmethod
     def of(cls, checkpoint: Checkpoint) -> Self:
-        """The content of a checkpoint that is of this class; TypeError where it is of another."""
+        """Return the content of a checkpoint that is of this class; TypeError where it is of another."""
         if not isinstance(checkpoint.content, cls):
             raise TypeError(f"a {checkpoint.format.name} checkpoint has no {cls.__name__}")
         return checkpoint.content
@@ -340,7 +340,7 @@ class Checkpoint:
         return self.file.notes
 
     def state_dict(self, key: str) -> StateDict:
-        """The state dict of that key.
+        """Return the state dict of that key.
 
         Raises:
             UsageError: there is none; the message lists those there are.
@@ -355,7 +355,7 @@ class Checkpoint:
         )
 
     def with_state_dict(self, state_dict: StateDict) -> Self:
-        """The checkpoint with this state dict in the place of the one that has its key."""
+        """Return the checkpoint with this state dict in the place of the one that has its key."""
         state_dicts = tuple(state_dict if other.key == state_dict.key else other for other in self.state_dicts)
         return replace(self, state_dicts=state_dicts)
 

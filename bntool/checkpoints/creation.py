@@ -63,7 +63,7 @@ class NewFile:
 
 
 def find_unwritable(tensors: Mapping[str, Tensor], kind: NewFormat) -> dict[str, str]:
-    """The tensors that a format cannot hold, with the reason."""
+    """Return the tensors that a format cannot hold, with the reason."""
     found = {}
     for name, tensor in tensors.items():
         if not has_elements(tensor):
@@ -184,7 +184,7 @@ class _Storages:
         self._contents: list[tuple[int, Iterator[Chunk]]] = []
 
     def place(self, name: str, tensor: Tensor) -> tuple[int, int, int, tuple[int, ...]]:
-        """Key of the storage of a tensor, its elements, and the offset and strides of the tensor in it."""
+        """Return key of the storage of a tensor, its elements, and the offset and strides of the tensor in it."""
         count = count_elements(tensor.shape)
         if isinstance(tensor, StoredTensor) and tensor.storage is not None:
             identity = _identity(tensor.storage)
@@ -201,7 +201,7 @@ class _Storages:
         return len(self._contents) - 1
 
     def contents(self) -> list[tuple[int, Iterator[Chunk]]]:
-        """Size and bytes of each storage, in the order of their keys."""
+        """Return size and bytes of each storage, in the order of their keys."""
         return self._contents
 
 

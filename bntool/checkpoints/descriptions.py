@@ -20,7 +20,7 @@ ModelDescription: TypeAlias = Callable[[Checkpoint], str]
 def describe_model(
     checkpoint: Checkpoint, *, prototxt: Path | None, keras_config: Path | None, output: Path | None, force: bool
 ) -> tuple[Checkpoint, ModelDescription | None]:
-    """A checkpoint as its description runs it; one that has or needs none as it is.
+    """Return a checkpoint as its description runs it; one that has or needs none as it is.
 
     Args:
         prototxt: the net of a Caffe model; None where none is given.
@@ -78,7 +78,7 @@ def _configure(checkpoint: Checkpoint, file: SourceFile) -> tuple[Checkpoint, Mo
 def _recognise(
     checkpoint: Checkpoint, *, output: Path | None, force: bool
 ) -> tuple[Checkpoint, ModelDescription | None]:
-    """Weights alone of a model of keras.applications as its configuration runs them; all others as they are."""
+    """Return weights alone of a model of keras.applications as its configuration runs them; all others as they are."""
     from bntool.checkpoints.keras.configuration import configure_recognised, edit_configuration
 
     recognised = configure_recognised(checkpoint, writes=output is not None)

@@ -132,7 +132,7 @@ _FLOAT8 = {
 
 @lru_cache
 def _float8_table(name: str) -> tuple[float, ...]:
-    """The value of each of the 256 bit patterns."""
+    """Return the value of each of the 256 bit patterns."""
     if name == "float8_e8m0fnu":  # a bare power of two, 255 is NaN
         return (*(math.ldexp(1.0, code - 127) for code in range(255)), math.nan)
     exponent_bits, mantissa_bits, bias = _FLOAT8[name]
@@ -184,7 +184,7 @@ def decode_numbers(data: bytes, dtype: DType, *, big_endian: bool = False) -> Se
 
 
 def _round_to_bfloat16(value: float) -> int:
-    """The bits of the bfloat16 nearest to a float64, ties to even, in one rounding."""
+    """Return the bits of the bfloat16 nearest to a float64, ties to even, in one rounding."""
     sign = 0x8000 if math.copysign(1.0, value) < 0 else 0
     if math.isnan(value):
         return sign | 0x7FC0

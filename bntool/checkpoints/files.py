@@ -83,7 +83,7 @@ class Folder:
         return SourceFile(place) if place.is_file() else None
 
     def contains(self, name: str) -> bool:
-        """Whether a name leads to a file in this folder, and not by a link out of it.
+        """Return whether a name leads to a file in this folder, and not by a link out of it.
 
         The cache of huggingface_hub keeps all files in ``blobs``, to which those in ``snapshots/REVISION`` are links.
 
@@ -96,7 +96,7 @@ class Folder:
 
 
 def describe_missing(place: Location, named_by: Location) -> UnreadableFileError:
-    """The error of a file that is not there, and that another one needs."""
+    """Return the error of a file that is not there, and that another one needs."""
     needed = f"there is no such file, which {named_by.name} needs; put it there or keep the files together"
     return UnreadableFileError(needed, path=place)
 
@@ -152,7 +152,7 @@ class SourceFile:
         self._take(descriptor, self.path)
 
     def _take(self, descriptor: int, path: Location) -> None:
-        """Be the file that was opened."""
+        """Take over a file that was opened."""
         self.path = path
         self._close = weakref.finalize(self, os.close, descriptor)
         self._descriptor = descriptor
@@ -202,7 +202,7 @@ class SourceFile:
             raise UnreadableFileError(_CHANGED, path=self.path)
 
     def read(self, offset: int, length: int) -> bytes:
-        """Exactly ``length`` bytes from ``offset``.
+        """Return exactly ``length`` bytes from ``offset``.
 
         The last piece is kept: what was read to be changed is read once more to be held against its checksum.
         """
@@ -243,7 +243,7 @@ class SourceFile:
             return os.read(self._descriptor, min(length, _LONGEST_READ))
 
     def chunks(self, offset: int, length: int) -> Iterator[bytes]:
-        """The bytes from ``offset`` on, a chunk at a time."""
+        """Yield the bytes from ``offset`` on, a chunk at a time."""
         end = offset + length
         while offset < end:
             part = self.read(offset, min(CHUNK, end - offset))
@@ -314,7 +314,7 @@ class FileSlice(SourceFile):
         self._file.copy_to(stream, offset=self._offset + offset, length=length)
 
     def close(self) -> None:
-        """Does nothing."""
+        """Do nothing."""
 
 
 class FileView(SourceFile):
@@ -339,27 +339,27 @@ class FileView(SourceFile):
             stream.write(chunk)
 
     def close(self) -> None:
-        """Does nothing."""
+        """Do nothing."""
 
 
 def place_beside(weights: Path, *, ending: str) -> Path:
-    """Where a file stands that belongs to one of weights: ``net.prototxt`` beside ``net.caffemodel.h5``."""
+    """Return the path of a file that belongs to one of weights: ``net.prototxt`` beside ``net.caffemodel.h5``."""
     return weights.with_name(name_beside(weights.name, ending=ending))
 
 
 def name_beside(weights: str, *, ending: str) -> str:
-    """The name of a file that belongs to one of weights of that name."""
+    """Return the name of a file that belongs to one of weights of that name."""
     stem = weights.removesuffix(".h5").removesuffix(".hdf5").removesuffix(".caffemodel").removesuffix(".weights")
     return f"{stem if stem != weights else Path(weights).stem}{ending}"
 
 
 def quote(text: str) -> str:
-    """A name from a file within a sentence: in quotes, and not longer than a line."""
+    """Quote a name from a file for a sentence: no longer than a line."""
     return repr(text if len(text) <= _LONGEST_NAME else f"{text[: _LONGEST_NAME - 3]}...")
 
 
 def describe_failure(error: OSError) -> str:
-    """What the system says of a file, as a sentence."""
+    """Describe what the system says of a file, as a sentence."""
     sentences = {
         errno.ENOENT: "there is no such file",
         errno.EISDIR: "this is a folder, not a file",

@@ -53,11 +53,11 @@ class Formats:
         return (_load(known.place) for known in self._known)
 
     def of_folders(self) -> Iterator[Format]:
-        """The formats whose checkpoints may be a folder or several files."""
+        """Yield the formats whose checkpoints may be a folder or several files."""
         return (_load(known.place) for known in self._known if known.has_folders)
 
     def of_file(self, path: Location, head: bytes) -> Iterator[Format]:
-        """The formats that a file may have, judged by its name and first bytes."""
+        """Yield the formats that a file may have, judged by its name and first bytes."""
         possible = (_load(known.place) for known in self._known if known.may_hold(path, head))
         return (format_ for format_ in possible if format_.recognises(path, head))
 
@@ -135,7 +135,7 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
 
 
 def _locate(path: Path) -> Path:
-    """The file to read first, where the path is a folder or the prefix of several files."""
+    """Return the file to read first, where the path is a folder or the prefix of several files."""
     try:
         if path.is_file() and _PART not in path.name:
             return path
@@ -145,7 +145,7 @@ def _locate(path: Path) -> Path:
 
 
 def _open_hub_folder(folder: Path) -> Checkpoint:
-    """The weights in the folder of a hub repository."""
+    """Return the weights in the folder of a hub repository."""
     names = [path.name for path in folder.iterdir()]
     chosen = choose_file(names)
     if chosen is None:
@@ -156,7 +156,7 @@ def _open_hub_folder(folder: Path) -> Checkpoint:
 
 
 def open_file(file: SourceFile) -> Checkpoint:
-    """Like :func:`open_checkpoint`, for a file that is open already; closes it if it cannot be read."""
+    """Read a file that is open already, and close it if it cannot be read; see :func:`open_checkpoint`."""
     try:
         if file.size == 0:
             raise UnreadableFileError("the file is empty")
@@ -205,7 +205,9 @@ def _check_one_reading(file: SourceFile, head: bytes) -> None:
 
 
 def _look_for_more(checkpoint: Checkpoint) -> Checkpoint:
-    """The checkpoint, with a note of tensors that look like statistics of a layer that its format does not know."""
+    """Return the checkpoint, with a note of tensors that look like statistics of a layer that its format does not
+    know.
+    """
     if not checkpoint.format.is_pytorch:  # the others translate all names of theirs
         return checkpoint
     found = [one for state_dict in checkpoint.state_dicts for one in find_unknown_statistics(state_dict)]

@@ -38,7 +38,9 @@ class ChosenFile(NamedTuple):
 
 
 def choose_file(names: Sequence[str]) -> ChosenFile | None:
-    """The weights among the names of the files at the top of a repository; None where none, or several, may be them."""
+    """Return the weights among the names of the files at the top of a repository; None where none, or several, may be
+    them.
+    """
     found = [name for name in _KNOWN if name in names]
     if found:
         name, *others = found
@@ -51,12 +53,12 @@ def choose_file(names: Sequence[str]) -> ChosenFile | None:
 
 
 def list_likely(names: Sequence[str]) -> list[str]:
-    """Those that are named like checkpoints."""
+    """Return the names that look like those of checkpoints."""
     return sorted(name for name in names if name.endswith(_ENDINGS) and "/" not in name and name not in _OF_TRAINING)
 
 
 def describe_choice(names: Sequence[str]) -> str:
-    """What to say where none was chosen."""
+    """Describe what there is to choose from, where no file was chosen."""
     likely = list_likely(names)
     if not likely:
         return "it holds nothing that is named like a checkpoint"

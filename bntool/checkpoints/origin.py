@@ -12,7 +12,9 @@ _OPTIMIZERS = ("optimizer", "optimizer_states", "optimizer_state_dict", "optim",
 
 
 def describe_origin(checkpoint: Checkpoint) -> str:
-    """For example ``mmengine, epoch 12, Adam state, EMA``; ``bare state dict`` where there is nothing else."""
+    """Describe where a file comes from, e.g. ``mmengine, epoch 12, Adam state, EMA``; ``bare state dict`` where there
+    is nothing else.
+    """
     entries = checkpoint.entries
     parts = [*_producer(entries), *checkpoint.format.describe_origin(checkpoint), *_progress(entries)]
     word = "compiled" if checkpoint.format.holds_code else "pickled"
@@ -59,7 +61,7 @@ def _progress(entries: Any) -> list[str]:
 
 
 def find_progress(entries: Any) -> dict[str, int]:
-    """How far the training was, as the file says: its ``epoch``, and its ``step`` or ``iteration``."""
+    """Find how far the training was, as the file says: its ``epoch``, and its ``step`` or ``iteration``."""
     meta = as_mapping(entries.get("meta")) if is_mapping(entries.get("meta")) else {}
     found: dict[str, int] = {}
     for key, word in (("epoch", "epoch"), ("global_step", "step"), ("iteration", "iteration"), ("iter", "iteration")):
@@ -70,7 +72,7 @@ def find_progress(entries: Any) -> dict[str, int]:
 
 
 def _optimizer_state(node: Node) -> str:
-    """The optimizer's family, by the names of what it keeps for each parameter."""
+    """Return the optimizer's family, by the names of what it keeps for each parameter."""
     for _ in range(3):  # Lightning keeps a list of them; a hostile list may hold itself
         if isinstance(node, list | tuple) and node:
             node = node[0]

@@ -44,7 +44,7 @@ class Translation:
 
 
 def are_pytorch(names: Iterable[str]) -> bool:
-    """Whether names may be those of a state dict of PyTorch: none ends as those of others do."""
+    """Return whether names may be those of a state dict of PyTorch: none ends as those of others do."""
     return not any(map(_is_of_another, names))
 
 
@@ -54,7 +54,7 @@ def _is_of_another(name: str) -> bool:
 
 
 def translate(paths: Mapping[str, Sequence[str]], *, kind: str = "") -> Translation:
-    """PyTorch's names for variables.
+    """Translate the names of variables to PyTorch's.
 
     Args:
         paths: the parts of each name, by the name.
@@ -84,7 +84,7 @@ def translate(paths: Mapping[str, Sequence[str]], *, kind: str = "") -> Translat
 
 
 def _find_statistics(leaves: set[str]) -> dict[str, str]:
-    """The roles of the variables of a layer that has a mean and a variance; empty for others."""
+    """Return the roles of the variables of a layer that has a mean and a variance; empty for others."""
     mean = next((leaf for leaf in _MEANS if leaf in leaves), None)
     variance = next((leaf for leaf in _VARIANCES if leaf in leaves), None)
     affine = {leaf: role for leaf, role in _AFFINE.items() if leaf in leaves}

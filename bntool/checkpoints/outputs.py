@@ -49,7 +49,7 @@ class OutputFiles:
         return self
 
     def open(self, path: Path) -> IO[bytes]:
-        """A new binary file, readable and seekable, that will become ``path``."""
+        """Return a new binary file, readable and seekable, that will become ``path``."""
         self.check(path)
         _remove_leftovers(path)
         file = _TemporaryFile(path)
@@ -61,12 +61,12 @@ class OutputFiles:
         return stream
 
     def temporary(self, path: Path) -> Path:
-        """Where the file that will become ``path`` lies until then."""
+        """Return where the file that will become ``path`` lies until then."""
         return next(file.temporary for file in self._files if file.final == path)
 
     @contextlib.contextmanager
     def preview(self, path: Path) -> Iterator[Path]:
-        """Where the file that will become ``path`` can be used until then, with the others beside it by their names."""
+        """Offer the file that will become ``path`` for reading, with the others beside it by their names."""
         self.flush()
         folder = _choose_name(path)
         try:
@@ -219,11 +219,11 @@ class _TemporaryFile:
             self.temporary.replace(self.final)
 
     def has_appeared(self) -> bool:
-        """Whether what lies at its place is this file."""
+        """Return whether what lies at its place is this file."""
         return self.is_at(self.final)
 
     def is_at(self, place: Path) -> bool:
-        """Whether what lies at a place is this file."""
+        """Return whether what lies at a place is this file."""
         try:
             status = place.lstat()
         except OSError:
@@ -261,12 +261,12 @@ atexit.register(remove_unfinished)
 
 
 def list_written() -> list[Path]:
-    """The files that this process has written so far."""
+    """Return the files that this process has written so far."""
     return list(_written)
 
 
 def _choose_name(path: Path) -> Path:
-    """A temporary name beside a path; it is remembered before there is such a file, whatever interrupts us."""
+    """Return a temporary name beside a path; it is remembered before there is such a file, whatever interrupts us."""
     temporary = path.with_name(f".{path.name[:20]}.{os.urandom(6).hex()}.writing")
     _unfinished[temporary] = os.getpid()
     return temporary
@@ -296,7 +296,7 @@ def _remove_leftovers(path: Path) -> None:
 
 @contextlib.contextmanager
 def _locked(path: Path, *, waits: bool) -> Iterator[bool]:
-    """Hold a lock on a file or folder; yields whether there is one, which there is not on a file system without locks.
+    """Lock a file or folder; yield whether that worked, which it does not on a file system without locks.
 
     Args:
         waits: until another process lets it go; else nothing is held where another process has it.
@@ -341,7 +341,7 @@ def _write_reason(error: OSError, path: Path | None) -> str:
 
 
 def check_output_differs(source: SourceFile, output: Path) -> None:
-    """The input is never written to.
+    """Check that the output is another file than the input, which is never written to.
 
     Raises:
         UsageError: ``output`` is the input itself, under whatever name.

@@ -17,7 +17,7 @@ History: TypeAlias = tuple[Mapping[str, Any], ...]
 
 
 def make_record(plan: Plan, **details: Any) -> dict[str, Any]:
-    """What bntool did to a file, as JSON data for :meth:`bntool.plan.Plan.with_record`.
+    """Describe what bntool did to a file, as JSON data for :meth:`bntool.plan.Plan.with_record`.
 
     Args:
         plan: what was done.
@@ -34,7 +34,7 @@ def make_record(plan: Plan, **details: Any) -> dict[str, Any]:
 
 
 def find_recorded_momentum(history: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """The momentum of each layer, as the last conversion that knew it recorded."""
+    """Return the momentum of each layer, as the last conversion that knew it recorded."""
     from bntool.plan import Operation
 
     found: dict[str, Any] = {}
@@ -46,7 +46,9 @@ def find_recorded_momentum(history: Sequence[Mapping[str, Any]]) -> dict[str, fl
 
 
 def find_recorded_eps(history: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """The eps that the tensors of each layer belong to, as the last conversion or freeze that knew it recorded."""
+    """Return the eps that the tensors of each layer belong to, as the last conversion or freeze that knew it
+    recorded.
+    """
     from bntool.plan import Operation  # files that bntool did not write need none
 
     found: dict[str, Any] = {}
@@ -78,12 +80,12 @@ def check_not_folded(history: Sequence[Mapping[str, Any]], path: object) -> None
 
 
 def parse_record(text: str | None) -> History:
-    """A recorded history: a JSON array of objects; anything else counts as none."""
+    """Return a recorded history: a JSON array of objects; anything else counts as none."""
     return as_history(_parse(text)) if text else ()
 
 
 def parse_records(text: bytes | None) -> dict[str, History]:
-    """Recorded histories, a JSON object of them by key of the state dict; anything else counts as none."""
+    """Parse recorded histories, a JSON object of them by key of the state dict; anything else counts as none."""
     found = _parse(text) if text else {}
     histories = {key: as_history(entries) for key, entries in found.items()} if isinstance(found, dict) else {}
     return {key: history for key, history in histories.items() if history}
@@ -97,5 +99,5 @@ def _parse(text: bytes | str) -> Any:
 
 
 def as_history(entries: Any) -> History:
-    """The entries that are records."""
+    """Return the entries that are records."""
     return tuple(entry for entry in entries if isinstance(entry, dict)) if isinstance(entries, list) else ()

@@ -13,7 +13,7 @@ _NAMES = (
 
 
 def rename_paths(paths: Iterable[str], renames: Mapping[str, str], names: Iterable[str]) -> dict[str, str | None]:
-    """Where the modules of a state dict are after its tensors were renamed.
+    """Return where the modules of a state dict are after its tensors were renamed.
 
     A module goes where its tensors go, the modules above it as far as their names stay alike, and a module without
     tensors goes with the one above it.
@@ -50,14 +50,14 @@ def rename_paths(paths: Iterable[str], renames: Mapping[str, str], names: Iterab
 def rename_versions(
     versions: Mapping[str, int | None], renames: Mapping[str, str], names: Iterable[str]
 ) -> dict[str, int | None]:
-    """The versions of modules under their new paths; the root has an entry, for it may hold a record."""
+    """Return the versions of modules under their new paths; the root has an entry, for it may hold a record."""
     places = rename_paths(versions, renames, names)
     found = {new: versions[old] for old, new in places.items() if new is not None}
     return found if "" in found or "" not in versions else {"": None, **found}
 
 
 def rename_record(record: Mapping[str, Any], places: Mapping[str, str]) -> dict[str, Any]:
-    """A record with the new names of layers and tensors.
+    """Rename the layers and tensors in a record.
 
     Args:
         places: from names and module paths to what they are now, both without prefix.

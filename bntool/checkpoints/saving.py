@@ -18,7 +18,8 @@ _ENDINGS_OF_TORCH = (".pt", ".pth", ".ckpt")
 
 
 def find_misnamed(written: str, output: Path) -> str | None:
-    """The format that the name of an output says, ``safetensors`` or ``torch``, if what is written is another one.
+    """Return the format that the name of an output says, ``safetensors`` or ``torch``, if what is written is another
+    one.
 
     Those who open a file by its name take a wrong reader then: safetensors cannot read what torch.save wrote.
 
@@ -78,7 +79,9 @@ def save_checkpoint(checkpoint: Checkpoint, path: str | os.PathLike[str], *, for
 
 
 def write_checkpoint(checkpoint: Checkpoint, path: Path, output: OutputFiles) -> None:
-    """Like :func:`save_checkpoint`, as one of the files of a transaction: it appears with the others."""
+    """Write a checkpoint as one of the files of a transaction, so that it appears with the others; see
+    :func:`save_checkpoint`.
+    """
     check_output_differs(checkpoint.file, path)
     output.check(path)
     if any(isinstance(edit.step, ChangePadding) for edit in checkpoint.edits):
@@ -108,12 +111,12 @@ def write_checked(checkpoint: Checkpoint, path: Path, output: OutputFiles) -> No
 
 
 def _known(versions: Mapping[str, int | None] | None) -> dict[str, int | None]:
-    """Versions of modules; the root may have an entry for a record alone."""
+    """Return versions of modules; the root may have an entry for a record alone."""
     return {path: version for path, version in (versions or {}).items() if path or version is not None}
 
 
 def _find_shared(state_dicts: Iterable[StateDict], kept: Iterable[tuple[str, str]]) -> set[frozenset[tuple[str, str]]]:
-    """Groups of tensors that lie in one storage, of those that were not to change."""
+    """Return groups of tensors that lie in one storage, of those that were not to change."""
     wanted = frozenset(kept)
     users: dict[str, set[tuple[str, str]]] = {}
     for state_dict in state_dicts:

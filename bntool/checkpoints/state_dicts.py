@@ -24,26 +24,28 @@ _AVERAGED = ("ema", "shadow", "teacher", "averaged", "swa")
 
 
 def is_averaged_copy(key: str) -> bool:
-    """Whether the key of a state dict names an averaged copy (EMA, SWA) of the model."""
+    """Return whether the key of a state dict names an averaged copy (EMA, SWA) of the model."""
     parts = key.lower().replace("-", "_").replace(".", "_").split("_")
     return any(part in _AVERAGED for part in parts)
 
 
 def find_averaged_parts(state_dict: StateDict) -> list[str]:
-    """First parts of names that are those of an averaged copy beside the model: ``ema`` of ``ema.conv1.weight``."""
+    """Return first parts of names that are those of an averaged copy beside the model: ``ema`` of
+    ``ema.conv1.weight``.
+    """
     parts = dict.fromkeys(state_dict.strip(name).partition(".")[0] for name in state_dict.tensors if "." in name)
     return [part for part in parts if is_averaged_copy(part)] if len(parts) <= _MANY_PARTS else []
 
 
 def may_hold_average(state_dict: StateDict) -> bool:
-    """Whether it is an averaged copy, or one lies in it beside the model."""
+    """Return whether it is an averaged copy, or one lies in it beside the model."""
     if is_averaged_copy(state_dict.key) or f"{state_dict.prefix}{COUNT_OF_AVERAGES}" in state_dict.tensors:
         return True
     return COUNT_OF_AVERAGES in state_dict.tensors or bool(find_averaged_parts(state_dict))
 
 
 def choose_state_dict(checkpoint: Checkpoint, key: str | None = None) -> StateDict:
-    """The state dict that a command works on.
+    """Return the state dict that a command works on.
 
     The rule: the one asked for; else the only one; else, leaving averaged copies (EMA, SWA) aside, the first of the
     well-known keys (the root, state_dict, model_state_dict, model_state, model, module, net, network, params,
@@ -66,7 +68,7 @@ def choose_state_dict(checkpoint: Checkpoint, key: str | None = None) -> StateDi
 
 
 def find_not_understood(checkpoint: Checkpoint, state_dict: StateDict) -> list[NotUnderstood]:
-    """What may be a BatchNorm of this state dict, or a part of one, and could not be read as that."""
+    """Find what may be a BatchNorm of this state dict, or a part of one, and could not be read as that."""
     inside = f"{state_dict.key}."
     alone = len(checkpoint.state_dicts) == 1
     return [one for one in checkpoint.not_understood if alone or one.name.startswith(inside)]
@@ -82,7 +84,9 @@ UNPREFIXED = (COUNT_OF_AVERAGES, "steps")  # counters that AveragedModel and mme
 
 
 def find_prefix(names: list[str]) -> str:
-    """What wrappers (DataParallel, torch.compile, FSDP, Lightning's ``model.``) put before all names."""
+    """Find the prefix that wrappers (DataParallel, torch.compile, FSDP, Lightning's ``model.``) put before all
+    names.
+    """
     names = [name for name in names if name not in UNPREFIXED]
     prefix = ""
     while names and len(prefix) < MAX_PREFIX:

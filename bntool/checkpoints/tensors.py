@@ -28,11 +28,11 @@ class Tensor(Protocol):
     def shape(self) -> tuple[int, ...]: ...
 
     def chunks(self) -> Iterator[Chunk]:
-        """The elements in C order, little endian, a piece at a time."""
+        """Yield the elements in C order, little endian, a piece at a time."""
         ...
 
     def numpy(self) -> Any:
-        """The elements as an array of numpy."""
+        """Return the elements as an array of numpy."""
         ...
 
 
@@ -41,7 +41,7 @@ def count_elements(shape: Sequence[int]) -> int:
 
 
 def read_bytes(tensor: Tensor) -> bytes:
-    """All elements of a tensor in C order, little endian."""
+    """Return all elements of a tensor in C order, little endian."""
     if isinstance(tensor, StoredTensor) and tensor.storage is not None and tensor.strides in ((1,), ()):
         storage = tensor.storage  # a plain vector, as most that are asked for
         if tensor.wrapper is None and not storage.big_endian and len(tensor.shape) == len(tensor.strides):
@@ -51,7 +51,7 @@ def read_bytes(tensor: Tensor) -> bytes:
 
 
 def named_chunks(name: str, tensor: Tensor) -> Iterator[Chunk]:
-    """The chunks of a tensor; an error that names no tensor gets this name."""
+    """Yield the chunks of a tensor; an error that names no tensor gets this name."""
     try:
         yield from tensor.chunks()
     except BntoolError as error:
@@ -60,7 +60,7 @@ def named_chunks(name: str, tensor: Tensor) -> Iterator[Chunk]:
 
 
 def has_elements(tensor: Tensor) -> bool:
-    """Whether the file holds plain elements for it: it is not uninitialised, on meta, sparse or quantised."""
+    """Return whether the file holds plain elements for it: it is not uninitialised, on meta, sparse or quantised."""
     return not isinstance(tensor, StoredTensor) or (tensor.storage is not None and tensor.wrapper is None)
 
 
@@ -77,7 +77,7 @@ def announce(tensors: Iterable[Tensor]) -> None:
 
 
 def read_numbers(tensor: Tensor, *, name: str | None = None) -> Sequence[float]:
-    """All elements of a tensor in C order as Python numbers, exactly.
+    """Return all elements of a tensor in C order as Python numbers, exactly.
 
     Args:
         name: what an error calls it.
@@ -93,7 +93,7 @@ def read_numbers(tensor: Tensor, *, name: str | None = None) -> Sequence[float]:
 
 
 def read_number(tensor: Tensor, *, name: str) -> float:
-    """The one element of a tensor, as a counter is.
+    """Return the one element of a tensor, as a counter is.
 
     Raises:
         CorruptFileError: it has none, or several.
@@ -106,12 +106,12 @@ def read_number(tensor: Tensor, *, name: str) -> float:
 
 
 def describe_shape(shape: Sequence[int]) -> str:
-    """A shape as PyTorch prints it; of a hostile file's the first eight dimensions."""
+    """Return a shape as PyTorch prints it; of a hostile file's the first eight dimensions."""
     return f"[{', '.join(map(str, shape[:8]))}{', ...' if len(shape) > 8 else ''}]"
 
 
 def equal_streams(a: Iterator[Chunk], b: Iterator[Chunk]) -> bool:
-    """Whether two runs of bytes are equal, however they are cut into pieces."""
+    """Return whether two runs of bytes are equal, however they are cut into pieces."""
     left: Chunk = b""
     right: Chunk = b""
     while True:
@@ -232,7 +232,7 @@ class StoredTensor(AsArray):
         return self.storage.offset + start, self.storage.offset + end
 
     def check_bounds(self, name: str) -> None:
-        """Hold shape, strides and offset against the storage, in Python's unbounded integers.
+        """Check shape, strides and offset against the storage, in Python's unbounded integers.
 
         Raises:
             CorruptFileError: the tensor would reach outside of its storage.
@@ -283,7 +283,7 @@ class StoredTensor(AsArray):
             yield swap_bytes(data, self.dtype.swapsize) if storage.big_endian else data
 
     def _gather(self, span: bytes) -> bytearray:
-        """The elements of a strided view in C order.
+        """Return the elements of a strided view in C order.
 
         They are copied in runs along the longest dimension, so that the number of runs stays small.
         """

@@ -9,7 +9,9 @@ from bntool.checkpoints.tensors import StoredTensor, Tensor
 
 
 def elements_of(tensor: Tensor | None) -> Hashable:
-    """A key that is equal for tensors made of the same elements of a file in the same order; None without elements."""
+    """Return a key that is equal for tensors made of the same elements of a file in the same order; None without
+    elements.
+    """
     if not isinstance(tensor, StoredTensor) or tensor.storage is None or not tensor.numel:
         return None
     storage = tensor.storage
@@ -17,7 +19,7 @@ def elements_of(tensor: Tensor | None) -> Hashable:
 
 
 def find_first_names(tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """For each further name of a tensor, its first name."""
+    """Map each further name of a tensor to its first name."""
     known: dict[Hashable, str] = {}
     first = {}
     for name, tensor in tensors.items():
@@ -28,7 +30,7 @@ def find_first_names(tensors: Mapping[str, Tensor]) -> dict[str, str]:
 
 
 def find_tied(state_dict: StateDict, names: Collection[str]) -> frozenset[str]:
-    """Which of the tensors are another tensor of the state dict, too: a module loads both into one parameter."""
+    """Find the tensors that a module loads into one parameter together with another tensor of the state dict."""
     first = find_first_names(state_dict.tensors)
     tied = first.keys() | first.values()
     return frozenset(name for name in names if state_dict.full_name(name) in tied)

@@ -60,7 +60,7 @@ _SIGNATURES = {
 
 
 def describe_unknown(path: Location, head: bytes) -> str:
-    """The message for a file of no format that is read, by its first 4 KiB and its name."""
+    """Return the message for a file of no format that is read, by its first 4 KiB and its name."""
     found = next(_find_names(path, head), None)
     if found is not None:
         return _name(*found)
@@ -74,7 +74,9 @@ def describe_unknown(path: Location, head: bytes) -> str:
 
 
 def _find_names(path: Location, head: bytes) -> Iterator[tuple[str, str]]:
-    """What a file is, and what to do instead: told by its first bytes, then by its name, then by others beside it."""
+    """Yield what a file is and what to do instead, told by its first bytes, then by its name, then by the files beside
+    it.
+    """
     yield from ((what, advice) for magic, offset, what, advice in _KNOWN if head.startswith(magic, offset))
     if head.startswith(_TORCH7_STARTS):
         yield _ENDINGS[".t7"]
@@ -117,14 +119,14 @@ _FOLDERS = (
 
 
 def _name_all(folder: Path, names: Sequence[str]) -> str:
-    """How to look at all checkpoints of a folder, as those of a run, if it holds several of one ending."""
+    """Describe how to look at all checkpoints of a folder, as those of a run, if it holds several with one ending."""
     ending = Path(names[0]).suffix
     several = ending in _ENDINGS_OF_RUNS and sum(name.endswith(ending) for name in names) > 1
     return f", or bntool inspect {shlex.quote(str(folder))}/*{ending} to look at all" if several else ""
 
 
 def describe_folder(folder: Path) -> str:
-    """The message for a folder that is no checkpoint; it names a file in it that may be one."""
+    """Return the message for a folder that is no checkpoint; it names a file in it that may be one."""
     with contextlib.suppress(OSError), os.scandir(folder) as found:
         names = sorted(entry.name for entry in itertools.islice(found, 1000))
         for held, what, advice in _FOLDERS:

@@ -19,7 +19,7 @@ _SPECIAL = re.compile(r"([^\w.:/+#=,@%-])", re.ASCII)
 
 
 def read_typed_words() -> list[str] | None:
-    """The words that are typed so far, after the name of the program; None where no shell asks."""
+    """Return the words that are typed so far, after the name of the program; None where no shell asks."""
     if _REQUEST not in os.environ:
         return None
     typed = os.environ.get("COMP_WORDS") or os.environ.get("_TYPER_COMPLETE_ARGS") or ""
@@ -57,29 +57,29 @@ def prepare_bash() -> None:
 
 
 def complete_layers(ctx: Any) -> list[str]:
-    """BatchNorm layers, and globs for those that lie under one module; what begins several names comes first."""
+    """List BatchNorm layers, and globs for those that lie under one module; what begins several names comes first."""
     names = list(_list_layers(ctx))
     below = Counter(name[: place + 1] for name in names for place, letter in enumerate(name) if letter == ".")
     return [*(f"{stem}*" for stem, count in below.items() if count > 1), *names]
 
 
 def complete_state_dict(ctx: Any) -> list[str]:
-    """The state dicts of the file."""
+    """Return the state dicts of the file."""
     return [key for key in _list_state_dicts(ctx, 0) if key]
 
 
 def complete_state_dict_b(ctx: Any) -> list[str]:
-    """The state dicts of the second file."""
+    """Return the state dicts of the second file."""
     return [key for key in _list_state_dicts(ctx, 1) if key]
 
 
 def complete_architecture(ctx: Any) -> list[str]:
-    """What the names and shapes of the file may be; all of the catalogue where it is none of it."""
+    """List the architectures that the names and shapes of the file allow; the whole catalogue where they allow none."""
     return _list_recognised(ctx) or _list_catalogue()
 
 
 def complete_preprocessing(incomplete: str) -> list[str]:
-    """Presets and the names of steps, after the steps that are there."""
+    """Return presets and the names of steps, after the steps that are there."""
     from bntool.data.preprocessing import PRESETS, STEPS
 
     before, comma, _ = incomplete.rpartition(",")
@@ -88,7 +88,7 @@ def complete_preprocessing(incomplete: str) -> list[str]:
 
 
 def complete_model(ctx: Any, incomplete: str) -> list[str]:
-    """Python files and what they define, which is read and not run, and models of the libraries."""
+    """List Python files and what they define, which is read and not run, and models of the libraries."""
     file, colon, _ = incomplete.partition(":")
     if colon and file.endswith(".py"):
         return [f"{file}:{name}" for name in _list_definitions(Path(file))]
@@ -103,7 +103,7 @@ def complete_model(ctx: Any, incomplete: str) -> list[str]:
 
 
 def complete_code() -> list[tuple[str, str]]:
-    """All that ``explain`` knows."""
+    """List all that ``explain`` knows."""
     from bntool.reports.explanations import list_explanations
 
     return [(one.code, one.kind) for one in list_explanations() if _PLAIN.fullmatch(one.code)]
@@ -155,7 +155,7 @@ def _keep_plain(names: Iterable[str]) -> Iterator[str]:
 
 @contextlib.contextmanager
 def _chosen_state_dict(ctx: Any) -> Iterator[Any]:
-    """The one that the command would take; None where there is none."""
+    """Yield the state dict that the command would take; None where there is none."""
     from bntool.checkpoints.state_dicts import choose_state_dict
     from bntool.errors import BntoolError
 
@@ -169,7 +169,7 @@ def _chosen_state_dict(ctx: Any) -> Iterator[Any]:
 
 @contextlib.contextmanager
 def _open(ctx: Any, place: int) -> Iterator[Any]:
-    """The checkpoint at a place of the command line; None where none is typed that can be read."""
+    """Open the checkpoint at a place of the command line; yields None where none is typed that can be read."""
     from bntool.checkpoints.formats import open_checkpoint
     from bntool.errors import BntoolError
 
@@ -183,6 +183,8 @@ def _open(ctx: Any, place: int) -> Iterator[Any]:
 
 
 def _list_paths(ctx: Any) -> list[Path]:
-    """The checkpoints of the command line: taken for what they are, or left over by an option without its value."""
+    """Return the checkpoints of the command line: taken for what they are, or left over by an option without its
+    value.
+    """
     known = [ctx.params.get(name) for name in ("checkpoint", "a", "b")]
     return [Path(path) for path in (ctx.params.get("checkpoints") or [*filter(None, known)] or ctx.args)]

@@ -10,7 +10,9 @@ _TABLE = "[tool.bntool"
 
 
 def find_file(folder: Path) -> Path | None:
-    """The nearest ``bntool.toml``, or ``pyproject.toml`` with a table for bntool, up to the root of a repository."""
+    """Return the nearest ``bntool.toml``, or ``pyproject.toml`` with a table for bntool, up to the root of a
+    repository.
+    """
     for place in (folder, *folder.parents):
         own, shared = place / OWN_FILE, place / SHARED_FILE
         if own.is_file():
@@ -23,5 +25,5 @@ def find_file(folder: Path) -> Path | None:
 
 
 def _shorten(path: Path) -> Path:
-    """As seen from the current folder."""
+    """Return the path as seen from the current folder."""
     return Path(os.path.relpath(path))

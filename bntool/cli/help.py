@@ -47,7 +47,7 @@ class Group(typer.core.TyperGroup):
 
 
 def _paint(text: str, ctx: Any) -> str:
-    """The same text with colours where it is drawn for a person; the words stay as they are."""
+    """Colour a text where it is drawn for a person; the words stay as they are."""
     from bntool.cli.output import is_drawn
 
     if not is_drawn(sys.stdout):
@@ -67,5 +67,5 @@ def _group_of(parameter: Any) -> str:
 
 
 def _summarise(command: Any) -> str:
-    """The first paragraph of its help, on one line."""
+    """Return the first paragraph of its help, on one line."""
     return " ".join((command.help or "").partition("\n\n")[0].split())

@@ -170,7 +170,7 @@ def command(
 
 
 def _configure(given: Path | None, *, no_config: bool) -> Configuration | None:
-    """The configuration that is given or found; its modules are imported only where a file may be one."""
+    """Return the configuration that is given or found; its modules are imported only where a file may be one."""
     if given is not None and no_config:
         from bntool.errors import UsageError
 
@@ -225,14 +225,14 @@ class _Shown:
     def list_reports(
         self, paths: Sequence[options.Location], failed: Mapping[str, BntoolError]
     ) -> tuple[FileReport, ...]:
-        """One for each path, in order."""
+        """Return one report for each path, in order."""
         from bntool.reports.report import FileReport
 
         failures = {path: FileReport(path, error=error) for path, error in failed.items()}
         return tuple((self.reports | failures)[str(path)] for path in paths)
 
     def take_run(self, report: Report) -> None:
-        """What only the files together show fails a gate, too."""
+        """Let findings fail a gate that only the files together show."""
         from bntool.reports.forms.problems import list_jumps
 
         if self.fail_on is not None:
@@ -276,7 +276,7 @@ class _Shown:
 def _write_run_page(
     run: Run, checkpoints: Sequence[options.Location], path: Path, settings: Mapping[str, Any], *, force: bool
 ) -> None:
-    """The page of several files, with one of them whole: the one that broke, or the last."""
+    """Write the page of several files, with one of them whole: the one that broke, or the last."""
     from bntool.inspection.checkpoint import inspect
     from bntool.reports.page.run import make_run_page
     from bntool.reports.page.writing import write_page

@@ -49,7 +49,7 @@ class InterruptHandler:
         timer.start()
 
     def end_process(self) -> None:
-        """Where the signal was one that ends processes, let it do so, that whoever sent it sees what it did."""
+        """End the process by the signal that ended the command, so that whoever sent it sees that."""
         if self._received != signal.SIGINT:
             signal.signal(self._received, signal.SIG_DFL)
             os.kill(os.getpid(), self._received)

@@ -70,12 +70,12 @@ _EPILOG = (
 
 
 def exit_code_of(error: errors.BntoolError) -> ExitCode:
-    """The documented exit code of an error."""
+    """Return the documented exit code of an error."""
     return next(code for kind, code in _CODES if isinstance(error, kind))
 
 
 def build_app(arguments: Sequence[str] = ()) -> typer.Typer:
-    """The application; importing the modules of its commands imports neither torch nor numpy.
+    """Return the application; importing the modules of its commands imports neither torch nor numpy.
 
     Args:
         arguments: where they begin with a command, it is the only one built: the others cost as much as a listing.
@@ -97,7 +97,9 @@ def build_app(arguments: Sequence[str] = ()) -> typer.Typer:
 
 @functools.cache
 def _build_command(first: str) -> ClickCommand:
-    """What runs arguments that begin with ``first``; built once, for programs that call :func:`main` several times."""
+    """Build the command that runs arguments beginning with ``first``; once, for programs that call :func:`main` several
+    times.
+    """
     return typer.main.get_command(build_app([first]))
 
 
@@ -156,7 +158,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _run(arguments: Sequence[str], typed: Sequence[str] | None) -> int:
-    """What the arguments ask for.
+    """Run what the arguments ask for.
 
     Args:
         typed: words that a shell asks to go on with; None where none asks.
@@ -179,7 +181,7 @@ def _run(arguments: Sequence[str], typed: Sequence[str] | None) -> int:
 
 @contextlib.contextmanager
 def _losses_in_a_line(*, quiet: bool) -> Iterator[None]:
-    """What a written file does not keep is one line on stderr; warnings of others are shown as ever."""
+    """Show each LossWarning as one line on stderr, and the warnings of others as ever."""
     with warnings.catch_warnings():
         warnings.simplefilter("always", errors.LossWarning)
         show = warnings.showwarning
@@ -202,7 +204,7 @@ def _losses_in_a_line(*, quiet: bool) -> Iterator[None]:
 
 
 def _explain_missing(package: str, arguments: Sequence[str]) -> errors.MissingExtraError:
-    """What to install where bntool was installed without one of its dependencies, as docs/install.md shows."""
+    """Explain what to install where bntool was installed without one of its dependencies, as docs/install.md shows."""
     return errors.MissingExtraError(
         f"{' '.join(arguments[:1])} needs {package} here, which is not installed: pip install {package}"
     )
@@ -232,7 +234,7 @@ def _fail(error: errors.BntoolError, arguments: Sequence[str]) -> ExitCode:
 
 
 def _find_form(arguments: Sequence[str]) -> ReportForm | None:
-    """The form that the arguments ask for, also where something is wrong with them; None for text."""
+    """Return the form that the arguments ask for, also where something is wrong with them; None for text."""
     given = [one.partition("=")[2] for one in arguments if one.startswith("--report=")]
     given += [after for one, after in itertools.pairwise(arguments) if one == "--report"]
     given += ["json"] * ("--json" in arguments)
@@ -240,7 +242,7 @@ def _find_form(arguments: Sequence[str]) -> ReportForm | None:
 
 
 def _find_checkpoint(arguments: Sequence[str]) -> str:
-    """The one checkpoint that the arguments name, "" where they name none or several."""
+    """Return the one checkpoint that the arguments name, "" where they name none or several."""
     place = next((index for index, argument in enumerate(arguments) if not argument.startswith("-")), len(arguments))
     with contextlib.suppress(Exception):  # what is wrong with the arguments is said elsewhere
         command = _build_command(arguments[place]).commands[arguments[place]]  # type: ignore[attr-defined]
@@ -251,7 +253,7 @@ def _find_checkpoint(arguments: Sequence[str]) -> str:
 
 
 def _fail_usage(error: ClickException, arguments: Sequence[str]) -> ExitCode:
-    """What click found wrong with the arguments, with a hint where to read on."""
+    """Print what click found wrong with the arguments, with a hint where to read on."""
     context = error.ctx if isinstance(error, UsageError) else None
     hint = f" (see '{context.command_path} --help')" if context is not None else ""
     return _fail(errors.UsageError(error.format_message().rstrip(".") + hint), arguments)

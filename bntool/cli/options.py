@@ -183,7 +183,7 @@ def check_specs(model: str | None, *data: str | None) -> None:
 
 
 def choose_form(given: ReportForm | None, *, as_json: bool, judges: bool = False) -> ReportForm | None:
-    """The form that a report is printed in; None for text for people.
+    """Return the form that a report is printed in; None for text for people.
 
     Args:
         given: by ``--report``.
@@ -211,7 +211,7 @@ def check_html(
 
 
 def require_output(output: Path | None, *, unless: bool) -> None:
-    """Hold the absence of an output against what makes it needless.
+    """Refuse a missing output, unless an option makes it needless.
 
     Raises:
         UsageError: there is none, and ``unless`` is false.

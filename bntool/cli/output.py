@@ -64,13 +64,15 @@ def print_blocks(blocks: Iterable[Block]) -> None:
 
 
 def print_written(path: Path | None, *, form: ReportForm | None, quiet: bool) -> None:
-    """That a page was written beside what the command is for; None where none was."""
+    """Print that a page was written beside what the command is for; nothing where none was."""
     if path is not None and form is None and not quiet:
         print_blocks([Line((Cell(f"wrote {path}", Style.GOOD),), verbatim=True)])
 
 
 def print_error(error: BntoolError) -> None:
-    """One sentence about what went wrong, to stderr: neither a long path nor a long name costs it its end."""
+    """Print one sentence about what went wrong to stderr; a long path or name is shortened, so that the end of the
+    sentence stays.
+    """
     place = [sanitize(error.path, limit=_LONGEST_PATH)] if error.path else []
     place += [sanitize(error.tensor)] if error.tensor else []
     sentence = sanitize(error.sentence, limit=MAX_SENTENCE)
@@ -78,29 +80,29 @@ def print_error(error: BntoolError) -> None:
 
 
 def print_warning(message: str) -> None:
-    """One sentence that the user should not miss, to stderr."""
+    """Print one sentence that the user should not miss, to stderr."""
     _note(f"bntool: warning: {sanitize(message, limit=MAX_SENTENCE)}", Style.WARNING)
 
 
 def print_notes(*checkpoints: Checkpoint, quiet: bool) -> None:
-    """How files elsewhere were found and read, to stderr, where the report does not say it."""
+    """Print how files elsewhere were found and read, to stderr, where the report does not say it."""
     for checkpoint in checkpoints:
         for note in () if quiet else checkpoint.notes:
             print_note(f"{checkpoint.path}: {note}")
 
 
 def print_note(message: str) -> None:
-    """One sentence about what goes on, to stderr."""
+    """Print one sentence about what goes on, to stderr."""
     _note(f"bntool: {sanitize(message, limit=MAX_SENTENCE)}", Style.PLAIN)
 
 
 def is_drawn(stream: TextIO) -> bool:
-    """Whether what goes to the stream is drawn by rich: for a terminal, or where FORCE_COLOR says so."""
+    """Return whether what goes to the stream is drawn by rich: for a terminal, or where FORCE_COLOR says so."""
     return stream.isatty() or bool(os.environ.get("FORCE_COLOR"))
 
 
 def is_another_rank() -> bool:
-    """Whether this is one of several processes of a job, and not the one that answers for all."""
+    """Return whether this is one of several processes of a job, and not the one that answers for all."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1 and os.environ.get("RANK", "0") != "0"
 
 
@@ -139,7 +141,7 @@ def _write(stream: TextIO, text: str) -> None:
 
 @contextlib.contextmanager
 def user_output_to_stderr() -> Iterator[None]:
-    """What the user's model and data code prints goes to stderr, also from C and from worker processes.
+    """Send what the user's model and data code prints to stderr, also from C and from worker processes.
 
     The result must be alone on stdout.
     """

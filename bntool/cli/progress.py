@@ -39,7 +39,7 @@ def show_progress(*, as_json: bool, quiet: bool) -> Iterator[OnProgress]:
 
 @contextlib.contextmanager
 def show_reading(paths: Sequence[os.PathLike[str]], *, as_json: bool, quiet: bool) -> Iterator[OnProgress]:
-    """The same for work that reads files whole: nothing where they are small enough to be read at once."""
+    """Show progress for work that reads files whole; nothing where they are small enough to be read at once."""
     if any(map(_is_large, paths)):
         with show_progress(as_json=as_json, quiet=quiet) as progress:
             yield progress
@@ -79,7 +79,7 @@ class _DrawnWork(Work):
 
 @contextlib.contextmanager
 def _draw(work: _DrawnWork) -> Iterator[None]:
-    """One line that follows the work; what the user's code prints appears above it."""
+    """Draw one line that follows the work; what the user's code prints appears above it."""
     from rich.live import Live
 
     from bntool.reports.terminal import make_console
@@ -92,7 +92,9 @@ def _draw(work: _DrawnWork) -> Iterator[None]:
     out, err = sys.stdout, sys.stderr
 
     def restore() -> None:
-        """A worker process writes itself: the lock of the console may be held by a thread that it does not have."""
+        """Let a worker process write by itself: the lock of the console may be held by a thread that it does not
+        have.
+        """
         if sys.stderr is not err:
             sys.stdout, sys.stderr = out, err
 
@@ -104,7 +106,7 @@ def _draw(work: _DrawnWork) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _log(work: _DrawnWork) -> Iterator[None]:
-    """A line every ten seconds."""
+    """Write a line every ten seconds."""
     over = threading.Event()
 
     def repeat() -> None:

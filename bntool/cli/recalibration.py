@@ -365,7 +365,7 @@ def _refuse_with_partials(*others: object) -> None:
 
 
 def _expand(globs: Sequence[str]) -> list[str]:
-    """The files that globs name, each once; names that are no globs as they are."""
+    """Return the files that globs name, each once; names that are no globs as they are."""
     import glob
 
     from bntool.errors import UsageError

@@ -278,7 +278,7 @@ def _list_names(state_dict: StateDict) -> dict[str, str]:
 
 
 def _choose_side(checkpoint: Checkpoint, key: str | None, prefix: str | None, *, option: str) -> _Side:
-    """What of a checkpoint is compared.
+    """Choose the state dict of a checkpoint that is compared.
 
     Raises:
         UsageError: there is no such state dict, or no name in it begins with the prefix.
@@ -302,7 +302,7 @@ def _under(part: str, batchnorms: Sequence[BatchNorm]) -> list[BatchNorm]:
 
 
 def _find_frozen(checkpoint: Checkpoint, state_dict: StateDict) -> tuple[str, ...]:
-    """The BatchNorm layers that the last freeze recorded for a state dict."""
+    """Return the BatchNorm layers that the last freeze recorded for a state dict."""
     frozen: tuple[str, ...] = ()
     for record in checkpoint.records.get(state_dict.key, ()):
         policy = record.get("policy")
@@ -317,7 +317,7 @@ def _other_keys(checkpoint: Checkpoint, compared: StateDict) -> tuple[str, ...]:
 
 
 def find_violations(comparison: Comparison, expectation: Expectation) -> list[str]:
-    """What contradicts an expectation, one sentence each; empty where it is met.
+    """List what contradicts an expectation, one sentence each; empty where it is met.
 
     A layer that is on one side only contradicts all of them; so does there being no layer at all, except that files
     without any can be identical.
@@ -383,7 +383,7 @@ def _compare_layer(
 
 
 def _compare_settings(a: BatchNorm, b: BatchNorm) -> dict[str, tuple[object, object]]:
-    """Settings of a layer that both files state and that differ; what only one file states is not compared."""
+    """Return settings of a layer that both files state and that differ; what only one file states is not compared."""
     one, two = _list_settings(a), _list_settings(b)
     return {name: (value, two[name]) for name, value in one.items() if name in two and two[name] != value}
 
@@ -406,7 +406,9 @@ def _list_settings(layer: BatchNorm) -> dict[str, object]:
 
 
 def _with_recorded_eps(checkpoint: Checkpoint, state_dict: StateDict) -> tuple[BatchNorm, ...]:
-    """The layers, with the eps that a conversion or a freeze recorded where the file has no other place for it."""
+    """Return the layers, with the eps that a conversion or a freeze recorded where the file has no other place for
+    it.
+    """
     recorded = find_recorded_eps(checkpoint.records.get(state_dict.key, ()))
     return tuple(
         dataclasses.replace(layer, eps=recorded[layer.name], eps_source=EpsSource.MODULE)
@@ -458,7 +460,9 @@ def _numbers(layer: BatchNorm) -> dict[str, Sequence[float]]:
 
 
 def _scale_and_shift(numbers: Mapping[str, Sequence[float]], eps: float) -> tuple[list[float], list[float]]:
-    """Like :func:`bntool.batchnorm.scale_and_shift`, but NaN for a channel that has none, instead of an error."""
+    """Compute scale and shift as :func:`bntool.batchnorm.scale_and_shift`, with NaN for a channel that has none instead
+    of an error.
+    """
     mean, variance = numbers["running_mean"], numbers["running_var"]
     weight = numbers.get("weight", [1.0] * len(mean))
     bias = numbers.get("bias", [0.0] * len(mean))
@@ -467,7 +471,7 @@ def _scale_and_shift(numbers: Mapping[str, Sequence[float]], eps: float) -> tupl
 
 
 def _relative(old: Sequence[float], new: Sequence[float]) -> float:
-    """The length of the difference divided by the length of the old vector."""
+    """Return the length of the difference divided by the length of the old vector."""
     if list(old) == list(new):
         return 0.0
     length = math.hypot(*old)

@@ -24,7 +24,7 @@ def align_names(a: Collection[str], b: Collection[str]) -> tuple[str, str]:
 
 
 def _most_frequent_path(inner: set[str], outer: set[str]) -> tuple[str, int]:
-    """The path that most often stands in ``outer`` before a name of ``inner``."""
+    """Return the path that most often stands in ``outer`` before a name of ``inner``."""
     found: Counter[str] = Counter()
     for name in outer:
         parts = name.split(".")

@@ -158,7 +158,7 @@ def convert(  # noqa: PLR0913 as many as the command has options
 
 
 def _find_format(source: Checkpoint, output: Path | None) -> ConversionTarget | None:
-    """The format that the name of the output says, where it is another one than the source's."""
+    """Return the format that the name of the output says, where it is another one than the source's."""
     if output is None or str(source.path).endswith(output.suffix or "/"):
         return None
     return _TARGETS_BY_NAME.get(find_misnamed(source.format.name, output) or "")
@@ -283,7 +283,7 @@ def plan_conversion(
 
 
 def _check_certain(conversion: Conversion, path: object) -> None:
-    """With --strict, refuse to lose anything or to assume anything."""
+    """Refuse to lose or to assume anything, with --strict."""
     if conversion.losses:
         raise RefusedError(f"--strict: this would be lost: {conversion.losses[0]}", path=path)
     if conversion.plan.assumptions:
@@ -352,7 +352,7 @@ def _plan_format(
 
 
 def _texts(checkpoint: Checkpoint) -> dict[str, str]:
-    """The texts in the header of a safetensors file."""
+    """Return the texts in the header of a safetensors file."""
     if not checkpoint.format.entries_are_texts:
         return {}
     return {name: text for name, text in checkpoint.entries.items() if isinstance(text, str)}
@@ -364,7 +364,7 @@ def _last_conversion(checkpoint: Checkpoint, source: StateDict) -> Mapping[str, 
 
 
 def _describe_modules(source: StateDict) -> dict[str, dict[str, Any]]:
-    """Facts of BatchNorm layers that a pickled module or a graph states and a state dict cannot hold."""
+    """Return facts of BatchNorm layers that a pickled module or a graph states and a state dict cannot hold."""
     if not source.modules:
         return {}
     return {

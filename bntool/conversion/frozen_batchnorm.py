@@ -47,7 +47,7 @@ def plan_frozen_batchnorm(
     target_eps: float | None,
     history: Sequence[Mapping[str, Any]],
 ) -> KindChange:
-    """Steps that leave each layer the four tensors of a FrozenBatchNorm2d.
+    """Return steps that leave each layer the four tensors of a FrozenBatchNorm2d.
 
     Where eps of the layer is not that of the target, running_var takes the difference up:
     running_var + eps - target_eps; the record keeps the elements that it had.
@@ -104,7 +104,7 @@ def plan_frozen_batchnorm(
 
 
 def plan_batchnorm(batchnorms: Sequence[BatchNorm], *, history: Sequence[Mapping[str, Any]]) -> KindChange:
-    """Steps that make each layer a full BatchNorm again: num_batches_tracked, and what a record says it was.
+    """Return steps that make each layer a full BatchNorm again: num_batches_tracked, and what a record says it was.
 
     Without a record num_batches_tracked becomes 0, which is taken for granted and said so: only momentum=None uses it.
     """
@@ -156,7 +156,7 @@ def _name(layer: BatchNorm, role: str) -> str:
 
 
 def _recorded_modules(history: Sequence[Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
-    """What earlier conversions recorded of each layer; the latest record counts."""
+    """Return what earlier conversions recorded of each layer; the latest record counts."""
     found: dict[str, Mapping[str, Any]] = {}
     for record in history:
         modules = record.get("modules")
@@ -166,7 +166,7 @@ def _recorded_modules(history: Sequence[Mapping[str, Any]]) -> dict[str, Mapping
 
 
 def _last_kind(history: Sequence[Mapping[str, Any]], name: str) -> str | None:
-    """The kind that the last conversion gave a layer."""
+    """Return the kind that the last conversion gave a layer."""
     for record in reversed(history):
         layers = record.get("layers")
         if record.get("operation") == Operation.CONVERT.value and isinstance(layers, list) and name in layers:
@@ -204,7 +204,7 @@ def _absorb(layer: BatchNorm, difference: float) -> tuple[float, ...]:
 def _restore(
     layer: BatchNorm, module: Mapping[str, Any], history: Sequence[Mapping[str, Any]]
 ) -> tuple[float, ...] | None:
-    """The running_var that was there before the difference of eps was taken up; None where nothing was.
+    """Return the running_var that was there before the difference of eps was taken up; None where nothing was.
 
     The recorded elements are taken if the tensor is still what they were turned into; else the difference is taken off.
     """

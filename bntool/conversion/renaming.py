@@ -48,7 +48,7 @@ def plan_renames(
 
 
 def _rename_part(names: Mapping[str, str], part: str, new: str, *, prefix: str) -> dict[str, str]:
-    """New names of what is called so, or lies below it; a wrapper's prefix may be left out, as everywhere.
+    """Return new names of what is called so, or lies below it; a wrapper's prefix may be left out, as everywhere.
 
     Raises:
         UsageError: nothing is.
@@ -86,7 +86,7 @@ def describe_left(
 
 
 def _names_parameters(value: Node) -> bool:
-    """Whether an optimizer's state goes by names; most number their parameters, and these keep their order."""
+    """Return whether an optimizer's state goes by names; most number their parameters, and these keep their order."""
     for node in value if isinstance(value, list) else [value]:
         parts = as_mapping(node) if is_mapping(node) else {}
         if not {"state", "param_groups"} <= parts.keys():

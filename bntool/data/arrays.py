@@ -34,7 +34,7 @@ class ArraySource(DataSource):
 
 
 def read_rows(inputs: Rows, labels: Rows | None, spec: str, options: DataOptions) -> Batches:
-    """Batches of the rows of arrays."""
+    """Return batches of the rows of arrays."""
     dealt = options.deal(inputs.shape[0])
     is_pixels = inputs.read([0]).dtype is torch.uint8
     steps = choose_pixel_steps(options, spec) if is_pixels else None
@@ -70,7 +70,8 @@ def read_rows(inputs: Rows, labels: Rows | None, spec: str, options: DataOptions
 
 
 def choose_pixel_steps(options: DataOptions, spec: str) -> Preprocessing:
-    """For pixels, which have their size: that of the user without resize and crop, or the rest of the model's.
+    """Choose the steps for pixels, which have their size: the user's without resize and crop, or the rest of the
+    model's.
 
     Raises:
         UsageError: there are none, or they would change the size.

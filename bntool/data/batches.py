@@ -65,7 +65,7 @@ class Batch:
         return name_some([self.names[index] for index in samples])
 
     def find_bad_samples(self) -> list[int]:
-        """Positions of the samples whose inputs hold NaN or infinity; all, where tensors are not by sample."""
+        """Return positions of the samples whose inputs hold NaN or infinity; all, where tensors are not by sample."""
         bad: set[int] = set()
         for tensor in tensors_in(self.inputs):
             if tensor.is_floating_point() and not torch.isfinite(tensor).all():
@@ -94,7 +94,7 @@ class Batch:
             raise
 
     def fit(self, model: torch.nn.Module) -> Batch:
-        """The batch as a model takes it: a named tuple whose names are all arguments of the forward, as a dict.
+        """Return the batch as a model takes it: a named tuple whose names are all arguments of the forward, as a dict.
 
         Another named tuple is a tuple like any.
         """
@@ -117,7 +117,8 @@ class Batch:
         )
 
     def inputs_for(self, model: torch.nn.Module) -> Any:
-        """What :func:`~bntool.modules.calling.pass_inputs` is to give a model: a tensor, a tuple, a list or a dict.
+        """Return the inputs as :func:`~bntool.modules.calling.pass_inputs` gives them to a model: a tensor, a tuple, a
+        list or a dict.
 
         Of a dict of the data it is what the model's forward has a name for. A single value with tensors goes to its
         first argument, whatever it is called; of several, those without tensors go where they have a name. Labels go
@@ -164,7 +165,9 @@ class Batch:
 
 
 def _find_parameters(model: torch.nn.Module, names: Iterable[str]) -> dict[str, inspect.Parameter]:
-    """What a forward takes; of one that hands everything on, what the first module inside takes that knows a name."""
+    """Find the parameters of a forward; of one that hands everything on, those of the first module inside that knows a
+    name.
+    """
     own = _read_parameters(unwrap(model))
     if [parameter.kind for parameter in own.values()] != list(_HANDS_ON):
         return own
@@ -258,7 +261,7 @@ def take_share(items: Iterator[Batch], batches: Batches) -> Iterator[Batch]:
 
 
 def find_share(items: Iterator[Item], batches: Batches) -> Iterator[tuple[int, Item]]:
-    """The same for what is to become batches, with the position of each."""
+    """Return what is to become batches of this share, with the position of each."""
     wanted = batches.share.list_positions()
     position, index = next(wanted), -1
     for index, item in enumerate(items):
@@ -317,20 +320,20 @@ def split_batch(item: Any, *, source: str, position: int) -> Batch:
 
 
 def _open_dataclass(item: Any) -> Any:
-    """The fields of an object of a dataclass as a dict; anything else as it is."""
+    """Return the fields of an object of a dataclass as a dict; anything else as it is."""
     if not is_dataclass(item) or isinstance(item, type | tuple | list | Mapping | torch.Tensor):
         return item
     return {one.name: getattr(item, one.name) for one in fields_of(item)}
 
 
 def _find_fields(item: Any) -> Mapping[str, Any] | None:
-    """The values of a named tuple by their names; None of anything else."""
+    """Return the values of a named tuple by their names; None of anything else."""
     names = getattr(item, "_fields", None)
     return dict(zip(names, item, strict=True)) if isinstance(item, tuple) and names else None
 
 
 def find_label(item: Any) -> Any:
-    """The labels of a batch, or the label of a sample; None where there is none."""
+    """Return the labels of a batch, or the label of a sample; None where there is none."""
     if isinstance(item, tuple | list):
         return item[1] if len(item) > 1 else None
     key = _find_label_key(item) if isinstance(item, Mapping) else None
@@ -342,7 +345,7 @@ def _find_label_key(item: Mapping[Any, Any]) -> str | None:
 
 
 def to_tensors(value: Any) -> Any:
-    """The same nest with arrays of numpy, TensorFlow or JAX as torch tensors on the CPU."""
+    """Convert arrays of numpy, TensorFlow or JAX in a nest to torch tensors on the CPU."""
     return map_leaves(_to_tensor, value)
 
 
@@ -354,7 +357,7 @@ def _to_tensor(value: Any) -> Any:
 
 
 def describe_range(source: str, start: int, count: int) -> str:
-    """``samples 64 to 127 of digits.npz``."""
+    """Describe a range of samples: ``samples 64 to 127 of digits.npz``."""
     return f"sample {start} of {source}" if count == 1 else f"samples {start} to {start + count - 1} of {source}"
 
 
@@ -365,18 +368,18 @@ def name_some(names: Sequence[str]) -> str:
 
 
 def find_bad_rows(values: torch.Tensor) -> list[int]:
-    """Positions along the first dimension at which a tensor holds NaN or infinity."""
+    """Return positions along the first dimension at which a tensor holds NaN or infinity."""
     finite = torch.isfinite(values).reshape(values.shape[0], -1).all(dim=1)
     return [index for index, good in enumerate(finite.tolist()) if not good]
 
 
 def move(value: Any, *, device: torch.device | None, dtype: torch.dtype | None) -> Any:
-    """The same nest with its tensors on a device, floating ones in a dtype."""
+    """Move the tensors of a nest to a device, and floating ones to a dtype."""
     return map_tensors(lambda tensor: tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype), value)
 
 
 def find_placement(model: torch.nn.Module) -> tuple[torch.device | None, torch.dtype | None]:
-    """The device and floating dtype of a model; None for a model without floating tensors.
+    """Return the device and floating dtype of a model; None for a model without floating tensors.
 
     Those of its first weight of two dimensions or more: scalars and norms are often kept in another dtype.
     """
@@ -388,12 +391,12 @@ def find_placement(model: torch.nn.Module) -> tuple[torch.device | None, torch.d
 
 
 def copy_batch(batch: Batch) -> Batch:
-    """The batch with tensors of its own."""
+    """Return the batch with tensors of its own."""
     return replace(batch, inputs=copy_tensors(batch.inputs), fields=copy_tensors(batch.fields))
 
 
 def cut_batch(batch: Batch, samples: int) -> Batch:
-    """The first samples of a batch; the whole batch where its tensors do not share their first dimension."""
+    """Return the first samples of a batch; the whole batch where its tensors do not share their first dimension."""
     tensors = tensors_in((batch.inputs, batch.labels, batch.fields))
     if (
         batch.samples <= samples

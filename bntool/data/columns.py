@@ -34,7 +34,7 @@ class Columns:
         return tuple(name for name in (self.inputs, self.labels) if name is not None and name.lower() != _NONE)
 
     def refuse_names(self, spec: str, *, what: str) -> None:
-        """Hold names against data that have no columns.
+        """Refuse names of columns for data that have none.
 
         Raises:
             UsageError: there are some; ``--labels none`` is none.

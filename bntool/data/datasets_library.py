@@ -80,7 +80,7 @@ class DatasetSource(DataSource):
 
 
 def _open(spec: str) -> tuple[Any, Any]:
-    """The dataset, and what tells it from another one.
+    """Return the dataset, and what tells it from another one.
 
     Raises:
         MissingExtraError: the library is missing.
@@ -172,7 +172,7 @@ class _Choice:
 
 
 def _find_input(features: Mapping[str, Any]) -> str | None:
-    """The one image, or else the one array; of several the one of a usual name."""
+    """Return the one image, or else the one array; of several the one of a usual name."""
     images = [name for name, feature in features.items() if _kind(feature) == "Image"]
     candidates = images or [name for name, feature in features.items() if _is_array(feature)]
     known = next((name for name in INPUT_KEYS if name in candidates), None)
@@ -180,7 +180,7 @@ def _find_input(features: Mapping[str, Any]) -> str | None:
 
 
 def _order(features: Mapping[str, Any], first: tuple[str, ...]) -> Iterator[str]:
-    """Columns of usual names first."""
+    """Order the columns, those with usual names first."""
     yield from (name for name in first if name in features)
     yield from (name for name in features if name not in first)
 
@@ -212,7 +212,7 @@ def _number(dataset: Any) -> Iterator[tuple[int, Mapping[str, Any]]]:
 
 
 def _take_first(dataset: Any, choice: _Choice, spec: str) -> Sample:
-    """The first sample, which is an array.
+    """Return the first sample, which is an array.
 
     Raises:
         UsageError: there is none.
@@ -268,7 +268,7 @@ class _IndexReader:
 
 
 def _open_image(stored: Mapping[str, Any]) -> BytesIO:
-    """The file of an image: in the dataset itself, or where it says that it lies."""
+    """Return the file of an image: in the dataset itself, or where it says that it lies."""
     content = stored["bytes"]
     if content is None:
         from datasets.utils.file_utils import xopen

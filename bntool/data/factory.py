@@ -74,7 +74,9 @@ def _is_map(value: Any) -> bool:
 
 
 def _name_arrays(made: Any) -> dict[str, Rows]:
-    """The arrays by name, where the data are arrays and not batches: one, ``(inputs, labels)``, or a dict of them."""
+    """Return the arrays by name, where the data are arrays and not batches: one, ``(inputs, labels)``, or a dict of
+    them.
+    """
     if isinstance(made, tuple) and len(made) == 2:
         inputs, labels = map(to_tensors, made)
         if isinstance(inputs, torch.Tensor) and isinstance(labels, torch.Tensor) and 0 < labels.ndim < inputs.ndim:
@@ -88,7 +90,7 @@ def _name_arrays(made: Any) -> dict[str, Rows]:
 
 
 def _gives_samples(made: Any, spec: str) -> bool:
-    """Whether it has single samples by index: a Dataset, or a list of samples."""
+    """Return whether it has single samples by index: a Dataset, or a list of samples."""
     if isinstance(made, DataLoader | IterableDataset):
         return False
     if isinstance(made, Dataset) or _is_map(made):
@@ -98,13 +100,13 @@ def _gives_samples(made: Any, spec: str) -> bool:
 
 
 def _is_sample(item: Any) -> bool:
-    """Whether an item is one sample and no batch: its label is a single number."""
+    """Return whether an item is one sample and no batch: its label is a single number."""
     label = find_label(item)
     return isinstance(label, numbers.Number) or getattr(label, "ndim", None) == 0
 
 
 def _read_dataset(dataset: Any, spec: str, options: DataOptions) -> Batches:
-    """Batches of the samples of a dataset, dealt by bntool."""
+    """Return batches of the samples of a dataset, dealt by bntool."""
     with running_user_code(f"len() of {spec}"):
         count = len(dataset)
     dealt = options.deal(count)
@@ -134,7 +136,7 @@ def _list_some(indices: list[int]) -> str:
 
 
 def _read_batches(source: _Source, spec: str, options: DataOptions) -> Batches:
-    """Batches that the user's own source makes, in its order."""
+    """Return batches that the user's own source makes, in its order."""
     samples = _count(source.made, options)
 
     def read_all() -> Iterator[Batch]:
@@ -172,7 +174,7 @@ def _read_batches(source: _Source, spec: str, options: DataOptions) -> Batches:
 
 
 def _count(made: Any, options: DataOptions) -> int | None:
-    """The largest number of samples that can come; None if nothing tells."""
+    """Return the largest number of samples that can come; None if nothing tells."""
     if isinstance(made, DataLoader) and made.batch_size and not isinstance(made.dataset, IterableDataset):
         with running_user_code("len() of the data loader"):
             count = min(len(made) * made.batch_size, len(made.dataset))  # type: ignore[arg-type]
@@ -181,7 +183,7 @@ def _count(made: Any, options: DataOptions) -> int | None:
 
 
 def _iterate(source: Iterable[Any], describe: Callable[[], str]) -> Iterator[Any]:
-    """The items of a user's iterable; what it raises becomes a UserCodeError."""
+    """Yield the items of a user's iterable; what it raises becomes a UserCodeError."""
     iterator = iterate(source)
     while True:
         with running_user_code(describe()):
@@ -193,7 +195,7 @@ def _iterate(source: Iterable[Any], describe: Callable[[], str]) -> Iterator[Any
 
 
 def _collate_samples(items: Iterator[Any], options: DataOptions) -> Iterator[Any]:
-    """Batches as they are; single samples put together."""
+    """Yield batches as they are, and single samples put together."""
     first = list(itertools.islice(items, 1))
     items = itertools.chain(first, items)
     if not first or not _is_sample(first[0]):

@@ -28,7 +28,7 @@ class Fingerprint:
 
 
 def make_fingerprint(*facts: Any) -> str:
-    """A text that differs where facts differ; each is bytes, or a value whose ``repr`` says all of it."""
+    """Make a text that differs where facts differ; each is bytes, or a value whose ``repr`` says all of it."""
     fingerprint = Fingerprint()
     fingerprint.add(*facts)
     return fingerprint.text

@@ -54,7 +54,7 @@ class ImageListSource(DataSource):
 
 
 def choose_image_steps(options: DataOptions, spec: str) -> Preprocessing:
-    """What is to be done to images, if they can be read.
+    """Choose what is done to images, if they can be read.
 
     Raises:
         MissingExtraError: Pillow is missing.
@@ -73,7 +73,7 @@ def choose_image_steps(options: DataOptions, spec: str) -> Preprocessing:
 
 
 def _read_files(found: ImageFiles, spec: str, steps: Preprocessing, options: DataOptions, *, root: Path) -> Batches:
-    """Batches of images, dealt by bntool."""
+    """Return batches of images, dealt by bntool."""
     if options.columns.without_labels:
         found = replace(found, labels=None, classes=None)
     dealt = options.deal(len(found.paths))

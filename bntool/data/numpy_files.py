@@ -22,7 +22,7 @@ _BROKEN = (ValueError, TypeError, zipfile.BadZipFile, EOFError, KeyError, Overfl
 
 
 def open_numpy(path: Path) -> Mapping[str, Rows]:
-    """The arrays of a file by name; the one of a .npy file is called ``images``.
+    """Return the arrays of a file by name; the one of a .npy file is called ``images``.
 
     Arrays of an .npz that are not compressed are mapped; compressed ones are unpacked into memory. Arrays of anything
     but plain numbers (text, Python objects) are passed over.
@@ -48,7 +48,7 @@ def open_numpy(path: Path) -> Mapping[str, Rows]:
 
 
 def read_array(content: bytes) -> Array:
-    """The array of a .npy file that is in memory.
+    """Return the array of a .npy file that is in memory.
 
     Raises:
         ValueError: it is none, is cut off, or holds something else than plain numbers.
@@ -100,7 +100,7 @@ def _open_archive(path: Path) -> dict[str, Array]:
 
 
 def _map(path: Path, stream: Any) -> Array:
-    """The array whose header the stream is at, mapped."""
+    """Return the array whose header the stream is at, mapped."""
     shape, fortran_order, dtype = _read_header(stream)
     if dtype.hasobject or 0 in shape:
         return np.empty(shape if 0 in shape else (0,), dtype)

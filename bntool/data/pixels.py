@@ -21,7 +21,7 @@ _PIXEL_CHANNELS = (1, 3, 4)
 
 
 def read_image(file: Path | BinaryIO, preprocessing: Preprocessing) -> torch.Tensor:
-    """Pixels of an image in RGB or grey, resized and cropped.
+    """Return pixels of an image in RGB or grey, resized and cropped.
 
     Palettes, CMYK and grey become RGB as Pillow has it, an alpha channel is dropped, 16 bits of grey become their upper
     8. Resizing (antialiased) and cropping round as torchvision's ``Resize`` and ``CenterCrop`` do for PIL images. Of
@@ -52,7 +52,7 @@ def read_image(file: Path | BinaryIO, preprocessing: Preprocessing) -> torch.Ten
 
 
 def convert(image: Image, channels: int) -> Image:
-    """An image of any mode as RGB or grey of 8 bits a channel.
+    """Convert an image of any mode to RGB or grey of 8 bits a channel.
 
     Raises:
         ValueError: its pixels have no fixed range (floating point, 32 bits).
@@ -72,7 +72,7 @@ def convert(image: Image, channels: int) -> Image:
 
 
 def _fit_shorter_side(size: tuple[int, int], wanted: Size) -> tuple[int, int]:
-    """The width and height after resizing the shorter side."""
+    """Return the width and height after resizing the shorter side."""
     if isinstance(wanted, tuple):
         return wanted[1], wanted[0]
     width, height = size
@@ -87,12 +87,12 @@ def _cut_middle(image: Image, crop: Size) -> Image:
 
 
 def _find_edge(length: int, wanted: int) -> int:
-    """Where a centred crop begins; negative if the image is smaller than the crop."""
+    """Return where a centred crop begins; negative if the image is smaller than the crop."""
     return round((length - wanted) / 2) if length >= wanted else -((wanted - length) // 2)
 
 
 def arrange_pixels(pixels: torch.Tensor, spec: str) -> torch.Tensor:
-    """Pixels as (N, C, H, W), from (N, H, W, C), (N, C, H, W) or, grey, (N, H, W).
+    """Arrange pixels as (N, C, H, W), from (N, H, W, C), (N, C, H, W) or, grey, (N, H, W).
 
     Raises:
         UsageError: they are none of these.

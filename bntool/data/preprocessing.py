@@ -79,7 +79,7 @@ class Preprocessing:
         return pixels.to(torch.float32).div_(255).sub_(mean).div_(std)
 
     def without_geometry(self) -> Preprocessing:
-        """The same preprocessing for pixels that already have their size."""
+        """Return the preprocessing without resize and crop, for pixels that already have their size."""
         return replace(self, resize=None, crop=None)
 
     def describe(self) -> str:

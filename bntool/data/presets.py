@@ -17,7 +17,7 @@ _INTERPOLATIONS = {"random": Interpolation.BILINEAR} | {kind.value: kind for kin
 
 
 def find_model_preset(spec: str, model: torch.nn.Module) -> Preprocessing | None:
-    """What the package of a model says of its preprocessing.
+    """Find the preprocessing that the package of a model names for it.
 
     For ``torchvision:NAME`` that of its default weights (``get_model_weights(NAME).DEFAULT.transforms()``); for any
     model that timm made, the ``pretrained_cfg`` it carries. None where nothing is said, or something that a
@@ -55,7 +55,7 @@ def _ask_torchvision(name: str) -> Preprocessing | None:
 
 
 def _read_timm(config: Mapping[str, Any]) -> Preprocessing | None:
-    """As ``timm.data.transforms_imagenet_eval`` reads it."""
+    """Read a configuration as ``timm.data.transforms_imagenet_eval`` does."""
     from timm.data import resolve_data_config
 
     with warnings.catch_warnings():

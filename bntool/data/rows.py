@@ -27,7 +27,7 @@ class Rows(Protocol):
     def shape(self) -> tuple[int, ...]: ...
 
     def read(self, rows: Sequence[int]) -> torch.Tensor:
-        """These rows, ascending, in their own memory."""
+        """Read these rows, in ascending order, into memory of their own."""
         ...
 
 
@@ -102,7 +102,7 @@ class StackedRows:
 
 
 def _runs(rows: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """Neighbouring rows as (first, count)."""
+    """Yield neighbouring rows as (first, count)."""
     first, count = rows[0], 1
     for row in rows[1:]:
         if row == first + count:
@@ -114,13 +114,13 @@ def _runs(rows: Sequence[int]) -> Iterator[tuple[int, int]]:
 
 
 def to_calculable(array: np.ndarray[Any, Any]) -> torch.Tensor:
-    """The elements of a new array as a tensor, in a dtype that torch calculates with."""
+    """Return the elements of a new array as a tensor, in a dtype that torch calculates with."""
     dtype = _WIDENED.get(array.dtype.str[1:], array.dtype.newbyteorder("="))
     return torch.from_numpy(np.ascontiguousarray(array, dtype=dtype))
 
 
 def choose_arrays(arrays: Mapping[str, Rows], path: object, columns: Columns = FOUND) -> tuple[Rows, Rows | None]:
-    """The inputs and the labels among named arrays.
+    """Return the inputs and the labels among named arrays.
 
     Where the user does not name them, inputs are under ``images``, ``x``, ``data`` and the like, or the only array that
     can be; labels under ``labels``, ``y``, ``targets`` and the like.

@@ -63,7 +63,7 @@ class Decoding:
         on_bad_data: OnBadData,
         bad_inputs: list[LeftOut],
     ) -> Iterator[Batch]:
-        """Batches of samples that are stored, in their order whatever the number of processes.
+        """Yield batches of samples that are stored, in their order whatever the number of processes.
 
         Args:
             lots: the samples of each batch, with its position; read as far ahead as the processes need.
@@ -135,7 +135,7 @@ class _Decoded(Dataset[Any]):
 
 
 def _watch_workers(loader: DataLoader[Any]) -> Iterator[Any]:
-    """The items of a loader.
+    """Yield the items of a loader.
 
     Raises:
         RefusedError: a worker was lost.
@@ -147,7 +147,7 @@ def _watch_workers(loader: DataLoader[Any]) -> Iterator[Any]:
 
 
 def explain(error: Exception) -> str:
-    """The reason why an image cannot be read, without the path that Pillow and the system add."""
+    """Return the reason why an image cannot be read, without the path that Pillow and the system add."""
     from PIL import UnidentifiedImageError
 
     if isinstance(error, UnidentifiedImageError):

@@ -37,12 +37,12 @@ class Share:
         return self.shards * self.ranks == 1
 
     def find_run(self, total: int) -> range:
-        """The positions of this share in a list of known length."""
+        """Return the positions of this share in a list of known length."""
         index, count = self.shard * self.ranks + self.rank, self.shards * self.ranks
         return range(max(total * index // count, self.start), total * (index + 1) // count)
 
     def list_positions(self) -> Iterator[int]:
-        """The positions of this share in a list of unknown length, without end."""
+        """Yield the positions of this share in a list of unknown length, without end."""
         count = self.shards * self.ranks
         for number, (first, size) in enumerate(_make_blocks(count)):
             shard, rank = number % self.shards, number // self.shards % self.ranks
@@ -50,7 +50,7 @@ class Share:
                 yield from range(max(first, self.start), first + size)
 
     def count_before(self, position: int, total: int | None) -> int:
-        """How many batches of this share come before a position.
+        """Count the batches of this share that come before a position.
 
         Args:
             position: in the list of all.
@@ -66,7 +66,7 @@ WHOLE = Share()
 
 
 def _make_blocks(shares: int) -> Iterator[tuple[int, int]]:
-    """First position and size of each block."""
+    """Yield first position and size of each block."""
     first, size = 0, 1
     while True:
         while first >= 2 * size * shares * _EVEN and first % (2 * size) == 0:
@@ -76,7 +76,7 @@ def _make_blocks(shares: int) -> Iterator[tuple[int, int]]:
 
 
 def parse_shard(text: str | None) -> tuple[int, int]:
-    """``3/64``, the third of 64, as (2, 64); None as the only one.
+    """Parse ``3/64``, the third of 64, as (2, 64); None counts as the only one.
 
     Raises:
         UsageError: it is nothing of the kind.

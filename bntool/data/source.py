@@ -100,7 +100,7 @@ class DataSource(ABC):
 
     @abstractmethod
     def recognises(self, spec: str) -> bool:
-        """Whether the spec is of this kind."""
+        """Return whether the spec is of this kind."""
 
     @abstractmethod
     def load(self, spec: str, options: DataOptions) -> Batches:

@@ -17,35 +17,35 @@ _SAVED = ("dataset_dict.json", "state.json")  # what save_to_disk writes
 
 
 def is_tar(spec: str) -> bool:
-    """Whether it names tar archives, one or many: ``shards-{0000..0099}.tar``."""
+    """Return whether it names tar archives, one or many: ``shards-{0000..0099}.tar``."""
     return _TAR.fullmatch(spec) is not None
 
 
 def is_image_list(spec: str) -> bool:
-    """Whether it names a file of the paths of images."""
+    """Return whether it names a file of the paths of images."""
     return spec.lower().endswith(LIST_SUFFIXES)
 
 
 def is_dataset(spec: str) -> bool:
-    """Whether it names a dataset: on the hub, a folder that datasets saved, or Parquet."""
+    """Return whether it names a dataset: on the hub, a folder that datasets saved, or Parquet."""
     place, _ = split_off(spec)
     return spec.startswith(HUB) or place.lower().endswith(".parquet") or is_saved(place) or holds_parquet(place)
 
 
 def split_off(spec: str) -> tuple[str, str | None]:
-    """``NAME:SPLIT`` as two; None where no split is named."""
+    """Split ``NAME:SPLIT`` in two; None where no split is named."""
     place, colon, split = spec.rpartition(":")
     is_named = bool(colon) and len(place) > 1 and re.fullmatch(r"[A-Za-z_][\w.-]*", split, re.ASCII) is not None
     return (place, split) if is_named else (spec, None)
 
 
 def is_saved(place: str) -> bool:
-    """Whether it is a folder that ``save_to_disk`` wrote."""
+    """Return whether it is a folder that ``save_to_disk`` wrote."""
     return any(Path(place, name).is_file() for name in _SAVED)
 
 
 def holds_parquet(place: str) -> bool:
-    """Whether it is a folder with Parquet files in it, or in its folder ``data`` as on the hub."""
+    """Return whether it is a folder with Parquet files in it, or in its folder ``data`` as on the hub."""
     folder = Path(place)
     return folder.is_dir() and any(any(part.glob("*.parquet")) for part in (folder, folder / "data"))
 

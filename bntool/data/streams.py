@@ -20,7 +20,7 @@ def read_stream(
     has_labels: bool,
     identify: Callable[[], str],
 ) -> Batches:
-    """Batches of a stream. It is read whole for a share of it, but only that share is decoded.
+    """Return batches of a stream. It is read whole for a share of it, but only that share is decoded.
 
     Args:
         open_: starts the stream from its first sample, as it is stored.
@@ -52,7 +52,7 @@ def read_stream(
 
 
 def deal(samples: Iterator[Any], size: int) -> Iterator[list[Any]]:
-    """Samples of each batch, in order; the last two are of nearly equal size.
+    """Deal samples to batches, in order; the last two are of nearly equal size.
 
     A small last batch would be normalised by statistics of few samples.
     """

@@ -20,7 +20,7 @@ _BLANKS = 8 * ord(" ")  # stand for the checksum in the sum
 
 
 def read_files(stream: BinaryIO, path: str) -> Iterator[tuple[str, bytes]]:
-    """Names and contents of the regular files of an archive, read from front to back.
+    """Yield names and contents of the regular files of an archive, read from front to back.
 
     Args:
         stream: at its first byte; of an archive that is not compressed.
@@ -103,14 +103,14 @@ def _check_size(size: int, path: str) -> int:
 
 
 def _read_extended(content: bytes, kind: bytes, path: str) -> dict[bytes, bytes]:
-    """What a member says of the next one."""
+    """Read what a member says of the next one."""
     if kind == _LONG_NAME:
         return {b"path": content.split(b"\0")[0]}
     return _read_records(content, path) if kind == _EXTENDED else {}
 
 
 def _read_records(content: bytes, path: str) -> dict[bytes, bytes]:
-    """The keys and values of an extended header: ``30 mtime=1700000000.25`` and a line break each."""
+    """Return the keys and values of an extended header: ``30 mtime=1700000000.25`` and a line break each."""
     found: dict[bytes, bytes] = {}
     place = 0
     while place < len(content) and content[place]:

@@ -79,7 +79,7 @@ class TarShardSource(DataSource):
 
 
 def choose_array_steps(values: Any, options: DataOptions, spec: str) -> Preprocessing | None:
-    """What is to be done to samples that are arrays like this one: something to pixels, nothing to others.
+    """Choose what is done to samples that are arrays like this one: something to pixels, nothing to others.
 
     Raises:
         UsageError: nobody says what, or something is to be done to what is no pixels.
@@ -92,7 +92,8 @@ def choose_array_steps(values: Any, options: DataOptions, spec: str) -> Preproce
 
 
 def expand(spec: str) -> Sequence[str]:
-    """The archives that a spec names: braces and environment variables as webdataset has them, globs of local files.
+    """Return the archives that a spec names: braces and environment variables as webdataset has them, globs of local
+    files.
 
     Raises:
         MissingExtraError: webdataset is missing.
@@ -128,7 +129,9 @@ def _is_local(shard: str) -> bool:
 
 
 def _open_samples(shards: Sequence[str]) -> Iterator[Mapping[str, Any]]:
-    """The samples of all archives, each as webdataset has it: bytes by what follows the first dot of a file's name."""
+    """Yield the samples of all archives, each as webdataset has it: bytes by what follows the first dot of a file's
+    name.
+    """
     from webdataset.tariterators import group_by_keys
 
     for shard in shards:
@@ -203,14 +206,14 @@ class _Fields:
         return cls(input_, None if label is None or columns.without_labels else label.lower())
 
     def find_input(self, sample: Mapping[str, Any]) -> str | None:
-        """The field of the input; None where there is none, or several can be it."""
+        """Return the field of the input; None where there is none, or several can be it."""
         if self.input is not None:
             return self.input if self.input in sample else None
         fields = [name for name in sample if name != self.label and _can_be_input(name)]
         return fields[0] if len(fields) == 1 else None
 
     def store(self, sample: Mapping[str, Any]) -> _Stored | str:
-        """What is needed of a sample; why it cannot be used where it cannot."""
+        """Keep what is needed of a sample; return why it cannot be used where it cannot."""
         name, field = f"{sample['__key__']} of {sample['__url__']}", self.find_input(sample)
         if field is None:
             return f"{name} has {_list_fields(sample)} and no {self.input or 'single image or array'}"
@@ -229,7 +232,7 @@ def _list_fields(sample: Mapping[str, Any]) -> str:
 
 
 def _decode_first(sample: Mapping[str, Any], field: str) -> Any:
-    """The array of the first sample.
+    """Return the array of the first sample.
 
     Raises:
         CorruptFileError: it cannot be read: then nothing tells what the others are.

@@ -23,7 +23,7 @@ _DATASET = "torch.utils.data.dataset.TensorDataset"
 
 
 def open_tensors(path: Path) -> Mapping[str, Rows]:
-    """The arrays of a file by name.
+    """Return the arrays of a file by name.
 
     A file of torch.save may hold a tensor, ``(inputs, labels)``, a dict of tensors (in dicts, too), a TensorDataset, a
     list of samples or a list of batches ``(input, label)``. Names are made up where the file has none.
@@ -90,7 +90,7 @@ class _TensorFile:
         return found
 
     def _name_sequence(self, items: Sequence[Node]) -> dict[str, Rows]:
-        """``[inputs]``, ``(inputs, labels)``, samples, or batches."""
+        """Name the columns of a sequence: ``[inputs]``, ``(inputs, labels)``, samples, or batches."""
         inputs, labels = self._rows(items[0]), self._labels(items[-1])
         if inputs is not None and len(items) == 1:
             return {"images": inputs}
@@ -116,7 +116,7 @@ class _TensorFile:
         return found
 
     def _split(self, item: Node) -> tuple[Rows | None, Node]:
-        """Input and label of a sample or a batch."""
+        """Return input and label of a sample or a batch."""
         if isinstance(item, tuple | list):
             return (self._rows(item[0]) if item else None), (item[1] if len(item) > 1 else None)
         if not is_mapping(item):
@@ -134,13 +134,13 @@ class _TensorFile:
         return StoredRows(tensor, self._checkpoint) if tensor is not None and tensor.shape else None
 
     def _labels(self, node: Node) -> Rows | None:
-        """A tensor, or a list of numbers."""
+        """Convert a tensor, or a list of numbers, to labels; None for anything else."""
         if isinstance(node, list | tuple) and node and all(type(value) is int for value in node):
             return LiveRows(torch.tensor(node, device="cpu"))
         return self._rows(node)
 
     def _number(self, node: Node) -> int | None:
-        """The label of one sample."""
+        """Return the label of one sample."""
         tensor = self._tensor(node)
         if tensor is not None and tensor.numel == 1 and len(tensor.shape) == 0:
             return int(to_torch(tensor).item())

@@ -18,7 +18,7 @@ class LostWorkerError(RuntimeError):
 
 
 def iterate(source: Iterable[Any]) -> Iterator[Any]:
-    """The items of an iterable; where it is a DataLoader with workers, the loss of one is told from other errors.
+    """Yield the items of an iterable; where it is a DataLoader with workers, the loss of one is told from other errors.
 
     Raises:
         LostWorkerError: a worker is gone.

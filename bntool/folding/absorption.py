@@ -62,7 +62,7 @@ class Absorber:
 
 
 def find_producers(graph: ModelGraph, layer: str, *, scale: Array, removed: Collection[str]) -> list[Absorber]:
-    """What feeds a BatchNorm and can take its scale and shift.
+    """Find what feeds a BatchNorm and can take its scale and shift.
 
     Args:
         scale: of the BatchNorm; a max-pool passes only positive ones.
@@ -90,7 +90,7 @@ def _walk_all_back(graph: ModelGraph, layer: str, *, scale: Array, removed: Coll
 def find_consumers(
     graph: ModelGraph, layer: str, *, scale: Array, shift: Array, removed: Collection[str]
 ) -> list[Absorber]:
-    """What reads a BatchNorm and can take its scale and shift on its input channels.
+    """Find what reads a BatchNorm and can take its scale and shift on its input channels.
 
     Raises:
         Blocked: a reader cannot, or there is none.
@@ -156,7 +156,7 @@ def _walk_back(  # noqa: PLR0913 what is carried along
 
 
 def _check_computed_behind(graph: ModelGraph, node: Node) -> None:
-    """What is in the way of a bias that is added by itself is that the weight before it is computed.
+    """Name the computed weight behind a bias that is added by itself as the obstacle, if there is one.
 
     Raises:
         Blocked: it is.
@@ -168,12 +168,12 @@ def _check_computed_behind(graph: ModelGraph, node: Node) -> None:
 
 
 def _is_passed(node: Node) -> bool:
-    """Whether a scale and shift pass a node as they are."""
+    """Return whether a scale and shift pass a node as they are."""
     return node.kind in (NodeKind.ADD, NodeKind.MAX_POOL, NodeKind.AVERAGE) and not node.factors
 
 
 def _rank(node: Node) -> int:
-    """Obstacles first: they give the plainest reasons."""
+    """Rank obstacles first: they give the plainest reasons."""
     return 1 if _is_passed(node) or node.kind.is_producer or node.kind is NodeKind.BATCH_NORM else 0
 
 
@@ -204,7 +204,7 @@ def _mismatch(source: Node, reader: Node) -> Blocked:
 
 
 def _check_alone(graph: ModelGraph, edge: Edge, source: Node, reader: Node) -> None:
-    """Nothing else may read these channels."""
+    """Check that nothing else reads these channels."""
     mine = None
     for other in graph.outputs(source):
         if (other.target, other.port) == (reader.index, edge.port):
@@ -260,7 +260,7 @@ def _walk_forward(
 
 
 def _channels_forward(graph: ModelGraph, edge: Edge, source: Node, reader: Node, given: Integers) -> Integers:
-    """For each input channel of the reader the BatchNorm's, if it holds nothing else."""
+    """Return the channel of the BatchNorm for each input channel of the reader, if that input holds nothing else."""
     siblings = [other for other in graph.inputs(reader) if other.port == edge.port]
     if any(other.targets is None for other in siblings):
         raise _mismatch(source, reader)
@@ -277,7 +277,7 @@ def _channels_forward(graph: ModelGraph, edge: Edge, source: Node, reader: Node,
 
 
 def _gather(graph: ModelGraph, found: Sequence[Absorption]) -> list[Absorber]:
-    """One absorber for each weight, if all its calls take the same and nothing else reads its parameters."""
+    """Gather one absorber for each weight, if all its calls take the same and nothing else reads its parameters."""
     calls: dict[str, dict[int, Absorption]] = {}
     for absorption in found:
         node = absorption.node
@@ -303,7 +303,7 @@ def _gather(graph: ModelGraph, found: Sequence[Absorption]) -> list[Absorber]:
 
 
 def name_of(node: Node) -> str:
-    """What the calls of one producer or BatchNorm have in common."""
+    """Name what the calls of one producer or BatchNorm have in common."""
     if node.kind is NodeKind.BATCH_NORM:
         return node.layer
     weight = node.parameters.get("weight")
@@ -316,7 +316,7 @@ def name_of(node: Node) -> str:
 
 
 def _merge(known: Absorption | None, new: Absorption) -> Absorption:
-    """Two ways into the same call, if they concern different channels."""
+    """Merge two ways into the same call, if they concern different channels."""
     if known is None:
         return new
     if np.any((known.channels >= 0) & (new.channels >= 0)):
@@ -331,7 +331,7 @@ def _merge(known: Absorption | None, new: Absorption) -> Absorption:
 
 
 def is_parallel_branch(graph: ModelGraph, layer: str) -> bool:
-    """Whether a BatchNorm lies beside a convolution of the same input, both added up, as in RepVGG.
+    """Return whether a BatchNorm lies beside a convolution of the same input, both added up, as in RepVGG.
 
     Such branches can be merged into one convolution, which changes modules and is not done in a file.
     """
@@ -345,7 +345,7 @@ def is_parallel_branch(graph: ModelGraph, layer: str) -> bool:
 
 
 def _reach_sums(graph: ModelGraph, node: Node, seen: Mapping[int, None]) -> set[int]:
-    """The additions that a node's output reaches through BatchNorms and additions."""
+    """Return the additions that a node's output reaches through BatchNorms and additions."""
     found: set[int] = set()
     for edge in graph.outputs(node):
         reader = graph.nodes[edge.target]

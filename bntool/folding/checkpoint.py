@@ -205,7 +205,7 @@ def _describe(
     output: Path | None,
     force: bool,
 ) -> tuple[Checkpoint, ModelDescription | None]:
-    """The checkpoint with what is given beside it; a configuration says which of its layers are BatchNorms.
+    """Return the checkpoint with what is given beside it; a configuration says which of its layers are BatchNorms.
 
     Raises:
         RefusedError: there is none.
@@ -243,7 +243,7 @@ def _load(
     data: str | Iterable[Any] | None,
     input_shape: str | Sequence[int] | None,
 ) -> tuple[torch.nn.Module, tuple[Any, ...]]:
-    """The model with the state dict, and what to trace and verify it on; nothing where that is to be guessed."""
+    """Return the model with the state dict, and what to trace and verify it on; nothing where that is to be guessed."""
     from itertools import islice
 
     from bntool.data.batches import as_batches, find_placement, move

@@ -15,7 +15,7 @@ from bntool.plan import AddTensor, RemoveTensor, Scaled, SetTensor, Step, Values
 
 
 def with_derived(state_dict: StateDict, graph: ModelGraph) -> StateDict:
-    """The state dict with the tensors that nodes derive from it, so that a fold sees one as any other."""
+    """Return the state dict with the tensors that nodes derive from it, so that a fold sees one as any other."""
     if not graph.derived:
         return state_dict
     derived = {name: one.tensor for name, one in graph.derived.items()}
@@ -23,7 +23,7 @@ def with_derived(state_dict: StateDict, graph: ModelGraph) -> StateDict:
 
 
 def add_derived(steps: Iterable[Step], graph: ModelGraph, state_dict: StateDict) -> Iterator[Step]:
-    """The same steps for the file alone: what is changed is added, and what is not needed any more is removed.
+    """Yield the steps for the file alone: what is changed is added, and what is not needed any more is removed.
 
     Args:
         state_dict: as :func:`with_derived` gives it.

@@ -39,7 +39,7 @@ class Fold:
     shift_into: tuple[str, ...] = ()
 
     def describe(self) -> dict[str, Any]:
-        """As JSON data."""
+        """Return the fold as JSON data."""
         return {
             "layer": self.layer,
             "into": list(self.into),

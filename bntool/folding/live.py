@@ -85,7 +85,7 @@ def fold(  # noqa: PLR0913 as many as the command has options
     direct_only: bool = False,
     tolerance: float = TOLERANCE,
 ) -> FoldResult:
-    """A copy of a model with every BatchNorm folded whose fold is exact, its outputs held against the original's.
+    """Fold every BatchNorm of a copy of a model whose fold is exact, and compare its outputs with the original's.
 
     Args:
         model: given back as it was.
@@ -167,7 +167,7 @@ def prove(
     eps: float | None,
     tolerance: float,
 ) -> Proof:
-    """Hold what is about to be written against the model, without subnormal weights if it is as good without them.
+    """Compare what is about to be written with the model, without subnormal weights if that is as good.
 
     Args:
         model: the original, with the tensors before the fold; given back as it was.
@@ -232,7 +232,7 @@ def prove(
 
 
 def _find_asked(error: UserCodeError, folded: nn.Module, plan: FoldPlan) -> RefusedError | None:
-    """What to say where a forward asks for an attribute of a BatchNorm that is gone."""
+    """Explain that a forward asks for an attribute of a BatchNorm that is gone, if that is what failed."""
     asked = error.__cause__
     if not isinstance(asked, AttributeError):
         return None
@@ -251,7 +251,7 @@ def _find_asked(error: UserCodeError, folded: nn.Module, plan: FoldPlan) -> Refu
 def _find_missed(
     error: UserCodeError, model: nn.Module, folded: nn.Module, inputs: Any, plan: FoldPlan
 ) -> RefusedError | None:
-    """What to say where a forward runs as it was, and not after the fold: it looks for what is gone."""
+    """Explain that a forward which ran before does not run after the fold, since it looks for what is gone."""
     if plan.layout is not Layout.FOLDED or not _runs(model, inputs) or _runs(folded, inputs):
         return None
     return RefusedError(
@@ -271,13 +271,13 @@ def _runs(model: nn.Module, inputs: Any) -> bool:
 
 
 def _spacing(state_dict: StateDict) -> float:
-    """The relative spacing of numbers in the coarsest dtype that a fold rounds to."""
+    """Return the relative spacing of numbers in the coarsest dtype that a fold rounds to."""
     names = {tensor.dtype.name for tensor in state_dict.tensors.values() if tensor.dtype.is_floating}
     return max((torch.finfo(getattr(torch, name)).eps for name in names if hasattr(torch, name)), default=0.0)
 
 
 def add_eps(graph: ModelGraph, model: nn.Module) -> ModelGraph:
-    """Declared BatchNorms with the eps of the live modules of their names."""
+    """Give declared BatchNorms the eps of the live modules of their names."""
     found = {
         name: module.eps for name, module in find_batchnorm_modules(model).items() if isinstance(module.eps, float)
     }
@@ -290,7 +290,7 @@ def add_eps(graph: ModelGraph, model: nn.Module) -> ModelGraph:
 
 
 def _change(graph: ModelGraph, plan: FoldPlan, *, layers: Sequence[str], eps: float | None) -> Any:
-    """The same fold, for any copy of the model."""
+    """Fold any copy of the model in the same way."""
 
     def change(model: nn.Module) -> None:
         # of a copy: code that makes the deploy form of a model may scale weights where they are
@@ -311,7 +311,7 @@ def _change(graph: ModelGraph, plan: FoldPlan, *, layers: Sequence[str], eps: fl
 
 
 def with_random_inputs(inputs: Sequence[Any]) -> list[Any]:
-    """The inputs, and some random ones of the shape of the first if that is a floating tensor."""
+    """Return the inputs, and some random ones of the shape of the first if that is a floating tensor."""
     first = inputs[0]
     if not isinstance(first, torch.Tensor) or not first.is_floating_point():
         return list(inputs)
@@ -327,7 +327,7 @@ def with_random_inputs(inputs: Sequence[Any]) -> list[Any]:
 
 
 def _find_one_sample(model: nn.Module, inputs: Any) -> list[Any]:
-    """The first sample alone, where the model takes it: some models go another way then."""
+    """Return the first sample alone, where the model takes it: some models go another way then."""
     if not isinstance(inputs, torch.Tensor) or inputs.ndim < 2 or len(inputs) < 2:
         return []
     with borrow(model), torch.no_grad(), contextlib.suppress(UserCodeError):

@@ -60,7 +60,7 @@ def load_folded(model: Model, path: str | os.PathLike[str], *, state_dict: str |
 
 @contextlib.contextmanager
 def _undone_on_error(model: torch.nn.Module) -> Iterator[None]:
-    """What is refused leaves a model with the modules and parameters that it had."""
+    """Give the model its modules and parameters back if something is refused inside."""
     tables = [
         (table, dict(table))
         for _, module in walk_modules(model)
@@ -86,7 +86,7 @@ def _find_records(checkpoint: Checkpoint, chosen: StateDict) -> list[Mapping[str
 
 
 def compare_structure(model: torch.nn.Module, state_dict: StateDict) -> tuple[Step, ...]:
-    """The steps that give a model the keys of a folded state dict, as far as folding explains them.
+    """Return the steps that give a model the keys of a folded state dict, as far as folding explains them.
 
     Raises:
         UsageError: no BatchNorm of the model is missing from the state dict.

@@ -18,7 +18,7 @@ from bntool.modules.calling import tensors_in
 
 
 def convert_to_onnx(program: torch.export.ExportedProgram) -> bytes:
-    """The bytes of an ONNX file that computes what a program does; torch.onnx optimises it on the way.
+    """Convert a program to the bytes of an ONNX file that computes the same; torch.onnx optimises it on the way.
 
     Raises:
         UserCodeError: torch.onnx knows no ONNX operator for something in it.
@@ -40,7 +40,7 @@ def convert_to_onnx(program: torch.export.ExportedProgram) -> bytes:
 
 @contextlib.contextmanager
 def open_in_onnxruntime(data: bytes) -> Iterator[tuple[Callable[[Any], list[torch.Tensor]], str]]:
-    """A function that runs an ONNX file on the CPU, and the name and version of what runs it.
+    """Yield a function that runs an ONNX file on the CPU, and the name and version of the runtime.
 
     Raises:
         VerificationError: ONNX Runtime cannot run the file.

@@ -81,7 +81,7 @@ class OnnxRuntime:
         self.inputs = tuple(ModelInput(name, kind, tuple(shape)) for name, kind, shape in facts["inputs"])
 
     def run(self, given: Mapping[str, Any]) -> list[Any]:
-        """The outputs of the model as arrays; None for those that are no arrays of numbers.
+        """Run the model and return its outputs as arrays; None for those that are no arrays of numbers.
 
         Raises:
             RuntimeFailure: it does not run.
@@ -136,7 +136,7 @@ def _write(stream: IO[bytes], arrays: Mapping[str, Any]) -> None:
 
 
 def _read(stream: IO[bytes]) -> dict[str, Any] | None:
-    """The arrays of a message by name; None where there is none, or only a part of one."""
+    """Return the arrays of a message by name; None where there is none, or only a part of one."""
     head = stream.read(_LENGTH)
     data = stream.read(int.from_bytes(head, "little")) if len(head) == _LENGTH else b""
     if len(head) != _LENGTH or len(data) != int.from_bytes(head, "little"):

@@ -21,7 +21,7 @@ _INSTEAD = "call it before, or fold with the layout same-keys, or deploy where t
 
 
 def find_unlike_fusing(model: nn.Module, folded: nn.Module, inputs: Any, *, tolerance: float) -> tuple[str, ...]:
-    """What of a model's own fusing is wrong after a fold, a sentence; nothing where it was wrong before.
+    """Describe what a model's own fusing gets wrong after a fold, one sentence each; nothing where it was wrong before.
 
     Args:
         model: the original.
@@ -50,7 +50,7 @@ def find_unlike_fusing(model: nn.Module, folded: nn.Module, inputs: Any, *, tole
 
 
 def _name_method(model: nn.Module) -> str | None:
-    """The class and name of the first method that fuses."""
+    """Return the class and name of the first method that fuses."""
     for module in model.modules():
         name = find_method(module)
         if name is not None:

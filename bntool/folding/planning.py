@@ -162,7 +162,7 @@ class _Folder:
         self.skips[layer] = Skip(layer, reason, detail)
 
     def choose(self) -> Iterator[str]:
-        """The BatchNorms that could be folded by themselves; all others are skipped here."""
+        """Yield the BatchNorms that could be folded by themselves; all others are skipped here."""
         stored = [norm.name for norm in find_batchnorms(self.state_dict)]
         check_globs(self.layers, list(dict.fromkeys([*self.graph.batchnorms, *stored])))
         self.skip_unseen()
@@ -186,7 +186,7 @@ class _Folder:
                 yield layer
 
     def skip_unseen(self) -> None:
-        """Layers that are not in the graph."""
+        """Skip layers that are not in the graph."""
         known = {n.rpartition(".")[0] for calls in self.graph.batchnorms.values() for n in self.all_names(calls[0])}
         known |= self.graph.batchnorms.keys()
         for norm in find_norms(self.state_dict):
@@ -216,7 +216,7 @@ class _Folder:
                 self.skip(norm.name, SkipReason.NO_PRODUCER, f"nothing says what feeds it; {tell}")
 
     def is_read(self, layer: str) -> bool:
-        """Whether something in the graph reads the statistics of a layer."""
+        """Return whether something in the graph reads the statistics of a layer."""
         return any(self.graph.uses.get(f"{layer}.{role}" if layer else role) for role in STATISTICS)
 
     def all_names(self, node: Node) -> Iterator[str]:
@@ -240,7 +240,9 @@ class _Folder:
         self.obstacles.pop(layer, None)
 
     def explain(self, layer: str) -> None:
-        """The reason is what is in the way backwards, unless only a change of modules would help forwards."""
+        """Skip a layer, with the obstacle on the way back as the reason, unless only a change of modules would help on
+        the way forward.
+        """
         back, forward = self.obstacles[layer]
         detail = back.detail
         if forward is not back:
@@ -328,7 +330,9 @@ class _Folder:
         self.paddings = outcome.paddings
 
     def store_otherwise(self, layers: Sequence[str]) -> Outcome:
-        """What folds without another padding, and with one more of them, if that is allowed and gains something."""
+        """Find what else folds if tensors are stored otherwise, and with another padding where that is allowed and
+        gains something.
+        """
         around = StoringOtherwise(self.graph, self.state_dict, self.transforms, self.producers, frozenset(self.removed))
         outcome = around.fold(layers)
         if not self.change_padding or len(outcome.folds) == len(layers):
@@ -337,7 +341,7 @@ class _Folder:
         return wider if outcome.folds.keys() < wider.folds.keys() else outcome
 
     def target(self, absorber: Absorber) -> Producer | ScaleAndShift:
-        """What takes the scale and shift, as it is by now."""
+        """Return what takes the scale and shift, with all that it took before."""
         node = absorber.absorption.node
         if node.kind is not NodeKind.BATCH_NORM:
             return self.producers.get(absorber.name) or read_producer(node, self.state_dict)
@@ -355,12 +359,12 @@ class _Folder:
                 self.producers[name] = target
 
     def remove(self, layer: str) -> None:
-        """The layer is the identity by now, and what it did need not be kept."""
+        """Note that a layer is the identity now, and drop what was kept to compute it."""
         self.removed.add(layer)
         self.transforms[layer] = self.transforms[layer].without_vectors()
 
     def steps(self) -> Iterator[Step]:
-        """Once: what is written down here is not kept twice."""
+        """Yield the steps, once: what is handed out here is not kept twice."""
         for name in sorted(self.producers, key=lambda name: self.producers[name].node.index):
             yield from self.producers.pop(name).steps(self.graph, self.state_dict)
         for addend in self.addends.values():
@@ -389,7 +393,7 @@ class _Folder:
             yield RemoveModule(module, copies=copies)
 
     def name_axes(self) -> Iterator[str]:
-        """Declared weights of three or more dimensions that could have their output channels first or last."""
+        """Yield declared weights of three or more dimensions that could have their output channels first or last."""
         declared = self.graph.nodes if self.graph.evidence is Evidence.DECLARED else ()
         for node in declared:
             if node.kind is NodeKind.CONVOLUTION and not node.class_name:
@@ -398,14 +402,14 @@ class _Folder:
                     yield f"{node.layer} has its output channels first: its weight is {list(shape)}"
 
     def name_unseen(self, folds: Sequence[Fold]) -> Iterator[str]:
-        """What did not run, as far as it matters."""
+        """Yield what did not run, as far as it matters."""
         unseen = self.find_unseen(folds) if self.graph.evidence is Evidence.TRACED else []
         if unseen:
             shown = ", ".join(unseen[:_SHOWN]) + (f" and {len(unseen) - _SHOWN:,} more" if unseen[_SHOWN:] else "")
             yield f"{shown}, not run in the forward that was observed, reads nothing that a fold changed"
 
     def find_unseen(self, folds: Sequence[Fold]) -> list[str]:
-        """Modules that did not run and could read a tensor that a fold changed, by its channels.
+        """Return modules that did not run and could read a tensor that a fold changed, by its channels.
 
         BatchNorms are none of them: those stop the fold.
         """
@@ -416,7 +420,7 @@ class _Folder:
 def assume_fold(
     graph: ModelGraph, folds: Sequence[Fold], read: Mapping[str, ScaleAndShift], *, eps: float | None
 ) -> Iterator[str]:
-    """What is not proven by a trace.
+    """Yield what no trace has proven.
 
     Args:
         read: the BatchNorms.

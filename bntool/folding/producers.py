@@ -62,7 +62,9 @@ class Producer:
         return self.had_bias or self.node.has_bias_slot
 
     def absorb(self, absorption: Absorption, scale: Array, shift: Array) -> Producer:
-        """After taking the scale and shift of a BatchNorm that it feeds: W' = scale * W, b' = scale * b + shift."""
+        """Return the producer after it took the scale and shift of a BatchNorm that it feeds: W' = scale * W, b' =
+        scale * b + shift.
+        """
         mine = absorption.channels >= 0
         factors = np.where(mine, scale[absorption.channels], 1.0)
         addends = np.where(mine & absorption.takes_shift, shift[absorption.channels], 0.0)
@@ -72,7 +74,9 @@ class Producer:
         return replace(self, outputs=self.outputs * factors, bias=bias)
 
     def absorb_input(self, absorption: Absorption, scale: Array, shift: Array, state_dict: StateDict) -> Producer:
-        """After taking the scale and shift of a BatchNorm that it reads: W' = W * scale, b' = b + W shift."""
+        """Return the producer after it took the scale and shift of a BatchNorm that it reads: W' = W * scale, b' = b +
+        W shift.
+        """
         channels = absorption.channels
         mine = np.full(len(self.inputs), -1)
         mine[: len(channels)] = channels
@@ -84,7 +88,8 @@ class Producer:
         return replace(self, inputs=self.inputs * factors, bias=bias)
 
     def transform(self, read: Transform | None, given: Transform, state_dict: StateDict) -> Producer:
-        """With what it reads and gives stored as a (x + b): W' = a_out W / a_in, b' = a_out (b + b_out - W b_in).
+        """Return the producer with what it reads and gives stored as a (x + b): W' = a_out W / a_in, b' = a_out (b +
+        b_out - W b_in).
 
         Args:
             read: of its first input channels; None where it reads nothing otherwise than before.
@@ -104,12 +109,14 @@ class Producer:
         return replace(self, outputs=self.outputs * given.scale, inputs=self.inputs / scale, bias=bias)
 
     def add_identity(self, scale: Array, shift: Array) -> Producer:
-        """After taking scale * x + shift of each channel x that it reads, of a branch beside it."""
+        """Return the producer after it took scale * x + shift of each channel x that it reads, from a branch beside
+        it.
+        """
         bias = (np.zeros(len(self.outputs)) if self.bias is None else self.bias) + shift
         return replace(self, taps=scale if self.taps is None else self.taps + scale, bias=bias)
 
     def _respond(self, constant: Array, state_dict: StateDict) -> Array:
-        """What the scaled weight answers to an input that is constant over positions."""
+        """Compute what the scaled weight answers to an input that is constant over positions."""
         tensor = state_dict.tensor(self.weight_name)
         if self.node.factors:
             constant = constant * self.node.factors[0]
@@ -146,7 +153,7 @@ class Producer:
         return self.node.kind in (NodeKind.CONV_TRANSPOSE, NodeKind.MATMUL)
 
     def _scaled(self) -> Scaled | None:
-        """The recipe of the new weight; None where it stays as it is."""
+        """Return the recipe of the new weight; None where it stays as it is."""
         if np.all(self.outputs == 1) and np.all(self.inputs == 1) and self.taps is None:
             return None
         groups, trailing = self.node.groups, self.shape[2:]
@@ -178,12 +185,12 @@ class Producer:
         )
 
     def _find_centre(self) -> NDArray[np.int64]:
-        """Of each channel the element in the middle of the kernel that weighs the channel itself."""
+        """Find the element in the middle of the kernel that weighs each channel itself."""
         channel, taps = np.arange(self.shape[0]), math.prod(self.shape[2:])
         return (channel * self.shape[1] + channel % self.shape[1]) * taps + taps // 2
 
     def check(self, state_dict: StateDict) -> None:
-        """Hold the new elements against the range of the dtype.
+        """Check that the new elements lie in the range of the dtype.
 
         Raises:
             Blocked: one is too large.
@@ -202,14 +209,14 @@ class Producer:
             raise Blocked(SkipReason.OVERFLOW, f"{self.node.layer}: {error}") from error
 
     def _stored_bias(self) -> Array | None:
-        """The new bias as the file holds it: a Gemm of ONNX adds it times a factor."""
+        """Return the new bias as the file holds it: a Gemm of ONNX adds it times a factor."""
         return self.bias / self.node.factors[1] if self.bias is not None and self.node.factors else self.bias
 
     def _bias_dtype(self, state_dict: StateDict) -> DType:
         return state_dict.tensor(self.bias_name if self.had_bias else self.weight_name).dtype
 
     def steps(self, graph: ModelGraph, state_dict: StateDict) -> Iterator[Step]:
-        """The steps that make it so, under every name of the module."""
+        """Yield the steps that make it so, under every name of the module."""
         recipe = self._scaled()
         weight_names = graph.names_of(self.weight_name)
         if recipe is not None:
@@ -247,7 +254,7 @@ def _scale(tensor: Tensor, recipe: Scaled) -> ScaledTensor:
 
 
 def count_channels(node: Node, shape: tuple[int, ...]) -> tuple[int, int]:
-    """Output and input channels of a weight of that shape."""
+    """Count the output and input channels of a weight of that shape."""
     if node.kind is NodeKind.MATMUL:
         return shape[-1], shape[-2]
     if node.kind is NodeKind.CONV_TRANSPOSE:
@@ -256,7 +263,7 @@ def count_channels(node: Node, shape: tuple[int, ...]) -> tuple[int, int]:
 
 
 def find_parameter(name: str, state_dict: StateDict, *, absent: SkipReason = SkipReason.COMPUTED_WEIGHT) -> Tensor:
-    """A tensor that can be calculated with.
+    """Return a tensor that can be calculated with.
 
     Args:
         absent: the reason where the state dict does not hold it.
@@ -276,7 +283,7 @@ def find_parameter(name: str, state_dict: StateDict, *, absent: SkipReason = Ski
 
 
 def read_parameter(name: str, state_dict: StateDict, *, absent: SkipReason = SkipReason.COMPUTED_WEIGHT) -> Array:
-    """The elements of such a tensor in float64, in C order.
+    """Return the elements of such a tensor in float64, in C order.
 
     Raises:
         Blocked: as above.
@@ -286,7 +293,7 @@ def read_parameter(name: str, state_dict: StateDict, *, absent: SkipReason = Ski
 
 
 def read_producer(node: Node, state_dict: StateDict) -> Producer:
-    """A producer as the state dict holds it.
+    """Return a producer as the state dict holds it.
 
     Raises:
         Blocked: its tensors are missing or cannot be calculated with.
@@ -318,7 +325,8 @@ class Addend:
         return self.node.parameters["bias"]
 
     def transform(self, read: Transform, given: Transform) -> Addend:
-        """With what is read and given stored as a (x + b), the a of both equal: c' = a (c + (b_out - b_in) / f).
+        """Return the addend with what is read and given stored as a (x + b), the a of both equal: c' = a (c + (b_out -
+        b_in) / f).
 
         f is the factor that it is added with: -1 where it is subtracted.
         """
@@ -326,7 +334,7 @@ class Addend:
         return replace(self, values=given.scale * (self.values + (given.shift - read.shift) / factor))
 
     def check(self, state_dict: StateDict) -> None:
-        """Hold the new elements against the range of the dtype.
+        """Check that the new elements lie in the range of the dtype.
 
         Raises:
             Blocked: one is too large.
@@ -338,14 +346,14 @@ class Addend:
             raise Blocked(SkipReason.OVERFLOW, f"{self.name}: {error}") from error
 
     def steps(self, graph: ModelGraph, state_dict: StateDict) -> Iterator[Step]:
-        """The steps that make it so, under every name of the parameter."""
+        """Yield the steps that make it so, under every name of the parameter."""
         shape = tuple(state_dict.tensor(self.name).shape)
         for name in graph.names_of(self.name):
             yield SetTensor(name, Values(array("d", self.values.tobytes()), shape))
 
 
 def read_addend(node: Node, state_dict: StateDict) -> Addend:
-    """An addend as the state dict holds it.
+    """Return an addend as the state dict holds it.
 
     Raises:
         Blocked: its tensor is missing or cannot be calculated with.
@@ -355,7 +363,9 @@ def read_addend(node: Node, state_dict: StateDict) -> Addend:
 
 @lru_cache
 def _ones(size: int) -> Array:
-    """What a producer is multiplied by before it takes anything: most take nothing on one side, and share these."""
+    """Return ones, the factors of a producer before it takes anything; most stay so on one side, and share one
+    array.
+    """
     ones = np.ones(size)
     ones.flags.writeable = False
     return ones

@@ -91,7 +91,9 @@ def _not_run(reason: str) -> RuntimeAgreement:
 
 
 def _measure_noise(original: Path, given: Sequence[Mapping[str, Any]], wanted: Sequence[Sequence[Any]]) -> float | None:
-    """What a model differs from itself with the optimisations of the runtime; None where it does not run so."""
+    """Measure how far a model differs from itself with the optimisations of the runtime; None where it does not run
+    so.
+    """
     try:
         with OnnxRuntime(original, optimised=True) as same:
             noise = _largest(wanted, [same.run(one) for one in given])
@@ -101,7 +103,7 @@ def _measure_noise(original: Path, given: Sequence[Mapping[str, Any]], wanted: S
 
 
 def _find_extent(model: OnnxRuntime) -> tuple[int, list[Any]]:
-    """An extent for open dimensions that the model takes, and its outputs for the first input.
+    """Return an extent for open dimensions that the model takes, and its outputs for the first input.
 
     Raises:
         RuntimeFailure: it takes none.
@@ -130,13 +132,13 @@ def _make_inputs(model: OnnxRuntime, extent: int, seed: int) -> Mapping[str, Any
 
 
 def _largest(wanted: Sequence[Sequence[Any]], found: Sequence[Sequence[Any]]) -> float:
-    """The largest relative difference over several inputs; NaN counts as infinite."""
+    """Return the largest relative difference over several inputs; NaN counts as infinite."""
     differences = [d for one, other in zip(wanted, found, strict=True) for d in _differences(one, other)]
     return max((float("inf") if np.isnan(d) else d for d in differences), default=0.0)
 
 
 def _differences(wanted: Sequence[Any], found: Sequence[Any]) -> Iterator[float]:
-    """Of each floating output; whole numbers may be ranks of equals."""
+    """Yield the difference of each floating output; whole numbers may be ranks of equals, and are left out."""
     for one, other in zip(wanted, found, strict=True):
         if not isinstance(one, np.ndarray) or one.dtype.kind != "f" or one.size == 0:
             continue

@@ -60,29 +60,31 @@ class ScaleAndShift:
     can_take_shift = True
 
     def keep_shift(self) -> ScaleAndShift:
-        """The layer after its scale is gone."""
+        """Return the layer after its scale is gone."""
         return replace(self, scale=np.full_like(self.scale, self.unit))
 
     def without_vectors(self) -> ScaleAndShift:
-        """What is left to know of a layer that is gone."""
+        """Return what is still needed of a layer that is gone."""
         return replace(self, scale=np.zeros(0), shift=np.zeros(0))
 
     def absorb(self, absorption: Absorption, scale: Array, shift: Array) -> ScaleAndShift:
-        """After taking the scale and shift of a BatchNorm that follows."""
+        """Return the BatchNorm after it took the scale and shift of one that follows."""
         mine = absorption.channels >= 0
         factors = np.where(mine, scale[absorption.channels], 1.0)
         addends = np.where(mine & absorption.takes_shift, shift[absorption.channels], 0.0)
         return replace(self, scale=self.scale * factors, shift=self.shift * factors + addends)
 
     def transform(self, read: Transform | None, given: Transform) -> ScaleAndShift:
-        """With what it reads and gives stored as a (x + b)."""
+        """Return the BatchNorm with what it reads and gives stored as a (x + b)."""
         if read is None:
             read = Transform(np.ones_like(self.scale), np.zeros_like(self.shift))
         shift = given.scale * (self.shift + given.shift - self.scale * read.shift)
         return replace(self, scale=self.scale * given.scale / read.scale, shift=shift)
 
     def _tensors(self) -> dict[str, Array]:
-        """New elements: mean 0, variance 1 - eps, and weight and bias do the rest; without a bias the mean does."""
+        """Compute the new elements: mean 0, variance 1 - eps, and weight and bias do the rest; without a bias the mean
+        does.
+        """
         size = len(self.scale)
         new = {"running_mean": np.zeros(size), "running_var": np.full(size, self.variance)}
         weight = self.scale / self.unit
@@ -95,7 +97,7 @@ class ScaleAndShift:
         return new
 
     def check(self, state_dict: StateDict) -> None:
-        """Hold the new elements against the range of the dtypes.
+        """Check that the new elements lie in the range of the dtypes.
 
         Raises:
             Blocked: one is too large.
@@ -108,7 +110,7 @@ class ScaleAndShift:
                 raise Blocked(SkipReason.OVERFLOW, f"{self.node.layer}.{role}: {error}") from error
 
     def steps(self, graph: ModelGraph, state_dict: StateDict) -> Iterator[Step]:
-        """The steps that make it so, under every name of the module."""
+        """Yield the steps that make it so, under every name of the module."""
         for role, values in self._tensors().items():
             shape = tuple(state_dict.tensor(self.names[role]).shape)
             for name in graph.names_of(self.names[role]):
@@ -116,7 +118,7 @@ class ScaleAndShift:
 
 
 def check_eps(eps: float | None) -> None:
-    """Hold the eps that a user gives against what one can be.
+    """Check that the eps that a user gives can be one.
 
     Raises:
         UsageError: it is NaN, infinite or negative.
@@ -126,7 +128,7 @@ def check_eps(eps: float | None) -> None:
 
 
 def choose_eps(node: Node, eps: float | None) -> float:
-    """The eps of a BatchNorm: its own, or the one given.
+    """Return the eps of a BatchNorm: its own, or the one given.
 
     Raises:
         UsageError: there is none, or they contradict each other.
@@ -148,7 +150,7 @@ def choose_eps(node: Node, eps: float | None) -> float:
 def read_scale_and_shift(
     calls: Sequence[Node], graph: ModelGraph, state_dict: StateDict, *, eps: float
 ) -> ScaleAndShift:
-    """A BatchNorm as the state dict holds it.
+    """Return a BatchNorm as the state dict holds it.
 
     Raises:
         Blocked: it cannot be folded, whatever feeds it.
@@ -182,7 +184,7 @@ def read_scale_and_shift(
 
 
 def _check_variance(lowest: float, eps: float, *, rounds: bool) -> float:
-    """What is added to the variances.
+    """Check the variances; return what is added to them.
 
     Args:
         lowest: of them.

@@ -108,7 +108,7 @@ def _time(model: nn.Module, inputs: Any, device: str) -> _Clocks:
 
 
 def _finish(device: str) -> None:
-    """A GPU works on after the call has returned."""
+    """Wait for a GPU, which works on after a call has returned."""
     if device.startswith("cuda"):
         torch.cuda.synchronize()
 

@@ -224,7 +224,7 @@ def fold_state_dict(  # noqa: PLR0913 as many as the command has options
 
 
 def _find_graph(known: Knowledge, on_progress: OnProgress, *, layout: Layout) -> ModelGraph:
-    """Who feeds whom, with every eps that is known.
+    """Find out who feeds whom, with every eps that is known.
 
     Raises:
         RefusedError: nothing tells.
@@ -250,7 +250,7 @@ def _find_graph(known: Knowledge, on_progress: OnProgress, *, layout: Layout) ->
 
 
 def _add_recorded_eps(graph: ModelGraph, recorded: Mapping[str, float]) -> ModelGraph:
-    """Statistics that were folded, or made to fit another eps, are right with that one only."""
+    """Add the eps of records: statistics that were folded, or made to fit another eps, are right with that one only."""
     nodes = (
         dataclasses.replace(node, eps=recorded.get(node.layer))
         if node.kind is NodeKind.BATCH_NORM and node.eps is None
@@ -261,7 +261,7 @@ def _add_recorded_eps(graph: ModelGraph, recorded: Mapping[str, float]) -> Model
 
 
 def _suggest(state_dict: StateDict) -> str:
-    """What names suggest, for the user to judge; they never pair anything."""
+    """Describe the pairs that names suggest, for the user to judge; names never pair anything."""
     likely = suggest_pairs(state_dict)
     if not likely:
         return ""

@@ -10,7 +10,7 @@ from bntool.plan import AddTensor, RemoveModule, Step, Values
 
 
 def describe_structure(steps: tuple[Step, ...]) -> dict[str, Any]:
-    """What steps change besides elements, as JSON data for the record."""
+    """Describe what steps change besides elements, as JSON data for the record."""
     return {
         "removed_modules": [step.module for step in steps if isinstance(step, RemoveModule)],
         "copying_modules": [step.module for step in steps if isinstance(step, RemoveModule) and step.copies],
@@ -23,7 +23,7 @@ def describe_structure(steps: tuple[Step, ...]) -> dict[str, Any]:
 
 
 def structure_of(record: Mapping[str, Any]) -> tuple[Step, ...]:
-    """The steps that :func:`describe_structure` described.
+    """Return the steps that :func:`describe_structure` described.
 
     Raises:
         UsageError: the record is not what bntool writes.

@@ -29,7 +29,8 @@ _NOT_FLAGS = ("training", "inplace")  # all models have a mode, which is not the
 
 
 def find_unlike_arguments(model: nn.Module, folded: nn.Module, inputs: Any, *, tolerance: float) -> tuple[str, ...]:
-    """What must stay as it is for a folded model to compute what the original does, a sentence each.
+    """Find arguments of the forward that must stay as they are for the folded model to compute what the original does,
+    one sentence each.
 
     Args:
         model: the original.
@@ -49,7 +50,7 @@ def find_unlike_arguments(model: nn.Module, folded: nn.Module, inputs: Any, *, t
 
 
 def find_switches(model: nn.Module, inputs: Any) -> Iterator[tuple[str, bool, dict[str, Any]]]:
-    """The switches of a forward that inputs leave as they are: name, the other value, and inputs with it.
+    """Yield the switches of a forward that inputs leave as they are: name, the other value, and inputs with it.
 
     A switch is an argument whose default is a bool, or None where its annotation speaks of bool.
     """
@@ -98,7 +99,8 @@ class Flag:
 def find_unlike_attributes(
     model: nn.Module, folded: nn.Module, inputs: Any, *, layers: Sequence[str], tolerance: float
 ) -> tuple[str, ...]:
-    """What must stay as it is for a folded model to compute what the original does, a sentence each.
+    """Find attributes of modules that must stay as they are for the folded model to compute what the original does, one
+    sentence each.
 
     Args:
         model: the original; given back with its flags.
@@ -121,7 +123,8 @@ def find_unlike_attributes(
 
 
 def find_flags(model: nn.Module, layers: Sequence[str]) -> list[Flag]:
-    """The bools that the code of a model reads, of the modules that certain layers lie in, in the order of modules.
+    """Return the bools that the code of a model reads, of the modules that certain layers lie in, in the order of
+    modules.
 
     Modules of torch itself and those with running statistics are no such modules: what they decide is known.
 
@@ -147,7 +150,7 @@ def find_flags(model: nn.Module, layers: Sequence[str]) -> list[Flag]:
 
 
 def _names_read(kind: type) -> set[str]:
-    """The names in the code of a class's forward and of what it calls of its own."""
+    """Return the names in the code of a class's forward and of what it calls of its own."""
     waiting, seen, names = ["forward"], set[str](), set[str]()
     while waiting:
         name = waiting.pop()
@@ -165,7 +168,7 @@ def _names_read(kind: type) -> set[str]:
 
 
 def _codes(member: object) -> Iterator[CodeType]:
-    """The code of a method or property, with that of the functions written inside it."""
+    """Yield the code of a method or property, with that of the functions written inside it."""
     if isinstance(member, property):
         member = member.fget
     if isinstance(member, classmethod | staticmethod):
@@ -181,7 +184,7 @@ def _codes(member: object) -> Iterator[CodeType]:
 
 @contextlib.contextmanager
 def _turned(flag: Flag, *models: nn.Module) -> Iterator[bool]:
-    """Models with the other value of a flag; False where one of them lacks it, or has that value already."""
+    """Give models the other value of a flag; yield False where one of them lacks it, or has that value already."""
     named = [dict(unwrap(model).named_modules(remove_duplicate=False)) for model in models]
     places = [modules[path].__dict__ for modules in named for path in flag.modules if path in modules]
     is_same = len(places) == len(models) * len(flag.modules) and all(p.get(flag.name) is flag.value for p in places)
@@ -195,7 +198,9 @@ def _turned(flag: Flag, *models: nn.Module) -> Iterator[bool]:
 
 
 def _measure(model: nn.Module, other: nn.Module, inputs: Any) -> float:
-    """The error of the other model; 0 where the first does not take a value, infinity where only the other does not."""
+    """Measure the error of the other model; 0 where the first does not take a value, infinity where only the other does
+    not.
+    """
     try:
         return measure_difference(model, other, inputs)
     except UserCodeError:

@@ -10,7 +10,7 @@ from bntool.graphs.graph import ModelGraph, Node, NodeKind
 
 
 def find_points(graph: ModelGraph, plan: FoldPlan) -> dict[str, str]:
-    """For each folded BatchNorm the module whose output does not change, or is known to be stored otherwise.
+    """Map each folded BatchNorm to the module whose output does not change, or is known to be stored otherwise.
 
     The output of a BatchNorm stays, unless a later one is folded through it, or what took it goes forward. One that is
     folded into what reads it has its effect there. One that is folded into a branch beside it has it in their sum,
@@ -31,7 +31,7 @@ def find_points(graph: ModelGraph, plan: FoldPlan) -> dict[str, str]:
 
 
 def _passed(graph: ModelGraph, fold: Fold) -> Iterator[str]:
-    """The BatchNorms between a folded one and what took its scale."""
+    """Yield the BatchNorms between a folded one and what took its scale."""
     pending: list[Node] = list(graph.batchnorms[fold.layer])
     met = {node.index for node in pending}
     while pending:

@@ -23,7 +23,7 @@ def warn_of_fold(
     *,
     evidence: Evidence | None,
 ) -> Iterator[str]:
-    """The warnings about a fold, one sentence each.
+    """Yield the warnings about a fold, one sentence each.
 
     Args:
         checkpoint: before the fold.
@@ -63,7 +63,7 @@ def warn_of_fold(
 
 
 def find_optimizers(checkpoint: Checkpoint) -> tuple[str, ...]:
-    """Entries at the top of a file that hold the state of an optimizer, or of several."""
+    """Return entries at the top of a file that hold the state of an optimizer, or of several."""
     return tuple(
         name
         for name, value in checkpoint.entries.items()

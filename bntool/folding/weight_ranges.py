@@ -48,7 +48,7 @@ class ChannelRange:
     magnitudes: Sequence[float] = field(default=(), repr=False, compare=False)
 
     def describe(self) -> dict[str, float]:
-        """As JSON data, without the channels."""
+        """Return the facts as JSON data, without the channels."""
         return {"smallest": self.smallest, "largest": self.largest, "evenness": self.evenness}
 
 
@@ -71,7 +71,7 @@ class WeightRange:
     flushed: int = 0
 
     def describe(self) -> dict[str, Any]:
-        """As JSON data."""
+        """Return the facts as JSON data."""
         return {**vars(self), "before": self.before.describe(), "after": self.after.describe()}
 
     @property
@@ -141,7 +141,8 @@ class MeasuredProduct(AsArray):
 
 
 def measure_on_the_way(state_dict: StateDict, plan: Plan) -> StateDict:
-    """A folded state dict whose weights are measured when they are written; :func:`measure_ranges` needs not read them.
+    """Let the weights of a folded state dict be measured when they are written; :func:`measure_ranges` need not read
+    them then.
 
     Args:
         state_dict: after the plan.
@@ -158,7 +159,9 @@ def measure_on_the_way(state_dict: StateDict, plan: Plan) -> StateDict:
 
 
 def measure_ranges(before: StateDict, after: StateDict, plan: Plan) -> tuple[WeightRange, ...]:
-    """The channels of every weight that a plan scales, aliases once; weights are read a few channels at a time."""
+    """Measure the channels of every weight that a plan scales, aliases once; weights are read a few channels at a
+    time.
+    """
     seen: dict[str, WeightRange] = {}
     names = {before.strip(step.name): step.new_name for step in plan.steps_of(RenameTensor)}
     for step in plan.steps_of(SetTensor):
@@ -170,7 +173,9 @@ def measure_ranges(before: StateDict, after: StateDict, plan: Plan) -> tuple[Wei
 
 
 def flush_subnormals(plan: PlanKind, ranges: Sequence[WeightRange]) -> PlanKind:
-    """The plan with products set to zero in those weights where some would be subnormal; itself where none are."""
+    """Return the plan with products set to zero in those weights where some would be subnormal; itself where none
+    are.
+    """
     concerned = {weight.name for weight in ranges if weight.subnormal}
     sources = {s.value.source for s in plan.steps_of(SetTensor) if s.name in concerned and isinstance(s.value, Scaled)}
     if not sources:
@@ -185,12 +190,12 @@ def flush_subnormals(plan: PlanKind, ranges: Sequence[WeightRange]) -> PlanKind:
 
 
 def count_flushed(ranges: Sequence[WeightRange]) -> tuple[WeightRange, ...]:
-    """The ranges of a plan once :func:`flush_subnormals` was applied to it."""
+    """Return the ranges of a plan once :func:`flush_subnormals` was applied to it."""
     return tuple(replace(weight, subnormal=0, flushed=weight.subnormal) for weight in ranges)
 
 
 def count_removed(before: StateDict, after: StateDict) -> Removed:
-    """How many elements the state dict lost; statistics and batch counters are buffers, all else parameters."""
+    """Count the elements that the state dict lost; statistics and batch counters are buffers, all else parameters."""
     totals = {True: 0, False: 0}
     for sign, state_dict in ((1, before), (-1, after)):
         for name, tensor in state_dict.tensors.items():
@@ -217,17 +222,17 @@ def _measure(name: str, old: Tensor, new: Tensor, recipe: Scaled) -> WeightRange
 
 
 def _is_by_row(recipe: Scaled, tensor: Tensor) -> bool:
-    """Whether a row of the weight is an output channel, and has one factor."""
+    """Return whether a row of the weight is an output channel, and has one factor."""
     return bool(tensor.shape) and not _is_transposed(recipe, tensor) and _is_by_output(recipe, tensor)
 
 
 def _is_transposed(recipe: Scaled, tensor: Tensor) -> bool:
-    """Whether the weight is seen as (groups, in/g, out/g, ...)."""
+    """Return whether the weight is seen as (groups, in/g, out/g, ...)."""
     return len(recipe.view) > len(tensor.shape)
 
 
 def _is_by_output(recipe: Scaled, tensor: Tensor) -> bool:
-    """Whether there is one factor for each output channel, and nothing is added."""
+    """Return whether there is one factor for each output channel, and nothing is added."""
     if recipe.places:
         return False
     extents, outputs = recipe.factor_shape, (0, 2) if _is_transposed(recipe, tensor) else (0,)
@@ -250,7 +255,7 @@ def _read_extremes(tensor: Tensor, recipe: Scaled) -> _Extremes:
 
 
 def _find_extremes(rows: Array, spare: bytearray | None = None) -> _Extremes:
-    """Of rows of elements; NaN where a row holds one.
+    """Find the extremes of rows of elements; NaN where a row holds one.
 
     Args:
         rows: as :func:`~bntool.checkpoints.arrays.as_numbers` gives them.
@@ -287,7 +292,7 @@ def _count_subnormal(tensor: Tensor, recipe: Scaled, smallest: Array) -> int:
 
 
 def _rows(tensor: Tensor, recipe: Scaled) -> Iterator[Array]:
-    """The elements, as blocks of (output channels, elements of each)."""
+    """Yield the elements, as blocks of (output channels, elements of each)."""
     if _is_transposed(recipe, tensor):
         groups, rows, columns = recipe.view[:3]
         elements = as_numbers(read_bytes(tensor), tensor.dtype).reshape(groups, rows, columns, -1)

@@ -306,7 +306,7 @@ def _switch(
     layers: Sequence[BatchNorm],
     policy: FreezePolicy,
 ) -> tuple[Sequence[Step], Sequence[Skip]]:
-    """What the file itself can say of a policy, and the layers of which it cannot."""
+    """Plan what the file itself can say of a policy, and skip the layers of which it cannot."""
     if carrier is Carrier.MODULES:
         return _flags(source, policy), []
     if carrier is Carrier.LAYERS:
@@ -345,7 +345,9 @@ def _in_stages(policy: FreezePolicy, name: str) -> bool:
 
 
 def _has_place(checkpoint: Checkpoint, source: StateDict, plan: Plan) -> bool:
-    """Whether the file can keep the policy; where not, its tensors or flags must carry what they can by themselves."""
+    """Return whether the file can keep the policy; where not, its tensors or flags must carry what they can by
+    themselves.
+    """
     if checkpoint.format.can_record(checkpoint, source):
         return True
     if plan.steps:
@@ -358,7 +360,7 @@ def _has_place(checkpoint: Checkpoint, source: StateDict, plan: Plan) -> bool:
 
 
 def _flags(state_dict: StateDict, policy: FreezePolicy) -> list[Step]:
-    """The flags of a pickled module that differ from what the policy asks for."""
+    """Return the flags of a pickled module that differ from what the policy asks for."""
     stages = policy.stages
     in_eval = stages.in_eval if stages is not None else ()
     held = policy.layer_names if policy.norm_eval else frozenset()
@@ -379,7 +381,7 @@ def _flags(state_dict: StateDict, policy: FreezePolicy) -> list[Step]:
 
 
 def _wanted_gradient(policy: FreezePolicy, name: str) -> bool | None:
-    """The requires_grad that the policy asks for, for one parameter; None if it asks for none."""
+    """Return the requires_grad that the policy asks for, for one parameter; None if it asks for none."""
     if policy.stages is not None and is_within(name, policy.stages.without_gradient):
         return False
     owner, _, leaf = name.rpartition(".")

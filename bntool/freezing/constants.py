@@ -13,7 +13,8 @@ from bntool.plan import SetTensor, Skip, SkipReason, Step, Values
 
 
 def plan_constant(layers: Sequence[BatchNorm], *, eps: float | None) -> tuple[list[Step], list[Skip]]:
-    """Steps that give each layer running_mean 0 and running_var 1 - eps, and its scale and shift as weight and bias.
+    """Plan steps that give each layer running_mean 0 and running_var 1 - eps, and its scale and shift as weight and
+    bias.
 
     In eval mode the layer does what it did: sqrt(running_var + eps) is then 1.
 
@@ -84,7 +85,7 @@ def _fold(layer: BatchNorm, eps: float) -> list[Step] | Skip:
 
 
 def _rounding_problem(values: Sequence[float], tensor: Tensor) -> str:
-    """Why the dtype of a tensor cannot hold new values to its usual precision; "" if it can."""
+    """Explain why the dtype of a tensor cannot hold new values with its usual precision; "" if it can."""
     try:
         rounded = decode_numbers(encode_numbers(values, tensor.dtype), tensor.dtype)
     except (OverflowError, ValueError) as error:

@@ -11,7 +11,7 @@ from bntool.freezing.stages import Family
 
 
 def emit_freeze(policy: FreezePolicy, target: EmitTarget, *, batchnorms: Sequence[str]) -> str:
-    """Code or configuration that freezes the same layers as a policy.
+    """Write code or configuration that freezes the same layers as a policy.
 
     Args:
         policy: what is to be frozen.

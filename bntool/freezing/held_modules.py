@@ -44,7 +44,7 @@ class _Held(nn.Module):
         return self
 
     def __prepare_scriptable__(self) -> nn.Module:
-        """torch.jit.script calls this; what it compiles has a train() of its own."""
+        """Return what torch.jit.script compiles, with a train() of its own; torch.jit.script calls this."""
         if HOLD in vars(self):
             asking = (type(module) for _, module in walk_modules(self))
             for kind in dict.fromkeys(kind.__name__ for kind in asking if _asks_for_mode(cast("Any", kind))):
@@ -65,7 +65,7 @@ class _Held(nn.Module):
 
 
 def rebuild_held(original: type[nn.Module], *arguments: Any) -> nn.Module:
-    """A frozen module without its state; pickles name this function, so it keeps its name and its place."""
+    """Make a frozen module without its state; pickles name this function, so it keeps its name and its place."""
     held = _held_class(cast("Any", original))
     return held.__new__(held, *arguments)
 
@@ -88,13 +88,17 @@ def _held_class(original: Any) -> type[nn.Module]:
 
 
 def _reset_unless_held(self: Any) -> None:
-    """Torch's update_bn resets all statistics first; those of a held module would stay at 0 and 1."""
+    """Reset the statistics unless the module is held: torch's update_bn resets all first, and those of a held module
+    would stay at 0 and 1.
+    """
     if HOLD not in vars(self):
         cast("Any", original_class(type(self))).reset_running_stats(self)
 
 
 def _make_forward(original: Any) -> Callable[..., Any] | None:
-    """What torch.jit.script compiles for a class of torch: its forward in eval mode. None for all other classes."""
+    """Make what torch.jit.script compiles for a class of torch, its forward in eval mode; None for all other
+    classes.
+    """
     if original.forward in (_BatchNorm.forward, nn.SyncBatchNorm.forward):
 
         def forward(self: Any, input: torch.Tensor) -> torch.Tensor:  # noqa: A002 (torch's own signature)
@@ -120,7 +124,7 @@ def _make_forward(original: Any) -> Callable[..., Any] | None:
 
 @cache
 def _asks_for_mode(kind: type) -> bool:
-    """Whether code of a class, other than that of :func:`_make_forward`, reads ``training``."""
+    """Return whether code of a class, other than that of :func:`_make_forward`, reads ``training``."""
     if ORIGINAL in vars(kind) and "forward" in vars(kind):
         return False
     classes = [base for base in kind.__mro__ if issubclass(base, nn.Module) and base not in (nn.Module, _Held)]
@@ -134,7 +138,9 @@ def swap_class(module: nn.Module) -> None:
 
 
 def can_carry(module: nn.Module) -> bool:
-    """Whether the class of a model can be swapped: not where it pickles itself in its own way, as fx's GraphModule."""
+    """Return whether the class of a model can be swapped: not where it pickles itself in its own way, as fx's
+    GraphModule.
+    """
     kind = type(module)
     return kind.__reduce__ is object.__reduce__ and kind.__reduce_ex__ is object.__reduce_ex__
 
@@ -154,7 +160,7 @@ def hold(module: nn.Module) -> None:
 
 
 def hold_all(root: nn.Module, names: Sequence[str]) -> None:
-    """Hold the modules of these names that exist."""
+    """Hold the modules of these names that exist in eval mode."""
     modules = dict(walk_modules(root))
     for name in names:
         if name in modules:
@@ -172,6 +178,6 @@ def release(module: nn.Module) -> None:
 
 
 def asked_mode(module: nn.Module) -> bool | None:
-    """The mode that was last asked of a held module; None where none was."""
+    """Return the mode that was last asked of a held module; None where none was."""
     asked = vars(module).get(HOLD, {}).get("asked")
     return None if asked is None else bool(asked)

@@ -155,7 +155,7 @@ def frozen(
     layers: str | Sequence[str] | None = None,
     frozen_stages: int | None = None,
 ) -> Iterator[FreezePolicy]:
-    """A context in which a model is frozen as by :func:`freeze`, and after which it is as it was before.
+    """Freeze a model inside the context as :func:`freeze` does; after it the model is as it was before.
 
     Modes and requires_grad are those of before, whatever is called inside. Contexts and freezes nest.
     """
@@ -185,7 +185,7 @@ def frozen(
 
 
 def _describe_nothing(model: nn.Module, found: dict[str, nn.Module], prefix: str) -> str:
-    """Why none of the BatchNorms that were found can be frozen."""
+    """Explain why none of the BatchNorms that were found can be frozen."""
     if not found:
         unread = describe_unread_statistics(model)
         return f"the model has no BatchNorm layer that could be frozen{': ' * bool(unread)}{unread}"
@@ -239,7 +239,7 @@ def _apply(model: nn.Module, policy: FreezePolicy, prefix: str) -> None:
 
 
 def _path_of(model: nn.Module, root: nn.Module) -> str:
-    """The prefix that wrappers put before the names of the model inside."""
+    """Return the prefix that wrappers put before the names of the model inside."""
     path = next(name for name, module in walk_modules(model) if module is root)
     return f"{path}." if path else ""
 
@@ -314,7 +314,9 @@ def _unfreeze(root: nn.Module) -> None:
 def _asked(
     name: str, modules: dict[str, nn.Module], held: Sequence[str], *, default: bool | None, before: bool
 ) -> bool:
-    """The mode that a module would be in: the last one asked of it, or of a held module above it, or of the model."""
+    """Return the mode that a module would be in: the last one asked of it, or of a held module above it, or of the
+    model.
+    """
     above = sorted((other for other in held if is_within(name, (other,))), key=len, reverse=True)
     for other in above:
         asked = asked_mode(modules[other]) if other in modules else None

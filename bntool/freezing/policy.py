@@ -41,7 +41,7 @@ class FreezePolicy:
         return frozenset(self.layers)
 
     def to_record(self) -> dict[str, Any]:
-        """The policy as JSON data."""
+        """Return the policy as JSON data."""
         stages = self.stages
         return {
             "norm_eval": self.norm_eval,
@@ -60,7 +60,7 @@ class FreezePolicy:
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> FreezePolicy:
-        """The policy that :meth:`to_record` wrote.
+        """Return the policy that :meth:`to_record` wrote.
 
         Raises:
             CorruptFileError: it is no such data.

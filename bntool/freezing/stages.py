@@ -52,7 +52,7 @@ _SIGNS: tuple[tuple[Family, tuple[str, ...]], ...] = (
 
 
 def find_frozen_stages(modules: Iterable[str], frozen_stages: int) -> FrozenStages:
-    """The modules that are frozen with the first stages of the backbone in a model.
+    """Return the modules that are frozen with the first stages of the backbone in a model.
 
     ResNet, ResNeXt, RegNet: 0 is the stem, N the stem and layer1 to layerN. Darknet: N is the first N of conv1,
     conv_res_block1, ... CSPDarknet: N is the stem and stage1 to stageN. MobileNetV2: N is conv1, whose statistics go
@@ -87,7 +87,7 @@ def find_frozen_stages(modules: Iterable[str], frozen_stages: int) -> FrozenStag
 
 
 def is_within(name: str, modules: Iterable[str]) -> bool:
-    """Whether a module or tensor is one of the modules or lies below one."""
+    """Return whether a module or tensor is one of the modules or lies below one."""
     return any(name == module or not module or name.startswith(module + ".") for module in modules)
 
 

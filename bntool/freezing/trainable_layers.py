@@ -13,7 +13,7 @@ from bntool.plan import SetAttribute, Skip, SkipReason
 def check_whole_layers(
     checkpoint: Checkpoint, *, norm_eval: bool, requires_grad: bool | None, frozen_stages: int | None, for_file: bool
 ) -> None:
-    """Hold the switches of freezing against what ``trainable`` can say.
+    """Refuse switches of freezing that ``trainable`` cannot say.
 
     Raises:
         RefusedError: it cannot, or the switches are for PyTorch code.
@@ -35,7 +35,7 @@ def check_whole_layers(
 def find_trainable(
     checkpoint: Checkpoint, state_dict: StateDict, layers: Sequence[BatchNorm]
 ) -> Iterator[SetAttribute | Skip]:
-    """A step for each layer that trains, a skip for each that does not.
+    """Yield a step for each layer that trains, a skip for each that does not.
 
     Raises:
         RefusedError: the file holds weights only.

@@ -37,7 +37,8 @@ def parse_pairs(texts: Sequence[str]) -> dict[str, str]:
 
 
 def read_pairs(texts: Sequence[str]) -> dict[str, str]:
-    """Pairs as ``--pair`` takes them: ``conv1=bn1``, or ``@FILE`` with one on each line; ``#`` starts a comment line.
+    """Read pairs as ``--pair`` takes them: ``conv1=bn1``, or ``@FILE`` with one on each line; ``#`` starts a comment
+    line.
 
     Raises:
         UsageError: as :func:`parse_pairs`, or the file is not UTF-8 text.
@@ -70,7 +71,7 @@ def suggest_pairs(state_dict: StateDict) -> dict[str, str]:
 
 
 def _likely_names(batchnorm: str) -> Iterator[str]:
-    """Names that usually precede a BatchNorm of this name: ``block.conv1`` before ``block.bn1``."""
+    """Yield names that usually precede a BatchNorm of this name: ``block.conv1`` before ``block.bn1``."""
     path, dot, leaf = batchnorm.rpartition(".")
     if leaf.isdigit():
         yield f"{path}{dot}{int(leaf) - 1}"

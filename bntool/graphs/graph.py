@@ -129,7 +129,7 @@ class Node:
     ran: bool = True
 
     def describe(self) -> str:
-        """For people: the operation, and where."""
+        """Describe the operation, and where it is, for people."""
         name = self.operator.removeprefix("aten.") if self.kind.is_called_by_operator else self.kind.value
         if self.kind in (NodeKind.INPUT, NodeKind.OUTPUT):
             return f"the model's {name}"
@@ -233,11 +233,11 @@ class ModelGraph:
         return replace(self, edges=tuple(seen))
 
     def inputs(self, node: Node) -> tuple[Edge, ...]:
-        """The edges into a node."""
+        """Return the edges into a node."""
         return self._incoming.get(node.index, ())
 
     def outputs(self, node: Node) -> tuple[Edge, ...]:
-        """The edges out of a node, one for each node that reads what it computed."""
+        """Return the edges out of a node, one for each node that reads what it computed."""
         return self._outgoing.get(node.index, ())
 
     @cached_property
@@ -250,12 +250,12 @@ class ModelGraph:
         return {layer: tuple(nodes) for layer, nodes in calls.items()}
 
     def names_of(self, name: str) -> tuple[str, ...]:
-        """All names of a parameter or buffer, when several modules share it."""
+        """Return all names of a parameter or buffer, when several modules share it."""
         return (name, *self.aliases.get(name, ()))
 
 
 def shorten(channels: Sequence[int]) -> Sequence[int]:
-    """Channels as a range where they follow one another: it takes no memory and is compared at once."""
+    """Shorten channels to a range where they follow one another: it takes no memory and is compared at once."""
     if len(channels) and channels[-1] - channels[0] == len(channels) - 1:
         run = range(channels[0], channels[-1] + 1)
         if all(map(int.__eq__, channels, run)):

@@ -172,7 +172,7 @@ def _lacks_statistics(inspection: StateDictInspection) -> bool:
 def _inspect_others(
     checkpoint: Checkpoint, wanted: Sequence[StateDict], *, layers: Sequence[str], thresholds_of: ThresholdsOf
 ) -> list[StateDictInspection]:
-    """The state dicts that were not asked for, and tell something of an averaged copy that was.
+    """Return the state dicts that were not asked for, and tell something of an averaged copy that was.
 
     One that cannot be read tells nothing.
     """
@@ -282,7 +282,7 @@ def _count(tensor: Tensor) -> int:
 
 
 def _recalibrated_layers(checkpoint: Checkpoint, state_dict: StateDict) -> frozenset[str]:
-    """The layers whose statistics bntool recomputed, as the file records."""
+    """Return the layers whose statistics bntool recomputed, as the file records."""
     history = checkpoint.records.get(state_dict.key, ())
     if not history:
         return frozenset()
@@ -297,7 +297,7 @@ def _recalibrated_layers(checkpoint: Checkpoint, state_dict: StateDict) -> froze
 
 
 def _recorded_momentum(checkpoint: Checkpoint, state_dict: StateDict) -> Mapping[str, float]:
-    """The momentum of layers that a state dict cannot hold, as the file records."""
+    """Return the momentum of layers that a state dict cannot hold, as the file records."""
     history = checkpoint.records.get(state_dict.key, ())
     if not history:
         return {}
@@ -346,7 +346,7 @@ def _inspect_layer(
 
 
 def _summarize(name: str, tensor: Tensor) -> Summary | None:
-    """The numbers of a tensor; None where it has no plain elements."""
+    """Return the numbers of a tensor; None where it has no plain elements."""
     if not has_elements(tensor):
         return None
     if tensor.dtype.kind in (NumberKind.OPAQUE, NumberKind.COMPLEX) or _count(tensor) > MAX_CHANNELS:

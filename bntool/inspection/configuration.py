@@ -61,11 +61,11 @@ class Configuration:
     thresholds: tuple[ThresholdRule, ...] = ()
 
     def find_thresholds(self, path: Location) -> tuple[ThresholdRule, ...]:
-        """Those that it sets for a file."""
+        """Find the thresholds that it sets for a file."""
         return tuple(rule for rule in self.thresholds if _fits(rule, path))
 
     def ignores_jump(self, path: Location, layer: str) -> bool:
-        """Whether it is meant to be so that the variances of a layer exploded against the file before."""
+        """Return whether it is meant to be so that the variances of a layer exploded against the file before."""
         code = FindingCode.STATISTICS_JUMPED
         found = [rule for rule in self.rules if code in rule.findings and _fits(rule, path)]
         return any(not rule.layers or matches(rule.layers, layer) for rule in found)
@@ -112,7 +112,7 @@ def _fits(rule: IgnoreRule | ThresholdRule, path: Location) -> bool:
 
 
 def read_configuration(path: Path) -> Configuration:
-    """What a ``bntool.toml`` says, or the table ``tool.bntool`` of a ``pyproject.toml``.
+    """Read a ``bntool.toml``, or the table ``tool.bntool`` of a ``pyproject.toml``.
 
     Raises:
         UsageError: it cannot be read, or says what cannot be understood.

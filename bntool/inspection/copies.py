@@ -54,7 +54,7 @@ class _Copy(NamedTuple):
 def compare_copies(
     inspections: Sequence[StateDictInspection], *, recalibrated: Sequence[Collection[str]], thresholds: Thresholds
 ) -> list[StateDictInspection]:
-    """The state dicts of a file, with what is found where copies of one model are held against each other.
+    """Return the state dicts of a file, with what is found where copies of one model are held against each other.
 
     Args:
         recalibrated: of each state dict, the layers whose statistics bntool recomputed, as the file records.
@@ -78,7 +78,7 @@ def compare_copies(
 
 
 def _without_known(findings: Sequence[Finding], known: Sequence[Finding]) -> list[Finding]:
-    """Those that guess what another copy of the model tells for certain are left out."""
+    """Leave findings out that guess what another copy of the model tells for certain."""
     missing = {name for finding in known if finding.code is FindingCode.STATISTICS_MISSING for name in finding.layers}
     return [f for f in findings if f.code is not FindingCode.STATISTICS_MISSING or not missing.issuperset(f.layers)]
 
@@ -123,7 +123,7 @@ def _find_copies(place: int, inspection: StateDictInspection) -> Iterator[_Copy]
 
 
 def _read_count(inspection: StateDictInspection, path: str = "") -> int | None:
-    """How often a copy was averaged, whose names begin with this path; None where nothing counts that."""
+    """Read how often a copy was averaged whose names begin with this path; None where nothing counts that."""
     tensors, name = inspection.state_dict.tensors, path + COUNT_OF_AVERAGES
     tensor = tensors.get(name) or tensors.get(inspection.state_dict.prefix + name)
     try:
@@ -136,7 +136,7 @@ def _read_count(inspection: StateDictInspection, path: str = "") -> int | None:
 
 
 def _find_model(copy: _Copy, copies: Sequence[_Copy]) -> _Copy | None:
-    """The copy that an average is of: the one that is no average and has most of its parameters.
+    """Return the copy that an average is of: the one that is no average and has most of its parameters.
 
     One that is no average is held against another only where it has no statistics at all.
     """
@@ -153,7 +153,7 @@ def _has_statistics(layer: LayerInspection) -> bool:
 
 
 def _compare(copy: _Copy, model: _Copy, thresholds: Thresholds) -> Iterator[Finding]:
-    """What is wrong with an average beside its model."""
+    """Yield what is wrong with an average beside its model."""
     missing = [
         copy.path + name
         for name, layer in model.layers.items()
@@ -199,7 +199,7 @@ def _compare(copy: _Copy, model: _Copy, thresholds: Thresholds) -> Iterator[Find
 def _judge_equal(
     copy: _Copy, model: _Copy, pairs: Sequence[tuple[LayerInspection, LayerInspection]], thresholds: Thresholds
 ) -> Iterator[Finding]:
-    """What it means that an average has the statistics of its model, bit by bit."""
+    """Yield what it means that an average has the statistics of its model, bit by bit."""
     distance, averagings = _measure_distance(pairs), copy.averagings or 0
     if distance > thresholds.average_weight_distance or (distance and averagings > 1):
         yield _describe_copied(copy, model, pairs, distance)
@@ -208,7 +208,7 @@ def _judge_equal(
 
 
 def _find_counter(layers: Sequence[LayerInspection]) -> int | None:
-    """The num_batches_tracked that all layers have; None where they differ."""
+    """Return the num_batches_tracked that all layers have; None where they differ."""
     counters = {layer.num_batches_tracked for layer in layers}
     return counters.pop() if len(counters) == 1 else None
 
@@ -227,7 +227,7 @@ def _are_equal(layer: LayerInspection, other: LayerInspection, roles: Sequence[s
 
 
 def _measure_distance(pairs: Sequence[tuple[LayerInspection, LayerInspection]]) -> float:
-    """The relative distance of the weights and biases of the BatchNorms."""
+    """Return the relative distance of the weights and biases of the BatchNorms."""
     distances, lengths = [], []
     for layer, other in pairs:
         for role in ("weight", "bias"):
@@ -240,7 +240,8 @@ def _measure_distance(pairs: Sequence[tuple[LayerInspection, LayerInspection]]) 
 
 
 def _measure_initial_share(pairs: Sequence[tuple[LayerInspection, LayerInspection]]) -> float:
-    """How much of the initial mean 0 and variance 1 is left in an average; 0 where it is not that which differs.
+    """Measure how much of the initial mean 0 and variance 1 is left in an average; 0 where it differs by something
+    else.
 
     With a share f, mean is (1 - f) times the model's and variance is (1 - f) times the model's plus f: f is the median
     of what each channel gives, of means and of variances, whichever is less. It must explain most of the difference.
@@ -264,7 +265,9 @@ def _measure_initial_share(pairs: Sequence[tuple[LayerInspection, LayerInspectio
 
 
 def _measure_rest(pairs: Sequence[tuple[LayerInspection, LayerInspection]], share: float) -> float:
-    """How far an average is from its model with a share of initial values: the median over layers, in sigmas."""
+    """Measure how far an average is from its model with a share of initial values: the median over layers, in
+    sigmas.
+    """
     rests = []
     for layer, other in pairs:
         eps = DEFAULT_EPS if other.layer.eps is None else other.layer.eps
@@ -276,7 +279,7 @@ def _measure_rest(pairs: Sequence[tuple[LayerInspection, LayerInspection]], shar
 
 
 def _median(values: Iterable[float]) -> float:
-    """The one in the middle, the upper of two (the module statistics costs its import)."""
+    """Return the one in the middle, the upper of two (the module statistics costs its import)."""
     ordered = sorted(values)
     return ordered[len(ordered) // 2]
 
@@ -327,7 +330,7 @@ _IS_APART = "weights and biases of the BatchNorms are the same within {:g} %"
 
 
 def _describe_equal(copy: _Copy, model: _Copy, averagings: int) -> Finding:
-    """Of an average whose BatchNorms are those of the model: only other weights tell more."""
+    """Describe an average whose BatchNorms equal the model's bit by bit: only other weights tell more."""
     message = (
         f"{copy.words} was averaged {averagings} times, but its BatchNorms are those of {model.title}, bit by bit: if "
         "other weights differ, its statistics are not those of these weights"
@@ -395,7 +398,8 @@ def _describe_counters(
 
 
 def _judge_average(copy: _Copy) -> Iterator[Finding]:
-    """What the counter tells of an average alone: whether its statistics can have been recomputed after it was made.
+    """Yield what the counter tells of an average alone: whether its statistics can have been recomputed after it was
+    made.
 
     torch.optim.swa_utils.update_bn counts anew, from 0; an average whose buffers are averaged as well has a counter
     below the number of averagings, too.

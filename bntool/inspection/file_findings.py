@@ -15,7 +15,7 @@ _LISTED = 3  # names in a sentence
 
 
 def find_in_state_dict(norms: Sequence[BatchNorm]) -> list[Finding]:
-    """Norms that are not BatchNorm but could be taken for it."""
+    """Find norms that are not BatchNorm but could be taken for it."""
     findings = []
     lookalikes = [n for n in norms if n.kind is NormKind.INSTANCE_NORM]
     if lookalikes:
@@ -36,13 +36,13 @@ def find_in_state_dict(norms: Sequence[BatchNorm]) -> list[Finding]:
 
 
 def _has_layers(inspection: StateDictInspection) -> bool:
-    """Whether it has BatchNorm layers, or may have: whose statistics are missing."""
+    """Return whether it has BatchNorm layers, or may have: whose statistics are missing."""
     missing = any(finding.code is FindingCode.STATISTICS_MISSING for finding in inspection.findings)
     return bool(inspection.layers) or missing
 
 
 def _is_folded(checkpoint: Checkpoint) -> bool:
-    """Whether the file records that its layers were folded away."""
+    """Return whether the file records that its layers were folded away."""
     return any(entry.get("operation") == "fold" for history in checkpoint.records.values() for entry in history)
 
 
@@ -55,7 +55,7 @@ def _describe_not_understood(found: Sequence[NotUnderstood]) -> Finding:
 
 
 def find_in_file(checkpoint: Checkpoint, inspections: Sequence[StateDictInspection]) -> list[Finding]:
-    """What concerns the whole file, beside what loading it may do."""
+    """Find what concerns the whole file, beside what loading it may do."""
     findings = [
         Finding(FindingCode.HOLES, Severity.NOTICE, "holes", f"it holds {loss}; a file that bntool writes has none")
         for loss in checkpoint.format.describe_losses(checkpoint)

@@ -25,7 +25,7 @@ _RELATIVES = (
 
 
 def judge(checkpoint: Checkpoint, inspections: Sequence[StateDictInspection], findings: Sequence[Finding]) -> Verdict:
-    """The verdict on a file.
+    """Return the verdict on a file.
 
     Args:
         inspections: of the state dicts that were looked at.
@@ -55,7 +55,7 @@ def judge(checkpoint: Checkpoint, inspections: Sequence[StateDictInspection], fi
 
 
 def add_configured(verdict: Verdict, *, ignored: int, thresholds: int) -> Verdict:
-    """The verdict, saying that a configuration had a part in it.
+    """Add to a verdict that a configuration had a part in it.
 
     Args:
         ignored: findings that it takes for meant.

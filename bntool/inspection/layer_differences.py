@@ -19,7 +19,7 @@ _Found = dict[str, Finding]  # by the name of the layer
 def compare_layers(
     layers: Sequence[LayerInspection], state_dict: StateDict, thresholds_of: ThresholdsOf
 ) -> tuple[LayerInspection, ...]:
-    """The layers, with what only the others tell of each."""
+    """Return the layers, with what only the others tell of each."""
     found = [
         *(_compare_counters(copy) for copy in _part_copies(layers, state_dict)),
         _compare_affine(layers, thresholds_of),
@@ -39,7 +39,7 @@ _OUTLYING = (FindingCode.OUTLYING_VARIANCE, FindingCode.OUTLYING_MEAN)
 
 
 def _soften_at_input(layer: LayerInspection, state_dict: StateDict) -> LayerInspection:
-    """The layer, with no more than a warning of outlying statistics where they may be those of raw numbers.
+    """Return the layer, with no more than a warning of outlying statistics where they may be those of raw numbers.
 
     A BatchNorm that no layer feeds normalises what the model is given: columns of a table have scales of their own.
     """
@@ -59,7 +59,7 @@ def _soften_at_input(layer: LayerInspection, state_dict: StateDict) -> LayerInsp
 
 
 def _part_copies(layers: Sequence[LayerInspection], state_dict: StateDict) -> list[list[LayerInspection]]:
-    """The layers of each averaged copy that lies beside the model (``ema.``), and those of the model."""
+    """Return the layers of each averaged copy that lies beside the model (``ema.``), and those of the model."""
     averages = find_averaged_parts(state_dict)
     copies: dict[str, list[LayerInspection]] = {}
     for layer in layers:
@@ -69,7 +69,7 @@ def _part_copies(layers: Sequence[LayerInspection], state_dict: StateDict) -> li
 
 
 def _compare_counters(layers: Sequence[LayerInspection]) -> _Found:
-    """Layers whose num_batches_tracked differs from what most layers have."""
+    """Return layers whose num_batches_tracked differs from what most layers have."""
     counts = Counter(n for layer in layers if (n := layer.num_batches_tracked) is not None)
     if len(counts) <= 1:
         return {}
@@ -94,7 +94,7 @@ def _compare_counters(layers: Sequence[LayerInspection]) -> _Found:
 
 
 def _compare_affine(layers: Sequence[LayerInspection], thresholds_of: ThresholdsOf) -> _Found:
-    """Layers whose weight and bias are exactly as they were created, after many updates of their statistics."""
+    """Return layers whose weight and bias are exactly as they were created, after many updates of their statistics."""
     trained = [layer for layer in layers if "weight" in layer.tensors and "bias" in layer.tensors]
     initial = [layer for layer in trained if _is_as_created(layer)]
     if not initial:
@@ -124,14 +124,14 @@ def _is_as_created(layer: LayerInspection) -> bool:
 
 
 def _in_training_mode() -> Finding:
-    """Of a node of a graph: a program has one mode."""
+    """Make the finding of a node of a graph in training mode: a program has one mode."""
     message = "its node is in training mode: it normalises by the batch whenever the program runs"
     advice = "export the model again after model.eval(), unless the program is to be trained"
     return Finding(FindingCode.BATCH_STATISTICS, Severity.WARNING, "training mode", message, advice=advice)
 
 
 def _compare_modes(layers: Sequence[LayerInspection], state_dict: StateDict) -> _Found:
-    """Layers of a module whose mode is not the one of the whole model."""
+    """Return layers of a module whose mode is not the one of the whole model."""
     root = state_dict.modules.get(state_dict.prefix.rstrip(".")) or state_dict.modules.get("")
     training = None if root is None else root.attributes.get("training")
     if not isinstance(training, bool):
@@ -154,7 +154,7 @@ def _compare_modes(layers: Sequence[LayerInspection], state_dict: StateDict) -> 
 
 
 def _compare_gradients(layers: Sequence[LayerInspection], state_dict: StateDict) -> _Found:
-    """Layers whose weight and bias do not train while other parameters of the model do."""
+    """Return layers whose weight and bias do not train while other parameters of the model do."""
     own = {id(tensor) for layer in layers for tensor in layer.layer.tensors.values()}
     if not any(_trains(tensor) for tensor in state_dict.tensors.values() if id(tensor) not in own):
         return {}
@@ -169,5 +169,5 @@ def _compare_gradients(layers: Sequence[LayerInspection], state_dict: StateDict)
 
 
 def _trains(tensor: Tensor) -> bool | None:
-    """requires_grad of a parameter; None for what is none."""
+    """Return requires_grad of a parameter; None for what is none."""
     return getattr(tensor, "requires_grad", None) if getattr(tensor, "is_parameter", False) else None

@@ -28,7 +28,7 @@ def find_in_layer(
     recalibrated: bool = False,
     thresholds: Thresholds = DEFAULTS,
 ) -> list[Finding]:
-    """The findings of one BatchNorm, from its tensors alone.
+    """Return the findings of one BatchNorm, from its tensors alone.
 
     Args:
         tensors: by role.
@@ -90,7 +90,7 @@ def _nonfinite(tensors: dict[str, Summary]) -> list[Finding]:
 
 
 def _describe_outputs(tensors: dict[str, Summary], channels: Collection[int]) -> str:
-    """What these channels put out for usual inputs."""
+    """Describe what these channels put out for usual inputs."""
     found = set()
     for channel in channels:
         weight, bias, mean, variance = (
@@ -149,7 +149,7 @@ def _variance(variance: Summary) -> list[Finding]:
 
 
 def _outlying(mean: Summary, variance: Summary, thresholds: Thresholds) -> list[Finding]:
-    """Channels whose statistics lie far above those of all others, with nothing in between.
+    """Return channels whose statistics lie far above those of all others, with nothing in between.
 
     What data and training give is a continuum, however wide: a gap of orders of magnitude inside of a layer is none.
     Of two channels only, the gap must be one that is an error.
@@ -180,7 +180,7 @@ def _outlying(mean: Summary, variance: Summary, thresholds: Thresholds) -> list[
 
 
 def _find_gap(ordered: Sequence[float], *, at_least: Sequence[float] = ()) -> tuple[float, int]:
-    """The largest ratio of neighbours in the upper half of ordered numbers, and the place above the gap.
+    """Return the largest ratio of neighbours in the upper half of ordered numbers, and the place above the gap.
 
     Args:
         at_least: what the lower neighbour counts as, if it is less.
@@ -246,7 +246,7 @@ _IF_TRAINED = (
 def _scale(
     tensors: dict[str, Summary], variance: Summary, eps: float, *, hidden: Collection[int], thresholds: Thresholds
 ) -> list[Finding]:
-    """Channels that carry nothing, or far too much.
+    """Return channels that carry nothing, or far too much.
 
     Args:
         hidden: channels whose scale is small because of a variance that is wrong.
@@ -321,7 +321,9 @@ _LARGE_WEIGHT = "large weight"
 
 
 def _has_usual_scales(weight: Summary | None, variance: Summary, eps: float, thresholds: Thresholds) -> bool:
-    """Whether the extremes alone tell that no scale is nearly 0 and none too large: most layers need no closer look."""
+    """Return whether the extremes alone tell that no scale is nearly 0 and none too large: most layers need no closer
+    look.
+    """
     if variance.nonfinite or variance.minimum is None or variance.maximum is None or variance.minimum + eps <= 0:
         return False
     smallest, largest = 1.0, 1.0
@@ -404,7 +406,8 @@ def _few_updates(variance: Summary, count: int, momentum: float | None, few: flo
 
 
 def _contradicts(variance: Summary, count: int, momentum: float) -> bool:
-    """Whether running_var is less than what so few updates leave of its initial 1: no batch has a negative variance.
+    """Return whether running_var is less than what so few updates leave of its initial 1: no batch has a negative
+    variance.
 
     After n updates with momentum m at least (1 - m)^n is left (PyTorch: new = (1 - m) * old + m * batch). The counter
     was then set by other means than these updates, as copies of a model that count anew have it.

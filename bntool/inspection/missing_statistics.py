@@ -26,7 +26,7 @@ _LISTED = 3
 def find_missing_statistics(
     state_dict: StateDict, norms: Sequence[BatchNorm], *, not_understood: Collection[str] = ()
 ) -> list[Finding]:
-    """BatchNorms without running_mean or running_var, and norms that may be BatchNorms without both.
+    """Find BatchNorms without running_mean or running_var, and norms without both that may be BatchNorms.
 
     What a LayerNorm has, weight and bias, a BatchNorm has, too, where only the parameters were saved. It is taken for
     one where its name says so or where its architecture is recognised; it may be one where a convolution of as many
@@ -72,7 +72,7 @@ def find_missing_statistics(
 
 
 def describe_missing(names: Sequence[str], other: str) -> Finding:
-    """Layers that have statistics in another copy of the model and none here.
+    """Return layers that have statistics in another copy of the model and none here.
 
     Args:
         other: the copy that has them.
@@ -114,7 +114,9 @@ def _find_halves(state_dict: StateDict) -> Iterator[str]:
 
 
 def _find_behind_convolutions(state_dict: StateDict, norms: Sequence[BatchNorm]) -> Iterator[str]:
-    """The norms before whose weight the weight of a convolution with as many channels stands, and perhaps its bias."""
+    """Yield the norms before whose weight the weight of a convolution with as many channels stands, and perhaps its
+    bias.
+    """
     channels = {norm.name: norm.num_features for norm in norms}
     before: tuple[int, ...] = ()
     for name, tensor in state_dict.tensors.items():
@@ -128,7 +130,9 @@ def _find_behind_convolutions(state_dict: StateDict, norms: Sequence[BatchNorm])
 
 
 def _find_recognised(state_dict: StateDict, norms: Sequence[BatchNorm]) -> frozenset[str]:
-    """Those that are BatchNorms in an architecture that the state dict would be of, if it had their statistics."""
+    """Find the norms that are BatchNorms in an architecture that the state dict would be of, if it had their
+    statistics.
+    """
     dotted = {norm.name: state_dict.full_name(norm.name) for norm in norms}
     statistics = {
         f"{full}.{role}": norm.tensors["weight"] for norm in norms for role in STATISTICS if (full := dotted[norm.name])

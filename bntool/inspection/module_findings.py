@@ -18,13 +18,13 @@ _SAID = (EpsSource.MODULE, EpsSource.PROTOTXT)  # by the file itself
 
 
 def is_batch_norm_without_statistics(norm: BatchNorm) -> bool:
-    """Whether it is a BatchNorm, by its class, that has no statistics: track_running_stats=False."""
+    """Return whether it is a BatchNorm, by its class, that has no statistics: track_running_stats=False."""
     kind = find_class_kind(norm.class_path.rpartition(".")[2])
     return norm.kind is NormKind.NORM_WITHOUT_STATISTICS and kind is not None and kind.is_batch_norm
 
 
 def describe_behaviour(norm: BatchNorm) -> tuple[str, ...]:
-    """What PyTorch does with a module whose flags are unusual, in one sentence each."""
+    """Describe what PyTorch does with a module whose flags are unusual, one sentence each."""
     said = []
     tracks, has_statistics = norm.track_running_stats, norm.has_statistics
     if not has_statistics and is_batch_norm_without_statistics(norm):
@@ -57,7 +57,7 @@ class Expected(NamedTuple):
 
 
 def find_in_module(norm: BatchNorm, expected: Expected, thresholds: Thresholds = DEFAULTS) -> list[Finding]:
-    """The findings of one layer from its flags.
+    """Return the findings of one layer from its flags.
 
     Args:
         expected: what the layer has in the architectures that the file may be of.
@@ -108,7 +108,7 @@ def _describe_other_momentum(momentum: float, expected: Sequence[float]) -> Find
 
 
 def find_expected(architectures: Sequence[Architecture], norms: Sequence[BatchNorm]) -> Mapping[str, Expected]:
-    """What each layer has in the architectures that a state dict may be of, by layer name.
+    """Find what each layer has in the architectures that a state dict may be of, by layer name.
 
     Args:
         norms: its layers; momentum is looked up only where one says its own.

@@ -90,7 +90,9 @@ class LayerInspection(LayerArrays):
         return int(counter.values[0]) if counter is not None and len(counter.values) == 1 else None
 
     def read(self, role: str) -> Any:
-        """A tensor as a numpy array of float64, exactly what the file held when it was inspected; None without one."""
+        """Return a tensor as a numpy array of float64, exactly what the file held when it was inspected; None without
+        one.
+        """
         import numpy as np  # inspecting needs none
 
         summary = self.tensors.get(role)
@@ -141,7 +143,8 @@ class StateDictInspection:
         return f"<{self.state_dict.key or 'state dict'!r}: {len(self.layers)} BatchNorm layers{found}>"
 
     def find_worst(self) -> dict[str, Severity | None]:
-        """The severity of the worst finding that concerns each layer, its own or the state dict's; None without one.
+        """Return the severity of the worst finding that concerns each layer, its own or the state dict's; None without
+        one.
 
         Layers whose statistics are missing are in no list of layers, but in findings.
         """
@@ -154,7 +157,7 @@ class StateDictInspection:
         return worst
 
     def __getitem__(self, name: str) -> LayerInspection:
-        """The layer of that name.
+        """Return the layer of that name.
 
         Raises:
             KeyError: there is none, or it was not asked for.
@@ -198,7 +201,9 @@ class Inspection:
         return f"<Inspection of {self.checkpoint.path}: {self.verdict.sentence}; {safety} to load{inner}{more}>"
 
     def fails_on(self, severity: Severity) -> bool:
-        """Whether there is a finding of this severity or worse, or what may be a BatchNorm and could not be judged."""
+        """Return whether there is a finding of this severity or worse, or what may be a BatchNorm and could not be
+        judged.
+        """
         worst = self.worst()
         missing = FindingCode.STATISTICS_MISSING
         unjudged = any(finding.code is missing for state_dict in self.state_dicts for finding in state_dict.findings)
@@ -206,7 +211,7 @@ class Inspection:
         return unjudged or (worst is not None and worst.rank >= severity.rank)
 
     def worst(self) -> Severity | None:
-        """The highest severity of all findings."""
+        """Return the highest severity of all findings."""
         found = [*self.findings]
         for state_dict in self.state_dicts:
             found += state_dict.findings

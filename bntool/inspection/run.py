@@ -121,13 +121,14 @@ class Run:
         return f"<Run of {len(self.files)} files by {self.ordered_by}{inner}{more}>"
 
     def count(self) -> dict[str, int]:
-        """How many files have each verdict, the worst first; ``failed`` counts those that could not be inspected."""
+        """Count the files of each verdict, the worst first; ``failed`` counts those that could not be inspected."""
         counts = Counter("failed" if f.verdict is None else f.verdict.health.value for f in self.files)
         order = ("failed", *(h.value for h in (Health.SICK, Health.SUSPICIOUS, Health.NOT_JUDGED)), *counts)
         return {name: counts[name] for name in dict.fromkeys(order) if counts[name]}
 
     def find_broken(self) -> int | None:
-        """Where in ``files`` something broke: at the first that is sick; else the first suspicious one after a better.
+        """Find where in ``files`` something broke: at the first that is sick; else the first suspicious one after a
+        better.
 
         None where nothing did: a run may be suspicious from its first file on, which has seen few batches.
         """
@@ -140,7 +141,7 @@ class Run:
         return None
 
     def list_moved(self, count: int) -> list[str]:
-        """The layers whose statistics changed most from one file to the next, the one that moved most first."""
+        """Return the layers whose statistics changed most from one file to the next, the one that moved most first."""
         largest: dict[str, float] = {}
         for file in self.files:
             for name, state in file.layers.items():
@@ -248,7 +249,7 @@ class Follower:
         self._before, self._states = _ByLayer(), dict[str, LayerState]()
 
     def summarize(self, name: str, inspection: Inspection) -> FileSummary:
-        """What is kept of an inspection, with what changed since the last one.
+        """Keep what is needed of an inspection, with what changed since the last one.
 
         Args:
             name: of the file, or of the moment.
@@ -297,7 +298,7 @@ def _add_jumps(
     before_states: Mapping[str, LayerState],
     configuration: Configuration | None,
 ) -> FileSummary:
-    """The summary, with layers whose variances exploded against the file before.
+    """Return the summary, with layers whose variances exploded against the file before.
 
     Args:
         statistics: of the file before, and of this one.
@@ -328,7 +329,7 @@ def _add_jumps(
 
 
 def _may_have_jumped(state: LayerState, before: LayerState | None, threshold: float) -> bool:
-    """Whether the variances of a whole layer can have exploded, as the worst channel says.
+    """Return whether the variances of a whole layer can have exploded, as the worst channel says.
 
     The first statistics after the initial ones are no jump.
     """
@@ -354,7 +355,7 @@ def _describe_jump(ratios: Mapping[str, float]) -> FoundInLayers:
 
 
 def _judge_again(inspection: Inspection, states: Mapping[str, LayerState], jumped: Mapping[str, object]) -> Verdict:
-    """The verdict on a file with what is known from the file before."""
+    """Return the verdict on a file with what is known from the file before."""
     verdict = inspection.verdict
     if verdict.health is Health.SICK:
         return verdict

@@ -49,7 +49,7 @@ def judge_safety(checkpoint: Checkpoint) -> Safety:
 
 
 def find_dangers(safety: Safety) -> list[Finding]:
-    """The findings that ``--fail-on`` can act on."""
+    """Return the findings that ``--fail-on`` can act on."""
     findings = []
     if safety.suspicious:
         message = _warn(safety.loader, _listed(safety.suspicious))
@@ -71,12 +71,12 @@ def _listed(names: tuple[str, ...]) -> str:
 
 
 def _warn(loader: Loader, names: str) -> str:
-    """Finding for names that run programs or code."""
+    """Describe names that run programs or code."""
     return _WARNINGS.get(loader, _WARNING).format(names=names)
 
 
 def _explain(loader: Loader, names: str) -> str:
-    """Finding for names of which nothing is known."""
+    """Describe names of which nothing is known."""
     return _EXPLANATIONS.get(loader, _EXPLANATION).format(names=names)
 
 

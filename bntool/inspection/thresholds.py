@@ -63,7 +63,7 @@ ThresholdsOf: TypeAlias = Callable[[str], Thresholds]  # by the name of the laye
 
 
 def use_defaults(_layer: str) -> Thresholds:
-    """The thresholds of each layer where none is set."""
+    """Return the thresholds of each layer where none is set."""
     return DEFAULTS
 
 
@@ -94,12 +94,12 @@ class ThresholdRule(NamedTuple):
 
 
 def matches(globs: Sequence[str], *names: str) -> bool:
-    """Whether one of the globs of a rule matches one of the names."""
+    """Return whether one of the globs of a rule matches one of the names."""
     return any(fnmatchcase(name, glob) for name in names for glob in globs)
 
 
 def combine(rules: Sequence[ThresholdRule]) -> ThresholdsOf:
-    """The thresholds of each layer under these rules; of several for one threshold the last that fits counts."""
+    """Return the thresholds of each layer under these rules; of several for one threshold the last that fits counts."""
     if not rules:
         return use_defaults
 

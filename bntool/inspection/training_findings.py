@@ -20,7 +20,7 @@ FEW_STEPS = 10  # below, a multiple is chance
 def compare_with_steps(
     checkpoint: Checkpoint, inspections: Sequence[StateDictInspection], thresholds: Thresholds
 ) -> list[StateDictInspection]:
-    """The state dicts, with what is found where the optimizer of the file, or the file itself, counted steps."""
+    """Return the state dicts, with what is found where the optimizer of the file, or the file itself, counted steps."""
     if not any(inspection.layers for inspection in inspections) or not checkpoint.format.is_pytorch:
         return list(inspections)
     steps = _read_steps(checkpoint)
@@ -46,7 +46,9 @@ class _Steps(NamedTuple):
 
 
 def _read_steps(checkpoint: Checkpoint) -> _Steps | None:
-    """The steps of the only optimizer of a file, or those that the file counts; None where optimizers are several."""
+    """Return the steps of the only optimizer of a file, or those that the file counts; None where optimizers are
+    several.
+    """
     counted = [read_steps(checkpoint, node) for _, node in find_optimizers(checkpoint)]
     if len(counted) > 1:
         return None

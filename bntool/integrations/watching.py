@@ -33,7 +33,7 @@ class Look(NamedTuple):
     is_sick: bool
 
     def describe(self) -> str:
-        """The verdict, and the errors where there are some, in a sentence."""
+        """Return the verdict, and the errors where there are some, in a sentence."""
         verdict = self.summary.verdict
         errors = [found for found in self.summary.findings if found.finding.severity is Severity.ERROR]
         listed = "; ".join(f"{_list_names(one.layers)}: {one.finding.message}" for one in errors[:_LISTED])
@@ -100,7 +100,7 @@ class WatchingHook:
         return self.last
 
     def must_stop(self, look: Look | None) -> bool:
-        """Whether training is to end after a look."""
+        """Return whether training is to end after a look."""
         return self._stops and look is not None and look.is_sick
 
 
@@ -129,7 +129,7 @@ def _merge(states: Sequence[LayerState]) -> dict[str, float | None]:
 
 
 def _is_on_any_rank(flag: bool) -> bool:  # noqa: FBT001 (as bool takes it)
-    """Whether a flag is set on one of the processes that train together, or here where there are no others."""
+    """Return whether a flag is set on one of the processes that train together, or here where there are no others."""
     distributed = torch.distributed
     if not distributed.is_available() or not distributed.is_initialized() or distributed.get_world_size() == 1:
         return flag

@@ -8,7 +8,7 @@ from bntool.errors import UsageError
 
 
 def parse_assignments(texts: Iterable[str]) -> dict[str, str]:
-    """``["width=8"]`` as a mapping.
+    """Parse ``["width=8"]`` as a mapping.
 
     Raises:
         UsageError: one is not of the form name=value.

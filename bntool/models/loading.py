@@ -65,7 +65,7 @@ def _hint(spec: str) -> str:
 
 
 def parse_value(text: str) -> Any:
-    """``0.5``, ``True``, ``[1, 2]``: the Python literal that the text is, else the text itself."""
+    """Parse ``0.5``, ``True``, ``[1, 2]``: the Python literal that the text is, else the text itself."""
     try:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError, MemoryError, RecursionError):

@@ -33,7 +33,7 @@ class ModelSource(ABC):
 
     @abstractmethod
     def recognises(self, spec: str) -> bool:
-        """Whether the spec is of this kind."""
+        """Return whether the spec is of this kind."""
 
     def check(self, spec: str) -> None:  # noqa: B027 most can be found out only by loading
         """Find out without importing torch, which takes seconds, what the spec needs and is not there.

@@ -49,7 +49,7 @@ def running_user_code(what: str) -> Iterator[None]:
 
 
 def describe_exception(error: BaseException) -> str:
-    """Kind, message and the place in the user's code, e.g. ``ValueError: bad width (model.py:12)``."""
+    """Describe the kind, message and place in the user's code, e.g. ``ValueError: bad width (model.py:12)``."""
     said = str(error)
     if _FROM_WORKER.match(said):  # torch puts the whole traceback of a worker process into the message
         text = said.strip().splitlines()[-1].strip()
@@ -61,7 +61,7 @@ def describe_exception(error: BaseException) -> str:
 
 
 def find_user_line(error: BaseException) -> str:
-    """``file:line`` of the innermost frame that is the user's own; "" where no frame is.
+    """Find ``file:line`` of the innermost frame that is the user's own; "" where no frame is.
 
     Frames of bntool, of the standard library and of installed packages are not the user's.
     """
@@ -75,7 +75,7 @@ def find_user_line(error: BaseException) -> str:
 
 
 def find_calling_line(*, outside: str) -> str:
-    """``file:line`` of the innermost of the frames that called this that is neither bntool's nor in a folder."""
+    """Find ``file:line`` of the innermost calling frame that is neither bntool's nor in a folder of ``outside``."""
     frames = ((frame.f_code.co_filename, line) for frame, line in traceback.walk_stack(None))
     others = (f"{file}:{line}" for file, line in frames if not file.startswith((_PACKAGE, outside, "<")))
     return next(others, "")
@@ -86,7 +86,7 @@ def _is_users(filename: str) -> bool:
 
 
 def is_factory_spec(spec: str) -> bool:
-    """Whether the text has the form ``file.py:name`` or ``package.module:name``."""
+    """Return whether the text has the form ``file.py:name`` or ``package.module:name``."""
     module, _, name = spec.rpartition(":")
     if not module or not all(part.isidentifier() for part in name.split(".")):
         return False

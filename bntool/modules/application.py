@@ -78,7 +78,8 @@ def _find_place(step: Step) -> str:
 
 
 def what_remains(module: nn.Module, *, copies: bool = False) -> nn.Module:
-    """The module that takes the place of a folded BatchNorm: the identity, or the activation of a combined module.
+    """Return the module that takes the place of a folded BatchNorm: the identity, or the activation of a combined
+    module.
 
     It is given the forward hooks of the BatchNorm: its output is still the same.
 
@@ -105,7 +106,8 @@ def _find_mean(modules: dict[str, nn.Module], path: str) -> torch.Tensor | None:
 
 
 def _add_neutral_tensors(remaining: nn.Module, mean: torch.Tensor | None, eps: object) -> None:
-    """What code that folds by itself afterwards (``fuse()`` of a library) asks of a BatchNorm: that of the identity.
+    """Add the tensors of the identity, for code that folds by itself afterwards (``fuse()`` of a library) and asks a
+    BatchNorm for them.
 
     They are in no state dict.
     """
@@ -212,7 +214,7 @@ def _set_attribute(module: nn.Module, step: SetAttribute) -> None:
 
 
 def read_state(model: nn.Module) -> StateDict:
-    """The state of a live model as if it came from a file; its tensors are those of the model, not copies."""
+    """Return the state of a live model as if it came from a file; its tensors are those of the model, not copies."""
     state = model.state_dict(keep_vars=True)
     tensors: dict[str, Tensor] = {
         name: LiveTensor(tensor) for name, tensor in state.items() if isinstance(tensor, torch.Tensor)

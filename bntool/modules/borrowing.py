@@ -39,15 +39,15 @@ class Borrowed:
         self._undo = contextlib.ExitStack()
 
     def add_forward_hook(self, module: torch.nn.Module, hook: Callable[..., Any], **options: Any) -> None:
-        """``module.register_forward_hook``, until the model is given back."""
+        """Call ``module.register_forward_hook``; the hook goes when the model is given back."""
         self._keep(module.register_forward_hook(hook, **options))
 
     def add_forward_pre_hook(self, module: torch.nn.Module, hook: Callable[..., Any], **options: Any) -> None:
-        """``module.register_forward_pre_hook``, until the model is given back."""
+        """Call ``module.register_forward_pre_hook``; the hook goes when the model is given back."""
         self._keep(module.register_forward_pre_hook(hook, **options))
 
     def _keep(self, handle: RemovableHandle) -> None:
-        """A hook is no change that :meth:`reset` undoes."""
+        """Keep a hook, which :meth:`reset` does not undo."""
         for reference in (handle.hooks_dict_ref, *handle.extra_dict_ref):
             registry = reference()
             found = (contents.find_container(registry) for contents in self._contents)
@@ -72,7 +72,9 @@ class Borrowed:
                 all_of_them.callback(contents.give_back)
 
     def find_written(self, copied: Iterable[torch.nn.Parameter]) -> torch.nn.Parameter | None:
-        """A parameter whose elements were changed and cannot be given back, because they were not copied; or None."""
+        """Return a parameter whose elements were changed and cannot be given back, because they were not copied; or
+        None.
+        """
         known = set(map(id, copied))
         facts = (facts for contents in self._contents for facts in contents.parameters)
         return next((f.parameter for f in facts if f.is_lost and id(f.parameter) not in known), None)
@@ -88,7 +90,7 @@ class Borrowed:
 
 @contextlib.contextmanager
 def borrow(model: torch.nn.Module) -> Iterator[Borrowed]:
-    """A context in which a model may be run and changed, and after which it is exactly as it was.
+    """Let a model be run and changed inside the context; after it the model is exactly as it was.
 
     Given back are the class and plain attributes of each module, ``training`` among them, and what lists, dicts and
     sets among these hold; its modules, parameters (the objects, their memory, hooks and ``requires_grad``) and buffers
@@ -174,7 +176,7 @@ class _Contents:
                 parameter.requires_grad_(requires_grad)
 
     def find_container(self, value: Any) -> _Container | None:
-        """The saved contents of a list, dict, set or registry of this module."""
+        """Return the saved contents of a list, dict, set or registry of this module."""
         for position, empty in enumerate(self._empty):
             if empty is value:
                 del self._empty[position]
@@ -209,7 +211,7 @@ def _identify(container: Any) -> list[int]:
 
 
 def _is_plain(parameter: torch.Tensor) -> bool:
-    """Whether a parameter is a tensor with memory of its own."""
+    """Return whether a parameter is a tensor with memory of its own."""
     return not is_lazy(parameter) and type(parameter.data) is torch.Tensor
 
 
@@ -274,13 +276,13 @@ class _Elements:
 
 
 def is_switching(module: torch.nn.Module) -> bool:
-    """Whether the class of a module does more than set a flag when its mode changes."""
+    """Return whether the class of a module does more than set a flag when its mode changes."""
     kind = type(module)
     return kind.train is not torch.nn.Module.train or kind.eval is not torch.nn.Module.eval
 
 
 def _find_switched(modules: Iterable[torch.nn.Module]) -> list[torch.nn.Parameter]:
-    """The parameters that a change of mode may change."""
+    """Return the parameters that a change of mode may change."""
     found = {
         id(parameter): parameter
         for module in modules
@@ -293,7 +295,7 @@ def _find_switched(modules: Iterable[torch.nn.Module]) -> list[torch.nn.Paramete
 
 
 def _find_attributes(module: torch.nn.Module) -> dict[str, Any]:
-    """What is kept on a module beside registries: not what torch keeps on wrappers and compiled modules."""
+    """Find what is kept on a module beside registries, except what torch keeps on wrappers and compiled modules."""
     kind = type(module).__module__
     is_opaque = kind.partition(".")[0] == "torch" and not kind.startswith("torch.nn.modules.")
     return {

@@ -16,7 +16,7 @@ from bntool.models.user_code import describe_exception
 
 
 def leaves_of(item: Any) -> Iterator[Any]:
-    """All values in nested lists, tuples, sets and mappings of any class, and in what torch's pytrees know."""
+    """Yield all values in nested lists, tuples, sets and mappings of any class, and in what torch's pytrees know."""
     if isinstance(item, Tensor):
         yield item
     elif isinstance(item, list | tuple | deque | AbstractSet):
@@ -32,12 +32,12 @@ def leaves_of(item: Any) -> Iterator[Any]:
 
 
 def tensors_in(item: Any) -> list[Tensor]:
-    """The tensors among :func:`leaves_of`."""
+    """Return the tensors among :func:`leaves_of`."""
     return [leaf for leaf in leaves_of(item) if isinstance(leaf, Tensor)]
 
 
 def map_leaves(function: Callable[[Any], Any], item: Any) -> Any:
-    """A copy of a nest, of the same classes, with a function applied to each of its :func:`leaves_of`."""
+    """Copy a nest, of the same classes, with a function applied to each of its :func:`leaves_of`."""
     if isinstance(item, tuple):
         return _make_tuple(item, [map_leaves(function, inner) for inner in item])
     if type(item) is list:
@@ -59,7 +59,7 @@ def map_leaves(function: Callable[[Any], Any], item: Any) -> Any:
 
 
 def map_tensors(function: Callable[[Tensor], Any], item: Any) -> Any:
-    """A copy of a nest, of the same classes, with a function applied to each of its tensors."""
+    """Copy a nest, of the same classes, with a function applied to each of its tensors."""
     return map_leaves(lambda leaf: function(leaf) if isinstance(leaf, Tensor) else leaf, item)
 
 
@@ -76,7 +76,7 @@ def _make_tuple(like: tuple[Any, ...], items: list[Any]) -> Any:
 
 
 def copy_tensors(item: Any) -> Any:
-    """A copy of a nest, with copies of its tensors."""
+    """Copy a nest and its tensors."""
     return map_tensors(Tensor.clone, item)
 
 
@@ -88,7 +88,7 @@ def pass_inputs(model: nn.Module, inputs: Any) -> Any:
 
 
 def call(model: nn.Module, inputs: Any) -> Any:
-    """Like :func:`pass_inputs`; an exception of the model becomes an error that names the shapes of its inputs.
+    """Call the model; an exception of it becomes an error that names the shapes of its inputs. See :func:`pass_inputs`.
 
     Raises:
         UserCodeError: the model's forward raised.

@@ -15,7 +15,7 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 def copy_model(model: Model) -> Model:
-    """A deep copy of a model.
+    """Make a deep copy of a model.
 
     Tensors that were computed with gradients, as pruning, weight_norm and spectral_norm keep them beside parameters,
     are copied by their elements; torch would refuse them.

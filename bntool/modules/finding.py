@@ -27,12 +27,12 @@ ORIGINAL = "_bntool_original"  # on the class of a frozen module: the one that i
 
 
 def original_class(kind: type) -> type[torch.nn.Module]:
-    """The class that a frozen module had; its own where it is not frozen."""
+    """Return the class that a frozen module had; its own where it is not frozen."""
     return next((vars(base)[ORIGINAL] for base in kind.__mro__ if ORIGINAL in vars(base)), kind)
 
 
 def check_is_model(model: object, *, for_files: str) -> None:
-    """Hold what a caller gave as a live model against what one is.
+    """Check that what a caller gave as a live model is one.
 
     Args:
         for_files: the function that does the same to a file.
@@ -47,7 +47,7 @@ def check_is_model(model: object, *, for_files: str) -> None:
 
 
 def walk_modules(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:
-    """Every module under every name it has, the model itself as ``""``, in order of definition.
+    """Yield every module under every name it has, the model itself as ``""``, in order of definition.
 
     Unlike ``named_modules()`` this lists a shared module under each of its names, and does not rely on methods that a
     model may have overridden.
@@ -65,7 +65,7 @@ def _walk(
 
 
 def find_batchnorm_modules(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
-    """Every module that normalises as BatchNorm, once, under the first of its names.
+    """Return every module that normalises as BatchNorm, once, under the first of its names.
 
     BatchNorm1d/2d/3d, SyncBatchNorm and subclasses, lazy ones before their first call (see :func:`is_uninitialized`),
     those without statistics (``track_running_stats=False``), FrozenBatchNorm as torchvision, timm and detectron2 write
@@ -82,7 +82,7 @@ def find_batchnorm_modules(model: torch.nn.Module) -> dict[str, torch.nn.Module]
 
 
 def find_scripted(model: torch.nn.Module) -> list[str]:
-    """BatchNorms inside of parts that are TorchScript programs: nothing of them can be watched or replaced."""
+    """Find BatchNorms inside parts that are TorchScript programs: these can be neither watched nor replaced."""
     return [
         name
         for name, module in walk_modules(model)
@@ -93,7 +93,7 @@ def find_scripted(model: torch.nn.Module) -> list[str]:
 
 
 def find_names(model: torch.nn.Module) -> dict[torch.nn.Module, tuple[str, ...]]:
-    """All names under which a model holds each of its modules."""
+    """Return all names under which a model holds each of its modules."""
     names: dict[torch.nn.Module, tuple[str, ...]] = {}
     for name, module in walk_modules(model):
         names[module] = (*names.get(module, ()), name)
@@ -101,7 +101,7 @@ def find_names(model: torch.nn.Module) -> dict[torch.nn.Module, tuple[str, ...]]
 
 
 def is_batchnorm(module: torch.nn.Module) -> bool:
-    """Whether a module normalises as BatchNorm does, by its class and its tensors."""
+    """Return whether a module normalises as BatchNorm does, by its class and its tensors."""
     if "running_mean" in module._non_persistent_buffers_set:  # what took the place of one that was folded
         return False
     kind = find_class_kind(_class_name(module))
@@ -124,13 +124,15 @@ def is_batchnorm(module: torch.nn.Module) -> bool:
 
 
 def find_eps(module: torch.nn.Module) -> float:
-    """What a BatchNorm adds to its variance; PyTorch's default where its class keeps it elsewhere."""
+    """Return what a BatchNorm adds to its variance; PyTorch's default where its class keeps it elsewhere."""
     eps = read_eps(module)
     return DEFAULT_EPS if eps is None else eps
 
 
 def read_eps(module: torch.nn.Module) -> float | None:
-    """The attribute ``eps`` of a module, a number or a tensor of one element; None where there is no such thing."""
+    """Return the attribute ``eps`` of a module, a number or a tensor of one element; None where there is no such
+    thing.
+    """
     eps = getattr(module, "eps", None)
     if isinstance(eps, torch.Tensor) and eps.numel() == 1 and not eps.is_meta:
         # 1e-3 in float32 is meant to be 1e-3
@@ -139,23 +141,26 @@ def read_eps(module: torch.nn.Module) -> float | None:
 
 
 def has_statistics(module: torch.nn.Module) -> bool:
-    """Whether a module keeps running statistics."""
+    """Return whether a module keeps running statistics."""
     return all(module._buffers.get(role) is not None for role in STATISTICS)
 
 
 def normalises_by_statistics(module: torch.nn.Module) -> bool:
-    """Whether a module has running statistics in eval mode, be they kept or computed (by a parametrization)."""
+    """Return whether a module has running statistics in eval mode, be they kept or computed (by a parametrization)."""
     return all(getattr(module, role, None) is not None for role in STATISTICS)
 
 
 def has_other_statistics(module: torch.nn.Module) -> bool:
-    """Whether a module keeps statistics as BatchNorm does and its class says that it is none: InstanceNorm and such."""
+    """Return whether a module keeps statistics as BatchNorm does and its class says that it is none: InstanceNorm and
+    such.
+    """
     kept = "running_mean" not in module._non_persistent_buffers_set
     return module._buffers.get("running_mean") is not None and kept and not is_batchnorm(module)
 
 
 def find_unread_statistics(model: torch.nn.Module) -> dict[str, tuple[str, str]]:
-    """Modules that seem to keep a mean and a variance of each channel under other names than BatchNorm, and the names.
+    """Return modules that seem to keep a mean and a variance of each channel under other names than BatchNorm, and the
+    names.
 
     Classes of one's own may call them as another framework does: nothing tells which is which for sure.
     """
@@ -171,7 +176,7 @@ def find_unread_statistics(model: torch.nn.Module) -> dict[str, tuple[str, str]]
 
 
 def describe_unread_statistics(model: torch.nn.Module) -> str:
-    """Which modules these are, in a clause for a message; "" where there are none."""
+    """Describe which modules hold statistics that are not read, in a clause for a message; "" where there are none."""
     modules = dict(walk_modules(model))
     said = [
         f"{type(modules[path]).__name__} ({path or 'the model itself'}) has {mean} and {variance}"
@@ -182,7 +187,7 @@ def describe_unread_statistics(model: torch.nn.Module) -> str:
 
 
 def skip_unread_statistics(model: torch.nn.Module, globs: Sequence[str], *, prefix: str) -> list[Skip]:
-    """A skip for each of these modules, of those that globs select.
+    """Skip those of these modules that globs select.
 
     Args:
         globs: on names without the prefix; none for all.
@@ -201,18 +206,20 @@ def skip_unread_statistics(model: torch.nn.Module, globs: Sequence[str], *, pref
 
 
 def is_frozen_class(module: torch.nn.Module) -> bool:
-    """Whether a module is a FrozenBatchNorm: its class never updates statistics."""
+    """Return whether a module is a FrozenBatchNorm: its class never updates statistics."""
     return not isinstance(module, _BatchNorm) and find_class_kind(_class_name(module)) is NormKind.FROZEN_BATCH_NORM
 
 
 def is_uninitialized(module: torch.nn.Module) -> bool:
-    """Whether a lazy module has not seen its first batch: its tensors have no shape yet."""
+    """Return whether a lazy module has not seen its first batch: its tensors have no shape yet."""
     tensors = [*module._parameters.values(), *module._buffers.values()]
     return any(tensor is not None and is_lazy(tensor) for tensor in tensors)
 
 
 def unwrap(model: torch.nn.Module) -> torch.nn.Module:
-    """The model inside of DataParallel, DDP, torch.compile and AveragedModel: these hand ``train()`` on to it."""
+    """Return the model inside of DataParallel, DDP, torch.compile and AveragedModel: these hand ``train()`` on to
+    it.
+    """
     wrapped = model._modules.get("_orig_mod")
     if wrapped is None and isinstance(model, _WRAPPERS):
         wrapped = model._modules["module"]
@@ -220,7 +227,7 @@ def unwrap(model: torch.nn.Module) -> torch.nn.Module:
 
 
 def find_wrapper_prefix(model: torch.nn.Module) -> str:
-    """What wrappers (DataParallel, DDP, torch.compile, AveragedModel) put before all names of a model.
+    """Find the prefix that wrappers (DataParallel, DDP, torch.compile, AveragedModel) put before all names of a model.
 
     Layers of a live model are called as ``named_modules()`` of the model inside calls them.
     """
@@ -230,7 +237,7 @@ def find_wrapper_prefix(model: torch.nn.Module) -> str:
 
 
 def find_name_prefix(model: torch.nn.Module, names: Iterable[str]) -> str:
-    """What a model puts before names of tensors or modules that come from a plan or a file.
+    """Find what a model puts before names of tensors or modules that come from a plan or a file.
 
     Names of a file go without what all its keys begin with, be it of a wrapper or the one attribute that holds
     everything (``model.``); those of a plan for the live model only without that of wrappers.
@@ -248,7 +255,7 @@ def find_name_prefix(model: torch.nn.Module, names: Iterable[str]) -> str:
 
 
 def describe_producers(model: torch.nn.Module, names: Iterable[str]) -> dict[str, ModuleInfo]:
-    """What a model tells of its convolutions and linears: which are transposed, and their groups.
+    """Describe the convolutions and linears of a model: which are transposed, and their groups.
 
     Args:
         names: of some of its modules, without prefix; those of other classes are left out.

@@ -41,7 +41,7 @@ class _NoFile(SourceFile):
         raise AssertionError(f"nothing of {self.path} lies in a file, nor bytes {offset} to {offset + length}")
 
     def close(self) -> None:
-        """Does nothing."""
+        """Do nothing."""
 
 
 def list_in_memory(source: object) -> Checkpoint:
@@ -82,7 +82,9 @@ def list_in_memory(source: object) -> Checkpoint:
 
 
 def _as_tensor(value: Any) -> Tensor | None:
-    """A value of a state dict as a tensor; None for what is no tensor, or has a dtype that bntool does not know."""
+    """Convert a value of a state dict to a tensor; None for what is no tensor, or has a dtype that bntool does not
+    know.
+    """
     if isinstance(value, torch.Tensor):
         name = str(value.dtype).removeprefix("torch.")
         if is_lazy(value) or value.is_meta or value.layout is not torch.strided:  # no plain elements

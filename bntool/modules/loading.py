@@ -51,7 +51,7 @@ class LiveTensor(AsArray):
 
 
 def to_torch(tensor: Tensor) -> torch.Tensor:
-    """The elements of a tensor as a torch tensor of its own memory, exactly, in its dtype.
+    """Return the elements of a tensor as a torch tensor of its own memory, exactly, in its dtype.
 
     Raises:
         RefusedError: torch has no strided tensor like it (quantised, sparse, without bytes, sub-byte types).
@@ -71,7 +71,7 @@ def to_torch(tensor: Tensor) -> torch.Tensor:
 
 
 def _read_into(data: bytearray, tensor: Tensor) -> bytearray:
-    """The elements of a tensor, copied once."""
+    """Return the elements of a tensor, copied once."""
     place, position = memoryview(data), 0
     for chunk in tensor.chunks():
         place[position : position + len(chunk)] = chunk
@@ -152,7 +152,7 @@ def _fits(shape: Sequence[int], other: Sequence[int]) -> bool:
 
 
 def _metadata(state_dict: StateDict, prefix: str) -> OrderedDict[str, dict[str, int]]:
-    """Versions of modules under the model's own names; modules adapt old files by them."""
+    """Return versions of modules under the model's own names; modules adapt old files by them."""
     versions: Mapping[str, int | None] = state_dict.versions or {}
     metadata: OrderedDict[str, dict[str, int]] = OrderedDict()
     for path, version in versions.items():
@@ -178,7 +178,9 @@ def _explain(missing: Sequence[str], unexpected: Sequence[str], shapes: Sequence
 
 
 def _is_of_the_head(text: str) -> bool:
-    """Whether shapes differ only in their first dimension, like those of a last layer for another number of classes."""
+    """Return whether shapes differ only in their first dimension, like those of a last layer for another number of
+    classes.
+    """
     file, model = (part.partition("[")[2].partition("]")[0].split(", ") for part in text.split(" in the file, "))
     return len(file) == len(model) <= 2 and file[1:] == model[1:]
 
@@ -189,7 +191,7 @@ def _some(items: Sequence[str]) -> str:
 
 
 def _guess(missing: Sequence[str], unexpected: Sequence[str], names: Sequence[str]) -> str:
-    """A prefix that would bring names of the two sides together, in words."""
+    """Describe a prefix that would bring names of the two sides together."""
     for here, there, whose in ((missing, names, "the file's"), (unexpected, missing, "the model's")):
         found: Counter[str] = Counter()
         for name in here:

@@ -8,7 +8,7 @@ import torch
 
 
 def storage_key(tensor: torch.Tensor) -> int:
-    """Names the storage of a tensor while that storage lives.
+    """Return a number that names the storage of a tensor while that storage lives.
 
     Raises:
         NotImplementedError: it has none, as sparse tensors.
@@ -17,7 +17,7 @@ def storage_key(tensor: torch.Tensor) -> int:
 
 
 def storage_keys(tensors: Iterable[torch.Tensor]) -> Iterator[int]:
-    """The storages of tensors, without those that have none: sparse tensors."""
+    """Yield the storages of tensors, without those that have none: sparse tensors."""
     for tensor in tensors:
         try:
             key = storage_key(tensor)
@@ -27,7 +27,7 @@ def storage_keys(tensors: Iterable[torch.Tensor]) -> Iterator[int]:
 
 
 def share_elements(first: torch.Tensor, second: torch.Tensor) -> bool:
-    """Whether what is written to one tensor may be seen in another, by the bytes from first to last element."""
+    """Return whether what is written to one tensor may be seen in another, by the bytes from first to last element."""
     spans = _find_span(first), _find_span(second)
     if spans[0] is None or spans[1] is None or first.device != second.device:
         return False
@@ -36,12 +36,14 @@ def share_elements(first: torch.Tensor, second: torch.Tensor) -> bool:
 
 
 def count_writes(tensor: torch.Tensor) -> int:
-    """How often its elements were written to; 0 for tensors of inference mode, which do not count."""
+    """Count how often the elements were written to; 0 for tensors of inference mode, which do not count."""
     return 0 if tensor.is_inference() else tensor._version
 
 
 def _find_span(tensor: torch.Tensor) -> tuple[int, int] | None:
-    """Where elements begin and end; None where there is no memory: sparse, nested, meta or wrapped by torch.func."""
+    """Find where elements begin and end; None where there is no memory: sparse, nested, meta or wrapped by
+    torch.func.
+    """
     try:
         start = tensor.data_ptr()
     except RuntimeError:  # torch has no way to ask

@@ -18,7 +18,7 @@ Source: TypeAlias = Union[str, "os.PathLike[str]", Checkpoint, Mapping[str, Any]
 
 @contextlib.contextmanager
 def open_source(source: Source) -> Iterator[Checkpoint]:
-    """A context in which a source can be read; a file is closed after it, an open checkpoint stays open.
+    """Open a source inside the context; a file is closed after it, an open checkpoint stays open.
 
     Raises:
         FileError: a file cannot be read.

@@ -27,7 +27,7 @@ class _PadsWithValues:
         return self._conv_forward(padded, self.weight, self.bias)  # type: ignore[attr-defined, no-any-return]
 
     def extra_repr(self) -> str:
-        """What torch shows, and the padding."""
+        """Return what torch shows, and the padding."""
         return f"{super().extra_repr()}, padded by {self.amounts} with values of its own"  # type: ignore[misc]
 
 
@@ -67,7 +67,7 @@ def pad_channels(data: torch.Tensor, amounts: Sequence[int], values: torch.Tenso
 
 
 def find_amounts(module: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> tuple[int, ...]:
-    """How many elements a convolution adds before and after, of the last axis first."""
+    """Count the elements that a convolution adds before and after, of the last axis first."""
     if isinstance(module.padding, str):
         if module.padding == "valid":
             return (0,) * 2 * len(module.kernel_size)

@@ -18,7 +18,7 @@ _LARGE_MEAN = 30.0  # |mean| / std from which float32 sums lose digits of the va
 
 
 def measure(values: torch.Tensor) -> Moments:
-    """Moments of a batch of activations.
+    """Measure the moments of a batch of activations.
 
     float32 (and half precision, widened first) is measured in short runs and merged in float64; channels whose mean is
     large against their spread are measured again in float64, because float32 cannot hold both. Small batches are
@@ -66,7 +66,7 @@ def _measure_fast(values: torch.Tensor) -> Moments:
 
 
 def _measure_runs(pieces: Sequence[torch.Tensor], *, length: int, channels: int) -> Moments:
-    """Moments of runs of equal length, of which each piece has one or more side by side."""
+    """Measure the moments of runs of equal length, of which each piece has one or more side by side."""
     means, variances = [], []
     for piece in pieces:
         unused: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None)
@@ -86,7 +86,7 @@ def _measure_runs(pieces: Sequence[torch.Tensor], *, length: int, channels: int)
 
 
 def _measure_exactly(values: torch.Tensor) -> Moments:
-    """In float64, a sample or a run of rows at a time so that little memory is needed."""
+    """Measure in float64, a sample or a run of rows at a time so that little memory is needed."""
     spatial = values[0, 0].numel()
     pieces = torch.split(values, max(1, _ROWS // spatial))
     return merge_all(_measure_in_double(piece) for piece in pieces)

@@ -61,7 +61,7 @@ class _Call:
     measured: tuple[torch.Tensor, int] | None = None
 
     def uses(self, tensor: torch.Tensor) -> bool:
-        """Whether a tensor shows the layer's statistics."""
+        """Return whether a tensor shows the layer's statistics."""
         own = [self.layer._buffers[role] for role in ("running_mean", "running_var")]
         return any(buffer is not None and share_elements(tensor, buffer) for buffer in own)
 
@@ -102,7 +102,7 @@ class Activations(TorchFunctionMode):
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
-        """A context for one forward, in the thread that runs it.
+        """Watch one forward inside the context, in the thread that runs it.
 
         Raises:
             RefusedError: it cannot be told what a layer normalises, or it runs with statistics that are not its own.
@@ -163,7 +163,7 @@ class Activations(TorchFunctionMode):
         return function(*args, **kwargs)
 
     def _are_anothers(self, call: _Call, tensors: Sequence[torch.Tensor]) -> bool:
-        """Whether such a function is given the statistics of another layer."""
+        """Return whether such a function is given the statistics of another layer."""
         others = (_Call(name, layer, None) for name, layer in self._layers.items() if layer is not call.layer)
         return any(other.uses(tensor) for other in others for tensor in tensors)
 
@@ -247,7 +247,7 @@ def _is_direct(layer: torch.nn.Module) -> bool:
 
 
 def _is_unchanged(values: torch.Tensor, measured: tuple[torch.Tensor, int] | None) -> bool:
-    """Whether such a function is given what was measured, or a copy in another layout or dtype."""
+    """Return whether such a function is given what was measured, or a copy in another layout or dtype."""
     if measured is None or values.shape != measured[0].shape or count_writes(measured[0]) != measured[1]:
         return False
     before = measured[0]
@@ -256,7 +256,7 @@ def _is_unchanged(values: torch.Tensor, measured: tuple[torch.Tensor, int] | Non
 
 
 def _shows(tensor: torch.Tensor, given: torch.Tensor) -> bool:
-    """Whether a tensor is a view of all of another one, or a copy in another layout or dtype."""
+    """Return whether a tensor is a view of all of another one, or a copy in another layout or dtype."""
     is_view = share_elements(tensor, given) and tensor.numel() == given.numel()
     return is_view or (tensor.shape == given.shape and torch.equal(tensor.to(given.dtype), given))
 

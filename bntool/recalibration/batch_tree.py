@@ -30,7 +30,7 @@ class Measured:
     left_out: tuple[LeftOut, ...] = ()
 
     def and_(self, later: Measured) -> Measured:
-        """The two merged; the batches of the other come later in the list."""
+        """Return the two merged; the batches of the other come later in the list."""
         if self.tally is None or later.tally is None:
             tally = later.tally if self.tally is None else self.tally
         else:
@@ -76,7 +76,7 @@ class BatchTree:
             self.put(place, measured)
 
     def finish(self) -> Measured:
-        """All of the list; what is not there gave nothing."""
+        """Finish the list; what is not there gave nothing."""
         nodes = dict(self.nodes)
         while len(nodes) > 1 or any(index for _, index in nodes):
             lowest = min(level for level, _ in nodes)
@@ -89,7 +89,7 @@ class BatchTree:
 
 
 def find_runs(places: Iterable[Place]) -> list[range]:
-    """The positions that nodes hold, as runs of neighbours in ascending order.
+    """Return the positions that nodes hold, as runs of neighbours in ascending order.
 
     A position that two of them hold ends a run and begins another one.
     """

@@ -253,7 +253,7 @@ def recalibrate_checkpoint(  # noqa: PLR0913, PLR0915 as many as the command has
 def _end(
     keeper: PartialKeeper | None, ranks: Ranks, found: CheckpointRecalibration | None
 ) -> CheckpointRecalibration | None:
-    """All is done: nothing has to be gone on with."""
+    """End a recalibration: nothing has to be gone on with."""
     if keeper is not None:
         keeper.end(ranks)
     return found
@@ -286,7 +286,7 @@ def _describe_origin(
     data: str | Iterable[Any],
     **options: Any,
 ) -> Origin:
-    """What a partial says of what it was measured of."""
+    """Describe what a partial was measured of."""
     steps = batches.preprocessing
     known = {field.name for field in fields(Origin)}
     return Origin(
@@ -302,7 +302,7 @@ def _describe_origin(
 
 
 def _choose_share(share: Share, data: str | Iterable[Any], *, is_kept: bool) -> Share:
-    """Each process of the caller's own job gives batches of its own; only specs and shards are one list for all.
+    """Return each process of the caller's own job gives batches of its own; only specs and shards are one list for all.
 
     Raises:
         UsageError: these are to be kept, or to be a shard.
@@ -322,7 +322,7 @@ def _check_share(
     judging: tuple[object, ...],
     merging: tuple[object, ...],
 ) -> None:
-    """Hold the options of a share against what it can do.
+    """Check the options of a share against what it can do.
 
     Raises:
         UsageError: the partial has no name, or an option acts elsewhere.
@@ -345,7 +345,9 @@ def _check_share(
 
 @contextlib.contextmanager
 def _seeded(seed: int) -> Iterator[None]:
-    """User code that draws random numbers gives the same, run after run and on every rank; the caller's go on."""
+    """Seed what user code draws random numbers from, the same run after run and on every rank; the caller's go on
+    afterwards.
+    """
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()  # type: ignore[no-untyped-call]
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
@@ -353,7 +355,9 @@ def _seeded(seed: int) -> Iterator[None]:
 
 
 def _reset_what_is_lacking(live: torch.nn.Module, state_dict: StateDict, prefix: str) -> tuple[str, ...]:
-    """The layers whose statistics the file lacks, which begin as those of a new layer: a mean of 0, a variance of 1."""
+    """Return the layers whose statistics the file lacks, which begin as those of a new layer: a mean of 0, a variance
+    of 1.
+    """
     lacking = []
     for name, module in find_batchnorm_modules(live).items():
         mean, variance = (module._buffers.get(role) for role in STATISTICS)
@@ -405,7 +409,7 @@ class _Reader:
         columns: Columns,
         on_bad_data: OnBadData,
     ) -> _Reader:
-        """With the preprocessing that was asked for, or that of the model."""
+        """Make a reader with the preprocessing that was asked for, or that of the model."""
         suggested = find_model_preset(model if isinstance(model, str) else "", live)
         presets = PRESETS if suggested is None else {**PRESETS, "model": suggested}
         steps = parse_preprocessing(preprocess, presets=presets) if preprocess else None
@@ -455,7 +459,7 @@ def _choose_held_out(
     seed: int,
     needs_labels: bool,
 ) -> tuple[Batches, Callable[..., Batches]]:
-    """What the model is judged on, before and after, and what opens a share of it."""
+    """Choose what the model is judged on, before and after, and what opens a share of it."""
     spec, limits = (data, {"samples": samples, "seed": seed}) if eval_data is None else (eval_data, {})
     reopen: Callable[..., Batches] = functools.partial(read, spec, **limits)  # type: ignore[arg-type]
     held_out = reopen()

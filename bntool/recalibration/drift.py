@@ -80,7 +80,7 @@ class LayerDrift:
         return max(ratio, 1 / ratio)
 
     def describe(self) -> dict[str, Any]:
-        """As JSON data, without the channels."""
+        """Return the drift as JSON data, without the channels."""
         return {name: value for name, value in vars(self).items() if name != "shift"}
 
     @property
@@ -120,5 +120,5 @@ def measure_drift(
 
 
 def find_first_parted(drifts: Sequence[LayerDrift]) -> LayerDrift | None:
-    """The first layer in execution order whose stored statistics are not those of the data."""
+    """Return the first layer in execution order whose stored statistics are not those of the data."""
     return next((drift for drift in drifts if drift.has_parted), None)

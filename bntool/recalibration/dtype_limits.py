@@ -20,7 +20,7 @@ _TOLERANCE = 2.0**-6  # relative error of variance + eps; bfloat16 rounds by 2^-
 
 
 def fit_plan(plan: Plan, state_dict: StateDict, *, eps: Mapping[str, float], promote: bool = False) -> Plan:
-    """The plan for a state dict of a file.
+    """Return the plan for a state dict of a file.
 
     Statistics that the file lacks are added, with their counters; a counter alone is not, and scalars keep its shape.
 
@@ -58,13 +58,13 @@ def fit_plan(plan: Plan, state_dict: StateDict, *, eps: Mapping[str, float], pro
 
 
 def find_missing(plan: Plan, state_dict: StateDict) -> list[str]:
-    """The layers of a plan whose statistics a file lacks."""
+    """Return the layers of a plan whose statistics a file lacks."""
     names = [step.name for step in plan.steps if isinstance(step, SetTensor) and step.name.endswith(_MEAN)]
     return [name.rpartition(".")[0] for name in names if state_dict.full_name(name) not in state_dict.tensors]
 
 
 def _add(name: str, value: Values, layer: str, *, role: str, state_dict: StateDict) -> AddTensor:
-    """Behind the layer's own tensors, in the order and the dtypes that PyTorch has."""
+    """Add a tensor behind the layer's own, in the order and the dtype that PyTorch has."""
     stem = f"{layer}." if layer else ""
     own = [stem + other for other in ("weight", "bias") if state_dict.full_name(stem + other) in state_dict.tensors]
     dtype = state_dict.tensor(own[0]).dtype.name if own else _PROMOTED
@@ -80,12 +80,12 @@ def _add(name: str, value: Values, layer: str, *, role: str, state_dict: StateDi
 
 
 def list_promoted(plan: Plan) -> tuple[str, ...]:
-    """Names of the tensors that a plan gives another dtype."""
+    """Return names of the tensors that a plan gives another dtype."""
     return tuple(step.name for step in plan.steps if isinstance(step, SetTensor) and step.dtype is not None)
 
 
 def check_holds(variance: Sequence[float], dtype: str, *, eps: float, layer: str) -> None:
-    """Hold new variances against the dtype of a live buffer, by PyTorch's name of it.
+    """Check new variances against the dtype of a live buffer, which is named as PyTorch does.
 
     Raises:
         RefusedError: it cannot hold them.
@@ -96,7 +96,7 @@ def check_holds(variance: Sequence[float], dtype: str, *, eps: float, layer: str
 
 
 def _find_losses(plan: Plan, state_dict: StateDict, eps: Mapping[str, float]) -> Iterator[tuple[SetTensor, str]]:
-    """Steps whose statistics the dtype in the file cannot hold, and why not."""
+    """Yield steps whose statistics the dtype in the file cannot hold, and why not."""
     for step in plan.steps:
         if not isinstance(step, SetTensor) or not step.name.endswith(STATISTICS):
             continue
@@ -113,7 +113,7 @@ def _layer_of(step: SetTensor) -> str:
 
 
 def _describe_loss(numbers: Sequence[float], dtype: DType, *, role: str, eps: float) -> str | None:
-    """What a dtype would make of statistics that it cannot hold, in words; None where it can hold them.
+    """Describe what a dtype would make of statistics that it cannot hold; None where it can hold them.
 
     A variance counts together with eps: that of a dead channel may well become 0.
     """

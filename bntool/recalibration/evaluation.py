@@ -67,7 +67,7 @@ class Evaluation:
 
 
 def parse_metric(spec: str | None) -> Metric:
-    """``top1``, ``top5``, or ``file.py:function``; None for top1 where it fits.
+    """Parse ``top1``, ``top5`` or ``file.py:function``; None is top1 where it fits.
 
     The user's function is called once, with all outputs and all labels, and returns a number; larger is better. Outputs
     are a float32 tensor on the CPU, (samples, ...), and labels a tensor, where the model and the data give tensors that
@@ -107,7 +107,7 @@ def parse_metric(spec: str | None) -> Metric:
 
 
 def find_top_misfit(outputs: Any, labels: Any, *, k: int) -> str | None:
-    """Why outputs and labels are not classes, in words; None where they are."""
+    """Explain why outputs and labels are not classes; None where they are."""
     is_scores = isinstance(outputs, torch.Tensor) and outputs.ndim == 2
     is_indices = isinstance(labels, torch.Tensor) and not labels.is_floating_point() and labels.dtype != torch.bool
     if is_scores and is_indices and tuple(labels.shape) in ((outputs.shape[0],), (outputs.shape[0], 1)):
@@ -127,7 +127,7 @@ def _describe(value: Any) -> str:
 
 
 def measure_top(outputs: torch.Tensor, labels: torch.Tensor, *, k: int) -> float:
-    """Share of samples whose label is among the k largest outputs, 0 to 1.
+    """Measure the share of samples whose label is among the k largest outputs, 0 to 1.
 
     A sample whose outputs are not finite counts as wrong.
 
@@ -150,7 +150,7 @@ def measure_top(outputs: torch.Tensor, labels: torch.Tensor, *, k: int) -> float
 
 
 def check_labels(outputs: torch.Tensor, labels: torch.Tensor) -> None:
-    """Hold class indices against the number of outputs.
+    """Check class indices against the number of outputs.
 
     Raises:
         UsageError: a label is no index of an output.
@@ -211,7 +211,7 @@ class Collection:
             check_labels(output, labels)
 
     def evaluate(self) -> Evaluation:
-        """What the model does with all of them.
+        """Evaluate the model on all of the data.
 
         Raises:
             RefusedError: only some batches have labels.
@@ -235,7 +235,7 @@ class Collection:
 
 
 def take_first(output: Any) -> Any:
-    """The first tensor of a tuple or dict of outputs (logits, before auxiliary ones); else what it is."""
+    """Return the first tensor of a tuple or dict of outputs (logits, before auxiliary ones); else what it is."""
     values = list(output.values()) if isinstance(output, Mapping) else output
     if not isinstance(values, list | tuple):
         return output
@@ -245,14 +245,14 @@ def take_first(output: Any) -> Any:
 
 
 def _to_tensor(labels: Any) -> Any:
-    """A list of numbers as a tensor; anything else as it is."""
+    """Convert a list of numbers to a tensor; anything else stays as it is."""
     if isinstance(labels, list | tuple) and labels and all(isinstance(label, int | float) for label in labels):
         return torch.tensor(labels, device="cpu")
     return move(labels, device=torch.device("cpu"), dtype=None)
 
 
 def join(parts: list[Any]) -> Any:
-    """One tensor where that is possible, else the list."""
+    """Join pieces to one tensor where that is possible, else to a list."""
     tensors = [part for part in parts if isinstance(part, torch.Tensor) and part.ndim]
     if len(tensors) == len(parts) and len({(t.shape[1:], t.dtype) for t in tensors}) == 1:
         return torch.cat(tensors)
@@ -311,7 +311,7 @@ def evaluate(
 
 
 def count_flipped(before: Evaluation, after: Evaluation) -> float | None:
-    """Share of samples that are predicted as another class, 0 to 1.
+    """Measure the share of samples that are predicted as another class, 0 to 1.
 
     None where outputs are not classes, or where the data came in another order the second time.
     """
@@ -323,7 +323,7 @@ def count_flipped(before: Evaluation, after: Evaluation) -> float | None:
 
 
 def is_better(before: Evaluation, after: Evaluation) -> bool:
-    """Whether the metric grew.
+    """Return whether the metric grew.
 
     Raises:
         UsageError: there were no labels to tell.

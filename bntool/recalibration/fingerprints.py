@@ -16,7 +16,7 @@ _ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
 
 
 def fingerprint_state_dict(state_dict: StateDict) -> str:
-    """A hash of all names, dtypes, shapes and elements, equal for every format of the file; each byte is read."""
+    """Hash all names, dtypes, shapes and elements, equal for every format of the file; each byte is read."""
     digest = Fingerprint()
     for name, tensor in state_dict.tensors.items():
         digest.add(state_dict.strip(name), tensor.dtype.name, tuple(tensor.shape))
@@ -27,7 +27,7 @@ def fingerprint_state_dict(state_dict: StateDict) -> str:
 
 
 def fingerprint_model(model: torch.nn.Module) -> str:
-    """Of the names and classes of modules, and of what they say of themselves (sizes, strides, eps); not of code."""
+    """Hash the names and classes of modules and what they say of themselves (sizes, strides, eps); not their code."""
     from bntool.modules.finding import walk_modules
 
     digest = Fingerprint()

@@ -15,7 +15,7 @@ _PAUSE = 0.25  # seconds of CPU time; what is returned has to be asked for again
 
 @contextlib.contextmanager
 def returning_large_pieces() -> Iterator[None]:
-    """Inside, memory of large tensors goes back to the system as soon as it is freed, if the C library is glibc.
+    """Give memory of large tensors back to the system as soon as it is freed inside, if the C library is glibc.
 
     What lives on between freed pieces keeps 10 MB of a ResNet-50 there otherwise. Threads that begin inside, and from
     then on, share one arena: with one for each, that is 20 MB in each of them.

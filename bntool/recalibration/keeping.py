@@ -43,7 +43,7 @@ class PartialKeeper:
         self.position = 0 if self._earlier is None else self._earlier.position
 
     def begin(self, selection: Selection) -> BatchTree:
-        """The tree of the run before, or an empty one."""
+        """Return the tree of the run before, or an empty one."""
         self._selection, self._written = selection, time.monotonic()
         if self._earlier is None:
             return BatchTree()
@@ -66,7 +66,7 @@ class PartialKeeper:
             write_partial(self.make(tree, batches), self._path, force=True)
 
     def make(self, tree: BatchTree, batches: Batches) -> Partial:
-        """All of the share as a partial."""
+        """Return all of the share as a partial."""
         return self._make(tree, batches, batches.count or 0, is_complete=True)
 
     def _make(self, tree: BatchTree, batches: Batches, position: int, *, is_complete: bool) -> Partial:
@@ -93,7 +93,7 @@ class PartialKeeper:
 
 
 def check_can_resume(method: Method, *, every: float) -> None:
-    """Hold a method against going on with what was measured.
+    """Refuse a method that cannot go on with what was measured before.
 
     Raises:
         UsageError: the interval is none.
@@ -108,14 +108,14 @@ def check_can_resume(method: Method, *, every: float) -> None:
 
 
 def name_kept(path: Path, share: Share) -> Path:
-    """The file of one process of a job; each has its own."""
+    """Return the file of one process of a job; each has its own."""
     if share.ranks == 1:
         return path
     return path.with_name(f"{path.stem}.{share.rank}-of-{share.ranks}{path.suffix}")
 
 
 def _read_earlier(path: Path, origin: Origin, share: Share) -> Partial | None:
-    """What a run before kept of the same measurement; None where there is no such file."""
+    """Read what a run before kept of the same measurement; None where there is no such file."""
     if not path.exists():
         return None
     earlier = read_partial(path)
@@ -135,7 +135,7 @@ def _read_earlier(path: Path, origin: Origin, share: Share) -> Partial | None:
 
 
 def describe_platform(device: str) -> Mapping[str, Any]:
-    """What float32 arithmetic depends on."""
+    """Describe what float32 arithmetic depends on."""
     return {
         "torch": torch.__version__,
         "processor": torch.backends.cpu.get_cpu_capability(),

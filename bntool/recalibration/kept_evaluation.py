@@ -40,7 +40,7 @@ class EvaluationKeeper:
         self._written = time.monotonic()
 
     def begin(self, metric: Metric) -> Collection:
-        """What a run before has collected; nothing where it kept nothing, or of something else."""
+        """Begin with what a run before has collected; with nothing where it kept nothing, or of something else."""
         collected = Collection(metric)
         if self._path is None or not self._path.is_file():
             return collected
@@ -108,7 +108,7 @@ class Judge:
     _keepers: list[EvaluationKeeper] = field(default_factory=list)
 
     def evaluate(self, phase: str, state_dict: StateDict, *, on_progress: Callable[[int], None]) -> Evaluation:
-        """What the model does with the data.
+        """Evaluate the model on the data.
 
         Args:
             phase: a word for the name of the file.

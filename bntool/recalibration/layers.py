@@ -32,7 +32,7 @@ from bntool.recalibration.ranks import find_ranks
 def choose_layers(
     model: torch.nn.Module, globs: Sequence[str], *, prefix: str
 ) -> tuple[dict[str, torch.nn.Module], list[Skip]]:
-    """The selected BatchNorm layers by name, and those that are left alone.
+    """Return the selected BatchNorm layers by name, and those that are left alone.
 
     Layers that the model itself keeps frozen (FrozenBatchNorm, or in eval mode while the model is in train mode) are
     left alone unless globs select them. Layers that globs leave out are not mentioned.
@@ -74,7 +74,7 @@ def choose_layers(
 
 
 def _find_frozen(model: torch.nn.Module) -> dict[int, str]:
-    """Why a layer counts as frozen, by id of its module."""
+    """Explain why layers count as frozen, by id of their module."""
     layers = find_batchnorm_modules(model).values()
     frozen = {id(layer): "its class never updates statistics" for layer in layers if is_frozen_class(layer)}
     was_training = _unwrap(model).training
@@ -91,7 +91,7 @@ def _find_frozen(model: torch.nn.Module) -> dict[int, str]:
 def find_layers_of_train_mode(
     model: torch.nn.Module, names: Collection[str], batches: Sequence[Batch]
 ) -> frozenset[str]:
-    """Which layers a batch comes through where the whole model is in train mode, by its own ``train()``.
+    """Find the layers that a batch comes through where the whole model is in train mode, by its own ``train()``.
 
     Args:
         model: is as it was afterwards.
@@ -117,7 +117,7 @@ def _note(found: set[str], name: str, _module: torch.nn.Module, _args: object) -
 
 
 def _unwrap(model: torch.nn.Module) -> torch.nn.Module:
-    """The model inside of wrappers of any class: whatever has one module, and no tensor beside it.
+    """Return the model inside of wrappers of any class: whatever has one module, and no tensor beside it.
 
     That a whole model is in eval mode inside of a wrapper that is not, as timm's ModelEmaV3 has it, freezes no layer.
     """

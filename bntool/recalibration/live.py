@@ -184,7 +184,7 @@ class Selection:
         return {name: facts.channels for name, facts in self.layers.items()}
 
     def run(self, *, on_bad_data: OnBadData, on_progress: OnProgress | None) -> Run:
-        """The measurement of this selection."""
+        """Run the batches and return the measurement of this selection."""
         return Run(
             self.model,
             self.borrowed,
@@ -201,7 +201,7 @@ class SelectionKeeper(Keeper, Protocol):
     """Keeps what is measured, so that it can be gone on with, or merged with other measurements."""
 
     def begin(self, selection: Selection) -> BatchTree:
-        """Called when the layers to measure are known; gives what was measured of them before."""
+        """Begin when the layers to measure are known; return what was measured of them before."""
 
 
 @contextlib.contextmanager
@@ -247,7 +247,7 @@ def _measure_pooled(
 
 
 def _enter_eval_mode(model: torch.nn.Module) -> None:
-    """Every module, whatever its own eval() does; that is asked too, for it may merge weights.
+    """Put every module into eval mode, whatever its own eval() does; that is called too, for it may merge weights.
 
     Raises:
         UserCodeError: it raised.
@@ -317,7 +317,7 @@ def recalibrate(  # noqa: PLR0913 as plan_recalibration
 
 
 def check_live_statistics(model: torch.nn.Module, recalibration: Recalibration) -> None:
-    """Hold new statistics against the dtypes of the live model that they were computed for.
+    """Check new statistics against the dtypes of the live model that they were computed for.
 
     Raises:
         RefusedError: one of them cannot hold a new variance.
@@ -330,7 +330,9 @@ def check_live_statistics(model: torch.nn.Module, recalibration: Recalibration) 
 def _measure_exact(
     run: Run, batches: Batches, blend: Blend, *, fit_memory: bool, memory: int | None, on_forecast: OnWarning
 ) -> tuple[Measurement, int | None, dict[str, int]]:
-    """What was measured, the memory forecast for that, and layers called more than once that are left alone."""
+    """Measure by the method ``exact``; return the measurement, the memory forecast for it, and layers called more than
+    once, which are left alone.
+    """
     limits: Any = {"cut": fit_memory, "memory": memory, "on_forecast": on_forecast}
     with reading_batches(run, batches, find_ranks(), **limits) as read:
         reused: dict[str, int] = {}

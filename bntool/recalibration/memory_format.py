@@ -19,13 +19,13 @@ _TORCHS = ("aten", "prim", "prims", "profiler", "torchvision")
 
 
 def is_faster_channels_last(model: torch.nn.Module) -> bool:
-    """Whether measuring images of that layout is faster: on a CPU by a factor of eight, elsewhere not known."""
+    """Return whether measuring images of that layout is faster: on a CPU by a factor of eight, elsewhere not known."""
     device, _ = find_placement(model)
     return device is None or device.type == "cpu"
 
 
 def is_laid_out_anew(batch: Batch, model: torch.nn.Module) -> bool:
-    """Whether a batch is given to a model in other memory than its own when that is channels last."""
+    """Return whether a batch is given to a model in other memory than its own when that is channels last."""
     inputs = batch.inputs_for(model)
     return (
         isinstance(inputs, torch.Tensor)
@@ -35,7 +35,9 @@ def is_laid_out_anew(batch: Batch, model: torch.nn.Module) -> bool:
 
 
 def is_faster_in_bfloat16(model: torch.nn.Module) -> bool:
-    """Whether the processor that a model is on computes in bfloat16; without that, it takes several times as long."""
+    """Return whether the processor that a model is on computes in bfloat16; without that, it takes several times as
+    long.
+    """
     device, _ = find_placement(model)
     if device is not None and device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))

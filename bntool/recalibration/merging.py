@@ -144,7 +144,7 @@ def _join(facts: LayerFacts, role: str) -> str:
 
 
 def _read_stored(state_dict: StateDict, layers: Mapping[str, LayerFacts]) -> dict[str, Pair]:
-    """The statistics of the file as the model had them; those of a new layer where the file lacks them."""
+    """Return the statistics of the file as the model had them; those of a new layer where the file lacks them."""
     stored: dict[str, Pair] = {}
     for name, facts in layers.items():
         if _is_held(state_dict, facts):

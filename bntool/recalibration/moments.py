@@ -45,7 +45,7 @@ class Moments:
 
 
 def merge(first: Moments, second: Moments) -> Moments:
-    """Moments of two sets of values together; either may be empty.
+    """Merge the moments of two sets of values; either may be empty.
 
     With d = mean2 - mean1 and n = n1 + n2: mean = mean1 + d * n2 / n, squares = squares1 + squares2 + d^2 * n1 * n2 / n
     (Chan, Golub and LeVeque 1979, "Updating formulae and a pairwise algorithm for computing sample variances").
@@ -65,7 +65,7 @@ def merge(first: Moments, second: Moments) -> Moments:
 
 
 def merge_all(moments: Iterable[Moments]) -> Moments:
-    """Moments of any number of sets, merged in order; there must be at least one."""
+    """Merge the moments of any number of sets, in order; there must be at least one."""
     return reduce(merge, moments)
 
 
@@ -86,7 +86,7 @@ class Tally:
 
     @classmethod
     def of(cls, moments: Moments) -> Tally:
-        """After one call."""
+        """Make a tally of one call."""
         return cls(moments, Moments(1, moments.mean, np.zeros_like(moments.mean)), moments.unbiased_variance)
 
     @property
@@ -105,7 +105,7 @@ class Tally:
             return self.pooled.is_finite and self.means.is_finite and math.isfinite(self.variances.sum())
 
     def and_(self, other: Tally) -> Tally:
-        """Both together."""
+        """Return both tallies together."""
         return Tally(
             pooled=merge(self.pooled, other.pooled),
             means=merge(self.means, other.means),
@@ -114,7 +114,7 @@ class Tally:
 
 
 def put_side_by_side(tallies: Sequence[Tally | None], channels: Sequence[int]) -> Tally:
-    """The tallies of several layers as one.
+    """Return the tallies of several layers as one.
 
     Args:
         tallies: of each layer; None for one that has seen nothing.
@@ -134,7 +134,7 @@ def put_side_by_side(tallies: Sequence[Tally | None], channels: Sequence[int]) -
 
 
 def take_apart(tally: Tally, channels: Sequence[int]) -> list[Tally]:
-    """The reverse of :func:`put_side_by_side`; a layer that has seen nothing has a count of 0."""
+    """Return the reverse of :func:`put_side_by_side`; a layer that has seen nothing has a count of 0."""
     ends = np.cumsum(channels).tolist()
     slices = [slice(end - width, end) for end, width in zip(ends, channels, strict=True)]
 

@@ -39,7 +39,7 @@ class Measurement:
 
     @classmethod
     def of(cls, measured: Measured, channels: Mapping[str, int]) -> Measurement:
-        """What batches gave, by layer.
+        """Make a measurement of what batches gave, by layer.
 
         Args:
             channels: of each layer, in the order in which they stand side by side.
@@ -163,7 +163,7 @@ class Blend:
     prior: float
 
     def measure(self, tally: Tally) -> Pair:
-        """The statistics of the data alone."""
+        """Return the statistics of the data alone."""
         if self.method is Method.PAPER:
             return tally.means.mean, tally.variances / tally.calls
         return tally.pooled.mean, tally.pooled.unbiased_variance
@@ -180,7 +180,7 @@ class Blend:
 
 
 def check_prior(prior: float) -> None:
-    """Hold the weight of old statistics against what it can be.
+    """Check that the weight of old statistics can be one.
 
     Raises:
         UsageError
@@ -200,7 +200,7 @@ def conclude(
     precision: Precision = Precision.MODEL,
     prefix: str = "",
 ) -> Recalibration:
-    """What a measurement means for the layers of a model.
+    """Conclude from a measurement what the layers of a model get.
 
     Args:
         measurement: of the layers, and perhaps of others.
@@ -251,7 +251,7 @@ def conclude(
 def _explain_skips(
     measurement: Measurement, layers: Mapping[str, LayerFacts], paths: Paths, *, method: Method
 ) -> Iterator[Skip]:
-    """Why layers that were to be measured have no new statistics."""
+    """Explain why layers that were to be measured have no new statistics."""
     for name, calls in paths.reused.items():
         detail = f"called {calls} times in a forward: no statistics were found that hold for all calls; pooled can do"
         yield Skip(layers[name].name, SkipReason.REUSED, f"{detail} that")

@@ -26,7 +26,7 @@ class Precision(Enum):
 
 
 def check_memory(memory: int | str | None, *, method: Method, fit_memory: bool) -> int | None:
-    """How much memory activations may take, in bytes.
+    """Return how much memory activations may take, in bytes.
 
     Raises:
         UsageError: it is no amount, or the method keeps no activations.
@@ -44,7 +44,7 @@ def check_memory(memory: int | str | None, *, method: Method, fit_memory: bool) 
 
 
 def parse_size(text: str) -> int:
-    """``2GB``, ``500 MB``, ``1.5GiB`` or a number of bytes, as bytes.
+    """Parse ``2GB``, ``500 MB``, ``1.5GiB`` or a number of bytes, as bytes.
 
     Raises:
         UsageError: it is nothing of the kind.

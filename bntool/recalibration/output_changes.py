@@ -102,7 +102,7 @@ def _choose(recalibration: Recalibration) -> set[str]:
 
 
 def _run(model: torch.nn.Module, batch: Batch, statistics: Mapping[torch.nn.Module, Any]) -> Any:
-    """Outputs in eval mode, on the CPU, with some layers' statistics replaced."""
+    """Run the model in eval mode, with some layers' statistics replaced; return its outputs on the CPU."""
     with borrow(model), torch.no_grad():
         for _, module in walk_modules(model):
             module.training = False

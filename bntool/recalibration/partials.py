@@ -213,7 +213,7 @@ def write_partial(partial: Partial, path: Path, *, force: bool) -> None:
 
 
 def _stack(nodes: Sequence[tuple[Place, Measured]], channels: Sequence[int]) -> dict[str, Array]:
-    """The numbers of nodes as arrays, a row for each node."""
+    """Return the numbers of nodes as arrays, a row for each node."""
     width, starts = sum(channels), np.cumsum([0, *channels])[:-1]
     arrays = {
         "level": np.array([place[0] for place, _ in nodes], np.int64),
@@ -372,7 +372,7 @@ def _read_nodes(
 
 
 def _check_counts(positions: Array, calls: Array, order: Sequence[int]) -> None:
-    """Hold the counts of a node's layers against each other.
+    """Check that the counts of a node's layers agree.
 
     Raises:
         CorruptFileError: a layer saw values and was not called, or the other way round.
@@ -384,7 +384,7 @@ def _check_counts(positions: Array, calls: Array, order: Sequence[int]) -> None:
 def _read_arrays(
     tensors: Mapping[str, Tensor], *, nodes: int, layers: int, channels: int
 ) -> Iterator[tuple[str, Array]]:
-    """The arrays by name, with the numbers that they can hold.
+    """Yield the arrays by name, with the numbers that they can hold.
 
     Raises:
         CorruptFileError: one is missing, has another shape or dtype, or holds a number that it cannot hold.
@@ -414,14 +414,14 @@ def _read_arrays(
 
 
 def _read_at_once(tensor: Tensor) -> bytes:
-    """All elements, which a partial has without gaps."""
+    """Return all elements, which a partial has without gaps."""
     if not isinstance(tensor, StoredTensor) or tensor.storage is None:
         return read_bytes(tensor)
     return tensor.storage.source.read(tensor.storage.offset, tensor.storage.nbytes)
 
 
 def _check_places(partial: Partial) -> None:
-    """Hold the places of nodes against the share.
+    """Check the places of nodes against the share.
 
     Raises:
         CorruptFileError: they hold a batch twice, or one of another share.
@@ -486,7 +486,7 @@ def merge_partials(paths: Sequence[Path], *, checkpoint: Callable[[Origin], str]
 
 
 def _check_together(partials: Sequence[Partial]) -> None:
-    """Hold shards against each other, by number and by position."""
+    """Check that shards fit together, by number and by position."""
     first = partials[0]
     seen: dict[int, Partial] = {}
     for partial in partials:
@@ -508,7 +508,7 @@ def _check_together(partials: Sequence[Partial]) -> None:
 
 
 def _check_all_there(total: int, runs: Sequence[range], partials: Sequence[Partial]) -> None:
-    """Hold the batches that partials have against the list of all.
+    """Check that the partials together have all batches of the list.
 
     Batches of which nothing could be read leave gaps, and the samples that were left out for it are counted.
 
@@ -523,7 +523,7 @@ def _check_all_there(total: int, runs: Sequence[range], partials: Sequence[Parti
 
 
 def find_difference(one: Origin, other: Origin) -> str | None:
-    """In what two origins differ, in words; None where in nothing."""
+    """Describe what two origins differ in; None where in nothing."""
     words = {
         "checkpoint": "another checkpoint",
         "model": "another model",
@@ -544,7 +544,7 @@ def find_difference(one: Origin, other: Origin) -> str | None:
 
 
 def _compare(first: Partial, other: Partial) -> str | None:
-    """In what two partials differ that belong to different runs, in words."""
+    """Describe what two partials of different runs differ in; None where in nothing."""
     difference = find_difference(first.origin, other.origin)
     if difference is not None:
         return difference
@@ -562,7 +562,7 @@ def _name(partial: Partial) -> str:
 
 
 def _list_shards(runs: Sequence[range]) -> str:
-    """``shard 3 is``, ``shards 3, 7 and 9 to 64 are``."""
+    """List shards in words: ``shard 3 is``, ``shards 3, 7 and 9 to 64 are``."""
     shown = [f"{run.start + 1:,}" + f" to {run.stop:,}" * (len(run) > 1) for run in runs[:_LISTED]]
     shown += [f"{len(runs) - _LISTED} other runs"] if len(runs) > _LISTED else []
     listed = " and ".join([", ".join(shown[:-1]), shown[-1]] if len(shown) > 1 else shown)

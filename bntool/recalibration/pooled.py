@@ -90,10 +90,10 @@ class Keeper(Protocol):
     """Keeps what is measured while it grows."""
 
     def after_batch(self, tree: BatchTree, batches: Batches, position: int) -> None:
-        """All batches of this process's share before this position are measured."""
+        """Note that all batches of this process's share before this position are measured."""
 
     def after_all(self, tree: BatchTree, batches: Batches) -> None:
-        """All batches of this process's share are measured."""
+        """Note that all batches of this process's share are measured."""
 
 
 def measure_pooled(run: Run, batches: Batches, tree: BatchTree, keeper: Keeper | None = None) -> BatchTree:
@@ -164,7 +164,7 @@ def _fill(tree: BatchTree, run: Run, batches: Batches, ranks: Ranks, keeper: Kee
 
 
 def count_channels(layers: Mapping[str, torch.nn.Module]) -> list[int]:
-    """The number of channels of each layer."""
+    """Count the channels of each layer."""
     return [layer._buffers["running_mean"].numel() for layer in layers.values()]  # type: ignore[union-attr]
 
 
@@ -240,7 +240,9 @@ def _normalise_by_own(
 
 
 def _prepare_halves(layers: Mapping[str, torch.nn.Module]) -> None:
-    """Half precision cannot hold the statistics of a batch well enough: let the kernel take its own."""
+    """Let the kernel take the statistics of a batch where a layer's own are in half precision, which holds them too
+    badly.
+    """
     for name, layer in layers.items():
         if _statistics_dtype(layer) in HALF:
             if isinstance(layer, torch.nn.SyncBatchNorm) and find_ranks().world > 1:
@@ -275,7 +277,9 @@ def _run_checked(run: Run, batch: Batch, activations: Activations, *, channels_l
 
 
 def describe_bad(batch: Batch, error: NotFiniteError | None = None) -> LeftOut:
-    """Which samples of a batch hold NaN or infinity, or lead to it at a layer; the whole batch is left out for them."""
+    """Find which samples of a batch hold NaN or infinity, or lead to it at a layer; the whole batch is left out for
+    them.
+    """
     if error is None:
         samples, place = batch.find_bad_samples(), "in"
     else:
@@ -298,7 +302,7 @@ def accept(left_out: LeftOut, on_bad_data: OnBadData) -> LeftOut:
 
 
 def has_finite_inputs(batch: Batch) -> bool:
-    """Whether no input holds NaN or infinity."""
+    """Return whether no input holds NaN or infinity."""
     return all(map(_is_finite, tensors_in(batch.inputs)))
 
 

@@ -66,7 +66,7 @@ class Ranks:
 
 
 def _gather(value: Any, world: int) -> list[Any]:
-    """What each rank gives, in order of ranks.
+    """Gather what each rank gives, in order of ranks.
 
     As ``all_gather_object``, which asks for the sizes first, where one exchange does for most: exact statistics make
     one at each layer.
@@ -86,7 +86,7 @@ def _gather(value: Any, world: int) -> list[Any]:
 
 
 def _exchange(content: bytes, length: int, world: int) -> list[bytes]:
-    """As many bytes from each rank, of which ``content`` are the first of this one's."""
+    """Exchange bytes of one length with each rank; this one gives ``content``, filled up."""
     given = torch.frombuffer(bytearray(content.ljust(length, b"\0")), dtype=torch.uint8)
     parts = [torch.empty(length, dtype=torch.uint8, device="cpu") for _ in range(world)]
     dist.all_gather(parts, given)
@@ -94,7 +94,7 @@ def _exchange(content: bytes, length: int, world: int) -> list[bytes]:
 
 
 def find_ranks() -> Ranks:
-    """The job of torch.distributed that this process is part of; a job of one where there is none."""
+    """Return the job of torch.distributed that this process is part of; a job of one where there is none."""
     if dist.is_available() and dist.is_initialized():
         return Ranks(dist.get_rank(), dist.get_world_size())
     return Ranks()
@@ -167,7 +167,7 @@ class NoExchange(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        """As for :class:`bntool.recalibration.exact.memory.LiveTensors`."""
+        """Keep torch from importing its compiler; see :class:`bntool.recalibration.exact.memory.LiveTensors`."""
         return False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -80,7 +80,7 @@ def with_record(
     seed: int,
     preprocessing: str | None,
 ) -> Plan:
-    """The plan with a record of how the statistics were computed, where the file has a place for one.
+    """Return the plan with a record of how the statistics were computed, where the file has a place for one.
 
     Args:
         data: the calibration data in words.

@@ -16,7 +16,7 @@ _NAMED = 4  # layers that a warning names
 
 
 def counts_other_classes(evaluation: Evaluation, batches: Batches) -> bool:
-    """Whether there are more or fewer class folders than outputs, so that labels cannot be trusted."""
+    """Return whether there are more or fewer class folders than outputs, so that labels cannot be trusted."""
     folders, outputs = batches.classes, evaluation.outputs
     return evaluation.value is not None and folders is not None and outputs not in (None, len(folders))
 

@@ -18,7 +18,7 @@ _SHOWN = 6
 
 
 def describe_average(average: Average) -> dict[str, Any]:
-    """The facts as JSON data."""
+    """Return the facts as JSON data."""
     plan = average.plan
     return {
         "format": average.sources[0].format.name,
@@ -49,7 +49,7 @@ def describe_average(average: Average) -> dict[str, Any]:
 
 
 def show_average(average: Average) -> list[Block]:
-    """Lines and tables for people, with the code that loads what was written."""
+    """Return lines and tables for people, with the code that loads what was written."""
     plan, first = average.plan, average.sources[0]
     files = plural(len(average.sources), "file")
     blocks: list[Block] = [line(f"{plural(average.averaged, 'tensor')} averaged over {files}", Style.HEADING)]
@@ -88,7 +88,7 @@ def show_average(average: Average) -> list[Block]:
 
 
 def _advise(average: Average) -> list[Block]:
-    """How the statistics become those of the averaged model."""
+    """Describe how the statistics become those of the averaged model."""
     said, loader = "They are those of no model that was run", average.sources[0].format.loader
     if loader is not Loader.TORCH:
         how = f"let {loader.value} run batches in training mode, with the weights kept"
@@ -101,7 +101,7 @@ def _advise(average: Average) -> list[Block]:
 
 
 def _layers(average: Average) -> list[Block]:
-    """The layers in which the files differ most."""
+    """Return the layers in which the files differ most."""
     apart = sorted((one for one in average.pooled if one.between > 0 or one.ratio > 1), key=_how_far, reverse=True)
     if not apart:
         return []
@@ -130,5 +130,7 @@ def _layers(average: Average) -> list[Block]:
 
 
 def _how_far(layer: PooledLayer) -> float:
-    """The larger of how far means lie apart, in standard deviations, and the log of the factor between variances."""
+    """Return the larger of how far means lie apart, in standard deviations, and the log of the factor between
+    variances.
+    """
     return max(math.sqrt(layer.between / max(1 - layer.between, 1e-300)), math.log(layer.ratio))

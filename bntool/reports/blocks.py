@@ -57,7 +57,7 @@ class Line(NamedTuple):
     verbatim: bool = False
 
     def pieces(self) -> list[tuple[str, Style]]:
-        """Its text, safe to print, with the style of each piece."""
+        """Return the text of each piece, safe to print, with its style."""
         limit = None if self.verbatim else MAX_SENTENCE
         return [(sanitize(cell.text, limit=limit), cell.style) for cell in self.cells]
 
@@ -95,7 +95,7 @@ class Table(NamedTuple):
     caption: str = ""
 
     def select(self, width: int | None, *, pictures: bool = False) -> list[int]:
-        """Numbers of the columns that are shown: those meant for the width that are not empty.
+        """Select the columns that are shown, by number: those meant for the width that are not empty.
 
         Args:
             width: of the terminal; None for a pipe, which takes any.
@@ -115,10 +115,10 @@ Block: TypeAlias = Line | Table
 
 
 def line(text: str = "", style: Style = Style.PLAIN, *, indent: int = 0) -> Line:
-    """A line of one piece."""
+    """Make a line of one piece."""
     return Line((Cell(text, style),), indent)
 
 
 def verbatim(texts: Sequence[str], style: Style = Style.PLAIN, *, indent: int = 0) -> list[Line]:
-    """Lines of code or commands that are meant to be pasted."""
+    """Make lines of code or commands that are meant to be pasted."""
     return [Line((Cell(text, style),), indent, verbatim=True) for text in texts]

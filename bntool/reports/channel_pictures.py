@@ -15,17 +15,17 @@ if TYPE_CHECKING:
 
 
 def draw_sizes(rows: Iterable[Sequence[float]], *, name: str) -> tuple[list[Cell], str]:
-    """A picture of the positive numbers of each row, and a caption: what they are, and from where to where."""
+    """Draw the positive numbers of each row, and a caption: what they are, and from where to where."""
     return _draw(rows, name, find_axis)
 
 
 def draw_ratios(rows: Iterable[Sequence[float]], *, name: str) -> tuple[list[Cell], str]:
-    """The same of ratios, with 1 in the middle."""
+    """Draw ratios of each row, with 1 in the middle, and a caption: what they are, and from where to where."""
     return _draw(rows, name, find_axis_of_ratios)
 
 
 def draw_shifts(shifts: Sequence[StatisticsShift | None]) -> tuple[list[Cell], list[Cell], str]:
-    """How far running_mean of each channel moved, by which factor running_var did, and a caption for both."""
+    """Draw how far running_mean of each channel moved, and by which factor running_var did; with a caption for both."""
     known = [shift for shift in shifts if shift is not None]
     means, of_means = draw_sizes((shift.mean_shifts() for shift in known), name="mean shift")
     ratios, of_ratios = draw_ratios((shift.variance_ratios() for shift in known), name="variance by a factor of")
@@ -48,6 +48,6 @@ def _draw(
 
 
 def describe_axis(axis: LogAxis) -> str:
-    """From where to where it goes, and whether something lies beyond."""
+    """Describe from where to where an axis goes, and whether something lies beyond."""
     low, high = format_number(axis.low, 2), format_number(axis.high, 2)
     return f"{'below ' * axis.below}{low} to {'beyond ' * axis.above}{high}"

@@ -24,7 +24,7 @@ _NAMED = 3  # layers in a sentence
 
 
 def describe_comparison(comparison: Comparison, *, path_b: str) -> dict[str, Any]:
-    """The facts as JSON data."""
+    """Return the facts as JSON data."""
     expectation, violations = comparison.expectation, comparison.violations
     counts = Counter(comparison.others.values())
     return {
@@ -77,7 +77,7 @@ def show_comparison(
     path_b: str,
     every: bool = False,
 ) -> list[Block]:
-    """Lines and tables for people; layers that did not change are counted only, unless ``every``."""
+    """Return lines and tables for people; layers that did not change are counted only, unless ``every``."""
     changed = [layer for layer in comparison.layers if layer.changed]
     count, others = len(comparison.layers), comparison.others
     blocks: list[Block] = [line(f"{len(changed)} of {plural(count, 'BatchNorm layer')} changed", Style.HEADING)]
@@ -107,7 +107,7 @@ def show_comparison(
 
 
 def _moved_most(layers: Sequence[LayerComparison]) -> list[Block]:
-    """The channel whose statistics moved most: the measures of its layer may hide it among the others."""
+    """Return the channel whose statistics moved most: the measures of its layer may hide it among the others."""
     known = [(layer.name, layer.statistics) for layer in layers if layer.statistics is not None]
     unusable = [f"{name}{describe_unusable_channels(shift)}" for name, shift in known if not shift.finite]
     blocks: list[Block] = []
@@ -124,7 +124,7 @@ def _moved_most(layers: Sequence[LayerComparison]) -> list[Block]:
 
 
 def _selection(comparison: Comparison) -> list[Block]:
-    """What was held against what, and what was not."""
+    """Describe what was compared with what, and what was not."""
     blocks: list[Block] = []
     for side, path in (("A", comparison.path_a), ("B", comparison.path_b)):
         if path:
@@ -227,7 +227,7 @@ def _percent(value: float | None) -> str:
 
 
 def _others(others: Mapping[str, Change]) -> list[Block]:
-    """Which are not the same, by how they differ."""
+    """List the tensors that are not the same, by how they differ."""
     blocks: list[Block] = []
     for change in Change:
         names = [name for name, found in others.items() if found is change]

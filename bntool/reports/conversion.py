@@ -13,7 +13,7 @@ from bntool.reports.text import plural
 
 
 def describe_conversion(conversion: Conversion) -> dict[str, Any]:
-    """The facts as JSON data."""
+    """Return the facts as JSON data."""
     plan = conversion.plan
     others = [step for step in plan.steps if not isinstance(step, Record | RenameTensor)]
     return {
@@ -31,7 +31,7 @@ def describe_conversion(conversion: Conversion) -> dict[str, Any]:
 
 
 def show_conversion(conversion: Conversion) -> list[Block]:
-    """Lines and tables for people, with the code that loads what was written."""
+    """Return lines and tables for people, with the code that loads what was written."""
     plan = conversion.plan
     text, target = "new names", "" if conversion.target is None else conversion.target.value
     if conversion.new is not None:

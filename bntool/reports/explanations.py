@@ -34,12 +34,12 @@ class Explanation(NamedTuple):
 
 
 def list_explanations() -> list[Explanation]:
-    """All rows of all pages."""
+    """List all rows of all pages."""
     return [row for page, kind in _PAGES.items() for row in _read_page(page, kind)]
 
 
 def explain(code: str) -> list[Explanation]:
-    """The rows that have a code; several where it is a finding and a skip reason.
+    """Return the rows that have a code; several where it is a finding and a skip reason.
 
     Raises:
         UsageError: no row has it; those that were probably meant are named.
@@ -64,24 +64,24 @@ def _read_page(name: str, kind: str) -> Iterator[Explanation]:
 
 
 def _find_page(name: str) -> Path:
-    """Where a wheel has the page, else where the repository has it."""
+    """Find a page where a wheel has it, else where the repository has it."""
     packaged = _HERE / "pages" / name
     return packaged if packaged.exists() else _HERE.parents[1] / "docs" / name
 
 
 def _plain(text: str) -> str:
-    """Markdown of a cell without its marks."""
+    """Return the Markdown of a cell without its marks."""
     text = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", text.strip())
     return text.replace("\\|", "|").replace("**", "").replace("`", "")
 
 
 def describe_explanations(found: list[Explanation]) -> dict[str, Any]:
-    """The facts as JSON data."""
+    """Return the facts as JSON data."""
     return {"explanations": [one._asdict() for one in found]}
 
 
 def show_explanations(found: list[Explanation]) -> list[Block]:
-    """One after the other, with the headings of its page."""
+    """Show explanations one after the other, with the headings of their pages."""
     blocks: list[Block] = []
     for one in found:
         blocks += [line()] if blocks else []
@@ -93,7 +93,7 @@ def show_explanations(found: list[Explanation]) -> list[Block]:
 
 
 def show_codes(found: list[Explanation]) -> list[Block]:
-    """All codes, by what they are of."""
+    """Show all codes, by what they are of."""
     blocks: list[Block] = []
     for kind in _PAGES.values():
         codes = [one.code for one in found if one.kind == kind]

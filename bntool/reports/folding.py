@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 def describe_fold(result: CheckpointFold) -> dict[str, Any]:
-    """The fold as JSON data."""
+    """Return the fold as JSON data."""
     plan = result.plan
     return {
         "operation": "fold",
@@ -65,7 +65,8 @@ def _describe_program(program: Program | None, path: str | None) -> dict[str, An
 
 
 def show_fold(result: CheckpointFold, *, pictures: bool = True) -> list[Block]:
-    """Lines and tables for people: the result and its proof, what needs attention, each fold, and how to load it.
+    """Return lines and tables for people: the result and its proof, what needs attention, each fold, and how to load
+    it.
 
     Args:
         pictures: with those of the channels, whose drawing takes a fifth of the time of a large fold.
@@ -116,7 +117,8 @@ def _running_code(program: Program, path: str) -> list[str]:
 
 
 def _fold_table(result: CheckpointFold, *, pictures: bool) -> Table:
-    """Each fold, the channels of the weight that takes it, and how well its output agrees where that was compared.
+    """Return each fold, the channels of the weight that takes it, and how well its output agrees where that was
+    compared.
 
     That is in float64, and in the file's dtype.
     """
@@ -171,7 +173,7 @@ def _proof(result: CheckpointFold) -> list[Block]:
 
 
 def _runtime(result: CheckpointFold) -> list[Block]:
-    """For files that hold their graph: that is the proof, and what a runtime said."""
+    """Describe the proof of files that hold their graph, and what a runtime said."""
     run = result.runtime
     if run is None:
         return []
@@ -284,7 +286,8 @@ def _show_loading(result: CheckpointFold, output: str) -> list[Block]:
 
 
 def show_folded_loading(lines: list[str], copying: Sequence[str] = ()) -> list[str]:
-    """Plain torch that turns a model into the folded one and loads it; activations of combined modules are not kept.
+    """Show plain torch that turns a model into the folded one and loads it; activations of combined modules are not
+    kept.
 
     Args:
         lines: that load the state dict into ``model``.
@@ -310,7 +313,7 @@ def show_folded_loading(lines: list[str], copying: Sequence[str] = ()) -> list[s
 
 
 def _show_copying(modules: Sequence[str]) -> list[str]:
-    """Where something writes into what a BatchNorm gave, and its input is still read: a module that copies."""
+    """Show modules that copy, where something writes into what a BatchNorm gave and its input is still read."""
     if not modules:
         return []
     return [

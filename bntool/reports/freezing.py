@@ -18,7 +18,7 @@ _SHOWN = 6
 
 
 def describe_freeze(result: CheckpointFreeze) -> dict[str, Any]:
-    """The facts as JSON data."""
+    """Return the facts as JSON data."""
     freeze, output = result.freeze, result.output
     plan = freeze.plan
     return {
@@ -43,17 +43,19 @@ def describe_freeze(result: CheckpointFreeze) -> dict[str, Any]:
 
 
 def describe_skip(skip: Skip) -> dict[str, str]:
-    """A skipped layer as JSON data."""
+    """Return a skipped layer as JSON data."""
     return {"layer": skip.layer, "reason": skip.reason.value, "detail": skip.detail}
 
 
 def apply_line(output: str) -> str:
-    """The line of Python that applies the policy of a file to a live model."""
+    """Return the line of Python that applies the policy of a file to a live model."""
     return f"bntool.apply_freeze(model, {output!r})"
 
 
 def show_freeze(result: CheckpointFreeze) -> list[Block]:
-    """Lines for people: the result, what needs attention, which layers, and the code that loads what was written."""
+    """Return lines for people: the result, what needs attention, which layers, and the code that loads what was
+    written.
+    """
     freeze, output, emitted = result.freeze, result.output, result.code
     blocks: list[Block] = [*_policy(freeze), *_changes(freeze)]
     blocks += (

@@ -25,13 +25,13 @@ class LogAxis(NamedTuple):
     above: bool
 
     def edges(self) -> list[float]:
-        """Where a slot ends and the next one begins, ``SLOTS - 1`` of them."""
+        """Return where one slot ends and the next begins, ``SLOTS - 1`` values."""
         start, width = math.log(self.low), (math.log(self.high) - math.log(self.low)) / SLOTS
         return [math.exp(start + width * slot) for slot in range(1, SLOTS)]
 
 
 def find_axis(groups: Iterable[Sequence[float]]) -> LogAxis | None:
-    """The axis for groups of values, each sorted; None where no value is positive and finite.
+    """Return the axis for groups of values, each sorted; None where no value is positive and finite.
 
     It reaches from the smallest to the largest value, but at most four decades to either side of the median of the
     groups' medians, so that one absurd value does not squeeze all others into one slot.
@@ -57,7 +57,7 @@ def find_axis(groups: Iterable[Sequence[float]]) -> LogAxis | None:
 
 
 def count_values(values: Sequence[float], edges: Sequence[float]) -> tuple[int, ...]:
-    """How many of the values lie in each slot; zero, negative and infinite ones lie in the outermost.
+    """Count the values in each slot; zero, negative and infinite ones lie in the outermost.
 
     Args:
         values: sorted, without NaN.
@@ -76,13 +76,13 @@ def count_values(values: Sequence[float], edges: Sequence[float]) -> tuple[int, 
 
 
 def merge_slots(counts: Sequence[int], slots: int) -> list[int]:
-    """The same histogram with fewer slots, a divisor of :data:`SLOTS`."""
+    """Merge slots of a histogram to fewer, a divisor of :data:`SLOTS`."""
     width = len(counts) // slots
     return [sum(counts[start : start + width]) for start in range(0, len(counts), width)]
 
 
 def find_axis_of_ratios(groups: Iterable[Sequence[float]]) -> LogAxis | None:
-    """The same for ratios, each sorted: what did not change lies in the middle of the axis."""
+    """Find an axis for ratios, each sorted: what did not change lies in the middle of it; None where there are none."""
     axis = find_axis(groups)
     if axis is None:
         return None

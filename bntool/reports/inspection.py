@@ -32,7 +32,7 @@ _LISTED = 6  # names in a line
 
 
 def describe_inspection(inspection: Inspection, *, every_tensor: bool) -> dict[str, Any]:
-    """The facts as JSON data; the schema is docs/schema/inspect.json."""
+    """Return the facts as JSON data; the schema is docs/schema/inspect.json."""
     checkpoint = inspection.checkpoint
     return {
         "format": checkpoint.format.name,
@@ -50,7 +50,7 @@ def describe_inspection(inspection: Inspection, *, every_tensor: bool) -> dict[s
 
 
 def _describe_configuration(inspection: Inspection) -> dict[str, Any]:
-    """The file that says what is meant to be so, and what it takes for meant; nothing without such a file."""
+    """Return the file that says what is meant to be so, and what it takes for meant; nothing without such a file."""
     if inspection.configuration is None:
         return {}
     ignored = [
@@ -179,7 +179,7 @@ def _describe_findings(findings: Iterable[Finding]) -> list[dict[str, Any]]:
 def show_inspection(
     path: str, inspection: Inspection, *, every_layer: bool, every_tensor: bool, pictures: bool
 ) -> Iterable[Block]:
-    """The blocks for one file: the verdict, what needs attention, then the rest.
+    """Return the blocks for one file: the verdict, what needs attention, then the rest.
 
     Args:
         every_layer: a row for each BatchNorm layer; else those of a stage share one where there are many.
@@ -210,7 +210,7 @@ def show_inspection(
 
 
 def _show_configuration(inspection: Inspection) -> Iterable[Block]:
-    """What a configuration takes for meant, by code and reason, and the thresholds that it sets."""
+    """Show what a configuration ignores, by code and reason, and the thresholds that it sets."""
     if inspection.configuration is None:
         return
     from bntool.reports.layer_table import list_names

@@ -33,7 +33,7 @@ _AFFINE = ("weight", "bias")
 
 
 def show_layers(state_dict: StateDictInspection, *, every: bool, pictures: bool) -> Iterator[Block]:
-    """What needs attention first, each with what was found and what to do; then the rest.
+    """Show the layers that need attention first, each with what was found and what to do; then the rest.
 
     Args:
         every: a row for each layer, however many there are.
@@ -97,7 +97,7 @@ def _make_table(rows: Sequence[LayerRow], findings: Sequence[Line], *, pictures:
 def _draw_channels(
     rows: Sequence[LayerRow], variances: Pictures, scales: Pictures
 ) -> tuple[list[Cell], list[Cell], str]:
-    """Pictures of running_var and of the scale of each row, and a caption for both."""
+    """Return pictures of running_var and of the scale of each row, and a caption for both."""
     from bntool.reports.channel_pictures import describe_axis  # a pipe takes no pictures
 
     said = [
@@ -149,7 +149,7 @@ def _describe_channel_counts(layers: Iterable[LayerInspection]) -> str:
 
 
 def _merge(texts: set[str]) -> str:
-    """What all say; "" where they differ, which a row of several layers has no place for."""
+    """Return the text that all share; "" where they differ, which a row of several layers has no place for."""
     return next(iter(texts)) if len(texts) == 1 else "" if texts == {""} else "..."
 
 
@@ -180,7 +180,7 @@ def _range_cell(row: LayerRow, role: str, *, digits: int, mean: bool = False) ->
 
 
 def make_range_cell(summary: Summary | None, *, digits: int, mean: bool = False) -> Cell:
-    """``min..max``, with the mean in between where there is room for it."""
+    """Make a cell of ``min..max``, with the mean in between where there is room for it."""
     if summary is None:
         return Cell("-", Style.MUTED)
     if summary.minimum is None or summary.maximum is None or summary.mean is None:
@@ -192,18 +192,18 @@ def make_range_cell(summary: Summary | None, *, digits: int, mean: bool = False)
 
 
 def describe_range(low: float, high: float, *, digits: int) -> str:
-    """``low..high``, or one number where both look the same."""
+    """Describe a range as ``low..high``, or as one number where both look the same."""
     texts = [format_number(number, digits) for number in (low, high)]
     return texts[0] if texts[0] == texts[1] else "..".join(texts)
 
 
 def find_kind(layer: LayerInspection) -> str:
-    """The class where the file holds it: it tells the dimension, which tensors do not."""
+    """Return the class where the file holds it: it tells the dimension, which tensors do not."""
     return layer.layer.class_path.rpartition(".")[2] or layer.layer.kind.value
 
 
 def _describe_fact(name: str, layer: LayerInspection) -> str:
-    """What a column says of one layer; "" where nothing tells."""
+    """Describe one layer for a column; "" where nothing tells."""
     if name == "batches":
         return "" if layer.num_batches_tracked is None else str(layer.num_batches_tracked)
     factor = layer.layer.attributes.get("scale_factor")
@@ -213,19 +213,19 @@ def _describe_fact(name: str, layer: LayerInspection) -> str:
 
 
 def find_common(values: Sequence[Any]) -> Any:
-    """The value that all share, or None."""
+    """Return the value that all share, or None."""
     return values[0] if values and all(value == values[0] for value in values) else None
 
 
 def _list_common(layers: Sequence[LayerInspection]) -> set[str]:
-    """Which columns say the same in all rows: that stands above the table."""
+    """Find the columns that say the same in all rows: that stands above the table."""
     facts = ("batches", "eps", "momentum", "scale factor")
     said = {name for name in facts if len({_describe_fact(name, layer) for layer in layers}) == 1}
     return said | ({"kind"} if len({find_kind(layer) for layer in layers}) == 1 else set())
 
 
 def show_common(layers: Sequence[LayerInspection]) -> Iterator[Line]:
-    """What is the same in all layers is said once, not in each row."""
+    """Show once what is the same in all layers, instead of in each row."""
     if not layers:
         return
     said = []
@@ -253,7 +253,7 @@ def show_common(layers: Sequence[LayerInspection]) -> Iterator[Line]:
 
 
 def show_behaviour(layers: Sequence[LayerInspection]) -> Iterator[Line]:
-    """What PyTorch does with layers whose flags are not those that most have."""
+    """Show what PyTorch does with layers whose flags are not those that most have."""
     behaving: dict[str, list[str]] = {}
     for layer in layers:
         for sentence in describe_behaviour(layer.layer):
@@ -269,7 +269,9 @@ GroupedFinding = tuple[
 
 
 def group_findings(state_dict: StateDictInspection) -> list[GroupedFinding]:
-    """Those of the state dict, then one entry for each code, severity and advice with its layers, worst first."""
+    """Group findings: those of the state dict, then one entry for each code, severity and advice with its layers, worst
+    first.
+    """
     grouped: dict[tuple[str, str, str], tuple[Finding, list[str]]] = {}
     for layer in state_dict.layers:
         for finding in layer.findings:
@@ -281,12 +283,12 @@ def group_findings(state_dict: StateDictInspection) -> list[GroupedFinding]:
 
 
 def list_names(names: Sequence[str], most: int) -> str:
-    """The first of them, and how many more there are."""
+    """Return the first of them, and how many more there are."""
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def describe_channels(channels: Sequence[int]) -> str:
-    """Their numbers, to stand behind the name of their layer; "" for none."""
+    """Describe channels by their numbers, to stand behind the name of their layer; "" for none."""
     if not channels:
         return ""
     more = f" and {len(channels) - _LISTED_CHANNELS} more" if len(channels) > _LISTED_CHANNELS else ""
@@ -295,7 +297,7 @@ def describe_channels(channels: Sequence[int]) -> str:
 
 
 def show_findings(grouped: Iterable[GroupedFinding]) -> Iterator[Line]:
-    """What was found, where, and what to do."""
+    """Show what was found, where, and what to do."""
     for finding, names in grouped:
         where = ""
         if names:

@@ -34,7 +34,7 @@ class LayerRow(NamedTuple):
 
 
 def arrange_rows(state_dict: StateDictInspection, *, every: bool) -> list[LayerRow]:
-    """Rows for all layers, those with errors first, then those with warnings, else in the order of the file.
+    """Return rows for all layers, those with errors first, then those with warnings, else in the order of the file.
 
     Args:
         every: a row for each layer; else layers of one stage and one severity share a row where there are many.
@@ -84,12 +84,12 @@ class Pictures(NamedTuple):
 
 
 def picture_variances(rows: Sequence[LayerRow]) -> Pictures:
-    """running_var of each row."""
+    """Draw running_var of each row."""
     return _picture([_join([_list_variances(layer) for layer in row.layers]) for row in rows])
 
 
 def picture_scales(rows: Sequence[LayerRow]) -> Pictures:
-    """The magnitude of the scale, abs(weight) / sqrt(running_var + eps), of each row.
+    """Return the magnitude of the scale, abs(weight) / sqrt(running_var + eps), of each row.
 
     Where eps is not known, PyTorch's default stands in.
     """
@@ -97,7 +97,7 @@ def picture_scales(rows: Sequence[LayerRow]) -> Pictures:
 
 
 def find_scale_ranges(rows: Sequence[LayerRow]) -> list[Range]:
-    """The smallest and the largest finite magnitude of the scale of each row: counting channels takes longer."""
+    """Return the smallest and the largest finite magnitude of the scale of each row: counting channels takes longer."""
     return [_find_range([list_scales(layer) for layer in row.layers]) for row in rows]
 
 
@@ -112,7 +112,7 @@ def _list_variances(layer: LayerInspection) -> Sequence[float]:
 
 
 def list_scales(layer: LayerInspection) -> list[float]:
-    """The magnitude of the scale of each channel; NaN where it has none."""
+    """Return the magnitude of the scale of each channel; NaN where it has none."""
     variance, weight = layer.tensors.get("running_var"), layer.tensors.get("weight")
     if variance is None or (weight is not None and len(weight.values) != len(variance.values)):
         return []

@@ -15,7 +15,7 @@ _AMBIGUOUS = "model."
 
 
 def show_loading_code(checkpoint: Checkpoint, state_dict: StateDict, output: str) -> list[str]:
-    """Lines that load a state dict of a written file into ``model``.
+    """Return lines that load a state dict of a written file into ``model``.
 
     Args:
         checkpoint: what was written.
@@ -44,7 +44,7 @@ def _fill_in(line: str, format_: Format, output: str) -> str:
 
 
 def _loads_weights_only(name: GlobalName) -> bool:
-    """Whether torch.load(weights_only=True) takes it: fewer names than those known to be harmless."""
+    """Return whether torch.load(weights_only=True) takes it: fewer names than those known to be harmless."""
     return name.trust is GlobalTrust.KNOWN and (name.path.startswith("torch.") or name.path in _ALLOWED)
 
 

@@ -14,7 +14,7 @@ _SHOWN = 4  # reasons for leaving samples out that are given
 
 
 def describe_partial(partial: Partial) -> dict[str, Any]:
-    """The facts as JSON data."""
+    """Return the facts as JSON data."""
     return {
         "partial": {
             "shard": partial.share.shard + 1,
@@ -36,7 +36,7 @@ def describe_partial(partial: Partial) -> dict[str, Any]:
 
 
 def show_partial(partial: Partial) -> list[Block]:
-    """Lines for people."""
+    """Show a partial in lines for people."""
     share, origin = partial.share, partial.origin
     title = f"shard {share.shard + 1} of {share.shards:,}: {origin.method.value} moments of "
     title += f"{plural(len(partial.layers), 'BatchNorm layer')} from {plural(partial.samples, 'sample')} in "

@@ -14,7 +14,7 @@ PICTURE_SIZES = (24, 16, 12, 8)  # columns; the largest first
 
 
 def draw_picture(picture: Picture, columns: int) -> str:
-    """A picture in so many columns, a divisor of 48; a series that is shorter takes no more than it needs."""
+    """Draw a picture in so many columns, a divisor of 48; a series that is shorter takes no more than it needs."""
     if isinstance(picture, Histogram):
         counts = merge_slots(picture.counts, columns)
         most = max(counts)
@@ -23,12 +23,12 @@ def draw_picture(picture: Picture, columns: int) -> str:
 
 
 def _draw_bar(height: float | None) -> str:
-    """Whatever is there is seen: the lowest bar stands for everything above nothing."""
+    """Draw a bar; the lowest one stands for everything above nothing, so that all that is there is seen."""
     return EMPTY if height is None else BARS[min(int(height * len(BARS)), len(BARS) - 1)]
 
 
 def _condense(heights: Sequence[float | None], columns: int) -> list[float | None]:
-    """At most so many heights, each the largest of those that it stands for."""
+    """Condense heights to so many at most, each the largest of those that it stands for."""
     count = len(heights)
     if count <= columns:
         return list(heights)

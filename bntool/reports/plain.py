@@ -15,7 +15,7 @@ _GAP = 2
 
 
 def draw(blocks: Iterable[Block]) -> str:
-    """Blocks as text; whatever comes from a file is sanitised."""
+    """Draw blocks as text; whatever comes from a file is sanitised."""
     lines: list[str] = []
     for block in blocks:
         lines += [_draw_line(block)] if isinstance(block, Line) else _draw_table(block)
@@ -45,7 +45,7 @@ def _draw_table(table: Table) -> list[str]:
 
 
 def _count_columns(text: str) -> int:
-    """How many columns a terminal needs for the text."""
+    """Count the columns that a terminal needs for the text."""
     if text.isascii():
         return len(text)
     return sum(0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)

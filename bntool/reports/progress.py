@@ -33,7 +33,7 @@ class Work:
         return time.monotonic() - self._start
 
     def share(self) -> float | None:
-        """How much of all phases is done, 0 to 1; None where it is not known how much there is to do."""
+        """Return how much of all phases is done, 0 to 1; None where it is not known how much there is to do."""
         progress = self._progress
         if progress is None or not progress.total:
             return None
@@ -41,7 +41,7 @@ class Work:
         return (phases.index(progress.phase) + min(progress.done / progress.total, 1)) / len(phases)
 
     def describe(self) -> str:
-        """In words: the phase, how much of it is done, and the time left for this and all phases to come."""
+        """Describe the phase, how much of it is done, and the time left for this and all phases to come."""
         progress = self._progress
         if progress is None:
             return ""
@@ -54,7 +54,7 @@ class Work:
         return f"{sanitize(progress.phase)}: {', '.join(parts)}"
 
     def _estimate(self, progress: Progress, total: int) -> list[str]:
-        """The time left, if the phases to come take as long as those so far do."""
+        """Return the time left, if the phases to come take as long as those so far do."""
         if not progress.done:
             return []
         elapsed = self.elapsed
@@ -75,7 +75,7 @@ def _count(number: int, unit: str) -> str:
 
 
 def format_duration(seconds: float) -> str:
-    """For example ``2 min 5 s``."""
+    """Format a duration, e.g. ``2 min 5 s``."""
     minutes, rest = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     if hours:

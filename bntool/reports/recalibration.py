@@ -34,7 +34,7 @@ _RATE = ("top1", "top5")
 
 
 def describe_recalibration(outcome: CheckpointRecalibration) -> dict[str, Any]:
-    """The facts as JSON data."""
+    """Return the facts as JSON data."""
     from bntool.recalibration.drift import find_first_parted
 
     result = outcome.recalibration
@@ -97,7 +97,9 @@ def _describe_preprocessing(steps: PreprocessingSteps | None) -> dict[str, str] 
 
 
 def show_recalibration(outcome: CheckpointRecalibration) -> list[Block]:
-    """Lines and tables for people: the result, what needs attention, then the drift of each layer, worst first."""
+    """Return lines and tables for people: the result, what needs attention, then the drift of each layer, worst
+    first.
+    """
     result = outcome.recalibration
     title = f"recalibrate {plural(len(result.drifts), 'BatchNorm layer')}: {result.method.value} statistics of "
     title += f"{plural(result.samples, 'sample')} in {plural(result.batches, 'batch', 'batches')}"
@@ -176,12 +178,12 @@ def _in_sigmas(value: float) -> str:
 
 
 def _format(value: float) -> str:
-    """Two digits, or the whole part where that has more and can still be read."""
+    """Format in two digits, or as the whole part where that has more and can still be read."""
     return f"{value:,.0f}" if 99.5 <= value < 1e5 else format_number(value, 2)
 
 
 def _diagnosis(drifts: Sequence[LayerDrift]) -> list[Block]:
-    """Which layer parts from the data first, and which most."""
+    """Describe which layer parts from the data first, and which most."""
     from bntool.recalibration.drift import find_first_parted
 
     if not drifts:
@@ -207,7 +209,7 @@ _ONE_BATCH = "One batch does not tell how much of that is sampling error."
 
 
 def _describe_agreement(drifts: Sequence[LayerDrift]) -> str:
-    """In what sense stored statistics are those of the data, where none of them has parted."""
+    """Describe in what sense stored statistics are those of the data, where none of them has parted."""
     from bntool.recalibration.drift import PARTED_RATIO, PARTED_SIGMAS
 
     if all(drift.is_sampling for drift in drifts):
@@ -221,7 +223,7 @@ def _describe_agreement(drifts: Sequence[LayerDrift]) -> str:
 
 
 def _describe_worst(drifts: Sequence[LayerDrift]) -> str:
-    """How far the channel is off that is furthest off."""
+    """Describe how far the channel is off that is furthest off."""
     known = [(drift.layer, drift.shift) for drift in drifts if drift.shift is not None]
     layer, shift = max(known, key=lambda one: one[1].worst, default=("", NO_SHIFT))
     worst = describe_worst_channel(shift)
@@ -269,7 +271,7 @@ def _output_changes(output_changes: OutputChanges | None) -> list[Block]:
 
 
 def _in_percent(change: OutputChange) -> str:
-    """How much outputs change relative to their norm."""
+    """Describe how much outputs change relative to their norm, in percent."""
     if change.relative is None:
         return "-" if change.finite else "not finite"
     return f"{_format(100 * change.relative)} %"

@@ -36,7 +36,7 @@ class FileReport(NamedTuple):
     encoded: str = ""
 
     def encode(self) -> FileReport:
-        """The same with its facts as text, which takes a tenth of the memory."""
+        """Encode the facts as text, which takes a tenth of the memory."""
         return self._replace(facts={}, encoded=_encode_file(self))
 
 
@@ -58,14 +58,15 @@ class Report(NamedTuple):
     fail_on: str = "error"
 
     def to_json(self) -> str:
-        """The JSON document: ``{"schema_version", "command", "files": [...]}``, and ``"run"`` where there is one.
+        """Return the JSON document: ``{"schema_version", "command", "files": [...]}``, and ``"run"`` where there is
+        one.
 
         Numbers that JSON does not have become null.
         """
         return "".join(self.iterate_json())
 
     def iterate_json(self) -> Iterator[str]:
-        """The same in pieces, one for each file: of many files the whole would take several times its memory."""
+        """Yield the JSON in pieces, one for each file: of many files the whole would take several times its memory."""
         yield f'{{\n  "schema_version": {SCHEMA_VERSION},\n  "command": {_quote(self.command)},\n  "files": ['
         for index, file in enumerate(self.files):
             yield f"{',' if index else ''}\n    {file.encoded or _encode_file(file)}"
@@ -83,7 +84,7 @@ def _encode_file(file: FileReport) -> str:
 
 
 def describe_error(error: BntoolError) -> dict[str, Any]:
-    """An error as JSON data."""
+    """Return an error as JSON data."""
     facts: dict[str, Any] = {"code": error.code, "message": error.message}
     if error.tensor:
         facts["tensor"] = error.tensor
@@ -93,7 +94,7 @@ def describe_error(error: BntoolError) -> dict[str, Any]:
 
 
 def _encode(value: Any, line: str) -> str:
-    """JSON as json.dumps writes it with two columns of indent, in a third of its time.
+    """Return JSON as json.dumps writes it with two columns of indent, in a third of its time.
 
     Args:
         line: a newline and the indent at which the value stands.

@@ -31,7 +31,7 @@ _HEALTH_MARKS = {Health.SICK: MARKS[Severity.ERROR], Health.SUSPICIOUS: MARKS[Se
 
 
 def describe_run(run: Run) -> dict[str, Any]:
-    """What several files say together, as JSON data."""
+    """Describe what several files say together, as JSON data."""
     broken = run.find_broken()
     return {
         "ordered_by": run.ordered_by,
@@ -84,7 +84,9 @@ def _describe_change(name: str, change: StatisticsShift | None) -> dict[str, Any
 
 
 def show_run(run: Run) -> Iterator[Block]:
-    """The verdict on all, what needs attention, a row for each file, the layers that moved, and the verdict again."""
+    """Yield the verdict on all, what needs attention, a row for each file, the layers that moved, and the verdict
+    again.
+    """
     yield count_files(run, named=False)
     yield from show_break(run)
     attention = list(_show_findings(run))
@@ -102,7 +104,7 @@ def show_run(run: Run) -> Iterator[Block]:
 
 
 def count_files(run: Run, *, named: bool) -> Line:
-    """How many files there are, and how many of each verdict.
+    """Count the files, and how many have each verdict.
 
     Args:
         named: say which are not healthy.
@@ -120,13 +122,13 @@ def count_files(run: Run, *, named: bool) -> Line:
 
 
 def list_files(run: Run, files: Sequence[FileSummary]) -> str:
-    """Their names, without the folder where all files of the run lie in one."""
+    """List the names of files, without the folder where all files of the run lie in one."""
     folders = {Path(file.path).parent for file in run.files}
     return list_names([Path(file.path).name if len(folders) == 1 else file.path for file in files], _LISTED)
 
 
 def show_break(run: Run) -> Iterator[Line]:
-    """In which file something broke, and what; nothing where nothing did."""
+    """Show in which file something broke, and what; nothing where nothing did."""
     at = run.find_broken()
     if at is None:
         return
@@ -149,7 +151,7 @@ def show_break(run: Run) -> Iterator[Line]:
 
 
 def _place(found: FoundInLayers) -> str:
-    """The layers, and the channels of the only one."""
+    """Return the layers, and the channels of the only one."""
     return list_names(found.layers, _LISTED) + describe_channels(found.finding.channels) * (len(found.layers) == 1)
 
 
@@ -159,7 +161,7 @@ def _describe_progress(file: FileSummary, form: str) -> str:
 
 
 def _show_findings(run: Run) -> Iterator[Line]:
-    """Each code, severity and advice once, with the files that have it and the first of them as the example."""
+    """Show each code, severity and advice once, with the files that have it and the first of them as the example."""
     grouped: dict[tuple[str, str, str], list[tuple[FileSummary, FoundInLayers]]] = {}
     for file in run.files:
         for found in file.findings:
@@ -184,7 +186,7 @@ def _show_findings(run: Run) -> Iterator[Line]:
 
 
 def make_file_table(run: Run) -> Table:
-    """A row for each file."""
+    """Make a table with a row for each file."""
     words = list(dict.fromkeys(word for file in run.files for word in file.progress))
     columns = (
         Column("", pictures=True),
@@ -228,7 +230,7 @@ def _file_row(file: FileSummary, words: Sequence[str]) -> tuple[Cell, ...]:
 
 
 def _describe_verdict(file: FileSummary) -> str:
-    """The verdict in so few words that it stands in a table."""
+    """Return the verdict in so few words that it stands in a table."""
     verdict = file.verdict
     if verdict is None:
         return "failed" if file.error is None else file.error.code
@@ -246,7 +248,7 @@ def _find_extremes(file: FileSummary) -> tuple[float | None, float | None]:
 
 
 def describe_change(change: WorstShift | None) -> str:
-    """How far the channel moved that moved most, by the measure that says more."""
+    """Describe how far the channel moved that moved most, by the measure that says more."""
     if change is None:
         return ""
     if not change.finite:
@@ -294,19 +296,21 @@ def _moved_table(run: Run, names: Sequence[str]) -> Table:
 
 
 def _find_first_large(changes: Sequence[float | None]) -> int:
-    """Where a layer first changed at least half as much as it ever did: a break rather than what came back after it."""
+    """Find where a layer first changed at least half as much as it ever did: a break rather than what came back after
+    it.
+    """
     sizes = [change or 0.0 for change in changes]
     return next(at for at, size in enumerate(sizes) if size >= max(sizes) / 2)
 
 
 def name_file(run: Run, file: FileSummary) -> str:
-    """A file in few words: by what the run is ordered by, where it says that."""
+    """Name a file in few words: by what the run is ordered by, where it says that."""
     known = file.progress.get(run.ordered_by)
     return Path(file.path).name if known is None else f"{run.ordered_by} {known}"
 
 
 def _place_all(values: Sequence[float | None]) -> list[float | None]:
-    """Where each value lies between the smallest and the largest, on a logarithmic axis."""
+    """Place each value between the smallest and the largest, on a logarithmic axis."""
     positive = [value for value in values if value is not None and value > 0]
     low, high = (math.log(min(positive)), math.log(max(positive))) if positive else (0.0, 0.0)
     width = max(high - low, math.log(1.1))  # noise is no mountain
@@ -316,7 +320,7 @@ def _place_all(values: Sequence[float | None]) -> list[float | None]:
 
 
 def _relate_all(values: Sequence[float | None]) -> list[float | None]:
-    """Each value in relation to the largest finite one; infinite ones are as high as that."""
+    """Relate each value to the largest finite one; infinite ones are as high as that."""
     largest = max((value for value in values if value is not None and math.isfinite(value)), default=0.0)
     return [
         None if value is None else 1.0 if math.isinf(value) else value / largest if largest else 0.0 for value in values

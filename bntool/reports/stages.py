@@ -12,7 +12,7 @@ FEW = 12  # layers that are listed one by one before they are put together
 
 
 def find_stages(names: Sequence[str]) -> dict[str, list[int]]:
-    """Positions of the names by stage, in the order in which stages begin.
+    """Return positions of the names by stage, in the order in which stages begin.
 
     A stage is the path up to the first part with a number that has modules of its own below it: ``backbone.layer3`` of
     ``backbone.layer3.0.bn1``; else the first module below what all names begin with, which decides nothing. A layer

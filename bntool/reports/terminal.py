@@ -39,12 +39,12 @@ _HELP_STYLES = {
 
 
 def make_console(stream: TextIO) -> Console:
-    """A console of rich that takes every text as it is: names from files are no markup, and there are no emoji."""
+    """Make a console of rich that takes every text as it is: names from files are no markup, and there are no emoji."""
     return Console(file=stream, markup=False, highlight=False, emoji=False)
 
 
 def draw(blocks: Iterable[Block], stream: TextIO) -> str:
-    """Blocks as text for the terminal behind a stream; whatever comes from a file is sanitised."""
+    """Draw blocks as text for the terminal behind a stream; whatever comes from a file is sanitised."""
     console = make_console(stream)
     with console.capture() as capture:
         for block in blocks:
@@ -56,7 +56,7 @@ def draw(blocks: Iterable[Block], stream: TextIO) -> str:
 
 
 def draw_help(text: str, stream: TextIO) -> str:
-    """The text of ``--help``, laid out already: titles, options, placeholders and examples get colours."""
+    """Draw the text of ``--help``, laid out already: titles, options, placeholders and examples get colours."""
     shown = Text(text)
     for pattern, style in _HELP_STYLES.items():
         shown.highlight_regex(pattern, style)
@@ -75,7 +75,7 @@ def _print_line(console: Console, block: Line) -> None:
 
 
 def _print_table(console: Console, table: Table) -> None:
-    """Rows between lines are tables of their own whose columns line up."""
+    """Print a table; rows between lines are tables of their own whose columns line up."""
     columns, texts = _draw_cells(console, table)
     if table.caption and any(column.pictures for column in columns):
         _print_line(console, line(table.caption, Style.MUTED))
@@ -97,7 +97,7 @@ def _print_table(console: Console, table: Table) -> None:
 
 
 def _draw_cells(console: Console, table: Table) -> tuple[list[Column], list[list[Text]]]:
-    """The columns that are shown and the cells of all rows, with the largest pictures that leave names whole.
+    """Draw the cells of all rows, with the columns that are shown and the largest pictures that leave names whole.
 
     The smallest pictures stay as long as names can be shortened to something that says more than nothing.
     """
@@ -113,7 +113,9 @@ def _draw_cells(console: Console, table: Table) -> tuple[list[Column], list[list
 
 
 def _leaves_names(rows: list[list[Text]], columns: Sequence[Column], width: int, *, shortest: int | None) -> bool:
-    """Whether the other columns leave room for the names of a table: whole, or shortened to ``shortest`` columns."""
+    """Return whether the other columns leave room for the names of a table: whole, or shortened to ``shortest``
+    columns.
+    """
     sizes = _measure(rows, columns)
     needed = [
         size if shortest is None or not column.shrinks else min(size, shortest)

@@ -13,7 +13,7 @@ MAX_SENTENCE = 2000
 
 
 def sanitize(text: str, *, limit: int | None = MAX_NAME) -> str:
-    """The text with everything that a terminal could obey written as an escape: backslash, x, two digits.
+    """Return the text with everything that a terminal could obey written as an escape: backslash, x, two digits.
 
     Text from a file is data: it never reaches the terminal raw.
 
@@ -37,7 +37,7 @@ def _show(character: str) -> str:
 
 
 def shorten_names(names: Sequence[str], width: int, *, measure: Callable[[str], int] = len) -> list[str] | None:
-    """Dotted names, or paths, in at most so many columns, none like another; None where that is not possible.
+    """Shorten dotted names, or paths, to so many columns at most, none like another; None where that is not possible.
 
     What all begin with goes first, then the middle of those that are too long still.
 
@@ -60,7 +60,7 @@ def shorten_names(names: Sequence[str], width: int, *, measure: Callable[[str], 
 
 
 def _leave_out_middle(name: str, head: int, tail: int, measure: Callable[[str], int]) -> str:
-    """The first and the last characters of a name, in at most so many columns each."""
+    """Return the first and the last characters of a name, in at most so many columns each."""
     start, end = name[:head], name[len(name) - tail :]
     while measure(start) > head:
         start = start[:-1]
@@ -70,7 +70,7 @@ def _leave_out_middle(name: str, head: int, tail: int, measure: Callable[[str], 
 
 
 def count_shared(paths: Sequence[Sequence[str]]) -> int:
-    """How many leading parts all paths share."""
+    """Count the leading parts that all paths share."""
     first, last = min(map(tuple, paths), default=()), max(map(tuple, paths), default=())
     count = 0
     while count < min(len(first), len(last)) and first[count] == last[count]:
@@ -79,7 +79,7 @@ def count_shared(paths: Sequence[Sequence[str]]) -> int:
 
 
 def format_size(size: int) -> str:
-    """Bytes in a unit that keeps the number small, as disk tools do (1 kB = 1000 B)."""
+    """Format bytes in a unit that keeps the number small, as disk tools do (1 kB = 1000 B)."""
     value, unit = float(size), "B"
     for larger in ("kB", "MB", "GB", "TB", "PB"):
         if value < 999.5:
@@ -89,5 +89,5 @@ def format_size(size: int) -> str:
 
 
 def plural(count: int, noun: str, plural_form: str = "") -> str:
-    """``1 layer``, ``2 layers``."""
+    """Count in words: ``1 layer``, ``2 layers``."""
     return f"{count:,} {noun if count == 1 else plural_form or noun + 's'}"

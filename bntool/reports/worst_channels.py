@@ -12,7 +12,9 @@ _MOST = 0.75  # of the squares of all channels, from which on one of them is wha
 
 
 def describe_worst_channel(shift: StatisticsShift) -> str:
-    """Which statistic of which channel moved most, and how far; "" where none did, or the numbers allow no measure."""
+    """Describe which statistic of which channel moved most, and how far; "" where none did, or the numbers allow no
+    measure.
+    """
     channel = shift.find_worst_channel()
     if channel is None:
         return ""
@@ -22,17 +24,17 @@ def describe_worst_channel(shift: StatisticsShift) -> str:
 
 
 def describe_unusable_channels(shift: StatisticsShift) -> str:
-    """Which channels allow no measure, to stand behind the name of their layer; "" where all do."""
+    """Describe which channels allow no measure, to stand behind the name of their layer; "" where all do."""
     return describe_channels(shift.list_unusable_channels())
 
 
 def find_lone_mean(shift: StatisticsShift) -> int | None:
-    """The channel whose running_mean moved far more than those of all others together; None where none did."""
+    """Return the channel whose running_mean moved far more than those of all others together; None where none did."""
     return _find_lone([d * d for d in shift.mean_shifts()])
 
 
 def find_lone_variance(shift: StatisticsShift) -> int | None:
-    """The same of running_var."""
+    """Return the channel whose running_var moved far more than those of all others together; None where none did."""
     return _find_lone([math.log(ratio) ** 2 for ratio in shift.variance_ratios()])
 
 

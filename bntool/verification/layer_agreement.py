@@ -66,7 +66,7 @@ def compare_layers(
     stored: tuple[LayerOutputs, LayerOutputs],
     transforms: Mapping[str, StoredOutput] | None = None,
 ) -> list[LayerAgreement]:
-    """The largest error of each layer.
+    """Return the largest error of each layer.
 
     Args:
         points: from :func:`~bntool.folding.unchanged_outputs.find_points`.
@@ -96,7 +96,7 @@ def _largest_error(
 
 
 def _undo(stored: torch.Tensor, transform: StoredOutput) -> torch.Tensor:
-    """The output x of a layer, from a (x + b) as it is stored."""
+    """Return the output x of a layer, from a (x + b) as it is stored."""
     shape = [1] * stored.dim()
     shape[transform.axis] = -1
     scale, shift = (
@@ -107,7 +107,7 @@ def _undo(stored: torch.Tensor, transform: StoredOutput) -> torch.Tensor:
 
 
 def relative_error(expected: torch.Tensor, found: torch.Tensor) -> float:
-    """The largest difference in relation to the largest magnitude expected; NaN where one is NaN."""
+    """Return the largest difference in relation to the largest magnitude expected; NaN where one is NaN."""
     if expected.numel() == 0:
         return 0.0
     magnitude = float(expected.double().abs().max())

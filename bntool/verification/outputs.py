@@ -143,7 +143,7 @@ def verify(
 
 
 def measure_difference(model: nn.Module, changed: nn.Module, inputs: Any) -> float:
-    """The largest error of a changed model on one input, relative to the largest magnitude of each output.
+    """Measure the largest error of a changed model on one input, relative to the largest magnitude of each output.
 
     In float64, where the original runs in it; both are given back as they were.
 
@@ -197,7 +197,7 @@ def verify_program(
 
 
 def measure_rounding(model: nn.Module, inputs: Sequence[Any], *, unit: float = torch.finfo(torch.float64).eps) -> float:
-    """How far the outputs move in float64 when every parameter moves by up to one unit in its last place.
+    """Measure how far the outputs move in float64 when every parameter moves by up to one unit in its last place.
 
     Deep random networks amplify rounding by 1e6 and more; no fold can agree better than this.
 
@@ -216,7 +216,8 @@ def measure_rounding(model: nn.Module, inputs: Sequence[Any], *, unit: float = t
 
 
 def run_model(model: nn.Module, inputs: Any) -> list[torch.Tensor]:
-    """Its floating outputs in eval mode; the model is given back as it was, the inputs are not changed.
+    """Run a model in eval mode and return its floating outputs; the model is as it was afterwards, the inputs are not
+    changed.
 
     Raises:
         UserCodeError: the model raised.
@@ -233,14 +234,14 @@ def _run(model: nn.Module, inputs: Sequence[Any]) -> list[list[torch.Tensor]]:
 def _run_watched(
     model: nn.Module, inputs: Sequence[Any], layers: Collection[str]
 ) -> tuple[list[list[torch.Tensor]], LayerOutputs]:
-    """The outputs for all inputs, and what layers gave for the first."""
+    """Run a model on all inputs; return the outputs, and what layers gave for the first."""
     with watch(model, layers) as seen:
         first = run_model(model, inputs[0])
     return [first, *_run(model, inputs[1:])], seen
 
 
 def _cast(item: Any, dtype: torch.dtype | None) -> Any:
-    """A copy, floating tensors in another dtype."""
+    """Copy a model or inputs, floating tensors in another dtype."""
 
     def convert(value: torch.Tensor) -> torch.Tensor:
         return value.to(dtype) if dtype is not None and value.is_floating_point() else value.clone()
@@ -249,7 +250,7 @@ def _cast(item: Any, dtype: torch.dtype | None) -> Any:
 
 
 def find_outputs(value: Any, depth: int = 3) -> Iterator[torch.Tensor]:
-    """Copies of the floating tensors of an output, also in objects that torch does not know."""
+    """Yield copies of the floating tensors of an output, also in objects that torch does not know."""
     for leaf in leaves_of(value):
         if isinstance(leaf, torch.Tensor):
             if leaf.is_complex():
@@ -268,7 +269,7 @@ def find_outputs(value: Any, depth: int = 3) -> Iterator[torch.Tensor]:
 
 
 def _as_strided(tensor: torch.Tensor) -> torch.Tensor:
-    """The values of a nested or sparse tensor, which can be compared."""
+    """Return the values of a nested or sparse tensor, which can be compared."""
     if tensor.is_nested:
         padded: torch.Tensor = torch.nested.to_padded_tensor(tensor, 0.0)
         return padded
@@ -307,7 +308,7 @@ def _check_meaning(outputs: Sequence[Sequence[torch.Tensor]]) -> None:
 
 
 def _are_the_same(outputs: Sequence[Sequence[torch.Tensor]]) -> bool:
-    """Whether all inputs give equal outputs, as far as their shapes agree; empty outputs are left out."""
+    """Return whether all inputs give equal outputs, as far as their shapes agree; empty outputs are left out."""
     kinds: dict[tuple[torch.Size, ...], list[list[torch.Tensor]]] = {}
     for one in outputs:
         filled = [tensor for tensor in one if tensor.numel()]
@@ -357,7 +358,7 @@ def _said_of_original() -> Iterator[None]:
 def _explained(
     model: nn.Module, inputs: Sequence[Any], *, unit: float = torch.finfo(torch.float64).eps
 ) -> Iterator[None]:
-    """If shapes differ inside the block, find out whether rounding the original's parameters changes its own."""
+    """Find out, if shapes differ inside the context, whether rounding the original's parameters changes its own."""
     try:
         yield
     except _OtherShapesError:
@@ -367,7 +368,7 @@ def _explained(
 
 
 def _largest_error(expected: Sequence[Sequence[torch.Tensor]], found: Sequence[Sequence[torch.Tensor]]) -> float:
-    """Largest difference of each output in relation to its largest magnitude, over all inputs."""
+    """Measure the largest difference of each output in relation to its largest magnitude, over all inputs."""
     largest = 0.0
     for wanted, given in zip(expected, found, strict=True):
         if [tuple(t.shape) for t in wanted] != [tuple(t.shape) for t in given]:

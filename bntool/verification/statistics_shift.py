@@ -41,7 +41,7 @@ class StatisticsShift:
     new_eps: float = field(default=0.0, repr=False, compare=False)
 
     def mean_shifts(self) -> list[float]:
-        """abs(d) of each channel; NaN where it is not defined."""
+        """Return abs(d) of each channel; NaN where it is not defined."""
         if self.old is None or self.new is None:
             return []
         sums = [variance + self.new_eps for variance in self.new[1]]
@@ -51,7 +51,7 @@ class StatisticsShift:
         ]
 
     def variance_ratios(self) -> list[float]:
-        """R of each channel; NaN where it is not defined."""
+        """Return R of each channel; NaN where it is not defined."""
         if self.old is None or self.new is None:
             return []
         pairs = zip(self.old[1], self.new[1], strict=True)
@@ -59,7 +59,7 @@ class StatisticsShift:
         return [after / before if before > 0 and after > 0 else math.nan for before, after in sums]
 
     def find_worst_channel(self) -> int | None:
-        """The channel that moved most; None where none did, or the numbers allow no measure."""
+        """Return the channel that moved most; None where none did, or the numbers allow no measure."""
         if not self.finite:
             return None
         sizes = list(map(max, self.mean_shifts(), map(abs, map(math.log, self.variance_ratios()))))
@@ -67,7 +67,7 @@ class StatisticsShift:
         return sizes.index(largest) if largest else None
 
     def list_unusable_channels(self) -> list[int]:
-        """Those whose old or new statistics are not finite, or whose variance + eps is negative or 0."""
+        """List the channels whose old or new statistics are not finite, or whose variance + eps is negative or 0."""
         pairs = enumerate(zip(self.mean_shifts(), self.variance_ratios(), strict=True))
         return [at for at, (shift, ratio) in pairs if not (math.isfinite(shift) and 0 < ratio < math.inf)]
 
@@ -136,7 +136,7 @@ def measure_shift(old: Statistics, new: Statistics, *, old_eps: float, new_eps: 
 
 
 def measure_worst_shift(old: Statistics, new: Statistics, *, usable: bool = False) -> WorstShift:
-    """The same of the channels that moved most, where eps is in the variances already.
+    """Measure the shift of the channels that moved most, where eps is in the variances already.
 
     Args:
         usable: all numbers are known to be finite, and the variances to be positive.
@@ -171,10 +171,10 @@ def _find_shifts(old: Sequence[float], new: Sequence[float], spread: Sequence[fl
 
 
 def _find_worst(values: Sequence[float]) -> float:
-    """The value of the largest magnitude."""
+    """Return the value of the largest magnitude."""
     return max(max(values, default=0.0), min(values, default=0.0), key=abs)
 
 
 def _rms(values: Sequence[float]) -> float:
-    """Root mean square, whatever the magnitude."""
+    """Compute the root mean square, whatever the magnitude."""
     return math.hypot(*values) / math.sqrt(max(len(values), 1))

@@ -154,7 +154,9 @@ class NetReading:
         self.modules[name] = ModuleInfo(f"caffe.{layer.type}", attributes)
 
     def _read_batchnorm(self, layer: Layer, blobs: Sequence[Message | StoredTensor]) -> dict[str, object]:
-        """BVLC's three blobs, or NVCaffe's five, with weight and bias in the layer itself."""
+        """Read the three blobs of BVLC's layer, or the five of NVCaffe's, which has weight and bias in the layer
+        itself.
+        """
         name = self._names[layer.index]
         key = f"{name}.scale_factor"
         factor = read_scale_factor(blobs[2], key=key)
@@ -202,13 +204,13 @@ class NetReading:
 
 
 def momentum_of(layer: Layer) -> float:
-    """Share of the new batch in the running average; Caffe's fraction is what is kept."""
+    """Return the share of the new batch in the running average; Caffe's fraction is what is kept."""
     fraction = layer.parameters.get("batch_norm_param.moving_average_fraction", _FRACTION)
     return round(1.0 - float(fraction), 12)  # type: ignore[arg-type]  # only some parameters are lists
 
 
 def _in_pytorch_shape(tensor: Tensor, name: str, layer_type: str) -> Tensor:
-    """Old files store vectors as (1, 1, 1, C) and matrices as (1, 1, N, K)."""
+    """Return a tensor in PyTorch's shape: old files store vectors as (1, 1, 1, C) and matrices as (1, 1, N, K)."""
     shape = tensor.shape
     leaf = name.rpartition(".")[2]
     if len(shape) == 4 and shape[:3] == (1, 1, 1) and (leaf != "weight" or shape[3] != 1):

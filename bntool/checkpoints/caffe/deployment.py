@@ -19,7 +19,8 @@ from bntool.plan import SetAttribute
 
 
 def deploy(checkpoint: Checkpoint, prototxt: Prototxt) -> Checkpoint:
-    """The checkpoint as the net in a ``.prototxt`` runs it: with its wiring and its eps, which win over the model's.
+    """Return the checkpoint as the net in a ``.prototxt`` runs it: with its wiring and its eps, which win over the
+    model's.
 
     The net also says what the blobs of an HDF5 file are.
 
@@ -58,7 +59,9 @@ def deploy(checkpoint: Checkpoint, prototxt: Prototxt) -> Checkpoint:
 
 
 def _attributes(layer: Layer) -> dict[str, object]:
-    """As Caffe reads them: what the ``.prototxt`` does not say has Caffe's default, whatever the model says."""
+    """Return the attributes as Caffe reads them: what the ``.prototxt`` leaves out has Caffe's default, whatever the
+    model says.
+    """
     found: dict[str, object] = {
         "eps": layer.parameters.get("batch_norm_param.eps", DEFAULT_EPS),
         "eps_source": EpsSource.PROTOTXT.value,
@@ -70,7 +73,8 @@ def _attributes(layer: Layer) -> dict[str, object]:
 
 
 def edit_prototxt(checkpoint: Checkpoint, prototxt: Prototxt) -> str:
-    """The text that runs the edited model: without layers that were taken out, with biases that were added, frozen.
+    """Return the text that runs the edited model: without layers that were taken out, with biases that were added,
+    frozen.
 
     Args:
         checkpoint: with its edits.
@@ -120,7 +124,7 @@ class FrozenLayer:
 
 
 def find_freezing_edits(prototxt: Prototxt, layers: Mapping[str, FrozenLayer]) -> set[tuple[int, int, str]]:
-    """What makes layers stay in training: use_global_stats, and lr_mult and decay_mult 0.
+    """Find what keeps layers in training: use_global_stats, and lr_mult and decay_mult 0.
 
     Returns:
         Ranges and new texts, in the net that is tested and in the one that is trained.
@@ -145,7 +149,7 @@ def find_freezing_edits(prototxt: Prototxt, layers: Mapping[str, FrozenLayer]) -
 
 
 def _frozen_layers(checkpoint: Checkpoint) -> dict[str, FrozenLayer]:
-    """What the edits of a checkpoint say of layers; they are worded as those of pickled modules."""
+    """Return the layers that the edits of a checkpoint freeze; edits are worded as those of pickled modules."""
     content = CaffeContent.of(checkpoint)
     kept: dict[str, set[str]] = {}
     for edit in checkpoint.edits:
@@ -174,7 +178,7 @@ def _set_in_message(layer: TextField, message: str, name: str, value: str) -> Co
 
 
 def _stop_learning(layer: TextField, count: int) -> Collection[tuple[int, int, str]]:
-    """lr_mult and decay_mult 0 for each blob."""
+    """Set lr_mult and decay_mult of each blob to 0."""
     assert layer.body_end is not None
     specs = [one for one in layer.all("param") if one.body_end is not None]
     edits: list[tuple[int, int, str]] = []
@@ -197,7 +201,7 @@ def _set_value(found: TextField, value: str) -> tuple[int, int, str]:
 
 
 def _whole_lines(text: str, found: TextField) -> tuple[int, int]:
-    """A field with the line break after it, where it stands alone on its lines."""
+    """Widen the place of a field by the line break after it, where it stands alone on its lines."""
     end = found.end
     while end < len(text) and text[end] in " \t\r":
         end += 1

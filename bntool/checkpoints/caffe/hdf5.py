@@ -45,7 +45,7 @@ class DeployedCaffeHdf5(CaffeHdf5):
 
 
 def read_blobs(file: SourceFile) -> dict[tuple[str, str], StoredTensor]:
-    """The datasets under ``data``, by layer and number, in order.
+    """Return the datasets under ``data``, by layer and number, in order.
 
     Raises:
         CorruptFileError, UnsafeFileError, MissingExtraError
@@ -65,7 +65,7 @@ def read_blobs(file: SourceFile) -> dict[tuple[str, str], StoredTensor]:
 
 
 def name_blobs(checkpoint: Checkpoint, prototxt: Prototxt) -> Checkpoint:
-    """The checkpoint with the layers that a ``.prototxt`` describes, in its order.
+    """Return the checkpoint with the layers that a ``.prototxt`` describes, in its order.
 
     Raises:
         CorruptFileError: a layer has other blobs than its type.

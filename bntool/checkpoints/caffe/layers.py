@@ -151,12 +151,12 @@ class Wiring:
         return {index: tuple(readers) for index, readers in found.items()}
 
     def only_reader(self, layer: Layer) -> Layer | None:
-        """The one layer that reads the one top of a layer; None where there are more or none."""
+        """Return the one layer that reads the one top of a layer; None where there are more or none."""
         readers = self.readers.get(layer.index, ())
         return self.layers[readers[0]] if len(readers) == 1 and len(layer.tops) == 1 else None
 
     def scale_of(self, layer: Layer) -> Layer | None:
-        """The Scale layer with parameters of its own, per channel, that alone reads a BatchNorm layer."""
+        """Return the Scale layer with parameters of its own, per channel, that alone reads a BatchNorm layer."""
         reader = self.only_reader(layer)
         if reader is None or reader.type != "Scale" or len(reader.bottoms) != 1 or len(reader.tops) != 1:
             return None
@@ -165,7 +165,8 @@ class Wiring:
 
 
 def read_layers(net: Message) -> tuple[Layer, ...]:
-    """The layers of a NetParameter, of the present format or of one before (``V1LayerParameter``, and in it V0's).
+    """Return the layers of a NetParameter, of the present format or of one before (``V1LayerParameter``, and in it
+    V0's).
 
     Raises:
         CorruptFileError, UnsafeFileError
@@ -250,25 +251,25 @@ def _read_parameters(
 
 
 def blobs_of(layer: Layer) -> tuple[Message | StoredTensor, ...]:
-    """The blobs of a layer that was read from a file: BlobProtos, or datasets of an HDF5 file."""
+    """Return the blobs of a layer that was read from a file: BlobProtos, or datasets of an HDF5 file."""
     return layer.source if isinstance(layer.source, tuple) else messages_of(layer)
 
 
 def messages_of(layer: Layer) -> tuple[Message, ...]:
-    """The BlobProtos of a layer that was read from a ``.caffemodel``."""
+    """Return the BlobProtos of a layer that was read from a ``.caffemodel``."""
     message = layer.source
     assert isinstance(message, Message)
     return tuple(message.messages(blobs_number(message)))
 
 
 def blobs_number(message: Message) -> int:
-    """The field number of the blobs of a layer: each version of the format has another one."""
+    """Return the field number of the blobs of a layer: each version of the format has another one."""
     assert message.parent is not None
     return _BLOBS[message.parent[1].number]
 
 
 def read_blob(blob: Message | StoredTensor, *, key: str) -> Tensor:
-    """The elements of a blob, lazily.
+    """Return the elements of a blob, lazily.
 
     Raises:
         CorruptFileError: data and shape disagree.
@@ -280,7 +281,7 @@ def read_blob(blob: Message | StoredTensor, *, key: str) -> Tensor:
 
 
 def data_field(blob: Message) -> tuple[int, DType]:
-    """The field of a BlobProto that counts, of those that may hold its elements, and its dtype.
+    """Return the field of a BlobProto that counts, of those that may hold its elements, and its dtype.
 
     Raises:
         CorruptFileError: the file names a type that NVCaffe does not have.
@@ -307,7 +308,7 @@ def _read_shape(blob: Message) -> tuple[int, ...]:
 
 
 def read_scale_factor(blob: Message | StoredTensor, *, key: str) -> float:
-    """The third blob of a BatchNorm layer, by which the statistics are to be divided.
+    """Return the third blob of a BatchNorm layer, by which the statistics are to be divided.
 
     Raises:
         CorruptFileError: it is not one number.

@@ -78,7 +78,7 @@ class Prototxt:
     training: tuple[Layer, ...]
 
     def edited(self, edits: Sequence[tuple[int, int, str]]) -> str:
-        """The text with ranges replaced.
+        """Return the text with ranges replaced.
 
         Args:
             edits: start, end and new text of ranges that do not overlap.
@@ -106,7 +106,7 @@ def read_prototxt(file: SourceFile) -> Prototxt:
 
 
 def parse_prototxt(text: str) -> Prototxt:
-    """Like :func:`read_prototxt`, for a text."""
+    """Parse the text of a prototxt; see :func:`read_prototxt`."""
     fields = _Parser(text).parse()
     written = [one for one in fields if one.name in ("layer", "layers") and one.body_end is not None]
     tested, trained = (
@@ -229,7 +229,7 @@ def _as_layer(index: int, text: TextField) -> Layer:
 
 
 def _as_word(text: str, words: Sequence[str]) -> str:
-    """The word of an enumeration, also where its number is written."""
+    """Return the word of an enumeration, also where its number is written."""
     return words[int(text)] if text.isdecimal() and int(text) < len(words) else text
 
 

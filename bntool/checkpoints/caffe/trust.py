@@ -16,7 +16,7 @@ _OUTPUTS = ("HDF5Output", "HDF5_OUTPUT")  # the latter in nets of the format bef
 
 
 def judge_layers(layers: Iterable[Layer]) -> Iterator[GlobalName]:
-    """What the layers of a net run or write, once each.
+    """Yield what the layers of a net run or write, each once.
 
     Layers that read data, which nets for training have, read what they are for; types of forks of Caffe are not known
     to Caffe.
@@ -31,7 +31,7 @@ def judge_layers(layers: Iterable[Layer]) -> Iterator[GlobalName]:
 
 
 def _python_parameters(layer: Layer) -> tuple[str, str]:
-    """The module that is imported, and the class in it that is called."""
+    """Return the module that is imported, and the class in it that is called."""
     source = layer.source
     if isinstance(source, TextField):
         holder = source.last("python_param")
@@ -44,7 +44,7 @@ def _python_parameters(layer: Layer) -> tuple[str, str]:
 
 
 def judge_net_beside(file: SourceFile) -> Iterator[GlobalName]:
-    """What the ``.prototxt`` with the name of a model, by which it is run, does beside computing.
+    """Yield what the ``.prototxt`` with the name of a model, by which it is run, does beside computing.
 
     One that cannot be read counts as unknown.
     """

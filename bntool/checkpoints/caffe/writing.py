@@ -49,7 +49,7 @@ def write_net(checkpoint: Checkpoint, path: Path, output: OutputFiles) -> None:
 
 
 def removed_layers(checkpoint: Checkpoint) -> frozenset[int]:
-    """Positions of the layers that edits take out: BatchNorm layers, and Scale layers paired with them."""
+    """Return positions of the layers that edits take out: BatchNorm layers, and Scale layers paired with them."""
     content = CaffeContent.of(checkpoint)
     modules = {edit.step.module for edit in checkpoint.edits if isinstance(edit.step, RemoveModule)}
     chosen = {index for index, name in content.names.items() if name in modules}
@@ -57,7 +57,7 @@ def removed_layers(checkpoint: Checkpoint) -> frozenset[int]:
 
 
 def biased_layers(checkpoint: Checkpoint) -> frozenset[int]:
-    """Positions of the layers that gain a bias."""
+    """Return positions of the layers that gain a bias."""
     content = CaffeContent.of(checkpoint)
     (state_dict,) = checkpoint.state_dicts
     added = state_dict.tensors.keys() - state_dict.stored.keys()
@@ -78,7 +78,8 @@ class Renaming:
 
 
 def find_renaming(wiring: Wiring, removed: frozenset[int]) -> Renaming:
-    """What feeds a layer that is taken out gets the name of its top; or else its readers read what it read.
+    """Find the names that change when layers are removed: what feeds one gets the name of its top; or else its readers
+    read what it read.
 
     Raises:
         RefusedError: other layers use the names in between.
@@ -174,7 +175,7 @@ def _message_of(layer: Layer) -> Message:
 
 
 def _set_statistics(edits: Edits, content: CaffeContent, index: int, tensors: Mapping[str, Tensor]) -> None:
-    """Mean and variance as they are, with the scale factor 1."""
+    """Set mean and variance to the values given, with the scale factor 1."""
     layer, name = content.wiring.layers[index], content.names[index]
     mean, variance, factor = messages_of(layer)[:3]
     for blob, role in ((mean, "running_mean"), (variance, "running_var")):

@@ -11,7 +11,7 @@ _SMALL = 1 << 16  # below this numpy is not worth its import
 
 
 def crc32c(data: bytes, checksum: int = 0) -> int:
-    """The checksum of bytes that follow those with ``checksum``."""
+    """Return the checksum of bytes that follow those with ``checksum``."""
     register = checksum ^ _ALL
     if len(data) >= _SMALL:
         lanes = len(data) // _LANE
@@ -24,7 +24,9 @@ def crc32c(data: bytes, checksum: int = 0) -> int:
 
 
 def unmask(masked: int) -> int:
-    """The checksum that these files store rotated and shifted, so that checksums of checksums do not degenerate."""
+    """Return the checksum that these files store rotated and shifted, so that checksums of checksums do not
+    degenerate.
+    """
     rotated = (masked - 0xA282EAD8) & _ALL
     return (rotated >> 17 | rotated << 15) & _ALL
 
@@ -41,7 +43,7 @@ def _table() -> tuple[int, ...]:
 
 
 def _advance_lanes(data: bytes, register: int) -> int:
-    """The register after whole lanes of bytes: each lane by itself, then one after the other.
+    """Return the register after whole lanes of bytes: each lane by itself, then one after the other.
 
     The register is linear over GF(2): that of a text is that of its lanes, each moved over as many zeros as follow it.
     """

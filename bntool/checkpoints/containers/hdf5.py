@@ -58,12 +58,14 @@ class Hdf5Contents:
     file: Any = field(default=None, repr=False, compare=False)
 
     def text(self, group: str, name: str) -> str | None:
-        """A text attribute of a group; None where there is none."""
+        """Return a text attribute of a group; None where there is none."""
         value = self.groups.get(group, {}).get(name)
         return value if isinstance(value, str) else None
 
     def texts(self, group: str, name: str) -> tuple[str, ...] | None:
-        """A list of texts, which Keras cuts into ``name0``, ``name1``, ... where it is long; None without one."""
+        """Return a list of texts, which Keras cuts into ``name0``, ``name1``, ... where it is long; None without
+        one.
+        """
         attributes = self.groups.get(group, {})
         whole = attributes.get(name)
         if isinstance(whole, tuple):
@@ -99,7 +101,7 @@ class ByteStream(io.RawIOBase):
         return self._position
 
     def _check_heap(self, offset: int) -> None:
-        """Hold a heap of texts against its size: where it does not add up, the library would never come to its end."""
+        """Check a heap of texts against its size: where it does not add up, the library would never come to its end."""
         size = int.from_bytes(self._source.read(offset + 8, 8), "little")
         if not 4096 <= size <= self._source.size - offset:
             raise CorruptFileError(f"a heap of {size} bytes does not fit into this HDF5 file")
@@ -124,7 +126,7 @@ class ByteStream(io.RawIOBase):
 
 
 def import_h5py() -> Any:
-    """The library.
+    """Return the library.
 
     Raises:
         MissingExtraError: it is not installed.
@@ -138,7 +140,7 @@ def import_h5py() -> Any:
 
 @contextlib.contextmanager
 def named_errors() -> Iterator[None]:
-    """Whatever h5py makes of damaged bytes as one error.
+    """Turn every exception that h5py raises on damaged bytes into one error of bntool.
 
     Raises:
         CorruptFileError
@@ -230,7 +232,7 @@ class _Listing:
         return found
 
     def _read_text(self, attribute: Any) -> Attribute | None:
-        """A text, or a list of texts; None for anything else, which is not read."""
+        """Return a text, or a list of texts; None for anything else, which is not read."""
         h5py = self.h5py
         kind, shape = attribute.get_type(), attribute.shape
         if kind.get_class() != h5py.h5t.STRING or len(shape) > 1:
@@ -286,7 +288,7 @@ class _Listing:
         return StoredTensor(dtype, shape, tensor.strides, 0, storage)
 
     def _read_dtype(self, dataset: h5py.Dataset, path: str) -> tuple[DType, str | None, bool]:
-        """The element type, why elements cannot be read, and the byte order."""
+        """Return the element type, why elements cannot be read, and the byte order."""
         h5py = self.h5py
         kind = dataset.id.get_type()
         size, number = kind.get_size(), kind.get_class()
@@ -306,7 +308,9 @@ class _Listing:
 
 @functools.cache
 def _make_opaque(number: int, size: int) -> DType:
-    """The type of elements that are shown and passed through: the same each time, since types are told by identity."""
+    """Return the type of elements that are shown and passed through: the same each time, since types are told by
+    identity.
+    """
     return DType(f"HDF5 class {number}", 8 * size, NumberKind.OPAQUE)
 
 

@@ -12,7 +12,7 @@ _HALF_ESCAPED = r"\\u[dD][89a-fA-F]"  # perhaps without the other half, which ma
 
 
 def read_json(data: bytes | str, *, what: str, allow_nan: bool = False) -> Any:
-    """What a JSON text of a file says.
+    """Parse a JSON text of a file.
 
     Args:
         what: names the text in the error.
@@ -28,7 +28,7 @@ def read_json(data: bytes | str, *, what: str, allow_nan: bool = False) -> Any:
 
 
 def parse_json(data: bytes | str, *, allow_nan: bool = False) -> Any:
-    """JSON as the standard has it: no key twice, and no NaN unless that is allowed.
+    """Parse JSON as the standard has it: no key twice, and no NaN unless that is allowed.
 
     Args:
         data: the text.

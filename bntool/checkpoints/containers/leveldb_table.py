@@ -22,7 +22,7 @@ _LONGEST_VARINT = 10
 
 
 def read_table(file: SourceFile) -> dict[bytes, bytes]:
-    """All entries of a table, in order.
+    """Return all entries of a table, in order.
 
     Raises:
         UnknownFormatError: the file does not end as a table does.
@@ -80,7 +80,7 @@ class _Blocks:
 
 
 def _read_entries(block: bytes) -> Iterator[tuple[bytes, bytes]]:
-    """The entries of a block: of each key only what differs from the one before is stored."""
+    """Yield the entries of a block: of each key only what differs from the one before is stored."""
     restarts = int.from_bytes(block[-4:], "little")
     end = len(block) - 4 - 4 * restarts
     if len(block) < 4 or end < 0:
@@ -100,14 +100,14 @@ def _read_entries(block: bytes) -> Iterator[tuple[bytes, bytes]]:
 
 
 def _read_handle(data: bytes, place: int) -> tuple[tuple[int, int], int]:
-    """Offset and size of a block."""
+    """Read the offset and size of a block; return them and the place behind them."""
     offset, place = read_varint(data, place)
     size, place = read_varint(data, place)
     return (offset, size), place
 
 
 def read_varint(data: bytes, place: int) -> tuple[int, int]:
-    """An integer of seven bits a byte, and the place after it.
+    """Return an integer of seven bits a byte, and the place after it.
 
     Raises:
         CorruptFileError: it has no end.

@@ -56,7 +56,7 @@ class Extension(NamedTuple):
 
 
 def read_msgpack(source: ByteSource, *, offset: int = 0, end: int | None = None) -> Any:
-    """The one value in a range of bytes: maps as dicts, arrays as lists, bytes and extensions by their places.
+    """Return the one value in a range of bytes: maps as dicts, arrays as lists, bytes and extensions by their places.
 
     Args:
         end: the byte after the range; None for all that there is.
@@ -119,7 +119,7 @@ class _Reader:
         return self._read_extension(length) if kind is _Kind.EXTENSION else Bytes(self._skip(length), length)
 
     def _find_kind(self, code: int) -> tuple[_Kind, int]:
-        """What follows a code, and its length, which the code or the next bytes say."""
+        """Return the kind of value that follows a code, and its length, which the code or the next bytes say."""
         for first, last, kind in _SHORT:
             if first <= code <= last:
                 return kind, code - first

@@ -33,7 +33,7 @@ class TarHeader:
 
 
 def is_tar_header(block: bytes) -> bool:
-    """Whether a file that begins with this block is read as a tar archive: what counts is its checksum."""
+    """Return whether a file that begins with this block is read as a tar archive: what counts is its checksum."""
     if len(block) < TAR_BLOCK or not block.strip(b"\0"):
         return False
     found = _NUMBER.fullmatch(block[148:156])
@@ -41,14 +41,14 @@ def is_tar_header(block: bytes) -> bool:
 
 
 def _checksums(block: bytes) -> tuple[int, int]:
-    """Of a header, over its bytes as unsigned and as signed numbers."""
+    """Compute both checksums of a header: over its bytes as unsigned and as signed numbers."""
     total = sum(block) - sum(block[148:156]) + 8 * ord(" ")
     negative = sum(1 for byte in block[:148] + block[156:TAR_BLOCK] if byte >= 128)
     return total, total - 256 * negative
 
 
 def read_tar_headers(file: SourceFile, *, limit: int) -> Iterator[TarHeader]:
-    """The members of an archive in order.
+    """Yield the members of an archive in order.
 
     Raises:
         CorruptFileError: a damaged header, or truncated.

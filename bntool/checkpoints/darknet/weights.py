@@ -180,7 +180,7 @@ class _Network:
         return read
 
     def _refuse(self, number: int, section: _Section, *options: str) -> None:
-        """Options by which the weights are kept otherwise."""
+        """Refuse options under which the weights are kept in another way."""
         for option in options:
             if section.options.get(option, "0") not in ("0", "none"):
                 raise CorruptFileError(

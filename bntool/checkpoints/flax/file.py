@@ -37,7 +37,7 @@ class Flax(Format):
     )
 
     def recognises(self, path: Location, head: bytes) -> bool:
-        """A map whose first key is a text."""
+        """Tell a map whose first key is a text by its first bytes."""
         start = {0xDE: 3, 0xDF: 5}.get(head[0], 1)
         is_map = 0x81 <= head[0] <= 0x8F or head[0] in (0xDE, 0xDF)
         key = head[start] if len(head) > start else 0
@@ -72,7 +72,8 @@ def _describe(value: Any) -> Any:
 
 
 def _find_models(root: Mapping[Any, Any], arrays: _Arrays) -> Iterator[tuple[str, dict[tuple[str, ...], StoredTensor]]]:
-    """The tensors of each model by their paths: where ``params`` or ``batch_stats`` lie, else all but an optimizer.
+    """Yield the tensors of each model by their paths: where ``params`` or ``batch_stats`` lie, else all but an
+    optimizer.
 
     Raises:
         CorruptFileError: an array is malformed.
@@ -121,7 +122,7 @@ def _list_arrays(
 
 
 def _make_state_dict(key: str, found: Mapping[tuple[str, ...], StoredTensor]) -> StateDict:
-    """Statistics beside the parameters of their layers, in PyTorch's words."""
+    """Return statistics beside the parameters of their layers, in PyTorch's words."""
     translation = translate({"/".join(path): path for path in found})
     tensors = {translation.names["/".join(path)]: tensor for path, tensor in found.items()}
     layers: dict[str, None] = {}
@@ -140,7 +141,7 @@ class _Arrays:
         self.count = 0
 
     def read(self, name: str, node: Any) -> StoredTensor | None:
-        """The array that a value is; None for another value."""
+        """Return the array that a value is; None for another value."""
         if isinstance(node, Extension) and node.type in (_ARRAY, _SCALAR):
             self.count += 1
             return self._read_array(name, node)
@@ -172,7 +173,7 @@ class _Arrays:
 
 
 def _as_list(node: Any) -> list[Any] | None:
-    """What ``flax.serialization`` writes of a tuple: a map from the numbers, as texts."""
+    """Read what ``flax.serialization`` writes of a tuple, a map from its numbers as texts; None for anything else."""
     if isinstance(node, dict) and list(node) == [str(number) for number in range(len(node))]:
         return list(node.values())
     return None

@@ -48,7 +48,8 @@ class Application(NamedTuple):
 
 
 def fingerprint(layers: Iterable[tuple[str, Sequence[tuple[int, ...]]]]) -> str:
-    """64 bits over names of layers and shapes of their variables, in any order; a classifier in any size.
+    """Hash the names of layers and the shapes of their variables to 64 bits, in any order; a classifier may have any
+    size.
 
     Args:
         layers: all that have variables, as Keras names and keeps them.
@@ -71,7 +72,9 @@ def _find_key(name: str) -> str:
 
 
 def recognise_application(content: KerasContent) -> Application | None:
-    """The model of keras.applications that weights alone are of; None where they are of no such model, or more."""
+    """Return the model of keras.applications that weights alone are of; None where they are of no such model, or
+    more.
+    """
     if not any(name.endswith(".running_var") for name in content.names.tensors):
         return None
     shapes = _list_shapes(content)
@@ -106,7 +109,9 @@ def recognise_application(content: KerasContent) -> Application | None:
 
 
 def describe_relatives(content: KerasContent) -> str:
-    """What weights alone look like that are of no known model as it stands, in words; "" where of nothing known."""
+    """Describe which known models weights alone are close to, where they are not one as they stand; "" where they are
+    close to none.
+    """
     shapes = _list_shapes(content)
     if any(_NAMED_BEFORE.fullmatch(name) for name in shapes):
         return "names like bn2a_branch2a occur with different eps, 1e-3 in older keras.applications"
@@ -120,7 +125,7 @@ def describe_relatives(content: KerasContent) -> str:
 
 
 def _list_shapes(content: KerasContent) -> dict[str, list[tuple[int, ...]]]:
-    """Shapes of the variables of each layer, in the order of the file."""
+    """Return shapes of the variables of each layer, in the order of the file."""
     shapes: dict[str, list[tuple[int, ...]]] = {}
     for name, place in content.names.places.items():
         shapes.setdefault(name.rpartition(".")[0], []).append(tuple(content.hdf5.datasets[place].shape))
@@ -128,13 +133,13 @@ def _list_shapes(content: KerasContent) -> dict[str, list[tuple[int, ...]]]:
 
 
 def _find_entry(shapes: Mapping[str, Sequence[tuple[int, ...]]]) -> tuple[str, int, str | None] | None:
-    """Fingerprint, number of the model, and the layer that it ends with where it has no classifier."""
+    """Find a known model: its fingerprint, its number, and the layer that it ends with where it has no classifier."""
     found = fingerprint(shapes.items())
     return next((tuple(entry) for entry in _read_index()[0]["entries"] if entry[0] == found), None)
 
 
 def _give_rgb(shapes: Mapping[str, Sequence[tuple[int, ...]]]) -> tuple[int, dict[str, list[tuple[int, ...]]]]:
-    """How many channels the first convolution reads, and the shapes if it read three."""
+    """Return how many channels the first convolution reads, and the shapes as they were if it read three."""
     kernels = [(name, one) for name, own in shapes.items() for one in own if len(one) == _CONVOLUTION]
     if not kernels:
         return _RGB, {}
@@ -162,7 +167,7 @@ def _set_channels(model: Any, channels: int) -> bool:
 def _doubt_classifier(
     content: KerasContent, shapes: Mapping[str, Sequence[tuple[int, ...]]], model: Any, inputs: int | None
 ) -> str:
-    """Why a classifier may not be the one of the application; "" where its name and shape are that one's.
+    """Explain why a classifier may not be the one of the application; "" where its name and shape are that one's.
 
     Args:
         inputs: how many channels the application's own reads; None where it has no Dense.
@@ -181,7 +186,8 @@ def _doubt_classifier(
 
 
 def _find_divisors(content: KerasContent) -> tuple[float, ...] | None:
-    """By whose roots Keras divides what the first Normalization gives, where it loads the published weights.
+    """Return the numbers by whose roots Keras divides what the first Normalization gives, where it loads the published
+    weights.
 
     They bring a mean and a variance of ImageNet along, of which the variance is a standard deviation by mistake; the
     Rescaling mends that. A new model normalises by zeros and ones, and has no Rescaling.

@@ -45,7 +45,8 @@ EinsumDense LocallyConnected1D LocallyConnected2D
 
 
 def read_configuration(file: SourceFile) -> Any:
-    """The configuration in a JSON file, as ``model.to_json()`` gives it, or in a whole ``.keras`` or ``.h5`` model.
+    """Return the configuration in a JSON file, as ``model.to_json()`` gives it, or in a whole ``.keras`` or ``.h5``
+    model.
 
     Raises:
         UsageError: a file of weights alone was given.
@@ -69,7 +70,7 @@ def read_configuration(file: SourceFile) -> Any:
 
 
 def configure(checkpoint: Checkpoint, config: Any) -> Checkpoint:
-    """The weights of a file as layers of a model.
+    """Return the weights of a file as layers of a model.
 
     Args:
         checkpoint: a file of weights alone.
@@ -117,7 +118,8 @@ def _configure(checkpoint: Checkpoint, config: Any) -> Checkpoint:
 
 
 def configure_recognised(checkpoint: Checkpoint, *, writes: bool) -> Checkpoint | None:
-    """Weights alone of a model of keras.applications as layers of that model; None where they are of no such model.
+    """Return weights alone of a model of keras.applications as layers of that model; None where they are of no such
+    model.
 
     Raises:
         RefusedError: something is to be written, and the model may have layers otherwise than the configuration.
@@ -167,7 +169,7 @@ class RecognisedWeights(ConfiguredWeights):
 
 
 def edit_configuration(checkpoint: Checkpoint) -> str:
-    """The JSON of an edited model, in the form in which its configuration was given.
+    """Return the JSON of an edited model, in the form in which its configuration was given.
 
     Raises:
         RefusedError: the layers cannot be counted anew.
@@ -209,7 +211,7 @@ class _Checked(KerasHdf5):
 
 
 def _match_names(hdf5: Hdf5Contents, model: KerasModel, root: str) -> dict[str, str]:
-    """From the name of a layer in the configuration to that in the file, where they differ.
+    """Map the name of a layer in the configuration to that in the file, where they differ.
 
     Keras goes by the order of the layers that have weights, whatever their names.
 
@@ -242,7 +244,7 @@ def _match_names(hdf5: Hdf5Contents, model: KerasModel, root: str) -> dict[str, 
 
 
 def _may_have_weights(layer: KerasLayer) -> bool | None:
-    """Whether a layer has weights; None for classes of which nothing is known here."""
+    """Return whether a layer has weights; None for classes of which nothing is known here."""
     if layer.model is not None:
         parts = [_may_have_weights(one) for one in layer.model.layers]
         return True if True in parts else None if None in parts else False
@@ -258,7 +260,7 @@ def _may_have_weights(layer: KerasLayer) -> bool | None:
 
 
 def _rename(config: Any, names: Mapping[str, str]) -> Any:
-    """The configuration with other names of its layers.
+    """Return the configuration with other names of its layers.
 
     Raises:
         UsageError: two layers would have one name.

@@ -82,7 +82,9 @@ def read_content(config: Any, hdf5: Hdf5Contents, *, archive: ZipArchive | None 
 
 
 def find_version(config: Any, hdf5: Hdf5Contents) -> tuple[int, ...] | None:
-    """The version of Keras 1 that a file or configuration says it is of; None for others, and where nothing is said."""
+    """Return the version of Keras 1 that a file or configuration says it is of; None for others, and where nothing is
+    said.
+    """
     said = [hdf5.text("", "keras_version"), config.get("keras_version") if isinstance(config, dict) else None]
     return next((found for one in said if (found := parse_version(one)) is not None), None)
 
@@ -96,7 +98,7 @@ def make_checkpoint(
     history: History,
     training: Any = None,
 ) -> Checkpoint:
-    """The checkpoint of a Keras file, under PyTorch's names.
+    """Return the checkpoint of a Keras file, under PyTorch's names.
 
     Args:
         training: the JSON of how the model is trained, where that lies beside its configuration.
@@ -145,7 +147,7 @@ def _find_numbered(hdf5: Hdf5Contents, by_group: Mapping[str, KerasLayer]) -> It
 
 
 def _name_group(hdf5: Hdf5Contents, group: str, by_group: Mapping[str, KerasLayer]) -> str:
-    """The names of a layer and those around it, which Keras notes since 3.6; else the names of their groups."""
+    """Return the names of a layer and those around it, which Keras notes since 3.6; else the names of their groups."""
     parts: list[str] = []
     pieces = group.split("/")
     for end in range(1, len(pieces) + 1):
@@ -191,12 +193,12 @@ def _find_named(hdf5: Hdf5Contents, model: KerasModel | None, root: str) -> Iter
 
 
 def _names_of(name: str, layer: KerasLayer | None) -> tuple[str, ...]:
-    """The name of a layer, and of the one inside a TimeDistributed."""
+    """Return the name of a layer, and of the one inside a TimeDistributed."""
     inside = layer.own_config.get("name") if layer is not None and layer.is_distributed else None
     return (name, inside) if isinstance(inside, str) else (name,)
 
 
 def _split_name(weight: str, layers: Iterable[str]) -> tuple[str, str]:
-    """The layer and the variable in a name such as ``bn_1_gamma``; no layer where none begins so."""
+    """Return the layer and the variable in a name such as ``bn_1_gamma``; no layer where none begins so."""
     owner = max((name for name in layers if weight.startswith(f"{name}_")), key=len, default="")
     return (owner, weight[len(owner) + 1 :]) if owner else ("", weight)

@@ -107,7 +107,7 @@ class KerasHdf5(_Keras):
         return LoadingCode((*self._make_model(content), "model.load_weights({path})" + comment))
 
     def _make_model(self, content: KerasContent) -> Sequence[str]:  # noqa: ARG002 (for those that have one)
-        """Lines that make the model which weights alone are loaded into; none where it is the caller's."""
+        """Return lines that make the model which weights alone are loaded into; none where it is the caller's."""
         return ()
 
     def read(self, file: SourceFile) -> Checkpoint:

@@ -22,7 +22,7 @@ _PLAIN_POLICIES = ("DTypePolicy", "FloatDTypePolicy", "Policy")  # layers of oth
 
 
 def describe_misfit(content: KerasContent) -> str:
-    """What is wrong with the weights of a file that holds its configuration, too; "" where they belong together."""
+    """Describe how the weights of a file contradict the configuration that it holds; "" where they belong together."""
     if content.model is None or not content.model.is_connected or not content.names.tensors:
         return ""
     fact = find_misfit(content, content.model)
@@ -30,7 +30,7 @@ def describe_misfit(content: KerasContent) -> str:
 
 
 def find_misfit(content: KerasContent, model: KerasModel) -> str:
-    """The first fact by which number or shapes of variables contradict a configuration; "" where none does.
+    """Return the first fact by which number or shapes of variables contradict a configuration; "" where none does.
 
     Raises:
         CorruptFileError: vectors of one layer differ in length.
@@ -60,7 +60,7 @@ def find_misfit(content: KerasContent, model: KerasModel) -> str:
 
 
 def _walk_connected(model: KerasModel) -> Iterator[KerasLayer]:
-    """All layers but those of nested models with code of their own, which may make more or others."""
+    """Yield all layers but those of nested models with code of their own, which may make more or others."""
     for layer in model.layers:
         yield layer
         if layer.model is not None and layer.model.is_connected:
@@ -68,7 +68,7 @@ def _walk_connected(model: KerasModel) -> Iterator[KerasLayer]:
 
 
 def _is_plain(layer: KerasLayer) -> bool:
-    """Whether a layer keeps its variables as they are: quantized ones have scales, and others."""
+    """Return whether a layer keeps its variables as they are: quantized ones have scales, and others."""
     policy = layer.config.get("dtype")
     if isinstance(policy, dict):
         return policy.get("class_name") in _PLAIN_POLICIES
@@ -76,12 +76,12 @@ def _is_plain(layer: KerasLayer) -> bool:
 
 
 def _is_unclear(content: KerasContent, layer: KerasLayer) -> bool:
-    """Whether names of weights may not tell that they are this layer's, as those inside of nested models."""
+    """Return whether names of weights may not tell that they are this layer's, as those inside of nested models."""
     return content.layout is WeightsLayout.NAMED and "." in layer.path
 
 
 def _find_stray(content: KerasContent) -> str:
-    """A dataset where numbered weights of layers lie, which no layer reads; "" where there is none.
+    """Return a dataset where numbered weights of layers lie, which no layer reads; "" where there is none.
 
     Beside that container Keras keeps what models and layers have as attributes.
     """
@@ -106,7 +106,7 @@ def _find_stray(content: KerasContent) -> str:
 
 
 def _find_unowned(content: KerasContent, model: KerasModel, own: Mapping[str, object]) -> str:
-    """An owner of named weights that the model has no layer for; "" where there is none."""
+    """Return an owner of named weights that the model has no layer for; "" where there is none."""
     paths = tuple(f"{layer.path}." for layer in model.walk())
     for owner in own:
         if owner not in content.names.layers and not owner.startswith(paths) and owner != "top_level_model_weights":

@@ -34,7 +34,7 @@ _ORDERS = {"th": "channels_first", "tf": "channels_last"}
 def translate_layer(  # noqa: PLR0911 a list of cases
     kind: str, config: Mapping[str, Any]
 ) -> tuple[str, Mapping[str, Any]] | None:
-    """Class and options of a layer as Keras 2 has them; None where nothing tells that it is of Keras 1."""
+    """Return class and options of a layer as Keras 2 has them; None where nothing tells that it is of Keras 1."""
     common = {"data_format": _ORDERS.get(str(config.get("dim_ordering")), "channels_last")}
     if "border_mode" in config:
         common["padding"] = config["border_mode"]
@@ -62,7 +62,8 @@ def translate_layer(  # noqa: PLR0911 a list of cases
 
 
 def name_models(config: Any, names: Sequence[str]) -> Any:
-    """The configuration of a Sequential model in which models that are layers have the names that the file lists.
+    """Return the configuration of a Sequential model in which models that are layers have the names that the file
+    lists.
 
     Keras 1 writes a Sequential model as a list of its layers, without its own name.
     """
@@ -77,7 +78,7 @@ def name_models(config: Any, names: Sequence[str]) -> Any:
 
 
 def has_unnamed_models(config: Any, depth: int = 0) -> bool:
-    """Whether models of which no name is known are layers of this one, as those are that a first Merge joins."""
+    """Return whether models of which no name is known are layers of this one, as those are that a first Merge joins."""
     inside = config.get("config") if isinstance(config, dict) and depth < _MAX_NESTING else None
     layers = inside.get("layers") if isinstance(inside, dict) else inside
     if not isinstance(layers, list):
@@ -92,13 +93,13 @@ def has_unnamed_models(config: Any, depth: int = 0) -> bool:
 
 
 def unnumbered(variable: str) -> str:
-    """The name of a weight without the number that Keras 1 gives to those of a second model."""
+    """Return the name of a weight without the number that Keras 1 gives to those of a second model."""
     found = _NUMBERED.fullmatch(variable)
     return found[1] if found else variable
 
 
 def parse_version(text: object) -> tuple[int, ...] | None:
-    """The numbers of a version of Keras 1; None for other versions, and where there is none."""
+    """Return the numbers of a version of Keras 1; None for other versions, and where there is none."""
     parts = re.match(r"(\d+)\.(\d+)(?:\.(\d+))?", text) if isinstance(text, str) else None
     found = tuple(int(part or 0) for part in parts.groups()) if parts else ()
     return found if found[:1] in ((0,), (1,)) else None

@@ -102,7 +102,7 @@ class KerasModel:
         return self.kind in _MODELS
 
     def walk(self) -> Iterator[KerasLayer]:
-        """All layers, those of nested models after the model that holds them."""
+        """Yield all layers, those of nested models after the model that holds them."""
         for layer in self.layers:
             yield layer
             if layer.model is not None:
@@ -110,7 +110,7 @@ class KerasModel:
 
 
 def _find_kind(entry: Mapping[str, Any]) -> str:
-    """The class of Keras that an object is of; for other classes what they are registered as, or where they lie.
+    """Return the class of Keras that an object is of; for other classes what they are registered as, or where they lie.
 
     A class that was registered wins over Keras's own, whatever its name; Keras 1 and 2 write the name alone.
     """
@@ -123,7 +123,7 @@ def _find_kind(entry: Mapping[str, Any]) -> str:
 
 
 def parse_config(data: bytes | str) -> Any:
-    """The JSON of a configuration.
+    """Return the JSON of a configuration.
 
     Raises:
         CorruptFileError: it is none.
@@ -135,7 +135,7 @@ def parse_config(data: bytes | str) -> Any:
 
 
 def read_model(config: Any) -> KerasModel | None:
-    """The model that a configuration describes; None for one whose layers are made by code of its own.
+    """Return the model that a configuration describes; None for one whose layers are made by code of its own.
 
     Raises:
         CorruptFileError: it contradicts itself.
@@ -173,7 +173,9 @@ def _read_model(entry: Any, path: str, depth: int) -> KerasModel | None:
 
 
 def _is_sequential(entry: Mapping[str, Any], layers: Sequence[Any]) -> bool:
-    """A subclass of Sequential has a name of its own; its layers are written without their calls all the same."""
+    """Tell a model with the layers of a Sequential: a subclass has a name of its own, and is written without calls all
+    the same.
+    """
     return entry.get("class_name") == "Sequential" or not any("inbound_nodes" in one for one in layers)
 
 
@@ -211,7 +213,7 @@ def _read_layer(entry: Any, name: str, path: str, known: frozenset[str], depth: 
 
 
 def _find_inside(entry: Any, config: Any) -> Any:
-    """The layer that a TimeDistributed calls; None where it is a model, or this is another layer."""
+    """Return the layer that a TimeDistributed calls; None where it is a model, or this is another layer."""
     if _find_kind(entry) != "TimeDistributed" or not isinstance(config, dict):
         return None
     inside = config.get("layer")
@@ -221,13 +223,15 @@ def _find_inside(entry: Any, config: Any) -> Any:
 
 
 def _nodes_of(entry: Any) -> list[Any]:
-    """What is written of the calls of a layer."""
+    """Return what a layer's entry says of its calls."""
     nodes = entry.get("inbound_nodes")
     return nodes if isinstance(nodes, list) else []
 
 
 def find_references(value: Any, known: frozenset[str]) -> Iterator[list[Any]]:
-    """The lists ``[layer, call, output, ...]`` in a part of a configuration, in the order in which Keras reads them."""
+    """Yield the lists ``[layer, call, output, ...]`` in a part of a configuration, in the order in which Keras reads
+    them.
+    """
     if isinstance(value, dict):
         if value.get("class_name") == "__keras_tensor__":
             config = value.get("config")
@@ -260,7 +264,7 @@ def _reference(found: Sequence[Any]) -> Reference:
 
 
 def _count_calls_from_zero(model: KerasModel) -> KerasModel:
-    """The same with references that count the calls of every layer from zero.
+    """Return the model with references that count the calls of every layer from zero.
 
     A nested model starts with a call of its own that is not written down, and that Keras counts: Keras 3 where an
     output is a Functional model's, tf_keras wherever it is read. Every call that is written down is read.
@@ -286,7 +290,7 @@ def _shift(references: Sequence[Reference], counted: Collection[str]) -> tuple[R
 
 
 def _check_references(model: KerasModel) -> None:
-    """Every call that is read exists; the calls of inputs are not written down."""
+    """Check that every call that is read exists; the calls of inputs are not written down."""
     calls = {layer.name: max(len(layer.calls), 1) for layer in model.layers}
     for references in (model.inputs, model.outputs, *(call for layer in model.layers for call in layer.calls)):
         for name, call, _ in references:
@@ -295,7 +299,7 @@ def _check_references(model: KerasModel) -> None:
 
 
 def calls_in_order(model: KerasModel) -> tuple[tuple[str, int], ...] | None:
-    """The calls of layers that the outputs of a Functional model need, each after those that it reads.
+    """Return the calls of layers that the outputs of a Functional model need, each after those that it reads.
 
     Returns:
         None where the graph goes in circles.
@@ -317,7 +321,7 @@ def _parents(model: KerasModel) -> Mapping[tuple[str, int], Sequence[tuple[str, 
 
 
 def _first_seen(model: KerasModel) -> dict[str, int]:
-    """When a walk back from the outputs first meets each layer."""
+    """Return the layers, numbered in the order in which a walk back from the outputs first meets them."""
     seen: dict[str, int] = {}
     finished: dict[tuple[str, int], None] = {}
     parents = _parents(model)
@@ -327,7 +331,7 @@ def _first_seen(model: KerasModel) -> dict[str, int]:
 
 
 def order_layers(model: KerasModel) -> tuple[str, ...] | None:
-    """The names of the layers in the order in which Keras numbers them when it loads the model.
+    """Return the names of the layers in the order in which Keras numbers them when it loads the model.
 
     By their distance from the outputs, the farthest first, and then in the order in which a depth-first walk from the
     outputs meets them: what ``map_graph`` of Keras and ``_map_graph_network`` of tf_keras do.
@@ -360,7 +364,7 @@ def _walk_back(
     seen: dict[str, int],
     finished: dict[tuple[str, int], None],
 ) -> bool:
-    """Depth first, without recursion; False where it goes in circles."""
+    """Walk back depth first, without recursion; False where the graph goes in circles."""
     if start in finished:
         return True
     seen.setdefault(start[0], len(seen))

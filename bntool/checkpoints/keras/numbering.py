@@ -15,7 +15,7 @@ HasWeights = Callable[[str, str], bool]  # of the path of a layer and the group 
 def group_of_layers(
     model: KerasModel, *, order: Mapping[str, tuple[str, ...]], root: str, has_weights: HasWeights
 ) -> dict[str, str]:
-    """The group of every layer of a model, by the path of the layer.
+    """Return the group of every layer of a model, by the path of the layer.
 
     Args:
         order: how Keras counts the layers of each model, by the path of the model.
@@ -35,13 +35,13 @@ def group_of_layers(
 
 
 def orders_in_file(model: KerasModel) -> dict[str, tuple[str, ...]]:
-    """The order of the layers as the file lists them, by the path of the model."""
+    """Return the order of the layers as the file lists them, by the path of the model."""
     nested = {layer.path: layer.model for layer in model.walk() if layer.model is not None}
     return {path: tuple(layer.name for layer in one.layers) for path, one in {"": model, **nested}.items()}
 
 
 def holds_any(datasets: Collection[str]) -> HasWeights:
-    """Whether a file with these datasets has weights of a layer: some lie in its group."""
+    """Return whether a file with these datasets has weights of a layer: some lie in its group."""
     groups = {path[:end] for path in datasets for end, sign in enumerate(path) if sign == "/"}
     return lambda _, group: group in groups
 
@@ -49,7 +49,7 @@ def holds_any(datasets: Collection[str]) -> HasWeights:
 def _number_layers(
     model: KerasModel, order: Sequence[str], inside: str, counts_twice: HasWeights | None
 ) -> Iterator[tuple[KerasLayer, str]]:
-    """The layers of a model, without those of nested models, and the group of each.
+    """Yield the layers of a model, without those of nested models, and the group of each.
 
     Args:
         order: names of the layers, as Keras counts.

@@ -74,7 +74,7 @@ _CONSTANTS = (
 
 
 def judge_configuration(config: Any) -> Iterator[GlobalName]:
-    """What is named anywhere in a configuration and is not known to be harmless, once each.
+    """Yield what is named anywhere in a configuration and is not known to be harmless, each once.
 
     Args:
         config: JSON: of a model, or of how it is trained.
@@ -125,7 +125,9 @@ def _judge_type_spec(value: Mapping[str, Any]) -> Iterator[tuple[str, GlobalTrus
 
 
 def _judge_old(class_name: str, settings: Mapping[str, Any]) -> Iterator[tuple[str, GlobalTrust]]:
-    """Keras 1 and 2 write the class alone, and look it up among Keras's own and what the user gives."""
+    """Judge a layer of Keras 1 or 2, which write the class alone and look it up among Keras's own and what the user
+    gives.
+    """
     yield from _judge_layer(class_name, settings)
     if class_name.startswith(("Custom>", "Keras>")) and _is_part(class_name.partition(">")[2]):
         return  # as Keras 2 registered its own optimizers
@@ -147,7 +149,7 @@ def _is_part(name: str) -> bool:
 
 
 def _judge_name(module: str, name: str) -> Iterator[tuple[str, GlobalTrust]]:
-    """A class or function by its module: functions are called with tensors, classes with what the file says."""
+    """Judge a class or function by its module: functions are called with tensors, classes with what the file says."""
     package, *parts = (part for part in module.split(".") if part not in ("src", "_tf_keras", "api", "python"))
     if package == "tensorflow" and parts[:1] == ["keras"]:
         package, *parts = parts
@@ -181,7 +183,7 @@ def _judge_name_of_keras(parts: Sequence[str], name: str) -> GlobalTrust:
 
 
 def _judge_name_of_tensorflow(name: str) -> GlobalTrust:
-    """An operation or class by its name in the API, as ``math.add``; some layers of Keras 2 give that alone."""
+    """Judge an operation or class by its name in the API, as ``math.add``; some layers of Keras 2 give that alone."""
     if _ACTING.search(name):
         return GlobalTrust.SUSPICIOUS
     area = name.partition(".")[0]
@@ -189,7 +191,7 @@ def _judge_name_of_tensorflow(name: str) -> GlobalTrust:
 
 
 def _judge_layer(class_name: str, settings: Mapping[str, Any]) -> Iterator[tuple[str, GlobalTrust]]:
-    """What fields of layers reach, beside objects in them."""
+    """Yield what the fields of a layer reach, beside the objects in them."""
     if class_name in _RUNNING:
         yield f"keras.layers.{class_name}", GlobalTrust.SUSPICIOUS
     elif class_name == "Lambda":
@@ -206,7 +208,9 @@ def _judge_layer(class_name: str, settings: Mapping[str, Any]) -> Iterator[tuple
 
 
 def _judge_lambda(settings: Mapping[str, Any]) -> Iterator[tuple[str, GlobalTrust]]:
-    """Any of its functions may be kept as code: as a list with it, or as a text of which another field says so."""
+    """Judge each function of a Lambda that may be kept as code: as a list with it, or as a text of which another field
+    says so.
+    """
     for name in ("function", "output_shape", "mask"):
         value, kind = settings.get(name), settings.get(f"{name}_type")
         is_code = isinstance(value, list) and any(isinstance(part, str) for part in value)

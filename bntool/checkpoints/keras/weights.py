@@ -83,7 +83,7 @@ class WeightNames:
 
 
 def to_snake_case(name: str) -> str:
-    """As Keras names the group of a layer after its class."""
+    """Convert the name of a class as Keras names the group of a layer after it."""
     name = re.sub(r"\W+", "", name)
     name = re.sub("(.)([A-Z][a-z]+)", r"\1_\2", name)
     return re.sub("([a-z])([A-Z])", r"\1_\2", name).lower()
@@ -93,7 +93,7 @@ _CLASSES = {to_snake_case(name): name for name in (*BATCH_NORMS, *KERNELS)}
 
 
 def expected_variables(layer: KerasLayer) -> tuple[str, ...] | None:
-    """The variables of a layer in the order in which Keras numbers them; None for classes that are not known."""
+    """Return the variables of a layer in the order in which Keras numbers them; None for classes that are not known."""
     config, name = layer.config, layer.kind
     if name in BATCH_NORMS:
         affine = tuple(v for v, option in (("gamma", "scale"), ("beta", "center")) if config.get(option, True))
@@ -105,7 +105,7 @@ def expected_variables(layer: KerasLayer) -> tuple[str, ...] | None:
 
 
 def guess_variables(class_name: str, count: int) -> tuple[str, ...] | None:
-    """The variables of a layer of which only the class and their number are known."""
+    """Return the variables of a layer of which only the class and their number are known."""
     if class_name in BATCH_NORMS:
         affine: Mapping[int, tuple[str, ...]] = {0: (), 1: ("gamma_or_beta",), 2: ("gamma", "beta")}
         rest = (*_STATISTICS, *(_RENORM if count > 4 else ()))
@@ -117,7 +117,7 @@ def guess_variables(class_name: str, count: int) -> tuple[str, ...] | None:
 
 
 def guess_class(group: str) -> str:
-    """The class after which Keras named the group of a layer; "" for those that are not known."""
+    """Return the class after which Keras named the group of a layer; "" for those that are not known."""
     return _CLASSES.get(re.sub(r"_[0-9]+$", "", group), "")
 
 
@@ -161,12 +161,12 @@ def name_variables(
 
 
 def has_statistics(variables: Collection[str]) -> bool:
-    """Whether the names of variables are those of a BatchNorm, whatever its class."""
+    """Return whether the names of variables are those of a BatchNorm, whatever its class."""
     return {_NORM_NAMES.get(variable, "") for variable in variables} >= set(STATISTICS)
 
 
 def _explain_doubt(one: Variables, contents: Hdf5Contents) -> str:
-    """Why variables may be those of a BatchNorm and are not taken for them; "" where there is no doubt."""
+    """Explain why variables may be those of a BatchNorm and are not taken for them; "" where there is no doubt."""
     if one.class_name in BATCH_NORMS:
         return "" if has_statistics(one.names) else f"it has other variables than Keras gives it: {_list(one.names)}"
     if has_statistics(one.names):
@@ -209,7 +209,7 @@ def _translate(one: Variables, variable: str, tensor: StoredTensor) -> tuple[str
 
 
 def _translate_keras_1(one: Variables, variable: str, tensor: StoredTensor) -> tuple[str, StoredTensor]:
-    """Kernels as ``dim_ordering`` lays them out; what is laid out otherwise keeps its name in the file."""
+    """Return kernels as ``dim_ordering`` lays them out; what is laid out otherwise keeps its name in the file."""
     config = one.layer.config if one.layer is not None else {}
     if variable == "b":
         return "bias", tensor
@@ -242,18 +242,18 @@ def _permute(tensor: StoredTensor, order: Sequence[int]) -> StoredTensor:
 
 
 def _view_kernel(tensor: StoredTensor) -> StoredTensor:
-    """(..., in, out) as (out, in, ...); of a transposed convolution (..., out, in) as (in, out, ...)."""
+    """View a kernel (..., in, out) as (out, in, ...); of a transposed convolution (..., out, in) as (in, out, ...)."""
     return _permute(tensor, (len(tensor.shape) - 1, len(tensor.shape) - 2, *range(len(tensor.shape) - 2)))
 
 
 def _view_depthwise(tensor: StoredTensor) -> StoredTensor:
-    """(..., in, multiplier) as (in * multiplier, 1, ...)."""
+    """View a depthwise kernel (..., in, multiplier) as (in * multiplier, 1, ...)."""
     *space, channels, multiplier = tensor.shape
     return dataclasses.replace(tensor, shape=(channels * multiplier, 1, *space), strides=(1, 1, *tensor.strides[:-2]))
 
 
 def _attributes(layer: KerasLayer | None) -> dict[str, Any]:
-    """Epsilon and momentum in PyTorch's meaning, and what else tells how a layer computes."""
+    """Return epsilon and momentum in PyTorch's meaning, and what else tells how a layer computes."""
     if layer is None:
         return {}
     config = layer.config

@@ -140,7 +140,7 @@ class _Rewriting:
     # named weights
 
     def _group(self, path: str) -> Any:
-        """The group of the top-level layer that a path lies in."""
+        """Return the group of the top-level layer that a path lies in."""
         root = f"{self.content.root}/" if self.content.root else ""
         return self.file[root + path.removeprefix(root).split("/")[0]]
 
@@ -155,7 +155,7 @@ class _Rewriting:
         self._write_names(group, "weight_names", names)
 
     def _current(self, group: Any) -> list[str]:
-        """The names of weights as they are by now."""
+        """Return the names of weights as they are by now."""
         if "weight_names" in group.attrs:
             return [_text(one) for one in group.attrs["weight_names"]]
         names: list[str] = []
@@ -166,7 +166,7 @@ class _Rewriting:
         return names
 
     def _write_names(self, group: Any, name: str, names: list[str]) -> None:
-        """As Keras writes them."""
+        """Write the names of weights as Keras writes them."""
         import numpy as np
 
         for old in [one for one in group.attrs if one == name or one.removeprefix(name).isdecimal()]:
@@ -206,7 +206,7 @@ class _Rewriting:
         return bool(self.content.hdf5.texts(root + layer, "weight_names"))
 
     def _check_nested_order(self, model: KerasModel) -> None:
-        """Weights of nested models are loaded by their order.
+        """Check that the layers that go leave the order by which the weights of nested models are loaded.
 
         Raises:
             RefusedError: the order of a nested model's layers changes with those that go.
@@ -225,7 +225,7 @@ class _Rewriting:
                 )
 
     def _reorder_names(self, frozen: frozenset[str]) -> None:
-        """Keras lists the weights of a nested model that train before those that do not."""
+        """List the weights of a nested model again in Keras's order: those that train before those that do not."""
         owners = {layer.path: owner for owner, layer in self.content.names.layers.items()}
         for path in sorted(frozen):
             own = {
@@ -244,7 +244,7 @@ class _Rewriting:
 
 
 def _name_bias(kernel: str) -> str:
-    """As Keras names the bias beside a kernel; Keras 1 joins the name of the layer to it."""
+    """Name a bias as Keras does beside a kernel; Keras 1 joins the name of the layer to it."""
     name, end = kernel.removesuffix(":0"), ":0" if kernel.endswith(":0") else ""
     number = re.fullmatch(r"(.+_)(?:W|pointwise_kernel)(_\d+)?", name)
     return f"{number[1]}b{number[2] or ''}{end}" if number else f"bias{end}"

@@ -118,7 +118,8 @@ def _read_whole(stream: IO[bytes]) -> Iterator[bytes]:
 
 
 def change_model(checkpoint: Checkpoint) -> NewModel:
-    """The configuration after the edits: layers gone and their readers connected to what they read, biases, flags.
+    """Return the configuration after the edits: layers gone and their readers connected to what they read, biases,
+    flags.
 
     Raises:
         RefusedError: the file has no configuration, or its layers cannot be counted anew.

@@ -102,7 +102,7 @@ class Mindspore(Format):
 
 
 def _gather_pieces(message: Message) -> dict[str, list[Message]]:
-    """The pieces of each parameter, which follow each other."""
+    """Return the pieces of each parameter, which follow each other."""
     pieces: dict[str, list[Message]] = {}
     latest = ""
     for value in message.messages(_VALUE):
@@ -126,13 +126,13 @@ def _find_end(file: SourceFile) -> Ending:
 
 
 def _is_of_optimizer(name: str, names: Mapping[str, StoredTensor]) -> bool:
-    """Whether it is what an optimizer keeps of a parameter: the name of that with a part before it."""
+    """Return whether it is what an optimizer keeps of a parameter: the name of that with a part before it."""
     first, _, rest = name.partition(".")
     return first in _OPTIMIZER and rest in names
 
 
 def _make_tensor(name: str, pieces: Sequence[Message], file: SourceFile) -> StoredTensor | None:
-    """A parameter; None for a text."""
+    """Return a parameter; None for a text."""
     first = pieces[0]
     kind, shape = first.text(_TYPE), first.integers(_DIMENSIONS)
     if any((one.text(_TYPE), one.integers(_DIMENSIONS)) != (kind, shape) for one in pieces[1:]):

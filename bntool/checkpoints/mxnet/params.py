@@ -67,7 +67,7 @@ class Mxnet(Format):
 
 
 def _split(name: str) -> tuple[str, ...]:
-    """The layer and the role: Gluon joins them by a dot, symbols by an underscore."""
+    """Return the layer and the role: Gluon joins them by a dot, symbols by an underscore."""
     found = _SPLIT.fullmatch(name)
     return (found[1], found[2]) if found is not None else (name,)
 
@@ -101,7 +101,7 @@ class _Reader:
             raise CorruptFileError("the name of an array is no UTF-8") from error
 
     def read_array(self) -> StoredTensor | None:
-        """One array; None for one that was never given a value."""
+        """Return one array; None for one that was never given a value."""
         (magic,) = self._take("<I")
         if magic in (_V2, _V3):
             (storage_type,) = self._take("<i")

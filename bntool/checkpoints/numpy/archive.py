@@ -110,7 +110,7 @@ def _open(archive: ZipArchive, record: ZipRecord) -> ByteSource:
 
 
 def _read_start(archive: ZipArchive, record: ZipRecord, source: ByteSource) -> Header:
-    """The header of an array; of a deflated one no more is inflated than that."""
+    """Return the header of an array; of a deflated one no more is inflated than that."""
     if record.size < PREFIX:
         raise CorruptFileError("it does not begin as a .npy file does")
     if not record.is_deflated:
@@ -121,7 +121,7 @@ def _read_start(archive: ZipArchive, record: ZipRecord, source: ByteSource) -> H
 
 
 def _make_tensor(name: str, header: Header, source: ByteSource) -> StoredTensor | None:
-    """The array as a tensor; None for what is no number."""
+    """Return the array as a tensor; None for what is no number."""
     if header.dtype is None:
         return None
     shape, nbytes = header.shape, header.dtype.byte_count(count_elements(header.shape))
@@ -135,7 +135,7 @@ def _make_tensor(name: str, header: Header, source: ByteSource) -> StoredTensor 
 
 
 def _judge_objects(source: ByteSource, offset: int) -> tuple[GlobalName, ...]:
-    """What unpickling an array of objects would use; numpy.load does that only under allow_pickle."""
+    """Find what unpickling an array of objects would use; numpy.load does that only under allow_pickle."""
     from bntool.checkpoints.containers.pickles.reading import read_pickle  # only arrays of objects need it
     from bntool.checkpoints.containers.pickles.trust import list_globals
 

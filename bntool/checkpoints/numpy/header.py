@@ -38,7 +38,7 @@ class Header(NamedTuple):
 
 
 def find_length(start: bytes) -> int:
-    """Bytes of the prefix and the header, by the first 12 of the file.
+    """Return bytes of the prefix and the header, by the first 12 of the file.
 
     Raises:
         CorruptFileError: it does not begin as such files do.
@@ -54,7 +54,7 @@ def find_length(start: bytes) -> int:
 
 
 def read_header(data: bytes) -> Header:
-    """The header of a file, given all bytes up to its end.
+    """Return the header of a file, given all bytes up to its end.
 
     Raises:
         CorruptFileError: it is malformed.
@@ -92,12 +92,14 @@ def _read_dtype(description: object) -> tuple[DType | None, bool, str | None]:
 
 @functools.cache
 def _make_opaque(name: str, bits: int) -> DType:
-    """The type of elements that are shown and passed through: the same each time, since types are told by identity."""
+    """Return the type of elements that are shown and passed through: the same each time, since types are told by
+    identity.
+    """
     return DType(name, bits, NumberKind.OPAQUE)
 
 
 def write_header(dtype: DType, shape: tuple[int, ...]) -> bytes:
-    """Version 1.0, as numpy writes it: the elements begin at a multiple of 64 bytes."""
+    """Write a header of version 1.0, as numpy does: the elements begin at a multiple of 64 bytes."""
     order = "<" if dtype.kind is not NumberKind.BOOL and dtype.itemsize > 1 else "|"
     text = f"{{'descr': '{order}{CODE_OF[dtype.name]}', 'fortran_order': False, 'shape': {shape!r}, }}".encode(
         "latin-1"

@@ -60,7 +60,7 @@ class ComputedTensor(AsArray):
 
 
 def _squeeze(values: Array, shape: tuple[int, ...]) -> Array:
-    """Without leading axes of one element that the shape has not."""
+    """Drop leading axes of one element that the shape does not have."""
     while values.ndim > len(shape) and values.shape[0] == 1:
         values = values[0]
     return values
@@ -79,14 +79,14 @@ class ComputedTensors:
         self._known: dict[tuple[int, tuple[str, ...]], bool] = {}
 
     def compute(self, graph: OnnxGraph, name: str) -> Array | None:
-        """A value that a node of a graph sees under a name; None where it cannot be computed."""
+        """Return a value that a node of a graph sees under a name; None where it cannot be computed."""
         try:
             return self._compute(graph, name, 0)
         except (NotConstantError, BntoolError, ValueError, ArithmeticError, IndexError, TypeError, OverflowError):
             return None
 
     def small(self, graph: OnnxGraph, name: str) -> Array | None:
-        """The same; what is short is computed once: shapes and axes are asked for more than once."""
+        """Compute a value that is short, once: shapes and axes are asked for more than once."""
         key = (id(graph), name)
         if key in self._small:
             return self._small[key]
@@ -96,14 +96,14 @@ class ComputedTensors:
         return found
 
     def is_known(self, graph: OnnxGraph, names: Sequence[str]) -> bool:
-        """Whether what a node puts out can be computed."""
+        """Return whether what a node puts out can be computed."""
         key = (id(graph), tuple(names))
         if key not in self._known:
             self._known[key] = all(self.small(graph, name) is not None for name in names if name)
         return self._known[key]
 
     def tensor(self, graph: OnnxGraph, name: str, shape: tuple[int, ...] | None = None) -> ComputedTensor | None:
-        """A value as a tensor, if it is one of floating-point numbers.
+        """Return a value as a tensor, if it is one of floating-point numbers.
 
         Args:
             shape: to repeat it to; None for its own.
@@ -250,7 +250,7 @@ def _gather(node: OnnxNode, given: Sequence[Array]) -> Array:
 
 
 def _slice(node: OnnxNode, given: Sequence[Array]) -> Array:
-    """By inputs, or by attributes before opset 10."""
+    """Slice by inputs, or by attributes before opset 10."""
     if "starts" in node.attributes:
         limits = [list(node.integers(name)) for name in ("starts", "ends", "axes") if name in node.attributes]
     elif "" in node.inputs:
@@ -270,7 +270,9 @@ def _slice(node: OnnxNode, given: Sequence[Array]) -> Array:
 
 
 def _split(node: OnnxNode, given: Sequence[Array]) -> list[Array]:
-    """Into parts of given sizes, or as many of one size as there are outputs, the last one perhaps smaller."""
+    """Split into parts of given sizes, or into as many of one size as there are outputs, the last one perhaps
+    smaller.
+    """
     axis, count = node.integer("axis", 0), len(node.outputs)
     sizes = [int(one) for one in given[1].reshape(-1)] if len(given) > 1 else list(node.integers("split"))
     size = -(-given[0].shape[axis] // count)
@@ -322,7 +324,7 @@ def _reduce(function: Callable[..., Array]) -> Callable[[OnnxNode, Sequence[Arra
 
 
 def _of_all(function: Callable[..., Array]) -> Callable[[OnnxNode, Sequence[Array]], Array]:
-    """Joins as many as there are, element by element."""
+    """Make an operator that joins any number of inputs, element by element."""
     return _elementwise(lambda *given: functools.reduce(function, given))
 
 
@@ -336,7 +338,7 @@ def _of_floats(function: Callable[..., Array]) -> Callable[[OnnxNode, Sequence[A
 
 
 def _dequantize(node: OnnxNode, given: Sequence[Array]) -> Array:
-    """(x - zero point) * scale; one scale, or one for each place along an axis, or for each block of them."""
+    """Compute (x - zero point) * scale, with one scale, one for each place along an axis, or one for each block."""
     values, scale = given[0], given[1]
     if values.dtype.kind not in "iu" or "output_dtype" in node.attributes:
         raise NotConstantError

@@ -47,7 +47,7 @@ class Constants:
         self._known: dict[tuple[int, str], _Value | None] = {}
 
     def compute(self, graph: OnnxGraph, name: str) -> LiteralTensor | None:
-        """A value that a node of a graph sees under a name, as a tensor; None where it cannot be computed."""
+        """Return a value that a node of a graph sees under a name, as a tensor; None where it cannot be computed."""
         value = self._compute(graph, name, 0)
         if value is None:
             return None
@@ -150,7 +150,7 @@ def _reshape(_: OnnxNode, values: Sequence[_Value]) -> _Value:
 
 
 def _flatten_units(_: OnnxNode, values: Sequence[_Value]) -> _Value:
-    """Squeeze, of a vector with extents of 1 around it: the only one that a parameter can come from."""
+    """Drop axes of extent 1 around a vector: a parameter can come from nothing else."""
     return _Value(values[0].dtype, tuple(e for e in values[0].shape if e != 1) or (1,), values[0].numbers)
 
 
@@ -176,7 +176,7 @@ def _concatenate(node: OnnxNode, values: Sequence[_Value]) -> _Value:
 
 
 def _take(value: _Value, axis: int, places: Sequence[int]) -> _Value:
-    """Some places along an axis."""
+    """Take some places along an axis."""
     axis %= len(value.shape)
     before, extent, after = value.shape[:axis], value.shape[axis], value.shape[axis + 1 :]
     if any(not -extent <= place < extent for place in places):
@@ -194,7 +194,7 @@ def _gather(node: OnnxNode, values: Sequence[_Value]) -> _Value:
 
 
 def _slice(node: OnnxNode, values: Sequence[_Value]) -> _Value:
-    """By inputs, or by attributes before opset 10."""
+    """Slice by inputs, or by attributes before opset 10."""
     if "starts" in node.attributes:
         limits = [list(node.integers(name)) for name in ("starts", "ends", "axes") if name in node.attributes]
     elif "" in node.inputs:
@@ -213,7 +213,7 @@ def _slice(node: OnnxNode, values: Sequence[_Value]) -> _Value:
 
 
 def _split(node: OnnxNode, values: Sequence[_Value], part: int) -> _Value:
-    """One part, of given sizes or of as many as there are outputs, the last one perhaps smaller."""
+    """Split; return one part, of given sizes or of as many as there are outputs, the last one perhaps smaller."""
     axis = node.integer("axis", 0)
     extent = values[0].shape[axis]
     sizes = [int(one) for one in values[1].numbers] if len(values) > 1 else list(node.integers("split"))
@@ -240,7 +240,7 @@ def _clip(node: OnnxNode, values: Sequence[_Value]) -> _Value:
 
 
 def _dequantize(_: OnnxNode, values: Sequence[_Value]) -> _Value:
-    """(x - zero point) * scale, of one scale or one for each element."""
+    """Compute (x - zero point) * scale, with one scale or one for each element."""
     shape = values[0].shape
     scale = _broadcast(values[1], shape)
     zero = _broadcast(values[2], shape) if len(values) > 2 else [0.0] * count_elements(shape)

@@ -111,7 +111,7 @@ class OnnxGraph:
         return {n.outputs[0]: n.inputs[0] for n in self.nodes if n.operator == "Identity" and n.inputs and n.outputs}
 
     def resolve(self, name: str) -> str:
-        """The name of what Identity nodes copied: exporters store equal tensors once, and copy them so."""
+        """Return the name of what Identity nodes copied: exporters store equal tensors once, and copy them so."""
         for _ in range(_MOST_COPIES):
             if name not in self._copies:
                 break
@@ -119,7 +119,9 @@ class OnnxGraph:
         return name
 
     def place_of(self, name: str) -> tuple[OnnxGraph, str] | None:
-        """Where a value that a node of this graph sees comes from, through copies: a graph, and its name there."""
+        """Find where a value that a node of this graph reads comes from, through copies: a graph, and its name
+        there.
+        """
         graph: OnnxGraph | None = self
         while graph is not None:
             name = graph.resolve(name)
@@ -134,13 +136,15 @@ class OnnxGraph:
         return None
 
     def find(self, name: str) -> tuple[OnnxGraph, str] | None:
-        """The graph that holds a constant that a node of this graph sees, and its name there; None for others."""
+        """Return the graph that holds a constant that a node of this graph sees, and its name there; None for
+        others.
+        """
         place = self.place_of(name)
         return place if place is not None and place[1] in place[0].initializers else None
 
 
 def find_uses(graphs: Iterable[OnnxGraph]) -> Mapping[tuple[int, str], list[tuple[OnnxGraph, OnnxNode, int]]]:
-    """The nodes that read each constant, also through Identity nodes, by the graph that holds it and its name.
+    """Return the nodes that read each constant, also through Identity nodes, by the graph that holds it and its name.
 
     Each with its graph, and the position of the input.
     """
@@ -155,7 +159,7 @@ def find_uses(graphs: Iterable[OnnxGraph]) -> Mapping[tuple[int, str], list[tupl
 
 
 def read_graphs(model: Message) -> tuple[OnnxGraph, ...]:
-    """The main graph, and then those nested in its nodes (the branches of If, the bodies of Loop and Scan).
+    """Return the main graph, and then those nested in its nodes (the branches of If, the bodies of Loop and Scan).
 
     Raises:
         CorruptFileError: there is no graph, or one that ONNX forbids.
@@ -170,7 +174,7 @@ def read_graphs(model: Message) -> tuple[OnnxGraph, ...]:
 
 
 def read_calls(model: Message, graphs: Sequence[OnnxGraph]) -> tuple[OnnxGraph, ...]:
-    """The bodies of the functions that a model holds, one for each call, with what it is called with.
+    """Return the bodies of the functions that a model holds, one for each call, with what it is called with.
 
     Raises:
         UnsafeFileError: functions that call each other without measure.
@@ -193,7 +197,7 @@ def read_calls(model: Message, graphs: Sequence[OnnxGraph]) -> tuple[OnnxGraph, 
 
 
 def normalises_by_batch(node: OnnxNode, opset: int) -> bool:
-    """Whether a BatchNormalization is in training mode.
+    """Return whether a BatchNormalization is in training mode.
 
     Args:
         opset: its version of ONNX's own operators: the mode was an attribute before 7, then the number of outputs, and
@@ -205,8 +209,9 @@ def normalises_by_batch(node: OnnxNode, opset: int) -> bool:
 
 
 def find_normalisation(node: OnnxNode) -> str:
-    """What says that a node normalises as BatchNorm does: its operator, or a text among the attributes of one that is
-    not ONNX's own, as those have it that stand for an operator of PyTorch or for Python; "" where nothing does.
+    """Return the operator or text by which a node looks like BatchNorm, "" where it does not. The text is looked for in
+    the attributes of operators that are not ONNX's own, where those that stand for an operator of PyTorch or for Python
+    name it.
     """
     if is_normalisation(node.operator):
         return node.operator
@@ -217,7 +222,7 @@ def find_normalisation(node: OnnxNode) -> str:
 
 
 def is_normalisation(operator: str) -> bool:
-    """Whether an operator, of whatever domain, is named after batch normalisation."""
+    """Return whether an operator, of whatever domain, is named after batch normalisation."""
     return bool(_NORMALISATION.search(operator))
 
 
@@ -227,12 +232,12 @@ def _key(message: Message, fields: tuple[int, int, int]) -> tuple[str, ...]:
 
 
 def key_of_call(node: Message) -> tuple[str, ...]:
-    """What a node calls: domain, name and overload; a function of the model, or an operator."""
+    """Return the domain, name and overload of what a node calls: a function of the model, or an operator."""
     return _key(node, _NODE_KEY)
 
 
 def operators_of_functions(model: Message) -> Iterator[str]:
-    """The operators of all nodes in functions, with the domain in front where it is not ONNX's own."""
+    """Yield the operators of all nodes in functions, with the domain in front where it is not ONNX's own."""
     for function in model.messages(FUNCTIONS):
         for node in _nodes_below(function, BODY):
             domain, name, _ = key_of_call(node)
@@ -240,7 +245,7 @@ def operators_of_functions(model: Message) -> Iterator[str]:
 
 
 def _nodes_below(message: Message, number: int = NODES) -> Iterator[Message]:
-    """The nodes of a graph or function, and of the graphs nested in them."""
+    """Yield the nodes of a graph or function, and of the graphs nested in them."""
     for node in message.messages(number):
         yield node
         for attribute in node.messages(ATTRIBUTES):
@@ -250,7 +255,7 @@ def _nodes_below(message: Message, number: int = NODES) -> Iterator[Message]:
 
 
 def find_normalising(model: Message) -> dict[tuple[str, ...], Message]:
-    """The functions of a model in which something is normalised, there or in a function that they call."""
+    """Return the functions of a model in which something is normalised, there or in a function that they call."""
     functions = {_key(message, _FUNCTION_KEY): message for message in model.messages(FUNCTIONS)}
     calls = {key: {key_of_call(node) for node in _nodes_below(body, BODY)} for key, body in functions.items()}
     chosen = {key for key, called in calls.items() if any(is_normalisation(name) for _, name, _ in called)}
@@ -260,7 +265,7 @@ def find_normalising(model: Message) -> dict[tuple[str, ...], Message]:
 
 
 def _read_call(function: Message, graph: OnnxGraph, node: OnnxNode, call: OnnxNode) -> list[OnnxGraph]:
-    """The body of a function as one node calls it, and the graphs nested in it."""
+    """Return the body of a function as one node calls it, and the graphs nested in it."""
     given = dict(node.attributes)
     for default in function.messages(DEFAULTS):
         given.setdefault(default.text(NAME), default)
@@ -322,7 +327,7 @@ def _read_graph(
 
 
 def _fill_in(node: OnnxNode, given: Mapping[str, Message]) -> OnnxNode:
-    """A node of a function with the attributes that it refers to."""
+    """Return a node of a function with the attributes that it refers to."""
     attributes = {
         name: given.get(attribute.text(REFERENCE)) if attribute.last(REFERENCE) is not None else attribute
         for name, attribute in node.attributes.items()

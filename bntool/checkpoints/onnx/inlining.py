@@ -86,7 +86,7 @@ class PiecedSource:
 
 
 def inline_functions(model: Message, graphs: Sequence[OnnxGraph]) -> Message | None:
-    """The model with every call of such a function written out; None where there is none, or one cannot be.
+    """Return the model with every call of such a function written out; None where there is none, or one cannot be.
 
     It cannot where a function is written for another version of ONNX's operators than the model.
 
@@ -112,7 +112,7 @@ def inline_functions(model: Message, graphs: Sequence[OnnxGraph]) -> Message | N
 
 
 def _have_one_version(model: Message, functions: Iterable[Message]) -> bool:
-    """Whether functions are written for the operators of the model."""
+    """Return whether functions are written for the operators of the model."""
     versions = _versions(model, OPSETS)
     for function in functions:
         for domain, version in _versions(function, FUNCTION_OPSETS).items():
@@ -127,7 +127,7 @@ def _versions(message: Message, number: int) -> dict[str, int]:
 
 
 def _remove_functions(model: Message, functions: Iterable[Message], edits: Edits) -> None:
-    """Nothing calls them any more; the model now needs the domains that they needed."""
+    """Remove the functions, which nothing calls any more, and declare the domains that they needed."""
     known = _versions(model, OPSETS)
     for function in functions:
         assert function.parent is not None
@@ -163,7 +163,7 @@ class _Inlining:
         self._calls = self._nodes = 0
 
     def expand(self, node: Message, scope: _Scope) -> list[Content]:
-        """The nodes that take the place of one: itself, or those of the function that it calls."""
+        """Return the nodes that take the place of one: itself, or those of the function that it calls."""
         function = self._functions.get(key_of_call(node))
         if function is None:
             self._nodes += 1
@@ -207,7 +207,7 @@ class _Inlining:
         return name
 
     def _rewrite(self, node: Message, scope: _Scope) -> Content:
-        """A node with the names and attributes that hold where it is written out."""
+        """Return a node with the names and attributes that hold where it is written out."""
         pieces: list[Piece] = []
         for one in node.fields:
             if one.number in (INPUTS, OUTPUTS):
@@ -225,7 +225,7 @@ class _Inlining:
         return tuple(pieces)
 
     def _attribute(self, attribute: Message, scope: _Scope) -> Content | None:
-        """The value of an attribute; None of one that refers to an argument that is not given."""
+        """Return the value of an attribute; None of one that refers to an argument that is not given."""
         if attribute.last(REFERENCE) is not None:
             return scope.given.get(attribute.text(REFERENCE))
         pieces: list[Piece] = []
@@ -237,7 +237,7 @@ class _Inlining:
         return tuple(pieces)
 
     def _graph(self, graph: Message, scope: _Scope) -> Content:
-        """A nested graph; what it says of values between nodes is left out."""
+        """Return a nested graph; what it says of values between nodes is left out."""
         pieces: list[Piece] = []
         for one in graph.fields:
             if one.number == NODES:
@@ -263,7 +263,7 @@ class _Inlining:
         return tuple(pieces)
 
     def _renamed(self, message: Message, number: int, scope: _Scope) -> Content:
-        """A message that is called as it is where it is written out."""
+        """Return a message that keeps its name where it is written out."""
         pieces: list[Piece] = []
         for one in message.fields:
             pieces += _text(number, self._name(message.text_of(one), scope)) if one.number == number else (one,)

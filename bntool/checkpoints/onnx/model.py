@@ -199,7 +199,7 @@ def read_model(file: SourceFile, *, external: ExternalData) -> Checkpoint:
 
 
 def _describe_inlining(functions: Sequence[str]) -> str:
-    """What a file that is written again lacks."""
+    """Describe what a file lacks after it is written again."""
     more = len(functions) - _LISTED
     listed = ", ".join(map(quote, functions[:_LISTED])) + (f" and {more} more" if more > 0 else "")
     calls = "calls of the function" if len(functions) == 1 else "calls of the functions"
@@ -228,7 +228,9 @@ def _check_format(model: Message) -> None:
 
 
 def _find_acting(model: Message, graphs: Iterable[OnnxGraph]) -> Iterator[GlobalName]:
-    """Operators of runtimes that run Python, or a program that the file holds, in graphs and functions; once each."""
+    """Yield operators of runtimes that run Python, or a program that the file holds, in graphs and functions; once
+    each.
+    """
     operators = {node.operator: None for graph in graphs for node in graph.nodes}
     operators |= dict.fromkeys(operators_of_functions(model))
     for operator in operators:
@@ -266,7 +268,7 @@ class LayerNames:
 
 
 def name_layers(layers: Iterable[LayerNames], constants: Container[str]) -> list[str]:
-    """A name for each layer, such that no tensor of it has the name of a constant that something else uses."""
+    """Name each layer, such that no tensor of it has the name of a constant that something else uses."""
     names: dict[str, None] = {}
     for layer in layers:
         name, number = layer.wanted, 1
@@ -308,7 +310,7 @@ class _Reading:
             self._add(name, Place(graph, name, graph.initializers[name]))
 
     def _is_layer(self, node: OnnxNode) -> bool:
-        """Whether a node is a BatchNormalization as ONNX defines it; others that are named so are noted."""
+        """Return whether a node is a BatchNormalization as ONNX defines it; others that are named so are noted."""
         is_standard, by_position = node.operator == "BatchNormalization", not node.integer("spatial", 1)
         if is_standard and len(node.inputs) == 5 and any(node.outputs[:1]) and not by_position:
             return True
@@ -366,7 +368,7 @@ class _Reading:
 
 
 def _names_of(graph: OnnxGraph, node: OnnxNode) -> LayerNames:
-    """In the body of a function all layers are named after the call."""
+    """Return the names of a layer; in the body of a function all are named after the call."""
     if graph.call is None:
         return LayerNames(node.name, node.outputs[0], node.inputs[3:])
     prefix = graph.call.name or graph.call.outputs[0]
@@ -376,7 +378,7 @@ def _names_of(graph: OnnxGraph, node: OnnxNode) -> LayerNames:
 def _find_uses_of_constants(
     graphs: Sequence[OnnxGraph], layers: Sequence[tuple[OnnxGraph, OnnxNode]]
 ) -> tuple[set[tuple[int, str]], set[tuple[int, str]]]:
-    """The constants that something else than a parameter of a layer uses, and those that are such parameters.
+    """Return the constants that something else than a parameter of a layer uses, and those that are such parameters.
 
     Identity nodes are no use: what reads their copy is.
     """

@@ -57,7 +57,7 @@ class ExternalData:
         self._replaced = replaced or {}
 
     def open(self, location: str) -> SourceFile:
-        """A file by the path that the model gives.
+        """Return a file by the path that the model gives.
 
         Raises:
             UnsafeFileError: the path leads out of the folder.
@@ -84,7 +84,7 @@ class ExternalData:
 
 
 def read_tensor(message: Message, *, key: str, external: ExternalData) -> Tensor:
-    """The elements of a TensorProto, lazily.
+    """Return the elements of a TensorProto, lazily.
 
     Args:
         key: its name.
@@ -117,7 +117,7 @@ def _read(message: Message, *, key: str, external: ExternalData) -> Tensor:
 
 
 def _read_typed(message: Message, *, dtype: DType, shape: tuple[int, ...], key: str) -> Tensor:
-    """Elements in the field for their type; the small ones each as a varint."""
+    """Return elements in the field for their type; the small ones each as a varint."""
     if dtype.name in ("float32", "complex64"):
         return read_fixed(message, FLOAT_DATA, dtype=dtype, shape=shape, key=key)
     if dtype.name in ("float64", "complex128"):
@@ -135,7 +135,7 @@ def _read_typed(message: Message, *, dtype: DType, shape: tuple[int, ...], key: 
 
 
 def _unread(dtype: DType, shape: tuple[int, ...], *, wrapper: str) -> StoredTensor:
-    """A tensor that is shown and passed through."""
+    """Return a tensor that is shown and passed through."""
     return StoredTensor(dtype, shape, contiguous_strides(shape), 0, None, wrapper=wrapper)
 
 

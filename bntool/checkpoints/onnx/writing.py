@@ -142,7 +142,9 @@ class _Changes:
             self._record()
 
     def _keep_names(self) -> None:
-        """Layers that stay keep their names where these would follow from others that are gone, or from old inputs."""
+        """Let layers that stay keep their names where these would follow from others that are gone, or from old
+        inputs.
+        """
         own = {name for name, place in self._content.places.items() if place.reader is None}
         rest = {n: node for n, (_, node) in self._content.layers.items() if node.field.start not in self._removed}
         now = [
@@ -189,7 +191,7 @@ class _Changes:
         self._drop_infos(graph, VALUE_INFO, result)
 
     def _input_names(self, node: OnnxNode) -> list[str]:
-        """The inputs of a node by now; none of one that is removed."""
+        """Return the inputs of a node by now; none of one that is removed."""
         if node.field.start in self._removed:
             return []
         return self._inputs.get(node.field.start, (node, list(node.inputs)))[1]
@@ -215,7 +217,7 @@ class _Changes:
         self._edits.replace(node.message, found[0], *pieces)
 
     def _set_tensors(self, tensors: Mapping[str, Tensor], source: Mapping[str, Tensor]) -> None:
-        """New elements in place; a constant that several share is copied for those that are to see others."""
+        """Put new elements in place; a constant that several share is copied for those that are to see others."""
         sharing: dict[tuple[int, str], list[str]] = {}
         for name in tensors:
             if name in source:
@@ -294,7 +296,9 @@ class _Changes:
         self._drop_infos(place.graph, VALUE_INFO, place.name)
 
     def _add_tensor(self, wanted: str, after: str, tensor: Tensor) -> None:
-        """A new tensor for one input of one node, or a bias for those whose weight is the tensor that it follows."""
+        """Add a tensor for one input of one node, or a bias for the nodes whose weight is the tensor that it
+        follows.
+        """
         own = self._own.get(wanted)
         if own is not None:
             graph, node, position = own
@@ -317,7 +321,7 @@ class _Changes:
                 self._new_inputs(node)[2:] = [wanted]
 
     def _find_unbiased(self, weight: str) -> list[tuple[OnnxGraph, OnnxNode]]:
-        """The nodes with this weight, where all of them can have a bias."""
+        """Return the nodes with this weight, where all of them can have a bias."""
         own = self._own.get(weight)
         if own is not None:
             uses = [own]
@@ -330,7 +334,7 @@ class _Changes:
         return [(graph, node) for graph, node, _ in uses]
 
     def _insert(self, name: str, place: Place, tensor: Tensor) -> None:
-        """A constant behind another one."""
+        """Insert a constant behind another one."""
         self._names.add(name)
         message = _make_tensor(name, tensor)
         constant = place.graph.constants.get(place.name)
@@ -344,7 +348,7 @@ class _Changes:
             self._declare(place.graph, name, tensor)
 
     def _add_after(self, graph: OnnxGraph, node: OnnxNode, bias: str) -> None:
-        """An addition behind a product, which has no place for a bias."""
+        """Add a bias by an addition behind a product, which has no place for one."""
         outputs = self._outputs.setdefault(node.field.start, (node, list(node.outputs)))[1]
         result = outputs[0]
         outputs[0] = unused_name(f"{result}/product", self._names)
@@ -355,7 +359,7 @@ class _Changes:
         self._edits.insert_after(graph.message, node.field, *embed(NODES, *added))
 
     def _remove_unread_nodes(self) -> None:
-        """Nodes that computed from constants what another constant has taken the place of."""
+        """Remove nodes that computed from constants what another constant now holds."""
         waiting = list(self._replaced)
         while waiting:
             graph, name = waiting.pop()
@@ -372,7 +376,7 @@ class _Changes:
             waiting += [(holder, one) for one in node.inputs if one]
 
     def _is_read(self, graph: OnnxGraph, name: str) -> bool:
-        """Whether a node that is left reads a value, or it is a result."""
+        """Return whether a node that is left reads a value, or it is a result."""
         if name in graph.outputs:
             return True
         inside = [one for one in self._content.graphs if one is graph or _is_within(one, graph)]
@@ -381,7 +385,7 @@ class _Changes:
         return any(name in self._input_names(node) for one in inside for node in one.nodes)
 
     def _declare(self, graph: OnnxGraph, name: str, tensor: Tensor) -> None:
-        """Before IR version 4 every initializer is an input of the graph too."""
+        """Declare an initializer as an input of the graph, as IR versions before 4 want it."""
         if self._content.model.integer(IR_VERSION) >= 4 or graph.parent is not None:
             return
         dims = [piece for extent in tensor.shape for piece in embed(1, integer_field(1, extent))]
@@ -428,7 +432,7 @@ class _Changes:
 
 
 def _find_producer(graph: OnnxGraph, name: str) -> tuple[OnnxGraph, OnnxNode] | None:
-    """The node that puts out a value that a node of a graph sees; None for constants and inputs."""
+    """Return the node that puts out a value that a node of a graph sees; None for constants and inputs."""
     here: OnnxGraph | None = graph
     while here is not None:
         if name in here.initializers or name in here.inputs:
@@ -448,7 +452,7 @@ def _is_within(graph: OnnxGraph, other: OnnxGraph) -> bool:
 
 
 def _find_copies(content: OnnxContent) -> Mapping[tuple[int, str], list[tuple[OnnxGraph, OnnxNode]]]:
-    """The Identity nodes that copy each constant."""
+    """Return the Identity nodes that copy each constant."""
     copies: dict[tuple[int, str], list[tuple[OnnxGraph, OnnxNode]]] = {}
     for graph in content.graphs:
         for node in graph.nodes:

@@ -130,7 +130,7 @@ class Nemo(_Package):
 def _open(
     file: SourceFile, format_: Format, name: str, source: ByteSource, archive: ZipArchive | None, about: dict[str, Any]
 ) -> Checkpoint:
-    """The checkpoint inside, as one of the archive.
+    """Return the checkpoint inside, as one of the archive.
 
     Raises:
         UnknownFormatError: it is of no format that is read.

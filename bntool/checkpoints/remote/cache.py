@@ -21,7 +21,9 @@ Ranges = list[tuple[int, bytes]]
 
 
 def find_folder() -> Path | None:
-    """Where ranges are kept: ``$BNTOOL_CACHE``, or ``bntool`` in the system's folder of caches; None without one."""
+    """Return the folder of the ranges: ``$BNTOOL_CACHE``, or ``bntool`` in the system's folder of caches; None without
+    one.
+    """
     given = os.environ.get("BNTOOL_CACHE")
     if given is not None:
         return Path(given) if given else None
@@ -35,7 +37,7 @@ def find_folder() -> Path | None:
 
 
 def load(key: str) -> tuple[Version, Ranges] | None:
-    """What is kept of a file; None where nothing is, or it is damaged."""
+    """Load what is kept of a file; None where nothing is, or it is damaged."""
     folder = find_folder()
     if folder is None:
         return None

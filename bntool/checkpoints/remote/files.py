@@ -61,11 +61,11 @@ class RangedFile(_RemoteSource):
         self._end = weakref.finalize(self, transfers.close)
 
     def keep(self, start: int, data: bytes) -> None:
-        """Bytes that were read already."""
+        """Keep bytes that were read already."""
         self._ranges.add(start, data)
 
     def take_over(self, ranges: cache.Ranges) -> None:
-        """What was read of this version before."""
+        """Take over what was read of this version before."""
         before = self._ranges.size
         for start, data in ranges:
             self._ranges.add(start, data)
@@ -251,7 +251,7 @@ class _Ranges:
                 del self._starts[at]
 
     def get(self, offset: int, length: int) -> bytes:
-        """The bytes from ``offset`` on that are known, in one part; b"" where none is."""
+        """Return the bytes from ``offset`` on that are known, in one part; b"" where none is."""
         with self._lock:
             at = bisect.bisect(self._starts, offset) - 1
             if at < 0:
@@ -260,7 +260,7 @@ class _Ranges:
             return self._parts[at][inner : inner + length]
 
     def find_missing(self, start: int, end: int) -> list[tuple[int, int]]:
-        """The parts between two places that are not known."""
+        """Return the parts between two places that are not known."""
         with self._lock:
             return self._find_missing(start, end)
 

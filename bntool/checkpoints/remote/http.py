@@ -68,7 +68,7 @@ class Answer:
         self._limit.start(seconds)
 
     def read(self, length: int) -> bytes:
-        """At most so many bytes of the body; fewer at its end only."""
+        """Read at most so many bytes of the body; fewer only at its end."""
         return self._response.read(length)
 
 
@@ -94,7 +94,7 @@ class HttpClient:
     def ask(
         self, address: Address, url: str, headers: Mapping[str, str], *, start: int, length: int
     ) -> Iterator[Answer]:
-        """A context with the answer to a question for a range, in which its body can be read.
+        """Ask for a range; yield the answer, whose body can be read inside the context.
 
         Raises:
             UsageError: the address is none that is read.
@@ -175,7 +175,7 @@ class HttpClient:
 
 @contextlib.contextmanager
 def _blame_redirect(address: Address) -> Iterator[None]:
-    """What is wrong with where a server redirects to is no fault of the user's."""
+    """Turn a wrong address that a server redirects to into an error of the server: the user did not give it."""
     try:
         yield
     except (UsageError, ValueError) as error:
@@ -210,7 +210,7 @@ class _Target:
 
 
 def split(url: str, address: Address) -> _Target:
-    """The parts of a URL.
+    """Return the parts of a URL.
 
     Raises:
         UsageError: it is none of HTTP, or holds a password.
@@ -244,7 +244,7 @@ def check_url(url: str, address: Address) -> None:
 
 
 def _find_proxy(scheme: str, host: str) -> tuple[str, int] | None:
-    """The proxy that the system names for public hosts; what is spoken plainly goes to this machine directly."""
+    """Return the proxy that the system names for public hosts; what is spoken plainly goes to this machine directly."""
     if scheme != "https" or urllib.request.proxy_bypass(host):
         return None
     named = urllib.request.getproxies().get("https")
@@ -255,7 +255,7 @@ def _find_proxy(scheme: str, host: str) -> tuple[str, int] | None:
 
 
 def _resolve(target: _Target, address: Address) -> list[str]:
-    """The IP addresses of a host; none where a proxy looks them up."""
+    """Return the IP addresses of a host; none where a proxy looks them up."""
     if target.proxy is not None:
         with contextlib.suppress(ValueError):
             return [str(ipaddress.ip_address(target.host))]
@@ -268,7 +268,7 @@ def _resolve(target: _Target, address: Address) -> list[str]:
 
 
 def _check_ips(target: _Target, ips: list[str], address: Address, *, came_from_public: bool) -> bool:
-    """Whether a host is public, also in part, where it may be asked; one that a proxy looks up counts as public.
+    """Return whether a host is public, also in part, where it may be asked; one that a proxy looks up counts as public.
 
     Raises:
         UsageError: it would be asked in plain text.
@@ -285,7 +285,7 @@ def _check_ips(target: _Target, ips: list[str], address: Address, *, came_from_p
 
 
 def _unmap(ip: ipaddress.IPv4Address | ipaddress.IPv6Address) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
-    """What an IPv6 address that stands for one of IPv4 stands for."""
+    """Return the IPv4 address that an IPv6 address stands for; every other address as it is."""
     return (getattr(ip, "ipv4_mapped", None) or ip) if ip.version == 6 else ip
 
 
@@ -370,7 +370,7 @@ class _TimeLimit:
         self._is_over = False
 
     def start(self, seconds: float) -> None:
-        """From now on."""
+        """Start to count the time."""
         if self._timer is not None:
             self._timer.cancel()
         self._timer = threading.Timer(seconds, self._end)

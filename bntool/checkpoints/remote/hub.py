@@ -44,7 +44,7 @@ class HubFile(NamedTuple):
 
 
 def parse_address(address: Address) -> HubFile:
-    """The parts of an address of the hub.
+    """Return the parts of an address of the hub.
 
     Raises:
         UsageError: it has another form.
@@ -112,7 +112,7 @@ class _OfflineError(Exception):
 
 
 def _ask(question: Callable[[], Result], hub: Any, wanted: HubFile, limits: Limits) -> Result:
-    """The answer of huggingface_hub to a question, within the time for one.
+    """Return the answer of huggingface_hub to a question, within the time for one.
 
     Raises:
         UnreachableFileError: there is none.
@@ -154,7 +154,7 @@ def _describe(error: Exception, hub: Any, wanted: HubFile) -> str:
 
 
 def _open_offline(hub: Any, wanted: HubFile) -> SourceFile:
-    """What the cache of huggingface_hub holds."""
+    """Open the file from the cache of huggingface_hub."""
     options = {"repo_id": wanted.repository, "revision": wanted.revision, "local_files_only": True}
     try:
         if wanted.path:
@@ -203,7 +203,7 @@ class _HubFolder(Folder):
         return self._wanted._replace(path=path).address
 
     def open_file(self, path: str) -> CachedFile | Any:
-        """A file by its path in the repository.
+        """Return a file by its path in the repository.
 
         Raises:
             UnreachableFileError

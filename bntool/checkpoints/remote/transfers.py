@@ -72,7 +72,7 @@ class Transfers:
         return self._first_url.partition("?")[0]
 
     def fetch(self, start: int, length: int, version: Version) -> bytes:
-        """A range of the file, which has this version and reaches so far.
+        """Fetch a range of the file, which has this version and reaches so far.
 
         Raises:
             UnreachableFileError: the server does not give it, or gives something else.
@@ -107,7 +107,8 @@ class Transfers:
             raise UnreachableFileError(_CHANGED, path=self.address)
 
     def begin(self, length: int) -> tuple[Version, bytes, IO[bytes] | None]:
-        """The first bytes of the file, and its version; or all of it as a temporary file, from a server without ranges.
+        """Return the first bytes of the file, and its version; or all of it as a temporary file, from a server without
+        ranges.
 
         Raises:
             UnreachableFileError: the server does not give it; or gives no ranges, and it is too large to be fetched.
@@ -150,7 +151,7 @@ class Transfers:
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
-        """A context that waits for answers; a server that is slow in all is given up after it.
+        """Wait for answers inside the context; a server that is slow in all is given up after it.
 
         Raises:
             UnreachableFileError
@@ -187,7 +188,7 @@ class Transfers:
         return Version(int(length) if length.isdecimal() and length.isascii() else -1, tag)
 
     def _read_places(self, headers: email.message.Message) -> tuple[int, int, int]:
-        """First byte, the one after the last, and the size of the file."""
+        """Return first byte, the one after the last, and the size of the file."""
         found = _RANGE.fullmatch(headers.get("content-range", ""))
         if found is None:
             raise UnreachableFileError("the server does not say which part of the file it sends", path=self.address)
@@ -212,7 +213,7 @@ class Transfers:
         return b"".join(parts)
 
     def _read_whole(self, answer: Answer, size: int) -> IO[bytes]:
-        """All of the file, for a server that gives no parts of it."""
+        """Return all of the file, for a server that gives no parts of it."""
         too_large = UnreachableFileError(
             f"the server gives the file as a whole only, which is done up to {MAX_WHOLE / 1e6:.0f} MB; download it "
             "first",

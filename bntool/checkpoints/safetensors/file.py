@@ -110,7 +110,7 @@ def _check_metadata(metadata: Any) -> dict[str, str]:
 
 
 def _read_tensors(file: SourceFile, header: Mapping[str, Any], data_start: int) -> tuple[dict[str, Tensor], int]:
-    """The tensors, and how many bytes between them belong to none."""
+    """Return the tensors, and how many bytes between them belong to none."""
     tensors: dict[str, Tensor] = {}
     runs: list[tuple[int, int, str]] = []
     for name, entry in header.items():

@@ -63,7 +63,7 @@ def write(checkpoint: Checkpoint, path: Path, output: OutputFiles) -> None:
 
 
 def _data_order(original: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> list[str]:
-    """The order of the bytes: as in the source where the keys are the same, else widest first, for alignment."""
+    """Return the order of the bytes: as in the source where the keys are the same, else widest first, for alignment."""
     if original.keys() == tensors.keys():
         return sorted(tensors, key=lambda name: _offset(original[name]))
     return sorted(tensors, key=lambda name: -tensors[name].dtype.bits)
@@ -76,7 +76,7 @@ def _offset(tensor: Tensor) -> int:
 def make_header(
     tensors: Mapping[str, Tensor], metadata: Mapping[str, str], order: list[str], *, like: int = 0
 ) -> bytes:
-    """The length and the JSON of a file whose tensors follow without gaps, in this order.
+    """Return the length and the JSON of a file whose tensors follow without gaps, in this order.
 
     Args:
         like: where the tensors begin in the file that they come from: blanks bring them to the same place in a page of

@@ -76,7 +76,7 @@ def _show(value: object) -> str:
 
 
 def make_partial(file: SourceFile, text: str, tensors: Mapping[str, Tensor], reader: Format) -> Checkpoint:
-    """A partial as a checkpoint without state dicts.
+    """Return a partial as a checkpoint without state dicts.
 
     Raises:
         CorruptFileError: its facts cannot be read.

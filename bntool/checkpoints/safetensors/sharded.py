@@ -157,6 +157,6 @@ def _merge_globals(shards: Mapping[str, Checkpoint]) -> tuple[GlobalName, ...]:
 
 
 def record_home(shards: Mapping[str, Checkpoint], shard_of: Mapping[str, str]) -> str:
-    """The shard that holds the record: the one that has it already, else the first that still has tensors."""
+    """Return the shard that holds the record: the one that has it already, else the first that still has tensors."""
     left = [name for name in shards if name in set(shard_of.values())] or list(shards)
     return next((name for name in left if shards[name].records), left[0])

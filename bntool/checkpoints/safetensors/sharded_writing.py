@@ -50,7 +50,7 @@ def write(checkpoint: Checkpoint, path: Path, output: OutputFiles) -> None:
 
 
 def _assign_shards(state_dict: StateDict, known: Mapping[str, str]) -> dict[str, str]:
-    """Each tensor stays where it was; a new one goes where the tensor before it is."""
+    """Assign each tensor to its shard; a new one goes where the tensor before it is."""
     assigned: dict[str, str] = {}
     current = next(iter(known.values()))
     for name in state_dict.tensors:
@@ -60,7 +60,7 @@ def _assign_shards(state_dict: StateDict, known: Mapping[str, str]) -> dict[str,
 
 
 def _edited_shard(shard: Checkpoint, name: str, whole: Checkpoint, shard_of: Mapping[str, str]) -> Checkpoint:
-    """One shard with the edits of the whole checkpoint that concern it."""
+    """Return one shard with the edits of the whole checkpoint that concern it."""
     (edited,) = whole.state_dicts
     tensors = {key: tensor for key, tensor in edited.tensors.items() if shard_of[key] == name}
     keeps_record = name == record_home(Shards.of(whole).shards, shard_of)
@@ -79,7 +79,7 @@ def _edited_shard(shard: Checkpoint, name: str, whole: Checkpoint, shard_of: Map
 
 
 def _in_own_order(own: Sequence[str], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The shard's own key order; new keys after the one that they follow in the whole."""
+    """Return the shard's own key order; new keys after the one that they follow in the whole."""
     ordered: dict[str, Tensor] = {}
     names = list(tensors)
     followers: dict[str | None, list[str]] = {}

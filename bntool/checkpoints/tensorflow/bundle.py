@@ -149,7 +149,7 @@ class Bundle(Content):
         return sum(shard.size for shard in self._shards.values())
 
     def read_text(self, key: str) -> bytes | None:
-        """The bytes of a string, held against its checksum; None where there is none of that key.
+        """Return the bytes of a string, held against its checksum; None where there is none of that key.
 
         A tensor of strings is their lengths, a checksum of these, and then the strings.
         """
@@ -165,7 +165,7 @@ class Bundle(Content):
         return data[place + 4 :]
 
     def verify_checksums(self) -> int:
-        """Hold the bytes of every value against its checksum; how many there are.
+        """Compare the bytes of every value with its checksum; return how many there are.
 
         Raises:
             CorruptFileError: one differs.
@@ -189,7 +189,9 @@ class Bundle(Content):
         return checksum
 
     def _checksum_text(self, key: str, entry: Entry) -> int:
-        """Of the length as 32 bits (64 where it needs them), of the checksum beside it, and of the text."""
+        """Compute the checksum of texts: of the length as 32 bits (64 where it needs them), of the checksum beside it,
+        and of the text.
+        """
         text = self.read_text(key) or b""
         width = 4 if len(text) < 1 << 32 else 8
         start = entry.offset + entry.size - len(text) - 4

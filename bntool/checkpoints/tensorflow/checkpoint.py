@@ -77,7 +77,7 @@ class Tensorflow(Format):
 
 
 def _find_latest(folder: Path) -> str | None:
-    """The prefix that the file ``checkpoint`` of a folder names as the latest, if it lies in the folder."""
+    """Return the prefix that the file ``checkpoint`` of a folder names as the latest, if it lies in the folder."""
     place = folder / "checkpoint"
     if not place.is_file():
         return None

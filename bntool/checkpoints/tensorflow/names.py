@@ -96,7 +96,9 @@ def _translate(names: Mapping[str, str]) -> dict[str, str]:
 
 
 def _name_by_key(bundle: Bundle) -> tuple[dict[str, str], dict[str, str]]:
-    """Variables, and moving averages of them: what an optimizer keeps of a variable has its name with a part more."""
+    """Return variables, and moving averages of them: what an optimizer keeps of a variable has its name with a part
+    more.
+    """
     names: dict[str, str] = {}
     averages: dict[str, str] = {}
     for key in bundle.tensors:
@@ -147,7 +149,7 @@ class _Objects:
         self.paths = dict(self._walk())
 
     def _walk(self) -> Iterator[tuple[int, str]]:
-        """Every object with its shortest path, breadth first."""
+        """Walk over every object with its shortest path, breadth first."""
         waiting = deque([(0, "")] if self._nodes else [])
         seen = {0}
         while waiting:
@@ -166,7 +168,7 @@ class _Objects:
                 waiting.append((child, f"{path}/{name}" if path else name))
 
     def name(self, bundle: Bundle) -> dict[str, str]:
-        """The key of each variable of the model by its name: the one it was made with, or else its path."""
+        """Return the key of each variable of the model by its name: the one it was made with, or else its path."""
         found: dict[str, tuple[str, str]] = {}  # path and the name it was made with, by key
         for number, path in self.paths.items():
             for attribute, (key, made_with) in self._nodes[number].values.items():
@@ -179,7 +181,7 @@ class _Objects:
         }
 
     def find(self, path: list[str]) -> _Object | None:
-        """An object by the names on the way to it."""
+        """Return an object by the names on the way to it."""
         node = self._nodes[0] if self._nodes else None
         for name in path:
             number = node.children.get(name) if node is not None else None
@@ -187,7 +189,7 @@ class _Objects:
         return node
 
     def keys_of(self, node: _Object) -> Iterator[str]:
-        """Keys of the variables that an object holds itself."""
+        """Yield keys of the variables that an object holds itself."""
         for child in node.children.values():
             for key, _ in self._nodes[child].values.values():
                 yield key
@@ -196,7 +198,7 @@ class _Objects:
 def _read_configs(
     objects: _Objects, names: Mapping[str, str], bundle: Bundle
 ) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """What Keras 2 left beside the variables of a SavedModel: eps and momentum of BatchNorm layers."""
+    """Yield the eps and momentum of BatchNorm layers that Keras 2 left beside the variables of a SavedModel."""
     found = bundle.folder.find(f"../{_METADATA}")
     if found is None:
         return
@@ -217,7 +219,7 @@ def _read_configs(
 
 
 def _parse_config(text: str) -> dict[str, Any]:
-    """What a layer's description says of eps and momentum; empty for other layers than BatchNorm."""
+    """Parse eps and momentum from a layer's description; empty for other layers than BatchNorm."""
     layer = read_json(text, what="a layer's description", allow_nan=True)
     config = layer.get("config") if isinstance(layer, dict) else None
     if not isinstance(config, dict) or "moving_variance_initializer" not in config:

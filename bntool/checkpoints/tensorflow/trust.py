@@ -28,7 +28,7 @@ _READING = re.compile(
 
 
 def judge_saved_model(variables: Folder) -> Iterator[GlobalName]:
-    """What the files of a SavedModel name that acts, once each; what cannot be read counts as unknown.
+    """Yield what the files of a SavedModel name that acts, each once; what cannot be read counts as unknown.
 
     Args:
         variables: the folder in it that holds the variables.
@@ -66,7 +66,7 @@ def _judge_graph(model: Message) -> Iterator[tuple[str, GlobalTrust]]:
 
 
 def _writes_file(node: Message) -> bool:
-    """Whether what is printed goes to a file."""
+    """Return whether what is printed goes to a file."""
     for attribute in node.messages(_ATTRIBUTES):
         value = attribute.message(2)
         if attribute.text(1) == "output_stream" and value is not None and value.text(2).startswith("file:"):

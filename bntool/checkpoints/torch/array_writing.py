@@ -19,7 +19,7 @@ _CODE_OF = {name: code for code, name in NUMPY_CODES.items()}
 
 
 def replace_data(node: Instance, stored: StoredTensor, new: Tensor) -> Instance:
-    """A copy of an array's node with other elements, laid out as before."""
+    """Copy an array's node with other elements, laid out as before."""
     if stored.is_contiguous and stored.storage is not None and not stored.storage.big_endian:
         data = read_bytes(new)
     else:
@@ -36,7 +36,7 @@ def replace_data(node: Instance, stored: StoredTensor, new: Tensor) -> Instance:
 
 
 def make_array(tensor: Tensor, *, like: Instance) -> Instance:
-    """A node of a new array.
+    """Return a node of a new array.
 
     Args:
         like: the node of another array of the file, which shows how bytes are written there.
@@ -56,12 +56,12 @@ def make_array(tensor: Tensor, *, like: Instance) -> Instance:
 
 
 def can_hold(dtype: DType) -> bool:
-    """Whether numpy has the dtype."""
+    """Return whether numpy has the dtype."""
     return dtype.name in _CODE_OF
 
 
 def _pack(data: bytes, *, like: Node) -> Node:
-    """Bytes in the form in which the file has bytes."""
+    """Return bytes in the form in which the file has bytes."""
     if isinstance(like, ByteString) or (isinstance(like, LongBytes) and like.opcode == 0x54):
         return ByteString(data)
     if isinstance(like, bytearray) or (isinstance(like, LongBytes) and like.opcode == 0x96):

@@ -83,7 +83,7 @@ def _is_extent(value: Node) -> bool:
 
 
 def _read_dtype(node: Node) -> tuple[DType, bool] | None:
-    """The element type and whether it is big endian; None for what is no number."""
+    """Return the element type and whether it is big endian; None for what is no number."""
     if not isinstance(node, Instance) or node.path != "numpy.dtype" or not isinstance(node.arguments, tuple):
         return None
     code = text_of(node.arguments[0]) if node.arguments else None
@@ -113,7 +113,7 @@ class _EncodedText:
 
 
 def _locate(data: Node) -> tuple[ByteSource, int, int]:
-    """Where the bytes of an array lie."""
+    """Find where the bytes of an array lie."""
     if isinstance(data, LongBytes):
         return data.source, data.offset, data.length
     if isinstance(data, bytes | bytearray):

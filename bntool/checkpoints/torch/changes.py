@@ -112,7 +112,7 @@ class _ChangeCollector:
         return self.changes
 
     def replace_arrays(self) -> None:
-        """Arrays have no storages that could be patched: the node of a changed array gets other bytes."""
+        """Replace the bytes in the nodes of changed arrays, which have no storages that could be patched."""
         patches = self.changes.patches
         for key in [key for key in patches if key in self.reader.array_nodes]:
             (stored, new), *_ = patches.pop(key)
@@ -122,7 +122,7 @@ class _ChangeCollector:
     # nodes are never changed: an edited copy takes their place when the pickle is written
 
     def editable(self, node: Node) -> Node:
-        """The copy that takes the place of a dict or an instance."""
+        """Return the copy that takes the place of a dict or an instance."""
         replacement = self.changes.replacements.get(id(node))
         if replacement is None:
             replacement = _copy(node)
@@ -130,7 +130,7 @@ class _ChangeCollector:
         return replacement
 
     def current(self, node: Node) -> Node:
-        """The copy that replaces a node; the node itself where it does not change."""
+        """Return the copy that replaces a node; the node itself where it does not change."""
         return self.changes.replacements.get(id(node), node)
 
     # tensors
@@ -194,7 +194,7 @@ class _ChangeCollector:
         _set_pairs(self.editable(node), pairs)
 
     def is_shared(self, source: StateDictSource, name: str, changed: Mapping[str, Tensor]) -> bool:
-        """Whether bytes of a tensor belong to another tensor too, one that does not get the same new elements.
+        """Return whether bytes of a tensor belong to another tensor too, one that does not get the same new elements.
 
         Args:
             source: where the tensor lies.
@@ -213,7 +213,7 @@ class _ChangeCollector:
         return stored.overlaps_itself or self.users.has_other_user(stored, twins)
 
     def new_tensor(self, tensor: Tensor, *, like: StoredTensor) -> Node:
-        """A node for a tensor that needs a storage of its own, or for an array where its neighbour is one."""
+        """Make a node for a tensor that needs a storage of its own, or for an array where its neighbour is one."""
         array = self.reader.array_nodes.get(_storage_key(like) or "")
         if array is not None:
             if not can_hold(tensor.dtype):
@@ -263,7 +263,7 @@ class _ChangeCollector:
         _set_pairs(state, _with_item(iterate_pairs(state), step.attribute, step.value))
 
     def metadata_of(self, state_dict: StateDict) -> Node:
-        """The ``_metadata`` of a state dict; one of its own where another shares it, as after ``copy.copy``."""
+        """Return the ``_metadata`` of a state dict; one of its own where another shares it, as after ``copy.copy``."""
         node = self.sources[state_dict.key].node
         metadata = metadata_node(node)
         others = (source.node for source in self.sources.values() if source.node is not node)
@@ -277,7 +277,7 @@ class _ChangeCollector:
         return self.own_metadata.get(state_dict.key, metadata)
 
     def rename_metadata(self, state_dict: StateDict) -> None:
-        """The entries of ``_metadata`` under the new paths of their modules; a record stays with the root."""
+        """Move the entries of ``_metadata`` to the new paths of their modules; a record stays with the root."""
         metadata = self.metadata_of(state_dict)
         if not is_mapping(metadata):
             return
@@ -298,7 +298,7 @@ class _ChangeCollector:
         _set_pairs(self.editable(metadata), pairs)
 
     def set_versions(self, state_dict: StateDict) -> None:
-        """The versions of modules that are others than those in ``_metadata``."""
+        """Set the versions of modules that differ from those in ``_metadata``."""
         found = as_mapping(self.current(metadata_node(self.sources[state_dict.key].node)))
         for path, version in (state_dict.versions or {}).items():
             if version is not None and as_mapping(found.get(path)).get("version") != version:
@@ -353,7 +353,7 @@ def _storage_key(tensor: StoredTensor | None) -> str | None:
 
 
 def _first_fresh_key(used: set[str]) -> int:
-    """Keys are numbers, as torch counts storages; new ones follow the largest."""
+    """Return the first key after the largest: keys are numbers, as torch counts storages."""
     return max((int(key) for key in used if key.isdecimal() and len(key) < 19), default=-1) + 1
 
 

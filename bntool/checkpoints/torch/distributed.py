@@ -110,7 +110,7 @@ _Items = Mapping[tuple[str, tuple[int, ...] | None], Item]
 
 
 def _read_items(node: Node) -> dict[tuple[str, tuple[int, ...] | None], Item]:
-    """Where each piece of each tensor, and each object, lies: by its name and its first index."""
+    """Find where each piece of each tensor, and each object, lies: by its name and its first index."""
     items: dict[tuple[str, tuple[int, ...] | None], Item] = {}
     for number, (key, value) in enumerate(iterate_pairs(node)):
         index, place = _state(key), _state(value)
@@ -129,7 +129,7 @@ def _read_items(node: Node) -> dict[tuple[str, tuple[int, ...] | None], Item]:
 
 
 def _is_true(node: Node) -> bool:
-    """Whether Python takes the value for true, as torch does to tell what is transformed.
+    """Return whether Python takes the value for true, as torch does to tell what is transformed.
 
     Raises:
         UnsafeFileError: it is an object of which that is not known.
@@ -146,7 +146,7 @@ def _is_true(node: Node) -> bool:
 
 
 def _state(node: Node) -> Mapping[str, Node]:
-    """The attributes of one of the objects that the metadata is made of.
+    """Return the attributes of one of the objects that the metadata is made of.
 
     Raises:
         UnsafeFileError: they are set several times, so that they are not those of the last time only.
@@ -159,7 +159,7 @@ def _state(node: Node) -> Mapping[str, Node]:
 
 
 def _build_tree(content: Mapping[str, Node], items: _Items, folder: FolderReader, reader: _LeafReader) -> Dict:
-    """The nested mappings that were saved: the planner keeps the path of each flattened name."""
+    """Return the nested mappings that were saved: the planner keeps the path of each flattened name."""
     paths = as_mapping(content.get("planner_data"))
     root = Dict()
     children: dict[tuple[int, str], Dict] = {}
@@ -207,7 +207,7 @@ def _read_tensor(name: str, facts: Mapping[str, Node], items: _Items, folder: Fo
 
 
 def _name_objects(content: Mapping[str, Node], items: _Items) -> list[str]:
-    """What is no tensor, by name.
+    """Return the names of what is no tensor.
 
     Raises:
         UnsafeFileError: absurdly many, or an entry of which it is not certain what torch takes it for.
@@ -225,12 +225,12 @@ def _name_objects(content: Mapping[str, Node], items: _Items) -> list[str]:
 
 
 def _name_unread(content: Mapping[str, Node], items: _Items) -> list[GlobalName]:
-    """Objects that loading the folder unpickles and that are compressed or otherwise transformed."""
+    """Return objects that loading the folder unpickles and that are compressed or otherwise transformed."""
     names = [name for name in _name_objects(content, items) if items[name, None].is_transformed]
     return [GlobalName(f"{name} (transformed)", called=True, trust=GlobalTrust.UNKNOWN) for name in names]
 
 
 def _read_objects(content: Mapping[str, Node], items: _Items, folder: FolderReader) -> list[Pickle]:
-    """The pickles of what is no tensor: loading the folder unpickles them too."""
+    """Return the pickles of what is no tensor: loading the folder unpickles them too."""
     places = [items[name, None] for name in _name_objects(content, items)]
     return [folder.read_object(item) for item in places if not item.is_transformed]

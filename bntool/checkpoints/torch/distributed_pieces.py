@@ -60,7 +60,7 @@ class FolderReader:
             raise CorruptFileError(f"{quote(item.file)} is shorter than the metadata says: it is truncated")
 
     def open(self, item: Item, budget: OpcodeBudget | None = None) -> tuple[ArchiveLayout, Pickle]:
-        """The archive of an item and its pickle.
+        """Return the archive of an item and its pickle.
 
         Args:
             item: a tensor or an object.
@@ -85,7 +85,7 @@ class FolderReader:
         return self._latest[1]
 
     def read_object(self, item: Item) -> Pickle:
-        """The pickle of an object."""
+        """Return the pickle of an object."""
         self.check(item)
         return self.open(item, self._objects)[1]
 
@@ -194,7 +194,7 @@ class _Grid:
 
 
 def assemble(name: str, dtype: DType, shape: tuple[int, ...], pieces: Sequence[Piece]) -> StoredTensor:
-    """The tensor that the pieces cover exactly.
+    """Return the tensor that the pieces cover exactly.
 
     Raises:
         CorruptFileError: they overlap, leave a hole or reach outside.

@@ -92,12 +92,13 @@ class TorchLegacy(Format):
 
 
 def starts_as_legacy(head: bytes) -> bool:
-    """Whether a file that begins so is read as one of this format."""
+    """Return whether a file that begins so is read as one of this format."""
     return head[:1] == b"\x80" and _HEAD in head[2:32]  # protocols 4 and 5 put a frame before it
 
 
 def read_pickles(file: SourceFile, *, budget: OpcodeBudget | None = None) -> tuple[Pickle, ...]:
-    """The five pickles of a file, all of which torch.load unpickles: magic, protocol, system, object, storage keys.
+    """Return the five pickles of a file, all of which torch.load unpickles: magic, protocol, system, object, storage
+    keys.
 
     Raises:
         CorruptFileError: it is of no version that is known.
@@ -119,7 +120,7 @@ def read_pickles(file: SourceFile, *, budget: OpcodeBudget | None = None) -> tup
 
 
 def _locate_storages(file: SourceFile, pickle: Pickle, keys: Pickle) -> dict[str, StoredRun]:
-    """Where each storage lies: they follow in the order of the list of keys, each after its element count."""
+    """Find where each storage lies: they follow in the order of the list of keys, each after its element count."""
     references = {
         reference.key: reference
         for reference in map(read_storage_reference, pickle.persistent_ids)

@@ -48,7 +48,7 @@ class StateDictSource:
 
 
 def is_module(node: Node) -> bool:
-    """Whether unpickling the node would give a torch.nn.Module."""
+    """Return whether unpickling the node would give a torch.nn.Module."""
     if not isinstance(node, Instance) or not node.updates:
         return False
     state = node.state
@@ -63,7 +63,7 @@ class ModuleReader:
         self._effort = 0
 
     def read(self, key: str, root: Instance) -> tuple[StateDict, StateDictSource]:
-        """One pickled module with all below it, and where it lies in the pickle.
+        """Return one pickled module with all below it, and where it lies in the pickle.
 
         Raises:
             CorruptFileError: a malformed tensor.
@@ -121,7 +121,7 @@ class ModuleReader:
 
 
 def _names_in_set(node: Node) -> set[str | None]:
-    """The texts in a set; before protocol 4 a set is pickled as a call of ``set`` with a list."""
+    """Return the texts in a set; before protocol 4 a set is pickled as a call of ``set`` with a list."""
     if isinstance(node, Instance) and isinstance(node.arguments, tuple) and len(node.arguments) == 1:
         node = node.arguments[0]
     members = node.members if isinstance(node, Set) else node
@@ -138,7 +138,9 @@ _NAMING_THEIR_CLASS = (
 
 
 def _class_path(node: Instance) -> str:
-    """The class of a pickled module: copyreg's helper names it in its arguments, the legacy format keeps its source."""
+    """Return the class of a pickled module: copyreg's helper names it in its arguments, the legacy format keeps its
+    source.
+    """
     constructor = node.constructor
     if isinstance(constructor, PersistentId):  # ("module", class, file name, source code)
         facts = constructor.value
@@ -151,7 +153,7 @@ def _class_path(node: Instance) -> str:
 
 
 def plain_attributes(state: Mapping[str, Node]) -> dict[str, Any]:
-    """The attributes of a module that are plain numbers, texts, or tuples of them."""
+    """Return the attributes of a module that are plain numbers, texts, or tuples of them."""
     return {name: value for name, value in state.items() if not name.startswith("_") and _is_plain(value)}
 
 

@@ -14,7 +14,7 @@ _ZIP = b"PK\x03\x04"
 
 
 def list_nested_globals(file: SourceFile, budget: OpcodeBudget) -> tuple[GlobalName, ...]:
-    """The globals of a file of torch.save, or of a plain pickle, that is a part of another file.
+    """Return the globals of a file of torch.save, or of a plain pickle, that is a part of another file.
 
     Raises:
         CorruptFileError, OtherFormatError, UnsafeFileError: it is neither, or cannot be judged.

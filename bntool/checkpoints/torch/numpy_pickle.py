@@ -105,7 +105,7 @@ def _describe_other_pickle(globals_: Iterable[GlobalName]) -> str:
 
 
 def _name_paddle(names: Iterable[str]) -> dict[str, str]:
-    """PyTorch's names for the statistics of Paddle's BatchNorms."""
+    """Return PyTorch's names for the statistics of Paddle's BatchNorms."""
     found = {name: name for name in names}
     for name in found:
         layer, _, leaf = name.rpartition(".")
@@ -124,7 +124,7 @@ def _join(layer: str, leaf: str) -> str:
 
 
 def _rename(state_dict: StateDict, source: StateDictSource, names: Mapping[str, str]) -> StateDict:
-    """The state dict under other names, where they change and none comes twice."""
+    """Return the state dict under other names, where they change and none comes twice."""
     if all(name == new for name, new in names.items()) or len(set(names.values())) < len(names):  # ambiguous
         return state_dict
     source.tensor_nodes = {names[name]: node for name, node in source.tensor_nodes.items()}
@@ -133,7 +133,7 @@ def _rename(state_dict: StateDict, source: StateDictSource, names: Mapping[str, 
 
 
 def _translate(name: str) -> str:
-    """PyTorch's name for a tensor of Caffe2's BatchNorm; others keep theirs."""
+    """Return PyTorch's name for a tensor of Caffe2's BatchNorm; the names of other tensors stay."""
     stem, underscore, ending = name.rpartition("_")
     layer, _, last = stem.rpartition("_")
     new = _CAFFE2_ENDINGS.get(f"{last}_{ending}")

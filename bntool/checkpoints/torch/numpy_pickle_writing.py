@@ -40,7 +40,7 @@ def write(checkpoint: Checkpoint, path: Path, output: OutputFiles) -> None:
 
 
 def _check_keys(state_dict: StateDict, source: StateDictSource) -> None:
-    """Arrays under translated names can change, but not come or go."""
+    """Check that arrays under translated names only change; none can come or go."""
     inside = as_mapping(source.node)
     is_translated = any(name not in inside for name in source.tensor_nodes)
     if is_translated and not state_dict.is_module and list(state_dict.tensors) != list(source.tensor_nodes):

@@ -14,7 +14,9 @@ _LOOKED_AT = 64  # parameters of one optimizer whose count is read
 
 
 def find_optimizers(checkpoint: Checkpoint) -> Iterator[tuple[str, Node]]:
-    """Each optimizer state at the top level of a file, and where it lies: ``optimizer`` or ``optimizer_states.0``."""
+    """Yield each optimizer state at the top level of a file, and where it lies: ``optimizer`` or
+    ``optimizer_states.0``.
+    """
     for name, value in checkpoint.entries.items():
         candidates = enumerate(value) if isinstance(value, list) else [("", value)]
         for index, node in candidates:
@@ -23,7 +25,7 @@ def find_optimizers(checkpoint: Checkpoint) -> Iterator[tuple[str, Node]]:
 
 
 def read_steps(checkpoint: Checkpoint, optimizer: Node) -> int | None:
-    """How many steps an optimizer made, as it counts for its parameters; None for one that counts none (SGD).
+    """Return how many steps an optimizer made, as it counts for its parameters; None for one that counts none (SGD).
 
     Parameters that were frozen for a time have fewer: it is the largest number that counts.
     """

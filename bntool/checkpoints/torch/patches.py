@@ -17,7 +17,7 @@ Patches: TypeAlias = dict[str, list[tuple[StoredTensor, Tensor]]]
 
 
 def collect_value_patches(checkpoint: Checkpoint, *, advice: str) -> Patches:
-    """The tensors to put over each storage, by key of the storage.
+    """Return the tensors to put over each storage, by key of the storage.
 
     Args:
         advice: what to do instead, at the end of the sentence that refuses.
@@ -60,7 +60,7 @@ def _refuse_other_steps(checkpoint: Checkpoint, advice: str) -> None:
 
 
 def _check_others(checkpoint: Checkpoint, owner: StateDict, name: str, original: StoredTensor) -> None:
-    """A tensor that shares bytes with the changed one must be its equal, before and after."""
+    """Check that each tensor which shares bytes with the changed one equals it, before and after."""
     changed = owner.tensors[name]
     for state_dict in checkpoint.state_dicts:
         for other, stored in state_dict.stored.items():
@@ -85,7 +85,7 @@ def _overlap(one: StoredTensor, other: StoredTensor) -> bool:
 
 
 def patch_storage(patches: list[tuple[StoredTensor, Tensor]], *, base: int) -> Iterator[tuple[int, Chunk]]:
-    """The bytes to put over a storage, in ascending order.
+    """Yield the bytes to put over a storage, in ascending order.
 
     Args:
         patches: stored tensors and what takes their place.
@@ -111,7 +111,7 @@ def patch_storage(patches: list[tuple[StoredTensor, Tensor]], *, base: int) -> I
 
 
 def storage_bytes(tensor: Tensor, *, big_endian: bool) -> Iterator[Chunk]:
-    """The bytes of a new storage."""
+    """Yield the bytes of a new storage."""
     for chunk in tensor.chunks():
         yield swap_bytes(chunk, tensor.dtype.swapsize) if big_endian else chunk
 

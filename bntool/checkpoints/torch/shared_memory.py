@@ -44,7 +44,7 @@ class SharedMemory:
         self._references |= names
 
     def has_other_user(self, tensor: StoredTensor, users: Mapping[int, int]) -> bool:
-        """Whether somebody else uses bytes of a tensor.
+        """Return whether somebody else uses bytes of a tensor.
 
         Args:
             tensor: a tensor of the file.
@@ -59,7 +59,7 @@ class SharedMemory:
 
 
 def _ids_inside(arguments: Node) -> Iterator[int]:
-    """The nodes in the arguments of a tensor, also one level down, where subclasses keep them."""
+    """Yield the nodes in the arguments of a tensor, also one level down, where subclasses keep them."""
     for argument in arguments:
         yield id(argument)
         if isinstance(argument, tuple):

@@ -81,7 +81,7 @@ class FoundStateDicts(NamedTuple):
 
 
 def find_state_dicts(root: Node, reader: TensorReader) -> FoundStateDicts:
-    """All state dicts and pickled modules under ``root``, in the order of the file.
+    """Return all state dicts and pickled modules under ``root``, in the order of the file.
 
     A mapping is a state dict if it holds a tensor under a dotted name or under a name like ``weight``; where nothing
     in the file does, any mapping with a floating tensor counts. A numpy array among torch's tensors is known by a
@@ -130,7 +130,7 @@ def find_state_dicts(root: Node, reader: TensorReader) -> FoundStateDicts:
 
 
 def _is_function(state_dict: StateDict) -> bool:
-    """Whether it is a module without tensors and normalisation, such as a loss beside the model."""
+    """Return whether it is a module without tensors and normalisation, such as a loss beside the model."""
     classes = (module.class_path.rpartition(".")[2] for module in state_dict.modules.values())
     return not state_dict.tensors and not any(map(find_class_kind, classes))
 
@@ -159,7 +159,7 @@ class _Step(NamedTuple):
 
 
 def _walk(root: Node) -> Iterator[tuple[tuple[_Step, ...], Node]]:
-    """Every mapping and module that can be reached by names and numbers, with its path, each once.
+    """Walk over every mapping and module that can be reached by names and numbers, with its path, each once.
 
     Modules are not entered.
     """
@@ -190,29 +190,33 @@ def _walk(root: Node) -> Iterator[tuple[tuple[_Step, ...], Node]]:
 
 
 def _numbered(nodes: Sequence[Node]) -> list[tuple[_Step, Node]]:
-    """The containers in a list by their places; none of a long one."""
+    """Return the containers in a list by their places; none of a long one."""
     if len(nodes) > MAX_LIST:
         return []
     return [(_Step(str(i), f"[{i}]"), node) for i, node in enumerate(nodes) if _may_hold(node)]
 
 
 def _may_hold(node: Node) -> bool:
-    """Whether something may lie in a node; an instance that was given nothing, such as a tensor, holds nothing."""
+    """Return whether something may lie in a node; an instance that was given nothing, such as a tensor, holds
+    nothing.
+    """
     return bool(node.updates) if isinstance(node, Instance) else isinstance(node, list | tuple | Dict)
 
 
 def _attribute(step: _Step) -> _Step:
-    """The same step for what an object holds; a name that is none must not become code."""
+    """Return the step to what an object holds; a name that is none must not become code."""
     return _Step(step.name, f".{step.name}" if step.name.isidentifier() else f".__dict__{step.access}")
 
 
 def _members(node: Instance) -> list[Node]:
-    """What was appended to an object: a deque, or a list of a class of its own."""
+    """Return what was appended to an object: a deque, or a list of a class of its own."""
     return [value for update, payload in node.updates if update is Update.APPENDS for value in payload]
 
 
 def _entries(node: Node) -> list[tuple[_Step, Node]]:
-    """The containers in a mapping, by texts and by numbers, in order; without the numbers where they are many."""
+    """Return the containers in a mapping, by texts and by numbers, in order; without the numbers where they are
+    many.
+    """
     found: dict[str | float | None, Node] = {}
     for key, value in iterate_pairs(node):
         name = text_of(key)
@@ -241,7 +245,7 @@ def _read_tensors(source: StateDictSource, reader: TensorReader) -> dict[str, St
 
 
 def _show_bytes(key: Node) -> str | None:
-    """A key of bytes as text: protocol 2, which has no bytes, writes a call that encodes a text."""
+    """Show a key of bytes as text: protocol 2, which has no bytes, writes a call that encodes a text."""
     if isinstance(key, bytes):
         return key.decode("latin-1")
     if isinstance(key, Instance) and key.path == "_codecs.encode" and isinstance(key.arguments, tuple):
@@ -250,14 +254,14 @@ def _show_bytes(key: Node) -> str | None:
 
 
 def metadata_node(node: Node) -> Node:
-    """The ``_metadata`` of a state dict: an attribute of the OrderedDict, or None."""
+    """Return the ``_metadata`` of a state dict: an attribute of the OrderedDict, or None."""
     if isinstance(node, Instance) and is_mapping(node.state):
         return as_mapping(node.state).get("_metadata")
     return None
 
 
 def shares_metadata(metadata: Node, other: Node) -> bool:
-    """Whether two ``_metadata`` are one, or have an entry in common."""
+    """Return whether two ``_metadata`` are one, or have an entry in common."""
     if not (is_mapping(metadata) and is_mapping(other)):
         return False
     entries = {id(entry) for entry in as_mapping(metadata).values() if is_mapping(entry)}
@@ -265,7 +269,7 @@ def shares_metadata(metadata: Node, other: Node) -> bool:
 
 
 def describe_root(checkpoint: Checkpoint) -> tuple[str, ...]:
-    """The library whose object a pickle is as a whole, where a model is a part of that."""
+    """Return the library whose object a pickle is as a whole, where a model is a part of that."""
     root = TorchContent.of(checkpoint).pickle.root
     is_learner = isinstance(root, Instance) and root.path.startswith("fastai.") and root.path.endswith("Learner")
     return ("fastai Learner",) if is_learner else ()
@@ -282,7 +286,7 @@ def _versions(metadata: Node) -> dict[str, int | None] | None:
 
 
 def read_records(sources: Mapping[str, StateDictSource]) -> dict[str, History]:
-    """What bntool recorded in the ``_metadata`` of each state dict, by its key."""
+    """Read what bntool recorded in the ``_metadata`` of each state dict, by its key."""
     parsed: dict[int, History] = {}
     records = {}
     for key, source in sources.items():

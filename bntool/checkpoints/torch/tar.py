@@ -92,7 +92,7 @@ class _Pickles:
 
 
 def _read_members(file: SourceFile) -> dict[str, _Member]:
-    """The regular files of the archive, by name."""
+    """Return the regular files of the archive, by name."""
     members: dict[str, _Member] = {}
     for header in read_tar_headers(file, limit=MAX_MEMBERS):
         if header.is_file:
@@ -116,7 +116,9 @@ class _TypedStorage:
 
 
 def _read_storages(member: _Member, pickles: _Pickles) -> dict[int, _TypedStorage]:
-    """The storages by number: how many, then a pickle of facts, a length and the elements of each, then the views."""
+    """Return the storages by number: how many, then a pickle of facts, a length and the elements of each, then the
+    views.
+    """
     storages: dict[int, _TypedStorage] = {}
     count, position = _read_count(member, member.start, pickles)
     for _ in range(count):
@@ -149,7 +151,7 @@ def _read_storages(member: _Member, pickles: _Pickles) -> dict[int, _TypedStorag
 
 
 def _read_tensors(member: _Member, storages: dict[int, _TypedStorage], pickles: _Pickles) -> dict[int, StoredTensor]:
-    """The tensors by number: how many, then a pickle of facts and the binary geometry of each."""
+    """Return the tensors by number: how many, then a pickle of facts and the binary geometry of each."""
     tensors: dict[int, StoredTensor] = {}
     count, position = _read_count(member, member.start, pickles)
     for _ in range(count):

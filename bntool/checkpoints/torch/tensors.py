@@ -70,7 +70,7 @@ class StorageReference(NamedTuple):
 
 
 def read_storage_reference(node: Node) -> StorageReference | None:
-    """The storage that a persistent id names; None where it names something else.
+    """Return the storage that a persistent id names; None where it names something else.
 
     Raises:
         CorruptFileError: it is meant to name a storage but does not.
@@ -125,7 +125,7 @@ class TensorReader:
         self._storages: dict[tuple[str, DType, tuple[str, int, int] | None], Storage] = {}
 
     def read(self, node: Node) -> StoredTensor | None:
-        """The tensor that a node stands for; None where it stands for something else.
+        """Return the tensor that a node stands for; None where it stands for something else.
 
         Raises:
             CorruptFileError: a tensor whose facts contradict each other or reach outside of its storage.
@@ -140,7 +140,7 @@ class TensorReader:
         return tensor
 
     def read_named(self, name: str, node: Node) -> StoredTensor | None:
-        """Like :meth:`read`; errors name the tensor."""
+        """Read a tensor; errors name it. See :meth:`read`."""
         try:
             return self.read(node)
         except BntoolError as error:
@@ -148,7 +148,8 @@ class TensorReader:
             raise
 
     def find_storage(self, node: Node) -> tuple[DType, Storage] | None:
-        """The storage that a persistent id names, and the type of its elements; None where it names something else.
+        """Return the storage that a persistent id names, and the type of its elements; None where it names something
+        else.
 
         Raises:
             CorruptFileError: the file has no such storage.
@@ -161,7 +162,7 @@ class TensorReader:
         return found
 
     def mark_parameter(self, node: Node) -> StoredTensor | None:
-        """Like :meth:`read`, for a tensor that is a parameter although its node does not say so."""
+        """Read a tensor that is a parameter although its node does not say so; see :meth:`read`."""
         tensor = self.read(node)
         if tensor is None or tensor.is_parameter:
             return tensor
@@ -169,7 +170,7 @@ class TensorReader:
         return self._known[id(node)]
 
     def is_array(self, tensor: StoredTensor) -> bool:
-        """Whether a tensor was read from a numpy array, which may lie among tensors of torch."""
+        """Return whether a tensor was read from a numpy array, which may lie among tensors of torch."""
         return bool(self.array_nodes) and tensor.storage is not None and tensor.storage.key in self.array_nodes
 
     def _read(self, node: Instance) -> StoredTensor | None:
@@ -210,7 +211,7 @@ class TensorReader:
         return None
 
     def _wrapped(self, node: Instance) -> StoredTensor | None:
-        """A tensor given to a class: ``Parameter(tensor)``, as whole modules of torch 0.1 to 0.3 have it."""
+        """Return a tensor given to a class: ``Parameter(tensor)``, as whole modules of torch 0.1 to 0.3 have it."""
         kind, arguments = node.path, node.arguments
         if kind in _NEW and isinstance(arguments, tuple) and arguments and isinstance(arguments[0], Global):
             kind, arguments = arguments[0].path, arguments[1:]
@@ -253,7 +254,7 @@ class TensorReader:
         return tensor
 
     def _sparse(self, parts: Node) -> StoredTensor:
-        """The dtype of its values, which come last of its tensors, and its size."""
+        """Return the dtype of its values, which come last of its tensors, and its size."""
         nodes = parts[:8] if isinstance(parts, tuple | list) else ()
         tensors = [tensor for tensor in map(self.read, nodes) if tensor is not None]
         sizes = [size for size in map(as_shape, nodes) if size is not None]
@@ -287,7 +288,7 @@ def _are_counts(values: Node) -> bool:
 
 
 def as_shape(node: Node) -> tuple[int, ...] | None:
-    """A tuple of counts, bare or as torch.Size; None for anything else."""
+    """Return a tuple of counts, bare or as torch.Size; None for anything else."""
     if isinstance(node, Instance) and node.path == "torch.Size" and isinstance(node.arguments, tuple):
         node = node.arguments[0] if node.arguments else ()
     return tuple(node) if isinstance(node, tuple) and _are_counts(node) else None
@@ -301,7 +302,7 @@ def _dtype_of(node: Node) -> DType:
 
 
 def _storageless(path: str, arguments: Node) -> StoredTensor:
-    """A tensor that is shown but never interpreted: its dtype and shape as far as they are plain to see."""
+    """Return a tensor that is shown but never interpreted: its dtype and shape as far as they are plain to see."""
     values = arguments if isinstance(arguments, tuple) else ()
     dtypes = [BY_NAME[v.name] for v in values if isinstance(v, Global) and v.module == "torch" and v.name in BY_NAME]
     shapes = [shape for shape in map(as_shape, values) if shape is not None]

@@ -82,7 +82,7 @@ class TorchZip(Format):
 
 
 def read_main_pickle(layout: ArchiveLayout, *, budget: OpcodeBudget) -> Pickle:
-    """The pickle that names the storages.
+    """Return the pickle that names the storages.
 
     Args:
         budget: of the file, which has several pickles.
@@ -98,7 +98,7 @@ def _read_main_record(layout: ArchiveLayout) -> bytes:
 
 
 def read_pickle_with_globals(layout: ArchiveLayout) -> tuple[Pickle, tuple[GlobalName, ...]]:
-    """The pickle and what it names: state dicts of one model differ in their storages only."""
+    """Return the pickle and what it names: state dicts of one model differ in their storages only."""
     data = _read_main_record(layout)
     return _read_again(data) if len(data) <= _SMALL_PICKLE else _read_with_globals(data)
 
@@ -112,7 +112,7 @@ _read_again = functools.lru_cache(maxsize=1)(_read_with_globals)
 
 
 def read_loose_records(layout: ArchiveLayout) -> dict[str, History]:
-    """The histories in a record of the archive, by key of the state dict."""
+    """Return the histories in a record of the archive, by key of the state dict."""
     record = layout.archive.records.get(f"{layout.root}{layout.record_name}")
     return parse_records(layout.archive.read(record)) if record is not None else {}
 
@@ -150,7 +150,7 @@ def check_case(names: Iterable[str]) -> None:
 
 
 def is_big_endian(archive: ZipArchive, root: str) -> bool:
-    """The byte order of the storages, which newer archives name."""
+    """Return the byte order of the storages, which newer archives name."""
     record = archive.records.get(f"{root}byteorder")
     order = b"little" if record is None else archive.read(record)
     if order not in (b"little", b"big"):

@@ -37,7 +37,7 @@ def write_torchscript(checkpoint: Checkpoint, path: Path, output: OutputFiles) -
 
 
 def _write_archive(checkpoint: Checkpoint, changes: TorchChanges, stream: IO[bytes]) -> None:
-    """Bytes are patched where that is enough, else the archive is written record by record."""
+    """Patch the bytes where that is enough; else write the archive record by record."""
     layout = ArchiveContent.of(checkpoint).layout
     if changes.changes_pickle or changes.loose_record is not None or _patches_deflated(layout, changes):
         _rewrite(checkpoint, changes, ZipWriter(stream, has_checksums=layout.archive.has_checksums))

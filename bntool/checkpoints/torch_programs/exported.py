@@ -74,7 +74,9 @@ class ExportedProgram(Format):
 
 
 def _list_globals(archive: ZipArchive, root: str) -> tuple[GlobalName, ...]:
-    """What loading the programs would import or call: torch unpickles constants, example inputs and some weights."""
+    """Find what loading the programs would import or call: torch unpickles constants, example inputs and some
+    weights.
+    """
     budget = OpcodeBudget()
     found: list[GlobalName] = []
     for name, record in archive.records.items():
@@ -105,7 +107,7 @@ def _find_root(archive: ZipArchive) -> str:
 
 
 def read_json_record(archive: ZipArchive, record: ZipRecord, *, allow_nan: bool = False) -> Any:
-    """What a record holds as JSON.
+    """Parse a record as JSON.
 
     Raises:
         CorruptFileError, UnsafeFileError
@@ -182,7 +184,7 @@ def _read_meta(name: str, meta: Any) -> _Meta:
 
 
 def _integers(values: Any) -> tuple[int, ...] | None:
-    """Sizes are written as ``{"as_int": 4}``; symbolic ones have no place in weights."""
+    """Read sizes, which are written as ``{"as_int": 4}``; None for symbolic ones, which have no place in weights."""
     if not isinstance(values, list) or len(values) > MAX_DIMENSIONS:
         return None
     numbers = [value.get("as_int") if isinstance(value, dict) else None for value in values]

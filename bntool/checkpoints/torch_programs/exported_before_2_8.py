@@ -99,7 +99,7 @@ class LegacyExport(Format):
 def _open_nested(
     archive: ZipArchive, record: ZipRecord | None, budget: OpcodeBudget
 ) -> tuple[ArchiveLayout, Pickle] | tuple[None, None]:
-    """The file of torch.save that a record is, and its pickle; nothing where there was nothing to save.
+    """Return the file of torch.save that a record is, and its pickle; nothing where there was nothing to save.
 
     Raises:
         CorruptFileError: the record is something else.
@@ -118,7 +118,7 @@ def _open_nested(
 
 
 def _list_globals(archive: ZipArchive, pickle: Pickle | None, budget: OpcodeBudget) -> Iterator[GlobalName]:
-    """What loading the program would import or call: torch unpickles constants and example inputs too."""
+    """Yield what loading the program would import or call: torch unpickles constants and example inputs too."""
     others = (_open_nested(archive, archive.records.get(name), budget)[1] for name in _OTHERS)
     seen = set()
     for one in (pickle, *others):

@@ -9,7 +9,7 @@ _OPERATORS = ("batch_norm", "_native_batch_norm_legit", "cudnn_batch_norm", "mio
 
 
 def read_batchnorms(model: Any) -> dict[str, tuple[str, dict[str, Any]]]:
-    """Class and attributes (eps, momentum, training) of each layer whose running_mean an operator reads.
+    """Return class and attributes (eps, momentum, training) of each layer whose running_mean an operator reads.
 
     Args:
         model: the parsed ``models/NAME.json`` or, before torch 2.8, ``serialized_exported_program.json``. What is not
@@ -52,7 +52,7 @@ def _buffer_names(signature: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def _class_of(metadata: Mapping[str, Any]) -> str:
-    """The innermost module of ``path,name,class;path,name,class``; torch 2.1 writes ``path:(name,class)``."""
+    """Return the innermost module of ``path,name,class;path,name,class``; torch 2.1 writes ``path:(name,class)``."""
     stack = metadata.get("nn_module_stack")
     return stack.rpartition(";")[2].rpartition(",")[2].removesuffix(")") if isinstance(stack, str) else ""
 

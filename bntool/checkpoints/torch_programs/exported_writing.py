@@ -76,7 +76,7 @@ def _write_archive(
 
 
 def _patch_records(layout: ArchiveLayout, patches: Patches) -> dict[str, Iterator[tuple[int, Chunk]]]:
-    """The bytes to put over the records of an archive, whose storages have the names of records."""
+    """Return the bytes to put over the records of an archive, whose storages have the names of records."""
     records = layout.archive.records
     return {
         name: patch_storage(patch, base=0 if records[name].is_deflated else records[name].data_offset)
@@ -85,7 +85,9 @@ def _patch_records(layout: ArchiveLayout, patches: Patches) -> dict[str, Iterato
 
 
 def _patch_nested(layout: ArchiveLayout, patches: Patches) -> Iterator[tuple[int, Chunk]]:
-    """The bytes to put over an archive of torch.save that is a record of another one; its storages are not deflated."""
+    """Yield the bytes to put over an archive of torch.save that is a record of another one; its storages are not
+    deflated.
+    """
     by_record = {}
     for key, patch in patches.items():
         record = layout.storage_record(key)

@@ -68,7 +68,7 @@ class TorchScript(Format):
 
 
 def find_root(archive: ZipArchive, name: str) -> str | None:
-    """The folder of an archive, with a slash, that holds a record of this name; None for none or several."""
+    """Return the folder of an archive, with a slash, that holds a record of this name; None for none or several."""
     found = [record.removesuffix(name) for record in archive.records if record in (name, f"{_top(record)}/{name}")]
     return found[0] if len(found) == 1 else None
 
@@ -78,7 +78,7 @@ def _top(name: str) -> str:
 
 
 def _judge_own(name: GlobalName) -> GlobalName:
-    """Classes under ``__torch__`` are those of the archive's own code: loading them imports nothing."""
+    """Judge a class of the archive's own code, which lies under ``__torch__``: loading it imports nothing."""
     is_own = name.trust is GlobalTrust.UNKNOWN and name.path.startswith("__torch__.")
     return name._replace(trust=GlobalTrust.KNOWN) if is_own else name
 
@@ -92,7 +92,7 @@ class _ScriptReader:
         self._effort = 0
 
     def read(self, root: Node) -> tuple[StateDict, StateDictSource]:
-        """The tensors in the order of state_dict() of the loaded module, and where they lie in the pickle.
+        """Return the tensors in the order of state_dict() of the loaded module, and where they lie in the pickle.
 
         Raises:
             CorruptFileError: a malformed tensor.
@@ -135,5 +135,5 @@ class _ScriptReader:
 
 
 def _is_object(node: Node) -> bool:
-    """Whether the node is an object of a class of the archive whose attributes are plain to see."""
+    """Return whether the node is an object of a class of the archive whose attributes are plain to see."""
     return isinstance(node, Instance) and node.path.startswith("__torch__.") and isinstance(node.state, Dict)

@@ -48,7 +48,9 @@ class CodeReader:
         self._left = MAX_CODE
 
     def find(self, path: str) -> ClassText:
-        """The class of a dotted name such as ``__torch__.torch.nn.modules.conv.Conv2d``; empty where there is none."""
+        """Return the class of a dotted name such as ``__torch__.torch.nn.modules.conv.Conv2d``; empty where there is
+        none.
+        """
         if path not in self._classes:
             module, _, name = path.rpartition(".")
             body = self._read(module).get(name)
@@ -57,7 +59,7 @@ class CodeReader:
         return self._classes[path]
 
     def _read(self, module: str) -> dict[str, str]:
-        """The text of each class of a file, by its name."""
+        """Return the text of each class of a file, by its name."""
         if module not in self._files:
             record = self._archive.records.get(f"{self._root}code/{module.replace('.', '/')}.py")
             text = ""
@@ -94,7 +96,7 @@ def _listed(body: str, name: str) -> tuple[str, ...]:
 
 
 def _parse_literal(text: str) -> bool | int | float | tuple[int, ...] | str | None:
-    """A number, a truth value, a plain text, or a tuple of integers; None for anything else."""
+    """Return a number, a truth value, a plain text, or a tuple of integers; None for anything else."""
     if text in ("True", "False"):
         return text == "True"
     if text[:1] == '"' and text[-1:] == '"' and '"' not in text[1:-1] and "\\" not in text:

@@ -83,7 +83,7 @@ class Block:
         return _join(self.module, self.form.merged) if self.form.merged else self.module
 
     def holds(self, name: str) -> bool:
-        """Whether a tensor or module is part of a branch."""
+        """Return whether a tensor or module is part of a branch."""
         start = f"{self.module}." if self.module else ""
         below = name.removeprefix(start)
         return name.startswith(start) and below.partition(".")[0] in self.form.branches
@@ -95,7 +95,7 @@ def find_blocks(
     *,
     deployed: Collection[str] | None = None,
 ) -> list[Block]:
-    """The blocks that names of tensors tell of; of those inside each other the outer one.
+    """Return the blocks that names of tensors tell of; of those inside each other the outer one.
 
     Args:
         architectures: that it may be, e.g. ``timm:repvit_m1``; None where the code itself will tell.
@@ -130,7 +130,7 @@ def find_pairs(
     *,
     deployed: Collection[str] | None = None,
 ) -> dict[str, str]:
-    """From the path of each convolution or linear that takes its parent's place to that place.
+    """Map the path of each convolution or linear that takes its parent's place to that place.
 
     Args:
         architectures, deployed: as above.
@@ -148,7 +148,7 @@ def find_pairs(
 
 
 def keeps_batchnorms(architectures: Collection[str]) -> bool:
-    """Whether the deploy form of one of these has a BatchNorm wherever there are no branches."""
+    """Return whether the deploy form of one of these has a BatchNorm wherever there are no branches."""
     return _may_be(_KEEPING, architectures)
 
 
@@ -159,7 +159,7 @@ def _may_be(starts: Collection[str], architectures: Collection[str] | None) -> b
 
 
 def _find_children(names: Iterable[str]) -> Mapping[str, dict[str, None]]:
-    """The modules and parameters right below each module, outer modules first."""
+    """Return the modules and parameters right below each module, outer modules first."""
     children: dict[str, dict[str, None]] = {"": {}}
     for name in names:
         parts = name.split(".")

@@ -47,7 +47,7 @@ def take_deploy_form(model: nn.Module) -> None:
 
 
 def find_deployed_names(model: nn.Module, layers: Iterable[str]) -> frozenset[str]:
-    """The names of the tensors that a model has in its deploy form.
+    """Return the names of the tensors that a model has in its deploy form.
 
     Args:
         model: given back as it was.

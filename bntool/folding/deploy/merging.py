@@ -49,7 +49,7 @@ class Sum:
         return self.kernels[0][0]
 
     def find_places(self, shape: tuple[int, ...]) -> np.ndarray:
-        """Of each channel the element in the middle of the kernel that weighs the channel itself."""
+        """Find the element in the middle of the kernel that weighs each channel itself."""
         channel, taps = np.arange(shape[0]), math.prod(shape[2:])
         return (channel * shape[1] + channel % shape[1]) * taps + taps // 2
 
@@ -57,7 +57,7 @@ class Sum:
 def merge_branches(
     graph: ModelGraph, inside: Collection[int], state_dict: StateDict, read_batchnorm: ReadBatchNorm
 ) -> Sum:
-    """The sum that some nodes compute.
+    """Return the sum that some nodes compute.
 
     Args:
         inside: indices of the nodes: convolutions, BatchNorms, additions.
@@ -118,7 +118,7 @@ class _Merging:
         return result
 
     def _find_end(self) -> Node:
-        """The node whose output all others need; nothing else needs a part of them."""
+        """Return the node whose output all others need; nothing else needs a part of them."""
         graph, ends = self.graph, []
         for index in sorted(self.inside):
             node = graph.nodes[index]
@@ -135,7 +135,9 @@ class _Merging:
         return ends[0]
 
     def _find_source(self) -> _Read:
-        """What all branches read that is none of them: channels of one tensor, or of several that are one by then."""
+        """Find what all branches read and none of them gives: channels of one tensor, or of several that are one by
+        then.
+        """
         found: dict[_Read, Node] = {}
         names: dict[int, None] = {}
         for index in sorted(self.inside):
@@ -188,14 +190,14 @@ class _Merging:
         raise Blocked(SkipReason.NOT_ADJACENT, f"{node.describe()} lies between")
 
     def _walk_back(self, node: Node, port: int) -> _Part:
-        """What a node reads on an input."""
+        """Return what a node reads on an input."""
         read = self._read(node, port)
         if read is not None:
             return self._walk(read)
         return _Part({_ITSELF: np.ones(node.channels)}, np.zeros(node.channels))
 
     def _start(self, node: Node) -> _Part:
-        """A convolution or linear that reads the tensor; a linear also by way of a BatchNorm."""
+        """Return a convolution or linear that reads the tensor; a linear also by way of a BatchNorm."""
         bias, read = self._read_bias(node), self._read(node, 0)
         if node.kind is NodeKind.LINEAR and read is not None and read.kind is NodeKind.BATCH_NORM:
             own = self.read_batchnorm(read)
@@ -208,7 +210,7 @@ class _Merging:
         return _Part({node.index: np.ones(node.channels)}, bias)
 
     def _read(self, node: Node, port: int) -> Node | None:
-        """The branch that a node reads on an input, all of it; None for the tensor that all branches read."""
+        """Return the branch that a node reads on an input, all of it; None for the tensor that all branches read."""
         ports = {edge.port for edge in self.graph.inputs(node)}
         expected = {0, 1} if node.kind is NodeKind.ADD else {0}
         read = self._read_port(node, port)
@@ -252,7 +254,9 @@ class _Merging:
         return to_float64(read_bytes(tensor), tensor.dtype).reshape(-1)
 
     def _check_own(self, node: Node) -> None:
-        """Nothing else uses the parameters of a convolution or product, and they can be calculated with."""
+        """Check that nothing else uses the parameters of a convolution or product, and that they can be calculated
+        with.
+        """
         if node.computed:
             raise Blocked(SkipReason.COMPUTED_WEIGHT, f"the weight of {node.describe()} is computed")
         for name in node.parameters.values():
@@ -267,7 +271,7 @@ class _Merging:
                 raise Blocked(SkipReason.UNSUPPORTED_DTYPE, f"{name} is {wrapper or tensor.dtype}")
 
     def _check_kernels(self, result: Sum) -> None:
-        """All kernels have one grid, and fit into the largest one."""
+        """Check that all kernels have one grid and fit into the largest one."""
         if not result.kernels:
             raise Blocked(SkipReason.NO_PRODUCER, "none of its branches is a convolution")
         first = result.first
@@ -290,7 +294,7 @@ class _Merging:
 
 
 def find_inside(graph: ModelGraph, holds: Callable[[str], bool], module: str) -> Mapping[int, Node]:
-    """The nodes of a block: those with parameters in its branches, and what the block itself sums up of them."""
+    """Return the nodes of a block: those with parameters in its branches, and what the block itself sums up of them."""
     found: dict[int, Node] = {}
     for node in graph.nodes:
         own = [name for name in node.parameters.values() if holds(name)]

@@ -17,7 +17,7 @@ from bntool.graphs.graph import Edge, Evidence, ModelGraph, Node, NodeKind
 
 
 def assume_blocks(state_dict: StateDict) -> ModelGraph | None:
-    """What these blocks compute, each by itself; None where there are none, or shapes contradict one."""
+    """Build the graph of these blocks, each by itself; None where there are none, or shapes contradict one."""
     names = [state_dict.strip(name) for name in state_dict.tensors]
     found = [block for block in find_blocks(names) if block.form is NAMED]
     shapes = {name: tuple(state_dict.tensor(name).shape) for name in names}
@@ -34,7 +34,7 @@ class _Graph:
     edges: list[Edge] = field(default_factory=list)
 
     def add_block(self, block: Block) -> bool:
-        """Whether its tensors have the shapes of such a block."""
+        """Add a block if its tensors have the shapes of one; return whether they have."""
         inside = [name for name in self.shapes if block.holds(name)]
         weights = [name for name in inside if name.endswith(".weight") and len(self.shapes[name]) == 4]
         norms = [layer for layer in self.norms if block.holds(layer)]
@@ -93,6 +93,6 @@ class _Graph:
 
 
 def _is_beside(norm: str, convolution: str, block: Block) -> bool:
-    """Whether both lie in one branch."""
+    """Return whether both lie in one branch."""
     start = len(block.module) + 1 if block.module else 0
     return norm[start:].partition(".")[0] == convolution[start:].partition(".")[0]

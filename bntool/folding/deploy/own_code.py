@@ -13,7 +13,7 @@ _VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
 def find_method(module: nn.Module) -> str | None:
-    """The first method of a module's class that fuses it, and that can be called without arguments."""
+    """Return the first method of a module's class that fuses it, and that can be called without arguments."""
     for name in METHODS:
         method = getattr(type(module), name, None)
         if not inspect.isfunction(method):

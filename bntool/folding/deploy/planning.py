@@ -85,7 +85,7 @@ def plan_deploy(
 
 
 def _check_names(state_dict: StateDict, plan: FoldPlan, deployed: Collection[str]) -> None:
-    """Hold what comes out against what the deploy model has.
+    """Compare the names of the result with those of the deploy model.
 
     Raises:
         RefusedError: they differ.
@@ -146,7 +146,7 @@ class _Deploying:
         )
 
     def find_layers(self) -> Sequence[str]:
-        """All BatchNorms: where only blocks are known, those of the file."""
+        """Return all BatchNorms: where only blocks are known, those of the file."""
         if self.graph.evidence is Evidence.TRACED or self.graph.architectures:
             return list(self.graph.batchnorms)
         return [norm.name for norm in find_norms(self.state_dict) if norm.kind.is_batch_norm]
@@ -161,7 +161,7 @@ class _Deploying:
         return (f"{which} of RepVGG, {summed}", *given)
 
     def fold_pairs(self) -> FoldPlan | None:
-        """The BatchNorms that do not stay, into what stands around them; None where there is none.
+        """Fold the BatchNorms that do not stay into what stands around them; None where there is none.
 
         Raises:
             RefusedError: nothing tells what becomes of some, or they are not taken by what stands beside them.
@@ -186,7 +186,7 @@ class _Deploying:
         return plan
 
     def rename_pairs(self, steps: Sequence[Step]) -> Iterator[Step]:
-        """What stood beside a BatchNorm takes its parent's place; called when all tensors are there."""
+        """Let what stood beside a BatchNorm take its parent's place; called when all tensors are there."""
         added = [step.name for step in steps if isinstance(step, AddTensor)]
         for name in (*map(self.state_dict.strip, self.state_dict.tensors), *added):
             path, _, leaf = name.rpartition(".")
@@ -195,7 +195,7 @@ class _Deploying:
                 yield RenameTensor(prefix + name, f"{prefix}{self.pairs[path]}.{leaf}")
 
     def find_prefix(self, name: str) -> str:
-        """What stands before the name of a tensor in the file."""
+        """Find what stands before the name of a tensor in the file."""
         return self.state_dict.full_name(name).removesuffix(name)
 
     def merge(self, block: Block) -> Iterator[Step]:

@@ -8,7 +8,8 @@ from bntool.graphs.graph import ModelGraph, Node, NodeKind
 
 
 def has_to_copy(graph: ModelGraph, layer: str, *, gone: Collection[str]) -> bool:
-    """Whether something writes into the output of a BatchNorm, or into its input, while the other is still needed.
+    """Return whether something writes into the output of a BatchNorm, or into its input, while the other is still
+    needed.
 
     Args:
         gone: the BatchNorms in whose place the identity is.
@@ -31,7 +32,7 @@ def has_to_copy(graph: ModelGraph, layer: str, *, gone: Collection[str]) -> bool
 
 
 def is_private(graph: ModelGraph, node: Node) -> bool:
-    """Whether nothing else reads what a node reads."""
+    """Return whether nothing else reads what a node reads."""
     sources = [graph.nodes[edge.source] for edge in graph.inputs(node)]
     readers = {edge.target for source in sources for edge in graph.outputs(source)}
     return readers == {node.index} and not any(source.kind is NodeKind.INPUT for source in sources)

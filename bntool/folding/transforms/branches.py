@@ -41,7 +41,7 @@ class _Way:
 def find_branch(
     graph: ModelGraph, layer: str, *, removed: Collection[str], absorbs: Callable[[Node], bool]
 ) -> IdentityBranch | None:
-    """The convolution that can take a BatchNorm that lies beside it; None where there is none.
+    """Return the convolution that can take a BatchNorm that lies beside it; None where there is none.
 
     Args:
         removed: BatchNorms that are the identity by now.
@@ -81,7 +81,9 @@ def _is_late(graph: ModelGraph, node: Node) -> bool:
 
 
 def _shape_of_reads(graph: ModelGraph, node: Node) -> object:
-    """Which channels of what a node reads, in a form that can be compared; None where they are not told apart."""
+    """Describe which channels of what a node reads, in a form that can be compared; None where they are not told
+    apart.
+    """
     edges = [edge for edge in graph.inputs(node) if edge.port == 0]
     if not edges or any(edge.targets is None for edge in edges):
         return None
@@ -95,7 +97,7 @@ def _shape_of_reads(graph: ModelGraph, node: Node) -> object:
 
 
 def _find_sums(graph: ModelGraph, node: Node, removed: Collection[str]) -> dict[int, _Way]:
-    """The additions that a node's output reaches, all of it and by one way, and its factor in each."""
+    """Return the additions that a node's output reaches, all of it and by one way, and its factor in each."""
     sums: dict[int, _Way] = {}
     way = _Way(1.0, ())
     while True:

@@ -121,7 +121,7 @@ class ChannelTransforms:
     def _number(
         self, region: Sequence[int], hands_on: Callable[[Node], tuple[int, ...]]
     ) -> tuple[dict[int, int], Integers]:
-        """The first unknown of each node, and for how many channels each unknown stands.
+        """Return the first unknown of each node, and for how many channels each unknown stands.
 
         Nodes that hand on what they read, channel for channel, share its unknowns.
 
@@ -159,7 +159,9 @@ class ChannelTransforms:
         return bases, np.repeat(np.array(shared, int), lengths)
 
     def _find_whole(self, node: Node, port: int) -> int:
-        """The node whose output another reads on an input, all of it, as it is and alone; -1 where there is none."""
+        """Return the node whose output another reads on an input, all of it, as it is and alone; -1 where there is
+        none.
+        """
         edges = [edge for edge in self.graph.inputs(node) if edge.port == port]
         if len(edges) != 1:
             return -1
@@ -186,7 +188,7 @@ class ChannelTransforms:
         return node.layer in self.removed or node.layer in (self.layers if self._is_open else self.gone)
 
     def takes(self, node: Node) -> bool:
-        """Whether a node absorbs on both sides."""
+        """Return whether a node absorbs on both sides."""
         known = self._takes.get(node.index)
         if known is None:
             known = self._takes[node.index] = self._can_take(node)
@@ -197,7 +199,7 @@ class ChannelTransforms:
         return kinds and not self._is_transparent(node) and self._is_known(node) and self.absorbs(node)
 
     def _is_known(self, node: Node) -> bool:
-        """Whether what was seen of a node holds for other inputs, too."""
+        """Return whether what was seen of a node holds for other inputs, too."""
         return node.ran and (self.graph.branches_at is None or node.index < self.graph.branches_at)
 
     def _rule(self, node: Node) -> Rule | None:
@@ -207,7 +209,7 @@ class ChannelTransforms:
         return rule
 
     def passes(self, node: Node, port: int) -> bool:
-        """Whether what a node reads there has to do with what it gives."""
+        """Return whether what a node reads there has to do with what it gives."""
         if self._is_transparent(node):
             return port == 0
         rule = self._rule(node)
@@ -217,7 +219,7 @@ class ChannelTransforms:
         return self._is_transparent(node) or self._rule(node) is not None or self.takes(node)
 
     def _find_region(self) -> set[int]:
-        """The nodes whose outputs may be stored otherwise because of the layers."""
+        """Return the nodes whose outputs may be stored otherwise because of the layers."""
         pending = [call for layer in self.layers for call in self.graph.batchnorms[layer]]
         region = {call.index for call in pending}
         while pending:
@@ -228,7 +230,7 @@ class ChannelTransforms:
         return region
 
     def _find_related(self, node: Node) -> Iterator[Node]:
-        """The nodes whose outputs have to do with that of a node."""
+        """Yield the nodes whose outputs have to do with that of a node."""
         graph = self.graph
         for edge in graph.outputs(node):
             reader = graph.nodes[edge.target]
@@ -253,7 +255,7 @@ class ChannelTransforms:
     # equations
 
     def outputs(self, node: Node) -> Channels:
-        """The unknowns of a node's output."""
+        """Return the unknowns of a node's output."""
         return self._outputs(node.index, np.arange(node.channels))
 
     def _outputs(self, index: int, channels: Integers) -> Channels:
@@ -264,7 +266,8 @@ class ChannelTransforms:
         return Channels(bases[0] + channels, bases[1] + channels)
 
     def inputs(self, node: Node, port: int) -> Channels | None:
-        """The unknowns of what a node reads on an input, by its channels; None where channels are not told apart.
+        """Return the unknowns of what a node reads on an input, by its channels; None where channels are not told
+        apart.
 
         Where several tensors meet on one channel they are made equal.
         """
@@ -335,7 +338,7 @@ class ChannelTransforms:
             self._pin(node, port)
 
     def _pin(self, node: Node, port: int) -> None:
-        """What a node reads there is needed as it is."""
+        """Require what a node reads at a port as it is."""
         for edge in self.graph.inputs(node):
             if edge.port == port and edge.source in self.bases:
                 self._fix(self._outputs(edge.source, as_indices(edge.sources)), node.index)
@@ -397,7 +400,7 @@ class ChannelTransforms:
             self.shifts.fix(known[0].shifts, node.index)
 
     def _is_made_for(self, reader: Node, port: int) -> bool:
-        """Whether what a node reads is given to it alone, with any shift: nothing else asks for one."""
+        """Return whether what a node reads is given to it alone, with any shift: nothing else asks for one."""
         index = self._find_whole(reader, port)
         while index in self.bases and len(self.graph.outputs(self.graph.nodes[index])) == 1:
             node = self.graph.nodes[index]
@@ -407,7 +410,7 @@ class ChannelTransforms:
         return False
 
     def _join(self, call: Node, scale: Array, shift: Array) -> None:
-        """The equations of a BatchNorm that disappears."""
+        """Add the equations of a BatchNorm that disappears."""
         read = self.inputs(call, 0)
         given = self.outputs(call)
         if read is None or len(read.scales) != len(given.scales):
@@ -444,7 +447,7 @@ class ChannelTransforms:
         self.gone.add(layer)
 
     def close(self) -> None:
-        """No more BatchNorms disappear: those that did not absorb what is left on either side."""
+        """End the removing: BatchNorms that stay absorb what is left on either side."""
         self._is_open = False
         self._takes.clear()
         for layer in self.layers:
@@ -520,7 +523,7 @@ class ChannelTransforms:
         return f"{names} {'do' if several else 'does'} not let it pass{some}"
 
     def _find_other_readers(self, layer: str) -> Iterator[Node]:
-        """What else reads what a BatchNorm reads."""
+        """Yield the other readers of what a BatchNorm reads."""
         calls = self.graph.batchnorms[layer]
         sources = {edge.source for call in calls for edge in self.graph.inputs(call)}
         own = {call.index for call in calls}
@@ -537,14 +540,16 @@ class ChannelTransforms:
         return node.describe()
 
     def output(self, node: Node) -> Transform:
-        """How the output of a node is stored."""
+        """Return how the output of a node is stored."""
         key = node.index, True
         if key not in self._stored:
             self._stored[key] = self._transform(self.outputs(node))
         return self._stored[key]
 
     def input(self, node: Node) -> Transform | None:
-        """How what a node reads is stored; None where its channels are not told apart, and nothing is changed."""
+        """Return how what a node reads is stored; None where its channels are not told apart, and nothing is
+        changed.
+        """
         key = node.index, False
         if key not in self._stored:
             which = self.inputs(node, 0)
@@ -561,7 +566,7 @@ class ChannelTransforms:
         return Transform(self._chosen[0][which.scales], self._chosen[1][which.shifts])
 
     def absorbers(self) -> Iterator[Node]:
-        """The first call of everything that has to take something."""
+        """Yield the first call of everything that has to take something."""
         for calls in self.calls.values():
             for node in calls:
                 read = {edge.source for edge in self.graph.inputs(node) if edge.port == 0}
@@ -571,14 +576,14 @@ class ChannelTransforms:
 
 
 def find_weight(node: Node) -> tuple[NodeKind, str]:
-    """What the calls of one weight or BatchNorm have in common."""
+    """Name what the calls of one weight or BatchNorm have in common."""
     if node.kind is NodeKind.BATCH_NORM:
         return node.kind, node.layer
     return NodeKind.CONVOLUTION, node.parameters.get("weight", "")
 
 
 def is_whole(edge: Edge, source: Node) -> bool:
-    """Whether an edge hands on all channels of a node, as they are."""
+    """Return whether an edge hands on all channels of a node, as they are."""
     if edge.targets is None or len(edge.sources) != source.channels:
         return False
     everything = range(source.channels)
@@ -589,7 +594,7 @@ def is_whole(edge: Edge, source: Node) -> bool:
 
 
 def as_indices(channels: Sequence[int]) -> Integers:
-    """Channels as an array."""
+    """Convert channels to an array."""
     if isinstance(channels, range):  # which numpy would walk through one by one
         return np.arange(channels.start, channels.stop, channels.step)
     return np.asarray(channels, dtype=int)

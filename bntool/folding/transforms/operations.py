@@ -55,5 +55,5 @@ RULES: Mapping[NodeKind, Rule] = {
 
 
 def find_rule(node: Node) -> Rule | None:
-    """The rule of a node; None where nothing passes, or where it absorbs."""
+    """Return the rule of a node; None where nothing passes, or where it absorbs."""
     return RULES.get(node.kind) if node.ran else None

@@ -30,7 +30,7 @@ class PaddingValues:
         return self.node.parameters["weight"]
 
     def check(self, state_dict: StateDict) -> None:
-        """Hold the values against the range of the dtype.
+        """Check that the values lie in the range of the dtype.
 
         Raises:
             Blocked: one is too large.
@@ -42,7 +42,7 @@ class PaddingValues:
             raise Blocked(SkipReason.OVERFLOW, f"the padding of {self.node.layer}: {error}") from error
 
     def steps(self, graph: ModelGraph, state_dict: StateDict) -> Iterator[Step]:
-        """The steps that make it so, under every name of the module."""
+        """Yield the steps that make it so, under every name of the module."""
         dtype = state_dict.tensor(self.weight_name).dtype.name
         values = Values(array("d", self.values.tobytes()), self.values.shape)
         for name in graph.names_of(self.weight_name):

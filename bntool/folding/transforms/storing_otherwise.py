@@ -118,7 +118,7 @@ class StoringOtherwise:
     # what can take something
 
     def _read(self, node: Node) -> Target | None:
-        """What a node's parameters are by now, if nothing else uses them."""
+        """Return a node's parameters with all that they took before; None where something else uses them."""
         if node.kind is NodeKind.BATCH_NORM:
             own = self.transforms.get(node.layer)
             usable = own is not None and (own.can_absorb or node.layer in self._branches)
@@ -188,18 +188,18 @@ class StoringOtherwise:
         return system
 
     def _changes_padding(self, node: Node) -> bool:
-        """Whether the module that pads is called as a module, and pads nothing else."""
+        """Return whether the module that pads is called as a module, and pads nothing else."""
         return node.pads_itself and node.layer in self.graph.ran
 
     def _order(self, layer: str) -> tuple[bool, bool]:
-        """What folds anyway goes first, then those that could not stay as they please."""
+        """Order layers: first those that fold anyway, then those that could not stay as they please."""
         return layer not in self.first, self._can_stay(layer)
 
     def _can_stay(self, layer: str) -> bool:
         return self.transforms[layer].can_absorb and len(self.graph.batchnorms[layer]) == 1
 
     def _check_noise(self, system: ChannelTransforms, layer: str) -> None:
-        """Rounding of what is stored may not matter to those who read it beside this BatchNorm."""
+        """Check that rounding of what is stored does not matter to those who read it beside this BatchNorm."""
         for call in self.graph.batchnorms[layer]:
             read = system.input(call)
             if read is None or self._is_alone(system, call):
@@ -217,7 +217,9 @@ class StoringOtherwise:
                 raise _GivenUp([layer], what)
 
     def _is_alone(self, system: ChannelTransforms, node: Node) -> bool:
-        """Whether what a node reads is made for it alone, by what is called once: only it notices the rounding."""
+        """Return whether what a node reads is made for it alone, by what is called once: only it notices the
+        rounding.
+        """
         if not is_private(self.graph, node):
             return False
         for edge in self.graph.inputs(node):
@@ -252,7 +254,7 @@ class StoringOtherwise:
                 raise _GivenUp(self._find_layers(outcome, name), f"it would not fit: {blocked.detail}") from blocked
 
     def _find_layers(self, outcome: Outcome, name: str) -> Sequence[str]:
-        """Whose fold is given up because something else does not take it."""
+        """Find the layers whose fold is given up because something else does not take it."""
         own = [layer for layer, fold in outcome.folds.items() if name in fold.into]
         return own or [next(reversed(outcome.folds))]
 
@@ -401,5 +403,5 @@ def _name_of(node: Node) -> str:
 
 
 def can_be_tried(own: ScaleAndShift) -> bool:
-    """Whether the identity can take the place of a BatchNorm."""
+    """Return whether the identity can take the place of a BatchNorm."""
     return own.owner is not Owner.PART

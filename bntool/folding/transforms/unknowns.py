@@ -102,7 +102,7 @@ class Unknowns:
     # classes
 
     def find(self, which: Integers) -> tuple[Integers, Array, Array]:
-        """Root, factor and offset of each."""
+        """Find the root, factor and offset of each unknown."""
         root, factor, offset = self.parent[which], self.factor[which], self.offset[which]
         above = self.parent[root]
         if np.array_equal(above, root):
@@ -124,7 +124,7 @@ class Unknowns:
         return root, factor, offset
 
     def find_origins(self, which: Integers) -> Integers:
-        """For each that is tied to the constant the node that tied it; -1 for others."""
+        """Return the node that tied each unknown to the constant; -1 for those that are not tied to it."""
         root, _, _ = self.find(which)
         return np.where(root == self.constant, self.origin[which], _NOBODY)
 
@@ -178,7 +178,9 @@ class Unknowns:
     def _settle(
         self, equations: _OneUnknown, rows: Integers, sides: tuple[Integers, Integers], origin: int
     ) -> Integers:
-        """Equations in one unknown each, the root that both sides have; which of them are known to hold now."""
+        """Solve equations in one unknown each, the root that both sides have; return which of them are known to hold
+        now.
+        """
         roots, factors, slope, rest = equations.roots, equations.factors, equations.slope, equations.rest
         flat = np.abs(slope) <= _CLOSE * np.abs(factors)
         known = roots == self.constant
@@ -211,16 +213,16 @@ class Unknowns:
         return tuple(dict.fromkeys(int(one) for one in (*found, origin) if one != _NOBODY))
 
     def can_be(self, values: Array) -> Mask:
-        """Whether an unknown may have a value."""
+        """Return whether an unknown may have a value."""
         finite: Mask = np.isfinite(values)
         return finite
 
     def may_be_constant(self, roots: Integers) -> bool:
-        """Whether nothing that is known of classes is against it."""
+        """Return whether nothing that is known of classes is against it."""
         return bool(np.all(roots != self.constant))
 
     def check_linked(self, low: Integers, left: Integers, origin: int) -> None:
-        """Hold what is known of classes that became one against each other."""
+        """Check that what is known of classes that became one agrees."""
 
     def fix(self, which: Integers, origin: int) -> None:
         """Add that each is the constant.
@@ -308,7 +310,7 @@ class Scales(Unknowns):
             raise Contradiction(both, found, is_sign=True)
 
     def choose(self) -> Array:
-        """Every scale: of a class that is free the value that most of it has becomes one.
+        """Return every scale: of a class that is free the value that most of it has becomes one.
 
         So what must not change at all stays in most places as it is. Where something else then changed by more
         than a factor of ``_MOST``, the smallest and the largest are equally far from one instead: the worst factor is
@@ -407,7 +409,7 @@ class Shifts(Unknowns):
         self._held.append((total, parts, factors))
 
     def fix_open(self) -> None:
-        """Nothing changes where sums are open."""
+        """Fix the unknowns of sums that are still open: nothing changes there."""
         for sums in self.sums:
             if sums.is_open.any():
                 self.fix(np.unique(sums.unknowns[sums.is_open]), _NOBODY)
@@ -457,7 +459,7 @@ class Shifts(Unknowns):
         return bool(len(sums.roots))
 
     def _read(self, sums: _Sums, rows: Integers) -> tuple[Integers, Array, Array, Array]:
-        """Sums as slopes times roots = rest, each root once."""
+        """Read the sums as slopes times roots = rest, each root once."""
         found, factors, offsets = self.find(sums.unknowns[rows].ravel())
         roots = found.reshape(-1, 3)
         slopes = sums.factors * factors.reshape(-1, 3)
@@ -472,7 +474,8 @@ class Shifts(Unknowns):
         return roots, slopes, -terms.sum(axis=1), np.abs(terms).sum(axis=1)
 
     def _peel(self, roots: Integers, sizes: Array | None = None) -> list[tuple[Integers, Integers]] | None:
-        """Rows that are solved by an unknown of their own, the first ones last; None where there is no such order.
+        """Order rows that are solved by an unknown of their own, the first ones last; None where there is no such
+        order.
 
         Args:
             roots: of sums with three unknowns each.
@@ -492,7 +495,9 @@ class Shifts(Unknowns):
         return order
 
     def choose(self) -> Array:
-        """Every shift: what is free becomes zero, and sums are held by the unknown that fewest others depend on."""
+        """Return every shift: what is free becomes zero, and sums are held by the unknown that fewest others depend
+        on.
+        """
         which = np.arange(self.size)
         found, factors, offsets = self.find(which)
         values = np.zeros(self.size + 1)

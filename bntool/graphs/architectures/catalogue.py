@@ -91,7 +91,7 @@ class Catalogue:
         return dict(self._index["versions"])
 
     def momentum(self, name: str) -> Runs | None:
-        """Of the BatchNorms of an architecture, over their sorted names, in runs.
+        """Return the momentums of an architecture's BatchNorms, over their sorted names, in runs.
 
         None where all have PyTorch's 0.1; no runs where it was not looked at.
         """
@@ -104,29 +104,31 @@ class Catalogue:
         return tuple(map(self._entry, range(len(self._index["entries"]))))
 
     def find(self, scope: Scope, fingerprint: int) -> list[Entry]:
-        """The entries of a scope with that fingerprint; several where they differ in eps, structure or classifier."""
+        """Return the entries of a scope with that fingerprint; several where they differ in eps, structure or
+        classifier.
+        """
         return [self._entry(number) for number in self._found.get((id(scope), fingerprint), ())]
 
     def structure(self, number: int) -> str:
-        """Who feeds whom in an entry, as text."""
+        """Return the graph of an entry as text."""
         block, position = divmod(number, BLOCK)
         return self._block(1 + block).decode().split("\0")[position]
 
 
 @cache
 def load_catalogue() -> Catalogue:
-    """The catalogue of this installation, read once."""
+    """Load the catalogue of this installation, once."""
     return Catalogue()
 
 
 def fingerprint(tensors: Iterable[tuple[str, tuple[int, ...]]]) -> int:
-    """64 bits over names and shapes, in any order."""
+    """Hash names and shapes to 64 bits, in any order."""
     text = "\n".join(sorted(f"{name} {shape}" for name, shape in tensors)).encode("utf-8", "surrogatepass")
     return zlib.crc32(text) << 32 | zlib.crc32(text[::-1])
 
 
 def fingerprint_scope(scope: Scope, tensors: Mapping[str, tuple[int, ...]]) -> tuple[int, int]:
-    """The fingerprints of the tensors in a scope and of all others.
+    """Return the fingerprints of the tensors in a scope and of all others.
 
     Args:
         tensors: shapes by name, without counters (``num_batches_tracked``).

@@ -58,13 +58,13 @@ class Architecture:
         return f"{listed} under {self.root.removesuffix('.')}" if self.root else listed
 
     def describe(self) -> dict[str, Any]:
-        """As JSON data."""
+        """Return the architecture as JSON data."""
         values = sorted(self.choices or set(self.eps.values()))
         return {"names": list(self.names), "root": self.root.removesuffix("."), "whole": self.whole, "eps": values}
 
 
 def recognise(state_dict: StateDict, *, name: str | None = None) -> tuple[Architecture, ...]:
-    """The architectures that a state dict holds; outer ones hide those inside of them.
+    """Return the architectures that a state dict holds; outer ones hide those inside of them.
 
     Args:
         name: the only one to look for.
@@ -79,7 +79,7 @@ def recognise(state_dict: StateDict, *, name: str | None = None) -> tuple[Archit
 
 
 def recognise_in(catalogue: Catalogue, state_dict: StateDict, *, name: str | None) -> tuple[Architecture, ...]:
-    """The same, by a catalogue of one's own and a full name."""
+    """Recognise tensors by a catalogue of one's own and a full name."""
     shapes = {
         state_dict.strip(full): tuple(tensor.shape)
         for full, tensor in state_dict.tensors.items()
@@ -99,12 +99,12 @@ def recognise_in(catalogue: Catalogue, state_dict: StateDict, *, name: str | Non
 
 @functools.lru_cache(maxsize=2)
 def _recognise_again(catalogue: Catalogue, shapes: tuple[tuple[str, tuple[int, ...]], ...]) -> tuple[Architecture, ...]:
-    """The files of a run have the same names and shapes."""
+    """Return the files of a run have the same names and shapes."""
     return tuple(_recognise(catalogue, dict(shapes), None))
 
 
 def find_name(name: str) -> str:
-    """The full name of an architecture, from itself or from its part after the colon where that is unambiguous.
+    """Return the full name of an architecture, from itself or from its part after the colon where that is unambiguous.
 
     Raises:
         UsageError: there is none, or several.
@@ -129,14 +129,14 @@ def find_name(name: str) -> str:
 
 
 def describe_application(name: str, state_dict: StateDict) -> Architecture:
-    """The architecture of a file whose format assumed the configuration of a public model."""
+    """Return the architecture of a file whose format assumed the configuration of a public model."""
     norms = [norm for norm in find_norms(state_dict) if norm.kind.is_batch_norm]
     eps = {norm.name: norm.eps for norm in norms if norm.eps is not None}
     return Architecture(root="", names=(name,), whole=True, eps=eps, layers=tuple(norm.name for norm in norms))
 
 
 def assume_eps(state_dict: StateDict, norms: Sequence[BatchNorm]) -> tuple[tuple[BatchNorm, ...], tuple[str, ...]]:
-    """The layers, with the eps of a recognised architecture where they do not know theirs; and that in words."""
+    """Return the layers, with the eps of a recognised architecture where they do not know theirs; and that in words."""
     if all(norm.eps is not None or not norm.kind.is_batch_norm for norm in norms):
         return tuple(norms), ()
     architectures = recognise(state_dict)
@@ -151,7 +151,7 @@ def assume_eps(state_dict: StateDict, norms: Sequence[BatchNorm]) -> tuple[tuple
 
 
 def give_eps(norms: Sequence[BatchNorm], architectures: Sequence[Architecture]) -> tuple[BatchNorm, ...]:
-    """The layers, with the eps of the architectures where they do not know theirs."""
+    """Return the layers, with the eps of the architectures where they do not know theirs."""
     eps = {layer: value for architecture in architectures for layer, value in architecture.eps.items()}
     return tuple(
         dataclasses.replace(norm, eps=eps[norm.name], eps_source=EpsSource.ARCHITECTURE)
@@ -162,7 +162,9 @@ def give_eps(norms: Sequence[BatchNorm], architectures: Sequence[Architecture]) 
 
 
 def find_momentum(architecture: Architecture) -> Mapping[str, tuple[float, ...]]:
-    """The momentum that each layer of an architecture is made with, by layer name; several where its names differ."""
+    """Return the momentum that each layer of an architecture is made with, by layer name; several where its names
+    differ.
+    """
     found: dict[str, set[float]] = {layer: set() for layer in architecture.layers}
     for name in architecture.names:
         runs = load_catalogue().momentum(name)
@@ -175,7 +177,7 @@ def find_momentum(architecture: Architecture) -> Mapping[str, tuple[float, ...]]
 
 
 def _has_statistics(state_dict: StateDict) -> bool:
-    """Whether it is worth looking."""
+    """Return whether it is worth looking."""
     few = len(state_dict.tensors) <= _MOST_TENSORS
     return few and any(name.endswith("running_var") for name in state_dict.tensors)
 
@@ -193,7 +195,7 @@ def _recognise(catalogue: Catalogue, shapes: Shapes, wanted: str | None) -> Iter
 
 
 def _children(shapes: Shapes) -> dict[str, set[str]]:
-    """The prefixes that have BatchNorms below them, and the first part of every name below each."""
+    """Return the prefixes that have BatchNorms below them, and the first part of every name below each."""
     children: dict[str, set[str]] = {"": set()}
     for name in shapes:
         if name.endswith(".running_var"):

@@ -75,7 +75,7 @@ def assume(
     eps: float | None = None,
     catalogue: Catalogue | None = None,
 ) -> ModelGraph:
-    """The graph of all architectures that were recognised in a state dict.
+    """Return the graph of all architectures that were recognised in a state dict.
 
     Where there is more than one architecture, or something is missing, what surrounds a part may read every output of
     it but those of convolutions and linears that feed a BatchNorm.
@@ -125,7 +125,7 @@ def _check(architecture: Architecture, *, eps: float | None) -> None:
 
 
 def read_structure(text: str, shapes: Mapping[str, tuple[int, ...]], *, eps: Mapping[str, float | None]) -> ModelGraph:
-    """The graph that one structure describes.
+    """Return the graph that one structure describes.
 
     Args:
         text: see the top of this module.
@@ -214,7 +214,7 @@ class _Reader:
         self.nodes.append(Node(index, kind, f"aten.{operator or kind.value}", layer, **facts))
 
     def spread(self, stride: str | None, parameters: Mapping[str, str]) -> tuple[int, ...]:
-        """A stride along each axis of a kernel."""
+        """Return a stride along each axis of a kernel."""
         shape = self.shapes.get(parameters.get("weight", ""), ())
         return () if stride is None else (int(stride),) * len(shape[2:])
 
@@ -249,7 +249,7 @@ class _Reader:
         return facts
 
     def read_port(self, index: int, kind: NodeKind, port: int, text: str) -> int:
-        """The edges into one input of a node; how many channels it has."""
+        """Return the edges into one input of a node; how many channels it has."""
         start = 0
         for segment in text.split(",") if text != "-" else ():
             match = _SEGMENT.fullmatch(segment)
@@ -278,7 +278,7 @@ class _Reader:
 
 
 def parse_runs(text: str) -> Sequence[int]:
-    """``0-4+8`` as 0, 1, 2, 3, 8; ``3x5`` is 3 five times."""
+    """Parse ``0-4+8`` as 0, 1, 2, 3, 8; ``3x5`` is 3 five times."""
     numbers: list[int] = []
     for run in text.split("+"):
         if "-" in run:

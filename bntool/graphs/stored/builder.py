@@ -81,7 +81,7 @@ class GraphBuilder:
     # what they give
 
     def unknown(self) -> Extent:
-        """An extent that nothing tells."""
+        """Make an extent that nothing tells."""
         self._symbols += 1
         return Extent(1, (f"?{self._symbols}",))
 
@@ -89,7 +89,7 @@ class GraphBuilder:
         return tuple(self.unknown() for _ in range(count))
 
     def give(self, node: int, shape: Shape | None, axis: int | None = None, *, dtype: object = None) -> Value:
-        """What a node puts out.
+        """Return the value that a node gives.
 
         Args:
             axis: where its channels lie; None where that is not known.
@@ -151,7 +151,7 @@ class GraphBuilder:
         return self._renumber(node, Value((node,), shape, axes, dtype=dtype), extents)
 
     def channels_of(self, value: Value, axis: int, count: int) -> tuple[Value, Integers | None]:
-        """What a node reads whose channels lie along an axis."""
+        """Return what a node reads whose channels lie along an axis, and which channels those are."""
         found = read_along(value, axis, count)
         one = bool(value.sources) and all(self._nodes[source].channels == 1 for source in value.sources)
         if found is None and value.labels is None and one:  # each stands for all that it gives
@@ -167,7 +167,7 @@ class GraphBuilder:
         derived: Mapping[str, DerivedTensor] | None = None,
         needed_for: Mapping[str, frozenset[str]] | None = None,
     ) -> ModelGraph:
-        """The graph, with what :class:`~bntool.graphs.graph.ModelGraph` says of derived tensors."""
+        """Return the graph, with what :class:`~bntool.graphs.graph.ModelGraph` says of derived tensors."""
         uses = {name: frozenset(indices) for name, indices in self._uses.items()}
         return ModelGraph(
             tuple(self._nodes),
@@ -180,7 +180,7 @@ class GraphBuilder:
 
 
 def broadcast(left: Value, right: Value) -> Shape | None:
-    """The shape of two tensors joined element by element; None where that is not known."""
+    """Return the shape of two tensors joined element by element; None where that is not known."""
     if left.shape is None or right.shape is None:
         return None
     rank = max(len(left.shape), len(right.shape))
@@ -201,7 +201,9 @@ def broadcast(left: Value, right: Value) -> Shape | None:
 
 
 def _spread_over(value: Value, shape: Shape, axes: tuple[int, ...], extents: tuple[int, ...]) -> Integers | None:
-    """The labels of an operand at each place along the axes of the result; None where they are not told apart."""
+    """Return the labels of an operand at each place along the axes of the result; None where they are not told
+    apart.
+    """
     if value.labels is None or value.shape is None:
         return None
     ahead = len(shape) - len(value.shape)
@@ -217,7 +219,7 @@ def _rows(value: Value) -> Integers | None:
 
 
 def _as_range(channels: Integers) -> Sequence[int]:
-    """Channels as a range where they are one, which takes no memory."""
+    """Convert channels to a range where they are one, which takes no memory."""
     first = int(channels[0])
     if np.array_equal(channels, np.arange(first, first + len(channels))):
         return range(first, first + len(channels))

@@ -32,7 +32,7 @@ _KEEPS_SHAPE = ("Sigmoid", "TanH", "ELU", "Softmax", "Exp", "Log", "LRN", "BNLL"
 
 
 def caffe_graph(checkpoint: Checkpoint) -> ModelGraph:
-    """The layers of the net, BatchNorm and the Scale paired with it as one node.
+    """Return the layers of the net, BatchNorm and the Scale paired with it as one node.
 
     An InnerProduct with ``transpose`` has its weight as (in, out), and is shown as a matrix product.
 
@@ -128,7 +128,7 @@ class _Building:
         return [Value((index,), shape) for _ in layer.tops]
 
     def _pass(self, kind: NodeKind, layer: Layer, value: Value, *, shape: Shape | None = None, **facts: Any) -> Value:
-        """A layer that gives each channel anew."""
+        """Add a layer that gives each channel anew."""
         facts = {**self._facts(layer), **facts}
         return self.builder.add_elementwise(kind, layer.type, value, shape=shape, reads=self._reads(layer), **facts)
 
@@ -157,7 +157,7 @@ class _Building:
         return self.builder.give(index, shape, 1)
 
     def _can_be_removed(self, layer: Layer) -> bool:
-        """Whether what is around it can be joined by the names of blobs."""
+        """Return whether what is around it can be joined by the names of blobs."""
         try:
             find_renaming(self.wiring, frozenset({layer.index, self.scale_of.get(layer.index, layer.index)}))
         except RefusedError:
@@ -188,7 +188,7 @@ class _Building:
         return self.builder.give(index, (batch, Extent(channels), *self.builder.unknowns(len(shape) - 2)), 1)
 
     def _add_inner_product(self, layer: Layer, own: Mapping[str, str], value: Value) -> Value:
-        """It reads all positions of all channels: then one channel is many inputs."""
+        """Add an InnerProduct, which reads all positions of all channels: one channel is then many inputs."""
         shape = self.tensors[own["weight"]].shape
         if len(shape) != 2 or layer.parameters.get("inner_product_param.axis", 1) != 1:
             return self._add_other(layer, [value])[0]
@@ -213,7 +213,7 @@ class _Building:
             check_lengths(layer.name, [channels, count_elements(self.tensors[own["bias"]].shape)])
 
     def _add_scale(self, layer: Layer, own: Mapping[str, str], value: Value) -> Value:
-        """Times a number for each channel, plus another: a Scale that no BatchNorm is paired with, or a Bias."""
+        """Add a Scale that no BatchNorm is paired with, or a Bias: times a number for each channel, plus another."""
         prefix = "scale_param" if layer.type == "Scale" else "bias_param"
         place = layer.parameters.get(f"{prefix}.axis", 1), layer.parameters.get(f"{prefix}.num_axes", 1)
         count = value.labels.shape[0] if value.labels is not None and value.axes == (1,) else -1
@@ -237,23 +237,23 @@ class _Building:
     # layers without blobs
 
     def same(self, layer: Layer, sources: Sequence[Value]) -> list[Value]:
-        """What it reads; a Dropout of a fork may scale, or drop when it is tested, too."""
+        """Hand on what the layer reads; a Dropout of a fork may scale, or drop when it is tested, too."""
         if f"dropout_param.{UNKNOWN}" in layer.parameters:
             return self.other(layer, sources)
         return [sources[0] for _ in layer.tops]
 
     def other(self, layer: Layer, sources: Sequence[Value]) -> list[Value]:
-        """It keeps the shape, and lets nothing pass."""
+        """Add a layer that keeps the shape and lets nothing pass."""
         if len(sources) != 1 or len(layer.tops) != 1:
             return self._add_other(layer, sources)
         return [self._pass(NodeKind.OTHER, layer, sources[0])]
 
     def activation(self, layer: Layer, sources: Sequence[Value]) -> list[Value]:
-        """ReLU, also leaky."""
+        """Add a ReLU, also a leaky one."""
         return [self._pass(NodeKind.ACTIVATION, layer, sources[0])]
 
     def join(self, layer: Layer, sources: Sequence[Value]) -> list[Value]:
-        """Eltwise: a sum with factors, or a product."""
+        """Add an Eltwise: a sum with factors, or a product."""
         operation = layer.parameters.get("eltwise_param.operation", "SUM")
         coefficients = layer.parameters.get("eltwise_param.coeff", (1.0,) * len(sources))
         facts = self._facts(layer)
@@ -272,12 +272,12 @@ class _Building:
         return [total]
 
     def concat(self, layer: Layer, sources: Sequence[Value]) -> list[Value]:
-        """Along channels, where nothing else is said."""
+        """Join along the channels, where the layer says nothing else."""
         axis = layer.parameters.get("concat_param.axis", layer.parameters.get("concat_param.concat_dim", 1))
         return [concatenate(sources, int(axis))]  # type: ignore[arg-type]
 
     def split_channels(self, layer: Layer, sources: Sequence[Value]) -> list[Value]:
-        """Slice."""
+        """Split along the channels."""
         value, count = sources[0], len(layer.tops)
         axis = int(layer.parameters.get("slice_param.axis", layer.parameters.get("slice_param.slice_dim", 1)))  # type: ignore[arg-type]
         points = layer.parameters.get("slice_param.slice_point", ())
@@ -295,7 +295,7 @@ class _Building:
         return [take(value, axis, range(start, end), Extent(end - start)) for start, end in itertools.pairwise(limits)]
 
     def pool(self, layer: Layer, sources: Sequence[Value]) -> list[Value]:
-        """Zeros beyond the border count in averages: then only a scale passes."""
+        """Add a pool; zeros beyond the border count in Caffe's averages, so that only a scale passes then."""
         value, kind = sources[0], layer.parameters.get("pooling_param.pool", "MAX")
         shape = value.shape
         if shape is None or len(layer.tops) != 1 or kind not in ("MAX", "AVE") or any(axis > 1 for axis in value.axes):
@@ -308,12 +308,12 @@ class _Building:
         return [self._pass(found, layer, value, shape=(*shape[:2], *rest))]
 
     def flatten(self, layer: Layer, sources: Sequence[Value]) -> list[Value]:
-        """All axes from the second on, where nothing else is said."""
+        """Flatten all axes from the second on, where nothing else is said."""
         axes = layer.parameters.get("flatten_param.axis", 1), layer.parameters.get("flatten_param.end_axis", -1)
         return [_flatten(sources[0], self.builder)] if axes == (1, -1) else [sources[0].without_labels()]
 
     def power(self, layer: Layer, sources: Sequence[Value]) -> list[Value]:
-        """(shift + scale x) to the power of one."""
+        """Add a Power, (shift + scale x) to the power of one."""
         power, scale, shift = (
             float(layer.parameters.get(f"power_param.{name}", default))  # type: ignore[arg-type]
             for name, default in (("power", 1.0), ("scale", 1.0), ("shift", 0.0))
@@ -324,7 +324,7 @@ class _Building:
         return [self._pass(NodeKind.CONSTANT_SUM, layer, value) if shift else value]
 
     def shuffle(self, layer: Layer, sources: Sequence[Value]) -> list[Value]:
-        """ShuffleChannel."""
+        """Shuffle the channels."""
         value, groups = sources[0], int(layer.parameters.get("shuffle_channel_param.group", 1))  # type: ignore[arg-type]
         shape = value.shape
         if shape is None or len(shape) < 2 or not shape[1].is_known or groups < 1 or shape[1].number % groups:
@@ -335,7 +335,7 @@ class _Building:
 
 
 def _flatten(value: Value, builder: GraphBuilder) -> Value:
-    """All axes but the first become one."""
+    """Flatten all axes but the first."""
     shape = value.shape
     if shape is None:  # whatever else there is, channels come first
         lies = Spread.RUNS if value.labels is not None else None
@@ -344,7 +344,7 @@ def _flatten(value: Value, builder: GraphBuilder) -> Value:
 
 
 def _reads_borders(layer: Layer, kind: NodeKind, shape: tuple[int, ...]) -> bool:
-    """Whether positions of the output meet a part of the kernel only."""
+    """Return whether positions of the output meet a part of the kernel only."""
     if kind is not NodeKind.CONV_TRANSPOSE:
         return _is_padded(layer, "convolution_param")
     strides = (layer.parameters.get(f"convolution_param.{key}", 1) for key in ("stride", "stride_h", "stride_w"))

@@ -48,7 +48,7 @@ _ACTIVATIONS = ("relu", "leaky_relu")  # f(a x) = a f(x) for a > 0
 
 
 def keras_graph(checkpoint: Checkpoint) -> ModelGraph:
-    """The layers that the outputs need, those of nested models in their place.
+    """Return the layers that the outputs need, those of nested models in their place.
 
     Raises:
         RefusedError: the file does not say how the layers are connected.
@@ -83,7 +83,7 @@ def _describe_relatives(content: KerasContent) -> str:
 
 
 def _check_version(version: tuple[int, ...] | None) -> None:
-    """Raises RefusedError for versions of Keras 1 that normalise otherwise."""
+    """Refuse versions of Keras 1 that normalise otherwise."""
     if version is None:
         raise RefusedError(
             "the model is of Keras 1, and nothing says of which version: before 1.0.8 BatchNorms computed otherwise; "
@@ -165,7 +165,7 @@ class _Building:
         return values
 
     def _is_numbered_as_expected(self, model: KerasModel) -> bool:
-        """Whether the file numbers its layers as we would: only then numbers can be given anew."""
+        """Return whether the file numbers its layers as we would: only then numbers can be given anew."""
         return order_layers(model) == tuple(layer.name for layer in model.layers)
 
     def _add_input(self, shape: object) -> Value:
@@ -205,7 +205,9 @@ class _Building:
         return self.own.get(self.owners.get(layer.path, ""), {})
 
     def _add_unconnected(self, layer: KerasLayer, model: KerasModel, sources: Sequence[Value]) -> Value:
-        """A nested model whose own code, which is not in the file, calls its layers: it lies around each of them."""
+        """Add a nested model whose own code, which is not in the file, calls its layers: it lies around each of
+        them.
+        """
         inside = {one.path: self._own(one) for one in model.walk()}
         norms = [one for one in model.walk() if one.kind in BATCH_NORMS and inside[one.path].keys() >= set(STATISTICS)]
         reads = [key for path, own in inside.items() if path not in {one.path for one in norms} for key in own.values()]
@@ -216,7 +218,9 @@ class _Building:
         return Value((node,))
 
     def _add_shared(self, layer: KerasLayer, own: Mapping[str, str], sources: Sequence[Value]) -> Value:
-        """A layer that another model of the file has, too: what is right for one of them may be wrong for the other."""
+        """Add a layer that another model of the file has, too: what is right for one of them may be wrong for the
+        other.
+        """
         if layer.kind not in BATCH_NORMS or not own.keys() >= set(STATISTICS):
             return self._add_other(layer, sources)
         kind = "a layer that is in several models"
@@ -243,7 +247,7 @@ class _Building:
     def _pass(
         self, kind: NodeKind, layer: KerasLayer, value: Value, *, shape: Shape | None = None, **facts: Any
     ) -> Value:
-        """A layer that gives each channel anew."""
+        """Add a layer that gives each channel anew."""
         facts = {**self._facts(layer), **facts}
         return self.builder.add_elementwise(
             kind, layer.kind, value, shape=shape, reads=self._own(layer).values(), **facts
@@ -279,7 +283,7 @@ class _Building:
         return self.builder.give(node, shape, place)
 
     def _uses_batch(self, layer: KerasLayer, *, training: bool) -> bool:
-        """Whether it normalises by the batch when the model predicts.
+        """Return whether it normalises by the batch when the model predicts.
 
         A layer that is not trainable never does since TensorFlow 2 and in Keras 3, also where it is called with
         training=True; the modes of Keras 1 that are not 0 do.
@@ -347,7 +351,7 @@ class _Building:
         moves: bool,
         kernel: Sequence[int] = (),
     ) -> Shape | None:
-        """Of what a convolution or Dense gives: its positions are others, or the same.
+        """Return the shape of what a convolution or Dense gives: its positions are others, or the same.
 
         Args:
             kernel: its extents, where they tell how many positions there are.
@@ -365,7 +369,7 @@ class _Building:
         return tuple(shape)
 
     def _slide(self, layer: KerasLayer, window: Sequence[int], extents: Shape) -> Shape:
-        """Positions of a window that slides over some axes."""
+        """Slide a window over some axes; return the positions."""
         count, padding = len(window), layer.config.get("padding", "valid")
         strides = _per_axis(layer.config.get("strides"), count) or tuple(window)  # a pool's own
         dilations = _per_axis(layer.config.get("dilation_rate", 1), count)
@@ -389,7 +393,7 @@ class _Building:
     def _add_first_half(
         self, layer: KerasLayer, own: Mapping[str, str], value: Value, axis: int, *, padded: bool
     ) -> Value:
-        """Of a SeparableConv: a fixed filter of each channel, without a bias."""
+        """Add the first half of a SeparableConv: a fixed filter of each channel, without a bias."""
         key = own.get("depthwise_weight")
         tensor = self.tensors[key] if key is not None else None
         if key is None or tensor is None or tensor.dtype not in FLOATS:
@@ -414,7 +418,7 @@ class _Building:
         return self.builder.give(node, after, axis)
 
     def _add_activation(self, layer: KerasLayer, value: Value) -> Value:
-        """What a convolution or Dense applies to its result itself."""
+        """Add the activation that a convolution or Dense applies to its result itself."""
         activation = layer.config.get("activation")
         if activation in (None, "linear"):
             return value
@@ -425,27 +429,27 @@ class _Building:
     # layers without weights
 
     def same(self, _: KerasLayer, sources: Sequence[Value]) -> Value:
-        """What it reads."""
+        """Hand on what the layer reads."""
         return sources[0]
 
     def activation(self, layer: KerasLayer, sources: Sequence[Value]) -> Value:
-        """Activation, by the name of the function."""
+        """Add an Activation, by the name of its function."""
         name = layer.config.get("activation")
         if name == "linear":
             return sources[0]
         return self._pass(NodeKind.ACTIVATION if name in _ACTIVATIONS else NodeKind.OTHER, layer, sources[0])
 
     def relu(self, layer: KerasLayer, sources: Sequence[Value]) -> Value:
-        """ReLU without a limit."""
+        """Add a ReLU without a limit."""
         plain = layer.config.get("max_value") is None and not layer.config.get("threshold")
         return self._pass(NodeKind.ACTIVATION if plain else NodeKind.OTHER, layer, sources[0])
 
     def leaky(self, layer: KerasLayer, sources: Sequence[Value]) -> Value:
-        """LeakyReLU and PReLU."""
+        """Add a LeakyReLU or PReLU."""
         return self._pass(NodeKind.ACTIVATION, layer, sources[0])
 
     def pool(self, layer: KerasLayer, sources: Sequence[Value]) -> Value:
-        """Padding does not count in Keras's averages."""
+        """Add a pool; padding does not count in Keras's averages."""
         value, kind = sources[0], NodeKind.MAX_POOL if "Max" in layer.kind else NodeKind.AVERAGE
         space = int(re.sub(r"\D", "", layer.kind) or 0)
         axis = _find_axis(layer, space)
@@ -463,16 +467,16 @@ class _Building:
         return given if not whole or layer.config.get("keepdims") else reshape(given, (*shape[:first], shape[axis]))
 
     def upsample(self, layer: KerasLayer, sources: Sequence[Value]) -> Value:
-        """Interpolation whose weights sum to one."""
+        """Add an interpolation whose weights sum to one."""
         return self._move(NodeKind.AVERAGE if layer.config.get("interpolation", "nearest") in _CONV_AVERAGES
                           else NodeKind.OTHER, layer, sources)  # fmt: skip
 
     def pad(self, layer: KerasLayer, sources: Sequence[Value]) -> Value:
-        """Padding with zeros."""
+        """Add a padding with zeros."""
         return self._move(NodeKind.CHANNELWISE, layer, sources)
 
     def crop(self, layer: KerasLayer, sources: Sequence[Value]) -> Value:
-        """Fewer positions."""
+        """Add a crop, which keeps fewer positions."""
         return self._move(NodeKind.AVERAGE, layer, sources)
 
     def _move(self, kind: NodeKind, layer: KerasLayer, sources: Sequence[Value]) -> Value:
@@ -486,7 +490,7 @@ class _Building:
         return self._pass(kind, layer, value, shape=tuple(shape))
 
     def join(self, layer: KerasLayer, sources: Sequence[Value]) -> Value:
-        """Add, Subtract, Average and Multiply."""
+        """Add an Add, Subtract, Average or Multiply."""
         ranks = {value.rank for value in sources}
         if len(sources) < 2 or len(ranks) > 1 or (layer.kind in ("Multiply", "Subtract") and len(sources) != 2):
             return self._add_other(layer, sources)
@@ -502,12 +506,12 @@ class _Building:
         return total
 
     def concatenate(self, layer: KerasLayer, sources: Sequence[Value]) -> Value:
-        """Along the last axis, where nothing else is said."""
+        """Join along the last axis, where the layer says nothing else."""
         axis = layer.config.get("axis", _LAST)
         return concatenate(sources, axis) if isinstance(axis, int) else self._add_other(layer, sources)
 
     def flatten(self, layer: KerasLayer, sources: Sequence[Value]) -> Value:
-        """All axes but the first become one, channels last."""
+        """Flatten all axes but the first, channels last."""
         value, first = sources[0], 1 + layer.is_distributed
         if value.shape is None or len(value.shape) < first:
             return self._add_other(layer, sources)
@@ -517,7 +521,7 @@ class _Building:
         return reshape(value, (*shape[:first], size_of(shape[first:])))
 
     def reshape(self, layer: KerasLayer, sources: Sequence[Value]) -> Value:
-        """Each sample in another shape."""
+        """Reshape each sample."""
         value, wanted = sources[0], layer.config.get("target_shape")
         if value.shape is None or not isinstance(wanted, list) or not all(isinstance(one, int) for one in wanted):
             return self._add_other(layer, sources)
@@ -527,7 +531,7 @@ class _Building:
         return reshape(value, (value.shape[0], *rest))
 
     def permute(self, layer: KerasLayer, sources: Sequence[Value]) -> Value:
-        """The axes of each sample in another order."""
+        """Return the axes of each sample in another order."""
         order = layer.config.get("dims")
         if not isinstance(order, list) or not all(isinstance(one, int) for one in order):
             return self._add_other(layer, sources)
@@ -535,7 +539,7 @@ class _Building:
 
 
 def _per_axis(value: object, count: int) -> tuple[int, ...] | None:
-    """A number for each axis, or one for all of them; None where it is something else."""
+    """Return a number for each axis, or one for all of them; None where it is something else."""
     numbers = list(value) if isinstance(value, list | tuple) else [value] * count
     found = tuple(one for one in numbers if isinstance(one, int) and one > 0)
     return found if len(found) == len(numbers) == count else None
@@ -546,13 +550,13 @@ def _find_axis(layer: KerasLayer, space: int) -> int:
 
 
 def _lies_along(value: Value, axis: int, first: int) -> bool:
-    """Whether channels lie along no other axis than this and the first ones."""
+    """Return whether channels lie along no other axis than this and the first ones."""
     rank = len(value.shape or ())
     return value.spread is None and all(one < first or one == axis % rank for one in value.axes)
 
 
 def _normalise(axis: object, rank: int | None, *, first: int) -> int:
-    """The axis counted from the end, where that can be told; positive numbers are axes of an unknown rank.
+    """Return the axis counted from the end, where that can be told; positive numbers are axes of an unknown rank.
 
     Args:
         first: axes before those that it is counted among.

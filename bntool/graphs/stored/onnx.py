@@ -35,7 +35,7 @@ _SHAPE_FREE = ("Shape", "Size", "ConstantOfShape", "EyeLike")  # they look at th
 
 
 def onnx_graph(checkpoint: Checkpoint) -> ModelGraph:
-    """The nodes of the main graph and of those nested in it, and who reads what.
+    """Return the nodes of the main graph and of those nested in it, and who reads what.
 
     A Gemm with transB = 0 has its weight as (in, out), as a MatMul has, and it is shown as one.
     BatchNormalization nodes in functions that could not be written out are there, but nothing known feeds them.
@@ -71,7 +71,7 @@ class _Building:
         return self.builder.finish(derived=derived, needed_for=needed_for)
 
     def _is_constant(self, graph: OnnxGraph, node: OnnxNode) -> bool:
-        """Whether a node computes from constants alone."""
+        """Return whether a node computes from constants alone."""
         return not any((id(graph), name) in self.values for name in node.outputs)
 
     def _add_inputs(self, graph: OnnxGraph) -> None:
@@ -85,7 +85,7 @@ class _Building:
     # what nodes see under a name
 
     def _value(self, graph: OnnxGraph, name: str) -> Value | None:
-        """None for constants."""
+        """Return the value of that name; None for constants."""
         here: OnnxGraph | None = graph
         while here is not None:
             found = self.values.get((id(here), name))
@@ -100,7 +100,7 @@ class _Building:
         return self.constants.computed.small(graph, name)
 
     def _extents(self, graph: OnnxGraph, name: str) -> Extents | None:
-        """The numbers of a tensor of integers, where these are known or extents of something else."""
+        """Return the numbers of a tensor of integers, where these are known or extents of something else."""
         here: OnnxGraph | None = graph
         while here is not None:
             if (id(here), name) in self.extents:
@@ -124,7 +124,7 @@ class _Building:
                 self._add_called(layer, node, given)
 
     def _call(self, graph: OnnxGraph, node: OnnxNode, values: tuple[Value | None, ...]) -> list[Value]:
-        """What a node puts out; nothing of one that computes from constants alone."""
+        """Return what a node gives; nothing of one that computes from constants alone."""
         inside = [g for attribute in node.attributes.values() for g in self._graphs_in(attribute)]
         if id(node) in self.layers and self._is_plain(node):
             return [self._add_batch_norm(node, values)]
@@ -171,7 +171,7 @@ class _Building:
             self.extents[id(graph), node.outputs[0]] = shape[node.integer("start", 0) : end]
 
     def _note_extents(self, graph: OnnxGraph, node: OnnxNode) -> None:
-        """What becomes of parts of a shape until something is reshaped to it."""
+        """Note the parts of a shape, until something is reshaped to it."""
         if node.operator not in ("Gather", "Slice", "Concat", "Unsqueeze", "Squeeze", "Cast", "Identity"):
             return
         parts = [self._extents(graph, name) for name in node.inputs]
@@ -204,7 +204,7 @@ class _Building:
     def _add_with_graphs(
         self, graph: OnnxGraph, node: OnnxNode, values: Sequence[Value | None], inside: Sequence[OnnxGraph]
     ) -> list[Value]:
-        """If, Loop and Scan: what their graphs are handed and what they give is read by the node around them."""
+        """Add an If, Loop or Scan: what their graphs are handed and what they give is read by the node around them."""
         results: list[Value | None] = list(values)
         reads = self.constants.keys_of(graph, node.inputs)
         for inner in inside:
@@ -289,7 +289,7 @@ class _Building:
         return [self.builder.give(index, shape, axis, dtype=weight.dtype)]
 
     def _add_unknown(self, graph: OnnxGraph, node: OnnxNode, values: Sequence[Value | None]) -> list[Value]:
-        """A convolution or matrix product with a weight that is no constant, or of which nothing is known."""
+        """Add a convolution or matrix product with a weight that is no constant, or of which nothing is known."""
         place = graph.place_of(node.inputs[1])
         source = place[0].producers.get(place[1]) if place is not None else None
         origin = (f"what {source.operator} puts out",) if source is not None else ()
@@ -299,7 +299,7 @@ class _Building:
         return [Value((index,), None)]
 
     def _matrix(self, node: OnnxNode, position: int, shape: tuple[int, ...]) -> dict[str, Any]:
-        """What is known of a Gemm, or of a MatMul with a weight before or behind the data."""
+        """Return the facts of a Gemm, or of a MatMul with a weight before or behind the data."""
         if len(shape) != 2 or node.operator not in ("Gemm", "MatMul") or node.integer("transA", 0):
             return {}
         first, second = shape
@@ -317,7 +317,7 @@ class _Building:
         return {"kind": NodeKind.MATMUL, "channels": second, "input_channels": first, **more}
 
     def _kernel(self, node: OnnxNode, shape: tuple[int, ...]) -> dict[str, Any]:
-        """What is known of a convolution."""
+        """Return the facts of a convolution."""
         kind, groups = _KINDS[node.operator], node.integer("group", 1)
         if len(shape) < 3 or groups < 1 or shape[0] % groups or not shape[0] * shape[1]:
             return {}
@@ -357,7 +357,7 @@ class _Building:
     def _add_bias(
         self, graph: OnnxGraph, node: OnnxNode, keys: Mapping[str, str | None], facts: dict[str, Any]
     ) -> None:
-        """The bias, where it is one constant number for each channel; else it counts as computed."""
+        """Add the bias, where it is one constant number for each channel; else it counts as computed."""
         if "bias" not in keys:
             stem = facts["parameters"]["weight"].removesuffix("weight")
             facts["new_bias"] = unused_name(f"{stem}bias", self.taken)
@@ -377,7 +377,7 @@ class _Building:
     def _add_bias_node(
         self, graph: OnnxGraph, node: OnnxNode, position: int, value: Value, constant: Array, factor: float
     ) -> Value:
-        """An addition of one constant number for each channel, as a parameter that can take a shift."""
+        """Add an addition of one constant number for each channel, as a parameter that can take a shift."""
         assert value.labels is not None
         assert value.shape is not None
         (axis,), count = value.axes, value.labels.shape[0]
@@ -393,7 +393,7 @@ class _Building:
 
 
 def _meets_all_taps(node: OnnxNode, shape: tuple[int, ...]) -> bool:
-    """Whether each output position of a transposed convolution meets all taps, as far as its attributes say."""
+    """Return whether each output position of a transposed convolution meets all taps, as far as its attributes say."""
     count = len(shape) - 2
     strides, dilations, more = (
         node.integers(name) or (default,) * count
@@ -419,7 +419,7 @@ def _is_centred(node: OnnxNode, shape: tuple[int, ...]) -> bool:
 
 
 def _read_shapes(message: Message) -> Mapping[str, tuple[Shape | None, object]]:
-    """What a graph says of its inputs: their shapes and dtypes."""
+    """Read the shapes and dtypes of a graph's inputs."""
     found: dict[str, tuple[Shape | None, object]] = {}
     for info in message.messages(GRAPH_INPUTS):
         kind = info.message(2)

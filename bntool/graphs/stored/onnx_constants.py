@@ -50,26 +50,28 @@ class OnnxConstants:
         return id(use[1]) in self._layers and use[2] > 0
 
     def key_of(self, graph: OnnxGraph, name: str) -> str | None:
-        """The name in the file of a constant that a node reads as it is."""
+        """Return the name in the file of a constant that a node reads as it is."""
         place = graph.find(name) if name else None
         return self._keys.get((id(place[0]), place[1])) if place is not None else None
 
     def keys_of(self, graph: OnnxGraph, names: Sequence[str]) -> list[str]:
-        """Those of all that have one."""
+        """Return the keys of the names that have one."""
         return [key for key in (self.key_of(graph, name) for name in names) if key is not None]
 
     def tensor(self, key: str) -> Tensor:
-        """A tensor by the name that is given here."""
+        """Return a tensor by the name that is given here."""
         derived = self.derived.get(key)
         return derived.tensor if derived is not None else self._tensors[key]
 
     def is_alone(self, graph: OnnxGraph, name: str) -> bool:
-        """Whether one node alone reads a tensor of the file, and it is no result of a graph."""
+        """Return whether one node alone reads a tensor of the file, and it is no result of a graph."""
         place = find_place(graph, name)
         return place not in self._shown and len(self._uses.get(place, ())) == 1
 
     def name_inputs(self, graph: OnnxGraph, node: OnnxNode, inputs: Mapping[str, int]) -> dict[str, str | None]:
-        """The tensors of a convolution or matrix product by role; None where nothing is known of the elements."""
+        """Return the tensors of a convolution or matrix product by role; None where nothing is known of the
+        elements.
+        """
         shares = self._shares_batch_norm(graph, node, inputs)
         found: dict[str, str | None] = {}
         for role, position in inputs.items():
@@ -82,7 +84,7 @@ class OnnxConstants:
     def derive(
         self, graph: OnnxGraph, node: OnnxNode, position: int, shape: tuple[int, ...] | None = None
     ) -> str | None:
-        """The name of a tensor that one node reads as its own; None where nothing is known of its elements.
+        """Return the name of a tensor that one node reads as its own; None where nothing is known of its elements.
 
         Args:
             shape: that it is to have, whose other elements repeat it; None for its own.
@@ -102,7 +104,7 @@ class OnnxConstants:
         return own
 
     def _find_source(self, graph: OnnxGraph, name: str, steps: int = _MOST_STEPS) -> str | None:
-        """A tensor of the file that a value is computed from."""
+        """Return a tensor of the file that a value is computed from."""
         place = graph.place_of(name)
         if place is None or not steps:
             return None
@@ -114,7 +116,7 @@ class OnnxConstants:
         return next((key for key in found if key is not None), None)
 
     def _find_visible(self, graph: OnnxGraph) -> str | None:
-        """Any tensor of the file that nodes of a graph can read, for what is computed from none."""
+        """Find any tensor of the file that nodes of a graph can read, for what is computed from none."""
         for key, place in self._content.places.items():
             found = graph.find(place.name) if place.reader is None else None
             if found is not None and found[0] is place.graph and found[1] == place.name:
@@ -122,7 +124,9 @@ class OnnxConstants:
         return None
 
     def _shares_batch_norm(self, graph: OnnxGraph, node: OnnxNode, inputs: Mapping[str, int]) -> bool:
-        """Whether all nodes with this weight are the same layer, with the same BatchNormalization behind each."""
+        """Return whether all nodes with this weight are the same layer, with the same BatchNormalization behind
+        each.
+        """
         wanted = [find_place(graph, node.inputs[position]) for position in inputs.values()]
         uses = self._uses.get(wanted[0], ())
         after = self._norms.get((id(graph), node.outputs[0]))
@@ -137,7 +141,7 @@ class OnnxConstants:
         return all(len(self._uses.get(place, ())) == len(uses) for place in wanted)
 
     def find_needed(self, is_computed: _IsComputed) -> Iterator[tuple[str, frozenset[str]]]:
-        """The tensors of the file that are there for derived ones alone, with the names of these.
+        """Yield the tensors of the file that are there for derived ones alone, with the names of these.
 
         Args:
             is_computed: whether a node computes from constants alone.
@@ -166,7 +170,7 @@ class _Needed:
     is_computed: _IsComputed
 
     def find(self, place: Place, steps: int) -> set[str] | None:
-        """The derived tensors that it becomes part of; None where something else reads it."""
+        """Return the derived tensors that it becomes part of; None where something else reads it."""
         if place in self.shown or not steps:
             return None
         names: set[str] = set()
@@ -186,13 +190,13 @@ class _Needed:
 
 
 def find_place(graph: OnnxGraph, name: str) -> Place:
-    """Where a value comes from, through copies."""
+    """Find where a value comes from, through copies."""
     found = graph.place_of(name)
     return (id(found[0]), found[1]) if found is not None else (0, "")
 
 
 def _find_norms(content: OnnxContent) -> dict[Place, tuple[object, ...]]:
-    """For each value that a BatchNormalization alone reads: what that is made of."""
+    """Map each value that a BatchNormalization alone reads to what that one is made of."""
     readers: dict[Place, list[OnnxNode]] = {}
     for graph in content.graphs:
         for node in graph.nodes:

@@ -69,7 +69,7 @@ class Call:
         return value if value is not None else Value()
 
     def is_constant(self, position: int) -> bool:
-        """Whether an input is there, and a constant."""
+        """Return whether an input is there, and a constant."""
         inputs = self.node.inputs
         return position < len(inputs) and bool(inputs[position]) and self.values[position] is None
 
@@ -77,7 +77,9 @@ class Call:
         return position < len(self.node.inputs) and bool(self.node.inputs[position])
 
     def integers(self, name: str, position: int) -> list[int] | None:
-        """What is an attribute in old models and an input in newer ones; None where it is not known or not given."""
+        """Return what is an attribute in old models and an input in newer ones; None where it is not known or not
+        given.
+        """
         if name in self.node.attributes:
             return list(self.node.integers(name))
         found = self.constant(position) if self.given(position) else None
@@ -141,7 +143,7 @@ def _reshape(call: Call) -> list[Value]:
 
 
 def _with_one(data: Value, count: int) -> Value:
-    """What is not known of a shape is one where as many elements as the rest has are all there are."""
+    """Set the unknown extent of a shape to one where the others hold as many elements as there are."""
     shape = data.shape or ()
     whole = size_of(shape)
     if len(whole.unknown) != 1 or whole.number != count:
@@ -329,7 +331,7 @@ def _clip(call: Call) -> list[Value]:
 
 
 def _any_shape(call: Call) -> list[Value]:
-    """It keeps the shape, and lets nothing pass."""
+    """Add an operator that keeps the shape and lets nothing pass."""
     if len(call.node.outputs) != 1:
         return call.other()
     return [dataclasses.replace(one, dtype=None) for one in call.pass_on(NodeKind.OTHER)]
@@ -368,7 +370,7 @@ def _add_constant(call: Call, position: int, value: Value, factor: float) -> lis
 
 
 def _shape_with(constant: Array, value: Value) -> Shape | None:
-    """The shape of a tensor joined with a constant; None where that gives it more channels, or axes."""
+    """Return the shape of a tensor joined with a constant; None where that gives it more channels, or axes."""
     shape = broadcast(value, Value((), known(*constant.shape)))
     if shape is None or value.shape is None or len(shape) != len(value.shape):
         return None
@@ -376,7 +378,7 @@ def _shape_with(constant: Array, value: Value) -> Shape | None:
 
 
 def by_channel(constant: Array, value: Value) -> Array | None:
-    """A constant as one number for each channel of a tensor that it is joined with; None where it is none."""
+    """Return a constant as one number for each channel of a tensor that it is joined with; None where it is none."""
     shape = value.shape
     if shape is None or value.labels is None or len(value.axes) != 1 or value.spread is not None:
         return None
@@ -467,7 +469,7 @@ def _tile(call: Call) -> list[Value]:
 
 
 def _repeat(call: Call, shape: Shape | None) -> list[Value]:
-    """Each position is a copy of another one, and no axis of channels grows."""
+    """Copy each position from another one; no axis of channels grows."""
     data = call.data
     if shape is None or data.shape is None or len(shape) != len(data.shape) or data.spread is not None:
         return call.other()
@@ -497,12 +499,12 @@ def _pool(kind: NodeKind) -> Callable[[Call], list[Value]]:
 
 
 def _positions(call: Call, extents: Shape) -> Shape:
-    """Extents after a pool or convolution with the attributes of a node."""
+    """Return extents after a pool or convolution with the attributes of a node."""
     return slide(call.node, call.node.integers("kernel_shape"), extents, call.builder)
 
 
 def slide(node: OnnxNode, kernel: Sequence[int], extents: Shape, builder: GraphBuilder) -> Shape:
-    """Positions of a kernel that slides over some axes, by the attributes of its node."""
+    """Slide a kernel over some axes, by the attributes of its node; return the positions."""
     count = len(kernel)
     plain = node.text("auto_pad", "NOTSET") in ("NOTSET", "VALID") and not node.integer("ceil_mode", 0)
     strides = node.integers("strides") or (1,) * count

@@ -67,21 +67,21 @@ class Value:
         return None if self.shape is None else len(self.shape)
 
     def without_labels(self, shape: Shape | None = None) -> Value:
-        """The same, its channels not told apart."""
+        """Return the value with its channels not told apart."""
         return Value(self.sources, shape, dtype=self.dtype)
 
     def with_extents(self, shape: Shape | None) -> Value:
-        """The same with other extents of axes along which no channels differ."""
+        """Return the value with other extents of axes along which no channels differ."""
         return self if shape is None else replace(self, shape=shape)
 
 
 def size_of(shape: Sequence[Extent]) -> Extent:
-    """The product of extents."""
+    """Return the product of extents."""
     return Extent(math.prod(one.number for one in shape), tuple(sorted(name for one in shape for name in one.unknown)))
 
 
 def fill_in(extents: Sequence[Extent | None], whole: Extent, unknown: Callable[[], Extent]) -> Shape:
-    """A shape of which one extent, None, is what the others leave.
+    """Fill in the one extent of a shape that is None from what the others leave.
 
     Args:
         unknown: gives one that nothing tells.
@@ -98,12 +98,14 @@ def fill_in(extents: Sequence[Extent | None], whole: Extent, unknown: Callable[[
 
 
 def known(*extents: int) -> Shape:
-    """A shape of which everything is known."""
+    """Make a shape of which everything is known."""
     return tuple(Extent(extent) for extent in extents)
 
 
 def read_along(value: Value, axis: int, count: int) -> Integers | None:
-    """The channels that meet each of ``count`` places along an axis, a row for each; None where that is not known."""
+    """Return the channels that meet each of ``count`` places along an axis, a row for each; None where that is not
+    known.
+    """
     labels = value.labels
     if labels is None:
         return None
@@ -125,7 +127,7 @@ def read_along(value: Value, axis: int, count: int) -> Integers | None:
 
 
 def transpose(value: Value, order: Sequence[int] | None) -> Value:
-    """With the axes in another order; None for the reverse."""
+    """Permute the axes; None reverses them."""
     if value.shape is None:
         return value.without_labels()
     rank = len(value.shape)
@@ -145,7 +147,7 @@ def transpose(value: Value, order: Sequence[int] | None) -> Value:
 
 
 def reshape(value: Value, wanted: Shape) -> Value:
-    """The same elements in another shape."""
+    """Return the elements in another shape."""
     if value.shape is None or size_of(value.shape) != size_of(wanted):
         return value.without_labels(wanted)
     if value.labels is None:
@@ -157,7 +159,7 @@ def reshape(value: Value, wanted: Shape) -> Value:
 
 
 def _reshape_spread(value: Value, wanted: Shape) -> Value:
-    """Only axes of one element come and go."""
+    """Reshape where only axes of one element come and go."""
     assert value.shape is not None
     old = [axis for axis, extent in enumerate(value.shape) if extent != Extent(1)]
     new = [axis for axis, extent in enumerate(wanted) if extent != Extent(1)]
@@ -177,7 +179,7 @@ class _Reshaping:
         self.spread: Spread | None = None
 
     def build(self) -> Value | None:
-        """None where the channels are not told apart afterwards."""
+        """Build the value; None where the channels are not told apart afterwards."""
         groups = self._group()
         if groups is None:
             return None
@@ -245,7 +247,7 @@ class _Reshaping:
         return True
 
     def _without_equal(self) -> Value | None:
-        """Without axes along which no channels differ."""
+        """Drop axes along which no channels differ."""
         labels, axes = self.labels, list(self.axes)
         for number in reversed(range(len(axes))):
             if self.spread is None and len(axes) > 1:
@@ -257,7 +259,7 @@ class _Reshaping:
 
 
 def _is_shorter(mine: Extent, theirs: Extent) -> bool:
-    """Whether the first of two products has to grow before the second."""
+    """Return whether the first of two products has to grow before the second."""
     if set(theirs.unknown) - set(mine.unknown):
         return True
     if set(mine.unknown) - set(theirs.unknown):
@@ -266,7 +268,7 @@ def _is_shorter(mine: Extent, theirs: Extent) -> bool:
 
 
 def take(value: Value, axis: int, places: Sequence[int] | None, extent: Extent) -> Value:
-    """Some places along an axis, in that order.
+    """Take some places along an axis, in that order.
 
     Args:
         places: None where they are not known.
@@ -290,7 +292,7 @@ def take(value: Value, axis: int, places: Sequence[int] | None, extent: Extent) 
 
 
 def drop(value: Value, axis: int, place: int | None) -> Value:
-    """One place along an axis, which is gone then."""
+    """Take one place along an axis, which is gone then."""
     if value.shape is None or not -len(value.shape) <= axis < len(value.shape):
         return value.without_labels()
     axis %= len(value.shape)
@@ -300,7 +302,7 @@ def drop(value: Value, axis: int, place: int | None) -> Value:
 
 
 def concatenate(values: Sequence[Value], axis: int) -> Value:
-    """Tensors one after the other along an axis."""
+    """Join tensors one after the other along an axis."""
     sources = tuple(dict.fromkeys(source for value in values for source in value.sources))
     first = values[0]
     dtype = first.dtype if all(value.dtype == first.dtype for value in values) else None

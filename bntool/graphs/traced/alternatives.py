@@ -38,7 +38,7 @@ class Alternative:
 def find_alternatives(
     modules: Mapping[str, nn.Module], nodes: Sequence[Node], ran: Collection[str], *, skipped: Collection[int]
 ) -> Iterator[Alternative]:
-    """The modules that may take the place of others.
+    """Yield the modules that may take the place of others.
 
     Args:
         modules: all of the model, by path, in order of definition.
@@ -73,7 +73,7 @@ def find_alternatives(
 def find_idle(
     modules: Mapping[str, nn.Module], ran: Collection[str], used: Collection[str]
 ) -> dict[str, frozenset[int]]:
-    """Modules that did not run, with the numbers of channels that they may read; BatchNorms aside.
+    """Return modules that did not run, with the numbers of channels that they may read; BatchNorms aside.
 
     Args:
         modules: all of the model, by path.
@@ -91,7 +91,7 @@ def find_idle(
 
 
 def _list_channels(module: nn.Module) -> Iterator[int]:
-    """Channels that a module may read: what it says of itself, else the sizes of its parameters."""
+    """Yield channels that a module may read: what it says of itself, else the sizes of its parameters."""
     told = [getattr(module, name, None) for name in ("in_channels", "in_features", "num_channels", "num_features")]
     if any(isinstance(number, int) for number in told):
         return (number for number in told if isinstance(number, int))
@@ -100,7 +100,7 @@ def _list_channels(module: nn.Module) -> Iterator[int]:
 
 
 def _is_switch(module: nn.Module) -> bool:
-    """Whether a module holds several BatchNorms and nothing else, so that its forward chooses one of them."""
+    """Return whether a module holds several BatchNorms and nothing else, so that its forward chooses one of them."""
     inside = [child for child in module._modules.values() if child is not None]
     return len(inside) > 1 and all(map(is_batchnorm, inside))
 
@@ -113,7 +113,7 @@ def _count_idle(idle: Mapping[str, nn.Module], scope: str, channels: int | None)
 
 
 def _find_scopes(path: str) -> Iterator[str]:
-    """The modules that contain a module, from the innermost to the model itself, whose name is ""."""
+    """Yield the modules that contain a module, from the innermost to the model itself, whose name is ""."""
     while path:
         path = path.rpartition(".")[0]
         yield path
@@ -124,7 +124,7 @@ def _is_within(path: str, scope: str) -> bool:
 
 
 def _count_inputs(module: nn.Module) -> int | None:
-    """How many channels a module reads, if its class tells."""
+    """Return how many channels a module reads; None where its class does not tell."""
     if is_batchnorm(module):
         tensors = (module._buffers.get("running_mean"), module._parameters.get("weight"))
         sized = next((tensor.numel() for tensor in tensors if tensor is not None), None)

@@ -87,7 +87,7 @@ _ARITHMETIC = ("add", "sub", "mul", "div")
 
 
 def _passing(function: Any, arguments: Any, keywords: Any, *, data: Tensor, roles: _Roles) -> CallFacts | None:
-    """Facts of an operation on a single computed tensor."""
+    """Return facts of an operation on a single computed tensor."""
     name = operators.name_of(function)
     its_labels = roles.labels[id(data)]
     assert its_labels is not None
@@ -105,7 +105,7 @@ def _passing(function: Any, arguments: Any, keywords: Any, *, data: Tensor, role
 
 
 def _arithmetic(name: str, given: Callable[[str], Any], roles: _Roles) -> CallFacts | None:
-    """Facts of a sum, difference, product or quotient of two operands."""
+    """Return facts of a sum, difference, product or quotient of two operands."""
     first, other = given("self"), given("other")
     computed = [item for item in (first, other) if isinstance(item, Tensor) and roles.labels.get(id(item)) is not None]
     if not computed or (name == "div" and given("rounding_mode") is not None):
@@ -144,7 +144,7 @@ def _arithmetic(name: str, given: Callable[[str], Any], roles: _Roles) -> CallFa
 
 
 def _combine(name: str, first: Tensor, other: Tensor, given: Callable[[str], Any], roles: _Roles) -> CallFacts | None:
-    """Facts of a sum, difference or product of two computed tensors."""
+    """Return facts of a sum, difference or product of two computed tensors."""
     if name == "div":
         return None
     dim = max(first.dim(), other.dim())
@@ -168,14 +168,14 @@ def _combine(name: str, first: Tensor, other: Tensor, given: Callable[[str], Any
 
 
 def _axis_of(data: Tensor, dim: int, roles: _Roles) -> int:
-    """The axis at which an operand's channels lie in a result of so many dimensions, after broadcasting."""
+    """Return the axis at which an operand's channels lie in a result of so many dimensions, after broadcasting."""
     its_labels = roles.labels[id(data)]
     assert its_labels is not None
     return varying_axis(its_labels, default=1) + dim - data.dim()
 
 
 def _number(constant: Any, roles: _Roles) -> float | None:
-    """The value of a constant that is one number written in the code; None for anything else."""
+    """Return the value of a constant that is one number written in the code; None for anything else."""
     if isinstance(constant, int | float):
         return float(constant)
     if not isinstance(constant, Tensor) or constant.numel() != 1 or constant.is_meta or roles.names_of(constant):
@@ -187,7 +187,9 @@ _INTEGERS = (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8)
 
 
 def _find_along(constant: Any, axis: int, *, data: Tensor, dim: int, roles: _Roles) -> Parameter | None:
-    """The parameter that a constant is, with one element per channel of the result and the same along other axes."""
+    """Return the parameter that a constant is, with one element per channel of the result and the same along other
+    axes.
+    """
     parameter = roles.index.find(constant, ones=Ones.ANYWHERE) if isinstance(constant, Tensor) else None
     if parameter is None:
         return None
@@ -197,7 +199,7 @@ def _find_along(constant: Any, axis: int, *, data: Tensor, dim: int, roles: _Rol
 
 
 def _removed_before(given: Callable[[str], Any], axis: int, dim: int) -> int:
-    """How many axes in front of the channel axis a reduction removes."""
+    """Count the axes in front of the channel axis that a reduction removes."""
     if given("keepdim"):
         return 0
     axes = given("dim")
@@ -228,7 +230,7 @@ class _Roles:
             self.computed[role] = tuple(sorted(self.names_of(tensor)))
 
     def is_computed_constant(self, tensor: Tensor) -> bool:
-        """Whether a tensor was computed from parameters and is not simply one of them in another layout."""
+        """Return whether a tensor was computed from parameters and is not simply one of them in another layout."""
         return (
             self.labels.get(id(tensor)) is None
             and bool(self.names_of(tensor))
@@ -240,7 +242,7 @@ class _Roles:
         )
 
     def details(self, *, anchor: str) -> dict[str, Any]:
-        """Fields of the node; ``anchor`` is the role whose owner names the layer."""
+        """Return fields of the node; ``anchor`` is the role whose owner names the layer."""
         parameter = self.found.get(anchor) or next(iter(self.found.values()), None)
         if parameter is None:  # all computed: the module that they come from
             names = [name for names in self.computed.values() for name in names]
@@ -290,7 +292,7 @@ def _convolution(name: str, kind: NodeKind, given: Callable[[str], Any], roles: 
 
 
 def _read_axes(given: Callable[[str], Any]) -> Iterator[Axis]:
-    """The axes of a transposed convolution."""
+    """Yield the axes of a transposed convolution."""
     spreads = _spread_dilations(given)
     amounts = (_spread(given(name), len(spreads)) for name in ("stride", "padding", "output_padding"))
     for (size, dilation), stride, padding, more in zip(spreads, *amounts, strict=True):
@@ -298,7 +300,7 @@ def _read_axes(given: Callable[[str], Any]) -> Iterator[Axis]:
 
 
 def _pads_itself(given: Callable[[str], Any], roles: _Roles) -> bool:
-    """Whether a plain module of torch runs a convolution, with the padding that it has itself."""
+    """Return whether a plain module of torch runs a convolution, with the padding that it has itself."""
     weight = roles.found.get("weight")
     module = None if weight is None else weight.owner
     if type(module) not in (nn.Conv1d, nn.Conv2d, nn.Conv3d) or "forward" in vars(module):
@@ -310,7 +312,9 @@ def _pads_itself(given: Callable[[str], Any], roles: _Roles) -> bool:
 
 
 def _has_middle(given: Callable[[str], Any]) -> bool:
-    """Whether a tap in the middle of the kernel meets the first position, and every one where the stride is one."""
+    """Return whether a tap in the middle of the kernel meets the first position, and every one where the stride is
+    one.
+    """
     sizes = given("weight").shape[2:]
     paddings = _spread(given("padding"), len(sizes))
     return all(
@@ -320,7 +324,7 @@ def _has_middle(given: Callable[[str], Any]) -> bool:
 
 
 def _spread_dilations(given: Callable[[str], Any]) -> list[tuple[int, int]]:
-    """Extent of the kernel and dilation, of each axis."""
+    """Return the extent of the kernel and the dilation of each axis."""
     sizes = given("weight").shape[2:]
     return list(zip(sizes, _spread(given("dilation"), len(sizes)), strict=True))
 
@@ -335,7 +339,9 @@ def _spread(values: Sequence[int], count: int) -> list[int]:
 
 
 def _is_fixed_filter(given: Callable[[str], Any], roles: _Roles) -> bool:
-    """Whether every channel is filtered by a constant that is not a parameter, separately from all other channels."""
+    """Return whether every channel is filtered by a constant that is not a parameter, separately from all other
+    channels.
+    """
     weight = given("weight")
     depthwise = int(given("groups")) == weight.shape[0] and weight.shape[1] == 1
     same = weight.shape[0] == given("input").shape[1]
@@ -391,14 +397,14 @@ class Affine:
     eps: float | None = None
 
     def after(self, other: Affine) -> Affine | None:
-        """This one of what another gives; None where channels do not agree."""
+        """Apply this after another; None where channels do not agree."""
         if len({part.numel() for part in (self.scale, self.shift, other.scale, other.shift)} - {1}) > 1:
             return None
         shift = other.shift * self.scale + self.shift
         return replace(self, scale=other.scale * self.scale, shift=shift, nodes=(*other.nodes, *self.nodes))
 
     def node_facts(self, index: ParameterIndex) -> dict[str, Any]:
-        """Fields of the node of the BatchNorm that the sum completes."""
+        """Return fields of the node of the BatchNorm that the sum completes."""
         found = _batchnorm_tensors(index, self.owner)
         assert found is not None
         module = next(iter(found.values())).owner
@@ -459,7 +465,7 @@ def describe_affine(
 
 
 def _lies_along(constant: Tensor, axis: int) -> bool:
-    """Whether a constant varies along one axis alone, counted from the last."""
+    """Return whether a constant varies along one axis alone, counted from the last."""
     return constant.numel() == 1 or (constant.dim() >= -axis and constant.shape[axis] == constant.numel())
 
 
@@ -519,7 +525,7 @@ def _batchnorm_tensors(index: ParameterIndex, path: str) -> dict[str, Parameter]
 def late_bias(
     function: Any, given: Mapping[int, Tensor], labels: Labels, *, index: ParameterIndex
 ) -> tuple[Tensor, Parameter] | None:
-    """Labels and bias of a call that adds a bias to a matrix product, which linear does on strided inputs."""
+    """Return labels and bias of a call that adds a bias to a matrix product, which linear does on strided inputs."""
     constants = [tensor for identity, tensor in given.items() if labels[identity] is None]
     computed = [labels[identity] for identity in given if labels[identity] is not None]
     if operators.name_of(function) != "add" or len(constants) != 1 or len(computed) != 1:

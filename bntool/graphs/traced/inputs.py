@@ -37,7 +37,7 @@ def parse_shape(text: str) -> tuple[int, ...]:
 
 
 def make_input(model: nn.Module, shape: Sequence[int], *, seed: int = 0) -> torch.Tensor:
-    """A normally distributed input of that shape, in the model's dtype and on its device.
+    """Return a normally distributed input of that shape, in the model's dtype and on its device.
 
     Torch's own random state is not touched.
     """

@@ -32,7 +32,7 @@ class Meeting:
 
 
 def fresh_labels(shape: Sequence[int], *, axis: int, base: int) -> Tensor:
-    """Labels of a newly computed tensor: ``base`` plus the position along ``axis``."""
+    """Return labels of a newly computed tensor: ``base`` plus the position along ``axis``."""
     if not shape:
         return torch.full((), base, dtype=torch.int32, device="cpu")
     along = [1] * len(shape)
@@ -41,7 +41,7 @@ def fresh_labels(shape: Sequence[int], *, axis: int, base: int) -> Tensor:
 
 
 def varying_axis(labels: Tensor, *, default: int) -> int:
-    """The axis along which labels vary; ``default`` if they vary along several or none."""
+    """Return the axis along which labels vary; ``default`` if they vary along several or none."""
     compact = _compact(labels)
     axes = [axis for axis, extent in enumerate(compact.shape) if extent > 1]
     if len(axes) == 1:

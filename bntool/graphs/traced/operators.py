@@ -56,14 +56,14 @@ _MIRRORED_PADS = tuple(f"{kind}_pad{digit}d" for kind in ("reflection", "replica
 
 
 def name_of(function: Any) -> str:
-    """The operation's name without namespace, overload and the underscore of those that work in place."""
+    """Return the operation's name without namespace, overload and the underscore of those that work in place."""
     name: str = function.overloadpacket.__name__
     in_place = function._schema.name.startswith("aten::") and name.endswith("_") and not name.endswith("__")
     return name.removesuffix("_") if in_place else name
 
 
 def argument(function: Any, arguments: Sequence[Any], keywords: Mapping[str, Any], name: str) -> Any:
-    """An argument by its name in the schema, or its default; None if the schema has no such argument."""
+    """Return an argument by its name in the schema, or its default; None if the schema has no such argument."""
     for position, formal in enumerate(function._schema.arguments):
         if formal.name == name:
             if name in keywords:
@@ -75,7 +75,7 @@ def argument(function: Any, arguments: Sequence[Any], keywords: Mapping[str, Any
 
 
 def is_movement(function: Any, arguments: Sequence[Any], keywords: Mapping[str, Any]) -> bool:
-    """Whether every element of the result is one of an argument; padding by negative amounts alone is a crop."""
+    """Return whether every element of the result is one of an argument; padding by negative amounts alone is a crop."""
     name = name_of(function)
     if name in _CONSTANT_PADS:
         return all(isinstance(size, int) and size <= 0 for size in argument(function, arguments, keywords, "pad") or ())
@@ -83,7 +83,7 @@ def is_movement(function: Any, arguments: Sequence[Any], keywords: Mapping[str, 
 
 
 def producer_kind(function: Any, arguments: Sequence[Any], keywords: Mapping[str, Any]) -> NodeKind | None:
-    """The kind of a convolution, transposed convolution or linear; None for other operations.
+    """Return the kind of a convolution, transposed convolution or linear; None for other operations.
 
     A matrix product is only one of these where the caller finds its second matrix to be a transposed parameter.
     """
@@ -100,7 +100,8 @@ def producer_kind(function: Any, arguments: Sequence[Any], keywords: Mapping[str
 def passing_kind(  # noqa: PLR0911, C901 a list of cases
     function: Any, arguments: Sequence[Any], keywords: Mapping[str, Any], *, channel_axis: int, dim: int
 ) -> NodeKind | None:
-    """How a scale and shift per channel pass through an operation on one computed tensor; None if they do not pass.
+    """Return how a scale and shift per channel pass through an operation on one computed tensor; None if they do not
+    pass.
 
     Args:
         channel_axis: where the channels of its input lie.
@@ -138,7 +139,7 @@ def passing_kind(  # noqa: PLR0911, C901 a list of cases
 
 
 def _count_positions(name: str, dim: int, pad: Sequence[int] | None) -> int:
-    """How many trailing axes a pooling, padding or interpolation works on."""
+    """Count the trailing axes that a pooling, padding or interpolation works on."""
     if name in ("amax", "mean", "sum"):
         return 0  # by their own argument
     if name in _CONSTANT_PADS:
@@ -147,7 +148,7 @@ def _count_positions(name: str, dim: int, pad: Sequence[int] | None) -> int:
 
 
 def written_arguments(function: Any, arguments: Sequence[Any], keywords: Mapping[str, Any]) -> list[Any]:
-    """The arguments that an operation writes to, according to its schema."""
+    """Return the arguments that an operation writes to, according to its schema."""
     written = []
     for position, formal in enumerate(function._schema.arguments):
         if formal.alias_info is not None and formal.alias_info.is_write:

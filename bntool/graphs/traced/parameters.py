@@ -27,7 +27,7 @@ class Ones(Enum):
 
 
 def _axes_of(tensor: torch.Tensor, ones: Ones) -> list[tuple[int, int]]:
-    """Length and stride of the axes of a tensor, without those that do not matter."""
+    """Return length and stride of the axes of a tensor, without those that do not matter."""
     axes = list(zip(tensor.shape, tensor.stride(), strict=True))
     if ones is Ones.ANYWHERE:
         return [axis for axis in axes if axis[0] != 1]
@@ -131,14 +131,14 @@ class ParameterIndex:
         return None
 
     def has_bias_slot(self, parameter: Parameter) -> bool:
-        """Whether a weight's module has no bias, and code that would use one: the forward asked for it."""
+        """Return whether a weight's module has no bias, and code that would use one: the forward asked for it."""
         owner = parameter.owner
         empty = "bias" in owner._parameters and owner._parameters["bias"] is None
         return empty and id(owner) in self.asked_for_bias and parameter.role == "weight"
 
     @contextlib.contextmanager
     def noticing_biases(self) -> Iterator[None]:
-        """A context in which it is noted which modules are asked for their bias."""
+        """Note inside the context which modules are asked for their bias."""
         original = nn.Module.__getattr__
 
         def notice(module: nn.Module, name: str) -> Any:
@@ -153,7 +153,7 @@ class ParameterIndex:
             nn.Module.__getattr__ = original  # type: ignore[method-assign]
 
     def touching(self, tensor: torch.Tensor) -> frozenset[str]:
-        """Names of all parameters that share elements with a tensor."""
+        """Return names of all parameters that share elements with a tensor."""
         return frozenset(
             parameter.name
             for parameter, candidate in self._by_storage.get(storage_key(tensor), ())
@@ -161,7 +161,7 @@ class ParameterIndex:
         )
 
     def tensor(self, parameter: Parameter) -> torch.Tensor:
-        """The live tensor of a parameter or buffer."""
+        """Return the live tensor of a parameter or buffer."""
         module = parameter.owner
         found: torch.Tensor | None = module._parameters.get(parameter.role)
         found = module._buffers.get(parameter.role) if found is None else found

@@ -40,7 +40,7 @@ class Reads:
     replace = add
 
     def node_of(self, labels: Sequence[int]) -> int | None:
-        """The node that computed exactly these labels, as its first channels in order."""
+        """Return the node that computed exactly these labels, as its first channels in order."""
         if not labels:
             return None
         position = bisect_right(self._bases, labels[0]) - 1
@@ -48,11 +48,11 @@ class Reads:
         return self._nodes[position] if list(labels) == list(range(base, base + len(labels))) else None
 
     def of(self, node: int) -> Meeting | None:
-        """What a node reads on its first input."""
+        """Return what a node reads on its first input."""
         return self._reads.get((node, 0))
 
     def first(self, node: int) -> Tensor | None:
-        """The labels that a node read on its first input."""
+        """Return the labels that a node read on its first input."""
         return self._first.get(node)
 
     def use(self, node: int, names: Iterable[str]) -> None:

@@ -194,14 +194,14 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self.nodes[node.index] = replace(node, owner=owner)
 
     def find_parts(self, total: int) -> set[int]:
-        """The nodes that one completes."""
+        """Return the nodes that one completes."""
         parts = {number for number, following in self.completed.items() if following == total}
         return parts.union(*map(self.find_parts, parts))
 
     # tensors
 
     def labels_of(self, tensor: Tensor) -> Tensor | None:
-        """The labels of a computed tensor; None for a constant."""
+        """Return the labels of a computed tensor; None for a constant."""
         labels = self.known.labels(tensor)
         if labels is not None or self.known.origin(tensor) is not None:
             return labels
@@ -215,7 +215,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return self.give_fresh_labels(node, [tensor], axis=1)
 
     def names_of(self, tensor: Tensor) -> frozenset[str]:
-        """Names of the parameters that a constant shows or was computed from."""
+        """Return names of the parameters that a constant shows or was computed from."""
         return (self.known.origin(tensor) or frozenset()) | self.index.touching(tensor)
 
     def give_fresh_labels(self, node: Node, tensors: Sequence[Tensor], *, axis: int) -> Tensor | None:

@@ -37,17 +37,19 @@ class TrackedTensors:
         self._storages: dict[int, _Storage] = {}
 
     def labels(self, tensor: Any) -> Tensor | None:
-        """The labels of a computed tensor; None for everything else."""
+        """Return the labels of a computed tensor; None for everything else."""
         found: Tensor | None = self._labels.get(tensor) if isinstance(tensor, Tensor) else None
         return found
 
     def origin(self, tensor: Tensor) -> frozenset[str] | None:
-        """The parameters that a constant was computed from; None for a tensor that is not known as a constant."""
+        """Return the parameters that a constant was computed from; None for a tensor that is not known as a
+        constant.
+        """
         found: frozenset[str] | None = self._constants.get(tensor)
         return found
 
     def hidden_labels(self, tensor: Tensor) -> Sequence[Tensor]:
-        """Labels that an unknown tensor may show because its storage is known."""
+        """Return labels that an unknown tensor may show because its storage is known."""
         storage = self._storages.get(storage_key(tensor))
         return () if storage is None else storage.labels
 
@@ -74,7 +76,7 @@ class TrackedTensors:
         return storage
 
     def sharing(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Other living tensors that share memory with these."""
+        """Return other living tensors that share memory with these."""
         own = {id(tensor) for tensor in tensors}
         found: dict[int, Tensor] = {}
         for tensor in tensors:
@@ -89,7 +91,7 @@ class TrackedTensors:
             self._storages.pop(storage_key(tensor), None)
 
     def outliving(self, outputs: Any, inputs: Any) -> Iterator[Tensor]:
-        """Labels in storages that belong to the outputs, or that something else keeps alive."""
+        """Yield labels in storages that belong to the outputs, or that something else keeps alive."""
         kept = {storage_key(tensor) for tensor in tensors_in(outputs)}
         expected = kept | {storage_key(tensor) for tensor in tensors_in(inputs)}
         alive = {key for key, s in self._storages.items() if s.labels and not s.reference.expired()}
@@ -100,7 +102,7 @@ class TrackedTensors:
                 yield from storage.labels
 
     def alive(self) -> Iterator[Tensor]:
-        """Labels in storages that something can still read."""
+        """Yield labels in storages that something can still read."""
         for storage in self._storages.values():
             if not storage.reference.expired():
                 yield from storage.labels

@@ -52,11 +52,11 @@ class LoneBatch:
         self.is_alone = False
 
     def begin(self) -> None:
-        """A sweep begins."""
+        """Begin a sweep."""
         self._seen = []
 
     def note(self, layer: str, values: torch.Tensor, moments: Moments) -> None:
-        """What the batch gives a layer.
+        """Note what the batch gives a layer.
 
         Args:
             values: channels in dimension 1.
@@ -105,7 +105,7 @@ class LoneBatch:
 def _find_difference(
     run: Run, together: list[tuple[str, Moments | None]], alone: list[tuple[str, Moments]]
 ) -> str | None:
-    """The first layer that did not see the same both times."""
+    """Return the first layer that did not see the same both times."""
     for (name, one), (other, moments) in itertools.zip_longest(together, alone, fillvalue=("", None)):
         if name != other or one is None or moments is None:
             return name or other

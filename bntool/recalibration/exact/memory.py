@@ -51,20 +51,22 @@ class MemoryForecast:
         return max(self.waits, default=0.0)
 
     def need(self, samples: int, batch_size: int) -> int:
-        """Bytes for so many samples on their way, of which one batch runs."""
+        """Compute the bytes for so many samples on their way, of which one batch runs."""
         return int((self._keep(batch_size) * samples + self.running * batch_size) / _SPARE)
 
     def fit(self, available: int, batch_size: int) -> int:
-        """How many samples fit into so many bytes."""
+        """Return how many samples fit into so many bytes."""
         return max(0, int((available * _SPARE - self.running * batch_size) / max(self._keep(batch_size), 1.0)))
 
     def allow(self, memory: int, batch_size: int, samples: int) -> int:
-        """How many bytes of so much memory batches may hold that wait; below 0: not even the one that runs fits."""
+        """Return how many bytes of so much memory waiting batches may hold; below 0: not even the one that runs
+        fits.
+        """
         threads = self.kept * math.ceil(samples / max(batch_size, 1))
         return int((memory - threads) * _FILLED - self.running * batch_size)
 
     def _keep(self, batch_size: int) -> float:
-        """Bytes for each sample while its batch waits."""
+        """Compute the bytes for each sample while its batch waits."""
         return self.waiting + self.thread / max(batch_size, 1)
 
 
@@ -95,7 +97,7 @@ class LiveTensors(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        """Torch would import its compiler, a second of CPU time, only to keep it out of ``__torch_dispatch__``."""
+        """Keep torch from importing its compiler, a second of CPU time, only to leave this mode out of it."""
         return False
 
     def note_waiting(self) -> None:
@@ -139,7 +141,7 @@ def find_available(device: torch.device | None) -> int | None:
 
 
 def find_resident() -> int:
-    """Bytes of memory that this process has in use; 0 where the system does not say."""
+    """Return bytes of memory that this process has in use; 0 where the system does not say."""
     with contextlib.suppress(ImportError, OSError, ValueError, IndexError):  # Linux says
         import resource
 
@@ -148,7 +150,9 @@ def find_resident() -> int:
 
 
 def find_thread_space() -> int:
-    """Address space that the system reserves for a thread, its stack and malloc's arena; 0 where it is not limited."""
+    """Return address space that the system reserves for a thread, its stack and malloc's arena; 0 where it is not
+    limited.
+    """
     try:
         import resource
     except ImportError:  # Windows

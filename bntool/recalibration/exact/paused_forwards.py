@@ -78,7 +78,7 @@ class PausedForward:
                 )
 
     def pause_at(self, layer: str, moments: Moments) -> None:
-        """Called by the run itself: hand the turn back and wait for the next."""
+        """Hand the turn back and wait for the next; called by the run itself."""
         if self._abandoned:  # code of the model caught what ended it at an earlier layer
             raise AbandonedError
         if threading.current_thread() is not self._thread:
@@ -107,7 +107,7 @@ class PausedForward:
 
 
 def copy_context(model: torch.nn.Module) -> Callable[[], contextlib.AbstractContextManager[None]]:
-    """What is set for this thread and must hold in theirs: no gradients, autocast, modes, the CUDA device."""
+    """Copy what is set for this thread and must hold in others: no gradients, autocast, modes, the CUDA device."""
     device, _ = find_placement(model)
     kind = device.type if device is not None else "cpu"
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None

@@ -122,7 +122,7 @@ def _check_can_move(shown: FirstForward) -> None:
 
 
 def _try_out(run: Run, reading: Reading, memory: int) -> FirstForward:
-    """With what the first batch took on the way that all will go."""
+    """Run the first batch as all batches will run, and measure what it takes."""
     shown = reading.shown
     assert shown is not None
     forecast, samples = shown.forecast, reading.samples
@@ -133,7 +133,7 @@ def _try_out(run: Run, reading: Reading, memory: int) -> FirstForward:
 
 
 def _allow(reading: Reading, memory: int) -> int:
-    """Bytes that batches may hold while they wait.
+    """Compute the bytes that batches may hold while they wait.
 
     Raises:
         RefusedError: not even one fits.
@@ -158,7 +158,7 @@ def _move(first: Sequence[Batch], others: Iterator[Batch], aside: SetAside, *, a
 
 
 def _describe_forecast(run: Run, reading: Reading, memory: int) -> str:
-    """What it will take, in words.
+    """Describe what the run will take, in words.
 
     Raises:
         RefusedError: the disk has not as much room.
@@ -194,7 +194,7 @@ def _take(
     *,
     cut: bool,
 ) -> Iterator[Batch]:
-    """The batches, as long as they fit into the memory that is available."""
+    """Yield the batches, as long as they fit into the memory that is available."""
     largest = max((batch.samples for batch in first), default=0)
     fitting = forecast.fit(available, largest) if available is not None else sys.maxsize
     total = announced or 0

@@ -91,7 +91,7 @@ class SetAside:
             self._places[key] = place
 
     def holds(self, storage: torch.UntypedStorage) -> bool:
-        """Whether a storage is aside."""
+        """Return whether a storage is aside."""
         return storage._cdata in self._places
 
     def bring_back(self, key: int) -> None:
@@ -141,7 +141,7 @@ class _Place(ABC):
 
     @abstractmethod
     def release(self) -> None:
-        """Nobody needs what is kept."""
+        """Free what is kept: nobody needs it."""
 
 
 class _DevicePlace(_Place):
@@ -158,7 +158,7 @@ class _DevicePlace(_Place):
         storage.copy_(self._host)
 
     def release(self) -> None:
-        """It is freed with this object."""
+        """Do nothing: memory is freed with this object."""
 
 
 class _FilePlace(_Place):
@@ -209,7 +209,7 @@ class _Regions:
         self._released: deque[tuple[int, int]] = deque()
 
     def take(self, size: int) -> int:
-        """Where so many bytes have room."""
+        """Reserve room for so many bytes; return where it begins."""
         while self._released:
             start, length = self._released.popleft()
             self._add(start, start + length)
@@ -221,7 +221,7 @@ class _Regions:
         return self._end - size
 
     def release(self, start: int, size: int) -> None:
-        """So many bytes are free again; called in any thread."""
+        """Free so many bytes again; may be called in any thread."""
         self._released.append((start, size))
 
     def _add(self, start: int, end: int) -> None:
@@ -241,24 +241,24 @@ class KeptBatch:
         self.batch = batch
 
     def watching(self) -> contextlib.AbstractContextManager[Any]:
-        """What the forward runs in."""
+        """Return the context that the forward runs in."""
         return contextlib.nullcontext()
 
     def go_on(self) -> None:
-        """The batch goes on."""
+        """Let the batch go on."""
 
     def bring_back(self) -> None:
-        """All that the batch holds is needed."""
+        """Bring back all that the batch holds."""
 
     def touch(self, tensor: torch.Tensor) -> None:
-        """A tensor, of whatever batch, is about to be read where :meth:`watching` does not see it."""
+        """Bring a tensor back, of whatever batch, that is about to be read where :meth:`watching` does not see it."""
 
     def wait(self) -> None:
-        """The batch waits."""
+        """Let the batch wait."""
 
     @contextlib.contextmanager
     def in_memory(self) -> Iterator[Batch]:
-        """The batch, while it is looked at."""
+        """Keep the batch in memory while it is looked at."""
         self.bring_back()
         yield self.batch
         self.wait()
@@ -336,7 +336,7 @@ class HeldStorages(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        """As for :class:`bntool.recalibration.exact.memory.LiveTensors`."""
+        """Keep torch from importing its compiler; see :class:`bntool.recalibration.exact.memory.LiveTensors`."""
         return False
 
     @property
@@ -368,7 +368,7 @@ class HeldStorages(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def choose_folder() -> Path:
-    """Where files are kept for a while: a folder that is not itself in memory, if there is one."""
+    """Choose a folder for files that are kept for a while: one that is not itself in memory, if there is one."""
     candidates = [Path(tempfile.gettempdir()), Path("/var/tmp"), Path.cwd()]  # noqa: S108 a file without a name
     return next((folder for folder in candidates if folder.is_dir() and not _is_in_memory(folder)), candidates[0])
 
@@ -389,7 +389,7 @@ def find_free(folder: Path) -> int:
 
 
 def measure_disk(folder: Path) -> float:
-    """Bytes that the disk below a folder takes in a second.
+    """Measure the bytes that the disk below a folder takes in a second.
 
     Raises:
         RefusedError: it takes none.
@@ -405,7 +405,7 @@ def measure_disk(folder: Path) -> float:
 
 
 def find_share_aside(waiting: Sequence[float], samples: int, allowed: int) -> tuple[float, int]:
-    """The share of what batches hold that will be aside, over all layers, and bytes at the layer where most are.
+    """Return the share of what batches hold that will be aside, over all layers, and bytes at the layer where most are.
 
     Args:
         waiting: bytes that a sample holds at each layer.

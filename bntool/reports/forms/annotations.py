@@ -7,7 +7,7 @@ from bntool.reports.report import Report
 
 
 def draw(report: Report) -> str:
-    """One line for each problem: ``::error file=...,title=...::message``.
+    """Draw one line for each problem: ``::error file=...,title=...::message``.
 
     As https://docs.github.com/actions/reference/workflow-commands-for-github-actions has it: ``%``, line breaks, and in
     properties ``:`` and ``,`` are escaped.

@@ -43,7 +43,7 @@ _DRAWN_BY = {
 
 
 def draw(report: Report, form: ReportForm) -> Iterator[str]:
-    """A report in a form, piece by piece, with a newline at its end; "" where the form has nothing to show."""
+    """Draw a report in a form, piece by piece, with a newline at its end; "" where the form has nothing to show."""
     if form is ReportForm.JSON:
         yield from report.iterate_json()
         yield "\n"

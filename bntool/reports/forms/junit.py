@@ -14,7 +14,9 @@ _THE_FILE = "(file)"
 
 
 def draw(report: Report) -> str:
-    """XML: what fails the gate is a failure, an unreadable file an error; the rest is printed with passing cases."""
+    """Draw XML: what fails the gate is a failure, an unreadable file an error; the rest is printed with passing
+    cases.
+    """
     root = ET.Element("testsuites", name=f"bntool {report.command}")
     jumps = list_jumps(report)
     for file in report.files:
@@ -60,5 +62,5 @@ def _lines(problems: Iterable[Problem]) -> str:
 
 
 def _clean(text: str) -> str:
-    """Without the characters that XML does not have."""
+    """Remove the characters that XML does not have."""
     return _NOT_IN_XML.sub("\ufffd", text)

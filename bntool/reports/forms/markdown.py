@@ -13,7 +13,9 @@ _SPECIAL = re.compile(r"([\\`*_{}\[\]<>#|~$&!])")
 
 
 def draw(report: Report) -> str:
-    """Lines as paragraphs, what is meant to be pasted as code, tables as tables; all text from files is escaped."""
+    """Draw lines as paragraphs, what is meant to be pasted as code, tables as tables; all text from files is
+    escaped.
+    """
     sections = [_draw_blocks(blocks) for blocks in (*(file.blocks for file in report.files), report.blocks) if blocks]
     sections += [
         f"**error** {_escape(file.error.path or file.path)}: {_escape(file.error.sentence)}\n"
@@ -50,7 +52,7 @@ def _draw_line(block: Line) -> str:
 
 
 def _mark(text: str, style: Style) -> str:
-    """Bold where a terminal is bold or red, with white space outside of the marks."""
+    """Mark text as bold where a terminal is bold or red, with white space outside of the marks."""
     stripped = text.strip()
     if not stripped or style not in (Style.HEADING, Style.ERROR, Style.WARNING):
         return text

@@ -46,7 +46,7 @@ class Problem(NamedTuple):
         return f"{self.layer}, channel{'s' * (len(self.channels) > 1)} {shown}".lstrip(", ")
 
     def reaches(self, severity: str) -> bool:
-        """Whether a gate that fails on this severity fails by it: what could not be judged does at any."""
+        """Return whether a gate that fails on this severity fails by it: what could not be judged does at any."""
         return self.code in _UNJUDGED or _SEVERITIES.index(self.severity) >= _SEVERITIES.index(severity)
 
     @property
@@ -56,12 +56,12 @@ class Problem(NamedTuple):
 
 
 def list_problems(report: Report) -> list[Problem]:
-    """All problems of all files, in the order of the files, then those that only the files together show."""
+    """List all problems of all files, in the order of the files, then those that only the files together show."""
     return [*(problem for file in report.files for problem in list_problems_of(file)), *list_jumps(report)]
 
 
 def list_problems_of(file: FileReport) -> Iterator[Problem]:
-    """The problems of one file: those of the file first, then those of its state dicts and layers."""
+    """Yield the problems of one file: those of the file first, then those of its state dicts and layers."""
     if file.error is not None:
         error = describe_error(file.error)
         message = ". ".join(filter(None, (error["message"], error.get("remedy"))))
@@ -93,7 +93,7 @@ def _list_layers(where: str, names: Sequence[str]) -> str:
 
 
 def list_jumps(report: Report) -> list[Problem]:
-    """What is wrong with files beside those before them, as the data of a run say it."""
+    """List what is wrong with files beside those before them, as the data of a run say it."""
     jumps = (report.run or {}).get("jumps", ())
     return [
         Problem(one["file"], FindingCode.STATISTICS_JUMPED.value, "warning", _safe(one["message"]), _safe(layer))

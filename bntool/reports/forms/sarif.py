@@ -16,7 +16,7 @@ _LEVELS = {"error": "error", "warning": "warning", "notice": "note"}
 
 
 def draw(report: Report) -> str:
-    """A log with one run: a rule for each code that occurs, a result for each problem.
+    """Draw a log with one run: a rule for each code that occurs, a result for each problem.
 
     A checkpoint has no lines: the location of a result is the file, and the layer as its logical location.
     """

@@ -24,7 +24,7 @@ _FORMULA = ("=", "+", "-", "@", "\t", "\r")  # what a spreadsheet would run
 
 
 def draw(report: Report) -> str:
-    """A header and rows as RFC 4180 has them; all rows have the columns that any of them has."""
+    """Draw a header and rows as RFC 4180 has them; all rows have the columns that any of them has."""
     rows = [row for file in report.files for row in _list_rows(report.command, file)]
     columns = dict.fromkeys(["file", *(name for row in rows for name in row)])
     stream = io.StringIO()
@@ -48,7 +48,7 @@ def _list_rows(command: str, file: FileReport) -> Iterator[dict[str, Any]]:
 
 
 def _find_places(facts: Mapping[str, Any]) -> Iterator[tuple[dict[str, Any], Mapping[str, Any]]]:
-    """The facts themselves, or those of each state dict, with what tells them apart."""
+    """Yield the facts themselves, or those of each state dict, with what tells them apart."""
     state_dicts = [one for one in facts.get("state_dicts", ()) if isinstance(one, Mapping)]
     if not state_dicts:
         yield {}, facts
@@ -57,7 +57,9 @@ def _find_places(facts: Mapping[str, Any]) -> Iterator[tuple[dict[str, Any], Map
 
 
 def _flatten(facts: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Names with dots for what lies deeper; of findings their codes, of other lists their items."""
+    """Flatten data to names with dots for what lies deeper; of findings to their codes, of other lists to their
+    items.
+    """
     row: dict[str, Any] = {}
     for name, value in facts.items():
         if isinstance(value, Mapping):
@@ -72,7 +74,7 @@ def _flatten(facts: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _guard(value: Any) -> Any:
-    """Text that a spreadsheet would take for a formula gets an apostrophe, which shows it as text."""
+    """Give text that a spreadsheet would take for a formula an apostrophe, which shows it as text."""
     if isinstance(value, bool):
         return str(value).lower()
     return f"'{value}" if isinstance(value, str) and value.startswith(_FORMULA) else value

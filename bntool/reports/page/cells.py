@@ -15,7 +15,7 @@ _LISTED = 12  # channels, or runs of them, that are named
 
 
 def describe_channels(channels: Sequence[int]) -> str:
-    """For example ``channels 1, 5, 9 to 12``; "" for none."""
+    """Describe channels, e.g. ``channels 1, 5, 9 to 12``; "" for none."""
     if not channels:
         return ""
     runs: list[list[int]] = []
@@ -30,7 +30,7 @@ def describe_channels(channels: Sequence[int]) -> str:
 
 
 def draw_item(values: Sequence[float], scale: Scale, marks: Sequence[Mark] = (), *, what: str) -> Item:
-    """A strip over channels, sorted by its largest number.
+    """Draw a strip over channels, sorted by its largest number.
 
     Args:
         what: the numbers are.
@@ -53,7 +53,7 @@ def draw_item(values: Sequence[float], scale: Scale, marks: Sequence[Mark] = (),
 
 
 def range_item(values: Sequence[float]) -> Item:
-    """The smallest and the largest number, sorted by the latter's magnitude; or how many are not finite."""
+    """Return the smallest and the largest number, sorted by the latter's magnitude; or how many are not finite."""
     if not values:
         return Item("-", sort=-math.inf)
     broken = sum(not math.isfinite(value) for value in values)
@@ -64,7 +64,7 @@ def range_item(values: Sequence[float]) -> Item:
 
 
 def number_item(value: float | None, unit: str = "", *, style: Style = Style.PLAIN) -> Item:
-    """A number in two digits with its unit; nothing for None."""
+    """Format a number in two digits with its unit; nothing for None."""
     if value is None:
         return Item(sort=-math.inf)
     if math.isnan(value):

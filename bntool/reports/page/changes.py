@@ -27,7 +27,7 @@ class ChangeColumns:
         self._before, self._after = before, after
 
     def columns(self) -> tuple[Column, ...]:
-        """In the order of :meth:`items`."""
+        """Return the columns in the order of :meth:`items`."""
         factor = f"running_var + eps, {self._after} over {self._before}, by channel"
         distance = "distance of the running_means by channel, in standard deviations"
         return (
@@ -40,7 +40,7 @@ class ChangeColumns:
         )
 
     def items(self, shift: StatisticsShift | None) -> tuple[Item, ...]:
-        """The cells of a layer."""
+        """Return the cells of a layer."""
         if shift is None or shift.old is None or shift.new is None:
             ratio, worst = (None, None) if shift is None else (shift.worst_variance_ratio, shift.worst_mean_shift)
             none = draw_item((), self._sizes, what="")

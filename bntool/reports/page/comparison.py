@@ -17,7 +17,7 @@ _OTHERS = 400  # tensors that are listed
 
 
 def make_comparison_page(comparison: Comparison, *, path_a: str, path_b: str) -> Page:
-    """The page of two files."""
+    """Make the page of two files."""
     anchors = {layer.name: f"l{number}" for number, layer in enumerate(comparison.layers)}
     style, verdict = _judge(comparison)
     said = {*comparison.violations}
@@ -37,7 +37,7 @@ def make_comparison_page(comparison: Comparison, *, path_a: str, path_b: str) ->
 
 
 def _list_options(comparison: Comparison, *, one_file: bool) -> list[str]:
-    """The options that compare the same again; prefixes are found anew where the files are two."""
+    """Return the options that compare the same again; prefixes are found anew where the files are two."""
     options = ["--state-dict", comparison.a.key] if comparison.not_compared[0] and comparison.a.key else []
     if comparison.not_compared[1] and comparison.b.key not in {"", comparison.a.key}:
         options += ["--state-dict-b", comparison.b.key]
@@ -62,7 +62,7 @@ def _judge(comparison: Comparison) -> tuple[Style, str]:
 
 
 def _list_violations(comparison: Comparison, anchors: dict[str, str]) -> tuple[Entry, ...]:
-    """One entry, with a place for each layer or tensor that contradicts what was expected."""
+    """List violations in one entry, with a place for each layer or tensor that contradicts what was expected."""
     if comparison.expectation is None or not comparison.violations:
         return ()
     split = (violation.partition(": ") for violation in comparison.violations)

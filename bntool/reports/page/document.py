@@ -112,7 +112,7 @@ class Table:
         return [at for at in range(len(self.columns)) if at in filled]
 
     def choose_rows(self, most: int) -> list[Row]:
-        """So many rows in their order: those with errors and warnings before others; 0 for all."""
+        """Choose so many rows in their order: those with errors and warnings before others; 0 for all."""
         if not most or len(self.rows) <= most:
             return list(self.rows)
         worst_first = sorted(range(len(self.rows)), key=lambda at: _URGENT.get(self.rows[at].style, len(_URGENT)))

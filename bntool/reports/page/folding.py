@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 def make_fold_page(path: str, result: CheckpointFold) -> Page:
-    """The page of a file."""
+    """Make the page of a file."""
     parts = read_blocks(show_fold(result))
     plan = result.plan
     total = len(plan.folds) + len(plan.skips)
@@ -46,7 +46,7 @@ def make_fold_page(path: str, result: CheckpointFold) -> Page:
 
 
 def make_live_fold_page(result: FoldResult) -> Page:
-    """The page of a live model."""
+    """Make the page of a live model."""
     plan, report = result.plan, result.report
     total = len(plan.folds) + len(plan.skips)
     proof = () if report is None else (f"outputs agree to {format_number(report.rounded, 2)} of the largest",)
@@ -63,7 +63,7 @@ def make_live_fold_page(result: FoldResult) -> Page:
 
 
 def make_fold_tables(plan: FoldPlan, agreement: Agreement | None, ranges: tuple[WeightRange, ...]) -> Iterator[Table]:
-    """Each BatchNorm with what takes it, and each weight before and after."""
+    """Make the tables: each BatchNorm with what takes it, and each weight before and after."""
     known = {} if agreement is None else {one.layer: one for one in agreement.layers}
     if plan.folds:
         columns = [Column("BatchNorm"), Column("into"), Column("how")]

@@ -46,13 +46,13 @@ def read_blocks(shown: Iterable[Block]) -> Parts:
 
 
 def leave_out_skips(lines: Sequence[Item], plan: Plan) -> tuple[Item, ...]:
-    """Without lines on what is left alone, which a page shows apart."""
+    """Leave out lines on what is left alone, which a page shows apart."""
     starts = ("left alone", *(f"{skip.layer}: " for skip in plan.skips))
     return tuple(line for line in lines if not line.text.startswith(starts))
 
 
 def _is_said(block: Line) -> bool:
-    """Whether it is verbatim only because it holds a path: ``wrote out.pt``."""
+    """Return whether it is verbatim only because it holds a path: ``wrote out.pt``."""
     return all(cell.style is Style.GOOD for cell in block.cells)
 
 
@@ -61,14 +61,14 @@ def _join(block: Line) -> str:
 
 
 def _style(block: Line) -> Style:
-    """The worst of its cells, or what all of them share."""
+    """Return the worst of its cells, or what all of them share."""
     styles = [cell.style for cell in block.cells if cell.text]
     worst = next((style for style in reversed(_MARKED) if style in styles), None)
     return worst or (styles[0] if styles and len(set(styles)) == 1 else Style.PLAIN)
 
 
 def make_table(table: blocks.Table, *, title: str, noun: str) -> Table:
-    """A table without pictures, of the columns that hold anything."""
+    """Make a table without pictures, of the columns that hold anything."""
     shown = table.select(None)
     chosen = [table.columns[index] for index in shown]
     columns = tuple(Column(one.title, is_number=one.right, is_minor=bool(one.wide)) for one in chosen)

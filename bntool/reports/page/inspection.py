@@ -27,7 +27,7 @@ HEALTH_STYLES = {
 
 
 def make_inspection_page(path: str, inspection: Inspection) -> Page:
-    """The page of one file."""
+    """Make the page of one file."""
     anchors = name_rows(inspection.state_dicts)
     return Page(
         command="inspect",
@@ -46,7 +46,7 @@ def make_inspection_page(path: str, inspection: Inspection) -> Page:
 
 
 def _list_details(inspection: Inspection) -> Iterator[Item]:
-    """What was not judged, and what a configuration had a part in."""
+    """Yield what was not judged, and what a configuration had a part in."""
     for what in inspection.verdict.not_judged:
         yield Item(f"not judged: {what}", Style.MUTED)
     for note in inspection.checkpoint.notes:
@@ -61,7 +61,7 @@ def _list_details(inspection: Inspection) -> Iterator[Item]:
 
 
 def make_state_dict_page(one: StateDictInspection) -> Page:
-    """The page of one state dict alone."""
+    """Make the page of one state dict alone."""
     anchors = name_rows([one])
     found = list(_group_findings([one], (), anchors))
     worst = max((entry.style for entry in found), key=_STYLE_RANKS.index, default=Style.GOOD)
@@ -81,7 +81,7 @@ Anchors = dict[tuple[str, str], str]  # of the row of a layer: by key of the sta
 
 
 def name_rows(state_dicts: Sequence[StateDictInspection]) -> Anchors:
-    """Anchors for the rows of all layers."""
+    """Make anchors for the rows of all layers."""
     keys = [(one.state_dict.key, layer.name) for one in state_dicts for layer in one.layers]
     return {key: f"l{number}" for number, key in enumerate(keys)}
 
@@ -107,7 +107,9 @@ def _list_facts(inspection: Inspection) -> dict[str, str]:
 def _group_findings(
     state_dicts: Sequence[StateDictInspection], of_file: Sequence[Finding], anchors: Anchors
 ) -> Iterator[Entry]:
-    """Of the layers, the state dicts and the file; one entry for each code, severity and advice, worst first."""
+    """Group findings of the layers, the state dicts and the file; one entry for each code, severity and advice, worst
+    first.
+    """
     groups: dict[tuple[str, Severity, str], tuple[Finding, list[Place]]] = {}
     several = len(state_dicts) > 1
     for one in state_dicts:
@@ -137,7 +139,7 @@ def _group_findings(
 
 
 def make_layer_table(one: StateDictInspection, anchors: Anchors) -> Table:
-    """The layers of one state dict with a strip of running_var and one of the scale each."""
+    """Make the table of the layers of one state dict, with a strip of running_var and one of the scale each."""
     scales = [list_scales(layer) for layer in one.layers]
     of_variances = scale_sizes(v for layer in one.layers for v in _values(layer.tensors.get("running_var")))
     of_scales = scale_sizes(value for values in scales for value in values)

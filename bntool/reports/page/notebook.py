@@ -40,7 +40,7 @@ _ROLES = ("weight", "bias", *STATISTICS)
 
 
 def draw(value: Any) -> str | None:
-    """A result as HTML; None for what is none, and where Jinja2 is missing."""
+    """Draw a result as HTML; None for what is none, and where Jinja2 is missing."""
     make = next((_PAGES[kind.__name__] for kind in type(value).__mro__ if kind.__name__ in _PAGES), None)
     if make is None or importlib.util.find_spec("jinja2") is None:
         return None
@@ -50,7 +50,7 @@ def draw(value: Any) -> str | None:
 
 
 def _make(room: str, function: str, *arguments: Any, **options: Any) -> Page:
-    """A page by a module that imports a verb: only where a result of that verb is there already."""
+    """Make a page by a module that imports a verb: only where a result of that verb is there already."""
     page: Page = getattr(importlib.import_module(f"bntool.reports.page.{room}"), function)(*arguments, **options)
     return page
 
@@ -97,7 +97,7 @@ def _make_layer_page(
     entries: tuple[Entry, ...] = (),
     marks: Sequence[Mark] = (),
 ) -> Page:
-    """One layer: a strip for each of its tensors."""
+    """Make the page of one layer: a strip for each of its tensors."""
     numbers = {role: found for role in _ROLES if (found := _read(arrays, role))}
     scale = scale_sizes(abs(value) for values in numbers.values() for value in values)
     columns = (
@@ -134,7 +134,7 @@ def _make_layer_page(
 
 
 def _read(arrays: LayerArrays, role: str) -> list[float]:
-    """Numbers of a tensor; none where the layer has none, or its file is closed."""
+    """Read the numbers of a tensor; none where the layer has none, or its file is closed."""
     try:
         values = arrays.read(role)
     except (BntoolError, ValueError):
@@ -195,7 +195,7 @@ def _of_state_dict(one: StateDict) -> Page:
 
 
 def _of_plan(plan: Plan) -> Page:
-    """Steps and skips, as they would be done."""
+    """Make a page of steps and skips, as they would be done."""
     rows = []
     for step in plan.steps:
         facts = describe_step(step)
@@ -238,7 +238,7 @@ def _of_recalibration(result: Recalibration) -> Page:
 
 
 def _from_blocks(command: str, subject: str, shown: Sequence[Block]) -> Page:
-    """A result that has no pictures: what its command prints."""
+    """Make a page of a result that has no pictures: what its command prints."""
     parts = read_blocks(shown)
     first, *rest = parts.lines or (Item(""),)
     worst = max((one.style for one in parts.lines), key=_RANKS.index, default=Style.PLAIN)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def make_recalibration_page(path: str, outcome: CheckpointRecalibration) -> Page:
-    """The page of a file."""
+    """Make the page of a file."""
     result = outcome.recalibration
     parts = read_blocks(show_recalibration(outcome))
     before, after = outcome.before, outcome.after
@@ -46,7 +46,7 @@ def make_recalibration_page(path: str, outcome: CheckpointRecalibration) -> Page
 
 
 def make_live_recalibration_page(result: Recalibration) -> Page:
-    """The page of a live model."""
+    """Make the page of a live model."""
     counts = f"{plural(result.samples, 'sample')} in {plural(result.batches, 'batch', 'batches')}"
     return Page(
         command="recalibrate",
@@ -72,12 +72,14 @@ def _judge(drifts: tuple[LayerDrift, ...]) -> Style:
 
 
 def _find_percent(change: OutputChange | None) -> float | None:
-    """How far outputs change relative to their norm; None where that was not measured, or is not defined."""
+    """Return how far outputs change relative to their norm, in percent; None where that was not measured, or is not
+    defined.
+    """
     return None if change is None or change.relative is None else 100 * change.relative
 
 
 def make_drift_table(drifts: tuple[LayerDrift, ...], output_changes: OutputChanges | None = None) -> Table:
-    """The layers in order of execution, each with its statistics before and as the data have them.
+    """Make the table of layers in order of execution, each with its statistics before and as the data have them.
 
     Args:
         output_changes: what the new statistics of single layers do to the outputs.

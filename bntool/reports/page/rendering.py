@@ -25,7 +25,7 @@ _numbers = count(1)
 
 
 def render_page(page: Page) -> str:
-    """A whole document, whose only script and style are its own: its Content Security Policy allows no other."""
+    """Render a whole document, whose only script and style are its own: its Content Security Policy allows no other."""
     environment = _make_environment()
     style, script = _read("page.css"), _read("page.js")
     return environment.get_template("page.html").render(
@@ -41,7 +41,9 @@ def render_page(page: Page) -> str:
 
 
 def render_part(page: Page) -> str:
-    """The same for a cell of a notebook: without a script, with names of its own, and of long tables what is wrong."""
+    """Render a page for a cell of a notebook: without a script, with names of its own, and of long tables what is
+    wrong.
+    """
     return (
         _make_environment()
         .get_template("notebook.html")
@@ -83,7 +85,7 @@ def _read(name: str) -> str:
 
 
 def _as_is(text: str) -> Any:
-    """A text of this package, which is not escaped."""
+    """Mark a text of this package as one that is not escaped."""
     from markupsafe import Markup
 
     return Markup(text)  # noqa: S704
@@ -94,19 +96,19 @@ def _hash(text: str) -> str:
 
 
 def _format_sortable(value: float) -> str:
-    """A number as JavaScript reads it."""
+    """Format a number as JavaScript reads it."""
     if math.isnan(value):
         return "-1e999"
     return f"{value:.5g}" if math.isfinite(value) else f"{'-' * (value < 0)}1e999"
 
 
 def _name_places(places: str | Sequence[str]) -> str:
-    """What pixels stand for, a line for each name; of a text alone, what one is called."""
+    """Name what pixels stand for, a line for each name; of a text alone, what one is called."""
     return sanitize(places) if isinstance(places, str) else "\n".join(map(sanitize, places))
 
 
 def _describe_ends(column: Column) -> tuple[str, str, str]:
-    """The numbers at the low end, in the middle and at the high end of the scale of a column."""
+    """Return the numbers at the low end, in the middle and at the high end of the scale of a column."""
     assert column.scale is not None
     low, high = column.scale.low, column.scale.high
     numbers = [math.pow(10, value) for value in (low, (low + high) / 2, high)]

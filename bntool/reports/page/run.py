@@ -26,7 +26,7 @@ _LONGEST = 12  # characters of a label
 
 
 def make_run_page(run: Run, *, looked_at: tuple[FileSummary, Inspection] | None = None) -> Page:
-    """The page of a run.
+    """Make the page of a run.
 
     Args:
         looked_at: a file that is shown whole: the one that broke, or the last.
@@ -71,7 +71,7 @@ def _judge(run: Run, broken: int | None) -> tuple[Style, str]:
 
 
 def _name_folder(paths: list[str]) -> str:
-    """The first and the last file."""
+    """Return the first and the last file."""
     return paths[0] if len(paths) == 1 else f"{paths[0]} to {paths[-1]}, {len(paths)} files"
 
 
@@ -89,7 +89,7 @@ class _Found:
 
 
 def _list_findings(run: Run, rows: dict[str, str]) -> Iterator[Entry]:
-    """Each with the files that have it, and its layers with the first file of each."""
+    """List findings, each with the files that have it, and its layers with the first file of each."""
     grouped: dict[tuple[FindingCode, Severity], _Found] = {}
     for file in run.files:
         for one in file.findings:
@@ -119,7 +119,7 @@ def _list_findings(run: Run, rows: dict[str, str]) -> Iterator[Entry]:
 
 
 def _make_map(run: Run, anchors: dict[str, str], broken: int | None) -> Table:
-    """Layers by files."""
+    """Make the map of layers by files."""
     states = {name: [file.layers.get(name) for file in run.files] for name in anchors}
     variances = {name: [_read_variance(state) for state in row] for name, row in states.items()}
     changes = {name: [_read_change(state) for state in row] for name, row in states.items()}
@@ -204,13 +204,13 @@ def _read_change(state: LayerState | None) -> float | None:
 
 
 def _shorten(name: str, ordered_by: str) -> str:
-    """For a label: a number alone where files are known by one, else a short name."""
+    """Shorten a name for a label: a number alone where files are known by one, else a short name."""
     name = name.removeprefix(f"{ordered_by} ")
     return name if len(name) <= _LONGEST else f"{name[:_LONGEST]}…"
 
 
 def _choose_ticks(names: list[str], gap: int) -> tuple[tuple[float, str], ...]:
-    """The first, the one after the gap, and the last, where they do not meet."""
+    """Return the first, the one after the gap, and the last, where they do not meet."""
     last = len(names) - 1
     chosen = {0: names[0], last: names[last]}
     if gap:

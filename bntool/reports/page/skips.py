@@ -9,7 +9,7 @@ from bntool.reports.text import plural
 
 
 def list_skips(plan: Plan) -> tuple[Entry, ...]:
-    """One entry for each reason, with its layers."""
+    """List skips in one entry for each reason, with its layers."""
     places: dict[str, list[Place]] = {}
     for skip in plan.skips:
         places.setdefault(skip.reason.value, []).append(Place(skip.layer, more=skip.detail))

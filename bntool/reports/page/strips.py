@@ -58,7 +58,7 @@ class Scale:
     high: float
 
     def level(self, value: float) -> int:
-        """Number of the colour of a positive number or 0."""
+        """Return the number of the colour of a positive number or 0."""
         if value <= 0:
             return 0
         share = (math.log10(value) - self.low) / (self.high - self.low)
@@ -69,12 +69,13 @@ class Scale:
         return (*(_SIZES if self.kind is Kind.SIZE else _CHANGES), *_MARKS)
 
     def draw_legend(self) -> bytes:
-        """All its colours in order."""
+        """Draw all colours in order."""
         return _write_png([list(range(LEVELS))], self.colours)
 
 
 def scale_sizes(values: Iterable[float]) -> Scale:
-    """A scale for sizes: it spans nearly all of them, in whole halves of decades; a few far away do not stretch it.
+    """Choose a scale for sizes: it spans nearly all of them, in whole halves of decades; a few far away do not stretch
+    it.
 
     It goes at most a decade beyond nine tenths of them.
     """
@@ -89,7 +90,7 @@ def scale_sizes(values: Iterable[float]) -> Scale:
 
 
 def scale_changes(factors: Iterable[float]) -> Scale:
-    """A scale for factors, as wide above 1 as below: at least a factor of two, at most a thousand."""
+    """Choose a scale for factors, as wide above 1 as below: at least a factor of two, at most a thousand."""
     known = sorted(abs(math.log10(factor)) for factor in factors if 0 < factor < math.inf)
     far = known[-1 - int(_OUTSIDE * len(known))] if known else 0.0
     reach = min(max(far, math.log10(2)), 3.0)
@@ -109,7 +110,8 @@ class Mark:
 
 
 def draw_channels(values: Sequence[float], scale: Scale, marks: Sequence[Mark] = ()) -> bytes:
-    """A strip over channels. Where channels share a place, it shows the largest, the median and the smallest of them.
+    """Draw a strip over channels. Where channels share a place, it shows the largest, the median and the smallest of
+    them.
 
     What is not finite, and a negative number, is hatched.
     """
@@ -126,7 +128,7 @@ def draw_channels(values: Sequence[float], scale: Scale, marks: Sequence[Mark] =
 
 
 def draw_series(values: Sequence[float | None], scale: Scale, marks: Sequence[Mark] = (), gap: int = 0) -> bytes:
-    """A strip over a series; None leaves its place empty.
+    """Draw a strip over a series; None leaves its place empty.
 
     Args:
         gap: the place before which one pixel is left free, in every strip of a table: a line through all of them; 0 for
@@ -147,12 +149,12 @@ def draw_series(values: Sequence[float | None], scale: Scale, marks: Sequence[Ma
 
 
 def count_pixels(count: int) -> int:
-    """How many pixels each of a series has, so that a gap of one is no wider than a line."""
+    """Count the pixels that each of a series has, so that a gap of one is no wider than a line."""
     return max(1, 2 * BINS // count)
 
 
 def _place(marks: Sequence[Mark], edges: Sequence[int]) -> dict[int, int]:
-    """The colour of the notch of each marked pixel; an error wins."""
+    """Return the colour of the notch of each marked pixel; an error wins."""
     marked: dict[int, int] = {}
     for mark in marks:
         colour = _ERROR if mark.style is Style.ERROR else _WARNING
@@ -170,7 +172,7 @@ def _draw(places: Sequence[_Levels], marked: dict[int, int], scale: Scale) -> by
 
 
 def _write_png(rows: Sequence[Sequence[int]], colours: Sequence[int]) -> bytes:
-    """A PNG file (ISO/IEC 15948) of four bits a pixel and sixteen colours, given as 0xRRGGBBAA."""
+    """Write a PNG file (ISO/IEC 15948) of four bits a pixel and sixteen colours, given as 0xRRGGBBAA."""
     width, previous, lines = len(rows[0]), b"", []
     for row in rows:
         padded = [*row, 0] if width % 2 else row

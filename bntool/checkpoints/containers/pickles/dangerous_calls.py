@@ -34,7 +34,7 @@ _TEXT_DTYPE = r"[<>|=]?[SUVa](\d{1,18})"
 
 
 def name_dangers(pickle: Pickle) -> Iterator[str]:
-    """What a pickle does with what it names that no data needs."""
+    """Yield what a pickle does with the names it uses, where no data needs that."""
     for constructor in pickle.made_calls:  # extensions and what getattr finds are judged by name
         is_named = isinstance(constructor, Instance) and constructor.path
         if not isinstance(constructor, ExtensionCode) and not (is_named and constructor.path in GETATTR):
@@ -54,7 +54,9 @@ def name_dangers(pickle: Pickle) -> Iterator[str]:
 
 
 def _lies_about_objects(instance: Instance) -> bool:
-    """Whether a type of arrays holds objects and no flag says so: numpy then takes bytes of the file for pointers."""
+    """Return whether a type of arrays holds objects and no flag says so: numpy then takes bytes of the file for
+    pointers.
+    """
     if _find_called(instance)[0] != DTYPE:
         return False
     for state in _states(instance):
@@ -90,7 +92,7 @@ def _holds_objects(node: Node, *, depth: int) -> bool:
 
 
 def _is_array_over_memory(instance: Instance) -> bool:
-    """Whether numpy.ndarray is called with more than a shape and a type, as no array is pickled."""
+    """Return whether numpy.ndarray is called with more than a shape and a type, as no array is pickled."""
     arguments = _as_tuple(instance.arguments)
     path, name = _find_called(instance)
     if name in CALLING:
@@ -101,7 +103,7 @@ def _is_array_over_memory(instance: Instance) -> bool:
 
 
 def _count_allocated(instance: Instance) -> int:
-    """About how many elements a call makes beyond those that the pickle holds, by the numbers that it is given."""
+    """Estimate how many elements a call makes beyond those that the pickle holds, from the numbers that it is given."""
     path, name = _find_called(instance)
     if path == DTYPE:
         return 0
@@ -119,13 +121,13 @@ def _count_allocated(instance: Instance) -> int:
 
 
 def _find_called(instance: Instance) -> tuple[str, str]:
-    """The path of what a call calls, and its last name; "" where that is no global."""
+    """Return the path of what a call calls, and its last name; "" where that is no global."""
     called = find_class(instance.constructor)
     return (called.path, called.name) if isinstance(called, Global) else ("", "")
 
 
 def _attributes(instance: Instance) -> Iterator[str]:
-    """The names of what a pickle gives an object beside what its class has."""
+    """Yield the names of what a pickle gives an object beside what its class has."""
     states = _states(instance)
     for node in (instance.keywords, *states, *(part for state in states if isinstance(state, tuple) for part in state)):
         yield from as_mapping(node)
@@ -136,7 +138,7 @@ def _as_tuple(node: Node) -> tuple[Node, ...]:
 
 
 def _measure(argument: Node) -> int | None:
-    """The elements that a number, a shape or the width of a text dtype stands for; None for anything else."""
+    """Return the elements that a number, a shape or the width of a text dtype stands for; None for anything else."""
     if type(argument) is int:
         return abs(argument)
     if isinstance(argument, tuple | list):
@@ -152,7 +154,7 @@ def _measure(argument: Node) -> int | None:
 
 
 def _count_range(node: Node) -> int:
-    """How many numbers a range holds."""
+    """Count the numbers of a range."""
     if not isinstance(node, Instance) or node.path not in _RANGES:
         return 0
     numbers = [one for one in _as_tuple(node.arguments) if type(one) is int]

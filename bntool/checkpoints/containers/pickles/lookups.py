@@ -14,7 +14,7 @@ _SINGLE = (str, bytes, int, float, type(None))  # values with nothing inside
 
 
 def resolve_lookups(pickle: Pickle) -> dict[str, bool] | None:
-    """Dotted names of the attributes that the pickle looks up, and whether it calls them.
+    """Return dotted names of the attributes that the pickle looks up, and whether it calls them.
 
     None where anything else is done with ``getattr``, or could be: an attribute that begins with an underscore, of
     something that is not named like a class, or computed; ``getattr`` itself as a value; objects that the pickle made

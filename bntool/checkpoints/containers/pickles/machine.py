@@ -88,7 +88,7 @@ class Machine:
         self.base, self.cursor = position, 0
 
     def byte(self) -> int:
-        """The next byte: half of what a pickle holds are numbers and lengths of one."""
+        """Return the next byte: half of what a pickle holds are numbers and lengths of one."""
         if self.cursor >= len(self.window):
             self.refill(1)
         value = self.window[self.cursor]
@@ -105,7 +105,7 @@ class Machine:
         return value
 
     def line(self) -> bytes:
-        """Up to the next newline, which is dropped."""
+        """Read up to the next newline, which is dropped."""
         parts = []
         while (end := self.window.find(b"\n", self.cursor)) < 0:
             parts.append(self.window[self.cursor :])
@@ -118,7 +118,7 @@ class Machine:
         return b"".join(parts)
 
     def decimal(self) -> int:
-        """A line that holds a number."""
+        """Read a line that holds a number."""
         line = self.line()
         if len(line) > MAX_DIGITS:  # the cost of decimal conversion grows with the square
             raise UnsafeFileError(f"an integer of the pickle has {len(line)} digits, above the limit of {MAX_DIGITS}")
@@ -141,7 +141,7 @@ class Machine:
     # the stack
 
     def pop_mark(self) -> list[Node]:
-        """Everything above the topmost mark."""
+        """Pop everything above the topmost mark."""
         stack = self.stack
         index = len(stack) - 1
         while stack[index] is not MARK:
@@ -247,8 +247,8 @@ def _check_hash(key: tuple[Node, ...]) -> None:
 
 
 def find_class(constructor: Node) -> Node:
-    """What a call calls: files of torch before 1.6 put ("module", class, file name, source code) outside of the pickle
-    for the class of a module, and their loader takes the second of these, whatever it is.
+    """Return the class or function that a call calls. Files of torch before 1.6 put ("module", class, file name, source
+    code) outside of the pickle for the class of a module; their loader takes the second of these, whatever it is.
     """
     value = constructor.value if isinstance(constructor, PersistentId) else None
     return value[1] if isinstance(value, tuple) and len(value) > 1 and text_of(value[0]) == "module" else constructor

@@ -152,14 +152,16 @@ class Instance:
 
 
 def text_of(node: Node) -> str | None:
-    """The node as text where it is a string of Python 2 or 3, else None."""
+    """Return the node as text where it is a string of Python 2 or 3, else None."""
     if isinstance(node, str):
         return node
     return node.text if isinstance(node, ByteString) else None
 
 
 def iterate_pairs(node: Node) -> Iterator[tuple[Node, Node]]:
-    """The items of a dict or of an instance that was given items (OrderedDict, defaultdict, subclasses of dict)."""
+    """Yield the items of a dict or of an instance that was given items (OrderedDict, defaultdict, subclasses of
+    dict).
+    """
     if isinstance(node, Dict):
         yield from node.pairs
     elif isinstance(node, Instance):
@@ -169,7 +171,7 @@ def iterate_pairs(node: Node) -> Iterator[tuple[Node, Node]]:
 
 
 def is_mapping(node: Node) -> bool:
-    """Whether the node holds items by key, or is a mapping that stayed empty."""
+    """Return whether the node holds items by key, or is a mapping that stayed empty."""
     if isinstance(node, Dict):
         return True
     if not isinstance(node, Instance):
@@ -180,7 +182,7 @@ def is_mapping(node: Node) -> bool:
 
 
 def as_mapping(node: Node) -> Mapping[str, Node]:
-    """The items whose keys are text; the last one wins, as it would in Python.
+    """Return the items whose keys are text; the last one wins, as it would in Python.
 
     Kept with the node once the file is read: a hostile file can let a million objects share one large mapping.
     """
@@ -196,7 +198,7 @@ def as_mapping(node: Node) -> Mapping[str, Node]:
 
 
 def children(node: Node) -> Iterable[Node]:
-    """The nodes directly inside a node."""
+    """Return the nodes directly inside a node."""
     if isinstance(node, _SEQUENCES):
         return node
     if isinstance(node, Dict):
@@ -219,7 +221,7 @@ def children(node: Node) -> Iterable[Node]:
 
 
 def walk_nodes(root: Node, replacements: Mapping[int, Node] | None = None) -> Iterator[Node]:
-    """Every node below ``root`` that has others inside, each once; some, by their id, replaced by others."""
+    """Yield every node below ``root`` that has others inside, each once; some, by their id, replaced by others."""
     pending, seen = [root], set()
     while pending:
         node = pending.pop()

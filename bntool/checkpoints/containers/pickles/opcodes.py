@@ -65,7 +65,7 @@ _ESCAPED = {b"n": b"\n", b"r": b"\r", b"t": b"\t", b"a": b"\a", b"b": b"\b", b"f
 
 
 def _python2_string(line: bytes) -> ByteString:
-    """What Python 2 wrote as ``repr``: quoted, with backslash escapes."""
+    """Parse what Python 2 wrote as ``repr``: quoted, with backslash escapes."""
     if len(line) < 2 or line[:1] not in b"'\"" or line[-1:] != line[:1]:
         raise CorruptFileError("a string of the pickle is not quoted")
     return ByteString(re.sub(_ESCAPE, _unescape, line[1:-1]))

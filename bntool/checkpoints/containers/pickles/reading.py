@@ -112,7 +112,9 @@ def _check_joblib(machine: Machine, error: Exception) -> None:
 
 @contextlib.contextmanager
 def _no_garbage_collection() -> Iterator[None]:
-    """While a pickle is read: nothing is dropped, and looking for what could be takes five times as long as reading."""
+    """Switch garbage collection off while a pickle is read: nothing is dropped then, and looking for garbage takes five
+    times as long as reading.
+    """
     was_enabled = gc.isenabled()
     gc.disable()
     try:
@@ -123,7 +125,7 @@ def _no_garbage_collection() -> Iterator[None]:
 
 
 def read_pickle_bytes(data: bytes, *, budget: OpcodeBudget | None = None) -> Pickle:
-    """Like :func:`read_pickle`, for a pickle in memory."""
+    """Read a pickle in memory; see :func:`read_pickle`."""
     return read_pickle(MemorySource(data), budget=budget)
 
 
@@ -206,7 +208,7 @@ def _run_fast(machine: Machine, allowed: int, _: OpcodeBudget) -> int | None:  #
 
 
 def _run_counting(machine: Machine, allowed: int, budget: OpcodeBudget) -> int | None:
-    """The same one by one, counting what takes memory.
+    """Run the pickle one opcode at a time, counting what takes memory.
 
     Raises:
         UnsafeFileError: that is more than the budget allows.

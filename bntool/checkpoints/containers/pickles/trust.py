@@ -124,7 +124,7 @@ _SUSPICIOUS_NAMES = {
 
 
 def judge_global(path: str) -> GlobalTrust:  # noqa: C901, PLR0911 (the first rule that fits)
-    """What is known of a class or function, by its dotted name.
+    """Return what is known of a class or function, by its dotted name.
 
     A call of an unknown function may do anything: only listed names, torch's and numpy's own data types, and torch.nn
     modules are known.
@@ -175,7 +175,7 @@ _TORCH_TYPES = _torch_type_names()
 
 
 def _name_globals(pickle: Pickle) -> Iterator[tuple[str, bool]]:
-    """Dotted names, and whether unpickling would call them."""
+    """Yield dotted names, and whether unpickling would call them."""
     paths = {node.path: True for node in pickle.called} | {node.path: False for node in pickle.referenced}
     if not paths.keys().isdisjoint(GETATTR):
         attributes = resolve_lookups(pickle)
@@ -187,7 +187,7 @@ def _name_globals(pickle: Pickle) -> Iterator[tuple[str, bool]]:
 
 
 def list_globals(*pickles: Pickle) -> tuple[GlobalName, ...]:
-    """The globals of some pickles, each once, suspicious ones first, then unknown, then known."""
+    """Return the globals of some pickles, each once, suspicious ones first, then unknown, then known."""
     found: dict[str, GlobalName] = {}
     for pickle in pickles:
         for path, called in _name_globals(pickle):
@@ -199,7 +199,7 @@ def list_globals(*pickles: Pickle) -> tuple[GlobalName, ...]:
 
 
 def merge_globals(names: Iterable[GlobalName]) -> tuple[GlobalName, ...]:
-    """The globals of several pickles, each once, suspicious ones first, then unknown, then known."""
+    """Return the globals of several pickles, each once, suspicious ones first, then unknown, then known."""
     found: dict[str, GlobalName] = {}
     for name in names:
         if name.called or name.path not in found:

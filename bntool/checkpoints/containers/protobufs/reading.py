@@ -77,7 +77,7 @@ class Buffer:
         return self.source.read(offset, length)
 
     def around(self, offset: int) -> tuple[bytes, int]:
-        """A block that holds a position with some bytes after it, and the place of the position in it."""
+        """Return a block that holds a position with some bytes after it, and the place of the position in it."""
         place = offset - self._start
         if not 0 <= place <= len(self._block) - 2 * _LONGEST_VARINT:
             self._start = offset
@@ -112,21 +112,21 @@ class Message:
             self._by_number.setdefault(one.number, []).append(one)
 
     def all(self, number: int) -> Sequence[Field]:
-        """The fields of that number."""
+        """Return the fields of that number."""
         return self._by_number.get(number, ())
 
     def last(self, number: int) -> Field | None:
-        """The field of that number: of several of a singular field the last one counts."""
+        """Return the field of that number: of several of a singular field the last one counts."""
         found = self._by_number.get(number)
         return found[-1] if found else None
 
     def integer(self, number: int, default: int = 0) -> int:
-        """A varint as int64."""
+        """Read a varint as int64."""
         found = self.last(number)
         return default if found is None else as_signed(_expect(found, Wire.VARINT).value)
 
     def float32(self, number: int, default: float) -> float:
-        """A float, as the shortest decimal that is this float: 1e-5 rather than 9.99999974738e-06."""
+        """Read a float, as the shortest decimal that is this float: 1e-5 rather than 9.99999974738e-06."""
         found = self.last(number)
         if found is None:
             return default
@@ -140,7 +140,7 @@ class Message:
         return tuple(self.text_of(one) for one in self.all(number))
 
     def bytes_of(self, found: Field) -> bytes:
-        """The value of a field that is text, a name or the like.
+        """Return the value of a field that is text, a name or the like.
 
         Raises:
             UnsafeFileError: it is longer than a mebibyte.
@@ -150,7 +150,7 @@ class Message:
         return self.buffer.read(found.value_start, found.length)
 
     def text_of(self, found: Field) -> str:
-        """A text; what is no UTF-8 is shown in escapes, as old files have names in local encodings."""
+        """Decode a text; what is no UTF-8 is shown in escapes, as old files have names in local encodings."""
         return self.bytes_of(found).decode("utf-8", errors="backslashreplace")
 
     def message_of(self, found: Field) -> Message:
@@ -165,7 +165,7 @@ class Message:
         return (self.message_of(one) for one in self.all(number))
 
     def integers(self, number: int) -> tuple[int, ...]:
-        """A repeated varint, packed or not, as int64."""
+        """Read a repeated varint, packed or not, as int64."""
         values: list[int] = []
         for one in self.all(number):
             if one.wire is Wire.VARINT:
@@ -177,7 +177,7 @@ class Message:
         return tuple(values)
 
     def floats(self, number: int) -> tuple[float, ...]:
-        """A repeated float, packed or not."""
+        """Read a repeated float, packed or not."""
         data = b"".join(self.buffer.read(one.value_start, one.length) for one in self.all(number))
         if len(data) % 4 or any(one.wire not in (Wire.FIXED32, Wire.BYTES) for one in self.all(number)):
             raise CorruptFileError(f"field {number} holds no floats")
@@ -195,7 +195,7 @@ def as_signed(value: int) -> int:
 
 
 def shortest(bits: int) -> float:
-    """The decimal with the fewest digits that rounds to the float32 of these bits, as a float64."""
+    """Return the decimal with the fewest digits that rounds to the float32 of these bits, as a float64."""
     (value,) = struct.unpack("<f", struct.pack("<I", bits))
     for digits in range(6, 10):
         text = float(f"{value:.{digits}g}")
@@ -205,7 +205,7 @@ def shortest(bits: int) -> float:
 
 
 def read_varints(data: bytes) -> list[int]:
-    """Packed varints, as unsigned integers.
+    """Return packed varints, as unsigned integers.
 
     Raises:
         CorruptFileError: the last one is cut, or one is longer than ten bytes.
@@ -269,7 +269,7 @@ def _read_field(buffer: Buffer, start: int, end: int, *, depth: int) -> Field:
 
 
 def _skip_group(buffer: Buffer, position: int, end: int, number: int, *, depth: int) -> int:
-    """Where a group (a form of nesting that protobuf gave up long ago) ends."""
+    """Return where a group ends, a form of nesting that protobuf gave up long ago."""
     if depth > MAX_DEPTH:
         raise UnsafeFileError(f"groups are nested deeper than {MAX_DEPTH}")
     while True:

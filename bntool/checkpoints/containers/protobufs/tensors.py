@@ -75,7 +75,7 @@ class VarintTensor(AsArray):
 
 
 def read_fixed(message: Message, number: int, *, dtype: DType, shape: tuple[int, ...], key: str) -> Tensor:
-    """A repeated fixed-width field (or raw bytes) as a tensor.
+    """Return a repeated fixed-width field (or raw bytes) as a tensor.
 
     Args:
         key: names the storage inside the file.

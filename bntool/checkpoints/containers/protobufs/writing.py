@@ -25,7 +25,7 @@ def varint(value: int) -> bytes:
 
 
 def size_of(content: Content) -> int:
-    """Bytes that a content takes."""
+    """Count the bytes that a content takes."""
     total = 0
     for piece in content:
         if isinstance(piece, bytes):
@@ -38,7 +38,7 @@ def size_of(content: Content) -> int:
 
 
 def embed(number: int, *pieces: Piece) -> Content:
-    """A field of bytes, text or a message with that content."""
+    """Return a field of bytes, text or a message with that content."""
     return (varint(number << 3 | Wire.BYTES) + varint(size_of(pieces)), *pieces)
 
 
@@ -100,7 +100,7 @@ class Edits:
             message = above
 
     def render(self, message: Message) -> Content:
-        """The content of a message with all changes in and below it."""
+        """Return the content of a message with all changes in and below it."""
         pieces: list[Piece] = []
         for one in message.fields:
             if one.start in self.replaced:
@@ -134,7 +134,7 @@ def write_content(content: Content, source: ByteSource, stream: IO[bytes]) -> No
 
 
 def unused_name(wanted: str, taken: Container[str]) -> str:
-    """A name that is not taken: the wanted one, or with ``@2``, ``@3`` ... after it."""
+    """Make a name that is not taken: the wanted one, or with ``@2``, ``@3`` ... after it."""
     name, number = wanted, 1
     while name in taken:
         number += 1

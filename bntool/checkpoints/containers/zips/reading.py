@@ -76,7 +76,7 @@ class ZipArchive:
     latest: dict[str, bytes] = field(default_factory=dict)
 
     def read(self, record: ZipRecord) -> bytes:
-        """The content of a record, inflated within bounds, its CRC checked.
+        """Return the content of a record, inflated within bounds, its CRC checked.
 
         Raises:
             CorruptFileError: it does not inflate, or its CRC differs.
@@ -90,7 +90,7 @@ class ZipArchive:
         return data
 
     def read_start(self, record: ZipRecord, length: int) -> bytes:
-        """The first bytes of a deflated record, held against no checksum.
+        """Return the first bytes of a deflated record, held against no checksum.
 
         Raises:
             CorruptFileError: it does not inflate, or not to so many bytes.
@@ -108,7 +108,7 @@ class ZipArchive:
         return content
 
     def check_record(self, record: ZipRecord) -> None:
-        """Hold the bytes of a record against its checksum.
+        """Compare the bytes of a record with its checksum.
 
         Raises:
             CorruptFileError: they differ.
@@ -127,7 +127,7 @@ class ZipArchive:
             raise CorruptFileError(f"checksum of record {quote(record.name)} differs: the file is damaged")
 
     def check_records(self) -> int | None:
-        """Hold all records against their checksums; how many there are, None where the archive has no checksums.
+        """Compare all records with their checksums; return how many there are, None where the archive has no checksums.
 
         Raises:
             CorruptFileError: one differs.
@@ -202,7 +202,7 @@ def read_archive(file: SourceFile) -> ZipArchive:
 
 
 def _find_directory(file: SourceFile) -> tuple[int, int, int]:
-    """Number of entries, size and offset of the directory."""
+    """Return number of entries, size and offset of the directory."""
     tail_size = min(file.size, END.size + 0xFFFF)
     tail = file.read(file.size - tail_size, tail_size)
     index = tail.rfind(b"PK\x05\x06")
@@ -269,7 +269,7 @@ def _read_entry(directory: bytes, position: int, base: int) -> tuple[_Entry, int
 
 
 def _make_record(file: SourceFile, entry: _Entry) -> ZipRecord:
-    """The record of an entry of the directory, once its local header agrees with it."""
+    """Return the record of an entry of the directory, once its local header agrees with it."""
     raw_name, header_offset, stored, size, crc, method, flags, central_offset = entry
     data_offset = _check_local_header(file, header_offset, raw_name, (method, crc, stored, size))
     name = _decode(raw_name)
@@ -305,7 +305,9 @@ def _zip64_values(extra: bytes, size: int, stored: int, offset: int) -> tuple[in
 
 
 def _check_local_header(file: SourceFile, offset: int, name: bytes, facts: tuple[int, int, int, int]) -> int:
-    """Where the data of the record begins; ``facts`` are method, CRC and sizes as the directory has them."""
+    """Check the header before a record; return where its data begins. ``facts`` are method, CRC and sizes as the
+    directory has them.
+    """
     header = file.read(offset, LOCAL_HEADER.size + len(name))
     fields = LOCAL_HEADER.unpack_from(header)
     magic, flags, method, name_length, extra_length = fields[0], fields[2], fields[3], fields[9], fields[10]

@@ -63,7 +63,7 @@ def copy_with_patches(
 
 
 def patched_chunks(archive: ZipArchive, record: ZipRecord, patches: Iterable[tuple[int, Chunk]]) -> Iterator[Chunk]:
-    """The content of a record with changes, while its own checksum is verified.
+    """Yield the content of a record with changes, while its own checksum is verified.
 
     Raises:
         CorruptFileError: the record of the source does not match its checksum.
@@ -88,7 +88,8 @@ def patched_chunks(archive: ZipArchive, record: ZipRecord, patches: Iterable[tup
 
 
 def patches_of_nested(archive: ZipArchive, patches: Mapping[str, Patch]) -> Iterator[tuple[int, Chunk]]:
-    """The bytes to put over an archive that is a record of another one, in ascending order; see copy_with_patches.
+    """Yield the bytes to put over an archive that is a record of another one, in ascending order; see
+    copy_with_patches.
 
     Args:
         patches: by name of a stored record, what gives (offset in the archive, bytes); called twice.
@@ -122,7 +123,7 @@ def _replace_checksum(archive: ZipArchive, record: ZipRecord, stream: IO[bytes],
 
 
 def _checksum_places(archive: ZipArchive, record: ZipRecord) -> list[int]:
-    """Where the archive has the CRC of a record: in the directory, and before or after its data."""
+    """Find where the archive has the CRC of a record: in the directory, and before or after its data."""
     places = [record.central_offset + 16]
     if record.flags & DESCRIPTOR_FLAG:
         after = record.data_offset + record.stored_size
@@ -223,7 +224,7 @@ class ZipWriter:
 
 
 def _extra_field(start: int, *, size: int, like: int = 0) -> bytes:
-    """Sizes that need 64 bits, and padding until the data is aligned.
+    """Return sizes that need 64 bits, and padding until the data is aligned.
 
     Args:
         start: where the field begins.
