@@ -17,7 +17,7 @@ DEFAULT_EPS = 1e-5  # of torch.nn.BatchNorm*; a file that holds only tensors can
 
 
 class NormKind(Enum):
-    """What kind of normalisation a layer is, as far as its tensors (or its class) tell."""
+    """The kind of normalisation of a layer, as far as its tensors (or its class) tell."""
 
     BATCH_NORM = "BatchNorm"
     FROZEN_BATCH_NORM = "FrozenBatchNorm"
@@ -68,7 +68,7 @@ def find_class_kind(name: str) -> NormKind | None:
 
 
 class EpsSource(Enum):
-    """Where eps is known from. A state dict never holds it."""
+    """The source of an eps. A state dict never holds one."""
 
     MODULE = "module"
     PROTOTXT = "prototxt"  # that a Caffe model is run by

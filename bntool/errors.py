@@ -136,7 +136,7 @@ class NoNumbersError(RefusedError, ValueError):
 
 
 class VerificationError(BntoolError):
-    """What was computed does not agree with what it replaces; nothing was written."""
+    """A result does not agree with what it replaces; nothing was written."""
 
     code = "verification-failed"
 

@@ -1,4 +1,4 @@
-"""What bntool intends to do to a model, as data: steps, skips and the reason of each skip.
+"""Plans, what bntool intends to do to a model, as data: steps, skips and the reason of each skip.
 
 Freezing, folding and recalibrating each produce a :class:`Plan`. It is applied by
 :func:`bntool.checkpoints.application.apply_plan` (to a checkpoint) or
@@ -31,7 +31,7 @@ class Operation(Enum):
 
 
 class SkipReason(Enum):
-    """Why a layer is left alone. Each is explained, with an example, in docs/skip-reasons.md."""
+    """The reason why a layer is left alone. Each is explained, with an example, in docs/skip-reasons.md."""
 
     NOT_SELECTED = "not selected"
     NOT_A_BATCHNORM = "not a BatchNorm"

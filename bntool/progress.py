@@ -1,4 +1,4 @@
-"""How far a long call is: what it tells a caller who asks for it."""
+"""Progress of a long call, as it is told to a caller who asks for it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import NamedTuple, TypeAlias, TypeVar
 
 
 class Progress(NamedTuple):
-    """How far a call is.
+    """The progress of a call.
 
     Attributes:
         phase: what it does now, in words.

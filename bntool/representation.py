@@ -1,4 +1,4 @@
-"""How results of calls show themselves, in one line and in notebooks as HTML, and numbers in sentences.
+"""The representation of results, in one line and in notebooks as HTML, and of numbers in sentences.
 
 What draws HTML lies many floors above the results. It is named here when bntool is imported, and imported when a
 notebook shows a result.

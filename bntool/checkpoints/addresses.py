@@ -1,4 +1,4 @@
-"""Where a checkpoint lies: a path, or the address of a file elsewhere. Telling them apart imports nothing."""
+"""Addresses of checkpoints: a path, or the place of a file elsewhere. Telling them apart imports nothing."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class GlobalTrust(Enum):
-    """What is known of a class or function that unpickling a file would import or call."""
+    """The trust in a class or function that unpickling a file would import or call."""
 
     KNOWN = "known"  # only builds data
     UNKNOWN = "unknown"
@@ -46,7 +46,8 @@ class GlobalName(NamedTuple):
 
 
 class NotUnderstood(NamedTuple):
-    """What may be a BatchNorm, or a part of one, and could not be read as that: nothing is claimed of it.
+    """A part of a file that may be a BatchNorm, or a part of one, and could not be read as that: nothing is claimed of
+    it.
 
     Attributes:
         name: of the layer, node or tensor.
@@ -60,7 +61,7 @@ class NotUnderstood(NamedTuple):
 
 
 class ModuleInfo(NamedTuple):
-    """What a file says of a module beside its tensors: a pickled module, or a layer of a graph format.
+    """The facts that a file states of a module beside its tensors: of a pickled module, or a layer of a graph format.
 
     Attributes:
         class_path: dotted name of its class.
@@ -288,7 +289,7 @@ class Edit:
 
 
 class Content:
-    """What a format keeps of a file to write it again; each format has a class of its own for it."""
+    """The part of a file that a format keeps to write it again; each format has a class of its own for it."""
 
     @classmethod
     def of(cls, checkpoint: Checkpoint) -> Self:
@@ -336,7 +337,7 @@ class Checkpoint:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What is worth saying of how the file was found and read, a sentence each."""
+        """Notes on how the file was found and read, a sentence each."""
         return self.file.notes
 
     def state_dict(self, key: str) -> StateDict:

@@ -43,7 +43,7 @@ class NewFormat(Enum):
 
 @dataclass(frozen=True)
 class NewFile:
-    """What a new file is to hold.
+    """The contents of a new file.
 
     Attributes:
         tensors: by full name, in order.
@@ -167,7 +167,7 @@ def _write_torch(new: NewFile, stream: IO[bytes]) -> None:
 
 
 class _Storages:
-    """Which tensors share memory, so that they go on sharing it in the new file."""
+    """The storages of a new file: tensors that share memory go on sharing it."""
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         users: dict[tuple[int, int, int], list[StoredTensor]] = {}

@@ -1,4 +1,6 @@
-"""What a file of weights is run by, where that is a file of its own: Caffe's ``.prototxt``, Keras's configuration."""
+"""Descriptions that stand beside a file of weights and say how it is run: Caffe's ``.prototxt``, Keras's
+configuration.
+"""
 
 from __future__ import annotations
 

@@ -172,7 +172,7 @@ class SourceFile:
 
     @property
     def folder(self) -> Folder:
-        """What lies beside it."""
+        """The folder that the file lies in."""
         return Folder(Path(self.path).parent)
 
     def announce(self, ranges: Sequence[tuple[int, int]]) -> None:
@@ -318,7 +318,7 @@ class FileSlice(SourceFile):
 
 
 class FileView(SourceFile):
-    """What another source holds, read as if it were a file of its own."""
+    """A part of another source, read as if it were a file of its own."""
 
     def __init__(self, source: ByteSource, *, like: SourceFile) -> None:
         self._source, self._like = source, like

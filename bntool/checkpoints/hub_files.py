@@ -1,4 +1,4 @@
-"""Which file of a hub repository holds the weights: told by the names that libraries look for."""
+"""The choice of the file that holds the weights in a hub repository, by the names that libraries look for."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where a file comes from and what stage of training it holds, in one line."""
+"""Describing in one line where a file comes from and what stage of training it holds."""
 
 from __future__ import annotations
 

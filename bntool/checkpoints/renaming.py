@@ -1,4 +1,4 @@
-"""What follows when tensors of a state dict get other names: the paths of modules, and the names in records."""
+"""Renaming in a state dict and what follows from it: the paths of modules, and the names in records."""
 
 from __future__ import annotations
 

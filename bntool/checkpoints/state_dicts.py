@@ -1,4 +1,4 @@
-"""Which state dict of a file a command works on, and what wrappers put before the names in it."""
+"""Choosing the state dict of a file that a command works on, and the prefix of wrappers before its names."""
 
 from __future__ import annotations
 

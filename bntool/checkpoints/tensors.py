@@ -19,7 +19,7 @@ MAX_RUNS = 1 << 18  # pieces that such a tensor may be copied in
 
 
 class Tensor(Protocol):
-    """What bntool needs of a tensor, wherever it comes from."""
+    """The interface of a tensor, wherever it comes from."""
 
     @property
     def dtype(self) -> DType: ...
@@ -226,7 +226,7 @@ class StoredTensor(AsArray):
 
     @property
     def place(self) -> tuple[int, int]:
-        """Like :attr:`byte_range`, counted from the start of what the storage lies in."""
+        """The range of :attr:`byte_range`, counted from the start of what the storage lies in."""
         assert self.storage is not None
         start, end = self.byte_range
         return self.storage.offset + start, self.storage.offset + end

@@ -1,4 +1,4 @@
-"""What a file or folder is that bntool does not read, in words, and what to do instead."""
+"""Files and folders that bntool does not read: what they are, in words, and what to do instead."""
 
 from __future__ import annotations
 

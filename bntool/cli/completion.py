@@ -1,4 +1,4 @@
-"""What a shell offers when Tab is pressed: names out of the checkpoint that is typed already, and of the catalogue.
+"""Completion by a shell when Tab is pressed: names out of the checkpoint that is typed already, and of the catalogue.
 
 Shells run what they are given in ways of their own, so no text of a file is offered that is more than a plain name.
 """

@@ -1,4 +1,4 @@
-"""Where a project keeps its configuration; looking for it imports nothing."""
+"""Finding the configuration of a project; imports nothing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How --help is laid out: options in groups, commands with their whole first sentence, in colours on a terminal."""
+"""The layout of --help: options in groups, commands with their whole first sentence, in colours on a terminal."""
 
 from __future__ import annotations
 

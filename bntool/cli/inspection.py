@@ -200,7 +200,7 @@ def _show_reading(
 
 @dataclass(eq=False, repr=False)
 class _Shown:
-    """What becomes of each file when it was inspected, before it is forgotten.
+    """The reports on files, made as soon as each is inspected, before it is forgotten.
 
     Attributes:
         page: of the only one.

@@ -26,7 +26,7 @@ from bntool.version import __version__
 
 
 class ExitCode(IntEnum):
-    """What the process returns; documented in docs/cli.md."""
+    """The exit codes of the process; documented in docs/cli.md."""
 
     DONE = 0
     FINDINGS = 1

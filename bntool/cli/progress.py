@@ -1,4 +1,4 @@
-"""How far long work is, on stderr: drawn by rich on a terminal, a line every ten seconds in a log."""
+"""Progress of long work, on stderr: drawn by rich on a terminal, a line every ten seconds in a log."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What changed between two checkpoints: BatchNorm layers in their own terms, other tensors byte by byte."""
+"""Comparing two checkpoints: BatchNorm layers in their own terms, other tensors byte by byte."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ _WITHOUT_COUNTER = ("onnx.", "caffe.", "keras.", "tensorflow.")  # whose BatchNo
 
 
 class Change(Enum):
-    """How a tensor of A relates to the tensor of that name in B."""
+    """The relation of a tensor of A to the tensor of that name in B."""
 
     SAME = "same"  # dtype, shape and every bit
     VALUES = "changed"  # elements differ
@@ -92,7 +92,9 @@ class LayerComparison:
 
     @property
     def severity(self) -> float:
-        """How far the layer moved, to sort by: the largest of its measures, of statistics in the worst channel."""
+        """The distance that the layer moved, to sort by: the largest of its measures, of statistics in the worst
+        channel.
+        """
         worst = None if self.statistics is None else self.statistics.worst
         known = [measure for measure in (worst, self.scale_change, self.shift_change) if measure is not None]
         if any(math.isnan(measure) for measure in known):

@@ -6,7 +6,7 @@ from enum import Enum
 
 
 class Expectation(Enum):
-    """What two checkpoints may be expected to be to each other."""
+    """The relation that two checkpoints may be expected to have."""
 
     FROZEN = "frozen"  # no tensor of a BatchNorm changed
     NORM_EVAL = "norm-eval"  # no statistics of a BatchNorm changed; weight and bias may

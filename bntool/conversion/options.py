@@ -6,7 +6,7 @@ from enum import Enum
 
 
 class ConversionTarget(Enum):
-    """What a checkpoint is converted to."""
+    """The targets that a checkpoint can be converted to."""
 
     SAFETENSORS = "safetensors"
     TORCH = "torch"
@@ -15,7 +15,7 @@ class ConversionTarget(Enum):
 
 
 class FrozenKind(Enum):
-    """Whose FrozenBatchNorm2d; they have the same four buffers and the same default eps."""
+    """The project whose FrozenBatchNorm2d is meant; they have the same four buffers and the same default eps."""
 
     TORCHVISION = "torchvision"
     TIMM = "timm"

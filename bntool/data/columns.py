@@ -1,4 +1,4 @@
-"""Which column of the data holds the inputs, and which the labels: named by the user, or found."""
+"""Choosing the columns of data that hold the inputs and the labels: named by the user, or found."""
 
 from __future__ import annotations
 

@@ -133,7 +133,7 @@ def _choose_split(splits: Mapping[str, Any], wanted: str | None, spec: str) -> s
 
 
 class _Choice:
-    """Which columns are the input and the label.
+    """The columns that are the input and the label.
 
     Args:
         input_, label: their names; no label where there are to be no labels.

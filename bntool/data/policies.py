@@ -1,4 +1,4 @@
-"""What to do about data that cannot be used, apart from the code that needs torch."""
+"""Policies for data that cannot be used, apart from the code that needs torch."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from enum import Enum
 
 
 class OnBadData(Enum):
-    """What to do about an input that cannot be read, or a batch that holds NaN or infinity."""
+    """The policy for an input that cannot be read, or a batch that holds NaN or infinity."""
 
     STOP = "stop"
     SKIP = "skip"

@@ -1,4 +1,4 @@
-"""What is done to images before a model sees them: resize, crop, scale to 0..1, subtract mean, divide by std."""
+"""Preprocessing of images before a model sees them: resize, crop, scale to 0..1, subtract mean, divide by std."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Size = int | tuple[int, int]
 
 
 class Interpolation(Enum):
-    """How pixels between pixels are made when an image is resized; the names are Pillow's."""
+    """The way in which pixels between pixels are made when an image is resized; the names are Pillow's."""
 
     NEAREST = "nearest"
     BILINEAR = "bilinear"
@@ -26,7 +26,7 @@ class Interpolation(Enum):
 
 
 class Orientation(Enum):
-    """Which way up a photo is that says in its EXIF data how the camera was held."""
+    """The treatment of photos that say in their EXIF data how the camera was held."""
 
     UPRIGHT = "upright"  # as it was seen
     STORED = "stored"  # as its pixels are stored; what the loaders of torchvision and timm do

@@ -41,7 +41,7 @@ Decode: TypeAlias = Callable[[Any], "Sample | str"]
 
 @dataclass(frozen=True)
 class Decoding:
-    """How samples become batches.
+    """The way from samples to batches.
 
     Attributes:
         decode: one sample.

@@ -1,4 +1,4 @@
-"""What a kind of ``--data`` spec must be able to do."""
+"""The interface of each kind of ``--data`` spec."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _WORKERS = 8  # processes at most that nobody asked for
 
 @dataclass(frozen=True)
 class DataOptions:
-    """How data is to be read.
+    """Options for reading data.
 
     Attributes:
         batch_size: at most so many samples in a batch, where bntool makes the batches.

@@ -1,4 +1,4 @@
-"""Of which kind a ``--data`` spec is and what it needs, apart from the code that needs torch."""
+"""Telling the kinds of ``--data`` specs and what each needs, apart from the code that needs torch."""
 
 from __future__ import annotations
 

@@ -184,7 +184,7 @@ class _Stored(NamedTuple):
 
 @dataclass(frozen=True)
 class _Fields:
-    """Which files of a sample are its input and its label.
+    """The files of a sample that are its input and its label.
 
     Attributes:
         input: None for the one image or array of a sample.

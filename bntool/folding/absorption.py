@@ -1,4 +1,4 @@
-"""Where the scale and shift of a BatchNorm can go: back into what feeds it, or forward into what reads it.
+"""Finding where the scale and shift of a BatchNorm can go: back into what feeds it, or forward into what reads it.
 
 y = scale * x + shift, per channel. Back: through additions (each branch takes the scale, one the shift), averages over
 positions, and max-pools where every scale is positive, into convolutions and linears: W' = scale * W over their output
@@ -37,7 +37,7 @@ class Blocked(Exception):  # noqa: N818 an answer, not an error of the program
 
 @dataclass(frozen=True)
 class Absorption:
-    """What one call of a producer, an earlier BatchNorm or a consumer is to take.
+    """The part of a scale and shift that one call of a producer, an earlier BatchNorm or a consumer takes.
 
     Attributes:
         node: the call.

@@ -1,4 +1,4 @@
-"""What a fold is, as a value: where scale and shift of a BatchNorm went."""
+"""A fold as a value: where scale and shift of a BatchNorm went."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 
 class Level(Enum):
-    """Where the scale and shift of a BatchNorm went."""
+    """The places that the scale and shift of a BatchNorm can go to."""
 
     DIRECT = "direct"  # into the producer right before it
     THROUGH = "through"  # back through additions, concatenations, splits or pools

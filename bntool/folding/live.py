@@ -57,7 +57,7 @@ _AS_WELL = 1.01  # times the error with subnormal weights, without them
 
 @dataclass(frozen=True)
 class FoldResult:
-    """What :func:`fold` gives.
+    """The result of :func:`fold`.
 
     Attributes:
         model: a folded copy.

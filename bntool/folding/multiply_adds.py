@@ -1,4 +1,4 @@
-"""What a forward costs in multiply-adds, and how many of them folding removes."""
+"""The cost of a forward in multiply-adds, and how many of them folding removes."""
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@ from enum import Enum
 
 
 class Layout(Enum):
-    """What a folded state dict looks like."""
+    """The layout of a folded state dict."""
 
     FOLDED = "folded"  # the BatchNorms are gone, their producers have biases
     DEPLOY = "deploy"  # parallel branches are one convolution, as the model's own code has it for inference
@@ -14,7 +14,7 @@ class Layout(Enum):
 
 
 class ProgramKind(Enum):
-    """What a program is written as, by the suffix of its file."""
+    """The form of a written program, by the suffix of its file."""
 
     PT2 = ".pt2"  # torch.export, run by torch
     ONNX = ".onnx"  # run by ONNX Runtime and others

@@ -1,4 +1,6 @@
-"""What a fold writes: the checkpoint, what belongs beside it and the exported program, all or none of them."""
+"""Writing the outputs of a fold: the checkpoint, what belongs beside it and the exported program, all or none of
+them.
+"""
 
 from __future__ import annotations
 

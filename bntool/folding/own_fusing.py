@@ -1,4 +1,5 @@
-"""Whether a model's own code that fuses (``fuse()`` of ultralytics, timm, YOLOX) still computes the same after a fold.
+"""Checking that a model's own code that fuses (``fuse()`` of ultralytics, timm, YOLOX) still computes the same after a
+fold.
 
 Such code reads a BatchNorm that is gone by then, and some of it leaves out the bias that a convolution gained. It is
 run on copies of both models.

@@ -1,4 +1,4 @@
-"""What a convolution or linear becomes that takes scales and shifts, in float64, rounded once when it is written."""
+"""Convolutions and linears that take scales and shifts: computed in float64, rounded once when they are written."""
 
 from __future__ import annotations
 

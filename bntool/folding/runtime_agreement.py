@@ -27,7 +27,7 @@ _CHAOS = 1e-2  # however much a model amplifies rounding, an error beyond is wro
 
 @dataclass(frozen=True)
 class RuntimeAgreement:
-    """What a runtime made of both files.
+    """The answer of a runtime to both files.
 
     Attributes:
         runtime: its name and version; "" where none ran.

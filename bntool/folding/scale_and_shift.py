@@ -50,7 +50,9 @@ class ScaleAndShift:
 
     @property
     def unit(self) -> float:
-        """What remains of the normalisation if running_var is ``variance`` and weight 1: 1 up to rounding."""
+        """The factor that remains of the normalisation if running_var is ``variance`` and weight 1: 1 up to
+        rounding.
+        """
         return float(1 / np.sqrt(self.variance + self.eps))
 
     @property

@@ -1,4 +1,6 @@
-"""How much faster a folded model is than the original: both run in turn on the same input, so that noise hits both."""
+"""Measuring how much faster a folded model is than the original: both run in turn on the same input, so that noise hits
+both.
+"""
 
 from __future__ import annotations
 

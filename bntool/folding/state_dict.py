@@ -102,7 +102,7 @@ class CheckpointFold:
 
     @cached_property
     def warnings(self) -> tuple[str, ...]:
-        """What the user should know."""
+        """Warnings for the user."""
         if self.checkpoint is None:
             return ()
         evidence = None if self.agreement is not None else self.evidence

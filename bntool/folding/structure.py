@@ -1,4 +1,6 @@
-"""What a fold changes in a model besides elements, as JSON data for the record and back; imports no torch."""
+"""The structure that a fold changes in a model besides elements, as JSON data for the record and back; imports no
+torch.
+"""
 
 from __future__ import annotations
 

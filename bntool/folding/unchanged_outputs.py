@@ -1,4 +1,4 @@
-"""Where inside a folded model the outputs of layers must still be those of the original."""
+"""Finding where inside a folded model the outputs of layers must still be those of the original."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What folding does to the weights that take scales: how even their channels are, and what becomes subnormal.
+"""The ranges of weights that take scales: how even their channels are, and what becomes subnormal.
 
 The weights of a file are measured on their way into the new file, so that they are read once.
 """
@@ -82,7 +82,7 @@ class WeightRange:
 
 @dataclass(frozen=True)
 class Removed:
-    """How many elements of a state dict are gone: those removed without those added."""
+    """The number of elements that a state dict lost: those removed without those added."""
 
     parameters: int
     buffers: int
@@ -90,7 +90,7 @@ class Removed:
 
 @dataclass(frozen=True)
 class _Extremes:
-    """Of the magnitudes of each output channel.
+    """The extremes of the magnitudes of each output channel.
 
     Attributes:
         largest: of the channel.

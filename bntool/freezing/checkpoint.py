@@ -38,7 +38,7 @@ from bntool.representation import html_repr, short_repr
 
 
 class Carrier(Enum):
-    """Where a written file says that its layers are frozen."""
+    """The place where a written file says that its layers are frozen."""
 
     RECORD = "record"  # nothing yet: the policy that is recorded, once it is applied to the live model
     MODULES = "modules"  # flags of pickled modules, and the record

@@ -1,4 +1,4 @@
-"""Which entries of an optimizer's state belong to frozen parameters, where that can be known.
+"""Finding the entries of an optimizer's state that belong to frozen parameters, where that can be known.
 
 An optimizer numbers its parameters and keeps no names. The entries are never edited: a wrong guess would move the
 momentum of one parameter to another.

@@ -6,14 +6,14 @@ from enum import Enum
 
 
 class FreezeForm(Enum):
-    """What becomes of the tensors."""
+    """The form that freezing gives the tensors."""
 
     POLICY = "policy"  # they stay as they are
     CONSTANT = "constant"  # statistics are folded into weight and bias
 
 
 class EmitTarget(Enum):
-    """For whom the code is."""
+    """The framework that code is written for."""
 
     PYTHON = "python"
     MMDET = "mmdet"

@@ -1,4 +1,4 @@
-"""What a freeze is to mean, as a value that a file can keep."""
+"""The meaning of a freeze, as a value that a file can keep."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from bntool.representation import html_repr, short_repr
 
 @dataclass(frozen=True)
 class FreezePolicy:
-    """Which BatchNorm layers keep what while the model trains.
+    """A freeze policy: which BatchNorm layers keep what while the model trains.
 
     Attributes:
         norm_eval: the layers stay in eval mode: they normalise by their statistics, and these do not move.

@@ -1,4 +1,4 @@
-"""What freezing the first stages of a backbone means, per family, as mmdet 3.3.0 defines ``frozen_stages``."""
+"""The first stages of a backbone that are frozen, per family, as mmdet 3.3.0 defines ``frozen_stages``."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Family(Enum):
 
 @dataclass(frozen=True)
 class FrozenStages:
-    """Which modules ``frozen_stages`` concerns.
+    """The modules that ``frozen_stages`` concerns.
 
     Attributes:
         family: which backbone it is.

@@ -1,4 +1,4 @@
-"""Who feeds whom, as the user declares it: pairs of names, held against the shapes of their tensors."""
+"""Declared graphs: pairs of names that the user gives, checked against the shapes of their tensors."""
 
 from __future__ import annotations
 

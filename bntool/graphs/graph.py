@@ -1,4 +1,4 @@
-"""Who feeds whom in a model, as data: nodes that compute, and edges that say which channels go where."""
+"""A model's graph as data: nodes that compute, and edges that say which channels go where."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class Evidence(Enum):
-    """How an edge is known."""
+    """The evidence for an edge."""
 
     TRACED = "traced"  # seen in a real forward: proof
     STORED = "stored"  # the file holds the graph that is run, as ONNX and Caffe do: proof
@@ -25,7 +25,7 @@ class Evidence(Enum):
 
 
 class NodeKind(Enum):
-    """What a node computes, as far as it matters for moving a scale and a shift through it."""
+    """The operation of a node, as far as it matters for moving a scale and a shift through it."""
 
     CONVOLUTION = "convolution"
     CONV_TRANSPOSE = "transposed convolution"
@@ -66,7 +66,7 @@ _CALLED_BY_OPERATOR = (
 
 
 class Owner(Enum):
-    """What the module that holds a BatchNorm's tensors does beside normalising."""
+    """The module that holds a BatchNorm's tensors, by what it does beside normalising."""
 
     WHOLE = "whole"  # nothing: the identity can take its place
     WITH_ACTIVATION = "with activation"  # its children ``drop`` and ``act`` run afterwards, as in timm's BatchNormAct2d

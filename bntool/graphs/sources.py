@@ -1,4 +1,4 @@
-"""Where a model graph can come from, in the order in which they are preferred."""
+"""The sources of a model's graph, in the order in which they are preferred."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which positions the taps of a transposed convolution meet."""
+"""Positions that the taps of a transposed convolution meet."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the normalisation layers of a checkpoint hold, and what is wrong with them."""
+"""Inspecting the normalisation layers of a checkpoint: what they hold, and what is wrong with them."""
 
 from __future__ import annotations
 

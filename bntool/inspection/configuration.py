@@ -1,4 +1,4 @@
-"""What a project says of its files: what fails a gate, which findings are meant to be so, and thresholds of its own."""
+"""The configuration of a project: what fails a gate, which findings are meant to be so, and thresholds of its own."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class IgnoreRule(NamedTuple):
 
 @dataclass(frozen=True)
 class Configuration:
-    """What a file says.
+    """The configuration that a file holds.
 
     Attributes:
         path: of the file.

@@ -47,7 +47,7 @@ class _Copy(NamedTuple):
 
     @property
     def words(self) -> str:
-        """For a finding of its state dict."""
+        """The words for a finding of its state dict."""
         return repr(self.path) if self.path else "this averaged copy"
 
 

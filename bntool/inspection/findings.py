@@ -1,4 +1,6 @@
-"""What is worth knowing about a layer or a file: a code, a severity and advice; docs/findings.md explains each."""
+"""Findings, things worth knowing about a layer or a file: a code, a severity and advice; docs/findings.md explains
+each.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,7 @@ from bntool.representation import short_repr
 
 
 class Severity(Enum):
-    """How bad it is: an ERROR makes outputs wrong, a WARNING may, a NOTICE is worth knowing."""
+    """The severity of a finding: an ERROR makes outputs wrong, a WARNING may, a NOTICE is worth knowing."""
 
     NOTICE = "notice"
     WARNING = "warning"

@@ -1,4 +1,4 @@
-"""What is wrong with one BatchNorm layer, from the numbers of its tensors.
+"""Findings on one BatchNorm layer, from the numbers of its tensors.
 
 The thresholds are those of :mod:`bntool.inspection.thresholds`.
 """

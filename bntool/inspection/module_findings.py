@@ -1,4 +1,4 @@
-"""What pickled modules and live models say of their BatchNorm layers beside the tensors: flags, eps, momentum.
+"""Findings from pickled modules and live models, which say more than tensors: flags, eps, momentum.
 
 What PyTorch does with them: torch.nn.modules.batchnorm, _BatchNorm.forward, torch 2.13.
 """
@@ -50,7 +50,7 @@ def describe_behaviour(norm: BatchNorm) -> tuple[str, ...]:
 
 
 class Expected(NamedTuple):
-    """What a layer has in the architectures that a state dict may be of; empty where none is known."""
+    """The settings of a layer in the architectures that a state dict may be of; empty where none is known."""
 
     eps: tuple[float, ...] = ()
     momentum: tuple[float, ...] = ()

@@ -1,4 +1,4 @@
-"""What an inspection gives: a file, its state dicts, their layers and tensors, with numbers and findings."""
+"""The results of an inspection: a file, its state dicts, their layers and tensors, with numbers and findings."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Summary:
 
     @property
     def mean(self) -> float | None:
-        """Of the finite elements, in float64; None where there are none."""
+        """The mean of the finite elements, in float64; None where there are none."""
         count = len(self._finite)
         try:
             return math.fsum(self._finite) / count if count else None
@@ -170,7 +170,7 @@ class StateDictInspection:
 
 @dataclass(frozen=True, repr=False, eq=False)
 class Inspection:
-    """What a file holds.
+    """The inspection of a file.
 
     Attributes:
         findings: those that concern the whole file.

@@ -54,7 +54,7 @@ class LayerState:
 
     @property
     def moved(self) -> float | None:
-        """How far the channel moved that moved most: in sigmas, or the log of its ratio of variances."""
+        """The distance that the channel moved which moved most: in sigmas, or the log of its ratio of variances."""
         return None if self.change is None else self.change.severity
 
 
@@ -73,7 +73,7 @@ class FoundInLayers:
 
 @dataclass(frozen=True, repr=False)
 class FileSummary:
-    """What is kept of one file.
+    """The facts that are kept of one file.
 
     Attributes:
         path: as it was given.
@@ -154,7 +154,7 @@ OnFile = Callable[[str, Inspection], None]
 
 
 class _Statistics(NamedTuple):
-    """Those of one layer in one file.
+    """The statistics of one layer in one file.
 
     Attributes:
         sums: of variance and eps.

@@ -1,4 +1,4 @@
-"""Whether loading a file with its own library could run code: the verdict, and what it rests on."""
+"""Judging whether loading a file with its own library could run code: the verdict, and what it rests on."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from bntool.inspection.findings import Finding, FindingCode, Severity
 
 
 class SafetyVerdict(Enum):
-    """What loading the file may do; bntool itself never loads it that way."""
+    """The verdict on loading the file with its library; bntool itself never loads it that way."""
 
     HARMLESS = "harmless"  # it holds data only, or names only what is known to build data
     UNKNOWN = "unknown"  # it names classes or functions that are not known, or carries code of its own

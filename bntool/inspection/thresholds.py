@@ -1,4 +1,4 @@
-"""From which number on something is a finding; docs/thresholds.md lists them, and a configuration can set each."""
+"""Thresholds from which on a number is a finding; docs/thresholds.md lists them, and a configuration can set each."""
 
 from __future__ import annotations
 
@@ -84,12 +84,12 @@ class ThresholdRule(NamedTuple):
 
     @property
     def name(self) -> str:
-        """As configurations spell it."""
+        """The name as configurations spell it."""
         return self.field.replace("_", "-")
 
     @property
     def default(self) -> float:
-        """What it is where it is not set."""
+        """The value where it is not set."""
         return float(getattr(DEFAULTS, self.field))
 
 

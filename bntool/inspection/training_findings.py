@@ -1,4 +1,4 @@
-"""What the number of updates of BatchNorm layers says beside the number of steps of the optimizer."""
+"""Findings from the number of updates of BatchNorm layers beside the number of steps of the optimizer."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def compare_with_steps(
 
 
 class _Steps(NamedTuple):
-    """How many steps were made.
+    """The number of steps that were made.
 
     Attributes:
         words: a sentence on who counted them.

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 
 class Health(Enum):
-    """What the verdict on a file is."""
+    """The possible verdicts on a file."""
 
     HEALTHY = "healthy"  # nothing above a notice, and everything was looked at
     SUSPICIOUS = "suspicious"  # warnings

@@ -1,4 +1,4 @@
-"""What the hooks of all training frameworks share."""
+"""The base of the hooks of all training frameworks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the hooks that watch BatchNorm while it trains share."""
+"""The base of the hooks that watch BatchNorm while it trains."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _LISTED = 3  # findings in a message
 
 
 class Look(NamedTuple):
-    """What was seen at one step.
+    """The health that was seen at one step.
 
     Attributes:
         step: how many steps had been made.

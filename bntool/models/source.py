@@ -1,4 +1,4 @@
-"""What a kind of ``--model`` spec must be able to do."""
+"""The interface of each kind of ``--model`` spec."""
 
 from __future__ import annotations
 

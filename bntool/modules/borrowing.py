@@ -28,7 +28,7 @@ _FEW = 1 << 13  # elements of a parameter that are copied
 
 
 class Borrowed:
-    """What may be changed in a borrowed model beside what :func:`borrow` always gives back.
+    """A borrowed model: what may be changed in it beside what :func:`borrow` always gives back.
 
     Args:
         contents: of its modules.
@@ -216,7 +216,8 @@ def _is_plain(parameter: torch.Tensor) -> bool:
 
 
 class _ParameterFacts:
-    """What a forward may change about a parameter: its memory, its hooks, and its elements where they are few.
+    """The facts about a parameter that a forward may change: its memory, its hooks, and its elements where they are
+    few.
 
     Few elements are copied, as those of vectors that a first forward sets from its data. Of many it is only noticed
     that they were written to.

@@ -1,4 +1,4 @@
-"""Where live tensors lie: which of them share elements, and whether these were written to."""
+"""The memory of live tensors: which of them share elements, and whether these were written to."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ VALUES = "padding_values"  # the buffer of such a module
 
 
 class _PadsWithValues:
-    """What they do before they convolve.
+    """The base of convolutions that pad with values before they convolve.
 
     Attributes:
         padding_values: shape (in_channels,).

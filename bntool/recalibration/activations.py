@@ -1,4 +1,4 @@
-"""What BatchNorm layers normalise, noticed right before they do."""
+"""Watching the activations that BatchNorm layers normalise, right before they do."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What batches gave, merged along one binary tree over their positions, whoever measured them and in any order."""
+"""The moments of batches, merged along one binary tree over their positions, whoever measured them and in any order."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Place = tuple[int, int]  # level and index: the positions from index * 2^level o
 
 @dataclass(frozen=True)
 class Measured:
-    """What some batches gave.
+    """The moments and counts that some batches gave.
 
     Attributes:
         tally: of all layers side by side; None where no batch came through.

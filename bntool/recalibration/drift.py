@@ -1,4 +1,4 @@
-"""How far stored statistics and those of the data lie apart."""
+"""The drift of layers: how far stored statistics and those of the data lie apart."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ class LayerDrift:
 
     @property
     def _worst_factor(self) -> float:
-        """By how much the variance of the channel that moved most grew or shrank, at least 1."""
+        """The factor by which the variance of the channel that moved most grew or shrank, at least 1."""
         ratio = 1.0 if self.shift is None else self.shift.worst_variance_ratio
         return max(ratio, 1 / ratio)
 
@@ -85,7 +85,9 @@ class LayerDrift:
 
     @property
     def severity(self) -> float:
-        """What the table is sorted by: shift in sigmas, or log of the variance ratio, whichever is larger."""
+        """The number that the table is sorted by: shift in sigmas, or log of the variance ratio, whichever is
+        larger.
+        """
         return max(self.mean_shift, math.log(self.variance_spread)) if self.finite else math.inf
 
 

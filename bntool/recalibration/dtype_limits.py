@@ -1,4 +1,4 @@
-"""Whether the dtype of a file or of a live buffer can hold new statistics."""
+"""Checking that the dtype of a file or of a live buffer can hold new statistics."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How good a model is on labelled data, and how much its outputs change."""
+"""Evaluating how good a model is on labelled data, and how much its outputs change."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Metric:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What a model does with data.
+    """The evaluation of a model on data.
 
     Attributes:
         metric: its name.

@@ -1,4 +1,4 @@
-"""Which layers of a live model are to be recalibrated, and whether they can be."""
+"""Choosing the layers of a live model that are to be recalibrated, and checking that they can be."""
 
 from __future__ import annotations
 

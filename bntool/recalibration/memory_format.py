@@ -1,4 +1,4 @@
-"""What the kernels of a processor are fast at, and which models would notice what they are given."""
+"""The memory format that the kernels of a processor are fast at, and models that would notice what they are given."""
 
 from __future__ import annotations
 

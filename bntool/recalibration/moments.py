@@ -16,7 +16,7 @@ Count: TypeAlias = "int | Array"
 
 @dataclass(frozen=True)
 class Moments:
-    """Of each channel: how many values, their mean, and the sum of squared differences from it.
+    """The moments of each channel: how many values, their mean, and the sum of squared differences from it.
 
     Attributes:
         count: values of each channel; int64 of shape (channels,) where channels of several layers stand side by side.
@@ -71,7 +71,7 @@ def merge_all(moments: Iterable[Moments]) -> Moments:
 
 @dataclass(frozen=True)
 class Tally:
-    """What layers have seen so far: one layer, or several side by side.
+    """The values that layers have seen so far: one layer, or several side by side.
 
     Attributes:
         pooled: moments of all positions of all batches.
@@ -96,7 +96,7 @@ class Tally:
 
     @property
     def calls(self) -> int:
-        """How many batches, or calls, were measured; of one layer."""
+        """The number of batches, or calls, that were measured; of one layer."""
         return int(self.means.count)
 
     @property

@@ -1,4 +1,4 @@
-"""From what layers have seen to their new statistics, a plan, and how far the stored ones were off."""
+"""New statistics from what layers have seen: a plan, and how far the stored ones were off."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _COUNTER = "num_batches_tracked"
 
 @dataclass
 class Measurement:
-    """What a run of all batches has measured.
+    """The measurement of a run over all batches.
 
     Attributes:
         tallies: by layer, in the order in which the layers were first called.
@@ -85,7 +85,7 @@ class Statistics:
 
 @dataclass(frozen=True)
 class Recalibration:
-    """What recalibrating would change, and how far the stored statistics were off.
+    """The changes that recalibrating would make, and how far the stored statistics were off.
 
     Attributes:
         plan: the new statistics as steps, and the layers left alone.
@@ -118,7 +118,7 @@ class Recalibration:
 
 @dataclass(frozen=True)
 class LayerFacts:
-    """What is known of a layer that was to be measured, beside what it has seen.
+    """The facts on a layer that was to be measured, beside what it has seen.
 
     Attributes:
         name: as reports have it.
@@ -139,7 +139,7 @@ class LayerFacts:
 
 @dataclass(frozen=True)
 class Paths:
-    """Which layers ran in a way that was noticed, by their names in the live model.
+    """The layers that ran in a way that was noticed, by their names in the live model.
 
     Attributes:
         called: those that were called.
@@ -156,7 +156,7 @@ class Paths:
 
 @dataclass(frozen=True)
 class Blend:
-    """From what a layer has seen to its new running_mean and running_var."""
+    """The rule from what a layer has seen to its new running_mean and running_var."""
 
     old: Mapping[str, Pair]
     method: Method

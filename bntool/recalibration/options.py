@@ -11,7 +11,9 @@ _SIZE = re.compile(r"(\d+(?:\.\d+)?) ?([KMGT]?)(I?)B?", re.IGNORECASE)
 
 
 class Method(Enum):
-    """How running statistics are computed from batches; docs/recalibration.md has the formulas and sources."""
+    """The method by which running statistics are computed from batches; docs/recalibration.md has the formulas and
+    sources.
+    """
 
     POOLED = "pooled"
     EXACT = "exact"
@@ -19,7 +21,7 @@ class Method(Enum):
 
 
 class Precision(Enum):
-    """What the forwards over calibration data compute in; moments are taken in float32 and float64 either way."""
+    """The precision of the forwards over calibration data; moments are taken in float32 and float64 either way."""
 
     MODEL = "model"
     BFLOAT16 = "bfloat16"

@@ -1,4 +1,4 @@
-"""What new statistics do to the outputs of a model: all of them together, and those of single layers."""
+"""Changes that new statistics make to the outputs of a model: all of them together, and those of single layers."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class OutputChange:
 
 @dataclass(frozen=True)
 class OutputChanges:
-    """What new statistics do to the outputs.
+    """The changes that new statistics make to the outputs.
 
     Attributes:
         samples: how many the model was run on.

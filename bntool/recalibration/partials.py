@@ -1,4 +1,6 @@
-"""What a share of the batches gave, as a file: written while it grows, read again, and held against others."""
+"""Partials, the measurement of a share of the batches as a file: written while it grows, read again, and compared with
+others.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +47,7 @@ _LONGEST = 200  # characters of what a platform is called
 
 @dataclass(frozen=True)
 class Origin:
-    """What partials have in common that can be merged.
+    """The origin that partials must have in common to be merged.
 
     Attributes:
         checkpoint, model, data: fingerprints of the state dict, of the live model, and of the list of all batches as
@@ -75,7 +77,7 @@ class Origin:
 
 @dataclass(frozen=True)
 class Partial:
-    """What a share of the batches gave.
+    """The measurement of a share of the batches.
 
     Attributes:
         origin: of what it was measured.
@@ -109,17 +111,17 @@ class Partial:
 
     @property
     def samples(self) -> int:
-        """How many went through."""
+        """The number of samples that went through."""
         return sum(node.samples for node in self.nodes.values())
 
     @property
     def batches(self) -> int:
-        """How many went through."""
+        """The number of batches that went through."""
         return sum(node.batches for node in self.nodes.values())
 
     @property
     def left_out(self) -> tuple[LeftOut, ...]:
-        """What was not used, and why."""
+        """The samples and batches that were not used, and why."""
         places = sorted(self.nodes, key=lambda place: place[1] << place[0])
         return tuple(left_out for place in places for left_out in self.nodes[place].left_out)
 
@@ -135,7 +137,7 @@ class Partial:
 
     @property
     def channels(self) -> dict[str, int]:
-        """Of each layer."""
+        """The number of channels of each layer."""
         return {name: facts.channels for name, facts in self.layers.items()}
 
 

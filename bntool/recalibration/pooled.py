@@ -71,7 +71,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Part:
-    """What one batch gave.
+    """The measurement of one batch.
 
     Attributes:
         position: of the batch, as the data say it.

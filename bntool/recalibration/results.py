@@ -19,7 +19,7 @@ if TYPE_CHECKING:  # merging partials needs no torch
 
 @dataclass(frozen=True)
 class PreprocessingSteps:
-    """What was done to images or pixels, in words.
+    """The steps that images or pixels went through, in words.
 
     Attributes:
         steps: as ``--preprocess`` takes them.
@@ -32,7 +32,7 @@ class PreprocessingSteps:
 
 @dataclass(frozen=True)
 class CheckpointRecalibration:
-    """What became of a recalibration of a checkpoint file.
+    """The result of recalibrating a checkpoint file.
 
     Attributes:
         checkpoint: with its new statistics.

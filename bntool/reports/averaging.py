@@ -1,4 +1,4 @@
-"""What `average` did, for people and as JSON data."""
+"""The result of `average`, for people and as JSON data."""
 
 from __future__ import annotations
 

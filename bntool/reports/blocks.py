@@ -1,4 +1,4 @@
-"""What a report shows, as data: lines and tables. ``plain.py`` draws them for pipes, ``terminal.py`` for terminals."""
+"""Blocks of a report, as data: lines and tables. ``plain.py`` draws them for pipes, ``terminal.py`` for terminals."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from bntool.reports.text import MAX_SENTENCE, sanitize
 
 
 class Style(Enum):
-    """What a piece of text means; colours are chosen where it is drawn."""
+    """The meaning of a piece of text; colours are chosen where it is drawn."""
 
     PLAIN = "plain"
     HEADING = "heading"
@@ -22,7 +22,7 @@ class Style(Enum):
 
 
 class Histogram(NamedTuple):
-    """How many values lie in each slot of an axis; see ``histograms.py``."""
+    """The number of values in each slot of an axis; see ``histograms.py``."""
 
     counts: tuple[int, ...]
 

@@ -1,4 +1,4 @@
-"""What `diff` found, for people and as JSON data."""
+"""The result of `diff`, for people and as JSON data."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `convert` did, for people and as JSON data."""
+"""The result of `convert`, for people and as JSON data."""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""What findings, skip reasons and exit codes mean, from the pages of the documentation that the package carries."""
+"""Explanations of findings, skip reasons and exit codes, from the pages of the documentation that the package
+carries.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What ``bntool fold`` did, as data and for people."""
+"""The result of ``bntool fold``, as data and for people."""
 
 from __future__ import annotations
 

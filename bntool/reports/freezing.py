@@ -1,4 +1,4 @@
-"""What `freeze` did, for people and as JSON data."""
+"""The result of `freeze`, for people and as JSON data."""
 
 from __future__ import annotations
 

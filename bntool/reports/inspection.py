@@ -1,4 +1,4 @@
-"""What `inspect` found: as JSON data, and as blocks for people."""
+"""The result of `inspect`: as JSON data, and as blocks for people."""
 
 from __future__ import annotations
 

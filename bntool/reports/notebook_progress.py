@@ -1,4 +1,4 @@
-"""How far a call is, in a notebook: a line below the cell that follows the work, as on a terminal."""
+"""Progress of a call in a notebook: a line below the cell that follows the work, as on a terminal."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a share of a recalibration measured, for people and as JSON data."""
+"""The measurement of a share of a recalibration, for people and as JSON data."""
 
 from __future__ import annotations
 

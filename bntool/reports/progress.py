@@ -1,4 +1,6 @@
-"""How far long work is and how long it will take, in words and as a share; each place draws it in its own way."""
+"""The progress of long work and the time that it will take, in words and as a share; each place draws it in its own
+way.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,7 @@ DELAY = 0.3  # work that is done sooner shows nothing
 
 
 class Work:
-    """What is being done, since when, and how long the rest will take."""
+    """The work that is being done, since when, and how long the rest will take."""
 
     def __init__(self) -> None:
         self._progress: Progress | None = None

@@ -1,4 +1,4 @@
-"""What `recalibrate` found and did, for people and as JSON data."""
+"""The result of `recalibrate`, for people and as JSON data."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a command did, as data with a version: the JSON document is this, the table another view of it."""
+"""The report of a command, as data with a version: the JSON document is this, the table another view of it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _NEWLINE = "\n"
 
 
 class FileReport(NamedTuple):
-    """What a command found or did with one file.
+    """The result of a command for one file.
 
     Attributes:
         path: the file, as it was given.
@@ -41,7 +41,7 @@ class FileReport(NamedTuple):
 
 
 class Report(NamedTuple):
-    """What a command did.
+    """The result of a command.
 
     Attributes:
         command: its name.

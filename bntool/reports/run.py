@@ -1,4 +1,4 @@
-"""What `inspect` found in several files: a row each, the first that broke, and the layers that moved most."""
+"""The result of `inspect` for several files: a row each, the first that broke, and the layers that moved most."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How well the outputs of layers inside a changed model agree with those of the original."""
+"""The agreement of the outputs of layers inside a changed model with those of the original."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ _CHAOS = 1e-2  # however much a model amplifies rounding, an error beyond is wro
 
 @dataclass(frozen=True)
 class Agreement:
-    """How well two models agree; errors are relative to the largest magnitude of the output.
+    """The agreement of two models; errors are relative to the largest magnitude of the output.
 
     Attributes:
         inputs: how many inputs were run.

@@ -1,4 +1,4 @@
-"""How far running statistics moved, in one unit for all commands: standard deviations, and factors of the variance."""
+"""The shift of running statistics, in one unit for all commands: standard deviations, and factors of the variance."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ class StatisticsShift:
 
 
 class WorstShift(NamedTuple):
-    """Of a :class:`StatisticsShift`, what its channels that moved most say: measured in half of the time."""
+    """The shift of the channels that moved most, of a :class:`StatisticsShift`: measured in half of the time."""
 
     worst_mean_shift: float
     worst_variance_ratio: float

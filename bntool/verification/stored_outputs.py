@@ -1,4 +1,4 @@
-"""How a changed model stores the output of a layer; imports no torch."""
+"""The way in which a changed model stores the output of a layer; imports no torch."""
 
 from __future__ import annotations
 

@@ -77,7 +77,7 @@ class MultipliedTensor(AsArray):
 
 @dataclass(frozen=True, slots=True)
 class Blob:
-    """Where a tensor of the state dict lies.
+    """The place of a tensor of the state dict.
 
     Attributes:
         layer: that holds it.

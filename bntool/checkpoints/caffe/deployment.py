@@ -110,7 +110,7 @@ def edit_prototxt(checkpoint: Checkpoint, prototxt: Prototxt) -> str:
 
 @dataclass(frozen=True, slots=True)
 class FrozenLayer:
-    """What of a BatchNorm layer is to stay while the net is trained.
+    """The settings of a BatchNorm layer that stay while the net is trained.
 
     Attributes:
         statistics: mean, variance and scale factor.

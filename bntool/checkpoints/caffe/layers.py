@@ -121,7 +121,8 @@ class Layer:
 
 @dataclass(frozen=True)
 class Wiring:
-    """Which layer reads what another wrote. A blob that is written again, as in-place layers do, is another blob.
+    """The wiring of a net: which layer reads what another wrote. A blob that is written again, as in-place layers do,
+    is another blob.
 
     Attributes:
         layers: of the net.

@@ -45,7 +45,7 @@ Attribute = str | tuple[str, ...]
 
 @dataclass(frozen=True)
 class Hdf5Contents:
-    """What a file holds.
+    """The contents of a file.
 
     Attributes:
         groups: texts among the attributes of each group, by path; "" is the root.

@@ -41,7 +41,7 @@ _CONSTANTS = {0xC0: None, 0xC2: False, 0xC3: True}
 
 
 class Bytes(NamedTuple):
-    """Where the bytes of a value lie in the source."""
+    """The place of a value's bytes in the source."""
 
     offset: int
     length: int

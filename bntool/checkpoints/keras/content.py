@@ -1,4 +1,4 @@
-"""What a Keras file holds: the configuration of the model, and its weights under either of two layouts."""
+"""The contents of a Keras file: the configuration of the model, and its weights under either of two layouts."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ OPTIMIZERS = ("optimizer", "optimizer_weights")
 
 
 class WeightsLayout(Enum):
-    """How the HDF5 part keeps weights."""
+    """The layout in which the HDF5 part keeps weights."""
 
     NUMBERED = "numbered"  # layers/<class>_<n>/vars/<i>: .keras and .weights.h5
     NAMED = "named"  # <layer>/<weight name>, with lists of both: .h5 of Keras 1 and 2, still written by Keras 3

@@ -28,7 +28,7 @@ _SHOWN = ("keras_version", "backend")
 
 
 class _Keras(Format):
-    """What both kinds of files have in common."""
+    """The base of both kinds of files."""
 
     loader = Loader.KERAS
     loading = LoadingCode(("import keras", "model = keras.models.load_model({path})"))

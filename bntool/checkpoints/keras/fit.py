@@ -1,4 +1,4 @@
-"""Whether weights are those of a model: its configuration held against the variables of a file."""
+"""Checking whether weights are those of a model: its configuration against the variables of a file."""
 
 from __future__ import annotations
 

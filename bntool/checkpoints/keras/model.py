@@ -63,7 +63,9 @@ class KerasLayer:
 
     @property
     def shared_number(self) -> int | None:
-        """What Keras 3 gives a layer that is in several models, the same in each; other layers may have one, too."""
+        """The number that Keras 3 gives a layer which is in several models, the same in each; other layers may have
+        one, too.
+        """
         number = self.entry.get("shared_object_id")
         return number if isinstance(number, int) else None
 

@@ -1,4 +1,4 @@
-"""Where a file with numbered weights keeps those of each layer: the groups of HDF5 that Keras makes for them."""
+"""The places of the weights in a file that numbers them: the groups of HDF5 that Keras makes for the layers."""
 
 from __future__ import annotations
 

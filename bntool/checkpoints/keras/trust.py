@@ -1,4 +1,4 @@
-"""What loading a configuration of Keras would run, import or reach: judged by name, never looked up.
+"""Judging what loading a configuration of Keras would run, import or reach: by name, nothing is looked up.
 
 Keras makes an object of every ``{"module", "class_name", "config"}`` in a configuration, wherever it lies, and takes
 functions by name: of its own modules any, older versions of every module there is. So a name is known only where it

@@ -63,7 +63,7 @@ class Variables:
 
 @dataclass(frozen=True)
 class WeightNames:
-    """What the tensors of a state dict are in the file.
+    """The names of a state dict's tensors in the file.
 
     Attributes:
         tensors: by PyTorch's name.

@@ -34,7 +34,7 @@ CLASS = "mindspore.nn.BatchNorm"
 
 @dataclass(frozen=True)
 class Ending(Content):
-    """Where the message ends, and the CRC-32 of it that stands behind; None without one."""
+    """The end of the message, and the CRC-32 of it that stands behind; None without one."""
 
     end: int
     crc: int | None

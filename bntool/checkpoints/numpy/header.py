@@ -18,7 +18,7 @@ CODE_OF = {name: code for code, name in NUMPY_CODES.items()}
 
 
 class Header(NamedTuple):
-    """What a header says.
+    """The fields of a header.
 
     Attributes:
         dtype: None for what is no number.

@@ -1,4 +1,4 @@
-"""What nodes compute from constants alone, in numpy: weights, and the shapes and axes that operations are told.
+"""Values that nodes compute from constants alone, in numpy: weights, and the shapes and axes that operations are told.
 
 :mod:`bntool.checkpoints.onnx.constants` does the same for short vectors without numpy, since a listing needs none. Each
 result is rounded to its dtype, as a runtime that computes step by step does.

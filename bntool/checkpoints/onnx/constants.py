@@ -1,4 +1,4 @@
-"""What nodes compute from constants alone, where a parameter of a BatchNormalization node is given so.
+"""Values that nodes compute from constants alone, where a parameter of a BatchNormalization node is given so.
 
 In plain Python, since listing a model imports no numpy: vectors of channels are short. Each result is rounded once to
 its dtype, as a runtime that computes step by step does.

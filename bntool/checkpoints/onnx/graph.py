@@ -102,12 +102,12 @@ class OnnxGraph:
 
     @cached_property
     def computed(self) -> frozenset[str]:
-        """What the inputs and nodes of this graph are called."""
+        """The names of this graph's inputs and of what its nodes give."""
         return frozenset(self.inputs).union(*(node.outputs for node in self.nodes))
 
     @cached_property
     def _copies(self) -> Mapping[str, str]:
-        """What Identity nodes put out, and what they read."""
+        """The outputs of Identity nodes, and what each copies."""
         return {n.outputs[0]: n.inputs[0] for n in self.nodes if n.operator == "Identity" and n.inputs and n.outputs}
 
     def resolve(self, name: str) -> str:

@@ -50,7 +50,7 @@ _WITHOUT_MEASURE = "the functions of the model call each other without measure"
 
 
 class PiecedSource:
-    """What pieces of a source and new bytes make, one after the other."""
+    """Pieces of a source and new bytes, one after the other."""
 
     def __init__(self, content: Content, source: ByteSource) -> None:
         self._source = source
@@ -140,7 +140,7 @@ def _remove_functions(model: Message, functions: Iterable[Message], edits: Edits
 
 @dataclass
 class _Scope:
-    """What the nodes of a function see in one call of it; of the model itself: everything as it is.
+    """The names that the nodes of a function see in one call of it; those of the model itself see everything as it is.
 
     Attributes:
         call: the name of the call, or of the one around it; None outside of functions.

@@ -99,7 +99,7 @@ class OnnxWithExternalData(Onnx):
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a tensor of the state dict lies.
+    """The place of a tensor of the state dict.
 
     Attributes:
         graph: that holds the initializer or Constant node.
@@ -246,7 +246,7 @@ def _opset(model: Message) -> int:
 
 @dataclass(frozen=True, slots=True)
 class LayerNames:
-    """What the name of a layer depends on: the names of its node, of its output and of its statistics."""
+    """The names that the name of a layer depends on: of its node, of its output and of its statistics."""
 
     node: str
     output: str
@@ -254,7 +254,8 @@ class LayerNames:
 
     @property
     def wanted(self) -> str:
-        """As the module that was exported, where its statistics are named after one; else as the node, or its output.
+        """The name that a layer should have: that of the exported module, where its statistics are named after one;
+        else that of the node, or its output.
 
         A node with the name of the module and ``@2`` is one more that shares the tensors of the module.
         """

@@ -93,7 +93,7 @@ class _Relocated(Onnx):
 
 
 class _Changes:
-    """What the edits of a checkpoint mean for the messages of its file."""
+    """The changes that the edits of a checkpoint make to the messages of its file."""
 
     def __init__(self, checkpoint: Checkpoint, content: OnnxContent) -> None:
         self._checkpoint, self._content = checkpoint, content

@@ -1,4 +1,4 @@
-"""What was read of files on other machines, kept on the disk: a file for each address, with the ranges that it has."""
+"""The cache of remote files on the disk: a file for each address, with the ranges that were read."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ _MAX_ANNOUNCED = 1 << 26  # bytes
 
 
 class _RemoteSource(SourceFile):
-    """What files of other machines share.
+    """The base of files on other machines.
 
     Attributes:
         found: how the file was found, a sentence each.
@@ -173,7 +173,7 @@ class CachedFile(_RemoteSource):
 
 
 class WebFolder(Folder):
-    """What lies beside a file on a server."""
+    """The folder of a file on a server."""
 
     def __init__(self, address: Address, limits: Limits) -> None:
         self._address, self._limits = address, limits

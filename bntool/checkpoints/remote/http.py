@@ -35,7 +35,7 @@ _PORTS = {"http": 80, "https": 443}
 
 @dataclass(frozen=True)
 class Limits:
-    """How long a server may take.
+    """Limits on how long a server may take.
 
     Attributes:
         answer: seconds for one answer, beside those for its bytes.
@@ -50,7 +50,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class Answer:
-    """What a server says, with a body that is still to be read.
+    """The answer of a server, with a body that is still to be read.
 
     Attributes:
         status: 200, or 206 for a range.

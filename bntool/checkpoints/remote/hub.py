@@ -25,7 +25,7 @@ Result = TypeVar("Result")
 
 
 class HubFile(NamedTuple):
-    """What an address of the hub names.
+    """The file of the hub that an address names.
 
     Attributes:
         repository: OWNER/NAME.

@@ -26,7 +26,7 @@ Result = TypeVar("Result")
 
 
 class Version(NamedTuple):
-    """What tells two versions of a file apart.
+    """The facts that tell two versions of a file apart.
 
     Attributes:
         size: in bytes; -1 where the server does not say it before the end.
@@ -68,7 +68,7 @@ class Transfers:
 
     @property
     def key(self) -> str:
-        """What names the file in the cache: its URL without the query, which may be of this moment only."""
+        """The name of the file in the cache: its URL without the query, which may be of this moment only."""
         return self._first_url.partition("?")[0]
 
     def fetch(self, start: int, length: int, version: Version) -> bytes:

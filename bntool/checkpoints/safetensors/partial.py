@@ -18,7 +18,7 @@ PARTIAL_VERSION = 1
 
 @dataclass(frozen=True)
 class PartialContent(Content):
-    """What a partial holds.
+    """The contents of a partial.
 
     Attributes:
         facts: JSON data; docs/recalibration.md lists them.

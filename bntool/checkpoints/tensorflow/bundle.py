@@ -33,7 +33,7 @@ _DTYPES = {
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """Where a value lies, by BundleEntryProto.
+    """The place of a value, as BundleEntryProto says it.
 
     Attributes:
         dtype: number in TensorFlow's DataType.

@@ -1,4 +1,6 @@
-"""What a SavedModel does beside computing: operations of its graph by name, and code that Keras 2 left in it."""
+"""Judging what a SavedModel does beside computing: operations of its graph by name, and code that Keras 2 left in
+it.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What must change in a torch file for an edited checkpoint: bytes of storages, nodes of the pickle, new storages."""
+"""The changes that an edited checkpoint makes to a torch file: bytes of storages, nodes of the pickle, new storages."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ from bntool.plan import AddTensor, Record, RemoveEntry, RenameTensor, SetAttribu
 
 @dataclass
 class TorchChanges:
-    """What differs between the source and the file to write.
+    """The differences between the source and the file to write.
 
     Attributes:
         patches: by key of the storage, the tensors to put over it.

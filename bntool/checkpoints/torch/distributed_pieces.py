@@ -23,7 +23,7 @@ MAX_GRID = 512  # pieces that are cut along other dimensions than the first
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """Where something lies: a run of bytes in a file of the folder.
+    """The place of a tensor's piece or an object: a run of bytes in a file of the folder.
 
     Attributes:
         is_transformed: compressed or otherwise changed by an extension.

@@ -52,7 +52,7 @@ class LegacyLayout:
 
 @dataclass(frozen=True)
 class LegacyContent(TorchContent):
-    """What was found in the pickle, and where the storages lie."""
+    """The pickle, and the places of its storages."""
 
     layout: LegacyLayout
 

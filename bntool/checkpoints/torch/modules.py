@@ -32,7 +32,7 @@ MAX_EFFORT = 1_000_000  # attributes looked at: a module tree with sharing can p
 
 @dataclass(repr=False, eq=False)
 class StateDictSource:
-    """Where a state dict lies in the pickle.
+    """The place of a state dict in the pickle.
 
     Attributes:
         node: the mapping or module node.

@@ -1,4 +1,4 @@
-"""What torch.load or pickle.load reads from a part of another file: judged by the rules of files of their own."""
+"""Parts of another file that torch.load or pickle.load reads: judged by the rules of files of their own."""
 
 from __future__ import annotations
 

@@ -79,7 +79,7 @@ class NumpyPickle(Format):
 
 
 class Paddle(NumpyPickle):
-    """What paddle.save wrote."""
+    """A file that paddle.save wrote."""
 
     def describe_assumptions(self, state_dict: StateDict) -> Sequence[str]:
         matrices = [name for name, tensor in state_dict.tensors.items() if len(tensor.shape) == 2]

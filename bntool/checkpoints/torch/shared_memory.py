@@ -1,4 +1,4 @@
-"""Who shares memory with whom in a torch file."""
+"""Finding the tensors of a torch file that share memory."""
 
 from __future__ import annotations
 

@@ -71,7 +71,7 @@ class FoundStateDicts(NamedTuple):
 
     @property
     def not_understood(self) -> tuple[NotUnderstood, ...]:
-        """What lies where the tensors of a layer should, and is none that is known."""
+        """The things that lie where the tensors of a layer should, and are none that is known."""
         places = (*self.sources.items(), *self.others)
         found = ((key, name) for key, source in places for name in source.not_understood)
         return tuple(

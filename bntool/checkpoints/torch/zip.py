@@ -43,7 +43,7 @@ class ArchiveLayout(Content):
 
 @dataclass(frozen=True, repr=False, eq=False)
 class ArchiveContent(TorchContent):
-    """What was found in the pickle, and the archive that it lies in."""
+    """The pickle, and the archive that it lies in."""
 
     layout: ArchiveLayout
 

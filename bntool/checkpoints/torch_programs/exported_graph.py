@@ -1,4 +1,4 @@
-"""What the graph of an exported program says of its BatchNorm layers."""
+"""Reading what the graph of an exported program says of its BatchNorm layers."""
 
 from __future__ import annotations
 

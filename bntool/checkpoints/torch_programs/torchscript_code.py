@@ -1,4 +1,4 @@
-"""What the source text in a TorchScript archive says of a class, read as text: nothing of it is compiled."""
+"""Reading what the source text in a TorchScript archive says of a class, as text: nothing of it is compiled."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What models call their parallel branches, and the convolution that takes their place: a line for each code.
+"""The names that models give their parallel branches, and the convolution that takes their place: a line for each code.
 
 To add one: the children of a block that become one convolution, and its name there. Only names are said here; that the
 branches read one tensor and are summed up is seen in the graph, or nothing is merged.
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class DeployForm:
-    """How blocks of one code are named.
+    """The names of the blocks of one code.
 
     Attributes:
         branches: the children that become one convolution.

@@ -30,7 +30,7 @@ ReadBatchNorm = Callable[[Node], ScaleAndShift]
 
 @dataclass(frozen=True)
 class Sum:
-    """What branches make of the tensor that they all read.
+    """The linear function that branches compute of the tensor which they all read.
 
     Attributes:
         kernels: convolutions and linears, the largest kernel first, with the factors of their output channels.

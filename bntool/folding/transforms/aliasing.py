@@ -1,4 +1,4 @@
-"""Where the identity in the place of a BatchNorm has to copy: it hands on the very tensor that it is given."""
+"""Finding where the identity in the place of a BatchNorm has to copy: it hands on the very tensor that it is given."""
 
 from __future__ import annotations
 

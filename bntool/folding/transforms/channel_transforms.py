@@ -21,7 +21,7 @@ from bntool.graphs.graph import Edge, ModelGraph, Node, NodeKind
 
 @dataclass(frozen=True)
 class Transform:
-    """How the channels of a tensor are stored: a (x + b).
+    """A transform a (x + b) in which the channels of a tensor are stored.
 
     Attributes:
         scale: a of each channel.

@@ -1,4 +1,4 @@
-"""What each operation lets pass where tensors are stored as a (x + b): one rule for each kind of node.
+"""The rules of operations where tensors are stored as a (x + b): what each kind of node lets pass.
 
 To add an operation: let the source of the graph (``graphs/traced/operators.py`` or a reader in ``graphs/stored/``) say
 which kind of node it is. If none fits, add a kind to :class:`~bntool.graphs.graph.NodeKind` and a rule here: which of
@@ -16,7 +16,7 @@ from bntool.graphs.graph import Node, NodeKind
 
 
 class Shift(Enum):
-    """What an operation does with b, where all of its data inputs and its output have the same a."""
+    """The effect of an operation on b, where all of its data inputs and its output have the same a."""
 
     SAME = "the same before and after"
     SUM = "the sum of those of its inputs, each times its factor"
@@ -27,7 +27,7 @@ class Shift(Enum):
 
 @dataclass(frozen=True)
 class Rule:
-    """What an operation lets pass: a equal on its data inputs and its output, channel by channel.
+    """The rule of an operation: a equal on its data inputs and its output, channel by channel.
 
     Attributes:
         shift: what becomes of b.

@@ -1,4 +1,4 @@
-"""What a convolution pads with where a shift passes its zeros: the value that stands for zero by then."""
+"""The padding values of convolutions where a shift passes their zeros: the value that stands for zero by then."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ _BATCHNORM = "BatchNorm "  # before the name of a target that is one: a weight m
 
 @dataclass
 class Outcome:
-    """What could be folded.
+    """The result of trying what folds if tensors are stored otherwise.
 
     Attributes:
         folds: one for each BatchNorm that is the identity by now.

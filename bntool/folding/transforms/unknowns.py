@@ -257,7 +257,7 @@ class Unknowns:
 
 @dataclass
 class Scales(Unknowns):
-    """What channels are multiplied by: never zero, and of a known sign where something passes positive ones only."""
+    """The factors of channels: never zero, and of a known sign where something passes positive ones only."""
 
     value: float = 1.0
     signs: tuple[Mask, Mask] = field(init=False)  # whether a root has to be positive, and whether negative
@@ -367,7 +367,7 @@ class _Sums:
 
 @dataclass
 class Shifts(Unknowns):
-    """What is added to channels, in units of the original, and sums of two of them that are a third.
+    """The shifts of channels, in units of the original, and sums of two of them that are a third.
 
     Sums that hold in any case, because one of the three occurs nowhere else, are solved last.
     """

@@ -1,4 +1,4 @@
-"""What bntool knows of public architectures without having their libraries: the file ``catalogue.bin``.
+"""The catalogue of public architectures, known without their libraries: the file ``catalogue.bin``.
 
 ``make catalogue`` writes the file from the real models. Its first line says how long the compressed index is and how
 long each block of structures; then these follow. An index of all architectures suffices to recognise one; a structure
@@ -22,7 +22,7 @@ BLOCK = 24  # structures that are compressed together
 
 
 class Scope(NamedTuple):
-    """Which tensors of an architecture must be there, in their shapes: all that a BatchNorm depends on.
+    """The tensors of an architecture that must be there, in their shapes: all that a BatchNorm depends on.
 
     Attributes:
         children: first parts of their names.

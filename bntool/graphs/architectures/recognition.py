@@ -51,7 +51,7 @@ class Architecture:
 
     @property
     def title(self) -> str:
-        """For people: the first names, and where."""
+        """The title for people: the first names, and where they are from."""
         listed = ", ".join(self.names[:_LISTED])
         more = len(self.names) - _LISTED
         listed += f" and {more} more" if more > 0 else ""

@@ -1,4 +1,4 @@
-"""Who feeds whom in a recognised architecture, as the catalogue says: assumed, for keys and shapes prove no forward.
+"""The structure of a recognised architecture, as the catalogue says: assumed, for keys and shapes prove no forward.
 
 A structure is text, a line for each call that matters for folding, in order of execution: kind, layer, and what it
 reads. Channels are not written where the tensors' shapes say them.

@@ -1,4 +1,4 @@
-"""What ONNX's operators mean for the graph: which only move elements, and what the others let pass.
+"""ONNX's operators in the graph: which only move elements, and what the others let pass.
 
 An operator is one entry of :data:`OPERATORS`; one that is not there counts as an operation that may do anything.
 """

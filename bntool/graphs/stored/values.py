@@ -1,4 +1,4 @@
-"""What lies where in a tensor of a stored graph: which channels of which nodes, along which of its axes.
+"""Values of a stored graph: which channels of which nodes lie where, along which axis of a tensor.
 
 Operations that only move elements (transposition, reshaping, concatenation, splitting) become no nodes: they change
 where channels lie. Extents that the file does not say are symbols, so that the same unknown extent is known to be one.
@@ -35,7 +35,7 @@ Shape = tuple[Extent, ...]
 
 
 class Spread(Enum):
-    """How channels lie along an axis that they share with positions of which the number is not known."""
+    """The way in which channels lie along an axis that they share with positions of which the number is not known."""
 
     RUNS = "each channel holds a run of elements"
     ROUNDS = "the channels follow each other again and again"

@@ -24,7 +24,7 @@ _CLOSE = 1e-4  # relative; a frozen BatchNorm computes its scale in the dtype of
 
 @dataclass(frozen=True)
 class CallFacts:
-    """What is known of one call of an operation.
+    """The facts that are known of one call of an operation.
 
     Attributes:
         inputs: its data inputs, by port.

@@ -20,7 +20,7 @@ _MOST_PAIRS = 1 << 14  # beyond, everything is said to meet everything
 
 @dataclass(frozen=True)
 class Meeting:
-    """Which labels a reader sees, and on which of its own channels.
+    """The labels that a reader sees, and its own channels on which it sees them.
 
     Attributes:
         labels: each pair once.

@@ -1,4 +1,4 @@
-"""What PyTorch's operations mean for the graph: which only move elements, and which commute with a scale and a shift.
+"""PyTorch's operations in the graph: which only move elements, and which commute with a scale and a shift.
 
 Everything that is not listed here counts as an operation that may do anything.
 """

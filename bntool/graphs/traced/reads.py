@@ -1,4 +1,4 @@
-"""Which node read which labels; joined into edges when the forward has ended."""
+"""The labels that nodes read; joined into edges when the forward has ended."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from bntool.graphs.traced.labels import Meeting
 
 
 class Reads:
-    """What each node read, and which labels belong to which node."""
+    """The labels that each node read, and the node that each label belongs to."""
 
     def __init__(self) -> None:
         self._bases: list[int] = []

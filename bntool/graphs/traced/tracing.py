@@ -1,4 +1,4 @@
-"""Who feeds whom, observed in one real forward of the live model; it is proof for that forward only.
+"""Tracing one real forward of the live model for who feeds whom; it is proof for that forward only.
 
 A dispatch mode sees every operation below modules, functional calls and operators alike. Parameters are recognised by
 identity or as views of all their elements; what is computed from parameters alone stays constant and is remembered by

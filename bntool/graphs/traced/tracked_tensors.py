@@ -1,4 +1,4 @@
-"""What is known of each tensor of a forward: its labels, or the parameters behind it, and who shares its memory."""
+"""Facts of each tensor of a forward: its labels, or the parameters behind it, and who shares its memory."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ _SAMPLES = 2
 
 @dataclass(frozen=True)
 class FirstForward:
-    """What a first forward of a few samples shows.
+    """The facts that a first forward of a few samples shows.
 
     Attributes:
         channels_last: whether the model takes images of that layout.

@@ -25,7 +25,7 @@ _AGREEMENT = 1e-3  # of means in sigmas and of variances: float32 kernels for ot
 
 @dataclass(frozen=True)
 class _LayerInput:
-    """What one call of a layer was given: all of it, and the first samples, where activations are by sample."""
+    """The input of one call of a layer: all of it, and the first samples, where activations are by sample."""
 
     layer: str
     whole: Moments

@@ -1,4 +1,4 @@
-"""How much memory a sweep needs that keeps the activations of all batches, and how much there is."""
+"""Memory of a sweep that keeps the activations of all batches: how much it needs, and how much there is."""
 
 from __future__ import annotations
 

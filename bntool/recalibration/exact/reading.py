@@ -43,7 +43,7 @@ class Reading:
 
     @property
     def samples(self) -> int:
-        """Of all batches."""
+        """The number of samples in all batches."""
         return sum(kept.batch.samples for kept in self.batches)
 
     @property

@@ -73,7 +73,7 @@ class RepeatedCalls:
 
     @property
     def layers_seen(self) -> int:
-        """How many layers this sweep has reached."""
+        """The number of layers that this sweep has reached."""
         return sum(1 for calls in self._calls.values() if calls.seen)
 
     @property

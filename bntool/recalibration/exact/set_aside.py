@@ -35,7 +35,7 @@ _DONTNEED = 4  # MADV_DONTNEED of Linux
 
 
 class SetAside:
-    """What batches hold while they wait: as much as is allowed in memory, the rest in a file.
+    """The activations that batches hold while they wait: as much as is allowed in memory, the rest in a file.
 
     A storage that is set aside keeps its address and has no memory behind it. It is brought back as soon as any
     operation of torch's touches it, in the forward of its batch or of another one: what waits for a later layer, as the
@@ -128,7 +128,7 @@ class SetAside:
 
 
 class _Place(ABC):
-    """Where a storage is kept meanwhile."""
+    """The place where a storage is kept meanwhile."""
 
     is_ours = False
     storage: Callable[[], torch.UntypedStorage | None]
@@ -145,7 +145,7 @@ class _Place(ABC):
 
 
 class _DevicePlace(_Place):
-    """Of a storage on a device, in the memory of the host."""
+    """The place of a storage of a device, in the memory of the host."""
 
     def __init__(self, storage: torch.UntypedStorage) -> None:
         self._host: torch.UntypedStorage = storage.cpu()  # type: ignore[no-untyped-call]
@@ -162,7 +162,8 @@ class _DevicePlace(_Place):
 
 
 class _FilePlace(_Place):
-    """In the file: all whole pages of a storage. Its memory is given to the system, and is there again when written to.
+    """The place in the file of all whole pages of a storage. Its memory is given to the system, and is there again when
+    written to.
 
     malloc would keep for itself what is freed.
     """
@@ -201,7 +202,7 @@ class _FilePlace(_Place):
 
 
 class _Regions:
-    """Which parts of a file are free."""
+    """The free parts of a file."""
 
     def __init__(self) -> None:
         self._free: list[tuple[int, int]] = []  # start and end, in order
@@ -341,12 +342,12 @@ class HeldStorages(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     @property
     def keys(self) -> list[int]:
-        """Of the storages that are alive."""
+        """The keys of the storages that are alive."""
         return list(self._storages)
 
     @property
     def storages(self) -> list[torch.UntypedStorage]:
-        """Those that are alive."""
+        """The storages that are alive."""
         return [storage for reference in list(self._storages.values()) if (storage := reference()) is not None]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

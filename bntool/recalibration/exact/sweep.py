@@ -102,7 +102,7 @@ class BadBatchesError(Exception):
 
 @dataclass(frozen=True)
 class Pause:
-    """Where the forward of a batch stopped.
+    """The layer at which the forward of a batch stopped.
 
     Attributes:
         position: of the batch in the list.

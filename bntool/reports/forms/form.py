@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class ReportForm(Enum):
-    """What ``--report`` takes. Those of problems are of commands that judge: inspect and diff."""
+    """The forms of ``--report``. Those of problems are of commands that judge: inspect and diff."""
 
     JSON = "json"
     MARKDOWN = "markdown"

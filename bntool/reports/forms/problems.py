@@ -1,4 +1,4 @@
-"""What inspect and diff hold against a file, one by one, read from the data of the JSON document."""
+"""The problems that inspect and diff find with a file, one by one, read from the data of the JSON document."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a page is made of, as data: a verdict, facts, findings, tables with pictures, and lines to copy."""
+"""The parts of a page, as data: a verdict, facts, findings, tables with pictures, and lines to copy."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class Item:
-    """What stands in one cell of a table.
+    """The contents of one cell of a table.
 
     Attributes:
         text: from a file or not; it is made harmless when it is drawn.

@@ -1,4 +1,4 @@
-"""What a command shows on a terminal, as parts of a page: its lines, what is meant to be pasted, and its tables."""
+"""The output of a command on a terminal, as parts of a page: its lines, what is meant to be pasted, and its tables."""
 
 from __future__ import annotations
 

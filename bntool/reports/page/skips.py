@@ -1,4 +1,4 @@
-"""What a plan leaves alone, as entries of a page."""
+"""The layers that a plan leaves alone, as entries of a page."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ _UNUSUAL = 0.05  # share of the numbers on either side that may lie far away
 
 
 class Kind(Enum):
-    """What the colours of a scale say."""
+    """The meaning of the colours of a scale."""
 
     SIZE = "size"  # small to large
     CHANGE = "change"  # less, as before, more
@@ -47,7 +47,7 @@ class Kind(Enum):
 
 @dataclass(frozen=True)
 class Scale:
-    """Which numbers a colour stands for; equal steps are equal factors.
+    """The numbers that colours stand for; equal steps are equal factors.
 
     Attributes:
         low, high: decimal logarithms of the numbers at the ends; numbers beyond have the colours of the ends.

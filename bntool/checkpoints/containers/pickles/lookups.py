@@ -1,4 +1,4 @@
-"""What a pickle looks up with ``getattr``: protocols before 4 name methods and nested classes that way.
+"""Lookups by ``getattr`` in a pickle: protocols before 4 name methods and nested classes that way.
 
 ``getattr`` can also reach any code that there is. Where it is certain that a pickle only names attributes of classes,
 they are listed in its place and judged like any other name.

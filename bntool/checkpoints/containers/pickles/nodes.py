@@ -1,4 +1,4 @@
-"""What a pickle holds, symbolically.
+"""The contents of a pickle, as symbolic nodes.
 
 None, bool, int, float, str, bytes, bytearray, tuple and list stand for themselves. Everything else is one of the
 classes below. Nothing named in a pickle is imported or called; identity is kept, so shared objects stay shared.
@@ -25,7 +25,7 @@ class Construction(Enum):
 
 
 class Update(Enum):
-    """What a pickle did to an instance after it was made."""
+    """A change that a pickle made to an instance after it was made."""
 
     ITEMS = "items"  # payload: list of (key, value)
     APPENDS = "appends"  # payload: list of values

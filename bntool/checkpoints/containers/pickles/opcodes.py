@@ -1,4 +1,4 @@
-"""What each opcode does to the machine. Protocols 0 to 5."""
+"""The opcodes of protocols 0 to 5, and how each changes the machine."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ _OBJECT_OPCODES = frozenset(b"]}ltd\x85\x86\x87\x8f\x91R\x81\x92ioQPpqr\x94CBU\x
 
 
 class OpcodeBudget:
-    """What may still be read of a file: shared by its pickles, where it has several."""
+    """The number of opcodes that may still be read of a file: shared by its pickles, where it has several."""
 
     def __init__(self) -> None:
         self.opcodes = MAX_OPCODES

@@ -1,4 +1,4 @@
-"""Which globals of a pickle are known to build data only, and which are known to do harm."""
+"""Trust in the globals of a pickle: those that are known to build data only, and those that are known to do harm."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ _LONGEST_VARINT = 10
 
 
 class Wire(IntEnum):
-    """How the value of a field is laid out."""
+    """The layout of a field's value."""
 
     VARINT = 0
     FIXED64 = 1

@@ -53,7 +53,7 @@ def packed_integers(number: int, values: Sequence[int]) -> bytes:
 
 @dataclass
 class Edits:
-    """What is to change in the messages of a file; everything else is copied.
+    """The changes to the messages of a file; everything else is copied.
 
     Attributes:
         replaced: new content for a field, by the position of its tag; nothing for one that is removed.
