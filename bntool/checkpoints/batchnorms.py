@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from bntool.batchnorm import ROLES, STATISTICS, BatchNorm, EpsSource, NormKind, find_class_kind
 from bntool.checkpoints.checkpoint import ModuleInfo, NotUnderstood, StateDict
+from bntool.checkpoints.state_dicts import FLAT_AVERAGE, flatten_average
 from bntool.checkpoints.tensors import Tensor, count_elements
 
 # leaf names that give a relative of BatchNorm away
@@ -61,6 +63,27 @@ def _holds_nothing(module: ModuleInfo) -> bool:
     return kind is not None and kind.is_batch_norm
 
 
+def find_flat_averages(state_dict: StateDict, norms: Sequence[BatchNorm]) -> dict[str, BatchNorm]:
+    """The averages of BatchNorms that mmcv's EMAHook keeps beside them (``ema_bn1_running_var``), by their own names.
+
+    Args:
+        norms: the layers of the state dict.
+
+    Returns:
+        By the name of the layer that each is an average of.
+    """
+    if not any(name.startswith(FLAT_AVERAGE) for name in state_dict.tensors):
+        return {}
+    found = {}
+    for norm in norms:
+        flat = flatten_average(norm.name)
+        names = {role: f"{flat}_{role}" for role in norm.tensors}
+        tensors = {role: state_dict.tensors[name] for role, name in names.items() if name in state_dict.tensors}
+        if all(role in tensors for role in STATISTICS):
+            found[norm.name] = dataclasses.replace(norm, name=flat, tensors=tensors)
+    return found
+
+
 # leaves of names, whatever their case: PyTorch, Keras, Paddle, Flax, Chainer, Torch7 (runningMean), Darknet
 # (rolling_mean), neon (gmean), CNTK (aggregateMean), Caffe2 (rm, riv), Lasagne (mean, inv_std)
 _COUNTS = ("mean", "mu", "var", "std", "sigma", "rm")
@@ -83,37 +106,75 @@ def find_unknown_statistics(state_dict: StateDict) -> Iterator[NotUnderstood]:
     known.
 
     A mean and a variance count, under the names of any framework, unless they are called just that and nothing beside
-    them belongs to a layer: models keep mean and variance of their inputs, too.
+    them belongs to a layer: models keep mean and variance of their inputs, too. Where names have no dots but other
+    marks between their parts (``layer1_bn1_running_var``), a weight must stand beside both.
     """
     known: set[str] | None = None
-    groups: dict[str, set[str]] = {}
-    counting: dict[str, bool] = {}  # the same few leaves in every layer
-    for name, tensor in state_dict.tensors.items():
-        stripped = state_dict.strip(name)
-        leaf = stripped[max(stripped.rfind("."), stripped.rfind("/")) + 1 :]
-        may_count = counting.get(leaf)
-        if may_count is None:
-            may_count = counting[leaf] = _may_count(leaf.lower())
-        if may_count and tensor.dtype.is_floating and count_elements(tensor.shape) > 1:
-            groups.setdefault(stripped[: -len(leaf) - 1], set()).add(leaf)
+    groups, slashed = _group_leaves(state_dict)
     for layer, leaves in groups.items():
         # most layers hold PyTorch's, which are found by their names, or none, for which nothing has to be compiled
-        if leaves >= _KNOWN_STATISTICS or leaves <= _BESIDE:
+        if (leaves >= _KNOWN_STATISTICS and layer not in slashed) or leaves <= _BESIDE:
             continue
         means = {leaf for leaf in leaves if re.fullmatch(_MEANS, leaf.lower())}
         variances = {leaf for leaf in leaves if re.fullmatch(_VARIANCES, leaf.lower())}
         are_bare = means <= _BARE and variances <= _BARE
-        if (
-            not means
-            or not variances
-            or (are_bare and not leaves & _BESIDE and _FLAX not in layer.replace("/", ".").split("."))
-        ):
+        if not means and not variances:
+            yield from _find_flattened(state_dict, layer, leaves)
+        is_beside = bool(leaves & _BESIDE) or _FLAX in layer.replace("/", ".").split(".")
+        if not means or not variances or (are_bare and not is_beside):
             continue
         if known is None:
             known = {norm.name for norm in find_norms(state_dict)}
         if layer not in known:
             names = ", ".join(sorted(means | variances))
             yield NotUnderstood(layer, f"{names} look like statistics, under names that are not known")
+
+
+def _group_leaves(state_dict: StateDict) -> tuple[dict[str, set[str]], set[str]]:
+    """The last parts of names that may be statistics or stand beside them, by what stands before; and what / ends."""
+    groups: dict[str, set[str]] = {}
+    slashed: set[str] = set()
+    counting: dict[str, bool] = {}  # the same few leaves in every layer
+    for name, tensor in state_dict.tensors.items():
+        stripped = state_dict.strip(name)
+        place = max(stripped.rfind("."), stripped.rfind("/"))
+        leaf = stripped[place + 1 :]
+        may_count = counting.get(leaf)
+        if may_count is None:
+            may_count = counting[leaf] = _may_count(leaf.lower())
+        if may_count and tensor.dtype.is_floating and count_elements(tensor.shape) > 1:
+            groups.setdefault(stripped[: -len(leaf) - 1], set()).add(leaf)
+            if place > 0 and stripped[place] == "/":
+                slashed.add(stripped[:place])
+    return groups, slashed
+
+
+def _find_flattened(state_dict: StateDict, parent: str, leaves: Collection[str]) -> Iterator[NotUnderstood]:
+    """Layers whose names stand before those of their statistics in one part of a name.
+
+    Args:
+        parent: what stands before that part, in other parts.
+        leaves: last parts of names.
+    """
+    dotted = f"{parent}." if parent else ""
+    found: dict[str, dict[str, str]] = {}  # by what stands before: what is known, and under which name
+    for leaf in sorted(leaves):
+        match = re.fullmatch(rf"(.+?[^a-z0-9])(?:({_KEPT}_?{_MEAN})|({_KEPT}_?{_VARIANCE}))", leaf.lower())
+        if match is not None:
+            stem = leaf[: match.end(1)]
+            found.setdefault(stem, {})["mean" if match[2] else "variance"] = leaf[match.end(1) :]
+    norms: Sequence[BatchNorm] | None = None
+    for stem, known in found.items():
+        name = f"{dotted}{stem}"
+        full = state_dict.prefix + name
+        if len(known) < len(STATISTICS) or not any(f"{full}{beside}" in state_dict.tensors for beside in _BESIDE):
+            continue
+        norms = find_norms(state_dict) if norms is None else norms
+        layer = re.sub(r"[\W_]+$", "", name)
+        if layer in {flatten_average(norm.name) for norm in norms}:
+            continue
+        names = ", ".join(sorted(known.values()))
+        yield NotUnderstood(layer, f"{names} look like statistics, under names that are not those of PyTorch")
 
 
 def _may_count(leaf: str) -> bool:

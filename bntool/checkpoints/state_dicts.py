@@ -20,7 +20,8 @@ _WELL_KNOWN_KEYS = (
 )
 _MANY_PARTS = 64  # first parts of names; a state dict of more is no model beside its average
 COUNT_OF_AVERAGES = "n_averaged"  # beside the model, in torch.optim.swa_utils.AveragedModel
-_AVERAGED = ("ema", "shadow", "teacher", "averaged", "swa")
+_AVERAGED = ("ema", "shadow", "teacher", "average", "averaged", "swa", "polyak")
+FLAT_AVERAGE = "ema_"  # before all names of an average that mmcv's EMAHook keeps as buffers, with _ for each dot
 
 
 def is_averaged_copy(key: str) -> bool:
@@ -37,8 +38,15 @@ def find_averaged_parts(state_dict: StateDict) -> list[str]:
     return [part for part in parts if is_averaged_copy(part)] if len(parts) <= _MANY_PARTS else []
 
 
+def flatten_average(name: str) -> str:
+    """Return what mmcv's EMAHook calls the average of a tensor: ``ema_bn1_weight`` that of ``bn1.weight``."""
+    return FLAT_AVERAGE + name.replace(".", "_")
+
+
 def may_hold_average(state_dict: StateDict) -> bool:
     """Return whether it is an averaged copy, or one lies in it beside the model."""
+    if any(name.startswith(FLAT_AVERAGE) for name in state_dict.tensors):
+        return True
     if is_averaged_copy(state_dict.key) or f"{state_dict.prefix}{COUNT_OF_AVERAGES}" in state_dict.tensors:
         return True
     return COUNT_OF_AVERAGES in state_dict.tensors or bool(find_averaged_parts(state_dict))

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bntool.batchnorm import ROLES, BatchNorm, NormKind, check_globs, selects
-from bntool.checkpoints.batchnorms import find_norms
+from bntool.checkpoints.batchnorms import find_flat_averages, find_norms
 from bntool.checkpoints.checkpoint import Checkpoint, StateDict
 from bntool.checkpoints.dtypes import NumberKind
 from bntool.checkpoints.state_dicts import choose_state_dict, find_not_understood, may_hold_average
@@ -158,11 +158,13 @@ def _inspect(
     safety = judge_safety(checkpoint)
     findings = (*find_dangers(safety), *find_in_file(checkpoint, inspections))
     ignored: tuple[IgnoredFinding, ...] = ()
+    idle: tuple[str, ...] = ()
     if configuration is not None:
         inspections, findings, ignored = configuration.ignore(checkpoint.path, inspections, findings)
+        idle = configuration.find_idle_globs(checkpoint.path, inspections)
     verdict = add_configured(judge(checkpoint, inspections, findings), ignored=len(ignored), thresholds=len(rules))
     used = None if configuration is None else configuration.path
-    return Inspection(checkpoint, tuple(inspections), findings, safety, verdict, checked, used, ignored, rules)
+    return Inspection(checkpoint, tuple(inspections), findings, safety, verdict, checked, used, ignored, rules, idle)
 
 
 def _lacks_statistics(inspection: StateDictInspection) -> bool:
@@ -212,6 +214,7 @@ def _inspect_state_dict(
     norms = give_eps(norms, architectures)
     application = checkpoint.format.application
     own = [norm for norm in norms if norm.kind.is_batch_norm or is_batch_norm_without_statistics(norm)]
+    own += find_flat_averages(state_dict, own).values()
     expected = find_expected(architectures, own)
     if application:
         architectures = (describe_application(application, state_dict),)
@@ -325,7 +328,12 @@ def _inspect_layer(
                 unread.append(role)
     momentum = momentum if layer.momentum is None else layer.momentum
     findings = find_in_layer(
-        summaries, eps=layer.eps, momentum=momentum, recalibrated=recalibrated, thresholds=thresholds
+        summaries,
+        eps=layer.eps,
+        momentum=momentum,
+        averages_all=layer.attributes.get("momentum", momentum) is None and "momentum" in layer.attributes,
+        recalibrated=recalibrated,
+        thresholds=thresholds,
     )
     if unread:
         message = (
@@ -340,7 +348,9 @@ def _inspect_layer(
         message = (
             "num_batches_tracked is missing: saved before torch 0.4.1, or by another framework; harmless in eval mode"
         )
-        advice = "strict loading needs it where the file has module versions"
+        advice = (
+            "nothing is to be done, unless strict loading asks for it, as it does where the file has module versions"
+        )
         findings.append(Finding(FindingCode.COUNTER_MISSING, Severity.NOTICE, "no counter", message, advice=advice))
     return LayerInspection(layer, summaries, tuple(findings))
 

@@ -70,6 +70,19 @@ class Configuration:
         found = [rule for rule in self.rules if code in rule.findings and _fits(rule, path)]
         return any(not rule.layers or matches(rule.layers, layer) for rule in found)
 
+    def find_idle_globs(self, path: Location, inspections: Sequence[StateDictInspection]) -> tuple[str, ...]:
+        """Globs that select no layer of a file, of rules for findings that it still has: names may have changed.
+
+        Args:
+            inspections: its state dicts, without what is ignored.
+        """
+        names = [name for one in inspections for name in one.names]
+        left = {finding.code for one in inspections for layer in one.layers for finding in layer.findings}
+        left |= {finding.code for one in inspections for finding in one.findings}
+        rules = [rule for rule in self.rules if _fits(rule, path) and left.intersection(rule.findings)]
+        globs = dict.fromkeys(glob for rule in rules for glob in rule.layers)
+        return tuple(glob for glob in globs if not any(matches((glob,), name) for name in names))
+
     def ignore(
         self, path: Location, inspections: Sequence[StateDictInspection], findings: Sequence[Finding]
     ) -> tuple[list[StateDictInspection], tuple[Finding, ...], tuple[IgnoredFinding, ...]]:
@@ -119,19 +132,32 @@ def read_configuration(path: Path) -> Configuration:
     """
     try:
         document = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except OSError as error:
+        raise UsageError(f"this configuration cannot be read: {error.strerror}", path=path) from error
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise UsageError(f"this configuration cannot be read: {error}", path=path) from error
     table = document.get("tool", {}).get("bntool", {}) if path.name == _SHARED_FILE else document
     try:
+        if "tool" in table and path.name != _SHARED_FILE:
+            raise UsageError(
+                f"the table tool.bntool is for {_SHARED_FILE}; here its keys stand alone, as in [[ignore]]"
+            )
         _check_keys(table, ("fail-on", "ignore", "threshold"), "")
-        rules = tuple(map(_read_rule, table.get("ignore", [])))
-        thresholds = tuple(map(_read_threshold, table.get("threshold", [])))
+        rules = tuple(map(_read_rule, _list_tables(table, "ignore")))
+        thresholds = tuple(map(_read_threshold, _list_tables(table, "threshold")))
         return Configuration(path, _read_severity(table.get("fail-on")), rules, thresholds)
     except UsageError as error:
         raise error.about(path) from None
     except (AttributeError, TypeError) as error:
         what = "fail-on, [[ignore]] with findings, and [[threshold]] with name and value; layers, files, reason"
         raise UsageError(f"this configuration is not built as it should be: {what}", path=path) from error
+
+
+def _list_tables(table: Mapping[str, Any], key: str) -> list[Mapping[str, Any]]:
+    found = table.get(key, [])
+    if not isinstance(found, list) or not all(isinstance(one, dict) for one in found):
+        raise UsageError(f"{key} is a list of tables: write [[{key}]], with two brackets, above each")
+    return found
 
 
 def _read_severity(value: Any) -> Severity | None:
@@ -180,7 +206,7 @@ def _read_reason(table: Mapping[str, Any], kind: str) -> str:
 def _read_texts(table: Mapping[str, Any], key: str) -> tuple[str, ...]:
     values = table.get(key, [])
     if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
-        raise UsageError(f"{key} is a list of texts")
+        raise UsageError(f'{key} is a list of texts: {key} = ["..."]')
     return tuple(values)
 
 

@@ -10,9 +10,17 @@ import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-from bntool.batchnorm import DEFAULT_EPS, STATISTICS
+from bntool.batchnorm import DEFAULT_EPS, STATISTICS, VECTORS
+from bntool.checkpoints.checkpoint import StateDict
 from bntool.checkpoints.files import quote
-from bntool.checkpoints.state_dicts import COUNT_OF_AVERAGES, find_averaged_parts, find_prefix, is_averaged_copy
+from bntool.checkpoints.state_dicts import (
+    COUNT_OF_AVERAGES,
+    FLAT_AVERAGE,
+    find_averaged_parts,
+    find_prefix,
+    flatten_average,
+    is_averaged_copy,
+)
 from bntool.checkpoints.tensors import read_numbers
 from bntool.errors import BntoolError
 from bntool.inspection.findings import Finding, FindingCode, Severity
@@ -48,7 +56,9 @@ class _Copy(NamedTuple):
     @property
     def words(self) -> str:
         """The words for a finding of its state dict."""
-        return repr(self.path) if self.path else "this averaged copy"
+        if self.is_average:
+            return repr(self.path) if self.path else "this averaged copy"
+        return "the model under its own names"
 
 
 def compare_copies(
@@ -65,7 +75,9 @@ def compare_copies(
         model = _find_model(copy, copies)
         if all(layer.name in recalibrated[copy.place] for layer in copy.layers.values()) and copy.layers:
             continue
-        if model is not None:
+        if model is not None and copy.path == FLAT_AVERAGE:
+            found[copy.place] += _compare_flat(copy, model, inspections[copy.place].state_dict, thresholds)
+        elif model is not None:
             found[copy.place] += _compare(copy, model, thresholds)
         elif copy.averagings is not None:
             found[copy.place] += _judge_average(copy)
@@ -83,9 +95,27 @@ def _without_known(findings: Sequence[Finding], known: Sequence[Finding]) -> lis
     return [f for f in findings if f.code is not FindingCode.STATISTICS_MISSING or not missing.issuperset(f.layers)]
 
 
+def _find_flat_copies(place: int, inspection: StateDictInspection) -> list[_Copy]:
+    """A model, and the average of it that mmcv's EMAHook keeps in buffers; nothing where there is none."""
+    names = frozenset(inspection.state_dict.tensors)
+    averaged = frozenset(name for name in names if flatten_average(name) in names)
+    layers = {layer.name: layer for layer in inspection.layers}
+    averages = {name: layers[flatten_average(name)] for name in layers if flatten_average(name) in layers}
+    flat = {layer.name for layer in averages.values()}
+    own = {name: layer for name, layer in layers.items() if name not in flat}
+    if not any(f"{name}.{role}" in averaged for name in own for role in VECTORS):
+        return []
+    model = _Copy(place, "the model beside it", "", False, own, names - set(map(flatten_average, averaged)))
+    return [model, _Copy(place, repr(FLAT_AVERAGE), FLAT_AVERAGE, True, averages, averaged)]
+
+
 def _find_copies(place: int, inspection: StateDictInspection) -> Iterator[_Copy]:
     state_dict = inspection.state_dict
     names = [state_dict.strip(name) for name in state_dict.tensors]
+    flat = _find_flat_copies(place, inspection)
+    if flat:
+        yield from flat
+        return
     counted = COUNT_OF_AVERAGES in state_dict.tensors or COUNT_OF_AVERAGES in names
     parts = dict.fromkeys(name.partition(".")[0] for name in names)
     averages = find_averaged_parts(state_dict)
@@ -194,6 +224,42 @@ def _compare(copy: _Copy, model: _Copy, thresholds: Thresholds) -> Iterator[Find
     own, others = (_find_counter(layers) for layers in zip(*pairs, strict=True))
     if own is not None and others is not None and own < thresholds.average_counter_share * others:
         yield _describe_counters(copy, model, pairs, (own, others), (pairs[worst][0].name, shifts[worst]))
+
+
+def _compare_flat(copy: _Copy, model: _Copy, state_dict: StateDict, thresholds: Thresholds) -> list[Finding]:
+    """What is wrong with the average of mmcv's EMAHook or its model.
+
+    The hook exchanges the two before a file is written: which of them is the average, only their numbers tell.
+    """
+    if copy.layers:
+        return list(_compare(copy, model, thresholds)) or list(_compare(model, copy, thresholds))
+    distances, lengths = [], []
+    for name, layer in model.layers.items():
+        for role in ("weight", "bias"):
+            tensor, own = state_dict.tensors.get(flatten_average(f"{name}.{role}")), layer.tensors.get(role)
+            if tensor is not None and own is not None and tuple(tensor.shape) == own.shape:
+                distances.append(math.dist(read_numbers(tensor, name=flatten_average(f"{name}.{role}")), own.values))
+                lengths.append(math.hypot(*own.values))
+    distance = math.hypot(*distances) / (math.hypot(*lengths) or math.inf)
+    if not distance > thresholds.average_weight_distance:
+        return []
+    message = (
+        f"there are two sets of weights, under the model's names and under {FLAT_AVERAGE!r} (mmcv's EMAHook), whose "
+        f"BatchNorms are {distance:.1%} apart, and one set of statistics, those of the set that was trained. Which one "
+        "that is, nothing in the file tells: the hook exchanges them before a file is written"
+    )
+    return [
+        Finding(
+            FindingCode.AVERAGE_NOT_RECOMPUTED,
+            Severity.NOTICE,
+            "average",
+            message,
+            {"distance": distance},
+            "bntool recalibrate --dry-run measures whether the statistics are those of the weights that will be used",
+            layers=tuple(model.layers),
+            leaves_open="whether the statistics are those of these weights or of the ones they are averaged with",
+        )
+    ]
 
 
 def _judge_equal(

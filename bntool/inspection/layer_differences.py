@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections import Counter
 from collections.abc import Sequence
+from itertools import accumulate
 
+from bntool.batchnorm import STATISTICS, NormKind
 from bntool.checkpoints.checkpoint import StateDict
-from bntool.checkpoints.state_dicts import find_averaged_parts
+from bntool.checkpoints.state_dicts import FLAT_AVERAGE, find_averaged_parts
 from bntool.checkpoints.tensors import Tensor
 from bntool.inspection.findings import Finding, FindingCode, Severity
+from bntool.inspection.module_findings import SAID_BY_FILE
 from bntool.inspection.results import LayerInspection
-from bntool.inspection.thresholds import ThresholdsOf
+from bntool.inspection.thresholds import Thresholds, ThresholdsOf
 
 _Found = dict[str, Finding]  # by the name of the layer
 
@@ -25,6 +29,8 @@ def compare_layers(
         _compare_affine(layers, thresholds_of),
         _compare_modes(layers, state_dict),
         _compare_gradients(layers, state_dict),
+        _compare_eps(layers) if state_dict.is_module else {},
+        _compare_sizes(layers, state_dict, thresholds_of),
     ]
     layers = [_soften_at_input(layer, state_dict) for layer in layers]
     return tuple(
@@ -45,17 +51,98 @@ def _soften_at_input(layer: LayerInspection, state_dict: StateDict) -> LayerInsp
     """
     if not any(finding.code in _OUTLYING and finding.severity is Severity.ERROR for finding in layer.findings):
         return layer
-    own = {id(tensor) for tensor in layer.layer.tensors.values()}
-    for tensor in state_dict.tensors.values():
-        if id(tensor) in own:
-            break
-        if len(tensor.shape) > 1 and layer.layer.num_features in tensor.shape[:2]:
-            return layer
+    if _is_fed(layer, state_dict):
+        return layer
     findings = tuple(
         dataclasses.replace(finding, severity=Severity.WARNING) if finding.code in _OUTLYING else finding
         for finding in layer.findings
     )
     return dataclasses.replace(layer, findings=findings)
+
+
+def _is_fed(layer: LayerInspection, state_dict: StateDict) -> bool:
+    """Whether the weight of a layer that gives as many channels stands anywhere before it."""
+    own = {id(tensor) for tensor in layer.layer.tensors.values()}
+    for tensor in state_dict.tensors.values():
+        if id(tensor) in own:
+            return False
+        if len(tensor.shape) > 1 and layer.layer.num_features in tensor.shape[:2]:
+            return True
+    return False
+
+
+def _compare_sizes(layers: Sequence[LayerInspection], state_dict: StateDict, thresholds_of: ThresholdsOf) -> _Found:
+    """Layers all of whose statistics lie far from where those of any other layer do.
+
+    The first layer is left out, and what no layer feeds: what the model is given may be of any size.
+    """
+    inner = [layer for layer in layers[1:] if layer.layer.kind is NormKind.BATCH_NORM and _has_numbers(layer)]
+    found = {}
+    ordered = sorted(inner, key=lambda layer: layer.tensors["running_var"].minimum or 0.0)
+    largest = list(accumulate((layer.tensors["running_var"].maximum or 0.0 for layer in ordered), max))
+    gap, first = 0.0, len(ordered)
+    for place in range((len(ordered) + 1) // 2, len(ordered)):
+        ratio = (ordered[place].tensors["running_var"].minimum or 0.0) / (largest[place - 1] or math.inf)
+        gap, first = max((gap, first), (ratio, place))
+    for layer in ordered[first:] if len(ordered) > _FEW_LAYERS else ():
+        if gap >= thresholds_of(layer.name).outlying_layer_variance and _is_fed(layer, state_dict):
+            found[layer.name] = _describe_far_variance(layer, gap)
+    for layer in inner:
+        sigmas = _measure_offset(layer, thresholds_of(layer.name))
+        if sigmas >= thresholds_of(layer.name).outlying_layer_mean and _is_fed(layer, state_dict):
+            found[layer.name] = _describe_far_mean(sigmas)
+    return found
+
+
+_FEW_LAYERS = 2  # too few to say what is usual
+
+
+def _has_numbers(layer: LayerInspection) -> bool:
+    statistics = [layer.tensors[role] for role in STATISTICS if role in layer.tensors]
+    return len(statistics) == len(STATISTICS) and all(len(one.values) and not one.nonfinite for one in statistics)
+
+
+def _measure_offset(layer: LayerInspection, thresholds: Thresholds) -> float:
+    """How far the mean lies from 0 in the channel in the middle, in sigmas, without channels that are constant."""
+    mean, variance = (layer.tensors[role] for role in STATISTICS)
+    least = max(variance.minimum or 0.0, thresholds.constant_variance)
+    largest = max(-(mean.minimum or 0.0), mean.maximum or 0.0)
+    if largest < thresholds.outlying_layer_mean * math.sqrt(least):  # nearly always
+        return 0.0
+    live = [
+        abs(m) / math.sqrt(v)
+        for m, v in zip(mean.values, variance.values, strict=True)
+        if v > thresholds.constant_variance
+    ]
+    return sorted(live)[len(live) // 2] if len(live) > _FEW_CHANNELS else 0.0
+
+
+_FEW_CHANNELS = 2
+
+
+def _describe_far_variance(layer: LayerInspection, gap: float) -> Finding:
+    least = layer.tensors["running_var"].minimum or 0.0
+    return Finding(
+        FindingCode.OUTLYING_VARIANCE,
+        Severity.WARNING,
+        f"all var {least:.1e}",
+        f"running_var is {least:.3g} or more in every channel, {gap:.1g} times what any channel of the others has, "
+        "with nothing in between: what usual data put into it comes out as a constant",
+        {"ratio": gap, "smallest": least},
+        "recalibrate, or take an earlier file; nothing is to be done if what comes in is as large",
+    )
+
+
+def _describe_far_mean(sigmas: float) -> Finding:
+    return Finding(
+        FindingCode.OUTLYING_MEAN,
+        Severity.WARNING,
+        f"mean {sigmas:.1e} sigma",
+        f"running_mean lies {sigmas:.2g} standard deviations from 0 in the channel in the middle: no layer gives "
+        "data that are so far from 0 and so near to each other, and usual data, normalised by it, are shifted as far",
+        {"sigmas": sigmas},
+        "recalibrate, or take an earlier file",
+    )
 
 
 def _part_copies(layers: Sequence[LayerInspection], state_dict: StateDict) -> list[list[LayerInspection]]:
@@ -64,7 +151,8 @@ def _part_copies(layers: Sequence[LayerInspection], state_dict: StateDict) -> li
     copies: dict[str, list[LayerInspection]] = {}
     for layer in layers:
         part = layer.name.partition(".")[0]
-        copies.setdefault(part if part in averages else "", []).append(layer)
+        part = FLAT_AVERAGE if part == layer.name and part.startswith(FLAT_AVERAGE) else part
+        copies.setdefault(part if part in (*averages, FLAT_AVERAGE) else "", []).append(layer)
     return list(copies.values())
 
 
@@ -123,6 +211,29 @@ def _is_as_created(layer: LayerInspection) -> bool:
     return weight.minimum == weight.maximum == 1 and not weight.nonfinite and bias.minimum == bias.maximum == 0
 
 
+def _compare_eps(layers: Sequence[LayerInspection]) -> _Found:
+    """Layers of a pickled module with another eps than all the others.
+
+    Where several have another one, parts of the model are made differently, as detectors are.
+    """
+    said = {layer.name: layer.layer.eps for layer in layers if layer.layer.eps_source in SAID_BY_FILE}
+    counts = Counter(said.values())
+    usual, votes = counts.most_common(1)[0] if counts else (None, 0)
+    odd = {name: eps for name, eps in said.items() if eps != usual}
+    if usual is None or len(odd) != 1 or votes < _MANY:
+        return {}
+    ((name, eps),) = odd.items()
+    if eps is None or any(f.code is FindingCode.EPS for layer in layers if layer.name == name for f in layer.findings):
+        return {}
+    message = f"eps is {eps:g} here and {usual:g} in all {votes} other layers"
+    advice = "nothing is to be done where that was meant; a layer that was replaced or converted alone may have it so"
+    facts = {"eps": eps, "expected": [usual]}
+    return {name: Finding(FindingCode.EPS, Severity.NOTICE, f"eps {eps:g}", message, facts, advice)}
+
+
+_MANY = 3  # layers that have the same, from which on one other is odd
+
+
 def _in_training_mode() -> Finding:
     """Make the finding of a node of a graph in training mode: a program has one mode."""
     message = "its node is in training mode: it normalises by the batch whenever the program runs"
@@ -158,14 +269,22 @@ def _compare_gradients(layers: Sequence[LayerInspection], state_dict: StateDict)
     own = {id(tensor) for layer in layers for tensor in layer.layer.tensors.values()}
     if not any(_trains(tensor) for tensor in state_dict.tensors.values() if id(tensor) not in own):
         return {}
-    message = "its weight and bias have requires_grad=False while other parameters of the model train"
-    advice = "nothing is to be done where it was frozen on purpose"
-    finding = Finding(FindingCode.NO_GRADIENT, Severity.NOTICE, "no gradient", message, advice=advice)
     affine = {
         layer.name: [layer.layer.tensors[role] for role in ("weight", "bias") if role in layer.layer.tensors]
         for layer in layers
     }
-    return {name: finding for name, tensors in affine.items() if tensors and all(_trains(t) is False for t in tensors)}
+    frozen = {name for name, tensors in affine.items() if tensors and all(_trains(t) is False for t in tensors)}
+    return {layer.name: _describe_no_gradient(layer) for layer in layers if layer.name in frozen}
+
+
+def _describe_no_gradient(layer: LayerInspection) -> Finding:
+    message = "its weight and bias have requires_grad=False while other parameters of the model train"
+    advice = "nothing is to be done where it was frozen on purpose"
+    moves = layer.layer.training is True and layer.layer.track_running_stats is not False and layer.layer.momentum != 0
+    if moves and layer.layer.kind is NormKind.BATCH_NORM:
+        message += "; it is in train mode, so that its running statistics move all the same"
+        advice = "where it was to be frozen: eval() of this layer after each model.train(), as bntool freeze does it"
+    return Finding(FindingCode.NO_GRADIENT, Severity.NOTICE, "no gradient", message, advice=advice)
 
 
 def _trains(tensor: Tensor) -> bool | None:

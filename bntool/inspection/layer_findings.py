@@ -18,6 +18,7 @@ from bntool.representation import format_number
 
 HALF_SMALLEST_NORMAL = 2.0**-14
 HALF_LARGEST = 65504.0
+USUAL_MOMENTUM = 0.1
 
 
 def find_in_layer(
@@ -25,6 +26,7 @@ def find_in_layer(
     *,
     eps: float | None,
     momentum: float | None = None,
+    averages_all: bool = False,
     recalibrated: bool = False,
     thresholds: Thresholds = DEFAULTS,
 ) -> list[Finding]:
@@ -35,6 +37,7 @@ def find_in_layer(
         eps: where it is known; else PyTorch's default is used for the scale, which thresholds are coarse enough for.
         momentum: where it is known, what the counter says is held against what the statistics can be after so few
             updates.
+        averages_all: momentum is known to be None, PyTorch's plain average over all batches.
         recalibrated: the file records that its statistics were recomputed, so that the counter tells nothing.
     """
     findings = _shapes(tensors)
@@ -43,17 +46,23 @@ def find_in_layer(
     findings += _nonfinite(tensors)
     mean, variance = tensors.get("running_mean"), tensors.get("running_var")
     if mean is not None and variance is not None:
-        findings += _variance(variance)
+        eps = DEFAULT_EPS if eps is None else eps
+        findings += _variance(variance, tensors.get("weight"), eps=eps, thresholds=thresholds)
         outlying = _outlying(mean, variance, thresholds)
         findings += outlying
         initial = _initial(mean, variance, tensors.get("num_batches_tracked"), thresholds)
         findings += initial
         hidden = {i for f in outlying if f.code is FindingCode.OUTLYING_VARIANCE for i in f.channels}
-        eps = DEFAULT_EPS if eps is None else eps
         findings += _scale(tensors, variance, eps, hidden=hidden, thresholds=thresholds)
         findings += _half(mean, variance)
         tells_nothing = bool(initial) or recalibrated
-        findings += _counter(tensors, tells_nothing=tells_nothing, momentum=momentum, few=thresholds.few_updates)
+        findings += _counter(
+            tensors,
+            tells_nothing=tells_nothing,
+            momentum=momentum,
+            averages_all=averages_all,
+            few=thresholds.few_updates,
+        )
     return findings
 
 
@@ -109,12 +118,23 @@ def _describe_outputs(tensors: dict[str, Summary], channels: Collection[int]) ->
 _USUAL = {"weight": 1.0, "bias": 0.0, "running_mean": 0.0, "running_var": 1.0}
 
 
-def _variance(variance: Summary) -> list[Finding]:
-    if variance.minimum is None or variance.minimum > 0:  # nearly always: no need to count
+def _variance(variance: Summary, weight: Summary | None, *, eps: float, thresholds: Thresholds) -> list[Finding]:
+    """Channels whose variance is none, or is that of a constant.
+
+    Where the weight is 0 the variance decides nothing: pruned channels are told of by their scale.
+    """
+    vanishing = thresholds.vanishing_variance
+    if variance.minimum is None or variance.minimum > max(vanishing, 0.0):  # nearly always: no need to count
         return []
     count = len(variance.values)
+    weights = [1.0] * count if weight is None else weight.values
     negative = tuple(i for i, value in enumerate(variance.values) if value < 0)
-    zero = tuple(i for i, value in enumerate(variance.values) if value == 0)
+    zero = tuple(i for i, value in enumerate(variance.values) if value == 0 and weights[i] != 0)
+    small = tuple(
+        i
+        for i, value in enumerate(variance.values)
+        if 0 < value <= vanishing and abs(weights[i]) > thresholds.vanishing_scale * math.sqrt(value + eps)
+    )
     findings = []
     if negative:
         message = f"running_var is negative in {len(negative)} of {count} channels: no average of squares can be"
@@ -130,9 +150,10 @@ def _variance(variance: Summary) -> list[Finding]:
             )
         )
     if zero:
+        lost = "was rounded to an integer" if variance.dtype.startswith(_INTEGERS) else "underflowed in half precision"
         message = (
             f"running_var is 0 in {len(zero)} of {count} channels: their input was constant (dead channels before this "
-            "layer), or it underflowed in half precision; the scale is weight / sqrt(eps)"
+            f"layer), or it {lost}; the scale is weight / sqrt(eps)"
         )
         findings.append(
             Finding(
@@ -145,7 +166,23 @@ def _variance(variance: Summary) -> list[Finding]:
                 zero,
             )
         )
+    if small:
+        smallest = min(variance.values[i] for i in small)
+        largest = max(abs(weights[i]) / math.sqrt(variance.values[i] + eps) for i in small)
+        what = f"of channel {small[0]}" if len(small) == 1 else f"in {len(small)} of {count} channels"
+        message = (
+            f"running_var {what} is nearly 0 ({smallest:.1e}), as if the input had been constant for long: "
+            "it is, behind dead channels, and comes out right then; whatever else new data put there is amplified "
+            f"{format_number(largest)} times"
+        )
+        advice = "nothing is to be done where the channels before are dead; else look at what feeds them"
+        facts = {"channels": len(small), "smallest": smallest, "largest_scale": largest}
+        short = f"var {smallest:.0e}"
+        findings.append(Finding(FindingCode.ZERO_VARIANCE, Severity.NOTICE, short, message, facts, advice, small))
     return findings
+
+
+_INTEGERS = ("int", "uint")  # begin their names
 
 
 def _outlying(mean: Summary, variance: Summary, thresholds: Thresholds) -> list[Finding]:
@@ -216,16 +253,16 @@ def _describe_outlying(role: str, gap: float, outlying: Sequence[int], summary: 
 
 def _initial(mean: Summary, variance: Summary, counter: Summary | None, thresholds: Thresholds) -> list[Finding]:
     if 0.0 not in mean.values or 1.0 not in variance.values:
-        return []
+        return _one_of_two(mean, variance)
     pairs = enumerate(zip(mean.values, variance.values, strict=True))
     initial = tuple(i for i, (m, v) in pairs if m == 0 and v == 1)
     count = len(mean.values)
     if not initial:
-        return []
+        return _one_of_two(mean, variance)
     tracked = counter.values[0] if counter is not None and len(counter.values) == 1 else None
     if len(initial) < count:
         if len(initial) < thresholds.initial_share * count:
-            return []
+            return _one_of_two(mean, variance)
         message = f"running_mean is 0 and running_var 1 in {len(initial)} of {count} channels: these look never updated"
         facts = {"channels": len(initial)}
         return [
@@ -236,6 +273,29 @@ def _initial(mean: Summary, variance: Summary, counter: Summary | None, threshol
     said = "" if tracked is None else f" (num_batches_tracked is {tracked:g})"
     message = f"running_mean is 0 and running_var 1 everywhere{said}: the statistics were never updated, or were reset"
     return [Finding(FindingCode.NEVER_UPDATED, Severity.WARNING, "never updated", message, advice=_IF_TRAINED)]
+
+
+def _one_of_two(mean: Summary, variance: Summary) -> list[Finding]:
+    """One of the two statistics as it was created, although the other has moved: updates move both.
+
+    Variances that are all the same are no measured ones: FrozenBatchNorm of detectron2 has 0 and 1 - eps.
+    """
+    same_mean, same_variance = mean.minimum == mean.maximum, variance.minimum == variance.maximum
+    if same_mean == same_variance or mean.nonfinite or variance.nonfinite or mean.minimum is None:
+        return []
+    if same_mean and mean.minimum == 0:
+        lost, moved = "running_mean", "running_var"
+    elif same_variance and variance.minimum == 1:
+        lost, moved = "running_var", "running_mean"
+    else:
+        return []
+    value = 0 if same_mean else 1
+    message = (
+        f"{lost} is {value} in every channel, as it is created, while {moved} has moved: updates move both, so that "
+        f"{lost} was lost, by a converter or by loading under another name"
+    )
+    advice = f"look at what {lost} is called where the file was converted or loaded, or recalibrate"
+    return [Finding(FindingCode.PARTLY_INITIAL, Severity.WARNING, f"{lost} {value}", message, {"lost": lost}, advice)]
 
 
 _IF_TRAINED = (
@@ -287,7 +347,7 @@ def _scale(
                 f"{len(dead)} dead",
                 message,
                 {"channels": len(dead), "share": share},
-                "harmless for what the model computes; if nobody pruned them, look at weight decay and learning rate",
+                "nothing is to be done where they were pruned; else look at weight decay and learning rate",
                 dead,
             )
         )
@@ -337,6 +397,11 @@ def _has_usual_scales(weight: Summary | None, variance: Summary, eps: float, thr
 
 
 def _half(mean: Summary, variance: Summary) -> list[Finding]:
+    integers = [one.dtype for one in (variance, mean) if one.dtype.startswith(_INTEGERS)]
+    if integers:
+        message = f"statistics are stored in {integers[0]}: what stood behind the point is lost"
+        advice = "take a file from before the cast, or recalibrate: a quantisation must leave statistics out"
+        return [Finding(FindingCode.HALF_STATISTICS, Severity.WARNING, integers[0], message, advice=advice)]
     if variance.dtype not in ("float16", "bfloat16") and mean.dtype not in ("float16", "bfloat16"):
         return []
     message = f"statistics are stored in {variance.dtype}: running averages cannot be updated precisely in it"
@@ -366,28 +431,45 @@ def _half(mean: Summary, variance: Summary) -> list[Finding]:
 _NOT_IN_HALF = "store statistics in float32, then recalibrate"
 
 
-def _counter(tensors: dict[str, Summary], *, tells_nothing: bool, momentum: float | None, few: float) -> list[Finding]:
+def _counter(
+    tensors: dict[str, Summary], *, tells_nothing: bool, momentum: float | None, averages_all: bool, few: float
+) -> list[Finding]:
     counter = tensors.get("num_batches_tracked")
     if counter is None:
         return []
     if counter.dtype != "int64" or len(counter.values) != 1:
         message = f"num_batches_tracked is {counter.dtype} {list(counter.shape)}; PyTorch has an int64 scalar"
-        advice = "harmless until training resumes; a cast of the whole state dict to half has done it"
+        done = "an average or other arithmetic on"
+        if counter.dtype in ("float16", "bfloat16"):
+            done = "a cast to half of"
+        advice = f"set it to an int64 scalar before training resumes; {done} the whole state dict has done it"
         short = f"counter {counter.dtype}"
         return [Finding(FindingCode.COUNTER_DTYPE, Severity.WARNING, short, message, advice=advice)]
     count = int(counter.values[0])
-    return [] if tells_nothing else _few_updates(tensors["running_var"], count, momentum, few)
+    if count < 0:
+        message = f"num_batches_tracked is {count}: no count of batches can be"
+        advice = "set it to 0, or take it from another file: with momentum=None it decides how much a batch counts"
+        return [Finding(FindingCode.COUNTER_DTYPE, Severity.WARNING, f"counter {count}", message, advice=advice)]
+    if tells_nothing:
+        return []
+    return _few_updates(tensors["running_var"], count, momentum, few, averages_all=averages_all)
 
 
-def _few_updates(variance: Summary, count: int, momentum: float | None, few: float) -> list[Finding]:
+def _few_updates(
+    variance: Summary, count: int, momentum: float | None, few: float, *, averages_all: bool
+) -> list[Finding]:
     if count == 0:
         message = (
             "num_batches_tracked is 0 although the statistics have moved: they were set by other means (a converted "
             "model, an averaged copy)"
         )
-        advice = "momentum=None would forget them at the first batch of a training that goes on"
+        advice = "nothing is to be done, unless momentum becomes None: the first batch would take their place"
+        if averages_all:
+            message += ". momentum is None here: the first batch of a training that goes on takes their place"
+            advice = "before training goes on, set num_batches_tracked to the number of batches that they rest on"
         return [Finding(FindingCode.COUNTER_ZERO, Severity.NOTICE, "counter 0", message, advice=advice)]
-    if not 0 < count < few:
+    least = _find_least_updates(few, momentum)
+    if count >= least:
         return []
     updates, facts = f"{count} update{'s' if count > 1 else ''}", {"updates": count}
     if momentum is not None and _contradicts(variance, count, momentum):
@@ -402,7 +484,22 @@ def _few_updates(variance: Summary, count: int, momentum: float | None, few: flo
         "on other data than the training's, reset, or hardly trained"
     )
     advice = "recalibrate --dry-run measures how far they are off"
+    if momentum is not None and count >= few:
+        left = (1 - momentum) ** count
+        message = (
+            f"the statistics rest on {count} batches (num_batches_tracked), of which momentum {momentum:g} leaves "
+            f"{left:.0%} of the initial mean 0 and variance 1"
+        )
+        advice += "; with so small a momentum they need a longer training, or a larger one for the first batches"
+        facts = {"updates": count, "initial_share": left}
     return [Finding(FindingCode.COUNTER_LOW, Severity.WARNING, f"{updates} only", message, facts, advice)]
+
+
+def _find_least_updates(few: float, momentum: float | None) -> float:
+    """The updates after which as little of the initial values is left as few updates leave with momentum 0.1."""
+    if momentum is None or not 0 < momentum < USUAL_MOMENTUM:
+        return few
+    return few * math.log1p(-USUAL_MOMENTUM) / math.log1p(-momentum)
 
 
 def _contradicts(variance: Summary, count: int, momentum: float) -> bool:

@@ -14,7 +14,7 @@ from bntool.graphs.architectures.recognition import Architecture, find_momentum
 from bntool.inspection.findings import Finding, FindingCode, Severity
 from bntool.inspection.thresholds import DEFAULTS, Thresholds
 
-_SAID = (EpsSource.MODULE, EpsSource.PROTOTXT)  # by the file itself
+SAID_BY_FILE = (EpsSource.MODULE, EpsSource.PROTOTXT)
 
 
 def is_batch_norm_without_statistics(norm: BatchNorm) -> bool:
@@ -78,20 +78,28 @@ def find_in_module(norm: BatchNorm, expected: Expected, thresholds: Thresholds =
                 f"momentum is {momentum:g}: PyTorch gives the new batch that share, so that the running statistics are "
                 "those of the last batches"
             )
-            advice = "other frameworks call the share that is kept momentum"
+            advice = "look at where it comes from: other frameworks call the share that is kept momentum"
             if thresholds.high_momentum < momentum < 1:
-                advice += f"; what they call {momentum:g} is {1 - momentum:.3g} here"
+                advice += f", and what they call {momentum:g} is {1 - momentum:.3g} here"
             short, facts = f"momentum {momentum:g}", {"momentum": momentum}
             findings.append(Finding(FindingCode.MOMENTUM, Severity.WARNING, short, message, facts, advice))
         elif momentum == 0:
             message = "momentum is 0: the running statistics never move, whatever mode it is trained in"
-            findings.append(Finding(FindingCode.MOMENTUM, Severity.NOTICE, "momentum 0", message, {"momentum": 0.0}))
+            advice = "nothing is to be done where that is meant to keep them; else PyTorch's usual one is 0.1"
+            facts = {"momentum": 0.0}
+            findings.append(Finding(FindingCode.MOMENTUM, Severity.NOTICE, "momentum 0", message, facts, advice))
         elif expected.momentum and not any(math.isclose(momentum, value, rel_tol=1e-6) for value in expected.momentum):
             findings.append(_describe_other_momentum(momentum, expected.momentum))
-    if norm.eps is not None and norm.eps_source in _SAID and expected.eps and norm.eps not in expected.eps:
+    if norm.eps is not None and norm.eps_source in SAID_BY_FILE and norm.eps <= 0:
+        message = f"eps is {norm.eps:g}: a channel whose variance is 0 is divided by 0"
+        advice = "set it to what the model was trained with; PyTorch's usual one is 1e-5"
+        findings.append(
+            Finding(FindingCode.EPS, Severity.WARNING, f"eps {norm.eps:g}", message, {"eps": norm.eps}, advice)
+        )
+    elif norm.eps is not None and norm.eps_source in SAID_BY_FILE and expected.eps and norm.eps not in expected.eps:
         values = " or ".join(f"{value:g}" for value in expected.eps)
         message = f"eps is {norm.eps:g}, in the architecture whose names and shapes the tensors have it is {values}"
-        advice = "a converter or a quantisation tool may have reset it: set it back, if the model was trained with that"
+        advice = "set it back, if the model was trained with that: a converter or a quantisation tool may have reset it"
         found: dict[str, object] = {"eps": norm.eps, "expected": list(expected.eps)}
         findings.append(Finding(FindingCode.EPS, Severity.WARNING, f"eps {norm.eps:g}", message, found, advice))
     return findings

@@ -180,6 +180,7 @@ class Inspection:
         configuration: the file that says what is meant to be so; None without one.
         ignored: findings that it takes for meant; the verdict does not count them.
         thresholds: that it sets for this file.
+        idle_globs: of layers, in its rules for findings that the file has, that select none of them.
     """
 
     checkpoint: Checkpoint
@@ -191,6 +192,7 @@ class Inspection:
     configuration: Path | None = None
     ignored: tuple[IgnoredFinding, ...] = ()
     thresholds: tuple[ThresholdRule, ...] = ()
+    idle_globs: tuple[str, ...] = ()
 
     _repr_html_ = html_repr
 

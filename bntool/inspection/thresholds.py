@@ -20,7 +20,11 @@ class Thresholds(NamedTuple):
         outlying_mean: times the next smaller abs(running_mean), and the largest sigma, of the rest; of trained layers
             7.2 is the largest.
         outlying_mean_error: from which on it is an error.
+        outlying_layer_variance: times the largest running_var of all layers below, that every channel of a layer has.
+        outlying_layer_mean: sigmas from 0, in the channel in the middle.
         constant_variance: at most this running_var, a channel is as good as constant and nothing to compare with.
+        vanishing_variance: at most this running_var, the input was constant for long: 0.9 ** 262 = 1e-12.
+        vanishing_scale: abs(scale) above this amplifies what comes into such a channel.
         initial_share: of the channels that have mean 0 and variance 1, from which on they are told of.
         few_updates: below it the statistics rest on few batches: 0.9 ** 22 = 0.1, with momentum 0.1 a tenth of the
             initial values is left.
@@ -43,7 +47,11 @@ class Thresholds(NamedTuple):
     outlying_variance_error: float = 1e6
     outlying_mean: float = 1e2
     outlying_mean_error: float = 1e4
+    outlying_layer_variance: float = 1e4
+    outlying_layer_mean: float = 1e3
     constant_variance: float = 1e-5
+    vanishing_variance: float = 1e-12
+    vanishing_scale: float = 1.0
     initial_share: float = 0.5
     few_updates: float = 22
     many_updates: float = 100

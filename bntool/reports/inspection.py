@@ -67,7 +67,8 @@ def _describe_configuration(inspection: Inspection) -> dict[str, Any]:
         }
         for rule in inspection.thresholds
     ]
-    return {"configuration": str(inspection.configuration), "ignored": ignored, "thresholds": thresholds}
+    described = {"configuration": str(inspection.configuration), "ignored": ignored, "thresholds": thresholds}
+    return described | ({"idle_globs": list(inspection.idle_globs)} if inspection.idle_globs else {})
 
 
 def _describe_verdict(verdict: Verdict) -> dict[str, Any]:
@@ -227,6 +228,9 @@ def _show_configuration(inspection: Inspection) -> Iterable[Block]:
         where = f" for {list_names(rule.layers, _LISTED)}" if rule.layers else ""
         said = f"{rule.name} {rule.value:g}{where} (usually {rule.default:g}): {rule.reason}"
         yield Line((Cell("threshold ", Style.MUTED), Cell(said)), indent=2)
+    if inspection.idle_globs:
+        names = list_names(inspection.idle_globs, _LISTED)
+        yield Line((Cell("selects no layer ", Style.MUTED), Cell(f"of this file: {names} of [[ignore]]")), indent=2)
 
 
 def _safety(inspection: Inspection) -> Iterable[Block]:

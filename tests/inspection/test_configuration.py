@@ -106,8 +106,10 @@ def test_folders_above_the_repository_are_not_looked_at(project: Path, capsys: p
         ("[[threshold]]\nname = 'dead-scale'\nvalue = inf\nreason = 'x'", "no positive number"),
         ("[[threshold]]\nname = 'dead-scale'\nlimit = 3\nreason = 'x'", "no key of [[threshold]]"),
         ("[[threshold]]\nname = 'average-lag'\nvalue = 3\nlayers = ['a']\nreason = 'x'", "is of a file"),
-        ("ignore = 3", "not built as it should be"),
-        ("ignore = [3]", "not built as it should be"),
+        ("ignore = 3", "write [[ignore]], with two brackets"),
+        ("ignore = [3]", "write [[ignore]], with two brackets"),
+        ("[ignore]\nfindings = ['non-finite']\nreason = 'x'", "write [[ignore]], with two brackets"),
+        ("[[tool.bntool.ignore]]\nfindings = ['non-finite']", "the table tool.bntool is for pyproject.toml"),
         ("fail-on = ", "cannot be read"),
         ("\xff", "cannot be read"),
     ],
@@ -187,3 +189,12 @@ def test_the_page_lists_each_threshold_with_its_default() -> None:
     text = (ROOT / "docs" / "thresholds.md").read_text()
     listed = dict(re.findall(r"^\| `([a-z-]+)` \| ([\d.e+-]+) \|", text, flags=re.MULTILINE))
     assert listed == {name.replace("_", "-"): f"{value:g}" for name, value in DEFAULTS._asdict().items()}
+
+
+def test_a_glob_that_selects_no_layer_is_said(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (project / "bntool.toml").write_text(IGNORE.replace('"*1"', '"1", "backbone.*"'))
+    assert inspect(capsys, code=1)["idle_globs"] == ["backbone.*"]
+    (project / "bntool.toml").write_text(IGNORE.replace('"*1"', '"*", "backbone.*"'))
+    assert "idle_globs" not in inspect(capsys, code=0)  # nothing is left for it
+    (project / "bntool.toml").write_text(IGNORE.replace('"*1"', '"backbone.*"').replace("sick", "other"))
+    assert "idle_globs" not in inspect(capsys, code=1)

@@ -206,3 +206,50 @@ def test_an_average_whose_norms_are_those_of_the_model_is_not_called_healthy(fla
     assert (finding.code, finding.severity) == (FindingCode.AVERAGE_NOT_RECOMPUTED, Severity.NOTICE)
     assert "averaged 40 times" in finding.message
     assert bntool.inspect(tmp_path / "c.pt").verdict.health is Health.NOT_JUDGED
+
+
+def register_as_mmcv(model: nn.Module, average: nn.Module, *, buffers: bool) -> dict[str, torch.Tensor]:
+    """As EMAHook of mmcv 1.7 does: ``self.param_ema_buffer[name] = f"ema_{name.replace('.', '_')}"``."""
+    kept = average.state_dict() if buffers else dict(average.named_parameters())
+    own = {f"backbone.{name}": tensor for name, tensor in model.state_dict().items()}
+    return own | {f"ema_backbone_{name}".replace(".", "_"): tensor.detach() for name, tensor in kept.items()}
+
+
+@pytest.mark.parametrize("exchanged", [False, True])
+def test_an_average_that_lies_in_buffers_of_the_model(exchanged: bool, tmp_path: Path) -> None:
+    model = build()
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.999), use_buffers=True)
+    average.n_averaged.fill_(1)
+    initial = copy.deepcopy(model)
+    train(model, average, 60)
+    layers = ("backbone.1", "backbone.4") if exchanged else ("ema_backbone_1", "ema_backbone_4")
+    for copied, code in [
+        (initial, FindingCode.EMA_STATISTICS_INITIAL),
+        (average.module, FindingCode.EMA_STATISTICS_LAG),
+    ]:
+        pair = (copied, model) if exchanged else (model, copied)
+        (finding,) = found(register_as_mmcv(*pair, buffers=True), tmp_path)
+        assert (finding.code, finding.layers) == (code, layers)
+    assert not found(register_as_mmcv(model, model, buffers=True), tmp_path)
+    assert len(bntool.inspect(tmp_path / "c.pt").state_dicts[0].layers) == 4
+
+
+def test_one_set_of_statistics_for_two_sets_of_weights(tmp_path: Path) -> None:
+    model = build()
+    average = copy.deepcopy(model)
+    train(model, AveragedModel(model), 60)
+    (finding,) = found(register_as_mmcv(model, average, buffers=False), tmp_path)
+    assert finding.code is FindingCode.AVERAGE_NOT_RECOMPUTED
+    assert bntool.inspect(tmp_path / "c.pt").verdict.health is Health.NOT_JUDGED
+    assert not found(register_as_mmcv(model, model, buffers=False), tmp_path)
+    assert bntool.inspect(tmp_path / "c.pt").verdict.health is Health.HEALTHY
+
+
+def test_an_average_that_a_callback_of_lightning_keeps(tmp_path: Path) -> None:
+    model = build()
+    average = AveragedModel(model)
+    train(model, average, 60, every=20)
+    kept = {"n_averaged": 3, "average_model_state": average.module.state_dict()}
+    file = {"state_dict": model.state_dict(), "callbacks": {"StochasticWeightAveraging": kept}}
+    (finding,) = found(file, tmp_path)
+    assert finding.code is FindingCode.AVERAGE_NOT_RECOMPUTED

@@ -72,7 +72,10 @@ CASES: list[tuple[dict[str, Any], dict[FindingCode, Severity]]] = [
     ({"running_var": [0.8, 1.9e3, 0.4, 2.0]}, {}),
     ({"running_var": [0.8e5, 1.2e9, 0.4, 2.0]}, {FindingCode.OUTLYING_VARIANCE: Severity.WARNING}),  # two of four
     ({"running_var": [3e9, 1.2e9, 4e9, 2.0]}, {}),  # three of four: the one is odd
-    ({"running_var": [1e-30, 1e-36, 1e-6, 2.0]}, {}),  # constant inputs, and one channel that lives
+    (
+        {"running_var": [1e-30, 1e-36, 1e-6, 2.0]},  # constant inputs, and one channel that lives
+        {FindingCode.ZERO_VARIANCE: Severity.NOTICE},
+    ),
     ({"running_mean": [0.5, -1e9, 0.2, 0.0]}, {FindingCode.OUTLYING_MEAN: Severity.ERROR}),
     ({"running_mean": [0.5, -150.0, 0.2, 0.0]}, {FindingCode.OUTLYING_MEAN: Severity.WARNING}),
     ({"running_mean": [0.5, 130.0, 0.2, 0.0]}, {}),  # the largest sigma of the others is 1.41
@@ -87,6 +90,21 @@ CASES: list[tuple[dict[str, Any], dict[FindingCode, Severity]]] = [
         {FindingCode.HALF_STATISTICS: Severity.NOTICE, FindingCode.OVERFLOW: Severity.ERROR},
     ),
     ({"weight": [1.0, 1.0]}, {FindingCode.SHAPE_MISMATCH: Severity.ERROR}),
+    # one of the two statistics was lost
+    ({"running_mean": [0.0] * 4}, {FindingCode.PARTLY_INITIAL: Severity.WARNING}),
+    ({"running_var": [1.0] * 4}, {FindingCode.PARTLY_INITIAL: Severity.WARNING}),
+    ({"running_mean": [0.0, 0.0, 0.0, 1e-9]}, {}),
+    ({"running_mean": [0.0] * 4, "running_var": [0.99999] * 4}, {}),  # detectron2's FrozenBatchNorm: 1 - eps
+    # channels whose input is constant
+    (
+        {"running_var": [0.8, 0.0, 0.4, 2.0], "weight": [1.0, 0.0, 1.0, 1.0]},
+        {FindingCode.DEAD_CHANNELS: Severity.WARNING},
+    ),
+    ({"running_var": [0.8, 1e-12, 0.4, 2.0]}, {FindingCode.ZERO_VARIANCE: Severity.NOTICE}),
+    ({"running_var": [0.8, 1e-30, 0.4, 2.0], "weight": [1.0, 1e-3, 1.0, 1.0]}, {}),
+    ({"running_var": [0.8, 2e-12, 0.4, 2.0]}, {}),
+    ({"counter": -3}, {FindingCode.COUNTER_DTYPE: Severity.WARNING}),
+    ({"dtype": "int32", "running_var": [1.0, 2.0, 5.0, 2.0]}, {FindingCode.HALF_STATISTICS: Severity.WARNING}),
 ]
 
 
@@ -243,3 +261,33 @@ def test_what_comes_out_of_channels_that_are_not_finite_is_what_torch_gives(role
     assert not torch.isfinite(out).any()
     assert bool(torch.isnan(out).any()) == ("NaN" in said)
     assert bool(torch.isinf(out).any()) == ("infinite" in said)
+
+
+@pytest.mark.parametrize(("momentum", "enough"), [(0.1, 22), (0.01, 231), (0.003, 772)])
+def test_a_small_momentum_needs_more_updates(momentum: float, enough: int) -> None:
+    bn = torch.nn.BatchNorm1d(4, momentum=momentum)
+    batch = torch.tensor([[-4.0], [4.0]]) * torch.tensor([[1.0, 1.2, 1.4, 2.0]]) + 2
+    for _ in range(enough):
+        before = {
+            role: Summary(t.double().reshape(-1).tolist(), dtype="float32", shape=(4,))
+            for role, t in bn.state_dict().items()
+        }
+        before["num_batches_tracked"] = Summary([int(bn.num_batches_tracked)], dtype="int64", shape=())
+        initial = 1 - bn.running_mean[0].item() / 2  # what torch has left of the initial 0
+        bn(batch)
+    assert initial > 0.9**22 > 0.999 * (1 - bn.running_mean[0].item() / 2)
+    (finding,) = find_in_layer(before, eps=None, momentum=momentum)
+    assert finding.code is FindingCode.COUNTER_LOW
+    assert momentum == 0.1 or f"{initial:.0%} of the initial" in finding.message
+    after = {**before, "num_batches_tracked": Summary([enough], dtype="int64", shape=())}
+    assert find_in_layer(after, eps=None, momentum=momentum) == []
+
+
+def test_a_plain_average_that_the_next_batch_replaces() -> None:
+    bn = torch.nn.BatchNorm1d(1, momentum=None)
+    bn.running_mean.fill_(5.0)  # num_batches_tracked is 0
+    bn(torch.tensor([[1.0], [3.0]]))
+    assert bn.running_mean.item() == 2.0
+    (known,), (unknown,) = (find_in_layer(layer(counter=0), eps=None, averages_all=known) for known in (True, False))
+    assert "takes their place" in known.message
+    assert "takes their place" not in unknown.message

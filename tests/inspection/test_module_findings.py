@@ -127,6 +127,43 @@ def test_layers_that_need_no_gradient_while_others_do(live: bool, tmp_path: Path
     assert codes(inspected(model, tmp_path, live=live)) == {}
 
 
+def test_frozen_weights_do_not_keep_statistics(tmp_path: Path) -> None:
+    model = trained()
+    model[1].requires_grad_(False)
+    (finding,) = inspected(model, tmp_path)["1"].findings
+    before = model[1].running_mean.clone()
+    model(torch.randn(8, 3, 6, 6) + 1)
+    assert not model[1].running_mean.equal(before)
+    assert "statistics move all the same" in finding.message
+    model[1].eval()
+    of_mode, of_gradient = inspected(model, tmp_path)["1"].findings
+    assert of_mode.code is FindingCode.LEFT_IN_EVAL_MODE
+    assert "move all the same" not in of_gradient.message
+
+
+@pytest.mark.parametrize(("eps", "severity"), [(1e-3, "notice"), (0.0, "warning"), (1e-5, None)])
+def test_an_eps_that_no_other_layer_has(eps: float, severity: str | None, tmp_path: Path) -> None:
+    model = nn.Sequential(*(layer for _ in range(2) for layer in trained()))
+    model[4].eps = eps
+    found = codes(inspected(model.eval(), tmp_path))
+    assert found == ({} if severity is None else {"4": {FindingCode.EPS: Severity(severity)}})
+    model[-2].eps = model[4].eps = 1e-3  # two parts of a model, made differently
+    assert codes(inspected(model, tmp_path)) == {}
+
+
+@pytest.mark.parametrize(
+    ("role", "factor", "code"),
+    [("running_var", 1e7, FindingCode.OUTLYING_VARIANCE), ("running_mean", 1e5, FindingCode.OUTLYING_MEAN)],
+)
+def test_a_whole_layer_far_from_all_others(role: str, factor: float, code: FindingCode, tmp_path: Path) -> None:
+    model = nn.Sequential(*(layer for _ in range(2) for layer in trained()))
+    getattr(model[4], role).mul_(factor)
+    assert codes(inspected(model, tmp_path)) == {"4": {code: Severity.WARNING}}
+    getattr(model[4], role).div_(factor)
+    getattr(model[1], role).mul_(factor)  # what the model is given may be of any size
+    assert codes(inspected(model, tmp_path)) == {}
+
+
 def test_layers_that_never_trained(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4))

@@ -64,7 +64,7 @@ def list_problems_of(file: FileReport) -> Iterator[Problem]:
     """Yield the problems of one file: those of the file first, then those of its state dicts and layers."""
     if file.error is not None:
         error = describe_error(file.error)
-        message = ". ".join(filter(None, (error["message"], error.get("remedy"))))
+        message = _add_advice(error["message"], error.get("remedy", ""))
         yield Problem(
             file.path, error["code"], "error", _safe(message), _safe(error.get("tensor", "")), is_failure=True
         )
@@ -103,9 +103,13 @@ def list_jumps(report: Report) -> list[Problem]:
 
 
 def _read(path: str, finding: Mapping[str, Any], layer: str) -> Problem:
-    message = ". ".join(filter(None, (finding["message"].rstrip("."), finding.get("advice"))))
+    message = _add_advice(finding["message"], finding.get("advice", ""))
     channels = tuple(finding.get("channels", ()))
     return Problem(path, finding["code"], finding["severity"], _safe(message), _safe(layer), channels)
+
+
+def _add_advice(message: str, advice: str) -> str:
+    return f"{message.rstrip('.')}. To do: {advice}" if advice else message
 
 
 def _safe(text: str) -> str:

@@ -130,6 +130,9 @@ UNKNOWN: dict[str, list[str]] = {
     "lasagne": ["bn.gamma", "bn.beta", "bn.mean", "bn.inv_std"],
     "caffe2": ["bn.s", "bn.b", "bn.rm", "bn.riv"],
     "behind": ["bn.weight", "bn.mean_ema", "bn.var_ema"],
+    "underscores": ["layer1_0_bn1_weight", "layer1_0_bn1_running_mean", "layer1_0_bn1_running_var"],
+    "torch's with slashes": ["layer1/bn1/weight", "layer1/bn1/running_mean", "layer1/bn1/running_var"],
+    "two underscores": ["net.bn1__gamma", "net.bn1__moving_mean", "net.bn1__moving_variance"],
     "paddle in torch": ["bn.weight", "bn._mean", "bn._variance"],
 }
 
@@ -164,6 +167,15 @@ def test_statistics_under_names_that_are_not_known_are_said(
         ["0.weight", "0.bias", "0.running_mean", "0.running_var"],
         ["scaler.scale", "scaler.mean", "scaler.std"],
         ["head.mu", "head.sigma", "head.weight"],
+        ["obs_running_mean", "obs_running_var", "fc.weight"],
+        [
+            "bn1.weight",
+            "bn1.running_mean",
+            "bn1.running_var",
+            "ema_bn1_weight",
+            "ema_bn1_running_mean",
+            "ema_bn1_running_var",
+        ],
         ["renorm.weight", "renorm.running_mean", "renorm.running_std"],
     ],
 )
