@@ -64,7 +64,9 @@ def _holds_nothing(module: ModuleInfo) -> bool:
 
 
 def find_flat_averages(state_dict: StateDict, norms: Sequence[BatchNorm]) -> dict[str, BatchNorm]:
-    """The averages of BatchNorms that mmcv's EMAHook keeps beside them (``ema_bn1_running_var``), by their own names.
+    """Find the averages of BatchNorms that mmcv's EMAHook keeps beside them (``ema_bn1_running_var``).
+
+    Each has a name of its own, with ``_`` for each dot.
 
     Args:
         norms: the layers of the state dict.
@@ -131,7 +133,7 @@ def find_unknown_statistics(state_dict: StateDict) -> Iterator[NotUnderstood]:
 
 
 def _group_leaves(state_dict: StateDict) -> tuple[dict[str, set[str]], set[str]]:
-    """The last parts of names that may be statistics or stand beside them, by what stands before; and what / ends."""
+    """Group last parts of names that may be statistics, or stand beside them, by what is before; and what / ends."""
     groups: dict[str, set[str]] = {}
     slashed: set[str] = set()
     counting: dict[str, bool] = {}  # the same few leaves in every layer
@@ -150,7 +152,7 @@ def _group_leaves(state_dict: StateDict) -> tuple[dict[str, set[str]], set[str]]
 
 
 def _find_flattened(state_dict: StateDict, parent: str, leaves: Collection[str]) -> Iterator[NotUnderstood]:
-    """Layers whose names stand before those of their statistics in one part of a name.
+    """Yield layers whose names stand before those of their statistics in one part of a name.
 
     Args:
         parent: what stands before that part, in other parts.

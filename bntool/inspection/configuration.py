@@ -71,7 +71,7 @@ class Configuration:
         return any(not rule.layers or matches(rule.layers, layer) for rule in found)
 
     def find_idle_globs(self, path: Location, inspections: Sequence[StateDictInspection]) -> tuple[str, ...]:
-        """Globs that select no layer of a file, of rules for findings that it still has: names may have changed.
+        """Find globs that select no layer of a file, of rules for findings that it still has: names may have changed.
 
         Args:
             inspections: its state dicts, without what is ignored.

@@ -96,7 +96,7 @@ def _without_known(findings: Sequence[Finding], known: Sequence[Finding]) -> lis
 
 
 def _find_flat_copies(place: int, inspection: StateDictInspection) -> list[_Copy]:
-    """A model, and the average of it that mmcv's EMAHook keeps in buffers; nothing where there is none."""
+    """Find a model, and the average of it that mmcv's EMAHook keeps in buffers; nothing where there is none."""
     names = frozenset(inspection.state_dict.tensors)
     averaged = frozenset(name for name in names if flatten_average(name) in names)
     layers = {layer.name: layer for layer in inspection.layers}
@@ -227,7 +227,7 @@ def _compare(copy: _Copy, model: _Copy, thresholds: Thresholds) -> Iterator[Find
 
 
 def _compare_flat(copy: _Copy, model: _Copy, state_dict: StateDict, thresholds: Thresholds) -> list[Finding]:
-    """What is wrong with the average of mmcv's EMAHook or its model.
+    """Say what is wrong with the average of mmcv's EMAHook or its model.
 
     The hook exchanges the two before a file is written: which of them is the average, only their numbers tell.
     """

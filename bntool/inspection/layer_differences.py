@@ -61,7 +61,7 @@ def _soften_at_input(layer: LayerInspection, state_dict: StateDict) -> LayerInsp
 
 
 def _is_fed(layer: LayerInspection, state_dict: StateDict) -> bool:
-    """Whether the weight of a layer that gives as many channels stands anywhere before it."""
+    """Return whether the weight of a layer that gives as many channels stands anywhere before it."""
     own = {id(tensor) for tensor in layer.layer.tensors.values()}
     for tensor in state_dict.tensors.values():
         if id(tensor) in own:
@@ -72,7 +72,7 @@ def _is_fed(layer: LayerInspection, state_dict: StateDict) -> bool:
 
 
 def _compare_sizes(layers: Sequence[LayerInspection], state_dict: StateDict, thresholds_of: ThresholdsOf) -> _Found:
-    """Layers all of whose statistics lie far from where those of any other layer do.
+    """Find layers all of whose statistics lie far from where those of any other layer do.
 
     The first layer is left out, and what no layer feeds: what the model is given may be of any size.
     """
@@ -103,7 +103,7 @@ def _has_numbers(layer: LayerInspection) -> bool:
 
 
 def _measure_offset(layer: LayerInspection, thresholds: Thresholds) -> float:
-    """How far the mean lies from 0 in the channel in the middle, in sigmas, without channels that are constant."""
+    """Measure how far the mean lies from 0 in the channel in the middle, in sigmas, without constant channels."""
     mean, variance = (layer.tensors[role] for role in STATISTICS)
     least = max(variance.minimum or 0.0, thresholds.constant_variance)
     largest = max(-(mean.minimum or 0.0), mean.maximum or 0.0)
@@ -212,7 +212,7 @@ def _is_as_created(layer: LayerInspection) -> bool:
 
 
 def _compare_eps(layers: Sequence[LayerInspection]) -> _Found:
-    """Layers of a pickled module with another eps than all the others.
+    """Find layers of a pickled module with another eps than all the others.
 
     Where several have another one, parts of the model are made differently, as detectors are.
     """

@@ -119,7 +119,7 @@ _USUAL = {"weight": 1.0, "bias": 0.0, "running_mean": 0.0, "running_var": 1.0}
 
 
 def _variance(variance: Summary, weight: Summary | None, *, eps: float, thresholds: Thresholds) -> list[Finding]:
-    """Channels whose variance is none, or is that of a constant.
+    """Find channels whose variance is none, or is that of a constant.
 
     Where the weight is 0 the variance decides nothing: pruned channels are told of by their scale.
     """
@@ -276,7 +276,7 @@ def _initial(mean: Summary, variance: Summary, counter: Summary | None, threshol
 
 
 def _one_of_two(mean: Summary, variance: Summary) -> list[Finding]:
-    """One of the two statistics as it was created, although the other has moved: updates move both.
+    """Find one of the two statistics as it was created, although the other has moved: updates move both.
 
     Variances that are all the same are no measured ones: FrozenBatchNorm of detectron2 has 0 and 1 - eps.
     """
@@ -471,7 +471,8 @@ def _few_updates(
     least = _find_least_updates(few, momentum)
     if count >= least:
         return []
-    updates, facts = f"{count} update{'s' if count > 1 else ''}", {"updates": count}
+    updates = f"{count} update{'s' if count > 1 else ''}"
+    facts: dict[str, float] = {"updates": count}
     if momentum is not None and _contradicts(variance, count, momentum):
         message = (
             f"num_batches_tracked is {count}, but running_var of some channels is less than {updates} with momentum "
@@ -496,7 +497,7 @@ def _few_updates(
 
 
 def _find_least_updates(few: float, momentum: float | None) -> float:
-    """The updates after which as little of the initial values is left as few updates leave with momentum 0.1."""
+    """Return the updates after which as little of the initial values is left as few updates leave with momentum 0.1."""
     if momentum is None or not 0 < momentum < USUAL_MOMENTUM:
         return few
     return few * math.log1p(-USUAL_MOMENTUM) / math.log1p(-momentum)
