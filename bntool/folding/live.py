@@ -33,6 +33,7 @@ from bntool.modules.borrowing import borrow
 from bntool.modules.calling import call
 from bntool.modules.copying import copy_model
 from bntool.modules.finding import (
+    check_has_elements,
     check_is_model,
     describe_producers,
     find_batchnorm_modules,
@@ -105,7 +106,8 @@ def fold(  # noqa: PLR0913 as many as the command has options
     Raises:
         UsageError: no usual input runs, and none was given; or there is no such layout; or a pair or eps is none; or
             the padding may change, and the pairs or the layout do not let it.
-        RefusedError: it is a compiled or exported program, or reads attributes of a BatchNorm that is folded.
+        RefusedError: it is a compiled or exported program, has no weights yet, or reads attributes of a BatchNorm that
+            is folded.
         UserCodeError: the model raised.
         VerificationError: the outputs disagree, or cannot prove anything.
     """
@@ -114,6 +116,7 @@ def fold(  # noqa: PLR0913 as many as the command has options
         raise UsageError("pairs do not say what pads with zeros: change_padding needs the model traced")
     check_is_model(model, for_files="fold_checkpoint")
     check_has_layers(model, "the model")
+    check_has_elements(model)
     inputs = find_input(model) if example_inputs is None else example_inputs
     state = read_state(model)
     if pairs:

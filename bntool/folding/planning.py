@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from bntool.batchnorm import STATISTICS, NormKind, check_globs, selects
+from bntool.batchnorm import STATISTICS, BatchNorm, NormKind, check_globs, selects
 from bntool.checkpoints.batchnorms import find_batchnorms, find_norms
 from bntool.checkpoints.checkpoint import StateDict
 from bntool.folding.absorption import Absorber, Blocked, find_consumers, find_producers, is_parallel_branch
@@ -195,25 +195,33 @@ class _Folder:
                 continue
             if norm.name in self.graph.other_norms and not quantised:
                 continue
-            if not selects(self.layers, norm.name):
-                self.skip(norm.name, SkipReason.NOT_SELECTED)
-            elif quantised:
-                self.skip(norm.name, SkipReason.UNSUPPORTED_DTYPE, "it is quantised: fold before quantising")
-            elif self.graph.evidence is Evidence.STORED:
-                what = norm.class_path.rpartition(".layers.")[2] or norm.kind.value
-                detail = f"it is a {what}, which the graph of the file does not run as a BatchNorm"
-                self.skip(norm.name, SkipReason.NOT_A_BATCHNORM, detail)
-            elif self.graph.complete and self.is_read(norm.name) and norm.name not in self.graph.ran:
-                detail = "it did not run: other code of the forward reads its tensors"
-                self.skip(norm.name, SkipReason.NOT_RECOGNISED, detail)
-            elif norm.name in self.graph.ran:
-                detail = "it ran, and what it computes is not seen to be what its tensors would give with its eps"
-                self.skip(norm.name, SkipReason.NOT_RECOGNISED, detail)
-            elif self.graph.complete:
-                self.skip(norm.name, SkipReason.NEVER_REACHED, "it did not run in the forward that was observed")
+            if selects(self.layers, norm.name):
+                self.skip(norm.name, *self.explain_unseen(norm))
             else:
-                tell = "give --model" if self.graph.architectures else "name it with --pair"
-                self.skip(norm.name, SkipReason.NO_PRODUCER, f"nothing says what feeds it; {tell}")
+                self.skip(norm.name, SkipReason.NOT_SELECTED)
+
+    def explain_unseen(self, norm: BatchNorm) -> tuple[SkipReason, str]:
+        """Why a layer is not in the graph."""
+        layer, graph = norm.name, self.graph
+        reason, detail = SkipReason.NOT_RECOGNISED, ""
+        if norm.kind is NormKind.QUANTIZED_BATCH_NORM:
+            reason, detail = SkipReason.UNSUPPORTED_DTYPE, "it is quantised: fold before quantising"
+        elif graph.evidence is Evidence.STORED:
+            what = norm.class_path.rpartition(".layers.")[2] or norm.kind.value
+            reason = SkipReason.NOT_A_BATCHNORM
+            detail = f"it is a {what}, which the graph of the file does not run as a BatchNorm"
+        elif graph.complete and self.is_read(layer) and layer not in graph.ran:
+            detail = "it did not run: other code of the forward reads its tensors"
+        elif layer in graph.ran:
+            detail = "it ran, and what it computes is not seen to be what its tensors would give with its eps"
+        elif graph.modules and layer not in graph.modules:
+            detail = "the state dict calls it so, and the model has no module of that name: fold before wrapping"
+        elif graph.complete:
+            reason, detail = SkipReason.NEVER_REACHED, "it did not run in the forward that was observed"
+        else:
+            tell = "give --model" if graph.architectures else "name it with --pair"
+            reason, detail = SkipReason.NO_PRODUCER, f"nothing says what feeds it; {tell}"
+        return reason, detail
 
     def is_read(self, layer: str) -> bool:
         """Return whether something in the graph reads the statistics of a layer."""

@@ -167,7 +167,10 @@ def read_scale_and_shift(
         raise Blocked(SkipReason.TRAIN_MODE, "it normalises by batch statistics in eval mode too")
     for role, sources in node.computed.items():
         origin = f" from {', '.join(sources)}" if sources else ""
-        raise Blocked(SkipReason.COMPUTED_WEIGHT, f"its {role} is computed{origin}")
+        what = f"its {role} is computed{origin}"
+        if graph.evidence is Evidence.TRACED and not sources:
+            what = f"its {role} is no parameter or buffer that the model has before this forward"
+        raise Blocked(SkipReason.COMPUTED_WEIGHT, what)
     _check_uses(calls, graph)
     values = {role: read_parameter(name, state_dict) for role, name in node.parameters.items() if role in VECTORS}
     numbers = {role: numbers for role, numbers in values.items() if numbers is not None}

@@ -2,7 +2,8 @@
 
 A trace follows one way through the code. ``self.bn(y) if normalise else y`` reads a convolution without its BatchNorm
 where another argument is given, or where ``self.normalise`` is changed, and no module tells of it. So the models are
-run once more for each switch of the forward, and for each flag that the code reads.
+run once more for each other value of a switch of the forward, and of a flag that the code reads: the other bool, the
+other members of an enum, the words beside a text, and numbers around those that one is compared with.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import contextlib
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from types import CodeType, FunctionType
+from enum import Enum
 from typing import Any
 
 from torch import nn
@@ -19,11 +20,14 @@ from torch import nn
 from bntool.batchnorm import STATISTICS
 from bntool.errors import UserCodeError, VerificationError
 from bntool.modules.finding import unwrap
+from bntool.modules.own_code import find_compared, find_names_read, find_texts_beside, is_torchs
 from bntool.representation import format_number
 from bntool.verification.outputs import measure_difference
 
 _TRIED_ARGUMENTS = 8  # of one forward
-_TRIED_FLAGS = 8  # of one model
+_TRIED_FLAGS = 12  # values of those of one model
+_TRIED_VALUES = 4  # of one of them, beside its own
+_TRIED_KEYWORDS = 3  # that a forward takes without saying so
 _BY_NAME = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 _NOT_FLAGS = ("training", "inplace")  # all models have a mode, which is not theirs alone to decide
 
@@ -49,10 +53,11 @@ def find_unlike_arguments(model: nn.Module, folded: nn.Module, inputs: Any, *, t
     return tuple(found)
 
 
-def find_switches(model: nn.Module, inputs: Any) -> Iterator[tuple[str, bool, dict[str, Any]]]:
-    """Yield the switches of a forward that inputs leave as they are: name, the other value, and inputs with it.
+def find_switches(model: nn.Module, inputs: Any) -> Iterator[tuple[str, Any, dict[str, Any]]]:
+    """Yield the switches of a forward that inputs leave as they are: name, another value, and inputs with it.
 
-    A switch is an argument whose default is a bool, or None where its annotation speaks of bool.
+    A switch is an argument whose default is a bool, a number, a text or a member of an enum, or None where its
+    annotation speaks of bool; of a forward that takes any keywords also those that its code has as texts.
     """
     try:
         signature = inspect.signature(model.forward)
@@ -61,13 +66,17 @@ def find_switches(model: nn.Module, inputs: Any) -> Iterator[tuple[str, bool, di
         return
     if any(signature.parameters[name].kind not in _BY_NAME for name in given.arguments):
         return
-    switches = [
-        (parameter.name, parameter.default is not True)
-        for parameter in signature.parameters.values()
-        if parameter.kind in _BY_NAME
-        and parameter.name not in given.arguments
-        and (isinstance(parameter.default, bool) or (parameter.default is None and "bool" in str(parameter.annotation)))
-    ]
+    kinds = _find_own_kinds(model)
+    switches: list[tuple[str, Any]] = []
+    for parameter in signature.parameters.values():
+        if parameter.kind in _BY_NAME and parameter.name not in given.arguments:
+            default = parameter.default
+            if default is None and "bool" in str(parameter.annotation):
+                default = False
+            switches += [(parameter.name, other) for other in _find_other_values(parameter.name, default, kinds)]
+        elif parameter.kind is inspect.Parameter.VAR_KEYWORD:
+            words = sorted(find_texts_beside(type(model), parameter.name))[:_TRIED_KEYWORDS]
+            switches += [(word, value) for word in words if word.isidentifier() for value in (False, True)]
     for name, value in switches[:_TRIED_ARGUMENTS]:
         yield name, value, {**given.arguments, name: value}
 
@@ -76,24 +85,50 @@ def _as_tuple(inputs: Any) -> tuple[Any, ...]:
     return inputs if isinstance(inputs, tuple) else (inputs,)
 
 
+def _find_own_kinds(model: nn.Module) -> list[type[nn.Module]]:
+    """List the classes of a model's modules that are not torch's."""
+    kinds = dict.fromkeys(type(module) for _, module in unwrap(model).named_modules())
+    return [kind for kind in kinds if not is_torchs(kind)]
+
+
+def _find_other_values(name: str, value: Any, kinds: Sequence[type[nn.Module]]) -> list[Any]:
+    """List the other values that code may ask for where an argument or attribute has this one."""
+    if isinstance(value, bool):
+        return [not value]
+    if isinstance(value, Enum):
+        return [other for other in type(value) if other is not value][:_TRIED_VALUES]
+    compared = frozenset[Any]().union(*(find_compared(kind).get(name, ()) for kind in kinds))
+    if isinstance(value, str):
+        texts = {one for one in compared if isinstance(one, str)}
+        beside = frozenset[str]().union(*(find_texts_beside(kind, name) for kind in kinds))
+        words = dict.fromkeys((*sorted(texts), *([""] if texts else []), *sorted(beside)))
+        return [word for word in words if word != value][:_TRIED_VALUES]
+    if isinstance(value, int | float):
+        numbers = {one + step for one in compared if type(one) in (int, float) for step in (0, -1, 1)}
+        return sorted(numbers - {value}, key=lambda number: abs(number - value))[:_TRIED_VALUES]
+    return []
+
+
 @dataclass(frozen=True)
 class Flag:
-    """A bool that modules of one class keep under one name, and that has one value in them.
+    """An attribute that modules of one class keep under one name, and that has one value in them.
 
     Attributes:
         name: of the attribute.
-        value: that it has.
+        value: that it has: a bool, a number, a text or a member of an enum.
+        others: what it may be instead.
         modules: their paths, "" for the model.
     """
 
     name: str
-    value: bool
+    value: Any
+    others: tuple[Any, ...]
     modules: tuple[str, ...]
 
     def __str__(self) -> str:
         first = f"{self.modules[0]}.{self.name}" if self.modules[0] else self.name
         more = f" (and {len(self.modules) - 1} more of its class)" if len(self.modules) > 1 else ""
-        return f"{first} is {self.value}{more}"
+        return f"{first} is {self.value!r}{more}"
 
 
 def find_unlike_attributes(
@@ -109,22 +144,24 @@ def find_unlike_attributes(
         layers: paths of the BatchNorms that were folded.
         tolerance: a larger error, relative to the largest magnitude of each output, is another result.
     """
-    found = []
-    for flag in find_flags(model, layers)[:_TRIED_FLAGS]:
-        with _turned(flag, model, folded) as is_same:
+    found: dict[Flag, str] = {}
+    turns = [(flag, other) for flag in find_flags(model, layers) for other in flag.others]
+    for flag, other in turns[:_TRIED_FLAGS]:
+        if flag in found:
+            continue
+        with _turned(flag, other, model, folded) as is_same:
             error = _measure(model, folded, inputs) if is_same else 0.0
             if error <= tolerance or not _measure(model, model, inputs) <= tolerance:  # the latter draws anew each time
                 continue
-        found.append(
-            f"{flag}: with {not flag.value} the folded model computes something else (off by {format_number(error)} of "
+        found[flag] = (
+            f"{flag}: with {other!r} the folded model computes something else (off by {format_number(error)} of "
             "the outputs' magnitude)"
         )
-    return tuple(found)
+    return tuple(found.values())
 
 
 def find_flags(model: nn.Module, layers: Sequence[str]) -> list[Flag]:
-    """Return the bools that the code of a model reads, of the modules that certain layers lie in, in the order of
-    modules.
+    """List the flags that the code of a model reads, of the modules that certain layers lie in: bools first.
 
     Modules of torch itself and those with running statistics are no such modules: what they decide is known.
 
@@ -133,68 +170,38 @@ def find_flags(model: nn.Module, layers: Sequence[str]) -> list[Flag]:
         layers: paths of modules, as the model inside calls them.
     """
     around = {"", *(path[:end] for path in layers for end, sign in enumerate(path) if sign == ".")}
-    own = {
-        path: module
-        for path, module in unwrap(model).named_modules()
-        if not type(module).__module__.startswith("torch.")
-    }
-    read = {name for kind in {type(module) for module in own.values()} for name in _names_read(kind)}
-    groups: dict[tuple[type, str, bool], list[str]] = {}
-    for path, module in own.items():
-        if path not in around or set(STATISTICS) <= module._buffers.keys():
+    kinds = _find_own_kinds(model)
+    read = {name for kind in kinds for name in find_names_read(kind)}
+    groups: dict[tuple[type[nn.Module], str, type, Any], list[str]] = {}
+    for path, module in unwrap(model).named_modules():
+        if path not in around or is_torchs(type(module)) or set(STATISTICS) <= module._buffers.keys():
             continue
         for name, value in vars(module).items():
-            if isinstance(value, bool) and name in read and name not in _NOT_FLAGS:
-                groups.setdefault((type(module), name, value), []).append(path)
-    return [Flag(name, value, tuple(paths)) for (_, name, value), paths in groups.items()]
-
-
-def _names_read(kind: type) -> set[str]:
-    """Return the names in the code of a class's forward and of what it calls of its own."""
-    waiting, seen, names = ["forward"], set[str](), set[str]()
-    while waiting:
-        name = waiting.pop()
-        if name in seen:
-            continue
-        seen.add(name)
-        for owner in kind.__mro__:
-            if owner.__module__.startswith("torch."):
-                break
-            for code in _codes(vars(owner).get(name)):
-                found = set(code.co_names) | {one for one in code.co_consts if isinstance(one, str)}
-                names |= found
-                waiting += found - seen
-    return names
-
-
-def _codes(member: object) -> Iterator[CodeType]:
-    """Yield the code of a method or property, with that of the functions written inside it."""
-    if isinstance(member, property):
-        member = member.fget
-    if isinstance(member, classmethod | staticmethod):
-        member = member.__func__
-    while hasattr(member, "__wrapped__"):
-        member = member.__wrapped__
-    waiting = [member.__code__] if isinstance(member, FunctionType) else []
-    while waiting:
-        code = waiting.pop()
-        yield code
-        waiting += [one for one in code.co_consts if isinstance(one, CodeType)]
+            if isinstance(value, bool | int | float | str | Enum) and name in read and name not in _NOT_FLAGS:
+                groups.setdefault((type(module), name, type(value), value), []).append(path)
+    flags = [
+        Flag(name, value, tuple(_find_other_values(name, value, kinds)), tuple(paths))
+        for (_, name, _, value), paths in groups.items()
+    ]
+    return sorted((flag for flag in flags if flag.others), key=lambda flag: not isinstance(flag.value, bool))
 
 
 @contextlib.contextmanager
-def _turned(flag: Flag, *models: nn.Module) -> Iterator[bool]:
-    """Give models the other value of a flag; yield False where one of them lacks it, or has that value already."""
+def _turned(flag: Flag, other: Any, *models: nn.Module) -> Iterator[bool]:
+    """Give models another value of a flag; yield False where one of them lacks it, or has another value already."""
     named = [dict(unwrap(model).named_modules(remove_duplicate=False)) for model in models]
     places = [modules[path].__dict__ for modules in named for path in flag.modules if path in modules]
-    is_same = len(places) == len(models) * len(flag.modules) and all(p.get(flag.name) is flag.value for p in places)
+    values = [place.get(flag.name) for place in places]
+    is_same = len(places) == len(models) * len(flag.modules) and all(
+        type(value) is type(flag.value) and value == flag.value for value in values
+    )
     try:
         for place in places if is_same else ():
-            place[flag.name] = not flag.value
+            place[flag.name] = other
         yield is_same
     finally:
-        for place in places if is_same else ():
-            place[flag.name] = flag.value
+        for place, value in zip(places, values, strict=True) if is_same else ():
+            place[flag.name] = value
 
 
 def _measure(model: nn.Module, other: nn.Module, inputs: Any) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -18,6 +19,8 @@ from bntool.errors import RefusedError, UsageError
 from bntool.freezing.held_modules import FREEZE, HOLD, asked_mode, can_carry, hold_all, release, swap_class
 from bntool.freezing.policy import FreezePolicy
 from bntool.freezing.stages import find_frozen_stages, is_within
+from bntool.freezing.unheld import find_normalising_themselves, skip_unheld
+from bntool.models.exported import is_exported
 from bntool.modules.finding import (
     check_is_model,
     describe_unread_statistics,
@@ -32,6 +35,7 @@ from bntool.modules.finding import (
     unwrap,
     walk_modules,
 )
+from bntool.plan import Skip
 
 
 def freeze(
@@ -60,11 +64,14 @@ def freeze(
 
     Raises:
         UsageError: no BatchNorm is selected, nothing is switched, or the stages are not known.
-        RefusedError: a layer is lazy and has seen no batch, the model is scripted, or gradients would be switched off
-            under DDP; the model is as it was.
+        RefusedError: a layer is lazy and has seen no batch, the model is scripted or exported, or gradients would be
+            switched off under DDP; the model is as it was.
+
+    Layers of classes of one's own whose statistics move in eval mode too are skipped: a copy of each is run on random
+    data. Where the forward of a module around layers calls batch_norm with their statistics, a warning says so.
     """
     check_is_model(model, for_files="freeze_checkpoint")
-    _refuse_scripted(model)
+    _refuse_programs(model)
     prefix = find_wrapper_prefix(model)
     globs = [layers] if isinstance(layers, str) else list(layers or ())
     found = find_batchnorm_modules(model)
@@ -79,8 +86,10 @@ def freeze(
     ]
     if not norm_eval and requires_grad is None and frozen_stages is None:
         raise UsageError("norm_eval=False and requires_grad=None freeze nothing")
+    unheld = skip_unheld({name: found[prefix + name] for name in names}) if norm_eval else []
+    names = [name for name in names if name not in {skip.layer for skip in unheld}]
     if not names and frozen_stages is None:
-        raise UsageError(_describe_nothing(model, found, prefix))
+        raise UsageError(_describe_nothing(model, found, prefix, unheld))
     stages = None
     if frozen_stages is not None:
         stages = find_frozen_stages([name.removeprefix(prefix) for name, _ in walk_modules(model)], frozen_stages)
@@ -89,7 +98,7 @@ def freeze(
         requires_grad=requires_grad,
         layers=tuple(names),
         stages=stages,
-        skips=tuple(skip_unread_statistics(model, globs, prefix=prefix)),
+        skips=(*unheld, *skip_unread_statistics(model, globs, prefix=prefix)),
     )
     _apply(model, policy, prefix)
     return policy
@@ -111,7 +120,7 @@ def apply_freeze(model: nn.Module, path: str | os.PathLike[str], *, state_dict: 
     check_is_model(model, for_files="freeze_checkpoint")
     with open_checkpoint(path) as checkpoint:
         policy = _read_policy(checkpoint, state_dict)
-    _refuse_scripted(model)
+    _refuse_programs(model)
     prefix = find_name_prefix(model, [f"{name}." for name in policy.layers])
     existing = dict(walk_modules(model))
     stages = policy.stages
@@ -124,6 +133,9 @@ def apply_freeze(model: nn.Module, path: str | os.PathLike[str], *, state_dict: 
             path=path,
             tensor=absent[0],
         )
+    if policy.norm_eval:
+        for skip in skip_unheld({name: existing[prefix + name] for name in policy.layers}):
+            raise RefusedError(f"it cannot be frozen: {skip.detail}", tensor=skip.layer)
     _apply(model, policy, prefix)
     return policy
 
@@ -184,8 +196,10 @@ def frozen(
             parameter.requires_grad_(requires_grad_before)
 
 
-def _describe_nothing(model: nn.Module, found: dict[str, nn.Module], prefix: str) -> str:
+def _describe_nothing(model: nn.Module, found: dict[str, nn.Module], prefix: str, unheld: Sequence[Skip]) -> str:
     """Explain why none of the BatchNorms that were found can be frozen."""
+    for skip in unheld:
+        return f"no BatchNorm layer could be frozen: {skip.layer or 'the model itself'}: {skip.detail}"
     if not found:
         unread = describe_unread_statistics(model)
         return f"the model has no BatchNorm layer that could be frozen{': ' * bool(unread)}{unread}"
@@ -220,6 +234,7 @@ def _apply(model: nn.Module, policy: FreezePolicy, prefix: str) -> None:
                 changes[full] = wanted
     _check(model, modules, layers=layers, changes=changes)
     _check_shared(modules, held)
+    _warn_of_normalising(modules, layers if policy.norm_eval else {})
 
     notes = vars(root).setdefault(FREEZE, {"held": [], "modes": {}, "gradients": {}, "asked": None})
     for name, module in modules.items():
@@ -238,18 +253,33 @@ def _apply(model: nn.Module, policy: FreezePolicy, prefix: str) -> None:
     hold_all(root, notes["held"])
 
 
+def _warn_of_normalising(modules: dict[str, nn.Module], layers: dict[str, nn.Module]) -> None:
+    for kind, layer in find_normalising_themselves(modules, layers).items():
+        warnings.warn(
+            f"the forward of {kind} calls batch_norm with the statistics of its layers itself (the first is {layer}): "
+            "where it does so in train mode they move, since a freeze holds the mode of the layers alone",
+            stacklevel=4,
+        )
+
+
 def _path_of(model: nn.Module, root: nn.Module) -> str:
     """Return the prefix that wrappers put before the names of the model inside."""
     path = next(name for name, module in walk_modules(model) if module is root)
     return f"{path}." if path else ""
 
 
-def _refuse_scripted(model: nn.Module) -> None:
-    if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
-        raise RefusedError(
-            "a scripted model cannot be frozen, its code is compiled: freeze the model and script it then, which keeps "
-            "the freeze of torch's own layers, and warns of others"
-        )
+def _refuse_programs(model: nn.Module) -> None:
+    for _, module in walk_modules(model):
+        if isinstance(module, torch.jit.ScriptModule):
+            raise RefusedError(
+                "a scripted model cannot be frozen, its code is compiled: freeze the model and script it then, which "
+                "keeps the freeze of torch's own layers, and warns of others"
+            )
+        if is_exported(module):
+            raise RefusedError(
+                "an exported program cannot be frozen, the mode of its layers is part of it: freeze the model and "
+                "export it then"
+            )
 
 
 def _check(

@@ -192,6 +192,7 @@ class ModelGraph:
         branches_in: where in the code that was, e.g. ``net.py:12``; "" where nothing tells.
         architectures: what was recognised, where the graph is assumed.
         ran: dotted paths of the modules that were called, where the graph is traced.
+        modules: those of all modules, where the graph is traced.
         idle: what did not run and has or takes channels, BatchNorms aside: dotted paths, and how many, where the graph
             is traced.
         other_norms: dotted paths of modules with statistics that normalise otherwise, as their classes say.
@@ -211,6 +212,7 @@ class ModelGraph:
     branches_in: str = ""
     architectures: tuple[Architecture, ...] = ()
     ran: frozenset[str] = frozenset()
+    modules: frozenset[str] = frozenset()
     idle: Mapping[str, frozenset[int]] = field(default_factory=dict)
     other_norms: frozenset[str] = frozenset()
     derived: Mapping[str, DerivedTensor] = field(default_factory=dict)

@@ -56,20 +56,29 @@ def check_has_layers(model: torch.nn.Module, spec: str) -> None:
     """
     import torch
 
-    is_exported = isinstance(model, torch.fx.GraphModule) and not _can_change_mode(model)
-    if is_exported or isinstance(model, torch.jit.ScriptModule):
-        kind = "an exported" if is_exported else "a TorchScript"
+    if is_exported(model) or isinstance(model, torch.jit.ScriptModule):
+        kind = "a TorchScript" if isinstance(model, torch.jit.ScriptModule) else "an exported"
         raise RefusedError(
             f"{spec} is {kind} program, whose layers cannot be watched; give the code of the model, e.g. model.py:build"
         )
 
 
+def is_exported(model: torch.nn.Module) -> bool:
+    """Whether a module is a program of ``torch.export``, which has one mode."""
+    import torch
+
+    return isinstance(model, torch.fx.GraphModule) and not _can_change_mode(model)
+
+
 def _can_change_mode(model: torch.nn.Module) -> bool:
-    training = model.training
+    before = [(module, module.training) for module in model.modules()]
     try:
-        model.train(training)
+        model.train(model.training)
     except NotImplementedError:
         return False
+    finally:
+        for module, training in before:
+            module.training = training
     return True
 
 

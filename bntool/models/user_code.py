@@ -74,11 +74,23 @@ def find_user_line(error: BaseException) -> str:
     return next((f"{file}:{line}" for file, line in reversed(frames) if _is_users(file)), "")
 
 
-def find_calling_line(*, outside: str) -> str:
-    """Find ``file:line`` of the innermost calling frame that is neither bntool's nor in a folder of ``outside``."""
-    frames = ((frame.f_code.co_filename, line) for frame, line in traceback.walk_stack(None))
-    others = (f"{file}:{line}" for file, line in frames if not file.startswith((_PACKAGE, outside, "<")))
-    return next(others, "")
+def find_calling_line(*, outside: str, until: str) -> str:
+    """Find ``file:line`` of the innermost calling frame that is neither bntool's nor in a folder.
+
+    Args:
+        outside: the folder, of a library. Where all code is its own, the line of its innermost ``forward`` is given.
+        until: the file of bntool that runs the model: what called that is no code of it.
+    """
+    forwards = []
+    for frame, line in traceback.walk_stack(None):
+        file = frame.f_code.co_filename
+        if file == until:
+            break
+        if not file.startswith((_PACKAGE, outside, "<")):
+            return f"{file}:{line}"
+        if file.startswith(outside) and frame.f_code.co_name == "forward":
+            forwards.append(f"{Path(file).relative_to(Path(outside).parent)}:{line}")
+    return forwards[0] if forwards else ""
 
 
 def _is_users(filename: str) -> bool:

@@ -14,7 +14,7 @@ from torch.optim.swa_utils import AveragedModel
 from bntool.batchnorm import DEFAULT_EPS, STATISTICS, NormKind, find_class_kind, selects
 from bntool.checkpoints.checkpoint import ModuleInfo
 from bntool.checkpoints.state_dicts import find_prefix
-from bntool.errors import UsageError
+from bntool.errors import RefusedError, UsageError
 from bntool.plan import Skip, SkipReason
 
 _WRAPPERS = (torch.nn.DataParallel, torch.nn.parallel.DistributedDataParallel, AveragedModel)
@@ -214,6 +214,20 @@ def is_uninitialized(module: torch.nn.Module) -> bool:
     """Return whether a lazy module has not seen its first batch: its tensors have no shape yet."""
     tensors = [*module._parameters.values(), *module._buffers.values()]
     return any(tensor is not None and is_lazy(tensor) for tensor in tensors)
+
+
+def check_has_elements(model: torch.nn.Module) -> None:
+    """Refuse models that compute nothing yet.
+
+    Raises:
+        RefusedError: a module is lazy and has seen no batch, or a tensor is on the meta device.
+    """
+    for name, module in walk_modules(model):
+        if is_uninitialized(module):
+            raise RefusedError("this lazy layer has no weights yet: run the model once", tensor=name)
+        tensors = (*module._parameters.values(), *module._buffers.values())
+        if any(tensor is not None and tensor.is_meta for tensor in tensors):
+            raise RefusedError("the model is on the meta device, which computes nothing", tensor=name)
 
 
 def unwrap(model: torch.nn.Module) -> torch.nn.Module:

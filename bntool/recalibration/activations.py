@@ -199,6 +199,8 @@ class Activations(TorchFunctionMode):
             self._refuse(name, "runs inside of torch.func or vmap, which show none of the values that it is given")
         channels = layer._buffers["running_mean"].numel()  # type: ignore[union-attr]
         if values.ndim > 1 and values.numel() and values.shape[1] != channels:
+            if channels == 1:
+                self._refuse(name, f"normalises {values.shape[1]} channels by one mean and variance for all of them")
             self._refuse(
                 name,
                 f"normalises {values.shape[1]} channels and keeps statistics of {channels}: a part of the model is "

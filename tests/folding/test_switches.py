@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from enum import Enum
+
+import pytest
 import torch
 from torch import nn
 
@@ -84,26 +87,28 @@ def test_flags_of_one_class_are_named_together_and_given_back():
 
 
 SEEN: list[tuple[bool, ...]] = []
+FURTHER = "abcdefghijkl"
 
 
 class Many(FlaggedBlock):
     def __init__(self):
         super().__init__()
-        self.a = self.b = self.c = self.d = self.e = self.f = self.g = self.h = False
+        vars(self).update(dict.fromkeys(FURTHER, False))
 
     def forward(self, x):
-        SEEN.append((self.normalise, self.raw, self.a, self.b, self.c, self.d, self.e, self.f, self.g, self.h))
+        further = (self.a, self.b, self.c, self.d, self.e, self.f, self.g, self.h, self.i, self.j, self.k, self.l)
+        SEEN.append((self.normalise, self.raw, *further))
         return super().forward(x)
 
 
-def test_a_model_is_run_for_eight_flags_at_most():
+def test_a_model_is_run_for_twelve_values_at_most():
     model = randomise(Many())
-    assert len(find_flags(model, ["bn"])) == 10
+    assert len(find_flags(model, ["bn"])) == 14
     SEEN.clear()
     bntool.fold(model, image())
     ways = [tuple(a != b for a, b in zip(seen, SEEN[0], strict=True)) for seen in SEEN]
     assert {sum(way) for way in ways} == {0, 1}
-    assert sorted({way.index(True) for way in ways if any(way)}) == list(range(8))
+    assert sorted({way.index(True) for way in ways if any(way)}) == list(range(12))
 
 
 def test_flags_are_those_that_code_reads_around_what_is_folded():
@@ -121,3 +126,115 @@ def test_flags_inside_of_wrappers_are_found():
     assert [text.partition(": with")[0] for text in said] == [
         "block.normalise is True", "block.raw is False"
     ]  # fmt: skip
+
+
+class Mode(Enum):
+    NORMALISED = 1
+    RAW = 2
+
+
+class Choosing(nn.Module):
+    """Goes round its BatchNorm where an attribute says so."""
+
+    def __init__(self, choice):
+        super().__init__()
+        self.conv, self.bn, self.choice, self.width, self.kind = (
+            nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), choice, 8, "conv"
+        )  # fmt: skip
+
+    def forward(self, x):
+        y = self.conv(x)
+        if self.width != y.shape[1] or self.kind not in ("conv", "linear"):
+            raise ValueError(f"{self.kind} of {self.width}")
+        return self.bn(y) if self.is_normalised() else y
+
+
+class ByText(Choosing):
+    def is_normalised(self):
+        return self.choice == "bn"
+
+
+class ByOneOfTexts(Choosing):
+    def is_normalised(self):
+        choice = self.choice
+        return {"bn": True, "none": False}[choice]
+
+
+class ByNumber(Choosing):
+    def is_normalised(self):
+        return self.choice > 2
+
+
+class ByNumberBehind(Choosing):
+    def is_normalised(self):
+        return self.choice >= 0.5
+
+
+class ByOneOfNumbers(Choosing):
+    def is_normalised(self):
+        return self.choice in (1, 3)
+
+
+class ByTruth(Choosing):
+    def is_normalised(self):
+        return bool(self.choice and self.conv)
+
+
+class ByEnum(Choosing):
+    def is_normalised(self):
+        return self.choice is Mode.NORMALISED
+
+
+CHOICES = [
+    (ByText, "bn", ""), (ByOneOfTexts, "bn", "none"), (ByNumber, 3, 2), (ByNumberBehind, 0.5, -0.5),
+    (ByOneOfNumbers, 3, 2), (ByTruth, 7, 0), (ByEnum, Mode.NORMALISED, Mode.RAW),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "value", "other"), CHOICES)
+def test_numbers_texts_and_enums_that_go_round_a_batchnorm_are_named(kind, value, other):
+    model, x = randomise(nn.Sequential(kind(value), nn.ReLU())), image()
+    result = bntool.fold(model, x)
+    assert folded(result) == ["0.bn"]
+    for one in (model, result.model):
+        one[0].choice = other
+    error = (result.model(x) - model(x)).abs().max() / model(x).abs().max()
+    assert error > 0.1
+    (said,) = result.plan.assumptions
+    assert said.startswith(f"0.choice is {value!r}: with {other!r} the folded model computes something else (off by ")
+    assert (model[0].width, model[0].kind) == (8, "conv")
+
+
+class Asked(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)
+
+
+class AskedForText(Asked):
+    def forward(self, x, mode="bn"):
+        y = self.conv(x)
+        return self.bn(y) if mode == "bn" else y
+
+
+class AskedForNumber(Asked):
+    def forward(self, x, *, level=1):
+        y = self.conv(x)
+        return self.bn(y) if level >= 1 else y
+
+
+class AskedForKeyword(Asked):
+    """Normalises, unless it is told otherwise."""
+
+    def forward(self, x, **options):
+        y = self.conv(x)
+        return self.bn(y) if options.get("normalise", True) else y
+
+
+ARGUMENTS = [(AskedForText, "mode=''"), (AskedForNumber, "level=0"), (AskedForKeyword, "normalise=False")]
+
+
+@pytest.mark.parametrize(("kind", "told"), ARGUMENTS)
+def test_arguments_of_other_kinds_that_go_round_a_batchnorm_are_named(kind, told):
+    (said,) = bntool.fold(randomise(kind()), image()).plan.assumptions
+    assert said.startswith(f"{told} is not given to the forward: the folded model then computes something else")

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import pytest
 import torch
 from torch import nn
+from torch.ao.quantization import HistogramObserver
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.nn import functional
 from torch.nn.utils import prune
 
@@ -984,3 +986,67 @@ def test_a_bias_that_the_forward_would_not_read_is_not_added(with_bias):
     assert nn.Module.__getattr__ is original
     assert [fold.stays for fold in result.plan.folds] == [False, not with_bias]
     torch.testing.assert_close(result.model(x), model(x), rtol=1e-9, atol=1e-9)
+
+
+class InAList(nn.Module):
+    """Keeps a layer where torch does not look for it."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norms = nn.Conv2d(3, 4, 3), [randomise(nn.BatchNorm2d(4))]
+
+    def forward(self, x):
+        return self.norms[0](self.conv(x))
+
+
+class MadeAtFirst(nn.Module):
+    """Makes a layer in its first forward."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 4, 3), None
+
+    def forward(self, x):
+        if self.norm is None:
+            self.norm = randomise(nn.BatchNorm2d(4))
+        return self.norm(self.conv(x))
+
+
+@pytest.mark.parametrize("kind", [InAList, MadeAtFirst])
+def test_layers_that_are_no_part_of_the_model_are_said_to_be_none(kind):
+    result = bntool.fold(randomise(kind()), image())
+    assert folded(result) == []
+    ((reason, detail),) = reasons(result).values()
+    assert (reason, detail) == (
+        "COMPUTED_WEIGHT",
+        "its weight is no parameter or buffer that the model has before this forward",
+    )
+
+
+def test_models_that_compute_nothing_yet_are_refused():
+    lazy = nn.Sequential(nn.LazyConv2d(4, 3), nn.LazyBatchNorm2d())
+    with pytest.raises(RefusedError, match=r"^0: this lazy layer has no weights yet: run the model once"):
+        bntool.fold(lazy, image().float())
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).eval()
+    with pytest.raises(RefusedError, match=r"^0: the model is on the meta device, which computes nothing"):
+        bntool.fold(model, image().float().to("meta"))
+
+
+def test_a_wrapper_that_changes_the_names_in_the_state_dict_is_not_said_to_keep_layers_from_running():
+    inner = randomise(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)))
+    result = bntool.fold(nn.Sequential(checkpoint_wrapper(inner)).eval(), image())
+    assert folded(result) == []
+    said = reasons(result)
+    assert said.keys() == {"0._checkpoint_wrapped_module.1", "0.1"}
+    assert said["0._checkpoint_wrapped_module.1"][1] == "0._checkpoint_wrapped_module.1.weight is not in the state dict"
+    assert said["0.1"][0] == "NOT_RECOGNISED"
+    assert "the model has no module of that name: fold before wrapping" in said["0.1"][1]
+
+
+def test_looking_at_values_in_code_of_torch_is_not_said_of_the_line_that_calls_bntool():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), HistogramObserver(), nn.BatchNorm2d(4)).eval()
+    (reason, detail) = reasons(bntool.fold(model, torch.randn(2, 3, 9, 9)))["2"]
+    assert reason == "DATA_DEPENDENT"
+    assert "observer.py:" in detail
+    assert "test_unusual_models" not in detail

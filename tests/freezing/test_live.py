@@ -4,10 +4,12 @@ import copy
 import io
 import json
 import pickle
+import warnings
 
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional
 from torch.nn.utils import parametrize
 
 from bntool.checkpoints.batchnorms import find_batchnorms
@@ -541,3 +543,102 @@ def test_statistics_that_another_layer_changes_are_not_frozen():
     before = net[0].running_var.clone()
     net.train()(torch.randn(4, 8, 3, 3) * 3)
     assert torch.equal(net[2].running_var, before)
+
+
+class NotFrozen(nn.BatchNorm2d):
+    """Has a flag of its own instead of the mode."""
+
+    frozen = False
+
+    def forward(self, x):
+        statistics = (self.running_mean, self.running_var, self.weight, self.bias)
+        return functional.batch_norm(x, *statistics, training=not self.frozen)
+
+
+class Averaging(nn.BatchNorm2d):
+    """Goes on averaging in eval mode, and puts new buffers in the place of the old ones."""
+
+    def forward(self, x):
+        self.running_mean = self.running_mean * 0.9 + x.detach().mean((0, 2, 3)) * 0.1
+        return super().forward(x)
+
+
+class InTrainModeForever(nn.BatchNorm2d):
+    """Does not take another mode."""
+
+    @property
+    def training(self):
+        return True
+
+    @training.setter
+    def training(self, mode):
+        pass
+
+
+class InTrainMode(nn.BatchNorm2d):
+    """Does not take another mode from train(); a held layer is not asked."""
+
+    def train(self, mode=True):
+        self.training = True
+        return self
+
+
+@pytest.mark.parametrize("kind", [NotFrozen, Averaging, InTrainModeForever])
+def test_layers_that_eval_mode_does_not_hold_are_not_called_frozen(kind, tmp_path):
+    model, seen = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), kind(4)), []
+    model[2].register_forward_hook(lambda *_: seen.append(1))
+    before = snapshot(model)
+    policy = freeze(model)
+    assert policy.layers == ("1",)
+    assert [(skip.layer, skip.reason) for skip in policy.skips] == [("2", SkipReason.TRAIN_MODE)]
+    assert not changed(model, before)
+    assert not seen
+    model.train()
+    run(model)
+    moved = changed(model, before)
+    assert {name.partition(".")[0] for name in moved} == {"2"}
+    with pytest.raises(UsageError, match=f"{kind.__name__} changes its statistics in eval mode too"):
+        freeze(kind(4))
+    assert freeze(kind(4), norm_eval=False, requires_grad=False).layers == ("",)
+
+
+@pytest.mark.parametrize("kind", [InTrainMode, _OwnNorm])
+def test_layers_of_ones_own_that_eval_mode_holds_are_frozen(kind):
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), kind(4))
+    before = snapshot(model)
+    assert freeze(model).layers == ("1",)
+    run(model.train())
+    assert not changed(model, before)
+
+
+class Around(nn.Module):
+    """Normalises with the statistics of a layer inside, in a mode of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm2d(3)
+
+    def forward(self, x):
+        return self.normalise(x)
+
+    def normalise(self, x):
+        norm = self.norm
+        return functional.batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias, self.training)
+
+
+def test_a_module_that_normalises_for_its_layers_is_named():
+    model = nn.Sequential(Around(), nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    with pytest.warns(UserWarning, match=r"the forward of Around calls batch_norm .*the first is 0\.norm"):
+        freeze(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        freeze(model, layers="2")
+
+
+def test_exported_programs_are_refused():
+    program = torch.export.export(
+        nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).train(), (torch.ones(2, 3, 5, 5),)
+    )
+    for model in (program.module(), nn.Sequential(program.module())):
+        with pytest.raises(RefusedError, match="an exported program cannot be frozen"):
+            freeze(model)

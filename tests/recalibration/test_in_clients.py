@@ -119,7 +119,7 @@ def test_exact_refuses_models_whose_batches_cannot_be_on_their_way_together(buil
     model = build()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     attributes = {name for name in vars(model) if not name.startswith("_")}
-    with pytest.raises(RefusedError, match=r"run by itself samples 0 to 7.*use --method pooled"):
+    with pytest.raises(RefusedError, match=r"run by itself samples \d+ to \d+.*use --method pooled"):
         recalibrate(model, make_batches(), method="exact")
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert {name for name in vars(model) if not name.startswith("_")} == attributes

@@ -214,6 +214,20 @@ class Sliced(nn.BatchNorm2d):
         return functional.batch_norm(x, mean, variance, self.weight[:c], self.bias[:c], self.training, 0.1, self.eps)
 
 
+class OneForAll(nn.BatchNorm2d):
+    """One mean and variance for all channels."""
+
+    def forward(self, x):
+        own = (self.running_mean, self.running_var, self.weight, self.bias)
+        return functional.batch_norm(x, *(tensor.expand(x.shape[1]) for tensor in own), False, 0.1, self.eps)
+
+
+def test_one_statistic_for_all_channels_is_not_called_a_part_of_the_model():
+    model = nn.Sequential(nn.Conv2d(3, 5, 3), OneForAll(1))
+    with pytest.raises(RefusedError, match="normalises 5 channels by one mean and variance for all of them"):
+        recalibrate(model, [torch.randn(8, 3, 9, 9)])
+
+
 @METHODS
 def test_sliced_statistics_are_refused_and_whole_ones_are_not(method):
     model, x = nn.Sequential(nn.Conv2d(3, 5, 3), Sliced(8)), torch.randn(64, 3, 9, 9)

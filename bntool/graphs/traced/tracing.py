@@ -34,6 +34,7 @@ from bntool.graphs.traced.parameters import Parameter, ParameterIndex
 from bntool.graphs.traced.reads import Reads
 from bntool.graphs.traced.tracked_tensors import TrackedTensors
 from bntool.models.user_code import describe_exception, find_calling_line
+from bntool.modules import calling
 from bntool.modules.borrowing import borrow
 from bntool.modules.calling import call, copy_tensors, map_leaves, tensors_in
 from bntool.modules.finding import find_wrapper_prefix, has_other_statistics, walk_modules
@@ -264,7 +265,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.reads.add(node.index, port, meet(labels, axis=None))
         if self.branches_at is None:
             self.branches_at = node.index
-            self.branches_in = find_calling_line(outside=_TORCH)
+            self.branches_in = find_calling_line(outside=_TORCH, until=calling.__file__)
 
     def record_circular_padding(self, data: Tensor, result: Tensor) -> None:
         """Record circular padding: every new element belongs to a channel that is already there."""
@@ -470,6 +471,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             branches_at=self.branches_at,
             branches_in=self.branches_in,
             ran=ran,
+            modules=frozenset(index.modules),
             idle=find_idle(index.modules, ran, used),
             other_norms=frozenset(path for path, module in index.modules.items() if has_other_statistics(module)),
         )

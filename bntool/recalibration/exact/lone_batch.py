@@ -23,6 +23,18 @@ _SAMPLES = 2
 _AGREEMENT = 1e-3  # of means in sigmas and of variances: float32 kernels for other layouts differ by far less
 
 
+def choose_positions(batches: Mapping[int, KeptBatch]) -> tuple[int, ...]:
+    """Which batches of a rank also run alone, by position: a small one, or both where there are only two.
+
+    Not the first: it enters before any other has changed something of the model that it is to change back, as weights
+    that are multiplied for the time of a forward. Nor the last, which sees what it left itself.
+    """
+    positions = list(batches)
+    if len(positions) <= 2:
+        return tuple(positions)
+    return (min(positions[1:-1], key=lambda position: batches[position].batch.samples),)
+
+
 @dataclass(frozen=True)
 class _LayerInput:
     """The input of one call of a layer: all of it, and the first samples, where activations are by sample."""
@@ -40,13 +52,13 @@ class LoneBatch:
     unless the model mixes samples.
 
     Args:
-        batches: of this rank, by position. A small one is chosen, but not the last, which sees what it left itself.
+        kept: the batch.
+        position: of it in the list.
     """
 
-    def __init__(self, batches: Mapping[int, KeptBatch]) -> None:
-        positions = list(batches)[:-1] or list(batches)
-        self.position = min(positions, key=lambda position: batches[position].batch.samples)
-        with batches[self.position].in_memory() as batch:
+    def __init__(self, kept: KeptBatch, *, position: int) -> None:
+        self.position = position
+        with kept.in_memory() as batch:
             self._batch = copy_batch(batch)
         self._seen: list[_LayerInput] = []
         self.is_alone = False
@@ -87,8 +99,8 @@ class LoneBatch:
         if differing is not None:
             raise RefusedError(
                 f"run by itself {self._batch.description} gives this layer other values than together with the other "
-                "batches: the model keeps something of one batch for another, is random, is bound to its thread, or "
-                "depends on how its input lies in memory; use --method pooled",
+                "batches: the model keeps something of one batch for another, changes its weights while it runs, is "
+                "random, is bound to its thread, or depends on how its input lies in memory; use --method pooled",
                 tensor=differing,
             )
 

@@ -18,7 +18,7 @@ from bntool.modules.borrowing import Borrowed, borrow
 from bntool.recalibration.activation_moments import measure
 from bntool.recalibration.activations import Activations
 from bntool.recalibration.exact.first_forward import FirstForward
-from bntool.recalibration.exact.lone_batch import LoneBatch
+from bntool.recalibration.exact.lone_batch import LoneBatch, choose_positions
 from bntool.recalibration.exact.paused_forwards import PausedForward, copy_context
 from bntool.recalibration.exact.repeated_calls import Finish, RepeatedCalls
 from bntool.recalibration.exact.set_aside import KeptBatch
@@ -71,14 +71,14 @@ def measure_exact(run: Run, batches: Iterable[KeptBatch], finish: Finish, first_
         counts = ranks.share(partial(_count, good.values()))
         result.batches, result.samples = (sum(column) for column in zip(*counts, strict=True))
         leader = next((rank for rank, (count, _) in enumerate(counts) if count), None)
-        lone_batch = LoneBatch(good) if ranks.rank == leader else None
+        positions = choose_positions(good) if ranks.rank == leader else ()
+        lone_batches = [LoneBatch(good[position], position=position) for position in positions]
         try:
             with borrow(run.model) as borrowed:
                 sweep = _Sweep(
-                    run, borrowed, finish, ranks, lone_batch, samples=result.samples, first_forward=first_forward
+                    run, borrowed, finish, ranks, lone_batches, samples=result.samples, first_forward=first_forward
                 )
                 result.tallies = sweep.repeat(good)
-                borrowed.reset()
                 sweep.check_alone()
         except BadBatchesError as error:
             # what these batches gave to earlier layers is in their statistics: begin again without them
@@ -126,7 +126,7 @@ class _Sweep:
         run, finish, first_forward: see :func:`measure_exact`.
         borrowed: to add hooks through.
         ranks: of the job.
-        lone_batch: that watches one of this rank's batches.
+        lone_batches: that watch batches of this rank.
         samples: of all ranks.
     """
 
@@ -136,17 +136,19 @@ class _Sweep:
         borrowed: Borrowed,
         finish: Finish,
         ranks: Ranks,
-        lone_batch: LoneBatch | None,
+        lone_batches: Sequence[LoneBatch],
         *,
         samples: int,
         first_forward: FirstForward,
     ) -> None:
         self._run = run
+        self._borrowed = borrowed
         self._ranks = ranks
         self._samples = samples
         self._first_forward = first_forward
         self._current: PausedForward | None = None
-        self._lone_batch = lone_batch
+        self._lone_batches = {lone_batch.position: lone_batch for lone_batch in lone_batches}
+        self._alone: LoneBatch | None = None
         self._position = 0
         self._memory = FreedMemory(pause=_PAUSE)
         self._kept: KeptBatch | None = None  # any of this rank's
@@ -161,10 +163,10 @@ class _Sweep:
             moments = measure(values)
         if moments.count:
             check_moments(moments, name, values, least=1)
-        lone_batch = self._lone_batch
-        if lone_batch is not None and (lone_batch.is_alone or lone_batch.position == self._position):
+        lone_batch = self._alone or self._lone_batches.get(self._position)
+        if lone_batch is not None:
             lone_batch.note(name, values, moments)
-            if lone_batch.is_alone:
+            if self._alone is not None:
                 return
         assert self._current is not None
         self._current.pause_at(name, moments)
@@ -185,12 +187,11 @@ class _Sweep:
         return self._calls.tallies
 
     def check_alone(self) -> None:
-        """Let one batch run by itself, on the rank that watches one.
+        """Let each batch that is watched run by itself, on the rank that watches it.
 
         Raises:
             RefusedError: it gave layers other values when all were on their way together.
         """
-        lone_batch = self._lone_batch
 
         @contextlib.contextmanager
         def watching() -> Iterator[None]:
@@ -198,11 +199,17 @@ class _Sweep:
             with guard, self._activations.watching():
                 yield
 
-        self._ranks.share(lambda: lone_batch.check(self._run, watching) if lone_batch is not None else None)
+        def check() -> None:
+            for lone_batch in self._lone_batches.values():
+                self._borrowed.reset()  # what a forward left would be there for the next
+                self._alone = lone_batch
+                lone_batch.check(self._run, watching)
+
+        self._ranks.share(check)
 
     def _run_once(self, batches: Mapping[int, KeptBatch]) -> None:
-        if self._lone_batch is not None:
-            self._lone_batch.begin()
+        for lone_batch in self._lone_batches.values():
+            lone_batch.begin()
         context = copy_context(self._run.model)
         self._kept = next(iter(batches.values()), None)
         forwards = {position: PausedForward(self._make_run(kept, context)) for position, kept in batches.items()}

@@ -294,6 +294,43 @@ def test_a_forward_that_waits_for_another_is_refused(monkeypatch):
     recalibrate(model, batches)
 
 
+class Regained(nn.Module):
+    """Computes with other weights than it holds, which it takes back at the end of a forward."""
+
+    def __init__(self, way):
+        super().__init__()
+        self.way, self.gain = way, 2.0
+        self.net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+
+    def forward(self, x):
+        if self.way == "functional_call":
+            weights = {k: v * self.gain if v.ndim == 4 else v for k, v in self.net.named_parameters()}
+            return torch.func.functional_call(self.net, weights, (x,))
+        self.net[0].weight.data.mul_(self.gain)
+        out = self.net(x)
+        self.net[0].weight.data.div_(self.gain)
+        return out
+
+
+@pytest.mark.parametrize("count", [2, 3, 5])
+@pytest.mark.parametrize("way", ["functional_call", "in place"])
+def test_weights_that_change_for_the_time_of_a_forward_are_refused(way, count):
+    """The first batch sees them as they should be, each later one those that the others have not taken back yet."""
+    model = Regained(way)
+    before = copy.deepcopy(model.state_dict())
+    batches = [torch.randn(8, 3, 5, 5) for _ in range(count)]
+    with pytest.raises(RefusedError, match="changes its weights while it runs"):
+        recalibrate(model, batches, method="exact")
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    recalibrate(model, batches)
+    with torch.no_grad():
+        seen = nn.functional.conv2d(torch.cat(batches), 2 * model.net[0].weight, model.net[0].bias)
+    torch.testing.assert_close(model.net[1].running_var, seen.var((0, 2, 3)))
+    # alone there is nothing else that could change them
+    recalibrate(model, [torch.cat(batches)], method="exact")
+    torch.testing.assert_close(model.net[1].running_var, seen.var((0, 2, 3)))
+
+
 class SecondChance(nn.Module):
     """Falls back on another layer where one raises, whatever it raises; later batches raise in earnest."""
 
