@@ -29,7 +29,7 @@ def find_names_read(kind: type[nn.Module]) -> frozenset[str]:
 
 
 def find_compared(kind: type[nn.Module]) -> Mapping[str, frozenset[Any]]:
-    """Return the numbers, texts and tuples of them that this code compares attributes and arguments with, by their names.
+    """Return the numbers and texts that this code compares attributes and arguments with, by their names.
 
     What is only asked whether it is true is compared with 0.
     """
