@@ -15,7 +15,7 @@ from bntool.data.images import choose_image_steps
 from bntool.data.pixels import read_image
 from bntool.data.policies import LeftOut
 from bntool.data.preprocessing import Preprocessing
-from bntool.data.samples import Decoding, Sample, explain
+from bntool.data.samples import Decoding, Sample, explain, read_label
 from bntool.data.source import DataOptions, DataSource
 from bntool.data.specs import HUB, is_dataset, is_saved, split_off
 from bntool.data.streams import read_stream
@@ -240,11 +240,9 @@ class _RowReader:
         name = f"row {number} of {self._spec}"
         content, label = row[self._choice.input], None
         if self._choice.label is not None:
-            label = row[self._choice.label]
-            try:
-                label = int(label)
-            except (TypeError, ValueError):
-                return f"the label of {name} is no number but {str(label)[:20]!r}"
+            label = read_label(row[self._choice.label], name)
+            if isinstance(label, str):
+                return label
         if content is None:
             return f"{name} has no {self._choice.input}"
         if self._steps is None:

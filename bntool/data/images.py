@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import stat
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,7 +21,7 @@ from bntool.data.specs import IMAGE_SUFFIXES, is_image_list
 from bntool.errors import MissingExtraError, UnreadableFileError, UsageError
 
 # a path, which may hold blanks, and what may follow it: the index of a class
-_LINE = re.compile(rf"(.+(?:{'|'.join(map(re.escape, IMAGE_SUFFIXES))}))(?:[\s,;]+(\d+))?", re.IGNORECASE)
+_LINE = re.compile(rf"(.+(?:{'|'.join(map(re.escape, IMAGE_SUFFIXES))}))(?:[\s,;]+(\d{{1,18}}))?", re.IGNORECASE)
 
 
 class ImageFolderSource(DataSource):
@@ -108,8 +109,13 @@ def _read_files(found: ImageFiles, spec: str, steps: Preprocessing, options: Dat
 def _find_size(path: Path) -> int | None:
     try:
         return path.stat().st_size
-    except OSError:  # of a list: it is said when it is read
+    except (OSError, ValueError):  # of a list: it is said when it is read
         return None
+
+
+def _waits_for_others(mode: int) -> bool:
+    """Whether opening it, or reading it to its end, may never be done."""
+    return stat.S_ISFIFO(mode) or stat.S_ISCHR(mode) or stat.S_ISSOCK(mode)
 
 
 @dataclass(frozen=True)
@@ -198,6 +204,8 @@ class _ImageReader:
     def __call__(self, index: int) -> Sample | str:
         path, labels = self._files.paths[index], self._files.labels
         try:
+            if _waits_for_others(path.stat().st_mode):
+                return f"{path} cannot be read: not a regular file"
             pixels = read_image(path, self._preprocessing).numpy()
         except Exception as error:  # noqa: BLE001 (Pillow raises anything on bad files)
             return f"{path} cannot be read: {explain(error)}"

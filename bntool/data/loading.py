@@ -12,6 +12,7 @@ from bntool.data.policies import OnBadData
 from bntool.data.preprocessing import Preprocessing
 from bntool.data.shares import WHOLE, Share
 from bntool.data.source import DataOptions, DataSource
+from bntool.data.specs import asking_system
 from bntool.data.tar_shards import TarShardSource
 from bntool.errors import UsageError
 
@@ -77,8 +78,9 @@ def load_data(  # noqa: PLR0913 (one for each option of the command line)
         columns=columns,
         share=share,
     )
-    for source in DATA_SOURCES:
-        if source.recognises(spec):
-            return source.load(spec, options)
+    with asking_system(spec):
+        found = next((source for source in DATA_SOURCES if source.recognises(spec)), None)
+    if found is not None:
+        return found.load(spec, options)
     forms = "; ".join(source.form for source in DATA_SOURCES)
     raise UsageError(f"--data {spec!r} cannot be understood; it can be: {forms}")

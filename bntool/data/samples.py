@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -18,6 +19,9 @@ from bntool.data.preprocessing import Preprocessing
 from bntool.data.rows import to_calculable
 from bntool.data.workers import LostWorkerError, iterate
 from bntool.errors import CorruptFileError, RefusedError, UsageError
+
+_LARGEST = 1 << 63  # of int64, as labels are
+_SHOWN = 20  # characters of a label
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,6 +148,22 @@ def _watch_workers(loader: DataLoader[Any]) -> Iterator[Any]:
         yield from iterate(loader)
     except LostWorkerError as error:
         raise RefusedError(" ".join(str(error).split())) from error
+
+
+def read_label(value: Any, name: str) -> int | str:
+    """The index of a class; where it is none, why.
+
+    Args:
+        value: as it is stored: a number, or the text of one.
+        name: what to call the sample.
+    """
+    with contextlib.suppress(TypeError, ValueError, OverflowError):
+        label = int(value)
+        is_whole = isinstance(value, str | bytes) or label == value
+        if is_whole and -_LARGEST <= label < _LARGEST:
+            return label
+    shown = value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
+    return f"the label of {name} is no index of a class but {shown[:_SHOWN]!r}"
 
 
 def explain(error: Exception) -> str:

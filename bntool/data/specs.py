@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
-from bntool.errors import MissingExtraError
+from bntool.checkpoints.files import describe_failure
+from bntool.errors import MissingExtraError, UnreadableFileError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".avif")
 LIST_SUFFIXES = (".txt", ".lst")
@@ -55,13 +58,28 @@ def check_data(spec: str) -> None:
 
     Raises:
         MissingExtraError: it is not.
+        UnreadableFileError: the system does not say what lies there.
     """
-    if is_tar(spec):
-        _require("webdataset", "webdataset", what="tar archives of samples")
-    elif is_dataset(spec):
-        _require("datasets", "datasets", what="datasets and Parquet files")
-    elif Path(spec).is_dir() or is_image_list(spec):
-        _require("PIL", "images", what="images", package="Pillow")
+    with asking_system(spec):
+        if is_tar(spec):
+            _require("webdataset", "webdataset", what="tar archives of samples")
+        elif is_dataset(spec):
+            _require("datasets", "datasets", what="datasets and Parquet files")
+        elif Path(spec).is_dir() or is_image_list(spec):
+            _require("PIL", "images", what="images", package="Pillow")
+
+
+@contextlib.contextmanager
+def asking_system(spec: str) -> Iterator[None]:
+    """Inside, the system is asked what lies at a path, which may be too long for it, or in a folder that it hides.
+
+    Raises:
+        UnreadableFileError
+    """
+    try:
+        yield
+    except OSError as error:
+        raise UnreadableFileError(describe_failure(error), path=spec) from error
 
 
 def _require(module: str, extra: str, *, what: str, package: str | None = None) -> None:

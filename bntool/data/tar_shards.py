@@ -21,9 +21,9 @@ from bntool.data.images import choose_image_steps
 from bntool.data.numpy_files import read_array
 from bntool.data.pixels import read_image
 from bntool.data.preprocessing import Preprocessing
-from bntool.data.samples import Decoding, Sample, explain
+from bntool.data.samples import Decoding, Sample, explain, read_label
 from bntool.data.source import DataOptions, DataSource
-from bntool.data.specs import IMAGE_SUFFIXES, is_tar
+from bntool.data.specs import IMAGE_SUFFIXES, asking_system, is_tar
 from bntool.data.streams import read_stream
 from bntool.data.tar_members import read_files
 from bntool.errors import BntoolError, CorruptFileError, MissingExtraError, UnreadableFileError, UsageError
@@ -32,6 +32,9 @@ _LABELS = ("cls", *LABEL_KEYS)
 _META = ("__key__", "__url__", "__local_path__")
 _ARRAY = "npy"
 _OWN = re.compile(r"__[^/]*__(?:$|/)")  # what webdataset keeps for itself
+
+_RANGE = re.compile(r"\{(-?\d{1,255})\.\.(-?\d{1,255})(?:\.\.(-?\d{1,255}))?\}", re.ASCII)
+_MOST_NAMES = 1_000_000
 
 
 class TarShardSource(DataSource):
@@ -106,8 +109,12 @@ def expand(spec: str) -> Sequence[str]:
         raise MissingExtraError(
             f"tar archives of samples need webdataset: pip install 'bntool[webdataset]' ({error})"
         ) from error
+    with asking_system(spec):
+        is_file = Path(spec).is_file()
+    if not is_file and _count_names(spec) > _MOST_NAMES:
+        raise UsageError(f"it names more than {_MOST_NAMES:,} archives", path=spec)
     try:
-        names = [spec] if Path(spec).is_file() else list(expand_urls(spec))
+        names = [spec] if is_file else list(expand_urls(spec))
     except (ValueError, AssertionError) as error:
         raise UsageError(f"--data cannot be understood: {error}", path=spec) from error
     shards: list[str] = []
@@ -120,8 +127,21 @@ def expand(spec: str) -> Sequence[str]:
         raise UsageError("there is no such file", path=spec)
     for shard in shards:
         if _is_local(shard) and not Path(shard).is_file():
-            raise UnreadableFileError("there is no such file", path=shard)
+            is_there = Path(shard).exists()
+            raise UnreadableFileError("not a regular file" if is_there else "there is no such file", path=shard)
     return shards
+
+
+def _count_names(spec: str) -> float:
+    """How many names the ranges of numbers in braces give, of one in another the largest alone; none is made for it."""
+    count = largest = 1.0
+    for match in _RANGE.finditer(spec):
+        first, last, step = (float(number or 1) for number in match.groups())
+        size = abs(last - first) / (abs(step) or 1) + 1
+        largest = max(largest, size)
+        if spec.count("{", 0, match.start()) == spec.count("}", 0, match.start()):
+            count *= size
+    return max(count, largest)
 
 
 def _is_local(shard: str) -> bool:
@@ -140,7 +160,7 @@ def _open_samples(shards: Sequence[str]) -> Iterator[Mapping[str, Any]]:
         except BntoolError:
             raise
         except ValueError as error:  # of webdataset, about its own convention
-            raise CorruptFileError(f"{error.args[0]}", path=shard) from error
+            raise CorruptFileError(str(error.args[0]).partition(" dict_keys(")[0], path=shard) from error
         except OSError as error:
             raise UnreadableFileError(describe_failure(error), path=shard) from error
 
@@ -256,13 +276,9 @@ class _Decoder:
     def __call__(self, stored: _Stored | str) -> Sample | str:
         if isinstance(stored, str):
             return stored
-        label = None
-        if stored.label is not None:
-            try:
-                label = int(stored.label)
-            except ValueError:
-                shown = stored.label[:20].decode("utf-8", "replace")
-                return f"the label of {stored.name} is no number but {shown!r}"
+        label = None if stored.label is None else read_label(stored.label, stored.name)
+        if isinstance(label, str):
+            return label
         is_array = stored.field.endswith(_ARRAY)
         if is_array == (self._steps is not None):
             other = "an array" if is_array else "an image"

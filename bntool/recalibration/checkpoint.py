@@ -34,7 +34,7 @@ from bntool.modules.opening import open_source
 from bntool.plan import Operation, Plan, check_plan
 from bntool.progress import OnProgress, OnWarning, Progress, ignore, tell_notebook
 from bntool.recalibration.dtype_limits import fit_plan, list_promoted
-from bntool.recalibration.evaluation import count_flipped, is_better, parse_metric
+from bntool.recalibration.evaluation import count_flipped, find_other_data, is_better, parse_metric
 from bntool.recalibration.fingerprints import fingerprint_model, fingerprint_state_dict
 from bntool.recalibration.keeping import PartialKeeper, check_can_resume, name_kept
 from bntool.recalibration.kept_evaluation import Judge
@@ -243,7 +243,13 @@ def recalibrate_checkpoint(  # noqa: PLR0913, PLR0915 as many as the command has
                 *warn_of_fewer(result, asked=samples, there=batches.samples, cut=cut),
                 *warn_of_lacking(lacking, result),
                 *warn_of_precision(precision, is_faster=is_faster_in_bfloat16(live)),
-                *warn_of_judging(before, held_out, fair=not keep_if_better or apart, apart=apart),
+                *warn_of_judging(
+                    before,
+                    held_out,
+                    fair=not keep_if_better or apart,
+                    apart=apart,
+                    difference=find_other_data(before, after),
+                ),
             ),
         )
         judge.end()

@@ -322,14 +322,32 @@ def count_flipped(before: Evaluation, after: Evaluation) -> float | None:
     return float((before.predictions != after.predictions).double().mean())
 
 
+def find_other_data(before: Evaluation, after: Evaluation) -> str | None:
+    """What tells that the data were others the second time, in words; None where nothing does.
+
+    Data that come in another order are the same. Only labels that are one whole number for each sample are looked at.
+    """
+    if before.samples != after.samples:
+        return f"the evaluation data gave {before.samples:,} samples before, and {after.samples:,} after"
+    one, other = before.labels, after.labels
+    if one is None or other is None or one.is_floating_point() or one.numel() > before.samples:
+        return None
+    is_same = torch.equal(one.flatten().sort().values, other.flatten().sort().values)
+    return None if is_same else "the evaluation data gave other labels before than after"
+
+
 def is_better(before: Evaluation, after: Evaluation) -> bool:
     """Return whether the metric grew.
 
     Raises:
         UsageError: there were no labels to tell.
+        RefusedError: they were measured on other data.
     """
     if before.value is None or after.value is None:
         raise UsageError("--keep-if-better needs labels: give --eval-data with labels")
+    difference = find_other_data(before, after)
+    if difference is not None:
+        raise RefusedError(f"--keep-if-better compares on the same data, but {difference}")
     if math.isnan(before.value):
         return not math.isnan(after.value)
     return after.value > before.value

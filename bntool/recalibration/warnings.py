@@ -55,7 +55,9 @@ def warn_of_precision(precision: Precision, *, is_faster: bool) -> Iterator[str]
         yield "this processor has no bfloat16 instructions: float32 is faster"
 
 
-def warn_of_judging(before: Evaluation, held_out: Batches, *, fair: bool, apart: bool) -> Iterator[str]:
+def warn_of_judging(
+    before: Evaluation, held_out: Batches, *, fair: bool, apart: bool, difference: str | None
+) -> Iterator[str]:
     """Warn where accuracy was not measured as one may assume: on what data, with what labels.
 
     Args:
@@ -63,9 +65,12 @@ def warn_of_judging(before: Evaluation, held_out: Batches, *, fair: bool, apart:
         held_out: the data that it was measured on.
         fair: whether nothing hangs on it, or these are not the data of the statistics.
         apart: whether these are not the data of the statistics.
+        difference: what tells that the model was given other data with its new statistics; None where nothing does.
     """
     if before.note is not None:
         yield f"not measured: {before.note}"
+    if difference is not None:
+        yield f"before and after do not compare: {difference}"
     if apart and before.left_out:
         count = sum(left_out.samples for left_out in before.left_out)
         yield f"{count} samples of the evaluation data were left out, first {before.left_out[0].reason}"

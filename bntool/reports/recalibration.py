@@ -308,8 +308,9 @@ def _evaluation(outcome: CheckpointRecalibration) -> list[Block]:
             blocks.append(line("the new statistics are worse here; --keep-if-better would not have written them"))
     if outcome.flipped is not None:
         text = f"{_percent(outcome.flipped)} of the predictions change"
-        where = "" if before.value is not None else f" on {outcome.evaluated_on}; there are no labels"
-        blocks.append(line(text + where))
+        where = "" if before.value is not None else f" on {outcome.evaluated_on}"
+        has_labels = before.value is not None or before.labels is not None or before.note is not None
+        blocks.append(line(text + where + "; there are no labels" * (not has_labels)))
     if not after.finite:
         blocks.append(line("outputs hold NaN or infinity, with the new statistics too", Style.WARNING))
     elif not before.finite:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import io
+import os
 import re
 import tarfile
 from pathlib import Path
@@ -17,7 +18,9 @@ from bntool.data.columns import Columns
 from bntool.data.loading import load_data
 from bntool.data.policies import OnBadData
 from bntool.data.preprocessing import Preprocessing
+from bntool.data.samples import read_label
 from bntool.data.shares import Share
+from bntool.data.specs import check_data
 from bntool.data.streams import deal
 from bntool.errors import CorruptFileError, UnreadableFileError, UnsafeFileError, UsageError
 
@@ -174,7 +177,7 @@ def test_bad_samples_are_counted_and_named(tmp_path):
             reasons = [left_out.reason for left_out in data.bad_inputs]
             words = [
                 "b of",
-                "no number but 'cat'",
+                "no index of a class but 'cat'",
                 "d of .* has no label",
                 "e of .* has txt, cls and no",
                 "array",
@@ -254,12 +257,51 @@ def test_what_is_no_data_is_said(tmp_path):
         read(tmp_path / "n-{1..3}.tar")
     with pytest.raises(UsageError, match="no such file"):
         read(tmp_path / "n-*.tar")
+    (tmp_path / "folder.tar").mkdir()
+    with pytest.raises(UnreadableFileError, match="not a regular file"):
+        read(tmp_path / "folder.tar")
     with pytest.raises(UsageError, match="no sample in it"):
         read(write_tar(tmp_path / "none.tar", {"README": b"", "folder/LICENSE": b""}))
     with pytest.raises(UsageError, match="say what the model expects"):
         read(write_shards(tmp_path), preprocessing=None)
     with pytest.raises(UsageError, match="cannot be understood"):  # no command is run
         read("pipe:touch ran; cat x.tar")
+
+
+@pytest.mark.parametrize("name", ["n-{0..99999999999}", "n-{0..9999}-{0..9999}", "n-{5..-" + "9" * 200 + "..2}"])
+def test_ranges_that_no_memory_holds_are_not_spelled_out(tmp_path, name):
+    with pytest.raises(UsageError, match="more than 1,000,000 archives"):
+        read(tmp_path / f"{name}.tar")
+
+
+@pytest.mark.parametrize("name", ["n-{0..1}{0..1}", "{a-{0..9},b-{000000..000000}}", "n-{0..99999999..99999998}"])
+def test_ranges_of_few_are_spelled_out(tmp_path, name):
+    with pytest.raises(UnreadableFileError, match="there is no such file"):
+        read(tmp_path / f"{name}.tar")
+
+
+@pytest.mark.parametrize("ending", [".tar", ".npz", ".txt", ".pt", ":factory", ""])
+def test_a_path_that_the_system_refuses_is_a_sentence(ending):
+    with pytest.raises(UnreadableFileError, match="the file name is too long"):
+        load_data("y" * 5000 + ending, batch_size=4, preprocessing=STEPS)
+    with pytest.raises(UnreadableFileError, match="the file name is too long"):
+        check_data("y" * 5000)
+
+
+@pytest.mark.parametrize("label", [b"9" * 30, b"9" * 9000, b"2.7", b"-9223372036854775809", b"", b"\xff"])
+def test_labels_that_are_no_index_are_bad_data(tmp_path, label):
+    png = encode_png(PIXELS[0])
+    path = write_tar(tmp_path / "a.tar", {"a.png": png, "a.cls": b"-9223372036854775808", "b.png": png, "b.cls": label})
+    with pytest.raises(CorruptFileError, match=r"the label of b of .* is no index of a class but"):
+        read(path)
+    data = load_data(str(path), batch_size=4, preprocessing=STEPS, workers=0, on_bad_data=OnBadData.SKIP)
+    assert [batch.labels.tolist() for batch in data] == [[-(1 << 63)]]
+
+
+@pytest.mark.parametrize("value", [2.7, float("inf"), float("nan"), None, np.float32(0.5), 1 << 63, [1]])
+def test_numbers_that_are_no_index_are_no_labels(value):
+    assert read_label(value, "x").startswith("the label of x is no index of a class but")
+    assert read_label(np.float32(3), "x") == 3
 
 
 def test_floating_arrays_are_given_as_they_are(tmp_path):
@@ -308,7 +350,21 @@ class TestLists:
         assert [batch.samples for batch in data] == [1]
         assert len(data.bad_inputs) == 1
 
-    @pytest.mark.parametrize("text", ["notes\n", "", "a b/1.png x\n", "a b/1.pdf\n"])
+    @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
+    def test_what_is_no_file_is_bad_data(self, folder):
+        os.mkfifo(folder / "pipe.png")
+        (folder / "folder.png").mkdir()
+        (folder / "list.txt").write_text("a b/1.png\npipe.png\nfolder.png\nnul\0.png\n")
+        data = load_data(
+            str(folder / "list.txt"), batch_size=4, preprocessing=STEPS, workers=0, on_bad_data=OnBadData.SKIP
+        )
+        assert [batch.samples for batch in data] == [1]
+        reasons = [one.reason for one in data.bad_inputs]
+        assert len(reasons) == 3
+        assert reasons[0].endswith("pipe.png cannot be read: not a regular file")
+        assert data.identify()
+
+    @pytest.mark.parametrize("text", ["notes\n", "", "a b/1.png x\n", "a b/1.pdf\n", f"a b/1.png {'9' * 19}\n"])
     def test_other_text_is_no_list(self, folder, text):
         (folder / "list.txt").write_text(text)
         with pytest.raises(UsageError, match="no path of an image"):

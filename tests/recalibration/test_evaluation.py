@@ -9,8 +9,18 @@ from torch import nn
 
 from bntool.data.batches import as_batches
 from bntool.errors import RefusedError, UsageError, UserCodeError
-from bntool.recalibration.evaluation import Evaluation, count_flipped, evaluate, is_better, measure_top, parse_metric
+from bntool.recalibration.checkpoint import recalibrate_checkpoint
+from bntool.recalibration.evaluation import (
+    Evaluation,
+    count_flipped,
+    evaluate,
+    find_other_data,
+    is_better,
+    measure_top,
+    parse_metric,
+)
 from tests.programs import copy_user_code
+from tests.recalibration.test_keeping import Classifier
 
 
 def test_top_k_against_sorting_by_hand():
@@ -150,3 +160,43 @@ def test_labels_in_lists_and_columns_and_logits_among_outputs():
     for labels in ([0, 1, 0], torch.tensor([[0], [1], [0]])):
         for output in (logits, (logits, x), {"logits": logits, "aux": x}):
             assert evaluate(Returning(output), [(x, labels)], metric=parse_metric("top1")).value == pytest.approx(2 / 3)
+
+
+def test_other_data_the_second_time_are_told():
+    def judge(labels, value):
+        return Evaluation("top1", value, len(labels), None, torch.tensor(labels))
+
+    before = judge([0, 1, 2, 2], 0.5)
+    assert find_other_data(before, judge([2, 0, 2, 1], 0.75)) is None  # shuffled anew
+    assert is_better(before, judge([2, 0, 2, 1], 0.75))
+    for after, words in (
+        (judge([0, 1, 2], 1.0), "gave 4 samples before, and 3 after"),
+        (judge([0, 1, 1, 2], 1.0), "other labels before than after"),
+    ):
+        assert words in find_other_data(before, after)
+        with pytest.raises(RefusedError, match=words):
+            is_better(before, after)
+
+
+class Shrinking:
+    """Data that are fewer each time."""
+
+    def __init__(self):
+        self.batches = list(zip(torch.randn(40, 3, 9, 9).split(4), torch.arange(40).remainder(4).split(4), strict=True))
+
+    def __iter__(self):
+        self.batches.pop()
+        return iter(list(self.batches))
+
+
+def test_accuracies_of_other_data_are_not_compared(tmp_path):
+    torch.save(Classifier().state_dict(), tmp_path / "net.pt")
+    result = recalibrate_checkpoint(tmp_path / "net.pt", tmp_path / "out.pt", model=Classifier(), data=Shrinking())
+    (warning,) = [one for one in result.warnings if "do not compare" in one]
+    assert f"{result.before.samples} samples before, and {result.after.samples} after" in warning
+    assert result.after.samples < result.before.samples
+    with pytest.raises(RefusedError, match="compares on the same data"):
+        recalibrate_checkpoint(
+            tmp_path / "net.pt", tmp_path / "kept.pt", model=Classifier(), data=Shrinking(), keep_if_better=True
+        )
+    assert not (tmp_path / "kept.pt").exists()
