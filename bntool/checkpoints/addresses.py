@@ -59,3 +59,9 @@ def as_location(place: str | os.PathLike[str]) -> Location:
         return place
     text = os.fspath(place)
     return Address(text) if "://" in text and re.match(_ADDRESS, text) else Path(place)
+
+
+def split_numbers(path: str) -> list[tuple[int, str]]:
+    """A key to sort by, in which ``part-9`` comes before ``part-10``."""
+    parts = re.split(r"(?a)(\d+)", path)
+    return [(int(part), "") if at % 2 else (-1, part) for at, part in enumerate(parts)]

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from bntool.batchnorm import DEFAULT_EPS
-from bntool.checkpoints.addresses import Location, as_location
+from bntool.checkpoints.addresses import Location, as_location, split_numbers
 from bntool.checkpoints.origin import find_progress
 from bntool.errors import BntoolError
 from bntool.inspection.checkpoint import inspect
@@ -28,7 +27,6 @@ if TYPE_CHECKING:
 
 _SHOWN = 6  # files, in a repr
 _RANKS = {Health.SUSPICIOUS: 1, Health.SICK: 2}
-_NUMBER = re.compile(r"(\d+)", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -195,18 +193,13 @@ def inspect_run(paths: Sequence[str | os.PathLike[str]], *, on_file: OnFile | No
         on_file: is called with each path and what was found there, in the order of names.
         options: of :func:`bntool.inspect`. A file that cannot be inspected has the error in its summary.
     """
-    named = sorted(map(as_location, paths), key=lambda location: _split_numbers(str(location)))
+    named = sorted(map(as_location, paths), key=lambda location: split_numbers(str(location)))
     files = _follow(named, on_file, options)
     ordered, ordered_by = _order(files)
     if ordered != files:  # names do not say the order: what changed is measured again
         places = {id(file): location for file, location in zip(files, named, strict=True)}
         ordered = _follow([places[id(file)] for file in ordered], None, options)
     return Run(tuple(ordered), ordered_by)
-
-
-def _split_numbers(path: str) -> list[tuple[int, str]]:
-    parts = _NUMBER.split(path)
-    return [(int(part), "") if at % 2 else (-1, part) for at, part in enumerate(parts)]
 
 
 def _order(files: Sequence[FileSummary]) -> tuple[list[FileSummary], str]:

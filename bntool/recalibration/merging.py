@@ -21,6 +21,7 @@ from bntool.errors import UsageError
 from bntool.plan import check_plan
 from bntool.recalibration.dtype_limits import check_holds, fit_plan, list_promoted
 from bntool.recalibration.fingerprints import fingerprint_state_dict
+from bntool.recalibration.freed_memory import keeping_freed_memory
 from bntool.recalibration.moments import Array
 from bntool.recalibration.new_statistics import Blend, LayerFacts, Measurement, Pair, check_prior, conclude
 from bntool.recalibration.partials import Origin, merge_partials
@@ -77,7 +78,8 @@ def merge_statistics(  # noqa: PLR0913 as many as the command has options
             is_there = any(one.key == origin.state_dict for one in source.state_dicts)
             return choose_state_dict(source, origin.state_dict if state_dict is None and is_there else state_dict)
 
-        merged = merge_partials(paths, checkpoint=lambda origin: fingerprint_state_dict(choose(origin)), path=path)
+        with keeping_freed_memory():
+            merged = merge_partials(paths, checkpoint=lambda origin: fingerprint_state_dict(choose(origin)), path=path)
         first, origin = merged.first, merged.first.origin
         chosen = choose(origin)
         check_not_folded(source.records.get(chosen.key, ()), path)

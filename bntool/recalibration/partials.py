@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from bntool.checkpoints.addresses import split_numbers
 from bntool.checkpoints.checkpoint import Checkpoint
 from bntool.checkpoints.dtypes import BY_NAME, FLOAT64, INT64
 from bntool.checkpoints.files import quote
@@ -445,7 +446,8 @@ def _check_places(partial: Partial) -> None:
 def merge_partials(paths: Sequence[Path], *, checkpoint: Callable[[Origin], str], path: object) -> MergedPartials:
     """Read partials and merge what they hold; together they must be all batches, each once.
 
-    One after the other is read and merged, so that no more than one is in memory.
+    One after the other is read and merged, neighbours first as far as their names are numbered: so little waits in
+    memory for what comes later.
 
     Args:
         paths: of the files, in any order.
@@ -459,7 +461,7 @@ def merge_partials(paths: Sequence[Path], *, checkpoint: Callable[[Origin], str]
     tree = BatchTree()
     facts: list[Partial] = []
     fingerprint, values = "", 0
-    for place in paths:
+    for place in sorted(paths, key=lambda one: split_numbers(str(one))):
         partial = read_partial(place)
         name = _name(partial)
         fingerprint = fingerprint or checkpoint(partial.origin)

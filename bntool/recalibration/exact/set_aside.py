@@ -31,7 +31,8 @@ _IN_MEMORY = ("tmpfs", "ramfs")  # file systems that would save nothing
 _PROBE = 16 << 20  # bytes
 _LEAST = 1 << 16  # bytes of a storage that are worth it
 _UNSEEN = frozenset(("__reduce_ex__", "__repr__", "as_tensor", "asarray", "tensor", "tolist"))
-_DONTNEED = 4  # MADV_DONTNEED of Linux
+_DONTNEED, _HUGEPAGE = 4, 14  # MADV_DONTNEED and MADV_HUGEPAGE of Linux
+_HUGE = 2 << 20  # bytes of a huge page
 
 
 class SetAside:
@@ -180,10 +181,12 @@ class _FilePlace(_Place):
         view, done = self._view(), 0
         while done < self._size:
             done += file.write(view[done:])
-        if ctypes.CDLL(None).madvise(ctypes.c_void_p(self._address), ctypes.c_size_t(self._size), _DONTNEED):
+        if self._advise(_DONTNEED):
             raise OSError("the system does not take the memory")
 
     def take(self, storage: torch.UntypedStorage, file: io.FileIO) -> None:  # noqa: ARG002 its address is known
+        if self._size >= _HUGE:
+            self._advise(_HUGEPAGE)  # or not: then 512 pages are made one by one, which takes as long as reading them
         file.seek(self._start)
         view, done = self._view(), 0
         while done < self._size:
@@ -195,6 +198,10 @@ class _FilePlace(_Place):
 
     def release(self) -> None:
         self._regions.release(self._start, self._size)
+
+    def _advise(self, advice: int) -> int:
+        code: int = ctypes.CDLL(None).madvise(ctypes.c_void_p(self._address), ctypes.c_size_t(self._size), advice)
+        return code
 
     def _view(self) -> memoryview:
         # by its address: a storage that numpy has seen is torch's no more
