@@ -62,6 +62,6 @@ def as_location(place: str | os.PathLike[str]) -> Location:
 
 
 def split_numbers(path: str) -> list[tuple[int, str]]:
-    """A key to sort by, in which ``part-9`` comes before ``part-10``."""
+    """Make a key to sort by, in which ``part-9`` comes before ``part-10``."""
     parts = re.split(r"(?a)(\d+)", path)
     return [(int(part), "") if at % 2 else (-1, part) for at, part in enumerate(parts)]

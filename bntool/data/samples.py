@@ -151,7 +151,7 @@ def _watch_workers(loader: DataLoader[Any]) -> Iterator[Any]:
 
 
 def read_label(value: Any, name: str) -> int | str:
-    """The index of a class; where it is none, why.
+    """Read the index of a class; where it is none, say why.
 
     Args:
         value: as it is stored: a number, or the text of one.

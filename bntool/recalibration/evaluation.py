@@ -323,7 +323,7 @@ def count_flipped(before: Evaluation, after: Evaluation) -> float | None:
 
 
 def find_other_data(before: Evaluation, after: Evaluation) -> str | None:
-    """What tells that the data were others the second time, in words; None where nothing does.
+    """Say what tells that the data were others the second time; None where nothing does.
 
     Data that come in another order are the same. Only labels that are one whole number for each sample are looked at.
     """
