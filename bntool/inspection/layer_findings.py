@@ -171,8 +171,8 @@ def _variance(variance: Summary, weight: Summary | None, *, eps: float, threshol
         largest = max(abs(weights[i]) / math.sqrt(variance.values[i] + eps) for i in small)
         what = f"of channel {small[0]}" if len(small) == 1 else f"in {len(small)} of {count} channels"
         message = (
-            f"running_var {what} is nearly 0 ({smallest:.1e}), as if the input had been constant for long: "
-            "it is, behind dead channels, and comes out right then; whatever else new data put there is amplified "
+            f"running_var {what} is nearly 0 ({smallest:.1e}), as if the input had been constant for long. Behind dead "
+            "channels it is, and comes out right; whatever else new data put there is amplified "
             f"{format_number(largest)} times"
         )
         advice = "nothing is to be done where the channels before are dead; else look at what feeds them"

@@ -136,9 +136,8 @@ def show_break(run: Run) -> Iterator[Line]:
     before = next((file for file in reversed(run.files[:at]) if file.verdict is not None), None)
     assert broken.verdict is not None
     style = HEALTH_STYLES[broken.verdict.health]
-    how = "already in the first file," if before is None else "first in"
     cells = [
-        Cell(f"{broken.verdict.health.value} {how} {list_files(run, [broken])}", style),
+        Cell(say_since_when(run, at), style),
         Cell(_describe_progress(broken, " ({})")),
     ]
     worst = broken.findings[0] if broken.findings else None
@@ -148,6 +147,21 @@ def show_break(run: Run) -> Iterator[Line]:
     if before is not None and before.verdict is not None:
         cells.append(Cell(f"; {list_files(run, [before])} was {before.verdict.health.value}"))
     yield Line(tuple(cells))
+
+
+def say_since_when(run: Run, at: int) -> str:
+    """Say that something is wrong, and from which file of a run on.
+
+    Args:
+        at: where the file stands in which something broke.
+    """
+    broken = run.files[at]
+    assert broken.verdict is not None
+    health, name = broken.verdict.health, list_files(run, [broken])
+    if at == 0:
+        return f"{health.value} already in the first file, {name}"
+    earlier = any(file.verdict is not None and file.verdict.health is health for file in run.files[:at])
+    return f"{health.value} {'again' if earlier else 'first'} in {name}"
 
 
 def _place(found: FoundInLayers) -> str:

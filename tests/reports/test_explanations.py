@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from bntool.cli.main import ExitCode, main
@@ -21,6 +23,8 @@ def test_every_code_is_explained(code: str, kind: str) -> None:
     (one,) = [one for one in explain(code) if one.kind == kind]
     assert any(len(value) > 10 for value in one.facts.values())
     assert not [value for value in one.facts.values() if "`" in value or "](" in value]
+    beside = re.compile("as above|as below|(the )?same (of|in|as|for) ")  # of rows that are not printed beside it
+    assert not any(beside.match(value) for value in one.facts.values())
     if kind == "finding":
         assert any(severity.value in one.facts["severity"] for severity in Severity)
 

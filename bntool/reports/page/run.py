@@ -16,7 +16,7 @@ from bntool.reports.page.document import Column, Entry, Item, Page, Picture, Pla
 from bntool.reports.page.from_blocks import make_table, read_blocks
 from bntool.reports.page.inspection import HEALTH_STYLES, STYLES, make_layer_table, name_rows
 from bntool.reports.page.strips import Mark, Scale, count_pixels, draw_series, scale_sizes
-from bntool.reports.run import count_files, list_files, make_file_table, name_file, show_break
+from bntool.reports.run import count_files, list_files, make_file_table, name_file, say_since_when, show_break
 from bntool.reports.text import plural
 from bntool.representation import format_number
 
@@ -60,8 +60,7 @@ def _judge(run: Run, broken: int | None) -> tuple[Style, str]:
     if broken is not None:
         file = run.files[broken]
         assert file.verdict is not None
-        first = "already in the first file" if not broken else f"first in {list_files(run, [file])}"
-        return HEALTH_STYLES[file.verdict.health], f"{file.verdict.health.value} {first}"
+        return HEALTH_STYLES[file.verdict.health], say_since_when(run, broken)
     counts = run.count()
     words = ", ".join(f"{count} {word}" for word, count in counts.items())
     failed = any(file.error is not None for file in run.files)

@@ -32,11 +32,12 @@ def find_browser() -> str:
     return found
 
 
-def open_page(path: Path, fragment: str = "") -> Opened:
+def open_page(path: Path, fragment: str = "", *, width: int = 1200) -> Opened:
     """Open a page in a browser that has no profile and no sandbox, which a container may not have either."""
     profile = path.parent / "profile"
     url = path.resolve().as_uri() + (f"#{fragment}" if fragment else "")
     options = [*OPTIONS, "--no-sandbox", f"--user-data-dir={profile}", "--virtual-time-budget=2000", "--dump-dom"]
+    options.append(f"--window-size={width},900")
     environment = {**os.environ, "HOME": str(path.parent)}
     done = subprocess.run(
         [find_browser(), *options, url], check=False, capture_output=True, text=True, timeout=120, env=environment

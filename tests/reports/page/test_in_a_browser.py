@@ -93,3 +93,31 @@ def test_rows_are_sorted_and_strips_say_what_is_pointed_at(page: Path, tmp_path:
     assert falling == "32,32,32,32,12,12,12,12,12"
     assert rising == "12,12,12,12,12,32,32,32,32"
     assert found["shown"] == 1
+
+
+LAYOUT = """
+addEventListener("load", () => {
+  const result = document.createElement("pre");
+  result.id = "result";
+  const names = [...document.querySelectorAll("tbody th[scope=row]")].map((one) => one.getBoundingClientRect().height);
+  const wide = [...document.querySelectorAll(".scroll")].map((one) => one.scrollWidth - one.clientWidth);
+  wide.push(document.documentElement.scrollWidth - document.documentElement.clientWidth);
+  result.textContent = JSON.stringify({ names, wide });
+  document.body.append(result);
+});
+"""
+
+
+@pytest.mark.parametrize("width", [500, 1200])
+@pytest.mark.parametrize("command", ["inspect", "diff"])
+def test_nothing_is_cut_or_broken_up(command: str, width: int, tmp_path: Path) -> None:
+    files = [str(SAMPLES / "digits.pt"), str(SAMPLES / "drifted.pt")]
+    page = tmp_path / "page.html"
+    assert main([command, *files[-1 if command == "inspect" else 0 :], "--html", str(page), "--quiet"]) == 0
+    text = re.sub(r"<meta http-equiv[^>]*>", "", page.read_text())
+    page.write_text(text.replace("</body>", f"<script>{LAYOUT}</script></body>"))
+    opened = open_page(page, width=width)
+    found = json.loads(re.search(r'<pre id="result">(.*?)</pre>', opened.document, flags=re.DOTALL)[1])
+    assert len(found["names"]) == 9
+    assert max(found["names"]) < 50  # a name has one line, or two
+    assert max(found["wide"]) <= 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from torch import nn
 import bntool
 from bntool.cli.main import ExitCode, main
 from bntool.inspection.run import inspect_run
+from tests.places import SAMPLES
 from tests.reports.page.browser import Parsed
 
 FILES, BROKEN_AT = 12, 7
@@ -158,3 +160,18 @@ def test_a_hundred_files_of_a_large_network_fit_in_300_kb(tmp_path: Path) -> Non
     whole = bntool.inspect(tmp_path / "epoch.pt")
     text = render_page(make_run_page(Run(tuple(files), "epoch"), looked_at=(files[0], whole)))
     assert len(text.encode()) <= 300_000
+
+
+@pytest.mark.parametrize(
+    ("order", "said"),
+    [
+        (["digits", "drifted"], "suspicious first in 1.pt"),
+        (["drifted", "digits", "drifted"], "suspicious again in 2.pt"),
+        (["broken_nan_variance", "digits"], "sick already in the first file, 0.pt"),
+    ],
+)
+def test_it_is_said_whether_it_was_so_before(order: list[str], said: str, tmp_path: Path, capsys) -> None:
+    paths = [shutil.copy(SAMPLES / f"{name}.pt", tmp_path / f"{at}.pt") for at, name in enumerate(order)]
+    assert main(["inspect", *map(str, paths), "--html", str(tmp_path / "page.html")]) == 0
+    assert said in capsys.readouterr().out
+    assert said in Parsed((tmp_path / "page.html").read_text()).text
