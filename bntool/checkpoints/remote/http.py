@@ -69,7 +69,7 @@ class Answer:
 
     def read(self, length: int) -> bytes:
         """Read at most so many bytes of the body; fewer only at its end."""
-        return self._response.read(length)
+        return _read(self._response, length)
 
 
 class BrokenAnswerError(Exception):
@@ -121,7 +121,7 @@ class HttpClient:
                         yield Answer(response.status, response.headers, url, response, limit)
                         is_done = True
                         return
-                    response.read(1 << 16)
+                    _read(response, 1 << 16)
                     is_done = True
             finally:
                 self._give_back(target, connection, usable=is_done)
@@ -359,6 +359,12 @@ def _send(connection: _Connection, target: _Target, headers: Mapping[str, str]) 
         connection.request("GET", target.path, headers={"host": target.netloc, **headers})
         connection.last = connection.getresponse()
     return connection.last
+
+
+def _read(response: http.client.HTTPResponse, length: int) -> bytes:
+    """Read at most so many bytes, whatever sizes of chunks the server says: a negative one makes ``read`` read on."""
+    buffer = bytearray(length)
+    return bytes(memoryview(buffer)[: response.readinto(buffer)])
 
 
 class _TimeLimit:

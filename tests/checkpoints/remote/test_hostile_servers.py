@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import time
 from collections.abc import Callable
@@ -108,6 +109,22 @@ def compressed(handler: Handler, data: bytes) -> bool:
     return True
 
 
+def in_chunks(size: str) -> Callable[[Handler, bytes], bool]:
+    def behave(handler: Handler, data: bytes) -> bool:
+        handler.send_response(206)
+        handler.send_header("Content-Range", f"bytes 0-{len(data[:65536]) - 1}/{len(data)}")
+        handler.send_header("Transfer-Encoding", "chunked")
+        handler.end_headers()
+        handler.close_connection = True
+        with contextlib.suppress(OSError):
+            handler.wfile.write(f"{size}\r\n".encode())
+            for _ in range(2000):  # 128 MB
+                handler.wfile.write(bytes(65536))
+        return True
+
+    return behave
+
+
 def no_http(handler: Handler, _: bytes) -> bool:
     handler.wfile.write(b"220 ftp ready\r\n" * 5)
     handler.close_connection = True
@@ -141,6 +158,9 @@ CASES = [
     (redirects_to("http://93.184.216.34/net.pt"), "or would be read in plain text"),
     (redirects_to("https://127.0.0.1/net.pt"), "the server redirects to another kind of address"),
     (compressed, "the server sends the file in another form than it is in"),
+    (in_chunks("zz"), "asked 3 times: the answer is cut off"),
+    (in_chunks("-1"), "asked 3 times"),
+    (in_chunks("-65"), "asked 3 times"),
     (no_http, "asked 3 times: it does not speak HTTP as it should"),
     (always(401), "gives it only to those who may have it (401)"),
     (always(404), "there is no such file"),
