@@ -9,7 +9,7 @@ import os
 import re
 import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -350,3 +350,29 @@ def check_output_differs(source: SourceFile, output: Path) -> None:
         status = output.stat()
         if (status.st_dev, status.st_ino) == source.identity:
             raise UsageError("the output is the input; name another file", path=output)
+
+
+def check_outputs_apart(outputs: Iterable[Path | None], inputs: Iterable[str | os.PathLike[str] | None]) -> None:
+    """Check that files that are written are none of those that are read, and differ from each other.
+
+    Args:
+        outputs: None for none.
+        inputs: what may name a file, under whatever name.
+
+    Raises:
+        UsageError
+    """
+    files, read = [path for path in outputs if path is not None], [path for path in inputs if path is not None]
+    for at, path in enumerate(files):
+        if any(is_same_file(path, other) for other in read):
+            raise UsageError("the file is read, too: name another one to write", path=path)
+        if any(is_same_file(path, other) for other in files[:at]):
+            raise UsageError("two files to write have this name", path=path)
+
+
+def is_same_file(one: str | os.PathLike[str], other: str | os.PathLike[str]) -> bool:
+    """Return whether two paths name one file, whether it is there or not."""
+    try:
+        return os.path.realpath(one) == os.path.realpath(other) or Path(one).samefile(other)
+    except (OSError, ValueError):  # one of them is not there, or no file can have that name
+        return False

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     from bntool.recalibration.partials import Partial
     from bntool.recalibration.results import CheckpointRecalibration
     from bntool.reports.forms.form import ReportForm
+
+_BATCH_SIZE, _RESUME_EVERY = 64, 30.0
 
 
 def command(
@@ -56,7 +59,7 @@ def command(
     ] = None,
     batch_size: Annotated[
         int, typer.Option("--batch-size", metavar="N", help="Samples of a batch.", min=1, rich_help_panel=MODEL)
-    ] = 64,
+    ] = _BATCH_SIZE,
     seed: Annotated[
         int, typer.Option("--seed", help="Order of the samples, and which of them are used.", rich_help_panel=MODEL)
     ] = 0,
@@ -195,7 +198,7 @@ def command(
         typer.Option(
             "--resume-every", metavar="SECONDS", help="How often it is written.", min=0, rich_help_panel=SHARES
         ),
-    ] = 30.0,
+    ] = _RESUME_EVERY,
     layers: options.Layers = None,
     state_dict: options.StateDictKey = None,
     html: options.Html = None,
@@ -234,7 +237,32 @@ def command(
 
     form = options.choose_form(report_as, as_json=as_json)
     if from_partials:
-        _refuse_with_partials(model, data, eval_data, metric, shard, partial, resume)
+        _refuse_with_partials(
+            {
+                "--model": model,
+                "--model-arg": model_arg,
+                "--data": data,
+                "--method": method is not Method.POOLED,
+                "--samples": samples,
+                "--memory": memory,
+                "--batch-size": batch_size != _BATCH_SIZE,
+                "--seed": seed,
+                "--workers": workers is not None,
+                "--preprocess": preprocess,
+                "--inputs": inputs,
+                "--labels": labels,
+                "--eval-data": eval_data,
+                "--metric": metric,
+                "--keep-if-better": keep_if_better,
+                "--on-bad-data": on_bad_data is not OnBadData.STOP,
+                "--precision": precision is not Precision.MODEL,
+                "--device": device != "cpu",
+                "--shard": shard,
+                "--partial": partial,
+                "--resume": resume,
+                "--resume-every": resume_every != _RESUME_EVERY,
+            }
+        )
         options.require_output(output, unless=dry_run)
         options.check_html(html, force=force, inputs=(checkpoint,), outputs=(output,))
         from bntool.recalibration.merging import merge_statistics
@@ -354,14 +382,18 @@ def _print(
     print_written(html, form=form, quiet=quiet)
 
 
-def _refuse_with_partials(*others: object) -> None:
+def _refuse_with_partials(others: Mapping[str, object]) -> None:
+    """Refuse options that act where partials are measured, or where a model is judged.
+
+    Args:
+        others: by name, false where one is not given.
+    """
     from bntool.errors import UsageError
 
-    if any(other is not None for other in others):
-        raise UsageError(
-            "--from-partials merges what was measured: --model, --data, --eval-data, --metric, --shard, --partial and "
-            "--resume do not go with it"
-        )
+    given = [name for name, value in others.items() if value]
+    if given:
+        verb = "does" if len(given) == 1 else "do"
+        raise UsageError(f"--from-partials merges what was measured: {', '.join(given)} {verb} not go with it")
 
 
 def _expand(globs: Sequence[str]) -> list[str]:
@@ -372,7 +404,8 @@ def _expand(globs: Sequence[str]) -> list[str]:
 
     found: dict[str, None] = {}
     for text in globs:
-        files = sorted(glob.glob(text)) if glob.has_magic(text) else [text]  # noqa: PTH207 a path of any kind
+        is_glob = glob.has_magic(text) and not os.path.lexists(text)
+        files = sorted(glob.glob(text)) if is_glob else [text]  # noqa: PTH207 a path of any kind
         if not files:
             raise UsageError(f"--from-partials {text!r}: there is no such file")
         found.update(dict.fromkeys(files))

@@ -15,6 +15,7 @@ import torch
 from bntool.batchnorm import STATISTICS
 from bntool.checkpoints.application import apply_plan
 from bntool.checkpoints.checkpoint import Checkpoint, StateDict, check_changeable
+from bntool.checkpoints.outputs import check_outputs_apart
 from bntool.checkpoints.records import check_not_folded
 from bntool.checkpoints.saving import check_output, save_checkpoint
 from bntool.checkpoints.state_dicts import choose_state_dict
@@ -143,6 +144,8 @@ def recalibrate_checkpoint(  # noqa: PLR0913, PLR0915 as many as the command has
         _check_share(method, part, target, judging=(eval_data, metric, keep_if_better), merging=(prior, promote))
     if resume is not None:
         check_can_resume(method, every=resume_every)
+    kept = None if resume is None else Path(resume)
+    check_outputs_apart([target, part, kept], _list_inputs(model, data, eval_data))
     with join_job() as ranks, open_source(path) as source, _seeded(seed):
         check_changeable(source)
         check_output(source, part if is_share else target, force=force, keeps_format=not is_share)
@@ -165,8 +168,8 @@ def recalibrate_checkpoint(  # noqa: PLR0913, PLR0915 as many as the command has
             origin = _describe_origin(
                 chosen, live, batches, **options, data=data, batch_size=batch_size, samples=samples, seed=seed
             )
-            kept = None if resume is None else name_kept(Path(resume), share)
-            keeper = PartialKeeper(origin, share, kept, every=resume_every, device=device)
+            of_rank = None if kept is None else name_kept(kept, share)
+            keeper = PartialKeeper(origin, share, of_rank, every=resume_every, device=device)
             batches = read(data, samples=samples, seed=seed, share=replace(share, start=keeper.position))
         if part is not None:
             assert keeper is not None
@@ -175,7 +178,6 @@ def recalibrate_checkpoint(  # noqa: PLR0913, PLR0915 as many as the command has
         held_out, reopen = _choose_held_out(
             read, data, eval_data, samples=samples, seed=seed, needs_labels=keep_if_better
         )
-        kept = None if resume is None else Path(resume)
         judge = Judge(live, held_out, reopen, parse_metric(metric), bad_data, kept, every=resume_every)
         report = functools.partial(_Samples, on_progress, phases=("before", measuring, "after"))
         before = judge.evaluate("before", chosen, on_progress=report("before", held_out.samples)) if leads else None
@@ -254,6 +256,13 @@ def recalibrate_checkpoint(  # noqa: PLR0913, PLR0915 as many as the command has
         )
         judge.end()
         return _end(keeper, ranks, found)
+
+
+def _list_inputs(*specs: object) -> Iterator[str]:
+    """List what specs may name as a file: all of them, or what comes before the name of a function or a split."""
+    for spec in specs:
+        if isinstance(spec, str):
+            yield from (spec, spec.rpartition(":")[0])
 
 
 def _end(

@@ -13,6 +13,7 @@ from bntool.checkpoints.application import apply_plan
 from bntool.checkpoints.checkpoint import StateDict, check_changeable
 from bntool.checkpoints.dtypes import BY_NAME, DType, decode_numbers, encode_numbers
 from bntool.checkpoints.formats import open_checkpoint
+from bntool.checkpoints.outputs import check_outputs_apart
 from bntool.checkpoints.records import check_not_folded
 from bntool.checkpoints.saving import check_output, save_checkpoint
 from bntool.checkpoints.state_dicts import choose_state_dict
@@ -60,7 +61,7 @@ def merge_statistics(  # noqa: PLR0913 as many as the command has options
         strict: refuse if a layer is skipped.
 
     Raises:
-        UsageError: there are no partials, or a glob selects no layer.
+        UsageError: there are no partials, the output is one of them, or a glob selects no layer.
         FileError: a file cannot be read or written.
         RefusedError: partials do not fit the checkpoint or each other, one is missing or there twice, or no layer can
             be given statistics.
@@ -70,6 +71,7 @@ def merge_statistics(  # noqa: PLR0913 as many as the command has options
     paths = [Path(partial) for partial in partials]
     if not paths:
         raise UsageError("there is no partial to merge")
+    check_outputs_apart([target], paths)
     with open_checkpoint(path) as source:
         check_changeable(source)
         check_output(source, target, force=force)

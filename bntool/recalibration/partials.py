@@ -531,9 +531,7 @@ def find_difference(one: Origin, other: Origin) -> str | None:
     words = {
         "checkpoint": "another checkpoint",
         "model": "another model",
-        "data": "other data",
         "state_dict": f"the state dict {quote(other.state_dict)}",
-        "data_name": f"the data {quote(other.data_name)}",
         "method": f"the method {other.method.value}",
         "precision": f"the precision {other.precision.value}",
         "layers": f"other layers ({quote(', '.join(other.layers) or 'all')})",
@@ -543,6 +541,9 @@ def find_difference(one: Origin, other: Origin) -> str | None:
         "on_bad_data": f"--on-bad-data {other.on_bad_data.value}",
         "preprocessing": f"the preprocessing {quote(str(other.preprocessing))}",
         "preprocessing_origin": f"the preprocessing of {quote(str(other.preprocessing_origin))}",
+        # last: the order of samples and their batches are part of it
+        "data_name": f"the data {quote(other.data_name)}",
+        "data": "other data",
     }
     return next((text for name, text in words.items() if getattr(one, name) != getattr(other, name)), None)
 

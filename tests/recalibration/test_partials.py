@@ -236,3 +236,42 @@ def test_options_that_a_shard_cannot_have(options, kind, message, file, tmp_path
     with pytest.raises(kind, match=message):
         recalibrate_checkpoint(file, **options)
     assert not (tmp_path / "part").exists()
+
+
+def test_no_file_that_is_read_is_written_to(file, tmp_path):
+    np.savez(tmp_path / "images.npz", images=images(count=12).numpy())
+    data, model = tmp_path / "images.npz", copy_user_code("small_net", tmp_path)
+    paths = measure_all(file, 2, tmp_path / "parts")
+    before = {path: path.read_bytes() for path in (file, data, model, *paths)}
+    (tmp_path / "link").symlink_to(data)
+    given = {"model": f"{model}:build", "data": str(data), "force": True}
+    for options in (
+        {"output": data},
+        {"output": model},
+        {"output": tmp_path / "link"},
+        {"partial": data, "shard": "1/2"},
+        {"output": tmp_path / "out.pt", "resume": data},
+    ):
+        with pytest.raises(UsageError, match="the file is read, too"):
+            recalibrate_checkpoint(file, **given, **options)
+    for options in ({"output": tmp_path / "one"}, {"partial": tmp_path / "one", "shard": "1/2"}):
+        with pytest.raises(UsageError, match="two files to write have this name"):
+            recalibrate_checkpoint(file, **given, **options, resume=tmp_path / "parts" / ".." / "one")
+    with pytest.raises(UsageError, match="the file is read, too"):
+        bntool.merge_statistics(file, paths, paths[1], force=True)
+    assert {path: path.read_bytes() for path in before} == before
+    assert not (tmp_path / "out.pt").exists()
+
+
+def test_what_the_command_line_merges(file, tmp_path, capsys, monkeypatch):
+    """Files whose names are globs by accident; options that act elsewhere."""
+    monkeypatch.chdir(tmp_path)
+    paths = measure_all(file, 2, tmp_path / "parts")
+    paths[0].rename("part-[1]")
+    paths[1].rename("part-2")
+    merging = ["recalibrate", str(file), "-o", "out.pt", "--quiet"]
+    assert main([*merging, "--from-partials", "part-[1]", "--from-partials", "part-2"]) == 0
+    for options in (["--keep-if-better"], ["--method", "paper"], ["--seed", "3"], ["--model", "x.py:y", "--data", "z"]):
+        assert main([*merging, "--force", "--from-partials", "part-*", *options]) == 2
+        named = " and ".join(option for option in options if option.startswith("--")) if len(options) < 3 else "--data"
+        assert named in capsys.readouterr().err

@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from bntool.checkpoints.outputs import OutputFiles
+from bntool.checkpoints.outputs import OutputFiles, is_same_file
 from bntool.errors import MissingExtraError, UsageError
 from bntool.reports.page.document import Page
 
@@ -33,19 +33,12 @@ def check_page(
     if importlib.util.find_spec("jinja2") is None:
         raise MissingExtraError("--html needs Jinja2, which torch brings: pip install Jinja2")
     for other in inputs:
-        if _is_same(path, other):
+        if is_same_file(path, other):
             raise UsageError("the page would replace the input; name another file with --html", path=path)
     for output in outputs:
-        if output is not None and _is_same(path, output):
+        if output is not None and is_same_file(path, output):
             raise UsageError("the page and another output have the same name; name another file with --html", path=path)
     OutputFiles(force=force).check(path)
-
-
-def _is_same(one: Path, other: os.PathLike[str]) -> bool:
-    try:
-        return os.path.realpath(one) == os.path.realpath(other) or one.samefile(other)
-    except (OSError, ValueError):  # one of them is not there, or no file can have that name
-        return False
 
 
 def write_page(page: Page, path: Path, *, force: bool) -> None:
