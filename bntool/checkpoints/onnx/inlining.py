@@ -263,7 +263,7 @@ class _Inlining:
         return tuple(pieces)
 
     def _renamed(self, message: Message, number: int, scope: _Scope) -> Content:
-        """Return a message that keeps its name where it is written out."""
+        """Return a message in which a field of names holds those that hold where it is written out."""
         pieces: list[Piece] = []
         for one in message.fields:
             pieces += _text(number, self._name(message.text_of(one), scope)) if one.number == number else (one,)
