@@ -44,8 +44,9 @@ def format_number(value: float, digits: int = 3) -> str:
 
 
 def short_repr(value: Any) -> str:
-    """Return the ``repr`` that dataclasses have, with long fields as a count; for use as ``__repr__``."""
-    shown = (f"{f.name}={_shorten(getattr(value, f.name))}" for f in dataclasses.fields(value) if f.repr)
+    """Return the ``repr`` of a dataclass or named tuple with long fields as a count; for use as ``__repr__``."""
+    names = getattr(value, "_fields", None) or [field.name for field in dataclasses.fields(value) if field.repr]
+    shown = (f"{name}={_shorten(getattr(value, name))}" for name in names)
     return f"{type(value).__name__}({', '.join(shown)})"
 
 

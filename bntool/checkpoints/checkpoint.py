@@ -278,14 +278,14 @@ class Format(ABC):
         return self.has_records
 
 
-@dataclass(frozen=True, slots=True, repr=False)
-class Edit:
+class Edit(NamedTuple):
     """A step of a plan and the state dict that it is for."""
 
     state_dict: str
     step: Step
 
-    __repr__ = short_repr
+    def __repr__(self) -> str:
+        return short_repr(self)
 
 
 class Content:

@@ -4,7 +4,6 @@ each.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from enum import Enum
 from typing import Any, NamedTuple
 
@@ -70,8 +69,7 @@ class FindingCode(Enum):
     PARTIAL = "partial"
 
 
-@dataclass(frozen=True, repr=False)
-class Finding:
+class Finding(NamedTuple):
     """Something worth knowing about a layer or a file.
 
     Attributes:
@@ -94,7 +92,8 @@ class Finding:
     layers: tuple[str, ...] = ()
     leaves_open: str = ""
 
-    __repr__ = short_repr
+    def __repr__(self) -> str:
+        return short_repr(self)
 
 
 class IgnoredFinding(NamedTuple):

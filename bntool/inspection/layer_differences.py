@@ -54,7 +54,7 @@ def _soften_at_input(layer: LayerInspection, state_dict: StateDict) -> LayerInsp
     if _is_fed(layer, state_dict):
         return layer
     findings = tuple(
-        dataclasses.replace(finding, severity=Severity.WARNING) if finding.code in _OUTLYING else finding
+        finding._replace(severity=Severity.WARNING) if finding.code in _OUTLYING else finding
         for finding in layer.findings
     )
     return dataclasses.replace(layer, findings=findings)

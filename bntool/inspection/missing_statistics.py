@@ -67,7 +67,7 @@ def find_missing_statistics(
         left_open = f"{count} layer{'s' * (count > 1)} that may be a BatchNorm without its statistics"
         finding = _make(Severity.NOTICE, message, sorted(behind))
         advice = f"{finding.advice}. If they are GroupNorms or LayerNorms, {_WAY_OUT}"
-        findings.append(dataclasses.replace(finding, leaves_open=left_open, advice=advice))
+        findings.append(finding._replace(leaves_open=left_open, advice=advice))
     return findings
 
 

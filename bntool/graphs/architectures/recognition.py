@@ -9,14 +9,15 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 from bntool.batchnorm import BatchNorm, EpsSource
 from bntool.checkpoints.batchnorms import find_norms
 from bntool.checkpoints.checkpoint import StateDict
 from bntool.errors import RefusedError, UsageError
 from bntool.graphs.architectures.catalogue import Catalogue, Entry, Scope, fingerprint_scope, load_catalogue
+from bntool.representation import short_repr
 
 _COUNTER = "num_batches_tracked"
 _USUAL_MOMENTUM = 0.1  # of torch.nn.BatchNorm*
@@ -27,8 +28,7 @@ _LISTED = 3
 Shapes = Mapping[str, tuple[int, ...]]
 
 
-@dataclass(frozen=True)
-class Architecture:
+class Architecture(NamedTuple):
     """A public architecture whose names and shapes a state dict has, or a part of it.
 
     Attributes:
@@ -44,10 +44,13 @@ class Architecture:
     root: str
     names: tuple[str, ...]
     whole: bool
-    eps: Mapping[str, float] = field(repr=False)
-    layers: tuple[str, ...] = field(repr=False)
-    choices: Mapping[float, tuple[str, ...]] = field(default_factory=dict)
+    eps: Mapping[str, float]
+    layers: tuple[str, ...]
+    choices: Mapping[float, tuple[str, ...]] = MappingProxyType({})
     structures: tuple[int, ...] = (0,)
+
+    def __repr__(self) -> str:
+        return short_repr(self)
 
     @property
     def title(self) -> str:
