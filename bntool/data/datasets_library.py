@@ -8,6 +8,8 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from bntool.data.batches import Batch, Batches
 from bntool.data.columns import INPUT_KEYS, LABEL_KEYS, Columns
 from bntool.data.fingerprints import make_fingerprint
@@ -15,12 +17,12 @@ from bntool.data.images import choose_image_steps
 from bntool.data.pixels import read_image
 from bntool.data.policies import LeftOut
 from bntool.data.preprocessing import Preprocessing
-from bntool.data.samples import Decoding, Sample, explain, read_label
+from bntool.data.samples import Decoding, Sample, explain, find_first, read_label
 from bntool.data.source import DataOptions, DataSource
 from bntool.data.specs import HUB, is_dataset, is_saved, split_off
 from bntool.data.streams import read_stream
 from bntool.data.tar_shards import choose_array_steps
-from bntool.errors import CorruptFileError, MissingExtraError, UnreadableFileError, UsageError
+from bntool.errors import MissingExtraError, UnreadableFileError, UsageError
 
 _PREFERRED_SPLIT = "train"
 
@@ -45,7 +47,7 @@ class DatasetSource(DataSource):
         if chosen.is_image:
             steps: Preprocessing | None = choose_image_steps(options, spec)
         else:
-            steps = choose_array_steps(_take_first(dataset, chosen, spec).values, options, spec)
+            steps = choose_array_steps(_take_first(dataset, chosen, options, spec).values, options, spec)
         reader = _RowReader(chosen, steps if chosen.is_image else None, spec)
         if not hasattr(dataset, "__len__"):
             return read_stream(
@@ -137,13 +139,14 @@ class _Choice:
 
     Args:
         input_, label: their names; no label where there are to be no labels.
-        is_image: whether the input is an image and no array.
+        feature: what the library says of the input.
     """
 
-    def __init__(self, input_: str, label: str | None, *, is_image: bool) -> None:
+    def __init__(self, input_: str, label: str | None, feature: Any) -> None:
         self.input = input_
         self.label = label
-        self.is_image = is_image
+        self.is_image = _kind(feature) == "Image"  # and no array
+        self.dtype = _find_dtype(feature)
 
     @property
     def names(self) -> tuple[str, str | None]:
@@ -168,7 +171,7 @@ class _Choice:
                 "with --inputs (and the labels with --labels), or give FILE.py:factory",
                 path=spec,
             )
-        return cls(input_, label, is_image=_kind(features[input_]) == "Image")
+        return cls(input_, label, features[input_])
 
 
 def _find_input(features: Mapping[str, Any]) -> str | None:
@@ -193,6 +196,14 @@ def _is_array(feature: Any) -> bool:
     return isinstance(feature, list) or _kind(feature).startswith("Array") or _kind(feature) in ("Sequence", "List")
 
 
+def _find_dtype(feature: Any) -> str | None:
+    """Find the dtype of the elements of an array, as numpy calls it; None where it is none that numpy has."""
+    while not hasattr(feature, "dtype") and (isinstance(feature, list) or hasattr(feature, "feature")):
+        feature = feature[0] if isinstance(feature, list) else feature.feature
+    dtype = getattr(feature, "dtype", None)
+    return dtype if isinstance(dtype, str) and hasattr(np, dtype) else None
+
+
 def _is_label(name: str, feature: Any) -> bool:
     is_integer = _kind(feature) == "Value" and "int" in str(feature.dtype)
     return _kind(feature) == "ClassLabel" or (name in LABEL_KEYS and is_integer)
@@ -211,20 +222,18 @@ def _number(dataset: Any) -> Iterator[tuple[int, Mapping[str, Any]]]:
         yield item
 
 
-def _take_first(dataset: Any, choice: _Choice, spec: str) -> Sample:
-    """Return the first sample, which is an array.
+def _take_first(dataset: Any, choice: _Choice, options: DataOptions, spec: str) -> Sample:
+    """Take the first sample that can be used, which is an array.
 
     Raises:
         UsageError: there is none.
         CorruptFileError: it cannot be read.
     """
-    first = next(_number(dataset), None)
+    samples = map(_RowReader(choice, None, spec), _number(dataset))
+    first = find_first(samples, options.on_bad_data)
     if first is None:
         raise UsageError("the dataset is empty", path=spec)
-    sample = _RowReader(choice, None, spec)(first)
-    if isinstance(sample, str):
-        raise CorruptFileError(sample)
-    return sample
+    return first
 
 
 class _RowReader:
@@ -246,12 +255,22 @@ class _RowReader:
         if content is None:
             return f"{name} has no {self._choice.input}"
         if self._steps is None:
-            return Sample(name, content, label) if content.dtype.kind in "fiub" else f"{name} holds no numbers"
+            return self._read_array(name, content, label)
         try:
             pixels = read_image(_open_image(content), self._steps).numpy()
         except Exception as error:  # noqa: BLE001 (Pillow raises anything on bad files)
             return f"the image of {name} cannot be read: {explain(error)}"
         return Sample(name, pixels, label)
+
+    def _read_array(self, name: str, values: Any, label: int | None) -> Sample | str:
+        if values.dtype.kind not in "fiub":
+            return f"{name} holds no numbers"
+        # numpy is given pixels as int64, and NaN for whole numbers that are missing
+        if self._choice.dtype is not None and np.dtype(self._choice.dtype).kind in "iu":
+            if values.dtype.kind == "f":
+                return f"{name} has no {self._choice.input}, or lacks numbers of it"
+            values = values.astype(self._choice.dtype)
+        return Sample(name, values, label)
 
 
 class _IndexReader:

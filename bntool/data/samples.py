@@ -166,6 +166,24 @@ def read_label(value: Any, name: str) -> int | str:
     return f"the label of {name} is no index of a class but {shown[:_SHOWN]!r}"
 
 
+def find_first(samples: Iterable[Sample | str], on_bad_data: OnBadData) -> Sample | None:
+    """Find the first sample that can be used, which tells what the others are; None where there is no sample at all.
+
+    Raises:
+        CorruptFileError: it cannot be used (``OnBadData.STOP``), or none can.
+    """
+    bad: str | None = None
+    for sample in samples:
+        if isinstance(sample, Sample):
+            return sample
+        bad = bad or sample
+        if on_bad_data is OnBadData.STOP:
+            raise CorruptFileError(f"{bad}; --on-bad-data skip leaves such samples out")
+    if bad is not None:
+        raise CorruptFileError(f"no sample can be used; the first: {bad}")
+    return None
+
+
 def explain(error: Exception) -> str:
     """Return the reason why an image cannot be read, without the path that Pillow and the system add."""
     from PIL import UnidentifiedImageError

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import glob
 import gzip
+import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from bntool.data.images import choose_image_steps
 from bntool.data.numpy_files import read_array
 from bntool.data.pixels import read_image
 from bntool.data.preprocessing import Preprocessing
-from bntool.data.samples import Decoding, Sample, explain, read_label
+from bntool.data.samples import Decoding, Sample, explain, find_first, read_label
 from bntool.data.source import DataOptions, DataSource
 from bntool.data.specs import IMAGE_SUFFIXES, asking_system, is_tar
 from bntool.data.streams import read_stream
@@ -45,7 +46,8 @@ class TarShardSource(DataSource):
 
     def load(self, spec: str, options: DataOptions) -> Batches:
         shards = expand(spec)
-        first = next(_open_samples(shards), None)
+        samples = _open_samples(shards)
+        first = next(samples, None)
         if first is None:
             raise UsageError("there is no sample in it: files called KEY.png, KEY.cls and the like", path=spec)
         fields = _Fields.of(first, options.columns, spec)
@@ -60,7 +62,10 @@ class TarShardSource(DataSource):
         if are_images:
             steps: Preprocessing | None = choose_image_steps(options, spec)
         else:
-            steps = choose_array_steps(_decode_first(first, field), options, spec)
+            stored = map(fields.store, itertools.chain([first], samples))
+            usable = find_first(map(_Decoder(None), stored), options.on_bad_data)
+            assert usable is not None
+            steps = choose_array_steps(usable.values, options, spec)
         decode = _Decoder(steps if are_images else None)
 
         def identify() -> str:
@@ -249,18 +254,6 @@ def _can_be_input(field: str) -> bool:
 
 def _list_fields(sample: Mapping[str, Any]) -> str:
     return ", ".join(name for name in sample if name not in _META)
-
-
-def _decode_first(sample: Mapping[str, Any], field: str) -> Any:
-    """Return the array of the first sample.
-
-    Raises:
-        CorruptFileError: it cannot be read: then nothing tells what the others are.
-    """
-    decoded = _Decoder(None)(_Stored(f"{sample['__key__']} of {sample['__url__']}", field, sample[field], None))
-    if isinstance(decoded, str):
-        raise CorruptFileError(decoded)
-    return decoded.values
 
 
 class _Decoder:

@@ -135,3 +135,29 @@ def test_what_cannot_be_guessed_is_asked_for(tmp_path):
     (tmp_path / "broken.parquet").write_bytes(b"PAR1 and no more")
     with pytest.raises(UnreadableFileError, match="datasets cannot"):
         read(tmp_path / "broken.parquet")
+
+
+@pytest.mark.parametrize(
+    "feature", [datasets.Array2D((2, 3), "uint8"), datasets.List(datasets.List(datasets.Value("uint8")))]
+)
+def test_pixels_are_pixels_and_what_is_missing_is_bad_data(tmp_path, feature):
+    features = datasets.Features({"x": feature, "y": datasets.Value("int64")})
+    values = np.arange(6, dtype="uint8").reshape(2, 3)
+    made = datasets.Dataset.from_dict(
+        {"x": [None, values, values + 1, values, None], "y": [1, 2, 3, None, 4]}, features=features
+    )
+    made.to_parquet(tmp_path / "a.parquet")
+    made.save_to_disk(tmp_path / "saved")
+    for spec in (str(tmp_path / "a.parquet"), str(tmp_path / "saved")):
+        steps = Preprocessing(mean=(0.0,), std=(1.0,), channels=1)
+        data = load_data(spec, batch_size=5, on_bad_data=OnBadData.SKIP, preprocessing=steps)
+        (batch,) = data
+        assert batch.labels.tolist() == [2, 3]
+        assert torch.equal(batch.inputs[:, 0] * 255, torch.from_numpy(np.stack([values, values + 1])).float())
+        reasons = [one.reason for one in data.bad_inputs]
+        assert len(reasons) == 3
+        assert "row 0 of" in reasons[0]
+        assert "the label of row 3 of" in reasons[1]
+        assert "row 4 of" in reasons[2]
+        with pytest.raises(CorruptFileError, match=r"row 0 of .* has no x"):
+            load_data(spec, batch_size=5, preprocessing=steps)

@@ -298,6 +298,20 @@ def test_labels_that_are_no_index_are_bad_data(tmp_path, label):
     assert [batch.labels.tolist() for batch in data] == [[-(1 << 63)]]
 
 
+def test_the_first_array_may_be_bad(tmp_path):
+    """What the others are is told by the first that can be used."""
+    good = {f"{name}.npy": encode_npy(np.ones((2, 4), "float32")) for name in "bc"}
+    path = write_tar(tmp_path / "a.tar", {"a.npy": b"no array", **good})
+    with pytest.raises(
+        CorruptFileError, match=r"the npy of a of .* cannot be read: .*; --on-bad-data skip leaves such"
+    ):
+        read(path, preprocessing=None)
+    data = load_data(str(path), batch_size=4, workers=0, on_bad_data=OnBadData.SKIP)
+    assert [batch.samples for batch in data] == [2]
+    with pytest.raises(CorruptFileError, match="no sample can be used; the first: the npy of a of"):
+        load_data(str(write_tar(path, {"a.npy": b"", "b.npy": b""})), batch_size=4, on_bad_data=OnBadData.SKIP)
+
+
 @pytest.mark.parametrize("value", [2.7, float("inf"), float("nan"), None, np.float32(0.5), 1 << 63, [1]])
 def test_numbers_that_are_no_index_are_no_labels(value):
     assert read_label(value, "x").startswith("the label of x is no index of a class but")
