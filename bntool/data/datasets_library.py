@@ -247,11 +247,10 @@ class _RowReader:
     def __call__(self, stored: tuple[int, Mapping[str, Any]]) -> Sample | str:
         number, row = stored
         name = f"row {number} of {self._spec}"
-        content, label = row[self._choice.input], None
-        if self._choice.label is not None:
-            label = read_label(row[self._choice.label], name)
-            if isinstance(label, str):
-                return label
+        content = row[self._choice.input]
+        label = None if self._choice.label is None else read_label(row[self._choice.label], name)
+        if isinstance(label, str):
+            return label
         if content is None:
             return f"{name} has no {self._choice.input}"
         if self._steps is None:
