@@ -19,7 +19,7 @@ from bntool.checkpoints.saving import check_output
 from bntool.checkpoints.state_dicts import choose_state_dict
 from bntool.choices import choose
 from bntool.errors import RefusedError, UsageError
-from bntool.folding.options import Layout
+from bntool.folding.options import FoldOptions, Layout
 from bntool.folding.outputs import check_export, save_fold
 from bntool.folding.state_dict import CheckpointFold, fold_state_dict
 from bntool.plan import check_plan
@@ -140,15 +140,11 @@ def fold_checkpoint(  # noqa: PLR0913 as many as the command has options
         result = fold_state_dict(
             source,
             chosen,
+            FoldOptions(layers=layers, layout=layout, eps=eps, change_padding=change_padding, direct_only=direct_only),
             model=live,
             inputs=inputs,
             pairs=pairs,
             architecture=architecture,
-            layers=layers,
-            layout=layout,
-            eps=eps,
-            change_padding=change_padding,
-            direct_only=direct_only,
             tolerance=tolerance,
             export=kind,
             benchmark=benchmark,

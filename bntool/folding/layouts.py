@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from bntool.checkpoints.application import change_state_dict
 from bntool.checkpoints.checkpoint import StateDict
 from bntool.errors import UsageError
 from bntool.folding.deploy.planning import plan_deploy
-from bntool.folding.options import Layout
+from bntool.folding.options import FoldOptions, Layout
 from bntool.folding.planning import FoldPlan, plan_fold
 from bntool.graphs.graph import ModelGraph
 
@@ -18,19 +17,12 @@ if TYPE_CHECKING:
 
 
 def plan_layout(
-    state_dict: StateDict,
-    graph: ModelGraph,
-    *,
-    layers: Sequence[str],
-    layout: Layout,
-    eps: float | None,
-    change_padding: bool = False,
-    direct_only: bool = False,
-    model: nn.Module | None = None,
+    state_dict: StateDict, graph: ModelGraph, options: FoldOptions, *, model: nn.Module | None = None
 ) -> FoldPlan:
     """Plan the fold of a state dict in a layout; see :func:`~bntool.folding.planning.plan_fold`.
 
     Args:
+        options: which layers, and how.
         model: the live model, where there is one: its own code says what its deploy form is.
 
     Raises:
@@ -39,28 +31,21 @@ def plan_layout(
             the layout fits the code of the model as it is; or only direct folds are asked for, and one of both.
         RefusedError: the layout is the deploy form, and the model has none that is known.
     """
-    if direct_only and (change_padding or layout is Layout.DEPLOY):
-        other = "another padding" if change_padding else f"the layout {layout.value}"
+    layout = options.layout
+    if options.direct_only and (options.change_padding or layout is Layout.DEPLOY):
+        other = "another padding" if options.change_padding else f"the layout {layout.value}"
         raise UsageError(f"only direct folds are asked for, and {other} changes other layers")
-    if change_padding and layout is not Layout.FOLDED:
+    if options.change_padding and layout is not Layout.FOLDED:
         raise UsageError(f"the layout {layout.value} fits code that pads with zeros: no padding can change")
     if layout is not Layout.DEPLOY:
-        return plan_fold(
-            state_dict,
-            graph,
-            layers=layers,
-            layout=layout,
-            eps=eps,
-            change_padding=change_padding,
-            direct_only=direct_only,
-        )
-    if layers:
+        return plan_fold(state_dict, graph, options)
+    if options.layers:
         raise UsageError("the layout deploy takes all layers: a file with some of them would fit no model")
     if model is None:
-        return plan_deploy(state_dict, graph, eps=eps)
+        return plan_deploy(state_dict, graph, eps=options.eps)
     from bntool.folding.deploy.live import find_deployed_names
 
-    return plan_deploy(state_dict, graph, eps=eps, deployed=find_deployed_names(model, graph.batchnorms))
+    return plan_deploy(state_dict, graph, eps=options.eps, deployed=find_deployed_names(model, graph.batchnorms))
 
 
 def apply_fold(model: nn.Module, plan: FoldPlan, state_dict: StateDict) -> None:

@@ -17,7 +17,7 @@ from bntool.choices import choose
 from bntool.errors import RefusedError, UsageError, UserCodeError, VerificationError
 from bntool.folding.layouts import apply_fold, plan_layout
 from bntool.folding.multiply_adds import Cost, count_cost
-from bntool.folding.options import Layout
+from bntool.folding.options import FoldOptions, Layout
 from bntool.folding.own_fusing import find_unlike_fusing
 from bntool.folding.planning import FoldPlan
 from bntool.folding.switches import find_unlike_arguments, find_unlike_attributes
@@ -124,19 +124,11 @@ def fold(  # noqa: PLR0913 as many as the command has options
         graph = add_eps(declare(state, declared, modules=describe_producers(model, declared.values())), model)
     else:
         graph = trace(model, inputs)
-    plan = plan_layout(
-        state,
-        graph,
-        layers=layers,
-        layout=layout,
-        eps=eps,
-        change_padding=change_padding,
-        direct_only=direct_only,
-        model=model,
-    )
+    options = FoldOptions(layers=layers, layout=layout, eps=eps, change_padding=change_padding, direct_only=direct_only)
+    plan = plan_layout(state, graph, options, model=model)
     if not plan.steps:
         return FoldResult(copy_model(model), plan, None)
-    proof = prove(model, plan, graph, state, inputs=[inputs], layers=layers, eps=eps, tolerance=tolerance)
+    proof = prove(model, plan, graph, state, inputs=[inputs], tolerance=tolerance)
     return FoldResult(proof.folded, proof.plan, proof.agreement)
 
 
@@ -166,15 +158,14 @@ def prove(
     state_dict: StateDict,
     *,
     inputs: Sequence[Any],
-    layers: Sequence[str],
-    eps: float | None,
     tolerance: float,
 ) -> Proof:
     """Compare what is about to be written with the model, without subnormal weights if that is as good.
 
     Args:
         model: the original, with the tensors before the fold; given back as it was.
-        plan, graph, layers, eps: what the fold was planned with.
+        plan: what is about to be done.
+        graph: what it was planned with.
         state_dict: before the fold; what the plan makes of it is what is judged.
         inputs: what to run it on, besides random ones.
         tolerance: see :func:`~bntool.verification.outputs.verify`.
@@ -184,7 +175,7 @@ def prove(
     """
     tried = [*with_random_inputs(inputs), *_find_one_sample(model, inputs[0])]
     points, unit = find_points(graph, plan), _spacing(state_dict)
-    change = _change(graph, plan, layers=layers, eps=eps)
+    change = _change(graph, plan)
 
     def attempt(plan: FoldPlan) -> tuple[nn.Module, Agreement]:
         folded = copy_model(model)
@@ -292,23 +283,13 @@ def add_eps(graph: ModelGraph, model: nn.Module) -> ModelGraph:
     return dataclasses.replace(graph, nodes=tuple(nodes))
 
 
-def _change(graph: ModelGraph, plan: FoldPlan, *, layers: Sequence[str], eps: float | None) -> Any:
+def _change(graph: ModelGraph, plan: FoldPlan) -> Any:
     """Fold any copy of the model in the same way."""
 
     def change(model: nn.Module) -> None:
         # of a copy: code that makes the deploy form of a model may scale weights where they are
         state = read_state(copy_model(model) if plan.layout is Layout.DEPLOY else model)
-        same = plan_layout(
-            state,
-            graph,
-            layers=layers,
-            layout=plan.layout,
-            eps=eps,
-            change_padding=plan.change_padding,
-            direct_only=plan.direct_only,
-            model=model,
-        )
-        apply_fold(model, same, state)
+        apply_fold(model, plan_layout(state, graph, plan.options, model=model), state)
 
     return change
 

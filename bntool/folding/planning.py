@@ -14,7 +14,7 @@ from bntool.checkpoints.checkpoint import StateDict
 from bntool.folding.absorption import Absorber, Blocked, find_consumers, find_producers, is_parallel_branch
 from bntool.folding.derived_tensors import add_derived, with_derived
 from bntool.folding.folds import Fold, Level
-from bntool.folding.options import Layout
+from bntool.folding.options import FoldOptions, Layout
 from bntool.folding.producers import Addend, Producer, read_producer
 from bntool.folding.scale_and_shift import ScaleAndShift, check_eps, choose_eps, read_scale_and_shift
 from bntool.folding.transforms.aliasing import has_to_copy
@@ -37,37 +37,29 @@ class FoldPlan(Plan):
 
     Attributes:
         folds: in order of execution.
-        layout: what becomes of the keys.
+        options: what was asked for.
         stored: by layer how its output is stored now, where that is otherwise than before.
         changed: layers whose output is something else by now: a branch beside them went into them.
-        change_padding: convolutions could pad with other values than zeros.
-        direct_only: nothing but the layer right before a BatchNorm could take it.
-        padding: those that do; such a model does not fit into its unmodified code.
+        padding: convolutions that pad with other values than zeros; such a model does not fit into its unmodified code.
         below_zero: folded layers with a running_var that is negative, as rounding can make it, and positive with eps.
     """
 
     folds: tuple[Fold, ...] = ()
-    layout: Layout = Layout.FOLDED
+    options: FoldOptions = FoldOptions()
     stored: Mapping[str, StoredOutput] = field(default_factory=dict)
     changed: frozenset[str] = frozenset()
-    change_padding: bool = False
-    direct_only: bool = False
     padding: tuple[str, ...] = ()
     below_zero: tuple[str, ...] = ()
 
     __repr__ = short_repr
 
+    @property
+    def layout(self) -> Layout:
+        """What becomes of the keys."""
+        return self.options.layout
 
-def plan_fold(
-    state_dict: StateDict,
-    graph: ModelGraph,
-    *,
-    layers: Sequence[str] = (),
-    layout: Layout = Layout.FOLDED,
-    eps: float | None = None,
-    change_padding: bool = False,
-    direct_only: bool = False,
-) -> FoldPlan:
+
+def plan_fold(state_dict: StateDict, graph: ModelGraph, options: FoldOptions = FoldOptions()) -> FoldPlan:
     """Plan to fold every BatchNorm whose fold is exact; every other one is skipped with its reason.
 
     Scale and shift (Ioffe and Szegedy 2015, algorithm 2) are taken in float64 and rounded once to the tensor's dtype.
@@ -75,37 +67,20 @@ def plan_fold(
     Args:
         state_dict: what to fold.
         graph: who feeds whom; its names are those of the state dict without prefix.
-        layers: globs of BatchNorms to fold; none for all.
-        layout: what becomes of the keys.
-        eps: of BatchNorms whose eps the graph does not know.
-        change_padding: convolutions of a traced model may pad with other values than zeros, which no file can say.
-        direct_only: nothing but the convolution or linear right before a BatchNorm takes it: no other weight changes.
+        options: which layers, and how; its eps is for BatchNorms whose eps the graph does not know.
 
     Raises:
         UsageError: a glob selects nothing; eps is neither in the graph nor given, contradicts the graph, or is none.
     """
-    check_eps(eps)
-    derived = with_derived(state_dict, graph)
-    return _Folder(
-        derived,
-        graph,
-        layers=layers,
-        layout=layout,
-        eps=eps,
-        change_padding=change_padding,
-        direct_only=direct_only,
-    ).plan()
+    check_eps(options.eps)
+    return _Folder(with_derived(state_dict, graph), graph, options).plan()
 
 
 @dataclass
 class _Folder:
     state_dict: StateDict
     graph: ModelGraph
-    layers: Sequence[str]
-    layout: Layout
-    eps: float | None
-    change_padding: bool
-    direct_only: bool
+    options: FoldOptions
     producers: dict[str, Producer] = field(default_factory=dict)
     transforms: dict[str, ScaleAndShift] = field(default_factory=dict)
     removed: set[str] = field(default_factory=set)
@@ -142,15 +117,13 @@ class _Folder:
             layers=tuple(order),
             assumptions=(
                 *self.name_unseen(folds),
-                *assume_fold(self.graph, folds, self.transforms, eps=self.eps),
+                *assume_fold(self.graph, folds, self.transforms, eps=self.options.eps),
                 *self.name_axes(),
             ),
             folds=folds,
-            layout=self.layout,
+            options=self.options,
             stored=self.stored,
             changed=frozenset(self.changed),
-            change_padding=self.change_padding,
-            direct_only=self.direct_only,
             padding=tuple(padding.node.layer for padding in self.paddings.values()),
             below_zero=tuple(layer for layer in order if self.transforms[layer].is_below_zero),
         )
@@ -164,10 +137,10 @@ class _Folder:
     def choose(self) -> Iterator[str]:
         """Yield the BatchNorms that could be folded by themselves; all others are skipped here."""
         stored = [norm.name for norm in find_batchnorms(self.state_dict)]
-        check_globs(self.layers, list(dict.fromkeys([*self.graph.batchnorms, *stored])))
+        check_globs(self.options.layers, list(dict.fromkeys([*self.graph.batchnorms, *stored])))
         self.skip_unseen()
         for layer, calls in self.graph.batchnorms.items():
-            if not selects(self.layers, layer):
+            if not selects(self.options.layers, layer):
                 self.skip(layer, SkipReason.NOT_SELECTED)
                 continue
             if self.graph.branches_at is not None and calls[-1].index > self.graph.branches_at:
@@ -178,7 +151,7 @@ class _Folder:
                 continue
             try:
                 self.transforms[layer] = read_scale_and_shift(
-                    calls, self.graph, self.state_dict, eps=choose_eps(calls[0], self.eps)
+                    calls, self.graph, self.state_dict, eps=choose_eps(calls[0], self.options.eps)
                 )
             except Blocked as blocked:
                 self.skip(layer, blocked.reason, blocked.detail)
@@ -195,7 +168,7 @@ class _Folder:
                 continue
             if norm.name in self.graph.other_norms and not quantised:
                 continue
-            if selects(self.layers, norm.name):
+            if selects(self.options.layers, norm.name):
                 self.skip(norm.name, *self.explain_unseen(norm))
             else:
                 self.skip(norm.name, SkipReason.NOT_SELECTED)
@@ -238,7 +211,7 @@ class _Folder:
             self.fold_back(layer, own, absorbers)
         except Blocked as back:
             try:
-                if self.direct_only or self.layout is Layout.SAME_KEYS or own.owner is Owner.PART:
+                if self.options.direct_only or self.options.layout is Layout.SAME_KEYS or own.owner is Owner.PART:
                     raise back  # noqa: TRY201 the inner handler tells the two apart
                 consumers = find_consumers(self.graph, layer, scale=own.scale, shift=own.shift, removed=self.removed)
                 self.fold_forward(layer, own, consumers)
@@ -267,7 +240,7 @@ class _Folder:
     def fold_back(self, layer: str, own: ScaleAndShift, absorbers: Sequence[Absorber]) -> None:
         targets = {a.name: self.target(a) for a in absorbers}
         stays = (
-            self.layout is Layout.SAME_KEYS
+            self.options.layout is Layout.SAME_KEYS
             or own.owner is Owner.PART
             or any(not t.can_take_shift for t in targets.values())
         )
@@ -281,7 +254,7 @@ class _Folder:
         direct = len(absorbers) == 1 and first.direct and np.all(first.channels >= 0)
         onto_batchnorm = any(isinstance(target, ScaleAndShift) for target in targets.values())
         level = Level.BATCHNORM if onto_batchnorm else Level.DIRECT if direct else Level.THROUGH
-        if self.direct_only and level is not Level.DIRECT:
+        if self.options.direct_only and level is not Level.DIRECT:
             what = f"{' and '.join(_layers(absorbers))} could take it, and only direct folds are asked for"
             raise Blocked(SkipReason.NOT_SELECTED, what)
         changed: dict[str, Producer | ScaleAndShift] = {}
@@ -319,7 +292,12 @@ class _Folder:
         """Fold what no single neighbour takes, where it is known who reads what and keys may go."""
         layers = [layer for layer in self.transforms if layer in self.obstacles]
         layers = [layer for layer in layers if can_be_tried(self.transforms[layer])]
-        if not layers or self.direct_only or self.layout is Layout.SAME_KEYS or not self.graph.readers_known:
+        if (
+            not layers
+            or self.options.direct_only
+            or self.options.layout is Layout.SAME_KEYS
+            or not self.graph.readers_known
+        ):
             return
         outcome = self.store_otherwise(layers)
         for target in outcome.targets.values():
@@ -343,7 +321,7 @@ class _Folder:
         """
         around = StoringOtherwise(self.graph, self.state_dict, self.transforms, self.producers, frozenset(self.removed))
         outcome = around.fold(layers)
-        if not self.change_padding or len(outcome.folds) == len(layers):
+        if not self.options.change_padding or len(outcome.folds) == len(layers):
             return outcome
         wider = dataclasses.replace(around, first=frozenset(outcome.folds), change_padding=True).fold(layers)
         return wider if outcome.folds.keys() < wider.folds.keys() else outcome
@@ -354,7 +332,7 @@ class _Folder:
         if node.kind is not NodeKind.BATCH_NORM:
             return self.producers.get(absorber.name) or read_producer(node, self.state_dict)
         own = self.transforms.get(absorber.name)
-        if own is None or not own.can_absorb or self.layout is Layout.SAME_KEYS:
+        if own is None or not own.can_absorb or self.options.layout is Layout.SAME_KEYS:
             raise Blocked(SkipReason.NOT_ADJACENT, f"{node.describe()} lies between")
         return own
 

@@ -14,7 +14,7 @@ from bntool.checkpoints.records import find_recorded_eps, make_record
 from bntool.errors import RefusedError, UsageError
 from bntool.folding.deploy.named_blocks import assume_blocks
 from bntool.folding.layouts import plan_layout
-from bntool.folding.options import Layout
+from bntool.folding.options import FoldOptions, Layout
 from bntool.folding.planning import FoldPlan
 from bntool.folding.structure import describe_structure
 from bntool.folding.warnings import find_optimizers, warn_of_fold
@@ -112,16 +112,12 @@ class CheckpointFold:
 def fold_state_dict(  # noqa: PLR0913 as many as the command has options
     checkpoint: Checkpoint,
     state_dict: StateDict,
+    options: FoldOptions = FoldOptions(),
     *,
     model: nn.Module | None = None,
     inputs: Sequence[Any] = (),
     pairs: Mapping[str, str] | None = None,
     architecture: str | None = None,
-    layers: Sequence[str] = (),
-    layout: Layout = Layout.FOLDED,
-    eps: float | None = None,
-    change_padding: bool = False,
-    direct_only: bool = False,
     tolerance: float,
     export: ProgramKind | None = None,
     benchmark: bool = False,
@@ -130,12 +126,12 @@ def fold_state_dict(  # noqa: PLR0913 as many as the command has options
     """Fold one state dict of a checkpoint.
 
     Args:
+        options: which layers, and how.
         model: the live model with these tensors; given back as it was. It proves who feeds whom and that outputs stay.
         inputs: what to run it on; guessed if none are given.
         pairs: from the BatchNorm to its producer, declared instead of traced.
         architecture: whose forward is assumed where neither model nor pairs are given, e.g. ``timm:resnet50``; None
             for the one that names and shapes of the tensors are recognised as.
-        layers, layout, eps, change_padding, direct_only: see :func:`~bntool.folding.planning.plan_fold`.
         tolerance: see :func:`~bntool.verification.outputs.verify`.
         export: export the folded model too, as this; needs ``model``.
         benchmark: measure how much faster the folded model is; needs ``model``.
@@ -155,31 +151,30 @@ def fold_state_dict(  # noqa: PLR0913 as many as the command has options
     if architecture is not None and (model is not None or pairs):
         raise UsageError("--arch says what to assume where neither --model nor --pair says what feeds what")
     known = Knowledge(
-        state_dict, model=model, inputs=first, pairs=pairs, checkpoint=checkpoint, architecture=architecture, eps=eps
-    )
-    graph = _find_graph(known, on_progress, layout=layout)
-    plan = plan_layout(
         state_dict,
-        graph,
-        layers=layers,
-        layout=layout,
-        eps=eps,
-        change_padding=change_padding,
-        direct_only=direct_only,
         model=model,
+        inputs=first,
+        pairs=pairs,
+        checkpoint=checkpoint,
+        architecture=architecture,
+        eps=options.eps,
     )
-    plan = skip_not_understood(plan, checkpoint, state_dict, layers=layers)
+    graph = _find_graph(known, on_progress, layout=options.layout)
+    plan = plan_layout(state_dict, graph, options, model=model)
+    plan = skip_not_understood(plan, checkpoint, state_dict, layers=options.layers)
     if not plan.steps:
         nothing = CheckpointFold(checkpoint, state_dict, plan, None, graph.evidence)
         return dataclasses.replace(nothing, architectures=graph.architectures)
-    dropped = () if layout is Layout.SAME_KEYS else find_optimizers(checkpoint)
+    dropped = () if options.layout is Layout.SAME_KEYS else find_optimizers(checkpoint)
     plan = dataclasses.replace(plan, steps=(*plan.steps, *(RemoveEntry((name,)) for name in dropped)))
     if checkpoint.format.can_record(checkpoint, state_dict):
         folds = [f.describe() for f in plan.folds]
         evidence: dict[str, Any] = {"evidence": graph.evidence.value, "verified": model is not None}
         if graph.architectures:
             evidence["architectures"] = [found.describe() for found in graph.architectures]
-        record = make_record(plan, layout=layout.value, folds=folds, **evidence, **describe_structure(plan.steps))
+        record = make_record(
+            plan, layout=options.layout.value, folds=folds, **evidence, **describe_structure(plan.steps)
+        )
         plan = plan.with_record(record)  # type: ignore[assignment]
     agreement = program = cost = speed = ranges = None
     if model is None:
@@ -190,7 +185,7 @@ def fold_state_dict(  # noqa: PLR0913 as many as the command has options
         from bntool.folding.live import prove, with_random_inputs
 
         on_progress(Progress("comparing outputs"))
-        proof = prove(model, plan, graph, state_dict, inputs=inputs, layers=layers, eps=eps, tolerance=tolerance)
+        proof = prove(model, plan, graph, state_dict, inputs=inputs, tolerance=tolerance)
         plan, ranges, agreement, cost = proof.plan, proof.ranges, proof.agreement, proof.cost
         edited = apply_plan(checkpoint, plan)
         if export is not None:

@@ -7,7 +7,7 @@ import copy
 import torch
 from torch import nn
 
-from bntool.folding.options import Layout
+from bntool.folding.options import FoldOptions, Layout
 from bntool.folding.planning import FoldPlan, plan_fold
 from bntool.graphs.traced.tracing import trace
 from bntool.modules.application import apply_plan, read_state
@@ -35,7 +35,7 @@ def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
 
 def fold(model: nn.Module, inputs, *, layout: Layout = Layout.FOLDED, **options) -> tuple[nn.Module, FoldPlan]:
     """A folded copy, and the plan."""
-    plan = plan_fold(read_state(model), trace(model, inputs), layout=layout, **options)
+    plan = plan_fold(read_state(model), trace(model, inputs), FoldOptions(layout=layout, **options))
     folded = copy.deepcopy(model)
     apply_plan(folded, plan)
     return folded, plan

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from bntool.errors import UsageError
-from bntool.folding.options import Layout
+from bntool.folding.options import FoldOptions, Layout
 from bntool.folding.planning import Level, plan_fold
 from bntool.graphs.declared import declare
 from bntool.modules.application import read_state
@@ -328,7 +328,7 @@ def test_eps_of_zero() -> None:
 def test_an_eps_that_is_none_is_refused(eps: float) -> None:
     state_dict = read_state(nn.ModuleDict({"conv": nn.Conv2d(4, 6, 3), "bn": nn.BatchNorm2d(6)}))
     with pytest.raises(UsageError, match="--eps"):
-        plan_fold(state_dict, declare(state_dict, {"bn": "conv"}), eps=eps)
+        plan_fold(state_dict, declare(state_dict, {"bn": "conv"}), FoldOptions(eps=eps))
 
 
 def test_linear_that_writes_another_axis_than_batchnorm_reads() -> None:

@@ -8,6 +8,7 @@ from torch import nn
 
 import bntool
 from bntool.checkpoints.formats import open_checkpoint
+from bntool.folding.options import FoldOptions
 from bntool.folding.planning import plan_fold
 from bntool.graphs.declared import declare
 from tests.folding.folding_networks import largest_difference, randomise, reasons
@@ -63,7 +64,7 @@ def test_a_file(quantised: nn.Module, tmp_path) -> None:
     torch.save(quantised.state_dict(), tmp_path / "quantised.pt")
     with open_checkpoint(tmp_path / "quantised.pt") as checkpoint:
         (state_dict,) = checkpoint.state_dicts
-        plan = plan_fold(state_dict, declare(state_dict, {"bn_after": "conv", "bn2": "conv2"}), eps=1e-5)
+        plan = plan_fold(state_dict, declare(state_dict, {"bn_after": "conv", "bn2": "conv2"}), FoldOptions(eps=1e-5))
     assert plan.layers == ("bn2",)
     assert reasons(plan) == {"bn_after": "UNSUPPORTED_DTYPE", "bn": "UNSUPPORTED_DTYPE"}
 

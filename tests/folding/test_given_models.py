@@ -11,7 +11,7 @@ from torch import nn
 
 import bntool
 from bntool.errors import UsageError
-from bntool.folding.options import Layout
+from bntool.folding.options import FoldOptions, Layout
 from bntool.folding.planning import plan_fold
 from bntool.graphs.declared import declare
 from bntool.modules.application import apply_plan, read_state
@@ -150,7 +150,7 @@ def test_a_declared_weight_with_channels_last() -> None:
     randomise(model)
     before = model["conv"].weight.clone()
     state = read_state(model)
-    plan = plan_fold(state, declare(state, {"bn": "conv"}), eps=1e-5)
+    plan = plan_fold(state, declare(state, {"bn": "conv"}), FoldOptions(eps=1e-5))
     norm = model["bn"]
     scale = norm.weight / torch.sqrt(norm.running_var + norm.eps)
     apply_plan(model, plan)
@@ -163,7 +163,7 @@ def test_which_axis_holds_the_channels_is_assumed_where_both_ends_fit(shape, sai
     model = nn.ModuleDict({"conv": nn.Module(), "bn": nn.BatchNorm1d(16)}).double()
     model["conv"].weight = nn.Parameter(image(*shape))
     state = read_state(randomise(model))
-    plan = plan_fold(state, declare(state, {"bn": "conv"}), eps=1e-5)
+    plan = plan_fold(state, declare(state, {"bn": "conv"}), FoldOptions(eps=1e-5))
     assert ("conv has its output channels first: its weight is [16, 3, 3, 3, 16]" in plan.assumptions) is said
 
 

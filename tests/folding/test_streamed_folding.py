@@ -15,7 +15,7 @@ from torch import nn
 
 import bntool
 from bntool.checkpoints.state_dicts import choose_state_dict
-from bntool.folding.options import Layout
+from bntool.folding.options import FoldOptions, Layout
 from bntool.folding.state_dict import fold_state_dict
 from tests.benchmarks.measuring import python, run_command
 from tests.folding.folding_networks import LAYOUTS
@@ -48,9 +48,8 @@ def network(dtype: torch.dtype = torch.float32) -> nn.Module:
 def fold_file(path: Path, output: Path, *, layout: Layout = Layout.FOLDED) -> None:
     with bntool.open_checkpoint(path) as checkpoint:
         pairs = {norm: producer for producer, norm in PAIRS.items()}
-        result = fold_state_dict(
-            checkpoint, choose_state_dict(checkpoint), pairs=pairs, layout=layout, eps=1e-5, tolerance=1e-5
-        )
+        options = FoldOptions(layout=layout, eps=1e-5)
+        result = fold_state_dict(checkpoint, choose_state_dict(checkpoint), options, pairs=pairs, tolerance=1e-5)
         assert len(result.plan.folds) == 3
         assert result.checkpoint is not None
         bntool.save_checkpoint(result.checkpoint, output)
@@ -64,7 +63,7 @@ def fold_live(model: nn.Module, layout: Layout) -> dict[str, torch.Tensor]:
 
     graph = trace(copy.deepcopy(model).float(), torch.randn(2, 3, 12, 12))
     folded = copy.deepcopy(model)
-    apply_plan(folded, plan_fold(read_state(model), graph, layout=layout))
+    apply_plan(folded, plan_fold(read_state(model), graph, FoldOptions(layout=layout)))
     return folded.state_dict()
 
 

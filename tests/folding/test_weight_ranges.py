@@ -14,6 +14,7 @@ from torch import nn
 from bntool.checkpoints.files import SourceFile
 from bntool.checkpoints.formats import open_checkpoint
 from bntool.checkpoints.saving import save_checkpoint
+from bntool.folding.options import FoldOptions
 from bntool.folding.planning import plan_fold
 from bntool.folding.state_dict import fold_state_dict
 from bntool.folding.weight_ranges import ChannelRange, count_removed, measure_ranges
@@ -136,7 +137,9 @@ def test_weights_of_a_file_are_measured_while_it_is_written(
     save_file(state, path) if kind == "safetensors" else torch.save(state, path)
     pairs = {"1": "0", "3": "2"}
     with open_checkpoint(path) as checkpoint:
-        dry = fold_state_dict(checkpoint, checkpoint.state_dicts[0], pairs=pairs, eps=1e-5, tolerance=1e-5).ranges
+        dry = fold_state_dict(
+            checkpoint, checkpoint.state_dicts[0], FoldOptions(eps=1e-5), pairs=pairs, tolerance=1e-5
+        ).ranges
     asked: Counter[tuple[int, int]] = Counter()
     read_once = SourceFile._read_once
 
@@ -147,7 +150,9 @@ def test_weights_of_a_file_are_measured_while_it_is_written(
 
     monkeypatch.setattr(SourceFile, "_read_once", count)
     with open_checkpoint(path) as checkpoint:
-        fold = fold_state_dict(checkpoint, checkpoint.state_dicts[0], pairs=pairs, eps=1e-5, tolerance=1e-5)
+        fold = fold_state_dict(
+            checkpoint, checkpoint.state_dicts[0], FoldOptions(eps=1e-5), pairs=pairs, tolerance=1e-5
+        )
         save_checkpoint(fold.checkpoint, out)
         large = {place: times for place, times in asked.items() if place[1] > 50_000}
         found = {weight.name: weight for weight in fold.ranges}

@@ -11,6 +11,7 @@ from torch import nn
 from bntool.checkpoints.formats import open_checkpoint
 from bntool.checkpoints.state_dicts import choose_state_dict
 from bntool.errors import CorruptFileError, UnreadableFileError, UsageError
+from bntool.folding.options import FoldOptions
 from bntool.folding.planning import plan_fold
 from bntool.graphs.declared import declare, read_pairs, suggest_pairs
 from bntool.modules.application import read_state
@@ -65,7 +66,7 @@ def test_a_tensor_that_lies_under_two_names_is_left_alone(tmp_path: Path, part: 
     for name in ("tied", "apart", "averaged"):
         with open_checkpoint(tmp_path / f"{name}.pt") as checkpoint:
             state_dict = choose_state_dict(checkpoint)
-            plan = plan_fold(state_dict, declare(state_dict, {"bn": "conv"}), eps=1e-5)
+            plan = plan_fold(state_dict, declare(state_dict, {"bn": "conv"}), FoldOptions(eps=1e-5))
             reasons[name] = [skip.reason for skip in plan.skips]
     assert reasons == {"tied": [SkipReason.REUSED], "apart": [], "averaged": []}
 

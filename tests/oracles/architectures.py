@@ -32,6 +32,7 @@ from bntool.checkpoints.formats import open_checkpoint
 from bntool.checkpoints.saving import save_checkpoint
 from bntool.errors import BntoolError
 from bntool.folding.loading import load_folded
+from bntool.folding.options import FoldOptions
 from bntool.folding.planning import plan_fold
 from bntool.folding.state_dict import fold_state_dict
 from bntool.graphs.architectures.catalogue import load_catalogue
@@ -136,9 +137,8 @@ def fold_bare(name: str, make, *, seed: int = 0) -> dict:
             found = recognise(state_dict)
             whole = len(found) == 1 and found[0].whole and name in found[0].names
             ambiguous = bool(found and (found[0].choices or len(found[0].structures) > 1))
-            result = fold_state_dict(
-                checkpoint, state_dict, architecture=name if ambiguous else None, eps=_eps(model, found), tolerance=1e-5
-            )
+            assumed, options = name if ambiguous else None, FoldOptions(eps=_eps(model, found))
+            result = fold_state_dict(checkpoint, state_dict, options, architecture=assumed, tolerance=1e-5)
             facts = {"recognised": whole, "ambiguous": ambiguous, "total": len(find_batchnorm_modules(model))}
             facts |= {"folded": len(result.plan.folds), "skipped": len(result.plan.skips)}
             if result.checkpoint is None:

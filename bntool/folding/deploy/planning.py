@@ -18,7 +18,7 @@ from bntool.folding.absorption import Blocked
 from bntool.folding.deploy.forms import NAMED, Block, find_blocks, find_pairs, keeps_batchnorms
 from bntool.folding.deploy.merging import Sum, find_inside, merge_branches
 from bntool.folding.folds import Fold, Level
-from bntool.folding.options import Layout
+from bntool.folding.options import FoldOptions, Layout
 from bntool.folding.planning import FoldPlan, assume_fold, plan_fold
 from bntool.folding.scale_and_shift import ScaleAndShift, check_eps, choose_eps, read_scale_and_shift
 from bntool.graphs.graph import Evidence, ModelGraph, Node, NodeKind
@@ -138,7 +138,7 @@ class _Deploying:
             ),
             assumptions=self.assume(folds) if rest is None else rest.assumptions,
             folds=folds,
-            layout=Layout.DEPLOY,
+            options=FoldOptions(layout=Layout.DEPLOY, eps=self.eps),
             below_zero=(
                 *(layer for layer in order if layer in self.read and self.read[layer].is_below_zero),
                 *(() if rest is None else rest.below_zero),
@@ -174,7 +174,7 @@ class _Deploying:
         if elsewhere and self.deployed is None:
             what = f"{len(elsewhere)} BatchNorms lie in no block whose deploy form is known"
             raise RefusedError(what, tensor=elsewhere[0])
-        plan = plan_fold(self.state_dict, self.graph, layers=left, eps=self.eps)
+        plan = plan_fold(self.state_dict, self.graph, FoldOptions(layers=left, eps=self.eps))
         skips = [skip for skip in plan.skips if skip.layer in left]
         if skips:
             raise RefusedError(f"it is not folded: {skips[0].reason.value} ({skips[0].detail})", tensor=skips[0].layer)

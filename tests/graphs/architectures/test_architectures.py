@@ -14,6 +14,7 @@ from bntool.checkpoints.batchnorms import find_batchnorms
 from bntool.checkpoints.checkpoint import StateDict
 from bntool.checkpoints.formats import open_checkpoint
 from bntool.errors import RefusedError, UsageError
+from bntool.folding.options import FoldOptions
 from bntool.folding.planning import FoldPlan, Level, plan_fold
 from bntool.graphs.architectures.catalogue import PATH, load_catalogue
 from bntool.graphs.architectures.recognition import assume_eps, find_name, recognise
@@ -39,7 +40,7 @@ def under(root: str, name: str, **others: tuple[int, ...]) -> StateDict:
 
 
 def plan(state_dict: StateDict, *, name: str | None = None, eps: float | None = None) -> FoldPlan:
-    return plan_fold(state_dict, assume(state_dict, recognise(state_dict, name=name), eps=eps), eps=eps)
+    return plan_fold(state_dict, assume(state_dict, recognise(state_dict, name=name), eps=eps), FoldOptions(eps=eps))
 
 
 @pytest.mark.parametrize("name", BY_NAME)

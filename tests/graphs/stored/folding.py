@@ -10,7 +10,7 @@ from bntool.checkpoints.caffe.prototxt import read_prototxt
 from bntool.checkpoints.files import SourceFile
 from bntool.checkpoints.formats import open_checkpoint
 from bntool.checkpoints.saving import save_checkpoint
-from bntool.folding.options import Layout
+from bntool.folding.options import FoldOptions, Layout
 from bntool.folding.planning import FoldPlan, plan_fold
 from bntool.freezing.checkpoint import plan_freeze
 from bntool.freezing.options import FreezeForm
@@ -25,7 +25,7 @@ def fold_file(source: Path, target: Path, *, layout: str = "folded", eps: float 
         checkpoint = opened if net is None else deploy(opened, net)
         graph = read_stored_graph(checkpoint)
         assert graph is not None
-        plan = plan_fold(checkpoint.state_dict(""), graph, layout=Layout(layout), eps=eps)
+        plan = plan_fold(checkpoint.state_dict(""), graph, FoldOptions(layout=Layout(layout), eps=eps))
         edited = apply_plan(checkpoint, plan)
         save_checkpoint(edited, target)
         if net is not None:
