@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import subprocess
 from functools import partial
 from pathlib import Path
@@ -11,6 +12,14 @@ import pytest
 
 from tests.places import FIXTURES, SHARED
 from tests.programs.forking import ONNXRUNTIME, ForkedProcess
+
+gc.disable()  # what is imported and collected stays: to look through it again and again takes seconds
+
+
+def pytest_collection_finish() -> None:
+    """From here on only what tests make is looked through for what to free."""
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(scope="session")

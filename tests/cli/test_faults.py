@@ -81,8 +81,7 @@ def _leftovers(folder: Path) -> list[Path]:
     ],
     ids=["freeze", "fold", "recalibrate", "convert", "sharded", "onnx", "caffe"],
 )
-@pytest.mark.parametrize("sent", ["SIGKILL", "SIGTERM"])
-def test_killed_at_every_step_of_appearing(arguments: list[str], files: int, sent: str, tmp_path: Path) -> None:
+def test_killed_at_every_step_of_appearing(arguments: list[str], files: int, tmp_path: Path) -> None:
     """Each file is the old one or the new one, whole; several files may be of both kinds after SIGKILL.
 
     Nothing else is left after SIGTERM, and by the next run after SIGKILL.
@@ -92,10 +91,10 @@ def test_killed_at_every_step_of_appearing(arguments: list[str], files: int, sen
         shutil.copy(INTEROP / name, tmp_path / "in")
     write_sharded(tiny_net().state_dict(), tmp_path / "in")
     run = programs.run_forked if "recalibrate" in arguments else programs.run  # the others import no torch
-    done = run("killed_command", sent, *arguments, cwd=tmp_path)
-    written, moments = map(int, done.stdout.split()[-2:])
+    done = run("killed_command", "SIGKILL SIGTERM", *arguments, cwd=tmp_path)
+    written, *moments = map(int, done.stdout.split()[-3:])
     assert written == files
-    assert moments > 4 * files  # each is made, brought to the disk, given its mode and its name
+    assert min(moments) > 4 * files  # each is made, brought to the disk, given its mode and its name
 
 
 def test_killed_at_random_moments(tmp_path: Path) -> None:

@@ -99,7 +99,7 @@ def test_the_printed_lines_load_the_output(recalibrate):
 
 
 def test_only_the_chosen_state_dict_changes(recalibrate):
-    code, _, _, path = recalibrate("digits_training.pt", "--state-dict", "ema_state_dict")
+    code, _, _, path = recalibrate("digits_training.pt", "--state-dict", "ema_state_dict", "--samples", "256")
     assert code == 0
     before = torch.load(SAMPLES / "digits_training.pt", weights_only=False)
     after = torch.load(path, weights_only=False)
@@ -112,7 +112,7 @@ def test_only_the_chosen_state_dict_changes(recalibrate):
 def test_safetensors_without_counters(recalibrate, tmp_path):
     tensors = {k: v for k, v in load_file(SAMPLES / "digits.safetensors").items() if "tracked" not in k}
     save_file(tensors, tmp_path / "in.safetensors")
-    code, _, err, path = recalibrate(tmp_path / "in.safetensors", output="out.safetensors")
+    code, _, err, path = recalibrate(tmp_path / "in.safetensors", "--samples", "256", output="out.safetensors")
     assert (code, err) == (0, "")
     assert list(load_file(path)) == list(tensors)
 
@@ -147,12 +147,12 @@ def test_keep_if_better_writes_only_then(recalibrate):
 def test_a_metric_that_fell_is_said_where_it_was_written_all_the_same(recalibrate):
     contrast = str(SAMPLES / "digits_contrast_train.npz")
     sentence = "the new statistics are worse here; --keep-if-better would not have written them"
-    _, out, _, path = recalibrate("digits.pt", "--eval-data", TEST, data=contrast)
+    _, out, _, path = recalibrate("digits.pt", "--eval-data", TEST, "--samples", "256", data=contrast)
     assert sentence in out.splitlines()
     assert path.exists()
-    _, out, _, _ = recalibrate("digits.pt", "--eval-data", TEST, "--dry-run", data=contrast)
+    _, out, _, _ = recalibrate("digits.pt", "--eval-data", TEST, "--samples", "256", "--dry-run", data=contrast)
     assert sentence not in out
-    _, out, _, _ = recalibrate("drifted.pt", "--eval-data", TEST, "--force")
+    _, out, _, _ = recalibrate("drifted.pt", "--eval-data", TEST, "--samples", "256", "--force")
     assert sentence not in out
 
 
@@ -160,7 +160,7 @@ def test_large_changes_are_plain_numbers(recalibrate, tmp_path):
     state = torch.load(SAMPLES / "drifted.pt", weights_only=True)
     state["bn1.running_mean"] += 123
     torch.save(state, tmp_path / "off.pt")
-    _, out, _, _ = recalibrate(tmp_path / "off.pt", "--dry-run")
+    _, out, _, _ = recalibrate(tmp_path / "off.pt", "--samples", "256", "--dry-run")
     row = next(line for line in out.splitlines() if line.startswith("bn1 "))
     assert re.search(r" [1-9][\d,]{2,} σ ", row)
     assert re.search(r" [1-9][\d,]{2,} %", row)
@@ -168,7 +168,7 @@ def test_large_changes_are_plain_numbers(recalibrate, tmp_path):
 
 
 def test_a_dry_run_writes_nothing(recalibrate):
-    code, out, _, path = recalibrate("drifted.pt", "--dry-run")
+    code, out, _, path = recalibrate("drifted.pt", "--samples", "256", "--dry-run")
     assert code == 0
     assert "nothing was written" in out
     assert not path.exists()
@@ -181,8 +181,8 @@ def test_the_output_records_where_the_statistics_are_from(recalibrate):
 
 
 def test_a_second_run_writes_the_same_bytes(recalibrate):
-    _, _, _, first = recalibrate("drifted.pt", output="a.pt")
-    _, _, _, second = recalibrate("drifted.pt", output="b.pt")
+    _, _, _, first = recalibrate("drifted.pt", "--samples", "512", output="a.pt")
+    _, _, _, second = recalibrate("drifted.pt", "--samples", "512", output="b.pt")
     assert first.read_bytes() == second.read_bytes()
 
 
@@ -352,7 +352,7 @@ def test_statistics_that_half_precision_cannot_hold_are_promoted_on_request(reca
     given = tmp_path / f"half.{suffix}"
     (torch.save if suffix == "pt" else save_file)(half, given)
     output = f"out.{suffix}"
-    code, _, err, path = recalibrate(given, output=output)
+    code, _, err, path = recalibrate(given, "--samples", "256", output=output)
     assert code == 4
     assert "float16 cannot hold the new variance" in err
     assert "--promote stores such statistics as float32" in err
@@ -381,11 +381,11 @@ def test_a_model_in_half_precision_cannot_take_promoted_statistics(recalibrate, 
 
 
 def test_bfloat16_is_approximate_and_says_so(recalibrate):
-    code, out, _, path = recalibrate("drifted.pt", "--precision", "bfloat16", "--eval-data", TEST)
+    code, out, _, path = recalibrate("drifted.pt", "--precision", "bfloat16", "--eval-data", TEST, "--samples", "512")
     assert code == 0
     assert "approximate (forwards in bfloat16)" in out
     approximate = torch.load(path, weights_only=True)
-    recalibrate("drifted.pt", "--force")
+    recalibrate("drifted.pt", "--samples", "512", "--force")
     full = torch.load(path, weights_only=True)
     names = [name for name in full if name.endswith("running_var")]
     worst = max(float((approximate[name] / full[name]).log().abs().max()) for name in names)
@@ -532,7 +532,7 @@ def test_one_of_several_processes_answers_in_json(capsys, monkeypatch):
 @pytest.mark.parametrize("has_it", [True, False])
 def test_a_processor_without_bfloat16_is_named(recalibrate, monkeypatch, has_it):
     monkeypatch.setattr("bntool.recalibration.checkpoint.is_faster_in_bfloat16", lambda _model: has_it)
-    code, out, _, _ = recalibrate("drifted.pt", "--precision", "bfloat16", "--eval-data", TEST)
+    code, out, _, _ = recalibrate("drifted.pt", "--precision", "bfloat16", "--samples", "64", "--dry-run")
     assert code == 0
     assert ("this processor has no bfloat16 instructions" in out) is not has_it
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,36 @@ def train(model: nn.Sequential, average: AveragedModel, steps: int, *, every: in
             average.update_parameters(model)
 
 
+# what is trained once, no test changes
+
+
+@functools.cache
+def train_model() -> nn.Sequential:
+    model = build()
+    train(model, AveragedModel(model), 60)
+    return model
+
+
+@functools.cache
+def train_with_average(decay: float) -> tuple[nn.Sequential, AveragedModel]:
+    model = build()
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
+    train(model, average, 150)
+    return model, average
+
+
+@functools.cache
+def train_with_early_buffers() -> tuple[nn.Sequential, AveragedModel, nn.Sequential]:
+    """A model, its average with buffers that were copied long before, and the model at that time."""
+    model = build()
+    train(model, AveragedModel(model), 40)
+    early = copy.deepcopy(model)
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9))
+    train(model, average, 60)
+    average.module.load_state_dict(dict(early.named_buffers()), strict=False)
+    return model, average, early
+
+
 def found(source: object, path: Path, **options: object) -> list[Finding]:
     torch.save(source, path / "c.pt")
     return [f for s in bntool.inspect(path / "c.pt", **options).state_dicts for f in s.findings]
@@ -55,9 +86,7 @@ FLAT = [("net.", "ema."), ("net.", "ema.module."), ("student.", "teacher."), (""
 
 @pytest.mark.parametrize("prefixes", FLAT, ids="-".join)
 def test_an_average_without_buffers_in_one_flat_dict(prefixes: tuple[str, str], tmp_path: Path) -> None:
-    model = build()
-    average = copy.deepcopy(model)
-    train(model, AveragedModel(model), 60)
+    model, average = train_model(), build()
     (finding,) = found(lay_flat(model, average, prefixes), tmp_path)
     assert (finding.code, finding.severity) == (FindingCode.EMA_STATISTICS_INITIAL, Severity.ERROR)
     assert finding.layers == (f"{prefixes[1]}1", f"{prefixes[1]}4")
@@ -65,9 +94,7 @@ def test_an_average_without_buffers_in_one_flat_dict(prefixes: tuple[str, str], 
 
 @pytest.mark.parametrize("chosen", [None, "model_ema"])
 def test_the_error_is_the_same_where_the_average_is_chosen(chosen: str | None, tmp_path: Path) -> None:
-    model = build()
-    average = copy.deepcopy(model)
-    train(model, AveragedModel(model), 60)
+    model, average = train_model(), build()
     both = {"model": model.state_dict(), "model_ema": average.state_dict()}
     (finding,) = found(both, tmp_path, state_dict=chosen)
     assert finding.code is FindingCode.EMA_STATISTICS_INITIAL
@@ -76,8 +103,7 @@ def test_the_error_is_the_same_where_the_average_is_chosen(chosen: str | None, t
 
 @pytest.mark.parametrize("prefixes", [None, *FLAT], ids=str)
 def test_buffers_of_one_copy_that_the_other_lacks(prefixes: tuple[str, str] | None, tmp_path: Path) -> None:
-    model = build()
-    train(model, AveragedModel(model), 60)
+    model = train_model()
     shadow = dict(model.named_parameters())
     if prefixes is None:
         source: object = {"model": model.state_dict(), "ema": shadow}
@@ -92,8 +118,7 @@ def test_buffers_of_one_copy_that_the_other_lacks(prefixes: tuple[str, str] | No
 
 @pytest.mark.parametrize("key", ["best", "ema"])
 def test_buffers_that_another_state_dict_has(key: str, tmp_path: Path) -> None:
-    model = build()
-    train(model, AveragedModel(model), 60)
+    model = train_model()
     parameters = {name: tensor.detach() for name, tensor in model.named_parameters()}
     (missing,) = found({"model": model.state_dict(), key: parameters}, tmp_path)
     assert missing.layers == ("1", "4")
@@ -105,21 +130,14 @@ def test_buffers_that_another_state_dict_has(key: str, tmp_path: Path) -> None:
 def test_an_average_that_follows_its_model_has_no_findings(
     prefixes: tuple[str, str] | None, decay: float, tmp_path: Path
 ) -> None:
-    model = build()
-    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
-    train(model, average, 150)
+    model, average = train_with_average(decay)
     source = {"model": model.state_dict(), "ema": average.module.state_dict()}
     assert found(source if prefixes is None else lay_flat(model, average.module, prefixes), tmp_path) == []
 
 
 @pytest.mark.parametrize("prefixes", [None, *FLAT], ids=str)
 def test_an_average_whose_buffers_were_copied_long_before(prefixes: tuple[str, str] | None, tmp_path: Path) -> None:
-    model = build()
-    train(model, AveragedModel(model), 40)
-    early = copy.deepcopy(model)
-    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9))
-    train(model, average, 60)
-    average.module.load_state_dict(dict(early.named_buffers()), strict=False)
+    model, average, early = train_with_early_buffers()
     source = {"model": model.state_dict(), "ema": average.module.state_dict()}
     path = tmp_path / "c.pt"
     torch.save(source if prefixes is None else lay_flat(model, average.module, prefixes), path)

@@ -1,4 +1,4 @@
-"""A command of bntool that gets a signal at each call in turn that makes a file, brings it to the disk or names it."""
+"""A command of bntool that gets each of some signals at each call in turn that makes a file, flushes it or names it."""
 
 import gc
 import itertools
@@ -11,12 +11,12 @@ from pathlib import Path
 from bntool.cli.interrupts import InterruptHandler
 from bntool.cli.main import ExitCode, main
 
-SENT = signal.Signals[sys.argv[1]]
+SIGNALS = [signal.Signals[name] for name in sys.argv[1].split()]
 ARGUMENTS = [*sys.argv[2:], "--force", "--quiet"]
 OUT = Path("out")
 
 
-def run(moment):
+def run(moment, sent=None):
     left = [moment]
 
     def mortal(name):
@@ -25,7 +25,7 @@ def run(moment):
         def call(*arguments, **keywords):
             left[0] -= 1
             if left[0] == 0:
-                os.kill(os.getpid(), SENT)
+                os.kill(os.getpid(), sent)
             return original(*arguments, **keywords)
 
         setattr(os, name, call)
@@ -53,6 +53,30 @@ def hidden():
     return [path for path in OUT.iterdir() if path.name[0] == "."]
 
 
+def send_everywhere(sent):
+    """How many moments there are."""
+    for moment in itertools.count(1):
+        for path in OUT.iterdir():
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        for name, data in old.items():
+            (OUT / name).write_bytes(data)
+        code = run(moment, sent)
+        found = contents()
+        assert found.keys() == new.keys(), found.keys()
+        assert all(found[name] in (old[name], new[name]) for name in found), moment
+        if code == 0:
+            break
+        if sent == signal.SIGKILL:
+            assert all(path.suffix in (".writing", ".replaced") for path in hidden())
+            assert run(0) == 0  # what a killed run left is removed by the next one
+            assert contents() == new
+        else:
+            assert found in (old, new), moment
+        assert code == (ExitCode.INTERRUPTED if sent == signal.SIGINT else -sent), code
+        assert not hidden(), (moment, hidden())
+    return moment
+
+
 sys.modules["onnxruntime"] = None  # as if it were not installed: else each child starts it
 OUT.mkdir()
 assert main(ARGUMENTS) == 0  # imports what is needed, once for all children
@@ -60,23 +84,4 @@ gc.freeze()  # else each child copies all of that, when it looks for what to col
 assert run(0) == 0
 new = contents()
 old = {name: b"the old " + name.encode() for name in new}
-for moment in itertools.count(1):
-    for path in OUT.iterdir():
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-    for name, data in old.items():
-        (OUT / name).write_bytes(data)
-    code = run(moment)
-    found = contents()
-    assert found.keys() == new.keys(), found.keys()
-    assert all(found[name] in (old[name], new[name]) for name in found), moment
-    if code == 0:
-        break
-    if SENT == signal.SIGKILL:
-        assert all(path.suffix in (".writing", ".replaced") for path in hidden())
-        assert run(0) == 0  # what a killed run left is removed by the next one
-        assert contents() == new
-    else:
-        assert found in (old, new), moment
-    assert code == (ExitCode.INTERRUPTED if SENT == signal.SIGINT else -SENT), code
-    assert not hidden(), (moment, hidden())
-print(len(new), moment)
+print(len(new), *map(send_everywhere, SIGNALS))

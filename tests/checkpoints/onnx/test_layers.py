@@ -50,6 +50,7 @@ def save(
 def run(path: Path) -> NDArray[Any]:
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.intra_op_num_threads = 1
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     x = np.random.default_rng(1).normal(size=(1, 3, 8, 8)).astype("f4")
     (found,) = session.run(None, {"x": x})
