@@ -11,7 +11,7 @@ import pytest
 
 from tests.documentation.consoles import find_prompts, matches, read_consoles, run_console
 from tests.places import ROOT
-from tests.programs import write_bntool
+from tests.programs import write_commands
 
 PAGES = [page for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))) if read_consoles(page)]
 
@@ -21,7 +21,7 @@ def test_console_blocks_print_what_the_page_says(page: Path, tmp_path: Path) -> 
     shutil.copytree(ROOT / "sample_ckpts", tmp_path / "sample_ckpts", ignore=shutil.ignore_patterns("__pycache__"))
     binaries = Path(sys.executable).parent
     (tmp_path / "bin").mkdir()
-    server = write_bntool(tmp_path / "bin", binaries / "bntool")
+    server = write_commands(tmp_path / "bin", binaries)
     path = os.pathsep.join([str(tmp_path / "bin"), str(binaries), os.environ["PATH"]])
     environment = {**os.environ, "PATH": path, "PYTHONWARNINGS": "ignore"}
     for console in read_consoles(page):

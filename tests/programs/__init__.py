@@ -103,21 +103,25 @@ def _fork(
         return done
 
 
-def write_bntool(folder: Path, real: Path) -> int:
-    """Write a ``bntool`` for shells: commands that run a model are forked, as in ``run_bntool``, the others are real.
+def write_commands(folder: Path, real: Path) -> int:
+    """Write ``bntool`` and ``python`` for shells.
+
+    Commands of bntool that run a model and scripts are forked, as in ``run_bntool``; the others are real.
 
     Args:
-        folder: where it is written.
-        real: the installed one.
+        folder: where they are written.
+        real: where the installed ones are.
 
     Returns:
         the file descriptor that the shell has to inherit.
     """
     server = start_server(TORCH).fileno()
-    forked = f'exec "{sys.executable}" -I -S "{_FOLDER / "forked_bntool.py"}" {server} "$@"'
-    script = folder / "bntool"
-    script.write_text(f'#!/bin/sh\ncase $1 in\nrecalibrate|fold) {forked};;\n*) exec "{real}" "$@";;\nesac\n')
-    script.chmod(0o755)
+    forked = f'exec "{sys.executable}" -I -S "{_FOLDER / "forked_program.py"}" {server}'
+    for name, chosen, beginning in (("bntool", "recalibrate|fold", " -m bntool"), ("python", "*.py", "")):
+        script = folder / name
+        lines = ["#!/bin/sh", "case $1 in", f'{chosen}) {forked}{beginning} "$@";;', f'*) exec "{real / name}" "$@";;']
+        script.write_text("\n".join([*lines, "esac", ""]))
+        script.chmod(0o755)
     return server
 
 

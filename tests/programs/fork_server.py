@@ -1,8 +1,9 @@
-"""A process that has imported what its second argument lists, and forks one for each program that it is asked to run.
+"""A process that has imported what its third argument lists, and forks one for each program that it is asked to run.
 
-It is asked by a socket, whose number is the first argument, in JSON: to start a program, whose three streams come
-along, which is answered by the number of the process; or to wait for a process, which is answered by its exit code. A
-program ends as in a process of its own.
+It is asked by connections to a socket, whose number is the first argument, in JSON: to start a program, whose three
+streams come along, which is answered by the number of the process; or to wait for a process, which is answered by its
+exit code. A program ends as in a process of its own. The second argument is a pipe that is
+closed when nobody else will connect.
 """
 
 import faulthandler
@@ -11,6 +12,7 @@ import importlib
 import json
 import os
 import runpy
+import select
 import signal
 import socket
 import sys
@@ -36,6 +38,25 @@ def become(command, folder, environment, streams):
         runpy.run_path(sys.argv[0], run_name="__main__")
 
 
+def accept(listening, needed):
+    """A connection, in a fork of its own that imports nothing again; None in this one, when all of them have ended."""
+    while True:
+        ready, *_ = select.select([listening, needed], [], [])
+        if listening not in ready:
+            break
+        connection, _ = listening.accept()
+        if os.fork() == 0:
+            listening.close()
+            os.close(needed)
+            return connection
+        connection.close()
+    while True:
+        try:
+            os.wait()
+        except ChildProcessError:
+            return None
+
+
 def serve(asked):
     """Until nobody asks any more; in a fork, what it is to become."""
     while True:
@@ -55,9 +76,10 @@ def serve(asked):
         asked.send(json.dumps(answer).encode())
 
 
-for name in sys.argv[2].split():
+for name in sys.argv[3].split():
     importlib.import_module(name)
 gc.freeze()  # else each fork copies all that is imported, when it looks for what to collect
-fork = serve(socket.socket(fileno=int(sys.argv[1])))
+connection = accept(socket.socket(fileno=int(sys.argv[1])), int(sys.argv[2]))
+fork = serve(connection) if connection is not None else None
 if fork is not None:
     become(**fork)

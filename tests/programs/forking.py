@@ -10,6 +10,8 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
+import time
 from pathlib import Path
 from typing import IO, Any
 
@@ -73,21 +75,46 @@ def _open_stream(stream: Any, *, writing: bool) -> tuple[IO[bytes] | None, int]:
 
 @functools.cache
 def start_server(imported: tuple[str, ...]) -> socket.socket:
-    """A process of ``fork_server``, kept until this one ends."""
-    ours, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    program = Path(__file__).with_name("fork_server.py")
-    server = subprocess.Popen(
-        [sys.executable, str(program), str(its.fileno()), " ".join(imported)],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        pass_fds=[its.fileno()],
-        stdin=subprocess.DEVNULL,
-        cwd=ROOT,
-    )
-    its.close()
+    """A connection to a process of ``fork_server``, kept until this one ends; processes that test together share it."""
+    run = os.environ.get("PYTEST_XDIST_TESTRUNUID", str(os.getpid()))
+    place = Path(tempfile.gettempdir(), f"bntool-{run[:12]}-{imported[0]}")
+    listening = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with listening:
+        try:
+            listening.bind(str(place))
+        except OSError:  # another has started it
+            return _connect(place)
+        listening.listen()
+        program = Path(__file__).with_name("fork_server.py")
+        needed, its = os.pipe()
+        server = subprocess.Popen(
+            [sys.executable, str(program), str(listening.fileno()), str(needed), " ".join(imported)],
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            pass_fds=[listening.fileno(), needed],
+            stdin=subprocess.DEVNULL,
+            cwd=ROOT,
+        )
+    os.close(needed)
+    connection = _connect(place)
 
     def end() -> None:
-        ours.close()
+        place.unlink()
+        connection.close()
+        os.close(its)
         server.wait()
 
     atexit.register(end)
-    return ours
+    return connection
+
+
+def _connect(place: Path) -> socket.socket:
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    for _ in range(1000):  # until the one that has bound it listens
+        try:
+            connection.connect(str(place))
+        except ConnectionRefusedError:
+            time.sleep(0.01)
+        else:
+            atexit.register(connection.close)
+            return connection
+    raise TimeoutError(f"nothing listens at {place}")

@@ -1,4 +1,4 @@
-"""The command ``bntool`` for a shell that a test starts, run by ``fork_server``, whose socket is the first argument."""
+"""A Python program for a shell that a test starts, run by ``fork_server``, whose socket is the first argument."""
 
 import json
 import os
@@ -6,7 +6,7 @@ import socket
 import sys
 
 server = socket.socket(fileno=int(sys.argv[1]))
-request = {"command": ["-m", "bntool", *sys.argv[2:]], "folder": os.getcwd(), "environment": dict(os.environ)}
+request = {"command": sys.argv[2:], "folder": os.getcwd(), "environment": dict(os.environ)}
 socket.send_fds(server, [json.dumps(request).encode()], [0, 1, 2])
 started = json.loads(server.recv(1 << 10))
 server.send(json.dumps({"wait": started}).encode())
