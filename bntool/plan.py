@@ -335,19 +335,22 @@ def assume(plan: AnyPlan, *assumptions: str) -> AnyPlan:
     return dataclasses.replace(plan, steps=tuple(steps), assumptions=together)
 
 
-def check_plan(plan: Plan, path: object, *, strict: bool) -> None:
+def check_plan(
+    plan: Plan, path: object, *, strict: bool, absence: str = "the state dict has no BatchNorm layer"
+) -> None:
     """Check that a plan changes something, and skips nothing under ``strict``.
 
     Args:
         path: of the file that it is for.
         strict: no layer may be skipped that was asked for, and nothing may be assumed.
+        absence: what to say where there is no layer to skip either.
 
     Raises:
         RefusedError: nothing can be done safely; or, under ``strict``, a layer was skipped or something assumed.
     """
     skips = [skip for skip in plan.skips if skip.reason is not SkipReason.NOT_SELECTED]  # that was asked for
     if not plan.steps:
-        why = _list_skips(skips) if skips else "the state dict has no BatchNorm layer"
+        why = _list_skips(skips) if skips else absence
         raise RefusedError(f"nothing could be done safely: {why}; nothing was written", path=path)
     if strict and skips:
         first, count = skips[0], f"{len(skips):,} layer{'s' * (len(skips) > 1)}"

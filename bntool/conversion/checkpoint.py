@@ -30,6 +30,7 @@ from bntool.graphs.architectures.recognition import assume_eps
 from bntool.plan import Operation, Plan, RenameTensor, check_plan
 from bntool.progress import OnWarning, ignore
 from bntool.representation import html_repr, short_repr
+from bntool.verification.missing_statistics import describe_absence
 
 _SHOWN = 4
 # where the file does not keep its own format
@@ -141,7 +142,8 @@ def convert(  # noqa: PLR0913 as many as the command has options
             renames_of = tuple(renaming.plan.steps_of(RenameTensor))
             conversion = dataclasses.replace(conversion, source=source, losses=tuple(losses), renames=renames_of)
         if conversion.new is None:
-            check_plan(conversion.plan, path, strict=strict)
+            absence = describe_absence(choose_state_dict(renamed, state_dict), renamed.not_understood)
+            check_plan(conversion.plan, path, strict=strict, absence=absence)
         if strict:
             _check_certain(conversion, path)
         for loss in conversion.losses:

@@ -12,7 +12,6 @@ from bntool.checkpoints.addresses import Address
 from bntool.checkpoints.batchnorms import find_norms
 from bntool.checkpoints.checkpoint import Checkpoint, Loader, StateDict, check_changeable
 from bntool.checkpoints.descriptions import ModelDescription, describe_model
-from bntool.checkpoints.files import quote
 from bntool.checkpoints.formats import open_checkpoint
 from bntool.checkpoints.records import check_not_folded
 from bntool.checkpoints.saving import check_output
@@ -24,6 +23,7 @@ from bntool.folding.outputs import check_export, save_fold
 from bntool.folding.state_dict import CheckpointFold, fold_state_dict
 from bntool.plan import check_plan
 from bntool.progress import OnProgress, Progress, tell_notebook
+from bntool.verification.missing_statistics import describe_absence
 
 if TYPE_CHECKING:
     import torch
@@ -225,9 +225,8 @@ def _check_has_layers(checkpoint: Checkpoint, key: str | None) -> None:
     foldable = (layer.kind.is_batch_norm or layer.kind is NormKind.QUANTIZED_BATCH_NORM for layer in find_norms(chosen))
     if without_types or any(foldable):
         return
-    doubts = checkpoint.not_understood
-    more = f"; {quote(doubts[0].name)} may be one, and could not be read: {doubts[0].reason}" if doubts else ""
-    raise RefusedError(f"the state dict has no BatchNorm layer: there is nothing to fold{more}", path=checkpoint.path)
+    absence = describe_absence(chosen, checkpoint.not_understood)
+    raise RefusedError(f"there is nothing to fold: {absence}", path=checkpoint.path)
 
 
 def _load(

@@ -35,6 +35,7 @@ from bntool.freezing.trainable_layers import check_whole_layers, find_trainable
 from bntool.graphs.architectures.recognition import assume_eps
 from bntool.plan import Operation, Plan, SetAttribute, Skip, SkipReason, Step, check_plan
 from bntool.representation import html_repr, short_repr
+from bntool.verification.missing_statistics import describe_absence
 
 
 class Carrier(Enum):
@@ -161,7 +162,9 @@ def freeze_checkpoint(  # noqa: PLR0913 as many as the command has options
         )
         if not freeze.plan.steps and not freeze.plan.skips:
             check_not_folded(source.records.get(freeze.plan.state_dict, ()), path)
-        check_plan(freeze.plan, path, strict=strict)
+        has_steps = bool(freeze.plan.steps)
+        absence = "" if has_steps else describe_absence(choose_state_dict(source, state_dict), source.not_understood)
+        check_plan(freeze.plan, path, strict=strict, absence=absence)
         code = None if emit is None else emit_freeze(freeze.policy, emit, batchnorms=freeze.batchnorms)
         edited = apply_plan(source, freeze.plan)
         if target is not None:

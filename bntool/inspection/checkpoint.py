@@ -22,7 +22,7 @@ from bntool.inspection.findings import Finding, FindingCode, IgnoredFinding, Sev
 from bntool.inspection.judging import add_configured, judge
 from bntool.inspection.layer_differences import compare_layers
 from bntool.inspection.layer_findings import find_in_layer
-from bntool.inspection.missing_statistics import find_missing_statistics
+from bntool.inspection.missing_statistics import report_missing_statistics
 from bntool.inspection.module_findings import (
     Expected,
     find_expected,
@@ -255,7 +255,7 @@ def _inspect_state_dict(
         other_norms=dict(others),
         findings=(
             *find_in_state_dict(norms),
-            *find_missing_statistics(state_dict, norms, not_understood=_names_not_understood(checkpoint, state_dict)),
+            *report_missing_statistics(state_dict, norms, not_understood=_names_not_understood(checkpoint, state_dict)),
         ),
         tensors=tensors,
         chosen=chosen,

@@ -90,7 +90,7 @@ def test_without_a_batchnorm_nothing_is_asked_for(
     capsys.readouterr()
     assert main(["fold", str(path), *(str(out) if one == "OUT" else one for one in options)]) == 4
     said = capsys.readouterr().err
-    assert "no BatchNorm layer: there is nothing to fold" in said
+    assert "there is nothing to fold: the state dict has no BatchNorm layer" in said
     assert not [word for word in ("--model", "--pair", "--prototxt", "--arch") if word in said]
     assert not out.exists()
 
