@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,12 +46,14 @@ class Absorption:
             takes, -1 for none.
         takes_shift: for each of these whether it takes the shift too.
         direct: nothing lies between, not even an addition or a pool.
+        pooled: a max-pool lies between, which lets the scale pass since it is positive in every channel.
     """
 
     node: Node
     channels: Integers
     takes_shift: NDArray[np.bool_]
     direct: bool
+    pooled: bool = False
 
 
 @dataclass(frozen=True)
@@ -124,6 +127,7 @@ def _walk_back(  # noqa: PLR0913 what is carried along
     removed: Collection[str],
     shift: bool,
     direct: bool,
+    pooled: bool = False,
 ) -> None:
     """Follow one input of a node back; ``wanted`` is the BatchNorm's channel for each channel of that input."""
     edges = [edge for edge in graph.inputs(reader) if edge.port == port]
@@ -143,16 +147,21 @@ def _walk_back(  # noqa: PLR0913 what is carried along
         channels = _channels_back(edge, source, reader, wanted)
         _check_alone(graph, edge, source, reader)
         if source.kind.is_producer or (source.kind is NodeKind.BATCH_NORM and source.layer not in removed):
-            found.append(Absorption(source, channels, np.full(len(channels), shift), direct))
+            found.append(Absorption(source, channels, np.full(len(channels), shift), direct, pooled))
             continue
         if source.kind is NodeKind.MAX_POOL and not np.all(scale[channels[channels >= 0]] > 0):
             raise Blocked(SkipReason.NOT_ADJACENT, f"{source.describe()} lies between, and not every scale is positive")
         through = source.kind is NodeKind.BATCH_NORM
-        _walk_back(
-            graph, source, 0, channels, found, scale=scale, removed=removed, shift=shift, direct=direct and through
+        follow = partial(
+            _walk_back,
+            scale=scale,
+            removed=removed,
+            direct=direct and through,
+            pooled=pooled or source.kind is NodeKind.MAX_POOL,
         )
+        follow(graph, source, 0, channels, found, shift=shift)
         if source.kind is NodeKind.ADD:
-            _walk_back(graph, source, 1, channels, found, scale=scale, removed=removed, shift=False, direct=False)
+            follow(graph, source, 1, channels, found, shift=False)
 
 
 def _check_computed_behind(graph: ModelGraph, node: Node) -> None:
@@ -228,6 +237,7 @@ def _walk_forward(
     scale: Array,
     shift: Array,
     removed: Collection[str],
+    pooled: bool = False,
 ) -> None:
     """Follow every reader; ``given`` is the BatchNorm's channel for each channel of the source, -1 for others."""
     for edge in graph.outputs(source):
@@ -250,13 +260,14 @@ def _walk_forward(
         if producer:
             if reader.padded and np.any(shift[channels[channels >= 0]] != 0):
                 raise Blocked(SkipReason.PADDED_CONSUMER, f"{reader.describe()} reads it with zeros beyond the border")
-            found.append(Absorption(reader, channels, np.full(len(channels), True), direct=True))
+            found.append(Absorption(reader, channels, np.full(len(channels), True), direct=True, pooled=pooled))
             continue
         if reader.kind is NodeKind.MAX_POOL and not np.all(scale[channels[channels >= 0]] > 0):
             raise Blocked(SkipReason.NOT_ADJACENT, f"{reader.describe()} reads it, and not every scale is positive")
         onward = np.full(reader.channels, -1)
         onward[: len(channels)] = channels
-        _walk_forward(graph, reader, onward, found, scale=scale, shift=shift, removed=removed)
+        now = pooled or reader.kind is NodeKind.MAX_POOL
+        _walk_forward(graph, reader, onward, found, scale=scale, shift=shift, removed=removed, pooled=now)
 
 
 def _channels_forward(graph: ModelGraph, edge: Edge, source: Node, reader: Node, given: Integers) -> Integers:
@@ -327,6 +338,7 @@ def _merge(known: Absorption | None, new: Absorption) -> Absorption:
         np.where(mine, known.channels, new.channels),
         np.where(mine, known.takes_shift, new.takes_shift),
         direct=False,
+        pooled=known.pooled or new.pooled,
     )
 
 

@@ -28,6 +28,7 @@ class Fold:
         into: the layers that take its scale and shift.
         level: how they are reached.
         stays: it stays as a module and only adds its shift.
+        pooled: a max-pool lies between, which is exact since every scale is positive.
         scale_into, shift_into: those of ``into`` that take its scale, and those that take its shift.
     """
 
@@ -37,6 +38,13 @@ class Fold:
     stays: bool
     scale_into: tuple[str, ...] = ()
     shift_into: tuple[str, ...] = ()
+    pooled: bool = False
+
+    @property
+    def how(self) -> str:
+        """How it is reached, for people."""
+        pooled = ", past a max-pool (every scale is positive)"
+        return f"{self.level.value}{pooled * self.pooled}{', keeps its shift' * self.stays}"
 
     def describe(self) -> dict[str, Any]:
         """Return the fold as JSON data."""
@@ -45,6 +53,7 @@ class Fold:
             "into": list(self.into),
             "level": self.level.value,
             "stays": self.stays,
+            "pooled": self.pooled,
             "scale_into": list(self.scale_into),
             "shift_into": list(self.shift_into),
         }

@@ -271,7 +271,9 @@ class _Folder:
             self.remove(layer)
         takes_shift = [a for a in absorbers if not stays and np.any(a.absorption.takes_shift)]
         into = _layers(absorbers)
-        self.done[layer] = Fold(layer, into, level, stays, into, _layers(takes_shift))
+        self.done[layer] = Fold(
+            layer, into, level, stays, into, _layers(takes_shift), any(a.absorption.pooled for a in absorbers)
+        )
 
     def fold_forward(self, layer: str, own: ScaleAndShift, consumers: Sequence[Absorber]) -> None:
         changed: dict[str, Producer | ScaleAndShift] = {}
@@ -286,7 +288,9 @@ class _Folder:
         self.commit(changed)
         self.remove(layer)
         into = _layers(consumers)
-        self.done[layer] = Fold(layer, into, Level.FORWARD, False, into, into)
+        self.done[layer] = Fold(
+            layer, into, Level.FORWARD, False, into, into, any(c.absorption.pooled for c in consumers)
+        )
 
     def fold_rest(self) -> None:
         """Fold what no single neighbour takes, where it is known who reads what and keys may go."""
@@ -428,3 +432,7 @@ def assume_fold(
 
 def _layers(absorbers: Sequence[Absorber]) -> tuple[str, ...]:
     return tuple(absorber.absorption.node.layer or absorber.name for absorber in absorbers)
+
+
+def _any_pooled(absorbers: Sequence[Absorber]) -> bool:
+    return any(absorber.absorption.pooled for absorber in absorbers)

@@ -141,9 +141,8 @@ def _fold_table(result: CheckpointFold, *, pictures: bool) -> Table:
     sides = iter(drawn)
     rows = []
     for fold, weight in zip(folds, taken, strict=True):
-        how = fold.level.value + (", keeps its shift" if fold.stays else "")
         before_after = (Cell(""), Cell("")) if weight is None else (next(sides), next(sides))
-        row = [Cell(", ".join(fold.into)), *before_after, Cell(fold.layer), Cell(how, Style.MUTED)]
+        row = [Cell(", ".join(fold.into)), *before_after, Cell(fold.layer), Cell(fold.how, Style.MUTED)]
         if known:
             agreement = known.get(fold.layer)
             errors = (math.nan, math.nan) if agreement is None else (agreement.exact, agreement.stored)

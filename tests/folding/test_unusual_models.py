@@ -1050,3 +1050,20 @@ def test_looking_at_values_in_code_of_torch_is_not_said_of_the_line_that_calls_b
     assert reason == "DATA_DEPENDENT"
     assert "observer.py:" in detail
     assert "test_unusual_models" not in detail
+
+
+@pytest.mark.parametrize("is_before", [True, False])
+def test_a_fold_past_a_max_pool_says_what_makes_it_exact(is_before):
+    norm = nn.BatchNorm2d(4)
+    inner = [norm, nn.MaxPool2d(2)] if is_before else [nn.MaxPool2d(2), norm, nn.ReLU()]
+    first = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()) if is_before else nn.Conv2d(3, 4, 3)
+    model, x = randomise(nn.Sequential(first, *inner, nn.Conv2d(4, 5, 1))), image()
+    result = bntool.fold(model, x)
+    (fold,) = result.plan.folds
+    assert fold.how == f"{fold.level.value}, past a max-pool (every scale is positive)"
+    assert fold.describe()["pooled"] is True
+    torch.testing.assert_close(result.model(x), model(x))
+    norm.weight.data[1] *= -1
+    skipped = bntool.fold(model, x)
+    assert folded(skipped) == []
+    assert "not every scale is positive" in skipped.plan.skips[0].detail

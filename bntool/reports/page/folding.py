@@ -76,8 +76,7 @@ def make_fold_tables(plan: FoldPlan, agreement: Agreement | None, ranges: tuple[
         for fold in plan.folds:
             one = known.get(fold.layer)
             errors = [] if one is None else [one.exact, one.stored]
-            how = fold.level.value + (", keeps its shift" if fold.stays else "")
-            items = [Item(fold.layer), Item(", ".join(fold.into)), Item(how)]
+            items = [Item(fold.layer), Item(", ".join(fold.into)), Item(fold.how)]
             if known:
                 items += [number_item(None if math.isnan(error) else error) for error in errors or (math.nan, math.nan)]
             rows.append(Row(tuple(items)))
