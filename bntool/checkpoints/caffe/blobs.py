@@ -7,12 +7,15 @@ The running sums of mean and variance are divided by the scale factor beside the
 from __future__ import annotations
 
 import dataclasses
+import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from bntool.batchnorm import DEFAULT_EPS, STATISTICS, VECTORS
 from bntool.checkpoints.as_array import AsArray
 from bntool.checkpoints.caffe.layers import (
+    CAFFES_TYPES,
     Layer,
     Wiring,
     blobs_of,
@@ -20,12 +23,18 @@ from bntool.checkpoints.caffe.layers import (
     read_scale_factor,
 )
 from bntool.checkpoints.caffe.prototxt import Prototxt
-from bntool.checkpoints.checkpoint import Content, ModuleInfo
+from bntool.checkpoints.checkpoint import Content, ModuleInfo, NotUnderstood
 from bntool.checkpoints.containers.protobufs.reading import Message
 from bntool.checkpoints.containers.protobufs.writing import unused_name
 from bntool.checkpoints.dtypes import DType, decode_numbers, encode_numbers
+from bntool.checkpoints.files import quote
 from bntool.checkpoints.tensors import StoredTensor, Tensor, contiguous_strides, count_elements
 from bntool.errors import CorruptFileError
+
+_FEWEST_VECTORS = 2
+_FOLDED = "BN"  # of forks, with scale and shift alone
+_NORMS = re.compile(r"(?i)batch_?norm|(?-i:BN)")
+_OTHER_NORMS = re.compile(r"(?i)(group|layer|instance|l2|rms)_?norm")
 
 _FRACTION = 0.999  # the default of moving_average_fraction
 
@@ -135,6 +144,24 @@ class NetReading:
         for layer in self.wiring.layers:
             self._read_layer(layer)
 
+    def find_not_understood(self) -> Iterator[NotUnderstood]:
+        """Yield the layers that may be BatchNorms of a fork of Caffe, by their blobs or by the name of their type.
+
+        A BatchNorm has two vectors of one length at least; of a type that is not Caffe's own no more is known.
+        """
+        for layer in self.wiring.layers:
+            name, is_caffes = self._names[layer.index], layer.type in CAFFES_TYPES.split()
+            is_read = f"{name}.{STATISTICS[0]}" in self.tensors or layer.type == _FOLDED
+            if is_read or (is_caffes and layer.type != "BatchNorm") or _OTHER_NORMS.search(layer.type):
+                continue
+            vectors = [length for blob in blobs_of(layer) if (length := _length_of_vector(blob)) > 1]
+            length, count = next(iter(Counter(vectors).most_common(1)), (0, 0))
+            if count < _FEWEST_VECTORS and not (blobs_of(layer) and _NORMS.search(layer.type)):
+                continue
+            held = f"{count} vectors of {length} elements" if count > 1 else "tensors"
+            whose = "with other blobs than Caffe's" if is_caffes else "which is none of Caffe's own"
+            yield NotUnderstood(name, f"a layer of type {quote(layer.type)}, {whose}, has {held}")
+
     def content(self) -> CaffeContent:
         return CaffeContent(self.net, self.wiring, self._names, self._blobs, self._scales, self._factors)
 
@@ -201,6 +228,12 @@ class NetReading:
             raise CorruptFileError("two blobs have this name", tensor=name)
         self.tensors[name] = tensor
         self._blobs[name] = blob
+
+
+def _length_of_vector(blob: Message | StoredTensor) -> int:
+    """Return how many elements a blob with one axis longer than 1 has; 0 for any other."""
+    shape = [size for size in read_blob(blob, key="").shape if size != 1]
+    return shape[0] if len(shape) == 1 else 0
 
 
 def momentum_of(layer: Layer) -> float:

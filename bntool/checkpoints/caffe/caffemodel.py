@@ -49,4 +49,5 @@ class Caffe(Format):
             entries=entries,
             globals=tuple(dict.fromkeys((*judge_layers(layers), *judge_net_beside(file)))),
             content=content,
+            not_understood=tuple(reading.find_not_understood()),
         )

@@ -83,4 +83,5 @@ def name_blobs(checkpoint: Checkpoint, prototxt: Prototxt) -> Checkpoint:
         format=DeployedCaffeHdf5(),
         state_dicts=(state_dict,) if reading.tensors else (),
         content=dataclasses.replace(reading.content(), prototxt=prototxt),
+        not_understood=tuple(reading.find_not_understood()),
     )

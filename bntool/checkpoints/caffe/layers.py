@@ -30,11 +30,23 @@ LAYERS, V1_LAYERS, INPUTS = 100, 2, 3
 _OLD_SHAPE, DATA, SHAPE, DOUBLE_DATA, RAW_TYPE, RAW_DATA = (1, 2, 3, 4), 5, 7, 8, 10, 12
 _RAW_DTYPES = {0: FLOAT64, 1: FLOAT32, 2: FLOAT16}
 
+# of Caffe's own: whatever else there is belongs to a fork of it
+CAFFES_TYPES = """
+AbsVal Accuracy ArgMax BNLL BatchNorm BatchReindex Bias Clip Concat ContrastiveLoss Convolution Crop Data Deconvolution
+Dropout DummyData ELU Eltwise Embed EuclideanLoss Exp Filter Flatten HDF5Data HDF5Output HingeLoss Im2col ImageData
+InfogainLoss InnerProduct Input LRN LSTM LSTMUnit Log MVN MemoryData MultinomialLogisticLoss None PReLU Parameter
+Pooling Power Python RNN ReLU Recurrent Reduction Reshape SPP Scale Sigmoid SigmoidCrossEntropyLoss Silence Slice
+Softmax SoftmaxWithLoss Split Swish TanH Threshold Tile WindowData
+"""
+
+# all that the enum of V1LayerParameter has
 _V1_TYPES = {
-    3: "Concat", 4: "Convolution", 5: "Data", 6: "Dropout", 8: "Flatten", 9: "HDF5Data", 10: "HDF5Output",
-    14: "InnerProduct", 15: "LRN", 17: "Pooling",
-    18: "ReLU", 19: "Sigmoid", 20: "Softmax", 21: "SoftmaxWithLoss", 22: "Split", 23: "TanH", 25: "Eltwise",
-    26: "Power", 39: "Deconvolution",
+    0: "None", 1: "Accuracy", 2: "BNLL", 3: "Concat", 4: "Convolution", 5: "Data", 6: "Dropout", 7: "EuclideanLoss",
+    8: "Flatten", 9: "HDF5Data", 10: "HDF5Output", 11: "Im2col", 12: "ImageData", 13: "InfogainLoss",
+    14: "InnerProduct", 15: "LRN", 16: "MultinomialLogisticLoss", 17: "Pooling", 18: "ReLU", 19: "Sigmoid",
+    20: "Softmax", 21: "SoftmaxWithLoss", 22: "Split", 23: "TanH", 24: "WindowData", 25: "Eltwise", 26: "Power",
+    27: "SigmoidCrossEntropyLoss", 28: "HingeLoss", 29: "MemoryData", 30: "ArgMax", 31: "Threshold", 32: "DummyData",
+    33: "Slice", 34: "MVN", 35: "AbsVal", 36: "Silence", 37: "ContrastiveLoss", 38: "Exp", 39: "Deconvolution",
 }  # fmt: skip
 
 # of V0LayerParameter, by the names that a net of that format has for them

@@ -16,6 +16,8 @@ from bntool.checkpoints.formats import open_checkpoint
 from bntool.checkpoints.saving import save_checkpoint
 from bntool.checkpoints.tensors import StoredTensor, read_bytes, read_numbers
 from bntool.errors import BntoolError, CorruptFileError, RefusedError
+from bntool.inspection.checkpoint import inspect
+from bntool.inspection.verdict import Health
 from bntool.plan import AddTensor, Operation, Plan, Record, RemoveTensor, SetTensor, Values
 from tests.fuzz import mutate, time_limit
 from tests.places import INTEROP
@@ -113,6 +115,40 @@ def test_layers_that_write_are_seen_in_every_version(layer: tuple[bytes, ...], t
     (tmp_path / "a.caffemodel").write_bytes(b"".join([*embed(1, b"net"), *layer]))
     with open_checkpoint(tmp_path / "a.caffemodel") as checkpoint:
         assert [one.path for one in checkpoint.globals] == ["caffe.HDF5Output"]
+
+
+def _v1(name: bytes, code: int, *blobs: tuple[bytes, ...]) -> tuple[bytes, ...]:
+    parts = (*embed(4, name), integer_field(5, code), *(part for blob in blobs for part in embed(6, *blob)))
+    return embed(2, *parts)
+
+
+def _present(name: bytes, kind: bytes, *blobs: tuple[bytes, ...]) -> tuple[bytes, ...]:
+    return embed(100, *embed(1, name), *embed(2, kind), *(part for blob in blobs for part in embed(7, *blob)))
+
+
+_VECTORS = (_blob([1, 2, 3], (1, 1, 1, 3)), _blob([4, 5, 6], (1, 3, 1, 1)), _blob([1], (1, 1, 1, 1)))
+_MATRIX = (_blob([1, 2, 3, 4], (1, 1, 2, 2)), _blob([4, 5], (1, 1, 1, 2)))
+
+
+@pytest.mark.parametrize(("layer", "said"), [
+    (_v1(b"odd", 60, *_VECTORS), "'V1 type 60', which is none of Caffe's own, has 2 vectors of 3 elements"),
+    (_v0(b"odd", b"bn", *_VECTORS), "'V0 type bn', which is none of Caffe's own, has 2 vectors of 3 elements"),
+    (_present(b"odd", b"SyncBN", *_VECTORS), "'SyncBN', which is none of Caffe's own, has 2 vectors of 3 elements"),
+    (_present(b"odd", b"MyBatchNorm", _VECTORS[0]), "'MyBatchNorm', which is none of Caffe's own, has tensors"),
+    (_present(b"odd", b"BatchNorm", *_VECTORS[:2]), "'BatchNorm', with other blobs than Caffe's, has 2 vectors of 3"),
+    (_v1(b"odd", 39, *_MATRIX), ""), (_v1(b"odd", 34, *_VECTORS), ""), (_v1(b"odd", 60, *_MATRIX), ""),
+    (_present(b"odd", b"Scale", *_VECTORS[:2]), ""), (_present(b"odd", b"GroupNorm", *_VECTORS[:2]), ""),
+    (_present(b"odd", b"Normalize", _VECTORS[0]), ""), (_present(b"odd", b"BatchNorm", *_VECTORS), ""),
+])  # fmt: skip
+def test_layers_of_forks_that_may_be_batchnorms_are_said(layer: tuple[bytes, ...], said: str, tmp_path: Path) -> None:
+    (tmp_path / "a.caffemodel").write_bytes(b"".join([*embed(1, b"net"), *layer]))
+    with open_checkpoint(tmp_path / "a.caffemodel") as checkpoint:
+        found = checkpoint.not_understood
+        assert [one.name for one in found] == (["odd"] if said else [])
+        assert all(one.reason.startswith(f"a layer of type {said}") for one in found)
+        inspection = inspect(checkpoint)
+        is_batchnorm = bool(list(find_batchnorms(checkpoint.state_dict(""))))
+    assert (inspection.verdict.health is Health.NO_BATCH_NORM) is not (bool(said) or is_batchnorm)
 
 
 def test_layers_of_two_versions_in_one_file_are_refused(tmp_path: Path) -> None:
