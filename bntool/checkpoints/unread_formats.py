@@ -51,6 +51,12 @@ _CONTAINERS = (
 _READ = "torch, safetensors, ONNX, Keras, TensorFlow, Caffe, Flax, MXNet, MindSpore, Darknet, Paddle, arrays of numpy"
 _SIGNATURES = {
     b"\x1f\x8b": "a gzip archive; unpack it first",
+    b"BZh": "a bzip2 archive; unpack it first",
+    b"\xfd7zXZ\0": "an xz archive; unpack it first",
+    b"\x28\xb5\x2f\xfd": "a zstd archive; unpack it first",
+    b"\x04\x22\x4d\x18": "an lz4 archive; unpack it first",
+    b"7z\xbc\xaf\x27\x1c": "a 7-Zip archive; unpack it first",
+    b"Rar!": "a RAR archive; unpack it first",
     b"<!DOCTYPE": "a web page, not a checkpoint: the download went wrong",
     b"<html": "a web page, not a checkpoint: the download went wrong",
     b"version https://git-lfs": "a Git LFS pointer: fetch the file itself with git lfs pull",

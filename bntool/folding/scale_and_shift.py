@@ -170,6 +170,8 @@ def read_scale_and_shift(
         what = f"its {role} is computed{origin}"
         if graph.evidence is Evidence.TRACED and not sources:
             what = f"its {role} is no parameter or buffer that the model has before this forward"
+        elif not sources:
+            what = f"its {role} is no tensor of the file that could be read"
         raise Blocked(SkipReason.COMPUTED_WEIGHT, what)
     _check_uses(calls, graph)
     values = {role: read_parameter(name, state_dict) for role, name in node.parameters.items() if role in VECTORS}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import bz2
+import lzma
 import struct
 from pathlib import Path
 
@@ -49,6 +51,12 @@ OTHERS = {
     "renamed.net": (struct.pack("<iii3si13s", 4, 1, 3, b"V 1", 13, b"nn.Sequential") + bytes(64), "Torch7"),
     "ascii.net": (b"4\n1\n3\nV 1\n13\nnn.Sequential\n", "Torch7"),
     "table.t7": (struct.pack("<iii", 3, 1, 2) + bytes(64), "Torch7"),
+    "a.pt.bz2": (bz2.compress(b"a"), "bzip2 .*unpack"),
+    "a.pt.xz": (lzma.compress(b"a"), "xz .*unpack"),
+    "a.pt.zst": (b"\x28\xb5\x2f\xfd" + bytes(8), "zstd .*unpack"),
+    "a.pt.lz4": (b"\x04\x22\x4d\x18" + bytes(8), "lz4 .*unpack"),
+    "a.7z": (b"7z\xbc\xaf\x27\x1c" + bytes(8), "7-Zip .*unpack"),
+    "a.rar": (b"Rar!\x1a\x07\x01\0" + bytes(8), "RAR .*unpack"),
     "frozen.pb": (flat(*embed(1, *embed(1, b"input"), *embed(2, b"Placeholder"))), "frozen graph .* tf2onnx"),
 }
 

@@ -5,6 +5,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+import bntool
 from bntool.batchnorm import NormKind
 from bntool.checkpoints.application import apply_plan
 from bntool.checkpoints.batchnorms import find_batchnorms
@@ -230,3 +231,11 @@ def test_real_frozen_batchnorm2d_load_it(trained, tmp_path):
     state = torch.load(tmp_path / "there.pt")
     layer = ops.FrozenBatchNorm2d(8)
     layer.load_state_dict({role: state[f"neck.1.{role}"] for role in layer.state_dict()}, strict=True)
+
+
+def test_names_that_safetensors_cannot_hold_are_refused(tmp_path):
+    state = {f"a\ud800.{name}": tensor for name, tensor in torch.nn.BatchNorm1d(3).state_dict().items()}
+    torch.save(state, tmp_path / "a.pt")
+    with pytest.raises(RefusedError, match="no text of Unicode, which safetensors asks for"):
+        bntool.convert(tmp_path / "a.pt", tmp_path / "b.safetensors")
+    assert not list(tmp_path.glob("*b.safetensors*"))

@@ -30,6 +30,7 @@ from bntool.checkpoints.onnx.graph import (
     METADATA,
     OPSETS,
     PRODUCER,
+    SPARSE_INITIALIZERS,
     STANDARD_DOMAINS,
     OnnxGraph,
     OnnxNode,
@@ -51,6 +52,7 @@ _ACTING = {
     **dict.fromkeys(("PythonOp", "PythonOpGrad", "PyOp", "PyCustomOp"), GlobalTrust.SUSPICIOUS),
     **dict.fromkeys(("ATen", "ATenGrad", "EPContext"), GlobalTrust.UNKNOWN),
 }
+_SPARSE_VALUES, _TENSOR_NAME = 1, 8  # of SparseTensorProto, of TensorProto
 _CORE_ML = (200, 4000)  # numbers of the fields in which its Model holds one kind of model or another
 _FIELDS = {b"\x0a", b"\x12"}  # how the MetaGraphDef of a SavedModel begins, where ONNX has the name of a program
 # what inputs of nodes are, in PyTorch's words, where these may be constants
@@ -397,6 +399,24 @@ def _find_uses_of_constants(
 
 
 def _describe_source(graph: OnnxGraph, name: str) -> str:
+    """Describe where a parameter comes from that is no tensor which could be read."""
+    if not name:
+        return "left out"
     place = graph.place_of(name)
-    node = place[0].producers.get(place[1]) if place is not None else None
-    return f"computed by {node.operator}" if node is not None else "an input of the model"
+    if place is None:
+        around: OnnxGraph | None = graph
+        while around is not None:
+            if name in _list_sparse(around):
+                return "stored as a sparse tensor, which is not read"
+            around = around.parent
+        return f"nowhere in the file ({quote(name)})"
+    holder, own = place
+    node = holder.producers.get(own)
+    if node is not None:
+        return f"computed by {node.operator}"
+    return "an input of the model" if holder.parent is None else "given to the body that it lies in"
+
+
+def _list_sparse(graph: OnnxGraph) -> set[str]:
+    tensors = graph.message.messages(SPARSE_INITIALIZERS) if graph.call is None else ()
+    return {values.text(_TENSOR_NAME) for one in tensors if (values := one.message(_SPARSE_VALUES)) is not None}

@@ -81,7 +81,17 @@ def make_header(
     Args:
         like: where the tensors begin in the file that they come from: blanks bring them to the same place in a page of
             memory, which halves what copying them inside the kernel costs.
+
+    Raises:
+        RefusedError: a name is no text of Unicode, as JSON has it.
     """
+    for name in tensors:
+        if any("\ud800" <= character <= "\udfff" for character in name):
+            raise RefusedError(
+                "half of a surrogate pair in its name is no text of Unicode, which safetensors asks for: give it "
+                "another name first",
+                tensor=name,
+            )
     offsets, position = {}, 0
     for name in order:
         size = tensors[name].dtype.byte_count(count_elements(tensors[name].shape))

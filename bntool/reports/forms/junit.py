@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 from xml.etree import ElementTree as ET
 
 from bntool.reports.forms.problems import Problem, list_jumps, list_problems_of
 from bntool.reports.report import FileReport, Report
+from bntool.reports.text import sanitize
 
-_NOT_IN_XML = re.compile("[^\t\n -\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 _THE_FILE = "(file)"
 
 
@@ -29,18 +28,19 @@ def draw(report: Report) -> str:
 
 
 def _add_suite(root: ET.Element, file: FileReport, found: Iterable[Problem], *, fail_on: str) -> None:
-    suite = ET.SubElement(root, "testsuite", name=_clean(file.path))
+    path = sanitize(file.path, limit=None)
+    suite = ET.SubElement(root, "testsuite", name=path)
     cases: dict[str, list[Problem]] = {_THE_FILE: [], **{name: [] for name in _list_layers(file)}}
     for problem in found:
         cases.setdefault(problem.layer or _THE_FILE, []).append(problem)
     failures = errors = 0
     for name, problems in cases.items():
-        case = ET.SubElement(suite, "testcase", classname=_clean(file.path), name=_clean(name))
+        case = ET.SubElement(suite, "testcase", classname=path, name=sanitize(name, limit=None))
         worst = [one for one in problems if one.reaches(fail_on)]
         if worst:
             kind = "error" if worst[0].is_failure else "failure"
             failures, errors = failures + (kind == "failure"), errors + (kind == "error")
-            ET.SubElement(case, kind, message=_clean(worst[0].sentence), type=worst[0].code).text = _lines(worst)
+            ET.SubElement(case, kind, message=worst[0].sentence, type=worst[0].code).text = _lines(worst)
         rest = [one for one in problems if not one.reaches(fail_on)]
         if rest:
             ET.SubElement(case, "system-out").text = _lines(rest)
@@ -58,9 +58,4 @@ def _list_layers(file: FileReport) -> list[str]:
 
 
 def _lines(problems: Iterable[Problem]) -> str:
-    return "\n".join(_clean(one.sentence) for one in problems)
-
-
-def _clean(text: str) -> str:
-    """Remove the characters that XML does not have."""
-    return _NOT_IN_XML.sub("\ufffd", text)
+    return "\n".join(one.sentence for one in problems)

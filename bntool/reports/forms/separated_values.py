@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from bntool.reports.report import FileReport, Report, describe_error
+from bntool.reports.text import sanitize
 
 # command -> the lists of its facts that are rows; what a row is of is told by the column "list" where there are several
 _LISTS = {
@@ -77,4 +78,7 @@ def _guard(value: Any) -> Any:
     """Give text that a spreadsheet would take for a formula an apostrophe, which shows it as text."""
     if isinstance(value, bool):
         return str(value).lower()
-    return f"'{value}" if isinstance(value, str) and value.startswith(_FORMULA) else value
+    if not isinstance(value, str):
+        return value
+    shown = sanitize(value, limit=None)
+    return f"'{shown}" if value.startswith(_FORMULA) else shown

@@ -458,3 +458,28 @@ def test_a_normalisation_that_is_none_of_channels_or_of_onnx_is_said(
     with open_checkpoint(path) as checkpoint:
         assert [(one.name, one.reason) for one in checkpoint.not_understood] == [("bn", reason)]
     assert main(["inspect", str(path), "--fail-on", "error"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("inputs", "reason"),
+    [
+        ("g b m s", "its running_var is stored as a sparse tensor, which is not read"),
+        ("g b m ", "its running_var is left out"),
+        ("g b nothing v", "its running_mean is nowhere in the file ('nothing')"),
+        ("g b given v", "its running_mean is an input of the model"),
+        ("g b r v", "its running_mean is computed by RandomNormal"),
+    ],
+)
+def test_where_a_parameter_comes_from_is_said_as_it_is(inputs: str, reason: str, tmp_path: Path) -> None:
+    constants = [tensor(name, np.full(4, 0.5)) for name in "gbmv"]
+    sparse = helper.make_sparse_tensor(tensor("s", [1.0, 2.0]), tensor("i", [0, 2], "i8"), [4])
+    nodes = [
+        helper.make_node("RandomNormal", [], ["r"], shape=[4]),
+        helper.make_node("BatchNormalization", ["x", *inputs.split(" ")], ["y"], name="bn"),
+    ]
+    given = [value("x", [2, 4, 3, 3]), value("given", [4])]
+    graph = helper.make_graph(nodes, "graph", given, [value("y", None)], constants, sparse_initializer=[sparse])
+    path = tmp_path / "model.onnx"
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8), path)
+    with open_checkpoint(path) as checkpoint:
+        assert [(one.name, one.reason) for one in checkpoint.not_understood] == [("bn", reason)]

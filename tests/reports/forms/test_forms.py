@@ -109,6 +109,21 @@ def test_csv_holds_no_formulas(capsys: pytest.CaptureFixture[str], tmp_path: Pat
     assert row["tensors.bias.min"] == "0.0"
 
 
+@pytest.mark.parametrize("form", ["csv", "junit", "markdown", "github", "sarif", "json"])
+def test_no_form_holds_what_a_terminal_would_obey(
+    form: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """Controls, marks that reorder text, zero-width characters, halves of surrogate pairs."""
+    obeyed = "\x1b[31m\x00\u202e\u2066\u200b\u2028\x85"
+    layer = nn.BatchNorm1d(3)
+    layer.running_var[1] = torch.nan
+    state = {f"a{obeyed}\ud800😀.{name}": value for name, value in layer.state_dict().items()}
+    torch.save(state, tmp_path / "f.pt")
+    shown = run(capsys, "inspect", str(tmp_path / "f.pt"), "--report", form, code=0)
+    assert not set(obeyed[:1] + obeyed[5:] + "\ud800") & set(shown)
+    assert "run" in shown or "name" in shown
+
+
 @pytest.mark.parametrize("command", ["inspect", "run", "diff", "freeze"])
 def test_markdown_is_tables_and_no_html(command: str, capsys: pytest.CaptureFixture[str], hostile: str) -> None:
     arguments = {
