@@ -52,6 +52,7 @@ from bntool.recalibration.warnings import (
     warn_of_fewer,
     warn_of_judging,
     warn_of_lacking,
+    warn_of_platforms,
     warn_of_precision,
 )
 
@@ -245,6 +246,7 @@ def recalibrate_checkpoint(  # noqa: PLR0913, PLR0915 as many as the command has
                 *warn_of_fewer(result, asked=samples, there=batches.samples, cut=cut),
                 *warn_of_lacking(lacking, result),
                 *warn_of_precision(precision, is_faster=is_faster_in_bfloat16(live)),
+                *warn_of_platforms([] if keeper is None else keeper.platforms, what="what was kept and the rest were"),
                 *warn_of_judging(
                     before,
                     held_out,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,8 @@ from bntool.recalibration.live import Selection
 from bntool.recalibration.options import Method
 from bntool.recalibration.partials import Origin, Partial, find_difference, read_partial, write_partial
 from bntool.recalibration.ranks import Ranks
+
+_AND = " and "
 
 
 class PartialKeeper:
@@ -81,9 +83,24 @@ class PartialKeeper:
             skips=tuple(selection.skips),
             called=tuple(sorted(selection.called.union(earlier.called if earlier is not None else ()))),
             read=tuple(sorted(selection.read.union(earlier.read if earlier is not None else ()))),
-            platform=describe_platform(self._device),
+            platform=self._join_platforms(),
             nodes=dict(tree.nodes),
         )
+
+    @property
+    def platforms(self) -> Sequence[Mapping[str, Any]]:
+        """How was measured: before, where something was kept, and now."""
+        now = describe_platform(self._device)
+        return [now] if self._earlier is None else [self._earlier.platform, now]
+
+    def _join_platforms(self) -> Mapping[str, Any]:
+        """Both in one: values that differ stand side by side."""
+        *earlier, now = self.platforms
+        joined = dict(now)
+        for name, value in earlier[0].items() if earlier else ():
+            values = dict.fromkeys([*str(value).split(_AND), str(now.get(name, value))])
+            joined[name] = value if len(values) == 1 else _AND.join(values)
+        return joined
 
     def end(self, ranks: Ranks) -> None:
         """Remove the file, once all processes of the job are done."""

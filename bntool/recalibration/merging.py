@@ -134,7 +134,7 @@ def merge_statistics(  # noqa: PLR0913 as many as the command has options
             warnings=(
                 *warn_of_fewer(result, asked=origin.samples, there=None, cut=False),
                 *warn_of_lacking(lacking, result),
-                *warn_of_platforms(merged.platforms),
+                *warn_of_platforms(merged.platforms, what="the partials were"),
             ),
         )
 

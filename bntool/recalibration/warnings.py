@@ -83,9 +83,15 @@ def warn_of_judging(
         yield "better is judged on the calibration data itself; --eval-data gives a fairer judge"
 
 
-def warn_of_platforms(platforms: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    """Warn of partials that were measured by different processors, numbers of threads or versions of torch."""
+def warn_of_platforms(platforms: Sequence[Mapping[str, Any]], *, what: str) -> Iterator[str]:
+    """Warn of what was measured by different processors, numbers of threads or versions of torch.
+
+    Args:
+        platforms: of each part.
+        what: what was measured, in words.
+    """
     kinds = list(dict.fromkeys(", ".join(f"{name} {value}" for name, value in one.items()) for one in platforms))
-    if len(kinds) > 1:
+    # one that was gone on with elsewhere names both
+    if len(kinds) > 1 or any(" and " in kind for kind in kinds):
         shown = "; ".join(kinds[:_NAMED])
-        yield f"the partials were measured in {len(kinds)} ways, so last bits may differ from one run's: {shown}"
+        yield f"{what} measured in different ways, so last bits may differ from one run's: {shown}"

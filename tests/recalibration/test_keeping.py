@@ -11,6 +11,7 @@ import torch
 from bntool.cli.main import main
 from bntool.errors import RefusedError, UserCodeError
 from bntool.recalibration.checkpoint import recalibrate_checkpoint
+from bntool.recalibration.merging import merge_statistics
 from bntool.recalibration.partials import read_partial
 from tests import programs
 from tests.programs.user_code import small_net
@@ -132,6 +133,29 @@ def test_what_another_run_kept_is_refused(file, tmp_path):
         recalibrate(file, Unreliable(), "out.pt", **kept)
     assert (tmp_path / "kept").read_bytes() == before
     assert not (tmp_path / "out.pt").exists()
+
+
+def test_going_on_in_another_way_is_told(file, tmp_path):
+    """Last bits depend on the number of threads, so the bytes of one run are no longer promised."""
+    kept = {"resume": tmp_path / "kept", "resume_every": 0}
+    threads = torch.get_num_threads()
+    words = f"threads {threads} and {threads + 1}"
+    with pytest.raises(UserCodeError):
+        recalibrate(file, Unreliable(17, 1), "out.pt", **kept)
+    share = {"model": Classifier(), "shard": "1/1", "partial": tmp_path / "part", "resume": tmp_path / "of-part"}
+    with pytest.raises(UserCodeError):
+        recalibrate_checkpoint(file, data=Unreliable(17), resume_every=0, **share)
+    torch.set_num_threads(threads + 1)
+    try:
+        result = recalibrate(file, Unreliable(), "out.pt", **kept)
+        recalibrate_checkpoint(file, data=Unreliable(), **share)
+    finally:
+        torch.set_num_threads(threads)
+    (warning,) = [one for one in result.warnings if "measured in different ways" in one]
+    assert f"threads {threads}, " in warning
+    assert read_partial(tmp_path / "part").platform["threads"] == words.removeprefix("threads ")
+    merged = merge_statistics(file, [tmp_path / "part"], tmp_path / "merged.pt")
+    assert any(words in one for one in merged.warnings)
 
 
 def test_exact_keeps_nothing(file, tmp_path):
