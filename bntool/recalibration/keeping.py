@@ -18,6 +18,7 @@ from bntool.recalibration.live import Selection
 from bntool.recalibration.options import Method
 from bntool.recalibration.partials import Origin, Partial, find_difference, read_partial, write_partial
 from bntool.recalibration.ranks import Ranks
+from bntool.version import __version__
 
 _AND = " and "
 
@@ -152,8 +153,9 @@ def _read_earlier(path: Path, origin: Origin, share: Share) -> Partial | None:
 
 
 def describe_platform(device: str) -> Mapping[str, Any]:
-    """Describe what float32 arithmetic depends on."""
+    """Describe what last bits depend on."""
     return {
+        "bntool": __version__,
         "torch": torch.__version__,
         "processor": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),

@@ -90,7 +90,7 @@ class Partial:
             side in the nodes.
         skips: layers that were not measured, and why.
         called, read: how layers ran, see :class:`~bntool.recalibration.new_statistics.Paths`.
-        platform: what float32 arithmetic depends on: torch, processor, threads, device.
+        platform: what last bits depend on: bntool, torch, processor, threads, device.
         nodes: what was measured, by place in the tree of all batches.
         path: of the file; None where it was not read from one.
     """

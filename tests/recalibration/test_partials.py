@@ -195,6 +195,7 @@ def test_the_file_is_what_the_documentation_says(file, tmp_path):
         arrays = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 it is no mapping
     assert facts["shard"] == [1, 1]
     assert facts["data"]["batches"] == 5
+    assert list(facts["platform"]) == ["bntool", "torch", "processor", "threads", "device"]
     assert list(zip(arrays["level"].tolist(), arrays["index"].tolist(), strict=True)) == [(2, 0), (0, 4)]
     assert arrays["samples"].tolist() == [8, 2]
     layers = [module for module in build().modules() if isinstance(module, nn.BatchNorm2d)]
@@ -261,6 +262,15 @@ def test_no_file_that_is_read_is_written_to(file, tmp_path):
         bntool.merge_statistics(file, paths, paths[1], force=True)
     assert {path: path.read_bytes() for path in before} == before
     assert not (tmp_path / "out.pt").exists()
+
+
+def test_versions_that_are_mixed_are_told(file, tmp_path, monkeypatch):
+    paths = measure_all(file, 2, tmp_path / "parts")
+    monkeypatch.setattr("bntool.recalibration.keeping.__version__", "9.9.9")
+    measure(file, "2/2", paths[1], force=True)
+    (warning,) = bntool.merge_statistics(file, paths, tmp_path / "out.pt").warnings
+    assert "measured in different ways, so last bits may differ" in warning
+    assert "bntool 9.9.9" in warning
 
 
 def test_what_the_command_line_merges(file, tmp_path, capsys, monkeypatch):
