@@ -20,7 +20,7 @@ _WELL_KNOWN_KEYS = (
 )
 _MANY_PARTS = 64  # first parts of names; a state dict of more is no model beside its average
 COUNT_OF_AVERAGES = "n_averaged"  # beside the model, in torch.optim.swa_utils.AveragedModel
-_AVERAGED = ("ema", "shadow", "teacher", "average", "averaged", "swa", "polyak")
+_AVERAGED = ("ema", "shadow", "teacher", "average", "averaged", "avg", "swa", "polyak")
 FLAT_AVERAGE = "ema_"  # before all names of an average that mmcv's EMAHook keeps as buffers, with _ for each dot
 
 

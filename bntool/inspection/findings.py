@@ -39,6 +39,7 @@ class FindingCode(Enum):
     EXPLODING_SCALE = "exploding-scale"
     OUTLYING_VARIANCE = "outlying-variance"
     OUTLYING_MEAN = "outlying-mean"
+    OUTLYING_BIAS = "outlying-bias"
     STATISTICS_MISSING = "statistics-missing"
     AFFINE_INITIAL = "affine-initial"
     BATCH_STATISTICS = "batch-statistics"

@@ -32,7 +32,7 @@ def compare_layers(
         _compare_eps(layers) if state_dict.is_module else {},
         _compare_sizes(layers, state_dict, thresholds_of),
     ]
-    layers = [_soften_at_input(layer, state_dict) for layer in layers]
+    layers = _believe_resets([_soften_at_input(layer, state_dict) for layer in layers])
     return tuple(
         dataclasses.replace(layer, findings=(*layer.findings, *more))
         if (more := [findings[layer.name] for findings in found if layer.name in findings])
@@ -58,6 +58,33 @@ def _soften_at_input(layer: LayerInspection, state_dict: StateDict) -> LayerInsp
         for finding in layer.findings
     )
     return dataclasses.replace(layer, findings=findings)
+
+
+def _believe_resets(layers: Sequence[LayerInspection]) -> list[LayerInspection]:
+    """Return the layers; a low counter that the values of another layer contradict was reset in this one, too."""
+    low, reset = FindingCode.COUNTER_LOW, FindingCode.COUNTER_RESET
+    proven = {
+        (layer.num_batches_tracked, layer.layer.momentum): (layer.name, finding)
+        for layer in layers
+        for finding in layer.findings
+        if finding.code is reset
+    }
+    if not proven:
+        return list(layers)
+
+    def correct(layer: LayerInspection, finding: Finding) -> Finding:
+        known = proven.get((layer.num_batches_tracked, layer.layer.momentum))
+        if finding.code is not low or known is None:
+            return finding
+        name, found = known
+        message = (
+            f"num_batches_tracked is {layer.num_batches_tracked}, as in {name}, where the values are older than that"
+        )
+        return dataclasses.replace(found, message=message)
+
+    return [
+        dataclasses.replace(one, findings=tuple(correct(one, finding) for finding in one.findings)) for one in layers
+    ]
 
 
 def _is_fed(layer: LayerInspection, state_dict: StateDict) -> bool:

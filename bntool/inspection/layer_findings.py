@@ -55,6 +55,7 @@ def find_in_layer(
         hidden = {i for f in outlying if f.code is FindingCode.OUTLYING_VARIANCE for i in f.channels}
         findings += _scale(tensors, variance, eps, hidden=hidden, thresholds=thresholds)
         findings += _half(mean, variance)
+        findings += _bias(tensors, thresholds)
         tells_nothing = bool(initial) or recalibrated
         findings += _counter(
             tensors,
@@ -178,11 +179,12 @@ def _variance(variance: Summary, weight: Summary | None, *, eps: float, threshol
         advice = "nothing is to be done where the channels before are dead; else look at what feeds them"
         facts = {"channels": len(small), "smallest": smallest, "largest_scale": largest}
         short = f"var {smallest:.0e}"
-        findings.append(Finding(FindingCode.ZERO_VARIANCE, Severity.NOTICE, short, message, facts, advice, small))
+        severity = Severity.WARNING if len(small) == count > 1 else Severity.NOTICE  # nothing comes through the layer
+        findings.append(Finding(FindingCode.ZERO_VARIANCE, severity, short, message, facts, advice, small))
     return findings
 
 
-_INTEGERS = ("int", "uint")  # begin their names
+_INTEGERS = ("int", "uint", "bool")  # begin their names
 
 
 def _outlying(mean: Summary, variance: Summary, thresholds: Thresholds) -> list[Finding]:
@@ -214,6 +216,31 @@ def _outlying(mean: Summary, variance: Summary, thresholds: Thresholds) -> list[
         channels, far = [i for _, _, i in by_mean[first:]], gap >= thresholds.outlying_mean_error
         findings.append(_describe_outlying("running_mean", gap, channels, mean, far=far))
     return findings
+
+
+def _bias(tensors: dict[str, Summary], thresholds: Thresholds) -> list[Finding]:
+    """Find channels whose bias lies far above that of all others and above all weights: they put out that constant."""
+    weight, bias = tensors.get("weight"), tensors.get("bias")
+    if weight is None or bias is None or weight.nonfinite or bias.nonfinite or bias.minimum is None:
+        return []
+    largest = max(-bias.minimum, bias.maximum or 0.0)
+    if weight.minimum is None or largest < thresholds.outlying_bias * max(-weight.minimum, weight.maximum or 0.0):
+        return []  # nearly always
+    usual = max(map(abs, weight.values)) or 1.0
+    ordered = sorted((abs(value), channel) for channel, value in enumerate(bias.values))
+    gap, first = _find_gap([value for value, _ in ordered], at_least=[usual] * len(ordered))
+    if gap < thresholds.outlying_bias or len(ordered) <= 2:
+        return []
+    channels = tuple(sorted(channel for _, channel in ordered[first:]))
+    value = max((bias.values[channel] for channel in channels), key=abs)
+    what = f"channel {channels[0]}" if len(channels) == 1 else f"{len(channels)} of {len(ordered)} channels"
+    message = (
+        f"bias of {what} ({value:.3g}) is {gap:.1g} times that of all others and all weights, with nothing in between: "
+        "what comes in is lost beside it"
+    )
+    advice = "take an earlier file, or look at the learning rate: no data restore a bias"
+    short, facts = f"bias {value:.1e}", {"channels": len(channels), "ratio": gap, "largest": value}
+    return [Finding(FindingCode.OUTLYING_BIAS, Severity.WARNING, short, message, facts, advice, channels)]
 
 
 def _find_gap(ordered: Sequence[float], *, at_least: Sequence[float] = ()) -> tuple[float, int]:
@@ -278,8 +305,11 @@ def _initial(mean: Summary, variance: Summary, counter: Summary | None, threshol
 def _one_of_two(mean: Summary, variance: Summary) -> list[Finding]:
     """Find one of the two statistics as it was created, although the other has moved: updates move both.
 
-    Variances that are all the same are no measured ones: FrozenBatchNorm of detectron2 has 0 and 1 - eps.
+    Variances that are all the same are no measured ones: FrozenBatchNorm of detectron2 has 0 and 1 - eps. What is
+    nearly so, behind another BatchNorm, is exactly so in half precision.
     """
+    if any(one.dtype not in ("float32", "float64") for one in (mean, variance)):
+        return []
     same_mean, same_variance = mean.minimum == mean.maximum, variance.minimum == variance.maximum
     if same_mean == same_variance or mean.nonfinite or variance.nonfinite or mean.minimum is None:
         return []
@@ -400,8 +430,13 @@ def _half(mean: Summary, variance: Summary) -> list[Finding]:
     integers = [one.dtype for one in (variance, mean) if one.dtype.startswith(_INTEGERS)]
     if integers:
         message = f"statistics are stored in {integers[0]}: what stood behind the point is lost"
-        advice = "take a file from before the cast, or recalibrate: a quantisation must leave statistics out"
-        return [Finding(FindingCode.HALF_STATISTICS, Severity.WARNING, integers[0], message, advice=advice)]
+        return [Finding(FindingCode.HALF_STATISTICS, Severity.WARNING, integers[0], message, advice=_NOT_IN_EIGHT_BITS)]
+    eights = [one.dtype for one in (variance, mean) if one.dtype.startswith("float8")]
+    if eights:
+        message = (
+            f"statistics are stored in {eights[0]}, which keeps 2 to 4 digits in base 2: they are off by some percent"
+        )
+        return [Finding(FindingCode.HALF_STATISTICS, Severity.WARNING, eights[0], message, advice=_NOT_IN_EIGHT_BITS)]
     if variance.dtype not in ("float16", "bfloat16") and mean.dtype not in ("float16", "bfloat16"):
         return []
     message = f"statistics are stored in {variance.dtype}: running averages cannot be updated precisely in it"
@@ -428,6 +463,7 @@ def _half(mean: Summary, variance: Summary) -> list[Finding]:
     return findings
 
 
+_NOT_IN_EIGHT_BITS = "take a file from before the cast, or recalibrate: a quantisation must leave statistics out"
 _NOT_IN_HALF = "store statistics in float32, then recalibrate"
 
 
@@ -512,5 +548,8 @@ def _contradicts(variance: Summary, count: int, momentum: float) -> bool:
     """
     if not 0 < momentum < 1 or variance.minimum is None:
         return False
-    rounding = 1 - 2.0**-7 * count  # of each update, in the narrowest dtype
-    return variance.minimum < (1 - momentum) ** count * rounding
+    unit = _ROUNDING.get(variance.dtype, 2.0**-20)  # of each update
+    return variance.minimum < ((1 - momentum) * (1 - unit)) ** count
+
+
+_ROUNDING = {"bfloat16": 2.0**-7, "float16": 2.0**-9}

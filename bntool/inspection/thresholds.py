@@ -20,6 +20,7 @@ class Thresholds(NamedTuple):
         outlying_mean: times the next smaller abs(running_mean), and the largest sigma, of the rest; of trained layers
             7.2 is the largest.
         outlying_mean_error: from which on it is an error.
+        outlying_bias: times the next smaller abs(bias), and the largest abs(weight), of the layer.
         outlying_layer_variance: times the largest running_var of all layers below, that every channel of a layer has.
         outlying_layer_mean: sigmas from 0, in the channel in the middle.
         constant_variance: at most this running_var, a channel is as good as constant and nothing to compare with.
@@ -47,6 +48,7 @@ class Thresholds(NamedTuple):
     outlying_variance_error: float = 1e6
     outlying_mean: float = 1e2
     outlying_mean_error: float = 1e4
+    outlying_bias: float = 1e3
     outlying_layer_variance: float = 1e4
     outlying_layer_mean: float = 1e3
     constant_variance: float = 1e-5

@@ -103,7 +103,14 @@ CASES: list[tuple[dict[str, Any], dict[FindingCode, Severity]]] = [
     ({"running_var": [0.8, 1e-12, 0.4, 2.0]}, {FindingCode.ZERO_VARIANCE: Severity.NOTICE}),
     ({"running_var": [0.8, 1e-30, 0.4, 2.0], "weight": [1.0, 1e-3, 1.0, 1.0]}, {}),
     ({"running_var": [0.8, 2e-12, 0.4, 2.0]}, {}),
+    ({"running_mean": [0.0] * 4, "dtype": "bfloat16"}, {FindingCode.HALF_STATISTICS: Severity.NOTICE}),
+    ({"bias": [0.0, 0.1, -0.2, -1.2e3]}, {FindingCode.OUTLYING_BIAS: Severity.WARNING}),
+    ({"bias": [0.0, 0.1, -0.2, -1.0e3]}, {}),  # the largest weight is 1.1
+    ({"bias": [-900.0, 0.1, -0.2, -1.2e3]}, {}),
     ({"counter": -3}, {FindingCode.COUNTER_DTYPE: Severity.WARNING}),
+    ({"running_var": [1e-38, 1e-30, 1e-38, 1e-38]}, {FindingCode.ZERO_VARIANCE: Severity.WARNING}),
+    ({"dtype": "float8_e5m2"}, {FindingCode.HALF_STATISTICS: Severity.WARNING}),
+    ({"dtype": "bool", "running_mean": [1.0, 0.0, 1.0, 1.0]}, {FindingCode.HALF_STATISTICS: Severity.WARNING}),
     ({"dtype": "int32", "running_var": [1.0, 2.0, 5.0, 2.0]}, {FindingCode.HALF_STATISTICS: Severity.WARNING}),
 ]
 
@@ -281,6 +288,12 @@ def test_a_small_momentum_needs_more_updates(momentum: float, enough: int) -> No
     assert momentum == 0.1 or f"{initial:.0%} of the initial" in finding.message
     after = {**before, "num_batches_tracked": Summary([enough], dtype="int64", shape=())}
     assert find_in_layer(after, eps=None, momentum=momentum) == []
+
+
+@pytest.mark.parametrize(("variance", "code"), [(0.13, FindingCode.COUNTER_RESET), (0.14, FindingCode.COUNTER_LOW)])
+def test_many_updates_of_a_small_momentum_are_contradicted_as_few_are(variance: float, code: FindingCode) -> None:
+    (finding,) = find_in_layer(layer(counter=200, running_var=[variance, 0.5, 0.4, 2.0]), eps=None, momentum=0.01)
+    assert finding.code is code  # 0.99^200 = 0.134
 
 
 def test_a_plain_average_that_the_next_batch_replaces() -> None:

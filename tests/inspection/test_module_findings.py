@@ -164,6 +164,16 @@ def test_a_whole_layer_far_from_all_others(role: str, factor: float, code: Findi
     assert codes(inspected(model, tmp_path)) == {}
 
 
+def test_a_counter_that_another_layer_contradicts(tmp_path: Path) -> None:
+    model = trained()
+    for layer in (module for module in model if isinstance(module, nn.BatchNorm2d)):
+        layer.num_batches_tracked.fill_(5)
+        layer.running_var.fill_(3.0)
+    assert set(codes(inspected(model, tmp_path))["4"]) == {FindingCode.COUNTER_LOW}
+    model[1].running_var[0] = 0.01  # 5 updates leave 0.59 of 1
+    assert codes(inspected(model, tmp_path)) == {name: {FindingCode.COUNTER_RESET: Severity.NOTICE} for name in "145"}
+
+
 def test_layers_that_never_trained(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4))
