@@ -101,7 +101,8 @@ def _is_fed(layer: LayerInspection, state_dict: StateDict) -> bool:
 def _compare_sizes(layers: Sequence[LayerInspection], state_dict: StateDict, thresholds_of: ThresholdsOf) -> _Found:
     """Find layers all of whose statistics lie far from where those of any other layer do.
 
-    The first layer is left out, and what no layer feeds: what the model is given may be of any size.
+    Only those are looked at whose own layer takes as many channels as a BatchNorm before gives: what a model is given,
+    at a second place, too, may be of any size.
     """
     inner = [layer for layer in layers[1:] if layer.layer.kind is NormKind.BATCH_NORM and _has_numbers(layer)]
     found = {}
@@ -112,16 +113,32 @@ def _compare_sizes(layers: Sequence[LayerInspection], state_dict: StateDict, thr
         ratio = (ordered[place].tensors["running_var"].minimum or 0.0) / (largest[place - 1] or math.inf)
         gap, first = max((gap, first), (ratio, place))
     for layer in ordered[first:] if len(ordered) > _FEW_LAYERS else ():
-        if gap >= thresholds_of(layer.name).outlying_layer_variance and _is_fed(layer, state_dict):
+        if gap >= thresholds_of(layer.name).outlying_layer_variance and _is_inner(layer, layers, state_dict):
             found[layer.name] = _describe_far_variance(layer, gap)
     for layer in inner:
         sigmas = _measure_offset(layer, thresholds_of(layer.name))
-        if sigmas >= thresholds_of(layer.name).outlying_layer_mean and _is_fed(layer, state_dict):
+        if sigmas >= thresholds_of(layer.name).outlying_layer_mean and _is_inner(layer, layers, state_dict):
             found[layer.name] = _describe_far_mean(sigmas)
     return found
 
 
 _FEW_LAYERS = 2  # too few to say what is usual
+
+
+def _is_inner(layer: LayerInspection, layers: Sequence[LayerInspection], state_dict: StateDict) -> bool:
+    """Return whether the weight before a layer takes as many channels as a BatchNorm before it gives.
+
+    One for each channel of its own (depthwise) may be one that takes a single channel.
+    """
+    own = {id(tensor) for tensor in layer.layer.tensors.values()}
+    taken = 0
+    for tensor in state_dict.tensors.values():
+        if id(tensor) in own:
+            break
+        if len(tensor.shape) > 1:
+            taken = tensor.shape[1] if tensor.shape[0] == layer.layer.num_features else 0
+    before = layers[: next(place for place, one in enumerate(layers) if one is layer)]
+    return taken > 1 and any(one.layer.num_features == taken for one in before)
 
 
 def _has_numbers(layer: LayerInspection) -> bool:
