@@ -80,7 +80,7 @@ def _believe_resets(layers: Sequence[LayerInspection]) -> list[LayerInspection]:
         message = (
             f"num_batches_tracked is {layer.num_batches_tracked}, as in {name}, where the values are older than that"
         )
-        return dataclasses.replace(found, message=message)
+        return found._replace(message=message)
 
     return [
         dataclasses.replace(one, findings=tuple(correct(one, finding) for finding in one.findings)) for one in layers
