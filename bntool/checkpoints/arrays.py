@@ -207,9 +207,14 @@ class _Stream:
 def _round(wide: Array, dtype: DType) -> tuple[Array, Array]:
     """Round float64 numbers to the nearest elements of a dtype; return the elements and their values."""
     with np.errstate(over="ignore", under="ignore", invalid="ignore"):
-        if dtype is BFLOAT16:
-            return _round_to_bfloat16(wide)
-        rounded = wide.astype(_NUMPY[dtype])
+        return _cast(wide, dtype)
+
+
+def _cast(wide: Array, dtype: DType) -> tuple[Array, Array]:
+    """Round as :func:`_round` does, where numpy is told already not to warn."""
+    if dtype is BFLOAT16:
+        return _round_to_bfloat16(wide)
+    rounded = wide.astype(_NUMPY[dtype])
     return rounded, rounded
 
 
@@ -267,7 +272,7 @@ class Product:
                 wide.reshape(-1)[extra[0]] += extra[1]
             if self._flush:
                 wide[np.abs(wide) < SMALLEST_NORMAL[self._dtype]] = 0
-            rounded, widened = _round(wide, self._dtype)
+            rounded, widened = _cast(wide, self._dtype)
         if not is_bounded:
             _check_range(widened, self._dtype, values, factors)
         return rounded.reshape(-1).view("u1").data

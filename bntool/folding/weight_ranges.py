@@ -101,6 +101,45 @@ class _Extremes:
     smallest: Array
 
 
+class _RowExtremes:
+    """The extremes of a weight whose rows come some at a time; NaN for a row that holds one.
+
+    Without their signs the bits of floats are ordered as the floats are, NaN last, and integers are compared faster.
+
+    Args:
+        count: of all rows.
+    """
+
+    def __init__(self, count: int) -> None:
+        self._count, self._added = count, 0
+        self._floats: Any = np.dtype("<f8")
+        self._largest = self._smallest = self._bits = np.empty(0, "<i8")
+
+    def add(self, rows: Array) -> float:
+        """Take the next rows, as :func:`~bntool.checkpoints.arrays.as_numbers` gives them, and return their largest magnitude."""
+        kind, magnitude = _BITS[rows.itemsize]
+        if not self._added:
+            self._floats = rows.dtype
+            self._largest, self._smallest = np.empty(self._count, kind), np.empty(self._count, kind)
+        if self._bits.size < rows.size:  # memory is used again: faulting in new one costs as much as the comparing
+            self._bits = np.empty(rows.size, kind)
+        here = slice(self._added, self._added + len(rows))
+        self._added = here.stop
+        bits = np.bitwise_and(rows.view(kind), magnitude, out=self._bits[: rows.size].reshape(rows.shape))
+        smallest = bits.min()  # of all at once, which is faster
+        if not smallest:
+            infinity = int(np.asarray(np.inf, rows.dtype).view(kind))
+            smallest = bits.min(axis=1, initial=infinity, where=bits > 0)
+        self._smallest[here] = smallest
+        largest: float = bits.max(axis=1, out=self._largest[here]).max().view(rows.dtype)
+        return largest
+
+    def result(self) -> _Extremes:
+        """Return the extremes of the rows that came."""
+        largest, smallest = (found[: self._added].view(self._floats) for found in (self._largest, self._smallest))
+        return _Extremes(largest, smallest)
+
+
 @dataclass
 class MeasuredProduct(AsArray):
     """A weight times one factor for each output channel, whose extremes before are taken whenever it is written.
@@ -127,17 +166,14 @@ class MeasuredProduct(AsArray):
         factors = np.asarray(self.product.factors).reshape(-1, 1)
         product = Product(dtype, flush=self.product.flush)
         bound = _FAR_FROM_OVERFLOW[dtype] / max(float(np.abs(factors).max(initial=0)), 1.0)
-        parts: list[_Extremes] = []
-        spare = bytearray(2 * CHUNK)
+        measured = _RowExtremes(len(factors))
         first = 0
         for data in whole_rows(self.product.source.chunks(), columns * dtype.itemsize) if columns else ():
             rows = as_numbers(data, dtype).reshape(-1, columns)
             here = factors[first : first + len(rows)]
             first += len(rows)
-            found = _find_extremes(rows, spare)
-            parts.append(found)
-            yield product.round(rows, here, is_bounded=bool(found.largest.max() < bound))
-        self.extremes = _join(parts)
+            yield product.round(rows, here, is_bounded=bool(measured.add(rows) < bound))
+        self.extremes = measured.result()
 
 
 def measure_on_the_way(state_dict: StateDict, plan: Plan) -> StateDict:
@@ -251,37 +287,11 @@ def _describe(largest: Array) -> ChannelRange:
 
 
 def _read_extremes(tensor: Tensor, recipe: Scaled) -> _Extremes:
-    return _join([_find_extremes(block) for block in _rows(tensor, recipe)])
-
-
-def _find_extremes(rows: Array, spare: bytearray | None = None) -> _Extremes:
-    """Find the extremes of rows of elements; NaN where a row holds one.
-
-    Args:
-        rows: as :func:`~bntool.checkpoints.arrays.as_numbers` gives them.
-        spare: memory to use, which need not be faulted in then.
-
-    Without their signs the bits of floats are ordered as the floats are, NaN last, and integers are compared faster.
-    """
-    kind, magnitude = _BITS[rows.itemsize]
-    here = None
-    if spare is not None and rows.nbytes <= len(spare):
-        here = np.frombuffer(spare, kind, rows.size).reshape(rows.shape)
-    bits = np.bitwise_and(rows.view(kind), magnitude, out=here)
-    smallest = np.full(len(rows), bits.min())  # of all at once, which is faster
-    if not smallest[0]:
-        infinity = int(np.asarray(np.inf, rows.dtype).view(kind))
-        smallest = bits.min(axis=1, initial=infinity, where=bits > 0)
-    return _Extremes(largest=bits.max(axis=1).view(rows.dtype), smallest=smallest.view(rows.dtype))
-
-
-def _join(parts: Sequence[_Extremes]) -> _Extremes:
-    if not parts:
-        return _Extremes(np.zeros(0), np.zeros(0))
-    return _Extremes(
-        largest=np.concatenate([part.largest for part in parts]),
-        smallest=np.concatenate([part.smallest for part in parts]),
-    )
+    outputs = recipe.view[0] * recipe.view[2] if _is_transposed(recipe, tensor) else tensor.shape[0]
+    measured = _RowExtremes(outputs)
+    for block in _rows(tensor, recipe):
+        measured.add(block)
+    return measured.result()
 
 
 def _count_subnormal(tensor: Tensor, recipe: Scaled, smallest: Array) -> int:
