@@ -421,11 +421,14 @@ class ChannelTransforms:
 
     # answers
 
-    def remove(self, layer: str, scale: Array, shift: Array) -> None:
+    def remove(self, layer: str, scale: Array, shift: Array, *, object_to: Callable[[], str] = str) -> None:
         """Let a BatchNorm disappear, or leave everything as it was.
 
+        Args:
+            object_to: called once the equations hold; what it says is against it, if anything.
+
         Raises:
-            Stuck: that holds for no transform.
+            Stuck: that holds for no transform, or is objected to.
         """
         zero = scale == 0
         if zero.any():
@@ -436,6 +439,8 @@ class ChannelTransforms:
             for call in self.graph.batchnorms[layer]:
                 self._join(call, scale, shift)
             self.shifts.simplify()
+            if objection := object_to():
+                raise Stuck(objection)
         except (Contradiction, Stuck) as problem:
             self.scales.roll_back()
             self.shifts.roll_back()
@@ -445,6 +450,11 @@ class ChannelTransforms:
         self.scales.commit()
         self.shifts.commit()
         self.gone.add(layer)
+
+    def settled_shift(self, node: Node) -> Array | None:
+        """Return what is added to what a node reads, where that follows from the equations so far, and zero elsewhere."""
+        read = self.inputs(node, 0)
+        return None if read is None else self.shifts.settled(read.shifts)
 
     def close(self) -> None:
         """End the removing: BatchNorms that stay absorb what is left on either side."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 
@@ -24,6 +25,7 @@ from bntool.folding.transforms.branches import IdentityBranch, find_branch
 from bntool.folding.transforms.channel_transforms import ChannelTransforms, Stuck, Transform, as_indices, is_whole
 from bntool.folding.transforms.operations import Shift, find_rule
 from bntool.folding.transforms.padding_values import PaddingValues
+from bntool.folding.transforms.unknowns import Array
 from bntool.graphs.graph import ModelGraph, Node, NodeKind, Owner
 from bntool.representation import format_number
 from bntool.verification.stored_outputs import StoredOutput
@@ -168,7 +170,7 @@ class StoringOtherwise:
         for layer in sorted(layers, key=self._order):
             own = self.transforms[layer]
             try:
-                system.remove(layer, own.scale, own.shift)
+                system.remove(layer, own.scale, own.shift, object_to=partial(self._find_settled_noise, system, layer))
             except Stuck as stuck:
                 outcome.reasons[layer] = stuck.detail
                 try:
@@ -184,7 +186,9 @@ class StoringOtherwise:
         if self.change_padding:
             system.keep_paddings()
         for layer in outcome.folds:
-            self._check_noise(system, layer)
+            noise = self._find_noise(system, layer)
+            if noise:
+                raise _GivenUp([layer], noise)
         return system
 
     def _changes_padding(self, node: Node) -> bool:
@@ -198,23 +202,35 @@ class StoringOtherwise:
     def _can_stay(self, layer: str) -> bool:
         return self.transforms[layer].can_absorb and len(self.graph.batchnorms[layer]) == 1
 
-    def _check_noise(self, system: ChannelTransforms, layer: str) -> None:
-        """Check that rounding of what is stored does not matter to those who read it beside this BatchNorm."""
+    def _find_noise(self, system: ChannelTransforms, layer: str) -> str:
+        """Say where rounding of what is stored matters to those who read it beside this BatchNorm; nothing if nowhere."""
         for call in self.graph.batchnorms[layer]:
             read = system.input(call)
-            if read is None or self._is_alone(system, call):
-                continue
-            name = self.transforms[layer].names["running_var"]
-            tensor = self.state_dict.tensor(name)
-            spread = np.sqrt(to_float64(read_bytes(tensor), tensor.dtype) + self.transforms[layer].eps)
-            far = np.abs(read.shift) > _MOST.get(tensor.dtype, _MOST_IN_HALF) * spread
-            if far.any():
-                worst = float((np.abs(read.shift) / spread).max())
-                what = f"its shift is up to {format_number(worst, 2)} times the spread of what it reads, in "
-                what += (
-                    f"{int(far.sum())} of {len(far)} channels too much for {tensor.dtype} where others read that, too"
-                )
-                raise _GivenUp([layer], what)
+            if read is not None and (noise := self._describe_noise(system, call, read.shift)):
+                return noise
+        return ""
+
+    def _find_settled_noise(self, system: ChannelTransforms, layer: str) -> str:
+        """Say the same while more BatchNorms may be added, of the shifts that none of them can change any more.
+
+        What is refused here need not be solved for again without it.
+        """
+        for call in self.graph.batchnorms[layer]:
+            shift = system.settled_shift(call)
+            if shift is not None and (noise := self._describe_noise(system, call, shift)):
+                return noise
+        return ""
+
+    def _describe_noise(self, system: ChannelTransforms, call: Node, shift: Array) -> str:
+        name = self.transforms[call.layer].names["running_var"]
+        tensor = self.state_dict.tensor(name)
+        spread = np.sqrt(to_float64(read_bytes(tensor), tensor.dtype) + self.transforms[call.layer].eps)
+        far = np.abs(shift) > _MOST.get(tensor.dtype, _MOST_IN_HALF) * spread
+        if not far.any() or self._is_alone(system, call):
+            return ""
+        worst = format_number(float((np.abs(shift) / spread).max()), 2)
+        where = f"in {int(far.sum())} of {len(far)} channels too much for {tensor.dtype} where others read that, too"
+        return f"its shift is up to {worst} times the spread of what it reads, {where}"
 
     def _is_alone(self, system: ChannelTransforms, node: Node) -> bool:
         """Return whether what a node reads is made for it alone, by what is called once: only it notices the

@@ -123,6 +123,22 @@ class Unknowns:
         self.write(self.origin, which, origin)
         return root, factor, offset
 
+    def find_all(self) -> tuple[Integers, Array, Array]:
+        """Find the same of all but the constant: each pass doubles how far every one looks up its chain."""
+        root, factor, offset = self.parent, self.factor, self.offset
+        while True:
+            above = root[root]
+            if np.array_equal(above, root):
+                return root[:-1], factor[:-1], offset[:-1]
+            offset = factor * offset[root] + offset
+            factor = factor * factor[root]
+            root = above
+
+    def settled(self, which: Integers) -> Array:
+        """Return the values of those that are tied to the constant, and zero for others."""
+        root, factor, offset = self.find(which)
+        return np.where(root == self.constant, factor * self.value + offset, 0.0)
+
     def find_origins(self, which: Integers) -> Integers:
         """Return the node that tied each unknown to the constant; -1 for those that are not tied to it."""
         root, _, _ = self.find(which)
@@ -316,8 +332,7 @@ class Scales(Unknowns):
         than a factor of ``_MOST``, the smallest and the largest are equally far from one instead: the worst factor is
         the least that there is.
         """
-        which = np.arange(self.size)
-        roots, factors, offsets = self.find(which)
+        roots, factors, offsets = self.find_all()
         values = factors * self.value + offsets  # where the root is the constant
         free = roots != self.constant
         uneven = np.zeros(self.size + 1, bool)  # the roots of classes in which not all are stored alike
@@ -498,8 +513,7 @@ class Shifts(Unknowns):
         """Return every shift: what is free becomes zero, and sums are held by the unknown that fewest others depend
         on.
         """
-        which = np.arange(self.size)
-        found, factors, offsets = self.find(which)
+        found, factors, offsets = self.find_all()
         values = np.zeros(self.size + 1)
         still_open = [(sums, np.flatnonzero(sums.is_open)) for sums in self.sums]
         read = [self._read(sums, rows) for sums, rows in still_open if rows.size]
