@@ -16,7 +16,7 @@ from bntool.checkpoints.arrays import SMALLEST_NORMAL, Array, Product, as_number
 from bntool.checkpoints.as_array import AsArray
 from bntool.checkpoints.checkpoint import StateDict
 from bntool.checkpoints.dtypes import BFLOAT16, FLOAT16, FLOAT32, FLOAT64, DType
-from bntool.checkpoints.files import CHUNK, Chunk
+from bntool.checkpoints.files import Chunk
 from bntool.checkpoints.scaled_tensors import ScaledTensor
 from bntool.checkpoints.tensors import Tensor, count_elements, read_bytes
 from bntool.plan import Plan, RenameTensor, Scaled, SetTensor

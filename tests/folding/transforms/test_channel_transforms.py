@@ -297,6 +297,21 @@ def test_a_scale_of_zero_is_refused() -> None:
     assert largest_difference(model, folded, image()) < EXACT
 
 
+def test_shifts_beyond_the_spread_do_not_have_all_solved_again_without_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    solved = []
+    real = StoringOtherwise._solve
+    monkeypatch.setattr(StoringOtherwise, "_solve", lambda self, *rest: (solved.append(rest), real(self, *rest))[1])
+    model = make_positive(build(residual)).float()
+    with torch.no_grad():
+        for norm in (model.bn, model.bn2, model.bn3):
+            norm.weight[1], norm.bias[1] = 1e-6, 1.0
+    folded, plan = fold(model, image().float())
+    assert all("times the spread of what it reads, in 1 of 6 channels" in skip.detail for skip in plan.skips)
+    assert len(plan.skips) == 3
+    assert len(solved) == 1
+    assert largest_difference(model, folded, image().float()) < 1e-5
+
+
 @pytest.mark.parametrize(("dtype", "folds"), [(torch.float64, 3), (torch.float32, 2)])
 def test_a_shift_far_beyond_the_spread_is_refused_where_rounding_would_show(dtype: torch.dtype, folds: int) -> None:
     model = make_positive(build(residual)).to(dtype)
@@ -495,10 +510,17 @@ def absorb_anyway(self, node):
     return self.producers.get(node.parameters.get("weight", "")) or read_producer(node, self.state_dict)
 
 
+def halves_meet_swapped(self, x):
+    x = self.stem(x)
+    first, second = x.chunk(2, 1)
+    return self.head((torch.cat([second, first], 1) + self.conv(self.bn(x))).mean((2, 3)))
+
+
 REAL_READ = StoringOtherwise._read
 GUARDS = {
     "scales of one": (Scales, "fix", ignore, constant_added),
     "shifts of zero": (Shifts, "fix", ignore, border),
+    "equal scales where channels meet in another order": (Scales, "equate", ignore, halves_meet_swapped),
     "positive scales": (Scales, "require_positive", ignore, max_pooled),
     "sums of shifts": (Shifts, "add_sums", ignore, sum_of_what_others_read),
     "sums that a layer holds": (Shifts, "hold_sums", ignore, padded_reader_alone),
@@ -524,6 +546,18 @@ def test_a_guard_that_is_dropped_is_noticed(name: str, monkeypatch: pytest.Monke
         folded, _ = fold(model, image())
     except AssertionError:
         return
+    assert largest_difference(model, folded, image()) > 1e-6
+
+
+def test_scales_that_differ_where_two_streams_meet_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build(padded_reader_alone)
+    folded, plan = fold(model, image())
+    assert len(plan.folds) == 1
+    assert largest_difference(model, folded, image()) < EXACT
+    real = ChannelTransforms._hands_on_scales
+    monkeypatch.setattr(ChannelTransforms, "_hands_on_scales", lambda self, node: real(self, node)[:1])
+    monkeypatch.setattr(Scales, "equate", lambda self, left, right, origin: None)
+    folded, _ = fold(model, image())
     assert largest_difference(model, folded, image()) > 1e-6
 
 
