@@ -116,7 +116,11 @@ class _RowExtremes:
         self._largest = self._smallest = self._bits = np.empty(0, "<i8")
 
     def add(self, rows: Array) -> float:
-        """Take the next rows, as :func:`~bntool.checkpoints.arrays.as_numbers` gives them, and return their largest magnitude."""
+        """Take the next rows and return their largest magnitude.
+
+        Args:
+            rows: as :func:`~bntool.checkpoints.arrays.as_numbers` gives them.
+        """
         kind, magnitude = _BITS[rows.itemsize]
         if not self._added:
             self._floats = rows.dtype

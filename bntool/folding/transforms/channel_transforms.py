@@ -452,7 +452,7 @@ class ChannelTransforms:
         self.gone.add(layer)
 
     def settled_shift(self, node: Node) -> Array | None:
-        """Return what is added to what a node reads, where that follows from the equations so far, and zero elsewhere."""
+        """Return the shifts of what a node reads where the equations so far settle them, and zero elsewhere."""
         read = self.inputs(node, 0)
         return None if read is None else self.shifts.settled(read.shifts)
 

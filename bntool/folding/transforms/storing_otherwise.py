@@ -203,7 +203,7 @@ class StoringOtherwise:
         return self.transforms[layer].can_absorb and len(self.graph.batchnorms[layer]) == 1
 
     def _find_noise(self, system: ChannelTransforms, layer: str) -> str:
-        """Say where rounding of what is stored matters to those who read it beside this BatchNorm; nothing if nowhere."""
+        """Say where rounding of what is stored matters to those who read it beside this BatchNorm, if anywhere."""
         for call in self.graph.batchnorms[layer]:
             read = system.input(call)
             if read is not None and (noise := self._describe_noise(system, call, read.shift)):
