@@ -96,6 +96,7 @@ def _open(spec: str) -> tuple[Any, Any]:
             f"datasets and Parquet files need datasets: pip install 'bntool[datasets]' ({error})"
         ) from error
     datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # errors that it logs it raises, too
     place, wanted = split_off(spec)
     try:
         if is_saved(place):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 
 import numpy as np
@@ -161,3 +162,15 @@ def test_pixels_are_pixels_and_what_is_missing_is_bad_data(tmp_path, feature):
         assert "row 4 of" in reasons[2]
         with pytest.raises(CorruptFileError, match=r"row 0 of .* has no x"):
             load_data(spec, batch_size=5, preprocessing=steps)
+
+
+def test_a_damaged_file_is_one_sentence(tmp_path, caplog):
+    logging.getLogger("datasets").addHandler(caplog.handler)  # they do not reach the root
+    make_images().to_parquet(tmp_path / "a.parquet")
+    whole = (tmp_path / "a.parquet").read_bytes()
+    for content in (b"", whole[: len(whole) // 2]):
+        (tmp_path / "a.parquet").write_bytes(content)
+        with pytest.raises(UnreadableFileError, match=r"a\.parquet: datasets cannot load it"):
+            read(tmp_path / "a.parquet")
+    logging.getLogger("datasets").removeHandler(caplog.handler)
+    assert not caplog.records
