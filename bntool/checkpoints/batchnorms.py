@@ -162,6 +162,7 @@ def _find_flattened(state_dict: StateDict, parent: str, leaves: Collection[str])
     found: dict[str, dict[str, str]] = {}  # by what stands before: what is known, and under which name
     for leaf in sorted(leaves):
         match = re.fullmatch(rf"(.+?[^a-z0-9])(?:({_KEPT}_?{_MEAN})|({_KEPT}_?{_VARIANCE}))", leaf.lower())
+        match = match or re.fullmatch(r"(.+_)(?:(mean)|(variance))", leaf.lower())  # of Paddle before 2
         if match is not None:
             stem = leaf[: match.end(1)]
             found.setdefault(stem, {})["mean" if match[2] else "variance"] = leaf[match.end(1) :]
@@ -169,7 +170,9 @@ def _find_flattened(state_dict: StateDict, parent: str, leaves: Collection[str])
     for stem, known in found.items():
         name = f"{dotted}{stem}"
         full = state_dict.prefix + name
-        if len(known) < len(STATISTICS) or not any(f"{full}{beside}" in state_dict.tensors for beside in _BESIDE):
+        beside = {one for one in _BESIDE if f"{full}{one}" in state_dict.tensors}
+        is_bare = set(known.values()) <= _BARE  # a mean and variance of anything, but for what stands beside them
+        if len(known) < len(STATISTICS) or not beside or (is_bare and len(beside) < len(STATISTICS)):
             continue
         norms = find_norms(state_dict) if norms is None else norms
         layer = re.sub(r"[\W_]+$", "", name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from bntool.checkpoints.addresses import Location
@@ -34,6 +35,9 @@ _CAFFE2_ENDINGS = {
     "bn_riv": "bn.running_var",
 }
 _PADDLE_STATISTICS = {"_mean": "running_mean", "_variance": "running_var"}
+# in a program, which names parameters after the operator that reads them, and counts those
+_PADDLE_PROGRAMS = {"w_0": "weight", "b_0": "bias", "w_1": "running_mean", "w_2": "running_var"}
+_PADDLE_LAYER = r"(?:^|/)(?:sync_)?batch_norm(?:[123]d)?_\d+$"
 _PADDLE_NAMES = "StructuredToParameterName@@"
 _PADDLE_PARTS = "UnpackBigParamInfor@@"  # tensors of Paddle cut into parts
 
@@ -111,6 +115,8 @@ def _name_paddle(names: Iterable[str]) -> dict[str, str]:
         layer, _, leaf = name.rpartition(".")
         if leaf in _PADDLE_STATISTICS and all(_join(layer, one) in found for one in _PADDLE_STATISTICS):
             found[name] = _join(layer, _PADDLE_STATISTICS[leaf])
+        elif leaf in _PADDLE_PROGRAMS and re.search(_PADDLE_LAYER, layer) and f"{layer}.w_2" in found:
+            found[name] = f"{layer}.{_PADDLE_PROGRAMS[leaf]}"
     return found
 
 

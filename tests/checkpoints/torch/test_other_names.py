@@ -109,6 +109,27 @@ def test_batchnorms_of_paddle_are_read_and_written(as_pairs: bool, tmp_path: Pat
     assert loaded["StructuredToParameterName@@"] == names
 
 
+@pytest.mark.parametrize("layer", ["batch_norm_0", "batch_norm2d_12", "stem/batch_norm_1", "sync_batch_norm_3"])
+def test_batchnorms_of_programs_of_paddle_are_read_and_written(layer: str, tmp_path: Path) -> None:
+    """Named after the operator and counted, as ``StructuredToParameterName@@`` has them for models."""
+    state = dict(zip(("w_0", "b_0", "w_1", "w_2"), paddle_state().values(), strict=False))
+    path = tmp_path / "model.pdparams"
+    kept = {"fc_0.w_0": np.ones((4, 4), "f"), "fc_0.b_0": np.ones(4, "f")}
+    path.write_bytes(pickle.dumps({**kept, **{f"{layer}.{name}": array for name, array in state.items()}}, 4))
+    with open_checkpoint(path) as checkpoint:
+        (found,) = find_batchnorms(checkpoint.state_dict(""))
+        assert found.name == layer
+        assert torch.equal(to_torch(found.tensors["running_mean"]), torch.arange(4.0))
+        assert torch.equal(to_torch(found.tensors["running_var"]), torch.arange(2.0, 6.0))
+        assert not checkpoint.not_understood
+        steps = (SetTensor(f"{layer}.running_mean", Values((5.0,) * 4, (4,))),)
+        plan = Plan(Operation.RECALIBRATE, state_dict="", steps=steps)
+        save_checkpoint(apply_plan(checkpoint, plan), tmp_path / "new.pdparams")
+    loaded = pickle.loads((tmp_path / "new.pdparams").read_bytes())
+    assert np.array_equal(loaded.pop(f"{layer}.w_1"), np.full(4, 5, "f"))
+    assert loaded.keys() == {*kept, *(f"{layer}.{name}" for name in state if name != "w_1")}
+
+
 def test_tensors_that_paddle_cut_into_parts_are_said(tmp_path: Path) -> None:
     path = tmp_path / "model.pdparams"
     path.write_bytes(pickle.dumps({"fc.w": np.ones(3, "f"), "UnpackBigParamInfor@@": {}}, 4))
@@ -133,6 +154,7 @@ UNKNOWN: dict[str, list[str]] = {
     "underscores": ["layer1_0_bn1_weight", "layer1_0_bn1_running_mean", "layer1_0_bn1_running_var"],
     "torch's with slashes": ["layer1/bn1/weight", "layer1/bn1/running_mean", "layer1/bn1/running_var"],
     "two underscores": ["net.bn1__gamma", "net.bn1__moving_mean", "net.bn1__moving_variance"],
+    "paddle before 2": ["bn1_scale", "bn1_offset", "bn1_mean", "bn1_variance"],
     "paddle in torch": ["bn.weight", "bn._mean", "bn._variance"],
 }
 
@@ -162,6 +184,9 @@ def test_statistics_under_names_that_are_not_known_are_said(
     [
         ["normalizer.mean", "normalizer.std", "fc.weight"],
         ["pixel_mean", "pixel_std", "fc.weight"],
+        ["pixel_mean", "pixel_variance", "fc.weight"],
+        ["pixel_mean", "pixel_variance", "pixel_scale", "fc.weight"],
+        ["lstm_0.w_0", "lstm_0.b_0", "lstm_0.w_1", "lstm_0.w_2"],
         ["input.mean", "input.var", "fc.weight"],
         ["head.mean.weight", "head.var.weight"],
         ["0.weight", "0.bias", "0.running_mean", "0.running_var"],
