@@ -258,8 +258,8 @@ def _expectation(expectation: Expectation, violations: Sequence[str]) -> list[Bl
 
 
 MEANINGS = {
-    Expectation.IDENTICAL: "every tensor is the same in every bit",
-    Expectation.FROZEN: "no tensor of a BatchNorm layer changed",
-    Expectation.NORM_EVAL: "no statistics of a BatchNorm layer changed",
+    Expectation.IDENTICAL: "every tensor and setting is the same in every bit",
+    Expectation.FROZEN: "no tensor or setting of a BatchNorm changed",
+    Expectation.NORM_EVAL: "no statistics or settings of a BatchNorm changed",
     Expectation.STATS_ONLY: "nothing but statistics of BatchNorm layers changed",
 }
