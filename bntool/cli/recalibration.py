@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from typer._click.core import ParameterSource
 
 from bntool.cli import completion, options
 from bntool.cli.help import JUDGING, MODEL, SHARES
@@ -20,10 +21,15 @@ if TYPE_CHECKING:
     from bntool.recalibration.results import CheckpointRecalibration
     from bntool.reports.forms.form import ReportForm
 
-_BATCH_SIZE, _RESUME_EVERY = 64, 30.0
+# the parameters that act where partials are merged
+_MERGING = {
+    *("checkpoint", "from_partials", "output", "prior", "promote", "layers", "state_dict"),
+    *("html", "dry_run", "force", "strict", "report_as", "as_json", "quiet"),
+}
 
 
 def command(
+    context: typer.Context,
     checkpoint: options.Checkpoint,
     model: options.ModelSpec = None,
     model_arg: options.ModelArguments = None,
@@ -59,7 +65,7 @@ def command(
     ] = None,
     batch_size: Annotated[
         int, typer.Option("--batch-size", metavar="N", help="Samples of a batch.", min=1, rich_help_panel=MODEL)
-    ] = _BATCH_SIZE,
+    ] = 64,
     seed: Annotated[
         int, typer.Option("--seed", help="Order of the samples, and which of them are used.", rich_help_panel=MODEL)
     ] = 0,
@@ -198,7 +204,7 @@ def command(
         typer.Option(
             "--resume-every", metavar="SECONDS", help="How often it is written.", min=0, rich_help_panel=SHARES
         ),
-    ] = _RESUME_EVERY,
+    ] = 30.0,
     layers: options.Layers = None,
     state_dict: options.StateDictKey = None,
     html: options.Html = None,
@@ -237,32 +243,7 @@ def command(
 
     form = options.choose_form(report_as, as_json=as_json)
     if from_partials:
-        _refuse_with_partials(
-            {
-                "--model": model,
-                "--model-arg": model_arg,
-                "--data": data,
-                "--method": method is not Method.POOLED,
-                "--samples": samples,
-                "--memory": memory,
-                "--batch-size": batch_size != _BATCH_SIZE,
-                "--seed": seed,
-                "--workers": workers is not None,
-                "--preprocess": preprocess,
-                "--inputs": inputs,
-                "--labels": labels,
-                "--eval-data": eval_data,
-                "--metric": metric,
-                "--keep-if-better": keep_if_better,
-                "--on-bad-data": on_bad_data is not OnBadData.STOP,
-                "--precision": precision is not Precision.MODEL,
-                "--device": device != "cpu",
-                "--shard": shard,
-                "--partial": partial,
-                "--resume": resume,
-                "--resume-every": resume_every != _RESUME_EVERY,
-            }
-        )
+        _refuse_with_partials(context)
         options.require_output(output, unless=dry_run)
         options.check_html(html, force=force, inputs=(checkpoint,), outputs=(output,))
         from bntool.recalibration.merging import merge_statistics
@@ -382,15 +363,13 @@ def _print(
     print_written(html, form=form, quiet=quiet)
 
 
-def _refuse_with_partials(others: Mapping[str, object]) -> None:
-    """Refuse options that act where partials are measured, or where a model is judged.
-
-    Args:
-        others: by name, false where one is not given.
-    """
+def _refuse_with_partials(context: typer.Context) -> None:
+    """Refuse options that act where partials are measured, or where a model is judged."""
     from bntool.errors import UsageError
 
-    given = [name for name, value in others.items() if value]
+    others = {one.name: one.opts[0] for one in context.command.params if one.name and one.name not in _MERGING}
+    source = context.get_parameter_source
+    given = [option for name, option in others.items() if source(name) is ParameterSource.COMMANDLINE]
     if given:
         verb = "does" if len(given) == 1 else "do"
         raise UsageError(f"--from-partials merges what was measured: {', '.join(given)} {verb} not go with it")
