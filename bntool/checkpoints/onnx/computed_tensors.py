@@ -18,7 +18,8 @@ from bntool.checkpoints.as_array import AsArray
 from bntool.checkpoints.containers.protobufs.reading import Message
 from bntool.checkpoints.dtypes import BFLOAT16, BY_NAME, DType
 from bntool.checkpoints.files import CHUNK, Chunk
-from bntool.checkpoints.onnx.graph import FLOAT, FLOATS, INT, INTS, TENSOR, OnnxGraph, OnnxNode
+from bntool.checkpoints.onnx.constants import NotConstantError, read_constant, read_slices
+from bntool.checkpoints.onnx.graph import TENSOR, OnnxGraph, OnnxNode
 from bntool.checkpoints.onnx.tensors import DTYPES, ExternalData, read_tensor
 from bntool.checkpoints.tensors import StoredTensor, count_elements
 from bntool.errors import BntoolError
@@ -28,10 +29,6 @@ Array = NDArray[Any]
 _MOST_ELEMENTS = 1 << 28  # of one result
 _MOST_STEPS = 64  # one after the other
 _SHORT = 4096  # elements
-
-
-class NotConstantError(Exception):
-    """A value depends on inputs of the model, or on an operation that is not known here."""
 
 
 @dataclass(frozen=True)
@@ -161,16 +158,8 @@ class ComputedTensors:
 def _constant(node: OnnxNode, given: Sequence[Array]) -> Array:
     if given:
         return given[0]
-    for name, number, dtype in (("value_float", FLOAT, "f4"), ("value_int", INT, "i8")):
-        found = node.attributes.get(name)
-        if found is not None:
-            return np.asarray(found.float32(FLOAT, 0.0) if number == FLOAT else found.integer(number), dtype)
-    floats, integers = node.attributes.get("value_floats"), node.attributes.get("value_ints")
-    if floats is not None:
-        return np.asarray(floats.floats(FLOATS), "f4")
-    if integers is not None:
-        return np.asarray(integers.integers(INTS), "i8")
-    raise NotConstantError
+    dtype, shape, numbers = read_constant(node)
+    return np.asarray(numbers, dtype.name).reshape(shape)
 
 
 def _fill(_: OnnxNode, given: Sequence[Array]) -> Array:
@@ -250,18 +239,8 @@ def _gather(node: OnnxNode, given: Sequence[Array]) -> Array:
 
 
 def _slice(node: OnnxNode, given: Sequence[Array]) -> Array:
-    """Slice by inputs, or by attributes before opset 10."""
-    if "starts" in node.attributes:
-        limits = [list(node.integers(name)) for name in ("starts", "ends", "axes") if name in node.attributes]
-    elif "" in node.inputs:
-        raise NotConstantError
-    else:
-        limits = [[int(one) for one in part.reshape(-1)] for part in given[1:]]
-    starts, ends = limits[:2]
-    axes = limits[2] if len(limits) > 2 else list(range(len(starts)))
-    steps = limits[3] if len(limits) > 3 else [1] * len(starts)
     result = given[0]
-    for start, end, axis, step in zip(starts, ends, axes, steps, strict=True):
+    for start, end, axis, step in read_slices(node, [part.reshape(-1).tolist() for part in given[1:]]):
         stop = None if step < 0 and end < -result.shape[axis] else end
         places: list[slice] = [slice(None)] * result.ndim
         places[axis] = slice(start, stop, step)

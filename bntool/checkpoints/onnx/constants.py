@@ -106,19 +106,49 @@ def _check_size(shape: Sequence[int]) -> None:
         raise NotConstantError
 
 
-def _constant(node: OnnxNode, _: Sequence[_Value]) -> _Value:
-    for name, number, dtype in (("value_float", FLOAT, _FLOAT32), ("value_int", INT, _INT64)):
-        found = node.attributes.get(name)
-        if found is not None:
-            return _Value(dtype, (), [found.float32(number, 0.0) if number == FLOAT else found.integer(number)])
-    floats, integers = node.attributes.get("value_floats"), node.attributes.get("value_ints")
-    if floats is not None:
-        numbers: Sequence[float] = floats.floats(FLOATS)
-        return _Value(_FLOAT32, (len(numbers),), numbers)
-    if integers is not None:
-        numbers = integers.integers(INTS)
-        return _Value(_INT64, (len(numbers),), numbers)
+def read_constant(node: OnnxNode) -> tuple[DType, tuple[int, ...], Sequence[float]]:
+    """Return dtype, shape and elements that a Constant node has in an attribute of its own, not as a tensor.
+
+    Raises:
+        NotConstantError: it has none, or one that is no number.
+    """
+    attributes = node.attributes
+    if (number := attributes.get("value_float")) is not None:
+        return _FLOAT32, (), [number.float32(FLOAT, 0.0)]
+    if (number := attributes.get("value_int")) is not None:
+        return _INT64, (), [number.integer(INT)]
+    if (numbers := attributes.get("value_floats")) is not None:
+        floats = numbers.floats(FLOATS)
+        return _FLOAT32, (len(floats),), floats
+    if (numbers := attributes.get("value_ints")) is not None:
+        integers = numbers.integers(INTS)
+        return _INT64, (len(integers),), integers
     raise NotConstantError
+
+
+def read_slices(node: OnnxNode, given: Sequence[Sequence[float]]) -> list[tuple[int, int, int, int]]:
+    """Return start, end, axis and step of each axis that a Slice node cuts.
+
+    Args:
+        given: the elements of its inputs but the first; before opset 10 attributes hold them.
+
+    Raises:
+        NotConstantError: an input is left out.
+    """
+    if "starts" in node.attributes:
+        limits = [list(node.integers(name)) for name in ("starts", "ends", "axes") if name in node.attributes]
+    elif "" in node.inputs:
+        raise NotConstantError
+    else:
+        limits = [[int(one) for one in elements] for elements in given]
+    starts, ends = limits[:2]
+    axes = limits[2] if len(limits) > 2 else list(range(len(starts)))
+    steps = limits[3] if len(limits) > 3 else [1] * len(starts)
+    return list(zip(starts, ends, axes, steps, strict=True))
+
+
+def _constant(node: OnnxNode, _: Sequence[_Value]) -> _Value:
+    return _Value(*read_constant(node))
 
 
 def _fill(_: OnnxNode, values: Sequence[_Value]) -> _Value:
@@ -194,18 +224,8 @@ def _gather(node: OnnxNode, values: Sequence[_Value]) -> _Value:
 
 
 def _slice(node: OnnxNode, values: Sequence[_Value]) -> _Value:
-    """Slice by inputs, or by attributes before opset 10."""
-    if "starts" in node.attributes:
-        limits = [list(node.integers(name)) for name in ("starts", "ends", "axes") if name in node.attributes]
-    elif "" in node.inputs:
-        raise NotConstantError
-    else:
-        limits = [[int(one) for one in value.numbers] for value in values[1:]]
-    starts, ends = limits[:2]
-    axes = limits[2] if len(limits) > 2 else list(range(len(starts)))
-    steps = limits[3] if len(limits) > 3 else [1] * len(starts)
     result = values[0]
-    for start, end, axis, step in zip(starts, ends, axes, steps, strict=True):
+    for start, end, axis, step in read_slices(node, [value.numbers for value in values[1:]]):
         extent = result.shape[axis]
         stop = None if step < 0 and end < -extent else end
         result = _take(result, axis, range(extent)[start:stop:step])
