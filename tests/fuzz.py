@@ -356,7 +356,9 @@ def run(  # noqa: C901, PLR0915 (one branch for each finding)
     warnings.filterwarnings("ignore", category=LossWarning)  # it says what a writer leaves out
     rng = random.Random(seed)
     seeds = make_seeds(folder)
-    contents = {path: path.read_bytes() for place in {p.parent for p in seeds} for path in place.iterdir()}
+    contents = {
+        path: path.read_bytes() for place in dict.fromkeys(p.parent for p in seeds) for path in sorted(place.iterdir())
+    }
     out, kept_whole = folder / "out", folder / "originals"
     out.mkdir()
     originals = {place: kept_whole / place.name for place in {seed.parent for seed in seeds}}
@@ -391,7 +393,7 @@ def run(  # noqa: C901, PLR0915 (one branch for each finding)
         finally:
             victim.write_bytes(contents[victim])
         outcome.slowest = max(outcome.slowest, time.perf_counter() - started)
-        for left in [path for path in out.iterdir() if path.name.startswith(".") and path.name != source.name]:
+        for left in [path for path in out.iterdir() if path.suffix in (".writing", ".replaced")]:
             wrong.append("left a temporary file")
             left.unlink()
         if (grown := _peak() - before) > bound:
