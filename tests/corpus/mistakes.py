@@ -158,6 +158,43 @@ def recomputed_on_three_batches(network: Network, path: Path) -> None:
     torch.save(training.model.state_dict(), path)
 
 
+def average_in_buffers_of_the_model(network: Network, path: Path) -> None:
+    training = Training(network)
+    average = average_of(training, 0.999)
+    training.run(STEPS, after=lambda: average.update_parameters(training.model))
+    torch.save({"state_dict": as_mmcv(average.module, training.model)}, path)
+
+
+def as_mmcv(model: nn.Module, average: nn.Module) -> dict[str, torch.Tensor]:
+    """With the average in buffers of the model, as EMAHook of mmcv keeps it; it has exchanged the two by then."""
+    flat = {f"ema_{name}".replace(".", "_"): tensor for name, tensor in average.state_dict().items()}
+    return model.state_dict() | flat
+
+
+def momentum_too_small(network: Network, path: Path) -> None:
+    torch.manual_seed(0)
+    model = network.build()
+    for layer in batch_norms(model):
+        layer.momentum = 0.003
+    torch.save(trained(network, model=model).model, path)
+
+
+def means_not_converted(network: Network, path: Path) -> None:
+    state = trained(network).model.state_dict()
+    foreign = {name.replace("running_mean", "moving_mean"): tensor for name, tensor in state.items()}
+    model = network.build()
+    model.load_state_dict(foreign, strict=False)
+    torch.save(model.state_dict(), path)
+
+
+def variances_not_converted(network: Network, path: Path) -> None:
+    state = trained(network).model.state_dict()
+    foreign = {name.replace("running_var", "moving_variance"): tensor for name, tensor in state.items()}
+    model = network.build()
+    model.load_state_dict(foreign, strict=False)
+    torch.save(model.state_dict(), path)
+
+
 def batch_of_nan(network: Network, path: Path) -> None:
     training = trained(network)
     images, _ = next(training.data.batches(1))
@@ -366,6 +403,14 @@ MISTAKES = (
     Mistake("trained in eval mode", trained_in_eval_mode, (FindingCode.NEVER_UPDATED,)),
     Mistake("reset_running_stats() before saving", statistics_reset, (FindingCode.NEVER_UPDATED,)),
     Mistake("update_bn on three batches", recomputed_on_three_batches, (FindingCode.COUNTER_LOW,)),
+    Mistake(
+        "EMA of decay 0.999 in buffers `ema_...` of the model",
+        average_in_buffers_of_the_model,
+        (FindingCode.EMA_STATISTICS_LAG,),
+    ),
+    Mistake("momentum 0.003 over 104 steps", momentum_too_small, (FindingCode.COUNTER_LOW,)),
+    Mistake("running_mean lost in a conversion", means_not_converted, (FindingCode.PARTLY_INITIAL,)),
+    Mistake("running_var lost in a conversion", variances_not_converted, (FindingCode.PARTLY_INITIAL,)),
     Mistake("a batch with NaN in train mode", batch_of_nan, (FindingCode.NON_FINITE,)),
     Mistake("a filter exploded by one gradient", exploding_filter, (FindingCode.OUTLYING_VARIANCE,)),
     Mistake("a channel of 1e5 times its input for three batches", one_wild_channel, (FindingCode.OUTLYING_VARIANCE,)),
@@ -427,6 +472,21 @@ def sound_average_in_one_dict(network: Network, path: Path) -> None:
     torch.save({prefix + name: t for prefix, m in parts.items() for name, t in m.state_dict().items()}, path)
 
 
+def sound_average_in_buffers(network: Network, path: Path) -> None:
+    training = Training(network)
+    average = average_of(training, 0.95)
+    training.run(STEPS, after=lambda: average.update_parameters(training.model))
+    torch.save({"state_dict": as_mmcv(average.module, training.model)}, path)
+
+
+def sound_small_momentum(network: Network, path: Path) -> None:
+    torch.manual_seed(0)
+    model = network.build()
+    for layer in batch_norms(model):
+        layer.momentum = 0.02
+    torch.save(trained(network, 2 * STEPS, model=model).model, path)
+
+
 def sound_swa(network: Network, path: Path) -> None:
     training = Training(network)
     average = AveragedModel(training.model)
@@ -477,6 +537,8 @@ SOUND = (
     sound_checkpoint,
     sound_average,
     sound_average_in_one_dict,
+    sound_average_in_buffers,
+    sound_small_momentum,
     sound_swa,
     sound_fine_tuning,
     sound_strong_decay,
