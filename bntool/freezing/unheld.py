@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -26,11 +27,18 @@ def skip_unheld(layers: Mapping[str, nn.Module]) -> list[Skip]:
     Only classes of one's own are tried; one that takes no such data is left out.
     """
     detail = "{} changes its statistics in eval mode too, which is what a freeze keeps layers in"
-    return [
-        Skip(name, SkipReason.TRAIN_MODE, detail.format(type(module).__name__))
-        for name, module in layers.items()
-        if not is_torchs(type(module)) and _moves_in_eval_mode(module)
-    ]
+    known: dict[Any, bool] = {}  # layers of one class with the same settings are tried once
+    found = []
+    for name, module in layers.items():
+        if is_torchs(type(module)):
+            continue
+        settings = [(key, value) for key, value in vars(module).items() if isinstance(value, bool | int | float | str)]
+        alike = (type(module), tuple(settings))
+        if alike not in known:
+            known[alike] = _moves_in_eval_mode(module)
+        if known[alike]:
+            found.append(Skip(name, SkipReason.TRAIN_MODE, detail.format(type(module).__name__)))
+    return found
 
 
 def _moves_in_eval_mode(module: nn.Module) -> bool:
