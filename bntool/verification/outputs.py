@@ -291,7 +291,7 @@ def _check_meaning(outputs: Sequence[Sequence[torch.Tensor]]) -> None:
     if not tensors:
         raise VerificationError(
             "the model gives no floating output that could be compared; let the factory of --model give one that does, "
-            "such as the scores instead of the labels, or, where it finds nothing in these inputs, give others with --data"
+            "such as the scores instead of the labels, or give inputs on which it finds something, with --data"
         )
     if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors):
         raise VerificationError(
