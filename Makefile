@@ -39,7 +39,7 @@ demo: $(VENV)/installed  ## run the whole story on sample_ckpts
 	$(BIN)/python sample_ckpts/demo.py
 
 test: $(VENV)/installed  ## run all tests
-	@echo "all tests: about 10 minutes of one core, 7 on two that are free"
+	@echo "all tests: about 8 minutes of one core, 5 on two that are free"
 	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile
 
 same: $(VENV)/installed  ## hold all that the commands do against another revision: make same BASE=main~1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import subprocess
 from functools import partial
@@ -13,12 +14,20 @@ import pytest
 from tests.places import FIXTURES, SHARED
 from tests.programs.forking import ONNXRUNTIME, ForkedProcess
 
+with contextlib.suppress(ImportError):  # the environments of ``make oracles`` run tests without it
+    from hypothesis import HealthCheck, settings
+
+    # other processes may have the machine: no test asserts a time
+    settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    settings.load_profile("untimed")
+
 gc.disable()  # what is imported and collected stays: to look through it again and again takes seconds
 
 
 def pytest_collection_finish() -> None:
     """From here on only what tests make is looked through for what to free."""
     gc.freeze()
+    gc.set_threshold(10_000, 10, 10)  # with little that stays, all of it would be looked through often
     gc.enable()
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
@@ -48,7 +48,6 @@ def _views(draw: Any) -> torch.Tensor:
     return torch.as_strided(torch.arange(100).to(dtype), shape, strides, draw(st.integers(0, 8)))
 
 
-@settings(suppress_health_check=[HealthCheck.too_slow])  # other processes may have the machine
 @given(_views(), st.booleans())
 def test_gathers_any_strided_view(view: torch.Tensor, big_endian: bool) -> None:
     stored = _stored(view, big_endian=big_endian)

@@ -246,7 +246,7 @@ class RandomChain(nn.Module):
         return [x, *kept]
 
 
-@settings(derandomize=True, max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(derandomize=True, max_examples=40, suppress_health_check=list(HealthCheck))
 @given(st.integers(0, 2**32), st.sampled_from(LAYOUTS))
 def test_chains_of_other_dimensions(seed: int, layout: Layout) -> None:
     model = RandomChain(random.Random(seed))
@@ -267,7 +267,6 @@ seen: Counter[str] = Counter()
 @settings(
     derandomize=True,
     max_examples=int(os.environ.get("BNTOOL_NETWORKS", "150")),
-    deadline=None,
     suppress_health_check=list(HealthCheck),
 )
 @example(1123033, Layout.FOLDED)  # one layer, called with two eps

@@ -37,7 +37,7 @@ def bits(result):
     return [array.tobytes() for array in arrays], counts, result.order, result.left_out
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(1, 70), st.integers(1, 64), st.randoms(use_true_random=False), st.booleans())
 def test_the_same_bits_for_all_shards_and_orders(total, shards, order, knows_length):
     one = BatchTree()

@@ -19,7 +19,7 @@ def of_numbers(numbers):
 numbers = st.lists(st.floats(-1e6, 1e6, allow_subnormal=False), min_size=1, max_size=30)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.lists(numbers, min_size=1, max_size=8))
 def test_merged_moments_are_those_of_all_values_together(parts):
     merged = merge_all(of_numbers(part) for part in parts)
@@ -32,7 +32,7 @@ def test_merged_moments_are_those_of_all_values_together(parts):
     assert abs(Fraction(merged.squares.item()) - squares) <= scale * scale * len(values) * Fraction(1, 10**13)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.lists(numbers, min_size=2, max_size=8), st.randoms(use_true_random=False))
 def test_order_does_not_matter(parts, random):
     forward = merge_all(of_numbers(part) for part in parts)

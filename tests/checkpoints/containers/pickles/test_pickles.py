@@ -129,13 +129,13 @@ VALUES = st.recursive(
 )
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(VALUES, st.sampled_from(PROTOCOLS))
 def test_any_data_survives(value: Any, protocol: int) -> None:
     assert _through(value, protocol) == value
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(VALUES, st.sampled_from([2, 3]))
 def test_emission_is_that_of_cpython(value: Any, protocol: int) -> None:
     """Byte for byte, but for strings of one character: CPython holds each of those once, and so do we on reading."""
