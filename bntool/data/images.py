@@ -137,10 +137,11 @@ def find_images(folder: Path) -> ImageFiles:
     """List the images of a folder and of the folders in it.
 
     Subfolders in sorted order are the classes, as torchvision's ``ImageFolder`` has it; images below a subfolder are of
-    its class. Where images also lie beside the subfolders, these are no classes. What is hidden is passed over.
+    its class. Where images also lie beside the subfolders, these are no classes. What is hidden is passed over, and so
+    are links to a folder that they lie in.
     """
     children = sorted(child for child in folder.iterdir() if not child.name.startswith("."))
-    classes = [child for child in children if child.is_dir()]
+    classes = [child for child in children if child.is_dir() and not _leads_back(child)]
     below = [sorted(_images_below(child)) for child in classes]
     beside = [child for child in children if _is_image(child)]
     if beside or not any(below):
@@ -186,8 +187,13 @@ def read_list(path: Path) -> ImageFiles:
 
 def _images_below(folder: Path) -> Iterator[Path]:
     for parent, folders, files in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]
+        folders[:] = [name for name in folders if not name.startswith(".") and not _leads_back(Path(parent, name))]
         yield from (Path(parent, name) for name in files if not name.startswith(".") and _is_image(Path(parent, name)))
+
+
+def _leads_back(folder: Path) -> bool:
+    """Return whether it is a link to a folder that it lies in: its images would be found again and again."""
+    return folder.is_symlink() and folder.parent.resolve().is_relative_to(folder.resolve())
 
 
 def _is_image(path: Path) -> bool:

@@ -67,6 +67,8 @@ def load_data(  # noqa: PLR0913 (one for each option of the command line)
     """
     if batch_size < 1 or (workers or 0) < 0 or (samples is not None and samples < 1):
         raise UsageError("batch size and samples must be at least 1, workers at least 0")
+    if not spec.strip():
+        raise UsageError("the data have no name: --data is empty")
     options = DataOptions(
         batch_size=batch_size,
         samples=samples,

@@ -13,7 +13,7 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 
 from bntool.checkpoints.files import describe_failure
-from bntool.data.rows import ArrayRows, Rows
+from bntool.data.rows import ArrayRows, Rows, UnusableRows
 from bntool.errors import CorruptFileError, UnreadableFileError, UsageError
 
 Array: TypeAlias = "np.ndarray[Any, Any]"
@@ -25,7 +25,7 @@ def open_numpy(path: Path) -> Mapping[str, Rows]:
     """Return the arrays of a file by name; the one of a .npy file is called ``images``.
 
     Arrays of an .npz that are not compressed are mapped; compressed ones are unpacked into memory. Arrays of anything
-    but plain numbers (text, Python objects) are passed over.
+    but plain numbers (text, Python objects) cannot be read.
 
     Raises:
         UnreadableFileError, CorruptFileError: the system does not give the file, or numpy cannot read it.
@@ -39,12 +39,19 @@ def open_numpy(path: Path) -> Mapping[str, Rows]:
         raise UnreadableFileError("there is not enough memory to unpack it", path=path) from error
     except _BROKEN as error:
         raise CorruptFileError(f"numpy cannot read it: {' '.join(str(error).split())}", path=path) from error
-    arrays = {key: ArrayRows(array) for key, array in found.items() if _holds_numbers(array.dtype)}
-    if found and not arrays:
-        key, array = next(iter(found.items()))
-        what = "Python objects, which are not read: that would run code" if array.dtype.hasobject else f"{array.dtype}"
-        raise UsageError(f"the array {key!r} holds {what}; plain numbers are needed", path=path)
+    arrays = {key: _take_rows(array) for key, array in found.items()}
+    if found and all(isinstance(rows, UnusableRows) for rows in arrays.values()):
+        key, rows = next(iter(arrays.items()))
+        assert isinstance(rows, UnusableRows)
+        raise UsageError(rows.explain(key), path=path)
     return arrays
+
+
+def _take_rows(array: Array) -> Rows:
+    if _holds_numbers(array.dtype):
+        return ArrayRows(array)
+    what = "Python objects, which are not read: that would run code" if array.dtype.hasobject else f"{array.dtype}"
+    return UnusableRows(array.shape, what)
 
 
 def read_array(content: bytes) -> Array:

@@ -16,6 +16,7 @@ from bntool.errors import UsageError
 from bntool.modules.loading import to_torch
 
 _SHOWN = 8
+_LARGEST = (1 << 63) - 1
 # torch calculates with no unsigned numbers of more than a byte: they are widened
 _WIDENED = {"u2": np.int32, "u4": np.int64, "u8": np.int64}
 
@@ -40,6 +41,26 @@ class ArrayRows:
 
     def read(self, rows: Sequence[int]) -> torch.Tensor:
         return to_calculable(self._array[np.asarray(rows)])
+
+
+class UnusableRows:
+    """An array that holds something else than plain numbers.
+
+    Args:
+        shape: of the array.
+        what: it holds, in words.
+    """
+
+    def __init__(self, shape: tuple[int, ...], what: str) -> None:
+        self.shape = shape
+        self._what = what
+
+    def explain(self, name: str) -> str:
+        """Say why the array of this name cannot be used."""
+        return f"the array {name!r} holds {self._what}; plain numbers are needed"
+
+    def read(self, rows: Sequence[int]) -> torch.Tensor:
+        raise TypeError(f"{len(rows)} rows of what holds {self._what}")
 
 
 class LiveRows:
@@ -115,6 +136,8 @@ def _runs(rows: Sequence[int]) -> Iterator[tuple[int, int]]:
 
 def to_calculable(array: np.ndarray[Any, Any]) -> torch.Tensor:
     """Return the elements of a new array as a tensor, in a dtype that torch calculates with."""
+    if array.dtype.str[1:] == "u8" and array.size and array.max() > _LARGEST:
+        raise UsageError(f"whole numbers of at most {_LARGEST} are needed", value=int(array.max()))
     dtype = _WIDENED.get(array.dtype.str[1:], array.dtype.newbyteorder("="))
     return torch.from_numpy(np.ascontiguousarray(array, dtype=dtype))
 
@@ -131,30 +154,61 @@ def choose_arrays(arrays: Mapping[str, Rows], path: object, columns: Columns = F
     for name in columns.named:
         if name not in arrays:
             raise UsageError(f"there is no array {name!r}, but {', '.join(list(arrays)[:_SHOWN])}", path=path)
-    label_key = columns.labels or next((key for key in LABEL_KEYS if key in arrays and key != columns.inputs), None)
+    found = next((key for key in LABEL_KEYS if key in arrays and key != columns.inputs), None)
+    label_key = None if columns.without_labels else columns.labels or found
+    arrays = _take_usable(arrays, columns.inputs, label_key, path)
     if columns.inputs is not None:
         arrays = {key: rows for key, rows in arrays.items() if key in (columns.inputs, label_key)}
-    candidates = {key: rows for key, rows in arrays.items() if key != label_key and len(rows.shape) > 1}
-    key = next((key for key in INPUT_KEYS if key in candidates), None)
-    if key is None and len(candidates) == 1:
-        key = next(iter(candidates))
-    if key is None:
-        held = ", ".join(f"{key} {list(rows.shape)}" for key, rows in list(arrays.items())[:_SHOWN])
-        if not candidates:
-            raise UsageError(
-                f"no array here can be the inputs, of shape (samples, ...): it holds {held or 'no array'}", path=path
-            )
-        more = f" and {len(arrays) - _SHOWN} more" if len(arrays) > _SHOWN else ""
-        raise UsageError(
-            f"which array holds the inputs? The data has {held}{more}; name it with --inputs (and the labels with "
-            "--labels)",
-            path=path,
-        )
-    inputs = candidates[key]
-    labels = None if label_key is None or columns.without_labels else arrays[label_key]
+    inputs = _choose_inputs(arrays, label_key, path)
+    labels = None if label_key is None else arrays[label_key]
     if 0 in inputs.shape:
         raise UsageError(f"the array of inputs is empty: its shape is {list(inputs.shape)}", path=path)
     if labels is not None and labels.shape[:1] != inputs.shape[:1]:
         count = labels.shape[0] if labels.shape else "one number instead of"
         raise UsageError(f"there are {inputs.shape[0]} inputs but {count} labels", path=path)
     return inputs, labels
+
+
+def _take_usable(
+    arrays: Mapping[str, Rows], inputs: str | None, label_key: str | None, path: object
+) -> Mapping[str, Rows]:
+    """Return the arrays that hold plain numbers.
+
+    Raises:
+        UsageError: one that is named does not, or the labels, or the only one that can be the inputs by its name.
+    """
+    unusable = {key: rows for key, rows in arrays.items() if isinstance(rows, UnusableRows)}
+    usable = {key: rows for key, rows in arrays.items() if key not in unusable}
+    if label_key in unusable:
+        raise UsageError(f"{unusable[label_key].explain(label_key)}; --labels none leaves it out", path=path)
+    wanted = inputs
+    if wanted is None and not any(key in usable for key in INPUT_KEYS):  # another array is something else
+        wanted = next((key for key in INPUT_KEYS if key in unusable), None)
+    if wanted in unusable:
+        raise UsageError(f"{unusable[wanted].explain(wanted)}; name the inputs with --inputs", path=path)
+    return usable
+
+
+def _choose_inputs(arrays: Mapping[str, Rows], label_key: str | None, path: object) -> Rows:
+    """Return the array of a usual name, or the only one that can be the inputs.
+
+    Raises:
+        UsageError: there is none, or which is not told.
+    """
+    candidates = {key: rows for key, rows in arrays.items() if key != label_key and len(rows.shape) > 1}
+    key = next((key for key in INPUT_KEYS if key in candidates), None)
+    if key is None and len(candidates) == 1:
+        key = next(iter(candidates))
+    if key is not None:
+        return candidates[key]
+    held = ", ".join(f"{key} {list(rows.shape)}" for key, rows in list(arrays.items())[:_SHOWN])
+    if not candidates:
+        raise UsageError(
+            f"no array here can be the inputs, of shape (samples, ...): it holds {held or 'no array'}", path=path
+        )
+    more = f" and {len(arrays) - _SHOWN} more" if len(arrays) > _SHOWN else ""
+    raise UsageError(
+        f"which array holds the inputs? The data has {held}{more}; name it with --inputs (and the labels with "
+        "--labels)",
+        path=path,
+    )

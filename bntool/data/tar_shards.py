@@ -35,6 +35,7 @@ _ARRAY = "npy"
 _OWN = re.compile(r"__[^/]*__(?:$|/)")  # what webdataset keeps for itself
 
 _RANGE = re.compile(r"\{(-?\d{1,255})\.\.(-?\d{1,255})(?:\.\.(-?\d{1,255}))?\}", re.ASCII)
+_ENDED = re.compile(r": exit (-?\d+) \(")  # of the program that webdataset started, among all its arguments
 _MOST_NAMES = 1_000_000
 
 
@@ -167,7 +168,9 @@ def _open_samples(shards: Sequence[str]) -> Iterator[Mapping[str, Any]]:
         except ValueError as error:  # of webdataset, about its own convention
             raise CorruptFileError(str(error.args[0]).partition(" dict_keys(")[0], path=shard) from error
         except OSError as error:
-            raise UnreadableFileError(describe_failure(error), path=shard) from error
+            ended = None if _is_local(shard) else _ENDED.search(str(error))
+            what = describe_failure(error) if ended is None else f"what fetches it ended with code {ended[1]}"
+            raise UnreadableFileError(what, path=shard) from error
 
 
 def _read_shard(shard: str) -> Iterator[dict[str, Any]]:

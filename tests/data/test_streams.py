@@ -406,3 +406,39 @@ def test_columns_of_arrays_are_named(tmp_path):
     assert batch.labels.tolist() == LABELS
     with pytest.raises(UsageError, match="no array 'three', but one, two, kind"):
         read(tmp_path / "a.npz", columns=Columns("three"))
+
+
+def test_arrays_that_hold_no_numbers_are_not_passed_over(tmp_path):
+    images, text = np.ones((5, 2, 3), "float32"), np.array(["cat"] * 5)
+    np.savez(tmp_path / "a.npz", images=images, labels=text)
+    for columns in (Columns(), Columns(labels="labels")):
+        with pytest.raises(UsageError, match="the array 'labels' holds <U3; plain numbers are needed; --labels none"):
+            load_data(str(tmp_path / "a.npz"), batch_size=5, columns=columns)
+    assert load_data(str(tmp_path / "a.npz"), batch_size=5, columns=Columns(labels="none")).has_labels is False
+    np.savez(tmp_path / "b.npz", images=np.array([object()] * 5), masks=images)
+    with pytest.raises(UsageError, match="the array 'images' holds Python objects"):
+        load_data(str(tmp_path / "b.npz"), batch_size=5)
+    assert load_data(str(tmp_path / "b.npz"), batch_size=5, columns=Columns("masks")).samples == 5
+    np.savez(tmp_path / "c.npz", images=images, labels=np.full(5, 1 << 63, "uint64"))
+    with pytest.raises(UsageError, match="at most 9223372036854775807"):
+        list(load_data(str(tmp_path / "c.npz"), batch_size=5))
+
+
+@pytest.mark.skipif(os.name == "nt", reason="links")
+def test_links_to_a_folder_that_they_lie_in_are_passed_over(tmp_path):
+    """An image below is found once; links to other folders are followed."""
+    (tmp_path / "a" / "deeper").mkdir(parents=True)
+    (tmp_path / "a" / "deeper" / "0.png").write_bytes(encode_png(PIXELS[0]))
+    (tmp_path / "a" / "up").symlink_to(tmp_path)
+    (tmp_path / "a" / "deeper" / "up").symlink_to("..")
+    (tmp_path / "here").symlink_to(".")
+    (tmp_path / "b").symlink_to("a")
+    data = load_data(str(tmp_path), batch_size=4, preprocessing=STEPS)
+    assert (data.samples, data.classes) == (2, ("a", "b"))
+
+
+def test_data_without_a_name_are_not_the_working_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.png").write_bytes(encode_png(PIXELS[0]))
+    with pytest.raises(UsageError, match="--data is empty"):
+        load_data("", batch_size=4, preprocessing=STEPS)
