@@ -21,7 +21,7 @@ from bntool.folding.transforms.aliasing import has_to_copy
 from bntool.folding.transforms.padding_values import PaddingValues
 from bntool.folding.transforms.storing_otherwise import Outcome, StoringOtherwise, can_be_tried
 from bntool.graphs.graph import Evidence, ModelGraph, Node, NodeKind, Owner
-from bntool.plan import Operation, Plan, RemoveModule, RemoveTensor, Skip, SkipReason, Step
+from bntool.plan import Operation, Plan, RemoveModule, RemoveTensor, SetTensor, Skip, SkipReason, Step
 from bntool.representation import short_repr
 from bntool.verification.stored_outputs import StoredOutput
 
@@ -109,16 +109,18 @@ class _Folder:
             self.explain(layer)
         order = [layer for layer in self.graph.batchnorms if layer in self.done]
         folds = tuple(self.done[layer] for layer in order)
+        steps = tuple(add_derived(self.steps(), self.graph, self.state_dict))
         return FoldPlan(
             operation=Operation.FOLD,
             state_dict=self.state_dict.key,
-            steps=tuple(add_derived(self.steps(), self.graph, self.state_dict)),
+            steps=steps,
             skips=tuple(self.skips[layer] for layer in sorted(self.skips, key=self.position)),
             layers=tuple(order),
             assumptions=(
                 *self.name_unseen(folds),
                 *assume_fold(self.graph, folds, self.transforms, eps=self.options.eps),
                 *self.name_axes(),
+                *self.name_overridable(steps),
             ),
             folds=folds,
             options=self.options,
@@ -397,6 +399,14 @@ class _Folder:
         if unseen:
             shown = ", ".join(unseen[:_SHOWN]) + (f" and {len(unseen) - _SHOWN:,} more" if unseen[_SHOWN:] else "")
             yield f"{shown}, not run in the forward that was observed, reads nothing that a fold changed"
+
+    def name_overridable(self, steps: Sequence[Step]) -> Iterator[str]:
+        """Yield that a caller gives no others for the parameters that are folded, where one could."""
+        changed = {step.name for step in steps if isinstance(step, SetTensor | RemoveTensor)}
+        names = [name for name in self.state_dict.tensors if name in changed and name in self.graph.overridable]
+        if names:
+            listed = ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
+            yield f"nobody runs the model with other values for {listed}, which are inputs of it with a default"
 
     def find_unseen(self, folds: Sequence[Fold]) -> list[str]:
         """Return modules that did not run and could read a tensor that a fold changed, by its channels.

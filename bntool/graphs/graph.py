@@ -198,6 +198,7 @@ class ModelGraph:
         other_norms: dotted paths of modules with statistics that normalise otherwise, as their classes say.
         derived: tensors that nodes read and that the file does not hold by themselves, by name.
         needed_for: for tensors of the file that nothing else is made of, the derived ones that are made of them.
+        overridable: parameters that are inputs of the program with a default: who calls it may give others.
     """
 
     nodes: tuple[Node, ...]
@@ -217,6 +218,7 @@ class ModelGraph:
     other_norms: frozenset[str] = frozenset()
     derived: Mapping[str, DerivedTensor] = field(default_factory=dict)
     needed_for: Mapping[str, frozenset[str]] = field(default_factory=dict)
+    overridable: frozenset[str] = frozenset()
 
     @cached_property
     def _incoming(self) -> Mapping[int, tuple[Edge, ...]]:

@@ -166,8 +166,9 @@ class GraphBuilder:
         *,
         derived: Mapping[str, DerivedTensor] | None = None,
         needed_for: Mapping[str, frozenset[str]] | None = None,
+        overridable: Iterable[str] = (),
     ) -> ModelGraph:
-        """Return the graph, with what :class:`~bntool.graphs.graph.ModelGraph` says of derived tensors."""
+        """Return the graph, with what :class:`~bntool.graphs.graph.ModelGraph` says of tensors."""
         uses = {name: frozenset(indices) for name, indices in self._uses.items()}
         return ModelGraph(
             tuple(self._nodes),
@@ -176,6 +177,7 @@ class GraphBuilder:
             evidence=Evidence.STORED,
             derived=derived or {},
             needed_for=needed_for or {},
+            overridable=frozenset(overridable),
         )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from numpy.typing import NDArray
@@ -11,7 +11,15 @@ from bntool.batchnorm import VECTORS
 from bntool.checkpoints.checkpoint import Checkpoint, StateDict
 from bntool.checkpoints.containers.protobufs.reading import Message
 from bntool.checkpoints.containers.protobufs.writing import unused_name
-from bntool.checkpoints.onnx.graph import GRAPH_INPUTS, SUBGRAPH, SUBGRAPHS, OnnxGraph, OnnxNode, normalises_by_batch
+from bntool.checkpoints.onnx.graph import (
+    GRAPH_INPUTS,
+    IR_VERSION,
+    SUBGRAPH,
+    SUBGRAPHS,
+    OnnxGraph,
+    OnnxNode,
+    normalises_by_batch,
+)
 from bntool.checkpoints.onnx.model import OnnxContent
 from bntool.checkpoints.onnx.tensors import DTYPES
 from bntool.checkpoints.tensors import count_elements
@@ -68,7 +76,14 @@ class _Building:
         self.builder.add(NodeKind.OUTPUT, "output", inputs=shown, reads=reads)
         derived = self.constants.derived
         needed_for = dict(self.constants.find_needed(self._is_constant)) if derived else {}
-        return self.builder.finish(derived=derived, needed_for=needed_for)
+        return self.builder.finish(derived=derived, needed_for=needed_for, overridable=self._list_overridable(main))
+
+    def _list_overridable(self, main: OnnxGraph) -> Iterator[str]:
+        """Yield the tensors that are inputs, too; before IR version 4 all of them had to be."""
+        if self.content.model.integer(IR_VERSION) >= 4:
+            for name, place in self.content.places.items():
+                if place.graph is main and place.name in main.inputs:
+                    yield name
 
     def _is_constant(self, graph: OnnxGraph, node: OnnxNode) -> bool:
         """Return whether a node computes from constants alone."""

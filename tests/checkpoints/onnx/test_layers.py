@@ -19,6 +19,7 @@ from bntool.checkpoints.formats import open_checkpoint
 from bntool.checkpoints.tensors import read_numbers
 from bntool.cli.main import main
 from tests.checkpoints.onnx.onnx_models import node, save_model, tensor, value
+from tests.graphs.stored.folding import fold_file
 
 pytestmark = pytest.mark.usefixtures("forked_onnxruntime")
 RNG = np.random.default_rng(0)
@@ -483,3 +484,23 @@ def test_where_a_parameter_comes_from_is_said_as_it_is(inputs: str, reason: str,
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8), path)
     with open_checkpoint(path) as checkpoint:
         assert [(one.name, one.reason) for one in checkpoint.not_understood] == [("bn", reason)]
+
+
+@pytest.mark.parametrize("ir_version", [3, 8])
+def test_a_fold_of_parameters_that_a_caller_may_give_is_assumed(ir_version: int, tmp_path: Path) -> None:
+    constants = [tensor("w", np.full((4, 4, 1, 1), 0.5)), *(tensor(name, np.full(4, 0.5)) for name in "gbmv")]
+    shapes = {"x": [2, 4, 3, 3], **{one.name: list(one.dims) for one in constants}}
+    given = [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in shapes.items()]
+    taken = [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)]
+    nodes = [
+        helper.make_node("Conv", ["x", "w"], ["c"]),
+        helper.make_node("BatchNormalization", ["c", *"gbmv"], ["y"], name="bn"),
+    ]
+    graph = helper.make_graph(nodes, "graph", given, taken, constants)
+    path = tmp_path / "model.onnx"
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 9)], ir_version=ir_version), path)
+    given_before = ir_version >= 4  # older versions list every constant among the inputs
+    assumptions = fold_file(path, tmp_path / "folded.onnx").assumptions
+    assert [one.startswith("nobody runs the model with other values for ") for one in assumptions] == (
+        [True] * given_before
+    )
