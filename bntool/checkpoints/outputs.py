@@ -352,22 +352,29 @@ def check_output_differs(source: SourceFile, output: Path) -> None:
             raise UsageError("the output is the input; name another file", path=output)
 
 
-def check_outputs_apart(outputs: Iterable[Path | None], inputs: Iterable[str | os.PathLike[str] | None]) -> None:
+def check_outputs_apart(outputs: Iterable[Path | None], inputs: Iterable[object]) -> None:
     """Check that files that are written are none of those that are read, and differ from each other.
 
     Args:
         outputs: None for none.
-        inputs: what may name a file, under whatever name.
+        inputs: paths, and texts that may begin with one, as ``net.py:build`` does; anything else names no file.
 
     Raises:
         UsageError
     """
-    files, read = [path for path in outputs if path is not None], [path for path in inputs if path is not None]
+    files, read = [path for path in outputs if path is not None], [one for spec in inputs for one in _list_paths(spec)]
     for at, path in enumerate(files):
         if any(is_same_file(path, other) for other in read):
             raise UsageError("the file is read, too: name another one to write", path=path)
         if any(is_same_file(path, other) for other in files[:at]):
             raise UsageError("two files to write have this name", path=path)
+
+
+def _list_paths(spec: object) -> Iterator[str | os.PathLike[str]]:
+    if isinstance(spec, str):
+        yield from (spec, spec.rpartition(":")[0])
+    elif isinstance(spec, os.PathLike):
+        yield spec
 
 
 def is_same_file(one: str | os.PathLike[str], other: str | os.PathLike[str]) -> bool:

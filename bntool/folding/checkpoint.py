@@ -13,6 +13,7 @@ from bntool.checkpoints.batchnorms import find_norms
 from bntool.checkpoints.checkpoint import Checkpoint, Loader, StateDict, check_changeable
 from bntool.checkpoints.descriptions import ModelDescription, describe_model
 from bntool.checkpoints.formats import open_checkpoint
+from bntool.checkpoints.outputs import check_outputs_apart
 from bntool.checkpoints.records import check_not_folded
 from bntool.checkpoints.saving import check_output
 from bntool.checkpoints.state_dicts import choose_state_dict
@@ -106,6 +107,7 @@ def fold_checkpoint(  # noqa: PLR0913 as many as the command has options
         _check_padding(output, has_model=model is not None, has_pairs=bool(pairs), writes=export is not None or dry_run)
     target, program = (None if file is None else Path(file) for file in (output, export))
     writes = target is not None or program is None  # a state dict, not only a program
+    check_outputs_apart([target, program], (model, data, prototxt, keras_config))
     with open_checkpoint(path) as opened:
         check_changeable(opened)
         check_output(opened, None if dry_run else target, force=force)
@@ -116,7 +118,7 @@ def fold_checkpoint(  # noqa: PLR0913 as many as the command has options
         kind = None
         if program is not None:
             has_shape = input_shape is not None or data is not None
-            kind = check_export(opened, program, target, has_model=model is not None, has_shape=has_shape, force=force)
+            kind = check_export(opened, program, has_model=model is not None, has_shape=has_shape, force=force)
         source, description = _describe(
             opened,
             state_dict,

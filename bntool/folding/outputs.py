@@ -22,15 +22,12 @@ if TYPE_CHECKING:
 _PACKAGES = ("onnx", "onnxscript", "onnxruntime")  # that write and run an ONNX file
 
 
-def check_export(
-    checkpoint: Checkpoint, export: Path, output: Path | None, *, has_model: bool, has_shape: bool, force: bool
-) -> ProgramKind:
+def check_export(checkpoint: Checkpoint, export: Path, *, has_model: bool, has_shape: bool, force: bool) -> ProgramKind:
     """Find out before any work whether the program can be written, and as what.
 
     Raises:
         MissingExtraError: a package that writes or runs it is missing.
-        UsageError: the name ends otherwise, is that of the input or of the other output, or there is no model
-            or no shape.
+        UsageError: the name ends otherwise, is that of the input, or there is no model or no shape.
         UnwritableFileError: it exists and ``force`` is not given, or its folder is missing.
     """
     kinds = {kind.value: kind for kind in ProgramKind}
@@ -41,8 +38,6 @@ def check_export(
         raise UsageError("--export needs the model that is to be exported: give --model", path=export)
     if not has_shape:
         raise UsageError("a program keeps the shape of its example: give --input-shape or --data", path=export)
-    if output is not None and export.absolute() == output.absolute():
-        raise UsageError("--export and -o name the same file", path=export)
     check_output_differs(checkpoint.file, export)
     OutputFiles(force=force).check(export)
     if kind is ProgramKind.ONNX:

@@ -146,7 +146,7 @@ def recalibrate_checkpoint(  # noqa: PLR0913, PLR0915 as many as the command has
     if resume is not None:
         check_can_resume(method, every=resume_every)
     kept = None if resume is None else Path(resume)
-    check_outputs_apart([target, part, kept], _list_inputs(model, data, eval_data))
+    check_outputs_apart([target, part, kept], (model, data, eval_data))
     with join_job() as ranks, open_source(path) as source, _seeded(seed):
         check_changeable(source)
         check_output(source, part if is_share else target, force=force, keeps_format=not is_share)
@@ -258,13 +258,6 @@ def recalibrate_checkpoint(  # noqa: PLR0913, PLR0915 as many as the command has
         )
         judge.end()
         return _end(keeper, ranks, found)
-
-
-def _list_inputs(*specs: object) -> Iterator[str]:
-    """List what specs may name as a file: all of them, or what comes before the name of a function or a split."""
-    for spec in specs:
-        if isinstance(spec, str):
-            yield from (spec, spec.rpartition(":")[0])
 
 
 def _end(

@@ -488,3 +488,17 @@ def test_direct_only_leaves_what_an_addition_would_take(capsys: pytest.CaptureFi
     assert main(["fold", file, "--dry-run", "--direct-only"]) == 0
     assert "fold 2 of 4 BatchNorm layers" in capsys.readouterr().out
     assert main(["fold", file, "--dry-run", "--direct-only", "--strict"]) == 4
+
+
+def test_no_file_that_is_read_is_written_to(tmp_path, capsys):
+    code, data = copy_user_code("small_net", tmp_path), tmp_path / "images.npz"
+    np.savez(data, images=np.zeros((4, 3, 8, 8), np.float32))
+    before = {path: path.read_bytes() for path in (code, data)}
+    arguments = ["fold", str(SAMPLES / "digits.pt"), "--model", f"{code}:build", "--data", str(data), "--force"]
+    for output in (["-o", str(code)], ["-o", str(data)]):
+        assert main([*arguments, *output]) == 2
+        assert "the file is read, too: name another one to write" in capsys.readouterr().err
+    both = str(tmp_path / "folded.pt2")
+    assert main([*arguments, "-o", both, "--export", both]) == 2
+    assert "two files to write have this name" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in before} == before
