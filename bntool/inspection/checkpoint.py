@@ -21,7 +21,7 @@ from bntool.inspection.file_findings import find_in_file, find_in_state_dict
 from bntool.inspection.findings import Finding, FindingCode, IgnoredFinding, Severity
 from bntool.inspection.judging import add_configured, judge
 from bntool.inspection.layer_differences import compare_layers
-from bntool.inspection.layer_findings import find_in_layer
+from bntool.inspection.layer_findings import compare_shapes, find_in_layer
 from bntool.inspection.missing_statistics import report_missing_statistics
 from bntool.inspection.module_findings import (
     Expected,
@@ -341,6 +341,7 @@ def _inspect_layer(
         )
         advice = "run one forward before saving, and save from the device"
         findings.append(Finding(FindingCode.NOT_INITIALISED, Severity.WARNING, "no elements", message, advice=advice))
+    findings += compare_shapes({role: tuple(layer.tensors[role].shape) for role in summaries})
     findings += find_in_module(layer, expected, thresholds)
     of_torch = not layer.class_path or layer.class_path.startswith("torch.")  # others have no such counter
     has_counter = layer.kind is not NormKind.FROZEN_BATCH_NORM and layer.has_statistics

@@ -6,7 +6,7 @@ The thresholds are those of :mod:`bntool.inspection.thresholds`.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from itertools import accumulate
 from typing import Any
 
@@ -76,6 +76,22 @@ def _shapes(tensors: dict[str, Summary]) -> list[Finding]:
     message = f"its tensors have different lengths ({listed}): they do not belong together"
     advice = "take each layer's tensors from one model"
     return [Finding(FindingCode.SHAPE_MISMATCH, Severity.ERROR, "shapes differ", message, dict(lengths), advice)]
+
+
+def compare_shapes(shapes: Mapping[str, tuple[int, ...]]) -> list[Finding]:
+    """Return a finding where vectors of one length lie in different axes: a module loads all of them in one shape.
+
+    Args:
+        shapes: of the tensors of a layer, by role.
+    """
+    vectors = {role: shapes[role] for role in VECTORS if role in shapes}
+    if len(set(vectors.values())) <= 1 or len(set(map(math.prod, vectors.values()))) > 1:
+        return []
+    facts = {role: list(shape) for role, shape in vectors.items()}
+    listed = ", ".join(f"{role} {shape}" for role, shape in facts.items())
+    message = f"its tensors have different shapes ({listed}): torch.nn.BatchNorm loads vectors, and no module both"
+    advice = "reshape them to one shape, [C] for torch.nn.BatchNorm"
+    return [Finding(FindingCode.SHAPE_MISMATCH, Severity.WARNING, "shapes differ", message, facts, advice)]
 
 
 def _nonfinite(tensors: dict[str, Summary]) -> list[Finding]:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 import bntool
 from bntool.inspection.findings import FindingCode, Severity
-from bntool.inspection.layer_findings import find_in_layer
+from bntool.inspection.layer_findings import compare_shapes, find_in_layer
 from bntool.inspection.results import Summary
 
 
@@ -304,3 +304,12 @@ def test_a_plain_average_that_the_next_batch_replaces() -> None:
     (known,), (unknown,) = (find_in_layer(layer(counter=0), eps=None, averages_all=known) for known in (True, False))
     assert "takes their place" in known.message
     assert "takes their place" not in unknown.message
+
+
+def test_tensors_of_one_length_and_different_shapes() -> None:
+    shapes: dict[str, tuple[int, ...]] = dict.fromkeys(("weight", "bias", "running_mean", "running_var"), (8,))
+    assert compare_shapes(shapes) == []
+    assert compare_shapes(dict.fromkeys(shapes, (1, 8, 1, 1))) == []  # of a module written by hand
+    (finding,) = compare_shapes({**shapes, "running_mean": (1, 8, 1, 1)})
+    assert finding.severity is Severity.WARNING
+    assert "running_mean [1, 8, 1, 1]" in finding.message
