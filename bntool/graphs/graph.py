@@ -83,7 +83,8 @@ class Node:
         operator: PyTorch's name, e.g. ``aten.relu_``; for a declared node the layer's.
         layer: dotted path of the module that ran it, "" for the model itself.
         parameters: names of the parameters and buffers that it takes as they are, by role (``weight``, ``bias``,
-            ``running_mean``, ``running_var``; ``factor`` of a linear map of each channel, one element for each).
+            ``running_mean``, ``running_var``; ``factor`` or ``divisor`` of a linear map of each channel, one element
+            for each or one for all).
         computed: roles that are given by a computed tensor, each with the names that it is computed from.
         channels: number of output channels.
         elements: of its output, where that was seen.

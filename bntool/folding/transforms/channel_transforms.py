@@ -19,6 +19,11 @@ from bntool.folding.transforms.unknowns import Array, Contradiction, Integers, S
 from bntool.graphs.graph import Edge, ModelGraph, Node, NodeKind
 
 
+def read_factors(node: Node) -> Array | None:
+    """Return the factors that the graph knows of a linear map of each channel."""
+    return np.asarray(node.factors) if node.factors else None
+
+
 @dataclass(frozen=True)
 class Transform:
     """A transform a (x + b) in which the channels of a tensor are stored.
@@ -79,6 +84,7 @@ class ChannelTransforms:
         absorbs: whether a convolution, linear, BatchNorm or bias can take what is left on either side of it.
         takes_shift: whether it can take a shift, too.
         changes_padding: whether a convolution that pads with zeros can pad with other values; None for none.
+        find_factors: of a linear map of each channel, one for all or one for each; None where they are not known.
     """
 
     graph: ModelGraph
@@ -87,6 +93,7 @@ class ChannelTransforms:
     absorbs: Callable[[Node], bool]
     takes_shift: Callable[[Node], bool]
     changes_padding: Callable[[Node], bool] | None = None
+    find_factors: Callable[[Node], Array | None] = read_factors
     bases: dict[int, tuple[int, int]] = field(default_factory=dict)  # first scale and shift of unknown outputs, by node
     calls: dict[tuple[NodeKind, str], list[Node]] = field(default_factory=dict)
     gone: set[str] = field(default_factory=set)  # the layers that disappear
@@ -383,21 +390,27 @@ class ChannelTransforms:
         if rule.unscaled:
             self.scales.fix(given.scales, node.index)
         if rule.shift is Shift.SUM:
-            factors = node.factors or (1.0, 1.0)
+            weights = node.factors or (1.0, 1.0)
             parts = known[0].shifts, known[1].shifts
-            own = next((port for port in rule.ports if factors[port] and self._is_made_for(node, port)), None)
+            own = next((port for port in rule.ports if weights[port] and self._is_made_for(node, port)), None)
             if own is None:
-                self.shifts.add_sums(given.shifts, parts, (factors[0], factors[1]), node.index)
+                self.shifts.add_sums(given.shifts, parts, (weights[0], weights[1]), node.index)
             else:
                 other = 1 - own
-                self.shifts.hold_sums(given.shifts, (parts[own], parts[other]), (factors[own], factors[other]))
-        elif rule.shift is Shift.SCALED and node.factors and all(node.factors):
+                self.shifts.hold_sums(given.shifts, (parts[own], parts[other]), (weights[own], weights[other]))
+        elif rule.shift is Shift.SCALED and (factors := self._find_usable_factors(node)) is not None:
             size = len(given.shifts)
-            factor = np.broadcast_to(np.asarray(node.factors), size).copy()
+            factor = np.broadcast_to(factors, size).copy()
             self.shifts.link(given.shifts, known[0].shifts, factor=factor, offset=np.zeros(size), origin=node.index)
         elif rule.shift in (Shift.ZERO, Shift.SCALED):
             self.shifts.fix(given.shifts, node.index)
             self.shifts.fix(known[0].shifts, node.index)
+
+    def _find_usable_factors(self, node: Node) -> Array | None:
+        """Return the factors with which a shift passes; None where they are not known, or one is zero."""
+        factors = self.find_factors(node)
+        usable = factors is not None and len(factors) in (1, node.channels) and np.all(factors)
+        return factors if usable else None
 
     def _is_made_for(self, reader: Node, port: int) -> bool:
         """Return whether what a node reads is given to it alone, with any shift: nothing else asks for one."""

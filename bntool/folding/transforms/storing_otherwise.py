@@ -18,11 +18,18 @@ from bntool.checkpoints.dtypes import FLOAT32, FLOAT64
 from bntool.checkpoints.tensors import read_bytes
 from bntool.folding.absorption import Blocked
 from bntool.folding.folds import Fold, Level
-from bntool.folding.producers import Addend, Producer, read_addend, read_producer
+from bntool.folding.producers import Addend, Producer, read_addend, read_parameter, read_producer
 from bntool.folding.scale_and_shift import ScaleAndShift
 from bntool.folding.transforms.aliasing import is_private
 from bntool.folding.transforms.branches import IdentityBranch, find_branch
-from bntool.folding.transforms.channel_transforms import ChannelTransforms, Stuck, Transform, as_indices, is_whole
+from bntool.folding.transforms.channel_transforms import (
+    ChannelTransforms,
+    Stuck,
+    Transform,
+    as_indices,
+    is_whole,
+    read_factors,
+)
 from bntool.folding.transforms.operations import Shift, find_rule
 from bntool.folding.transforms.padding_values import PaddingValues
 from bntool.folding.transforms.unknowns import Array
@@ -158,6 +165,27 @@ class StoringOtherwise:
         once = len(self._calls.get(node.parameters.get("weight", ""), ())) == 1
         return once and self._absorbs(node) and self._takes_shift(node)
 
+    def _find_factors(self, node: Node) -> Array | None:
+        """Return the factors of a linear map of each channel, also where they are a parameter of the file; None where
+        they are not known, or the forward does something else with that parameter, which may change it.
+        """
+        known = read_factors(node)
+        found = [(role, name) for role, name in node.parameters.items() if role in ("factor", "divisor")]
+        if known is not None or not found:
+            return known
+        ((role, name),) = found
+        users = (self.graph.nodes[index] for index in self.graph.uses.get(name, frozenset()))
+        if name in self.graph.tied or any(name not in user.parameters.values() for user in users):
+            return None
+        try:
+            numbers = read_parameter(name, self.state_dict)
+        except Blocked:
+            return None
+        if role == "divisor":
+            with np.errstate(divide="ignore", over="ignore"):
+                numbers = 1 / numbers
+        return numbers if np.isfinite(numbers).all() else None
+
     # equations
 
     def _solve(self, layers: Sequence[str], outcome: Outcome) -> ChannelTransforms | None:
@@ -165,7 +193,7 @@ class StoringOtherwise:
             return None
         changes = self._changes_padding if self.change_padding else None
         system = ChannelTransforms(
-            self.graph, frozenset(layers), self.removed, self._absorbs, self._takes_shift, changes
+            self.graph, frozenset(layers), self.removed, self._absorbs, self._takes_shift, changes, self._find_factors
         )
         for layer in sorted(layers, key=self._order):
             own = self.transforms[layer]

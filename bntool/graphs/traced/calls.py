@@ -124,9 +124,10 @@ def _arithmetic(name: str, given: Callable[[str], Any], roles: _Roles) -> CallFa
         if not all(map(math.isfinite, factors)):
             return None
         details: dict[str, Any] = {"factors": factors}
-        if name == "mul" and value is None:
-            parameter = _find_along(constant, axis, data=data, dim=dim, roles=roles)
-            details["parameters"] = {} if parameter is None else {"factor": parameter.name}
+        if value is None:
+            parameter = _find_factor(constant, axis, data=data, dim=dim, roles=roles)
+            role = "factor" if name == "mul" else "divisor"
+            details["parameters"] = {} if parameter is None else {role: parameter.name}
         kind = NodeKind.CHANNELWISE
     elif data is not first and (name == "sub" or given("alpha") != 1):
         return None
@@ -196,6 +197,17 @@ def _find_along(constant: Any, axis: int, *, data: Tensor, dim: int, roles: _Rol
     shape = (*(1 for _ in range(dim - constant.dim())), *constant.shape)
     extent = data.shape[axis - (dim - data.dim())] if axis >= dim - data.dim() else 0
     return parameter if shape[axis] == extent == constant.numel() else None
+
+
+def _find_factor(constant: Any, axis: int, *, data: Tensor, dim: int, roles: _Roles) -> Parameter | None:
+    """Return the parameter of floating-point numbers that a constant is, with one element per channel of the result,
+    or one for all.
+    """
+    if not isinstance(constant, Tensor) or not constant.is_floating_point():
+        return None
+    if constant.numel() == 1 and constant.dim() <= data.dim():
+        return roles.index.find(constant, ones=Ones.ANYWHERE)
+    return _find_along(constant, axis, data=data, dim=dim, roles=roles)
 
 
 def _removed_before(given: Callable[[str], Any], axis: int, dim: int) -> int:

@@ -337,7 +337,8 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         given = {id(tensor): tensor for tensor in tensors_in((arguments, keywords))}
         targets = outputs[:1] if facts.kind is NodeKind.BATCH_NORM or facts.kind.is_producer else outputs
         others = self.known.sharing(mutated)
-        if others and facts.kind is not NodeKind.OTHER:
+        writes_parameter = facts.kind in _ARITHMETIC and any(map(self.index.touching, mutated))
+        if (others or writes_parameter) and facts.kind is not NodeKind.OTHER:
             facts = replace(facts, kind=NodeKind.OTHER, inputs=(), axis=None)
         node = self.add_node(facts.kind, str(function.overloadpacket), **facts.node_facts())
         product = self.find_product(function, given, labels) if facts.kind in _ARITHMETIC and not others else None

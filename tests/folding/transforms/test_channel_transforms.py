@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 
 import numpy as np
@@ -9,17 +10,21 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils import parametrize
 
 import bntool
 from bntool.errors import UsageError
 from bntool.folding.folds import Level
 from bntool.folding.options import Layout
+from bntool.folding.planning import plan_fold
 from bntool.folding.producers import read_producer
 from bntool.folding.transforms import channel_transforms, operations
 from bntool.folding.transforms.channel_transforms import ChannelTransforms
 from bntool.folding.transforms.storing_otherwise import StoringOtherwise
 from bntool.folding.transforms.unknowns import Scales, Shifts
 from bntool.graphs.graph import NodeKind
+from bntool.graphs.traced.tracing import trace
+from bntool.modules.application import apply_plan, read_state
 from tests.folding.folding_networks import Functional, fold, largest_difference, randomise, reasons
 
 EXACT = 1e-12
@@ -182,6 +187,126 @@ def test_what_passes_scales_of_any_sign(forward) -> None:
     assert all(fold.into and (fold.scale_into or fold.shift_into) for fold in plan.folds)
     assert all(skip.detail for skip in plan.skips)
     assert largest_difference(model, folded, image()) < EXACT
+
+
+# a product with a parameter
+
+
+def times_implicit(self, x):
+    return torch.sigmoid(self.bn(self.p * self.stem(x)))
+
+
+def divided(self, x):
+    return torch.sigmoid(self.bn(self.stem(x) / self.p))
+
+
+def channels_last(self, x):
+    return torch.sigmoid(self.bn((self.stem(x).permute(0, 2, 3, 1) * self.p.flatten()).permute(0, 3, 1, 2)))
+
+
+def times_twice(self, x):
+    return torch.sigmoid(self.bn(self.stem(x) * self.p)) + torch.sigmoid(self.bn2(self.stem2(x) * self.p))
+
+
+def times_and_plus(self, x):
+    return torch.sigmoid(self.bn(self.stem(x) * self.p + self.p))
+
+
+def read_otherwise(self, x):
+    return torch.sigmoid(self.bn(self.stem(x) * self.p)) * self.p.softmax(1)
+
+
+def written_before(self, x):
+    self.p.clamp_(min=-1.5)
+    return torch.sigmoid(self.bn(self.stem(x) * self.p))
+
+
+def written_by_data(self, x):
+    y = self.stem(x)
+    self.p.mul_(y.mean((0, 2, 3), keepdim=True).abs() * 0 + 1)
+    return torch.sigmoid(self.bn(y * self.p))
+
+
+def multiplied(forward, shape=(1, 6, 1, 1)) -> nn.Module:
+    model = build(forward, **extras(forward))
+    p = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    model.p = nn.Parameter(p.sign() * (p.abs() + 0.1))
+    return model
+
+
+@pytest.mark.parametrize(
+    ("forward", "shape", "folds"),
+    [
+        (times_implicit, (1, 6, 1, 1), 1),
+        (times_implicit, (6, 1, 1), 1),
+        (times_implicit, (1,), 1),
+        (times_implicit, (), 1),
+        (divided, (1, 6, 1, 1), 1),
+        (channels_last, (1, 6, 1, 1), 1),
+        (times_twice, (6, 1, 1), 2),
+        (times_implicit, (6, 7, 7), 0),
+        (times_implicit, (3, 1, 1, 1), 0),
+        (times_and_plus, (6, 1, 1), 0),
+        (read_otherwise, (1, 6, 1, 1), 0),
+        (written_before, (1, 6, 1, 1), 0),
+        (written_by_data, (1, 6, 1, 1), 0),
+    ],
+)
+def test_a_shift_passes_a_product_with_a_parameter_divided_by_it(forward, shape, folds: int) -> None:
+    model = multiplied(forward, shape)
+    if forward is written_by_data:
+        model.p.requires_grad_(False)
+    folded, plan = fold(model, image())
+    assert len(plan.folds) == folds, plan.skips
+    assert largest_difference(model, folded, image()) < EXACT
+    if folds:
+        bntool.fold(model, image())  # also layer by layer, modulo how outputs are stored
+    assert not fold(model, image(), layout=Layout.SAME_KEYS)[1].folds
+
+
+def test_the_factors_of_a_product_are_those_of_the_file_and_not_of_the_model_that_was_traced() -> None:
+    model, other = multiplied(times_implicit), multiplied(times_implicit)
+    other.p.data.mul_(-3).add_(0.01)
+    plan = plan_fold(read_state(other), trace(model, image()))
+    folded = copy.deepcopy(other)
+    apply_plan(folded, plan)
+    assert len(plan.folds) == 1
+    assert largest_difference(other, folded, image()) < EXACT
+
+
+def test_a_file_folds_over_a_product_with_a_parameter_and_is_loaded(tmp_path) -> None:
+    model, path, output = multiplied(times_implicit).float(), tmp_path / "net.pt", tmp_path / "folded.pt"
+    torch.save(model.state_dict(), path)
+    result = bntool.fold_checkpoint(path, output, model=copy.deepcopy(model), input_shape=(3, 4, 7, 7))
+    assert [(fold.layer, fold.into) for fold in result.plan.folds] == [("bn", ("stem",))]
+    loaded = bntool.load_folded(multiplied(times_implicit).float(), output)
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in loaded.modules())
+    assert torch.equal(loaded.p, model.p)
+    assert largest_difference(model, loaded, image().float()) < 1e-5
+
+
+@pytest.mark.parametrize("change", ["zero", "infinite", "tied", "computed", "not stored"])
+def test_a_product_with_a_parameter_whose_factors_are_not_known_lets_no_shift_pass(change: str) -> None:
+    model = multiplied(times_implicit)
+    with torch.no_grad():
+        if change == "zero":
+            model.p[0, 2] = 0
+        elif change == "infinite":
+            model.stem.weight[2], model.stem.bias[2], model.p[0, 2] = 0, 1, torch.inf
+        elif change == "tied":
+            model.other = nn.Module()
+            model.other.q = model.p
+        elif change == "computed":
+            parametrize.register_parametrization(model, "p", nn.Tanh())
+        else:
+            p = model.p.detach()
+            del model.p
+            model.register_buffer("p", p, persistent=False)
+    folded, plan = fold(model, image())
+    assert not plan.folds
+    assert "mul and sigmoid do not let it pass" in plan.skips[0].detail
+    if change != "infinite":
+        assert largest_difference(model, folded, image()) < EXACT
 
 
 # where every scale is positive
