@@ -29,6 +29,7 @@ Array = NDArray[Any]
 _MOST_ELEMENTS = 1 << 28  # of one result
 _MOST_STEPS = 64  # one after the other
 _SHORT = 4096  # elements
+_FAILURES = (NotConstantError, BntoolError, ValueError, ArithmeticError, IndexError, TypeError, OverflowError)
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ class ComputedTensors:
         """Return a value that a node of a graph sees under a name; None where it cannot be computed."""
         try:
             return self._compute(graph, name, 0)
-        except (NotConstantError, BntoolError, ValueError, ArithmeticError, IndexError, TypeError, OverflowError):
+        except _FAILURES:
             return None
 
     def small(self, graph: OnnxGraph, name: str) -> Array | None:
@@ -122,12 +123,29 @@ class ComputedTensors:
         if node is None or (node.outputs[0] != own and node.operator != "Split"):
             raise NotConstantError
         if node.operator == "Cast" and node.inputs:  # from bfloat16, which numpy does not know
-            values = self._source(holder, node.inputs[0], depth)
-            return _cast(node, [values])
+            given = [self._source(holder, node.inputs[0], depth)]
+        elif node.operator in _OPERATIONS:
+            given = [self._compute(holder, one, depth + 1) for one in node.inputs if one]
+        else:
+            raise NotConstantError
+        return self._run(node, own, given)
+
+    def run(self, node: OnnxNode, given: Sequence[Array]) -> Array | None:
+        """Return what a node of one output gives for what it reads; None where it cannot be computed.
+
+        Args:
+            given: the elements of each of its inputs, but for those that are left out.
+        """
+        try:
+            return self._run(node, node.outputs[0], given) if len(node.outputs) == 1 else None
+        except _FAILURES:
+            return None
+
+    def _run(self, node: OnnxNode, own: str, inputs: Sequence[Array]) -> Array:
         operation = _OPERATIONS.get(node.operator)
         if operation is None:
             raise NotConstantError
-        given = [self._compute(holder, one, depth + 1) for one in node.inputs if one]
+        given = list(inputs)
         filling = node.attributes.get("value")
         tensor = filling.message(TENSOR) if filling is not None else None
         if tensor is not None:
@@ -350,13 +368,34 @@ def _elementwise(function: Callable[..., Array]) -> Callable[[OnnxNode, Sequence
 
 
 def _divide(_: OnnxNode, given: Sequence[Array]) -> Array:
-    if given[0].dtype.kind != "f" or given[1].dtype != given[0].dtype:
-        raise NotConstantError  # integers are cut towards zero
-    return np.asarray(given[0] / given[1])
+    first, second = given
+    if second.dtype != first.dtype or (first.dtype.kind != "f" and not np.all(second)):
+        raise NotConstantError
+    if first.dtype.kind == "f":
+        return np.asarray(first / second)
+    down, left = np.divmod(first, second)
+    cut = down + ((left != 0) & (down < 0))  # towards zero, where numpy rounds down
+    return np.asarray(cut, first.dtype)
+
+
+def _remainder(node: OnnxNode, given: Sequence[Array]) -> Array:
+    """Compute a remainder of integers; it has the sign of the divisor, as that of numpy does."""
+    first, second = given
+    if first.dtype.kind not in "iu" or second.dtype != first.dtype or node.integer("fmod", 0) or not np.all(second):
+        raise NotConstantError
+    return np.asarray(np.mod(first, second))
+
+
+def _shape(node: OnnxNode, given: Sequence[Array]) -> Array:
+    end = node.integer("end", 0) if "end" in node.attributes else None
+    return np.asarray(given[0].shape[node.integer("start", 0) : end], "i8")
 
 
 _OPERATIONS: Mapping[str, Callable[[OnnxNode, Sequence[Array]], Array | list[Array]]] = {
     "Constant": _constant,
+    "Cast": _cast,
+    "Shape": _shape,
+    "Size": lambda _, given: np.asarray(given[0].size, "i8"),
     "ConstantOfShape": _fill,
     "Identity": lambda _, given: given[0],
     "Reshape": _reshape,
@@ -392,6 +431,7 @@ _OPERATIONS: Mapping[str, Callable[[OnnxNode, Sequence[Array]], Array | list[Arr
     "Sub": _elementwise(np.subtract),
     "Mul": _elementwise(np.multiply),
     "Div": _divide,
+    "Mod": _remainder,
     "Neg": _elementwise(np.negative),
     "Sqrt": _elementwise(np.sqrt),
 }

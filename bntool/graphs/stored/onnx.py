@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 
 from bntool.batchnorm import VECTORS
@@ -39,6 +40,7 @@ _KINDS = {
     "MatMul": NodeKind.MATMUL,
 }
 _FUNCTION = "a function for another version of ONNX's operators than the model, is called with"
+_SHORT = 4096  # elements of what is computed from shapes
 _SHAPE_FREE = ("Shape", "Size", "ConstantOfShape", "EyeLike")  # they look at the shape of what they are given alone
 
 
@@ -62,6 +64,7 @@ class _Building:
         self.constants = OnnxConstants(content, self.tensors)
         self.values: dict[tuple[int, str], Value] = {}
         self.extents: dict[tuple[int, str], Extents] = {}
+        self.numbers: dict[tuple[int, str], Array] = {}  # computed from shapes alone, of which everything is known
         self.nested: dict[int, list[OnnxGraph]] = {}
         for graph in content.graphs[1:]:
             self.nested.setdefault(graph.message.start, []).append(graph)
@@ -110,6 +113,12 @@ class _Building:
         return None
 
     def _constant(self, graph: OnnxGraph, name: str) -> Array | None:
+        """Return the elements of what is computed from constants, and from shapes of which everything is known."""
+        here: OnnxGraph | None = graph
+        while here is not None:
+            if (id(here), name) in self.numbers:
+                return self.numbers[id(here), name]
+            here = here.parent
         if not name or self._value(graph, name) is not None:
             return None
         return self.constants.computed.small(graph, name)
@@ -147,6 +156,7 @@ class _Building:
             return self._add_with_graphs(graph, node, values, inside)
         if node.operator in _SHAPE_FREE and any(value is not None for value in values):
             self._note_shape(graph, node, values)
+            self._note_numbers(graph, node)
             return [Value() for _ in node.outputs]
         alone = all(value is None for value in values)
         if node.operator == "Constant" or (alone and self.constants.computed.is_known(graph, node.outputs)):
@@ -154,6 +164,8 @@ class _Building:
         if node.operator in _KINDS and len(node.inputs) >= 2 and len(node.outputs) == 1:
             return self._add_producer(graph, node, values)
         self._note_extents(graph, node)
+        if not any(value is not None and value.sources for value in values):
+            self._note_numbers(graph, node)
         return self._add_passing(graph, node, values)
 
     def _add_passing(self, graph: OnnxGraph, node: OnnxNode, values: tuple[Value | None, ...]) -> list[Value]:
@@ -183,7 +195,27 @@ class _Building:
         shape = values[0].shape if values and values[0] is not None else None
         if node.operator == "Shape" and shape is not None:
             end = node.integer("end", len(shape)) if "end" in node.attributes else None
-            self.extents[id(graph), node.outputs[0]] = shape[node.integer("start", 0) : end]
+            found = shape[node.integer("start", 0) : end]
+            self.extents[id(graph), node.outputs[0]] = found
+            self._note_known(graph, node, found, (len(found),))
+
+    def _note_known(self, graph: OnnxGraph, node: OnnxNode, extents: Extents, shape: tuple[int, ...]) -> None:
+        """Note the numbers of a part of a shape, if everything is known of them."""
+        if all(one.is_known for one in extents):
+            numbers = np.asarray([one.number for one in extents], "i8").reshape(shape)
+            self.numbers[id(graph), node.outputs[0]] = numbers
+
+    def _note_numbers(self, graph: OnnxGraph, node: OnnxNode) -> None:
+        """Note what a node computes from shapes and constants, if all of these are known."""
+        key = (id(graph), node.outputs[0])
+        if key in self.numbers:
+            return
+        given = [self._constant(graph, name) for name in node.inputs if name]
+        if any(one is None or one.size > _SHORT for one in given):
+            return
+        found = self.constants.computed.run(node, [one for one in given if one is not None])
+        if found is not None and found.size <= _SHORT:
+            self.numbers[key] = found
 
     def _note_extents(self, graph: OnnxGraph, node: OnnxNode) -> None:
         """Note the parts of a shape, until something is reshaped to it."""
@@ -200,11 +232,13 @@ class _Building:
             places = self._constant(graph, node.inputs[1])
             if places is not None and all(-len(parts[0]) <= place < len(parts[0]) for place in places.reshape(-1)):
                 found = tuple(parts[0][int(place)] for place in places.reshape(-1))
+                self._note_known(graph, node, found, places.shape)
         elif node.operator == "Slice":
             limits = [self._constant(graph, name) for name in node.inputs[1:]]
             if len(limits) >= 2 and all(one is not None and one.size == 1 for one in limits):
                 numbers = [int(one.reshape(())) for one in limits if one is not None]
                 found = parts[0][numbers[0] : numbers[1] : numbers[3] if len(numbers) > 3 else 1]
+                self._note_known(graph, node, found, (len(found),))
         else:
             found = parts[0]
         if found is not None:

@@ -242,6 +242,93 @@ def shuffled_channels_of_any_batch() -> Pattern:
     return one
 
 
+def add_computed_widths(one: Pattern, *, first: str, rank: int = 4) -> str:
+    """Widths as torch writes them where it computes no constants: the last axis first, filled up with zeros, turned."""
+    for name, numbers in (("rank", rank), ("two", 2), ("zero", [0]), ("pairs", [-1, 2]), ("flat", [-1])):
+        one.give(name, numbers, "i8")
+    one.give("lowest", [-(2**63) + 1], "i8")
+    one.add("Shape", first, "extents")
+    one.add("Gather", "extents zero", "given", axis=0)
+    one.add("Mul", "rank two", "whole")
+    one.add("Sub", "whole given", "missing")
+    one.add("ConstantOfShape", "missing", "zeros", value=onnx.numpy_helper.from_array(np.zeros(1, "i8")))
+    one.add("Cast", first, "cast", to=TensorProto.INT64)
+    one.add("Concat", "cast zeros", "all", axis=0)
+    one.add("Reshape", "all pairs", "rows")
+    one.add("Slice", "rows flat lowest zero flat", "turned")
+    one.add("Transpose", "turned", "columns", perm=[1, 0])
+    one.add("Reshape", "columns flat", "widths")
+    return "widths"
+
+
+@exact
+def padded_by_computed_widths() -> Pattern:
+    one = Pattern()
+    one.conv("x", "c")
+    one.give("own", [1, 2, 0, 1], "i8")
+    add_computed_widths(one, first="own")
+    one.add("Pad", "c widths", "p", mode="reflect")
+    one.norm("p", "y", positive=False)
+    return one
+
+
+@exact
+def padded_up_to_a_multiple() -> Pattern:
+    """By the size of what is padded: 8 and 6 rows and columns become 10."""
+    one = Pattern(shape=("n", 3, 8, 6))
+    one.conv("x", "c")
+    for name, number in (("two_", 2), ("three", 3), ("five", 5)):
+        one.give(name, number, "i8")
+    one.give("front", [0], "i8")
+    one.add("Shape", "c", "sizes")
+    for axis, place in (("h", "two_"), ("w", "three")):
+        one.add("Gather", f"sizes {place}", axis, axis=0)
+        one.add("Neg", axis, f"{axis}_minus")
+        one.add("Mod", f"{axis}_minus five", f"{axis}_more")
+        one.add("Unsqueeze", f"{axis}_more front", f"{axis}_row")
+    one.add("Concat", "front w_row front h_row", "own", axis=0)
+    add_computed_widths(one, first="own")
+    one.add("Pad", "c widths", "p", mode="edge")
+    one.norm("p", "y", positive=False)
+    return one
+
+
+@exact
+def halves_with_computed_bounds() -> Pattern:
+    """As torch exports a chunk of a tensor whose batch is open."""
+    one = Pattern(shape=("n", 3, 8, 8), outputs=("y", "z"))
+    one.conv("x", "c", 6)
+    for name, number in (("none", 0), ("one", 1), ("two", 2)):
+        one.give(name, [number], "i8")
+    one.add("Shape", "c", "sizes")
+    one.add("Gather", "sizes one", "channels", axis=0)
+    one.add("Add", "channels one", "more")
+    one.add("Div", "more two", "half")
+    one.add("Mul", "half one", "first")
+    one.add("Mul", "half two", "second")
+    one.add("Slice", "c none first one", "a")
+    one.add("Slice", "c first second one", "b")
+    one.norm("a", "y", 3, positive=False)
+    one.norm("b", "z", 3, positive=False)
+    return one
+
+
+@exact
+def last_channels_by_a_quotient_that_is_cut() -> Pattern:
+    """-5 / 2 is -2 in ONNX."""
+    one = Pattern()
+    one.conv("x", "c", 5)
+    for name, number in (("one", 1), ("two", 2), ("end", 2**62)):
+        one.give(name, [number], "i8")
+    one.add("Shape", "c", "channels", start=1, end=2)
+    one.add("Neg", "channels", "minus")
+    one.add("Div", "minus two", "start")
+    one.add("Slice", "c start end one", "a")
+    one.norm("a", "y", 2, positive=False)
+    one.opset = 15
+    return one
+
+
 @exact
 def pixel_shuffle() -> Pattern:
     """Only where the channels that meet have the same scale: behind a BatchNormalization of the convolution."""
@@ -1215,6 +1302,46 @@ def channels_that_meet() -> Pattern:
     one.norm("g", "stays", 8)
     one.add("DepthToSpace", "stays", "d", blocksize=2)
     one.conv("d", "y", taken=2)
+    return one
+
+
+@refused
+def padded_with_zeros_by_computed_widths() -> Pattern:
+    one = Pattern()
+    one.conv("x", "c")
+    one.give("own", [1, 2, 0, 1], "i8")
+    add_computed_widths(one, first="own")
+    one.add("Pad", "c widths", "p")
+    one.norm("p", "stays")
+    one.add("Sigmoid", "stays", "y")
+    return one
+
+
+@refused
+def channels_padded_by_computed_widths() -> Pattern:
+    one = Pattern()
+    one.conv("x", "c")
+    one.give("own", [0, 0, 0, 0, 1, 1], "i8")
+    add_computed_widths(one, first="own")
+    one.add("Pad", "c widths", "p", mode="edge")
+    one.norm("p", "stays", 6)
+    one.add("Sigmoid", "stays", "y")
+    return one
+
+
+@refused
+def channels_by_the_number_of_rows() -> Pattern:
+    """The input has as many rows as the runtime is given; with another number other channels would meet."""
+    one = Pattern(shape=(2, 3, "h", 8))
+    one.conv("x", "c", 6)
+    for name, number in (("none", 0), ("one", 1), ("two", 2)):
+        one.give(name, [number], "i8")
+    one.add("Shape", "c", "sizes")
+    one.add("Gather", "sizes two", "rows", axis=0)
+    one.add("Div", "rows two", "half")
+    one.add("Slice", "c none half one", "a")
+    one.norm("a", "stays", 3)
+    one.add("Sigmoid", "stays", "y")
     return one
 
 
