@@ -25,8 +25,8 @@ EPOCHS, BROKEN_EPOCH, CHANNEL = 30, 17, 7
 BATCH = 32
 
 
-_TRAIN = np.load(HERE / "digits_train.npz")
-IMAGES, LABELS = torch.from_numpy(_TRAIN["images"]), torch.from_numpy(_TRAIN["labels"])
+with np.load(HERE / "digits_train.npz") as arrays:
+    IMAGES, LABELS = torch.from_numpy(arrays["images"]), torch.from_numpy(arrays["labels"])
 
 
 def load() -> nn.Module:

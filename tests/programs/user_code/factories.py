@@ -6,8 +6,8 @@ from digits_net import build
 
 from tests.places import SAMPLES
 
-arrays = np.load(SAMPLES / "digits_train.npz")
-images, labels = torch.from_numpy(arrays["images"][:200]), torch.from_numpy(arrays["labels"][:200])
+with np.load(SAMPLES / "digits_train.npz") as arrays:
+    images, labels = torch.from_numpy(arrays["images"][:200]), torch.from_numpy(arrays["labels"][:200])
 
 
 class Stream(torch.utils.data.IterableDataset):
