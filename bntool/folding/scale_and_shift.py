@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
+from numpy.typing import NDArray
 
 from bntool.batchnorm import STATISTICS, VECTORS
 from bntool.checkpoints.checkpoint import StateDict
@@ -15,7 +16,7 @@ from bntool.checkpoints.tensors import LiteralTensor, read_numbers
 from bntool.errors import UsageError
 from bntool.folding.absorption import Absorption, Array, Blocked
 from bntool.folding.producers import read_parameter
-from bntool.folding.transforms.channel_transforms import Transform
+from bntool.folding.transforms.channel_transforms import Transform, as_indices
 from bntool.graphs.graph import Evidence, ModelGraph, Node, Owner
 from bntool.plan import SetTensor, SkipReason, Step, Values
 from bntool.representation import format_number
@@ -34,6 +35,8 @@ class ScaleAndShift:
         variance: what running_var becomes if the layer stays: the value nearest to 1 - eps in its dtype.
         eps: of the layer.
         is_below_zero: some of its running_var is negative, and positive with eps.
+        used: the channels that calls use; None for all.
+        originals: its elements by role, where calls do not use all.
     """
 
     node: Node
@@ -43,6 +46,8 @@ class ScaleAndShift:
     variance: float
     eps: float
     is_below_zero: bool = False
+    used: NDArray[np.bool_] | None = None
+    originals: Mapping[str, Array] = field(default_factory=dict)
 
     @property
     def owner(self) -> Owner:
@@ -57,7 +62,7 @@ class ScaleAndShift:
 
     @property
     def can_absorb(self) -> bool:
-        return "weight" in self.names and "bias" in self.names
+        return "weight" in self.names and "bias" in self.names and self.used is None
 
     can_take_shift = True
 
@@ -96,6 +101,8 @@ class ScaleAndShift:
             new["bias"] = self.shift
         else:
             new["running_mean"] = -self.shift / self.scale
+        if self.used is not None:
+            new = {role: np.where(self.used, values, self.originals[role]) for role, values in new.items()}
         return new
 
     def check(self, state_dict: StateDict) -> None:
@@ -187,7 +194,33 @@ def read_scale_and_shift(
     shift = numbers.get("bias", np.zeros(1)) - numbers["running_mean"] * scale
     stored = LiteralTensor.from_numbers([1 - eps], dtype=dtype, shape=(1,))
     (variance,) = read_numbers(stored)
-    return ScaleAndShift(node, dict(node.parameters), scale, shift, variance, eps, is_below_zero=lowest < 0)
+    own = ScaleAndShift(node, dict(node.parameters), scale, shift, variance, eps, is_below_zero=lowest < 0)
+    return _note_slices(own, calls, graph, numbers)
+
+
+def _note_slices(
+    own: ScaleAndShift, calls: Sequence[Node], graph: ModelGraph, numbers: Mapping[str, Array]
+) -> ScaleAndShift:
+    """Note which channels of a BatchNorm are used where calls are given slices of its tensors: it stays, and so do
+    the others.
+    """
+    covered = [_find_channels(call, graph) for call in calls]
+    sliced = next((call for call, used in zip(calls, covered, strict=True) if not used.all()), None)
+    if sliced is None:
+        return own
+    return replace(own, node=sliced, used=np.any(covered, axis=0), originals=numbers)
+
+
+def _find_channels(call: Node, graph: ModelGraph) -> NDArray[np.bool_]:
+    """Find the channels of a BatchNorm that a call uses: all, but where it is given slices of the tensors."""
+    edges = [edge for edge in graph.inputs(call) if edge.port == 0]
+    if not edges or any(edge.targets is None for edge in edges):
+        return np.ones(call.channels, bool)
+    used = np.zeros(call.channels, bool)
+    for edge in edges:
+        inside = as_indices(edge.targets or ())
+        used[inside[inside < call.channels]] = True
+    return used
 
 
 def _check_variance(lowest: float, eps: float, *, rounds: bool) -> float:

@@ -32,6 +32,17 @@ class OwnBias(nn.Module):
         return x + self.offset
 
 
+class OwnFactor(nn.Module):
+    """A parameter that is multiplied by, one element for each channel."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.implicit = nn.Parameter(torch.ones(1, channels, 1, 1))
+
+    def forward(self, x):
+        return self.implicit * x
+
+
 class RandomNetwork(nn.Module):
     """A program over a growing list of images of equal size, drawn step by step."""
 
@@ -97,7 +108,8 @@ class RandomNetwork(nn.Module):
             self.module(self.batchnorm(chance, channels), source)
         elif kind == "functional":
             self.made.append(("bn", nn.BatchNorm2d(channels), channels, channels))
-            self.step(("functional", source, len(self.made) - 1), channels)
+            # by number of steps, so that seeds give the networks that they gave
+            self.step(("sliced" if len(self.steps) % 5 == 3 else kind, source, len(self.made) - 1), channels)
         elif kind == "reuse":
             fitting = [i for i, (_, _, ingoing, _) in enumerate(self.made) if ingoing == channels]
             if fitting:
@@ -105,6 +117,9 @@ class RandomNetwork(nn.Module):
                 self.step(("module", source, index), self.made[index][3])
         elif kind == "own bias":
             self.made.append(("bias", OwnBias(channels), -1, -1))
+            self.step(("module", source, len(self.made) - 1), channels)
+        elif kind == "scale" and len(self.steps) % 5 == 3:
+            self.made.append(("factor", OwnFactor(channels), -1, -1))
             self.step(("module", source, len(self.made) - 1), channels)
         elif kind in ("residual", "branch", "averaged"):
             self.block(chance, kind, source)
@@ -167,6 +182,13 @@ class RandomNetwork(nn.Module):
         if kind == "functional":
             bn = self.made[more[0]][1]
             return F.batch_norm(x, bn.running_mean, bn.running_var, bn.weight, bn.bias, eps=1e-4)
+        if kind == "sliced":
+            bn, half = self.made[more[0]][1], x.shape[1] // 2
+            parts = []
+            for part in (slice(half), slice(half, None)):
+                vectors = (bn.running_mean, bn.running_var, bn.weight, bn.bias)
+                parts.append(F.batch_norm(x[:, part], *(vector[part] for vector in vectors), eps=1e-4))
+            return torch.cat(parts, 1)
         if kind == "head":
             linear, batchnorm = self.made[more[0]][1], self.made[more[0] + 1][1]
             if more[1]:

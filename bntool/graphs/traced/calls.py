@@ -32,6 +32,7 @@ class CallFacts:
         output_axis: where the channels of its output lie.
         elementwise: each element of the result comes from those at its place; smaller inputs are broadcast.
         details: fields of :class:`~bntool.graphs.graph.Node`.
+        place: of a BatchNorm of which a call uses some channels alone the first of these, and how many it has in all.
     """
 
     kind: NodeKind
@@ -40,6 +41,7 @@ class CallFacts:
     output_axis: int = 1
     elementwise: bool = False
     details: Mapping[str, Any] = field(default_factory=dict)
+    place: tuple[int, int] | None = None
 
     def node_facts(self) -> dict[str, Any]:
         return dict(self.details)
@@ -270,15 +272,42 @@ class _Roles:
 
 
 def _batch_norm(given: Callable[[str], Any], roles: _Roles) -> CallFacts:
-    for role in VECTORS:
-        roles.sort(role, given(role))
+    vectors = {role: given(role) for role in VECTORS if given(role) is not None}
+    slices = _find_slices(vectors, roles.index)
+    for role, vector in vectors.items() if slices is None else ():
+        roles.sort(role, vector)
+    if slices is not None:
+        roles.found.update(slices[0])
     training = given("training")
     if training is None:
         training = given("train") or False
     details = roles.details(anchor="running_mean")
     eps = given("eps") if given("epsilon") is None else given("epsilon")
     details.update(eps=float(eps), training=bool(training), owner=Owner.PART)  # judged when its module is left
-    return CallFacts(NodeKind.BATCH_NORM, (given("input"),), axis=1, details=details)
+    place = None if slices is None else slices[1]
+    return CallFacts(NodeKind.BATCH_NORM, (given("input"),), axis=1, details=details, place=place)
+
+
+def _find_slices(
+    vectors: Mapping[str, Tensor], index: ParameterIndex
+) -> tuple[dict[str, Parameter], tuple[int, int]] | None:
+    """Find the BatchNorm of which a call is given the same channels of each tensor, and not all of them.
+
+    Returns:
+        Its tensors by role; the first of the channels, and how many it has. None where it is no such call.
+    """
+    found: dict[str, Parameter] = {}
+    places: set[tuple[int, int, int]] = set()
+    for role, vector in vectors.items():
+        part = index.find_slice(vector)
+        if part is None:
+            return None
+        found[role] = part[0]
+        places.add((part[1], len(vector), len(index.tensor(part[0]))))
+    if len(places) != 1 or len({parameter.module for parameter in found.values()}) > 1:
+        return None
+    ((first, taken, count),) = places
+    return (found, (first, count)) if taken < count else None
 
 
 def _convolution(name: str, kind: NodeKind, given: Callable[[str], Any], roles: _Roles) -> CallFacts:

@@ -30,6 +30,12 @@ class Meeting:
     labels: tuple[int, ...]
     channels: tuple[int, ...] | None
 
+    def from_channel(self, first: int) -> Meeting:
+        """Return the same for a reader whose channels begin with another one than 0."""
+        if not first or self.channels is None:
+            return self
+        return Meeting(self.labels, tuple(first + channel for channel in self.channels))
+
 
 def fresh_labels(shape: Sequence[int], *, axis: int, base: int) -> Tensor:
     """Return labels of a newly computed tensor: ``base`` plus the position along ``axis``."""

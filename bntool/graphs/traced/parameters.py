@@ -130,6 +130,19 @@ class ParameterIndex:
                 return self.by_name[parameter.name]
         return None
 
+    def find_slice(self, tensor: torch.Tensor) -> tuple[Parameter, int] | None:
+        """Find the vector of which a tensor shows some elements that follow one another, and the first of these."""
+        if tensor.dim() != 1:
+            return None
+        for parameter, candidate in self._by_storage.get(storage_key(tensor), ()):
+            if candidate.dim() != 1 or candidate.dtype != tensor.dtype or candidate.stride() != tensor.stride():
+                continue
+            distance = int(tensor.storage_offset()) - int(candidate.storage_offset())
+            first, rest = divmod(distance, candidate.stride(0) or 1)
+            if not rest and first >= 0 and first + len(tensor) <= len(candidate):
+                return self.by_name[parameter.name], first
+        return None
+
     def has_bias_slot(self, parameter: Parameter) -> bool:
         """Return whether a weight's module has no bias, and code that would use one: the forward asked for it."""
         owner = parameter.owner

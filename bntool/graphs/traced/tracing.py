@@ -135,6 +135,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.in_instance_norm = False  # which torch computes by its BatchNorm
         self.stack: list[_ModuleCall] = []
         self.results: dict[int, Tensor] = {}  # labels that a BatchNorm node gave its output
+        self.sliced: set[int] = set()  # BatchNorm nodes that use some channels of their module alone
 
     @contextlib.contextmanager
     def observe(self, inputs: Any) -> Iterator[None]:
@@ -185,6 +186,8 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         inside = self.nodes[entered.first_node :]
         path = self.index.module_names.get(id(module), "")
         for node in inside:
+            if node.index in self.sliced:
+                continue
             if node.kind is NodeKind.BATCH_NORM and node.layer == path and id(module) in self.index.module_names:
                 last = self.results.get(node.index)
                 whole = last is not None and self.known.labels(output) is last
@@ -219,11 +222,18 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Return names of the parameters that a constant shows or was computed from."""
         return (self.known.origin(tensor) or frozenset()) | self.index.touching(tensor)
 
-    def give_fresh_labels(self, node: Node, tensors: Sequence[Tensor], *, axis: int) -> Tensor | None:
-        """Give the output of a node labels of its own."""
+    def give_fresh_labels(
+        self, node: Node, tensors: Sequence[Tensor], *, axis: int, place: tuple[int, int] | None = None
+    ) -> Tensor | None:
+        """Give the output of a node labels of its own.
+
+        Args:
+            place: the first channel that there is, and how many the node has, where its output holds not all.
+        """
         axes = [min(axis, max(tensor.dim() - 1, 0)) for tensor in tensors]
         channels = max((t.shape[a] if t.dim() else 1 for t, a in zip(tensors, axes, strict=True)), default=1)
-        base = self.reads.allocate(node.index, channels)
+        first, channels = (0, channels) if place is None else place
+        base = self.reads.allocate(node.index, channels) + first
         self.nodes[node.index] = replace(node, channels=channels, elements=sum(t.numel() for t in tensors[:1]))
         for tensor, own_axis in zip(tensors, axes, strict=True):
             self.known.set_labels(tensor, fresh_labels(tensor.shape, axis=own_axis, base=base))
@@ -354,7 +364,9 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if seen is not None:
                 self.reads.add(node.index, port, meet(seen, axis=None))
         self.known.forget_storages(mutated)
-        out = self.give_fresh_labels(node, [*targets, *mutated, *others], axis=facts.output_axis)
+        if facts.place is not None:
+            self.sliced.add(node.index)
+        out = self.give_fresh_labels(node, [*targets, *mutated, *others], axis=facts.output_axis, place=facts.place)
         if out is None:
             return  # a number, not a tensor
         if facts.kind is NodeKind.BATCH_NORM:
@@ -376,7 +388,8 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             found = labels[id(tensor)]
             assert found is not None
             broadcast = found.expand(shape) if facts.elementwise and shape is not None else found
-            self.reads.add(node.index, port, meet(broadcast, axis=facts.axis), broadcast)
+            first = 0 if facts.place is None else facts.place[0]
+            self.reads.add(node.index, port, meet(broadcast, axis=facts.axis).from_channel(first), broadcast)
         listed = {id(tensor) for tensor in facts.inputs}
         for port, (identity, tensor) in enumerate(given.items(), start=len(facts.inputs)):
             found = labels[identity]

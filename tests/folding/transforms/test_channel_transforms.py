@@ -54,7 +54,7 @@ def build(forward, **modules: nn.Module) -> nn.Module:
     used = {name: module for name, module in known.items() if name in forward.__code__.co_names}
     model = randomise(Functional(forward, **used).double())
     for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
+        if isinstance(module, nn.BatchNorm2d) and module.affine:
             with torch.no_grad():
                 module.weight.copy_(module.weight.sign() * module.weight.abs().clamp(min=0.1))
     return model
@@ -307,6 +307,136 @@ def test_a_product_with_a_parameter_whose_factors_are_not_known_lets_no_shift_pa
     assert "mul and sigmoid do not let it pass" in plan.skips[0].detail
     if change != "infinite":
         assert largest_difference(model, folded, image()) < EXACT
+
+
+# BatchNorms called on slices of their tensors
+
+
+def call_slice(x, bn, first, end):
+    part = slice(first, end)
+    weight, bias = (None, None) if bn.weight is None else (bn.weight[part], bn.bias[part])
+    return F.batch_norm(x, bn.running_mean[part], bn.running_var[part], weight, bias, False, 0.0, bn.eps)
+
+
+def in_two_calls(self, x):
+    x = self.stem(x)
+    return torch.sigmoid(torch.cat([call_slice(x[:, :2], self.bn, 0, 2), call_slice(x[:, 2:], self.bn, 2, 6)], 1))
+
+
+def of_two_convolutions(self, x):
+    return torch.sigmoid(call_slice(self.stem(x)[:, 1:4], self.bn, 0, 3)), torch.sigmoid(
+        call_slice(self.stem2(x)[:, :3], self.bn, 3, 6)
+    )
+
+
+def first_channels_alone(self, x):
+    return torch.sigmoid(call_slice(self.stem(x)[:, :4], self.bn, 0, 4))
+
+
+def last_channels_alone(self, x):
+    return torch.sigmoid(self.squeezed(call_slice(self.stem(x)[:, :4], self.bn, 2, 6)))
+
+
+def on_two_tensors(self, x):
+    return torch.sigmoid(call_slice(self.stem(x)[:, :4], self.bn, 0, 4)), torch.sigmoid(
+        call_slice(self.stem2(x)[:, :4], self.bn, 2, 6)
+    )
+
+
+def beside_a_whole_call(self, x):
+    return torch.sigmoid(self.bn(self.stem(x))), torch.sigmoid(call_slice(self.stem2(x)[:, :4], self.bn, 0, 4))
+
+
+def one_channel_twice(self, x):
+    x = self.stem(x)
+    return torch.sigmoid(call_slice(x[:, :3], self.bn, 0, 3)), torch.sigmoid(call_slice(x[:, 2:5], self.bn, 2, 5))
+
+
+def of_other_places(self, x):
+    x, bn = self.stem(x)[:, :3], self.bn
+    return torch.sigmoid(F.batch_norm(x, bn.running_mean[:3], bn.running_var[3:], bn.weight[:3], bn.bias[:3]))
+
+
+def every_second(self, x):
+    x, bn = self.stem(x)[:, :3], self.bn
+    return torch.sigmoid(F.batch_norm(x, bn.running_mean[::2], bn.running_var[::2], bn.weight[::2], bn.bias[::2]))
+
+
+def of_two_norms(self, x):
+    x, bn = self.stem(x)[:, :3], self.bn
+    other = self.bn2
+    return torch.sigmoid(F.batch_norm(x, bn.running_mean[:3], bn.running_var[:3], other.weight[:3], other.bias[:3]))
+
+
+def with_a_norm_behind(self, x):
+    return torch.sigmoid(self.bn2(call_slice(self.stem(x).relu()[:, :4], self.bn, 0, 4)))
+
+
+SLICED = {
+    in_two_calls: (1, range(6)),
+    of_two_convolutions: (1, range(6)),
+    first_channels_alone: (1, range(4)),
+    last_channels_alone: (1, range(2, 6)),
+    on_two_tensors: (1, range(6)),
+    beside_a_whole_call: (1, range(6)),
+    one_channel_twice: (0, ()),
+    of_other_places: (0, ()),
+    every_second: (0, ()),
+    of_two_norms: (0, ()),
+    with_a_norm_behind: (0, ()),
+}
+
+
+@pytest.mark.parametrize("layout", [Layout.FOLDED, Layout.SAME_KEYS])
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("forward", SLICED, ids=lambda forward: forward.__name__)
+def test_slices_of_a_batchnorm(forward, affine: bool, layout: Layout) -> None:
+    own = {"bn": nn.BatchNorm2d(6, affine=affine)}
+    if forward is with_a_norm_behind:
+        own["bn2"] = nn.BatchNorm2d(4)
+    if not affine and "weight" in forward.__code__.co_names:
+        return
+    model = build(forward, squeezed=nn.Conv2d(4, 5, 3), **own, **extras(forward))
+    folded, plan = fold(model, image(), layout=layout)
+    folds, used = SLICED[forward]
+    assert [fold.layer for fold in plan.folds if fold.layer == "bn"] == ["bn"] * folds, plan.skips
+    assert largest_difference(model, folded, image()) < EXACT
+    unused = [channel for channel in range(6) if channel not in used]
+    for name, tensor in model.bn.state_dict().items():
+        after = folded.bn.state_dict()[name]
+        if name != "num_batches_tracked":
+            assert torch.equal(tensor[unused], after[unused])
+            assert not folds or name == "bias" or not torch.equal(tensor[list(used)], after[list(used)])
+    if folds:
+        bntool.fold(model, image(), layout=layout)
+
+
+class SlimBatchNorm(nn.BatchNorm2d):
+    """As in slimmable networks: it normalises by as many of its channels as there are."""
+
+    def forward(self, x):
+        return call_slice(x, self, 0, x.shape[1])
+
+
+def test_a_slim_batchnorm_folds_in_the_channels_that_ran_and_the_others_compute_the_same(tmp_path) -> None:
+    def forward(self, x):
+        return torch.sigmoid(self.bn(self.stem(x)[:, : self.width]))
+
+    def build_slim(width: int) -> nn.Module:
+        model = build(forward, bn=SlimBatchNorm(6)).float()
+        model.width = width
+        return model
+
+    model, path = build_slim(4), tmp_path / "net.pt"
+    torch.save(model.state_dict(), path)
+    for layout in (Layout.FOLDED, Layout.SAME_KEYS):
+        output = tmp_path / f"{layout.value}.pt"
+        result = bntool.fold_checkpoint(path, output, model=build_slim(4), input_shape=(3, 4, 7, 7), layout=layout)
+        assert [(fold.layer, fold.stays) for fold in result.plan.folds] == [("bn", True)]
+        for width in (6, 4, 3):
+            loaded = bntool.load_folded(build_slim(width), output)
+            assert largest_difference(build_slim(width), loaded, image().float()) < 1e-5
+    assert fold(build_slim(6).double(), image())[1].folds[0].stays is False  # all of it: a plain BatchNorm
 
 
 # where every scale is positive
