@@ -175,7 +175,9 @@ class StoringOtherwise:
             return known
         ((role, name),) = found
         users = (self.graph.nodes[index] for index in self.graph.uses.get(name, frozenset()))
-        if name in self.graph.tied or any(name not in user.parameters.values() for user in users):
+        if name in self.graph.tied or not all(
+            name in user.parameters.values() and user.kind is not NodeKind.OTHER for user in users
+        ):
             return None
         try:
             numbers = read_parameter(name, self.state_dict)

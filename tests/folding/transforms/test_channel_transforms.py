@@ -222,9 +222,9 @@ def written_before(self, x):
 
 
 def written_by_data(self, x):
-    y = self.stem(x)
-    self.p.mul_(y.mean((0, 2, 3), keepdim=True).abs() * 0 + 1)
-    return torch.sigmoid(self.bn(y * self.p))
+    y = self.stem(x) * self.p
+    self.p.mul_(self.stem2(x).mean((0, 2, 3), keepdim=True) * 0 + 1)  # for the next call
+    return torch.sigmoid(self.bn(y))
 
 
 def multiplied(forward, shape=(1, 6, 1, 1)) -> nn.Module:
