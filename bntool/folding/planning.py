@@ -273,9 +273,7 @@ class _Folder:
             self.remove(layer)
         takes_shift = [a for a in absorbers if not stays and np.any(a.absorption.takes_shift)]
         into = _layers(absorbers)
-        self.done[layer] = Fold(
-            layer, into, level, stays, into, _layers(takes_shift), any(a.absorption.pooled for a in absorbers)
-        )
+        self.done[layer] = Fold(layer, into, level, stays, into, _layers(takes_shift), _any_pooled(absorbers))
 
     def fold_forward(self, layer: str, own: ScaleAndShift, consumers: Sequence[Absorber]) -> None:
         changed: dict[str, Producer | ScaleAndShift] = {}
@@ -290,9 +288,7 @@ class _Folder:
         self.commit(changed)
         self.remove(layer)
         into = _layers(consumers)
-        self.done[layer] = Fold(
-            layer, into, Level.FORWARD, False, into, into, any(c.absorption.pooled for c in consumers)
-        )
+        self.done[layer] = Fold(layer, into, Level.FORWARD, False, into, into, _any_pooled(consumers))
 
     def fold_rest(self) -> None:
         """Fold what no single neighbour takes, where it is known who reads what and keys may go."""

@@ -18,6 +18,11 @@ PARTED_CHANNEL = 10.0  # times as far, one channel alone tells: many others woul
 _ERRORS = 4.0  # a drift within so many sampling errors says nothing
 _ERRORS_OF_CHANNEL = 2.5  # times as many, of the channel that moved most
 
+_DESCRIBED = (
+    *("layer", "channels", "positions", "calls", "mean_shift", "worst_mean_shift", "variance_ratio"),
+    *("variance_spread", "sampling_error", "finite"),
+)
+
 
 @dataclass(frozen=True)
 class LayerDrift:
@@ -28,24 +33,37 @@ class LayerDrift:
         channels: how many.
         positions: values of each channel that were measured.
         calls: batches, or calls, that were measured.
-        mean_shift, worst_mean_shift, variance_ratio, variance_spread, finite: see
-            :class:`~bntool.verification.statistics_shift.StatisticsShift`; the measured statistics are the new ones.
+        shift: from the stored statistics to the measured ones, channel by channel.
         sampling_error: standard error of the new mean in sigmas, root mean square over channels, from the spread of
             batch means; None with fewer than two batches.
-        shift: what this was taken from, channel by channel.
     """
 
     layer: str
     channels: int
     positions: int
     calls: int
-    mean_shift: float
-    worst_mean_shift: float
-    variance_ratio: float
-    variance_spread: float
+    shift: StatisticsShift = field(repr=False)
     sampling_error: float | None
-    finite: bool
-    shift: StatisticsShift | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def mean_shift(self) -> float:
+        return self.shift.mean_shift
+
+    @property
+    def worst_mean_shift(self) -> float:
+        return self.shift.worst_mean_shift
+
+    @property
+    def variance_ratio(self) -> float:
+        return self.shift.variance_ratio
+
+    @property
+    def variance_spread(self) -> float:
+        return self.shift.variance_spread
+
+    @property
+    def finite(self) -> bool:
+        return self.shift.finite
 
     @property
     def has_parted(self) -> bool:
@@ -76,12 +94,12 @@ class LayerDrift:
     @property
     def _worst_factor(self) -> float:
         """The factor by which the variance of the channel that moved most grew or shrank, at least 1."""
-        ratio = 1.0 if self.shift is None else self.shift.worst_variance_ratio
+        ratio = self.shift.worst_variance_ratio
         return max(ratio, 1 / ratio)
 
     def describe(self) -> dict[str, Any]:
         """Return the drift as JSON data, without the channels."""
-        return {name: value for name, value in vars(self).items() if name != "shift"}
+        return {name: getattr(self, name) for name in _DESCRIBED}
 
     @property
     def severity(self) -> float:
@@ -111,13 +129,8 @@ def measure_drift(
         channels=len(measured[0]),
         positions=tally.positions,
         calls=tally.calls,
-        mean_shift=shift.mean_shift,
-        worst_mean_shift=shift.worst_mean_shift,
-        variance_ratio=shift.variance_ratio,
-        variance_spread=shift.variance_spread,
-        sampling_error=error,
-        finite=shift.finite,
         shift=shift,
+        sampling_error=error,
     )
 
 

@@ -163,7 +163,7 @@ def _drift_table(drifts: tuple[LayerDrift, ...], output_changes: OutputChanges |
                 ratios[at],
                 Cell("x " + format_number(drift.variance_ratio), style),
                 Cell("x " + format_number(drift.variance_spread), style),
-                Cell("" if drift.shift is None else f"x {format_number(drift.shift.worst_variance_ratio)}", style),
+                Cell(f"x {format_number(drift.shift.worst_variance_ratio)}", style),
                 Cell("" if error is None else f"± {format_number(error, 2)} σ", Style.MUTED),
                 Cell("" if drift.layer not in alone else _in_percent(alone[drift.layer])),
                 Cell(f"{drift.channels:,}"),
@@ -198,7 +198,7 @@ def _diagnosis(drifts: Sequence[LayerDrift]) -> list[Block]:
     said = [first]
     if worst.severity > parted.severity:
         said.append(f"Furthest from it: {worst.layer} {_describe_drift(worst)}.")
-    known = [(drift.layer, drift.shift) for drift in drifts if drift.shift is not None and drift.shift.finite]
+    known = [(drift.layer, drift.shift) for drift in drifts if drift.shift.finite]
     layer, shift = max(known, key=lambda one: one[1].worst, default=("", NO_SHIFT))
     if layer not in ("", parted.layer, worst.layer) and shift.worst > _FAR * worst.severity:
         said.append(f"The channel that is furthest off is one of {layer}: {describe_worst_channel(shift)}.")
@@ -224,21 +224,18 @@ def _describe_agreement(drifts: Sequence[LayerDrift]) -> str:
 
 def _describe_worst(drifts: Sequence[LayerDrift]) -> str:
     """Describe how far the channel is off that is furthest off."""
-    known = [(drift.layer, drift.shift) for drift in drifts if drift.shift is not None]
-    layer, shift = max(known, key=lambda one: one[1].worst, default=("", NO_SHIFT))
-    worst = describe_worst_channel(shift)
-    return f", furthest off in {layer}, {worst}" if worst else ""
+    furthest = max(drifts, key=lambda drift: drift.shift.worst)
+    worst = describe_worst_channel(furthest.shift)
+    return f", furthest off in {furthest.layer}, {worst}" if worst else ""
 
 
 def _describe_drift(drift: LayerDrift) -> str:
     if not drift.finite:
-        where = "" if drift.shift is None else describe_unusable_channels(drift.shift)
+        where = describe_unusable_channels(drift.shift)
         return f"holds statistics that are not usable (NaN, infinite or negative variance){where}"
     ratio, spread = drift.variance_ratio, drift.variance_spread
     far = _in_sigmas(drift.mean_shift)
     factor = f"its variance by a factor of {format_number(ratio)}"
-    if drift.shift is None:
-        return f"is off by {far}, {factor}"
     lone = find_lone_mean(drift.shift)
     if lone is not None:
         far += f" ({_in_sigmas(drift.worst_mean_shift)} in channel {lone})"

@@ -29,13 +29,8 @@ def make_drift(
         channels=channels,
         positions=1000,
         calls=4,
-        mean_shift=shift.mean_shift,
-        worst_mean_shift=shift.worst_mean_shift,
-        variance_ratio=shift.variance_ratio,
-        variance_spread=shift.variance_spread,
-        sampling_error=error,
-        finite=shift.finite,
         shift=shift,
+        sampling_error=error,
     )
 
 
