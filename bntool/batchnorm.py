@@ -11,7 +11,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from bntool.errors import UsageError
-from bntool.representation import html_repr
+from bntool.representation import html_repr, list_first
 
 DEFAULT_EPS = 1e-5  # of torch.nn.BatchNorm*; a file that holds only tensors cannot tell whether it was changed
 
@@ -247,7 +247,7 @@ def check_globs(globs: Sequence[str], names: Sequence[str]) -> None:
         if names and not any(_matches(name, glob) for name in names):
             meant = _guess(glob, names)
             hint = f"; {meant!r} would select {sum(_matches(n, meant) for n in names)} of them" if meant else ""
-            listed = ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
+            listed = list_first(names, _SHOWN)
             raise UsageError(
                 f"--layers {glob!r} selects none of the {len(names)} BatchNorm layers{hint}; there are: {listed}"
             )

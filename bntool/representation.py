@@ -43,6 +43,11 @@ def format_number(value: float, digits: int = 3) -> str:
     return text
 
 
+def list_first(names: Sequence[str], most: int = 3) -> str:
+    """Join the first names, at most so many, and say how many more there are."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
 def short_repr(value: Any) -> str:
     """Return the ``repr`` of a dataclass or named tuple with long fields as a count; for use as ``__repr__``."""
     names = getattr(value, "_fields", None) or [field.name for field in dataclasses.fields(value) if field.repr]

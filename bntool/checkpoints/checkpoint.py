@@ -15,7 +15,7 @@ from bntool.checkpoints.files import SourceFile, quote
 from bntool.checkpoints.outputs import OutputFiles
 from bntool.checkpoints.tensors import Tensor
 from bntool.errors import RefusedError, UsageError
-from bntool.representation import html_repr, short_repr
+from bntool.representation import html_repr, list_first, short_repr
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -350,7 +350,7 @@ class Checkpoint:
             if state_dict.key == key:
                 return state_dict
         keys = [quote(state_dict.key) if state_dict.key else "'' (the root)" for state_dict in self.state_dicts]
-        known = ", ".join(keys[:_LISTED]) + (f" and {len(keys) - _LISTED} more" if len(keys) > _LISTED else "")
+        known = list_first(keys, _LISTED)
         raise UsageError(
             f"there is no state dict {quote(key)} in this file; it holds {known or 'none'}", path=self.path
         )

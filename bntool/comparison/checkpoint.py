@@ -31,7 +31,7 @@ from bntool.errors import BntoolError, UsageError
 from bntool.graphs.architectures.recognition import assume_eps
 from bntool.modules.opening import Source, open_source
 from bntool.progress import OnProgress, count, ignore
-from bntool.representation import html_repr
+from bntool.representation import html_repr, list_first
 from bntool.verification.statistics_shift import NO_SHIFT, StatisticsShift, measure_shift
 
 _SHOWN = 6  # layers named in a repr
@@ -136,7 +136,7 @@ class Comparison:
     def __repr__(self) -> str:
         changed = [layer.name for layer in self.layers if layer.changed]
         others = sum(change is not Change.SAME for change in self.others.values())
-        listed = ", ".join(changed[:_SHOWN]) + (f" and {len(changed) - _SHOWN} more" if len(changed) > _SHOWN else "")
+        listed = list_first(changed, _SHOWN)
         met = "" if self.expectation is None else f"; {self.expectation.value}: {'no' if self.violations else 'yes'}"
         return (
             f"<Comparison: {len(changed)} of {len(self.layers)} BatchNorm layers changed{': ' * bool(changed)}{listed}"

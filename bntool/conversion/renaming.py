@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from bntool.checkpoints.checkpoint import Checkpoint, StateDict
 from bntool.checkpoints.containers.pickles.nodes import Node, as_mapping, is_mapping, text_of
 from bntool.errors import RefusedError, UsageError
 from bntool.plan import RenameTensor
+from bntool.representation import list_first
 
 _SHOWN = 3
 
@@ -73,15 +74,20 @@ def describe_left(
     prefix = strip_prefix.rstrip(".") + "."
     kept = [name for name in state_dict.tensors if strip_prefix and not name.startswith(prefix)]
     if kept:
-        left.append(f"one naming for all tensors: {_some(kept)} do not begin with {prefix} and keep their names")
+        left.append(
+            f"one naming for all tensors: {list_first(kept, _SHOWN)} do not begin with {prefix} and keep their names"
+        )
     if not rest_stays:
         return left
     others = [s.key or "(root)" for s in checkpoint.state_dicts if s is not state_dict]
     if others:
-        left.append(f"one naming for the whole file: {_some(others)} {'keep' if others[1:] else 'keeps'} the old names")
+        left.append(
+            f"one naming for the whole file: {list_first(others, _SHOWN)} "
+            f"{'keep' if others[1:] else 'keeps'} the old names"
+        )
     naming = [name for name, value in checkpoint.entries.items() if _names_parameters(value)]
     if naming:
-        left.append(f"the fit of {_some(naming)}: it names parameters as they were called before")
+        left.append(f"the fit of {list_first(naming, _SHOWN)}: it names parameters as they were called before")
     return left
 
 
@@ -109,8 +115,4 @@ def _holds_texts(value: Node) -> bool:
 def _hint(part: str, names: object) -> str:
     known = {".".join(name.split(".")[:depth]) for name in names for depth in (1, 2, 3)}  # type: ignore[attr-defined]
     near = difflib.get_close_matches(part.strip("."), sorted(known), n=1)
-    return f"; did you mean {near[0]!r}?" if near else f"; there are: {_some(sorted(known))}"
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
+    return f"; did you mean {near[0]!r}?" if near else f"; there are: {list_first(sorted(known), _SHOWN)}"

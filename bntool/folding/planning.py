@@ -22,7 +22,7 @@ from bntool.folding.transforms.padding_values import PaddingValues
 from bntool.folding.transforms.storing_otherwise import Outcome, StoringOtherwise, can_be_tried
 from bntool.graphs.graph import Evidence, ModelGraph, Node, NodeKind, Owner
 from bntool.plan import Operation, Plan, RemoveModule, RemoveTensor, SetTensor, Skip, SkipReason, Step
-from bntool.representation import short_repr
+from bntool.representation import list_first, short_repr
 from bntool.verification.stored_outputs import StoredOutput
 
 # a branch beside others reads what they read, whatever that is
@@ -401,7 +401,7 @@ class _Folder:
         changed = {step.name for step in steps if isinstance(step, SetTensor | RemoveTensor)}
         names = [name for name in self.state_dict.tensors if name in changed and name in self.graph.overridable]
         if names:
-            listed = ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
+            listed = list_first(names, _SHOWN)
             yield f"nobody runs the model with other values for {listed}, which are inputs of it with a default"
 
     def find_unseen(self, folds: Sequence[Fold]) -> list[str]:

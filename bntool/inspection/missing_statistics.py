@@ -7,7 +7,8 @@ from collections.abc import Collection, Sequence
 from bntool.batchnorm import STATISTICS, BatchNorm
 from bntool.checkpoints.checkpoint import StateDict
 from bntool.inspection.findings import Finding, FindingCode, Severity
-from bntool.verification.missing_statistics import find_missing_statistics, list_first
+from bntool.representation import list_first
+from bntool.verification.missing_statistics import find_missing_statistics
 
 _WAY_OUT = (
     "an [[ignore]] of statistics-missing in bntool.toml says so to a gate, and a file of the whole module "

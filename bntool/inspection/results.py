@@ -16,7 +16,7 @@ from bntool.inspection.findings import Finding, FindingCode, IgnoredFinding, Sev
 from bntool.inspection.safety import Safety
 from bntool.inspection.thresholds import ThresholdRule
 from bntool.inspection.verdict import Verdict
-from bntool.representation import html_repr
+from bntool.representation import html_repr, list_first
 
 
 class Summary:
@@ -70,7 +70,7 @@ class LayerInspection(LayerArrays):
     _repr_html_ = html_repr
 
     def __repr__(self) -> str:
-        found = f"; {_list([finding.short for finding in self.findings])}" if self.findings else ""
+        found = f"; {list_first([finding.short for finding in self.findings], _SHOWN)}" if self.findings else ""
         return f"{self.layer!r}"[:-1] + f"{found}>"
 
     @property
@@ -139,7 +139,7 @@ class StateDictInspection:
 
     def __repr__(self) -> str:
         sick = [layer.name for layer in self.layers if layer.findings]
-        found = f", findings in {len(sick)}: {_list(sick)}" if sick else ""
+        found = f", findings in {len(sick)}: {list_first(sick, _SHOWN)}" if sick else ""
         return f"<{self.state_dict.key or 'state dict'!r}: {len(self.layers)} BatchNorm layers{found}>"
 
     def find_worst(self) -> dict[str, Severity | None]:
@@ -223,7 +223,3 @@ class Inspection:
 
 
 _SHOWN = 6  # of many things, in a repr
-
-
-def _list(names: Sequence[str]) -> str:
-    return ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")

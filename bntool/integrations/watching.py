@@ -13,6 +13,7 @@ from bntool.inspection.checkpoint import inspect
 from bntool.inspection.findings import Severity
 from bntool.inspection.run import FileSummary, Follower, LayerState
 from bntool.inspection.verdict import Health
+from bntool.representation import list_first
 
 _LISTED = 3  # findings in a message
 
@@ -36,14 +37,10 @@ class Look(NamedTuple):
         """Return the verdict, and the errors where there are some, in a sentence."""
         verdict = self.summary.verdict
         errors = [found for found in self.summary.findings if found.finding.severity is Severity.ERROR]
-        listed = "; ".join(f"{_list_names(one.layers)}: {one.finding.message}" for one in errors[:_LISTED])
+        listed = "; ".join(f"{list_first(one.layers, _LISTED)}: {one.finding.message}" for one in errors[:_LISTED])
         listed += f"; and {len(errors) - _LISTED} more" if len(errors) > _LISTED else ""
         said = "" if verdict is None else verdict.sentence
         return f"BatchNorm after {self.step} steps: {said}" + (f": {listed}" if listed else "")
-
-
-def _list_names(names: Sequence[str]) -> str:
-    return ", ".join(names[:_LISTED]) + (f" and {len(names) - _LISTED} more" if len(names) > _LISTED else "")
 
 
 class WatchingHook:

@@ -13,10 +13,9 @@ from bntool.comparison.checkpoint import Change, Comparison, LayerComparison
 from bntool.comparison.options import Expectation
 from bntool.reports.blocks import Block, Cell, Column, Style, Table, line
 from bntool.reports.channel_pictures import draw_shifts
-from bntool.reports.layer_table import list_names
 from bntool.reports.text import plural
 from bntool.reports.worst_channels import describe_unusable_channels, describe_worst_channel
-from bntool.representation import format_number
+from bntool.representation import format_number, list_first
 from bntool.verification.statistics_shift import NO_SHIFT
 
 _SHOWN = 10
@@ -112,7 +111,7 @@ def _moved_most(layers: Sequence[LayerComparison]) -> list[Block]:
     unusable = [f"{name}{describe_unusable_channels(shift)}" for name, shift in known if not shift.finite]
     blocks: list[Block] = []
     if unusable:
-        named = list_names(unusable, _NAMED)
+        named = list_first(unusable, _NAMED)
         text = f"moved most: {named}, statistics that are NaN, infinite or negative in A or B"
         blocks.append(line(text, Style.WARNING))
     finite = [one for one in known if one[1].finite]
@@ -232,7 +231,7 @@ def _others(others: Mapping[str, Change]) -> list[Block]:
     for change in Change:
         names = [name for name, found in others.items() if found is change]
         if names and change is not Change.SAME:
-            listed = ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
+            listed = list_first(names, _SHOWN)
             blocks.append(line(f"{len(names)} {_WORDS[change]}: {listed}", indent=2))
     return blocks
 

@@ -15,6 +15,7 @@ from bntool.inspection.safety import Safety, SafetyVerdict
 from bntool.inspection.verdict import Health, Verdict
 from bntool.reports.blocks import Block, Cell, Column, Line, Style, Table, line
 from bntool.reports.text import format_size, plural
+from bntool.representation import list_first
 
 HEALTH_STYLES = {
     Health.HEALTHY: Style.GOOD,
@@ -214,7 +215,6 @@ def _show_configuration(inspection: Inspection) -> Iterable[Block]:
     """Show what a configuration ignores, by code and reason, and the thresholds that it sets."""
     if inspection.configuration is None:
         return
-    from bntool.reports.layer_table import list_names
 
     yield line(f"configuration: {inspection.configuration}", Style.MUTED)
     grouped: dict[tuple[str, str], list[str]] = {}
@@ -222,14 +222,14 @@ def _show_configuration(inspection: Inspection) -> Iterable[Block]:
         places = [one.layer] if one.layer else list(one.finding.layers)
         grouped.setdefault((one.finding.code.value, one.reason), []).extend(places)
     for (code, reason), places in grouped.items():
-        where = f" in {list_names(places, _LISTED)}" if places else ""
+        where = f" in {list_first(places, _LISTED)}" if places else ""
         yield Line((Cell("ignored ", Style.MUTED), Cell(f"{code}{where}: {reason}")), indent=2)
     for rule in inspection.thresholds:
-        where = f" for {list_names(rule.layers, _LISTED)}" if rule.layers else ""
+        where = f" for {list_first(rule.layers, _LISTED)}" if rule.layers else ""
         said = f"{rule.name} {rule.value:g}{where} (usually {rule.default:g}): {rule.reason}"
         yield Line((Cell("threshold ", Style.MUTED), Cell(said)), indent=2)
     if inspection.idle_globs:
-        names = list_names(inspection.idle_globs, _LISTED)
+        names = list_first(inspection.idle_globs, _LISTED)
         yield Line((Cell("selects no layer ", Style.MUTED), Cell(f"of this file: {names} of [[ignore]]")), indent=2)
 
 

@@ -20,7 +20,7 @@ from bntool.reports.layers import (
     picture_variances,
 )
 from bntool.reports.text import plural
-from bntool.representation import format_number
+from bntool.representation import format_number, list_first
 
 MIDDLE = 100  # columns from which on channels and running_mean are shown
 WIDE = 132  # and means
@@ -259,7 +259,7 @@ def show_behaviour(layers: Sequence[LayerInspection]) -> Iterator[Line]:
         for sentence in describe_behaviour(layer.layer):
             behaving.setdefault(sentence, []).append(layer.name)
     for sentence, names in behaving.items():
-        where = "every layer" if len(names) == len(layers) > 1 else list_names(names, _LISTED)
+        where = "every layer" if len(names) == len(layers) > 1 else list_first(names, _LISTED)
         yield Line((Cell(f"{where}: "), Cell(sentence)))
 
 
@@ -282,11 +282,6 @@ def group_findings(state_dict: StateDictInspection) -> list[GroupedFinding]:
     return sorted([*own, *of_layers], key=lambda entry: -entry[0].severity.rank)
 
 
-def list_names(names: Sequence[str], most: int) -> str:
-    """Return the first of them, and how many more there are."""
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
-
-
 def describe_channels(channels: Sequence[int]) -> str:
     """Describe channels by their numbers, to stand behind the name of their layer; "" for none."""
     if not channels:
@@ -301,7 +296,7 @@ def show_findings(grouped: Iterable[GroupedFinding]) -> Iterator[Line]:
     for finding, names in grouped:
         where = ""
         if names:
-            listed = list_names(names, _LISTED)
+            listed = list_first(names, _LISTED)
             where = f" in {listed}" if len(names) == 1 else f" in {plural(len(names), 'layer')}: {listed}"
         severity = finding.severity
         yield Line(

@@ -11,9 +11,9 @@ from bntool.inspection.findings import FindingCode, Severity
 from bntool.inspection.run import FileSummary, FoundInLayers, LayerState, Run
 from bntool.inspection.verdict import Health
 from bntool.reports.blocks import Block, Cell, Column, Line, Series, Style, Table, line
-from bntool.reports.layer_table import MARKS, SEVERITY_STYLES, describe_channels, describe_range, list_names
+from bntool.reports.layer_table import MARKS, SEVERITY_STYLES, describe_channels, describe_range
 from bntool.reports.text import plural
-from bntool.representation import format_number
+from bntool.representation import format_number, list_first
 from bntool.verification.statistics_shift import StatisticsShift, WorstShift
 
 MOVED = 6  # layers that are shown as series
@@ -124,7 +124,7 @@ def count_files(run: Run, *, named: bool) -> Line:
 def list_files(run: Run, files: Sequence[FileSummary]) -> str:
     """List the names of files, without the folder where all files of the run lie in one."""
     folders = {Path(file.path).parent for file in run.files}
-    return list_names([Path(file.path).name if len(folders) == 1 else file.path for file in files], _LISTED)
+    return list_first([Path(file.path).name if len(folders) == 1 else file.path for file in files], _LISTED)
 
 
 def show_break(run: Run) -> Iterator[Line]:
@@ -166,7 +166,7 @@ def say_since_when(run: Run, at: int) -> str:
 
 def _place(found: FoundInLayers) -> str:
     """Return the layers, and the channels of the only one."""
-    return list_names(found.layers, _LISTED) + describe_channels(found.finding.channels) * (len(found.layers) == 1)
+    return list_first(found.layers, _LISTED) + describe_channels(found.finding.channels) * (len(found.layers) == 1)
 
 
 def _describe_progress(file: FileSummary, form: str) -> str:

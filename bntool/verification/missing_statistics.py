@@ -12,13 +12,13 @@ from bntool.checkpoints.batchnorms import find_norms
 from bntool.checkpoints.checkpoint import NotUnderstood, StateDict
 from bntool.checkpoints.files import quote
 from bntool.graphs.architectures.recognition import recognise
+from bntool.representation import list_first
 
 _NAMED = r"(?i)(?:^|[._\d])(?:bn|batch_?norm)"  # in the name of a layer
 _OF_OTHERS = r"(?i)(?:^|[._\d])(?:gn|ln|(?:group|layer|rms)_?norm)(?:[._\d]|$)"
 _COUNTER = "num_batches_tracked"
 _HALVES = (*STATISTICS, _COUNTER)
 _CONVOLUTION = 3  # dimensions of a weight from which on it is one
-_LISTED = 3
 
 
 @dataclass(frozen=True)
@@ -83,11 +83,6 @@ def describe_absence(state_dict: StateDict, not_understood: Sequence[NotUndersto
         f"{none} with statistics; {list_first(names)} {verb} without, as where only the parameters were saved: "
         "bntool recalibrate gives a file its statistics from data"
     )
-
-
-def list_first(names: Sequence[str]) -> str:
-    """Join the first names, and say how many more there are."""
-    return ", ".join(names[:_LISTED]) + (f" and {len(names) - _LISTED} more" if len(names) > _LISTED else "")
 
 
 def _find_halves(state_dict: StateDict) -> Iterator[str]:
