@@ -233,14 +233,14 @@ def _compare_flat(copy: _Copy, model: _Copy, state_dict: StateDict, thresholds: 
     """
     if copy.layers:
         return list(_compare(copy, model, thresholds)) or list(_compare(model, copy, thresholds))
-    distances, lengths = [], []
+    vectors = []
     for name, layer in model.layers.items():
         for role in ("weight", "bias"):
-            tensor, own = state_dict.tensors.get(flatten_average(f"{name}.{role}")), layer.tensors.get(role)
+            flat, own = flatten_average(f"{name}.{role}"), layer.tensors.get(role)
+            tensor = state_dict.tensors.get(flat)
             if tensor is not None and own is not None and tuple(tensor.shape) == own.shape:
-                distances.append(math.dist(read_numbers(tensor, name=flatten_average(f"{name}.{role}")), own.values))
-                lengths.append(math.hypot(*own.values))
-    distance = math.hypot(*distances) / (math.hypot(*lengths) or math.inf)
+                vectors.append((read_numbers(tensor, name=flat), own.values))
+    distance = _relate_distance(vectors)
     if not distance > thresholds.average_weight_distance:
         return []
     message = (
@@ -294,13 +294,21 @@ def _are_equal(layer: LayerInspection, other: LayerInspection, roles: Sequence[s
 
 def _measure_distance(pairs: Sequence[tuple[LayerInspection, LayerInspection]]) -> float:
     """Return the relative distance of the weights and biases of the BatchNorms."""
-    distances, lengths = [], []
+    vectors = []
     for layer, other in pairs:
         for role in ("weight", "bias"):
             one, two = layer.tensors.get(role), other.tensors.get(role)
             if one is not None and two is not None and len(one.values) == len(two.values):
-                distances.append(math.dist(one.values, two.values))
-                lengths.append(math.hypot(*two.values))
+                vectors.append((one.values, two.values))
+    return _relate_distance(vectors)
+
+
+def _relate_distance(vectors: Iterable[tuple[Sequence[float], Sequence[float]]]) -> float:
+    """Return the distance of all first vectors from the second ones, relative to the length of these; 0 of nothing."""
+    distances, lengths = [], []
+    for one, two in vectors:
+        distances.append(math.dist(one, two))
+        lengths.append(math.hypot(*two))
     length = math.hypot(*lengths)
     return math.hypot(*distances) / length if length else 0.0
 
