@@ -1,4 +1,4 @@
-"""The representation of results, in one line and in notebooks as HTML, and of numbers in sentences.
+"""The representation of results, in one line and in notebooks as HTML, and of numbers and lists in sentences.
 
 What draws HTML lies many floors above the results. It is named here when bntool is imported, and imported when a
 notebook shows a result.
