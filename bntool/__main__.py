@@ -19,7 +19,8 @@ def run() -> None:
 
     interrupts = InterruptHandler()
     interrupts.install()
-    from bntool.cli.main import ExitCode, main
+    from bntool.cli.exit_codes import ExitCode
+    from bntool.cli.main import main
 
     gc.freeze()
     code = main(sys.argv[1:])

@@ -35,7 +35,7 @@ from bntool.checkpoints.formats import open_checkpoint
 from bntool.checkpoints.origin import describe_origin
 from bntool.checkpoints.saving import save_checkpoint
 from bntool.checkpoints.tensors import StoredTensor, read_bytes
-from bntool.cli.main import build_app
+from bntool.cli.application import build_app
 from bntool.errors import BntoolError, LossWarning, RefusedError, UsageError, VerificationError
 from bntool.folding.planning import plan_fold
 from bntool.graphs.sources import read_stored_graph

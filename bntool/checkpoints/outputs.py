@@ -7,7 +7,6 @@ import contextlib
 import errno
 import os
 import re
-import shutil
 import stat
 from collections.abc import Iterable, Iterator
 from functools import partial
@@ -78,6 +77,8 @@ class OutputFiles:
                     try:
                         os.link(file.temporary, folder / file.final.name)
                     except OSError:  # a file system without hard links
+                        import shutil  # a listing needs none
+
                         shutil.copyfile(file.temporary, folder / file.final.name)
                 yield folder / path.name
         finally:
@@ -275,6 +276,8 @@ def _choose_name(path: Path) -> Path:
 def _remove(path: Path) -> None:
     with contextlib.suppress(OSError):
         if path.is_dir():
+            import shutil  # a listing needs none
+
             shutil.rmtree(path)
         else:
             path.unlink()

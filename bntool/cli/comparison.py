@@ -91,7 +91,7 @@ def command(
 
     The last one holds the layers against each other that bntool freeze recorded in frozen.pt.
     """
-    from bntool.cli.main import ExitCode
+    from bntool.cli.exit_codes import ExitCode
     from bntool.cli.progress import show_reading
     from bntool.comparison.checkpoint import diff
     from bntool.reports.comparison import describe_comparison, show_comparison

@@ -11,7 +11,9 @@ import pytest
 import torch
 
 from bntool.checkpoints.outputs import OutputFiles
-from bntool.cli.main import COMMANDS, ExitCode, main
+from bntool.cli.application import COMMANDS
+from bntool.cli.exit_codes import ExitCode
+from bntool.cli.main import main
 from tests import programs
 from tests.places import INTEROP, SAMPLES
 from tests.programs import copy_user_code

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from bntool.cli.main import COMMANDS, main
+from bntool.cli.application import COMMANDS
+from bntool.cli.main import main
 
 
 def show(

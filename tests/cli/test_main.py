@@ -6,10 +6,15 @@ import json
 from pathlib import Path
 
 import pytest
+import typer
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 from bntool import errors
-from bntool.cli import main as cli
-from bntool.cli.main import ExitCode, exit_code_of, main
+from bntool.cli.application import COMMANDS, build_app
+from bntool.cli.exit_codes import ExitCode, exit_code_of
+from bntool.cli.main import main, read_plain_listing
+from bntool.reports.forms.form import ReportForm
 
 
 def all_errors() -> list[type[errors.BntoolError]]:
@@ -94,9 +99,48 @@ def test_versions_for_a_bug_report(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_every_command_explains_itself_with_an_example(capsys: pytest.CaptureFixture[str]) -> None:
-    for name in cli.COMMANDS:
+    for name in COMMANDS:
         assert main([name, "--help"]) == 0
         out = capsys.readouterr().out
         assert f"bntool {name} " in out.replace("Usage: bntool", "")
         for option in ("--json", "--quiet"):
             assert option in out
+
+
+WORDS = [
+    "inspect",
+    "--json",
+    "a.pt",
+    "run/b c.pt",
+    "--all",
+    "--",
+    "-",
+    "-q",
+    "--js",
+    "--json=1",
+    "",
+    "diff",
+    "-h",
+    "*.pt",
+]
+
+
+@given(st.lists(st.sampled_from(WORDS), max_size=5))
+@example(["inspect", "--json", "a.pt", "--json"])
+@example(["--json", "inspect", "a.pt"])
+@example(["inspect", "hf://a/b", "--json"])
+def test_a_plain_listing_is_what_typer_reads_it_as(words: list[str]) -> None:
+    plain = read_plain_listing(words)
+    if plain is None:
+        return
+    command = typer.main.get_command(build_app(words)).commands["inspect"]  # type: ignore[attr-defined]
+    read = command.make_context("", words[1:]).params
+    assert words[0] == "inspect"
+    form = ReportForm.JSON if read.pop("as_json") else None
+    assert plain == ([*read.pop("checkpoints")], form)
+    assert not any(read.values())
+
+
+@pytest.mark.parametrize("words", [["inspect", "a.pt"], ["inspect", "--json", "a.pt", "b.pt"]])
+def test_the_listing_that_most_people_ask_for_is_plain(words: list[str]) -> None:
+    assert read_plain_listing(words) is not None

@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import nn
 
-from bntool.cli.main import ExitCode, main
+from bntool.cli.exit_codes import ExitCode
+from bntool.cli.main import main
 
 ODD: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "sparse": lambda t: torch.atleast_1d(t).to_sparse(),

@@ -7,7 +7,9 @@ import io
 import os
 from unittest import mock
 
-from bntool.cli.main import COMMANDS, ExitCode, main
+from bntool.cli.application import COMMANDS
+from bntool.cli.exit_codes import ExitCode
+from bntool.cli.main import main
 from tests.places import ROOT
 
 PAGE = ROOT / "docs" / "cli.md"

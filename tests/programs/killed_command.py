@@ -8,8 +8,9 @@ import signal
 import sys
 from pathlib import Path
 
+from bntool.cli.exit_codes import ExitCode
 from bntool.cli.interrupts import InterruptHandler
-from bntool.cli.main import ExitCode, main
+from bntool.cli.main import main
 
 SIGNALS = [signal.Signals[name] for name in sys.argv[1].split()]
 ARGUMENTS = [*sys.argv[2:], "--force", "--quiet"]

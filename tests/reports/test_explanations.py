@@ -6,7 +6,8 @@ import re
 
 import pytest
 
-from bntool.cli.main import ExitCode, main
+from bntool.cli.exit_codes import ExitCode
+from bntool.cli.main import main
 from bntool.inspection.findings import FindingCode, Severity
 from bntool.plan import SkipReason
 from bntool.reports.explanations import explain

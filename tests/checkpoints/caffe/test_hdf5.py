@@ -17,7 +17,8 @@ from bntool.checkpoints.files import SourceFile
 from bntool.checkpoints.formats import open_checkpoint
 from bntool.checkpoints.saving import save_checkpoint
 from bntool.checkpoints.tensors import read_bytes, read_numbers
-from bntool.cli.main import ExitCode, main
+from bntool.cli.exit_codes import ExitCode
+from bntool.cli.main import main
 from bntool.errors import RefusedError, UnknownFormatError
 from bntool.graphs.sources import read_stored_graph
 from bntool.plan import Operation, Plan, SetTensor, Values

@@ -15,7 +15,8 @@ import bntool
 from bntool.checkpoints.arrays import to_float64
 from bntool.checkpoints.formats import open_checkpoint
 from bntool.checkpoints.tensors import read_bytes
-from bntool.cli.main import ExitCode, main
+from bntool.cli.exit_codes import ExitCode
+from bntool.cli.main import main
 from bntool.errors import BntoolError, CorruptFileError, UnknownFormatError, UnsafeFileError
 from tests.places import INTEROP
 

@@ -18,7 +18,8 @@ from bntool.checkpoints.descriptions import describe_model
 from bntool.checkpoints.formats import open_checkpoint
 from bntool.checkpoints.keras.applications import _read_index
 from bntool.checkpoints.tensors import read_bytes
-from bntool.cli.main import ExitCode, main
+from bntool.cli.exit_codes import ExitCode
+from bntool.cli.main import main
 from bntool.graphs.graph import Evidence
 from tests.places import INTEROP
 

@@ -27,7 +27,8 @@ from bntool.checkpoints.formats import open_checkpoint
 from bntool.checkpoints.keras.content import make_checkpoint, read_content
 from bntool.checkpoints.keras.model import order_layers, parse_config, read_model
 from bntool.checkpoints.tensors import read_bytes, read_numbers
-from bntool.cli.main import ExitCode, main
+from bntool.cli.exit_codes import ExitCode
+from bntool.cli.main import main
 from bntool.errors import CorruptFileError, UnknownFormatError, UnsafeFileError
 from bntool.inspection.safety import SafetyVerdict, find_dangers, judge_safety
 from bntool.plan import RemoveModule

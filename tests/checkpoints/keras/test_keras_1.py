@@ -14,7 +14,8 @@ import bntool
 from bntool.checkpoints.formats import open_checkpoint
 from bntool.checkpoints.keras.keras_1 import has_unnamed_models, parse_version
 from bntool.checkpoints.tensors import read_bytes
-from bntool.cli.main import ExitCode, main
+from bntool.cli.exit_codes import ExitCode
+from bntool.cli.main import main
 from bntool.errors import RefusedError, UsageError
 from tests.graphs.stored.folding import fold_file
 from tests.places import INTEROP

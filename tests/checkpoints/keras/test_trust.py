@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from bntool.checkpoints.formats import open_checkpoint
-from bntool.cli.main import ExitCode, main
+from bntool.cli.exit_codes import ExitCode
+from bntool.cli.main import main
 from bntool.inspection.safety import SafetyVerdict, judge_safety
 from tests.checkpoints.keras.configurations import (
     ADAM,

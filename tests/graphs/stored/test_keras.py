@@ -23,7 +23,8 @@ from bntool.checkpoints.formats import open_checkpoint
 from bntool.checkpoints.keras.model import order_layers, read_model
 from bntool.checkpoints.saving import save_checkpoint
 from bntool.checkpoints.tensors import read_numbers
-from bntool.cli.main import ExitCode, main
+from bntool.cli.exit_codes import ExitCode
+from bntool.cli.main import main
 from bntool.errors import BntoolError, RefusedError
 from bntool.freezing.checkpoint import Carrier, plan_freeze
 from bntool.graphs.graph import Evidence

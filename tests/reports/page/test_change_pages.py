@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from bntool.cli.main import ExitCode, main
+from bntool.cli.exit_codes import ExitCode
+from bntool.cli.main import main
 from bntool.representation import format_number
 from tests.places import SAMPLES
 from tests.reports.page.browser import Parsed

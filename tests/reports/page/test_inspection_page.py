@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 import bntool
-from bntool.cli.main import ExitCode, main
+from bntool.cli.exit_codes import ExitCode
+from bntool.cli.main import main
 from bntool.reports.page.inspection import describe_channels, make_inspection_page
 from bntool.reports.page.rendering import render_page
 from tests import programs

@@ -14,7 +14,8 @@ from PIL import Image
 from torch import nn
 
 import bntool
-from bntool.cli.main import ExitCode, main
+from bntool.cli.exit_codes import ExitCode
+from bntool.cli.main import main
 from bntool.inspection.run import inspect_run
 from tests.places import SAMPLES
 from tests.reports.page.browser import Parsed
