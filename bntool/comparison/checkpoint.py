@@ -168,7 +168,8 @@ def diff(  # noqa: PLR0913 as many as the command has options
         ()
 
     Args:
-        a, b: each a path, an open checkpoint, a state dict, or a live model.
+        a: a path, an open checkpoint, a state dict, or a live model.
+        b: likewise.
         state_dict: its key in both files; None for the one chosen by rule in each.
         state_dict_b: its key in B where it is another, e.g. the averaged copy beside the model.
         prefix: only what lies under it is compared, e.g. ``net.`` where one state dict holds a model and its average;

@@ -96,8 +96,15 @@ def convert(  # noqa: PLR0913 as many as the command has options
         path: the checkpoint; never written to.
         output: the file to write; None to write none.
         to: what to; None for the format that the name of the output says, or where only names change.
-        strip_prefix, add_prefix, renames: see :func:`~bntool.conversion.renaming.plan_renames`.
-        eps, frozen_kind, target_eps, layers, state_dict: see :func:`plan_conversion`.
+        strip_prefix: what all or some names begin with, such as ``module.``; whole parts of names.
+        add_prefix: what is put before all names.
+        renames: from the path of a module, or the name of a tensor, to another.
+        eps: of the BatchNorm layers where the file does not say it, for FrozenBatchNorm; None for that of a recognised
+            architecture.
+        frozen_kind: whose FrozenBatchNorm2d.
+        target_eps: eps that its layers will be built with; None for its default.
+        layers: globs, for the two kinds of BatchNorm; none for all.
+        state_dict: its key; None for the one chosen by rule.
         force: replace a file that exists.
         strict: refuse if something would be lost, a layer is skipped or something is assumed.
         on_warning: called with each thing that will be lost, before anything is written.

@@ -123,7 +123,12 @@ def freeze_checkpoint(  # noqa: PLR0913 as many as the command has options
     Args:
         path: the checkpoint; never written to.
         output: the file to write; None to write none.
-        norm_eval, requires_grad, layers, frozen_stages, form, eps: see :func:`plan_freeze`.
+        norm_eval: the statistics are to stay.
+        requires_grad: False: weight and bias are to stay; True: they are to train; None: as the model has it.
+        layers: globs of layer names; none for all.
+        frozen_stages: freeze the first stages of the backbone as a whole.
+        form: with CONSTANT, statistics become constants and weight and bias scale and shift.
+        eps: of layers that do not say it themselves, for CONSTANT; None for that of a recognised architecture.
         emit: write code or configuration that freezes the same layers there.
         prototxt: the net that a ``.caffemodel`` is run by.
         keras_config: the JSON of the Keras model that weights alone belong to, or a ``.keras`` or ``.h5`` file of it.

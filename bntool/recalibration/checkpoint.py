@@ -108,13 +108,23 @@ def recalibrate_checkpoint(  # noqa: PLR0913, PLR0915 as many as the command has
         model: the live model of the checkpoint, which is copied, or a spec as ``--model`` has it.
         data: batches that can be read several times, or a spec as ``--data`` has it.
         model_arguments: of the factory of a spec.
-        method, prior, precision, fit_memory, memory: see :func:`~bntool.recalibration.live.plan_recalibration`.
-        samples, batch_size, seed, workers, preprocess: for a spec, see :func:`~bntool.data.loading.load_data`.
-        inputs, labels: the columns of a spec's data that hold them, where names do not tell; ``none`` for no labels.
+        method: how the statistics are computed.
+        prior: for how many samples the old statistics count beside the new ones.
+        fit_memory: let the method exact use fewer samples where not all fit into memory, instead of refusing.
+        memory: what activations may take in memory with the method exact, in bytes or as ``2GB``; None for what there is.
+        batch_size: samples of a batch, where bntool makes the batches.
+        samples: at most so many are read.
+        seed: of the order in which samples are read.
+        workers: processes that read images or a Dataset beside this one; None for as many as there are cores where
+            images are decoded, and none elsewhere.
+        preprocess: what to do to images or uint8 pixels; None for what the package of the model says.
+        inputs: the column of a spec's data that holds them, where names do not tell.
+        labels: likewise; ``none`` for no labels.
         eval_data: labelled data to measure before and after on; None for ``data``.
         metric: ``top1``, ``top5`` or ``FILE.py:function``; None for top1 where there are class labels.
         keep_if_better: write only if the metric is better than before.
         on_bad_data: what to do about unreadable images, and batches with NaN.
+        precision: bfloat16 runs the forwards under autocast: faster where the processor has it, and approximate.
         promote: store statistics that half precision cannot hold as float32.
         device: where the model runs.
         layers: globs; none for all layers that the model itself does not keep frozen.

@@ -12,6 +12,7 @@ from bntool.integrations.lightning import FreezeBatchNorm, WatchBatchNorm  # noq
 # what Lightning 2.6 warns of; any other warning is an error
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*LeafSpec.* is deprecated:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:The `srun` command is available"),  # on machines of a cluster
     pytest.mark.filterwarnings("ignore:Found 1 module.* in eval mode"),  # the frozen one: that is what is wanted
 ]
 
