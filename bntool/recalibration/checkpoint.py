@@ -111,7 +111,7 @@ def recalibrate_checkpoint(  # noqa: PLR0913, PLR0915 as many as the command has
         method: how the statistics are computed.
         prior: for how many samples the old statistics count beside the new ones.
         fit_memory: let the method exact use fewer samples where not all fit into memory, instead of refusing.
-        memory: what activations may take in memory with the method exact, in bytes or as ``2GB``; None for what there is.
+        memory: what activations may take in memory with the method exact, in bytes or as ``2GB``; None: what there is.
         batch_size: samples of a batch, where bntool makes the batches.
         samples: at most so many are read.
         seed: of the order in which samples are read.

@@ -1,4 +1,4 @@
-"""A hook of mkdocs: references in docstrings become links where the page of calls has their target, and code elsewhere."""
+"""A hook of mkdocs: references in docstrings become links where the page has their target, and code elsewhere."""
 
 from __future__ import annotations
 
