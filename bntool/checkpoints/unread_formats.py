@@ -17,9 +17,20 @@ _SOURCE = "give it the checkpoint that this was made from"
 # first bytes, where they stand, what has them, and what to do
 _KNOWN = (
     (b"TFL3", 4, "a TensorFlow Lite model", _SOURCE),
+    (b"CIR0", 4, "a Circle model of ONE", _SOURCE),
+    (b"ET12", 4, "a program of ExecuTorch", _SOURCE),
+    (b"ORTM", 4, "a model of ONNX Runtime in its own format (.ort)", "give it the .onnx file that this was made from"),
+    (b"MSL", 4, "a model of MindSpore Lite", _SOURCE),
     (b"GGUF", 0, "a GGUF file of llama.cpp", _SOURCE),
+    (b"lmgg", 0, "a file of ggml", _SOURCE),
+    (b"fmgg", 0, "a file of ggml", _SOURCE),
+    (b"tjgg", 0, "a file of ggml", _SOURCE),
     (b"ftrt", 0, "a TensorRT engine", _SOURCE),
-    (b"<?xml", 0, "an XML file, such as the model of OpenVINO (beside its .bin)", _SOURCE),
+    (b"RKNN", 0, "an RKNN model", _SOURCE),
+    (b"LDMK", 0, "a kmodel of nncase", _SOURCE),
+    (b"\x01HEF", 0, "a model for Hailo", _SOURCE),
+    (b"IMOD", 0, "a model for Ascend (.om)", _SOURCE),
+    (b"N\xef", 0, "a tensor of an NNEF model", _SOURCE),
     (b"<net ", 0, "an OpenVINO model", _SOURCE),
     (b"7767517", 0, "an ncnn model", _SOURCE),
     (b"\xdd\x85\x76\x00", 0, "an ncnn model", _SOURCE),
@@ -36,6 +47,28 @@ _ENDINGS = {
     ".engine": ("a TensorRT engine", _SOURCE),
     ".plan": ("a TensorRT engine", _SOURCE),
     ".trt": ("a TensorRT engine", _SOURCE),
+    ".uff": ("a UFF model of TensorRT", _SOURCE),
+    ".wts": ("a text of weights for TensorRT", _SOURCE),
+    ".mnn": ("an MNN model", _SOURCE),
+    ".rknn": ("an RKNN model", _SOURCE),
+    ".pte": ("a program of ExecuTorch", _SOURCE),
+    ".tmfile": ("a Tengine model", _SOURCE),
+    ".mindir": ("a graph of MindSpore", "give it the .ckpt file"),
+    ".pdmodel": ("a program of Paddle", "give it the .pdparams file that it was exported from"),
+    ".pdiparams": (
+        "the weights of a program of Paddle, without names",
+        "give it the .pdparams file that it was exported from",
+    ),
+    ".nb": ("a model of Paddle Lite", "give it the .pdparams file that it was exported from"),
+    ".tflite": ("a TensorFlow Lite model", _SOURCE),
+    ".mlmodel": ("a Core ML model", _SOURCE),
+    ".gguf": ("a GGUF file of llama.cpp", _SOURCE),
+    ".nnef": ("an NNEF model", _SOURCE),
+    "init_net.pb": (
+        "the weights of a Caffe2 net",
+        "give it the .pkl file of blobs, or the checkpoint that this was made from",
+    ),
+    "predict_net.pb": ("a Caffe2 net, without weights", _SOURCE),
 }
 # weights that say nothing of themselves, by what stands beside them
 _BESIDE = {".xml": "an OpenVINO model", ".param": "an ncnn model"}
@@ -49,6 +82,7 @@ _CONTAINERS = (
     (b"\x80", 0, "a pickle that torch.save did not write", "those of numpy arrays are read, too"),
 )
 _READ = "torch, safetensors, ONNX, Keras, TensorFlow, Caffe, Flax, MXNet, MindSpore, Darknet, Paddle, arrays of numpy"
+_SHOWN = 60  # characters of an unknown text
 _SIGNATURES = {
     b"\x1f\x8b": "a gzip archive; unpack it first",
     b"BZh": "a bzip2 archive; unpack it first",
@@ -57,12 +91,24 @@ _SIGNATURES = {
     b"\x04\x22\x4d\x18": "an lz4 archive; unpack it first",
     b"7z\xbc\xaf\x27\x1c": "a 7-Zip archive; unpack it first",
     b"Rar!": "a RAR archive; unpack it first",
-    b"<!DOCTYPE": "a web page, not a checkpoint: the download went wrong",
-    b"<html": "a web page, not a checkpoint: the download went wrong",
-    b"version https://git-lfs": "a Git LFS pointer: fetch the file itself with git lfs pull",
-    b"model_checkpoint_path": "TensorFlow's note of its latest checkpoint; name the .index file of that",
     b"\x08": "a protobuf message, but not an ONNX model",
 }
+
+# what the first 4 KiB of a text begin with, what it is and what to do
+_TEXTS = (
+    (r"(<!doctype html|<html)", "a web page, not a checkpoint", "the download went wrong"),
+    (r"(<\?xml[^>]*>\s*)?<Error>", "what a server answers where it gives no file", "the download went wrong"),
+    (r"<\?xml", "an XML file, such as the model of OpenVINO (beside its .bin)", _SOURCE),
+    (r"version https://git-lfs", "a Git LFS pointer", "fetch the file itself with git lfs pull"),
+    (r"model_checkpoint_path", "TensorFlow's note of its latest checkpoint", "name the .index file of that"),
+    (r"version 1\.\d\s*;", "the graph of an NNEF model", _SOURCE),
+    (r'\{[^\x00]*"(TensorFlow\.js|weightsManifest)', "a TensorFlow.js model", _SOURCE),
+    (r'\{[^\x00]*"itemInfoEntries"', "the manifest of a Core ML package", _SOURCE),
+    (r'\{[^\x00]*"arg_nodes"|\{\s*"nodes": \[', "a graph of MXNet, without weights",
+     "give it the .params file beside it"),
+    (r'\{\s*"(class_name|module)": [^\x00]*"config"', "the configuration of a Keras model, without weights",
+     "give it the file of weights, and this one by --keras-config"),
+)  # fmt: skip
 
 
 def describe_unknown(path: Location, head: bytes) -> str:
@@ -70,13 +116,63 @@ def describe_unknown(path: Location, head: bytes) -> str:
     found = next(_find_names(path, head), None)
     if found is not None:
         return _name(*found)
-    for magic, offset, container, advice in _CONTAINERS:
-        if head.startswith(magic, offset):
-            return f"this is {container}, but it holds none of the formats that bntool reads; {advice}"
+    known = _describe_container(head)
     guess = next((what for magic, what in _SIGNATURES.items() if head.startswith(magic)), None)
-    if guess:
-        return f"the format is not known; this looks like {guess}"
-    return f"the format is not known; these are read: {_READ}"
+    if known is None and guess is not None:
+        known = f"the format is not known; this looks like {guess}"
+    if known is None and not any(head):
+        known = f"the first {len(head):,} bytes are zeros: the file is damaged, or was not written to its end"
+    return known or _describe_text(head) or f"the format is not known; these are read: {_READ}"
+
+
+def _describe_container(head: bytes) -> str | None:
+    """Return the message for a container of several formats, with the first file of an archive; None for others."""
+    found = next((one for one in _CONTAINERS if head.startswith(one[0], one[1])), None)
+    if found is None:
+        return None
+    _, _, container, advice = found
+    first = _find_first_member(head)
+    if not first:
+        return f"this is {container}, but it holds none of the formats that bntool reads; {advice}"
+    inner = next((what for ending, what in _ENDINGS.items() if first.endswith(ending)), None)
+    if inner is not None:
+        return _name(f"{container} that holds {quote(first)}: {inner[0]}", inner[1])
+    return f"this is {container} that begins with {quote(first)}, and of no format that bntool reads; {advice}"
+
+
+def _find_first_member(head: bytes) -> str | None:
+    """Return the name of the first file in an archive; None for what is no zip or tar archive."""
+    if head.startswith(b"PK\x03\x04"):
+        size = int.from_bytes(head[26:28], "little")
+        return head[30 : 30 + size].decode(errors="replace")
+    if head.startswith(b"ustar", 257):
+        return head[:100].partition(b"\0")[0].decode(errors="replace")
+    return None
+
+
+def _read_text(head: bytes) -> str | None:
+    """Return the text that a file begins with; None where it is no text."""
+    try:
+        text = head.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        if error.start < len(head) - 3:  # else a character that the limit cut
+            return None
+        text = head.decode("utf-8-sig", errors="ignore")
+    return None if re.search(r"[\x00-\x08\x0e-\x1f\x7f]", text) else text
+
+
+def _describe_text(head: bytes) -> str | None:
+    """Return the message for a text."""
+    text = _read_text(head)
+    if text is None:
+        return None
+    text = text.lstrip()
+    for pattern, what, advice in _TEXTS:
+        if re.match(pattern, text, flags=re.IGNORECASE):
+            return f"this is {what}; {advice}"
+    line = text.partition("\n")[0]
+    shown = line if len(line) <= _SHOWN else line[:_SHOWN] + "..."
+    return f"this is a text, not a checkpoint; it begins with {quote(shown)}"
 
 
 def _find_names(path: Location, head: bytes) -> Iterator[tuple[str, str]]:
@@ -91,10 +187,11 @@ def _find_names(path: Location, head: bytes) -> Iterator[tuple[str, str]]:
             "a frozen graph of TensorFlow",
             "give it the checkpoint of TensorFlow, or what tf2onnx makes of it",
         )
+    if path.name.endswith(".dlc"):
+        yield "a model of Qualcomm's SDK (.dlc)", _SOURCE  # a zip archive
     if any(head.startswith(magic, offset) for magic, offset, _, _ in _CONTAINERS):
         return
-    if path.suffix in _ENDINGS:
-        yield _ENDINGS[path.suffix]
+    yield from (found for ending, found in _ENDINGS.items() if path.name.endswith(ending))
     if path.suffix == ".bin" and isinstance(path, Path):
         for beside, what in _BESIDE.items():
             if path.with_suffix(beside).is_file():
@@ -114,6 +211,8 @@ _ENDINGS_OF_RUNS = (".pt", ".pth", ".ckpt", ".safetensors")
 # what a folder holds that is one model of a format that is not read, what that is, and what to do
 _FOLDERS = (
     (("Manifest.json", "Data"), "a Core ML package (.mlpackage)", _SOURCE),
+    (("graph.nnef",), "an NNEF model", _SOURCE),
+    (("model.json", "group1-shard1of1.bin"), "a TensorFlow.js model", _SOURCE),
     (("coremldata.bin",), "a compiled Core ML model (.mlmodelc)", _SOURCE),
     (("saved_model.pb",), "a SavedModel without variables: its weights are constants of a graph",
      "export it to ONNX by tf2onnx, and give that"),

@@ -206,7 +206,8 @@ def test_listing_a_file_imports_neither_torch_nor_numpy(name: str, tmp_path: Pat
         (b"<!DOCTYPE html><html>", "web page"),
         (b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
         (b"\x80\x02}q\x00.", "torch.save did not write"),
-        (b"hello, world", "not known"),
+        (b"hello, world", "a text, not a checkpoint"),
+        (b"\xfe\xed\xfa\xce", "not known"),
     ],
 )
 def test_an_unknown_format_is_named_where_it_can_be(data: bytes, words: str, tmp_path: Path) -> None:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import bz2
+import io
 import lzma
 import struct
+import tarfile
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +32,20 @@ def saved_model() -> bytes:
     """SavedModel: version, MetaGraphDef with meta information and a graph of one node."""
     meta = flat(*embed(1, *embed(5, b"serve")), *embed(2, *embed(1, *embed(1, b"x"), *embed(2, b"Placeholder"))))
     return integer_field(1, 1) + flat(*embed(2, meta))
+
+
+def zipped(name: str) -> bytes:
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr(name, b"TFL3")
+    return file.getvalue()
+
+
+def tarred(name: str) -> bytes:
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as archive:
+        archive.addfile(tarfile.TarInfo(name))
+    return file.getvalue()
 
 
 OTHERS = {
@@ -57,6 +74,35 @@ OTHERS = {
     "a.pt.lz4": (b"\x04\x22\x4d\x18" + bytes(8), "lz4 .*unpack"),
     "a.7z": (b"7z\xbc\xaf\x27\x1c" + bytes(8), "7-Zip .*unpack"),
     "a.rar": (b"Rar!\x1a\x07\x01\0" + bytes(8), "RAR .*unpack"),
+    "model.pte": (b"\x20\0\0\0ET12eh00" + bytes(64), "program of ExecuTorch"),
+    "renamed.bin": (b"\x20\0\0\0ET12eh00" + bytes(64), "program of ExecuTorch"),
+    "model.ort": (b"\x1c\0\0\0ORTM" + bytes(64), "give it the .onnx file"),
+    "model.circle": (b"\x1c\0\0\0CIR0" + bytes(64), "Circle"),
+    "model.ms": (b"\x1c\0\0\0MSL2" + bytes(64), "MindSpore Lite"),
+    "model.mnn": (b"\x24\0\0\0\0\0\x1e\0" + bytes(64), "MNN"),
+    "model.rknn": (b"RKNN\0\0\0\0" + bytes(64), "RKNN"),
+    "model.kmodel": (b"LDMK\x06\0\0\0" + bytes(64), "kmodel"),
+    "model.hef": (b"\x01HEF" + bytes(64), "Hailo"),
+    "model.om": (b"IMOD" + bytes(64), "Ascend"),
+    "old.bin": (b"lmgg" + bytes(64), "ggml"),
+    "conv.dat": (b"N\xef\x01\0" + bytes(64), "NNEF"),
+    "graph.nnef": (b"version 1.0;\ngraph net(x) -> (y)", "NNEF"),
+    "net.wts": (b"1\nbn1.weight 1 3f800000\n", "for TensorRT"),
+    "model.dlc": (zipped("model.params"), "Qualcomm"),
+    "inference.pdmodel": (b"\x0a\x08\x08\0\x10\xff" + bytes(64), "Paddle.* .pdparams"),
+    "inference.pdiparams": (bytes(16) + b"\x06\0\0\0\x08\x05" + bytes(64), "Paddle.* .pdparams"),
+    "init_net.pb": (b"\x0a\x08init_net\x12\x20" + bytes(64), "Caffe2"),
+    "app.zip": (zipped("model.tflite"), "zip archive that holds 'model.tflite': a TensorFlow Lite model"),
+    "runs.zip": (zipped("runs/best.pth"), "begins with 'runs/best.pth'.* unpack it"),
+    "nnef.tar": (tarred("graph.nnef"), "tar archive that holds 'graph.nnef': an NNEF model"),
+    "lite.json": (b'{"format": "layers-model", "convertedBy": "TensorFlow.js Converter v4"}', "TensorFlow.js"),
+    "net-symbol.json": (b'{"nodes": [], "arg_nodes": [], "heads": []}', "MXNet.* .params"),
+    "keras.json": (b'{"class_name": "Sequential", "config": {"layers": []}}', "Keras.* --keras-config"),
+    "page.pt": (b"\n<HTML><body>login", "web page.* download"),
+    "denied.pt": (b'<?xml version="1.0"?>\n<Error><Code>AccessDenied</Code></Error>', "server.* download"),
+    "answer.pt": (b'{"error": "Repository not found"}', 'a text.* begins with \'."error": "Repository not found".\''),
+    "cut.pt": (("é" * 3000).encode()[:4095] + b"\xc3", "a text, not a checkpoint"),
+    "zeros.pt": (bytes(5000), "4,096 bytes are zeros"),
     "frozen.pb": (flat(*embed(1, *embed(1, b"input"), *embed(2, b"Placeholder"))), "frozen graph .* tf2onnx"),
 }
 
@@ -71,9 +117,9 @@ def test_other_formats_are_called_by_name(name: str, tmp_path: Path) -> None:
 
 
 def test_what_is_not_known_is_told_what_is(tmp_path: Path) -> None:
-    (tmp_path / "notes.txt").write_text("Copyright (c) 2018\n")
+    (tmp_path / "notes.dat").write_bytes(b"\xfe\xed\xfa\xce" * 30)
     with pytest.raises(UnknownFormatError) as caught:
-        open_checkpoint(tmp_path / "notes.txt")
+        open_checkpoint(tmp_path / "notes.dat")
     families = {type(one).__module__.split(".")[2] for one in FORMATS} - {"torch_programs", "packages"}
     assert len(families) > 8
     assert [family for family in families if family not in str(caught.value).lower()] == []
@@ -109,6 +155,8 @@ def test_weights_without_a_signature_are_named_by_what_stands_beside_them(
         (["saved_model.pb", "assets/x"], "SavedModel without variables.* tf2onnx"),
         (["_CHECKPOINT_METADATA", "_METADATA", "manifest.ocdbt"], "Orbax checkpoint.*to_bytes"),
         (["manifest.ocdbt", "d/x"], "Orbax checkpoint"),
+        (["graph.nnef", "conv.dat"], "NNEF"),
+        (["model.json", "group1-shard1of1.bin"], "TensorFlow.js"),
     ],
 )
 def test_folders_of_other_formats_are_called_by_name(held: list[str], words: str, tmp_path: Path) -> None:
