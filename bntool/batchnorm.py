@@ -128,6 +128,8 @@ class BatchNorm(LayerArrays):
         class_path: class of the module where the file holds it.
         attributes: what else the file says of the module.
         version: version of the module in ``_metadata``.
+        computed: roles that the model computes from tensors which stand in their place (pruning's ``weight_orig`` and
+            ``weight_mask``, parametrizations), with the names of these.
     """
 
     name: str
@@ -140,6 +142,7 @@ class BatchNorm(LayerArrays):
     class_path: str = ""
     attributes: Mapping[str, Any] = field(default_factory=dict)
     version: int | None = None
+    computed: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     _repr_html_ = html_repr
 

@@ -31,10 +31,7 @@ def find_norms(state_dict: StateDict) -> tuple[BatchNorm, ...]:
     else it may belong to a BatchNorm whose statistics were not saved. A BatchNorm of a pickled module that holds no
     tensor at all is a norm without statistics.
     """
-    groups: dict[str, dict[str, Tensor]] = {}
-    for name, tensor in state_dict.tensors.items():
-        layer, _, leaf = state_dict.strip(name).rpartition(".")
-        groups.setdefault(layer, {})[leaf] = tensor
+    groups = group_tensors(state_dict)
     for path, one in state_dict.modules.items():
         if one.has_statistics:
             groups.setdefault(state_dict.strip(path), {})
@@ -51,8 +48,42 @@ def find_norms(state_dict: StateDict) -> tuple[BatchNorm, ...]:
         version = _version(state_dict, layer)
         kind = _kind_by_class(module, tensors) or _kind_by_tensors(layer, tensors, version, quantization_aware)
         if kind is not None:
-            norms.append(_make(layer, kind, tensors, module, version))
+            computed = find_computed(layer, groups)
+            norms.append(_make(layer, kind, tensors, module, version, computed))
     return tuple(norms)
+
+
+def group_tensors(state_dict: StateDict) -> dict[str, dict[str, Tensor]]:
+    """Return the tensors of each module, by the last part of their names, without the prefix of wrappers."""
+    groups: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in state_dict.tensors.items():
+        layer, _, leaf = state_dict.strip(name).rpartition(".")
+        groups.setdefault(layer, {})[leaf] = tensor
+    return groups
+
+
+_AFFINE = ("weight", "bias")
+
+
+def find_computed(layer: str, groups: Mapping[str, Mapping[str, Tensor]]) -> dict[str, tuple[str, ...]]:
+    """Return weight or bias that is not in the file while what PyTorch computes it from is, with the names of that.
+
+    Pruning, weight_norm and spectral_norm keep ``weight_orig``, ``weight_g`` and their like beside the tensors of a
+    module, a parametrization keeps ``parametrizations.weight.original`` below them.
+
+    Args:
+        groups: the tensors of each module, see :func:`group_tensors`.
+    """
+    own = groups.get(layer, {})
+    dotted = f"{layer}." if layer else ""
+    found: dict[str, tuple[str, ...]] = {}
+    for role in _AFFINE:
+        if role not in own:
+            below = f"{dotted}parametrizations.{role}"
+            names = [f"{dotted}{leaf}" for leaf in own if leaf.startswith(f"{role}_")]
+            names += [f"{below}.{leaf}" for leaf in groups.get(below, ())]
+            found |= {role: tuple(names)} if names else {}
+    return found
 
 
 def _holds_nothing(module: ModuleInfo) -> bool:
@@ -201,7 +232,12 @@ def _as_float(value: object) -> float | None:
 
 
 def _make(
-    name: str, kind: NormKind, tensors: Mapping[str, Tensor], module: ModuleInfo | None, version: int | None
+    name: str,
+    kind: NormKind,
+    tensors: Mapping[str, Tensor],
+    module: ModuleInfo | None,
+    version: int | None,
+    computed: Mapping[str, tuple[str, ...]],
 ) -> BatchNorm:
     attributes: Mapping[str, Any] = module.attributes if module is not None else {}
     eps, momentum = attributes.get("eps"), attributes.get("momentum")
@@ -217,6 +253,7 @@ def _make(
         class_path=module.class_path if module is not None else "",
         attributes=attributes,
         version=version,
+        computed=computed,
     )
 
 

@@ -432,17 +432,20 @@ def _measure(name: str, changes: Mapping[str, Change], a: BatchNorm, b: BatchNor
     if len(lengths) != 1 or not all(role in side for side in (before, after) for role in STATISTICS):
         return LayerComparison(name, changes)
     eps_a, eps_b = (DEFAULT_EPS if layer.eps is None else layer.eps for layer in (a, b))
+    statistics = measure_shift(
+        (before["running_mean"], before["running_var"]),
+        (after["running_mean"], after["running_var"]),
+        old_eps=eps_a,
+        new_eps=eps_b,
+    )
+    if a.computed or b.computed:  # weight or bias is not in the file
+        return LayerComparison(name, changes, statistics=statistics)
     scale_a, shift_a = _scale_and_shift(before, eps_a)
     scale_b, shift_b = _scale_and_shift(after, eps_b)
     return LayerComparison(
         name,
         changes,
-        statistics=measure_shift(
-            (before["running_mean"], before["running_var"]),
-            (after["running_mean"], after["running_var"]),
-            old_eps=eps_a,
-            new_eps=eps_b,
-        ),
+        statistics=statistics,
         scale_change=_relative(scale_a, scale_b),
         shift_change=_relative(shift_a, shift_b),
         eps_known=None not in (a.eps, b.eps),

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Iterator, Mapping, Sequence
 
 from bntool.batchnorm import VECTORS, BatchNorm
-from bntool.checkpoints.batchnorms import find_norms
+from bntool.checkpoints.batchnorms import find_computed, find_norms, group_tensors
 from bntool.checkpoints.checkpoint import ModuleInfo, StateDict
 from bntool.checkpoints.files import SourceFile
 from bntool.checkpoints.tensors import count_elements
@@ -99,6 +100,7 @@ def declare(
         CorruptFileError: vectors of one layer differ in length.
     """
     norms = {norm.name: norm for norm in find_norms(state_dict)}
+    groups = group_tensors(state_dict)
     nodes: list[Node] = []
     edges: list[Edge] = []
     uses: dict[str, frozenset[int]] = {}
@@ -110,6 +112,7 @@ def declare(
         told = (modules or {}).get(producer) or state_dict.modules.get(state_dict.prefix + producer)
         source = _producer(len(nodes), state_dict, producer, norm, told)
         target = _batchnorm(len(nodes) + 1, norm)
+        source = dataclasses.replace(source, computed=find_computed(producer, groups))
         nodes += [source, target]
         channels = range(source.channels)
         edges.append(Edge(source.index, target.index, 0, channels, channels, Evidence.DECLARED))
@@ -166,6 +169,7 @@ def _batchnorm(index: int, norm: BatchNorm) -> Node:
         norm.name,
         layer=norm.name,
         parameters=names,
+        computed=norm.computed,
         channels=norm.num_features or 0,
         eps=norm.eps,
     )

@@ -22,6 +22,7 @@ from bntool.inspection.findings import Finding, FindingCode, IgnoredFinding, Sev
 from bntool.inspection.judging import add_configured, judge
 from bntool.inspection.layer_differences import compare_layers
 from bntool.inspection.layer_findings import compare_shapes, find_in_layer
+from bntool.inspection.missing_affine import report_missing_affine
 from bntool.inspection.missing_statistics import report_missing_statistics
 from bntool.inspection.module_findings import (
     Expected,
@@ -256,6 +257,7 @@ def _inspect_state_dict(
         findings=(
             *find_in_state_dict(norms),
             *report_missing_statistics(state_dict, norms, not_understood=_names_not_understood(checkpoint, state_dict)),
+            *report_missing_affine(state_dict, own),
         ),
         tensors=tensors,
         chosen=chosen,
@@ -333,6 +335,7 @@ def _inspect_layer(
         momentum=momentum,
         averages_all=layer.attributes.get("momentum", momentum) is None and "momentum" in layer.attributes,
         recalibrated=recalibrated,
+        computes_weight="weight" in layer.computed,
         thresholds=thresholds,
     )
     if unread:

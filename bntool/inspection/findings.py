@@ -41,6 +41,7 @@ class FindingCode(Enum):
     OUTLYING_MEAN = "outlying-mean"
     OUTLYING_BIAS = "outlying-bias"
     STATISTICS_MISSING = "statistics-missing"
+    AFFINE_MISSING = "affine-missing"
     AFFINE_INITIAL = "affine-initial"
     BATCH_STATISTICS = "batch-statistics"
     LEFT_IN_TRAIN_MODE = "left-in-train-mode"
@@ -68,6 +69,10 @@ class FindingCode(Enum):
     HOLES = "holes"
     NO_BATCH_NORM = "no-batch-norm"
     PARTIAL = "partial"
+
+
+# what may be a BatchNorm, or a part of one, and could not be judged: a gate fails by it whatever its severity
+UNJUDGED = (FindingCode.STATISTICS_MISSING, FindingCode.NOT_UNDERSTOOD)
 
 
 class Finding(NamedTuple):

@@ -28,6 +28,7 @@ def find_in_layer(
     momentum: float | None = None,
     averages_all: bool = False,
     recalibrated: bool = False,
+    computes_weight: bool = False,
     thresholds: Thresholds = DEFAULTS,
 ) -> list[Finding]:
     """Return the findings of one BatchNorm, from its tensors alone.
@@ -39,6 +40,7 @@ def find_in_layer(
             updates.
         averages_all: momentum is known to be None, PyTorch's plain average over all batches.
         recalibrated: the file records that its statistics were recomputed, so that the counter tells nothing.
+        computes_weight: the model computes the weight from tensors of other names, so that no scale is known.
     """
     findings = _shapes(tensors)
     if findings:
@@ -47,13 +49,15 @@ def find_in_layer(
     mean, variance = tensors.get("running_mean"), tensors.get("running_var")
     if mean is not None and variance is not None:
         eps = DEFAULT_EPS if eps is None else eps
-        findings += _variance(variance, tensors.get("weight"), eps=eps, thresholds=thresholds)
+        weights = _list_weights(tensors, variance, known=not computes_weight)
+        findings += _variance(variance, weights, eps=eps, thresholds=thresholds)
         outlying = _outlying(mean, variance, thresholds)
         findings += outlying
         initial = _initial(mean, variance, tensors.get("num_batches_tracked"), thresholds)
         findings += initial
         hidden = {i for f in outlying if f.code is FindingCode.OUTLYING_VARIANCE for i in f.channels}
-        findings += _scale(tensors, variance, eps, hidden=hidden, thresholds=thresholds)
+        if not computes_weight:
+            findings += _scale(tensors, variance, eps, hidden=hidden, thresholds=thresholds)
         findings += _half(mean, variance)
         findings += _bias(tensors, thresholds)
         tells_nothing = bool(initial) or recalibrated
@@ -135,16 +139,23 @@ def _describe_outputs(tensors: dict[str, Summary], channels: Collection[int]) ->
 _USUAL = {"weight": 1.0, "bias": 0.0, "running_mean": 0.0, "running_var": 1.0}
 
 
-def _variance(variance: Summary, weight: Summary | None, *, eps: float, thresholds: Thresholds) -> list[Finding]:
+def _list_weights(tensors: Mapping[str, Summary], variance: Summary, *, known: bool) -> Sequence[float]:
+    """Return the weight of each channel, NaN where it is not known."""
+    return tensors["weight"].values if "weight" in tensors else [1.0 if known else math.nan] * len(variance.values)
+
+
+def _variance(variance: Summary, weights: Sequence[float], *, eps: float, thresholds: Thresholds) -> list[Finding]:
     """Find channels whose variance is none, or is that of a constant.
 
     Where the weight is 0 the variance decides nothing: pruned channels are told of by their scale.
+
+    Args:
+        weights: of each channel; NaN where it is not known.
     """
     vanishing = thresholds.vanishing_variance
     if variance.minimum is None or variance.minimum > max(vanishing, 0.0):  # nearly always: no need to count
         return []
     count = len(variance.values)
-    weights = [1.0] * count if weight is None else weight.values
     negative = tuple(i for i, value in enumerate(variance.values) if value < 0)
     zero = tuple(i for i, value in enumerate(variance.values) if value == 0 and weights[i] != 0)
     small = tuple(

@@ -12,7 +12,7 @@ from bntool.batchnorm import BatchNorm, LayerArrays, NormKind
 from bntool.checkpoints.checkpoint import Checkpoint, StateDict
 from bntool.checkpoints.tensors import Tensor
 from bntool.graphs.architectures.recognition import Architecture
-from bntool.inspection.findings import Finding, FindingCode, IgnoredFinding, Severity
+from bntool.inspection.findings import UNJUDGED, Finding, IgnoredFinding, Severity
 from bntool.inspection.safety import Safety
 from bntool.inspection.thresholds import ThresholdRule
 from bntool.inspection.verdict import Verdict
@@ -207,8 +207,7 @@ class Inspection:
         judged.
         """
         worst = self.worst()
-        missing = FindingCode.STATISTICS_MISSING
-        unjudged = any(finding.code is missing for state_dict in self.state_dicts for finding in state_dict.findings)
+        unjudged = any(one.code in UNJUDGED for state_dict in self.state_dicts for one in state_dict.findings)
         unjudged = unjudged or bool(self.checkpoint.not_understood)
         return unjudged or (worst is not None and worst.rank >= severity.rank)
 

@@ -112,9 +112,11 @@ def _list_variances(layer: LayerInspection) -> Sequence[float]:
 
 
 def list_scales(layer: LayerInspection) -> list[float]:
-    """Return the magnitude of the scale of each channel; NaN where it has none."""
+    """Return the magnitude of the scale of each channel: NaN where it has none, nothing where no weight is known."""
     variance, weight = layer.tensors.get("running_var"), layer.tensors.get("weight")
-    if variance is None or (weight is not None and len(weight.values) != len(variance.values)):
+    if variance is None or "weight" in layer.layer.computed:
+        return []
+    if weight is not None and len(weight.values) != len(variance.values):
         return []
     eps = DEFAULT_EPS if layer.layer.eps is None else layer.layer.eps
     values = variance.values

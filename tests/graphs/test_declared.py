@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrize, prune
 
 from bntool.checkpoints.formats import open_checkpoint
 from bntool.checkpoints.state_dicts import choose_state_dict
@@ -69,6 +70,25 @@ def test_a_tensor_that_lies_under_two_names_is_left_alone(tmp_path: Path, part: 
             plan = plan_fold(state_dict, declare(state_dict, {"bn": "conv"}), FoldOptions(eps=1e-5))
             reasons[name] = [skip.reason for skip in plan.skips]
     assert reasons == {"tied": [SkipReason.REUSED], "apart": [], "averaged": []}
+
+
+@pytest.mark.parametrize("part", ["conv.bias", "bn.weight", "bn.bias"])
+@pytest.mark.parametrize("how", ["pruned", "parametrized"])
+def test_what_the_model_computes_is_left_alone(tmp_path: Path, part: str, how: str) -> None:
+    """The tensor is not in the file: folded as if it were 1 or 0, the result would be wrong."""
+    model = nn.ModuleDict({"conv": nn.Conv2d(3, 4, 1), "bn": nn.BatchNorm2d(4)})
+    layer, role = part.split(".")
+    if how == "pruned":
+        prune.l1_unstructured(model[layer], role, 0.5)
+    else:
+        parametrize.register_parametrization(model[layer], role, nn.Softplus())
+    torch.save(model.state_dict(), tmp_path / "computed.pt")
+    with open_checkpoint(tmp_path / "computed.pt") as checkpoint:
+        state_dict = choose_state_dict(checkpoint)
+        plan = plan_fold(state_dict, declare(state_dict, {"bn": "conv"}), FoldOptions(eps=1e-5))
+    (skip,) = plan.skips
+    assert skip.reason is SkipReason.COMPUTED_WEIGHT
+    assert not plan.steps
 
 
 @pytest.mark.parametrize("name", ["bn.running_var", "conv.bias"])

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from bntool.inspection.findings import FindingCode
+from bntool.inspection.findings import UNJUDGED, FindingCode
 from bntool.reports.report import FileReport, Report, describe_error
 from bntool.reports.text import sanitize
 
 _SEVERITIES = ("notice", "warning", "error")
 _LISTED = 3  # layers of one problem that are named
-_UNJUDGED = ("statistics-missing", "not-understood")
+_UNJUDGED = {code.value for code in UNJUDGED}
 EXPECTATION = "expectation"  # the code of what diff --expect finds changed
 
 
