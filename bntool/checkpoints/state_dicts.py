@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from bntool.checkpoints.checkpoint import Checkpoint, NotUnderstood, StateDict
 from bntool.checkpoints.tensors import StoredTensor
 from bntool.errors import RefusedError
@@ -41,6 +43,25 @@ def find_averaged_parts(state_dict: StateDict) -> list[str]:
 def flatten_average(name: str) -> str:
     """Return what mmcv's EMAHook calls the average of a tensor: ``ema_bn1_weight`` that of ``bn1.weight``."""
     return FLAT_AVERAGE + name.replace(".", "_")
+
+
+def part_flat_average(state_dict: StateDict) -> tuple[StateDict, StateDict] | None:
+    """Return the model, and the average that mmcv's EMAHook keeps beside it under the model's names; None without one.
+
+    Buffers that the hook does not average are in the model alone.
+    """
+    tensors = state_dict.tensors
+    flat = {flatten_average(name): name for name in tensors}
+    averaged = {name: tensor for name, tensor in tensors.items() if name in flat}
+    if not averaged:
+        return None
+    model = {name: tensor for name, tensor in tensors.items() if name not in averaged}
+    average = {flat[name]: tensor for name, tensor in averaged.items()}
+    renamed = {name: flat[name] for name in averaged}
+    return (
+        dataclasses.replace(state_dict, tensors=model, stored=model),
+        dataclasses.replace(state_dict, tensors=average, stored=average, renamed=renamed),
+    )
 
 
 def may_hold_average(state_dict: StateDict) -> bool:

@@ -87,6 +87,8 @@ def command(
 
       bntool diff ckpt.pt ckpt.pt --prefix net. --prefix-b ema.
 
+      bntool diff mmcv.pth mmcv.pth --prefix-b ema_
+
       bntool diff frozen.pt fine_tuned.pt --expect frozen
 
     The last one holds the layers against each other that bntool freeze recorded in frozen.pt.

@@ -136,11 +136,24 @@ def _list_recognised(ctx: Any) -> list[str]:
 
 
 def _list_layers(ctx: Any) -> Iterator[str]:
-    from bntool.checkpoints.batchnorms import find_batchnorms
+    """Yield the layers as the command names them: inspect an average that lies in buffers, too, diff those below a
+    prefix without it.
+    """
+    from bntool.checkpoints.batchnorms import find_batchnorms, find_flat_averages
+    from bntool.comparison.checkpoint import choose_side
+    from bntool.errors import UsageError
 
+    with _open(ctx, 0) as checkpoint, contextlib.suppress(UsageError):
+        prefix = ctx.params.get("prefix")
+        if checkpoint is not None and prefix:
+            side = choose_side(checkpoint, ctx.params.get("state_dict"), prefix, option="--prefix")
+            yield from _keep_plain(side.list_layers())
+            return
     with _chosen_state_dict(ctx) as state_dict:
         if state_dict is not None:
-            yield from _keep_plain(layer.name for layer in find_batchnorms(state_dict))
+            layers = find_batchnorms(state_dict)
+            averages = find_flat_averages(state_dict, layers).values() if ctx.info_name == "inspect" else ()
+            yield from _keep_plain(layer.name for layer in (*layers, *averages))
 
 
 def _list_state_dicts(ctx: Any, place: int) -> Iterator[str]:

@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 
 from bntool.batchnorm import DEFAULT_EPS, ROLES, STATISTICS, BatchNorm, EpsSource, check_globs, selects
 from bntool.checkpoints.batchnorms import find_batchnorms
-from bntool.checkpoints.checkpoint import Checkpoint, StateDict
+from bntool.checkpoints.checkpoint import Checkpoint, NotUnderstood, StateDict
 from bntool.checkpoints.files import quote
 from bntool.checkpoints.records import find_recorded_eps
-from bntool.checkpoints.state_dicts import choose_state_dict
+from bntool.checkpoints.state_dicts import (
+    FLAT_AVERAGE,
+    choose_state_dict,
+    find_not_understood,
+    flatten_average,
+    part_flat_average,
+)
 from bntool.checkpoints.tensors import (
     StoredTensor,
     Tensor,
@@ -32,6 +38,7 @@ from bntool.graphs.architectures.recognition import assume_eps
 from bntool.modules.opening import Source, open_source
 from bntool.progress import OnProgress, count, ignore
 from bntool.representation import html_repr, list_first
+from bntool.verification.missing_statistics import describe_absence
 from bntool.verification.statistics_shift import NO_SHIFT, StatisticsShift, measure_shift
 
 _SHOWN = 6  # layers named in a repr
@@ -116,6 +123,7 @@ class Comparison:
         violations: what contradicts it, one sentence each.
         recorded: the layers that a freeze recorded in A, where they are those that are compared; empty where not.
         notes: what is worth saying of how the files of A and of B were found and read.
+        not_understood: what may be a BatchNorm of A and of B, and could not be read.
     """
 
     a: StateDict
@@ -130,6 +138,7 @@ class Comparison:
     violations: tuple[str, ...] = ()
     recorded: tuple[str, ...] = ()
     notes: tuple[tuple[str, ...], tuple[str, ...]] = ((), ())
+    not_understood: tuple[Sequence[NotUnderstood], Sequence[NotUnderstood]] = ((), ())
 
     _repr_html_ = html_repr
 
@@ -174,7 +183,8 @@ def diff(  # noqa: PLR0913 as many as the command has options
         state_dict_b: its key in B where it is another, e.g. the averaged copy beside the model.
         prefix: only what lies under it is compared, e.g. ``net.`` where one state dict holds a model and its average;
             in B, too, where that has such names.
-        prefix_b: the same for B where it is another, e.g. ``ema.``.
+        prefix_b: the same for B where it is another, e.g. ``ema.``; ``ema_`` for the average that mmcv's EMAHook keeps
+            beside the model, which is compared under the model's names.
         layers: globs; only BatchNorm layers whose name matches are compared as such. Without any, and where frozen or
             norm-eval is expected, those that a freeze recorded in A, if it did.
         others: compare all other tensors, too: this reads both files whole.
@@ -189,10 +199,9 @@ def diff(  # noqa: PLR0913 as many as the command has options
     with open_source(a) as one, open_source(b) as two:
         if state_dict_b is None and state_dict is not None and _has(two, state_dict):
             state_dict_b = state_dict
-        side_a = _choose_side(one, state_dict, prefix, option="--prefix")
-        side_b = _choose_side(two, state_dict_b, prefix_b, option="--prefix-b")
-        if prefix_b is None and any(name.startswith(side_a.part) for name in _list_names(side_b.state_dict)):
-            side_b = dataclasses.replace(side_b, part=side_a.part)
+        side_a = choose_side(one, state_dict, prefix, option="--prefix")
+        side_b = choose_side(two, state_dict_b, prefix_b, option="--prefix-b")
+        side_a, side_b = _relate_sides(side_a, side_b, ask_b=prefix_b is None)
         comparison = _compare_sides(
             side_a,
             side_b,
@@ -209,28 +218,39 @@ def diff(  # noqa: PLR0913 as many as the command has options
 
 
 @dataclass(frozen=True)
-class _Side:
+class Side:
     """A or B.
 
     Attributes:
         part: what names must begin with to be compared, after the prefix of wrappers; "" for all of them.
+        is_flat: the state dict is an average that mmcv's EMAHook keeps beside its model, under the model's names.
     """
 
     checkpoint: Checkpoint
     state_dict: StateDict
     part: str
+    is_flat: bool = False
+
+    def spell(self, path: str) -> str:
+        """Spell what compared names begin with as the file does, after the prefix of wrappers."""
+        return flatten_average(path) if self.is_flat else self.part + path
+
+    def list_layers(self) -> list[str]:
+        """List its BatchNorm layers, without what their names begin with."""
+        return [layer.name.removeprefix(self.part) for layer in _under(self.part, find_batchnorms(self.state_dict))]
 
 
 def _compare_sides(
-    side_a: _Side,
-    side_b: _Side,
+    side_a: Side,
+    side_b: Side,
     *,
     layers: Sequence[str],
     as_recorded: bool,
     others: bool,
     on_progress: OnProgress,
 ) -> Comparison:
-    (a, one, part_a), (b, two, part_b) = ((s.checkpoint, s.state_dict, s.part) for s in (side_a, side_b))
+    a, one, part_a = side_a.checkpoint, side_a.state_dict, side_a.part
+    b, two, part_b = side_b.checkpoint, side_b.state_dict, side_b.part
     names_a = {name.removeprefix(part_a): full for name, full in _list_names(one).items() if name.startswith(part_a)}
     names_b = {name.removeprefix(part_b): full for name, full in _list_names(two).items() if name.startswith(part_b)}
     path_a, path_b = align_names(names_a, names_b)
@@ -258,8 +278,8 @@ def _compare_sides(
     return Comparison(
         a=one,
         b=two,
-        path_a=part_a + path_a,
-        path_b=part_b + path_b,
+        path_a=side_a.spell(path_a),
+        path_b=side_b.spell(path_b),
         layers=tuple(ordered),
         assumptions=tuple(dict.fromkeys((*assumed_a, *assumed_b))),
         others={
@@ -267,6 +287,7 @@ def _compare_sides(
             for name in count(sizes, "comparing tensors", on_progress)
         },
         not_compared=(_other_keys(a, one), _other_keys(b, two)),
+        not_understood=(find_not_understood(a, one), find_not_understood(b, two)),
         recorded=tuple(sorted(frozen)),
     )
 
@@ -280,7 +301,7 @@ def _list_names(state_dict: StateDict) -> dict[str, str]:
     return {state_dict.strip(name): name for name in state_dict.tensors}
 
 
-def _choose_side(checkpoint: Checkpoint, key: str | None, prefix: str | None, *, option: str) -> _Side:
+def choose_side(checkpoint: Checkpoint, key: str | None, prefix: str | None, *, option: str) -> Side:
     """Choose the state dict of a checkpoint that is compared.
 
     Raises:
@@ -288,16 +309,40 @@ def _choose_side(checkpoint: Checkpoint, key: str | None, prefix: str | None, *,
     """
     state_dict = choose_state_dict(checkpoint, key)
     if not prefix:
-        return _Side(checkpoint, state_dict, "")
+        return Side(checkpoint, state_dict, "")
     dotted = prefix if prefix.endswith(".") else f"{prefix}."
     names = _list_names(state_dict)
     for part in (dotted, dotted.removeprefix(state_dict.prefix)):
         if any(name.startswith(part) for name in names):
-            return _Side(checkpoint, state_dict, part)
+            return Side(checkpoint, state_dict, part)
+    flat = part_flat_average(state_dict)
+    if flat is not None and prefix in (FLAT_AVERAGE, FLAT_AVERAGE.rstrip("_")):
+        return Side(checkpoint, flat[1], "", is_flat=True)
     parts = list(dict.fromkeys(f"{name.partition('.')[0]}." for name in names if "." in name))
+    parts = [FLAT_AVERAGE, *parts] if flat is not None else parts
     listed = ", ".join(map(quote, parts[:_SHOWN])) + (f" and {len(parts) - _SHOWN} more" if len(parts) > _SHOWN else "")
     message = f"{option} {quote(prefix)}: no tensor's name begins with it; there are {listed or 'none with a dot'}"
     raise UsageError(message, path=checkpoint.path)
+
+
+def _relate_sides(a: Side, b: Side, *, ask_b: bool) -> tuple[Side, Side]:
+    """Return both sides: B under the prefix of A where it has such names, and a model without the average beside it
+    where the other side is that.
+
+    Args:
+        ask_b: no prefix is given for B.
+    """
+    if ask_b and a.is_flat:
+        parted = part_flat_average(b.state_dict)
+        b = b if parted is None else dataclasses.replace(b, state_dict=parted[1], is_flat=True)
+    elif ask_b and any(name.startswith(a.part) for name in _list_names(b.state_dict)):
+        b = dataclasses.replace(b, part=a.part)
+    if a.is_flat != b.is_flat:
+        whole = b if a.is_flat else a
+        parted = part_flat_average(whole.state_dict)
+        model = whole if parted is None else dataclasses.replace(whole, state_dict=parted[0])
+        return (a, model) if a.is_flat else (model, b)
+    return a, b
 
 
 def _under(part: str, batchnorms: Sequence[BatchNorm]) -> list[BatchNorm]:
@@ -326,27 +371,56 @@ def find_violations(comparison: Comparison, expectation: Expectation) -> list[st
     without any can be identical.
     """
     if expectation is not Expectation.IDENTICAL and not comparison.layers:
-        return ["there is no BatchNorm layer to hold against each other"]
+        return list(_describe_absences(comparison))
     kept = _KEPT_BY.get(expectation, ROLES)
     found = []
     for layer in comparison.layers:
-        bad = [_describe(role, change) for role, change in layer.changes.items() if _is_bad(role, change, kept)]
+        bad = _describe({role: change for role, change in layer.changes.items() if _is_bad(role, change, kept)})
         bad += [
-            f"{name} ({old} and {new})"
+            f"{name} differs ({old} and {new})"
             for name, (old, new) in layer.settings.items()
             if name not in _SET_BY_FREEZE or expectation is Expectation.IDENTICAL
         ]
         if not layer.changes:
             bad = ["it is in neither file, but was frozen"]
         if bad:
-            found.append(f"{layer.name}: {', '.join(bad)}")
+            found.append(f"{layer.name}: {'; '.join(bad)}")
     if expectation in (Expectation.IDENTICAL, Expectation.STATS_ONLY):
-        found += [f"{name}: {change.value}" for name, change in comparison.others.items() if change is not Change.SAME]
+        others = {name: change for name, change in comparison.others.items() if change is not Change.SAME}
+        found += [f"{name}: {_OF_ONE.get(change, change.value)}" for name, change in others.items()]
     return found
 
 
-def _describe(role: str, change: Change) -> str:
-    return role if change is Change.VALUES else f"{role} ({change.value})"
+def _describe_absences(comparison: Comparison) -> Iterator[str]:
+    """Say of both sides why there is no layer to hold against each other, in one sentence where it is the same."""
+    absences = {
+        "A": describe_absence(comparison.a, comparison.not_understood[0]),
+        "B": describe_absence(comparison.b, comparison.not_understood[1]),
+    }
+    same = len(set(absences.values())) == 1
+    for side, absence in {"A and B": absences["A"]}.items() if same else absences.items():
+        yield f"there is no layer to hold against each other, in {side} {absence}"
+
+
+_SENTENCES = {
+    Change.VALUES: "{} changed",
+    Change.DTYPE: "the dtype of {} changed",
+    Change.SHAPE: "the shape of {} changed",
+    Change.ONLY_A: "{} only in A",
+    Change.ONLY_B: "{} only in B",
+    Change.UNKNOWN: "{} not comparable",
+}
+
+
+_OF_ONE = {Change.DTYPE: "its dtype changed", Change.SHAPE: "its shape changed"}
+
+
+def _describe(changes: Mapping[str, Change]) -> list[str]:
+    """Say which tensors of a layer changed in which way, those of one way together."""
+    roles: dict[Change, list[str]] = {}
+    for role, change in changes.items():
+        roles.setdefault(change, []).append(role)
+    return [_SENTENCES[change].format(", ".join(those)) for change, those in roles.items()]
 
 
 def _is_bad(role: str, change: Change, kept: Sequence[str]) -> bool:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from bntool.batchnorm import ROLES
-from bntool.checkpoints.state_dicts import find_averaged_parts
+from bntool.checkpoints.state_dicts import FLAT_AVERAGE, find_averaged_parts, part_flat_average
 from bntool.comparison.checkpoint import Change, Comparison, LayerComparison
 from bntool.comparison.options import Expectation
 from bntool.reports.blocks import Block, Cell, Column, Style, Table, line
@@ -145,6 +145,8 @@ def _advise_on_one_file(comparison: Comparison) -> str:
     others, averages = comparison.not_compared[1], find_averaged_parts(comparison.b)
     if others:
         return f"{said}; --state-dict-b {shlex.quote(others[0])} compares another one of the file with it"
+    if part_flat_average(comparison.b) is not None:
+        return f"{said}; --prefix-b {FLAT_AVERAGE} compares the average that mmcv's EMAHook keeps in it with the model"
     if averages:
         return f"{said}; --prefix and --prefix-b {shlex.quote(averages[0] + '.')} compare the copies that lie in it"
     return said

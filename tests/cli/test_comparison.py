@@ -49,7 +49,7 @@ def test_json(capsys):
     assert facts["expectation"] == {
         "name": "frozen",
         "met": False,
-        "violations": ["layer2.0.bn1: running_var"],
+        "violations": ["layer2.0.bn1: running_var changed"],
         "recorded_layers": [],
     }
     assert facts["others"]["counts"] == {"same": 12}

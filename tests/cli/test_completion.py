@@ -48,6 +48,23 @@ def test_layers_and_globs_are_those_of_the_file(offers: Complete) -> None:
     assert offers("inspect", "--layers", "") == []
 
 
+def test_layers_are_offered_as_the_command_names_them(offers: Complete, tmp_path: Path) -> None:
+    tensors = torch.load(SAMPLES / "digits.pt")
+    flat = {f"ema_{name}".replace(".", "_"): tensor for name, tensor in tensors.items()}
+    path = str(tmp_path / "mmcv.pth")
+    torch.save({"state_dict": {**tensors, **flat}}, path)
+    assert offers("inspect", path, "--layers", "ema_layer2") == [
+        "ema_layer2_0_bn1",
+        "ema_layer2_0_bn2",
+        "ema_layer2_0_downsample_1",
+    ]
+    assert offers("freeze", path, "--layers", "ema_") == []  # the model's layers are frozen
+    assert offers("diff", path, path, "--prefix", "ema_", "--layers", "bn") == ["bn1"]
+    torch.save({f"{part}.{name}": t for part in ("net", "ema") for name, t in tensors.items()}, path)
+    assert offers("diff", path, path, "--prefix", "net.", "--layers", "b") == ["bn1"]
+    assert offers("diff", path, path, "--prefix", "none.", "--layers", "net.b") == ["net.bn1"]
+
+
 def test_layers_are_those_of_the_state_dict_that_is_named(offers: Complete, tmp_path: Path) -> None:
     torch.save(
         {

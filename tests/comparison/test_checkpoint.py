@@ -319,7 +319,7 @@ def test_an_eps_that_a_conversion_recorded_is_compared(tmp_path):
     for path in (a, b):
         bntool.convert(path, path.with_suffix(".safetensors"), to="safetensors")
     comparison = diff(a.with_suffix(".safetensors"), b.with_suffix(".safetensors"), expect="frozen")
-    assert comparison.violations == ("1: eps (1e-05 and 0.001)",)
+    assert comparison.violations == ("1: eps differs (1e-05 and 0.001)",)
     assert diff(a, b.with_suffix(".safetensors")).layers[0].settings == {"eps": (1e-5, 1e-3)}
 
 
@@ -358,6 +358,61 @@ def test_a_part_of_one_file_is_compared_with_the_whole_of_another(flat):
     assert diff(flat.parent / "net.pt", flat, prefix_b="net.").identical
 
 
+@pytest.fixture
+def in_buffers(flat):
+    """The same average in buffers of the model, as EMAHook of mmcv 1.7 registers them; and the model alone."""
+    model, average = torch.load(flat.parent / "net.pt"), torch.load(flat.parent / "ema.pt")
+    buffers = {f"ema_{name.replace('.', '_')}": tensor for name, tensor in average.items()}
+    return save({"meta": {"epoch": 3}, "state_dict": {**model, **buffers}}, flat.parent / "mmcv.pth")
+
+
+@pytest.mark.parametrize("prefix", ["ema_", "ema"])
+def test_an_average_in_buffers_is_compared_under_the_names_of_its_model(prefix, in_buffers):
+    together = diff(in_buffers, in_buffers, prefix_b=prefix)
+    apart = diff(in_buffers.parent / "net.pt", in_buffers.parent / "ema.pt")
+    assert (together.layers, together.others) == (apart.layers, apart.others)
+    assert len(together.layers) > 10
+    assert (together.path_a, together.path_b) == ("", "ema_")
+    turned = diff(in_buffers, in_buffers, prefix=prefix, prefix_b="backbone.")
+    assert turned.path_a == "ema_backbone_"
+
+
+def test_an_average_in_buffers_beside_other_files(in_buffers):
+    folder = in_buffers.parent
+    assert diff(in_buffers, folder / "ema.pt", prefix="ema_").identical
+    assert diff(folder / "ema.pt", in_buffers, prefix_b="ema_").identical
+    assert diff(in_buffers, in_buffers, prefix="ema_").identical  # of both files
+    with pytest.raises(UsageError, match=r"--prefix 'ema_': no tensor's name begins"):
+        diff(folder / "net.pt", in_buffers, prefix="ema_")
+    with pytest.raises(UsageError, match=r"there are 'ema_'"):
+        diff(in_buffers, in_buffers, prefix="average")
+
+
+def test_parameters_alone_that_are_averaged_in_buffers(in_buffers):
+    """As EMAHook does: it averages what named_parameters gives."""
+    content = torch.load(in_buffers)
+    kept = {n: t for n, t in content["state_dict"].items() if "running" not in n or not n.startswith("ema_")}
+    comparison = diff(save({"state_dict": kept}, in_buffers), in_buffers, prefix_b="ema_")
+    changes = comparison.layers[0].changes
+    assert changes["running_mean"] is Change.ONLY_A
+    assert changes["weight"] in (Change.SAME, Change.VALUES)
+
+
+def test_why_there_is_no_layer_is_said(state, tmp_path, capsys):
+    parameters = {n: t for n, t in state.items() if not n.endswith(("running_mean", "running_var", "tracked"))}
+    path = save(parameters, tmp_path / "parameters.pt")
+    (violation,) = diff(path, path, expect="frozen").violations
+    assert "in A and B the state dict has no BatchNorm layer with statistics" in violation
+    assert "may be some without" in violation
+    other = save({"fc.weight": torch.ones(2, 2)}, tmp_path / "fc.pt")
+    violations = diff(path, other, expect="norm-eval").violations
+    assert "in A the state dict has no BatchNorm layer with statistics" in violations[0]
+    assert violations[1].endswith("in B the state dict has no BatchNorm layer")
+    assert main(["diff", str(other), str(other), "--expect", "frozen", "--quiet"]) == 1
+    (said,) = capsys.readouterr().err.splitlines()
+    assert said.endswith("in A and B the state dict has no BatchNorm layer, against --expect frozen")
+
+
 def test_a_prefix_that_nothing_begins_with(flat):
     with pytest.raises(UsageError, match=r"--prefix-b 'average': no tensor's name begins .*'net.', 'ema.'"):
         diff(flat, flat, prefix="net.", prefix_b="average")
@@ -379,10 +434,13 @@ def test_frozen_layers_need_not_be_named_again(state, tmp_path):
     assert diff(tmp_path / "a.pt", after, expect="frozen").violations  # nothing is recorded there: all layers count
     others_moved["backbone.bn1.running_var"] = state["backbone.bn1.running_var"] * 2
     save(others_moved, after)
-    assert diff(before, after, expect="frozen").violations == ("backbone.bn1: running_var",)
+    assert diff(before, after, expect="frozen").violations == ("backbone.bn1: running_var changed",)
     gone = {name: t for name, t in others_moved.items() if not name.startswith("backbone.layer1.0.bn1.")}
     save(gone, after)
-    assert "backbone.layer1.0.bn1: weight (only in A)" in diff(before, after, expect="norm-eval").violations[0]
+    assert (
+        "backbone.layer1.0.bn1: weight, bias, running_mean, running_var, num_batches_tracked only in A"
+        in diff(before, after, expect="norm-eval").violations[0]
+    )
 
 
 def test_one_channel_among_many_is_named(tmp_path, capsys):

@@ -369,6 +369,49 @@ def without_tracking(network: Network, path: Path) -> None:
     torch.save(trained(network, model=model).model, path)
 
 
+def exploding_bias(network: Network, path: Path) -> None:
+    training = trained(network)
+    with torch.no_grad():
+        batch_norms(training.model)[2].bias[3] = -1e5  # what one bad gradient leaves
+    training.run(10)
+    torch.save(training.model.state_dict(), path)
+
+
+def every_tensor_in_eight_bits(network: Network, path: Path) -> None:
+    state = trained(network).model.state_dict()
+    torch.save({n: t.to(torch.float8_e4m3fn) if t.is_floating_point() else t for n, t in state.items()}, path)
+
+
+def statistics_as_images(network: Network, path: Path) -> None:
+    """As code keeps them that subtracts and divides without a module."""
+    state = trained(network).model.state_dict()
+    torch.save({n: t.view(1, -1, 1, 1) if n.endswith(("_mean", "_var")) else t for n, t in state.items()}, path)
+
+
+def bias_filtered_out(network: Network, path: Path) -> None:
+    """By a filter of names that was to leave out the bias of another layer."""
+    model = trained(network).model
+    layer = batch_norms(model)[3]
+    left_out = next(name for name, module in model.named_modules() if module is layer)
+    torch.save({n: t for n, t in model.state_dict().items() if n != f"{left_out}.bias"}, path)
+
+
+def counter_reset_in_training(network: Network, path: Path) -> None:
+    training = trained(network)
+    for layer in batch_norms(training.model):
+        layer.num_batches_tracked.zero_()  # as tools do that mean to reset the statistics
+    training.run(5)
+    torch.save(training.model, path)
+
+
+def pruning_not_removed(network: Network, path: Path) -> None:
+    training = trained(network)
+    prune.l1_unstructured(batch_norms(training.model)[3], "weight", amount=0.5)
+    training.optimizer = sgd(training.model.parameters())
+    training.run(STEPS // 4)
+    torch.save(training.model.state_dict(), path)
+
+
 @dataclass(frozen=True)
 class Mistake:
     """A mistake.
@@ -429,6 +472,12 @@ MISTAKES = (
     Mistake("half of a layer pruned", pruned, (FindingCode.DEAD_CHANNELS,)),
     Mistake("black images with momentum 1", variance_of_one_sample, (FindingCode.ZERO_VARIANCE,)),
     Mistake("statistics of another layer", parts_of_two_models, (FindingCode.SHAPE_MISMATCH,)),
+    Mistake("a bias exploded by one gradient", exploding_bias, (FindingCode.OUTLYING_BIAS,)),
+    Mistake("every floating tensor cast to float8", every_tensor_in_eight_bits, (FindingCode.HALF_STATISTICS,)),
+    Mistake("statistics as [1, C, 1, 1]", statistics_as_images, (FindingCode.SHAPE_MISMATCH,)),
+    Mistake("a bias left out by a filter of names", bias_filtered_out, (FindingCode.AFFINE_MISSING,)),
+    Mistake("num_batches_tracked set to 0 in training", counter_reset_in_training, (FindingCode.COUNTER_RESET,)),
+    Mistake("pruned, and saved without prune.remove", pruning_not_removed, (FindingCode.NOT_UNDERSTOOD,)),
     Mistake("track_running_stats=False", without_tracking, (FindingCode.BATCH_STATISTICS,)),
 )
 

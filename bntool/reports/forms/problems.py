@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from bntool.comparison.options import Expectation
 from bntool.inspection.findings import UNJUDGED, FindingCode
 from bntool.reports.report import FileReport, Report, describe_error
 from bntool.reports.text import sanitize
@@ -82,9 +83,11 @@ def list_problems_of(file: FileReport) -> Iterator[Problem]:
                 yield _read(file.path, finding, where + layer["name"])
     expected = file.facts.get("expectation") or {}
     for violation in expected.get("violations", ()):
-        layer, colon, what = violation.partition(": ")
-        message = f"{what if colon else violation} changed, against --expect {expected['name']}"
-        yield Problem(file.facts["other_file"], EXPECTATION, "error", _safe(message), _safe(layer if colon else ""))
+        layer, _, what = violation.partition(": ")
+        if not file.facts["layers"] and expected["name"] != Expectation.IDENTICAL.value:  # nothing to compare
+            layer, what = "", violation
+        message = f"{what}, against --expect {expected['name']}"
+        yield Problem(file.facts["other_file"], EXPECTATION, "error", _safe(message), _safe(layer))
 
 
 def _list_layers(where: str, names: Sequence[str]) -> str:
