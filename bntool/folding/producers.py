@@ -23,7 +23,7 @@ from bntool.plan import AddTensor, Scaled, SetTensor, SkipReason, Step, Values
 
 FOLDABLE = (FLOAT64, FLOAT32, FLOAT16, BFLOAT16)
 _LARGE = 1e18  # factors beyond may take a float32 weight out of its range
-_SMALLEST_LIMIT = 65504.0  # the largest float16: nothing smaller is too large for any dtype
+SMALLEST_LIMIT = 65504.0  # the largest float16: nothing smaller is too large for any dtype
 
 
 @dataclass(frozen=True)
@@ -198,12 +198,12 @@ class Producer:
         tensor = state_dict.tensor(self.weight_name)
         largest = _largest(self.outputs) * _largest(self.inputs)
         try:
-            if tensor.dtype is FLOAT16 or not largest < _LARGE or not _largest_of(self.taps) < _SMALLEST_LIMIT:
+            if tensor.dtype is FLOAT16 or not largest < _LARGE or not _largest_of(self.taps) < SMALLEST_LIMIT:
                 recipe = self._scaled()
                 for _ in () if recipe is None else _scale(tensor, recipe).chunks():
                     pass
             stored = self._stored_bias()
-            if stored is not None and not _largest(stored) < _SMALLEST_LIMIT:
+            if stored is not None and not _largest(stored) < SMALLEST_LIMIT:
                 LiteralTensor.from_numbers(stored.tolist(), dtype=self._bias_dtype(state_dict), shape=stored.shape)
         except OverflowError as error:
             raise Blocked(SkipReason.OVERFLOW, f"{self.node.layer}: {error}") from error

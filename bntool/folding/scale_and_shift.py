@@ -15,7 +15,7 @@ from bntool.checkpoints.dtypes import FLOAT32
 from bntool.checkpoints.tensors import LiteralTensor, read_numbers
 from bntool.errors import UsageError
 from bntool.folding.absorption import Absorption, Array, Blocked
-from bntool.folding.producers import read_parameter
+from bntool.folding.producers import SMALLEST_LIMIT, read_parameter
 from bntool.folding.transforms.channel_transforms import Transform, as_indices
 from bntool.graphs.graph import Evidence, ModelGraph, Node, Owner
 from bntool.plan import SetTensor, SkipReason, Step, Values
@@ -112,6 +112,8 @@ class ScaleAndShift:
             Blocked: one is too large.
         """
         for role, values in self._tensors().items():
+            if np.abs(values).max(initial=0.0) < SMALLEST_LIMIT:
+                continue
             tensor = state_dict.tensor(self.names[role])
             try:
                 LiteralTensor.from_numbers(values.tolist(), dtype=tensor.dtype, shape=tuple(tensor.shape))

@@ -61,6 +61,19 @@ class Channels(NamedTuple):
     shifts: Integers
 
 
+class Mark(NamedTuple):
+    """A state that can be returned to.
+
+    Attributes:
+        scales, shifts: marks of the unknowns.
+        gone: the layers that disappear.
+    """
+
+    scales: int
+    shifts: int
+    gone: frozenset[str]
+
+
 class Stuck(Exception):  # noqa: N818 an answer, not an error of the program
     """A BatchNorm does not disappear.
 
@@ -100,6 +113,7 @@ class ChannelTransforms:
     _is_open: bool = True  # more of them may
     _chosen: tuple[Array, Array] | None = None
     _takes: dict[int, bool] = field(default_factory=dict)
+    _outputs: dict[tuple[int, int, int], Channels] = field(default_factory=dict)
     _inputs: dict[tuple[int, int], Channels | None] = field(default_factory=dict)
     _stored: dict[tuple[int, bool], Transform] = field(default_factory=dict)
 
@@ -262,15 +276,27 @@ class ChannelTransforms:
     # equations
 
     def outputs(self, node: Node) -> Channels:
-        """Return the unknowns of a node's output."""
-        return self._outputs(node.index, np.arange(node.channels))
+        """Return the unknowns of a node's output; those that share them give the same arrays."""
+        key = (*self.bases.get(node.index, (-1, -1)), node.channels)
+        found = self._outputs.get(key)
+        if found is None:
+            scale, shift, size = key
+            if scale < 0:
+                found = Channels(np.full(size, self.scales.constant), np.full(size, self.shifts.constant))
+            else:
+                found = Channels(np.arange(scale, scale + size), np.arange(shift, shift + size))
+            self._outputs[key] = found
+        return found
 
-    def _outputs(self, index: int, channels: Integers) -> Channels:
-        bases = self.bases.get(index)
-        if bases is None:
-            size = len(channels)
-            return Channels(np.full(size, self.scales.constant), np.full(size, self.shifts.constant))
-        return Channels(bases[0] + channels, bases[1] + channels)
+    def _some_outputs(self, index: int, channels: Sequence[int]) -> Channels:
+        whole = self.outputs(self.graph.nodes[index])
+        if isinstance(channels, range) and channels.step == 1:
+            if len(channels) == len(whole.scales):
+                return whole
+            part = slice(channels.start, channels.stop)
+            return Channels(whole.scales[part], whole.shifts[part])
+        which = as_indices(channels)
+        return Channels(whole.scales[which], whole.shifts[which])
 
     def inputs(self, node: Node, port: int) -> Channels | None:
         """Return the unknowns of what a node reads on an input, by its channels; None where channels are not told
@@ -289,7 +315,10 @@ class ChannelTransforms:
             return None
         if len(edges) == 1 and is_whole(edges[0], self.graph.nodes[edges[0].source]):
             return self.outputs(self.graph.nodes[edges[0].source])
-        parts = [self._outputs(edge.source, as_indices(edge.sources)) for edge in edges]
+        ordered = _follow_one_another(edges)
+        parts = [self._some_outputs(edge.source, edge.sources) for edge in ordered or edges]
+        if ordered:
+            return Channels(*(np.concatenate([part[which] for part in parts]) for which in (0, 1)))
         targets = np.concatenate([as_indices(edge.targets or ()) for edge in edges])
         order = np.argsort(targets, kind="stable")
         targets = targets[order]
@@ -348,7 +377,7 @@ class ChannelTransforms:
         """Require what a node reads at a port as it is."""
         for edge in self.graph.inputs(node):
             if edge.port == port and edge.source in self.bases:
-                self._fix(self._outputs(edge.source, as_indices(edge.sources)), node.index)
+                self._fix(self._some_outputs(edge.source, edge.sources), node.index)
 
     def _pin_all(self, node: Node, ports: Collection[int]) -> None:
         for port in ports:
@@ -446,8 +475,7 @@ class ChannelTransforms:
         zero = scale == 0
         if zero.any():
             raise Stuck(f"its scale is zero in {_count(zero)}")
-        self.scales.begin()
-        self.shifts.begin()
+        before = self.mark()
         try:
             for call in self.graph.batchnorms[layer]:
                 self._join(call, scale, shift)
@@ -455,14 +483,28 @@ class ChannelTransforms:
             if objection := object_to():
                 raise Stuck(objection)
         except (Contradiction, Stuck) as problem:
-            self.scales.roll_back()
-            self.shifts.roll_back()
+            self.return_to(before)
             if isinstance(problem, Stuck):
                 raise
             raise Stuck(self._explain(problem, layer, scale)) from problem
-        self.scales.commit()
-        self.shifts.commit()
         self.gone.add(layer)
+
+    def mark(self) -> Mark:
+        """Return the state of now."""
+        return Mark(self.scales.mark(), self.shifts.mark(), frozenset(self.gone))
+
+    def return_to(self, mark: Mark) -> None:
+        """Take back what was removed, kept and closed since; more can be removed from there."""
+        self.scales.return_to(mark.scales)
+        self.shifts.return_to(mark.shifts)
+        self.gone = set(mark.gone)
+        if not self._is_open:
+            self._is_open = True
+            self._chosen = None
+            self._takes.clear()
+            self._stored.clear()
+            for layer in self.layers:
+                self.calls.pop(find_weight(self.graph.batchnorms[layer][0]), None)
 
     def settled_shift(self, node: Node) -> Array | None:
         """Return the shifts of what a node reads where the equations so far settle them, and zero elsewhere."""
@@ -490,8 +532,7 @@ class ChannelTransforms:
         first, *others = self.graph.batchnorms[layer]
         if absorbs and not others:
             return
-        self.scales.begin()
-        self.shifts.begin()
+        before = self.mark()
         try:
             for call in others if absorbs else (first, *others):
                 if not absorbs:
@@ -503,11 +544,8 @@ class ChannelTransforms:
                         self._equate(mine, theirs, call.index)
             self.shifts.simplify()
         except Contradiction as problem:
-            self.scales.roll_back()
-            self.shifts.roll_back()
+            self.return_to(before)
             raise Stuck(self._explain(problem, layer, np.ones(1))) from problem
-        self.scales.commit()
-        self.shifts.commit()
 
     def keep_paddings(self) -> None:
         """Let each padding that could change, and need not, stay what it is: called when all is decided."""
@@ -515,17 +553,12 @@ class ChannelTransforms:
             read = self.inputs(node, 0) if node.padded and not self._needs_zeros(node) else None
             if read is None:
                 continue
-            self.scales.begin()
-            self.shifts.begin()
+            before = self.shifts.mark()
             try:
                 self.shifts.fix(read.shifts, node.index)
                 self.shifts.simplify()
             except Contradiction:
-                self.scales.roll_back()
-                self.shifts.roll_back()
-            else:
-                self.scales.commit()
-                self.shifts.commit()
+                self.shifts.return_to(before)
 
     def _explain(self, problem: Contradiction, layer: str, scale: Array) -> str:
         own = {call.index for call in self.graph.batchnorms[layer]}
@@ -614,6 +647,24 @@ def is_whole(edge: Edge, source: Node) -> bool:
         channels == everything if isinstance(channels, range) else tuple(channels) == tuple(everything)
         for channels in (edge.sources, edge.targets)
     )
+
+
+def _follow_one_another(edges: Sequence[Edge]) -> Sequence[Edge] | None:
+    """Order edges so that what they hand on lies one after the other, from the first channel on; None where it does
+    not.
+    """
+    ordered: list[tuple[range, Edge]] = []
+    for edge in edges:
+        if not isinstance(edge.targets, range) or edge.targets.step != 1:
+            return None
+        ordered.append((edge.targets, edge))
+    ordered.sort(key=lambda one: one[0].start)
+    start = 0
+    for targets, _ in ordered:
+        if targets.start != start:
+            return None
+        start = targets.stop
+    return [edge for _, edge in ordered]
 
 
 def as_indices(channels: Sequence[int]) -> Integers:

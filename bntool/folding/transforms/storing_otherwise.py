@@ -6,7 +6,8 @@ hold together with those before it (:mod:`bntool.folding.transforms.channel_tran
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -24,6 +25,7 @@ from bntool.folding.transforms.aliasing import is_private
 from bntool.folding.transforms.branches import IdentityBranch, find_branch
 from bntool.folding.transforms.channel_transforms import (
     ChannelTransforms,
+    Mark,
     Stuck,
     Transform,
     as_indices,
@@ -76,6 +78,30 @@ class _GivenUp(Exception):  # noqa: N818 an answer, not an error of the program
 
 
 @dataclass
+class _Removal:
+    """BatchNorms that are let disappear one after the other, and what was decided of them so far.
+
+    Attributes:
+        system: what they have to hold together with.
+        order: all of them, as they are tried.
+        tried: the state before each that was tried, in that order.
+        stuck: those that stay, and why.
+    """
+
+    system: ChannelTransforms
+    order: Sequence[str]
+    tried: dict[str, Mark] = field(default_factory=dict)
+    stuck: dict[str, str] = field(default_factory=dict)
+
+    def without(self, layers: Collection[str]) -> _Removal:
+        """Return to where the first of some was tried: what was decided before holds without them, too."""
+        kept = dict(itertools.takewhile(lambda one: one[0] not in layers, self.tried.items()))
+        first = next(layer for layer in self.tried if layer not in kept)
+        self.system.return_to(self.tried[first])
+        return _Removal(self.system, self.order, kept, {one: why for one, why in self.stuck.items() if one in kept})
+
+
+@dataclass
 class StoringOtherwise:
     """One attempt on a graph.
 
@@ -111,14 +137,22 @@ class StoringOtherwise:
             if branch is not None:
                 self._branches[layer] = branch
         given_up: dict[str, str] = {}
+        removal: _Removal | None = None
         while True:
             outcome = Outcome(reasons=dict(given_up))
             rest = [layer for layer in layers if layer not in self._branches and layer not in given_up]
             try:
-                system = self._solve(rest, outcome)
+                if removal is None and rest:
+                    removal = self._begin(rest)
+                system = None if removal is None else self._solve(removal, given_up, outcome)
                 self._transform(system, outcome)
             except _GivenUp as problem:
                 given_up.update(dict.fromkeys(problem.layers, problem.detail))
+                if removal is not None and all(layer in removal.tried for layer in problem.layers):
+                    simple = all(map(self._can_stay, problem.layers))
+                    removal = removal.without(problem.layers) if simple else None
+                else:
+                    removal = None
                 for layer in problem.layers:
                     self._branches.pop(layer, None)
                 continue
@@ -190,25 +224,22 @@ class StoringOtherwise:
 
     # equations
 
-    def _solve(self, layers: Sequence[str], outcome: Outcome) -> ChannelTransforms | None:
-        if not layers:
-            return None
+    def _begin(self, layers: Sequence[str]) -> _Removal:
         changes = self._changes_padding if self.change_padding else None
         system = ChannelTransforms(
             self.graph, frozenset(layers), self.removed, self._absorbs, self._takes_shift, changes, self._find_factors
         )
-        for layer in sorted(layers, key=self._order):
-            own = self.transforms[layer]
-            try:
-                system.remove(layer, own.scale, own.shift, object_to=partial(self._find_settled_noise, system, layer))
-            except Stuck as stuck:
-                outcome.reasons[layer] = stuck.detail
-                try:
-                    system.keep(layer, absorbs=own.can_absorb)
-                except Stuck:
-                    why = "it stays, and cannot take what others leave"
-                    raise _GivenUp([*outcome.folds, layer], why) from stuck
-            else:
+        return _Removal(system, sorted(layers, key=self._order))
+
+    def _solve(self, removal: _Removal, given_up: Collection[str], outcome: Outcome) -> ChannelTransforms | None:
+        """Let BatchNorms disappear one after the other; None where none does."""
+        system = removal.system
+        for layer in removal.order:
+            if layer not in given_up and layer not in removal.tried:
+                self._try(removal, layer)
+            if problem := removal.stuck.get(layer):
+                outcome.reasons[layer] = problem
+            elif layer not in given_up:
                 outcome.folds[layer] = Fold(layer, (), Level.TRANSFORM, stays=False)
         if not outcome.folds:
             return None
@@ -220,6 +251,19 @@ class StoringOtherwise:
             if noise:
                 raise _GivenUp([layer], noise)
         return system
+
+    def _try(self, removal: _Removal, layer: str) -> None:
+        own, system = self.transforms[layer], removal.system
+        removal.tried[layer] = system.mark()
+        try:
+            system.remove(layer, own.scale, own.shift, object_to=partial(self._find_settled_noise, system, layer))
+        except Stuck as stuck:
+            removal.stuck[layer] = stuck.detail
+            try:
+                system.keep(layer, absorbs=own.can_absorb)
+            except Stuck:
+                why = "it stays, and cannot take what others leave"
+                raise _GivenUp([*system.gone, layer], why) from stuck
 
     def _changes_padding(self, node: Node) -> bool:
         """Return whether the module that pads is called as a module, and pads nothing else."""

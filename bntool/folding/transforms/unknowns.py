@@ -65,7 +65,7 @@ class Unknowns:
     size: int
     value: float
     weights: Integers = field(init=False)
-    _log: list[tuple[NDArray[Any], Integers, NDArray[Any]]] | None = None
+    _log: list[tuple[Any, Any, Any]] | None = None
     parent: Integers = field(init=False)
     factor: Array = field(init=False)
     offset: Array = field(init=False)
@@ -83,21 +83,24 @@ class Unknowns:
 
     # what is tried can be taken back
 
-    def begin(self) -> None:
-        self._log = []
+    def mark(self) -> int:
+        """Return the state of now: :meth:`return_to` takes back all that is written from here on."""
+        if self._log is None:
+            self._log = []
+        return len(self._log)
 
-    def commit(self) -> None:
-        self._log = None
+    def return_to(self, mark: int) -> None:
+        """Take back all that was written since."""
+        log = self._log or []
+        for written, where, before in reversed(log[mark:]):
+            written[where] = before
+        del log[mark:]
 
-    def roll_back(self) -> None:
-        for array, where, before in reversed(self._log or ()):
-            array[where] = before
-        self._log = None
-
-    def write(self, array: NDArray[Any], where: Integers, values: Any) -> None:
+    def write(self, written: NDArray[Any] | list[Any], where: Any, values: Any) -> None:
+        """Set elements of an array or a list so that it can be taken back."""
         if self._log is not None:
-            self._log.append((array, where, array[where]))
-        array[where] = values
+            self._log.append((written, where, written[where]))
+        written[where] = values
 
     # classes
 
@@ -266,7 +269,7 @@ class Unknowns:
         Raises:
             Contradiction: that cannot hold.
         """
-        if np.array_equal(left, right):
+        if left is right or np.array_equal(left, right):
             return
         self.link(left, right, factor=np.ones(len(left)), offset=np.zeros(len(left)), origin=origin)
 
@@ -370,14 +373,14 @@ class _Sums:
         factors: of the columns.
         origin: the node.
         is_open: which of them hold by no other equation yet.
-        roots: of the open ones when they were looked at last; None before that.
+        number: position among all of them.
     """
 
     unknowns: Integers
     factors: Array
     origin: int
     is_open: Mask
-    roots: Integers | None = None
+    number: int
 
 
 @dataclass
@@ -391,20 +394,15 @@ class Shifts(Unknowns):
     sums: list[_Sums] = field(default_factory=list)
     _held: list[tuple[Integers, tuple[Integers, Integers], tuple[float, float]]] = field(default_factory=list)
     _changed: Mask = field(init=False)  # roots that are none any more since the sums were looked at
-    _before: list[Integers | None] = field(default_factory=list)  # the roots of the sums when something was tried
+    # the roots of the open sums when they were looked at last; None before that
+    _roots: list[Integers | None] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self._changed = np.zeros(self.size + 1, bool)
 
-    def begin(self) -> None:
-        super().begin()
-        self._before = [sums.roots for sums in self.sums]
-
-    def roll_back(self) -> None:
-        super().roll_back()
-        for sums, roots in zip(self.sums, self._before, strict=True):
-            sums.roots = roots
+    def return_to(self, mark: int) -> None:
+        super().return_to(mark)
         self._changed[:] = False
 
     def attach(self, roots: Integers, above: Integers | int) -> None:
@@ -417,7 +415,8 @@ class Shifts(Unknowns):
         """Add total = f * one + g * other; :meth:`simplify` makes use of them."""
         unknowns = np.stack([total, *parts], axis=1)
         row = np.array([1.0, -factors[0], -factors[1]])
-        self.sums.append(_Sums(unknowns, row, origin, np.ones(len(total), bool)))
+        self.sums.append(_Sums(unknowns, row, origin, np.ones(len(total), bool), len(self.sums)))
+        self._roots.append(None)
 
     def hold_sums(self, total: Integers, parts: tuple[Integers, Integers], factors: tuple[float, float]) -> None:
         """Add total = f * one + g * other, where ``one`` occurs in nothing else: it is what the others leave."""
@@ -439,14 +438,14 @@ class Shifts(Unknowns):
         while touched:
             touched = False
             changed = np.flatnonzero(self._changed)
-            for sums in self.sums:
-                if sums.roots is None or (sums.roots.size and self._changed[sums.roots].any()):
+            for sums, roots in zip(self.sums, self._roots, strict=True):
+                if roots is None or (roots.size and self._changed[roots].any()):
                     touched = True
                     moved = self._use(sums) or moved
             self._changed[changed] = False
         if moved:  # with fewer sums there still is an order in which they can be solved
-            roots = [sums.roots for sums in self.sums if sums.roots is not None]
-            if self._peel(np.concatenate(roots)) is None:
+            left = np.concatenate([roots for roots in self._roots if roots is not None])
+            if self._peel(left) is None:
                 raise Contradiction(np.ones(1, bool), ())
 
     def _use(self, sums: _Sums) -> bool:
@@ -454,8 +453,9 @@ class Shifts(Unknowns):
         rows = np.flatnonzero(sums.is_open)
         roots, slopes, rest, size = self._read(sums, rows)
         count = (slopes != 0).sum(axis=1)
-        sums.roots = roots[count == 3]
-        if len(sums.roots) == len(rows):
+        left = roots[count == 3]
+        self.write(self._roots, sums.number, left)
+        if len(left) == len(rows):
             return True
         self.write(sums.is_open, rows[count < 3], False)
         wrong = (count == 0) & (np.abs(rest) > _CLOSE * size)
@@ -463,7 +463,7 @@ class Shifts(Unknowns):
             raise Contradiction(np.ones(1, bool), (sums.origin,))
         mine = (count == 1) | (count == 2)
         if not mine.any():
-            return bool(len(sums.roots))
+            return bool(len(left))
         roots, slopes, rest = roots[mine], slopes[mine], rest[mine]
         order = np.argsort(slopes == 0, axis=1, kind="stable")  # those that are left come first
         roots, slopes = np.take_along_axis(roots, order, axis=1), np.take_along_axis(slopes, order, axis=1)
@@ -471,7 +471,7 @@ class Shifts(Unknowns):
         right = np.where(two, roots[:, 1], self.constant)
         factor = np.where(two, -slopes[:, 1] / slopes[:, 0], 1.0)
         self.link(roots[:, 0], right, factor=factor, offset=rest / slopes[:, 0], origin=sums.origin)
-        return bool(len(sums.roots))
+        return bool(len(left))
 
     def _read(self, sums: _Sums, rows: Integers) -> tuple[Integers, Array, Array, Array]:
         """Read the sums as slopes times roots = rest, each root once."""

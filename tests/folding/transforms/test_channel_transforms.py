@@ -20,7 +20,7 @@ from bntool.folding.planning import plan_fold
 from bntool.folding.producers import read_producer
 from bntool.folding.transforms import channel_transforms, operations
 from bntool.folding.transforms.channel_transforms import ChannelTransforms
-from bntool.folding.transforms.storing_otherwise import StoringOtherwise
+from bntool.folding.transforms.storing_otherwise import StoringOtherwise, _Removal
 from bntool.folding.transforms.unknowns import Scales, Shifts
 from bntool.graphs.graph import NodeKind
 from bntool.graphs.traced.tracing import trace
@@ -565,6 +565,37 @@ def test_shifts_beyond_the_spread_do_not_have_all_solved_again_without_each(monk
     assert len(plan.skips) == 3
     assert len(solved) == 1
     assert largest_difference(model, folded, image().float()) < 1e-5
+
+
+def mixed_three_times(self, x):
+    x = self.stem(x)
+    for norm, conv, mix in zip((self.bn, self.bn2, self.bn3), self.convs, self.mixes, strict=True):
+        x = norm(conv(x) + x)
+        x = x + mix(x)
+    return self.head(x.mean((2, 3)))
+
+
+@pytest.mark.parametrize("tiny", [("bn",), ("bn2",), ("bn", "bn3"), ("bn", "bn2", "bn3")])
+def test_folds_that_are_given_up_are_taken_back_and_the_others_stay(tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    convs = nn.ModuleList(nn.Conv2d(6, 6, 3, padding=1, bias=False) for _ in range(3))
+    mixes = nn.ModuleList(nn.Sequential(nn.Conv2d(6, 9, 1), nn.GELU(), nn.Conv2d(9, 6, 1)) for _ in range(3))
+    model = build(mixed_three_times, convs=convs, mixes=mixes).float()
+    with torch.no_grad():
+        for name in tiny:
+            getattr(model, name).weight[1], getattr(model, name).bias[1] = 1e-6, 1.0
+    others = tuple(name for name in ("bn", "bn2", "bn3") if name not in tiny)
+    built = []
+    real = ChannelTransforms.__post_init__
+    monkeypatch.setattr(ChannelTransforms, "__post_init__", lambda self: (built.append(self), real(self))[1])
+    folded, plan = fold(model, image().float())
+    assert len(built) == 1
+    assert {skip.layer for skip in plan.skips} == set(tiny)
+    assert tuple(one.layer for one in plan.folds) == others
+    assert largest_difference(model.double(), folded.double(), image()) < 1e-5
+    monkeypatch.setattr(_Removal, "without", lambda *_: None)  # all is solved anew without each
+    _, anew = fold(model.float(), image().float())
+    assert len(built) > 2
+    assert (anew.folds, anew.skips, anew.steps) == (plan.folds, plan.skips, plan.steps)
 
 
 @pytest.mark.parametrize(("dtype", "folds"), [(torch.float64, 3), (torch.float32, 2)])
