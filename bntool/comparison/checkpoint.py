@@ -153,6 +153,11 @@ class Comparison:
         )
 
     @property
+    def has_no_layers(self) -> bool:
+        """Whether there is no layer that could be as expected: what the violations say is of the files."""
+        return not self.layers and self.expectation not in (None, Expectation.IDENTICAL)
+
+    @property
     def identical(self) -> bool:
         return not any(layer.changed for layer in self.layers) and all(c is Change.SAME for c in self.others.values())
 

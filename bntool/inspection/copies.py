@@ -27,6 +27,7 @@ from bntool.inspection.findings import Finding, FindingCode, Severity
 from bntool.inspection.missing_statistics import describe_missing
 from bntool.inspection.results import LayerInspection, StateDictInspection
 from bntool.inspection.thresholds import Thresholds
+from bntool.representation import format_number
 from bntool.verification.statistics_shift import StatisticsShift, measure_shift
 
 _EXPLAINED = 0.6  # what is left of the difference, where it is the initial values that make it
@@ -168,11 +169,13 @@ def _read_count(inspection: StateDictInspection, path: str = "") -> int | None:
 def _find_model(copy: _Copy, copies: Sequence[_Copy]) -> _Copy | None:
     """Return the copy that an average is of: the one that is no average and has most of its parameters.
 
-    One that is no average is held against another only where it has no statistics at all.
+    One that is no average is held against another only where it has no statistics at all, and against an average where
+    only that has some.
     """
     if not copy.is_average and any(map(_has_statistics, copy.layers.values())):
         return None
-    others = [other for other in copies if not other.is_average and any(map(_has_statistics, other.layers.values()))]
+    whole = [other for other in copies if any(map(_has_statistics, other.layers.values()))]
+    others = [other for other in whole if not other.is_average] or ([] if copy.is_average else whole)
     best = max(others, key=lambda other: len(other.parameters & copy.parameters), default=None)
     enough = best is not None and 2 * len(best.parameters & copy.parameters) >= len(copy.parameters)
     return best if enough else None
@@ -431,8 +434,9 @@ def _describe_lag(
 ) -> Finding:
     name, shift = worst
     message = (
-        f"the statistics of {copy.words} lag behind those of {model.title}, most in {name}: by {shift.mean_shift:.2g} "
-        f"sigma and a factor of {shift.variance_spread:.2g} in variance; {why}"
+        f"the statistics of {copy.words} lag behind those of {model.title}, most in {name}: by "
+        f"{format_number(shift.mean_shift, 2)} sigma and a factor of {format_number(shift.variance_spread, 2)} in "
+        f"variance; {why}"
     )
     return Finding(
         FindingCode.EMA_STATISTICS_LAG,
@@ -457,8 +461,8 @@ def _describe_counters(
     message = (
         f"num_batches_tracked of {copy.words} is {own}, that of {model.title} {usual}: its buffers were copied when "
         "the model was there, or averaged together with this counter, or its statistics were recomputed. They are "
-        f"nowhere farther from the model's than in {name}: {shift.mean_shift:.2g} sigma and a factor of "
-        f"{shift.variance_spread:.2g} in variance"
+        f"nowhere farther from the model's than in {name}: {format_number(shift.mean_shift, 2)} sigma and a factor of "
+        f"{format_number(shift.variance_spread, 2)} in variance"
     )
     return Finding(
         FindingCode.COUNTER_DISAGREES,

@@ -16,6 +16,7 @@ from bntool.inspection.findings import Finding, FindingCode, Severity
 from bntool.inspection.module_findings import SAID_BY_FILE
 from bntool.inspection.results import LayerInspection
 from bntool.inspection.thresholds import Thresholds, ThresholdsOf
+from bntool.representation import format_number
 
 _Found = dict[str, Finding]  # by the name of the layer
 
@@ -169,9 +170,9 @@ def _describe_far_variance(layer: LayerInspection, gap: float) -> Finding:
     return Finding(
         FindingCode.OUTLYING_VARIANCE,
         Severity.WARNING,
-        f"all var {least:.1e}",
-        f"running_var is {least:.3g} or more in every channel, {gap:.1g} times what any channel of the others has, "
-        "with nothing in between: what usual data put into it comes out as a constant",
+        f"all var {format_number(least, 2)}",
+        f"running_var is {format_number(least, 3)} or more in every channel, {format_number(gap, 1)} times what "
+        "any channel of the others has, with nothing in between: what usual data put into it comes out as a constant",
         {"ratio": gap, "smallest": least},
         "recalibrate, or take an earlier file; nothing is to be done if what comes in is as large",
     )
@@ -181,9 +182,10 @@ def _describe_far_mean(sigmas: float) -> Finding:
     return Finding(
         FindingCode.OUTLYING_MEAN,
         Severity.WARNING,
-        f"mean {sigmas:.1e} sigma",
-        f"running_mean lies {sigmas:.2g} standard deviations from 0 in the channel in the middle: no layer gives "
-        "data that are so far from 0 and so near to each other, and usual data, normalised by it, are shifted as far",
+        f"mean {format_number(sigmas, 2)} sigma",
+        f"running_mean lies {format_number(sigmas, 2)} standard deviations from 0 in the channel in the middle: no "
+        "layer gives data that are so far from 0 and so near to each other, and usual data, normalised by it, are "
+        "shifted as far",
         {"sigmas": sigmas},
         "recalibrate, or take an earlier file",
     )

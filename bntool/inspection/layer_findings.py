@@ -199,13 +199,13 @@ def _variance(variance: Summary, weights: Sequence[float], *, eps: float, thresh
         largest = max(abs(weights[i]) / math.sqrt(variance.values[i] + eps) for i in small)
         what = f"of channel {small[0]}" if len(small) == 1 else f"in {len(small)} of {count} channels"
         message = (
-            f"running_var {what} is nearly 0 ({smallest:.1e}), as if the input had been constant for long. Behind dead "
-            "channels it is, and comes out right; whatever else new data put there is amplified "
+            f"running_var {what} is nearly 0 ({format_number(smallest, 2)}), as if the input had been constant for "
+            "long. Behind dead channels it is, and comes out right; whatever else new data put there is amplified "
             f"{format_number(largest)} times"
         )
         advice = "nothing is to be done where the channels before are dead; else look at what feeds them"
         facts = {"channels": len(small), "smallest": smallest, "largest_scale": largest}
-        short = f"var {smallest:.0e}"
+        short = f"var {format_number(smallest, 1)}"
         severity = Severity.WARNING if len(small) == count > 1 else Severity.NOTICE  # nothing comes through the layer
         findings.append(Finding(FindingCode.ZERO_VARIANCE, severity, short, message, facts, advice, small))
     return findings
@@ -262,11 +262,11 @@ def _bias(tensors: dict[str, Summary], thresholds: Thresholds) -> list[Finding]:
     value = max((bias.values[channel] for channel in channels), key=abs)
     what = f"channel {channels[0]}" if len(channels) == 1 else f"{len(channels)} of {len(ordered)} channels"
     message = (
-        f"bias of {what} ({value:.3g}) is {gap:.1g} times that of all others and all weights, with nothing in between: "
-        "what comes in is lost beside it"
+        f"bias of {what} ({format_number(value, 3)}) is {format_number(gap, 1)} times that of all others and all "
+        "weights, with nothing in between: what comes in is lost beside it"
     )
     advice = "take an earlier file, or look at the learning rate: no data restore a bias"
-    short, facts = f"bias {value:.1e}", {"channels": len(channels), "ratio": gap, "largest": value}
+    short, facts = f"bias {format_number(value, 2)}", {"channels": len(channels), "ratio": gap, "largest": value}
     return [Finding(FindingCode.OUTLYING_BIAS, Severity.WARNING, short, message, facts, advice, channels)]
 
 
@@ -297,8 +297,9 @@ def _describe_outlying(role: str, gap: float, outlying: Sequence[int], summary: 
     return Finding(
         FindingCode.OUTLYING_VARIANCE if is_variance else FindingCode.OUTLYING_MEAN,
         Severity.ERROR if far else Severity.WARNING,
-        f"{'var' if is_variance else 'mean'} {largest:.1e}",
-        f"{role} of {what} ({largest:.3g}) is {gap:.1g} times that of all others, with nothing in between: {constant}",
+        f"{'var' if is_variance else 'mean'} {format_number(largest, 2)}",
+        f"{role} of {what} ({format_number(largest, 3)}) is {format_number(gap, 1)} times that of all others, with "
+        f"nothing in between: {constant}",
         {"channels": count, "ratio": gap, "largest": largest},
         "recalibrate, or take an earlier file; if the layer reads raw numbers of several kinds, scale them first",
         channels,
@@ -424,7 +425,7 @@ def _scale(
             Finding(
                 FindingCode.EXPLODING_SCALE,
                 Severity.WARNING,
-                f"scale {largest:.1e}",
+                f"scale {format_number(largest, 2)}",
                 message,
                 {"channels": len(exploding), "largest": largest},
                 advice,

@@ -156,6 +156,12 @@ class StateDictInspection:
                     worst[name] = finding.severity
         return worst
 
+    @property
+    def worst(self) -> Severity | None:
+        """The severity of its worst finding, of a layer or of itself; None without one."""
+        found = [*(one for one in self.find_worst().values() if one), *(finding.severity for finding in self.findings)]
+        return max(found, key=lambda severity: severity.rank, default=None)
+
     def __getitem__(self, name: str) -> LayerInspection:
         """Return the layer of that name.
 
@@ -201,6 +207,11 @@ class Inspection:
         more = f"\n  and {len(self.state_dicts) - _SHOWN} more" if len(self.state_dicts) > _SHOWN else ""
         safety = self.safety.verdict.value
         return f"<Inspection of {self.checkpoint.path}: {self.verdict.sentence}; {safety} to load{inner}{more}>"
+
+    def list_worst_first(self) -> list[StateDictInspection]:
+        """List the state dicts, those with errors first, then those with warnings, each in the order of the file."""
+        urgency = {Severity.ERROR: 0, Severity.WARNING: 1}
+        return sorted(self.state_dicts, key=lambda one: urgency.get(one.worst or Severity.NOTICE, len(urgency)))
 
     def fails_on(self, severity: Severity) -> bool:
         """Return whether there is a finding of this severity or worse, or what may be a BatchNorm and could not be

@@ -19,7 +19,7 @@ from bntool.inspection.judging import add_configured
 from bntool.inspection.results import Inspection, LayerInspection
 from bntool.inspection.thresholds import combine
 from bntool.inspection.verdict import Health, Verdict
-from bntool.representation import html_repr
+from bntool.representation import format_number, html_repr
 from bntool.verification.statistics_shift import StatisticsShift, WorstShift, measure_shift, measure_worst_shift
 
 if TYPE_CHECKING:
@@ -338,8 +338,9 @@ def _describe_jump(ratios: Mapping[str, float]) -> FoundInLayers:
     finding = Finding(
         FindingCode.STATISTICS_JUMPED,
         Severity.WARNING,
-        f"var x {ratios[worst]:.1e}",
-        f"running_var of {worst} is {ratios[worst]:.1e} times what it was in the file before, over all its channels",
+        f"var x {format_number(ratios[worst], 2)}",
+        f"running_var of {worst} is {format_number(ratios[worst], 2)} times what it was in the file before, over "
+        "all its channels",
         {"layer": worst, "ratio": ratios[worst]},
         advice="take the file before, and look at the data and the learning rate between the two",
         layers=tuple(ratios),

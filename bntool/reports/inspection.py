@@ -204,7 +204,7 @@ def show_inspection(
         yield line()
         worst_first = sorted(inspection.findings, key=lambda finding: -finding.severity.rank)
         yield from show_findings((finding, ()) for finding in worst_first)
-    for state_dict in inspection.state_dicts:
+    for state_dict in inspection.list_worst_first():
         yield line()
         yield from _state_dict_blocks(
             state_dict, inspection, every_layer=every_layer, every_tensor=every_tensor, pictures=pictures

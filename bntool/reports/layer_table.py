@@ -206,8 +206,10 @@ def _describe_fact(name: str, layer: LayerInspection) -> str:
     """Describe one layer for a column; "" where nothing tells."""
     if name == "batches":
         return "" if layer.num_batches_tracked is None else str(layer.num_batches_tracked)
-    factor = layer.layer.attributes.get("scale_factor")
-    values = {"eps": layer.layer.eps, "momentum": layer.layer.momentum, "scale factor": factor}
+    attributes = layer.layer.attributes
+    if name == "momentum" and attributes.get("momentum", 0) is None:
+        return "None"  # a setting of PyTorch, and not unknown
+    values = {"eps": layer.layer.eps, "momentum": layer.layer.momentum, "scale factor": attributes.get("scale_factor")}
     value = values[name]
     return format_number(value, 6 if name == "scale factor" else 3) if isinstance(value, float | int) else ""
 

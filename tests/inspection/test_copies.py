@@ -263,6 +263,19 @@ def test_one_set_of_statistics_for_two_sets_of_weights(tmp_path: Path) -> None:
     assert bntool.inspect(tmp_path / "c.pt").verdict.health is Health.HEALTHY
 
 
+@pytest.mark.parametrize("flat", [False, True])
+def test_a_model_without_statistics_is_held_against_its_average(flat: bool, tmp_path: Path) -> None:
+    model = build()
+    average = AveragedModel(model, use_buffers=True)
+    train(model, average, 60)
+    parts = {"net": dict(model.named_parameters()), "ema": average.module.state_dict()}
+    file = {f"{part}.{n}": t.detach() for part, own in parts.items() for n, t in own.items()} if flat else parts
+    (finding,) = found(file, tmp_path)
+    assert (finding.code, finding.severity) == (FindingCode.STATISTICS_MISSING, Severity.WARNING)
+    assert "ema" in finding.message
+    assert finding.layers == (("net.1", "net.4") if flat else ("1", "4"))
+
+
 def test_an_average_that_a_callback_of_lightning_keeps(tmp_path: Path) -> None:
     model = build()
     average = AveragedModel(model)

@@ -65,9 +65,11 @@ def _list_violations(comparison: Comparison, anchors: dict[str, str]) -> tuple[E
     """List violations in one entry, with a place for each layer or tensor that contradicts what was expected."""
     if comparison.expectation is None or not comparison.violations:
         return ()
+    text = f"expected was: {MEANINGS[comparison.expectation]}"
+    if comparison.has_no_layers:
+        return (Entry(Style.ERROR, comparison.expectation.value, "; ".join((text, *comparison.violations))),)
     split = (violation.partition(": ") for violation in comparison.violations)
     places = tuple(Place(name, anchors.get(name, ""), more) for name, _, more in split)
-    text = f"expected was: {MEANINGS[comparison.expectation]}"
     return (Entry(Style.ERROR, comparison.expectation.value, text, places=places),)
 
 
@@ -83,7 +85,8 @@ def _make_tables(comparison: Comparison, anchors: dict[str, str]) -> list[Table]
             Column("shift", "How far the shift moved as a vector, relative to A", is_number=True, is_minor=True),
         )
         rows = tuple(_make_row(layer, columns, anchors[layer.name]) for layer in comparison.layers)
-        tables.append(Table("BatchNorm layers", "layers", own, rows, "Those that moved most come first."))
+        note = "Those that moved most come first."
+        tables.append(Table("BatchNorm layers", "layers", own, rows, note, marked="only changed"))
     changed = {name: change for name, change in comparison.others.items() if change is not Change.SAME}
     if changed:
         listed = list(changed.items())[:_OTHERS]

@@ -97,6 +97,7 @@ class Table:
         title: its heading.
         note: a sentence below it.
         noun: what a row is, in the plural.
+        marked: what is said of the rows that have a style, to show only them.
     """
 
     title: str
@@ -104,6 +105,7 @@ class Table:
     columns: tuple[Column, ...]
     rows: tuple[Row, ...]
     note: str = ""
+    marked: str = "only with findings"
 
     @property
     def shown(self) -> list[int]:

@@ -37,7 +37,7 @@ def make_inspection_page(path: str, inspection: Inspection) -> Page:
         details=tuple(_list_details(inspection)),
         facts=_list_facts(inspection),
         entries=tuple(_group_findings(inspection.state_dicts, inspection.findings, anchors)),
-        tables=tuple(make_layer_table(one, anchors) for one in inspection.state_dicts if one.layers),
+        tables=tuple(make_layer_table(one, anchors) for one in inspection.list_worst_first() if one.layers),
         snippets=(
             Snippet("The same in a terminal", (shlex.join(["bntool", "inspect", path]),)),
             Snippet("In Python", ("import bntool", f"inspection = bntool.inspect({path!r})")),

@@ -111,4 +111,4 @@ def make_drift_table(drifts: tuple[LayerDrift, ...], output_changes: OutputChang
         for number, drift in enumerate(drifts)
     )
     note = "In order of execution: the first layer that is marked is where the model parts from the data."
-    return Table("Layers", "layers", own, rows, note)
+    return Table("Layers", "layers", own, rows, note, marked="only those that part from the data")

@@ -12,7 +12,7 @@
     const input = make("input", { type: "search", placeholder: "name or finding", autocomplete: "off", spellcheck: false });
     label.append(input);
     const only = make("label"), box = make("input", { type: "checkbox" });
-    only.append(box, " only with findings");
+    only.append(box, ` ${table.dataset.marked}`);
     const output = make("output");
     output.setAttribute("aria-live", "polite");
     const marked = rows.some((row) => row.className);
