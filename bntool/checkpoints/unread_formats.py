@@ -34,6 +34,8 @@ _KNOWN = (
     (b"<net ", 0, "an OpenVINO model", _SOURCE),
     (b"7767517", 0, "an ncnn model", _SOURCE),
     (b"\xdd\x85\x76\x00", 0, "an ncnn model", _SOURCE),
+    (b"Gk0\x01", 0, "the weights of an ncnn model, in half precision", _SOURCE),
+    (b"8K\r\0", 0, "the weights of an ncnn model, in 8 bits", _SOURCE),
     (b"\x93NUMPY", 0, "a numpy array", "give it the checkpoint that this was made from, or a .npz archive of arrays"),
     (b"MATLAB ", 0, "a MATLAB file", _SOURCE),
 )
@@ -192,6 +194,8 @@ def _find_names(path: Location, head: bytes) -> Iterator[tuple[str, str]]:
     if any(head.startswith(magic, offset) for magic, offset, _, _ in _CONTAINERS):
         return
     yield from (found for ending, found in _ENDINGS.items() if path.name.endswith(ending))
+    if re.search(r"shard\d+of\d+(\.bin)?$", path.name):
+        yield "weights of a TensorFlow.js model", _SOURCE
     if path.suffix == ".bin" and isinstance(path, Path):
         for beside, what in _BESIDE.items():
             if path.with_suffix(beside).is_file():
