@@ -21,6 +21,7 @@ _KNOWN = (
     "flax_model.msgpack",
 )
 _ENDINGS = (".safetensors", ".pt", ".pth", ".pt2", ".ckpt", ".bin", ".keras", ".h5", ".onnx", ".caffemodel", ".tar")
+_RARER_ENDINGS = (".nemo", ".pkl", ".pdparams", ".msgpack", ".hdf5", ".npz", ".params", ".weights", ".mar")
 _OF_TRAINING = ("training_args.bin", "optimizer.bin", "optimizer.pt", "scheduler.pt", "scaler.pt", "rng_state.pth")
 _LISTED = 6
 
@@ -53,8 +54,11 @@ def choose_file(names: Sequence[str]) -> ChosenFile | None:
 
 
 def list_likely(names: Sequence[str]) -> list[str]:
-    """Return the names that look like those of checkpoints."""
-    return sorted(name for name in names if name.endswith(_ENDINGS) and "/" not in name and name not in _OF_TRAINING)
+    """Return the names that look like those of checkpoints; rarer endings count where there are no others."""
+    top = sorted(name for name in names if "/" not in name and name not in _OF_TRAINING)
+    return next(
+        (found for endings in (_ENDINGS, _RARER_ENDINGS) if (found := [n for n in top if n.endswith(endings)])), []
+    )
 
 
 def describe_choice(names: Sequence[str]) -> str:

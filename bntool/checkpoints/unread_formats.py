@@ -14,6 +14,7 @@ from bntool.checkpoints.addresses import Location
 from bntool.checkpoints.files import quote
 
 _SOURCE = "give it the checkpoint that this was made from"
+_ORBAX = "restore it in JAX, write flax.serialization.to_bytes of the variables to a .msgpack file, and give that"
 # first bytes, where they stand, what has them, and what to do
 _KNOWN = (
     (b"TFL3", 4, "a TensorFlow Lite model", _SOURCE),
@@ -30,6 +31,8 @@ _KNOWN = (
     (b"LDMK", 0, "a kmodel of nncase", _SOURCE),
     (b"\x01HEF", 0, "a model for Hailo", _SOURCE),
     (b"IMOD", 0, "a model for Ascend (.om)", _SOURCE),
+    (b"\x0c\xdb\x3a\x2a", 0, "a file of an Orbax checkpoint", _ORBAX),
+    (b"\x0c\xdb\x20\xde", 0, "a file of an Orbax checkpoint", _ORBAX),
     (b"N\xef", 0, "a tensor of an NNEF model", _SOURCE),
     (b"<net ", 0, "an OpenVINO model", _SOURCE),
     (b"7767517", 0, "an ncnn model", _SOURCE),
@@ -134,12 +137,13 @@ def _describe_container(head: bytes) -> str | None:
         return None
     _, _, container, advice = found
     first = _find_first_member(head)
+    none = f"this is {container}, but it holds none of the formats that bntool reads"
     if not first:
-        return f"this is {container}, but it holds none of the formats that bntool reads; {advice}"
+        return f"{none}; {advice}"
     inner = next((what for ending, what in _ENDINGS.items() if first.endswith(ending)), None)
     if inner is not None:
         return _name(f"{container} that holds {quote(first)}: {inner[0]}", inner[1])
-    return f"this is {container} that begins with {quote(first)}, and of no format that bntool reads; {advice}"
+    return f"{none}; it begins with {quote(first)}; {advice}"
 
 
 def _find_first_member(head: bytes) -> str | None:
@@ -209,8 +213,12 @@ def _name(what: str, advice: str) -> str:
 _NAMES_OF_CHECKPOINTS = (
     (".index.json",),
     (".safetensors", ".pt", ".pth", ".pt2", ".ckpt", ".bin", ".pkl", ".keras", ".h5", ".onnx", ".caffemodel"),
-    (".npz", ".msgpack"),
+    (".npz", ".msgpack", ".hdf5", ".pth.tar", ".pdparams", ".params", ".weights", ".nemo", ".mar"),
 )
+# what a folder holds that is a checkpoint of several files, which is read
+_READ_FOLDERS = (".metadata", "variables")
+_LOOKED_AT = 1000  # entries of a folder and of those below it
+_DEPTH = 4
 _ENDINGS_OF_RUNS = (".pt", ".pth", ".ckpt", ".safetensors")
 # what a folder holds that is one model of a format that is not read, what that is, and what to do
 _FOLDERS = (
@@ -220,10 +228,8 @@ _FOLDERS = (
     (("coremldata.bin",), "a compiled Core ML model (.mlmodelc)", _SOURCE),
     (("saved_model.pb",), "a SavedModel without variables: its weights are constants of a graph",
      "export it to ONNX by tf2onnx, and give that"),
-    (("_CHECKPOINT_METADATA",), "an Orbax checkpoint",
-     "restore it in JAX, write flax.serialization.to_bytes of the variables to a .msgpack file, and give that"),
-    (("manifest.ocdbt",), "an Orbax checkpoint",
-     "restore it in JAX, write flax.serialization.to_bytes of the variables to a .msgpack file, and give that"),
+    (("_CHECKPOINT_METADATA",), "an Orbax checkpoint", _ORBAX),
+    (("manifest.ocdbt",), "an Orbax checkpoint", _ORBAX),
 )  # fmt: skip
 
 
@@ -235,14 +241,30 @@ def _name_all(folder: Path, names: Sequence[str]) -> str:
 
 
 def describe_folder(folder: Path) -> str:
-    """Return the message for a folder that is no checkpoint; it names a file in it that may be one."""
-    with contextlib.suppress(OSError), os.scandir(folder) as found:
-        names = sorted(entry.name for entry in itertools.islice(found, 1000))
+    """Return the message for a folder that is no checkpoint; it names what may be one in it or further below."""
+    for place, names in _walk(folder):
+        inner = "" if place == folder else place.relative_to(folder).as_posix()
         for held, what, advice in _FOLDERS:
             if set(held) <= set(names):
-                return _name(what, advice)
+                return (
+                    _name(what, advice) if not inner else _name(f"a folder in which {quote(inner)} is {what}", advice)
+                )
+        if inner and not set(_READ_FOLDERS).isdisjoint(names):
+            return f"this is a folder, not a file; name a folder in it, such as {quote(inner)}"
         likely = [name for endings in _NAMES_OF_CHECKPOINTS for name in names if name.endswith(endings)]
         if likely:
-            named = f"such as {quote(likely[0])}{_name_all(folder, likely)}"
+            named = f"such as {quote(f'{inner}/{likely[0]}' if inner else likely[0])}{_name_all(place, likely)}"
             return f"this is a folder, not a file; name a file of it, {named}"
     return "this is a folder, not a file, and holds nothing that is named like a checkpoint; name a file"
+
+
+def _walk(folder: Path) -> Iterator[tuple[Path, list[str]]]:
+    """Yield a folder with the names in it, sorted, then those below it, the nearer first; links are not followed."""
+    left, places = _LOOKED_AT, [folder]
+    for place in places:
+        with contextlib.suppress(OSError), os.scandir(place) as found:
+            entries = sorted(itertools.islice(found, left), key=lambda entry: entry.name)
+            left -= len(entries)
+            yield place, [entry.name for entry in entries]
+            if len(place.parts) - len(folder.parts) < _DEPTH:
+                places += [place / entry.name for entry in entries if entry.is_dir(follow_symlinks=False)]

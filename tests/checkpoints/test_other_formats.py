@@ -77,6 +77,8 @@ OTHERS = {
     "a.pt.lz4": (b"\x04\x22\x4d\x18" + bytes(8), "lz4 .*unpack"),
     "a.7z": (b"7z\xbc\xaf\x27\x1c" + bytes(8), "7-Zip .*unpack"),
     "a.rar": (b"Rar!\x1a\x07\x01\0" + bytes(8), "RAR .*unpack"),
+    "manifest.ocdbt": (b"\x0c\xdb\x3a\x2a" + bytes(64), "Orbax.*to_bytes"),
+    "5b0d0dba": (b"\x0c\xdb\x20\xde" + bytes(64), "Orbax.*to_bytes"),
     "model.pte": (b"\x20\0\0\0ET12eh00" + bytes(64), "program of ExecuTorch"),
     "renamed.bin": (b"\x20\0\0\0ET12eh00" + bytes(64), "program of ExecuTorch"),
     "model.ort": (b"\x1c\0\0\0ORTM" + bytes(64), "give it the .onnx file"),
@@ -158,13 +160,18 @@ def test_weights_without_a_signature_are_named_by_what_stands_beside_them(
         (["saved_model.pb", "assets/x"], "SavedModel without variables.* tf2onnx"),
         (["_CHECKPOINT_METADATA", "_METADATA", "manifest.ocdbt"], "Orbax checkpoint.*to_bytes"),
         (["manifest.ocdbt", "d/x"], "Orbax checkpoint"),
+        (["3/default/_CHECKPOINT_METADATA", "3/default/_METADATA"], "in which '3/default' is an Orbax checkpoint"),
+        (["version_0/checkpoints/last.ckpt", "version_0/hparams.yaml"], "such as 'version_0/checkpoints/last.ckpt'"),
+        (["b/one/x.pth", "a/notes", "c/near.pth"], "such as 'c/near.pth'"),
+        (["step_1/.metadata", "step_1/__0_0.distcp"], "name a folder in it, such as 'step_1'"),
+        (["1/2/3/4/5/deep.pt"], "nothing that is named like a checkpoint"),
         (["graph.nnef", "conv.dat"], "NNEF"),
         (["model.json", "group1-shard1of1.bin"], "TensorFlow.js"),
     ],
 )
 def test_folders_of_other_formats_are_called_by_name(held: list[str], words: str, tmp_path: Path) -> None:
     for name in held:
-        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
         (tmp_path / name).touch()
     with pytest.raises(UnreadableFileError, match=words):
         open_checkpoint(tmp_path)
