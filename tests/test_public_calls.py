@@ -50,6 +50,13 @@ def test_freeze_is_the_command(path, tmp_path):
     assert "def freeze(model" in bntool.freeze_checkpoint(path, emit="python").code
 
 
+def test_pairs_are_taken_in_each_form(model, path, tmp_path):
+    for name, pairs in (("a", {"1": "0"}), ("b", ["0=1"]), ("c", "0=1")):
+        bntool.fold_checkpoint(path, tmp_path / f"{name}.pt", pairs=pairs, eps=1e-5)
+        assert (tmp_path / f"{name}.pt").read_bytes() == (tmp_path / "a.pt").read_bytes()
+    assert [fold.layer for fold in bntool.fold(model, torch.randn(2, 3, 9, 9), pairs="0=1").plan.folds] == ["1"]
+
+
 def test_fold_is_the_command_and_takes_a_live_model(model, path, tmp_path):
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     phases = []

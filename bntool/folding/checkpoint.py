@@ -22,6 +22,7 @@ from bntool.errors import RefusedError, UsageError
 from bntool.folding.options import FoldOptions, Layout
 from bntool.folding.outputs import check_export, save_fold
 from bntool.folding.state_dict import CheckpointFold, fold_state_dict
+from bntool.graphs.declared import as_pairs
 from bntool.plan import check_plan
 from bntool.progress import OnProgress, Progress, tell_notebook
 from bntool.verification.missing_statistics import describe_absence
@@ -41,7 +42,7 @@ def fold_checkpoint(  # noqa: PLR0913 as many as the command has options
     model_arguments: Mapping[str, str] | None = None,
     data: str | Iterable[Any] | None = None,
     input_shape: str | Sequence[int] | None = None,
-    pairs: Mapping[str, str] | None = None,
+    pairs: Mapping[str, str] | Sequence[str] = (),
     architecture: str | None = None,
     eps: float | None = None,
     layout: Layout | str = Layout.FOLDED,
@@ -73,7 +74,8 @@ def fold_checkpoint(  # noqa: PLR0913 as many as the command has options
         model_arguments: of the factory of a spec.
         data: to verify on, batches or a spec as ``--data`` has it; else random inputs.
         input_shape: of an input, where there are no data; None to try some.
-        pairs: from the BatchNorm to its producer, declared instead of traced.
+        pairs: what feeds which BatchNorm, declared instead of traced: ``["conv1=bn1"]`` as ``--pair`` takes it, or a
+            mapping from the BatchNorm to its producer.
         architecture: whose forward and eps are assumed without model and pairs, e.g. ``timm:resnet50``; None for the
             one that is recognised by names and shapes.
         eps: of layers that the file, the model or the architecture does not say it of.
@@ -145,7 +147,7 @@ def fold_checkpoint(  # noqa: PLR0913 as many as the command has options
             FoldOptions(layers=layers, layout=layout, eps=eps, change_padding=change_padding, direct_only=direct_only),
             model=live,
             inputs=inputs,
-            pairs=pairs,
+            pairs=as_pairs(pairs),
             architecture=architecture,
             tolerance=tolerance,
             export=kind,

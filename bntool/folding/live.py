@@ -23,7 +23,7 @@ from bntool.folding.planning import FoldPlan
 from bntool.folding.switches import find_unlike_arguments, find_unlike_attributes
 from bntool.folding.unchanged_outputs import find_points
 from bntool.folding.weight_ranges import WeightRange, count_flushed, flush_subnormals, measure_ranges
-from bntool.graphs.declared import declare, parse_pairs
+from bntool.graphs.declared import as_pairs, declare
 from bntool.graphs.graph import Evidence, ModelGraph
 from bntool.graphs.traced.inputs import find_input
 from bntool.graphs.traced.tracing import trace
@@ -120,7 +120,7 @@ def fold(  # noqa: PLR0913 as many as the command has options
     inputs = find_input(model) if example_inputs is None else example_inputs
     state = read_state(model)
     if pairs:
-        declared = dict(pairs) if isinstance(pairs, Mapping) else parse_pairs(pairs)
+        declared = as_pairs(pairs)
         graph = add_eps(declare(state, declared, modules=describe_producers(model, declared.values())), model)
     else:
         graph = trace(model, inputs)

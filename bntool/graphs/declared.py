@@ -18,6 +18,17 @@ from bntool.graphs.graph import Edge, Evidence, ModelGraph, Node, NodeKind, chec
 _NORM_WORD = re.compile(r"(?:batch_?norm|norm|bn)", re.IGNORECASE)
 
 
+def as_pairs(pairs: Mapping[str, str] | Sequence[str] | None) -> dict[str, str]:
+    """Return pairs as a mapping from each BatchNorm to its producer, whether they are given so or as texts.
+
+    Raises:
+        UsageError: as :func:`parse_pairs`.
+    """
+    if isinstance(pairs, Mapping):
+        return dict(pairs)
+    return parse_pairs([pairs] if isinstance(pairs, str) else pairs or ())
+
+
 def parse_pairs(texts: Sequence[str]) -> dict[str, str]:
     """Read ``["conv1=bn1"]``, or lines of such pairs, as a mapping from each BatchNorm to its producer.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import subprocess
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,21 +15,29 @@ class Console:
 
     Attributes:
         command: as a shell takes it, perhaps several lines.
-        output: what the page says it prints, stdout and stderr together; ``...`` stands for anything.
+        output: what the page says it prints, stdout and stderr together; ``...`` stands for anything. None where the
+            page shows nothing: it must then end without an error.
     """
 
     command: str
-    output: str
+    output: str | None
 
 
 _LINES = r"((?:(?!```).*\n)*)"
-_PAIR = re.compile(rf"^```sh\n{_LINES}```\n\n?```text\n{_LINES}```", re.MULTILINE)
+_CONSOLE = re.compile(rf"^```sh\n{_LINES}```\n(?:\n?```text\n{_LINES}```)?", re.MULTILINE)
 _BLOCK = re.compile(r"^ *```(\w*)[^\n]*\n(.*?)^ *```", re.MULTILINE | re.DOTALL)
+_COMMAND = re.compile(r"\bbntool ([a-z]+)\b((?:\\\n|[^\n`#&|;])*)")
 
 
 def read_consoles(page: Path) -> list[Console]:
-    """All commands of the page whose output it shows, in order."""
-    return [Console(command, output) for command, output in _PAIR.findall(page.read_text())]
+    """All commands of the page, in order."""
+    return [Console(command, output or None) for command, output in _CONSOLE.findall(page.read_text())]
+
+
+def read_options(page: Path) -> Iterator[tuple[str, str]]:
+    """Each option that the page uses in a command line of bntool, with the command, wherever it stands."""
+    for command, arguments in _COMMAND.findall(page.read_text()):
+        yield from ((command, option) for option in re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*", arguments))
 
 
 def find_prompts(page: Path) -> list[str]:
@@ -46,8 +55,10 @@ def find_prompts(page: Path) -> list[str]:
 _PROGRESS = re.compile(r"^bntool: [a-z ]+: (\d|[^\n]*left$)[^\n]*\n", flags=re.MULTILINE)
 
 
-def run_console(console: Console, *, folder: Path, environment: dict[str, str], inherited: tuple[int, ...] = ()) -> str:
-    """What the command prints, run by a shell in ``folder``."""
+def run_console(
+    console: Console, *, folder: Path, environment: dict[str, str], inherited: tuple[int, ...] = ()
+) -> tuple[int, str]:
+    """The exit code of the command and what it prints, run by a shell in ``folder``."""
     done = subprocess.run(
         ["bash", "-c", console.command],
         cwd=folder,
@@ -59,7 +70,7 @@ def run_console(console: Console, *, folder: Path, environment: dict[str, str], 
         text=True,
         check=False,
     )
-    return _PROGRESS.sub("", done.stdout)
+    return done.returncode, _PROGRESS.sub("", done.stdout)
 
 
 def matches(expected: str, printed: str) -> bool:
