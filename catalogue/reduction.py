@@ -39,10 +39,11 @@ def reduce_graph(graph: ModelGraph, architecture: str = "") -> ModelGraph:
             others.append(layer)
             walked = [edge for call in calls for edge in _walk(graph, call)]
         edges.update((id(edge), edge) for edge in walked)
-    edges.update((id(edge), edge) for edge in _find_transformed(graph, others))
+    system = _transform(graph, others)
+    edges.update((id(edge), edge) for edge in _find_transformed(graph, system))
     blocks = _find_blocks(graph, (architecture,))
     edges.update((id(edge), edge) for node in blocks for edge in (*graph.inputs(node), *graph.outputs(node)))
-    graph = _forget_what_is_not_merged(graph, others, {node.index for node in blocks})
+    graph = _forget_what_does_not_matter(graph, others, {node.index for node in blocks}, system.bases)
     nodes |= {index for edge in edges.values() for index in (edge.source, edge.target)}
     uses = {}
     for name in _names(graph, nodes):
@@ -106,12 +107,14 @@ def _direct(graph: ModelGraph, layer: str) -> list[Edge] | None:
     return edges if alone and plain and all(graph.nodes[e.source].kind.is_producer for e in edges) else None
 
 
-def _find_transformed(graph: ModelGraph, layers: Sequence[str]) -> Iterator[Edge]:
-    """The edges around what may be stored otherwise because of these BatchNorms, all others being the identity."""
-    if not layers:
-        return
+def _transform(graph: ModelGraph, layers: Sequence[str]) -> ChannelTransforms:
+    """What may be stored otherwise because of these BatchNorms, all others being the identity."""
     gone = graph.batchnorms.keys() - set(layers)
-    system = ChannelTransforms(graph, frozenset(layers), gone, lambda _: True, lambda _: True)
+    return ChannelTransforms(graph, frozenset(layers), gone, lambda _: True, lambda _: True)
+
+
+def _find_transformed(graph: ModelGraph, system: ChannelTransforms) -> Iterator[Edge]:
+    """The edges around what may be stored otherwise."""
     for index in system.bases:
         node = graph.nodes[index]
         yield from graph.outputs(node)
@@ -134,19 +137,22 @@ def _find_blocks(graph: ModelGraph, architectures: Collection[str]) -> Sequence[
     ]
 
 
-def _forget_what_is_not_merged(graph: ModelGraph, layers: Sequence[str], merged: Collection[int]) -> ModelGraph:
+def _forget_what_does_not_matter(
+    graph: ModelGraph, layers: Sequence[str], merged: Collection[int], transformed: Collection[int]
+) -> ModelGraph:
     """How a convolution lies on what it reads matters only beside a branch that it could take, or be merged with.
 
-    A parameter that channels are multiplied by matters only in what is merged.
+    A parameter that channels are multiplied by matters only in what is merged or stored otherwise.
     """
     calls = (call for layer in layers for call in graph.batchnorms[layer])
     beside = {node.index for call in calls for node in find_siblings(graph, call)}
+    used = {*merged, *transformed}
     nodes = tuple(
         dataclasses.replace(
             node,
             centred=node.centred and node.index in {*beside, *merged},
             strides=node.strides if node.index in merged else (),
-            parameters={} if node.kind is NodeKind.CHANNELWISE and node.index not in merged else node.parameters,
+            parameters={} if node.kind is NodeKind.CHANNELWISE and node.index not in used else node.parameters,
         )
         for node in graph.nodes
     )
