@@ -187,6 +187,10 @@ class _Folder:
             detail = f"it is a {what}, which the graph of the file does not run as a BatchNorm"
         elif graph.complete and self.is_read(layer) and layer not in graph.ran:
             detail = "it did not run: other code of the forward reads its tensors"
+        elif layer in graph.ran and graph.branches_at is not None:
+            place = f" ({graph.branches_in})" if graph.branches_in else ""
+            detail = f"it ran, and what feeds it is not seen: the forward hands values of its data to Python{place}, "
+            detail += "and what is computed from those cannot be followed"
         elif layer in graph.ran:
             detail = "it ran, and what it computes is not seen to be what its tensors would give with its eps"
         elif graph.modules and layer not in graph.modules:

@@ -15,6 +15,7 @@ from torch.nn.utils import prune
 
 import bntool
 from bntool.errors import BntoolError, RefusedError
+from tests.folding.folding_networks import Functional, fold, largest_difference
 
 
 def randomise(model):
@@ -1067,3 +1068,33 @@ def test_a_fold_past_a_max_pool_says_what_makes_it_exact(is_before):
     skipped = bntool.fold(model, x)
     assert folded(skipped) == []
     assert "not every scale is positive" in skipped.plan.skips[0].detail
+
+
+def taken_out_of_torch(self, x):
+    return self.bn(self.conv(torch.from_numpy(x.numpy() * 2)))
+
+
+def copied_deeply(self, x):
+    return self.bn(copy.deepcopy(self.conv(copy.deepcopy(x))))
+
+
+def copied_deeply_and_kept(self, x):
+    y = self.conv(x)
+    return self.bn(y), copy.deepcopy(y)
+
+
+@pytest.mark.parametrize(
+    ("forward", "folds", "why"),
+    [
+        (taken_out_of_torch, 0, f"(Tensor.numpy in {__file__}:"),
+        (copied_deeply, 1, ""),
+        (copied_deeply_and_kept, 0, "the model's output does not let it pass"),
+    ],
+)
+def test_data_that_leaves_torch_and_copies_of_it(forward, folds: int, why: str) -> None:
+    model = randomise(Functional(forward, conv=nn.Conv2d(3, 4, 3), bn=nn.BatchNorm2d(4)))
+    x = torch.randn(2, 3, 7, 7, dtype=torch.float64)
+    after, plan = fold(model, x)
+    assert len(plan.folds) == folds
+    assert largest_difference(model, after, x) < 1e-12
+    assert all(why in skip.detail for skip in plan.skips)

@@ -289,6 +289,9 @@ class ChannelTransforms:
         return found
 
     def _some_outputs(self, index: int, channels: Sequence[int]) -> Channels:
+        if index not in self.bases:  # its output may have more channels than is known
+            size = len(channels)
+            return Channels(np.full(size, self.scales.constant), np.full(size, self.shifts.constant))
         whole = self.outputs(self.graph.nodes[index])
         if isinstance(channels, range) and channels.step == 1:
             if len(channels) == len(whole.scales):
@@ -428,18 +431,22 @@ class ChannelTransforms:
                 other = 1 - own
                 self.shifts.hold_sums(given.shifts, (parts[own], parts[other]), (weights[own], weights[other]))
         elif rule.shift is Shift.SCALED and (factors := self._find_usable_factors(node)) is not None:
-            size = len(given.shifts)
-            factor = np.broadcast_to(factors, size).copy()
-            self.shifts.link(given.shifts, known[0].shifts, factor=factor, offset=np.zeros(size), origin=node.index)
+            self._scale_shifts(given.shifts, known[0].shifts, np.broadcast_to(factors, len(given.shifts)), node.index)
         elif rule.shift in (Shift.ZERO, Shift.SCALED):
             self.shifts.fix(given.shifts, node.index)
             self.shifts.fix(known[0].shifts, node.index)
 
     def _find_usable_factors(self, node: Node) -> Array | None:
-        """Return the factors with which a shift passes; None where they are not known, or one is zero."""
+        """Return the factors with which a shift passes; None where they are not known."""
         factors = self.find_factors(node)
-        usable = factors is not None and len(factors) in (1, node.channels) and np.all(factors)
-        return factors if usable else None
+        return factors if factors is not None and len(factors) in (1, node.channels) else None
+
+    def _scale_shifts(self, given: Integers, read: Integers, factors: Array, origin: int) -> None:
+        """Add given = factor * read; where the factor is zero, what is read may have any."""
+        passes = factors != 0
+        self.shifts.fix(given[~passes], origin)
+        factor, offset = factors[passes], np.zeros(int(passes.sum()))
+        self.shifts.link(given[passes], read[passes], factor=factor, offset=offset, origin=origin)
 
     def _is_made_for(self, reader: Node, port: int) -> bool:
         """Return whether what a node reads is given to it alone, with any shift: nothing else asks for one."""

@@ -476,18 +476,18 @@ def describe_affine(
         node: its index.
     """
     name = operators.name_of(function)
-    roles = ("self", "tensor1", "tensor2") if name == "addcmul" else ("self", "other")
+    roles = ("self", "other")
     operands = [given(role) for role in roles]
-    if name not in ("mul", "add", "sub", "div", "addcmul") or not all(isinstance(one, Tensor) for one in operands):
+    if name not in _ARITHMETIC or not all(isinstance(one, Tensor) for one in operands):
         return None
     computed = [place for place, one in enumerate(operands) if labels.get(id(one)) is not None]
-    factor = given({"add": "alpha", "sub": "alpha", "addcmul": "value"}.get(name, ""))
+    factor = given("alpha") if name in ("add", "sub") else None
     if len(computed) != 1 or factor not in (None, 1) or (name == "div" and given("rounding_mode") is not None):
         return None
     (place,) = computed
     constants = [one for one in operands if one is not operands[place]]
     owners = {index.by_name[n].module for one in constants for n in names_of(one)}
-    backwards = place == (0 if name == "addcmul" else 1) and name in ("sub", "div", "addcmul")
+    backwards = place == 1 and name in ("sub", "div")
     if backwards or len(owners) != 1 or _batchnorm_tensors(index, next(iter(owners))) is None:
         return None
     source = labels[id(operands[place])]
@@ -496,9 +496,7 @@ def describe_affine(
         return None
     values = [one.detach().double().flatten().cpu() for one in constants]
     one, zero = values[0].new_ones(1), values[0].new_zeros(1)
-    if name == "addcmul":
-        scale, shift = values[1], values[0]
-    elif name in ("mul", "div"):
+    if name in ("mul", "div"):
         scale, shift = values[0] if name == "mul" else 1 / values[0], zero
     else:
         scale, shift = one, values[0] if name == "add" else -values[0]

@@ -6,7 +6,10 @@ Everything that is not listed here counts as an operation that may do anything.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
 
 from bntool.graphs.graph import NodeKind
 
@@ -60,6 +63,44 @@ def name_of(function: Any) -> str:
     name: str = function.overloadpacket.__name__
     in_place = function._schema.name.startswith("aten::") and name.endswith("_") and not name.endswith("__")
     return name.removesuffix("_") if in_place else name
+
+
+class Part(NamedTuple):
+    """One of the operations that another consists of."""
+
+    function: Any
+    arguments: Sequence[Any]
+    keywords: Mapping[str, Any]
+    result: Any
+
+
+def decompose(function: Any, arguments: Sequence[Any], keywords: Mapping[str, Any], result: Any) -> list[Part]:
+    """Return what an operation consists of, where it is one of several: the last of them gives its result.
+
+    ``addcmul`` and ``addcdiv`` are tensor + value * (one * other) and tensor + value * (one / other), ``lerp`` is
+    tensor + weight * (end - tensor).
+    """
+    name, aten = name_of(function), torch.ops.aten
+    if name not in ("addcmul", "addcdiv", "lerp") or "out" in keywords:
+        return []
+
+    def given(key: str) -> Any:
+        return argument(function, arguments, keywords, key)
+
+    base = given("self")
+    if name == "lerp":
+        operation, one, other, factor = aten.sub.Tensor, given("end"), base, given("weight")
+    else:
+        operation = aten.mul.Tensor if name == "addcmul" else aten.div.Tensor
+        one, other, factor = given("tensor1"), given("tensor2"), given("value")
+    parts = [Part(operation, (one, other), {}, operation(one, other))]
+    if isinstance(factor, Tensor) or factor != 1:
+        product = aten.mul.Tensor if isinstance(factor, Tensor) else aten.mul.Scalar
+        last = parts[-1].result
+        parts.append(Part(product, (last, factor), {}, product(last, factor)))
+    in_place = function.overloadpacket.__name__.endswith("_")
+    total = aten.add_.Tensor if in_place else aten.add.Tensor
+    return [*parts, Part(total, (base, parts[-1].result), {}, result)]
 
 
 def argument(function: Any, arguments: Sequence[Any], keywords: Mapping[str, Any], name: str) -> Any:

@@ -75,6 +75,7 @@ def trace(model: nn.Module, inputs: Any, *, prefix: str | None = None) -> ModelG
 
 
 # what hands elements to Python or to another library: no operations that a dispatch mode sees
+_DEEP_COPY: Any = Tensor.__deepcopy__
 _ELEMENT_READS = frozenset((Tensor.numpy, Tensor.tolist, Tensor.__array__, Tensor.__dlpack__))
 
 
@@ -88,7 +89,12 @@ class _PythonCalls(TorchFunctionMode):
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function in _ELEMENT_READS:
             with _disable_current_modes():
-                self._recorder.record_elements_read(args[0])
+                self._recorder.record_elements_read(args[0], function.__name__)
+        if function is _DEEP_COPY:
+            with _disable_current_modes():
+                result = function(*args, **(kwargs or {}))
+                self._recorder.record_copy(args[0], result)
+                return result
         wrapped = _find_wrapped(function, args, kwargs or {})
         if wrapped is not None:
             with _disable_current_modes():
@@ -131,6 +137,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.completed: dict[int, int] = {}  # from a product to the sum that makes it a linear or a frozen BatchNorm
         self.branches_at: int | None = None
         self.branches_in = ""
+        self.composite = ""  # what the operations that are recorded are parts of
         self.called: set[int] = set()  # modules, by identity
         self.in_instance_norm = False  # which torch computes by its BatchNorm
         self.stack: list[_ModuleCall] = []
@@ -249,6 +256,13 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     # operations
 
     def record(self, function: Any, arguments: Any, keywords: Any, result: Any) -> None:
+        parts = operators.decompose(function, arguments, keywords, result)
+        self.composite = str(function.overloadpacket) if parts else ""
+        for part in parts or [operators.Part(function, arguments, keywords, result)]:
+            self.record_part(*part)
+        self.composite = ""
+
+    def record_part(self, function: Any, arguments: Any, keywords: Any, result: Any) -> None:
         name, outputs = operators.name_of(function), tensors_in(result)
         _check_layouts(f"{function.overloadpacket} in the forward", outputs)
         if name in operators.SHAPE_ONLY:
@@ -265,8 +279,11 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         elif mutated or not self.record_movement(function, arguments, keywords, outputs, labels):
             self.record_node(function, arguments, keywords, outputs, labels, mutated)
 
-    def record_branch(self) -> None:
+    def record_branch(self, how: str = "") -> None:
         """Note that Python has looked at a value that depends on the data, so another input may take another path.
+
+        Args:
+            how: by which method of a tensor.
 
         That path may read whatever is still alive, and all that follows here is proven for this input only.
         """
@@ -275,7 +292,8 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.reads.add(node.index, port, meet(labels, axis=None))
         if self.branches_at is None:
             self.branches_at = node.index
-            self.branches_in = find_calling_line(outside=_TORCH, until=calling.__file__)
+            place = find_calling_line(outside=_TORCH, until=calling.__file__)
+            self.branches_in = f"{how} in {place}" if how and place else how or place
 
     def record_circular_padding(self, data: Tensor, result: Tensor) -> None:
         """Record circular padding: every new element belongs to a channel that is already there."""
@@ -289,10 +307,18 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.reads.add(node.index, 0, meet(labels, axis=axis if same else None), labels)
         self.give_fresh_labels(node, [result], axis=axis)
 
-    def record_elements_read(self, tensor: Tensor) -> None:
-        """Note that elements of a tensor leave torch."""
+    def record_elements_read(self, tensor: Tensor, how: str) -> None:
+        """Note that elements of a tensor leave torch by one of its methods."""
         if self.labels_of(tensor) is not None:
-            self.record_branch()
+            self.record_branch(f"Tensor.{how}")
+
+    def record_copy(self, tensor: Tensor, result: Tensor) -> None:
+        """Record a copy that torch makes below its operations."""
+        labels = self.labels_of(tensor)
+        if labels is None:
+            self.known.set_constant(result, self.names_of(tensor))
+        else:
+            self.known.set_labels(result, labels)
 
     def record_constant(self, function: Any, given: list[Tensor], outputs: list[Tensor], mutated: list[Tensor]) -> None:
         """Record a call that does not depend on the input."""
@@ -350,7 +376,8 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         writes_parameter = facts.kind in _ARITHMETIC and any(map(self.index.touching, mutated))
         if (others or writes_parameter) and facts.kind is not NodeKind.OTHER:
             facts = replace(facts, kind=NodeKind.OTHER, inputs=(), axis=None)
-        node = self.add_node(facts.kind, str(function.overloadpacket), **facts.node_facts())
+        operator = self.composite or str(function.overloadpacket)
+        node = self.add_node(facts.kind, operator, **facts.node_facts())
         product = self.find_product(function, given, labels) if facts.kind in _ARITHMETIC and not others else None
         if product is not None:
             linear, bias, axis = product
@@ -371,7 +398,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return  # a number, not a tensor
         if facts.kind is NodeKind.BATCH_NORM:
             self.results[node.index] = out
-        elif (facts.kind in _ARITHMETIC or operators.name_of(function) == "addcmul") and not others:
+        elif facts.kind in _ARITHMETIC and not others:
             self.recognise_affine(self.nodes[node.index], function, arguments, keywords, labels, out)
 
     def record_reads(

@@ -170,6 +170,79 @@ ANY_SIGN = {
 }
 
 
+def product_added(self, x):
+    return torch.sigmoid(self.bn(torch.addcmul(self.bias, self.stem(x), self.weight, value=2)))
+
+
+def quotient_added(self, x):
+    return torch.sigmoid(self.bn(torch.addcdiv(self.bias, self.stem(x), self.weight)))
+
+
+def product_added_in_place(self, x):
+    y = self.stem(x)
+    return torch.sigmoid(self.bn(y.addcmul_(self.other(self.stem2(x)), self.weight, value=-1)))
+
+
+def interpolated(self, x):
+    x = self.stem(x)
+    return torch.sigmoid(self.bn(torch.lerp(self.conv(x), self.other(x), 0.3)))
+
+
+def interpolated_by_a_gate(self, x):
+    x = self.stem(x)
+    gate = torch.sigmoid(self.stem3(x))
+    return torch.sigmoid(self.bn(torch.lerp(self.conv(x), self.other(x), gate))), x
+
+
+def constant_product_added(self, x):
+    return torch.sigmoid(self.bn(torch.addcmul(self.stem(x), self.bias, self.weight)))
+
+
+COMPOSITE = {
+    product_added: 1,
+    quotient_added: 1,
+    product_added_in_place: 1,
+    interpolated: 1,
+    interpolated_by_a_gate: 1,
+    constant_product_added: 0,
+}
+
+
+@pytest.mark.parametrize("forward", COMPOSITE, ids=lambda forward: forward.__name__)
+def test_operations_that_consist_of_several_pass_what_these_pass(forward) -> None:
+    more = {"stem3": nn.Conv2d(6, 6, 1)} if "stem3" in forward.__code__.co_names else {}
+    model = build(forward, **extras(forward), **more)
+    for name in ("bias", "weight"):
+        if name in forward.__code__.co_names:
+            setattr(model, name, nn.Parameter(torch.randn(6, 1, 1, dtype=torch.float64)))
+    folded, plan = fold(model, image())
+    assert len(plan.folds) == COMPOSITE[forward], plan.skips
+    assert largest_difference(model, folded, image()) < EXACT
+    assert all(skip.detail.startswith("addcmul lies between") for skip in plan.skips)
+
+
+@pytest.mark.parametrize("zero", [0.0, -0.0])
+def test_where_a_factor_is_zero_that_channel_alone_lets_no_shift_pass(zero: float) -> None:
+    def forward(self, x):
+        x = self.stem(x)
+        return torch.sigmoid(self.bn(x)) + torch.sigmoid(self.other(x * self.p))
+
+    model = build(forward)
+    model.p = nn.Parameter(torch.ones(6, 1, 1, dtype=torch.float64) * 3)
+    with torch.no_grad():
+        model.p[2] = zero
+    folded, plan = fold(model, image())
+    assert [one.layer for one in plan.folds] == ["bn"]
+    assert largest_difference(model, folded, image()) < EXACT
+
+    def forward_without_a_reader(self, x):
+        return torch.sigmoid(self.bn(self.stem(x) * self.p))
+
+    model._forward = forward_without_a_reader
+    folded, plan = fold(model, image())
+    assert "mul and sigmoid do not let it pass in 1 of 6 channels" in plan.skips[0].detail
+
+
 def extras(forward) -> dict[str, nn.Module]:
     names = forward.__code__.co_names
     return {"stem2": nn.Conv2d(4, 6, 3, padding=1)} if "stem2" in names else {}
