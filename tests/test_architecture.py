@@ -138,7 +138,7 @@ def test_a_listing_imports_neither_writers_nor_other_formats_nor_other_commands(
     found = {name for name in loaded if name.startswith("checkpoints.") or name == "plan"}
     assert not {name for name in found if any(other and other in name for other in others)}
     assert {name for name in loaded if name.startswith("cli.")} == {
-        *("cli.main", "cli.exit_codes", "cli.output", "cli.completion", "cli.configuration", "cli.listing")
+        *("cli.main", "cli.exit_codes", "cli.output", "cli.completion", "cli.configuration", "cli.globs", "cli.listing")
     }
 
 

@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import builtins
 import io
+import json
 import os
+import shutil
 import signal
+import subprocess
 import sys
 import threading
 from collections.abc import Callable
@@ -23,10 +26,13 @@ from bntool.checkpoints.addresses import Address, as_location
 from bntool.checkpoints.containers.limits import limited_memory
 from bntool.checkpoints.files import SourceFile
 from bntool.checkpoints.outputs import OutputFiles
+from bntool.checkpoints.remote import cache
 from bntool.cli import interrupts
 from bntool.cli.main import main
-from bntool.errors import UnwritableFileError
+from bntool.data.source import DataOptions
+from bntool.errors import RefusedError, UnwritableFileError
 from bntool.recalibration.exact import memory
+from bntool.shells import join_words
 from tests.places import SAMPLES
 
 Patch = pytest.MonkeyPatch
@@ -222,3 +228,69 @@ def test_consoles_without_utf_8_show_everything(encoding: str, drawn: bool, tmp_
 def test_paths_with_drives_are_no_addresses(text: str) -> None:
     assert isinstance(as_location(text), Path)
     assert isinstance(as_location("https://host/net.pt"), Address)
+
+
+def test_globs_that_no_shell_has_expanded_name_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Shells of Windows leave them to programs."""
+    for name in ("epoch_10.pt", "epoch_9.pt", "other.pt", "[1].pt"):
+        shutil.copy(SAMPLES / "digits.pt", tmp_path / name)
+    assert main(["inspect", str(tmp_path / "epoch_*.pt"), "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert [Path(file["file"]).name for file in shown["files"]] == ["epoch_10.pt", "epoch_9.pt"]
+    assert main(["inspect", str(tmp_path / "[1].pt"), "--quiet"]) == 0
+    assert main(["inspect", str(tmp_path / "none_*.pt")]) == 3
+    assert "none_*.pt: there is no such file" in capsys.readouterr().err
+    assert main(["average", str(tmp_path / "epoch_*.pt"), "-o", str(tmp_path / "out.pt"), "--quiet"]) == 0
+
+
+@pytest.mark.parametrize("word", [r"C:\my runs\net.pt", 'say "so" now', "ends in \\ \\", "two words\\"])
+def test_command_lines_are_quoted_as_windows_takes_them(word: str, monkeypatch: Patch) -> None:
+    monkeypatch.setattr(sys, "platform", "win32")
+    assert join_words(["bntool", "inspect", word]) == subprocess.list2cmdline(["bntool", "inspect", word])
+    assert join_words([r"C:\runs\net.pt"]) == r"C:\runs\net.pt"
+    assert join_words(["a&b", "c%d%", "e'f"]) == '"a&b" c%d% "e\'f"'
+
+
+def test_a_file_that_another_program_has_open_is_said_to_be(tmp_path: Path, monkeypatch: Patch, capsys) -> None:
+    """As Windows refuses to replace one."""
+
+    class SharingViolation(PermissionError):
+        winerror = 32
+
+    def refuse_to_replace(path: Path, target: Path) -> None:
+        raise SharingViolation(13, "The process cannot access the file", str(target))
+
+    (tmp_path / "out.pt").write_bytes(b"old")
+    monkeypatch.setattr(Path, "replace", refuse_to_replace)
+    assert main(["freeze", str(SAMPLES / "digits.pt"), "-o", str(tmp_path / "out.pt"), "--force"]) == 3
+    assert "another program has it open" in capsys.readouterr().err
+    assert (tmp_path / "out.pt").read_bytes() == b"old"
+    assert [path.name for path in tmp_path.iterdir()] == ["out.pt"]
+
+
+def test_bounded_memory_is_refused_where_it_cannot_be_given_back(tmp_path: Path, monkeypatch: Patch) -> None:
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4))
+    monkeypatch.setattr(sys, "platform", "darwin")
+    with pytest.raises(RefusedError, match="on Linux only; leave out --memory"):
+        bntool.recalibrate(model, [torch.randn(4, 1, 8, 8)] * 2, method="exact", memory="1GB")
+
+
+def test_cores_are_counted_without_affinity(monkeypatch: Patch) -> None:
+    monkeypatch.delattr(os, "sched_getaffinity")
+    monkeypatch.setattr(os, "cpu_count", lambda: None)
+    assert DataOptions(batch_size=4).decoding_workers == 1
+    monkeypatch.setattr(os, "cpu_count", lambda: 3)
+    assert DataOptions(batch_size=4).decoding_workers == 3
+
+
+def test_caches_lie_where_each_system_keeps_them(tmp_path: Path, monkeypatch: Patch) -> None:
+    monkeypatch.setattr(Path, "home", lambda: tmp_path)
+    for name in ("BNTOOL_CACHE", "XDG_CACHE_HOME", "LOCALAPPDATA"):
+        monkeypatch.delenv(name, raising=False)
+    for system, place in {
+        "linux": ".cache/bntool",
+        "darwin": "Library/Caches/bntool",
+        "win32": "AppData/Local/bntool/Cache",
+    }.items():
+        monkeypatch.setattr(sys, "platform", system)
+        assert cache.find_folder() == tmp_path / place

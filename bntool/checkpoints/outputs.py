@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 
 _BUFFER = 1 << 20  # bytes written at a time: the kernel takes large pages for them, a third faster than 128 KiB
+_WINDOWS_IN_USE = (5, 32)  # access denied, sharing violation
 _KINDS = {stat.S_IFLNK: "a symbolic link", stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket"}
 _unfinished: dict[Path, int] = {}  # temporary files and folders, with the process that made them
 _written: list[Path] = []
@@ -338,6 +339,8 @@ def _default_mode() -> int:
 
 
 def _write_reason(error: OSError, path: Path | None) -> str:
+    if getattr(error, "winerror", None) in _WINDOWS_IN_USE and path is not None and path.is_file():
+        return "the file that is there cannot be replaced: another program has it open, or you have no permission"
     if error.errno == errno.EACCES and path is not None:
         return f"you have no permission to write in {path.parent}"
     return f"it could not be written: {describe_failure(error)}"

@@ -6,12 +6,12 @@ import contextlib
 import itertools
 import os
 import re
-import shlex
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from bntool.checkpoints.addresses import Location
 from bntool.checkpoints.files import quote
+from bntool.shells import quote_word
 
 _SOURCE = "give it the checkpoint that this was made from"
 _ORBAX = "restore it in JAX, write flax.serialization.to_bytes of the variables to a .msgpack file, and give that"
@@ -237,7 +237,7 @@ def _name_all(folder: Path, names: Sequence[str]) -> str:
     """Describe how to look at all checkpoints of a folder, as those of a run, if it holds several with one ending."""
     ending = Path(names[0]).suffix
     several = ending in _ENDINGS_OF_RUNS and sum(name.endswith(ending) for name in names) > 1
-    return f", or bntool inspect {shlex.quote(str(folder))}/*{ending} to look at all" if several else ""
+    return f", or bntool inspect {quote_word(str(folder))}/*{ending} to look at all" if several else ""
 
 
 def describe_folder(folder: Path) -> str:

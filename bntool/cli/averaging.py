@@ -8,6 +8,7 @@ import typer
 
 from bntool.checkpoints.addresses import as_location
 from bntool.cli import options
+from bntool.cli.globs import expand_globs
 from bntool.cli.output import print_notes, print_report
 from bntool.errors import UsageError
 
@@ -59,6 +60,7 @@ def command(
 
     form = options.choose_form(report_as, as_json=as_json)
     options.require_output(output, unless=dry_run)
+    checkpoints = expand_globs(checkpoints)
     average = average_checkpoints(
         checkpoints,
         None if dry_run else output,

@@ -89,7 +89,7 @@ def complete_preprocessing(incomplete: str) -> list[str]:
 
 def complete_model(ctx: Any, incomplete: str) -> list[str]:
     """List Python files and what they define, which is read and not run, and models of the libraries."""
-    file, colon, _ = incomplete.partition(":")
+    file, colon, _ = incomplete.rpartition(":")
     if colon and file.endswith(".py"):
         return [f"{file}:{name}" for name in _list_definitions(Path(file))]
     folder = incomplete[: incomplete.rfind("/") + 1]

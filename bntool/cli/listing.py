@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bntool.cli.exit_codes import ExitCode, exit_code_of
+from bntool.cli.globs import expand_globs
 from bntool.cli.output import is_drawn, print_blocks, print_report, print_written
 from bntool.errors import BntoolError
 from bntool.inspection.findings import Severity
@@ -57,6 +58,7 @@ def list_checkpoints(
     Raises:
         UsageError: a configuration is given and unwanted, or is not one.
     """
+    checkpoints = expand_globs(checkpoints)
     configuration = _configure(config, no_config=no_config)
     if configuration is not None:
         fail_on = fail_on or configuration.fail_on

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -11,6 +10,7 @@ import typer
 from typer._click.core import ParameterSource
 
 from bntool.cli import completion, options
+from bntool.cli.globs import match_glob
 from bntool.cli.help import JUDGING, MODEL, SHARES
 from bntool.cli.output import print_note, print_notes, print_report, print_written, user_output_to_stderr
 from bntool.data.policies import OnBadData
@@ -377,17 +377,14 @@ def _refuse_with_partials(context: typer.Context) -> None:
 
 def _expand(globs: Sequence[str]) -> list[str]:
     """Return the files that globs name, each once; names that are no globs as they are."""
-    import glob
-
     from bntool.errors import UsageError
 
     found: dict[str, None] = {}
     for text in globs:
-        is_glob = glob.has_magic(text) and not os.path.lexists(text)
-        files = sorted(glob.glob(text)) if is_glob else [text]  # noqa: PTH207 a path of any kind
-        if not files:
+        files = match_glob(text)
+        if files == []:
             raise UsageError(f"--from-partials {text!r}: there is no such file")
-        found.update(dict.fromkeys(files))
+        found.update(dict.fromkeys([text] if files is None else files))
     return list(found)
 
 

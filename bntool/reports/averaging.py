@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shlex
 from typing import Any
 
 from bntool.averaging.checkpoint import Average, PooledLayer
@@ -13,6 +12,7 @@ from bntool.reports.blocks import Block, Cell, Column, Style, Table, line, verba
 from bntool.reports.loading import show_loading_code
 from bntool.reports.text import plural
 from bntool.representation import format_number
+from bntool.shells import quote_word
 
 _SHOWN = 6
 
@@ -93,7 +93,7 @@ def _advise(average: Average) -> list[Block]:
     if loader is not Loader.TORCH:
         how = f"let {loader.value} run batches in training mode, with the weights kept"
         return [line(f"{said}: {how}, before this model is used.", Style.WARNING)]
-    command = f"bntool recalibrate {shlex.quote(average.output or 'OUT')} --model SPEC --data SPEC -o recalibrated.pt"
+    command = f"bntool recalibrate {quote_word(average.output or 'OUT')} --model SPEC --data SPEC -o recalibrated.pt"
     return [
         line(f"{said}: recalibrate before this model is used.", Style.WARNING),
         *verbatim([f"    {command}"]),

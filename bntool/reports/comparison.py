@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -16,6 +15,7 @@ from bntool.reports.channel_pictures import draw_shifts
 from bntool.reports.text import plural
 from bntool.reports.worst_channels import describe_unusable_channels, describe_worst_channel
 from bntool.representation import format_number, list_first
+from bntool.shells import quote_word
 from bntool.verification.statistics_shift import NO_SHIFT
 
 _SHOWN = 10
@@ -144,11 +144,11 @@ def _advise_on_one_file(comparison: Comparison) -> str:
     said = "A and B are one state dict of one file"
     others, averages = comparison.not_compared[1], find_averaged_parts(comparison.b)
     if others:
-        return f"{said}; --state-dict-b {shlex.quote(others[0])} compares another one of the file with it"
+        return f"{said}; --state-dict-b {quote_word(others[0])} compares another one of the file with it"
     if part_flat_average(comparison.b) is not None:
         return f"{said}; --prefix-b {FLAT_AVERAGE} compares the average that mmcv's EMAHook keeps in it with the model"
     if averages:
-        return f"{said}; --prefix and --prefix-b {shlex.quote(averages[0] + '.')} compare the copies that lie in it"
+        return f"{said}; --prefix and --prefix-b {quote_word(averages[0] + '.')} compare the copies that lie in it"
     return said
 
 

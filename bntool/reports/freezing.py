@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -13,6 +12,7 @@ from bntool.plan import Record, SetAttribute, SetTensor, Skip, describe_step
 from bntool.reports.blocks import Block, Cell, Line, Style, line, verbatim
 from bntool.reports.loading import show_loading_code
 from bntool.reports.text import plural
+from bntool.shells import join_words
 
 _SHOWN = 6
 
@@ -191,7 +191,7 @@ def _how_to_load(freeze: FreezePlan, output: str, loading: Sequence[str]) -> lis
         ]
         if freeze.policy.norm_eval:
             expected = "frozen" if freeze.policy.requires_grad is False else "norm-eval"
-            command = shlex.join(["bntool", "diff", output, "TRAINED", "--expect", expected])
+            command = join_words(["bntool", "diff", output, "TRAINED", "--expect", expected])
             blocks += [line("After training, this proves that it held:"), *verbatim([command], indent=4)]
     blocks.append(
         line("Without bntool: --emit python prints the same in plain torch. It loads as before:", Style.MUTED)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
-
 from bntool.comparison.checkpoint import Change, Comparison, LayerComparison
 from bntool.reports.blocks import Style
 from bntool.reports.comparison import MEANINGS, describe_changes, show_comparison
@@ -12,6 +10,7 @@ from bntool.reports.page.changes import ChangeColumns
 from bntool.reports.page.document import Column, Entry, Item, Page, Place, Row, Snippet, Table
 from bntool.reports.page.from_blocks import read_blocks
 from bntool.reports.text import plural
+from bntool.shells import join_words
 
 _OTHERS = 400  # tensors that are listed
 
@@ -22,7 +21,7 @@ def make_comparison_page(comparison: Comparison, *, path_a: str, path_b: str) ->
     style, verdict = _judge(comparison)
     said = {*comparison.violations}
     parts = read_blocks(show_comparison(comparison, path_a=path_a, path_b=path_b))
-    command = shlex.join(["bntool", "diff", path_a, path_b, *_list_options(comparison, one_file=path_a == path_b)])
+    command = join_words(["bntool", "diff", path_a, path_b, *_list_options(comparison, one_file=path_a == path_b)])
     return Page(
         command="diff",
         subject=f"{path_a} and {path_b}",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shlex
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -16,6 +15,7 @@ from bntool.reports.page.skips import list_skips
 from bntool.reports.page.strips import scale_sizes
 from bntool.reports.text import plural
 from bntool.representation import format_number
+from bntool.shells import join_words
 
 if TYPE_CHECKING:
     from bntool.folding.live import FoldResult
@@ -31,7 +31,7 @@ def make_fold_page(path: str, result: CheckpointFold) -> Page:
     plan = result.plan
     total = len(plan.folds) + len(plan.skips)
     style = Style.WARNING if result.warnings else Style.NOTICE if plan.skips else Style.GOOD
-    inspect = (Snippet("Look at the new file", (shlex.join(["bntool", "inspect", result.output or ""]),)),)
+    inspect = (Snippet("Look at the new file", (join_words(["bntool", "inspect", result.output or ""]),)),)
     return Page(
         command="fold",
         subject=path,

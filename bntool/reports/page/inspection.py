@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Iterator, Sequence
 
 from bntool.checkpoints.origin import describe_origin
@@ -15,6 +14,7 @@ from bntool.reports.page.cells import describe_channels, draw_item, range_item
 from bntool.reports.page.document import Column, Entry, Item, Page, Place, Row, Snippet, Table
 from bntool.reports.page.strips import Mark, Scale, scale_sizes
 from bntool.reports.text import format_size, plural
+from bntool.shells import join_words
 
 STYLES = {Severity.NOTICE: Style.NOTICE, Severity.WARNING: Style.WARNING, Severity.ERROR: Style.ERROR}
 HEALTH_STYLES = {
@@ -39,7 +39,7 @@ def make_inspection_page(path: str, inspection: Inspection) -> Page:
         entries=tuple(_group_findings(inspection.state_dicts, inspection.findings, anchors)),
         tables=tuple(make_layer_table(one, anchors) for one in inspection.list_worst_first() if one.layers),
         snippets=(
-            Snippet("The same in a terminal", (shlex.join(["bntool", "inspect", path]),)),
+            Snippet("The same in a terminal", (join_words(["bntool", "inspect", path]),)),
             Snippet("In Python", ("import bntool", f"inspection = bntool.inspect({path!r})")),
         ),
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from typing import TYPE_CHECKING
 
 from bntool.reports.blocks import Style
@@ -13,6 +12,7 @@ from bntool.reports.page.from_blocks import leave_out_skips, read_blocks
 from bntool.reports.page.skips import list_skips
 from bntool.reports.recalibration import format_rate, show_recalibration
 from bntool.reports.text import plural
+from bntool.shells import join_words
 
 if TYPE_CHECKING:
     from bntool.recalibration.drift import LayerDrift
@@ -31,7 +31,7 @@ def make_recalibration_page(path: str, outcome: CheckpointRecalibration) -> Page
         numbers = [format_rate(before.metric, value) for value in (before.value, after.value)]
         verdict = f"{before.metric} {numbers[0]} → {numbers[1]}; {verdict}"
         style = Style.WARNING if after.value < before.value else Style.GOOD if after.value > before.value else style
-    inspect = (Snippet("Look at the new file", (shlex.join(["bntool", "inspect", outcome.output or ""]),)),)
+    inspect = (Snippet("Look at the new file", (join_words(["bntool", "inspect", outcome.output or ""]),)),)
     return Page(
         command="recalibrate",
         subject=path,

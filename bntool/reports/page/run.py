@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -19,6 +18,7 @@ from bntool.reports.page.strips import Mark, Scale, count_pixels, draw_series, s
 from bntool.reports.run import count_files, list_files, make_file_table, name_file, say_since_when, show_break
 from bntool.reports.text import plural
 from bntool.representation import format_number
+from bntool.shells import join_words
 
 _NEGLIGIBLE = 1e-4  # of the measure of a change: so small, it is none for a picture
 _LISTED = 40  # files that a command names
@@ -37,10 +37,10 @@ def make_run_page(run: Run, *, looked_at: tuple[FileSummary, Inspection] | None 
     style, verdict = _judge(run, broken)
     rows = {name: f"r{number}" for number, name in enumerate(_list_layers(run))}
     paths = [file.path for file in run.files]
-    command = shlex.join(["bntool", "inspect", *paths]) if len(paths) <= _LISTED else ""
+    command = join_words(["bntool", "inspect", *paths]) if len(paths) <= _LISTED else ""
     snippets = [Snippet("The same in a terminal", (command,))] if command else []
     if broken is not None:
-        one = shlex.join(["bntool", "inspect", run.files[broken].path])
+        one = join_words(["bntool", "inspect", run.files[broken].path])
         snippets.insert(0, Snippet("The file that broke, alone", (one,)))
     tables = [_make_map(run, rows, broken)] if rows else []
     tables.append(make_table(make_file_table(run), title="Files", noun="files"))
