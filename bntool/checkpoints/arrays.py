@@ -18,6 +18,7 @@ from bntool.checkpoints.tensors import StoredTensor, Tensor, read_bytes, swap_by
 
 SMALLEST_NORMAL = {FLOAT64: 2.0**-1022, FLOAT32: 2.0**-126, BFLOAT16: 2.0**-126, FLOAT16: 2.0**-14}
 
+_AT_A_TIME = 1024  # elements that numpy casts, multiplies and casts back together
 _NUMPY = {FLOAT64: "<f8", FLOAT32: "<f4", FLOAT16: "<f2"}
 
 Array = NDArray[Any]
@@ -261,21 +262,36 @@ class Product:
         Raises:
             OverflowError: a product is too large for the dtype, and what it is the product of is finite.
         """
-        if self._wide.size < values.size:
-            self._wide = np.empty(values.size)
-        wide = self._wide[: values.size].reshape(values.shape)
-        # three plain passes over what lies in the cache: one call that casts on the way is slower
         with np.errstate(over="ignore", under="ignore", invalid="ignore"):
-            np.copyto(wide, values)
-            np.multiply(wide, factors, out=wide)
-            if extra is not None:
-                wide.reshape(-1)[extra[0]] += extra[1]
-            if self._flush:
-                wide[np.abs(wide) < SMALLEST_NORMAL[self._dtype]] = 0
-            rounded, widened = _cast(wide, self._dtype)
+            if extra is None and not self._flush and self._dtype is not BFLOAT16:
+                rounded = widened = self._multiply(values, factors)
+            else:
+                rounded, widened = _cast(self._multiply_wide(values, factors, extra), self._dtype)
         if not is_bounded:
             _check_range(widened, self._dtype, values, factors)
         return rounded.reshape(-1).view("u1").data
+
+    def _multiply(self, values: Array, factors: Array) -> Array:
+        """Return the products in their dtype, made in float64 a few at a time, so that these stay in the first cache."""
+        rounded = np.empty(values.shape, _NUMPY[self._dtype])
+        before = np.setbufsize(_AT_A_TIME)
+        try:
+            np.multiply(values, factors, out=rounded, dtype="<f8", casting="same_kind")
+        finally:
+            np.setbufsize(before)
+        return rounded
+
+    def _multiply_wide(self, values: Array, factors: Array, extra: tuple[Array, Array] | None) -> Array:
+        """Return the products in float64, some with an addend, and subnormal ones flushed where that is asked for."""
+        if self._wide.size < values.size:
+            self._wide = np.empty(values.size)
+        wide = self._wide[: values.size].reshape(values.shape)
+        np.multiply(values, factors, out=wide)
+        if extra is not None:
+            wide.reshape(-1)[extra[0]] += extra[1]
+        if self._flush:
+            wide[np.abs(wide) < SMALLEST_NORMAL[self._dtype]] = 0
+        return wide
 
 
 def place_in_span(stored: StoredTensor, new: Tensor) -> tuple[int, bytes]:

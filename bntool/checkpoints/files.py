@@ -23,13 +23,25 @@ from bntool.errors import CorruptFileError, UnreadableFileError
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-CHUNK = 1 << 17  # bytes copied at a time; larger blocks are given back to the system and faulted in again each time
+CHUNK = 1 << 18  # bytes read and calculated at a time: with what is made of them they still fit into a cache
 Chunk: TypeAlias = bytes | memoryview
 _LONGEST_NAME = 80  # characters of a name that a sentence shows
 _CHANGED = "the file was changed while it was read; nothing was written: wait until it is complete and try again"
 _TICK = 12_000_000  # nanoseconds: in which a file system may give two changes one time
 _SMALL = 1 << 15  # bytes of a part that is kept in memory
 _POSITION, _LONGEST_READ = threading.Lock(), 1 << 30
+
+
+def keep_freed_memory() -> None:
+    """Let blocks of a few chunks be used again when they are freed.
+
+    glibc gives blocks of 128 KiB and more back to the system, and each new one is faulted in again, which costs more
+    than what is calculated in it. When such a block is freed it raises this bound to its size (mallopt(3)).
+    """
+    bytearray(8 * CHUNK)
+
+
+keep_freed_memory()
 
 
 class ByteSource(Protocol):

@@ -130,12 +130,13 @@ class _RowExtremes:
         here = slice(self._added, self._added + len(rows))
         self._added = here.stop
         bits = np.bitwise_and(rows.view(kind), magnitude, out=self._bits[: rows.size].reshape(rows.shape))
-        smallest = bits.min()  # of all at once, which is faster
-        if not smallest:
-            infinity = int(np.asarray(np.inf, rows.dtype).view(kind))
-            smallest = bits.min(axis=1, initial=infinity, where=bits > 0)
-        self._smallest[here] = smallest
         largest: float = bits.max(axis=1, out=self._largest[here]).max().view(rows.dtype)
+        smallest = bits.min()  # of all at once, which is faster
+        if not smallest:  # less one, zeros are the largest integers without a sign, and pass no minimum
+            np.subtract(bits, 1, out=bits)
+            smallest = bits.view(f"<u{bits.itemsize}").min(axis=1).view(kind) + 1
+            smallest[smallest == 0] = int(np.asarray(np.inf, rows.dtype).view(kind))
+        self._smallest[here] = smallest
         return largest
 
     def result(self) -> _Extremes:

@@ -28,6 +28,7 @@ from bntool.errors import CorruptFileError
 Patch: TypeAlias = Callable[[], Iterable[tuple[int, Chunk]]]
 
 _ALIGNMENT = 64  # torch maps storages; it aligns them so
+_LARGE = 1 << 17  # bytes from which on a record is copied by the kernel, to the same place in a page
 _PAGE = 4096
 
 
@@ -179,10 +180,10 @@ class ZipWriter:
         stream, size = self._stream, record.size
         offset = stream.tell()
         raw = record.name.encode("utf-8")
-        like = record.data_offset if size >= CHUNK else 0
+        like = record.data_offset if size >= _LARGE else 0
         extra = _extra_field(offset + LOCAL_HEADER.size + len(raw), size=size, like=like)
         stream.write(self._local_header(raw, extra, size=size, crc=record.crc))
-        if size >= CHUNK:
+        if size >= _LARGE:
             archive.file.copy_to(stream, offset=record.data_offset, length=size)
         else:
             stream.write(archive.file.read(record.data_offset, size))
