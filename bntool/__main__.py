@@ -11,6 +11,7 @@ import sys
 def run() -> None:
     """Run the command line and exit with its code."""
     gc.set_threshold(100_000)  # a short-lived process that builds many small objects and drops few
+    _start_few_threads()
     _open_closed_streams()
     code = 1  # of what nobody foresaw
     atexit.register(lambda: _leave(code))  # the first to register is the last to be called
@@ -27,6 +28,16 @@ def run() -> None:
     if code == ExitCode.INTERRUPTED:
         interrupts.end_process()
     sys.exit(code)
+
+
+def _start_few_threads() -> None:
+    """Let numpy start no threads for matrix products where no code of the user runs: files need none.
+
+    Each of them waits busily while numpy is imported: on two cores that costs nearly as much again as the import. And
+    sums of products, which biases are, have the same bits on every number of cores then.
+    """
+    if not any(argument.startswith(("--model", "--data")) for argument in sys.argv):
+        os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 
 def _open_closed_streams() -> None:

@@ -22,6 +22,7 @@ import torch
 from torch import nn
 
 import bntool
+from bntool.checkpoints import outputs
 from bntool.checkpoints.addresses import Address, as_location
 from bntool.checkpoints.containers.limits import limited_memory
 from bntool.checkpoints.files import SourceFile
@@ -60,6 +61,7 @@ HIDDEN: dict[str, Callable[[Patch], None]] = {
     "pread": lambda patch: patch.delattr(os, "pread"),
     "copy_file_range": lambda patch: patch.delattr(os, "copy_file_range"),
     "copies within the kernel": lambda patch: patch.setattr(os, "copy_file_range", refuse),
+    "sync_file_range": lambda patch: patch.setattr(outputs, "_find_sync_file_range", lambda: None),
     "O_NONBLOCK and O_NOFOLLOW": hide_flags,
     "hard links": lambda patch: patch.setattr(os, "link", refuse),
     "locks": lambda patch: patch.setitem(sys.modules, "fcntl", None),

@@ -272,7 +272,7 @@ class Product:
         return rounded.reshape(-1).view("u1").data
 
     def _multiply(self, values: Array, factors: Array) -> Array:
-        """Return the products in their dtype, made in float64 a few at a time, so that these stay in the first cache."""
+        """Return the products in their dtype, made in float64 a few at a time that stay in the first cache."""
         rounded = np.empty(values.shape, _NUMPY[self._dtype])
         before = np.setbufsize(_AT_A_TIME)
         try:

@@ -104,7 +104,7 @@ def create_file(
         try:
             _WRITERS[kind](new, stream)
             output.flush()
-            with _FORMATS[kind].read(SourceFile(output.temporary(target))) as written:
+            with _FORMATS[kind].read(SourceFile(output.temporary(target), is_own=True)) as written:
                 _compare(new, written, target)
             _FORMATS[kind].judge(output.temporary(target))
             source.format.check_unchanged(source)

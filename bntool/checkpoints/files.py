@@ -29,6 +29,7 @@ _LONGEST_NAME = 80  # characters of a name that a sentence shows
 _CHANGED = "the file was changed while it was read; nothing was written: wait until it is complete and try again"
 _TICK = 12_000_000  # nanoseconds: in which a file system may give two changes one time
 _SMALL = 1 << 15  # bytes of a part that is kept in memory
+_COPIED = 1 << 25  # bytes that the kernel copies together; the disk takes them while the next ones are copied
 _POSITION, _LONGEST_READ = threading.Lock(), 1 << 30
 
 
@@ -142,6 +143,10 @@ class SourceFile:
         notes: what is worth saying of how it was found and read, a sentence each.
         is_far: each reading takes its time, so that it is worth to announce what will be read.
 
+    Args:
+        path: where it lies.
+        is_own: nobody else writes to it, as to what this process has just written and holds under lock.
+
     Raises:
         UnreadableFileError: absent, not a regular file, or no permission.
         CorruptFileError: from :meth:`read`, where the file ends before the bytes asked for.
@@ -152,7 +157,7 @@ class SourceFile:
     is_far: bool = False
     _last: tuple[tuple[int, int], bytes] = ((0, 0), b"")  # offset and length of the last piece that was read, and it
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(self, path: str | os.PathLike[str], *, is_own: bool = False) -> None:
         self.path = Path(path)
         try:
             # O_NONBLOCK: opening a pipe must not wait for its writer
@@ -161,10 +166,14 @@ class SourceFile:
             raise UnreadableFileError(describe_failure(error), path=path) from error
         except ValueError as error:  # a NUL byte or half of a surrogate pair in the name
             raise UnreadableFileError("no file can have this name", path=path) from error
-        self._take(descriptor, self.path)
+        self._take(descriptor, self.path, waits=not is_own)
 
-    def _take(self, descriptor: int, path: Location) -> None:
-        """Take over a file that was opened."""
+    def _take(self, descriptor: int, path: Location, *, waits: bool = True) -> None:
+        """Take over a file that was opened.
+
+        Args:
+            waits: until a change could be seen by its time.
+        """
         self.path = path
         self._close = weakref.finalize(self, os.close, descriptor)
         self._descriptor = descriptor
@@ -174,7 +183,9 @@ class SourceFile:
             if stat.S_ISDIR(status.st_mode):
                 raise UnreadableFileError("this is a folder, not a file; name a file of it", path=path)
             raise UnreadableFileError("this is a pipe or a device, not a regular file; copy it to a file", path=path)
-        if 0 <= time.time_ns() - status.st_mtime_ns < _TICK:  # a change within the same tick could not be seen
+        if (
+            waits and 0 <= time.time_ns() - status.st_mtime_ns < _TICK
+        ):  # a change within the same tick could not be seen
             time.sleep(_TICK / 1e9)
             status = os.fstat(descriptor)
         self._status = status
@@ -273,11 +284,12 @@ class SourceFile:
             with contextlib.suppress(OSError):  # not every pair of file systems can; what is left is copied below
                 while offset < end:
                     copied = os.copy_file_range(
-                        self._descriptor, stream.fileno(), min(end - offset, 1 << 30), offset, position
+                        self._descriptor, stream.fileno(), min(end - offset, _COPIED), offset, position
                     )
                     if copied == 0:
                         break
                     offset, position = offset + copied, position + copied
+                    stream.seek(position)
         stream.seek(position)
         for chunk in self.chunks(offset, end - offset):
             stream.write(chunk)

@@ -104,7 +104,7 @@ def write_checked(checkpoint: Checkpoint, path: Path, output: OutputFiles) -> No
     checkpoint.format.write(checkpoint, path, output)
     output.flush()
     if checkpoint.format.single_file:
-        with checkpoint.format.read(SourceFile(output.temporary(path))) as written:
+        with checkpoint.format.read(SourceFile(output.temporary(path), is_own=True)) as written:
             _compare(checkpoint, written, path)
         checkpoint.format.judge(output.temporary(path))
     checkpoint.format.check_unchanged(checkpoint)

@@ -15,7 +15,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from bntool.checkpoints import files
+from bntool.checkpoints import files, outputs
 from bntool.checkpoints.application import apply_plan
 from bntool.checkpoints.files import CHUNK, SourceFile
 from bntool.checkpoints.formats import open_checkpoint
@@ -158,6 +158,33 @@ def test_files_appear_together_or_not_at_all(tmp_path: Path) -> None:
         output.open(tmp_path / "c").write(b"c")
         raise KeyboardInterrupt
     assert sorted(os.listdir(tmp_path)) == ["a", "b"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no sync_file_range")
+def test_bytes_go_to_the_disk_while_the_next_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    begin, sent = outputs._find_sync_file_range(), []
+    assert begin is not None
+
+    def begin_and_note(descriptor: int, offset: int, length: int, flags: int) -> int:
+        sent.append((offset, offset + length))
+        return begin(descriptor, offset, length, flags)
+
+    monkeypatch.setattr(outputs, "_find_sync_file_range", lambda: begin_and_note)
+    monkeypatch.setattr(outputs, "_STEP", 1 << 20)
+    monkeypatch.setattr(files, "_COPIED", 1 << 20)
+    data = os.urandom(5 << 20)
+    (tmp_path / "a").write_bytes(data)
+    with SourceFile(tmp_path / "a") as source, OutputFiles() as output:
+        stream = output.open(tmp_path / "b")
+        for start in range(0, 3 << 20, CHUNK):
+            stream.write(data[start : start + CHUNK])
+        source.copy_to(stream, offset=3 << 20, length=2 << 20)
+        stream.seek(7)  # as for a checksum that is known at the end
+        stream.write(b"7")
+    assert [start for start, _ in sent] == [0, *(end for _, end in sent[:-1])]  # all once, in order
+    assert sent[-1][1] == 5 << 20
+    assert len(sent) >= 4
+    assert (tmp_path / "b").read_bytes() == data[:7] + b"7" + data[8:]
 
 
 def test_if_one_file_cannot_appear_none_does(tmp_path: Path) -> None:

@@ -115,6 +115,7 @@ def _layers() -> dict[str, tuple[torch.Tensor, tuple[int, ...], tuple[int, ...]]
         "transposed": (nn.ConvTranspose2d(6, 10, 3).weight, (6, 10, 9), (1, 10, 1)),
         "transposed, groups": (grouped.weight, (2, 3, 5, 9), (2, 1, 5, 1)),
         "channels last": (conv.weight.to(memory_format=torch.channels_last), (8, 54), (8, 1)),
+        "rows of several runs": (torch.randn(3, 2500), (3, 2500), (3, 1)),
         "one element": (torch.randn(1), (1,), (1,)),
         "scalar": (torch.tensor(3.0), (1,), (1,)),
         "empty": (torch.randn(0, 4), (0, 4), (1, 4)),
@@ -135,6 +136,15 @@ def test_scaling_is_float64_rounded_once(
     scaled = ScaledTensor(_stored(weight), view, tuple(factors.flatten().tolist()), factor_shape)
     expected = (weight.double().reshape(view) * factors).reshape(weight.shape).to(dtype)
     assert torch.equal(to_torch(scaled), expected)
+
+
+def test_scaling_leaves_numpys_settings_as_they_were() -> None:
+    before = np.getbufsize(), np.geterr()
+    read_bytes(ScaledTensor(_stored(torch.randn(4, 50)), (4, 50), (1.0, 2.0, 3.0, 4.0), (4, 1)))
+    assert (np.getbufsize(), np.geterr()) == before
+    with pytest.raises(OverflowError):
+        read_bytes(ScaledTensor(_stored(torch.full((1,), 3e38)), (1,), (1e5,), (1,)))
+    assert (np.getbufsize(), np.geterr()) == before
 
 
 def test_scaling_bfloat16_rounds_once() -> None:

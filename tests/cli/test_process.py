@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from bntool.__main__ import _start_few_threads
 from bntool.cli.main import main
 from tests import programs
 from tests.places import ROOT, SAMPLES
@@ -52,6 +53,28 @@ def test_what_the_users_code_left_is_brought_to_its_end(model: Path, shape: str,
     assert done.stdout.splitlines() == ["thread", "function for the end"]
     assert (model / "text").read_text() == "not flushed"
     assert (model / "raw").read_bytes() == b"bytes"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads are counted in /proc")
+def test_numpy_starts_no_threads_where_no_code_of_the_user_runs(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    program = "import os, numpy; print(len(os.listdir('/proc/self/task')))"
+    monkeypatch.delenv("OPENBLAS_NUM_THREADS", raising=False)
+    for options, few in (([], True), (["--model", "a.py:b"], False), (["--data=a.py:c"], False)):
+        monkeypatch.setattr(sys, "argv", ["bntool", "fold", "a.pt", *options])
+        with monkeypatch.context() as undone:
+            undone.setenv("OPENBLAS_NUM_THREADS", "0")
+            undone.delenv("OPENBLAS_NUM_THREADS")
+            _start_few_threads()
+            assert (os.environ.get("OPENBLAS_NUM_THREADS") == "1") == few
+            if few:
+                counted = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+                assert counted.stdout.strip() == "1"
+    monkeypatch.setenv("OPENBLAS_NUM_THREADS", "3")
+    monkeypatch.setattr(sys, "argv", ["bntool", "inspect", "a.pt"])
+    _start_few_threads()
+    assert os.environ["OPENBLAS_NUM_THREADS"] == "3"
 
 
 @pytest.mark.parametrize("closed", [">&-", "2>&-", "<&- >&- 2>&-"])

@@ -17,7 +17,7 @@ from bntool.checkpoints.saving import save_checkpoint
 from bntool.folding.options import FoldOptions
 from bntool.folding.planning import plan_fold
 from bntool.folding.state_dict import fold_state_dict
-from bntool.folding.weight_ranges import ChannelRange, count_removed, measure_ranges
+from bntool.folding.weight_ranges import ChannelRange, _RowExtremes, count_removed, measure_ranges
 from bntool.graphs.traced.tracing import trace
 from bntool.modules.application import apply_plan, read_state
 
@@ -166,3 +166,22 @@ def test_weights_of_a_file_are_measured_while_it_is_written(
         for side in ("smallest", "largest"):  # of the products before they are rounded
             wanted = getattr(expected(folded[name]), side)
             assert getattr(found[name].after, side) == pytest.approx(wanted, rel=torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16])
+def test_the_smallest_magnitude_of_a_row_passes_over_zeros(dtype: torch.dtype) -> None:
+    """Of both signs, whatever else is in the row."""
+    torch.manual_seed(0)
+    rows = torch.randn(40, 30).to(dtype)
+    rows[rows.abs() < 0.5] *= 0  # of both signs, too
+    rows[3] = 0
+    rows[4, 5] = -torch.finfo(dtype).smallest_normal / 4
+    rows[6, 7], rows[8, 9] = float("nan"), -float("inf")
+    measured = _RowExtremes(len(rows))
+    for block in (rows[:17], rows[17:]):
+        measured.add(block.numpy())
+    found = measured.result()
+    magnitudes = rows.abs()
+    assert torch.equal(torch.from_numpy(found.largest).nan_to_num(-1), magnitudes.amax(1).nan_to_num(-1))
+    smallest = magnitudes.masked_fill((magnitudes == 0) | magnitudes.isnan(), float("inf")).amin(1)
+    assert torch.equal(torch.from_numpy(found.smallest), smallest)
