@@ -80,7 +80,7 @@ fuzz: $(VENV)/installed  ## mutate files of all formats, 200,000 times
 	$(BIN)/python -m tests.fuzz 200000
 
 site: $(SITE)/installed  ## the documentation as a site, in build/site; its search needs a server: python -m http.server -d build/site
-	NO_MKDOCS_2_WARNING=1 $(SITE)/bin/mkdocs build --quiet
+	NO_MKDOCS_2_WARNING=1 $(SITE)/bin/mkdocs build --strict
 
 $(SITE)/installed: pyproject.toml constraints.txt
 	test -x $(SITE)/bin/python || $(PYTHON) -m venv $(SITE)

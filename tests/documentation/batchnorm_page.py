@@ -12,7 +12,9 @@ from pathlib import Path
 from tests.places import ROOT
 
 PAGE = ROOT / "docs" / "batchnorm.md"
-_BLOCK = re.compile(r"```python ?(?P<framework>\w*)\n(?P<code>.*?)```\n\n```text\n(?P<output>.*?)```", re.DOTALL)
+_BLOCK = re.compile(
+    r"```python(?: title=\"(?P<framework>\w+)\")?\n(?P<code>.*?)```\n\n```text\n(?P<output>.*?)```", re.DOTALL
+)
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,6 @@ class Block:
 
 def read_blocks() -> list[Block]:
     text = PAGE.read_text(encoding="utf-8")
-    blocks = [Block(**match.groupdict()) for match in _BLOCK.finditer(text)]
+    blocks = [Block(**match.groupdict("")) for match in _BLOCK.finditer(text)]
     assert len(blocks) == text.count("```python"), "every block of code is followed by what it prints"
     return blocks

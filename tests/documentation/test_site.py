@@ -6,11 +6,12 @@ import importlib
 import inspect
 import re
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
 import bntool
-from tests.documentation.site_roles import on_page_content
+from tests.documentation.site_hook import find_raw_markdown, link_references
 from tests.places import ROOT
 
 
@@ -62,6 +63,33 @@ def test_references_of_docstrings_become_links() -> None:
         ":class:<code>bntool.plan.Averaged</code>, :mod:<code>bntool.errors</code> and :func:<code>fold</code>"
     )
     link = '<a href="#bntool.folding.live.fold"><code>fold</code></a>'
-    assert on_page_content(html).partition("</h3>")[2] == (
+    assert link_references(html).partition("</h3>")[2] == (
         f" see {link}, <code>Averaged</code>, <code>bntool.errors</code> and {link}"
     )
+
+
+@pytest.mark.parametrize(
+    ("html", "is_raw"),
+    [
+        ("<p>A list:\n- one\n- two</p>", True),
+        ("<p>```python keras\nimport keras</p>", True),
+        ("<p>| a | b |\n|---|---|\n| 1 | 2 |</p>", True),
+        ("<p>see [there](there.md)</p>", True),
+        ("<p>a - b, <code>**keywords</code>, <code>a[0](b)</code> and | or</p>\n<ul><li>one</li></ul>", False),
+    ],
+)
+def test_markdown_that_the_site_shows_as_it_is_written_is_found(html: str, is_raw: bool) -> None:
+    assert bool(find_raw_markdown(html)) == is_raw
+
+
+@pytest.mark.parametrize("page", sorted((ROOT / "docs").rglob("*.md")), ids=lambda page: page.name)
+def test_blocks_are_what_the_site_takes_for_blocks(page: Path) -> None:
+    """A word behind the language makes a paragraph of a block; `title="..."` does not."""
+    for information in re.findall(r"^ *```(\S.*)$", page.read_text(), flags=re.MULTILINE):
+        assert re.fullmatch(r'[a-z]+( title="[\w.]+")?', information), (page.name, information)
+
+
+def test_the_site_is_built_strictly() -> None:
+    """With --quiet mkdocs counts no warnings, and a strict build passes whatever it warns of."""
+    (line,) = re.findall(r"mkdocs build.*$", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
+    assert line.split() == ["mkdocs", "build", "--strict"]
