@@ -156,6 +156,7 @@ def test_hooks_fail_on_sick_checkpoints_only(repository: Path) -> None:
 @pytest.mark.parametrize("hook", HOOKS, ids=lambda hook: hook["id"])
 def test_hooks_take_files_that_are_named_like_checkpoints(hook: dict[str, Any]) -> None:
     taken = ["a.pt", "b/c.pth", "model.safetensors", "x.pth.tar", "net.caffemodel", "m.onnx", "k.keras", "k.weights.h5"]
+    taken += ["k.hdf5", "p.pdparams", "f.msgpack", "n.nemo", "s.mar", "e.pt2"]
     assert all(re.search(hook["files"], name) for name in taken)
     assert not re.search(hook["files"], "a.ptx")
     assert hook["language"] in ("python", "system")
