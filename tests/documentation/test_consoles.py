@@ -20,8 +20,8 @@ from tests.programs import write_commands
 ALL = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md")), ROOT / "sample_ckpts" / "README.md"]
 # what blocks of commands begin with that need another place or more time, and what runs them
 ELSEWHERE = {
-    "pip install": "tests/packaging/wheel.py",
-    "git clone": "tests/packaging/wheel.py",
+    "pip install": "tests/packaging/clone.py",
+    "git clone": "tests/packaging/clone.py",
     "source .venv/bin/activate": "tests/packaging/clone.py",
     'eval "$(_BNTOOL_COMPLETE=': "tests/cli/test_completion.py",
     "bntool inspect hf://": "tests/checkpoints/remote/test_hub.py",
