@@ -44,7 +44,7 @@ def _open_closed_streams() -> None:
     """Give what was closed (``>&-``) to nobody: else the next file that is opened gets its number, and the output."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, mode))  # noqa: PTH123, SIM115
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: PTH123, SIM115
 
 
 def _leave(code: int) -> None:

@@ -5,6 +5,7 @@ The tests run on Linux; other systems have more differences than these. docs/ins
 
 from __future__ import annotations
 
+import ast
 import builtins
 import io
 import json
@@ -34,7 +35,7 @@ from bntool.data.source import DataOptions
 from bntool.errors import RefusedError, UnwritableFileError
 from bntool.recalibration.exact import memory
 from bntool.shells import join_words
-from tests.places import SAMPLES
+from tests.places import ROOT, SAMPLES
 
 Patch = pytest.MonkeyPatch
 PAIR = ["--pair", "conv1=bn1", "--eps", "1e-5"]
@@ -296,3 +297,20 @@ def test_caches_lie_where_each_system_keeps_them(tmp_path: Path, monkeypatch: Pa
     }.items():
         monkeypatch.setattr(sys, "platform", system)
         assert cache.find_folder() == tmp_path / place
+
+
+def test_no_text_is_read_or_written_in_the_encoding_of_the_system() -> None:
+    """Which is UTF-8 here, and cp1252 on Windows."""
+    found = []
+    for path in (ROOT / "bntool").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.Call) or any(one.arg == "encoding" for one in node.keywords):
+                continue
+            name = getattr(node.func, "attr", getattr(node.func, "id", ""))
+            mode = next((one.value for one in node.keywords if one.arg == "mode"), None)
+            texts = [one.value for one in (*node.args, mode) if isinstance(one, ast.Constant)]
+            is_binary = any(isinstance(one, str) and "b" in one for one in texts)
+            opens = isinstance(node.func, ast.Name) and name == "open" and not is_binary
+            if opens or (name == "read_text" and not node.args) or name == "write_text":
+                found.append(f"{path.relative_to(ROOT)}:{node.lineno}")
+    assert found == []

@@ -145,7 +145,7 @@ def find_resident() -> int:
     with contextlib.suppress(ImportError, OSError, ValueError, IndexError):  # Linux says
         import resource
 
-        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+        return int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * resource.getpagesize()
     return 0
 
 
@@ -165,14 +165,14 @@ def find_thread_space() -> int:
 
 def _read_limits() -> Iterator[int]:
     with contextlib.suppress(OSError, ValueError, StopIteration):
-        lines = Path("/proc/meminfo").read_text().splitlines()
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
         yield int(next(line for line in lines if line.startswith("MemAvailable")).split()[1]) * 1024
     with contextlib.suppress(ImportError, OSError, ValueError):  # not on Windows
         import resource
 
         space, _ = resource.getrlimit(resource.RLIMIT_AS)  # ulimit -v
         if space != resource.RLIM_INFINITY:
-            pages = int(Path("/proc/self/statm").read_text().split()[0])
+            pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
             yield max(0, space - pages * resource.getpagesize())
     groups = Path("/sys/fs/cgroup")
     for limit, used in (
@@ -180,4 +180,4 @@ def _read_limits() -> Iterator[int]:
         (groups / "memory/memory.limit_in_bytes", groups / "memory/memory.usage_in_bytes"),
     ):
         with contextlib.suppress(OSError, ValueError):  # absent, or "max"
-            yield max(0, int(limit.read_text()) - int(used.read_text()))
+            yield max(0, int(limit.read_text(encoding="ascii")) - int(used.read_text(encoding="ascii")))

@@ -384,7 +384,7 @@ def choose_folder() -> Path:
 def _is_in_memory(folder: Path) -> bool:
     kind, longest = "", -1
     with contextlib.suppress(OSError, IndexError):  # only Linux says
-        for line in Path("/proc/mounts").read_text().splitlines():
+        for line in Path("/proc/mounts").read_text(encoding="utf-8", errors="surrogateescape").splitlines():
             _, place, system, *_ = line.split()
             if folder.resolve().is_relative_to(place) and len(place) > longest:
                 kind, longest = system, len(place)
