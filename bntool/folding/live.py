@@ -18,9 +18,10 @@ from bntool.errors import RefusedError, UsageError, UserCodeError, VerificationE
 from bntool.folding.layouts import apply_fold, plan_layout
 from bntool.folding.multiply_adds import Cost, count_cost
 from bntool.folding.options import FoldOptions, Layout
-from bntool.folding.own_fusing import find_unlike_fusing
+from bntool.folding.other_forwards.other_inputs import find_other_inputs, plan_alike
+from bntool.folding.other_forwards.own_fusing import find_unlike_fusing
+from bntool.folding.other_forwards.switches import find_unlike_arguments, find_unlike_attributes
 from bntool.folding.planning import FoldPlan
-from bntool.folding.switches import find_unlike_arguments, find_unlike_attributes
 from bntool.folding.unchanged_outputs import find_points
 from bntool.folding.weight_ranges import WeightRange, count_flushed, flush_subnormals, measure_ranges
 from bntool.graphs.declared import as_pairs, declare
@@ -128,7 +129,12 @@ def fold(  # noqa: PLR0913 as many as the command has options
     plan = plan_layout(state, graph, options, model=model)
     if not plan.steps:
         return FoldResult(copy_model(model), plan, None)
-    proof = prove(model, plan, graph, state, inputs=[inputs], tolerance=tolerance)
+    others = find_other_inputs(model, inputs)
+    if graph.evidence is Evidence.TRACED and layout is not Layout.DEPLOY:
+        plan = plan_alike(plan, state, graph, model=model, others=others)
+        if not plan.steps:
+            return FoldResult(copy_model(model), plan, None)
+    proof = prove(model, plan, graph, state, inputs=[inputs], others=others, tolerance=tolerance)
     return FoldResult(proof.folded, proof.plan, proof.agreement)
 
 
@@ -158,6 +164,7 @@ def prove(
     state_dict: StateDict,
     *,
     inputs: Sequence[Any],
+    others: Sequence[Any] = (),
     tolerance: float,
 ) -> Proof:
     """Compare what is about to be written with the model, without subnormal weights if that is as good.
@@ -168,12 +175,13 @@ def prove(
         graph: what it was planned with.
         state_dict: before the fold; what the plan makes of it is what is judged.
         inputs: what to run it on, besides random ones.
+        others: see :func:`~bntool.folding.other_forwards.other_inputs.find_other_inputs`.
         tolerance: see :func:`~bntool.verification.outputs.verify`.
 
     Raises:
         UserCodeError, VerificationError: as :func:`fold`.
     """
-    tried = [*with_random_inputs(inputs), *_find_one_sample(model, inputs[0])]
+    tried = [*with_random_inputs(inputs), *others]
     points, unit = find_points(graph, plan), _spacing(state_dict)
     change = _change(graph, plan)
 
@@ -308,14 +316,3 @@ def with_random_inputs(inputs: Sequence[Any]) -> list[Any]:
         for _ in range(_RANDOM_INPUTS)
     ]
     return [*inputs, *random]
-
-
-def _find_one_sample(model: nn.Module, inputs: Any) -> list[Any]:
-    """Return the first sample alone, where the model takes it: some models go another way then."""
-    if not isinstance(inputs, torch.Tensor) or inputs.ndim < 2 or len(inputs) < 2:
-        return []
-    with borrow(model), torch.no_grad(), contextlib.suppress(UserCodeError):
-        model.eval()
-        call(model, inputs[:1])
-        return [inputs[:1]]
-    return []

@@ -161,6 +161,7 @@ def fold_state_dict(  # noqa: PLR0913 as many as the command has options
     )
     graph = _find_graph(known, on_progress, layout=options.layout)
     plan = plan_layout(state_dict, graph, options, model=model)
+    plan, others = _hold_for_others(plan, state_dict, graph, model=model, inputs=first)
     plan = skip_not_understood(plan, checkpoint, state_dict, layers=options.layers)
     if not plan.steps:
         nothing = CheckpointFold(checkpoint, state_dict, plan, None, graph.evidence)
@@ -185,7 +186,7 @@ def fold_state_dict(  # noqa: PLR0913 as many as the command has options
         from bntool.folding.live import prove, with_random_inputs
 
         on_progress(Progress("comparing outputs"))
-        proof = prove(model, plan, graph, state_dict, inputs=inputs, tolerance=tolerance)
+        proof = prove(model, plan, graph, state_dict, inputs=inputs, others=others, tolerance=tolerance)
         plan, ranges, agreement, cost = proof.plan, proof.ranges, proof.agreement, proof.cost
         edited = apply_plan(checkpoint, plan)
         if export is not None:
@@ -216,6 +217,20 @@ def fold_state_dict(  # noqa: PLR0913 as many as the command has options
         speed=speed,
         architectures=graph.architectures,
     )
+
+
+def _hold_for_others(
+    plan: FoldPlan, state_dict: StateDict, graph: ModelGraph, *, model: nn.Module | None, inputs: Any
+) -> tuple[FoldPlan, Sequence[Any]]:
+    """Return the plan without what does not hold for inputs of another size and batch, and such inputs."""
+    if model is None or not plan.steps:
+        return plan, ()
+    from bntool.folding.other_forwards.other_inputs import find_other_inputs, plan_alike
+
+    others = find_other_inputs(model, inputs)
+    if graph.evidence is Evidence.TRACED and plan.layout is not Layout.DEPLOY:
+        plan = plan_alike(plan, state_dict, graph, model=model, others=others)
+    return plan, others
 
 
 def _find_graph(known: Knowledge, on_progress: OnProgress, *, layout: Layout) -> ModelGraph:

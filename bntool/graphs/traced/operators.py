@@ -17,6 +17,8 @@ from bntool.graphs.graph import NodeKind
 # a number or a truth value of the data reaches Python, where anything may depend on it
 VALUE_READS = frozenset(("_local_scalar_dense", "item", "equal", "is_nonzero", "allclose"))
 
+_SIZED_BY_VALUES = frozenset(("nms",))  # of torchvision, whose operations have no tags
+
 SHAPE_ONLY = frozenset(
     (
         "empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like", "randint_like",
@@ -63,6 +65,24 @@ def name_of(function: Any) -> str:
     name: str = function.overloadpacket.__name__
     in_place = function._schema.name.startswith("aten::") and name.endswith("_") and not name.endswith("__")
     return name.removesuffix("_") if in_place else name
+
+
+def find_sizing(function: Any, arguments: Sequence[Any], keywords: Mapping[str, Any]) -> list[Tensor]:
+    """Return the arguments whose elements decide the shape of a result, as those of ``nonzero`` do."""
+    name = name_of(function)
+    if name == "index":  # by a mask
+        given = argument(function, arguments, keywords, "indices") or ()
+        return [one for one in given if isinstance(one, Tensor) and one.dtype in (torch.bool, torch.uint8)]
+    if name == "masked_select":
+        return [argument(function, arguments, keywords, "mask")]
+    if torch.Tag.dynamic_output_shape in function.tags or name in _SIZED_BY_VALUES:
+        return [one for one in (*arguments, *keywords.values()) if isinstance(one, Tensor)]
+    return []
+
+
+def gives_a_list(function: Any) -> bool:
+    """Return whether an operation gives a list of tensors, whose length Python sees."""
+    return any(isinstance(one.type, torch.ListType) for one in function._schema.returns)
 
 
 class Part(NamedTuple):

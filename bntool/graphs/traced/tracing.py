@@ -75,8 +75,11 @@ def trace(model: nn.Module, inputs: Any, *, prefix: str | None = None) -> ModelG
 
 
 # what hands elements to Python or to another library: no operations that a dispatch mode sees
-_DEEP_COPY: Any = Tensor.__deepcopy__
 _ELEMENT_READS = frozenset((Tensor.numpy, Tensor.tolist, Tensor.__array__, Tensor.__dlpack__))
+# what hands sizes to Python, which matters where values decide them
+_SHAPE: Any = Tensor.shape
+_SIZE_READS = frozenset((_SHAPE.__get__, Tensor.size, Tensor.numel, Tensor.nelement, Tensor.__len__, Tensor.__iter__))
+_DEEP_COPY: Any = Tensor.__deepcopy__
 
 
 class _PythonCalls(TorchFunctionMode):
@@ -90,6 +93,8 @@ class _PythonCalls(TorchFunctionMode):
         if function in _ELEMENT_READS:
             with _disable_current_modes():
                 self._recorder.record_elements_read(args[0], function.__name__)
+        if function in _SIZE_READS:
+            self._recorder.record_size_read(args[0])
         if function is _DEEP_COPY:
             with _disable_current_modes():
                 result = function(*args, **(kwargs or {}))
@@ -265,6 +270,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def record_part(self, function: Any, arguments: Any, keywords: Any, result: Any) -> None:
         name, outputs = operators.name_of(function), tensors_in(result)
         _check_layouts(f"{function.overloadpacket} in the forward", outputs)
+        self.note_sizes(function, arguments, keywords, outputs)
         if name in operators.SHAPE_ONLY:
             for tensor in outputs:
                 self.known.set_constant(tensor, frozenset())
@@ -278,6 +284,17 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.record_branch()
         elif mutated or not self.record_movement(function, arguments, keywords, outputs, labels):
             self.record_node(function, arguments, keywords, outputs, labels, mutated)
+
+    def note_sizes(self, function: Any, arguments: Any, keywords: Any, outputs: list[Tensor]) -> None:
+        """Note which results have a shape that values of the data decide, at once or by way of others."""
+        sizing = operators.find_sizing(function, arguments, keywords)
+        given = tensors_in((arguments, keywords))
+        if not any(map(self.known.is_sized_by_values, given)) and all(self.labels_of(one) is None for one in sizing):
+            return
+        if operators.gives_a_list(function):
+            self.record_branch("Tensor.shape")
+        for tensor in outputs:
+            self.known.set_sized_by_values(tensor)
 
     def record_branch(self, how: str = "") -> None:
         """Note that Python has looked at a value that depends on the data, so another input may take another path.
@@ -311,6 +328,12 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Note that elements of a tensor leave torch by one of its methods."""
         if self.labels_of(tensor) is not None:
             self.record_branch(f"Tensor.{how}")
+
+    def record_size_read(self, tensor: Tensor) -> None:
+        """Note that Python has looked at the size of a tensor."""
+        if self.known.is_sized_by_values(tensor):
+            with _disable_current_modes():
+                self.record_branch("Tensor.shape")
 
     def record_copy(self, tensor: Tensor, result: Tensor) -> None:
         """Record a copy that torch makes below its operations."""

@@ -34,6 +34,7 @@ class TrackedTensors:
     def __init__(self) -> None:
         self._labels = _by_tensor()
         self._constants = _by_tensor()
+        self._sized_by_values = _by_tensor()
         self._storages: dict[int, _Storage] = {}
 
     def labels(self, tensor: Any) -> Tensor | None:
@@ -65,6 +66,14 @@ class TrackedTensors:
         """Note that a tensor depends on these parameters alone."""
         self._constants[tensor] = names
         self._storage_of(tensor)  # a later write into a view of it has to be seen here too
+
+    def set_sized_by_values(self, tensor: Tensor) -> None:
+        """Note that the shape of a tensor depends on values of the data."""
+        self._sized_by_values[tensor] = None
+
+    def is_sized_by_values(self, tensor: Any) -> bool:
+        """Return whether the shape of a tensor depends on values of the data."""
+        return isinstance(tensor, Tensor) and tensor in self._sized_by_values
 
     def _storage_of(self, tensor: Tensor) -> _Storage:
         key = storage_key(tensor)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import bntool
-from bntool.folding.switches import find_flags
+from bntool.folding.other_forwards.switches import find_flags
 from tests.folding.test_unusual_models import folded, image, randomise
 
 

@@ -1,0 +1,180 @@
+"""Folds that hold for one size or batch alone are left out; torch in float64 is the judge, at other sizes too."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import bntool
+from bntool.errors import BntoolError
+from bntool.folding.other_forwards.other_inputs import find_other_inputs
+from tests.folding.folding_networks import Functional, largest_difference, randomise, reasons
+
+EXACT = 1e-9
+
+
+def image(batch: int = 2, height: int = 16, width: int = 16) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(height + width)
+    return torch.randn(batch, 3, height, width, dtype=torch.float64, generator=generator)
+
+
+def build(forward, **modules: nn.Module) -> nn.Module:
+    known = {"stem": nn.Conv2d(3, 6, 1), "bn": nn.BatchNorm2d(6), "down": nn.Conv2d(6, 4, 2, stride=2), **modules}
+    return randomise(Functional(forward, **known).double())
+
+
+def as_tensorflow(self, x):
+    x = self.bn(torch.sigmoid(self.stem(x)))
+    height, width = (max((math.ceil(size / 2) - 1) * 2 + 2 - size, 0) for size in x.shape[2:])
+    return self.down(F.pad(x, (width // 2, width - width // 2, height // 2, height - height // 2)))
+
+
+def to_windows(self, x):
+    x = self.bn(torch.sigmoid(self.stem(x)))
+    height, width = x.shape[2:]
+    if height % 8 or width % 8:
+        x = F.pad(x, (0, -width % 8, 0, -height % 8))
+    return self.down(x).softmax(3)
+
+
+def for_several_samples(self, x):
+    x = self.stem(x)
+    return torch.sigmoid(self.bn(x) if len(x) > 1 else x)
+
+
+def for_wide_images(self, x):
+    x = self.stem(x)
+    return torch.sigmoid(self.bn(x)) + (x.sigmoid() if x.shape[3] > 16 else 0)
+
+
+def divided_by_the_width(self, x):
+    x = self.stem(x)
+    return torch.sigmoid(self.bn(x / x.shape[3])), torch.sigmoid(self.down(x))
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+@pytest.mark.parametrize(
+    ("forward", "reason", "why"),
+    [
+        (as_tensorflow, "NOT_ADJACENT", "with 1x3x17x19 as input: sigmoid lies between; forward: constant_pad_nd"),
+        (to_windows, "NOT_ADJACENT", "with 1x3x17x19 as input: sigmoid lies between; forward: constant_pad_nd"),
+        (for_several_samples, "NEVER_REACHED", "with 1x3x17x19 as input: it did not run"),
+        (for_wide_images, "SHARED_OUTPUT", "with 1x3x17x19 as input: the output of convolution (stem) is also read"),
+    ],
+)
+def test_a_fold_that_does_not_hold_for_another_size_or_batch_is_left_out(forward, reason, why, wrapped) -> None:
+    model = build(forward)
+    result = bntool.fold(model, (image(),) if wrapped else image())
+    assert reasons(result.plan) == {"bn": reason}
+    assert result.plan.skips[0].detail.startswith(why)
+    for other in (image(), image(1), image(3, 17, 19), image(1, 24, 18)):
+        assert largest_difference(model, result.model, other) < EXACT
+
+
+def test_what_holds_for_all_sizes_stays_folded_beside_what_does_not() -> None:
+    def forward(self, x):
+        return as_tensorflow(self, torch.relu(self.bn2(self.conv(x))))
+
+    model = build(forward, conv=nn.Conv2d(3, 3, 3, padding=1), bn2=nn.BatchNorm2d(3))
+    result = bntool.fold(model, image())
+    assert [fold.layer for fold in result.plan.folds] == ["bn2"]
+    assert list(reasons(result.plan)) == ["bn"]
+    for other in (image(), image(1, 17, 19)):
+        assert largest_difference(model, result.model, other) < EXACT
+
+
+def test_folds_with_other_numbers_for_other_sizes_are_left_out() -> None:
+    model = build(divided_by_the_width)
+    result = bntool.fold(model, image())
+    for other in (image(), image(1, 17, 19)):
+        assert largest_difference(model, result.model, other) < EXACT
+
+
+def test_a_file_is_folded_by_what_holds_for_all_sizes(tmp_path) -> None:
+    model, path, output = build(to_windows).float(), tmp_path / "net.pt", tmp_path / "folded.pt"
+    torch.save(model.state_dict(), path)
+    with pytest.raises(BntoolError, match="with 1x3x17x19 as input"):
+        bntool.fold_checkpoint(path, output, model=model, input_shape=(2, 3, 16, 16))
+    assert not output.exists()
+
+
+def test_other_inputs_are_what_the_model_takes() -> None:
+    def fixed(self, x):
+        assert x.shape[2:] == (16, 16)
+        return self.stem(x)
+
+    def in_steps_of_32(self, x):
+        assert not x.shape[2] % 32
+        assert not x.shape[3] % 32
+        return self.stem(x)
+
+    def of_two(self, x, scale):
+        return self.stem(x) * scale[:, None, None, None]
+
+    def nothing(self, x):
+        assert len(x) == 2
+        assert x.shape[2:] == (16, 16)
+        return self.stem(x)
+
+    def shapes(forward, inputs):
+        given = find_other_inputs(build(forward), inputs)
+        return [[tuple(one.shape) for one in (other if isinstance(other, tuple) else (other,))] for other in given]
+
+    assert shapes(fixed, image()) == [[(1, 3, 16, 16)]]
+    assert shapes(fixed, image(1)) == [[(2, 3, 16, 16)]]
+    assert shapes(in_steps_of_32, image(2, 64, 32)) == [[(1, 3, 96, 96)]]
+    assert shapes(of_two, (image(), torch.ones(2, 1, dtype=torch.float64)[:, 0])) == []
+    assert shapes(nothing, image()) == []
+    assert shapes(nothing, [image()]) == []
+
+
+def nonzero(x):
+    return (x > 1).nonzero().shape[0]
+
+
+def masked(x):
+    return len(x[x > 1])
+
+
+def unique(x):
+    return x.round().unique().numel()
+
+
+def derived(x):
+    return (x[x > 1] * 2).sort()[0].size(0)
+
+
+def looped(x):
+    return sum(1 for _ in x[x > 1])
+
+
+def zeros(x):
+    return torch.zeros_like(x[x > 1]).shape[0]
+
+
+@pytest.mark.parametrize("size", [nonzero, masked, unique, derived, looped, zeros])
+def test_a_size_that_values_decide_is_a_look_at_values(size) -> None:
+    def forward(self, x):
+        y = self.stem(x)
+        return torch.sigmoid(self.bn(y)) if size(x) > 2 else torch.sigmoid(y)
+
+    result = bntool.fold(build(forward), image())
+    assert reasons(result.plan) == {"bn": "DATA_DEPENDENT"}
+    assert f"(Tensor.shape in {__file__}:" in result.plan.skips[0].detail
+
+
+def test_sizes_that_no_value_decides_are_free_to_look_at() -> None:
+    def forward(self, x):
+        y = self.stem(x)
+        y = y[:, torch.arange(6) >= 0]  # a mask of no data
+        mean = x[x > 1].mean()  # of a size that nobody asks for
+        return torch.sigmoid(self.bn(y)) * mean if y.shape[1] == 6 and len(y) else y
+
+    model = build(forward)
+    result = bntool.fold(model, image())
+    assert reasons(result.plan).get("bn") != "DATA_DEPENDENT"
+    assert largest_difference(model, result.model, image(1, 17, 19)) < EXACT
