@@ -172,13 +172,14 @@ def check_specs(model: str | None, *data: str | None) -> None:
         UsageError: a spec cannot be understood, or a file is missing.
         MissingExtraError: a package is missing.
     """
-    from bntool.data.specs import check_data
-    from bntool.models.loading import check_model
-
     if model is not None:
+        from bntool.models.loading import check_model
+
         check_model(model)
     for spec in data:
         if spec is not None:
+            from bntool.data.specs import check_data
+
             check_data(spec)
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from bntool.batchnorm import STATISTICS, BatchNorm, NormKind, check_globs, selects
-from bntool.checkpoints.batchnorms import find_batchnorms, find_norms
+from bntool.checkpoints.batchnorms import find_norms
 from bntool.checkpoints.checkpoint import StateDict
 from bntool.folding.absorption import Absorber, Blocked, find_consumers, find_producers, is_parallel_branch
 from bntool.folding.derived_tensors import add_derived, with_derived
@@ -138,9 +138,10 @@ class _Folder:
 
     def choose(self) -> Iterator[str]:
         """Yield the BatchNorms that could be folded by themselves; all others are skipped here."""
-        stored = [norm.name for norm in find_batchnorms(self.state_dict)]
+        norms = find_norms(self.state_dict)
+        stored = [norm.name for norm in norms if norm.kind.is_batch_norm]
         check_globs(self.options.layers, list(dict.fromkeys([*self.graph.batchnorms, *stored])))
-        self.skip_unseen()
+        self.skip_unseen(norms)
         for layer, calls in self.graph.batchnorms.items():
             if not selects(self.options.layers, layer):
                 self.skip(layer, SkipReason.NOT_SELECTED)
@@ -160,11 +161,15 @@ class _Folder:
             else:
                 yield layer
 
-    def skip_unseen(self) -> None:
-        """Skip layers that are not in the graph."""
+    def skip_unseen(self, norms: Sequence[BatchNorm]) -> None:
+        """Skip layers that are not in the graph.
+
+        Args:
+            norms: all of the state dict.
+        """
         known = {n.rpartition(".")[0] for calls in self.graph.batchnorms.values() for n in self.all_names(calls[0])}
         known |= self.graph.batchnorms.keys()
-        for norm in find_norms(self.state_dict):
+        for norm in norms:
             quantised = norm.kind is NormKind.QUANTIZED_BATCH_NORM
             if norm.name in known or not (norm.kind.is_batch_norm or quantised):
                 continue

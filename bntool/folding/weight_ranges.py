@@ -5,6 +5,7 @@ The weights of a file are measured on their way into the new file, so that they 
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
@@ -284,11 +285,13 @@ def _is_by_output(recipe: Scaled, tensor: Tensor) -> bool:
 
 
 def _describe(largest: Array) -> ChannelRange:
-    magnitudes = largest.astype("<f8")
+    magnitudes = largest.astype(np.float64)
+    channels = array("d", magnitudes.tobytes())
     used = magnitudes[magnitudes > 0]
     if not len(used):
-        return ChannelRange(0.0, 0.0, 1.0, magnitudes.tolist())
-    return ChannelRange(float(used.min()), float(used.max()), float((used / used.max()).mean()), magnitudes.tolist())
+        return ChannelRange(0.0, 0.0, 1.0, channels)
+    most = used.max()
+    return ChannelRange(float(used.min()), float(most), float((used / most).mean()), channels)
 
 
 def _read_extremes(tensor: Tensor, recipe: Scaled) -> _Extremes:

@@ -16,12 +16,14 @@ class Measurement:
 
     Attributes:
         wall: seconds by the clock, of the median round.
+        best_wall: seconds by the clock, of the best round.
     """
 
     best: float
     median: float
     megabytes: float
     wall: float
+    best_wall: float
 
 
 def run_command(command: Sequence[str], *, terminal: bool = False) -> tuple[float, float, float]:
@@ -40,19 +42,34 @@ def run_command(command: Sequence[str], *, terminal: bool = False) -> tuple[floa
     return float(seconds), int(kilobytes) / 1024, float(wall)
 
 
-def measure(commands: Mapping[str, tuple[Sequence[str], bool]], *, rounds: int) -> dict[str, Measurement]:
-    """Measure commands in turn, ``rounds`` times; each is (command line, whether it gets a terminal)."""
+def measure(
+    commands: Mapping[str, tuple[Sequence[str], bool]], *, rounds: int, written: Sequence[Path] = ()
+) -> dict[str, Measurement]:
+    """Measure commands in turn, ``rounds`` times.
+
+    Args:
+        commands: each is (command line, whether it gets a terminal).
+        written: files that are removed before each command: to free what an old one holds takes its time.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in commands}
     walls: dict[str, list[float]] = {name: [] for name in commands}
     megabytes: dict[str, float] = dict.fromkeys(commands, 0.0)
     for _ in range(rounds):
         for name, (command, terminal) in commands.items():
+            for path in written:
+                path.unlink(missing_ok=True)
             cpu, memory, wall = run_command(command, terminal=terminal)
             seconds[name].append(cpu)
             walls[name].append(wall)
             megabytes[name] = max(megabytes[name], memory)
     return {
-        name: Measurement(min(times), statistics.median(times), megabytes[name], statistics.median(walls[name]))
+        name: Measurement(
+            min(times),
+            statistics.median(times),
+            megabytes[name],
+            wall=statistics.median(walls[name]),
+            best_wall=min(walls[name]),
+        )
         for name, times in seconds.items()
     }
 
