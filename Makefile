@@ -72,6 +72,7 @@ zoo: $(VENV)/installed  ## fold all of torchvision and timm, with scales of both
 corpus: $(VENV)/installed  ## make mistakes of training on five networks, and say which of them inspect names
 	$(BIN)/python -m tests.corpus --record
 	$(BIN)/python -m tests.documentation.corpus_table
+	$(BIN)/python -m tests.documentation.threshold_table
 
 catalogue: $(VENV)/installed  ## write the catalogue of architectures again; needs timm and torchvision there
 	$(BIN)/python -m catalogue.build --keep .catalogue

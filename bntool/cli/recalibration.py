@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer._click.core import ParameterSource
@@ -13,8 +13,18 @@ from bntool.cli import completion, options
 from bntool.cli.globs import match_glob
 from bntool.cli.help import JUDGING, MODEL, SHARES
 from bntool.cli.output import print_note, print_notes, print_report, print_written, user_output_to_stderr
+from bntool.data.columns import Columns
 from bntool.data.policies import OnBadData
-from bntool.recalibration.options import Method, Precision
+from bntool.errors import UsageError
+from bntool.progress import Progress, ignore
+from bntool.recalibration.options import (
+    DataOptions,
+    JudgingOptions,
+    Method,
+    MethodOptions,
+    Precision,
+    ShareOptions,
+)
 
 if TYPE_CHECKING:
     from bntool.recalibration.partials import Partial
@@ -237,85 +247,74 @@ def command(
     from bntool.checkpoints.formats import open_checkpoint
     from bntool.checkpoints.saving import check_output
     from bntool.cli.progress import show_progress
-    from bntool.errors import UsageError
     from bntool.models.assignments import parse_assignments
-    from bntool.progress import Progress, ignore
 
     form = options.choose_form(report_as, as_json=as_json)
+    target = None if dry_run else output
+    writing: Any = {"layers": layers or (), "state_dict": state_dict, "force": force, "strict": strict}
     if from_partials:
         _refuse_with_partials(context)
         options.require_output(output, unless=dry_run)
         options.check_html(html, force=force, inputs=(checkpoint,), outputs=(output,))
         from bntool.recalibration.merging import merge_statistics
 
-        merged = merge_statistics(
-            checkpoint,
-            _expand(from_partials),
-            None if dry_run else output,
-            prior=prior,
-            promote=promote,
-            layers=layers or (),
-            state_dict=state_dict,
-            force=force,
-            strict=strict,
-        )
+        merged = merge_statistics(checkpoint, _expand(from_partials), target, prior=prior, promote=promote, **writing)
         _print(checkpoint, merged, html=html, force=force, form=form, quiet=quiet)
         return 0
-    if model is None or data is None:
-        _check_has_layers(checkpoint)
-        raise UsageError("recalibrate runs the model on data: give --model SPEC and --data SPEC")
-    options.require_output(output, unless=dry_run or partial is not None or shard is not None)
+    model, data = _require_model_and_data(checkpoint, model, data)
+    sharing = ShareOptions(shard=shard, partial=partial, resume=resume, resume_every=resume_every)
+    options.require_output(output, unless=dry_run or sharing.is_share)
     if (dry_run or html is not None) and partial is not None:
         raise UsageError("--partial is all that is written: it does not go with --dry-run or --html")
     options.check_html(html, force=force, inputs=(checkpoint,), outputs=(output,))
     options.check_specs(model, data, eval_data)
-    wanted = _parse_samples(samples)
+    reading = DataOptions(
+        samples=_parse_samples(samples), batch_size=batch_size, seed=seed, workers=workers, on_bad_data=on_bad_data
+    )
+    how = MethodOptions(
+        method=method, precision=precision, memory=memory, fit_memory=samples == "auto", prior=prior, promote=promote
+    )
     arguments = parse_assignments(model_arg or ())
     with open_checkpoint(checkpoint) as source:  # what is wrong with the files is said before torch is imported
         check_changeable(source)
-        check_output(source, None if dry_run else partial or output, force=force, keeps_format=partial is None)
+        check_output(source, partial or target, force=force, keeps_format=partial is None)
         with user_output_to_stderr(), show_progress(as_json=form is not None, quiet=quiet) as progress:
             progress(Progress("importing torch"))
-            from bntool.recalibration.checkpoint import recalibrate_checkpoint
+            from bntool.recalibration.checkpoint import recalibrate_source
 
-            result = recalibrate_checkpoint(
+            result = recalibrate_source(
                 source,
-                None if dry_run else output,
+                target,
                 model=model,
                 data=data,
                 model_arguments=arguments,
-                method=method,
-                samples=wanted,
-                fit_memory=samples == "auto",
-                memory=memory,
-                batch_size=batch_size,
-                seed=seed,
-                workers=workers,
-                preprocess=preprocess,
-                inputs=inputs,
-                labels=labels,
-                prior=prior,
-                eval_data=eval_data,
-                metric=metric,
-                keep_if_better=keep_if_better,
-                on_bad_data=on_bad_data,
-                precision=precision,
-                promote=promote,
                 device=device,
-                shard=shard,
-                partial=partial,
-                resume=resume,
-                resume_every=resume_every,
-                layers=layers or (),
-                state_dict=state_dict,
-                force=force,
-                strict=strict,
+                preprocess=preprocess,
+                columns=Columns(inputs, labels),
+                how=how,
+                reading=reading,
+                judging=JudgingOptions(eval_data=eval_data, metric=metric, keep_if_better=keep_if_better),
+                sharing=sharing,
+                **writing,
                 on_progress=progress,
                 on_forecast=ignore if quiet else print_note,
             )
     if result is not None:
         _print(checkpoint, result, html=html, force=force, form=form, quiet=quiet)
     return 0
+
+
+def _require_model_and_data(checkpoint: options.Location, model: str | None, data: str | None) -> tuple[str, str]:
+    """Return both specs.
+
+    Raises:
+        UsageError: one is missing.
+        RefusedError: there is nothing that they would be needed for.
+    """
+    if model is None or data is None:
+        _check_has_layers(checkpoint)
+        raise UsageError("recalibrate runs the model on data: give --model SPEC and --data SPEC")
+    return model, data
 
 
 def _check_has_layers(checkpoint: options.Location) -> None:
@@ -365,8 +364,6 @@ def _print(
 
 def _refuse_with_partials(context: typer.Context) -> None:
     """Refuse options that act where partials are measured, or where a model is judged."""
-    from bntool.errors import UsageError
-
     others = {one.name: one.opts[0] for one in context.command.params if one.name and one.name not in _MERGING}
     source = context.get_parameter_source
     given = [option for name, option in others.items() if source(name) is ParameterSource.COMMANDLINE]
@@ -377,8 +374,6 @@ def _refuse_with_partials(context: typer.Context) -> None:
 
 def _expand(globs: Sequence[str]) -> list[str]:
     """Return the files that globs name, each once; names that are no globs as they are."""
-    from bntool.errors import UsageError
-
     found: dict[str, None] = {}
     for text in globs:
         files = match_glob(text)
@@ -389,8 +384,6 @@ def _expand(globs: Sequence[str]) -> list[str]:
 
 
 def _parse_samples(text: str | None) -> int | None:
-    from bntool.errors import UsageError
-
     if text is None or text == "auto":
         return None
     if not text.isdecimal() or int(text) < 1:

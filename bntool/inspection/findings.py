@@ -42,6 +42,7 @@ class FindingCode(Enum):
     OUTLYING_BIAS = "outlying-bias"
     STATISTICS_MISSING = "statistics-missing"
     AFFINE_MISSING = "affine-missing"
+    AFFINE_COMPUTED = "affine-computed"
     AFFINE_INITIAL = "affine-initial"
     BATCH_STATISTICS = "batch-statistics"
     LEFT_IN_TRAIN_MODE = "left-in-train-mode"
@@ -72,7 +73,7 @@ class FindingCode(Enum):
 
 
 # what may be a BatchNorm, or a part of one, and could not be judged: a gate fails by it whatever its severity
-UNJUDGED = (FindingCode.STATISTICS_MISSING, FindingCode.NOT_UNDERSTOOD)
+UNJUDGED = (FindingCode.STATISTICS_MISSING, FindingCode.AFFINE_COMPUTED, FindingCode.NOT_UNDERSTOOD)
 
 
 class Finding(NamedTuple):

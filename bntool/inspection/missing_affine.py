@@ -63,11 +63,14 @@ def _report_computed(norms: Sequence[BatchNorm]) -> list[Finding]:
         f"{roles} of {list_first(names)} is computed by the model, from {list_first(sources)}: bntool runs no model to "
         "inspect a file, and cannot say what it is"
     )
-    advice = "torch.nn.utils.prune.remove, parametrize.remove_parametrizations and their like write it into the layer"
+    advice = (
+        "torch.nn.utils.prune.remove, parametrize.remove_parametrizations and their like write it into the layer; "
+        "where it is to stay so, an [[ignore]] of affine-computed in bntool.toml says so to a gate"
+    )
     left_open = f"the {roles} of {list_first(names)}, which the model computes"
     return [
         Finding(
-            FindingCode.NOT_UNDERSTOOD,
+            FindingCode.AFFINE_COMPUTED,
             Severity.NOTICE,
             f"{roles} computed",
             message,

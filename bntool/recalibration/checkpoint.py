@@ -42,7 +42,15 @@ from bntool.recalibration.kept_evaluation import Judge
 from bntool.recalibration.layers import choose_layers
 from bntool.recalibration.live import check_live_statistics, measure_share, plan_recalibration
 from bntool.recalibration.memory_format import is_faster_in_bfloat16
-from bntool.recalibration.options import Method, Precision, check_memory
+from bntool.recalibration.options import (
+    DataOptions,
+    JudgingOptions,
+    Method,
+    MethodOptions,
+    Precision,
+    ShareOptions,
+    check_memory,
+)
 from bntool.recalibration.output_changes import measure_output_changes
 from bntool.recalibration.partials import Origin, Partial, write_partial
 from bntool.recalibration.ranks import Ranks, join_job
@@ -59,7 +67,7 @@ from bntool.recalibration.warnings import (
 _WITHOUT_LABELS = 512  # samples looked at for changed predictions where there is nothing to count as right
 
 
-def recalibrate_checkpoint(  # noqa: PLR0913, PLR0915 as many as the command has options
+def recalibrate_checkpoint(  # noqa: PLR0913 as many as the command has options
     path: str | os.PathLike[str] | Checkpoint,
     output: str | os.PathLike[str] | None = None,
     *,
@@ -145,63 +153,113 @@ def recalibrate_checkpoint(  # noqa: PLR0913, PLR0915 as many as the command has
     Raises:
         UsageError, FileError, RefusedError, UserCodeError: see :mod:`bntool.errors`; nothing is written then.
     """
-    method, precision = choose(Method, method, option="method"), choose(Precision, precision, option="precision")
-    memory = check_memory(memory, method=method, fit_memory=fit_memory)
-    bad_data = choose(OnBadData, on_bad_data, option="on_bad_data")
-    target, part = None if output is None else Path(output), None if partial is None else Path(partial)
-    number, shards = parse_shard(shard)
-    is_share = shard is not None or part is not None
-    if is_share:
-        _check_share(method, part, target, judging=(eval_data, metric, keep_if_better), merging=(prior, promote))
-    if resume is not None:
-        check_can_resume(method, every=resume_every)
-    kept = None if resume is None else Path(resume)
-    check_outputs_apart([target, part, kept], (model, data, eval_data))
-    with join_job() as ranks, open_source(path) as source, _seeded(seed):
+    return recalibrate_source(
+        path,
+        output,
+        model=model,
+        data=data,
+        model_arguments=model_arguments,
+        device=device,
+        preprocess=preprocess,
+        columns=Columns(inputs, labels),
+        how=MethodOptions(
+            method=choose(Method, method, option="method"),
+            precision=choose(Precision, precision, option="precision"),
+            memory=memory,
+            fit_memory=fit_memory,
+            prior=prior,
+            promote=promote,
+        ),
+        reading=DataOptions(
+            samples=samples,
+            batch_size=batch_size,
+            seed=seed,
+            workers=workers,
+            on_bad_data=choose(OnBadData, on_bad_data, option="on_bad_data"),
+        ),
+        judging=JudgingOptions(eval_data=eval_data, metric=metric, keep_if_better=keep_if_better),
+        sharing=ShareOptions(shard=shard, partial=partial, resume=resume, resume_every=resume_every),
+        layers=layers,
+        state_dict=state_dict,
+        force=force,
+        strict=strict,
+        on_progress=on_progress,
+        on_forecast=on_forecast,
+    )
+
+
+def recalibrate_source(  # noqa: PLR0913, PLR0915 what a file goes through, one step after the other
+    path: str | os.PathLike[str] | Checkpoint,
+    output: str | os.PathLike[str] | None = None,
+    *,
+    model: str | torch.nn.Module,
+    data: str | Iterable[Any],
+    model_arguments: Mapping[str, str] | None,
+    device: str,
+    preprocess: str | None,
+    columns: Columns,
+    how: MethodOptions,
+    reading: DataOptions,
+    judging: JudgingOptions,
+    sharing: ShareOptions,
+    layers: Sequence[str],
+    state_dict: str | None,
+    force: bool,
+    strict: bool,
+    on_progress: OnProgress,
+    on_forecast: OnWarning,
+) -> CheckpointRecalibration | Partial | None:
+    """Do what :func:`recalibrate_checkpoint` does, with the options that belong together as one value."""
+    memory = check_memory(how.memory, method=how.method, fit_memory=how.fit_memory)
+    target, part, kept = (None if one is None else Path(one) for one in (output, sharing.partial, sharing.resume))
+    number, shards = parse_shard(sharing.shard)
+    if sharing.is_share:
+        _check_share(part, target, how=how, judging=judging)
+    if kept is not None:
+        check_can_resume(how.method, every=sharing.resume_every)
+    check_outputs_apart([target, part, kept], (model, data, judging.eval_data))
+    with join_job() as ranks, open_source(path) as source, _seeded(reading.seed):
         check_changeable(source)
-        check_output(source, part if is_share else target, force=force, keeps_format=not is_share)
+        check_output(source, part if sharing.is_share else target, force=force, keeps_format=not sharing.is_share)
         chosen = choose_state_dict(source, state_dict)
         check_not_folded(source.records.get(chosen.key, ()), source.path)
         live = build_model(model, chosen, arguments=model_arguments, device=device, may_lack=STATISTICS)
         prefix = find_name_prefix(live, map(chosen.strip, chosen.tensors))
         lacking = _reset_what_is_lacking(live, chosen, prefix)
         _check_selection(live, layers, source.path, prefix=prefix, strict=strict)
-        limits: Any = {"batch_size": batch_size, "workers": workers, "on_bad_data": bad_data}
-        read = _Reader.of(live, model, preprocess, columns=Columns(inputs, labels), **limits)
-        share = _choose_share(Share(number, shards, ranks.rank, ranks.world), data, is_kept=resume is not None)
-        batches = read(data, samples=samples, seed=seed, share=share)
+        read = _Reader.of(live, model, preprocess, columns=columns, reading=reading)
+        share = _choose_share(Share(number, shards, ranks.rank, ranks.world), data, is_kept=kept is not None)
+        batches = read(data, samples=reading.samples, seed=reading.seed, share=share)
         leads = ranks.rank == 0  # one of several processes judges and writes
-        measuring = f"{method.value} statistics"
-        options: Any = {"layers": layers, "method": method, "on_bad_data": bad_data, "precision": precision}
-        options["prefix"] = prefix
+        measuring = f"{how.method.value} statistics"
+        options: Any = {"layers": layers, "method": how.method, "on_bad_data": reading.on_bad_data, "prefix": prefix}
+        options["precision"] = how.precision
         keeper: PartialKeeper | None = None
-        if is_share or resume is not None:
-            origin = _describe_origin(
-                chosen, live, batches, **options, data=data, batch_size=batch_size, samples=samples, seed=seed
-            )
+        if sharing.is_share or kept is not None:
+            origin = _describe_origin(chosen, live, batches, data=data, reading=reading, **options)
             of_rank = None if kept is None else name_kept(kept, share)
-            keeper = PartialKeeper(origin, share, of_rank, every=resume_every, device=device)
-            batches = read(data, samples=samples, seed=seed, share=replace(share, start=keeper.position))
+            keeper = PartialKeeper(origin, share, of_rank, every=sharing.resume_every, device=device)
+            rest = replace(share, start=keeper.position)
+            batches = read(data, samples=reading.samples, seed=reading.seed, share=rest)
         if part is not None:
             assert keeper is not None
             tell = _Samples(on_progress, measuring, batches.samples, phases=(measuring,)) if leads else None
             return _measure_partial(live, batches, keeper, part, ranks, force=force, on_progress=tell, **options)
-        held_out, reopen = _choose_held_out(
-            read, data, eval_data, samples=samples, seed=seed, needs_labels=keep_if_better
-        )
-        judge = Judge(live, held_out, reopen, parse_metric(metric), bad_data, kept, every=resume_every)
+        held_out, reopen = _choose_held_out(read, data, judging, reading)
+        metric = parse_metric(judging.metric)
+        judge = Judge(live, held_out, reopen, metric, reading.on_bad_data, kept, every=sharing.resume_every)
         report = functools.partial(_Samples, on_progress, phases=("before", measuring, "after"))
         before = judge.evaluate("before", chosen, on_progress=report("before", held_out.samples)) if leads else None
         # of data that do not say how many they are, the first pass tells the others
         counted = None if before is None else before.samples
-        is_whole = eval_data is None and held_out.has_labels is not False
+        is_whole = judging.eval_data is None and held_out.has_labels is not False
         result = plan_recalibration(
             live,
             batches,
             **options,
-            prior=prior,
+            prior=how.prior,
             on_progress=report(measuring, batches.samples or (counted if is_whole else None)) if leads else None,
-            fit_memory=fit_memory,
+            fit_memory=how.fit_memory,
             memory=memory,
             on_forecast=on_forecast if leads else ignore,
             keeper=keeper,
@@ -209,13 +267,13 @@ def recalibrate_checkpoint(  # noqa: PLR0913, PLR0915 as many as the command has
         check_plan(result.plan, source.path, strict=strict)
         if before is None:
             return _end(keeper, ranks, None)
-        if keep_if_better and counts_other_classes(before, held_out):
+        if judging.keep_if_better and counts_other_classes(before, held_out):
             raise UsageError(
                 f"--keep-if-better needs labels of the model: there are {len(held_out.classes or ())} class folders, "
                 f"but the model has {before.outputs} outputs"
             )
         eps = {name.removeprefix(prefix): statistics.eps for name, statistics in result.statistics.items()}
-        plan = fit_plan(result.plan, chosen, eps=eps, promote=promote)
+        plan = fit_plan(result.plan, chosen, eps=eps, promote=how.promote)
         check_live_statistics(live, result)
         output_changes = measure_output_changes(live, held_out, result)
         steps = batches.preprocessing
@@ -225,7 +283,7 @@ def recalibrate_checkpoint(  # noqa: PLR0913, PLR0915 as many as the command has
             chosen,
             result,
             data=_name(data),
-            seed=seed,
+            seed=reading.seed,
             preprocessing=None if steps is None else steps.describe(),
         )
         edited = apply_plan(source, plan)
@@ -234,10 +292,10 @@ def recalibrate_checkpoint(  # noqa: PLR0913, PLR0915 as many as the command has
         after = judge.evaluate(
             "after", edited.state_dict(chosen.key), on_progress=report("after", held_out.samples or counted)
         )
-        kept_old = keep_if_better and not is_better(before, after)
+        kept_old = judging.keep_if_better and not is_better(before, after)
         if target is not None and not kept_old:
             save_checkpoint(edited, target, force=force)
-        cut, apart = fit_memory and ranks.world == 1, eval_data is not None
+        cut, apart = how.fit_memory and ranks.world == 1, judging.eval_data is not None
         found = CheckpointRecalibration(
             checkpoint=edited,
             state_dict=chosen,
@@ -246,21 +304,23 @@ def recalibrate_checkpoint(  # noqa: PLR0913, PLR0915 as many as the command has
             after=after,
             flipped=count_flipped(before, after),
             output_changes=output_changes,
-            evaluated_on=_name(eval_data) if apart else f"{_name(data)} (the calibration data)",
+            evaluated_on=_name(judging.eval_data)
+            if judging.eval_data is not None
+            else f"{_name(data)} (the calibration data)",
             output=None if target is None or kept_old else str(target),
             kept=kept_old,
             preprocessing=None if steps is None else PreprocessingSteps(steps.describe(), steps.origin),
             promoted=list_promoted(plan),
             lacking=lacking,
             warnings=(
-                *warn_of_fewer(result, asked=samples, there=batches.samples, cut=cut),
+                *warn_of_fewer(result, asked=reading.samples, there=batches.samples, cut=cut),
                 *warn_of_lacking(lacking, result),
-                *warn_of_precision(precision, is_faster=is_faster_in_bfloat16(live)),
+                *warn_of_precision(how.precision, is_faster=is_faster_in_bfloat16(live)),
                 *warn_of_platforms([] if keeper is None else keeper.platforms, what="what was kept and the rest were"),
                 *warn_of_judging(
                     before,
                     held_out,
-                    fair=not keep_if_better or apart,
+                    fair=not judging.keep_if_better or apart,
                     apart=apart,
                     difference=find_other_data(before, after),
                 ),
@@ -304,10 +364,13 @@ def _describe_origin(
     batches: Batches,
     *,
     data: str | Iterable[Any],
+    reading: DataOptions,
+    layers: Sequence[str],
     **options: Any,
 ) -> Origin:
     """Describe what a partial was measured of."""
     steps = batches.preprocessing
+    options |= {"batch_size": reading.batch_size, "samples": reading.samples, "seed": reading.seed}
     known = {field.name for field in fields(Origin)}
     return Origin(
         checkpoint=fingerprint_state_dict(state_dict),
@@ -317,7 +380,8 @@ def _describe_origin(
         data_name=_name(data),
         preprocessing=None if steps is None else steps.describe(),
         preprocessing_origin=None if steps is None else steps.origin,
-        **{name: value for name, value in options.items() if name in known} | {"layers": tuple(options["layers"])},
+        layers=tuple(layers),
+        **{name: value for name, value in options.items() if name in known},
     )
 
 
@@ -334,21 +398,14 @@ def _choose_share(share: Share, data: str | Iterable[Any], *, is_kept: bool) -> 
     return WHOLE
 
 
-def _check_share(
-    method: Method,
-    partial: Path | None,
-    output: Path | None,
-    *,
-    judging: tuple[object, ...],
-    merging: tuple[object, ...],
-) -> None:
+def _check_share(partial: Path | None, output: Path | None, *, how: MethodOptions, judging: JudgingOptions) -> None:
     """Check the options of a share against what it can do.
 
     Raises:
         UsageError: the partial has no name, or an option acts elsewhere.
         RefusedError: the method needs all batches.
     """
-    if method is Method.EXACT:
+    if how.method is Method.EXACT:
         raise RefusedError(
             "--method exact needs all batches at each layer, where they wait for the final statistics; a shard has but "
             "its own, so use torchrun, whose processes wait for each other"
@@ -357,9 +414,9 @@ def _check_share(
         raise UsageError("--shard measures for a partial: name the file with --partial FILE")
     if output is not None:
         raise UsageError("--partial writes no checkpoint: give -o where the partials are merged, with --from-partials")
-    if any(judging):
+    if judging.eval_data is not None or judging.metric or judging.keep_if_better:
         raise UsageError("a shard judges nothing: --eval-data, --metric and --keep-if-better do not go with --partial")
-    if any(merging):
+    if how.prior or how.promote:
         raise UsageError("--prior and --promote act where the partials are merged, with --from-partials")
 
 
@@ -424,16 +481,14 @@ class _Reader:
         model: str | torch.nn.Module,
         preprocess: str | None,
         *,
-        batch_size: int,
-        workers: int | None,
         columns: Columns,
-        on_bad_data: OnBadData,
+        reading: DataOptions,
     ) -> _Reader:
         """Make a reader with the preprocessing that was asked for, or that of the model."""
         suggested = find_model_preset(model if isinstance(model, str) else "", live)
         presets = PRESETS if suggested is None else {**PRESETS, "model": suggested}
         steps = parse_preprocessing(preprocess, presets=presets) if preprocess else None
-        return cls(batch_size, workers, columns, steps, suggested, on_bad_data)
+        return cls(reading.batch_size, reading.workers, columns, steps, suggested, reading.on_bad_data)
 
     def __call__(
         self,
@@ -471,21 +526,16 @@ class _Reader:
 
 
 def _choose_held_out(
-    read: _Reader,
-    data: str | Iterable[Any],
-    eval_data: str | Iterable[Any] | None,
-    *,
-    samples: int | None,
-    seed: int,
-    needs_labels: bool,
+    read: _Reader, data: str | Iterable[Any], judging: JudgingOptions, reading: DataOptions
 ) -> tuple[Batches, Callable[..., Batches]]:
     """Choose what the model is judged on, before and after, and what opens a share of it."""
-    spec, limits = (data, {"samples": samples, "seed": seed}) if eval_data is None else (eval_data, {})
-    reopen: Callable[..., Batches] = functools.partial(read, spec, **limits)  # type: ignore[arg-type]
+    spec, reopen = data, functools.partial(read, data, samples=reading.samples, seed=reading.seed)
+    if judging.eval_data is not None:
+        spec, reopen = judging.eval_data, functools.partial(read, judging.eval_data)
     held_out = reopen()
     if held_out.has_labels is not False:
         return held_out, reopen
-    if needs_labels:
+    if judging.keep_if_better:
         raise UsageError("--keep-if-better needs labels: give --eval-data with labels")
     reopen = functools.partial(read, spec, samples=_WITHOUT_LABELS)
     return reopen(), reopen

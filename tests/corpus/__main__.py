@@ -20,6 +20,7 @@ import bntool
 from bntool.inspection.findings import Severity
 from bntool.inspection.results import Inspection
 from bntool.inspection.verdict import Health
+from tests.corpus.extremes import measure_extremes, measure_jumps, merge_extremes
 from tests.corpus.mistakes import MISTAKES, SOUND, Mistake
 from tests.corpus.networks import NETWORKS, Network
 from tests.places import FIXTURES, INTEROP, SAMPLES, SHARED
@@ -70,13 +71,23 @@ def try_network(network: Network, folder: Path, *, only: str = "") -> dict[str, 
             print(
                 f"{network.name:10} {mistake.title:52} {'named' if named[mistake.title] else 'NOT NAMED'}", flush=True
             )
+    sound = []
     for make in SOUND:
         if only in make.__name__:
-            make(network, folder / "sound.pt")
-            verdict = bntool.inspect(folder / "sound.pt").verdict
+            path = folder / f"{make.__name__}.pt"
+            make(network, path)
+            sound.append(path)
+            verdict = bntool.inspect(path).verdict
             print(f"{network.name:10} {make.__name__:52} {verdict.sentence}", flush=True)
             alarms += [f"{make.__name__}: {verdict.sentence}"] * (verdict.health in ALARMS)
-    return {"held_out": network.held_out, "named": named, "sound_files": len(SOUND), "false_alarms": alarms}
+    longer = [path for path in sound if path.stem in ("sound_early", "sound_longer")]
+    return {
+        "held_out": network.held_out,
+        "named": named,
+        "sound_files": len(SOUND),
+        "false_alarms": alarms,
+        "extremes": merge_extremes(measure_extremes(sound), measure_jumps(longer)),
+    }
 
 
 def try_real_files() -> dict[str, Any]:
@@ -91,7 +102,7 @@ def try_real_files() -> dict[str, Any]:
         checked += bool(inspection.verdict.layers)
         alarms += [f"{path.name}: {code}" for code in sorted(list_codes(inspection, Severity.WARNING) - _FACTS)]
     print(f"{checked} real files: {alarms}")
-    return {"files": checked, "alarms": alarms}
+    return {"files": checked, "alarms": alarms, "extremes": measure_extremes(list_real_files())}
 
 
 def main() -> int:

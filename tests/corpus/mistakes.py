@@ -477,7 +477,7 @@ MISTAKES = (
     Mistake("statistics as [1, C, 1, 1]", statistics_as_images, (FindingCode.SHAPE_MISMATCH,)),
     Mistake("a bias left out by a filter of names", bias_filtered_out, (FindingCode.AFFINE_MISSING,)),
     Mistake("num_batches_tracked set to 0 in training", counter_reset_in_training, (FindingCode.COUNTER_RESET,)),
-    Mistake("pruned, and saved without prune.remove", pruning_not_removed, (FindingCode.NOT_UNDERSTOOD,)),
+    Mistake("pruned, and saved without prune.remove", pruning_not_removed, (FindingCode.AFFINE_COMPUTED,)),
     Mistake("track_running_stats=False", without_tracking, (FindingCode.BATCH_STATISTICS,)),
 )
 

@@ -87,7 +87,7 @@ def test_what_the_model_computes_is_not_judged(tmp_path: Path, role: str, how: s
     torch.save(model.state_dict(), tmp_path / "computed.pt")
     inspection = bntool.inspect(tmp_path / "computed.pt")
     (finding,) = inspection.state_dicts[0].findings
-    assert (finding.code, finding.severity, finding.layers) == (FindingCode.NOT_UNDERSTOOD, Severity.NOTICE, ("1",))
+    assert (finding.code, finding.severity, finding.layers) == (FindingCode.AFFINE_COMPUTED, Severity.NOTICE, ("1",))
     assert inspection.verdict.sentence == f"not judged: the {role} of 1, which the model computes"
     assert inspection.fails_on(Severity.ERROR)
     model[1].running_var *= 2
