@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from bntool.checkpoints.addresses import Location
+from bntool.checkpoints.addresses import Address, Location
 from bntool.checkpoints.files import quote
 from bntool.shells import quote_word
 
@@ -99,10 +99,12 @@ _SIGNATURES = {
     b"\x08": "a protobuf message, but not an ONNX model",
 }
 
+_DOWNLOAD = "the download went wrong"
+_OF_PAGES = "name the address of the file itself (on GitHub with /raw/ for /blob/, on the hub as hf://OWNER/NAME/FILE)"
 # what the first 4 KiB of a text begin with, what it is and what to do
 _TEXTS = (
-    (r"(<!doctype html|<html)", "a web page, not a checkpoint", "the download went wrong"),
-    (r"(<\?xml[^>]*>\s*)?<Error>", "what a server answers where it gives no file", "the download went wrong"),
+    (r"(<!doctype html|<html)", "a web page, not a checkpoint", _DOWNLOAD),
+    (r"(<\?xml[^>]*>\s*)?<Error>", "what a server answers where it gives no file", _DOWNLOAD),
     (r"<\?xml", "an XML file, such as the model of OpenVINO (beside its .bin)", _SOURCE),
     (r"version https://git-lfs", "a Git LFS pointer", "fetch the file itself with git lfs pull"),
     (r"model_checkpoint_path", "TensorFlow's note of its latest checkpoint", "name the .index file of that"),
@@ -127,7 +129,7 @@ def describe_unknown(path: Location, head: bytes) -> str:
         known = f"the format is not known; this looks like {guess}"
     if known is None and not any(head):
         known = f"the first {len(head):,} bytes are zeros: the file is damaged, or was not written to its end"
-    return known or _describe_text(head) or f"the format is not known; these are read: {_READ}"
+    return known or _describe_text(path, head) or f"the format is not known; these are read: {_READ}"
 
 
 def _describe_container(head: bytes) -> str | None:
@@ -167,7 +169,7 @@ def _read_text(head: bytes) -> str | None:
     return None if re.search(r"[\x00-\x08\x0e-\x1f\x7f]", text) else text
 
 
-def _describe_text(head: bytes) -> str | None:
+def _describe_text(path: Location, head: bytes) -> str | None:
     """Return the message for a text."""
     text = _read_text(head)
     if text is None:
@@ -175,7 +177,7 @@ def _describe_text(head: bytes) -> str | None:
     text = text.lstrip()
     for pattern, what, advice in _TEXTS:
         if re.match(pattern, text, flags=re.IGNORECASE):
-            return f"this is {what}; {advice}"
+            return f"this is {what}; {_OF_PAGES if advice is _DOWNLOAD and isinstance(path, Address) else advice}"
     line = text.partition("\n")[0]
     shown = line if len(line) <= _SHOWN else line[:_SHOWN] + "..."
     return f"this is a text, not a checkpoint; it begins with {quote(shown)}"

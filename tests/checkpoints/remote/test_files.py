@@ -228,3 +228,12 @@ def test_files_that_lie_here_import_nothing_of_the_network() -> None:
     talking = re.compile(r"^\s*(?:import|from) (?:http|urllib\.request|socket|ssl)\b", re.MULTILINE)
     modules = [path for path in (ROOT / "bntool").rglob("*.py") if talking.search(path.read_text())]
     assert {path.parent.name for path in modules} == {"remote"}
+
+
+def test_the_address_of_a_page_is_said_to_be_one(server: FileServer, capsys: pytest.CaptureFixture[str]) -> None:
+    """As that of a file in the browser's view of a repository."""
+    server.files["/owner/name/blob/main/net.pt"] = b"\n\n<!DOCTYPE html>\n<html>...</html>"
+    assert main(["inspect", f"{server.url}/owner/name/blob/main/net.pt"]) == 3
+    said = " ".join(capsys.readouterr().err.split())
+    assert "this is a web page, not a checkpoint; name the address of the file itself" in said
+    assert "/raw/" in said
