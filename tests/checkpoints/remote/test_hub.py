@@ -16,6 +16,7 @@ import torch
 import bntool
 from bntool.checkpoints.addresses import Address
 from bntool.checkpoints.formats import open_checkpoint
+from bntool.checkpoints.hub_files import _KNOWN as KNOWN
 from bntool.checkpoints.hub_files import choose_file
 from bntool.cli.main import main
 from bntool.errors import MissingExtraError, UnreachableFileError, UnreadableFileError, UsageError
@@ -72,6 +73,13 @@ def test_what_is_no_address_is_said_to_be_none(text: str) -> None:
 def test_the_file_with_the_weights_is_chosen_as_libraries_choose_it(names: list[str], chosen: str | None) -> None:
     found = choose_file(names)
     assert (None if found is None else found.name) == chosen
+
+
+def test_the_page_names_the_files_in_their_order() -> None:
+    page = (ROOT / "docs" / "remote.md").read_text(encoding="utf-8")
+    places = [page.find(f"`{name}`") for name in KNOWN if not name.startswith(("diffusion", "pytorch_model.bin.index"))]
+    assert -1 not in places
+    assert places == sorted(places)
 
 
 def fill_repository(folder: Path) -> None:
