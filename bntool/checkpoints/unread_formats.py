@@ -161,11 +161,12 @@ def _find_first_member(head: bytes) -> str | None:
 def _read_text(head: bytes) -> str | None:
     """Return the text that a file begins with; None where it is no text."""
     try:
-        text = head.decode("utf-8-sig")
+        text = head.decode()
     except UnicodeDecodeError as error:
         if error.start < len(head) - 3:  # else a character that the limit cut
             return None
-        text = head.decode("utf-8-sig", errors="ignore")
+        text = head[: error.start].decode()
+    text = text.removeprefix("\ufeff")
     return None if re.search(r"[\x00-\x08\x0e-\x1f\x7f]", text) else text
 
 

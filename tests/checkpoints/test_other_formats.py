@@ -103,6 +103,7 @@ OTHERS = {
     "lite.json": (b'{"format": "layers-model", "convertedBy": "TensorFlow.js Converter v4"}', "TensorFlow.js"),
     "net-symbol.json": (b'{"nodes": [], "arg_nodes": [], "heads": []}', "MXNet.* .params"),
     "keras.json": (b'{"class_name": "Sequential", "config": {"layers": []}}', "Keras.* --keras-config"),
+    "marked.pt": (b"\xef\xbb\xbfNot Found", "begins with 'Not Found'"),
     "page.pt": (b"\n<HTML><body>login", "web page.* download"),
     "denied.pt": (b'<?xml version="1.0"?>\n<Error><Code>AccessDenied</Code></Error>', "server.* download"),
     "answer.pt": (b'{"error": "Repository not found"}', 'a text.* begins with \'."error": "Repository not found".\''),
