@@ -13,6 +13,7 @@ from typing import Any
 
 _LONGEST = 60  # characters of one field
 _ITEMS = 4
+_PATH = 100  # characters of a path, its last ones
 _drawers: list[Callable[[Any], str | None]] = []
 
 
@@ -46,6 +47,21 @@ def format_number(value: float, digits: int = 3) -> str:
 def list_first(names: Sequence[str], most: int = 3) -> str:
     """Join the first names, at most so many, and say how many more there are."""
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def repr_of_change(
+    result: object, path: object, *, changed: int, left_alone: int = 0, more: str = "", output: object = None
+) -> str:
+    """Return the ``repr`` of what was done to a file: in how many layers, and what was written.
+
+    Args:
+        more: what else is worth saying, in a few words.
+    """
+    parts = [f"{changed} BatchNorm layer{'s' * (changed != 1)}"] if changed or not more else []
+    parts += [f"{left_alone} left alone"] if left_alone else []
+    parts += [more] if more else []
+    parts.append(f"wrote {str(output)[-_PATH:]}" if output is not None else "nothing written")
+    return f"<{type(result).__name__} of {str(path)[-_PATH:]}: {', '.join(parts)}>"
 
 
 def short_repr(value: Any) -> str:

@@ -34,7 +34,7 @@ from bntool.checkpoints.tensors import (
 from bntool.checkpoints.ties import find_tied
 from bntool.errors import BntoolError, CorruptFileError, RefusedError, UsageError
 from bntool.plan import Averaged, Operation, Plan, SetTensor, Values
-from bntool.representation import short_repr
+from bntool.representation import html_repr, repr_of_change
 
 _AVERAGED = (FLOAT64, FLOAT32, FLOAT16, BFLOAT16)
 _COUNTER = "num_batches_tracked"
@@ -90,7 +90,12 @@ class Average:
     output: str | None = None
     written: Checkpoint | None = None
 
-    __repr__ = short_repr
+    def __repr__(self) -> str:
+        files = f"{self.averaged} tensors averaged over {len(self.sources)} files"
+        path, layers = self.sources[0].path, len(self.plan.layers)
+        return repr_of_change(self, path, changed=layers, more=files, output=self.output)
+
+    _repr_html_ = html_repr
 
 
 def average_checkpoints(

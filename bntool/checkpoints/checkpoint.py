@@ -102,7 +102,12 @@ class StateDict:
     renamed: Mapping[str, str] = field(default_factory=dict)
     stored: Mapping[str, Tensor] = field(default_factory=dict, repr=False, compare=False)
 
-    __repr__ = short_repr
+    def __repr__(self) -> str:
+        prefix = f", prefix {quote(self.prefix)}" if self.prefix else ""
+        module = ", of a pickled module" if self.is_module else ""
+        count = len(self.tensors)
+        return f"<StateDict {quote(self.key)}: {count} tensor{'s' * (count != 1)}{prefix}{module}>"
+
     _repr_html_ = html_repr
 
     def __post_init__(self) -> None:
@@ -328,7 +333,12 @@ class Checkpoint:
     edits: tuple[Edit, ...] = ()
     content: Content | None = field(default=None, repr=False, compare=False)
 
-    __repr__ = short_repr
+    def __repr__(self) -> str:
+        keys = list_first([quote(one.key) if one.key else "the root" for one in self.state_dicts])
+        held = f"state dict{'s' * (len(self.state_dicts) > 1)} {keys}" if keys else "no state dict"
+        changes = f", {len(self.edits)} edit{'s' * (len(self.edits) > 1)}" if self.edits else ""
+        return f"<Checkpoint {quote(str(self.path))}: {self.format.title}, {held}{changes}>"
+
     _repr_html_ = html_repr
 
     @property

@@ -29,7 +29,7 @@ from bntool.errors import BntoolError, RefusedError, UsageError
 from bntool.graphs.architectures.recognition import assume_eps
 from bntool.plan import Operation, Plan, RenameTensor, check_plan
 from bntool.progress import OnWarning, ignore
-from bntool.representation import html_repr, short_repr
+from bntool.representation import html_repr, repr_of_change
 from bntool.verification.missing_statistics import describe_absence
 
 _SHOWN = 4
@@ -66,7 +66,15 @@ class Conversion:
     output: str | None = None
     written: Checkpoint | None = None
 
-    __repr__ = short_repr
+    def __repr__(self) -> str:
+        to = [] if self.target is None else [f"to {self.target.value}"]
+        to += [f"{len(self.renames)} tensors renamed"] if self.renames else []
+        to += [f"{len(self.losses)} lost"] if self.losses else []
+        layers, left = len(self.plan.layers), len(self.plan.skips)
+        return repr_of_change(
+            self, self.source.path, changed=layers, left_alone=left, more=", ".join(to), output=self.output
+        )
+
     _repr_html_ = html_repr
 
 

@@ -31,7 +31,7 @@ from bntool.graphs.graph import Evidence, ModelGraph, NodeKind
 from bntool.graphs.sources import Knowledge, build_graph
 from bntool.plan import RemoveEntry
 from bntool.progress import OnProgress, Progress, ignore
-from bntool.representation import html_repr, short_repr
+from bntool.representation import html_repr, repr_of_change
 
 if TYPE_CHECKING:
     from torch import nn
@@ -84,7 +84,12 @@ class CheckpointFold:
     output: str | None = None
     export: str | None = None
 
-    __repr__ = short_repr
+    def __repr__(self) -> str:
+        known = "verified on the model" if self.agreement is not None else f"pairs are {self.evidence.value}"
+        layers, left = len(self.plan.layers), len(self.plan.skips)
+        output = self.output if self.output is not None else self.export
+        return repr_of_change(self, self.source.path, changed=layers, left_alone=left, more=known, output=output)
+
     _repr_html_ = html_repr
 
     @cached_property

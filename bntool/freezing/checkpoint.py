@@ -34,7 +34,7 @@ from bntool.freezing.stages import find_frozen_stages, is_within
 from bntool.freezing.trainable_layers import check_whole_layers, find_trainable
 from bntool.graphs.architectures.recognition import assume_eps
 from bntool.plan import Operation, Plan, SetAttribute, Skip, SkipReason, Step, check_plan
-from bntool.representation import html_repr, short_repr
+from bntool.representation import html_repr, repr_of_change, short_repr
 from bntool.verification.missing_statistics import describe_absence
 
 
@@ -92,7 +92,10 @@ class CheckpointFreeze:
     code: str | None = None
     output: str | None = None
 
-    __repr__ = short_repr
+    def __repr__(self) -> str:
+        layers, left = len(self.freeze.policy.layers), len(self.freeze.plan.skips)
+        return repr_of_change(self, self.source.path, changed=layers, left_alone=left, output=self.output)
+
     _repr_html_ = html_repr
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from bntool.data.policies import LeftOut
 from bntool.recalibration.moments import Tally
+from bntool.representation import short_repr
 
 Place = tuple[int, int]  # level and index: the positions from index * 2^level on, 2^level of them
 
@@ -28,6 +29,8 @@ class Measured:
     samples: int = 0
     batches: int = 0
     left_out: tuple[LeftOut, ...] = ()
+
+    __repr__ = short_repr
 
     def and_(self, later: Measured) -> Measured:
         """Return the two merged; the batches of the other come later in the list."""

@@ -10,6 +10,8 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
+from bntool.representation import short_repr
+
 Array: TypeAlias = "np.ndarray[Any, Any]"
 Count: TypeAlias = "int | Array"
 
@@ -27,6 +29,8 @@ class Moments:
     count: Count
     mean: Array
     squares: Array
+
+    __repr__ = short_repr
 
     @property
     def biased_variance(self) -> Array:
@@ -83,6 +87,8 @@ class Tally:
     pooled: Moments
     means: Moments
     variances: Array
+
+    __repr__ = short_repr
 
     @classmethod
     def of(cls, moments: Moments) -> Tally:

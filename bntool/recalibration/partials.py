@@ -32,7 +32,7 @@ from bntool.recalibration.batch_tree import BatchTree, Measured, Place, find_run
 from bntool.recalibration.moments import Array, Moments, Tally
 from bntool.recalibration.new_statistics import LayerFacts, Paths
 from bntool.recalibration.options import Method, Precision
-from bntool.representation import short_repr
+from bntool.representation import html_repr, short_repr
 from bntool.version import __version__
 
 _COUNTS = ("level", "index", "samples", "batches")  # int64, shape (nodes,)
@@ -109,6 +109,7 @@ class Partial:
     path: str | None = None
 
     __repr__ = short_repr
+    _repr_html_ = html_repr
 
     @property
     def samples(self) -> int:

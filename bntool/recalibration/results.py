@@ -10,7 +10,7 @@ from bntool.checkpoints.records import make_record
 from bntool.plan import Plan
 from bntool.recalibration.new_statistics import Recalibration
 from bntool.recalibration.options import Precision
-from bntool.representation import html_repr, short_repr
+from bntool.representation import html_repr, repr_of_change
 
 if TYPE_CHECKING:  # merging partials needs no torch
     from bntool.recalibration.evaluation import Evaluation
@@ -66,7 +66,20 @@ class CheckpointRecalibration:
     lacking: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
 
-    __repr__ = short_repr
+    def __repr__(self) -> str:
+        metric = ""
+        if self.before is not None and self.after is not None and None not in (self.before.value, self.after.value):
+            metric = f"{self.before.metric} {self.before.value:.4g} -> {self.after.value:.4g}"
+        plan = self.recalibration.plan
+        return repr_of_change(
+            self,
+            self.checkpoint.path,
+            changed=len(plan.layers),
+            left_alone=len(plan.skips),
+            more="kept the old statistics" if self.kept else metric,
+            output=self.output,
+        )
+
     _repr_html_ = html_repr
 
 

@@ -24,6 +24,7 @@ from bntool.reports.text import format_size, plural
 from bntool.representation import format_number
 
 if TYPE_CHECKING:
+    from bntool.averaging.checkpoint import Average
     from bntool.batchnorm import BatchNorm
     from bntool.checkpoints.checkpoint import Checkpoint, StateDict
     from bntool.comparison.checkpoint import Comparison
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from bntool.freezing.policy import FreezePolicy
     from bntool.inspection.run import Run
     from bntool.recalibration.new_statistics import Recalibration
+    from bntool.recalibration.partials import Partial
     from bntool.recalibration.results import CheckpointRecalibration
 
 _ROLES = ("weight", "bias", *STATISTICS)
@@ -285,6 +287,18 @@ def _of_conversion(conversion: Conversion) -> Page:
     return _from_blocks("convert", str(conversion.source.path), show_conversion(conversion))
 
 
+def _of_average(average: Average) -> Page:
+    from bntool.reports.averaging import show_average
+
+    return _from_blocks("average", str(average.sources[0].path), show_average(average))
+
+
+def _of_partial(partial: Partial) -> Page:
+    from bntool.reports.partials import show_partial
+
+    return _from_blocks("recalibrate", partial.path or "", show_partial(partial))
+
+
 # by the name of the class: to compare classes they would have to be imported, and torch with some of them
 _PAGES: dict[str, Any] = {
     "Inspection": _of_inspection,
@@ -304,4 +318,6 @@ _PAGES: dict[str, Any] = {
     "FreezePlan": _of_freeze_plan,
     "FreezePolicy": _of_freeze_policy,
     "Conversion": _of_conversion,
+    "Average": _of_average,
+    "Partial": _of_partial,
 }

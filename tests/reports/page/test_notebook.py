@@ -62,6 +62,10 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         "convert": bntool.convert(path, to="safetensors"),
         "recalibrate_checkpoint": bntool.recalibrate_checkpoint(path, model=Net(), data=batches),
         "recalibrate": bntool.recalibrate(model, batches),
+        "average": bntool.average_checkpoints([path, path]),
+        "partial": bntool.recalibrate_checkpoint(
+            path, model=Net(), data=batches, shard="1/2", partial=path.with_name("part.safetensors")
+        ),
         "freeze": bntool.freeze(model),
     }
     return {**made, **{name: (value, show(value)) for name, value in others.items()}}
@@ -80,6 +84,7 @@ def show(value: Any) -> str:
 NAMES = (
     *("checkpoint", "state dict", "BatchNorm", "inspect", "inspect, a state dict", "inspect, a layer", "diff", "fold"),
     *("fold_checkpoint", "plan", "freeze_checkpoint", "convert", "recalibrate_checkpoint", "recalibrate", "freeze"),
+    *("average", "partial"),
 )
 
 
