@@ -370,7 +370,8 @@ class _Building:
         kind, groups = _KINDS[node.operator], node.integer("group", 1)
         if len(shape) < 3 or groups < 1 or shape[0] % groups or not shape[0] * shape[1]:
             return {}
-        padded = any(node.integers("pads")) or node.text("auto_pad", "NOTSET") not in ("NOTSET", "VALID")
+        fills = node.text("auto_pad", "NOTSET") not in ("NOTSET", "VALID")  # by what a kernel of one tap never needs
+        padded = any(node.integers("pads")) or (fills and any(extent > 1 for extent in shape[2:]))
         facts: dict[str, Any] = {"kind": kind, "groups": groups, "axis": 1}
         if kind is NodeKind.CONV_TRANSPOSE:
             return {

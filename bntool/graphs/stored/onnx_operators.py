@@ -137,8 +137,9 @@ def _reshape(call: Call) -> list[Value]:
             extents.append(shape[axis] if axis < len(shape) else None)
         else:
             extents.append(None if one == Extent(-1) else one)
-    if None not in extents and all(one.is_known for one in wanted) and data.spread is None:
-        data = _with_one(data, size_of([one for one in extents if one is not None]).number)
+    known_extents = [one for one in extents if one is not None and one.is_known]
+    if len(known_extents) == len(extents) and data.spread is None:
+        data = _with_one(data, size_of(known_extents).number)
     return [reshape(data, fill_in(extents, size_of(data.shape or ()), call.builder.unknown))]
 
 
@@ -575,9 +576,10 @@ def _resize(call: Call) -> list[Value]:
     if not scales and call.given(3):
         sizes = call.extents(3)
     changed: set[int] = set()
+    stretched = node.text("keep_aspect_ratio_policy", "stretch") == "stretch"
     if scales and len(scales) == len(axes):
         changed = {axis for axis, scale in zip(axes, scales, strict=True) if scale != 1}
-    elif sizes is not None and len(sizes) == len(axes):
+    elif sizes is not None and len(sizes) == len(axes) and stretched:
         changed = {axis for axis, size in zip(axes, sizes, strict=True) if size != data.shape[axis]}
     elif set(axes) & set(data.axes):
         return call.other()

@@ -242,6 +242,29 @@ def shuffled_channels_of_any_batch() -> Pattern:
     return one
 
 
+@exact
+def shuffled_channels_of_a_copied_batch() -> Pattern:
+    one = Pattern(shape=("n", 3, 8, 8))
+    one.conv("x", "c", 6)
+    one.give("apart", [0, 2, 3, 8, 8], "i8")
+    one.give("together", [0, 6, 8, 8], "i8")
+    one.add("Reshape", "c apart", "r")
+    one.add("Transpose", "r", "t", perm=[0, 2, 1, 3, 4])
+    one.add("Reshape", "t together", "a")
+    one.norm("a", "y", 6, positive=False)
+    return one
+
+
+@exact
+def one_tap_that_is_padded_by_itself() -> Pattern:
+    one = Pattern(shape=("n", 3, "h", "w"), outputs=("y",))
+    one.conv("x", "c")
+    one.add("Relu", "c", "r")
+    one.norm("r", "b", positive=False)
+    one.conv("b", "y", taken=4, strides=[2, 2], auto_pad="SAME_UPPER")
+    return one
+
+
 def add_computed_widths(one: Pattern, *, first: str, rank: int = 4) -> str:
     """Widths as torch writes them where it computes no constants: the last axis first, filled up with zeros, turned."""
     for name, numbers in (("rank", rank), ("two", 2), ("zero", [0]), ("pairs", [-1, 2]), ("flat", [-1])):
