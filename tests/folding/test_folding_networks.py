@@ -43,6 +43,18 @@ class OwnFactor(nn.Module):
         return self.implicit * x
 
 
+class OwnProductAdded(nn.Module):
+    """Both at once, by one operation."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.implicit = nn.Parameter(torch.ones(1, channels, 1, 1))
+        self.offset = nn.Parameter(torch.randn(channels, 1, 1))
+
+    def forward(self, x):
+        return torch.addcmul(self.offset, self.implicit, x, value=-2)
+
+
 class RandomNetwork(nn.Module):
     """A program over a growing list of images of equal size, drawn step by step."""
 
@@ -121,11 +133,15 @@ class RandomNetwork(nn.Module):
         elif kind == "scale" and len(self.steps) % 5 == 3:
             self.made.append(("factor", OwnFactor(channels), -1, -1))
             self.step(("module", source, len(self.made) - 1), channels)
+        elif kind == "scale" and len(self.steps) % 5 == 1:
+            self.made.append(("factor", OwnProductAdded(channels), -1, -1))
+            self.step(("module", source, len(self.made) - 1), channels)
         elif kind in ("residual", "branch", "averaged"):
             self.block(chance, kind, source)
         elif kind in ("add", "add_", "cat", "difference"):
             others = [i for i, c in enumerate(self.channels) if kind == "cat" or c == channels]
             other = chance.choice(others)
+            kind = "lerp" if kind == "difference" and len(self.steps) % 5 == 2 else kind
             self.step((kind, source, other), channels + self.channels[other] if kind == "cat" else channels)
         elif kind == "chunk" and channels % 2 == 0:
             self.step((kind, source, chance.randint(0, 1)), channels // 2)
@@ -209,6 +225,7 @@ class RandomNetwork(nn.Module):
             "leaky_": lambda: F.leaky_relu_(x, 0.2),
             "negative": lambda: -x,
             "difference": lambda: torch.sub(x, values[more[0]], alpha=2),
+            "lerp": lambda: torch.lerp(x, values[more[0]], -0.3),
             "gate": lambda: x * torch.sigmoid(x.mean((2, 3), keepdim=True)),
             "mirrored": lambda: F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="reflect"), 3, stride=1),
             "counted": lambda: F.avg_pool2d(x, 3, stride=1, padding=1),
@@ -321,6 +338,9 @@ def draw_values(network: RandomNetwork, seed: int) -> RandomNetwork:
             with torch.no_grad():
                 small = module.weight.abs().clamp(min=0.1)
                 module.weight.copy_(small if seed % 3 == 2 else small * module.weight.sign())
+        if isinstance(module, OwnFactor | OwnProductAdded) and seed % 4 == 1:
+            with torch.no_grad():
+                module.implicit[0, seed % module.implicit.shape[1]] = 0
     return model
 
 

@@ -10,7 +10,9 @@ import torch.nn.functional as F
 from torch import nn
 
 import bntool
-from bntool.errors import BntoolError
+from bntool.errors import BntoolError, VerificationError
+from bntool.folding import live
+from bntool.folding.other_forwards import other_inputs
 from bntool.folding.other_forwards.other_inputs import find_other_inputs
 from tests.folding.folding_networks import Functional, largest_difference, randomise, reasons
 
@@ -73,6 +75,17 @@ def test_a_fold_that_does_not_hold_for_another_size_or_batch_is_left_out(forward
     assert result.plan.skips[0].detail.startswith(why)
     for other in (image(), image(1), image(3, 17, 19), image(1, 24, 18)):
         assert largest_difference(model, result.model, other) < EXACT
+
+
+@pytest.mark.parametrize("forward", [as_tensorflow, to_windows, for_several_samples, for_wide_images])
+def test_another_size_that_is_not_looked_at_is_noticed(forward, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(other_inputs, "_is_same", lambda *_: True)
+    with pytest.raises(VerificationError):  # the outputs are compared there, too
+        bntool.fold(build(forward), image())
+    monkeypatch.setattr(live, "find_other_inputs", lambda *_: [])
+    model = build(forward)
+    result = bntool.fold(model, image())
+    assert max(largest_difference(model, result.model, other) for other in (image(1), image(1, 17, 19))) > 1e-6
 
 
 def test_what_holds_for_all_sizes_stays_folded_beside_what_does_not() -> None:

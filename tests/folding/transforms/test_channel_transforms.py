@@ -222,7 +222,9 @@ def test_operations_that_consist_of_several_pass_what_these_pass(forward) -> Non
 
 
 @pytest.mark.parametrize("zero", [0.0, -0.0])
-def test_where_a_factor_is_zero_that_channel_alone_lets_no_shift_pass(zero: float) -> None:
+def test_where_a_factor_is_zero_that_channel_alone_lets_no_shift_pass(
+    zero: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def forward(self, x):
         x = self.stem(x)
         return torch.sigmoid(self.bn(x)) + torch.sigmoid(self.other(x * self.p))
@@ -241,6 +243,15 @@ def test_where_a_factor_is_zero_that_channel_alone_lets_no_shift_pass(zero: floa
     model._forward = forward_without_a_reader
     folded, plan = fold(model, image())
     assert "mul and sigmoid do not let it pass in 1 of 6 channels" in plan.skips[0].detail
+
+    def pass_anyway(self, given, read, factors, origin):
+        some = factors != 0
+        self.shifts.link(given[some], read[some], factor=factors[some], offset=0 * factors[some], origin=origin)
+
+    monkeypatch.setattr(ChannelTransforms, "_scale_shifts", pass_anyway)
+    folded, plan = fold(model, image())
+    assert plan.folds
+    assert largest_difference(model, folded, image()) > 1e-6
 
 
 def extras(forward) -> dict[str, nn.Module]:
