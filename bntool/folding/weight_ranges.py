@@ -8,7 +8,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 
@@ -40,7 +40,7 @@ class ChannelRange:
         largest: of the channel with the largest one.
         evenness: mean over channels of max|w| in relation to ``largest``, 1 where all channels fill the range of the
             tensor: the mean channel precision of Nagel et al. 2019, "Data-Free Quantization", section 4.1.1.
-        magnitudes: max|w| of every output channel.
+        magnitudes: max|w| of every output channel, as float32 unless the weight is of float64.
     """
 
     smallest: float
@@ -181,6 +181,11 @@ class MeasuredProduct(AsArray):
             yield product.round(rows, here, is_bounded=bool(measured.add(rows) < bound))
         self.extremes = measured.result()
 
+    def take_extremes(self) -> _Extremes | None:
+        """Return the extremes and keep them no longer: those of thousands of layers add up."""
+        extremes, self.extremes = self.extremes, None
+        return extremes
+
 
 def measure_on_the_way(state_dict: StateDict, plan: Plan) -> StateDict:
     """Let the weights of a folded state dict be measured when they are written; :func:`measure_ranges` need not read
@@ -246,7 +251,7 @@ def count_removed(before: StateDict, after: StateDict) -> Removed:
 
 
 def _measure(name: str, old: Tensor, new: Tensor, recipe: Scaled) -> WeightRange:
-    before = (new.extremes if isinstance(new, MeasuredProduct) else None) or _read_extremes(old, recipe)
+    before = (new.take_extremes() if isinstance(new, MeasuredProduct) else None) or _read_extremes(old, recipe)
     if _is_by_output(recipe, old):  # no need to read the products
         factors = np.abs(np.asarray(recipe.factors))
         with np.errstate(invalid="ignore"):  # where all is zero, infinity times zero
@@ -256,8 +261,8 @@ def _measure(name: str, old: Tensor, new: Tensor, recipe: Scaled) -> WeightRange
         after = _read_extremes(new, recipe)
     return WeightRange(
         name,
-        before=_describe(before.largest),
-        after=_describe(after.largest),
+        before=_describe(before.largest, old.dtype),
+        after=_describe(after.largest, old.dtype),
         subnormal_before=_count_subnormal(old, recipe, before.smallest),
         subnormal=_count_subnormal(new, recipe, after.smallest),
     )
@@ -284,9 +289,11 @@ def _is_by_output(recipe: Scaled, tensor: Tensor) -> bool:
     )
 
 
-def _describe(largest: Array) -> ChannelRange:
+def _describe(largest: Array, dtype: DType) -> ChannelRange:
     magnitudes = largest.astype(np.float64)
-    channels = array("d", magnitudes.tobytes())
+    code: Literal["d", "f"] = "d" if dtype is FLOAT64 else "f"  # as the file has them
+    with np.errstate(all="ignore"):
+        channels = array(code, magnitudes.astype(code).tobytes())
     used = magnitudes[magnitudes > 0]
     if not len(used):
         return ChannelRange(0.0, 0.0, 1.0, channels)
