@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from bntool.batchnorm import VECTORS, NormKind
+from bntool.batchnorm import ROLES, VECTORS, NormKind
 from bntool.checkpoints.batchnorms import find_norms
 from bntool.checkpoints.checkpoint import StateDict
 from bntool.folding.deploy.forms import NAMED, Block, find_blocks
@@ -40,7 +40,10 @@ class _Graph:
         norms = [layer for layer in self.norms if block.holds(layer)]
         identity = f"{block.module}.{block.form.branches[-1]}".removeprefix(".")
         identical = identity in norms
-        if len(weights) != 2 or len(norms) != 2 + identical:
+        layers = [*(weight.removesuffix(".weight") for weight in weights), *norms]
+        # what stands beside these, as pruning's weight_orig, says that more is computed than they are
+        known = {f"{layer}.{role}" for layer in layers for role in ROLES}
+        if len(weights) != 2 or len(norms) != 2 + identical or not known.issuperset(inside):
             return False
         dense, point = sorted((self.shapes[weight] for weight in weights), key=lambda shape: -shape[2])
         outputs, inputs, *kernel = dense
@@ -57,9 +60,8 @@ class _Graph:
             if len(beside) != 1:
                 return False
             facts = {"groups": groups, "centred": True, "strides": (1, 1), "padded": True}
-            read = self.add_node(
-                NodeKind.CONVOLUTION, layer, source, channels=outputs, parameters={"weight": weight}, **facts
-            )
+            parameters = {role: f"{layer}.{role}" for role in ("weight", "bias") if f"{layer}.{role}" in self.shapes}
+            read = self.add_node(NodeKind.CONVOLUTION, layer, source, channels=outputs, parameters=parameters, **facts)
             total = self.sum_up(block, total, self.add_norm(beside[0], read))
         if identical:
             total = self.sum_up(block, total, self.add_norm(identity, source))

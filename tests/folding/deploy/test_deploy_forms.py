@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrize, prune
 
 import bntool
 from bntool.checkpoints.application import change_state_dict
@@ -146,6 +147,37 @@ def test_blocks_of_a_bare_file_are_assumed_by_their_names(tmp_path) -> None:
     deploy.load_state_dict(torch.load(output, weights_only=True))
     with torch.no_grad():
         torch.testing.assert_close(deploy(image()), model(image()), rtol=1e-4, atol=1e-5)
+
+
+def test_biases_of_convolutions_in_assumed_blocks_count(tmp_path) -> None:
+    """RepVGG has none there; forks have."""
+    model, path, output = Network(Block(3, 8, stride=2), Block(8, 8)), tmp_path / "net.pt", tmp_path / "deploy.pt"
+    for block in model.stages:
+        for branch in (block.rbr_dense, block.rbr_1x1):
+            branch.conv.bias = nn.Parameter(torch.zeros(8))
+    randomise(model)
+    assert model.stages[1].rbr_1x1.conv.bias.abs().max() > 0.1
+    torch.save(model.state_dict(), path)
+    bntool.fold_checkpoint(path, output, layout="deploy", eps=1e-5)
+    folded, tensors = copy.deepcopy(model), torch.load(output, weights_only=True)
+    for block in folded.stages:
+        block.switch_to_deploy()
+    folded.load_state_dict(tensors)
+    with torch.no_grad():
+        torch.testing.assert_close(folded(image()), model(image()), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("how", ["pruned", "parametrized"])
+def test_blocks_of_which_something_is_computed_are_not_assumed(how: str, tmp_path) -> None:
+    model = randomise(Network(Block(3, 8, stride=2), Block(8, 8)))
+    norm = model.stages[1].rbr_1x1.bn
+    if how == "pruned":
+        prune.l1_unstructured(norm, "weight", 0.5)
+    else:
+        parametrize.register_parametrization(norm, "weight", nn.Softplus())
+    torch.save(model.state_dict(), tmp_path / "net.pt")
+    with pytest.raises(RefusedError, match="no known architecture"):
+        bntool.fold_checkpoint(tmp_path / "net.pt", tmp_path / "deploy.pt", layout="deploy", eps=1e-5)
 
 
 def test_other_shapes_under_these_names_are_no_such_block(tmp_path) -> None:
