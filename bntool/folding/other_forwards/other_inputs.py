@@ -110,7 +110,7 @@ def plan_alike(
     for inputs in others:
         with contextlib.suppress(BntoolError):  # of the model, or of what cannot be followed there
             other = trace(model, inputs)
-            while not _is_same(graph, other):
+            while plan.steps and not _is_same(graph, other):
                 there = plan_layout(state_dict, other, plan.options, model=model)
                 if there.steps == plan.steps:
                     break

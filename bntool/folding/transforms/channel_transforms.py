@@ -270,8 +270,10 @@ class ChannelTransforms:
         return calls if len(calls) > 1 else ()
 
     def _find_readers(self, region: Collection[int]) -> Iterator[Node]:
-        found = {edge.target for index in region for edge in self.graph.outputs(self.graph.nodes[index])}
-        return (self.graph.nodes[index] for index in sorted(found | set(region)))
+        found = {edge.target for index in region for edge in self.graph.outputs(self.graph.nodes[index])} | set(region)
+        # further calls of a weight read with it, whatever they read
+        found |= {call.index for index in found for call in self._other_calls(self.graph.nodes[index])}
+        return (self.graph.nodes[index] for index in sorted(found))
 
     # equations
 

@@ -179,8 +179,9 @@ class StoringOtherwise:
             return None
         if any(name in self.graph.tied or self.graph.uses.get(name, frozenset()) != calls for name in names):
             return None
-        if any(self.graph.nodes[index].parameters != node.parameters for index in calls):
-            return None
+        end = len(self.graph.nodes) if self.graph.branches_at is None else self.graph.branches_at
+        if any(self.graph.nodes[index].parameters != node.parameters or index > end for index in calls):
+            return None  # one of them takes other parameters, or other inputs may not come to it
         try:
             if node.kind is NodeKind.BIAS:
                 return read_addend(node, self.state_dict)

@@ -53,6 +53,11 @@ def for_wide_images(self, x):
     return torch.sigmoid(self.bn(x)) + (x.sigmoid() if x.shape[3] > 16 else 0)
 
 
+def from_another_layer(self, x):
+    one, two = (self.stem(x), self.other(x))[:: 1 if len(x) > 1 else -1]
+    return torch.sigmoid(self.bn(one)) + torch.sigmoid(two)
+
+
 def divided_by_the_width(self, x):
     x = self.stem(x)
     return torch.sigmoid(self.bn(x / x.shape[3])), torch.sigmoid(self.down(x))
@@ -98,6 +103,14 @@ def test_what_holds_for_all_sizes_stays_folded_beside_what_does_not() -> None:
     assert list(reasons(result.plan)) == ["bn"]
     for other in (image(), image(1, 17, 19)):
         assert largest_difference(model, result.model, other) < EXACT
+
+
+def test_another_producer_for_another_batch_is_no_fold() -> None:
+    model = build(from_another_layer, other=nn.Conv2d(3, 6, 1))
+    result = bntool.fold(model, image())
+    assert reasons(result.plan) == {"bn": "DATA_DEPENDENT"}
+    assert result.plan.skips[0].detail == "with 1x3x17x19 as input other layers would take it"
+    assert largest_difference(model, result.model, image(1)) == 0
 
 
 def test_folds_with_other_numbers_for_other_sizes_are_left_out() -> None:

@@ -781,6 +781,36 @@ def test_a_branch_beside_a_convolution_that_is_used_twice() -> None:
     assert reasons(plan) == {"bn": "PARALLEL_BRANCH"}
 
 
+def called_on_the_input(self, x):
+    return torch.sigmoid(self.wide(self.bn(torch.sigmoid(self.stem(x))))), torch.sigmoid(self.wide(x[:, [0, 1] * 3]))
+
+
+def called_on_repeated_channels(self, x):
+    y = torch.sigmoid(self.stem(x))
+    return torch.sigmoid(self.wide(self.bn(y))), torch.sigmoid(self.wide(y.flip(1).sigmoid()))
+
+
+def called_on_the_input_first(self, x):
+    first = self.wide(x.repeat(1, 2, 1, 1)[:, :6])
+    return torch.sigmoid(self.wide(self.bn(torch.sigmoid(self.stem(x))))), torch.sigmoid(first)
+
+
+def called_after_a_look_at_values(self, x):
+    y = torch.sigmoid(self.wide(self.bn(torch.sigmoid(self.stem(x)))))
+    return y, torch.sigmoid(self.wide(x[:, [0, 1] * 3])) if y.mean() > 0 else y
+
+
+CALLED = (called_on_the_input, called_on_repeated_channels, called_on_the_input_first, called_after_a_look_at_values)
+
+
+@pytest.mark.parametrize("forward", CALLED, ids=lambda forward: forward.__name__)
+def test_a_weight_that_is_called_on_what_stays_as_it_is_takes_nothing(forward) -> None:
+    model = build(forward, wide=nn.Conv2d(6, 5, 1))
+    folded, plan = fold(model, image())
+    assert not plan.folds
+    assert largest_difference(model, folded, image()) < EXACT
+
+
 # a rule that lets too much pass is noticed
 
 
