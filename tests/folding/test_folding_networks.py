@@ -146,6 +146,7 @@ class RandomNetwork(nn.Module):
         elif kind == "chunk" and channels % 2 == 0:
             self.step((kind, source, chance.randint(0, 1)), channels // 2)
         elif kind != "chunk":
+            kind = "sigmoid" if kind == "shape" and len(self.steps) % 5 == 4 else kind
             self.step((kind, source), channels)
 
     def block(self, chance: random.Random, kind: str, source: int) -> None:
@@ -242,6 +243,7 @@ class RandomNetwork(nn.Module):
             "clone": lambda: x.detach().clone(),
             "scale": lambda: x * 0.5,
             "shape": lambda: x + torch.ones_like(x),
+            "sigmoid": lambda: torch.sigmoid(x),  # of which nothing can be stored otherwise
         }
         return simple[kind]()
 
