@@ -86,6 +86,52 @@ def find_computed(layer: str, groups: Mapping[str, Mapping[str, Tensor]]) -> dic
     return found
 
 
+# what profilers leave in every module (thop), and a mask of the kernel itself, which a factor of a channel passes
+_IDLE = frozenset(("total_ops", "total_params"))
+_MASKS = ("mask", "weight_mask")
+# modules inside a convolution that run after it, or before: an activation, dropout, the offsets of a deformable one
+_AROUND = re.compile(r"(?:act|activ|activation|\w*relu|drop\w*|\w*offset\w*)\d*(?:\..*)?", re.IGNORECASE)
+_ADAPTERS = ("lora_", "hada_", "lokr_", "oft_", "boft_", "ia3_", "vera_")  # beside what they change, as peft has them
+_WRAPPED = ("base_layer", "original_module")  # what peft calls a layer inside of what takes its place
+
+
+def find_unexplained(
+    layer: str, groups: Mapping[str, Mapping[str, Tensor]], norms: Collection[str]
+) -> tuple[str, ...]:
+    """Return names of tensors of a module, or of its parts, that no convolution, linear or BatchNorm has by itself:
+    nothing tells what its forward does with them.
+
+    Adapters (LoRA) add to the weight, spectral normalisation divides by what it finds in the weight, quantisation
+    rounds it with a scale that is stored apart: a weight that is changed then gives something else than it should.
+
+    Args:
+        groups: the tensors of each module, see :func:`group_tensors`.
+        norms: names of normalisation layers; one that lies inside of the module runs after it.
+    """
+    own = groups.get(layer, {})
+    shape = own["weight"].shape if "weight" in own else None
+    known = {*ROLES, *_IDLE, *(leaf for leaf in _MASKS if leaf in own and own[leaf].shape == shape)}
+    found = [f"{layer}.{leaf}" for leaf in own if leaf not in known]
+    outer, _, last = layer.rpartition(".")
+    around = f"{outer}." if outer else ""
+    inside = f"{layer}."
+    for group, tensors in groups.items():
+        if group == layer:
+            continue
+        if group.startswith(inside):
+            is_known = _AROUND.fullmatch(group, len(inside)) or any(
+                group == norm or group.startswith(f"{norm}.") for norm in norms if norm.startswith(inside)
+            )
+            found += [] if is_known else [f"{group}.{leaf}" for leaf in tensors if leaf not in _IDLE]
+        elif group == outer:
+            found += [f"{around}{leaf}" for leaf in tensors if leaf.startswith(_ADAPTERS)]
+        elif group.startswith(around):
+            rest = group[len(around) :]
+            if rest.startswith(_ADAPTERS) or last in _WRAPPED:
+                found += [f"{group}.{leaf}" for leaf in tensors]
+    return tuple(found)
+
+
 def _holds_nothing(module: ModuleInfo) -> bool:
     """Return whether it is a BatchNorm of PyTorch with neither weight nor statistics, as its flags say."""
     if module.attributes.get("track_running_stats") is not False or module.attributes.get("affine") is not False:

@@ -317,6 +317,8 @@ def name_of(node: Node) -> str:
     """Name what the calls of one producer or BatchNorm have in common."""
     if node.kind is NodeKind.BATCH_NORM:
         return node.layer
+    if node.unexplained:
+        raise Blocked(SkipReason.COMPUTED_WEIGHT, node.describe_unexplained())
     weight = node.parameters.get("weight")
     if weight is None or "bias" in node.computed:
         role = "weight" if weight is None else "bias"

@@ -182,6 +182,8 @@ def read_scale_and_shift(
         elif not sources:
             what = f"its {role} is no tensor of the file that could be read"
         raise Blocked(SkipReason.COMPUTED_WEIGHT, what)
+    if node.unexplained:
+        raise Blocked(SkipReason.COMPUTED_WEIGHT, node.describe_unexplained())
     _check_uses(calls, graph)
     values = {role: read_parameter(name, state_dict) for role, name in node.parameters.items() if role in VECTORS}
     numbers = {role: numbers for role, numbers in values.items() if numbers is not None}

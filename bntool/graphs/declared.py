@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 from bntool.batchnorm import VECTORS, BatchNorm
-from bntool.checkpoints.batchnorms import find_computed, find_norms, group_tensors
+from bntool.checkpoints.batchnorms import find_computed, find_norms, find_unexplained, group_tensors
 from bntool.checkpoints.checkpoint import ModuleInfo, StateDict
 from bntool.checkpoints.files import SourceFile
-from bntool.checkpoints.tensors import count_elements
+from bntool.checkpoints.tensors import Tensor, count_elements
 from bntool.checkpoints.ties import find_tied
 from bntool.errors import RefusedError, UsageError
 from bntool.graphs.graph import Edge, Evidence, ModelGraph, Node, NodeKind, check_lengths
 
+_TRANSPOSED_WORD = re.compile(r"deconv|transpose|tconv|(?:^|[._])up(?:_?conv|sample)?\d*$", re.IGNORECASE)
 _NORM_WORD = re.compile(r"(?:batch_?norm|norm|bn)", re.IGNORECASE)
 
 
@@ -76,7 +77,8 @@ def suggest_pairs(state_dict: StateDict) -> dict[str, str]:
         for name in _likely_names(norm.name):
             full = state_dict.full_name(f"{name}.weight")
             shape = tuple(state_dict.tensors[full].shape) if full in state_dict.tensors else ()
-            if len(shape) >= 2 and shape[0] == norm.num_features and name not in pairs.values():
+            is_one = len(shape) >= 2 and shape[0] == norm.num_features and not _may_be_transposed(name, shape)
+            if is_one and name not in pairs.values():
                 pairs[norm.name] = name
                 break
     return pairs
@@ -98,7 +100,8 @@ def declare(
 ) -> ModelGraph:
     """Build a graph that holds nothing but the pairs; each pair is checked against the shapes of its tensors.
 
-    A weight of three or more dimensions counts as a convolution's, unless the file says what the module is. Its output
+    A weight of three or more dimensions counts as a convolution's, unless the file says what the module is; it is
+    refused where name or kernel are rather those of a transposed one, whose channels would fit as well. Its output
     channels are on the first axis, or on the last one where only that fits.
 
     Args:
@@ -124,6 +127,9 @@ def declare(
         source = _producer(len(nodes), state_dict, producer, norm, told)
         target = _batchnorm(len(nodes) + 1, norm)
         source = dataclasses.replace(source, computed=find_computed(producer, groups))
+        if modules is None:  # else the outputs are compared
+            source = _note_unexplained(source, groups, norms)
+            target = _note_unexplained(target, groups, norms)
         nodes += [source, target]
         channels = range(source.channels)
         edges.append(Edge(source.index, target.index, 0, channels, channels, Evidence.DECLARED))
@@ -143,6 +149,12 @@ def declare(
         complete=False,
         readers_known=False,
     )
+
+
+def _note_unexplained(node: Node, groups: Mapping[str, Mapping[str, Tensor]], norms: Collection[str]) -> Node:
+    computed = {name for names in node.computed.values() for name in names}
+    found = (name for name in find_unexplained(node.layer, groups, norms) if name not in computed)
+    return dataclasses.replace(node, unexplained=tuple(found))
 
 
 def _producer(index: int, state_dict: StateDict, layer: str, norm: BatchNorm, module: ModuleInfo | None) -> Node:
@@ -167,9 +179,28 @@ def _producer(index: int, state_dict: StateDict, layer: str, norm: BatchNorm, mo
             f"they cannot be a pair{advice}",
             tensor=layer,
         )
+    if module is None and _may_be_transposed(layer, shape):
+        raise RefusedError(
+            f"its weight {list(shape)} may be that of a convolution or of a transposed one, whose output channels lie on "
+            "the second axis: nothing in the file tells which; give --model",
+            tensor=layer,
+        )
     return Node(
         index, kind, layer, layer=layer, parameters=present, channels=channels, groups=groups, class_name=class_name
     )
+
+
+def _may_be_transposed(layer: str, shape: tuple[int, ...]) -> bool:
+    """Return whether a weight fits both ways, and has a name or kernel as transposed convolutions have it.
+
+    An even kernel has no middle, which convolutions that keep the size of an image need.
+    """
+    kernel = shape[2:]
+    if not kernel:
+        return False
+    if _TRANSPOSED_WORD.search(layer):
+        return shape[1] > 1 and shape[0] % shape[1] == 0  # also in groups
+    return shape[0] == shape[1] and all(extent % 2 == 0 for extent in kernel)
 
 
 def _batchnorm(index: int, norm: BatchNorm) -> Node:

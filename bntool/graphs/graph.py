@@ -9,6 +9,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from bntool.errors import CorruptFileError
+from bntool.representation import list_first
 
 if TYPE_CHECKING:
     from bntool.checkpoints.tensors import Tensor
@@ -86,6 +87,7 @@ class Node:
             ``running_mean``, ``running_var``; ``factor`` or ``divisor`` of a linear map of each channel, one element
             for each or one for all).
         computed: roles that are given by a computed tensor, each with the names that it is computed from.
+        unexplained: names of further tensors of its module, where nothing tells what is computed with them.
         channels: number of output channels.
         elements: of its output, where that was seen.
         groups: of a convolution.
@@ -113,6 +115,7 @@ class Node:
     layer: str = ""
     parameters: Mapping[str, str] = field(default_factory=dict)
     computed: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    unexplained: tuple[str, ...] = ()
     channels: int = 0
     elements: int = 0
     groups: int = 1
@@ -135,6 +138,11 @@ class Node:
         if self.kind in (NodeKind.INPUT, NodeKind.OUTPUT):
             return f"the model's {name}"
         return f"{name} ({self.layer})" if self.layer else name
+
+    def describe_unexplained(self) -> str:
+        """Say for people that other tensors belong to the module, of which nothing tells what they are for."""
+        names = list_first(self.unexplained)
+        return f"{names} belong to {self.describe()}, too, and nothing tells what is computed with that"
 
 
 @dataclass(frozen=True)
