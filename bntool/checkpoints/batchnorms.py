@@ -63,13 +63,15 @@ def group_tensors(state_dict: StateDict) -> dict[str, dict[str, Tensor]]:
 
 
 _AFFINE = ("weight", "bias")
+_CALLED_OTHERWISE = {"weight": ("gamma", "scale"), "bias": ("beta", "shift", "offset")}
 
 
 def find_computed(layer: str, groups: Mapping[str, Mapping[str, Tensor]]) -> dict[str, tuple[str, ...]]:
     """Return weight or bias that is not in the file while what PyTorch computes it from is, with the names of that.
 
     Pruning, weight_norm and spectral_norm keep ``weight_orig``, ``weight_g`` and their like beside the tensors of a
-    module, a parametrization keeps ``parametrizations.weight.original`` below them.
+    module, a parametrization keeps ``parametrizations.weight.original`` below them. What code of one's own calls
+    ``gamma`` or ``scale`` counts, too: nothing tells that it is used as a weight is.
 
     Args:
         groups: the tensors of each module, see :func:`group_tensors`.
@@ -80,7 +82,9 @@ def find_computed(layer: str, groups: Mapping[str, Mapping[str, Tensor]]) -> dic
     for role in _AFFINE:
         if role not in own:
             below = f"{dotted}parametrizations.{role}"
-            names = [f"{dotted}{leaf}" for leaf in own if leaf.startswith(f"{role}_")]
+            names = [
+                f"{dotted}{leaf}" for leaf in own if leaf.startswith(f"{role}_") or leaf in _CALLED_OTHERWISE[role]
+            ]
             names += [f"{below}.{leaf}" for leaf in groups.get(below, ())]
             found |= {role: tuple(names)} if names else {}
     return found
@@ -95,9 +99,7 @@ _ADAPTERS = ("lora_", "hada_", "lokr_", "oft_", "boft_", "ia3_", "vera_")  # bes
 _WRAPPED = ("base_layer", "original_module")  # what peft calls a layer inside of what takes its place
 
 
-def find_unexplained(
-    layer: str, groups: Mapping[str, Mapping[str, Tensor]], norms: Collection[str]
-) -> tuple[str, ...]:
+def find_unexplained(layer: str, groups: Mapping[str, Mapping[str, Tensor]], norms: Collection[str]) -> tuple[str, ...]:
     """Return names of tensors of a module, or of its parts, that no convolution, linear or BatchNorm has by itself:
     nothing tells what its forward does with them.
 

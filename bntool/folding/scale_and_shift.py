@@ -174,16 +174,7 @@ def read_scale_and_shift(
             raise Blocked(SkipReason.NO_STATISTICS, "it has no running statistics")
     if any(call.training for call in calls):
         raise Blocked(SkipReason.TRAIN_MODE, "it normalises by batch statistics in eval mode too")
-    for role, sources in node.computed.items():
-        origin = f" from {', '.join(sources)}" if sources else ""
-        what = f"its {role} is computed{origin}"
-        if graph.evidence is Evidence.TRACED and not sources:
-            what = f"its {role} is no parameter or buffer that the model has before this forward"
-        elif not sources:
-            what = f"its {role} is no tensor of the file that could be read"
-        raise Blocked(SkipReason.COMPUTED_WEIGHT, what)
-    if node.unexplained:
-        raise Blocked(SkipReason.COMPUTED_WEIGHT, node.describe_unexplained())
+    _check_computed(node, graph)
     _check_uses(calls, graph)
     values = {role: read_parameter(name, state_dict) for role, name in node.parameters.items() if role in VECTORS}
     numbers = {role: numbers for role, numbers in values.items() if numbers is not None}
@@ -200,6 +191,24 @@ def read_scale_and_shift(
     (variance,) = read_numbers(stored)
     own = ScaleAndShift(node, dict(node.parameters), scale, shift, variance, eps, is_below_zero=lowest < 0)
     return _note_slices(own, calls, graph, numbers)
+
+
+def _check_computed(node: Node, graph: ModelGraph) -> None:
+    """Check that a BatchNorm takes the tensors of the file, and nothing else that is known.
+
+    Raises:
+        Blocked: one is computed, or more belongs to the module.
+    """
+    for role, sources in node.computed.items():
+        origin = f" from {', '.join(sources)}" if sources else ""
+        what = f"its {role} is computed{origin}"
+        if graph.evidence is Evidence.TRACED and not sources:
+            what = f"its {role} is no parameter or buffer that the model has before this forward"
+        elif not sources:
+            what = f"its {role} is no tensor of the file that could be read"
+        raise Blocked(SkipReason.COMPUTED_WEIGHT, what)
+    if node.unexplained:
+        raise Blocked(SkipReason.COMPUTED_WEIGHT, node.describe_unexplained())
 
 
 def _note_slices(

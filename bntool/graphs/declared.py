@@ -181,8 +181,8 @@ def _producer(index: int, state_dict: StateDict, layer: str, norm: BatchNorm, mo
         )
     if module is None and _may_be_transposed(layer, shape):
         raise RefusedError(
-            f"its weight {list(shape)} may be that of a convolution or of a transposed one, whose output channels lie on "
-            "the second axis: nothing in the file tells which; give --model",
+            f"its weight {list(shape)} may be that of a convolution or of a transposed one, whose output channels lie "
+            "on the second axis: nothing in the file tells which; give --model",
             tensor=layer,
         )
     return Node(

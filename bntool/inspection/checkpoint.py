@@ -335,7 +335,7 @@ def _inspect_layer(
         momentum=momentum,
         averages_all=layer.attributes.get("momentum", momentum) is None and "momentum" in layer.attributes,
         recalibrated=recalibrated,
-        computes_weight="weight" in layer.computed,
+        is_weight_unknown="weight" in layer.computed or "weight" in unread,
         thresholds=thresholds,
     )
     if unread:

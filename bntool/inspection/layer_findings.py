@@ -28,7 +28,7 @@ def find_in_layer(
     momentum: float | None = None,
     averages_all: bool = False,
     recalibrated: bool = False,
-    computes_weight: bool = False,
+    is_weight_unknown: bool = False,
     thresholds: Thresholds = DEFAULTS,
 ) -> list[Finding]:
     """Return the findings of one BatchNorm, from its tensors alone.
@@ -40,7 +40,7 @@ def find_in_layer(
             updates.
         averages_all: momentum is known to be None, PyTorch's plain average over all batches.
         recalibrated: the file records that its statistics were recomputed, so that the counter tells nothing.
-        computes_weight: the model computes the weight from tensors of other names, so that no scale is known.
+        is_weight_unknown: it has a weight that is not in the file or cannot be read, so that no scale is known.
     """
     findings = _shapes(tensors)
     if findings:
@@ -49,14 +49,14 @@ def find_in_layer(
     mean, variance = tensors.get("running_mean"), tensors.get("running_var")
     if mean is not None and variance is not None:
         eps = DEFAULT_EPS if eps is None else eps
-        weights = _list_weights(tensors, variance, known=not computes_weight)
+        weights = _list_weights(tensors, variance, known=not is_weight_unknown)
         findings += _variance(variance, weights, eps=eps, thresholds=thresholds)
         outlying = _outlying(mean, variance, thresholds)
         findings += outlying
         initial = _initial(mean, variance, tensors.get("num_batches_tracked"), thresholds)
         findings += initial
         hidden = {i for f in outlying if f.code is FindingCode.OUTLYING_VARIANCE for i in f.channels}
-        if not computes_weight:
+        if not is_weight_unknown:
             findings += _scale(tensors, variance, eps, hidden=hidden, thresholds=thresholds)
         findings += _half(mean, variance)
         findings += _bias(tensors, thresholds)

@@ -86,7 +86,7 @@ def _make_table(rows: Sequence[LayerRow], findings: Sequence[Line], *, pictures:
     drawn: list[tuple[Cell, ...] | Line] = []
     sick = sum(row.worst in (Severity.ERROR, Severity.WARNING) for row in rows)
     for at, row in enumerate(rows):
-        if at == sick and at:
+        if at == sick and (at or findings):  # findings may be about layers that have no row
             drawn += [*findings, line()]
         drawn.append(_make_row(row, said, variances[at], scales[at], ranges[at]))
     if sick == len(rows):

@@ -116,6 +116,8 @@ def list_scales(layer: LayerInspection) -> list[float]:
     variance, weight = layer.tensors.get("running_var"), layer.tensors.get("weight")
     if variance is None or "weight" in layer.layer.computed:
         return []
+    if weight is None and "weight" in layer.layer.tensors:  # it could not be read
+        return []
     if weight is not None and len(weight.values) != len(variance.values):
         return []
     eps = DEFAULT_EPS if layer.layer.eps is None else layer.layer.eps

@@ -14,6 +14,7 @@ from bntool.comparison.checkpoint import diff
 from bntool.inspection.findings import FindingCode, Severity
 from bntool.inspection.results import Inspection
 from bntool.inspection.verdict import Health
+from bntool.reports.layers import list_scales
 from tests.benchmarks.inspection import resnet50_state
 from tests.places import SAMPLES
 
@@ -95,3 +96,23 @@ def test_what_the_model_computes_is_not_judged(tmp_path: Path, role: str, how: s
     (layer,) = diff(tmp_path / "computed.pt", tmp_path / "moved.pt").layers
     assert layer.statistics is not None
     assert layer.scale_change is None  # of a scale that nobody knows
+
+
+@pytest.mark.parametrize(("role", "other"), [("weight", "gamma"), ("weight", "scale"), ("bias", "beta")])
+def test_what_is_called_otherwise_is_not_judged(tmp_path: Path, role: str, other: str) -> None:
+    tensors = torch.load(DIGITS)
+    called = {name.replace(f"bn2.{role}", f"bn2.{other}"): tensor for name, tensor in tensors.items()}
+    torch.save(called, tmp_path / "called.pt")
+    inspection = bntool.inspect(tmp_path / "called.pt")
+    assert inspection.verdict.health is Health.NOT_JUDGED
+    assert [finding.code for finding in inspection.state_dicts[0].findings] == [FindingCode.AFFINE_COMPUTED]
+
+
+def test_a_weight_that_cannot_be_read_gives_no_scale(tmp_path: Path) -> None:
+    tensors = torch.load(DIGITS)
+    tensors["bn1.weight"] = tensors["bn1.weight"].to("meta")
+    tensors["bn1.running_var"][0] = 1e-30  # with a weight of 1 its scale would be large
+    torch.save(tensors, tmp_path / "meta.pt")
+    layer = bntool.inspect(tmp_path / "meta.pt").state_dicts[0].layers[0]
+    assert not list_scales(layer)
+    assert not any("scale" in finding.code.value for finding in layer.findings)

@@ -38,3 +38,12 @@ def test_momentum_none_is_a_setting_and_not_unknown(tmp_path: Path, capsys: pyte
     assert "momentum" in heading
     assert " 0.1 " in first
     assert " None " in second
+
+
+def test_a_finding_on_a_layer_that_has_no_row_is_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Also where no layer that has one is sick."""
+    tensors = torch.load(SAMPLES / "digits.pt")
+    del tensors["layer1.0.bn1.running_var"]
+    torch.save(tensors, tmp_path / "lost.pt")
+    assert main(["inspect", str(tmp_path / "lost.pt")]) == 0
+    assert "! warning statistics-missing in layer1.0.bn1" in capsys.readouterr().out
