@@ -64,9 +64,9 @@ def _report_computed(norms: Sequence[BatchNorm]) -> list[Finding]:
         "inspect a file, and cannot say what it is"
     )
     advice = (
-        "torch.nn.utils.prune.remove, parametrize.remove_parametrizations and their like write it into the layer, bntool "
-        "convert --rename one that is only called otherwise; where it is to stay so, an [[ignore]] of affine-computed in "
-        "bntool.toml says so to a gate"
+        "torch.nn.utils.prune.remove, parametrize.remove_parametrizations and their like write it into the layer, "
+        "bntool convert --rename one that is only called otherwise; where it is to stay so, an [[ignore]] of "
+        "affine-computed in bntool.toml says so to a gate"
     )
     left_open = f"the {roles} of {list_first(names)}, which the model computes"
     return [
