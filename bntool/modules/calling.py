@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from collections.abc import Set as AbstractSet
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils._pytree import SUPPORTED_NODES, tree_leaves, tree_map
 
@@ -80,8 +82,45 @@ def copy_tensors(item: Any) -> Any:
     return map_tensors(Tensor.clone, item)
 
 
+class SecondCall(tuple[Any]):
+    """The inputs, its only item, of a call that follows one with the same inputs, both while gradients are recorded, of
+    the inputs too.
+    """
+
+    __slots__ = ()
+
+
+@contextlib.contextmanager
+def calling_before(model: nn.Module, inputs: Any) -> Iterator[Any]:
+    """Give what a model is called with; inside the context gradients are recorded if that is a :class:`SecondCall`,
+    and the first call is over.
+
+    What a backward pass would need is not kept, so that nothing outlives the forward because of it.
+    """
+    if not isinstance(inputs, SecondCall):
+        yield inputs
+        return
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(lambda _saved: None, _refuse_backward):
+        pass_inputs(model, map_tensors(_copy_with_gradients, inputs[0]))
+        yield map_tensors(_copy_with_gradients, inputs[0])
+
+
+def _copy_with_gradients(tensor: Tensor) -> Tensor:
+    """Copy a tensor; gradients are recorded for a floating one, which may be written to all the same."""
+    return tensor.detach().requires_grad_(tensor.is_floating_point()).clone()
+
+
+def _refuse_backward(_nothing: None) -> Tensor:
+    raise RuntimeError("there is no backward pass of a forward that is compared with another")
+
+
 def pass_inputs(model: nn.Module, inputs: Any) -> Any:
-    """Call a model with a tensor, a tuple of positional arguments, or a mapping of keyword arguments."""
+    """Call a model with a tensor, a tuple of positional arguments, a mapping of keyword arguments, or a
+    :class:`SecondCall` with one of these.
+    """
+    if isinstance(inputs, SecondCall):
+        with calling_before(model, inputs) as inner:
+            return pass_inputs(model, inner)
     if isinstance(inputs, Mapping):
         return model(**inputs)
     return model(*inputs) if isinstance(inputs, tuple) else model(inputs)

@@ -15,6 +15,7 @@ from torch.nn.utils import prune
 
 import bntool
 from bntool.errors import BntoolError, RefusedError
+from bntool.plan import SkipReason
 from tests.folding.folding_networks import Functional, fold, largest_difference
 
 
@@ -1098,3 +1099,35 @@ def test_data_that_leaves_torch_and_copies_of_it(forward, folds: int, why: str) 
     assert len(plan.folds) == folds
     assert largest_difference(model, after, x) < 1e-12
     assert all(why in skip.detail for skip in plan.skips)
+
+
+def its_largest_element(self, x):
+    return self.bn(self.conv(x)) * self.conv.weight.max().item()
+
+
+def its_elements_in_a_list(self, x):
+    return self.bn(self.conv(x)), torch.tensor(self.conv.weight.tolist())
+
+
+def a_copy_of_its_module(self, x):
+    return self.bn(self.conv(x)) + copy.deepcopy(self.conv)(x)
+
+
+def its_elements_out_of_sight(self, x):
+    return self.bn(self.conv(x)) * (self.conv.weight * 2).data.sum()
+
+
+@pytest.mark.parametrize(
+    ("forward", "reader"),
+    [
+        (its_largest_element, "_local_scalar_dense"),
+        (its_elements_in_a_list, "Tensor.tolist"),
+        (a_copy_of_its_module, "convolution"),
+        (its_elements_out_of_sight, "mul"),
+    ],
+)
+def test_a_weight_whose_elements_something_else_reads(forward, reader: str) -> None:
+    model = randomise(Functional(forward, conv=nn.Conv2d(3, 4, 3), bn=nn.BatchNorm2d(4)))
+    (skip,) = bntool.fold(model, torch.randn(2, 3, 7, 7, dtype=torch.float64)).plan.skips
+    assert skip.reason is SkipReason.REUSED
+    assert f"the weight of convolution (conv) is also used elsewhere: {reader}" in skip.detail

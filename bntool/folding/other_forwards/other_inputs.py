@@ -1,8 +1,9 @@
 """Inputs of another size and batch: a forward may take another way with them, and a fold has to hold there, too.
 
 A trace is proof for the forward that was seen. What is padded to a multiple of a window, or as TensorFlow pads, has no
-zeros beyond its border at one size and has some at another; a path may be for batches of one alone. So what is planned
-from the forward of one input is held against the plan from that of another, and what only one of them holds stays.
+zeros beyond its border at one size and has some at another; a path may be for batches of one alone, for calls after the
+first, or for those without gradients. So what is planned from the forward of one input is held against the plan from
+that of another, which is as unlike it as the model takes, and what only one of them holds stays.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from bntool.folding.planning import FoldPlan
 from bntool.graphs.graph import ModelGraph
 from bntool.graphs.traced.tracing import trace
 from bntool.modules.borrowing import borrow
-from bntool.modules.calling import call, tensors_in
+from bntool.modules.calling import SecondCall, call, map_tensors, tensors_in
 from bntool.plan import Skip, SkipReason
 from bntool.verification.outputs import find_outputs
 
@@ -32,57 +33,114 @@ _MORE = ((1, 3, 1), (32, 64, 32))
 
 
 def find_other_inputs(model: nn.Module, inputs: Any) -> list[Any]:
-    """Return an input of another batch, and of another size where the model takes one; made of the elements of what is
+    """Return inputs of another batch, and of another size where the model takes one; made of the elements of what is
     given.
+
+    The first of them is for a second call while gradients are recorded, with images in the memory format of channels
+    last, as far as the model takes that. Where several tensors are given, one more has tensors of unequal sizes.
 
     Args:
         model: given back as it was.
-        inputs: a tensor, or a tuple or dict of tensors with one batch axis; nothing is made of others.
+        inputs: what the model is called with, as :func:`~bntool.modules.calling.pass_inputs` takes it.
     """
-    with borrow(model), torch.no_grad():
+    with borrow(model) as borrowed, torch.no_grad():
         model.eval()
-        for other in _vary(inputs):
+
+        def runs(other: Any) -> bool:
             with contextlib.suppress(UserCodeError):
                 outputs = list(find_outputs(call(model, other)))
-                if all(bool(torch.isfinite(tensor).all()) for tensor in outputs):
-                    return [other]
-    return []
+                borrowed.reset()
+                return all(bool(torch.isfinite(tensor).all()) for tensor in outputs)
+            borrowed.reset()
+            return False
+
+        found = [next(filter(runs, candidates), None) for candidates in (_vary(inputs), _vary_apart(inputs))]
+        others = [other for other in found if other is not None] or [inputs]
+        calls = (SecondCall((map_tensors(_put_channels_last, others[0]),)), SecondCall((others[0],)))
+        first = next(filter(runs, calls), others[0])
+        return [one for one in (first, *others[1:]) if one is not inputs]
+
+
+def _put_channels_last(tensor: Tensor) -> Tensor:
+    return tensor.contiguous(memory_format=torch.channels_last) if tensor.ndim == 4 else tensor
 
 
 def _vary(inputs: Any) -> Iterator[Any]:
-    """Yield other inputs, those that tell most first."""
-    values = list(inputs.values()) if isinstance(inputs, Mapping) else inputs
-    values = [inputs] if isinstance(inputs, Tensor) else values
-    if not isinstance(values, list | tuple) or not isinstance(inputs, Tensor | tuple | Mapping):
+    """Yield other inputs, those that tell most first: all tensors with the same batch axis are changed alike."""
+    tensors = tensors_in(inputs)
+    leading = next((tensor for tensor in tensors if tensor.ndim > 1), None)
+    if leading is None or not leading.numel():
         return
-    tensors = [value for value in values if isinstance(value, Tensor)]
-    alike = len({len(tensor) if tensor.ndim > 1 else -1 for tensor in tensors}) == 1 and tensors[0].ndim > 1
-    nested = any(tensors_in(value) for value in values if not isinstance(value, Tensor))
-    if not alike or nested or not tensors[0].numel():
-        return
-    same = len(tensors[0])
+    same = len(leading)
     batch = 1 if same > 1 else 2
-    for more in _MORE if any(tensor.ndim > 2 for tensor in tensors) else ():
-        for count in (batch, same):
-            yield _map(inputs, partial(_resize, batch=count, more=dict(enumerate(more, start=2))))
+    mores = list(_MORE) if any(tensor.ndim > 2 for tensor in tensors) else []
+    changes = [(count, dict(enumerate(more, start=2))) for more in mores for count in (batch, same)]
     if any(tensor.ndim == 3 for tensor in tensors):  # tokens lie along the second axis
-        yield _map(inputs, partial(_resize, batch=batch, more={1: 1}))
-    yield _map(inputs, partial(_resize, batch=batch, more={}))
+        changes.append((batch, {1: 1}))
+    changes.append((batch, {}))
+    # a vector may have an element for each sample, or not
+    for least in (1, 2) if any(tensor.ndim == 1 and len(tensor) == same for tensor in tensors) else (1,):
+        for count, more in changes:
+            resize = partial(_resize, same=same, batch=count, more=more, least=least)
+            yield map_tensors(resize, inputs)
 
 
-def _map(inputs: Any, function: Callable[[Tensor], Tensor]) -> Any:
+def _vary_apart(inputs: Any) -> Iterator[Any]:
+    """Yield inputs whose tensors differ in size from each other, or of which lists have another length."""
+    sized = [tensor for tensor in tensors_in(inputs) if tensor.ndim > 2 and tensor.numel()]
+    recounted = _recount(inputs)
+    given = [inputs] if recounted is None else [recounted, inputs]
+    for other in given:
+        if len(sized) > 1 or other is recounted:
+            yield map_tensors(_grow_one_by_one(), other)
+    if recounted is not None:
+        yield recounted
+
+
+def _grow_one_by_one() -> Callable[[Tensor], Tensor]:
+    """Return a function that makes each image that it is given larger than the one before."""
+    seen: list[int] = []
+
+    def grow(tensor: Tensor) -> Tensor:
+        if tensor.ndim < 3:
+            return tensor
+        seen.append(3)
+        more = {tensor.ndim - 1: sum(seen), **({tensor.ndim - 2: sum(seen)} if tensor.ndim > 3 else {})}
+        return _resize(tensor, same=len(tensor), batch=len(tensor), more=more)
+
+    return grow
+
+
+def _recount(inputs: Any) -> Any:
+    """Return inputs whose lists and inner tuples of tensors have one tensor, or two where they have one; None where
+    there are none.
+    """
+    changed: list[bool] = []
+
     def change(value: Any) -> Any:
-        return function(value) if isinstance(value, Tensor) else value
+        if type(value) in (list, tuple) and value and all(isinstance(one, Tensor) for one in value):
+            changed.append(True)
+            return type(value)(value[:1] if len(value) > 1 else [value[0], value[0]])
+        return value
 
-    if isinstance(inputs, Tensor):
-        return function(inputs)
     if isinstance(inputs, Mapping):
-        return {name: change(value) for name, value in inputs.items()}
-    return tuple(map(change, inputs))
+        other: Any = {name: change(value) for name, value in inputs.items()}
+    elif isinstance(inputs, tuple):
+        other = tuple(map(change, inputs))
+    else:
+        other = change(inputs)
+    return other if changed else None
 
 
-def _resize(tensor: Tensor, *, batch: int, more: Mapping[int, int]) -> Tensor:
-    """Repeat elements from the beginning where there are too few; a matrix keeps its columns."""
+def _resize(tensor: Tensor, *, same: int, batch: int, more: Mapping[int, int], least: int = 1) -> Tensor:
+    """Repeat elements from the beginning where there are too few; a matrix keeps its columns.
+
+    Args:
+        same: the batch that there is; tensors with another one stay as they are.
+        least: how many axes a tensor has to have.
+    """
+    if tensor.ndim < least or not tensor.numel() or len(tensor) != same:
+        return tensor
     for axis in range(tensor.ndim):
         extent = batch if axis == 0 else tensor.shape[axis] + (more.get(axis, 0) if tensor.ndim > 2 else 0)
         if extent != tensor.shape[axis]:
@@ -107,16 +165,40 @@ def plan_alike(
         others: see :func:`find_other_inputs`.
     """
     first, missed = plan, dict[str, Skip]()
+
+    def narrow(plan: FoldPlan, other: ModelGraph, inputs: Any) -> FoldPlan:
+        while plan.steps and not _is_same(graph, other):
+            there = plan_layout(state_dict, other, plan.options, model=model)
+            if there.steps == plan.steps:
+                break
+            missed.update(_find_missed(plan, there, inputs))
+            plan = _plan_fewer(plan, there, state_dict, graph, model=model)
+        return plan
+
     for inputs in others:
         with contextlib.suppress(BntoolError):  # of the model, or of what cannot be followed there
-            other = trace(model, inputs)
-            while plan.steps and not _is_same(graph, other):
-                there = plan_layout(state_dict, other, plan.options, model=model)
-                if there.steps == plan.steps:
-                    break
-                missed.update(_find_missed(plan, there, inputs))
-                plan = _plan_fewer(plan, there, state_dict, graph, model=model)
+            other = _trace(model, inputs)
+            reasons = dict(missed)
+            fewer = narrow(plan, other, inputs)
+            if fewer is not plan and isinstance(inputs, SecondCall):  # what a first call does is said of the size
+                missed.clear()
+                missed.update(reasons)
+                with contextlib.suppress(BntoolError):
+                    plain = map_tensors(Tensor.contiguous, inputs[0])
+                    plan = narrow(plan, trace(model, plain), plain)
+                fewer = narrow(plan, other, inputs)
+            plan = fewer
     return plan if plan is first else _explain(first, plan, missed, graph)
+
+
+def _trace(model: nn.Module, inputs: Any) -> ModelGraph:
+    """Trace a model, by its first call where a second one cannot be followed."""
+    try:
+        return trace(model, inputs)
+    except BntoolError:
+        if not isinstance(inputs, SecondCall):
+            raise
+        return trace(model, inputs[0])
 
 
 def _is_same(graph: ModelGraph, other: ModelGraph) -> bool:
@@ -128,6 +210,9 @@ def _is_same(graph: ModelGraph, other: ModelGraph) -> bool:
 def _find_missed(plan: FoldPlan, there: FoldPlan, inputs: Any) -> Iterator[tuple[str, Skip]]:
     """Yield the layers whose fold another plan does not hold, with why."""
     where = f"with {' and '.join('x'.join(map(str, tensor.shape)) for tensor in tensors_in(inputs))} as input"
+    if isinstance(inputs, SecondCall):
+        is_dense = all(tensor.is_contiguous() for tensor in tensors_in(inputs))
+        where += f"{'' if is_dense else ' (channels last)'} of a second call that records gradients"
     skips = {skip.layer: skip for skip in there.skips}
     for fold in plan.folds:
         if fold in there.folds:
@@ -161,7 +246,7 @@ def _explain(first: FoldPlan, plan: FoldPlan, missed: Mapping[str, Skip], graph:
     folded = set(plan.layers)
     for fold in first.folds:
         if fold.layer not in folded:
-            why = "it needs a fold that does not hold for inputs of another size or batch"
+            why = "it needs a fold that does not hold for inputs of another size or batch, or for another call"
             skips.setdefault(fold.layer, Skip(fold.layer, SkipReason.DATA_DEPENDENT, why))
     order = [*graph.batchnorms, *skips]
     left = sorted((skip for layer, skip in skips.items() if layer not in folded), key=lambda s: order.index(s.layer))

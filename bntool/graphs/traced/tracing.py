@@ -36,7 +36,7 @@ from bntool.graphs.traced.tracked_tensors import TrackedTensors
 from bntool.models.user_code import describe_exception, find_calling_line
 from bntool.modules import calling
 from bntool.modules.borrowing import borrow
-from bntool.modules.calling import call, copy_tensors, map_leaves, tensors_in
+from bntool.modules.calling import call, calling_before, copy_tensors, map_leaves, tensors_in
 from bntool.modules.finding import find_wrapper_prefix, has_other_statistics, walk_modules
 
 _TORCH = str(Path(torch.__file__).parent)
@@ -49,7 +49,8 @@ def trace(model: nn.Module, inputs: Any, *, prefix: str | None = None) -> ModelG
 
     Args:
         model: the live model, with the tensors that it shall be traced with.
-        inputs: a tensor, a tuple of positional arguments, or a dict of keyword arguments; not changed.
+        inputs: a tensor, a tuple of positional arguments, a dict of keyword arguments, or a
+            :class:`~bntool.modules.calling.SecondCall`, of which the second is recorded; not changed.
         prefix: what names go without; None for that of wrappers.
 
     Raises:
@@ -66,12 +67,13 @@ def trace(model: nn.Module, inputs: Any, *, prefix: str | None = None) -> ModelG
     prefix = find_wrapper_prefix(model) if prefix is None else prefix
     with borrow(model), torch.no_grad():
         model.eval()
-        recorder = _Recorder(ParameterIndex(model, prefix))
-        copies = copy_tensors(inputs)
-        with recorder.observe(copies):
-            outputs = call(model, copies)
-        recorder.close(outputs, copies)
-        return recorder.finish()
+        with calling_before(model, inputs) as plain:
+            recorder = _Recorder(ParameterIndex(model, prefix))
+            copies = copy_tensors(plain)
+            with recorder.observe(copies):
+                outputs = call(model, copies)
+            recorder.close(outputs, copies)
+            return recorder.finish()
 
 
 # what hands elements to Python or to another library: no operations that a dispatch mode sees
@@ -232,7 +234,8 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def names_of(self, tensor: Tensor) -> frozenset[str]:
         """Return names of the parameters that a constant shows or was computed from."""
-        return (self.known.origin(tensor) or frozenset()) | self.index.touching(tensor)
+        origin = self.known.origin(tensor)
+        return (self.known.hidden_origin(tensor) if origin is None else origin) | self.index.touching(tensor)
 
     def give_fresh_labels(
         self, node: Node, tensors: Sequence[Tensor], *, axis: int, place: tuple[int, int] | None = None
@@ -328,6 +331,8 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Note that elements of a tensor leave torch by one of its methods."""
         if self.labels_of(tensor) is not None:
             self.record_branch(f"Tensor.{how}")
+        elif names := self.names_of(tensor):
+            self.reads.use(self.add_node(NodeKind.OTHER, f"Tensor.{how}").index, names)
 
     def record_size_read(self, tensor: Tensor) -> None:
         """Note that Python has looked at the size of a tensor."""
@@ -347,7 +352,8 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Record a call that does not depend on the input."""
         names = frozenset().union(*map(self.names_of, given))
         changed = frozenset().union(*map(self.index.touching, mutated))
-        if mutated and (names or changed):  # a parameter is written, or to where its tracks end
+        looks = operators.name_of(function) in operators.VALUE_READS
+        if (mutated or looks) and (names or changed):  # a parameter is written, or to where its tracks end
             self.reads.use(self.add_node(NodeKind.OTHER, str(function.overloadpacket)).index, names | changed)
         for tensor in (*outputs, *mutated):
             self.known.set_constant(tensor, names)

@@ -21,11 +21,14 @@ def _by_tensor() -> Any:
 
 @dataclass
 class _Storage:
-    """A storage that was seen; ``reference`` keeps it alive, so that its number is not reused."""
+    """A storage that was seen, and the parameters that constants in it come from; ``reference`` keeps it alive, so that
+    its number is not reused.
+    """
 
     reference: Any
     tensors: Any = field(default_factory=_by_tensor)
     labels: list[Tensor] = field(default_factory=list)
+    names: frozenset[str] = frozenset()
 
 
 class TrackedTensors:
@@ -54,6 +57,11 @@ class TrackedTensors:
         storage = self._storages.get(storage_key(tensor))
         return () if storage is None else storage.labels
 
+    def hidden_origin(self, tensor: Tensor) -> frozenset[str]:
+        """Return the parameters that an unknown tensor may come from because its storage is known."""
+        storage = self._storages.get(storage_key(tensor))
+        return frozenset() if storage is None else storage.names
+
     def set_labels(self, tensor: Tensor, labels: Tensor) -> None:
         """Note that a tensor was computed, and its labels."""
         self._labels[tensor] = labels
@@ -65,7 +73,7 @@ class TrackedTensors:
     def set_constant(self, tensor: Tensor, names: frozenset[str]) -> None:
         """Note that a tensor depends on these parameters alone."""
         self._constants[tensor] = names
-        self._storage_of(tensor)  # a later write into a view of it has to be seen here too
+        self._storage_of(tensor).names |= names  # a later write into a view of it has to be seen here too
 
     def set_sized_by_values(self, tensor: Tensor) -> None:
         """Note that the shape of a tensor depends on values of the data."""

@@ -14,6 +14,7 @@ from bntool.errors import BntoolError, VerificationError
 from bntool.folding import live
 from bntool.folding.other_forwards import other_inputs
 from bntool.folding.other_forwards.other_inputs import find_other_inputs
+from bntool.modules.calling import SecondCall
 from tests.folding.folding_networks import Functional, largest_difference, randomise, reasons
 
 EXACT = 1e-9
@@ -141,21 +142,122 @@ def test_other_inputs_are_what_the_model_takes() -> None:
     def of_two(self, x, scale):
         return self.stem(x) * scale[:, None, None, None]
 
-    def nothing(self, x):
+    def only_once(self, x):
         assert len(x) == 2
         assert x.shape[2:] == (16, 16)
+        assert not hasattr(self, "done")
+        self.done = True
         return self.stem(x)
 
     def shapes(forward, inputs):
-        given = find_other_inputs(build(forward), inputs)
+        found = find_other_inputs(build(forward), inputs)
+        given = [other[0] if isinstance(other, SecondCall) else other for other in found]
         return [[tuple(one.shape) for one in (other if isinstance(other, tuple) else (other,))] for other in given]
 
     assert shapes(fixed, image()) == [[(1, 3, 16, 16)]]
     assert shapes(fixed, image(1)) == [[(2, 3, 16, 16)]]
     assert shapes(in_steps_of_32, image(2, 64, 32)) == [[(1, 3, 96, 96)]]
-    assert shapes(of_two, (image(), torch.ones(2, 1, dtype=torch.float64)[:, 0])) == []
-    assert shapes(nothing, image()) == []
-    assert shapes(nothing, [image()]) == []
+    assert shapes(of_two, (image(), torch.ones(2, 1, dtype=torch.float64)[:, 0]))[0] == [(1, 3, 17, 19), (1,)]
+    assert shapes(only_once, image()) == []
+
+
+def at_first(self, x):
+    x, first = self.stem(x), not hasattr(self, "done")
+    self.done = True
+    return torch.sigmoid(self.bn(x) if first else x)
+
+
+def counted_in_a_buffer(self, x):
+    self.count += 1
+    return torch.sigmoid(self.bn(self.stem(x)) if self.count < 2 else self.stem(x))
+
+
+def without_gradients(self, x):
+    return torch.sigmoid(self.stem(x) if torch.is_grad_enabled() else self.bn(self.stem(x)))
+
+
+def without_gradients_of_the_input(self, x):
+    return torch.sigmoid(self.stem(x) if x.requires_grad else self.bn(self.stem(x)))
+
+
+def with_channels_second(self, x):
+    return torch.sigmoid(self.bn(self.stem(x)) if x.is_contiguous() else self.stem(x))
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [at_first, counted_in_a_buffer, without_gradients, without_gradients_of_the_input, with_channels_second],
+)
+def test_a_fold_that_does_not_hold_for_a_second_call_or_with_gradients_is_left_out(forward) -> None:
+    model = build(forward)
+    model.register_buffer("count", torch.zeros(()))
+    result = bntool.fold(model, image())
+    assert reasons(result.plan) == {"bn": "NEVER_REACHED"}
+    assert " (channels last) of a second call that records gradients: it did not run" in result.plan.skips[0].detail
+    for one in (model, result.model):
+        one(image())
+    last = image().contiguous(memory_format=torch.channels_last).requires_grad_()
+    torch.testing.assert_close(result.model(last), model(last), rtol=0, atol=EXACT)
+
+
+def test_gradients_and_further_calls_that_decide_nothing_are_no_hindrance() -> None:
+    def forward(self, x):
+        x = torch.utils.checkpoint.checkpoint(self.stem, x, use_reentrant=False)
+        x.mul_(2)
+        self.cache = getattr(self, "cache", torch.ones(1, 6, 1, 1, dtype=x.dtype))
+        return torch.sigmoid(self.bn(x)) * self.cache
+
+    model = build(forward)
+    result = bntool.fold(model, image())
+    assert result.plan.layers == ("bn",)
+    assert isinstance(find_other_inputs(model, image())[0], SecondCall)
+    assert largest_difference(model, result.model, image(1, 17, 19)) < EXACT
+
+
+def of_a_list(self, images):
+    features = [self.stem(one) for one in images]
+    return torch.sigmoid(self.bn(features[0])) if len(images) > 1 else features[0].sigmoid()
+
+
+def of_a_nest(self, nest):
+    x = self.stem(nest["image"])
+    return torch.sigmoid(self.bn(x) if len(x) > 1 else x)
+
+
+def of_equal_images(self, one, other):
+    x, y = self.stem(one), self.stem(other)
+    return torch.sigmoid(self.bn(x) if x.shape == y.shape else x) + y.mean()
+
+
+def beside_a_vector(self, x, times):
+    x = self.stem(x)
+    return torch.sigmoid(self.bn(x) if len(x) > 1 else x) * times.reshape(-1, 1, 1, 1)
+
+
+def beside_boxes(self, x, boxes):
+    x = self.stem(x)
+    return torch.sigmoid(self.bn(x) if len(x) > 1 else x), boxes @ boxes.T
+
+
+@pytest.mark.parametrize(
+    ("forward", "given", "other"),
+    [
+        (of_a_list, ([image(), image()],), ([image()],)),
+        (of_a_list, ((image(), image(2, 8)),), ((image(),),)),
+        (of_a_nest, ({"image": image()},), ({"image": image(1)},)),
+        (of_equal_images, (image(), image()), (image(), image(2, 20, 24))),
+        (beside_a_vector, (image(), torch.tensor(2.0)), (image(1), torch.tensor(2.0))),
+        (beside_a_vector, (image(), torch.ones(1)), (image(1), torch.ones(1))),
+        (beside_a_vector, (image(), torch.ones(2)), (image(1), torch.ones(1))),
+        (beside_boxes, (image(), image()[0, 0, :3]), (image(1), image()[0, 0, :3])),
+    ],
+)
+def test_inputs_in_nests_and_beside_others_are_varied(forward, given, other) -> None:
+    model = build(forward)
+    result = bntool.fold(model, given)
+    assert list(reasons(result.plan)) == ["bn"]
+    for inputs in (given, other):
+        assert largest_difference(model, result.model, inputs) < EXACT
 
 
 def nonzero(x):
