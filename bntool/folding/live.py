@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -131,7 +132,7 @@ def fold(  # noqa: PLR0913 as many as the command has options
         return FoldResult(copy_model(model), plan, None)
     others = find_other_inputs(model, inputs)
     if graph.evidence is Evidence.TRACED and layout is not Layout.DEPLOY:
-        plan = plan_alike(plan, state, graph, model=model, others=others)
+        plan = plan_alike(plan, state, graph, model=model, others=others, trace_again=partial(trace, model))
         if not plan.steps:
             return FoldResult(copy_model(model), plan, None)
     proof = prove(model, plan, graph, state, inputs=[inputs], others=others, tolerance=tolerance)

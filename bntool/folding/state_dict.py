@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 from bntool.checkpoints.application import apply_plan, skip_not_understood
@@ -28,7 +28,7 @@ from bntool.folding.weight_ranges import (
 from bntool.graphs.architectures.recognition import Architecture
 from bntool.graphs.declared import suggest_pairs
 from bntool.graphs.graph import Evidence, ModelGraph, NodeKind
-from bntool.graphs.sources import Knowledge, build_graph
+from bntool.graphs.sources import Knowledge, build_graph, trace_as_named
 from bntool.plan import RemoveEntry
 from bntool.progress import OnProgress, Progress, ignore
 from bntool.representation import html_repr, repr_of_change
@@ -234,7 +234,8 @@ def _hold_for_others(
 
     others = find_other_inputs(model, inputs)
     if graph.evidence is Evidence.TRACED and plan.layout is not Layout.DEPLOY:
-        plan = plan_alike(plan, state_dict, graph, model=model, others=others)
+        trace_again = partial(trace_as_named, state_dict, model)
+        plan = plan_alike(plan, state_dict, graph, model=model, others=others, trace_again=trace_again)
     return plan, others
 
 

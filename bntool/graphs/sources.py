@@ -65,13 +65,16 @@ def _declare(known: Knowledge) -> ModelGraph | None:
 
 
 def _trace(known: Knowledge) -> ModelGraph | None:
-    if known.model is None:
-        return None
+    return None if known.model is None else trace_as_named(known.state_dict, known.model, known.inputs)
+
+
+def trace_as_named(state_dict: StateDict, model: nn.Module, inputs: Any) -> ModelGraph:
+    """Trace a model, and call its modules as a state dict does; see :func:`~bntool.graphs.traced.tracing.trace`."""
     from bntool.graphs.traced.tracing import trace
     from bntool.modules.finding import find_name_prefix
 
-    prefix = find_name_prefix(known.model, map(known.state_dict.strip, known.state_dict.tensors))
-    return trace(known.model, known.inputs, prefix=prefix)
+    prefix = find_name_prefix(model, map(state_dict.strip, state_dict.tensors))
+    return trace(model, inputs, prefix=prefix)
 
 
 def read_stored_graph(checkpoint: Checkpoint) -> ModelGraph | None:

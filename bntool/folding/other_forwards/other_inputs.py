@@ -22,7 +22,6 @@ from bntool.errors import BntoolError, UserCodeError
 from bntool.folding.layouts import plan_layout
 from bntool.folding.planning import FoldPlan
 from bntool.graphs.graph import ModelGraph
-from bntool.graphs.traced.tracing import trace
 from bntool.modules.borrowing import borrow
 from bntool.modules.calling import SecondCall, call, map_tensors, tensors_in
 from bntool.plan import Skip, SkipReason
@@ -156,6 +155,7 @@ def plan_alike(
     *,
     model: nn.Module,
     others: Sequence[Any],
+    trace_again: Callable[[Any], ModelGraph],
 ) -> FoldPlan:
     """Return a plan without the folds that do not hold for other inputs.
 
@@ -163,6 +163,7 @@ def plan_alike(
         plan: what the traced graph holds.
         model: given back as it was.
         others: see :func:`find_other_inputs`.
+        trace_again: gives the graph for other inputs, with the names of the first one.
     """
     first, missed = plan, dict[str, Skip]()
 
@@ -177,7 +178,7 @@ def plan_alike(
 
     for inputs in others:
         with contextlib.suppress(BntoolError):  # of the model, or of what cannot be followed there
-            other = _trace(model, inputs)
+            other = _trace(inputs, trace_again)
             reasons = dict(missed)
             fewer = narrow(plan, other, inputs)
             if fewer is not plan and isinstance(inputs, SecondCall):  # what a first call does is said of the size
@@ -185,20 +186,20 @@ def plan_alike(
                 missed.update(reasons)
                 with contextlib.suppress(BntoolError):
                     plain = map_tensors(Tensor.contiguous, inputs[0])
-                    plan = narrow(plan, trace(model, plain), plain)
+                    plan = narrow(plan, trace_again(plain), plain)
                 fewer = narrow(plan, other, inputs)
             plan = fewer
     return plan if plan is first else _explain(first, plan, missed, graph)
 
 
-def _trace(model: nn.Module, inputs: Any) -> ModelGraph:
+def _trace(inputs: Any, trace_again: Callable[[Any], ModelGraph]) -> ModelGraph:
     """Trace a model, by its first call where a second one cannot be followed."""
     try:
-        return trace(model, inputs)
+        return trace_again(inputs)
     except BntoolError:
         if not isinstance(inputs, SecondCall):
             raise
-        return trace(model, inputs[0])
+        return trace_again(inputs[0])
 
 
 def _is_same(graph: ModelGraph, other: ModelGraph) -> bool:
