@@ -60,6 +60,11 @@ _CLASS_KINDS = (
 FUSED_ACTIVATION_CLASSES = ("InplaceAbn", "InPlaceABN")  # their normalisation is in a function that is not torch's
 
 
+def takes_magnitude(class_path: str) -> bool:
+    """Return whether layers of a class scale by (abs(weight) + eps) / sqrt(running_var + eps), as inplace_abn does."""
+    return class_path.rpartition(".")[2].startswith(FUSED_ACTIVATION_CLASSES)
+
+
 def find_class_kind(name: str) -> NormKind | None:
     """Return the kind of normalisation of a class, by its name without modules; None for a class that is not known."""
     if name == "BN":  # of forks of Caffe

@@ -37,6 +37,7 @@ from bntool.plan import Averaged, Operation, Plan, SetTensor, Values
 from bntool.representation import html_repr, repr_of_change
 
 _AVERAGED = (FLOAT64, FLOAT32, FLOAT16, BFLOAT16)
+_MASK, _PRUNED = "_mask", "_orig"  # of torch.nn.utils.prune
 _COUNTER = "num_batches_tracked"
 _SHOWN = 3  # names that a refusal lists
 
@@ -218,6 +219,7 @@ def _plan_average(
     for name in names:
         if name not in of_statistics:
             tensors = [one.tensor(name) for one in chosen]
+            _check_mask(tensors, name, names, sources)
             step = _plan_tensor(name, tensors, weights, is_counter=name in counters)
             if step is not None:
                 steps.append(step)
@@ -347,6 +349,23 @@ def _summarize(name: str, pooled: PooledStatistics) -> PooledLayer:
     return PooledLayer(name, float(pooled.between[between]), between, float(pooled.ratio[ratio]), ratio)
 
 
+def _check_mask(tensors: Sequence[Tensor], name: str, names: Sequence[str], checkpoints: Sequence[Checkpoint]) -> None:
+    """Refuse a mask of torch.nn.utils.prune that differs: weights are products with it, whose average is no product of
+    averages.
+
+    Raises:
+        RefusedError: it does.
+    """
+    if not name.endswith(_MASK) or name.removesuffix(_MASK) + _PRUNED not in names:
+        return
+    for tensor, checkpoint in zip(tensors, checkpoints, strict=True):
+        if not _are_equal(tensors[0], tensor):
+            message = (
+                "the files are pruned in different places, and a product with an average of masks would be neither"
+            )
+            raise RefusedError(f"{message}: torch.nn.utils.prune.remove first", path=checkpoint.path, tensor=name)
+
+
 def _check_whole_numbers(tensors: Sequence[Tensor], name: str, checkpoints: Sequence[Checkpoint]) -> None:
     """Refuse a tensor that differs between the files and is neither averaged nor taken from the first.
 
@@ -358,6 +377,9 @@ def _check_whole_numbers(tensors: Sequence[Tensor], name: str, checkpoints: Sequ
         if not is_whole and not _can_be_averaged(tensor):
             what = (isinstance(tensor, StoredTensor) and tensor.wrapper) or f"{tensor.dtype}"
             message = f"{what} tensors are not averaged, and the files differ"
+            raise RefusedError(message, path=checkpoint.path, tensor=name)
+        if len(tensor.shape) > 1:  # quantised weights, or masks
+            message = f"{tensor.dtype} of {len(tensor.shape)} axes are not averaged, and the files differ"
             raise RefusedError(message, path=checkpoint.path, tensor=name)
     kinds = dict.fromkeys(str(tensor.dtype) for tensor in tensors)
     if any(tensor.dtype.is_floating for tensor in tensors):

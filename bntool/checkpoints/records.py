@@ -62,6 +62,18 @@ def find_recorded_eps(history: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     return {name: eps for name, eps in found.items() if isinstance(eps, float)}
 
 
+def find_recorded_classes(history: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Return the path of the class of each layer, as the last conversion that knew it recorded."""
+    from bntool.plan import Operation
+
+    found: dict[str, Any] = {}
+    for record in history:
+        modules = record.get("modules")
+        if record.get("operation") == Operation.CONVERT.value and isinstance(modules, dict):
+            found.update({name: facts.get("class") for name, facts in modules.items() if isinstance(facts, dict)})
+    return {name: path for name, path in found.items() if isinstance(path, str)}
+
+
 def check_not_folded(history: Sequence[Mapping[str, Any]], path: object) -> None:
     """Refuse a file that a fold took BatchNorms out of: it fits the folded model only.
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from bntool.batchnorm import BatchNorm, NormKind
+from bntool.batchnorm import BatchNorm, NormKind, takes_magnitude
 from bntool.checkpoints.dtypes import decode_numbers, encode_numbers
 from bntool.checkpoints.tensors import has_elements, read_bytes, read_number, read_numbers
 from bntool.conversion.options import FrozenKind
@@ -74,6 +74,9 @@ def plan_frozen_batchnorm(
             skips.append(Skip(layer.name, SkipReason.NOT_AFFINE, f"it has no {' and no '.join(absent)}"))
             continue
         module = recorded.get(layer.name, {})
+        if takes_magnitude(layer.class_path or str(module.get("class", ""))):
+            skips.append(Skip(layer.name, SkipReason.NOT_RECOGNISED, "it takes the magnitude of its weight, plus eps"))
+            continue
         own = _eps_of(layer, module, eps)
         facts: dict[str, Any] = {**module, "eps": own, "version": layer.version}
         if _COUNTER in layer.tensors:

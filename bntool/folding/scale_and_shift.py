@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from bntool.batchnorm import STATISTICS, VECTORS
+from bntool.batchnorm import STATISTICS, VECTORS, takes_magnitude
 from bntool.checkpoints.checkpoint import StateDict
 from bntool.checkpoints.dtypes import FLOAT32
 from bntool.checkpoints.tensors import LiteralTensor, read_numbers
@@ -207,6 +207,8 @@ def _check_computed(node: Node, graph: ModelGraph) -> None:
         elif not sources:
             what = f"its {role} is no tensor of the file that could be read"
         raise Blocked(SkipReason.COMPUTED_WEIGHT, what)
+    if takes_magnitude(node.class_name):
+        raise Blocked(SkipReason.NOT_RECOGNISED, f"{node.class_name} takes the magnitude of its weight, plus eps")
     if node.unexplained:
         raise Blocked(SkipReason.COMPUTED_WEIGHT, node.describe_unexplained())
 

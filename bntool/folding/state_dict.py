@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from bntool.checkpoints.application import apply_plan, skip_not_understood
 from bntool.checkpoints.checkpoint import Checkpoint, StateDict, check_changeable
-from bntool.checkpoints.records import find_recorded_eps, make_record
+from bntool.checkpoints.records import find_recorded_classes, find_recorded_eps, make_record
 from bntool.errors import RefusedError, UsageError
 from bntool.folding.deploy.named_blocks import assume_blocks
 from bntool.folding.layouts import plan_layout
@@ -261,15 +261,22 @@ def _find_graph(known: Knowledge, on_progress: OnProgress, *, layout: Layout) ->
 
         return add_eps(graph, known.model)
     if graph.evidence is Evidence.DECLARED and known.checkpoint is not None:
-        return _add_recorded_eps(graph, find_recorded_eps(known.checkpoint.records.get(known.state_dict.key, ())))
+        return _add_recorded(graph, known.checkpoint.records.get(known.state_dict.key, ()))
     return graph
 
 
-def _add_recorded_eps(graph: ModelGraph, recorded: Mapping[str, float]) -> ModelGraph:
-    """Add the eps of records: statistics that were folded, or made to fit another eps, are right with that one only."""
+def _add_recorded(graph: ModelGraph, history: Sequence[Mapping[str, Any]]) -> ModelGraph:
+    """Add the eps of records, since statistics that were folded, or made to fit another eps, are right with that one
+    only; and the classes that BatchNorms had.
+    """
+    eps, classes = find_recorded_eps(history), find_recorded_classes(history)
     nodes = (
-        dataclasses.replace(node, eps=recorded.get(node.layer))
-        if node.kind is NodeKind.BATCH_NORM and node.eps is None
+        dataclasses.replace(
+            node,
+            eps=eps.get(node.layer) if node.eps is None else node.eps,
+            class_name=node.class_name or classes.get(node.layer, "").rpartition(".")[2],
+        )
+        if node.kind is NodeKind.BATCH_NORM
         else node
         for node in graph.nodes
     )

@@ -7,11 +7,13 @@ themselves.
 
 from __future__ import annotations
 
+import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
+from typing import Any
 
 from bntool.batchnorm import BatchNorm, NormKind, check_globs, selects
 from bntool.checkpoints.application import apply_plan, skip_not_understood
@@ -19,7 +21,7 @@ from bntool.checkpoints.batchnorms import find_batchnorms
 from bntool.checkpoints.checkpoint import Checkpoint, StateDict, check_changeable
 from bntool.checkpoints.descriptions import describe_model, save_with_description
 from bntool.checkpoints.formats import open_checkpoint
-from bntool.checkpoints.records import check_not_folded, make_record
+from bntool.checkpoints.records import check_not_folded, find_recorded_classes, find_recorded_eps, make_record
 from bntool.checkpoints.saving import check_output
 from bntool.checkpoints.state_dicts import choose_state_dict
 from bntool.checkpoints.tensors import StoredTensor
@@ -248,6 +250,7 @@ def plan_freeze(  # noqa: PLR0913 each is an option of the command
     steps: list[Step] = []
     assumptions: tuple[str, ...] = ()
     if form is FreezeForm.CONSTANT:
+        concerned = _add_recorded(concerned, checkpoint.records.get(source.key, ()))
         if eps is None:
             known, assumptions = assume_eps(source, concerned)
             concerned = list(known)
@@ -308,6 +311,19 @@ def _find_carrier(checkpoint: Checkpoint, *, form: FreezeForm, for_file: bool) -
             )
         return Carrier.NET
     return Carrier.LAYERS if checkpoint.format.trains_whole_layers else Carrier.RECORD
+
+
+def _add_recorded(layers: Sequence[BatchNorm], history: Sequence[Mapping[str, Any]]) -> list[BatchNorm]:
+    """Return the layers with the eps that their tensors belong to, and their class, where bntool recorded these."""
+    eps, classes = find_recorded_eps(history), find_recorded_classes(history)
+    return [
+        dataclasses.replace(
+            layer,
+            eps=eps.get(layer.name) if layer.eps is None else layer.eps,
+            class_path=layer.class_path or classes.get(layer.name, ""),
+        )
+        for layer in layers
+    ]
 
 
 def _switch(

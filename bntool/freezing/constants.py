@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from bntool.batchnorm import VECTORS, BatchNorm, scale_and_shift
+from bntool.batchnorm import VECTORS, BatchNorm, scale_and_shift, takes_magnitude
 from bntool.checkpoints.dtypes import decode_numbers, encode_numbers
 from bntool.checkpoints.tensors import Tensor, has_elements, read_numbers
 from bntool.errors import CorruptFileError, RefusedError, UsageError
@@ -32,6 +32,9 @@ def plan_constant(layers: Sequence[BatchNorm], *, eps: float | None) -> tuple[li
     for layer in layers:
         if "fixed" in layer.attributes:
             skips.append(Skip(layer.name, SkipReason.COMPUTED_WEIGHT, str(layer.attributes["fixed"])))
+            continue
+        if takes_magnitude(layer.class_path):
+            skips.append(Skip(layer.name, SkipReason.NOT_RECOGNISED, "it takes the magnitude of its weight, plus eps"))
             continue
         own = _eps_of(layer, eps)
         outcome = _fold(layer, own)

@@ -214,4 +214,5 @@ def _batchnorm(index: int, norm: BatchNorm) -> Node:
         computed=norm.computed,
         channels=norm.num_features or 0,
         eps=norm.eps,
+        class_name=norm.class_path.rpartition(".")[2],
     )

@@ -114,6 +114,24 @@ def test_counters_are_the_largest_and_other_whole_numbers_are_named(tmp_path: Pa
     assert result.kept == ("steps",)
 
 
+@pytest.mark.parametrize(
+    ("name", "tensors"),
+    [
+        ("conv.weight", [torch.ones(2, 2, dtype=torch.int8), torch.zeros(2, 2, dtype=torch.int8)]),  # times its scale
+        ("mask", [torch.eye(2, dtype=torch.bool), torch.ones(2, 2, dtype=torch.bool)]),
+        ("conv.weight_mask", [torch.eye(2), torch.ones(2, 2)]),
+    ],
+)
+def test_what_is_no_number_by_itself_is_not_averaged(tmp_path: Path, name: str, tensors: list[torch.Tensor]) -> None:
+    """Quantised weights are numbers with their scale, pruned ones with their mask."""
+    for number, tensor in enumerate(tensors):
+        others = {"conv.weight_orig": torch.rand(2, 2), **nn.BatchNorm1d(2).state_dict()}
+        torch.save({**others, name: tensor}, tmp_path / f"{number}.pt")
+    with pytest.raises(RefusedError, match=name):
+        bntool.average_checkpoints([tmp_path / "0.pt", tmp_path / "1.pt"], tmp_path / "out.pt")
+    assert not (tmp_path / "out.pt").exists()
+
+
 def test_statistics_of_one_file(models: list[nn.Sequential], tmp_path: Path) -> None:
     paths = save(models, tmp_path)
     result = bntool.average_checkpoints(paths[:2], tmp_path / "out.pt", statistics_from=paths[2])

@@ -9,6 +9,7 @@ import torch
 from bntool.checkpoints.application import apply_plan
 from bntool.checkpoints.formats import open_checkpoint
 from bntool.checkpoints.saving import save_checkpoint
+from bntool.cli.main import main
 from bntool.errors import RefusedError, UsageError
 from bntool.freezing.checkpoint import Carrier, plan_freeze
 from bntool.freezing.live import apply_freeze, unfreeze
@@ -250,3 +251,36 @@ def test_code_for_mmdet_says_what_it_takes_the_file_for(names, conditional, tmp_
     scope = {}
     exec(code, scope)
     assert scope["model"] == {"backbone": {"norm_eval": True}}
+
+
+class InPlaceABN(torch.nn.BatchNorm2d):
+    """As inplace_abn's: y = leaky_relu((|weight| + eps) (x - mean) / sqrt(var + eps) + bias)."""
+
+
+def test_inplace_abn_takes_the_magnitude_of_its_weight(tmp_path):
+    """A shift computed from a negative weight would be another one; the class is recorded with the tensors."""
+    layer = InPlaceABN(2)
+    torch.nn.init.constant_(layer.weight, -1)
+    torch.save(torch.nn.Sequential(torch.nn.Conv2d(2, 2, 1), layer), tmp_path / "module.pt")
+    assert main(["convert", str(tmp_path / "module.pt"), "--to", "torch", "-o", str(tmp_path / "tensors.pt")]) == 0
+    for name in ("module.pt", "tensors.pt"):
+        with open_checkpoint(tmp_path / name) as checkpoint:
+            plan = plan_freeze(checkpoint, form=FreezeForm.CONSTANT).plan
+        assert [skip.reason for skip in plan.skips] == [SkipReason.NOT_RECOGNISED]
+    out = ["-o", str(tmp_path / "out.pt")]
+    assert main(["convert", str(tmp_path / "tensors.pt"), "--to", "frozen-batchnorm", *out]) == 4
+    assert main(["fold", str(tmp_path / "tensors.pt"), "--pair", "0=1", *out]) == 4
+    assert not (tmp_path / "out.pt").exists()
+
+
+def test_the_recorded_eps_is_the_one_of_constants(tmp_path):
+    layer = torch.nn.BatchNorm2d(2, eps=0.01)
+    torch.save(layer, tmp_path / "module.pt")
+    assert main(["convert", str(tmp_path / "module.pt"), "--to", "torch", "-o", str(tmp_path / "tensors.pt")]) == 0
+    with open_checkpoint(tmp_path / "tensors.pt") as checkpoint, pytest.raises(UsageError, match="contradicts"):
+        plan_freeze(checkpoint, form=FreezeForm.CONSTANT, eps=1e-5)
+    freeze_file(tmp_path / "tensors.pt", tmp_path / "constant.pt", form=FreezeForm.CONSTANT)
+    data = torch.rand(1, 2, 3, 3)
+    expected = layer.eval()(data)
+    layer.load_state_dict(torch.load(tmp_path / "constant.pt", weights_only=True))
+    torch.testing.assert_close(layer(data), expected)
