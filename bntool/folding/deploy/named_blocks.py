@@ -43,7 +43,10 @@ class _Graph:
         layers = [*(weight.removesuffix(".weight") for weight in weights), *norms]
         # what stands beside these, as pruning's weight_orig, says that more is computed than they are
         known = {f"{layer}.{role}" for layer in layers for role in ROLES}
-        if len(weights) != 2 or len(norms) != 2 + identical or not known.issuperset(inside):
+        # and so does a parameter of the block itself, as a factor of a branch
+        start = f"{block.module}." if block.module else ""
+        has_own = bool(start) and any(name.startswith(start) and "." not in name[len(start) :] for name in self.shapes)
+        if len(weights) != 2 or len(norms) != 2 + identical or not known.issuperset(inside) or has_own:
             return False
         dense, point = sorted((self.shapes[weight] for weight in weights), key=lambda shape: -shape[2])
         outputs, inputs, *kernel = dense

@@ -167,12 +167,14 @@ def test_biases_of_convolutions_in_assumed_blocks_count(tmp_path) -> None:
         torch.testing.assert_close(folded(image()), model(image()), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("how", ["pruned", "parametrized"])
+@pytest.mark.parametrize("how", ["pruned", "parametrized", "scaled"])
 def test_blocks_of_which_something_is_computed_are_not_assumed(how: str, tmp_path) -> None:
     model = randomise(Network(Block(3, 8, stride=2), Block(8, 8)))
     norm = model.stages[1].rbr_1x1.bn
     if how == "pruned":
         prune.l1_unstructured(norm, "weight", 0.5)
+    elif how == "scaled":  # by a parameter of the block
+        model.stages[1].alpha = nn.Parameter(torch.full((1,), 0.5))
     else:
         parametrize.register_parametrization(norm, "weight", nn.Softplus())
     torch.save(model.state_dict(), tmp_path / "net.pt")
