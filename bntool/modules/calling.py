@@ -101,7 +101,7 @@ def calling_before(model: nn.Module, inputs: Any) -> Iterator[Any]:
         yield inputs
         return
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(lambda _saved: None, _refuse_backward):
-        pass_inputs(model, map_tensors(_copy_with_gradients, inputs[0]))
+        call(model, map_tensors(_copy_with_gradients, inputs[0]))
         yield map_tensors(_copy_with_gradients, inputs[0])
 
 

@@ -1131,3 +1131,23 @@ def test_a_weight_whose_elements_something_else_reads(forward, reader: str) -> N
     (skip,) = bntool.fold(model, torch.randn(2, 3, 7, 7, dtype=torch.float64)).plan.skips
     assert skip.reason is SkipReason.REUSED
     assert f"the weight of convolution (conv) is also used elsewhere: {reader}" in skip.detail
+
+
+class OfInferenceAlone(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn, self.out = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Linear(16, 2)
+
+    @torch.inference_mode()
+    def forward(self, x):
+        x = torch.relu(self.bn(self.conv(x)))
+        return self.out(functional.adaptive_avg_pool2d(x, 2).flatten(1))
+
+
+def test_a_forward_in_inference_mode_is_followed():
+    model, x = randomise(OfInferenceAlone()), image()
+    result = bntool.fold(model, x)
+    assert result.plan.layers == ("bn",)
+    torch.testing.assert_close(result.model(x), model(x), rtol=1e-10, atol=1e-10)
+    with torch.inference_mode():
+        assert bntool.fold(model, x).plan.layers == ("bn",)

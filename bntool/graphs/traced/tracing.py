@@ -171,6 +171,11 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 f"the forward calls {func}, which runs functions of its own: what feeds what cannot be followed "
                 "through it; declare the pairs instead"
             )
+        if torch.is_inference_mode_enabled():  # which alone lets operations come here before torch takes them apart
+            with self:
+                parts = func.decompose(*args, **keywords)
+            if parts is not NotImplemented:
+                return parts
         result = func(*args, **keywords)
         try:
             self.record(func, args, keywords, result)
