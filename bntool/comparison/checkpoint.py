@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 
-from bntool.batchnorm import DEFAULT_EPS, ROLES, STATISTICS, BatchNorm, EpsSource, check_globs, selects
+from bntool.batchnorm import DEFAULT_EPS, ROLES, STATISTICS, VECTORS, BatchNorm, EpsSource, check_globs, selects
 from bntool.checkpoints.batchnorms import find_batchnorms
 from bntool.checkpoints.checkpoint import Checkpoint, NotUnderstood, StateDict
 from bntool.checkpoints.files import quote
@@ -453,6 +453,10 @@ def _compare_layer(
         full = f"{name}.{role}" if name else role
         if full in tensors_a or full in tensors_b:
             changes[role] = _compare(full, tensors_a.get(full), tensors_b.get(full))
+    for role, sources in _list_sources(name, a, b).items():
+        compared = (_compare(source, tensors_a.get(source), tensors_b.get(source)) for source in sources)
+        if role not in changes and any(change is not Change.SAME for change in compared):
+            changes[role] = Change.VALUES
     if a is None or b is None:
         return LayerComparison(name, changes)
     if any(layer.class_path.startswith(_WITHOUT_COUNTER) for layer in (a, b)):
@@ -462,6 +466,16 @@ def _compare_layer(
     if a.eps == b.eps and all(change is Change.SAME for change in changes.values()):
         return LayerComparison(name, changes, settings, NO_SHIFT, 0.0, 0.0, eps_known=a.eps is not None)
     return dataclasses.replace(_measure(name, changes, a, b), settings=settings)
+
+
+def _list_sources(name: str, *layers: BatchNorm | None) -> dict[str, set[str]]:
+    """Return the names of the tensors that the model computes weight or bias from, in either file."""
+    found: dict[str, set[str]] = {}
+    for layer in layers:
+        for role, sources in layer.computed.items() if layer is not None else ():
+            leaves = (source.removeprefix(f"{layer.name}." if layer is not None else "") for source in sources)
+            found.setdefault(role, set()).update(f"{name}.{leaf}".removeprefix(".") for leaf in leaves)
+    return found
 
 
 def _compare_settings(a: BatchNorm, b: BatchNorm) -> dict[str, tuple[object, object]]:
@@ -517,7 +531,10 @@ def _measure(name: str, changes: Mapping[str, Change], a: BatchNorm, b: BatchNor
         old_eps=eps_a,
         new_eps=eps_b,
     )
-    if a.computed or b.computed:  # weight or bias is not in the file
+    unread = any(
+        role in one.tensors and role not in numbers for one, numbers in ((a, before), (b, after)) for role in VECTORS
+    )
+    if a.computed or b.computed or unread:  # weight or bias is not in the file, or no plain numbers
         return LayerComparison(name, changes, statistics=statistics)
     scale_a, shift_a = _scale_and_shift(before, eps_a)
     scale_b, shift_b = _scale_and_shift(after, eps_b)

@@ -10,7 +10,8 @@ from torch import nn
 from torch.nn.utils import parametrize, prune
 
 import bntool
-from bntool.comparison.checkpoint import diff
+from bntool.cli.main import main
+from bntool.comparison.checkpoint import Change, diff
 from bntool.inspection.findings import FindingCode, Severity
 from bntool.inspection.results import Inspection
 from bntool.inspection.verdict import Health
@@ -96,6 +97,13 @@ def test_what_the_model_computes_is_not_judged(tmp_path: Path, role: str, how: s
     (layer,) = diff(tmp_path / "computed.pt", tmp_path / "moved.pt").layers
     assert layer.statistics is not None
     assert layer.scale_change is None  # of a scale that nobody knows
+    model.load_state_dict(torch.load(tmp_path / "computed.pt"))
+    with torch.no_grad():
+        next(p for name, p in model[1].named_parameters() if "orig" in name).mul_(2).add_(1)
+    torch.save(model.state_dict(), tmp_path / "trained.pt")
+    (layer,) = diff(tmp_path / "computed.pt", tmp_path / "trained.pt").layers
+    assert layer.changes[role] is Change.VALUES
+    assert main(["diff", str(tmp_path / "computed.pt"), str(tmp_path / "trained.pt"), "--expect", "frozen"]) == 1
 
 
 @pytest.mark.parametrize(("role", "other"), [("weight", "gamma"), ("weight", "scale"), ("bias", "beta")])
@@ -116,3 +124,5 @@ def test_a_weight_that_cannot_be_read_gives_no_scale(tmp_path: Path) -> None:
     layer = bntool.inspect(tmp_path / "meta.pt").state_dicts[0].layers[0]
     assert not list_scales(layer)
     assert not any("scale" in finding.code.value for finding in layer.findings)
+    (compared,) = (one for one in diff(DIGITS, tmp_path / "meta.pt").layers if one.name == "bn1")
+    assert compared.scale_change is None
