@@ -27,7 +27,7 @@ from bntool.checkpoints.state_dicts import choose_state_dict
 from bntool.checkpoints.tensors import StoredTensor
 from bntool.choices import choose
 from bntool.errors import RefusedError, UsageError
-from bntool.freezing.constants import plan_constant
+from bntool.freezing.constants import leave_tied, plan_constant
 from bntool.freezing.emission import emit_freeze
 from bntool.freezing.optimizers import OptimizerEntries, find_optimizer_entries
 from bntool.freezing.options import EmitTarget, FreezeForm
@@ -255,6 +255,8 @@ def plan_freeze(  # noqa: PLR0913 each is an option of the command
             known, assumptions = assume_eps(source, concerned)
             concerned = list(known)
         constant_steps, constant_skips = plan_constant(concerned, eps=eps)
+        constant_steps, tied_skips = leave_tied(constant_steps, source)
+        constant_skips += tied_skips
         steps += constant_steps
         skips += constant_skips
         unchanged = {skip.layer for skip in constant_skips}

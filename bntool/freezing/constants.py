@@ -6,8 +6,10 @@ import math
 from collections.abc import Sequence
 
 from bntool.batchnorm import VECTORS, BatchNorm, scale_and_shift, takes_magnitude
+from bntool.checkpoints.checkpoint import StateDict
 from bntool.checkpoints.dtypes import decode_numbers, encode_numbers
 from bntool.checkpoints.tensors import Tensor, has_elements, read_numbers
+from bntool.checkpoints.ties import find_first_names
 from bntool.errors import CorruptFileError, RefusedError, UsageError
 from bntool.plan import SetTensor, Skip, SkipReason, Step, Values
 
@@ -43,6 +45,28 @@ def plan_constant(layers: Sequence[BatchNorm], *, eps: float | None) -> tuple[li
         else:
             steps += outcome
     return steps, skips
+
+
+def leave_tied(steps: Sequence[Step], state_dict: StateDict) -> tuple[list[Step], list[Skip]]:
+    """Return the steps without those of layers that share a tensor with something that would get other elements: a
+    model loads both names into one parameter, and the last counts.
+    """
+    first = find_first_names(state_dict.tensors)
+    shared: dict[str, list[str]] = {}
+    for name, other in first.items():
+        shared.setdefault(other, [other]).append(name)
+    left = [step for step in steps if isinstance(step, SetTensor)]
+    skips: list[Skip] = []
+    while True:
+        new = {state_dict.full_name(step.name): step.value for step in left}
+        torn = [names for names in shared.values() if any(new.get(name) != new.get(names[0]) for name in names)]
+        layers = {state_dict.strip(name).rpartition(".")[0] for names in torn for name in names if name in new}
+        if not layers:
+            return list(left), skips
+        skips += [
+            Skip(layer, SkipReason.REUSED, "a tensor of it belongs to several modules") for layer in sorted(layers)
+        ]
+        left = [step for step in left if step.name.rpartition(".")[0] not in layers]
 
 
 def _eps_of(layer: BatchNorm, option: float | None) -> float:

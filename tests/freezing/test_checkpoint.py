@@ -284,3 +284,19 @@ def test_the_recorded_eps_is_the_one_of_constants(tmp_path):
     expected = layer.eval()(data)
     layer.load_state_dict(torch.load(tmp_path / "constant.pt", weights_only=True))
     torch.testing.assert_close(layer(data), expected)
+
+
+@pytest.mark.parametrize(("whole", "skipped"), [(False, {"0", "1"}), (True, set())])
+def test_a_weight_of_two_layers_cannot_become_two(tmp_path, whole, skipped):
+    model = torch.nn.Sequential(torch.nn.BatchNorm2d(2), torch.nn.BatchNorm2d(2), torch.nn.BatchNorm2d(2))
+    model[0].running_var.fill_(4)
+    model[1].weight = model[0].weight
+    if whole:  # the same module twice, which gets the same elements
+        model[1] = model[0]
+    torch.save(model.state_dict(), tmp_path / "tied.pt")
+    freeze = freeze_file(tmp_path / "tied.pt", tmp_path / "out.pt", form=FreezeForm.CONSTANT, eps=1e-5)
+    assert {skip.layer for skip in freeze.plan.skips} == skipped
+    data = torch.rand(1, 2, 3, 3)
+    expected = model.eval()(data)
+    model.load_state_dict(torch.load(tmp_path / "out.pt", weights_only=True))
+    torch.testing.assert_close(model(data), expected)
