@@ -82,9 +82,10 @@ def copy_tensors(item: Any) -> Any:
     return map_tensors(Tensor.clone, item)
 
 
-class SecondCall(tuple[Any]):
-    """The inputs, its only item, of a call that follows one with the same inputs, both while gradients are recorded, of
-    the inputs too.
+class SecondCall(tuple[Any, Any]):
+    """The inputs of two calls, one after the other, both while gradients are recorded, of the inputs too.
+
+    What counts is the second.
     """
 
     __slots__ = ()
@@ -102,7 +103,7 @@ def calling_before(model: nn.Module, inputs: Any) -> Iterator[Any]:
         return
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(lambda _saved: None, _refuse_backward):
         call(model, map_tensors(_copy_with_gradients, inputs[0]))
-        yield map_tensors(_copy_with_gradients, inputs[0])
+        yield map_tensors(_copy_with_gradients, inputs[1])
 
 
 def _copy_with_gradients(tensor: Tensor) -> Tensor:
@@ -116,7 +117,7 @@ def _refuse_backward(_nothing: None) -> Tensor:
 
 def pass_inputs(model: nn.Module, inputs: Any) -> Any:
     """Call a model with a tensor, a tuple of positional arguments, a mapping of keyword arguments, or a
-    :class:`SecondCall` with one of these.
+    :class:`SecondCall` with two of these.
     """
     if isinstance(inputs, SecondCall):
         with calling_before(model, inputs) as inner:

@@ -35,8 +35,9 @@ def find_other_inputs(model: nn.Module, inputs: Any) -> list[Any]:
     """Return inputs of another batch, and of another size where the model takes one; made of the elements of what is
     given.
 
-    The first of them is for a second call while gradients are recorded, with images in the memory format of channels
-    last, as far as the model takes that. Where several tensors are given, one more has tensors of unequal sizes.
+    The first of them is for a call after one with what is given, while gradients are recorded, with images in the
+    memory format of channels last, as far as the model takes that. Where several tensors are given, one more has
+    tensors of unequal sizes.
 
     Args:
         model: given back as it was.
@@ -55,7 +56,8 @@ def find_other_inputs(model: nn.Module, inputs: Any) -> list[Any]:
 
         found = [next(filter(runs, candidates), None) for candidates in (_vary(inputs), _vary_apart(inputs))]
         others = [other for other in found if other is not None] or [inputs]
-        calls = (SecondCall((map_tensors(_put_channels_last, others[0]),)), SecondCall((others[0],)))
+        seconds = (map_tensors(_put_channels_last, others[0]), others[0])
+        calls = (SecondCall((before, second)) for before in (inputs, others[0]) for second in seconds)
         first = next(filter(runs, calls), others[0])
         return [one for one in (first, *others[1:]) if one is not inputs]
 
@@ -185,7 +187,7 @@ def plan_alike(
                 missed.clear()
                 missed.update(reasons)
                 with contextlib.suppress(BntoolError):
-                    plain = map_tensors(Tensor.contiguous, inputs[0])
+                    plain = map_tensors(Tensor.contiguous, inputs[1])
                     plan = narrow(plan, trace_again(plain), plain)
                 fewer = narrow(plan, other, inputs)
             plan = fewer
@@ -199,7 +201,7 @@ def _trace(inputs: Any, trace_again: Callable[[Any], ModelGraph]) -> ModelGraph:
     except BntoolError:
         if not isinstance(inputs, SecondCall):
             raise
-        return trace_again(inputs[0])
+        return trace_again(inputs[1])
 
 
 def _is_same(graph: ModelGraph, other: ModelGraph) -> bool:
@@ -210,9 +212,10 @@ def _is_same(graph: ModelGraph, other: ModelGraph) -> bool:
 
 def _find_missed(plan: FoldPlan, there: FoldPlan, inputs: Any) -> Iterator[tuple[str, Skip]]:
     """Yield the layers whose fold another plan does not hold, with why."""
-    where = f"with {' and '.join('x'.join(map(str, tensor.shape)) for tensor in tensors_in(inputs))} as input"
+    tensors = tensors_in(inputs[1] if isinstance(inputs, SecondCall) else inputs)
+    where = f"with {' and '.join('x'.join(map(str, tensor.shape)) for tensor in tensors)} as input"
     if isinstance(inputs, SecondCall):
-        is_dense = all(tensor.is_contiguous() for tensor in tensors_in(inputs))
+        is_dense = all(tensor.is_contiguous() for tensor in tensors)
         where += f"{'' if is_dense else ' (channels last)'} of a second call that records gradients"
     skips = {skip.layer: skip for skip in there.skips}
     for fold in plan.folds:
