@@ -111,6 +111,8 @@ def find_unexplained(layer: str, groups: Mapping[str, Mapping[str, Tensor]], nor
         norms: names of normalisation layers; one that lies inside of the module runs after it.
     """
     own = groups.get(layer, {})
+    if "weight" in own and not own["weight"].dtype.is_floating:
+        return ()  # whole numbers are not changed, whatever else there is
     shape = own["weight"].shape if "weight" in own else None
     known = {*ROLES, *_IDLE, *(leaf for leaf in _MASKS if leaf in own and own[leaf].shape == shape)}
     found = [f"{layer}.{leaf}" for leaf in own if leaf not in known]

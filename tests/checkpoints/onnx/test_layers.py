@@ -424,7 +424,7 @@ def test_a_node_that_goes_into_training_mode_is_not_frozen(tmp_path: Path, capsy
         model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 15)], ir_version=8)
         onnx.save(model, tmp_path / f"{name}.onnx")
     assert main(["diff", str(tmp_path / "a.onnx"), str(tmp_path / "b.onnx"), "--expect", "frozen"]) == 1
-    assert "bn: training_mode (False and True)" in capsys.readouterr().out
+    assert "bn: training_mode differs (False and True)" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
