@@ -255,8 +255,9 @@ def plan_freeze(  # noqa: PLR0913 each is an option of the command
             known, assumptions = assume_eps(source, concerned)
             concerned = list(known)
         constant_steps, constant_skips = plan_constant(concerned, eps=eps)
-        constant_steps, tied_skips = leave_tied(constant_steps, source)
-        constant_skips += tied_skips
+        if checkpoint.format.is_pytorch:  # nodes of other formats get tensors of their own
+            constant_steps, tied_skips = leave_tied(constant_steps, source)
+            constant_skips += tied_skips
         steps += constant_steps
         skips += constant_skips
         unchanged = {skip.layer for skip in constant_skips}
