@@ -183,9 +183,8 @@ class SourceFile:
             if stat.S_ISDIR(status.st_mode):
                 raise UnreadableFileError("this is a folder, not a file; name a file of it", path=path)
             raise UnreadableFileError("this is a pipe or a device, not a regular file; copy it to a file", path=path)
-        if (
-            waits and 0 <= time.time_ns() - status.st_mtime_ns < _TICK
-        ):  # a change within the same tick could not be seen
+        # a change within the same tick could not be seen
+        if waits and 0 <= time.time_ns() - status.st_mtime_ns < _TICK:
             time.sleep(_TICK / 1e9)
             status = os.fstat(descriptor)
         self._status = status

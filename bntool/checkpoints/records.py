@@ -35,14 +35,7 @@ def make_record(plan: Plan, **details: Any) -> dict[str, Any]:
 
 def find_recorded_momentum(history: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """Return the momentum of each layer, as the last conversion that knew it recorded."""
-    from bntool.plan import Operation
-
-    found: dict[str, Any] = {}
-    for record in history:
-        modules = record.get("modules")
-        if record.get("operation") == Operation.CONVERT.value and isinstance(modules, dict):
-            found.update({name: facts.get("momentum") for name, facts in modules.items() if isinstance(facts, dict)})
-    return {name: momentum for name, momentum in found.items() if isinstance(momentum, float)}
+    return {name: one for name, one in _list_converted(history, "momentum") if isinstance(one, float)}
 
 
 def find_recorded_eps(history: Sequence[Mapping[str, Any]]) -> dict[str, float]:
@@ -64,14 +57,19 @@ def find_recorded_eps(history: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 def find_recorded_classes(history: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     """Return the path of the class of each layer, as the last conversion that knew it recorded."""
+    return {name: one for name, one in _list_converted(history, "class") if isinstance(one, str)}
+
+
+def _list_converted(history: Sequence[Mapping[str, Any]], fact: str) -> list[tuple[str, Any]]:
+    """Return what the last conversion that knew a layer recorded of it."""
     from bntool.plan import Operation
 
     found: dict[str, Any] = {}
     for record in history:
         modules = record.get("modules")
         if record.get("operation") == Operation.CONVERT.value and isinstance(modules, dict):
-            found.update({name: facts.get("class") for name, facts in modules.items() if isinstance(facts, dict)})
-    return {name: path for name, path in found.items() if isinstance(path, str)}
+            found.update({name: facts.get(fact) for name, facts in modules.items() if isinstance(facts, dict)})
+    return list(found.items())
 
 
 def check_not_folded(history: Sequence[Mapping[str, Any]], path: object) -> None:
