@@ -18,7 +18,7 @@ from bntool.reports.forms.form import ReportForm
 from bntool.reports.report import FileReport, Report
 
 # dependencies that a listing does without: docs/install.md has the way without torch
-_PACKAGES = ("torch", "numpy", "rich", "safetensors")
+_PACKAGES = ("torch", "numpy", "typer", "rich", "safetensors")
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -122,9 +122,11 @@ def _clean_up(before: int) -> errors.InterruptedRunError:
 def _fail(error: errors.BntoolError, arguments: Sequence[str]) -> ExitCode:
     """Print the error in the form that was asked for."""
     command = next((argument for argument in arguments if not argument.startswith("-")), "")
-    from bntool.cli.application import find_checkpoint
+    checkpoint = ""
+    with contextlib.suppress(ModuleNotFoundError):  # typer, which reads what the arguments name
+        from bntool.cli.application import find_checkpoint
 
-    checkpoint = find_checkpoint(arguments)
+        checkpoint = find_checkpoint(arguments)
     if checkpoint and isinstance(error, errors.RefusedError | errors.VerificationError):
         error.about(checkpoint)
     report = Report(command, (FileReport(error.path or checkpoint, error=error),))

@@ -20,6 +20,7 @@ SAMPLE, NET = ROOT / "sample_ckpts" / "digits.pt", f"{ROOT / 'sample_ckpts' / 'd
         ("torch", ("fold", SAMPLE, "-o", "out.pt", "--model", NET)),
         ("torch", ("recalibrate", SAMPLE, "-o", "out.pt", "--model", NET, "--data", "x.npy")),
         ("numpy", ("fold", SAMPLE, "-o", "out.pt", "--pair", "conv1=bn1", "--eps", "1e-5")),
+        ("typer", ("freeze", SAMPLE, "-o", "out.pt")),
         ("safetensors", ("convert", SAMPLE, "--to", "safetensors", "-o", "out.safetensors")),
     ],
     ids=lambda value: value if isinstance(value, str) else value[0],
