@@ -169,28 +169,30 @@ def plan_alike(
     """
     first, missed = plan, dict[str, Skip]()
 
-    def narrow(plan: FoldPlan, other: ModelGraph, inputs: Any) -> FoldPlan:
+    def narrow(plan: FoldPlan, other: ModelGraph, inputs: Any) -> tuple[FoldPlan, dict[str, Skip]]:
+        left: dict[str, Skip] = {}
         while plan.steps and not _is_same(graph, other):
             there = plan_layout(state_dict, other, plan.options, model=model)
             if there.steps == plan.steps:
                 break
-            missed.update(_find_missed(plan, there, inputs))
+            left.update(_find_missed(plan, there, inputs))
             plan = _plan_fewer(plan, there, state_dict, graph, model=model)
-        return plan
+        return plan, left
 
     for inputs in others:
         with contextlib.suppress(BntoolError):  # of the model, or of what cannot be followed there
             other = _trace(inputs, trace_again)
-            reasons = dict(missed)
-            fewer = narrow(plan, other, inputs)
-            if fewer is not plan and isinstance(inputs, SecondCall):  # what a first call does is said of the size
-                missed.clear()
-                missed.update(reasons)
+            fewer, left = narrow(plan, other, inputs)
+            if fewer is not plan and isinstance(
+                inputs, SecondCall
+            ):  # what a first call leaves, too, is said of the size
                 with contextlib.suppress(BntoolError):
                     plain = map_tensors(Tensor.contiguous, inputs[1])
-                    plan = narrow(plan, trace_again(plain), plain)
-                fewer = narrow(plan, other, inputs)
+                    plan, of_size = narrow(plan, trace_again(plain), plain)
+                    missed |= of_size
+                fewer, left = narrow(plan, other, inputs)
             plan = fewer
+            missed |= left
     return plan if plan is first else _explain(first, plan, missed, graph)
 
 
