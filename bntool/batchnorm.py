@@ -84,8 +84,9 @@ class EpsSource(Enum):
 
 
 # the tensors of a BatchNorm, in the order of its state_dict()
+AFFINE = ("weight", "bias")
 STATISTICS = ("running_mean", "running_var")
-VECTORS = ("weight", "bias", *STATISTICS)  # one element for each channel; ONNX and torch.export list them in this order
+VECTORS = (*AFFINE, *STATISTICS)  # one element for each channel; ONNX and torch.export list them in this order
 ROLES = (*VECTORS, "num_batches_tracked")
 
 

@@ -7,7 +7,7 @@ import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
-from bntool.batchnorm import ROLES, STATISTICS, BatchNorm, EpsSource, NormKind, find_class_kind
+from bntool.batchnorm import AFFINE, ROLES, STATISTICS, BatchNorm, EpsSource, NormKind, find_class_kind
 from bntool.checkpoints.checkpoint import ModuleInfo, NotUnderstood, StateDict
 from bntool.checkpoints.state_dicts import FLAT_AVERAGE, flatten_average
 from bntool.checkpoints.tensors import Tensor, count_elements
@@ -62,7 +62,6 @@ def group_tensors(state_dict: StateDict) -> dict[str, dict[str, Tensor]]:
     return groups
 
 
-_AFFINE = ("weight", "bias")
 _CALLED_OTHERWISE = {"weight": ("gamma", "scale"), "bias": ("beta", "shift", "offset")}
 
 
@@ -79,7 +78,7 @@ def find_computed(layer: str, groups: Mapping[str, Mapping[str, Tensor]]) -> dic
     own = groups.get(layer, {})
     dotted = f"{layer}." if layer else ""
     found: dict[str, tuple[str, ...]] = {}
-    for role in _AFFINE:
+    for role in AFFINE:
         if role not in own:
             below = f"{dotted}parametrizations.{role}"
             names = [
@@ -291,7 +290,7 @@ def _make(
 ) -> BatchNorm:
     attributes: Mapping[str, Any] = module.attributes if module is not None else {}
     eps, momentum = attributes.get("eps"), attributes.get("momentum")
-    vector = next((tensors[role] for role in (*STATISTICS, "weight", "bias") if role in tensors), None)
+    vector = next((tensors[role] for role in (*STATISTICS, *AFFINE) if role in tensors), None)
     return BatchNorm(
         name=name,
         kind=kind,

@@ -398,12 +398,9 @@ def find_violations(comparison: Comparison, expectation: Expectation) -> list[st
 
 def _describe_absences(comparison: Comparison) -> Iterator[str]:
     """Say of both sides why there is no layer to hold against each other, in one sentence where it is the same."""
-    absences = {
-        "A": describe_absence(comparison.a, comparison.not_understood[0]),
-        "B": describe_absence(comparison.b, comparison.not_understood[1]),
-    }
-    same = len(set(absences.values())) == 1
-    for side, absence in {"A and B": absences["A"]}.items() if same else absences.items():
+    a = describe_absence(comparison.a, comparison.not_understood[0])
+    b = describe_absence(comparison.b, comparison.not_understood[1])
+    for side, absence in (("A and B", a),) if a == b else (("A", a), ("B", b)):
         yield f"there is no layer to hold against each other, in {side} {absence}"
 
 
@@ -471,9 +468,9 @@ def _compare_layer(
 def _list_sources(name: str, *layers: BatchNorm | None) -> dict[str, set[str]]:
     """Return the names of the tensors that the model computes weight or bias from, in either file."""
     found: dict[str, set[str]] = {}
-    for layer in layers:
-        for role, sources in layer.computed.items() if layer is not None else ():
-            leaves = (source.removeprefix(f"{layer.name}." if layer is not None else "") for source in sources)
+    for layer in filter(None, layers):
+        for role, sources in layer.computed.items():
+            leaves = (source.removeprefix(f"{layer.name}.") for source in sources)
             found.setdefault(role, set()).update(f"{name}.{leaf}".removeprefix(".") for leaf in leaves)
     return found
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from bntool.batchnorm import BatchNorm, NormKind, takes_magnitude
+from bntool.batchnorm import AFFINE, BatchNorm, NormKind, takes_magnitude
 from bntool.checkpoints.dtypes import decode_numbers, encode_numbers
 from bntool.checkpoints.tensors import has_elements, read_bytes, read_number, read_numbers
 from bntool.conversion.options import FrozenKind
@@ -66,7 +66,7 @@ def plan_frozen_batchnorm(
     recorded = _recorded_modules(history)
     absorbed = 0
     for layer in batchnorms:
-        absent = [role for role in ("weight", "bias") if role not in layer.tensors]
+        absent = [role for role in AFFINE if role not in layer.tensors]
         if layer.kind is NormKind.FROZEN_BATCH_NORM:
             skips.append(Skip(layer.name, SkipReason.FROZEN, "it is a FrozenBatchNorm already"))
             continue

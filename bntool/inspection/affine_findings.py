@@ -1,4 +1,4 @@
-"""Findings about BatchNorm layers of which a file holds weight or bias alone."""
+"""Findings about BatchNorm layers of which a file does not hold weight or bias: lost, or computed by the model."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 
-from bntool.batchnorm import BatchNorm
+from bntool.batchnorm import AFFINE, BatchNorm
 from bntool.checkpoints.checkpoint import StateDict
 from bntool.graphs.architectures.recognition import recognise
 from bntool.inspection.findings import Finding, FindingCode, Severity
 from bntool.representation import list_first
 
-_AFFINE = {"weight": 1, "bias": 0}  # with what each is created
+_CREATED_WITH = {"weight": 1, "bias": 0}
 _MANY = 3  # layers with both, from which on the others are held against them
 
 
-def report_missing_affine(state_dict: StateDict, norms: Sequence[BatchNorm]) -> list[Finding]:
+def report_affine(state_dict: StateDict, norms: Sequence[BatchNorm]) -> list[Finding]:
     """Return findings on layers without bias, or without weight, where most layers have both.
 
     PyTorch makes such layers, too (``bias=False``, from 2.13 on), as other frameworks do, whose files say so. It is a
@@ -30,8 +30,8 @@ def report_missing_affine(state_dict: StateDict, norms: Sequence[BatchNorm]) -> 
         norms: the BatchNorm layers of the state dict.
     """
     findings = _report_computed(norms)
-    stated = [n for n in norms if not n.class_path and not n.computed and any(role in n.tensors for role in _AFFINE)]
-    lacking = {norm.name: norm for norm in stated if not all(role in norm.tensors for role in _AFFINE)}
+    stated = [n for n in norms if not n.class_path and not n.computed and any(role in n.tensors for role in AFFINE)]
+    lacking = {norm.name: norm for norm in stated if not all(role in norm.tensors for role in AFFINE)}
     whole = len(stated) - len(lacking)
     if not lacking or whole < _MANY or whole <= len(lacking):
         return findings
@@ -89,7 +89,7 @@ def _without_numbers(name: str) -> str:
 
 
 def _find_lost(norm: BatchNorm) -> str:
-    return next(role for role in _AFFINE if role not in norm.tensors)
+    return next(role for role in AFFINE if role not in norm.tensors)
 
 
 def _find_known(state_dict: StateDict, lacking: Sequence[BatchNorm]) -> frozenset[str]:
@@ -97,7 +97,7 @@ def _find_known(state_dict: StateDict, lacking: Sequence[BatchNorm]) -> frozense
     tensors = dict(state_dict.tensors)
     for norm in lacking:
         lost = _find_lost(norm)
-        kept = next(norm.tensors[role] for role in _AFFINE if role != lost)
+        kept = next(norm.tensors[role] for role in AFFINE if role != lost)
         tensors[f"{state_dict.full_name(norm.name)}.{lost}"] = kept
     whole = dataclasses.replace(state_dict, tensors=tensors, stored=state_dict.tensors)
     return frozenset(layer for architecture in recognise(whole) for layer in architecture.layers)
@@ -106,7 +106,7 @@ def _find_known(state_dict: StateDict, lacking: Sequence[BatchNorm]) -> frozense
 def _describe(lacking: Sequence[BatchNorm], others: int, against: str) -> Finding:
     lost = list(dict.fromkeys(map(_find_lost, lacking)))
     names = [norm.name for norm in lacking]
-    created = " and ".join(f"{role} {_AFFINE[role]}" for role in lost)
+    created = " and ".join(f"{role} {_CREATED_WITH[role]}" for role in lost)
     what = " or ".join(lost)
     message = (
         f"{what} of {list_first(names)} is not in the file, while {others} other layers have weight and bias; "

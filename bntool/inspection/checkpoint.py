@@ -17,12 +17,12 @@ from bntool.checkpoints.state_dicts import choose_state_dict, find_not_understoo
 from bntool.checkpoints.tensors import StoredTensor, Tensor, announce, has_elements, read_numbers
 from bntool.errors import BntoolError
 from bntool.graphs.architectures.recognition import describe_application, give_eps, recognise
+from bntool.inspection.affine_findings import report_affine
 from bntool.inspection.file_findings import find_in_file, find_in_state_dict
 from bntool.inspection.findings import Finding, FindingCode, IgnoredFinding, Severity
 from bntool.inspection.judging import add_configured, judge
 from bntool.inspection.layer_differences import compare_layers
 from bntool.inspection.layer_findings import compare_shapes, find_in_layer
-from bntool.inspection.missing_affine import report_missing_affine
 from bntool.inspection.missing_statistics import report_missing_statistics
 from bntool.inspection.module_findings import (
     Expected,
@@ -257,7 +257,7 @@ def _inspect_state_dict(
         findings=(
             *find_in_state_dict(norms),
             *report_missing_statistics(state_dict, norms, not_understood=_names_not_understood(checkpoint, state_dict)),
-            *report_missing_affine(state_dict, own),
+            *report_affine(state_dict, own),
         ),
         tensors=tensors,
         chosen=chosen,

@@ -10,7 +10,7 @@ import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-from bntool.batchnorm import DEFAULT_EPS, STATISTICS, VECTORS
+from bntool.batchnorm import AFFINE, DEFAULT_EPS, STATISTICS, VECTORS
 from bntool.checkpoints.checkpoint import StateDict
 from bntool.checkpoints.files import quote
 from bntool.checkpoints.state_dicts import (
@@ -238,7 +238,7 @@ def _compare_flat(copy: _Copy, model: _Copy, state_dict: StateDict, thresholds: 
         return list(_compare(copy, model, thresholds)) or list(_compare(model, copy, thresholds))
     vectors = []
     for name, layer in model.layers.items():
-        for role in ("weight", "bias"):
+        for role in AFFINE:
             flat, own = flatten_average(f"{name}.{role}"), layer.tensors.get(role)
             tensor = state_dict.tensors.get(flat)
             if tensor is not None and own is not None and tuple(tensor.shape) == own.shape:
@@ -299,7 +299,7 @@ def _measure_distance(pairs: Sequence[tuple[LayerInspection, LayerInspection]]) 
     """Return the relative distance of the weights and biases of the BatchNorms."""
     vectors = []
     for layer, other in pairs:
-        for role in ("weight", "bias"):
+        for role in AFFINE:
             one, two = layer.tensors.get(role), other.tensors.get(role)
             if one is not None and two is not None and len(one.values) == len(two.values):
                 vectors.append((one.values, two.values))

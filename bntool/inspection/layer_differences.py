@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Sequence
 from itertools import accumulate
 
-from bntool.batchnorm import STATISTICS, NormKind
+from bntool.batchnorm import AFFINE, STATISTICS, NormKind
 from bntool.checkpoints.checkpoint import StateDict
 from bntool.checkpoints.state_dicts import FLAT_AVERAGE, find_averaged_parts
 from bntool.checkpoints.tensors import Tensor
@@ -316,8 +316,7 @@ def _compare_gradients(layers: Sequence[LayerInspection], state_dict: StateDict)
     if not any(_trains(tensor) for tensor in state_dict.tensors.values() if id(tensor) not in own):
         return {}
     affine = {
-        layer.name: [layer.layer.tensors[role] for role in ("weight", "bias") if role in layer.layer.tensors]
-        for layer in layers
+        layer.name: [layer.layer.tensors[role] for role in AFFINE if role in layer.layer.tensors] for layer in layers
     }
     frozen = {name for name, tensors in affine.items() if tensors and all(_trains(t) is False for t in tensors)}
     return {layer.name: _describe_no_gradient(layer) for layer in layers if layer.name in frozen}
