@@ -66,7 +66,7 @@ oracles: $(VENV)/installed  ## re-derive the recorded answers of foreign framewo
 zoo: $(VENV)/installed  ## fold all of torchvision and timm, with scales of both signs and of one; goes on where it stopped
 	mkdir -p .zoo
 	$(BIN)/python -m tests.benchmarks.fold_zoo --negative 0.3 --results .zoo/mixed.jsonl $(ZOO)
-	$(BIN)/python -m tests.benchmarks.fold_zoo --negative 0 --results .zoo/positive.jsonl $(ZOO)
+	$(BIN)/python -m tests.benchmarks.fold_zoo --negative 0 --alone --results .zoo/positive.jsonl $(ZOO)
 	$(BIN)/python -m tests.benchmarks.fold_zoo --families .zoo/mixed.jsonl .zoo/positive.jsonl --summary .zoo/families.json
 
 corpus: $(VENV)/installed  ## make mistakes of training on five networks, and say which of them inspect names
