@@ -269,7 +269,7 @@ class Product:
                 rounded, widened = _cast(self._multiply_wide(values, factors, extra), self._dtype)
         if not is_bounded:
             _check_range(widened, self._dtype, values, factors)
-        return rounded.reshape(-1).view("u1").data
+        return rounded.reshape(-1).view("u1").data.toreadonly()
 
     def _multiply(self, values: Array, factors: Array) -> Array:
         """Return the products in their dtype, made in float64 a few at a time that stay in the first cache."""

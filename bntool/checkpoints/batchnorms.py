@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from bisect import bisect_left
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -98,7 +99,9 @@ _ADAPTERS = ("lora_", "hada_", "lokr_", "oft_", "boft_", "ia3_", "vera_")  # bes
 _WRAPPED = ("base_layer", "original_module")  # what peft calls a layer inside of what takes its place
 
 
-def find_unexplained(layer: str, groups: Mapping[str, Mapping[str, Tensor]], norms: Collection[str]) -> tuple[str, ...]:
+def find_unexplained(
+    layer: str, groups: Mapping[str, Mapping[str, Tensor]], norms: Collection[str], *, names: Sequence[str]
+) -> tuple[str, ...]:
     """Return names of tensors of a module, or of its parts, that no convolution, linear or BatchNorm has by itself:
     nothing tells what its forward does with them.
 
@@ -108,6 +111,7 @@ def find_unexplained(layer: str, groups: Mapping[str, Mapping[str, Tensor]], nor
     Args:
         groups: the tensors of each module, see :func:`group_tensors`.
         norms: names of normalisation layers; one that lies inside of the module runs after it.
+        names: of the modules, sorted: there are many, and few are near.
     """
     own = groups.get(layer, {})
     if "weight" in own and not own["weight"].dtype.is_floating:
@@ -118,21 +122,36 @@ def find_unexplained(layer: str, groups: Mapping[str, Mapping[str, Tensor]], nor
     outer, _, last = layer.rpartition(".")
     around = f"{outer}." if outer else ""
     inside = f"{layer}."
-    for group, tensors in groups.items():
-        if group == layer:
+    starts = (around,) if last in _WRAPPED else tuple(around + adapter for adapter in _ADAPTERS)
+    near = {outer, *(group for start in (inside, *starts) for group in _list_starting(start, names))} & groups.keys()
+    for group in groups if len(near) > 1 else near:
+        if group == layer or group not in near:
             continue
         if group.startswith(inside):
-            is_known = _AROUND.fullmatch(group, len(inside)) or any(
-                group == norm or group.startswith(f"{norm}.") for norm in norms if norm.startswith(inside)
-            )
-            found += [] if is_known else [f"{group}.{leaf}" for leaf in tensors if leaf not in _IDLE]
+            is_known = _AROUND.fullmatch(group, len(inside)) or _lies_in(group, norms, inside=inside)
+            found += [] if is_known else [f"{group}.{leaf}" for leaf in groups[group] if leaf not in _IDLE]
         elif group == outer:
-            found += [f"{around}{leaf}" for leaf in tensors if leaf.startswith(_ADAPTERS)]
-        elif group.startswith(around):
-            rest = group[len(around) :]
-            if rest.startswith(_ADAPTERS) or last in _WRAPPED:
-                found += [f"{group}.{leaf}" for leaf in tensors]
+            found += [f"{around}{leaf}" for leaf in groups[group] if leaf.startswith(_ADAPTERS)]
+        else:
+            found += [f"{group}.{leaf}" for leaf in groups[group]]
     return tuple(found)
+
+
+def _list_starting(start: str, names: Sequence[str]) -> Iterator[str]:
+    """Yield the names that start so, of names that are sorted."""
+    place = bisect_left(names, start)
+    while place < len(names) and names[place].startswith(start):
+        yield names[place]
+        place += 1
+
+
+def _lies_in(group: str, norms: Collection[str], *, inside: str) -> bool:
+    """Return whether a module is one of the layers that lie inside of another, or a part of one."""
+    while group.startswith(inside):
+        if group in norms:
+            return True
+        group = group.rpartition(".")[0]
+    return False
 
 
 def _holds_nothing(module: ModuleInfo) -> bool:

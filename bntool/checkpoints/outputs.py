@@ -10,7 +10,7 @@ import os
 import re
 import stat
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache, partial
 from pathlib import Path
 from types import TracebackType
@@ -23,10 +23,12 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 
-_BUFFER = 1 << 20  # bytes written at a time: the kernel takes large pages for them, a third faster than 128 KiB
+_PIECE = 1 << 20  # bytes written at a time
+_SMALL = 1 << 14  # bytes from which on they are not copied before they are written
 _WINDOWS_IN_USE = (5, 32)  # access denied, sharing violation
 _STEP = 1 << 24  # bytes that are sent to the disk together
 _SYNC_FILE_RANGE_WRITE = 2  # of linux/fs.h: begin to write, and wait for nothing
+_FALLOC_FL_KEEP_SIZE = 1  # of linux/falloc.h: the file ends where it did
 _KINDS = {stat.S_IFLNK: "a symbolic link", stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket"}
 _unfinished: dict[Path, int] = {}  # temporary files and folders, with the process that made them
 _written: list[Path] = []
@@ -158,48 +160,127 @@ class OutputFiles:
             _sync_folder(folder)
 
 
-class _WrittenEarly(io.FileIO):
-    """A file whose bytes go to the disk while the next ones are calculated, rather than all at the end."""
+class _OutputStream(io.FileIO):
+    """A file that the kernel is given in large pieces, and the disk while the next ones are calculated.
 
-    _sent = 0  # bytes from the start
+    The kernel takes large pages for pieces that begin at a multiple of their size. Until one is whole, what is written
+    is kept: bytes, and read-only views of an object, as they are, so that this object must not change; all else is
+    copied.
+    """
+
+    def __init__(self, path: Path) -> None:
+        # who may read it is decided at the end
+        super().__init__(os.fspath(path), "x+b", opener=partial(os.open, mode=0o600))
+        self._kept: list[bytearray | memoryview] = []
+        self._end = 0  # of what is kept
+        self._sent = 0  # how far the disk was given it
 
     def write(self, data: Any) -> int:
-        written = super().write(data)
-        self._send(self.tell())
-        return written
+        view = memoryview(data)
+        if not self._kept:
+            self._end = super().tell()
+        last = self._kept[-1] if self._kept else None
+        if view.nbytes >= _SMALL and view.readonly and view.obj is not None:  # else it is memory that nobody holds
+            self._kept.append(view.cast("B"))
+        elif isinstance(last, bytearray):
+            last += view
+        else:
+            self._kept.append(bytearray(view))
+        before, self._end = self._end, self._end + view.nbytes
+        if before // _PIECE < self._end // _PIECE:
+            self._write_out(rest=self._end % _PIECE)
+        return view.nbytes
+
+    def _write_out(self, *, rest: int) -> None:
+        """Give the kernel all that is kept but the last few bytes, which came together."""
+        parts, self._kept = self._kept, []
+        if rest:
+            last = memoryview(parts.pop())
+            parts.append(last[:-rest])
+            self._kept.append(last[-rest:] if last.readonly else bytearray(last[-rest:]))
+        while parts:
+            written = _write_parts(self, parts)
+            while parts and written >= len(parts[0]):
+                written -= len(parts.pop(0))
+            if parts:
+                parts[0] = memoryview(parts[0])[written:]
+        self._note(self._end - rest)
+
+    def _note(self, place: int) -> None:
+        """Give the disk what was written up to a place, once it is much, and have it keep room for what follows."""
+        if place - self._sent >= _STEP:
+            begin, reserve = _find_in_c("sync_file_range"), _find_in_c("fallocate")
+            if begin is not None:  # what fails here is told by fsync
+                begin(self.fileno(), self._sent, place - self._sent, _SYNC_FILE_RANGE_WRITE)
+            if reserve is not None:  # what fails here is told by write
+                reserve(self.fileno(), _FALLOC_FL_KEEP_SIZE, place, 2 * _STEP)
+            self._sent = place
+
+    def flush(self) -> None:
+        if self._kept:
+            self._write_out(rest=0)
+
+    def sync(self) -> None:
+        """Bring it to the disk as a whole, without the room that was kept beyond its end."""
+        self.flush()
+        if self._sent:
+            self.truncate(self.seek(0, os.SEEK_END))
+        os.fsync(self.fileno())
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        place = super().seek(offset, whence)  # also to where the kernel has copied to
-        self._send(place)
+        self.flush()
+        place = super().seek(offset, whence)
+        self._note(place)  # also what the kernel has copied
         return place
 
-    def _send(self, end: int) -> None:
-        if end - self._sent >= _STEP:
-            begin = _find_sync_file_range()
-            if begin is not None:  # what fails here is told by fsync
-                begin(self.fileno(), self._sent, end - self._sent, _SYNC_FILE_RANGE_WRITE)
-            self._sent = end
+    def tell(self) -> int:
+        return self._end if self._kept else super().tell()
+
+    def read(self, size: int | None = -1) -> bytes:
+        self.flush()
+        return super().read(size)
+
+    def readinto(self, buffer: Any) -> int | None:
+        self.flush()
+        return super().readinto(buffer)
+
+    def readall(self) -> bytes:
+        self.flush()
+        return super().readall()
+
+    def truncate(self, size: int | None = None) -> int:
+        self.flush()
+        return super().truncate(size)
+
+
+def _write_parts(file: io.FileIO, parts: Sequence[bytes | bytearray | memoryview]) -> int:
+    """Write bytes one after the other, as many as the system takes at once; return how many."""
+    if hasattr(os, "writev"):
+        return os.writev(file.fileno(), parts)
+    return os.write(file.fileno(), b"".join(parts))  # Windows
 
 
 @cache
-def _find_sync_file_range() -> Callable[[int, int, int, int], int] | None:
-    """Return Linux's sync_file_range(2), which Python has not; None elsewhere."""
+def _find_in_c(name: str) -> Callable[[int, int, int, int], int] | None:
+    """Return sync_file_range(2) or fallocate(2) of Linux, which Python has not; None elsewhere."""
     if sys.platform != "linux":
         return None
     try:
         import ctypes
 
-        function = ctypes.CDLL(None).sync_file_range
+        function = getattr(ctypes.CDLL(None), name)
     except (ImportError, OSError, AttributeError):
         return None
-    function.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
+    integer = ctypes.c_int64
+    takes = {"sync_file_range": (integer, integer, ctypes.c_uint), "fallocate": (ctypes.c_int, integer, integer)}
+    function.argtypes = (ctypes.c_int, *takes[name])
     return cast("Callable[[int, int, int, int], int]", function)
 
 
 class _TemporaryFile:
     """A file under a temporary name, locked as long as this process works on it, on its way to its place."""
 
-    stream: IO[bytes]
+    stream: _OutputStream
 
     def __init__(self, final: Path) -> None:
         self.final = final
@@ -212,9 +293,7 @@ class _TemporaryFile:
     def open(self) -> IO[bytes]:
         try:
             while True:
-                # who may read it is decided at the end
-                raw = _WrittenEarly(self.temporary, "x+b", opener=partial(os.open, mode=0o600))
-                self.stream = io.BufferedRandom(raw, _BUFFER)
+                self.stream = _OutputStream(self.temporary)
                 self._held.enter_context(
                     _locked(self.temporary, waits=True)
                 )  # who looks whether it is a leftover is soon done
@@ -230,8 +309,7 @@ class _TemporaryFile:
 
     def finish(self, mode: int) -> None:
         """Bring it to the disk as a whole."""
-        self.stream.flush()
-        os.fsync(self.stream.fileno())
+        self.stream.sync()
         self.stream.close()
         self.temporary.chmod(mode)
 

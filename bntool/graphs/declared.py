@@ -115,6 +115,7 @@ def declare(
     """
     norms = {norm.name: norm for norm in find_norms(state_dict)}
     groups = group_tensors(state_dict)
+    names = sorted(groups)
     nodes: list[Node] = []
     edges: list[Edge] = []
     uses: dict[str, frozenset[int]] = {}
@@ -128,8 +129,8 @@ def declare(
         target = _batchnorm(len(nodes) + 1, norm)
         source = dataclasses.replace(source, computed=find_computed(producer, groups))
         if modules is None:  # else the outputs are compared
-            source = _note_unexplained(source, groups, norms)
-            target = _note_unexplained(target, groups, norms)
+            source = _note_unexplained(source, groups, norms, names=names)
+            target = _note_unexplained(target, groups, norms, names=names)
         nodes += [source, target]
         channels = range(source.channels)
         edges.append(Edge(source.index, target.index, 0, channels, channels, Evidence.DECLARED))
@@ -151,10 +152,14 @@ def declare(
     )
 
 
-def _note_unexplained(node: Node, groups: Mapping[str, Mapping[str, Tensor]], norms: Collection[str]) -> Node:
+def _note_unexplained(
+    node: Node, groups: Mapping[str, Mapping[str, Tensor]], norms: Collection[str], *, names: Sequence[str]
+) -> Node:
     computed = {name for names in node.computed.values() for name in names}
-    found = (name for name in find_unexplained(node.layer, groups, norms) if name not in computed)
-    return dataclasses.replace(node, unexplained=tuple(found))
+    found = find_unexplained(node.layer, groups, norms, names=names)
+    return (
+        dataclasses.replace(node, unexplained=tuple(name for name in found if name not in computed)) if found else node
+    )
 
 
 def _producer(index: int, state_dict: StateDict, layer: str, norm: BatchNorm, module: ModuleInfo | None) -> Node:
