@@ -13,6 +13,7 @@ from bntool.checkpoints.containers.protobufs.reading import Message
 from bntool.checkpoints.containers.protobufs.writing import (
     Content,
     Edits,
+    Piece,
     embed,
     integer_field,
     unused_name,
@@ -20,10 +21,13 @@ from bntool.checkpoints.containers.protobufs.writing import (
 )
 from bntool.checkpoints.files import SourceFile
 from bntool.checkpoints.onnx.graph import (
+    ATTRIBUTES,
     GRAPH_INPUTS,
     INPUTS,
+    INT,
     IR_VERSION,
     METADATA,
+    NAME,
     NODE_NAME,
     NODES,
     OPERATOR,
@@ -52,6 +56,8 @@ from bntool.errors import RefusedError
 from bntool.plan import AddTensor, Record, RemoveEntry, RemoveModule, SetAttribute
 
 _ALIGNMENT = 4096  # of external data, so that it can be mapped
+_TYPE, _INTEGER, _TENSOR = 20, 2, 4  # of an attribute: the number of the field, and what it says
+_FIRST_THAT_BROADCASTS = 7  # version of ONNX's operators in which an addition does so without being told
 _BIASED = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 
 Use: TypeAlias = tuple[OnnxGraph, OnnxNode, int]
@@ -339,7 +345,11 @@ class _Changes:
         message = _make_tensor(name, tensor)
         constant = place.graph.constants.get(place.name)
         if constant is not None:
-            node = (*embed(OUTPUTS, name.encode()), *embed(OPERATOR, b"Constant"), *_attribute("value", message))
+            node = (
+                *embed(OUTPUTS, name.encode()),
+                *embed(OPERATOR, b"Constant"),
+                *_attribute("value", *embed(TENSOR, *message), code=_TENSOR),
+            )
             self._edits.insert_after(place.graph.message, constant.field, *embed(1, *node))
         else:
             assert place.message is not None
@@ -356,6 +366,8 @@ class _Changes:
         names = [*embed(INPUTS, outputs[0].encode()), *embed(INPUTS, bias.encode()), *embed(OUTPUTS, result.encode())]
         label = unused_name(f"{node.name or result}/bias", self._names)
         added = (*names, *embed(NODE_NAME, label.encode()), *embed(OPERATOR, b"Add"))
+        if self._content.opset < _FIRST_THAT_BROADCASTS:
+            added = (*added, *_attribute("broadcast", integer_field(INT, 1), code=_INTEGER))
         self._edits.insert_after(graph.message, node.field, *embed(NODES, *added))
 
     def _remove_unread_nodes(self) -> None:
@@ -468,5 +480,5 @@ def _make_tensor(name: str, tensor: Tensor) -> Content:
     return (head, *embed(8, name.encode()), *embed(RAW_DATA, tensor))
 
 
-def _attribute(name: str, tensor: Content) -> Content:
-    return embed(5, *embed(1, name.encode()), *embed(TENSOR, *tensor), integer_field(20, 4))
+def _attribute(name: str, *value: Piece, code: int) -> Content:
+    return embed(ATTRIBUTES, *embed(NAME, name.encode()), *value, integer_field(_TYPE, code))

@@ -417,7 +417,7 @@ class _Building:
             return  # it is multiplied by zero
         key, count = keys["bias"], facts["channels"]
         shape = tuple(self.constants.tensor(key).shape) if key is not None else ()
-        if key is not None and count_elements(shape) == 1 != count:
+        if key is not None and count_elements(shape) == 1 and shape != (count,):
             key, shape = self.constants.derive(graph, node, 2, (count,)), (count,)
         if key is not None and count_elements(shape) == count == shape[-1]:
             facts["parameters"]["bias"] = key
@@ -433,7 +433,9 @@ class _Building:
         (axis,), count = value.axes, value.labels.shape[0]
         key = self.constants.key_of(graph, node.inputs[position])
         if key is None or constant.size != count or not self.constants.is_alone(graph, node.inputs[position]):
-            shape = constant.shape if constant.size == count else (count, *[1] * (len(value.shape) - 1 - axis))
+            whole = self._constant(graph, node.inputs[position])
+            stored = whole.shape if whole is not None and whole.size == count else constant.shape
+            shape = stored if constant.size == count else (count, *[1] * (len(value.shape) - 1 - axis))
             key = self.constants.derive(graph, node, position, tuple(shape))
         facts: dict[str, Any] = {"parameters": {"bias": key}} if key is not None else {}
         if factor != 1:

@@ -37,6 +37,7 @@ Extents = tuple[Extent, ...]  # of a tensor that holds a shape, or a part of one
 
 _PLAIN_RESIZE = ("nearest", "linear", "cubic")
 _LARGEST = 3.4e38
+_FIRST_WITHOUT_AXIS = 7  # version of ONNX's operators since which operands broadcast as those of numpy
 
 
 @dataclass(frozen=True)
@@ -336,6 +337,39 @@ def _any_shape(call: Call) -> list[Value]:
     if len(call.node.outputs) != 1:
         return call.other()
     return [dataclasses.replace(one, dtype=None) for one in call.pass_on(NodeKind.OTHER)]
+
+
+def _by_axis(operation: Callable[[Call], list[Value]]) -> Callable[[Call], list[Value]]:
+    """Let an operation see its second operand with as many axes behind as version 6 of ONNX's operators means.
+
+    Up to that version ``axis`` says at which axis of the first operand those of the second begin.
+    """
+
+    def apply(call: Call) -> list[Value]:
+        node = call.node
+        if call.opset >= _FIRST_WITHOUT_AXIS or "axis" not in node.attributes or not node.integer("broadcast", 0):
+            return operation(call)
+        first, second = (_count_axes(call, position) for position in (0, 1))
+        behind = None if first is None or second is None else first - node.integer("axis", 0) - second
+        if behind is None or behind < 0:
+            return call.other()
+        value = call.values[1]
+        if value is not None:
+            value = reshape(value, (*(value.shape or ()), *known(*[1] * behind)))
+
+        def constant(position: int) -> Array | None:
+            found = call.constant(position)
+            return found.reshape(*found.shape, *[1] * behind) if found is not None and position == 1 else found
+
+        return operation(dataclasses.replace(call, values=(call.values[0], value), constant=constant))
+
+    return apply
+
+
+def _count_axes(call: Call, position: int) -> int | None:
+    value = call.values[position]
+    found = call.constant(position) if value is None else None
+    return value.rank if value is not None else None if found is None else found.ndim
 
 
 def _add(call: Call) -> list[Value]:
@@ -644,10 +678,10 @@ OPERATORS: Mapping[str, Callable[[Call], list[Value]]] = {
     "Abs": _activation,
     "PRelu": _prelu,
     "Clip": _clip,
-    "Add": _add,
-    "Sub": _subtract,
-    "Mul": _multiply,
-    "Div": _divide,
+    "Add": _by_axis(_add),
+    "Sub": _by_axis(_subtract),
+    "Mul": _by_axis(_multiply),
+    "Div": _by_axis(_divide),
     "Neg": _negate,
     "Sum": _sum,
     "Mean": _mean,

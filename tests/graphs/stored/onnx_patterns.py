@@ -463,6 +463,16 @@ def gemm_with_one_number_as_bias() -> Pattern:
 
 
 @exact
+def one_output_with_one_number_as_bias() -> Pattern:
+    one = Pattern(shape=(2, 6))
+    one.put("w", 6, 1)
+    one.put("bias")
+    one.add("Gemm", "x w bias", "c")
+    one.norm("c", "y", 1, positive=False)
+    return one
+
+
+@exact
 def before_a_gemm() -> Pattern:
     one = _matrix()
     one.add("Relu", "x", "r")

@@ -11,7 +11,7 @@ import pytest
 from bntool.cli.main import main
 from bntool.folding.planning import FoldPlan
 from tests.graphs.stored.folding import fold_file
-from tests.graphs.stored.onnx_patterns import EXACT, REFUSED, run
+from tests.graphs.stored.onnx_patterns import EXACT, REFUSED, Pattern, run
 
 WORDS = {  # what stands in the way
     "behind_relu": "Relu lies between",
@@ -82,6 +82,56 @@ def test_tensors_of_one_node_go_beside_external_data(name: str, tmp_path: Path) 
     assert fold_file(tmp_path / "a.onnx", tmp_path / "b.onnx").skips == ()
     pairs = zip(run(tmp_path / "a.onnx"), run(tmp_path / "b.onnx"), strict=True)
     assert max(float(np.abs(a - b).max() / np.abs(a).max()) for a, b in pairs) <= 1e-5
+
+
+def test_operands_are_laid_beside_each_other_as_old_versions_do(tmp_path: Path) -> None:
+    """Up to version 6 an operand has fewer axes only where that is said, and ``axis`` says where they begin."""
+    one = Pattern(shape=(4, 4, 4, 4), opset=6)
+    for name in "bfs":
+        one.put(name, 4)
+    one.conv("x", "c", taken=4)
+    one.add("Add", "c b", "d", broadcast=1, axis=1)  # for each channel
+    one.norm("d", "e", positive=False)
+    one.add("Mul", "e f", "g", broadcast=1, axis=0)  # for each sample
+    one.norm("g", "h", positive=False)
+    one.add("Transpose", "h", "i", perm=[0, 2, 3, 1])
+    one.put("w", 4, 4)
+    one.add("MatMul", "i w", "j")
+    one.add("Transpose", "j", "k", perm=[0, 3, 1, 2])
+    one.norm("k", "l", positive=False)
+    one.add("Add", "l s", "m", broadcast=1)  # for each column
+    one.norm("m", "y", positive=False)
+    for made in one.nodes:
+        if made.op_type == "BatchNormalization":
+            made.attribute.append(onnx.helper.make_attribute("is_test", 1))
+    source, target = one.save(tmp_path / "a.onnx"), tmp_path / "b.onnx"
+    plan = fold_file(source, target)
+    assert {fold.layer for fold in plan.folds} == {"e_bn", "h_bn", "l_bn"}
+    model = onnx.load(target)
+    added = next(made for made in model.graph.node if made.op_type == "Add" and "j/product" in made.input)
+    assert [(a.name, a.i) for a in added.attribute] == [("broadcast", 1)]
+    pairs = zip(run(as_version_8(source)), run(as_version_8(target)), strict=True)
+    assert max(float(np.abs(a - b).max() / np.abs(a).max()) for a, b in pairs) <= 1e-5
+
+
+def as_version_8(path: Path) -> Path:
+    """A model of version 6 whose constants lie along the last axes; onnxruntime knows no older one."""
+    model = onnx.load(path)
+    tensors = {one.name: one for one in model.graph.initializer}
+    for made in model.graph.node:
+        said = {one.name: one.i for one in made.attribute}
+        if "broadcast" in said:
+            constant = onnx.numpy_helper.to_array(tensors[made.input[1]])
+            shape = [1] * 4
+            shape[said.get("axis", 3)] = constant.size
+            name = f"{made.input[1]} of {made.output[0]}"
+            model.graph.initializer.append(onnx.numpy_helper.from_array(constant.reshape(shape), name))
+            made.input[1] = name
+        for one in [one for one in made.attribute if one.name in ("broadcast", "axis", "is_test")]:
+            made.attribute.remove(one)
+    model.opset_import[0].version = 8
+    onnx.save(model, path.with_suffix(".8.onnx"))
+    return path.with_suffix(".8.onnx")
 
 
 def test_layers_that_share_a_weight_can_be_folded_one_after_the_other(tmp_path: Path) -> None:
