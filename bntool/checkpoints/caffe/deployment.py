@@ -7,12 +7,13 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from bntool.batchnorm import DEFAULT_EPS, EpsSource
+from bntool.checkpoints.caffe.blob_names import find_renaming
 from bntool.checkpoints.caffe.blobs import CaffeContent, momentum_of
 from bntool.checkpoints.caffe.hdf5 import name_blobs
 from bntool.checkpoints.caffe.layers import Layer, Wiring, blobs_of
 from bntool.checkpoints.caffe.prototxt import Prototxt, TextField
 from bntool.checkpoints.caffe.trust import judge_layers
-from bntool.checkpoints.caffe.writing import BIASED, biased_layers, find_renaming, removed_layers
+from bntool.checkpoints.caffe.writing import BIASED, biased_layers, removed_layers
 from bntool.checkpoints.checkpoint import Checkpoint, ModuleInfo
 from bntool.errors import RefusedError, UsageError
 from bntool.plan import SetAttribute
@@ -95,11 +96,10 @@ def edit_prototxt(checkpoint: Checkpoint, prototxt: Prototxt) -> str:
         if layer.index in removed:
             edits.add((*_whole_lines(prototxt.text, text), ""))
             continue
-        if layer.index in renaming.tops:
-            edits.add(_set_value(next(text.all("top")), renaming.tops[layer.index]))
-        for place, bottom in enumerate(text.all("bottom")):
-            if (layer.index, place) in renaming.bottoms:
-                edits.add(_set_value(bottom, renaming.bottoms[layer.index, place]))
+        for key, names in (("top", renaming.tops), ("bottom", renaming.bottoms)):
+            for place, found in enumerate(text.all(key)):
+                if (layer.index, place) in names:
+                    edits.add(_set_value(found, names[layer.index, place]))
         parameter = text.last(BIASED[layer.type]) if layer.name in biased else None
         if parameter is not None:
             term = parameter.last("bias_term")

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
+from bntool.checkpoints.caffe.blob_names import find_renaming
 from bntool.checkpoints.caffe.blobs import CaffeContent
 from bntool.checkpoints.caffe.layers import (
     PARAMETERS,
     SHAPE,
     V1_PARAMETERS,
     Layer,
-    Wiring,
     blobs_number,
     data_field,
     messages_of,
@@ -64,65 +63,6 @@ def biased_layers(checkpoint: Checkpoint) -> frozenset[int]:
     return frozenset(index for index, name in content.names.items() if f"{name}.bias" in added)
 
 
-@dataclass(frozen=True)
-class Renaming:
-    """New names of blobs after layers were taken out.
-
-    Attributes:
-        tops: of the one top of a layer, by position.
-        bottoms: of bottoms of a layer, by position of the layer and of the bottom.
-    """
-
-    tops: Mapping[int, str]
-    bottoms: Mapping[tuple[int, int], str]
-
-
-def find_renaming(wiring: Wiring, removed: frozenset[int]) -> Renaming:
-    """Find the names that change when layers are removed: what feeds one gets the name of its top; or else its readers
-    read what it read.
-
-    Raises:
-        RefusedError: other layers use the names in between.
-    """
-    tops: dict[int, str] = {}
-    bottoms: dict[tuple[int, int], str] = {}
-    for index in sorted(removed, reverse=True):
-        if any(reader in removed for reader in wiring.readers.get(index, ())):
-            continue  # the last of a chain speaks for it
-        layer = wiring.layers[index]
-        first = layer
-        while len(wiring.producers[first.index]) == 1 and wiring.producers[first.index][0] in removed:
-            first = wiring.layers[wiring.producers[first.index][0] or 0]
-        if len(first.bottoms) != 1 or len(layer.tops) != 1:
-            raise RefusedError("it has several bottoms or tops", tensor=layer.name)
-        source = wiring.producers[first.index][0]
-        producer = wiring.layers[source] if source is not None else None
-        if layer.tops[0] == first.bottoms[0]:
-            continue
-        if producer is not None and _can_rename(wiring, producer, layer, removed):
-            tops[producer.index] = layer.tops[0]
-            continue
-        bottoms.update(_rename_bottoms(wiring, layer, first.bottoms[0]))
-    return Renaming(tops, bottoms)
-
-
-def _rename_bottoms(wiring: Wiring, last: Layer, bottom: str) -> dict[tuple[int, int], str]:
-    readers = wiring.readers.get(last.index, ())
-    if not readers:
-        raise RefusedError("its input and its output are both results of the net", tensor=last.name)
-    if any(bottom in other.tops for other in wiring.layers[last.index + 1 : max(readers)]):
-        raise RefusedError("other layers use the names of its blobs", tensor=last.name)
-    places = [(reader, place) for reader in readers for place in range(len(wiring.producers[reader]))]
-    return {(reader, place): bottom for reader, place in places if wiring.producers[reader][place] == last.index}
-
-
-def _can_rename(wiring: Wiring, producer: Layer, last: Layer, removed: frozenset[int]) -> bool:
-    reader = wiring.only_reader(producer)
-    between = [other for other in wiring.layers[producer.index + 1 : last.index] if other.index not in removed]
-    used = {name for other in between for name in (*other.bottoms, *other.tops)} | set(producer.bottoms)
-    return reader is not None and reader.index in removed and last.tops[0] not in used
-
-
 def _plan(checkpoint: Checkpoint, content: CaffeContent, edits: Edits) -> None:
     refused = (RemoveEntry, Record) if content.deployed is not None else (SetAttribute, RemoveEntry, Record)
     for edit in checkpoint.edits:  # what is set of a layer goes to the .prototxt, if there is one
@@ -143,8 +83,9 @@ def _take_out(content: CaffeContent, removed: frozenset[int], edits: Edits) -> N
         assert message.parent is not None
         edits.replace(message.parent[0], message.parent[1])
     renaming = find_renaming(content.wiring, removed)
-    for index, top in renaming.tops.items():
-        edits.set_field(_message_of(content.wiring.layers[index]), 4, *embed(4, top.encode()))
+    for (index, place), top in renaming.tops.items():
+        message = _message_of(content.wiring.layers[index])
+        edits.replace(message, message.all(4)[place], *embed(4, top.encode()))
     for (index, place), bottom in renaming.bottoms.items():
         message = _message_of(content.wiring.layers[index])
         edits.replace(message, message.all(3)[place], *embed(3, bottom.encode()))

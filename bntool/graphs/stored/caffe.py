@@ -12,9 +12,9 @@ import numpy as np
 
 from bntool.batchnorm import DEFAULT_EPS
 from bntool.checkpoints.arrays import to_float64
+from bntool.checkpoints.caffe.blob_names import can_remove
 from bntool.checkpoints.caffe.blobs import CaffeContent
 from bntool.checkpoints.caffe.layers import UNKNOWN, Layer, blobs_of
-from bntool.checkpoints.caffe.writing import find_renaming
 from bntool.checkpoints.checkpoint import Checkpoint
 from bntool.checkpoints.files import quote
 from bntool.checkpoints.tensors import Tensor, count_elements, read_bytes
@@ -138,6 +138,7 @@ class _Building:
         lengths = [count_elements(self.tensors[key].shape) for key in own.values()]
         check_lengths(layer.name, lengths)
         count = lengths[0]
+        last = self.wiring.layers[self.scale_of.get(layer.index, layer.index)]
         index = self.builder.add(
             NodeKind.BATCH_NORM,
             layer.type,
@@ -148,21 +149,13 @@ class _Building:
             eps=layer.parameters.get("batch_norm_param.eps", DEFAULT_EPS) if layer.type != "BN" else None,
             # unless it is said otherwise, a net that is tested uses the stored statistics
             training=layer.parameters.get("batch_norm_param.use_global_stats") is False,
-            owner=Owner.WHOLE if self._can_be_removed(layer) else Owner.PART,
+            owner=Owner.WHOLE if can_remove(self.wiring, layer, last) else Owner.PART,
             **self._facts(layer),
         )
         shape = value.shape
         if shape is not None and len(shape) > 1:
             shape = (shape[0], Extent(count), *shape[2:])
         return self.builder.give(index, shape, 1)
-
-    def _can_be_removed(self, layer: Layer) -> bool:
-        """Return whether what is around it can be joined by the names of blobs."""
-        try:
-            find_renaming(self.wiring, frozenset({layer.index, self.scale_of.get(layer.index, layer.index)}))
-        except RefusedError:
-            return False
-        return True
 
     def _add_convolution(self, layer: Layer, own: Mapping[str, str], value: Value) -> Value:
         shape = self.tensors[own["weight"]].shape
