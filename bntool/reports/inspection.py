@@ -12,18 +12,12 @@ from bntool.inspection.findings import Finding
 from bntool.inspection.module_findings import describe_behaviour
 from bntool.inspection.results import Inspection, LayerInspection, StateDictInspection, Summary, TensorInspection
 from bntool.inspection.safety import Safety, SafetyVerdict
-from bntool.inspection.verdict import Health, Verdict
+from bntool.inspection.verdict import Verdict
 from bntool.reports.blocks import Block, Cell, Column, Line, Style, Table, line
+from bntool.reports.severities import HEALTH_STYLES
 from bntool.reports.text import format_size, plural
 from bntool.representation import list_first
 
-HEALTH_STYLES = {
-    Health.HEALTHY: Style.GOOD,
-    Health.SUSPICIOUS: Style.WARNING,
-    Health.SICK: Style.ERROR,
-    Health.NO_BATCH_NORM: Style.NOTICE,
-    Health.NOT_JUDGED: Style.WARNING,
-}
 _VERDICTS = {
     SafetyVerdict.HARMLESS: Style.GOOD,
     SafetyVerdict.UNKNOWN: Style.WARNING,

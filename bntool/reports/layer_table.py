@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from bntool.batchnorm import EpsSource
+from bntool.batchnorm import AFFINE, EpsSource
 from bntool.inspection.findings import Finding, Severity
 from bntool.inspection.module_findings import describe_behaviour
 from bntool.inspection.results import LayerInspection, StateDictInspection, Summary
@@ -19,17 +19,15 @@ from bntool.reports.layers import (
     picture_scales,
     picture_variances,
 )
+from bntool.reports.severities import MARKS, SEVERITY_STYLES
 from bntool.reports.text import plural
 from bntool.representation import format_number, list_first
 
 MIDDLE = 100  # columns from which on channels and running_mean are shown
 WIDE = 132  # and means
 WIDEST = 172  # and weight, bias and findings
-SEVERITY_STYLES = {Severity.NOTICE: Style.NOTICE, Severity.WARNING: Style.WARNING, Severity.ERROR: Style.ERROR}
-MARKS = {Severity.NOTICE: "i", Severity.WARNING: "!", Severity.ERROR: "X"}
 _LISTED = 6  # layers named in a finding that concerns many
 _LISTED_CHANNELS = 8
-_AFFINE = ("weight", "bias")
 
 
 def show_layers(state_dict: StateDictInspection, *, every: bool, pictures: bool) -> Iterator[Block]:
@@ -67,7 +65,7 @@ def _make_table(rows: Sequence[LayerRow], findings: Sequence[Line], *, pictures:
         Column("|scale|", right=True),
         Column("running_mean", right=True, wide=MIDDLE, narrow=WIDE),
         Column("running_mean", right=True, wide=WIDE),
-        *(Column(role, right=True, wide=WIDEST) for role in _AFFINE),
+        *(Column(role, right=True, wide=WIDEST) for role in AFFINE),
         Column("batches", right=True),
         Column("eps", right=True),
         Column("momentum", right=True, wide=WIDE),
@@ -133,7 +131,7 @@ def _make_row(row: LayerRow, said: set[str], variances: Cell, scales: Cell, scal
         _scale_cell(*scale),
         _range_cell(row, "running_mean", digits=2),
         _range_cell(row, "running_mean", digits=3, mean=True),
-        *(_range_cell(row, role, digits=3, mean=True) for role in _AFFINE),
+        *(_range_cell(row, role, digits=3, mean=True) for role in AFFINE),
         *(
             Cell("" if name in said else _merge({_describe_fact(name, layer) for layer in row.layers}))
             for name in ("batches", "eps", "momentum", "scale factor")
@@ -288,9 +286,7 @@ def describe_channels(channels: Sequence[int]) -> str:
     """Describe channels by their numbers, to stand behind the name of their layer; "" for none."""
     if not channels:
         return ""
-    more = f" and {len(channels) - _LISTED_CHANNELS} more" if len(channels) > _LISTED_CHANNELS else ""
-    listed = ", ".join(map(str, channels[:_LISTED_CHANNELS]))
-    return f" (channel{'s' * (len(channels) > 1)} {listed}{more})"
+    return f" (channel{'s' * (len(channels) > 1)} {list_first(list(map(str, channels)), _LISTED_CHANNELS)})"
 
 
 def show_findings(grouped: Iterable[GroupedFinding]) -> Iterator[Line]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
+import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -11,7 +12,10 @@ from bntool.batchnorm import DEFAULT_EPS
 from bntool.inspection.findings import Severity
 from bntool.inspection.results import LayerInspection, StateDictInspection
 from bntool.reports.histograms import LogAxis, count_values, find_axis
-from bntool.reports.stages import FEW, find_stages
+from bntool.reports.text import count_shared
+
+_NUMBERED = re.compile(r"\d(?!d)", re.ASCII)  # layer1, blocks.3, Mixed_5b; not backbone2d
+_FEW = 12  # layers that are listed one by one before they are put together by the stage of the network
 
 
 class LayerRow(NamedTuple):
@@ -43,7 +47,7 @@ def arrange_rows(state_dict: StateDictInspection, *, every: bool) -> list[LayerR
     rows = []
     for severities in ((Severity.ERROR,), (Severity.WARNING,), (Severity.NOTICE, None)):
         layers = [layer for layer in state_dict.layers if worst[layer.name] in severities]
-        if every or len(layers) <= FEW:
+        if every or len(layers) <= _FEW:
             rows += [LayerRow(layer.name, (layer,), worst[layer.name]) for layer in layers]
             continue
         for stage, positions in find_stages([layer.name for layer in layers]).items():
@@ -52,6 +56,23 @@ def arrange_rows(state_dict: StateDictInspection, *, every: bool) -> list[LayerR
             found = Severity.NOTICE if any(worst[layer.name] for layer in members) else None
             rows.append(LayerRow(name, members, severities[0] if severities[0] is not Severity.NOTICE else found))
     return rows
+
+
+def find_stages(names: Sequence[str]) -> dict[str, list[int]]:
+    """Return positions of the names by stage, in the order in which stages begin.
+
+    A stage is the path up to the first part with a number that has modules of its own below it: ``backbone.layer3`` of
+    ``backbone.layer3.0.bn1``; else the first module below what all names begin with, which decides nothing. A layer
+    that lies in no module belongs to "", the model itself.
+    """
+    split = [name.split(".") for name in names]
+    shared = count_shared([parts[:-1] for parts in split])
+    stages: dict[str, list[int]] = {}
+    for index, parts in enumerate(split):
+        modules = range(shared, len(parts) - 1)
+        end = next((i + 1 for i in modules if _NUMBERED.search(parts[i])), min(shared + 1, len(parts) - 1))
+        stages.setdefault(".".join(parts[:end]), []).append(index)
+    return stages
 
 
 class Distribution(NamedTuple):

@@ -11,7 +11,8 @@ from bntool.inspection.findings import FindingCode, Severity
 from bntool.inspection.run import FileSummary, FoundInLayers, LayerState, Run
 from bntool.inspection.verdict import Health
 from bntool.reports.blocks import Block, Cell, Column, Line, Series, Style, Table, line
-from bntool.reports.layer_table import MARKS, SEVERITY_STYLES, describe_channels, describe_range
+from bntool.reports.layer_table import describe_channels, describe_range
+from bntool.reports.severities import HEALTH_STYLES, MARKS, SEVERITY_STYLES
 from bntool.reports.text import plural
 from bntool.representation import format_number, list_first
 from bntool.verification.statistics_shift import StatisticsShift, WorstShift
@@ -19,13 +20,6 @@ from bntool.verification.statistics_shift import StatisticsShift, WorstShift
 MOVED = 6  # layers that are shown as series
 _LISTED = 4  # files named in a line
 _MIDDLE, _WIDE = 100, 140
-HEALTH_STYLES = {
-    Health.HEALTHY: Style.GOOD,
-    Health.SUSPICIOUS: Style.WARNING,
-    Health.SICK: Style.ERROR,
-    Health.NO_BATCH_NORM: Style.NOTICE,
-    Health.NOT_JUDGED: Style.WARNING,
-}
 _COUNT_STYLES = {"failed": Style.ERROR, **{health.value: style for health, style in HEALTH_STYLES.items()}}
 _HEALTH_MARKS = {Health.SICK: MARKS[Severity.ERROR], Health.SUSPICIOUS: MARKS[Severity.WARNING]}
 

@@ -12,9 +12,47 @@ from torch import nn
 import bntool
 from bntool.inspection.findings import Severity
 from bntool.reports.inspection import show_inspection
-from bntool.reports.layers import arrange_rows, list_scales, picture_scales, picture_variances
+from bntool.reports.layers import arrange_rows, find_stages, list_scales, picture_scales, picture_variances
 from bntool.reports.plain import draw as draw_plain
 from tests.reports.test_terminal import show, visible
+
+# of networks as their authors name them
+STAGES = {
+    "resnet": {
+        "": ["bn1", "neck_bn"],
+        "layer1": ["layer1.0.bn1", "layer1.0.downsample.1", "layer1.1.bn1"],
+        "layer2": ["layer2.0.bn1"],
+    },
+    "detr": {
+        "backbone.0.body": ["backbone.0.body.bn1"],
+        "backbone.0.body.layer1": ["backbone.0.body.layer1.0.bn1"],
+        "backbone.0.body.layer2": ["backbone.0.body.layer2.0.bn1"],
+    },
+    "detector": {
+        "backbone": ["backbone.bn1"],
+        "backbone.layer1": ["backbone.layer1.0.bn1"],
+        "neck.fpn_convs.0": ["neck.fpn_convs.0.bn"],
+        "head": ["head.cls.bn"],
+    },
+    "mobilenet": {"features.0": ["features.0.1"], "features.1": ["features.1.conv.0.1", "features.1.conv.2"]},
+    "vgg": {"features": ["features.1", "features.4"]},
+    "densenet": {
+        "features": ["features.norm0", "features.norm5"],
+        "features.denseblock1": ["features.denseblock1.denselayer1.norm1"],
+        "features.transition1": ["features.transition1.norm"],
+    },
+    "inception": {
+        "Conv2d_1a_3x3": ["Conv2d_1a_3x3.bn"],
+        "Mixed_5b": ["Mixed_5b.branch1x1.bn", "Mixed_5b.branch_pool.bn"],
+    },
+    "pointpillars": {
+        "backbone2d.blocks.0": ["backbone2d.blocks.0.1"],
+        "backbone2d.deblocks.0": ["backbone2d.deblocks.0.1"],
+        "head3d": ["head3d.conv.1"],
+    },
+    "sequential": {"": ["1", "4"]},
+    "layer alone": {"": [""]},
+}  # fmt: skip
 
 
 def make_network(*, depth: int = 7) -> nn.Module:
@@ -132,3 +170,11 @@ def test_names_that_differ_in_the_middle_differ_on_a_terminal_of_80_columns() ->
     )
     shown = [line.split()[1] for line in text.splitlines() if "downsample" in line and line[:3] in ("!  ", "   ")]
     assert len(shown) == len(set(shown)) == 4
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_layers_of_a_stage_are_together(name: str) -> None:
+    stages = STAGES[name]
+    names = [layer for layers in stages.values() for layer in layers]
+    found = {stage: [names[index] for index in positions] for stage, positions in find_stages(names).items()}
+    assert found == stages

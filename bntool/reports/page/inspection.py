@@ -13,10 +13,10 @@ from bntool.reports.layers import list_scales
 from bntool.reports.page.cells import describe_channels, draw_item, range_item
 from bntool.reports.page.document import Column, Entry, Item, Page, Place, Row, Snippet, Table
 from bntool.reports.page.strips import Mark, Scale, scale_sizes
+from bntool.reports.severities import SEVERITY_STYLES
 from bntool.reports.text import format_size, plural
 from bntool.shells import join_words
 
-STYLES = {Severity.NOTICE: Style.NOTICE, Severity.WARNING: Style.WARNING, Severity.ERROR: Style.ERROR}
 HEALTH_STYLES = {
     Health.HEALTHY: Style.GOOD,
     Health.SUSPICIOUS: Style.WARNING,
@@ -76,7 +76,7 @@ def make_state_dict_page(one: StateDictInspection) -> Page:
     )
 
 
-_STYLE_RANKS = (Style.GOOD, *STYLES.values())
+_STYLE_RANKS = (Style.GOOD, *SEVERITY_STYLES.values())
 Anchors = dict[tuple[str, str], str]  # of the row of a layer: by key of the state dict and name
 
 
@@ -129,7 +129,7 @@ def _group_findings(
     for number, (finding, places) in enumerate(ordered):
         example = f"{places[0].name}: " if len(places) > 1 and not finding.layers else ""
         yield Entry(
-            STYLES[finding.severity],
+            SEVERITY_STYLES[finding.severity],
             finding.code.value,
             example + finding.message,
             advice=finding.advice,
@@ -191,8 +191,8 @@ def _make_row(
 ) -> Row:
     found = sorted(findings, key=lambda finding: -finding.severity.rank)
     worst = found[0].severity if found else None
-    style = Style.PLAIN if worst is None else STYLES[worst]
-    marks = [Mark(STYLES[finding.severity], finding.channels) for finding in found if finding.channels]
+    style = Style.PLAIN if worst is None else SEVERITY_STYLES[worst]
+    marks = [Mark(SEVERITY_STYLES[finding.severity], finding.channels) for finding in found if finding.channels]
     variances = _values(layer.tensors.get("running_var"))
     channels = layer.layer.num_features
     count = layer.num_batches_tracked

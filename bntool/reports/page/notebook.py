@@ -17,9 +17,10 @@ from bntool.reports.blocks import Block, Style
 from bntool.reports.page.cells import describe_channels, draw_item, range_item
 from bntool.reports.page.document import Column, Entry, Item, Page, Place, Row, Table
 from bntool.reports.page.from_blocks import make_table, read_blocks
-from bntool.reports.page.inspection import STYLES, make_inspection_page, make_state_dict_page
+from bntool.reports.page.inspection import make_inspection_page, make_state_dict_page
 from bntool.reports.page.skips import list_skips
 from bntool.reports.page.strips import Mark, scale_sizes
+from bntool.reports.severities import SEVERITY_STYLES
 from bntool.reports.text import format_size, plural
 from bntool.representation import format_number
 
@@ -70,10 +71,12 @@ def _of_state_dict_inspection(one: StateDictInspection) -> Page:
 
 
 def _of_layer_inspection(layer: LayerInspection) -> Page:
-    marks = [Mark(STYLES[finding.severity], finding.channels) for finding in layer.findings if finding.channels]
+    marks = [
+        Mark(SEVERITY_STYLES[finding.severity], finding.channels) for finding in layer.findings if finding.channels
+    ]
     entries = tuple(
         Entry(
-            STYLES[finding.severity],
+            SEVERITY_STYLES[finding.severity],
             finding.code.value,
             finding.message,
             finding.advice,
@@ -81,7 +84,7 @@ def _of_layer_inspection(layer: LayerInspection) -> Page:
         )
         for finding in layer.findings
     )
-    style = Style.GOOD if layer.worst is None else STYLES[layer.worst]
+    style = Style.GOOD if layer.worst is None else SEVERITY_STYLES[layer.worst]
     verdict = "nothing found" if layer.worst is None else ", ".join(finding.short for finding in layer.findings)
     return _make_layer_page(layer.layer, layer, style=style, verdict=verdict, entries=entries, marks=marks)
 

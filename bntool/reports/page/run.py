@@ -13,9 +13,10 @@ from bntool.reports.blocks import Style
 from bntool.reports.page.cells import describe_channels
 from bntool.reports.page.document import Column, Entry, Item, Page, Picture, Place, Row, Snippet, Table
 from bntool.reports.page.from_blocks import make_table, read_blocks
-from bntool.reports.page.inspection import HEALTH_STYLES, STYLES, make_layer_table, name_rows
+from bntool.reports.page.inspection import HEALTH_STYLES, make_layer_table, name_rows
 from bntool.reports.page.strips import Mark, Scale, count_pixels, draw_series, scale_sizes
 from bntool.reports.run import count_files, list_files, make_file_table, name_file, say_since_when, show_break
+from bntool.reports.severities import SEVERITY_STYLES
 from bntool.reports.text import plural
 from bntool.representation import format_number
 from bntool.shells import join_words
@@ -102,7 +103,7 @@ def _list_findings(run: Run, rows: dict[str, str]) -> Iterator[Entry]:
         channels = describe_channels(finding.channels) if len(group.layers) == 1 else ""
         example = f"{next(iter(group.layers))}: " if group.layers else ""
         yield Entry(
-            STYLES[finding.severity],
+            SEVERITY_STYLES[finding.severity],
             f"{finding.code.value} in {place}",
             example + finding.message,
             finding.advice,
@@ -167,7 +168,7 @@ def _make_row(  # noqa: PLR0917 what a row is made of
     for at, state in enumerate(states):
         if state is not None and state.worst in places:
             places[state.worst].append(at)
-    marks = [Mark(STYLES[severity], found) for severity, found in places.items()]
+    marks = [Mark(SEVERITY_STYLES[severity], found) for severity, found in places.items()]
     first = next((found[0] for found in (places[Severity.ERROR], places[Severity.WARNING]) if found), None)
     style = Style.ERROR if places[Severity.ERROR] else Style.WARNING if places[Severity.WARNING] else Style.PLAIN
     known = [value for value in variances[0] if value is not None and math.isfinite(value)]
