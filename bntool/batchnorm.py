@@ -11,6 +11,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from bntool.errors import UsageError
+from bntool.names import join_name
 from bntool.representation import html_repr, list_first
 
 DEFAULT_EPS = 1e-5  # of torch.nn.BatchNorm*; a file that holds only tensors cannot tell whether it was changed
@@ -87,7 +88,9 @@ class EpsSource(Enum):
 AFFINE = ("weight", "bias")
 STATISTICS = ("running_mean", "running_var")
 VECTORS = (*AFFINE, *STATISTICS)  # one element for each channel; ONNX and torch.export list them in this order
-ROLES = (*VECTORS, "num_batches_tracked")
+COUNTER = "num_batches_tracked"  # of the batches that the statistics are an average of
+BUFFERS = (*STATISTICS, COUNTER)
+ROLES = (*AFFINE, *BUFFERS)
 
 
 class LayerArrays(ABC):
@@ -156,6 +159,10 @@ class BatchNorm(LayerArrays):
         channels = "? channels" if self.num_features is None else f"{self.num_features} channels"
         eps = "eps unknown" if self.eps is None else f"eps={self.eps:g} ({self.eps_source.value})"
         return f"<{self.kind.value} {self.name!r}: {channels}, {eps}, {', '.join(self.tensors)}>"
+
+    def name_of(self, role: str) -> str:
+        """Return the name of a tensor of the layer, without the prefix of wrappers."""
+        return join_name(self.name, role)
 
     @property
     def affine(self) -> bool:

@@ -44,9 +44,14 @@ def format_number(value: float, digits: int = 3) -> str:
     return text
 
 
-def list_first(names: Sequence[str], most: int = 3) -> str:
-    """Join the first names, at most so many, and say how many more there are."""
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+def list_first(names: Sequence[str], most: int = 3, *, separator: str = ", ") -> str:
+    """Join the first names, at most so many, and say how many more there are: ``a, b and 3 more``.
+
+    Args:
+        separator: "; " where the names are clauses: ``a; b; and 3 more``.
+    """
+    more = f"{separator.lstrip(',')}and {len(names) - most:,} more" if len(names) > most else ""
+    return separator.join(names[:most]) + more
 
 
 def repr_of_change(

@@ -11,6 +11,7 @@ from bntool.batchnorm import VECTORS
 from bntool.graphs.architectures.catalogue import BLOCK, MAGIC
 from bntool.graphs.architectures.structure import KINDS, OWNERS
 from bntool.graphs.graph import Edge, ModelGraph, Node, NodeKind
+from bntool.names import join_name
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -53,7 +54,7 @@ def _unusual(graph: ModelGraph, shapes: Shapes) -> dict[str, Any]:
             layers.setdefault(str(node.index), {})["parameters"] = dict(node.parameters)
         if node.kind is not NodeKind.BATCH_NORM and not node.kind.is_producer:
             continue
-        names = {role: f"{node.layer}.{role}" if node.layer else role for role in VECTORS}
+        names = {role: join_name(node.layer, role) for role in VECTORS}
         if dict(node.parameters) != {role: name for role, name in names.items() if name in shapes}:
             layers.setdefault(str(node.index), {})["parameters"] = dict(node.parameters)
         if node.computed:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from bntool.averaging.statistics import PooledStatistics, pool_statistics
-from bntool.batchnorm import BatchNorm
+from bntool.batchnorm import COUNTER, STATISTICS, BatchNorm
 from bntool.checkpoints.addresses import as_location
 from bntool.checkpoints.application import apply_plan
 from bntool.checkpoints.batchnorms import find_norms
@@ -34,11 +34,10 @@ from bntool.checkpoints.tensors import (
 from bntool.checkpoints.ties import find_tied
 from bntool.errors import BntoolError, CorruptFileError, RefusedError, UsageError
 from bntool.plan import Averaged, Operation, Plan, SetTensor, Values
-from bntool.representation import html_repr, repr_of_change
+from bntool.representation import html_repr, list_first, repr_of_change
 
 _AVERAGED = (FLOAT64, FLOAT32, FLOAT16, BFLOAT16)
 _MASK, _PRUNED = "_mask", "_orig"  # of torch.nn.utils.prune
-_COUNTER = "num_batches_tracked"
 _SHOWN = 3  # names that a refusal lists
 
 
@@ -214,7 +213,7 @@ def _plan_average(
         of_statistics |= {step.name for step in steps_of_layer}
         if statistics is None:
             pooled.append(_summarize(layer.name, statistics_of_layer))
-    counters = {f"{layer.name}.{_COUNTER}".lstrip(".") for layer in find_norms(first) if _COUNTER in layer.tensors}
+    counters = {layer.name_of(COUNTER) for layer in find_norms(first) if COUNTER in layer.tensors}
     kept = []
     for name in names:
         if name not in of_statistics:
@@ -266,9 +265,8 @@ def _check_same(a: Checkpoint, first: StateDict, b: Checkpoint, other: StateDict
         ([name for name in others if name not in names], a, b),
     ):
         if missing:
-            more = f" and {len(missing) - _SHOWN:,} more" if len(missing) > _SHOWN else ""
-            listed = ", ".join(quote(name) for name in missing[:_SHOWN])
-            raise RefusedError(f"it lacks {listed}{more} of {quote(str(having.path))}", path=lacking.path)
+            listed = list_first(list(map(quote, missing)), _SHOWN)
+            raise RefusedError(f"it lacks {listed} of {quote(str(having.path))}", path=lacking.path)
     for name in names:
         shapes = [tuple(one.tensor(name).shape) for one in (first, other)]
         if shapes[0] != shapes[1]:
@@ -286,7 +284,7 @@ def _check_same(a: Checkpoint, first: StateDict, b: Checkpoint, other: StateDict
 
 def _find_layers_with_statistics(state_dict: StateDict) -> list[BatchNorm]:
     """Return all normalisation layers that keep a mean and a variance, BatchNorm or not."""
-    return [one for one in find_norms(state_dict) if {"running_mean", "running_var"} <= set(one.tensors)]
+    return [one for one in find_norms(state_dict) if one.has_statistics]
 
 
 def _plan_statistics(
@@ -305,7 +303,7 @@ def _plan_statistics(
     """
     import numpy as np
 
-    names = [f"{layer.name}.{role}".lstrip(".") for role in ("running_mean", "running_var")]
+    names = [layer.name_of(role) for role in STATISTICS]
     if statistics is None:
         places = [(one.path, state_dict) for one, state_dict in zip(sources, chosen, strict=True)]
     else:

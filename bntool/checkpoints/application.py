@@ -16,6 +16,7 @@ from bntool.checkpoints.scaled_tensors import ScaledTensor
 from bntool.checkpoints.state_dicts import find_not_understood, find_prefix
 from bntool.checkpoints.tensors import LiteralTensor, StoredTensor, Tensor, count_elements
 from bntool.errors import RefusedError, UsageError
+from bntool.names import add_prefix, remove_prefix
 from bntool.plan import (
     AddTensor,
     AnyPlan,
@@ -83,8 +84,7 @@ def _find_places(before: StateDict, after: StateDict) -> dict[str, str]:
             path = path.rpartition(".")[0]
     moved = {old: new for old, new in rename_paths(paths, names, names).items() if new is not None}
     return {
-        f"{old}.".removeprefix(before.prefix).removesuffix("."): f"{new}.".removeprefix(after.prefix).removesuffix(".")
-        for old, new in {**moved, **names}.items()
+        remove_prefix(old, before.prefix): remove_prefix(new, after.prefix) for old, new in {**moved, **names}.items()
     }
 
 
@@ -111,7 +111,7 @@ def change_state_dict(original: StateDict, steps: Iterable[Step], others: Sequen
         elif isinstance(step, RemoveTensor):
             del tensors[_existing(original, tensors, step.name)]
         elif isinstance(step, SetVersion) and versions is not None:
-            versions = {**versions, (original.prefix + step.module).removesuffix("."): step.version}
+            versions = {**versions, add_prefix(step.module, original.prefix): step.version}
     order: dict[str, None] = {}
     for name in original.tensors:
         _place(name, followers, order)
@@ -158,7 +158,7 @@ def _in_file(step: Step, state_dict: StateDict) -> Step:
     """Return a step with its module names as the file spells them."""
     if not isinstance(step, SetAttribute | SetVersion):
         return step
-    return dataclasses.replace(step, module=(state_dict.prefix + step.module).removesuffix("."))
+    return dataclasses.replace(step, module=add_prefix(step.module, state_dict.prefix))
 
 
 def _existing(original: StateDict, tensors: Mapping[str, Tensor], name: str) -> str:

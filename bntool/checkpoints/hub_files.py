@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from bntool.checkpoints.files import quote
+from bntool.representation import list_first
 
 CONFIG = "config.json"
 # in the order in which transformers, timm and diffusers look for them
@@ -66,5 +67,4 @@ def describe_choice(names: Sequence[str]) -> str:
     likely = list_likely(names)
     if not likely:
         return "it holds nothing that is named like a checkpoint"
-    more = f" and {len(likely) - _LISTED} more" if len(likely) > _LISTED else ""
-    return f"it holds several checkpoints: {', '.join(map(quote, likely[:_LISTED]))}{more}; name one of them"
+    return f"it holds several checkpoints: {list_first(list(map(quote, likely)), _LISTED)}; name one of them"

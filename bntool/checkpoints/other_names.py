@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from bntool.checkpoints.checkpoint import ModuleInfo
 from bntool.checkpoints.containers.protobufs.writing import unused_name
+from bntool.names import join_name
 
 # last parts of names that Keras, tf.layers and slim give
 TENSORFLOW_ROLES = {
@@ -77,7 +78,7 @@ def translate(paths: Mapping[str, Sequence[str]], *, kind: str = "") -> Translat
     taken: set[str] = set()
     for name, (layer, leaf) in split.items():
         role = roles[layer].get(leaf) or others.get(leaf, leaf.replace("/", "."))
-        names[name] = unused_name(f"{layer}.{role}" if layer else role, taken)
+        names[name] = unused_name(join_name(layer, role), taken)
         taken.add(names[name])
     kind = kind or (FLAX_CLASS if is_flax else TENSORFLOW_CLASS)
     return Translation(names, {layer: ModuleInfo(kind, {}) for layer, found in roles.items() if found})

@@ -8,7 +8,19 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 
-from bntool.batchnorm import DEFAULT_EPS, ROLES, STATISTICS, VECTORS, BatchNorm, EpsSource, check_globs, selects
+from bntool.batchnorm import (
+    AFFINE,
+    BUFFERS,
+    COUNTER,
+    DEFAULT_EPS,
+    ROLES,
+    STATISTICS,
+    VECTORS,
+    BatchNorm,
+    EpsSource,
+    check_globs,
+    selects,
+)
 from bntool.checkpoints.batchnorms import find_batchnorms
 from bntool.checkpoints.checkpoint import Checkpoint, NotUnderstood, StateDict
 from bntool.checkpoints.files import quote
@@ -36,6 +48,7 @@ from bntool.comparison.options import Expectation
 from bntool.errors import BntoolError, UsageError
 from bntool.graphs.architectures.recognition import assume_eps
 from bntool.modules.opening import Source, open_source
+from bntool.names import join_name
 from bntool.progress import OnProgress, count, ignore
 from bntool.representation import html_repr, list_first
 from bntool.verification.missing_statistics import describe_absence
@@ -63,8 +76,8 @@ class Change(Enum):
 
 _KEPT_BY = {
     Expectation.FROZEN: ROLES,
-    Expectation.NORM_EVAL: (*STATISTICS, "num_batches_tracked"),
-    Expectation.STATS_ONLY: ("weight", "bias"),
+    Expectation.NORM_EVAL: BUFFERS,
+    Expectation.STATS_ONLY: AFFINE,
 }
 
 
@@ -277,7 +290,7 @@ def _compare_sides(
         for name in (*selected, *sorted(frozen.difference(selected)))
     ]
     ordered = sorted(compared, key=lambda layer: -layer.severity)
-    in_layers = {f"{name}.{role}" if name else role for name in selected for role in ROLES}
+    in_layers = {join_name(name, role) for name in selected for role in ROLES}
     rest = [name for name in dict.fromkeys([*tensors_a, *tensors_b]) if name not in in_layers] if others else []
     sizes = {name: sum(_size(side[name]) for side in (tensors_a, tensors_b) if name in side) for name in rest}
     return Comparison(
@@ -325,7 +338,7 @@ def choose_side(checkpoint: Checkpoint, key: str | None, prefix: str | None, *, 
         return Side(checkpoint, flat[1], "", is_flat=True)
     parts = list(dict.fromkeys(f"{name.partition('.')[0]}." for name in names if "." in name))
     parts = [FLAT_AVERAGE, *parts] if flat is not None else parts
-    listed = ", ".join(map(quote, parts[:_SHOWN])) + (f" and {len(parts) - _SHOWN} more" if len(parts) > _SHOWN else "")
+    listed = list_first(list(map(quote, parts)), _SHOWN)
     message = f"{option} {quote(prefix)}: no tensor's name begins with it; there are {listed or 'none with a dot'}"
     raise UsageError(message, path=checkpoint.path)
 
@@ -447,7 +460,7 @@ def _compare_layer(
 ) -> LayerComparison:
     changes = {}
     for role in ROLES:
-        full = f"{name}.{role}" if name else role
+        full = join_name(name, role)
         if full in tensors_a or full in tensors_b:
             changes[role] = _compare(full, tensors_a.get(full), tensors_b.get(full))
     for role, sources in _list_sources(name, a, b).items():
@@ -457,7 +470,7 @@ def _compare_layer(
     if a is None or b is None:
         return LayerComparison(name, changes)
     if any(layer.class_path.startswith(_WITHOUT_COUNTER) for layer in (a, b)):
-        changes.pop("num_batches_tracked", None)
+        changes.pop(COUNTER, None)
     settings = _compare_settings(a, b)
     a, b = _with_eps(a, of=b), _with_eps(b, of=a)
     if a.eps == b.eps and all(change is Change.SAME for change in changes.values()):
@@ -485,7 +498,7 @@ def _list_settings(layer: BatchNorm) -> dict[str, object]:
     settings: dict[str, object] = {name: layer.attributes[name] for name in _SETTINGS if name in layer.attributes}
     if layer.class_path.startswith(_PROGRAMS) and "training" in settings:
         settings["training_mode"] = settings.pop("training")  # no switch of train(): it is part of what a node computes
-    affine = {role: layer.tensors.get(role) for role in ("weight", "bias")}
+    affine = {role: layer.tensors.get(role) for role in AFFINE}
     gradients = {r: t.requires_grad for r, t in affine.items() if isinstance(t, StoredTensor) and t.is_parameter}
     told = {value for value in gradients.values() if value is not None}
     if told:

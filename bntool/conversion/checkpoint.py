@@ -29,7 +29,7 @@ from bntool.errors import BntoolError, RefusedError, UsageError
 from bntool.graphs.architectures.recognition import assume_eps
 from bntool.plan import Operation, Plan, RenameTensor, check_plan
 from bntool.progress import OnWarning, ignore
-from bntool.representation import html_repr, repr_of_change
+from bntool.representation import html_repr, list_first, repr_of_change
 from bntool.verification.missing_statistics import describe_absence
 
 _SHOWN = 4
@@ -394,7 +394,7 @@ def _format_losses(checkpoint: Checkpoint, source: StateDict, new_format: NewFor
     losses = list(checkpoint.format.describe_losses(checkpoint))
     others = [s.key or "(root)" for s in checkpoint.state_dicts if s is not source]
     if others:
-        losses.append(f"other state dicts: {_some(others)}")
+        losses.append(f"other state dicts: {list_first(others, _SHOWN)}")
     if checkpoint.format.holds_code and not source.is_module:
         losses.append("the program: its graph and what it holds beside the state dict; only tensors are taken out")
     elif source.is_module:
@@ -404,18 +404,18 @@ def _format_losses(checkpoint: Checkpoint, source: StateDict, new_format: NewFor
     names = {name.split(".")[0] for name in source.tensors} | set(source.tensors) if not source.key else set()
     beside = [name for name in beside if name not in names]
     if beside and checkpoint.format.single_file and not source.is_module and not checkpoint.format.holds_code:
-        losses.append(f"other entries: {_some(beside)}")
+        losses.append(f"other entries: {list_first(beside, _SHOWN)}")
     if not checkpoint.format.single_file:
         losses.append("the division into several files")
     stored = {name: t for name, t in source.tensors.items() if isinstance(t, StoredTensor)}
     frozen = [name for name, t in stored.items() if t.is_parameter and t.requires_grad is False]
     if frozen:
-        losses.append(f"requires_grad=False of {_some(frozen)}")
+        losses.append(f"requires_grad=False of {list_first(frozen, _SHOWN)}")
     if new_format is NewFormat.SAFETENSORS:
         losses += _safetensors_losses(stored)
     devices = {t.storage.device for t in stored.values() if t.storage is not None} - {"cpu"}
     if devices:
-        losses.append(f"the device that tensors were saved from: {_some(sorted(devices))}")
+        losses.append(f"the device that tensors were saved from: {list_first(sorted(devices), _SHOWN)}")
     return losses
 
 
@@ -423,10 +423,10 @@ def _safetensors_losses(stored: Mapping[str, StoredTensor]) -> list[str]:
     losses = []
     tied = [f"{name} = {first}" for name, first in find_first_names(stored).items()]
     if tied:
-        losses.append(f"ties, as the tensors become copies: {_some(tied)}")
+        losses.append(f"ties, as the tensors become copies: {list_first(tied, _SHOWN)}")
     strided = [name for name, tensor in stored.items() if not tensor.is_contiguous]
     if strided:
-        losses.append(f"the memory order (strides) of {_some(strided)}")
+        losses.append(f"the memory order (strides) of {list_first(strided, _SHOWN)}")
     return losses
 
 
@@ -435,12 +435,7 @@ def _optimizer_losses(checkpoint: Checkpoint) -> list[str]:
     if not names:
         return []
     loss = (
-        f"the fit of {_some(names)}: FrozenBatchNorm2d keeps weight and bias as buffers, an optimizer of the new model "
-        "numbers its parameters differently (the entry itself is left alone)"
+        f"the fit of {list_first(names, _SHOWN)}: FrozenBatchNorm2d keeps weight and bias as buffers, an optimizer of "
+        "the new model numbers its parameters differently (the entry itself is left alone)"
     )
     return [loss]
-
-
-def _some(names: Sequence[str]) -> str:
-    shown = ", ".join(names[:_SHOWN])
-    return f"{shown} and {len(names) - _SHOWN} more" if len(names) > _SHOWN else shown

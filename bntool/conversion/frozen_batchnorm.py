@@ -9,14 +9,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from bntool.batchnorm import AFFINE, BatchNorm, NormKind, takes_magnitude
+from bntool.batchnorm import AFFINE, COUNTER, BatchNorm, NormKind, takes_magnitude
 from bntool.checkpoints.dtypes import decode_numbers, encode_numbers
 from bntool.checkpoints.tensors import has_elements, read_bytes, read_number, read_numbers
 from bntool.conversion.options import FrozenKind
 from bntool.errors import RefusedError, UsageError
 from bntool.plan import AddTensor, Operation, RemoveTensor, SetTensor, SetVersion, Skip, SkipReason, Step, Values
 
-_COUNTER = "num_batches_tracked"
 _BATCHNORM_VERSION = 2  # with num_batches_tracked
 
 
@@ -79,15 +78,17 @@ def plan_frozen_batchnorm(
             continue
         own = _eps_of(layer, module, eps)
         facts: dict[str, Any] = {**module, "eps": own, "version": layer.version}
-        if _COUNTER in layer.tensors:
-            facts[_COUNTER] = int(read_number(layer.tensors[_COUNTER], name=_name(layer, _COUNTER)))
-            facts["shape"] = list(layer.tensors[_COUNTER].shape)
-            steps.append(RemoveTensor(_name(layer, _COUNTER)))
+        if COUNTER in layer.tensors:
+            facts[COUNTER] = int(read_number(layer.tensors[COUNTER], name=layer.name_of(COUNTER)))
+            facts["shape"] = list(layer.tensors[COUNTER].shape)
+            steps.append(RemoveTensor(layer.name_of(COUNTER)))
         steps.append(SetVersion(layer.name, kind.version))
         if not math.isclose(own, wanted, rel_tol=1e-9):
             new = _absorb(layer, own - wanted)
             facts["running_var"] = base64.b64encode(read_bytes(layer.tensors["running_var"])).decode()
-            steps.append(SetTensor(_name(layer, "running_var"), Values(new, tuple(layer.tensors["running_var"].shape))))
+            steps.append(
+                SetTensor(layer.name_of("running_var"), Values(new, tuple(layer.tensors["running_var"].shape)))
+            )
             absorbed += 1
         layers[layer.name] = facts
     losses = []
@@ -101,7 +102,7 @@ def plan_frozen_batchnorm(
         layers=tuple(layers),
         skips=tuple(skips),
         details={"frozen": kind.value, "target_eps": wanted, "modules": layers},
-        kept=(f"{_COUNTER}, eps and what is known of momentum and class (layers: {len(layers)})",) if layers else (),
+        kept=(f"{COUNTER}, eps and what is known of momentum and class (layers: {len(layers)})",) if layers else (),
         losses=tuple(losses),
     )
 
@@ -119,21 +120,21 @@ def plan_batchnorm(batchnorms: Sequence[BatchNorm], *, history: Sequence[Mapping
         module = recorded.get(layer.name, {})
         own: list[Step] = []
         was_frozen = _last_kind(history, layer.name) == "frozen-batchnorm"
-        if was_frozen and _COUNTER not in module and _COUNTER not in layer.tensors:
+        if was_frozen and COUNTER not in module and COUNTER not in layer.tensors:
             version = module.get("version")  # it never had the counter
             own.append(SetVersion(layer.name, version if type(version) is int else 1))
-        elif _COUNTER not in layer.tensors:
-            count = module.get(_COUNTER)
+        elif COUNTER not in layer.tensors:
+            count = module.get(COUNTER)
             if type(count) is not int:
                 count = 0
                 unknown.append(layer.name)
             shape = (1,) if module.get("shape") == [1] else ()
             own.append(
                 AddTensor(
-                    _name(layer, _COUNTER),
+                    layer.name_of(COUNTER),
                     Values((count,), shape),
                     dtype="int64",
-                    after=_name(layer, "running_var"),
+                    after=layer.name_of("running_var"),
                     is_parameter=False,
                 )
             )
@@ -141,21 +142,17 @@ def plan_batchnorm(batchnorms: Sequence[BatchNorm], *, history: Sequence[Mapping
         restored = _restore(layer, module, history) if was_frozen else None
         if restored is not None:
             own.append(
-                SetTensor(_name(layer, "running_var"), Values(restored, tuple(layer.tensors["running_var"].shape)))
+                SetTensor(layer.name_of("running_var"), Values(restored, tuple(layer.tensors["running_var"].shape)))
             )
         if own:
             steps += own
             layers.append(layer.name)
     assumptions: tuple[str, ...] = ()
     if unknown:
-        assumptions = (f"{_COUNTER} is 0 (layers: {len(unknown)}, e.g. {unknown[0]}): no record says what it was",)
+        assumptions = (f"{COUNTER} is 0 (layers: {len(unknown)}, e.g. {unknown[0]}): no record says what it was",)
     known = ("eps", "momentum", "class")  # what still holds
     details = {"modules": {n: {k: recorded[n][k] for k in known if k in recorded[n]} for n in layers if n in recorded}}
     return KindChange(steps=tuple(steps), layers=tuple(layers), assumptions=assumptions, details=details)
-
-
-def _name(layer: BatchNorm, role: str) -> str:
-    return f"{layer.name}.{role}" if layer.name else role
 
 
 def _recorded_modules(history: Sequence[Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
@@ -194,12 +191,12 @@ def _eps_of(layer: BatchNorm, module: Mapping[str, Any], option: float | None) -
 
 def _absorb(layer: BatchNorm, difference: float) -> tuple[float, ...]:
     tensor = layer.tensors["running_var"]
-    values = tuple(value + difference for value in read_numbers(tensor, name=_name(layer, "running_var")))
+    values = tuple(value + difference for value in read_numbers(tensor, name=layer.name_of("running_var")))
     if min(values, default=0.0) < 0:
         raise RefusedError(
             "running_var is too small to take up the difference between the two eps; build the target's layers with "
             "the eps of the model and say so with --target-eps",
-            tensor=_name(layer, "running_var"),
+            tensor=layer.name_of("running_var"),
         )
     return values
 

@@ -19,13 +19,13 @@ from bntool.errors import UsageError
 from bntool.models.user_code import running_user_code
 from bntool.modules.calling import copy_tensors, map_leaves, map_tensors, pass_inputs, tensors_in
 from bntool.modules.finding import unwrap, walk_modules
+from bntool.representation import list_first
 
 _LABEL_KEYS = ("labels", "label", "y", "targets", "target")
 _UNNAMED = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 _HANDS_ON = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 _LABEL_NOT_PASSED = "of a batch (a, b) b is the label, which no model gets: ((a, b),) passes both as arguments"
 _NO_SUCH_NAMES = "a dict passes what the forward has names for: give ((a, b),) to pass a and b by position"
-_NAMED = 3  # samples that a message names
 
 Item = TypeVar("Item")
 
@@ -62,7 +62,7 @@ class Batch:
         """Name some of the samples by position; the whole batch if all are meant, or if samples have no names."""
         if not 0 < len(samples) < self.samples or len(self.names) <= max(samples):
             return self.description
-        return name_some([self.names[index] for index in samples])
+        return list_first([self.names[index] for index in samples])
 
     def find_bad_samples(self) -> list[int]:
         """Return positions of the samples whose inputs hold NaN or infinity; all, where tensors are not by sample."""
@@ -359,12 +359,6 @@ def _to_tensor(value: Any) -> Any:
 def describe_range(source: str, start: int, count: int) -> str:
     """Describe a range of samples: ``samples 64 to 127 of digits.npz``."""
     return f"sample {start} of {source}" if count == 1 else f"samples {start} to {start + count - 1} of {source}"
-
-
-def name_some(names: Sequence[str]) -> str:
-    """Name the first few of them, and count the rest."""
-    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
-    return ", ".join(names[:_NAMED]) + more
 
 
 def find_bad_rows(values: torch.Tensor) -> list[int]:

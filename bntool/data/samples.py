@@ -12,13 +12,14 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from bntool.data.batches import Batch, name_some
+from bntool.data.batches import Batch
 from bntool.data.pixels import arrange_pixels
 from bntool.data.policies import LeftOut, OnBadData
 from bntool.data.preprocessing import Preprocessing
 from bntool.data.rows import to_calculable
 from bntool.data.workers import LostWorkerError, iterate
 from bntool.errors import CorruptFileError, RefusedError, UsageError
+from bntool.representation import list_first
 
 _LARGEST = 1 << 63  # of int64, as labels are
 _SHOWN = 20  # characters of a label
@@ -111,7 +112,7 @@ class Decoding:
             values = self.preprocessing.normalize(pixels)
         labels = [sample.label for sample in samples]
         targets = None if None in labels else torch.tensor(labels, device="cpu")
-        return Batch(values, targets, "the batch of " + name_some(names), len(samples), names)
+        return Batch(values, targets, "the batch of " + list_first(names), len(samples), names)
 
     def _refuse_shapes(self, first: Sample, other: Sample) -> None:
         if self.are_images:

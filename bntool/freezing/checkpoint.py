@@ -15,7 +15,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from bntool.batchnorm import BatchNorm, NormKind, check_globs, selects
+from bntool.batchnorm import AFFINE, BUFFERS, BatchNorm, NormKind, check_globs, selects
 from bntool.checkpoints.application import apply_plan, skip_not_understood
 from bntool.checkpoints.batchnorms import find_batchnorms
 from bntool.checkpoints.checkpoint import Checkpoint, StateDict, check_changeable
@@ -359,7 +359,7 @@ def _switch_net(layers: Sequence[BatchNorm], policy: FreezePolicy) -> tuple[list
         if policy.norm_eval:
             steps.append(SetAttribute(layer.name, "training", value=False))
         if policy.requires_grad is False:
-            roles = (role for role in ("weight", "bias") if role in layer.tensors)
+            roles = (role for role in AFFINE if role in layer.tensors)
             steps += (SetAttribute(layer.name, f"{role}.requires_grad", value=False) for role in roles)
     return steps, skips
 
@@ -415,12 +415,11 @@ def _wanted_gradient(policy: FreezePolicy, name: str) -> bool | None:
     if policy.stages is not None and is_within(name, policy.stages.without_gradient):
         return False
     owner, _, leaf = name.rpartition(".")
-    return policy.requires_grad if owner in policy.layer_names and leaf in ("weight", "bias") else None
+    return policy.requires_grad if owner in policy.layer_names and leaf in AFFINE else None
 
 
 def _frozen_parameters(state_dict: StateDict, policy: FreezePolicy) -> list[str]:
-    buffers = ("running_mean", "running_var", "num_batches_tracked")
     names = [state_dict.strip(name) for name in state_dict.tensors]
     return [
-        name for name in names if _wanted_gradient(policy, name) is False and name.rpartition(".")[2] not in buffers
+        name for name in names if _wanted_gradient(policy, name) is False and name.rpartition(".")[2] not in BUFFERS
     ]

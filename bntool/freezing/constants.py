@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from bntool.batchnorm import VECTORS, BatchNorm, scale_and_shift, takes_magnitude
+from bntool.batchnorm import AFFINE, VECTORS, BatchNorm, scale_and_shift, takes_magnitude
 from bntool.checkpoints.checkpoint import StateDict
 from bntool.checkpoints.dtypes import decode_numbers, encode_numbers
 from bntool.checkpoints.tensors import Tensor, has_elements, read_numbers
@@ -101,12 +101,12 @@ def _fold(layer: BatchNorm, eps: float) -> list[Step] | Skip:
     scale, shift = scale_and_shift(eps=eps, **numbers)
     channels = len(scale)
     new = {"weight": scale, "bias": shift, "running_mean": [0.0] * channels, "running_var": [1.0 - eps] * channels}
-    for role in ("weight", "bias"):
+    for role in AFFINE:
         problem = _rounding_problem(new[role], tensors[role])
         if problem:
             return Skip(layer.name, SkipReason.OVERFLOW, f"{role} {problem}")
     return [
-        SetTensor(f"{layer.name}.{role}" if layer.name else role, Values(tuple(values), tuple(tensors[role].shape)))
+        SetTensor(layer.name_of(role), Values(tuple(values), tuple(tensors[role].shape)))
         for role, values in new.items()
     ]
 

@@ -35,6 +35,7 @@ from bntool.modules.finding import (
     unwrap,
     walk_modules,
 )
+from bntool.names import join_name
 from bntool.plan import Skip
 
 
@@ -226,7 +227,7 @@ def _apply(model: nn.Module, policy: FreezePolicy, prefix: str) -> None:
     changes: dict[str, bool] = {}
     for name, module in modules.items():
         for leaf, parameter in module._parameters.items():
-            full = f"{name}.{leaf}" if name else leaf
+            full = join_name(name, leaf)
             wanted = policy.requires_grad if name in layers else None
             if is_within(full, without_gradient):
                 wanted = False

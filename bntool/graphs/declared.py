@@ -6,7 +6,7 @@ import dataclasses
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 
-from bntool.batchnorm import VECTORS, BatchNorm
+from bntool.batchnorm import AFFINE, VECTORS, BatchNorm
 from bntool.checkpoints.batchnorms import find_computed, find_norms, find_unexplained, group_tensors
 from bntool.checkpoints.checkpoint import ModuleInfo, StateDict
 from bntool.checkpoints.files import SourceFile
@@ -163,7 +163,7 @@ def _note_unexplained(
 
 
 def _producer(index: int, state_dict: StateDict, layer: str, norm: BatchNorm, module: ModuleInfo | None) -> Node:
-    names = {role: f"{layer}.{role}" for role in ("weight", "bias")}
+    names = {role: f"{layer}.{role}" for role in AFFINE}
     present = {role: name for role, name in names.items() if state_dict.full_name(name) in state_dict.tensors}
     if "weight" not in present:
         raise UsageError("the state dict has no layer of that name with a weight", tensor=layer)
@@ -209,7 +209,7 @@ def _may_be_transposed(layer: str, shape: tuple[int, ...]) -> bool:
 
 
 def _batchnorm(index: int, norm: BatchNorm) -> Node:
-    names = {role: f"{norm.name}.{role}" if norm.name else role for role in VECTORS if role in norm.tensors}
+    names = {role: norm.name_of(role) for role in VECTORS if role in norm.tensors}
     return Node(
         index,
         NodeKind.BATCH_NORM,

@@ -10,6 +10,7 @@ from bntool.checkpoints.checkpoint import Checkpoint, NotUnderstood
 from bntool.checkpoints.files import quote
 from bntool.inspection.findings import Finding, FindingCode, Severity
 from bntool.inspection.results import StateDictInspection
+from bntool.representation import list_first
 
 _LISTED = 3  # names in a sentence
 
@@ -47,9 +48,8 @@ def _is_folded(checkpoint: Checkpoint) -> bool:
 
 
 def _describe_not_understood(found: Sequence[NotUnderstood]) -> Finding:
-    shown = "; ".join(f"{quote(one.name)}: {one.reason}" for one in found[:_LISTED])
-    more = f"; and {len(found) - _LISTED} more" if len(found) > _LISTED else ""
-    message = f"not judged, though it may be a BatchNorm: {shown}{more}"
+    listed = list_first([f"{quote(one.name)}: {one.reason}" for one in found], _LISTED, separator="; ")
+    message = f"not judged, though it may be a BatchNorm: {listed}"
     facts = {"names": [one.name for one in found]}
     return Finding(FindingCode.NOT_UNDERSTOOD, Severity.WARNING, "not understood", message, facts)
 

@@ -10,6 +10,7 @@ from bntool.checkpoints.files import quote
 from bntool.inspection.findings import Finding, FindingCode, Severity
 from bntool.inspection.results import StateDictInspection
 from bntool.inspection.verdict import Health, Verdict
+from bntool.representation import list_first
 
 _LISTED = 3  # names in a sentence
 # these may normalise by stored statistics like a BatchNorm, and are not read
@@ -49,8 +50,7 @@ def judge(checkpoint: Checkpoint, inspections: Sequence[StateDictInspection], fi
         layers = "" if not_judged else "layers healthy, " if worst else "no BatchNorm, "
         parts.append(f"{layers}the file {health.value}: {named}")
     if not_judged:
-        more = f" and {len(not_judged) - _LISTED} more" if len(not_judged) > _LISTED else ""
-        parts.append(f"not judged: {', '.join(not_judged[:_LISTED])}{more}")
+        parts.append(f"not judged: {list_first(not_judged, _LISTED)}")
     return Verdict(health, "; ".join(parts) or health.value, len(worst), suspicious, sick, not_judged)
 
 

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from bntool.checkpoints.checkpoint import Checkpoint, GlobalTrust, Loader
 from bntool.inspection.findings import Finding, FindingCode, Severity
+from bntool.representation import list_first
 
 
 class SafetyVerdict(Enum):
@@ -66,8 +67,7 @@ def find_dangers(safety: Safety) -> list[Finding]:
 
 
 def _listed(names: tuple[str, ...]) -> str:
-    shown = [name if len(name) <= _LONGEST else f"{name[:_LONGEST]}..." for name in names[:3]]
-    return ", ".join(shown) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    return list_first([name if len(name) <= _LONGEST else f"{name[:_LONGEST]}..." for name in names])
 
 
 def _warn(loader: Loader, names: str) -> str:

@@ -37,8 +37,8 @@ class Look(NamedTuple):
         """Return the verdict, and the errors where there are some, in a sentence."""
         verdict = self.summary.verdict
         errors = [found for found in self.summary.findings if found.finding.severity is Severity.ERROR]
-        listed = "; ".join(f"{list_first(one.layers, _LISTED)}: {one.finding.message}" for one in errors[:_LISTED])
-        listed += f"; and {len(errors) - _LISTED} more" if len(errors) > _LISTED else ""
+        clauses = [f"{list_first(one.layers, _LISTED)}: {one.finding.message}" for one in errors]
+        listed = list_first(clauses, _LISTED, separator="; ")
         said = "" if verdict is None else verdict.sentence
         return f"BatchNorm after {self.step} steps: {said}" + (f": {listed}" if listed else "")
 

@@ -16,6 +16,7 @@ from bntool.errors import UsageError
 from bntool.modules.finding import find_name_prefix, find_wrapper_prefix, walk_modules
 from bntool.modules.loading import LiveTensor, load_state
 from bntool.modules.padding import change_padding
+from bntool.names import remove_prefix
 from bntool.plan import AddTensor, ChangePadding, Plan, RemoveModule, RemoveTensor, RenameTensor, SetAttribute, Step
 
 _HOOKS = ("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called")
@@ -48,7 +49,7 @@ def change_structure(model: nn.Module, steps: Iterable[Step]) -> None:
     """
     steps = tuple(steps)
     prefix = find_name_prefix(model, map(_find_place, steps))
-    modules = {f"{name}.".removeprefix(prefix).removesuffix("."): module for name, module in walk_modules(model)}
+    modules = {remove_prefix(name, prefix): module for name, module in walk_modules(model)}
     steps = list(steps)
     _rename(model, {step.name: step.new_name for step in steps if isinstance(step, RenameTensor)})
     means = {step.module: _find_mean(modules, step.module) for step in steps if isinstance(step, RemoveModule)}

@@ -15,6 +15,7 @@ from bntool.batchnorm import DEFAULT_EPS, STATISTICS, NormKind, find_class_kind,
 from bntool.checkpoints.checkpoint import ModuleInfo
 from bntool.checkpoints.state_dicts import find_prefix
 from bntool.errors import RefusedError, UsageError
+from bntool.names import join_name
 from bntool.plan import Skip, SkipReason
 
 _WRAPPERS = (torch.nn.DataParallel, torch.nn.parallel.DistributedDataParallel, AveragedModel)
@@ -61,7 +62,7 @@ def _walk(
     yield name, module
     for child_name, child in module._modules.items():
         if child is not None and child is not module and not any(child is parent for parent in above):
-            yield from _walk(child, f"{name}.{child_name}" if name else child_name, (*above, module))
+            yield from _walk(child, join_name(name, child_name), (*above, module))
 
 
 def find_batchnorm_modules(model: torch.nn.Module) -> dict[str, torch.nn.Module]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch.nn.parameter import is_lazy
 
+from bntool.batchnorm import COUNTER
 from bntool.checkpoints.as_array import AsArray
 from bntool.checkpoints.checkpoint import StateDict
 from bntool.checkpoints.dtypes import BY_NAME, DType, NumberKind
@@ -16,10 +17,10 @@ from bntool.checkpoints.state_dicts import UNPREFIXED
 from bntool.checkpoints.tensors import Tensor, count_elements
 from bntool.errors import RefusedError
 from bntool.modules.finding import find_name_prefix
+from bntool.names import add_prefix, remove_prefix
+from bntool.representation import list_first
 
-_SHOWN = 4
-# the one buffer that older files lack
-_COUNTER = "num_batches_tracked"
+_SHOWN = 4  # tensors that a sentence names
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,7 @@ def load_state(module: torch.nn.Module, state_dict: StateDict, *, may_lack: Coll
         unexpected = [target for target in found if target not in wanted]
     else:
         missing, unexpected = _load(module, state_dict, places, prefix=prefix)
-    optional = (_COUNTER, *may_lack)
+    optional = (COUNTER, *may_lack)
     missing = [name.removeprefix(prefix) for name in missing if name.rpartition(".")[2] not in optional]
     unexpected = [name.removeprefix(prefix) for name in unexpected]
     if missing or unexpected or shapes:
@@ -157,19 +158,18 @@ def _metadata(state_dict: StateDict, prefix: str) -> OrderedDict[str, dict[str, 
     metadata: OrderedDict[str, dict[str, int]] = OrderedDict()
     for path, version in versions.items():
         if version is not None:
-            stripped = (path + ".").removeprefix(state_dict.prefix).removesuffix(".")
-            metadata[(prefix + stripped) if stripped else prefix.removesuffix(".")] = {"version": version}
+            metadata[add_prefix(remove_prefix(path, state_dict.prefix), prefix)] = {"version": version}
     return metadata
 
 
 def _explain(missing: Sequence[str], unexpected: Sequence[str], shapes: Sequence[str], *, names: Sequence[str]) -> str:
     parts = []
     if missing:
-        parts.append(f"the file lacks {_some(missing)}")
+        parts.append(f"the file lacks {list_first(missing, _SHOWN)}")
     if unexpected:
-        parts.append(f"the model has no {_some(unexpected)}")
+        parts.append(f"the model has no {list_first(unexpected, _SHOWN)}")
     if shapes:
-        parts.append(_some(shapes))
+        parts.append(list_first(shapes, _SHOWN))
     hint = _guess(missing, unexpected, names)
     if shapes and not missing and not unexpected and all(_is_of_the_head(text) for text in shapes):
         hint = "; it seems to be made for another number of classes: build the model so, e.g. --model-arg num_classes="
@@ -183,11 +183,6 @@ def _is_of_the_head(text: str) -> bool:
     """
     file, model = (part.partition("[")[2].partition("]")[0].split(", ") for part in text.split(" in the file, "))
     return len(file) == len(model) <= 2 and file[1:] == model[1:]
-
-
-def _some(items: Sequence[str]) -> str:
-    shown = ", ".join(items[:_SHOWN])
-    return f"{shown} and {len(items) - _SHOWN} more" if len(items) > _SHOWN else shown
 
 
 def _guess(missing: Sequence[str], unexpected: Sequence[str], names: Sequence[str]) -> str:

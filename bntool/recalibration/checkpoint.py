@@ -32,6 +32,7 @@ from bntool.modules.building import build_model
 from bntool.modules.finding import find_batchnorm_modules, find_name_prefix
 from bntool.modules.loading import load_state
 from bntool.modules.opening import open_source
+from bntool.names import join_name
 from bntool.plan import Operation, Plan, check_plan
 from bntool.progress import OnProgress, OnWarning, Progress, ignore, tell_notebook
 from bntool.recalibration.dtype_limits import fit_plan, list_promoted
@@ -439,7 +440,7 @@ def _reset_what_is_lacking(live: torch.nn.Module, state_dict: StateDict, prefix:
     for name, module in find_batchnorm_modules(live).items():
         mean, variance = (module._buffers.get(role) for role in STATISTICS)
         layer = name.removeprefix(prefix)
-        full = state_dict.full_name(f"{layer}.running_mean" if layer else "running_mean")
+        full = state_dict.full_name(join_name(layer, "running_mean"))
         if mean is not None and variance is not None and full not in state_dict.tensors:
             mean.zero_()
             variance.fill_(1)

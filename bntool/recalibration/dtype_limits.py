@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 
-from bntool.batchnorm import STATISTICS
+from bntool.batchnorm import AFFINE, COUNTER, STATISTICS
 from bntool.checkpoints.checkpoint import StateDict
 from bntool.checkpoints.dtypes import BY_NAME, DType, decode_numbers, encode_numbers
 from bntool.errors import RefusedError
@@ -13,7 +13,6 @@ from bntool.plan import AddTensor, Plan, SetTensor, Step, Values
 from bntool.representation import format_number
 
 _MEAN, _VARIANCE = STATISTICS
-_COUNTER = "num_batches_tracked"
 _PROMOTED = "float32"
 _WIDE, _LEAST, _MOST = ("float32", "float64"), 1e-30, 1e30  # dtypes that hold every number between to 1e-7
 _TOLERANCE = 2.0**-6  # relative error of variance + eps; bfloat16 rounds by 2^-9, subnormal float16 by more than this
@@ -66,14 +65,14 @@ def find_missing(plan: Plan, state_dict: StateDict) -> list[str]:
 def _add(name: str, value: Values, layer: str, *, role: str, state_dict: StateDict) -> AddTensor:
     """Add a tensor behind the layer's own, in the order and the dtype that PyTorch has."""
     stem = f"{layer}." if layer else ""
-    own = [stem + other for other in ("weight", "bias") if state_dict.full_name(stem + other) in state_dict.tensors]
+    own = [stem + other for other in AFFINE if state_dict.full_name(stem + other) in state_dict.tensors]
     dtype = state_dict.tensor(own[0]).dtype.name if own else _PROMOTED
-    earlier = {_VARIANCE: stem + _MEAN, _COUNTER: stem + _VARIANCE}
+    earlier = {_VARIANCE: stem + _MEAN, COUNTER: stem + _VARIANCE}
     last = own[-1] if own else state_dict.strip(list(state_dict.tensors)[-1])
     return AddTensor(
         name,
         value,
-        dtype="int64" if role == _COUNTER else dtype,
+        dtype="int64" if role == COUNTER else dtype,
         after=earlier.get(role, last),
         is_parameter=False,
     )

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 import torch
 
-from bntool.batchnorm import STATISTICS
+from bntool.batchnorm import COUNTER, STATISTICS
 from bntool.choices import choose
 from bntool.data.batches import Batch, Batches, as_batches, find_placement
 from bntool.data.policies import OnBadData
@@ -26,6 +26,7 @@ from bntool.modules.finding import (
     find_wrapper_prefix,
     walk_modules,
 )
+from bntool.names import remove_prefix
 from bntool.plan import Skip, SkipReason
 from bntool.progress import OnWarning, Progress, ignore, tell_notebook
 from bntool.recalibration.batch_tree import BatchTree
@@ -48,8 +49,6 @@ from bntool.recalibration.new_statistics import (
 from bntool.recalibration.options import Method, Precision, check_memory
 from bntool.recalibration.pooled import Keeper, OnProgress, Run, count_channels, measure_pooled, set_statistics
 from bntool.recalibration.ranks import find_ranks, isolate_forwards
-
-_COUNTER = "num_batches_tracked"
 
 
 def plan_recalibration(  # noqa: PLR0913 each is an option of the command
@@ -224,11 +223,11 @@ def _describe_layers(
     return {
         name: LayerFacts(
             name=name.removeprefix(prefix),
-            names=tuple(f"{path}.".removeprefix(prefix).removesuffix(".") for path in names[module]),
+            names=tuple(remove_prefix(path, prefix) for path in names[module]),
             channels=width,
             eps=find_eps(module),
             dtype=_name_dtype(module),
-            has_counter=module._buffers.get(_COUNTER) is not None,
+            has_counter=module._buffers.get(COUNTER) is not None,
         )
         for (name, module), width in zip(modules.items(), channels, strict=True)
     }
@@ -361,7 +360,7 @@ def set_live_statistics(model: torch.nn.Module, recalibration: Recalibration) ->
     for name, statistics in recalibration.statistics.items():
         module = modules[name]
         set_statistics(module, mean=statistics.mean, variance=statistics.variance)
-        counter = module._buffers.get(_COUNTER)
+        counter = module._buffers.get(COUNTER)
         if counter is not None:
             counter.fill_(statistics.calls)
 

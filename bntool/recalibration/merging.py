@@ -19,6 +19,7 @@ from bntool.checkpoints.saving import check_output, save_checkpoint
 from bntool.checkpoints.state_dicts import choose_state_dict
 from bntool.checkpoints.tensors import read_numbers
 from bntool.errors import UsageError
+from bntool.names import join_name
 from bntool.plan import check_plan
 from bntool.recalibration.dtype_limits import check_holds, fit_plan, list_promoted
 from bntool.recalibration.fingerprints import fingerprint_state_dict
@@ -140,11 +141,7 @@ def merge_statistics(  # noqa: PLR0913 as many as the command has options
 
 
 def _is_held(state_dict: StateDict, facts: LayerFacts) -> bool:
-    return state_dict.full_name(_join(facts, STATISTICS[0])) in state_dict.tensors
-
-
-def _join(facts: LayerFacts, role: str) -> str:
-    return f"{facts.names[0]}.{role}" if facts.names[0] else role
+    return state_dict.full_name(join_name(facts.names[0], STATISTICS[0])) in state_dict.tensors
 
 
 def _read_stored(state_dict: StateDict, layers: Mapping[str, LayerFacts]) -> dict[str, Pair]:
@@ -152,7 +149,9 @@ def _read_stored(state_dict: StateDict, layers: Mapping[str, LayerFacts]) -> dic
     stored: dict[str, Pair] = {}
     for name, facts in layers.items():
         if _is_held(state_dict, facts):
-            mean, variance = (_read(state_dict, _join(facts, role), BY_NAME[facts.dtype]) for role in STATISTICS)
+            mean, variance = (
+                _read(state_dict, join_name(facts.names[0], role), BY_NAME[facts.dtype]) for role in STATISTICS
+            )
         else:
             mean, variance = np.zeros(facts.channels), np.ones(facts.channels)
         stored[name] = mean, variance

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from bntool.batchnorm import COUNTER
 from bntool.data.policies import LeftOut
 from bntool.errors import RefusedError, UsageError
 from bntool.plan import Operation, Plan, SetTensor, Skip, SkipReason, Values
@@ -18,7 +19,6 @@ from bntool.recalibration.options import Method, Precision
 from bntool.representation import html_repr, short_repr
 
 Pair = tuple[Array, Array]  # running_mean and running_var
-_COUNTER = "num_batches_tracked"
 
 
 @dataclass
@@ -286,4 +286,4 @@ def _make_steps(layers: Mapping[str, LayerFacts], statistics: Mapping[str, Stati
             yield SetTensor(stem + "running_mean", Values(tuple(new.mean.tolist()), shape))
             yield SetTensor(stem + "running_var", Values(tuple(new.variance.tolist()), shape))
             if layers[name].has_counter:
-                yield SetTensor(stem + _COUNTER, Values((new.calls,), ()))
+                yield SetTensor(stem + COUNTER, Values((new.calls,), ()))

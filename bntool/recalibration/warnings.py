@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from bntool.recalibration.new_statistics import Recalibration
 from bntool.recalibration.options import Precision
+from bntool.representation import list_first
 
 if TYPE_CHECKING:  # merging partials needs no torch
     from bntool.data.batches import Batches
@@ -45,8 +46,7 @@ def warn_of_lacking(lacking: Sequence[str], result: Recalibration) -> Iterator[s
     yield f"the file holds no statistics of {count}: before means those of a new layer, a mean of 0 and a variance of 1"
     left = [layer for layer in lacking if layer not in result.plan.layers]
     if left:
-        more = f" and {len(left) - _NAMED} more" if len(left) > _NAMED else ""
-        yield f"the output does not hold those of {', '.join(left[:_NAMED])}{more} either"
+        yield f"the output does not hold those of {list_first(left, _NAMED)} either"
 
 
 def warn_of_precision(precision: Precision, *, is_faster: bool) -> Iterator[str]:

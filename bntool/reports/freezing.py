@@ -12,6 +12,7 @@ from bntool.plan import Record, SetAttribute, SetTensor, Skip, describe_step
 from bntool.reports.blocks import Block, Cell, Line, Style, line, verbatim
 from bntool.reports.loading import show_loading_code
 from bntool.reports.text import plural
+from bntool.representation import list_first
 from bntool.shells import join_words
 
 _SHOWN = 6
@@ -88,7 +89,10 @@ def _policy(freeze: FreezePlan) -> list[Block]:
 def _list_layers(freeze: FreezePlan) -> list[Block]:
     policy = freeze.policy
     shown = policy.layers and freeze.carrier is not Carrier.CONSTANTS
-    return [*([line(f"layers: {_some(policy.layers)}", Style.MUTED, indent=2)] if shown else []), *_stages(policy)]
+    return [
+        *([line(f"layers: {list_first(policy.layers, _SHOWN)}", Style.MUTED, indent=2)] if shown else []),
+        *_stages(policy),
+    ]
 
 
 def _stages(policy: FreezePolicy) -> list[Block]:
@@ -99,9 +103,9 @@ def _stages(policy: FreezePolicy) -> list[Block]:
     text = f"frozen_stages={stages.frozen_stages} of the {stages.family.value}{where}: "
     if not stages.without_gradient:
         return [line(text + "no stage", indent=2)]
-    blocks: list[Block] = [line(text + f"{_some(stages.without_gradient)} get no gradient", indent=2)]
+    blocks: list[Block] = [line(text + f"{list_first(stages.without_gradient, _SHOWN)} get no gradient", indent=2)]
     if stages.in_eval:
-        blocks.append(line(f"{_some(stages.in_eval)} stay in eval mode", indent=4))
+        blocks.append(line(f"{list_first(stages.in_eval, _SHOWN)} stay in eval mode", indent=4))
     return blocks
 
 
@@ -153,7 +157,7 @@ def _optimizers(freeze: FreezePlan) -> list[Block]:
         elif optimizer.frozen is None:
             text = f"is left alone; which of its entries are of frozen parameters cannot be known: {optimizer.reason}"
         else:
-            numbers = _some([str(number) for number in optimizer.frozen.values()])
+            numbers = list_first([str(number) for number in optimizer.frozen.values()], _SHOWN)
             text = (
                 f"is left alone; {len(optimizer.frozen)} of its {optimizer.count} entries are of frozen parameters "
                 f"({numbers}; {optimizer.reason})"
@@ -198,9 +202,3 @@ def _how_to_load(freeze: FreezePlan, output: str, loading: Sequence[str]) -> lis
     )
     blocks += verbatim(loading, Style.MUTED, indent=4)
     return blocks
-
-
-def _some(names: Iterable[str]) -> str:
-    listed = list(names)
-    shown = ", ".join(listed[:_SHOWN])
-    return f"{shown} and {len(listed) - _SHOWN} more" if len(listed) > _SHOWN else shown

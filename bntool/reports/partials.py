@@ -5,12 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from bntool.reports.blocks import Block, Style, line, verbatim
+from bntool.reports.recalibration import show_left_out
 from bntool.reports.text import plural
 
 if TYPE_CHECKING:
     from bntool.recalibration.partials import Partial
-
-_SHOWN = 4  # reasons for leaving samples out that are given
 
 
 def describe_partial(partial: Partial) -> dict[str, Any]:
@@ -44,11 +43,7 @@ def show_partial(partial: Partial) -> list[Block]:
     blocks: list[Block] = [line(title, Style.HEADING)]
     if origin.preprocessing is not None:
         blocks.append(line(f"preprocessing: {origin.preprocessing} ({origin.preprocessing_origin})", Style.MUTED))
-    reasons = [left_out.reason for left_out in partial.left_out]
-    if reasons:
-        count = plural(sum(left_out.samples for left_out in partial.left_out), "sample")
-        more = f"; and {len(reasons) - _SHOWN} more" if len(reasons) > _SHOWN else ""
-        blocks.append(line(f"{count} left out: {'; '.join(reasons[:_SHOWN])}{more}", Style.WARNING))
+    blocks += show_left_out(partial.left_out)
     blocks += [line(), *verbatim([f"wrote {partial.path}"], Style.GOOD)]
     blocks.append(line("With the partials of all shards: bntool recalibrate CKPT --from-partials 'PARTS' -o OUT"))
     return blocks

@@ -16,7 +16,7 @@ from bntool.reports.worst_channels import (
     find_lone_mean,
     find_lone_variance,
 )
-from bntool.representation import format_number
+from bntool.representation import format_number, list_first
 from bntool.verification.statistics_shift import NO_SHIFT
 
 if TYPE_CHECKING:
@@ -116,7 +116,7 @@ def show_recalibration(outcome: CheckpointRecalibration) -> list[Block]:
             for s in result.plan.skips
         ),
         *_promoted(outcome.promoted),
-        *_left_out(result.left_out),
+        *show_left_out(result.left_out),
         *(line(f"! {warning}", Style.WARNING) for warning in outcome.warnings),
     ]
     blocks: list[Block] = [line(title, Style.HEADING), *evaluation[:1], _say_written(outcome), line()]
@@ -274,19 +274,19 @@ def _in_percent(change: OutputChange) -> str:
     return f"{_format(100 * change.relative)} %"
 
 
-def _left_out(parts: tuple[LeftOut, ...]) -> list[Block]:
+def show_left_out(parts: tuple[LeftOut, ...]) -> list[Block]:
+    """Show how many samples of the data were left out, and why; nothing where none were."""
     if not parts:
         return []
     count = plural(sum(part.samples for part in parts), "sample")
-    more = f"; and {len(parts) - _SHOWN} more" if len(parts) > _SHOWN else ""
-    return [line(f"{count} left out: {'; '.join(part.reason for part in parts[:_SHOWN])}{more}", Style.WARNING)]
+    reasons = list_first([part.reason for part in parts], _SHOWN, separator="; ")
+    return [line(f"{count} left out: {reasons}", Style.WARNING)]
 
 
 def _promoted(names: tuple[str, ...]) -> list[Block]:
     if not names:
         return []
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return [line(f"float32 in the output: {', '.join(names[:_SHOWN])}{more}", Style.NOTICE)]
+    return [line(f"float32 in the output: {list_first(names, _SHOWN)}", Style.NOTICE)]
 
 
 def _evaluation(outcome: CheckpointRecalibration) -> list[Block]:

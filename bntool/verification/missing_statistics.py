@@ -7,7 +7,7 @@ import re
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
-from bntool.batchnorm import STATISTICS, BatchNorm, NormKind
+from bntool.batchnorm import BUFFERS, COUNTER, STATISTICS, BatchNorm, NormKind
 from bntool.checkpoints.batchnorms import find_norms
 from bntool.checkpoints.checkpoint import NotUnderstood, StateDict
 from bntool.checkpoints.files import quote
@@ -16,8 +16,6 @@ from bntool.representation import list_first
 
 _NAMED = r"(?i)(?:^|[._\d])(?:bn|batch_?norm)"  # in the name of a layer
 _OF_OTHERS = r"(?i)(?:^|[._\d])(?:gn|ln|(?:group|layer|rms)_?norm)(?:[._\d]|$)"
-_COUNTER = "num_batches_tracked"
-_HALVES = (*STATISTICS, _COUNTER)
 _CONVOLUTION = 3  # dimensions of a weight from which on it is one
 
 
@@ -87,11 +85,11 @@ def describe_absence(state_dict: StateDict, not_understood: Sequence[NotUndersto
 
 def _find_halves(state_dict: StateDict) -> Iterator[str]:
     for name, tensor in state_dict.tensors.items():
-        if not name.endswith(_HALVES):
+        if not name.endswith(BUFFERS):
             continue
         layer, _, leaf = name.rpartition(".")
         dotted = f"{layer}." if layer else ""
-        if leaf == _COUNTER:
+        if leaf == COUNTER:
             others = [f"{dotted}{role}" in state_dict.tensors for role in (*STATISTICS, "running_std")]
             is_half = not any(others) and f"{dotted}weight" in state_dict.tensors
         elif leaf in STATISTICS and len(tensor.shape) == 1:

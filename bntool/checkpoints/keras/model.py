@@ -14,6 +14,7 @@ from typing import Any, TypeAlias
 from bntool.checkpoints.containers.json_texts import read_json
 from bntool.checkpoints.keras.keras_1 import translate_layer
 from bntool.errors import CorruptFileError, UnsafeFileError
+from bntool.names import join_name
 
 MAX_CONFIG = 1 << 28
 MAX_LAYERS = 100_000
@@ -190,7 +191,7 @@ def _name_of(entry: Mapping[str, Any]) -> str:
 
 
 def _read_layer(entry: Any, name: str, path: str, known: frozenset[str], depth: int) -> KerasLayer:
-    full = f"{path}.{name}" if path else name
+    full = join_name(path, name)
     nodes = _nodes_of(entry)
     config = entry.get("config")
     module = entry.get("module")

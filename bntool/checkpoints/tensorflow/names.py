@@ -21,6 +21,7 @@ from bntool.checkpoints.other_names import TENSORFLOW_CLASS, TENSORFLOW_ROLES
 from bntool.checkpoints.tensorflow.bundle import Bundle
 from bntool.checkpoints.tensors import read_numbers
 from bntool.errors import CorruptFileError, UnsafeFileError
+from bntool.names import join_name
 
 _GRAPH = "_CHECKPOINTABLE_OBJECT_GRAPH"
 _METADATA = "keras_metadata.pb"
@@ -91,7 +92,7 @@ def _translate(names: Mapping[str, str]) -> dict[str, str]:
     for name, key in names.items():
         layer, _, role = name.replace("/", ".").rpartition(".")
         role = TENSORFLOW_ROLES.get(role, role)
-        translated[unused_name(f"{layer}.{role}" if layer else role, translated)] = key
+        translated[unused_name(join_name(layer, role), translated)] = key
     return translated
 
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
+from bntool.names import join_name
+
 
 @dataclass(frozen=True)
 class DeployForm:
@@ -80,7 +82,7 @@ class Block:
     @property
     def merged(self) -> str:
         """The path of the convolution."""
-        return _join(self.module, self.form.merged) if self.form.merged else self.module
+        return join_name(self.module, self.form.merged) if self.form.merged else self.module
 
     def holds(self, name: str) -> bool:
         """Return whether a tensor or module is part of a branch."""
@@ -111,12 +113,12 @@ def find_blocks(
             if deployed is not None and f"{block.merged}.weight" not in deployed:
                 continue
             others = set(own) - set(form.branches)
-            below = children.get(_join(module, form.branches[0]), {}).keys()
+            below = children.get(join_name(module, form.branches[0]), {}).keys()
             if not own.keys() >= set(form.branches[: form.needs]) or (others and not form.merged):
                 continue
             if form.below and not below <= set(form.below):
                 continue
-            if any(found.holds(_join(module, branch)) for found in blocks for branch in form.branches):
+            if any(found.holds(join_name(module, branch)) for found in blocks for branch in form.branches):
                 continue
             if deployed is not None or _may_be(form.architectures, architectures):
                 blocks.append(block)
@@ -143,7 +145,7 @@ def find_pairs(
         is_pair = len(producers) == 1 and set(own) == {_NORM, producers[0]}
         is_made = deployed is None or f"{module}.weight" in deployed
         if is_pair and is_made and not any(block.holds(module) for block in blocks):
-            found[_join(module, producers[0])] = module
+            found[join_name(module, producers[0])] = module
     return found
 
 
@@ -166,7 +168,3 @@ def _find_children(names: Iterable[str]) -> Mapping[str, dict[str, None]]:
         for depth in range(len(parts)):
             children.setdefault(".".join(parts[:depth]), {})[parts[depth]] = None
     return dict(sorted(children.items(), key=lambda item: item[0].count(".") if item[0] else -1))
-
-
-def _join(module: str, child: str) -> str:
-    return f"{module}.{child}" if module else child

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from bntool.batchnorm import ROLES, VECTORS, NormKind
+from bntool.batchnorm import AFFINE, ROLES, VECTORS, NormKind
 from bntool.checkpoints.batchnorms import find_norms
 from bntool.checkpoints.checkpoint import StateDict
 from bntool.folding.deploy.forms import NAMED, Block, find_blocks
@@ -63,7 +63,7 @@ class _Graph:
             if len(beside) != 1:
                 return False
             facts = {"groups": groups, "centred": True, "strides": (1, 1), "padded": True}
-            parameters = {role: f"{layer}.{role}" for role in ("weight", "bias") if f"{layer}.{role}" in self.shapes}
+            parameters = {role: f"{layer}.{role}" for role in AFFINE if f"{layer}.{role}" in self.shapes}
             read = self.add_node(NodeKind.CONVOLUTION, layer, source, channels=outputs, parameters=parameters, **facts)
             total = self.sum_up(block, total, self.add_norm(beside[0], read))
         if identical:

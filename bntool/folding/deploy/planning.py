@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from bntool.batchnorm import VECTORS
+from bntool.batchnorm import COUNTER, VECTORS
 from bntool.checkpoints.application import change_state_dict
 from bntool.checkpoints.batchnorms import find_norms
 from bntool.checkpoints.checkpoint import StateDict
@@ -35,7 +35,6 @@ from bntool.plan import (
     Values,
 )
 
-_COUNTER = "num_batches_tracked"
 _SHOWN = 2  # names that a refusal lists
 
 
@@ -61,7 +60,7 @@ def plan_deploy(
     check_eps(eps)
     if graph.evidence not in (Evidence.TRACED, Evidence.ASSUMED):
         raise RefusedError("what becomes one convolution is seen in a forward: give --model, or a known architecture")
-    names = [state_dict.strip(name) for name in state_dict.tensors if not name.endswith(_COUNTER)]
+    names = [state_dict.strip(name) for name in state_dict.tensors if not name.endswith(COUNTER)]
     known = None if graph.evidence is Evidence.TRACED else [n for one in graph.architectures for n in one.names]
     blocks = find_blocks(names, known, deployed=deployed)
     pairs = find_pairs(names, known, blocks, deployed=deployed)
@@ -91,8 +90,8 @@ def _check_names(state_dict: StateDict, plan: FoldPlan, deployed: Collection[str
         RefusedError: they differ.
     """
     changed = change_state_dict(state_dict, plan.steps)
-    names = {state_dict.strip(name) for name in changed.tensors if not name.endswith(_COUNTER)}
-    wanted = {name for name in deployed if not name.endswith(_COUNTER)}
+    names = {state_dict.strip(name) for name in changed.tensors if not name.endswith(COUNTER)}
+    wanted = {name for name in deployed if not name.endswith(COUNTER)}
     ours, theirs = sorted(names - wanted), sorted(wanted - names)
     if ours or theirs:
         listed = [f"{len(theirs)} that are not made ({', '.join(theirs[:_SHOWN])})"] * bool(theirs)

@@ -12,14 +12,13 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from bntool.batchnorm import BatchNorm, EpsSource
+from bntool.batchnorm import COUNTER, BatchNorm, EpsSource
 from bntool.checkpoints.batchnorms import find_norms
 from bntool.checkpoints.checkpoint import StateDict
 from bntool.errors import RefusedError, UsageError
 from bntool.graphs.architectures.catalogue import Catalogue, Entry, Scope, fingerprint_scope, load_catalogue
-from bntool.representation import short_repr
+from bntool.representation import list_first, short_repr
 
-_COUNTER = "num_batches_tracked"
 _USUAL_MOMENTUM = 0.1  # of torch.nn.BatchNorm*
 _DEEPEST = 8  # parts of a prefix that are tried
 _MOST_TENSORS = 1 << 17  # beyond, a file is not compared with anything
@@ -55,9 +54,7 @@ class Architecture(NamedTuple):
     @property
     def title(self) -> str:
         """The title for people: the first names, and where they are from."""
-        listed = ", ".join(self.names[:_LISTED])
-        more = len(self.names) - _LISTED
-        listed += f" and {more} more" if more > 0 else ""
+        listed = list_first(self.names, _LISTED)
         return f"{listed} under {self.root.removesuffix('.')}" if self.root else listed
 
     def describe(self) -> dict[str, Any]:
@@ -86,7 +83,7 @@ def recognise_in(catalogue: Catalogue, state_dict: StateDict, *, name: str | Non
     shapes = {
         state_dict.strip(full): tuple(tensor.shape)
         for full, tensor in state_dict.tensors.items()
-        if not full.endswith(_COUNTER)
+        if not full.endswith(COUNTER)
     }
     if name is None:
         return _recognise_again(catalogue, tuple(shapes.items()))

@@ -18,6 +18,7 @@ from bntool.graphs.traced.parameters import Ones, Parameter, ParameterIndex
 from bntool.graphs.transposed_convolutions import Axis, meets_all_taps
 from bntool.modules.finding import read_eps
 from bntool.modules.padding import find_amounts
+from bntool.names import join_name
 
 _CLOSE = 1e-4  # relative; a frozen BatchNorm computes its scale in the dtype of its buffers
 
@@ -553,7 +554,7 @@ def _is_close(found: Tensor, wanted: Tensor) -> bool:
 
 
 def _batchnorm_tensors(index: ParameterIndex, path: str) -> dict[str, Parameter] | None:
-    names = {role: f"{path}.{role}" if path else role for role in VECTORS}
+    names = {role: join_name(path, role) for role in VECTORS}
     if not all(name in index.by_name for name in names.values()):
         return None
     if len({tuple(index.tensor(index.by_name[name]).shape) for name in names.values()}) > 1:

@@ -15,6 +15,7 @@ from torch.nn.parameter import is_lazy
 from bntool.graphs.graph import Node, Owner
 from bntool.modules.finding import walk_modules
 from bntool.modules.memory import share_elements, storage_key
+from bntool.names import join_name, remove_prefix
 
 
 class Ones(Enum):
@@ -80,7 +81,7 @@ class ParameterIndex:
         self.module_names: dict[int, str] = {}
         self.modules: dict[str, nn.Module] = {}  # each once, by the first of its names
         for full_path, module in walk_modules(model):
-            path = f"{full_path}.".removeprefix(prefix).removesuffix(".")
+            path = remove_prefix(full_path, prefix)
             if id(module) not in self.module_names:
                 self.module_names[id(module)] = path
                 self.modules[path] = module
@@ -90,7 +91,7 @@ class ParameterIndex:
                 tensors[id(tensor)] = tensor
                 owners.setdefault(id(tensor), (module, path))
                 names = slots.setdefault(id(tensor), {}).setdefault((id(module), leaf), [])
-                names.append(f"{path}.{leaf}" if path else leaf)
+                names.append(join_name(path, leaf))
         self.by_name: dict[str, Parameter] = {}
         self._by_identity: dict[int, Parameter] = {}
         self._by_storage: dict[int, list[tuple[Parameter, torch.Tensor]]] = {}
@@ -206,7 +207,7 @@ class ParameterIndex:
             return Owner.PART
         if whole and not after:
             return Owner.WHOLE
-        inner = tuple(f"{path}.{child}".lstrip(".") for child in ("act", "drop"))
+        inner = tuple(join_name(path, child) for child in ("act", "drop"))
         runs_children_only = all(
             any(other.layer == child or other.layer.startswith(child + ".") for child in inner) for other in after
         )

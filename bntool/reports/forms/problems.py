@@ -9,9 +9,11 @@ from bntool.comparison.options import Expectation
 from bntool.inspection.findings import UNJUDGED, FindingCode
 from bntool.reports.report import FileReport, Report, describe_error
 from bntool.reports.text import sanitize
+from bntool.representation import list_first
 
 _SEVERITIES = ("notice", "warning", "error")
 _LISTED = 3  # layers of one problem that are named
+_LISTED_CHANNELS = 8
 _UNJUDGED = {code.value for code in UNJUDGED}
 EXPECTATION = "expectation"  # the code of what diff --expect finds changed
 
@@ -42,8 +44,7 @@ class Problem(NamedTuple):
         """Layer and channels in a few words; "" for the file."""
         if not self.channels:
             return self.layer
-        shown = ", ".join(map(str, self.channels[:8]))
-        shown += f" and {len(self.channels) - 8} more" if len(self.channels) > 8 else ""
+        shown = list_first(list(map(str, self.channels)), _LISTED_CHANNELS)
         return f"{self.layer}, channel{'s' * (len(self.channels) > 1)} {shown}".lstrip(", ")
 
     def reaches(self, severity: str) -> bool:
@@ -91,8 +92,7 @@ def list_problems_of(file: FileReport) -> Iterator[Problem]:
 
 
 def _list_layers(where: str, names: Sequence[str]) -> str:
-    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
-    return ", ".join(f"{where}{name}" for name in names[:_LISTED]) + more
+    return list_first([f"{where}{name}" for name in names], _LISTED)
 
 
 def list_jumps(report: Report) -> list[Problem]:
