@@ -23,7 +23,6 @@ from bntool.inspection.findings import Finding, FindingCode, IgnoredFinding, Sev
 from bntool.inspection.judging import add_configured, judge
 from bntool.inspection.layer_differences import compare_layers
 from bntool.inspection.layer_findings import compare_shapes, find_in_layer
-from bntool.inspection.missing_statistics import report_missing_statistics
 from bntool.inspection.module_findings import (
     Expected,
     find_expected,
@@ -38,6 +37,7 @@ from bntool.inspection.results import (
     TensorInspection,
 )
 from bntool.inspection.safety import find_dangers, judge_safety
+from bntool.inspection.statistics_findings import report_missing_statistics
 from bntool.inspection.thresholds import ThresholdRule, Thresholds, ThresholdsOf, combine
 from bntool.modules.opening import Source, open_source
 from bntool.progress import OnProgress, Progress, count, ignore

@@ -24,8 +24,8 @@ from bntool.checkpoints.state_dicts import (
 from bntool.checkpoints.tensors import read_numbers
 from bntool.errors import BntoolError
 from bntool.inspection.findings import Finding, FindingCode, Severity
-from bntool.inspection.missing_statistics import describe_missing
 from bntool.inspection.results import LayerInspection, StateDictInspection
+from bntool.inspection.statistics_findings import describe_missing
 from bntool.inspection.thresholds import Thresholds
 from bntool.representation import format_number
 from bntool.verification.statistics_shift import StatisticsShift, measure_shift

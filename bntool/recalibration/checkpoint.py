@@ -38,8 +38,6 @@ from bntool.progress import OnProgress, OnWarning, Progress, ignore, tell_notebo
 from bntool.recalibration.dtype_limits import fit_plan, list_promoted
 from bntool.recalibration.evaluation import count_flipped, find_other_data, is_better, parse_metric
 from bntool.recalibration.fingerprints import fingerprint_model, fingerprint_state_dict
-from bntool.recalibration.keeping import PartialKeeper, check_can_resume, name_kept
-from bntool.recalibration.kept_evaluation import Judge
 from bntool.recalibration.layers import choose_layers
 from bntool.recalibration.live import check_live_statistics, measure_share, plan_recalibration
 from bntool.recalibration.memory_format import is_faster_in_bfloat16
@@ -56,6 +54,8 @@ from bntool.recalibration.output_changes import measure_output_changes
 from bntool.recalibration.partials import Origin, Partial, write_partial
 from bntool.recalibration.ranks import Ranks, join_job
 from bntool.recalibration.results import CheckpointRecalibration, PreprocessingSteps, with_record
+from bntool.recalibration.resumable_evaluation import Judge
+from bntool.recalibration.resumable_measurement import PartialKeeper, check_can_resume, name_kept
 from bntool.recalibration.warnings import (
     counts_other_classes,
     warn_of_fewer,

@@ -20,7 +20,7 @@ from bntool.recalibration.evaluation import (
     parse_metric,
 )
 from tests.programs import copy_user_code
-from tests.recalibration.test_keeping import Classifier
+from tests.recalibration.test_resuming import Classifier
 
 
 def test_top_k_against_sorting_by_hand():

@@ -19,7 +19,7 @@ from bntool.cli.main import main
 from bntool.errors import CorruptFileError, FileError, RefusedError
 from bntool.recalibration.checkpoint import recalibrate_checkpoint
 from tests.programs.user_code import small_net
-from tests.recalibration.test_keeping import Classifier, Unreliable
+from tests.recalibration.test_resuming import Classifier, Unreliable
 
 BATCHES = 9  # of a list, whose length nobody asks for: the second of two shards holds 1, 3, 5 and 7
 

@@ -266,7 +266,7 @@ def test_no_file_that_is_read_is_written_to(file, tmp_path):
 
 def test_versions_that_are_mixed_are_told(file, tmp_path, monkeypatch):
     paths = measure_all(file, 2, tmp_path / "parts")
-    monkeypatch.setattr("bntool.recalibration.keeping.__version__", "9.9.9")
+    monkeypatch.setattr("bntool.recalibration.resumable_measurement.__version__", "9.9.9")
     measure(file, "2/2", paths[1], force=True)
     (warning,) = bntool.merge_statistics(file, paths, tmp_path / "out.pt").warnings
     assert "measured in different ways, so last bits may differ" in warning

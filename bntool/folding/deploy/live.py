@@ -9,7 +9,7 @@ from torch import nn
 
 from bntool.checkpoints.checkpoint import StateDict
 from bntool.errors import RefusedError, UserCodeError
-from bntool.folding.deploy.own_code import METHODS, find_method, fuse
+from bntool.folding.deploy.fusing_methods import METHODS, find_method, fuse
 from bntool.modules.application import read_state
 from bntool.modules.copying import copy_model
 from bntool.modules.finding import find_name_prefix

@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from bntool.errors import BntoolError
-from bntool.folding.deploy.own_code import find_method, fuse
+from bntool.folding.deploy.fusing_methods import find_method, fuse
 from bntool.models.user_code import describe_exception
 from bntool.modules.copying import copy_model
 from bntool.representation import format_number

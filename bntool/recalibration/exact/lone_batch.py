@@ -15,7 +15,7 @@ from bntool.errors import RefusedError, UserCodeError
 from bntool.models.user_code import running_user_code
 from bntool.modules.finding import find_eps
 from bntool.recalibration.activation_moments import measure
-from bntool.recalibration.exact.set_aside import KeptBatch
+from bntool.recalibration.exact.offloading import KeptBatch
 from bntool.recalibration.moments import Moments
 from bntool.recalibration.pooled import Run
 

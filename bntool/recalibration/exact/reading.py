@@ -12,18 +12,18 @@ from dataclasses import dataclass, replace
 from bntool.data.batches import Batch, Batches, find_placement
 from bntool.errors import RefusedError
 from bntool.progress import OnWarning
+from bntool.recalibration.exact.batch_costs import measure_costs
 from bntool.recalibration.exact.first_forward import FirstForward, run_first_forward
 from bntool.recalibration.exact.memory import MemoryForecast, find_available
-from bntool.recalibration.exact.set_aside import (
+from bntool.recalibration.exact.offloading import (
     KeptBatch,
     MovableBatch,
-    SetAside,
+    Offloading,
     choose_folder,
     find_free,
-    find_share_aside,
+    find_offloaded_share,
     measure_disk,
 )
-from bntool.recalibration.exact.trial_batch import run_trial
 from bntool.recalibration.freed_memory import returning_large_pieces
 from bntool.recalibration.pooled import Run
 from bntool.recalibration.ranks import Ranks
@@ -95,13 +95,13 @@ def reading_batches(
     largest = max((batch.samples for batch in first), default=0)
     with (
         returning_large_pieces(),
-        contextlib.closing(SetAside(shown.forecast.allow(memory, largest, largest), choose_folder())) as aside,
+        contextlib.closing(Offloading(shown.forecast.allow(memory, largest, largest), choose_folder())) as offloading,
     ):
-        ranks.share(lambda: read.extend(_move(first, iterator, aside, as_a_whole=not shown.is_seen)))
+        ranks.share(lambda: read.extend(_move(first, iterator, offloading, as_a_whole=not shown.is_seen)))
         # what the rank that tries the model out finds holds for all: so all refuse, or none
         trial = functools.partial(_try_out, run, Reading(read, shown), memory)
         reading = Reading(read, ranks.share(trial if ranks.rank == leader else lambda: None)[leader])
-        aside.allowed = ranks.share(lambda: _allow(reading, memory))[ranks.rank]
+        offloading.allowed = ranks.share(lambda: _allow(reading, memory))[ranks.rank]
         on_forecast(ranks.share(lambda: _describe_forecast(run, reading, memory))[ranks.rank])
         yield reading
 
@@ -126,10 +126,10 @@ def _try_out(run: Run, reading: Reading, memory: int) -> FirstForward:
     shown = reading.shown
     assert shown is not None
     forecast, samples = shown.forecast, reading.samples
-    share, _ = find_share_aside(forecast.waits, samples, forecast.allow(memory, reading.largest, samples))
-    with contextlib.closing(SetAside(-1, choose_folder())) as aside, reading.batches[0].in_memory() as batch:
-        kept = MovableBatch(aside, batch, as_a_whole=not shown.is_seen) if share else KeptBatch(batch)
-        return replace(shown, forecast=run_trial(run, kept, shown, aside))
+    share, _ = find_offloaded_share(forecast.waits, samples, forecast.allow(memory, reading.largest, samples))
+    with contextlib.closing(Offloading(-1, choose_folder())) as offloading, reading.batches[0].in_memory() as batch:
+        kept = MovableBatch(offloading, batch, as_a_whole=not shown.is_seen) if share else KeptBatch(batch)
+        return replace(shown, forecast=measure_costs(run, kept, shown, offloading))
 
 
 def _allow(reading: Reading, memory: int) -> int:
@@ -150,9 +150,11 @@ def _allow(reading: Reading, memory: int) -> int:
     return allowed
 
 
-def _move(first: Sequence[Batch], others: Iterator[Batch], aside: SetAside, *, as_a_whole: bool) -> Iterator[KeptBatch]:
+def _move(
+    first: Sequence[Batch], others: Iterator[Batch], offloading: Offloading, *, as_a_whole: bool
+) -> Iterator[KeptBatch]:
     for batch in itertools.chain(first, others):
-        kept = MovableBatch(aside, batch, as_a_whole=as_a_whole)
+        kept = MovableBatch(offloading, batch, as_a_whole=as_a_whole)
         kept.wait()
         yield kept
 
@@ -165,7 +167,7 @@ def _describe_forecast(run: Run, reading: Reading, memory: int) -> str:
     """
     assert reading.shown is not None
     forecast, samples, folder = reading.shown.forecast, reading.samples, choose_folder()
-    share, at_once = find_share_aside(forecast.waits, samples, forecast.allow(memory, reading.largest, samples))
+    share, at_once = find_offloaded_share(forecast.waits, samples, forecast.allow(memory, reading.largest, samples))
     seconds, moving = forecast.seconds * samples, forecast.moving * share * samples
     moved, needed = int(forecast.moved * share * samples), forecast.need(samples, reading.largest)
     device, _ = find_placement(run.model)

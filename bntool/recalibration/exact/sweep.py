@@ -19,9 +19,9 @@ from bntool.recalibration.activation_moments import measure
 from bntool.recalibration.activations import Activations
 from bntool.recalibration.exact.first_forward import FirstForward
 from bntool.recalibration.exact.lone_batch import LoneBatch, choose_positions
+from bntool.recalibration.exact.offloading import KeptBatch
 from bntool.recalibration.exact.paused_forwards import PausedForward, copy_context
 from bntool.recalibration.exact.repeated_calls import Finish, RepeatedCalls
-from bntool.recalibration.exact.set_aside import KeptBatch
 from bntool.recalibration.freed_memory import FreedMemory
 from bntool.recalibration.moments import Moments, Tally
 from bntool.recalibration.new_statistics import Measurement

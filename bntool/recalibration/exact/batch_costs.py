@@ -1,4 +1,4 @@
-"""One batch that goes the way of all of them, to see what that takes."""
+"""The time and memory that a batch takes in a sweep, measured on one that goes the same way alone."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from bntool.recalibration.activation_moments import measure
 from bntool.recalibration.activations import Activations
 from bntool.recalibration.exact.first_forward import FirstForward
 from bntool.recalibration.exact.memory import MemoryForecast, find_resident
+from bntool.recalibration.exact.offloading import KeptBatch, Offloading
 from bntool.recalibration.exact.paused_forwards import copy_context
-from bntool.recalibration.exact.set_aside import KeptBatch, SetAside
 from bntool.recalibration.freed_memory import FreedMemory
 from bntool.recalibration.pooled import Run
 
 
-def run_trial(run: Run, kept: KeptBatch, shown: FirstForward, aside: SetAside) -> MemoryForecast:
-    """Run a batch in a thread of its own, with a stop at each layer; the forecast with what that took.
+def measure_costs(run: Run, kept: KeptBatch, shown: FirstForward, offloading: Offloading) -> MemoryForecast:
+    """Run a batch in a thread of its own, with a stop at each layer, and return the forecast with what that took.
 
-    The libraries below torch keep something for each thread as long as it lives. That is 0 where the system does not
-    say how much is in use.
+    Counted is also the memory that the libraries below torch keep for each thread as long as it lives: 0 where the
+    system does not say how much memory is in use.
 
     Args:
         run: the model and its layers.
         kept: the batch; where it is one that can be moved, all that it holds is set aside at each layer.
         shown: what a first forward showed.
-        aside: where the batch is set aside.
+        offloading: where the batch is set aside.
     """
     ended, over = threading.Event(), threading.Event()
     context, seconds = copy_context(run.model), 0.0
@@ -72,7 +72,7 @@ def run_trial(run: Run, kept: KeptBatch, shown: FirstForward, aside: SetAside) -
     return replace(
         shown.forecast,
         kept=libraries,
-        seconds=(seconds - aside.seconds) / samples,
-        moving=aside.seconds / samples,
-        moved=aside.moved / samples,
+        seconds=(seconds - offloading.seconds) / samples,
+        moving=offloading.seconds / samples,
+        moved=offloading.moved / samples,
     )

@@ -1,4 +1,4 @@
-"""A model's own code that fuses it: methods ``fuse()``, ``reparameterize()`` and ``switch_to_deploy()``."""
+"""Methods by which a model fuses itself: ``fuse()``, ``reparameterize()`` and ``switch_to_deploy()``."""
 
 from __future__ import annotations
 

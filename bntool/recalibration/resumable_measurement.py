@@ -1,4 +1,4 @@
-"""A measurement kept as a partial while it grows, so that it can be gone on with after the process was killed."""
+"""Measuring that can be resumed after the process was killed: what was measured so far is kept as a partial."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An evaluation kept in a file while it grows, so that it can be gone on with after the process was killed."""
+"""Evaluating that can be resumed after the process was killed: what was computed so far is kept in a file."""
 
 from __future__ import annotations
 

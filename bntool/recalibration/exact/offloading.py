@@ -1,4 +1,4 @@
-"""Activations of batches that wait, put into a file where they do not fit into memory, and brought back when needed."""
+"""Offloading activations of batches that wait: to a file where they do not fit into memory, and back when needed."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _DONTNEED, _HUGEPAGE = 4, 14  # MADV_DONTNEED and MADV_HUGEPAGE of Linux
 _HUGE = 2 << 20  # bytes of a huge page
 
 
-class SetAside:
+class Offloading:
     """The activations that batches hold while they wait: as much as is allowed in memory, the rest in a file.
 
     A storage that is set aside keeps its address and has no memory behind it. It is brought back as soon as any
@@ -92,11 +92,11 @@ class SetAside:
             self._places[key] = place
 
     def holds(self, storage: torch.UntypedStorage) -> bool:
-        """Return whether a storage is aside."""
+        """Return whether a storage is set aside."""
         return storage._cdata in self._places
 
     def bring_back(self, key: int) -> None:
-        """Bring a storage back, if it is aside."""
+        """Bring a storage back, if it is set aside."""
         if key not in self._places:
             return
         with self._lock:  # forwards that are abandoned end at the same time
@@ -279,11 +279,11 @@ class MovableBatch(KeptBatch):
         as_a_whole: bring all of it back before it goes on, because not all that touches it can be seen.
     """
 
-    def __init__(self, aside: SetAside, batch: Batch, *, as_a_whole: bool = False) -> None:
+    def __init__(self, offloading: Offloading, batch: Batch, *, as_a_whole: bool = False) -> None:
         super().__init__(copy_batch(batch))  # memory that came from numpy cannot be given back
-        self._aside = aside
+        self._offloading = offloading
         self._as_a_whole = as_a_whole
-        self._held = HeldStorages(aside)
+        self._held = HeldStorages(offloading)
         self._counted = 0
         for tensor in tensors_in(self.batch.inputs):
             self._held.add(tensor)
@@ -300,21 +300,21 @@ class MovableBatch(KeptBatch):
 
     def touch(self, tensor: torch.Tensor) -> None:
         for key in storage_keys([tensor]):
-            self._aside.bring_back(key)
+            self._offloading.bring_back(key)
 
     def bring_back(self) -> None:
         for key in self._held.keys:
-            self._aside.bring_back(key)
+            self._offloading.bring_back(key)
 
     def wait(self) -> None:
-        storages = [storage for storage in self._held.storages if not self._aside.holds(storage)]
+        storages = [storage for storage in self._held.storages if not self._offloading.holds(storage)]
         size = sum(storage.nbytes() for storage in storages)
-        self._aside.held += size - self._counted
+        self._offloading.held += size - self._counted
         self._counted = size
-        if self._aside.held > self._aside.allowed:
+        if self._offloading.held > self._offloading.allowed:
             for storage in storages:
-                self._aside.put(storage, is_ours=storage._cdata in self._inputs)
-            self._aside.held -= size
+                self._offloading.put(storage, is_ours=storage._cdata in self._inputs)
+            self._offloading.held -= size
             self._counted = 0
 
 
@@ -337,9 +337,9 @@ class HeldStorages(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     supports_higher_order_operators = True
 
-    def __init__(self, aside: SetAside) -> None:
+    def __init__(self, offloading: Offloading) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._aside = aside
+        self._offloading = offloading
         self._storages: dict[int, weakref.ref[torch.UntypedStorage]] = {}
 
     @classmethod
@@ -360,7 +360,7 @@ class HeldStorages(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         given = set(storage_keys(tensors_in((args, kwargs))))
         for key in given:
-            self._aside.bring_back(key)
+            self._offloading.bring_back(key)
         result = func(*args, **(kwargs or {}))
         for tensor in tensors_in(result):
             for key in storage_keys([tensor]):
@@ -412,8 +412,9 @@ def measure_disk(folder: Path) -> float:
         raise RefusedError(f"activations cannot be kept in {folder}: {error.strerror or error}") from error
 
 
-def find_share_aside(waiting: Sequence[float], samples: int, allowed: int) -> tuple[float, int]:
-    """Return the share of what batches hold that will be aside, over all layers, and bytes at the layer where most are.
+def find_offloaded_share(waiting: Sequence[float], samples: int, allowed: int) -> tuple[float, int]:
+    """Return the share of what batches hold that will be set aside, over all layers, and the bytes at the layer where
+    most are.
 
     Args:
         waiting: bytes that a sample holds at each layer.

@@ -18,7 +18,7 @@ from bntool.data.batches import split_batch
 from bntool.errors import RefusedError, UsageError
 from bntool.recalibration.exact import reading
 from bntool.recalibration.exact.memory import find_resident
-from bntool.recalibration.exact.set_aside import HeldStorages, MovableBatch, SetAside, _Regions
+from bntool.recalibration.exact.offloading import HeldStorages, MovableBatch, Offloading, _Regions
 from bntool.recalibration.live import recalibrate
 from bntool.recalibration.options import parse_size
 
@@ -54,9 +54,9 @@ def same(one, other):
 def moved(monkeypatch):
     """How many bytes were set aside."""
     sizes = []
-    put = SetAside.put
+    put = Offloading.put
     monkeypatch.setattr(
-        SetAside, "put", lambda self, s, **options: (sizes.append(s.nbytes()), put(self, s, **options))[1]
+        Offloading, "put", lambda self, s, **options: (sizes.append(s.nbytes()), put(self, s, **options))[1]
     )
     return sizes
 
@@ -85,14 +85,14 @@ def test_what_fits_is_not_moved(moved):
 
 
 def test_memory_is_given_back(tmp_path):
-    aside = SetAside(0, tmp_path)
-    batch = MovableBatch(aside, split_batch(torch.ones(64, 3, 256, 256), source="x", position=0))
+    offloading = Offloading(0, tmp_path)
+    batch = MovableBatch(offloading, split_batch(torch.ones(64, 3, 256, 256), source="x", position=0))
     full = find_resident()
     batch.wait()
     assert full - find_resident() > 45e6  # of 50.3 MB
     with batch.in_memory() as there:
         assert bool((there.inputs == 1).all())
-    aside.close()
+    offloading.close()
     assert not os.listdir(tmp_path)
 
 
@@ -279,16 +279,16 @@ def test_parts_of_the_file_are_used_again():
 
 
 def test_what_nobody_needs_frees_its_part(tmp_path):
-    aside, watched = SetAside(0, tmp_path), []
-    held = HeldStorages(aside)
+    offloading, watched = Offloading(0, tmp_path), []
+    held = HeldStorages(offloading)
     with held:
         made = torch.ones(100_000) * 2
     (storage,) = held.storages
-    aside.put(storage, is_ours=False)
+    offloading.put(storage, is_ours=False)
     watched.append(weakref.ref(storage))
     del storage, made
     gc.collect()
     assert watched[0]() is None
-    assert not aside._places
-    assert aside._regions.take(1000) == 0
-    aside.close()
+    assert not offloading._places
+    assert offloading._regions.take(1000) == 0
+    offloading.close()
