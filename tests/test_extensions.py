@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.places import ROOT
+from tests.places import ROOT, SAMPLES
 
 EXAMPLE = ROOT / "tests" / "packaging" / "example_extension"
 
@@ -97,7 +97,7 @@ def test_it_is_only_read_and_what_it_does_not_understand_is_said(
 
 def test_a_graph_source_of_another_package_is_asked(tmp_path: Path) -> None:
     site = install(tmp_path)
-    shutil.copy(ROOT / "sample_ckpts" / "digits.pt", tmp_path / "digits.pt")
+    shutil.copy(SAMPLES / "digits.pt", tmp_path / "digits.pt")
     (tmp_path / "digits.pairs").write_text("conv1=bn1\n")
     arguments = ("fold", tmp_path / "digits.pt", "--eps", "1e-5", "--dry-run")
     assert "fold 1 of 9" in run(site, *arguments).stdout
@@ -112,4 +112,4 @@ def test_a_package_that_cannot_be_imported_is_named(tmp_path: Path) -> None:
     assert (
         "bntool.formats broken of bntool-example cannot be imported: No module named 'no_such_module'" in shown.stderr
     )
-    assert run(site, "inspect", ROOT / "sample_ckpts" / "digits.pt").returncode == 0  # nobody needed it there
+    assert run(site, "inspect", SAMPLES / "digits.pt").returncode == 0  # nobody needed it there

@@ -16,7 +16,8 @@ from difflib import unified_diff
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[2]
+from tests.places import ROOT
+
 KEPT = ROOT / ".behaviour"  # what a revision did, so that it runs once
 SHOWN = 20  # runs whose difference is printed; all are in a file of KEPT
 

@@ -11,14 +11,15 @@ from pathlib import Path
 import numpy as np
 import safetensors.numpy
 
-ROOT = Path(__file__).parents[2]
+from tests.places import FIXTURES, SAMPLES
+
 ARCHITECTURES = ("torchvision:mobilenet_v2", "torchvision:lraspp_mobilenet_v3_large", "timm:ghostnet_100")
 
 
 def make_inputs(folder: Path) -> None:
     """Fill a folder with the same bytes each time, whatever bntool there is."""
-    shutil.copytree(ROOT / "sample_ckpts", folder / "samples", ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copytree(ROOT / "tests" / "fixtures", folder / "fixtures", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(SAMPLES, folder / "samples", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(FIXTURES, folder / "fixtures", ignore=shutil.ignore_patterns("__pycache__"))
     for file in sorted(folder.rglob("*")):
         file.chmod(0o755 if file.is_dir() else 0o644)
     (folder / "architectures").mkdir()
@@ -28,7 +29,7 @@ def make_inputs(folder: Path) -> None:
 
 def save_architecture(name: str, path: Path) -> None:
     """Write a state dict of the architecture, whose numbers mean nothing."""
-    recorded = json.loads(gzip.decompress((ROOT / "tests" / "fixtures" / "architectures.json.gz").read_bytes()))
+    recorded = json.loads(gzip.decompress((FIXTURES / "architectures.json.gz").read_bytes()))
     (shapes,) = [one["shapes"] for one in recorded if one["name"].partition(":")[2] == name]
     safetensors.numpy.save_file({name: _draw(name, shape) for name, shape in shapes}, path)
 

@@ -8,13 +8,15 @@ import pkgutil
 import sys
 from pathlib import Path
 
+from tests.places import ROOT
+
 _ON_DEMAND = {"on_device"}  # `make gpu`
 _PLUMBING = {"measuring", "launching", "__main__"}
 
 
 def main(wanted: list[str]) -> None:
     # as an installation is, and the peers are: else a listing takes half as long again
-    compileall.compile_dir(Path(__file__).parents[2] / "bntool", quiet=1)
+    compileall.compile_dir(ROOT / "bntool", quiet=1)
     names = [m.name for m in pkgutil.iter_modules([str(Path(__file__).parent)]) if m.name not in _PLUMBING]
     for name in names:
         if name in wanted or (not wanted and name not in _ON_DEMAND):

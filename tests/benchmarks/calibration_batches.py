@@ -6,9 +6,6 @@ real checkpoints that ``BNTOOL_SHARED`` names.
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
-
 import numpy as np
 import torch
 from torch import nn
@@ -18,8 +15,8 @@ from bntool.checkpoints.formats import open_checkpoint
 from bntool.checkpoints.state_dicts import choose_state_dict
 from bntool.modules.loading import load_state
 from bntool.recalibration.live import recalibrate
+from tests.places import SHARED
 
-SHARED = Path(os.environ.get("BNTOOL_SHARED", Path(__file__).resolve().parents[3] / "shared"))
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _SAMPLES = 2000
 

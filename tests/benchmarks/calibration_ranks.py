@@ -14,10 +14,11 @@ import statistics
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
+
+from tests.places import ROOT
 
 _BATCHES, _SIZE, _ROUNDS = 24, 8, 3
 _METHODS = ("pooled", "exact")
@@ -38,7 +39,7 @@ def run() -> None:
 
 def _start(ranks: int, *, of: int) -> subprocess.Popen[str]:
     """Start a job that does one share of ``of``."""
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     command += ["-m", "tests.benchmarks.calibration_ranks", str(_BATCHES // of)]
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)

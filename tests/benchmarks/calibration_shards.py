@@ -19,6 +19,8 @@ from pathlib import Path
 
 import torch
 
+from tests.places import ROOT
+
 _BATCHES, _SIZE, _ROUNDS, _SHARDS = 12, 8, 3, 64
 _SINGLE = "one-batch"  # a partial
 _WAYS = {"one": ["1/1"], "two": ["1/2", "2/2"], "kept": ["1/1 kept"]}
@@ -46,7 +48,7 @@ def run() -> None:
 
 
 def _environment() -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
+    return {**os.environ, "PYTHONPATH": str(ROOT)}
 
 
 def _measure(tasks: list[str], folder: Path) -> tuple[float, float, float]:

@@ -14,8 +14,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tests.places import ROOT
+
 FOLDER = Path(__file__).parent
-ROOT = FOLDER.parents[1]
 ENVIRONMENTS = ROOT / ".oracles"
 
 
@@ -76,7 +77,8 @@ def main(wanted: list[str]) -> int:
             continue
         python = make_environment(script.stem, read_requirements(script), interpreter)
         environment = {**os.environ, "BNTOOL_PYTHON": sys.executable}
-        if subprocess.run([python, str(script)], cwd=ROOT, check=False, env=environment).returncode:
+        command = [python, "-m", f"tests.oracles.{script.stem}"]
+        if subprocess.run(command, cwd=ROOT, check=False, env=environment).returncode:
             failed.append(script.stem)
     print(f"failed: {', '.join(failed)}" if failed else "all recorded answers hold")
     return 1 if failed else 0

@@ -5,7 +5,7 @@ what their traces say now; the names, shapes and decisions recorded in tests/fix
 (--record writes them); and bare files of real models with random statistics, folded by the catalogue alone and loaded
 back, compute in float64 what the originals compute.
 
-    python tests/oracles/architectures.py --all --results zoo.jsonl --minutes 60
+    python -m tests.oracles.architectures --all --results zoo.jsonl --minutes 60
 
 folds every architecture of the catalogue of reasonable size; run again, it goes on where it stopped.
 """
@@ -26,8 +26,6 @@ from pathlib import Path
 import torch
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
-
 from bntool.checkpoints.formats import open_checkpoint
 from bntool.checkpoints.saving import save_checkpoint
 from bntool.errors import BntoolError
@@ -42,9 +40,10 @@ from catalogue.observing import Observation, add_stand_ins, build_on_meta, obser
 from tests.benchmarks.fold_zoo import Judgement
 from tests.benchmarks.zoo_models import find_zoo_input, list_architectures, order_architectures, randomise
 from tests.graphs.architectures.drawn_tensors import draw_state_dict
+from tests.places import FIXTURES
 
 REQUIREMENTS = ["torch==2.13.0", "torchvision==0.28.0", "timm==1.0.31", "numpy"]
-RECORDED = Path(__file__).parents[1] / "fixtures" / "architectures.json.gz"
+RECORDED = FIXTURES / "architectures.json.gz"
 # recorded for the suite: of each kind of decision some
 SAMPLE = (
     "torchvision:resnet18",

@@ -16,14 +16,13 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
-
 from bntool.checkpoints.caffe.prototxt import parse_prototxt
 from bntool.checkpoints.containers.protobufs.writing import embed, integer_field, packed_integers
 from tests.graphs.stored.folding import fold_file, freeze_net
+from tests.places import INTEROP
 
 REQUIREMENTS = ["opencv-python-headless==4.14.0.94", "numpy"]
-RECORDED = Path(__file__).parents[1] / "fixtures" / "interop" / "caffe_folding"
+RECORDED = INTEROP / "caffe_folding"
 TOLERANCE = 1e-5  # of the largest output
 
 # one layer a line: name, type, bottoms, top, shape of the weight (or channels), parameters

@@ -18,6 +18,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from tests.places import FIXTURES
+
 REQUIREMENTS = [
     "torch==2.13.0",
     "lightning==2.6.6",
@@ -26,7 +28,7 @@ REQUIREMENTS = [
     "fastai==2.8.12",
     "ultralytics==8.4.190",
 ]
-FOLDER = Path(__file__).parents[1] / "fixtures" / "layouts"
+FOLDER = FIXTURES / "layouts"
 
 
 def ignore_missing_operators() -> None:

@@ -6,13 +6,14 @@ Without an argument it holds the recorded outputs against OpenCV; with --record 
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 
 import cv2
 import numpy as np
 
+from tests.places import INTEROP
+
 REQUIREMENTS = ["opencv-python-headless==4.14.0.94", "numpy"]  # 5 cannot read Darknet
-RECORDED = Path(__file__).parents[1] / "fixtures" / "interop" / "darknet"
+RECORDED = INTEROP / "darknet"
 
 
 def run(inputs: np.ndarray) -> np.ndarray:

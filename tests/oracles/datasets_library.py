@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
+from tests.places import ROOT
+
 TESTS = ["tests/data/test_datasets.py", "tests/data/test_datasets_on_hub.py"]
 REQUIREMENTS = [
     "torch==2.13.0", "numpy", "Pillow", "datasets>=4", "webdataset>=0.2.100", "pytest>=8", "typer>=0.26,<0.29",

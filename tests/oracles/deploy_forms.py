@@ -4,7 +4,7 @@ Needs an environment of its own. Each model has random statistics, 30 % of its s
 of timm from a bare file too, the fold must have the keys and shapes of the library's own form, be loaded into it
 strictly, be near its elements, and compute in float64 what the original computes.
 
-    python tests/oracles/deploy_forms.py --speed
+    python -m tests.oracles.deploy_forms --speed
 
 measures instead how much faster these forms are, original and form in turn on one core.
 """
@@ -22,8 +22,6 @@ from pathlib import Path
 import timm
 import torch
 from torch import nn
-
-sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import bntool
 from bntool.errors import BntoolError

@@ -15,8 +15,10 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from tests.places import FIXTURES
+
 REQUIREMENTS = ["torch==2.5.1", "numpy==1.26.4"]
-FOLDER = Path(__file__).parents[1] / "fixtures" / "exported"
+FOLDER = FIXTURES / "exported"
 
 
 def build() -> Any:

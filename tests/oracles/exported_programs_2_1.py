@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from exported_programs import main
+from tests.oracles.exported_programs import main
 
 REQUIREMENTS = ["torch==2.1.2", "numpy==1.26.4"]
 

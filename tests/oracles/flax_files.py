@@ -20,14 +20,13 @@ import optax
 from flax import serialization, traverse_util
 from flax.training import train_state
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
-
 from bntool.checkpoints.formats import open_checkpoint
 from bntool.checkpoints.tensors import read_bytes
 from tests.checkpoints.flax.msgpack_files import pack_variables
+from tests.places import INTEROP
 
 REQUIREMENTS = ["flax==0.12.8", "jax==0.10.2", "optax==0.2.8", "msgpack==1.2.4", "numpy"]
-RECORDED = Path(__file__).parents[1] / "fixtures" / "interop" / "flax"
+RECORDED = INTEROP / "flax"
 ROLES = {
     ("params", "scale"): "weight", ("params", "kernel"): "weight", ("params", "embedding"): "weight",
     ("batch_stats", "mean"): "running_mean", ("batch_stats", "var"): "running_var",

@@ -12,7 +12,6 @@ import json
 import sys
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,13 +19,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
+from tests.places import INTEROP
 
 REQUIREMENTS = [
     *("torch==2.13.0", "torchvision==0.28.0", "timm==1.0.31", "onnx==1.23.2", "onnxruntime==1.31.1", "onnxsim==0.8.1"),
     *("onnxslim==0.1.98", "mmcv-lite==2.1.0", "mmengine==0.10.7", "opencv-python-headless<5", "aimet-torch==2.42.0"),
 ]
-RECORDED = Path(__file__).parents[1] / "fixtures" / "interop" / "folding_tools.json"
+RECORDED = INTEROP / "folding_tools.json"
 WRONG = 1e-3  # of the largest output, in float32
 C = 6
 Network = tuple[nn.Module, torch.Tensor]

@@ -12,12 +12,9 @@ import logging
 import sys
 import tempfile
 import warnings
-from pathlib import Path
 
 import torch
 from torch import nn
-
-sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from bntool.freezing.emission import emit_freeze
 from bntool.freezing.live import freeze

@@ -9,17 +9,16 @@ import json
 import os
 import sys
 import warnings
-from pathlib import Path
 
 os.environ.setdefault("KERAS_BACKEND", "torch")
 
 import torch
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
+from tests.places import FIXTURES
 
 REQUIREMENTS = ["torch==2.13.0", "torchvision==0.28.0", "timm", "lightning", "keras"]
-RECORDED = Path(__file__).parents[1] / "fixtures" / "freezing_semantics.json"
+RECORDED = FIXTURES / "freezing_semantics.json"
 
 
 class Model(nn.Module):

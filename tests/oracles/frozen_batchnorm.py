@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import sys
 import tempfile
-from pathlib import Path
 
 import torch
 from torch import nn
-
-sys.path.insert(0, str(Path(__file__).parents[2]))
 
 REQUIREMENTS = ["torch==2.13.0", "torchvision==0.28.0", "timm", "typer>=0.26,<0.29"]
 

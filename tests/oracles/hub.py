@@ -6,9 +6,10 @@ Run by ``make oracles`` in an environment of its own: the tests that the suite s
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 
 import pytest
+
+from tests.places import ROOT
 
 REQUIREMENTS = [
     "torch==2.13.0",
@@ -22,7 +23,6 @@ REQUIREMENTS = [
     "h5py",
     "isal",
 ]
-ROOT = Path(__file__).parents[2]
 
 
 if __name__ == "__main__":

@@ -28,8 +28,6 @@ import numpy as np
 from keras import Model, Sequential, applications, layers
 from keras.src.legacy.saving import legacy_h5_format
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
-
 from bntool.checkpoints.application import apply_plan
 from bntool.checkpoints.formats import open_checkpoint
 from bntool.checkpoints.saving import save_checkpoint
@@ -37,13 +35,14 @@ from bntool.folding.checkpoint import fold_checkpoint
 from bntool.freezing.checkpoint import plan_freeze
 from bntool.reports.loading import show_loading_code
 from tests.graphs.stored.folding import fold_file
+from tests.places import INTEROP
 
 logging.getLogger("absl").setLevel(logging.ERROR)  # that .h5 is considered legacy
 warnings.filterwarnings("ignore")
 
 # spliceai without what it asks for: it is there for its files
 REQUIREMENTS = ["torch==2.13.0", "keras==3.15.1", "h5py", "numpy", "spliceai==1.3.1"]
-RECORDED = Path(__file__).parents[1] / "fixtures" / "interop" / "keras_folding"
+RECORDED = INTEROP / "keras_folding"
 TOLERANCE = 1e-5  # of the largest output
 ZOO = {
     "ResNet50": (32, "53 of 53"),

@@ -16,13 +16,12 @@ import numpy as np
 from mindspore import Tensor, nn
 from mindspore.train import serialization
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
-
 from bntool.checkpoints.formats import open_checkpoint
 from bntool.checkpoints.tensors import read_bytes
+from tests.places import INTEROP
 
 REQUIREMENTS = ["mindspore==2.10.0", "numpy"]
-RECORDED = Path(__file__).parents[1] / "fixtures" / "interop" / "mindspore"
+RECORDED = INTEROP / "mindspore"
 
 
 class Net(nn.Cell):

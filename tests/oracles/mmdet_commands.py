@@ -12,8 +12,6 @@ import sys
 import tempfile
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
-
 from tests.oracles.mmdet_freezing import stand_in_for_compiled_operators
 from tests.programs import copy_user_code
 

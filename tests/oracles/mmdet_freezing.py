@@ -10,10 +10,11 @@ import importlib.machinery
 import json
 import sys
 import types
-from pathlib import Path
+
+from tests.places import FIXTURES
 
 REQUIREMENTS = ["torch==2.13.0", "mmdet==3.3.0", "mmcv-lite==2.1.0", "mmengine"]
-RECORDED = Path(__file__).parents[1] / "fixtures" / "mmdet_freezing.json"
+RECORDED = FIXTURES / "mmdet_freezing.json"
 
 
 def stand_in_for_compiled_operators() -> None:

@@ -13,8 +13,9 @@ import sys
 import tempfile
 from pathlib import Path
 
+from tests.places import ROOT
+
 REQUIREMENTS = ["torch==2.13.0", "mmengine==0.10.7", "numpy"]
-ROOT = Path(__file__).parents[2]
 FROZEN = ("layers.1.running_mean", "layers.1.running_var", "layers.1.num_batches_tracked")
 
 

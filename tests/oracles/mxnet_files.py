@@ -19,13 +19,12 @@ import mxnet as mx  # noqa: E402
 from mxnet import autograd, gluon, nd  # noqa: E402
 from mxnet.gluon import nn  # noqa: E402
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
-
 from bntool.checkpoints.formats import open_checkpoint  # noqa: E402
 from bntool.checkpoints.tensors import read_bytes  # noqa: E402
+from tests.places import INTEROP  # noqa: E402
 
 REQUIREMENTS = ["mxnet==1.9.1", "numpy==1.23.5", "requests", "graphviz"]
-RECORDED = Path(__file__).parents[1] / "fixtures" / "interop" / "mxnet"
+RECORDED = INTEROP / "mxnet"
 
 
 def make_net() -> Any:

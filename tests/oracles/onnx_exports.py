@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import sys
 import warnings
-from pathlib import Path
 
 import numpy as np
 import onnxruntime
@@ -17,9 +16,10 @@ from torch import nn
 from bntool.checkpoints.formats import open_checkpoint
 from bntool.comparison.checkpoint import diff, find_violations
 from bntool.comparison.options import Expectation
+from tests.places import INTEROP
 
 REQUIREMENTS = ["torch==2.13.0", "onnx==1.23.2", "onnxruntime==1.31.1", "numpy"]
-FOLDER = Path(__file__).parents[1] / "fixtures" / "interop"
+FOLDER = INTEROP
 
 
 def make_net() -> nn.Sequential:

@@ -21,12 +21,11 @@ import onnxsim
 import onnxslim
 from onnx import TensorProto, helper, numpy_helper
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
-
 from tests.graphs.stored.folding import fold_file
+from tests.places import INTEROP
 
 REQUIREMENTS = ["onnx==1.23.2", "onnxruntime==1.31.1", "onnxslim==0.1.98", "onnxsim==0.8.1", "numpy"]
-RECORDED = Path(__file__).parents[1] / "fixtures" / "interop" / "onnx_folding"
+RECORDED = INTEROP / "onnx_folding"
 TOLERANCE = {"float32": 1e-5, "float16": 4e-3}  # of the largest output
 MODELS: dict[str, Callable[[], onnx.ModelProto]] = {}
 

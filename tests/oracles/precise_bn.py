@@ -18,13 +18,13 @@ from torch import nn
 from torch.optim.swa_utils import update_bn
 from torch.utils.data import DataLoader
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
+from tests.places import FIXTURES
 
 REQUIREMENTS = [
     "torch==2.13.0", "fvcore", "mmpretrain==1.2.0", "mmcv-lite==2.1.0", "mmengine==0.10.7", "setuptools",
     "typer>=0.26,<0.29",
 ]  # fmt: skip
-FIXTURE = Path(__file__).parents[1] / "fixtures" / "precise_bn.json"
+FIXTURE = FIXTURES / "precise_bn.json"
 
 
 @functools.cache

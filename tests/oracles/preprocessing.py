@@ -14,16 +14,15 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
-
 from bntool.data.pixels import read_image
 from bntool.data.preprocessing import Preprocessing, parse_preprocessing
 from bntool.data.presets import find_model_preset
 from tests.benchmarks.zoo_models import import_torchvision
 from tests.data.sample_images import SIZES, make_image
+from tests.places import FIXTURES
 
 REQUIREMENTS = ["torch==2.13.0", "torchvision==0.28.0", "timm", "numpy", "Pillow", "typer>=0.26,<0.29"]
-RECORDED = Path(__file__).parents[1] / "fixtures" / "preprocessing.json"
+RECORDED = FIXTURES / "preprocessing.json"
 KEPT = {
     "torchvision:resnet18",
     "torchvision:vit_b_16",

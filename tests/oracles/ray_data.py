@@ -10,12 +10,12 @@ import sys
 import tempfile
 from pathlib import Path
 
+from tests.places import ROOT, SAMPLES
+
 REQUIREMENTS = [
     "torch==2.13.0", "numpy", "pandas", "pyarrow", "ray[data]==2.60.0", "safetensors>=0.4", "typer>=0.26,<0.29",
     "rich>=13.9", "Jinja2>=3.1",
 ]  # fmt: skip
-ROOT = Path(__file__).parents[2]
-SAMPLES = ROOT / "sample_ckpts"
 
 
 def main() -> int:

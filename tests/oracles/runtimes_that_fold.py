@@ -19,10 +19,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
+from tests.places import INTEROP
 
 REQUIREMENTS = ["torch==2.13.0", "onnx==1.23.2", "onnxruntime==1.31.1", "onnxscript==0.7.2", "numpy"]
-RECORDED = Path(__file__).parents[1] / "fixtures" / "interop" / "runtimes_that_fold.json"
+RECORDED = INTEROP / "runtimes_that_fold.json"
 
 
 def conv(x, m):

@@ -15,12 +15,12 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from tests.places import SAMPLES
+
 REQUIREMENTS = [
     *("sarif-pydantic==0.6.2", "sarif-tools==3.0.5", "numpy", "safetensors", "typer<0.29", "rich", "Jinja2"),
 ]
 VALIDATOR = "@microsoft/sarif-multitool-linux@5.7.0"
-ROOT = Path(__file__).parents[2]
-SAMPLES = ROOT / "sample_ckpts"
 HOSTILE = "<script>alert(1)</script> %22\"'\\ \u202e$(x)"
 
 

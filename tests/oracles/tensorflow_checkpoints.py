@@ -20,15 +20,14 @@ import numpy as np
 import tensorflow as tf
 import tf_keras
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
-
 from bntool.checkpoints.containers.leveldb_table import read_varint
 from bntool.checkpoints.formats import open_checkpoint
 from bntool.checkpoints.tensors import read_bytes
 from tests.checkpoints.tensorflow.bundle_files import make_table, write_bundle
+from tests.places import INTEROP
 
 REQUIREMENTS = ["tensorflow-cpu==2.21.0", "tf_keras==2.21.0", "cramjam==2.14.0", "numpy"]
-RECORDED = Path(__file__).parents[1] / "fixtures" / "interop" / "tensorflow"
+RECORDED = INTEROP / "tensorflow"
 VARIABLE = "/.ATTRIBUTES/VARIABLE_VALUE"
 
 

@@ -10,7 +10,8 @@ import os
 import subprocess
 import sys
 import tempfile
-from pathlib import Path
+
+from tests.places import ROOT
 
 REQUIREMENTS = [
     "torch==2.13.0",
@@ -29,7 +30,6 @@ REQUIREMENTS = [
     "isal",
 ]
 FRAMEWORKS = ("lightning", "mmengine", "ultralytics", "transformers")
-ROOT = Path(__file__).parents[2]
 
 
 def main() -> int:

@@ -11,14 +11,14 @@ import zipfile
 from pathlib import Path
 
 from tests.packaging.environments import create_environment
-from tests.places import ROOT
+from tests.places import ROOT, SAMPLES
 
 
 def check_wheel(wheel: Path, sdist: Path, folder: Path) -> str:
     """What was looked at; an AssertionError says what is wrong."""
     check_contents(wheel, sdist)
     programs = create_environment(folder / "wheel", wheel, packages=("typer",))
-    sample = ROOT / "sample_ckpts" / "digits.pt"
+    sample = SAMPLES / "digits.pt"
     for command in ([programs / "bntool"], [programs / "python", "-m", "bntool"]):
         shown = subprocess.run([*command, "inspect", sample], check=True, capture_output=True, text=True, cwd=folder)
         assert "BatchNorm: 9 layers" in shown.stdout, shown.stdout

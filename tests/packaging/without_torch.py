@@ -8,10 +8,8 @@ from pathlib import Path
 
 from tests.behaviour.inputs import make_inputs
 from tests.packaging.environments import create_environment
-from tests.places import ROOT
 
 PACKAGES = ("typer", "rich", "safetensors", "numpy")
-SAMPLES = ROOT / "sample_ckpts"
 
 # a command line -> the exit code, and a part of what it says; in this order
 RUNS = {
