@@ -79,7 +79,6 @@ class EpsSource(Enum):
     MODULE = "module"
     PROTOTXT = "prototxt"  # that a Caffe model is run by
     ARCHITECTURE = "architecture"
-    OPTION = "option"
     DEFAULT = "default"
     UNKNOWN = "unknown"
 

@@ -156,26 +156,23 @@ def _float8_table(name: str) -> tuple[float, ...]:
     return tuple(values)
 
 
-def decode_numbers(data: bytes, dtype: DType, *, big_endian: bool = False) -> Sequence[float]:
+def decode_numbers(data: bytes, dtype: DType) -> Sequence[float]:
     """Turn raw bytes into Python numbers, exactly.
 
     Args:
-        data: contiguous elements.
+        data: contiguous elements, little-endian.
         dtype: a float, integer or bool type.
-        big_endian: the byte order of ``data``.
 
     Raises:
         NoNumbersError: ``dtype`` is complex or opaque: its elements are not single numbers.
     """
     count = len(data) // dtype.itemsize
-    order = ">" if big_endian else "<"
     if dtype.struct_code is not None:
-        return struct.unpack(f"{order}{count}{dtype.struct_code}", data)
+        return struct.unpack(f"<{count}{dtype.struct_code}", data)
     if dtype is BFLOAT16:  # the upper half of a float32
         widened = bytearray(4 * count)
-        high, low = (0, 1) if big_endian else (1, 0)
-        widened[3::4] = data[high::2]
-        widened[2::4] = data[low::2]
+        widened[2::4] = data[::2]
+        widened[3::4] = data[1::2]
         return struct.unpack(f"<{count}f", widened)
     if dtype.is_floating:
         table = _float8_table(dtype.name)
@@ -206,20 +203,19 @@ def _as_integer(value: float, dtype: DType) -> int:
     return int(value)
 
 
-def encode_numbers(values: Sequence[float], dtype: DType, *, big_endian: bool = False) -> bytes:
-    """Round Python numbers once, to nearest with ties to even, into the bytes of ``dtype``.
+def encode_numbers(values: Sequence[float], dtype: DType) -> bytes:
+    """Round Python numbers once, to nearest with ties to even, into the little-endian bytes of ``dtype``.
 
     Raises:
         OverflowError: a finite value is too large for ``dtype``.
         ValueError: ``dtype`` is not a type that bntool writes (float64/32/16, bfloat16, integers, bool), or a number
             that is not whole should become an integer.
     """
-    order = ">" if big_endian else "<"
     if dtype.struct_code is not None:
         code = dtype.struct_code
         numbers = [_as_integer(value, dtype) for value in values] if dtype.kind is _INTEGER else values
         try:
-            return struct.pack(f"{order}{len(numbers)}{code}", *numbers)
+            return struct.pack(f"<{len(numbers)}{code}", *numbers)
         except struct.error as error:
             raise OverflowError(str(error)) from error
     if dtype is BFLOAT16:
@@ -227,5 +223,5 @@ def encode_numbers(values: Sequence[float], dtype: DType, *, big_endian: bool = 
         for value, pattern in zip(values, patterns, strict=True):
             if pattern & 0x7FFF == 0x7F80 and not math.isinf(value):
                 raise OverflowError(f"{value!r} is too large for bfloat16")
-        return struct.pack(f"{order}{len(patterns)}H", *patterns)
+        return struct.pack(f"<{len(patterns)}H", *patterns)
     raise ValueError(f"bntool does not write {dtype}")

@@ -14,7 +14,7 @@ from typer._click.exceptions import ClickException  # since 0.26 typer carries i
 from typer._click.exceptions import UsageError as ClickUsageError
 
 from bntool.cli.completion import prepare_bash
-from bntool.cli.exit_codes import ExitCode
+from bntool.cli.exit_codes import MEANINGS, ExitCode
 from bntool.cli.help import Command, Group
 from bntool.cli.output import flush_stdout
 from bntool.errors import UsageError
@@ -32,12 +32,6 @@ COMMANDS = {
     "explain": "explanation",
 }
 
-_EPILOG = (
-    "Exit codes: 0 done; 1 findings at or above --fail-on, or --expect not met; 2 usage, or a package is missing; "
-    "3 file unreadable, unsafe or unwritable; 4 refused; 5 verification failed, nothing written; 6 your model or data "
-    "code raised; 130 interrupted."
-)
-
 
 def build_app(arguments: Sequence[str] = ()) -> typer.Typer:
     """Return the application; importing the modules of its commands imports neither torch nor numpy.
@@ -49,7 +43,7 @@ def build_app(arguments: Sequence[str] = ()) -> typer.Typer:
         name="bntool",
         cls=Group,
         help="Inspect, recalibrate, freeze and fold Batch Normalization in checkpoints.",
-        epilog=_EPILOG,
+        epilog=f"Exit codes: {'; '.join(f'{code.value} {MEANINGS[code]}' for code in ExitCode)}.",
         rich_markup_mode=None,  # markup would swallow [a-c] in help texts
         pretty_exceptions_enable=False,
         context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},

@@ -8,7 +8,7 @@ from bntool import errors
 
 
 class ExitCode(IntEnum):
-    """The exit codes of the process; documented in docs/cli.md."""
+    """The exit codes of the process; docs/exit-codes.md says when each comes and what to do."""
 
     DONE = 0
     FINDINGS = 1
@@ -19,6 +19,18 @@ class ExitCode(IntEnum):
     USER_CODE = 6
     INTERRUPTED = 130
 
+
+# as --help says them
+MEANINGS = {
+    ExitCode.DONE: "done",
+    ExitCode.FINDINGS: "findings at or above --fail-on, or --expect not met",
+    ExitCode.USAGE: "usage, or a package is missing",
+    ExitCode.FILE: "file unreadable, unsafe or unwritable",
+    ExitCode.REFUSED: "refused",
+    ExitCode.VERIFICATION: "verification failed, nothing written",
+    ExitCode.USER_CODE: "your model or data code raised",
+    ExitCode.INTERRUPTED: "interrupted",
+}
 
 _CODES: tuple[tuple[type[errors.BntoolError], ExitCode], ...] = (
     (errors.UsageError, ExitCode.USAGE),

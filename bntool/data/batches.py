@@ -21,6 +21,7 @@ from bntool.modules.calling import copy_tensors, map_leaves, map_tensors, pass_i
 from bntool.modules.finding import unwrap, walk_modules
 from bntool.representation import list_first
 
+_GIVEN = "the batches given"  # what messages call them
 _LABEL_KEYS = ("labels", "label", "y", "targets", "target")
 _UNNAMED = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 _HANDS_ON = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
@@ -218,12 +219,11 @@ class Batches:
         return self.open_()
 
 
-def as_batches(batches: Iterable[Any], *, description: str = "the batches given", share: Share = WHOLE) -> Batches:
+def as_batches(batches: Iterable[Any], *, share: Share = WHOLE) -> Batches:
     """Take any iterable of batches as :class:`Batches`.
 
     Args:
         batches: :class:`Batches`, or any iterable of what :func:`split_batch` understands.
-        description: what to call it in messages.
         share: which of them are read; of :class:`Batches` those that they are.
 
     Raises:
@@ -236,9 +236,9 @@ def as_batches(batches: Iterable[Any], *, description: str = "the batches given"
 
     def read_all() -> Iterator[Batch]:
         position = 0
-        for item in _read_user_data(batches, description):
-            with running_user_code(f"reading {description}"):
-                batch = item if isinstance(item, Batch) else split_batch(item, source=description, position=position)
+        for item in _read_user_data(batches):
+            with running_user_code(f"reading {_GIVEN}"):
+                batch = item if isinstance(item, Batch) else split_batch(item, source=_GIVEN, position=position)
             position += batch.samples
             if batch.samples:
                 yield batch
@@ -246,7 +246,7 @@ def as_batches(batches: Iterable[Any], *, description: str = "the batches given"
     def read() -> Iterator[Batch]:
         return take_share(read_all(), taken)
 
-    taken = Batches(read, description, share=share)
+    taken = Batches(read, _GIVEN, share=share)
     return taken
 
 
@@ -271,12 +271,12 @@ def find_share(items: Iterator[Item], batches: Batches) -> Iterator[tuple[int, I
     batches.count = index + 1
 
 
-def _read_user_data(batches: Iterable[Any], description: str) -> Iterator[Any]:
+def _read_user_data(batches: Iterable[Any]) -> Iterator[Any]:
     end = object()
-    with running_user_code(f"reading {description}"):
+    with running_user_code(f"reading {_GIVEN}"):
         iterator = iter(batches)
     while True:
-        with running_user_code(f"reading {description}"):
+        with running_user_code(f"reading {_GIVEN}"):
             item = next(iterator, end)
         if item is end:
             return

@@ -8,22 +8,15 @@ import os
 from unittest import mock
 
 from bntool.cli.application import COMMANDS
-from bntool.cli.exit_codes import ExitCode
 from bntool.cli.main import main
 from tests.places import ROOT
 
 PAGE = ROOT / "docs" / "cli.md"
 
-_MEANINGS = {
-    ExitCode.DONE: "done; skips are reported; kept because not better is done too",
-    ExitCode.FINDINGS: "findings at or above `--fail-on`, or `diff --expect` not met",
-    ExitCode.USAGE: "usage, or a package is missing (the message names it)",
-    ExitCode.FILE: "a file is unreadable, unknown, damaged, unsafe or unwritable",
-    ExitCode.REFUSED: "refused: nothing could be done safely, or a skip or assumption under `--strict`",
-    ExitCode.VERIFICATION: "verification failed; nothing was written",
-    ExitCode.USER_CODE: "your model or data code raised",
-    ExitCode.INTERRUPTED: "interrupted by Ctrl-C; the message says whether anything was written",
-}
+_EXIT_CODES = (
+    "They stand above; [exit codes](exit-codes.md) says when each comes and what to do. Of several files, the worst\n"
+    "code counts."
+)
 
 _STREAMS = """\
 ## What is printed where
@@ -70,10 +63,7 @@ def write_reference() -> str:
     for command in ((), *((name,) for name in COMMANDS)):
         title = " ".join(("bntool", *command))
         parts.append(f"## {title}\n\n```text\n{help_of(*command)}\n```\n")
-    rows = "\n".join(f"| {code.value} | {_MEANINGS[code]} |" for code in ExitCode)
-    parts.append(
-        f"## Exit codes\n\n| code | meaning |\n|---|---|\n{rows}\n\nOf several files, the worst code counts.\n"
-    )
+    parts.append(f"## Exit codes\n\n{_EXIT_CODES}\n")
     return "\n".join([*parts, _STREAMS])
 
 

@@ -63,10 +63,10 @@ def range_item(values: Sequence[float]) -> Item:
     return Item(low if low == high else f"{low} to {high}", sort=max(map(abs, values)))
 
 
-def number_item(value: float | None, unit: str = "", *, style: Style = Style.PLAIN) -> Item:
+def number_item(value: float | None, unit: str = "") -> Item:
     """Format a number in two digits with its unit; nothing for None."""
     if value is None:
         return Item(sort=-math.inf)
     if math.isnan(value):
         return Item("not finite", Style.ERROR, sort=math.inf)
-    return Item(format_number(value, 2) + unit, style, sort=value)
+    return Item(format_number(value, 2) + unit, sort=value)
