@@ -100,8 +100,6 @@ class UnknownFormatError(FileError):
 class OtherFormatError(UnknownFormatError):
     """The file is not of the format that was tried; it may be of another one."""
 
-    code = "other-format"
-
 
 class CorruptFileError(FileError):
     """The file contradicts its own format: truncated, bad checksum, values out of bounds."""

@@ -31,6 +31,7 @@ CASES = [
     ("inspect HDF5", 2, "missing-extra"),
     ("inspect absent.pt", 3, "unreadable"),
     ("inspect BAD", 3, "unknown-format"),
+    ("inspect https://localhost:9/net.pt", 3, "unreachable"),
     ("inspect @digits.pt absent.pt BAD", 3, "unreadable"),
     ("recalibrate @drifted.pt MODEL DATA --samples 32 -o OUT", 0, None),
     ("recalibrate @drifted.pt", 2, "usage"),
@@ -142,6 +143,8 @@ def test_the_document_fits_the_schema(
     if error == "missing-extra":
         for package in ("h5py", "timm"):
             monkeypatch.setitem(sys.modules, package, None)
+    if error == "unreachable":
+        monkeypatch.setattr("bntool.checkpoints.remote.http._PAUSE", 0.0)
     if "DAMAGED" in case:
         _damage_what_is_written(monkeypatch)
     arguments = spell_out(case, tmp_path)

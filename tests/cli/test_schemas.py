@@ -37,6 +37,7 @@ CASES = [
     "convert @digits.pt --to frozen-batchnorm --eps 1e-5 --dry-run",
     "convert @digits.pt --to batchnorm --dry-run",
     "convert @digits_training.pt --to torch -o OUT",
+    "convert @digits.pt --rename bn1=norm1 --dry-run",
     "average @digits.pt @drifted.pt @digits.safetensors --weights 1,2,3 -o OUT",
     "average @digits_training.pt @drifted.pt --statistics-from @digits.pt --dry-run",
     "average @digits.pt absent.pt --dry-run",
