@@ -15,7 +15,9 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 from bntool.checkpoints.formats import open_checkpoint
 from bntool.cli.main import main
@@ -37,6 +39,10 @@ COMMANDS = {
         *("--samples", "32"),
     ],
 }
+TINY = [
+    *("recalibrate", "in/norm.pt", "--model", "torch.nn:BatchNorm1d", "--model-arg", "num_features=2"),
+    *("--data", "in/data.npz"),
+]
 PROGRESS = ("bntool: importing torch", "bntool: pooled statistics:")  # told on a slow machine
 SHARDED = ["freeze", "in/model.safetensors.index.json", "-o", "out/model.safetensors.index.json"]
 ONNX = ["fold", "in/onnx_tiny_ext.onnx", "-o", "out/folded.onnx"]
@@ -74,7 +80,7 @@ def _leftovers(folder: Path) -> list[Path]:
     [
         ([*COMMANDS["freeze"], "-o", "out/new"], 1),
         (["fold", str(SAMPLES / "digits.pt"), "--pair", "conv1=bn1", "--eps", "1e-5", "-o", "out/new"], 1),
-        ([*COMMANDS["recalibrate"], "-o", "out/new"], 1),
+        ([*TINY, "-o", "out/new"], 1),
         ([*COMMANDS["convert"], "-o", "out/new.safetensors"], 1),
         (SHARDED, 3),
         (ONNX, 2),
@@ -91,6 +97,8 @@ def test_killed_at_every_step_of_appearing(arguments: list[str], files: int, tmp
     for name in ("onnx_tiny_ext.onnx", "onnx_tiny_ext.data", "caffe_tiny_std.caffemodel", "caffe_tiny_std.prototxt"):
         shutil.copy(INTEROP / name, tmp_path / "in")
     write_sharded(tiny_net().state_dict(), tmp_path / "in")
+    torch.save(torch.nn.BatchNorm1d(2).state_dict(), tmp_path / "in" / "norm.pt")
+    np.savez(tmp_path / "in" / "data.npz", images=np.eye(8, 2, dtype=np.float32))
     run = programs.run_forked if "recalibrate" in arguments else programs.run  # the others import no torch
     done = run("killed_command", "SIGKILL SIGTERM", *arguments, cwd=tmp_path)
     written, *moments = map(int, done.stdout.split()[-3:])
@@ -201,17 +209,19 @@ def test_two_writers_at_once(tmp_path: Path) -> None:
     assert _leftovers(tmp_path) == []
 
 
-def test_recalibrate_on_a_full_disk(tmp_path: Path) -> None:
-    def limit() -> None:
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
-
-    target = tmp_path / "out.pt"
-    arguments = [sys.executable, "-m", "bntool", *COMMANDS["recalibrate"], "-o", str(target), "--json"]
-    result = _run(arguments, preexec_fn=limit)
-    assert result.returncode == 3, result.stderr
-    said = [line for line in result.stderr.splitlines() if not line.startswith(PROGRESS)]
+def test_recalibrate_on_a_full_disk(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    target, before = tmp_path / "out.pt", resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, before[1]))
+    try:
+        code = main([*COMMANDS["recalibrate"], "-o", str(target), "--json"])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, ignored)
+    printed, told = capsys.readouterr()
+    assert code == 3, told
+    said = [line for line in told.splitlines() if not line.startswith(PROGRESS)]
     assert len(said) == 1, said
-    assert json.loads(result.stdout)["files"][0]["error"]["code"] == "unwritable"
+    assert json.loads(printed)["files"][0]["error"]["code"] == "unwritable"
     assert not target.exists()
     assert _leftovers(tmp_path) == []

@@ -1,14 +1,14 @@
 """``torchrun -m bntool recalibrate``: several processes, one result."""
 
-import os
-import subprocess
-import sys
+import signal
+from pathlib import Path
 
 import pytest
 import torch
 
 from bntool.cli.main import main
-from tests.places import ROOT, SAMPLES
+from bntool.recalibration.partials import read_partial
+from tests.places import SAMPLES
 from tests.programs import copy_user_code, run_bntool_as_ranks
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
@@ -39,19 +39,6 @@ def test_the_same_bytes_for_every_number_of_ranks(tmp_path, alone, ranks):
     assert (tmp_path / "several.pt").read_bytes() == bytes_of_one
 
 
-def torchrun(*options, arguments, folder):
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *options, "-m", "bntool"]
-    return subprocess.run(
-        [sys.executable, *command, *map(str, arguments)],
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=100,
-        check=False,
-    )
-
-
 @pytest.mark.parametrize(
     ("fault", "codes", "message"), [("failing", [4, 6], "disk gone"), ("ending", [4, 3], "another rank was lost")]
 )
@@ -66,28 +53,33 @@ def test_a_rank_that_fails_ends_the_job_without_a_file(tmp_path, fault, codes, m
     assert not (tmp_path / "out.pt").exists()
 
 
-def test_torchrun_starts_the_ranks_and_again_after_one_was_killed(tmp_path):
-    """It starts all ranks again; each goes on from what it kept."""
-    (tmp_path / "rank_data.py").write_text(
-        "import os, pathlib, signal, numpy, torch\n"
-        "def data():\n"
-        f"    x = torch.from_numpy(numpy.load({str(SAMPLES / 'digits_train.npz')!r})['images'][:640])\n"
-        "    restarts = int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 1))\n"
-        "    for index, batch in enumerate(x.split(20)):\n"
-        "        if index == 20 and os.environ.get('RANK') == '1':\n"
-        "            if not restarts:\n"
-        "                os.kill(os.getpid(), signal.SIGKILL)\n"
-        "            kept = sorted(path.name for path in pathlib.Path().glob('kept.*'))\n"
-        "            pathlib.Path('seen').write_text(' '.join(kept))\n"
-        "        yield batch\n"
-    )
-    arguments = ["recalibrate", str(SAMPLES / "drifted.pt"), "--model", f"{SAMPLES / 'digits_net.py'}:build"]
-    arguments += ["--data", f"{tmp_path / 'rank_data.py'}:data"]
-    kept = ["--resume", "kept.safetensors", "--resume-every", "0"]
-    done = torchrun("--max-restarts", "1", arguments=[*arguments, *kept, "-o", "several.pt"], folder=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("wrote several.pt") == 1
-    assert "kept.1-of-2.safetensors" in (tmp_path / "seen").read_text().split()
+def test_ranks_that_are_started_again_after_one_was_killed_go_on(tmp_path, monkeypatch):
+    """As torchrun starts them again with --max-restarts, which tests/oracles/torchrun.py runs."""
+    copy_user_code("killed_rank", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    torch.save(torch.nn.BatchNorm1d(2).state_dict(), "in.pt")
+    command = ["recalibrate", "in.pt", "--model", "killed_rank.py:Counted", "--model-arg", "num_features=2"]
+    command += ["--data", "killed_rank.py:batches"]
+
+    def count_forwards():
+        return [len(path.read_text()) for path in (tmp_path / f"forwards-{rank}" for rank in range(2))]
+
+    kept = ["--resume", "kept.safetensors", "--resume-every", "0", "-o", "several.pt"]
+    killed = run_bntool_as_ranks(2, *command, *kept, cwd=tmp_path)
+    assert [rank.returncode for rank in killed] == [4, -signal.SIGKILL], killed
+    assert "another rank was lost" in killed[0].stderr
+    assert not Path("several.pt").exists()
+    before = count_forwards()
+    positions = [read_partial(Path(f"kept.{rank}-of-2.safetensors")).position for rank in range(2)]
+    assert min(positions) > 0
+    done = run_bntool_as_ranks(2, *command, *kept, cwd=tmp_path)
+    assert [rank.returncode for rank in done] == [0, 0], done
+    assert [rank.stdout.count("wrote several.pt") for rank in done] == [1, 0]
     assert not list(tmp_path.glob("kept*"))
-    assert main([*arguments, "-o", str(tmp_path / "one.pt")]) == 0
-    assert (tmp_path / "several.pt").read_bytes() == (tmp_path / "one.pt").read_bytes()
+    after = count_forwards()
+    assert main([*command, "-o", "one.pt"]) == 0
+    assert Path("several.pt").read_bytes() == Path("one.pt").read_bytes()
+    whole = run_bntool_as_ranks(2, *command, "-o", "whole.pt", cwd=tmp_path)
+    assert [rank.returncode for rank in whole] == [0, 0], whole
+    counts = zip(before, after, count_forwards(), strict=True)
+    assert all(again - first < last - again for first, again, last in counts)  # what was kept is not done again

@@ -26,7 +26,7 @@ ELSEWHERE = {
     'eval "$(_BNTOOL_COMPLETE=': "tests/cli/test_completion.py",
     "bntool inspect hf://": "tests/checkpoints/remote/test_hub.py",
     "torchrun --standalone --nproc-per-node 4 -m": "tests/cli/test_recalibration_ranks.py",
-    "torchrun --standalone --nproc-per-node 4 --max-restarts": "tests/cli/test_recalibration_ranks.py",
+    "torchrun --standalone --nproc-per-node 4 --max-restarts": "tests/oracles/torchrun.py",
     "make catalogue": "catalogue/build.py",  # tests/graphs holds what it writes against the networks
     "python make_samples.py": "sample_ckpts/make_samples.py",
 }

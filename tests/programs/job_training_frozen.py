@@ -41,7 +41,7 @@ def main() -> None:
             model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
         wrapped = model if "converted" in case else DistributedDataParallel(model)
         optimizer = torch.optim.SGD(wrapped.parameters(), lr=0.05, momentum=0.9, weight_decay=0.01)
-        for step in range(20):
+        for step in range(8):
             wrapped.train()
             generator = torch.Generator().manual_seed(100 * rank + step)
             images = torch.randn(4, 3, 32, 32, generator=generator) + rank

@@ -57,7 +57,7 @@ def measure_all(file, shards, folder, **options):
 
 
 @pytest.mark.parametrize(
-    ("method", "prior", "counts"), [("pooled", 7.0, (1, 2, 3, 7, 64)), ("pooled", 0.0, (2,)), ("paper", 0.0, (3,))]
+    ("method", "prior", "counts"), [("pooled", 7.0, (1, 2, 7, 16)), ("pooled", 0.0, (2,)), ("paper", 0.0, (3,))]
 )
 def test_the_bytes_of_one_run(file, tmp_path, method, prior, counts):
     options = {"model": build(), "data": batches(), "method": method}

@@ -87,8 +87,8 @@ def test_a_call_that_failed_goes_on(passes, fault, file, tmp_path, undisturbed):
 
 def test_no_forward_is_done_twice(file, tmp_path):
     counts = []
-    for fault, passes in ((None, 0), (17, 0), (17, 1), (17, 3)):
-        data, seen = Unreliable(fault, passes), []
+    for fault, passes in ((None, 0), (5, 0), (5, 1), (5, 3)):
+        data, seen = Unreliable(fault, passes, size=6), []
 
         class Counted(Classifier):
             def forward(self, x, seen=seen):
@@ -141,14 +141,14 @@ def test_going_on_in_another_way_is_told(file, tmp_path):
     threads = torch.get_num_threads()
     words = f"threads {threads} and {threads + 1}"
     with pytest.raises(UserCodeError):
-        recalibrate(file, Unreliable(17, 1), "out.pt", **kept)
+        recalibrate(file, Unreliable(3, 1, size=12), "out.pt", **kept)
     share = {"model": Classifier(), "shard": "1/1", "partial": tmp_path / "part", "resume": tmp_path / "of-part"}
     with pytest.raises(UserCodeError):
-        recalibrate_checkpoint(file, data=Unreliable(17), resume_every=0, **share)
+        recalibrate_checkpoint(file, data=Unreliable(3, size=12), resume_every=0, **share)
     torch.set_num_threads(threads + 1)
     try:
-        result = recalibrate(file, Unreliable(), "out.pt", **kept)
-        recalibrate_checkpoint(file, data=Unreliable(), **share)
+        result = recalibrate(file, Unreliable(size=12), "out.pt", **kept)
+        recalibrate_checkpoint(file, data=Unreliable(size=12), **share)
     finally:
         torch.set_num_threads(threads)
     (warning,) = [one for one in result.warnings if "measured in different ways" in one]
