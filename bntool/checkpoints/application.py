@@ -7,10 +7,9 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 
 from bntool.batchnorm import selects
-from bntool.checkpoints.averaged_tensors import AveragedTensor
 from bntool.checkpoints.checkpoint import Checkpoint, Edit, StateDict
+from bntool.checkpoints.combined_tensors import AveragedTensor, MergedTensor
 from bntool.checkpoints.dtypes import BFLOAT16, BY_NAME, FLOAT16, FLOAT32, FLOAT64, DType
-from bntool.checkpoints.merged_tensors import MergedTensor
 from bntool.checkpoints.renaming import rename_paths, rename_record, rename_versions
 from bntool.checkpoints.scaled_tensors import ScaledTensor
 from bntool.checkpoints.state_dicts import find_not_understood, find_prefix

@@ -122,7 +122,7 @@ def scale_chunks(
 def average_chunks(tensors: Sequence[Tensor], weights: Sequence[float]) -> Iterator[Chunk]:
     """Yield the weighted mean of tensors, in C order, a piece at a time.
 
-    The arguments are those of :class:`bntool.checkpoints.averaged_tensors.AveragedTensor`.
+    The arguments are those of :class:`bntool.checkpoints.combined_tensors.AveragedTensor`.
 
     Raises:
         OverflowError: a mean is too large for the dtype of the first.
@@ -155,7 +155,7 @@ def merge_chunks(
 ) -> Iterator[Chunk]:
     """Sum up kernels times factors, in C order, some output channels at a time.
 
-    The arguments are those of :class:`bntool.checkpoints.merged_tensors.MergedTensor`.
+    The arguments are those of :class:`bntool.checkpoints.combined_tensors.MergedTensor`.
 
     Raises:
         OverflowError: a sum is too large for the dtype of the first.

@@ -1,4 +1,4 @@
-"""Sums of kernels of convolutions, computed when they are written."""
+"""Tensors computed from several others when they are written: averages over files, sums of kernels of convolutions."""
 
 from __future__ import annotations
 
@@ -12,7 +12,48 @@ from bntool.checkpoints.tensors import Tensor
 
 
 @dataclass(frozen=True, slots=True)
-class MergedTensor(AsArray):
+class _CombinedTensor(AsArray):
+    """A tensor of the dtype and shape of the first of its sources.
+
+    Attributes:
+        sources: of floating dtypes that numpy or bntool decodes, not necessarily the same.
+    """
+
+    sources: tuple[Tensor, ...] = field(repr=False)
+
+    @property
+    def dtype(self) -> DType:
+        return self.sources[0].dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.sources[0].shape
+
+
+@dataclass(frozen=True, slots=True)
+class AveragedTensor(_CombinedTensor):
+    """The weighted mean of tensors of one shape, taken in float64 and rounded once to the dtype of the first.
+
+    Attributes:
+        sources: of one shape.
+        weights: one each; they sum to 1.
+    """
+
+    weights: tuple[float, ...]
+
+    def chunks(self) -> Iterator[Chunk]:
+        """See :class:`Tensor`.
+
+        Raises:
+            OverflowError: a mean is too large for the dtype.
+        """
+        from bntool.checkpoints.arrays import average_chunks  # numpy, which plans do not need
+
+        yield from average_chunks(self.sources, self.weights)
+
+
+@dataclass(frozen=True, slots=True)
+class MergedTensor(_CombinedTensor):
     """Kernels times factors of output and input channels, summed in float64 and rounded once to the dtype of the first.
 
     Attributes:
@@ -23,19 +64,10 @@ class MergedTensor(AsArray):
         addends: what is added to the sum there, before it is rounded.
     """
 
-    sources: tuple[Tensor, ...] = field(repr=False)
     factors: tuple[Sequence[float], ...] = field(repr=False)
     inputs: tuple[Sequence[float], ...] = field(repr=False)
     places: Sequence[int] = field(default=(), repr=False)
     addends: Sequence[float] = field(default=(), repr=False)
-
-    @property
-    def dtype(self) -> DType:
-        return self.sources[0].dtype
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.sources[0].shape
 
     def chunks(self) -> Iterator[Chunk]:
         """See :class:`Tensor`.
