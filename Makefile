@@ -102,11 +102,12 @@ samples: $(VENV)/installed  ## train the sample checkpoints again
 	$(PIP) install --constraint constraints.txt --group samples
 	$(BIN)/python sample_ckpts/make_samples.py
 
-docs: $(VENV)/installed  ## write docs/cli.md from --help, what docs/schema shares, and the tables of README and docs again
+docs: $(VENV)/installed  ## write again what is made from the code: docs/cli.md, docs/python.md, parts of docs/schema, tables
 	$(BIN)/python -m tests.documentation.cli_reference
 	$(BIN)/python -m tests.documentation.folding_tables
 	$(BIN)/python -m tests.documentation.format_tables
 	$(BIN)/python -m tests.documentation.json_schemas
+	$(BIN)/python -m tests.documentation.python_calls
 	$(BIN)/python -m tests.documentation.safety_table
 
 clean:  ## remove what was built

@@ -22,7 +22,7 @@ class Style(Enum):
 
 
 class Histogram(NamedTuple):
-    """The number of values in each slot of an axis; see ``histograms.py``."""
+    """The number of values in each slot of an axis; see ``pictures/histograms.py``."""
 
     counts: tuple[int, ...]
 

@@ -11,7 +11,7 @@ from bntool.checkpoints.state_dicts import FLAT_AVERAGE, find_averaged_parts, pa
 from bntool.comparison.checkpoint import Change, Comparison, LayerComparison
 from bntool.comparison.options import Expectation
 from bntool.reports.blocks import Block, Cell, Column, Style, Table, line
-from bntool.reports.channel_pictures import draw_shifts
+from bntool.reports.pictures.channels import draw_shifts
 from bntool.reports.text import plural
 from bntool.reports.worst_channels import describe_unusable_channels, describe_worst_channel
 from bntool.representation import format_number, list_first

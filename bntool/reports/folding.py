@@ -12,8 +12,8 @@ from bntool.checkpoints.state_dicts import choose_state_dict
 from bntool.folding.options import Layout
 from bntool.plan import RemoveModule
 from bntool.reports.blocks import Block, Cell, Column, Line, Style, Table, line, verbatim
-from bntool.reports.channel_pictures import draw_sizes
 from bntool.reports.loading import show_loading_code
+from bntool.reports.pictures.channels import draw_sizes
 from bntool.reports.text import plural
 from bntool.representation import format_number
 

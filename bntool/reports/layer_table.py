@@ -96,7 +96,7 @@ def _draw_channels(
     rows: Sequence[LayerRow], variances: Pictures, scales: Pictures
 ) -> tuple[list[Cell], list[Cell], str]:
     """Return pictures of running_var and of the scale of each row, and a caption for both."""
-    from bntool.reports.channel_pictures import describe_axis  # a pipe takes no pictures
+    from bntool.reports.pictures.channels import describe_axis  # a pipe takes no pictures
 
     said = [
         f"{name} {describe_axis(pictures.axis)}"

@@ -11,7 +11,7 @@ from typing import NamedTuple
 from bntool.batchnorm import DEFAULT_EPS
 from bntool.inspection.findings import Severity
 from bntool.inspection.results import LayerInspection, StateDictInspection
-from bntool.reports.histograms import LogAxis, count_values, find_axis
+from bntool.reports.pictures.histograms import LogAxis, count_values, find_axis
 from bntool.reports.text import count_shared
 
 _NUMBERED = re.compile(r"\d(?!d)", re.ASCII)  # layer1, blocks.3, Mixed_5b; not backbone2d

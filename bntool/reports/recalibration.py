@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from bntool.recalibration.options import Precision
 from bntool.reports.blocks import Block, Cell, Column, Line, Style, Table, line, verbatim
-from bntool.reports.channel_pictures import draw_shifts
 from bntool.reports.loading import show_loading_code
+from bntool.reports.pictures.channels import draw_shifts
 from bntool.reports.text import format_size, plural
 from bntool.reports.worst_channels import (
     describe_unusable_channels,

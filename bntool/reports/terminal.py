@@ -13,7 +13,7 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from bntool.reports.blocks import Block, Cell, Column, Line, Style, Table, line
-from bntool.reports.pictures import BARS, EMPTY, PICTURE_SIZES, draw_picture
+from bntool.reports.pictures.one_line import BARS, EMPTY, PICTURE_SIZES, draw_picture
 from bntool.reports.text import sanitize, shorten_names
 
 _GAP = 2  # columns between those of a table

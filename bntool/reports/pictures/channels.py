@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from bntool.reports.blocks import Cell, Histogram, Style
-from bntool.reports.histograms import LogAxis, count_values, find_axis, find_axis_of_ratios
+from bntool.reports.pictures.histograms import LogAxis, count_values, find_axis, find_axis_of_ratios
 from bntool.representation import format_number
 
 if TYPE_CHECKING:

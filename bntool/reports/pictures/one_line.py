@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Sequence
 
 from bntool.reports.blocks import Histogram, Picture
-from bntool.reports.histograms import merge_slots
+from bntool.reports.pictures.histograms import merge_slots
 
 BARS = "▁▂▃▄▅▆▇█"
 EMPTY = "·"  # nothing there, or no number

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from bntool.reports.histograms import SLOTS, count_values, find_axis, merge_slots
+from bntool.reports.pictures.histograms import SLOTS, count_values, find_axis, merge_slots
 
 
 @pytest.mark.parametrize("seed", range(5))
