@@ -22,7 +22,7 @@ ModelDescription: TypeAlias = Callable[[Checkpoint], str]
 def describe_model(
     checkpoint: Checkpoint, *, prototxt: Path | None, keras_config: Path | None, output: Path | None, force: bool
 ) -> tuple[Checkpoint, ModelDescription | None]:
-    """Return a checkpoint as its description runs it; one that has or needs none as it is.
+    """Return a checkpoint with what its description says of the layers; without a description it stays as it is.
 
     Args:
         prototxt: the net of a Caffe model; None where none is given.
@@ -103,7 +103,7 @@ def write_description(
 def save_with_description(
     checkpoint: Checkpoint, output: Path, description: ModelDescription | None, *, force: bool
 ) -> None:
-    """Write an edited checkpoint, and what describes it where that was given: both appear, or neither."""
+    """Write an edited checkpoint, and the description of its model if one was given: both appear, or neither."""
     with OutputFiles(force=force, mode=checkpoint.file.mode) as files:
         write_checkpoint(checkpoint, output, files)
         write_description(checkpoint, description, output, files)

@@ -75,7 +75,7 @@ class Folder:
         self._path = path
 
     def open(self, name: str, *, named_by: Location) -> SourceFile:
-        """Open a file that another one needs; where it is missing, the error says for what.
+        """Open a file that another one needs; the error for a missing one says what needs it.
 
         Args:
             name: with ``/`` between folders.

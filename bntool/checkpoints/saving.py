@@ -116,7 +116,7 @@ def _known(versions: Mapping[str, int | None] | None) -> dict[str, int | None]:
 
 
 def _find_shared(state_dicts: Iterable[StateDict], kept: Iterable[tuple[str, str]]) -> set[frozenset[tuple[str, str]]]:
-    """Return groups of tensors that lie in one storage, of those that were not to change."""
+    """Return groups of tensors that share a storage, leaving out those that were to change."""
     wanted = frozenset(kept)
     users: dict[str, set[tuple[str, str]]] = {}
     for state_dict in state_dicts:

@@ -244,7 +244,7 @@ def _name_all(folder: Path, names: Sequence[str]) -> str:
 
 
 def describe_folder(folder: Path) -> str:
-    """Return the message for a folder that is no checkpoint; it names what may be one in it or further below."""
+    """Return the message for a folder that is no checkpoint; it names files below it that may be one."""
     for place, names in _walk(folder):
         inner = "" if place == folder else place.relative_to(folder).as_posix()
         for held, what, advice in _FOLDERS:

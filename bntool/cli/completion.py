@@ -57,7 +57,7 @@ def prepare_bash() -> None:
 
 
 def complete_layers(ctx: Any) -> list[str]:
-    """List BatchNorm layers, and globs for those that lie under one module; what begins several names comes first."""
+    """List BatchNorm layers, and before them a glob for each module that several of them lie under."""
     names = list(_list_layers(ctx))
     below = Counter(name[: place + 1] for name in names for place, letter in enumerate(name) if letter == ".")
     return [*(f"{stem}*" for stem, count in below.items() if count > 1), *names]

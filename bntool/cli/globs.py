@@ -1,4 +1,4 @@
-"""Globs that no shell has expanded: those of Windows leave that to programs, and others where they stand in quotes."""
+"""Expanding globs that no shell has expanded: in quotes, or on Windows, where shells leave that to programs."""
 
 from __future__ import annotations
 

@@ -49,7 +49,7 @@ class InterruptHandler:
         timer.start()
 
     def end_process(self) -> None:
-        """End the process by the signal that ended the command, so that whoever sent it sees that."""
+        """End the process by the signal that ended the command, so that the sender of the signal sees it work."""
         if self._received != signal.SIGINT:
             signal.signal(self._received, signal.SIG_DFL)
             os.kill(os.getpid(), self._received)

@@ -24,7 +24,7 @@ _LARGE = 1 << 28  # bytes of a file that take longer than a moment to read
 
 @contextlib.contextmanager
 def show_progress(*, as_json: bool, quiet: bool) -> Iterator[OnProgress]:
-    """Show what the calls report that are given what this yields; nothing is left on a terminal at the end.
+    """Yield a function for ``on_progress``, and show what is reported to it; a terminal is left clean at the end.
 
     Args:
         as_json: the result goes to a program: lines as in a log, for which rich is not imported.

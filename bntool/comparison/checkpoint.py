@@ -344,8 +344,9 @@ def choose_side(checkpoint: Checkpoint, key: str | None, prefix: str | None, *, 
 
 
 def _relate_sides(a: Side, b: Side, *, ask_b: bool) -> tuple[Side, Side]:
-    """Return both sides: B under the prefix of A where it has such names, and a model without the average beside it
-    where the other side is that.
+    """Return both sides with B under the prefix of A, where B has such names.
+
+    Where one side is the average that mmcv keeps beside a model, the other side is its model without that average.
 
     Args:
         ask_b: no prefix is given for B.
@@ -431,7 +432,7 @@ _OF_ONE = {Change.DTYPE: "its dtype changed", Change.SHAPE: "its shape changed"}
 
 
 def _describe(changes: Mapping[str, Change]) -> list[str]:
-    """Say which tensors of a layer changed in which way, those of one way together."""
+    """Describe which tensors of a layer changed, grouped by how they changed."""
     roles: dict[Change, list[str]] = {}
     for role, change in changes.items():
         roles.setdefault(change, []).append(role)

@@ -166,8 +166,10 @@ class Batch:
 
 
 def _find_parameters(model: torch.nn.Module, names: Iterable[str]) -> dict[str, inspect.Parameter]:
-    """Find the parameters of a forward; of one that hands everything on, those of the first module inside that knows a
-    name.
+    """Find the parameters of a forward.
+
+    Where it only takes ``*args, **kwargs`` and hands them on, those of the first module inside that has one of the
+    names.
     """
     own = _read_parameters(unwrap(model))
     if [parameter.kind for parameter in own.values()] != list(_HANDS_ON):

@@ -130,7 +130,7 @@ class Decoding:
 
 
 class _Decoded(Dataset[Any]):
-    """Samples by what is stored of them, which a DataLoader takes for their indices."""
+    """Decodes samples; what a DataLoader takes for the index of a sample is the sample as it is stored."""
 
     def __init__(self, decode: Decode) -> None:
         self._decode = decode

@@ -71,7 +71,7 @@ def check_data(spec: str) -> None:
 
 @contextlib.contextmanager
 def asking_system(spec: str) -> Iterator[None]:
-    """Inside, the system is asked what lies at a path, which may be too long for it, or in a folder that it hides.
+    """Name the path where the system does not let it be looked at: too long, or in a folder without permission.
 
     Raises:
         UnreadableFileError

@@ -241,7 +241,7 @@ class _Fields:
         return fields[0] if len(fields) == 1 else None
 
     def store(self, sample: Mapping[str, Any]) -> _Stored | str:
-        """Keep what is needed of a sample; return why it cannot be used where it cannot."""
+        """Keep what is needed of a sample; return the reason where it cannot be used."""
         name, field = f"{sample['__key__']} of {sample['__url__']}", self.find_input(sample)
         if field is None:
             return f"{name} has {_list_fields(sample)} and no {self.input or 'single image or array'}"

@@ -169,7 +169,7 @@ class Edge:
 
 @dataclass(frozen=True)
 class DerivedTensor:
-    """A tensor that one node reads, and that is not in the file by itself: it comes into it when it changes.
+    """A tensor that one node reads and that the file does not hold as such; it is added to the file when it changes.
 
     Attributes:
         tensor: its elements.

@@ -25,8 +25,8 @@ class Axis(NamedTuple):
 
 
 def meets_all_taps(axes: Iterable[Axis]) -> bool:
-    """Return whether each position of the output meets all taps of the kernel, so that a shift of the input is one of
-    it.
+    """Return whether each position of the output meets all taps of the kernel, so that a shift of the input
+    is a shift of the output.
 
     With a stride they take turns. Without one the border misses some, unless padding cuts it off: the output position o
     meets tap k at the input position o + before - dilation k, which has to be one from 0 to the length less 1.

@@ -1,4 +1,4 @@
-"""Findings that show where the layers of one state dict are held against each other."""
+"""Findings from comparing the layers of one state dict with each other."""
 
 from __future__ import annotations
 

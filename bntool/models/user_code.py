@@ -1,4 +1,4 @@
-"""Importing and calling the user's own code, and turning what it raises into one error that says where."""
+"""Importing and calling the user's own code; whatever it raises becomes one error that says where."""
 
 from __future__ import annotations
 

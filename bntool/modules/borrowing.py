@@ -296,7 +296,7 @@ def _find_switched(modules: Iterable[torch.nn.Module]) -> list[torch.nn.Paramete
 
 
 def _find_attributes(module: torch.nn.Module) -> dict[str, Any]:
-    """Find what is kept on a module beside registries, except what torch keeps on wrappers and compiled modules."""
+    """Find the attributes of a module beside its registries; not those of torch on wrappers and compiled modules."""
     kind = type(module).__module__
     is_opaque = kind.partition(".")[0] == "torch" and not kind.startswith("torch.nn.modules.")
     return {

@@ -1,4 +1,4 @@
-"""What the code of a class of one's own reads by name, from its forward on: that of torch's own classes is known."""
+"""Reading the code of classes that are not torch's: the names in their forward and in all that this calls."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def _find_compared(kind: Any) -> Mapping[str, frozenset[Any]]:
 
 
 def _compared_at(steps: list[dis.Instruction], index: int) -> Iterator[Any]:
-    """Yield what the value that one step loads is compared with, if that is a constant on either side."""
+    """Yield the constants that the value loaded by one step is compared with, on either side of the comparison."""
     following = steps[index + 1 : index + 3]
     if following and _TRUTH_TESTS.fullmatch(following[0].opname):
         yield 0

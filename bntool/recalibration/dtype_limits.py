@@ -112,7 +112,7 @@ def _layer_of(step: SetTensor) -> str:
 
 
 def _describe_loss(numbers: Sequence[float], dtype: DType, *, role: str, eps: float) -> str | None:
-    """Describe what a dtype would make of statistics that it cannot hold; None where it can hold them.
+    """Describe how statistics would change in a dtype that cannot hold them; None where it can.
 
     A variance counts together with eps: that of a dead channel may well become 0.
     """

@@ -323,7 +323,7 @@ def count_flipped(before: Evaluation, after: Evaluation) -> float | None:
 
 
 def find_other_data(before: Evaluation, after: Evaluation) -> str | None:
-    """Say what tells that the data were others the second time; None where nothing does.
+    """Describe a difference that proves that the second evaluation read other data; None where there is none.
 
     Data that come in another order are the same. Only labels that are one whole number for each sample are looked at.
     """

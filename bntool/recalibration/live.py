@@ -197,7 +197,7 @@ class Selection:
 
 
 class SelectionKeeper(Keeper, Protocol):
-    """Keeps what is measured, so that it can be gone on with, or merged with other measurements."""
+    """Keeps what is measured, so that measuring can be resumed, or merged with other measurements."""
 
     def begin(self, selection: Selection) -> BatchTree:
         """Begin when the layers to measure are known; return what was measured of them before."""

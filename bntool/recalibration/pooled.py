@@ -169,7 +169,10 @@ def count_channels(layers: Mapping[str, torch.nn.Module]) -> list[int]:
 
 
 def _run_batches(run: Run, batches: Iterable[Batch]) -> Iterator[Part]:
-    """Give images channels last where that is faster; as they are, where a model cannot take that or would notice."""
+    """Run the batches and yield what each gave, with images channels last where that is faster.
+
+    They stay as they are where the model cannot take that, or computes something else with it.
+    """
     channels_last = is_faster_channels_last(run.model)
     is_known = False  # whether the model would notice
     calls: list[tuple[str, Moments]] = []

@@ -45,7 +45,7 @@ def describe_inspection(inspection: Inspection, *, every_tensor: bool) -> dict[s
 
 
 def _describe_configuration(inspection: Inspection) -> dict[str, Any]:
-    """Return the file that says what is meant to be so, and what it takes for meant; nothing without such a file."""
+    """Return the configuration that was used and the findings that it ignores; nothing without a configuration."""
     if inspection.configuration is None:
         return {}
     ignored = [

@@ -196,7 +196,7 @@ def describe_range(low: float, high: float, *, digits: int) -> str:
 
 
 def find_kind(layer: LayerInspection) -> str:
-    """Return the class where the file holds it: it tells the dimension, which tensors do not."""
+    """Return the class of a layer where the file holds it (only that tells BatchNorm1d from 2d), else its kind."""
     return layer.layer.class_path.rpartition(".")[2] or layer.layer.kind.value
 
 

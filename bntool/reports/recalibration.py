@@ -209,7 +209,7 @@ _ONE_BATCH = "One batch does not tell how much of that is sampling error."
 
 
 def _describe_agreement(drifts: Sequence[LayerDrift]) -> str:
-    """Describe in what sense stored statistics are those of the data, where none of them has parted."""
+    """Describe how well the stored statistics agree with those of the data, where no layer has parted from them."""
     from bntool.recalibration.drift import PARTED_RATIO, PARTED_SIGMAS
 
     if all(drift.is_sampling for drift in drifts):
@@ -223,7 +223,7 @@ def _describe_agreement(drifts: Sequence[LayerDrift]) -> str:
 
 
 def _describe_worst(drifts: Sequence[LayerDrift]) -> str:
-    """Describe how far the channel is off that is furthest off."""
+    """Describe the channel that is furthest off, and how far."""
     furthest = max(drifts, key=lambda drift: drift.shift.worst)
     worst = describe_worst_channel(furthest.shift)
     return f", furthest off in {furthest.layer}, {worst}" if worst else ""

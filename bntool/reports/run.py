@@ -304,15 +304,13 @@ def _moved_table(run: Run, names: Sequence[str]) -> Table:
 
 
 def _find_first_large(changes: Sequence[float | None]) -> int:
-    """Find where a layer first changed at least half as much as it ever did: a break rather than what came back after
-    it.
-    """
+    """Find the first change that is at least half as large as the largest: the break, not the return from it."""
     sizes = [change or 0.0 for change in changes]
     return next(at for at, size in enumerate(sizes) if size >= max(sizes) / 2)
 
 
 def name_file(run: Run, file: FileSummary) -> str:
-    """Name a file in few words: by what the run is ordered by, where it says that."""
+    """Name a file by its place in the run, as ``epoch 12``, or else by its file name."""
     known = file.progress.get(run.ordered_by)
     return Path(file.path).name if known is None else f"{run.ordered_by} {known}"
 

@@ -230,7 +230,7 @@ def open_transfers(transfers: Transfers, folder: Folder) -> _RemoteSource:
 
 
 class _Ranges:
-    """Parts of a file that are known: sorted, disjoint, and those that touch joined where they are small."""
+    """Parts of a file that were read already: sorted, disjoint, and small neighbours joined."""
 
     def __init__(self) -> None:
         self._starts: list[int] = []

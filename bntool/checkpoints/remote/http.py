@@ -337,7 +337,7 @@ class _Connection(http.client.HTTPConnection):
                 socket.socket.shutdown(self._held, socket.SHUT_RDWR)
 
     def end(self) -> None:
-        """Close it, and the answer that is read from it."""
+        """Close the connection, and the answer that is read from it."""
         with contextlib.suppress(OSError):
             if self.last is not None:
                 self.last.close()

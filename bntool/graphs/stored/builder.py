@@ -108,10 +108,10 @@ class GraphBuilder:
     def add_elementwise(
         self, kind: NodeKind, operator: str, value: Value, *, shape: Shape | None = None, **facts: Any
     ) -> Value:
-        """Add a node that gives each channel that it reads anew; what it gives.
+        """Add a node that computes each channel from that one channel of its input, and return its output.
 
         Args:
-            shape: of what it gives, where positions become others.
+            shape: of the output, where it has other positions than the input.
         """
         given = value.with_extents(shape)
         labels = value.labels
@@ -151,7 +151,7 @@ class GraphBuilder:
         return self._renumber(node, Value((node,), shape, axes, dtype=dtype), extents)
 
     def channels_of(self, value: Value, axis: int, count: int) -> tuple[Value, Integers | None]:
-        """Return what a node reads whose channels lie along an axis, and which channels those are."""
+        """Return a value as a node reads it that has its channels along an axis, and which channels it reads there."""
         found = read_along(value, axis, count)
         one = bool(value.sources) and all(self._nodes[source].channels == 1 for source in value.sources)
         if found is None and value.labels is None and one:  # each stands for all that it gives

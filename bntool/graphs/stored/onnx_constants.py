@@ -170,7 +170,7 @@ class _Needed:
     is_computed: _IsComputed
 
     def find(self, place: Place, steps: int) -> set[str] | None:
-        """Return the derived tensors that it becomes part of; None where something else reads it."""
+        """Return the derived tensors that a value becomes part of; None where something else reads the value, too."""
         if place in self.shown or not steps:
             return None
         names: set[str] = set()
@@ -196,7 +196,7 @@ def find_place(graph: OnnxGraph, name: str) -> Place:
 
 
 def _find_norms(content: OnnxContent) -> dict[Place, tuple[object, ...]]:
-    """Map each value that a BatchNormalization alone reads to what that one is made of."""
+    """Map each value that only a BatchNormalization reads to the four tensors and the epsilon of that node."""
     readers: dict[Place, list[OnnxNode]] = {}
     for graph in content.graphs:
         for node in graph.nodes:

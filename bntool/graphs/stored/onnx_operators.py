@@ -413,7 +413,7 @@ def _shape_with(constant: Array, value: Value) -> Shape | None:
 
 
 def by_channel(constant: Array, value: Value) -> Array | None:
-    """Return a constant as one number for each channel of a tensor that it is joined with; None where it is none."""
+    """Return a constant as one finite number for each channel of the tensor that it is broadcast to; else None."""
     shape = value.shape
     if shape is None or value.labels is None or len(value.axes) != 1 or value.spread is not None:
         return None

@@ -292,7 +292,7 @@ def _batch_norm(given: Callable[[str], Any], roles: _Roles) -> CallFacts:
 def _find_slices(
     vectors: Mapping[str, Tensor], index: ParameterIndex
 ) -> tuple[dict[str, Parameter], tuple[int, int]] | None:
-    """Find the BatchNorm of which a call is given the same channels of each tensor, and not all of them.
+    """Find the BatchNorm that a call is given a part of: the same channels of each tensor, and not all of them.
 
     Returns:
         Its tensors by role; the first of the channels, and how many it has. None where it is no such call.

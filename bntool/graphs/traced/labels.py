@@ -20,11 +20,11 @@ _MOST_PAIRS = 1 << 14  # beyond, everything is said to meet everything
 
 @dataclass(frozen=True)
 class Meeting:
-    """The labels that a reader sees, and its own channels on which it sees them.
+    """The labels that a node reads, and on which of its own channels it reads each.
 
     Attributes:
         labels: each pair once.
-        channels: for each of ``labels`` the reader's channel; None where that is not known or too many pairs meet.
+        channels: for each of ``labels`` the channel of the node; None where that is not known or too many pairs meet.
     """
 
     labels: tuple[int, ...]

@@ -132,7 +132,7 @@ class ParameterIndex:
         return None
 
     def find_slice(self, tensor: torch.Tensor) -> tuple[Parameter, int] | None:
-        """Find the vector of which a tensor shows some elements that follow one another, and the first of these."""
+        """Find the vector that a tensor is a run of elements of, and the position of the first of these elements."""
         if tensor.dim() != 1:
             return None
         for parameter, candidate in self._by_storage.get(storage_key(tensor), ()):

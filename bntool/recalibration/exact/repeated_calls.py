@@ -34,7 +34,13 @@ class NotSettledError(Exception):
 
 @dataclass
 class _Calls:
-    """Calls of one layer in a sweep: what each saw, what it saw in the sweep before, what it was to normalise by."""
+    """The calls of one layer, each at its position.
+
+    Attributes:
+        seen: in this sweep.
+        before: in the sweep before.
+        given: the statistics that each call was to normalise by.
+    """
 
     seen: list[Tally] = field(default_factory=list)
     before: list[Tally] = field(default_factory=list)

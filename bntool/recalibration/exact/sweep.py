@@ -172,7 +172,7 @@ class _Sweep:
         self._current.pause_at(name, moments)
 
     def repeat(self, batches: Mapping[int, KeptBatch]) -> dict[str, Tally]:
-        """Sweep until all statistics are those of what is seen; what each layer saw, in execution order.
+        """Sweep until all statistics are those of the activations; return what each layer saw, in execution order.
 
         Args:
             batches: this rank's share, by position.

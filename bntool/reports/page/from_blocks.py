@@ -22,7 +22,7 @@ class Parts(NamedTuple):
 
 
 def read_blocks(shown: Iterable[Block]) -> Parts:
-    """Sort blocks; the line before what is to be pasted says what that is."""
+    """Sort blocks into parts of a page; the line before verbatim lines becomes the title of the snippet."""
     lines: list[Item] = []
     snippets: list[Snippet] = []
     tables: list[blocks.Table] = []

@@ -149,7 +149,7 @@ def draw_series(values: Sequence[float | None], scale: Scale, marks: Sequence[Ma
 
 
 def count_pixels(count: int) -> int:
-    """Count the pixels that each of a series has, so that a gap of one is no wider than a line."""
+    """Count the pixels that each number of a series is wide, so that a gap of one pixel is no wider than a line."""
     return max(1, 2 * BINS // count)
 
 

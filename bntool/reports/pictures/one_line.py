@@ -23,12 +23,12 @@ def draw_picture(picture: Picture, columns: int) -> str:
 
 
 def _draw_bar(height: float | None) -> str:
-    """Draw a bar; the lowest one stands for everything above nothing, so that all that is there is seen."""
+    """Draw a bar; even the smallest height above nothing is drawn as the lowest bar, so that it is seen."""
     return EMPTY if height is None else BARS[min(int(height * len(BARS)), len(BARS) - 1)]
 
 
 def _condense(heights: Sequence[float | None], columns: int) -> list[float | None]:
-    """Condense heights to so many at most, each the largest of those that it stands for."""
+    """Condense heights to at most so many; each is the largest of the run of heights that it stands for."""
     count = len(heights)
     if count <= columns:
         return list(heights)
