@@ -11,14 +11,14 @@ from pathlib import Path
 import numpy as np
 import safetensors.numpy
 
-from tests.places import FIXTURES, SAMPLES
+from tests.places import FIXTURES, copy_samples
 
 ARCHITECTURES = ("torchvision:mobilenet_v2", "torchvision:lraspp_mobilenet_v3_large", "timm:ghostnet_100")
 
 
 def make_inputs(folder: Path) -> None:
     """Fill a folder with the same bytes each time, whatever bntool there is."""
-    shutil.copytree(SAMPLES, folder / "samples", ignore=shutil.ignore_patterns("__pycache__"))
+    copy_samples(folder / "samples")
     shutil.copytree(FIXTURES, folder / "fixtures", ignore=shutil.ignore_patterns("__pycache__"))
     for file in sorted(folder.rglob("*")):
         file.chmod(0o755 if file.is_dir() else 0o644)

@@ -20,7 +20,7 @@ from tests.checkpoints.broken_files import BROKEN
 from tests.checkpoints.foreign import rezip, save_distributed, write_sharded, write_zip
 from tests.checkpoints.samples import tiny_net
 from tests.permissions import ordinary_permissions
-from tests.places import INTEROP, ROOT
+from tests.places import INTEROP, SAMPLES
 from tests.schemas import read_document
 
 RAW = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
@@ -226,7 +226,7 @@ def test_a_file_without_anything_to_change_is_refused(
     torch.save({"epoch": 1}, tmp_path / "a.pt")
     options = {
         "convert": ["--to", "torch"],
-        "recalibrate": ["--model", f"{ROOT}/sample_ckpts/digits_net.py:build", "--data", "x.npz"],
+        "recalibrate": ["--model", f"{SAMPLES}/digits_net.py:build", "--data", "x.npz"],
     }
     code, sentence = read(capsys, command, tmp_path / "a.pt", "--dry-run", *options.get(command, []))
     assert code == 4
@@ -236,18 +236,16 @@ def test_a_file_without_anything_to_change_is_refused(
 def test_a_failed_verification_names_the_file_and_what_to_check(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    samples = ROOT / "sample_ckpts"
-    pair = ["--pair", "layer1.0.conv1=layer1.1.bn2", "--model", f"{samples / 'digits_net.py'}:build"]
-    code, sentence = read(capsys, "fold", samples / "digits.pt", *pair, "--input-shape", "1,1,8,8", "--dry-run")
+    pair = ["--pair", "layer1.0.conv1=layer1.1.bn2", "--model", f"{SAMPLES / 'digits_net.py'}:build"]
+    code, sentence = read(capsys, "fold", SAMPLES / "digits.pt", *pair, "--input-shape", "1,1,8,8", "--dry-run")
     assert code == 5
-    assert sentence.startswith(f"{samples / 'digits.pt'}: in float64 the outputs differ by ")
+    assert sentence.startswith(f"{SAMPLES / 'digits.pt'}: in float64 the outputs differ by ")
     assert sentence.endswith("the pairs and the eps that were given are those of the file")
 
 
 def test_missing_data_are_told_like_a_missing_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    samples = ROOT / "sample_ckpts"
-    options = ["--model", f"{samples / 'digits_net.py'}:build", "--data", tmp_path / "none.npz", "--dry-run"]
-    code, sentence = read(capsys, "recalibrate", samples / "digits.pt", *options)
+    options = ["--model", f"{SAMPLES / 'digits_net.py'}:build", "--data", tmp_path / "none.npz", "--dry-run"]
+    code, sentence = read(capsys, "recalibrate", SAMPLES / "digits.pt", *options)
     assert (code, sentence) == (3, f"{tmp_path / 'none.npz'}: there is no such file")
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from bntool.cli.main import main
+from tests import programs
 from tests.places import ROOT, SAMPLES
 
 Complete = Callable[..., list[str]]
@@ -148,14 +149,8 @@ def test_shells_themselves(shell: str, tmp_path: Path) -> None:
 
 
 def test_completion_imports_neither_torch_nor_numpy() -> None:
-    program = (
-        "import os, sys; os.environ.update(_BNTOOL_COMPLETE='complete_bash', COMP_CWORD='4', "
-        "COMP_WORDS='bntool recalibrate digits.pt --layers lay'); from bntool.cli.main import main; code = main([]); "
-        "os.environ.update(COMP_WORDS='bntool recalibrate digits.pt --preprocess i'); code += main([]); "
-        "sys.exit(code or ','.join(m for m in ('torch', 'numpy', 'rich', 'jinja2') if m in sys.modules) or 0)"
-    )
-    done = subprocess.run([sys.executable, "-c", program], cwd=SAMPLES, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stderr) == (0, "")
+    done = programs.run("completions", cwd=SAMPLES)
+    assert done.stderr == ""
     assert done.stdout.split()[0] == "layer1.\\*"
     assert "inception" in done.stdout.split()
 

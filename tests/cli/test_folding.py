@@ -22,13 +22,12 @@ from bntool.cli.main import main
 from bntool.folding.loading import load_folded
 from bntool.folding.speed import measure_speed
 from bntool.modules.loading import load_state
-from tests.places import ROOT
+from tests.places import FIXTURES, INTEROP, SAMPLES
 from tests.programs import copy_user_code
 
-SAMPLES = ROOT / "sample_ckpts"
 MODEL = f"{SAMPLES / 'digits_net.py'}:build"
 SHAPE = ("--input-shape", "2,1,8,8")  # without it larger ones are tried, too, which takes twice the time
-RESNET = ROOT / "tests" / "fixtures" / "models" / "cifar_resnet20.py"
+RESNET = FIXTURES / "models" / "cifar_resnet20.py"
 
 
 def build(path: Path) -> nn.Module:
@@ -480,7 +479,7 @@ def test_real_resnet20_is_folded_whole(fold, shared, cifar) -> None:
 
 
 def test_direct_only_leaves_what_an_addition_would_take(capsys: pytest.CaptureFixture[str]) -> None:
-    file = str(ROOT / "tests" / "fixtures" / "interop" / "keras_folding" / "residual_stream.keras")
+    file = str(INTEROP / "keras_folding" / "residual_stream.keras")
     assert main(["fold", file, "--dry-run"]) == 0
     assert "fold 4 of 4 BatchNorm layers" in capsys.readouterr().out
     assert main(["fold", file, "--dry-run", "--direct-only"]) == 0

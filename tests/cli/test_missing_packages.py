@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from tests.places import ROOT
+from tests import programs
+from tests.places import SAMPLES
 
-HIDING = "import sys; sys.modules[{package!r}] = None; from bntool.__main__ import run; run()"
-SAMPLE, NET = ROOT / "sample_ckpts" / "digits.pt", f"{ROOT / 'sample_ckpts' / 'digits_net.py'}:build"
+SAMPLE, NET = SAMPLES / "digits.pt", f"{SAMPLES / 'digits_net.py'}:build"
 
 
 @pytest.mark.parametrize(
@@ -26,15 +24,7 @@ SAMPLE, NET = ROOT / "sample_ckpts" / "digits.pt", f"{ROOT / 'sample_ckpts' / 'd
     ids=lambda value: value if isinstance(value, str) else value[0],
 )
 def test_a_missing_package_is_one_sentence(package: str, arguments: tuple[object, ...], tmp_path: Path) -> None:
-    run = subprocess.run(
-        [sys.executable, "-c", HIDING.format(package=package), *map(str, arguments)],
-        check=False,
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        env={"PYTHONPATH": str(ROOT)},
-    )
-    assert run.returncode == 2
+    run = programs.run("without_a_package", package, *arguments, cwd=tmp_path, code=2)
     assert run.stderr.splitlines() == [
         f"bntool: error: {arguments[0]} needs {package} here, which is not installed: pip install {package}"
     ]

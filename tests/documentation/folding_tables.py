@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from typing import Any
 
 from tests.documentation.tables import fill, render_table
-from tests.places import ROOT
+from tests.places import INTEROP, ROOT
 
 PAGE = ROOT / "docs" / "folding.md"
-RECORDED = ROOT / "tests" / "fixtures" / "interop"
+RECORDED = INTEROP
 
 
 def render_tools() -> str:

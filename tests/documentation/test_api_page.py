@@ -5,7 +5,6 @@ from __future__ import annotations
 import doctest
 import os
 import re
-import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,14 +12,14 @@ from pathlib import Path
 import pytest
 
 import bntool
-from tests.places import ROOT
+from tests.places import ROOT, copy_samples
 
 PAGE = ROOT / "docs" / "api.md"
 
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    shutil.copytree(ROOT / "sample_ckpts", tmp_path / "sample_ckpts", ignore=shutil.ignore_patterns("__pycache__"))
+    copy_samples(tmp_path / "sample_ckpts")
     monkeypatch.chdir(tmp_path)
     path = list(sys.path)
     yield tmp_path

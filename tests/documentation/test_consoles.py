@@ -14,7 +14,7 @@ from bntool.cli.application import COMMANDS
 from tests.behaviour.inputs import save_architecture
 from tests.documentation.cli_reference import help_of
 from tests.documentation.consoles import Console, find_prompts, matches, read_consoles, read_options, run_console
-from tests.places import ROOT
+from tests.places import ROOT, copy_samples
 from tests.programs import write_commands
 
 ALL = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md")), ROOT / "sample_ckpts" / "README.md"]
@@ -49,7 +49,7 @@ def list_consoles(page: Path) -> list[Console]:
 
 @pytest.mark.parametrize("page", [page for page in ALL if list_consoles(page)], ids=lambda page: page.name)
 def test_console_blocks_print_what_the_page_says(page: Path, tmp_path: Path) -> None:
-    shutil.copytree(ROOT / "sample_ckpts", tmp_path / "sample_ckpts", ignore=shutil.ignore_patterns("__pycache__"))
+    copy_samples(tmp_path / "sample_ckpts")
     consoles = list_consoles(page)
     for name, file in STAND_INS.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)

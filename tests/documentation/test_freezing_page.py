@@ -4,9 +4,9 @@ import json
 import re
 
 from tests.oracles.freezing_semantics import bntool_rows, recipe_rows
-from tests.places import ROOT
+from tests.places import FIXTURES, ROOT
 
-RECORDED = json.loads((ROOT / "tests" / "fixtures" / "freezing_semantics.json").read_text())
+RECORDED = json.loads((FIXTURES / "freezing_semantics.json").read_text())
 
 
 def test_the_table_is_what_was_recorded():

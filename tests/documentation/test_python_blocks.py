@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import importlib.util
 import re
-import shutil
 import textwrap
 from pathlib import Path
 
@@ -13,7 +12,7 @@ import pytest
 import torch
 
 import bntool
-from tests.places import ROOT
+from tests.places import ROOT, copy_samples
 
 PAGES = sorted((ROOT / "docs").glob("*.md"))
 RUN = ("freezing.md", "folding.md", "gates.md", "recalibration.md")
@@ -33,7 +32,7 @@ def read_blocks(page: Path, language: str) -> list[str]:
 @pytest.mark.parametrize("name", RUN)
 def test_blocks_run_in_their_order(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In the folder of the repository, with the model that the page is about."""
-    shutil.copytree(ROOT / "sample_ckpts", tmp_path / "sample_ckpts", ignore=shutil.ignore_patterns("__pycache__"))
+    copy_samples(tmp_path / "sample_ckpts")
     monkeypatch.chdir(tmp_path)
     settings = read_blocks(ROOT / "docs" / name, "toml")
     Path("bntool.toml").write_text("\n".join(settings))

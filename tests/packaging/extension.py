@@ -9,13 +9,7 @@ from tests.packaging.environments import create_environment
 from tests.places import ROOT
 
 EXAMPLE = ROOT / "tests" / "packaging" / "example_extension"
-WRITING = """
-import numpy, gguf
-writer = gguf.GGUFWriter("bn.gguf", "bn")
-for name in ("weight", "bias", "running_mean", "running_var"):
-    writer.add_tensor(f"bn.{name}", numpy.linspace(1, 2, 8, dtype=numpy.float32))
-writer.write_header_to_file(); writer.write_kv_data_to_file(); writer.write_tensors_to_file(); writer.close()
-"""
+WRITING = ROOT / "tests" / "packaging" / "writing_gguf.py"
 
 
 def check_extension(wheel: Path, folder: Path) -> str:
@@ -23,7 +17,7 @@ def check_extension(wheel: Path, folder: Path) -> str:
     programs = create_environment(folder / "extension", wheel, packages=("typer", "rich", "numpy", "gguf"))
     pip = [programs / "python", "-m", "pip", "install", "--quiet", "--no-deps"]
     subprocess.run([*pip, str(EXAMPLE)], check=True, stderr=subprocess.DEVNULL)
-    subprocess.run([programs / "python", "-c", WRITING], check=True, cwd=folder)
+    subprocess.run([programs / "python", WRITING], check=True, cwd=folder)
     shown = subprocess.run(
         [programs / "bntool", "inspect", "bn.gguf"], check=False, capture_output=True, text=True, cwd=folder
     )
