@@ -10,15 +10,13 @@ import json
 import os
 import sys
 
-from tests.places import INTEROP, ROOT
+from tests.places import INTEROP
 
 REQUIREMENTS = [
     "torch==2.13.0", "keras==3.15.1", "tensorflow-cpu==2.21.0", "tf_keras==2.21.0", "onnx==1.23.2",
     "opencv-python-headless==4.14.0.94", "numpy",
 ]  # fmt: skip
 RECORDED = INTEROP / "batchnorm_page.json"
-
-sys.path.insert(0, str(ROOT))
 
 
 def main() -> int:
