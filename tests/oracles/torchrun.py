@@ -12,8 +12,9 @@ import sys
 import tempfile
 from pathlib import Path
 
+from tests.places import ROOT
+
 REQUIREMENTS = ["torch==2.13.0", "numpy", "safetensors>=0.4", "typer>=0.26,<0.29", "rich>=13.9", "Jinja2>=3.1"]
-ROOT = Path(__file__).parents[2]
 
 
 def main() -> int:
