@@ -18,6 +18,11 @@ from bntool.checkpoints.tensors import StoredTensor, Tensor, read_bytes, swap_by
 
 SMALLEST_NORMAL = {FLOAT64: 2.0**-1022, FLOAT32: 2.0**-126, BFLOAT16: 2.0**-126, FLOAT16: 2.0**-14}
 
+FAR_FROM_OVERFLOW = {FLOAT64: 2.0**1000, FLOAT32: 2.0**127, BFLOAT16: 2.0**127, FLOAT16: 2.0**15}
+
+_HALVES = {FLOAT16: 13, BFLOAT16: 16}  # how many bits fewer a significand has than that of float32
+_UNSURE = 2  # units of float32 that a product of float32 numbers may be off
+_ORDINARY = (2.0**-100, 2.0**100)  # factors that float32 has as precisely as any
 _AT_A_TIME = 1024  # elements that numpy casts, multiplies and casts back together
 _NUMPY = {FLOAT64: "<f8", FLOAT32: "<f4", FLOAT16: "<f2"}
 
@@ -27,6 +32,11 @@ Array = NDArray[Any]
 def as_numbers(data: Chunk, dtype: DType) -> Array:
     """Convert elements to numbers: as they are where numpy knows their dtype, else as float64, exactly."""
     return to_float64(data, dtype) if dtype is BFLOAT16 else np.frombuffer(data, _NUMPY[dtype])
+
+
+def as_bits(data: Chunk, dtype: DType) -> Array:
+    """Return the bits of elements as signed integers: without their sign they are ordered as floats are, NaN last."""
+    return np.frombuffer(data, f"<i{dtype.itemsize}")
 
 
 def to_float64(data: Chunk, dtype: DType) -> Array:
@@ -115,7 +125,7 @@ def scale_chunks(
             start = first * (row // dtype.itemsize)
             some = slice(*np.searchsorted(where, (start, start + len(data) // dtype.itemsize)))
             extra = where[some] - start, added[some]
-        yield product.round(as_numbers(data, dtype).reshape(count, *view[inner:]), here, extra=extra)
+        yield product.round(data, (count, *view[inner:]), here, extra=extra)
         first += count
 
 
@@ -232,7 +242,7 @@ def _factors_of(first: int, count: int, outer: tuple[int, ...], factors: Array) 
 
 
 class Product:
-    """Products of elements and factors, taken in float64 and rounded once.
+    """Products of elements and factors, rounded once.
 
     Args:
         dtype: of the products.
@@ -241,11 +251,12 @@ class Product:
 
     def __init__(self, dtype: DType, *, flush: bool = False) -> None:
         self._dtype, self._flush = dtype, flush
-        self._wide: Array = np.empty(0)  # used again for each piece: memory that is new costs as much as the product
+        self._used: dict[str, Array] = {}  # again for each piece: memory that is new costs as much as the product
 
     def round(
         self,
-        values: Array,
+        data: Chunk,
+        shape: tuple[int, ...],
         factors: Array,
         *,
         is_bounded: bool = False,
@@ -254,22 +265,29 @@ class Product:
         """Return the products of one piece, little endian in C order.
 
         Args:
-            values: as :func:`as_numbers` gives them.
-            factors: float64, of a shape that goes with that of ``values``.
+            data: its elements.
+            shape: of the piece.
+            factors: float64, of a shape that goes with ``shape``.
             is_bounded: it is known that no product is too large or comes from NaN or infinity.
             extra: places in the piece, in C order, and what is added to the products there.
 
         Raises:
             OverflowError: a product is too large for the dtype, and what it is the product of is finite.
         """
+        is_plain = extra is None and not self._flush
         with np.errstate(over="ignore", under="ignore", invalid="ignore"):
-            if extra is None and not self._flush and self._dtype is not BFLOAT16:
+            if is_plain and self._dtype in _HALVES and _are_ordinary(factors):
+                is_bounded = is_bounded or are_bounded(data, self._dtype, float(np.abs(factors).max(initial=0)))
+                if is_bounded:
+                    return _freeze(self._multiply_halves(np.frombuffer(data, "<u2").reshape(shape), factors))
+            values = as_numbers(data, self._dtype).reshape(shape)
+            if is_plain and self._dtype is not BFLOAT16:
                 rounded = widened = self._multiply(values, factors)
             else:
                 rounded, widened = _cast(self._multiply_wide(values, factors, extra), self._dtype)
         if not is_bounded:
             _check_range(widened, self._dtype, values, factors)
-        return rounded.reshape(-1).view("u1").data.toreadonly()
+        return _freeze(rounded)
 
     def _multiply(self, values: Array, factors: Array) -> Array:
         """Return the products in their dtype, made in float64 a few at a time that stay in the first cache."""
@@ -281,17 +299,77 @@ class Product:
             np.setbufsize(before)
         return rounded
 
+    def _multiply_halves(self, halves: Array, factors: Array) -> Array:
+        """Return the bits of products of 16 bits, made in float32; those few are made in float64 that may be rounded
+        either way from there.
+
+        The bits of a float16, moved up, are those of a float32 that is 2^112 times smaller, subnormal numbers included.
+        The nearest float32 to a factor is off by half a unit, their product by another half: by two units at most, as a
+        unit is not of the same size for both.
+
+        Args:
+            halves: the bits of the elements; no product is too large, infinite or NaN.
+        """
+        shift = _HALVES[self._dtype]
+        is_apart = self._dtype is FLOAT16  # the sign: exponents have fewer bits than those of float32
+        magnitudes = (
+            np.bitwise_and(halves, 0x7FFF, out=self._reuse("magnitudes", halves, "<u2")) if is_apart else halves
+        )
+        wide = np.left_shift(magnitudes, np.uint32(shift), out=self._reuse("wide", halves, "<u4"), dtype="<u4")
+        single = wide.view("<f4")
+        np.multiply(single, (np.abs(factors) if is_apart else factors).astype("<f4"), out=single)
+        half = 1 << (shift - 1)
+        np.add(wide, np.uint32(half + _UNSURE), out=wide)
+        low = np.bitwise_and(wide, np.uint32(2 * half - 1), out=self._reuse("low", halves, "<u4"))
+        unsure = np.flatnonzero(low <= 2 * _UNSURE)
+        rounded: Array = np.empty(halves.shape, "<u2")
+        np.right_shift(wide, np.uint32(shift), out=rounded, casting="unsafe")
+        if is_apart:
+            rounded |= np.bitwise_xor(halves, magnitudes, out=magnitudes)
+            if np.signbit(factors).any():
+                rounded ^= np.signbit(factors) * np.uint16(0x8000)
+        if unsure.size:
+            values = as_numbers(halves.reshape(-1)[unsure].tobytes(), self._dtype)
+            others = np.broadcast_to(factors, halves.shape)[np.unravel_index(unsure, halves.shape)]
+            rounded.reshape(-1)[unsure] = _cast(values.astype("<f8") * others, self._dtype)[0].view("<u2")
+        return rounded
+
     def _multiply_wide(self, values: Array, factors: Array, extra: tuple[Array, Array] | None) -> Array:
         """Return the products in float64, some with an addend, and subnormal ones flushed where that is asked for."""
-        if self._wide.size < values.size:
-            self._wide = np.empty(values.size)
-        wide = self._wide[: values.size].reshape(values.shape)
-        np.multiply(values, factors, out=wide)
+        wide = np.multiply(values, factors, out=self._reuse("products", values, "<f8"))
         if extra is not None:
             wide.reshape(-1)[extra[0]] += extra[1]
         if self._flush:
             wide[np.abs(wide) < SMALLEST_NORMAL[self._dtype]] = 0
         return wide
+
+    def _reuse(self, name: str, like: Array, kind: str) -> Array:
+        """Return memory of that name for as many elements as another array has."""
+        if name not in self._used or self._used[name].size < like.size:
+            self._used[name] = np.empty(like.size, kind)
+        return self._used[name][: like.size].reshape(like.shape)
+
+
+def _freeze(elements: Array) -> Chunk:
+    """Return the bytes of elements that nobody changes any more, so that they can be written without a copy."""
+    return elements.reshape(-1).view("u1").data.toreadonly()
+
+
+def are_bounded(data: Chunk, dtype: DType, factor: float) -> bool:
+    """Return whether no product of these elements and a factor, or one that is smaller, is too large, or comes from NaN
+    or infinity.
+    """
+    bits = as_bits(data, dtype)
+    (largest,) = as_numbers(np.bitwise_and(bits, np.iinfo(bits.dtype).max).max(initial=0).tobytes(), dtype)
+    return bool(largest < FAR_FROM_OVERFLOW[dtype] / max(factor, 1.0))
+
+
+def _are_ordinary(factors: Array) -> bool:
+    """Return whether factors can be taken in float32, and subnormal numbers are not flushed to zero there."""
+    smallest, largest = _ORDINARY
+    magnitudes = np.abs(factors)
+    is_flushed = not (np.ones(1, "<u4").view("<f4") * np.float32(1)).view("<u4")[0]
+    return not is_flushed and bool(((magnitudes == 0) | ((magnitudes > smallest) & (magnitudes < largest))).all())
 
 
 def place_in_span(stored: StoredTensor, new: Tensor) -> tuple[int, bytes]:

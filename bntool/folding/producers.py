@@ -11,7 +11,7 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from bntool.checkpoints.arrays import to_float64, whole_rows
+from bntool.checkpoints.arrays import are_bounded, to_float64, whole_rows
 from bntool.checkpoints.checkpoint import StateDict
 from bntool.checkpoints.dtypes import BFLOAT16, FLOAT16, FLOAT32, FLOAT64, DType
 from bntool.checkpoints.scaled_tensors import ScaledTensor
@@ -198,7 +198,10 @@ class Producer:
         tensor = state_dict.tensor(self.weight_name)
         largest = _largest(self.outputs) * _largest(self.inputs)
         try:
-            if tensor.dtype is FLOAT16 or not largest < _LARGE or not _largest_of(self.taps) < SMALLEST_LIMIT:
+            is_small = largest < _LARGE and _largest_of(self.taps) < SMALLEST_LIMIT
+            if is_small and tensor.dtype is FLOAT16:
+                is_small = self.taps is None and all(are_bounded(data, FLOAT16, largest) for data in tensor.chunks())
+            if not is_small:
                 recipe = self._scaled()
                 for _ in () if recipe is None else _scale(tensor, recipe).chunks():
                     pass

@@ -13,7 +13,15 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 
 from bntool.batchnorm import STATISTICS
-from bntool.checkpoints.arrays import SMALLEST_NORMAL, Array, Product, as_numbers, whole_rows
+from bntool.checkpoints.arrays import (
+    FAR_FROM_OVERFLOW,
+    SMALLEST_NORMAL,
+    Array,
+    Product,
+    as_bits,
+    as_numbers,
+    whole_rows,
+)
 from bntool.checkpoints.as_array import AsArray
 from bntool.checkpoints.checkpoint import StateDict
 from bntool.checkpoints.dtypes import BFLOAT16, FLOAT16, FLOAT32, FLOAT64, DType
@@ -24,8 +32,7 @@ from bntool.plan import Plan, RenameTensor, Scaled, SetTensor
 
 # float16 is not among them: its subnormals are ordinary small weights, and CPUs calculate them in float32
 _SLOW = (FLOAT64, FLOAT32, BFLOAT16)
-_BITS = {size: (f"<i{size}", np.iinfo(f"<i{size}").max) for size in (2, 4, 8)}  # of floats, and all but the sign
-_FAR_FROM_OVERFLOW = {FLOAT64: 2.0**1000, FLOAT32: 2.0**127, BFLOAT16: 2.0**127, FLOAT16: 2.0**15}
+_INFINITY = {FLOAT64: 0x7FF << 52, FLOAT32: 0xFF << 23, BFLOAT16: 0xFF << 7, FLOAT16: 0x1F << 10}  # its bits
 _BUFFERS = (*STATISTICS, "num_batches_tracked")
 PlanKind = TypeVar("PlanKind", bound=Plan)
 _UNEVEN = 1 / 8  # of the range of the tensor: the average channel has lost 3 of the bits of a per-tensor quantisation
@@ -105,45 +112,47 @@ class _Extremes:
 class _RowExtremes:
     """The extremes of a weight whose rows come some at a time; NaN for a row that holds one.
 
-    Without their signs the bits of floats are ordered as the floats are, NaN last, and integers are compared faster.
+    Bits are compared, as integers, which is faster.
 
     Args:
         count: of all rows.
+        dtype: of the elements.
     """
 
-    def __init__(self, count: int) -> None:
-        self._count, self._added = count, 0
-        self._floats: Any = np.dtype("<f8")
-        self._largest = self._smallest = self._bits = np.empty(0, "<i8")
+    def __init__(self, count: int, dtype: DType) -> None:
+        self._dtype, self._added = dtype, 0
+        kind = f"<i{dtype.itemsize}"
+        self._largest, self._smallest, self._magnitudes = (
+            np.empty(count, kind),
+            np.empty(count, kind),
+            np.empty(0, kind),
+        )
 
     def add(self, rows: Array) -> float:
         """Take the next rows and return their largest magnitude.
 
         Args:
-            rows: as :func:`~bntool.checkpoints.arrays.as_numbers` gives them.
+            rows: as :func:`~bntool.checkpoints.arrays.as_bits` gives them.
         """
-        kind, magnitude = _BITS[rows.itemsize]
-        if not self._added:
-            self._floats = rows.dtype
-            self._largest, self._smallest = np.empty(self._count, kind), np.empty(self._count, kind)
-        if self._bits.size < rows.size:  # memory is used again: faulting in new one costs as much as the comparing
-            self._bits = np.empty(rows.size, kind)
+        if self._magnitudes.size < rows.size:  # used again: faulting in new memory costs as much as the comparing
+            self._magnitudes = np.empty(rows.size, rows.dtype)
         here = slice(self._added, self._added + len(rows))
         self._added = here.stop
-        bits = np.bitwise_and(rows.view(kind), magnitude, out=self._bits[: rows.size].reshape(rows.shape))
-        largest: float = bits.max(axis=1, out=self._largest[here]).max().view(rows.dtype)
-        smallest = bits.min()  # of all at once, which is faster
+        magnitudes = self._magnitudes[: rows.size].reshape(rows.shape)
+        np.bitwise_and(rows, np.iinfo(rows.dtype).max, out=magnitudes)
+        largest = magnitudes.max(axis=1, out=self._largest[here]).max()
+        smallest = magnitudes.min()  # of all at once, which is faster
         if not smallest:  # less one, zeros are the largest integers without a sign, and pass no minimum
-            np.subtract(bits, 1, out=bits)
-            smallest = bits.view(f"<u{bits.itemsize}").min(axis=1).view(kind) + 1
-            smallest[smallest == 0] = int(np.asarray(np.inf, rows.dtype).view(kind))
+            np.subtract(magnitudes, 1, out=magnitudes)
+            smallest = magnitudes.view(f"<u{rows.itemsize}").min(axis=1).view(rows.dtype) + 1
+            smallest[smallest == 0] = _INFINITY[self._dtype]
         self._smallest[here] = smallest
-        return largest
+        return float(as_numbers(largest.tobytes(), self._dtype)[0])
 
     def result(self) -> _Extremes:
         """Return the extremes of the rows that came."""
-        largest, smallest = (found[: self._added].view(self._floats) for found in (self._largest, self._smallest))
-        return _Extremes(largest, smallest)
+        ends = (self._largest, self._smallest)
+        return _Extremes(*(as_numbers(found[: self._added].tobytes(), self._dtype) for found in ends))
 
 
 @dataclass
@@ -171,14 +180,14 @@ class MeasuredProduct(AsArray):
         dtype, columns = self.dtype, count_elements(self.shape[1:])
         factors = np.asarray(self.product.factors).reshape(-1, 1)
         product = Product(dtype, flush=self.product.flush)
-        bound = _FAR_FROM_OVERFLOW[dtype] / max(float(np.abs(factors).max(initial=0)), 1.0)
-        measured = _RowExtremes(len(factors))
+        bound = FAR_FROM_OVERFLOW[dtype] / max(float(np.abs(factors).max(initial=0)), 1.0)
+        measured = _RowExtremes(len(factors), dtype)
         first = 0
         for data in whole_rows(self.product.source.chunks(), columns * dtype.itemsize) if columns else ():
-            rows = as_numbers(data, dtype).reshape(-1, columns)
+            rows = as_bits(data, dtype).reshape(-1, columns)
             here = factors[first : first + len(rows)]
             first += len(rows)
-            yield product.round(rows, here, is_bounded=bool(measured.add(rows) < bound))
+            yield product.round(data, rows.shape, here, is_bounded=measured.add(rows) < bound)
         self.extremes = measured.result()
 
     def take_extremes(self) -> _Extremes | None:
@@ -303,7 +312,7 @@ def _describe(largest: Array, dtype: DType) -> ChannelRange:
 
 def _read_extremes(tensor: Tensor, recipe: Scaled) -> _Extremes:
     outputs = recipe.view[0] * recipe.view[2] if _is_transposed(recipe, tensor) else tensor.shape[0]
-    measured = _RowExtremes(outputs)
+    measured = _RowExtremes(outputs, tensor.dtype)
     for block in _rows(tensor, recipe):
         measured.add(block)
     return measured.result()
@@ -313,16 +322,17 @@ def _count_subnormal(tensor: Tensor, recipe: Scaled, smallest: Array) -> int:
     bound = SMALLEST_NORMAL[tensor.dtype] if tensor.dtype in _SLOW else 0.0
     if not np.any(smallest < bound):
         return 0
-    return sum(int(((rows != 0) & (np.abs(rows) < bound)).sum()) for rows in _rows(tensor, recipe))
+    magnitudes = (np.abs(as_numbers(rows.tobytes(), tensor.dtype)) for rows in _rows(tensor, recipe))
+    return sum(int(((some != 0) & (some < bound)).sum()) for some in magnitudes)
 
 
 def _rows(tensor: Tensor, recipe: Scaled) -> Iterator[Array]:
-    """Yield the elements, as blocks of (output channels, elements of each)."""
+    """Yield the bits of the elements, as blocks of (output channels, elements of each)."""
     if _is_transposed(recipe, tensor):
         groups, rows, columns = recipe.view[:3]
-        elements = as_numbers(read_bytes(tensor), tensor.dtype).reshape(groups, rows, columns, -1)
+        elements = as_bits(read_bytes(tensor), tensor.dtype).reshape(groups, rows, columns, -1)
         yield elements.transpose(0, 2, 1, 3).reshape(groups * columns, -1)
         return
     columns = count_elements(tensor.shape[1:])
     for data in whole_rows(tensor.chunks(), columns * tensor.dtype.itemsize) if columns else ():
-        yield as_numbers(data, tensor.dtype).reshape(-1, columns)
+        yield as_bits(data, tensor.dtype).reshape(-1, columns)

@@ -39,8 +39,11 @@ def _patterns(size: int) -> bytes:
 
 
 def round_with_numpy(values, dtype):
-    """As weights of a file are rounded that take a factor, here 1."""
-    return bytes(arrays.Product(dtype).round(np.array(values, "<f8"), np.ones(1)))
+    """As means of weights are rounded."""
+    wide = np.array(values, "<f8")
+    rounded, widened = arrays._round(wide, dtype)
+    arrays._check_range(widened, dtype, wide)
+    return rounded.tobytes()
 
 
 @pytest.mark.parametrize("dtype", NUMBERS, ids=str)
@@ -171,3 +174,33 @@ def test_integers(name: str) -> None:
     for value in (0.5, math.nan, math.inf):
         with pytest.raises(ValueError, match="is no"):
             encode_numbers([value], dtype)
+
+
+@pytest.mark.parametrize("dtype", [FLOAT16, BFLOAT16], ids=str)
+def test_products_of_halves_are_rounded_once(dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where a float32 of the product lies in the middle of two of them, and where they are subnormal."""
+    taken = []
+    monkeypatch.setattr(
+        arrays.Product,
+        "_multiply_halves",
+        lambda *given, do=arrays.Product._multiply_halves: taken.append(1) or do(*given),
+    )
+    random = np.random.default_rng(0)
+    subnormal = 1 << (10 if dtype is FLOAT16 else 7)
+    factors = np.stack(
+        [
+            1 + random.integers(-2000, 2000, 64) * 2.0**-12,
+            (1 + random.integers(0, 4096, 64) * 2.0**-12) * (1 + random.integers(-3, 4, 64) * 2.0**-40),
+            np.ldexp(1.5, random.integers(-40, 4, 64)),
+            np.exp(random.standard_normal(64)) * random.choice([-1, 1], 64),
+            random.choice([0.0, -0.0, 1.0, -1.0], 64),
+        ]
+    )
+    for several in factors:
+        for largest in (subnormal * 2, 0x6000):
+            bits = (random.integers(0, largest, (64, 40)) | random.choice([0, 0x8000], (64, 40))).astype("<u2")
+            found = arrays.Product(dtype).round(bits.tobytes(), bits.shape, several.reshape(-1, 1))
+            values = np.array(decode_numbers(bits.tobytes(), dtype)).reshape(bits.shape)
+            exact = (values * several.reshape(-1, 1)).reshape(-1).tolist()  # 11 bits times 53, rounded to 53
+            assert bytes(found) == encode_numbers(exact, dtype)
+    assert len(taken) >= 8

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from copy import deepcopy
 from pathlib import Path
@@ -11,6 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from bntool.checkpoints.arrays import as_bits
+from bntool.checkpoints.dtypes import BY_NAME
 from bntool.checkpoints.files import SourceFile
 from bntool.checkpoints.formats import open_checkpoint
 from bntool.checkpoints.saving import save_checkpoint
@@ -168,7 +171,7 @@ def test_weights_of_a_file_are_measured_while_it_is_written(
             assert getattr(found[name].after, side) == pytest.approx(wanted, rel=torch.finfo(dtype).eps)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
 def test_the_smallest_magnitude_of_a_row_passes_over_zeros(dtype: torch.dtype) -> None:
     """Of both signs, whatever else is in the row."""
     torch.manual_seed(0)
@@ -177,11 +180,14 @@ def test_the_smallest_magnitude_of_a_row_passes_over_zeros(dtype: torch.dtype) -
     rows[3] = 0
     rows[4, 5] = -torch.finfo(dtype).smallest_normal / 4
     rows[6, 7], rows[8, 9] = float("nan"), -float("inf")
-    measured = _RowExtremes(len(rows))
+    kind = BY_NAME[str(dtype).removeprefix("torch.")]
+    measured = _RowExtremes(len(rows), kind)
     for block in (rows[:17], rows[17:]):
-        measured.add(block.numpy())
+        data = block.contiguous().view(torch.uint8).numpy().tobytes()
+        largest = measured.add(as_bits(data, kind).reshape(block.shape))
+        assert largest == block.abs().max() or (math.isnan(largest) and block.isnan().any())
     found = measured.result()
     magnitudes = rows.abs()
-    assert torch.equal(torch.from_numpy(found.largest).nan_to_num(-1), magnitudes.amax(1).nan_to_num(-1))
+    assert torch.equal(torch.tensor(found.largest).to(dtype).nan_to_num(-1), magnitudes.amax(1).nan_to_num(-1))
     smallest = magnitudes.masked_fill((magnitudes == 0) | magnitudes.isnan(), float("inf")).amin(1)
-    assert torch.equal(torch.from_numpy(found.smallest), smallest)
+    assert torch.equal(torch.tensor(found.smallest).to(dtype), smallest)
