@@ -23,7 +23,7 @@ from bntool.errors import CorruptFileError, UnreadableFileError
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-CHUNK = 1 << 18  # bytes read and calculated at a time: with what is made of them they still fit into a cache
+CHUNK = 1 << 19  # bytes read and calculated at a time: fewer cost more calls, more no longer lie in a cache
 Chunk: TypeAlias = bytes | memoryview
 _LONGEST_NAME = 80  # characters of a name that a sentence shows
 _CHANGED = "the file was changed while it was read; nothing was written: wait until it is complete and try again"
@@ -39,7 +39,7 @@ def keep_freed_memory() -> None:
     glibc gives blocks of 128 KiB and more back to the system, and each new one is faulted in again, which costs more
     than what is calculated in it. When such a block is freed it raises this bound to its size (mallopt(3)).
     """
-    bytearray(8 * CHUNK)
+    bytearray(4 * CHUNK)
 
 
 keep_freed_memory()

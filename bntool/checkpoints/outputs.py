@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 
-_PIECE = 1 << 20  # bytes written at a time
+_PIECE = 1 << 18  # bytes written at a time: larger pages are rare, and often those that a virtual machine gave back
 _SMALL = 1 << 14  # bytes from which on they are not copied before they are written
 _WINDOWS_IN_USE = (5, 32)  # access denied, sharing violation
 _STEP = 1 << 24  # bytes that are sent to the disk together

@@ -121,7 +121,8 @@ class _RowExtremes:
 
     def __init__(self, count: int, dtype: DType) -> None:
         self._dtype, self._added = dtype, 0
-        kind = f"<i{dtype.itemsize}"
+        kind = np.dtype(f"<i{dtype.itemsize}")
+        self._mask = np.iinfo(kind).max  # all but the sign
         self._largest, self._smallest, self._magnitudes = (
             np.empty(count, kind),
             np.empty(count, kind),
@@ -139,7 +140,7 @@ class _RowExtremes:
         here = slice(self._added, self._added + len(rows))
         self._added = here.stop
         magnitudes = self._magnitudes[: rows.size].reshape(rows.shape)
-        np.bitwise_and(rows, np.iinfo(rows.dtype).max, out=magnitudes)
+        np.bitwise_and(rows, self._mask, out=magnitudes)
         largest = magnitudes.max(axis=1, out=self._largest[here]).max()
         smallest = magnitudes.min()  # of all at once, which is faster
         if not smallest:  # less one, zeros are the largest integers without a sign, and pass no minimum

@@ -127,7 +127,8 @@ def declare(
         told = (modules or {}).get(producer) or state_dict.modules.get(state_dict.prefix + producer)
         source = _producer(len(nodes), state_dict, producer, norm, told)
         target = _batchnorm(len(nodes) + 1, norm)
-        source = dataclasses.replace(source, computed=find_computed(producer, groups))
+        computed = find_computed(producer, groups)
+        source = dataclasses.replace(source, computed=computed) if computed else source
         if modules is None:  # else the outputs are compared
             source = _note_unexplained(source, groups, norms, names=names)
             target = _note_unexplained(target, groups, norms, names=names)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 
-from bntool.checkpoints.containers.pickles.nodes import Instance, Node, children, walk_nodes
+from bntool.checkpoints.containers.pickles.nodes import Instance, Node, PersistentId, children, walk_nodes
 from bntool.checkpoints.tensors import StoredTensor
 from bntool.checkpoints.torch.modules import StateDictSource
 from bntool.checkpoints.torch.tensors import TensorReader, read_storage_reference
@@ -29,13 +29,15 @@ class SharedMemory:
         inner: set[int] = set()  # storages and tensors that only serve to build another tensor
         for node in walk_nodes(root):
             references += [id(child) for child in children(node) if isinstance(child, Instance)]
-            tensor = reader.read(node)
-            if tensor is not None and tensor.storage is not None:
-                self._users.setdefault(tensor.storage.key, []).append((id(node), *tensor.byte_range))
-                inner.update(_ids_inside(node.arguments))
-            reference = read_storage_reference(node)
-            if reference is not None:
-                self._users.setdefault(reference.key, []).append((id(node), *_WHOLE))
+            if isinstance(node, Instance):
+                tensor = reader.read(node)
+                if tensor is not None and tensor.storage is not None:
+                    self._users.setdefault(tensor.storage.key, []).append((id(node), *tensor.byte_range))
+                    inner.update(_ids_inside(node.arguments))
+            elif isinstance(node, PersistentId):
+                reference = read_storage_reference(node)
+                if reference is not None:
+                    self._users.setdefault(reference.key, []).append((id(node), *_WHOLE))
         self._references = Counter(references)
         for source in sources:
             names.update(map(id, source.tensor_nodes.values()))

@@ -147,6 +147,7 @@ class ZipWriter:
         self._stream = stream
         self._has_checksums = has_checksums
         self._directory: list[bytes] = []
+        self._headers: dict[int, bytes] = {}  # by their place, of records whose checksum was not known before
 
     def add(self, name: str, chunks: Iterator[Chunk], *, size: int) -> None:
         """Append one record of ``size`` bytes.
@@ -159,7 +160,7 @@ class ZipWriter:
         raw = name.encode("utf-8")
         extra = _extra_field(offset + LOCAL_HEADER.size + len(raw), size=size)
         crc, written = 0, 0
-        if size <= CHUNK:  # at once: going back for the checksum would write out what is buffered
+        if size <= CHUNK:
             data = b"".join(chunks)
             crc, written = self._checksum(data, 0), len(data)
             stream.write(self._local_header(raw, extra, size=size, crc=crc) + data)
@@ -168,9 +169,7 @@ class ZipWriter:
             for chunk in chunks:
                 crc, written = self._checksum(chunk, crc), written + len(chunk)
                 stream.write(chunk)
-            stream.seek(offset)
-            stream.write(self._local_header(raw, extra, size=size, crc=crc))
-            stream.seek(0, 2)
+            self._headers[offset] = self._local_header(raw, extra, size=size, crc=crc)
         if written != size:
             raise ValueError(f"record {name!r}: {written} bytes given, {size} announced")
         self._directory.append(self._central_entry(raw, size=size, crc=crc, offset=offset))
@@ -211,7 +210,7 @@ class ZipWriter:
         return CENTRAL_ENTRY.pack(*head, *tail) + name + extra
 
     def close(self) -> None:
-        """Write the directory."""
+        """Write the directory, then the checksums before records: going back earlier would cut up what is written."""
         stream = self._stream
         offset = stream.tell()
         for entry in self._directory:
@@ -222,6 +221,10 @@ class ZipWriter:
         stream.write(LOCATOR.pack(b"PK\x06\x07", 0, end, 1))
         short, small, near = min(count, 0xFFFF), min(size, MASK32), min(offset, MASK32)
         stream.write(END.pack(b"PK\x05\x06", 0, 0, short, short, small, near, 0))
+        for place, header in self._headers.items():
+            stream.seek(place)
+            stream.write(header)
+        stream.seek(0, 2)
 
 
 def _extra_field(start: int, *, size: int, like: int = 0) -> bytes:
