@@ -97,6 +97,8 @@ class Scaled:
         view: a shape with as many elements as the source.
         factors: float64 factors.
         factor_shape: shape of the factors, as long as ``view``, 1 in dimensions that are not scaled.
+        others: factors of other dimensions, which those are multiplied by first; none, or as ``other_shape`` says.
+        other_shape: as ``factor_shape``.
         flush: products that are subnormal numbers of the dtype become zero.
         places: of the elements that something is added to, in C order, ascending.
         addends: what is added to the product there.
@@ -106,6 +108,8 @@ class Scaled:
     view: tuple[int, ...]
     factors: Sequence[float]
     factor_shape: tuple[int, ...]
+    others: Sequence[float] = ()
+    other_shape: tuple[int, ...] = ()
     flush: bool = False
     places: Sequence[int] = ()
     addends: Sequence[float] = ()

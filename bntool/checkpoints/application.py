@@ -11,7 +11,7 @@ from bntool.checkpoints.checkpoint import Checkpoint, Edit, StateDict
 from bntool.checkpoints.combined_tensors import AveragedTensor, MergedTensor
 from bntool.checkpoints.dtypes import BFLOAT16, BY_NAME, FLOAT16, FLOAT32, FLOAT64, DType
 from bntool.checkpoints.renaming import rename_paths, rename_record, rename_versions
-from bntool.checkpoints.scaled_tensors import ScaledTensor
+from bntool.checkpoints.scaled_tensors import scale
 from bntool.checkpoints.state_dicts import find_not_understood, find_prefix
 from bntool.checkpoints.tensors import LiteralTensor, StoredTensor, Tensor, count_elements
 from bntool.errors import RefusedError, UsageError
@@ -209,16 +209,7 @@ def _make(recipe: Recipe, state_dicts: Sequence[StateDict], *, name: str, dtype:
         raise RefusedError(f"a {wrapper or dtype} tensor cannot be scaled", tensor=recipe.source)
     if count_elements(recipe.view) != count_elements(source.shape):
         raise UsageError(f"view {list(recipe.view)} does not fit {list(source.shape)}", tensor=recipe.source)
-    shape, factors = recipe.factor_shape, recipe.factors
-    return ScaledTensor(
-        source,
-        view=recipe.view,
-        factors=factors,
-        factor_shape=shape,
-        flush=recipe.flush,
-        places=recipe.places,
-        addends=recipe.addends,
-    )
+    return scale(source, recipe)
 
 
 def skip_not_understood(

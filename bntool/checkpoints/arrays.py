@@ -89,12 +89,14 @@ def whole_rows(chunks: Iterable[Chunk], row: int) -> Iterator[Chunk]:
         pending = bytes(rest[whole:])
 
 
-def scale_chunks(
+def scale_chunks(  # noqa: PLR0913 what a ScaledTensor is made of
     tensor: Tensor,
     factors: Sequence[float],
     *,
     view: tuple[int, ...],
     factor_shape: tuple[int, ...],
+    others: Sequence[float] = (),
+    other_shape: tuple[int, ...] = (),
     flush: bool,
     places: Sequence[int] = (),
     addends: Sequence[float] = (),
@@ -108,6 +110,7 @@ def scale_chunks(
     """
     dtype = tensor.dtype
     rows = np.asarray(factors, dtype="<f8").reshape(factor_shape)
+    across = np.asarray(others, dtype="<f8").reshape(other_shape) if other_shape else None
     inner = len(view)  # the dimensions from here on are computed together
     while inner > 0 and math.prod(view[inner - 1 :]) * dtype.itemsize <= CHUNK:
         inner -= 1
@@ -120,6 +123,8 @@ def scale_chunks(
     for data in whole_rows(tensor.chunks(), row):
         count = len(data) // row
         here = _factors_of(first, count, view[:inner], rows)
+        if across is not None:
+            here = here * _factors_of(first, count, view[:inner], across)
         extra = None
         if where.size:
             start = first * (row // dtype.itemsize)

@@ -9,6 +9,22 @@ from bntool.checkpoints.as_array import AsArray
 from bntool.checkpoints.dtypes import DType
 from bntool.checkpoints.files import Chunk
 from bntool.checkpoints.tensors import Tensor
+from bntool.plan import Scaled
+
+
+def scale(source: Tensor, recipe: Scaled) -> ScaledTensor:
+    """Return the tensor that a recipe makes of its source."""
+    return ScaledTensor(
+        source,
+        view=recipe.view,
+        factors=recipe.factors,
+        factor_shape=recipe.factor_shape,
+        others=recipe.others,
+        other_shape=recipe.other_shape,
+        flush=recipe.flush,
+        places=recipe.places,
+        addends=recipe.addends,
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +38,7 @@ class ScaledTensor(AsArray):
         view: a shape with as many elements as ``source``; its first dimension is the one that is streamed over.
         factors: float64 factors.
         factor_shape: shape of the factors, of the length of ``view``; 1 where a dimension is not scaled.
+        others, other_shape: factors of other dimensions, which those are multiplied by first; () for none.
         flush: products that are subnormal numbers of the dtype become zero.
         places: of the elements that something is added to, in C order, ascending.
         addends: what is added to the product there, before it is rounded.
@@ -31,6 +48,8 @@ class ScaledTensor(AsArray):
     view: tuple[int, ...]
     factors: Sequence[float] = field(repr=False)
     factor_shape: tuple[int, ...]
+    others: Sequence[float] = field(default=(), repr=False)
+    other_shape: tuple[int, ...] = ()
     flush: bool = False
     places: Sequence[int] = field(default=(), repr=False)
     addends: Sequence[float] = field(default=(), repr=False)
@@ -56,6 +75,8 @@ class ScaledTensor(AsArray):
             self.factors,
             view=self.view,
             factor_shape=self.factor_shape,
+            others=self.others,
+            other_shape=self.other_shape,
             flush=self.flush,
             places=self.places,
             addends=self.addends,

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 
 from bntool.checkpoints.arrays import to_float64
 from bntool.checkpoints.checkpoint import StateDict
-from bntool.checkpoints.scaled_tensors import ScaledTensor
+from bntool.checkpoints.scaled_tensors import scale
 from bntool.checkpoints.tensors import Tensor, read_bytes
 from bntool.graphs.graph import ModelGraph
 from bntool.plan import AddTensor, RemoveTensor, Scaled, SetTensor, Step, Values
@@ -57,8 +57,6 @@ def _add(name: str, value: Values | Scaled | None, graph: ModelGraph, state_dict
 
 
 def _compute(recipe: Scaled, tensor: Tensor) -> Values:
-    product = ScaledTensor(
-        tensor, recipe.view, recipe.factors, recipe.factor_shape, places=recipe.places, addends=recipe.addends
-    )
+    product = scale(tensor, recipe)
     numbers = to_float64(read_bytes(product), product.dtype)
     return Values(array("d", numbers.tobytes()), tuple(tensor.shape))

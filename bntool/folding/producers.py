@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from bntool.checkpoints.arrays import are_bounded, to_float64, whole_rows
 from bntool.checkpoints.checkpoint import StateDict
 from bntool.checkpoints.dtypes import BFLOAT16, FLOAT16, FLOAT32, FLOAT64, DType
-from bntool.checkpoints.scaled_tensors import ScaledTensor
+from bntool.checkpoints.scaled_tensors import scale
 from bntool.checkpoints.tensors import LiteralTensor, StoredTensor, Tensor, has_elements, read_bytes, read_numbers
 from bntool.folding.absorption import Absorption, Array, Blocked
 from bntool.folding.transforms.channel_transforms import Transform
@@ -163,23 +163,28 @@ class Producer:
             groups, trailing, columns = 1, (1,) * (len(self.shape) - 2), self.shape[-1]
             rows = math.prod(self.shape[:-1])
             by_row = np.tile(self.inputs, rows // len(self.inputs))
-        one: Array = by_column.reshape(groups, 1, columns)
-        other: Array = by_row.reshape(groups, rows, 1)
-        extent: tuple[int, ...] = (groups, rows, columns)
+        one, other = by_column.reshape(groups, 1, columns), by_row.reshape(groups, rows, 1)
+        across: Array | None = None
         if np.all(by_column == 1):
-            one, extent = np.ones(1), (groups, rows, 1)
-        elif np.all(by_row == 1) and (self._is_input_major or groups == 1):
-            other, extent = np.ones(1), (groups, 1, columns)
-        factors = array("d", bytes(8)) * math.prod(extent)
-        np.multiply(one, other, out=np.frombuffer(factors).reshape(extent))
+            one = other
+        elif not (np.all(by_row == 1) and (self._is_input_major or groups == 1)):
+            if groups == 1 and min(rows, columns) > 1:
+                across = other
+            else:
+                one = one * other
         view: tuple[int, ...] = (groups, rows, columns)
+        extents = [one.shape, () if across is None else across.shape]
         if not self._is_input_major:
-            view, extent = (groups * rows, columns), (extent[0] * extent[1], extent[2])
+            view = (groups * rows, columns)
+            extents = [(extent[0] * extent[1], extent[2]) if extent else () for extent in extents]
+        factor_shape, other_shape = ((*extent, *(1 for _ in trailing)) if extent else () for extent in extents)
         return Scaled(
             source=self.weight_name,
             view=(*view, *trailing),
-            factors=factors,
-            factor_shape=(*extent, *(1 for _ in trailing)),
+            factors=array("d", one.tobytes()),
+            factor_shape=factor_shape,
+            others=() if across is None else array("d", across.tobytes()),
+            other_shape=other_shape,
             places=() if self.taps is None else array("q", self._find_centre().tobytes()),
             addends=() if self.taps is None else array("d", self.taps.tobytes()),
         )
@@ -203,7 +208,7 @@ class Producer:
                 is_small = self.taps is None and all(are_bounded(data, FLOAT16, largest) for data in tensor.chunks())
             if not is_small:
                 recipe = self._scaled()
-                for _ in () if recipe is None else _scale(tensor, recipe).chunks():
+                for _ in () if recipe is None else scale(tensor, recipe).chunks():
                     pass
             stored = self._stored_bias()
             if stored is not None and not _largest(stored) < SMALLEST_LIMIT:
@@ -248,12 +253,6 @@ def _largest(values: Array) -> float:
 
 def _largest_of(values: Array | None) -> float:
     return 0.0 if values is None else _largest(values)
-
-
-def _scale(tensor: Tensor, recipe: Scaled) -> ScaledTensor:
-    return ScaledTensor(
-        tensor, recipe.view, recipe.factors, recipe.factor_shape, places=recipe.places, addends=recipe.addends
-    )
 
 
 def count_channels(node: Node, shape: tuple[int, ...]) -> tuple[int, int]:

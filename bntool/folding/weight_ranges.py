@@ -290,7 +290,7 @@ def _is_transposed(recipe: Scaled, tensor: Tensor) -> bool:
 
 def _is_by_output(recipe: Scaled, tensor: Tensor) -> bool:
     """Return whether there is one factor for each output channel, and nothing is added."""
-    if recipe.places:
+    if recipe.places or recipe.others:
         return False
     extents, outputs = recipe.factor_shape, (0, 2) if _is_transposed(recipe, tensor) else (0,)
     return all(

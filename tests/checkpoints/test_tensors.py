@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from pathlib import Path
 from typing import Any
 
@@ -135,6 +136,27 @@ def test_scaling_is_float64_rounded_once(
     factors = _factors(factor_shape)
     scaled = ScaledTensor(_stored(weight), view, tuple(factors.flatten().tolist()), factor_shape)
     expected = (weight.double().reshape(view) * factors).reshape(weight.shape).to(dtype)
+    assert torch.equal(to_torch(scaled), expected)
+
+
+@pytest.mark.parametrize("chunk", [1, 40, 1 << 20])
+@pytest.mark.parametrize(
+    ("view", "shapes"),
+    [
+        ((6, 5, 3, 3), ((6, 1, 1, 1), (1, 5, 1, 1))),
+        ((1, 6, 5, 9), ((1, 1, 5, 1), (1, 6, 1, 1))),
+        ((6, 45), ((6, 1), (1, 45))),
+    ],
+)
+def test_scaling_by_factors_of_two_dimensions_rounds_their_product_first(
+    view: tuple[int, ...], shapes: tuple[tuple[int, ...], ...], chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(arrays, "CHUNK", chunk)
+    weight = torch.randn(6, 5, 3, 3)
+    one, other = map(_factors, shapes)
+    vectors = [array("d", factors.flatten().tolist()) for factors in (one, other)]
+    scaled = ScaledTensor(_stored(weight), view, vectors[0], shapes[0], vectors[1], shapes[1])
+    expected = (weight.double().reshape(view) * (one * other)).reshape(weight.shape).float()
     assert torch.equal(to_torch(scaled), expected)
 
 
