@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from bntool.folding.transforms.operations import Rule, Shift, find_rule
-from bntool.folding.transforms.unknowns import Array, Contradiction, Integers, Scales, Shifts
+from bntool.folding.transforms.unknowns import Array, Contradiction, Equations, Integers, Scales, Shifts
 from bntool.graphs.graph import Edge, ModelGraph, Node, NodeKind
 
 
@@ -38,11 +38,11 @@ class Transform:
 
     @cached_property
     def has_scale(self) -> bool:
-        return bool(np.any(self.scale != 1))
+        return bool(np.count_nonzero(self.scale != 1))
 
     @cached_property
     def has_shift(self) -> bool:
-        return bool(np.any(self.shift != 0))
+        return bool(np.count_nonzero(self.shift != 0))
 
     @property
     def is_identity(self) -> bool:
@@ -112,7 +112,10 @@ class ChannelTransforms:
     gone: set[str] = field(default_factory=set)  # the layers that disappear
     _is_open: bool = True  # more of them may
     _chosen: tuple[Array, Array] | None = None
+    _changes: tuple[Integers, Integers] | None = None  # how many unknowns before each change something
     _takes: dict[int, bool] = field(default_factory=dict)
+    _rules: dict[int, Rule | None] = field(default_factory=dict)
+    _wholes: dict[tuple[int, int], int] = field(default_factory=dict)
     _outputs: dict[tuple[int, int, int], Channels] = field(default_factory=dict)
     _inputs: dict[tuple[int, int], Channels | None] = field(default_factory=dict)
     _stored: dict[tuple[int, bool], Transform] = field(default_factory=dict)
@@ -131,6 +134,8 @@ class ChannelTransforms:
             self._add_output(self.graph.nodes[index])
         for reader in self._find_readers(region):
             self._add_input(reader)
+        self.scales.add_noted()
+        self.shifts.add_noted()
         try:
             self.shifts.simplify()
         except Contradiction:  # sums that are not seen to hold together but where nothing changes
@@ -183,11 +188,13 @@ class ChannelTransforms:
         """Return the node whose output another reads on an input, all of it, as it is and alone; -1 where there is
         none.
         """
-        edges = [edge for edge in self.graph.inputs(node) if edge.port == port]
-        if len(edges) != 1:
-            return -1
-        source = self.graph.nodes[edges[0].source]
-        return source.index if source.channels == node.channels and is_whole(edges[0], source) else -1
+        key = node.index, port
+        if key not in self._wholes:
+            edges = [edge for edge in self.graph.inputs(node) if edge.port == port]
+            source = self.graph.nodes[edges[0].source] if len(edges) == 1 else None
+            is_so = source is not None and source.channels == node.channels and is_whole(edges[0], source)
+            self._wholes[key] = edges[0].source if is_so else -1
+        return self._wholes[key]
 
     def _hands_on_scales(self, node: Node) -> tuple[int, ...]:
         if self._is_transparent(node):
@@ -224,10 +231,12 @@ class ChannelTransforms:
         return node.ran and (self.graph.branches_at is None or node.index < self.graph.branches_at)
 
     def _rule(self, node: Node) -> Rule | None:
-        rule = find_rule(node) if self._is_known(node) else None
-        if rule is not None and rule.shift is Shift.FREE and not self.absorbs(node):
-            return Rule(Shift.SAME, unscaled=True)  # its constant stays what it is
-        return rule
+        if node.index not in self._rules:
+            rule = find_rule(node) if self._is_known(node) else None
+            if rule is not None and rule.shift is Shift.FREE and not self.absorbs(node):
+                rule = Rule(Shift.SAME, unscaled=True)  # its constant stays what it is
+            self._rules[node.index] = rule
+        return self._rules[node.index]
 
     def passes(self, node: Node, port: int) -> bool:
         """Return whether what a node reads there has to do with what it gives."""
@@ -323,7 +332,8 @@ class ChannelTransforms:
         ordered = _follow_one_another(edges)
         parts = [self._some_outputs(edge.source, edge.sources) for edge in ordered or edges]
         if ordered:
-            return Channels(*(np.concatenate([part[which] for part in parts]) for which in (0, 1)))
+            scales, shifts = zip(*parts, strict=True)
+            return Channels(np.concatenate(scales), np.concatenate(shifts))
         targets = np.concatenate([as_indices(edge.targets or ()) for edge in edges])
         order = np.argsort(targets, kind="stable")
         targets = targets[order]
@@ -466,9 +476,18 @@ class ChannelTransforms:
         given = self.outputs(call)
         if read is None or len(read.scales) != len(given.scales):
             raise Stuck(f"one channel of what it reads meets several channels of {call.describe()}")
-        origin = call.index
-        self.scales.link(read.scales, given.scales, factor=scale, offset=np.zeros(len(scale)), origin=origin)
-        self.shifts.link(read.shifts, given.shifts, factor=1 / scale, offset=shift / scale, origin=origin)
+        origins = np.full(len(scale), call.index)
+        scales = Equations(read.scales, given.scales, scale, np.zeros(len(scale)), origins)
+        shifts = Equations(read.shifts, given.shifts, 1 / scale, shift / scale, origins)
+        self.scales.look_at(scales)
+        try:
+            self.shifts.look_at(shifts)
+        except Contradiction:
+            if not self.scales.are_apart(scales):  # they may not hold either, which is said first
+                self.scales.add(scales)
+            raise
+        self.scales.add(scales)
+        self.shifts.add(shifts)
 
     # answers
 
@@ -625,10 +644,24 @@ class ChannelTransforms:
         return self._stored[key]
 
     def _transform(self, which: Channels) -> Transform:
+        scales, shifts = self._choose()
+        return Transform(scales[which.scales], shifts[which.shifts])
+
+    def _choose(self) -> tuple[Array, Array]:
         if self._chosen is None:
             scales, shifts = self.scales.choose(), self.shifts.choose()
             self._chosen = np.append(scales, 1.0), np.append(shifts, 0.0)
-        return Transform(self._chosen[0][which.scales], self._chosen[1][which.shifts])
+            self._changes = np.append(0, (scales != 1).cumsum()), np.append(0, (shifts != 0).cumsum())
+        return self._chosen
+
+    def is_changed(self, node: Node) -> bool:
+        """Return whether the output of a node is stored otherwise than before."""
+        if node.index not in self.bases:
+            return False
+        self._choose()
+        assert self._changes is not None
+        bases = zip(self._changes, self.bases[node.index], strict=True)
+        return any(before[base + node.channels] > before[base] for before, base in bases)
 
     def absorbers(self) -> Iterator[Node]:
         """Yield the first call of everything that has to take something."""
@@ -652,10 +685,10 @@ def is_whole(edge: Edge, source: Node) -> bool:
     if edge.targets is None or len(edge.sources) != source.channels:
         return False
     everything = range(source.channels)
-    return all(
-        channels == everything if isinstance(channels, range) else tuple(channels) == tuple(everything)
-        for channels in (edge.sources, edge.targets)
-    )
+    for channels in (edge.sources, edge.targets):
+        if channels != everything and (isinstance(channels, range) or tuple(channels) != tuple(everything)):
+            return False
+    return True
 
 
 def _follow_one_another(edges: Sequence[Edge]) -> Sequence[Edge] | None:

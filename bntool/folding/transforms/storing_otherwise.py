@@ -354,6 +354,9 @@ class StoringOtherwise:
         for node in system.absorbers():
             if node.kind is NodeKind.BATCH_NORM and node.layer in self._branches:
                 continue
+            around = (node, *(self.graph.nodes[edge.source] for edge in self.graph.inputs(node)))
+            if not any(map(system.is_changed, around)):
+                continue
             target = self._read(node)
             read, given = system.input(node), system.output(node)
             if target is None or (given.is_identity and (read is None or read.is_identity)):
@@ -392,17 +395,18 @@ class StoringOtherwise:
         outcome.changed |= {branch.call.layer, branch.convolution.layer, *branch.passed}
 
     def _find_stored(self, system: ChannelTransforms, outcome: Outcome) -> Iterator[tuple[str, StoredOutput]]:
-        changed = {self.graph.nodes[index].layer for index in system.bases} - {""}
+        nodes = (self.graph.nodes[index] for index in system.bases)
+        changed = {node.layer for node in nodes if system.is_changed(node)} - {""}
         by_layer: dict[str, list[tuple[Node, Transform]]] = {}
         for node in self.graph.nodes:  # all calls of each, also those that nothing changes
             if node.layer in changed and (node.kind.is_producer or node.kind is NodeKind.BATCH_NORM):
                 by_layer.setdefault(node.layer, []).append((node, system.output(node)))
         for layer, found in by_layer.items():
-            node, first = found[0]
+            (node, first), *others = found
             if all(one.is_identity for _, one in found):
                 continue
             same = all(
-                np.array_equal(one.scale, first.scale) and np.array_equal(one.shift, first.shift) for _, one in found
+                np.array_equal(one.scale, first.scale) and np.array_equal(one.shift, first.shift) for _, one in others
             )
             axis = -1 if node.kind in (NodeKind.LINEAR, NodeKind.MATMUL) else 1
             if same:

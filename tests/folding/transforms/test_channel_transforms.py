@@ -605,6 +605,7 @@ def test_scales_far_from_one_are_spread_over_both_sides(factors, expected) -> No
     for other in (1, 2):
         ratio = np.array([factors[0] / factors[other]])
         scales.link(np.array([0]), np.array([other]), factor=ratio, offset=np.zeros(1), origin=0)
+    scales.add_noted()
     assert scales.choose() == pytest.approx(expected)
 
 
