@@ -306,7 +306,11 @@ class _Building:
             return self._add_other(layer, [value])
         first = space and layer.config.get("data_format") == "channels_first"
         axis = -(space + 1) if first else _LAST
-        padded = layer.config.get("padding", "valid") != "valid"
+        taps = shape[2:]
+        if layer.kind in SEPARABLE and "depthwise_weight" in own:
+            taps = self.tensors[own["depthwise_weight"]].shape[2:]
+        # a kernel of one tap never reaches beyond the border
+        padded = layer.config.get("padding", "valid") != "valid" and any(extent > 1 for extent in taps)
         if layer.kind in SEPARABLE:  # two convolutions, one after the other
             value, padded = self._add_first_half(layer, own, value, axis, padded=padded), False
         groups, multiplier = self._groups(layer), 1

@@ -324,39 +324,92 @@ def test_a_shift_into_a_transposed_convolution(
         {"class_name": "Conv2DTranspose", "config": {"name": "t", "filters": 4, **shared}},
     ]
     layers[0]["config"]["batch_input_shape"] = [None, 6, 6, 3]
-    random_numbers = np.random.default_rng(1)
-    weights = {
-        "c": {"kernel": (1, 1, 3, 3), "bias": (3,)},
-        "n": dict.fromkeys(("gamma", "beta", "moving_mean", "moving_variance"), (3,)),
-        "t": {"kernel": (kernel, kernel, 4, 3), "bias": (4,)},
-    }
-    with h5py.File(tmp_path / "a.h5", "w") as file:
-        file.attrs["model_config"] = json.dumps({"class_name": "Sequential", "config": {"name": "s", "layers": layers}})
-        file.attrs["keras_version"], group = "2.11.0", file.create_group("model_weights")
-        group.attrs["layer_names"] = [b"c", b"n", b"t"]
-        for layer, shapes in weights.items():
-            group.create_group(layer).attrs["weight_names"] = [f"{layer}/{leaf}:0".encode() for leaf in shapes]
-            for leaf, shape in shapes.items():
-                group[layer][f"{layer}/{leaf}:0"] = random_numbers.uniform(0.5, 2, shape).astype("f4")
+    kernel_of_t = {"kernel": (kernel, kernel, 4, 3), "bias": (4,)}
+    _write_sequence(tmp_path / "a.h5", layers, {"c": CONV, "n": NORM, "t": kernel_of_t})
     plan = fold_file(tmp_path / "a.h5", tmp_path / "b.h5")
     assert [fold.layer for fold in plan.folds] == ["n"] * is_folded
     if not is_folded:
         assert "transposed convolution (t), not all of whose taps meet every position, does not" in plan.skips[0].detail
         return
 
-    def read(path: Path) -> dict[str, torch.Tensor]:
-        with open_checkpoint(path) as checkpoint:
-            held = checkpoint.state_dict("").tensors
-            return {k: torch.tensor(list(read_numbers(v))).double().reshape(v.shape) for k, v in held.items()}
-
-    before, after = read(tmp_path / "a.h5"), read(tmp_path / "b.h5")
-    x = torch.randn(2, 3, 6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    norm = [before[f"n.{name}"] for name in ("running_mean", "running_var", "weight", "bias")]
-    expected = functional.conv_transpose2d(
-        functional.batch_norm(x, *norm, eps=1e-3), before["t.weight"], before["t.bias"]
-    )
+    before, after = _read_doubles(tmp_path / "a.h5"), _read_doubles(tmp_path / "b.h5")
+    x, normalised = _normalise(before)
+    expected = functional.conv_transpose2d(normalised, before["t.weight"], before["t.bias"])
     found = functional.conv_transpose2d(x, after["t.weight"], after["t.bias"])
     assert (found - expected).abs().max() / expected.abs().max() < 1e-6
+
+
+@pytest.mark.parametrize(("kind", "kernel", "stride", "is_folded"), [
+    ("Conv2D", 1, 1, True), ("Conv2D", 1, 2, True), ("DepthwiseConv2D", 1, 1, True), ("Conv2D", 3, 1, False),
+    ("SeparableConv2D", 1, 2, True), ("SeparableConv2D", 3, 1, False), ("DepthwiseConv2D", 3, 1, False),
+])  # fmt: skip
+def test_a_kernel_of_one_tap_reads_nothing_beyond_the_border(
+    kind: str, kernel: int, stride: int, is_folded: bool, tmp_path: Path
+) -> None:
+    """Whatever the padding is called."""
+    shared = {"kernel_size": [kernel, kernel], "strides": [stride, stride], "padding": "same"}
+    layers = [
+        {"class_name": "Conv2D", "config": {"name": "c", "kernel_size": [1, 1], "activation": "sigmoid"}},
+        {"class_name": "BatchNormalization", "config": {"name": "n", "epsilon": 1e-3}},
+        {"class_name": kind, "config": {"name": "t", "filters": 3, **shared}},
+    ]
+    layers[0]["config"]["batch_input_shape"] = [None, 6, 6, 3]
+    first = {"Conv2D": "kernel", "DepthwiseConv2D": "depthwise_kernel", "SeparableConv2D": "depthwise_kernel"}[kind]
+    kernels = {first: (kernel, kernel, 3, 3 if kind == "Conv2D" else 1)}
+    if kind == "SeparableConv2D":
+        kernels["pointwise_kernel"] = (1, 1, 3, 3)
+    _write_sequence(tmp_path / "a.h5", layers, {"c": CONV, "n": NORM, "t": {**kernels, "bias": (3,)}})
+    plan = fold_file(tmp_path / "a.h5", tmp_path / "b.h5")
+    assert [fold.layer for fold in plan.folds] == ["n"] * is_folded
+    if not is_folded:
+        assert "reads it with zeros beyond the border" in plan.skips[0].detail or kind == "SeparableConv2D"
+        return
+    before, after = _read_doubles(tmp_path / "a.h5"), _read_doubles(tmp_path / "b.h5")
+
+    def compute(x: torch.Tensor, held: dict[str, torch.Tensor]) -> torch.Tensor:
+        if kind != "Conv2D":
+            depthwise = held["t.depthwise_weight" if kind == "SeparableConv2D" else "t.weight"]
+            bias = held["t.bias"] if kind == "DepthwiseConv2D" else None
+            x = functional.conv2d(x, depthwise, bias, stride=stride, groups=3)
+        if kind == "DepthwiseConv2D":
+            return x
+        return functional.conv2d(x, held["t.weight"], held["t.bias"], stride=stride if kind == "Conv2D" else 1)
+
+    x, normalised = _normalise(before)
+    expected = compute(normalised, before)
+    assert (compute(x, after) - expected).abs().max() / expected.abs().max() < 1e-6
+
+
+CONV = {"kernel": (1, 1, 3, 3), "bias": (3,)}
+NORM = dict.fromkeys(("gamma", "beta", "moving_mean", "moving_variance"), (3,))
+
+
+def _write_sequence(
+    path: Path, layers: list[dict[str, Any]], weights: Mapping[str, Mapping[str, tuple[int, ...]]]
+) -> None:
+    """Write a Sequential of these layers; weights by layer and name have random elements."""
+    random_numbers = np.random.default_rng(1)
+    with h5py.File(path, "w") as file:
+        file.attrs["model_config"] = json.dumps({"class_name": "Sequential", "config": {"name": "s", "layers": layers}})
+        file.attrs["keras_version"], group = "2.11.0", file.create_group("model_weights")
+        group.attrs["layer_names"] = [layer.encode() for layer in weights]
+        for layer, shapes in weights.items():
+            group.create_group(layer).attrs["weight_names"] = [f"{layer}/{leaf}:0".encode() for leaf in shapes]
+            for leaf, shape in shapes.items():
+                group[layer][f"{layer}/{leaf}:0"] = random_numbers.uniform(0.5, 2, shape).astype("f4")
+
+
+def _read_doubles(path: Path) -> dict[str, torch.Tensor]:
+    with open_checkpoint(path) as checkpoint:
+        held = checkpoint.state_dict("").tensors
+        return {k: torch.tensor(list(read_numbers(v))).double().reshape(v.shape) for k, v in held.items()}
+
+
+def _normalise(held: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Some images, and what the BatchNorm ``n`` makes of them."""
+    x = torch.randn(2, 3, 6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    norm = [held[f"n.{name}"] for name in ("running_mean", "running_var", "weight", "bias")]
+    return x, functional.batch_norm(x, *norm, eps=1e-3)
 
 
 @pytest.mark.parametrize("change", ["subclass", "renamed", "lora"])
