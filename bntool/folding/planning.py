@@ -29,6 +29,7 @@ from bntool.verification.stored_outputs import StoredOutput
 _SHARED_INPUT = (SkipReason.SHARED_OUTPUT, SkipReason.NOT_ADJACENT, SkipReason.NO_PRODUCER)
 
 _SHOWN = 3  # modules that an assumption names
+_FURTHER = (Level.THROUGH, Level.FORWARD, Level.BRANCH, Level.TRANSFORM)  # what lies between matters, too
 
 
 @dataclass(frozen=True)
@@ -435,6 +436,13 @@ def assume_fold(
         return
     for architecture in graph.architectures:
         yield f"the forward is that of {architecture.title}, by names and shapes, which prove nothing"
+        further = [f.layer for f in folds if f.layer in architecture.layers and f.level in _FURTHER]
+        if further:
+            yield (
+                f"so are the activations, paths and paddings that {len(further)} of the folds go past "
+                f"({list_first(further, _SHOWN)}): a variant with others has the same names and shapes, and "
+                "--direct-only leaves these layers alone"
+            )
         used = {read[f.layer].eps for f in folds if architecture.eps.get(f.layer) == read[f.layer].eps}
         values = sorted(used)
         if eps is None and values:

@@ -14,6 +14,8 @@ from bntool.checkpoints.application import change_state_dict
 from bntool.errors import RefusedError, UsageError
 from bntool.folding.deploy.planning import plan_deploy
 from bntool.folding.folds import Level
+from bntool.folding.options import FoldOptions
+from bntool.folding.planning import plan_fold
 from bntool.graphs.architectures.recognition import recognise
 from bntool.graphs.architectures.structure import assume
 from bntool.plan import SkipReason
@@ -289,6 +291,20 @@ def list_shapes_of_repvgg_a0() -> dict[str, tuple[int, ...]]:
             shapes |= {f"{name}.{norm}.{role}": (width,) for role in roles}
         before = width
     return {**shapes, "head.fc.weight": (1000, 1280), "head.fc.bias": (1000,)}
+
+
+def test_what_lies_between_is_assumed_with_the_forward() -> None:
+    """A direct fold holds for every activation; others only for what the catalogue has."""
+    state_dict = draw_state_dict(list_shapes_of_repvgg_a0())
+    graph = assume(state_dict, recognise(state_dict))
+    plan = plan_fold(state_dict, graph)
+    further = [fold.layer for fold in plan.folds if fold.level is not Level.DIRECT]
+    assert {fold.level for fold in plan.folds} == {Level.DIRECT, Level.BRANCH}
+    said = f"{len(further)} of the folds go past ({', '.join(further[:3])} and {len(further) - 3} more)"
+    assert [said in one for one in plan.assumptions] == [False, True, False]
+    direct = plan_fold(state_dict, graph, FoldOptions(direct_only=True))
+    assert {fold.level for fold in direct.folds} == {Level.DIRECT}
+    assert len(direct.assumptions) == 2
 
 
 def test_the_catalogue_knows_the_branches_of_a_bare_file() -> None:
