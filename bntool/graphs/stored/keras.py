@@ -174,7 +174,15 @@ class _Building:
             return Value((index,))
         return Value((index,), tuple(Extent(one) if isinstance(one, int) else self.builder.unknown() for one in shape))
 
-    def _add_layer(  # noqa: PLR0911 a list of cases
+    def _add_layer(self, layer: KerasLayer, sources: Sequence[Value], *, training: bool, stays: bool) -> list[Value]:
+        """Add one call of a layer; what it gives, in the dtype that it computes in."""
+        given = self._call(layer, sources, training=training, stays=stays)
+        if layer.model is not None:
+            return given
+        dtype = None if layer.kind == "InputLayer" else _find_dtype(layer)
+        return [dataclasses.replace(value, dtype=dtype) for value in given]
+
+    def _call(  # noqa: PLR0911 a list of cases
         self, layer: KerasLayer, sources: Sequence[Value], *, training: bool, stays: bool
     ) -> list[Value]:
         self.calls += 1
@@ -265,6 +273,8 @@ class _Building:
         if value.shape is None and rank is not None:
             value = dataclasses.replace(value, shape=self.builder.unknowns(rank))
         eps = layer.config.get("epsilon", 1e-3)
+        dtype = _find_dtype(layer)
+        stays = stays or (value.dtype is not None and dtype is not None and value.dtype != dtype)  # it converts, too
         node = self.builder.add(
             NodeKind.BATCH_NORM,
             layer.kind,
@@ -540,6 +550,14 @@ class _Building:
         if not isinstance(order, list) or not all(isinstance(one, int) for one in order):
             return self._add_other(layer, sources)
         return transpose(sources[0], (0, *order))
+
+
+def _find_dtype(layer: KerasLayer) -> str | None:
+    """Return the name of the dtype that a layer computes in; None where its configuration does not say it plainly."""
+    policy = layer.config.get("dtype")
+    inside = policy.get("config") if isinstance(policy, dict) else None
+    name = inside.get("name") if isinstance(inside, dict) else policy
+    return name.removeprefix("mixed_") if isinstance(name, str) else None
 
 
 def _per_axis(value: object, count: int) -> tuple[int, ...] | None:

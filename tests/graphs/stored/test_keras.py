@@ -380,6 +380,23 @@ def test_a_kernel_of_one_tap_reads_nothing_beyond_the_border(
     assert (compute(x, after) - expected).abs().max() / expected.abs().max() < 1e-6
 
 
+@pytest.mark.parametrize(("before", "own", "stays"), [
+    ("mixed_float16", "float32", True), ("mixed_float16", "mixed_float16", False), ("float32", "float32", False),
+    (None, "float32", False), ("float64", {"class_name": "DTypePolicy", "config": {"name": "float32"}}, True),
+    ("float32", {"class_name": "DTypePolicy", "config": {"name": "float32"}}, False),
+])  # fmt: skip
+def test_a_layer_that_converts_to_another_dtype_stays(before: Any, own: Any, stays: bool, tmp_path: Path) -> None:
+    """Without it the model would give the dtype that the convolution computes in."""
+    layers = [
+        {"class_name": "Conv2D", "config": {"name": "c", "kernel_size": [1, 1], "dtype": before}},
+        {"class_name": "BatchNormalization", "config": {"name": "n", "epsilon": 1e-3, "dtype": own}},
+    ]
+    layers[0]["config"]["batch_input_shape"] = [None, 6, 6, 3]
+    _write_sequence(tmp_path / "a.h5", layers, {"c": CONV, "n": NORM})
+    (fold,) = fold_file(tmp_path / "a.h5", tmp_path / "b.h5").folds
+    assert fold.stays is stays
+
+
 CONV = {"kernel": (1, 1, 3, 3), "bias": (3,)}
 NORM = dict.fromkeys(("gamma", "beta", "moving_mean", "moving_variance"), (3,))
 
