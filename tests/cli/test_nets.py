@@ -15,6 +15,7 @@ from tests.places import INTEROP
 FOLDER = INTEROP
 
 
+@pytest.mark.usefixtures("forked_onnxruntime")
 def test_an_onnx_model_needs_no_model_and_no_pairs(tmp_path, capsys):
     target = tmp_path / "folded.onnx"
     source = FOLDER / "onnx_folding" / "left_alone.onnx"
@@ -33,6 +34,7 @@ def test_an_onnx_model_needs_no_model_and_no_pairs(tmp_path, capsys):
     assert facts["state_dicts"][0]["recorded"][0]["operation"] == "fold"
 
 
+@pytest.mark.usefixtures("forked_onnxruntime")
 def test_external_data_get_a_file_of_their_own(tmp_path, capsys):
     assert main(["fold", str(FOLDER / "onnx_tiny_ext.onnx"), "-o", str(tmp_path / "folded.onnx"), "--strict"]) == 0
     assert {path.name for path in tmp_path.iterdir()} == {"folded.onnx", "folded.onnx.data"}
@@ -139,6 +141,7 @@ def test_programs_are_not_converted_to_state_dicts(name, target, tmp_path, capsy
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.usefixtures("forked_onnxruntime")
 def test_onnxruntime_runs_both_models_before_the_folded_one_appears(tmp_path, capsys):
     for name in ("opset13", "half", "transposed_groups", "gemm"):
         source, target = FOLDER / "onnx_folding" / f"{name}.onnx", tmp_path / f"{name}.onnx"

@@ -40,15 +40,6 @@ class Fixed(nn.Module):
         return self.linear(x).reshape(2, 2)
 
 
-class TwoInputs(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.linear = nn.Linear(3, 2)
-
-    def forward(self, x: torch.Tensor, *, y: torch.Tensor) -> dict[str, torch.Tensor]:
-        return {"sum": self.linear(x) + y}
-
-
 def test_a_program_gives_the_outputs_of_the_model(kind) -> None:
     model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Dropout(0.5))
     x = torch.randn(2, 1, 6, 6)
@@ -68,21 +59,19 @@ def test_a_fixed_batch_is_said(kind) -> None:
     assert model.training
 
 
-def test_keyword_arguments(kind) -> None:
-    model = TwoInputs()
-    inputs = {"y": torch.randn(2, 2), "x": torch.randn(2, 3)}
-    program = export_program(model, model, [inputs], tolerance=1e-6, kind=kind)
-    assert program.any_batch
-
-
-def test_several_inputs_and_outputs_of_other_kinds(kind) -> None:
+def test_several_inputs_by_name_and_outputs_of_other_kinds(kind) -> None:
     class Detector(nn.Module):
-        def forward(self, x, y):
-            z = x * 2 + y
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(3, 2)
+
+        def forward(self, x, *, y):
+            z = self.linear(x) * 2 + y
             return {"scores": [z, z.sum(1)], "labels": z.argmax(1)}
 
-    inputs = (torch.randn(2, 3), torch.randn(2, 3))
-    program = export_program(Detector(), Detector(), [inputs], tolerance=1e-6, kind=kind)
+    model, inputs = Detector(), {"y": torch.randn(2, 2), "x": torch.randn(2, 3)}
+    program = export_program(model, model, [inputs], tolerance=1e-6, kind=kind)
+    assert program.any_batch
     assert program.inputs == 3
 
 

@@ -18,6 +18,7 @@ from bntool.folding.runtime_agreement import compare_in_onnxruntime
 from tests.checkpoints.onnx.onnx_models import node, save_model, tensor, value
 
 SHAPE = (2, 3, 16, 16)
+pytestmark = pytest.mark.usefixtures("forked_onnxruntime")
 
 
 def write(path: Path, nodes: list[onnx.NodeProto], tensors: list[onnx.TensorProto], *, opset: int = 13) -> Path:

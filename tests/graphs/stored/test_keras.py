@@ -521,7 +521,7 @@ def test_damaged_configurations_are_refused_or_folded(tmp_path: Path) -> None:
     texts = [json.dumps(config_of(RECORDED / f"{name}.keras")) for name in ("nested", "not_foldable", "sequential")]
     texts.append(json.dumps(config_of(FOLDER / "keras_tiny.keras")))
     folded = 0
-    for number in range(40):
+    for number in range(25):
         config = json.loads(rng.choice(texts[-1:] * 3 + texts))
         damage(config, rng)
         try:
