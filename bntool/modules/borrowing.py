@@ -17,7 +17,7 @@ from torch.utils.hooks import RemovableHandle
 
 from bntool.errors import RefusedError
 from bntool.modules.finding import is_uninitialized, walk_modules
-from bntool.modules.memory import count_writes
+from bntool.modules.memory import count_writes, lie_at_one_place
 
 # what every module has: parameters, buffers, modules, and hooks of all kinds
 _REGISTRIES = frozenset(name for name, value in vars(torch.nn.Module()).items() if isinstance(value, dict | set))
@@ -233,7 +233,7 @@ class _ParameterFacts:
 
     def give_back(self) -> None:
         parameter = self.parameter
-        if not _lie_at_one_place(parameter.data, self._data):
+        if not lie_at_one_place(parameter.data, self._data):
             parameter.data = self._data
         for name, hooks in self._hooks.items():
             if getattr(parameter, name, None) != hooks:
@@ -247,13 +247,6 @@ class _ParameterFacts:
     def is_lost(self) -> bool:
         """Whether elements that were not copied were written to."""
         return self._elements is None and count_writes(self.parameter) != self._writes
-
-
-def _lie_at_one_place(first: torch.Tensor, second: torch.Tensor) -> bool:
-    try:
-        return first.data_ptr() == second.data_ptr() and first.shape == second.shape and first.dtype == second.dtype
-    except RuntimeError:  # sparse
-        return True
 
 
 class _Elements:

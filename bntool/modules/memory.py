@@ -35,6 +35,14 @@ def share_elements(first: torch.Tensor, second: torch.Tensor) -> bool:
     return a < d and c < b
 
 
+def lie_at_one_place(first: torch.Tensor, second: torch.Tensor) -> bool:
+    """Return whether two tensors have the same elements in memory; True where torch cannot tell: sparse ones."""
+    try:
+        return first.data_ptr() == second.data_ptr() and first.shape == second.shape and first.dtype == second.dtype
+    except RuntimeError:
+        return True
+
+
 def count_writes(tensor: torch.Tensor) -> int:
     """Count how often the elements were written to; 0 for tensors of inference mode, which do not count."""
     return 0 if tensor.is_inference() else tensor._version

@@ -189,7 +189,7 @@ def recalibrate_checkpoint(  # noqa: PLR0913 as many as the command has options
     )
 
 
-def recalibrate_source(  # noqa: PLR0913, PLR0915 what a file goes through, one step after the other
+def recalibrate_source(  # noqa: PLR0913 what a file goes through, one step after the other
     path: str | os.PathLike[str] | Checkpoint,
     output: str | os.PathLike[str] | None = None,
     *,
@@ -231,7 +231,6 @@ def recalibrate_source(  # noqa: PLR0913, PLR0915 what a file goes through, one 
         read = _Reader.of(live, model, preprocess, columns=columns, reading=reading)
         share = _choose_share(Share(number, shards, ranks.rank, ranks.world), data, is_kept=kept is not None)
         batches = read(data, samples=reading.samples, seed=reading.seed, share=share)
-        leads = ranks.rank == 0  # one of several processes judges and writes
         measuring = f"{how.method.value} statistics"
         options: Any = {"layers": layers, "method": how.method, "on_bad_data": reading.on_bad_data, "prefix": prefix}
         options["precision"] = how.precision
@@ -244,91 +243,164 @@ def recalibrate_source(  # noqa: PLR0913, PLR0915 what a file goes through, one 
             batches = read(data, samples=reading.samples, seed=reading.seed, share=rest)
         if part is not None:
             assert keeper is not None
-            tell = _Samples(on_progress, measuring, batches.samples, phases=(measuring,)) if leads else None
+            tell = _Samples(on_progress, measuring, batches.samples, phases=(measuring,)) if ranks.rank == 0 else None
             return _measure_partial(live, batches, keeper, part, ranks, force=force, on_progress=tell, **options)
         held_out, reopen = _choose_held_out(read, data, judging, reading)
         metric = parse_metric(judging.metric)
-        judge = Judge(live, held_out, reopen, metric, reading.on_bad_data, kept, every=sharing.resume_every)
-        report = functools.partial(_Samples, on_progress, phases=("before", measuring, "after"))
-        before = judge.evaluate("before", chosen, on_progress=report("before", held_out.samples)) if leads else None
-        # of data that do not say how many they are, the first pass tells the others
-        counted = None if before is None else before.samples
-        is_whole = judging.eval_data is None and held_out.has_labels is not False
-        result = plan_recalibration(
-            live,
-            batches,
-            **options,
-            prior=how.prior,
-            on_progress=report(measuring, batches.samples or (counted if is_whole else None)) if leads else None,
-            fit_memory=how.fit_memory,
+        return _measure_and_judge(
+            _Subject(source, chosen, live, lacking, batches, data, ranks, keeper),
+            Judge(live, held_out, reopen, metric, reading.on_bad_data, kept, every=sharing.resume_every),
+            target,
+            how=how,
+            reading=reading,
+            judging=judging,
+            force=force,
+            strict=strict,
             memory=memory,
-            on_forecast=on_forecast if leads else ignore,
-            keeper=keeper,
+            report=functools.partial(_Samples, on_progress, phases=("before", measuring, "after")),
+            on_forecast=on_forecast if ranks.rank == 0 else ignore,
+            **options,
         )
-        check_plan(result.plan, source.path, strict=strict)
-        if before is None:
-            return _end(keeper, ranks, None)
-        if judging.keep_if_better and counts_other_classes(before, held_out):
-            raise UsageError(
-                f"--keep-if-better needs labels of the model: there are {len(held_out.classes or ())} class folders, "
-                f"but the model has {before.outputs} outputs"
-            )
-        eps = {name.removeprefix(prefix): statistics.eps for name, statistics in result.statistics.items()}
-        plan = fit_plan(result.plan, chosen, eps=eps, promote=how.promote)
-        check_live_statistics(live, result)
-        output_changes = measure_output_changes(live, held_out, result)
-        steps = batches.preprocessing
-        plan = with_record(
-            plan,
-            source,
-            chosen,
-            result,
-            data=_name(data),
-            seed=reading.seed,
-            preprocessing=None if steps is None else steps.describe(),
+
+
+@dataclass(frozen=True)
+class _Subject:
+    """A file with all that it is measured with.
+
+    Attributes:
+        source: the file.
+        chosen: the state dict of it.
+        live: the model, in the state of the state dict.
+        lacking: the layers whose statistics the file lacks.
+        batches: of the calibration data, as many as this process is to read.
+        data: what they were asked for by.
+        ranks: the processes of the job.
+        keeper: of what is measured, where it is kept.
+    """
+
+    source: Checkpoint
+    chosen: StateDict
+    live: torch.nn.Module
+    lacking: tuple[str, ...]
+    batches: Batches
+    data: str | Iterable[Any]
+    ranks: Ranks
+    keeper: PartialKeeper | None
+
+
+def _measure_and_judge(  # noqa: PLR0913 as above
+    subject: _Subject,
+    judge: Judge,
+    target: Path | None,
+    *,
+    how: MethodOptions,
+    reading: DataOptions,
+    judging: JudgingOptions,
+    force: bool,
+    strict: bool,
+    memory: int | None,
+    report: Callable[[str, int | None], _Samples],
+    on_forecast: OnWarning,
+    prefix: str,
+    **options: Any,
+) -> CheckpointRecalibration | None:
+    """Measure new statistics, evaluate the model before and after, and write the file.
+
+    Args:
+        judge: evaluates the model.
+        target: the file to write; None for a dry run.
+        report: makes what takes the progress of a phase, by its name and its number of samples.
+
+    Returns:
+        What was found and done; None in processes of a job other than the first, which only measure.
+    """
+    source, chosen, live = subject.source, subject.chosen, subject.live
+    batches, held_out = subject.batches, judge.batches
+    leads = subject.ranks.rank == 0
+    before = judge.evaluate("before", chosen, on_progress=report("before", held_out.samples)) if leads else None
+    # of data that do not say how many they are, the first pass tells the others
+    counted = None if before is None else before.samples
+    is_whole = judging.eval_data is None and held_out.has_labels is not False
+    result = plan_recalibration(
+        live,
+        batches,
+        **options,
+        prefix=prefix,
+        prior=how.prior,
+        on_progress=report(f"{how.method.value} statistics", batches.samples or (counted if is_whole else None))
+        if leads
+        else None,
+        fit_memory=how.fit_memory,
+        memory=memory,
+        on_forecast=on_forecast,
+        keeper=subject.keeper,
+    )
+    check_plan(result.plan, source.path, strict=strict)
+    if before is None:
+        return _end(subject.keeper, subject.ranks, None)
+    if judging.keep_if_better and counts_other_classes(before, held_out):
+        raise UsageError(
+            f"--keep-if-better needs labels of the model: there are {len(held_out.classes or ())} class folders, "
+            f"but the model has {before.outputs} outputs"
         )
-        edited = apply_plan(source, plan)
-        # the model is given what will be in the file, so that what is judged is what is written
-        load_state(live, edited.state_dict(chosen.key), may_lack=STATISTICS)
-        after = judge.evaluate(
-            "after", edited.state_dict(chosen.key), on_progress=report("after", held_out.samples or counted)
-        )
-        kept_old = judging.keep_if_better and not is_better(before, after)
-        if target is not None and not kept_old:
-            save_checkpoint(edited, target, force=force)
-        cut, apart = how.fit_memory and ranks.world == 1, judging.eval_data is not None
-        found = CheckpointRecalibration(
-            checkpoint=edited,
-            state_dict=chosen,
-            recalibration=result,
-            before=before,
-            after=after,
-            flipped=count_flipped(before, after),
-            output_changes=output_changes,
-            evaluated_on=_name(judging.eval_data)
-            if judging.eval_data is not None
-            else f"{_name(data)} (the calibration data)",
-            output=None if target is None or kept_old else str(target),
-            kept=kept_old,
-            preprocessing=None if steps is None else PreprocessingSteps(steps.describe(), steps.origin),
-            promoted=list_promoted(plan),
-            lacking=lacking,
-            warnings=(
-                *warn_of_fewer(result, asked=reading.samples, there=batches.samples, cut=cut),
-                *warn_of_lacking(lacking, result),
-                *warn_of_precision(how.precision, is_faster=is_faster_in_bfloat16(live)),
-                *warn_of_platforms([] if keeper is None else keeper.platforms, what="what was kept and the rest were"),
-                *warn_of_judging(
-                    before,
-                    held_out,
-                    fair=not judging.keep_if_better or apart,
-                    apart=apart,
-                    difference=find_other_data(before, after),
-                ),
+    eps = {name.removeprefix(prefix): statistics.eps for name, statistics in result.statistics.items()}
+    plan = fit_plan(result.plan, chosen, eps=eps, promote=how.promote)
+    check_live_statistics(live, result)
+    output_changes = measure_output_changes(live, held_out, result)
+    steps = batches.preprocessing
+    plan = with_record(
+        plan,
+        source,
+        chosen,
+        result,
+        data=_name(subject.data),
+        seed=reading.seed,
+        preprocessing=None if steps is None else steps.describe(),
+    )
+    edited = apply_plan(source, plan)
+    # the model is given what will be in the file, so that what is judged is what is written
+    load_state(live, edited.state_dict(chosen.key), may_lack=STATISTICS)
+    after = judge.evaluate(
+        "after", edited.state_dict(chosen.key), on_progress=report("after", held_out.samples or counted)
+    )
+    kept_old = judging.keep_if_better and not is_better(before, after)
+    if target is not None and not kept_old:
+        save_checkpoint(edited, target, force=force)
+    cut, apart = how.fit_memory and subject.ranks.world == 1, judging.eval_data is not None
+    found = CheckpointRecalibration(
+        checkpoint=edited,
+        state_dict=chosen,
+        recalibration=result,
+        before=before,
+        after=after,
+        flipped=count_flipped(before, after),
+        output_changes=output_changes,
+        evaluated_on=_name(judging.eval_data)
+        if judging.eval_data is not None
+        else f"{_name(subject.data)} (the calibration data)",
+        output=None if target is None or kept_old else str(target),
+        kept=kept_old,
+        preprocessing=None if steps is None else PreprocessingSteps(steps.describe(), steps.origin),
+        promoted=list_promoted(plan),
+        lacking=subject.lacking,
+        warnings=(
+            *warn_of_fewer(result, asked=reading.samples, there=batches.samples, cut=cut),
+            *warn_of_lacking(subject.lacking, result),
+            *warn_of_precision(how.precision, is_faster=is_faster_in_bfloat16(live)),
+            *warn_of_platforms(
+                [] if subject.keeper is None else subject.keeper.platforms, what="what was kept and the rest were"
             ),
-        )
-        judge.end()
-        return _end(keeper, ranks, found)
+            *warn_of_judging(
+                before,
+                held_out,
+                fair=not judging.keep_if_better or apart,
+                apart=apart,
+                difference=find_other_data(before, after),
+            ),
+        ),
+    )
+    judge.end()
+    return _end(subject.keeper, subject.ranks, found)
 
 
 def _end(
