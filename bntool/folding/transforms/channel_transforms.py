@@ -436,7 +436,8 @@ class ChannelTransforms:
         if rule.shift is Shift.SUM:
             weights = node.factors or (1.0, 1.0)
             parts = known[0].shifts, known[1].shifts
-            own = next((port for port in rule.ports if weights[port] and self._is_made_for(node, port)), None)
+            ports = sorted(rule.ports, key=lambda port: self._find_whole(node, port) < 0)  # parts of a tensor last
+            own = next((port for port in ports if weights[port] and self._is_made_for(node, port)), None)
             if own is None:
                 self.shifts.add_sums(given.shifts, parts, (weights[0], weights[1]), node.index)
             else:
@@ -462,13 +463,19 @@ class ChannelTransforms:
 
     def _is_made_for(self, reader: Node, port: int) -> bool:
         """Return whether what a node reads is given to it alone, with any shift: nothing else asks for one."""
-        index = self._find_whole(reader, port)
-        while index in self.bases and len(self.graph.outputs(self.graph.nodes[index])) == 1:
-            node = self.graph.nodes[index]
-            if node.layer not in self.removed or node.kind is not NodeKind.BATCH_NORM:
-                return self.takes(node) and self.takes_shift(node) and len(self.calls[find_weight(node)]) == 1
+        edges = [edge for edge in self.graph.inputs(reader) if edge.port == port]
+        if len(edges) != 1 or edges[0].targets != range(reader.channels):
+            return False
+        (edge,), node = edges, self.graph.nodes[edges[0].source]
+        if any(other is not edge and _overlap(other.sources, edge.sources) for other in self.graph.outputs(node)):
+            return False
+        while node.layer in self.removed and node.kind is NodeKind.BATCH_NORM:
             index = self._find_whole(node, 0)
-        return False
+            node = self.graph.nodes[index]
+            if index < 0 or len(self.graph.outputs(node)) != 1:
+                return False
+        is_taker = node.index in self.bases and self.takes(node) and self.takes_shift(node)
+        return is_taker and len(self.calls[find_weight(node)]) == 1
 
     def _join(self, call: Node, scale: Array, shift: Array) -> None:
         """Add the equations of a BatchNorm that disappears."""
@@ -689,6 +696,13 @@ def is_whole(edge: Edge, source: Node) -> bool:
         if channels != everything and (isinstance(channels, range) or tuple(channels) != tuple(everything)):
             return False
     return True
+
+
+def _overlap(one: Sequence[int], other: Sequence[int]) -> bool:
+    """Return whether two sets of channels have any in common; where several are the same that counts, too."""
+    if isinstance(one, range) and isinstance(other, range):
+        return max(one.start, other.start) < min(one.stop, other.stop)
+    return not set(one).isdisjoint(other)
 
 
 def _follow_one_another(edges: Sequence[Edge]) -> Sequence[Edge] | None:

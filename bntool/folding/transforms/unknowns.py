@@ -564,7 +564,8 @@ class Shifts(Unknowns):
             moved = False
             while True:
                 (changed,) = self._changed.nonzero()
-                (which,) = self._changed[sums.roots].any(axis=0).nonzero() if changed.size else (changed,)
+                here = self._changed[sums.roots] if changed.size else np.zeros((3, 0), bool)
+                (which,) = (here[0] | here[1] | here[2]).nonzero()
                 if which.size:
                     moved = True
                     self._use(sums, which)
@@ -612,24 +613,22 @@ class Shifts(Unknowns):
         slopes[(roots == self.constant) | (np.abs(slopes) <= _CLOSE * largest)] = 0.0
         return roots, slopes, -terms.sum(axis=0), np.abs(terms).sum(axis=0)
 
-    def _peel(self, roots: Integers, sizes: Array | None = None) -> list[tuple[Integers, Integers]] | None:
-        """Order sums that are solved by an unknown of their own, the first ones last; None where there is no such
-        order.
+    def _peel(self, roots: Integers) -> list[tuple[Integers, Mask]] | None:
+        """Order sums that are solved by an unknown of their own, the first ones last, with a mask of those unknowns;
+        None where there is no such order.
 
         Args:
             roots: of sums with three unknowns each.
-            sizes: how many depend on each unknown; the smallest is taken.
         """
         left = np.arange(roots.shape[1])
-        order: list[tuple[Integers, Integers]] = []
+        order: list[tuple[Integers, Mask]] = []
         while left.size:
             mine = roots[:, left]
             once = np.bincount(mine.ravel(), minlength=self.size + 1)[mine] == 1
-            solved = once.any(axis=0)
+            solved = once[0] | once[1] | once[2]
             if not np.count_nonzero(solved):
                 return None
-            cost = np.where(once, 0.0 if sizes is None else sizes[mine], np.inf)
-            order.append((left[solved], cost[:, solved].argmin(axis=0)))
+            order.append((left[solved], once[:, solved]))
             left = left[~solved]
         return order
 
@@ -642,9 +641,10 @@ class Shifts(Unknowns):
         for sums in self._sums:
             roots, slopes, rest, _ = self._read(sums, sums.is_open.nonzero()[0])
             sizes: Array = np.bincount(found, weights=self.weights, minlength=self.size + 1).astype(float)
-            order = self._peel(roots, sizes)
+            order = self._peel(roots)
             assert order is not None
-            for solved, column in reversed(order):
+            for solved, once in reversed(order):
+                column = np.where(once, sizes[roots[:, solved]], np.inf).argmin(axis=0)
                 others = slopes[:, solved] * values[roots[:, solved]]
                 others[column, np.arange(len(solved))] = 0.0
                 values[roots[column, solved]] = (rest[solved] - others.sum(axis=0)) / slopes[column, solved]
