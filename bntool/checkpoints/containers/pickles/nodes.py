@@ -227,12 +227,12 @@ def walk_nodes(root: Node, replacements: Mapping[int, Node] | None = None) -> It
         node = pending.pop()
         if replacements:
             node = replacements.get(id(node), node)
-        if isinstance(node, _CONTAINERS) and id(node) not in seen:
+        if type(node) in _CONTAINERS and id(node) not in seen:
             seen.add(id(node))
             yield node
-            pending += [child for child in children(node) if isinstance(child, _CONTAINERS)]
+            pending += [child for child in children(node) if type(child) in _CONTAINERS]
 
 
 # a union in their place would be made anew for each of a million nodes
 _SEQUENCES = (tuple, list)
-_CONTAINERS = (tuple, list, Dict, Instance, PersistentId, Set)
+_CONTAINERS = frozenset((tuple, list, Dict, Instance, PersistentId, Set))  # no class is derived from them

@@ -161,9 +161,12 @@ class ZipWriter:
         extra = _extra_field(offset + LOCAL_HEADER.size + len(raw), size=size)
         crc, written = 0, 0
         if size <= CHUNK:
-            data = b"".join(chunks)
-            crc, written = self._checksum(data, 0), len(data)
-            stream.write(self._local_header(raw, extra, size=size, crc=crc) + data)
+            parts = list(chunks)
+            for part in parts:
+                crc, written = self._checksum(part, crc), written + len(part)
+            stream.write(self._local_header(raw, extra, size=size, crc=crc))
+            for part in parts:
+                stream.write(part)
         else:
             stream.write(self._local_header(raw, extra, size=size, crc=0))
             for chunk in chunks:
