@@ -11,7 +11,7 @@ from pathlib import Path
 from tests.places import ROOT
 
 _ON_DEMAND = {"on_device"}  # `make gpu`
-_PLUMBING = {"measuring", "launching", "__main__"}
+_PLUMBING = {"measuring", "launching", "multiplying", "__main__"}
 
 
 def main(wanted: list[str]) -> None:

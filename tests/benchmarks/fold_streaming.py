@@ -1,5 +1,6 @@
 """``bntool fold`` and ``freeze`` of files without a model against ``cp`` of them, by CPU time and by the clock.
 
+``multiply`` is the floor: it reads, multiplies in float64, rounds and writes, and neither plans nor measures anything.
 A file of ResNet-152's size as safetensors and as .pt, and one of many layers: GIGABYTES=10 for the size of the promise.
 cp ends when the bytes are in memory, bntool when they are on the disk.
 """
@@ -15,7 +16,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from tests.benchmarks import inspection
+from tests.benchmarks import inspection, multiplying
 from tests.benchmarks.measuring import Measurement, measure, python
 
 _DEPTHS = ((64, 3), (128, 8), (256, 36), (512, 3))  # ResNet-152
@@ -49,8 +50,9 @@ def _compare(folder: Path, name: str, small: dict[str, str], *, rounds: int) -> 
         declared = ("--pair", f"@{folder / pairs}.txt", "--eps", "1e-5")
         commands[f"fold {file.stem}"] = (python("-m", "bntool", "fold", str(file), *declared, *end), False)
         commands[f"freeze {file.stem}"] = (python("-m", "bntool", "freeze", str(file), *end), False)
+        commands[f"multiply {file.stem}"] = (python(multiplying.__file__, str(file), str(target)), False)
     found = measure(commands, rounds=rounds, written=(copy, target))
-    for verb in ("fold", "freeze"):
+    for verb in ("multiply", "fold", "freeze"):
         _print_row(f"{verb} {name}", found["cp"], found[f"{verb} {source.stem}"], found[f"{verb} tiny"])
 
 
