@@ -39,7 +39,7 @@ def keep_freed_memory() -> None:
     glibc gives blocks of 128 KiB and more back to the system, and each new one is faulted in again, which costs more
     than what is calculated in it. When such a block is freed it raises this bound to its size (mallopt(3)).
     """
-    bytearray(4 * CHUNK)
+    bytes(8 * CHUNK)
 
 
 keep_freed_memory()

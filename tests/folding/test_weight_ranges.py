@@ -125,7 +125,7 @@ def test_weights_that_become_uneven_are_told_from_dead_channels() -> None:
 def test_weights_of_a_file_are_measured_while_it_is_written(
     kind: str, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rows_wider_than_a_chunk = nn.Linear(70_000, 2)
+    rows_wider_than_a_chunk = nn.Linear(300_000, 2)
     model = nn.Sequential(
         nn.Conv2d(200, 300, 3, bias=False), nn.BatchNorm2d(300), rows_wider_than_a_chunk, nn.BatchNorm1d(2)
     )
