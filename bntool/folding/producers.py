@@ -130,11 +130,11 @@ class Producer:
         for data in whole_rows(tensor.chunks(), row):
             weight = to_float64(data, tensor.dtype).reshape(len(data) // row, columns, -1)
             sums = weight[:, :, 0] if weight.shape[2] == 1 else weight.sum(axis=2)
-            if groups == 1:  # without a copy of the values for each row
-                mine = np.broadcast_to(values, sums.shape)
+            if groups == 1:
+                answers.append(np.einsum("oi,i->o", sums, values[0]))
             else:
                 mine = values[np.arange(first, first + len(weight)) // (outputs // groups)]
-            answers.append(np.einsum("oi,oi->o", sums, mine))
+                answers.append(np.einsum("oi,oi->o", sums, mine))
             first += len(weight)
         return np.concatenate(answers) * self.outputs
 
