@@ -87,7 +87,8 @@ def choose_state_dict(checkpoint: Checkpoint, key: str | None = None) -> StateDi
     if key is not None:
         return checkpoint.state_dict(key)
     if not checkpoint.state_dicts:
-        raise RefusedError("no state dict was found in this file", path=checkpoint.path)
+        why = f": {checkpoint.format.why_empty}" if checkpoint.format.why_empty else ""
+        raise RefusedError(f"no state dict was found in this file{why}", path=checkpoint.path)
     candidates = [s for s in checkpoint.state_dicts if not is_averaged_copy(s.key)] or list(checkpoint.state_dicts)
     for known in _WELL_KNOWN_KEYS:
         for state_dict in candidates:

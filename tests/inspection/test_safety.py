@@ -105,6 +105,8 @@ def test_a_frozen_script_says_why_it_shows_no_tensors(tmp_path: Path, capsys: py
         torch.jit.freeze(torch.jit.script(net)).save(path)
     assert main(["inspect", str(path)]) == 0
     assert "no state dict was found: torch.jit.freeze" in capsys.readouterr().out
+    assert main(["fold", str(path), "--pair", "0=1", "-o", str(tmp_path / "out.pt")]) == 4
+    assert "no state dict was found in this file: torch.jit.freeze" in capsys.readouterr().err
 
 
 def test_classes_of_an_archives_own_code_are_no_imports(tmp_path: Path) -> None:
