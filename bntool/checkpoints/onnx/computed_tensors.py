@@ -367,6 +367,16 @@ def _elementwise(function: Callable[..., Array]) -> Callable[[OnnxNode, Sequence
     return apply
 
 
+def _compare(function: Callable[..., Array]) -> Callable[[OnnxNode, Sequence[Array]], Array]:
+    def apply(_: OnnxNode, given: Sequence[Array]) -> Array:
+        first, second = given
+        if first.dtype != second.dtype:
+            raise NotConstantError
+        return np.asarray(function(first, second), bool)
+
+    return apply
+
+
 def _divide(_: OnnxNode, given: Sequence[Array]) -> Array:
     first, second = given
     if second.dtype != first.dtype or (first.dtype.kind != "f" and not np.all(second)):
@@ -426,6 +436,9 @@ _OPERATIONS: Mapping[str, Callable[[OnnxNode, Sequence[Array]], Array | list[Arr
     "Pow": _of_floats(np.power),
     "Exp": _of_floats(np.exp),
     "Reciprocal": _of_floats(lambda x: 1 / x),
+    "Equal": _compare(np.equal),
+    "Less": _compare(np.less),
+    "Greater": _compare(np.greater),
     "Abs": _elementwise(np.abs),
     "Add": _elementwise(np.add),
     "Sub": _elementwise(np.subtract),

@@ -157,7 +157,8 @@ class _Building:
         if node.operator in _SHAPE_FREE and any(value is not None for value in values):
             self._note_shape(graph, node, values)
             self._note_numbers(graph, node)
-            return [Value() for _ in node.outputs]
+            filled = self._extents(graph, node.inputs[0]) if node.operator == "ConstantOfShape" else None
+            return [Value((), filled) for _ in node.outputs]
         alone = all(value is None for value in values)
         if node.operator == "Constant" or (alone and self.constants.computed.is_known(graph, node.outputs)):
             return []

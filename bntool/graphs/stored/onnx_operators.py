@@ -372,8 +372,14 @@ def _count_axes(call: Call, position: int) -> int | None:
     return value.rank if value is not None else None if found is None else found.ndim
 
 
+def _operands(call: Call) -> tuple[Value | None, Value | None]:
+    """Return the two operands; None for one that is a constant, or depends on shapes alone."""
+    first, second = ((value if value is not None and value.sources else None) for value in call.values[:2])
+    return first, second
+
+
 def _add(call: Call) -> list[Value]:
-    left, right = (*call.values, None, None)[:2]
+    left, right = _operands(call)
     if left is not None and right is not None:
         return [call.builder.add_joint(NodeKind.ADD, call.node.operator, left, right, reads=call.reads)]
     if left is not None:
@@ -382,7 +388,7 @@ def _add(call: Call) -> list[Value]:
 
 
 def _subtract(call: Call) -> list[Value]:
-    left, right = (*call.values, None, None)[:2]
+    left, right = _operands(call)
     if left is not None and right is not None:
         operator = call.node.operator
         return [call.builder.add_joint(NodeKind.ADD, operator, left, right, factors=(1.0, -1.0), reads=call.reads)]
@@ -396,17 +402,24 @@ def _subtract(call: Call) -> list[Value]:
 
 def _add_constant(call: Call, position: int, value: Value, factor: float) -> list[Value]:
     constant = call.constant(position)
-    if constant is None:
-        return call.other()
-    if by_channel(constant, value) is not None:
+    if constant is not None and by_channel(constant, value) is not None:
         return [call.bias(position, value, constant, factor)]
-    shape = _shape_with(constant, value)
+    shape = _shape_with(_shape_of(call, position), value)
     return call.pass_on(NodeKind.CONSTANT_SUM, value=value, shape=shape) if shape is not None else call.other()
 
 
-def _shape_with(constant: Array, value: Value) -> Shape | None:
+def _shape_of(call: Call, position: int) -> Shape | None:
+    """Return the shape of an operand, also of a constant; None where it is not known."""
+    value = call.values[position]
+    if value is not None:
+        return value.shape
+    constant = call.constant(position)
+    return None if constant is None else known(*constant.shape)
+
+
+def _shape_with(constant: Shape | None, value: Value) -> Shape | None:
     """Return the shape of a tensor joined with a constant; None where that gives it more channels, or axes."""
-    shape = broadcast(value, Value((), known(*constant.shape)))
+    shape = broadcast(value, Value((), constant))
     if shape is None or value.shape is None or len(shape) != len(value.shape):
         return None
     return shape if all(shape[axis] == value.shape[axis] for axis in value.axes) else None
@@ -428,7 +441,7 @@ def by_channel(constant: Array, value: Value) -> Array | None:
 
 
 def _multiply(call: Call) -> list[Value]:
-    left, right = (*call.values, None, None)[:2]
+    left, right = _operands(call)
     if left is not None and right is not None:
         data, gate = (
             (right, left) if _is_gate(call.builder, left) and not _is_gate(call.builder, right) else (left, right)
@@ -444,7 +457,7 @@ def _is_gate(builder: GraphBuilder, value: Value) -> bool:
 
 
 def _divide(call: Call) -> list[Value]:
-    left, right = (*call.values, None, None)[:2]
+    left, right = _operands(call)
     if left is None or right is not None:
         return call.other(broadcast(left, right) if left is not None and right is not None else None)
     return _scale(call, 1, left, inverse=True)
@@ -452,10 +465,11 @@ def _divide(call: Call) -> list[Value]:
 
 def _scale(call: Call, position: int, value: Value, *, inverse: bool) -> list[Value]:
     constant = call.constant(position)
-    shape = None if constant is None or constant.dtype.kind != "f" else _shape_with(constant, value)
-    if constant is None or shape is None or (inverse and not np.all(constant)):
+    plain = constant is None or (constant.dtype.kind == "f" and (not inverse or bool(np.all(constant))))
+    shape = _shape_with(_shape_of(call, position), value) if plain else None
+    if shape is None or (constant is None and inverse):  # nothing tells that it is not divided by zero
         return call.other()
-    numbers = by_channel(constant, value)
+    numbers = by_channel(constant, value) if constant is not None else None
     if numbers is None:
         return call.pass_on(NodeKind.CHANNELWISE, value=value, shape=shape)
     with np.errstate(over="ignore"):
@@ -471,8 +485,8 @@ def _negate(call: Call) -> list[Value]:
 
 
 def _sum(call: Call) -> list[Value]:
-    values = [value for value in call.values if value is not None]
-    constants = [position for position, value in enumerate(call.values) if value is None]
+    values = [value for value in call.values if value is not None and value.sources]
+    constants = [position for position, value in enumerate(call.values) if value is None or not value.sources]
     if not values or any(call.constant(position) is None for position in constants):
         return call.other()
     total = values[0]
@@ -484,9 +498,17 @@ def _sum(call: Call) -> list[Value]:
 
 
 def _mean(call: Call) -> list[Value]:
-    if any(value is None for value in call.values):
+    if any(value is None or not value.sources for value in call.values):
         return call.other()
     return call.pass_on(NodeKind.CHANNELWISE, value=_sum(call)[0], factors=(1 / len(call.values),))
+
+
+def _join_unknown(call: Call) -> list[Value]:
+    """Add an operator that joins its inputs element by element and lets nothing pass."""
+    shape = _shape_of(call, 0)
+    for position in range(1, len(call.values)):
+        shape = broadcast(Value((), shape), Value((), _shape_of(call, position)))
+    return call.other(shape)
 
 
 def _expand(call: Call) -> list[Value]:
@@ -656,9 +678,12 @@ _KEEPS_SHAPE = (
     "LpNormalization",
 )  # fmt: skip
 
-JOINING = ("Add", "Sub", "Mul", "Div", "Sum", "Mean", "Concat")  # those that may read several tensors of the data
+_JOINS_UNKNOWN = ("Where", "Max", "Min", "Pow")
+# those that may read several tensors of the data
+JOINING = ("Add", "Sub", "Mul", "Div", "Sum", "Mean", "Concat", *_JOINS_UNKNOWN)
 OPERATORS: Mapping[str, Callable[[Call], list[Value]]] = {
     **dict.fromkeys(_KEEPS_SHAPE, _any_shape),
+    **dict.fromkeys(_JOINS_UNKNOWN, _join_unknown),
     "Identity": _same,
     "Dropout": _dropout,
     "Cast": _cast,

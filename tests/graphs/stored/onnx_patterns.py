@@ -256,6 +256,39 @@ def shuffled_channels_of_a_copied_batch() -> Pattern:
 
 
 @exact
+def plus_ones_of_its_own_shape() -> Pattern:
+    """What depends on the shape alone is a constant: it takes no scale, and channels stay told apart behind it."""
+    one = Pattern(shape=("n", 3, "h", "w"))
+    one.add("Shape", "x", "size")
+    one.add("ConstantOfShape", "size", "ones", value=helper.make_tensor("", TensorProto.FLOAT, [1], [1.5]))
+    one.add("Add", "ones x", "a")
+    one.add("Mul", "a ones", "r")
+    one.add("Transpose", "r", "t", perm=[0, 2, 3, 1])
+    one.put("w", 3, 4)
+    one.add("MatMul", "t w", "m")
+    one.add("Transpose", "m", "c", perm=[0, 3, 1, 2])
+    one.norm("c", "y", positive=False)
+    return one
+
+
+@exact
+def behind_a_choice_between_two_tensors() -> Pattern:
+    """Nothing passes it, and what lies behind it has its shape; so ``torch.lerp`` is exported."""
+    one = Pattern()
+    one.conv("x", "e")
+    one.conv("x", "f")
+    one.give("low", 0.25)
+    one.give("high", 0.5)
+    one.add("Less", "low high", "choice")
+    one.add("Where", "choice e f", "chosen")
+    one.add("ReduceMean", "chosen", "mean", axes=[2, 3], keepdims=0)
+    one.put("w", 4, 4)
+    one.add("MatMul", "mean w", "c")
+    one.norm("c", "y", positive=False)
+    return one
+
+
+@exact
 def one_tap_that_is_padded_by_itself() -> Pattern:
     one = Pattern(shape=("n", 3, "h", "w"), outputs=("y",))
     one.conv("x", "c")
@@ -1301,6 +1334,19 @@ for _name, _options in (
         return one
 
     REFUSED[f"shift_into_a_transposed_convolution_{_name}"] = _shift_into
+
+
+@refused
+def plus_what_depends_on_the_shape() -> Pattern:
+    """One channel before, one behind: the convolution alone could not take the scale of the sum."""
+    one = Pattern(shape=("n", 3, "h", "w"))
+    one.conv("x", "c", given=1)
+    one.add("Shape", "c", "size")
+    one.add("ConstantOfShape", "size", "ones", value=helper.make_tensor("", TensorProto.FLOAT, [1], [1.5]))
+    one.add("Add", "ones c", "d")
+    one.norm("d", "stays", 1)
+    one.add("Sigmoid", "stays", "y")
+    return one
 
 
 @refused

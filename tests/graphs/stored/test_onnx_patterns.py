@@ -27,6 +27,7 @@ WORDS = {  # what stands in the way
     "behind_a_factor_by_place": "Mul lies between",
     "behind_a_sum_by_place": "Add lies between",
     "behind_a_cast": "Cast lies between",
+    "plus_what_depends_on_the_shape": "Add lies between",
     "input_of_a_result": "is also read by the model's output",
     "convolution_read_by_a_sigmoid": "is also read by Sigmoid",
     "convolution_read_in_a_branch": "is also read by Sigmoid",
