@@ -301,6 +301,8 @@ def _space_to_depth(call: Call) -> list[Value]:
     wanted = (shape[0], Extent(shape[1].number * block**2), *spaces)
     if call.data.labels is None or call.data.spread is not None:
         return [call.data.without_labels(wanted)]
+    if not call.data.axes:  # one channel lies everywhere
+        return [call.data.with_extents(wanted)]
     return [dataclasses.replace(call.data, shape=wanted, labels=np.tile(call.data.labels, (block**2, 1)))]
 
 

@@ -272,6 +272,24 @@ def plus_ones_of_its_own_shape() -> Pattern:
 
 
 @exact
+def one_channel_becomes_four() -> Pattern:
+    """It lies along no axis of its own where there is one channel alone."""
+    one = Pattern(shape=(2, 3, 4, 4))
+    one.conv("x", "c", given=1)
+    one.norm("c", "d", 1, positive=False)
+    one.give("flat", [2, 1, 16], "i8")
+    one.give("square", [2, 1, 4, 4], "i8")
+    one.add("Reshape", "d flat", "e")
+    one.put("w", 1, 1)
+    one.add("MatMul", "w e", "f")
+    one.add("Reshape", "f square", "g")
+    one.add("SpaceToDepth", "g", "h", blocksize=2)
+    one.add("Sigmoid", "h", "i")
+    one.add("Mul", "h i", "y")
+    return one
+
+
+@exact
 def behind_a_choice_between_two_tensors() -> Pattern:
     """Nothing passes it, and what lies behind it has its shape; so ``torch.lerp`` is exported."""
     one = Pattern()
