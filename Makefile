@@ -17,6 +17,8 @@ WORKERS ?= 2
 ZOO ?=
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 export PIP_NO_INPUT = 1
+# else each process compiles what it imports
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: help demo test same check lint types bench gpu fuzz oracles zoo corpus catalogue samples docs site wheel release clean
 

@@ -36,7 +36,7 @@ def run(name: str, *arguments: object, code: int = 0, **options: Any) -> subproc
 
 
 def list_loaded(*arguments: object, **options: Any) -> set[str]:
-    """The modules that are loaded after ``import MODULE...`` or after a command of bntool."""
+    """The modules that are loaded after ``import MODULE...`` or after commands of bntool, parted by ``;``."""
     return set(run("loaded_modules", *arguments, **options).stdout.splitlines()[-1].split())
 
 

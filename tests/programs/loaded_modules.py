@@ -1,4 +1,7 @@
-"""Print, in one last line, the modules that are loaded after ``import MODULE...`` or after a command of bntool."""
+"""Print, in one last line, the modules that are loaded after ``import MODULE...`` or after commands of bntool.
+
+One command is parted from the next by ``;``, and each must end with 0 but the last.
+"""
 
 import sys
 
@@ -10,10 +13,15 @@ if sys.argv[1] == "import":
 else:
     from bntool.cli.main import main
 
-    try:
-        code = main(sys.argv[1:])
-    except SystemExit as end:  # --help
-        code = end.code
+    words, code = sys.argv[1:], 0
+    while words and code == 0:
+        end = words.index(";") if ";" in words else len(words)
+        try:
+            code = main(words[:end])
+        except SystemExit as ended:  # --help
+            code = ended.code
+        words = words[end + 1 :]
+    assert not words, f"{code}, before {words}"
 sys.stdout.flush()
 print("", *sorted(set(sys.modules) - before))
 sys.exit(code)
