@@ -90,7 +90,7 @@ def test_a_terminal_is_left_as_if_nothing_had_been_shown(tmp_path: Path, workers
     os.close(terminal)
     text = shown.decode()
     assert child.wait() == 0, text
-    assert ("importing torch" in text) == bool(workers)  # which the forked one has imported
+    assert "importing torch" in text or not workers  # the forked one has imported it
     assert "pooled statistics: " in text
     assert "━" in text
     assert "the user says this" in text
