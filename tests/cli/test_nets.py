@@ -164,8 +164,8 @@ def test_a_fold_that_onnxruntime_contradicts_is_not_written(tmp_path, capsys, mo
     def wrong(tensor, recipe):  # every weight becomes zeros
         return LiteralTensor(tensor.dtype, tensor.shape, bytes(tensor.dtype.byte_count(int(np.prod(tensor.shape)))))
 
-    monkeypatch.setattr(producers, "_scale", wrong)
-    monkeypatch.setattr("bntool.checkpoints.application.ScaledTensor", lambda source, **_: wrong(source, None))
+    monkeypatch.setattr(producers, "scale", wrong)
+    monkeypatch.setattr("bntool.checkpoints.application.scale", wrong)
     target = tmp_path / "folded.onnx"
     assert main(["fold", str(FOLDER / "onnx_folding" / "opset13.onnx"), "-o", str(target)]) == 5
     assert "puts out something else" in capsys.readouterr().err
