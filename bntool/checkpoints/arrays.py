@@ -1,6 +1,6 @@
 """The arithmetic on large tensors that rewriting a file needs, in numpy, a chunk at a time.
 
-The one module of this package that imports numpy; it is imported only when such a tensor is written.
+It imports numpy, and is imported only when such a tensor is written.
 """
 
 from __future__ import annotations
@@ -12,11 +12,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bntool.checkpoints.dtypes import BFLOAT16, FLOAT16, FLOAT32, FLOAT64, DType
+from bntool.checkpoints.dtypes import BFLOAT16, FLOAT16, FLOAT32, FLOAT64, DType, round_array_to_bfloat16
 from bntool.checkpoints.files import CHUNK, Chunk
 from bntool.checkpoints.tensors import StoredTensor, Tensor, read_bytes, swap_bytes
-
-SMALLEST_NORMAL = {FLOAT64: 2.0**-1022, FLOAT32: 2.0**-126, BFLOAT16: 2.0**-126, FLOAT16: 2.0**-14}
 
 FAR_FROM_OVERFLOW = {FLOAT64: 2.0**1000, FLOAT32: 2.0**127, BFLOAT16: 2.0**127, FLOAT16: 2.0**15}
 
@@ -53,23 +51,6 @@ def _check_range(rounded: Array, dtype: DType, *sources: Array) -> None:
     finite = np.logical_and.reduce(np.broadcast_arrays(*map(np.isfinite, sources)))
     if np.any(finite & ~np.isfinite(rounded)):
         raise OverflowError(f"a result is too large for {dtype}")
-
-
-def _round_to_bfloat16(values: Array) -> tuple[Array, Array]:
-    """Round to bfloat16; return the bits of the nearest numbers, and their values.
-
-    Going through float32 would round twice; the float32 is therefore rounded to odd first (Boldo and Melquiond 2008),
-    after which rounding again to fewer bits gives the same as rounding once.
-    """
-    single = values.astype("<f4")
-    bits = single.view("<u4").copy()
-    inexact = np.isfinite(single) & (single.astype("<f8") != values)
-    too_large = inexact & (np.abs(single.astype("<f8")) > np.abs(values))
-    bits[too_large] -= 1  # the neighbour toward zero; sign and magnitude make this right for both signs
-    bits[inexact] |= 1
-    upper = bits + 0x7FFF + ((bits >> 16) & 1)
-    upper = np.where(np.isnan(single), bits | 0x400000, upper) & 0xFFFF0000
-    return (upper >> 16).astype("<u2"), upper.astype("<u4").view("<f4")
 
 
 def whole_rows(chunks: Iterable[Chunk], row: int) -> Iterator[Chunk]:
@@ -229,7 +210,7 @@ def _round(wide: Array, dtype: DType) -> tuple[Array, Array]:
 def _cast(wide: Array, dtype: DType) -> tuple[Array, Array]:
     """Round as :func:`_round` does, where numpy is told already not to warn."""
     if dtype is BFLOAT16:
-        return _round_to_bfloat16(wide)
+        return round_array_to_bfloat16(wide)
     rounded = wide.astype(_NUMPY[dtype])
     return rounded, rounded
 
@@ -345,7 +326,7 @@ class Product:
         if extra is not None:
             wide.reshape(-1)[extra[0]] += extra[1]
         if self._flush:
-            wide[np.abs(wide) < SMALLEST_NORMAL[self._dtype]] = 0
+            wide[np.abs(wide) < self._dtype.smallest_normal] = 0
         return wide
 
     def _reuse(self, name: str, like: Array, kind: str) -> Array:

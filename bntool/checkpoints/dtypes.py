@@ -8,8 +8,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 from functools import cached_property, lru_cache
+from typing import TYPE_CHECKING, Any
 
 from bntool.errors import NoNumbersError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    Array = NDArray[Any]
 
 
 class NumberKind(Enum):
@@ -56,8 +62,13 @@ class DType:
 
     @property
     def spacing(self) -> float:
-        """Relative spacing of its numbers; 0 for whole numbers and small types."""
-        return {"float64": 2.0**-52, "float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}.get(self.name, 0.0)
+        """Relative spacing of its numbers, ``torch.finfo(dtype).eps``; 0 for types that are not floating."""
+        return _SPACINGS.get(self.name, 0.0)
+
+    @property
+    def smallest_normal(self) -> float:
+        """The smallest number that has all digits, as ``torch.finfo(dtype).smallest_normal``; 0 below 16 bits."""
+        return _SMALLEST_NORMALS.get(self.name, 0.0)
 
     def byte_count(self, elements: int) -> int:
         return (elements * self.bits + 7) // 8
@@ -66,6 +77,18 @@ class DType:
         return self.name
 
 
+_SPACINGS = {
+    "float64": 2.0**-52,
+    "float32": 2.0**-23,
+    "float16": 2.0**-10,
+    "bfloat16": 2.0**-7,
+    "float8_e4m3fn": 2.0**-3,
+    "float8_e4m3fnuz": 2.0**-3,
+    "float8_e5m2": 2.0**-2,
+    "float8_e5m2fnuz": 2.0**-2,
+    "float8_e8m0fnu": 1.0,
+}
+_SMALLEST_NORMALS = {"float64": 2.0**-1022, "float32": 2.0**-126, "float16": 2.0**-14, "bfloat16": 2.0**-126}
 _FLOAT, _INTEGER, _OPAQUE = NumberKind.FLOAT, NumberKind.INTEGER, NumberKind.OPAQUE
 
 FLOAT64 = DType("float64", 64, _FLOAT, "F64", "DoubleStorage", "d")
@@ -195,6 +218,25 @@ def _round_to_bfloat16(value: float) -> int:
     steps = round(math.ldexp(magnitude, -unit))  # exact scaling, then ties to even
     pattern = steps if unit == -133 else ((unit + 133) << 7) + steps
     return sign | min(pattern, 0x7F80)
+
+
+def round_array_to_bfloat16(values: Array) -> tuple[Array, Array]:
+    """Round float64 to bfloat16, ties to even, in one rounding; return the bits, and the values, of what is nearest.
+
+    Going through float32 would round twice; the float32 is therefore rounded to odd first (Boldo and Melquiond 2008),
+    after which rounding again to fewer bits gives the same as rounding once.
+    """
+    import numpy as np  # listing a file never comes here
+
+    single = values.astype("<f4")
+    bits = single.view("<u4").copy()
+    inexact = np.isfinite(single) & (single.astype("<f8") != values)
+    too_large = inexact & (np.abs(single.astype("<f8")) > np.abs(values))
+    bits[too_large] -= 1  # the neighbour toward zero; sign and magnitude make this right for both signs
+    bits[inexact] |= 1
+    upper = bits + 0x7FFF + ((bits >> 16) & 1)
+    upper = np.where(np.isnan(single), bits | 0x400000, upper) & 0xFFFF0000
+    return (upper >> 16).astype("<u2"), upper.astype("<u4").view("<f4")
 
 
 def _as_integer(value: float, dtype: DType) -> int:

@@ -105,6 +105,11 @@ def read_number(tensor: Tensor, *, name: str) -> float:
     return read_numbers(tensor, name=name)[0]
 
 
+def find_coarsest_spacing(tensors: Iterable[Tensor]) -> float:
+    """Return the relative spacing of numbers in the coarsest floating dtype among tensors; 0 where none is floating."""
+    return max((tensor.dtype.spacing for tensor in tensors), default=0.0)
+
+
 def describe_shape(shape: Sequence[int]) -> str:
     """Return a shape as PyTorch prints it; of a hostile file's the first eight dimensions."""
     return f"[{', '.join(map(str, shape[:8]))}{', ...' if len(shape) > 8 else ''}]"

@@ -14,6 +14,7 @@ from torch import nn
 
 from bntool.checkpoints.application import change_state_dict
 from bntool.checkpoints.checkpoint import StateDict
+from bntool.checkpoints.tensors import find_coarsest_spacing
 from bntool.choices import choose
 from bntool.errors import RefusedError, UsageError, UserCodeError, VerificationError
 from bntool.folding.layouts import apply_fold, plan_layout
@@ -183,7 +184,7 @@ def prove(
         UserCodeError, VerificationError: as :func:`fold`.
     """
     tried = [*with_random_inputs(inputs), *others]
-    points, unit = find_points(graph, plan), _spacing(state_dict)
+    points, unit = find_points(graph, plan), find_coarsest_spacing(state_dict.tensors.values())
     change = _change(graph, plan)
 
     def attempt(plan: FoldPlan) -> tuple[nn.Module, Agreement]:
@@ -271,12 +272,6 @@ def _runs(model: nn.Module, inputs: Any) -> bool:
         except UserCodeError:
             return False
     return True
-
-
-def _spacing(state_dict: StateDict) -> float:
-    """Return the relative spacing of numbers in the coarsest dtype that a fold rounds to."""
-    names = {tensor.dtype.name for tensor in state_dict.tensors.values() if tensor.dtype.is_floating}
-    return max((torch.finfo(getattr(torch, name)).eps for name in names if hasattr(torch, name)), default=0.0)
 
 
 def add_eps(graph: ModelGraph, model: nn.Module) -> ModelGraph:

@@ -13,6 +13,7 @@ from bntool.checkpoints.checkpoint import Checkpoint, Loader
 from bntool.checkpoints.descriptions import ModelDescription, write_description
 from bntool.checkpoints.outputs import OutputFiles, check_output_differs
 from bntool.checkpoints.saving import write_checkpoint
+from bntool.checkpoints.tensors import find_coarsest_spacing
 from bntool.errors import MissingExtraError, UsageError
 from bntool.folding.options import ProgramKind
 
@@ -103,7 +104,7 @@ def _run(fold: CheckpointFold, output: Path, files: OutputFiles, *, tolerance: f
         return fold
     from bntool.folding.runtime_agreement import compare_in_onnxruntime
 
-    spacing = max((t.dtype.spacing for s in checkpoint.state_dicts for t in s.tensors.values()), default=0.0)
+    spacing = find_coarsest_spacing(tensor for some in checkpoint.state_dicts for tensor in some.tensors.values())
     assert isinstance(checkpoint.path, Path)
     with files.preview(output) as preview:
         agreement = compare_in_onnxruntime(checkpoint.path, preview, tolerance=tolerance, unit=spacing)

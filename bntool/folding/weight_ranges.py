@@ -15,7 +15,6 @@ import numpy as np
 from bntool.batchnorm import STATISTICS
 from bntool.checkpoints.arrays import (
     FAR_FROM_OVERFLOW,
-    SMALLEST_NORMAL,
     Array,
     Product,
     as_bits,
@@ -320,7 +319,7 @@ def _read_extremes(tensor: Tensor, recipe: Scaled) -> _Extremes:
 
 
 def _count_subnormal(tensor: Tensor, recipe: Scaled, smallest: Array) -> int:
-    bound = SMALLEST_NORMAL[tensor.dtype] if tensor.dtype in _SLOW else 0.0
+    bound = tensor.dtype.smallest_normal if tensor.dtype in _SLOW else 0.0
     if not np.any(smallest < bound):
         return 0
     magnitudes = (np.abs(as_numbers(rows.tobytes(), tensor.dtype)) for rows in _rows(tensor, recipe))

@@ -11,12 +11,12 @@ from itertools import accumulate
 from typing import Any
 
 from bntool.batchnorm import DEFAULT_EPS, STATISTICS, VECTORS
+from bntool.checkpoints.dtypes import FLOAT16
 from bntool.inspection.findings import Finding, FindingCode, Severity
 from bntool.inspection.results import Summary
 from bntool.inspection.thresholds import DEFAULTS, Thresholds
 from bntool.representation import format_number
 
-HALF_SMALLEST_NORMAL = 2.0**-14
 HALF_LARGEST = 65504.0
 USUAL_MOMENTUM = 0.1
 
@@ -471,7 +471,7 @@ def _half(mean: Summary, variance: Summary) -> list[Finding]:
     advice = "keep statistics in float32 where training goes on"
     findings = [Finding(FindingCode.HALF_STATISTICS, Severity.NOTICE, variance.dtype, message, advice=advice)]
     if variance.dtype == "float16":
-        small = tuple(i for i, value in enumerate(variance.values) if 0 <= value < HALF_SMALLEST_NORMAL)
+        small = tuple(i for i, value in enumerate(variance.values) if 0 <= value < FLOAT16.smallest_normal)
         if small:
             message = (
                 f"running_var is below float16's normal range in {len(small)} channels: it lost digits or became 0"

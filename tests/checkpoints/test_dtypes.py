@@ -76,6 +76,12 @@ def test_sizes_and_kinds_are_those_of_torch(dtype: object) -> None:
     assert known.is_complex == (dtype.kind is NumberKind.COMPLEX)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_spacing_and_smallest_normal_number_are_those_of_torch(dtype: torch.dtype) -> None:
+    known, torchs = BY_NAME[str(dtype).removeprefix("torch.")], torch.finfo(dtype)
+    assert (known.spacing, known.smallest_normal) == (torchs.eps, torchs.smallest_normal)
+
+
 def test_every_dtype_of_safetensors_and_torch_is_known() -> None:
     from safetensors.torch import _TYPES
 
