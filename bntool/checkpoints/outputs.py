@@ -28,7 +28,6 @@ _SMALL = 1 << 14  # bytes from which on they are not copied before they are writ
 _WINDOWS_IN_USE = (5, 32)  # access denied, sharing violation
 _STEP = 1 << 24  # bytes that are sent to the disk together
 _SYNC_FILE_RANGE_WRITE = 2  # of linux/fs.h: begin to write, and wait for nothing
-_FALLOC_FL_KEEP_SIZE = 1  # of linux/falloc.h: the file ends where it did
 _KINDS = {stat.S_IFLNK: "a symbolic link", stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket"}
 _unfinished: dict[Path, int] = {}  # temporary files and folders, with the process that made them
 _written: list[Path] = []
@@ -207,13 +206,11 @@ class _OutputStream(io.FileIO):
         self._note(self._end - rest)
 
     def _note(self, place: int) -> None:
-        """Give the disk what was written up to a place, once it is much, and have it keep room for what follows."""
+        """Give the disk what was written up to a place, once it is much."""
         if place - self._sent >= _STEP:
-            begin, reserve = _find_in_c("sync_file_range"), _find_in_c("fallocate")
+            begin = _find_sync_file_range()
             if begin is not None:  # what fails here is told by fsync
                 begin(self.fileno(), self._sent, place - self._sent, _SYNC_FILE_RANGE_WRITE)
-            if reserve is not None:  # what fails here is told by write
-                reserve(self.fileno(), _FALLOC_FL_KEEP_SIZE, place, 2 * _STEP)
             self._sent = place
 
     def flush(self) -> None:
@@ -221,10 +218,8 @@ class _OutputStream(io.FileIO):
             self._write_out(rest=0)
 
     def sync(self) -> None:
-        """Bring it to the disk as a whole, without the room that was kept beyond its end."""
+        """Bring it to the disk as a whole."""
         self.flush()
-        if self._sent:
-            self.truncate(self.seek(0, os.SEEK_END))
         os.fsync(self.fileno())
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
@@ -261,19 +256,17 @@ def _write_parts(file: io.FileIO, parts: Sequence[bytes | bytearray | memoryview
 
 
 @cache
-def _find_in_c(name: str) -> Callable[[int, int, int, int], int] | None:
-    """Return sync_file_range(2) or fallocate(2) of Linux, which Python has not; None elsewhere."""
+def _find_sync_file_range() -> Callable[[int, int, int, int], int] | None:
+    """Return Linux's sync_file_range(2), which Python has not; None elsewhere."""
     if sys.platform != "linux":
         return None
     try:
         import ctypes
 
-        function = getattr(ctypes.CDLL(None), name)
+        function = ctypes.CDLL(None).sync_file_range
     except (ImportError, OSError, AttributeError):
         return None
-    integer = ctypes.c_int64
-    takes = {"sync_file_range": (integer, integer, ctypes.c_uint), "fallocate": (ctypes.c_int, integer, integer)}
-    function.argtypes = (ctypes.c_int, *takes[name])
+    function.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
     return cast("Callable[[int, int, int, int], int]", function)
 
 

@@ -163,14 +163,14 @@ def test_files_appear_together_or_not_at_all(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems have no sync_file_range")
 def test_bytes_go_to_the_disk_while_the_next_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    begin, sent = outputs._find_in_c("sync_file_range"), []
+    begin, sent = outputs._find_sync_file_range(), []
     assert begin is not None
 
     def begin_and_note(descriptor: int, offset: int, length: int, flags: int) -> int:
         sent.append((offset, offset + length))
         return begin(descriptor, offset, length, flags)
 
-    monkeypatch.setattr(outputs, "_find_in_c", {"sync_file_range": begin_and_note}.get)
+    monkeypatch.setattr(outputs, "_find_sync_file_range", lambda: begin_and_note)
     monkeypatch.setattr(outputs, "_STEP", 1 << 20)
     monkeypatch.setattr(files, "_COPIED", 1 << 20)
     data = os.urandom(5 << 20)
@@ -224,27 +224,6 @@ def test_a_stream_writes_and_reads_as_the_files_of_python_do(
         peer.seek(0)
         assert stream.read() == peer.read()
     assert (tmp_path / "file").read_bytes() == (tmp_path / "peer").read_bytes()
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no fallocate")
-def test_no_room_is_kept_beyond_the_end_of_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    reserve, kept = outputs._find_in_c("fallocate"), []
-    assert reserve is not None
-
-    def reserve_and_note(descriptor: int, mode: int, offset: int, length: int) -> int:
-        kept.append(offset + length)
-        return reserve(descriptor, mode, offset, length)
-
-    monkeypatch.setattr(outputs, "_find_in_c", {"fallocate": reserve_and_note}.get)
-    monkeypatch.setattr(outputs, "_STEP", 1 << 20)
-    with OutputFiles() as output:
-        stream = output.open(tmp_path / "a")
-        for _ in range(5):
-            stream.write(bytes(1 << 20))
-        stream.write(b"end")
-    status = (tmp_path / "a").stat()
-    assert status.st_size == (5 << 20) + 3 < kept[-1]
-    assert status.st_blocks * 512 < (6 << 20)
 
 
 def test_if_one_file_cannot_appear_none_does(tmp_path: Path) -> None:
