@@ -566,12 +566,11 @@ class Shifts(Unknowns):
                 (changed,) = self._changed.nonzero()
                 here = self._changed[sums.roots] if changed.size else np.zeros((3, 0), bool)
                 (which,) = (here[0] | here[1] | here[2]).nonzero()
-                if which.size:
-                    moved = True
-                    self._use(sums, which)
-                self._changed[changed] = False
+                self._changed[changed] = False  # what is used now may change others
                 if not which.size:
                     break
+                moved = True
+                self._use(sums, which)
             # with fewer sums there still is an order in which they can be solved
             if moved and self._peel(sums.roots[:, sums.is_open]) is None:
                 raise Contradiction(np.ones(1, bool), ())
