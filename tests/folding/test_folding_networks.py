@@ -312,6 +312,7 @@ seen: Counter[str] = Counter()
 )
 @example(1123033, Layout.FOLDED)  # one layer, called with two eps
 @example(690660660, Layout.FOLDED)  # a sum that the use of others leaves with one unknown
+@example(4276676700, Layout.FOLDED)  # scales 10^21 apart: shifts that follow from one another lose their digits
 @example(743623041, Layout.FOLDED)  # one layer, of whose calls one stores its output otherwise
 @given(st.integers(0, 2**32), st.sampled_from(LAYOUTS))
 def test_random_networks_are_folded_exactly_or_not_at_all(seed: int, layout: Layout) -> None:

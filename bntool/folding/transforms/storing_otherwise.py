@@ -45,6 +45,7 @@ Target = Producer | ScaleAndShift | Addend
 # at most 2^-13 of the spread, in float64 2^-31
 _MOST = {FLOAT64: 2.0**22, FLOAT32: 2.0**11}
 _MOST_IN_HALF = 8.0
+_SURE = 2.0**-36  # how far shifts may miss what a BatchNorm asks of them, in relation to the terms
 _BATCHNORM = "BatchNorm "  # before the name of a target that is one: a weight may have the same
 
 
@@ -278,11 +279,22 @@ class StoringOtherwise:
         return self.transforms[layer].can_absorb and len(self.graph.batchnorms[layer]) == 1
 
     def _find_noise(self, system: ChannelTransforms, layer: str) -> str:
-        """Say where rounding of what is stored matters to those who read it beside this BatchNorm, if anywhere."""
+        """Say where rounding of what is stored matters to those who read it beside this BatchNorm, or shifts that follow
+        from one another could not be computed, if anywhere.
+        """
+        own = self.transforms[layer]
         for call in self.graph.batchnorms[layer]:
             read = system.input(call)
-            if read is not None and (noise := self._describe_noise(system, call, read.shift)):
+            if read is None:
+                continue
+            if noise := self._describe_noise(system, call, read.shift):
                 return noise
+            # one that follows from another in units 10^14 times as large has lost its digits
+            terms = system.output(call).shift, own.shift, -own.scale * read.shift
+            far = np.abs(sum(terms)) > _SURE * sum(map(np.abs, terms))
+            if far.any():
+                where = f"in {int(far.sum())} of {len(far)} channels"
+                return f"scales around it are too far apart {where} to compute its shift from others in float64"
         return ""
 
     def _find_settled_noise(self, system: ChannelTransforms, layer: str) -> str:
