@@ -279,8 +279,8 @@ class StoringOtherwise:
         return self.transforms[layer].can_absorb and len(self.graph.batchnorms[layer]) == 1
 
     def _find_noise(self, system: ChannelTransforms, layer: str) -> str:
-        """Say where rounding of what is stored matters to those who read it beside this BatchNorm, or shifts that follow
-        from one another could not be computed, if anywhere.
+        """Say where rounding of what is stored matters to those who read it beside this BatchNorm, if anywhere, or
+        where shifts that follow from one another could not be computed.
         """
         own = self.transforms[layer]
         for call in self.graph.batchnorms[layer]:
