@@ -194,7 +194,7 @@ class BatchNorm(LayerArrays):
     @property
     def num_batches_tracked(self) -> Any:
         """See :meth:`read`."""
-        return self.read("num_batches_tracked")
+        return self.read(COUNTER)
 
     @property
     def has_statistics(self) -> bool:

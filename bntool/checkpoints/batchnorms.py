@@ -8,10 +8,11 @@ from bisect import bisect_left
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
-from bntool.batchnorm import AFFINE, ROLES, STATISTICS, BatchNorm, EpsSource, NormKind, find_class_kind
+from bntool.batchnorm import AFFINE, COUNTER, ROLES, STATISTICS, BatchNorm, EpsSource, NormKind, find_class_kind
 from bntool.checkpoints.checkpoint import ModuleInfo, NotUnderstood, StateDict
 from bntool.checkpoints.state_dicts import FLAT_AVERAGE, flatten_average
 from bntool.checkpoints.tensors import Tensor, count_elements
+from bntool.names import join_name
 
 # leaf names that give a relative of BatchNorm away
 _TELLTALES = {
@@ -77,13 +78,12 @@ def find_computed(layer: str, groups: Mapping[str, Mapping[str, Tensor]]) -> dic
         groups: the tensors of each module, see :func:`group_tensors`.
     """
     own = groups.get(layer, {})
-    dotted = f"{layer}." if layer else ""
     found: dict[str, tuple[str, ...]] = {}
     for role in AFFINE:
         if role not in own:
-            below = f"{dotted}parametrizations.{role}"
+            below = join_name(layer, f"parametrizations.{role}")
             names = [
-                f"{dotted}{leaf}" for leaf in own if leaf.startswith(f"{role}_") or leaf in _CALLED_OTHERWISE[role]
+                join_name(layer, leaf) for leaf in own if leaf.startswith(f"{role}_") or leaf in _CALLED_OTHERWISE[role]
             ]
             names += [f"{below}.{leaf}" for leaf in groups.get(below, ())]
             found |= {role: tuple(names)} if names else {}
@@ -376,7 +376,7 @@ def _kind_with_statistics(
     if weight is not None and _are_repeated(count_elements(mean.shape), count_elements(weight.shape)):
         return NormKind.GHOST_BATCH_NORM
     # torch before 0.4.1 had no num_batches_tracked either, but no versions: those count as BatchNorm
-    if "num_batches_tracked" not in tensors and weight is not None and version in (1, 3):
+    if COUNTER not in tensors and weight is not None and version in (1, 3):
         return NormKind.FROZEN_BATCH_NORM
     return NormKind.BATCH_NORM
 

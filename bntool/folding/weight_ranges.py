@@ -12,7 +12,7 @@ from typing import Any, Literal, TypeVar
 
 import numpy as np
 
-from bntool.batchnorm import STATISTICS
+from bntool.batchnorm import BUFFERS
 from bntool.checkpoints.arrays import (
     FAR_FROM_OVERFLOW,
     Array,
@@ -32,7 +32,6 @@ from bntool.plan import Plan, RenameTensor, Scaled, SetTensor
 # float16 is not among them: its subnormals are ordinary small weights, and CPUs calculate them in float32
 _SLOW = (FLOAT64, FLOAT32, BFLOAT16)
 _INFINITY = {FLOAT64: 0x7FF << 52, FLOAT32: 0xFF << 23, BFLOAT16: 0xFF << 7, FLOAT16: 0x1F << 10}  # its bits
-_BUFFERS = (*STATISTICS, "num_batches_tracked")
 PlanKind = TypeVar("PlanKind", bound=Plan)
 _UNEVEN = 1 / 8  # of the range of the tensor: the average channel has lost 3 of the bits of a per-tensor quantisation
 
@@ -255,7 +254,7 @@ def count_removed(before: StateDict, after: StateDict) -> Removed:
     totals = {True: 0, False: 0}
     for sign, state_dict in ((1, before), (-1, after)):
         for name, tensor in state_dict.tensors.items():
-            totals[name.rpartition(".")[2] in _BUFFERS] += sign * count_elements(tensor.shape)
+            totals[name.rpartition(".")[2] in BUFFERS] += sign * count_elements(tensor.shape)
     return Removed(parameters=totals[False], buffers=totals[True])
 
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bntool.batchnorm import ROLES, BatchNorm, NormKind, check_globs, selects
+from bntool.batchnorm import COUNTER, ROLES, BatchNorm, NormKind, check_globs, selects
 from bntool.checkpoints.batchnorms import find_flat_averages, find_norms
 from bntool.checkpoints.checkpoint import Checkpoint, StateDict
 from bntool.checkpoints.dtypes import NumberKind
@@ -348,7 +348,7 @@ def _inspect_layer(
     findings += find_in_module(layer, expected, thresholds)
     of_torch = not layer.class_path or layer.class_path.startswith("torch.")  # others have no such counter
     has_counter = layer.kind is not NormKind.FROZEN_BATCH_NORM and layer.has_statistics
-    if of_torch and has_counter and "num_batches_tracked" not in layer.tensors:
+    if of_torch and has_counter and COUNTER not in layer.tensors:
         message = (
             "num_batches_tracked is missing: saved before torch 0.4.1, or by another framework; harmless in eval mode"
         )

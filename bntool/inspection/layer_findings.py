@@ -10,7 +10,7 @@ from collections.abc import Collection, Mapping, Sequence
 from itertools import accumulate
 from typing import Any
 
-from bntool.batchnorm import DEFAULT_EPS, STATISTICS, VECTORS
+from bntool.batchnorm import COUNTER, DEFAULT_EPS, STATISTICS, VECTORS
 from bntool.checkpoints.dtypes import FLOAT16
 from bntool.inspection.findings import Finding, FindingCode, Severity
 from bntool.inspection.results import Summary
@@ -53,7 +53,7 @@ def find_in_layer(
         findings += _variance(variance, weights, eps=eps, thresholds=thresholds)
         outlying = _outlying(mean, variance, thresholds)
         findings += outlying
-        initial = _initial(mean, variance, tensors.get("num_batches_tracked"), thresholds)
+        initial = _initial(mean, variance, tensors.get(COUNTER), thresholds)
         findings += initial
         hidden = {i for f in outlying if f.code is FindingCode.OUTLYING_VARIANCE for i in f.channels}
         if not is_weight_unknown:
@@ -498,7 +498,7 @@ _NOT_IN_HALF = "store statistics in float32, then recalibrate"
 def _counter(
     tensors: dict[str, Summary], *, tells_nothing: bool, momentum: float | None, averages_all: bool, few: float
 ) -> list[Finding]:
-    counter = tensors.get("num_batches_tracked")
+    counter = tensors.get(COUNTER)
     if counter is None:
         return []
     if counter.dtype != "int64" or len(counter.values) != 1:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bntool.batchnorm import BatchNorm, LayerArrays, NormKind
+from bntool.batchnorm import COUNTER, BatchNorm, LayerArrays, NormKind
 from bntool.checkpoints.checkpoint import Checkpoint, StateDict
 from bntool.checkpoints.tensors import Tensor
 from bntool.graphs.architectures.recognition import Architecture
@@ -86,7 +86,7 @@ class LayerInspection(LayerArrays):
     @property
     def num_batches_tracked(self) -> int | None:
         """None where there is none."""
-        counter = self.tensors.get("num_batches_tracked")
+        counter = self.tensors.get(COUNTER)
         return int(counter.values[0]) if counter is not None and len(counter.values) == 1 else None
 
     def read(self, role: str) -> Any:
