@@ -13,6 +13,7 @@ from torch import nn
 
 from bntool.errors import BntoolError, RefusedError, UsageError, UserCodeError
 from bntool.folding.live import fold
+from bntool.recalibration.exact.paused_forwards import PausedForward
 from bntool.recalibration.live import recalibrate
 
 METHODS = pytest.mark.parametrize("method", ["pooled", "exact"])
@@ -416,7 +417,16 @@ def test_a_thread_that_hands_over_nothing_is_not_waited_for(monkeypatch):
     assert_stores(model.norm, batches)
 
 
-def test_layers_that_a_model_calls_in_threads():
+@pytest.mark.parametrize("late", [False, True])
+def test_layers_that_a_model_calls_in_threads(late, monkeypatch):
+    if late:  # whoever waits for a forward looks at it only when what failed in a thread has ended all of it
+        wait = PausedForward._wait_for_return
+
+        def wait_for_the_end(self):
+            wait(self)
+            self._thread.join(timeout=5)
+
+        monkeypatch.setattr(PausedForward, "_wait_for_return", wait_for_the_end)
     model, batches = Branches(), make_batches()
     recalibrate(model, batches)
     assert_stores(model.left, batches)

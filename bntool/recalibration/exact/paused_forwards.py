@@ -34,6 +34,7 @@ class PausedForward:
         self._run = run
         self._go = threading.Semaphore(0)
         self._back = threading.Semaphore(0)
+        self._lock = threading.Lock()
         self._error: BaseException | None = None
         self._abandoned = False
         context = contextvars.copy_context()
@@ -45,8 +46,14 @@ class PausedForward:
             if not self._abandoned:
                 self._run()
         except BaseException as error:  # noqa: BLE001 handed to the thread that waits for it
-            self._error = error
+            self._end_with(error)
         self._back.release()
+
+    def _end_with(self, error: BaseException) -> None:
+        """Keep the first error: a later one, perhaps in another thread, only follows from it."""
+        with self._lock:
+            if self._error is None:
+                self._error = error
 
     def advance(self) -> None:
         """Let it run to the next layer, or to the end: then ``reached`` is None.
@@ -82,10 +89,12 @@ class PausedForward:
         if self._abandoned:  # code of the model caught what ended it at an earlier layer
             raise AbandonedError
         if threading.current_thread() is not self._thread:
-            self._error = RefusedError(
-                "the model calls this layer in a thread of its own, which cannot be stopped on its way; use "
-                "--method pooled",
-                tensor=layer,
+            self._end_with(
+                RefusedError(
+                    "the model calls this layer in a thread of its own, which cannot be stopped on its way; use "
+                    "--method pooled",
+                    tensor=layer,
+                )
             )
             self._back.release()  # the forward may wait for that thread for ever
             raise AbandonedError
