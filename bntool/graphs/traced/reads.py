@@ -6,6 +6,7 @@ from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
+import numpy as np
 from torch import Tensor
 
 from bntool.graphs.graph import Edge, Node, NodeKind, shorten
@@ -90,16 +91,20 @@ class Reads:
         return tuple(nodes), tuple(edges), {name: frozenset(users) for name, users in self._uses.items()}
 
     def _edges(self, node: int, port: int, meeting: Meeting) -> Iterable[Edge]:
-        by_source: dict[int, list[tuple[int, int]]] = {}
-        channels = meeting.channels if meeting.channels is not None else (0,) * len(meeting.labels)
-        for label, channel in zip(meeting.labels, channels, strict=True):
-            position = bisect_right(self._bases, label) - 1
-            by_source.setdefault(position, []).append((label - self._bases[position], channel))
-        for position, pairs in by_source.items():
+        """Group what meets there by the node that computed it, in the order in which these are met."""
+        if not meeting.labels:
+            return
+        labels = np.array(meeting.labels)
+        positions = np.searchsorted(self._bases, labels, side="right") - 1
+        order = np.argsort(positions, kind="stable")
+        groups = np.split(order, np.flatnonzero(np.diff(positions[order])) + 1)
+        for group in sorted(groups, key=lambda group: int(group[0])):
+            position = positions[group[0]]
+            targets = None if meeting.channels is None else np.array(meeting.channels)[group]
             yield Edge(
                 source=self._nodes[position],
                 target=node,
                 port=port,
-                sources=shorten(tuple(source for source, _ in pairs)),
-                targets=None if meeting.channels is None else shorten(tuple(target for _, target in pairs)),
+                sources=shorten(tuple((labels[group] - self._bases[position]).tolist())),
+                targets=None if targets is None else shorten(tuple(targets.tolist())),
             )

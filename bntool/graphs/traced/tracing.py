@@ -144,6 +144,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.completed: dict[int, int] = {}  # from a product to the sum that makes it a linear or a frozen BatchNorm
         self.branches_at: int | None = None
         self.branches_in = ""
+        self.read_by_branches: dict[int, Tensor] = {}
         self.composite = ""  # what the operations that are recorded are parts of
         self.called: set[int] = set()  # modules, by identity
         self.in_instance_norm = False  # which torch computes by its BatchNorm
@@ -310,10 +311,13 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         Args:
             how: by which method of a tensor.
 
-        That path may read whatever is still alive, and all that follows here is proven for this input only.
+        That path may read whatever is still alive, and all that follows here is proven for this input only. What an
+        earlier branch reads is not read again: a detector has hundreds of branches.
         """
         node = self.add_node(NodeKind.OTHER, "branch")
-        for port, labels in enumerate(self.known.alive()):
+        new = [labels for labels in self.known.alive() if id(labels) not in self.read_by_branches]
+        for port, labels in enumerate(new):
+            self.read_by_branches[id(labels)] = labels
             self.reads.add(node.index, port, meet(labels, axis=None))
         if self.branches_at is None:
             self.branches_at = node.index

@@ -159,3 +159,25 @@ def test_declared_pairs_are_held_against_shapes() -> None:
         parse_pairs(["0"])
     with pytest.raises(UsageError, match="another pair"):
         parse_pairs(["0=1", "2=1"])
+
+
+def test_later_branches_read_what_no_earlier_one_did() -> None:
+    """A detector has hundreds of them, and as many tensors that are alive: all pairs would take minutes."""
+
+    class Detector(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)
+
+        def forward(self, x):
+            scores = [self.norm(self.conv(x)).mean((2, 3))]
+            for _ in range(20):
+                scores.append(scores[-1] * 0.5 + 1 if scores[-1].sum() > 0 else scores[-1] * 0.5 - 1)
+            return scores
+
+    graph = trace(Detector(), torch.randn(1, 3, 4, 4))
+    branches = [node for node in graph.nodes if node.operator == "branch"]
+    assert (len(branches), graph.branches_at) == (20, branches[0].index)
+    read = [edge.source for node in branches for edge in graph.inputs(node)]
+    assert len(set(read)) > 20
+    assert len(read) == len(set(read))
