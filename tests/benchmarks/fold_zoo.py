@@ -6,6 +6,7 @@
     python -m tests.benchmarks.fold_zoo --results zoo.jsonl --summary tests/fixtures/interop/fold_zoo.json
     python -m tests.benchmarks.fold_zoo --families mixed.jsonl positive.jsonl --summary families.json
     python -m tests.benchmarks.fold_zoo --results large.jsonl --onto tests/fixtures/interop/fold_zoo.json --summary ...
+    python -m tests.benchmarks.fold_zoo --families large/*.jsonl --onto families.json --summary families.json
 
 Needs timm and torchvision beside what the tests need. torch.fx and, where it is installed, mmcv fold the same models
 in the same run. Prints one line for each model and the totals: how many BatchNorm layers each tool folds, how many
@@ -203,7 +204,7 @@ def _peers() -> dict[str, Fold]:
 
 
 def _give_up(*_: object) -> None:
-    raise GaveUp(f"took more than {PATIENCE} seconds of CPU time")
+    raise GaveUp("took more CPU time than --patience")
 
 
 def summarise(results: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
@@ -267,6 +268,24 @@ def count_families(runs: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> dict[
     return families
 
 
+def add_families(earlier: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
+    """The counts of families of an earlier run with those of architectures that it did not judge."""
+    together: dict[str, Any] = {}
+    for family in sorted({*earlier, *new}):
+        parts = [counts[family] for counts in (earlier, new) if family in counts]
+        names = [name for part in parts for name in part["architectures"]]
+        if len(set(names)) < len(names):
+            raise ValueError(f"judged in the earlier run, too: {sorted({n for n in names if names.count(n) > 1})}")
+        runs: dict[str, dict[str, Counter[str]]] = {}
+        for part in parts:
+            for run, tools in part["runs"].items():
+                for tool, counts in tools.items():
+                    runs.setdefault(run, {}).setdefault(tool, Counter(dict.fromkeys(counts, 0))).update(counts)
+        batchnorms = sum(part["batchnorms"] for part in parts)
+        together[family] = {"architectures": sorted(names), "batchnorms": batchnorms, "runs": runs}
+    return together
+
+
 def add_summary(earlier: Mapping[str, Any], results: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """The totals of an earlier run with those of models that it did not judge."""
     new = summarise(results)
@@ -325,7 +344,7 @@ def _run_models(names: Iterable[str], options: argparse.Namespace, results: dict
     for name in names:
         if name in results or time.monotonic() > deadline:
             continue
-        signal.setitimer(signal.ITIMER_PROF, PATIENCE)
+        signal.setitimer(signal.ITIMER_PROF, options.patience)
         started = time.process_time()
         try:
             result = judge(
@@ -367,6 +386,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--alone", action="store_true", help="fold with bntool alone, which takes half the time")
     parser.add_argument("--verbose", action="store_true", help="print every skip")
     parser.add_argument("--results", type=Path, help="append each result to this file, and leave out what is in it")
+    parser.add_argument("--patience", type=float, default=PATIENCE, help="seconds of CPU time for a model")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="start no model later than this")
     parser.add_argument("--summary", type=Path, help="write the totals to this file; judge nothing")
     parser.add_argument("--families", type=Path, nargs="+", help="put these files of results together by family")
@@ -375,7 +395,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     warnings.simplefilter("ignore")
     signal.signal(signal.SIGPROF, _give_up)
     if options.families is not None:
-        text = json.dumps(count_families({path.stem: _read_results(path) for path in options.families}), indent=2)
+        families = count_families({path.stem: _read_results(path) for path in options.families})
+        if options.onto is not None:
+            families = add_families(json.loads(options.onto.read_text()), families)
+        text = json.dumps(families, indent=2)
         print(text)
         if options.summary is not None:
             options.summary.write_text(text + "\n")
