@@ -83,11 +83,21 @@ def find_producers(graph: ModelGraph, layer: str, *, scale: Array, removed: Coll
 
 def _walk_all_back(graph: ModelGraph, layer: str, *, scale: Array, removed: Collection[str]) -> list[Absorption]:
     found: list[Absorption] = []
+    seen: list[tuple[Edge, ...]] = []
     for call in graph.batchnorms[layer]:
+        edges = graph.inputs(call)
+        if any(len(edges) == len(known) and all(map(_read_alike, edges, known)) for known in seen):
+            continue
+        seen.append(edges)
         _walk_back(
             graph, call, 0, np.arange(call.channels), found, scale=scale, removed=removed, shift=True, direct=True
         )
     return found
+
+
+def _read_alike(one: Edge, other: Edge) -> bool:
+    """Return whether two calls read the same channels of the same output, as those on parts of a batch do."""
+    return (one.source, one.port, one.sources, one.targets) == (other.source, other.port, other.sources, other.targets)
 
 
 def find_consumers(
@@ -145,7 +155,7 @@ def _walk_back(  # noqa: PLR0913 what is carried along
         if source.kind.is_producer and not source.parameters:
             name_of(source)  # that its weight is computed says more than what its channels meet
         channels = _channels_back(edge, source, reader, wanted)
-        _check_alone(graph, edge, source, reader)
+        _check_alone(graph, edge, source, reader, removed=removed)
         if source.kind.is_producer or (source.kind is NodeKind.BATCH_NORM and source.layer not in removed):
             found.append(Absorption(source, channels, np.full(len(channels), shift), direct, pooled))
             continue
@@ -212,19 +222,22 @@ def _mismatch(source: Node, reader: Node) -> Blocked:
     )
 
 
-def _check_alone(graph: ModelGraph, edge: Edge, source: Node, reader: Node) -> None:
-    """Check that nothing else reads these channels."""
+def _check_alone(graph: ModelGraph, edge: Edge, source: Node, reader: Node, *, removed: Collection[str]) -> None:
+    """Check that nothing else reads these channels, but for calls of the BatchNorm that is to go on all of them."""
+    goes = reader.kind is NodeKind.BATCH_NORM and reader.layer not in removed
     mine = None
     for other in graph.outputs(source):
         if (other.target, other.port) == (reader.index, edge.port):
+            continue
+        node = graph.nodes[other.target]
+        if goes and node.kind is NodeKind.BATCH_NORM and node.layer == reader.layer and _read_alike(edge, other):
             continue
         if mine is None:
             mine = np.zeros(source.channels, bool)
             mine[_indices(edge.sources)] = True
         if mine[_indices(other.sources)].any():
-            other_reader = graph.nodes[other.target]
-            how = "is also read by" if other_reader.ran else "may also be read by"
-            whom = other_reader.describe() + ("" if other_reader.ran else ", which did not run here")
+            how = "is also read by" if node.ran else "may also be read by"
+            whom = node.describe() + ("" if node.ran else ", which did not run here")
             raise Blocked(SkipReason.SHARED_OUTPUT, f"the output of {source.describe()} {how} {whom}")
 
 

@@ -1151,3 +1151,59 @@ def test_a_forward_in_inference_mode_is_followed():
     torch.testing.assert_close(result.model(x), model(x), rtol=1e-10, atol=1e-10)
     with torch.inference_mode():
         assert bntool.fold(model, x).plan.layers == ("bn",)
+
+
+class OnParts(nn.Module):
+    """As ghost batch normalisation: on one part of the batch after the other."""
+
+    def __init__(self, functionally):
+        super().__init__()
+        self.bn, self.functionally = nn.BatchNorm1d(6), functionally
+
+    def norm(self, x):
+        if not self.functionally:
+            return self.bn(x)
+        bn = self.bn
+        return functional.batch_norm(x, bn.running_mean, bn.running_var, bn.weight, bn.bias, eps=bn.eps)
+
+    def forward(self, x):
+        return torch.cat([self.norm(part) for part in x.split(4)])
+
+
+@pytest.mark.parametrize("layout", ["folded", "same-keys"])
+@pytest.mark.parametrize("functionally", [False, True])
+def test_one_batchnorm_on_each_part_of_the_batch_folds(functionally, layout):
+    model = randomise(nn.Sequential(nn.Linear(5, 6), OnParts(functionally), nn.ReLU()))
+    x = image(9, 5)
+    result = bntool.fold(model, x, layout=layout)
+    assert [(one.layer, one.level.value) for one in result.plan.folds] == [("1.bn", "direct")]
+    torch.testing.assert_close(result.model(x), model(x))
+
+
+class OnOneOfTwo(nn.Module):
+    """Two calls on one convolution, of which another BatchNorm reads the first alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn, self.second = nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.BatchNorm2d(6)
+
+    def forward(self, x):
+        x = self.conv(x)
+        one, other = self.bn(x), self.bn(x)
+        return self.second(one) * 2 + other
+
+
+def test_what_reads_one_of_two_calls_stays():
+    model, x = randomise(OnOneOfTwo()), image()
+    result = bntool.fold(model, x)
+    assert folded(result) == ["bn"]
+    torch.testing.assert_close(result.model(x), model(x))
+
+
+@pytest.mark.parametrize("reader", [[nn.Conv2d(6, 4, 1)], [nn.Flatten(), nn.Linear(6, 4)]])
+def test_an_average_over_all_positions_passes_in_channels_last_too(reader):
+    model = randomise(nn.Sequential(nn.Conv2d(3, 6, 3), nn.GELU(), nn.BatchNorm2d(6), nn.AdaptiveAvgPool2d(1), *reader))
+    x = image()
+    result = bntool.fold(model, x)
+    assert folded(result) == ["2"]
+    torch.testing.assert_close(result.model(x), model(x))

@@ -143,6 +143,21 @@ def is_movement(function: Any, arguments: Sequence[Any], keywords: Mapping[str, 
     return name in MOVEMENTS
 
 
+def keeps_places(function: Any, arguments: Sequence[Any], keywords: Mapping[str, Any]) -> bool:
+    """Return whether an operation, before it runs, gives strides alone, and every element keeps its place.
+
+    An average over all positions in the memory format of channels last does so to its own result.
+    """
+    if name_of(function) != "as_strided":
+        return False
+    data = arguments[0]
+    names = ("size", "stride", "storage_offset")
+    size, stride, offset = (argument(function, arguments, keywords, key) for key in names)
+    axes = zip(size, stride, data.stride(), strict=False)
+    same = list(size) == list(data.shape) and offset in (None, data.storage_offset())
+    return same and all(new == old for extent, new, old in axes if extent > 1)
+
+
 def producer_kind(function: Any, arguments: Sequence[Any], keywords: Mapping[str, Any]) -> NodeKind | None:
     """Return the kind of a convolution, transposed convolution or linear; None for other operations.
 

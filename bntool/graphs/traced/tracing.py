@@ -177,9 +177,13 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 parts = func.decompose(*args, **keywords)
             if parts is not NotImplemented:
                 return parts
+        keeps_places = operators.keeps_places(func, args, keywords)
         result = func(*args, **keywords)
         try:
-            self.record(func, args, keywords, result)
+            if keeps_places:
+                self.record_copy(args[0], result)
+            else:
+                self.record(func, args, keywords, result)
         except BntoolError:
             raise
         except Exception as error:  # else it would be called the model's
