@@ -35,8 +35,8 @@ def find_other_inputs(model: nn.Module, inputs: Any) -> list[Any]:
     """Return inputs of another batch, and of another size where the model takes one; made of the elements of what is
     given.
 
-    The first of them is for a call after one with what is given, while gradients are recorded, with images in the
-    memory format of channels last, as far as the model takes that. Where several tensors are given, one more has
+    The first of them is for a call after one with what is given, while gradients are recorded, with channels last in
+    memory where there are positions, as far as the model takes that. Where several tensors are given, one more has
     tensors of unequal sizes.
 
     Args:
@@ -63,7 +63,7 @@ def find_other_inputs(model: nn.Module, inputs: Any) -> list[Any]:
 
 
 def _put_channels_last(tensor: Tensor) -> Tensor:
-    return tensor.contiguous(memory_format=torch.channels_last) if tensor.ndim == 4 else tensor
+    return tensor.movedim(1, -1).contiguous().movedim(-1, 1) if tensor.ndim > 2 else tensor
 
 
 def _vary(inputs: Any) -> Iterator[Any]:

@@ -213,6 +213,17 @@ def test_a_fold_that_does_not_hold_for_a_second_call_or_with_gradients_is_left_o
         torch.testing.assert_close(result.model(inputs), model(inputs), rtol=0, atol=EXACT)
 
 
+@pytest.mark.parametrize(
+    ("convolution", "norm", "shape"),
+    [(nn.Conv1d, nn.BatchNorm1d, (2, 3, 9)), (nn.Conv3d, nn.BatchNorm3d, (2, 3, 5, 4, 3))],
+)
+def test_positions_along_any_number_of_axes_are_given_with_channels_last(convolution, norm, shape) -> None:
+    model = build(with_channels_second, stem=convolution(3, 6, 1), bn=norm(6))
+    result = bntool.fold(model, torch.randn(shape, dtype=torch.float64))
+    assert reasons(result.plan) == {"bn": "NEVER_REACHED"}
+    assert " (channels last) of a second call" in result.plan.skips[0].detail
+
+
 def test_gradients_and_further_calls_that_decide_nothing_are_no_hindrance() -> None:
     def forward(self, x):
         x = torch.utils.checkpoint.checkpoint(self.stem, x, use_reentrant=False)
