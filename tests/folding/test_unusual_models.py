@@ -229,6 +229,15 @@ def test_a_frozen_batchnorm_whose_eps_is_a_variable_is_folded(eps, dtype):
     torch.testing.assert_close(result.model(x), net(x), atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("used", [0.0, 1e-5, 1e-3])
+def test_an_eps_that_the_forward_does_not_read_tells_nothing(used):
+    net = randomise(nn.Sequential(nn.Conv2d(3, 8, 3), Frozen(8, used), nn.ReLU())).double()
+    net[1].eps = 1e-5
+    result = bntool.fold(net, image())
+    assert folded(result) == ["1"]
+    torch.testing.assert_close(result.model(image()), net(image()), atol=1e-12, rtol=1e-12)
+
+
 class FrozenWithBuffer(Frozen):
     """As above, with an eps that is saved."""
 

@@ -21,6 +21,7 @@ from bntool.modules.padding import find_amounts
 from bntool.names import join_name
 
 _CLOSE = 1e-4  # relative; a frozen BatchNorm computes its scale in the dtype of its buffers
+_ROUNDINGS = 8  # at most, in that dtype
 
 
 @dataclass(frozen=True)
@@ -175,6 +176,8 @@ def _axis_of(data: Tensor, dim: int, roles: _Roles) -> int:
     """Return the axis at which an operand's channels lie in a result of so many dimensions, after broadcasting."""
     its_labels = roles.labels[id(data)]
     assert its_labels is not None
+    if not data.dim():  # a single number has no axis
+        return min(1, max(dim - 1, 0))
     return varying_axis(its_labels, default=1) + dim - data.dim()
 
 
@@ -518,13 +521,20 @@ def find_frozen_eps(affine: Affine, index: ParameterIndex) -> float | None:
     found = _batchnorm_tensors(index, affine.owner)
     if found is None:
         return None
-    weight, bias, mean, variance = (index.tensor(found[role]).detach().double().cpu() for role in VECTORS)
+    stored = [index.tensor(found[role]).detach() for role in VECTORS]
+    weight, bias, mean, variance = (tensor.double().cpu() for tensor in stored)
+
+    def scale_with(eps: float) -> Tensor:
+        return weight / torch.sqrt(variance + eps)
+
     eps = read_eps(next(iter(found.values())).owner)
-    if eps is None:
-        eps = _solve_eps(affine.scale, weight, variance)
+    rounding = _ROUNDINGS * max(torch.finfo(tensor.dtype).eps for tensor in stored)
+    if eps is None or not _is_close(affine.scale, scale_with(eps), tolerance=rounding):
+        solved = _solve_eps(affine.scale, weight, variance)  # an attribute that the forward does not read tells nothing
+        eps = eps if solved is None else solved
     if eps is None:
         return None
-    scale = weight / torch.sqrt(variance + eps)
+    scale = scale_with(eps)
     agrees = _is_close(affine.scale, scale) and _is_close(affine.shift, bias - mean * scale)
     return eps if agrees else None
 
@@ -547,9 +557,9 @@ def _solve_eps(scale: Tensor, weight: Tensor, variance: Tensor) -> float | None:
     return rounded if rounded > 0 and abs(estimate - rounded) <= max(noise, 1e-3 * rounded) else None
 
 
-def _is_close(found: Tensor, wanted: Tensor) -> bool:
+def _is_close(found: Tensor, wanted: Tensor, *, tolerance: float = _CLOSE) -> bool:
     return found.shape == wanted.shape and torch.allclose(
-        found, wanted, rtol=_CLOSE, atol=_CLOSE * float(wanted.abs().max())
+        found, wanted, rtol=tolerance, atol=tolerance * float(wanted.abs().max())
     )
 
 

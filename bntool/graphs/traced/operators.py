@@ -61,10 +61,17 @@ _MIRRORED_PADS = tuple(f"{kind}_pad{digit}d" for kind in ("reflection", "replica
 
 
 def name_of(function: Any) -> str:
-    """Return the operation's name without namespace, overload and the underscore of those that work in place."""
+    """Return the operation's name, of torch's own without the underscore of those that work in place.
+
+    It goes without namespace and overload if it is torch's or torchvision's: what another library calls by the same
+    name may compute anything.
+    """
     name: str = function.overloadpacket.__name__
-    in_place = function._schema.name.startswith("aten::") and name.endswith("_") and not name.endswith("__")
-    return name.removesuffix("_") if in_place else name
+    full_name: str = function._schema.name
+    if full_name.startswith("aten::"):
+        in_place = name.endswith("_") and not name.endswith("__")
+        return name.removesuffix("_") if in_place else name
+    return name if full_name.startswith("torchvision::") else full_name
 
 
 def find_sizing(function: Any, arguments: Sequence[Any], keywords: Mapping[str, Any]) -> list[Tensor]:

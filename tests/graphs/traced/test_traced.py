@@ -108,6 +108,28 @@ def test_weights_that_go_through_a_buffer_count_as_used() -> None:
     assert len(graph.uses["conv.weight"]) > 1
 
 
+LIBRARY = torch.library.Library("bntool_tests", "DEF")
+for name in ("relu", "clone"):
+    LIBRARY.define(f"{name}(Tensor input) -> Tensor")
+    LIBRARY.impl(name, lambda data: data.clamp(0, 100), "CPU")
+
+
+@pytest.mark.parametrize("name", ["relu", "clone"])
+def test_what_another_library_calls_as_torch_does_may_be_anything(name: str) -> None:
+    operator = getattr(torch.ops.bntool_tests, name)
+    model = Functional(lambda self, x: self.bn(operator(self.conv(x))), conv=nn.Conv2d(3, 4, 1), bn=nn.BatchNorm2d(4))
+    graph = trace(model, torch.randn(1, 3, 4, 4))
+    (node,) = (node for node in graph.nodes if node.operator.startswith("bntool_tests."))
+    assert node.kind is NodeKind.OTHER
+
+
+@pytest.mark.parametrize("arithmetic", [torch.mul, torch.add])
+def test_a_single_number_that_is_computed_meets_every_channel_of_a_parameter(arithmetic) -> None:
+    model = Functional(lambda self, x: arithmetic(self.conv.weight, x.mean()), conv=nn.Conv2d(3, 4, 1))
+    graph = trace(model, torch.randn(1, 3, 4, 4))
+    assert graph.uses["conv.weight"]
+
+
 def test_names_are_without_wrappers() -> None:
     class Wrapper(nn.Module):
         def __init__(self, module: nn.Module) -> None:
