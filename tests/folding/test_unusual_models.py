@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import pytest
@@ -1084,6 +1085,27 @@ def taken_out_of_torch(self, x):
     return self.bn(self.conv(torch.from_numpy(x.numpy() * 2)))
 
 
+def changed_by_python(self, x):
+    return self.bn(self.conv(x).apply_(lambda element: min(element, 100.0)))
+
+
+def looked_at_in_its_storage(self, x):
+    y = self.conv(x)
+    return self.bn(y) if len(bytes(y.untyped_storage())) > 1 else y
+
+
+def given_to_another_thread(self, x):
+    y = self.conv(x)
+    with ThreadPoolExecutor(1) as pool:
+        largest = pool.submit(lambda: float(y.max())).result()
+    return self.bn(y) if largest < 100 else y
+
+
+def computed_by_another_thread(self, x):
+    with ThreadPoolExecutor(1) as pool:
+        return self.bn(pool.submit(self.conv, x).result())
+
+
 def copied_deeply(self, x):
     return self.bn(copy.deepcopy(self.conv(copy.deepcopy(x))))
 
@@ -1097,6 +1119,14 @@ def copied_deeply_and_kept(self, x):
     ("forward", "folds", "why"),
     [
         (taken_out_of_torch, 0, f"(Tensor.numpy in {__file__}:"),
+        (changed_by_python, 0, f"(Tensor.apply_ in {__file__}:"),
+        (looked_at_in_its_storage, 0, f"(Tensor.untyped_storage in {__file__}:"),
+        (given_to_another_thread, 0, f"(another thread in {__file__}:"),
+        (
+            computed_by_another_thread,
+            0,
+            f"the forward hands values of its data to Python (another thread in {__file__}:",
+        ),
         (copied_deeply, 1, ""),
         (copied_deeply_and_kept, 0, "the model's output does not let it pass"),
     ],

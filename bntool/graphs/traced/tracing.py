@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -76,8 +78,13 @@ def trace(model: nn.Module, inputs: Any, *, prefix: str | None = None) -> ModelG
             return recorder.finish()
 
 
-# what hands elements to Python or to another library: no operations that a dispatch mode sees
-_ELEMENT_READS = frozenset((Tensor.numpy, Tensor.tolist, Tensor.__array__, Tensor.__dlpack__))
+# what hands elements to Python or another library, or lets them change them: no operations that a dispatch mode sees
+_ELEMENT_READS = frozenset(
+    (
+        Tensor.numpy, Tensor.tolist, Tensor.__array__, Tensor.__dlpack__, Tensor.__reduce_ex__, Tensor.apply_,
+        Tensor.map_, Tensor.map2_, Tensor.storage, Tensor.untyped_storage,
+    )
+)  # fmt: skip
 # what hands sizes to Python, which matters where values decide them
 _SHAPE: Any = Tensor.shape
 _SIZE_READS = frozenset((_SHAPE.__get__, Tensor.size, Tensor.numel, Tensor.nelement, Tensor.__len__, Tensor.__iter__))
@@ -92,7 +99,7 @@ class _PythonCalls(TorchFunctionMode):
         self._recorder = recorder
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if function in _ELEMENT_READS:
+        if function in _ELEMENT_READS and not self._recorder.is_recording:
             with _disable_current_modes():
                 self._recorder.record_elements_read(args[0], function.__name__)
         if function in _SIZE_READS:
@@ -124,6 +131,27 @@ def _find_wrapped(function: Any, arguments: Any, keywords: Any) -> Tensor | None
     return data if function is nn.functional.pad and mode == "circular" and isinstance(data, Tensor) else None
 
 
+@contextlib.contextmanager
+def _noticing_threads(notice: Callable[[], None]) -> Iterator[None]:
+    """Call a function inside the context when this thread starts another one or gives it work."""
+    own = threading.get_ident()
+
+    def noticing(original: Callable[..., Any]) -> Callable[..., Any]:
+        def noticed(*arguments: Any, **keywords: Any) -> Any:
+            if threading.get_ident() == own:
+                notice()
+            return original(*arguments, **keywords)
+
+        return noticed
+
+    with contextlib.ExitStack() as undo:
+        for owner, name in ((threading.Thread, "start"), (ThreadPoolExecutor, "submit")):
+            original = getattr(owner, name)
+            undo.callback(setattr, owner, name, original)
+            setattr(owner, name, noticing(original))
+        yield
+
+
 @dataclass
 class _ModuleCall:
     module: nn.Module
@@ -148,7 +176,9 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.composite = ""  # what the operations that are recorded are parts of
         self.called: set[int] = set()  # modules, by identity
         self.in_instance_norm = False  # which torch computes by its BatchNorm
+        self.is_recording = False  # what asks for storages is this class, and not the forward
         self.stack: list[_ModuleCall] = []
+        self.thread = threading.get_ident()
         self.results: dict[int, Tensor] = {}  # labels that a BatchNorm node gave its output
         self.sliced: set[int] = set()  # BatchNorm nodes that use some channels of their module alone
 
@@ -159,7 +189,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.give_fresh_labels(self.add_node(NodeKind.INPUT, "input"), [tensor], axis=1)
         handles = [hooks.register_module_forward_pre_hook(self.enter), hooks.register_module_forward_hook(self.leave)]
         try:
-            with self.index.noticing_biases(), self, _PythonCalls(self):
+            with self.index.noticing_biases(), _noticing_threads(self.record_thread), self, _PythonCalls(self):
                 yield
         finally:
             for handle in handles:
@@ -179,6 +209,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 return parts
         keeps_places = operators.keeps_places(func, args, keywords)
         result = func(*args, **keywords)
+        self.is_recording = True
         try:
             if keeps_places:
                 self.record_copy(args[0], result)
@@ -191,17 +222,23 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 f"{func} in the forward is used in a way that cannot be followed ({describe_exception(error)}): "
                 "declare what is adjacent with --pair"
             ) from error
+        finally:
+            self.is_recording = False
         return result
 
     # modules: where in the model something ran, and whether a module does anything beside its BatchNorm
 
     def enter(self, module: nn.Module, arguments: Any) -> None:
         self.called.add(id(module))
+        if threading.get_ident() != self.thread:
+            return
         first = arguments[0] if arguments else None
         labels = self.known.labels(first)
         self.stack.append(_ModuleCall(module, labels, len(self.nodes)))
 
     def leave(self, module: nn.Module, _arguments: Any, output: Any) -> None:
+        if threading.get_ident() != self.thread:
+            return
         while self.stack and self.stack[-1].module is not module:
             self.stack.pop()  # left by an exception that the model caught
         if not self.stack:
@@ -327,6 +364,11 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.branches_at = node.index
             place = find_calling_line(outside=_TORCH, until=calling.__file__)
             self.branches_in = f"{how} in {place}" if how and place else how or place
+
+    def record_thread(self) -> None:
+        """Note that another thread, whose operations no mode sees, may do anything from here on."""
+        with _disable_current_modes():
+            self.record_branch("another thread")
 
     def record_circular_padding(self, data: Tensor, result: Tensor) -> None:
         """Record circular padding: every new element belongs to a channel that is already there."""
