@@ -55,6 +55,8 @@ def _build_torchvision(name: str) -> nn.Module:
     options: dict[str, object] = {"weights": None}
     if name.startswith(_DETECTORS):
         options["weights_backbone"] = None
+    if "resnet50_fpn" in name:  # a detector, which makes images of any size as large as this
+        options |= {"min_size": 224, "max_size": 224}
     if name in ("googlenet", "inception_v3"):
         options["init_weights"] = False
     return torchvision.models.get_model(name, **options)
