@@ -45,8 +45,16 @@ def list_architectures() -> dict[str, Factory]:
     for name in torchvision.models.list_models():
         found[f"torchvision:{name}"] = lambda name=name: _build_torchvision(name)
     for name in timm.list_models():
-        found[f"timm:{name}"] = lambda name=name: timm.create_model(name, pretrained=False)
+        found[f"timm:{name}"] = lambda name=name: _build_timm(name)
     return found
+
+
+def _build_timm(name: str) -> nn.Module:
+    import timm
+
+    # these take one size only; at the usual one a forward of the larger takes minutes
+    smaller = {"img_size": 64} if name.startswith(("coatnet", "maxvit", "volo")) else {}
+    return timm.create_model(name, pretrained=False, **smaller)
 
 
 def _build_torchvision(name: str) -> nn.Module:
