@@ -31,19 +31,23 @@ class Renaming:
 
 
 def can_remove(wiring: Wiring, first: Layer, last: Layer) -> bool:
-    """Return whether a layer and the one that alone reads it, or one alone, can be removed while all others stay."""
+    """Return whether a layer and the one that alone reads it, or one alone, can be removed, with others like them or
+    not, and the net keeps its results: a blob that a layer reads is none.
+    """
     if any(len(layer.bottoms) != 1 or len(layer.tops) != 1 for layer in (first, last)):
         return False
-    is_result = not wiring.readers.get(last.index)
-    return not is_result or wiring.producers[first.index][0] is not None or first.bottoms == last.tops
+    source = wiring.producers[first.index][0], first.bottoms[0]
+    if source[0] is None:
+        return bool(wiring.readers.get(last.index)) or first.bottoms == last.tops
+    return len(wiring.readers_of_blobs[source]) == 1 or last.index not in wiring.leading_to_results
 
 
 def find_renaming(wiring: Wiring, removed: frozenset[int]) -> Renaming:
     """Find the names that change when layers are removed; results of the net keep theirs.
 
     Raises:
-        RefusedError: one of them has several bottoms or tops, one blob would be two results of the net or an input and
-            a result, or two of those would need one name at a time.
+        RefusedError: one of them has several bottoms or tops, one blob would be two results of the net, an input and
+            a result, or a result that other layers read, or two of those would need one name at a time.
     """
     for index in removed:
         layer = wiring.layers[index]
@@ -56,6 +60,7 @@ class _Names:
     def __init__(self, wiring: Wiring, removed: frozenset[int]) -> None:
         self._wiring, self._removed = wiring, removed
         self._kept = [layer for layer in wiring.layers if layer.index not in removed]
+        self._read = {self._blob(layer, place) for layer in self._kept for place in range(len(layer.bottoms))}
         self._fixed: dict[Blob, None] = {}  # results of the net
         self._names: dict[Blob, str] = {}
         self._taken = {name for layer in wiring.layers for name in (*layer.bottoms, *layer.tops)}
@@ -107,6 +112,8 @@ class _Names:
         blob = self._resolve((layer.index, top))
         if layer.index in self._removed and (blob[0] is None or blob in self._fixed) and self._name(blob) != top:
             raise RefusedError("its input and its output are both results of the net", tensor=layer.name)
+        if layer.index in self._removed and blob in self._read:
+            raise RefusedError("its output is a result of the net, and other layers read its input", tensor=layer.name)
         self._fixed[blob] = None
         self._names[blob] = top
 

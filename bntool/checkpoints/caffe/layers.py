@@ -23,6 +23,7 @@ from bntool.checkpoints.tensors import (
 from bntool.errors import CorruptFileError, UnsafeFileError
 
 MAX_LAYERS = 100_000
+_REMOVABLE = ("BatchNorm", "BN", "Scale")
 
 # NetParameter
 LAYERS, V1_LAYERS, INPUTS = 100, 2, 3
@@ -162,6 +163,27 @@ class Wiring:
                 if source is not None:
                     found.setdefault(source, []).append(index)
         return {index: tuple(readers) for index, readers in found.items()}
+
+    @cached_property
+    def readers_of_blobs(self) -> Mapping[tuple[int | None, str], tuple[int, ...]]:
+        """The layers that read a blob, by the layer that wrote it and its name; one that reads it twice is listed
+        twice.
+        """
+        found: dict[tuple[int | None, str], list[int]] = {}
+        for layer in self.layers:
+            for blob in zip(self.producers[layer.index], layer.bottoms, strict=True):
+                found.setdefault(blob, []).append(layer.index)
+        return {blob: tuple(readers) for blob, readers in found.items()}
+
+    @cached_property
+    def leading_to_results(self) -> frozenset[int]:
+        """The layers that give a result of the net, or would if those behind them that may be removed were."""
+        found: set[int] = set()
+        for layer in reversed(self.layers):
+            readers = self.readers.get(layer.index, ())
+            if not readers or any(self.layers[one].type in _REMOVABLE and one in found for one in readers):
+                found.add(layer.index)
+        return frozenset(found)
 
     def only_reader(self, layer: Layer) -> Layer | None:
         """Return the one layer that reads the one top of a layer; None where there are more or none."""

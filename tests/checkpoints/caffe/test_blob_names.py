@@ -85,10 +85,12 @@ def test_each_layer_reads_what_it_read() -> None:
         last = {top: (layer.index, place) for layer in wiring.layers for place, top in enumerate(layer.tops)}
         left = {top: (layer.index, place) for layer in after.layers for place, top in enumerate(layer.tops)}
         read = {blob for blobs in before for blob in blobs}
+        read_now = {blob for blobs in blobs_of(after) for blob in blobs}
         for top, blob in last.items():
             source, place = through(blob)
             if blob not in read and source is not None:  # a result of the net
                 assert left[top] == (new[source], place)
+                assert left[top] not in read_now
     assert 0 < refused < 1500
 
 
@@ -113,8 +115,21 @@ def test_an_input_is_no_result(line: str) -> None:
         find_renaming(wiring, frozenset({0}))
 
 
+def test_a_result_is_not_read_by_other_layers() -> None:
+    wiring = make("data > conv", "conv > first", "first > second", "conv > relu")
+    assert can_remove(wiring, wiring.layers[1], wiring.layers[1])  # while the one behind it stays
+    assert can_remove(wiring, wiring.layers[2], wiring.layers[2])
+    assert not can_remove(wiring, wiring.layers[1], wiring.layers[2])
+    with pytest.raises(RefusedError, match="other layers read its input"):
+        find_renaming(wiring, frozenset({1, 2}))
+    norms = Wiring.of([dataclasses.replace(layer, type="BatchNorm") for layer in wiring.layers])
+    assert not can_remove(norms, norms.layers[1], norms.layers[1])
+    of_parts = make("data > one two", "one > norm", "two > relu")
+    assert can_remove(of_parts, of_parts.layers[1], of_parts.layers[1])
+
+
 def test_one_blob_is_not_two_results() -> None:
     wiring = make("data > conv", "conv > first", "conv > second")
-    assert can_remove(wiring, wiring.layers[1], wiring.layers[1])
+    assert not can_remove(wiring, wiring.layers[1], wiring.layers[1])
     with pytest.raises(RefusedError, match="both results of the net"):
         find_renaming(wiring, frozenset({1, 2}))
