@@ -215,7 +215,8 @@ class Activations(TorchFunctionMode):
             )
 
     def _refuse(self, layer: str, reason: str) -> None:
-        self._refusal = RefusedError(f"this layer {reason}", tensor=layer)
+        if self._refusal is None:  # what follows from the first in another thread says less
+            self._refusal = RefusedError(f"this layer {reason}", tensor=layer)
         raise InterruptedForwardError(layer)
 
 

@@ -6,6 +6,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from bntool.errors import RefusedError
+from bntool.modules.borrowing import Borrowed
+from bntool.recalibration.activations import Activations, InterruptedForwardError
 from bntool.recalibration.live import recalibrate
 
 METHODS = pytest.mark.parametrize("method", ["pooled", "exact"])
@@ -443,3 +445,12 @@ def test_layers_of_a_compiled_model(method):
     recalibrate(torch.compile(inner, backend="eager", fullgraph=True), batches, method=method)
     for name, tensor in plain.state_dict().items():
         torch.testing.assert_close(inner.state_dict()[name], tensor)
+
+
+def test_of_two_refusals_in_threads_of_a_model_the_first_is_told():
+    activations = Activations({}, Borrowed([]), lambda *_: None, called=set())
+    for layer in ("first", "second"):
+        with pytest.raises(InterruptedForwardError):
+            activations._refuse(layer, "cannot be")
+    with pytest.raises(RefusedError, match="first: this layer cannot be"), activations.watching():
+        pass

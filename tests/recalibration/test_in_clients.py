@@ -407,7 +407,7 @@ class InQueue(nn.Module):
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_thread_that_hands_over_nothing_is_not_waited_for(monkeypatch):
     monkeypatch.setattr("bntool.recalibration.exact.paused_forwards._ENDING_SECONDS", 0.1)
-    monkeypatch.setattr("bntool.recalibration.exact.paused_forwards._IDLE_SECONDS", 1000.0)
+    monkeypatch.setattr("bntool.recalibration.exact.paused_forwards._LOOKS", 1000)
     model, batches = InQueue(), make_batches()
     with pytest.raises(RefusedError, match="the model calls this layer in a thread of its own"):
         recalibrate(model, batches, method="exact")
@@ -424,7 +424,7 @@ def test_layers_that_a_model_calls_in_threads(late, monkeypatch):
 
         def wait_for_the_end(self):
             wait(self)
-            self._thread.join(timeout=5)
+            self._thread.join(timeout=600)
 
         monkeypatch.setattr(PausedForward, "_wait_for_return", wait_for_the_end)
     model, batches = Branches(), make_batches()

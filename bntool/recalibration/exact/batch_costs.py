@@ -17,7 +17,7 @@ from bntool.recalibration.activations import Activations
 from bntool.recalibration.exact.first_forward import FirstForward
 from bntool.recalibration.exact.memory import MemoryForecast, find_resident
 from bntool.recalibration.exact.offloading import KeptBatch, Offloading
-from bntool.recalibration.exact.paused_forwards import copy_context
+from bntool.recalibration.exact.paused_forwards import copy_context, start_thread
 from bntool.recalibration.freed_memory import FreedMemory
 from bntool.recalibration.pooled import Run
 
@@ -48,7 +48,7 @@ def measure_costs(run: Run, kept: KeptBatch, shown: FirstForward, offloading: Of
         nonlocal seconds
         start = time.perf_counter()
         # what it raises the sweep will raise again
-        with contextlib.suppress(Exception), context(), kept.watching(), activations.watching():
+        with contextlib.suppress(BaseException), context(), kept.watching(), activations.watching():
             given = copy_batch(kept.batch) if shown.writes_to_inputs else kept.batch
             given.run(run.model, channels_last=shown.channels_last)
         seconds = time.perf_counter() - start
@@ -59,14 +59,16 @@ def measure_costs(run: Run, kept: KeptBatch, shown: FirstForward, offloading: Of
     memory.return_unused()
     before = find_resident()
     thread = threading.Thread(target=forward, daemon=True)
-    with borrow(run.model) as borrowed:
-        activations = Activations(run.layers, borrowed, observe, called=set())
-        thread.start()
-        ended.wait()
-    kept.wait()
-    memory.return_unused()
-    libraries = max(find_resident() - before, 0)
-    over.set()
+    try:
+        with borrow(run.model) as borrowed:
+            activations = Activations(run.layers, borrowed, observe, called=set())
+            start_thread(thread)
+            ended.wait()
+        kept.wait()
+        memory.return_unused()
+        libraries = max(find_resident() - before, 0)
+    finally:  # also where the user interrupts it
+        over.set()
     thread.join()
     samples = max(kept.batch.samples, 1)
     return replace(

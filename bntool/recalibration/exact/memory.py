@@ -77,7 +77,7 @@ class LiveTensors(TorchDispatchMode):  # type: ignore[no-untyped-call]
         known: tensors that were there before.
 
     Attributes:
-        live, peak: bytes.
+        peak: bytes at most.
         waits: bytes at each layer.
         has_unknown: whether an operation was given a tensor that is not known and that none before it made, in this
             thread.
@@ -89,11 +89,15 @@ class LiveTensors(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self.has_unknown = False
         self._known = set(storage_keys(known))
-        self.live = 0
         self.peak = 0
         self.waits: list[int] = []
         self._sizes: dict[int, int] = {}
         self._references: dict[int, weakref.ref[Any]] = {}
+
+    @property
+    def live(self) -> int:
+        """Bytes of those that are alive: summed up, as a tensor may end in any thread, in the middle of a count."""
+        return sum(list(self._sizes.values()))
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -120,11 +124,10 @@ class LiveTensors(TorchDispatchMode):  # type: ignore[no-untyped-call]
         storage = tensor.untyped_storage()
         self._sizes[key] = storage.nbytes()
         self._references[key] = weakref.ref(storage, lambda _gone: self._remove(key))
-        self.live += storage.nbytes()
         self.peak = max(self.peak, self.live)
 
     def _remove(self, key: int) -> None:
-        self.live -= self._sizes.pop(key, 0)
+        self._sizes.pop(key, None)
         self._references.pop(key, None)
 
 

@@ -67,8 +67,9 @@ class Offloading:
 
     def close(self) -> None:
         """Let go of the file; what the model itself still holds is brought back."""
-        for key, place in list(self._places.items()):
-            if not place.is_ours:
+        for key in list(self._places):  # some of which may be gone before it is their turn
+            place = self._places.get(key)
+            if place is not None and not place.is_ours:
                 self.bring_back(key)
         self._file.close()
 
@@ -101,8 +102,11 @@ class Offloading:
             return
         with self._lock:  # forwards that are abandoned end at the same time
             place = self._places.pop(key, None)
-            storage = None if place is None else place.storage()
-            if place is None or storage is None:
+            if place is None:
+                return
+            storage = place.storage()
+            if storage is None:  # it has just ended in another thread, which finds nothing to forget any more
+                place.release()
                 return
             with self._moving():
                 place.take(storage, self._file)
@@ -118,8 +122,7 @@ class Offloading:
             self.seconds += time.perf_counter() - start
 
     def _forget(self, key: int, place: _Place) -> None:
-        if self._places.get(key) is place:
-            del self._places[key]
+        if self._places.get(key) is place and self._places.pop(key, None) is place:
             place.release()
 
     def _fail(self, error: OSError) -> RefusedError:

@@ -14,7 +14,8 @@ from bntool.data.batches import find_placement
 from bntool.errors import RefusedError
 from bntool.recalibration.moments import Moments
 
-_IDLE_SECONDS = 30.0  # seconds; a forward that uses no CPU time for so long waits for another
+_LOOKS = 30  # one after another at which nothing has used CPU time: the forward waits for another
+_PAUSE = 1.0  # seconds from one look to the next; the first one after the process was stopped itself sees a long one
 
 _ENDING_SECONDS = 5.0  # seconds; a forward that is abandoned ends at once unless it waits for something else
 
@@ -63,22 +64,18 @@ class PausedForward:
         """
         self.reached = None
         if not self._thread.ident:
-            try:
-                self._thread.start()
-            except RuntimeError as error:
-                raise RefusedError(
-                    "the system gives no more threads, one for each batch; use --method pooled"
-                ) from error
+            start_thread(self._thread)
         self._go.release()
         self._wait_for_return()
         if self._error is not None:
             raise self._error
 
     def _wait_for_return(self) -> None:
-        used = time.process_time()
-        while not self._back.acquire(timeout=_IDLE_SECONDS):
+        idle, used = 0, time.process_time()
+        while not self._back.acquire(timeout=_PAUSE):
             before, used = used, time.process_time()
-            if used - before < _IDLE_SECONDS / 100:
+            idle = idle + 1 if used - before < _PAUSE / 100 else 0
+            if idle == _LOOKS:
                 raise RefusedError(
                     "the model waits for something that another batch holds, perhaps a lock in its forward; exact "
                     "statistics need all batches on their way at once, use --method pooled"
@@ -113,6 +110,18 @@ class PausedForward:
         """Wait until the thread of an abandoned run has ended."""
         if self._thread.ident:
             self._thread.join(timeout=_ENDING_SECONDS)
+
+
+def start_thread(thread: threading.Thread) -> None:
+    """Start the thread of a batch.
+
+    Raises:
+        RefusedError: the system gives no more threads.
+    """
+    try:
+        thread.start()
+    except RuntimeError as error:
+        raise RefusedError("the system gives no more threads, one for each batch; use --method pooled") from error
 
 
 def copy_context(model: torch.nn.Module) -> Callable[[], contextlib.AbstractContextManager[None]]:

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from bntool.data.batches import split_batch
-from bntool.errors import RefusedError, UsageError
+from bntool.errors import RefusedError, UsageError, UserCodeError
 from bntool.recalibration.exact import reading
 from bntool.recalibration.exact.memory import find_resident
 from bntool.recalibration.exact.offloading import HeldStorages, MovableBatch, Offloading, _Regions
@@ -292,3 +292,47 @@ def test_what_nobody_needs_frees_its_part(tmp_path):
     assert not offloading._places
     assert offloading._regions.take(1000) == 0
     offloading.close()
+
+
+@pytest.fixture
+def set_aside(tmp_path):
+    """A storage that is set aside, where it is, and by what key."""
+    with contextlib.closing(Offloading(0, tmp_path)) as offloading:
+        storage = torch.ones(100_000).untyped_storage()
+        offloading.put(storage, is_ours=True)
+        ((key, place),) = offloading._places.items()
+        yield offloading, key, place
+
+
+def test_what_has_ended_while_it_was_to_be_brought_back_frees_its_part(set_aside):
+    offloading, key, place = set_aside
+    alive, place.storage = place.storage, lambda: None  # it ends in another thread, which has not come to forget it yet
+    offloading.bring_back(key)
+    place.storage = alive
+    offloading._forget(key, place)
+    assert [offloading._regions.take(place._size) for _ in range(2)] == [0, place._size]
+
+
+def test_what_is_brought_back_while_it_ends_frees_its_part_once(set_aside):
+    class Places(dict):
+        def get(self, key):
+            found = super().get(key)
+            offloading.bring_back(key)  # as another thread would, right after
+            return found
+
+    offloading, key, place = set_aside
+    offloading._places = Places(offloading._places)
+    offloading._forget(key, place)
+    assert [offloading._regions.take(place._size) for _ in range(2)] == [0, place._size]
+
+
+def test_a_model_that_ends_the_program_is_an_error(monkeypatch):
+    class Leaving(Residual):
+        def forward(self, x):
+            if len(x) == 4:  # not in the forward of a few samples that is tried first
+                raise SystemExit
+            return super().forward(x)
+
+    monkeypatch.setattr(reading.MemoryForecast, "allow", lambda self, *_: 0)
+    with pytest.raises(UserCodeError, match="raised SystemExit"):
+        recalibrate(Leaving(), make_batches(), method="exact", memory="1GB")

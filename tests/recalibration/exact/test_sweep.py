@@ -3,6 +3,7 @@
 import copy
 import sys
 import threading
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from bntool.errors import RefusedError, UserCodeError
 from bntool.models.loading import load_model
 from bntool.modules.loading import load_state
 from bntool.recalibration.exact import paused_forwards
+from bntool.recalibration.exact.paused_forwards import PausedForward
 from bntool.recalibration.live import recalibrate
 from tests import programs
 from tests.places import SAMPLES
@@ -52,17 +54,21 @@ def measure_residual(model, images):
     return worst
 
 
+def find_forwards():
+    """Threads of batches that have not ended; those of other tests may end at any time."""
+    return [thread for thread in threading.enumerate() if thread.name == "bntool-forward"]
+
+
 def statistics_of(model):
     return torch.cat([t.double() for n, t in model.state_dict().items() if n.endswith(("running_mean", "running_var"))])
 
 
 @pytest.mark.parametrize("size", [1, 7, 64, 500])
 def test_eval_mode_sees_exactly_what_is_stored(digits, images, size):
-    threads = threading.active_count()
     images = images[: 60 * size]
     recalibrate(digits, images.split(size), method="exact")
     assert measure_residual(digits, images) < 1e-6
-    assert threading.active_count() == threads
+    assert not find_forwards()
 
 
 def test_pooled_is_not_exact(digits, images):
@@ -127,10 +133,9 @@ class Branching(nn.Module):
 
 def test_different_paths_are_refused_with_both_named():
     model = Branching()
-    threads = threading.active_count()
     with pytest.raises(RefusedError, match=r"samples 0 to 2 .* is at a, samples 3 to 5 .* at b"):
         recalibrate(model, [torch.ones(3, 2), -torch.ones(3, 2)], method="exact")
-    assert threading.active_count() == threads
+    assert not find_forwards()
 
 
 def measure_residual_of_calls(model, inputs):
@@ -264,13 +269,12 @@ class Raising(nn.Module):
 
 
 def test_code_that_swallows_exceptions_cannot_keep_a_forward_alive():
-    threads = threading.active_count()
     batches = [torch.ones(3, 2), torch.ones(4, 2), torch.ones(3, 2)]
     with pytest.raises(RefusedError, match=r"NaN or infinity at 0\.bn, from samples 3 to 6"):
         recalibrate(nn.Sequential(Swallowing(float("inf")), nn.BatchNorm1d(2)), batches, method="exact")
     with pytest.raises(UserCodeError, match="broken"):
         recalibrate(nn.Sequential(Swallowing(1), Raising(), nn.BatchNorm1d(2)), batches, method="exact")
-    assert threading.active_count() == threads
+    assert not find_forwards()
 
 
 class Locked(nn.Module):
@@ -287,13 +291,27 @@ class Locked(nn.Module):
 
 
 def test_a_forward_that_waits_for_another_is_refused(monkeypatch):
-    monkeypatch.setattr(paused_forwards, "_IDLE_SECONDS", 0.5)
+    monkeypatch.setattr(paused_forwards, "_PAUSE", 0.02)
     model, batches = Locked(), [torch.randn(4, 3, 5, 5) for _ in range(3)]
     with pytest.raises(RefusedError, match="lock"):
         recalibrate(model, batches, method="exact")
-    assert not [thread for thread in threading.enumerate() if thread.name == "bntool-forward"]
+    assert not find_forwards()
     assert not model.lock.locked()
     recalibrate(model, batches)
+
+
+def test_a_process_that_was_stopped_itself_waits_on(monkeypatch):
+    """As by Ctrl-Z: however long, the one wait that it was in has ended, and nothing has used CPU time."""
+    waits = [False] * (paused_forwards._LOOKS - 1)
+    monkeypatch.setattr(paused_forwards, "time", SimpleNamespace(process_time=lambda: 0.0))
+    forward = PausedForward(lambda: None)
+    back = forward._back
+    forward._back = SimpleNamespace(
+        acquire=lambda timeout: waits.pop() if waits else back.acquire(), release=back.release
+    )
+    forward.advance()
+    assert not waits
+    assert forward.reached is None
 
 
 class Regained(nn.Module):
@@ -356,7 +374,7 @@ def test_a_forward_that_falls_back_on_another_layer_is_ended_all_the_same():
     batches[0][5] = 1000
     with pytest.raises(UserCodeError, match="boom"):
         recalibrate(SecondChance(), batches, method="exact")
-    assert not [thread for thread in threading.enumerate() if thread.name == "bntool-forward"]
+    assert not find_forwards()
 
 
 def test_autocast_holds_in_all_threads():
@@ -422,3 +440,17 @@ class TestMemory:
             del z
         assert memory.live == 0
         assert memory.peak == 8000
+
+    def test_tensors_may_end_in_several_threads_at_once(self):
+        from bntool.recalibration.exact.memory import LiveTensors
+
+        class Interrupted(dict):
+            def pop(self, *arguments):
+                others.clear()  # as another thread would, in the middle of it
+                return super().pop(*arguments)
+
+        with LiveTensors() as memory:
+            one, others = torch.ones(1000), [torch.ones(10)]
+            memory._sizes = Interrupted(memory._sizes)
+            del one
+        assert memory.live == 0
