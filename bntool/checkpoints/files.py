@@ -230,8 +230,9 @@ class SourceFile:
         """
         if length <= 0:
             return b""
-        if (offset, length) == self._last[0]:
-            return self._last[1]
+        place, data = self._last  # both at once: another thread may read, too
+        if (offset, length) == place:
+            return data
         data = self._read_whole(offset, length)
         if length <= CHUNK:
             self._last = ((offset, length), data)

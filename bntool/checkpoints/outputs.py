@@ -57,7 +57,7 @@ class OutputFiles:
         """Return a new binary file, readable and seekable, that will become ``path``."""
         self.check(path)
         _remove_leftovers(path)
-        file = _TemporaryFile(path)
+        file = _TemporaryFile(path, self._mode)
         try:
             stream = file.open()
         except OSError as error:
@@ -142,7 +142,7 @@ class OutputFiles:
 
     def _commit(self) -> None:
         for file in self._files:
-            file.finish(_default_mode() if self._mode is None else self._mode)
+            file.finish()
         try:
             for number, file in enumerate(self._files):
                 if any(other.is_at(file.final) for other in self._files[:number]):
@@ -167,9 +167,10 @@ class _OutputStream(io.FileIO):
     copied.
     """
 
-    def __init__(self, path: Path) -> None:
-        # who may read it is decided at the end
-        super().__init__(os.fspath(path), "x+b", opener=partial(os.open, mode=0o600))
+    def __init__(self, path: Path, mode: int | None) -> None:
+        # who may read it is decided at the end; of what is for whomever the process says, only the system knows that
+        begun = 0o666 if mode is None else 0o600
+        super().__init__(os.fspath(path), "x+b", opener=partial(os.open, mode=begun))
         self._kept: list[bytearray | memoryview] = []
         self._end = 0  # of what is kept
         self._sent = 0  # how far the disk was given it
@@ -275,8 +276,8 @@ class _TemporaryFile:
 
     stream: _OutputStream
 
-    def __init__(self, final: Path) -> None:
-        self.final = final
+    def __init__(self, final: Path, mode: int | None) -> None:
+        self.final, self._mode = final, mode
         self.temporary = _choose_name(final)
         self._backup: Path | None = None
         self._replaces = False
@@ -286,7 +287,7 @@ class _TemporaryFile:
     def open(self) -> IO[bytes]:
         try:
             while True:
-                self.stream = _OutputStream(self.temporary)
+                self.stream = _OutputStream(self.temporary, self._mode)
                 self._held.enter_context(
                     _locked(self.temporary, waits=True)
                 )  # who looks whether it is a leftover is soon done
@@ -300,11 +301,12 @@ class _TemporaryFile:
         self._identity = (status.st_dev, status.st_ino)
         return self.stream
 
-    def finish(self, mode: int) -> None:
+    def finish(self) -> None:
         """Bring it to the disk as a whole."""
         self.stream.sync()
         self.stream.close()
-        self.temporary.chmod(mode)
+        if self._mode is not None:
+            self.temporary.chmod(self._mode)
 
     def appear(self, *, force: bool, keeps_old: bool) -> None:
         """Give the file its final name.
@@ -444,12 +446,6 @@ def _sync_folder(folder: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
-
-
-def _default_mode() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return 0o666 & ~mask
 
 
 def _write_reason(error: OSError, path: Path | None) -> str:

@@ -127,6 +127,19 @@ def test_short_reads_are_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert (tmp_path / "out.pt").read_bytes() == path.read_bytes()
 
 
+def test_a_piece_that_was_read_is_not_taken_for_that_of_another_thread(tmp_path: Path) -> None:
+    class Meanwhile(int):
+        def __eq__(self, other: object) -> bool:
+            source.read(4, 4)  # as another thread would, in the middle of it
+            return int(self) == other
+
+        __hash__ = int.__hash__
+
+    (tmp_path / "file").write_bytes(b"abcdefgh")
+    with SourceFile(tmp_path / "file") as source:
+        assert [source.read(0, 4), source.read(Meanwhile(0), 4)] == [b"abcd"] * 2
+
+
 @pytest.mark.parametrize("available", [True, False])
 def test_copying_a_range(available: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = os.urandom(3 * CHUNK + 5)
@@ -264,13 +277,15 @@ def test_an_existing_file_is_replaced_only_by_force(tmp_path: Path) -> None:
         save_checkpoint(open_checkpoint(source), dangling)
 
 
-def test_without_a_mode_the_process_decides(tmp_path: Path) -> None:
-    previous = os.umask(0o027)
+def test_without_a_mode_the_process_decides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    set_mask = os.umask
+    previous = set_mask(0o027)
+    monkeypatch.delattr(os, "umask")  # to ask for the mask is to set it, also for files that other threads make then
     try:
         with OutputFiles() as output:
             output.open(tmp_path / "a")
     finally:
-        os.umask(previous)
+        set_mask(previous)
     assert (tmp_path / "a").stat().st_mode & 0o777 == 0o640
 
 
