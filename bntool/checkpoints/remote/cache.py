@@ -70,16 +70,16 @@ def save(key: str, version: Version, ranges: Ranges) -> None:
     header = {"size": version.size, "tag": version.tag, "ranges": [(offset, len(data)) for offset, data in ranges]}
     path = folder / _name(key)
     temporary = path.with_name(f".{path.name}.{os.urandom(6).hex()}")
-    try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with open(temporary, "xb", opener=lambda name, flags: os.open(name, flags, 0o600)) as stream:
-            stream.write(json.dumps(header).encode() + b"\n")
-            stream.writelines(data for _, data in ranges)
-        temporary.replace(path)
-        _make_room(folder.glob(f"*{_ENDING}"))
-    except OSError:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
+    with contextlib.suppress(OSError):
+        try:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            with open(temporary, "xb", opener=lambda name, flags: os.open(name, flags, 0o600)) as stream:
+                stream.write(json.dumps(header).encode() + b"\n")
+                stream.writelines(data for _, data in ranges)
+            temporary.replace(path)
+            _make_room(folder.glob(f"*{_ENDING}"))
+        finally:  # also where it is interrupted
+            temporary.unlink(missing_ok=True)
 
 
 def _make_room(paths: Iterable[Path]) -> None:

@@ -123,12 +123,11 @@ class RangedFile(_RemoteSource):
                 raise
 
     def _read_once(self, offset: int, length: int) -> bytes:
-        found = self._ranges.get(offset, length)
-        if not found:
+        while not (found := self._ranges.get(offset, length)):  # again where another thread has let go of it
             self._window = min(self._window * 2, _MOST) if offset == self._next else _LEAST
-            (start, end), *_ = self._ranges.find_missing(offset, min(offset + max(length, self._window), self.size))
-            self._fetch(start, min(end, start + _MOST))
-            found = self._ranges.get(offset, length)
+            until = min(offset + max(length, self._window), self.size)
+            for start, end in self._ranges.find_missing(offset, until)[:1]:
+                self._fetch(start, min(end, start + _MOST))
         self._next = offset + len(found)
         return found
 

@@ -151,7 +151,8 @@ class HttpClient:
         response = connection.last
         with self._lock:
             self._busy.discard(connection)
-        if usable and response is not None and response.isclosed() and connection.sock is not None:
+        is_open = usable and not connection.is_cut and connection.sock is not None
+        if is_open and response is not None and response.isclosed():
             with self._lock:
                 self._idle.setdefault(target.place, []).append(connection)
         else:
@@ -300,7 +301,7 @@ class _Connection(http.client.HTTPConnection):
         self._ips = ips
         self.last: http.client.HTTPResponse | None = None
         self._held: socket.socket | None = None
-        self._is_cut = False
+        self.is_cut = False
 
     def connect(self) -> None:
         target = self._target
@@ -325,13 +326,13 @@ class _Connection(http.client.HTTPConnection):
 
     def _hold(self, held: Any) -> Any:
         self._held = held
-        if self._is_cut:
+        if self.is_cut:
             self.cut()
         return held
 
     def cut(self) -> None:
         """End whatever waits for the server, in another thread."""
-        self._is_cut = True
+        self.is_cut = True
         if self._held is not None:
             with contextlib.suppress(OSError):
                 socket.socket.shutdown(self._held, socket.SHUT_RDWR)
@@ -373,7 +374,8 @@ class _TimeLimit:
     def __init__(self, connection: _Connection, seconds: float, address: Address) -> None:
         self._connection, self._seconds, self._address = connection, seconds, address
         self._timer: threading.Timer | None = None
-        self._is_over = False
+        self._lock = threading.Lock()
+        self._has_ended = self._is_over = False
 
     def start(self, seconds: float) -> None:
         """Start to count the time."""
@@ -384,8 +386,10 @@ class _TimeLimit:
         self._timer.start()
 
     def _end(self) -> None:
-        self._is_over = True
-        self._connection.cut()
+        with self._lock:
+            if not self._has_ended:  # else the connection is kept, or serves the next question already
+                self._is_over = True
+                self._connection.cut()
 
     def __enter__(self) -> Self:
         self.start(self._seconds)
@@ -394,6 +398,8 @@ class _TimeLimit:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         if self._timer is not None:
             self._timer.cancel()
+        with self._lock:
+            self._has_ended = True
         if self._is_over and isinstance(error, Exception):  # whatever was made of what is cut off
             raise UnreachableFileError("the server takes too long to answer", path=self._address) from error
         if isinstance(error, TimeoutError):

@@ -160,7 +160,9 @@ class Transfers:
         try:
             yield
         finally:
-            self.waited += time.monotonic() - began
+            took = time.monotonic() - began
+            with self._lock:
+                self.waited += took
         self.check_pace(0.0)
 
     def check_pace(self, began: float) -> None:

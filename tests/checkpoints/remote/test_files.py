@@ -13,7 +13,10 @@ import torch
 from torch import nn
 
 import bntool
+from bntool.checkpoints.addresses import Address
 from bntool.checkpoints.formats import open_checkpoint
+from bntool.checkpoints.remote.files import _Ranges, open_url
+from bntool.checkpoints.remote.http import Limits
 from bntool.cli.main import main
 from bntool.errors import UnreachableFileError
 from bntool.reports.inspection import describe_inspection
@@ -113,6 +116,35 @@ def test_what_is_damaged_in_the_cache_is_read_again(server: FileServer, cache: P
     for damaged in (kept.read_bytes()[:-10], b"", b"[]\n", b'{"ranges": [[-5, 2]], "size": 1, "tag": ""}\nxx'):
         kept.write_bytes(damaged)
         assert bntool.inspect(f"{server.url}/net.pt").verdict.sentence == "healthy"
+
+
+def test_an_interrupt_while_it_is_written_leaves_nothing_in_the_cache(server, cache: Path, monkeypatch) -> None:
+    server.files["/digits.pt"] = (SAMPLES / "digits.pt").read_bytes()
+    checkpoint = open_checkpoint(f"{server.url}/digits.pt")
+    monkeypatch.setattr("bntool.checkpoints.remote.cache.json.dumps", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint.close()
+    assert list(cache.iterdir()) == []
+
+
+def interrupt(_header: object) -> None:
+    raise KeyboardInterrupt
+
+
+def test_what_another_thread_lets_go_of_is_asked_for_again(server: FileServer, monkeypatch) -> None:
+    data = server.files["/net.pt"] = bytes(range(256)) * 1000
+    with open_url(Address(f"{server.url}/net.pt"), limits=Limits()) as file:
+        fetch, lost = file._fetch, []
+
+        def fetch_and_lose(start: int, end: int) -> None:
+            fetch(start, end)
+            if not lost:
+                lost.append(start)
+                file._ranges = _Ranges()
+
+        monkeypatch.setattr(file, "_fetch", fetch_and_lose)
+        assert file.read(200_000, 100) == data[200_000:200_100]
+        assert lost
 
 
 def test_without_a_folder_for_it_nothing_is_kept(server: FileServer, cache: Path, monkeypatch) -> None:
