@@ -34,6 +34,8 @@ class InterruptHandler:
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
         is_reminder, self._is_reminder = self._is_reminder, False
+        if is_reminder and not self._is_waiting:  # a second signal came while it was sent
+            return
         if not is_reminder:
             self._received = number
         if not _is_importing(frame) or (self._is_waiting and not is_reminder):

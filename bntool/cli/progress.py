@@ -90,17 +90,18 @@ def _draw(work: _DrawnWork) -> Iterator[None]:
             yield
         return
     out, err = sys.stdout, sys.stderr
+    live = Live(work, console=console, transient=True, refresh_per_second=8)
 
     def restore() -> None:
         """Let a worker process write by itself: the lock of the console may be held by a thread that it does not
         have.
         """
-        if sys.stderr is not err:
+        if live.is_started:
             sys.stdout, sys.stderr = out, err
 
     if hasattr(os, "register_at_fork"):  # Windows starts processes anew
         os.register_at_fork(after_in_child=restore)
-    with Live(work, console=console, transient=True, refresh_per_second=8):
+    with live:
         yield
 
 

@@ -16,12 +16,13 @@ from tests.programs import copy_user_code
 
 @pytest.fixture(autouse=True)
 def handled(monkeypatch, tmp_path):
-    before = signal.getsignal(signal.SIGINT)
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     signal.signal(signal.SIGINT, signal.default_int_handler)
     InterruptHandler().install()
     monkeypatch.syspath_prepend(tmp_path)
     yield
-    signal.signal(signal.SIGINT, before)
+    for number, handler in before.items():
+        signal.signal(number, handler)
     for name in ("pressed_once", "pressed_twice"):
         sys.modules.pop(name, None)
 
@@ -54,6 +55,15 @@ def test_a_second_one_does_not_wait(tmp_path):
         importlib.import_module("pressed_twice")
     assert "pressed_twice" not in sys.modules
     time.sleep(0.2)  # nothing more comes of the first one
+
+
+def test_who_is_late_to_remind_of_the_first_one_adds_none():
+    handler = signal.getsignal(signal.SIGINT)
+    handler._is_waiting = True
+    with pytest.raises(KeyboardInterrupt):
+        handler(signal.SIGINT, None)
+    handler._is_reminder = True  # the timer has looked before the second one came
+    handler(signal.SIGINT, None)
 
 
 def test_elsewhere_it_is_raised_at_once():

@@ -8,8 +8,11 @@ import pty
 import re
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -25,22 +28,42 @@ from tests.programs.forking import ForkedProcess
 PHASES = ("before", "pooled statistics", "after")
 
 
-def work(*, as_json: bool = False, quiet: bool = False, total: int | None = 100) -> None:
+class Log(io.StringIO):
+    """A stream that says when a line is written."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.line = threading.Semaphore(0)
+
+    def write(self, text: str) -> int:
+        written = super().write(text)
+        if text.endswith("\n"):
+            self.line.release()
+        return written
+
+
+def work(
+    *, as_json: bool = False, quiet: bool = False, total: int | None = 100, wait: Callable[[], object] = lambda: None
+) -> None:
     with show_progress(as_json=as_json, quiet=quiet) as tell:
         for phase in PHASES:
             for done in (0, 50, 100):
                 tell(Progress(phase, done, total, PHASES))
-                time.sleep(0.05)
+                wait()
 
 
 @pytest.mark.parametrize("total", [100, None])
 @pytest.mark.parametrize("as_json", [False, True])
 def test_a_log_says_how_far_the_work_is(monkeypatch, total: int | None, as_json: bool) -> None:
-    monkeypatch.setattr(module, "_LOG_INTERVAL", 0.02)
+    def wait() -> None:
+        for _ in range(2):  # the first may have been on its way before
+            assert log.line.acquire(timeout=600)
+
+    monkeypatch.setattr(module, "_LOG_INTERVAL", 0.01)
+    monkeypatch.setattr("bntool.reports.progress.time", SimpleNamespace(monotonic=lambda: 0.0))
     monkeypatch.delenv("FORCE_COLOR", raising=False)
-    log = io.StringIO()
-    monkeypatch.setattr("sys.stderr", log)
-    work(as_json=as_json, total=total)
+    monkeypatch.setattr("sys.stderr", log := Log())
+    work(as_json=as_json, total=total, wait=wait)
     lines = log.getvalue().splitlines()
     assert all(line.startswith("bntool: ") for line in lines)
     how_far = "50 of 100 samples, 0 s left" if total else "50 samples, 0 s"
@@ -57,13 +80,13 @@ def test_short_work_says_nothing(monkeypatch) -> None:
 
 
 def test_quiet_is_quiet_and_other_ranks_are(monkeypatch) -> None:
-    monkeypatch.setattr(module, "_LOG_INTERVAL", 0.01)
+    monkeypatch.setattr(module, "_LOG_INTERVAL", 0.001)
     log = io.StringIO()
     monkeypatch.setattr("sys.stderr", log)
-    work(quiet=True)
+    work(quiet=True, wait=lambda: time.sleep(0.01))
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
-    work()
+    work(wait=lambda: time.sleep(0.01))
     assert log.getvalue() == ""
 
 
@@ -99,6 +122,24 @@ def test_a_terminal_is_left_as_if_nothing_had_been_shown(tmp_path: Path, workers
     result = text[text.rindex("\x1b[?25h") :]
     assert "nothing was written" in result
     assert "samples, " not in result
+
+
+def test_a_process_that_is_forked_later_keeps_its_streams(monkeypatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    in_child: list[Callable[[], None]] = []
+    monkeypatch.setattr(os, "register_at_fork", lambda *, after_in_child: in_child.append(after_in_child))
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr("sys.stderr", terminal := Terminal())
+    with show_progress(as_json=False, quiet=False):
+        assert sys.stderr is not terminal
+        in_child[0]()
+        assert sys.stderr is terminal
+    monkeypatch.setattr("sys.stderr", later := io.StringIO())
+    in_child[0]()
+    assert sys.stderr is later
 
 
 @pytest.mark.parametrize(

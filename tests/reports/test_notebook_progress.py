@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import time
 from types import SimpleNamespace
 from typing import Any
 
@@ -46,6 +45,27 @@ class Notebook:
             callback(SimpleNamespace(success=success))
 
 
+class Clock:
+    """The time, which goes on only as the work does."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
+@pytest.fixture(autouse=True)
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    for module in ("progress", "notebook_progress"):
+        monkeypatch.setattr(f"bntool.reports.{module}.time", clock)
+    return clock
+
+
 @pytest.fixture
 def notebook(monkeypatch: pytest.MonkeyPatch) -> Notebook:
     shell = Notebook()
@@ -57,15 +77,15 @@ def notebook(monkeypatch: pytest.MonkeyPatch) -> Notebook:
 PHASES = ("before", "after")
 
 
-def work(seconds: float) -> None:
+def work(clock: Clock, seconds: float) -> None:
     for phase in PHASES:
         for done in range(0, 101, 25):
             tell_notebook(Progress(phase, done, 100, PHASES))
-            time.sleep(seconds)
+            clock.sleep(seconds)
 
 
-def test_a_line_follows_the_work_and_says_how_long_it_took(notebook: Notebook) -> None:
-    work(0.15)
+def test_a_line_follows_the_work_and_says_how_long_it_took(notebook: Notebook, clock: Clock) -> None:
+    work(clock, 0.15)
     texts = [data["text/plain"] for data in notebook.displayed]
     assert texts[0].startswith("bntool: before: ")
     assert any(text.startswith("bntool: after: ") and "of 100 samples" in text for text in texts)
@@ -75,41 +95,43 @@ def test_a_line_follows_the_work_and_says_how_long_it_took(notebook: Notebook) -
     assert notebook.events.registered == []
 
 
-def test_a_call_that_failed_is_not_done(notebook: Notebook) -> None:
-    work(0.1)
+def test_a_call_that_failed_is_not_done(notebook: Notebook, clock: Clock) -> None:
+    work(clock, 0.1)
     notebook.end_cell(success=False)
     assert "done" not in notebook.displayed[-1]["text/plain"]
 
 
-def test_short_work_shows_nothing(notebook: Notebook) -> None:
-    work(0)
+def test_short_work_shows_nothing(notebook: Notebook, clock: Clock) -> None:
+    work(clock, 0)
     notebook.end_cell()
     assert notebook.displayed == []
 
 
-def test_a_script_shows_nothing_though_ipython_is_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_script_shows_nothing_though_ipython_is_imported(monkeypatch: pytest.MonkeyPatch, clock: Clock) -> None:
     monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=lambda: None))
     monkeypatch.delitem(sys.modules, "IPython.display", raising=False)
-    work(0.1)
+    work(clock, 0.1)
 
 
 class Slow(nn.Module):
     """A model that takes its time."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Clock) -> None:
         super().__init__()
-        self.bn = nn.BatchNorm1d(4)
+        self.bn, self.clock = nn.BatchNorm1d(4), clock
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        time.sleep(0.1)
+        self.clock.sleep(0.1)
         return self.bn(x)
 
 
 @pytest.mark.parametrize("asks", [False, True])
-def test_calls_of_the_library_show_themselves_unless_the_caller_asks(notebook: Notebook, asks: bool) -> None:
+def test_calls_of_the_library_show_themselves_unless_the_caller_asks(
+    notebook: Notebook, clock: Clock, asks: bool
+) -> None:
     batches = [torch.randn(8, 4) for _ in range(7)]
     seen: list[Any] = []
-    bntool.recalibrate(Slow(), batches, **({"on_progress": seen.append} if asks else {}))
+    bntool.recalibrate(Slow(clock), batches, **({"on_progress": seen.append} if asks else {}))
     said = "".join(data["text/plain"] for data in notebook.displayed)
     assert ("pooled statistics" in said) is not asks
     assert bool(seen) is asks
