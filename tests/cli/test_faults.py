@@ -58,7 +58,7 @@ CAFFE = [
 
 def _run(arguments: list[str], **options: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(  # type: ignore[call-overload,no-any-return]
-        arguments, capture_output=True, text=True, timeout=120, check=False, **options
+        arguments, capture_output=True, text=True, timeout=600, check=False, **options
     )
 
 

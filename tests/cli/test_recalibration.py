@@ -437,7 +437,9 @@ def test_ctrl_c_ends_cleanly(tmp_path, method):
         process.send_signal(signal.SIGINT)
         said = process.stderr.read().decode()
     assert process.wait() == 130
-    assert said.splitlines() == ["bntool: error: interrupted; nothing was written"]
+    *before, last = said.splitlines()
+    assert last == "bntool: error: interrupted; nothing was written"
+    assert all(line == "running" or line.startswith("bntool: pooled") for line in before)  # until it had the signal
     assert sorted(path.name for path in tmp_path.iterdir() if path.is_file()) == ["in.pt", "slow.py"]
 
 
@@ -509,7 +511,7 @@ def test_the_meta_device_computes_nothing(recalibrate):
 def test_a_result_that_cannot_be_printed(form):
     command = [sys.executable, "-m", "bntool", "inspect", str(SAMPLES / "drifted.pt"), *form]
     with open("/dev/full", "w") as full:
-        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False, timeout=60)
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False, timeout=600)
     assert done.returncode == 3
     assert done.stderr == "bntool: error: what was to be printed cannot be written: No space left on device\n"
 

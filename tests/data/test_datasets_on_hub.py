@@ -116,7 +116,7 @@ def test_a_dataset_of_the_hub_gives_what_its_files_give(server: FileServer, tmp_
         check=True,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
     )
     assert done.stdout.split() == ["0", "0", "0", "0", "0", "0", "2", "3"], done.stderr
     assert "the dataset has no split 'none', but train, test" in done.stderr

@@ -15,7 +15,7 @@ from tests.places import ROOT, SAMPLES
 
 PAGE = (ROOT / "docs" / "recalibration.md").read_text()
 BLOCKS = re.findall(r"^```bash\n(.*?)^```$", PAGE, flags=re.MULTILINE | re.DOTALL)
-RECORDER = "#!/bin/sh\nprintf '%s\\037' \"$@\" >> calls.$$\n"
+RECORDER = "#!/bin/sh\nprintf '%s\\037' \"$@\" '\x1e' >> calls\n"  # at once: no other call writes between
 
 
 def spell_out(script: str, folder: Path, **variables: str) -> list[list[str]]:
@@ -26,11 +26,9 @@ def spell_out(script: str, folder: Path, **variables: str) -> list[list[str]]:
     environment = {**os.environ, "PATH": f"{folder / 'bin'}:{os.environ['PATH']}", **variables}
     subprocess.run(["bash", "-n", "-c", script], check=True)
     subprocess.run(["bash", "-c", script], check=True, cwd=folder, env=environment)
-    calls = sorted(folder.glob("calls.*"), key=lambda path: path.stat().st_mtime_ns)
-    commands = [path.read_text().split("\x1f")[:-1] for path in calls]
-    for path in calls:
-        path.unlink()
-    return commands
+    calls = (folder / "calls").read_text().split("\x1e\x1f")[:-1]
+    (folder / "calls").unlink()
+    return [call.split("\x1f")[:-1] for call in calls]
 
 
 @pytest.fixture

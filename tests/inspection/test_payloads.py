@@ -50,9 +50,10 @@ def attack(name: str, container: str, folder: Path) -> str:
         handler = reference()
         if isinstance(handler, logging.FileHandler) and Path(handler.baseFilename).parent == folder:
             handler.close()
-    for _ in range(200):  # another process may need a moment
-        if not left(canary):
-            time.sleep(0.01)
+    for _ in range(6000):  # another process may need a moment
+        if left(canary):
+            break
+        time.sleep(0.01)
     assert left(canary), "the attack does not work, and proves nothing"
     return verdict
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -16,7 +15,7 @@ from tests.places import ROOT
 from tests.programs.forking import TORCH, ForkedProcess, start_server
 
 _FOLDER = Path(__file__).parent
-_SECONDS = 120
+_SECONDS = 600
 
 
 def _environment() -> dict[str, str]:
@@ -33,6 +32,13 @@ def run(name: str, *arguments: object, code: int = 0, **options: Any) -> subproc
     done = subprocess.run([sys.executable, *_command(name, *arguments)], check=False, **options)
     _check(done, code)
     return done
+
+
+def start(name: str, *arguments: object) -> subprocess.Popen[str]:
+    """Start a program of this folder, with pipes as its output and errors."""
+    command = [sys.executable, *_command(name, *arguments)]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=_environment())
 
 
 def list_loaded(*arguments: object, **options: Any) -> set[str]:
@@ -71,10 +77,12 @@ def start_bntool(*arguments: object, cwd: Path) -> ForkedProcess:
 
 def run_bntool_as_ranks(count: int, *arguments: object, cwd: Path) -> list[subprocess.CompletedProcess[str]]:
     """Run a command of bntool in several processes of one job, which have the environment that torchrun gives."""
-    with socket.socket() as listening:
-        listening.bind(("127.0.0.1", 0))
-        port = listening.getsockname()[1]  # of none then, as torchrun finds one
-    job = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(count)}
+    from torch.distributed import TCPStore  # most of what is run here needs none of it
+
+    # as torchrun has it in its own process, at a port that it keeps from then on
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    job = {"MASTER_ADDR": store.host, "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    job["WORLD_SIZE"] = str(count)
     environments = [{**job, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
     return _fork([["-m", "bntool", *map(str, arguments)]] * count, cwd, environments)
 

@@ -26,8 +26,10 @@ def become(command, folder, environment, streams):
     os.environ.update(environment)
     os.chdir(folder)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background
-    signal.alarm(120)
-    faulthandler.dump_traceback_later(110)  # says where it waits
+    signal.alarm(600)
+    faulthandler.dump_traceback_later(590)  # says where it waits
+    if "bntool.cli.progress" in sys.modules:  # as in conftest.py
+        sys.modules["bntool.cli.progress"]._LOG_INTERVAL = 1e6
     sys.argv = command
     if sys.argv[0] == "-m":
         del sys.argv[0]
@@ -50,6 +52,7 @@ def accept(listening, needed):
             os.close(needed)
             return connection
         connection.close()
+    listening.close()  # who comes too late is refused, and does not wait
     while True:
         try:
             os.wait()

@@ -10,7 +10,6 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import IO, Any
@@ -19,7 +18,7 @@ from tests.places import ROOT
 
 # torch._dynamo is what DistributedDataParallel imports when it is made
 ONNXRUNTIME = ("numpy", "onnxruntime")
-TORCH = ("torch._dynamo", "bntool.recalibration.live", "bntool.freezing.live")
+TORCH = ("torch._dynamo", "bntool.recalibration.live", "bntool.freezing.live", "bntool.cli.progress")
 
 
 class ForkedProcess:
@@ -77,11 +76,11 @@ def _open_stream(stream: Any, *, writing: bool) -> tuple[IO[bytes] | None, int]:
 def start_server(imported: tuple[str, ...]) -> socket.socket:
     """A connection to a process of ``fork_server``, kept until this one ends; processes that test together share it."""
     run = os.environ.get("PYTEST_XDIST_TESTRUNUID", str(os.getpid()))
-    place = Path(tempfile.gettempdir(), f"bntool-{run[:12]}-{imported[0]}")
+    place = f"\0bntool-{run[:12]}-{imported[0]}"  # no file: one that is killed leaves no name that another may need
     listening = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with listening:
         try:
-            listening.bind(str(place))
+            listening.bind(place)
         except OSError:  # another has started it
             return _connect(place)
         listening.listen()
@@ -98,7 +97,6 @@ def start_server(imported: tuple[str, ...]) -> socket.socket:
     connection = _connect(place)
 
     def end() -> None:
-        place.unlink()
         connection.close()
         os.close(its)
         server.wait()
@@ -107,14 +105,14 @@ def start_server(imported: tuple[str, ...]) -> socket.socket:
     return connection
 
 
-def _connect(place: Path) -> socket.socket:
+def _connect(place: str) -> socket.socket:
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     for _ in range(1000):  # until the one that has bound it listens
         try:
-            connection.connect(str(place))
+            connection.connect(place)
         except ConnectionRefusedError:
             time.sleep(0.01)
         else:
             atexit.register(connection.close)
             return connection
-    raise TimeoutError(f"nothing listens at {place}")
+    raise TimeoutError(f"nothing listens at {place!r}")

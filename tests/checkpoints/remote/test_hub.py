@@ -185,7 +185,7 @@ def test_a_repository_of_the_hub_is_read_by_ranges(hub: Hub) -> None:
 def test_endpoint_and_cache_are_those_of_the_environment(hub: Hub, tmp_path: Path) -> None:
     environment = {**os.environ, "HF_ENDPOINT": hub.server.url, "HF_HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "bntool", "inspect", "hf://o/n@main", "--quiet"]
-    subprocess.run(command, env=environment, check=True, timeout=60)
+    subprocess.run(command, env=environment, check=True, timeout=600)
     assert "/api/models/o/n/revision/main" in [path for path, _ in hub.server.asked]
 
 
