@@ -50,7 +50,8 @@ from bntool.verification.outputs import CHECK_WHAT_WAS_GIVEN, TOLERANCE, Agreeme
 _RANDOM_INPUTS = 3
 _CLASS_ASKED = (
     "the forward may look at the class of a BatchNorm, which a fold takes away (the layout same-keys, --layout "
-    "same-keys, leaves it in its place), at which parameters there are, or at a dtype"
+    "same-keys, leaves it in its place), at which parameters there are, at a dtype, or at what was computed from "
+    "weights as they were loaded"
 )
 _MORE_MERGED = (
     "the model's own code may merge more in its deploy form than parallel branches, e.g. a gate: fold with another "

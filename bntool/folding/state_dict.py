@@ -29,7 +29,7 @@ from bntool.graphs.architectures.recognition import Architecture
 from bntool.graphs.declared import suggest_pairs
 from bntool.graphs.graph import Evidence, ModelGraph, NodeKind
 from bntool.graphs.sources import Knowledge, build_graph, trace_as_named
-from bntool.plan import RemoveEntry
+from bntool.plan import RemoveEntry, RemoveTensor, SetTensor
 from bntool.progress import OnProgress, Progress, ignore
 from bntool.representation import html_repr, repr_of_change
 
@@ -144,7 +144,7 @@ def fold_state_dict(  # noqa: PLR0913 as many as the command has options
 
     Raises:
         RefusedError: neither model nor pairs are given and no architecture is recognised, or several that differ; a
-            pair contradicts shapes; or the format is only inspected.
+            pair contradicts shapes; the model changes tensors when it loads them; or the format is only inspected.
         UsageError, UserCodeError, VerificationError: as :func:`fold`.
     """
     check_changeable(checkpoint)
@@ -189,7 +189,16 @@ def fold_state_dict(  # noqa: PLR0913 as many as the command has options
         edited = edited.with_state_dict(measured)
     else:
         from bntool.folding.live import prove, with_random_inputs
+        from bntool.modules.loading import find_changed
 
+        touched = {step.name for step in plan.steps if isinstance(step, SetTensor | RemoveTensor)}
+        changed = find_changed(model, state_dict, touched)
+        if changed is not None:
+            raise RefusedError(
+                "the model changes this tensor when it loads it, so that the file does not hold what runs; a state "
+                "dict that is saved from the loaded model may",
+                tensor=changed,
+            )
         on_progress(Progress("comparing outputs"))
         proof = prove(model, plan, graph, state_dict, inputs=inputs, others=others, tolerance=tolerance)
         plan, ranges, agreement, cost = proof.plan, proof.ranges, proof.agreement, proof.cost

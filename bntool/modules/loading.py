@@ -15,7 +15,8 @@ from bntool.checkpoints.checkpoint import StateDict
 from bntool.checkpoints.dtypes import BY_NAME, DType, NumberKind
 from bntool.checkpoints.state_dicts import UNPREFIXED
 from bntool.checkpoints.tensors import Tensor, count_elements
-from bntool.errors import RefusedError
+from bntool.errors import BntoolError, RefusedError
+from bntool.models.user_code import describe_exception
 from bntool.modules.finding import find_name_prefix
 from bntool.names import add_prefix, remove_prefix
 from bntool.representation import list_first
@@ -93,8 +94,7 @@ def load_state(module: torch.nn.Module, state_dict: StateDict, *, may_lack: Coll
         RefusedError: keys are missing or unexpected, or shapes differ; the message says which, and guesses why.
     """
     wanted = module.state_dict(keep_vars=True)
-    prefix = find_name_prefix(module, map(state_dict.strip, state_dict.tensors))
-    own = {name.removeprefix(prefix): name for name in wanted}
+    prefix, own = _find_own_names(module, state_dict, wanted)
     places: dict[str, str] = {}  # the name in the file to the name in the model
     shapes: dict[str, str] = {}
     for full_name, tensor in state_dict.tensors.items():
@@ -120,6 +120,33 @@ def load_state(module: torch.nn.Module, state_dict: StateDict, *, may_lack: Coll
         raise RefusedError(_explain(missing, unexpected, list(shapes.values()), names=names))
 
 
+def _find_own_names(
+    module: torch.nn.Module, state_dict: StateDict, wanted: Collection[str]
+) -> tuple[str, dict[str, str]]:
+    """Return what a module puts before the names of a file, and its own names by those."""
+    prefix = find_name_prefix(module, map(state_dict.strip, state_dict.tensors))
+    return prefix, {name.removeprefix(prefix): name for name in wanted}
+
+
+def find_changed(module: torch.nn.Module, state_dict: StateDict, names: Collection[str]) -> str | None:
+    """Return a tensor that a module does not hold as the file has it, since its own code changed it when it was loaded.
+
+    Args:
+        names: those to compare, without prefix.
+    """
+    wanted = module.state_dict(keep_vars=True)
+    _, own = _find_own_names(module, state_dict, wanted)
+    for full_name, tensor in state_dict.tensors.items():
+        name = state_dict.strip(full_name)
+        live = wanted.get(own.get(name, ""))
+        if name not in names or not isinstance(live, torch.Tensor) or tuple(live.shape) != tuple(tensor.shape):
+            continue
+        stored, held = _read(state_dict, full_name).to(live.dtype), live.detach().cpu()
+        if not bool(((stored == held) | (stored.isnan() & held.isnan())).all()):
+            return full_name
+    return None
+
+
 def _load(
     module: torch.nn.Module, state_dict: StateDict, places: Mapping[str, str], *, prefix: str
 ) -> tuple[list[str], list[str]]:
@@ -137,6 +164,10 @@ def _load(
         missing, unexpected = module.load_state_dict(given, strict=False)
     except RuntimeError as error:
         raise RefusedError(f"the model does not take this state dict: {' '.join(str(error).split())}") from error
+    except BntoolError:
+        raise
+    except Exception as error:  # code of the model, which is asked to load
+        raise RefusedError(f"the model does not take this state dict: {describe_exception(error)}") from error
     return list(missing), list(unexpected)
 
 

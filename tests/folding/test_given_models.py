@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import bntool
-from bntool.errors import UsageError
+from bntool.errors import RefusedError, UsageError
 from bntool.folding.options import FoldOptions, Layout
 from bntool.folding.planning import plan_fold
 from bntool.graphs.declared import declare
@@ -73,9 +74,11 @@ def test_a_deformable_convolution() -> None:
 
 
 def test_an_operator_with_the_schema_of_a_deformable_convolution() -> None:
-    """As torchvision registers it, here without offsets: runs where torchvision is not installed."""
+    """As torchvision registers it, here without offsets."""
+    if find_spec("torchvision") is not None:
+        pytest.skip("its own operator has the name")
     sizes = ", ".join(f"int {name}_{axis}" for name in ("stride", "pad", "dilation") for axis in "hw")
-    library = torch.library.Library("bntool_tests", "FRAGMENT")
+    library = torch.library.Library("torchvision", "FRAGMENT")
     library.define(
         "deform_conv2d(Tensor input, Tensor weight, Tensor offset, Tensor mask, Tensor bias, "
         f"{sizes}, int groups, int offset_groups, bool use_mask) -> Tensor"
@@ -91,7 +94,7 @@ def test_an_operator_with_the_schema_of_a_deformable_convolution() -> None:
         def forward(self, x):
             none = x.new_zeros(0)
             sizes = (1, 1, 0, 0, 1, 1, 1, 1, False)
-            return self.bn(torch.ops.bntool_tests.deform_conv2d(x, self.weight, none, none, self.bias, *sizes))
+            return self.bn(torch.ops.torchvision.deform_conv2d(x, self.weight, none, none, self.bias, *sizes))
 
     model = randomise(Deformable().double())
     folded, plan = fold(model, image(2, 3, 7, 7))
@@ -257,3 +260,29 @@ def test_own_fusing_that_is_wrong_after_a_fold_is_named(block: type[Block], layo
     model = randomise(nn.Sequential(block(3, 8), block(8, 4)).double())
     assumed = bntool.fold(model, image(2, 3, 8, 8), layout=layout).plan.assumptions
     assert [bool(re.match(said, text)) for text in assumed] == [True] * bool(said)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [("0.weight", lambda weight: weight.flip(0)), ("1.running_var", lambda var: var - 1e-5), ("2.bias", torch.abs)],
+)
+def test_what_a_model_changes_when_it_loads_it_is_not_folded_as_the_file_has_it(
+    name: str, change, layout: Layout, tmp_path
+) -> None:
+    model = randomise(nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Conv2d(4, 5, 1))).float()
+    path, output = tmp_path / "net.pt", tmp_path / "folded.pt"
+    torch.save(model.state_dict(), path)
+
+    def upgrade(state, prefix, *_) -> None:
+        state[prefix + name] = change(state[prefix + name])
+
+    model.register_load_state_dict_pre_hook(lambda _module, *given: upgrade(*given))
+    given = {"model": model, "input_shape": (2, 3, 5, 5), "layout": layout}
+    if name == "2.bias":  # which no fold touches
+        bntool.fold_checkpoint(path, output, **given)
+        assert output.exists()
+        return
+    with pytest.raises(RefusedError, match=f"{name}: the model changes this tensor when it loads it"):
+        bntool.fold_checkpoint(path, output, **given, tolerance=1.0)
+    assert not output.exists()

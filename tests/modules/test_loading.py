@@ -139,3 +139,14 @@ def test_modules_that_translate_old_keys_are_asked(tmp_path):
         model = Renamed(3, 2)
         load_state(model, checkpoint.state_dicts[0])
     assert torch.equal(model.weight, torch.ones(2, 3))
+
+
+def test_code_of_the_model_that_raises_while_it_loads_is_said_to(tmp_path):
+    model = nn.Sequential(nn.Linear(2, 2))
+    state_dict = model.state_dict()
+    model.register_load_state_dict_pre_hook(lambda _module, state, *_: state["missing"])
+    with (
+        save(tmp_path, state_dict) as checkpoint,
+        pytest.raises(RefusedError, match=r"does not take this state dict: KeyError: 'missing' \(.*test_loading.py:"),
+    ):
+        load_state(model, checkpoint.state_dicts[0])

@@ -108,7 +108,7 @@ def test_weights_that_go_through_a_buffer_count_as_used() -> None:
     assert len(graph.uses["conv.weight"]) > 1
 
 
-LIBRARY = torch.library.Library("bntool_tests", "DEF")
+LIBRARY = torch.library.Library("bntool_tests", "FRAGMENT")
 for name in ("relu", "clone"):
     LIBRARY.define(f"{name}(Tensor input) -> Tensor")
     LIBRARY.impl(name, lambda data: data.clamp(0, 100), "CPU")
