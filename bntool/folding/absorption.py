@@ -126,7 +126,7 @@ def _walk_all_forward(
     return found
 
 
-def _walk_back(  # noqa: PLR0913 what is carried along
+def _walk_back(  # noqa: PLR0913, C901 what is carried along, and a list of cases
     graph: ModelGraph,
     reader: Node,
     port: int,
@@ -138,8 +138,13 @@ def _walk_back(  # noqa: PLR0913 what is carried along
     shift: bool,
     direct: bool,
     pooled: bool = False,
+    scale_alone: bool = False,
 ) -> None:
-    """Follow one input of a node back; ``wanted`` is the BatchNorm's channel for each channel of that input."""
+    """Follow one input of a node back; ``wanted`` is the BatchNorm's channel for each channel of that input.
+
+    Args:
+        scale_alone: what was passed lets no shift pass, so that the BatchNorm has to stay and add it.
+    """
     edges = [edge for edge in graph.inputs(reader) if edge.port == port]
     if not edges:
         raise Blocked(SkipReason.NO_PRODUCER, "nothing is known of what feeds it")
@@ -149,7 +154,8 @@ def _walk_back(  # noqa: PLR0913 what is carried along
             raise Blocked(SkipReason.NO_PRODUCER, "it reads the model's input")
         if not source.ran:
             raise Blocked(SkipReason.SHARED_OUTPUT, f"{source.describe()} did not run here and may feed it, too")
-        if not (_is_passed(source) or source.kind.is_producer or source.kind is NodeKind.BATCH_NORM):
+        linear = source.kind is NodeKind.CHANNELWISE
+        if not (_is_passed(source) or linear or source.kind.is_producer or source.kind is NodeKind.BATCH_NORM):
             _check_computed_behind(graph, source)
             raise Blocked(SkipReason.NOT_ADJACENT, f"{source.describe()} lies between")
         if source.kind.is_producer and not source.parameters:
@@ -157,6 +163,8 @@ def _walk_back(  # noqa: PLR0913 what is carried along
         channels = _channels_back(edge, source, reader, wanted)
         _check_alone(graph, edge, source, reader, removed=removed)
         if source.kind.is_producer or (source.kind is NodeKind.BATCH_NORM and source.layer not in removed):
+            if scale_alone and _takes_shift(source):
+                raise Blocked(SkipReason.NOT_ADJACENT, f"{source.describe()} could take the shift, too")
             found.append(Absorption(source, channels, np.full(len(channels), shift), direct, pooled))
             continue
         if source.kind is NodeKind.MAX_POOL and not np.all(scale[channels[channels >= 0]] > 0):
@@ -168,10 +176,21 @@ def _walk_back(  # noqa: PLR0913 what is carried along
             removed=removed,
             direct=direct and through,
             pooled=pooled or source.kind is NodeKind.MAX_POOL,
+            scale_alone=scale_alone or linear,
         )
-        follow(graph, source, 0, channels, found, shift=shift)
+        try:
+            follow(graph, source, 0, channels, found, shift=shift and not linear)
+        except Blocked as problem:
+            if not linear:
+                raise
+            raise Blocked(SkipReason.NOT_ADJACENT, f"{source.describe()} lies between") from problem
         if source.kind is NodeKind.ADD:
             follow(graph, source, 1, channels, found, shift=False)
+
+
+def _takes_shift(node: Node) -> bool:
+    """Return whether a BatchNorm or a producer has a bias, or a place for one."""
+    return node.has_bias_slot or "bias" in node.parameters or node.kind is NodeKind.BATCH_NORM
 
 
 def _check_computed_behind(graph: ModelGraph, node: Node) -> None:
@@ -320,7 +339,7 @@ def _gather(graph: ModelGraph, found: Sequence[Absorption]) -> list[Absorber]:
                 raise Blocked(SkipReason.REUSED, f"{what} is also used elsewhere: {other}")
         for other_call in others:
             same = np.array_equal(first.channels, other_call.channels)
-            if not same or not np.array_equal(first.takes_shift, other_call.takes_shift):
+            if not same or (_takes_shift(first.node) and not np.array_equal(first.takes_shift, other_call.takes_shift)):
                 raise Blocked(SkipReason.REUSED, f"calls of {first.node.describe()} meet it in different ways")
         absorbers.append(Absorber(name, first))
     return absorbers

@@ -1246,3 +1246,68 @@ def test_an_average_over_all_positions_passes_in_channels_last_too(reader):
     result = bntool.fold(model, x)
     assert folded(result) == ["2"]
     torch.testing.assert_close(result.model(x), model(x))
+
+
+class Sparse(nn.Module):
+    """A sparse convolution in plain torch, as spconv 1 and MinkowskiEngine compute it: for each tap a product of the
+    rows that it reads, added to the rows that it gives.
+    """
+
+    def __init__(self, how, bias):
+        super().__init__()
+        self.how, self.weight, self.bn = how, nn.Parameter(torch.randn(9, 5, 6)), nn.BatchNorm1d(6)
+        self.bias = nn.Parameter(torch.randn(6)) if bias else None
+        generator = torch.Generator().manual_seed(0)
+        for name in ("read", "given"):
+            self.register_buffer(name, torch.randint(0, 7, (9, 4), generator=generator))
+
+    def forward(self, x):
+        out = x.new_zeros(7, 6)
+        if self.how == "all at once":
+            out.index_add_(0, self.given.flatten(), torch.bmm(x[self.read], self.weight).flatten(0, 1))
+        for tap in range(9) if self.how != "all at once" else ():
+            rows, to = x[self.read[tap]] @ self.weight.view(3, 3, 5, 6)[tap // 3, tap % 3], self.given[tap]
+            if self.how == "index_add_":
+                out.index_add_(0, to, rows)
+            elif self.how == "scatter_add":
+                out = out.scatter_add(0, to[:, None].expand_as(rows), rows)
+            else:
+                out = out.index_put((to,), rows, accumulate=True)
+        return self.bn(out if self.bias is None else out + self.bias)
+
+
+@pytest.mark.parametrize("how", ["index_add_", "scatter_add", "index_put", "all at once"])
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_sparse_convolution_of_gathered_products(how, bias):
+    torch.manual_seed(0)
+    model, x = randomise(Sparse(how, bias)), image(7, 5)
+    result = bntool.fold(model, x)
+    assert [(one.layer, one.stays) for one in result.plan.folds] == [("bn", not bias)]  # the shift needs a place
+    torch.testing.assert_close(result.model(x), model(x))
+
+
+class Scattered(nn.Module):
+    """Rows of which something else decides where they go, or that are not added to zeros."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.how, self.linear, self.bn = how, nn.Linear(5, 6), nn.BatchNorm1d(6)
+
+    def forward(self, x):
+        rows, out = self.linear(x), x.new_ones(7, 6)
+        if self.how == "to other channels":
+            places = torch.arange(6).roll(1).expand(7, 6)
+            return self.bn(torch.zeros_like(rows).scatter_add(1, places, rows))
+        if self.how == "chosen by the data":
+            return self.bn(rows.index_select(1, x.new_tensor([5, 4, 3, 2, 1, 0]).long() + (x.sum() > 1e9).long()))
+        if self.how == "written":
+            return self.bn(torch.index_put(x.new_zeros(7, 6), (torch.tensor([1, 2, 0]),), rows[:3]) + rows)
+        return self.bn(out.index_add_(0, torch.tensor([1, 1, 2, 3, 4, 5, 6]), rows))
+
+
+@pytest.mark.parametrize("how", ["to other channels", "chosen by the data", "written", "to ones"])
+def test_rows_that_no_scale_passes_stay(how):
+    model, x = randomise(Scattered(how)), image(7, 5)
+    result = bntool.fold(model, x)
+    assert folded(result) == []
+    torch.testing.assert_close(result.model(x), model(x))

@@ -81,6 +81,8 @@ def call_facts(
     elif producer is not None and is_computed(given("input")):
         return _convolution(name, producer, given, roles)
     found = _arithmetic(name, given, roles) if name in _ARITHMETIC else None
+    if name in operators.SCATTERS and operators.accumulates(function, arguments, keywords):
+        found = _scatter(name, given, roles)
     first = given("self") if given("input") is None else given("input")
     if found is None and is_computed(first) and name not in _ARITHMETIC:
         found = _passing(function, arguments, keywords, data=first, roles=roles)
@@ -106,6 +108,27 @@ def _passing(function: Any, arguments: Any, keywords: Any, *, data: Tensor, role
     removed = _removed_before(given, axis, data.dim()) if name in ("amax", "mean", "sum") else 0
     details = {"factors": (-1.0,)} if name == "neg" else {}
     return CallFacts(kind, (data,), axis=axis, output_axis=axis - removed, details=details)
+
+
+def _scatter(name: str, given: Callable[[str], Any], roles: _Roles) -> CallFacts | None:
+    """Return facts of an operation that adds rows of a computed tensor to zeros, where an index says."""
+    data = given({"index_add": "source", "scatter_add": "src", "index_put": "values"}[name])
+    its_labels, base = roles.labels.get(id(data)), given("self")
+    if its_labels is None or roles.labels.get(id(base)) is not None or data.dim() != base.dim():
+        return None
+    axis = varying_axis(its_labels, default=1)
+    if data.shape[axis] != base.shape[axis]:
+        return None
+    if name == "index_put":
+        indices = given("indices")
+        if axis == 0 or len(indices) != 1 or indices[0] is None or indices[0].dim() != 1:
+            return None
+    elif given("dim") % data.dim() == axis:
+        return None
+    index = given("index") if name == "scatter_add" else None
+    if index is not None and (index.shape[axis] != data.shape[axis] or bool((index != index.narrow(axis, 0, 1)).any())):
+        return None  # each channel goes elsewhere
+    return CallFacts(NodeKind.CHANNELWISE, (data,), axis=axis, output_axis=axis)
 
 
 def _arithmetic(name: str, given: Callable[[str], Any], roles: _Roles) -> CallFacts | None:
@@ -399,13 +422,22 @@ def _linear(name: str, given: Callable[[str], Any], roles: _Roles) -> CallFacts 
     else:
         data, weight = (given("mat1"), given("mat2")) if name == "addmm" else (given("self"), given("mat2"))
         bias = given("self") if name == "addmm" else None
-    if name == "bmm":  # a batch of one, as torch.einsum makes it
-        if weight.shape[0] != 1 or roles.labels.get(id(weight)) is not None:
-            return None
+    is_constant = roles.labels.get(id(weight)) is None
+    if name == "bmm" and not is_constant:
+        return None
+    if name == "bmm" and weight.shape[0] == 1:  # as torch.einsum makes it
         names, weight = roles.names_of(weight), weight[0]
         roles = replace(roles, names_of=lambda _tensor: names)
+    last = data.dim() - 1
+    several = roles.index.find_matrices(weight) if name in ("mm", "bmm") and is_constant else None
+    if several is not None:
+        roles.found["weight"] = several
+        # the answers to a shift differ, and a bias would be added several times
+        details = {**roles.details(anchor="weight"), "padded": True, "has_bias_slot": False}
+        return CallFacts(NodeKind.MATMUL, (data,), axis=last, output_axis=last, details=details)
+    if weight.dim() > 2:
+        return None
     kind = NodeKind.LINEAR
-    is_constant = roles.labels.get(id(weight)) is None
     if name != "linear" and is_constant and roles.index.find(weight, ones=Ones.IN_FRONT) is not None:
         kind = NodeKind.MATMUL
     transposed = name != "linear" and kind is NodeKind.LINEAR
@@ -416,7 +448,6 @@ def _linear(name: str, given: Callable[[str], Any], roles: _Roles) -> CallFacts 
     if bias is not None and bias.dim() != 1:
         return None
     roles.sort("bias", bias)
-    last = data.dim() - 1
     return CallFacts(kind, (data,), axis=last, output_axis=last, details=roles.details(anchor="weight"))
 
 

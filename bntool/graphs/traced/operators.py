@@ -5,7 +5,7 @@ Everything that is not listed here counts as an operation that may do anything.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -35,8 +35,12 @@ MOVEMENTS = frozenset(
         "unsafe_split_with_sizes", "narrow", "cat", "stack", "clone", "contiguous", "detach", "alias", "_to_copy",
         "lift_fresh", "lift_fresh_copy", "flip", "roll", "repeat", "pixel_shuffle", "pixel_unshuffle",
         "channel_shuffle", "native_channel_shuffle", "unfold", "movedim", "diagonal", "positive", "index_select",
+        "index", "gather",
     )
 )  # fmt: skip
+
+# rows are added to where an index says
+SCATTERS = frozenset(("index_add", "scatter_add", "index_put"))
 
 BATCH_NORMS = frozenset(
     (
@@ -101,13 +105,28 @@ class Part(NamedTuple):
     result: Any
 
 
-def decompose(function: Any, arguments: Sequence[Any], keywords: Mapping[str, Any], result: Any) -> list[Part]:
+def decompose(
+    function: Any, arguments: Sequence[Any], keywords: Mapping[str, Any], result: Any, *, is_plain: Callable[..., bool]
+) -> list[Part]:
     """Return what an operation consists of, where it is one of several: the last of them gives its result.
 
     ``addcmul`` and ``addcdiv`` are tensor + value * (one * other) and tensor + value * (one / other), ``lerp`` is
-    tensor + weight * (end - tensor).
+    tensor + weight * (end - tensor). What adds rows to a tensor adds them to zeros, and the sums to it.
+
+    Args:
+        is_plain: tells of a tensor that it is a constant and comes from no parameter.
     """
     name, aten = name_of(function), torch.ops.aten
+    in_place = function.overloadpacket.__name__.endswith("_")
+    total = aten.add_.Tensor if in_place else aten.add.Tensor
+    if name in SCATTERS and "out" not in keywords and accumulates(function, arguments, keywords):
+        scatter = getattr(aten, name).default
+        base, rest = arguments[0], arguments[1:]
+        zeros = torch.zeros_like(base)
+        rows = scatter(zeros, *rest, **keywords)
+        if is_plain(base) and torch.equal(rows, result):
+            return []
+        return [Part(scatter, (zeros, *rest), keywords, rows), Part(total, (base, rows), {}, result)]
     if name not in ("addcmul", "addcdiv", "lerp") or "out" in keywords:
         return []
 
@@ -125,9 +144,19 @@ def decompose(function: Any, arguments: Sequence[Any], keywords: Mapping[str, An
         product = aten.mul.Tensor if isinstance(factor, Tensor) else aten.mul.Scalar
         last = parts[-1].result
         parts.append(Part(product, (last, factor), {}, product(last, factor)))
-    in_place = function.overloadpacket.__name__.endswith("_")
-    total = aten.add_.Tensor if in_place else aten.add.Tensor
     return [*parts, Part(total, (base, parts[-1].result), {}, result)]
+
+
+def accumulates(function: Any, arguments: Sequence[Any], keywords: Mapping[str, Any]) -> bool:
+    """Return whether an operation adds to what is there, as ``index_put`` may."""
+    return name_of(function) != "index_put" or bool(argument(function, arguments, keywords, "accumulate"))
+
+
+def find_indices(function: Any, arguments: Sequence[Any], keywords: Mapping[str, Any]) -> list[Tensor]:
+    """Return the arguments that say which elements an operation moves."""
+    found = (argument(function, arguments, keywords, name) for name in ("index", "indices"))
+    every = [one for some in found for one in (some if isinstance(some, list | tuple) else (some,))]
+    return [one for one in every if isinstance(one, Tensor)]
 
 
 def argument(function: Any, arguments: Sequence[Any], keywords: Mapping[str, Any], name: str) -> Any:

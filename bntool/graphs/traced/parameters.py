@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
@@ -128,6 +129,21 @@ class ParameterIndex:
             axes = _axes_of(candidate, ones)
             same_place = candidate.storage_offset() == tensor.storage_offset() and candidate.dtype == tensor.dtype
             if same_place and wanted == (axes[::-1] if transposed else axes):
+                return self.by_name[parameter.name]
+        return None
+
+    def find_matrices(self, tensor: torch.Tensor) -> Parameter | None:
+        """Find the parameter of several matrices, as a sparse convolution has one for each tap, of which a tensor is
+        one or all.
+        """
+        for parameter, candidate in self._by_storage.get(storage_key(tensor), ()):
+            ends = [(one.shape[-2:], one.stride()[-2:], one.dtype) for one in (tensor, candidate)]
+            if candidate.dim() < 3 or not candidate.numel() or not candidate.is_contiguous() or ends[0] != ends[1]:
+                continue
+            size = math.prod(candidate.shape[-2:])
+            first, rest = divmod(int(tensor.storage_offset()) - int(candidate.storage_offset()), size)
+            whole = not first and tensor.numel() == candidate.numel()
+            if not rest and (whole or (tensor.dim() == 2 and 0 <= first < math.prod(candidate.shape[:-2]))):
                 return self.by_name[parameter.name]
         return None
 

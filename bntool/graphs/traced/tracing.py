@@ -311,11 +311,15 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     # operations
 
     def record(self, function: Any, arguments: Any, keywords: Any, result: Any) -> None:
-        parts = operators.decompose(function, arguments, keywords, result)
+        parts = operators.decompose(function, arguments, keywords, result, is_plain=self.is_plain)
         self.composite = str(function.overloadpacket) if parts else ""
         for part in parts or [operators.Part(function, arguments, keywords, result)]:
             self.record_part(*part)
         self.composite = ""
+
+    def is_plain(self, tensor: Tensor) -> bool:
+        """Return whether a tensor is a constant that comes from no parameter."""
+        return self.labels_of(tensor) is None and not self.names_of(tensor)
 
     def record_part(self, function: Any, arguments: Any, keywords: Any, result: Any) -> None:
         name, outputs = operators.name_of(function), tensors_in(result)
@@ -420,6 +424,8 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         is_movement = operators.is_movement(function, arguments, keywords)
         if not is_movement or not all(tensor.is_floating_point() for tensor in outputs):
             return False
+        if any(labels[id(one)] is not None for one in operators.find_indices(function, arguments, keywords)):
+            return False  # other inputs move other elements
         joins = operators.name_of(function) in ("cat", "stack")
 
         def substitute(item: Any) -> Any:
