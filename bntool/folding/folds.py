@@ -42,9 +42,11 @@ class Fold:
 
     @property
     def how(self) -> str:
-        """How it is reached, for people."""
+        """How it is reached, for people, and what takes the scale or the shift alone."""
         pooled = ", past a max-pool (every scale is positive)"
-        return f"{self.level.value}{pooled * self.pooled}{', keeps its shift' * self.stays}"
+        parts = (("scale", self.scale_into), ("shift", self.shift_into))
+        apart = (f", {name} into {' and '.join(layers)}" for name, layers in parts if 0 < len(layers) < len(self.into))
+        return f"{self.level.value}{pooled * self.pooled}{', keeps its shift' * self.stays}{''.join(apart)}"
 
     def describe(self) -> dict[str, Any]:
         """Return the fold as JSON data."""

@@ -37,6 +37,7 @@ class ScaleAndShift:
         is_below_zero: some of its running_var is negative, and positive with eps.
         used: the channels that calls use; None for all.
         originals: its elements by role, where calls do not use all.
+        rest: by role the elements behind those that a call uses, where there are more than channels.
     """
 
     node: Node
@@ -48,6 +49,7 @@ class ScaleAndShift:
     is_below_zero: bool = False
     used: NDArray[np.bool_] | None = None
     originals: Mapping[str, Array] = field(default_factory=dict)
+    rest: Mapping[str, Array] = field(default_factory=dict)
 
     @property
     def owner(self) -> Owner:
@@ -103,7 +105,7 @@ class ScaleAndShift:
             new["running_mean"] = -self.shift / self.scale
         if self.used is not None:
             new = {role: np.where(self.used, values, self.originals[role]) for role, values in new.items()}
-        return new
+        return {role: np.concatenate((values, self.rest.get(role, values[:0]))) for role, values in new.items()}
 
     def check(self, state_dict: StateDict) -> None:
         """Check that the new elements lie in the range of the dtypes.
@@ -181,6 +183,9 @@ def read_scale_and_shift(
     for role, vector in numbers.items():
         if not np.isfinite(vector).all():
             raise Blocked(SkipReason.NOT_FINITE, f"{role} holds NaN or infinity")
+    traced = graph.evidence is Evidence.TRACED
+    rest = {role: vector[node.channels :] for role, vector in numbers.items() if traced and role in STATISTICS}
+    numbers |= {role: numbers[role][: node.channels] for role in rest}
     dtype = state_dict.tensor(node.parameters["running_var"]).dtype
     lowest = float(numbers["running_var"].min(initial=np.inf))
     added = _check_variance(lowest, eps, rounds=dtype is FLOAT32 and graph.evidence is Evidence.STORED)
@@ -189,7 +194,7 @@ def read_scale_and_shift(
     shift = numbers.get("bias", np.zeros(1)) - numbers["running_mean"] * scale
     stored = LiteralTensor.from_numbers([1 - eps], dtype=dtype, shape=(1,))
     (variance,) = read_numbers(stored)
-    own = ScaleAndShift(node, dict(node.parameters), scale, shift, variance, eps, is_below_zero=lowest < 0)
+    own = ScaleAndShift(node, dict(node.parameters), scale, shift, variance, eps, is_below_zero=lowest < 0, rest=rest)
     return _note_slices(own, calls, graph, numbers)
 
 

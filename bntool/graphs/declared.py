@@ -37,6 +37,9 @@ def parse_pairs(texts: Sequence[str]) -> dict[str, str]:
         UsageError: a pair is malformed, or a name occurs twice.
     """
     pairs: dict[str, str] = {}
+    for text in texts:
+        if not isinstance(text, str):  # from a library's caller
+            raise UsageError(f"{text!r} is no text of the form PRODUCER=BATCHNORM, e.g. conv1=bn1")
     for line in (line.strip() for text in texts for line in text.splitlines()):
         if not line or line.startswith("#"):
             continue

@@ -124,6 +124,12 @@ class Looks(nn.Module):
         return self.bn(self.conv(x if bool(mask.any()) else -x))
 
 
+def test_declared_pairs_that_are_no_text_are_refused() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)).eval()
+    with pytest.raises(UsageError, match="no text of the form PRODUCER=BATCHNORM"):
+        bntool.fold(model, torch.ones(2, 3), pairs=[("0", "1")])
+
+
 @pytest.mark.parametrize("pairs", [["conv=bn"], {"bn": "conv"}])
 def test_declared_pairs_in_the_library(pairs) -> None:
     model, inputs = randomise(Looks().double()), (image(1, 4, 7), torch.tensor([True]))

@@ -1311,3 +1311,42 @@ def test_rows_that_no_scale_passes_stay(how):
     result = bntool.fold(model, x)
     assert folded(result) == []
     torch.testing.assert_close(result.model(x), model(x))
+
+
+class Summed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.one, self.other, self.bn = nn.Conv2d(3, 6, 3), nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6)
+
+    def forward(self, x):
+        return self.bn(self.one(x) + self.other(x))
+
+
+def test_a_fold_says_what_takes_its_shift_alone():
+    result = bntool.fold(randomise(Summed()), image())
+    assert [one.how for one in result.plan.folds] == ["through, shift into one"]
+    result = bntool.fold(randomise(nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6))), image())
+    assert [one.how for one in result.plan.folds] == ["direct"]
+
+
+class WithStatisticsOfParts(nn.BatchNorm2d):
+    """As ghost batch normalisation that keeps statistics for each part of a batch, and takes the first in eval."""
+
+    def __init__(self, channels, parts):
+        super().__init__(channels)
+        self.register_buffer("running_mean", torch.zeros(channels * parts))
+        self.register_buffer("running_var", torch.ones(channels * parts))
+
+    def forward(self, x):
+        mean, variance = (one[: self.num_features] for one in (self.running_mean, self.running_var))
+        return functional.batch_norm(x, mean, variance, self.weight, self.bias, eps=self.eps)
+
+
+@pytest.mark.parametrize("layout", ["folded", "same-keys"])
+def test_statistics_of_parts_of_which_eval_takes_the_first(layout):
+    model, x = randomise(nn.Sequential(nn.Conv2d(3, 6, 3), WithStatisticsOfParts(6, 4), nn.ReLU())), image()
+    result = bntool.fold(model, x, layout=layout)
+    assert folded(result) == ["1"]
+    torch.testing.assert_close(result.model(x), model(x))
+    if layout == "same-keys":
+        torch.testing.assert_close(result.model[1].running_mean[6:], model[1].running_mean[6:], rtol=0, atol=0)

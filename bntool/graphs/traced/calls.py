@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bntool.batchnorm import VECTORS
+from bntool.batchnorm import AFFINE, VECTORS
 from bntool.graphs.graph import NodeKind, Owner
 from bntool.graphs.traced import operators
 from bntool.graphs.traced.labels import varying_axis
@@ -317,11 +317,15 @@ def _batch_norm(given: Callable[[str], Any], roles: _Roles) -> CallFacts:
 
 def _find_slices(
     vectors: Mapping[str, Tensor], index: ParameterIndex
-) -> tuple[dict[str, Parameter], tuple[int, int]] | None:
+) -> tuple[dict[str, Parameter], tuple[int, int] | None] | None:
     """Find the BatchNorm that a call is given a part of: the same channels of each tensor, and not all of them.
 
+    Statistics may be longer than weight and bias, as those that ghost batch normalisation has for each part of a batch,
+    of which eval mode takes the first.
+
     Returns:
-        Its tensors by role; the first of the channels, and how many it has. None where it is no such call.
+        Its tensors by role; the first of the channels, and how many it has, None for all of them. None where it is no
+        such call.
     """
     found: dict[str, Parameter] = {}
     places: set[tuple[int, int, int]] = set()
@@ -331,7 +335,12 @@ def _find_slices(
             return None
         found[role] = part[0]
         places.add((part[1], len(vector), len(index.tensor(part[0]))))
-    if len(places) != 1 or len({parameter.module for parameter in found.values()}) > 1:
+    if len({parameter.module for parameter in found.values()}) > 1:
+        return None
+    affine = {len(index.tensor(found[role])) for role in AFFINE if role in found}
+    if affine == {taken for _, taken, _ in places} and {first for first, _, _ in places} == {0} and len(places) > 1:
+        return found, None
+    if len(places) != 1:
         return None
     ((first, taken, count),) = places
     return (found, (first, count)) if taken < count else None
