@@ -4,22 +4,28 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import random
 import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
+from bntool.cli import progress
 from tests.places import FIXTURES, SHARED
 from tests.programs.forking import ONNXRUNTIME, ForkedProcess
 
 with contextlib.suppress(ImportError):  # the environments of ``make oracles`` run tests without it
     from hypothesis import HealthCheck, settings
 
-    # other processes may have the machine: no test asserts a time
-    settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
-    settings.load_profile("untimed")
+    # other processes may have the machine: no test asserts a time; what one run tries every other one tries, too
+    unhurried = settings(deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+    settings.register_profile("unhurried", unhurried)
+    settings.load_profile("unhurried")
+
+progress._LOG_INTERVAL = 1e6  # seconds: else there would be lines more where another process has the machine
 
 gc.disable()  # what is imported and collected stays: to look through it again and again takes seconds
 
@@ -29,6 +35,26 @@ def pytest_collection_finish() -> None:
     gc.freeze()
     gc.set_threshold(10_000, 10, 10)  # with little that stays, all of it would be looked through often
     gc.enable()
+
+
+def pytest_runtest_setup() -> None:
+    """Before fixtures that several tests share."""
+    begin_random_numbers()
+
+
+@pytest.fixture(autouse=True)
+def begin_random_numbers_of_a_test() -> None:
+    """After them."""
+    begin_random_numbers()
+
+
+def begin_random_numbers() -> None:
+    """Let random numbers not depend on which tests came before."""
+    random.seed(0)
+    if sys.modules.get("numpy") is not None:
+        sys.modules["numpy"].random.seed(0)
+    if sys.modules.get("torch") is not None:
+        sys.modules["torch"].manual_seed(0)
 
 
 @pytest.fixture(scope="session")

@@ -399,8 +399,9 @@ class InQueue(nn.Module):
 
     def forward(self, x):
         results = queue.Queue()
-        QUEUES.append(results)
-        threading.Thread(target=lambda: results.put(self.norm(x)), daemon=True).start()
+        thread = threading.Thread(target=lambda: results.put(self.norm(x)), daemon=True)
+        QUEUES.append((results, thread))
+        thread.start()
         return results.get()
 
 
@@ -411,8 +412,9 @@ def test_a_thread_that_hands_over_nothing_is_not_waited_for(monkeypatch):
     model, batches = InQueue(), make_batches()
     with pytest.raises(RefusedError, match="the model calls this layer in a thread of its own"):
         recalibrate(model, batches, method="exact")
-    for results in QUEUES:  # let go what still waits
+    for results, thread in QUEUES:  # let go what still waits
         results.put(None)
+        thread.join()  # what it raised is told within this test
     recalibrate(model, batches)
     assert_stores(model.norm, batches)
 
