@@ -11,7 +11,7 @@ from bntool.folding.absorption import Blocked, find_producers
 from bntool.folding.deploy.forms import find_blocks
 from bntool.folding.deploy.merging import find_inside
 from bntool.folding.transforms.branches import find_siblings
-from bntool.folding.transforms.channel_transforms import ChannelTransforms, find_weight
+from bntool.folding.transforms.channel_transforms import ChannelTransforms
 from bntool.graphs.graph import Edge, ModelGraph, Node, NodeKind
 from catalogue.writing import format_runs
 
@@ -122,7 +122,7 @@ def _find_transformed(graph: ModelGraph, system: ChannelTransforms) -> Iterator[
             yield from graph.inputs(node)
         readers = [graph.nodes[edge.target] for edge in graph.outputs(node)]
         for reader in (node, *readers):
-            calls = system.calls.get(find_weight(reader), ()) if system.takes(reader) else (reader,)
+            calls = system.roles.calls_with(reader) or (reader,)
             for call in calls if reader is not node or len(calls) > 1 else ():
                 yield from graph.inputs(call)
 

@@ -16,11 +16,9 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
+from bntool.folding.channels import Array, Integers, as_indices
 from bntool.graphs.graph import Edge, ModelGraph, Node, NodeKind
 from bntool.plan import SkipReason
-
-Array = NDArray[np.float64]
-Integers = NDArray[np.int64]
 
 
 class Blocked(Exception):  # noqa: N818 an answer, not an error of the program
@@ -218,7 +216,7 @@ def _rank(node: Node) -> int:
 def _channels_back(edge: Edge, source: Node, reader: Node, wanted: Integers) -> Integers:
     if edge.targets is None:
         raise _mismatch(source, reader)
-    sources, targets = _indices(edge.sources), _indices(edge.targets)
+    sources, targets = as_indices(edge.sources), as_indices(edge.targets)
     if targets.size and targets.max() >= len(wanted):
         raise _mismatch(source, reader)
     channels = np.full(source.channels, -1)
@@ -226,12 +224,6 @@ def _channels_back(edge: Edge, source: Node, reader: Node, wanted: Integers) -> 
     if not np.array_equal(channels[sources], wanted[targets]):
         raise _mismatch(source, reader)
     return channels
-
-
-def _indices(channels: Sequence[int]) -> Integers:
-    if isinstance(channels, range):  # which numpy would walk through one by one
-        return np.arange(channels.start, channels.stop, channels.step)
-    return np.asarray(channels, dtype=int)
 
 
 def _mismatch(source: Node, reader: Node) -> Blocked:
@@ -253,8 +245,8 @@ def _check_alone(graph: ModelGraph, edge: Edge, source: Node, reader: Node, *, r
             continue
         if mine is None:
             mine = np.zeros(source.channels, bool)
-            mine[_indices(edge.sources)] = True
-        if mine[_indices(other.sources)].any():
+            mine[as_indices(edge.sources)] = True
+        if mine[as_indices(other.sources)].any():
             how = "is also read by" if node.ran else "may also be read by"
             whom = node.describe() + ("" if node.ran else ", which did not run here")
             raise Blocked(SkipReason.SHARED_OUTPUT, f"the output of {source.describe()} {how} {whom}")
@@ -273,7 +265,7 @@ def _walk_forward(
 ) -> None:
     """Follow every reader; ``given`` is the BatchNorm's channel for each channel of the source, -1 for others."""
     for edge in graph.outputs(source):
-        if np.all(given[_indices(edge.sources)] < 0):
+        if np.all(given[as_indices(edge.sources)] < 0):
             continue
         reader = graph.nodes[edge.target]
         producer = reader.kind in (NodeKind.CONVOLUTION, NodeKind.LINEAR)
@@ -307,14 +299,14 @@ def _channels_forward(graph: ModelGraph, edge: Edge, source: Node, reader: Node,
     siblings = [other for other in graph.inputs(reader) if other.port == edge.port]
     if any(other.targets is None for other in siblings):
         raise _mismatch(source, reader)
-    extent = 1 + max(int(_indices(other.targets or (0,)).max()) for other in siblings)
+    extent = 1 + max(int(as_indices(other.targets or (0,)).max()) for other in siblings)
     channels = np.full(extent, -1)
-    sources, targets = _indices(edge.sources), _indices(edge.targets or ())
+    sources, targets = as_indices(edge.sources), as_indices(edge.targets or ())
     channels[targets] = given[sources]
     if not np.array_equal(channels[targets], given[sources]):
         raise _mismatch(source, reader)
     for other in siblings:
-        if other is not edge and np.any(channels[_indices(other.targets or ())] >= 0):
+        if other is not edge and np.any(channels[as_indices(other.targets or ())] >= 0):
             raise _mismatch(source, reader)
     return channels
 

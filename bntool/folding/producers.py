@@ -16,8 +16,9 @@ from bntool.checkpoints.checkpoint import StateDict
 from bntool.checkpoints.dtypes import BFLOAT16, FLOAT16, FLOAT32, FLOAT64, DType
 from bntool.checkpoints.scaled_tensors import scale
 from bntool.checkpoints.tensors import LiteralTensor, StoredTensor, Tensor, has_elements, read_bytes, read_numbers
-from bntool.folding.absorption import Absorption, Array, Blocked
-from bntool.folding.transforms.channel_transforms import Transform
+from bntool.folding.absorption import Absorption, Blocked
+from bntool.folding.channels import Array
+from bntool.folding.transforms.transform import Transform
 from bntool.graphs.graph import ModelGraph, Node, NodeKind
 from bntool.plan import AddTensor, Scaled, SetTensor, SkipReason, Step, Values
 

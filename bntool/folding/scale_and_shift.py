@@ -14,9 +14,10 @@ from bntool.checkpoints.checkpoint import StateDict
 from bntool.checkpoints.dtypes import FLOAT32
 from bntool.checkpoints.tensors import LiteralTensor, read_numbers
 from bntool.errors import UsageError
-from bntool.folding.absorption import Absorption, Array, Blocked
+from bntool.folding.absorption import Absorption, Blocked
+from bntool.folding.channels import Array, as_indices
 from bntool.folding.producers import SMALLEST_LIMIT, read_parameter
-from bntool.folding.transforms.channel_transforms import Transform, as_indices
+from bntool.folding.transforms.transform import Transform
 from bntool.graphs.graph import Evidence, ModelGraph, Node, Owner
 from bntool.plan import SetTensor, SkipReason, Step, Values
 from bntool.representation import format_number

@@ -18,10 +18,10 @@ import numpy as np
 from bntool.checkpoints.arrays import to_float64
 from bntool.checkpoints.checkpoint import StateDict
 from bntool.checkpoints.tensors import StoredTensor, read_bytes
-from bntool.folding.absorption import Array, Blocked
+from bntool.folding.absorption import Blocked
+from bntool.folding.channels import Array, is_whole
 from bntool.folding.producers import FOLDABLE
 from bntool.folding.scale_and_shift import ScaleAndShift
-from bntool.folding.transforms.channel_transforms import is_whole
 from bntool.graphs.graph import ModelGraph, Node, NodeKind
 from bntool.plan import SkipReason
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from bntool.folding.transforms.channel_transforms import as_indices, is_whole
+from bntool.folding.channels import as_indices, is_whole
 from bntool.graphs.graph import ModelGraph, Node, NodeKind, Owner
 
 

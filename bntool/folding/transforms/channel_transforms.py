@@ -7,46 +7,24 @@ what is left on either side: W' = a_out W / a_in, bias' = a_out (bias + b_out - 
 
 from __future__ import annotations
 
+import itertools
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
 
-from bntool.folding.transforms.operations import Rule, Shift, find_rule
-from bntool.folding.transforms.unknowns import Array, Contradiction, Equations, Integers, Scales, Shifts
-from bntool.graphs.graph import Edge, ModelGraph, Node, NodeKind
+from bntool.folding.channels import Array, Integers, as_indices, is_whole, order_runs, overlap
+from bntool.folding.transforms.operations import Rule, Shift
+from bntool.folding.transforms.roles import Roles
+from bntool.folding.transforms.unknowns import Contradiction, Equations, Scales, Shifts
+from bntool.graphs.graph import ModelGraph, Node, NodeKind
 
 
 def read_factors(node: Node) -> Array | None:
     """Return the factors that the graph knows of a linear map of each channel."""
     return np.asarray(node.factors) if node.factors else None
-
-
-@dataclass(frozen=True)
-class Transform:
-    """A transform a (x + b) in which the channels of a tensor are stored.
-
-    Attributes:
-        scale: a of each channel.
-        shift: b of each channel, in units of the original.
-    """
-
-    scale: Array
-    shift: Array
-
-    @cached_property
-    def has_scale(self) -> bool:
-        return bool(np.count_nonzero(self.scale != 1))
-
-    @cached_property
-    def has_shift(self) -> bool:
-        return bool(np.count_nonzero(self.shift != 0))
-
-    @property
-    def is_identity(self) -> bool:
-        return not self.has_scale and not self.has_shift
 
 
 class Channels(NamedTuple):
@@ -71,7 +49,7 @@ class Mark(NamedTuple):
 
     scales: int
     shifts: int
-    gone: frozenset[str]
+    gone: tuple[str, ...]
 
 
 class Stuck(Exception):  # noqa: N818 an answer, not an error of the program
@@ -107,26 +85,20 @@ class ChannelTransforms:
     takes_shift: Callable[[Node], bool]
     changes_padding: Callable[[Node], bool] | None = None
     find_factors: Callable[[Node], Array | None] = read_factors
-    bases: dict[int, tuple[int, int]] = field(default_factory=dict)  # first scale and shift of unknown outputs, by node
-    calls: dict[tuple[NodeKind, str], list[Node]] = field(default_factory=dict)
-    gone: set[str] = field(default_factory=set)  # the layers that disappear
-    _is_open: bool = True  # more of them may
-    _chosen: tuple[Array, Array] | None = None
-    _changes: tuple[Integers, Integers] | None = None  # how many unknowns before each change something
-    _takes: dict[int, bool] = field(default_factory=dict)
-    _rules: dict[int, Rule | None] = field(default_factory=dict)
+    gone: tuple[str, ...] = ()  # the layers that disappear, in the order in which they were removed
+    roles: Roles = field(init=False)
+    scales: Scales = field(init=False)
+    shifts: Shifts = field(init=False)
+    bases: dict[int, tuple[int, int]] = field(init=False)  # first scale and shift of unknown outputs, by node
     _wholes: dict[tuple[int, int], int] = field(default_factory=dict)
     _outputs: dict[tuple[int, int, int], Channels] = field(default_factory=dict)
     _inputs: dict[tuple[int, int], Channels | None] = field(default_factory=dict)
-    _stored: dict[tuple[int, bool], Transform] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for node in self.graph.nodes:
-            if self.takes(node):
-                self.calls.setdefault(find_weight(node), []).append(node)
+        self.roles = Roles(self.graph, {*self.removed, *self.layers}, self.absorbs)
         region = sorted(self._find_region())
-        scale_bases, scale_weights = self._number(region, self._hands_on_scales)
-        shift_bases, shift_weights = self._number(region, self._hands_on_shifts)
+        scale_bases, scale_weights = self._number(region, shifts=False)
+        shift_bases, shift_weights = self._number(region, shifts=True)
         self.bases = {index: (scale_bases[index], shift_bases[index]) for index in region}
         self.scales, self.shifts = Scales(len(scale_weights)), Shifts(len(shift_weights))
         self.scales.weights, self.shifts.weights = scale_weights, shift_weights
@@ -144,15 +116,10 @@ class ChannelTransforms:
 
     # unknowns
 
-    def _number(
-        self, region: Sequence[int], hands_on: Callable[[Node], tuple[int, ...]]
-    ) -> tuple[dict[int, int], Integers]:
-        """Return the first unknown of each node, and for how many channels each unknown stands.
+    def _number(self, region: Sequence[int], *, shifts: bool) -> tuple[dict[int, int], Integers]:
+        """Return the first scale or shift of each node, and of how many nodes each of them all is.
 
-        Nodes that hand on what they read, channel for channel, share its unknowns.
-
-        Args:
-            hands_on: the inputs of a node whose unknowns are those of its output.
+        Nodes that hand on what they read, channel for channel, share them.
         """
         leader = {index: index for index in region}
 
@@ -161,30 +128,18 @@ class ChannelTransforms:
                 index = leader[index]
             return index
 
-        for index in region:
-            node = self.graph.nodes[index]
-            for port in hands_on(node):
-                source = self._find_whole(node, port)
+        for node in map(self.graph.nodes.__getitem__, region):
+            for port in self._hands_on(node, shifts=shifts):
+                source = self.find_whole(node, port)
                 if source in leader:
-                    first, second = sorted((find(index), find(source)))
+                    first, second = sorted((find(node.index), find(source)))
                     leader[second] = first
-        bases: dict[int, int] = {}
-        lengths: list[int] = []
-        shared: list[int] = []
-        position: dict[int, int] = {}
-        size = 0
-        for index in region:
-            first = find(index)
-            if first == index:
-                bases[index], position[index] = size, len(lengths)
-                lengths.append(self.graph.nodes[index].channels)
-                shared.append(0)
-                size += lengths[-1]
-            bases[index] = bases[first]
-            shared[position[first]] += 1
-        return bases, np.repeat(np.array(shared, int), lengths)
+        sharing = Counter(map(find, region))
+        lengths = [self.graph.nodes[first].channels for first in sharing]
+        starts = dict(zip(sharing, itertools.accumulate(lengths, initial=0), strict=False))
+        return {index: starts[find(index)] for index in region}, np.repeat([*sharing.values()], lengths)
 
-    def _find_whole(self, node: Node, port: int) -> int:
+    def find_whole(self, node: Node, port: int) -> int:
         """Return the node whose output another reads on an input, all of it, as it is and alone; -1 where there is
         none.
         """
@@ -196,57 +151,15 @@ class ChannelTransforms:
             self._wholes[key] = edges[0].source if is_so else -1
         return self._wholes[key]
 
-    def _hands_on_scales(self, node: Node) -> tuple[int, ...]:
-        if self._is_transparent(node):
+    def _hands_on(self, node: Node, *, shifts: bool) -> tuple[int, ...]:
+        """Return the inputs of a node whose scales or shifts are those of its output."""
+        if self.roles.is_identity(node):
             return (0,) if node.layer in self.removed else ()
-        rule = None if self.takes(node) else self._rule(node)
-        return () if rule is None else rule.ports
-
-    def _hands_on_shifts(self, node: Node) -> tuple[int, ...]:
-        if self._is_transparent(node):
-            return (0,) if node.layer in self.removed else ()
-        rule = None if self.takes(node) else self._rule(node)
-        return rule.ports if rule is not None and rule.shift in (Shift.SAME, Shift.ZERO) else ()
+        rule = None if self.roles.takes(node) else self.roles.rule(node)
+        passes = rule is not None and (not shifts or rule.shift in (Shift.SAME, Shift.ZERO))
+        return rule.ports if rule is not None and passes else ()
 
     # what belongs together
-
-    def _is_transparent(self, node: Node) -> bool:
-        if node.kind is not NodeKind.BATCH_NORM:
-            return False
-        return node.layer in self.removed or node.layer in (self.layers if self._is_open else self.gone)
-
-    def takes(self, node: Node) -> bool:
-        """Return whether a node absorbs on both sides."""
-        known = self._takes.get(node.index)
-        if known is None:
-            known = self._takes[node.index] = self._can_take(node)
-        return known
-
-    def _can_take(self, node: Node) -> bool:
-        kinds = (node.kind.is_producer and "weight" in node.parameters) or node.kind is NodeKind.BATCH_NORM
-        return kinds and not self._is_transparent(node) and self._is_known(node) and self.absorbs(node)
-
-    def _is_known(self, node: Node) -> bool:
-        """Return whether what was seen of a node holds for other inputs, too."""
-        return node.ran and (self.graph.branches_at is None or node.index < self.graph.branches_at)
-
-    def _rule(self, node: Node) -> Rule | None:
-        if node.index not in self._rules:
-            rule = find_rule(node) if self._is_known(node) else None
-            if rule is not None and rule.shift is Shift.FREE and not self.absorbs(node):
-                rule = Rule(Shift.SAME, unscaled=True)  # its constant stays what it is
-            self._rules[node.index] = rule
-        return self._rules[node.index]
-
-    def passes(self, node: Node, port: int) -> bool:
-        """Return whether what a node reads there has to do with what it gives."""
-        if self._is_transparent(node):
-            return port == 0
-        rule = self._rule(node)
-        return rule is not None and port in rule.ports
-
-    def _can_be_unknown(self, node: Node) -> bool:
-        return self._is_transparent(node) or self._rule(node) is not None or self.takes(node)
 
     def _find_region(self) -> set[int]:
         """Return the nodes whose outputs may be stored otherwise because of the layers."""
@@ -254,7 +167,7 @@ class ChannelTransforms:
         region = {call.index for call in pending}
         while pending:
             for node in self._find_related(pending.pop()):
-                if node.index not in region and self._can_be_unknown(node):
+                if node.index not in region and self.roles.can_store_otherwise(node):
                     region.add(node.index)
                     pending.append(node)
         return region
@@ -264,18 +177,18 @@ class ChannelTransforms:
         graph = self.graph
         for edge in graph.outputs(node):
             reader = graph.nodes[edge.target]
-            if self.passes(reader, edge.port):
+            if self.roles.passes(reader, edge.port):
                 yield reader
             for call in self._other_calls(reader):
                 yield from (graph.nodes[other.source] for other in graph.inputs(call))
-        if self.takes(node):
+        if self.roles.takes(node):
             yield from self._other_calls(node)
         else:
-            read = (edge for edge in graph.inputs(node) if self.passes(node, edge.port))
+            read = (edge for edge in graph.inputs(node) if self.roles.passes(node, edge.port))
             yield from (graph.nodes[edge.source] for edge in read)
 
     def _other_calls(self, node: Node) -> Sequence[Node]:
-        calls = self.calls.get(find_weight(node), ()) if self.takes(node) else ()
+        calls = self.roles.calls_with(node)
         return calls if len(calls) > 1 else ()
 
     def _find_readers(self, region: Collection[int]) -> Iterator[Node]:
@@ -329,7 +242,7 @@ class ChannelTransforms:
             return None
         if len(edges) == 1 and is_whole(edges[0], self.graph.nodes[edges[0].source]):
             return self.outputs(self.graph.nodes[edges[0].source])
-        ordered = _follow_one_another(edges)
+        ordered = order_runs(edges)
         parts = [self._some_outputs(edge.source, edge.sources) for edge in ordered or edges]
         if ordered:
             scales, shifts = zip(*parts, strict=True)
@@ -358,27 +271,27 @@ class ChannelTransforms:
         self.shifts.fix(which.shifts, origin)
 
     def _add_output(self, node: Node) -> None:
-        if not self.takes(node):
+        if not self.roles.takes(node):
             return
         mine = self.outputs(node)
         if not self.takes_shift(node):
             self.shifts.fix(mine.shifts, node.index)
-        first, *others = self.calls[find_weight(node)]
+        first, *others = self.roles.calls_with(node)
         for other in others if first is node else ():
             self._equate(self.outputs(other), mine, node.index)
 
     def _add_input(self, node: Node) -> None:
         ports = {edge.port for edge in self.graph.inputs(node)}
-        if self._is_transparent(node):
+        if self.roles.is_identity(node):
             read = self.inputs(node, 0)
             if read is None or len(read.scales) != node.channels:
                 self._pin_all(node, (0,))
             elif node.layer in self.removed:
                 self._equate(read, self.outputs(node), node.index)
-        elif self.takes(node):
+        elif self.roles.takes(node):
             self._add_absorber(node)
         else:
-            rule = self._rule(node)
+            rule = self.roles.rule(node)
             if rule is None:
                 for port in ports:
                     self._pin(node, port)
@@ -406,12 +319,12 @@ class ChannelTransforms:
             return
         if self._needs_zeros(node) or not self.takes_shift(node):
             self.shifts.fix(read.shifts, node.index)
-        calls = self.calls[find_weight(node)]
-        if len(calls) > 1 and calls[0] is not node:
-            same = self.inputs(calls[0], 0)
+        first = self.roles.calls_with(node)[0]
+        if first is not node:
+            same = self.inputs(first, 0)
             if same is None or len(same.scales) != len(read.scales):
                 self._pin(node, 0)
-                self._pin(calls[0], 0)
+                self._pin(first, 0)
                 return
             self._equate(read, same, node.index)
 
@@ -436,7 +349,7 @@ class ChannelTransforms:
         if rule.shift is Shift.SUM:
             weights = node.factors or (1.0, 1.0)
             parts = known[0].shifts, known[1].shifts
-            ports = sorted(rule.ports, key=lambda port: self._find_whole(node, port) < 0)  # parts of a tensor last
+            ports = sorted(rule.ports, key=lambda port: self.find_whole(node, port) < 0)  # parts of a tensor last
             own = next((port for port in ports if weights[port] and self._is_made_for(node, port)), None)
             if own is None:
                 self.shifts.add_sums(given.shifts, parts, (weights[0], weights[1]), node.index)
@@ -467,15 +380,14 @@ class ChannelTransforms:
         if len(edges) != 1 or edges[0].targets != range(reader.channels):
             return False
         (edge,), node = edges, self.graph.nodes[edges[0].source]
-        if any(other is not edge and _overlap(other.sources, edge.sources) for other in self.graph.outputs(node)):
+        if any(other is not edge and overlap(other.sources, edge.sources) for other in self.graph.outputs(node)):
             return False
         while node.layer in self.removed and node.kind is NodeKind.BATCH_NORM:
-            index = self._find_whole(node, 0)
+            index = self.find_whole(node, 0)
             node = self.graph.nodes[index]
             if index < 0 or len(self.graph.outputs(node)) != 1:
                 return False
-        is_taker = node.index in self.bases and self.takes(node) and self.takes_shift(node)
-        return is_taker and len(self.calls[find_weight(node)]) == 1
+        return node.index in self.bases and len(self.roles.calls_with(node)) == 1 and self.takes_shift(node)
 
     def _join(self, call: Node, scale: Array, shift: Array) -> None:
         """Add the equations of a BatchNorm that disappears."""
@@ -496,7 +408,7 @@ class ChannelTransforms:
         self.scales.add(scales)
         self.shifts.add(shifts)
 
-    # answers
+    # what disappears and what stays
 
     def remove(self, layer: str, scale: Array, shift: Array, *, object_to: Callable[[], str] = str) -> None:
         """Let a BatchNorm disappear, or leave everything as it was.
@@ -522,38 +434,22 @@ class ChannelTransforms:
             if isinstance(problem, Stuck):
                 raise
             raise Stuck(self._explain(problem, layer, scale)) from problem
-        self.gone.add(layer)
+        self.gone = (*self.gone, layer)
 
     def mark(self) -> Mark:
         """Return the state of now."""
-        return Mark(self.scales.mark(), self.shifts.mark(), frozenset(self.gone))
+        return Mark(self.scales.mark(), self.shifts.mark(), self.gone)
 
     def return_to(self, mark: Mark) -> None:
-        """Take back what was removed, kept and closed since; more can be removed from there."""
+        """Take back what was removed and kept since."""
         self.scales.return_to(mark.scales)
         self.shifts.return_to(mark.shifts)
-        self.gone = set(mark.gone)
-        if not self._is_open:
-            self._is_open = True
-            self._chosen = None
-            self._takes.clear()
-            self._stored.clear()
-            for layer in self.layers:
-                self.calls.pop(find_weight(self.graph.batchnorms[layer][0]), None)
+        self.gone = mark.gone
 
     def settled_shift(self, node: Node) -> Array | None:
         """Return the shifts of what a node reads where the equations so far settle them, and zero elsewhere."""
         read = self.inputs(node, 0)
         return None if read is None else self.shifts.settled(read.shifts)
-
-    def close(self) -> None:
-        """End the removing: BatchNorms that stay absorb what is left on either side."""
-        self._is_open = False
-        self._takes.clear()
-        for layer in self.layers:
-            if layer not in self.gone:
-                calls = self.graph.batchnorms[layer]
-                self.calls[find_weight(calls[0])] = [call for call in calls if self.takes(call)]
 
     def keep(self, layer: str, *, absorbs: bool) -> None:
         """Let a BatchNorm stay.
@@ -584,7 +480,7 @@ class ChannelTransforms:
 
     def keep_paddings(self) -> None:
         """Let each padding that could change, and need not, stay what it is: called when all is decided."""
-        for node in [call for calls in self.calls.values() for call in calls]:
+        for node in itertools.chain.from_iterable(self.roles.calls.values()):
             read = self.inputs(node, 0) if node.padded and not self._needs_zeros(node) else None
             if read is None:
                 continue
@@ -599,7 +495,7 @@ class ChannelTransforms:
         own = {call.index for call in self.graph.batchnorms[layer]}
         nodes = [self.graph.nodes[index] for index in sorted(problem.origins) if index >= 0 and index not in own]
         if problem.is_sign:
-            nodes = [node for node in nodes if (rule := self._rule(node)) and rule.positive] or nodes
+            nodes = [node for node in nodes if (rule := self.roles.rule(node)) and rule.positive] or nodes
         found = dict.fromkeys(self._name(node) for node in nodes)
         found = found or dict.fromkeys(map(self._name, self._find_other_readers(layer)))
         names, several = " and ".join(found) or "what lies around it", len(found) > 1
@@ -629,105 +525,6 @@ class ChannelTransforms:
         if node.kind.is_producer and node.padded:
             return f"{node.describe()}, which reads zeros beyond the border,"
         return node.describe()
-
-    def output(self, node: Node) -> Transform:
-        """Return how the output of a node is stored."""
-        key = node.index, True
-        if key not in self._stored:
-            self._stored[key] = self._transform(self.outputs(node))
-        return self._stored[key]
-
-    def input(self, node: Node) -> Transform | None:
-        """Return how what a node reads is stored; None where its channels are not told apart, and nothing is
-        changed.
-        """
-        key = node.index, False
-        if key not in self._stored:
-            which = self.inputs(node, 0)
-            if which is None:
-                return None
-            whole = self._find_whole(node, 0)
-            self._stored[key] = self._transform(which) if whole < 0 else self.output(self.graph.nodes[whole])
-        return self._stored[key]
-
-    def _transform(self, which: Channels) -> Transform:
-        scales, shifts = self._choose()
-        return Transform(scales[which.scales], shifts[which.shifts])
-
-    def _choose(self) -> tuple[Array, Array]:
-        if self._chosen is None:
-            scales, shifts = self.scales.choose(), self.shifts.choose()
-            self._chosen = np.append(scales, 1.0), np.append(shifts, 0.0)
-            self._changes = np.append(0, (scales != 1).cumsum()), np.append(0, (shifts != 0).cumsum())
-        return self._chosen
-
-    def is_changed(self, node: Node) -> bool:
-        """Return whether the output of a node is stored otherwise than before."""
-        if node.index not in self.bases:
-            return False
-        self._choose()
-        assert self._changes is not None
-        bases = zip(self._changes, self.bases[node.index], strict=True)
-        return any(before[base + node.channels] > before[base] for before, base in bases)
-
-    def absorbers(self) -> Iterator[Node]:
-        """Yield the first call of everything that has to take something."""
-        for calls in self.calls.values():
-            for node in calls:
-                read = {edge.source for edge in self.graph.inputs(node) if edge.port == 0}
-                if node.index in self.bases or not read.isdisjoint(self.bases):
-                    yield calls[0]
-                    break
-
-
-def find_weight(node: Node) -> tuple[NodeKind, str]:
-    """Name what the calls of one weight or BatchNorm have in common."""
-    if node.kind is NodeKind.BATCH_NORM:
-        return node.kind, node.layer
-    return NodeKind.CONVOLUTION, node.parameters.get("weight", "")
-
-
-def is_whole(edge: Edge, source: Node) -> bool:
-    """Return whether an edge hands on all channels of a node, as they are."""
-    if edge.targets is None or len(edge.sources) != source.channels:
-        return False
-    everything = range(source.channels)
-    for channels in (edge.sources, edge.targets):
-        if channels != everything and (isinstance(channels, range) or tuple(channels) != tuple(everything)):
-            return False
-    return True
-
-
-def _overlap(one: Sequence[int], other: Sequence[int]) -> bool:
-    """Return whether two sets of channels have any in common; where several are the same that counts, too."""
-    if isinstance(one, range) and isinstance(other, range):
-        return max(one.start, other.start) < min(one.stop, other.stop)
-    return not set(one).isdisjoint(other)
-
-
-def _follow_one_another(edges: Sequence[Edge]) -> Sequence[Edge] | None:
-    """Order edges so that what they hand on lies one after the other, from the first channel on; None where it does
-    not.
-    """
-    ordered: list[tuple[range, Edge]] = []
-    for edge in edges:
-        if not isinstance(edge.targets, range) or edge.targets.step != 1:
-            return None
-        ordered.append((edge.targets, edge))
-    ordered.sort(key=lambda one: one[0].start)
-    start = 0
-    for targets, _ in ordered:
-        if targets.start != start:
-            return None
-        start = targets.stop
-    return [edge for _, edge in ordered]
-
-
-def as_indices(channels: Sequence[int]) -> Integers:
-    """Convert channels to an array."""
-    if isinstance(channels, range):  # which numpy would walk through one by one
-        return np.arange(channels.start, channels.stop, channels.step)
-    return np.asarray(channels, dtype=int)
 
 
 def _count(channels: Array | np.ndarray) -> str:

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 from bntool.checkpoints.checkpoint import StateDict
 from bntool.checkpoints.tensors import LiteralTensor
-from bntool.folding.absorption import Array, Blocked
+from bntool.folding.absorption import Blocked
+from bntool.folding.channels import Array
 from bntool.graphs.graph import ModelGraph, Node
 from bntool.plan import AddTensor, ChangePadding, SkipReason, Step, Values
 

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-Array = NDArray[np.float64]
-Integers = NDArray[np.int64]
+from bntool.folding.channels import Array, Integers
+
 Mask = NDArray[np.bool_]
 
 _CLOSE = 1e-10  # relative; values that follow from each other in two ways differ by their rounding

@@ -22,6 +22,7 @@ from bntool.folding.producers import read_producer
 from bntool.folding.transforms import channel_transforms, operations, storing_otherwise
 from bntool.folding.transforms.channel_transforms import ChannelTransforms
 from bntool.folding.transforms.storing_otherwise import StoringOtherwise, _Removal
+from bntool.folding.transforms.targets import Targets
 from bntool.folding.transforms.unknowns import Scales, Shifts
 from bntool.graphs.graph import NodeKind
 from bntool.graphs.traced.tracing import trace
@@ -918,7 +919,7 @@ def halves_meet_swapped(self, x):
     return self.head((torch.cat([second, first], 1) + self.conv(self.bn(x))).mean((2, 3)))
 
 
-REAL_READ = StoringOtherwise._read
+REAL_READ = Targets.read
 GUARDS = {
     "scales of one": (Scales, "fix", ignore, constant_added),
     "shifts of zero": (Shifts, "fix", ignore, border),
@@ -928,8 +929,8 @@ GUARDS = {
     "sums that a layer holds": (Shifts, "hold_sums", ignore, padded_reader_alone),
     "a layer that is read by the sum alone": (ChannelTransforms, "_is_made_for", always, padded_reader_alone),
     "what is needed as it is": (ChannelTransforms, "_pin", ignore, read_elsewhere),
-    "a place for a bias": (StoringOtherwise, "_takes_shift", always, without_a_place_for_a_bias),
-    "a weight that nothing else uses": (StoringOtherwise, "_read", absorb_anyway, weight_read_elsewhere),
+    "a place for a bias": (Targets, "takes_shift", always, without_a_place_for_a_bias),
+    "a weight that nothing else uses": (Targets, "read", absorb_anyway, weight_read_elsewhere),
     "calls of one weight": (ChannelTransforms, "_equate", ignore, called_on_two_tensors),
 }
 
@@ -957,8 +958,10 @@ def test_scales_that_differ_where_two_streams_meet_are_noticed(monkeypatch: pyte
     folded, plan = fold(model, image())
     assert len(plan.folds) == 1
     assert largest_difference(model, folded, image()) < EXACT
-    real = ChannelTransforms._hands_on_scales
-    monkeypatch.setattr(ChannelTransforms, "_hands_on_scales", lambda self, node: real(self, node)[:1])
+    real = ChannelTransforms._hands_on
+    monkeypatch.setattr(
+        ChannelTransforms, "_hands_on", lambda self, node, shifts: real(self, node, shifts=shifts)[: 1 + shifts]
+    )
     monkeypatch.setattr(Scales, "equate", lambda self, left, right, origin: None)
     folded, _ = fold(model, image())
     assert largest_difference(model, folded, image()) > 1e-6
