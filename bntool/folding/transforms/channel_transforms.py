@@ -18,7 +18,9 @@ import numpy as np
 from bntool.folding.channels import Array, Integers, as_indices, is_whole, order_runs, overlap
 from bntool.folding.transforms.operations import Rule, Shift
 from bntool.folding.transforms.roles import Roles
-from bntool.folding.transforms.unknowns import Contradiction, Equations, Scales, Shifts
+from bntool.folding.transforms.scales import Scales
+from bntool.folding.transforms.shifts import Shifts
+from bntool.folding.transforms.unknowns import Contradiction, Equations
 from bntool.graphs.graph import ModelGraph, Node, NodeKind
 
 
@@ -398,15 +400,15 @@ class ChannelTransforms:
         origins = np.full(len(scale), call.index)
         scales = Equations(read.scales, given.scales, scale, np.zeros(len(scale)), origins)
         shifts = Equations(read.shifts, given.shifts, 1 / scale, shift / scale, origins)
-        self.scales.look_at(scales)
+        sides = self.scales.look_at(scales)
         try:
-            self.shifts.look_at(shifts)
+            known = self.shifts.look_at(shifts)
         except Contradiction:
-            if not self.scales.are_apart(scales):  # they may not hold either, which is said first
-                self.scales.add(scales)
+            if not self.scales.are_apart(sides):  # they may not hold either, which is said first
+                self.scales.add(scales, sides)
             raise
-        self.scales.add(scales)
-        self.shifts.add(shifts)
+        self.scales.add(scales, sides)
+        self.shifts.add(shifts, known)
 
     # what disappears and what stays
 
@@ -493,7 +495,7 @@ class ChannelTransforms:
 
     def _explain(self, problem: Contradiction, layer: str, scale: Array) -> str:
         own = {call.index for call in self.graph.batchnorms[layer]}
-        nodes = [self.graph.nodes[index] for index in sorted(problem.origins) if index >= 0 and index not in own]
+        nodes = [self.graph.nodes[index] for index in sorted(problem.origins - own)]
         if problem.is_sign:
             nodes = [node for node in nodes if (rule := self.roles.rule(node)) and rule.positive] or nodes
         found = dict.fromkeys(self._name(node) for node in nodes)
@@ -506,7 +508,8 @@ class ChannelTransforms:
                 return f"negative scale in {_count(negative)}: {names} {passes} positive ones only"
             return f"{names} {'need' if several else 'needs'} scales of one sign"
         channels = problem.channels
-        some = f" in {_count(channels)}" if len(channels) == len(scale) and not channels.all() else ""
+        is_told = channels is not None and len(channels) == len(scale) and not channels.all()
+        some = f" in {_count(channels)}" if channels is not None and is_told else ""
         return f"{names} {'do' if several else 'does'} not let it pass{some}"
 
     def _find_other_readers(self, layer: str) -> Iterator[Node]:

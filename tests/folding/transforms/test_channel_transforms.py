@@ -21,9 +21,10 @@ from bntool.folding.planning import plan_fold
 from bntool.folding.producers import read_producer
 from bntool.folding.transforms import channel_transforms, operations, storing_otherwise
 from bntool.folding.transforms.channel_transforms import ChannelTransforms
+from bntool.folding.transforms.scales import Scales
+from bntool.folding.transforms.shifts import Shifts
 from bntool.folding.transforms.storing_otherwise import StoringOtherwise, _Removal
 from bntool.folding.transforms.targets import Targets
-from bntool.folding.transforms.unknowns import Scales, Shifts
 from bntool.graphs.graph import NodeKind
 from bntool.graphs.traced.tracing import trace
 from bntool.modules.application import apply_plan, read_state
