@@ -880,6 +880,12 @@ def read_elsewhere(self, x):
     return torch.sigmoid(x), torch.sigmoid(self.bn(F.max_pool2d(x, 3, stride=1)))
 
 
+def gated_by_a_norm(self, x):
+    x = torch.sigmoid(self.stem(x))
+    y = self.bn(x)
+    return torch.sigmoid(self.conv(x) * y), torch.sigmoid(self.other(y))
+
+
 def sum_of_what_others_read(self, x):
     x = torch.sigmoid(self.stem(x))
     y, z = self.other(x), self.conv(x)
@@ -920,7 +926,12 @@ def halves_meet_swapped(self, x):
     return self.head((torch.cat([second, first], 1) + self.conv(self.bn(x))).mean((2, 3)))
 
 
-REAL_READ = Targets.read
+def pin_all_but_gates(self, node, port):
+    if node.kind is not NodeKind.GATE:
+        REAL_PIN(self, node, port)
+
+
+REAL_READ, REAL_PIN = Targets.read, ChannelTransforms._pin
 GUARDS = {
     "scales of one": (Scales, "fix", ignore, constant_added),
     "shifts of zero": (Shifts, "fix", ignore, border),
@@ -930,6 +941,7 @@ GUARDS = {
     "sums that a layer holds": (Shifts, "hold_sums", ignore, padded_reader_alone),
     "a layer that is read by the sum alone": (ChannelTransforms, "_is_made_for", always, padded_reader_alone),
     "what is needed as it is": (ChannelTransforms, "_pin", ignore, read_elsewhere),
+    "the other side of a gate": (ChannelTransforms, "_pin", pin_all_but_gates, gated_by_a_norm),
     "a place for a bias": (Targets, "takes_shift", always, without_a_place_for_a_bias),
     "a weight that nothing else uses": (Targets, "read", absorb_anyway, weight_read_elsewhere),
     "calls of one weight": (ChannelTransforms, "_equate", ignore, called_on_two_tensors),
