@@ -8,7 +8,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bntool.folding.channels import Array, Integers
-from bntool.folding.transforms.unknowns import CLOSE, NOBODY, Contradiction, Equations, Mask, Sides, Unknowns
+from bntool.folding.transforms.unknowns import (
+    CLOSE,
+    NOBODY,
+    Contradiction,
+    Equations,
+    Mask,
+    Sides,
+    Unknowns,
+    concatenate,
+)
 
 _MOST = 8.0  # three of the bits of a quantisation of a whole tensor
 
@@ -43,9 +52,9 @@ class Scales(Unknowns):
     def add_noted(self) -> None:
         super().add_noted()
         if self._positive:
-            which, origins = zip(*self._positive, strict=True)
-            roots, factors, _ = self.find(np.concatenate(which))
-            self._ask(roots, np.sign(factors), np.repeat(origins, [len(one) for one in which]))
+            which, origins = concatenate(self._positive)
+            roots, factors, _ = self.find(which)
+            self._ask(roots, np.sign(factors), origins)
 
     def _ask(self, roots: Integers, signs: Array, origins: Integers) -> None:
         """Require signs of roots.

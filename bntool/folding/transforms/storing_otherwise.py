@@ -233,6 +233,8 @@ class StoringOtherwise:
         return ""
 
     def _describe_noise(self, roles: Roles, call: Node, shift: Array) -> str:
+        if not np.count_nonzero(shift):
+            return ""
         name = self.transforms[call.layer].names["running_var"]
         tensor = self.state_dict.tensor(name)
         spread = np.sqrt(to_float64(read_bytes(tensor), tensor.dtype) + self.transforms[call.layer].eps)
@@ -301,9 +303,9 @@ class StoringOtherwise:
         for index in solution.system.bases:
             node = self.graph.nodes[index]
             target = self.targets.read(node) if node.kind is NodeKind.BIAS else None
-            read, given = solution.input(node), solution.output(node)
-            if isinstance(target, Addend) and read is not None and not _are_identities(read, given):
-                outcome.targets[name_of(node)] = target.transform(read, given)
+            read = solution.input(node) if isinstance(target, Addend) else None
+            if isinstance(target, Addend) and read is not None and not _are_identities(read, solution.output(node)):
+                outcome.targets[name_of(node)] = target.transform(read, solution.output(node))
 
     def _merge(self, branch: IdentityBranch, solution: Solution | None, outcome: Outcome) -> None:
         """Let a convolution take the BatchNorm beside it, whose output becomes what it reads."""

@@ -89,7 +89,7 @@ class Unknowns:
     origin: Integers = field(init=False)  # the node that tied a class to the constant: by its root, and by its members
     _log: list[tuple[Any, Any, Any]] = field(default_factory=list)  # what was written, where, and what was there before
     _noted: list[Equations] | None = field(default_factory=list)
-    _fixed: list[Equations] = field(default_factory=list)  # noted, too
+    _fixed: dict[int, tuple[Integers, int]] = field(default_factory=dict)  # noted, too
 
     def __post_init__(self) -> None:
         self.parent = np.arange(self.size + 1)
@@ -180,12 +180,10 @@ class Unknowns:
         Raises:
             Contradiction: that cannot hold.
         """
-        constant = np.full(len(which), self.constant)
         if self._noted is None:
-            self.equate(which, constant, origin)
+            self.equate(which, np.full(len(which), self.constant), origin)
         else:
-            ones, zeros = np.ones(len(which)), np.zeros(len(which))
-            self._fixed.append(Equations(which, constant, ones, zeros, np.full(len(which), origin)))
+            self._fixed.setdefault(id(which), (which, origin))  # many ask it of what shares its unknowns
 
     def link(self, left: Integers, right: Integers, *, factor: Array, offset: Array, origin: int) -> None:
         """Add left = factor * right + offset, with factors that are not zero; ``origin`` is the node that asks for it.
@@ -201,9 +199,12 @@ class Unknowns:
 
     def add_noted(self) -> None:
         """Add what was noted; of several nodes that ask for the constant the first is the one that is named."""
-        for noted in (self._noted, self._fixed[::-1]):
-            if noted:
-                self.add(Equations(*map(np.concatenate, zip(*noted, strict=True))))
+        if self._noted:
+            self.add(Equations(*map(np.concatenate, zip(*self._noted, strict=True))))
+        if self._fixed:
+            which, origins = concatenate(self._fixed.values())
+            constant, ones, zeros = np.full(len(which), self.constant), np.ones(len(which)), np.zeros(len(which))
+            self.add(Equations(which, constant, ones, zeros, origins))
         self._noted = None
         self._log.clear()
 
@@ -276,7 +277,7 @@ class Unknowns:
         chosen, mine, theirs = sides.apart, equations.left, equations.right
         lower = np.minimum(sides.roots, sides.others)[chosen]
         if np.count_nonzero(lower[1:] <= lower[:-1]):  # of those with one root that whose other one is the last
-            chosen = chosen[np.maximum(sides.roots, sides.others)[chosen].argsort(kind="stable")[::-1]]
+            chosen = chosen[(-np.maximum(sides.roots, sides.others)[chosen]).argsort(kind="stable")]
             lower, first = find_first(np.minimum(sides.roots, sides.others)[chosen])
             chosen = chosen[first]
         roots, others = sides.roots[chosen], sides.others[chosen]
@@ -320,3 +321,9 @@ def find_first(values: Integers) -> tuple[Integers, Integers]:
     ordered = values[order]
     first = np.append(True, ordered[1:] != ordered[:-1])
     return ordered[first], order[first]
+
+
+def concatenate(noted: Iterable[tuple[Integers, int]]) -> tuple[Integers, Integers]:
+    """Return all unknowns, and for each of them the node that asks for something."""
+    which, origins = zip(*noted, strict=True)
+    return np.concatenate(which), np.repeat(origins, [len(one) for one in which])
