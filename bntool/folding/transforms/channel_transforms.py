@@ -119,9 +119,9 @@ class ChannelTransforms:
     # unknowns
 
     def _number(self, region: Sequence[int], *, shifts: bool) -> tuple[dict[int, int], Integers]:
-        """Return the first scale or shift of each node, and of how many nodes each of them all is.
+        """Assign numbers to the scales or the shifts: return the first of each node, and how many nodes share each one.
 
-        Nodes that hand on what they read, channel for channel, share them.
+        Nodes that hand on what they read, channel for channel, have the same ones.
         """
         leader = {index: index for index in region}
 
@@ -175,7 +175,7 @@ class ChannelTransforms:
         return region
 
     def _find_related(self, node: Node) -> Iterator[Node]:
-        """Yield the nodes whose outputs have to do with that of a node."""
+        """Yield the nodes whose outputs may have to be stored otherwise where that of a node is."""
         graph = self.graph
         for edge in graph.outputs(node):
             reader = graph.nodes[edge.target]
@@ -194,6 +194,7 @@ class ChannelTransforms:
         return calls if len(calls) > 1 else ()
 
     def _find_readers(self, region: Collection[int]) -> Iterator[Node]:
+        """Yield all that read the outputs of some nodes, and these nodes, in order."""
         found = {edge.target for index in region for edge in self.graph.outputs(self.graph.nodes[index])} | set(region)
         # further calls of a weight read with it, whatever they read
         found |= {call.index for index in found for call in self._other_calls(self.graph.nodes[index])}
@@ -215,6 +216,7 @@ class ChannelTransforms:
         return found
 
     def _some_outputs(self, index: int, channels: Sequence[int]) -> Channels:
+        """Return the unknowns of some channels of a node's output."""
         if index not in self.bases:  # its output may have more channels than is known
             size = len(channels)
             return Channels(np.full(size, self.scales.constant), np.full(size, self.shifts.constant))
@@ -273,6 +275,7 @@ class ChannelTransforms:
         self.shifts.fix(which.shifts, origin)
 
     def _add_output(self, node: Node) -> None:
+        """Add what a layer that takes asks of its output: calls of one weight give it stored alike."""
         if not self.roles.takes(node):
             return
         mine = self.outputs(node)
@@ -283,6 +286,7 @@ class ChannelTransforms:
             self._equate(self.outputs(other), mine, node.index)
 
     def _add_input(self, node: Node) -> None:
+        """Add what a node asks of all that it reads, by its role."""
         ports = {edge.port for edge in self.graph.inputs(node)}
         if self.roles.is_identity(node):
             read = self.inputs(node, 0)
@@ -310,11 +314,13 @@ class ChannelTransforms:
                 self._fix(self._some_outputs(edge.source, edge.sources), node.index)
 
     def _pin_all(self, node: Node, ports: Collection[int]) -> None:
+        """Require what a node reads and what it gives as they are."""
         for port in ports:
             self._pin(node, port)
         self._fix(self.outputs(node), node.index)
 
     def _add_absorber(self, node: Node) -> None:
+        """Add what a layer that takes asks of its input: no shift into zeros, and calls of one weight read it alike."""
         read = self.inputs(node, 0)
         if read is None or (node.kind is NodeKind.BATCH_NORM and len(read.scales) != node.channels):
             self._pin(node, 0)
@@ -334,6 +340,7 @@ class ChannelTransforms:
         return node.padded and (self.changes_padding is None or not self.changes_padding(node))
 
     def _add_rule(self, node: Node, rule: Rule) -> None:
+        """Add what an operation asks of its inputs and its output."""
         given = self.outputs(node)
         read = [self.inputs(node, port) for port in rule.ports]
         known = [one for one in read if one is not None and len(one.scales) == len(given.scales)]
@@ -349,20 +356,23 @@ class ChannelTransforms:
         if rule.unscaled:
             self.scales.fix(given.scales, node.index)
         if rule.shift is Shift.SUM:
-            weights = node.factors or (1.0, 1.0)
-            parts = known[0].shifts, known[1].shifts
-            ports = sorted(rule.ports, key=lambda port: self.find_whole(node, port) < 0)  # parts of a tensor last
-            own = next((port for port in ports if weights[port] and self._is_made_for(node, port)), None)
-            if own is None:
-                self.shifts.add_sums(given.shifts, parts, (weights[0], weights[1]), node.index)
-            else:
-                other = 1 - own
-                self.shifts.hold_sums(given.shifts, (parts[own], parts[other]), (weights[own], weights[other]))
+            self._add_sum(node, given.shifts, (known[0].shifts, known[1].shifts))
         elif rule.shift is Shift.SCALED and (factors := self._find_usable_factors(node)) is not None:
             self._scale_shifts(given.shifts, known[0].shifts, np.broadcast_to(factors, len(given.shifts)), node.index)
         elif rule.shift in (Shift.ZERO, Shift.SCALED):
             self.shifts.fix(given.shifts, node.index)
             self.shifts.fix(known[0].shifts, node.index)
+
+    def _add_sum(self, node: Node, total: Integers, parts: tuple[Integers, Integers]) -> None:
+        """Add that shifts are summed up; an operand that is made for the sum alone makes up for what is left."""
+        weights = node.factors or (1.0, 1.0)
+        ports = sorted((0, 1), key=lambda port: self.find_whole(node, port) < 0)  # parts of a tensor last
+        own = next((port for port in ports if weights[port] and self._is_made_for(node, port)), None)
+        if own is None:
+            self.shifts.add_sums(total, parts, (weights[0], weights[1]), node.index)
+        else:
+            other = 1 - own
+            self.shifts.hold_sums(total, (parts[own], parts[other]), (weights[own], weights[other]))
 
     def _find_usable_factors(self, node: Node) -> Array | None:
         """Return the factors with which a shift passes; None where they are not known."""
@@ -377,7 +387,7 @@ class ChannelTransforms:
         self.shifts.link(given[passes], read[passes], factor=factor, offset=offset, origin=origin)
 
     def _is_made_for(self, reader: Node, port: int) -> bool:
-        """Return whether what a node reads is given to it alone, with any shift: nothing else asks for one."""
+        """Return whether a layer that can take any shift gives what a node reads, to that node alone."""
         edges = [edge for edge in self.graph.inputs(reader) if edge.port == port]
         if len(edges) != 1 or edges[0].targets != range(reader.channels):
             return False
