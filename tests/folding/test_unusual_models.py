@@ -1350,3 +1350,52 @@ def test_statistics_of_parts_of_which_eval_takes_the_first(layout):
     torch.testing.assert_close(result.model(x), model(x))
     if layout == "same-keys":
         torch.testing.assert_close(result.model[1].running_mean[6:], model[1].running_mean[6:], rtol=0, atol=0)
+
+
+class Tied(nn.Module):
+    """One weight in two calls, which take it in different ways."""
+
+    def __init__(self, again, channels, *, linear=False):
+        super().__init__()
+        self.again = again
+        self.layer = nn.Linear(channels, 8, bias=False) if linear else nn.Conv2d(channels, 8, 3, padding=1, bias=False)
+        kind = nn.BatchNorm1d if linear else nn.BatchNorm2d
+        self.first, self.second = kind(8), kind(channels)
+
+    def forward(self, x):
+        return self.second(self.again(functional.relu(self.first(self.layer(x))), self.layer.weight))
+
+
+def transposed(x, weight):
+    return functional.conv_transpose2d(x, weight, padding=1)
+
+
+@pytest.mark.parametrize(
+    ("again", "channels", "linear"),
+    [
+        (transposed, 3, False),
+        (transposed, 8, False),
+        (lambda x, weight: functional.conv2d(x, weight, padding=1), 8, False),  # it would not add a bias
+        (lambda x, weight: functional.conv2d(x, weight[:, :], padding=1), 8, False),
+        (lambda x, weight: x @ weight, 3, True),
+        (lambda x, weight: x @ weight, 8, True),
+        (lambda x, weight: functional.linear(x, weight.t()), 3, True),
+        (functional.linear, 8, True),
+    ],
+)
+def test_a_weight_that_calls_take_in_different_ways_is_left_alone(again, channels, linear):
+    model = randomise(Tied(again, channels, linear=linear))
+    result = bntool.fold(model, image(5, channels) if linear else image(2, channels, 9, 9))
+    assert not result.plan.folds
+    assert "is also used elsewhere" in reasons(result)["first"][1]
+
+
+def test_a_weight_that_each_call_takes_with_its_own_bias_is_folded():
+    model = Functional(
+        lambda self, x: self.second(self.layer(functional.relu(self.first(self.layer(x))))),
+        layer=nn.Conv2d(8, 8, 3, padding=1, bias=False),
+        first=nn.BatchNorm2d(8),
+        second=nn.BatchNorm2d(8),
+    )
+    result = bntool.fold(randomise(model), image(2, 8, 9, 9))
+    assert [one.layer for one in result.plan.folds] == ["first"]

@@ -64,8 +64,8 @@ class Targets:
         if any(name in self.graph.tied or self.graph.uses.get(name, frozenset()) != calls for name in names):
             return None
         end = len(self.graph.nodes) if self.graph.branches_at is None else self.graph.branches_at
-        if any(self.graph.nodes[index].parameters != node.parameters or index > end for index in calls):
-            return None  # one of them takes other parameters, or other inputs may not come to it
+        if any(index > end or not _is_read_alike(self.graph.nodes[index], node) for index in calls):
+            return None  # other inputs may not come to one of them, or it takes the weight otherwise
         try:
             if node.kind is NodeKind.BIAS:
                 return read_addend(node, self.state_dict)
@@ -121,3 +121,11 @@ class Targets:
 def name_of(node: Node) -> str:
     """Name the parameter of a node that takes something."""
     return node.parameters.get("bias" if node.kind is NodeKind.BIAS else "weight", "")
+
+
+def _is_read_alike(one: Node, other: Node) -> bool:
+    """Return whether two calls take the same parameters in the same way: their channels lie on the same axes, and a
+    bias that the weight gains is added in both or in none.
+    """
+    attributes = ("kind", "groups", "parameters", "factors", "has_bias_slot")
+    return all(getattr(one, name) == getattr(other, name) for name in attributes)

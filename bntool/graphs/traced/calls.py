@@ -294,7 +294,7 @@ class _Roles:
         }
         if parameter is not None:
             details.update(layer=parameter.module, class_name=type(parameter.owner).__name__)
-            details["has_bias_slot"] = self.index.has_bias_slot(parameter)
+            details["has_bias_slot"] = self.index.take_bias_slot(parameter)
         return details
 
 

@@ -71,7 +71,8 @@ class ParameterIndex:
         prefix: what names go without, as in plans.
 
     Attributes:
-        asked_for_bias: modules whose attribute ``bias`` was read meanwhile, by identity; empty before a forward.
+        asked_for_bias: modules whose attribute ``bias`` was read since their last call, by identity; empty before a
+            forward.
     """
 
     def __init__(self, model: nn.Module, prefix: str) -> None:
@@ -160,11 +161,15 @@ class ParameterIndex:
                 return self.by_name[parameter.name], first
         return None
 
-    def has_bias_slot(self, parameter: Parameter) -> bool:
-        """Return whether a weight's module has no bias, and code that would use one: the forward asked for it."""
+    def take_bias_slot(self, parameter: Parameter) -> bool:
+        """Return whether a weight's module has no bias, and code that would use one: the forward asked for it since
+        it was last taken, so that each call of a weight is known to add a bias by itself.
+        """
         owner = parameter.owner
         empty = "bias" in owner._parameters and owner._parameters["bias"] is None
-        return empty and id(owner) in self.asked_for_bias and parameter.role == "weight"
+        asked = id(owner) in self.asked_for_bias
+        self.asked_for_bias.discard(id(owner))
+        return empty and asked and parameter.role == "weight"
 
     @contextlib.contextmanager
     def noticing_biases(self) -> Iterator[None]:
