@@ -359,7 +359,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         That path may read whatever is still alive, and all that follows here is proven for this input only. What an
         earlier branch reads is not read again: a detector has hundreds of branches.
         """
-        node = self.add_node(NodeKind.OTHER, "branch")
+        node = self.add_node(NodeKind.OTHER, "code that looks at values")
         new = [labels for labels in self.known.alive() if id(labels) not in self.read_by_branches]
         for port, labels in enumerate(new):
             self.read_by_branches[id(labels)] = labels
