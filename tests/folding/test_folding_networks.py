@@ -121,7 +121,8 @@ class RandomNetwork(nn.Module):
         elif kind == "functional":
             self.made.append(("bn", nn.BatchNorm2d(channels), channels, channels))
             # by number of steps, so that seeds give the networks that they gave
-            self.step(("sliced" if len(self.steps) % 5 == 3 else kind, source, len(self.made) - 1), channels)
+            is_sliced = len(self.steps) % 5 == 3 and channels > 1
+            self.step(("sliced" if is_sliced else kind, source, len(self.made) - 1), channels)
         elif kind == "reuse":
             fitting = [i for i, (_, _, ingoing, _) in enumerate(self.made) if ingoing == channels]
             if fitting:
