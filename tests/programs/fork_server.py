@@ -84,5 +84,6 @@ for name in sys.argv[3].split():
 gc.freeze()  # else each fork copies all that is imported, when it looks for what to collect
 connection = accept(socket.socket(fileno=int(sys.argv[1])), int(sys.argv[2]))
 fork = serve(connection) if connection is not None else None
-if fork is not None:
-    become(**fork)
+if fork is None:
+    os._exit(0)  # at its end a library may wait for a thread of its own, which a fork does not have
+become(**fork)
