@@ -73,17 +73,27 @@ def test_a_deformable_convolution() -> None:
     assert largest_difference(model, folded, image(2, 3, 7, 7)) < EXACT
 
 
-def test_an_operator_with_the_schema_of_a_deformable_convolution() -> None:
-    """As torchvision registers it, here without offsets."""
+LIBRARIES: list[torch.library.Library] = []  # an operator goes with its library
+
+
+def find_deformable_convolution():
+    """torchvision's operator; where it is not installed, one with its name and schema that knows no offsets."""
     if find_spec("torchvision") is not None:
-        pytest.skip("its own operator has the name")
-    sizes = ", ".join(f"int {name}_{axis}" for name in ("stride", "pad", "dilation") for axis in "hw")
-    library = torch.library.Library("torchvision", "FRAGMENT")
-    library.define(
-        "deform_conv2d(Tensor input, Tensor weight, Tensor offset, Tensor mask, Tensor bias, "
-        f"{sizes}, int groups, int offset_groups, bool use_mask) -> Tensor"
-    )
-    library.impl("deform_conv2d", lambda x, weight, _offset, _mask, bias, *_: F.conv2d(x, weight, bias), "CPU")
+        import torchvision  # noqa: F401
+    else:
+        sizes = ", ".join(f"int {name}_{axis}" for name in ("stride", "pad", "dilation") for axis in "hw")
+        library = torch.library.Library("torchvision", "FRAGMENT")
+        library.define(
+            "deform_conv2d(Tensor input, Tensor weight, Tensor offset, Tensor mask, Tensor bias, "
+            f"{sizes}, int groups, int offset_groups, bool use_mask) -> Tensor"
+        )
+        library.impl("deform_conv2d", lambda x, weight, _offset, _mask, bias, *_: F.conv2d(x, weight, bias), "CPU")
+        LIBRARIES.append(library)
+    return torch.ops.torchvision.deform_conv2d
+
+
+def test_the_operator_of_a_deformable_convolution() -> None:
+    convolve = find_deformable_convolution()
 
     class Deformable(nn.Module):
         def __init__(self) -> None:
@@ -92,9 +102,9 @@ def test_an_operator_with_the_schema_of_a_deformable_convolution() -> None:
             self.bn = nn.BatchNorm2d(8)
 
         def forward(self, x):
-            none = x.new_zeros(0)
+            offsets, mask = x.new_zeros(2, 18, 5, 5), x.new_zeros(2, 1)
             sizes = (1, 1, 0, 0, 1, 1, 1, 1, False)
-            return self.bn(torch.ops.torchvision.deform_conv2d(x, self.weight, none, none, self.bias, *sizes))
+            return self.bn(convolve(x, self.weight, offsets, mask, self.bias, *sizes))
 
     model = randomise(Deformable().double())
     folded, plan = fold(model, image(2, 3, 7, 7))
