@@ -94,17 +94,16 @@ class Reads:
         """Group what meets there by the node that computed it, in the order in which these are met."""
         if not meeting.labels:
             return
-        labels = np.array(meeting.labels)
+        labels, channels = np.array(meeting.labels), None if meeting.channels is None else np.array(meeting.channels)
         positions = np.searchsorted(self._bases, labels, side="right") - 1
         order = np.argsort(positions, kind="stable")
         groups = np.split(order, np.flatnonzero(np.diff(positions[order])) + 1)
         for group in sorted(groups, key=lambda group: int(group[0])):
             position = positions[group[0]]
-            targets = None if meeting.channels is None else np.array(meeting.channels)[group]
             yield Edge(
                 source=self._nodes[position],
                 target=node,
                 port=port,
                 sources=shorten(tuple((labels[group] - self._bases[position]).tolist())),
-                targets=None if targets is None else shorten(tuple(targets.tolist())),
+                targets=None if channels is None else shorten(tuple(channels[group].tolist())),
             )
