@@ -168,7 +168,7 @@ class _OutputStream(io.FileIO):
     """
 
     def __init__(self, path: Path, mode: int | None) -> None:
-        # who may read it is decided at the end; of what is for whomever the process says, only the system knows that
+        # with a mode of its own it is private until its end; without one the system gives it what the umask leaves
         begun = 0o666 if mode is None else 0o600
         super().__init__(os.fspath(path), "x+b", opener=partial(os.open, mode=begun))
         self._kept: list[bytearray | memoryview] = []
